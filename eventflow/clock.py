@@ -1,0 +1,100 @@
+"""The only file that reads time.
+
+Everything else is handed a `Clock`. Instants are integers: microseconds since 1970-01-01 UTC (`_us` in names, `_at` in
+stored columns). Durations are `float` seconds, or `timedelta` where a user writes one. `SystemClock` reads the machine;
+`eventflow.testing.VirtualClock` stands still until a test moves it.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+SECOND = 1_000_000
+
+Duration = float | int | timedelta
+
+
+def seconds(duration: Duration) -> float:
+    """A duration as seconds."""
+    return duration.total_seconds() if isinstance(duration, timedelta) else float(duration)
+
+
+def microseconds(duration: Duration) -> int:
+    """A duration as whole microseconds, rounded up, so that nothing fires early."""
+    us = seconds(duration) * SECOND
+    whole = int(us)
+    return whole if whole >= us else whole + 1
+
+
+def to_datetime(us: int) -> datetime:
+    """An instant as an aware UTC datetime."""
+    return datetime.fromtimestamp(us // SECOND, UTC).replace(microsecond=us % SECOND)
+
+
+def to_us(moment: datetime) -> int:
+    """An aware datetime as an instant; a naive one is refused with `ValueError`."""
+    if moment.tzinfo is None:
+        raise ValueError(f"expected an aware datetime, got the naive {moment.isoformat()}; add tzinfo=UTC")
+    delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return (delta.days * 86_400 + delta.seconds) * SECOND + delta.microseconds
+
+
+class Timer(Protocol):
+    """A pending call; `cancel` is idempotent and may come after the call."""
+
+    def cancel(self) -> None: ...
+
+
+class Clock(Protocol):
+    """Where instants come from and how a wait for one is armed."""
+
+    def now(self) -> int:
+        """Wall clock, microseconds since the epoch. May step back or forward."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds that never step back; only differences mean anything."""
+        ...
+
+    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+        """Calls `call` on `loop` once `now() >= due_us`: never before, at once if that is past."""
+        ...
+
+
+class SystemClock:
+    """The machine's clock.
+
+    A wait is armed in steps of at most `STEP` seconds, each of which reads the wall clock again, so that a suspended
+    machine or a stepped clock delays a timer by no more than one step and never fires it early.
+    """
+
+    STEP = 30.0
+
+    def now(self) -> int:
+        return time.time_ns() // 1000
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+        return _SteppedTimer(self, loop, due_us, call)
+
+
+class _SteppedTimer:
+    __slots__ = ("_call", "_clock", "_due_us", "_handle", "_loop")
+
+    def __init__(self, clock: SystemClock, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> None:
+        self._clock, self._loop, self._due_us, self._call = clock, loop, due_us, call
+        self._handle: asyncio.Handle = loop.call_soon(self._step)
+
+    def _step(self) -> None:
+        left = (self._due_us - self._clock.now()) / SECOND
+        if left <= 0:
+            self._call()
+        else:
+            self._handle = self._loop.call_later(min(left, self._clock.STEP), self._step)
+
+    def cancel(self) -> None:
+        self._handle.cancel()

@@ -1,0 +1,241 @@
+"""Everything eventflow raises on its own account. The user's exceptions pass through unchanged.
+
+    EventflowError
+    ├── UsageError                  the program or its configuration must change
+    │   ├── AppNotFound             TARGET cannot be imported                                    exit 3
+    │   ├── MissingExtra            an optional package is not installed                         exit 3
+    │   ├── EmptySecret             a secret was given but is empty or unset                     exit 3
+    │   ├── NotAsync                @flow on a plain function
+    │   └── LineageLost             a task was called where the journal cannot tell who calls
+    ├── RunError                    a run, or something in it, did not end well                  exit 1
+    │   ├── TaskFailed              a recorded error whose class cannot be rebuilt
+    │   ├── TaskTimedOut            an attempt outlived its timeout
+    │   ├── ArgumentsChanged        a recorded call came back with other arguments
+    │   ├── NotStorable             a value has no lossless encoding
+    │   ├── BindingError            an event does not carry what a flow's signature asks for
+    │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead      what `run.result()` raises
+    │   └── DepthExceeded           an event was emitted 20 hops deep
+    ├── SourceError                 an event source misbehaves; its listener is reopened
+    └── StoreError                  the store cannot be used                                     exit 69…75
+        ├── StoreFailed             storage failed in use; nothing more is acknowledged          exit 74
+        ├── StoreLocked             another process holds the store                              exit 75
+        ├── StoreUnwritable         cannot create or write the store                             exit 73
+        ├── StoreCorrupt            a checksum or the high-water mark does not hold              exit 65
+        ├── StoreFull               the ledger's bound or the free-space floor is reached
+        └── NotFound                no such event, run or trigger                                exit 5
+
+A message says what was expected, what was found, and what to do. `exit_code` is what the command line returns.
+"""
+
+from typing import Any, ClassVar
+
+
+class EventflowError(Exception):
+    """The root of this tree."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(EventflowError):
+    """The program or its configuration must change before this can work."""
+
+    exit_code = 2
+
+
+class AppNotFound(UsageError):
+    exit_code = 3
+
+    def __init__(self, target: str, why: str) -> None:
+        super().__init__(f"cannot load {target!r}: {why}")
+
+
+class MissingExtra(UsageError):
+    exit_code = 3
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the package {package!r}, which is not installed; run: pip install 'eventflow-reactor[{extra}]'"
+        )
+
+
+class EmptySecret(UsageError):
+    exit_code = 3
+
+    def __init__(self, where: str, source: str) -> None:
+        super().__init__(f"{where}: expected a secret, found {source} empty or unset; set it before starting")
+
+
+class NotAsync(UsageError):
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"flow {name!r} must be `async def`, found a plain function; write `async def {name}(...)`, or make it a @task, "
+            "which may be plain"
+        )
+
+
+class LineageLost(UsageError):
+    """A task was called from where the journal cannot tell which part of the flow is calling."""
+
+    def __init__(self, task: str, found: str) -> None:
+        super().__init__(
+            f"task {task!r} was called from {found}; expected a call from the flow's own coroutines. "
+            f"Call it with `await {task}(...)` in the flow, or call the plain function as `{task}.fn(...)`"
+        )
+
+
+class RunError(EventflowError):
+    """A run, or something in it, did not end well."""
+
+
+class TaskFailed(RunError):
+    """Stands for a recorded error whose class is not imported here or does not rebuild from its arguments."""
+
+    def __init__(self, error_type: str, message: str) -> None:
+        super().__init__(error_type, message)
+        self.error_type, self.message = error_type, message
+
+    def __str__(self) -> str:
+        return f"{self.error_type}: {self.message}"
+
+
+class TaskTimedOut(RunError, TimeoutError):
+    """One attempt outlived its timeout. Retried like any other failure."""
+
+    def __init__(self, task: str, seconds: float) -> None:
+        super().__init__(task, seconds)
+        self.task, self.seconds = task, seconds
+
+    def __str__(self) -> str:
+        return f"task {self.task!r} ran longer than its timeout of {self.seconds:g} s"
+
+
+class ArgumentsChanged(RunError):
+    """A recorded call came back with other arguments; the flow or its input changed under a run in flight."""
+
+    def __init__(self, claim: str, diff: str) -> None:
+        super().__init__(claim, diff)
+        self.claim, self.diff = claim, diff
+
+    def __str__(self) -> str:
+        return (
+            f"{self.claim} was recorded with other arguments ({self.diff}); deploy the code that recorded it, or give the task "
+            'on_changed="rerun" or on_changed="accept", then retry the run'
+        )
+
+
+class NotStorable(RunError):
+    """A value has no lossless encoding. Never retried: the next attempt would return the same type."""
+
+    def __init__(self, path: str, found: str) -> None:
+        super().__init__(path, found)
+        self.path, self.found = path, found
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, or annotate the return type "
+            "with a dataclass, a msgspec.Struct or a pydantic model"
+        )
+
+
+class BindingError(RunError):
+    """An event does not carry what a flow's signature asks for."""
+
+    def __init__(self, flow: str, field: str, reason: str) -> None:
+        super().__init__(flow, field, reason)
+        self.flow, self.field, self.reason = flow, field, reason
+
+    def __str__(self) -> str:
+        return f"flow {self.flow!r} cannot bind parameter {self.field!r}: {self.reason}"
+
+
+class RunFailed(RunError):
+    """`run.result()` of a failed run whose error cannot be rebuilt."""
+
+
+class RunCancelled(RunError):
+    """`run.result()` of a cancelled run."""
+
+
+class RunTimedOut(RunError, TimeoutError):
+    """A run outlived its flow's timeout."""
+
+    def __init__(self, flow: str, seconds: float) -> None:
+        super().__init__(flow, seconds)
+        self.flow, self.seconds = flow, seconds
+
+    def __str__(self) -> str:
+        return f"flow {self.flow!r} ran longer than its timeout of {self.seconds:g} s"
+
+
+class RunHeld(RunError):
+    """`run.result()` of a run that waits for a person."""
+
+
+class RunDead(RunError):
+    """`run.result()` of a run that was quarantined after it took the process down with it."""
+
+
+class DepthExceeded(RunError):
+    def __init__(self, event_type: str, depth: int) -> None:
+        super().__init__(event_type, depth)
+        self.event_type, self.depth = event_type, depth
+
+    def __str__(self) -> str:
+        return f"event {self.event_type!r} was emitted at depth {self.depth}; expected at most 20: is a flow emitting to itself?"
+
+
+class SourceError(EventflowError):
+    """An event source misbehaves. The reactor logs it and reopens the listener with backoff."""
+
+
+class StoreError(EventflowError):
+    """The store cannot be used."""
+
+    exit_code = 69
+
+
+class StoreFailed(StoreError):
+    """Storage failed in use. Nothing more is acknowledged; a commit under way is unknown, never refused."""
+
+    exit_code = 74
+
+
+class StoreLocked(StoreError):
+    exit_code = 75
+
+    def __init__(self, path: str, pid: int | None) -> None:
+        self.pid = pid
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with --store")
+
+
+class StoreUnwritable(StoreError):
+    exit_code = 73
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"cannot create or write the store {path}: {why}; check the directory's owner, mode and free space")
+
+
+class StoreCorrupt(StoreError):
+    exit_code = 65
+
+
+class StoreFull(StoreError):
+    """The ledger's bound or the free-space floor is reached: sources must slow down. `retry_after` is in seconds."""
+
+    def __init__(self, what: str, retry_after: float, *, disk: bool = False) -> None:
+        super().__init__(what)
+        self.retry_after, self.disk = retry_after, disk
+
+
+class NotFound(StoreError):
+    exit_code = 5
+
+    def __init__(self, kind: str, ident: str) -> None:
+        super().__init__(f"no {kind} matches {ident!r}; `eventflow ls {kind}s` lists what there is")
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """`{"type": "module:QualName", "message": str}`, the short form used in logs and the API."""
+    cls = type(error)
+    return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": str(error)}

@@ -1,0 +1,165 @@
+"""The words of the way in: `Event`, what a trigger may hand over, and the two protocols between a source and the ledger.
+
+`triggers/` imports this file and its floor, nothing else of eventflow. A trigger makes `Event`s (CloudEvents 1.0 attributes)
+or, for bytes it cannot read, `Undecodable`s; `Intake.accept` returns when they are durable; then the trigger acknowledges.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import msgspec
+import orjson
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+
+MAX_DEPTH = 20
+"""Hops an emitted event may be away from one that came from outside."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """One CloudEvents 1.0 event.
+
+    `(trigger, source, id)` is its identity: a second one starts nothing. `data` is JSON (as Python values) or `bytes`.
+    `extensions` holds further CloudEvents attributes (lower-case letters and digits; str, int or bool).
+    """
+
+    id: str
+    source: str
+    type: str
+    data: Any = None
+    subject: str | None = None
+    time: datetime | None = None
+    datacontenttype: str | None = None
+    dataschema: str | None = None
+    extensions: Mapping[str, str | int | bool] = {}
+
+    @property
+    def depth(self) -> int:
+        """How many emits lie between this event and one from outside."""
+        return int(self.extensions.get("eventflowdepth", 0))
+
+    def to_json(self) -> bytes:
+        """The CloudEvents JSON form; `bytes` data as `data_base64`. Big integers and NaN are refused with TypeError."""
+        fields: dict[str, Any] = {"specversion": "1.0", "id": self.id, "source": self.source, "type": self.type}
+        for name in ("subject", "time", "datacontenttype", "dataschema"):
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value
+        fields.update(self.extensions)
+        if isinstance(self.data, bytes):
+            fields["data_base64"] = base64.b64encode(self.data).decode()
+        elif self.data is not None:
+            fields["data"] = self.data
+        return orjson.dumps(fields)
+
+    @classmethod
+    def from_json(cls, body: bytes) -> "Event":
+        """The event that `to_json` wrote, or any structured-mode CloudEvent. Raises ValueError naming what is wrong."""
+        fields = orjson.loads(body)
+        if not isinstance(fields, dict):
+            raise ValueError(f"a CloudEvent is a JSON object, found {type(fields).__name__}")
+        return cls.from_dict(cast(dict[str, Any], fields))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Event":
+        """An event from its CloudEvents attributes; null attributes count as absent."""
+        left = {name: value for name, value in fields.items() if value is not None}
+        version = left.pop("specversion", None)
+        if version != "1.0":
+            raise ValueError(f'specversion: expected "1.0", found {version!r}')
+        data = left.pop("data", None)
+        if "data_base64" in left:
+            if data is not None:
+                raise ValueError("data and data_base64 are both present; a CloudEvent has one of them")
+            data = base64.b64decode(left.pop("data_base64"), validate=True)
+        known = {name: left.pop(name) for name in _TEXT if name in left}
+        for name in ("id", "source", "type"):
+            if not known.get(name):
+                raise ValueError(f"{name}: expected a non-empty string, found none")
+        for name, value in known.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
+        if "time" in known:
+            known["time"] = parse_time(known["time"])
+        for name, value in left.items():
+            if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(value, str | int | bool):
+                raise ValueError(f"extension {name!r}: expected a lower-case alphanumeric name and a string, integer or boolean")
+        return cls(data=data, extensions=left, **known)
+
+
+_TEXT = ("id", "source", "type", "subject", "time", "datacontenttype", "dataschema")
+
+
+def parse_time(text: str) -> datetime:
+    """An RFC 3339 timestamp with its zone; ValueError otherwise."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"time: expected RFC 3339, found {text!r}") from None
+    if moment.tzinfo is None:
+        raise ValueError(f"time: expected a time zone (such as Z), found {text!r}")
+    return moment
+
+
+class Undecodable(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes from a real sender that are no event: kept as a dead letter with the reason, never dropped."""
+
+    id: str
+    source: str
+    body: bytes
+    error: str
+    type: str = "eventflow.undecodable"
+    headers: Mapping[str, str] = {}
+
+
+class Receipt(msgspec.Struct, frozen=True):
+    """What became of one accepted item.
+
+    `ledger_id` is its id in the ledger, or for a duplicate the first one's. `conflict`: the same identity came with other
+    content; the first one stands and this one was not recorded. `matched` counts the runs it started.
+    """
+
+    ledger_id: int
+    event_id: str
+    duplicate: bool = False
+    conflict: bool = False
+    matched: int = 0
+
+
+class Intake(Protocol):
+    """The way into the ledger, bound to one trigger's name."""
+
+    async def accept(
+        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
+        """Records items and cursor in one transaction; durable when it returns. One receipt per item, in order.
+
+        `cursor` upserts values by key (a partition, a path); None deletes a key. Zero items are legal. Concurrent calls
+        share group commits. Raises `StoreFull` (slow down: it says for how long) and `StoreFailed` (unknown, not refused).
+        """
+        ...
+
+    async def cursor(self) -> Mapping[str, Json]:
+        """The trigger's cursors as last committed."""
+        ...
+
+    @property
+    def log(self) -> Any:
+        """A structlog logger bound to the trigger."""
+        ...
+
+
+@runtime_checkable
+class Trigger(Protocol):
+    """A source of events. It acknowledges in plain code order, after `accept` returns.
+
+    `name` is stable: cursors and the ledger are keyed by it. `listen` runs until it is cancelled (a poll under way may
+    finish under a shield of at most 10 s); what it raises is logged, and the reactor opens it again with backoff. A
+    trigger that serves HTTP also has `routes`, a list of Starlette routes.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    async def listen(self, intake: Intake) -> None: ...

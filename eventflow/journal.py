@@ -1,0 +1,97 @@
+"""What a run remembers: entries, each claimed by the place in the flow that made it.
+
+A claim is text, `scope/task#ordinal` (see `lineage.py`); an entry is what became of it. The executor appends entries, the
+store gives each commit a batch number and a time, and `Journal` hands a resumed run its entries back by claim.
+"""
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+import msgspec
+
+
+class Kind(IntEnum):
+    """What an entry records."""
+
+    VALUE = 0  # the call ended with a value (attempt: which try succeeded)
+    ERROR = 1  # the call ended with an error that the flow receives
+    FAILED = 2  # one attempt failed; the next is due at `due_at`
+    FORGIVEN = 3  # an ERROR that `retry` dropped: attempt numbers continue from it, the budget begins anew
+    TIMER = 4  # a sleep or timeout fired
+    EMIT = 5  # an event was emitted; `value` is its ledger id
+    CHILD = 6  # a child run was started; `value` is its id (its result comes as VALUE or ERROR of attempt 1)
+    CANCEL = 7  # a cancel was asked for; `value` is the reason as JSON
+    NOTE = 8  # an instant the run must not forget (its first start), before anything else was recorded
+
+    @property
+    def final(self) -> bool:
+        """Whether the flow receives this entry as the end of its call."""
+        return self in _FINAL
+
+
+_FINAL = {Kind.VALUE, Kind.ERROR, Kind.TIMER, Kind.EMIT, Kind.CANCEL}
+
+
+class Entry(msgspec.Struct, kw_only=True):
+    """One journal row. `batch`, `pos` and `at` are the store's: group commit, place in it, its time in microseconds.
+
+    `(run, claim, attempt, kind)` is unique. `fingerprint` is the JSON of the call's arguments (long ones hashed), or None
+    where they cannot be compared. `error` is JSON `{"type", "message", "args", "traceback"}`.
+    """
+
+    claim: str
+    kind: Kind
+    attempt: int = 0
+    batch: int = 0
+    pos: int = 0
+    at: int = 0
+    due_at: int | None = None
+    fingerprint: bytes | None = None
+    codec: str | None = None
+    value: bytes | None = None
+    error: bytes | None = None
+
+
+class Journal:
+    """A run's entries by claim. Built once per resume from `Store.load`, or empty; grows as commits come back."""
+
+    __slots__ = ("children", "count", "failures", "finals", "last_at", "last_batch", "orphans", "started_at")
+
+    def __init__(self, entries: Iterable[Entry] = (), *, started_at: int | None = None) -> None:
+        self.finals: dict[str, Entry] = {}
+        self.failures: dict[str, list[Entry]] = {}
+        self.children: dict[str, Entry] = {}
+        self.started_at = started_at
+        self.last_batch = 0
+        self.last_at = 0
+        self.count = 0
+        for entry in entries:
+            self.add(entry)
+        self.orphans = set(self.finals)
+
+    def add(self, entry: Entry) -> None:
+        """Takes in one committed entry."""
+        self.count += 1
+        self.last_batch = max(self.last_batch, entry.batch)
+        match entry.kind:
+            case Kind.FAILED | Kind.FORGIVEN:
+                self.failures.setdefault(entry.claim, []).append(entry)
+            case Kind.CHILD:
+                self.children[entry.claim] = entry
+            case Kind.NOTE:
+                self.started_at = entry.at
+            case _:
+                self.finals[entry.claim] = entry
+
+    def attempts(self, claim: str) -> tuple[int, int, int | None]:
+        """`(last attempt number, attempts since the last retry by hand, due_at of the next)` of an unfinished call."""
+        rows = self.failures.get(claim)
+        if not rows:
+            return 0, 0, None
+        rows.sort(key=lambda row: row.attempt)
+        spent = 0
+        for row in reversed(rows):
+            if row.kind is Kind.FORGIVEN:
+                break
+            spent += 1
+        return rows[-1].attempt, spent, rows[-1].due_at

@@ -1,0 +1,154 @@
+"""A run: one durable execution of a flow, its states, its outcomes, and the ids everything in the ledger is known by.
+
+                      ┌──────────── retry (keeps values, drops errors) ───────────────┐
+                      ▼                                                               │
+    record ──► PENDING ──claim──► RUNNING ──Completed──► COMPLETED                    │
+                 ▲ ▲                │ ├──Failed──────► FAILED ────────────────────────┤
+                 │ │                │ ├──Cancelled───► CANCELLED ─────────────────────┤
+                 │ └─due / woken────┤ └──third death─► DEAD ──────────────────────────┤
+                 │     WAITING ◄──Suspended(until)                                    │
+                 │                  └──Held(reason)──► HELD ──────────────────────────┘
+                 └── interrupted (drain, crash: the next boot's epoch reclaims it)
+
+`cancel` takes PENDING, WAITING and HELD straight to CANCELLED; a RUNNING run is told, and ends in the outcome it reaches.
+Each arrow is one store method. Leaving RUNNING needs the token that the claim gave: a stale one writes nothing.
+"""
+
+import threading
+from enum import IntEnum
+from typing import TypeAlias
+
+import msgspec
+
+
+class State(IntEnum):
+    """Where a run stands. The first four are live."""
+
+    PENDING = 0
+    RUNNING = 1
+    WAITING = 2
+    HELD = 3
+    COMPLETED = 4
+    FAILED = 5
+    CANCELLED = 6
+    DEAD = 7
+
+    @property
+    def word(self) -> str:
+        return self.name.lower()
+
+    @property
+    def live(self) -> bool:
+        return self < State.COMPLETED
+
+
+class Run(msgspec.Struct, kw_only=True):
+    """One row of `runs`, as the worker holds it. Instants are microseconds.
+
+    `params` is a JSON object of bound arguments, or None: bind from the event, whose CloudEvents JSON is `body`.
+    `token` fences: it grows with every claim. `suspect`: a crash left it in flight; `deaths` counts journaled attempt
+    starts of it after which nothing was recorded. `parent` and `parent_claim` name the run and journal claim a child answers.
+    """
+
+    id: int
+    flow: str
+    created_at: int
+    due_at: int
+    event: int | None = None
+    subscription: str = ""
+    state: State = State.PENDING
+    started_at: int | None = None
+    token: int = 0
+    lane: str | None = None
+    priority: int = 0
+    parent: int | None = None
+    parent_claim: str | None = None
+    depth: int = 0
+    params: bytes | None = None
+    body: bytes | None = None
+    suspect: bool = False
+    deaths: int = 0
+    cancel_requested: bool = False
+
+
+class Completed(msgspec.Struct, frozen=True):
+    """The flow returned; `value` is its encoded result under `codec`."""
+
+    value: bytes
+    codec: str = "json"
+    orphans: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """The flow raised; `error` is JSON: type, message, args, traceback."""
+
+    error: bytes
+
+
+class Suspended(msgspec.Struct, frozen=True):
+    """Every branch waits durably: out of memory until `until` (None: until something wakes it).
+
+    `seen_batch` is the last batch delivered to the flow: if the journal holds a later one, the run is due at once.
+    """
+
+    until: int | None
+    seen_batch: int
+
+
+class Cancelled(msgspec.Struct, frozen=True):
+    reason: str
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A person must look; `reason` says at what."""
+
+    reason: str
+
+
+class Interrupted(msgspec.Struct, frozen=True):
+    """No outcome: the run goes back to PENDING as it was (drain)."""
+
+
+Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | Held | Interrupted
+
+
+class Ids:
+    """63-bit ids that only grow: milliseconds << 20 | counter, from any thread.
+
+    `floor` is the largest id that may already be in use (read from the store at open), so that a clock set back repeats none.
+    """
+
+    def __init__(self, floor: int = 0) -> None:
+        self._last = floor
+        self._lock = threading.Lock()
+
+    def next(self, now_us: int) -> int:
+        with self._lock:
+            self._last = max(self._last + 1, now_us // 1000 << 20)
+            return self._last
+
+    def raise_floor(self, floor: int) -> None:
+        with self._lock:
+            self._last = max(self._last, floor)
+
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
+_VALUE = {letter: value for value, letter in enumerate(_ALPHABET)}
+
+
+def show_id(ident: int) -> str:
+    """An id as its 13 letters of Crockford's base 32; sorts as the number does."""
+    return "".join(_ALPHABET[ident >> shift & 31] for shift in range(60, -1, -5))
+
+
+def parse_id(text: str) -> int | None:
+    """The id that `show_id` wrote; None when `text` is not 13 of its letters."""
+    if len(text) != 13:
+        return None
+    number = 0
+    for letter in text.lower():
+        value = _VALUE.get(letter)
+        if value is None:
+            return None
+        number = number << 5 | value
+    return number if number < 1 << 63 else None
