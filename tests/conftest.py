@@ -1,0 +1,54 @@
+"""What every test stands on: asyncio as the loop, an environment without the developer's own settings, and the one way to wait.
+
+`wait_until` is the only permitted wait: it polls a predicate until a deadline and then says what it was waiting for. Stores,
+brokers and servers are real; the fixtures that start them live beside the tests that use them.
+"""
+
+import asyncio
+import inspect
+import os
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+DEADLINE = 20.0
+"""Seconds a wait may take: generous, because the machine may be slow; a test that passes never waits this long."""
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the developer's EVENTFLOW_ settings, or writes a store where she works."""
+    for name in os.environ:
+        if name.startswith("EVENTFLOW_"):
+            monkeypatch.delenv(name)
+
+
+def wait_until(predicate: Callable[[], object], description: str, *, within: float = DEADLINE) -> None:
+    """Polls until `predicate()` is true; fails with the description after `within` seconds. For tests without a loop."""
+    deadline = time.monotonic() + within
+    while not predicate():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {within:g} s in vain until {description}")
+        time.sleep(0.01)
+
+
+async def eventually(
+    predicate: Callable[[], object | Awaitable[object]], description: str, *, within: float = DEADLINE
+) -> None:
+    """`wait_until` on a running loop; the predicate may be a coroutine function."""
+    deadline = time.monotonic() + within
+    while True:
+        answer = predicate()
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if answer:
+            return
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {within:g} s in vain until {description}")
+        await asyncio.sleep(0.01)
