@@ -72,7 +72,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         if "data_base64" in left:
             if data is not None:
                 raise ValueError("data and data_base64 are both present; a CloudEvent has one of them")
-            data = base64.b64decode(left.pop("data_base64"), validate=True)
+            data = _decoded(left.pop("data_base64"))
         known = {name: left.pop(name) for name in _TEXT if name in left}
         for name in ("id", "source", "type"):
             if not known.get(name):
@@ -84,11 +84,22 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
             known["time"] = parse_time(known["time"])
         for name, value in left.items():
             if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(value, str | int | bool):
-                raise ValueError(f"extension {name!r}: expected a lower-case alphanumeric name and a string, integer or boolean")
+                raise ValueError(
+                    f"extension {name!r}: expected a lower-case alphanumeric name and a string, integer or boolean"
+                )
         return cls(data=data, extensions=left, **known)
 
 
 _TEXT = ("id", "source", "type", "subject", "time", "datacontenttype", "dataschema")
+
+
+def _decoded(text: object) -> bytes:
+    if isinstance(text, str):
+        try:
+            return base64.b64decode(text, validate=True)
+        except ValueError:
+            pass
+    raise ValueError("data_base64: expected base64, found something else")
 
 
 def parse_time(text: str) -> datetime:
@@ -117,7 +128,8 @@ class Receipt(msgspec.Struct, frozen=True):
     """What became of one accepted item.
 
     `ledger_id` is its id in the ledger, or for a duplicate the first one's. `conflict`: the same identity came with other
-    content; the first one stands and this one was not recorded. `matched` counts the runs it started.
+    content; the first one stands and this one was not recorded, and `digests` holds the first content's digest and this one's,
+    in hex. `matched` counts the runs it started.
     """
 
     ledger_id: int
@@ -125,14 +137,26 @@ class Receipt(msgspec.Struct, frozen=True):
     duplicate: bool = False
     conflict: bool = False
     matched: int = 0
+    digests: tuple[str, str] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The ledger id as people and the API see it."""
+        return show_id(self.ledger_id)
+
+
+ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
+
+
+def show_id(ident: int) -> str:
+    """An id as its 13 letters of Crockford's base 32; sorts as the number does."""
+    return "".join([ALPHABET[ident >> shift & 31] for shift in range(60, -1, -5)])
 
 
 class Intake(Protocol):
     """The way into the ledger, bound to one trigger's name."""
 
-    async def accept(
-        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
-    ) -> list[Receipt]:
+    async def accept(self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
         """Records items and cursor in one transaction; durable when it returns. One receipt per item, in order.
 
         `cursor` upserts values by key (a partition, a path); None deletes a key. Zero items are legal. Concurrent calls

@@ -20,6 +20,9 @@ from typing import TypeAlias
 
 import msgspec
 
+from eventflow.event import ALPHABET
+from eventflow.event import show_id as show_id  # noqa: PLC0414  (its readers know it from here)
+
 
 class State(IntEnum):
     """Where a run stands. The first four are live."""
@@ -132,13 +135,7 @@ class Ids:
             self._last = max(self._last, floor)
 
 
-_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
-_VALUE = {letter: value for value, letter in enumerate(_ALPHABET)}
-
-
-def show_id(ident: int) -> str:
-    """An id as its 13 letters of Crockford's base 32; sorts as the number does."""
-    return "".join(_ALPHABET[ident >> shift & 31] for shift in range(60, -1, -5))
+_VALUE = {letter: value for value, letter in enumerate(ALPHABET)}
 
 
 def parse_id(text: str) -> int | None:
