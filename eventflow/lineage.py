@@ -134,7 +134,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
     """The deterministic loop of one run. The host pumps it; it never blocks and never waits."""
 
     def __init__(self, host: Host, outer: asyncio.AbstractEventLoop) -> None:
-        self._host = host
+        self.host = host
         self._outer = outer
         self._ready: deque[asyncio.Handle] = deque()
         self._unordered: list[tuple[str, asyncio.Handle]] = []
@@ -173,7 +173,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
             self._pumping = False
 
     def _step_until_parked(self) -> None:
-        ready, parked = self._ready, self._host.parked
+        ready, parked = self._ready, self.host.parked
         budget = MAX_SPIN
         while True:
             while ready or self._unordered:
@@ -186,7 +186,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
                 if budget <= 0:
                     self.spun = True
                     parked()
-                    self._host.wake()
+                    self.host.wake()
                     return
             if not parked():
                 return
@@ -261,7 +261,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
             self._flush()
         self._ready.append(handle)
         if not self._pumping and not self._closed:
-            self._host.wake()
+            self.host.wake()
 
     def _flush(self) -> None:
         """`as_completed` makes its tasks in `set()` order, which differs between processes: start them by lineage."""
@@ -270,12 +270,12 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._unordered.clear()
 
     def time(self) -> float:
-        return self._host.now / SECOND
+        return self.host.now / SECOND
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        return self._call_at(self._host.now + round(delay * SECOND), callback, args, context)
+        return self._call_at(self.host.now + round(delay * SECOND), callback, args, context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
@@ -284,10 +284,10 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     def _call_at(self, due: int, callback: Callable[..., Any], args: Any, context: Any) -> asyncio.Handle:
         timer = FlowTimer(self.scope().claim("timer"), due, callback, args, self, context)
-        if due <= self._host.now:
+        if due <= self.host.now:
             self.push(timer)
         else:
-            self._host.arm(timer)
+            self.host.arm(timer)
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
@@ -339,10 +339,10 @@ class FlowLoop(asyncio.AbstractEventLoop):
         return None
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        self._host.complain(context)
+        self.host.complain(context)
 
     def default_exception_handler(self, context: dict[str, Any]) -> None:
-        self._host.complain(context)
+        self.host.complain(context)
 
 
 def _no_io(name: str) -> Callable[..., NoReturn]:

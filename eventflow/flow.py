@@ -1,0 +1,192 @@
+"""`@flow`: an async function whose execution is a durable run, and the words flow code uses: `current_run`, `sleep`, `timeout`, `emit`.
+
+A flow is started by an event (routing.py), by a door (`app.start`, the API), or by another flow, whose child it then is. The
+executor runs it. Called outside a run and outside an App it is just its function.
+"""
+
+import asyncio
+import inspect
+import random
+from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
+from datetime import datetime
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import msgspec
+
+from eventflow.binding import Binder
+from eventflow.clock import Duration, seconds, to_datetime
+from eventflow.errors import NotAsync, UsageError
+from eventflow.event import Event, Json
+from eventflow.lineage import flow_loop
+from eventflow.results import ResultCodec
+from eventflow.task import Caller, Hook, return_annotation, task_context
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class FlowOptions(msgspec.Struct, frozen=True):
+    """What `@flow(...)` was given. Durations are seconds."""
+
+    name: str
+    timeout: float | None = None
+    concurrency: int | None = None
+    priority: int = 0
+    timeout_counts: str = "wall"
+    grace: float = 20.0
+    on_success: Hook | None = None
+    on_failure: Hook | None = None
+
+
+class RunContext:
+    """What `current_run()` tells a flow (and its task bodies).
+
+    `id` and `event` say what is running and why. `now` is the time of the last thing the journal delivered, `random` a generator
+    seeded by the run: both replay alike. `state` is what the App's lifespan yielded.
+    """
+
+    __slots__ = ("_event", "_now", "id", "log", "random", "state")
+
+    def __init__(self, ident: str, event: Callable[[], Event | None], now: Callable[[], int], state: Any, log: Any) -> None:
+        self.id = ident
+        self._event, self._now = event, now
+        self.random = random.Random(ident)
+        self.state = state
+        self.log = log
+
+    @property
+    def event(self) -> Event | None:
+        """The event that started the run; None for a child run."""
+        return self._event()
+
+    @property
+    def now(self) -> datetime:
+        return to_datetime(self._now())
+
+
+_run: ContextVar[RunContext | None] = ContextVar("eventflow_run", default=None)
+
+
+def current_run() -> RunContext:
+    """The run this code belongs to. Raises UsageError outside one."""
+    context = _run.get()
+    if context is None:
+        raise UsageError("current_run(): expected to be called in a flow or a task of a run, found none")
+    return context
+
+
+def enter_run(context: RunContext) -> None:
+    """Makes `context` the current one of this contextvars context."""
+    _run.set(context)
+
+
+class FlowCaller(Caller, Protocol):
+    """The executor, as flow code sees it."""
+
+    def perform_flow(self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]: ...
+
+    def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]: ...
+
+
+class Flow(Generic[P, T]):
+    """A flow, made by `@flow`."""
+
+    def __init__(self, fn: Callable[..., Coroutine[Any, Any, Any]], options: FlowOptions) -> None:
+        if not inspect.iscoroutinefunction(fn):
+            raise NotAsync(getattr(fn, "__name__", str(fn)))
+        self.fn = fn
+        self.options = options
+        self.name = options.name
+        self.priority = options.priority
+        self._binder: Binder | None = None
+        self._result: ResultCodec | None = None
+        update_wrapper(cast(Any, self), fn)
+
+    @property
+    def binder(self) -> Binder:
+        """How events and parameters become arguments; built at first use, so that forward references resolve."""
+        if self._binder is None:
+            self._binder = Binder(self.fn, self.name)
+        return self._binder
+
+    @property
+    def result(self) -> ResultCodec:
+        if self._result is None:
+            self._result = ResultCodec(return_annotation(self.fn), f"flow {self.name!r} result")
+        return self._result
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
+        loop = flow_loop(self.name)
+        if loop is None:
+            return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
+        return cast("Coroutine[Any, Any, T]", cast(FlowCaller, loop.host).perform_flow(self, args, kwargs))
+
+
+@overload
+def flow(fn: Callable[P, Coroutine[Any, Any, T]], /) -> Flow[P, T]: ...
+@overload
+def flow(
+    *,
+    name: str | None = None,
+    timeout: Duration | None = None,
+    concurrency: int | None = None,
+    priority: int = 0,
+    timeout_counts: str = "wall",
+    grace: Duration = 20.0,
+    on_success: Hook | None = None,
+    on_failure: Hook | None = None,
+) -> "_Decorator": ...
+def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
+    """Makes an `async def` function a flow.
+
+    - `timeout`: seconds a run may take from its first start, waits included (`timeout_counts="running"` leaves out the time it
+      is suspended). `grace`: how long `finally` blocks may work after a cancel or a timeout.
+    - `concurrency`: how many runs of it execute at once; the rest wait. `priority`: higher first, within this flow.
+    - `on_success(run, value)`, `on_failure(run, error)`: called after the outcome is recorded, best effort.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
+        for duration in ("timeout", "grace"):
+            if given.get(duration) is not None:
+                given[duration] = seconds(given[duration])
+        if given.get("timeout_counts", "wall") not in ("wall", "running"):
+            raise UsageError(f'timeout_counts= expected "wall" or "running", found {given["timeout_counts"]!r}')
+        if given.get("concurrency") is not None and given["concurrency"] < 1:
+            raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
+        return Flow(function, FlowOptions(name or getattr(function, "__name__", "flow"), **given))
+
+    return decorate if fn is None else decorate(fn)
+
+
+class _Decorator(Protocol):
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Flow[P, T]: ...
+
+
+async def sleep(delay: Duration) -> None:
+    """Waits. In a flow it is durable: it survives a crash, and a wait of a minute or more holds no memory."""
+    await asyncio.sleep(seconds(delay))
+
+
+def timeout(delay: Duration | None) -> asyncio.Timeout:
+    """`async with timeout(30):` cancels the block when time is up and raises TimeoutError. Durable in a flow."""
+    return asyncio.timeout(None if delay is None else seconds(delay))
+
+
+async def emit(event_type: str, data: Json = None, *, subject: str | None = None, **extensions: str | int | bool) -> str:
+    """Publishes an event; subscriptions on `Emitted(event_type)` receive it. Returns its id.
+
+    In a flow: a journal entry, published by the commit that records it, never twice, never undone. In a task body:
+    published with the task's success, and not at all if it fails.
+    """
+    fields: dict[str, Any] = {"data": data, "subject": subject, "extensions": extensions}
+    loop = flow_loop("emit")
+    if loop is not None:
+        return await cast(FlowCaller, loop.host).perform_emit(event_type, fields)
+    body = task_context()
+    if body is None or not body.run_id:
+        raise UsageError("emit(): expected to be called in a flow or a task of a run; outside, use `await app.emit(...)`")
+    ident = f"{body.idempotency_key}/emit#{len(body.emitted)}"
+    body.emitted.append((ident, event_type, fields))
+    return ident
