@@ -12,6 +12,7 @@
     │   ├── TaskTimedOut            an attempt outlived its timeout
     │   ├── ArgumentsChanged        a recorded call came back with other arguments
     │   ├── NotStorable             a value has no lossless encoding
+    │   │   └── ResultTooLarge      its JSON is over 64 MiB
     │   ├── BindingError            an event does not carry what a flow's signature asks for
     │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead      what `run.result()` raises
     │   └── DepthExceeded           an event was emitted 20 hops deep
@@ -134,6 +135,20 @@ class NotStorable(RunError):
         return (
             f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, or annotate the return type "
             "with a dataclass, a msgspec.Struct or a pydantic model"
+        )
+
+
+class ResultTooLarge(NotStorable):
+    """A result whose JSON is larger than the journal takes. Never retried."""
+
+    def __init__(self, path: str, size: int, limit: int) -> None:
+        RunError.__init__(self, path, size, limit)
+        self.path, self.size, self.limit = path, size, limit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most {self.limit / 2**20:.0f}; return `bytes`, or "
+            "write it to a file or object store and return its name"
         )
 
 
