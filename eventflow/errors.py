@@ -28,7 +28,11 @@
 A message says what was expected, what was found, and what to do. `exit_code` is what the command line returns.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class EventflowError(Exception):
@@ -254,3 +258,15 @@ def describe(error: BaseException) -> dict[str, Any]:
     """`{"type": "module:QualName", "message": str}`, the short form used in logs and the API."""
     cls = type(error)
     return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": str(error)}
+
+
+def caught(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
+    """`(what the call returned, None)` or `(None, what it raised)`.
+
+    For code that is not ours and whose exception is a fact to record, not a reason to stop: a filter, a key, the constructor
+    or `__str__` of a user's error.
+    """
+    try:
+        return call(*args, **kwargs), None
+    except Exception as error:  # whatever it raises is the answer
+        return None, error

@@ -24,7 +24,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.errors import NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, UsageError
+from eventflow.errors import NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, UsageError, caught
 from eventflow.plain import SCALARS, TAGGED_TYPES, decode_tagged, encode_plain, encode_tagged, is_plain, same, type_name
 
 MAX_JSON = 64 * 1024 * 1024
@@ -257,10 +257,8 @@ def _class_name(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-    try:
-        return str(cast(Any, error).message if _is_group(error) else error)
-    except Exception as broken:  # a user's __str__ must not cost us the record of the failure
-        return f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
+    text, broken = caught(str, cast(Any, error).message if _is_group(error) else error)
+    return text if text is not None else f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
 
 
 def _json_args(error: BaseException) -> list[Any] | None:
@@ -338,15 +336,13 @@ def _find(name: str) -> type[Exception] | None:
 
 def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None:
     """The error made again, or None when its class makes another one of these arguments."""
-    try:
-        if "exceptions" in fields:
-            error = cast(Any, kind)(fields["message"], [_rebuild(member) for member in fields["exceptions"]])
-        elif fields["args"] is None:
-            return None
-        else:
-            error = kind(*fields["args"])
-    except Exception:  # a user's constructor may raise anything; then the error does not rebuild
+    if "exceptions" in fields:
+        args = [fields["message"], [_rebuild(member) for member in fields["exceptions"]]]
+    elif fields["args"] is None:
         return None
+    else:
+        args = fields["args"]
+    error, _ = caught(kind, *args)
     return error if type(error) is kind and _message(error) == fields["message"] else None
 
 
