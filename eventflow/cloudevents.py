@@ -131,12 +131,12 @@ def _measure(value: Any) -> int:
         depth += 1
         below: list[Any] = []
         for node in level:
-            kind: type[Any] = type(node)
+            kind = node.__class__
             if kind is dict:
                 keys += len(node)
-                below += [child for child in node.values() if type(child) in _CONTAINERS]
+                below += [child for child in node.values() if child.__class__ in _CONTAINERS]
             elif kind is list:
-                below += [child for child in node if type(child) in _CONTAINERS]
+                below += [child for child in node if child.__class__ in _CONTAINERS]
         if depth > MAX_JSON_DEPTH or keys > MAX_JSON_KEYS:
             raise ValueError(f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found more")
         level = below
