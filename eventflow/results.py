@@ -343,7 +343,7 @@ def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None
     else:
         args = fields["args"]
     error, _ = caught(kind, *args)
-    return error if type(error) is kind and _message(error) == fields["message"] else None
+    return error if error is not None and type(error) is kind and _message(error) == fields["message"] else None
 
 
 # --------------------------------------------------------------------------- fingerprints
