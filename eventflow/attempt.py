@@ -66,7 +66,7 @@ async def run_body(call: Call, clock: Clock, threads: ThreadPoolExecutor, on_dea
     try:
         return await _body(call, threads)
     except asyncio.CancelledError:
-        if not deadline.expired or call.late:
+        if not deadline.expired or asyncio.current_task() is not call.handle:
             raise
         deadline.absorbed()
         raise TaskTimedOut(call.task.name, timeout) from None

@@ -15,14 +15,16 @@ import heapq
 import random
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from contextvars import Context, copy_context
 from functools import partial
 from itertools import islice
-from typing import Any, NoReturn, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import orjson
 
 from eventflow.attempt import run_body
+from eventflow.blobs import LARGE, Blobs
 from eventflow.clock import SECOND, Clock, microseconds
 from eventflow.errors import (
     ArgumentsChanged,
@@ -30,17 +32,18 @@ from eventflow.errors import (
     RunCancelled,
     RunTimedOut,
     StoreError,
+    TaskTimedOut,
     UsageError,
 )
 from eventflow.event import Event
 from eventflow.flow import Flow, RunContext, enter_run
 from eventflow.journal import Entry, Journal, Kind
 from eventflow.lineage import FlowLoop, FlowTask, FlowTimer, leave_flow
-from eventflow.log import Where, get_logger, where
-from eventflow.results import LARGE, Blobs, decode_error, encode_error, fingerprint_diff
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, State, Suspended, show_id
+from eventflow.log import Sink, Where, get_logger, where
+from eventflow.results import decode_error, encode_error, fingerprint, fingerprint_diff
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, Suspended, show_id
 from eventflow.store.base import Append, Appended, Arrival, Mark, Refused, Settle, Settled, Store
-from eventflow.task import Call, TaskContext, enter_task, settle_map
+from eventflow.task import Call, TaskContext, enter_task, settle_map, task_context
 
 SUSPEND_AFTER = 60 * SECOND
 """A run leaves memory when every branch of it waits at least this long."""
@@ -64,6 +67,10 @@ class Pool(Protocol):
     state: Any
     flows: Mapping[str, Flow[..., Any]]
     suspects: asyncio.Semaphore
+    draining: bool
+    sink: Sink | None
+    secret: bytes
+    """Signs what tasks pickle; never in the store."""
 
     def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
         """An event that a run emits, matched and ready to record."""
@@ -93,11 +100,11 @@ class Pool(Protocol):
 class Child:
     """A call of a flow in a flow."""
 
-    __slots__ = ("args", "claim", "fingerprint", "flow", "future", "kwargs")
+    __slots__ = ("claim", "fingerprint", "flow", "future", "params")
 
-    def __init__(self, flow: Flow[..., Any], claim: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.flow, self.claim, self.args, self.kwargs = flow, claim, args, kwargs
-        self.fingerprint: bytes | None = None
+    def __init__(self, flow: Flow[..., Any], claim: str, params: bytes) -> None:
+        self.flow, self.claim, self.params = flow, claim, params
+        self.fingerprint = fingerprint(("params",), (orjson.loads(params),), {}, {})
         self.future: asyncio.Future[Any] | None = None
 
 
@@ -138,6 +145,7 @@ class Execution:
         self.name = show_id(run.id)
         self.is_idle = False
         self.settling = False
+        self.dirty = False
         self.kept_at_start = journal.count
         self._heap: list[tuple[int, int, Entry, Target]] = []
         self._waiting: dict[str, Target] = {}
@@ -150,7 +158,10 @@ class Execution:
         self._checking = False
         self._started_noted = journal.count > 0 or journal.started_at is not None
         self._event: Event | None = None
-        self._where = Where(run=self.name, flow=flow.name, replaying=journal.count > 0)
+        self.replaying = journal.count > 0
+        self._where = Where(
+            run.id, flow.name, run.event, sink=pool.sink, replaying=lambda: self.replaying, show=show_id
+        )  # fmt: skip
         self._root: FlowTask | None = None
 
     # ----------------------------------------------------------------- begin
@@ -172,7 +183,12 @@ class Execution:
 
     def _enter(self) -> None:
         where.set(self._where)
-        enter_run(RunContext(self.name, self._read_event, lambda: self.now, self.pool.state, log))
+        enter_run(RunContext(self.name, self._read_event, self.read_now, self.pool.state, log))
+
+    def read_now(self) -> int:
+        """The time as the flow sees it. Read before anything was delivered it is the start, which then must be durable too."""
+        self._note_start()
+        return self.now
 
     def _read_event(self) -> Event | None:
         if self._event is None and self.run.body is not None:
@@ -229,9 +245,7 @@ class Execution:
 
     def perform_flow(self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         """A child run and its result (flow.FlowCaller)."""
-        call = Child(flow, self.loop.scope().claim(flow.name), args, kwargs)
-        call.fingerprint = flow.binder.unpack(args, kwargs)
-        return self._perform(call)
+        return self._perform(Child(flow, self.loop.scope().claim(flow.name), flow.binder.unpack(args, kwargs)))
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
         call = Emission(self.loop.scope().claim(f"emit:{event_type}"), event_type, fields)
@@ -284,6 +298,8 @@ class Execution:
     def _want(self, target: Target) -> None:
         entry = self.journal.finals.get(target.claim)
         self.journal.orphans.discard(target.claim)
+        if type(target) is Child and (started := self.journal.children.get(target.claim)) is not None:
+            self._fits(started, target)
         if entry is not None and self._fits(entry, target):
             heapq.heappush(self._heap, (entry.batch, entry.pos, entry, target))
         else:
@@ -334,8 +350,8 @@ class Execution:
         if self._heap:
             self._deliver()
             return True
-        self._where.replaying = False
-        if self._starting:
+        self.replaying = False
+        if self._starting and not self.pool.draining:
             self._start_all()
         self._rest()
         return False
@@ -367,7 +383,7 @@ class Execution:
             codec = target.task.result if type(target) is Call else target.flow.result
             try:
                 name, data = self.pool.blobs.fetch(entry.codec or "json", entry.value or b"null")
-                future.set_result(codec.decode(name, data, allow_pickle=True))
+                future.set_result(codec.decode(name, data, allow_pickle=True, key=self.pool.secret))
             except (EventflowError, ValueError, OSError) as error:
                 # What was stored no longer reads as what the code says it is: a person must look, the value stays.
                 self._hold(f"{target.claim}: the recorded value cannot be read back: {error}")
@@ -407,8 +423,8 @@ class Execution:
             self._append(Entry(claim=claim, kind=Kind.TIMER))
 
     def _note_start(self) -> None:
-        """A wait that began before anything was recorded counts from now, also after a crash: say when now was."""
-        if not self._started_noted:
+        """What counts from the start, before anything was delivered, must count from the same instant after a crash."""
+        if not self._started_noted and self.seen_batch == 0:
             self._started_noted = True
             self._append(Entry(claim=START, kind=Kind.NOTE, due_at=self.now))
 
@@ -421,8 +437,7 @@ class Execution:
     def _start_child(self, target: Child) -> None:
         known = self.journal.children.get(target.claim)
         if known is None:
-            params = target.flow.binder.unpack(target.args, target.kwargs)
-            child = self.pool.child(self.run, target.claim, target.flow, params)
+            child = self.pool.child(self.run, target.claim, target.flow, target.params)
             entry = Entry(claim=target.claim, kind=Kind.CHILD, value=str(child.id).encode(), fingerprint=target.fingerprint)
             self._append(entry, children=(child,))
         elif target.claim in self.journal.failures:
@@ -447,47 +462,45 @@ class Execution:
 
     def _launch(self, call: Call) -> None:
         call.attempt += 1
+        call.running = True
         self._working += 1
         context: Context = call.context.copy()
         context.run(self._enter_body, call)
-        call.handle = self.pool.loop.create_task(self._attempt(call), context=context)
+        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
+        call.handle = asyncio.Task(self._attempt(call), loop=self.pool.loop, context=context)
 
     def _enter_body(self, call: Call) -> None:
         leave_flow()
         task = call.task.name
-        where.set(Where(run=self.name, flow=self.flow.name, task=task, attempt=call.attempt))
+        where.set(self._where.during(task, call.attempt))
         enter_task(TaskContext(self.name, task, call.attempt, f"{self.name}/{call.claim}", []))
 
     async def _attempt(self, call: Call) -> None:
         """Runs one body and records what came of it. Whatever it raises ends here."""
-        attempt = call.attempt
+        me = asyncio.current_task()
         try:
             codec, data, emitted = await self._bounded(call)
-        except asyncio.CancelledError as error:
-            if self._abandoned(call, attempt):
-                return
-            self._failed(call, error)  # the body raised it on its own account
-        except (Exception, SystemExit) as error:  # around an attempt: its failure is recorded, and retried if its Retry says so
-            if self._abandoned(call, attempt):
-                return
-            self._failed(call, error)
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
+            # Around an attempt: its failure is recorded, and retried if its Retry says so. An abandoned one (cancelled by the flow,
+            # by a drain, or left behind) is nobody's any more.
+            if call.handle is me and self._ending is None:
+                self._failed(call, error)
         else:
-            if not self._abandoned(call, attempt):
+            if call.handle is me and self._ending is None:
                 self._succeeded(call, codec, data, emitted)
 
-    def _abandoned(self, call: Call, attempt: int) -> bool:
-        if not (call.late or self.settling or self._ending is not None or call.attempt != attempt):
-            return False
-        if call.attempt == attempt:
-            self._worked()
-        return True
+    def _stopped_working(self, call: Call) -> None:
+        if call.running:
+            call.running = False
+            call.handle = None
+            self._working -= 1
 
     async def _bounded(self, call: Call) -> tuple[str, bytes, list[Any]]:
         """The body within the limits set for it: the task's concurrency, and the gate of those suspected of killing us."""
         slots = self.pool.slots(call)
         if slots is None and not self.run.suspect:
             return await self._body(call)
-        async with slots or _OPEN:
+        async with slots or nullcontext():
             if not self.run.suspect:
                 return await self._body(call)
             async with self.pool.suspects:
@@ -503,30 +516,30 @@ class Execution:
 
     async def _body(self, call: Call) -> tuple[str, bytes, list[Any]]:
         value = await run_body(call, self.pool.clock, self.pool.threads, partial(self._deaf, call, call.attempt))
-        codec, data = call.task.result.encode(value)
+        codec, data = call.task.result.encode(value, key=self.pool.secret)
         if len(data) > LARGE:
             codec, data = await asyncio.to_thread(self.pool.blobs.offload, codec, data)
         if call.task.options.on_success:
-            await self._hook(call.task.options.on_success, value)
-        return codec, data, _emitted()
+            await self.hook(call.task.options.on_success, value)
+        context = task_context()
+        return codec, data, context.emitted if context else []
 
     def _deaf(self, call: Call, attempt: int) -> None:
         """A body did not listen when its time was up: record the timeout, leave it behind, refuse what it still returns."""
-        if call.attempt == attempt and call.claim in self._waiting and not self.settling:
-            from_timeout = call.task.options.timeout or 0.0
+        if call.running and call.attempt == attempt and self._ending is None:
             log.error("task.abandoned", run=self.name, task=call.task.name, attempt=attempt)
-            self._failed(call, _timed_out(call, from_timeout))
+            self._failed(call, TaskTimedOut(call.task.name, call.task.options.timeout or 0.0))
 
     def _succeeded(self, call: Call, codec: str, data: bytes, emitted: list[Any]) -> None:
         entry = Entry(
             claim=call.claim, kind=Kind.VALUE, attempt=call.attempt, fingerprint=call.fingerprint, codec=codec, value=data
         )
         arrivals = [self.pool.emitted(self.run, *fields) for fields in emitted] if emitted else ()
-        self._working -= 1
+        self._stopped_working(call)
         self._append(entry, arrivals=arrivals)
 
     def _failed(self, call: Call, error: BaseException) -> None:
-        self._working -= 1
+        self._stopped_working(call)
         options = call.task.options
         call.spent += 1
         delay = options.retries.delay_after(call.spent, error, self.pool.draw)
@@ -547,7 +560,7 @@ class Execution:
         if delay == 0:
             self._launch(call)
 
-    async def _hook(self, hook: Callable[..., Any], *args: Any) -> None:
+    async def hook(self, hook: Callable[..., Any], *args: Any) -> None:
         try:
             result = hook(*args)
             if asyncio.iscoroutine(result):
@@ -557,7 +570,7 @@ class Execution:
 
     def _run_hook(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         if hook is not None:
-            self.pool.spawn(self._hook(hook, *args))
+            self.pool.spawn(self.hook(hook, *args))
 
     # ----------------------------------------------------------------- recording
 
@@ -594,18 +607,14 @@ class Execution:
         if type(target) is Call and target.attempt == entry.attempt and entry.due_at is not None:
             self._wait_to_launch(target, entry.due_at)
 
-    def _worked(self) -> None:
-        self._working -= 1
-        self.pool.soon(self)
-
     def _abandon(self, call: Call | Child | Emission) -> None:
         """Flow code cancelled this call: nothing of it is recorded from here on."""
         if self._waiting.pop(call.claim, None) is None:
             return
         if type(call) is Call:
-            call.late = True
             if call.handle is not None:
                 call.handle.cancel()
+            self._stopped_working(call)
         elif type(call) is Child and self._ending is None and call.claim in self.journal.children:
             child = int(self.journal.children[call.claim].value or b"0")
             self.pool.spawn(self.pool.store.cancel(child, f"the call in {self.name} was cancelled"))
@@ -644,6 +653,11 @@ class Execution:
         """Drain: bodies under way are cancelled, nothing is recorded of them, the run goes back to pending."""
         self._stop(Interrupted())
 
+    def abandon(self) -> None:
+        """The store is gone: cancel everything, record nothing, tell nobody."""
+        if not self.settling:
+            self._finish_up()
+
     def _lost(self, reply: Refused | StoreError) -> None:
         """The lease is gone, or the store is: nothing more may be written."""
         log.warning("run.lost", run=self.name, reason=str(getattr(reply, "reason", reply)))
@@ -663,13 +677,13 @@ class Execution:
 
     def _rest(self) -> None:
         """Parked with nothing to do now: idle runs give up their slot, long sleepers their memory."""
-        idle = self._working == 0 and not self._starting
+        idle = self._working == 0
         if idle is not self.is_idle:
             self.is_idle = idle
             self.pool.idle(self, idle)
-        if not idle or self.loop.foreign or self._heap:
+        if not idle or self.loop.foreign or self._heap or self.pool.draining:
             return
-        if not self._waiting or (len(self._waiting) == 1 and TIMEOUT in self._waiting):
+        if not self._waiting or (self.journal.orphans and self._waiting.keys() <= {TIMEOUT}):
             self._stuck()
         elif len(self._waiting) <= FEW:
             self._consider_suspending()
@@ -754,8 +768,6 @@ class Execution:
         """Nothing more is taken in: bodies are cancelled, timers disarmed, the loop closed."""
         self.settling = True
         for target in self._waiting.values():
-            if type(target) is Call:
-                target.late = True
             if (handle := getattr(target, "handle", None)) is not None:
                 handle.cancel()
         self._waiting.clear()

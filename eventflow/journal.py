@@ -21,7 +21,7 @@ class Kind(IntEnum):
     EMIT = 5  # an event was emitted; `value` is its ledger id
     CHILD = 6  # a child run was started; `value` is its id (its result comes as VALUE or ERROR of attempt 1)
     CANCEL = 7  # a cancel was asked for; `value` is the reason as JSON
-    NOTE = 8  # an instant the run must not forget (its first start), before anything else was recorded
+    NOTE = 8  # the instant the run first started, in `due_at`: kept when a wait or a clock reading counts from it
 
     @property
     def final(self) -> bool:
@@ -79,9 +79,11 @@ class Journal:
             case Kind.CHILD:
                 self.children[entry.claim] = entry
             case Kind.NOTE:
-                self.started_at = entry.at
+                self.started_at = entry.due_at
             case _:
-                self.finals[entry.claim] = entry
+                known = self.finals.get(entry.claim)
+                if known is None or known.attempt <= entry.attempt:
+                    self.finals[entry.claim] = entry
 
     def attempts(self, claim: str) -> tuple[int, int, int | None]:
         """`(last attempt number, attempts since the last retry by hand, due_at of the next)` of an unfinished call."""

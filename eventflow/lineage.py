@@ -23,6 +23,7 @@ import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from hashlib import blake2b
 from types import CodeType
 from typing import Any, NoReturn, Protocol, cast
@@ -41,8 +42,9 @@ _inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar("eve
 class Host(Protocol):
     """What a FlowLoop needs of the executor."""
 
-    now: int
-    """Time of the last delivery, microseconds."""
+    def read_now(self) -> int:
+        """Time of the last delivery, microseconds."""
+        ...
 
     def parked(self) -> bool:
         """Nothing is ready. True: something was delivered, go on stepping."""
@@ -205,12 +207,10 @@ class FlowLoop(asyncio.AbstractEventLoop):
         for task in self._tasks:
             task._log_destroy_pending = False  # pyright: ignore
             coro = task.get_coro()
-            try:
-                if inspect.iscoroutine(coro):
+            if inspect.iscoroutine(coro):
+                # Whatever its `finally` blocks raise or await is nobody's any more: nothing of it will be recorded.
+                with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):
                     coro.close()
-            except (RuntimeError, ValueError):
-                # It refuses to end (awaits in `finally`), or it is the one being stepped: nothing of it will be recorded.
-                pass
         self._tasks = set()
 
     # ----------------------------------------------------------------- identity
@@ -270,12 +270,12 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._unordered.clear()
 
     def time(self) -> float:
-        return self.host.now / SECOND
+        return self.host.read_now() / SECOND
 
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        return self._call_at(self.host.now + round(delay * SECOND), callback, args, context)
+        return self._call_at(self.host.read_now() + round(delay * SECOND), callback, args, context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
@@ -284,7 +284,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     def _call_at(self, due: int, callback: Callable[..., Any], args: Any, context: Any) -> asyncio.Handle:
         timer = FlowTimer(self.scope().claim("timer"), due, callback, args, self, context)
-        if due <= self.host.now:
+        if due <= self.host.read_now():
             self.push(timer)
         else:
             self.host.arm(timer)
@@ -371,9 +371,9 @@ def flow_loop(task_name: str) -> FlowLoop | None:
     raise LineageLost(task_name, "a thread" if loop is None else "another event loop")
 
 
-def leave_flow(context: contextvars.Context) -> None:
-    """Clears the flow's mark from a context that a task body is going to run in."""
-    context.run(_inside.set, None)
+def leave_flow() -> None:
+    """Clears the flow's mark from the current context: a task body is going to run in it."""
+    _inside.set(None)
 
 
 # --------------------------------------------------------------------------- labels

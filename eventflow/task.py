@@ -87,7 +87,7 @@ def enter_task(context: TaskContext) -> None:
 class Call:
     """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
 
-    __slots__ = ("args", "attempt", "claim", "context", "fingerprint", "future", "handle", "kwargs", "late", "spent", "task")
+    __slots__ = ("args", "attempt", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task")
 
     def __init__(
         self, task: "Task[..., Any]", claim: str, args: tuple[Any, ...], kwargs: dict[str, Any], print_: bytes | None
@@ -98,7 +98,7 @@ class Call:
         self.context: Any = None
         self.attempt = 0  # the attempt under way, or the last one
         self.spent = 0  # failures since the last retry by hand: what the Retry's budget counts
-        self.late = False  # abandoned: whatever the body still returns is refused
+        self.running = False  # a body of it is under way
 
 
 class Caller(Host, Protocol):
@@ -275,7 +275,7 @@ def task(
     concurrency: int | None = None,
     on_changed: OnChanged = "error",
     key: Callable[..., str] | None = None,
-    codec: Literal["json", "bytes", "pickle"] | None = None,
+    codec: Literal["pickle"] | None = None,
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
     on_retry: Hook | None = None,

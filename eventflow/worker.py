@@ -1,0 +1,427 @@
+"""The way through: claims due runs, gives each an Execution, bounds how many work at once, and drains.
+
+Fresh runs come by hand from the store's writer (`take`, `ready`) and are never read back; what did not fit in memory, what fell
+due, and what another life left behind comes by `Claim`. Slots count runs that work: one whose every branch waits holds none, so
+parents waiting on children cannot deadlock. Flows take turns. Everything but `take` and `put_back` runs on the worker's loop.
+The next room is the executor; outcomes leave through the store.
+"""
+
+import asyncio
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import orjson
+
+from eventflow.blobs import Blobs
+from eventflow.clock import SECOND, Clock
+from eventflow.errors import StoreError
+from eventflow.event import Event
+from eventflow.executor import Execution
+from eventflow.flow import Flow
+from eventflow.journal import Journal
+from eventflow.log import Sink, get_logger
+from eventflow.results import decode_error
+from eventflow.routing import Router
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, State, Suspended, show_id
+from eventflow.store.base import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
+from eventflow.task import Call
+
+CLAIM = 500
+"""Runs asked for in one claim: enough to share a commit, few enough to stay fair."""
+BEGIN = 100
+"""Runs begun before the loop may do something else."""
+SUSPECTS = 4
+"""Suspects of a crash whose attempts run at once."""
+UNBOUNDED = 1 << 30
+
+log = get_logger("eventflow.worker")
+
+
+class Worker:
+    """The one worker of a process. `start` it on the loop it is to live on; `drain` it there too.
+
+    `concurrency` bounds the runs that work at once, `window` the runs held in memory (working, waiting for a slot, or in a short
+    sleep); the rest waits in the ledger. `threads` bounds plain `def` task bodies.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        router: Router,
+        flows: Mapping[str, Flow[..., Any]],
+        blobs: Blobs,
+        *,
+        concurrency: int = 1000,
+        window: int = 20_000,
+        threads: int = 32,
+        sink: Sink | None = None,
+        secret: bytes = b"",
+        seed: int | None = None,
+    ) -> None:
+        self.store, self.clock, self.router, self.flows, self.blobs = store, clock, router, flows, blobs
+        self.draw = random.Random(seed)
+        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="eventflow-task")
+        self.state: Any = None
+        self.sink = sink
+        self.secret = secret
+        self.draining = False
+        self.executions: dict[int, Execution] = {}
+        self._concurrency = concurrency
+        self._lock = threading.Lock()
+        self._room = window  # what may still be taken into memory; the writer thread takes, this loop gives back
+        self._taking = False
+        self._backlog = True  # the ledger holds due runs that are not in memory
+        self._queues: dict[str, deque[Run]] = {}
+        self._turns: deque[str] = deque()
+        self._busy = 0
+        self._in_memory: dict[str, int] = {}
+        self._claiming = False
+        self._due_timer: Any = None
+        self._beginning = False
+        self._dirty: list[Execution] = []
+        self._limits: dict[str, asyncio.Semaphore] = {}
+        self._owned: set[asyncio.Task[Any]] = set()
+        self._watchers: dict[int, list[Callable[[Outcome], None]]] = {}
+        self._empty = asyncio.Event()
+
+    # ----------------------------------------------------------------- life
+
+    def start(self, state: Any = None) -> None:
+        """Begins taking runs. Call on the loop that flows are to run on."""
+        self.loop = asyncio.get_running_loop()
+        self.suspects = asyncio.Semaphore(SUSPECTS)
+        self.state = state
+        self._taking = True
+        self._backlog = True
+        self.store.attach(self)
+        self._claim()
+
+    async def drain(self, grace: float) -> None:
+        """Takes nothing new, lets bodies under way end for up to `grace` seconds, then interrupts what is left.
+
+        Interrupted runs go back to pending as they were. Returns when every run has left memory.
+        """
+        self._taking = False
+        self.draining = True
+        self.store.attach(None)
+        self._return_unbegun()
+        for execution in list(self.executions.values()):
+            if execution.is_idle:
+                execution.interrupt()
+        await self._wait_empty(grace)
+        for execution in list(self.executions.values()):
+            execution.interrupt()
+        await self._wait_empty(2.0)
+        if self._due_timer is not None:
+            self._due_timer.cancel()
+        for task in list(self._owned):
+            task.cancel()
+        self.threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _wait_empty(self, limit: float) -> None:
+        try:
+            async with asyncio.timeout(limit):
+                while self.executions and self.store.failed is None:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            pass  # The caller decides what happens to those that did not end.
+
+    def _return_unbegun(self) -> None:
+        for queue in self._queues.values():
+            for run in queue:
+                self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
+            queue.clear()
+
+    def abandon(self) -> None:
+        """The store failed: nothing can be written any more. Bodies are cancelled, nothing is recorded."""
+        self._taking = False
+        self.draining = True
+        for execution in list(self.executions.values()):
+            execution.abandon()
+        self._empty.set()
+
+    # ----------------------------------------------------------------- hand-over (store.base.Handover)
+
+    def take(self, run: Run) -> bool:
+        """Whether a run just recorded goes straight to memory. Writer thread."""
+        flow = self.flows.get(run.flow)
+        if not self._taking or self._backlog or flow is None or flow.options.concurrency is not None:
+            return False
+        with self._lock:
+            if self._room <= 0:
+                return False
+            self._room -= 1
+        return True
+
+    def put_back(self, runs: Sequence[Run]) -> None:
+        """The commit failed. Writer thread."""
+        self._give_room(len(runs))
+
+    def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+        """Runs to begin, news that the ledger holds more, and runs that a door asked to cancel."""
+        if self.draining:
+            for run in runs:
+                self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
+            return
+        for run in runs:
+            self._enqueue(run)
+        for ident in cancels:
+            self._cancel(ident)
+        if more:
+            self._backlog = True
+            self._claim()
+        self._begin_some()
+
+    def _cancel(self, ident: int) -> None:
+        execution = self.executions.get(ident)
+        if execution is not None:
+            execution.cancel("cancel requested")
+            return
+        for queue in self._queues.values():
+            for run in queue:
+                if run.id == ident:
+                    run.cancel_requested = True
+
+    def _give_room(self, count: int) -> None:
+        with self._lock:
+            self._room += count
+
+    # ----------------------------------------------------------------- claiming
+
+    def _claim(self) -> None:
+        """Asks the ledger for due runs, when there may be some and there is room for them."""
+        if self._claiming or self.draining or not self._backlog:
+            return
+        limit = min(self._room, CLAIM)
+        if limit < min(CLAIM // 4, 1 + self._room):
+            return
+        with self._lock:
+            self._room -= limit
+        self._claiming = True
+        caps = {name: self._cap(flow) for name, flow in self.flows.items()}
+        self.store.post(Claim(limit, caps), lambda reply: self._claimed(limit, reply), self.loop)
+
+    def _cap(self, flow: Flow[..., Any]) -> int:
+        bound = flow.options.concurrency
+        return UNBOUNDED if bound is None else max(0, bound - self._in_memory.get(flow.name, 0))
+
+    def _claimed(self, limit: int, reply: Claimed | StoreError) -> None:
+        self._claiming = False
+        if isinstance(reply, StoreError):
+            return
+        self._give_room(limit - len(reply.runs))
+        self._backlog = reply.more
+        for run in reply.runs:
+            self._enqueue(run)
+        self._wake_when_due(reply.next_due)
+        if reply.runs:
+            self._begin_some()
+            self._claim()
+
+    def _wake_when_due(self, due: int | None) -> None:
+        if self._due_timer is not None:
+            self._due_timer.cancel()
+            self._due_timer = None
+        if due is not None:
+            self._due_timer = self.clock.timer(self.loop, due, self._due)
+
+    def _due(self) -> None:
+        self._backlog = True
+        self._claim()
+
+    # ----------------------------------------------------------------- beginning
+
+    def _enqueue(self, run: Run) -> None:
+        queue = self._queues.get(run.flow)
+        if queue is None:
+            queue = self._queues[run.flow] = deque()
+        if not queue:
+            self._turns.append(run.flow)
+        queue.append(run)
+        self._in_memory[run.flow] = self._in_memory.get(run.flow, 0) + 1
+
+    def _begin_some(self) -> None:
+        """Begins queued runs while there are slots, one per flow in turn."""
+        if self._beginning:
+            return
+        begun = 0
+        turns = self._turns
+        while turns and self._busy < self._concurrency:
+            if begun == BEGIN:
+                self._beginning = True
+                self.loop.call_soon(self._begin_more)
+                return
+            flow = turns.popleft()
+            queue = self._queues[flow]
+            if not queue:
+                continue
+            run = queue.popleft()
+            if queue:
+                turns.append(flow)
+            self._begin(run)
+            begun += 1
+
+    def _begin_more(self) -> None:
+        self._beginning = False
+        self._begin_some()
+
+    def _begin(self, run: Run) -> None:
+        self._busy += 1
+        if run.token == 1 and not run.suspect:
+            self._execute(run, Journal())
+        else:
+            self.spawn(self._resume(run))
+
+    async def _resume(self, run: Run) -> None:
+        entries = await self.store.load(run.id)
+        log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
+        self.loop.call_soon(self._execute, run, Journal(entries))
+
+    def _execute(self, run: Run, journal: Journal) -> None:
+        if self.draining:
+            self._busy -= 1
+            self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
+            return
+        execution = Execution(self, run, self.flows[run.flow], journal)
+        self.executions[run.id] = execution
+        execution.begin()
+
+    # ----------------------------------------------------------------- what executions ask (executor.Pool)
+
+    def soon(self, execution: Execution) -> None:
+        """Pumps it in the next turn of the loop: by then every reply of the batch under way has been given."""
+        if execution.dirty:
+            return
+        execution.dirty = True
+        if not self._dirty:
+            self.loop.call_soon(self._pump_dirty)
+        self._dirty.append(execution)
+
+    def _pump_dirty(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for execution in dirty:
+            execution.dirty = False
+            execution.pump()
+
+    def idle(self, execution: Execution, idle: bool) -> None:
+        if idle:
+            self._busy -= 1
+            if self.draining:
+                execution.interrupt()
+            elif self._turns:
+                self.loop.call_soon(self._begin_some)
+        else:
+            self._busy += 1
+
+    def slots(self, call: Call) -> asyncio.Semaphore | None:
+        bound = call.task.options.concurrency
+        if bound is None:
+            return None
+        return self._limits.setdefault(call.task.name, asyncio.Semaphore(bound))
+
+    def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
+        extensions = {**fields["extensions"], "eventflowdepth": run.depth + 1, "eventflowcause": show_id(run.id)}
+        event = Event(
+            id=ident,
+            source=f"/flows/{run.flow}",
+            type=event_type,
+            data=fields["data"],
+            subject=fields["subject"],
+            extensions=extensions,
+        )
+        return self.router.emit(event)
+
+    def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
+        now = self.clock.now()
+        return Run(
+            id=self.router.ids.next(now), flow=flow.name, created_at=now, due_at=now, parent=run.id, parent_claim=claim,
+            depth=run.depth, params=params, priority=flow.priority,
+        )  # fmt: skip
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        task = self.loop.create_task(work)
+        self._owned.add(task)
+        task.add_done_callback(self._disown)
+
+    def _disown(self, task: asyncio.Task[Any]) -> None:
+        self._owned.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("worker.task_failed", exc_info=error)
+
+    # ----------------------------------------------------------------- settling
+
+    def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
+        run = execution.run
+        self.executions.pop(run.id, None)
+        self._busy -= 1
+        self._in_memory[run.flow] -= 1
+        self._give_room(1)
+        if isinstance(reply, Settled):
+            self._log_outcome(execution, outcome, reply.at)
+            if reply.answer is not None and run.parent in self.executions:
+                self.executions[run.parent].recorded(reply.answer)
+            self._after(execution, outcome)
+        if not self.executions:
+            self._empty.set()
+        if self.draining:
+            return
+        if self._backlog:
+            self._claim()
+        elif self.flows[run.flow].options.concurrency is not None or isinstance(outcome, Suspended):
+            self._due()
+        if self._turns:
+            self._begin_some()
+
+    def _log_outcome(self, execution: Execution, outcome: Outcome, at: int) -> None:
+        run = execution.run
+        known: dict[str, Any] = {"run": execution.name, "flow": run.flow}
+        match outcome:
+            case Completed():
+                log.info("run.completed", **known, seconds=(at - run.created_at) / SECOND)
+            case Failed():
+                error = orjson.loads(outcome.error)
+                log.error("run.failed", **known, error=f"{error.get('type')}: {error.get('message')}")
+            case Suspended():
+                log.info("run.suspended", **known, until=outcome.until)
+            case Cancelled():
+                log.info("run.cancelled", **known, reason=outcome.reason)
+            case Held():
+                log.error("run.held", **known, reason=outcome.reason)
+            case Interrupted():
+                log.info("run.interrupted", **known)
+
+    def _after(self, execution: Execution, outcome: Outcome) -> None:
+        """Hooks, and those who wait for the result in this process."""
+        options = execution.flow.options
+        if isinstance(outcome, Completed) and options.on_success:
+            name, data = self.blobs.fetch(outcome.codec, outcome.value)
+            self.spawn(execution.hook(options.on_success, execution.name, execution.flow.result.decode(name, data)))
+        elif isinstance(outcome, Failed) and options.on_failure:
+            self.spawn(execution.hook(options.on_failure, execution.name, decode_error(outcome.error)))
+        if not isinstance(outcome, Suspended | Interrupted):
+            for tell in self._watchers.pop(execution.run.id, ()):
+                tell(outcome)
+
+    def watch(self, run: int, tell: Callable[[Outcome], None]) -> None:
+        """`tell(outcome)` when this run settles here; on this worker's loop."""
+        self._watchers.setdefault(run, []).append(tell)
+
+    def unwatch(self, run: int) -> None:
+        self._watchers.pop(run, None)
+
+    @property
+    def load(self) -> dict[str, int]:
+        """How many runs work, sit in memory, and wait for a slot there."""
+        waiting = sum(len(queue) for queue in self._queues.values())
+        return {"working": self._busy, "in_memory": len(self.executions) + waiting, "queued": waiting}
+
+
+def terminal(state: State) -> bool:
+    """Whether `run.result()` can answer."""
+    return not state.live or state is State.HELD
