@@ -81,7 +81,11 @@ async def one(number: int) -> int:
 
 
 async def as_they_come(seen: list[Any]) -> None:
-    for next_one in asyncio.as_completed([one(number) for number in (7, 3, 5, 1)]):
+    async def noted(number: int) -> int:
+        seen.append(["begun", number])  # before any await: the order in which asyncio started them shows
+        return await one(number)
+
+    for next_one in asyncio.as_completed([noted(number) for number in (7, 3, 5, 1)]):
         seen.append(["came", await next_one])
 
 
