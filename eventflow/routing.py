@@ -1,0 +1,351 @@
+"""Which flows an event starts, and why the others do not: subscriptions, and the `Router` that matches events to them.
+
+The reactor calls `Router.arrive` for every accepted item, the worker `Router.emit` for what flows emit, the doors
+`Router.arrive_flow` for a run that somebody asked for. Each returns an `Arrival`: the event with one verdict per subscription,
+its runs and its dead letters, encoded and ready for the store to insert in one transaction. Nothing here waits or writes, and
+nothing raises for what an event carries: user code (`where=`, `params=`, `key=`) that raises is the verdict *invalid*.
+Next room: `store/`.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol, TypeAlias, cast
+
+import msgspec
+import orjson
+
+from eventflow.binding import Binder
+from eventflow.clock import Clock
+from eventflow.errors import BindingError, DepthExceeded, NotStorable, UsageError, caught
+from eventflow.event import MAX_DEPTH, Event, Undecodable
+from eventflow.filters import Filter, Where, compile_filter, wildcard
+from eventflow.plain import encode_plain
+from eventflow.results import digest
+from eventflow.run import Ids, Run, State
+from eventflow.store.base import Arrival
+
+EMIT = "emit"
+"""The trigger of events that flows emit."""
+
+Key: TypeAlias = "str | Callable[[Event], str | None] | None"
+Params: TypeAlias = "Callable[[Event], Mapping[str, Any]] | None"
+
+
+class FlowLike(Protocol):
+    """What routing asks of a flow."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def binder(self) -> Binder: ...
+
+
+class Subscription(msgspec.Struct, frozen=True, kw_only=True):
+    """A trigger's events for a flow. Made by `subscribe`.
+
+    `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after another (per
+    flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it.
+    """
+
+    name: str
+    trigger: str
+    flow: FlowLike
+    filter: Filter | None = None
+    params: Params = None
+    key: Callable[[Event], str | None] | None = None
+    priority: int = 0
+    on_failure: str = "continue"
+    types: tuple[str, ...] = ()
+
+    def hears(self, event_type: str) -> bool:
+        """Whether events of this type are deliveries to it, and get a verdict."""
+        return not self.types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in self.types)
+
+
+def subscribe(
+    trigger: str,
+    flow: FlowLike,
+    *,
+    where: Where = None,
+    params: Params = None,
+    key: Key = None,
+    priority: int | None = None,
+    on_failure: str = "continue",
+    types: Iterable[str] = (),
+    name: str | None = None,
+    taken: Collection[str] = (),
+) -> Subscription:
+    """A subscription, checked: UsageError says what is wrong with `where`, `key` or `on_failure`.
+
+    Its name is `trigger/flow`, or what is given; with `#2`, `#3` … when that is among the `taken`.
+    `key` is a dotted path into `data`, `@attribute`, `"record"` (the `partitionkey` extension or the subject), or a callable.
+    """
+    if on_failure not in ("continue", "block"):
+        raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
+    for wanted in (kinds := tuple(types)):
+        wildcard(wanted, "types")
+    return Subscription(
+        name=_unique(name or f"{trigger}/{flow.name}", taken),
+        trigger=trigger,
+        flow=flow,
+        filter=compile_filter(where),
+        params=params,
+        key=_compile_key(key),
+        priority=flow.priority if priority is None else priority,
+        on_failure=on_failure,
+        types=kinds,
+    )
+
+
+def _unique(name: str, taken: Collection[str]) -> str:
+    number, unique = 1, name
+    while unique in taken:
+        number += 1
+        unique = f"{name}#{number}"
+    return unique
+
+
+def _type_matches(wanted: str, found: str) -> bool:
+    return "*" in wanted and wildcard(wanted, "types")(found)
+
+
+def _compile_key(key: Key) -> Callable[[Event], str | None] | None:
+    if key is None or callable(key):
+        return key
+    if key == "record":
+        return _record_key
+    if key.startswith("@"):
+        return lambda event: _key_text(getattr(event, key[1:], None) or event.extensions.get(key[1:]))
+    path = key.split(".")
+    if not all(path):
+        raise UsageError(f'key= expected a dotted path such as "customer.id", "@attribute" or "record", found {key!r}')
+    return lambda event: _key_text(_walk(event.data, path))
+
+
+def _record_key(event: Event) -> str | None:
+    return _key_text(event.extensions.get("partitionkey", event.subject))
+
+
+def _walk(data: Any, path: list[str]) -> Any:
+    for step in path:
+        if not isinstance(data, dict):
+            return None
+        data = cast(dict[str, Any], data).get(step)
+    return data
+
+
+def _key_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else orjson.dumps(value, default=str).decode()
+
+
+class Router:
+    """Matches events to subscriptions, in the order they were registered. Checks every flow's signature when it is made."""
+
+    def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, clock: Clock) -> None:
+        self.ids, self._clock = ids, clock
+        self.subscriptions = tuple(subscriptions)
+        self._by_trigger: dict[str, list[Subscription]] = {}
+        for subscription in self.subscriptions:
+            _ = subscription.flow.binder  # a signature that no event can fill is a mistake now, not a dead letter later
+            self._by_trigger.setdefault(subscription.trigger, []).append(subscription)
+
+    def arrive(
+        self,
+        trigger: str,
+        item: Event | Undecodable,
+        paused: bool = False,
+        *,
+        ledger_id: int | None = None,
+        only: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Arrival:
+        """What becomes of one item of a trigger. `paused`: its runs are recorded, and held.
+
+        For a replay: `ledger_id` is the event's in the ledger; `only` names the one subscription or flow it is for.
+        """
+        if isinstance(item, Undecodable):
+            return self._bury(trigger, item, item.body, item.error, headers=item.headers or headers)
+        subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
+        if only is not None:
+            subscriptions = [each for each in self.subscriptions if only in (each.name, each.flow.name)]
+        return self._match(trigger, item, subscriptions, paused=paused, ledger_id=ledger_id, headers=headers)
+
+    def emit(self, event: Event, depth: int | None = None) -> Arrival:
+        """An event that a run emitted, `depth` hops (default: its own) from outside. NotStorable: its data is no JSON."""
+        hops = event.depth if depth is None else depth
+        if not isinstance(event.data, bytes):
+            codec, _ = encode_plain(event.data, f"data of emitted event {event.type!r}")
+            if codec != "json":
+                raise NotStorable(f"data of emitted event {event.type!r}", "value that JSON cannot say exactly")
+        if hops > MAX_DEPTH:
+            return self._bury(EMIT, event, event.to_json(), str(DepthExceeded(event.type, hops)))
+        return self._match(EMIT, event, self._by_trigger.get(EMIT, ()), depth=hops)
+
+    def arrive_flow(
+        self, flow: FlowLike, event: Event, *, params: bytes | None = None, trigger: str = "api", lane: str | None = None
+    ) -> Arrival:
+        """One delivery to one flow, without a subscription: `app.start`, `POST /api/runs`, `eventflow run`.
+
+        `params` is a JSON object of arguments; without it they come from the event. Raises BindingError: the caller is there.
+        """
+        if params is None:
+            flow.binder.bind_event(event)
+        else:
+            flow.binder.bind_params(orjson.loads(params), event)
+        delivery = _Delivery(self, event, self._clock.now(), None, 0)
+        delivery.start(flow.name, flow, flow.priority, lane, params, State.PENDING)
+        return delivery.arrival(trigger, event.to_json(), None)
+
+    def _match(
+        self,
+        trigger: str,
+        event: Event,
+        subscriptions: Iterable[Subscription],
+        *,
+        paused: bool = False,
+        depth: int = 0,
+        ledger_id: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Arrival:
+        try:
+            body = event.to_json()
+        except TypeError as error:  # what a trigger put into `data` is no JSON; the attributes are all that can be kept
+            bare = msgspec.structs.replace(event, data=None)
+            return self._bury(trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}")
+        delivery = _Delivery(self, event, self._clock.now(), ledger_id, depth)
+        state = State.HELD if paused else State.PENDING
+        for subscription in subscriptions:
+            if subscription.hears(event.type):
+                delivery.deliver(subscription, state)
+        return delivery.arrival(trigger, body, headers)
+
+    def _bury(
+        self,
+        trigger: str,
+        item: Event | Undecodable,
+        body: bytes,
+        reason: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> Arrival:
+        """A dead letter for what no subscription was asked about."""
+        now = self._clock.now()
+        return Arrival(
+            id=self.ids.next(now),
+            trigger=trigger,
+            key=identity(trigger, item.source, item.id),
+            digest=digest(item.type.encode(), body, size=8),
+            event_id=item.id,
+            source=item.source,
+            type=item.type,
+            subject=item.subject if isinstance(item, Event) else None,
+            body=body,
+            verdicts=orjson.dumps([["", "dead", reason]]),
+            received_at=now,
+            tally={"dead": 1},
+            dead=(("", reason),),
+            headers=orjson.dumps(dict(headers)) if headers else None,
+        )
+
+
+def identity(trigger: str, source: str, ident: str) -> bytes:
+    """The 16 bytes by which the ledger knows an event again (P2)."""
+    return digest(trigger.encode(), source.encode(), ident.encode())
+
+
+def content_digest(event: Event) -> bytes:
+    """The 8 bytes that tell a duplicate from a conflict: type and data. Not the time, which a sender may stamp anew."""
+    data = event.data if isinstance(event.data, bytes) else orjson.dumps(event.data)
+    return digest(event.type.encode(), data, size=8)
+
+
+class _Delivery:
+    """One event on its way to its subscriptions, collecting verdicts."""
+
+    __slots__ = ("_dead", "_depth", "_event", "_id", "_ids", "_now", "_runs", "_tally", "_verdicts")
+
+    def __init__(self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int) -> None:
+        self._ids, self._event, self._now, self._depth = router.ids, event, now, depth
+        self._id = router.ids.next(now) if ledger_id is None else ledger_id
+        self._verdicts: list[tuple[str, str, str | int]] = []
+        self._runs: list[Run] = []
+        self._dead: list[tuple[str, str]] = []
+        self._tally: dict[str, int] = {}
+
+    def deliver(self, subscription: Subscription, state: State) -> None:
+        """Asks one subscription and notes its verdict."""
+        event = self._event
+        unwanted, broken = (None, None) if subscription.filter is None else caught(subscription.filter.failed, event)
+        if unwanted is not None:
+            self._note(subscription.name, "filtered", unwanted, "suppressed")
+            return
+        if broken is None:
+            made, broken = caught(_arguments, subscription, event)
+            if made is not None:
+                lane, params = made
+                self.start(subscription.name, subscription.flow, subscription.priority, lane, params, state)
+                return
+        reason = str(broken) if isinstance(broken, BindingError) else f"{type(broken).__name__}: {broken}"
+        self._note(subscription.name, "invalid", reason, "dead")
+        self._dead.append((subscription.name, reason))
+
+    def start(
+        self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State
+    ) -> None:
+        """A run, due now, or held."""
+        run = Run(
+            id=self._ids.next(self._now),
+            flow=flow.name,
+            created_at=self._now,
+            due_at=self._now,
+            event=self._id,
+            subscription=name,
+            state=state,
+            lane=lane,
+            priority=priority,
+            depth=self._depth,
+            params=params,
+        )
+        self._runs.append(run)
+        self._note(name, "held" if state is State.HELD else "run", run.id, "pending")
+
+    def _note(self, name: str, fate: str, detail: str | int, column: str) -> None:
+        self._verdicts.append((name, fate, detail))
+        self._tally[column] = self._tally.get(column, 0) + 1
+
+    def arrival(self, trigger: str, body: bytes, headers: Mapping[str, str] | None) -> Arrival:
+        event = self._event
+        for run in self._runs:
+            run.body = body
+        return Arrival(
+            id=self._id,
+            trigger=trigger,
+            key=identity(trigger, event.source, event.id),
+            digest=content_digest(event),
+            event_id=event.id,
+            source=event.source,
+            type=event.type,
+            subject=event.subject,
+            body=body,
+            verdicts=orjson.dumps(self._verdicts),
+            received_at=self._now,
+            tally=self._tally or {"suppressed": 1},  # P9: an event with no subscriber is one suppressed delivery
+            runs=self._runs,
+            dead=self._dead,
+            headers=orjson.dumps(dict(headers)) if headers else None,
+        )
+
+
+def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:
+    """The run's lane and, where `params=` makes them, its arguments. Raises what the user's code and the binder raise."""
+    lane = None if subscription.key is None else subscription.key(event)
+    if lane is not None and not isinstance(cast(object, lane), str):
+        raise TypeError(f"key= returned {type(lane).__name__}, expected a str or None")
+    binder = subscription.flow.binder
+    if subscription.params is None:
+        binder.bind_event(event)
+        return lane, None
+    params = binder.unpack((), dict(subscription.params(event)))
+    binder.bind_params(orjson.loads(params), event)
+    return lane, params
