@@ -1,0 +1,35 @@
+"""eventflow: events in, durable flows out.
+
+    from eventflow import App, flow, task
+    from triggers import Webhook
+
+The words are explained in docs/concepts.md. Importing this package starts nothing and touches nothing.
+"""
+
+from eventflow.app import App, RunHandle
+from eventflow.errors import EventflowError
+from eventflow.event import Event, Intake, Receipt, Trigger, Undecodable
+from eventflow.flow import current_run, emit, flow, sleep, timeout
+from eventflow.retry import Permanent, Retry, RetryAfter
+from eventflow.task import current_task, task
+
+__all__ = [
+    "App",
+    "Event",
+    "EventflowError",
+    "Intake",
+    "Permanent",
+    "Receipt",
+    "Retry",
+    "RetryAfter",
+    "RunHandle",
+    "Trigger",
+    "Undecodable",
+    "current_run",
+    "current_task",
+    "emit",
+    "flow",
+    "sleep",
+    "task",
+    "timeout",
+]
