@@ -23,7 +23,7 @@ from eventflow.results import digest
 from eventflow.run import Ids, Run, State
 from eventflow.store.base import Arrival
 
-EMIT = "emit"
+EMIT = "events"
 """The trigger of events that flows emit."""
 
 Key: TypeAlias = "str | Callable[[Event], str | None] | None"
@@ -44,8 +44,8 @@ class FlowLike(Protocol):
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A trigger's events for a flow. Made by `subscribe`.
 
-    `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after another (per
-    flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it.
+    `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
+    another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it.
     """
 
     name: str
