@@ -1,0 +1,182 @@
+"""The verbs a person asks for: retry, cancel, redrive, replay, hold; and what the store asks of itself at start: recover.
+
+Each runs in a transaction of its own, in the writer's thread; sqlite.py calls them. A state moves by `Transaction.move` here as
+in ops.py, so the sum of P9 and the lanes hold whoever asks.
+"""
+
+import sqlite3
+from collections.abc import Callable
+
+import msgspec
+import orjson
+
+from eventflow.errors import NotFound, UsageError
+from eventflow.event import Receipt
+from eventflow.journal import Entry, Kind
+from eventflow.run import Run, State, show_id
+from eventflow.store import rows
+from eventflow.store.base import Arrival
+from eventflow.store.load import load_journal
+from eventflow.store.ops import answer, deliver
+from eventflow.store.rows import Row
+from eventflow.store.transaction import Transaction
+
+RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
+
+DEATHS = 3
+"""Journaled attempt starts that nothing followed, before a run is quarantined."""
+
+
+# --------------------------------------------------------------------------- retry
+
+
+def retry(tx: Transaction, run: int, *, fresh: bool) -> Callable[[], Run]:
+    row = tx.need(run)
+    if row.state not in RETRYABLE:
+        raise UsageError(f"run {show_id(run)} is {row.state.word}; only a failed, cancelled, held or dead run can be retried")
+    _revive(tx, row, fresh=fresh)
+    return lambda: tx.load([row])[0]
+
+
+def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
+    """PENDING, due now. Children whose error the flow is to ask for again are retried with it: their answer must come anew."""
+    forgiven = _forget(tx, row.id) if fresh else _forgive(tx, row.id)
+    row.deaths = row.suspect = row.cancel_requested = 0
+    row.reason = row.result = row.codec = row.error = row.orphans = None
+    tx.wake(row)
+    for child, claim, state in _children(tx, row.id):
+        if claim in forgiven and State(state) in RETRYABLE:
+            _revive(tx, tx.need(child), fresh=fresh)
+
+
+def _forgive(tx: Transaction, run: int) -> set[str]:
+    """ERROR entries become FORGIVEN; what was asked of the old life (its cancel) is dropped. Returns the claims."""
+    again = [entry for entry in load_journal(tx.connection, run) if entry.kind in (Kind.ERROR, Kind.CANCEL)]
+    tx.connection.execute("DELETE FROM journal WHERE run = ? AND kind IN (1, 7)", (run,))
+    errors = [entry for entry in again if entry.kind is Kind.ERROR]
+    for entry in errors:
+        entry.kind = Kind.FORGIVEN
+    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in errors])
+    return {entry.claim for entry in errors}
+
+
+def _forget(tx: Transaction, run: int) -> set[str]:
+    """Drops the journal, and lets go of the children that it started: the new life starts its own."""
+    for child, _, _ in _children(tx, run):
+        cancel(tx, child, "its parent was begun afresh")
+    tx.flush()
+    tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
+    tx.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (run,))
+    return set()
+
+
+def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
+    return tx.connection.execute("SELECT id, parent_claim, state FROM runs WHERE parent = ?", (run,)).fetchall()
+
+
+# --------------------------------------------------------------------------- cancel
+
+
+def cancel(tx: Transaction, run: int, reason: str) -> State:
+    """Ends a run that is not running, asks one that is; its children likewise."""
+    row = tx.need(run)
+    before = row.state
+    if before is State.RUNNING:
+        row.cancel_requested = 1
+        row.reason = reason
+        tx.change(row)
+        tx.cancels.append(run)
+    elif before.live:
+        row.reason = reason
+        tx.move(row, State.CANCELLED)
+        tell_parent(tx, row, "RunCancelled", reason)
+    if before.live:
+        for child, _, _ in _children(tx, run):
+            cancel(tx, child, reason)
+    return before
+
+
+def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> None:
+    """The parent hears of an end that no worker settled, as an ERROR of its call."""
+    if row.parent is None or row.parent_claim is None:
+        return
+    name = (row.parent, row.parent_claim)
+    for text in rows.finals.read(tx.connection, [name]):
+        tx.finals.update(rows.decode_pairs(text))
+    error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
+    entry = answer(tx, row, Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)))
+    parent = tx.row(row.parent)
+    if entry is not None and parent is not None and parent.state is State.RUNNING:
+        tx.answers.append((row.parent, entry))
+
+
+# --------------------------------------------------------------------------- redrive, replay
+
+
+def redrive(tx: Transaction, dead: int, arrival: Arrival) -> Receipt:
+    """The dead letter's delivery is tried once more: dead - 1, and whatever the new arrival's tally says."""
+    found = tx.connection.execute("SELECT event, redriven_at FROM dead WHERE id = ?", (dead,)).fetchone()
+    if found is None:
+        raise NotFound("dead letter", str(dead))
+    event, redriven_at = found
+    if redriven_at is not None:
+        raise UsageError(f"dead letter {dead} was redriven already; replay its event {show_id(event)} to run it once more")
+    tx.count("dead", -1)
+    tx.count("accepted", -1)
+    tx.connection.execute("UPDATE dead SET redriven_at = ? WHERE id = ?", (tx.at, dead))
+    return _add_to_event(tx, event, arrival, dead)
+
+
+def replay(tx: Transaction, event: int, arrival: Arrival) -> Receipt:
+    return _add_to_event(tx, event, arrival, None)
+
+
+def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | None) -> Receipt:
+    """New runs on a recorded event. A redrive may bring a mended body: the runs need it, the dead letter keeps the first."""
+    asked = "SELECT key, digest, trigger, event_id, verdicts, headers, body, kept FROM events WHERE id = ?"
+    found = tx.connection.execute(asked, (event,)).fetchone()
+    if found is None:
+        raise NotFound("event", show_id(event))
+    key, digest, trigger, event_id, verdicts, headers, body, kept = found
+    if not kept:
+        raise UsageError(f"event {show_id(event)} is past its retention: its body is gone; send it again under a new id")
+    if dead is not None and body != arrival.body:
+        tx.connection.execute("UPDATE dead SET body = ? WHERE id = ?", (body, dead))
+        body = arrival.body
+    told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
+    crc = rows.event_crc(event, key, digest, trigger, event_id, told, headers, body)
+    tx.connection.execute(
+        "UPDATE events SET verdicts = ?, body = ?, crc = ?, matched = matched + ? WHERE id = ?",
+        (told, body, crc, len(arrival.runs), event),
+    )
+    deliver(tx, msgspec.structs.replace(arrival, body=body), event)
+    return Receipt(event, event_id, matched=len(arrival.runs))
+
+
+# --------------------------------------------------------------------------- hold
+
+
+def hold(tx: Transaction, trigger: str, paused: bool) -> None:
+    if paused:
+        tx.connection.execute("INSERT OR IGNORE INTO holds (trigger, at) VALUES (?, ?)", (trigger, tx.at))
+    else:
+        tx.connection.execute("DELETE FROM holds WHERE trigger = ?", (trigger,))
+
+
+# --------------------------------------------------------------------------- at start
+
+
+def recover(tx: Transaction) -> None:
+    """A new epoch: what an older one left RUNNING is PENDING again and suspect; what died three times is quarantined."""
+    tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
+    tx.connection.execute("UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE state < 4 AND blocked = 0 AND state = 1")
+    for ident in _died(tx.connection):
+        row = tx.need(ident)
+        row.reason = f"the process died {row.deaths} times while this run was starting an attempt; retry it once mended"
+        tx.move(row, State.DEAD)
+        tell_parent(tx, row, "RunDead", row.reason)
+
+
+def _died(connection: sqlite3.Connection) -> list[int]:
+    asked = "SELECT id FROM runs WHERE state < 4 AND blocked = 0 AND state = 0 AND suspect = 1 AND deaths >= ?"
+    return [ident for (ident,) in connection.execute(asked, (DEATHS,))]

@@ -1,0 +1,63 @@
+"""Reading runs and journals back whole, checksums verified. Called by the writer's transaction and by the readers."""
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from eventflow.errors import StoreCorrupt
+from eventflow.journal import Entry, Kind
+from eventflow.run import Run, State, show_id
+from eventflow.store import rows
+
+_RUNS = """
+    SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at, r.token, r.lane, r.priority,
+           r.parent, r.parent_claim, r.depth, r.params, r.suspect, r.deaths, r.cancel_requested, r.crc,
+           e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc
+    FROM runs r LEFT JOIN events e ON e.id = r.event WHERE r.id IN (SELECT value FROM json_each(?))"""
+
+_JOURNAL = """
+    SELECT claim, attempt, kind, batch, pos, at, due_at, codec, fingerprint, value, error, crc
+    FROM journal WHERE run = ? ORDER BY batch, pos"""
+
+
+def load_runs(connection: sqlite3.Connection, idents: Sequence[int]) -> Iterator[tuple[Run, str | None]]:
+    """The runs with their events' bodies, in the order asked for; with the reason when a checksum does not hold."""
+    found = {row[0]: row for row in connection.execute(_RUNS, (str(list(idents)),)).fetchall()}
+    for ident in idents:
+        if ident in found:
+            yield _run(found[ident])
+
+
+def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
+    (ident, flow, subscription, event, state, created_at, due_at, started_at, token, lane, priority, parent, parent_claim,
+     depth, params, suspect, deaths, cancel_requested, crc, *rest) = row  # fmt: skip
+    run = Run(
+        id=ident, flow=flow, created_at=created_at, due_at=due_at or created_at, event=event, subscription=subscription,
+        state=State(state), started_at=started_at, token=token, lane=lane, priority=priority, parent=parent,
+        parent_claim=parent_claim, depth=depth, params=params, body=rest[7], suspect=bool(suspect), deaths=deaths,
+        cancel_requested=bool(cancel_requested),
+    )  # fmt: skip
+    if crc != rows.run_crc(ident, flow, subscription, event, lane, params):
+        return run, corrupt("runs", ident)
+    if rest[0] is not None and rest[8] is not None and rest[8] != rows.event_crc(*rest[:8]):
+        return run, corrupt("events", rest[0])
+    return run, None
+
+
+def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
+    """The run's journal in (batch, pos) order; StoreCorrupt names the row whose checksum does not hold."""
+    entries: list[Entry] = []
+    for row in connection.execute(_JOURNAL, (run,)):
+        claim, attempt, kind, batch, pos, at, due_at, codec, fingerprint, value, error, crc = row
+        entry = Entry(
+            claim=claim, kind=Kind(kind), attempt=attempt, batch=batch, pos=pos, at=at, due_at=due_at, fingerprint=fingerprint,
+            codec=codec, value=value, error=error,
+        )  # fmt: skip
+        if crc != rows.entry_crc(run, entry):
+            raise StoreCorrupt(corrupt("journal", run) + f", entry {claim!r} attempt {attempt}")
+        entries.append(entry)
+    return entries
+
+
+def corrupt(table: str, ident: int) -> str:
+    return f"{table} row {show_id(ident)}: the stored checksum does not match its content"

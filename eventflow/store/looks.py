@@ -1,0 +1,212 @@
+"""The questions behind the lists and pages, each one read-only function of a connection. Called in a reader's thread.
+
+Newest first; `after` is the last id of the page before. A row whose checksum does not hold is left out of a list and logged by
+`eventflow doctor`; asked for alone it raises StoreCorrupt.
+"""
+
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from eventflow.errors import NotFound, StoreCorrupt, UsageError
+from eventflow.event import Json
+from eventflow.run import State, parse_id, show_id
+from eventflow.store import rows
+from eventflow.store.load import corrupt
+from eventflow.store.readers import dicts
+
+COUNTS = (
+    "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
+    "runs",
+)  # fmt: skip
+
+_EVENT = (
+    "id, key, digest, trigger, event_id, source, type, subject, received_at, matched, kept, duplicates, last_duplicate_at,"
+    " conflicts, crc, verdicts, headers, body"
+)
+_RUN = (
+    "id, flow, subscription, event, state, created_at, due_at, started_at, finished_at, token, lane, blocked, priority, parent,"
+    " parent_claim, depth, suspect, deaths, cancel_requested, orphans, codec, reason, crc, outcome_crc, params, result, error"
+)
+_DEAD = (
+    "d.id, d.event, d.subscription, d.reason, d.at, d.redriven_at, e.trigger, e.event_id, e.source, e.type,"
+    " coalesce(d.body, e.body) AS body, e.headers FROM dead d JOIN events e ON e.id = d.event"
+)
+
+# --------------------------------------------------------------------------- cursors, pauses
+
+
+def cursor(connection: sqlite3.Connection, trigger: str) -> dict[str, Json]:
+    found = connection.execute("SELECT key, value FROM cursors WHERE trigger = ?", (trigger,))
+    return {key: orjson.loads(value) for key, value in found}
+
+
+def paused(connection: sqlite3.Connection) -> set[str]:
+    return {trigger for (trigger,) in connection.execute("SELECT trigger FROM holds")}
+
+
+# --------------------------------------------------------------------------- events
+
+
+def events(
+    connection: sqlite3.Connection, *, trigger: str | None, type: str | None, since: int | None, until: int | None, limit: int,
+    after: int | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Without bodies. The index that grows with the ledger finds the ids, so a rare type costs no reading of bodies."""
+    where, values = _where(("trigger = ?", trigger), ("type = ?", type), ("received_at >= ?", since),
+                           ("received_at < ?", until), ("id < ?", after))  # fmt: skip
+    ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id DESC LIMIT ?"
+    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC", (*values, limit))
+    return [_event_without_body(row) for row in found if _event_holds(row)]
+
+
+def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
+    """With body, headers, its runs and its dead letters."""
+    number = _event_id(connection, ident)
+    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id = ?", (number,))
+    if not found:
+        raise NotFound("event", str(ident))
+    if not _event_holds(found[0]):
+        raise StoreCorrupt(corrupt("events", number))
+    row = _plain_event(found[0])
+    row["runs"] = runs(connection, event=number, limit=1000)
+    row["dead"] = dicts(connection, "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?", (number,))
+    return row
+
+
+def _event_holds(row: dict[str, Any]) -> bool:
+    names = ("id", "key", "digest", "trigger", "event_id", "verdicts", "headers", "body")
+    return row["crc"] is None or row["crc"] == rows.event_crc(*(row[name] for name in names))
+
+
+def _event_without_body(row: dict[str, Any]) -> dict[str, Any]:
+    row = _plain_event(row)
+    del row["body"], row["headers"]
+    return row
+
+
+def _plain_event(row: dict[str, Any]) -> dict[str, Any]:
+    del row["crc"], row["key"], row["digest"]
+    row["kept"] = bool(row["kept"])
+    row["verdicts"] = orjson.loads(row["verdicts"])
+    return row
+
+
+def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
+    if isinstance(ident, int):
+        return ident
+    number = _exact(connection, "events", ident)
+    if number is not None:
+        return number
+    asked = "SELECT id FROM events INDEXED BY events_scan WHERE event_id = ? ORDER BY id DESC LIMIT 2"
+    found = [number for (number,) in connection.execute(asked, (ident,))]
+    return _only(found, ident, "event") if found else _by_part(connection, "events", ident, "event")
+
+
+# --------------------------------------------------------------------------- runs
+
+
+def runs(
+    connection: sqlite3.Connection, *, event: int | None = None, flow: str | None = None, state: State | None = None,
+    parent: int | None = None, limit: int = 50, after: int | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Without parameters and results."""
+    where, values = _where(("event = ?", event), ("flow = ?", flow), ("state = ?", state), ("parent = ?", parent),
+                           ("id < ?", after))  # fmt: skip
+    where += _hint(state)
+    found = dicts(connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit))
+    return [_without(_plain_run(row), "params", "result") for row in found if _run_holds(row)]
+
+
+def _hint(state: State | None) -> str:
+    """Says again what the partial indexes say, for SQLite matches their conditions word by word."""
+    return " AND state > 4" if state is not None and state > State.COMPLETED else ""
+
+
+def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
+    number = ident if isinstance(ident, int) else _exact(connection, "runs", ident)
+    if number is None:
+        number = _by_part(connection, "runs", str(ident), "run")
+    found = dicts(connection, f"SELECT {_RUN} FROM runs WHERE id = ?", (number,))
+    if not found:
+        raise NotFound("run", str(ident))
+    if not _run_holds(found[0]):
+        raise StoreCorrupt(corrupt("runs", number))
+    return _plain_run(found[0])
+
+
+def _run_holds(row: dict[str, Any]) -> bool:
+    fine = row["crc"] == rows.run_crc(*(row[name] for name in ("id", "flow", "subscription", "event", "lane", "params")))
+    outcome = row["outcome_crc"]
+    return fine and (outcome is None or outcome == rows.checksum(*(row[name] for name in ("id", "result", "codec", "error"))))
+
+
+def _plain_run(row: dict[str, Any]) -> dict[str, Any]:
+    del row["crc"], row["outcome_crc"]
+    row["state"] = State(row["state"]).word
+    row["due_at"] = None if row["due_at"] == rows.NEVER else row["due_at"] or row["created_at"]
+    for name in ("blocked", "suspect", "cancel_requested"):
+        row[name] = bool(row[name])
+    return row
+
+
+# --------------------------------------------------------------------------- dead letters
+
+
+def dead(connection: sqlite3.Connection, *, limit: int, after: int | None) -> list[dict[str, Any]]:
+    """Open ones, without bodies."""
+    where, values = _where(("d.id < ?", after))
+    asked = f"SELECT {_DEAD} {where} {'AND' if where else 'WHERE'} d.redriven_at IS NULL ORDER BY d.id DESC LIMIT ?"
+    return [_without(row, "body", "headers") for row in dicts(connection, asked, (*values, limit))]
+
+
+def dead_letter(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
+    found = dicts(connection, f"SELECT {_DEAD} WHERE d.id = ?", (int(ident),)) if str(ident).isdigit() else []
+    if not found:
+        raise NotFound("dead letter", str(ident))
+    return found[0]
+
+
+# --------------------------------------------------------------------------- asking
+
+
+def _where(*conditions: tuple[str, Any]) -> tuple[str, list[Any]]:
+    given = [(text, value) for text, value in conditions if value is not None]
+    return ("WHERE " + " AND ".join(text for text, _ in given) if given else ""), [value for _, value in given]
+
+
+def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in names}
+
+
+def _exact(connection: sqlite3.Connection, table: str, ident: str) -> int | None:
+    """A whole id, in base 32 or as a number."""
+    for number in (parse_id(ident), int(ident) if ident.isascii() and ident.isdigit() and len(ident) < 20 else None):
+        known = f"SELECT 1 FROM {table} WHERE id = ?"
+        if number is not None and number < 1 << 63 and connection.execute(known, (number,)).fetchone():
+            return number
+    return None
+
+
+def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -> int:
+    """The one id that begins or ends with these letters."""
+    low, high = parse_id(part.ljust(13, "0")), parse_id(part.ljust(13, "z")) or (1 << 63) - 1
+    if len(part) > 12 or not part or parse_id(part.rjust(13, "0")) is None:
+        raise NotFound(noun, part)
+    found: set[int] = set()
+    if low is not None:
+        found.update(n for (n,) in connection.execute(f"SELECT id FROM {table} WHERE id BETWEEN ? AND ? LIMIT 2", (low, high)))
+    tail, bits = parse_id(part.rjust(13, "0")), (1 << 5 * len(part)) - 1
+    asked = f"SELECT id FROM {table} WHERE id & ? = ? ORDER BY id DESC LIMIT 2"
+    found.update(n for (n,) in connection.execute(asked, (bits, tail)))
+    if not found:
+        raise NotFound(noun, part)
+    return _only(sorted(found), part, noun)
+
+
+def _only(found: Sequence[int], ident: str, noun: str) -> int:
+    if len(found) > 1:
+        raise UsageError(f"several {noun}s match {ident!r}: {', '.join(show_id(n) for n in found)}, …; give more letters")
+    return found[0]

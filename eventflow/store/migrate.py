@@ -1,0 +1,47 @@
+"""The schema, by numbered files: `schema/001.sql` and on. Called once by the store's `open`.
+
+The number of the last file applied is SQLite's `user_version`. All missing files are applied in one transaction, so a store is
+either as it was or as it should be; one that holds data is copied beside itself first.
+"""
+
+import os
+import sqlite3
+from importlib import resources
+
+from eventflow.errors import StoreError
+
+
+def migrations() -> list[tuple[int, str]]:
+    """`(number, SQL)` of each schema file, in order."""
+    files = (resources.files("eventflow.store") / "schema").iterdir()
+    return sorted((int(file.name.split(".")[0]), file.read_text()) for file in files if file.name.endswith(".sql"))
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Brings the store at `path` to the newest schema. Raises StoreError for one that a newer eventflow wrote."""
+    known = migrations()
+    newest = known[-1][0]
+    found: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found > newest:
+        raise StoreError(
+            f"the store {path} has schema {found}, this eventflow knows up to {newest}: a newer version wrote it; install that "
+            "version, or restore the copy that was made before its upgrade"
+        )
+    missing = [sql for number, sql in known if number > found]
+    if not missing:
+        return
+    if found:
+        copy_to(connection, f"{path}.schema-{found}.bak")
+    connection.executescript("\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"]))
+
+
+def copy_to(connection: sqlite3.Connection, path: str) -> None:
+    """A copy of the whole store, durable before its name appears."""
+    part = f"{path}.part"
+    os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
+    target = sqlite3.connect(part)
+    try:
+        connection.backup(target)
+    finally:
+        target.close()
+    os.replace(part, path)

@@ -1,0 +1,231 @@
+"""The rows of the SQLite ledger: their shapes, their checksums, and how many of them go into one statement.
+
+Called by transaction.py, claim.py and readers.py. Python's sqlite3 lets go of the GIL at every step of a statement, and taking
+it back from a busy event loop may cost 5 ms. So rows go in as multi-row VALUES, a batch in a few statements, and come back as
+one row of JSON. What a batch decides is in ops.py; when it is written is in transaction.py.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+from zlib import crc32
+
+import msgspec
+
+from eventflow.journal import Entry
+from eventflow.run import Run, State
+from eventflow.store.base import Arrival
+
+NEVER = (1 << 63) - 1
+"""`due_at` of a run that waits for something else than time."""
+
+Value: TypeAlias = "int | str | bytes | None"
+Values: TypeAlias = "Sequence[Value]"
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # each text is prepared once; the rest of a size is NULL rows
+
+
+class Bulk:
+    """One statement over many rows: `head (VALUES …) tail`, where rows with a NULL first column are padding."""
+
+    def __init__(self, head: str, width: int, tail: str) -> None:
+        self._head, self._width, self._tail = head, width, tail
+        self._texts: dict[int, str] = {}
+        self._most = max(size for size in _SIZES if size * width <= 32_766)  # SQLite's limit of variables
+
+    def run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
+        """Executes it over all rows; returns how many rows changed."""
+        changed = 0
+        for first in range(0, len(rows), self._most):
+            changed += self._run(connection, rows[first : first + self._most]).rowcount
+        return changed
+
+    def read(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> Iterable[Any]:
+        """Executes a query whose result is one JSON text; yields it once per chunk."""
+        for first in range(0, len(rows), self._most):
+            yield self._run(connection, rows[first : first + self._most]).fetchone()[0]
+
+    def _run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> sqlite3.Cursor:
+        size = next(size for size in _SIZES if size >= len(rows))
+        text = self._texts.get(size)
+        if text is None:
+            row = "(" + ",".join("?" * self._width) + ")"
+            text = self._texts[size] = f"{self._head} (VALUES {','.join([row] * size)}) {self._tail}"
+        values = list(chain.from_iterable(rows))
+        values.extend([None] * ((size - len(rows)) * self._width))
+        return connection.execute(text, values)
+
+
+def insert(table: str, columns: Sequence[str], conflict: str = "") -> Bulk:
+    head = f"INSERT INTO {table} ({','.join(columns)}) SELECT * FROM"
+    return Bulk(head, len(columns), f"WHERE column1 IS NOT NULL {conflict}")
+
+
+def checksum(*parts: Value) -> int:
+    """CRC-32 of a row's payload; NULL and text are told apart from bytes by position, not by value."""
+    return crc32(b"\x1f".join([_bytes(part) for part in parts]))
+
+
+def _bytes(part: Value) -> bytes:
+    if isinstance(part, bytes):
+        return part
+    return b"\0" if part is None else str(part).encode()
+
+
+# --------------------------------------------------------------------------- events
+
+EVENT = (
+    "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at", "matched", "crc", "verdicts",
+    "headers", "body",
+)  # fmt: skip
+insert_events = insert("events", EVENT)
+
+
+def event_row(a: Arrival) -> Values:
+    crc = event_crc(a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
+    return (a.id, a.key, a.digest, a.trigger, a.event_id, a.source, a.type, a.subject, a.received_at, len(a.runs), crc,
+            a.verdicts, a.headers, a.body)  # fmt: skip
+
+
+def event_crc(*payload: Value) -> int:
+    """Over id, key, digest, trigger, event_id, verdicts, headers, body."""
+    return checksum(*payload)
+
+
+class Known(msgspec.Struct, array_like=True):
+    """An event that is already in the ledger; `key` and `digest` in hexadecimal."""
+
+    id: int
+    key: str
+    digest: str
+    matched: int
+
+
+known_events = Bulk(
+    "SELECT json_group_array(json_array(id, hex(key), hex(digest), matched)) FROM events WHERE key IN", 1, ""
+)
+bump_duplicates = Bulk(
+    "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
+    " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
+    4,
+    "WHERE events.id = column1",
+)
+insert_dead = insert("dead", ("event", "subscription", "reason", "at"))
+
+# --------------------------------------------------------------------------- runs
+
+RUN = (
+    "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "lane", "blocked",
+    "priority", "parent", "parent_claim", "depth", "suspect", "deaths", "cancel_requested", "size", "crc", "params",
+)  # fmt: skip
+insert_runs = insert("runs", RUN)
+
+
+def run_row(run: Run, due_at: int, size: int) -> Values:
+    crc = run_crc(run.id, run.flow, run.subscription, run.event, run.lane, run.params)
+    return (run.id, run.flow, run.subscription, run.event, int(run.state), run.created_at, due_at, run.started_at, run.token,
+            run.lane, int(run.lane is not None), run.priority, run.parent, run.parent_claim, run.depth, int(run.suspect),
+            run.deaths, int(run.cancel_requested), size, crc, run.params)  # fmt: skip
+
+
+def run_crc(ident: int, flow: str, subscription: str, event: int | None, lane: str | None, params: bytes | None) -> int:
+    return checksum(ident, flow, subscription, event, lane, params)
+
+
+class Row(msgspec.Struct, array_like=True):
+    """What a transaction knows and may change of one run; the last four are written, never read."""
+
+    id: int
+    flow: str
+    lane: str | None
+    event: int | None
+    parent: int | None
+    parent_claim: str | None
+    size: int
+    state: State
+    due_at: int
+    started_at: int | None
+    finished_at: int | None
+    token: int
+    blocked: int
+    suspect: int
+    deaths: int
+    cancel_requested: int
+    reason: str | None
+    result: bytes | None = None
+    codec: str | None = None
+    error: bytes | None = None
+    orphans: int | None = None
+
+
+_ROW = ",".join(Row.__struct_fields__[:17])
+READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
+decode_rows = msgspec.json.Decoder(list[Row]).decode
+
+_CHANGES = (
+    "state", "due_at", "started_at", "finished_at", "token", "blocked", "suspect", "deaths", "cancel_requested", "reason",
+    "result", "codec", "error", "orphans", "outcome_crc",
+)  # fmt: skip
+update_runs = Bulk(
+    f"UPDATE runs SET {', '.join(f'{name} = column{n}' for n, name in enumerate(_CHANGES, 2))} FROM",
+    len(_CHANGES) + 1,
+    "WHERE runs.id = column1",
+)
+
+
+def change_row(row: Row) -> Values:
+    crc = None if row.result is None and row.error is None else checksum(row.id, row.result, row.codec, row.error)
+    return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.suspect,
+            row.deaths, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.orphans, crc)  # fmt: skip
+
+
+open_lanes = Bulk(
+    "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
+    " WHERE flow = column1 AND lane = column2 AND blocked = 1 AND lane IS NOT NULL AND state < 4) FROM",
+    2,
+    "WHERE column1 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs"
+    " WHERE flow = column1 AND lane = column2 AND blocked = 0 AND lane IS NOT NULL AND state < 4))",
+)
+"""Each lane has exactly one live run that is not blocked: where there is none, the oldest becomes it."""
+
+known_children = Bulk(
+    "SELECT json_group_array(json_array(parent, parent_claim)) FROM runs"
+    " WHERE parent IS NOT NULL AND (parent, parent_claim) IN", 2, "",
+)
+
+# --------------------------------------------------------------------------- journal
+
+ENTRY = ("run", "claim", "attempt", "kind", "batch", "pos", "at", "due_at", "crc", "codec", "fingerprint", "value", "error")
+insert_entries = insert("journal", ENTRY)
+
+
+def entry_row(run: int, e: Entry) -> Values:
+    return (run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.at, e.due_at, entry_crc(run, e), e.codec, e.fingerprint,
+            e.value, e.error)  # fmt: skip
+
+
+def entry_crc(run: int, e: Entry) -> int:
+    return checksum(run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.due_at, e.codec, e.fingerprint, e.value, e.error)
+
+
+known_entries = Bulk(
+    "SELECT count(*) FROM journal WHERE (run, claim, attempt, kind) IN", 4, ""
+)
+finals = Bulk(
+    "SELECT json_group_array(json_array(run, claim)) FROM journal WHERE kind IN (0, 1) AND (run, claim) IN", 2, ""
+)
+"""Calls that already have an end, VALUE or ERROR: an answer that comes after it is not taken."""
+
+later_entries = Bulk(
+    "SELECT json_group_array(v.column1) FROM", 2,
+    "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)",
+)
+decode_pairs = msgspec.json.Decoder(list[tuple[int, str]]).decode
+decode_known = msgspec.json.Decoder(list[Known]).decode
+decode_ids = msgspec.json.Decoder(list[int]).decode
+
+# --------------------------------------------------------------------------- cursors
+
+put_cursors = insert("cursors", ("trigger", "key", "value"), "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value")
+drop_cursors = Bulk("DELETE FROM cursors WHERE (trigger, key) IN", 2, "")

@@ -1,0 +1,271 @@
+"""The ledger in one SQLite file: the verbs of base.py.
+
+`open` takes the lock, proves the file, migrates and recovers; then one thread writes (writer.py) and two read (readers.py).
+The hot path posts; the doors await. Where a verb is decided: ops.py (record, append, mark, settle), claim.py, doors.py,
+looks.py (lists), retention.py. Everything here is about putting these together, nothing decides.
+"""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+from eventflow.clock import Clock
+from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreUnwritable
+from eventflow.event import Json, Receipt
+from eventflow.journal import Entry
+from eventflow.run import Run, State
+from eventflow.store import doors, looks
+from eventflow.store.base import Arrival, Handover, Op, Record
+from eventflow.store.guard import HighWater, Lock, Space
+from eventflow.store.load import load_journal
+from eventflow.store.migrate import migrate
+from eventflow.store.readers import Readers
+from eventflow.store.transaction import Transaction
+from eventflow.store.writer import Call, Errand, Item, Writer
+
+T = TypeVar("T")
+
+_CHECKPOINT = 4000
+"""Pages in the WAL before the writer copies them home (16 MiB): rarely enough to pay one fsync of the file for thousands of
+runs, often enough that a restart reads it in well under a second."""
+
+_PRAGMAS = (
+    "PRAGMA busy_timeout = 5000",
+    "PRAGMA journal_mode = WAL",
+    f"PRAGMA wal_autocheckpoint = {_CHECKPOINT}",
+    f"PRAGMA journal_size_limit = {64 << 20}",
+    "PRAGMA cache_size = -32768",
+    "PRAGMA temp_store = MEMORY",
+    "PRAGMA secure_delete = FAST",
+)
+
+_LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
+
+
+class SqliteStore:
+    """One process, one file. See `base.Store` for what each verb promises.
+
+    `synchronous="NORMAL"` is faster on slow disks and may lose the last commits in a power cut, though never tear them.
+    `max_pending` and `max_pending_bytes` bound the backlog; `free_floor` (bytes; default 256 MiB or 2 % of the disk, whichever
+    is less) is what the ledger leaves free; `accept_loss` opens a store that lost commits it had acknowledged.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        clock: Clock,
+        synchronous: str = "FULL",
+        max_pending: int = 1_000_000,
+        max_pending_bytes: int = 2 << 30,
+        free_floor: int | None = None,
+        ballast: int = 64 << 20,
+        accept_loss: bool = False,
+    ) -> None:
+        self.path = os.path.abspath(path)
+        self.location = f"sqlite:///{self.path}"
+        self.last_id = 0
+        self._clock, self._synchronous, self._accept_loss = clock, synchronous, accept_loss
+        self._max_pending, self._max_pending_bytes = max_pending, max_pending_bytes
+        self._lock = Lock(self.path)
+        self._high_water = HighWater(self.path)
+        self._space = Space(self.path, clock, free_floor, ballast)
+        self._writer: Writer | None = None
+        self._readers: Readers | None = None
+        self._connection: sqlite3.Connection | None = None
+
+    # ------------------------------------------------------------------- open and close
+
+    def open(self) -> None:
+        try:
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            self._lock.take()
+        except OSError as error:
+            raise StoreUnwritable(self.path, error.strerror or str(error)) from error
+        try:
+            self._open()
+        except OSError as error:
+            self.close()
+            raise StoreUnwritable(self.path, error.strerror or str(error)) from error
+        except sqlite3.Error as error:
+            self.close()
+            raise _why_not(self.path, error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        connection = self._connection = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, cached_statements=256
+        )
+        for pragma in (*_PRAGMAS, f"PRAGMA synchronous = {self._synchronous}"):
+            connection.execute(pragma)
+        migrate(connection, self.path)
+        writer = Writer(connection, self.path, self._clock, self._marks(), self._space)
+        self._check_high_water(writer)
+        writer.apply(doors.recover)
+        (self.last_id,) = connection.execute(_LAST_ID).fetchone()
+        self._space.load()
+        self._readers = Readers(self.path, self._clock)
+        self._writer = writer
+        writer.start()
+
+    def _marks(self) -> HighWater | None:
+        """Without FULL a power cut may take commits back, so a mark would accuse an honest file."""
+        return self._high_water if self._synchronous.upper() in ("FULL", "EXTRA") else None
+
+    def _check_high_water(self, writer: Writer) -> None:
+        marked = self._high_water.open()
+        if marked <= writer.batch:
+            return
+        if not self._accept_loss:
+            raise StoreCorrupt(
+                f"the store {self.path} ends at commit {writer.batch}, but commit {marked} was acknowledged: "
+                f"{writer.batch + 1} to {marked} are missing. Restore a backup, or go on without them with "
+                "`eventflow doctor --accept-loss`"
+            )
+        writer.batch = marked
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.stop()
+        if self._readers is not None:
+            self._readers.close()
+        if self._connection is not None:
+            try:
+                if self.failed is None:
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                self._connection.close()
+            except sqlite3.Error:
+                pass  # everything acknowledged is in the WAL; the next open reads it there
+            self._connection = None
+        self._high_water.close()
+        self._lock.release()
+
+    # ------------------------------------------------------------------- the hot path
+
+    @property
+    def failed(self) -> StoreError | None:
+        return self._writer.failed if self._writer is not None else None
+
+    def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
+        self._open_writer().post(Item(op, reply, loop))
+
+    def attach(self, handover: Handover | None) -> None:
+        self._open_writer().handover = handover
+
+    def on_failure(self, call: Callable[[StoreError], None]) -> None:
+        self._open_writer().on_failure(call)
+
+    def room(self) -> StoreFull | None:
+        totals = self._open_writer().totals
+        if totals["pending"] >= self._max_pending:
+            return StoreFull(f"{totals['pending']} deliveries are pending, the bound is {self._max_pending}", 5.0)
+        if totals["pending_bytes"] >= self._max_pending_bytes:
+            return StoreFull(f"{totals['pending_bytes']} bytes are pending, the bound is {self._max_pending_bytes}", 5.0)
+        return self._space.full()
+
+    def _open_writer(self) -> Writer:
+        if self._writer is None:
+            raise StoreError(f"the store {self.path} is not open")
+        return self._writer
+
+    async def _do(self, op: Op | Call | Errand) -> Any:
+        """A posted op, awaited. Cancelling the wait does not reach the transaction."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def reply(value: Any) -> None:
+            if not done.done():
+                done.set_result(value)
+
+        self._open_writer().post(Item(op, reply, loop))
+        value = await done
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    async def _call(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:
+        def make(tx: Transaction) -> T:
+            return verb(tx, *args, **options)
+
+        return cast(T, await self._do(Call(make)))
+
+    async def _look(self, look: Callable[..., T], *args: Any, **options: Any) -> T:
+        if self._readers is None:
+            raise StoreError(f"the store {self.path} is not open")
+        return await self._readers.read(lambda connection: look(connection, *args, **options))
+
+    async def record(
+        self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
+        return await self._do(Record(arrivals, trigger, cursor))
+
+    async def cursor(self, trigger: str) -> dict[str, Json]:
+        return await self._look(looks.cursor, trigger)
+
+    async def load(self, run: int) -> list[Entry]:
+        return await self._look(load_journal, run)
+
+    # ------------------------------------------------------------------- doors
+
+    async def retry(self, run: int, *, fresh: bool = False) -> Run:
+        return cast(Run, await self._call(doors.retry, run, fresh=fresh))
+
+    async def cancel(self, run: int, reason: str) -> State:
+        return await self._call(doors.cancel, run, reason)
+
+    async def hold(self, trigger: str, paused: bool) -> None:
+        await self._call(doors.hold, trigger, paused)
+
+    async def paused(self) -> set[str]:
+        return await self._look(looks.paused)
+
+    async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
+        return await self._call(doors.redrive, dead, arrival)
+
+    async def replay(self, event: int, arrival: Arrival) -> Receipt:
+        return await self._call(doors.replay, event, arrival)
+
+    # ------------------------------------------------------------------- looking
+
+    async def counts(self) -> dict[str, int]:
+        totals = self._open_writer().totals
+        return {name: totals[name] for name in looks.COUNTS}
+
+    async def events(
+        self, *, trigger: str | None = None, type: str | None = None, since: int | None = None, until: int | None = None,
+        limit: int = 50, after: int | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        return await self._look(looks.events, trigger=trigger, type=type, since=since, until=until, limit=limit, after=after)
+
+    async def event(self, ident: str | int) -> dict[str, Any]:
+        return await self._look(looks.event, ident)
+
+    async def runs(
+        self, *, event: int | None = None, flow: str | None = None, state: State | None = None, parent: int | None = None,
+        limit: int = 50, after: int | None = None,
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        return await self._look(looks.runs, event=event, flow=flow, state=state, parent=parent, limit=limit, after=after)
+
+    async def run(self, ident: str | int) -> dict[str, Any]:
+        return await self._look(looks.run, ident)
+
+    async def dead(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
+        return await self._look(looks.dead, limit=limit, after=after)
+
+    async def dead_letter(self, ident: str | int) -> dict[str, Any]:
+        return await self._look(looks.dead_letter, ident)
+
+
+def _why_not(path: str, error: sqlite3.Error) -> StoreError:
+    """What an error at open means for whoever starts the program."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreCorrupt(f"the store {path} is damaged ({error}); restore a backup")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL):
+        return StoreUnwritable(path, str(error))
+    return StoreError(f"cannot open the store {path}: {error}")

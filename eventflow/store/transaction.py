@@ -1,0 +1,256 @@
+"""One transaction in the making: what it has read, what it will write, what it promised.
+
+The writer begins it, ops.py and doors.py decide in it, `flush` writes it in a few statements, the writer commits. Rows are read
+once and changed in memory, so the ops of a batch see each other; nothing reaches the file before `flush`.
+"""
+
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
+
+from eventflow.errors import NotFound
+from eventflow.event import Json
+from eventflow.journal import Entry
+from eventflow.run import Run, State, show_id
+from eventflow.store import rows
+from eventflow.store.base import Handover
+from eventflow.store.load import load_runs
+from eventflow.store.rows import NEVER, Known, Row, Values
+
+TOTALS = (
+    "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
+    "runs", "pending_bytes", "pruned_completed", "pruned_failed", "pruned_cancelled", "pruned_events", "pruned_runs",
+)  # fmt: skip
+"""The counting columns of the one row of `ledger`."""
+
+COLUMN = {
+    State.PENDING: "pending", State.RUNNING: "pending", State.WAITING: "pending", State.HELD: "pending",
+    State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "cancelled", State.DEAD: "dead",
+}  # fmt: skip
+"""Under which word of P9's sum a delivery stands while its run is in a state."""
+
+_LEDGER = f"UPDATE ledger SET batch = ?, at = ?, {', '.join(f'{name} = ?' for name in TOTALS)}"
+
+
+class Transaction:
+    """`batch` and `at` are its number and time; `now` is the wall clock, which may be behind `at`."""
+
+    def __init__(
+        self, connection: sqlite3.Connection, *, batch: int, at: int, now: int, totals: Mapping[str, int],
+        handover: Handover | None,
+    ) -> None:  # fmt: skip
+        self.connection, self.batch, self.at, self.now, self.handover = connection, batch, at, now, handover
+        self.totals = dict(totals)
+        self.known: dict[bytes, Known] = {}
+        self.children: set[tuple[int, str]] = set()
+        self.finals: set[tuple[int, str]] = set()
+        self.appended: set[int] = set()
+        self.taken: list[Run] = []
+        self.cancels: list[int] = []
+        self.answers: list[tuple[int, Entry]] = []
+        self.woken: set[int] = set()
+        self.more = False
+        self.probe = False
+        self.soonest = NEVER
+        self._rows: dict[int, Row | None] = {}
+        self._changed: dict[int, Row] = {}
+        self._pos = 0
+        self._events: list[Values] = []
+        self._runs: list[Values] = []
+        self._entries: list[Values] = []
+        self._dead: list[Values] = []
+        self._bumps: dict[int, list[int]] = {}
+        self._cursors: dict[tuple[str, str], bytes | None] = {}
+        self._lanes: set[tuple[str, str]] = set()
+
+    # ------------------------------------------------------------------- reading
+
+    def fetch(self, idents: Iterable[int]) -> None:
+        """Reads these runs, so that `row` finds them in memory."""
+        missing = [ident for ident in set(idents) if ident not in self._rows]
+        if not missing:
+            return
+        text = self.connection.execute(rows.READ_ROWS, (str(missing),)).fetchone()[0]
+        self._rows.update(dict.fromkeys(missing))
+        self._rows.update((row.id, row) for row in rows.decode_rows(text))
+
+    def row(self, ident: int) -> Row | None:
+        """The run as this transaction will leave it, as far as decided; None when there is none."""
+        self.fetch((ident,))
+        return self._rows[ident]
+
+    def need(self, ident: int) -> Row:
+        row = self.row(ident)
+        if row is None:
+            raise NotFound("run", show_id(ident))
+        return row
+
+    # ------------------------------------------------------------------- deciding
+
+    def count(self, column: str, n: int = 1) -> None:
+        self.totals[column] += n
+
+    def tally(self, tally: Mapping[str, int]) -> None:
+        """Adds deliveries to P9's sum."""
+        for column, n in tally.items():
+            self.totals[column] += n
+            self.totals["accepted"] += n
+
+    def add_event(self, row: Values) -> None:
+        self._events.append(row)
+
+    def add_dead(self, event: int, subscription: str, reason: str) -> None:
+        self._dead.append((event, subscription, reason, self.at))
+
+    def bump(self, event: int, *, conflict: bool) -> None:
+        """Counts a duplicate, or a conflict, on the first one's row."""
+        tally = self._bumps.setdefault(event, [0, 0])
+        tally[conflict] += 1
+        self.count("conflicts" if conflict else "duplicates")
+
+    def put_cursors(self, trigger: str, cursor: Mapping[str, Json]) -> None:
+        for key, value in cursor.items():
+            self._cursors[trigger, key] = None if value is None else msgspec.json.encode(value)
+
+    def add_entry(self, run: int, entry: Entry) -> Entry:
+        """Numbers the entry and queues it."""
+        entry.batch, entry.pos, entry.at = self.batch, self._pos, self.at
+        self._pos += 1
+        self._entries.append(rows.entry_row(run, entry))
+        self.appended.add(run)
+        return entry
+
+    def add_run(self, run: Run, body: bytes | None) -> None:
+        """A new run: RUNNING at once when the worker takes it, else as it comes. A run with a lane starts blocked."""
+        size = len(run.params or b"") + len(body or b"")
+        due_at = 0 if run.due_at <= self.now else run.due_at
+        if run.body is None:
+            run.body = body
+        if run.lane is not None:
+            self._lanes.add((run.flow, run.lane))
+        elif run.state is State.PENDING:
+            self._offer(run, due_at)
+        self._runs.append(rows.run_row(run, due_at, size))
+        self.count("runs")
+        self.count("pending_bytes", size)
+
+    def _offer(self, run: Run, due_at: int) -> None:
+        if due_at:
+            self.soonest = min(self.soonest, due_at)
+        elif self.handover is not None and self.handover.take(run):
+            run.state, run.token, run.started_at = State.RUNNING, run.token + 1, run.started_at or self.at
+            self.taken.append(run)
+        else:
+            self.more = True
+
+    def change(self, row: Row) -> None:
+        self._changed[row.id] = row
+
+    def move(self, row: Row, state: State, due_at: int | None = None) -> None:
+        """Every change of a run's state goes through here: the sum of P9, the backlog and its lane follow."""
+        before, row.state = row.state, state
+        if due_at is not None:
+            row.due_at = due_at
+        if row.parent is None and COLUMN[before] != COLUMN[state]:
+            self.count(COLUMN[before], -1)
+            self.count(COLUMN[state])
+        if before.live != state.live:
+            self.count("pending_bytes", row.size if state.live else -row.size)
+            row.finished_at = None if state.live else self.at
+            if row.lane is not None:
+                row.blocked = int(state.live)
+                self._lanes.add((row.flow, row.lane))
+        self.change(row)
+
+    def wake(self, row: Row) -> None:
+        """PENDING, due now; the worker may have it at once."""
+        self.move(row, State.PENDING, 0)
+        self.woken.add(row.id)
+
+    def sleep(self, row: Row, until: int | None) -> None:
+        """WAITING until an instant, or until woken."""
+        self.move(row, State.WAITING, NEVER if until is None else until)
+        if until is not None:
+            self.soonest = min(self.soonest, until)
+
+    # ------------------------------------------------------------------- writing
+
+    def flush(self) -> None:
+        """Writes everything decided so far, but for the ledger's own row."""
+        connection = self.connection
+        for bulk, values in (
+            (rows.insert_events, self._events),
+            (rows.insert_runs, self._runs),
+            (rows.insert_entries, self._entries),
+            (rows.insert_dead, self._dead),
+        ):
+            if values:
+                bulk.run(connection, values)
+                values.clear()
+        self._hand_over_woken()
+        if self._changed:
+            rows.update_runs.run(connection, [rows.change_row(row) for row in self._changed.values()])
+            self._changed.clear()
+        if self._lanes:
+            self.more |= rows.open_lanes.run(connection, list(self._lanes)) > 0
+            self._lanes.clear()
+        if self._bumps:
+            bumps = [(event, n, c, self.at if n else None) for event, (n, c) in self._bumps.items()]
+            rows.bump_duplicates.run(connection, bumps)
+            self._bumps.clear()
+        self._write_cursors()
+
+    def _hand_over_woken(self) -> None:
+        """Runs that became PENDING go to the worker at once if it takes them. A lane's head may too: it is not blocked."""
+        ready = [row for row in map(self.row, self.woken) if row is not None and row.state is State.PENDING]
+        self.woken.clear()
+        free = [row for row in ready if not row.blocked]
+        if free and self.handover is None:
+            self.more = True
+        elif free:
+            for run in self.load(free):
+                self._take_woken(run)
+
+    def _take_woken(self, run: Run) -> None:
+        row = self.need(run.id)
+        self._offer(run, 0)
+        if run.state is State.RUNNING:
+            row.state, row.token, row.started_at = State.RUNNING, run.token, run.started_at
+
+    def load(self, wanted: Sequence[Row]) -> list[Run]:
+        """These runs with their events' bodies, as this transaction leaves them. What its checksum disowns is HELD instead."""
+        found: list[Run] = []
+        for run, corrupt in load_runs(self.connection, [row.id for row in wanted]):
+            row = self.need(run.id)
+            if corrupt:
+                row.reason = corrupt
+                self.move(row, State.HELD)
+                continue
+            run.state, run.token, run.suspect, run.deaths = row.state, row.token, bool(row.suspect), row.deaths
+            run.started_at, run.cancel_requested = row.started_at, bool(row.cancel_requested)
+            found.append(run)
+        return found
+
+    def _write_cursors(self) -> None:
+        if not self._cursors:
+            return
+        kept = [(trigger, key, value) for (trigger, key), value in self._cursors.items() if value is not None]
+        gone = [name for name, value in self._cursors.items() if value is None]
+        rows.put_cursors.run(self.connection, kept)
+        rows.drop_cursors.run(self.connection, gone)
+        self._cursors.clear()
+
+    def finish(self) -> None:
+        """Writes the rest and the ledger's row; the writer commits."""
+        self.flush()
+        self.connection.execute(_LEDGER, (self.batch, self.at, *self.totals.values()))
+
+    def undo(self) -> None:
+        """The transaction came to nothing: what the worker took goes back as it was."""
+        if self.taken and self.handover is not None:
+            for run in self.taken:
+                run.state, run.token = State.PENDING, run.token - 1
+                run.started_at = run.started_at if run.token else None
+            self.handover.put_back(self.taken)
+        self.taken = []
