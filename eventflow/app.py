@@ -32,7 +32,8 @@ from eventflow.results import decode_error
 from eventflow.routing import EMIT, Key, Params, Router, Subscription, subscribe
 from eventflow.run import Cancelled, Completed, Failed, Held, Ids, Outcome, show_id
 from eventflow.store import open_store
-from eventflow.store.base import Store
+from eventflow.store.keys import secret_beside
+from eventflow.store.sqlite import SqliteStore
 from eventflow.worker import Worker
 
 T = TypeVar("T")
@@ -206,7 +207,7 @@ class App:
         return self._house is not None
 
     @property
-    def store(self) -> Store:
+    def store(self) -> SqliteStore:
         return self.house.store
 
     @property
@@ -300,7 +301,7 @@ class _House:
         self.store = open_store(url, app.clock, **app._store_options)  # pyright: ignore[reportPrivateUsage]
         self.ids = Ids()
         self.sink = sink
-        self.blobs = Blobs(Path(self.store.directory) / "blobs")
+        self.blobs = Blobs(Path(f"{self.store.path}.blobs"))
         self.triggers: list[Trigger] = app.triggers
         self.own_loop: _FlowThread | None = None
         self._stop_lifespan: asyncio.Event | None = None
@@ -315,7 +316,7 @@ class _House:
             self.router = Router(app.subscriptions, self.ids, app.clock)
             self.worker = Worker(
                 self.store, app.clock, self.router, app.flows, self.blobs, concurrency=app._concurrency,  # pyright: ignore
-                threads=app._threads, sink=self.sink, secret=self.store.secret,  # pyright: ignore
+                threads=app._threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),  # pyright: ignore
             )  # fmt: skip
             self.reactor = Reactor(self.store, self.router, app.clock, app.triggers, random.Random())
             self.own_loop = _FlowThread() if own_loop else None

@@ -3,14 +3,16 @@
 `open_store` is the one place where a store's URL becomes a store; app.py and the command line call it.
 """
 
+from typing import Any
+
 from eventflow.clock import Clock
 from eventflow.errors import UsageError
 from eventflow.store.sqlite import SqliteStore
 
 
-def open_store(url: str, clock: Clock, *, accept_loss: bool = False) -> SqliteStore:
+def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
     """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or `sqlite:////absolute/path.db`."""
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or not path:
         raise UsageError(f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}")
-    return SqliteStore(path, clock=clock, accept_loss=accept_loss)
+    return SqliteStore(path, clock=clock, **options)
