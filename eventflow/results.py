@@ -197,6 +197,7 @@ def _decode_hook(wanted: type, value: Any) -> Any:
 
 
 _WRITER = msgspec.json.Encoder(enc_hook=_encode_hook)
+_SORTER = msgspec.json.Encoder(enc_hook=_encode_hook, order="deterministic")
 
 
 def _sign(data: bytes, key: bytes) -> bytes:
@@ -390,6 +391,10 @@ def _field(value: Any) -> bytes:
     try:
         return orjson.dumps(value, _plainer, orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
     except (TypeError, RecursionError):
+        pass
+    try:
+        return _SORTER.encode(value)  # integers beyond 64 bits, which orjson refuses without asking its hook
+    except _UNENCODABLE:
         return _UNVERIFIED
 
 
@@ -401,8 +406,6 @@ def _plainer(value: Any) -> Any:
     """orjson's hook: the JSON of a codec value that orjson does not know. Big bytes are hashed before they are base64."""
     if isinstance(value, bytes | bytearray):
         return f"bytes:{value.hex() if len(value) <= _SMALL else digest(bytes(value)).hex()}"
-    if isinstance(value, int):
-        return f"int:{value:x}"
     if isinstance(value, set | frozenset):
         return sorted(cast(set[Any], value), key=lambda item: orjson.dumps(item, _plainer))
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode_hook)
@@ -412,7 +415,7 @@ def fingerprint_diff(old: bytes | None, new: bytes | None) -> str:
     """The fields that changed, with both values: `x: 1 -> 2, y: absent -> 3`; "" when nothing comparable did."""
     if old is None or new is None or old == new:
         return ""
-    before, after = orjson.loads(old), orjson.loads(new)
+    before, after = msgspec.json.decode(old), msgspec.json.decode(new)
     changed = [
         f"{name}: {_short(before, name)} -> {_short(after, name)}"
         for name in sorted(before.keys() | after.keys())
@@ -434,11 +437,11 @@ def _differs(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
 
 
 def _as_hash(value: Any) -> str:
-    return orjson.loads(_hashed(orjson.dumps(value, option=orjson.OPT_SORT_KEYS)))
+    return orjson.loads(_hashed(_field(value)))
 
 
 def _short(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
         return "absent"
-    text = orjson.dumps(fields[name]).decode()
+    text = msgspec.json.encode(fields[name]).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
