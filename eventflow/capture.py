@@ -1,8 +1,8 @@
 """Taking over a process's logging, and giving it back: `logging`, structlog, and what flows and tasks print.
 
-`serve`, `dev`, `run` and `eventflow.testing` call `configure`; a program that merely imports eventflow never does. While it holds,
-whatever code inside a run logs or prints becomes a line with the run's ids, and goes to the run's store; outside a run, prints
-pass through untouched. `close` puts everything back as it was.
+`serve`, `dev`, `run` and `eventflow.testing` call `configure`; a program that merely imports eventflow never does. While it
+holds, whatever code inside a run logs or prints becomes a line with the run's ids, and goes to the run's store; outside a run,
+prints pass through untouched. `close` puts everything back as it was.
 """
 
 import logging
@@ -60,9 +60,9 @@ class Printed:
 
     def say(self, here: Where, line: str) -> None:
         """One line as a person at a terminal would have seen it."""
-        if shown := line.rstrip("\r").rpartition("\r")[2]:
-            if logging.INFO >= self._output.level:
-                self._output.line(logging.INFO, self._name, shown, {}, here)
+        shown = line.rstrip("\r").rpartition("\r")[2]
+        if shown and self._output.level <= logging.INFO:
+            self._output.line(logging.INFO, self._name, shown, {}, here)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)

@@ -1,10 +1,10 @@
 """Logs: one line per thing that happened, with the ids of the run it happened in; pretty on a terminal, JSON lines elsewhere.
 
 Everybody logs through `get_logger(name)`. The executor says what is executing by setting `where`, once per flow and once per
-attempt: every line made there carries its ids, and the user's lines (of ours, warnings and worse) go to the run's store as well.
+attempt: every line made there carries its ids, and the user's lines (of ours, warnings and worse) go to the run's store too.
 Guaranteed for every line: registered secrets are gone from it, tracebacks included, and logging neither blocks nor raises.
-Embedded in someone's program nothing of theirs is touched: lines go to the host's `logging`. `serve`, `dev`, `run` and tests call
-`configure` of the next room, capture.py, which puts an `Output` (output.py) in place.
+Embedded in someone's program nothing of theirs is touched: lines go to the host's `logging`. `serve`, `dev`, `run` and tests
+call `configure` of the next room, capture.py, which puts an `Output` (output.py) in place.
 """
 
 import logging
@@ -40,7 +40,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "intake.resumed": "There is room again.",
     "journal.long": "A run's journal passed 10,000 entries; every resume reads all of it.",
     "lease.lost": "Another worker holds the run now; what this one still does for it is refused.",
-    "log.dropped": "Lines were not kept, because of a run's rate or size or because the disk or the log file failed; `lines` counts.",
+    "log.dropped": "`lines` lines were not kept: a run logged too fast or too much, or the disk or the log file failed.",
     "log.failed": "The log store cannot write; lines are dropped and counted, runs go on.",
     "log.reset": "The log store's file was damaged: it was set aside and a new one begun. No journal is touched.",
     "loop.blocked": "Code kept an event loop from turning for a second or more; `stack` shows which.",
@@ -72,7 +72,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "trigger.resumed": "Someone resumed a trigger.",
     "webhook.refused": "A webhook's sender was turned away: signature, size, type or timestamp; `reason` says which.",
 }
-"""Every event name eventflow logs, `noun.verb_past`. info: a state changed; warning: it will be tried again; error: look at it."""
+"""Every event name eventflow logs, `noun.verb_past`. info: a state changed; warning: it will be tried again; error: look."""
 
 LOGGER: Final = logging.getLogger("eventflow")
 
@@ -225,8 +225,8 @@ def _tell_host(logger: logging.Logger, level: int, event: str, fields: dict[str,
     data = cast(dict[str, Any], orjson.loads(line))
     text, trace = data["event"], data.pop("exception", None)
     rest = {key: value for key, value in data.items() if key not in _BASE}
-    words = [text, *(f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}" for key, value in rest.items())]
-    told = Told(logger.name, level, "(eventflow)", 0, clean(" ".join(words)), (), None)
+    words = (f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}" for key, value in rest.items())
+    told = Told(logger.name, level, "(eventflow)", 0, clean(" ".join((text, *words))), (), None)
     told.exc_text = trace
     told.fields = rest
     logger.handle(told)
@@ -268,9 +268,8 @@ def _add(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
     if not _RESERVED.isdisjoint(fields):
         fields = {f"{key}_" if key in data and data[key] != value else key: value for key, value in fields.items()}
     data.update(fields)
-    if "exc_info" in fields:
-        if (error := _error(data.pop("exc_info"))) is not None:
-            data["exception"] = "".join(traceback.format_exception(error)).rstrip()
+    if "exc_info" in fields and (error := _error(data.pop("exc_info"))) is not None:
+        data["exception"] = "".join(traceback.format_exception(error)).rstrip()
 
 
 def _error(exc_info: Any) -> BaseException | None:

@@ -1,9 +1,9 @@
 """Where lines leave the process: JSON lines into a file or pipe, pretty ones onto a terminal.
 
-`capture.configure` puts one `Output` in place; loggers of `log.py`, the records of `logging` and the user's structlog all end here.
-A line is appended to a list and a thread of the Output's own writes it at most `LINGER` later (a warning at once, a pretty line
-at once), so that a slow disk or a stuffed pipe never holds an event loop. A stream that takes nothing for long loses lines, and
-then says how many.
+`capture.configure` puts one `Output` in place; loggers of `log.py`, the records of `logging` and the user's structlog all end
+here. A line is appended to a list, and a thread of the Output's own writes it at most `LINGER` later (a warning or a pretty
+line at once), so that a slow disk or a stuffed pipe never holds an event loop. A stream that takes nothing for long loses
+lines, and then says how many.
 """
 
 import io
@@ -93,11 +93,7 @@ class Output(Straight):
     # ----------------------------------------------------------------------- pretty
 
     def _show(self, line: bytes) -> bytes:
-        data = cast(dict[str, Any], orjson.loads(line))
-        for key, value in data.items():
-            if isinstance(value, str):
-                data[key] = clean_lines(value) if key in ("exception", "stack") else clean(value)
-        return show(data, cast(ConsoleRenderer, self._renderer)).encode() + b"\n"
+        return show(cast(dict[str, Any], orjson.loads(line)), cast(ConsoleRenderer, self._renderer)).encode() + b"\n"
 
     # ----------------------------------------------------------------------- the stream
 
@@ -129,7 +125,8 @@ class Output(Straight):
             self._turn.release()
 
     def _dropped(self, lines: int) -> bytes:
-        line = compose(logging.WARNING, "eventflow.log", "log.dropped", {"lines": lines}, self._clock.now(), self._redactor, None)
+        fields, now = {"lines": lines}, self._clock.now()
+        line = compose(logging.WARNING, "eventflow.output", "log.dropped", fields, now, self._redactor, None)
         return self._show(line) if self._renderer is not None else line
 
     def close(self) -> None:
@@ -157,18 +154,19 @@ def message(record: logging.LogRecord) -> str:
 
 def writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
     """Writes all of some bytes to a text, buffered or raw stream, and flushes it."""
-    target = getattr(stream, "buffer", stream)
-    if isinstance(target, io.RawIOBase):  # python -u: sys.stderr.buffer has no buffer of its own, and may write a part
-        return lambda chunk: _write_raw(target, chunk)
-    if isinstance(target, io.TextIOBase) or not hasattr(target, "raw") and "b" not in getattr(target, "mode", "b"):
-        return lambda chunk: (cast(TextIO, target).write(chunk.decode()), cast(TextIO, target).flush()) and None
-    return lambda chunk: (cast(BinaryIO, target).write(chunk), cast(BinaryIO, target).flush()) and None
+    target: Any = getattr(stream, "buffer", stream)
+    text = isinstance(stream, io.TextIOBase) and target is stream  # a StringIO, a notebook's stream
 
+    def write(chunk: bytes) -> None:
+        if text:
+            target.write(chunk.decode())
+        else:
+            left = memoryview(chunk)
+            while left:  # under python -u, sys.stderr.buffer is a raw file, which may take a part only
+                left = left[target.write(left) or 0 :]
+        target.flush()
 
-def _write_raw(raw: io.RawIOBase, chunk: bytes) -> None:
-    left = memoryview(chunk)
-    while left:
-        left = left[raw.write(left) or 0 :]
+    return write
 
 
 # --------------------------------------------------------------------------- how a pretty line looks
@@ -184,5 +182,13 @@ def renderer(colors: bool | None = None) -> ConsoleRenderer:
 def show(data: dict[str, Any], console: ConsoleRenderer) -> str:
     """One line's fields as a person reads them: local time, no controls. `eventflow logs` shows stored lines with it too."""
     moment = datetime.fromisoformat(data["timestamp"]).astimezone()
-    fields = {**data, "timestamp": f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"}
+    fields = {key: _shown(key, value) for key, value in data.items()}
+    fields["timestamp"] = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"
     return console(None, data["level"], fields)
+
+
+def _shown(key: str, value: Any) -> Any:
+    """Texts without controls; what is nested the console shows by `repr`, which lets none pass either."""
+    if not isinstance(value, str):
+        return value
+    return clean_lines(value) if key in ("exception", "stack") else clean(value)

@@ -1,4 +1,4 @@
-"""What must not stand in a log: secret values, fields named like secrets, passwords in URLs; and what must not reach a terminal.
+"""What must not stand in a log: secret values, fields named like secrets, passwords in URLs; and what no terminal may see.
 
 `log.py` asks it about every line, `store/logs.py` never sees anything else. A secret is known by its *value*, whoever prints
 it and in whatever common spelling (escaped, base64, URL-encoded, hexadecimal); where the value is unknown, a field's *name* or
@@ -21,8 +21,10 @@ SHORTEST: Final = 6
 _STEMS: Final = re.compile("pass|pwd|secret|token|auth|key|cookie|credential|bearer|://", re.IGNORECASE)
 """What a text must contain before it is looked at closely."""
 
-_NAMES: Final = ("password", "passwd", "passphrase", "secret", "authorization", "apikey", "privatekey", "accesskey", "signingkey",
-                 "credential", "cookie")  # fmt: skip
+_NAMES: Final = (
+    "password", "passwd", "passphrase", "secret", "authorization", "apikey", "privatekey", "accesskey", "signingkey",
+    "credential", "cookie",
+)  # fmt: skip
 _ENDINGS: Final = ("token", "pwd")
 
 _PAIR: Final = re.compile(
@@ -126,7 +128,7 @@ def _hide_pair(found: re.Match[str]) -> str:
 
 
 def _hides(key: str, value: object) -> bool:
-    """Whether a field's name says that its value is a secret. A number under `…token` is a count; booleans and null say nothing."""
+    """Whether a field's name says that its value is a secret. A number under `…token` is a count; booleans say nothing."""
     if value is None or isinstance(value, bool):
         return False
     name = "".join(letter for letter in key.lower() if letter.isalnum())
@@ -186,7 +188,7 @@ _BEYOND_JSON: Final = re.compile(_CONTROLS.pattern.replace("\x00-\x08\x0a-\x1f",
 
 
 def clean(text: str) -> str:
-    r"""`text` as one line that cannot move a cursor, forge a line or turn the reading direction: controls as `\x1b`, `\u202e`."""
+    r"""`text` as one line that cannot move a cursor, forge a line or turn the reading direction: `\x1b`, `\n`, `\u202e`."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -203,4 +205,4 @@ def escape_json(line: bytes) -> bytes:
 
 
 SECRETS: Final = Redactor()
-"""The registry of this process. One, because a secret is secret in the whole process and is often read before any App exists."""
+"""The registry of this process. One, because a secret is secret in all of it, and is often read before any App exists."""
