@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeAlias
 
+import orjson
 import pytest
 import structlog
 
@@ -96,7 +97,9 @@ class Ledger:
 
 
 def content(item: Item) -> bytes:
-    return item.to_json() if isinstance(item, Event) else item.body
+    """What tells a duplicate from a conflict, as in the ledger: type and data, not the time, which a source may stamp anew."""
+    body = item.data if isinstance(item, Event) else item.body
+    return item.type.encode() + (body if isinstance(body, bytes) else orjson.dumps(body))
 
 
 @asynccontextmanager
