@@ -42,7 +42,7 @@ def latin(headers: dict[str, str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", [to_binary, to_structured], ids=["binary", "structured"])
-@pytest.mark.parametrize("data", [{"total": 5, "items": ["é", None]}, [1, "x"]])
+@pytest.mark.parametrize("data", [{"total": 5, "items": ["é", None]}, {}])
 def test_what_the_sdk_writes_is_read(mode: Any, data: Any):
     """A message written by the CloudEvents SDK reads as the same event, in binary and in structured mode."""
     message = mode(sdk_event(data), JSONFormat())
