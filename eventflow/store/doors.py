@@ -47,17 +47,27 @@ def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
     for child, claim, state in _children(tx, row.id):
         if claim in forgiven and State(state) in RETRYABLE:
             _revive(tx, tx.need(child), fresh=fresh)
+        elif claim in forgiven and State(state) is State.COMPLETED:
+            _answer_again(tx, tx.need(child))
 
 
 def _forgive(tx: Transaction, run: int) -> set[str]:
     """ERROR entries become FORGIVEN; what was asked of the old life (its cancel) is dropped. Returns the claims."""
-    again = [entry for entry in load_journal(tx.connection, run) if entry.kind in (Kind.ERROR, Kind.CANCEL)]
+    entries = load_journal(tx.connection, run)
     tx.connection.execute("DELETE FROM journal WHERE run = ? AND kind IN (1, 7)", (run,))
-    errors = [entry for entry in again if entry.kind is Kind.ERROR]
+    before = {(entry.claim, entry.attempt) for entry in entries if entry.kind is Kind.FORGIVEN}
+    errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
         entry.kind = Kind.FORGIVEN
-    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in errors])
+    fresh = [entry for entry in errors if (entry.claim, entry.attempt) not in before]
+    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in fresh])
     return {entry.claim for entry in errors}
+
+
+def _answer_again(tx: Transaction, child: Row) -> None:
+    """A child that was retried by hand and completed while its parent still held the old error."""
+    result, codec = tx.connection.execute("SELECT result, codec FROM runs WHERE id = ?", (child.id,)).fetchone()
+    answer(tx, child, Entry(claim=child.parent_claim or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result))
 
 
 def _forget(tx: Transaction, run: int) -> set[str]:
@@ -104,10 +114,7 @@ def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> Non
     for text in rows.finals.read(tx.connection, [name]):
         tx.finals.update(rows.decode_pairs(text))
     error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
-    entry = answer(tx, row, Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)))
-    parent = tx.row(row.parent)
-    if entry is not None and parent is not None and parent.state is State.RUNNING:
-        tx.answers.append((row.parent, entry))
+    answer(tx, row, Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)))
 
 
 # --------------------------------------------------------------------------- redrive, replay

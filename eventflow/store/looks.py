@@ -1,7 +1,7 @@
 """The questions behind the lists and pages, each one read-only function of a connection. Called in a reader's thread.
 
-Newest first; `after` is the last id of the page before. A row whose checksum does not hold is left out of a list and logged by
-`eventflow doctor`; asked for alone it raises StoreCorrupt.
+Newest first; `after` is the last id of the page before. A row whose checksum does not hold is left out of a list and logged;
+asked for alone it raises StoreCorrupt. `eventflow doctor` finds them all.
 """
 
 import sqlite3
@@ -12,10 +12,13 @@ import orjson
 
 from eventflow.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.event import Json
+from eventflow.log import get_logger
 from eventflow.run import State, parse_id, show_id
 from eventflow.store import rows
 from eventflow.store.load import corrupt
 from eventflow.store.readers import dicts
+
+log = get_logger("eventflow.store")
 
 COUNTS = (
     "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
@@ -47,6 +50,15 @@ def paused(connection: sqlite3.Connection) -> set[str]:
     return {trigger for (trigger,) in connection.execute("SELECT trigger FROM holds")}
 
 
+def blob_references(connection: sqlite3.Connection) -> set[str]:
+    """What is stored beside the ledger: the references under codecs that end in @blob."""
+    found = connection.execute(
+        "SELECT value FROM journal INDEXED BY journal_blobs WHERE substr(codec, -5) = '@blob'"
+        " UNION SELECT result FROM runs INDEXED BY runs_blobs WHERE substr(codec, -5) = '@blob'"
+    )
+    return {value.decode("ascii") for (value,) in found if value is not None}
+
+
 # --------------------------------------------------------------------------- events
 
 
@@ -59,7 +71,7 @@ def events(
                            ("received_at < ?", until), ("id < ?", after))  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id DESC LIMIT ?"
     found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC", (*values, limit))
-    return [_event_without_body(row) for row in found if _event_holds(row)]
+    return [_event_without_body(row) for row in found if _event_holds(row) or _left_out("events", row)]
 
 
 def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def runs(
                            ("id < ?", after))  # fmt: skip
     where += _hint(state)
     found = dicts(connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit))
-    return [_without(_plain_run(row), "params", "result") for row in found if _run_holds(row)]
+    return [_without(_plain_run(row), "params", "result") for row in found if _run_holds(row) or _left_out("runs", row)]
 
 
 def _hint(state: State | None) -> str:
@@ -175,6 +187,12 @@ def dead_letter(connection: sqlite3.Connection, ident: str | int) -> dict[str, A
 def _where(*conditions: tuple[str, Any]) -> tuple[str, list[Any]]:
     given = [(text, value) for text, value in conditions if value is not None]
     return ("WHERE " + " AND ".join(text for text, _ in given) if given else ""), [value for _, value in given]
+
+
+def _left_out(table: str, row: dict[str, Any]) -> bool:
+    """False, having said so: the row is there, its content is not what was recorded."""
+    log.error("store.row_corrupt", table=table, row=show_id(row["id"]))
+    return False
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

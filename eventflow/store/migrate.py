@@ -9,6 +9,7 @@ import sqlite3
 from importlib import resources
 
 from eventflow.errors import StoreError
+from eventflow.store.backup import back_up
 
 
 def migrations() -> list[tuple[int, str]]:
@@ -31,17 +32,11 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
     if not missing:
         return
     if found:
-        copy_to(connection, f"{path}.schema-{found}.bak")
+        _keep_old(connection, f"{path}.schema-{found}.bak")
     connection.executescript("\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"]))
 
 
-def copy_to(connection: sqlite3.Connection, path: str) -> None:
-    """A copy of the whole store, durable before its name appears."""
-    part = f"{path}.part"
-    os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600))
-    target = sqlite3.connect(part)
-    try:
-        connection.backup(target)
-    finally:
-        target.close()
-    os.replace(part, path)
+def _keep_old(connection: sqlite3.Connection, path: str) -> None:
+    """The copy to go back to; one from an upgrade that did not finish holds the same and stays."""
+    if not os.path.exists(path):
+        back_up(connection, path, lambda: None)

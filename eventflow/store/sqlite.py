@@ -16,12 +16,13 @@ from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreUnwritabl
 from eventflow.event import Json, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Run, State
-from eventflow.store import doors, looks
+from eventflow.store import audit, doors, looks, retention
+from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Op, Record
 from eventflow.store.guard import HighWater, Lock, Space
 from eventflow.store.load import load_journal
 from eventflow.store.migrate import migrate
-from eventflow.store.readers import Readers
+from eventflow.store.readers import BUDGET, Readers
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import Call, Errand, Item, Writer
 
@@ -194,10 +195,10 @@ class SqliteStore:
 
         return cast(T, await self._do(Call(make)))
 
-    async def _look(self, look: Callable[..., T], *args: Any, **options: Any) -> T:
+    async def _look(self, look: Callable[..., T], *args: Any, budget: float = BUDGET, **options: Any) -> T:
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
-        return await self._readers.read(lambda connection: look(connection, *args, **options))
+        return await self._readers.read(lambda connection: look(connection, *args, **options), budget)
 
     async def record(
         self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None
@@ -229,6 +230,23 @@ class SqliteStore:
 
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
         return await self._call(doors.replay, event, arrival)
+
+    async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
+        return await self._call(
+            retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step
+        )
+
+    async def backup(self, path: str) -> None:
+        writer = self._open_writer()
+        await self._do(Errand(lambda connection: back_up(connection, path, writer.between)))
+
+    async def check(self) -> list[str]:
+        """Everything that does not hold in the ledger, pages and checksums included; a long look, for `eventflow doctor`."""
+        return await self._look(audit.check, budget=600.0)
+
+    async def blob_references(self) -> set[str]:
+        """The blobs that a journal entry or a result names."""
+        return await self._look(looks.blob_references, budget=60.0)
 
     # ------------------------------------------------------------------- looking
 

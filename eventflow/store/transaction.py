@@ -24,7 +24,7 @@ TOTALS = (
 )  # fmt: skip
 """The counting columns of the one row of `ledger`."""
 
-COLUMN = {
+COLUMN: dict[State, str] = {
     State.PENDING: "pending", State.RUNNING: "pending", State.WAITING: "pending", State.HELD: "pending",
     State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "cancelled", State.DEAD: "dead",
 }  # fmt: skip
@@ -48,7 +48,6 @@ class Transaction:
         self.appended: set[int] = set()
         self.taken: list[Run] = []
         self.cancels: list[int] = []
-        self.answers: list[tuple[int, Entry]] = []
         self.woken: set[int] = set()
         self.more = False
         self.probe = False

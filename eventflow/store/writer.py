@@ -150,7 +150,7 @@ class Writer:
         return False
 
     def commit_queued(self) -> None:
-        """Commits what is queued now; also called between the steps of an errand."""
+        """Commits what is queued now, in order; a door's verb has a transaction of its own."""
         with self._lock:
             items, self._queue = self._queue[:MOST], self._queue[MOST:]
         while items:
@@ -164,6 +164,12 @@ class Writer:
                     self._queue[:0] = [*self._held_back, *items]
                 self._held_back = []
                 return
+
+    def between(self) -> None:
+        """Between two steps of an errand: others are served; a failure ends the errand."""
+        self.commit_queued()
+        if self.failed is not None:
+            raise self.failed
 
     def _serve(self, items: Sequence[Item]) -> None:
         """One transaction, and its replies; on bad input one transaction for each op."""

@@ -86,6 +86,8 @@ CREATE UNIQUE INDEX runs_child ON runs (parent, parent_claim) WHERE parent IS NO
 CREATE INDEX runs_event ON runs (event) WHERE event IS NOT NULL;
 CREATE INDEX runs_unwell ON runs (state, id) WHERE state > 4;
 
+CREATE INDEX runs_blobs ON runs (result) WHERE substr(codec, -5) = '@blob';
+
 CREATE TABLE journal (
     run         INTEGER NOT NULL,
     claim       TEXT NOT NULL,
@@ -102,6 +104,7 @@ CREATE TABLE journal (
     error       BLOB,
     PRIMARY KEY (run, claim, attempt, kind)
 ) WITHOUT ROWID;
+CREATE INDEX journal_blobs ON journal (value) WHERE substr(codec, -5) = '@blob';
 
 CREATE TABLE cursors (
     trigger TEXT NOT NULL,

@@ -1,0 +1,40 @@
+"""A consistent copy of the ledger while it is being written.
+
+Runs in the writer's thread, on the writer's connection, a few pages at a time with commits in between: SQLite carries those
+over into the copy. A second connection would restart at each commit, or hold a read transaction for as long as the disk takes.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable
+
+from eventflow.errors import UsageError
+
+_PAGES = 512
+"""Between two commits, 2 MiB: a few milliseconds of somebody's wait."""
+
+
+def back_up(connection: sqlite3.Connection, path: str, between: Callable[[], None]) -> None:
+    """Copies the whole store to `path`, which must not exist; durable and complete when it appears there."""
+    if os.path.exists(path):
+        raise UsageError(f"a backup is never written over something: {path} exists; name another file")
+    part = f"{path}.part"
+    os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    try:
+        _copy(connection, part, between)
+        os.link(part, path)
+    finally:
+        os.unlink(part)
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _copy(connection: sqlite3.Connection, path: str, between: Callable[[], None]) -> None:
+    target = sqlite3.connect(path)
+    try:
+        connection.backup(target, pages=_PAGES, progress=lambda status, left, total: between())
+    finally:
+        target.close()
