@@ -69,6 +69,8 @@ class CallableFilter:
     def failed(self, event: Event) -> str | None:
         answer = self._call(event)
         if inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()
             raise TypeError(f"{self._name} returned {type(answer).__name__}, expected a bool")
         return None if answer else f"{self._name} returned {answer!r}"[:200]
 

@@ -210,6 +210,7 @@ def _verified(data: bytes, key: bytes, name: str) -> bytes:
         raise StoreCorrupt(f"{name}: the signature of a pickled result does not hold; it was altered, or the key has changed")
     return data[32:]
 
+
 # --------------------------------------------------------------------------- errors
 
 MAX_TRACEBACK = 16 * 1024

@@ -290,9 +290,7 @@ class _Delivery:
         self._note(subscription.name, "invalid", reason, "dead")
         self._dead.append((subscription.name, reason))
 
-    def start(
-        self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State
-    ) -> None:
+    def start(self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State) -> None:
         """A run, due now, or held."""
         run = Run(
             id=self._ids.next(self._now),
