@@ -153,7 +153,7 @@ class _Listener:
         self._wake = asyncio.Event()
         self._hints = Hints(options.root, self._wake.set)
         self._limiter = anyio.CapacityLimiter(1)
-        self._began = BEGAN in cursor
+        self._began, self._walked = BEGAN in cursor, False
         self._skip_until = _skip_until(remote) if options.existing == "skip" and not self._began else None
         self._walk: Walk | None = None
         self._walk_took = 0.0
@@ -162,7 +162,7 @@ class _Listener:
         self._directories: dict[bytes, int] = {}
         self._root_at = self._clock.monotonic()
         self._root: tuple[int, int] | None = None
-        self._pruned: dict[str, None] = {}
+        self._notes: dict[str, Json] = {}
         self._warned: set[bytes] = set()
 
     @classmethod
@@ -185,7 +185,7 @@ class _Listener:
         await self._take_hints()
         await self._walk_on()
         await self._land_ripe()
-        if self._pruned:
+        if self._notes.keys() - {BEGAN}:
             await self._offer([], {})
 
     # ------------------------------------------------------------------------- when
@@ -317,10 +317,19 @@ class _Listener:
             self._directories |= walk.directories
         if self._native:
             self._into += await self._hints.cover(self._directories)
+        if not self._walked:
+            self._walked = True
+            self._log.info(
+                "directory.walked", root=printable(self._tree.root), directories=len(self._directories),
+                known=len(self._known), pending=len(self._settling),
+            )  # fmt: skip
 
     async def _note_beginning(self) -> None:
+        """From now on everything new fires. Unless something was skipped, the note may ride with the first event."""
         if not self._began:
-            await self._offer([], {BEGAN: to_datetime(self._clock.now()).isoformat()})
+            self._notes[BEGAN] = to_datetime(self._clock.now()).isoformat()
+            if self._skip_until is not None:
+                await self._offer([], {})
             self._began, self._skip_until = True, None
 
     def _warn_of_restless(self) -> None:
@@ -389,7 +398,7 @@ class _Listener:
 
     async def _offer(self, events: Sequence[Event], cursor: Mapping[str, Json]) -> None:
         """Durable when it returns. While the ledger is full it waits, and nothing counts as seen."""
-        merged = {**self._pruned, **cursor}
+        merged = {**self._notes, **cursor}
         while True:
             try:
                 await self._intake.accept(*events, cursor=merged)
@@ -397,7 +406,7 @@ class _Listener:
                 self._log.warning("directory.slowed", root=printable(self._tree.root), reason=str(full), wait=full.retry_after)
                 await self._sleep(full.retry_after, asyncio.Event())
             else:
-                self._pruned = {}
+                self._notes = {}
                 return
 
     async def _remove(self, files: Sequence[tuple[bytes, Sight]]) -> None:
@@ -405,7 +414,7 @@ class _Listener:
         for path, outcome in await self._blocking(_remove_all, self._tree, files):
             if outcome is True:
                 self._known.forget(path)
-                self._pruned[to_key(path)] = None
+                self._notes[to_key(path)] = None
             elif outcome is not False:
                 self._log.warning("file.not_removed", path=printable(self._tree.full(path)), reason=outcome)
 

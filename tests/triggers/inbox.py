@@ -65,7 +65,7 @@ async def watched(root: Path, ledger: Ledger | None = None, *, opened: bool = Tr
     inbox = Inbox(root, ledger or Ledger(), **options)
     async with listening(inbox.trigger, inbox.ledger) as task:
         if opened:
-            await eventually(lambda: task.done() or "/began" in inbox.ledger.cursors, "the first walk is over")
+            await eventually(lambda: task.done() or inbox.said("directory.walked"), "the first walk is over")
         yield inbox
 
 

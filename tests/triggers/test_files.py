@@ -111,7 +111,19 @@ async def no_digest(inbox: Inbox) -> None:
     assert "sha256" not in inbox.events[0].data
 
 
-NAMES = ["new\nline", "emoji🎉.csv", "rtl\u202e\u05d0.csv", "-rf", "x" * 255, "quote'\"$(x)`", "ünï", "u\u0308", "tab\t", " lead", "%41"]
+NAMES = [
+    "new\nline",
+    "emoji🎉.csv",
+    "rtl\u202e\u05d0.csv",
+    "-rf",
+    "x" * 255,
+    "quote'\"$(x)`",
+    "ünï",
+    "u\u0308",
+    "tab\t",
+    " lead",
+    "%41",
+]
 
 
 def test_odd_names(tmp_path: Path):
