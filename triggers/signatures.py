@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from eventflow.errors import EmptySecret, UsageError
+from eventflow.redaction import SECRETS
 
 TOLERANCE = 300
 """Seconds a signed timestamp may be off, both ways, as Standard Webhooks asks."""
@@ -59,6 +60,7 @@ def _revealed(given: Secrets, where: str) -> tuple[bytes, ...]:
     for secret in secrets or [Secret(b"", "an empty list")]:
         if not secret.reveal().strip():
             raise EmptySecret(where, secret.source)
+        SECRETS.register(secret.reveal())  # whoever prints it, the log hides it
     return tuple(secret.reveal() for secret in secrets)
 
 

@@ -285,7 +285,8 @@ class Webhook:
         """The first stands. A person must look: either an id is used twice, or a sender changes what it sends again."""
         for receipt in receipts:
             first, this = receipt.digests or (None, None)
-            self._log("event.conflicted", event_id=receipt.event_id, first_digest=first, this_digest=this)
+            known = {"event_id": receipt.event_id, "first_digest": first, "this_digest": this}
+            self._log("webhook.refused", reason="known id with other content", status=409, **known)
         ids = ", ".join(receipt.event_id for receipt in receipts[:3])
         return Refused(409, "conflict", f"{ids}: already received with other content; the first one stands").reply
 

@@ -186,8 +186,13 @@ def test_conflict_logs_both_digests():
             await hook.post({"total": 6}, idempotency_key="k1")
 
         over_http(check)
-    (line,) = [line for line in lines if line["event"] == "event.conflicted"]
-    assert line["event_id"] == "k1" and line["first_digest"] != line["this_digest"] and line["log_level"] == "warning"
+    (line,) = [line for line in lines if line["event"] == "webhook.refused"]
+    assert (
+        line["event_id"] == "k1"
+        and line["status"] == 409
+        and line["first_digest"] != line["this_digest"]
+        and line["log_level"] == "warning"
+    )
 
 
 def test_concurrent_deliveries_are_one_event():

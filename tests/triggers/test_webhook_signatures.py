@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eventflow.errors import EmptySecret, UsageError
+from eventflow.redaction import SECRETS
 from tests.triggers.serving import digest
 from triggers.signatures import (
     HMAC,
@@ -328,6 +329,12 @@ def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
         StandardWebhooks("whsec_s3cret-value")
     assert "s3cret" not in str([*shown, str(caught.value)])
     assert repr(secret) == "Secret($ORDERS_SECRET)"
+
+
+def test_secrets_are_hidden_in_logs():
+    """Making a preset is enough: from then on no log line shows the secret, whoever prints it."""
+    Bearer("a-token-nobody-else-has")
+    assert "nobody-else" not in SECRETS.text("the sender sent a-token-nobody-else-has")
 
 
 def test_ed25519_keys_are_named():
