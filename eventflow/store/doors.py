@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 import orjson
 
-from eventflow.errors import NotFound, UsageError
+from eventflow.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.event import Receipt
 from eventflow.journal import Entry, Kind
 from eventflow.run import Run, State, show_id
@@ -35,7 +35,13 @@ def retry(tx: Transaction, run: int, *, fresh: bool) -> Callable[[], Run]:
     if row.state not in RETRYABLE:
         raise UsageError(f"run {show_id(run)} is {row.state.word}; only a failed, cancelled, held or dead run can be retried")
     _revive(tx, row, fresh=fresh)
-    return lambda: tx.load([row])[0]
+    return lambda: _whole(tx, row)
+
+
+def _whole(tx: Transaction, row: Row) -> Run:
+    for run in tx.load([row]):
+        return run
+    raise StoreCorrupt(row.reason or "")
 
 
 def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:

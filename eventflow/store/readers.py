@@ -5,6 +5,7 @@ reset for longer. Rows are plain dicts of what is stored: instants in microsecon
 """
 
 import asyncio
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,7 @@ class Readers:
     def _borrow(self) -> sqlite3.Connection:
         if not self._idle.empty():
             return self._idle.get()
-        where = f"file:{quote(self._path)}?mode=ro"
-        connection = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA query_only = 1")
+        connection = _connect(self._path)
         self._opened.append(connection)
         return connection
 
@@ -69,6 +68,23 @@ class Readers:
         for connection in self._opened:
             connection.close()
         self._opened.clear()
+
+
+def _connect(path: str) -> sqlite3.Connection:
+    where = f"file:{quote(path)}?mode=ro"
+    return sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
+
+
+def last_batch(path: str) -> int:
+    """The number of the last commit in the file and its WAL; 0 where there is no ledger yet."""
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return 0
+    connection = _connect(path)
+    try:
+        known = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'ledger'").fetchone()
+        return connection.execute("SELECT batch FROM ledger").fetchone()[0] if known else 0
+    finally:
+        connection.close()
 
 
 def dicts(connection: sqlite3.Connection, query: str, values: Sequence[Any]) -> list[dict[str, Any]]:

@@ -62,15 +62,12 @@ def insert(table: str, columns: Sequence[str], conflict: str = "") -> Bulk:
     return Bulk(head, len(columns), f"WHERE column1 IS NOT NULL {conflict}")
 
 
-def checksum(*parts: Value) -> int:
-    """CRC-32 of a row's payload; NULL and text are told apart from bytes by position, not by value."""
-    return crc32(b"\x1f".join([_bytes(part) for part in parts]))
+_pack = msgspec.msgpack.Encoder().encode
 
 
-def _bytes(part: Value) -> bytes:
-    if isinstance(part, bytes):
-        return part
-    return b"\0" if part is None else str(part).encode()
+def checksum(*payload: Value) -> int:
+    """CRC-32 of a row's payload as a MessagePack array."""
+    return crc32(_pack(payload))
 
 
 # --------------------------------------------------------------------------- events

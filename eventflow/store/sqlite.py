@@ -22,7 +22,7 @@ from eventflow.store.base import Arrival, Handover, Op, Record
 from eventflow.store.guard import HighWater, Lock, Space
 from eventflow.store.load import load_journal
 from eventflow.store.migrate import migrate
-from eventflow.store.readers import BUDGET, Readers
+from eventflow.store.readers import BUDGET, Readers, last_batch
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import Call, Errand, Item, Writer
 
@@ -98,6 +98,7 @@ class SqliteStore:
             raise
 
     def _open(self) -> None:
+        lost = self._check_high_water()
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = self._connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -106,7 +107,7 @@ class SqliteStore:
             connection.execute(pragma)
         migrate(connection, self.path)
         writer = Writer(connection, self.path, self._clock, self._marks(), self._space)
-        self._check_high_water(writer)
+        writer.batch = max(writer.batch, lost)
         writer.apply(doors.recover)
         (self.last_id,) = connection.execute(_LAST_ID).fetchone()
         self._space.load()
@@ -118,23 +119,24 @@ class SqliteStore:
         """Without FULL a power cut may take commits back, so a mark would accuse an honest file."""
         return self._high_water if self._synchronous.upper() in ("FULL", "EXTRA") else None
 
-    def _check_high_water(self, writer: Writer) -> None:
+    def _check_high_water(self) -> int:
+        """The last batch that was ever acknowledged. Looks with a read-only connection: what it refuses it must not change."""
         marked = self._high_water.open()
-        if marked <= writer.batch:
-            return
-        if not self._accept_loss:
+        found = last_batch(self.path)
+        if marked > found and not self._accept_loss:
             raise StoreCorrupt(
-                f"the store {self.path} ends at commit {writer.batch}, but commit {marked} was acknowledged: "
-                f"{writer.batch + 1} to {marked} are missing. Restore a backup, or go on without them with "
+                f"the store {self.path} ends at commit {found}, but commit {marked} was acknowledged: "
+                f"{found + 1} to {marked} are missing. Restore a backup, or go on without them with "
                 "`eventflow doctor --accept-loss`"
             )
-        writer.batch = marked
+        return max(marked, found)
 
     def close(self) -> None:
         if self._writer is not None:
             self._writer.stop()
         if self._readers is not None:
             self._readers.close()
+            self._readers = None
         if self._connection is not None:
             try:
                 if self.failed is None:

@@ -76,7 +76,8 @@ class Transaction:
 
     def row(self, ident: int) -> Row | None:
         """The run as this transaction will leave it, as far as decided; None when there is none."""
-        self.fetch((ident,))
+        if ident not in self._rows:
+            self.fetch((ident,))
         return self._rows[ident]
 
     def need(self, ident: int) -> Row:
