@@ -2,7 +2,8 @@
 
 Per event: decode; COMMIT the event under its unique key with its run (a partial index holds the live ones); run one coroutine
 as an asyncio task; COMMIT its result to the journal; COMMIT the finished run. Whatever is ready goes into one commit (WAL,
-`synchronous=FULL`), and each state change writes one JSON line to a log file. `w1.py` and `w2.py` divide by it.
+`synchronous=FULL`), and a run's begin and end each write one JSON line to a log
+file. `w1.py` and `w2.py` divide by it.
 
 Found by measuring (2 cores, medians of five, runs/s for 100 at a time and one at a time): multi-row VALUES on the loop's own
 thread 38,000 and 31,000; json_each 36,000 and 30,000; executemany 33,000 and 26,000; VALUES in a writer thread 40,000 and
@@ -89,8 +90,7 @@ class Limit:
             task.add_done_callback(self.running.discard)
         self.ends += [row[:1] for row in results]
         self.finished += len(ends)
-        self.say("run.started", fresh)
-        self.say("task.completed", results)
+        self.say("run.claimed", fresh)
         self.say("run.completed", ends)
         if self.ends:
             self.wake()
@@ -111,6 +111,9 @@ class Limit:
         ]
         self.log.write(b"".join(lines))
 
+    async def count(self) -> int:
+        return self.finished
+
     def close(self) -> None:
         self.db.close()
         self.log.close()
@@ -124,7 +127,7 @@ async def throughput(mode: str, events: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         limit = Limit(Path(folder), load.score)
         try:
-            return await load.throughput(limit.accept, load.bodies(events), lambda: limit.finished, mode)
+            return await load.throughput(limit.accept, load.bodies(events), limit.count, mode)
         finally:
             limit.close()
 
@@ -135,7 +138,7 @@ async def latency(events: int) -> load.Latency:
         probe = load.Probe()
         limit = Limit(Path(folder), probe.score)
         try:
-            return await probe.measure(limit.accept, load.bodies(events), lambda: limit.finished)
+            return await probe.measure(limit.accept, load.bodies(events), limit.count)
         finally:
             limit.close()
 

@@ -15,6 +15,7 @@ import uvloop
 
 T = TypeVar("T")
 Accept = Callable[..., Awaitable[Any]]
+Count = Callable[[], Awaitable[int]]
 
 MODES = {"batch": (100, 16), "single": (1, 200)}
 """Events handed in by one call, and how many callers do so at once, each waiting until its events are durable."""
@@ -53,7 +54,7 @@ async def score(data: Any) -> dict[str, int]:
     return {"total": data["amount"] * 2}
 
 
-async def throughput(accept: Accept, given: list[bytes], finished: Callable[[], int], mode: str) -> float:
+async def throughput(accept: Accept, given: list[bytes], finished: Count, mode: str) -> float:
     """Finished runs per second, from the first call until all of `given` are finished."""
     per_call, callers = MODES[mode]
     left = iter(given)
@@ -68,11 +69,11 @@ async def throughput(accept: Accept, given: list[bytes], finished: Callable[[], 
     return len(given) / (time.perf_counter() - began)
 
 
-async def settle(finished: Callable[[], int], count: int, step: float = 0.001) -> None:
+async def settle(finished: Count, count: int, step: float = 0.001) -> None:
     deadline = time.perf_counter() + 120
-    while finished() < count:
+    while (found := await finished()) < count:
         if time.perf_counter() > deadline:
-            raise TimeoutError(f"expected {count} finished runs within 120 s, found {finished()}")
+            raise TimeoutError(f"expected {count} finished runs within 120 s, found {found}")
         await asyncio.sleep(step)
 
 
@@ -87,7 +88,7 @@ class Probe:
         self.waits.append(time.perf_counter() - self.began)
         return {"total": data["amount"] * 2}
 
-    async def measure(self, accept: Accept, given: Iterable[bytes], finished: Callable[[], int]) -> Latency:
+    async def measure(self, accept: Accept, given: Iterable[bytes], finished: Count) -> Latency:
         """Hands in one event at a time, each after the last one's run has finished and the machine has gone idle."""
         for number, body in enumerate(given, 1):
             self.began = time.perf_counter()

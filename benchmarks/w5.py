@@ -1,0 +1,34 @@
+"""W5: runs whose task fails twice and then succeeds, without delay, beside runs whose task succeeds at once (W1)."""
+
+from benchmarks import ours
+from benchmarks.measure import Figure
+from eventflow import Retry, current_task, flow, task
+
+FIGURES = (Figure(key="retried", what="runs/s, each task failing twice, ÷ W1", unit="/s", floor=0.35, goal=0.6),)
+
+
+@task(retries=Retry(attempts=3, delay=0))
+async def third_time(amount: int) -> dict[str, int]:
+    if current_task().attempt < 3:
+        raise ConnectionError("not yet")
+    return {"total": amount * 2}
+
+
+@flow
+async def retried(amount: int) -> dict[str, int]:
+    return await third_time(amount)
+
+
+async def eventflow(quick: bool) -> dict[str, float]:
+    return {"retried": await ours.throughput("batch", events(quick), retried)}
+
+
+async def at_once(quick: bool) -> dict[str, float]:
+    return {"retried": await ours.throughput("batch", events(quick))}
+
+
+def events(quick: bool) -> int:
+    return 2_000 if quick else 10_000
+
+
+SIDES = {"eventflow": eventflow, "limit": at_once}
