@@ -139,7 +139,7 @@ class Execution:
 
     def __init__(self, pool: Pool, run: Run, flow: Flow[..., Any], journal: Journal) -> None:
         self.pool, self.run, self.flow, self.journal = pool, run, flow, journal
-        self.loop = FlowLoop(self, pool.loop)
+        self.loop = FlowLoop(self, pool.loop, run.id)
         self.now = run.started_at or pool.clock.now()
         self.seen_batch = 0
         self.name = show_id(run.id)

@@ -96,7 +96,7 @@ class FlowTask(asyncio.Task[Any]):
 
     def __init__(self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: contextvars.Context | None) -> None:
         self.scope = Scope(path)
-        self.lineage = zlib.crc32(path.encode())
+        self.lineage = zlib.crc32(path.encode(), loop.seed)
         super().__init__(coro, loop=loop, name=name or path.rstrip("/") or "flow", context=context)
 
     def __hash__(self) -> int:
@@ -135,8 +135,10 @@ class FlowTimer(asyncio.TimerHandle):
 class FlowLoop(asyncio.AbstractEventLoop):
     """The deterministic loop of one run. The host pumps it; it never blocks and never waits."""
 
-    def __init__(self, host: Host, outer: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, host: Host, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
         self.host = host
+        # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them in one set.
+        self.seed = zlib.crc32(run.to_bytes(8, "big"))
         self._outer = outer
         self._ready: deque[asyncio.Handle] = deque()
         self._unordered: list[tuple[str, asyncio.Handle]] = []

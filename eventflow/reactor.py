@@ -70,17 +70,17 @@ class TriggerIntake:
         fresh = 0
         for item, receipt in zip(items, receipts, strict=True):
             if receipt.conflict:
-                self.log.warning("event.conflicted", event=receipt.event_id)
+                self.log.warning("event.conflicted", event_id=receipt.event_id)
             elif receipt.duplicate:
                 health.duplicates += 1
             else:
                 fresh += 1
             if type(item) is Undecodable:
                 health.undecodable += 1
-                self.log.warning("event.dead_lettered", event=item.id, error=item.error)
+                self.log.warning("event.dead_lettered", event_id=item.id, error=item.error)
         health.events += fresh
         if fresh:
-            self.log.debug("event.recorded", count=fresh, event=receipts[0].event_id)
+            self.log.debug("event.recorded", count=fresh, event_id=receipts[0].event_id)
 
     async def cursor(self) -> Mapping[str, Json]:
         return await self._reactor.store.cursor(self._trigger)
