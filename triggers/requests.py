@@ -85,7 +85,7 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limit: int, ti
                     return bytes(body)
                 deadline.reschedule(start + min(timeout, PATIENCE + len(body) / MIN_RATE))
     except TimeoutError:
-        raise Refused(408, "timeout", "the body did not arrive in time", hang_up=True) from None
+        raise Refused(408, "timeout", "the body did not arrive in time", hang_up=True, unread=True) from None
 
 
 def _too_large(limit: int, *, unread: bool = True) -> Refused:

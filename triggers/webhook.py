@@ -139,7 +139,7 @@ class Webhook:
             raise self._unavailable(unread=True)
         headers, repeated = read_headers(scope["headers"])
         body = await self._read(receive, headers, repeated)
-        if not is_acceptable(self._content, headers):
+        if not _is_acceptable(self._content, headers):
             raise self._refused(Refused(415, "unsupported_type", _EXPECTED[self._content]), "content type")
         try:
             events = self._events(headers, repeated, body)
@@ -318,7 +318,7 @@ _EXPECTED = {
 }
 
 
-def is_acceptable(content: str, headers: Headers) -> bool:
+def _is_acceptable(content: str, headers: Headers) -> bool:
     """Whether the media type is one that `content` can be read from."""
     match content:
         case "json":

@@ -40,14 +40,17 @@ Response = tuple[int, dict[str, str], bytes]
 async def raw(port: int, request: bytes, *, chunks: Sequence[bytes] = (), pause: float = 0.0) -> Response:
     """One request exactly as written, further chunks after pauses. Returns status, headers and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    answer = asyncio.create_task(_response(reader))  # read as it comes: a server may answer and close while we still send
     try:
         writer.write(request)
         for chunk in chunks:
             await asyncio.sleep(pause)
-            writer.write(chunk)
+            if not answer.done():
+                writer.write(chunk)
         async with asyncio.timeout(15):
-            return await _response(reader)
+            return await answer
     finally:
+        answer.cancel()
         writer.close()
 
 

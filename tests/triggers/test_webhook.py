@@ -285,6 +285,22 @@ def test_p8_room_within_the_wait_is_taken():
     over_http(check)
 
 
+def test_p8_few_bytes_wait_for_room(monkeypatch: pytest.MonkeyPatch):
+    """What may wait for a full ledger is bounded: beyond the bound the answer is 503 at once, and memory stays flat."""
+    monkeypatch.setattr("triggers.webhook.MAX_WAITING", 10)
+
+    async def check(hook: Hook) -> None:
+        hook.ledger.failing = StoreFull("full", 5)
+        assert (await hook.post({"pad": "x" * 10})).status_code == 503
+        assert hook.ledger.refusals == 1
+        waiting = asyncio.create_task(hook.post({}))
+        await eventually(lambda: hook.ledger.refusals >= 3, "the small one waits and tries again")
+        hook.ledger.failing = None
+        assert (await waiting).status_code == 202
+
+    over_http(check)
+
+
 def test_unknown_path_is_404():
     """Paths nobody serves are 404, and one with a slash too many is not redirected."""
 

@@ -91,6 +91,23 @@ def test_slow_bodies_are_408_and_hold_up_nobody():
     over_http(check, body_timeout=0.5)
 
 
+def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.MonkeyPatch):
+    """Beyond the first seconds a body must keep up a rate: one that does is recorded, one that drips is 408."""
+    monkeypatch.setattr("triggers.requests.PATIENCE", 0.4)
+    monkeypatch.setattr("triggers.requests.MIN_RATE", 100_000)
+
+    async def check(hook: Hook) -> None:
+        head = post("/hooks/orders", b"", JSON, ("Content-Length", "400010"), length=False)
+        steady = [b'{"pad":"', *[b"x" * 100_000] * 4, b'"}']
+        drips = [b'{"pad":"', *[b"x"] * 6]
+        answers = await asyncio.gather(
+            raw(hook.port, head, chunks=steady, pause=0.15), raw(hook.port, head, chunks=drips, pause=0.15)
+        )
+        assert [status for status, _, _ in answers] == [202, 408]
+
+    over_http(check)
+
+
 def test_hanging_up_in_the_middle_records_nothing():
     """A sender that goes away before its body is whole leaves no trace."""
 
