@@ -242,7 +242,10 @@ class _Listener:
         if hints.gap:
             hints.gap = False
             self._walk_soon()
-        hinted = [path for full in hints.take() if (path := self._tree.relative(full)) is not None]
+        taken = hints.take()
+        if taken and not hints.covers(b""):
+            self._root_at = self._clock.monotonic()
+        hinted = [path for full in taken if (path := self._tree.relative(full)) is not None]
         if not hinted:
             return
         for path in hinted:

@@ -102,7 +102,7 @@ def test_event_of_a_file(tmp_path: Path):
         assert event.time is not None and event.time >= datetime.fromisoformat(str(event.extensions["firstseen"]))
 
     run(test, tmp_path / "in", sha256=True)
-    run(lambda inbox: no_digest(inbox), tmp_path / "plain")
+    run(no_digest, tmp_path / "plain")
 
 
 async def no_digest(inbox: Inbox) -> None:
@@ -383,8 +383,8 @@ def test_deletions(tmp_path: Path):
 
 
 def test_existing_files_fire_or_are_skipped_once(tmp_path: Path):
-    """`existing="skip"` leaves alone what is there at the very first start, and nothing else: its later versions, what lands while
-    the process is down, and what lands in the middle of the start are events."""
+    """`existing="skip"` leaves alone what is there at the very first start, and nothing else: its later versions, what lands
+    while the process is down, and what lands in the middle of the start are events."""
     root = tmp_path / "in"
     root.mkdir()
     for name in ("old", "older"):

@@ -40,7 +40,7 @@ WATCH = """
     from pathlib import Path
     from tests.triggers.inbox import watched
     async def main():
-        async with watched(Path(sys.argv[1]), zero_byte_grace=0.1) as inbox:
+        async with watched(Path(sys.argv[1]), zero_byte_grace=0.1, rescan=600) as inbox:
             print("ready", flush=True)
             while len(inbox.events) < int(sys.argv[2]):
                 await asyncio.sleep(0.05)
@@ -147,19 +147,6 @@ def test_subdirectory_made_anew_or_moved_out(tmp_path: Path):
     run(test, tmp_path / "in")
 
 
-def test_rescan_finds_what_nothing_told(tmp_path: Path):
-    """What landed behind inotify's back (here: under another watch's nose) is found by the next walk."""
-    root = tmp_path / "in"
-    root.mkdir()
-
-    async def main() -> None:
-        async with watched(root, watch="poll", poll=0.3) as inbox:
-            inbox.write("a/b")
-            await inbox.has("a/b")
-
-    asyncio.run(main())
-
-
 def test_a_clock_set_back_stops_nothing(tmp_path: Path):
     """A wall clock that jumps a day back, or a year on, neither stops the trigger nor makes a growing file fire early."""
 
@@ -212,11 +199,11 @@ def test_no_watches_left(tmp_path: Path, limit: str):
     for name in "abcd":
         (tmp_path / name).mkdir()
     command = ["unshare", "--user", "--map-root-user"]
-    if subprocess.run([*command, "true"], capture_output=True).returncode:
+    if subprocess.run([*command, "true"], check=False, capture_output=True).returncode:
         pytest.skip("no user namespaces here: the limit cannot be lowered for one process")
     script = textwrap.dedent(LIMITED)
     program = subprocess.run(
-        [*command, sys.executable, "-c", script, str(tmp_path), limit], capture_output=True, text=True, timeout=60
+        [*command, sys.executable, "-c", script, str(tmp_path), limit], check=False, capture_output=True, text=True, timeout=60
     )
     assert program.returncode == 0, program.stderr
     sysctl = "fs.inotify.max_user_watches" if limit == "max_inotify_watches" else "fs.inotify.max_user_instances"
