@@ -1,0 +1,59 @@
+"""triggers: the event sources. Each is one file; a missing extra breaks only its own.
+
+    from triggers import Directory, StandardWebhooks, Webhook, env
+
+Names are imported at first use, so that nobody pays for a source they do not have.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from triggers.files import Directory, delete, move
+    from triggers.signatures import (
+        HMAC,
+        Bearer,
+        GitHub,
+        GitLab,
+        MLflow,
+        Shopify,
+        Slack,
+        StandardWebhooks,
+        Stripe,
+        Token,
+        env,
+    )
+    from triggers.webhook import Webhook
+
+_HOMES = {
+    "triggers.files": ("Directory", "delete", "move"),
+    "triggers.signatures": (
+        "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
+    ),
+    "triggers.webhook": ("Webhook",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "HMAC",
+    "Bearer",
+    "Directory",
+    "GitHub",
+    "GitLab",
+    "MLflow",
+    "Shopify",
+    "Slack",
+    "StandardWebhooks",
+    "Stripe",
+    "Token",
+    "Webhook",
+    "delete",
+    "env",
+    "move",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'triggers' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)
