@@ -121,9 +121,8 @@ def _take_logging(output: Output, undo: ExitStack, *, alone: bool) -> None:
     undo.callback(root.setLevel, root.level)
     root.setLevel(min(root.level, output.level) if root.level else output.level)
     if alone:
-        for handler in root.handlers[:]:
-            root.removeHandler(handler)
-            undo.callback(root.addHandler, handler)
+        before, root.handlers[:] = root.handlers[:], []
+        undo.callback(lambda: [root.addHandler(handler) for handler in before])
         undo.callback(setattr, LOGGER, "propagate", LOGGER.propagate)
         LOGGER.propagate = False
         LOGGER.handlers.insert(0, output)

@@ -69,7 +69,7 @@ class LogFile:
             self.close()
         if self._db is None:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0, check_same_thread=False)
+            self._db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA journal_size_limit = 4194304")
             self._db.executescript(SCHEMA)
@@ -107,10 +107,14 @@ class LogFile:
                 self._set_aside(str(error))
         raise AssertionError
 
-    def write(self, lines: Sequence[Line]) -> None:
+    def check_room(self) -> None:
+        """Raises OSError when the disk is so full that what is left belongs to the journal."""
         free = shutil.disk_usage(self.path.parent).free
         if free < self._floor:
             raise OSError(f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs leave to the rest")
+
+    def write(self, lines: Sequence[Line]) -> None:
+        """Adds lines, in order, in one transaction."""
         self._execute(lambda db: self._insert(db, lines))
 
     def _insert(self, db: sqlite3.Connection, lines: Sequence[Line]) -> None:
@@ -121,7 +125,8 @@ class LogFile:
 
     def weight(self, run: int) -> tuple[int, int]:
         """Lines and characters the file holds of a run."""
-        query = "SELECT count(*), coalesce(sum(length(event) + coalesce(length(fields), 0)), 0) FROM lines WHERE run = ?"
+        query = "SELECT count(*), coalesce(sum(length(event) + coalesce(length(fields), 0)), 0) FROM lines "
+        query += "WHERE run = ? AND event <> 'log.dropped'"
         return self._execute(lambda db: db.execute(query, (run,)).fetchone())
 
     def remove(self, before: int, steps: int = 1) -> int:

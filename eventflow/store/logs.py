@@ -166,6 +166,8 @@ class LogStore:
     def _write(self, lines: Sequence[Line]) -> None:
         kept: list[Line] = []
         try:
+            if lines:
+                self.file.check_room()
             kept = [line for line in lines if self._within(line)]
             notes = self._notes()
             if kept or notes:
@@ -183,8 +185,8 @@ class LogStore:
             budget = self._budget(line.run)
         if budget.lines < 0:
             budget.lines, budget.size = self.file.weight(line.run)
-        extra = 1.1 if line.level >= WARNING else 1.0
-        if budget.lines >= self._per_run * extra or budget.size >= self._per_run_bytes * extra:
+        tenths = 11 if line.level >= WARNING else 10
+        if 10 * budget.lines >= self._per_run * tenths or 10 * budget.size >= self._per_run_bytes * tenths:
             with self._written:
                 self._drop(line.run, budget)
             return False
