@@ -1,0 +1,133 @@
+"""What the store's tests say things with: arrivals, runs, a clock that is set by hand, and a worker that takes by hand.
+
+All on a real SqliteStore in a real file. `Ledger` posts ops and awaits them; the fixture in conftest.py audits the ledger after
+every test.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from eventflow.clock import SystemClock
+from eventflow.event import Json
+from eventflow.journal import Entry, Kind
+from eventflow.run import Completed, Ids, Outcome, Run
+from eventflow.store.base import Append, Arrival, Claim, Claimed, Mark, Op, Record, Settle
+from eventflow.store.sqlite import SqliteStore
+
+SECOND = 1_000_000
+
+
+class HandClock(SystemClock):
+    """Stands where the test puts it; monotonic time runs on."""
+
+    def __init__(self, now: int = 1_800_000_000 * SECOND) -> None:
+        self.time = now
+
+    def now(self) -> int:
+        return self.time
+
+    def forward(self, seconds: float) -> None:
+        self.time += int(seconds * SECOND)
+
+
+class Hand:
+    """A worker's side of the hand-over: takes at most `room` runs, and remembers what it was told."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, room: int = 1_000_000) -> None:
+        self.loop, self.room = loop, room
+        self.runs: list[Run] = []
+        self.returned: list[Run] = []
+        self.cancels: list[int] = []
+        self.mores = 0
+
+    def take(self, run: Run) -> bool:
+        self.room -= 1
+        return self.room >= 0
+
+    def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+        self.runs += runs
+        self.cancels += cancels
+        self.mores += more
+
+    def put_back(self, runs: Sequence[Run]) -> None:
+        self.returned += runs
+
+
+class Ledger:
+    """A store, and short words for what the tests do with it."""
+
+    def __init__(self, store: SqliteStore, clock: HandClock) -> None:
+        self.store, self.clock = store, clock
+        self.ids = Ids(store.last_id)
+
+    def run(self, flow: str = "f", **fields: Any) -> Run:
+        now = self.clock.now()
+        given: dict[str, Any] = {"subscription": "s", "created_at": now, "due_at": now, **fields}
+        return Run(id=self.ids.next(now), flow=flow, **given)
+
+    def arrival(
+        self, name: str, *runs: Run, body: bytes = b'{"n":1}', dead: Sequence[tuple[str, str]] = (), suppressed: int = 0,
+        trigger: str = "t", type: str = "x",
+    ) -> Arrival:  # fmt: skip
+        tally = {"pending": len(runs), "dead": len(dead), "suppressed": suppressed}
+        return Arrival(
+            id=self.ids.next(self.clock.now()), trigger=trigger, key=hashlib.sha256(f"{trigger}/{name}".encode()).digest()[:16],
+            digest=hashlib.sha256(body).digest()[:8], event_id=name, source="/s", type=type, body=body, verdicts=b"[]",
+            received_at=self.clock.now(), tally={column: n for column, n in tally.items() if n}, runs=runs, dead=dead,
+        )  # fmt: skip
+
+    async def do(self, op: Op) -> Any:
+        """One posted op, awaited."""
+        (reply,) = await self.together(op)
+        return reply
+
+    async def together(self, *ops: Op) -> list[Any]:
+        """Ops posted in one go; their replies in order."""
+        loop = asyncio.get_running_loop()
+        waits: list[asyncio.Future[Any]] = [loop.create_future() for _ in ops]
+        for op, wait in zip(ops, waits, strict=True):
+            self.store.post(op, wait.set_result, loop)
+        return await asyncio.gather(*waits)
+
+    async def recorded(self, *runs: Run, name: str | None = None) -> Sequence[Run]:
+        """Runs of one fresh event, recorded."""
+        await self.store.record([self.arrival(name or f"e{self.ids.next(0)}", *runs)], trigger="t")
+        return runs
+
+    async def claimed(self, limit: int = 100, caps: Mapping[str, int] | None = None) -> Sequence[Run]:
+        reply: Claimed = await self.do(Claim(limit, caps or {}))
+        return reply.runs
+
+    async def running(self, flow: str = "f", **fields: Any) -> Run:
+        """One run, recorded and claimed."""
+        await self.recorded(self.run(flow, **fields))
+        (run,) = await self.claimed()
+        return run
+
+    async def append(self, run: Run, *entries: Entry, **fields: Any) -> Any:
+        return await self.do(Append(run.id, run.token, entries, **fields))
+
+    async def mark(self, run: Run) -> Any:
+        return await self.do(Mark(run.id, run.token))
+
+    async def settle(self, run: Run, outcome: Outcome | None = None, **fields: Any) -> Any:
+        return await self.do(Settle(run.id, run.token, outcome or Completed(b"1"), **fields))
+
+    async def state(self, run: Run) -> str:
+        return (await self.store.run(run.id))["state"]
+
+    async def record(self, *arrivals: Arrival, cursor: Mapping[str, Json] | None = None) -> Any:
+        return await self.do(Record(arrivals, "t", cursor))
+
+
+def value(claim: str = "a#1", data: bytes = b"1", attempt: int = 1) -> Entry:
+    return Entry(claim=claim, kind=Kind.VALUE, attempt=attempt, codec="json", value=data)
+
+
+def error(claim: str = "a#1", attempt: int = 1) -> Entry:
+    return Entry(claim=claim, kind=Kind.ERROR, attempt=attempt, error=b'{"type":"ValueError"}')
+
+
+Reopen = Callable[[], Ledger]

@@ -1,0 +1,294 @@
+"""Each arrow of the state machine in the head of run.py, by the store method that is that arrow; and the fence around them (P7)."""
+
+import pytest
+
+from eventflow.errors import UsageError
+from eventflow.journal import Entry, Kind
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, State, Suspended
+from eventflow.store.base import Append, Appended, Mark, Refused, Settle, Settled
+from tests.store.ledger import SECOND, Ledger, Reopen, error, value
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_claim_makes_a_pending_run_running(ledger: Ledger):
+    """PENDING → RUNNING: the run comes with its event's body, a new token and its first start."""
+    (run,) = await ledger.recorded(ledger.run(params=b'{"p":1}', priority=3, depth=2))
+    ledger.clock.forward(2)
+    (claimed,) = await ledger.claimed()
+    assert (claimed.id, claimed.state, claimed.token, claimed.started_at) == (run.id, State.RUNNING, 1, ledger.clock.now())
+    assert (claimed.body, claimed.params, claimed.priority, claimed.depth) == (b'{"n":1}', b'{"p":1}', 3, 2)
+    assert await ledger.claimed() == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "word", "column"),
+    [
+        (Completed(b"[1]", "json", orphans=2), "completed", "completed"),
+        (Failed(b'{"type":"E"}'), "failed", "failed"),
+        (Cancelled("user"), "cancelled", "cancelled"),
+        (Held("diverged"), "held", "pending"),
+    ],
+)
+async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word: str, column: str):
+    """RUNNING → COMPLETED, FAILED, CANCELLED or HELD, with what the outcome says; the delivery moves in P9's sum."""
+    run = await ledger.running()
+    assert isinstance(await ledger.settle(run, outcome), Settled)
+    row = await ledger.store.run(run.id)
+    assert row["state"] == word
+    match outcome:
+        case Completed():
+            assert (row["result"], row["codec"], row["orphans"]) == (b"[1]", "json", 2)
+        case Failed():
+            assert row["error"] == b'{"type":"E"}'
+        case _:
+            assert row["reason"] == outcome.reason  # type: ignore[union-attr]
+    assert (row["finished_at"] is None) == (word == "held")
+    assert (await ledger.store.counts())[column] == 1
+
+
+async def test_suspended_until_an_instant(ledger: Ledger):
+    """RUNNING → WAITING → PENDING: not claimable before its instant, claimable from it on, by a later token (P6)."""
+    run = await ledger.running()
+    await ledger.settle(run, Suspended(ledger.clock.now() + 60 * SECOND, 0))
+    assert await ledger.state(run) == "waiting"
+    ledger.clock.forward(59.9)
+    assert await ledger.claimed() == []
+    ledger.clock.forward(0.1)
+    (again,) = await ledger.claimed()
+    assert (again.id, again.token, again.suspect) == (run.id, 2, False)
+    assert again.started_at == run.started_at
+
+
+async def test_suspended_until_woken(ledger: Ledger):
+    """A run that waits for no instant is never due by itself."""
+    run = await ledger.running()
+    await ledger.settle(run, Suspended(None, 0))
+    ledger.clock.forward(10 * 365 * 86_400)
+    assert await ledger.claimed() == []
+    assert (await ledger.store.run(run.id))["due_at"] is None
+
+
+async def test_suspended_with_something_unseen_is_due_at_once(ledger: Ledger):
+    """When the journal holds a batch the flow has not seen, the run does not sleep."""
+    run = await ledger.running()
+    appended: Appended = await ledger.append(run, value())
+    await ledger.settle(run, Suspended(None, appended.batch - 1))
+    (again,) = await ledger.claimed()
+    await ledger.settle(again, Suspended(None, appended.batch))
+    assert await ledger.state(run) == "waiting"
+
+
+async def test_suspended_sees_an_entry_of_its_own_batch(ledger: Ledger):
+    """Append and Settle in one transaction: the entry counts as unseen."""
+    run = await ledger.running()
+    await ledger.together(Append(run.id, run.token, [value()]), Settle(run.id, run.token, Suspended(None, 10**9)))
+    assert await ledger.state(run) == "pending"
+
+
+async def test_suspended_with_a_cancel_pending_is_due_at_once(ledger: Ledger):
+    """A cancel that came while it ran is not slept over."""
+    run = await ledger.running()
+    await ledger.store.cancel(run.id, "stop")
+    await ledger.settle(run, Suspended(None, 10**9))
+    (again,) = await ledger.claimed()
+    assert again.cancel_requested
+
+
+async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
+    """RUNNING → PENDING by a drain: due now, no suspicion, and the token goes on so that the old one is stale (P7)."""
+    run = await ledger.running()
+    await ledger.mark(run)
+    await ledger.settle(run, Interrupted())
+    (again,) = await ledger.claimed()
+    assert (again.token, again.suspect, again.deaths) == (2, False, 0)
+    assert isinstance(await ledger.settle(run), Refused)
+
+
+async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
+    """RUNNING → PENDING by the next epoch, at once and without waiting for a lease; a second crash changes nothing more."""
+    run = await ledger.running()
+    parked = await ledger.running()
+    await ledger.settle(parked, Suspended(None, 0))
+    reopen()
+    ledger = reopen()
+    (again,) = await ledger.claimed()
+    assert (again.id, again.token, again.suspect, again.deaths) == (run.id, 2, True, 0)
+    assert await ledger.state(parked) == "waiting"
+
+
+async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
+    """RUNNING → DEAD when three attempts were started and nothing was recorded after: the run counts as dead, others go on."""
+    run = await ledger.running()
+    for deaths in (1, 2):
+        await ledger.mark(run)
+        ledger = reopen()
+        (run,) = await ledger.claimed()
+        assert run.deaths == deaths
+    await ledger.mark(run)
+    ledger = reopen()
+    assert await ledger.claimed() == []
+    row = await ledger.store.run(run.id)
+    assert row["state"] == "dead" and "died 3 times" in row["reason"]
+    counts = await ledger.store.counts()
+    assert (counts["dead"], counts["pending"]) == (1, 0)
+
+
+async def test_an_entry_with_proof_clears_suspicion(ledger: Ledger, reopen: Reopen):
+    """What a suspect records proves that it did not take the process down: its deaths begin anew."""
+    run = await ledger.running()
+    await ledger.mark(run)
+    ledger = reopen()
+    (run,) = await ledger.claimed()
+    await ledger.append(run, value(), proof=True)
+    ledger = reopen()
+    (run,) = await ledger.claimed()
+    assert (run.suspect, run.deaths) == (True, 0)
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled", "held", "dead"])
+async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str):
+    """FAILED, CANCELLED, HELD, DEAD → PENDING: values stay, errors become FORGIVEN, the outcome and the deaths are cleared."""
+    run = await ledger.running()
+    await ledger.append(run, value("a#1"), error("b#1", attempt=2))
+    if state == "dead":
+        for _ in range(3):
+            await ledger.mark(run)
+        ledger = reopen()
+    else:
+        outcomes: dict[str, Outcome] = {"failed": Failed(b"{}"), "cancelled": Cancelled("x"), "held": Held("x")}
+        await ledger.settle(run, outcomes[state])
+    assert await ledger.state(run) == state
+    again = await ledger.store.retry(run.id)
+    assert (again.id, again.state, again.deaths, again.suspect) == (run.id, State.PENDING, 0, False)
+    row = await ledger.store.run(run.id)
+    assert (row["reason"], row["error"], row["finished_at"]) == (None, None, None)
+    entries = {entry.claim: entry for entry in await ledger.store.load(run.id)}
+    assert (entries["a#1"].kind, entries["a#1"].value) == (Kind.VALUE, b"1")
+    assert (entries["b#1"].kind, entries["b#1"].attempt) == (Kind.FORGIVEN, 2)
+    assert (await ledger.store.counts())["pending"] == 1
+    assert [claimed.id for claimed in await ledger.claimed()] == [run.id]
+
+
+@pytest.mark.parametrize("state", ["pending", "running", "waiting", "completed"])
+async def test_there_is_no_retry_from_elsewhere(ledger: Ledger, state: str):
+    """A run that is live or completed is left alone, and the message says in which state it is."""
+    (run,) = await ledger.recorded(ledger.run())
+    if state != "pending":
+        (run,) = await ledger.claimed()
+    if state == "waiting":
+        await ledger.settle(run, Suspended(None, 0))
+    if state == "completed":
+        await ledger.settle(run)
+    with pytest.raises(UsageError, match=state):
+        await ledger.store.retry(run.id)
+
+
+async def test_cancel_ends_what_does_not_run(ledger: Ledger):
+    """PENDING, WAITING, HELD → CANCELLED at once, with the reason."""
+    (pending,) = await ledger.recorded(ledger.run(due_at=ledger.clock.now() + SECOND))
+    waiting, held = await ledger.running(), await ledger.running()
+    await ledger.settle(waiting, Suspended(None, 0))
+    await ledger.settle(held, Held("look"))
+    for run, before in ((pending, State.PENDING), (waiting, State.WAITING), (held, State.HELD)):
+        assert await ledger.store.cancel(run.id, "not wanted") is before
+        row = await ledger.store.run(run.id)
+        assert (row["state"], row["reason"]) == ("cancelled", "not wanted")
+    assert (await ledger.store.counts())["cancelled"] == 3
+
+
+async def test_cancel_of_a_settled_run_changes_nothing(ledger: Ledger):
+    """What has ended stays as it ended."""
+    run = await ledger.running()
+    await ledger.settle(run)
+    assert await ledger.store.cancel(run.id, "late") is State.COMPLETED
+    assert await ledger.state(run) == "completed"
+
+
+# --------------------------------------------------------------------------- the fence
+
+
+@pytest.mark.parametrize("word", ["stale token", "settled", "unknown"])
+async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, word: str):
+    """Append with its arrivals and children, Mark and Settle are refused whole when the token does not own the run."""
+    run = await ledger.running()
+    if word == "stale token":
+        ledger = reopen()
+        await ledger.claimed()
+    elif word == "settled":
+        await ledger.settle(run)
+    else:
+        run.id += 1000
+    before = await ledger.store.counts()
+    child = ledger.run(parent=run.id, parent_claim="c#1")
+    op = Append(run.id, run.token, [value()], [ledger.arrival("emitted", ledger.run())], [child])
+    replies = await ledger.together(op, Mark(run.id, run.token), Settle(run.id, run.token, Completed(b"2")))
+    assert [type(reply) for reply in replies] == [Refused, Refused, Refused]
+    assert await ledger.store.counts() == before
+    assert await ledger.store.load(run.id) == []
+
+
+async def test_p7_nothing_follows_a_settle(ledger: Ledger):
+    """Ops of one batch see each other: after Settle, an Append and a second Settle of the same claim are refused."""
+    run = await ledger.running()
+    first, second, third = await ledger.together(
+        Settle(run.id, run.token, Completed(b"1")),
+        Append(run.id, run.token, [value()]),
+        Settle(run.id, run.token, Failed(b"{}")),
+    )
+    assert (type(first), type(second), type(third)) == (Settled, Refused, Refused)
+    assert await ledger.state(run) == "completed"
+
+
+async def test_p4_an_entry_is_recorded_once(ledger: Ledger):
+    """The same claim, attempt and kind again is refused whole, with the events it would emit; the first value stays."""
+    run = await ledger.running()
+    await ledger.append(run, value(data=b"1"))
+    refused = await ledger.append(run, value("b#1"), value(data=b"2"), arrivals=[ledger.arrival("emitted")])
+    assert isinstance(refused, Refused)
+    assert [(entry.claim, entry.value) for entry in await ledger.store.load(run.id)] == [("a#1", b"1")]
+    assert (await ledger.store.counts())["events"] == 1
+
+
+async def test_p4_a_refused_entry_does_not_harm_its_batch(ledger: Ledger):
+    """Others in the same transaction are recorded, those of the same run too."""
+    run, other = await ledger.running(), await ledger.running()
+    replies = await ledger.together(
+        Append(run.id, run.token, [value(data=b"1")]),
+        Append(run.id, run.token, [value(data=b"2")]),
+        Append(other.id, other.token, [value()]),
+        Settle(run.id, run.token, Completed(b"3")),
+    )
+    assert [type(reply) for reply in replies] == [Appended, Refused, Appended, Settled]
+    assert [entry.value for entry in await ledger.store.load(run.id)] == [b"1"]
+
+
+async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen):
+    """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow over restarts."""
+    run = await ledger.running()
+    given = [
+        Entry(claim="z#1", kind=kind, attempt=n, due_at=n * 7 or None, fingerprint=b"\x00f", codec="c", value=b"\xff", error=b"e")
+        for n, kind in enumerate(Kind)
+    ]
+    first: Appended = await ledger.append(run, *given)
+    second: Appended = await ledger.append(run, value("a#1"), value("a#2"))
+    assert second.batch > first.batch and first.at == ledger.clock.now()
+    assert [(entry.batch, entry.pos) for entry in second.entries] == [(second.batch, 0), (second.batch, 1)]
+    ledger = reopen()
+    assert await ledger.store.load(run.id) == [*first.entries, *second.entries]
+    (run,) = await ledger.claimed()
+    third: Appended = await ledger.append(run, value("a#3"))
+    assert third.batch > second.batch
+
+
+async def test_time_in_the_ledger_never_steps_back(ledger: Ledger, reopen: Reopen):
+    """A clock set back neither lowers a commit's time nor keeps what is due from being claimed."""
+    before = ledger.clock.now()
+    run = await ledger.running()
+    await ledger.recorded(ledger.run())
+    ledger.clock.forward(-86_400)
+    ledger = reopen()
+    appended: Appended = await ledger.append((await ledger.claimed(1))[0], value())
+    assert appended.at >= before
+    assert len(await ledger.claimed()) == 1
+    assert run.token == 1

@@ -1,0 +1,214 @@
+"""Children answer their parents through the ledger: starting, answering, waking, cancelling, retrying."""
+
+import asyncio
+
+import pytest
+
+from eventflow.errors import UsageError
+from eventflow.journal import Entry, Kind
+from eventflow.run import Completed, Failed, Run, State, Suspended
+from eventflow.store.base import Append, Settle, Settled
+from tests.store.ledger import Hand, Ledger, Reopen, error, value
+
+pytestmark = pytest.mark.anyio
+
+
+async def start_child(ledger: Ledger, parent: Run, claim: str = "c#1") -> Run:
+    """A child as the executor starts one: a CHILD entry and the run, in one op."""
+    child = ledger.run("child", parent=parent.id, parent_claim=claim, depth=parent.depth + 1)
+    entry = Entry(claim=claim, kind=Kind.CHILD, value=str(child.id).encode())
+    await ledger.append(parent, entry, children=[child])
+    return child
+
+
+async def claim_only(ledger: Ledger, run: Run) -> Run:
+    (claimed,) = await ledger.claimed()
+    assert claimed.id == run.id
+    return claimed
+
+
+async def test_a_child_is_started_once(ledger: Ledger):
+    """A second child for the same claim of the same parent is not inserted, in the same batch or later."""
+    parent = await ledger.running()
+    first = ledger.run("child", parent=parent.id, parent_claim="c#1")
+    twin, late = (ledger.run("child", parent=parent.id, parent_claim="c#1") for _ in range(2))
+    await ledger.together(
+        Append(parent.id, parent.token, [value("a#1")], children=[first]),
+        Append(parent.id, parent.token, [value("a#2")], children=[twin]),
+    )
+    await ledger.append(parent, value("a#3"), children=[late])
+    assert [row["id"] for row in await ledger.store.runs(parent=parent.id)] == [first.id]
+
+
+async def test_a_child_is_no_delivery(ledger: Ledger):
+    """P9 counts what events asked for: a child adds to `runs`, to nothing else, whatever becomes of it."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(child, Failed(b"{}"))
+    counts = await ledger.store.counts()
+    assert (counts["accepted"], counts["pending"], counts["failed"], counts["runs"]) == (1, 1, 0, 2)
+
+
+async def test_the_answer_wakes_a_waiting_parent(ledger: Ledger):
+    """One transaction settles the child, writes the parent's entry and makes the WAITING parent PENDING, due now."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(parent, Suspended(None, 10**9))
+    settled: Settled = await ledger.settle(child, answer=value("c#1", b"42"), parent=parent.id)
+    assert settled.answer is not None and settled.answer.batch == settled.batch
+    assert await ledger.state(parent) == "pending"
+    entries = await ledger.store.load(parent.id)
+    assert [(entry.kind, entry.value) for entry in entries if entry.claim == "c#1"][1:] == [(Kind.VALUE, b"42")]
+
+
+async def test_the_answer_to_a_running_parent_is_given_back(ledger: Ledger):
+    """A RUNNING parent stays RUNNING; who settles the child gets the numbered entry to hand on."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    settled: Settled = await ledger.settle(child, answer=value("c#1"), parent=parent.id)
+    assert settled.answer is not None
+    assert await ledger.state(parent) == "running"
+
+
+async def test_an_answer_and_the_parents_sleep_in_one_batch(ledger: Ledger):
+    """In either order, the parent does not sleep over the answer."""
+    for turn in (1, 2):
+        parent = await ledger.running()
+        child = await claim_only(ledger, await start_child(ledger, parent))
+        ops = [
+            Settle(child.id, child.token, Completed(b"1"), value("c#1"), parent.id),
+            Settle(parent.id, parent.token, Suspended(None, 10**9)),
+        ]
+        await ledger.together(*ops[:: 1 if turn == 1 else -1])
+        (again,) = await ledger.claimed()
+        assert again.id == parent.id
+        await ledger.settle(again)
+
+
+async def test_only_the_first_answer_counts(ledger: Ledger):
+    """A child that is retried after its parent took its error cannot change what the parent heard (P4)."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(child, Failed(b"{}"), answer=error("c#1"), parent=parent.id)
+    await ledger.store.retry(child.id)
+    (child,) = await ledger.claimed()
+    settled: Settled = await ledger.settle(child, answer=value("c#1"), parent=parent.id)
+    assert settled.answer is None
+    assert [entry.kind for entry in await ledger.store.load(parent.id)] == [Kind.CHILD, Kind.ERROR]
+
+
+async def test_an_answer_to_somebody_else_is_not_written(ledger: Ledger):
+    """Only the claim that started the child is answered."""
+    parent, other = await ledger.running(), await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    settled: Settled = await ledger.settle(child, answer=value("c#1"), parent=other.id)
+    assert settled.answer is None
+    assert await ledger.store.load(other.id) == []
+
+
+async def test_a_parent_that_failed_hears_of_it_when_it_is_retried(ledger: Ledger):
+    """The answer to a settled parent is kept: its retry finds it."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(parent, Failed(b"{}"))
+    await ledger.settle(child, answer=value("c#1", b"7"), parent=parent.id)
+    await ledger.store.retry(parent.id)
+    assert [entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE] == [b"7"]
+
+
+async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
+    """The dropped error must be asked for again, so the child it came from is due again too; any number of times."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    for _ in range(3):
+        await ledger.settle(child, Failed(b"{}"), answer=error("c#1"), parent=parent.id)
+        await ledger.settle(parent, Failed(b"{}"))
+        await ledger.store.retry(parent.id)
+        parent, child = sorted(await ledger.claimed(), key=lambda run: run.id)
+    await ledger.settle(child, answer=value("c#1", b"9"), parent=parent.id)
+    assert [entry.kind for entry in await ledger.store.load(parent.id)] == [Kind.CHILD, Kind.FORGIVEN, Kind.VALUE]
+
+
+async def test_retry_of_a_parent_takes_what_its_child_did_meanwhile(ledger: Ledger):
+    """A child that was mended by hand is not run again: its value answers the retried parent."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(child, Failed(b"{}"), answer=error("c#1"), parent=parent.id)
+    await ledger.settle(parent, Failed(b"{}"))
+    await ledger.store.retry(child.id)
+    (child,) = await ledger.claimed()
+    await ledger.settle(child, Completed(b"5"), answer=value("c#1", b"5"), parent=parent.id)
+    await ledger.store.retry(parent.id)
+    assert [entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE] == [b"5"]
+    assert await ledger.state(child) == "completed"
+
+
+async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
+    """`fresh` drops the journal, cancels live children and lets go of all: the same claim may start a new child."""
+    parent = await ledger.running()
+    old = await start_child(ledger, parent)
+    await ledger.append(parent, value("a#1"))
+    await ledger.settle(parent, Failed(b"{}"))
+    await ledger.store.retry(parent.id, fresh=True)
+    assert await ledger.store.load(parent.id) == []
+    assert await ledger.state(old) == "cancelled"
+    (parent,) = await ledger.claimed()
+    new = await start_child(ledger, parent)
+    assert {row["id"] for row in await ledger.store.runs(parent=parent.id)} == {old.id, new.id}
+
+
+async def test_cancel_goes_down(ledger: Ledger):
+    """Children and grandchildren end with the run, running ones are asked; the parent in between hears of none twice."""
+    hand = Hand(asyncio.get_running_loop(), room=0)
+    ledger.store.attach(hand)
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    grandchild = await start_child(ledger, child)
+    running = await claim_only(ledger, grandchild)
+    waiting = await start_child(ledger, child, "d#1")
+    await ledger.settle(parent, Suspended(None, 10**9))
+    await ledger.settle(child, Suspended(None, 10**9))
+    assert await ledger.store.cancel(parent.id, "stop") is State.WAITING
+    assert [await ledger.state(run) for run in (parent, child, waiting, running)] == ["cancelled"] * 3 + ["running"]
+    assert hand.cancels == [running.id]
+    assert (await ledger.store.run(running.id))["cancel_requested"]
+
+
+async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
+    """A waiting parent is woken with an ERROR entry that says who was cancelled and why."""
+    parent = await ledger.running()
+    child = await start_child(ledger, parent)
+    await ledger.settle(parent, Suspended(None, 10**9))
+    await ledger.store.cancel(child.id, "no longer needed")
+    assert await ledger.state(parent) == "pending"
+    (told,) = [entry for entry in await ledger.store.load(parent.id) if entry.kind is Kind.ERROR]
+    assert told.claim == "c#1" and b"RunCancelled" in (told.error or b"") and b"no longer needed" in (told.error or b"")
+
+
+async def test_a_dead_child_tells_its_parent(ledger: Ledger, reopen: Reopen):
+    """Quarantine is an end like another: the parent does not wait for ever."""
+    parent = await ledger.running()
+    child = await claim_only(ledger, await start_child(ledger, parent))
+    await ledger.settle(parent, Suspended(None, 10**9))
+    for _ in range(3):
+        await ledger.mark(child)
+    ledger = reopen()
+    assert (await ledger.state(child), await ledger.state(parent)) == ("dead", "pending")
+    assert b"RunDead" in ((await ledger.store.load(parent.id))[-1].error or b"")
+
+
+async def test_emitted_events_are_recorded_with_the_entry(ledger: Ledger):
+    """An Append's arrivals commit with its entries and report their receipts; a known identity is a duplicate."""
+    run = await ledger.running()
+    arrivals = [ledger.arrival("emitted", ledger.run("g")), ledger.arrival("emitted", ledger.run("g"))]
+    appended = await ledger.append(run, value(), arrivals=arrivals)
+    assert [receipt.duplicate for receipt in appended.receipts] == [False, True]
+    assert [row["flow"] for row in await ledger.store.runs(event=arrivals[0].id)] == ["g"]
+
+
+async def test_a_child_cannot_be_retried_while_live(ledger: Ledger):
+    """Retry has one door: a live child is refused like any live run."""
+    parent = await ledger.running()
+    child = await start_child(ledger, parent)
+    with pytest.raises(UsageError, match="pending"):
+        await ledger.store.retry(child.id)
