@@ -174,12 +174,15 @@ class App:
         """Where the store is, read from the environment when it was not given."""
         return self._url or os.environ.get("EVENTFLOW_STORE") or f"sqlite:///.eventflow/{self.name}.db"
 
-    async def open(self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None) -> None:
-        """Opens the store, the worker, then the listeners. `own_loop` gives flows a loop and thread of their own."""
+    async def open(
+        self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None, passive: bool = False
+    ) -> None:
+        """Opens the store, the worker, then the listeners. `own_loop` gives flows a loop and thread of their own. A `passive` app
+        records and answers, but runs nothing and listens to nothing: the command line without a server."""
         if self._house is not None:
             raise UsageError(f"the app {self.name!r} is open already")
         house = _House(self, store or self.url, sink)
-        await house.open(own_loop)
+        await house.open(own_loop, passive)
         self._house = house
 
     async def close(self, grace: float = 20.0) -> None:
@@ -235,6 +238,8 @@ class App:
         event = Event(id=ident, source=f"/flows/{flow.name}", type="eventflow.run.requested", data=orjson.loads(params))
         arrival = house.router.arrive_flow(flow, event, params=params)
         (receipt,) = await house.reactor.record([arrival], "api")
+        if receipt.conflict:
+            raise UsageError(f"idempotency key {ident!r} is known with other parameters; the first run stands, use another key")
         return await self._handle(flow, arrival.runs[0].id, receipt)
 
     async def _handle(self, flow: Flow[..., Any], run: int, receipt: Receipt) -> RunHandle:
@@ -308,7 +313,7 @@ class _House:
         self._lifespan_task: asyncio.Task[Any] | None = None
         self._chores: set[asyncio.Task[Any]] = set()
 
-    async def open(self, own_loop: bool) -> None:
+    async def open(self, own_loop: bool, passive: bool) -> None:
         app = self.app
         await asyncio.to_thread(self.store.open)
         try:
@@ -319,6 +324,8 @@ class _House:
                 threads=app._threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),  # pyright: ignore
             )  # fmt: skip
             self.reactor = Reactor(self.store, self.router, app.clock, app.triggers, random.Random())
+            if passive:
+                return
             self.own_loop = _FlowThread() if own_loop else None
             await self.on_flow_loop(self._open_worker())
             self.reactor.start(await self.store.paused())
@@ -344,6 +351,13 @@ class _House:
     async def on_flow_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine where flows run."""
         return await work if self.own_loop is None else await self.own_loop.call(work)
+
+    @property
+    def flow_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
+        """The loop that flows run on, and the ident of its thread; for code on the loop of the way in."""
+        if self.own_loop is None:
+            return asyncio.get_running_loop(), threading.get_ident()
+        return self.own_loop.loop, self.own_loop.thread.ident or 0
 
     def known(self, flow: Flow[..., Any]) -> None:
         self.app.add(flow)

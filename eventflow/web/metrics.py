@@ -1,0 +1,102 @@
+"""`/metrics` in Prometheus' text format: the sum of P9, the way in and through, triggers, loop lag.
+
+api.py calls `render` for each scrape; nothing is counted twice, everything is read where it is kept anyway.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import CollectorRegistry
+
+from eventflow.web.served import Served
+
+STATES = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
+LAG = 1.0
+"""Seconds a scrape waits for a loop to answer."""
+
+
+class _Once:
+    """Metrics that were made already, as a collector."""
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = list(metrics)
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._metrics)
+
+
+async def render(app: Served) -> tuple[bytes, str]:
+    """The page and its content type."""
+    counts = await app.store.counts()
+    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), await _lag(app)]
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Once(metrics))  # pyright: ignore[reportArgumentType]
+    return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def _ledger(counts: dict[str, int]) -> Iterator[Metric]:
+    deliveries = GaugeMetricFamily(
+        "eventflow_deliveries", "Deliveries by what became of them; their sum is what was accepted.", labels=["state"]
+    )
+    for state in STATES:
+        deliveries.add_metric([state], counts[state])
+    yield deliveries
+    for name, said in (
+        ("accepted", "Deliveries accepted."),
+        ("events", "Events recorded."),
+        ("duplicates", "Events that came again and started nothing."),
+        ("conflicts", "Known events that came again with other content."),
+        ("runs", "Runs recorded."),
+    ):
+        yield CounterMetricFamily(f"eventflow_{name}", said, value=counts[name])
+
+
+def _worker(app: Served) -> Iterator[Metric]:
+    runs = GaugeMetricFamily("eventflow_worker_runs", "Runs in memory: working, held there, waiting for a slot.", labels=["where"])
+    for where, count in app.house.worker.load.items():
+        runs.add_metric([where], count)
+    yield runs
+    commits: dict[str, Any] = getattr(app.store, "commits", {})
+    for name, value in commits.items():
+        yield GaugeMetricFamily(f"eventflow_commit_{name}", "Of the store's group commits.", value=value)
+    full = app.store.room() is not None
+    yield GaugeMetricFamily("eventflow_intake_full", "1 while the ledger or the disk takes no more.", value=int(full))
+
+
+def _triggers(app: Served) -> Iterator[Metric]:
+    up = GaugeMetricFamily("eventflow_trigger_up", "1 while a trigger listens and is not paused.", labels=["trigger", "kind"])
+    counters = {
+        name: CounterMetricFamily(f"eventflow_trigger_{name}", f"{name.capitalize()} of a trigger since the start.", labels=["trigger"])
+        for name in ("events", "duplicates", "undecodable", "failures")
+    }
+    for name, struct in app.house.reactor.health.items():
+        health = msgspec.structs.asdict(struct)
+        up.add_metric([name, health["kind"]], int(health["state"] == "listening" and not health["paused"]))
+        for counted, metric in counters.items():
+            metric.add_metric([name], health[counted])
+    yield up
+    yield from counters.values()
+
+
+async def _lag(app: Served) -> Metric:
+    metric = GaugeMetricFamily("eventflow_loop_lag_seconds", "How long a loop took to turn, now.", labels=["loop"])
+    here = asyncio.get_running_loop()
+    flows, _ = app.house.flow_loop
+    for name, loop in (("intake", here), *((("flows", flows),) if flows is not here else ())):
+        metric.add_metric([name], await _turn(here, loop))
+    return metric
+
+
+async def _turn(here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop) -> float:
+    begun, turned = here.time(), asyncio.Event()
+    loop.call_soon_threadsafe(lambda: here.call_soon_threadsafe(turned.set))
+    try:
+        async with asyncio.timeout(LAG):
+            await turned.wait()
+    except TimeoutError:
+        pass
+    return here.time() - begun
