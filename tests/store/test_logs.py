@@ -241,8 +241,7 @@ def test_the_quota_removes_the_oldest_runs(opened: Open, path: Path):
     for run in runs:
         for _ in range(50):
             store.post(line(run, "x" * 1000))
-        if run % 10 == 0:
-            store.flush()
+        assert store.flush(30)
 
     def used() -> int:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
