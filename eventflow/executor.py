@@ -192,7 +192,7 @@ class Execution:
 
     def _read_event(self) -> Event | None:
         if self._event is None and self.run.body is not None:
-            self._event = Event.from_json(self.run.body)
+            self._event = Event.recorded(self.run.body)
         return self._event
 
     def _coroutine(self) -> Coroutine[Any, Any, Any] | None:
