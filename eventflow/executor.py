@@ -183,7 +183,7 @@ class Execution:
 
     def _enter(self) -> None:
         where.set(self._where)
-        enter_run(RunContext(self.name, self._read_event, self.read_now, self.pool.state, log))
+        enter_run(RunContext(self.name, self._read_event, self.read_now, self.pool.state, get_logger(self.flow.name)))
 
     def read_now(self) -> int:
         """The time as the flow sees it. Read before anything was delivered it is the start, which then must be durable too."""
@@ -488,6 +488,9 @@ class Execution:
         else:
             if call.handle is me and self._ending is None:
                 self._succeeded(call, codec, data, emitted)
+        finally:
+            if (here := where.get()) is not None:
+                here.close()
 
     def _stopped_working(self, call: Call) -> None:
         if call.running:
@@ -774,6 +777,7 @@ class Execution:
         self._starting.clear()
         self._heap.clear()
         self.loop.close()
+        self._where.close()
         if self.is_idle:
             self.is_idle = False
             self.pool.idle(self, False)

@@ -14,11 +14,11 @@ from functools import partial, update_wrapper
 from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
 
 import msgspec
-import structlog
 
 from eventflow.clock import Duration, seconds
 from eventflow.errors import TaskTimedOut, UsageError
 from eventflow.lineage import FlowLoop, Host, flow_loop
+from eventflow.log import get_logger
 from eventflow.results import ResultCodec, fingerprint
 from eventflow.retry import Retry, as_retry
 
@@ -60,7 +60,7 @@ class TaskContext(msgspec.Struct):
 
     @property
     def log(self) -> Any:
-        return structlog.get_logger(self.task)
+        return get_logger(self.task)
 
 
 _current: ContextVar[TaskContext | None] = ContextVar("eventflow_task", default=None)
