@@ -20,7 +20,7 @@ from eventflow import App
 from triggers import Webhook
 
 app = App("bench")
-app.on(Webhook("/orders", verify=None), one_task, params=lambda event: {"amount": event.data["data"]["amount"]})
+app.on(Webhook("/orders", verify="none"), one_task, params=lambda event: {"amount": event.data["data"]["amount"]})
 """
 
 
@@ -33,7 +33,8 @@ def serve_and_load(folder: Path, events: int) -> float:
     """Runs/s from the first request to the last run settled, with the server, the load and this count in three processes."""
     (folder / "app.py").write_text(APP)
     store = f"sqlite:///{folder / 'bench.db'}"
-    call = [sys.executable, "-m", "eventflow", "serve", str(folder / "app.py"), "--store", store, "--port", "0"]
+    eventflow = str(Path(sys.executable).with_name("eventflow"))
+    call = [eventflow, "serve", str(folder / "app.py"), "--store", store, "--port", "0"]
     with (folder / "log").open("wb") as stderr:
         server = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True)
         try:
