@@ -175,14 +175,17 @@ class App:
         return self._url or os.environ.get("EVENTFLOW_STORE") or f"sqlite:///.eventflow/{self.name}.db"
 
     async def open(
-        self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None, passive: bool = False
-    ) -> None:
-        """Opens the store, the worker, then the listeners. `own_loop` gives flows a loop and thread of their own. A `passive` app
-        records and answers, but runs nothing and listens to nothing: the command line without a server."""
+        self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None,
+        listen: bool = True, passive: bool = False,
+    ) -> None:  # fmt: skip
+        """Opens the store, the worker, then the listeners. `own_loop` gives flows a loop and thread of their own.
+
+        For the command line: without `listen` no trigger is opened; a `passive` app runs nothing either, it records and answers.
+        """
         if self._house is not None:
             raise UsageError(f"the app {self.name!r} is open already")
         house = _House(self, store or self.url, sink)
-        await house.open(own_loop, passive)
+        await house.open(own_loop, listen and not passive, passive)
         self._house = house
 
     async def close(self, grace: float = 20.0) -> None:
@@ -313,7 +316,7 @@ class _House:
         self._lifespan_task: asyncio.Task[Any] | None = None
         self._chores: set[asyncio.Task[Any]] = set()
 
-    async def open(self, own_loop: bool, passive: bool) -> None:
+    async def open(self, own_loop: bool, listen: bool, passive: bool) -> None:
         app = self.app
         await asyncio.to_thread(self.store.open)
         try:
@@ -328,7 +331,8 @@ class _House:
                 return
             self.own_loop = _FlowThread() if own_loop else None
             await self.on_flow_loop(self._open_worker())
-            self.reactor.start(await self.store.paused())
+            if listen:
+                self.reactor.start(await self.store.paused())
             self._chores.add(asyncio.create_task(self._retain(), name="retention"))
         except BaseException:
             await asyncio.to_thread(self.store.close)
@@ -339,10 +343,10 @@ class _House:
 
     async def close(self, grace: float) -> None:
         log.info("app.draining", app=self.app.name, grace=grace)
-        await self.reactor.stop()
+        self.reactor.draining = True
         for chore in self._chores:
             chore.cancel()
-        await self.on_flow_loop(self._close_worker(grace))
+        await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._close_worker(grace)))  # a slow poll takes no grace
         if self.own_loop is not None:
             await asyncio.to_thread(self.own_loop.stop)
         await asyncio.to_thread(self.store.close)

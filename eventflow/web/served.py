@@ -92,8 +92,9 @@ class Served(Protocol):
     def blobs(self) -> Blobs: ...
 
     async def open(
-        self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None, passive: bool = False
-    ) -> None: ...
+        self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None,
+        listen: bool = True, passive: bool = False,
+    ) -> None: ...  # fmt: skip
 
     async def close(self, grace: float = 20.0) -> None: ...
 

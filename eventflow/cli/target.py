@@ -1,0 +1,127 @@
+"""TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the App, flow or task it names.
+
+What a user's file does wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What eventflow
+itself refuses there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a note.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from eventflow.app import App
+from eventflow.errors import AppNotFound, EventflowError
+from eventflow.flow import Flow
+from eventflow.task import Task
+
+T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
+
+_OURS = str(Path(__file__).parent.parent)
+_TRIGGERS = str(Path(__file__).parent.parent.parent / "triggers")
+
+
+def load_app(target: str) -> App:
+    """The App that a target names; without a name `app`, or the only one there is."""
+    module, name = load_module(target)
+    return _named(target, module, name or "app", App, "App") if name else _only(target, module, App, "app", "App")
+
+
+def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
+    """A flow, and the App of its file when there is one."""
+    module, name = load_module(target)
+    if name is None:
+        flow: Flow[..., Any] = _only(target, module, Flow, "main", "flow")
+    else:
+        flow = _named(target, module, name, Flow, "flow")
+    apps = _all(module, App)
+    return flow, apps[0] if len(apps) == 1 else next((app for app in apps if flow.name in app.flows), None)
+
+
+def load_task(target: str) -> Task[..., Any]:
+    module, name = load_module(target)
+    return _only(target, module, Task, "main", "task") if name is None else _named(target, module, name, Task, "task")
+
+
+def load_module(target: str) -> tuple[ModuleType, str | None]:
+    """The module, and the name after the colon."""
+    where, _, name = target.partition(":") if not os.path.exists(target) else (target, "", "")
+    if where.endswith(".py") or os.sep in where:
+        return _import_file(target, where), name or None
+    sys.path.insert(0, os.getcwd())
+    return _importing(target, lambda: importlib.import_module(where)), name or None
+
+
+def _import_file(target: str, where: str) -> ModuleType:
+    path = Path(where).resolve()
+    if not path.is_file():
+        raise AppNotFound(target, f"there is no file {where}")
+    name = path.stem if path.stem not in sys.modules else f"eventflow_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise AppNotFound(target, f"{where} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module
+    _importing(target, lambda: loader.exec_module(module))
+    return module
+
+
+def _importing(target: str, load: Any) -> Any:
+    try:
+        return load()
+    except EventflowError as error:
+        error.add_note(f"at {_place(error)}")
+        raise
+    except SyntaxError as error:
+        raise AppNotFound(target, f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt | GeneratorExit):
+            raise
+        raise AppNotFound(target, f"{_place(error)}: {type(error).__name__}: {error}") from None
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line that is the user's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "import"
+
+
+def _library(name: str) -> bool:
+    return name.startswith((_OURS, _TRIGGERS, "<frozen", sys.base_prefix)) or "site-packages" in name
+
+
+def _all(module: ModuleType, kind: type[T]) -> list[T]:
+    found: list[T] = []
+    for value in vars(module).values():
+        if isinstance(value, kind) and not any(value is known for known in found):
+            found.append(value)
+    return found
+
+
+def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str) -> T:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    if isinstance(value, kind):
+        return value
+    names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
+    found = "nothing" if value is None else f"a {type(value).__name__}"
+    raise AppNotFound(target, f"expected {name!r} to be a {noun}, found {found}; {noun}s there: {names}")
+
+
+def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str) -> T:
+    found = _all(module, kind)
+    if len(found) == 1:
+        return found[0]
+    usually = vars(module).get(usual)
+    if isinstance(usually, kind):
+        return usually
+    names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind))
+    if names:
+        raise AppNotFound(target, f"expected one {noun}, found {names}; say which: {target}:{names.split(', ')[0]}")
+    raise AppNotFound(target, f"expected a {noun} in it, found none")
