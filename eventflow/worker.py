@@ -416,6 +416,12 @@ class Worker:
         self._watchers.pop(run, None)
 
     @property
+    def is_quiet(self) -> bool:
+        """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
+        busy = self._busy or self._claiming or self._beginning or self._dirty or self._owned or any(self._queues.values())
+        return not busy and not any(execution.loop.foreign for execution in self.executions.values())
+
+    @property
     def load(self) -> dict[str, int]:
         """How many runs work, sit in memory, and wait for a slot there."""
         waiting = sum(len(queue) for queue in self._queues.values())
