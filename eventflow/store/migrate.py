@@ -6,6 +6,7 @@ either as it was or as it should be; one that holds data is copied beside itself
 
 import os
 import sqlite3
+from collections.abc import Sequence
 from importlib import resources
 
 from eventflow.errors import StoreError
@@ -18,9 +19,8 @@ def migrations() -> list[tuple[int, str]]:
     return sorted((int(file.name.split(".")[0]), file.read_text()) for file in files if file.name.endswith(".sql"))
 
 
-def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Brings the store at `path` to the newest schema. Raises StoreError for one that a newer eventflow wrote."""
-    known = migrations()
+def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int, str]]) -> None:
+    """Brings the store at `path` to the newest schema known. Raises StoreError for one that a newer eventflow wrote."""
     newest = known[-1][0]
     found: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if found > newest:
@@ -33,7 +33,11 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
         return
     if found:
         _keep_old(connection, f"{path}.schema-{found}.bak")
-    connection.executescript("\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"]))
+    try:
+        connection.executescript("\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"]))
+    except sqlite3.Error:
+        connection.rollback()
+        raise
 
 
 def _keep_old(connection: sqlite3.Connection, path: str) -> None:

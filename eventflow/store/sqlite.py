@@ -21,7 +21,7 @@ from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Op, Record
 from eventflow.store.guard import HighWater, Lock, Space
 from eventflow.store.load import load_journal
-from eventflow.store.migrate import migrate
+from eventflow.store.migrate import migrate, migrations
 from eventflow.store.readers import BUDGET, Readers, last_batch
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import Call, Errand, Item, Writer
@@ -105,7 +105,7 @@ class SqliteStore:
         )
         for pragma in (*_PRAGMAS, f"PRAGMA synchronous = {self._synchronous}"):
             connection.execute(pragma)
-        migrate(connection, self.path)
+        migrate(connection, self.path, migrations())
         writer = Writer(connection, self.path, self._clock, self._marks(), self._space)
         writer.batch = max(writer.batch, lost)
         writer.apply(doors.recover)

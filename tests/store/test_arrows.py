@@ -1,4 +1,4 @@
-"""Each arrow of the state machine in the head of run.py, by the store method that is that arrow; and the fence around them (P7)."""
+"""Each arrow of the state machine in the head of run.py, by the store method that is that arrow; and the fence (P7)."""
 
 import pytest
 
@@ -267,7 +267,7 @@ async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen
     """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow over restarts."""
     run = await ledger.running()
     given = [
-        Entry(claim="z#1", kind=kind, attempt=n, due_at=n * 7 or None, fingerprint=b"\x00f", codec="c", value=b"\xff", error=b"e")
+        Entry(claim="z#1", kind=kind, attempt=n, due_at=n * 7 or None, fingerprint=b"\0f", codec="c", value=b"\xff", error=b"e")
         for n, kind in enumerate(Kind)
     ]
     first: Appended = await ledger.append(run, *given)
