@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import Iterator
 from typing import Any
 
-from eventflow.run import State
 from eventflow.store import rows
 from eventflow.store.load import corrupt
 from eventflow.store.readers import dicts
@@ -34,7 +33,7 @@ def _deliveries(connection: sqlite3.Connection, ledger: dict[str, Any]) -> Itera
         yield f"accepted is {ledger['accepted']}, the sum of its parts {total}"
     found: dict[str, int] = dict.fromkeys(_SUM, 0)
     for state, n in connection.execute("SELECT state, count(*) FROM runs WHERE parent IS NULL GROUP BY state"):
-        found[COLUMN[State(state)]] += n
+        found[COLUMN[state]] += n
     found["dead"] += connection.execute("SELECT count(*) FROM dead WHERE redriven_at IS NULL").fetchone()[0]
     for name in ("completed", "failed", "cancelled"):
         found[name] += ledger[f"pruned_{name}"]

@@ -85,6 +85,8 @@ def _record(tx: Transaction, op: Record) -> list[Receipt]:
 def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
     """One event: recorded with all that is its, or counted on the first of its identity."""
     first = tx.known.get(arrival.key)
+    if first is None and (earlier := tx.arrived.get(arrival.key)) is not None:
+        first = Known(earlier.id, earlier.key.hex(), earlier.digest.hex(), len(earlier.runs))
     if first is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
         conflict = digests[0] != digests[1]
@@ -93,7 +95,7 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
             first.id, arrival.event_id, duplicate=not conflict, conflict=conflict, matched=first.matched,
             digests=digests if conflict else None,
         )  # fmt: skip
-    tx.known[arrival.key] = Known(arrival.id, arrival.key.hex(), arrival.digest.hex(), len(arrival.runs))
+    tx.arrived[arrival.key] = arrival
     tx.add_event(rows.event_row(arrival))
     tx.count("events")
     deliver(tx, arrival, arrival.id)

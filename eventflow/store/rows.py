@@ -90,7 +90,7 @@ def event_crc(*payload: Value) -> int:
     return checksum(*payload)
 
 
-class Known(msgspec.Struct, array_like=True):
+class Known(msgspec.Struct, array_like=True, gc=False):
     """An event that is already in the ledger; `key` and `digest` in hexadecimal."""
 
     id: int
@@ -130,7 +130,7 @@ def run_crc(ident: int, flow: str, subscription: str, event: int | None, lane: s
     return checksum(ident, flow, subscription, event, lane, params)
 
 
-class Row(msgspec.Struct, array_like=True):
+class Row(msgspec.Struct, array_like=True, gc=False):
     """What a transaction knows and may change of one run; the last four are written, never read."""
 
     id: int

@@ -14,7 +14,7 @@ from eventflow.event import Json
 from eventflow.journal import Entry
 from eventflow.run import Run, State, show_id
 from eventflow.store import rows
-from eventflow.store.base import Handover
+from eventflow.store.base import Arrival, Handover
 from eventflow.store.load import load_runs
 from eventflow.store.rows import NEVER, Known, Row, Values
 
@@ -24,11 +24,8 @@ TOTALS = (
 )  # fmt: skip
 """The counting columns of the one row of `ledger`."""
 
-COLUMN: dict[State, str] = {
-    State.PENDING: "pending", State.RUNNING: "pending", State.WAITING: "pending", State.HELD: "pending",
-    State.COMPLETED: "completed", State.FAILED: "failed", State.CANCELLED: "cancelled", State.DEAD: "dead",
-}  # fmt: skip
-"""Under which word of P9's sum a delivery stands while its run is in a state."""
+COLUMN = ("pending", "pending", "pending", "pending", "completed", "failed", "cancelled", "dead")
+"""By state, under which word of P9's sum a delivery stands."""
 
 _LEDGER = f"UPDATE ledger SET batch = ?, at = ?, {', '.join(f'{name} = ?' for name in TOTALS)}"
 
@@ -43,6 +40,7 @@ class Transaction:
         self.connection, self.batch, self.at, self.now, self.handover = connection, batch, at, now, handover
         self.totals = dict(totals)
         self.known: dict[bytes, Known] = {}
+        self.arrived: dict[bytes, Arrival] = {}
         self.children: set[tuple[int, str]] = set()
         self.finals: set[tuple[int, str]] = set()
         self.appended: set[int] = set()
@@ -132,8 +130,8 @@ class Transaction:
         elif run.state is State.PENDING:
             self._offer(run, due_at)
         self._runs.append(rows.run_row(run, due_at, size))
-        self.count("runs")
-        self.count("pending_bytes", size)
+        self.totals["runs"] += 1
+        self.totals["pending_bytes"] += size
 
     def _offer(self, run: Run, due_at: int) -> None:
         if due_at:
@@ -152,16 +150,17 @@ class Transaction:
         before, row.state = row.state, state
         if due_at is not None:
             row.due_at = due_at
-        if row.parent is None and COLUMN[before] != COLUMN[state]:
-            self.count(COLUMN[before], -1)
-            self.count(COLUMN[state])
-        if before.live != state.live:
-            self.count("pending_bytes", row.size if state.live else -row.size)
-            row.finished_at = None if state.live else self.at
+        if row.parent is None:
+            self.totals[COLUMN[before]] -= 1
+            self.totals[COLUMN[state]] += 1
+        was_live, live = before < State.COMPLETED, state < State.COMPLETED
+        if was_live != live:
+            self.totals["pending_bytes"] += row.size if live else -row.size
+            row.finished_at = None if live else self.at
             if row.lane is not None:
-                row.blocked = int(state.live)
+                row.blocked = int(live)
                 self._lanes.add((row.flow, row.lane))
-        self.change(row)
+        self._changed[row.id] = row
 
     def wake(self, row: Row) -> None:
         """PENDING, due now; the worker may have it at once."""

@@ -298,7 +298,7 @@ def test_row_8_a_full_disk_releases_the_ballast_before_it_fails(small_disk: Path
 
 
 def test_row_8_the_floor_keeps_the_disk_from_filling(small_disk: Path):
-    """A caller that asks `room` never sees the disk full: it is told to slow down first, and again welcome when space returns."""
+    """A caller that asks `room` never sees the disk full: it is told to slow down first, and welcome when space returns."""
     path, hog = str(small_disk / "a.db"), str(small_disk / "hog")
     code = f"""
 import asyncio, json, os, sys
