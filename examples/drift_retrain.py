@@ -4,9 +4,9 @@
     eventflow serve examples/drift_retrain.py
     eventflow emit drift.detected --id prices-2026-07 -d '{"model": "prices", "window": "2026-07", "psi": 0.31}'
 
-Watch: the run trains, passes the gate, writes models/prices.json and emits `model.promoted`, which starts the second flow. A
-monitor alarms again and again: a known id starts nothing, and `eventflow explain prices-2026-07` counts it. A new window trains
-again, but on the same data the new model is no better, so the gate keeps the old one. A PSI under 0.2 starts no run.
+Watch: the run trains, passes the gate, writes models/prices.json and emits `model.promoted`, which starts the second flow. The
+same id again starts nothing. A new window trains again, but on the same data the new model is no better, and the gate keeps the
+old one. A PSI under 0.2 starts no run; `eventflow explain` says why.
 """
 
 import csv
@@ -54,8 +54,7 @@ def error_of(name: str, model: Model | None) -> float:
 
 @task
 def promote(name: str, model: Model) -> None:
-    """Puts the file in its place, whole or not at all."""
-    MODELS.mkdir(exist_ok=True)
+    MODELS.mkdir(exist_ok=True)  # the file comes into its place whole or not at all
     (part := MODELS / f"{Path(name).name}.part").write_bytes(msgspec.json.encode(model))
     part.replace(part.with_suffix(".json"))
 

@@ -1,0 +1,319 @@
+"""The examples do what their docstrings say: each runs as a process of its own, with real HTTP, real files and real kills."""
+
+import base64
+import hashlib
+import hmac
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from tests.conftest import wait_until
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EVENTFLOW = [sys.executable, "-m", "eventflow"]
+KEY = b"shop-example-secret"
+SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    return {**os.environ, "EVENTFLOW_STORE": f"sqlite:///{folder}/store.db", "PYTHONUNBUFFERED": "1", **more}
+
+
+class Served:
+    """One `eventflow serve EXAMPLE`, and the client that a reader's `curl` would be."""
+
+    def __init__(self, example: str, folder: Path, **env: str) -> None:
+        self.errors = (folder / "serve.log").open("ab")
+        command = [*EVENTFLOW, "serve", str(ROOT / "examples" / example), "--port", "0"]
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment(folder, **env), stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            self.kill()
+            pytest.fail(f"no ready line from {example}:\n{(folder / 'serve.log').read_text()}")
+        token = Path(f"{folder}/store.db.token").read_text().strip()
+        self.http = httpx2.Client(base_url=json.loads(line)["url"], headers={"authorization": f"Bearer {token}"}, timeout=20)
+
+    def get(self, path: str) -> Any:
+        return self.http.get(path).raise_for_status().json()
+
+    def runs(self, **asked: str) -> list[dict[str, Any]]:
+        return self.http.get("/api/runs", params=asked).raise_for_status().json()["runs"]
+
+    def states(self, **asked: str) -> list[str]:
+        return sorted(run["state"] for run in self.runs(**asked))
+
+    def emit(self, type: str, id: str, data: Any) -> httpx2.Response:
+        headers = {"ce-specversion": "1.0", "ce-id": id, "ce-source": "/tests", "ce-type": type}
+        return self.http.post("/api/events", json=data, headers=headers)
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.close()
+
+    def stop(self) -> None:
+        """A stop in good order."""
+        self.process.terminate()
+        assert self.process.wait(30) == 0
+        self.close()
+
+    def close(self) -> None:
+        self.errors.close()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+@contextmanager
+def served(example: str, folder: Path, **env: str) -> Iterator[Served]:
+    server = Served(example, folder, **env)
+    try:
+        with server.http:
+            yield server
+        if server.process.poll() is None:
+            server.stop()
+    finally:
+        server.kill()
+
+
+# --------------------------------------------------------------------------- what they are
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_stay_short_and_say_how_to_run_them(path: Path):
+    """An example is 40 to 80 lines, and opens with the commands that run it and with what to watch."""
+    text = path.read_text()
+    assert 40 <= text.count("\n") <= 80
+    head = text.split('"""')[1]
+    assert path.name in head or f"examples.{path.stem}" in head
+    assert "\n    " in head and "Watch" in head
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_use_the_public_surface(path: Path):
+    """An example imports from `eventflow` and `triggers` themselves, and touches nothing private."""
+    found = re.findall(r"(?:from|import) ((?:eventflow|triggers)\S*)", path.read_text())
+    assert set(found) <= {"eventflow", "triggers"}
+    assert not re.search(r"\w\._\w|\.house\b|\.store\b", path.read_text())
+
+
+# --------------------------------------------------------------------------- orders
+
+
+class Moody(BaseHTTPRequestHandler):
+    """A scorer that answers each order 503, then breaks, and only then scores it; it refuses the order named bad."""
+
+    asked: dict[str, int]
+
+    def do_POST(self) -> None:
+        order = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        tries = self.asked[order["id"]] = self.asked.get(order["id"], 0) + 1
+        status = 422 if order["id"] == "bad" else {1: 503, 2: 500}.get(tries, 200)
+        body = json.dumps({"score": order["total"] / 100}).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        if status == 503:
+            self.send_header("retry-after", "0.1")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def scorer() -> Iterator[tuple[str, dict[str, int]]]:
+    asked: dict[str, int] = {}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Scorer", (Moody,), {"asked": asked}))
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/score", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def order(server: Served, ident: str, data: Any) -> httpx2.Response:
+    """A Standard Webhooks sender, by hand."""
+    body, now = json.dumps(data), int(time.time())
+    sign = base64.b64encode(hmac.digest(KEY, f"{ident}.{now}.{body}".encode(), hashlib.sha256)).decode()
+    headers = {"webhook-id": ident, "webhook-timestamp": str(now), "webhook-signature": f"v1,{sign}"}
+    return server.http.post("/hooks/orders", content=body, headers={**headers, "content-type": "application/json"})
+
+
+def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str, dict[str, int]]):
+    """An order is scored although the scorer fails twice; a duplicate, forged, empty and refused one are told apart."""
+    url, asked = scorer
+    with served("orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=url) as server:
+        assert order(server, "m1", {"id": "o1", "total": 50}).status_code == 202
+        again = order(server, "m1", {"id": "o1", "total": 50})
+        assert again.status_code == 200 and again.json()["duplicate"]
+        forged = {"webhook-id": "m9", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1,AAAA"}
+        assert server.http.post("/hooks/orders", json={"id": "o9", "total": 9}, headers=forged).status_code == 401
+        assert order(server, "m2", {"id": "o2", "total": 0}).status_code == 202
+        assert order(server, "m3", {"id": "bad", "total": 5}).status_code == 202
+        wait_until(lambda: server.states() == ["completed", "failed"], "one order is scored, one refused")
+        (scored,) = server.runs(state="completed")
+        tasks = server.get(f"/api/runs/{scored['id']}")["tasks"]
+        assert [(task["name"], task["attempts"]) for task in tasks] == [("score", 3), ("file_score", 1)]
+        assert [verdict["fate"] for verdict in server.get("/api/events/m2")["verdicts"]] == ["filtered"]
+    (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
+    assert json.loads(line)["order"] == "o1" and json.loads(line)["score"] == 0.5
+    assert asked == {"o1": 3, "bad": 1}
+
+
+def test_the_orders_docstring_sends_an_order(tmp_path: Path, scorer: tuple[str, dict[str, int]]):
+    """The shell lines that the example prints for its reader are accepted as a signed order."""
+    head = (ROOT / "examples/orders_webhook.py").read_text().split('"""')[1]
+    send = head[head.index("    key=") : head.index("Watch")]
+    with served("orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=scorer[0]) as server:
+        shell = send.replace("http://", "").replace("localhost:8710", str(server.http.base_url).rstrip("/"))
+        reply = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+        assert json.loads(reply)["event_id"] == "msg-1"
+        wait_until(lambda: server.states() == ["completed"], "the order is scored")
+
+
+# --------------------------------------------------------------------------- landing files
+
+
+def test_landing_files_become_reports(tmp_path: Path):
+    """A file is reported, its bad rows set aside; a bad file is a failed run; what lands while nothing runs is found."""
+    landing = tmp_path / "landing"
+    landing.mkdir()
+    (landing / "monday.csv").write_text("region,amount\nnorth,10\nsouth,x\nnorth,5.5\n")
+    with served("landing_csv.py", tmp_path) as server:
+        (landing / "broken.csv").write_text("region,price\nnorth,10\n")
+        wait_until(lambda: server.states() == ["completed", "failed"], "both files were dealt with")
+        (failed,) = server.runs(state="failed")
+        assert "missing amount" in failed["error"]["message"]
+        server.kill()
+    (landing / "tuesday.csv").write_text("region,amount\nwest,1\nwest,2\n")
+    with served("landing_csv.py", tmp_path) as server:
+        wait_until(lambda: server.states() == ["completed", "completed", "failed"], "the file of the night is reported")
+    assert json.loads((tmp_path / "reports/monday.json").read_text()) == {"totals": {"north": 15.5}, "rejected_rows": 1}
+    assert json.loads((tmp_path / "reports/tuesday.json").read_text()) == {"totals": {"west": 3.0}, "rejected_rows": 0}
+    assert (tmp_path / "rejects/monday.csv").read_text().startswith("line,reason\n3,")
+    assert not (tmp_path / "reports/broken.json").exists()
+    assert sorted(path.suffix for path in landing.iterdir()) == [""]  # only done/ is left
+
+
+# --------------------------------------------------------------------------- inside FastAPI
+
+
+@contextmanager
+def fastapi(folder: Path) -> Iterator[tuple[httpx2.Client, subprocess.Popen[str]]]:
+    command = [sys.executable, "-m", "uvicorn", "examples.fastapi_scoring:api", "--app-dir", str(ROOT), "--port", "0"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout and process.stderr
+        lines = iter(process.stderr.readline, "")
+        url = next(found[0] for line in lines if (found := re.search(r"http://[\d.:]+", line)))
+        with httpx2.Client(base_url=url, timeout=20) as client:
+            yield client, process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_fastapi_answers_are_remembered(tmp_path: Path):
+    """The same order is the same run, also after a kill -9; other figures are a 409; the model is loaded once per start."""
+    orders = [{"id": f"o{n}", "total": n} for n in range(300)]
+    with fastapi(tmp_path) as (client, process):
+        first = client.post("/score", json={"id": "o-1", "total": 99.5}).json()
+        assert first["score"] == 0.267 and not first["known"]
+        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {**first, "known": True}
+        assert client.post("/score", json={"id": "o-1", "total": 98}).status_code == 409
+        assert client.get("/runs/zzzzzzzzzzzzz").status_code == 404
+        batch = client.post("/batch", json=orders).json()["run"]
+        process.send_signal(signal.SIGKILL)
+        assert process.stdout and process.stdout.read().count("model loaded") == 1
+    with fastapi(tmp_path) as (client, _):
+        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {**first, "known": True}
+        scores = client.get(f"/runs/{batch}").json()
+        assert len(scores) == 300 and scores == sorted(scores)
+
+
+# --------------------------------------------------------------------------- a fan-out, killed
+
+
+def fan_out(folder: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "examples/fan_out.py")]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def recorded(folder: Path) -> int:
+    """What the journal held when the process died; read by nobody else then."""
+    with sqlite3.connect(f"file:{folder}/store.db?mode=ro", uri=True) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM journal").fetchone()
+    connection.close()
+    return count
+
+
+def test_fan_out_killed_half_way_repeats_nothing_recorded(tmp_path: Path):
+    """Killed among 10,000 items, the second start computes exactly those that were not recorded; a third one none."""
+    first = fan_out(tmp_path)
+    assert first.stderr
+    for line in first.stderr:
+        if int(line.split(",")[0]) >= 4:
+            break
+    first.kill()
+    first.communicate()
+    known = recorded(tmp_path)
+    assert 0 < known < 10_000
+    out, errors = fan_out(tmp_path).communicate(timeout=60)
+    assert f"{10_000 - known:,} computed here" in out, errors
+    again, _ = fan_out(tmp_path).communicate(timeout=60)
+    assert again.splitlines() == [out.splitlines()[0], "0 computed here"]
+
+
+# --------------------------------------------------------------------------- drift
+
+
+def rows(slope: float) -> str:
+    return "x,y\n" + "".join(f"{x},{slope * x + x % 7}\n" for x in range(1, 200))
+
+
+def test_drift_retrains_once_and_promotes_what_is_better(tmp_path: Path):
+    """An alert retrains once however often it comes; the gate keeps an equal model; a better one is announced."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/prices.csv").write_text(rows(3))
+    alert = {"model": "prices", "window": "1", "psi": 0.31}
+    with served("drift_retrain.py", tmp_path) as server:
+        assert server.emit("drift.detected", "w1", alert).status_code == 202
+        assert [server.emit("drift.detected", "w1", alert).status_code for _ in range(3)] == [200] * 3
+        wait_until(lambda: server.states(flow="announce") == ["completed"], "the model is promoted and announced")
+        server.emit("drift.detected", "w2", {**alert, "window": "2"})
+        wait_until(lambda: server.states(flow="retrain") == ["completed"] * 2, "the second window is judged")
+        (tmp_path / "data/prices.csv").write_text(rows(4))
+        server.emit("drift.detected", "w3", {**alert, "window": "3"})
+        server.emit("drift.detected", "calm", {**alert, "psi": 0.1})
+        wait_until(lambda: server.states(flow="announce") == ["completed"] * 2, "the better model is announced")
+        results = {run["event"]: server.get(f"/api/runs/{run['id']}")["result"] for run in server.runs(flow="retrain")}
+        fates = {ident: results[server.get(f"/api/events/{ident}")["id"]].split(":")[0] for ident in ("w1", "w2", "w3")}
+        assert fates == {"w1": "promoted", "w2": "kept", "w3": "promoted"}
+        assert server.get("/api/events/w1")["duplicates"] == 3
+        assert server.get("/api/events/calm")["verdicts"][0]["fate"] == "filtered"
+    assert json.loads((tmp_path / "models/prices.json").read_text())["slope"] == pytest.approx(4, abs=0.01)
