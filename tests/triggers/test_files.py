@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hashlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pytest
 
 from eventflow.errors import StoreFull, UsageError
-from eventflow.event import Trigger
+from eventflow.event import Json, Trigger
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from tests.triggers.inbox import Inbox, run, touch, watched
@@ -392,9 +392,19 @@ def test_existing_files_fire_or_are_skipped_once(tmp_path: Path):
 
     async def main() -> None:
         ledger = Ledger()
+        asked, answer, cursor = asyncio.Event(), asyncio.Event(), ledger.cursor
+
+        async def slowly() -> Mapping[str, Json]:
+            asked.set()
+            await answer.wait()
+            return await cursor()
+
+        ledger.cursor = slowly
         async with watched(root, ledger, opened=False, existing="skip") as inbox:
-            await eventually(lambda: inbox.said("directory.opened"), "the listener is open")
+            await asked.wait()
+            await asyncio.sleep(0.02)  # the clock that stamps files ticks every few milliseconds
             inbox.write("new")
+            answer.set()
             await inbox.has("new")
             inbox.write("old", "changed")
             await inbox.has("new", "old")

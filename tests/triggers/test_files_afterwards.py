@@ -226,13 +226,26 @@ def test_skipped_and_older_files_are_not_moved(tmp_path: Path):
     asyncio.run(main())
 
 
+def test_a_removal_that_somebody_else_made(tmp_path: Path):
+    """A recorded file whose removal was owed, and that is gone already, is forgotten without a deletion event."""
+    ledger = Ledger()
+    ledger.cursors["x"] = [4, 1, 1, 1, 1]
+
+    async def main() -> None:
+        async with watched(tmp_path, ledger, after=delete(), deleted=True):
+            await eventually(lambda: "x" not in ledger.cursors, "it is forgotten")
+        assert not ledger.offered
+
+    asyncio.run(main())
+
+
 # --------------------------------------------------------------------------- crashes
 
 KILLED = """
     import asyncio, os, signal, sys
     from pathlib import Path
     from eventflow import App, flow
-    from triggers import files
+    from triggers._files import listener
     from triggers._files import landing
     from triggers.files import Directory, move
 
@@ -244,7 +257,7 @@ KILLED = """
     if seam == "before accept":
         landing.sync_directories = die
     if seam == "after accept":
-        files._remove_all = die
+        listener._remove_all = die
 
     @flow
     async def take(path: str, relpath: str) -> str:

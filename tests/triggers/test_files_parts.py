@@ -1,5 +1,6 @@
 """The parts of the files trigger that decide without looking: names, the settling machine, what is known."""
 
+import asyncio
 import tracemalloc
 from pathlib import Path
 
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventflow.event import Json
-from triggers._files.landing import SAMPLED, Desk
+from tests.conftest import eventually
+from triggers._files.hints import Hints
+from triggers._files.landing import SAMPLED, Desk, Fate
 from triggers._files.names import IGNORED, Names, from_key, printable, to_key
-from triggers._files.settling import WINDOW, Known, Settling, Sight, is_owed, mark, same_file
+from triggers._files.settling import WINDOW, Known, Ripe, Settling, Sight, is_owed, mark, same_file
 from triggers._files.tree import Tree, Walk
 
 # --------------------------------------------------------------------------- names
@@ -182,6 +185,33 @@ def test_samples_tell_contents_apart(tmp_path: Path, size: int):
         (tmp_path / name).write_bytes(data if size else b"")
     a, b, c, d = desk.samples([b"a", b"b", b"c", b"d"])
     assert a == b and (size == 0 or len({a, c, d}) == (2 if size == 1 else 3))
+
+
+def test_a_file_that_moves_under_the_last_look(tmp_path: Path):
+    """What is no longer the version that held still is no event: it has changed, and is looked at again."""
+    tree = Tree(bytes(tmp_path), Names("**/*", (), None))
+    desk = Desk(tree, Known(), None, sha256=True, touch=False)
+    (tmp_path / "a").write_text("now longer")
+    (still,) = desk.prepare([Ripe(b"a", tree.look(b"a"), 0)], 0)
+    changed, gone = desk.prepare([Ripe(b"a", Sight(3, 1, 1), 0), Ripe(b"b", Sight(3, 1, 1), 0)], 0)
+    assert (still.fate, changed.fate, gone.fate) == (Fate.CREATED, Fate.CHANGED, Fate.CHANGED)
+
+
+def test_hints_say_what_they_did_not_watch_before(tmp_path: Path):
+    """`cover` names the directories that were not watched until now, so that they are walked once more; again none."""
+
+    async def main() -> None:
+        hints = Hints(bytes(tmp_path), lambda: None)
+        (tmp_path / "d").mkdir()
+        assert await hints.cover({b"": 1}) == [b""]
+        assert await hints.cover({b"": 1, b"d": 2}) == [b"d"]
+        assert await hints.cover({b"": 1, b"d": 2}) == []
+        assert await hints.cover({b"": 1, b"d": 3}) == [b"d"]
+        (tmp_path / "d/a").touch()
+        await eventually(lambda: bytes(tmp_path / "d/a") in hints.take(), "the file is hinted")
+        await hints.close()
+
+    asyncio.run(main())
 
 
 def test_walk_goes_in_steps(tmp_path: Path):

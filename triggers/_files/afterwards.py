@@ -4,7 +4,7 @@ A move has two halves. `place` gives the file its final name (a hard link; acros
 the event is recorded, since the event names that path and its flow may start at once. `remove` takes the landing name away
 after `accept` has returned, and only if it is still the very version that was recorded. A kill between the two leaves both
 names; the cursor knows that the removal is owed, and the next walk does it. Both are idempotent. `landing.py` calls `place`,
-`files.py` calls `remove`, each in a worker thread.
+`listener.py` calls `remove`, each in a worker thread.
 """
 
 import contextlib

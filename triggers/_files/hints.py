@@ -2,7 +2,7 @@
 
 inotify (through watchfiles' Rust notifier) loses events when its queue overflows, says nothing of files made right after
 their directory, and falls silent when the root is replaced; so a hint only ever says where to look, and `gap` says to look
-everywhere. `files.py` gives it the list of directories after each walk: watching them one by one, not recursively, makes the
+everywhere. `listener.py` gives it the list of directories after each walk: watching them one by one, not recursively, makes the
 watches ours to account for (nothing ignored, moved away or behind a symlink is watched) and keeps the notifier from walking
 1,000,000 files with the interpreter lock held. The thread comes from a limiter of its own, so that it starves nobody.
 """

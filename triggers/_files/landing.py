@@ -2,7 +2,7 @@
 
 `Desk.prepare` runs in a worker thread, just before `accept`; it decides for each ripe path what it is (a `Landed` event, only
 touched, gone, still waiting) and does the part of `after=move` that must come first. Files that changed under it go back to
-settling. `to_event` makes the CloudEvent. Both are called by `files.py`.
+settling. `to_event` makes the CloudEvent. Both are called by `listener.py`.
 """
 
 import base64

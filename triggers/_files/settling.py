@@ -6,7 +6,7 @@
                      │                                                     ▲
     see(gone) ───────┴── a known file missing for `settle` ────────────────┘ (forgotten, or a deletion)
 
-No I/O and no clock: whoever looked says what was there and when. `files.py` drives it; `tree.py` reads `Known` while it walks.
+No I/O and no clock: whoever looked says what was there and when. `listener.py` drives it; `tree.py` reads `Known` as it walks.
 `Known` is the trigger's cursor in memory: 1,000,000 files take about 140 MB, so a mark is one integer, not a tuple.
 """
 
@@ -17,8 +17,8 @@ from typing import NamedTuple, cast
 from eventflow.event import Json
 from triggers._files.names import from_key
 
-WINDOW = 50_000
-"""Pending files held at once (about 20 MB); a walk pauses while the window is full, so a flood streams."""
+WINDOW = 20_000
+"""Pending files held at once (about 8 MB); a walk pauses while the window is full, so a flood streams at WINDOW / settle."""
 
 
 class Sight(NamedTuple):

@@ -1,7 +1,7 @@
 """The directory as it is: looks at paths and walks the tree, on bytes, in steps small enough for a thread.
 
 `Tree` answers for single paths (what a hint named, what is about to ripen); `Walk` reconciles a whole tree, or parts of it,
-with `Known`, and reports only what differs. Called by `files.py` in a worker thread, one call at a time, never on the loop.
+with `Known`, and reports only what differs. Called by `listener.py` in a worker thread, one call at a time, never on the loop.
 Promises: symlinks are not followed unless asked, and never out of the root; a directory that cannot be read makes nothing in
 it count as gone. Does not promise a snapshot: what moves during a walk is found by the next one.
 """
