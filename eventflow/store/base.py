@@ -4,8 +4,8 @@ Each verb is one transaction. Verbs on the hot path are posted: `post(op, reply)
 transaction and one fsync (a *batch*, numbered), and the replies of a batch reach each event loop in one wake-up. The awaited
 form is the posted form plus a wait. Everything an op carries is already encoded: the writer only inserts.
 
-Who calls: the reactor posts `Record`; the executor posts `Append`, `Mark` and `Settle`; the worker posts `Claim`; the doors call
-the awaited verbs and the readers. Nothing here knows asyncio tasks, flows or triggers.
+Who calls: the reactor posts `Record`; the executor posts `Append`, `Mark` and `Settle`; the worker posts `Claim`; the doors
+call the awaited verbs and the readers. Nothing here knows asyncio tasks, flows or triggers.
 """
 
 import asyncio
@@ -173,8 +173,16 @@ class Store(Protocol):
     location: str
     """What `--store` names, for messages and the ready line."""
 
-    failed: StoreError | None
-    """Set once, when storage failed in use. Every later verb raises it (P10)."""
+    path: str
+    """The store's file; what lies beside it (token, blobs, logs) is named after it."""
+
+    last_id: int
+    """After `open`: the largest id in the ledger, the floor for new ones."""
+
+    @property
+    def failed(self) -> StoreError | None:
+        """Set once, when storage failed in use. Every later verb raises it (P10)."""
+        ...
 
     def open(self) -> None:
         """Takes the lock, checks checksums and the high-water mark, migrates, makes RUNNING rows of older epochs PENDING
@@ -204,7 +212,9 @@ class Store(Protocol):
         ...
 
     # way in ------------------------------------------------------------------------------
-    async def record(self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
+    async def record(
+        self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
         """`Record`, awaited. The caller's cancellation does not reach the transaction."""
         ...
 
@@ -272,4 +282,12 @@ class Store(Protocol):
     async def dead(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]: ...
+
+    async def check(self) -> list[str]:
+        """What does not hold in the ledger: pages, checksums, the sum of P9, lanes. Empty: sound. May take long."""
+        ...
+
+    async def blob_references(self) -> set[str]:
+        """The blobs that a journal entry or a result names; the others may be swept."""
+        ...
 

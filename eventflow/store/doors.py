@@ -17,7 +17,7 @@ from eventflow.run import Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
 from eventflow.store.load import load_journal
-from eventflow.store.ops import answer, deliver
+from eventflow.store.ops import answer, deliver, forget
 from eventflow.store.rows import Row
 from eventflow.store.transaction import Transaction
 
@@ -77,12 +77,10 @@ def _answer_again(tx: Transaction, child: Row) -> None:
 
 
 def _forget(tx: Transaction, run: int) -> set[str]:
-    """Drops the journal, and lets go of the children that it started: the new life starts its own."""
+    """Drops the journal and ends what the old life started."""
     for child, _, _ in _children(tx, run):
         cancel(tx, child, "its parent was begun afresh")
-    tx.flush()
-    tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
-    tx.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (run,))
+    forget(tx, run)
     return set()
 
 
@@ -174,6 +172,13 @@ def hold(tx: Transaction, trigger: str, paused: bool) -> None:
         tx.connection.execute("INSERT OR IGNORE INTO holds (trigger, at) VALUES (?, ?)", (trigger, tx.at))
     else:
         tx.connection.execute("DELETE FROM holds WHERE trigger = ?", (trigger,))
+        tx.more |= tx.connection.execute(_RELEASE, (trigger,)).rowcount > 0
+
+
+_RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE state = 3 AND token = 0 AND reason IS NULL
+    AND event IN (SELECT id FROM events WHERE trigger = ?)"""
+"""What the pause held goes on: those that never ran, and that nobody gave a reason. HELD and PENDING stand under one word of
+P9's sum, and a lane keeps its order, so nothing else of them changes."""
 
 
 # --------------------------------------------------------------------------- at start

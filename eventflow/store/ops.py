@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 from eventflow.event import Receipt
 from eventflow.journal import Entry, Kind
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, State, Suspended, show_id
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, State, Suspended, show_id
 from eventflow.store import rows
 from eventflow.store.base import Append, Appended, Arrival, Mark, Record, Refused, Settle, Settled
 from eventflow.store.rows import Known, Row
@@ -198,8 +198,34 @@ def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
         case Interrupted():
             row.suspect = row.deaths = 0
             tx.wake(row)
+        case Restarted(params, first):
+            _begin_afresh(tx, row, params)
+            tx.add_entry(row.id, first)
         case _:
             assert_never(outcome)
+
+
+def _begin_afresh(tx: Transaction, row: Row, params: bytes) -> None:
+    """The same run with other parameters and no past."""
+    forget(tx, row.id)
+    asked = "SELECT subscription, params FROM runs WHERE id = ?"
+    subscription, before = tx.connection.execute(asked, (row.id,)).fetchone()
+    grown = len(params) - len(before or b"")
+    row.size += grown
+    tx.count("pending_bytes", grown)
+    crc = rows.run_crc(row.id, row.flow, subscription, row.event, row.lane, params)
+    tx.connection.execute("UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?", (params, crc, row.size, row.id))
+    row.suspect = row.deaths = 0
+    row.started_at = None
+    tx.wake(row)
+
+
+def forget(tx: Transaction, run: int) -> None:
+    """Drops the journal, also what this batch added to it, and lets go of the children: the new life starts its own."""
+    tx.flush()
+    tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
+    tx.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (run,))
+    tx.disown(run)
 
 
 def answer(tx: Transaction, child: Row, entry: Entry) -> Entry | None:

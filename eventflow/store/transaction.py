@@ -78,6 +78,14 @@ class Transaction:
             self.fetch((ident,))
         return self._rows[ident]
 
+    def disown(self, parent: int) -> None:
+        """The children of this run have no claim on it any more."""
+        self.children = {name for name in self.children if name[0] != parent}
+        self.finals = {name for name in self.finals if name[0] != parent}
+        for row in self._rows.values():
+            if row is not None and row.parent == parent:
+                row.parent_claim = None
+
     def need(self, ident: int) -> Row:
         row = self.row(ident)
         if row is None:

@@ -4,7 +4,7 @@ import pytest
 
 from eventflow.errors import UsageError
 from eventflow.journal import Entry, Kind
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, State, Suspended
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, State, Suspended
 from eventflow.store.base import Append, Appended, Mark, Refused, Settle, Settled
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
@@ -103,6 +103,27 @@ async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
     (again,) = await ledger.claimed()
     assert (again.token, again.suspect, again.deaths) == (2, False, 0)
     assert isinstance(await ledger.settle(run), Refused)
+
+
+async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
+    """RUNNING → PENDING with other parameters: the journal is the one entry given, start and children are let go."""
+    run = await ledger.running(params=b'{"old":1}')
+    child = ledger.run("child", parent=run.id, parent_claim="c#1")
+    await ledger.append(run, value(), children=[child])
+    (child,) = await ledger.claimed()
+    first = Entry(claim="begun", kind=Kind.NOTE, attempt=1)
+    ledger.clock.forward(5)
+    await ledger.together(
+        Append(run.id, run.token, [value("b#1")]), Settle(run.id, run.token, Restarted(b'{"new":12}', first))
+    )
+    assert [entry.claim for entry in await ledger.store.load(run.id)] == ["begun"]
+    (again,) = await ledger.claimed()
+    assert (again.id, again.token, again.params, again.started_at) == (run.id, 2, b'{"new":12}', ledger.clock.now())
+    settled: Settled = await ledger.settle(child, answer=value("c#1"), parent=run.id)
+    assert settled.answer is None
+    again_child = ledger.run("child", parent=run.id, parent_claim="c#1")
+    assert isinstance(await ledger.append(again, value(), children=[again_child]), Appended)
+    assert {row["id"] for row in await ledger.store.runs(parent=run.id)} == {child.id, again_child.id}
 
 
 async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from eventflow.store.sqlite import SqliteStore
 path, life, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 clock = SystemClock()
 store = SqliteStore(path, clock=clock, **options)
+os.write(1, b"pid %d\n" % os.getpid())
 store.open()
 ids = Ids(store.last_id)
 body = b"x" * 500
@@ -263,6 +265,20 @@ def test_p10_row_7_an_fsync_error_stops_acknowledging(tmp_path: Path, when: int)
     victim = Victim(path, "0", "strace", "-f", "-o", os.devnull, "-e", inject)
     stopped(victim)
     sound_after(path, victim)
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+def test_p1_every_commit_is_synced(tmp_path: Path):
+    """FULL means what it says: five callers share a commit at most, and each commit has an fdatasync of its own."""
+    log = tmp_path / "strace"
+    victim = Victim(str(tmp_path / "a.db"), "0", "strace", "-f", "-o", str(log), "-e", "trace=fdatasync")
+    for _ in victim.lines():
+        if len(victim.said) > 400:
+            break
+    os.kill(int(victim.all("pid")[0]), signal.SIGKILL)
+    victim.end()
+    acked = len(victim.all("acked"))
+    assert acked > 50 and log.read_text().count("fdatasync(") >= acked / 5
 
 
 def can_mount(folder: Path) -> bool:

@@ -7,7 +7,7 @@ import pytest
 from eventflow.errors import UsageError
 from eventflow.journal import Entry, Kind
 from eventflow.run import Completed, Failed, Run, State, Suspended
-from eventflow.store.base import Append, Settle, Settled
+from eventflow.store.base import Append, Appended, Settle, Settled
 from tests.store.ledger import Hand, Ledger, Reopen, error, value
 
 pytestmark = pytest.mark.anyio
@@ -32,11 +32,12 @@ async def test_a_child_is_started_once(ledger: Ledger):
     parent = await ledger.running()
     first = ledger.run("child", parent=parent.id, parent_claim="c#1")
     twin, late = (ledger.run("child", parent=parent.id, parent_claim="c#1") for _ in range(2))
-    await ledger.together(
+    replies = await ledger.together(
         Append(parent.id, parent.token, [value("a#1")], children=[first]),
         Append(parent.id, parent.token, [value("a#2")], children=[twin]),
     )
-    await ledger.append(parent, value("a#3"), children=[late])
+    replies.append(await ledger.append(parent, value("a#3"), children=[late]))
+    assert [type(reply) for reply in replies] == [Appended] * 3
     assert [row["id"] for row in await ledger.store.runs(parent=parent.id)] == [first.id]
 
 
