@@ -26,7 +26,7 @@ from eventflow.journal import Journal
 from eventflow.log import Sink, get_logger
 from eventflow.results import decode_error
 from eventflow.routing import Router
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, State, Suspended, show_id
+from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, Suspended, show_id
 from eventflow.store.base import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
 from eventflow.task import Call
 
@@ -53,7 +53,7 @@ class Worker:
         store: Store,
         clock: Clock,
         router: Router,
-        flows: Mapping[str, Flow[..., Any]],
+        flows: dict[str, Flow[..., Any]],
         blobs: Blobs,
         *,
         concurrency: int = 1000,
@@ -63,7 +63,9 @@ class Worker:
         secret: bytes = b"",
         seed: int | None = None,
     ) -> None:
-        self.store, self.clock, self.router, self.flows, self.blobs = store, clock, router, flows, blobs
+        self.store, self.clock, self.router, self.blobs = store, clock, router, blobs
+        self.flows: Mapping[str, Flow[..., Any]] = flows
+        self._flows = flows
         self.draw = random.Random(seed)
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="eventflow-task")
         self.state: Any = None
@@ -288,9 +290,22 @@ class Worker:
             self._busy -= 1
             self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
             return
-        execution = Execution(self, run, self.flows[run.flow], journal)
+        flow = self.flows.get(run.flow)
+        if flow is None:
+            self._hold_unknown(run)
+            return
+        execution = Execution(self, run, flow, journal)
         self.executions[run.id] = execution
         execution.begin()
+
+    def _hold_unknown(self, run: Run) -> None:
+        held = Held(f"the app has no flow named {run.flow!r}; deploy the code that has it, or app.add(it), then retry the run")
+        log.error("run.held", run=show_id(run.id), flow=run.flow, reason=held.reason)
+        self.store.post(Settle(run.id, run.token, held), lambda _: self._tell(run.id, held), self.loop)
+        self._busy -= 1
+        self._in_memory[run.flow] -= 1
+        self._give_room(1)
+        self.loop.call_soon(self._begin_some)
 
     # ----------------------------------------------------------------- what executions ask (executor.Pool)
 
@@ -339,6 +354,7 @@ class Worker:
 
     def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
         now = self.clock.now()
+        self._flows.setdefault(flow.name, flow)
         return Run(
             id=self.router.ids.next(now), flow=flow.name, created_at=now, due_at=now, parent=run.id, parent_claim=claim,
             depth=run.depth, params=params, priority=flow.priority,
@@ -405,8 +421,11 @@ class Worker:
         elif isinstance(outcome, Failed) and options.on_failure:
             self.spawn(execution.hook(options.on_failure, execution.name, decode_error(outcome.error)))
         if not isinstance(outcome, Suspended | Interrupted):
-            for tell in self._watchers.pop(execution.run.id, ()):
-                tell(outcome)
+            self._tell(execution.run.id, outcome)
+
+    def _tell(self, run: int, outcome: Outcome) -> None:
+        for tell in self._watchers.pop(run, ()):
+            tell(outcome)
 
     def watch(self, run: int, tell: Callable[[Outcome], None]) -> None:
         """`tell(outcome)` when this run settles here; on this worker's loop."""
@@ -426,8 +445,3 @@ class Worker:
         """How many runs work, sit in memory, and wait for a slot there."""
         waiting = sum(len(queue) for queue in self._queues.values())
         return {"working": self._busy, "in_memory": len(self.executions) + waiting, "queued": waiting}
-
-
-def terminal(state: State) -> bool:
-    """Whether `run.result()` can answer."""
-    return not state.live or state is State.HELD
