@@ -1,24 +1,254 @@
-"""One attempt of one task call: run the body on the worker's loop, bounded in time, and say what came of it.
+"""Attempts: the bodies of one run's calls on the worker's loop, bounded in time and number, and what is recorded of each.
 
-The executor launches an attempt and gets back exactly one of `Value`, `Failure` or nothing (the attempt was abandoned: cancelled
-by the flow, by a drain, by a lost lease). What an abandoned body still returns is refused. A body that ignores its cancel is asked
-`ASKS` times and then left behind; a thread cannot be stopped at all and keeps its slot until it ends.
+    launch     a copy of the call's context, an asyncio task of its own
+    bounded    the task's concurrency, the gate for suspects of a crash, the attempt's timeout
+    ended      value → VALUE · error → FAILED with the next due time, or ERROR when it was the last · abandoned → nothing
+
+The executor launches a call's attempt once its claim is not in the journal. What an abandoned body still returns is refused. A
+body that ignores its cancel is asked `ASKS` times and then left behind; a thread cannot be stopped at all and keeps its slot
+until it ends. What is recorded comes back to the executor by its commit.
 """
 
 import asyncio
-import contextvars
-from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Future as ThreadFuture
+from contextlib import suppress
+from contextvars import Context, copy_context
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
+from eventflow.blobs import LARGE
 from eventflow.clock import Clock, microseconds
-from eventflow.errors import TaskTimedOut
-from eventflow.task import Call
+from eventflow.errors import StoreError, TaskTimedOut, caught
+from eventflow.journal import Entry, Kind
+from eventflow.lineage import leave_flow
+from eventflow.log import Where, get_logger, where
+from eventflow.pool import Pool
+from eventflow.results import encode_error
+from eventflow.run import Run
+from eventflow.store.base import Appended, Arrival, Mark, Refused
+from eventflow.task import Call, TaskContext, enter_task, task_context
 
 ASKS = 3
 """Times a body is asked to stop, `ASK_EVERY` seconds apart, before it is left behind."""
 ASK_EVERY = 1.0
+
+log = get_logger("eventflow.attempt")
+
+
+class Host(Protocol):
+    """What attempts need of their run's execution."""
+
+    pool: Pool
+    run: Run
+    name: str
+    here: Where
+    working: int
+    """Bodies and appends under way: while there are any, the run is not idle."""
+
+    def takes(self) -> bool:
+        """Whether what an attempt comes to may still be recorded."""
+        ...
+
+    def append(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None: ...
+
+    def safely(self, step: Callable[..., None], *args: Any) -> None:
+        """Calls `step`; what it raises is a fault that holds the run."""
+        ...
+
+    def lost(self, reply: Refused | StoreError) -> None:
+        """The store refuses: nothing more may be written."""
+        ...
+
+    def interrupt(self) -> None:
+        """Stop without an outcome."""
+        ...
+
+
+class Attempts:
+    """Launches and ends the attempts of one run. Everything here runs on the worker's loop."""
+
+    __slots__ = ("_host",)
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def launch(self, call: Call) -> None:
+        """Starts the next attempt of a call; its body takes its first step in the loop's next turn."""
+        host = self._host
+        call.attempt += 1
+        call.running, call.thread = True, None
+        host.working += 1
+        context: Context = call.context.copy()
+        context.run(self._enter, call)
+        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
+        call.handle = asyncio.Task(self._attempt(call), loop=host.pool.loop, context=context)
+
+    def abandon(self, call: Call) -> None:
+        """The call is given up: its body is cancelled, nothing of it is recorded from here on."""
+        handle = call.handle
+        if handle is not None:
+            handle.cancel()
+            if self._ended(call):
+                self._let_go(handle)
+
+    def _enter(self, call: Call) -> None:
+        host, name = self._host, call.task.name
+        leave_flow()
+        where.set(host.here.during(name, call.attempt))
+        enter_task(TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}", []))
+
+    async def _attempt(self, call: Call) -> None:
+        """Runs one body and records what came of it. Whatever it raises ends here."""
+        me: asyncio.Task[Any] = call.handle
+        host = self._host
+        try:
+            value = await self._body(call)
+            codec, data = call.task.result.encode(value, key=host.pool.secret)
+            if len(data) > LARGE:
+                codec, data = await asyncio.to_thread(host.pool.blobs.offload, codec, data)
+            context = task_context()
+            emitted = context.emitted if context is not None else ()
+            arrivals = [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as error:  # around an attempt: its failure is recorded, and retried if its Retry says so
+            if call.handle is not me or not host.takes():
+                pass  # Abandoned (cancelled by the flow, by a drain, or left behind): it is nobody's any more.
+            elif isinstance(error, asyncio.CancelledError) and me.cancelling():
+                host.interrupt()  # Neither the flow nor a timeout asked: the loop itself is being taken down.
+            else:
+                host.safely(self._failed, call, error)
+        else:
+            if call.handle is me and host.takes():
+                host.safely(self._succeeded, call, value, codec, data, arrivals)
+        finally:
+            if (here := where.get()) is not None:
+                here.close()
+
+    # ----------------------------------------------------------------- bounds
+
+    def _body(self, call: Call) -> Awaitable[Any]:
+        """The body within the limits set for it."""
+        slots = self._host.pool.slots(call)
+        if slots is None and not self._host.run.suspect:
+            return self._timed(call)
+        return self._bounded(call, slots)
+
+    async def _bounded(self, call: Call, slots: asyncio.Semaphore | None) -> Any:
+        if slots is None:
+            return await self._gated(call)
+        await slots.acquire()
+        try:
+            return await self._gated(call)
+        finally:
+            if call.thread is None:
+                slots.release()
+            else:  # also when it ended long ago
+                release = partial(_tell, self._host.pool.loop, slots.release)
+                call.thread.add_done_callback(lambda _: release())  # pyright: ignore[reportUnknownLambdaType]
+
+    async def _gated(self, call: Call) -> Any:
+        """Those suspected of killing the process run few at a time, each with its start on record."""
+        if not self._host.run.suspect:
+            return await self._timed(call)
+        async with self._host.pool.suspects:
+            await self._mark()
+            return await self._timed(call)
+
+    async def _mark(self) -> None:
+        """Makes the start of a suspect's attempt durable before its body: a death from here on counts against this run."""
+        host = self._host
+        done: asyncio.Future[Any] = host.pool.loop.create_future()
+        host.pool.store.post(Mark(host.run.id, host.run.token), done.set_result, host.pool.loop)
+        reply = await asyncio.shield(done)
+        if not isinstance(reply, Appended):
+            host.lost(reply)
+            raise asyncio.CancelledError("lost the lease")
+
+    def _timed(self, call: Call) -> Awaitable[Any]:
+        pool, timeout = self._host.pool, call.task.options.timeout
+        if timeout is not None:
+            return _within(call, timeout, pool, partial(self._deaf, call, call.attempt))
+        if call.task.is_async:
+            return call.task.fn(*call.args, **call.kwargs)
+        return _in_thread(call, pool)
+
+    def _deaf(self, call: Call, attempt: int) -> None:
+        """A body did not listen when its time was up: record the timeout, leave it behind, refuse what it still returns."""
+        if call.running and call.attempt == attempt and self._host.takes():
+            log.error("task.abandoned", run=self._host.name, task=call.task.name, attempt=attempt)
+            handle = call.handle
+            self._host.safely(self._failed, call, TaskTimedOut(call.task.name, call.task.options.timeout or 0.0))
+            self._let_go(handle)
+
+    def _let_go(self, handle: asyncio.Task[Any]) -> None:
+        """The loop holds its tasks weakly: somebody must hold this one until it has ended."""
+        pool = self._host.pool
+        pool.loop.call_soon(pool.spawn, _outlast(handle), context=Context())
+
+    # ----------------------------------------------------------------- what came of it
+
+    def _ended(self, call: Call) -> bool:
+        if not call.running:
+            return False
+        call.running = False
+        call.handle = None
+        self._host.working -= 1
+        return True
+
+    def _succeeded(self, call: Call, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]) -> None:
+        self._ended(call)
+        entry = Entry(
+            claim=call.claim, kind=Kind.VALUE, attempt=call.attempt, fingerprint=call.fingerprint, codec=codec, value=data
+        )
+        self._host.append(entry, arrivals)
+        if call.task.options.on_success is not None:
+            self._run_hook(call.task.options.on_success, value)
+
+    def _failed(self, call: Call, error: BaseException) -> None:
+        self._ended(call)
+        host, options = self._host, call.task.options
+        call.spent += 1
+        delay = options.retries.delay_after(call.spent, error, host.pool.draw)
+        text, _ = caught(str, error)
+        log.warning(
+            "task.attempt_failed", run=host.name, task=call.task.name, attempt=call.attempt, retry_in=delay,
+            error=f"{type(error).__name__}: {text}",
+        )  # fmt: skip
+        entry = Entry(
+            claim=call.claim, kind=Kind.ERROR if delay is None else Kind.FAILED, attempt=call.attempt,
+            fingerprint=call.fingerprint, error=encode_error(error),
+        )  # fmt: skip
+        if delay is None:
+            self._run_hook(options.on_failure, error)
+        else:
+            entry.due_at = host.pool.clock.now() + microseconds(delay)
+            self._run_hook(options.on_retry, error, delay)
+        host.append(entry)
+        if delay == 0 and not host.pool.draining:
+            self.launch(call)
+
+    def _run_hook(self, hook: Callable[..., Any] | None, *args: Any) -> None:
+        if hook is not None:
+            self._host.pool.spawn(run_hook(self._host.name, hook, *args))
+
+
+async def run_hook(run: str, hook: Callable[..., Any], *args: Any) -> None:
+    """Calls a user's hook after the fact, in the order of nothing else; plain or async. It changes nothing."""
+    try:
+        result = hook(*args)
+        if asyncio.iscoroutine(result):
+            await result
+    except Exception as error:  # around a hook: what it is told of has happened already
+        log.error("task.hook_failed", run=run, hook=getattr(hook, "__name__", "?"), exc_info=error)
+
+
+async def _outlast(task: asyncio.Task[Any]) -> None:
+    await asyncio.wait((task,))
+
+
+# --------------------------------------------------------------------------- time
 
 
 class Deadline:
@@ -27,15 +257,20 @@ class Deadline:
     `on_deaf` is called when it was asked in vain: the attempt then counts as timed out and its late result is refused.
     """
 
-    __slots__ = ("_asked", "_clock", "_loop", "_on_deaf", "_task", "_timer", "expired")
+    __slots__ = ("_asked", "_clock", "_loop", "_on_deaf", "_task", "_timeout", "_timer", "expired")
 
     def __init__(self, clock: Clock, timeout: float, on_deaf: Callable[[], None]) -> None:
         self.expired = False
         self._asked = 0
-        self._clock, self._on_deaf = clock, on_deaf
+        self._clock, self._timeout, self._on_deaf = clock, timeout, on_deaf
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._timer = clock.timer(self._loop, clock.now() + microseconds(timeout), self._expire)
+        self._task: asyncio.Task[Any] | None = asyncio.current_task()
+        self._timer: Any = None
+
+    def start(self) -> None:
+        """The body starts now. A call after `cancel` does nothing."""
+        if self._task is not None:
+            self._timer = self._clock.timer(self._loop, self._clock.now() + microseconds(self._timeout), self._expire)
 
     def _expire(self) -> None:
         self.expired = True
@@ -47,35 +282,58 @@ class Deadline:
             self._task.cancel()
         self._timer = self._clock.timer(self._loop, self._clock.now() + microseconds(ASK_EVERY), self._expire)
 
-    def cancel(self) -> None:
-        self._timer.cancel()
-
-    def absorbed(self) -> None:
-        """The cancels were ours and have been turned into a timeout: outer code must not see them."""
+    def absorb(self) -> None:
+        """The cancels were ours and become a timeout: outer code must not see them."""
         if self._task is not None:
             for _ in range(self._asked):
                 self._task.uncancel()
 
+    def cancel(self) -> None:
+        self._task = None
+        if self._timer is not None:
+            self._timer.cancel()
 
-async def run_body(call: Call, clock: Clock, threads: ThreadPoolExecutor, on_deaf: Callable[[], None]) -> Any:
+
+async def _within(call: Call, timeout: float, pool: Pool, on_deaf: Callable[[], None]) -> Any:
     """The body's return value, or its exception; TaskTimedOut when it outlived its timeout."""
-    timeout = call.task.options.timeout
-    if timeout is None:
-        return await _body(call, threads)
-    deadline = Deadline(clock, timeout, on_deaf)
+    deadline = Deadline(pool.clock, timeout, on_deaf)
     try:
-        return await _body(call, threads)
+        if not call.task.is_async:
+            return await _in_thread(call, pool, deadline.start)
+        deadline.start()
+        return await call.task.fn(*call.args, **call.kwargs)
     except asyncio.CancelledError:
         if not deadline.expired or asyncio.current_task() is not call.handle:
             raise
-        deadline.absorbed()
+        deadline.absorb()
         raise TaskTimedOut(call.task.name, timeout) from None
     finally:
         deadline.cancel()
 
 
-def _body(call: Call, threads: ThreadPoolExecutor) -> Coroutine[Any, Any, Any] | asyncio.Future[Any]:
-    if call.task.is_async:
-        return call.task.fn(*call.args, **call.kwargs)
-    work = partial(call.task.fn, *call.args, **call.kwargs)
-    return asyncio.get_running_loop().run_in_executor(threads, contextvars.copy_context().run, work)
+# --------------------------------------------------------------------------- threads
+
+
+def _in_thread(call: Call, pool: Pool, started: Callable[[], None] | None = None) -> Coroutine[Any, Any, Any]:
+    """A plain `def` body in the pool's threads. `started` is told on the loop when a thread takes it up."""
+    begun = None if started is None else partial(_tell, pool.loop, started)
+    call.thread = pool.threads.submit(_work, copy_context(), call, begun)
+    return _result(call.thread)
+
+
+async def _result(thread: ThreadFuture[Any]) -> Any:
+    return await asyncio.wrap_future(thread)
+
+
+def _work(context: Context, call: Call, begun: Callable[[], None] | None) -> Any:
+    if begun is not None:
+        begun()
+    try:
+        return context.run(partial(call.task.fn, *call.args, **call.kwargs))
+    except StopIteration as stop:  # a future cannot carry it
+        raise RuntimeError(f"task {call.task.name!r} raised StopIteration") from stop
+
+
+def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # The loop is closed: nobody waits for this any more.
+        loop.call_soon_threadsafe(call)

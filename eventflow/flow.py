@@ -1,4 +1,5 @@
-"""`@flow`: an async function whose execution is a durable run, and the words flow code uses: `current_run`, `sleep`, `timeout`, `emit`.
+"""`@flow`: an async function whose execution is a durable run, and the words flow code uses: `current_run`, `sleep`, `timeout`,
+`emit`, `restart_with`.
 
 A flow is started by an event (routing.py), by a door (`app.start`, the API), or by another flow, whose child it then is. The
 executor runs it. Called outside a run and outside an App it is just its function.
@@ -11,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from datetime import datetime
 from functools import update_wrapper
-from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 import msgspec
 
@@ -20,6 +21,7 @@ from eventflow.clock import Duration, seconds, to_datetime
 from eventflow.errors import NotAsync, UsageError
 from eventflow.event import Event, Json
 from eventflow.lineage import flow_loop
+from eventflow.log import Log, get_logger
 from eventflow.results import ResultCodec
 from eventflow.task import Caller, Hook, return_annotation, task_context
 
@@ -43,18 +45,34 @@ class FlowOptions(msgspec.Struct, frozen=True):
 class RunContext:
     """What `current_run()` tells a flow (and its task bodies).
 
-    `id` and `event` say what is running and why. `now` is the time of the last thing the journal delivered, `random` a generator
-    seeded by the run: both replay alike. `state` is what the App's lifespan yielded.
+    `id` and `event` say what is running and why. `now` is the time of the last thing the journal delivered, `random` a
+    generator seeded by the run: both replay alike in the flow. A task body has a generator of its own, which does not. `state`
+    is what the App's lifespan yielded.
     """
 
-    __slots__ = ("_event", "_now", "id", "log", "random", "state")
+    __slots__ = ("_body_random", "_event", "_flow_random", "_now", "_seed", "flow", "id", "state")
 
-    def __init__(self, ident: str, event: Callable[[], Event | None], now: Callable[[], int], state: Any, log: Any) -> None:
-        self.id = ident
+    def __init__(
+        self, ident: str, flow: str, event: Callable[[], Event | None], now: Callable[[], int], state: Any, generation: int = 0
+    ) -> None:
+        self.id, self.flow, self.state = ident, flow, state
         self._event, self._now = event, now
-        self.random = random.Random(ident)
-        self.state = state
-        self.log = log
+        self._seed = f"{ident}~{generation}" if generation else ident
+        self._flow_random: random.Random | None = None
+        self._body_random: random.Random | None = None
+
+    @property
+    def log(self) -> Log:
+        """A logger named like the flow, for the user's own lines."""
+        return get_logger(self.flow)
+
+    @property
+    def random(self) -> random.Random:
+        if task_context() is not None:  # a body draws when it happens to run: it must not move what the flow draws next
+            self._body_random = self._body_random or random.Random()
+            return self._body_random
+        self._flow_random = self._flow_random or random.Random(self._seed)
+        return self._flow_random
 
     @property
     def event(self) -> Event | None:
@@ -85,9 +103,13 @@ def enter_run(context: RunContext) -> None:
 class FlowCaller(Caller, Protocol):
     """The executor, as flow code sees it."""
 
-    def perform_flow(self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]: ...
+    def perform_flow(
+        self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]: ...
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]: ...
+
+    def perform_restart(self, params: dict[str, Any]) -> Coroutine[Any, Any, NoReturn]: ...
 
 
 class Flow(Generic[P, T]):
@@ -190,3 +212,16 @@ async def emit(event_type: str, data: Json = None, *, subject: str | None = None
     ident = f"{body.idempotency_key}/emit#{len(body.emitted)}"
     body.emitted.append((ident, event_type, fields))
     return ident
+
+
+async def restart_with(**params: Any) -> NoReturn:
+    """Ends this life of the run and begins it afresh under the same id, with these parameters and an empty journal.
+
+    For flows that go on for ever: `await restart_with(cursor=cursor)` every few thousand steps keeps the journal short.
+    Everything still under way is cancelled, child runs included; code after it does not run. Effects of the new life have new
+    idempotency keys.
+    """
+    loop = flow_loop("restart_with")
+    if loop is None:
+        raise UsageError("restart_with(): expected to be called in a flow, found no run here")
+    await cast(FlowCaller, loop.host).perform_restart(params)

@@ -21,7 +21,7 @@ class Kind(IntEnum):
     EMIT = 5  # an event was emitted; `value` is its ledger id
     CHILD = 6  # a child run was started; `value` is its id (its result comes as VALUE or ERROR of attempt 1)
     CANCEL = 7  # a cancel was asked for; `value` is the reason as JSON
-    NOTE = 8  # the instant the run first started, in `due_at`: kept when a wait or a clock reading counts from it
+    NOTE = 8  # what the executor must know of earlier lives: see START, RAN, AFRESH
 
     @property
     def final(self) -> bool:
@@ -52,19 +52,37 @@ class Entry(msgspec.Struct, kw_only=True):
     error: bytes | None = None
 
 
-class Journal:
-    """A run's entries by claim. Built once per resume from `Store.load`, or empty; grows as commits come back."""
+START, RAN, AFRESH = "@start", "@ran", "@afresh"
+"""Claims of the notes. START: the instant the run first started, in `due_at`, kept when a wait or a clock reading counts from
+it. RAN: microseconds spent in memory before the attempt-th suspension, in `due_at`, for timeouts that count only those. AFRESH:
+the journal before this one was dropped, for the attempt-th time; it is the first entry of the new one."""
 
-    __slots__ = ("children", "count", "failures", "finals", "last_at", "last_batch", "orphans", "started_at")
+
+def begun_afresh(generation: int) -> Entry:
+    """The first entry of a journal that replaces another of the same run."""
+    return Entry(claim=AFRESH, kind=Kind.NOTE, attempt=generation)
+
+
+class Journal:
+    """A run's entries by claim. Built once per resume from `Store.load`, or empty; grows as commits come back.
+
+    `last_batch` is the last commit known here, `last_own` the last one with an answer that is no child run's: what a run that
+    was suspended has certainly been given; `first_at` is the time of the first answer. `generation` counts how often the run
+    was begun afresh.
+    """
+
+    __slots__ = (
+        "children", "count", "failures", "finals", "first_at", "generation", "last_batch", "last_own", "orphans", "ran",
+        "ran_notes", "started_at",
+    )  # fmt: skip
 
     def __init__(self, entries: Iterable[Entry] = (), *, started_at: int | None = None) -> None:
         self.finals: dict[str, Entry] = {}
         self.failures: dict[str, list[Entry]] = {}
         self.children: dict[str, Entry] = {}
         self.started_at = started_at
-        self.last_batch = 0
-        self.last_at = 0
-        self.count = 0
+        self.last_batch = self.last_own = 0
+        self.first_at = self.count = self.generation = self.ran = self.ran_notes = 0
         for entry in entries:
             self.add(entry)
         self.orphans = set(self.finals)
@@ -72,18 +90,31 @@ class Journal:
     def add(self, entry: Entry) -> None:
         """Takes in one committed entry."""
         self.count += 1
-        self.last_batch = max(self.last_batch, entry.batch)
+        if entry.batch > self.last_batch:
+            self.last_batch = entry.batch
         match entry.kind:
             case Kind.FAILED | Kind.FORGIVEN:
                 self.failures.setdefault(entry.claim, []).append(entry)
             case Kind.CHILD:
                 self.children[entry.claim] = entry
             case Kind.NOTE:
-                self.started_at = entry.due_at
+                self._note(entry)
             case _:
                 known = self.finals.get(entry.claim)
                 if known is None or known.attempt <= entry.attempt:
                     self.finals[entry.claim] = entry
+                self.first_at = self.first_at or entry.at
+                if entry.batch > self.last_own and entry.claim not in self.children:
+                    self.last_own = entry.batch
+
+    def _note(self, entry: Entry) -> None:
+        if entry.claim == START:
+            self.started_at = entry.due_at
+        elif entry.claim == RAN:
+            self.ran_notes = max(self.ran_notes, entry.attempt)
+            self.ran = max(self.ran, entry.due_at or 0)
+        elif entry.claim == AFRESH:
+            self.generation = entry.attempt
 
     def attempts(self, claim: str) -> tuple[int, int, int | None]:
         """`(last attempt number, attempts since the last retry by hand, due_at of the next)` of an unfinished call."""

@@ -6,11 +6,11 @@ buys three things a task factory on the user's loop cannot give:
 
 - *parked* is exact: the ready queue is empty. No passes to count, no chain of callbacks to guess at. When the run is parked the
   host delivers the next batch; between two deliveries nothing outside can touch the flow, so a replay takes the same steps.
-- *time is durable*: `time()` is the time of the last delivery, and a timer is a claim like any other. `asyncio.sleep(86400)` and
+- *time is durable*: `time()` is the time of the last delivery, a timer is a claim like any other: `asyncio.sleep(86400)` and
   `asyncio.timeout(30)` survive a crash as they stand.
-- *identity is lineage*: each flow-made task gets a scope named by its coroutine's qualname, a digest of its plain arguments, and
-  an ordinal among equals; a call claims `scope / name # ordinal`, synchronously, before its coroutine exists. Tasks and futures hash
-  by lineage, so that sets of them iterate alike in every process.
+- *identity is lineage*: each flow-made task gets a scope named by its coroutine and its plain arguments (`labels.py`), and an
+  ordinal among equals; a call claims `scope / name # ordinal`, synchronously, before its coroutine exists. Tasks and futures
+  hash by lineage, so that sets of them iterate alike in every process.
 
 I/O does not belong here: the loop's socket methods say so. Task bodies run on the worker's own loop. The executor is the host.
 """
@@ -22,19 +22,20 @@ import sys
 import zlib
 from asyncio import events
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
-from hashlib import blake2b
-from types import CodeType
 from typing import Any, NoReturn, Protocol, cast
-
-import orjson
 
 from eventflow.clock import SECOND
 from eventflow.errors import LineageLost, UsageError
+from eventflow.labels import from_unordered_iteration, label
 
-MAX_SPIN = 10_000
-"""Steps one pump takes before it lets the worker's loop breathe: a flow that never parks must not starve the others."""
+BREATH = 1_000
+"""Steps one pump takes, a few milliseconds, before the worker's loop may do something else."""
+SPIN = 100_000
+"""Rounds of the ready queue without parking after which a flow spins: a wide gather takes a handful, polling any number."""
+FOREVER = 1 << 62
+"""The due time, in microseconds, of `sleep(inf)`: what a 64-bit column holds."""
 
 _inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar("eventflow_inside", default=None)
 
@@ -50,8 +51,16 @@ class Host(Protocol):
         """Nothing is ready. True: something was delivered, go on stepping."""
         ...
 
+    def spinning(self) -> None:
+        """The flow does not park: deliver and start all the same, or it would wait for ever. Not deterministic, hence last."""
+        ...
+
     def arm(self, timer: "FlowTimer") -> None:
         """Flow code waits for `timer.due`; the host calls `timer.fire()` when that is recorded."""
+        ...
+
+    def disarm(self, timer: "FlowTimer") -> None:
+        """Flow code does not wait for it any more."""
         ...
 
     def complain(self, context: dict[str, Any]) -> None:
@@ -94,7 +103,7 @@ class Scope:
 class FlowTask(asyncio.Task[Any]):
     """A task made by flow code. Hashes by lineage, so that `next(iter(done))` repeats."""
 
-    def __init__(self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: contextvars.Context | None) -> None:
+    def __init__(self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: Any) -> None:
         self.scope = Scope(path)
         self.lineage = zlib.crc32(path.encode(), loop.seed)
         super().__init__(coro, loop=loop, name=name or path.rstrip("/") or "flow", context=context)
@@ -112,6 +121,17 @@ class FlowFuture(asyncio.Future[Any]):
 
     def __hash__(self) -> int:
         return self.ordinal
+
+
+class FlowHandle(asyncio.Handle):
+    """A callback to come; `asyncio.Handle` without its question for the debug mode, which cannot be on here."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: "FlowLoop", context: contextvars.Context | None) -> None:  # pyright: ignore[reportMissingSuperCall]
+        self._context = context if context is not None else contextvars.copy_context()
+        self._loop, self._callback, self._args = loop, callback, args
+        self._cancelled, self._repr, self._source_traceback = False, None, None
 
 
 class FlowTimer(asyncio.TimerHandle):
@@ -145,75 +165,99 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._sorting: str | None = None
         self._callbacks = Scope("~/")
         self._futures = 0
-        self._tasks: set[FlowTask] = set()
+        self._tasks: list[FlowTask] = []
+        self._sweep_at = 64
+        self._rounds = 0
         self._pumping = False
         self._closed = False
         self.foreign = 0
         """Awaits under way that the journal knows nothing of (`to_thread` in a flow body)."""
         self.spun = False
-        """The flow once took MAX_SPIN steps without parking."""
+        """The flow once took SPIN rounds without parking."""
 
     # ----------------------------------------------------------------- what the host does
 
-    def root(self, coro: Coroutine[Any, Any, Any], context: contextvars.Context) -> FlowTask:
-        """Makes the flow's first task; `context` is where its context variables live."""
+    def root(self, coro: Coroutine[Any, Any, Any], context: contextvars.Context, path: str = "") -> FlowTask:
+        """Makes the flow's first task; `context` is where its context variables live, `path` goes before every claim."""
         context.run(_inside.set, self)
-        return self._adopt(FlowTask(coro, loop=self, path="", name="flow", context=context))
+        return self._adopt(FlowTask(coro, loop=self, path=path, name="flow", context=context))
 
     def pump(self) -> None:
         """Steps the flow until it is parked and the host has nothing more to deliver.
 
         Called on the host's loop from a plain callback, never from inside a task: two tasks cannot be current at once.
         """
-        if self._pumping or self._closed:
-            return
-        outer = events._get_running_loop()
+        if not self._pumping and not self._closed:
+            self._as_running(self._step)
+
+    def _as_running(self, step: Callable[[], None]) -> None:
+        """Runs `step` with this loop as the running one; async generators that flow code drops are closed on it too."""
+        outer, hooks = events._get_running_loop(), sys.get_asyncgen_hooks()
         self._pumping = True
         events._set_running_loop(self)
+        sys.set_asyncgen_hooks(None, self._finalize)
         try:
-            self._step_until_parked()
+            step()
         finally:
+            sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
             self._pumping = False
 
-    def _step_until_parked(self) -> None:
-        ready, parked = self._ready, self.host.parked
-        budget = MAX_SPIN
+    def _step(self) -> None:
+        ready, budget = self._ready, BREATH
         while True:
             while ready or self._unordered:
-                if self._unordered:
-                    self._flush()
-                handle = ready.popleft()
-                if not handle._cancelled:  # pyright: ignore
-                    handle._run()  # pyright: ignore
-                budget -= 1
                 if budget <= 0:
-                    self.spun = True
-                    parked()
                     self.host.wake()
                     return
-            if not parked():
+                if self._unordered:
+                    self._flush()
+                turn = min(len(ready), budget)
+                budget -= turn
+                self._run(turn)
+                self._rounds += 1
+                if self._rounds >= SPIN:
+                    self._rounds, self.spun = 0, True
+                    self.host.spinning()
+            self._rounds = 0
+            if not self.host.parked():
                 return
 
-    @property
-    def tasks(self) -> set[FlowTask]:
+    def _run(self, turn: int) -> None:
+        ready = self._ready
+        for _ in range(turn):
+            handle = ready.popleft()
+            if not handle._cancelled:  # pyright: ignore
+                try:
+                    handle._run()  # pyright: ignore
+                except SystemExit:  # `sys.exit()` in a flow: its task holds it, and the worker's loop must not end for it
+                    continue
+
+    def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
+        """An async generator was dropped half-way: its `finally` blocks run here, in the step that dropped it."""
+        if self.is_current():
+            self.create_task(dropped.aclose())
+
+    def is_current(self) -> bool:
+        """Whether flow code is calling, in this thread."""
+        return events._get_running_loop() is self
+
+    def left(self) -> list[FlowTask]:
         """Flow-made tasks that have not ended."""
-        return self._tasks
+        return [task for task in self._tasks if not task.done()]
 
     def close(self) -> None:
         """Ends the loop for good; coroutines still suspended are closed. Idempotent."""
         if self._closed:
             return
+        self._ready.clear()
+        self._unordered.clear()
+        left = self.left()
+        if left:
+            self._as_running(lambda: _close_all(left))
         self._closed = True
         self._ready.clear()
-        for task in self._tasks:
-            task._log_destroy_pending = False  # pyright: ignore
-            coro = task.get_coro()
-            if inspect.iscoroutine(coro):
-                # Whatever its `finally` blocks raise or await is nobody's any more: nothing of it will be recorded.
-                with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):
-                    coro.close()
-        self._tasks = set()
+        self._tasks = []
 
     # ----------------------------------------------------------------- identity
 
@@ -229,18 +273,20 @@ class FlowLoop(asyncio.AbstractEventLoop):
             if inspect.iscoroutine(coro):
                 coro.close()
             raise LineageLost(getattr(coro, "__qualname__", "?"), "a run that is already settled")
-        label = _label(coro)
-        path = self.scope().child(label)
-        if _from_unordered_iteration():
-            self._sorting = path
+        if not from_unordered_iteration():
+            return self._adopt(FlowTask(coro, loop=self, path=self.scope().child(label(coro)), name=name, context=context))
+        path = self._sorting = self.scope().child(label(coro, deep=True))
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name=name, context=context))
         finally:
             self._sorting = None
 
     def _adopt(self, task: FlowTask) -> FlowTask:
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        """Keeps the task until it has ended; a sweep once there are twice as many costs less than a callback on each."""
+        self._tasks.append(task)
+        if len(self._tasks) >= self._sweep_at:
+            self._tasks = self.left()
+            self._sweep_at = 64 + 2 * len(self._tasks)
         return task
 
     def create_future(self) -> FlowFuture:
@@ -250,9 +296,11 @@ class FlowLoop(asyncio.AbstractEventLoop):
     # ----------------------------------------------------------------- scheduling
 
     def call_soon(self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = FlowHandle(callback, args, self, context)
         if self._sorting is not None:
             self._unordered.append((self._sorting, handle))
+        elif self._pumping and not self._unordered:
+            self._ready.append(handle)
         else:
             self.push(handle)
         return handle
@@ -277,15 +325,17 @@ class FlowLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        return self._call_at(self.host.read_now() + round(delay * SECOND), callback, args, context)
+        return self._set(self.host.read_now() + _us(delay), callback, args, context)
 
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        return self._call_at(round(when * SECOND), callback, args, context)
+        return self._set(_us(when), callback, args, context)
 
-    def _call_at(self, due: int, callback: Callable[..., Any], args: Any, context: Any) -> asyncio.Handle:
-        timer = FlowTimer(self.scope().claim("timer"), due, callback, args, self, context)
+    def _set(self, due: int, callback: Callable[..., Any], args: Any, context: Any) -> asyncio.Handle:
+        # Named by what they are for, so that a timeout put before a sleep does not take the sleep's firing for its own.
+        name = _TIMERS.get(getattr(callback, "__qualname__", ""), "timer")
+        timer = FlowTimer(self.scope().claim(name), min(due, FOREVER), callback, args, self, context)
         if due <= self.host.read_now():
             self.push(timer)
         else:
@@ -293,17 +343,14 @@ class FlowLoop(asyncio.AbstractEventLoop):
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        timer = cast(FlowTimer, handle)
-        if timer.handle is not None:
-            timer.handle.cancel()
+        self.host.disarm(cast(FlowTimer, handle))
 
     # ----------------------------------------------------------------- the way out to other threads
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        handle = asyncio.Handle(callback, args, self, context)
-        self._outer.call_soon_threadsafe(self.push, handle)
+        self._outer.call_soon_threadsafe(self.push, handle := FlowHandle(callback, args, self, context))
         return handle
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> FlowFuture:  # type: ignore[override]
@@ -314,11 +361,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
         def finish(done: asyncio.Future[Any]) -> None:
             self.foreign -= 1
-            if done.cancelled():
-                self.call_soon(mine.cancel)
-            elif not mine.done():
-                error = done.exception()
-                self.call_soon(mine.set_exception, error) if error else self.call_soon(mine.set_result, done.result())
+            self.call_soon(_copy, done, mine)
 
         asyncio.ensure_future(theirs, loop=self._outer).add_done_callback(finish)
         return mine
@@ -327,9 +370,6 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     def get_debug(self) -> bool:
         return False
-
-    def set_debug(self, enabled: bool) -> None:
-        pass
 
     def is_running(self) -> bool:
         return self._pumping
@@ -343,9 +383,6 @@ class FlowLoop(asyncio.AbstractEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         self.host.complain(context)
 
-    def default_exception_handler(self, context: dict[str, Any]) -> None:
-        self.host.complain(context)
-
 
 def _no_io(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -357,19 +394,23 @@ def _no_io(name: str) -> Callable[..., NoReturn]:
 for _name in (
     "add_reader add_writer add_signal_handler connect_accepted_socket connect_read_pipe connect_write_pipe create_connection "
     "create_datagram_endpoint create_server create_unix_connection create_unix_server getaddrinfo getnameinfo remove_reader "
-    "remove_writer run_forever run_until_complete sendfile set_task_factory sock_accept sock_connect sock_recv sock_recv_into "
-    "sock_recvfrom sock_recvfrom_into sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec subprocess_shell"
+    "remove_writer run_forever run_until_complete sendfile set_debug set_task_factory sock_accept sock_connect sock_recv "
+    "sock_recv_into sock_recvfrom sock_recvfrom_into sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec "
+    "subprocess_shell"
 ).split():
     setattr(FlowLoop, _name, _no_io(_name))
 
 
 def flow_loop(task_name: str) -> FlowLoop | None:
-    """The FlowLoop whose code is calling; None outside a run and in task bodies. Raises LineageLost where that cannot be told."""
+    """The FlowLoop whose code is calling; None outside a run and in task bodies. LineageLost where that cannot be told."""
     loop = events._get_running_loop()
     if type(loop) is FlowLoop:
         return loop
-    if _inside.get() is None:
+    inside = _inside.get()
+    if inside is None:
         return None
+    if inside.is_closed():
+        raise LineageLost(task_name, "a run that is already settled")
     raise LineageLost(task_name, "a thread" if loop is None else "another event loop")
 
 
@@ -378,59 +419,32 @@ def leave_flow() -> None:
     _inside.set(None)
 
 
-# --------------------------------------------------------------------------- labels
+# --------------------------------------------------------------------------- small change
+
+_TIMERS = {"_set_result_unless_cancelled": "sleep", "Timeout._on_timeout": "timeout"}
 
 
-def _label(coro: Any) -> str:
-    """The qualname of a coroutine and a digest of its plain arguments.
-
-    A journaled call's own coroutine carries its claim (`call.claim`), which is a better name than any digest.
-    """
-    frame = getattr(coro, "cr_frame", None)
-    name: str = getattr(coro, "__qualname__", type(coro).__qualname__).replace("<locals>.", "").replace("/", "|")
-    if frame is None:
-        return name
-    arguments: dict[str, Any] = frame.f_locals
-    call = arguments.get("call")
-    if call is not None and (claim := getattr(call, "claim", None)) is not None:
-        return f"={claim}".replace("/", "|")
-    if not arguments:
-        return name
-    return f"{name}:{_digest(arguments)}"
+def _us(seconds: float) -> int:
+    return FOREVER if seconds * SECOND >= FOREVER else round(seconds * SECOND)
 
 
-def _digest(arguments: dict[str, Any]) -> str:
-    try:
-        plain = orjson.dumps(arguments, option=orjson.OPT_NON_STR_KEYS)
-    except TypeError:
-        plain = b"".join(_plain(name, value) for name, value in arguments.items())
-    return blake2b(plain, digest_size=4).hexdigest()
+def _copy(done: asyncio.Future[Any], mine: asyncio.Future[Any]) -> None:
+    """What became of a foreign await, told to the flow's future, which may have been cancelled meanwhile."""
+    if mine.done():
+        return
+    if done.cancelled():
+        mine.cancel()
+    elif (error := done.exception()) is not None:
+        mine.set_exception(error)
+    else:
+        mine.set_result(done.result())
 
 
-def _plain(name: str, value: Any) -> bytes:
-    try:
-        return orjson.dumps((name, value), option=orjson.OPT_NON_STR_KEYS)
-    except TypeError:
-        return b""
-
-
-_UNORDERED: frozenset[CodeType] = frozenset(
-    function.__code__
-    for function in (
-        asyncio.as_completed,
-        getattr(getattr(asyncio.tasks, "_AsCompletedIterator", None), "__init__", None),
-    )
-    if hasattr(function, "__code__")
-)
-
-
-def _from_unordered_iteration() -> bool:
-    """Whether the task under creation is one of `as_completed`'s, which walks a set."""
-    frame = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return False
-        if frame.f_code in _UNORDERED:
-            return True
-        frame = frame.f_back
-    return False
+def _close_all(tasks: list[FlowTask]) -> None:
+    for task in tasks:
+        task._log_destroy_pending = False  # pyright: ignore
+        coro = task.get_coro()
+        if inspect.iscoroutine(coro):
+            # Whatever its `finally` blocks raise or await is nobody's any more: nothing of it will be recorded.
+            with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):
+                coro.close()

@@ -8,7 +8,7 @@
                  │ └─due / woken────┤ └──third death─► DEAD ──────────────────────────┤
                  │     WAITING ◄──Suspended(until)                                    │
                  │                  └──Held(reason)──► HELD ──────────────────────────┘
-                 └── interrupted (drain, crash: the next boot's epoch reclaims it)
+                 └── interrupted (drain, crash: the next boot's epoch reclaims it), Restarted (journal dropped)
 
 `cancel` takes PENDING, WAITING and HELD straight to CANCELLED; a RUNNING run is told, and ends in the outcome it reaches.
 Each arrow is one store method. Leaving RUNNING needs the token that the claim gave: a stale one writes nothing.
@@ -22,6 +22,7 @@ import msgspec
 
 from eventflow.event import ALPHABET
 from eventflow.event import show_id as show_id  # noqa: PLC0414  (its readers know it from here)
+from eventflow.journal import Entry
 
 
 class State(IntEnum):
@@ -91,11 +92,13 @@ class Failed(msgspec.Struct, frozen=True):
 class Suspended(msgspec.Struct, frozen=True):
     """Every branch waits durably: out of memory until `until` (None: until something wakes it).
 
-    `seen_batch` is the last batch delivered to the flow: if the journal holds a later one, the run is due at once.
+    `seen_batch` is the last batch the run knows of: if the journal holds a later one, the run is due at once.
     """
 
     until: int | None
     seen_batch: int
+    entries: int = 0
+    """How many journal entries the run knows of. An answer may commit before one of its own and be told to nobody."""
 
 
 class Cancelled(msgspec.Struct, frozen=True):
@@ -112,7 +115,17 @@ class Interrupted(msgspec.Struct, frozen=True):
     """No outcome: the run goes back to PENDING as it was (drain)."""
 
 
-Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | Held | Interrupted
+class Restarted(msgspec.Struct, frozen=True):
+    """`restart_with`: the run begins afresh under its id, PENDING and due now, with these parameters.
+
+    Its journal is replaced by the one entry `first`; its old children keep no claim on it; it counts as never started.
+    """
+
+    params: bytes
+    first: Entry
+
+
+Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | Held | Interrupted | Restarted
 
 
 class Ids:

@@ -17,7 +17,7 @@ import msgspec
 
 from eventflow.clock import Duration, seconds
 from eventflow.errors import TaskTimedOut, UsageError
-from eventflow.lineage import FlowLoop, Host, flow_loop
+from eventflow.lineage import Host, flow_loop
 from eventflow.log import get_logger
 from eventflow.results import ResultCodec, fingerprint
 from eventflow.retry import Retry, as_retry
@@ -87,7 +87,10 @@ def enter_task(context: TaskContext) -> None:
 class Call:
     """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
 
-    __slots__ = ("args", "attempt", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task")
+    __slots__ = (
+        "args", "attempt", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
+        "thread",
+    )  # fmt: skip
 
     def __init__(
         self, task: "Task[..., Any]", claim: str, args: tuple[Any, ...], kwargs: dict[str, Any], print_: bytes | None
@@ -99,6 +102,7 @@ class Call:
         self.attempt = 0  # the attempt under way, or the last one
         self.spent = 0  # failures since the last retry by hand: what the Retry's budget counts
         self.running = False  # a body of it is under way
+        self.thread: Any = None  # where a plain `def` body runs
 
 
 class Caller(Host, Protocol):
@@ -108,7 +112,9 @@ class Caller(Host, Protocol):
         """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
         ...
 
-    async def perform_all(self, calls: Iterable[Call], limit: int, return_exceptions: bool) -> list[Any]: ...
+    def perform_all(
+        self, name: str, calls: Iterable[Call], limit: int, patient: bool
+    ) -> Coroutine[Any, Any, list[Any]]: ...
 
 
 class Task(Generic[P, R]):
@@ -145,7 +151,7 @@ class Task(Generic[P, R]):
         if loop is None:
             return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
         key = self.options.key(*args, **kwargs) if self.options.key else None
-        call = self._call(loop, args, kwargs, loop.scope().claim(self.name, key))
+        call = Call(self, loop.scope().claim(self.name, key), args, kwargs, self._fingerprint(args, kwargs))
         return cast("Coroutine[Any, Any, R]", cast(Caller, loop.host).perform(call))
 
     def map(
@@ -162,28 +168,29 @@ class Task(Generic[P, R]):
         raised. `return_exceptions=True` runs everything and puts errors in the list. `key` names each call by its item, so
         that a recorded value is found again when the list has changed. Outside a run the items are plain calls.
         """
+        if limit < 1:
+            raise UsageError(f"{self.name}.map(limit=) expected at least 1, found {limit}")
         loop = flow_loop(self.name)
         if loop is None:
             return self._plain_map(items, limit, return_exceptions)
-        scope_path = loop.scope().child(f"{self.name}.map")
-        calls = self._calls(loop, scope_path, items, key)
-        return cast(Caller, loop.host).perform_all(calls, limit, return_exceptions)
+        calls = self._calls(loop.scope().child(f"{self.name}.map"), items, key or self.options.key)
+        return cast(Caller, loop.host).perform_all(self.name, calls, limit, return_exceptions)
 
-    def _calls(self, loop: FlowLoop, path: str, items: Iterable[Any], key: Callable[[Any], str] | None) -> Iterable[Call]:
+    def _calls(self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None) -> Iterable[Call]:
         seen: set[str] = set()
         for ordinal, item in enumerate(items):
             claim = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
             if key and claim in seen:
                 raise UsageError(f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ")
             seen.add(claim)
-            yield self._call(loop, (item,), {}, claim)
-
-    def _call(self, loop: FlowLoop, args: tuple[Any, ...], kwargs: dict[str, Any], claim: str) -> Call:
-        return Call(self, claim, args, kwargs, self._fingerprint(args, kwargs))
+            yield Call(self, claim, (item,), {}, self._fingerprint((item,), {}))
 
     def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
         if self._signature is not None:  # *args: the slow, general way
-            bound = self._signature.bind(*args, **kwargs)
+            try:
+                bound = self._signature.bind(*args, **kwargs)
+            except TypeError:
+                return None  # as below
             bound.apply_defaults()
             return fingerprint((), (), bound.arguments, {})
         if len(args) > len(self._names):
@@ -195,12 +202,17 @@ class Task(Generic[P, R]):
     async def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         retry, attempt, draw = self.options.retries, 1, random.Random()
         while True:
+            enclosing = task_context()
+            if enclosing is None or not enclosing.run_id:
+                enter_task(TaskContext("", self.name, attempt, "", []))
             try:
                 return await self._plain_attempt(args, kwargs)
             except Exception as error:  # around an attempt: whatever user code raises is asked of its Retry
                 wait = retry.delay_after(attempt, error, draw)
                 if wait is None:
                     raise
+            finally:
+                _current.set(enclosing)
             attempt += 1
             await asyncio.sleep(wait)
 
@@ -290,7 +302,8 @@ def task(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, co
       `"rerun"` runs it again, `"accept"` takes the recorded value.
     - `key`: a callable of the arguments; its text names the call in the journal instead of its ordinal.
     - `codec`: `"pickle"` stores what plain data cannot (read by workers only); default by the return annotation.
-    - `on_success(value)`, `on_failure(error)`, `on_retry(error, delay)`: called after the fact, at least once, best effort.
+    - `on_success(value)`, `on_failure(error)`, `on_retry(error, delay)`: called after the fact on the worker's loop; plain or
+      async. Best effort: a crash may skip or repeat one, and what it raises is logged.
     """
 
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("eventflow", "triggers")
 
 LONGEST_FILE = 450
-LONGER_FILES = {"eventflow/app.py": 500, "eventflow/executor.py": 800}
+LONGER_FILES = {"eventflow/app.py": 500}
 """Files that are longer still, and what they may not grow beyond. Split one, and take it out."""
 
 LONGEST_FUNCTION = 60
@@ -29,7 +29,8 @@ LONGEST_FUNCTION = 60
 BROAD_EXCEPTS = {
     "eventflow/app.py": 1,  # a lifespan that fails to open: handed to whoever opens the App
     "eventflow/errors.py": 1,  # rebuilding a recorded error calls the user's constructor
-    "eventflow/executor.py": 3,  # around a run; around its flow; around an attempt's hook
+    "eventflow/attempt.py": 2,  # around an attempt; around its hook
+    "eventflow/executor.py": 1,  # around a run
     "eventflow/reactor.py": 1,  # around a listener
     "eventflow/store/writer.py": 1,  # callers who wait for a commit hear of whatever broke it
     "eventflow/task.py": 1,  # around an attempt

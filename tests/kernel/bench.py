@@ -41,6 +41,7 @@ class Bench:
     """Pool, clock and store of one run. `play` runs it to its outcome, or to the crash after `crash_after` commits."""
 
     draining = False
+    failed = None
     secret = b""
     sink = None
     state = None
@@ -79,7 +80,7 @@ class Bench:
             while self.outcome is None:
                 await self._settle_loop()
                 if self.outcome is None and not self._step():
-                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {list(self.execution._waiting)}")
+                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {list(self.execution.claims.waiting)}")
         except Crash:
             pass
         finally:
