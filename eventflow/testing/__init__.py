@@ -1,0 +1,22 @@
+"""What users test their flows with: a clock that stands still, a trigger fed by hand, and the wait for everything to be done.
+
+Nothing is faked but time: the App, its worker and its SQLite file are the real ones.
+
+    async def test_a_day_of_backoff_passes_in_milliseconds():
+        orders = MemoryTrigger("orders")
+        app = App("shop")
+        app.on(orders, handle)
+        async with running(app):
+            await orders.send(data={"order": {"id": 7}})
+            assert (await drain(app))["completed"] == 1
+
+Called by tests only; nothing in eventflow imports it. Works with any test runner that can run a coroutine.
+"""
+
+from eventflow.testing.clock import VirtualClock
+from eventflow.testing.draining import drain, result_of
+from eventflow.testing.recorded import Step, events_of, journal_of
+from eventflow.testing.rest import Stuck
+from eventflow.testing.running import MemoryTrigger, running
+
+__all__ = ["MemoryTrigger", "Step", "Stuck", "VirtualClock", "drain", "events_of", "journal_of", "result_of", "running"]

@@ -1,0 +1,133 @@
+"""`running`: an app on a fresh store and a virtual clock; `MemoryTrigger`: a source of events that a test feeds."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from os import PathLike, fspath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from eventflow.app import App
+from eventflow.capture import configure
+from eventflow.clock import Clock
+from eventflow.errors import UsageError
+from eventflow.event import Event, Intake, Json, Receipt, Undecodable
+from eventflow.log import Line
+from eventflow.testing.clock import VirtualClock
+from eventflow.testing.rest import Deadline
+
+OPEN_WITHIN = 10.0
+"""Real seconds that `MemoryTrigger.send` waits for the app to listen."""
+
+
+class _Nothing:
+    pass
+
+
+class MemoryTrigger:
+    """A trigger whose events a test sends:
+
+        drift = MemoryTrigger("drift")
+        app.on(drift, retrain, where={"score": [{"numeric": [">", 0.3]}]})
+        async with running(app):
+            (receipt,) = await drift.send(data={"score": 0.5})
+            assert receipt.matched == 1
+
+    Its cursors are kept as any trigger's are.
+    """
+
+    def __init__(self, name: str = "memory") -> None:
+        self.name = name
+        self._intake: Intake | None = None
+
+    async def listen(self, intake: Intake) -> None:
+        self._intake = intake
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self._intake = None
+
+    async def send(
+        self,
+        *items: Event | Undecodable,
+        data: Any = _Nothing,
+        type: str = "memory",
+        id: str | None = None,
+        subject: str | None = None,
+        cursor: Mapping[str, Json] | None = None,
+    ) -> list[Receipt]:
+        """Hands in events, or one made of `data`; returns their receipts once they and the `cursor` are durable.
+
+        Waits until the app listens. Without an `id` the event is a new one. Raises what `Intake.accept` raises.
+        """
+        if data is not _Nothing:
+            made = Event(id=id or uuid.uuid4().hex, source=f"/{self.name}", type=type, data=data, subject=subject)
+            items = (*items, made)
+        return await (await self._listening()).accept(*items, cursor=cursor)
+
+    async def cursor(self) -> Mapping[str, Json]:
+        """The cursors as last committed."""
+        return await (await self._listening()).cursor()
+
+    async def _listening(self) -> Intake:
+        deadline = Deadline(OPEN_WITHIN)
+        while self._intake is None:
+            if deadline.passed:
+                raise UsageError(f"trigger {self.name!r}: expected an open app that subscribes to it, found none")
+            await asyncio.sleep(0.001)
+        return self._intake
+
+
+@asynccontextmanager
+async def running(
+    app: App,
+    *,
+    clock: Clock | None = None,
+    store: str | PathLike[str] | None = None,
+    lines: list[Line] | None = None,
+    own_loop: bool = False,
+) -> AsyncGenerator[App, None]:
+    """The app, open on a fresh store and a clock that stands still; closed at the end, and as it was before.
+
+        async with running(app) as app:
+            assert await result_of(app, score, order=7) == 0.5
+
+    `clock`: by default the app's own VirtualClock, or a new one. `store`: a URL, or the path of a SQLite file, to open the same
+    one twice; by default a file in a folder that is removed at the end. `lines` collects what flows and tasks log and print.
+    `own_loop` gives flows a loop and thread of their own, as `eventflow serve` does.
+    """
+    before, options = app.clock, app._store_options  # pyright: ignore[reportPrivateUsage]
+    app.clock = clock or (before if isinstance(before, VirtualClock) else VirtualClock())
+    app._store_options = {"ballast": 0, "free_floor": 0, **options}  # pyright: ignore[reportPrivateUsage]
+    with ExitStack() as undo:
+        undo.callback(setattr, app, "clock", before)
+        undo.callback(setattr, app, "_store_options", options)
+        sink = None if lines is None else _Kept(lines)
+        if lines is not None:
+            undo.enter_context(configure(stream=None, clock=app.clock))
+        await app.open(store=_url(app, store, undo), own_loop=own_loop, sink=sink)
+        if isinstance(app.clock, VirtualClock):
+            app.clock.attend(app)
+        try:
+            yield app
+        finally:
+            await app.close(grace=1.0)
+
+
+def _url(app: App, store: str | PathLike[str] | None, undo: ExitStack) -> str:
+    if store is None:
+        folder = undo.enter_context(TemporaryDirectory(prefix="eventflow-"))
+        return f"sqlite:///{folder}/{app.name}.db"
+    place = fspath(store)
+    return place if ":///" in place else f"sqlite:///{place}"
+
+
+class _Kept:
+    """A log.Sink that is a list."""
+
+    def __init__(self, lines: list[Line]) -> None:
+        self._lines = lines
+
+    def post(self, line: Line) -> None:
+        self._lines.append(line)
