@@ -113,14 +113,15 @@ async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
     (child,) = await ledger.claimed()
     first = Entry(claim="begun", kind=Kind.NOTE, attempt=1)
     ledger.clock.forward(5)
-    await ledger.together(
-        Append(run.id, run.token, [value("b#1")]), Settle(run.id, run.token, Restarted(b'{"new":12}', first))
+    *_, settled = await ledger.together(
+        Append(run.id, run.token, [value("b#1")]),
+        Settle(run.id, run.token, Restarted(b'{"new":12}', first)),
+        Settle(child.id, child.token, Completed(b"1"), value("c#1"), run.id),
     )
+    assert isinstance(settled, Settled) and settled.answer is None
     assert [entry.claim for entry in await ledger.store.load(run.id)] == ["begun"]
     (again,) = await ledger.claimed()
     assert (again.id, again.token, again.params, again.started_at) == (run.id, 2, b'{"new":12}', ledger.clock.now())
-    settled: Settled = await ledger.settle(child, answer=value("c#1"), parent=run.id)
-    assert settled.answer is None
     again_child = ledger.run("child", parent=run.id, parent_claim="c#1")
     assert isinstance(await ledger.append(again, value(), children=[again_child]), Appended)
     assert {row["id"] for row in await ledger.store.runs(parent=run.id)} == {child.id, again_child.id}

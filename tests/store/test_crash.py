@@ -30,7 +30,7 @@ from eventflow.store.sqlite import SqliteStore
 path, life, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 clock = SystemClock()
 store = SqliteStore(path, clock=clock, **options)
-os.write(1, b"pid %d\n" % os.getpid())
+os.write(1, b"pid %d\\n" % os.getpid())
 store.open()
 ids = Ids(store.last_id)
 body = b"x" * 500

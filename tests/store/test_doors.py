@@ -184,6 +184,7 @@ async def test_backup_while_writing(ledger: Ledger, tmp_path: Path):
     await ledger.store.record(first)
     target = str(tmp_path / "copy.db")
     copying = asyncio.create_task(ledger.store.backup(target))
+    await asyncio.sleep(0)
     served = 0
     while not copying.done():
         await ledger.store.record([ledger.arrival(f"b{served}", ledger.run(), body=b"y" * 4000)])
