@@ -13,10 +13,10 @@ Nothing is faked but time: the App, its worker and its SQLite file are the real 
 Called by tests only; nothing in eventflow imports it. Works with any test runner that can run a coroutine.
 """
 
+from eventflow.testing.apps import MemoryTrigger, running
 from eventflow.testing.clock import VirtualClock
 from eventflow.testing.draining import drain, result_of
 from eventflow.testing.recorded import Step, events_of, journal_of
 from eventflow.testing.rest import Stuck
-from eventflow.testing.running import MemoryTrigger, running
 
 __all__ = ["MemoryTrigger", "Step", "Stuck", "VirtualClock", "drain", "events_of", "journal_of", "result_of", "running"]

@@ -101,6 +101,7 @@ class VirtualClock:
         await self._rest()
 
     async def _rest(self) -> None:
+        await asyncio.sleep(0)  # what fired on this loop is called
         self._apps = [app for app in self._apps if app.is_open and app.clock is self]
         for app in self._apps:
             await come_to_rest(app, PATIENCE)
