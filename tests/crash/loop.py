@@ -1,0 +1,255 @@
+"""The kill loop: a real server under webhook load, killed again and again at random moments on the same store.
+
+    python -m tests.crash.loop --cycles 1000 --seed 1
+
+Five senders on keep-alive connections behave as real ones do: 20 % of what they send they send twice (at once, later, or from two
+connections at the same time), and what got no answer they send again until it has one. Each cycle starts the server, lets it
+live for a random moment (often into its own start and recovery) and kills it: `kill -9`, twice in a row, or SIGTERM and
+then -9 in the drain. Every hundred cycles and at the end everything comes to rest and invariants.py looks. test_crash.py runs
+a short one. The seed fixes every choice made here; when a kill lands is the machine's.
+"""
+
+import argparse
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from tests.crash.invariants import Tally, Told, check
+from tests.crash.victim import HERE, Client, Lost, Server
+
+SENDERS = 5
+PAUSE = 0.08
+"""Seconds between two events of a sender, at most: some 120 events a second in all."""
+AGAIN = 0.2
+"""The part of events that is sent twice."""
+READY = 2.0
+"""Seconds in which a restart is to be ready."""
+
+
+class World:
+    """What senders share: where the server is now, what was sent, what was acknowledged, what went wrong."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.url = ""
+        self.quiet = threading.Event()
+        self.over = threading.Event()
+        self.sent: dict[str, int] = {}
+        self.acked: dict[str, str] = {}
+        self.wrong: list[str] = []
+        self.said: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def fresh(self) -> str:
+        with self._lock:
+            n = len(self.sent)
+            ident = f"{self.seed}-{n}"
+            self.sent[ident] = n
+        return ident
+
+    def answered(self, ident: str, known: bool, status: int, body: dict[str, object]) -> None:
+        """Holds one answer against what was told before. `known`: this id had been acknowledged before it was sent again."""
+        with self._lock:
+            ledger_id = str(body.get("id"))
+            first = self.acked.setdefault(ident, ledger_id)
+            self.said["duplicates" if body.get("duplicate") else "accepted"] += 1
+            if first != ledger_id:
+                self.wrong.append(f"event {ident} was acknowledged as {first}, then as {ledger_id}")
+            if known and not body.get("duplicate"):
+                self.wrong.append(f"event {ident} was acknowledged, and then taken for new: {status} {body}")
+
+
+class Sender(threading.Thread):
+    """One keep-alive connection. It sends until the world is over, and rests while it is quiet."""
+
+    def __init__(self, world: World, number: int) -> None:
+        super().__init__(name=f"sender-{number}", daemon=True)
+        self.world, self.draw, self.client = world, random.Random(world.seed * 100 + number), Client()
+        self.at_rest = threading.Event()
+
+    def run(self) -> None:
+        while not self.world.over.is_set():
+            if self.world.quiet.is_set():
+                self.at_rest.set()
+                self.world.over.wait(0.01)
+                continue
+            self.at_rest.clear()
+            self._one()
+            self.world.over.wait(self.draw.random() * PAUSE)
+        self.client.close()
+
+    def _one(self) -> None:
+        ident = self.world.fresh()
+        twin = None
+        if self.draw.random() < AGAIN / 4:
+            twin = threading.Thread(target=self._deliver, args=(ident, Client()))
+            twin.start()
+        self._deliver(ident, self.client)
+        if twin is not None:
+            twin.join()
+        elif self.draw.random() < AGAIN * 3 / 4:
+            earlier = f"{self.world.seed}-{self.draw.randrange(len(self.world.sent))}"
+            again = ident if self.draw.random() < 0.5 or earlier not in self.world.acked else earlier
+            self._deliver(again, self.client)
+
+    def _deliver(self, ident: str, client: Client) -> None:
+        """Until it is acknowledged, as every sender of webhooks does."""
+        world = self.world
+        known = ident in world.acked
+        while True:
+            url = world.url
+            try:
+                if not url:
+                    raise Lost("no server")
+                status, body, _ = client.ask(url, "POST", "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident})
+            except Lost:
+                world.said["lost"] += bool(url)
+                time.sleep(0.005)  # the sender's own back-off
+                continue
+            if status in (200, 202):
+                world.answered(ident, known, status, body)
+                return
+            world.said[str(status)] += 1
+            if status != 503:
+                world.wrong.append(f"event {ident} was answered {status} {body}")
+                return
+            time.sleep(0.02)  # the sender's own back-off, shorter than it was asked for
+
+
+class Loop:
+    """The killer. `run` returns what went wrong."""
+
+    def __init__(self, folder: Path, seed: int, *, ready_limit: float = READY) -> None:
+        self.folder, self.draw, self.world = folder, random.Random(seed), World(seed)
+        self.senders = [Sender(self.world, n) for n in range(SENDERS)]
+        self.ready: list[float] = []
+        self.ways: Counter[str] = Counter()
+        self.tally: Tally | None = None
+        self._ready_limit = ready_limit
+        self._boot = 0
+
+    def run(self, cycles: int, *, check_every: int = 100) -> list[str]:
+        for sender in self.senders:
+            sender.start()
+        try:
+            for cycle in range(1, cycles + 1):
+                self._cycle()
+                if cycle % check_every == 0 or cycle == cycles:
+                    self._look(cycle)
+                if self.world.wrong:
+                    return [f"cycle {cycle}: {sentence}" for sentence in self.world.wrong]
+        finally:
+            self.world.over.set()
+            for sender in self.senders:
+                sender.join()
+        return []
+
+    def _start(self) -> Server:
+        self._boot += 1
+        return Server(HERE / "app.py", self.folder, self._boot, options=("--log-level", "warning"))
+
+    def _cycle(self) -> None:
+        server = self._start()
+        way = self.draw.choices(("in life", "in start", "at once", "in drain"), (70, 12, 8, 10))[0]
+        self.ways[way] += 1
+        try:
+            if way == "in start":
+                self._note_ready(server, self.draw.random() * 0.8)
+                return
+            if not self._note_ready(server, 30.0):
+                self.world.wrong.append(f"boot {self._boot} did not become ready: {server.complaint}")
+                return
+            time.sleep(self.draw.random() * (0.05 if way == "at once" else 1.5))  # not a wait: the moment to die at
+            if way == "in drain":
+                server.signal(signal.SIGTERM)
+                time.sleep(self.draw.random() * 0.3)
+        finally:
+            server.kill()
+            self.world.url = ""
+
+    def _note_ready(self, server: Server, within: float) -> bool:
+        if not server.ready(within):
+            return False
+        assert server.ready_after is not None
+        self.world.url = server.url
+        self.ready.append(server.ready_after)
+        if server.ready_after > self._ready_limit:
+            self.world.wrong.append(f"boot {self._boot} was ready after {server.ready_after:.2f} s")
+        return True
+
+    def _look(self, cycle: int) -> None:
+        """Lets everything come to rest, stops in good order, and checks."""
+        wrong = self.world.wrong
+        server = self._start()
+        if not self._note_ready(server, 30.0):
+            wrong.append(f"the last boot did not become ready: {server.complaint}")
+            return
+        self.world.quiet.set()
+        for sender in self.senders:
+            if not sender.at_rest.wait(60):
+                wrong.append(f"{sender.name} was not answered for 60 s")
+        if not _rests(server):
+            wrong.append(f"not at rest after 60 s: {server.get('/api/counts')} {server.get('/api/runs?state=held&limit=3')}")
+        self.world.url = ""
+        if (code := server.stop()) != 0:
+            wrong.append(f"exit code {code} after SIGTERM, expected 0")
+        found, self.tally = check(self.folder, Told(dict(self.world.sent), dict(self.world.acked)))
+        wrong += found
+        if not wrong:
+            for sender in self.senders:
+                sender.at_rest.clear()
+            self.world.quiet.clear()
+
+    def report(self, cycles: int) -> str:
+        ready, said = sorted(self.ready), self.world.said
+        ways = ", ".join(f"{n} {way}" for way, n in self.ways.most_common())
+        return (
+            f"{cycles} cycles (killed: {ways}), seed {self.world.seed}\n"
+            f"  {len(self.world.acked)} events acknowledged, {said['duplicates']} duplicates answered, "
+            f"{said['lost']} requests without an answer, {said['503']} answered 503\n"
+            f"  ready after {ready[len(ready) // 2]:.2f} s (median), {ready[-1]:.2f} s (longest of {len(ready)})\n"
+            f"  {self.tally}"
+        )
+
+
+def _rests(server: Server, within: float = 60.0) -> bool:
+    deadline = time.monotonic() + within
+    while server.get("/api/counts")["pending"]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.loop", description="kill -9 at random moments, under load")
+    parser.add_argument("--cycles", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
+    parser.add_argument("--check-every", type=int, default=100)
+    parser.add_argument("--ready-limit", type=float, default=READY, help="seconds in which a restart must be ready")
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
+    folder = Path(tempfile.mkdtemp(prefix=f"eventflow-crash-{seed}-"))
+    print(f"seed {seed}, store in {folder}", flush=True)
+    loop = Loop(folder, seed, ready_limit=options.ready_limit)
+    began = time.monotonic()
+    wrong = loop.run(options.cycles, check_every=options.check_every)
+    print(f"{loop.report(sum(loop.ways.values()))}\n  {time.monotonic() - began:.0f} s")
+    if not wrong:
+        shutil.rmtree(folder)
+        print("everything held")
+        return 0
+    print("\n".join(wrong[:50]))
+    print(f"{len(wrong)} findings; the store is kept in {folder}")
+    print(f"again: python -m tests.crash.loop --cycles {options.cycles} --seed {seed}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
