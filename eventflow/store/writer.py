@@ -157,6 +157,11 @@ class Writer:
             n = 1
             if not isinstance(items[0].op, Call | Errand):
                 n = next((n for n, item in enumerate(items) if isinstance(item.op, Call | Errand)), len(items))
+            if isinstance(items[0].op, Errand):  # what came after it is served between its steps
+                with self._lock:
+                    self._queue[:0] = items[1:]
+                self._serve(items[:1])
+                return
             self._serve(items[:n])
             items = items[n:]
             if self._held_back:  # the file is locked: these go first, once it is free

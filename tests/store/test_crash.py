@@ -345,5 +345,6 @@ def clock_tick():
 
 asyncio.run(main())
 """
-    told = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    told = json.loads(said.splitlines()[-1])
     assert told["n"] > 100 and told["disk"] and told["failed"] == "None"
