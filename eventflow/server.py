@@ -2,9 +2,9 @@
 
     bind ─► open the store, the flows' loop, the listeners ─► listen ─► the ready line ─► … ─► SIGTERM: drain ─► exit 0
 
-`App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within `grace` + 5 s of SIGTERM whatever flows
-do; within 1 s of a storage error, with its code; at once on a second signal. Intake and HTTP have this thread's loop, flows their
-own. Next rooms: web/ for requests, app.py for the rest.
+`App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within `grace` + 5 s of SIGTERM
+whatever flows do; within 1 s of a storage error, with its code; at once on a second signal. Intake and HTTP have this thread's
+loop, flows their own. Next rooms: web/ for requests, app.py for the rest.
 """
 
 import asyncio
@@ -55,8 +55,8 @@ class Unavailable(EventflowError):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to serve. `fd`: a listening socket handed over; else `host` and `port` (0 picks one). `grace` in seconds.
 
-    `log`: "json", "pretty", or "auto" (pretty on a terminal). `allow_hosts`: names besides the loopback ones under which the API is
-    reached.
+    `log`: "json", "pretty", or "auto" (pretty on a terminal). `allow_hosts`: names besides the loopback ones under which the
+    API is reached.
     """
 
     store: str | None = None
@@ -80,7 +80,7 @@ def run_app(app: Served, *, ready_stream: TextIO | None = None, **options: Any) 
     try:
         code = serve(app, Settings(**options), ready_stream)
     except EventflowError as error:
-        print(f"eventflow: {error}", file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"eventflow: {error}\n")
         sys.exit(error.exit_code)
     sys.exit(code)
 
@@ -137,6 +137,13 @@ def _listening(settings: Settings, store: str) -> socket.socket:
     """The socket, bound but not listening yet: a taken port shows before any flow starts."""
     if settings.fd is not None:
         return _handed_over(settings, settings.fd)
+    return bind_socket(settings, store)
+
+
+def bind_socket(settings: Settings, store: str = "") -> socket.socket:
+    """A socket on the settings' host and port. Raises Unavailable, or StoreLocked when the holder of the port has the store
+    too.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -234,8 +241,9 @@ class Root:
     async def _serve_http(self) -> None:
         """Until a signal. HTTP goes on answering during the drain: 503 to what comes in, and who looks sees how it goes."""
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._sock]), name="http")
-        while not self._server.started and not self._serving.done():
-            await asyncio.sleep(0.001)
+        listening = asyncio.create_task(self._server.listening.wait())
+        await asyncio.wait([self._serving, listening], return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
         self._say_ready()
         stopped = asyncio.create_task(self._stop.wait(), name="signal")
         await asyncio.wait([stopped, self._serving], return_when=asyncio.FIRST_COMPLETED)
@@ -267,7 +275,7 @@ class Root:
         name: Any = self._sock.getsockname()
         if self._sock.family == socket.AF_UNIX:
             return f"unix:{name}"
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0])
+        host = str({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name[0], name[0]))
         scheme = "https" if self.settings.tls_cert else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{name[1]}"
 
@@ -279,7 +287,7 @@ class Root:
         fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
         fresh.rename(self._sidecar)
         with suppress(OSError, ValueError):  # nobody reads stdout: no reason not to serve
-            print(orjson.dumps(line).decode(), file=self._ready, flush=True)  # noqa: T201
+            print(orjson.dumps(line).decode(), file=self._ready, flush=True)
 
     def _make_token(self) -> None:
         """At the very first start there is none yet: a person at a terminal is shown it once, a log file never."""
@@ -290,7 +298,7 @@ class Root:
         SECRETS.register(token)
         if fresh:
             shown = token if sys.stderr.isatty() else f"$(cat {self.path}.token)"
-            print(f"eventflow: the API's token was made. Authorization: Bearer {shown}", file=sys.stderr)  # noqa: T201
+            sys.stderr.write(f"eventflow: the API's token was made. Authorization: Bearer {shown}\n")
 
     # ----------------------------------------------------------------- the ends
 
@@ -339,7 +347,15 @@ class Root:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: the root has them."""
+    """uvicorn without its signal handlers, which the root has, and saying when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
 
     @contextmanager
     def capture_signals(self) -> Generator[None]:

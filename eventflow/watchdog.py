@@ -1,8 +1,9 @@
 """Who keeps a loop from turning: a thread that notices within a second and logs the line of user code that does it.
 
-server.py starts one over the loop of the way in and the loop of flows. A blocked flow loop does not stop intake or HTTP, but it
-stops every other run; the log line says which function to move into a plain `def` task, which runs in a thread. Once per episode a
-warning, after ten seconds an error. Code that holds the interpreter lock for long (some C extensions) stops this thread too.
+server.py starts one over the loop of the way in and the loop of flows. A blocked flow loop does not stop intake or HTTP, but
+it stops every other run; the log line says which function to move into a plain `def` task, which runs in a thread. Once per
+episode a warning, after ten seconds an error. Code that holds the interpreter lock for long (some C extensions) stops this
+thread too.
 """
 
 import asyncio
@@ -95,9 +96,10 @@ def blame(thread: int) -> dict[str, str]:
     user = next((frame for frame in frames if not _library(frame)), frames[0])
     blamed = {"stack": f"{user.f_code.co_filename}:{user.f_lineno} {user.f_code.co_qualname}"}
     for frame in frames:
-        owner = frame.f_locals.get("self") if frame.f_code.co_filename.startswith(_OURS) else None
-        if isinstance(owner, Execution):
-            return {**blamed, "run": owner.name, "flow": owner.flow.name}
+        known = frame.f_locals if frame.f_code.co_filename.startswith(_OURS) else {}
+        for owner in (known.get("self"), known.get("host")):  # of the flow's steps; of an attempt's
+            if isinstance(owner, Execution):
+                return {**blamed, "run": owner.name, "flow": owner.flow.name}
     return blamed
 
 

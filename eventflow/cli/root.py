@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 import click
 
-from eventflow.cli import running
+from eventflow.cli import doing, looking, running, storing
+from eventflow.cli.client import Refusal
 from eventflow.cli.words import fail
 from eventflow.errors import EventflowError
 
@@ -30,7 +31,7 @@ def cli() -> None:
     """Events in, durable flows out."""
 
 
-for command in running.COMMANDS:
+for command in (*running.COMMANDS, *looking.COMMANDS, *doing.COMMANDS, *storing.COMMANDS):
     cli.add_command(command)
 
 
@@ -48,6 +49,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except EventflowError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        if isinstance(error, Refusal):
+            fail(error.error, str(error), as_json)
+            sys.exit(error.code)
         fail(type(error).__name__, f"{error}{notes}", as_json)
         sys.exit(error.exit_code)
     except BrokenPipeError:

@@ -1,50 +1,171 @@
-"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`. Only these read `.env`."""
+"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`. Only these read `.env`.
 
-from typing import Any
+`run` sends to the server that has the app's store, if there is one; else it takes the store and works here. Either way the
+result is JSON on stdout, and a failed run exits with 1.
+"""
+
+import asyncio
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
 
 import click
+import orjson
 from dotenv import load_dotenv
 
-from eventflow.cli.target import load_app
-from eventflow.cli.words import json_option
+from eventflow.cli.again import Watching, serve_again
+from eventflow.cli.doing import read_json_option
+from eventflow.cli.once import Asked, bind, run_flow
+from eventflow.cli.target import load_app, load_flow, load_task
+from eventflow.cli.words import json_option, say
+from eventflow.errors import MissingExtra, UsageError
 from eventflow.server import Settings, serve
 
-COMMANDS: list[click.Command] = []
+_SERVING = (
+    click.option("--store", help="sqlite:///PATH; default: the app's own."),
+    click.option("--host", default="127.0.0.1", show_default=True),
+    click.option("--port", default=8710, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."),
+    click.option("--grace", default=20.0, show_default=True, type=click.FloatRange(0), help="Seconds a drain waits."),
+    click.option("--no-auth", is_flag=True, help="No token for /api; on loopback only."),
+    click.option("--open-metrics", is_flag=True, help="/metrics without a token."),
+    click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A further Host for the API."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True),
+)
+
+_GIVEN = (
+    click.option("-p", "pairs", multiple=True, metavar="K=V", help="One parameter: JSON, or text."),
+    click.option("--params", help="All parameters as a JSON object, @FILE, or @- for stdin."),
+)
 
 
-def serving_options(command: Any) -> Any:
-    """The options that `serve` and `dev` share."""
-    options = [
-        click.option("--store", help="sqlite:///PATH; default: the app's own."),
-        click.option("--host", default="127.0.0.1", show_default=True),
-        click.option("--port", default=8710, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."),
-        click.option("--grace", default=20.0, show_default=True, type=click.FloatRange(0), help="Seconds a drain waits for attempts."),
-        click.option("--no-auth", is_flag=True, help="No token for /api; on loopback only."),
-        click.option("--open-metrics", is_flag=True, help="/metrics without a token."),
-        click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A further Host under which the API is reached."),
-        click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+def with_options(*options: Any) -> Any:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+# --------------------------------------------------------------------------- servers
 
 
 @click.command("serve")
 @click.argument("target")
-@serving_options
+@with_options(*_SERVING)
 @click.option("--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart.")
-@click.option("--tls-cert", help="PEM file.")
+@click.option("--tls-cert", help="PEM file; SIGHUP reads it anew.")
 @click.option("--tls-key", help="PEM file.")
 @click.option("--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard.")
 @click.option("--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach.")
 @click.option("--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True)
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app."""
+    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""
     load_dotenv(".env")
     if as_json:
         options["log"] = "json"
     return serve(load_app(target), Settings(**options))
 
 
-COMMANDS.append(serve_command)
+@click.command("dev")
+@click.argument("target")
+@with_options(*_SERVING)
+@json_option
+def dev_command(target: str, as_json: bool, **options: Any) -> int:
+    """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty logs."""
+    load_dotenv(".env")
+    flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
+    flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
+    flags += ["--store", options["store"]] if options["store"] else []
+    flags += ["--grace", str(options["grace"]), "--log-level", options["log_level"], "--log", "json" if as_json else "pretty"]
+    return serve_again(target, options["host"], options["port"], flags)
+
+
+# --------------------------------------------------------------------------- one run, one task
+
+
+@click.command("run")
+@click.argument("target", metavar="FILE:FLOW")
+@with_options(*_GIVEN)
+@click.option("--event", help="The event as CloudEvents JSON, or just its data; JSON or @FILE.")
+@click.option("--idempotency-key", help="With the same key twice, the first run is waited for.")
+@click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the app's own.")
+@click.option("--watch", is_flag=True, help="Again whenever a *.py file beside it changes.")
+@json_option
+def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: str | None, watch: bool, as_json: bool,
+                **options: Any) -> int:  # fmt: skip
+    """Runs a flow once and prints its result as JSON."""
+    load_dotenv(".env")
+    if watch:
+        return Watching(target.partition(":")[0]).repeat("run", "--watch")
+    flow, app = load_flow(target)
+    given = read_json_option(event, "--event")
+    if event is not None and (pairs or params):
+        raise UsageError("expected --event, or -p and --params, found both")
+    asked = Asked(flow, app, target, _parameters(flow.fn, pairs, params) if event is None else None, given, **options)
+    return asyncio.run(run_flow(asked, as_json))
+
+
+@click.command("task")
+@click.argument("target", metavar="FILE:TASK")
+@with_options(*_GIVEN)
+@json_option
+def task_command(target: str, pairs: tuple[str, ...], params: str | None, as_json: bool) -> int:
+    """Runs one task by itself, outside any run: nothing is recorded. Prints its value as JSON."""
+    load_dotenv(".env")
+    task = load_task(target)
+    arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params))
+    return asyncio.run(_call(task, arguments, as_json))
+
+
+async def _call(task: Any, arguments: dict[str, Any], as_json: bool) -> int:
+    value = await task(**arguments)
+    _, data = task.result.encode(value)
+    shown = orjson.loads(data)
+    say(shown, as_json, orjson.dumps(shown, option=orjson.OPT_INDENT_2).decode())
+    return 0
+
+
+def _parameters(fn: Any, pairs: tuple[str, ...], params: str | None) -> dict[str, Any]:
+    """What `-p` and `--params` say. `-p id=007` stays text where the function wants text."""
+    read: Any = read_json_option(params, "--params") or {}
+    if not isinstance(read, dict):
+        raise UsageError(f"--params: expected a JSON object, found {type(read).__name__}")
+    given = cast(dict[str, Any], read)
+    hints: Mapping[str, Any] = getattr(fn, "__annotations__", {})
+    for pair in pairs:
+        name, mark, text = pair.partition("=")
+        if not mark or not name:
+            raise UsageError(f"-p expected NAME=VALUE, found {pair!r}")
+        given[name] = text if hints.get(name) in (str, "str") else _value(text)
+    return given
+
+
+def _value(text: str) -> Any:
+    if text.startswith("@") and Path(text[1:]).is_file():
+        return read_json_option(text, "-p")
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return text
+
+
+# --------------------------------------------------------------------------- demo
+
+
+@click.command("demo", context_settings={"ignore_unknown_options": True})
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def demo_command(args: tuple[str, ...]) -> int:
+    """Shows what eventflow does, in a minute, with nothing to install."""
+    try:
+        demo = importlib.import_module("eventflow.demo")
+    except ModuleNotFoundError as missing:
+        if missing.name == "eventflow.demo":
+            raise UsageError("this build of eventflow has no demo; see examples/") from None
+        raise MissingExtra("the demo", missing.name or "?", "dev") from None
+    return int(demo.main(list(args)) or 0)
+
+
+COMMANDS = [serve_command, dev_command, run_command, task_command, demo_command]

@@ -1,7 +1,8 @@
 """TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the App, flow or task it names.
 
-What a user's file does wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What eventflow
-itself refuses there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a note.
+What a user's file does wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What
+eventflow itself refuses there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a
+note.
 """
 
 import importlib

@@ -16,6 +16,7 @@ _COLOURS = {
     "completed": "green", "running": "cyan", "waiting": "cyan", "pending": "yellow", "held": "magenta", "failed": "red",
     "dead": "red", "cancelled": "bright_black", "filtered": "bright_black", "invalid": "red", "listening": "green",
     "paused": "magenta", "reopening": "yellow", "retrying": "yellow", "fired": "green", "published": "green",
+    "ok": "green",
 }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import orjson
 from eventflow.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.event import Receipt
 from eventflow.journal import Entry, Kind
-from eventflow.run import Run, State, show_id
+from eventflow.run import DEATHS, Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
 from eventflow.store.load import load_journal
@@ -22,9 +22,6 @@ from eventflow.store.rows import Row
 from eventflow.store.transaction import Transaction
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
-
-DEATHS = 3
-"""Journaled attempt starts that nothing followed, before a run is quarantined."""
 
 
 # --------------------------------------------------------------------------- retry

@@ -2,11 +2,12 @@
 
     request ─► Guard (auth.py) ─► a handler here ─► App / store / verbs.py ─► show.py ─► JSON
 
-`App.asgi()` and server.py call `make_asgi`. A 2xx for an event or a run follows its record (P1). Lists are newest first, at most 1,000
-rows, `{"KIND": [...], "next": id to give as after= for the next page, or null}`. Errors are `{"error", "detail"}`.
+`App.asgi()` and server.py call `make_asgi`. A 2xx for an event or a run follows its record (P1). Lists are newest first, at
+most 1,000 rows, `{"KIND": [...], "next": id to give as after= for the next page, or null}`. Errors are `{"error", "detail"}`.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -15,6 +16,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 import orjson
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -22,7 +24,7 @@ from starlette.types import ASGIApp
 
 from eventflow.clock import to_us
 from eventflow.cloudevents import BATCH, is_cloudevent, media_type, parse_cloudevents
-from eventflow.errors import NotFound, StoreFull
+from eventflow.errors import StoreFull
 from eventflow.event import Receipt
 from eventflow.run import State, parse_id, show_id
 from eventflow.store.keys import secret_beside
@@ -90,8 +92,9 @@ async def _unknown(request: Request, _error: Exception) -> Response:
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
-    headers = cast(dict[str, str], getattr(error, "headers", None) or {})
-    return problem(405, "method_not_allowed", f"{request.url.path} does not take {request.method}", **headers)
+    headers = error.headers if isinstance(error, HTTPException) else None
+    detail = f"{request.url.path} does not take {request.method}"
+    return problem(405, "method_not_allowed", detail, allow=(headers or {}).get("Allow", ""))
 
 
 class Api:
@@ -125,6 +128,8 @@ class Api:
             ("POST", "/api/triggers/{name:path}/pause", self.pause),
             ("POST", "/api/triggers/{name:path}/resume", self.resume),
             ("GET", "/api/counts", self.counts),
+            ("GET", "/api/check", self.check),
+            ("POST", "/api/backup", self.backup),
         ]
         by_path: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {}
         for method, path, handler in table:
@@ -197,7 +202,7 @@ class Api:
             events = parse_cloudevents(headers, body)
         except ValueError as error:
             raise refuse(400, "unreadable", str(error)) from None
-        found = await patiently(lambda: self._open().accept(*events)) if events else []
+        found: Any = await patiently(lambda: self._open().accept(*events)) if events else []
         receipts = cast(list[Receipt], found if isinstance(found, list) else [found])
         return _receipted(receipts, batch)
 
@@ -318,6 +323,18 @@ class Api:
 
     async def counts(self, _: Request) -> Response:
         return Json(await self._open().store.counts())
+
+    async def check(self, _: Request) -> Response:
+        """Everything that does not hold in the ledger; takes as long as reading all of it."""
+        return Json({"wrong": await self._open().store.check()})
+
+    async def backup(self, request: Request) -> Response:
+        """`{"path": …}`: a consistent copy to a new file on the server's own disk."""
+        path = _text(await read_object(request), "path")
+        if not path or not os.path.isabs(path):
+            raise refuse(400, "invalid", "path: expected the absolute path of a file that does not exist")
+        await self._open().store.backup(path)
+        return Json({"path": path})
 
 
 _NEVER = "\0"

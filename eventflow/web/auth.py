@@ -1,16 +1,15 @@
 """The one layer that every request passes before any route is looked at: deny by default, over HTTP and WebSocket alike.
 
-`make_asgi` (api.py) wraps the whole app in a `Guard`. Open are exactly: GET or HEAD of `/healthz` and `/readyz`; `/metrics` when the
-operator said so; and the paths of the triggers' own routes, which verify their senders themselves. Everything else, known path or
-not, needs a Host on the allow-list (421), then the token (401), then for a change a request that no foreign page made (403). While
-the server drains, the way in is answered 503 here, without asking anybody further in.
+`make_asgi` (api.py) wraps the whole app in a `Guard`. Open are exactly: GET or HEAD of `/healthz` and `/readyz`; `/metrics`
+when the operator said so; and the paths of the triggers' own routes, which verify their senders themselves. Everything else,
+known path or not, needs a Host on the allow-list (421), then the token (401), then for a change a request that no foreign page
+made (403). While the server drains, the way in is answered 503 here, without asking anybody further in.
 """
 
 import asyncio
 import hmac
 from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
-from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.routing import BaseRoute, Match
@@ -79,9 +78,8 @@ class Guard:
         if host_name(headers.get("host", "")) not in self._hosts:
             return problem(421, "wrong_host", "this host name is not served; allow it with --allow-host NAME")
         if not await self._knows(headers, scope):
-            return problem(
-                401, "unauthorized", "expected Authorization: Bearer TOKEN; the token is in STORE.token", www_authenticate="Bearer"
-            )
+            detail = "expected Authorization: Bearer TOKEN; the token is in STORE.token"
+            return problem(401, "unauthorized", detail, www_authenticate="Bearer")
         if (method not in SAFE or scope["type"] == "websocket") and not _same_site(headers):
             return problem(403, "cross_site", "a page of another site may not do this")
         return None
@@ -145,7 +143,7 @@ def host_name(host: str) -> str:
         return ""
 
 
-def _leads(route: BaseRoute, scope: dict[str, Any]) -> bool:
+def _leads(route: BaseRoute, scope: Scope) -> bool:
     return scope["type"] == "http" and route.matches(scope)[0] is Match.FULL
 
 

@@ -12,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
+from eventflow.clock import Clock
 from eventflow.web.served import Served
 
 STATES = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
@@ -56,7 +57,8 @@ def _ledger(counts: dict[str, int]) -> Iterator[Metric]:
 
 
 def _worker(app: Served) -> Iterator[Metric]:
-    runs = GaugeMetricFamily("eventflow_worker_runs", "Runs in memory: working, held there, waiting for a slot.", labels=["where"])
+    said = "Runs in memory: working, held there, waiting for a slot."
+    runs = GaugeMetricFamily("eventflow_worker_runs", said, labels=["where"])
     for where, count in app.house.worker.load.items():
         runs.add_metric([where], count)
     yield runs
@@ -70,7 +72,7 @@ def _worker(app: Served) -> Iterator[Metric]:
 def _triggers(app: Served) -> Iterator[Metric]:
     up = GaugeMetricFamily("eventflow_trigger_up", "1 while a trigger listens and is not paused.", labels=["trigger", "kind"])
     counters = {
-        name: CounterMetricFamily(f"eventflow_trigger_{name}", f"{name.capitalize()} of a trigger since the start.", labels=["trigger"])
+        name: CounterMetricFamily(f"eventflow_trigger_{name}", f"{name.capitalize()} since the start.", labels=["trigger"])
         for name in ("events", "duplicates", "undecodable", "failures")
     }
     for name, struct in app.house.reactor.health.items():
@@ -87,16 +89,16 @@ async def _lag(app: Served) -> Metric:
     here = asyncio.get_running_loop()
     flows, _ = app.house.flow_loop
     for name, loop in (("intake", here), *((("flows", flows),) if flows is not here else ())):
-        metric.add_metric([name], await _turn(here, loop))
+        metric.add_metric([name], await _turn(here, loop, app.clock))
     return metric
 
 
-async def _turn(here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop) -> float:
-    begun, turned = here.time(), asyncio.Event()
+async def _turn(here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop, clock: Clock) -> float:
+    begun, turned = clock.monotonic(), asyncio.Event()
     loop.call_soon_threadsafe(lambda: here.call_soon_threadsafe(turned.set))
     try:
         async with asyncio.timeout(LAG):
             await turned.wait()
     except TimeoutError:
         pass
-    return here.time() - begun
+    return clock.monotonic() - begun

@@ -32,6 +32,8 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("post", "/api/triggers/{name}/pause", "Records its events, holds their runs.", "200 404"),
     ("post", "/api/triggers/{name}/resume", "Lets held runs go on.", "200 404"),
     ("get", "/api/counts", "The sum of all deliveries.", "200"),
+    ("get", "/api/check", "What does not hold in the ledger; reads all of it.", "200"),
+    ("post", "/api/backup", "A consistent copy to a new file on the server's disk: {path}.", "200 400 409"),
 )
 
 
@@ -65,7 +67,8 @@ def describe_api(app: Served) -> dict[str, Any]:
 def _operation(path: str, summary: str, answers: list[str]) -> dict[str, Any]:
     wrong = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     responses = {
-        status: {"description": "well"} if status < "300" else {"description": "not well", "content": wrong} for status in answers
+        status: {"description": "well"} if status < "300" else {"description": "not well", "content": wrong}
+        for status in answers
     }
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]

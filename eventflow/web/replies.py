@@ -1,7 +1,8 @@
-"""Answers of the doors: JSON out, `{"error", "detail"}` for what went wrong, and a request's body in, bounded in size and time.
+"""Answers of the doors: JSON out, `{"error", "detail"}` for what went wrong, and a request's body in, bounded in size and
+time.
 
-`answering` wraps every handler: what eventflow itself raises becomes its status, anything else a 500 with an id that the log has
-too; a client never sees a traceback (threat S26).
+`answering` wraps every handler: what eventflow itself raises becomes its status, anything else a 500 with an id that the log
+has too; a client never sees a traceback (threat S26).
 """
 
 import asyncio
@@ -122,7 +123,8 @@ async def crashed(request: Request, error: Exception) -> Response:
 async def read_body(request: Request, limit: int = MAX_BODY) -> bytes:
     """The body; Refused with 413 as soon as its size shows, 408 when it trickles, 415 when it is packed."""
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-        raise refuse(415, "unsupported_encoding", "expected Content-Encoding identity", hang_up=True, accept_encoding="identity")
+        detail = "expected Content-Encoding identity"
+        raise refuse(415, "unsupported_encoding", detail, hang_up=True, accept_encoding="identity")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > 15 or int(declared) > limit):
         raise _too_large(limit)
@@ -148,7 +150,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object; an empty one counts as `{}`."""
     body = await read_body(request)
     try:
-        value = read_json(body) if body.strip() else {}
+        value: Any = read_json(body) if body.strip() else {}
     except ValueError as error:
         raise refuse(400, "unreadable", str(error)) from None
     if not isinstance(value, dict):

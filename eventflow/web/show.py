@@ -1,7 +1,7 @@
 """Rows of the ledger as the API shows them: ids in base 32, instants as ISO 8601 in UTC, bodies as JSON.
 
-api.py calls these pure functions; the command line prints what they return. Texts of errors are redacted here, for they may quote
-what a task was given.
+api.py calls these pure functions; the command line prints what they return. Texts of errors are redacted here, for they may
+quote what a task was given.
 """
 
 import base64

@@ -29,7 +29,7 @@ async def replay(app: Served, ident: str, only: str | None, *, dry: bool = False
     arrival = _match(app, row["trigger"], row["id"], _read(row["body"]), only)
     if not dry:
         await app.store.replay(row["id"], arrival)
-        _note("replay", event=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
+        _note("replay", ledger_id=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
     return row["id"], arrival
 
 
@@ -44,7 +44,7 @@ async def redrive(app: Served, ident: str, mended: Mapping[str, Any]) -> tuple[R
     event = _mended(letter, mended)
     arrival = _match(app, letter["trigger"], letter["event"], event, letter["subscription"] or None)
     receipt = await app.store.redrive(letter["id"], arrival)
-    _note("redrive", dead=letter["id"], event=show_id(letter["event"]), runs=[show_id(run.id) for run in arrival.runs])
+    _note("redrive", dead=letter["id"], ledger_id=show_id(letter["event"]), runs=[show_id(run.id) for run in arrival.runs])
     return receipt, arrival
 
 
@@ -100,7 +100,7 @@ async def pause(app: Served, trigger: str, paused: bool) -> None:
     """While a trigger is paused its events are recorded and their runs held; `resume` lets those go on."""
     reactor = app.house.reactor
     known = trigger in reactor.health
-    if not known and trigger not in await app.store.paused():
+    if not (known or trigger in await app.store.paused() or await app.store.events(trigger=trigger, limit=1)):
         raise NotFound("trigger", trigger)
     if not paused and known:
         reactor.pause(trigger, False)  # first: what arrives from here on is not held, what arrived before is released below

@@ -1,7 +1,8 @@
-"""HTTP/1.1 on the wire, with bounds: uvicorn's protocol that does not wait for slow heads, and takes no more than its connections.
+"""HTTP/1.1 on the wire, with bounds: uvicorn's protocol that does not wait for slow heads, and takes no more than its
+connections.
 
-server.py hands the class to uvicorn. A request's head must be whole within 10 s and 64 KiB; connections are capped in all and per
-address, loopback (a proxy, the tests) excepted. Bodies are bounded by who reads them. Next: the Guard (auth.py).
+server.py hands the class to uvicorn. A request's head must be whole within 10 s and 64 KiB; connections are capped in all and
+per address, loopback (a proxy, the tests) excepted. Bodies are bounded by who reads them. Next: the Guard (auth.py).
 """
 
 import asyncio

@@ -1,0 +1,197 @@
+"""How the command line reaches a ledger: over HTTP when a server has it, else by opening the store itself, behind the same
+API.
+
+`--url`, or the `STORE.server` that a server writes beside its store, says where; `STORE.token` (or $EVENTFLOW_TOKEN) lets us
+in. With no server and the lock free, an App over the store is opened passively (it runs nothing, listens to nothing) and its
+ASGI app answers in this process, so that every command is written once. Without `--app TARGET` such an App knows no flows.
+"""
+
+import os
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+from urllib.parse import quote
+
+import click
+import httpx2
+import msgspec
+import orjson
+
+from eventflow.app import App
+from eventflow.cli.target import load_app
+from eventflow.cli.words import json_option
+from eventflow.errors import EventflowError, UsageError
+from eventflow.store import open_store
+from eventflow.store.logs import LogStore
+from eventflow.web.api import make_asgi
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+TIMEOUT = 30.0
+
+
+class Unreachable(EventflowError):
+    """No server, and nothing to do without one."""
+
+    exit_code: ClassVar[int] = 4
+
+
+class Refusal(EventflowError):
+    """The API said no; `error` is its word, the code follows the status."""
+
+    def __init__(self, status: int, error: str, detail: str) -> None:
+        super().__init__(detail)
+        self.error = error
+        self.code = {401: 4, 403: 4, 421: 4, 404: 5, 400: 2, 409: 2, 413: 2, 415: 2}.get(status, 69)
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where the ledger is, as the options of a command say."""
+
+    store: str | None = None
+    url: str | None = None
+    app: str | None = None
+
+
+def place_options(command: F) -> F:
+    """`--store`, `--url`, `--app` and `--json`, for every command that asks a ledger."""
+    for option in (
+        click.option("--app", envvar="EVENTFLOW_APP", help="TARGET of the app: for what needs its flows, without a server."),
+        click.option("--url", envvar="EVENTFLOW_URL", help="A server elsewhere; its token comes from $EVENTFLOW_TOKEN."),
+        click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the one in ./.eventflow."),
+    ):
+        command = option(command)
+    return json_option(command)
+
+
+class Doors:
+    """The API of one ledger."""
+
+    def __init__(self, client: httpx2.AsyncClient, where: str, *, live: bool, knows_flows: bool, url: str = "") -> None:
+        self._client, self.where, self.live, self.knows_flows, self.url = client, where, live, knows_flows, url
+
+    async def get(self, path: str, **asked: Any) -> Any:
+        return await self._ask("GET", path, params={name: value for name, value in asked.items() if value is not None})
+
+    async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        return await self._ask("POST", path, json={name: value for name, value in (body or {}).items() if value is not None})
+
+    async def publish(self, event: bytes) -> Any:
+        return await self._ask("POST", "/api/events", content=event, headers={"content-type": "application/cloudevents+json"})
+
+    def need_flows(self, what: str) -> None:
+        """For work that asks which flows an event starts."""
+        if not self.live and not self.knows_flows:
+            raise Unreachable(f"no server has {self.where}, and {what} needs the app's flows; start it, or give --app TARGET")
+
+    async def _ask(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            answer = await self._client.request(method, path, **options)
+        except httpx2.TransportError as error:
+            raise Unreachable(f"no server answers at {self.where}: {error or type(error).__name__}") from None
+        data: Any = _decoded(answer.content)
+        if answer.status_code >= 400:
+            said = cast(dict[str, Any], data) if isinstance(data, dict) else {}
+            detail = str(said.get("detail") or f"{method} {path} was answered {answer.status_code}")
+            raise Refusal(answer.status_code, str(said.get("error") or "refused"), detail)
+        return data
+
+
+def quoted(ident: str) -> str:
+    """An id as a part of a path: a sender's may hold anything."""
+    return quote(ident, safe="")
+
+
+def _decoded(content: bytes) -> Any:
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        return None
+
+
+@asynccontextmanager
+async def doors(place: Place) -> AsyncGenerator[Doors]:
+    """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening the store raises."""
+    if place.url is not None:
+        async with _client(place.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
+            yield Doors(client, place.url, live=True, knows_flows=True, url=place.url)
+        return
+    app = load_app(place.app) if place.app else None
+    path = store_path(place, app)
+    server = await running_server(path)
+    if server is not None:
+        async with _client(server, _token(path)) as client:
+            yield Doors(client, server, live=True, knows_flows=True, url=server)
+        return
+    async with _passive(app, path) as client:
+        yield Doors(client, path, live=False, knows_flows=app is not None)
+
+
+def _client(url: str, token: str) -> httpx2.AsyncClient:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx2.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False)
+
+
+def _token(path: str) -> str:
+    given = os.environ.get("EVENTFLOW_TOKEN")
+    if given:
+        return given
+    try:
+        return Path(f"{path}.token").read_text().strip()
+    except OSError:
+        return ""
+
+
+@asynccontextmanager
+async def _passive(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
+    if not has_store(path):
+        raise Unreachable(f"no server has the store {path}, and there is no such file; name another with --store, or start one")
+    app = app or App(Path(path).stem)
+    await app.open(store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True)
+    try:
+        transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
+            yield client
+    finally:
+        await app.close()
+
+
+def store_path(place: Place, app: App | None) -> str:
+    """The absolute path of the store."""
+    if place.store or app is not None:
+        url = place.store or (app.url if app is not None else "")
+        return open_store(url if ":///" in url else f"sqlite:///{url}", App("name").clock).path
+    found = [path for path in sorted(Path(".eventflow").glob("*.db")) if not path.name.endswith(".logs.db")]
+    if len(found) == 1:
+        return str(found[0].resolve())
+    if found:
+        raise UsageError(f"several stores are in ./.eventflow; say which with --store: {', '.join(map(str, found))}")
+    raise Unreachable("there is no store in ./.eventflow; name one with --store or $EVENTFLOW_STORE, or a server with --url")
+
+
+def has_store(path: str) -> bool:
+    return Path(path).exists()
+
+
+def _written_url(path: str) -> str | None:
+    """What a server left beside its store, if that process still lives."""
+    try:
+        said = orjson.loads(Path(f"{path}.server").read_bytes())
+        os.kill(int(said["pid"]), 0)
+        url = str(said["url"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if url.startswith("unix:") else url
+
+
+async def running_server(path: str) -> str | None:
+    """The URL of the server that has this store, if one answers there."""
+    url = _written_url(path)
+    if url is None:
+        return None
+    try:
+        async with _client(url, "") as client:
+            return url if (await client.get("/healthz", timeout=5)).status_code == 200 else None
+    except httpx2.TransportError:
+        return None
