@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 
 from eventflow.errors import UsageError
+from eventflow.store.guard import sync_folder
 
 _PAGES = 512
 """Between two commits, 2 MiB: a few milliseconds of somebody's wait."""
@@ -25,11 +26,7 @@ def back_up(connection: sqlite3.Connection, path: str, between: Callable[[], Non
         os.link(part, path)
     finally:
         os.unlink(part)
-    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(path)
 
 
 def _copy(connection: sqlite3.Connection, path: str, between: Callable[[], None]) -> None:

@@ -39,6 +39,10 @@ class Lock:
         self._fd = fd
         _release_in_forks(self)
 
+    @property
+    def held(self) -> bool:
+        return self._fd is not None
+
     def release(self) -> None:
         if self._fd is not None:
             os.close(self._fd)
@@ -69,6 +73,15 @@ def holder_of(path: str) -> int | None:
     except (OSError, ValueError, IndexError):
         pass  # no /proc, or one of another shape: the message goes without a pid
     return None
+
+
+def sync_folder(path: str) -> None:
+    """Makes the names of files beside `path` as durable as their content."""
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 class HighWater:
@@ -121,6 +134,7 @@ class Space:
         self._ballast, self._size = f"{path}.ballast", ballast
         self._asked_at = float("-inf")
         self._full: StoreFull | None = None
+        self._spent = False
 
     def full(self) -> StoreFull | None:
         """Why the disk takes no more. Asks the file system at most once a second."""
@@ -156,9 +170,15 @@ class Space:
         finally:
             os.close(fd)
 
+    def reload(self) -> None:
+        """Sets a spent ballast aside again once there is room."""
+        if self._spent and self.full() is None:
+            self._spent = False
+            self.load()
+
     def release(self) -> bool:
         """Gives the ballast's space back, so that what is in flight can finish. False: there was none left."""
-        self._asked_at = float("-inf")
+        self._asked_at, self._spent = float("-inf"), True
         try:
             os.unlink(self._ballast)
         except FileNotFoundError:

@@ -179,10 +179,10 @@ def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
     """The one place where an outcome becomes a state."""
     match outcome:
         case Completed(value, codec, orphans):
-            row.result, row.codec, row.orphans = value, codec, orphans
+            row.result, row.codec, row.orphans, row.reason = value, codec, orphans, None
             tx.move(row, State.COMPLETED)
         case Failed(error):
-            row.error = error
+            row.error, row.reason = error, None
             tx.move(row, State.FAILED)
         case Cancelled(reason):
             row.reason = reason

@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from eventflow.clock import Clock
-from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreUnwritable
+from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
 from eventflow.event import Json, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Run, State
 from eventflow.store import audit, doors, looks, retention
 from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Op, Record
-from eventflow.store.guard import HighWater, Lock, Space
+from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_journal
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.readers import BUDGET, Readers, last_batch
@@ -110,6 +110,7 @@ class SqliteStore:
         writer.batch = max(writer.batch, lost)
         writer.apply(doors.recover)
         (self.last_id,) = connection.execute(_LAST_ID).fetchone()
+        sync_folder(self.path)
         self._space.load()
         self._readers = Readers(self.path, self._clock)
         self._writer = writer
@@ -134,18 +135,21 @@ class SqliteStore:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.stop()
+        sound = self._readers is not None and self.failed is None
         if self._readers is not None:
             self._readers.close()
             self._readers = None
         if self._connection is not None:
             try:
-                if self.failed is None:
+                if sound:
                     self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._connection.close()
             except sqlite3.Error:
                 pass  # everything acknowledged is in the WAL; the next open reads it there
             self._connection = None
         self._high_water.close()
+        if self._lock.held:
+            self._space.release()  # a store at rest keeps no space that others could use
         self._lock.release()
 
     # ------------------------------------------------------------------- the hot path
@@ -286,6 +290,8 @@ def _why_not(path: str, error: sqlite3.Error) -> StoreError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreCorrupt(f"the store {path} is damaged ({error}); restore a backup")
+    if code == sqlite3.SQLITE_BUSY:
+        return StoreLocked(path, holder_of(path))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL):
         return StoreUnwritable(path, str(error))
     return StoreError(f"cannot open the store {path}: {error}")

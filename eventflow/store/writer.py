@@ -283,6 +283,7 @@ class Writer:
         if self._high_water is not None and self._marked < self.batch:
             self._high_water.write(self.batch)
             self._marked, self._marked_at = self.batch, self._clock.monotonic()
+            self._space.reload()
 
     # ------------------------------------------------------------------- when storage fails
 

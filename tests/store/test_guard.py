@@ -315,8 +315,38 @@ def test_the_ballast_is_real_space_and_is_given_back(tmp_path: Path):
     space.load()
     assert (tmp_path / "a.db.ballast").stat().st_blocks * 512 >= 1 << 20
     assert space.release() and not space.release()
-    space.load()
+    space.reload()
     assert (tmp_path / "a.db.ballast").exists()
+
+
+def test_a_store_at_rest_keeps_no_ballast(path: str):
+    """Closing gives the space back, and a refused second opener does not take it from the first."""
+    store = SqliteStore(path, clock=HandClock(), ballast=1 << 20, free_floor=0)
+    store.open()
+    opening(path)
+    assert os.path.exists(f"{path}.ballast")
+    store.close()
+    assert not os.path.exists(f"{path}.ballast")
+
+
+def test_row_10_a_locked_file_at_open_names_its_holder(reopen: Reopen, path: str):
+    """A process that is no eventflow holds SQLite's lock: opening waits a while, then says who it is, exit 75."""
+    reopen().store.close()
+    code = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdin is not None
+    holder.stdout.readline()
+    error = opening(path)
+    assert isinstance(error, StoreLocked) and error.pid in (holder.pid, None) and error.exit_code == 75
+    holder.stdin.close()
+    holder.wait()
+    holder.stdout.close()
 
 
 # --------------------------------------------------------------------------- schema, URL, epochs
