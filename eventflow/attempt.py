@@ -25,7 +25,7 @@ from eventflow.lineage import leave_flow
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error
-from eventflow.run import Run
+from eventflow.run import DEATHS, Run
 from eventflow.store.base import Appended, Arrival, Mark, Refused
 from eventflow.task import Call, TaskContext, enter_task, task_context
 
@@ -68,10 +68,16 @@ class Host(Protocol):
 class Attempts:
     """Launches and ends the attempts of one run. Everything here runs on the worker's loop."""
 
-    __slots__ = ("_host",)
+    __slots__ = ("_host", "_marking")
 
     def __init__(self, host: Host) -> None:
         self._host = host
+        self._marking: asyncio.Future[Any] | None = None
+
+    @property
+    def marked(self) -> bool:
+        """Whether a start was journaled in this life: then what is recorded from here on must clear it."""
+        return self._marking is not None
 
     def launch(self, call: Call) -> None:
         """Starts the next attempt of a call; its body takes its first step in the loop's next turn."""
@@ -149,19 +155,22 @@ class Attempts:
                 call.thread.add_done_callback(lambda _: release())  # pyright: ignore[reportUnknownLambdaType]
 
     async def _gated(self, call: Call) -> Any:
-        """Those suspected of killing the process run few at a time, each with its start on record."""
-        if not self._host.run.suspect:
+        """Those suspected of killing the process run few at a time, with their start on record; a death from the end, alone."""
+        run, gate = self._host.run, self._host.pool.suspects
+        if not run.suspect:
             return await self._timed(call)
-        async with self._host.pool.suspects:
-            await self._mark()
+        async with gate.alone() if run.deaths >= DEATHS - 1 else gate:
+            if run.suspect:  # not cleared while it waited here, by another of its calls
+                await self._mark()
             return await self._timed(call)
 
     async def _mark(self) -> None:
-        """Makes the start of a suspect's attempt durable before its body: a death from here on counts against this run."""
+        """Makes the start of a suspect's attempts durable before any body: a death from here on counts against this run, once."""
         host = self._host
-        done: asyncio.Future[Any] = host.pool.loop.create_future()
-        host.pool.store.post(Mark(host.run.id, host.run.token), done.set_result, host.pool.loop)
-        reply = await asyncio.shield(done)
+        if self._marking is None:
+            self._marking = host.pool.loop.create_future()
+            host.pool.store.post(Mark(host.run.id, host.run.token), self._marking.set_result, host.pool.loop)
+        reply = await asyncio.shield(self._marking)
         if not isinstance(reply, Appended):
             host.lost(reply)
             raise asyncio.CancelledError("lost the lease")

@@ -250,7 +250,7 @@ class Claims:
         """Records `entry`, with the events and child runs that come of it."""
         self._master.working += 1
         run = self._master.run
-        op = Append(run.id, run.token, (entry,), tuple(arrivals), tuple(children), run.suspect)
+        op = Append(run.id, run.token, (entry,), tuple(arrivals), tuple(children), run.suspect or self.attempts.marked)
         self.pool.store.post(op, self._appended, self.pool.loop)
 
     def _appended(self, reply: Appended | Refused | StoreError) -> None:

@@ -9,6 +9,7 @@ import asyncio
 import inspect
 import random
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime
 from functools import update_wrapper
@@ -144,6 +145,43 @@ class Flow(Generic[P, T]):
         if loop is None:
             return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
         return cast("Coroutine[Any, Any, T]", cast(FlowCaller, loop.host).perform_flow(self, args, kwargs))
+
+
+def reached(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
+    """The flows that this one's code names, itself or in the functions of its package that it names: those it may start as
+    children.
+
+    A child that a crash left in flight is claimed before its parent has called it again; its flow must be known by then.
+    """
+    found: list[Flow[..., Any]] = []
+    functions: list[Any] = [flow.fn]
+    for function in functions:  # grows as it goes
+        for value in _named(function):
+            if isinstance(value, Flow):
+                found.append(cast("Flow[..., Any]", value))
+                functions += [value.fn] if value.fn not in functions else []
+            elif inspect.isfunction(value) and value not in functions and _package(value) == _package(function):
+                functions.append(value)
+    return found
+
+
+def _package(function: Any) -> str:
+    return function.__module__.partition(".")[0]
+
+
+def _named(function: Any) -> list[Any]:
+    """What the names in a function's code stand for: globals, attributes of modules, and what it closes over."""
+    codes = [function.__code__]
+    values: list[Any] = []
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not bound yet
+            values.append(cell.cell_contents)
+    for code in codes:
+        codes.extend(const for const in code.co_consts if inspect.iscode(const))
+        known = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        modules = [value for value in known if inspect.ismodule(value)]
+        values += known + [vars(module)[name] for module in modules for name in code.co_names if name in vars(module)]
+    return values
 
 
 @overload

@@ -6,8 +6,9 @@ that asks.
 
 import asyncio
 import random
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from eventflow.blobs import Blobs
@@ -18,6 +19,29 @@ from eventflow.log import Sink
 from eventflow.run import Outcome, Run
 from eventflow.store.base import Arrival, Refused, Settled, Store
 from eventflow.task import Call
+
+
+class Suspects(asyncio.Semaphore):
+    """The gate before the bodies of runs that a crash left in flight: `async with` it, few at a time, or `alone()`."""
+
+    def __init__(self, places: int = 4) -> None:
+        super().__init__(places)
+        self._places = places
+        self._next = asyncio.Lock()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncGenerator[None]:
+        """All places at once: no other suspect's crash can be laid at this one's door."""
+        taken = 0
+        async with self._next:  # two that each held half would wait for ever
+            try:
+                while taken < self._places:
+                    await self.acquire()
+                    taken += 1
+                yield
+            finally:
+                for _ in range(taken):
+                    self.release()
 
 
 class Pool(Protocol):
@@ -31,7 +55,7 @@ class Pool(Protocol):
     blobs: Blobs
     state: Any
     flows: Mapping[str, Flow[..., Any]]
-    suspects: asyncio.Semaphore
+    suspects: Suspects
     draining: bool
     sink: Sink | None
     secret: bytes

@@ -25,6 +25,10 @@ from eventflow.event import show_id as show_id  # noqa: PLC0414  (its readers kn
 from eventflow.journal import Entry
 
 
+DEATHS = 3
+"""Journaled attempt starts that nothing followed, before a run is quarantined."""
+
+
 class State(IntEnum):
     """Where a run stands. The first four are live."""
 

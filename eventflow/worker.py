@@ -21,9 +21,10 @@ from eventflow.clock import SECOND, Clock
 from eventflow.errors import StoreError
 from eventflow.event import Event
 from eventflow.executor import Execution
-from eventflow.flow import Flow
+from eventflow.flow import Flow, reached
 from eventflow.journal import Journal
 from eventflow.log import Sink, get_logger
+from eventflow.pool import Suspects
 from eventflow.results import decode_error
 from eventflow.routing import Router
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, Suspended, show_id
@@ -96,8 +97,11 @@ class Worker:
     def start(self, state: Any = None) -> None:
         """Begins taking runs. Call on the loop that flows are to run on."""
         self.loop = asyncio.get_running_loop()
-        self.suspects = asyncio.Semaphore(SUSPECTS)
+        self.suspects = Suspects(SUSPECTS)
         self.state = state
+        for flow in list(self._flows.values()):
+            for child in reached(flow):
+                self._flows.setdefault(child.name, child)
         self._taking = True
         self._backlog = True
         self.store.attach(self)

@@ -19,6 +19,7 @@ from eventflow.blobs import Blobs
 from eventflow.executor import Execution
 from eventflow.flow import Flow
 from eventflow.journal import Entry, Journal
+from eventflow.pool import Suspects
 from eventflow.run import Outcome, Run
 from eventflow.store.base import Append, Appended, Settle
 
@@ -72,7 +73,7 @@ class Bench:
 
     async def _play(self, flow: Flow[..., Any]) -> Outcome | None:
         self.loop = asyncio.get_running_loop()
-        self.suspects = asyncio.Semaphore(4)
+        self.suspects = Suspects(4)
         run = Run(id=7, flow=flow.name, created_at=BORN, due_at=BORN, started_at=BORN, token=1)
         self.execution = Execution(self, run, flow, Journal(self.kept))  # type: ignore[arg-type]
         self.loop.call_soon(self.execution.begin)
