@@ -69,6 +69,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "run.resumed": "A run that waited or was interrupted goes on; `entries` counts what its journal gives back.",
     "run.suspended": "A run waits durably and left memory.",
     "schedule.missed": "Ticks of a schedule passed while nobody was up; `missed` counts.",
+    "server.stopping": "The server begins its end; `reason` names the signal.",
     "store.closed": "The store is closed; everything posted is durable.",
     "store.failed": "Storage failed in use: nothing more is acknowledged (P10).",
     "store.opened": "The store is open; `reclaimed` counts the runs a crash or stop left in flight.",

@@ -202,6 +202,7 @@ class Root:
         self._serving: asyncio.Task[None] | None = None
         self._sidecar = Path(f"{path}.server")
         self.stopping = False
+        self._signal = ""
         self._server = _Server(self._uvicorn_config())
 
     async def main(self) -> int:
@@ -248,6 +249,7 @@ class Root:
         stopped = asyncio.create_task(self._stop.wait(), name="signal")
         await asyncio.wait([stopped, self._serving], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
+        log.info("server.stopping", reason=self._signal or "the HTTP server ended")
 
     async def _stop_http(self) -> None:
         self._server.should_exit = True
@@ -287,7 +289,8 @@ class Root:
         fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
         fresh.rename(self._sidecar)
         with suppress(OSError, ValueError):  # nobody reads stdout: no reason not to serve
-            print(orjson.dumps(line).decode(), file=self._ready, flush=True)
+            self._ready.write(orjson.dumps(line).decode() + "\n")
+            self._ready.flush()
 
     def _make_token(self) -> None:
         """At the very first start there is none yet: a person at a terminal is shown it once, a log file never."""
@@ -308,7 +311,7 @@ class Root:
             os.write(2, b"eventflow: second signal, not waiting\n")
             self._sidecar.unlink(missing_ok=True)
             os._exit(128 + number)
-        self.stopping = True
+        self.stopping, self._signal = True, signal.Signals(number).name
         if self.app.is_open:
             self.app.house.reactor.draining = True
         self._arm_last_call()

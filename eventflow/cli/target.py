@@ -112,7 +112,11 @@ def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str)
         return value
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
     found = "nothing" if value is None else f"a {type(value).__name__}"
-    raise AppNotFound(target, f"expected {name!r} to be a {noun}, found {found}; {noun}s there: {names}")
+    raise AppNotFound(target, f"expected {name!r} to be {_a(noun)}, found {found}; {noun}s there: {names}")
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun == "App" else f"a {noun}"
 
 
 def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str) -> T:
@@ -125,4 +129,4 @@ def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str)
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind))
     if names:
         raise AppNotFound(target, f"expected one {noun}, found {names}; say which: {target}:{names.split(', ')[0]}")
-    raise AppNotFound(target, f"expected a {noun} in it, found none")
+    raise AppNotFound(target, f"expected {_a(noun)} in it, found none")

@@ -221,7 +221,7 @@ class Api:
         """`{"to": subscription or flow, "dry_run": bool}`, both optional."""
         asked = await read_object(request)
         dry = bool(asked.get("dry_run", False))
-        number, arrival = await verbs.replay(self._open(), request.path_params["id"], _text(asked, "to"), dry=dry)
+        number, arrival = await verbs.replay(self._open(), request.path_params["id"], _text(asked, "to"), dry=dry, by=_by(request))
         runs = {run.id: {"state": run.state.word} for run in arrival.runs}
         said = [show.verdict(each, runs) for each in orjson.loads(arrival.verdicts)]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
@@ -267,13 +267,14 @@ class Api:
     async def retry(self, request: Request) -> Response:
         """`{"fresh": true}` drops what was recorded; by default values stay, errors are forgiven."""
         asked = await read_object(request)
-        number = await verbs.retry(self._open(), request.path_params["id"], fresh=bool(asked.get("fresh", False)))
+        fresh = bool(asked.get("fresh", False))
+        number = await verbs.retry(self._open(), request.path_params["id"], fresh=fresh, by=_by(request))
         return Json({"id": show_id(number), "state": "pending"}, 202)
 
     async def cancel(self, request: Request) -> Response:
         asked = await read_object(request)
         reason = _text(asked, "reason") or "cancelled by an operator"
-        number, before = await verbs.cancel(self._open(), request.path_params["id"], reason)
+        number, before = await verbs.cancel(self._open(), request.path_params["id"], reason, by=_by(request))
         state = "cancelling" if before is State.RUNNING else "cancelled"
         return Json({"id": show_id(number), "state": state, "was": before.word}, 202)
 
@@ -289,7 +290,7 @@ class Api:
 
     async def redrive(self, request: Request) -> Response:
         mended = await read_object(request)
-        receipt, arrival = await verbs.redrive(self._open(), request.path_params["id"], mended)
+        receipt, arrival = await verbs.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
         runs = {run.id: {"state": run.state.word} for run in arrival.runs}
         said = [show.verdict(each, runs) for each in orjson.loads(arrival.verdicts)]
         return Json({"event": receipt.shown, "verdicts": said}, 202)
@@ -318,7 +319,7 @@ class Api:
 
     async def _hold(self, request: Request, paused: bool) -> Response:
         name = request.path_params["name"]
-        await verbs.pause(self._open(), name, paused)
+        await verbs.pause(self._open(), name, paused, by=_by(request))
         return Json({"name": name, "paused": paused})
 
     async def counts(self, _: Request) -> Response:
@@ -378,6 +379,12 @@ def _receipted(receipts: list[Receipt], batch: bool) -> Response:
 
 
 # --------------------------------------------------------------------------- what a request asks
+
+
+def _by(request: Request) -> str:
+    """Who asks, as far as one token can tell: the address, and the program."""
+    address = request.client.host if request.client else "here"
+    return f"{address} {request.headers.get('user-agent', '')[:80]}".strip()
 
 
 def _page(kind: str, rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:

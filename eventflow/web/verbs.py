@@ -20,7 +20,7 @@ from eventflow.web.served import Served
 log = get_logger("eventflow.web")
 
 
-async def replay(app: Served, ident: str, only: str | None, *, dry: bool = False) -> tuple[int, Arrival]:
+async def replay(app: Served, ident: str, only: str | None, *, dry: bool, by: str) -> tuple[int, Arrival]:
     """Matches a recorded event once more, for all subscriptions or for `only` one (its name, or its flow's), and starts new
     runs. `dry` only tells what would be. Raises NotFound, and UsageError when its body is gone or nobody would hear of it."""
     row = await app.store.event(ident)
@@ -29,11 +29,11 @@ async def replay(app: Served, ident: str, only: str | None, *, dry: bool = False
     arrival = _match(app, row["trigger"], row["id"], _read(row["body"]), only)
     if not dry:
         await app.store.replay(row["id"], arrival)
-        _note("replay", ledger_id=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
+        _note("replay", by, ledger_id=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
     return row["id"], arrival
 
 
-async def redrive(app: Served, ident: str, mended: Mapping[str, Any]) -> tuple[Receipt, Arrival]:
+async def redrive(app: Served, ident: str, mended: Mapping[str, Any], *, by: str) -> tuple[Receipt, Arrival]:
     """Tries a dead letter once more: as it stands, or mended by `{"data": …}` (new data), with `"type"` if that is wrong too,
     or by `{"event": {…}}` (a whole CloudEvent)."""
     letter = await app.store.dead_letter(ident)
@@ -44,7 +44,7 @@ async def redrive(app: Served, ident: str, mended: Mapping[str, Any]) -> tuple[R
     event = _mended(letter, mended)
     arrival = _match(app, letter["trigger"], letter["event"], event, letter["subscription"] or None)
     receipt = await app.store.redrive(letter["id"], arrival)
-    _note("redrive", dead=letter["id"], ledger_id=show_id(letter["event"]), runs=[show_id(run.id) for run in arrival.runs])
+    _note("redrive", by, dead=letter["id"], ledger_id=show_id(letter["event"]), runs=[show_id(run.id) for run in arrival.runs])
     return receipt, arrival
 
 
@@ -78,25 +78,25 @@ def _mended(letter: Mapping[str, Any], mended: Mapping[str, Any]) -> Event:
     return msgspec.structs.replace(event, **changes)
 
 
-async def retry(app: Served, ident: str, *, fresh: bool) -> int:
+async def retry(app: Served, ident: str, *, fresh: bool, by: str) -> int:
     """FAILED, CANCELLED, HELD or DEAD → PENDING."""
     number: int = (await app.store.run(ident))["id"]
     await app.store.retry(number, fresh=fresh)
-    _note("retry", run=show_id(number), fresh=fresh)
+    _note("retry", by, run=show_id(number), fresh=fresh)
     return number
 
 
-async def cancel(app: Served, ident: str, reason: str) -> tuple[int, State]:
+async def cancel(app: Served, ident: str, reason: str, *, by: str) -> tuple[int, State]:
     """Ends a run that is not running, asks one that is. UsageError when it has ended already."""
     number: int = (await app.store.run(ident))["id"]
     before = await app.store.cancel(number, reason)
     if not before.live:
         raise UsageError(f"run {show_id(number)} is {before.word} already")
-    _note("cancel", run=show_id(number), reason=reason)
+    _note("cancel", by, run=show_id(number), reason=reason)
     return number, before
 
 
-async def pause(app: Served, trigger: str, paused: bool) -> None:
+async def pause(app: Served, trigger: str, paused: bool, *, by: str) -> None:
     """While a trigger is paused its events are recorded and their runs held; `resume` lets those go on."""
     reactor = app.house.reactor
     known = trigger in reactor.health
@@ -108,7 +108,8 @@ async def pause(app: Served, trigger: str, paused: bool) -> None:
     if paused and known:
         reactor.pause(trigger, True)
     log.info("trigger.paused" if paused else "trigger.resumed", trigger=trigger)
+    _note("pause" if paused else "resume", by, trigger=trigger)
 
 
-def _note(verb: str, **what: Any) -> None:
-    log.info("operator.acted", verb=verb, **what)
+def _note(verb: str, by: str, **what: Any) -> None:
+    log.info("operator.acted", verb=verb, by=by, **what)
