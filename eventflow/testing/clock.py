@@ -14,8 +14,6 @@ from eventflow.app import App
 from eventflow.clock import SECOND, Duration, Timer, microseconds, to_datetime, to_us
 from eventflow.testing.rest import come_to_rest
 
-PATIENCE = 0.1
-"""Real seconds that `advance` gives task bodies under way, once nothing is recorded any more."""
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
@@ -28,11 +26,12 @@ class VirtualClock:
             await clock.advance(24 * 3600)              # every retry, sleep and timeout due by then has fired, in order
 
     `advance` and `jump` let each app that runs with this clock come to rest before and after every firing. They wait for task
-    bodies that are busy for real (HTTP, a thread) only `PATIENCE` seconds, so that a timeout can be tested; `drain` waits for
-    them. `asyncio.sleep` is real time in a task body, this clock's in a flow.
+    bodies that are busy for real (HTTP, a thread) only `patience` real seconds, so that a timeout can be tested; `drain` waits
+    for them. `asyncio.sleep` is real time in a task body, this clock's in a flow.
     """
 
-    def __init__(self, start: datetime = START) -> None:
+    def __init__(self, start: datetime = START, *, patience: float = 0.1) -> None:
+        self._patience = patience
         self._now = self._began = to_us(start)
         self._lock = threading.Lock()
         self._timers: list[tuple[int, int, _VirtualTimer]] = []
@@ -104,7 +103,7 @@ class VirtualClock:
         await asyncio.sleep(0)  # what fired on this loop is called
         self._apps = [app for app in self._apps if app.is_open and app.clock is self]
         for app in self._apps:
-            await come_to_rest(app, PATIENCE)
+            await come_to_rest(app, self._patience)
 
 
 class _VirtualTimer:
