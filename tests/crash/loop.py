@@ -142,6 +142,7 @@ class Loop:
                 self._cycle()
                 if cycle % check_every == 0 or cycle == cycles:
                     self._look(cycle)
+                    print(f"  {cycle} cycles, {len(self.world.acked)} events: {self.tally}", flush=True)
                 if self.world.wrong:
                     return [f"cycle {cycle}: {sentence}" for sentence in self.world.wrong]
         finally:
@@ -213,7 +214,8 @@ class Loop:
             f"{cycles} cycles (killed: {ways}), seed {self.world.seed}\n"
             f"  {len(self.world.acked)} events acknowledged, {said['duplicates']} duplicates answered, "
             f"{said['lost']} requests without an answer, {said['503']} answered 503\n"
-            f"  ready after {ready[len(ready) // 2]:.2f} s (median), {ready[-1]:.2f} s (longest of {len(ready)})\n"
+            f"  ready after {ready[len(ready) // 2]:.2f} s (median), {ready[-1]:.2f} s (longest of {len(ready)}), "
+            f"{sum(one > READY for one in ready)} over {READY:g} s\n"
             f"  {self.tally}"
         )
 
