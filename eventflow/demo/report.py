@@ -1,0 +1,69 @@
+"""The demo's paper: a timeline while it runs, then what must hold, line by line. Colour on a terminal only, unless NO_COLOR.
+
+play.py writes on it. What does not hold is printed in red and makes the demo's exit code 1.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import TextIO
+
+import click
+
+from eventflow.clock import SECOND, Clock
+
+COLOURS = {
+    "ready": "green",
+    "recovered": "green",
+    "retrained": "green",
+    "resumed": "green",
+    "settled": "green",
+    "failed": "yellow",
+    "kill -9": "red",
+}
+
+
+class Report:
+    """Lines with the seconds since it began."""
+
+    def __init__(self, stream: TextIO, clock: Clock) -> None:
+        self._stream, self._clock = stream, clock
+        self._colour = stream.isatty() and "NO_COLOR" not in os.environ
+        self._began_us = clock.now()
+        self.broken = 0
+
+    @property
+    def seconds(self) -> float:
+        return (self._clock.now() - self._began_us) / SECOND
+
+    def say(self, text: str = "") -> None:
+        click.echo(text, file=self._stream, color=self._colour)
+
+    def happened(self, kind: str, text: str, at_us: int | None = None) -> None:
+        """One line of the timeline, at its own instant or now."""
+        seconds = self.seconds if at_us is None else (at_us - self._began_us) / SECOND
+        word = click.style(f"{kind:<10}", fg=COLOURS.get(kind, "cyan"), bold=kind == "kill -9")
+        self.say(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {word} {text}")
+
+    def heading(self, text: str) -> None:
+        self.say()
+        self.say(click.style(text, bold=True))
+
+    def quoted(self, text: str) -> None:
+        """Somebody else's output."""
+        for line in text.strip().splitlines():
+            self.say(f"    {line}".rstrip())
+
+    def check(self, holds: bool, stated: str, found: str = "") -> None:
+        """`found` is told when it does not hold."""
+        if holds:
+            self.say(f"  {click.style('ok', fg='green')}      {stated}")
+        else:
+            self.broken += 1
+            self.say(f"  {click.style('BROKEN', fg='red', bold=True)}  {stated}{f'; found {found}' if found else ''}")
+
+
+def listed(statuses: Sequence[int]) -> str:
+    """`202 ×8, 200`, in the order of their first."""
+    times = Counter(statuses)
+    return ", ".join(f"{status} ×{count}" if count > 1 else f"{status}" for status, count in times.items())
