@@ -86,10 +86,10 @@ store = SqliteStore(sys.argv[1], clock=SystemClock())
 store.open()
 child = os.fork()
 if child == 0:
-    print("forked", flush=True)
+    os.write(1, b"forked\\n")
     time.sleep(60)
     os._exit(0)
-print(child, flush=True)
+os.write(1, b"%d\\n" % child)
 sys.stdin.read()
 """
     parent = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
