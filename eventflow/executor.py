@@ -123,6 +123,8 @@ class Execution:
 
     async def perform(self, call: Call | Child | Emission) -> Any:
         """Waits for a call (task.Caller); its claim is taken already."""
+        if self._ending is not None and not self.settling:
+            await asyncio.sleep(0)  # it will be refused; a flow that tries for ever must not do so in one step
         future = self._request(call)
         try:
             return await future
