@@ -22,16 +22,21 @@ from eventflow.task import Call
 
 
 class Suspects(asyncio.Semaphore):
-    """The gate before the bodies of runs that a crash left in flight: `async with` it, few at a time, or `alone()`."""
+    """The gate before the bodies of runs that a crash left in flight: `async with` it, few at a time, or `alone()`.
 
-    def __init__(self, places: int = 4) -> None:
+    `alone` is for those that one more death puts into quarantine. It opens at `calm_at` (the loop's time): whoever kills this
+    process again and again from outside must not condemn a healthy run, and the others get on meanwhile.
+    """
+
+    def __init__(self, places: int = 4, calm_at: float = 0.0) -> None:
         super().__init__(places)
-        self._places = places
+        self._places, self._calm_at = places, calm_at
         self._next = asyncio.Lock()
 
     @asynccontextmanager
     async def alone(self) -> AsyncGenerator[None]:
         """All places at once: no other suspect's crash can be laid at this one's door."""
+        await asyncio.sleep(max(0.0, self._calm_at - asyncio.get_running_loop().time()))
         taken = 0
         async with self._next:  # two that each held half would wait for ever
             try:

@@ -37,6 +37,9 @@ BEGIN = 100
 """Runs begun before the loop may do something else."""
 SUSPECTS = 4
 """Suspects of a crash whose attempts run at once."""
+CALM = 3.0
+"""Seconds the process must have lived before a run that is one death from quarantine is tried again: longer than the lives of
+a process that somebody keeps killing, well within the 10 s in which everything in flight goes on."""
 UNBOUNDED = 1 << 30
 
 log = get_logger("eventflow.worker")
@@ -97,7 +100,7 @@ class Worker:
     def start(self, state: Any = None) -> None:
         """Begins taking runs. Call on the loop that flows are to run on."""
         self.loop = asyncio.get_running_loop()
-        self.suspects = Suspects(SUSPECTS)
+        self.suspects = Suspects(SUSPECTS, self.loop.time() + CALM)
         self.state = state
         for flow in list(self._flows.values()):
             for child in reached(flow):

@@ -6,8 +6,13 @@ whatever was killed on the way.
 """
 
 import asyncio
+import json
 import os
+import threading
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from eventflow import App, Retry, current_task, emit, flow, sleep, task
@@ -89,6 +94,14 @@ def expected(n: int) -> dict[str, Any]:
     return {"n": n, "total": n + 1 + n * 2 + sum(n * 10 + i for i in range(PARTS)) + n * 2}
 
 
-app = App("crash", ballast=0, free_floor=0)
+@asynccontextmanager
+async def lifespan() -> AsyncIterator[None]:
+    """Leaves the threads' numbers in $CRASH_THREADS, for who wants to trace one of them."""
+    if path := os.environ.get("CRASH_THREADS"):
+        Path(path).write_text(json.dumps({thread.name: thread.native_id for thread in threading.enumerate()}))
+    yield
+
+
+app = App("crash", lifespan=lifespan, ballast=0, free_floor=0)
 app.on(Webhook("/orders", verify="none", name="orders"), handle)
 app.on("order.handled", account)
