@@ -180,7 +180,7 @@ class App:
     ) -> None:  # fmt: skip
         """Opens the store, the worker, then the listeners. `own_loop` gives flows a loop and thread of their own.
 
-        For the command line: without `listen` no trigger is opened; a `passive` app runs nothing either, it records and answers.
+        For the command line: without `listen` no trigger is opened; a `passive` app runs nothing either, it records and shows.
         """
         if self._house is not None:
             raise UsageError(f"the app {self.name!r} is open already")
@@ -190,9 +190,14 @@ class App:
 
     async def close(self, grace: float = 20.0) -> None:
         """Drains: stops intake, lets bodies under way end for up to `grace` seconds, puts the rest back, closes. Idempotent."""
-        house, self._house = self._house, None
-        if house is not None:
+        house = self._house
+        if house is None or house.closing:
+            return
+        house.closing = True  # the doors show what there is until the end, so the house stays in sight
+        try:
             await house.close(grace)
+        finally:
+            self._house = None
 
     async def __aenter__(self) -> "App":
         await self.open()
@@ -312,6 +317,7 @@ class _House:
         self.blobs = Blobs(Path(f"{self.store.path}.blobs"))
         self.triggers: list[Trigger] = app.triggers
         self.own_loop: _FlowThread | None = None
+        self.closing = False
         self._stop_lifespan: asyncio.Event | None = None
         self._lifespan_task: asyncio.Task[Any] | None = None
         self._chores: set[asyncio.Task[Any]] = set()

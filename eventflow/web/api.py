@@ -221,7 +221,8 @@ class Api:
         """`{"to": subscription or flow, "dry_run": bool}`, both optional."""
         asked = await read_object(request)
         dry = bool(asked.get("dry_run", False))
-        number, arrival = await verbs.replay(self._open(), request.path_params["id"], _text(asked, "to"), dry=dry, by=_by(request))
+        ident, to = request.path_params["id"], _text(asked, "to")
+        number, arrival = await verbs.replay(self._open(), ident, to, dry=dry, by=_by(request))
         runs = {run.id: {"state": run.state.word} for run in arrival.runs}
         said = [show.verdict(each, runs) for each in orjson.loads(arrival.verdicts)]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
