@@ -55,7 +55,11 @@ async def _look(app: App) -> tuple[bool, int]:
     def last_batch(connection: Any) -> int:
         return connection.execute("SELECT batch FROM ledger").fetchone()[0]
 
-    app.store.post(cast(Any, Errand(last_batch)), answered.set_result, loop)
+    def answer(batch: Any) -> None:
+        if not answered.done():
+            answered.set_result(batch)
+
+    app.store.post(cast(Any, Errand(last_batch)), answer, loop)
     batch = await answered
     if isinstance(batch, BaseException):
         raise batch
