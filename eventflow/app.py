@@ -9,40 +9,26 @@ Three ways to run one, with the flows unchanged:
 Nothing happens before: making an App opens nothing, reads no environment, starts no thread.
 """
 
-import asyncio
 import os
-import random
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import orjson
 
 from eventflow.blobs import Blobs
 from eventflow.clock import Clock, Duration, SystemClock, microseconds
-from eventflow.errors import NotFound, RunCancelled, RunDead, RunFailed, RunHeld, StoreError, StoreFailed, UsageError
+from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
 from eventflow.event import Event, Json, Receipt, Trigger
 from eventflow.filters import Where
 from eventflow.flow import Flow
-from eventflow.log import Sink, get_logger
-from eventflow.reactor import Reactor
-from eventflow.results import decode_error
-from eventflow.routing import EMIT, Key, Params, Router, Subscription, subscribe
-from eventflow.run import Cancelled, Completed, Failed, Held, Ids, Outcome, show_id
-from eventflow.store import open_store
-from eventflow.store.keys import secret_beside
+from eventflow.house import House, Lifespan, Plan
+from eventflow.log import Sink
+from eventflow.results import decode_error, show
+from eventflow.routing import EMIT, Key, Params, Subscription, subscribe
+from eventflow.run import Cancelled, Completed, Failed, Held, Outcome, show_id
 from eventflow.store.sqlite import SqliteStore
-from eventflow.worker import Worker
-
-T = TypeVar("T")
-Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 
 DAY = 86_400.0
-
-log = get_logger("eventflow.app")
-
 
 class RunHandle:
     """A run somebody asked for. `id` is its id as shown; `duplicate` says that the idempotency key was known already."""
@@ -60,7 +46,7 @@ class RunHandle:
         match outcome:
             case Completed():
                 name, data = self._app.blobs.fetch(outcome.codec, outcome.value)
-                return self._flow.result.decode(name, data) if self._flow else orjson.loads(data)
+                return self._flow.result.decode(name, data) if self._flow else show(name, data)
             case Failed():
                 raise decode_error(outcome.error)
             case Cancelled():
@@ -111,7 +97,7 @@ class App:
         self._store_options = store_options
         self._subscriptions: list[Subscription] = []
         self._names: set[str] = set()
-        self._house: _House | None = None
+        self._house: House | None = None
 
     # ----------------------------------------------------------------- what there is
 
@@ -147,8 +133,12 @@ class App:
         self._names.add(made.name)
         self._subscriptions.append(made)
 
-    def add(self, flow: Flow[..., Any]) -> None:
-        """Makes a flow known by its name, so that it can be started by name, and children of it resume."""
+    def add(self, *flows: Flow[..., Any]) -> None:
+        """Makes flows known by their names, so that they can be started by name, and children of them resume."""
+        for flow in flows:
+            self._add(flow)
+
+    def _add(self, flow: Flow[..., Any]) -> None:
         if not isinstance(flow, Flow):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"expected a flow, found {flow!r}; decorate the function with @flow")
         if self.flows.setdefault(flow.name, flow) is not flow:
@@ -184,7 +174,7 @@ class App:
         """
         if self._house is not None:
             raise UsageError(f"the app {self.name!r} is open already")
-        house = _House(self, store or self.url, sink)
+        house = House(self._plan(), store or self.url, sink)
         await house.open(own_loop, listen and not passive, passive)
         self._house = house
 
@@ -206,8 +196,14 @@ class App:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _plan(self) -> Plan:
+        return Plan(
+            self.name, self.clock, self.flows, self.triggers, self._subscriptions, self._lifespan, self._concurrency,
+            self._threads, self._retention, self._identities, self._store_options,
+        )  # fmt: skip
+
     @property
-    def house(self) -> "_House":
+    def house(self) -> "House":
         """What is running. UsageError while the app is closed."""
         if self._house is None:
             raise UsageError(f"the app {self.name!r} is not open; use `async with app:`, app.run() or `eventflow serve`")
@@ -235,7 +231,6 @@ class App:
         Raises BindingError when the parameters do not fit the flow's signature, NotFound for an unknown flow name.
         """
         known = self.flow(flow)
-        self.house.known(known)
         body = known.binder.unpack((), params)
         return await self.start_with(known, body, idempotency_key)
 
@@ -304,188 +299,3 @@ class App:
         from eventflow.server import run_app
 
         run_app(self, **options)
-
-
-class _House:
-    """The rooms of one open App."""
-
-    def __init__(self, app: App, url: str, sink: Sink | None) -> None:
-        self.app = app
-        self.store = open_store(url, app.clock, **app._store_options)  # pyright: ignore[reportPrivateUsage]
-        self.ids = Ids()
-        self.sink = sink
-        self.blobs = Blobs(Path(f"{self.store.path}.blobs"))
-        self.triggers: list[Trigger] = app.triggers
-        self.own_loop: _FlowThread | None = None
-        self.closing = False
-        self._stop_lifespan: asyncio.Event | None = None
-        self._lifespan_task: asyncio.Task[Any] | None = None
-        self._chores: set[asyncio.Task[Any]] = set()
-
-    async def open(self, own_loop: bool, listen: bool, passive: bool) -> None:
-        app = self.app
-        await asyncio.to_thread(self.store.open)
-        try:
-            self.ids.raise_floor(self.store.last_id)
-            self.router = Router(app.subscriptions, self.ids, app.clock)
-            self.worker = Worker(
-                self.store, app.clock, self.router, app.flows, self.blobs, concurrency=app._concurrency,  # pyright: ignore
-                threads=app._threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),  # pyright: ignore
-            )  # fmt: skip
-            self.reactor = Reactor(self.store, self.router, app.clock, app.triggers, random.Random())
-            if passive:
-                return
-            self.own_loop = _FlowThread() if own_loop else None
-            await self.on_flow_loop(self._open_worker())
-            if listen:
-                self.reactor.start(await self.store.paused())
-            self._chores.add(asyncio.create_task(self._retain(), name="retention"))
-        except BaseException:
-            await asyncio.to_thread(self.store.close)
-            if self.own_loop is not None:
-                await asyncio.to_thread(self.own_loop.stop)
-            raise
-        log.info("app.started", app=app.name, store=self.store.location, flows=len(app.flows), triggers=len(app.triggers))
-
-    async def close(self, grace: float) -> None:
-        log.info("app.draining", app=self.app.name, grace=grace)
-        self.reactor.draining = True
-        for chore in self._chores:
-            chore.cancel()
-        await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._close_worker(grace)))  # a slow poll takes no grace
-        if self.own_loop is not None:
-            await asyncio.to_thread(self.own_loop.stop)
-        await asyncio.to_thread(self.store.close)
-        log.info("app.stopped", app=self.app.name)
-
-    async def on_flow_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine where flows run."""
-        return await work if self.own_loop is None else await self.own_loop.call(work)
-
-    @property
-    def flow_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
-        """The loop that flows run on, and the ident of its thread; for code on the loop of the way in."""
-        if self.own_loop is None:
-            return asyncio.get_running_loop(), threading.get_ident()
-        return self.own_loop.loop, self.own_loop.thread.ident or 0
-
-    def known(self, flow: Flow[..., Any]) -> None:
-        self.app.add(flow)
-
-    # ----------------------------------------------------------------- the lifespan, in a task of its own: it must end where it began
-
-    async def _open_worker(self) -> None:
-        state = None
-        if self.app._lifespan is not None:  # pyright: ignore[reportPrivateUsage]
-            self._stop_lifespan = asyncio.Event()
-            entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._lifespan_task = asyncio.create_task(self._live(self.app._lifespan, entered))  # pyright: ignore
-            state = await entered
-        self.worker.start(state)
-
-    async def _live(self, lifespan: Lifespan, entered: asyncio.Future[Any]) -> None:
-        assert self._stop_lifespan is not None
-        try:
-            async with lifespan() as state:
-                entered.set_result(state)
-                await self._stop_lifespan.wait()
-        except Exception as error:
-            if entered.done():
-                raise
-            entered.set_exception(error)
-
-    async def _close_worker(self, grace: float) -> None:
-        if self.store.failed is not None:
-            self.worker.abandon()
-        else:
-            await self.worker.drain(grace)
-        if self._stop_lifespan is not None and self._lifespan_task is not None:
-            self._stop_lifespan.set()
-            await self._lifespan_task
-
-    # ----------------------------------------------------------------- waiting for a run
-
-    async def outcome(self, run: int) -> Outcome:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Outcome] = loop.create_future()
-
-        def tell(outcome: Outcome) -> None:
-            loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(outcome))
-
-        def fail(error: StoreError) -> None:
-            loop.call_soon_threadsafe(lambda: None if future.done() else future.set_exception(StoreFailed(str(error))))
-
-        self.worker.loop.call_soon_threadsafe(self.worker.watch, run, tell)
-        self.store.on_failure(fail)
-        row = await self.store.run(run)
-        known = settled_outcome(row)
-        return known if known is not None else await future
-
-    # ----------------------------------------------------------------- chores
-
-    async def _retain(self) -> None:
-        """Retention, in small steps, now and then."""
-        app = self.app
-        while True:
-            now = app.clock.now()
-            removed = await self.store.prune(
-                bodies_before=now - app._retention, identities_before=now - app._identities  # pyright: ignore
-            )  # fmt: skip
-            await asyncio.sleep(0.05 if removed else 60.0)
-
-
-def settled_outcome(row: Mapping[str, Any]) -> Outcome | None:
-    """The outcome that a run's row tells of; None while it is live. RunDead is raised."""
-    match row["state"]:
-        case "completed":
-            return Completed(row["result"], row["codec"] or "json")
-        case "failed":
-            return Failed(row["error"])
-        case "cancelled":
-            return Cancelled(row["reason"] or "")
-        case "held":
-            return Held(row["reason"] or "")
-        case "dead":
-            raise RunDead(f"run {show_id(row['id'])} is dead: {row['reason']}")
-        case _:
-            return None
-
-
-class _FlowThread:
-    """A thread with an event loop of its own, so that a flow that blocks cannot stop intake or HTTP."""
-
-    def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop = _new_loop()
-        self.thread = threading.Thread(target=self._run, name="eventflow-flows", daemon=True)
-        self.thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
-
-    async def call(self, work: Coroutine[Any, Any, T]) -> T:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
-
-    def stop(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=5.0)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # not built for this platform; asyncio's own loop does
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
-
-
-@asynccontextmanager
-async def opened(app: App, **options: Any) -> AsyncIterator[App]:
-    """`async with opened(app, own_loop=True):`"""
-    await app.open(**options)
-    try:
-        yield app
-    finally:
-        await app.close()
-
-

@@ -8,6 +8,7 @@ most 1,000 rows, `{"KIND": [...], "next": id to give as after= for the next page
 
 import asyncio
 import os
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -103,6 +104,7 @@ class Api:
     def __init__(self, app: Served, draining: Callable[[], bool]) -> None:
         self.app, self._asked_to_stop = app, draining
         self._token: str | None = None
+        self._nobody = secrets.token_urlsafe(32)  # before the App is open nobody is known
 
     def routes(self) -> list[BaseRoute]:
         table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
@@ -154,7 +156,7 @@ class Api:
         """Read, or made, once: the store's folder is there when the App is open."""
         if self._token is None and self.app.is_open:
             self._token = secret_beside(self.app.store.path, "token")
-        return self._token if self._token is not None else _NEVER
+        return self._token or self._nobody
 
     def is_draining(self) -> bool:
         return self._asked_to_stop() or (self.app.is_open and self.app.house.reactor.draining)
@@ -337,10 +339,6 @@ class Api:
             raise refuse(400, "invalid", "path: expected the absolute path of a file that does not exist")
         await self._open().store.backup(path)
         return Json({"path": path})
-
-
-_NEVER = "\0"
-"""A token nobody can send: before the App is open nobody is known."""
 
 
 def store_path(app: Served) -> str:

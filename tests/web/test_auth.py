@@ -1,0 +1,272 @@
+"""The layer before every route: what is open, and that everything else is shut, whatever the path looks like."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from starlette.routing import Route
+
+from eventflow import App, flow
+from eventflow.web.api import Api, make_asgi
+from eventflow.web.auth import host_name, same
+from eventflow.web.openapi import TABLE
+from triggers import Webhook
+
+Client = httpx2.AsyncClient
+
+
+@flow
+async def note(total: float) -> float:
+    return total
+
+
+def shop(folder: Path) -> App:
+    app = App("shop", store=f"sqlite:///{folder}/shop.db")
+    app.on(Webhook("/orders", verify="none", id="id"), note)
+    return app
+
+
+def with_client(folder: Path, work: Callable[[App, Client], Awaitable[None]], **options: Any) -> None:
+    """`work` with a client of an open app; the client sends no token."""
+
+    async def go() -> None:
+        app = shop(folder)
+        async with app:
+            transport = httpx2.ASGITransport(make_asgi(app, manage=False, **options))
+            async with Client(transport=transport, base_url="http://localhost") as client:
+                await work(app, client)
+
+    asyncio.run(go())
+
+
+def token(folder: Path) -> dict[str, str]:
+    return {"authorization": f"Bearer {(folder / 'shop.db.token').read_text().strip()}"}
+
+
+def test_every_route_of_the_api_is_shut(tmp_path: Path):
+    """Without the token every described path answers 401, in every method, but the two probes."""
+
+    async def work(app: App, client: Client) -> None:
+        for _, path, _, _ in TABLE:
+            for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"):
+                is_probe = path in ("/healthz", "/readyz") and method in ("GET", "HEAD")
+                answer = await client.request(method, path.replace("{id}", "x").replace("{name}", "x"))
+                assert answer.status_code == (200 if is_probe else 401), (method, path)
+
+    with_client(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/nothing", "/", "/api", "/healthz/", "//healthz", "/healthz/../api/runs", "/api/runs;/healthz", "/HEALTHZ", "/hooks",
+     "/hooks/other", "/hooks/orders/", "/metrics", "/openapi.json", "/api/%2e%2e/healthz", "/healthz%00"],
+)  # fmt: skip
+def test_what_only_looks_open_is_shut(tmp_path: Path, path: str):
+    """Only exact paths are open: no prefix, no trailing slash, no trick of spelling."""
+
+    async def work(app: App, client: Client) -> None:
+        for method in ("GET", "POST"):
+            assert (await client.request(method, path)).status_code in (401, 405), (method, path)
+        assert (await client.get(path)).status_code == 401
+
+    with_client(tmp_path, work)
+
+
+def test_websockets_are_shut(tmp_path: Path):
+    """A WebSocket is closed before any route sees it, on an open path too."""
+
+    async def work(app: App, client: Client) -> None:
+        asgi, said = make_asgi(app, manage=False), list[Any]()
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            said.append(message)
+
+        for path in ("/api/runs", "/healthz", "/hooks/orders"):
+            said.clear()
+            await asgi({"type": "websocket", "path": path, "headers": [(b"host", b"localhost")]}, receive, send)
+            assert [message["type"] for message in said] == ["websocket.close"]
+
+    with_client(tmp_path, work)
+
+
+def test_token(tmp_path: Path):
+    """The token opens; a wrong, empty, doubled or differently named one does not, and nothing tells how near it was."""
+
+    async def work(app: App, client: Client) -> None:
+        await client.get("/api/counts")  # makes the token
+        right = token(tmp_path)["authorization"]
+        assert (await client.get("/api/counts", headers={"authorization": right})).status_code == 200
+        for wrong in (right + "x", right[:-1], "Bearer ", "Bearer", "", right.replace("Bearer", "Basic"), "Bearer \xff"):
+            answer = await client.get("/api/counts", headers={"authorization": wrong.encode("latin-1")})  # type: ignore[dict-item]
+            assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
+        twice = [("authorization", right), ("authorization", right)]
+        assert (await client.get("/api/counts", headers=twice)).status_code == 401
+        assert (await client.get(f"/api/counts?token={right[7:]}")).status_code == 401
+
+    with_client(tmp_path, work)
+
+
+def test_same_in_constant_form():
+    """Tokens compare equal only when they are; odd characters are no error."""
+    assert same("abc", "abc") and not same("abc", "abcd") and not same("", "abc") and not same("\udcff", "abc")
+
+
+@pytest.mark.parametrize(
+    ("host", "served"),
+    [("localhost", True), ("localhost:8710", True), ("127.0.0.1:1", True), ("[::1]:8710", True), ("shop.example", True),
+     ("SHOP.example:443", True), ("evil.example", False), ("localhost.evil.example", False), ("evil@localhost", False),
+     ("", False), ("localhost/x", False), ("[::1", False)],
+)  # fmt: skip
+def test_host_allow_list(tmp_path: Path, host: str, served: bool):
+    """A name that is not allowed gets 421 before its token is looked at; probes and hooks answer under any."""
+
+    async def work(app: App, client: Client) -> None:
+        await client.get("/api/counts")
+        answer = await client.get("/api/counts", headers={**token(tmp_path), "host": host})
+        assert answer.status_code == (200 if served else 421)
+        assert (await client.get("/healthz", headers={"host": "10.0.0.7"})).status_code == 200
+        hook = await client.post("/hooks/orders", json={"id": host or "-", "total": 1}, headers={"host": "hooks.example"})
+        assert hook.status_code == 202
+
+    with_client(tmp_path, work, allowed_hosts=["shop.example"])
+
+
+def test_host_name():
+    """Ports and brackets come off; what is no host is none."""
+    assert [host_name(each) for each in ("a:1", "[::1]:2", "A", "a@b", "x/y", "[")] == ["a", "::1", "a", "", "", ""]
+
+
+def test_cross_site_requests(tmp_path: Path):
+    """What a foreign page makes a browser send changes nothing, though it had the token."""
+
+    async def work(app: App, client: Client) -> None:
+        await client.get("/api/counts")
+        for headers, status in (
+            ({"sec-fetch-site": "cross-site"}, 403),
+            ({"sec-fetch-site": "same-site"}, 403),
+            ({"origin": "https://evil.example"}, 403),
+            ({"origin": "null"}, 403),
+            ({"sec-fetch-site": "same-origin", "origin": "http://localhost"}, 404),
+            ({"sec-fetch-site": "none"}, 404),
+        ):
+            answer = await client.post("/api/runs/nope/retry", headers={**token(tmp_path), **headers})
+            assert answer.status_code == status, headers
+        assert (await client.get("/api/counts", headers={**token(tmp_path), "sec-fetch-site": "cross-site"})).status_code == 200
+
+    with_client(tmp_path, work)
+
+
+def test_guessing_is_slowed_down(tmp_path: Path):
+    """After five wrong tokens in a minute an address waits for its answers."""
+
+    async def work(app: App, client: Client) -> None:
+        begun = asyncio.get_running_loop().time()
+        for _ in range(5):
+            await client.get("/api/counts", headers={"authorization": "Bearer wrong"})
+        assert asyncio.get_running_loop().time() - begun < 1
+        await client.get("/api/counts", headers={"authorization": "Bearer wrong"})
+        assert asyncio.get_running_loop().time() - begun > 1.9
+
+    with_client(tmp_path, work)
+
+
+def test_metrics_open_only_when_said(tmp_path: Path):
+    """/metrics needs the token, unless --open-metrics."""
+
+    async def shut(app: App, client: Client) -> None:
+        assert (await client.get("/metrics")).status_code == 401
+
+    async def open_(app: App, client: Client) -> None:
+        assert (await client.get("/metrics")).status_code == 200
+        assert (await client.post("/metrics")).status_code == 401
+
+    with_client(tmp_path, shut)
+    with_client(tmp_path, open_, open_metrics=True)
+
+
+def test_no_auth(tmp_path: Path):
+    """Without auth the Host is still looked at."""
+
+    async def work(app: App, client: Client) -> None:
+        assert (await client.get("/api/counts")).status_code == 200
+        assert (await client.get("/api/counts", headers={"host": "evil.example"})).status_code == 421
+
+    with_client(tmp_path, work, auth=False)
+
+
+def test_draining_shuts_the_way_in(tmp_path: Path):
+    """While it drains, the way in answers 503 and hangs up, before anybody is asked for a token; looking goes on."""
+
+    async def work(app: App, client: Client) -> None:
+        app.house.reactor.draining = True
+        for path in ("/hooks/orders", "/api/events", "/api/runs"):
+            answer = await client.post(path, json={})
+            assert answer.status_code == 503 and answer.headers["connection"] == "close" and answer.headers["retry-after"]
+        assert (await client.get("/readyz")).status_code == 503
+        assert (await client.get("/healthz")).status_code == 200
+
+    with_client(tmp_path, work)
+
+
+def test_the_description_names_every_route(tmp_path: Path):
+    """/openapi.json and the routes are the same list."""
+    described = {(method.upper(), path) for method, path, _, _ in TABLE}
+    routes = {
+        (method, route.path.replace(":path", ""))
+        for route in Api(shop(tmp_path), lambda: False).routes()
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert described == routes
+
+
+def test_mounted(tmp_path: Path):
+    """Mounted below a path in another app, what is open and what is shut stay so."""
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+
+    async def go() -> None:
+        app = shop(tmp_path)
+        outer = Starlette(routes=[Mount("/flows", app=app.asgi(manage=False))])
+        async with app, Client(transport=httpx2.ASGITransport(outer), base_url="http://localhost") as client:
+            assert (await client.get("/flows/healthz")).status_code == 200
+            assert (await client.post("/flows/hooks/orders", json={"id": "1", "total": 1})).status_code == 202
+            assert (await client.get("/flows/api/runs")).status_code == 401
+            assert (await client.get("/flows/api/runs", headers=token(tmp_path))).status_code == 200
+
+    asyncio.run(go())
+
+
+def test_lifespan_opens_and_closes(tmp_path: Path):
+    """`app.asgi()` as a server's app: its lifespan opens the store and closes it; before, the API is not there."""
+
+    async def go() -> None:
+        app = shop(tmp_path)
+        asgi, sent = app.asgi(), list[str]()
+        inbox: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        transport = httpx2.ASGITransport(asgi)
+        async with Client(transport=transport, base_url="http://localhost") as client:
+            assert (await client.get("/readyz")).status_code == 503
+            for guess in ("", "\0", "None"):
+                assert (await client.get("/api/runs", headers={"authorization": f"Bearer {guess}"})).status_code == 401
+            life = asyncio.create_task(asgi({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send))
+            inbox.put_nowait({"type": "lifespan.startup"})
+            async with asyncio.timeout(10):
+                while "lifespan.startup.complete" not in sent:
+                    await asyncio.sleep(0.01)
+            assert app.is_open and (await client.get("/readyz")).status_code == 200
+            inbox.put_nowait({"type": "lifespan.shutdown"})
+            await life
+            assert not app.is_open
+
+    asyncio.run(go())
