@@ -73,6 +73,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "store.closed": "The store is closed; everything posted is durable.",
     "store.failed": "Storage failed in use: nothing more is acknowledged (P10).",
     "store.opened": "The store is open; `reclaimed` counts the runs a crash or stop left in flight.",
+    "store.prune_failed": "A step of retention failed; it will be tried again in a minute.",
     "store.pruned": "Retention removed settled runs, journals and bodies (debug).",
     "store.row_corrupt": "A row's checksum does not hold; it is set apart, and everything else goes on.",
     "subscription.failed": "A filter, key or params callable of a subscription raised.",

@@ -438,8 +438,11 @@ class Worker:
         """`tell(outcome)` when this run settles here; on this worker's loop."""
         self._watchers.setdefault(run, []).append(tell)
 
-    def unwatch(self, run: int) -> None:
-        self._watchers.pop(run, None)
+    def unwatch(self, run: int, tell: Callable[[Outcome], None]) -> None:
+        """Nobody waits with this `tell` any more."""
+        left = [other for other in self._watchers.pop(run, ()) if other is not tell]
+        if left:
+            self._watchers[run] = left
 
     @property
     def is_quiet(self) -> bool:
