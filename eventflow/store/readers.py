@@ -79,6 +79,8 @@ def last_batch(path: str) -> int:
     """The number of the last commit in the file and its WAL; 0 where there is no ledger yet."""
     if not os.path.exists(path) or not os.path.getsize(path):
         return 0
+    if os.path.exists(f"{path}-journal"):  # the first start was killed on its way to WAL; who may write rolls that back
+        return 0
     connection = _connect(path)
     try:
         known = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'ledger'").fetchone()
