@@ -1,8 +1,8 @@
 """What must hold of a store after any number of kills, whoever did the killing.
 
-`loop.py`, `test_syscalls.py` and `test_seams.py` call `check` once everything has come to rest and no server runs. It opens the
-store as a server would, asks its own `check` (the sum of P9, the lanes, every checksum, SQLite's pages), and holds the rows against
-what senders were told and what bodies did.
+`loop.py` and `syscalls.py` call `check` once everything has come to rest and no server runs. It opens the store as a server
+would, asks its own `check` (the sum of P9, the lanes, every checksum, SQLite's pages), and holds the rows against what senders
+were told and what bodies did.
 """
 
 import asyncio
@@ -91,7 +91,9 @@ def _handled(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
 
 
 def _children(rows: sqlite3.Connection) -> Iterator[str]:
-    asked = "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
+    asked = (
+        "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
+    )
     for parent, n, completed in rows.execute(f"{asked} GROUP BY p.id"):
         if (n, completed) != (1, 1):
             yield f"run {show_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
@@ -121,7 +123,9 @@ def _never_again(rows: sqlite3.Connection, bodies: list[tuple[str, int, int, int
     values: dict[str, int] = {}
     failures: dict[tuple[str, int], int] = {}
     kinds = f"({int(Kind.VALUE)}, {int(Kind.FAILED)})"
-    for run, claim, attempt, kind, at in rows.execute(f"SELECT run, claim, attempt, kind, at FROM journal WHERE kind IN {kinds}"):
+    for run, claim, attempt, kind, at in rows.execute(
+        f"SELECT run, claim, attempt, kind, at FROM journal WHERE kind IN {kinds}"
+    ):
         key = f"{show_id(run)}/{claim}"
         if kind == Kind.VALUE:
             values[key] = at

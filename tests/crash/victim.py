@@ -1,7 +1,8 @@
 """One `eventflow serve` as a process of its own, to be killed; and the plain client that its senders are.
 
-The tests of this folder make a `Server` per boot on a folder that outlives it: `folder/store.db`, `folder/effects` (what bodies
-did, see app.py) and `folder/serve.log`. Nothing here retries: what a killed server did not answer is the caller's to send again.
+The tests of this folder make a `Server` per boot on a folder that outlives it: `folder/store.db`, `folder/effects` (what
+bodies did, see app.py) and `folder/serve.log`. Nothing here retries: what a killed server did not answer is the caller's to
+send again.
 """
 
 import http.client
@@ -133,5 +134,3 @@ class Server:
         assert self.process.stdout is not None
         self.process.stdout.close()
         return code
-
-
