@@ -46,6 +46,15 @@ def _expected(step: Step) -> Any:
             raise AssertionError(step)
 
 
+def image(store: Path, after: Path) -> Path:
+    """What a `kill -9` at this instant leaves of a store, under another name. Everybody else goes on with the old one."""
+    # The mark first, for it may lag and must not lead; then the file, which changes at checkpoints only.
+    for suffix in (".hwm", "", "-wal"):
+        if Path(f"{store}{suffix}").exists():
+            shutil.copyfile(f"{store}{suffix}", f"{after}{suffix}")
+    return after
+
+
 class World:
     """Lives of one app on one ledger. `bodies` counts body starts by idempotency key, `started` says which attempt when."""
 
@@ -86,12 +95,7 @@ class World:
     async def crash(self) -> None:
         """The files as they are now, and a new life on them. The old one goes on with its own files, and nobody looks."""
         self.crashes += 1
-        after = self.folder / f"{self.crashes}.db"
-        # The mark first, for it may lag and must not lead; then the file, which changes at checkpoints only.
-        for suffix in (".hwm", "", "-wal"):
-            if Path(f"{self.path}{suffix}").exists():
-                shutil.copyfile(f"{self.path}{suffix}", f"{after}{suffix}")
-        old, self.path = self.app, after
+        old, self.path = self.app, image(self.path, self.folder / f"{self.crashes}.db")
         self.life += 1
         await old.close(grace=0)
         await self.open()
