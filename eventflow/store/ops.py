@@ -224,7 +224,7 @@ def forget(tx: Transaction, run: int) -> None:
     """Drops the journal, also what this batch added to it, and lets go of the children: the new life starts its own."""
     tx.flush()
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
-    tx.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (run,))
+    tx.detach_children(run)
     tx.disown(run)
 
 

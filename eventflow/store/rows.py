@@ -156,6 +156,14 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     orphans: int | None = None
 
 
+def running_row(run: Run, due_at: int, size: int) -> Row:
+    """The row of a run that is inserted as RUNNING."""
+    return Row(
+        run.id, run.flow, run.lane, run.event, run.parent, run.parent_claim, size, State.RUNNING, due_at, run.started_at,
+        None, run.token, 0, int(run.suspect), run.deaths, int(run.cancel_requested), None,
+    )  # fmt: skip
+
+
 _ROW = ",".join(Row.__struct_fields__[:17])
 READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
 decode_rows = msgspec.json.Decoder(list[Row]).decode

@@ -35,7 +35,7 @@ class Transaction:
 
     def __init__(
         self, connection: sqlite3.Connection, *, batch: int, at: int, now: int, totals: Mapping[str, int],
-        handover: Handover | None,
+        handover: Handover | None, running: dict[int, Row],
     ) -> None:  # fmt: skip
         self.connection, self.batch, self.at, self.now, self.handover = connection, batch, at, now, handover
         self.totals = dict(totals)
@@ -50,6 +50,7 @@ class Transaction:
         self.more = False
         self.probe = False
         self.soonest = NEVER
+        self._running = running
         self._rows: dict[int, Row | None] = {}
         self._changed: dict[int, Row] = {}
         self._pos = 0
@@ -64,12 +65,16 @@ class Transaction:
     # ------------------------------------------------------------------- reading
 
     def fetch(self, idents: Iterable[int]) -> None:
-        """Reads these runs, so that `row` finds them in memory."""
-        missing = [ident for ident in set(idents) if ident not in self._rows]
+        """Reads these runs, so that `row` finds them in memory. The writer remembers the running ones."""
+        missing: list[int] = []
+        for ident in idents:
+            if ident not in self._rows:
+                row = self._rows[ident] = self._running.get(ident)
+                if row is None:
+                    missing.append(ident)
         if not missing:
             return
         text = self.connection.execute(rows.READ_ROWS, (str(missing),)).fetchone()[0]
-        self._rows.update(dict.fromkeys(missing))
         self._rows.update((row.id, row) for row in rows.decode_rows(text))
 
     def row(self, ident: int) -> Row | None:
@@ -137,6 +142,8 @@ class Transaction:
             self._lanes.add((run.flow, run.lane))
         elif run.state is State.PENDING:
             self._offer(run, due_at)
+            if run.state is State.RUNNING:
+                self._rows[run.id] = rows.running_row(run, due_at, size)
         self._runs.append(rows.run_row(run, due_at, size))
         self.totals["runs"] += 1
         self.totals["pending_bytes"] += size
@@ -149,6 +156,13 @@ class Transaction:
             self.taken.append(run)
         else:
             self.more = True
+
+    def detach_children(self, parent: int) -> None:
+        """Children of this run answer nobody from here on."""
+        self.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (parent,))
+        for row in (*self._rows.values(), *self._running.values()):
+            if row is not None and row.parent == parent:
+                row.parent_claim = None
 
     def change(self, row: Row) -> None:
         self._changed[row.id] = row
@@ -253,8 +267,18 @@ class Transaction:
         self.flush()
         self.connection.execute(_LEDGER, (self.batch, self.at, *self.totals.values()))
 
+    def remember(self) -> None:
+        """It is durable: what the writer knows of running runs is what this transaction left."""
+        running = self._running
+        for ident, row in self._rows.items():
+            if row is not None and row.state is State.RUNNING:
+                running[ident] = row
+            else:
+                running.pop(ident, None)
+
     def undo(self) -> None:
-        """The transaction came to nothing: what the worker took goes back as it was."""
+        """The transaction came to nothing: what the worker took goes back as it was, what was remembered is forgotten."""
+        self._running.clear()
         if self.taken and self.handover is not None:
             for run in self.taken:
                 run.state, run.token = State.PENDING, run.token - 1

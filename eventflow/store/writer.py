@@ -19,7 +19,7 @@ from eventflow.store.base import Claim, Handover, Op, Record
 from eventflow.store.claim import claim
 from eventflow.store.guard import HighWater, Space, holder_of
 from eventflow.store.ops import apply, prefetch
-from eventflow.store.rows import NEVER
+from eventflow.store.rows import NEVER, Row
 from eventflow.store.transaction import TOTALS, Transaction
 
 MOST = 4096
@@ -81,6 +81,7 @@ class Writer:
         self.handover: Handover | None = None
         self.failed: StoreError | None = None
         self._on_failure: list[Callable[[StoreError], None]] = []
+        self._running: dict[int, Row] = {}  # the rows of running runs: nobody else writes them, so they need no reading
         self._told_due: int | None = None
         self._lock = threading.Lock()
         self._queue: list[Item] = []
@@ -227,7 +228,8 @@ class Writer:
         self.connection.execute("BEGIN IMMEDIATE")
         now = self._clock.now()
         return Transaction(
-            self.connection, batch=self.batch + 1, at=max(now, self.at), now=now, totals=self.totals, handover=self.handover
+            self.connection, batch=self.batch + 1, at=max(now, self.at), now=now, totals=self.totals, handover=self.handover,
+            running=self._running,
         )
 
     def apply(self, verb: Callable[[Transaction], None]) -> None:
@@ -271,6 +273,7 @@ class Writer:
     def _committed(self, tx: Transaction) -> list[Word]:
         """Takes over the new numbers; returns what the worker must hear."""
         self.batch, self.at, self.totals = tx.batch, tx.at, tx.totals
+        tx.remember()
         if tx.soonest < (self._told_due or NEVER):
             self._told_due, tx.more = tx.soonest, True
         handover = tx.handover
