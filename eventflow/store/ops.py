@@ -224,7 +224,6 @@ def forget(tx: Transaction, run: int) -> None:
     """Drops the journal, also what this batch added to it, and lets go of the children: the new life starts its own."""
     tx.flush()
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
-    tx.detach_children(run)
     tx.disown(run)
 
 

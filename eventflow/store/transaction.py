@@ -87,7 +87,8 @@ class Transaction:
         """The children of this run have no claim on it any more."""
         self.children = {name for name in self.children if name[0] != parent}
         self.finals = {name for name in self.finals if name[0] != parent}
-        for row in self._rows.values():
+        self.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (parent,))
+        for row in (*self._rows.values(), *self._running.values()):
             if row is not None and row.parent == parent:
                 row.parent_claim = None
 
@@ -156,13 +157,6 @@ class Transaction:
             self.taken.append(run)
         else:
             self.more = True
-
-    def detach_children(self, parent: int) -> None:
-        """Children of this run answer nobody from here on."""
-        self.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (parent,))
-        for row in (*self._rows.values(), *self._running.values()):
-            if row is not None and row.parent == parent:
-                row.parent_claim = None
 
     def change(self, row: Row) -> None:
         self._changed[row.id] = row
