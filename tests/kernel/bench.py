@@ -1,6 +1,6 @@
 """A discrete-event bench for the journal kernel: one flow, seeded delays, commits at seeded times, a crash at any of them.
 
-The bench is the executor's pool, clock and store at once. Bodies and commits take virtual time drawn from a seed, so each seed is
+The bench is the executor's pool, clock and store at once. Bodies and commits take virtual time drawn from a seed: each seed is
 another interleaving. `guide` is a journal recorded before: the bench then commits only what that journal holds, batch by batch
 in its order, so that a resumed run must come to the very result of the uncrashed one.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from eventflow.blobs import Blobs
 from eventflow.executor import Execution
@@ -47,7 +47,7 @@ class Bench:
     sink = None
     state = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
-    flows: dict[str, Any] = {}
+    flows: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self, seed: int, kept: Sequence[Entry] = (), guide: Sequence[Entry] = (), crash_after: int | None = None
@@ -81,7 +81,8 @@ class Bench:
             while self.outcome is None:
                 await self._settle_loop()
                 if self.outcome is None and not self._step():
-                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {list(self.execution.claims.waiting)}")
+                    waiting = list(self.execution.claims.waiting)
+                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}")
         except Crash:
             pass
         finally:

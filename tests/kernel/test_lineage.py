@@ -216,10 +216,12 @@ def test_a_dropped_async_generator_is_closed_inside_the_run() -> None:
 
     @flow
     async def reads() -> list[int]:
+        first: list[int] = []
         async for page in pages():
+            first.append(page)
             break
         await sleep(1)
-        return [page, *closed]
+        return [*first, *closed]
 
     def clean(world: World) -> Any:
         closed.clear()

@@ -1,6 +1,7 @@
 """One run over several lives: crashes after every commit, suspensions, children, cancels, retries by hand (P4, P5, P6)."""
 
 import asyncio
+import contextlib
 from collections import Counter
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,7 @@ from eventflow.errors import RunCancelled, RunTimedOut
 from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.journal import Kind
 from eventflow.retry import Permanent, Retry
-from eventflow.run import Cancelled, Completed, Failed, Held, State, Suspended
+from eventflow.run import Cancelled, Held, State, Suspended
 from eventflow.task import current_task, task
 from tests.kernel.world import BORN, DAY, SECOND, Row, World, at_every_commit
 
@@ -134,7 +135,7 @@ def test_p6_a_day_long_wait_survives_crashes_and_fires_at_its_due_time(made: Any
         assert not world.in_memory_at_end
         row.state, row.due = State.RUNNING, None  # as if the crash came just after a claim
     world.live(until=BORN + DAY - 5 * SECOND)
-    assert row.outcome == row.outcome and row.state is State.WAITING
+    assert row.state is State.WAITING
     world.live(until=BORN + DAY + 5 * SECOND)
     assert row.value == pytest.approx(value, abs=1)
 
@@ -301,10 +302,8 @@ def test_a_flow_that_ignores_its_cancel_ends_when_grace_is_over() -> None:
     @flow(grace=20)
     async def deaf(forever: bool) -> None:
         while True:
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await (asyncio.Event().wait() if forever else sleep(86400))
-            except asyncio.CancelledError:
-                pass
 
     for forever in (False, True):
         world = World()
@@ -313,7 +312,7 @@ def test_a_flow_that_ignores_its_cancel_ends_when_grace_is_over() -> None:
         row.run.cancel_requested = True
         world.live()
         assert isinstance(row.outcome, Cancelled)
-        settled = [entry for entry in row.journal if entry.kind is Kind.CANCEL][0].at
+        settled = next(entry for entry in row.journal if entry.kind is Kind.CANCEL).at
         assert not row.suspensions and settled < BORN + SECOND
 
 
@@ -463,10 +462,8 @@ def test_a_cancelled_parent_cancels_its_children_when_grace_ends_it() -> None:
     async def stubborn_parent() -> None:
         call = asyncio.create_task(long_child())
         while True:
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([call], timeout=50)
-            except asyncio.CancelledError:
-                pass
 
     world = World()
     row = world.add(stubborn_parent)
@@ -695,4 +692,3 @@ def test_suspending_is_settled_with_all_that_is_known() -> None:
     assert isinstance(row.outcome, Suspended)
     assert row.outcome.seen_batch == row.journal[-1].batch
     assert row.outcome.entries == len(row.journal)
-    assert Completed is not None and Failed is not None

@@ -1,7 +1,7 @@
 """The bench with many runs and several lives: parents and children, emits, suspensions, drains, crashes, retries by hand.
 
-A `World` is what one ledger remembers and one virtual clock shows; `live()` is one life of a process over it. Everything the
-executor asks of its pool is decided here the way the store and the worker decide it, one commit at a time, so that a test can end
+A `World` is what one ledger remembers and one virtual clock shows; `live()` is one life of a process over it. What the
+executor asks of its pool is decided here the way the store and the worker decide it, one commit at a time: a test can end
 a life after any commit and look at exactly what was durable then.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import orjson
@@ -25,7 +25,16 @@ from eventflow.journal import Entry, Journal, Kind
 from eventflow.pool import Suspects
 from eventflow.results import decode_error
 from eventflow.run import (
-    Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, State, Suspended,
+    Cancelled,
+    Completed,
+    Failed,
+    Held,
+    Interrupted,
+    Outcome,
+    Restarted,
+    Run,
+    State,
+    Suspended,
 )  # fmt: skip
 from eventflow.store.base import Append, Appended, Arrival, Mark, Refused, Settle, Settled
 from tests.kernel.bench import BORN, Crash
@@ -94,7 +103,7 @@ class World:
     secret = b"k"
     sink = None
     state: Any = None
-    flows: dict[str, Any] = {}
+    flows: ClassVar[dict[str, Any]] = {}
     failed = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
 
@@ -109,6 +118,10 @@ class World:
         self.refuse: Callable[[Any], Any] | None = None
         self.limits: dict[str, asyncio.Semaphore] = {}
         self.draining = False
+        self.eager = False
+        """The worker's loop has an eager task factory, as the host program may have set."""
+        self.threads_may_block = False
+        """Do not wait for threads before time goes on: one of them waits for that."""
         self.in_memory_at_end: set[int] = set()
         self._ids = count(100)
         self.store = self.clock = self
@@ -172,6 +185,8 @@ class World:
     async def _live(self, until: int | None) -> bool:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        if self.eager:
+            self.loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
         self.suspects = Suspects(4)
         try:
             while await self._turn(until):
@@ -201,6 +216,9 @@ class World:
             then, self._then = self._then, None
             then(self)
             return True
+        if due is None and self.threads.busy:
+            await asyncio.sleep(0.001)
+            return True
         if due is None or (until is not None and due > until):
             self.time = max(self.time, until or 0)
             return False
@@ -217,7 +235,8 @@ class World:
         while idle < 2 and turns < 500:
             await asyncio.sleep(0)
             turns += 1
-            busy = self.threads.busy or any(execution.loop.foreign for execution in self.executions.values())
+            threads = self.threads.busy and not self.threads_may_block
+            busy = threads or any(execution.loop.foreign for execution in self.executions.values())
             if busy:
                 turns = 0
                 await asyncio.sleep(0.001)
