@@ -1,4 +1,4 @@
-"""A server as a user starts it: `python -m eventflow serve FILE` in a process of its own, its ready line read, its API over TCP."""
+"""A server as a user starts it: `python -m eventflow serve FILE` in its own process, its ready line read, its API over TCP."""
 
 import json
 import os
@@ -105,8 +105,9 @@ class Served:
         token = Path(f"{self.store}.token")
         self.token = token.read_text().strip() if token.exists() else ""
         self.client = httpx2.Client(
-            base_url=self.url, headers={"authorization": f"Bearer {self.token}"}, timeout=DEADLINE, trust_env=False, verify=False
-        )
+            base_url=self.url, headers={"authorization": f"Bearer {self.token}"}, timeout=DEADLINE, trust_env=False,
+            verify=False,
+        )  # fmt: skip
 
     def get(self, path: str, **params: Any) -> Any:
         answer = self.client.get(path, params=params)
@@ -171,7 +172,7 @@ def start(folder: Path, *args: str, file: str = "shop.py", pass_fds: Sequence[in
     with log.open("a") as errors:
         process = subprocess.Popen(
             command("serve", file, *port, *args), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=errors,
-            text=True, pass_fds=pass_fds, preexec_fn=limits,
+            text=True, pass_fds=pass_fds, preexec_fn=limits,  # noqa: PLW1509 (a limit set between fork and exec, no locks)
         )  # fmt: skip
     line = _first_line(process)
     if not line:

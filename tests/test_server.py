@@ -1,4 +1,4 @@
-"""`eventflow serve` from outside: its ready line, its ends, and that neither a blocked flow nor a slow client stops the way in."""
+"""`eventflow serve` from outside: its ready line, its ends; neither a blocked flow nor a slow client stops the way in."""
 
 import json
 import os
@@ -9,6 +9,7 @@ import socket
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
@@ -21,7 +22,7 @@ FREE_PORT = ("--port", "0")
 
 
 def test_ready_line(tmp_path: Path):
-    """One JSON line on stdout says where it is, once it answers there; the token and the sidecar lie beside the store, for us."""
+    """One JSON line on stdout says where it is, once it answers there; token and sidecar lie beside the store, for us."""
     with serving(tmp_path) as served:
         assert set(served.ready) == {"ready", "url", "pid", "store"}
         assert served.ready["ready"] is True and served.ready["pid"] == served.process.pid
@@ -138,10 +139,9 @@ def test_storage_error_stops_the_process(tmp_path: Path):
         answers: list[int] = []
 
         def dead() -> bool:
-            try:
-                answers.append(served.post("/hooks/orders", {"id": str(len(answers)), "total": -1, "x": "y" * 50_000}).status_code)
-            except httpx2.TransportError:
-                pass
+            with suppress(httpx2.TransportError):
+                order = {"id": str(len(answers)), "total": -1, "x": "y" * 50_000}
+                answers.append(served.post("/hooks/orders", order).status_code)
             return served.process.poll() is not None
 
         wait_until(dead, "it stops")
@@ -258,11 +258,24 @@ def test_a_blocked_flow_stops_nobody_at_the_door(tmp_path: Path):
         served.wait_for(run, "completed")
 
 
+def test_a_stopped_process_is_nobodys_fault(tmp_path: Path):
+    """After SIGSTOP and SIGCONT no loop is accused of having blocked, and everything goes on."""
+    with serving(tmp_path) as served:
+        served.signal(signal.SIGSTOP)
+        done = threading.Event()
+        threading.Timer(2.5, lambda: (served.signal(signal.SIGCONT), done.set())).start()
+        assert done.wait(10)
+        run = served.start("sleepy", seconds=1.5)  # long enough for the watchdog to look again
+        served.wait_for(run, "completed")
+        assert '"loop.blocked"' not in served.log
+
+
 def test_slow_heads_and_large_heads_are_cut_off(tmp_path: Path):
     """A head that never ends is cut off at 64 KiB or 10 s; meanwhile others are served."""
     with serving(tmp_path) as served:
         host, port = served.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=20) as slow, socket.create_connection((host, int(port))) as wide:
+        there = (host, int(port))
+        with socket.create_connection(there, timeout=20) as slow, socket.create_connection(there) as wide:
             slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
             begun = time.monotonic()
             wide.sendall(b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 70_000)

@@ -130,7 +130,7 @@ async def _call(task: Any, arguments: dict[str, Any], as_json: bool) -> int:
 
 def _parameters(fn: Any, pairs: tuple[str, ...], params: str | None) -> dict[str, Any]:
     """What `-p` and `--params` say. `-p id=007` stays text where the function wants text."""
-    read: Any = read_json_option(params, "--params") or {}
+    read: Any = {} if params is None else read_json_option(params, "--params")
     if not isinstance(read, dict):
         raise UsageError(f"--params: expected a JSON object, found {type(read).__name__}")
     given = cast(dict[str, Any], read)

@@ -77,7 +77,7 @@ def _app(place: Place) -> list[Finding]:
     unverified = [trigger.name for trigger in app.triggers if getattr(trigger, "verified", True) is False]
     found = [Finding("app", True, f"{app.name}: {len(app.flows)} flows, {len(app.triggers)} triggers")]
     if unverified:
-        found.append(Finding("webhooks", False, f"anybody may post to {', '.join(unverified)}: verify=\"none\""))
+        found.append(Finding("webhooks", False, f'anybody may post to {", ".join(unverified)}: verify="none"'))
     return found
 
 

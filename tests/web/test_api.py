@@ -185,8 +185,7 @@ def test_event_with_its_verdicts(tmp_path: Path):
         assert said["fate"] == "filtered" and "total" in said["reason"]
         (said,) = (await client.get("/api/events/odd")).json()["verdicts"]
         assert said["fate"] == "filtered"
-        shown = (await client.get(f"/api/events/{good['id'][:12]}")).status_code, (await client.get("/api/events/nope")).status_code
-        assert shown[1] == 404
+        assert (await client.get("/api/events/nope")).status_code == 404
         assert good["received_at"].endswith("Z") and len(good["id"]) == 13
 
     over(tmp_path, work)
@@ -218,7 +217,8 @@ def test_lists_and_their_pages(tmp_path: Path):
         assert seen == ["other", "4", "3", "2", "1", "0"]
         rows = (await client.get("/api/events", params={"type": "thing.seen"})).json()["events"]
         assert [row["event_id"] for row in rows] == ["other"]
-        assert (await client.get("/api/events", params={"until": rows[0]["received_at"], "since": "2020-01-01T00:00:00Z"})).json()
+        window = {"until": rows[0]["received_at"], "since": "2020-01-01T00:00:00Z"}
+        assert len((await client.get("/api/events", params=window)).json()["events"]) == 5
         assert len((await client.get("/api/runs", params={"flow": "order"})).json()["runs"]) == 5
         assert (await client.get("/api/runs", params={"event": "0"})).json()["runs"][0]["flow"] == "order"
         assert (await client.get("/api/runs", params={"flow": "nope"})).json() == {"runs": [], "next": None}

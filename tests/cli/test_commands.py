@@ -1,0 +1,252 @@
+"""The commands a person types, over one running server; and the same without one."""
+
+import json
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.served import Served, command, environment, eventflow, serving, start
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with three orders: one done, one filtered, one dead; and a failed run."""
+    with serving(tmp_path_factory.mktemp("shop")) as served:
+        served.post("/hooks/orders", {"id": "good", "total": 5})
+        served.post("/hooks/orders", {"id": "good", "total": 5})
+        served.post("/hooks/orders", {"id": "small", "total": -1})
+        served.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "broken"})
+        wait_until(lambda: served.get("/api/counts")["completed"] == 1, "the order is done")
+        yield served
+
+
+def run_of(served: Served, event: str) -> str:
+    return served.get(f"/api/events/{event}")["runs"][0]["id"]
+
+
+def failed_run(served: Served) -> str:
+    run = served.start("failing", message="no such luck")
+    served.wait_for(run, "failed")
+    return run
+
+
+def asked(served: Served, *args: str) -> Any:
+    done = eventflow(served.folder, *args, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# --------------------------------------------------------------------------- looking
+
+
+def test_ls(shop: Served):
+    """`ls` lists each kind, aligned for people, whole for programs."""
+    text = eventflow(shop.folder, "ls").stdout.splitlines()
+    assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(text)
+    assert {row["event_id"] for row in asked(shop, "ls", "events")["events"]} >= {"good", "small", "broken"}
+    assert asked(shop, "ls", "runs", "--state", "completed", "--flow", "handle")["runs"][-1]["state"] == "completed"
+    assert "webhook-orders/handle" in eventflow(shop.folder, "ls", "flows").stdout
+    assert "listening" in eventflow(shop.folder, "ls", "triggers").stdout
+    assert "unexpected end" in eventflow(shop.folder, "ls", "dead").stdout
+    assert "\x1b[" not in "\n".join(text)
+
+
+def test_explain(shop: Served):
+    """`explain` says for each subscription what became of an event, by our id or the sender's, and how often it came."""
+    said = eventflow(shop.folder, "explain", "good").stdout
+    assert "run started" in said and "completed" in said and run_of(shop, "good") in said
+    assert "1, last" in said.partition("duplicates")[2].splitlines()[0]
+    said = eventflow(shop.folder, "explain", "small").stdout
+    assert "filtered" in said and "total" in said
+    assert "dead" in eventflow(shop.folder, "explain", "broken").stdout
+    assert asked(shop, "explain", "good")["verdicts"][0]["fate"] == "run"
+
+
+def test_show(shop: Served):
+    """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part of the id serves."""
+    said = eventflow(shop.folder, "show", run_of(shop, "good")).stdout
+    assert "completed" in said and "double#0" in said and '{"score":10.0}' in said
+    run = failed_run(shop)
+    said = eventflow(shop.folder, "show", run).stdout
+    assert "fail#0" in said and "no such luck" in said and "ValueError" in said
+    assert asked(shop, "show", run)["tasks"][0]["attempts"] == 2
+    assert asked(shop, "show", "small")["event_id"] == "small"
+
+
+def test_logs(shop: Served):
+    """`logs` shows what a run printed, `-f` until it has ended; as JSON one line each."""
+    run = run_of(shop, "good")
+    assert "handling 5.0" in eventflow(shop.folder, "logs", run, "-f").stdout
+    done = eventflow(shop.folder, "logs", run, "--json")
+    (line,) = [json.loads(line) for line in done.stdout.splitlines()]
+    assert line["event"] == "handling 5.0" and line["timestamp"].endswith("Z")
+
+
+# --------------------------------------------------------------------------- doing
+
+
+def test_emit(shop: Served):
+    """`emit` records an event for what hears of its type; with the same id, once."""
+    args = ("emit", "thing.made", "-d", '{"total": 4}', "--id", "thing-1")
+    first, again = asked(shop, *args), asked(shop, *args)
+    assert (first["duplicate"], again["duplicate"], first["id"]) == (False, True, again["id"])
+    shop.wait_for(run_of(shop, "thing-1"), "completed")
+    data = shop.folder / "data.json"
+    data.write_text('{"total": 6}')
+    assert "recorded" in eventflow(shop.folder, "emit", "thing.made", "-d", "@data.json").stdout
+
+
+def test_retry_and_cancel(shop: Served):
+    """`retry` lets a failed run go again, `cancel` ends one that runs."""
+    run = failed_run(shop)
+    assert "pending again" in eventflow(shop.folder, "retry", run).stdout
+    shop.wait_for(run, "failed")
+    assert len(shop.get(f"/api/runs/{run}")["tasks"][0]["errors"]) == 4
+    long = shop.start("sleepy", seconds=60)
+    shop.wait_for(long, "running")
+    assert "asked to stop" in eventflow(shop.folder, "cancel", long, "-m", "enough").stdout
+    assert shop.wait_for(long, "cancelled")["reason"]
+
+
+def test_replay(shop: Served):
+    """`replay` runs an event again, or all of a time; `--dry-run` only tells."""
+    before = len(shop.get("/api/events/good")["runs"])
+    assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
+    assert "1 runs started" in eventflow(shop.folder, "replay", "good", "--to", "handle").stdout
+    assert len(shop.get("/api/events/good")["runs"]) == before + 1
+    done = asked(shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run")
+    assert {each["verdicts"][0]["fate"] for each in done} == {"run", "filtered"}
+
+
+def test_redrive(shop: Served):
+    """`redrive` tries a dead letter once more with mended data."""
+    shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
+    letter = asked(shop, "ls", "dead")["dead"][0]
+    done = asked(shop, "redrive", str(letter["id"]), "-d", '{"total": 7}')
+    assert done["verdicts"][0]["fate"] == "run"
+    again = eventflow(shop.folder, "redrive", str(letter["id"]))
+    assert again.returncode == 2 and "already" in again.stderr
+
+
+def test_pause_and_resume(shop: Served):
+    """`pause` holds a trigger's runs, `resume` lets them go on."""
+    assert "paused" in eventflow(shop.folder, "pause", "webhook-orders").stdout
+    shop.post("/hooks/orders", {"id": "while-paused", "total": 1})
+    run = run_of(shop, "while-paused")
+    assert shop.get(f"/api/runs/{run}")["state"] == "held"
+    assert eventflow(shop.folder, "resume", "webhook-orders").returncode == 0
+    shop.wait_for(run, "completed")
+
+
+def test_doctor_and_backup(shop: Served):
+    """`doctor` finds a running server's ledger sound; `backup` copies it, never over a file."""
+    found = {row["check"]: row for row in asked(shop, "doctor", "--app", "shop.py")["findings"]}
+    assert found["ledger"]["ok"] and shop.url in found["server"]["detail"]
+    assert str(shop.process.pid) in found["lock"]["detail"] and "webhook-orders" in found["webhooks"]["detail"]
+    copy = shop.folder / "copy.sqlite"
+    assert eventflow(shop.folder, "backup", copy.name).returncode == 0 and copy.stat().st_size > 0
+    assert eventflow(shop.folder, "backup", copy.name).returncode == 2
+
+
+def test_run_by_the_server(shop: Served):
+    """`run` sends to the server that has the store, waits, and prints the result."""
+    done = eventflow(shop.folder, "run", "shop.py:handle", "-p", "total=8")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 16.0})
+    assert shop.url in done.stderr
+    done = eventflow(shop.folder, "run", "shop.py:failing", "-p", "message=42", "--json")
+    assert done.returncode == 1 and "ValueError: 42" in json.loads(done.stderr.splitlines()[-1])["detail"]
+
+
+def test_another_place(shop: Served):
+    """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is told with 4."""
+    elsewhere = shop.folder / "elsewhere"
+    elsewhere.mkdir()
+    done = eventflow(elsewhere, "ls", "--url", shop.url, EVENTFLOW_TOKEN=shop.token)
+    assert done.returncode == 0 and "completed" in done.stdout
+    done = eventflow(elsewhere, "ls", "--url", shop.url, EVENTFLOW_TOKEN="wrong")
+    assert done.returncode == 4 and "Bearer" in done.stderr
+
+
+# --------------------------------------------------------------------------- without a server
+
+
+def test_without_a_server(tmp_path: Path):
+    """With the server down the same commands work on the store; what they start waits for the next server."""
+    with serving(tmp_path) as served:
+        served.post("/hooks/orders", {"id": "good", "total": 5})
+        run = failed_run(served)
+        wait_until(lambda: served.get("/api/counts")["completed"] == 1, "the order is done")
+        served.stop()
+    assert "run started" in eventflow(tmp_path, "explain", "good").stdout
+    assert "handling 5.0" in eventflow(tmp_path, "logs", asked(served, "explain", "good")["runs"][0]["id"], "-f").stdout
+    done = eventflow(tmp_path, "retry", run)
+    assert done.returncode == 0 and "no server is running" in done.stderr
+    assert asked(served, "show", run)["state"] == "pending"
+    assert eventflow(tmp_path, "pause", "webhook-orders").returncode == 0
+    assert eventflow(tmp_path, "resume", "webhook-orders").returncode == 0
+    done = eventflow(tmp_path, "emit", "thing.made", "-d", '{"total": 2}')
+    assert done.returncode == 4 and "--app" in done.stderr
+    done = eventflow(tmp_path, "emit", "thing.made", "-d", '{"total": 2}', "--id", "offline", "--app", "shop.py")
+    assert done.returncode == 0, done.stderr
+    assert asked(served, "doctor")["ok"] is True
+    with serving(tmp_path) as again:
+        again.wait_for(run, "failed")
+        again.wait_for(run_of(again, "offline"), "completed")
+
+
+def test_run_and_task_here(tmp_path: Path):
+    """`run` without a server works in this process, with parameters or an event, and leaves a run; `task` leaves none."""
+    start(tmp_path).end()
+    done = eventflow(tmp_path, "run", "shop.py:handle", "--params", '{"total": 3}')
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 6.0}), done.stderr
+    (tmp_path / "e.json").write_text('{"total": 4}')
+    done = eventflow(tmp_path, "run", "shop.py:handle", "--event", "@e.json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 8.0})
+    done = eventflow(tmp_path, "run", "shop.py:failing", "-p", "message=no")
+    assert done.returncode == 1 and "ValueError: no" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    done = eventflow(tmp_path, "run", "shop.py:handle", "-p", "totl=3")
+    assert done.returncode == 2 and "total" in done.stderr
+    done = eventflow(tmp_path, "task", "shop.py:double", "-p", "total=21")
+    assert (done.returncode, json.loads(done.stdout)) == (0, 42.0)
+    rows = json.loads(eventflow(tmp_path, "ls", "--json").stdout)["runs"]
+    assert [row["state"] for row in rows] == ["failed", "completed", "completed"]
+
+
+def test_dev_begins_anew(tmp_path: Path):
+    """`dev` serves the new code after a file changes, on the same port; a syntax error waits for the next change."""
+    app = "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = App('dev')\napp.add(f)\n"
+    file = tmp_path / "app.py"
+    file.write_text(app.format(1))
+    with (tmp_path / "dev.log").open("w") as errors:
+        dev = subprocess.Popen(
+            command("dev", "app.py", "--port", "0"), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=errors,
+            text=True,
+        )  # fmt: skip
+    try:
+        assert dev.stdout is not None
+        served = Served(tmp_path, dev, json.loads(dev.stdout.readline()), tmp_path / "dev.log")
+        assert served.wait_for(served.start("f"), "completed")["result"] == 1
+        file.write_text("def broken(:\n")
+        wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
+        file.write_text(app.format(2))
+        again = json.loads(dev.stdout.readline())
+        assert again["url"] == served.url
+        assert served.wait_for(served.start("f"), "completed")["result"] == 2
+        dev.send_signal(signal.SIGINT)
+        assert served.wait() == 0
+    finally:
+        if dev.poll() is None:
+            dev.kill()
+        dev.wait()
+        assert dev.stdout is not None
+        dev.stdout.close()
+
+
+def test_demo_is_there(tmp_path: Path):
+    """`eventflow demo --help` reaches the demo."""
+    assert eventflow(tmp_path, "demo", "--help").returncode == 0

@@ -1,0 +1,126 @@
+"""What people get wrong, and what the command line says then: one line, the right exit code, no traceback of ours."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.served import eventflow
+
+APP = "from eventflow import App, flow, task\n"
+
+TARGETS: dict[str, tuple[str, str, int, str]] = {
+    "no file": ("", "none.py", 3, "there is no file none.py"),
+    "no module": ("", "no.such.module:app", 3, "No module named"),
+    "no such name": (APP + "app = App('a')\n", "app.py:other", 3, "Apps there: app"),
+    "not an app": (APP + "app = 3\n", "app.py:app", 3, "found a int"),
+    "no app": (APP, "app.py", 3, "found none"),
+    "two apps": (APP + "a = App('a')\nb = App('b')\n", "app.py", 3, "app.py:a"),
+    "syntax error": ("def x(:\n", "app.py", 3, "app.py:1: invalid syntax"),
+    "raises": (APP + "\n\n1 / 0\n", "app.py", 3, "app.py:4: ZeroDivisionError"),
+    "missing package": ("import nothing_there\n", "app.py", 3, "app.py:1: ModuleNotFoundError"),
+    "exits": ("raise SystemExit(0)\n", "app.py", 3, "app.py:1: SystemExit"),
+    "sync flow": (APP + "@flow\ndef f(): pass\n", "app.py", 2, "must be `async def`"),
+    "empty secret": (
+        APP + "from triggers import Webhook, GitHub, env\nWebhook('/x', verify=GitHub(secret=env('NOT_SET')))\n",
+        "app.py", 3, "$NOT_SET empty or unset",
+    ),
+    "bad filter": (
+        APP + "@flow\nasync def f(): pass\napp = App('a')\napp.on('x', f, where={'a': [{'nope': 1}]})\n", "app.py", 2, "nope",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TARGETS)
+def test_targets(tmp_path: Path, case: str):
+    """A target that cannot be loaded is told by the user's own file and line, not by ours."""
+    code, target, exit_code, said = TARGETS[case]
+    if code:
+        (tmp_path / "app.py").write_text(code)
+    done = eventflow(tmp_path, "serve", target, "--port", "0")
+    assert done.returncode == exit_code, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stdout == "" and not (tmp_path / ".eventflow").exists()
+
+
+def test_errors_as_json(tmp_path: Path):
+    """With --json an error is one JSON object on stderr, usage errors too."""
+    for args, code in ((("serve", "none.py"), 3), (("ls",), 4), (("ls", "--nope"), 2), (("nope",), 2), (("show",), 2)):
+        done = eventflow(tmp_path, *args, "--json")
+        assert done.returncode == code and done.stdout == "", args
+        assert set(json.loads(done.stderr)) == {"error", "detail"}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("serv",), "did you mean 'serve'"),
+        (("serve", "app.py", "--prot", "1"), "--port"),
+        (("serve", "app.py", "--port", "70000"), "65535"),
+        (("ls", "rnus"), "runs"),
+        (("replay",), "--since"),
+        (("emit", "x", "-d", "{"), "expected JSON"),
+        (("emit", "x", "-d", "@none.json"), "none.json"),
+        (("run", "app.py:f", "-p", "x"), "NAME=VALUE"),
+        (("run", "app.py:f", "-p", "y=1"), "cannot bind parameter 'x'"),
+        (("run", "app.py:f", "-p", "x=many"), "cannot bind parameter 'x'"),
+        (("run", "app.py:f", "--event", '{"z": 1}'), "cannot bind parameter 'x'"),
+        (("run", "app.py:f", "--params", "[]"), "JSON object"),
+        (("task", "app.py:t", "-p", "q=1"), "cannot bind parameter"),
+    ],
+)
+def test_usage(tmp_path: Path, args: tuple[str, ...], said: str):
+    """A mistyped command, option or parameter exits 2 and says what was meant."""
+    (tmp_path / "app.py").write_text(
+        APP + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\n"
+    )
+    done = eventflow(tmp_path, *args)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_task_from_a_thread(tmp_path: Path):
+    """A task called from a thread fails its run and says how to call it; exit 1."""
+    (tmp_path / "app.py").write_text(
+        APP + "import asyncio\n@task\nasync def t(): return 1\n@flow\nasync def f(): return await asyncio.to_thread(t)\n"
+    )
+    done = eventflow(tmp_path, "run", "app.py:f")
+    assert done.returncode == 1 and "called from a thread" in done.stderr and "await t(" in done.stderr
+
+
+def test_nothing_there(tmp_path: Path):
+    """Without a store or a server there is nothing to ask: 4; an unknown run is 5; looking makes no store."""
+    assert eventflow(tmp_path, "ls").returncode == 4
+    assert eventflow(tmp_path, "ls", "--store", "sqlite:///x.db").returncode == 4
+    assert eventflow(tmp_path, "ls", "--url", "http://127.0.0.1:9").returncode == 4
+    assert not (tmp_path / "x.db").exists()
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    for args in (("show", "zzz"), ("explain", "zzz"), ("retry", "zzz"), ("logs", "zzz"), ("pause", "zzz")):
+        done = eventflow(tmp_path, *args)
+        assert done.returncode == 5, (args, done.stderr)
+
+
+def test_a_damaged_store(tmp_path: Path):
+    """A store that is no database exits 65, also for doctor; one that lost acknowledged commits opens with --accept-loss."""
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    store = tmp_path / ".eventflow" / "app.db"
+    old = store.read_bytes()
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    store.write_bytes(old)
+    done = eventflow(tmp_path, "doctor")
+    assert done.returncode == 65 and "--accept-loss" in done.stdout
+    assert eventflow(tmp_path, "ls").returncode == 65
+    assert eventflow(tmp_path, "doctor", "--accept-loss").returncode == 0
+    assert eventflow(tmp_path, "ls").returncode == 0
+    store.write_bytes(b"no database" * 1000)
+    assert eventflow(tmp_path, "ls").returncode == 65
+
+
+def test_env_file(tmp_path: Path):
+    """`run` reads .env; what the environment says goes first."""
+    (tmp_path / "app.py").write_text(APP + "import os\n@flow\nasync def f(): return os.environ['PLACE']\n")
+    (tmp_path / ".env").write_text("PLACE=file\n")
+    assert json.loads(eventflow(tmp_path, "run", "app.py:f").stdout) == "file"
+    assert json.loads(eventflow(tmp_path, "run", "app.py:f", PLACE="here").stdout) == "here"
