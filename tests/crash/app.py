@@ -1,8 +1,8 @@
 """The app that the kill loop and the syscall test kill: an order with every kind of journal entry in it.
 
 `loop.py` and `syscalls.py` serve it with `eventflow serve`. Each task body first writes one line, `KEY ATTEMPT BOOT
-MICROSECONDS`, to the file $CRASH_EFFECTS: what really ran, to be held against what the journal says. `expected` is what an order
-must come to, whatever was killed on the way.
+MICROSECONDS`, to the file $CRASH_EFFECTS: what really ran, to be held against what the journal says. `expected` is what an
+order must come to, whatever was killed on the way.
 """
 
 import asyncio

@@ -4,8 +4,8 @@
 
 Five senders on keep-alive connections behave as real ones do: 20 % of what they send they send twice (at once, later, or from
 two connections at the same time), and what got no answer they send again until it has one. Each cycle starts the server, lets
-it live for a random moment (often into its own start and recovery) and kills it: `kill -9`, `kill -9` at once after it is ready,
-or SIGTERM and then -9 in the drain. Every hundred cycles and at the end everything comes to rest and invariants.py looks.
+it live for a random moment and kills it: `kill -9` some time after it is ready, at once, or in its start and recovery; or
+SIGTERM, and -9 in the drain. Every hundred cycles and at the end everything comes to rest and invariants.py looks.
 test_crash.py runs a short one. The seed fixes every choice made here; when a kill lands is the machine's.
 """
 

@@ -69,7 +69,9 @@ class Scenario:
 
     def boot(self, before: Sequence[str] = ()) -> Server:
         self._boot += 1
-        return Server(HERE / "app.py", self.folder, self._boot, before=before, CRASH_THREADS=str(self.folder / "threads"))
+        return Server(
+            HERE / "app.py", self.folder, self._boot, before=before, env={"CRASH_THREADS": str(self.folder / "threads")}
+        )
 
     def run(self, trace: Sequence[str]) -> bool:
         """Up to the end of the phase or of the process; True: the process was killed on the way."""
@@ -80,13 +82,13 @@ class Scenario:
             if not server.ready():
                 return True
             if self.phase == "serve":
-                tracer = _attach(server, trace, json.loads((self.folder / "threads").read_text())["eventflow-store"])
+                tracer = attach(server, trace, json.loads((self.folder / "threads").read_text())["eventflow-store"])
             if self.phase in ("serve", "stop"):
                 self.send(server)
             if not _rest(server):
                 return True
             if self.phase == "stop":
-                tracer = _attach(server, ["-f", *trace], server.process.pid)
+                tracer = attach(server, ["-f", *trace], server.process.pid)
             return server.stop() != 0
         finally:
             server.kill()
@@ -119,13 +121,12 @@ class Scenario:
         return check(self.folder, Told(self.sent, self.acked))[0]
 
 
-def _attach(server: Server, trace: Sequence[str], number: int) -> subprocess.Popen[bytes]:
-    tracer = subprocess.Popen(["strace", "-y", "-s", "0", *trace, "-p", str(number)], stderr=subprocess.PIPE)
-    assert tracer.stderr is not None
-    with tracer.stderr:
-        tracer.stderr.readline()  # "attached"
-    status = Path(f"/proc/{server.process.pid}/task/{number}/status")
-    wait_until(lambda: "TracerPid:\t0\n" not in status.read_text(), "the thread is traced")
+def attach(server: Server, trace: Sequence[str], number: int) -> subprocess.Popen[bytes]:
+    """strace on a running server: on the thread with this number alone, or with `-f` on the process; attached on return."""
+    tracer = subprocess.Popen(["strace", "-qq", "-y", "-s", "0", *trace, "-p", str(number)])
+    threads = Path(f"/proc/{server.process.pid}/task")
+    meant = list(threads.iterdir()) if number == server.process.pid else [threads / str(number)]
+    wait_until(lambda: not any("TracerPid:\t0\n" in (one / "status").read_text() for one in meant), "strace is attached")
     return tracer
 
 
@@ -207,7 +208,7 @@ class Found(NamedTuple):
 
 
 def search(folder: Path, seconds: float | None = None, jobs: int = 2) -> Found:
-    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, the rest evenly."""
+    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly."""
     templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in PHASES}
     points = [point for phase in PHASES for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)]
     ends = None if seconds is None else time.monotonic() + seconds

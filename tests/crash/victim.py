@@ -66,13 +66,13 @@ class Server:
 
     def __init__(
         self, app: Path, folder: Path, boot: int = 0, *, before: Sequence[str] = (), options: Sequence[str] = (),
-        store: Path | None = None, **env: str,
+        store: Path | None = None, env: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.store = folder, store or folder / "store.db"
         self.url, self.client = "", Client()
         self.ready_after: float | None = None
         serve = [sys.executable, "-m", "eventflow", "serve", str(app), "--port", "0", "--store", f"sqlite:///{self.store}"]
-        known = {"CRASH_EFFECTS": str(folder / "effects"), "CRASH_BOOT": str(boot), "PYTHONPATH": str(ROOT), **env}
+        known = {"CRASH_EFFECTS": str(folder / "effects"), "CRASH_BOOT": str(boot), "PYTHONPATH": str(ROOT), **(env or {})}
         with (folder / "serve.log").open("ab") as log:
             self.spawned = time.monotonic()
             self.process = subprocess.Popen(
