@@ -207,10 +207,10 @@ class Found(NamedTuple):
     by: Counter[str]
 
 
-def search(folder: Path, seconds: float | None = None, jobs: int = 2) -> Found:
+def search(folder: Path, seconds: float | None = None, jobs: int = 2, phases: Sequence[str] = PHASES) -> Found:
     """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly."""
-    templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in PHASES}
-    points = [point for phase in PHASES for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)]
+    templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in phases}
+    points = [point for phase in phases for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)]
     ends = None if seconds is None else time.monotonic() + seconds
     tried: list[tuple[Point, bool, list[str]]] = []
 
@@ -237,9 +237,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.crash.syscalls", description="kill -9 at every durable system call")
     parser.add_argument("--seconds", type=float, default=None, help="as many as that gives time for; default: all")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--phase", choices=PHASES, default=None, help="one phase; default: all")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eventflow-syscalls-"))
-    found = search(folder, options.seconds, options.jobs)
+    found = search(folder, options.seconds, options.jobs, [options.phase] if options.phase else PHASES)
     for name, n in sorted(found.by.items()):
         print(f"{n:6} {name}")
     print(*(f"did not come: {point}" for point in found.missed), sep="\n")

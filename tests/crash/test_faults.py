@@ -1,0 +1,262 @@
+"""Faults a real server meets besides kill -9, named by their rows: poison, deaf bodies, blocked loops, frozen processes, disks
+that fail or fill, a second process; and time that passes while nobody lives."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import wait_until
+from tests.crash.lives import APP, DATA, EVENT, Lives, at_rest, one_fate
+from tests.crash.syscalls import attach, can_trace
+from tests.crash.victim import Lost, Server
+
+# --------------------------------------------------------------------------- poison
+
+
+@pytest.mark.parametrize("how", ["exit", "segv"])
+def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_else(lives: Lives, how: str):
+    """A body kills its process each time. The first death is not on record; after three that are its run is dead, and says so.
+    Runs beside it whose bodies last longer than the process never count as culprits, and complete."""
+    server = lives.boot()
+    for n in range(6):
+        assert server.send(f"slow-{n}", {"seconds": 1.0}, "patient")[0] == 202
+    assert server.send("bad", {"how": how}, "poison")[0] == 202
+    deaths = 0
+    while _dies(server):
+        deaths += 1
+        assert deaths <= 5
+        server = lives.boot()
+    assert deaths == 4
+    (dead,) = server.get("/api/runs?state=dead")["runs"]
+    assert dead["flow"] == "poison" and "died 3 times" in dead["reason"]
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    assert {run["state"] for run in server.get("/api/runs?flow=patient")["runs"]} == {"completed"}
+    counts = server.get("/api/counts")
+    assert (counts["completed"], counts["dead"], counts["accepted"]) == (6, 1, 7)
+    assert server.send("later", {"seconds": 0.0}, "patient")[0] == 202
+
+
+def _dies(server: Server) -> bool:
+    """Whether the process ends by itself before everything is done."""
+    while server.process.poll() is None:
+        try:
+            if at_rest(server):
+                return False
+        except Lost:
+            continue
+        time.sleep(0.02)
+    return True
+
+
+# --------------------------------------------------------------------------- bodies and loops that do not listen
+
+
+def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
+    """SIGTERM with a body that swallows every cancel: exit 0 within grace + 5 s; the body runs again in the next life, with the
+    same key and no failure counted."""
+    server = lives.boot("deaf", "--grace", "1")
+    server.send(EVENT, DATA, "stubborn")
+    wait_until(lambda: "deaf" in lives.said, "the body runs")
+    began = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - began < 6.0
+    server = lives.boot()
+    one_fate(server, result=4)
+    first, again = lives.bodies()
+    assert first[:2] == again[:2]
+
+
+def test_row_33_a_blocked_flow_loop_stops_neither_intake_nor_doors(lives: Lives):
+    """Flow code blocks its thread for good: webhooks are still acknowledged, the API answers, the log names the flow; kill -9
+    and everything that was acknowledged runs."""
+    server = lives.boot("blocked")
+    server.send("stuck", DATA, "blocking")
+    wait_until(lambda: "blocked" in lives.said, "the flow blocks")
+    began = time.monotonic()
+    for n in range(20):
+        assert server.send(f"e-{n}", DATA, "steps")[0] == 202
+    assert server.get("/api/counts")["pending"] == 21
+    assert time.monotonic() - began < 2.0
+    wait_until(lambda: "loop.blocked" in server.complaint, "the watchdog says so")
+    assert '"flow":"blocking"' in server.complaint and "gates.py" in server.complaint
+    server = lives.boot()
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    assert server.get("/api/counts")["completed"] == 41
+
+
+def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
+    """SIGSTOP for 3 s and SIGCONT: nothing runs twice, what fell due meanwhile fires at once, a request that came then is
+    answered, and no loop is blamed for the pause."""
+    server = lives.boot()
+    server.send("wait", {"how": "sleep", "seconds": 1.5}, "waits")
+    server.send(EVENT, DATA, "steps")
+    server.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    sender = subprocess.Popen(
+        ["python3", "-c", "import sys, urllib.request as u; print(u.urlopen(u.Request(sys.argv[1], b'{\"n\": 1}', "
+         "{'content-type': 'application/json', 'webhook-id': 'meanwhile'})).status)", f"{server.url}/hooks/steps"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(3.0)  # not a wait: the length of the freeze
+    server.signal(signal.SIGCONT)
+    assert sender.communicate(timeout=10)[0].strip() == "202"
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    assert time.monotonic() - began < 5.0
+    one_fate(server)
+    assert lives.ran() == {"first": 2, "second": 2, "mark": 1}
+    assert "loop.blocked" not in server.complaint
+
+
+# --------------------------------------------------------------------------- the disk
+
+
+@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+@pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
+def test_p10_row_7_a_failing_disk_stops_the_server_within_a_second(lives: Lives, call: str):
+    """fsync or write says EIO once: no 2xx for what was being committed, one line says why, exit 74 within a second. After the
+    restart the event is there or not, and never twice."""
+    server = lives.boot()
+    server.send("before", DATA, "steps")
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    writer = json.loads((lives.folder / "threads").read_text())["eventflow-store"]
+    where = ["-P", f"{server.store}-wal", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1"]
+    tracer = attach(server, where, writer)
+    began = time.monotonic()
+    with suppress(Lost):  # as good: no answer is no acknowledgement
+        assert server.send(EVENT, DATA, "steps")[0] == 503
+    assert server.wait() == 74
+    assert time.monotonic() - began < 1.5  # the promise is 1 s; strace and a shared machine take theirs
+    tracer.wait()
+    assert server.complaint.count('"event":"store.failed"') == 1
+    server = lives.boot()
+    assert server.send(EVENT, DATA, "steps")[0] in (200, 202)
+    one_fate(server)
+    assert lives.ran() == {"first": 2, "second": 2}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
+    """Under the free-space floor webhooks are told 507 and when to come back, runs in flight finish, nothing acknowledged is
+    lost; when there is space again they are taken, without a restart."""
+    lives = Lives(small_disk)
+    server = lives.boot(FLOOR=str(8 << 20))
+    try:
+        assert server.send("wait", {"how": "sleep", "seconds": 3.0}, "waits")[0] == 202
+        hog = small_disk / "hog"
+        disk = os.statvfs(small_disk)
+        hog.write_bytes(b"x" * (disk.f_bavail * disk.f_frsize - (6 << 20)))
+        wait_until(lambda: server.send("try", DATA, "steps")[0] == 507, "the disk is full for the server")
+        status, body, headers = server.send(EVENT, DATA, "steps")
+        assert status == 507 and int(headers["retry-after"]) > 0 and "full" in body["detail"]
+        run = server.get("/api/events/wait")["runs"][0]["id"]
+        wait_until(lambda: server.get(f"/api/runs/{run}")["state"] == "completed", "the run in flight finishes")
+        hog.unlink()
+        wait_until(lambda: server.send(EVENT, DATA, "steps")[0] in (200, 202), "intake resumes", within=10)
+        one_fate(server)
+        assert server.stop() == 0
+    finally:
+        lives.end()
+
+
+# --------------------------------------------------------------------------- two of them
+
+
+def test_row_11_a_second_process_is_refused_and_told_by_whom(lives: Lives):
+    """The second server on a store exits with 75 and names the first one's pid; the first does not notice."""
+    server = lives.boot()
+    second = Server(APP, lives.folder)
+    assert not second.ready()
+    assert second.wait() == 75
+    assert str(server.process.pid) in second.complaint
+    assert server.send(EVENT, DATA, "steps")[0] == 202
+    one_fate(server)
+
+
+# --------------------------------------------------------------------------- P6: time survives
+
+
+WAITS = {
+    "sleep": ("waits", {"how": "sleep", "seconds": 2.5}),
+    "retry": ("waits", {"how": "retry", "seconds": 0}),
+    "timeout": ("waits", {"how": "timeout", "seconds": 2.5}),
+    "run-timeout": ("bounded", {}),
+}
+"""What waits 2.5 s, in each of the four ways."""
+
+
+def _seconds(instant: str) -> float:
+    return datetime.fromisoformat(instant).timestamp()
+
+
+def _ended(server: Server, ident: str) -> tuple[float, str]:
+    """Seconds from a run's start to its end, and its state."""
+    (run,) = server.get(f"/api/events/{ident}")["runs"]
+    return _seconds(run["finished_at"]) - _seconds(run["started_at"]), run["state"]
+
+
+def test_p6_sleep_retry_and_timeouts_keep_their_time_over_kills(lives: Lives):
+    """A sleep, a retry's delay, a block's timeout and a run's timeout of 2.5 s each, killed twice on the way: each fires at its
+    first due time, not before it and not anew; the retry is attempt 2."""
+    server = lives.boot()
+    for ident, (flow, data) in WAITS.items():
+        assert server.send(ident, data, flow)[0] == 202
+    wait_until(lambda: lives.ran()["forever"] == 2 and lives.ran()["fails_once"] == 1, "all four wait")
+    server = lives.boot()
+    server = lives.boot()
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    for ident in WAITS:
+        lasted, state = _ended(server, ident)
+        assert 2.4 <= lasted < 4.5, f"{ident} lasted {lasted:.2f} s"
+        assert state == ("failed" if ident == "run-timeout" else "completed")
+    tries = [(attempt, boot) for key, attempt, boot in lives.bodies() if "fails_once" in key]
+    assert tries[0] == (1, 1) and {attempt for attempt, _ in tries[1:]} == {2}
+
+
+def test_p6_what_fell_due_while_nobody_lived_fires_at_once(lives: Lives):
+    """The same four, and the process is dead when they fall due: they fire with the next start, each once."""
+    server = lives.boot()
+    for ident, (flow, data) in WAITS.items():
+        server.send(ident, data, flow)
+    wait_until(lambda: lives.ran()["forever"] == 2 and lives.ran()["fails_once"] == 1, "all four wait")
+    lives.end()
+    time.sleep(2.6)  # not a wait: the time that nobody lives
+    server = lives.boot()
+    began = time.monotonic()
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    assert time.monotonic() - began < 2.0
+    assert lives.ran()["mark"] == 3
+    assert _ended(server, "run-timeout")[1] == "failed"
+
+
+def test_p6_a_day_long_sleep_is_due_at_the_same_instant_after_a_kill(lives: Lives):
+    """A day's sleep leaves memory; after kill -9 it is due when it was, to the microsecond."""
+    server = lives.boot()
+    server.send(EVENT, {"how": "sleep", "seconds": 86400}, "waits")
+
+    def run() -> dict[str, str]:
+        return server.get(f"/api/events/{EVENT}")["runs"][0]
+
+    wait_until(lambda: run()["state"] == "waiting", "the run waits")
+    before = run()
+    assert _seconds(before["due_at"]) - _seconds(before["created_at"]) == pytest.approx(86400, abs=2)
+    server = lives.boot()
+    server = lives.boot()
+    assert run() == before
