@@ -162,7 +162,7 @@ class House:
             _from_any_thread(loop, future, outcome)
 
         flows, _ = self.flow_loop
-        flows.call_soon_threadsafe(self.worker.watch, run, tell)
+        flows.call_soon_threadsafe(self.worker.outcomes.watch, run, tell)
         self._waiting.add((loop, future))
         try:
             if self.store.failed is not None:
@@ -171,7 +171,7 @@ class House:
             return known if known is not None else await future
         finally:
             self._waiting.discard((loop, future))
-            flows.call_soon_threadsafe(self.worker.unwatch, run, tell)
+            flows.call_soon_threadsafe(self.worker.outcomes.unwatch, run, tell)
 
     def _tell_waiting(self, error: StoreError) -> None:
         """The store failed: those who wait for a result must not wait for ever. Writer thread."""

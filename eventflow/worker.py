@@ -10,24 +10,22 @@ import asyncio
 import random
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import orjson
-
 from eventflow.blobs import Blobs
-from eventflow.clock import SECOND, Clock
-from eventflow.errors import StoreError
+from eventflow.clock import Clock
+from eventflow.errors import StoreCorrupt, StoreError
 from eventflow.event import Event
 from eventflow.executor import Execution
 from eventflow.flow import Flow, reached
 from eventflow.journal import Journal
 from eventflow.log import Sink, get_logger
+from eventflow.outcomes import Outcomes
 from eventflow.pool import Suspects
-from eventflow.results import decode_error
 from eventflow.routing import Router
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Run, Suspended, show_id
+from eventflow.run import Held, Interrupted, Outcome, Run, Suspended, show_id
 from eventflow.store.base import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
 from eventflow.task import Call
 
@@ -92,7 +90,7 @@ class Worker:
         self._dirty: list[Execution] = []
         self._limits: dict[str, asyncio.Semaphore] = {}
         self._owned: set[asyncio.Task[Any]] = set()
-        self._watchers: dict[int, list[Callable[[Outcome], None]]] = {}
+        self.outcomes = Outcomes(self.spawn)
         self._empty = asyncio.Event()
 
     # ----------------------------------------------------------------- life
@@ -288,7 +286,11 @@ class Worker:
             self.spawn(self._resume(run))
 
     async def _resume(self, run: Run) -> None:
-        entries = await self.store.load(run.id)
+        try:
+            entries = await self.store.load(run.id)
+        except StoreCorrupt as damage:
+            self._hold(run, f"its journal cannot be read: {damage}")
+            return
         log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
         self.loop.call_soon(self._execute, run, Journal(entries))
 
@@ -299,16 +301,18 @@ class Worker:
             return
         flow = self.flows.get(run.flow)
         if flow is None:
-            self._hold_unknown(run)
+            missing = f"the app has no flow named {run.flow!r}"
+            self._hold(run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run")
             return
         execution = Execution(self, run, flow, journal)
         self.executions[run.id] = execution
         execution.begin()
 
-    def _hold_unknown(self, run: Run) -> None:
-        held = Held(f"the app has no flow named {run.flow!r}; deploy the code that has it, or app.add(it), then retry the run")
-        log.error("run.held", run=show_id(run.id), flow=run.flow, reason=held.reason)
-        self.store.post(Settle(run.id, run.token, held), lambda _: self._tell(run.id, held), self.loop)
+    def _hold(self, run: Run, reason: str) -> None:
+        """A run that cannot be begun: a person must look."""
+        held = Held(reason)
+        log.error("run.held", run=show_id(run.id), flow=run.flow, reason=reason)
+        self.store.post(Settle(run.id, run.token, held), lambda _: self.outcomes.tell(run.id, held), self.loop)
         self._busy -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
@@ -386,10 +390,9 @@ class Worker:
         self._in_memory[run.flow] -= 1
         self._give_room(1)
         if isinstance(reply, Settled):
-            self._log_outcome(execution, outcome, reply.at)
+            self.outcomes.follow(execution, outcome, reply.at)
             if reply.answer is not None and run.parent in self.executions:
                 self.executions[run.parent].recorded(reply.answer)
-            self._after(execution, outcome)
         if not self.executions:
             self._empty.set()
         if self.draining:
@@ -400,49 +403,6 @@ class Worker:
             self._due()
         if self._turns:
             self._begin_some()
-
-    def _log_outcome(self, execution: Execution, outcome: Outcome, at: int) -> None:
-        run = execution.run
-        known: dict[str, Any] = {"run": execution.name, "flow": run.flow}
-        match outcome:
-            case Completed():
-                log.info("run.completed", **known, seconds=(at - run.created_at) / SECOND)
-            case Failed():
-                error = orjson.loads(outcome.error)
-                log.error("run.failed", **known, error=f"{error.get('type')}: {error.get('message')}")
-            case Suspended():
-                log.info("run.suspended", **known, until=outcome.until)
-            case Cancelled():
-                log.info("run.cancelled", **known, reason=outcome.reason)
-            case Held():
-                log.error("run.held", **known, reason=outcome.reason)
-            case Interrupted():
-                log.info("run.interrupted", **known)
-
-    def _after(self, execution: Execution, outcome: Outcome) -> None:
-        """Hooks, and those who wait for the result in this process."""
-        options = execution.flow.options
-        if isinstance(outcome, Completed) and options.on_success:
-            name, data = self.blobs.fetch(outcome.codec, outcome.value)
-            self.spawn(execution.hook(options.on_success, execution.name, execution.flow.result.decode(name, data)))
-        elif isinstance(outcome, Failed) and options.on_failure:
-            self.spawn(execution.hook(options.on_failure, execution.name, decode_error(outcome.error)))
-        if not isinstance(outcome, Suspended | Interrupted):
-            self._tell(execution.run.id, outcome)
-
-    def _tell(self, run: int, outcome: Outcome) -> None:
-        for tell in self._watchers.pop(run, ()):
-            tell(outcome)
-
-    def watch(self, run: int, tell: Callable[[Outcome], None]) -> None:
-        """`tell(outcome)` when this run settles here; on this worker's loop."""
-        self._watchers.setdefault(run, []).append(tell)
-
-    def unwatch(self, run: int, tell: Callable[[Outcome], None]) -> None:
-        """Nobody waits with this `tell` any more."""
-        left = [other for other in self._watchers.pop(run, ()) if other is not tell]
-        if left:
-            self._watchers[run] = left
 
     @property
     def is_quiet(self) -> bool:
