@@ -85,7 +85,8 @@ class Attempts:
         call.attempt += 1
         call.running, call.thread = True, None
         host.working += 1
-        context: Context = call.context.copy()
+        # What a body sets in its context, the next attempt's must not see.
+        context: Context = call.context.copy() if call.task.options.retries.attempts > 1 else call.context
         context.run(self._enter, call)
         # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
         call.handle = asyncio.Task(self._attempt(call), loop=host.pool.loop, context=context)
@@ -102,7 +103,7 @@ class Attempts:
         host, name = self._host, call.task.name
         leave_flow()
         where.set(host.here.during(name, call.attempt))
-        enter_task(TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}", []))
+        enter_task(TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}"))
 
     async def _attempt(self, call: Call) -> None:
         """Runs one body and records what came of it. Whatever it raises ends here."""
@@ -114,7 +115,7 @@ class Attempts:
             if len(data) > LARGE:
                 codec, data = await asyncio.to_thread(host.pool.blobs.offload, codec, data)
             context = task_context()
-            emitted = context.emitted if context is not None else ()
+            emitted = context.emitted if context is not None else None
             arrivals = [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
         except (KeyboardInterrupt, GeneratorExit):
             raise
@@ -129,7 +130,7 @@ class Attempts:
             if call.handle is me and host.takes():
                 host.safely(self._succeeded, call, value, codec, data, arrivals)
         finally:
-            if (here := where.get()) is not None:
+            if (here := where.get()) is not None and here.tails:
                 here.close()
 
     # ----------------------------------------------------------------- bounds
@@ -165,7 +166,7 @@ class Attempts:
             return await self._timed(call)
 
     async def _mark(self) -> None:
-        """Makes the start of a suspect's attempts durable before any body: a death from here on counts against this run, once."""
+        """Makes the start of a suspect's attempts durable before any body: a death from here on counts against it, once."""
         host = self._host
         if self._marking is None:
             self._marking = host.pool.loop.create_future()

@@ -182,8 +182,8 @@ class Execution:
         if self._ending is not None:
             return self._unwind()
         if root is not None and root.done():
-            self._end(self._verdict(root))
-            return True
+            self._ending = self._verdict(root)
+            return self._unwind()
         if self.claims.due:
             self.claims.deliver()
             return True

@@ -32,7 +32,7 @@ class Kind(IntEnum):
 _FINAL = {Kind.VALUE, Kind.ERROR, Kind.TIMER, Kind.EMIT, Kind.CANCEL}
 
 
-class Entry(msgspec.Struct, kw_only=True):
+class Entry(msgspec.Struct, kw_only=True, gc=False):
     """One journal row. `batch`, `pos` and `at` are the store's: group commit, place in it, its time in microseconds.
 
     `(run, claim, attempt, kind)` is unique. `fingerprint` is the JSON of the call's arguments (long ones hashed), or None
@@ -92,20 +92,20 @@ class Journal:
         self.count += 1
         if entry.batch > self.last_batch:
             self.last_batch = entry.batch
-        match entry.kind:
-            case Kind.FAILED | Kind.FORGIVEN:
-                self.failures.setdefault(entry.claim, []).append(entry)
-            case Kind.CHILD:
-                self.children[entry.claim] = entry
-            case Kind.NOTE:
-                self._note(entry)
-            case _:
-                known = self.finals.get(entry.claim)
-                if known is None or known.attempt <= entry.attempt:
-                    self.finals[entry.claim] = entry
-                self.first_at = self.first_at or entry.at
-                if entry.batch > self.last_own and entry.claim not in self.children:
-                    self.last_own = entry.batch
+        kind = entry.kind
+        if kind is Kind.VALUE or kind.final:
+            known = self.finals.get(entry.claim)
+            if known is None or known.attempt <= entry.attempt:
+                self.finals[entry.claim] = entry
+            self.first_at = self.first_at or entry.at
+            if entry.batch > self.last_own and entry.claim not in self.children:
+                self.last_own = entry.batch
+        elif kind is Kind.CHILD:
+            self.children[entry.claim] = entry
+        elif kind is Kind.NOTE:
+            self._note(entry)
+        else:
+            self.failures.setdefault(entry.claim, []).append(entry)
 
     def _note(self, entry: Entry) -> None:
         if entry.claim == START:

@@ -1,7 +1,8 @@
-"""What a flow-made task is called: its coroutine's qualname and a digest of its plain arguments.
+"""What a flow-made task is called, and the calls it makes: a scope per task, an ordinal or a key per call.
 
-lineage.py makes a scope of it. Two processes must come to the same name for the same task, whatever their hash seeds, Python
-version or the order in which a set was walked; so only arguments count, and of those only what has one JSON form.
+A task is named by its coroutine's qualname and a digest of its plain arguments. lineage.py asks. Two processes must come to the
+same name for the same task, whatever their hash seeds, Python version or the order in which a set was walked; so only arguments
+count, and of those only what has one JSON form.
 """
 
 import asyncio
@@ -13,7 +14,37 @@ from typing import Any
 import msgspec
 import orjson
 
+from eventflow.errors import UsageError
+
 _NON_STR = orjson.OPT_NON_STR_KEYS
+
+
+class Scope:
+    """The calls one flow-made task has made so far: what makes the next claim's ordinal."""
+
+    __slots__ = ("counts", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.counts: dict[str, int] = {}
+
+    def claim(self, name: str, key: str | None = None) -> str:
+        """The identity of the next call of `name` from here: by ordinal, or by `key`, which must not repeat."""
+        if key is None:
+            ordinal = self.counts.get(name, 0)
+            self.counts[name] = ordinal + 1
+            return f"{self.path}{name}#{ordinal}"
+        label = f"{name}[{key}]"
+        if label in self.counts:
+            raise UsageError(f"{label} was already called from this part of the flow; a key names one call, make it unique")
+        self.counts[label] = 1
+        return self.path + label
+
+    def child(self, label: str) -> str:
+        """The path of a new scope below this one: equal labels are told apart by creation order."""
+        ordinal = self.counts.get(label, 0)
+        self.counts[label] = ordinal + 1
+        return f"{self.path}{label}.{ordinal}/" if ordinal else f"{self.path}{label}/"
 
 
 def label(coro: Any, *, deep: bool = False) -> str:

@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from eventflow.clock import SECOND
 from eventflow.errors import LineageLost, UsageError
-from eventflow.labels import from_unordered_iteration, label
+from eventflow.labels import Scope, from_unordered_iteration, label
 
 BREATH = 1_000
 """Steps one pump takes, a few milliseconds, before the worker's loop may do something else."""
@@ -72,48 +72,31 @@ class Host(Protocol):
         ...
 
 
-class Scope:
-    """The calls one flow-made task has made so far: what makes the next claim's ordinal."""
-
-    __slots__ = ("counts", "path")
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.counts: dict[str, int] = {}
-
-    def claim(self, name: str, key: str | None = None) -> str:
-        """The identity of the next call of `name` from here: by ordinal, or by `key`, which must not repeat."""
-        if key is None:
-            ordinal = self.counts.get(name, 0)
-            self.counts[name] = ordinal + 1
-            return f"{self.path}{name}#{ordinal}"
-        label = f"{name}[{key}]"
-        if label in self.counts:
-            raise UsageError(f"{label} was already called from this part of the flow; a key names one call, make it unique")
-        self.counts[label] = 1
-        return self.path + label
-
-    def child(self, label: str) -> str:
-        """The path of a new scope below this one: equal labels are told apart by creation order."""
-        ordinal = self.counts.get(label, 0)
-        self.counts[label] = ordinal + 1
-        return f"{self.path}{label}.{ordinal}/" if ordinal else f"{self.path}{label}/"
-
-
 class FlowTask(asyncio.Task[Any]):
     """A task made by flow code. Hashes by lineage, so that `next(iter(done))` repeats."""
 
+    __slots__ = ("_scope", "lineage", "path")
+
     def __init__(self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: Any) -> None:
-        self.scope = Scope(path)
+        self.path = path
+        self._scope: Scope | None = None  # most tasks are one journaled call and never claim anything
         self.lineage = zlib.crc32(path.encode(), loop.seed)
         super().__init__(coro, loop=loop, name=name or path.rstrip("/") or "flow", context=context)
 
     def __hash__(self) -> int:
         return self.lineage
 
+    @property
+    def scope(self) -> Scope:
+        if self._scope is None:
+            self._scope = Scope(self.path)
+        return self._scope
+
 
 class FlowFuture(asyncio.Future[Any]):
     """A future made by flow code; hashes by the order of creation."""
+
+    __slots__ = ("ordinal",)
 
     def __init__(self, *, loop: "FlowLoop", ordinal: int) -> None:
         self.ordinal = ordinal
@@ -180,7 +163,11 @@ class FlowLoop(asyncio.AbstractEventLoop):
     def root(self, coro: Coroutine[Any, Any, Any], context: contextvars.Context, path: str = "") -> FlowTask:
         """Makes the flow's first task; `context` is where its context variables live, `path` goes before every claim."""
         context.run(_inside.set, self)
-        return self._adopt(FlowTask(coro, loop=self, path=path, name="flow", context=context))
+        self._pumping = True  # its first step is queued, and the host, who is about to pump, need not be woken for it
+        try:
+            return self._adopt(FlowTask(coro, loop=self, path=path, name="flow", context=context))
+        finally:
+            self._pumping = False
 
     def pump(self) -> None:
         """Steps the flow until it is parked and the host has nothing more to deliver.

@@ -152,8 +152,7 @@ class Where(msgspec.Struct):
 
     def during(self, task: str, attempt: int) -> "Where":
         """The same run, inside an attempt of `task`. A body never replays."""
-        known = {**self.ids(), "task": task, "attempt": attempt}
-        return Where(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink, None, self.show, known)
+        return Where(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink, None, self.show)
 
     def close(self) -> None:
         """Logs what was printed here without a newline at its end."""

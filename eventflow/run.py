@@ -24,7 +24,6 @@ from eventflow.event import ALPHABET
 from eventflow.event import show_id as show_id  # noqa: PLC0414  (its readers know it from here)
 from eventflow.journal import Entry
 
-
 DEATHS = 3
 """Journaled attempt starts that nothing followed, before a run is quarantined."""
 

@@ -44,7 +44,7 @@ class TaskOptions(msgspec.Struct, frozen=True):
     on_retry: Hook | None = None
 
 
-class TaskContext(msgspec.Struct):
+class TaskContext(msgspec.Struct, gc=False):
     """What `current_task()` tells a task body.
 
     `attempt` counts from 1. `idempotency_key` is the same for every attempt of this call, across restarts: hand it to whatever
@@ -56,7 +56,7 @@ class TaskContext(msgspec.Struct):
     task: str
     attempt: int
     idempotency_key: str
-    emitted: list[tuple[str, str, dict[str, Any]]]
+    emitted: list[tuple[str, str, dict[str, Any]]] | None = None
 
     @property
     def log(self) -> Any:
@@ -204,7 +204,7 @@ class Task(Generic[P, R]):
         while True:
             enclosing = task_context()
             if enclosing is None or not enclosing.run_id:
-                enter_task(TaskContext("", self.name, attempt, "", []))
+                enter_task(TaskContext("", self.name, attempt, ""))
             try:
                 return await self._plain_attempt(args, kwargs)
             except Exception as error:  # around an attempt: whatever user code raises is asked of its Retry
