@@ -1,7 +1,7 @@
 """The rooms of one open App: store, router, worker, reactor, put together, opened in order, closed in reverse.
 
 Made by `App.open`. The way in lives on the loop that opens it; flows live there too, or (`own_loop`) on a loop and thread of
-their own, so that a flow that blocks cannot stop intake or HTTP. The lifespan is entered and left in one task, where flows live.
+their own, so that a flow that blocks cannot stop intake or HTTP. The lifespan begins and ends in one task, on the flows' loop.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""What follows an outcome in this process, once it is durable: its log line, the flow's hooks, and whoever waits for the result.
+"""What follows an outcome in this process once it is durable: its log line, the flow's hooks, and whoever waits for the result.
 
 The worker calls `follow` when a run's Settle has come back. Nothing here changes what was recorded. On the worker's loop.
 """

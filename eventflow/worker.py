@@ -46,7 +46,7 @@ log = get_logger("eventflow.worker")
 class Worker:
     """The one worker of a process. `start` it on the loop it is to live on; `drain` it there too.
 
-    `concurrency` bounds the runs that work at once, `window` the runs held in memory (working, waiting for a slot, or in a short
+    `concurrency` bounds the runs that work at once, `window` those held in memory (working, waiting for a slot, or in a short
     sleep); the rest waits in the ledger. `threads` bounds plain `def` task bodies.
     """
 
