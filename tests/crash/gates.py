@@ -94,9 +94,9 @@ async def work(seconds: float) -> float:
 
 
 @flow
-async def patient(seconds: float) -> float:
-    """Four bodies at once, each longer than a poisoned process lives."""
-    return sum(await asyncio.gather(*(work(seconds) for _ in range(4))))
+async def patient(seconds: float, bodies: int = 1) -> float:
+    """Bodies at once, each longer than a poisoned process lives."""
+    return sum(await asyncio.gather(*(work(seconds) for _ in range(bodies))))
 
 
 @task

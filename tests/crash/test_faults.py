@@ -27,7 +27,7 @@ def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_el
     Runs beside it whose bodies last longer than the process never count as culprits, and complete."""
     server = lives.boot()
     for n in range(6):
-        assert server.send(f"slow-{n}", {"seconds": 1.0}, "patient")[0] == 202
+        assert server.send(f"slow-{n}", {"seconds": 1.0, "bodies": 1 + n // 3 * 3}, "patient")[0] == 202
     assert server.send("bad", {"how": how}, "poison")[0] == 202
     deaths = 0
     while _dies(server):
