@@ -180,7 +180,7 @@ class Execution:
         """Nothing is ready: the one place where the outside reaches the flow."""
         root = self._root
         if self._ending is not None:
-            return self._unwind()
+            return not self.settling and self._unwind()
         if root is not None and root.done():
             self._ending = self._verdict(root)
             return self._unwind()
@@ -290,7 +290,7 @@ class Execution:
 
     def _check_later(self) -> None:
         self._checking = False
-        if self.takes() and self.is_idle and not self.claims.due and self.working == 0:
+        if self.takes() and self.is_idle and not self.claims.due and self.working == 0 and not self.loop.is_ready():
             self._consider_suspending()
 
     def _consider_suspending(self) -> None:

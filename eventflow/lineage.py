@@ -229,6 +229,10 @@ class FlowLoop(asyncio.AbstractEventLoop):
         """Whether flow code is calling, in this thread."""
         return events._get_running_loop() is self
 
+    def is_ready(self) -> bool:
+        """Whether the flow is in the middle of its steps: a pump stopped to let others run."""
+        return bool(self._ready)
+
     def left(self) -> list[FlowTask]:
         """Flow-made tasks that have not ended."""
         return [task for task in self._tasks if not task.done()]

@@ -167,6 +167,7 @@ def test_short_waits_stay_in_memory_and_long_ones_leave() -> None:
     first, second = [(until or 0) - BORN for until in row.suspensions]
     assert first == pytest.approx(600 * SECOND, abs=SECOND)
     assert second == pytest.approx(661 * SECOND, abs=SECOND)
+    assert "timeout#0" not in row.claims(Kind.TIMER)  # nor is its firing recorded
 
 
 def test_a_wide_flow_of_sleepers_leaves_memory_too() -> None:

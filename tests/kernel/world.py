@@ -194,6 +194,7 @@ class World:
             alive = True
         except Crash:
             alive = False
+        assert not self.faults, self.faults
         self.in_memory_at_end = set(self.executions)
         for execution in self.executions.values():
             execution.settling = True
@@ -403,7 +404,7 @@ class World:
             execution.interrupt()
 
     def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
-        self.executions.pop(execution.run.id, None)
+        assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
         parent = execution.run.parent
         if isinstance(reply, Settled) and reply.answer is not None and parent in self.executions:
             self.executions[parent].recorded(reply.answer)
