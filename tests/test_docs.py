@@ -1,0 +1,373 @@
+"""What README and docs say is true: their programs run, their commands parse, and every name that users meet is in them.
+
+A page's ```python blocks run in order, in one namespace and one empty folder; `await` may stand at the top, as in a notebook.
+A block that begins with `# NAME.py` is written there and loaded as `eventflow serve NAME.py` would; if it is a program with an
+`asyncio.run`, it is run as one. `test_…` functions are called. A block that begins with `# docs: skip: WHY` is only parsed.
+"""
+
+import ast
+import asyncio
+import importlib
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+from starlette.routing import Route
+
+import eventflow
+import eventflow.errors
+import eventflow.testing
+import triggers
+from eventflow import App, Retry, flow, task
+from eventflow.cli import cli
+from eventflow.cli.target import load_module
+from eventflow.demo.play import demo
+from eventflow.log import EVENTS
+from eventflow.server import Settings
+from eventflow.store.sqlite import SqliteStore
+from eventflow.testing import running
+from eventflow.web.api import Api
+from eventflow.web.openapi import TABLE
+from triggers import Directory, Webhook
+from triggers.signatures import HMAC, Token
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCS = "\n".join(page.read_text() for page in PAGES)
+SECRET = "whsec_c2hvcC1leGFtcGxlLXNlY3JldA=="
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def title(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+class Block(NamedTuple):
+    """A fenced block, and where its text begins."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        found = re.match(r"# (\w+\.py)\n", self.text)
+        return found[1] if found else None
+
+
+def blocks(path: Path, *languages: str) -> list[Block]:
+    fenced = re.finditer(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+    return [
+        Block(path, path.read_text().count("\n", 0, found.start()) + 2, found[1], found[2])
+        for found in fenced
+        if found[1] in languages
+    ]
+
+
+# --------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=title)
+def test_every_program_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The python blocks of a page do what they say, and the apps they make can be opened."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in re.findall(r'env\("(\w+)"\)', path.read_text()):
+        monkeypatch.setenv(name, SECRET)
+    module = types.ModuleType("docs_page")
+    monkeypatch.setitem(sys.modules, "docs_page", module)
+    before = set(sys.modules)
+    try:
+        asyncio.run(_run_page(blocks(path, "python"), vars(module)))
+    finally:
+        for name in set(sys.modules) - before:
+            if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+                del sys.modules[name]
+
+
+async def _run_page(page: list[Block], names: dict[str, Any]) -> None:
+    for block in page:
+        where = f"{title(block.page)}:{block.line}"
+        code = compile("\n" * (block.line - 1) + block.text, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        if block.text.startswith("# docs: skip: "):
+            continue
+        if block.file is not None:
+            names |= await asyncio.to_thread(_load_file, block)
+        else:
+            done = eval(code, names)
+            if inspect.iscoroutine(done):
+                await done
+        await _call_tests(names)
+    for app in {id(value): value for value in names.values() if isinstance(value, App)}.values():
+        async with running(app):
+            pass
+
+
+def _load_file(block: Block) -> dict[str, Any]:
+    assert block.file is not None
+    Path(block.file).write_text(block.text)
+    if "asyncio.run(" in block.text:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, block.file], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+    module, _ = load_module(block.file)
+    return {name: value for name, value in vars(module).items() if not name.startswith("__")}
+
+
+async def _call_tests(names: dict[str, Any]) -> None:
+    for name in [name for name in names if name.startswith("test_")]:
+        done = names.pop(name)()
+        if inspect.iscoroutine(done):
+            await done
+
+
+# --------------------------------------------------------------------------- commands
+
+
+def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The `eventflow` and `make` commands of a page's shell blocks, as words."""
+    for block in blocks(path, "sh", "console"):
+        text = block.text.replace("\\\n", " ")
+        for number, line in enumerate(text.splitlines()):
+            told = line.removeprefix("$ ") if line.startswith("$ ") else line if block.language == "sh" else ""
+            for part in re.split(r"\s(?:&&|\|)\s", told):
+                words = shlex.split(part, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    words = words[1:]
+                if words:
+                    yield block.line + number, [words[0].rpartition("/")[2], *words[1:]]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_every_eventflow_command_parses(path: Path):
+    """Each `eventflow …` line in a shell block names a command, its options and enough arguments."""
+    for line, (program, *args) in commands(path):
+        if program != "eventflow" or args in (["--version"], ["--help"]):
+            continue
+        group = cli.make_context("eventflow", [args[0], "--help"], resilient_parsing=True)
+        command = cli.get_command(group, args[0])
+        assert command is not None, f"{title(path)}:{line}: no command {args[0]}"
+        try:
+            (demo if args[0] == "demo" else command).make_context(args[0], args[1:])
+        except click.UsageError as error:
+            pytest.fail(f"{title(path)}:{line}: eventflow {shlex.join(args)}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_every_make_target_exists(path: Path):
+    """Each `make TARGET` in a shell block is in the Makefile; README has demo and test."""
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {args[0] for _, (program, *args) in commands(path) if program == "make" and args}
+    assert named <= targets
+    if path == README:
+        assert {"demo", "test"} <= named
+
+
+def test_the_plain_commands_of_the_readme_are_those_of_make():
+    """What README writes out for those without make is what make does."""
+    written = " ".join(shlex.join(words) for _, words in commands(README))
+    recipes = (ROOT / "Makefile").read_text()
+    for make, plain in (("$(BIN)/eventflow demo", "eventflow demo"), ("-m pytest -n 2", "-m pytest -n 2")):
+        assert make in recipes and plain in written
+
+
+# --------------------------------------------------------------------------- the command line's reference
+
+
+def options() -> list[tuple[str, str, str]]:
+    """(command, option, help) for all there are."""
+    group = click.Context(cli)
+    found = [(name, command) for name in cli.list_commands(group) if (command := cli.get_command(group, name))]
+    return [
+        (name, longest, getattr(each, "help", None) or "")
+        for name, command in [*found, ("demo", demo)]
+        for each in command.params
+        if isinstance(each, click.Option)
+        for longest in [max(each.opts, key=len)]
+    ]
+
+
+def section(text: str, heading: str) -> str:
+    found = re.search(rf"^#+ `?{re.escape(heading)}\b.*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"no section {heading}"
+    return found[0]
+
+
+def test_every_command_and_option_is_in_the_reference():
+    """docs/reference/cli.md has a section per command, which names each of its options with the words of --help."""
+    reference = page("reference/cli.md")
+    shared = section(reference, "Options that most commands share")
+    for command, option, told in options():
+        own = section(reference, f"eventflow {command}")
+        assert f"`{option}" in own or (f"`{option}" in shared and told in shared), f"{command} {option}"
+        assert told in own + shared, f"{command} {option}: {told}"
+
+
+def test_every_option_in_the_reference_exists():
+    """cli.md names no option that a command does not have."""
+    reference = page("reference/cli.md")
+    known = {(command, option) for command, option, _ in options()}
+    for command in {command for command, _, _ in options()}:
+        for option in re.findall(r"^\| `(--[\w-]+)", section(reference, f"eventflow {command}"), re.MULTILINE):
+            assert (command, option) in known, f"{command} {option}"
+
+
+def test_every_serving_option_is_a_setting():
+    """`eventflow serve` and `app.run()` take the same: config.md names every field of Settings."""
+    config = page("reference/config.md")
+    missing = [name for name in Settings.__struct_fields__ if f"`{name}`" not in config]
+    assert missing == []
+
+
+# --------------------------------------------------------------------------- HTTP
+
+
+def routes() -> set[tuple[str, str]]:
+    door = Api(App("any"), lambda: False)
+    return {
+        (method, re.sub(r"{(\w+):\w+}", r"{\1}", route.path))
+        for route in door.routes()
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+
+
+def test_every_route_is_in_the_reference():
+    """docs/reference/http.md has each method and path, and each status that openapi.json promises for it."""
+    reference = page("reference/http.md")
+    table = {(method.upper(), path): answers for method, path, _, answers in TABLE}
+    assert routes() == table.keys()
+    for (method, path), answers in table.items():
+        row = re.search(rf"^\| `{method} {re.escape(path)}.*$", reference, re.MULTILINE)
+        assert row is not None, f"{method} {path}"
+        assert set(answers.split()) <= set(re.findall(r"\b\d{3}\b", row[0])), row[0]
+
+
+def test_every_route_in_the_reference_exists():
+    """http.md names no method and path that the app does not answer."""
+    rows = re.findall(r"^\| `([A-Z]+) (/[^`?\s]*)", page("reference/http.md"), re.MULTILINE)
+    assert {(method, path) for method, path in rows if not path.startswith("/hooks")} <= routes()
+
+
+# --------------------------------------------------------------------------- events, errors
+
+
+def logged() -> set[str]:
+    """The event names that calls of a logger in the packages give as a literal."""
+    levels = {"debug", "info", "warning", "error", "exception", "critical", "_log"}
+    names: set[str] = set()
+    for path in [*(ROOT / "eventflow").rglob("*.py"), *(ROOT / "triggers").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in levels:
+                continue
+            texts = [each.value for arg in node.args[:1] for each in ast.walk(arg) if isinstance(each, ast.Constant)]
+            names |= {text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)}
+    return names | ({"log.dropped"} if '"log.dropped"' in (ROOT / "eventflow/output.py").read_text() else set())
+
+
+def test_every_logged_event_is_known_and_documented():
+    """Each event name in the code is in EVENTS; docs/reference/events.md has exactly those that are logged, in its words."""
+    names = {name for name in logged() if not name.startswith(("model.", "order."))}
+    assert names <= EVENTS.keys()
+    rows = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| (.*) \|$", page("reference/events.md"), re.MULTILINE))
+    assert {name: EVENTS[name] for name in names} == {name: said for name, said in rows.items() if name in EVENTS}
+
+
+def test_every_error_and_exit_code_is_documented():
+    """errors.md names each class of the tree, and its exit code when it has one of its own."""
+    reference = page("reference/errors.md")
+    for name, error in vars(eventflow.errors).items():
+        if inspect.isclass(error) and issubclass(error, eventflow.EventflowError):
+            row = re.search(rf"^.*\b{name}\b.*$", reference, re.MULTILINE)
+            assert row is not None, name
+            if "exit_code" in vars(error) and name != "EventflowError":
+                assert re.search(rf"\b{error.exit_code}\b", row[0]), row[0]
+
+
+# --------------------------------------------------------------------------- names
+
+
+PUBLIC = [
+    (module, name) for module in (eventflow, triggers, eventflow.testing) for name in module.__all__
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda value: value if isinstance(value, str) else value.__name__)
+def test_every_public_name_is_documented(module: types.ModuleType, name: str):
+    """What `__all__` lists stands in the docs, and has a docstring of its own."""
+    assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", DOCS) or re.search(rf"^.*\bimport\b.*\b{name}\b", DOCS, re.MULTILINE)
+    value = getattr(module, name)
+    assert inspect.getdoc(getattr(value, "fn", value)), f"{name} has no docstring"
+
+
+CALLABLES: list[Any] = [
+    App, App.on, App.start, App.emit, App.open, App.close, App.asgi, SqliteStore, flow, task, Retry, Webhook, Directory, HMAC, Token,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CALLABLES, ids=lambda call: call.__qualname__)
+def test_every_keyword_is_documented(call: Any):
+    """Each keyword of what users call stands in the docs."""
+    for parameter in _keywords(call):
+        assert re.search(rf"\b{parameter}=|`{parameter}`", DOCS), f"{call.__qualname__}({parameter}=)"
+
+
+def _keywords(call: Any) -> list[str]:
+    if call in (flow, task):
+        given = [hints for hints in __import__("typing").get_overloads(call)][-1]
+        return [name for name in inspect.signature(given).parameters if name != "fn"]
+    skipped = {"self", "clock", "entropy", "trigger", "root", "path", "params", "event_type", "flow", "sink", "passive", "own_loop"}
+    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return [p.name for p in inspect.signature(call).parameters.values() if p.kind in kinds and p.name not in skipped]
+
+
+def test_every_extra_is_documented():
+    """README names each extra that the distribution has, and no other."""
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    told = section(README.read_text(), "Install")
+    assert {name for name in extras if re.search(rf"`{name}`|\[{name}\]", told)} == extras.keys()
+    for name in re.findall(r"eventflow-reactor\[([\w,]+)\]", DOCS):
+        assert set(name.split(",")) <= extras.keys()
+
+
+# --------------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("path", PAGES, ids=title)
+def test_every_relative_link_resolves(path: Path):
+    """A link to a file or a heading of this repository leads there."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        where, _, heading = link.partition("#")
+        target = (path.parent / where).resolve() if where else path
+        assert target.exists(), f"{title(path)}: {link}"
+        if heading:
+            headings = [re.sub(r"[^\w\- ]", "", found).strip().lower().replace(" ", "-")
+                        for found in re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)]  # fmt: skip
+            assert heading in headings, f"{title(path)}: {link}"
+
+
+def test_every_page_can_be_reached():
+    """Each page of docs/ is linked from README or from another page."""
+    linked: set[Path] = set()
+    for path in PAGES:
+        linked |= {(path.parent / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)\s:]+)\)", path.read_text())}
+    assert {path for path in PAGES if path != README} <= linked
