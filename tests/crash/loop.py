@@ -102,7 +102,7 @@ class Sender(threading.Thread):
         """Until it is acknowledged, as every sender of webhooks does."""
         world = self.world
         known = ident in world.acked
-        while True:
+        while not world.over.is_set():
             url = world.url
             try:
                 if not url:

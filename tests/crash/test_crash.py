@@ -1,6 +1,8 @@
 """The kill loop, short enough for every change; and whether the eyes that look after it would see anything."""
 
+import re
 import shutil
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.crash.invariants import Told, check
 from tests.crash.loop import Loop
-from tests.crash.victim import HERE, Server
+from tests.crash.victim import HERE, ROOT, Server
 
 SEED = 20
 CYCLES = 25
@@ -45,3 +47,12 @@ def test_the_invariants_see_what_is_wrong(tmp_path: Path):
     with effects.open("a") as file:
         file.write(f"{key} {attempt} {boot} 9999999999999999\n")
     assert any("after it was recorded" in found for found in check(tmp_path, Told(sent, acked))[0])
+
+
+def test_the_page_names_tests_that_are_there():
+    """Every test that docs/reliability.md names exists."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    known = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())} | {file.stem for file in files}
+    named = set(re.findall(r"\btest_\w+\*?", (ROOT / "docs" / "reliability.md").read_text()))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not any(fnmatchcase(one, name) for one in known)] == []
