@@ -8,8 +8,8 @@ loop, flows their own. Next rooms: web/ for requests, app.py for the rest.
 """
 
 import asyncio
-import gc
 import errno
+import gc
 import os
 import signal
 import socket
