@@ -664,6 +664,30 @@ def test_p7_a_worker_that_lost_its_lease_writes_nothing() -> None:
     assert stopped == ["long"] and not world.in_memory_at_end
 
 
+def test_p10_when_the_store_fails_everything_stops_and_nothing_runs_unrecorded() -> None:
+    """Bodies are cancelled, the flow is closed on its own loop: a task called in its `finally` is refused, not run plainly."""
+    from eventflow.errors import StoreFailed
+
+    @flow
+    async def works() -> None:
+        try:
+            await step(1)
+        finally:
+            await step(2)
+
+    world = World()
+    row = world.add(works)
+
+    def fail(op: Any) -> StoreFailed:
+        world.failed = StoreFailed("the disk is gone")
+        return world.failed
+
+    world.refuse = fail
+    world.live()
+    assert row.state is State.RUNNING and not world.in_memory_at_end
+    assert BODIES == {"step 1": 1}
+
+
 def test_an_entry_that_cannot_be_written_holds_the_run() -> None:
     """When the store refuses one entry although the lease is ours, a person is told, and nothing hangs."""
     from eventflow.errors import StoreError

@@ -104,7 +104,7 @@ class World:
     sink = None
     state: Any = None
     flows: ClassVar[dict[str, Any]] = {}
-    failed = None
+    failed: StoreError | None = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
 
     def __init__(self) -> None:
