@@ -85,18 +85,24 @@ class Sender(threading.Thread):
         self.client.close()
 
     def _one(self) -> None:
-        ident = self.world.fresh()
-        twin = None
-        if self.draw.random() < AGAIN / 4:
-            twin = threading.Thread(target=self._deliver, args=(ident, Client()))
-            twin.start()
+        """A new event, sent once or twice; or after it an earlier one again."""
+        ident, dice = self.world.fresh(), self.draw.random()
+        if dice < AGAIN / 4:
+            self._deliver_at_once(ident)
+            return
         self._deliver(ident, self.client)
-        if twin is not None:
-            twin.join()
-        elif self.draw.random() < AGAIN * 3 / 4:
+        if dice < AGAIN:
             earlier = f"{self.world.seed}-{self.draw.randrange(len(self.world.sent))}"
-            again = ident if self.draw.random() < 0.5 or earlier not in self.world.acked else earlier
-            self._deliver(again, self.client)
+            self._deliver(earlier if earlier in self.world.acked and dice < AGAIN * 5 / 8 else ident, self.client)
+
+    def _deliver_at_once(self, ident: str) -> None:
+        """From two connections at the same time."""
+        other = Client()
+        twin = threading.Thread(target=self._deliver, args=(ident, other))
+        twin.start()
+        self._deliver(ident, self.client)
+        twin.join()
+        other.close()
 
     def _deliver(self, ident: str, client: Client) -> None:
         """Until it is acknowledged, as every sender of webhooks does."""
