@@ -30,6 +30,7 @@ from eventflow.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 
+
 class RunHandle:
     """A run somebody asked for. `id` is its id as shown; `duplicate` says that the idempotency key was known already."""
 
@@ -223,9 +224,7 @@ class App:
 
     # ----------------------------------------------------------------- doors for the program
 
-    async def start(
-        self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any
-    ) -> RunHandle:
+    async def start(self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any) -> RunHandle:
         """Starts a run; durable when it returns. With a known `idempotency_key`, the first run of that key.
 
         Raises BindingError when the parameters do not fit the flow's signature, NotFound for an unknown flow name.

@@ -151,7 +151,7 @@ class ResultTooLarge(NotStorable):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most {self.limit / 2**20:.0f}; return `bytes`, or "
+            f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most {self.limit / 2**20:.0f}; return bytes, or "
             "write it to a file or object store and return its name"
         )
 
@@ -200,7 +200,8 @@ class DepthExceeded(RunError):
         self.event_type, self.depth = event_type, depth
 
     def __str__(self) -> str:
-        return f"event {self.event_type!r} was emitted at depth {self.depth}; expected at most 20: is a flow emitting to itself?"
+        found = f"event {self.event_type!r} was emitted at depth {self.depth}"
+        return f"{found}; expected at most 20: is a flow emitting to itself?"
 
 
 class SourceError(EventflowError):

@@ -94,9 +94,7 @@ class House:
             if self.own_loop is not None:
                 await asyncio.to_thread(self.own_loop.stop)
             raise
-        log.info(
-            "app.started", app=plan.name, store=self.store.location, flows=len(plan.flows), triggers=len(plan.triggers)
-        )
+        log.info("app.started", app=plan.name, store=self.store.location, flows=len(plan.flows), triggers=len(plan.triggers))
 
     async def close(self, grace: float) -> None:
         log.info("app.draining", app=self.plan.name, grace=grace)
@@ -192,9 +190,7 @@ class House:
 
     async def _prune(self) -> int:
         now = self.plan.clock.now()
-        removed = await self.store.prune(
-            bodies_before=now - self.plan.retention, identities_before=now - self.plan.identities
-        )
+        removed = await self.store.prune(bodies_before=now - self.plan.retention, identities_before=now - self.plan.identities)
         if not removed and now >= self._sweep_at:
             self._sweep_at = now + SWEEP
             named = await self.store.blob_references()

@@ -4,13 +4,13 @@
 
 A listener that raises is logged and opened again with jittered backoff; the others never notice. Back-pressure has two bounds:
 events on their way to a commit, and the ledger itself; at either `accept` raises StoreFull at once, and the source slows down
-in its own way (a partition pauses, a webhook waits a little and answers 503). Nothing is dropped here. The next room is routing, then the store.
+in its own way (a partition pauses, a webhook waits a little and answers 503). Nothing is dropped here. The next rooms are
+routing, then the store.
 """
 
 import asyncio
 import random
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 

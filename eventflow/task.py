@@ -112,9 +112,7 @@ class Caller(Host, Protocol):
         """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
         ...
 
-    def perform_all(
-        self, name: str, calls: Iterable[Call], limit: int, patient: bool
-    ) -> Coroutine[Any, Any, list[Any]]: ...
+    def perform_all(self, name: str, calls: Iterable[Call], limit: int, patient: bool) -> Coroutine[Any, Any, list[Any]]: ...
 
 
 class Task(Generic[P, R]):

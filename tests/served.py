@@ -19,7 +19,7 @@ from tests.conftest import DEADLINE, wait_until
 
 ROOT = Path(__file__).parent.parent
 
-SHOP = '''
+SHOP = """
 import asyncio, time
 from pathlib import Path
 from eventflow import App, Retry, current_run, flow, task
@@ -75,7 +75,7 @@ app.on(Webhook("/orders", verify="none", id="id"), handle, where={"total": [{"nu
 app.on("thing.made", handle)
 for each in (sleepy, blocking, failing):
     app.add(each)
-'''
+"""
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -279,7 +279,7 @@ def test_an_async_callable_is_refused(where):
 
 def test_a_hidden_coroutine_is_not_taken_for_true():
     """A lambda that returns a coroutine raises instead of matching everything."""
-    compiled = compile_filter(lambda found: later(event(found.data)))
+    compiled = compile_filter(lambda found: later(event(found.data)))  # pyright: ignore[reportArgumentType]
     assert compiled is not None
     with pytest.raises(TypeError, match="returned coroutine"):
         compiled.failed(event({}))

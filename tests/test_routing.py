@@ -176,7 +176,7 @@ def test_a_key_that_fails_is_invalid():
     """A key callable that raises, or returns something else than text, is a dead letter and not a run out of order."""
     arrival = router(
         subscribe("orders", audit, key=lambda found: found.data["x"]),
-        subscribe("orders", audit, key=lambda found: 5, name="five"),
+        subscribe("orders", audit, key=lambda found: 5, name="five"),  # pyright: ignore[reportArgumentType]
     ).arrive("orders", event({}))
     assert verdicts(arrival) == [("orders/audit", "invalid"), ("five", "invalid")]
     assert reasons(arrival) == ["KeyError: 'x'", "TypeError: key= returned int, expected a str or None"]

@@ -265,15 +265,31 @@ class Store(Protocol):
         and `events, duplicates, conflicts, runs`."""
         ...
 
-    async def events(self, *, trigger: str | None = None, type: str | None = None, since: int | None = None,
-                     until: int | None = None, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
+    async def events(
+        self,
+        *,
+        trigger: str | None = None,
+        type: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        limit: int = 50,
+        after: int | None = None,
+    ) -> list[dict[str, Any]]: ...
 
     async def event(self, ident: str | int) -> dict[str, Any]:
         """By ledger id (number, base 32, unique prefix or suffix) or by the sender's event id."""
         ...
 
-    async def runs(self, *, event: int | None = None, flow: str | None = None, state: State | None = None,
-                   parent: int | None = None, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
+    async def runs(
+        self,
+        *,
+        event: int | None = None,
+        flow: str | None = None,
+        state: State | None = None,
+        parent: int | None = None,
+        limit: int = 50,
+        after: int | None = None,
+    ) -> list[dict[str, Any]]: ...
 
     async def run(self, ident: str | int) -> dict[str, Any]:
         """One run with its outcome (`result` and `codec`, or `error`, or `reason`), by id, unique prefix or suffix."""
@@ -290,4 +306,3 @@ class Store(Protocol):
     async def blob_references(self) -> set[str]:
         """The blobs that a journal entry or a result names; the others may be swept."""
         ...
-

@@ -99,9 +99,7 @@ class Known(msgspec.Struct, array_like=True, gc=False):
     matched: int
 
 
-known_events = Bulk(
-    "SELECT json_group_array(json_array(id, hex(key), hex(digest), matched)) FROM events WHERE key IN", 1, ""
-)
+known_events = Bulk("SELECT json_group_array(json_array(id, hex(key), hex(digest), matched)) FROM events WHERE key IN", 1, "")
 bump_duplicates = Bulk(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
     " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
@@ -196,7 +194,9 @@ open_lanes = Bulk(
 
 known_children = Bulk(
     "SELECT json_group_array(json_array(parent, parent_claim)) FROM runs"
-    " WHERE parent IS NOT NULL AND (parent, parent_claim) IN", 2, "",
+    " WHERE parent IS NOT NULL AND (parent, parent_claim) IN",
+    2,
+    "",
 )
 
 # --------------------------------------------------------------------------- journal
@@ -214,16 +214,13 @@ def entry_crc(run: int, e: Entry) -> int:
     return checksum(run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.due_at, e.codec, e.fingerprint, e.value, e.error)
 
 
-known_entries = Bulk(
-    "SELECT count(*) FROM journal WHERE (run, claim, attempt, kind) IN", 4, ""
-)
-finals = Bulk(
-    "SELECT json_group_array(json_array(run, claim)) FROM journal WHERE kind IN (0, 1) AND (run, claim) IN", 2, ""
-)
+known_entries = Bulk("SELECT count(*) FROM journal WHERE (run, claim, attempt, kind) IN", 4, "")
+finals = Bulk("SELECT json_group_array(json_array(run, claim)) FROM journal WHERE kind IN (0, 1) AND (run, claim) IN", 2, "")
 """Calls that already have an end, VALUE or ERROR: an answer that comes after it is not taken."""
 
 later_entries = Bulk(
-    "SELECT json_group_array(v.column1) FROM", 2,
+    "SELECT json_group_array(v.column1) FROM",
+    2,
     "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)",
 )
 decode_pairs = msgspec.json.Decoder(list[tuple[int, str]]).decode

@@ -238,9 +238,7 @@ class SqliteStore:
         return await self._call(doors.replay, event, arrival)
 
     async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
-        return await self._call(
-            retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step
-        )
+        return await self._call(retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step)
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()

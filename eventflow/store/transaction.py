@@ -142,21 +142,23 @@ class Transaction:
         if run.lane is not None:
             self._lanes.add((run.flow, run.lane))
         elif run.state is State.PENDING:
-            self._offer(run, due_at)
-            if run.state is State.RUNNING:
+            if self._offer(run, due_at):
                 self._rows[run.id] = rows.running_row(run, due_at, size)
         self._runs.append(rows.run_row(run, due_at, size))
         self.totals["runs"] += 1
         self.totals["pending_bytes"] += size
 
-    def _offer(self, run: Run, due_at: int) -> None:
+    def _offer(self, run: Run, due_at: int) -> bool:
+        """Whether the worker took it."""
         if due_at:
             self.soonest = min(self.soonest, due_at)
         elif self.handover is not None and self.handover.take(run):
             run.state, run.token, run.started_at = State.RUNNING, run.token + 1, run.started_at or self.at
             self.taken.append(run)
+            return True
         else:
             self.more = True
+        return False
 
     def change(self, row: Row) -> None:
         self._changed[row.id] = row
@@ -229,8 +231,7 @@ class Transaction:
 
     def _take_woken(self, run: Run) -> None:
         row = self.need(run.id)
-        self._offer(run, 0)
-        if run.state is State.RUNNING:
+        if self._offer(run, 0):
             row.state, row.token, row.started_at = State.RUNNING, run.token, run.started_at
 
     def load(self, wanted: Sequence[Row]) -> list[Run]:

@@ -228,7 +228,12 @@ class Writer:
         self.connection.execute("BEGIN IMMEDIATE")
         now = self._clock.now()
         return Transaction(
-            self.connection, batch=self.batch + 1, at=max(now, self.at), now=now, totals=self.totals, handover=self.handover,
+            self.connection,
+            batch=self.batch + 1,
+            at=max(now, self.at),
+            now=now,
+            totals=self.totals,
+            handover=self.handover,
             running=self._running,
         )
 

@@ -75,7 +75,9 @@ async def _is_live(app: App) -> bool:
 
 
 async def _waits_for_outside(app: App) -> bool:
-    """No timer is armed: then no run may be due, and none may sit in memory, which it leaves when no part of it is due."""
-    pending = await app.store.runs(state=State.PENDING, limit=1000)
-    due = any(not row["blocked"] and row["due_at"] <= app.clock.now() for row in pending)
-    return not due and not await app.store.runs(state=State.RUNNING, limit=1)
+    """No timer is armed: then no run may have a due time, and none may be in memory, which it leaves when it has none."""
+    for state in (State.PENDING, State.WAITING):
+        for row in await app.store.runs(state=state, limit=1000):
+            if row["due_at"] is not None and not row["blocked"]:
+                return False
+    return not await app.store.runs(state=State.RUNNING, limit=1)
