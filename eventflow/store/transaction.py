@@ -141,9 +141,8 @@ class Transaction:
             run.body = body
         if run.lane is not None:
             self._lanes.add((run.flow, run.lane))
-        elif run.state is State.PENDING:
-            if self._offer(run, due_at):
-                self._rows[run.id] = rows.running_row(run, due_at, size)
+        elif run.state is State.PENDING and self._offer(run, due_at):
+            self._rows[run.id] = rows.running_row(run, due_at, size)
         self._runs.append(rows.run_row(run, due_at, size))
         self.totals["runs"] += 1
         self.totals["pending_bytes"] += size
