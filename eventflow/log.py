@@ -31,6 +31,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "directory.denied": "A file or folder under a watched directory may not be read; it is looked at again at each sweep.",
     "directory.opened": "A directory is watched; `watch` says how (native or poll).",
     "directory.polled_instead": "The kernel's notifications cannot be had; the directory is polled from now on.",
+    "directory.root_found": "A watched directory that was gone is back.",
     "directory.root_missing": "A watched directory is gone. Nothing counts as deleted; it is found again when it is back.",
     "directory.slowed": "The ledger is full: a directory waits before it hands over more files.",
     "directory.walked": "The first sweep of a watched directory is done; `known` and `pending` count its files.",

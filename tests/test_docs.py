@@ -7,17 +7,18 @@ A block that begins with `# NAME.py` is written there and loaded as `eventflow s
 
 import ast
 import asyncio
-import importlib
 import inspect
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_overloads
 
 import click
 import pytest
@@ -34,11 +35,14 @@ from eventflow.demo.play import demo
 from eventflow.log import EVENTS
 from eventflow.server import Settings
 from eventflow.store.sqlite import SqliteStore
+from eventflow.task import Task
 from eventflow.testing import running
-from eventflow.web.api import Api
+from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import TABLE
+from tests.conftest import wait_until
+from tests.served import serving
 from triggers import Directory, Webhook
-from triggers.signatures import HMAC, Token
+from triggers.signatures import HMAC, GitLab, Token
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -133,6 +137,25 @@ async def _call_tests(names: dict[str, Any]) -> None:
         done = names.pop(name)()
         if inspect.iscoroutine(done):
             await done
+
+
+def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
+    """README's first screen, done: its program served, its request sent, its answer and its log lines found."""
+    (program, *_), (shown, *_) = blocks(README, "python"), blocks(README, "text")
+    asked = blocks(README, "console")[1].text
+    (tmp_path / "shop.py").write_text(program.text)
+    (tmp_path / ".env").write_text(re.findall(r"echo '(.+)' > .env", README.read_text())[0])
+    headers = dict(pair.split(": ", 1) for pair in re.findall(r"-H '([^']+)'", asked))
+    with serving(tmp_path) as server:
+        reply = server.client.post("/hooks/orders", content=re.findall(r"-d '([^']+)'", asked)[0], headers=headers)
+        assert reply.status_code == 202
+        assert reply.json().keys() == json.loads(asked.splitlines()[-1]).keys()
+        wait_until(lambda: '"run.completed"' in server.log, "the run is completed")
+        lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
+    told = re.findall(r"\] (\w+\.\w+) +\[([\w.]+)\] (.*)", shown.text)
+    assert [(line["event"], line["logger"]) for line in lines] == [(event, logger) for event, logger, _ in told]
+    for line, (_, _, fields) in zip(lines, told, strict=True):
+        assert set(re.findall(r"(\w+)=", fields)) == line.keys() - {"timestamp", "level", "event", "logger"}
 
 
 # --------------------------------------------------------------------------- commands
@@ -314,36 +337,66 @@ def test_every_public_name_is_documented(module: types.ModuleType, name: str):
     assert inspect.getdoc(getattr(value, "fn", value)), f"{name} has no docstring"
 
 
-CALLABLES: list[Any] = [
-    App, App.on, App.start, App.emit, App.open, App.close, App.asgi, SqliteStore, flow, task, Retry, Webhook, Directory, HMAC, Token,
-]  # fmt: skip
+CALLABLES: list[tuple[Any, str]] = [
+    (App, "reference/config.md"),
+    (SqliteStore, "reference/config.md"),
+    (App.on, "reference/config.md"),
+    (App.asgi, "reference/config.md"),
+    (make_asgi, "reference/config.md"),
+    (App.start, "guides/library.md"),
+    (App.open, "guides/library.md"),
+    (App.close, "guides/library.md"),
+    (App.emit, "guides/flows.md"),
+    (flow, "guides/flows.md"),
+    (task, "guides/flows.md"),
+    (Task.map, "guides/flows.md"),
+    (Retry, "guides/flows.md"),
+    (Webhook, "guides/webhook.md"),
+    (HMAC, "guides/webhook.md"),
+    (Token, "guides/webhook.md"),
+    (GitLab, "guides/webhook.md"),
+    (Directory, "guides/files.md"),
+    (running, "guides/testing.md"),
+]
+INNER = {"clock", "entropy", "sink", "passive", "own_loop"}
+"""What the house passes to itself; users are not told of it where they are not asked."""
 
 
-@pytest.mark.parametrize("call", CALLABLES, ids=lambda call: call.__qualname__)
-def test_every_keyword_is_documented(call: Any):
-    """Each keyword of what users call stands in the docs."""
-    for parameter in _keywords(call):
-        assert re.search(rf"\b{parameter}=|`{parameter}`", DOCS), f"{call.__qualname__}({parameter}=)"
+@pytest.mark.parametrize(("call", "name"), CALLABLES, ids=lambda value: getattr(value, "__qualname__", value))
+def test_every_keyword_is_documented(call: Any, name: str):
+    """Each keyword-only parameter of what users call stands on its page, as code."""
+    text = page(name)
+    for keyword in _keywords(call):
+        assert re.search(rf"`{keyword}`|\b{keyword}=", text), f"{name}: {call.__qualname__}({keyword}=)"
 
 
 def _keywords(call: Any) -> list[str]:
-    if call in (flow, task):
-        given = [hints for hints in __import__("typing").get_overloads(call)][-1]
-        return [name for name in inspect.signature(given).parameters if name != "fn"]
-    skipped = {"self", "clock", "entropy", "trigger", "root", "path", "params", "event_type", "flow", "sink", "passive", "own_loop"}
-    kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return [p.name for p in inspect.signature(call).parameters.values() if p.kind in kinds and p.name not in skipped]
+    """Of a decorator, those of its overload with options."""
+    signature = inspect.signature([*get_overloads(call), call][-2] if get_overloads(call) else call)
+    return [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in INNER]
 
 
 def test_every_extra_is_documented():
     """README names each extra that the distribution has, and no other."""
-    import tomllib
-
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     told = section(README.read_text(), "Install")
     assert {name for name in extras if re.search(rf"`{name}`|\[{name}\]", told)} == extras.keys()
     for name in re.findall(r"eventflow-reactor\[([\w,]+)\]", DOCS):
         assert set(name.split(",")) <= extras.keys()
+
+
+def test_every_file_has_its_floor():
+    """docs/design.md names each file and folder of the package on its floors, and none that is not there."""
+    floors = section(page("design.md"), "The floors")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", floors)) - {"triggers/"}
+    there = {f"{each.name}/" if each.is_dir() else each.name for each in (ROOT / "eventflow").iterdir()}
+    assert named == there - {"__pycache__/", "py.typed"}
+
+
+def test_the_roadmap_names_tests_that_exist():
+    """What the roadmap says works is shown by tests that are there."""
+    for name in re.findall(r"`(tests/[^`]+)`", page("roadmap.md")):
+        assert list(ROOT.glob(name)), name
 
 
 # --------------------------------------------------------------------------- links
@@ -369,5 +422,6 @@ def test_every_page_can_be_reached():
     """Each page of docs/ is linked from README or from another page."""
     linked: set[Path] = set()
     for path in PAGES:
-        linked |= {(path.parent / link.partition("#")[0]).resolve() for link in re.findall(r"\]\(([^)\s:]+)\)", path.read_text())}
+        links = re.findall(r"\]\(([^)\s:]+)\)", path.read_text())
+        linked |= {(path.parent / link.partition("#")[0]).resolve() for link in links}
     assert {path for path in PAGES if path != README} <= linked
