@@ -142,14 +142,14 @@ async def _call_tests(names: dict[str, Any]) -> None:
 def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
     """README's first screen, done: its program served, its request sent, its answer and its log lines found."""
     (program, *_), (shown, *_) = blocks(README, "python"), blocks(README, "text")
-    asked = blocks(README, "console")[1].text
+    asked, answer = blocks(README, "sh")[1].text, blocks(README, "json")[0].text
     (tmp_path / "shop.py").write_text(program.text)
     (tmp_path / ".env").write_text(re.findall(r"echo '(.+)' > .env", README.read_text())[0])
     headers = dict(pair.split(": ", 1) for pair in re.findall(r"-H '([^']+)'", asked))
     with serving(tmp_path) as server:
         reply = server.client.post("/hooks/orders", content=re.findall(r"-d '([^']+)'", asked)[0], headers=headers)
         assert reply.status_code == 202
-        assert reply.json().keys() == json.loads(asked.splitlines()[-1]).keys()
+        assert reply.json().keys() == json.loads(answer).keys()
         wait_until(lambda: '"run.completed"' in server.log, "the run is completed")
         lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
     told = re.findall(r"\] (\w+\.\w+) +\[([\w.]+)\] (.*)", shown.text)
