@@ -64,6 +64,8 @@ class Execution:
         self._cancelled: str | None = None
         self._timed_out = False
         self._grace: Any = None
+        self._idle_since = 0
+        self._check: Any = None
         self._checking = self._spun = self._counted = False
         self._event: Event | None = None
 
@@ -277,6 +279,7 @@ class Execution:
         idle = self.working == 0
         if idle is not self.is_idle:
             self.is_idle = idle
+            self._idle_since = self.pool.clock.now() if idle else 0
             self.pool.idle(self, idle)
         if not idle or self.loop.foreign or self.claims.due or self._grace is not None or self.pool.draining:
             return
@@ -284,9 +287,16 @@ class Execution:
             self._stuck()
         elif len(self.claims.waiting) <= FEW:
             self._consider_suspending()
-        elif not self._checking:
+        else:
+            self._check_at(self.pool.clock.now() + SECOND)
+
+    def _awaits_child(self) -> bool:
+        return any(type(target) is Child for target in self.claims.waiting.values())
+
+    def _check_at(self, due: int) -> None:
+        if not self._checking:
             self._checking = True
-            self.pool.clock.timer(self.pool.loop, self.pool.clock.now() + SECOND, self._check_later)
+            self._check = self.pool.clock.timer(self.pool.loop, due, self._check_later)
 
     def _check_later(self) -> None:
         self._checking = False
@@ -295,7 +305,11 @@ class Execution:
 
     def _consider_suspending(self) -> None:
         due = min((d for t in self.claims.waiting.values() if (d := self._due(t)) is not None), default=None)
-        if due is not None and due - self.pool.clock.now() < SUSPEND_AFTER:
+        now = self.pool.clock.now()
+        if due is not None and due - now < SUSPEND_AFTER:
+            return
+        if self._awaits_child() and not self.pool.is_crowded and now < self._idle_since + SUSPEND_AFTER:
+            self._check_at(self._idle_since + SUSPEND_AFTER)  # most children are quick: coming back would cost a replay
             return
         if self._counts_memory() and not self._counted:
             self._counted = True
@@ -385,8 +399,9 @@ class Execution:
         """Nothing more is taken in: bodies are cancelled, timers disarmed, the loop closed."""
         self.settling = True
         self.claims.close()
-        if self._grace is not None:
-            self._grace.cancel()
+        for timer in (self._grace, self._check):
+            if timer is not None:
+                timer.cancel()
         self.loop.close()
         self.here.close()
         if self.is_idle:

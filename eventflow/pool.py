@@ -86,6 +86,11 @@ class Pool(Protocol):
 
     def settled(self, execution: Any, outcome: Outcome, reply: Settled | Refused | StoreError) -> None: ...
 
+    @property
+    def is_crowded(self) -> bool:
+        """Memory is nearly full: who only waits should leave it."""
+        ...
+
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs `work` as a task that the worker owns."""
         ...

@@ -20,7 +20,7 @@ from eventflow.errors import StoreCorrupt, StoreError
 from eventflow.event import Event
 from eventflow.executor import Execution
 from eventflow.flow import Flow, reached
-from eventflow.journal import Journal
+from eventflow.journal import Entry, Journal
 from eventflow.log import Sink, get_logger
 from eventflow.outcomes import Outcomes
 from eventflow.pool import Suspects
@@ -184,6 +184,12 @@ class Worker:
             self._backlog = True
             self._claim()
         self._begin_some()
+
+    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
+        """Children settled: parents in memory hear of it."""
+        for parent, entry in answers:
+            if (execution := self.executions.get(parent)) is not None:
+                execution.recorded(entry)
 
     def _cancel(self, ident: int) -> None:
         execution = self.executions.get(ident)
@@ -391,8 +397,6 @@ class Worker:
         self._give_room(1)
         if isinstance(reply, Settled):
             self.outcomes.follow(execution, outcome, reply.at)
-            if reply.answer is not None and run.parent in self.executions:
-                self.executions[run.parent].recorded(reply.answer)
         if not self.executions:
             self._empty.set()
         if self.draining:
@@ -403,6 +407,11 @@ class Worker:
             self._due()
         if self._turns:
             self._begin_some()
+
+    @property
+    def is_crowded(self) -> bool:
+        """Memory is nearly full: who only waits should leave it."""
+        return self._room < CLAIM
 
     @property
     def is_quiet(self) -> bool:

@@ -159,6 +159,10 @@ class Handover(Protocol):
         """Called on `loop`, after the commit. `cancels`: RUNNING runs that a door asked to cancel."""
         ...
 
+    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
+        """Called on `loop`, after the commit: what children of RUNNING runs came to, by parent, numbered."""
+        ...
+
     def put_back(self, runs: Sequence[Run]) -> None:
         """Called in the writer thread when the commit failed after `take`."""
         ...

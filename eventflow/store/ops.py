@@ -239,4 +239,6 @@ def answer(tx: Transaction, child: Row, entry: Entry) -> Entry | None:
     tx.add_entry(parent.id, entry)
     if parent.state is State.WAITING:
         tx.wake(parent)
+    elif parent.state is State.RUNNING:
+        tx.answers.append((parent.id, entry))
     return entry

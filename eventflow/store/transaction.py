@@ -46,6 +46,7 @@ class Transaction:
         self.appended: set[int] = set()
         self.taken: list[Run] = []
         self.cancels: list[int] = []
+        self.answers: list[tuple[int, Entry]] = []
         self.woken: set[int] = set()
         self.more = False
         self.probe = False

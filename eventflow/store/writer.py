@@ -282,9 +282,14 @@ class Writer:
         if tx.soonest < (self._told_due or NEVER):
             self._told_due, tx.more = tx.soonest, True
         handover = tx.handover
-        if handover is None or not (tx.taken or tx.more or tx.cancels):
+        if handover is None:
             return []
-        return [Word(handover.loop, handover.ready, (tx.taken, tx.more, tx.cancels))]
+        words: list[Word] = []
+        if tx.taken or tx.more or tx.cancels:
+            words.append(Word(handover.loop, handover.ready, (tx.taken, tx.more, tx.cancels)))
+        if tx.answers:
+            words.append(Word(handover.loop, handover.answered, (tx.answers,)))
+        return words
 
     def _mark(self) -> None:
         """Writes the high-water mark, after the fact and off the path of any reply."""

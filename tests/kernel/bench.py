@@ -42,6 +42,7 @@ class Bench:
     """Pool, clock and store of one run. `play` runs it to its outcome, or to the crash after `crash_after` commits."""
 
     draining = False
+    is_crowded = False
     failed = None
     secret = b""
     sink = None

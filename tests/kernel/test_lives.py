@@ -468,9 +468,7 @@ def test_a_cancelled_parent_cancels_its_children_when_grace_ends_it() -> None:
 
     world = World()
     row = world.add(stubborn_parent)
-    world.live(
-        until=BORN + 100 * SECOND, then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "stop")) and None
-    )
+    world.live(until=BORN + 100 * SECOND, then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "stop")) and None)
     world.live()
     assert [r.state for r in world.rows.values()] == [State.CANCELLED, State.CANCELLED]
 

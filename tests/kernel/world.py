@@ -118,6 +118,7 @@ class World:
         self.refuse: Callable[[Any], Any] | None = None
         self.limits: dict[str, asyncio.Semaphore] = {}
         self.draining = False
+        self.is_crowded = True
         self.eager = False
         """The worker's loop has an eager task factory, as the host program may have set."""
         self.threads_may_block = False

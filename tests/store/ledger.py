@@ -41,10 +41,14 @@ class Hand:
         self.returned: list[Run] = []
         self.cancels: list[int] = []
         self.mores = 0
+        self.answers: list[tuple[int, Entry]] = []
 
     def take(self, run: Run) -> bool:
         self.room -= 1
         return self.room >= 0
+
+    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
+        self.answers.extend(answers)
 
     def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
         self.runs += runs
