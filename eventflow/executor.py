@@ -27,7 +27,7 @@ from eventflow.errors import RunCancelled, RunTimedOut, StoreError, caught
 from eventflow.event import Event
 from eventflow.flow import Flow, RunContext, enter_run
 from eventflow.journal import RAN, Entry, Journal, Kind, begun_afresh
-from eventflow.lineage import FlowLoop, FlowTask, FlowTimer
+from eventflow.lineage import GONE, FlowLoop, FlowTask, FlowTimer
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error
@@ -92,7 +92,7 @@ class Execution:
 
     def _read_event(self) -> Event | None:
         if self._event is None and self.run.body is not None:
-            self._event = Event.from_json(self.run.body)
+            self._event = Event.recorded(self.run.body)
         return self._event
 
     def _coroutine(self) -> Coroutine[Any, Any, Any]:
@@ -116,7 +116,9 @@ class Execution:
             self.cancel("cancel requested")
 
     def _tell_now(self) -> int:
-        return self.read_now() if self.loop.is_current() else self.claims.now  # what a body asks, nothing will depend on
+        if self.settling or self.loop.is_current():
+            return self.read_now()
+        return self.claims.now  # what a body asks, nothing will depend on
 
     def _is_replaying(self) -> bool:
         return self.replaying
@@ -407,6 +409,16 @@ class Execution:
         if self.is_idle:
             self.is_idle = False
             self.pool.idle(self, False)
+
+    def part(self) -> None:
+        """The run has left memory: lets go of all that points back here, so that it is freed at once and the garbage collector
+        finds nothing of it. Bodies that were left behind may still ask for the time."""
+        now = self.claims.now
+        self.read_now = lambda: now
+        self.loop.host = GONE
+        self.here.replaying = None
+        self._root = self._grace = self._check = None
+        del self.claims, self.append
 
     def hook(self, hook: Callable[..., Any], *args: Any) -> Coroutine[Any, Any, None]:
         """A hook of the flow, to be told of the outcome by the worker."""

@@ -135,11 +135,39 @@ class FlowTimer(asyncio.TimerHandle):
             loop.push(self)
 
 
+class Gone:
+    """The host of a run that has left memory: nothing happens any more, and nobody needs to hear of it."""
+
+    def read_now(self) -> int:
+        return 0
+
+    def parked(self) -> bool:
+        return False
+
+    def spinning(self) -> None:
+        pass
+
+    def arm(self, timer: "FlowTimer") -> None:
+        pass
+
+    def disarm(self, timer: "FlowTimer") -> None:
+        pass
+
+    def complain(self, context: dict[str, Any]) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+
+GONE = Gone()
+
+
 class FlowLoop(asyncio.AbstractEventLoop):
     """The deterministic loop of one run. The host pumps it; it never blocks and never waits."""
 
     def __init__(self, host: Host, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
-        self.host = host
+        self.host: Host = host
         # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them in one set.
         self.seed = zlib.crc32(run.to_bytes(8, "big"))
         self._outer = outer

@@ -397,6 +397,7 @@ class Worker:
         self._give_room(1)
         if isinstance(reply, Settled):
             self.outcomes.follow(execution, outcome, reply.at)
+        execution.part()
         if not self.executions:
             self._empty.set()
         if self.draining:
