@@ -113,6 +113,7 @@ def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_life() -
             world.advance(3600_000_000)
             world.live()
             first, second = lives
+            assert early or "@start" not in [entry.claim for entry in next(iter(world.rows.values())).journal]
             # Read before anything was durable, the start may begin anew; after it nothing may.
             assert cut == 0 or first == second[: len(first)], (early, cut)
 
@@ -163,6 +164,23 @@ def test_timers_are_named_by_their_use() -> None:
 
 
 # --------------------------------------------------------------------------- asyncio as it is
+
+
+def test_p5_a_commit_is_delivered_whole() -> None:
+    """What one commit recorded reaches the flow before it takes its next step, live and replaying."""
+
+    @flow
+    async def waits() -> list[int]:
+        calls = [asyncio.create_task(double(n)) for n in (1, 2, 3)]
+        done, left = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        return [len(done), len(left), await double(4)]
+
+    assert World().done(waits).value == [3, 0, 8]
+    world = World()
+    row = world.add(waits)
+    world.live(crash_after=1)
+    world.live()
+    assert row.value == [3, 0, 8]
 
 
 def test_a_wide_gather_is_neither_spinning_nor_held(caplog: pytest.LogCaptureFixture) -> None:
