@@ -137,7 +137,7 @@ class Bench:
             self.outcome = op.outcome
             return
         self._posted.append((op, reply))
-        self.timer(self.loop, self.time + int(self.draw.expovariate(1.0) * 4e5), self._commit)
+        self.timer(self.loop, self.time + int(self.draw.expovariate(1.0) * 4e5), self._commit)  # pyright: ignore[reportArgumentType]
 
     def _commit(self) -> bool:
         """One group commit of all that is posted (or of what the guide has next, once all of it is posted)."""

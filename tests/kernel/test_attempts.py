@@ -157,7 +157,7 @@ def test_a_timeout_counts_from_the_bodys_start_and_is_a_failed_attempt(world: Wo
 
     @flow
     async def runs() -> list[int]:
-        return await asyncio.gather(works(4), works(4), works(4), works(9))
+        return await asyncio.gather(works(4), works(4), works(4), works(9))  # pyright: ignore[reportReturnType]
 
     assert world.done(runs).value == [1, 1, 1, 2]
 

@@ -226,7 +226,7 @@ def test_a_flow_that_waits_while_recorded_calls_are_never_made_is_held_as_diverg
     """Parked with nothing to come and entries unclaimed: a person is told which; deploying the old code and a retry go on."""
     diverged = [False]
 
-    @flow
+    @flow(timeout=7200)
     async def calls() -> list[str]:
         if diverged[0]:
             await asyncio.Event().wait()
@@ -395,7 +395,7 @@ def test_map_by_key_finds_values_when_the_list_has_changed() -> None:
 def test_map_refuses_an_empty_window() -> None:
     """limit=0 is an error, not an empty list."""
     with pytest.raises(UsageError, match="limit"):
-        step.map(["a"], limit=0)
+        step.map(["a"], limit=0)  # pyright: ignore[reportUnusedCoroutine]
 
 
 def test_a_map_that_is_cancelled_gives_up_its_calls() -> None:
