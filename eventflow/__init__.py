@@ -7,9 +7,9 @@ The words are explained in docs/concepts.md. Importing this package starts nothi
 """
 
 from eventflow.app import App, RunHandle
-from eventflow.errors import EventflowError
+from eventflow.errors import EventflowError, NotFound, UsageError
 from eventflow.event import Event, Intake, Receipt, Trigger, Undecodable
-from eventflow.flow import current_run, emit, flow, sleep, timeout
+from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.retry import Permanent, Retry, RetryAfter
 from eventflow.task import current_task, task
 
@@ -18,6 +18,7 @@ __all__ = [
     "Event",
     "EventflowError",
     "Intake",
+    "NotFound",
     "Permanent",
     "Receipt",
     "Retry",
@@ -25,10 +26,12 @@ __all__ = [
     "RunHandle",
     "Trigger",
     "Undecodable",
+    "UsageError",
     "current_run",
     "current_task",
     "emit",
     "flow",
+    "restart_with",
     "sleep",
     "task",
     "timeout",

@@ -223,7 +223,7 @@ class Attempts:
         delay = options.retries.delay_after(call.spent, error, host.pool.draw)
         text, _ = caught(str, error)
         log.warning(
-            "task.attempt_failed", run=host.name, task=call.task.name, attempt=call.attempt, retry_in=delay,
+            "task.attempt_failed", run=host.name, task=call.task.name, attempt=call.attempt, retry_in=_shown(delay),
             error=f"{type(error).__name__}: {text}",
         )  # fmt: skip
         entry = Entry(
@@ -242,6 +242,10 @@ class Attempts:
     def _run_hook(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         if hook is not None:
             self._host.pool.spawn(run_hook(self._host.name, hook, *args))
+
+
+def _shown(delay: float | None) -> float | None:
+    return None if delay is None else round(delay, 3)
 
 
 async def run_hook(run: str, hook: Callable[..., Any], *args: Any) -> None:

@@ -26,8 +26,9 @@ from eventflow.clock import SECOND, microseconds
 from eventflow.errors import RunCancelled, RunTimedOut, StoreError, caught
 from eventflow.event import Event
 from eventflow.flow import Flow, RunContext, enter_run
+from eventflow.host import GONE
 from eventflow.journal import RAN, Entry, Journal, Kind, begun_afresh
-from eventflow.lineage import GONE, FlowLoop, FlowTask, FlowTimer
+from eventflow.lineage import FlowLoop, FlowTask, FlowTimer
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error

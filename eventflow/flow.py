@@ -235,7 +235,7 @@ def timeout(delay: Duration | None) -> asyncio.Timeout:
 
 
 async def emit(event_type: str, data: Json = None, *, subject: str | None = None, **extensions: str | int | bool) -> str:
-    """Publishes an event; subscriptions on `Emitted(event_type)` receive it. Returns its id.
+    """Publishes an event; `app.on(event_type, flow)` subscribes to it. Returns its id.
 
     In a flow: a journal entry, published by the commit that records it, never twice, never undone. In a task body:
     published with the task's success, and not at all if it fails.

@@ -24,10 +24,11 @@ from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, cast
 
 from eventflow.clock import SECOND
 from eventflow.errors import LineageLost, UsageError
+from eventflow.host import Host
 from eventflow.labels import Scope, from_unordered_iteration, label
 
 BREATH = 1_000
@@ -38,38 +39,6 @@ FOREVER = 1 << 62
 """The due time, in microseconds, of `sleep(inf)`: what a 64-bit column holds."""
 
 _inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar("eventflow_inside", default=None)
-
-
-class Host(Protocol):
-    """What a FlowLoop needs of the executor."""
-
-    def read_now(self) -> int:
-        """Time of the last delivery, microseconds."""
-        ...
-
-    def parked(self) -> bool:
-        """Nothing is ready. True: something was delivered, go on stepping."""
-        ...
-
-    def spinning(self) -> None:
-        """The flow does not park: deliver and start all the same, or it would wait for ever. Not deterministic, hence last."""
-        ...
-
-    def arm(self, timer: "FlowTimer") -> None:
-        """Flow code waits for `timer.due`; the host calls `timer.fire()` when that is recorded."""
-        ...
-
-    def disarm(self, timer: "FlowTimer") -> None:
-        """Flow code does not wait for it any more."""
-        ...
-
-    def complain(self, context: dict[str, Any]) -> None:
-        """A callback raised, or a task's exception was never retrieved."""
-        ...
-
-    def wake(self) -> None:
-        """Something became ready from outside a pump: pump soon. Safe from the host's loop only."""
-        ...
 
 
 class FlowTask(asyncio.Task[Any]):
@@ -133,34 +102,6 @@ class FlowTimer(asyncio.TimerHandle):
         loop = cast("FlowLoop", self._loop)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
         if not self.cancelled():
             loop.push(self)
-
-
-class Gone:
-    """The host of a run that has left memory: nothing happens any more, and nobody needs to hear of it."""
-
-    def read_now(self) -> int:
-        return 0
-
-    def parked(self) -> bool:
-        return False
-
-    def spinning(self) -> None:
-        pass
-
-    def arm(self, timer: "FlowTimer") -> None:
-        pass
-
-    def disarm(self, timer: "FlowTimer") -> None:
-        pass
-
-    def complain(self, context: dict[str, Any]) -> None:
-        pass
-
-    def wake(self) -> None:
-        pass
-
-
-GONE = Gone()
 
 
 class FlowLoop(asyncio.AbstractEventLoop):

@@ -17,7 +17,8 @@ import msgspec
 
 from eventflow.clock import Duration, seconds
 from eventflow.errors import TaskTimedOut, UsageError
-from eventflow.lineage import Host, flow_loop
+from eventflow.host import Host
+from eventflow.lineage import flow_loop
 from eventflow.log import get_logger
 from eventflow.results import ResultCodec, fingerprint
 from eventflow.retry import Retry, as_retry

@@ -76,4 +76,4 @@ async def land(path: str, name: str) -> dict[str, float]:
 
 
 app = App("landing")
-app.on(Directory(LANDING, pattern="/*.csv", after=move(LANDING / "done")), land)
+app.on(Directory(LANDING, pattern="/*.csv", after=move("done")), land)

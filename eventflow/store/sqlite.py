@@ -127,8 +127,8 @@ class SqliteStore:
         if marked > found and not self._accept_loss:
             raise StoreCorrupt(
                 f"the store {self.path} ends at commit {found}, but commit {marked} was acknowledged: "
-                f"{found + 1} to {marked} are missing. Restore a backup, or go on without them with "
-                "`eventflow doctor --accept-loss`"
+                f"{found + 1} to {marked} are missing. Restore them; or go on without them (also after "
+                "restoring an older backup) with `eventflow doctor --accept-loss`"
             )
         return max(marked, found)
 
@@ -157,6 +157,11 @@ class SqliteStore:
     @property
     def failed(self) -> StoreError | None:
         return self._writer.failed if self._writer is not None else None
+
+    @property
+    def commits(self) -> dict[str, float]:
+        """Since the start: group commits, the ops in them, and the seconds they took."""
+        return dict(self._open_writer().commits)
 
     def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
         self._open_writer().post(Item(op, reply, loop))

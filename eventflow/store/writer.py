@@ -80,6 +80,7 @@ class Writer:
         self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
         self.handover: Handover | None = None
         self.failed: StoreError | None = None
+        self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
         self._running: dict[int, Row] = {}  # the rows of running runs: nobody else writes them, so they need no reading
         self._told_due: int | None = None
@@ -182,8 +183,10 @@ class Writer:
         if self.failed is not None:
             _send([_word(item, self.failed) for item in items])
             return
+        began = self._clock.monotonic()
         try:
             _send(self._do(items))
+            self._measure(len(items), began)
         except _BAD_INPUT as error:
             if len(items) == 1:
                 self._refuse(items[0], error)
@@ -197,6 +200,12 @@ class Writer:
             self._storage_error(error, items)
         except OSError as error:
             self._fail(error, items)
+
+    def _measure(self, ops: int, began: float) -> None:
+        commits = self.commits
+        commits["batches"] += 1
+        commits["ops"] += ops
+        commits["seconds"] += self._clock.monotonic() - began
 
     def _refuse(self, item: Item, error: BaseException) -> None:
         """One op, tried alone, cannot be applied. It may be that a journal entry exists: then it is answered as refused."""

@@ -18,7 +18,7 @@ from eventflow.run import show_id
 class Step(msgspec.Struct, frozen=True):
     """One call of a run, as its journal tells of it.
 
-    `name`: the task, flow, `timer` or `emit:TYPE` called; `claim`: its whole place in the journal. `state`: `completed`,
+    `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `claim`: its place in the journal. `state`: `completed`,
     `failed`, `retrying`, `started` (a child run under way), `fired` (a timer), `published` (an event), `told` (a cancel).
     `attempts` counts tries of a task. `value` is the JSON recorded (bytes where another codec wrote them), `error` the last
     error's message.
@@ -37,7 +37,7 @@ async def journal_of(app: App, run: RunHandle | str | int) -> list[Step]:
     """What a run did, call by call, in the order first recorded.
 
     steps = await journal_of(app, handle)
-    assert [(step.name, step.attempts) for step in steps] == [("fetch", 3), ("timer", 0), ("store", 1)]
+    assert [(step.name, step.attempts) for step in steps] == [("fetch", 3), ("sleep", 0), ("store", 1)]
     """
     steps: dict[str, Step] = {}
     for entry in await app.store.load(await _number(app, run)):

@@ -5,7 +5,6 @@ api.py calls `render` for each scrape; nothing is counted twice, everything is r
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -62,9 +61,8 @@ def _worker(app: Served) -> Iterator[Metric]:
     for where, count in app.house.worker.load.items():
         runs.add_metric([where], count)
     yield runs
-    commits: dict[str, Any] = getattr(app.store, "commits", {})
-    for name, value in commits.items():
-        yield GaugeMetricFamily(f"eventflow_commit_{name}", "Of the store's group commits.", value=value)
+    for name, value in app.store.commits.items():
+        yield CounterMetricFamily(f"eventflow_commit_{name}", f"Group commits since the start: {name}.", value=value)
     full = app.store.room() is not None
     yield GaugeMetricFamily("eventflow_intake_full", "1 while the ledger or the disk takes no more.", value=int(full))
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from tests.conftest import wait_until
 from tests.crash.invariants import Told, check
-from tests.crash.victim import HERE, Lost, Server
+from tests.crash.victim import HERE, Client, Lost, Server
 
 EVENTS = 12
 PHASES = ("first start", "serve", "restart", "stop")
@@ -96,14 +96,20 @@ class Scenario:
                 tracer.wait()
 
     def send(self, server: Server) -> None:
-        """Everything, once, until the server is gone."""
-        for ident, n in self.sent.items():
-            try:
-                status, body, _ = server.send(ident, {"n": n})
-            except Lost:
-                return
-            assert status in (200, 202), (status, body)
-            assert self.acked.setdefault(ident, body["id"]) == body["id"]
+        """Everything once, each event on a connection of its own at the same time, until the server is gone."""
+        with ThreadPoolExecutor(EVENTS) as senders:
+            list(senders.map(lambda ident: self._send_one(server, ident), self.sent))
+
+    def _send_one(self, server: Server, ident: str) -> None:
+        client = Client()
+        try:
+            status, body, _ = client.ask(server.url, "POST", "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident})
+        except Lost:
+            return
+        finally:
+            client.close()
+        assert status in (200, 202), (status, body)
+        assert self.acked.setdefault(ident, body["id"]) == body["id"]
 
     def finish(self) -> list[str]:
         """The sender sends again what it sent, everything comes to rest, and invariants.py looks."""
@@ -191,8 +197,11 @@ def kill_at(point: Point, template: Path, folder: Path) -> tuple[bool, list[str]
     scenario = Scenario(folder, point.phase)
     where = ["-P", str(folder / point.path)] if point.path else []
     inject = f"inject={point.call}:signal=KILL:when={point.ordinal}"
-    killed = scenario.run([*where, "-o", os.devnull, "-e", f"trace={point.call}", "-e", inject])
-    wrong = scenario.finish()
+    try:
+        killed = scenario.run([*where, "-o", os.devnull, "-e", f"trace={point.call}", "-e", inject])
+        wrong = scenario.finish()
+    except (subprocess.TimeoutExpired, AssertionError) as error:
+        killed, wrong = True, [f"{type(error).__name__}: {error}"]
     if not wrong:
         shutil.rmtree(folder)
     return killed, [f"{point}: {sentence} ({folder})" for sentence in wrong]
