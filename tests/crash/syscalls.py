@@ -6,7 +6,7 @@ The scenario is twelve events and what a server does with them, in four phases, 
 
     first start   an empty folder, until it is ready
     serve         the store's writer thread alone, while twelve events are taken and worked off
-    restart       a folder that a kill left full of work, until that is done
+    restart       a folder in which a kill left the twelve half done, until they are done
     stop          SIGTERM at rest: the last checkpoint
 
 strace counts calls per thread and, told a path, per path; so a call is named by (phase, file, call, ordinal), and `strace
@@ -160,6 +160,8 @@ def prepared(folder: Path, phase: str) -> Path:
         server = scenario.boot()
         assert server.ready(), server.complaint
         scenario.send(server)
+        effects = folder / "effects"
+        wait_until(lambda: effects.exists() and effects.read_text().count("\n") > EVENTS * 7, "about half the bodies began")
         server.kill()
     return folder
 
