@@ -5,7 +5,6 @@ result is JSON on stdout, and a failed run exits with 1.
 """
 
 import asyncio
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,8 @@ from eventflow.cli.doing import read_json_option
 from eventflow.cli.once import Asked, bind, run_flow
 from eventflow.cli.target import load_app, load_flow, load_task
 from eventflow.cli.words import json_option, say
-from eventflow.errors import MissingExtra, UsageError
+from eventflow.demo.play import demo
+from eventflow.errors import UsageError
 from eventflow.server import Settings, serve
 
 _SERVING = (
@@ -152,20 +152,4 @@ def _value(text: str) -> Any:
         return text
 
 
-# --------------------------------------------------------------------------- demo
-
-
-@click.command("demo", context_settings={"ignore_unknown_options": True})
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
-def demo_command(args: tuple[str, ...]) -> int:
-    """Shows what eventflow does, in a minute, with nothing to install."""
-    try:
-        demo = importlib.import_module("eventflow.demo")
-    except ModuleNotFoundError as missing:
-        if missing.name == "eventflow.demo":
-            raise UsageError("this build of eventflow has no demo; see examples/") from None
-        raise MissingExtra("the demo", missing.name or "?", "dev") from None
-    return int(demo.main(list(args)) or 0)
-
-
-COMMANDS = [serve_command, dev_command, run_command, task_command, demo_command]
+COMMANDS = [serve_command, dev_command, run_command, task_command, demo]

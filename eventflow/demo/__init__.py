@@ -1,4 +1,4 @@
-"""`eventflow demo`: the main job in some seconds, on real parts, checking itself. The command line calls `main`.
+"""`eventflow demo`: the main job in some seconds, on real parts, checking itself. The command line has `play.demo`.
 
     play.py ─► stage.py ─► `eventflow serve shop.py` (app/shop.py, loaded by its path: eventflow knows no trigger)
        │                        ▲ HTTP, files, signals
@@ -6,7 +6,3 @@
 
 One task is written to fail twice; the posts, the files, the kill -9 and the recovery are real.
 """
-
-from eventflow.demo.play import main
-
-__all__ = ["main"]

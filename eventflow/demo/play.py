@@ -6,7 +6,6 @@
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -41,11 +40,6 @@ def demo(serve: bool, port: int) -> int:
             report.quoted(stage.last_words())
         stage.close(keep=not sound)
     return 0 if sound else 1
-
-
-def main(args: Sequence[str]) -> int:
-    """`eventflow demo ARGS`; the exit code."""
-    return int(demo.main(list(args), prog_name="eventflow demo", standalone_mode=False) or 0)
 
 
 def perform(stage: Stage, report: Report, clock: Clock, serve: bool, port: int) -> bool:
