@@ -84,6 +84,7 @@ class Worker:
         self._turns: deque[str] = deque()
         self._busy = 0
         self._in_memory: dict[str, int] = {}
+        self._resuming: dict[int, tuple[Run, list[Entry]]] = {}  # their journals are being read; what is answered meanwhile
         self._claiming = False
         self._due_timer: Any = None
         self._beginning = False
@@ -190,11 +191,16 @@ class Worker:
         for parent, entry in answers:
             if (execution := self.executions.get(parent)) is not None:
                 execution.recorded(entry)
+            elif parent in self._resuming:
+                self._resuming[parent][1].append(entry)
 
     def _cancel(self, ident: int) -> None:
         execution = self.executions.get(ident)
         if execution is not None:
             execution.cancel("cancel requested")
+            return
+        if ident in self._resuming:
+            self._resuming[ident][0].cancel_requested = True
             return
         for queue in self._queues.values():
             for run in queue:
@@ -292,15 +298,18 @@ class Worker:
             self.spawn(self._resume(run))
 
     async def _resume(self, run: Run) -> None:
+        self._resuming[run.id] = (run, [])
         try:
             entries = await self.store.load(run.id)
         except StoreCorrupt as damage:
+            del self._resuming[run.id]
             self._hold(run, f"its journal cannot be read: {damage}")
             return
         log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
         self.loop.call_soon(self._execute, run, Journal(entries))
 
     def _execute(self, run: Run, journal: Journal) -> None:
+        _, late = self._resuming.pop(run.id, (run, ()))
         if self.draining:
             self._busy -= 1
             self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
@@ -313,6 +322,8 @@ class Worker:
         execution = Execution(self, run, flow, journal)
         self.executions[run.id] = execution
         execution.begin()
+        for entry in late:
+            execution.recorded(entry)
 
     def _hold(self, run: Run, reason: str) -> None:
         """A run that cannot be begun: a person must look."""
