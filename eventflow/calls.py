@@ -14,9 +14,6 @@ from eventflow.lineage import FlowTimer
 from eventflow.results import fingerprint
 from eventflow.task import Call
 
-CANCEL, TIMEOUT = "@cancel", "@timeout"
-"""Claims of the two orders."""
-
 
 class Child:
     """A call of a flow in a flow."""

@@ -20,14 +20,14 @@ import orjson
 
 from eventflow.attempt import run_hook
 from eventflow.blobs import LARGE
-from eventflow.calls import CANCEL, TIMEOUT, Child, Emission, Order, Target
+from eventflow.calls import Child, Emission, Order, Target
 from eventflow.claims import Claims
 from eventflow.clock import SECOND, microseconds
 from eventflow.errors import RunCancelled, RunTimedOut, StoreError, caught
 from eventflow.event import Event
 from eventflow.flow import Flow, RunContext, enter_run
 from eventflow.host import GONE
-from eventflow.journal import RAN, Entry, Journal, Kind, begun_afresh
+from eventflow.journal import CANCEL, RAN, TIMEOUT, Entry, Journal, Kind, begun_afresh
 from eventflow.lineage import FlowLoop, FlowTask, FlowTimer
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool

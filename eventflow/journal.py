@@ -57,6 +57,9 @@ START, RAN, AFRESH = "@start", "@ran", "@afresh"
 it. RAN: microseconds spent in memory before the attempt-th suspension, in `due_at`, for timeouts that count only those. AFRESH:
 the journal before this one was dropped, for the attempt-th time; it is the first entry of the new one."""
 
+CANCEL, TIMEOUT = "@cancel", "@timeout"
+"""Claims of the orders that reach a run from outside."""
+
 
 def begun_afresh(generation: int) -> Entry:
     """The first entry of a journal that replaces another of the same run."""

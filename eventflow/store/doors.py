@@ -12,7 +12,7 @@ import orjson
 
 from eventflow.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.event import Receipt
-from eventflow.journal import Entry, Kind
+from eventflow.journal import AFRESH, RAN, TIMEOUT, Entry, Kind, begun_afresh
 from eventflow.run import DEATHS, Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
@@ -45,6 +45,7 @@ def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
     """PENDING, due now. Children whose error the flow is to ask for again are retried with it: their answer must come anew."""
     forgiven = _forget(tx, row.id) if fresh else _forgive(tx, row.id)
     row.deaths = row.suspect = row.cancel_requested = 0
+    row.started_at = None  # a person gives it another life: its timeout counts anew
     row.reason = row.result = row.codec = row.error = row.orphans = None
     tx.wake(row)
     for child, claim, state in _children(tx, row.id):
@@ -55,9 +56,9 @@ def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
 
 
 def _forgive(tx: Transaction, run: int) -> set[str]:
-    """ERROR entries become FORGIVEN; what was asked of the old life (its cancel) is dropped. Returns the claims."""
+    """ERROR entries become FORGIVEN; what ended the old life (its cancel, its timeout) is dropped. Returns the claims."""
     entries = load_journal(tx.connection, run)
-    tx.connection.execute("DELETE FROM journal WHERE run = ? AND kind IN (1, 7)", (run,))
+    tx.connection.execute("DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR claim IN (?, ?))", (run, TIMEOUT, RAN))
     before = {(entry.claim, entry.attempt) for entry in entries if entry.kind is Kind.FORGIVEN}
     errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
@@ -77,7 +78,9 @@ def _forget(tx: Transaction, run: int) -> set[str]:
     """Drops the journal and ends what the old life started."""
     for child, _, _ in _children(tx, run):
         cancel(tx, child, "its parent was begun afresh")
+    lives = tx.connection.execute("SELECT max(attempt) FROM journal WHERE run = ? AND claim = ?", (run, AFRESH)).fetchone()
     forget(tx, run)
+    tx.add_entry(run, begun_afresh((lives[0] or 0) + 1))  # what it emits and starts from here on is new
     return set()
 
 

@@ -53,7 +53,7 @@ def know_events(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
 
 def _fetch_later(tx: Transaction, settles: Iterable[Settle]) -> None:
     """Which suspending runs have entries that their flow has not seen."""
-    asked = [(op.run, op.outcome.seen_batch) for op in settles if isinstance(op.outcome, Suspended)]
+    asked = [(op.run, op.outcome.seen_batch, op.outcome.entries) for op in settles if isinstance(op.outcome, Suspended)]
     for text in rows.later_entries.read(tx.connection, asked):
         tx.appended.update(rows.decode_ids(text))
 

@@ -220,8 +220,9 @@ finals = Bulk("SELECT json_group_array(json_array(run, claim)) FROM journal WHER
 
 later_entries = Bulk(
     "SELECT json_group_array(v.column1) FROM",
-    2,
-    "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)",
+    3,
+    "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)"
+    " OR (v.column3 > 0 AND (SELECT count(*) FROM journal WHERE run = v.column1) > v.column3)",
 )
 decode_pairs = msgspec.json.Decoder(list[tuple[int, str]]).decode
 decode_known = msgspec.json.Decoder(list[Known]).decode
