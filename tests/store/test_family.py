@@ -151,7 +151,7 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
     await ledger.append(parent, value("a#1"))
     await ledger.settle(parent, Failed(b"{}"))
     await ledger.store.retry(parent.id, fresh=True)
-    assert await ledger.store.load(parent.id) == []
+    assert [entry.claim for entry in await ledger.store.load(parent.id)] == ["@afresh"]
     assert await ledger.state(old) == "cancelled"
     (parent,) = await ledger.claimed()
     new = await start_child(ledger, parent)
