@@ -123,6 +123,23 @@ async def blocking(n: int) -> int:
     return n
 
 
+# --------------------------------------------------------------------------- families
+
+
+@flow
+async def child(n: int) -> int:
+    """Held up in memory in one life, and with nothing left to do in the next."""
+    if GATE == "child":
+        note("child")
+        await sleep(50)
+    return n
+
+
+@flow
+async def parent(n: int) -> int:
+    return await child(n)
+
+
 # --------------------------------------------------------------------------- time
 
 
@@ -170,5 +187,5 @@ async def bounded() -> None:
 app = App("gates", lifespan=lifespan, ballast=0, free_floor=int(os.environ.get("FLOOR", "0")))
 app.on(Webhook("/steps", verify="none", name="steps"), steps, where=matched)
 app.on("stepped", follow)
-for one in (poison, patient, stubborn, blocking, waits, bounded):
+for one in (poison, patient, stubborn, blocking, parent, waits, bounded):
     app.on(Webhook(f"/{one.name}", verify="none", name=one.name), one)
