@@ -218,10 +218,15 @@ class Found(NamedTuple):
     by: Counter[str]
 
 
-def search(folder: Path, seconds: float | None = None, jobs: int = 2, phases: Sequence[str] = PHASES) -> Found:
-    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly."""
+def search(
+    folder: Path, seconds: float | None = None, jobs: int = 2, phases: Sequence[str] = PHASES, after: float = 0.0
+) -> Found:
+    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly.
+    `after` leaves out so large a part of the order, which an earlier search has done."""
     templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in phases}
     points = [point for phase in phases for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)]
+    spread = _spread(points)
+    spread = spread[int(len(spread) * after) :]
     ends = None if seconds is None else time.monotonic() + seconds
     tried: list[tuple[Point, bool, list[str]]] = []
 
@@ -229,9 +234,11 @@ def search(folder: Path, seconds: float | None = None, jobs: int = 2, phases: Se
         n, point = numbered
         if ends is None or time.monotonic() < ends:
             tried.append((point, *kill_at(point, templates[point.phase], folder / f"kill-{n}")))
+            if len(tried) % 50 == 0:
+                print(f"  {len(tried)} of {len(spread)}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(attempt, enumerate(_spread(points))))
+        list(pool.map(attempt, enumerate(spread)))
     wrong = [sentence for _, _, found in tried for sentence in found]
     by = Counter(f"{point.phase}: {point.call} {point.path}" for point, _, _ in tried)
     return Found(len(points), len(tried), [point for point, killed, _ in tried if not killed], wrong, by)
@@ -249,9 +256,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=None, help="as many as that gives time for; default: all")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--phase", choices=PHASES, default=None, help="one phase; default: all")
+    parser.add_argument("--after", type=float, default=0.0, help="go on after this part of them, such as 0.5")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eventflow-syscalls-"))
-    found = search(folder, options.seconds, options.jobs, [options.phase] if options.phase else PHASES)
+    found = search(folder, options.seconds, options.jobs, [options.phase] if options.phase else PHASES, options.after)
     for name, n in sorted(found.by.items()):
         print(f"{n:6} {name}")
     print(*(f"did not come: {point}" for point in found.missed), sep="\n")
