@@ -108,7 +108,7 @@ def configure(
     undo = ExitStack()
     undo.callback(output.close)
     _take_logging(output, undo, alone=stream is not None)
-    if stream is not None or not structlog.is_configured():
+    if stream is not None or not _structlog_is_the_hosts():
         _take_structlog(output, number, undo)
     if capture:
         for name in ("stdout", "stderr"):
@@ -129,6 +129,19 @@ def _take_logging(output: Output, undo: ExitStack, *, alone: bool) -> None:
         undo.callback(LOGGER.removeHandler, output)
     root.addHandler(output)
     undo.callback(root.removeHandler, output)
+
+
+def _structlog_config() -> dict[str, Any]:
+    config = structlog.get_config()
+    return {**config, "processors": list(config["processors"])}
+
+
+_UNTOUCHED: Final = None if structlog.is_configured() else _structlog_config()
+
+
+def _structlog_is_the_hosts() -> bool:
+    """`structlog.testing.capture_logs` leaves structlog "configured", with the defaults it found: those are nobody's choice."""
+    return structlog.is_configured() and _structlog_config() != _UNTOUCHED
 
 
 def _take_structlog(output: Output, level: int, undo: ExitStack) -> None:

@@ -380,7 +380,10 @@ def test_embedded_lines_go_to_the_hosts_logging(caplog: pytest.LogCaptureFixture
 def test_capture_without_a_stream(
     kept: Kept, here: Where, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ):
-    """For tests: lines of a run are kept once, nothing is written, prints still show, and the host's handlers still hear."""
+    """For tests: lines of a run are kept once, nothing is written, prints still show, and the host's handlers still hear; also
+    after `capture_logs`, which leaves structlog configured."""
+    with structlog.testing.capture_logs():
+        pass
     with configure(stream=None), caplog.at_level(logging.INFO):
         print("printed")
         structlog.get_logger().info("bound")
