@@ -213,7 +213,7 @@ def _ended(server: Server, ident: str) -> tuple[float, str]:
 
 
 def _all_wait(server: Server, lives: Lives) -> bool:
-    """Whether all of WAITS are on their way, and the failure before the retry is on record: until then its body may run again."""
+    """Whether WAITS are on their way, and the failure before the retry is on record: until then its body may run again."""
     (run,) = server.get("/api/events/retry")["runs"]
     tasks = server.get(f"/api/runs/{run['id']}")["tasks"]
     return lives.ran()["forever"] == 2 and [each["state"] for each in tasks] == ["retrying"]
