@@ -7,7 +7,7 @@ or, for bytes it cannot read, `Undecodable`s; `Intake.accept` returns when they 
 import base64
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import msgspec
 import orjson
@@ -217,3 +217,44 @@ class Trigger(Protocol):
     def name(self) -> str: ...
 
     async def listen(self, intake: Intake) -> None: ...
+
+
+class Gauge(msgspec.Struct, frozen=True):
+    """A number that a trigger tells about its source, as it is now.
+
+    `name` is in snake_case and says its unit, where it has one (`lag_seconds`); `/metrics` shows it as
+    `eventflow_trigger_<name>`. Every gauge of one name has the same `labels` (a partition, a queue); `total` says what the
+    values of one name come to together.
+    """
+
+    name: str
+    value: float
+    labels: Mapping[str, str] = {}
+    total: Literal["sum", "max"] = "sum"
+
+
+@runtime_checkable
+class Gauged(Protocol):
+    """A trigger that tells how its source fares. Optional; shown by `/metrics`, `/api/triggers` and `eventflow ls triggers`.
+
+    Both are read on the loop of the way in, whenever somebody looks: they answer from memory and never raise.
+    """
+
+    @property
+    def condition(self) -> str | None:
+        """What keeps the source from its work, in a line ("connecting: no broker at kafka:9092"); None while nothing does."""
+        ...
+
+    def gauges(self) -> Sequence[Gauge]: ...
+
+
+def totals(gauges: Sequence[Gauge]) -> dict[str, float]:
+    """One number for each name: the sum or the largest, as its gauges say."""
+    found: dict[str, float] = {}
+    for gauge in gauges:
+        before = found.get(gauge.name)
+        if before is None:
+            found[gauge.name] = gauge.value
+        else:
+            found[gauge.name] = before + gauge.value if gauge.total == "sum" else max(before, gauge.value)
+    return found

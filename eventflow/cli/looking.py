@@ -20,7 +20,7 @@ COLUMNS = {
     "runs": ("id", "flow", "state", "attempts", "created_at", "finished_at", "subscription", "detail"),
     "events": ("id", "event_id", "trigger", "type", "received_at", "runs_started", "duplicates"),
     "flows": ("name", "subscriptions"),
-    "triggers": ("name", "kind", "state", "paused", "events", "duplicates", "last_event_at", "last_error"),
+    "triggers": ("name", "kind", "state", "paused", "events", "duplicates", "last_event_at", "gauges", "detail"),
     "dead": ("id", "event", "subscription", "at", "type", "reason"),
 }
 
@@ -59,7 +59,8 @@ def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) 
     elif kind == "events":
         asked |= {"type": options["event_type"], **{name: options[name] for name in ("trigger", "since", "until")}}
     page = asyncio.run(_page(_place(options), kind, asked))
-    rows = [{**row, "detail": _detail(row)} for row in page[kind]]
+    told = _trigger_told if kind == "triggers" else _run_told
+    rows = [{**row, **told(row)} for row in page[kind]]
     say(page, as_json, table(rows, COLUMNS[kind], f"no {kind}"))
 
 
@@ -72,10 +73,16 @@ async def _page(place: Place, kind: str, asked: dict[str, Any]) -> dict[str, Any
         return await api.get(f"/api/{kind}", **asked)
 
 
-def _detail(row: dict[str, Any]) -> str | None:
+def _run_told(row: dict[str, Any]) -> dict[str, Any]:
     """Why a run is as it is."""
     error = row.get("error")
-    return f"{error['type'].rpartition(':')[2]}: {error['message']}" if error else row.get("reason")
+    return {"detail": f"{error['type'].rpartition(':')[2]}: {error['message']}" if error else row.get("reason")}
+
+
+def _trigger_told(row: dict[str, Any]) -> dict[str, Any]:
+    """How its source fares: `lag_messages 12, lag_seconds 0.8`, and what keeps it from its work."""
+    gauges = ", ".join(f"{name} {value:.15g}" for name, value in row["totals"].items())
+    return {"gauges": gauges or None, "detail": row["condition"] or row["last_error"]}
 
 
 # --------------------------------------------------------------------------- show

@@ -310,9 +310,8 @@ class Api:
         paused = await app.store.paused()
         facts = {name: msgspec.structs.asdict(each) for name, each in app.house.reactor.health.items()}
         rows = [show.health(name, {**fact, "paused": name in paused}) for name, fact in facts.items()]
-        routes = {trigger.name: [cast(Route, r).path for r in getattr(trigger, "routes", ())] for trigger in app.triggers}
-        verified = {trigger.name: getattr(trigger, "verified", None) for trigger in app.triggers}
-        return Json({"triggers": [{**row, "paths": routes[row["name"]], "verified": verified[row["name"]]} for row in rows]})
+        own = {trigger.name: show.source(trigger) for trigger in app.triggers}
+        return Json({"triggers": [{**row, **own[row["name"]]} for row in rows]})
 
     async def pause(self, request: Request) -> Response:
         return await self._hold(request, True)

@@ -12,6 +12,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 from eventflow.clock import Clock
+from eventflow.event import Gauged
 from eventflow.web.served import Served
 
 STATES = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
@@ -32,7 +33,7 @@ class _Once:
 async def render(app: Served) -> tuple[bytes, str]:
     """The page and its content type."""
     counts = await app.store.counts()
-    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), await _lag(app)]
+    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), *_sources(app), await _lag(app)]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once(metrics))  # pyright: ignore[reportArgumentType]
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -80,6 +81,19 @@ def _triggers(app: Served) -> Iterator[Metric]:
             metric.add_metric([name], health[counted])
     yield up
     yield from counters.values()
+
+
+def _sources(app: Served) -> Iterator[Metric]:
+    """What triggers tell about their sources: lag and the like."""
+    metrics: dict[str, GaugeMetricFamily] = {}
+    for trigger in app.triggers:
+        for gauge in trigger.gauges() if isinstance(trigger, Gauged) else ():
+            name, labels = f"eventflow_trigger_{gauge.name}", {"trigger": trigger.name, **gauge.labels}
+            if name not in metrics:
+                said = f"{gauge.name.replace('_', ' ').capitalize()}, as the trigger tells."
+                metrics[name] = GaugeMetricFamily(name, said)
+            metrics[name].add_sample(name, labels, gauge.value)
+    yield from metrics.values()
 
 
 async def _lag(app: Served) -> Metric:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import orjson
 
+from eventflow.event import Gauged, Trigger, totals
 from eventflow.journal import Entry, Kind
 from eventflow.log import timestamp
 from eventflow.redaction import SECRETS
@@ -217,6 +218,19 @@ def dead(row: Mapping[str, Any]) -> dict[str, Any]:
 def health(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """A trigger and how it fares."""
     return {**facts, "name": name, "last_event_at": instant(facts["last_event_at"])}
+
+
+def source(trigger: Trigger) -> dict[str, Any]:
+    """What a trigger tells about itself: the paths it serves, whom it verifies, how its source fares."""
+    told = trigger if isinstance(trigger, Gauged) else None
+    gauges = told.gauges() if told else ()
+    return {
+        "paths": [route.path for route in getattr(trigger, "routes", ())],
+        "verified": getattr(trigger, "verified", None),
+        "condition": told.condition if told else None,
+        "gauges": [{"name": each.name, "value": each.value, **each.labels} for each in gauges],
+        "totals": totals(gauges),
+    }
 
 
 def line(stored: Mapping[str, Any]) -> dict[str, Any]:
