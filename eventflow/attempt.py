@@ -50,7 +50,11 @@ class Host(Protocol):
         """Whether what an attempt comes to may still be recorded."""
         ...
 
-    def append(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None: ...
+    def append(self, entry: Entry) -> None: ...
+
+    def came(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None:
+        """`append` for a body's value, and the events that its success publishes."""
+        ...
 
     def safely(self, step: Callable[..., None], *args: Any) -> None:
         """Calls `step`; what it raises is a fault that holds the run."""
@@ -212,7 +216,7 @@ class Attempts:
         entry = Entry(
             claim=call.claim, kind=Kind.VALUE, attempt=call.attempt, fingerprint=call.fingerprint, codec=codec, value=data
         )
-        self._host.append(entry, arrivals)
+        self._host.came(entry, arrivals)
         if call.task.options.on_success is not None:
             self._run_hook(call.task.options.on_success, value)
 

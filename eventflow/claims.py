@@ -4,8 +4,11 @@
     deliver  the next batch, whole, in its order, into the futures the flow awaits
     start    bodies, timers, children, emissions: once the flow is parked and nothing is left to deliver
     append   something ended: posted to the store; `recorded` when its commit comes back, and queued for delivery
+    came     the one value that the flow waits for: delivered at once, and recorded with what follows from it
 
-The executor makes one per run and says when. Deliveries come in the order of commits, live and replaying alike.
+The executor makes one per run and says when. Deliveries come in the order of commits, live and replaying alike. A value that
+came alone will have a commit of its own, so the flow may go on with it before: it gets what a replay will give it. Until that
+commit is durable nothing is started and nothing else recorded; if the flow ends meanwhile, value and outcome are one commit.
 """
 
 import asyncio
@@ -18,7 +21,7 @@ from typing import Any, Protocol
 from eventflow.attempt import Attempts, Host
 from eventflow.calls import Child, Emission, Order, Target
 from eventflow.errors import ArgumentsChanged, StoreError, caught
-from eventflow.journal import START, Entry, Journal, Kind
+from eventflow.journal import START, TIMEOUT, Entry, Journal, Kind
 from eventflow.lineage import FlowTimer
 from eventflow.log import get_logger
 from eventflow.results import decode_error, encode_error, fingerprint_diff
@@ -65,6 +68,9 @@ class Claims:
         self.waiting: dict[str, Target] = {}
         self.due: list[tuple[int, int, Entry, Target]] = []  # a heap by (batch, pos): recorded, and to be delivered
         self._starting: list[Target] = []
+        self._ahead: Entry | None = None  # delivered before its commit; `_behind` waits until that has come back
+        self._ahead_posted = False
+        self._behind: list[Append] = []
         self.began_at = self.pool.clock.now()
         self.now = journal.started_at or journal.first_at or self.began_at
         self._noted = journal.started_at is not None
@@ -185,8 +191,10 @@ class Claims:
     # ----------------------------------------------------------------- starting
 
     def start_all(self) -> None:
-        """Starts what is new, unless the worker drains."""
-        if self._starting and not self.pool.draining:
+        """Starts what is new, unless the worker drains; what the flow had of it ahead of its commit is made durable first."""
+        if self._ahead is not None:
+            self._commit_ahead()
+        elif self._starting and not self.pool.draining:
             starting, self._starting = self._starting, []
             for target in starting:
                 if target.claim in self.waiting:
@@ -244,6 +252,47 @@ class Claims:
             self.attempts.launch(call)
             self._master.rest()
 
+    # ----------------------------------------------------------------- ahead of the commit
+
+    def came(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None:
+        """Records a body's value, after the flow went on with it if that is all it waits for."""
+        if arrivals or not self._is_alone(entry.claim):
+            self.append(entry, arrivals)
+            return
+        entry.at = max(self.now, self.pool.clock.now())  # the flow's time from here on, so the store keeps it
+        self._ahead = entry
+        heapq.heappush(self.due, (self.journal.last_batch + 1, 0, entry, self.waiting.pop(entry.claim)))
+        self._master.wake()
+
+    def _is_alone(self, claim: str) -> bool:
+        """Whether this call is all that goes on in the run, so that its entry can share its commit with no other of the run."""
+        master, waiting = self._master, self.waiting
+        if self.due or self._starting or master.working or self._ahead is not None:
+            return False
+        others = len(waiting) - (TIMEOUT in waiting)
+        return others == 1 and claim in waiting and not (master.run.suspect or self.attempts.marked or self.pool.draining)
+
+    def take_ahead(self) -> tuple[Entry, ...]:
+        """What the flow had ahead of its commit, to be recorded with its outcome; nothing if it is on its way already."""
+        if self._ahead is None or self._ahead_posted:
+            return ()
+        entry, self._ahead = self._ahead, None
+        return (entry,)
+
+    def _commit_ahead(self) -> None:
+        if self._ahead is not None and not self._ahead_posted:
+            self._ahead_posted = True
+            run = self._master.run
+            self._master.working += 1
+            self.pool.store.post(Append(run.id, run.token, (self._ahead,)), self._caught_up, self.pool.loop)
+
+    def _caught_up(self, reply: Appended | Refused | StoreError) -> None:
+        self._ahead, self._ahead_posted = None, False
+        behind, self._behind = self._behind, []
+        for op in behind:
+            self.pool.store.post(op, self._appended, self.pool.loop)
+        self._appended(reply)
+
     # ----------------------------------------------------------------- recording
 
     def append(self, entry: Entry, arrivals: Iterable[Arrival] = (), children: Iterable[Run] = ()) -> None:
@@ -251,7 +300,10 @@ class Claims:
         self._master.working += 1
         run = self._master.run
         op = Append(run.id, run.token, (entry,), tuple(arrivals), tuple(children), run.suspect or self.attempts.marked)
-        self.pool.store.post(op, self._appended, self.pool.loop)
+        if self._ahead is not None:
+            self._behind.append(op)
+        else:
+            self.pool.store.post(op, self._appended, self.pool.loop)
 
     def _appended(self, reply: Appended | Refused | StoreError) -> None:
         master = self._master

@@ -58,7 +58,7 @@ class Execution:
         self.loop = FlowLoop(self, pool.loop, run.id)
         self.claims = Claims(self, journal)
         self.read_now = self.claims.read_now
-        self.append = self.claims.append
+        self.append, self.came = self.claims.append, self.claims.came
         self._root: FlowTask | None = None
         self._ending: Outcome | None = None
         self._unwound = 0
@@ -391,11 +391,12 @@ class Execution:
 
     def _settle(self, outcome: Outcome) -> None:
         self._ending = outcome
+        ahead = self.claims.take_ahead()
         if isinstance(outcome, Interrupted) and self._counts_memory() and not self._counted:
             self._note_time_in_memory()
         self._finish_up()
         run = self.run
-        op = Settle(run.id, run.token, outcome, self._parents_entry(outcome), run.parent)
+        op = Settle(run.id, run.token, outcome, self._parents_entry(outcome), run.parent, ahead)
         self.pool.store.post(op, partial(self.pool.settled, self, outcome), self.pool.loop)
 
     def _finish_up(self) -> None:
@@ -419,7 +420,7 @@ class Execution:
         self.loop.host = GONE
         self.here.replaying = None
         self._root = self._grace = self._check = None
-        del self.claims, self.append
+        del self.claims, self.append, self.came
 
     def hook(self, hook: Callable[..., Any], *args: Any) -> Coroutine[Any, Any, None]:
         """A hook of the flow, to be told of the outcome by the worker."""

@@ -60,7 +60,7 @@ class Append(msgspec.Struct):
     """Way through: journal entries of one run, with events they emit (`arrivals`) and child runs they start (`children`).
 
     Reply: `Appended`, or `Refused` when the token is stale (nothing was written, the arrivals neither) or an entry of
-    the same identity is already there. The entries come back with `batch`, `pos` and `at` set.
+    the same identity is already there. The entries come back with `batch`, `pos` and `at` set (an `at` that is given stays).
     Appending to a run clears its `suspect` and `deaths` when `proof` is true (the run was a suspect).
     """
 
@@ -83,7 +83,8 @@ class Settle(msgspec.Struct):
     """The end of one claim of a run, by its one outcome. Reply: `Settled` or `Refused`.
 
     For a child with a parent, the same transaction writes the parent's journal entry: `answer`, an unnumbered VALUE or ERROR
-    entry for `parent_claim` of run `parent`. A WAITING parent becomes PENDING, due now.
+    entry for `parent_claim` of run `parent`. A WAITING parent becomes PENDING, due now. `entries` are the run's own, recorded
+    just before the outcome.
     """
 
     run: int
@@ -91,6 +92,7 @@ class Settle(msgspec.Struct):
     outcome: Outcome
     answer: Entry | None = None
     parent: int | None = None
+    entries: Sequence[Entry] = ()
 
 
 class Claim(msgspec.Struct):

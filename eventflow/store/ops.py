@@ -132,7 +132,7 @@ def _append(tx: Transaction, op: Append) -> Appended | Refused:
     if isinstance(row, Refused):
         return row
     if tx.probe and _recorded(tx, op):
-        return Refused(f"run {show_id(op.run)} has an entry of the same claim, attempt and kind already")
+        return _again(op)
     entries = [tx.add_entry(op.run, entry) for entry in op.entries]
     receipts = [arrive(tx, arrival) for arrival in op.arrivals]
     for child in op.children:
@@ -143,9 +143,13 @@ def _append(tx: Transaction, op: Append) -> Appended | Refused:
     return Appended(tx.batch, tx.at, entries, receipts)
 
 
-def _recorded(tx: Transaction, op: Append) -> bool:
+def _recorded(tx: Transaction, op: Append | Settle) -> bool:
     asked = [(op.run, entry.claim, entry.attempt, int(entry.kind)) for entry in op.entries]
     return len(set(asked)) < len(asked) or any(rows.known_entries.read(tx.connection, asked))
+
+
+def _again(op: Append | Settle) -> Refused:
+    return Refused(f"run {show_id(op.run)} has an entry of the same claim, attempt and kind already")
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
@@ -170,6 +174,10 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Refused:
     row = _fenced(tx, op)
     if isinstance(row, Refused):
         return row
+    if op.entries and tx.probe and _recorded(tx, op):
+        return _again(op)
+    for entry in op.entries:
+        tx.add_entry(op.run, entry)
     _end_claim(tx, row, op.outcome)
     taken = answer(tx, row, op.answer) if op.answer is not None and op.parent == row.parent else None
     return Settled(tx.batch, tx.at, taken)

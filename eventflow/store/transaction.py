@@ -128,7 +128,7 @@ class Transaction:
 
     def add_entry(self, run: int, entry: Entry) -> Entry:
         """Numbers the entry and queues it."""
-        entry.batch, entry.pos, entry.at = self.batch, self._pos, self.at
+        entry.batch, entry.pos, entry.at = self.batch, self._pos, entry.at or self.at
         self._pos += 1
         self._entries.append(rows.entry_row(run, entry))
         self.appended.add(run)

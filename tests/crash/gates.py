@@ -53,7 +53,7 @@ async def second(n: int) -> int:
 async def steps(n: int) -> int:
     gate("claimed")
     value = await first(n)
-    gate("journaled")
+    gate("value came")
     await emit("stepped", {"n": n})
     gate("emitted")
     return await second(value)

@@ -112,8 +112,8 @@ GATES = {
     "K8 claimed": ("claimed", {"first": 1, "second": 1}, 1),
     "K10 body runs": ("body runs", {"first": 2, "second": 1}, 1),
     "K11 effect done": ("effect done", {"first": 2, "second": 1}, 2),
-    "K12 journaled": ("journaled", {"first": 1, "second": 1}, 1),
-    "K13 next task": ("next task", {"first": 1, "second": 2}, 1),
+    "K11 value came": ("value came", {"first": 2, "second": 1}, 2),
+    "K12 K13 next task": ("next task", {"first": 1, "second": 2}, 1),
     "K15 published": ("emitted", {"first": 1, "second": 1}, 1),
 }
 """Seam: its gate, how often each body begins in all, and how often `first` has its effect."""

@@ -134,6 +134,7 @@ class Bench:
 
     def post(self, op: Any, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
         if isinstance(op, Settle):
+            self.kept.extend(op.entries)
             self.outcome = op.outcome
             return
         self._posted.append((op, reply))
@@ -152,7 +153,7 @@ class Bench:
             if self.crash_after < 0:
                 raise Crash
         for pos, entry in enumerate(entries):
-            entry.batch, entry.pos, entry.at = self.batch, pos, self.time
+            entry.batch, entry.pos, entry.at = self.batch, pos, entry.at or self.time
             self.kept.append(entry)
         for op, reply in chosen:
             reply(Appended(self.batch, self.time, op.entries))

@@ -74,7 +74,7 @@ def test_p5_a_crash_after_any_commit_twice_over_comes_to_the_same_result() -> No
         assert world.published == [(f"{run_name(row)}/emit:told#0", "told")]
         assert [r.state for r in world.rows.values()] == [State.COMPLETED] * 2
 
-    assert at_every_commit(lambda world: world.add(several, first=1), check) >= 12
+    assert at_every_commit(lambda world: world.add(several, first=1), check) >= 10
 
 
 def run_name(row: Row) -> str:
@@ -372,7 +372,7 @@ async def parent(number: int) -> list[Any]:
 
 def test_a_parent_waits_without_memory_and_gets_its_childrens_values() -> None:
     """A child is a run of its own; its answer wakes the parent, in whatever order and after whatever crash."""
-    assert at_every_commit(lambda world: world.add(parent, number=1)) > 5
+    assert at_every_commit(lambda world: world.add(parent, number=1)) >= 5
     world = World()
 
     @flow

@@ -327,12 +327,14 @@ class World:
         return Appended(self.batch, self.time, op.entries)
 
     def _add(self, row: Row, entry: Entry) -> None:
-        entry.batch, entry.pos, entry.at = self.batch, self._pos, self.time
+        entry.batch, entry.pos, entry.at = self.batch, self._pos, entry.at or self.time
         self._pos += 1
         row.journal.append(msgspec.structs.replace(entry))
         row.known.add((entry.claim, entry.attempt, entry.kind))
 
     def _settle(self, row: Row, op: Settle) -> Settled:
+        for entry in op.entries:
+            self._add(row, entry)
         row.outcome = op.outcome
         match op.outcome:
             case Suspended(until, seen):

@@ -1,29 +1,26 @@
 """Which names in a landing directory count: globs, ignore patterns, markers, and how a name is written in JSON.
 
 Pure questions on relative POSIX paths as bytes (a file name on Linux is bytes); `tree.py` asks them while it walks,
-`landing.py` when it makes an event. A glob without a slash is matched against names at any depth, one with a slash against
-the whole relative path; a leading slash means the top level. `*` and `?` stop at a slash, `**` does not.
+`landing.py` when it makes an event. Globs are those of `globs.py`.
 """
 
 import base64
 import re
 from collections.abc import Sequence
 
+from triggers.globs import compile_globs
+
 IGNORED = (".*", "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", "*.swp", "~$*")
 """What writers call a file that is not complete yet, and names that are nobody's data."""
-
-_TOKENS = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^\]]*\])")
-_WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-
 
 class Names:
     """The selection of one `Directory`: what it takes, what it enters, and the marker a file waits for."""
 
     def __init__(self, pattern: str | Sequence[str], ignore: Sequence[str], marker: str | None) -> None:
-        self._take = _compile([pattern] if isinstance(pattern, str) else pattern)
-        self._ignore = _compile(ignore)
+        self._take = compile_globs([pattern] if isinstance(pattern, str) else pattern)
+        self._ignore = compile_globs(ignore)
         self._marker = marker
-        self._markers = _compile([_marker_glob(marker)] if marker else [])
+        self._markers = compile_globs([_marker_glob(marker)] if marker else [])
 
     def enters(self, directory: bytes) -> bool:
         """Whether a directory is walked into; its parents are taken to have been asked."""
@@ -58,25 +55,6 @@ class Names:
 def _marker_glob(marker: str) -> str:
     parts = re.split(r"\{name\}|\{stem\}", marker)
     return "*".join(re.sub(r"([*?\[])", r"[\1]", part) for part in parts)
-
-
-def _compile(globs: Sequence[str]) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{_regex(glob)})" for glob in globs) or r"(?!)", re.DOTALL)
-
-
-def _regex(glob: str) -> str:
-    anywhere = "" if "/" in glob else "(?:.*/)?"
-    return anywhere + "".join(map(_token, _TOKENS.split(glob.removeprefix("/"))))
-
-
-def _token(token: str) -> str:
-    if token in _WILD:
-        return _WILD[token]
-    if len(token) > 2 and token[0] == "[" and token[-1] == "]":
-        negated = token[1] == "!"
-        body = re.sub(r"([\[\]\\&~|^])", r"\\\1", token[2 if negated else 1 : -1])
-        return f"[^/{body}]" if negated else f"[{body}]"
-    return re.escape(token)
 
 
 def _text(path: bytes) -> str:
