@@ -8,6 +8,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 ARGS ?=
 
+# S3, SQS and the like for the tests: stand-ins of AWS, apart because they pin a botocore of their own.
+AWS := .venv-aws
+STANDINS := 'ministack>=1.5.33' 'moto[server]>=5.2.5'
+
 .PHONY: help demo test bench lint format clean
 .DEFAULT_GOAL := help
 
@@ -17,7 +21,7 @@ help:  ## This list
 demo: $(VENV)/.core  ## Starts a server with a webhook, sends it events, and shows the runs
 	$(BIN)/eventflow demo $(ARGS)
 
-test: $(VENV)/.dev  ## The whole test suite, on real parts
+test: $(VENV)/.dev $(AWS)/.made  ## The whole test suite, on real parts
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/.dev  ## The measures of docs/benchmarks.md; ARGS="W1 --quick" picks
@@ -33,8 +37,8 @@ format: $(VENV)/.dev  ## Puts the code in the house's form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:  ## Removes the virtual environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .eventflow
+clean:  ## Removes the virtual environments and everything built
+	rm -rf $(VENV) $(AWS) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache .eventflow
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -48,3 +52,8 @@ $(VENV)/.core: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(PIP) install --editable '.[dev]'
 	@touch $@ $(VENV)/.core
+
+$(AWS)/.made: Makefile | $(BIN)/python
+	test -x $(AWS)/bin/python || $(BIN)/python -m venv $(AWS)
+	$(AWS)/bin/python -m pip --disable-pip-version-check --quiet install $(STANDINS)
+	@touch $@

@@ -41,7 +41,7 @@ from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import TABLE
 from tests.conftest import wait_until
 from tests.served import serving
-from triggers import Directory, Webhook
+from triggers import S3, Directory, Webhook
 from triggers.signatures import HMAC, GitLab, Token
 
 ROOT = Path(__file__).parent.parent
@@ -356,6 +356,7 @@ CALLABLES: list[tuple[Any, str]] = [
     (Token, "guides/webhook.md"),
     (GitLab, "guides/webhook.md"),
     (Directory, "guides/files.md"),
+    (S3, "guides/s3.md"),
     (running, "guides/testing.md"),
 ]
 INNER = {"clock", "entropy", "sink", "passive", "own_loop"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triggers.files import Directory, delete, move
+    from triggers.s3 import S3, minio_id, minio_object
     from triggers.signatures import (
         HMAC,
         Bearer,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "triggers.files": ("Directory", "delete", "move"),
+    "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.signatures": (
         "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
     ),
@@ -36,6 +38,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "HMAC",
+    "S3",
     "Bearer",
     "Directory",
     "GitHub",
@@ -49,6 +52,8 @@ __all__ = [
     "Webhook",
     "delete",
     "env",
+    "minio_id",
+    "minio_object",
     "move",
 ]
 

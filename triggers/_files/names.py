@@ -13,6 +13,7 @@ from triggers.globs import compile_globs
 IGNORED = (".*", "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", "*.swp", "~$*")
 """What writers call a file that is not complete yet, and names that are nobody's data."""
 
+
 class Names:
     """The selection of one `Directory`: what it takes, what it enters, and the marker a file waits for."""
 

@@ -1,0 +1,112 @@
+"""Objects that arrive in a bucket, on real servers over HTTP: what is an event, when, and that none is lost or made twice."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from eventflow.event import Event, Trigger
+from tests.aws import Aws, Bucket, Queue, ministack, moto
+from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
+from triggers.s3 import S3
+
+__all__ = ["ministack", "moto"]
+
+QUICK: dict[str, Any] = {"poll": 0.1, "wait": 1.0, "visibility": 2.0}
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def aws(request: pytest.FixtureRequest) -> Aws:
+    """Each of the servers."""
+    return request.getfixturevalue(request.param)
+
+
+# --------------------------------------------------------------------------- the contract
+
+
+class QueueHarness:
+    """A bucket with a queue; an item is an object, acknowledged when no message is left."""
+
+    def __init__(self, aws: Aws, **options: Any) -> None:
+        self.aws, self.options, self.offered = aws, options, set[str]()
+
+    @asynccontextmanager
+    async def source(self) -> AsyncIterator[None]:
+        self.bucket = Bucket(self.aws)
+        self.queue = self.bucket.queue()
+        yield
+
+    def trigger(self) -> Trigger:
+        return S3(self.bucket.name, queue=self.queue.url, name="arrivals", **{**QUICK, **self.aws.options, **self.options})
+
+    async def offer(self, keys: Sequence[str]) -> None:
+        self.offered |= set(keys)
+        for key in keys:
+            await asyncio.to_thread(self.bucket.put, key, key)
+
+    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+        for item in list(ledger.kept.values()):
+            assert isinstance(item, Event) and item.time is not None
+            data = item.data
+            more = {"size": data["size"], "eTag": data["etag"], "sequencer": data["sequencer"], "versionId": data["version"]}
+            record = self.bucket.record("ObjectCreated:Put", data["key"], **{k: v for k, v in more.items() if v})
+            self.queue.send({"Records": [{**record, "eventTime": item.time.isoformat()}]})
+
+    def key(self, item: Item) -> str:
+        return item.data["key"]  # type: ignore[union-attr]
+
+    async def acknowledged(self, ledger: Ledger) -> set[str]:
+        return set() if await asyncio.to_thread(lambda: self.queue.left) else set(self.offered)
+
+
+class BothHarness(QueueHarness):
+    """A queue, here behind a topic, and sweeps beside it. A second queue on the topic keeps copies of what was told."""
+
+    def __init__(self, aws: Aws) -> None:
+        super().__init__(aws, reconcile=0.3)
+
+    @asynccontextmanager
+    async def source(self) -> AsyncIterator[None]:
+        self.bucket = Bucket(self.aws)
+        self.queue, self.copies = self.bucket.queue(through="sns"), Queue(self.aws)
+        self.aws.sns.subscribe(TopicArn=self.bucket.topic, Protocol="sqs", Endpoint=self.copies.arn)
+        yield
+
+    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+        for body in await asyncio.to_thread(self.copies.take):
+            self.queue.send(body)
+
+
+class SweepHarness(QueueHarness):
+    """A bucket that is polled; an object is acknowledged when the cursor holds it."""
+
+    @asynccontextmanager
+    async def source(self) -> AsyncIterator[None]:
+        self.bucket = Bucket(self.aws)
+        yield
+
+    def trigger(self) -> Trigger:
+        return S3(self.bucket.name, name="arrivals", **{**QUICK, **self.aws.options, **self.options})
+
+    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+        for key in keys:
+            del ledger.cursors[f"o:{key}"]
+
+    async def acknowledged(self, ledger: Ledger) -> set[str]:
+        return {key.removeprefix("o:") for key in ledger.cursors if key.startswith("o:")}
+
+
+@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
+@pytest.mark.parametrize("way", ["queue", "sweep", "both"])
+def test_contract(promise: Promise, way: str, aws: Aws):
+    """A bucket keeps the promises of every trigger: by a queue, by sweeps, and by both together."""
+    asyncio.run(promise({"queue": QueueHarness, "sweep": SweepHarness, "both": BothHarness}[way](aws)))
+
+
+def test_name_is_stable():
+    """The name comes from bucket and prefix, or from the queue, or is given."""
+    is_stable_name(S3("lake", prefix="in/"), S3("lake", prefix="in/"))
+    assert S3("lake", prefix="in/").name == "s3:lake/in" and S3("lake", name="x").name == "x"
+    assert S3(queue="arn:aws:sqs:eu-west-1:1:arrivals").name == S3(queue="https://sqs/1/arrivals").name == "s3:arrivals"
