@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triggers.files import Directory, delete, move
+    from triggers.kafka import Kafka, record_headers
     from triggers.s3 import S3, minio_id, minio_object
     from triggers.signatures import (
         HMAC,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "triggers.files": ("Directory", "delete", "move"),
+    "triggers.kafka": ("Kafka", "record_headers"),
     "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.signatures": (
         "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
@@ -43,6 +45,7 @@ __all__ = [
     "Directory",
     "GitHub",
     "GitLab",
+    "Kafka",
     "MLflow",
     "Shopify",
     "Slack",
@@ -55,6 +58,7 @@ __all__ = [
     "minio_id",
     "minio_object",
     "move",
+    "record_headers",
 ]
 
 

@@ -11,7 +11,9 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import msgspec
 
 from eventflow.clock import Clock
 from eventflow.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
@@ -54,13 +56,13 @@ class Errand:
         self.make = make
 
 
-class Item(NamedTuple):
+class Item(msgspec.Struct, gc=False):
     op: "Op | Call | Errand"
     reply: Callable[[Any], None]
     loop: asyncio.AbstractEventLoop
 
 
-class Word(NamedTuple):
+class Word(msgspec.Struct, gc=False):
     """Something to call on a loop once a batch is over."""
 
     loop: asyncio.AbstractEventLoop
@@ -111,7 +113,8 @@ class Writer:
             if not closed:
                 self._queue.append(item)
         if not closed:
-            self._posted.set()
+            if not self._posted.is_set():  # `set` takes a lock each time, and a busy writer is posted to thousands of times
+                self._posted.set()
         else:
             _send([Word(item.loop, item.reply, (self.failed or StoreError(f"the store {self._path} is closed"),))])
 
