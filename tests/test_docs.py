@@ -41,7 +41,7 @@ from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import TABLE
 from tests.conftest import wait_until
 from tests.served import serving
-from triggers import S3, Directory, Webhook
+from triggers import S3, Directory, Kafka, Webhook
 from triggers.signatures import HMAC, GitLab, Token
 
 ROOT = Path(__file__).parent.parent
@@ -352,6 +352,7 @@ CALLABLES: list[tuple[Any, str]] = [
     (Task.map, "guides/flows.md"),
     (Retry, "guides/flows.md"),
     (Webhook, "guides/webhook.md"),
+    (Kafka, "guides/kafka.md"),
     (HMAC, "guides/webhook.md"),
     (Token, "guides/webhook.md"),
     (GitLab, "guides/webhook.md"),

