@@ -12,6 +12,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class Bucket:
 
     def put(self, key: str, body: bytes | str = b"data") -> None:
         self.aws.s3.put_object(Bucket=self.name, Key=key, Body=body)
+
+    def fill(self, keys: Sequence[str]) -> None:
+        """Puts many small objects, several at a time."""
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.put, keys))
 
     def put_in_parts(self, key: str, parts: Sequence[bytes]) -> None:
         """A multi-part upload, part by part."""

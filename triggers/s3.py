@@ -198,12 +198,21 @@ def minio_id(headers: Mapping[str, str], body: bytes) -> str | None:
     return identity(found[0]) if found else None
 
 
-def minio_object(event: Event) -> dict[str, Any]:
-    """For `app.on(Webhook(...), flow, params=minio_object)`: the six fields that an `S3` event has, from MinIO's message."""
-    found = _notices(event.data)
-    if not found:
-        raise ValueError("expected a record of an object, found none")
-    return shape(found[0])
+def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
+    """For `app.on(Webhook(...), flow, params=minio_object("bucket", "key"))`: what an `S3` event has, from MinIO's message.
+
+    `fields` are those that the flow takes, of `bucket`, `key`, `size`, `etag`, `version`, `sequencer`; none means all six.
+    """
+    if unknown := set(fields) - set(shape(Notice(action="created", bucket="", key=""))):
+        raise UsageError(f"minio_object: expected fields of an S3 event, found {', '.join(sorted(unknown))}")
+
+    def params(event: Event) -> dict[str, Any]:
+        found = _notices(event.data)
+        if not found:
+            raise ValueError("expected a record of an object, found none")
+        return {name: value for name, value in shape(found[0]).items() if not fields or name in fields}
+
+    return params
 
 
 def _notices(found: Any) -> list[Notice]:

@@ -9,12 +9,11 @@ import pytest
 
 from eventflow.event import Event, Trigger
 from tests.aws import Aws, Bucket, Queue, ministack, moto
+from tests.triggers.buckets import QUICK
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from triggers.s3 import S3
 
 __all__ = ["ministack", "moto"]
-
-QUICK: dict[str, Any] = {"poll": 0.1, "wait": 1.0, "visibility": 2.0}
 
 
 @pytest.fixture(params=["ministack", "moto"])

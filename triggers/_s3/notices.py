@@ -48,14 +48,14 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
-class Tested(msgspec.Struct, frozen=True):
+class SettingsSaved(msgspec.Struct, frozen=True):
     """S3's test message: somebody saved the notification settings of this bucket."""
 
     bucket: str
 
 
-def read_notices(body: Any) -> list[Notice] | Tested:
-    """The notices in a message (text, or JSON already read), in order; `Tested` for S3's test message.
+def read_notices(body: Any) -> list[Notice] | SettingsSaved:
+    """The notices in a message (text, or JSON already read), in order; `SettingsSaved` for S3's test message.
 
     ValueError says what it is instead.
     """
@@ -65,14 +65,14 @@ def read_notices(body: Any) -> list[Notice] | Tested:
         raise ValueError(f"expected a notification from S3, found no JSON: {error}") from None
 
 
-def _read(found: Any, left: int) -> list[Notice] | Tested:
+def _read(found: Any, left: int) -> list[Notice] | SettingsSaved:
     if not isinstance(found, dict) or not left:
         raise ValueError(f"expected a notification from S3, found {_shown(found)}")
     message = cast(dict[str, Any], found)
     if isinstance(message.get("Records"), list):
         return [_record(record) for record in message["Records"]]
     if message.get("Event") == "s3:TestEvent":
-        return Tested(str(message.get("Bucket", "")))
+        return SettingsSaved(str(message.get("Bucket", "")))
     if isinstance(inner := message.get("Message"), str) and "TopicArn" in message:
         try:
             return _read(orjson.loads(inner), left - 1)
@@ -117,7 +117,7 @@ def _notice(bucket: str, key: str, name: str, thing: Mapping[str, Any], time: ob
     return Notice(
         action=action,
         bucket=bucket,
-        key=_text(key),
+        key=key,
         size=size if action == "created" and isinstance(size, int) else None,
         etag=etag or None if action == "created" else None,
         version=None if version in (None, "null") else str(version),
@@ -131,11 +131,6 @@ _ACTIONS: Mapping[str, Action] = {
     "ObjectCreated": "created", "ObjectRemoved": "removed", "LifecycleExpiration": "removed",
     "Object Created": "created", "Object Deleted": "removed",
 }  # fmt: skip
-
-
-def _text(key: str) -> str:
-    """A key that can be written as UTF-8; EventBridge's JSON may carry lone surrogates."""
-    return key.encode("utf-8", "backslashreplace").decode()
 
 
 def _time(text: object) -> datetime | None:
@@ -228,7 +223,7 @@ class Listed(msgspec.Struct, frozen=True):
 def to_listed(entry: Mapping[str, Any]) -> Listed:
     modified = entry.get("LastModified")
     at = to_us(modified if modified.tzinfo else modified.replace(tzinfo=UTC)) if isinstance(modified, datetime) else 0
-    return Listed(_text(str(entry["Key"])), int(entry.get("Size") or 0), str(entry.get("ETag") or "").strip('"'), at)
+    return Listed(str(entry["Key"]), int(entry.get("Size") or 0), str(entry.get("ETag") or "").strip('"'), at)
 
 
 def listed_identity(bucket: str, found: Listed) -> str:

@@ -19,7 +19,7 @@ from eventflow.event import Event, Gauge, Undecodable
 from triggers._s3.clients import FAILURES, Caller
 from triggers._s3.desk import Desk, Options
 from triggers._s3.folders import Folders
-from triggers._s3.notices import Notice, Tested, is_older, read_notices, to_event
+from triggers._s3.notices import Notice, SettingsSaved, is_older, read_notices, to_event
 from triggers._s3.seen import Mark, Owed, Seen, marked_by, owed_to, to_cursor
 
 BATCH = 10
@@ -171,7 +171,7 @@ class Queue:
         except ValueError as error:
             raw = body.encode("utf-8", "surrogatepass")
             return Undecodable(id=message["MessageId"], source=self._url, body=raw, error=str(error))
-        if isinstance(found, Tested):
+        if isinstance(found, SettingsSaved):
             self._tally.tested = found.bucket
             self._log.info("bucket.tested", bucket=found.bucket, queue=self._url)
             return []

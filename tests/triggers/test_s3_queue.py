@@ -1,0 +1,406 @@
+"""Notifications from SQS, as real servers send and keep them: every wrapping, duplicates, order, failures, slow recording."""
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+
+from eventflow.errors import SourceError, StoreFailed, StoreFull
+from tests.aws import Aws, Bucket, Queue, ministack, moto
+from tests.conftest import eventually
+from tests.faulty import EXPIRED, HANG_UP, SLOW_DOWN, THROTTLED, action, proxied
+from tests.triggers.buckets import Landing, landing
+from tests.triggers.contract import Ledger, listening, reopening
+
+__all__ = ["ministack", "moto"]
+
+ODD = "in/a b+c é 漢 %2B=&#?;'\"😀\u202e.csv"
+"""A key with what encodings get wrong: spaces, plus, percent, quotes, four bytes of UTF-8, a right-to-left override."""
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def aws(request: pytest.FixtureRequest) -> Aws:
+    """Each of the servers."""
+    return request.getfixturevalue(request.param)
+
+
+def envelope(*records: dict[str, Any]) -> dict[str, Any]:
+    return {"Records": list(records)}
+
+
+# --------------------------------------------------------------------------- wrappings
+
+
+@pytest.mark.parametrize("through", ["", "sns", "eventbridge"])
+def test_s9_every_wrapping_is_one_shape(aws: Aws, through: str):
+    """Straight, through SNS and through EventBridge (either spelling of the ETag): the same six fields, the key decoded."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        queue = bucket.queue(through=through)
+        async with landing(aws, bucket.name, queue=queue.url) as here:
+            bucket.put(ODD, b"hello")
+            await here.has(ODD)
+            (event,) = here.events
+            assert event.type == "io.eventflow.s3.object.created" and event.source == f"s3://{bucket.name}"
+            assert event.subject == ODD and event.time is not None
+            assert list(event.data) == ["bucket", "key", "size", "etag", "version", "sequencer"]
+            assert event.data["bucket"] == bucket.name and event.data["size"] == 5
+            assert event.data["etag"] == "5d41402abc4b2a76b9719d911017c592" and event.data["version"] is None
+            await here.emptied(queue)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("through", ["", "sns"])
+def test_s3_the_test_event_is_deleted_and_shown(aws: Aws, through: str):
+    """S3's test message, straight and inside SNS, is no event; it is deleted, and says that the wiring works."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        queue = bucket.queue(through=through)
+        assert queue.left == 1
+        async with landing(aws, bucket.name, queue=queue.url) as here:
+            await here.emptied(queue)
+            assert here.trigger.last_test_event == bucket.name
+            assert here.said("bucket.tested") and not here.ledger.kept
+
+    asyncio.run(main())
+
+
+def test_several_records_in_one_message(ministack: Aws):
+    """A message with several records is as many events, and is deleted once all are recorded."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        records = [bucket.record("ObjectCreated:Put", f"k{n}", sequencer=f"0{n}") for n in range(3)]
+        queue.send(envelope(*records))
+        async with landing(ministack, bucket.name, queue=queue.name) as here:
+            await here.has("k0", "k1", "k2")
+            await here.emptied(queue)
+
+    asyncio.run(main())
+
+
+def test_what_is_no_notification_is_a_dead_letter(ministack: Aws):
+    """Bytes that are no notification are kept as dead letters with the reason, and deleted; what follows is not held up."""
+    bodies = [
+        "not json", '"text"', "[1]", "{}", '{"Records": [{"eventName": 3}]}', '{"Records": [null]}',
+        '{"TopicArn": "a", "Message": "x"}', '{"source": "aws.ec2", "detail": {}}', json.dumps({"x": "\ud800"}),
+    ]  # fmt: skip
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        for body in bodies:
+            queue.send(body)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "good")))
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            await here.has("good")
+            await here.emptied(queue)
+            assert sorted(item.body.decode() for item in here.dead) == sorted(bodies)
+            assert all("expected" in item.error for item in here.dead)
+
+    asyncio.run(main())
+
+
+def test_other_keys_are_counted_not_lost_silently(ministack: Aws):
+    """Notices of other buckets, prefixes and folders are deleted, start nothing, and are counted."""
+
+    async def main() -> None:
+        bucket, other, queue = Bucket(ministack), Bucket(ministack), Queue(ministack)
+        for record in (
+            bucket.record("ObjectCreated:Put", "out/a.csv"), bucket.record("ObjectCreated:Put", "in/a.txt"),
+            bucket.record("ObjectCreated:Put", "in/folder.csv/"), other.record("ObjectCreated:Put", "in/a.csv"),
+            bucket.record("ObjectRestore:Completed", "in/a.csv"), bucket.record("ObjectRemoved:Delete", "in/a.csv"),
+        ):  # fmt: skip
+            queue.send(envelope(record))
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "in/a.csv")))
+        async with landing(ministack, bucket.name, queue=queue.url, prefix="in/", suffix=".csv") as here:
+            await here.emptied(queue)
+            assert here.keys == ["in/a.csv"]
+            assert {gauge.name: gauge.value for gauge in here.trigger.gauges()}["filtered_notices"] == 6
+
+    asyncio.run(main())
+
+
+def test_a_queue_by_its_arn_for_any_bucket(ministack: Aws):
+    """A queue is found by URL, name or ARN, and without a bucket it serves every bucket it tells of."""
+
+    async def main() -> None:
+        one, two, queue = Bucket(ministack), Bucket(ministack), Queue(ministack)
+        queue.send(envelope(one.record("ObjectCreated:Put", "a"), two.record("ObjectCreated:Put", "b")))
+        async with landing(ministack, None, queue=queue.arn) as here:
+            await here.has("a", "b")
+            assert [event.source for event in here.events] == [f"s3://{one.name}", f"s3://{two.name}"]
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- versions, duplicates, order
+
+
+def test_s5_one_notice_in_two_messages_is_one_event(ministack: Aws):
+    """The same notice in two messages is recorded once; both are deleted."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        record = bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E5")
+        for wrapped in (envelope(record), {"TopicArn": "t", "Message": json.dumps(envelope(record))}):
+            queue.send(wrapped)
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            await here.emptied(queue)
+            assert here.keys == ["a"] and len(here.ledger.offered) == 2
+
+    asyncio.run(main())
+
+
+def test_s8_versions_with_equal_content_are_two_events(ministack: Aws):
+    """In a versioned bucket, two uploads with equal content are two events; their versions differ."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack, versioned=True)
+        queue = bucket.queue()
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            bucket.put("a")
+            bucket.put("a")
+            await here.has("a", "a")
+            assert len({event.data["version"] for event in here.events}) == 2
+            assert len({event.data["etag"] for event in here.events}) == 1
+
+    asyncio.run(main())
+
+
+def test_overwrites_are_events(ministack: Aws):
+    """Each overwrite is an event, also back to an earlier content; a multi-part upload is one."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue()
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            for body in ("A", "B", "A"):
+                bucket.put("a", body)
+            bucket.put_in_parts("big", [b"x" * 5_242_880, b"tail"])
+            await here.has("a", "a", "a", "big")
+            assert here.events[-1].extensions["s3reason"] == "CompleteMultipartUpload"
+            assert here.events[-1].data["size"] == 5_242_884
+
+    asyncio.run(main())
+
+
+def test_s6_a_removal_that_overtakes_is_told_apart(ministack: Aws):
+    """A notice that comes after a later one of its key is an event too, marked; sequencers of other lengths are padded."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectRemoved:Delete", "a", sequencer="0055AED6DCD90281E6")))
+        async with landing(ministack, bucket.name, queue=queue.url, deleted=True) as here:
+            await here.has("a")
+            queue.send(envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E5FF")))
+            await here.has("a", "a")
+            queue.send(envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E601")))
+            await here.has("a", "a", "a")
+            assert [event.type.rpartition(".")[2] for event in here.events] == ["removed", "created", "created"]
+            assert [event.extensions.get("superseded", False) for event in here.events] == [False, True, False]
+
+    asyncio.run(main())
+
+
+def test_an_object_deleted_before_it_is_processed_is_an_event(ministack: Aws):
+    """An object that is gone when its notice comes is an event all the same: what to do is the flow's to say."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue(events=("s3:ObjectCreated:*", "s3:ObjectRemoved:*"))
+        bucket.put("a")
+        bucket.delete("a")
+        async with landing(ministack, bucket.name, queue=queue.url, deleted=True) as here:
+            await here.has("a", "a")
+            assert {event.type.rpartition(".")[2] for event in here.events} == {"created", "removed"}
+
+    asyncio.run(main())
+
+
+def test_fifo_queues_keep_their_order(aws: Aws):
+    """The notices of a group arrive in the order they were sent, although two loops receive."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(aws), Queue(aws, fifo=True)
+        for n in range(25):
+            record = bucket.record("ObjectCreated:Put", f"k{n}", sequencer=f"{n:04d}")
+            queue.send(envelope(record), MessageGroupId="g", MessageDeduplicationId=str(n))
+        async with landing(aws, bucket.name, queue=queue.url) as here:
+            await here.has(*(f"k{n}" for n in range(25)))
+            assert here.keys == [f"k{n}" for n in range(25)]
+            await here.emptied(queue)
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- slow, failing, stopping
+
+
+def test_a_slow_record_keeps_the_message(ministack: Aws):
+    """While recording takes longer than the visibility, the message is kept: it is received once, and then deleted."""
+
+    async def main() -> None:
+        bucket, queue, ledger = Bucket(ministack), Queue(ministack), Ledger()
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        ledger.open.clear()
+        async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0) as here:
+            await eventually(lambda: ledger.offered, "it is offered")
+            until = time.monotonic() + 3.5
+            while time.monotonic() < until:
+                assert queue.visible == 0
+                await asyncio.sleep(0.1)
+            ledger.open.set()
+            await here.emptied(queue)
+            assert len(ledger.offered) == 1
+
+    asyncio.run(main())
+
+
+def test_s14_an_extension_that_is_refused_loses_nothing(ministack: Aws):
+    """When a message cannot be kept any longer, that is a warning; its event is recorded all the same."""
+
+    async def main() -> None:
+        bucket, queue, ledger = Bucket(ministack), Queue(ministack), Ledger()
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        ledger.open.clear()
+        with proxied(ministack.url) as proxy:
+            proxy.fail(action("ChangeMessageVisibilityBatch"), EXPIRED)
+            async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0, endpoint_url=proxy.url) as here:
+                await eventually(lambda: here.said("message.not_extended"), "it is said")
+                ledger.open.set()
+                await here.has("a")
+                await here.emptied(queue)
+
+    asyncio.run(main())
+
+
+def test_s15_a_store_that_fails_leaves_messages_to_the_redrive_policy(ministack: Aws):
+    """With maxReceiveCount 2 and a store that is down, the message is in the queue's own dead-letter queue, not lost."""
+
+    async def main() -> None:
+        bucket, dead, ledger = Bucket(ministack), Queue(ministack), Ledger()
+        policy = json.dumps({"deadLetterTargetArn": dead.arn, "maxReceiveCount": 2})
+        queue = Queue(ministack, RedrivePolicy=policy)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        ledger.failing = StoreFailed("the disk is gone")
+        trigger = Landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0).trigger
+        async with reopening(trigger, ledger):
+            await eventually(lambda: dead.left == 1, "the message is in the dead-letter queue")
+        assert ledger.kept == {} and len(ledger.offered) == 2
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fault", [THROTTLED, SLOW_DOWN, HANG_UP], ids=["throttled", "503", "hang up"])
+def test_s17_a_queue_that_throttles_is_asked_again_slowly(ministack: Aws, fault: tuple[int, str]):
+    """While receiving fails, the listener backs off, says so, and goes on by itself when the queue answers again."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        with proxied(ministack.url) as proxy:
+            rule = proxy.fail(action("ReceiveMessage"), fault)
+            async with landing(ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url, pollers=1) as here:
+                await eventually(lambda: len(here.said("bucket.unreachable")) >= 2, "it was asked again")
+                assert here.trigger.condition is not None and queue.url in here.trigger.condition
+                assert rule.hits <= 3 * (len(here.said("bucket.unreachable")) + 1)  # the client's own tries, no busy loop
+                proxy.mend()
+                await here.has("a")
+                await here.emptied(queue)
+                assert here.trigger.condition is None
+
+    asyncio.run(main())
+
+
+def test_deleting_is_tried_again(ministack: Aws):
+    """A recorded message whose deletion fails at first is deleted in the end, and is one event."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        with proxied(ministack.url) as proxy:
+            proxy.fail(action("DeleteMessageBatch"), HANG_UP, times=4)
+            async with landing(ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url) as here:
+                await here.has("a")
+                await here.emptied(queue)
+                assert len(here.ledger.kept) == 1
+
+    asyncio.run(main())
+
+
+def test_s18_expired_credentials_end_the_listener_with_the_reason(ministack: Aws):
+    """Expired credentials raise a clear error; opened again with good ones, the same trigger goes on."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        with proxied(ministack.url) as proxy:
+            proxy.fail(action("ReceiveMessage"), EXPIRED)
+            here = Landing(ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url)
+            with pytest.raises(SourceError, match=r"ExpiredToken.*renew the credentials"):
+                await here.trigger.listen(here.ledger)
+            proxy.mend()
+            async with listening(here.trigger, here.ledger):
+                await here.has("a")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("offered", [False, True])
+def test_s20_a_stop_during_a_long_poll_is_quick_and_hides_nothing(ministack: Aws, offered: bool):
+    """A stop lets the poll under way end, and gives back what it brings: the message is visible at once."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        async with landing(ministack, bucket.name, queue=queue.url, wait=3.0, visibility=600.0) as here:
+            await eventually(lambda: here.said("bucket.opened"), "it listens")
+            await asyncio.sleep(0.3)  # so that a poll is under way; should it not be, the test is only easier
+            began = time.monotonic()
+            listen = next(task for task in asyncio.all_tasks() if "listen" in repr(task.get_coro()))
+            listen.cancel()
+            await asyncio.sleep(0)
+            if offered:
+                await asyncio.to_thread(queue.send, envelope(bucket.record("ObjectCreated:Put", "a")))
+            await asyncio.gather(listen, return_exceptions=True)
+            assert time.monotonic() - began < 5.0
+        if offered:
+            await eventually(lambda: queue.visible == 1, "the message is visible")
+            assert here.ledger.kept == {}
+
+    asyncio.run(main())
+
+
+def test_a_full_ledger_is_waited_out_and_a_stop_gives_the_messages_back(ministack: Aws):
+    """While the ledger is full the messages stay in hand; a stop then gives them back at once, and nothing was recorded."""
+
+    async def main() -> None:
+        bucket, queue, ledger = Bucket(ministack), Queue(ministack), Ledger()
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        ledger.failing = StoreFull("1,000,000 events are pending", 0.05)
+        async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=600.0) as here:
+            await eventually(lambda: ledger.refusals >= 2, "it is offered again")
+            assert "full" in (here.trigger.condition or "")
+        await eventually(lambda: queue.visible == 1, "the message is visible")
+        assert ledger.kept == {}
+
+    asyncio.run(main())
+
+
+def test_the_lag_is_told(ministack: Aws):
+    """Gauges tell how many messages wait, and how old the last one was."""
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            await here.has("a")
+            await eventually(lambda: "lag_messages" in {each.name for each in here.trigger.gauges()}, "the lag is known")
+            found = {each.name: each.value for each in here.trigger.gauges()}
+            assert found["lag_messages"] in (0, 1) and 0 <= found["lag_seconds"] < 60
+
+    asyncio.run(main())
