@@ -18,13 +18,13 @@ import orjson
 from eventflow.blobs import Blobs
 from eventflow.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
-from eventflow.event import Event, Json, Receipt, Trigger
+from eventflow.event import Event, EventSink, Json, Receipt, Trigger
 from eventflow.filters import Where
 from eventflow.flow import Flow
 from eventflow.house import House, Lifespan, Plan
 from eventflow.log import Sink
 from eventflow.results import decode_error, show
-from eventflow.routing import EMIT, Key, Params, Subscription, subscribe
+from eventflow.routing import EMIT, Key, Outlet, Params, Subscription, outlet, subscribe
 from eventflow.run import Cancelled, Completed, Failed, Held, Outcome, show_id
 from eventflow.store.sqlite import SqliteStore
 
@@ -97,6 +97,7 @@ class App:
         self._retention, self._identities = microseconds(retention), microseconds(identities)
         self._store_options = store_options
         self._subscriptions: list[Subscription] = []
+        self._outlets: list[Outlet] = []
         self._names: set[str] = set()
         self._house: House | None = None
 
@@ -133,6 +134,23 @@ class App:
         )  # fmt: skip
         self._names.add(made.name)
         self._subscriptions.append(made)
+
+    def send(self, types: str | Sequence[str], to: EventSink, *, where: Where = None, name: str | None = None) -> None:
+        """Sends emitted events of these types (`*` matches any part) to a sink: at least once, in the order of recording.
+
+        What is to be sent is recorded with the event, in one transaction, and goes on after a crash; no run waits for a sink.
+        An event that the sink can never take becomes a dead letter of this outlet. `where`: as for `on`.
+        """
+        kinds = [types] if isinstance(types, str) else types
+        self._add_outlet(outlet(to, types=kinds, where=where, name=name, taken=self._names))
+
+    def send_dead_letters(self, to: EventSink, *, name: str | None = None) -> None:
+        """Sends a copy of everything that becomes a dead letter to a sink; the ledger keeps it all the same."""
+        self._add_outlet(outlet(to, dead=True, name=name, taken=self._names))
+
+    def _add_outlet(self, made: Outlet) -> None:
+        self._names.add(made.name)
+        self._outlets.append(made)
 
     def add(self, *flows: Flow[..., Any]) -> None:
         """Makes flows known by their names, so that they can be started by name, and children of them resume."""
@@ -200,7 +218,7 @@ class App:
     def _plan(self) -> Plan:
         return Plan(
             self.name, self.clock, self.flows, self.triggers, self._subscriptions, self._lifespan, self._concurrency,
-            self._threads, self._retention, self._identities, self._store_options,
+            self._threads, self._retention, self._identities, self._store_options, self._outlets,
         )  # fmt: skip
 
     @property

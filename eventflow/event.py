@@ -219,6 +219,39 @@ class Trigger(Protocol):
     async def listen(self, intake: Intake) -> None: ...
 
 
+class Letter(msgspec.Struct, frozen=True, kw_only=True):
+    """What a sink is given: an event that was emitted, or a dead letter.
+
+    A letter may come twice: know it by its event's source and id; `number` is only its place in the outbox. Of a dead letter,
+    `reason` says why it is one and `subscription` for whom; bytes that never were an event are the `data` of one with type
+    `eventflow.undecodable`. `headers` came with it, `trigger` and `ledger_id` tell where it is in the ledger.
+    """
+
+    number: int
+    event: Event
+    trigger: str
+    ledger_id: int
+    reason: str | None = None
+    subscription: str | None = None
+    headers: Mapping[str, str] = {}
+
+
+@runtime_checkable
+class EventSink(Protocol):
+    """A place that emitted events and dead letters are sent to. At least once, in the order of recording, one call at a time.
+
+    `send` returns when the other side has all of them. When it raises, the same letters come again after a while; `Permanent`
+    says that waiting will not help, and what it is raised for alone becomes a dead letter. `close` is called once, at the end.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    async def send(self, *letters: Letter) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class Gauge(msgspec.Struct, frozen=True):
     """A number that a trigger tells about its source, as it is now.
 

@@ -20,8 +20,9 @@ from eventflow.errors import RunDead, StoreError, StoreFailed
 from eventflow.event import Trigger
 from eventflow.flow import Flow
 from eventflow.log import Sink, get_logger
+from eventflow.outbox import Relay
 from eventflow.reactor import Reactor
-from eventflow.routing import Router, Subscription
+from eventflow.routing import Outlet, Router, Subscription
 from eventflow.run import Cancelled, Completed, Failed, Held, Ids, Outcome, show_id
 from eventflow.store import open_store
 from eventflow.store.keys import secret_beside
@@ -50,6 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     retention: int
     identities: int
     store_options: Mapping[str, Any]
+    outlets: Sequence[Outlet] = ()
 
 
 class House:
@@ -75,16 +77,18 @@ class House:
         try:
             self.ids.raise_floor(self.store.last_id)
             self.store.on_failure(self._tell_waiting)
-            self.router = Router(plan.subscriptions, self.ids, plan.clock)
+            self.router = Router(plan.subscriptions, self.ids, plan.clock, plan.outlets)
             self.worker = Worker(
                 self.store, plan.clock, self.router, plan.flows, self.blobs, concurrency=plan.concurrency,
                 threads=plan.threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),
             )  # fmt: skip
             self.reactor = Reactor(self.store, self.router, plan.clock, plan.triggers, random.Random())
+            self.relay = Relay(self.store, plan.outlets, random.Random())
             if passive:
                 return
             self.own_loop = FlowThread() if own_loop else None
             await self.on_flow_loop(self._open_worker())
+            self.relay.start()
             if listen:
                 self.reactor.start(await self.store.paused())
                 await asyncio.sleep(0)  # each listener takes its first step: a webhook has its intake when this returns
@@ -102,6 +106,7 @@ class House:
         for chore in self._chores:
             chore.cancel()
         await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._close_worker(grace)))  # a slow poll takes no grace
+        await self.relay.stop()
         if self.own_loop is not None:
             await asyncio.to_thread(self.own_loop.stop)
         await asyncio.to_thread(self.store.close)

@@ -16,7 +16,7 @@ import orjson
 from eventflow.binding import Binder
 from eventflow.clock import Clock
 from eventflow.errors import BindingError, DepthExceeded, NotStorable, UsageError, caught
-from eventflow.event import MAX_DEPTH, Event, Undecodable
+from eventflow.event import MAX_DEPTH, Event, EventSink, Undecodable
 from eventflow.filters import Filter, Where, compile_filter, wildcard
 from eventflow.plain import encode_plain
 from eventflow.results import digest
@@ -60,7 +60,24 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     def hears(self, event_type: str) -> bool:
         """Whether events of this type are deliveries to it, and get a verdict."""
-        return not self.types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in self.types)
+        return _hears(self.types, event_type)
+
+
+class Outlet(msgspec.Struct, frozen=True, kw_only=True):
+    """Emitted events of these types, or (`dead`) everything that becomes a dead letter, for a sink. Made by `outlet`."""
+
+    name: str
+    sink: EventSink
+    types: tuple[str, ...] = ()
+    filter: Filter | None = None
+    dead: bool = False
+
+    def hears(self, event_type: str) -> bool:
+        return not self.dead and _hears(self.types, event_type)
+
+
+def _hears(types: tuple[str, ...], event_type: str) -> bool:
+    return not types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in types)
 
 
 def subscribe(
@@ -96,6 +113,19 @@ def subscribe(
         on_failure=on_failure,
         types=kinds,
     )
+
+
+def outlet(
+    sink: EventSink, *, types: Iterable[str] = (), where: Where = None, dead: bool = False, name: str | None = None,
+    taken: Collection[str] = (),
+) -> Outlet:  # fmt: skip
+    """An outlet, checked. Its name is `events/SINK` or `dead/SINK`, with `#2`, `#3` … when that is among the `taken`."""
+    if not isinstance(sink, EventSink):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"expected a sink (with a name, send() and close()), found {sink!r}")
+    for wanted in (kinds := tuple(types)):
+        wildcard(wanted, "types")
+    unique = _unique(name or f"{'dead' if dead else EMIT}/{sink.name}", taken)
+    return Outlet(name=unique, sink=sink, types=kinds, filter=compile_filter(where), dead=dead)
 
 
 def _unique(name: str, taken: Collection[str]) -> str:
@@ -142,8 +172,10 @@ def _key_text(value: Any) -> str | None:
 class Router:
     """Matches events to subscriptions, in the order they were registered. Checks every flow's signature when it is made."""
 
-    def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, clock: Clock) -> None:
+    def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, clock: Clock, outlets: Iterable[Outlet] = ()) -> None:
         self.ids, self._clock = ids, clock
+        self.outlets = tuple(outlets)
+        self.dead_outlets = tuple(outlet.name for outlet in self.outlets if outlet.dead)
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
         for subscription in self.subscriptions:
@@ -169,7 +201,7 @@ class Router:
         subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
         if only is not None:
             subscriptions = [each for each in self.subscriptions if only in (each.name, each.flow.name)]
-        return self._match(trigger, item, subscriptions, paused=paused, ledger_id=ledger_id, headers=headers)
+        return self._match(trigger, item, subscriptions, paused=paused, ledger_id=ledger_id, only=only, headers=headers)
 
     def emit(self, event: Event, depth: int | None = None) -> Arrival:
         """An event that a run emitted, `depth` hops (default: its own) from outside. NotStorable: its data is no JSON."""
@@ -206,6 +238,7 @@ class Router:
         paused: bool = False,
         depth: int = 0,
         ledger_id: int | None = None,
+        only: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
         try:
@@ -218,6 +251,10 @@ class Router:
         for subscription in subscriptions:
             if subscription.hears(event.type):
                 delivery.deliver(subscription, state)
+        if self.outlets and trigger == EMIT:
+            for outlet in self.outlets:
+                if outlet.hears(event.type) and only in (None, outlet.name):
+                    delivery.post(outlet)
         return delivery.arrival(trigger, body, headers)
 
     def _bury(
@@ -245,6 +282,7 @@ class Router:
             received_at=now,
             tally={"dead": 1},
             dead=(("", reason),),
+            outbox=[(outlet, "") for outlet in self.dead_outlets],
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
 
@@ -263,7 +301,7 @@ def content_digest(event: Event) -> bytes:
 class _Delivery:
     """One event on its way to its subscriptions, collecting verdicts."""
 
-    __slots__ = ("_dead", "_depth", "_event", "_id", "_ids", "_now", "_runs", "_tally", "_verdicts")
+    __slots__ = ("_dead", "_dead_outlets", "_depth", "_event", "_id", "_ids", "_now", "_outbox", "_runs", "_tally", "_verdicts")
 
     def __init__(self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int) -> None:
         self._ids, self._event, self._now, self._depth = router.ids, event, now, depth
@@ -271,6 +309,8 @@ class _Delivery:
         self._verdicts: list[tuple[str, str, str | int]] = []
         self._runs: list[Run] = []
         self._dead: list[tuple[str, str]] = []
+        self._outbox: list[tuple[str, str | None]] = []
+        self._dead_outlets = router.dead_outlets
         self._tally: dict[str, int] = {}
 
     def deliver(self, subscription: Subscription, state: State) -> None:
@@ -289,6 +329,19 @@ class _Delivery:
         reason = str(broken) if isinstance(broken, BindingError) else f"{type(broken).__name__}: {broken}"
         self._note(subscription.name, "invalid", reason, "dead")
         self._dead.append((subscription.name, reason))
+        self._outbox += [(outlet, subscription.name) for outlet in self._dead_outlets]
+
+    def post(self, outlet: Outlet) -> None:
+        """Puts the event into the outbox, unless the outlet's filter does not want it. No delivery of P9: nothing runs."""
+        unwanted, broken = (None, None) if outlet.filter is None else caught(outlet.filter.failed, self._event)
+        if broken is not None:
+            self._note(outlet.name, "invalid", f"{type(broken).__name__}: {broken}", "dead")
+            self._dead.append((outlet.name, f"{type(broken).__name__}: {broken}"))
+        elif unwanted is not None:
+            self._verdicts.append((outlet.name, "filtered", unwanted))
+        else:
+            self._verdicts.append((outlet.name, "outbox", f"for sink {outlet.sink.name}"))
+            self._outbox.append((outlet.name, None))
 
     def start(self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State) -> None:
         """A run, due now, or held."""
@@ -331,6 +384,7 @@ class _Delivery:
             tally=self._tally or {"suppressed": 1},  # P9: an event with no subscriber is one suppressed delivery
             runs=self._runs,
             dead=self._dead,
+            outbox=self._outbox,
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
 

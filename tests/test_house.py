@@ -32,6 +32,7 @@ BROAD_EXCEPTS = {
     "eventflow/attempt.py": 2,  # around an attempt; around its hook
     "eventflow/executor.py": 1,  # around a run
     "eventflow/reactor.py": 1,  # around a listener
+    "eventflow/outbox.py": 2,  # around a sink: its sending, its end
     "eventflow/store/writer.py": 1,  # callers who wait for a commit hear of whatever broke it
     "eventflow/task.py": 1,  # around an attempt
 }

@@ -21,6 +21,7 @@ COLUMNS = {
     "events": ("id", "event_id", "trigger", "type", "received_at", "runs_started", "duplicates"),
     "flows": ("name", "subscriptions"),
     "triggers": ("name", "kind", "state", "paused", "events", "duplicates", "last_event_at", "gauges", "detail"),
+    "outlets": ("name", "sink", "kind", "state", "waiting", "oldest_at", "sent", "refused", "failures", "last_error"),
     "dead": ("id", "event", "subscription", "at", "type", "reason"),
 }
 
@@ -52,7 +53,7 @@ def command(name: str) -> Any:
 @click.option("--after", help="The last id of the page before.")
 @place_options
 def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) -> None:
-    """Lists runs (the default), events, flows, triggers or dead letters, newest first."""
+    """Lists runs (the default), events, flows, triggers, outlets or dead letters, newest first."""
     asked: dict[str, Any] = {"limit": limit, "after": after}
     if kind == "runs":
         asked |= {"state": options["run_state"], "flow": options["flow"], "event": options["event"]}

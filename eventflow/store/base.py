@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from eventflow.errors import StoreError, StoreFull
-from eventflow.event import Json, Receipt
+from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Outcome, Run, State
 
@@ -29,6 +29,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     duplicate from a conflict. `body`: CloudEvents JSON; for a dead letter, the raw bytes. `verdicts`: JSON list of
     `[subscription, fate, reason or run id]`. `tally`: deliveries by P9 column, e.g. `{"pending": 1, "suppressed": 2}`; their
     sum is what this event adds to `accepted`. `dead`: `(subscription, reason)` pairs, each a dead-letter row over `body`.
+    `outbox`: `(outlet, None)` for the event itself, `(outlet, subscription)` for its dead letter of that subscription.
     """
 
     id: int
@@ -45,6 +46,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     subject: str | None = None
     runs: Sequence[Run] = ()
     dead: Sequence[tuple[str, str]] = ()
+    outbox: Sequence[tuple[str, str | None]] = ()
     headers: bytes | None = None
 
 
@@ -170,6 +172,16 @@ class Handover(Protocol):
         ...
 
 
+class Outbound(Protocol):
+    """The relay, seen from the writer thread."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def news(self, outlets: Sequence[str]) -> None:
+        """Called on `loop`, after the commit: there is more to send for these."""
+        ...
+
+
 # --------------------------------------------------------------------------- the verbs
 
 
@@ -208,6 +220,10 @@ class Store(Protocol):
         """Whom fresh runs are handed to; None: nobody."""
         ...
 
+    def attach_relay(self, relay: Outbound | None) -> None:
+        """Who hears of new rows in the outbox; None: nobody."""
+        ...
+
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         """Called once, from the writer thread, when `failed` is set."""
         ...
@@ -229,6 +245,20 @@ class Store(Protocol):
     # way through -------------------------------------------------------------------------
     async def load(self, run: int) -> list[Entry]:
         """The run's whole journal, in (batch, pos) order; checksums verified (StoreCorrupt names the row)."""
+        ...
+
+    # way out -----------------------------------------------------------------------------
+    async def outbox(self, outlet: str, limit: int) -> list[Letter]:
+        """The first letters that this outlet has not sent yet. One whose checksum does not hold is set apart and logged."""
+        ...
+
+    async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
+        """These letters (by number) need no more sending. The refused ones become dead letters of their outlet, each with its
+        reason; a dead letter that a sink refuses stays the one it is."""
+        ...
+
+    async def outbox_depths(self) -> dict[str, tuple[int, int]]:
+        """By outlet, how many letters wait, and since when the oldest does (microseconds)."""
         ...
 
     # doors -------------------------------------------------------------------------------

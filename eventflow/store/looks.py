@@ -75,7 +75,7 @@ def events(
 
 
 def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
-    """With body, headers, its runs and its dead letters."""
+    """With body, headers, its runs, its dead letters, and what is still to be sent of it."""
     number = _event_id(connection, ident)
     found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id = ?", (number,))
     if not found:
@@ -85,6 +85,7 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     row = _plain_event(found[0])
     row["runs"] = runs(connection, event=number, limit=1000)
     row["dead"] = dicts(connection, "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?", (number,))
+    row["outbox"] = dicts(connection, "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id", (number,))
     return row
 
 

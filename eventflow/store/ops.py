@@ -103,12 +103,14 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
-    """The runs, dead letters and tally of an arrival, on the event with this ledger id."""
+    """The runs, dead letters, letters and tally of an arrival, on the event with this ledger id."""
     for run in arrival.runs:
         run.event = event
         tx.add_run(run, arrival.body)
     for subscription, reason in arrival.dead:
         tx.add_dead(event, subscription, reason)
+    for outlet, subscription in arrival.outbox:
+        tx.add_letter(outlet, event, subscription)
     tx.tally(arrival.tally)
 
 

@@ -1,7 +1,7 @@
 """What the ledger forgets, and when: settled runs with their journals first, then bodies, identities last.
 
 `prune` is one small step in a transaction of the writer's, oldest first; the app calls it again until it returns 0. Live runs,
-dead runs, open dead letters, and the events they stand on stay, however old.
+dead runs, open dead letters, unsent letters, and the events they stand on stay, however old.
 """
 
 from collections.abc import Sequence
@@ -26,6 +26,7 @@ _BODIES = """
     WHERE id < :ceiling AND received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM dead WHERE event = e.id AND redriven_at IS NULL)
+      AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)
     ORDER BY id LIMIT :step"""
 
 _IDENTITIES = """

@@ -107,6 +107,7 @@ bump_duplicates = Bulk(
     "WHERE events.id = column1",
 )
 insert_dead = insert("dead", ("event", "subscription", "reason", "at"))
+insert_outbox = insert("outbox", ("outlet", "event", "subscription", "at"))
 
 # --------------------------------------------------------------------------- runs
 

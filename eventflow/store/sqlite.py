@@ -13,12 +13,12 @@ from typing import Any, TypeVar, cast
 
 from eventflow.clock import Clock
 from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
-from eventflow.event import Json, Receipt
+from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Run, State
-from eventflow.store import audit, doors, looks, retention
+from eventflow.store import audit, doors, looks, outbox, retention
 from eventflow.store.backup import back_up
-from eventflow.store.base import Arrival, Handover, Op, Record
+from eventflow.store.base import Arrival, Handover, Op, Outbound, Record
 from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_journal
 from eventflow.store.migrate import migrate, migrations
@@ -169,6 +169,9 @@ class SqliteStore:
     def attach(self, handover: Handover | None) -> None:
         self._open_writer().handover = handover
 
+    def attach_relay(self, relay: Outbound | None) -> None:
+        self._open_writer().relay = relay
+
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         self._open_writer().on_failure(call)
 
@@ -221,6 +224,15 @@ class SqliteStore:
 
     async def load(self, run: int) -> list[Entry]:
         return await self._look(load_journal, run)
+
+    async def outbox(self, outlet: str, limit: int) -> list[Letter]:
+        return await self._look(outbox.waiting, outlet, limit)
+
+    async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
+        await self._call(outbox.sent, letters, refused)
+
+    async def outbox_depths(self) -> dict[str, tuple[int, int]]:
+        return await self._look(outbox.depths)
 
     # ------------------------------------------------------------------- doors
 

@@ -48,6 +48,7 @@ class Transaction:
         self.cancels: list[int] = []
         self.answers: list[tuple[int, Entry]] = []
         self.woken: set[int] = set()
+        self.outlets: set[str] = set()
         self.more = False
         self.probe = False
         self.soonest = NEVER
@@ -59,6 +60,7 @@ class Transaction:
         self._runs: list[Values] = []
         self._entries: list[Values] = []
         self._dead: list[Values] = []
+        self._outbox: list[Values] = []
         self._bumps: dict[int, list[int]] = {}
         self._cursors: dict[tuple[str, str], bytes | None] = {}
         self._lanes: set[tuple[str, str]] = set()
@@ -115,6 +117,11 @@ class Transaction:
 
     def add_dead(self, event: int, subscription: str, reason: str) -> None:
         self._dead.append((event, subscription, reason, self.at))
+
+    def add_letter(self, outlet: str, event: int, subscription: str | None) -> None:
+        """The event, or its dead letter of this subscription, for an outlet."""
+        self._outbox.append((outlet, event, subscription, self.at))
+        self.outlets.add(outlet)
 
     def bump(self, event: int, *, conflict: bool) -> None:
         """Counts a duplicate, or a conflict, on the first one's row."""
@@ -201,6 +208,7 @@ class Transaction:
             (rows.insert_runs, self._runs),
             (rows.insert_entries, self._entries),
             (rows.insert_dead, self._dead),
+            (rows.insert_outbox, self._outbox),
         ):
             if values:
                 bulk.run(connection, values)

@@ -17,7 +17,7 @@ import msgspec
 
 from eventflow.clock import Clock
 from eventflow.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.base import Claim, Handover, Op, Record
+from eventflow.store.base import Claim, Handover, Op, Outbound, Record
 from eventflow.store.claim import claim
 from eventflow.store.guard import HighWater, Space, holder_of
 from eventflow.store.ops import apply, prefetch
@@ -81,6 +81,7 @@ class Writer:
         self.batch, self.at, *counted = connection.execute(f"SELECT batch, at, {','.join(TOTALS)} FROM ledger").fetchone()
         self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
         self.handover: Handover | None = None
+        self.relay: Outbound | None = None
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
@@ -288,15 +289,17 @@ class Writer:
             self.connection.execute("ROLLBACK")
 
     def _committed(self, tx: Transaction) -> list[Word]:
-        """Takes over the new numbers; returns what the worker must hear."""
+        """Takes over the new numbers; returns what the worker and the relay must hear."""
         self.batch, self.at, self.totals = tx.batch, tx.at, tx.totals
         tx.remember()
         if tx.soonest < (self._told_due or NEVER):
             self._told_due, tx.more = tx.soonest, True
+        words: list[Word] = []
+        if tx.outlets and (relay := self.relay) is not None:
+            words.append(Word(relay.loop, relay.news, (tuple(tx.outlets),)))
         handover = tx.handover
         if handover is None:
-            return []
-        words: list[Word] = []
+            return words
         if tx.taken or tx.more or tx.cancels:
             words.append(Word(handover.loop, handover.ready, (tx.taken, tx.more, tx.cancels)))
         if tx.answers:

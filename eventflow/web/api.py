@@ -129,6 +129,7 @@ class Api:
             ("GET", "/api/triggers", self.triggers),
             ("POST", "/api/triggers/{name:path}/pause", self.pause),
             ("POST", "/api/triggers/{name:path}/resume", self.resume),
+            ("GET", "/api/outlets", self.outlets),
             ("GET", "/api/counts", self.counts),
             ("GET", "/api/check", self.check),
             ("POST", "/api/backup", self.backup),
@@ -312,6 +313,10 @@ class Api:
         rows = [show.health(name, {**fact, "paused": name in paused}) for name, fact in facts.items()]
         own = {trigger.name: show.source(trigger) for trigger in app.triggers}
         return Json({"triggers": [{**row, **own[row["name"]]} for row in rows]})
+
+    async def outlets(self, _: Request) -> Response:
+        app = self._open()
+        return Json({"outlets": show.outlets(app.house.relay.health, await app.store.outbox_depths())})
 
     async def pause(self, request: Request) -> Response:
         return await self._hold(request, True)

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
-from eventflow.clock import Clock
+from eventflow.clock import SECOND, Clock
 from eventflow.event import Gauged
 from eventflow.web.served import Served
 
@@ -33,7 +33,7 @@ class _Once:
 async def render(app: Served) -> tuple[bytes, str]:
     """The page and its content type."""
     counts = await app.store.counts()
-    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), *_sources(app), await _lag(app)]
+    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), *_sources(app), *await _outlets(app), await _lag(app)]
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Once(metrics))  # pyright: ignore[reportArgumentType]
     return generate_latest(registry), CONTENT_TYPE_LATEST
@@ -94,6 +94,25 @@ def _sources(app: Served) -> Iterator[Metric]:
                 metrics[name] = GaugeMetricFamily(name, said)
             metrics[name].add_sample(name, labels, gauge.value)
     yield from metrics.values()
+
+
+async def _outlets(app: Served) -> list[Metric]:
+    """What waits for sinks, and for how long the oldest of it."""
+    waiting = GaugeMetricFamily("eventflow_outbox_letters", "Letters that a sink does not have yet.", labels=["outlet"])
+    oldest = GaugeMetricFamily("eventflow_outbox_oldest_seconds", "Age of the oldest of them.", labels=["outlet"])
+    counters = {
+        name: CounterMetricFamily(f"eventflow_outlet_{name}", f"{name.capitalize()} since the start.", labels=["outlet"])
+        for name in ("sent", "refused", "failures")
+    }
+    health, depths, now = app.house.relay.health, await app.store.outbox_depths(), app.clock.now()
+    for name in sorted(health.keys() | depths.keys()):
+        count, since = depths.get(name, (0, now))
+        waiting.add_metric([name], count)
+        oldest.add_metric([name], max(0, now - since) / SECOND)
+    for name, fared in health.items():
+        for counted, metric in counters.items():
+            metric.add_metric([name], getattr(fared, counted))
+    return [waiting, oldest, *counters.values()]
 
 
 async def _lag(app: Served) -> Metric:

@@ -29,6 +29,7 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("post", "/api/dead/{id}/redrive", "Tries it once more: as it stands, {data}, or {event}.", "202 404 409"),
     ("get", "/api/flows", "The flows and their subscriptions.", "200"),
     ("get", "/api/triggers", "The triggers and how they fare.", "200"),
+    ("get", "/api/outlets", "What is sent to sinks, and what waits to be.", "200"),
     ("post", "/api/triggers/{name}/pause", "Records its events, holds their runs.", "200 404"),
     ("post", "/api/triggers/{name}/resume", "Lets held runs go on.", "200 404"),
     ("get", "/api/counts", "The sum of all deliveries.", "200"),

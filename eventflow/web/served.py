@@ -35,6 +35,13 @@ class Intake(Protocol):
     async def record(self, arrivals: Sequence[Arrival], trigger: str = "") -> list[Receipt]: ...
 
 
+class WayOut(Protocol):
+    """The relay, as the doors see it."""
+
+    @property
+    def health(self) -> Mapping[str, msgspec.Struct]: ...
+
+
 class Way(Protocol):
     """The worker, as the doors see it."""
 
@@ -51,6 +58,8 @@ class Rooms(Protocol):
     def reactor(self) -> Intake: ...
     @property
     def worker(self) -> Way: ...
+    @property
+    def relay(self) -> WayOut: ...
     @property
     def sink(self) -> Sink | None: ...
     @property

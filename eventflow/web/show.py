@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from typing import Any, cast
 
+import msgspec
 import orjson
 
 from eventflow.event import Gauged, Trigger, totals
@@ -51,11 +52,12 @@ def event(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def event_whole(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One event asked for: with its verdicts, runs, dead letters and body."""
+    """One event asked for: with its verdicts, runs, dead letters, unsent letters and body."""
     runs = {each["id"]: each for each in row["runs"]}
     return {
         **event(row),
         "verdicts": [verdict(said, runs) for said in row["verdicts"]],
+        "outbox": [{**letter, "at": instant(letter["at"])} for letter in row["outbox"]],
         "runs": [run(each) for each in row["runs"]],
         "dead": [dead(each) for each in row["dead"]],
         "event": body(row["body"]),
@@ -63,7 +65,7 @@ def event_whole(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What became of one delivery. `fate`: run, held, filtered, invalid, dead; a run tells its state, the others a reason."""
+    """What became of one delivery. `fate`: run, held, filtered, invalid, dead, outbox; a run has a state, others a reason."""
     subscription, fate, detail = said
     shown: dict[str, Any] = {"subscription": subscription, "fate": fate}
     if fate not in ("run", "held"):
@@ -231,6 +233,16 @@ def source(trigger: Trigger) -> dict[str, Any]:
         "gauges": [{"name": each.name, "value": each.value, **each.labels} for each in gauges],
         "totals": totals(gauges),
     }
+
+
+def outlets(fared: Mapping[str, msgspec.Struct], depths: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+    """Each outlet with how it fares and what waits for it; also outlets that the app no longer has, while letters wait."""
+    rows: list[dict[str, Any]] = []
+    for name in sorted(fared.keys() | depths.keys()):
+        waiting, oldest = depths.get(name, (0, None))
+        known = msgspec.structs.asdict(fared[name]) if name in fared else {"name": name, "state": "unknown to this app"}
+        rows.append({**known, "waiting": waiting, "oldest_at": instant(oldest)})
+    return rows
 
 
 def line(stored: Mapping[str, Any]) -> dict[str, Any]:
