@@ -8,7 +8,7 @@ The words are explained in docs/concepts.md. Importing this package starts nothi
 
 from eventflow.app import App, RunHandle
 from eventflow.errors import EventflowError, NotFound, UsageError
-from eventflow.event import Event, Intake, Receipt, Trigger, Undecodable
+from eventflow.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
 from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.retry import Permanent, Retry, RetryAfter
 from eventflow.task import current_task, task
@@ -16,8 +16,10 @@ from eventflow.task import current_task, task
 __all__ = [
     "App",
     "Event",
+    "EventSink",
     "EventflowError",
     "Intake",
+    "Letter",
     "NotFound",
     "Permanent",
     "Receipt",

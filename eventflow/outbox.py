@@ -4,9 +4,9 @@
 
 An outlet (routing.py) says which events a sink wants; its row is written in the very transaction that records the event, so
 that neither can be there without the other. One courier per outlet sends in the order of recording, a few hundred at a time;
-when the sink fails it backs off and sends the same again: at least once, in order, each letter with its event's own id. One that
-the sink says it can never take (`Permanent`) becomes a dead letter of the outlet, and the next ones go on. No run ever waits for
-any of this. Runs on the loop of the way in; the room below is the store's own outbox.py.
+when the sink fails it backs off and sends the same again: at least once, in order, each letter with its event's own id. What
+the sink says it can never take (`Permanent`) becomes a dead letter of the outlet, and the next ones go on. No run ever waits
+for any of this. Runs on the loop of the way in; the room below is the store's own outbox.py.
 """
 
 import asyncio
