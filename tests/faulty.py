@@ -25,12 +25,16 @@ Asked = Callable[[str, str, Mapping[str, str]], bool]
 
 @dataclass
 class Rule:
-    """`answer` for the next `times` requests that `which` names (None: for all until `mend`); slow ones go through."""
+    """`answer` for the next `times` requests that `which` names (None: for all until `mend`).
+
+    Without one they go through, `delay` seconds late; their answer comes `after` seconds late.
+    """
 
     which: Asked
     answer: tuple[int, str] | None
     times: int | None
     delay: float
+    after: float = 0.0
     hits: int = 0
 
 
@@ -44,9 +48,10 @@ class Proxy:
     seen: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
 
     def fail(
-        self, which: Asked, answer: tuple[int, str] | None = None, *, times: int | None = None, delay: float = 0.0
-    ) -> Rule:
-        self.rules.append(Rule(which, answer, times, delay))
+        self, which: Asked, answer: tuple[int, str] | None = None, *, times: int | None = None, delay: float = 0.0,
+        after: float = 0.0,
+    ) -> Rule:  # fmt: skip
+        self.rules.append(Rule(which, answer, times, delay, after))
         return self.rules[-1]
 
     def mend(self) -> None:
@@ -88,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
                 kind = "application/json" if rule.answer[1].startswith("{") else "application/xml"
                 self._reply(rule.answer[0], {"content-type": kind}, rule.answer[1].encode())
                 return
-        self._forward(body)
+        self._forward(body, rule.after if rule is not None else 0.0)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _do
 
@@ -102,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return body
 
-    def _forward(self, body: bytes) -> None:
+    def _forward(self, body: bytes, late: float) -> None:
         target = urlsplit(self.proxy.target)
         upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
         kept = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "connection")}
@@ -112,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {
                 k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection", "content-length")
             }
-            self._reply(answer.status, headers, answer.read(), answer.getheader("content-length"))
+            content = answer.read()
+            time.sleep(late)
+            self._reply(answer.status, headers, content, answer.getheader("content-length"))
         finally:
             upstream.close()
 

@@ -13,8 +13,8 @@ from eventflow.clock import SECOND, to_us
 from eventflow.event import Json
 from triggers._s3.notices import Listed, Notice, is_older, listed_identity
 
-OWED = 8
-"""Versions of one key whose notices are awaited at most; the oldest are let go first."""
+OWED = 64
+"""Versions of one key, found by sweeps first, whose notices are known or awaited; the oldest are let go first."""
 
 OWED_FOR = 14 * 24 * 3600 * SECOND
 """Microseconds a notice is awaited: the longest that a queue keeps a message."""
@@ -139,7 +139,7 @@ def marked_by(mark: Mark | None, notice: Notice, owed: Owed | None) -> Mark:
         left = tuple(told if each is owed else each for each in mark.owed)
         latest = mark.etag == owed.etag and mark.sequencer is None
         return msgspec.structs.replace(mark, owed=left, sequencer=notice.sequencer if latest else mark.sequencer)
-    if mark is not None and is_older(notice.sequencer, mark.sequencer):
+    if mark is not None and (is_older(notice.sequencer, mark.sequencer) or _was_before(notice, mark)):
         return mark
     kept = mark.owed if mark is not None else ()
     if notice.action == "removed":
@@ -152,6 +152,12 @@ def _is_its_notice(owed: Owed, notice: Notice) -> bool:
     if owed.sequencer is not None:
         return owed.sequencer == notice.sequencer
     return notice.time is None or to_us(notice.time) <= owed.at + SKEW
+
+
+def _was_before(notice: Notice, mark: Mark) -> bool:
+    """Whether a listed version, whose sequencer is unknown, is younger by the store's own clock."""
+    listed = mark.modified if mark.sequencer is None else None
+    return listed is not None and notice.time is not None and to_us(notice.time) < listed
 
 
 def to_cursor(marks: Mapping[str, Mark | None]) -> dict[str, Json]:
