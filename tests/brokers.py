@@ -4,6 +4,7 @@
 restarts); both come as wheels. `EVENTFLOW_TEST_KAFKA=host:port` points the tests that need no broker of their own elsewhere.
 """
 
+import asyncio
 import contextlib
 import itertools
 import os
@@ -114,6 +115,21 @@ class Broker:
                 for value in values
             ]
             return [(await each).offset for each in sent]
+
+    async def read(self, topic: str, count: int, partition: int = 0) -> list[Any]:
+        """The first records of a partition, once there are so many."""
+        consumer = AIOKafkaConsumer(bootstrap_servers=self.server, enable_auto_commit=False)
+        consumer.assign([TopicPartition(topic, partition)])
+        await consumer.start()
+        found: list[Any] = []
+        try:
+            await consumer.seek_to_beginning()
+            async with asyncio.timeout(20):
+                while len(found) < count:
+                    found += [record for batch in (await consumer.getmany(timeout_ms=100)).values() for record in batch]
+        finally:
+            await consumer.stop()
+        return found
 
     async def committed(self, group: str, topic: str, partitions: int = 1) -> list[int | None]:
         """The group's offset of each partition."""

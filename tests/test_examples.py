@@ -1,5 +1,6 @@
 """The examples do what their docstrings say: each runs as a process of its own, with real HTTP, real files and real kills."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -21,6 +22,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.brokers import some_broker
 from tests.conftest import wait_until
 
 ROOT = Path(__file__).parent.parent
@@ -317,3 +319,30 @@ def test_drift_retrains_once_and_promotes_what_is_better(tmp_path: Path):
         assert server.get("/api/events/w1")["duplicates"] == 3
         assert server.get("/api/events/calm")["verdicts"][0]["fate"] == "filtered"
     assert json.loads((tmp_path / "models/prices.json").read_text())["slope"] == pytest.approx(4, abs=0.01)
+
+
+# --------------------------------------------------------------------------- kafka
+
+
+def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
+    """Orders in one topic, scores in another, junk in a third: a kill -9 half-way loses nothing and scores nothing twice."""
+    with some_broker(tmp_path / "broker") as broker:
+        for topic in ("orders", "scores", "dead-orders"):
+            asyncio.run(broker.create(topic))
+        orders = [{"id": f"o-{n}", "customer": f"c-{n % 7}", "total": n} for n in range(60)]
+        asyncio.run(broker.send("orders", *orders[:30], b"{junk", *orders[30:]))
+        env = {"KAFKA_BOOTSTRAP_SERVERS": broker.server}
+        with served("kafka_orders.py", tmp_path, **env) as server:
+            wait_until(lambda: len(server.runs(limit="100")) >= 10, "some orders are in")
+            server.kill()
+        with served("kafka_orders.py", tmp_path, **env) as server:
+            wait_until(lambda: server.get("/api/counts")["completed"] == 60, "all orders are scored")
+            wait_until(lambda: all(not row["waiting"] for row in server.get("/api/outlets")["outlets"]), "all is sent")
+            assert server.get("/api/counts")["dead"] == 1
+            scores = asyncio.run(broker.read("scores", 60))
+            (dead,) = asyncio.run(broker.read("dead-orders", 1))
+        found = {json.loads(record.value)["order"]: json.loads(record.value)["score"] for record in scores}
+        assert set(found) == {order["id"] for order in orders} and found["o-8"] == 12.0
+        ids = {dict(record.headers)["ce_id"] for record in scores}
+        assert len(ids) == 60
+        assert dead.value == b"{junk" and b"unexpected character" in dict(dead.headers)["eventflow.error.reason"]

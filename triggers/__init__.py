@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triggers.files import Directory, delete, move
     from triggers.kafka import Kafka, record_headers
+    from triggers.kafka_sink import KafkaSink
     from triggers.s3 import S3, minio_id, minio_object
     from triggers.signatures import (
         HMAC,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "triggers.files": ("Directory", "delete", "move"),
     "triggers.kafka": ("Kafka", "record_headers"),
+    "triggers.kafka_sink": ("KafkaSink",),
     "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.signatures": (
         "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
@@ -46,6 +48,7 @@ __all__ = [
     "GitHub",
     "GitLab",
     "Kafka",
+    "KafkaSink",
     "MLflow",
     "Shopify",
     "Slack",

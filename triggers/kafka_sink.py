@@ -1,0 +1,185 @@
+"""`KafkaSink`: emitted events, and dead letters, to a topic.
+
+    app.send("order.scored", KafkaSink("scored-orders", bootstrap_servers="kafka:9092"))
+    app.send_dead_letters(KafkaSink("dead-orders", bootstrap_servers="kafka:9092"))
+
+The relay (eventflow/outbox.py) calls `send` with letters in the order of recording. All of them are acknowledged by all in-sync
+replicas before it returns; the producer is idempotent, so its own retries neither repeat nor reorder. A letter may come twice
+after a crash: a consumer knows it by `ce_source` and `ce_id`. Needs the extra `kafka`.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any, Final, Literal, TypeAlias
+
+import orjson
+
+from eventflow.errors import UsageError
+from eventflow.event import Event, Letter
+from eventflow.redaction import SECRETS
+from eventflow.retry import Permanent
+from triggers._kafka.producer import MessageSizeTooLargeError, Producer, make_producer, option_names
+from triggers.signatures import Secret
+
+Mode: TypeAlias = Literal["binary", "structured"]
+Key: TypeAlias = Callable[[Event], "str | bytes | None"]
+
+_OURS: Final[Mapping[str, Any]] = {"acks": "all", "enable_idempotence": True}
+_UNSAID: Final = ("value_serializer", "key_serializer", "transactional_id")
+"""Options of the producer that the sink has its own words for, or no use."""
+
+Headers: TypeAlias = list[tuple[str, bytes]]
+
+
+class KafkaSink:
+    """Sends letters to `topic`, in the Kafka binding of CloudEvents 1.0.
+
+    `mode="binary"`: the data as the value (JSON, or bytes as they are), the attributes as `ce_` headers. `mode="structured"`:
+    the whole event as JSON. `key`: a callable of the event; by default its `partitionkey`, else its subject. The rest goes to
+    aiokafka's AIOKafkaProducer (`sasl_plain_password` may be a secret from `env(...)`). UsageError for what does not fit.
+
+    A dead letter has its own bytes as the value, its sender's headers, and `eventflow.error.*`: reason, subscription, trigger,
+    source, id, ledger_id.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        *,
+        bootstrap_servers: str | list[str] = "localhost:9092",
+        mode: Mode = "binary",
+        key: Key | None = None,
+        name: str | None = None,
+        **client: Any,
+    ) -> None:
+        if not topic:
+            raise UsageError("KafkaSink: expected a topic, found an empty name")
+        if mode not in ("binary", "structured"):
+            raise UsageError(f'KafkaSink: mode= expected "binary" or "structured", found {mode!r}')
+        self.name = name or f"kafka:{topic}"
+        self.topic = topic
+        self._mode, self._key = mode, key or _partition_key
+        ours = {"bootstrap_servers": bootstrap_servers, **_OURS}
+        self._options = {"client_id": f"eventflow-{self.name}", **_checked(client), **ours}
+        self._producer: Producer | None = None
+
+    async def send(self, *letters: Letter) -> None:
+        """Returns when the brokers have all of them. Permanent for one above `max_request_size` or the topic's bound."""
+        records = [self._record(letter) for letter in letters]
+        producer = await self._started()
+        try:
+            sent = [
+                await producer.send(self.topic, value, key, timestamp_ms=at, headers=headers)
+                for value, key, at, headers in records
+            ]
+            done = await asyncio.gather(*sent, return_exceptions=True)
+        except MessageSizeTooLargeError as error:
+            raise Permanent(f"too large for topic {self.topic}: {error}") from error
+        for failure in done:
+            if isinstance(failure, MessageSizeTooLargeError):
+                raise Permanent(f"too large for topic {self.topic}: {failure}") from failure
+        for failure in done:
+            if isinstance(failure, BaseException):
+                await self.close()  # after a failed batch the producer's sequence is broken; the next try has a new one
+                raise failure
+
+    async def close(self) -> None:
+        """Idempotent; a later `send` begins anew."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await producer.stop()
+
+    async def _started(self) -> Producer:
+        if self._producer is None:
+            try:
+                producer = make_producer(self._options)
+            except (TypeError, ValueError) as error:
+                raise UsageError(f"KafkaSink: the client refuses its options: {error}") from error
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            self._producer = producer
+        return self._producer
+
+    # ----------------------------------------------------------------- from a letter to a record
+
+    def _record(self, letter: Letter) -> tuple[bytes | None, bytes | None, int | None, Headers]:
+        event = letter.event
+        key = self._key(event)
+        at = None if event.time is None else round(event.time.timestamp() * 1000)
+        if letter.reason is not None:
+            value, headers = _dead(letter)
+        elif self._mode == "structured":
+            value, headers = event.to_json(), [("content-type", b"application/cloudevents+json; charset=UTF-8")]
+        else:
+            value, headers = _binary(event)
+        if value is None and key is None:
+            value = b""  # a record has one of them
+        return value, key.encode() if isinstance(key, str) else key, at, headers
+
+
+def _partition_key(event: Event) -> str | None:
+    key = event.extensions.get("partitionkey", event.subject)
+    return None if key is None else str(key)
+
+
+def _value(event: Event) -> tuple[bytes | None, str | None]:
+    """The data as bytes, and its content type."""
+    if event.data is None:
+        return None, event.datacontenttype
+    if isinstance(event.data, bytes):
+        return event.data, event.datacontenttype or "application/octet-stream"
+    return orjson.dumps(event.data), event.datacontenttype or "application/json"
+
+
+def _binary(event: Event) -> tuple[bytes | None, Headers]:
+    """https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md#32-binary-content-mode"""
+    value, content_type = _value(event)
+    attributes: dict[str, Any] = {"specversion": "1.0", "id": event.id, "source": event.source, "type": event.type}
+    attributes |= {"subject": event.subject, "dataschema": event.dataschema}
+    attributes["time"] = None if event.time is None else event.time.isoformat()
+    attributes |= event.extensions
+    headers = [(f"ce_{name}", _text(said)) for name, said in attributes.items() if said is not None]
+    if content_type is not None:
+        headers.append(("content-type", content_type.encode()))
+    return value, headers
+
+
+def _dead(letter: Letter) -> tuple[bytes | None, Headers]:
+    value, _ = _value(letter.event)
+    told = {
+        "reason": letter.reason, "subscription": letter.subscription, "trigger": letter.trigger,
+        "source": letter.event.source, "id": letter.event.id, "ledger_id": letter.ledger_id,
+    }  # fmt: skip
+    headers = [(name, _text(said)) for name, said in letter.headers.items()]
+    return value, headers + [(f"eventflow.error.{name}", _text(said)) for name, said in told.items() if said is not None]
+
+
+def _text(value: Any) -> bytes:
+    """The canonical text of a CloudEvents attribute."""
+    return (str(value).lower() if isinstance(value, bool) else str(value)).encode()
+
+
+# --------------------------------------------------------------------------- the client's options
+
+
+def _checked(client: Mapping[str, Any]) -> dict[str, Any]:
+    known = option_names()
+    for option in client:
+        if option in _OURS or option in _UNSAID:
+            raise UsageError(f"KafkaSink: {option}= cannot be set: what is sent is acknowledged by all replicas, and is bytes")
+        if option not in known:
+            near = get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}=?" if near else "it takes those of aiokafka's AIOKafkaProducer"
+            raise UsageError(f"KafkaSink: no option {option}=; {hint}")
+    return {option: _revealed(value) for option, value in client.items()}
+
+
+def _revealed(value: Any) -> Any:
+    if not isinstance(value, Secret):
+        return value
+    SECRETS.register(value.reveal())
+    return value.reveal().decode()
