@@ -71,7 +71,7 @@ class Kafka:
         cluster: str | None = None,
         name: str | None = None,
         clock: Clock | None = None,
-        draw: random.Random | None = None,
+        entropy: random.Random | None = None,
         **client: Any,
     ) -> None:
         _check(topics, pattern, group_id, start, decode, on_gap)
@@ -88,7 +88,7 @@ class Kafka:
             client=client_options(given, self.name),
             clock=clock or SystemClock(),
         )
-        self._draw = draw or random.Random()
+        self._draw = entropy or random.Random()
         self._sessions: list[Session] = []
         self._connecting: str | None = "connecting"
 
@@ -100,8 +100,8 @@ class Kafka:
 
     def gauges(self) -> Sequence[Gauge]:
         """`lag_messages` and `lag_seconds` of each partition that is assigned here."""
-        parts = [(each.tp, each.place, each.level) for session in self._sessions for each in session.partitions.values()]
-        return list(gauges(parts, self._options.clock.now()))
+        standing = [each for session in self._sessions for each in session.standing()]
+        return list(gauges(standing, self._options.clock.now()))
 
     async def listen(self, intake: Intake) -> None:
         """A member of the group until cancelled. While no broker can be reached it tries again, at least every 30 s."""

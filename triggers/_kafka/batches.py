@@ -33,15 +33,6 @@ class Partition:
     level: Level = field(default_factory=Level)
 
 
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """Offsets from `first` up to `after` that are passed over, and why."""
-
-    first: int
-    after: int
-    why: str
-
-
 @dataclass(slots=True)
 class Batch:
     """`places` are the partitions' once it is recorded. `passed`: those that go on behind a gap; `changed`: whose overlap holds

@@ -32,6 +32,15 @@ class Stopped:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Offsets from `first` up to `after` that are passed over, and why."""
+
+    first: int
+    after: int
+    why: str
+
+
 def misplaced(error: KafkaError) -> Collection[TopicPartition]:
     """The partitions that an error of MISPLACED is about: it carries a mapping by partition, or a partition."""
     about: Any = error.args[0] if error.args else ()

@@ -26,7 +26,7 @@ class Level:
         """Takes what the last fetch told: the end of what may be read, so without open transactions where that is known."""
         stable, written = consumer.last_stable_offset(tp), consumer.highwater(tp)
         told = written if stable is None or stable < 0 else stable
-        if told is not None:
+        if told is not None and told > self.end:
             self.end = told
 
 

@@ -18,6 +18,7 @@ from eventflow.errors import caught
 from eventflow.event import Event, Undecodable
 from eventflow.retry import RetryAfter
 from triggers._kafka.client import Record
+from triggers._kafka.faults import Missing
 
 TYPE = "io.eventflow.kafka.record"
 
@@ -180,21 +181,19 @@ class Reader:
             headers=headers,
         )
 
-    def gap(self, topic: str, partition: int, first: int, after: int, stamp: int, why: str) -> Undecodable:
-        """The note that offsets from `first` up to `after` were passed over. `stamp` tells one such event from another."""
+    def gap(self, topic: str, partition: int, missing: Missing, stamp: int) -> Undecodable:
+        """The note that offsets were passed over. `stamp`, of the last record before, tells one such event from another."""
+        first, after = missing.first, missing.after
         return Undecodable(
             id=f"gap:{partition}:{first}:{after}:{stamp}",
             source=self.source(topic),
             type="io.eventflow.kafka.gap",
             body=b"",
-            error=why[:MAX_REASON],
+            error=missing.why[:MAX_REASON],
             headers={
-                "kafka-topic": topic,
-                "kafka-partition": str(partition),
-                "kafka-offset": str(first),
-                "kafka-next": str(after),
+                "kafka-topic": topic, "kafka-partition": str(partition), "kafka-offset": str(first), "kafka-next": str(after),
             },
-        )
+        )  # fmt: skip
 
 
 def ident(record: Record) -> str:

@@ -13,17 +13,19 @@ never cancelled but to end. A consumer that raised is not used again, unless the
 
 import asyncio
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import anyio.to_thread
 
 from eventflow.errors import SourceError, StoreFull
 from eventflow.event import Intake
-from triggers._kafka.batches import Batch, Missing, Partition, read_batch
+from triggers._kafka.batches import Batch, read_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition
-from triggers._kafka.faults import MISPLACED, UNREADABLE, Stopped, misplaced, unreadable
+from triggers._kafka.faults import MISPLACED, UNREADABLE, misplaced, unreadable
+from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
+from triggers._kafka.partitions import Partitions
 from triggers._kafka.positions import Place, Positions, Standing, key
 
 Fetched = Mapping[TopicPartition, Sequence[Record]]
@@ -53,7 +55,10 @@ PATIENCE = 3.0
 """Seconds that a full ledger is waited for before partitions are paused: a pause throws away what was fetched ahead."""
 
 AGAIN = 60.0
-"""Seconds after which a partition that could not be read is tried again."""
+"""Seconds after which a partition that could not be read is tried again, and a full ledger is spoken of again."""
+
+CAREFUL = 1_000
+"""Records of a partition in one careful round."""
 
 
 class Session(ConsumerRebalanceListener):
@@ -62,18 +67,16 @@ class Session(ConsumerRebalanceListener):
     def __init__(self, options: Options, intake: Intake, draw: random.Random) -> None:
         self._options, self._intake, self._log, self._clock = options, intake, intake.log, options.clock
         self.consumer: Consumer = options.consumer()
-        self.partitions: dict[TopicPartition, Partition] = {}
+        self.partitions = Partitions(options, self.consumer, intake.log)
         self._positions = Positions(options, intake, self.consumer, draw)
         self._epoch = 0
         self._revoked = False
         self._assigned: Collection[TopicPartition] | None = None
-        self._doubtful: dict[TopicPartition, bool] = {}
-        self._gaps: dict[TopicPartition, Missing] = {}
         self._batch: Batch | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._full: StoreFull | None = None
-        self._full_since = self._try_at = 0.0
+        self._full_since, self._try_at = 0.0, float("-inf")
         self.joined = False
         self._away: str | None = None
 
@@ -87,6 +90,13 @@ class Session(ConsumerRebalanceListener):
         stopped = [f"{key(tp)} is stopped: {each.stopped.why}" for tp, each in self.partitions.items() if each.stopped]
         missing = [f"no topic {topic!r}" for topic in self._options.topics if not self.consumer.partitions_for_topic(topic)]
         return "; ".join([*([self._away] if self._away else []), *missing, *stopped]) or None
+
+    def standing(self) -> Iterator[tuple[TopicPartition, Place, Level]]:
+        """Each partition, how far it is recorded, and what is known of its end by now."""
+        for tp, partition in self.partitions.items():
+            if tp in self.consumer.assignment():
+                partition.level.look(self.consumer, tp)
+            yield tp, partition.place, partition.level
 
     async def run(self) -> None:
         """Until cancelled, or until the consumer or the ledger cannot go on."""
@@ -127,20 +137,22 @@ class Session(ConsumerRebalanceListener):
         """The next thing there is to do."""
         if self._revoked:
             await self._fetch()  # which waits for the assignment
-        elif self._full is not None and self._clock.monotonic() < self._try_at:
+        elif self._clock.monotonic() < self._try_at:
             await self._wait_for_room()
         elif self._assigned is not None:
             await self._take_up(self._assigned)
         elif self._batch is not None:
             await self._record(self._batch)
-        elif self._doubtful:
-            await self._examine(*self._doubtful.popitem())
-        elif self._gaps:
-            self._batch = self._pass_gaps()
+        elif self.partitions.doubtful:
+            await self._examine(*self.partitions.doubtful.popitem())
+        elif self.partitions.gaps:
+            self._batch = self.partitions.pass_gaps(self._epoch)
         else:
-            self._go_on()
+            self._full = None
+            self.partitions.go_on()
             fetched = await self._fetch()
-            self._batch = await self._read(fetched) if fetched else await self._catch_up()
+            now = self._clock.now()
+            self._batch = await self._read(fetched) if fetched else await self.partitions.catch_up(self._epoch, now)
 
     async def _read(self, fetched: Fetched) -> Batch | None:
         """What was fetched, as a batch; None when its partitions were taken away meanwhile."""
@@ -154,10 +166,10 @@ class Session(ConsumerRebalanceListener):
         if epoch != self._epoch:
             return None
         for tp, later in batch.later.items():
-            self._stop(tp, f"the decoder asks for time: {later}", later.seconds, batch.places[tp].offset)
+            self.partitions.stop(tp, f"the decoder asks for time: {later}", later.seconds, batch.places[tp].offset)
         for tp in batch.changed:
-            self._doubt(tp, changed=True)
-        return batch
+            self.partitions.doubt(tp, changed=True)
+        return batch if batch.places else None
 
     async def _record(self, batch: Batch) -> None:
         """Events and cursors in one transaction. With no room for them the batch is held, and tried again."""
@@ -174,51 +186,7 @@ class Session(ConsumerRebalanceListener):
         finally:
             self._idle.set()
         self._batch, self._positions.notes = None, {}
-        self._settle(batch)
-
-    def _settle(self, batch: Batch) -> None:
-        """Remembers what is recorded; only from here on may it be committed."""
-        for tp, place in batch.places.items():
-            if (partition := self.partitions.get(tp)) is not None:
-                partition.place, partition.moved_at = place, self._clock.monotonic()
-                if tp in batch.passed:
-                    self._read_on(partition)
-
-    def _go_on(self) -> None:
-        """Reads again what was held: by a ledger that was full, or for a time that is over."""
-        now, was_full = self._clock.monotonic(), self._full is not None
-        self._full = None
-        for partition in self.partitions.values():
-            over = partition.stopped is not None and partition.stopped.until <= now
-            if over:
-                partition.stopped = None
-            if over or was_full:
-                self._resume(partition)
-
-    def _read_on(self, partition: Partition) -> None:
-        self.consumer.seek(partition.tp, partition.place.offset)
-        self._resume(partition)
-
-    def _resume(self, partition: Partition) -> None:
-        """Unless something holds it."""
-        tp = partition.tp
-        held = self._full is not None or partition.stopped is not None or tp in self._doubtful or tp in self._gaps
-        if not held and tp in self.consumer.assignment():
-            self.consumer.resume(tp)
-
-    async def _catch_up(self) -> Batch | None:
-        """With nothing to read: notes what is level, and moves cursors past offsets that hold no records (transactions')."""
-        batch, now = Batch(self._epoch), self._clock.now()
-        for tp, partition in self.partitions.items():
-            if partition.stopped or tp in self._doubtful or tp in self._gaps or tp not in self.consumer.assignment():
-                continue
-            position = await self.consumer.position(tp)
-            if position > partition.place.offset:
-                batch.places[tp] = Place(position, partition.place.last, partition.place.stamp)
-            partition.level.look(self.consumer, tp)
-            if 0 <= partition.level.end <= position:
-                partition.level.at = now
-        return batch if batch.places else None
+        self.partitions.settle(batch)
 
     # ------------------------------------------------------------------ back-pressure
 
@@ -226,8 +194,10 @@ class Session(ConsumerRebalanceListener):
         now = self._clock.monotonic()
         if self._full is None:
             self._full_since = now
-            self._log.warning("kafka.slowed", reason=str(full))
+            if now > self._try_at + AGAIN:  # a ledger at its bound is full again after every batch: once says it
+                self._log.warning("kafka.slowed", reason=str(full))
         self._full, self._try_at = full, now + full.retry_after
+        self.partitions.full = True
 
     async def _wait_for_room(self) -> None:
         """Waits a little, and stays in the group while it does."""
@@ -236,21 +206,18 @@ class Session(ConsumerRebalanceListener):
         if now - self._full_since < PATIENCE:
             await asyncio.sleep(seconds)
             return
-        self.consumer.pause(*self.consumer.assignment())
-        for tp, records in (await self._getmany(seconds)).items():  # what nobody can take now is read again
+        self.partitions.hold_all()
+        for tp, records in (await self._fetch(seconds)).items():  # what nobody can take now is read again
             self.consumer.seek(tp, records[0].offset)
 
     # ------------------------------------------------------------------ fetching
 
-    async def _getmany(self, seconds: float) -> Fetched:
-        return await self.consumer.getmany(timeout_ms=max(1, int(seconds * 1000)))
-
-    async def _fetch(self) -> Fetched:
+    async def _fetch(self, seconds: float = POLL) -> Fetched:
         try:
-            return await self._getmany(POLL)
+            return await self.consumer.getmany(timeout_ms=max(1, int(seconds * 1000)))
         except MISPLACED as error:
             for tp in misplaced(error):
-                self._doubt(tp)
+                self.partitions.doubt(tp)
         except UNREADABLE:
             return await self._fetch_with_care()
         return {}
@@ -262,7 +229,7 @@ class Session(ConsumerRebalanceListener):
             records: list[Record] = []
             try:
                 self.consumer.seek(tp, await self.consumer.position(tp))  # forgets what was fetched and half read
-                while got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1):
+                while len(records) < CAREFUL and (got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1)):
                     records += got[tp]
             except UNREADABLE as error:
                 if epoch == self._epoch:
@@ -276,28 +243,11 @@ class Session(ConsumerRebalanceListener):
     def _meet_unreadable(self, tp: TopicPartition, error: KafkaError, offset: int) -> None:
         why = unreadable(error, offset)
         if self._options.skip_corrupt:
-            self.consumer.pause(tp)
-            self._gaps[tp] = Missing(offset, offset + 1, why)
+            self.partitions.skip(tp, offset, why)
         else:
-            self._stop(tp, why, AGAIN, offset)
-
-    def _stop(self, tp: TopicPartition, why: str, seconds: float, offset: int) -> None:
-        """Reads no more from a partition for a while; the others go on."""
-        partition = self.partitions[tp]
-        if partition.complaint != why:  # said once, however often it is tried again
-            partition.complaint = why
-            self._log.error("kafka.partition_stopped", partition=key(tp), reason=why)
-        partition.stopped = Stopped(why, self._clock.monotonic() + seconds)
-        self.consumer.pause(tp)
-        self.consumer.seek(tp, offset)
+            self.partitions.stop(tp, why, AGAIN, offset)
 
     # ------------------------------------------------------------------ gaps
-
-    def _doubt(self, tp: TopicPartition, *, changed: bool = False) -> None:
-        """Something is wrong with where a partition is read; nothing is read until it was looked at."""
-        if tp in self.partitions and tp in self.consumer.assignment():
-            self.consumer.pause(tp)
-            self._doubtful[tp] = changed
 
     async def _examine(self, tp: TopicPartition, changed: bool) -> None:
         epoch = self._epoch
@@ -308,34 +258,9 @@ class Session(ConsumerRebalanceListener):
         partition = self.partitions[tp]
         standing = Standing(partition.place, begin, end)
         if changed or standing.is_gap:
-            self._meet_gap(partition, standing)
+            self.partitions.meet_gap(partition, standing)
         else:
-            self._read_on(partition)
-
-    def _meet_gap(self, partition: Partition, found: Standing) -> None:
-        """Never in silence: a line in the log, and a dead letter or a partition that stands still."""
-        tp, on_gap = partition.tp, self._options.on_gap
-        if on_gap == "stop":
-            self._stop(tp, f"{found.why}; on_gap= says to stop", float("inf"), found.begin)
-            return
-        self._log.error("kafka.gap_met", partition=key(tp), reason=found.why, reading_from=on_gap)
-        after = found.begin if on_gap == "earliest" else found.end
-        self._gaps[tp] = Missing(found.place.offset, after, found.why)
-
-    def _pass_gaps(self) -> Batch:
-        """Dead letters for the offsets passed over; the partitions are read on once they are recorded."""
-        batch, gaps = Batch(self._epoch), self._gaps
-        self._gaps = {}
-        for tp, missing in gaps.items():
-            partition = self.partitions[tp]
-            partition.overlap = -1
-            stamp = partition.place.stamp
-            batch.items.append(
-                self._options.reader.gap(tp.topic, tp.partition, missing.first, missing.after, stamp, missing.why)
-            )
-            batch.places[tp] = Place(missing.after)
-            batch.passed.add(tp)
-        return batch
+            self.partitions.read_on(partition)
 
     # ------------------------------------------------------------------ membership
 
@@ -351,9 +276,7 @@ class Session(ConsumerRebalanceListener):
         with suppress(TimeoutError):
             async with asyncio.timeout(ENDING):
                 await self._commit()
-        self.partitions.clear()
-        self._doubtful.clear()
-        self._gaps.clear()
+        self.partitions.forget()
         self._batch = None
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
@@ -373,18 +296,8 @@ class Session(ConsumerRebalanceListener):
             return
         if epoch != self._epoch:
             return
-        now = self._clock.monotonic()
         for tp, standing in found.items():
-            partition = self.partitions[tp] = Partition(tp, standing.place, now)
-            partition.level.end = standing.end
-            if standing.is_gap:
-                self._meet_gap(partition, standing)
-                continue
-            place = standing.place
-            if place.last >= standing.begin:
-                partition.overlap = place.last
-            self.consumer.seek(tp, place.offset if partition.overlap < 0 else partition.overlap)
-            self._resume(partition)
+            self.partitions.take(tp, standing)
         self._assigned, self.joined = None, True
         self._log.info("kafka.assigned", partitions=sorted(key(tp) for tp in assigned))
 
@@ -432,7 +345,7 @@ class Session(ConsumerRebalanceListener):
             return
         partition.level.end = end
         if end < partition.place.offset:
-            self._doubt(tp)
+            self.partitions.doubt(tp)
         waiting = end > partition.place.offset and partition.stopped is None and self._full is None
         if not waiting:
             partition.moved_at = self._clock.monotonic()
