@@ -4,6 +4,7 @@ Tests put it between `S3` and its server. `fail` takes a rule: which requests, h
 """
 
 import http.client
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -86,7 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
         rule = self.proxy.rule(self.command, self.path, headers)
         if rule is not None:
             time.sleep(rule.delay)
-            if rule.answer == HANG_UP:
+            if rule.answer == HANG_UP or (rule.delay and self._is_gone()):
                 self.close_connection = True
                 return
             if rule.answer is not None:
@@ -96,6 +97,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._forward(body, rule.after if rule is not None else 0.0)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _do
+
+    def _is_gone(self) -> bool:
+        """Whether the client has died meanwhile: then its late request has not been sent."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def _body(self) -> bytes:
         if self.headers.get("transfer-encoding", "").lower() != "chunked":

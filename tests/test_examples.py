@@ -22,8 +22,11 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests.aws import Aws, Bucket, ministack
 from tests.brokers import some_broker
 from tests.conftest import wait_until
+
+__all__ = ["ministack"]
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -213,6 +216,30 @@ def test_landing_files_become_reports(tmp_path: Path):
     assert (tmp_path / "rejects/monday.csv").read_text().startswith("line,reason\n3,")
     assert not (tmp_path / "reports/broken.json").exists()
     assert sorted(path.suffix for path in landing.iterdir()) == [""]  # only done/ is left
+
+
+# --------------------------------------------------------------------------- landing objects
+
+
+@pytest.mark.parametrize("way", ["poll", "queue"])
+def test_landing_objects_become_reports(ministack: Aws, tmp_path: Path, way: str):
+    """An object is reported in its bucket, by polling and by queue; a bad one is a failed run; what lands while nothing runs is
+    found; mended and put again, it is reported."""
+    bucket = Bucket(ministack)
+    queue = bucket.queue() if way == "queue" else None
+    env = {**ministack.env, "SALES_BUCKET": bucket.name, "SALES_QUEUE": queue.url if queue else ""}
+    bucket.put("in/monday sales.csv", "region,amount\nnorth,10\nsouth,x\nnorth,5.5\n")
+    with served("landing_s3.py", tmp_path, **env) as server:
+        bucket.put("in/broken.csv", "region,price\nnorth,10\n")
+        wait_until(lambda: server.states() == ["completed", "failed"], "both objects were dealt with", within=40)
+        (failed,) = server.runs(state="failed")
+        assert "missing amount" in failed["error"]["message"]
+        server.kill()
+    bucket.put("in/broken.csv", "region,amount\nwest,1\nwest,2\n")
+    with served("landing_s3.py", tmp_path, **env) as server:
+        wait_until(lambda: server.states() == ["completed", "completed", "failed"], "the mended one is reported", within=40)
+    assert json.loads(bucket.read("reports/monday sales.csv.json")) == {"totals": {"north": 15.5}, "rejected_rows": 1}
+    assert json.loads(bucket.read("reports/broken.csv.json")) == {"totals": {"west": 3.0}, "rejected_rows": 0}
 
 
 # --------------------------------------------------------------------------- inside FastAPI

@@ -129,8 +129,8 @@ def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
             for n, body in enumerate(("A", "B", "A"), 1):
                 bucket.put("a", body)
                 await eventually(lambda n=n: len(here.keys) == n and len(eager.keys) >= n, f"{n} events")
+                await asyncio.sleep(1.1)  # another second: listings stamp whole ones on some servers
             seen = len(eager.keys)
-            await asyncio.sleep(1.1)  # listings stamp whole seconds on some servers
             bucket.put("a", "A")
             await eventually(lambda: len(eager.keys) > seen, "the eager one takes it for new")
             await here.swept(bucket, "probe")
