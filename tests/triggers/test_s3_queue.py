@@ -291,7 +291,7 @@ def test_s15_a_store_that_fails_leaves_messages_to_the_redrive_policy(ministack:
         trigger = Landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0).trigger
         async with reopening(trigger, ledger):
             await eventually(lambda: dead.left == 1, "the message is in the dead-letter queue")
-        assert ledger.kept == {} and len(ledger.offered) == 2
+        assert ledger.kept == {}
 
     asyncio.run(main())
 
