@@ -287,7 +287,7 @@ def test_p8_room_within_the_wait_is_taken():
 
 def test_p8_few_bytes_wait_for_room(monkeypatch: pytest.MonkeyPatch):
     """What may wait for a full ledger is bounded: beyond the bound the answer is 503 at once, and memory stays flat."""
-    monkeypatch.setattr("triggers.webhook.MAX_WAITING", 10)
+    monkeypatch.setattr("triggers.endpoint.MAX_WAITING", 10)
 
     async def check(hook: Hook) -> None:
         hook.ledger.failing = StoreFull("full", 5)
