@@ -7,6 +7,7 @@ The words are explained in docs/concepts.md. Importing this package starts nothi
 """
 
 from eventflow.app import App, RunHandle
+from eventflow.delivery import Batch, Debounce, Each, Latest, Singleflight
 from eventflow.errors import EventflowError, NotFound, UsageError
 from eventflow.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
 from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
@@ -15,10 +16,14 @@ from eventflow.task import current_task, task
 
 __all__ = [
     "App",
+    "Batch",
+    "Debounce",
+    "Each",
     "Event",
     "EventSink",
     "EventflowError",
     "Intake",
+    "Latest",
     "Letter",
     "NotFound",
     "Permanent",
@@ -26,6 +31,7 @@ __all__ = [
     "Retry",
     "RetryAfter",
     "RunHandle",
+    "Singleflight",
     "Trigger",
     "Undecodable",
     "UsageError",

@@ -17,6 +17,7 @@ import orjson
 
 from eventflow.blobs import Blobs
 from eventflow.clock import Clock, Duration, SystemClock, microseconds
+from eventflow.delivery import Delivery
 from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
 from eventflow.event import Event, EventSink, Json, Receipt, Trigger
 from eventflow.filters import Where
@@ -84,6 +85,7 @@ class App:
         threads: int = 32,
         retention: Duration = 30 * DAY,
         identities: Duration = 90 * DAY,
+        results: str | None = None,
         clock: Clock | None = None,
         **store_options: Any,
     ) -> None:
@@ -95,7 +97,7 @@ class App:
         self._lifespan = lifespan
         self._concurrency, self._threads = concurrency, threads
         self._retention, self._identities = microseconds(retention), microseconds(identities)
-        self._store_options = store_options
+        self._store_options, self._results = store_options, results
         self._subscriptions: list[Subscription] = []
         self._outlets: list[Outlet] = []
         self._names: set[str] = set()
@@ -114,13 +116,15 @@ class App:
         priority: int | None = None,
         on_failure: str = "continue",
         types: Sequence[str] = (),
+        deliver: Delivery | None = None,
         name: str | None = None,
     ) -> None:
         """Subscribes a flow to a trigger; or, with a text, to events of that type that flows emit or the API receives.
 
         `where`: an EventBridge pattern over the data, or a quick plain callable. `params`: a callable from the event to the
-        flow's arguments, instead of binding by name. `key`: events of equal keys run one after another. UsageError says what
-        does not fit.
+        flow's arguments, instead of binding by name. `key`: events of equal keys run one after another. `deliver`: how many
+        events make a run (`Each()`, `Batch(...)`, `Debounce(...)`, `Latest()`, `Singleflight()`). UsageError says what does
+        not fit.
         """
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
@@ -129,8 +133,8 @@ class App:
             place = trigger.name
         self.add(flow)
         made = subscribe(
-            place, flow, where=where, params=params, key=key, priority=priority, on_failure=on_failure, types=types, name=name,
-            taken=self._names,
+            place, flow, where=where, params=params, key=key, priority=priority, on_failure=on_failure, types=types,
+            deliver=deliver, name=name, taken=self._names,
         )  # fmt: skip
         self._names.add(made.name)
         self._subscriptions.append(made)
@@ -218,7 +222,7 @@ class App:
     def _plan(self) -> Plan:
         return Plan(
             self.name, self.clock, self.flows, self.triggers, self._subscriptions, self._lifespan, self._concurrency,
-            self._threads, self._retention, self._identities, self._store_options, self._outlets,
+            self._threads, self._retention, self._identities, self._store_options, self._outlets, self._results,
         )  # fmt: skip
 
     @property

@@ -11,6 +11,10 @@ field and the reason; the executor asks it again when the run starts. The rules,
    `handle(order: Order)` takes both `{"order": {…}}` and the order itself.
 4. No parameters: any event will do.
 
+A run may be made of several events (delivery.py). Then a parameter annotated `list[Event]` gets all of them, and so does a
+flow's only other parameter when it is a list: `handle(orders: list[Order])` gets the data of each. Everything else comes from
+the newest one. (`list[Event]` works for a single event too.)
+
 Next room: the flow itself.
 """
 
@@ -18,7 +22,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -35,13 +39,16 @@ _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
 class Binder:
     """How one flow's arguments are made. Raises UsageError for a signature that no event can fill."""
 
-    __slots__ = ("_adapters", "_events", "_flow", "_names", "_record", "_required", "_rest", "_signature", "_single", "_whole")
+    __slots__ = (
+        "_adapters", "_all", "_events", "_flow", "_names", "_record", "_required", "_rest", "_signature", "_single", "_whole",
+    )  # fmt: skip
 
     def __init__(self, fn: Callable[..., Any], flow_name: str) -> None:
         self._flow = flow_name
         self._signature = inspect.signature(fn)
         hints = _hints(fn, flow_name)
         self._events: list[tuple[str, bool]] = []
+        self._all: list[str] = []
         self._rest: str | None = None
         self._adapters: dict[str, Any] = {}
         self._required: list[str] = []
@@ -52,6 +59,8 @@ class Binder:
             optional = parameter.default is not inspect.Parameter.empty
             if parameter.kind is parameter.VAR_KEYWORD:
                 self._rest = parameter.name
+            elif _is_list(annotation) and typing.get_args(annotation)[:1] == (Event,):
+                self._all.append(parameter.name)
             elif _is_event(annotation):
                 self._events.append((parameter.name, not optional))
             else:
@@ -67,11 +76,27 @@ class Binder:
         arguments = self._bind(event.data, strict=False)
         for name, _ in self._events:
             arguments[name] = event
+        for name in self._all:
+            arguments[name] = [event]
+        return arguments
+
+    def bind_events(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The arguments for the events of one run, oldest first. Raises BindingError naming the field and the reason."""
+        if self._single is not None and _is_list(self._record.__annotations__[self._single]):
+            arguments = self._convert({self._single: [event.data for event in events]})
+            for name, _ in self._events:
+                arguments[name] = events[-1]
+        else:
+            arguments = self.bind_event(events[-1])
+        for name in self._all:
+            arguments[name] = list(events)
         return arguments
 
     def bind_params(self, params: Mapping[str, Any], event: Event | None = None) -> dict[str, Any]:
         """The arguments for a JSON object of parameters; a name that is no parameter is refused."""
         arguments = self._bind(params, strict=True)
+        for name in self._all:
+            arguments[name] = [] if event is None else [event]
         for name, required in self._events:
             if isinstance(given := params.get(name), Mapping):
                 arguments[name] = self._read_event(name, cast(Mapping[str, Any], given))
@@ -221,6 +246,11 @@ def _hints(fn: Callable[..., Any], flow_name: str) -> dict[str, Any]:
 
 def _is_event(annotation: Any) -> bool:
     return annotation is Event or set(typing.get_args(annotation)) == {Event, type(None)}
+
+
+def _is_list(annotation: Any) -> bool:
+    origin: Any = typing.get_origin(annotation)
+    return annotation is list or (isinstance(origin, type) and issubclass(list, origin))
 
 
 def _takes_object(annotation: Any) -> bool:

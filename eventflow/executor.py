@@ -68,7 +68,7 @@ class Execution:
         self._idle_since = 0
         self._check: Any = None
         self._checking = self._spun = self._counted = False
-        self._event: Event | None = None
+        self._events: list[Event] | None = None
 
     # ----------------------------------------------------------------- begin
 
@@ -89,19 +89,22 @@ class Execution:
     def _enter(self) -> None:
         where.set(self.here)
         pool, generation = self.pool, self.journal.generation
-        enter_run(RunContext(self.name, self.flow.name, self._read_event, self._tell_now, pool.state, generation))
+        enter_run(RunContext(self.name, self.flow.name, self._read_events, self._tell_now, pool.state, generation))
 
-    def _read_event(self) -> Event | None:
-        if self._event is None and self.run.body is not None:
-            self._event = Event.recorded(self.run.body)
-        return self._event
+    def _read_events(self) -> list[Event]:
+        if self._events is None:
+            run = self.run
+            self._events = [Event.recorded(body) for body in run.bodies or ((run.body,) if run.body is not None else ())]
+        return self._events
 
     def _coroutine(self) -> Coroutine[Any, Any, Any]:
-        event = self._read_event()
+        events, binder = self._read_events(), self.flow.binder
         if self.run.params is not None:
-            arguments = self.flow.binder.bind_params(orjson.loads(self.run.params), event)
+            arguments = binder.bind_params(orjson.loads(self.run.params), events[-1] if events else None)
+        elif self.run.mode is not None:
+            arguments = binder.bind_events(events)
         else:
-            arguments = {} if event is None else self.flow.binder.bind_event(event)
+            arguments = binder.bind_event(events[0]) if events else {}
         return self.flow.fn(**arguments)
 
     def _listen_for_orders(self) -> None:

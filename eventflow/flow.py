@@ -46,18 +46,18 @@ class FlowOptions(msgspec.Struct, frozen=True):
 class RunContext:
     """What `current_run()` tells a flow (and its task bodies).
 
-    `id` and `event` say what is running and why. `now` is the time of the last thing the journal delivered, `random` a
-    generator seeded by the run: both replay alike in the flow. A task body has a generator of its own, which does not. `state`
-    is what the App's lifespan yielded.
+    `id` and `event` say what is running and why; of a run that gathered several, `events` are all, `event` the newest. `now` is
+    the time of the last thing the journal delivered, `random` a generator seeded by the run: both replay alike in the flow. A
+    task body has a generator of its own, which does not. `state` is what the App's lifespan yielded.
     """
 
-    __slots__ = ("_body_random", "_event", "_flow_random", "_now", "_seed", "flow", "id", "state")
+    __slots__ = ("_body_random", "_events", "_flow_random", "_now", "_seed", "flow", "id", "state")
 
     def __init__(
-        self, ident: str, flow: str, event: Callable[[], Event | None], now: Callable[[], int], state: Any, generation: int = 0
+        self, ident: str, flow: str, events: Callable[[], list[Event]], now: Callable[[], int], state: Any, generation: int = 0
     ) -> None:
         self.id, self.flow, self.state = ident, flow, state
-        self._event, self._now = event, now
+        self._events, self._now = events, now
         self._seed = f"{ident}~{generation}" if generation else ident
         self._flow_random: random.Random | None = None
         self._body_random: random.Random | None = None
@@ -77,8 +77,14 @@ class RunContext:
 
     @property
     def event(self) -> Event | None:
-        """The event that started the run; None for a child run."""
-        return self._event()
+        """The event that started the run, the newest if there are several; None for a child run."""
+        events = self._events()
+        return events[-1] if events else None
+
+    @property
+    def events(self) -> list[Event]:
+        """All events of the run, in the order recorded: one, several (`app.on(deliver=)`), or none for a child run."""
+        return list(self._events())
 
     @property
     def now(self) -> datetime:

@@ -15,13 +15,14 @@ import orjson
 
 from eventflow.binding import Binder
 from eventflow.clock import Clock
+from eventflow.delivery import Delivery, Each
 from eventflow.errors import BindingError, DepthExceeded, NotStorable, UsageError, caught
 from eventflow.event import MAX_DEPTH, Event, EventSink, Undecodable
 from eventflow.filters import Filter, Where, compile_filter, wildcard
 from eventflow.plain import encode_plain
 from eventflow.results import digest
 from eventflow.run import Ids, Run, State
-from eventflow.store.base import Arrival
+from eventflow.store.base import Arrival, Gather
 
 EMIT = "events"
 """The trigger of events that flows emit."""
@@ -45,7 +46,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A trigger's events for a flow. Made by `subscribe`.
 
     `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
-    another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it.
+    another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it. `gather`:
+    how several events make one run; `lane`: the one of events without a key.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     on_failure: str = "continue"
     types: tuple[str, ...] = ()
+    gather: Gather | None = None
+    lane: str | None = None
 
     def hears(self, event_type: str) -> bool:
         """Whether events of this type are deliveries to it, and get a verdict."""
@@ -90,10 +94,11 @@ def subscribe(
     priority: int | None = None,
     on_failure: str = "continue",
     types: Iterable[str] = (),
+    deliver: Delivery | None = None,
     name: str | None = None,
     taken: Collection[str] = (),
 ) -> Subscription:
-    """A subscription, checked: UsageError says what is wrong with `where`, `key` or `on_failure`.
+    """A subscription, checked: UsageError says what is wrong with `where`, `key`, `on_failure` or `deliver`.
 
     Its name is `trigger/flow`, or what is given; with `#2`, `#3` … when that is among the `taken`.
     `key` is a dotted path into `data`, `@attribute`, `"record"` (the `partitionkey` extension or the subject), or a callable.
@@ -102,8 +107,14 @@ def subscribe(
         raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
+    mode = deliver or Each()
+    if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}")
+    if params is not None and mode.gather() is not None:
+        raise UsageError(f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]")
+    unique = _unique(name or f"{trigger}/{flow.name}", taken)
     return Subscription(
-        name=_unique(name or f"{trigger}/{flow.name}", taken),
+        name=unique,
         trigger=trigger,
         flow=flow,
         filter=compile_filter(where),
@@ -112,6 +123,8 @@ def subscribe(
         priority=flow.priority if priority is None else priority,
         on_failure=on_failure,
         types=kinds,
+        gather=mode.gather(),
+        lane=unique if mode.one_at_a_time else None,
     )
 
 
@@ -301,7 +314,20 @@ def content_digest(event: Event) -> bytes:
 class _Delivery:
     """One event on its way to its subscriptions, collecting verdicts."""
 
-    __slots__ = ("_dead", "_dead_outlets", "_depth", "_event", "_id", "_ids", "_now", "_outbox", "_runs", "_tally", "_verdicts")
+    __slots__ = (
+        "_dead",
+        "_dead_outlets",
+        "_depth",
+        "_event",
+        "_gathers",
+        "_id",
+        "_ids",
+        "_now",
+        "_outbox",
+        "_runs",
+        "_tally",
+        "_verdicts",
+    )
 
     def __init__(self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int) -> None:
         self._ids, self._event, self._now, self._depth = router.ids, event, now, depth
@@ -311,6 +337,7 @@ class _Delivery:
         self._dead: list[tuple[str, str]] = []
         self._outbox: list[tuple[str, str | None]] = []
         self._dead_outlets = router.dead_outlets
+        self._gathers: dict[int, Gather] = {}
         self._tally: dict[str, int] = {}
 
     def deliver(self, subscription: Subscription, state: State) -> None:
@@ -324,7 +351,9 @@ class _Delivery:
             made, broken = caught(_arguments, subscription, event)
             if made is not None:
                 lane, params = made
-                self.start(subscription.name, subscription.flow, subscription.priority, lane, params, state)
+                self.start(
+                    subscription.name, subscription.flow, subscription.priority, lane, params, state, subscription.gather
+                )
                 return
         reason = str(broken) if isinstance(broken, BindingError) else f"{type(broken).__name__}: {broken}"
         self._note(subscription.name, "invalid", reason, "dead")
@@ -343,8 +372,11 @@ class _Delivery:
             self._verdicts.append((outlet.name, "outbox", f"for sink {outlet.sink.name}"))
             self._outbox.append((outlet.name, None))
 
-    def start(self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State) -> None:
-        """A run, due now, or held."""
+    def start(
+        self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State,
+        gather: Gather | None = None,
+    ) -> None:  # fmt: skip
+        """A run, due now or when its window closes, or held."""
         run = Run(
             id=self._ids.next(self._now),
             flow=flow.name,
@@ -358,6 +390,11 @@ class _Delivery:
             depth=self._depth,
             params=params,
         )
+        if gather is not None:
+            self._gathers[run.id] = gather
+            run.mode = gather.mode
+            if gather.size > 1:
+                run.due_at += gather.wait
         self._runs.append(run)
         self._note(name, "held" if state is State.HELD else "run", run.id, "pending")
 
@@ -385,16 +422,20 @@ class _Delivery:
             runs=self._runs,
             dead=self._dead,
             outbox=self._outbox,
+            gathers=self._gathers,
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
 
 
 def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:
     """The run's lane and, where `params=` makes them, its arguments. Raises what the user's code and the binder raise."""
-    lane = None if subscription.key is None else subscription.key(event)
+    lane = subscription.lane if subscription.key is None else subscription.key(event)
     if lane is not None and not isinstance(cast(object, lane), str):
         raise TypeError(f"key= returned {type(lane).__name__}, expected a str or None")
     binder = subscription.flow.binder
+    if subscription.gather is not None:
+        binder.bind_events((event,))
+        return lane, None
     if subscription.params is None:
         binder.bind_event(event)
         return lane, None

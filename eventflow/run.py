@@ -15,6 +15,7 @@ Each arrow is one store method. Leaving RUNNING needs the token that the claim g
 """
 
 import threading
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TypeAlias
 
@@ -55,6 +56,8 @@ class Run(msgspec.Struct, kw_only=True):
     `params` is a JSON object of bound arguments, or None: bind from the event, whose CloudEvents JSON is `body`.
     `token` fences: it grows with every claim. `suspect`: a crash left it in flight; `deaths` counts journaled attempt
     starts of it after which nothing was recorded. `parent` and `parent_claim` name the run and journal claim a child answers.
+    `mode` is the delivery mode that gathered its events, None for one event, one run; it has `deliveries` of them, and while it
+    runs their `bodies` in the order recorded.
     """
 
     id: int
@@ -76,6 +79,9 @@ class Run(msgspec.Struct, kw_only=True):
     suspect: bool = False
     deaths: int = 0
     cancel_requested: bool = False
+    mode: str | None = None
+    deliveries: int = 1
+    bodies: Sequence[bytes] = ()
 
 
 class Completed(msgspec.Struct, frozen=True):

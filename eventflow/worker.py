@@ -292,7 +292,7 @@ class Worker:
 
     def _begin(self, run: Run) -> None:
         self._busy += 1
-        if run.token == 1 and not run.suspect:
+        if run.token == 1 and not run.suspect and run.mode is None:
             self._execute(run, Journal())
         else:
             self.spawn(self._resume(run))
@@ -300,12 +300,15 @@ class Worker:
     async def _resume(self, run: Run) -> None:
         self._resuming[run.id] = (run, [])
         try:
-            entries = await self.store.load(run.id)
+            entries = await self.store.load(run.id) if run.token > 1 or run.suspect else ()
+            if run.mode is not None:
+                run.bodies = await self.store.bodies(run.id)
         except StoreCorrupt as damage:
             del self._resuming[run.id]
-            self._hold(run, f"its journal cannot be read: {damage}")
+            self._hold(run, f"what is stored of it cannot be read: {damage}")
             return
-        log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
+        if entries or run.token > 1:
+            log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
         self.loop.call_soon(self._execute, run, Journal(entries))
 
     def _execute(self, run: Run, journal: Journal) -> None:

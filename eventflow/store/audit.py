@@ -32,7 +32,7 @@ def _deliveries(connection: sqlite3.Connection, ledger: dict[str, Any]) -> Itera
     if ledger["accepted"] != total:
         yield f"accepted is {ledger['accepted']}, the sum of its parts {total}"
     found: dict[str, int] = dict.fromkeys(_SUM, 0)
-    for state, n in connection.execute("SELECT state, count(*) FROM runs WHERE parent IS NULL GROUP BY state"):
+    for state, n in connection.execute("SELECT state, sum(deliveries) FROM runs WHERE parent IS NULL GROUP BY state"):
         found[COLUMN[state]] += n
     found["dead"] += connection.execute("SELECT count(*) FROM dead WHERE redriven_at IS NULL").fetchone()[0]
     for name in ("completed", "failed", "cancelled"):
@@ -53,6 +53,9 @@ def _tables(connection: sqlite3.Connection, ledger: dict[str, Any]) -> Iterator[
     for name, found in asked:
         if ledger[name] != found:
             yield f"{name} is {ledger[name]}, the rows say {found:.0f}"
+    asked = "SELECT count(*) FROM runs r WHERE deliveries <> 1 + (SELECT count(*) FROM members WHERE run = r.id)"
+    if n := connection.execute(asked).fetchone()[0]:
+        yield f"{n} runs do not have as many events as they say"
     lost = "SELECT count(*) FROM journal WHERE run NOT IN (SELECT id FROM runs)"
     if n := connection.execute(lost).fetchone()[0]:
         yield f"{n} journal entries belong to no run"

@@ -22,6 +22,20 @@ from eventflow.run import Outcome, Run, State
 # --------------------------------------------------------------------------- what goes in
 
 
+class Gather(msgspec.Struct, frozen=True):
+    """How an event may join a run that is recorded and has not begun (delivery.py). Durations in microseconds.
+
+    The run of the first event is due `wait` later; with `renewed` each further event puts that off, to at most `longest` after
+    the first. With `size` events it is due at once, and full.
+    """
+
+    mode: str
+    size: int
+    wait: int = 0
+    longest: int = 0
+    renewed: bool = False
+
+
 class Arrival(msgspec.Struct, kw_only=True):
     """One event (or dead letter) with all its verdicts and runs, ready to insert.
 
@@ -29,6 +43,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     duplicate from a conflict. `body`: CloudEvents JSON; for a dead letter, the raw bytes. `verdicts`: JSON list of
     `[subscription, fate, reason or run id]`. `tally`: deliveries by P9 column, e.g. `{"pending": 1, "suppressed": 2}`; their
     sum is what this event adds to `accepted`. `dead`: `(subscription, reason)` pairs, each a dead-letter row over `body`.
+    `gathers`: of those runs (by id) that are only begun if there is no open window, and whose event else joins that.
     `outbox`: `(outlet, None)` for the event itself, `(outlet, subscription)` for its dead letter of that subscription.
     """
 
@@ -47,6 +62,7 @@ class Arrival(msgspec.Struct, kw_only=True):
     runs: Sequence[Run] = ()
     dead: Sequence[tuple[str, str]] = ()
     outbox: Sequence[tuple[str, str | None]] = ()
+    gathers: Mapping[int, Gather] = {}
     headers: bytes | None = None
 
 
@@ -259,6 +275,10 @@ class Store(Protocol):
 
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         """By outlet, how many letters wait, and since when the oldest does (microseconds)."""
+        ...
+
+    async def bodies(self, run: int) -> list[bytes]:
+        """The events of a run that gathered them, as recorded, in order; StoreCorrupt names a row that is damaged."""
         ...
 
     # doors -------------------------------------------------------------------------------

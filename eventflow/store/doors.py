@@ -17,7 +17,7 @@ from eventflow.run import DEATHS, Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
 from eventflow.store.load import load_journal
-from eventflow.store.ops import answer, deliver, forget
+from eventflow.store.ops import answer, deliver, forget, gathered, know_windows
 from eventflow.store.rows import Row
 from eventflow.store.transaction import Transaction
 
@@ -154,6 +154,9 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
     if dead is not None and body != arrival.body:
         tx.connection.execute("UPDATE dead SET body = ? WHERE id = ?", (body, dead))
         body = arrival.body
+    if arrival.gathers:
+        know_windows(tx, [arrival])
+        arrival = gathered(tx, arrival, event)
     told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
     crc = rows.event_crc(event, key, digest, trigger, event_id, told, headers, body)
     tx.connection.execute(

@@ -11,7 +11,7 @@ from eventflow.store import rows
 
 _RUNS = """
     SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at, r.token, r.lane, r.priority,
-           r.parent, r.parent_claim, r.depth, r.params, r.suspect, r.deaths, r.cancel_requested, r.crc,
+           r.parent, r.parent_claim, r.depth, r.params, r.suspect, r.deaths, r.cancel_requested, r.mode, r.deliveries, r.crc,
            e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc
     FROM runs r LEFT JOIN events e ON e.id = r.event WHERE r.id IN (SELECT value FROM json_each(?))"""
 
@@ -30,18 +30,33 @@ def load_runs(connection: sqlite3.Connection, idents: Sequence[int]) -> Iterator
 
 def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
     (ident, flow, subscription, event, state, created_at, due_at, started_at, token, lane, priority, parent, parent_claim,
-     depth, params, suspect, deaths, cancel_requested, crc, *rest) = row  # fmt: skip
+     depth, params, suspect, deaths, cancel_requested, mode, deliveries, crc, *rest) = row  # fmt: skip
     run = Run(
         id=ident, flow=flow, created_at=created_at, due_at=due_at or created_at, event=event, subscription=subscription,
         state=State(state), started_at=started_at, token=token, lane=lane, priority=priority, parent=parent,
         parent_claim=parent_claim, depth=depth, params=params, body=rest[7], suspect=bool(suspect), deaths=deaths,
-        cancel_requested=bool(cancel_requested),
+        cancel_requested=bool(cancel_requested), mode=mode, deliveries=deliveries,
     )  # fmt: skip
     if crc != rows.run_crc(ident, flow, subscription, event, lane, params):
         return run, corrupt("runs", ident)
     if rest[0] is not None and rest[8] is not None and rest[8] != rows.event_crc(*rest[:8]):
         return run, corrupt("events", rest[0])
     return run, None
+
+
+def load_bodies(connection: sqlite3.Connection, run: int) -> list[bytes]:
+    """The events of a run, in the order recorded; StoreCorrupt names one whose checksum does not hold."""
+    asked = f"""SELECT {", ".join(_PROVEN)} FROM events e WHERE id = (SELECT event FROM runs WHERE id = :run)
+        OR id IN (SELECT event FROM members WHERE run = :run) ORDER BY id"""
+    bodies: list[bytes] = []
+    for *payload, crc in connection.execute(asked, {"run": run}):
+        if crc != rows.event_crc(*payload):
+            raise StoreCorrupt(corrupt("events", payload[0]))
+        bodies.append(payload[-1])
+    return bodies
+
+
+_PROVEN = ("e.id", "e.key", "e.digest", "e.trigger", "e.event_id", "e.verdicts", "e.headers", "e.body", "e.crc")
 
 
 def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:

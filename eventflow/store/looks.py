@@ -31,7 +31,8 @@ _EVENT = (
 )
 _RUN = (
     "id, flow, subscription, event, state, created_at, due_at, started_at, finished_at, token, lane, blocked, priority, parent,"
-    " parent_claim, depth, suspect, deaths, cancel_requested, orphans, codec, reason, crc, outcome_crc, params, result, error"
+    " parent_claim, depth, suspect, deaths, cancel_requested, orphans, codec, reason, crc, outcome_crc, params, result, error,"
+    " mode, deliveries"
 )
 _DEAD = (
     "d.id, d.event, d.subscription, d.reason, d.at, d.redriven_at, e.trigger, e.event_id, e.source, e.type,"
@@ -83,10 +84,16 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     if not _event_holds(found[0]):
         raise StoreCorrupt(corrupt("events", number))
     row = _plain_event(found[0])
-    row["runs"] = runs(connection, event=number, limit=1000)
+    row["runs"] = [*runs(connection, event=number, limit=1000), *_joined(connection, number)]
     row["dead"] = dicts(connection, "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?", (number,))
     row["outbox"] = dicts(connection, "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id", (number,))
     return row
+
+
+def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
+    """The runs of other events that this one joined."""
+    asked = "SELECT run FROM members WHERE event = ? ORDER BY run DESC LIMIT 1000"
+    return [_without(run(connection, ident), "params", "result") for (ident,) in connection.execute(asked, (event,))]
 
 
 def _event_holds(row: dict[str, Any]) -> bool:
@@ -147,7 +154,10 @@ def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
         raise NotFound("run", str(ident))
     if not _run_holds(found[0]):
         raise StoreCorrupt(corrupt("runs", number))
-    return _plain_run(found[0])
+    row = _plain_run(found[0])
+    asked = "SELECT event FROM members WHERE run = ? ORDER BY event LIMIT 1000"
+    row["joined"] = [event for (event,) in connection.execute(asked, (number,))]
+    return row
 
 
 def _run_holds(row: dict[str, Any]) -> bool:

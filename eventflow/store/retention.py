@@ -16,7 +16,7 @@ _PRUNED = {State.COMPLETED: "pruned_completed", State.FAILED: "pruned_failed", S
 
 # An id begins with the millisecond it was made in, so everything old has a small id and the search starts where the old is.
 _SETTLED = """
-    SELECT id, state, parent, (SELECT count(*) FROM journal WHERE run = r.id) FROM runs r NOT INDEXED
+    SELECT id, state, parent, deliveries, (SELECT count(*) FROM journal WHERE run = r.id) FROM runs r NOT INDEXED
     WHERE id < :ceiling AND state BETWEEN 4 AND 6 AND finished_at < :before
       AND NOT EXISTS (SELECT 1 FROM runs p WHERE p.id = r.parent AND p.state < 4)
     ORDER BY id LIMIT :step"""
@@ -25,6 +25,7 @@ _BODIES = """
     SELECT id FROM events e INDEXED BY events_scan
     WHERE id < :ceiling AND received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
+      AND NOT EXISTS (SELECT 1 FROM members WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM dead WHERE event = e.id AND redriven_at IS NULL)
       AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)
     ORDER BY id LIMIT :step"""
@@ -51,15 +52,17 @@ def _old(before: int, step: int) -> dict[str, int]:
 def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     gone: list[int] = []
     entries = 0
-    for ident, state, parent, journaled in tx.connection.execute(_SETTLED, _old(before, step)).fetchall():
+    for ident, state, parent, deliveries, journaled in tx.connection.execute(_SETTLED, _old(before, step)).fetchall():
         if gone and entries + journaled > _ENTRIES:
             break
         entries += journaled
         gone.append(ident)
         tx.count("pruned_runs")
         if parent is None:
-            tx.count(_PRUNED[State(state)])
+            tx.count(_PRUNED[State(state)], deliveries)
     _delete(tx, "journal", "run", gone)
+    _delete(tx, "members", "run", gone)
+    _delete(tx, "windows", "run", gone)
     _delete(tx, "runs", "id", gone)
     return len(gone)
 

@@ -113,7 +113,7 @@ insert_outbox = insert("outbox", ("outlet", "event", "subscription", "at"))
 
 RUN = (
     "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "lane", "blocked",
-    "priority", "parent", "parent_claim", "depth", "suspect", "deaths", "cancel_requested", "size", "crc", "params",
+    "priority", "parent", "parent_claim", "depth", "suspect", "deaths", "cancel_requested", "size", "crc", "params", "mode",
 )  # fmt: skip
 insert_runs = insert("runs", RUN)
 
@@ -122,7 +122,7 @@ def run_row(run: Run, due_at: int, size: int) -> Values:
     crc = run_crc(run.id, run.flow, run.subscription, run.event, run.lane, run.params)
     return (run.id, run.flow, run.subscription, run.event, int(run.state), run.created_at, due_at, run.started_at, run.token,
             run.lane, int(run.lane is not None), run.priority, run.parent, run.parent_claim, run.depth, int(run.suspect),
-            run.deaths, int(run.cancel_requested), size, crc, run.params)  # fmt: skip
+            run.deaths, int(run.cancel_requested), size, crc, run.params, run.mode)  # fmt: skip
 
 
 def run_crc(ident: int, flow: str, subscription: str, event: int | None, lane: str | None, params: bytes | None) -> int:
@@ -149,21 +149,22 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     deaths: int
     cancel_requested: int
     reason: str | None
+    deliveries: int = 1
     result: bytes | None = None
     codec: str | None = None
     error: bytes | None = None
     orphans: int | None = None
 
 
-def running_row(run: Run, due_at: int, size: int) -> Row:
-    """The row of a run that is inserted as RUNNING."""
+def fresh_row(run: Run, due_at: int, size: int) -> Row:
+    """The row of a run that this transaction inserts."""
     return Row(
-        run.id, run.flow, run.lane, run.event, run.parent, run.parent_claim, size, State.RUNNING, due_at, run.started_at,
+        run.id, run.flow, run.lane, run.event, run.parent, run.parent_claim, size, run.state, due_at, run.started_at,
         None, run.token, 0, int(run.suspect), run.deaths, int(run.cancel_requested), None,
     )  # fmt: skip
 
 
-_ROW = ",".join(Row.__struct_fields__[:17])
+_ROW = ",".join(Row.__struct_fields__[:18])
 READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
 decode_rows = msgspec.json.Decoder(list[Row]).decode
 
@@ -183,6 +184,33 @@ def change_row(row: Row) -> Values:
     return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.suspect,
             row.deaths, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.orphans, crc)  # fmt: skip
 
+
+insert_members = insert("members", ("run", "event"), "ON CONFLICT DO NOTHING")
+grow_runs = Bulk("UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM", 4, "WHERE runs.id = column1")
+"""Runs that further events joined."""
+
+
+class WindowRow(msgspec.Struct, array_like=True, gc=False):
+    """The last window of a subscription and lane."""
+
+    subscription: str
+    lane: str
+    run: int
+    count: int
+    opened_at: int
+
+
+known_windows = Bulk(
+    "SELECT json_group_array(json_array(subscription, lane, run, count, opened_at)) FROM windows WHERE (subscription, lane) IN",
+    2,
+    "",
+)
+put_windows = insert(
+    "windows",
+    WindowRow.__struct_fields__,
+    "ON CONFLICT (subscription, lane) DO UPDATE SET run = excluded.run, count = excluded.count, opened_at = excluded.opened_at",
+)
+decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
 open_lanes = Bulk(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"

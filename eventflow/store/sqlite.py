@@ -20,7 +20,7 @@ from eventflow.store import audit, doors, looks, outbox, retention
 from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Op, Outbound, Record
 from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
-from eventflow.store.load import load_journal
+from eventflow.store.load import load_bodies, load_journal
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.readers import BUDGET, Readers, last_batch
 from eventflow.store.transaction import Transaction
@@ -224,6 +224,9 @@ class SqliteStore:
 
     async def load(self, run: int) -> list[Entry]:
         return await self._look(load_journal, run)
+
+    async def bodies(self, run: int) -> list[bytes]:
+        return await self._look(load_bodies, run)
 
     async def outbox(self, outlet: str, limit: int) -> list[Letter]:
         return await self._look(outbox.waiting, outlet, limit)

@@ -16,7 +16,7 @@ from eventflow.run import Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival, Handover
 from eventflow.store.load import load_runs
-from eventflow.store.rows import NEVER, Known, Row, Values
+from eventflow.store.rows import NEVER, Known, Row, Values, WindowRow
 
 TOTALS = (
     "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
@@ -49,6 +49,7 @@ class Transaction:
         self.answers: list[tuple[int, Entry]] = []
         self.woken: set[int] = set()
         self.outlets: set[str] = set()
+        self.windows: dict[tuple[str, str], WindowRow] = {}
         self.more = False
         self.probe = False
         self.soonest = NEVER
@@ -64,6 +65,9 @@ class Transaction:
         self._bumps: dict[int, list[int]] = {}
         self._cursors: dict[tuple[str, str], bytes | None] = {}
         self._lanes: set[tuple[str, str]] = set()
+        self._members: list[Values] = []
+        self._grown: dict[int, Row] = {}
+        self._opened: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------------- reading
 
@@ -150,10 +154,35 @@ class Transaction:
         if run.lane is not None:
             self._lanes.add((run.flow, run.lane))
         elif run.state is State.PENDING and self._offer(run, due_at):
-            self._rows[run.id] = rows.running_row(run, due_at, size)
+            self._rows[run.id] = rows.fresh_row(run, due_at, size)
         self._runs.append(rows.run_row(run, due_at, size))
         self.totals["runs"] += 1
         self.totals["pending_bytes"] += size
+
+    def open_window(self, run: Run, body: bytes, at: int) -> None:
+        """A new run that further events may join until it begins."""
+        self.add_run(run, body)
+        if run.id not in self._rows:
+            row = self._rows[run.id] = rows.fresh_row(run, 0 if run.due_at <= self.now else run.due_at, len(body))
+            row.blocked = int(run.lane is not None)
+        name = (run.subscription, run.lane or "")
+        self.windows[name] = WindowRow(*name, run.id, 1, at)
+        self._opened.add(name)
+
+    def join(self, window: WindowRow, row: Row, event: int, size: int, due_at: int) -> None:
+        """An event joins a run that has not begun; `due_at` is when the run is due now."""
+        window.count += 1
+        row.deliveries += 1
+        row.size += size
+        row.due_at = 0 if due_at <= self.now else due_at
+        self.totals["pending_bytes"] += size
+        self._members.append((row.id, event))
+        self._grown[row.id] = row
+        self._opened.add((window.subscription, window.lane))
+        if row.due_at == 0:
+            self.more = True
+        else:
+            self.soonest = min(self.soonest, row.due_at)
 
     def _offer(self, run: Run, due_at: int) -> bool:
         """Whether the worker took it."""
@@ -176,8 +205,8 @@ class Transaction:
         if due_at is not None:
             row.due_at = due_at
         if row.parent is None:
-            self.totals[COLUMN[before]] -= 1
-            self.totals[COLUMN[state]] += 1
+            self.totals[COLUMN[before]] -= row.deliveries
+            self.totals[COLUMN[state]] += row.deliveries
         was_live, live = before < State.COMPLETED, state < State.COMPLETED
         if was_live != live:
             self.totals["pending_bytes"] += row.size if live else -row.size
@@ -213,6 +242,8 @@ class Transaction:
             if values:
                 bulk.run(connection, values)
                 values.clear()
+        if self._opened:
+            self._write_windows()
         self._hand_over_woken()
         if self._changed:
             rows.update_runs.run(connection, [rows.change_row(row) for row in self._changed.values()])
@@ -225,6 +256,15 @@ class Transaction:
             rows.bump_duplicates.run(connection, bumps)
             self._bumps.clear()
         self._write_cursors()
+
+    def _write_windows(self) -> None:
+        connection = self.connection
+        rows.grow_runs.run(connection, [(row.id, row.deliveries, row.due_at, row.size) for row in self._grown.values()])
+        rows.insert_members.run(connection, self._members)
+        rows.put_windows.run(connection, [msgspec.structs.astuple(self.windows[name]) for name in self._opened])
+        self._grown.clear()
+        self._members.clear()
+        self._opened.clear()
 
     def _hand_over_woken(self) -> None:
         """Runs that became PENDING go to the worker at once if it takes them. A lane's head may too: it is not blocked."""

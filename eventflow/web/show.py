@@ -65,10 +65,10 @@ def event_whole(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What became of one delivery. `fate`: run, held, filtered, invalid, dead, outbox; a run has a state, others a reason."""
+    """What became of one delivery. `fate`: run, joined, held (with a run and its state), filtered, invalid, dead, outbox."""
     subscription, fate, detail = said
     shown: dict[str, Any] = {"subscription": subscription, "fate": fate}
-    if fate not in ("run", "held"):
+    if fate not in ("run", "held", "joined"):
         return {**shown, "reason": detail}
     known = runs.get(detail)
     return {**shown, "run": show_id(detail), "state": known["state"] if known else "pruned"}
@@ -105,6 +105,8 @@ def run(row: Mapping[str, Any]) -> dict[str, Any]:
         "finished_at": instant(row["finished_at"]),
         "attempts": row["token"],
         "lane": row["lane"],
+        "mode": row["mode"],
+        "events": row["deliveries"],
         "parent": ident(row["parent"]),
         "reason": row["reason"],
         "cancel_requested": row["cancel_requested"],
@@ -119,6 +121,7 @@ def run_whole(
     return {
         **run(row),
         "error": error(row["error"]),
+        "joined": [show_id(event) for event in row["joined"]],
         "params": body(row["params"]),
         "priority": row["priority"],
         "suspect": row["suspect"],

@@ -10,7 +10,7 @@ import signal
 import threading
 from pathlib import Path
 
-from eventflow import App, Event, Retry, current_run, current_task, emit, flow, sleep, task
+from eventflow import App, Debounce, Event, Retry, current_run, current_task, emit, flow, sleep, task
 from tests.crash.app import leave_trace, lifespan
 from triggers import Webhook
 
@@ -184,8 +184,14 @@ async def bounded() -> None:
     await forever()
 
 
+@flow
+async def burst(events: list[Event]) -> list[int]:
+    return [event.data["n"] for event in events]
+
+
 app = App("gates", lifespan=lifespan, ballast=0, free_floor=int(os.environ.get("FLOOR", "0")))
 app.on(Webhook("/steps", verify="none", name="steps"), steps, where=matched)
 app.on("stepped", follow)
+app.on(Webhook("/bursts", verify="none", name="bursts"), burst, deliver=Debounce(1.5, max_wait=5.0))
 for one in (poison, patient, stubborn, blocking, parent, waits, bounded):
     app.on(Webhook(f"/{one.name}", verify="none", name=one.name), one)

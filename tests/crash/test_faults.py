@@ -253,6 +253,27 @@ def test_p6_what_fell_due_while_nobody_lived_fires_at_once(lives: Lives):
     assert _ended(server, "run-timeout")[1] == "failed"
 
 
+def test_p6_a_window_outlives_kills_and_closes_on_time(lives: Lives):
+    """Constant traffic into a Debounce of 1.5 s, at most 5 s, and two kills on the way: its run begins 5 s after the first
+    event, with every event that was acknowledged by then."""
+    server, acknowledged, n = lives.boot(), list[int](), 0
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < 6.5:
+        if lives.boots <= passed // 2 < 3:
+            server = lives.boot()
+        if server.send(f"b-{n}", {"n": n}, "bursts")[0] == 202:
+            acknowledged.append(n)
+        n += 1
+        time.sleep(0.05)  # not a wait: the pace of the traffic
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    first, *later = sorted(server.get("/api/runs?flow=burst")["runs"], key=lambda run: run["id"])
+    lasted = _seconds(first["started_at"]) - _seconds(first["created_at"])
+    assert 5.0 <= lasted < 6.5, lasted
+    results = [server.get(f"/api/runs/{run['id']}")["result"] for run in (first, *later)]
+    assert [n for result in results for n in result] == acknowledged
+    assert len(results[0]) > len(acknowledged) // 2 and lives.boots == 3
+
+
 def test_p6_a_day_long_sleep_is_due_at_the_same_instant_after_a_kill(lives: Lives):
     """A day's sleep leaves memory; after kill -9 it is due when it was, to the microsecond."""
     server = lives.boot()
