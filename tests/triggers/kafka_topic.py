@@ -64,13 +64,13 @@ class Topic:
         return self.trigger
 
     @asynccontextmanager
-    async def read(self, *, joined: bool = True, **options: Any) -> AsyncIterator[asyncio.Task[None]]:
+    async def read(self, *, joined: bool = True, within: float = 40.0, **options: Any) -> AsyncIterator[asyncio.Task[None]]:
         """The trigger at work; `joined`, once it has its partitions."""
         before = len(self.said("kafka.assigned"))
         async with listening(self.make(**options), self.ledger) as task:
             if joined:
                 await eventually(
-                    lambda: task.done() or len(self.said("kafka.assigned")) > before, "partitions are assigned", within=40
+                    lambda: task.done() or len(self.said("kafka.assigned")) > before, "partitions are assigned", within=within
                 )
             yield task
 
@@ -80,7 +80,7 @@ class Topic:
     async def has(self, count: int, within: float = 40.0) -> None:
         """Waits until so many items are recorded; more are an error."""
         await eventually(lambda: len(self.ledger.kept) >= count, f"{count} items are recorded", within=within)
-        assert len(self.ledger.kept) == count
+        assert len(self.ledger.kept) == count, list(self.ledger.kept.values())
 
     async def committed(self, *offsets: int | None) -> None:
         """Waits until the group has these offsets, by partition."""

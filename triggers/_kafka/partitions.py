@@ -25,17 +25,16 @@ class Partitions(dict[TopicPartition, Partition]):
         self.full = False
 
     def take(self, tp: TopicPartition, standing: Standing) -> None:
-        """A partition just assigned, and paused: reads it from where it stands, or meets the gap there."""
-        place = standing.place
-        partition = self[tp] = Partition(tp, place, self._clock.monotonic())
+        """A partition just assigned, and paused: reads it from where it stands, or meets the gap there.
+
+        An end below that place is not taken at its word (a broker may be behind): the fetch tells.
+        """
+        partition = self[tp] = Partition(tp, standing.place, self._clock.monotonic())
         partition.level.end = standing.end
-        if standing.is_gap:
+        if standing.place.offset < standing.begin:
             self.meet_gap(partition, standing)
-            return
-        if place.last >= standing.begin:
-            partition.overlap = place.last
-        self._consumer.seek(tp, place.offset if partition.overlap < 0 else partition.overlap)
-        self._resume(partition)
+        else:
+            self.read_on(partition, standing.begin)
 
     def forget(self) -> None:
         """They are somebody else's now."""
@@ -70,8 +69,11 @@ class Partitions(dict[TopicPartition, Partition]):
             if over or was_full:
                 self._resume(partition)
 
-    def read_on(self, partition: Partition) -> None:
-        self._consumer.seek(partition.tp, partition.place.offset)
+    def read_on(self, partition: Partition, begin: int = 0) -> None:
+        """Reads from its place, and the last record before it once more: it must still be the same one."""
+        place = partition.place
+        partition.overlap = place.last if place.last >= begin else -1
+        self._consumer.seek(partition.tp, place.offset if partition.overlap < 0 else partition.overlap)
         self._resume(partition)
 
     def _resume(self, partition: Partition) -> None:

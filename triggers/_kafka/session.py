@@ -260,7 +260,7 @@ class Session(ConsumerRebalanceListener):
         if changed or standing.is_gap:
             self.partitions.meet_gap(partition, standing)
         else:
-            self.partitions.read_on(partition)
+            self.partitions.read_on(partition, begin)
 
     # ------------------------------------------------------------------ membership
 
@@ -344,8 +344,8 @@ class Session(ConsumerRebalanceListener):
         if (partition := self.partitions.get(tp)) is None:
             return
         partition.level.end = end
-        if end < partition.place.offset:
-            self.partitions.doubt(tp)
+        if end < partition.place.offset and not self.partitions.is_held(tp):
+            self.partitions.read_on(partition)
         waiting = end > partition.place.offset and partition.stopped is None and self._full is None
         if not waiting:
             partition.moved_at = self._clock.monotonic()

@@ -1,0 +1,334 @@
+"""Members that come, go and die; a full ledger; brokers that are away (faults 17 and 18): nothing twice, nothing lost."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eventflow.errors import StoreFull
+from tests.brokers import Broker, OwnBroker, noida, tansu
+from tests.conftest import eventually
+from tests.triggers.kafka_topic import Topic, make_topic, offsets_of
+from triggers._kafka import session
+
+STRANGER = """
+import asyncio, sys
+from aiokafka import AIOKafkaConsumer
+
+async def main(server, group, topic):
+    options = {"session_timeout_ms": 1000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 1000}
+    async with AIOKafkaConsumer(
+        topic, bootstrap_servers=server, group_id=group, enable_auto_commit=False, auto_offset_reset="earliest", **options
+    ) as consumer:
+        print("joined", len(consumer.assignment()), flush=True)
+        while True:
+            await consumer.getmany(timeout_ms=100)
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+MEMBERS = {"session_timeout_ms": 2_000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 2_000}
+"""Tansu lets members join together for half of the rebalance timeout; a dead one is evicted after its session."""
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
+    with noida(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[Broker]:
+    with tansu() as running:
+        yield running
+
+
+def run(broker: Broker, work: Callable[[Topic], Awaitable[None]], partitions: int = 1, **options: Any) -> None:
+    async def go() -> None:
+        await work(await make_topic(broker, partitions, **options))
+
+    asyncio.run(go())
+
+
+def once_each(topic: Topic, count: int) -> None:
+    """Every offset is recorded exactly once, in the order of its partition."""
+    found: dict[str, list[int]] = {}
+    for item in topic.ledger.kept.values():
+        partition, offset, _ = item.id.split(":")
+        found.setdefault(partition, []).append(int(offset))
+    assert sum(map(len, found.values())) == count
+    for offsets in found.values():
+        assert offsets == list(range(len(offsets)))
+
+
+# ----------------------------------------------------------------------------- members
+
+
+def test_two_members_share_the_partitions(other: Broker):
+    """Two listeners of one group have each partition once; when one leaves, the other goes on exactly behind it."""
+
+    async def work(topic: Topic) -> None:
+        async with AsyncExitStack() as first:
+            await first.enter_async_context(topic.read())
+            async with topic.read():
+                parts = [{gauge.labels["partition"] for gauge in each.gauges()} for each in topic.triggers]
+                await eventually(lambda: [len(each.gauges()) for each in topic.triggers] == [4, 4], "each has two partitions")
+                for partition in range(4):
+                    await topic.send(0, 1, 2, partition=partition)
+                await topic.has(12)
+                await first.aclose()
+                for partition in range(4):
+                    await topic.send(3, 4, partition=partition)
+                await topic.has(20)
+                await topic.committed(5, 5, 5, 5)
+        assert len(parts) == 2
+        once_each(topic, 20)
+        assert len(topic.ledger.offered) == 20
+
+    run(other, work, partitions=4, **MEMBERS)
+
+
+def test_k18_a_rebalance_in_mid_batch(other: Broker):
+    """K18: a batch under way when partitions are revoked is recorded and committed before another member has them."""
+
+    async def work(topic: Topic) -> None:
+        async with topic.read():
+            topic.ledger.open.clear()
+            await topic.send(*range(5), partition=0)
+            await topic.send(*range(5), partition=1)
+            await eventually(lambda: topic.ledger.offered, "a batch is under way")
+            async with topic.read(joined=False):
+                await asyncio.sleep(1.5)  # time enough for the first member to hear of the second
+                assert len(topic.said("kafka.assigned")) == 1
+                topic.ledger.open.set()
+                await topic.committed(5, 5)
+                await topic.has(10)
+                await eventually(lambda: len(topic.said("kafka.assigned")) == 3, "both have a partition")
+                await topic.send(5, partition=0)
+                await topic.send(5, partition=1)
+                await topic.has(12)
+        once_each(topic, 12)
+        assert len(topic.ledger.offered) == 12
+
+    run(other, work, partitions=2, **MEMBERS)
+
+
+def test_k19_a_batch_that_outlives_its_assignment(other: Broker, monkeypatch: pytest.MonkeyPatch):
+    """K19: a batch that takes longer than a revocation may wait moves nothing of the next assignment; nothing runs twice."""
+    monkeypatch.setattr(session, "REVOKING", 0.3)
+
+    async def work(topic: Topic) -> None:
+        async with topic.read():
+            topic.ledger.open.clear()
+            await topic.send(*range(5), partition=0)
+            await eventually(lambda: topic.ledger.offered, "a batch is under way")
+            async with topic.read():
+                await eventually(lambda: len(topic.ledger.offered) >= 5, "the other member may read it too")
+                topic.ledger.open.set()
+                await topic.has(5)
+                await topic.send(5, partition=0)
+                await topic.has(6)
+                await topic.committed(6, 0)
+        once_each(topic, 6)
+
+    run(other, work, partitions=2, **MEMBERS)
+
+
+def test_k16_a_member_that_is_killed(other: Broker):
+    """K16: when a member of the group dies, its partitions come over within its session timeout and 10 s; nothing is lost."""
+
+    async def work(topic: Topic) -> None:
+        command = [sys.executable, "-c", STRANGER, other.server, topic.group, topic.name]
+        stranger = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert stranger.stdout is not None
+        try:
+            assert await asyncio.to_thread(stranger.stdout.readline) == "joined 4\n"
+            async with topic.read(within=60):
+                before = len(topic.said("kafka.assigned"))
+                for partition in range(4):
+                    await topic.send(*range(3), partition=partition)
+                stranger.kill()
+                killed = time.monotonic()
+                await eventually(lambda: len(topic.said("kafka.assigned")) > before, "all partitions come over", within=60)
+                assert time.monotonic() - killed < 11
+                await topic.has(12)
+        finally:
+            stranger.kill()
+            stranger.wait()
+            stranger.stdout.close()
+        once_each(topic, 12)
+
+    run(other, work, partitions=4, **MEMBERS)
+
+
+def test_static_members_come_back_without_a_rebalance(broker: Broker):
+    """group_instance_id= passes through: a member that is back within its session has its partitions; others keep theirs."""
+
+    async def work(topic: Topic) -> None:
+        async with topic.read(group_instance_id="one"):
+            async with topic.read(group_instance_id="two"):
+                await eventually(lambda: len(topic.said("kafka.assigned")) == 3, "each has a partition")
+            async with topic.read(group_instance_id="two"):
+                await topic.send(0, partition=0)
+                await topic.send(0, partition=1)
+                await topic.has(2)
+            assert len(topic.said("kafka.assigned")) == 4
+        once_each(topic, 2)
+
+    run(broker, work, partitions=2)
+
+
+def test_k25_a_loop_that_is_blocked_for_a_while(broker: Broker):
+    """K25: code that blocks the loop for less than the session timeout costs no rebalance."""
+
+    async def work(topic: Topic) -> None:
+        async with topic.read():
+            time.sleep(3)
+            await topic.send(0)
+            await topic.has(1)
+            await topic.committed(1)
+        assert len(topic.said("kafka.assigned")) == 1
+
+    run(broker, work)
+
+
+# ----------------------------------------------------------------------------- a full ledger
+
+
+def test_a_full_ledger_pauses_the_partitions_and_never_leaves_the_group(broker: Broker):
+    """P8: while the ledger is full, longer than the poll interval, the member stays, says so, and then goes on with all."""
+
+    async def work(topic: Topic) -> None:
+        async with topic.read(max_poll_interval_ms=4_500):
+            topic.ledger.failing = StoreFull("10,000 events are pending", 0.5)
+            await topic.send(*range(20))
+            await eventually(topic.trigger._sessions[0].consumer.paused, "the partition is paused")
+            began = time.monotonic()
+            assert topic.trigger.condition == "paused: 10,000 events are pending"
+            await eventually(lambda: time.monotonic() - began > 9, "twice the poll interval has passed")
+            assert await broker.committed(topic.group, topic.name) == [0]
+            offered = len(topic.ledger.offered)
+            topic.ledger.failing = None
+            await topic.has(20)
+            await topic.committed(20)
+            assert topic.trigger.condition is None
+        assert len(topic.said("kafka.assigned")) == 1 and len(topic.said("kafka.slowed")) == 1
+        assert offered < 1_000
+        once_each(topic, 20)
+
+    run(broker, work)
+
+
+def test_k24_a_rebalance_while_the_ledger_is_full(other: Broker, monkeypatch: pytest.MonkeyPatch):
+    """K24: partitions paused for a full ledger are paused after a rebalance too, and go on when there is room."""
+    monkeypatch.setattr(session, "PATIENCE", 0.2)
+
+    async def work(topic: Topic) -> None:
+        async with topic.read():
+            topic.ledger.failing = StoreFull("full", 30.0)
+            await topic.send(*range(5), partition=0)
+            await topic.send(*range(5), partition=1)
+            consumer = topic.trigger._sessions[0].consumer
+            await eventually(lambda: len(consumer.paused()) == 2, "both partitions are paused")
+            async with topic.read(joined=False):
+                await eventually(lambda: len(consumer.assignment()) == 1, "one is the other member's")
+                await eventually(lambda: consumer.paused() == consumer.assignment(), "the one that is left is paused")
+                assert not topic.ledger.kept
+                topic.ledger.failing = None
+                for trigger in topic.triggers:
+                    trigger._sessions[0]._try_at = 0.0
+                await topic.has(10)
+                await topic.committed(5, 5)
+        once_each(topic, 10)
+
+    run(other, work, partitions=2, **MEMBERS)
+
+
+# ----------------------------------------------------------------------------- brokers that are away
+
+
+def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
+    """K27: without a broker the trigger says that it is connecting, and why; when one is there it reads."""
+
+    async def work(broker: OwnBroker) -> None:
+        topic = await make_topic(broker)
+        await topic.send(0)
+        broker.kill()
+        async with topic.read(joined=False):
+            await eventually(lambda: topic.said("kafka.lost"), "it noticed")
+            assert "connecting: " in (topic.trigger.condition or "") and topic.trigger.gauges() == []
+            await asyncio.to_thread(broker.start)
+            await topic.send(1)
+            await eventually(lambda: 1 in topic.data, "it reads", within=60)
+            assert topic.trigger.condition is None
+
+    with noida(tmp_path / "data") as broker:
+        asyncio.run(work(broker))
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
+def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
+    """K28: a broker that is away for some seconds costs nothing: reading goes on by itself within 30 s of its return."""
+
+    async def work(broker: OwnBroker) -> None:
+        topic = await make_topic(broker)
+        await topic.send(*range(3))
+        async with topic.read():
+            await topic.has(3)
+            await asyncio.sleep(1)  # noida writes to disk once in a while, and loses what it has not written
+            await asyncio.to_thread(broker.stop, how)
+            await asyncio.sleep(4)
+            await asyncio.to_thread(broker.start)
+            back = time.monotonic()
+            await topic.send("after")
+            await eventually(lambda: "after" in topic.data, "it reads on", within=60)
+            assert time.monotonic() - back < 35
+        assert topic.data.count("after") == 1 and topic.data[:3] == [0, 1, 2]
+
+    with noida(tmp_path / "data") as broker:
+        asyncio.run(work(broker))
+
+
+def test_a_broker_that_hangs(tmp_path: Path):
+    """A broker that stops answering for longer than a session delays, and loses and repeats nothing."""
+
+    async def work(broker: OwnBroker) -> None:
+        topic = await make_topic(broker, request_timeout_ms=2_000)
+        assert broker.process is not None
+        await topic.send(*range(3))
+        async with topic.read():
+            await topic.has(3)
+            os.kill(broker.process.pid, signal.SIGSTOP)
+            await asyncio.sleep(8)
+            os.kill(broker.process.pid, signal.SIGCONT)
+            await topic.send(3)
+            await eventually(lambda: 3 in topic.data, "it reads on", within=60)
+        assert offsets_of(topic.events) == [0, 1, 2, 3]
+
+    with noida(tmp_path / "data") as broker:
+        asyncio.run(work(broker))
+
+
+def test_ending_while_the_broker_is_away(tmp_path: Path):
+    """A drain does not wait for a broker that is away."""
+
+    async def work(broker: OwnBroker) -> None:
+        topic = await make_topic(broker)
+        await topic.send(0)
+        async with topic.read():
+            await topic.has(1)
+            broker.kill()
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+
+    with noida(tmp_path / "data") as broker:
+        asyncio.run(work(broker))
