@@ -1,0 +1,174 @@
+"""The kill loop of the Kafka trigger: `kill -9` between poll, record and commit, again and again on one store and one group.
+
+    python -m tests.crash.kafka_loop --cycles 500 [--seed 1] [--broker noida | tansu]
+
+A producer writes all the time. Each cycle starts kafka_victim.py, which dies at a chosen seam or at a random moment; then the
+group's offset of each partition is held against the ledger's cursor, which it may never lead. At the end everything comes to
+rest: the ledger has each offset exactly once, with one completed run, and the store's own checks hold. test_kafka.py runs a
+short one.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from aiokafka import AIOKafkaProducer
+
+from eventflow.clock import SystemClock
+from eventflow.store.sqlite import SqliteStore
+from tests.brokers import Broker, noida, tansu
+from tests.crash.kafka_victim import GROUP, SEAMS
+from tests.crash.victim import ROOT
+
+PARTITIONS = 3
+PAUSE = 0.004
+"""Seconds between two records of the producer: some 200 a second."""
+LIFE = 8.0
+"""Seconds after which a victim that did not meet its seam is killed."""
+
+
+class Loop:
+    """`run` returns what went wrong, one sentence each."""
+
+    def __init__(self, folder: Path, broker: Broker, kind: str, seed: int) -> None:
+        self.folder, self.broker, self.kind, self.draw = folder, broker, kind, random.Random(seed)
+        self.topic = ""
+        self.sent = [0] * PARTITIONS
+        self.ends: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.duplicates = self.behind = 0
+
+    async def run(self, cycles: int, progress: bool = False) -> list[str]:
+        self.topic = await self.broker.create(partitions=PARTITIONS)
+        producer = asyncio.create_task(self._produce())
+        try:
+            for cycle in range(1, cycles + 1):
+                await self._cycle()
+                if progress and cycle % 25 == 0:
+                    print(f"{cycle:>5} {sum(self.sent):>7} records, {len(self.wrong)} wrong", flush=True)
+        finally:
+            producer.cancel()
+            await asyncio.gather(producer, return_exceptions=True)
+        await self._rest()
+        self.wrong += await asyncio.to_thread(self._look)
+        return self.wrong
+
+    async def _produce(self) -> None:
+        async with AIOKafkaProducer(bootstrap_servers=self.broker.server, acks="all") as producer:
+            while True:
+                partition = self.draw.randrange(PARTITIONS)
+                value = json.dumps({"n": sum(self.sent)}).encode()
+                self.sent[partition] += 1  # a cancel in the middle of the send may leave it written or not
+                sent = await asyncio.shield(producer.send_and_wait(self.topic, value, partition=partition))
+                assert sent.offset == self.sent[partition] - 1
+                await asyncio.sleep(PAUSE)
+
+    def _spawn(self, seam: str, count: int) -> "subprocess.Popen[bytes]":
+        call = [sys.executable, "-m", "tests.crash.kafka_victim", str(self.folder), self.broker.server]
+        with (self.folder / "victim.log").open("ab") as log:
+            return subprocess.Popen([*call, self.topic, self.kind, seam, str(count)], cwd=ROOT, stdout=log, stderr=log)
+
+    async def _cycle(self) -> None:
+        """One life, and a look at what the group and the ledger say after it."""
+        seam = self.draw.choice([*SEAMS, "never"])
+        began = time.monotonic()
+        life = self.draw.uniform(0.3, 2.5) if seam == "never" else LIFE
+        victim = self._spawn(seam, 1 if seam == "assigned" else self.draw.randint(1, 12))
+        while victim.poll() is None and time.monotonic() - began < life:
+            await asyncio.sleep(0.01)
+        self.ends[seam if victim.poll() is not None else "at random"] += 1
+        if victim.poll() not in (None, -9):
+            self.wrong.append(f"a victim ended with {victim.poll()}: {(self.folder / 'victim.log').read_text()[-2000:]}")
+        victim.kill()
+        victim.wait()
+        await self._compare()
+
+    async def _compare(self) -> None:
+        cursor = await asyncio.to_thread(self._cursor)
+        group = await self.broker.committed(GROUP, self.topic, PARTITIONS)
+        for partition, offset in enumerate(group):
+            recorded = cursor.get(f"{self.topic}/{partition}", 0)
+            self.behind += (offset or 0) < recorded
+            if (offset or 0) > recorded:
+                self.wrong.append(f"the group committed {offset} of partition {partition}, the ledger has {recorded}")
+
+    def _cursor(self) -> dict[str, int]:
+        path = self.folder / "store.db"
+        if not path.exists():
+            return {}
+        rows = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        try:
+            listed = rows.execute("SELECT key, value FROM cursors WHERE trigger = 'kafka' AND key LIKE '%/_'").fetchall()
+            return {key: json.loads(value)[0] for key, value in listed}
+        except sqlite3.OperationalError:  # killed before the store was made
+            return {}
+        finally:
+            rows.close()
+
+    async def _rest(self) -> None:
+        """The last life ends by itself, when everything is recorded and every run is done."""
+        victim = self._spawn("rest", sum(self.sent))
+        began = time.monotonic()
+        while victim.poll() is None and time.monotonic() - began < 120:
+            await asyncio.sleep(0.1)
+        if victim.poll() != 0:
+            self.wrong.append(f"it did not come to rest: {(self.folder / 'victim.log').read_text()[-2000:]}")
+            victim.kill()
+            victim.wait()
+        await self._compare()
+
+    def _look(self) -> list[str]:
+        """Each offset once, each with one completed run; and what the store says of itself."""
+        store = SqliteStore(self.folder / "store.db", clock=SystemClock(), ballast=0, free_floor=0)
+        store.open()
+        try:
+            wrong = asyncio.run(store.check())
+            self.duplicates = asyncio.run(store.counts())["duplicates"]
+        finally:
+            store.close()
+        rows = sqlite3.connect(f"file:{self.folder}/store.db?mode=ro", uri=True)
+        found = Counter(ident.rpartition(":")[0] for (ident,) in rows.execute("SELECT event_id FROM events"))
+        runs = rows.execute("SELECT count(*), count(DISTINCT event), total(state = 4) FROM runs").fetchone()
+        rows.close()
+        expected = {f"{partition}:{offset}" for partition, n in enumerate(self.sent) for offset in range(n)}
+        wrong += [f"offset {each} is not in the ledger" for each in sorted(expected - found.keys())]
+        wrong += [f"offset {each} is in the ledger {n} times" for each, n in found.items() if n > 1 or each not in expected]
+        if runs != (len(expected), len(expected), len(expected)):
+            wrong.append(f"{len(expected)} events have (runs, of different events, completed) {runs}")
+        return wrong
+
+    def report(self) -> str:
+        said = ", ".join(f"{n} {seam}" for seam, n in sorted(self.ends.items()))
+        return (
+            f"{sum(self.ends.values())} kills ({said}); {sum(self.sent)} records, each recorded once and run once; "
+            f"{self.duplicates} offered again; the group was behind the ledger {self.behind} times and never ahead of it"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.crash.kafka_loop")
+    parser.add_argument("--cycles", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--broker", choices=("noida", "tansu"), default="noida")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kafka-kill-"))
+    with tansu() if options.broker == "tansu" else noida(folder / "broker") as broker:
+        loop = Loop(folder, broker, options.broker, options.seed)
+        wrong = asyncio.run(loop.run(options.cycles, progress=True))
+    print(loop.report())
+    for each in wrong:
+        print(f"WRONG: {each}")
+    print("ok" if not wrong else f"{len(wrong)} wrong; the store is kept in {folder}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The process that kafka_loop.py kills: an app with one Kafka trigger, which may be told to kill itself at a seam.
+
+    python -m tests.crash.kafka_victim FOLDER SERVER TOPIC BROKER SEAM COUNT
+
+SEAM is where the COUNT-th time is the end: `fetched` (records are here, nothing is offered), `offering` (the transaction is
+under way), `recorded` (durable, not committed), `committing` (the request is out), `committed`, `assigned`; `never` leaves the
+killing to others, and `rest` ends by itself once COUNT events are recorded and every run is done.
+"""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from eventflow import App, flow, task
+from triggers._kafka import session
+from triggers.kafka import Kafka
+
+GROUP = "kill"
+SEAMS = ("fetched", "offering", "recorded", "committing", "committed", "assigned")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "noida": {"group_instance_id": "victim", "session_timeout_ms": 6_000},  # it never evicts a member that died
+    "tansu": {"session_timeout_ms": 1_000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 1_000},
+}
+
+
+@task
+async def double(n: int) -> int:
+    return n * 2
+
+
+@flow
+async def handle(n: int) -> int:
+    return await double(n)
+
+
+class Fuse:
+    """Ends this process when its seam was met often enough."""
+
+    def __init__(self, seam: str, left: int) -> None:
+        self.seam, self.left = seam, left
+
+    def met(self, seam: str) -> None:
+        if seam == self.seam:
+            self.left -= 1
+            if self.left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lay(fuse: Fuse) -> None:
+    """Puts the fuse into the session: around what it fetches, records, commits and takes up."""
+    fetch, record, commit, take = (
+        getattr(session.Session, name) for name in ("_fetch", "_record", "_commit", "_take_up")
+    )  # fmt: skip
+
+    async def _fetch(self: session.Session, *args: Any) -> Any:
+        fetched = await fetch(self, *args)
+        if fetched:
+            fuse.met("fetched")
+        return fetched
+
+    async def _record(self: session.Session, batch: Any) -> None:
+        asyncio.get_running_loop().call_later(0.0005, fuse.met, "offering")
+        await record(self, batch)
+        fuse.met("recorded")
+
+    async def _commit(self: session.Session) -> None:
+        asyncio.get_running_loop().call_later(0.0002, fuse.met, "committing")
+        await commit(self)
+        fuse.met("committed")
+
+    async def _take_up(self: session.Session, assigned: Any) -> None:
+        await take(self, assigned)
+        fuse.met("assigned")
+
+    for name, wrapped in {"_fetch": _fetch, "_record": _record, "_commit": _commit, "_take_up": _take_up}.items():
+        setattr(session.Session, name, wrapped)
+    session.COMMIT_EVERY = 0.03
+
+
+async def main(folder: Path, server: str, topic: str, broker: str, seam: str, count: int) -> None:
+    lay(Fuse(seam, count))
+    options = {"max_poll_records": 50, "fetch_max_wait_ms": 50, **OPTIONS[broker]}
+    app = App("kill", store=f"sqlite:///{folder}/store.db")
+    app.on(Kafka(topic, bootstrap_servers=server, group_id=GROUP, name="kafka", **options), handle)
+    async with app:
+        while True:
+            await asyncio.sleep(0.1)
+            counts = await app.store.counts()
+            if seam == "rest" and counts["events"] >= count and not counts["pending"]:
+                await asyncio.sleep(0.5)  # for a last commit
+                return
+
+
+if __name__ == "__main__":
+    place, server, topic, broker, seam, count = sys.argv[1:]
+    asyncio.run(main(Path(place), server, topic, broker, seam, int(count)))
