@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from triggers.kafka_sink import KafkaSink
     from triggers.s3 import S3, minio_id, minio_object
     from triggers.signatures import (
+    from triggers.schedule import At, Cron, Every
         HMAC,
         Bearer,
         GitHub,
@@ -35,6 +36,7 @@ _HOMES = {
     "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.signatures": (
         "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
+    "triggers.schedule": ("At", "Cron", "Every"),
     ),
     "triggers.webhook": ("Webhook",),
 }  # fmt: skip
@@ -45,8 +47,11 @@ __all__ = [
     "S3",
     "Bearer",
     "Directory",
+    "At",
     "GitHub",
+    "Cron",
     "GitLab",
+    "Every",
     "Kafka",
     "KafkaSink",
     "MLflow",
