@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from triggers.kafka import Kafka, record_headers
     from triggers.kafka_sink import KafkaSink
     from triggers.s3 import S3, minio_id, minio_object
-    from triggers.signatures import (
     from triggers.schedule import At, Cron, Every
+    from triggers.signatures import (
         HMAC,
         Bearer,
         GitHub,
@@ -34,9 +34,9 @@ _HOMES = {
     "triggers.kafka": ("Kafka", "record_headers"),
     "triggers.kafka_sink": ("KafkaSink",),
     "triggers.s3": ("S3", "minio_id", "minio_object"),
+    "triggers.schedule": ("At", "Cron", "Every"),
     "triggers.signatures": (
         "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
-    "triggers.schedule": ("At", "Cron", "Every"),
     ),
     "triggers.webhook": ("Webhook",),
 }  # fmt: skip
@@ -45,13 +45,13 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "HMAC",
     "S3",
-    "Bearer",
-    "Directory",
     "At",
-    "GitHub",
+    "Bearer",
     "Cron",
-    "GitLab",
+    "Directory",
     "Every",
+    "GitHub",
+    "GitLab",
     "Kafka",
     "KafkaSink",
     "MLflow",
