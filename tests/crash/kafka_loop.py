@@ -18,9 +18,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-
-from aiokafka import AIOKafkaProducer
 
 from eventflow.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
@@ -33,6 +32,46 @@ PAUSE = 0.004
 """Seconds between two records of the producer: some 200 a second."""
 LIFE = 8.0
 """Seconds after which a victim that did not meet its seam is killed."""
+
+
+def look(folder: Path, sent: Sequence[int]) -> tuple[list[str], int]:
+    """What does not hold of a store at rest, one sentence each: each offset once, with one completed run, and what the store
+    says of itself. And how many events came more than once."""
+    store = SqliteStore(folder / "store.db", clock=SystemClock(), ballast=0, free_floor=0)
+    store.open()
+    try:
+        wrong, counts = asyncio.run(store.check()), asyncio.run(store.counts())
+    finally:
+        store.close()
+    rows = sqlite3.connect(f"file:{folder}/store.db?mode=ro", uri=True)
+    found = Counter(ident.rpartition(":")[0] for (ident,) in rows.execute("SELECT event_id FROM events"))
+    runs = rows.execute("SELECT count(*), count(DISTINCT event), total(state = 4) FROM runs").fetchone()
+    rows.close()
+    expected = {f"{partition}:{offset}" for partition, n in enumerate(sent) for offset in range(n)}
+    wrong += [f"offset {each} is not in the ledger" for each in sorted(expected - found.keys())]
+    wrong += [f"offset {each} is in the ledger {n} times" for each, n in found.items() if n > 1 or each not in expected]
+    if runs != (len(expected), len(expected), len(expected)):
+        wrong.append(f"{len(expected)} events have (runs, of different events, completed) {runs}")
+    return wrong, counts["duplicates"]
+
+
+class Producer:
+    """Writes all the time, until it is told to stop. `sent` counts the records of each partition."""
+
+    def __init__(self, broker: Broker, topic: str, draw: random.Random) -> None:
+        self.broker, self.topic, self.draw = broker, topic, draw
+        self.sent = [0] * PARTITIONS
+        self.over = asyncio.Event()
+
+    async def run(self) -> None:
+        async with self.broker.producer(acks="all") as producer:
+            while not self.over.is_set():
+                partition = self.draw.randrange(PARTITIONS)
+                value = json.dumps({"n": sum(self.sent)}).encode()
+                sent = await producer.send_and_wait(self.topic, value, partition=partition)
+                assert sent.offset == self.sent[partition]
+                self.sent[partition] += 1
+                await asyncio.sleep(PAUSE)
 
 
 class Loop:
@@ -48,28 +87,19 @@ class Loop:
 
     async def run(self, cycles: int, progress: bool = False) -> list[str]:
         self.topic = await self.broker.create(partitions=PARTITIONS)
-        producer = asyncio.create_task(self._produce())
-        try:
-            for cycle in range(1, cycles + 1):
-                await self._cycle()
-                if progress and cycle % 25 == 0:
-                    print(f"{cycle:>5} {sum(self.sent):>7} records, {len(self.wrong)} wrong", flush=True)
-        finally:
-            producer.cancel()
-            await asyncio.gather(producer, return_exceptions=True)
+        source = Producer(self.broker, self.topic, random.Random(self.draw.random()))
+        producer = asyncio.create_task(source.run())
+        for cycle in range(1, cycles + 1):
+            await self._cycle()
+            if progress and cycle % 25 == 0:
+                print(f"{cycle:>5} {sum(source.sent):>7} records, {len(self.wrong)} wrong", flush=True)
+        source.over.set()
+        await producer
+        self.sent = source.sent
         await self._rest()
-        self.wrong += await asyncio.to_thread(self._look)
+        wrong, self.duplicates = await asyncio.to_thread(look, self.folder, self.sent)
+        self.wrong += wrong
         return self.wrong
-
-    async def _produce(self) -> None:
-        async with AIOKafkaProducer(bootstrap_servers=self.broker.server, acks="all") as producer:
-            while True:
-                partition = self.draw.randrange(PARTITIONS)
-                value = json.dumps({"n": sum(self.sent)}).encode()
-                self.sent[partition] += 1  # a cancel in the middle of the send may leave it written or not
-                sent = await asyncio.shield(producer.send_and_wait(self.topic, value, partition=partition))
-                assert sent.offset == self.sent[partition] - 1
-                await asyncio.sleep(PAUSE)
 
     def _spawn(self, seam: str, count: int) -> "subprocess.Popen[bytes]":
         call = [sys.executable, "-m", "tests.crash.kafka_victim", str(self.folder), self.broker.server]
@@ -125,26 +155,6 @@ class Loop:
             victim.wait()
         await self._compare()
 
-    def _look(self) -> list[str]:
-        """Each offset once, each with one completed run; and what the store says of itself."""
-        store = SqliteStore(self.folder / "store.db", clock=SystemClock(), ballast=0, free_floor=0)
-        store.open()
-        try:
-            wrong = asyncio.run(store.check())
-            self.duplicates = asyncio.run(store.counts())["duplicates"]
-        finally:
-            store.close()
-        rows = sqlite3.connect(f"file:{self.folder}/store.db?mode=ro", uri=True)
-        found = Counter(ident.rpartition(":")[0] for (ident,) in rows.execute("SELECT event_id FROM events"))
-        runs = rows.execute("SELECT count(*), count(DISTINCT event), total(state = 4) FROM runs").fetchone()
-        rows.close()
-        expected = {f"{partition}:{offset}" for partition, n in enumerate(self.sent) for offset in range(n)}
-        wrong += [f"offset {each} is not in the ledger" for each in sorted(expected - found.keys())]
-        wrong += [f"offset {each} is in the ledger {n} times" for each, n in found.items() if n > 1 or each not in expected]
-        if runs != (len(expected), len(expected), len(expected)):
-            wrong.append(f"{len(expected)} events have (runs, of different events, completed) {runs}")
-        return wrong
-
     def report(self) -> str:
         said = ", ".join(f"{n} {seam}" for seam, n in sorted(self.ends.items()))
         return (
@@ -164,7 +174,7 @@ def main() -> int:
         loop = Loop(folder, broker, options.broker, options.seed)
         wrong = asyncio.run(loop.run(options.cycles, progress=True))
     print(loop.report())
-    for each in wrong:
+    for each in wrong[:20]:
         print(f"WRONG: {each}")
     print("ok" if not wrong else f"{len(wrong)} wrong; the store is kept in {folder}")
     return bool(wrong)

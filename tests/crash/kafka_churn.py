@@ -1,0 +1,104 @@
+"""Two members of one group that join and leave all the time, in one process on one store, while records come in.
+
+    python -m tests.crash.kafka_churn [--seconds 300] [--every 3] [--seed 1]
+
+Each member stays for some seconds, leaves, and joins again, so that partitions wander between the two and sometimes nobody has
+them. At the end everything comes to rest: each offset is in the ledger once, with one completed run. test_kafka.py runs a short
+one. The broker is tansu, which knows its members well.
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from eventflow import App
+from eventflow.event import Intake
+from tests.brokers import Broker, tansu
+from tests.crash.kafka_loop import PARTITIONS, Producer, look
+from tests.crash.kafka_victim import GROUP, handle
+from triggers.kafka import Kafka
+
+OPTIONS: dict[str, Any] = {
+    "session_timeout_ms": 2_000,
+    "heartbeat_interval_ms": 200,
+    "rebalance_timeout_ms": 1_000,
+    "max_poll_records": 20,
+}
+
+
+class Pair:
+    """A trigger of two members, each of which comes and goes until `calm`; then both stay."""
+
+    name = "kafka"
+
+    def __init__(self, server: str, topic: str, every: float, draw: random.Random) -> None:
+        self._members = [Kafka(topic, bootstrap_servers=server, group_id=GROUP, name=self.name, **OPTIONS) for _ in range(2)]
+        self._every, self._draw = every, draw
+        self.calm = asyncio.Event()
+        self.stays = 0
+
+    async def listen(self, intake: Intake) -> None:
+        async with asyncio.TaskGroup() as group:
+            for member in self._members:
+                group.create_task(self._come_and_go(member, intake))
+
+    async def _come_and_go(self, member: Kafka, intake: Intake) -> None:
+        while not self.calm.is_set():
+            stay = asyncio.create_task(member.listen(intake))
+            try:
+                await asyncio.wait([stay], timeout=self._every * self._draw.uniform(0.5, 1.5))
+            finally:
+                stay.cancel()
+                await asyncio.gather(stay, return_exceptions=True)
+            self.stays += 1
+            await asyncio.sleep(self._draw.uniform(0, 0.3))
+        await member.listen(intake)
+
+
+async def churn(folder: Path, broker: Broker, seconds: float, every: float, seed: int) -> tuple[list[str], str]:
+    """What went wrong, and how much there was to get wrong."""
+    draw = random.Random(seed)
+    topic = await broker.create(partitions=PARTITIONS)
+    source, pair = Producer(broker, topic, draw), Pair(broker.server, topic, every, draw)
+    app = App("churn", store=f"sqlite:///{folder}/store.db")
+    app.on(pair, handle)
+    async with app:
+        producer = asyncio.create_task(source.run())
+        await asyncio.sleep(seconds)
+        pair.calm.set()
+        source.over.set()
+        await producer
+        began = time.monotonic()
+        while time.monotonic() - began < 60:
+            counts = await app.store.counts()
+            if counts["events"] >= sum(source.sent) and not counts["pending"]:
+                break
+            await asyncio.sleep(0.1)
+    wrong, duplicates = await asyncio.to_thread(look, folder, source.sent)
+    told = f"{pair.stays} stays, {sum(source.sent)} records, each recorded once and run once; {duplicates} offered again"
+    return wrong, told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests.crash.kafka_churn")
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--every", type=float, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="kafka-churn-"))
+    with tansu() as broker:
+        wrong, told = asyncio.run(churn(folder, broker, options.seconds, options.every, options.seed))
+    print(told)
+    for each in wrong[:20]:
+        print(f"WRONG: {each}")
+    print("ok" if not wrong else f"{len(wrong)} wrong; the store is kept in {folder}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

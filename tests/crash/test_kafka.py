@@ -1,0 +1,33 @@
+"""The kill loop and the churn of the Kafka trigger, short enough for every change."""
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.brokers import noida, tansu
+from tests.crash.kafka_churn import churn
+from tests.crash.kafka_loop import Loop
+
+CYCLES = 10
+
+
+@pytest.mark.timeout(300)
+def test_p1_p2_kafka_kill_9_between_poll_record_and_commit(tmp_path: Path):
+    """Killed between poll, record and commit: the ledger has each offset once, and the group's offset never leads it (K2)."""
+    with noida(tmp_path / "broker") as broker:
+        loop = Loop(tmp_path, broker, "noida", seed=3)
+        wrong = asyncio.run(loop.run(CYCLES))
+    assert wrong == [], f"again: python -m tests.crash.kafka_loop --cycles {CYCLES} --seed 3"
+    assert sum(loop.sent) > 100 and loop.behind > 0
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.timeout(300)
+def test_row_18_members_that_join_and_leave(tmp_path: Path):
+    """Two members that come and go: no duplicate run, no gap (fault 18)."""
+    with tansu() as broker:
+        wrong, told = asyncio.run(churn(tmp_path, broker, seconds=12, every=3, seed=3))
+    assert wrong == [], told
+    assert int(told.split()[0]) >= 4
