@@ -73,6 +73,7 @@ class App:
     `lifespan`: an async context manager entered once on the flows' loop; flows and tasks read what it yields as
     `current_run().state`. `concurrency`: runs that work at once. `threads`: plain `def` tasks that run at once. `retention`:
     how long bodies, journals and settled runs are kept; `identities`: how long an event's id is remembered.
+    `results`: `s3://bucket/prefix` for results too large for a row; by default they are files beside the store.
     """
 
     def __init__(

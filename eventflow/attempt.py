@@ -17,7 +17,7 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any, Protocol
 
-from eventflow.blobs import LARGE
+from eventflow.blobs import LARGE, offload
 from eventflow.clock import Clock, microseconds
 from eventflow.errors import StoreError, TaskTimedOut, caught
 from eventflow.journal import Entry, Kind
@@ -117,7 +117,7 @@ class Attempts:
             value = await self._body(call)
             codec, data = call.task.result.encode(value, key=host.pool.secret)
             if len(data) > LARGE:
-                codec, data = await asyncio.to_thread(host.pool.blobs.offload, codec, data)
+                codec, data = await offload(host.pool.blobs, codec, data, log.bind(run=host.name, task=call.task.name))
             context = task_context()
             emitted = context.emitted if context is not None else None
             arrivals = [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()

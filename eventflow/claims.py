@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from eventflow.attempt import Attempts, Host
 from eventflow.calls import Child, Emission, Order, Target
-from eventflow.errors import ArgumentsChanged, StoreError, caught
+from eventflow.errors import ArgumentsChanged, ResultsUnavailable, StoreError, caught
 from eventflow.journal import START, TIMEOUT, Entry, Journal, Kind
 from eventflow.lineage import FlowTimer
 from eventflow.log import get_logger
@@ -43,6 +43,10 @@ class Master(Host, Protocol):
 
     def hold(self, reason: str) -> None:
         """A person must look."""
+        ...
+
+    def put_off(self) -> None:
+        """Leave memory, and come back later."""
         ...
 
     def obey(self, entry: Entry, order: Order) -> None: ...
@@ -178,6 +182,8 @@ class Claims:
             value, error = caught(self._decode, entry, target)
             if error is None:
                 future.set_result(value)
+            elif isinstance(error, ResultsUnavailable):
+                self._master.put_off()
             else:  # What was stored no longer reads as what the code says it is: a person must look, the value stays.
                 self._master.hold(f"{target.claim}: the recorded value cannot be read back: {error}")
 

@@ -13,6 +13,7 @@
     │   ├── ArgumentsChanged        a recorded call came back with other arguments
     │   ├── NotStorable             a value has no lossless encoding
     │   │   └── ResultTooLarge      its JSON is over 64 MiB
+    │   ├── ResultsUnavailable      the place of large results does not answer; it is tried again
     │   ├── BindingError            an event does not carry what a flow's signature asks for
     │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead      what `run.result()` raises
     │   └── DepthExceeded           an event was emitted 20 hops deep
@@ -154,6 +155,17 @@ class ResultTooLarge(NotStorable):
             f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most {self.limit / 2**20:.0f}; return bytes, or "
             "write it to a file or object store and return its name"
         )
+
+
+class ResultsUnavailable(RunError):
+    """The place that `results=` names refuses, or does not answer. Nothing is lost: the attempt, or the run, is tried again."""
+
+    def __init__(self, what: str, where: str, why: str) -> None:
+        super().__init__(what, where, why)
+        self.what, self.where, self.why = what, where, why
+
+    def __str__(self) -> str:
+        return f"cannot {self.what} the result {self.where}: {self.why}; is the bucket there, and may it be read and written?"
 
 
 class BindingError(RunError):

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 import orjson
 
 from eventflow.attempt import run_hook
-from eventflow.blobs import LARGE
 from eventflow.calls import Child, Emission, Order, Target
 from eventflow.claims import Claims
 from eventflow.clock import SECOND, microseconds
@@ -32,6 +31,7 @@ from eventflow.lineage import FlowLoop, FlowTask, FlowTimer
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error
+from eventflow.returned import Returned, later
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, Suspended, show_id
 from eventflow.store.base import Refused, Settle
 from eventflow.task import Call
@@ -61,6 +61,7 @@ class Execution:
         self.append, self.came = self.claims.append, self.claims.came
         self._root: FlowTask | None = None
         self._ending: Outcome | None = None
+        self._returned: Returned | None = None
         self._unwound = 0
         self._cancelled: str | None = None
         self._timed_out = False
@@ -191,7 +192,7 @@ class Execution:
             return not self.settling and self._unwind()
         if root is not None and root.done():
             self._ending = self._verdict(root)
-            return self._unwind()
+            return self._ending is not None and self._unwind()  # not before a large result has left
         if self.claims.due:
             self.claims.deliver()
             return True
@@ -273,6 +274,9 @@ class Execution:
     def hold(self, reason: str) -> None:
         """A person must look."""
         self._stop(Held(reason))
+
+    def put_off(self) -> None:
+        self._stop(later(self))
 
     def _stop(self, outcome: Outcome) -> None:
         if self.takes():
@@ -358,21 +362,21 @@ class Execution:
             self.replaying = self.replaying or not isinstance(outcome, Completed | Failed | Cancelled | Restarted)
             self.wake()
 
-    def _verdict(self, root: FlowTask) -> Outcome:
-        """What the flow's own end means."""
+    def _verdict(self, root: FlowTask) -> Outcome | None:
+        """What the flow's own end means; None while its result is on its way out."""
         if root.cancelled():
             return self._stopped()
         error = root.exception()
         if error is None:
-            encoded, error = caught(self._encode, root.result())
-            if encoded is not None:
-                return Completed(encoded[1], encoded[0], len(self.journal.orphans))
-        assert error is not None
+            outcome, error = caught(self._return, root.result())
+            if error is None:
+                return outcome
         return Failed(encode_error(error))
 
-    def _encode(self, value: Any) -> tuple[str, bytes]:
-        codec, data = self.flow.result.encode(value)
-        return self.pool.blobs.offload(codec, data) if len(data) > LARGE else (codec, data)
+    def _return(self, value: Any) -> Outcome | None:
+        if self._returned is None:
+            self._returned = Returned(self, *self.flow.result.encode(value))
+        return self._returned.outcome
 
     def _stopped(self) -> Outcome:
         if self._timed_out:

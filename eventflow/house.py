@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from eventflow.blobs import Blobs
+from eventflow.bucket import Bucket
 from eventflow.clock import SECOND, Clock
 from eventflow.errors import RunDead, StoreError, StoreFailed
 from eventflow.event import Trigger
@@ -52,6 +53,7 @@ class Plan(msgspec.Struct, frozen=True):
     identities: int
     store_options: Mapping[str, Any]
     outlets: Sequence[Outlet] = ()
+    results: str | None = None
 
 
 class House:
@@ -62,7 +64,7 @@ class House:
         self.store = open_store(url, plan.clock, **plan.store_options)
         self.ids = Ids()
         self.sink = sink
-        self.blobs = Blobs(Path(f"{self.store.path}.blobs"))
+        self.blobs = Blobs(Path(f"{self.store.path}.blobs"), Bucket(plan.results) if plan.results else None)
         self.own_loop: FlowThread | None = None
         self.closing = False
         self._stop_lifespan: asyncio.Event | None = None

@@ -70,6 +70,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "outlet.not_closed": "A sink did not close in time, or failed to.",
     "outlet.recovered": "A sink that had failed took its letters again.",
     "outlet.refused": "A sink says that it can never take a letter; it became a dead letter of the outlet.",
+    "result.not_stored": "A large result could not be put where `results=` says; it is tried again, nothing is lost.",
     "run.broken": "A fault of eventflow's own, or of what the app gave it, stopped a run; it is held.",
     "run.cancelled": "A run ended because someone cancelled it.",
     "run.completed": "A run ended with a result.",

@@ -227,7 +227,7 @@ def to_listed(entry: Mapping[str, Any]) -> Listed:
 
 
 def listed_identity(bucket: str, found: Listed) -> str:
-    """The id of a listed version. AWS lists whole seconds: a content that is replaced and put back within one is one version."""
+    """The id of a listed version. AWS lists whole seconds: what is replaced and put back within one is one version."""
     return digest(bucket, found.key, "listed", found.etag, found.size, found.modified)
 
 
