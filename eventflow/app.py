@@ -19,15 +19,15 @@ from eventflow.blobs import Blobs
 from eventflow.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.delivery import Delivery
 from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
-from eventflow.event import Event, EventSink, Json, Receipt, Trigger
+from eventflow.event import Event, EventSink, Json, Receipt, Recorded, Trigger
 from eventflow.filters import Where
 from eventflow.flow import Flow
 from eventflow.house import House, Lifespan, Plan
 from eventflow.log import Sink
 from eventflow.results import decode_error, show
-from eventflow.routing import EMIT, Key, Outlet, Params, Subscription, outlet, subscribe
 from eventflow.run import Cancelled, Completed, Failed, Held, Outcome, show_id
 from eventflow.store.sqlite import SqliteStore
+from eventflow.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, outlet, subscribe
 
 DAY = 86_400.0
 
@@ -108,7 +108,7 @@ class App:
 
     def on(
         self,
-        trigger: Trigger | str,
+        trigger: Trigger | Recorded | str,
         flow: Flow[..., Any],
         *,
         where: Where = None,
@@ -129,6 +129,8 @@ class App:
         """
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
+        elif isinstance(trigger, Recorded):
+            types, place, where = trigger.types, EMIT, both(trigger.pattern, where)
         else:
             self._add_trigger(trigger)
             place = trigger.name

@@ -5,7 +5,7 @@ or, for bytes it cannot read, `Undecodable`s; `Intake.accept` returns when they 
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -217,6 +217,39 @@ class Trigger(Protocol):
     def name(self) -> str: ...
 
     async def listen(self, intake: Intake) -> None: ...
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """Events that the ledger records by itself, where a trigger may stand: nothing listens, `types` and `pattern` choose."""
+
+    @property
+    def types(self) -> Sequence[str]: ...
+
+    @property
+    def pattern(self) -> Mapping[str, Any]:
+        """A filter over the data, in EventBridge's grammar."""
+        ...
+
+
+@runtime_checkable
+class Scheduled(Protocol):
+    """A trigger whose events are known beforehand: what `eventflow backfill` asks. Datetimes are aware unless it says so."""
+
+    @property
+    def name(self) -> str: ...
+
+    def occurrences(self, since: datetime, until: datetime) -> Iterable[datetime]:
+        """The nominal times in [since, until), in order. A naive bound is a time on the schedule's own wall clock."""
+        ...
+
+    def occurrence(self, at: datetime) -> Event:
+        """The event of a nominal time, with the id it has when the schedule fires it. ValueError when there is none then."""
+        ...
+
+    def settled(self, cursor: Mapping[str, Json]) -> datetime | None:
+        """The last nominal time that the schedule is through with, by its cursor; later ones are its own to fire."""
+        ...
 
 
 class Letter(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,10 +23,11 @@ from eventflow.flow import Flow
 from eventflow.log import Sink, get_logger
 from eventflow.outbox import Relay
 from eventflow.reactor import Reactor
-from eventflow.routing import Outlet, Router, Subscription
+from eventflow.routing import Router
 from eventflow.run import Cancelled, Completed, Failed, Held, Ids, Outcome, show_id
 from eventflow.store import open_store
 from eventflow.store.keys import secret_beside
+from eventflow.subscriptions import Outlet, Subscription
 from eventflow.worker import Worker
 
 T = TypeVar("T")
@@ -75,11 +76,11 @@ class House:
 
     async def open(self, own_loop: bool, listen: bool, passive: bool) -> None:
         plan = self.plan
+        self.router = Router(plan.subscriptions, self.ids, plan.clock, plan.outlets)
+        self.store.attach_herald(self.router)
         await asyncio.to_thread(self.store.open)
         try:
-            self.ids.raise_floor(self.store.last_id)
             self.store.on_failure(self._tell_waiting)
-            self.router = Router(plan.subscriptions, self.ids, plan.clock, plan.outlets)
             self.worker = Worker(
                 self.store, plan.clock, self.router, plan.flows, self.blobs, concurrency=plan.concurrency,
                 threads=plan.threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),

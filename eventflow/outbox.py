@@ -19,8 +19,8 @@ from eventflow.errors import StoreError
 from eventflow.event import EventSink, Letter
 from eventflow.log import get_logger
 from eventflow.retry import Permanent
-from eventflow.routing import Outlet
 from eventflow.store.base import Store
+from eventflow.subscriptions import Outlet
 
 BATCH = 500
 """Letters given to a sink at once."""

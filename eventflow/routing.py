@@ -1,4 +1,4 @@
-"""Which flows an event starts, and why the others do not: subscriptions, and the `Router` that matches events to them.
+"""Which flows an event starts, and why the others do not: the `Router` that matches events to subscriptions.
 
 The reactor calls `Router.arrive` for every accepted item, the worker `Router.emit` for what flows emit, the doors
 `Router.arrive_flow` for a run that somebody asked for. Each returns an `Arrival`: the event with one verdict per subscription,
@@ -7,179 +7,24 @@ nothing raises for what an event carries: user code (`where=`, `params=`, `key=`
 Next room: `store/`.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol, TypeAlias, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import msgspec
 import orjson
 
-from eventflow.binding import Binder
-from eventflow.clock import Clock
-from eventflow.delivery import Delivery, Each
-from eventflow.errors import BindingError, DepthExceeded, NotStorable, UsageError, caught
-from eventflow.event import MAX_DEPTH, Event, EventSink, Undecodable
-from eventflow.filters import Filter, Where, compile_filter, wildcard
+from eventflow.clock import SECOND, Clock, to_datetime
+from eventflow.errors import BindingError, DepthExceeded, NotStorable, caught
+from eventflow.event import MAX_DEPTH, Event, Undecodable
 from eventflow.plain import encode_plain
+from eventflow.redaction import SECRETS
 from eventflow.results import digest
-from eventflow.run import Ids, Run, State
-from eventflow.store.base import Arrival, Gather
+from eventflow.run import Ids, Run, State, show_id
+from eventflow.store.base import Arrival, Ended, Gather
+from eventflow.subscriptions import EMIT, RUN, FlowLike, Outlet, Subscription
 
-EMIT = "events"
-"""The trigger of events that flows emit."""
-
-Key: TypeAlias = "str | Callable[[Event], str | None] | None"
-Params: TypeAlias = "Callable[[Event], Mapping[str, Any]] | None"
-
-
-class FlowLike(Protocol):
-    """What routing asks of a flow."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def priority(self) -> int: ...
-    @property
-    def binder(self) -> Binder: ...
-
-
-class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A trigger's events for a flow. Made by `subscribe`.
-
-    `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
-    another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it. `gather`:
-    how several events make one run; `lane`: the one of events without a key.
-    """
-
-    name: str
-    trigger: str
-    flow: FlowLike
-    filter: Filter | None = None
-    params: Params = None
-    key: Callable[[Event], str | None] | None = None
-    priority: int = 0
-    on_failure: str = "continue"
-    types: tuple[str, ...] = ()
-    gather: Gather | None = None
-    lane: str | None = None
-
-    def hears(self, event_type: str) -> bool:
-        """Whether events of this type are deliveries to it, and get a verdict."""
-        return _hears(self.types, event_type)
-
-
-class Outlet(msgspec.Struct, frozen=True, kw_only=True):
-    """Emitted events of these types, or (`dead`) everything that becomes a dead letter, for a sink. Made by `outlet`."""
-
-    name: str
-    sink: EventSink
-    types: tuple[str, ...] = ()
-    filter: Filter | None = None
-    dead: bool = False
-
-    def hears(self, event_type: str) -> bool:
-        return not self.dead and _hears(self.types, event_type)
-
-
-def _hears(types: tuple[str, ...], event_type: str) -> bool:
-    return not types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in types)
-
-
-def subscribe(
-    trigger: str,
-    flow: FlowLike,
-    *,
-    where: Where = None,
-    params: Params = None,
-    key: Key = None,
-    priority: int | None = None,
-    on_failure: str = "continue",
-    types: Iterable[str] = (),
-    deliver: Delivery | None = None,
-    name: str | None = None,
-    taken: Collection[str] = (),
-) -> Subscription:
-    """A subscription, checked: UsageError says what is wrong with `where`, `key`, `on_failure` or `deliver`.
-
-    Its name is `trigger/flow`, or what is given; with `#2`, `#3` … when that is among the `taken`.
-    `key` is a dotted path into `data`, `@attribute`, `"record"` (the `partitionkey` extension or the subject), or a callable.
-    """
-    if on_failure not in ("continue", "block"):
-        raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
-    for wanted in (kinds := tuple(types)):
-        wildcard(wanted, "types")
-    mode = deliver or Each()
-    if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}")
-    if params is not None and mode.gather() is not None:
-        raise UsageError(f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]")
-    unique = _unique(name or f"{trigger}/{flow.name}", taken)
-    return Subscription(
-        name=unique,
-        trigger=trigger,
-        flow=flow,
-        filter=compile_filter(where),
-        params=params,
-        key=_compile_key(key),
-        priority=flow.priority if priority is None else priority,
-        on_failure=on_failure,
-        types=kinds,
-        gather=mode.gather(),
-        lane=unique if mode.one_at_a_time else None,
-    )
-
-
-def outlet(
-    sink: EventSink, *, types: Iterable[str] = (), where: Where = None, dead: bool = False, name: str | None = None,
-    taken: Collection[str] = (),
-) -> Outlet:  # fmt: skip
-    """An outlet, checked. Its name is `events/SINK` or `dead/SINK`, with `#2`, `#3` … when that is among the `taken`."""
-    if not isinstance(sink, EventSink):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"expected a sink (with a name, send() and close()), found {sink!r}")
-    for wanted in (kinds := tuple(types)):
-        wildcard(wanted, "types")
-    unique = _unique(name or f"{'dead' if dead else EMIT}/{sink.name}", taken)
-    return Outlet(name=unique, sink=sink, types=kinds, filter=compile_filter(where), dead=dead)
-
-
-def _unique(name: str, taken: Collection[str]) -> str:
-    number, unique = 1, name
-    while unique in taken:
-        number += 1
-        unique = f"{name}#{number}"
-    return unique
-
-
-def _type_matches(wanted: str, found: str) -> bool:
-    return "*" in wanted and wildcard(wanted, "types")(found)
-
-
-def _compile_key(key: Key) -> Callable[[Event], str | None] | None:
-    if key is None or callable(key):
-        return key
-    if key == "record":
-        return _record_key
-    if key.startswith("@"):
-        return lambda event: _key_text(getattr(event, key[1:], None) or event.extensions.get(key[1:]))
-    path = key.split(".")
-    if not all(path):
-        raise UsageError(f'key= expected a dotted path such as "customer.id", "@attribute" or "record", found {key!r}')
-    return lambda event: _key_text(_walk(event.data, path))
-
-
-def _record_key(event: Event) -> str | None:
-    return _key_text(event.extensions.get("partitionkey", event.subject))
-
-
-def _walk(data: Any, path: list[str]) -> Any:
-    for step in path:
-        if not isinstance(data, dict):
-            return None
-        data = cast(dict[str, Any], data).get(step)
-    return data
-
-
-def _key_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else orjson.dumps(value, default=str).decode()
+SHOWN_RESULT = 64 * 1024
+"""Bytes of a run's JSON result that such an event carries."""
 
 
 class Router:
@@ -191,6 +36,7 @@ class Router:
         self.dead_outlets = tuple(outlet.name for outlet in self.outlets if outlet.dead)
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
+        self._told: dict[str, bool] = {}
         for subscription in self.subscriptions:
             _ = subscription.flow.binder  # a signature that no event can fill is a mistake now, not a dead letter later
             self._by_trigger.setdefault(subscription.trigger, []).append(subscription)
@@ -226,6 +72,23 @@ class Router:
         if hops > MAX_DEPTH:
             return self._bury(EMIT, event, event.to_json(), str(DepthExceeded(event.type, hops)))
         return self._match(EMIT, event, self._by_trigger.get(EMIT, ()), depth=hops)
+
+    # ----------------------------------------------------------------- ended runs (store.base.Herald), writer thread
+
+    def raise_floor(self, last_id: int) -> None:
+        self.ids.raise_floor(last_id)
+
+    def ended(self, run: Ended) -> Arrival | None:
+        """The event that a run ended (or is held), if somebody wants it."""
+        told = f"{RUN}{run.state.word}"
+        heard = self._told.get(told)
+        if heard is None:
+            listeners = (*self._by_trigger.get(EMIT, ()), *self.outlets)
+            heard = self._told[told] = any(each.hears(told) for each in listeners)
+        if not heard:
+            return None
+        arrival = self.emit(ended_event(run, told))
+        return arrival if arrival.runs or arrival.dead or arrival.outbox else None
 
     def arrive_flow(
         self, flow: FlowLike, event: Event, *, params: bytes | None = None, trigger: str = "api", lane: str | None = None
@@ -298,6 +161,24 @@ class Router:
             outbox=[(outlet, "") for outlet in self.dead_outlets],
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
+
+
+def ended_event(run: Ended, told: str) -> Event:
+    """What an event tells of an ended run. Its id has the claim's number: a run that is retried ends again."""
+    shown, since = show_id(run.run), run.started_at or run.at
+    data: dict[str, Any] = {
+        "run": shown, "flow": run.flow, "state": run.state.word, "attempts": run.token,
+        "seconds": (run.at - since) / SECOND, "reason": run.reason, "result": None, "error": None,
+    }  # fmt: skip
+    if run.result is not None and run.codec == "json" and len(run.result) <= SHOWN_RESULT:
+        data["result"] = orjson.loads(run.result)
+    if run.error is not None:
+        error = orjson.loads(run.error)
+        data["error"] = {"type": error.get("type"), "message": SECRETS.text(str(error.get("message")))}
+    return Event(
+        id=f"{shown}/{run.state.word}/{run.token}", source=f"/flows/{run.flow}", type=told, subject=shown, data=data,
+        time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
+    )  # fmt: skip
 
 
 def identity(trigger: str, source: str, ident: str) -> bytes:

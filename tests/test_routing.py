@@ -13,8 +13,9 @@ from eventflow.clock import SystemClock
 from eventflow.errors import BindingError, NotStorable, UsageError
 from eventflow.event import Event, Undecodable
 from eventflow.flow import flow
-from eventflow.routing import EMIT, Router, content_digest, identity, subscribe
+from eventflow.routing import Router, content_digest, identity
 from eventflow.run import Ids, State
+from eventflow.subscriptions import EMIT, subscribe
 
 
 class Order(msgspec.Struct):

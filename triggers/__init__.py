@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from triggers.drift import Drift, DriftAlert
     from triggers.files import Directory, delete, move
     from triggers.kafka import Kafka, record_headers
     from triggers.kafka_sink import KafkaSink
+    from triggers.runs import RunState
     from triggers.s3 import S3, minio_id, minio_object
     from triggers.schedule import At, Cron, Every
     from triggers.signatures import (
@@ -30,9 +32,11 @@ if TYPE_CHECKING:
     from triggers.webhook import Webhook
 
 _HOMES = {
+    "triggers.drift": ("Drift", "DriftAlert"),
     "triggers.files": ("Directory", "delete", "move"),
     "triggers.kafka": ("Kafka", "record_headers"),
     "triggers.kafka_sink": ("KafkaSink",),
+    "triggers.runs": ("RunState",),
     "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.schedule": ("At", "Cron", "Every"),
     "triggers.signatures": (
@@ -49,12 +53,15 @@ __all__ = [
     "Bearer",
     "Cron",
     "Directory",
+    "Drift",
+    "DriftAlert",
     "Every",
     "GitHub",
     "GitLab",
     "Kafka",
     "KafkaSink",
     "MLflow",
+    "RunState",
     "Shopify",
     "Slack",
     "StandardWebhooks",

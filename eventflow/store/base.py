@@ -188,6 +188,35 @@ class Handover(Protocol):
         ...
 
 
+class Ended(msgspec.Struct, frozen=True):
+    """A run that came to a state in which nothing more happens by itself, as the transaction leaves it."""
+
+    run: int
+    flow: str
+    state: State
+    token: int
+    depth: int
+    event: int | None
+    started_at: int | None
+    at: int
+    reason: str | None
+    result: bytes | None
+    codec: str | None
+    error: bytes | None
+
+
+class Herald(Protocol):
+    """Who makes events of ended runs: the router, seen from the writer thread. Must be quick and must not raise."""
+
+    def raise_floor(self, last_id: int) -> None:
+        """Ids up to this one may be in use. Called once, before anything else."""
+        ...
+
+    def ended(self, run: Ended) -> Arrival | None:
+        """The event that tells of it, matched and ready to record; None when nobody hears of it."""
+        ...
+
+
 class Outbound(Protocol):
     """The relay, seen from the writer thread."""
 
@@ -234,6 +263,10 @@ class Store(Protocol):
 
     def attach(self, handover: Handover | None) -> None:
         """Whom fresh runs are handed to; None: nobody."""
+        ...
+
+    def attach_herald(self, herald: Herald) -> None:
+        """Who makes events of ended runs, recorded in the transactions that end them. Before `open`."""
         ...
 
     def attach_relay(self, relay: Outbound | None) -> None:

@@ -14,7 +14,19 @@ from eventflow.event import Receipt
 from eventflow.journal import Entry, Kind
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, State, Suspended, show_id
 from eventflow.store import rows
-from eventflow.store.base import Append, Appended, Arrival, Gather, Mark, Record, Refused, Settle, Settled
+from eventflow.store.base import (
+    Append,
+    Appended,
+    Arrival,
+    Ended,
+    Gather,
+    Herald,
+    Mark,
+    Record,
+    Refused,
+    Settle,
+    Settled,
+)  # fmt: skip
 from eventflow.store.rows import Known, Row, WindowRow
 from eventflow.store.transaction import Transaction
 
@@ -152,6 +164,24 @@ def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:
     if window.count + 1 >= gather.size:
         return 0
     return min(now + gather.wait, window.opened_at + gather.longest) if gather.renewed else row.due_at
+
+
+def announce(tx: Transaction, herald: Herald) -> None:
+    """Records the events that tell of the runs which this transaction ends (or holds)."""
+    ended, tx.ended = tx.ended, []
+    arrivals: list[Arrival] = []
+    for row in ended:
+        told = Ended(
+            row.id, row.flow, row.state, row.token, row.depth, row.event, row.started_at, tx.at, row.reason, row.result,
+            row.codec, row.error,
+        )  # fmt: skip
+        if row.state >= State.HELD and (arrival := herald.ended(told)) is not None:
+            arrivals.append(arrival)
+    if arrivals:
+        know_events(tx, arrivals)
+        know_windows(tx, arrivals)
+        for arrival in arrivals:
+            arrive(tx, arrival)
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:

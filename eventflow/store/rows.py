@@ -150,6 +150,7 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     cancel_requested: int
     reason: str | None
     deliveries: int = 1
+    depth: int = 0
     result: bytes | None = None
     codec: str | None = None
     error: bytes | None = None
@@ -160,11 +161,11 @@ def fresh_row(run: Run, due_at: int, size: int) -> Row:
     """The row of a run that this transaction inserts."""
     return Row(
         run.id, run.flow, run.lane, run.event, run.parent, run.parent_claim, size, run.state, due_at, run.started_at,
-        None, run.token, 0, int(run.suspect), run.deaths, int(run.cancel_requested), None,
+        None, run.token, 0, int(run.suspect), run.deaths, int(run.cancel_requested), None, 1, run.depth,
     )  # fmt: skip
 
 
-_ROW = ",".join(Row.__struct_fields__[:18])
+_ROW = ",".join(Row.__struct_fields__[:19])
 READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
 decode_rows = msgspec.json.Decoder(list[Row]).decode
 

@@ -18,7 +18,7 @@ from eventflow.journal import Entry
 from eventflow.run import Run, State
 from eventflow.store import audit, doors, looks, outbox, retention
 from eventflow.store.backup import back_up
-from eventflow.store.base import Arrival, Handover, Op, Outbound, Record
+from eventflow.store.base import Arrival, Handover, Herald, Op, Outbound, Record
 from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_bodies, load_journal
 from eventflow.store.migrate import migrate, migrations
@@ -74,6 +74,7 @@ class SqliteStore:
         self._high_water = HighWater(self.path)
         self._space = Space(self.path, clock, free_floor, ballast)
         self._writer: Writer | None = None
+        self._herald: Herald | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
 
@@ -108,8 +109,11 @@ class SqliteStore:
         migrate(connection, self.path, migrations())
         writer = Writer(connection, self.path, self._clock, self._marks(), self._space)
         writer.batch = max(writer.batch, lost)
-        writer.apply(doors.recover)
         (self.last_id,) = connection.execute(_LAST_ID).fetchone()
+        if (herald := self._herald) is not None:
+            herald.raise_floor(self.last_id)
+            writer.herald = herald
+        writer.apply(doors.recover)
         sync_folder(self.path)
         self._space.load()
         self._readers = Readers(self.path, self._clock)
@@ -168,6 +172,9 @@ class SqliteStore:
 
     def attach(self, handover: Handover | None) -> None:
         self._open_writer().handover = handover
+
+    def attach_herald(self, herald: Herald) -> None:
+        self._herald = herald
 
     def attach_relay(self, relay: Outbound | None) -> None:
         self._open_writer().relay = relay

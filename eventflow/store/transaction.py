@@ -50,6 +50,7 @@ class Transaction:
         self.woken: set[int] = set()
         self.outlets: set[str] = set()
         self.windows: dict[tuple[str, str], WindowRow] = {}
+        self.ended: list[Row] = []
         self.more = False
         self.probe = False
         self.soonest = NEVER
@@ -207,6 +208,8 @@ class Transaction:
         if row.parent is None:
             self.totals[COLUMN[before]] -= row.deliveries
             self.totals[COLUMN[state]] += row.deliveries
+        if state >= State.HELD and before is not state:
+            self.ended.append(row)
         was_live, live = before < State.COMPLETED, state < State.COMPLETED
         if was_live != live:
             self.totals["pending_bytes"] += row.size if live else -row.size

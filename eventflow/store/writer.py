@@ -17,10 +17,10 @@ import msgspec
 
 from eventflow.clock import Clock
 from eventflow.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.base import Claim, Handover, Op, Outbound, Record
+from eventflow.store.base import Claim, Handover, Herald, Op, Outbound, Record
 from eventflow.store.claim import claim
 from eventflow.store.guard import HighWater, Space, holder_of
-from eventflow.store.ops import apply, prefetch
+from eventflow.store.ops import announce, apply, prefetch
 from eventflow.store.rows import NEVER, Row
 from eventflow.store.transaction import TOTALS, Transaction
 
@@ -82,6 +82,7 @@ class Writer:
         self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
         self.handover: Handover | None = None
         self.relay: Outbound | None = None
+        self.herald: Herald | None = None
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
@@ -227,7 +228,7 @@ class Writer:
         tx = self._begin()
         try:
             words = self._decide(tx, items, probe=probe)
-            tx.finish()
+            self._finish(tx)
             self.connection.execute("COMMIT")
         except EventflowError as error:  # a door's verb said no: NotFound, UsageError
             self._undo(tx)
@@ -254,9 +255,14 @@ class Writer:
         """One verb in a transaction of its own, in the caller's thread: before `start` only."""
         tx = self._begin()
         verb(tx)
-        tx.finish()
+        self._finish(tx)
         self.connection.execute("COMMIT")
         self._committed(tx)
+
+    def _finish(self, tx: Transaction) -> None:
+        if self.herald is not None and tx.ended:
+            announce(tx, self.herald)
+        tx.finish()
 
     def _run_errand(self, errand: Errand) -> Any:
         try:

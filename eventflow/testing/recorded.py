@@ -11,8 +11,8 @@ from eventflow.app import App, RunHandle
 from eventflow.clock import to_datetime
 from eventflow.event import Event
 from eventflow.journal import Entry, Kind
-from eventflow.routing import EMIT
 from eventflow.run import show_id
+from eventflow.subscriptions import EMIT
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -15,9 +15,10 @@ from eventflow.clock import Clock
 from eventflow.event import Event, Receipt, Trigger
 from eventflow.flow import Flow
 from eventflow.log import Sink
-from eventflow.routing import Router, Subscription
+from eventflow.routing import Router
 from eventflow.store.base import Arrival
 from eventflow.store.sqlite import SqliteStore
+from eventflow.subscriptions import Subscription
 
 T = TypeVar("T")
 
