@@ -122,6 +122,7 @@ class App:
     ) -> None:
         """Subscribes a flow to a trigger; or, with a text, to events of that type that flows emit or the API receives.
 
+        `types`: what it hears of, with `*` for any part; by default what the trigger says is usually meant, else everything.
         `where`: an EventBridge pattern over the data, or a quick plain callable. `params`: a callable from the event to the
         flow's arguments, instead of binding by name. `key`: events of equal keys run one after another. `deliver`: how many
         events make a run (`Each()`, `Batch(...)`, `Debounce(...)`, `Latest()`, `Singleflight()`). UsageError says what does
@@ -133,7 +134,7 @@ class App:
             types, place, where = trigger.types, EMIT, both(trigger.pattern, where)
         else:
             self._add_trigger(trigger)
-            place = trigger.name
+            place, types = trigger.name, types or getattr(trigger, "heard", ())
         self.add(flow)
         made = subscribe(
             place, flow, where=where, params=params, key=key, priority=priority, on_failure=on_failure, types=types,

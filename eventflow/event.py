@@ -210,7 +210,8 @@ class Trigger(Protocol):
 
     `name` is stable: cursors and the ledger are keyed by it. `listen` runs until it is cancelled (a poll under way may
     finish under a shield of at most 10 s); what it raises is logged, and the reactor opens it again with backoff. A
-    trigger that serves HTTP also has `routes`, a list of Starlette routes.
+    trigger that serves HTTP also has `routes`, a list of Starlette routes; one whose events are of several types may have
+    `heard`, the types that a subscription without `types=` hears of.
     """
 
     @property

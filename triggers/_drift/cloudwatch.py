@@ -1,0 +1,99 @@
+"""CloudWatch alarms, SageMaker Model Monitor's among them: through SNS, or as EventBridge sends them.
+
+Model Monitor writes a metric `feature_baseline_drift_<feature>` with the dimensions `Endpoint` and `MonitoringSchedule`; an
+alarm on it is the drift. ALARM is detected, OK resolved, INSUFFICIENT_DATA no data.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import orjson
+
+from triggers._drift.reading import moment, number, point, status, table, text, texts
+from triggers._drift.shape import Drift, digest
+
+PREFIX = "feature_baseline_drift_"
+_DATAPOINT = re.compile(r"\[([-+0-9.eE]{1,40}) ")
+
+
+def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
+    """The JSON inside an SNS notification of an alarm."""
+    trigger = table(point(message, "/Trigger", "the alarm"), "Trigger")
+    dimensions: dict[str, Any] = {}
+    for each in cast(Sequence[Any], trigger.get("Dimensions") or ()):
+        named = table(each, "Trigger/Dimensions")
+        dimensions[str(named.get("name") or named.get("Name"))] = named.get("value") or named.get("Value")
+    reason = str(message.get("NewStateReason") or "")
+    found = _DATAPOINT.search(reason)
+    return _drift(
+        name=text(message.get("AlarmName"), "AlarmName"),
+        arn=str(message.get("AlarmArn") or message.get("AWSAccountId") or ""),
+        state=message.get("NewStateValue"),
+        since=point(message, "/StateChangeTime", "the alarm"),
+        metric=str(trigger.get("MetricName") or ""),
+        dimensions=texts(dimensions, "Trigger/Dimensions"),
+        statistic=number(found[1]) if found else None,
+        threshold=number(trigger.get("Threshold")),
+        reason=reason,
+    )
+
+
+def read_eventbridge(message: Mapping[str, Any]) -> Drift:
+    """A `CloudWatch Alarm State Change` event."""
+    detail = table(point(message, "/detail"), "detail")
+    state = table(point(detail, "/state", "detail"), "detail/state")
+    metric = _first_metric(detail)
+    data = _reason_data(state)
+    recent = cast(Sequence[Any], data.get("recentDatapoints") or ())
+    return _drift(
+        name=text(detail.get("alarmName"), "detail/alarmName"),
+        arn=next(iter(cast(Sequence[str], message.get("resources") or ())), ""),
+        state=point(detail, "/state/value", "detail"),
+        since=state.get("timestamp") or point(message, "/time"),
+        metric=str(metric.get("name") or ""),
+        dimensions=texts(metric.get("dimensions"), "detail/configuration/metrics/0/metricStat/metric/dimensions"),
+        statistic=number(recent[-1]) if recent else None,
+        threshold=number(data.get("threshold")),
+        reason=str(state.get("reason") or ""),
+    )
+
+
+def _first_metric(detail: Mapping[str, Any]) -> Mapping[str, Any]:
+    try:
+        return table(point(detail, "/configuration/metrics/0/metricStat/metric"), "metric")
+    except ValueError:
+        return {}  # a composite alarm has no metric of its own
+
+
+def _reason_data(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """CloudWatch puts JSON as text into `reasonData`."""
+    try:
+        return table(orjson.loads(str(state.get("reasonData") or "{}")), "detail/state/reasonData")
+    except orjson.JSONDecodeError:
+        return {}
+
+
+def _drift(
+    *, name: str, arn: str, state: Any, since: Any, metric: str, dimensions: Mapping[str, str], statistic: float | None,
+    threshold: float | None, reason: str,
+) -> Drift:  # fmt: skip
+    at = moment(since, "the time of the state's change")
+    found = status(state, "the alarm's state")
+    feature = metric.removeprefix(PREFIX) if metric.startswith(PREFIX) else None
+    return Drift(
+        status=found,
+        sender="sagemaker" if feature or "MonitoringSchedule" in dimensions else "cloudwatch",
+        name=name,
+        fingerprint=digest(arn, name),
+        model=dimensions.get("Endpoint"),
+        feature=feature,
+        features=(feature,) if feature else (),
+        metric=metric or None,
+        statistic=statistic,
+        threshold=threshold,
+        starts_at=at,
+        ends_at=at if found == "resolved" else None,
+        labels=dimensions,
+        annotations={"reason": reason} if reason else {},
+    )

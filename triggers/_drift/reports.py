@@ -1,0 +1,182 @@
+"""Reports of the libraries that compute drift in a batch job, posted by that job: Evidently's and NannyML's.
+
+Neither sends webhooks of its own: `httpx.post(url, content=report.run(current, reference).json())` is the whole client. One
+report is one drift: its worst feature on top, every drifted one in `findings`. One without drift resolves the last.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import msgspec
+
+from triggers._drift.reading import moment, number, point, table, text
+from triggers._drift.shape import Drift, Finding, Window, digest
+
+DRIFT_SHARE = 0.5
+"""Evidently's own: the share of drifted columns from which the data set has drifted."""
+
+METHODS = ("kolmogorov_smirnov", "jensen_shannon", "wasserstein", "hellinger", "chi2", "l_infinity")
+"""NannyML's univariate methods, by which its column names end."""
+
+
+class Judged(Finding, frozen=True, kw_only=True):
+    """A finding, and whether it is one."""
+
+    drifted: bool
+
+
+# --------------------------------------------------------------------------- Evidently
+
+
+def read_evidently(report: Mapping[str, Any]) -> Drift:
+    """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to 0.6 (`metric`, `result`)."""
+    metrics = [table(each, "metrics") for each in cast(list[Any], report["metrics"])]
+    share, limit, columns = _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
+    if not columns:
+        raise ValueError("metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither")
+    findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
+    if share is None:
+        share = len(findings) / len(columns)
+    return _report("evidently", report, findings, share, detected=share >= limit and bool(findings))
+
+
+def _current(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[Judged]]:
+    share, limit, columns = None, DRIFT_SHARE, list[Judged]()
+    for metric in metrics:
+        config = table(metric.get("config") or {}, "metrics/config")
+        kind = str(config.get("type") or metric.get("metric_name") or "")
+        if "DriftedColumnsCount" in kind:
+            share = number(point(metric, "/value/share", "DriftedColumnsCount"))
+            limit = number(config.get("drift_share")) or DRIFT_SHARE
+        elif "ValueDrift" in kind:
+            columns.append(_value_drift(metric, config))
+    return share, limit, columns
+
+
+def _value_drift(metric: Mapping[str, Any], config: Mapping[str, Any]) -> Judged:
+    found, method = number(point(metric, "/value", "ValueDrift")), str(config.get("method") or "")
+    threshold = number(config.get("threshold"))
+    column = text(config.get("column"), "ValueDrift/config/column")
+    return _judged(column, method, found, threshold, None)
+
+
+def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[Judged]]:
+    share, limit, columns = None, DRIFT_SHARE, dict[str, Judged]()
+    for metric in metrics:
+        result = table(metric.get("result") or {}, "metrics/result")
+        if "share_of_drifted_columns" in result:
+            share = number(result["share_of_drifted_columns"])
+            limit = number(result.get("drift_share")) or limit
+        for column, each in table(result.get("drift_by_columns") or {}, "drift_by_columns").items():
+            one = table(each, f"drift_by_columns/{column}")
+            score, threshold = number(one.get("drift_score")), number(one.get("stattest_threshold"))
+            columns[column] = _judged(column, str(one.get("stattest_name") or ""), score, threshold, one.get("drift_detected"))
+    return share, limit, list(columns.values())
+
+
+def _judged(column: str, method: str, found: float | None, threshold: float | None, said: Any) -> Judged:
+    """A p value drifts below its threshold, a distance at or above it."""
+    p = found if method.endswith("p_value") else None
+    below = found is not None and threshold is not None and (found < threshold if p is not None else found >= threshold)
+    return Judged(
+        feature=column, metric=method or None, statistic=found, threshold=threshold, p_value=p,
+        drifted=below if said is None else bool(said),
+    )  # fmt: skip
+
+
+def _excess(finding: Finding) -> float:
+    """How far beyond its threshold, so that the worst comes first."""
+    if finding.statistic is None or not finding.threshold:
+        return 0.0
+    if finding.p_value is not None:
+        return finding.threshold / max(finding.p_value, 1e-300)
+    return abs(finding.statistic) / abs(finding.threshold)
+
+
+# --------------------------------------------------------------------------- NannyML
+
+
+def read_nannyml(body: Any) -> list[Drift]:
+    """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`. One drift per chunk."""
+    report: Mapping[str, Any] = {"chunks": body} if isinstance(body, list) else body
+    rows = [table(row, "chunks") for row in cast(list[Any], report["chunks"])]
+    return [_chunk(report, row) for row in rows if row.get("chunk_period", row.get("period", "analysis")) == "analysis"]
+
+
+def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
+    name = text(str(row.get("chunk_key", row.get("key", ""))), "chunks/chunk_key")
+    columns = list(_worst(_columns(row)))
+    if not columns:
+        raise ValueError(f"chunk {name}: expected columns such as age_jensen_shannon_alert, found {', '.join(list(row)[:8])}")
+    findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
+    window = Window(
+        start=moment(_dated(row.get("chunk_start_date")), "chunk_start_date"),
+        end=moment(_dated(row.get("chunk_end_date")), "chunk_end_date"),
+    )
+    drift = _report("nannyml", report, findings, len(findings) / len(columns), detected=bool(findings))
+    return msgspec.structs.replace(
+        drift, current=window, labels={"chunk": name}, segment=drift.segment or name, starts_at=window.end or drift.starts_at,
+        fingerprint=digest(drift.fingerprint, name),
+    )  # fmt: skip
+
+
+def _worst(columns: Iterable[Judged]) -> Iterable[Judged]:
+    """One of each feature, where several methods judged it: a drifted one before others, the farthest beyond its threshold."""
+    found: dict[str, Judged] = {}
+    for each in columns:
+        before = found.get(each.feature)
+        if before is None or (each.drifted, _excess(each)) > (before.drifted, _excess(before)):
+            found[each.feature] = each
+    return found.values()
+
+
+def _dated(value: Any) -> Any:
+    """pandas writes times without a zone; NannyML's are the data's own, taken for UTC."""
+    if isinstance(value, str) and not re.search(r"(Z|[+-]\d\d:?\d\d)$", value):
+        return value + "Z"
+    return value
+
+
+def _columns(row: Mapping[str, Any]) -> Iterator[Judged]:
+    for name, alert in row.items():
+        stem = name.removesuffix("_alert")
+        method = next((method for method in METHODS if stem.endswith(f"_{method}")), None)
+        if stem != name and method is not None:
+            upper, lower = number(row.get(f"{stem}_upper_threshold")), number(row.get(f"{stem}_lower_threshold"))
+            yield Judged(
+                feature=stem.removesuffix(f"_{method}"), metric=method, statistic=number(row.get(f"{stem}_value")),
+                threshold=lower if upper is None else upper, drifted=bool(alert),
+            )  # fmt: skip
+
+
+# --------------------------------------------------------------------------- both
+
+
+def _report(sender: str, report: Mapping[str, Any], findings: Sequence[Judged], share: float, *, detected: bool) -> Drift:
+    """What a job may write beside the report is taken too: `model`, `segment`, `name`, `timestamp`."""
+    model, segment = (str(report[key]) if report.get(key) else None for key in ("model", "segment"))
+    worst = findings[0] if findings else None
+    at = moment(_dated(report.get("timestamp")), "timestamp")
+    return Drift(
+        status="detected" if detected else "resolved",
+        sender=sender,
+        name=str(report.get("name") or f"{sender} report"),
+        fingerprint=digest(sender, model, segment, report.get("name")),
+        model=model,
+        feature=worst.feature if worst else None,
+        features=[each.feature for each in findings],
+        metric=worst.metric if worst else None,
+        statistic=worst.statistic if worst else None,
+        threshold=worst.threshold if worst else None,
+        p_value=worst.p_value if worst else None,
+        share=round(share, 6),
+        segment=segment,
+        starts_at=at,
+        ends_at=None if detected else at,
+        findings=[_finding(each) for each in findings],
+    )
+
+
+def _finding(judged: Judged) -> Finding:
+    return Finding(**{name: getattr(judged, name) for name in Finding.__struct_fields__})

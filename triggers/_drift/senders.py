@@ -1,0 +1,153 @@
+"""Who sent this alert, told by its shape, and what it says: any body to `Drift`s.
+
+`drift.py` calls `read`. Each sender's room reads its own; this one only tells them apart. Nothing here waits. A shape that
+nobody knows is a ValueError that says what was found.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import msgspec
+import orjson
+
+from eventflow.cloudevents import read_json
+from triggers._drift.alertmanager import read_alert
+from triggers._drift.cloudwatch import read_eventbridge, read_sns_alarm
+from triggers._drift.generic import mapped, read_generic, read_mlflow
+from triggers._drift.reading import listed, point, table
+from triggers._drift.reports import read_evidently, read_nannyml
+from triggers._drift.shape import Drift
+
+MAX_ALERTS = 10_000
+"""Alerts of one body."""
+
+
+class Broken(msgspec.Struct, frozen=True):
+    """One alert of a body that cannot be read, and why."""
+
+    alert: Any
+    reason: str
+
+
+class Handshake(msgspec.Struct, frozen=True):
+    """SNS asks whether we want this topic; `url` is what says yes."""
+
+    topic: str
+    url: str
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """What a body says. `aside`: why a body of a known sender is no drift. `cut`: alerts the sender left out."""
+
+    drifts: Sequence[Drift] = ()
+    broken: Sequence[Broken] = ()
+    aside: str = ""
+    cut: int = 0
+    handshake: Handshake | None = None
+
+
+def read(body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None) -> Reading:
+    """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`. ValueError: nobody sends that."""
+    return _read(read_json(body), fields or {}, alerts)
+
+
+def _read(body: Any, fields: Mapping[str, str], alerts: str | None) -> Reading:
+    if alerts is not None:
+        return _each(listed(point(body, alerts), alerts), lambda alert, _: mapped(alert, fields))
+    if isinstance(body, dict):
+        message = cast(dict[str, Any], body)
+        if "Type" in message and "TopicArn" in message:
+            return _sns(message, fields)
+        if isinstance(message.get("alerts"), list) and ("groupKey" in message or "receiver" in message):
+            return _group(message, fields)
+    if fields and not _is_known(body):
+        return Reading(drifts=[mapped(body, fields)])
+    return _known(body, fields)
+
+
+def _is_known(body: Any) -> bool:
+    return isinstance(body, dict) and any(mark(cast(dict[str, Any], body)) for mark, _ in KNOWN)
+
+
+def _known(body: Any, fields: Mapping[str, str]) -> Reading:
+    if isinstance(body, list):
+        return _each(cast(list[Any], body), None) if not _is_chunks(body) else Reading(drifts=read_nannyml(body))
+    message = table(body, "the body")
+    for mark, reader in KNOWN:
+        if mark(message):
+            found = reader(message)
+            if isinstance(found, str):
+                return Reading(aside=found)
+            drifts = found if isinstance(found, list) else [found]
+            return Reading(drifts=[mapped(message, fields, drift) if fields else drift for drift in drifts])
+    try:
+        return Reading(drifts=[read_generic(message)])
+    except ValueError as error:
+        raise ValueError(f"no known sender's shape (fields {', '.join(list(message)[:8]) or 'none'}); {error}") from None
+
+
+_Reader = Callable[[Mapping[str, Any]], "Drift | list[Drift] | str"]
+
+KNOWN: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
+    (lambda body: "detail-type" in body and "detail" in body, read_eventbridge),
+    (lambda body: "AlarmName" in body and "NewStateValue" in body, read_sns_alarm),
+    (lambda body: "entity" in body and "action" in body and "data" in body, read_mlflow),
+    (lambda body: isinstance(body.get("metrics"), list), read_evidently),
+    (lambda body: isinstance(body.get("chunks"), list), read_nannyml),
+)
+"""What tells a sender, and its room."""
+
+
+def _is_chunks(body: Any) -> bool:
+    return bool(body) and isinstance(body[0], dict) and any(str(name).endswith("_alert") for name in body[0])
+
+
+# --------------------------------------------------------------------------- several in one body
+
+
+def _group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
+    """Alertmanager's group. Grafana's has an `orgId` beside it."""
+    sender = "grafana" if "orgId" in message else "alertmanager"
+    if sender == "alertmanager" and message.get("version") != "4":
+        raise ValueError(f'version: expected Alertmanager\'s "4", found {message.get("version")!r}')
+
+    def one(alert: Any, where: str) -> Drift:
+        found = read_alert(table(alert, where), where, sender)
+        return mapped(alert, fields, found) if fields else found
+
+    cut = message.get("truncatedAlerts")
+    reading = _each(cast(list[Any], message["alerts"]), one, "alerts")
+    return msgspec.structs.replace(reading, cut=cut if isinstance(cut, int) else 0)
+
+
+def _each(alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert") -> Reading:
+    """Every alert on its own: one that cannot be read takes no other with it."""
+    if len(alerts) > MAX_ALERTS:
+        raise ValueError(f"expected at most {MAX_ALERTS} alerts, found {len(alerts)}")
+    drifts, broken = list[Drift](), list[Broken]()
+    for place, alert in enumerate(alerts):
+        try:
+            drifts.append(one(alert, f"{where}/{place}") if one else read_generic(table(alert, f"{where}/{place}")))
+        except ValueError as error:
+            broken.append(Broken(alert, str(error)))
+    return Reading(drifts=drifts, broken=broken)
+
+
+# --------------------------------------------------------------------------- SNS
+
+
+def _sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
+    """The envelope: a notification with the alert inside as text, or the question whether we want the topic."""
+    kind, topic = message["Type"], str(message["TopicArn"])
+    if kind == "SubscriptionConfirmation":
+        return Reading(handshake=Handshake(topic, str(message.get("SubscribeURL") or "")))
+    if kind == "UnsubscribeConfirmation":
+        return Reading(aside=f"SNS no longer sends {topic}")
+    inner = message.get("Message")
+    try:
+        found: Any = orjson.loads(inner) if isinstance(inner, str) else None
+    except orjson.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"Message: expected the JSON of an alarm inside SNS's notification, found {str(inner)[:80]!r}")
+    return _read(found, fields, None)
