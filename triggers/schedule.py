@@ -95,9 +95,9 @@ class Schedule:
     # ----------------------------------------------------------------- what it is about to do
 
     def occurrences(self, since: datetime, until: datetime) -> Iterator[datetime]:
-        """The nominal times in [since, until), in order, with no regard to what fired."""
-        end = to_us(until)
-        for at in self._times.after(to_us(since) - 1):
+        """The nominal times in [since, until), in order, with no regard to what fired. Naive: on the schedule's wall clock."""
+        end = _moment(until, self._zone)
+        for at in self._times.after(_moment(since, self._zone) - 1):
             if at >= end:
                 return
             yield to_datetime(at)

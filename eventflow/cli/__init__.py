@@ -3,6 +3,7 @@
     running.py    dev, serve, run, task, demo: what executes flows
     looking.py    ls, show, explain, logs
     doing.py      emit, retry, replay, redrive, cancel, pause, resume
+    backfilling.py  backfill
     storing.py    doctor, backup
 
 Data goes to stdout, the rest to stderr; `--json` makes both JSON. Exit codes: 0 clean, 1 run failed, 2 usage, 3 app cannot be

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from eventflow.cli import doing, looking, running, storing
+from eventflow.cli import backfilling, doing, looking, running, storing
 from eventflow.cli.client import Refusal
 from eventflow.cli.words import fail
 from eventflow.errors import EventflowError
@@ -31,7 +31,7 @@ def cli() -> None:
     """Events in, durable flows out."""
 
 
-for command in (*running.COMMANDS, *looking.COMMANDS, *doing.COMMANDS, *storing.COMMANDS):
+for command in (*running.COMMANDS, *looking.COMMANDS, *doing.COMMANDS, *backfilling.COMMANDS, *storing.COMMANDS):
     cli.add_command(command)
 
 

@@ -32,6 +32,7 @@ from eventflow.store.keys import secret_beside
 from eventflow.store.logs import LogStore
 from eventflow.web import show, verbs
 from eventflow.web.auth import Guard
+from eventflow.web.backfill import Backfill
 from eventflow.web.metrics import render
 from eventflow.web.openapi import describe_api
 from eventflow.web.replies import (
@@ -129,6 +130,7 @@ class Api:
             ("GET", "/api/triggers", self.triggers),
             ("POST", "/api/triggers/{name:path}/pause", self.pause),
             ("POST", "/api/triggers/{name:path}/resume", self.resume),
+            *Backfill(self._open).table(),
             ("GET", "/api/outlets", self.outlets),
             ("GET", "/api/counts", self.counts),
             ("GET", "/api/check", self.check),

@@ -32,6 +32,18 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("get", "/api/outlets", "What is sent to sinks, and what waits to be.", "200"),
     ("post", "/api/triggers/{name}/pause", "Records its events, holds their runs.", "200 404"),
     ("post", "/api/triggers/{name}/resume", "Lets held runs go on.", "200 404"),
+    (
+        "get",
+        "/api/triggers/{name}/occurrences",
+        "Past occurrences of a schedule, oldest first: since, until.",
+        "200 400 404 409",
+    ),
+    (
+        "post",
+        "/api/triggers/{name}/backfill",
+        "Runs past occurrences for a flow: {flow, at, again, dry_run}.",
+        "200 202 400 404 409",
+    ),
     ("get", "/api/counts", "The sum of all deliveries.", "200"),
     ("get", "/api/check", "What does not hold in the ledger; reads all of it.", "200"),
     ("post", "/api/backup", "A consistent copy to a new file on the server's disk: {path}.", "200 400 409"),
