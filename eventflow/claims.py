@@ -199,7 +199,7 @@ class Claims:
     def start_all(self) -> None:
         """Starts what is new, unless the worker drains; what the flow had of it ahead of its commit is made durable first."""
         if self._ahead is not None:
-            self._commit_ahead()
+            self.commit_ahead()
         elif self._starting and not self.pool.draining:
             starting, self._starting = self._starting, []
             for target in starting:
@@ -285,7 +285,8 @@ class Claims:
         entry, self._ahead = self._ahead, None
         return (entry,)
 
-    def _commit_ahead(self) -> None:
+    def commit_ahead(self) -> None:
+        """Makes durable what the flow had ahead of its commit, if there is such a thing and it is not on its way."""
         if self._ahead is not None and not self._ahead_posted:
             self._ahead_posted = True
             run = self._master.run

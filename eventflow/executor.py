@@ -192,7 +192,10 @@ class Execution:
             return not self.settling and self._unwind()
         if root is not None and root.done():
             self._ending = self._verdict(root)
-            return self._ending is not None and self._unwind()  # not before a large result has left
+            if self._ending is not None:
+                return self._unwind()
+            self.claims.commit_ahead()  # a large result is on its way out; that may take a while
+            return False
         if self.claims.due:
             self.claims.deliver()
             return True
