@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 import orjson
 
 from eventflow.errors import UsageError
-from eventflow.event import Event, Letter
+from eventflow.event import Event, Letter, show_id
 from eventflow.redaction import SECRETS
 from eventflow.retry import Permanent
 from triggers._kafka.producer import MessageSizeTooLargeError, Producer, make_producer, option_names
@@ -152,7 +152,7 @@ def _dead(letter: Letter) -> tuple[bytes | None, Headers]:
     value, _ = _value(letter.event)
     told = {
         "reason": letter.reason, "subscription": letter.subscription, "trigger": letter.trigger,
-        "source": letter.event.source, "id": letter.event.id, "ledger_id": letter.ledger_id,
+        "source": letter.event.source, "id": letter.event.id, "ledger_id": show_id(letter.ledger_id),
     }  # fmt: skip
     headers = [(name, _text(said)) for name, said in letter.headers.items()]
     return value, headers + [(f"eventflow.error.{name}", _text(said)) for name, said in told.items() if said is not None]
