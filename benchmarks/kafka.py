@@ -1,8 +1,8 @@
 """Kafka: how fast records get into the ledger, beside a bare aiokafka loop that inserts each batch into SQLite.
 
-Both sides read the same number of small JSON records from a topic of four partitions of a broker of their own (tansu), beginning
-when the reader is made and ending when the last record is durable (WAL, `synchronous=FULL`, one transaction per batch). On our side
-each record is an event matched to a subscription; its run is recorded and held, so that no flow competes for the processor.
+Both sides read the same number of small JSON records from a topic of four partitions, of a broker of their own (tansu), from
+the first assignment until the last record is durable (WAL, `synchronous=FULL`, one transaction per batch). On our side each
+record is an event matched to a subscription; its run is recorded and held, so that no flow competes for the processor.
 
     python -m benchmarks.kafka waiting [--records 1000000] [--max-pending 10000]
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import orjson
 from aiokafka import AIOKafkaConsumer
@@ -33,7 +34,7 @@ from triggers.kafka import Kafka
 FIGURES = (Figure(key="intake", what="records/s from a topic into the ledger ÷ bare loop", unit="/s", floor=0.35, goal=0.60),)
 
 PARTITIONS = 4
-MEMBER = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
+MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
 
 
 def records(quick: bool) -> int:
@@ -48,9 +49,8 @@ async def filled(count: int) -> AsyncIterator[tuple[Broker, str]]:
         async with broker.producer(linger_ms=5, max_batch_size=64 << 10) as producer:
             for number in range(count):
                 value = orjson.dumps({"order": number, "amount": number % 97, "note": "x" * 60})
-                last = await producer.send(topic, value, key=b"%d" % (number % 1000), partition=number % PARTITIONS)
+                await producer.send(topic, value, key=b"%d" % (number % 1000), partition=number % PARTITIONS)
             await producer.flush()
-            await last
         yield broker, topic
 
 
@@ -90,7 +90,7 @@ async def take(order: int, amount: int) -> None: ...
 
 
 @asynccontextmanager
-async def reading(broker: Broker, topic: str, **options: int) -> AsyncIterator[tuple[App, Kafka]]:
+async def reading(broker: Broker, topic: str, **options: Any) -> AsyncIterator[tuple[App, Kafka]]:
     """An App whose trigger is paused: events and runs are recorded, and no run begins."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream:
         logs = configure(stream=stream, pretty=False, capture=False)

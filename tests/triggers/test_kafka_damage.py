@@ -1,0 +1,141 @@
+"""Batches that cannot be read: damaged on the way, or compressed with a codec that is not installed. One partition stops."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from tests.brokers import Broker, free_port, noida, tansu
+from tests.conftest import eventually
+from tests.triggers.kafka_topic import Topic, make_topic
+from triggers._kafka import session
+
+POISON = b"poison-poison"
+
+
+class Proxy:
+    """Between clients and a broker. While `damages`, it flips a bit in every POISON that passes."""
+
+    def __init__(self, port: int, target: int) -> None:
+        self.port, self._target = port, target
+        self.damages = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        for source, sink in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._pump(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1 << 20):
+                sink.write(data.replace(POISON, b"poison-poisom") if self.damages else data)
+                await sink.drain()
+        except OSError:
+            pass
+        finally:
+            sink.close()
+            with suppress(OSError):
+                await sink.wait_closed()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        try:
+            yield
+        finally:
+            server.close()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    with noida(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
+def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pytest.MonkeyPatch):
+    """A batch whose checksum does not hold stops its partition, behind what came before it; the others go on, and it is read
+    when it arrives whole."""
+    monkeypatch.setattr(session, "AGAIN", 3.0)
+
+    async def work(broker: Broker, proxy: Proxy) -> None:
+        async with proxy.listening():
+            topic = await make_topic(broker, 2, rebalance_timeout_ms=1_000)
+            await topic.send("before")
+            await topic.send(POISON)
+            await topic.send("after")
+            proxy.damages = True
+            async with topic.read(decode="bytes"):
+                await topic.send("other", partition=1)
+                await topic.has(2)
+                await eventually(lambda: topic.said("kafka.partition_stopped"), "the partition stopped")
+                assert f"{topic.name}/0 is stopped: offset 1 cannot be read: CorruptRecord" in (topic.trigger.condition or "")
+                assert topic.cursor(0) == 1 and topic.cursor(1) == 1
+                proxy.damages = False
+                await topic.has(4)
+                await topic.committed(3, 1)
+                assert topic.trigger.condition is None
+            assert [data for data in topic.data if data != b'"other"'] == [b'"before"', POISON, b'"after"']
+            assert len(topic.said("kafka.partition_stopped")) == 1
+
+    port = free_port()
+    with tansu(advertised=port) as broker:
+        proxy = Proxy(port, int(broker.server.rpartition(":")[2]))
+        broker.server = f"127.0.0.1:{port}"
+        asyncio.run(work(broker, proxy))
+
+
+def test_a_damaged_batch_may_be_skipped():
+    """With skip_corrupt=True a damaged record is a dead letter with its coordinates, and its partition goes on."""
+
+    async def work(broker: Broker, proxy: Proxy) -> None:
+        async with proxy.listening():
+            topic = await make_topic(broker, rebalance_timeout_ms=1_000)
+            await topic.send("before")
+            await topic.send(POISON)
+            await topic.send("after")
+            proxy.damages = True
+            async with topic.read(decode="bytes", skip_corrupt=True):
+                await topic.has(3)
+                await topic.committed(3)
+            (letter,) = topic.dead
+            assert topic.data == [b'"before"', b'"after"']
+            assert letter.headers["kafka-offset"] == "1" and "CorruptRecord" in letter.error
+
+    port = free_port()
+    with tansu(advertised=port) as broker:
+        proxy = Proxy(port, int(broker.server.rpartition(":")[2]))
+        broker.server = f"127.0.0.1:{port}"
+        asyncio.run(work(broker, proxy))
+
+
+def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.MonkeyPatch):
+    """K7: without the codecs' package the start warns; a record that needs one stops its partition, with what to install."""
+
+    async def work() -> Topic:
+        topic = await make_topic(broker, 2)
+        await topic.send("plain")
+        await topic.send("squeezed" * 100, compression_type="zstd")
+        await topic.send("behind it")
+        monkeypatch.setattr("aiokafka.codec.cramjam", None)
+        async with topic.read():
+            await topic.send("other", partition=1)
+            await topic.has(2)
+            await eventually(lambda: topic.said("kafka.partition_stopped"), "the partition stopped")
+            assert "pip install 'eventflow-reactor[kafka]'" in (topic.trigger.condition or "")
+            await topic.committed(1, 1)
+        assert topic.said("kafka.codecs_missing")[0]["codecs"] == ["snappy", "lz4", "zstd"]
+        assert len(topic.said("kafka.partition_stopped")) == 1 and sorted(topic.data) == ["other", "plain"]
+        monkeypatch.undo()
+        async with topic.read():
+            await topic.has(4)
+        assert topic.data[-2:] == ["squeezed" * 100, "behind it"]
+        return topic
+
+    asyncio.run(work())
