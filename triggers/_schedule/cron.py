@@ -7,12 +7,12 @@ here it holds for six fields too, which cronsim leaves to real time.
 """
 
 from collections.abc import Iterator
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import islice, takewhile
 
 from cronsim import CronSim, CronSimError
 
-from eventflow.clock import to_datetime, to_us
+from eventflow.clock import SECOND, microseconds, to_datetime, to_us
 from eventflow.errors import UsageError
 from triggers._schedule.zones import instant
 
@@ -23,6 +23,7 @@ ALIASES = {
 
 FIELDS = ("second", "minute", "hour", "day of month", "month", "day of week")
 TAKES = ("0-59", "0-59", "0-23", "1-31, L or LW", "1-12 or JAN-DEC", "0-7, SUN-SAT, MON#2 or 5L")
+DAY = 86_400 * SECOND
 SOME_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -47,7 +48,42 @@ class CronTimes:
         if self._fixed:
             wall = moment.replace(tzinfo=None, fold=0)
             return (instant(each, self._zone) for each in CronSim(self._expression, wall))
-        return (to_us(each.astimezone(UTC)) for each in CronSim(self._expression, moment))
+        return self._real(to_us(moment))
+
+    def _real(self, at: int) -> Iterator[int]:
+        """Wall times under one offset from UTC after the other. (cronsim's own way with zones steps over the first half hour
+        after a change of half an hour, as Lord Howe Island has it.)"""
+        start = at
+        while True:
+            offset = self._offset(at)
+            changed: int | None = None
+            for wall in CronSim(self._expression, to_datetime(start + offset).replace(tzinfo=None)):
+                found = to_us(wall.replace(tzinfo=UTC)) - offset
+                changed = self._change(at, found)
+                if changed is not None:
+                    break
+                yield found
+                at = found
+            if changed is None:
+                return
+            at, start = changed, changed - SECOND  # the instant of the change may itself be one
+
+    def _offset(self, us: int) -> int:
+        offset = to_datetime(us).astimezone(self._zone).utcoffset() or timedelta()
+        return microseconds(offset)
+
+    def _change(self, after: int, until: int) -> int | None:
+        """The first instant in (after, until] with another offset than `after` has. No zone changes twice in a day."""
+        offset, low = self._offset(after), after
+        while low < until:
+            high = min(low + DAY, until)
+            if self._offset(high) != offset:
+                while high - low > SECOND:
+                    middle = (low + high) // 2
+                    low, high = (middle, high) if self._offset(middle) == offset else (low, middle)
+                return high // SECOND * SECOND  # zones change on whole seconds
+            low = high
+        return None
 
     def count(self, after: int, until: int, most: int) -> tuple[int, bool]:
         """How many in (after, until], counted one by one, and whether that is all of them: it ends at `most`."""
