@@ -114,6 +114,11 @@ class Schedule:
         return None if last is None else to_datetime(last)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it has read its cursor, and waits."""
+        return self._last is not None
+
+    @property
     def condition(self) -> str | None:
         return None
 
@@ -127,18 +132,27 @@ class Schedule:
 
     async def listen(self, intake: Intake) -> None:
         """Waits for one occurrence after the other until cancelled. All it knows comes from the cursor."""
-        self._last = last = await self._open(intake)
-        while True:
-            now = self.clock.now()
-            found = due(self._times, last, now, self._policy)
-            if found is not None:
-                await self._fire(intake, found, now)
-                self._last = last = found.through
-            elif (coming := next(self._times.after(last), None)) is not None:
-                await self._until(coming + self._delay(coming))
-            else:
-                intake.log.info("schedule.ended", schedule=self._times.text, last=shown(last))
-                await asyncio.get_running_loop().create_future()
+        try:
+            self._last = await self._open(intake)
+            while True:
+                self._last = await self._step(intake, self._last)
+        finally:
+            self._last = None
+
+    async def _step(self, intake: Intake, last: int) -> int:
+        """Fires what is due, or waits for what comes. The last nominal time that is settled then."""
+        now = self.clock.now()
+        found = due(self._times, last, now, self._policy)
+        if found is not None:
+            await self._fire(intake, found, now)
+            return found.through
+        coming = next(self._times.after(last), None)
+        if coming is None:
+            intake.log.info("schedule.ended", schedule=self._times.text, last=shown(last))
+            await asyncio.get_running_loop().create_future()
+        else:
+            await self._until(coming + self._delay(coming))
+        return last
 
     async def _open(self, intake: Intake) -> int:
         """The last nominal time that is settled. Without a cursor, and after an edit, that is now, and is noted at once."""

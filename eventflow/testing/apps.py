@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from os import PathLike, fspath
 from tempfile import TemporaryDirectory
@@ -12,7 +12,7 @@ from eventflow.app import App
 from eventflow.capture import configure
 from eventflow.clock import Clock
 from eventflow.errors import UsageError
-from eventflow.event import Event, Intake, Json, Receipt, Undecodable
+from eventflow.event import Event, Intake, Json, Receipt, Trigger, Undecodable
 from eventflow.log import Line
 from eventflow.testing.clock import VirtualClock
 from eventflow.testing.rest import Deadline
@@ -95,7 +95,7 @@ async def running(
 
     `clock`: by default the app's own VirtualClock, or a new one. `store`: a URL, or the path of a SQLite file, to open the same
     one twice; by default a file in a folder that is removed at the end. `lines` collects what flows and tasks log and print.
-    `own_loop` gives flows a loop and thread of their own, as `eventflow serve` does.
+    `own_loop` gives flows a loop and thread of their own, as `eventflow serve` does. Schedules of the app follow the clock too.
     """
     before, options = app.clock, app._store_options  # pyright: ignore[reportPrivateUsage]
     app.clock = clock or (before if isinstance(before, VirtualClock) else VirtualClock())
@@ -103,6 +103,7 @@ async def running(
     with ExitStack() as undo:
         undo.callback(setattr, app, "clock", before)
         undo.callback(setattr, app, "_store_options", options)
+        lent = [trigger for trigger in app.triggers if _lend(app.clock, trigger, undo)]
         sink = None if lines is None else _Kept(lines)
         if lines is not None:
             undo.enter_context(configure(stream=None, clock=app.clock))
@@ -110,9 +111,28 @@ async def running(
         if isinstance(app.clock, VirtualClock):
             app.clock.attend(app)
         try:
+            await _all_wait(lent)
             yield app
         finally:
             await app.close(grace=1.0)
+
+
+def _lend(clock: Clock, trigger: Trigger, undo: ExitStack) -> bool:
+    """A trigger with a `clock` of its own (a schedule) follows the test's until the end; whether it is one."""
+    own = getattr(trigger, "clock", None)
+    if own is not None:
+        undo.callback(setattr, trigger, "clock", own)
+        setattr(trigger, "clock", clock)  # noqa: B010 (no part of the protocol)
+    return own is not None
+
+
+async def _all_wait(lent: Sequence[Trigger]) -> None:
+    """Until the schedules have read their cursors: time that moves before would pass them by."""
+    deadline = Deadline(OPEN_WITHIN)
+    while not all(getattr(trigger, "is_open", True) for trigger in lent):
+        if deadline.passed:
+            return
+        await asyncio.sleep(0.001)
 
 
 def _url(app: App, store: str | PathLike[str] | None, undo: ExitStack) -> str:
