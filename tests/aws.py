@@ -13,7 +13,7 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Aws:
 
     def __init__(self, kind: str, url: str) -> None:
         self.kind, self.url = kind, url
+        self.made: list[Bucket | Queue] = []
         config = botocore.config.Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 2})
         known: dict[str, Any] = {"endpoint_url": url, "region_name": REGION, **KEYS, "config": config}
         self.s3, self.sqs, self.sns, self.events = (boto3.client(name, **known) for name in ("s3", "sqs", "sns", "events"))
@@ -54,12 +55,19 @@ class Aws:
         keys = {name.upper(): value for name, value in KEYS.items()}
         return {**keys, "AWS_ENDPOINT_URL": self.url, "S3_ENDPOINT_URL": self.url, "AWS_DEFAULT_REGION": REGION}
 
-    def needs(self, call: Any, **options: Any) -> None:
-        """Skips the test when the server does not offer a service at all."""
+    def needs(self, call: Any) -> None:
+        """Skips the test when the server that was named does not offer a service at all."""
         try:
-            call(**options)
+            if self.kind == "given":
+                call()
         except (ClientError, BotoCoreError) as error:
             pytest.skip(f"{self.url} does not offer this: {error}")
+
+    def clean_up(self) -> None:
+        """Removes what the tests made, for a server that outlives them."""
+        for each in self.made:
+            with suppress(ClientError):
+                each.remove()
 
 
 class Bucket:
@@ -68,6 +76,7 @@ class Bucket:
     def __init__(self, aws: Aws, *, versioned: bool = False) -> None:
         self.aws, self.name = aws, f"test-{uuid.uuid4().hex[:12]}"
         self.topic = ""
+        aws.made.append(self)
         aws.s3.create_bucket(Bucket=self.name)
         if versioned:
             aws.s3.put_bucket_versioning(Bucket=self.name, VersioningConfiguration={"Status": "Enabled"})
@@ -96,16 +105,25 @@ class Bucket:
     def read(self, key: str) -> bytes:
         return self.aws.s3.get_object(Bucket=self.name, Key=key)["Body"].read()
 
+    def remove(self) -> None:
+        s3, place = self.aws.s3, {"Bucket": self.name}
+        for page in s3.get_paginator("list_object_versions").paginate(**place):
+            for each in [*page.get("Versions", []), *page.get("DeleteMarkers", [])]:
+                s3.delete_object(**place, Key=each["Key"], VersionId=each["VersionId"])
+        s3.delete_bucket(**place)
+
     def queue(self, *, through: str = "", fifo: bool = False, events: Sequence[str] = ("s3:ObjectCreated:*",)) -> "Queue":
         """A new queue with this bucket's notifications: straight, through "sns" or through "eventbridge"."""
         queue = Queue(self.aws, fifo=fifo)
         configuration: dict[str, Any] = {}
         match through:
             case "sns":
+                self.aws.needs(self.aws.sns.list_topics)
                 self.topic = self.aws.sns.create_topic(Name=queue.name)["TopicArn"]
                 self.aws.sns.subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue.arn)
                 configuration["TopicConfigurations"] = [{"TopicArn": self.topic, "Events": list(events)}]
             case "eventbridge":
+                self.aws.needs(self.aws.events.list_rules)
                 configuration["EventBridgeConfiguration"] = {}
                 pattern = {"source": ["aws.s3"], "detail": {"bucket": {"name": [self.name]}}}
                 self.aws.events.put_rule(Name=queue.name, EventPattern=json.dumps(pattern))
@@ -128,9 +146,14 @@ class Queue:
 
     def __init__(self, aws: Aws, *, fifo: bool = False, **attributes: str) -> None:
         self.aws, self.name = aws, f"test-{uuid.uuid4().hex[:12]}{'.fifo' if fifo else ''}"
+        aws.needs(aws.sqs.list_queues)
+        aws.made.append(self)
         known = {"FifoQueue": "true", **attributes} if fifo else attributes
         self.url: str = aws.sqs.create_queue(QueueName=self.name, Attributes=known)["QueueUrl"]
         self.arn: str = self.attributes("QueueArn")["QueueArn"]
+
+    def remove(self) -> None:
+        self.aws.sqs.delete_queue(QueueUrl=self.url)
 
     def attributes(self, *names: str) -> dict[str, str]:
         return self.aws.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=list(names))["Attributes"]
@@ -168,7 +191,9 @@ class Queue:
 def serving(kind: str, folder: Path) -> Iterator[Aws]:
     """One of the stand-ins, on a free port; or, in ministack's place, the server that was named."""
     if kind == "ministack" and GIVEN:
-        yield Aws("given", GIVEN)
+        aws = Aws("given", GIVEN)
+        yield aws
+        aws.clean_up()
         return
     port = _free_port()
     with (folder / f"{kind}.log").open("wb") as log:

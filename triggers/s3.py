@@ -116,7 +116,10 @@ class S3:
             seen, loops = None, list[Coroutine[Any, Any, None]]()
             if options.every is not None:
                 assert options.bucket is not None
-                seen = Seen(options.bucket, await intake.cursor(), touch=options.touch)
+                cursor = await intake.cursor()
+                seen = await asyncio.to_thread(
+                    Seen, options.bucket, cursor, touch=options.touch
+                )  # a million keys take a second
                 self._sweep = Sweep(client, options.bucket, options, desk, caller, seen, folders)
                 loops.append(self._sweep.run())
             if options.queue is not None:

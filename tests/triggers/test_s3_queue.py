@@ -333,6 +333,23 @@ def test_deleting_is_tried_again(ministack: Aws):
     asyncio.run(main())
 
 
+def test_a_batch_that_is_deleted_in_part_is_deleted_in_the_end(ministack: Aws):
+    """When the queue deletes only some of a batch, the others are deleted by the next try; each is one event."""
+    partly = {"Successful": [{"Id": "1"}], "Failed": [{"Id": "0", "SenderFault": False, "Code": "InternalError"}]}
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
+        with proxied(ministack.url) as proxy:
+            rule = proxy.fail(action("DeleteMessageBatch"), (200, json.dumps(partly)), times=2)
+            options: dict[str, Any] = {"queue": queue.url, "endpoint_url": proxy.url, "visibility": 600.0}
+            async with landing(ministack, bucket.name, **options) as here:
+                await here.emptied(queue)
+                assert rule.hits == 2 and here.keys == ["a"] and len(here.ledger.offered) == 1
+
+    asyncio.run(main())
+
+
 def test_s18_expired_credentials_end_the_listener_with_the_reason(ministack: Aws):
     """Expired credentials raise a clear error; opened again with good ones, the same trigger goes on."""
 

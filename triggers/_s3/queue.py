@@ -95,8 +95,8 @@ class Queue:
         began = self._clock.monotonic()
         messages = await self._caller.ask(f"receiving from {self._url}", self._receive)
         if not messages:
-            if self._clock.monotonic() - began < min(0.2, self._options.wait):
-                await self._caller.rest(0.5)  # a queue that does not wait when asked to
+            if self._clock.monotonic() - began < 0.2:
+                await self._caller.rest(0.5)  # it was not asked to wait, or does not
             return
         self._tally.in_hand += len(messages)
         try:

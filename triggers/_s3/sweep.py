@@ -38,7 +38,7 @@ class Sweep:
         self._markers: set[str] = set()
         self._absent: set[str] = set()
         self._told = False
-        self.took = 0.0
+        self.took, self.count = 0.0, 0
 
     async def run(self) -> None:
         """Sweeps until cancelled. A long sweep leaves the store alone for at least as long as it took."""
@@ -72,6 +72,7 @@ class Sweep:
             place = {"ContinuationToken": token} if token else {"StartAfter": found[-1].key}
         async with self._desk.lock:
             await self._end(unsighted)
+        self.count += 1
 
     async def _page(self, place: Mapping[str, Any]) -> dict[str, Any] | None:
         """Asked for until it comes; beside a queue no error may stop the queue. None: the listener is stopping."""
@@ -218,4 +219,8 @@ class Sweep:
         return to_event(notice, ident=ident)
 
     def gauges(self) -> list[Gauge]:
-        return [Gauge("known_objects", len(self._seen)), Gauge("sweep_seconds", self.took, total="max")]
+        return [
+            Gauge("known_objects", len(self._seen)),
+            Gauge("whole_sweeps", self.count),
+            Gauge("sweep_seconds", self.took, total="max"),
+        ]
