@@ -2,9 +2,10 @@
 
     python -m tests.crash.kafka_churn [--seconds 300] [--every 3] [--seed 1]
 
-Each member stays for some seconds, leaves, and joins again, so that partitions wander between the two and sometimes nobody has
-them. At the end everything comes to rest: each offset is in the ledger once, with one completed run. test_kafka.py runs a short
-one. The broker is tansu, which knows its members well.
+Each member stays for some seconds, leaves, and joins again, so that partitions wander between the two. One leaves only while
+the other is at work: when both are gone at once, the broker (tansu, which otherwise knows its members well) may wait for a
+leader that left. At the end everything comes to rest: each offset is in the ledger once, with one completed run. test_kafka.py
+runs a short one.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 from eventflow import App
 from eventflow.event import Intake
 from tests.brokers import Broker, tansu
+from tests.conftest import eventually
 from tests.crash.kafka_loop import PARTITIONS, Producer, look
 from tests.crash.kafka_victim import GROUP, handle
 from triggers.kafka import Kafka
@@ -39,25 +41,33 @@ class Pair:
     def __init__(self, server: str, topic: str, every: float, draw: random.Random) -> None:
         self._members = [Kafka(topic, bootstrap_servers=server, group_id=GROUP, name=self.name, **OPTIONS) for _ in range(2)]
         self._every, self._draw = every, draw
+        self._leaving = asyncio.Lock()
         self.calm = asyncio.Event()
         self.stays = 0
 
     async def listen(self, intake: Intake) -> None:
         async with asyncio.TaskGroup() as group:
-            for member in self._members:
-                group.create_task(self._come_and_go(member, intake))
+            for member, other in (self._members, self._members[::-1]):
+                group.create_task(self._come_and_go(member, other, intake))
 
-    async def _come_and_go(self, member: Kafka, intake: Intake) -> None:
+    async def _come_and_go(self, member: Kafka, other: Kafka, intake: Intake) -> None:
         while not self.calm.is_set():
             stay = asyncio.create_task(member.listen(intake))
             try:
                 await asyncio.wait([stay], timeout=self._every * self._draw.uniform(0.5, 1.5))
+                async with self._leaving:
+                    await eventually(lambda: other.condition is None or self.calm.is_set(), "the other is at work", within=60)
+                    await _end(stay)
             finally:
-                stay.cancel()
-                await asyncio.gather(stay, return_exceptions=True)
+                await _end(stay)
             self.stays += 1
             await asyncio.sleep(self._draw.uniform(0, 0.3))
         await member.listen(intake)
+
+
+async def _end(stay: asyncio.Task[None]) -> None:
+    stay.cancel()
+    await asyncio.gather(stay, return_exceptions=True)
 
 
 async def churn(folder: Path, broker: Broker, seconds: float, every: float, seed: int) -> tuple[list[str], str]:

@@ -187,6 +187,21 @@ def test_static_members_come_back_without_a_rebalance(broker: Broker):
     run(broker, work, partitions=2)
 
 
+def test_ending_in_the_middle_of_a_join(other: Broker):
+    """A member that ends while its group still gathers does not wait for it, and leaves nothing behind that would heartbeat."""
+
+    async def work(topic: Topic) -> None:
+        before = asyncio.all_tasks()
+        async with topic.read(joined=False):
+            await eventually(lambda: topic.trigger.condition == "joining the group", "it joins")
+            await asyncio.sleep(0.5)
+            began = time.monotonic()
+        assert time.monotonic() - began < 10
+        assert asyncio.all_tasks() == before
+
+    run(other, work, session_timeout_ms=40_000, rebalance_timeout_ms=40_000)
+
+
 def test_k25_a_loop_that_is_blocked_for_a_while(broker: Broker):
     """K25: code that blocks the loop for less than the session timeout costs no rebalance."""
 

@@ -5,8 +5,9 @@ The other rooms see a `Consumer`. Without the extra, importing this says which `
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
+import asyncio
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from eventflow.errors import MissingExtra
@@ -38,6 +39,7 @@ __all__ = [
     "RecordTooLargeError",
     "TopicPartition",
     "UnsupportedCodecError",
+    "close",
     "committed",
     "make_consumer",
     "option_names",
@@ -85,7 +87,6 @@ class Consumer(Protocol):
     def highwater(self, tp: TopicPartition) -> int | None: ...
     def last_stable_offset(self, tp: TopicPartition) -> int | None: ...
     async def start(self) -> None: ...
-    async def stop(self) -> None: ...
     async def position(self, tp: TopicPartition) -> int: ...
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None: ...
     async def beginning_offsets(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]: ...
@@ -99,6 +100,34 @@ class Consumer(Protocol):
 def make_consumer(options: Mapping[str, Any]) -> Consumer:
     """A consumer, not started, on the running loop. TypeError or ValueError for options that it refuses."""
     return cast(Consumer, AIOKafkaConsumer(**options))
+
+
+async def close(consumer: Consumer, seconds: float) -> None:
+    """Leaves the group and closes every connection; raises nothing. May take `seconds`, and a few more when cut short.
+
+    aiokafka's `stop` waits for a join under way, which may take as long as a rebalance, and may let a cancel of its own tasks
+    out; then what it did not come to is done here. A heartbeat left behind would keep the partitions of a member that is gone.
+    """
+    raw = cast(Any, consumer)
+    if await _ends(raw.stop(), seconds):
+        return
+    if (coordinator := raw._coordinator) is not None and hasattr(coordinator, "_stop_heartbeat_task"):
+        await _ends(coordinator._stop_heartbeat_task(), 1.0)
+        await _ends(coordinator._stop_commit_offsets_refresh_task(), 1.0)
+        await _ends(coordinator._maybe_leave_group(), 1.0)
+    if raw._fetcher is not None:
+        await _ends(raw._fetcher.close(), 1.0)
+    await _ends(raw._client.close(), 1.0)
+
+
+async def _ends(work: Coroutine[Any, Any, None], seconds: float) -> bool:
+    """Whether it ended well, and in time."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait([task], timeout=seconds)
+    if not done:
+        task.cancel()
+        await asyncio.wait([task], timeout=seconds)
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 async def committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, Committed]:

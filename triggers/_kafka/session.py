@@ -21,7 +21,7 @@ import anyio.to_thread
 from eventflow.errors import SourceError, StoreFull
 from eventflow.event import Intake
 from triggers._kafka.batches import Batch, read_batch
-from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition
+from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition, close
 from triggers._kafka.faults import MISPLACED, UNREADABLE, misplaced, unreadable
 from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
@@ -127,9 +127,7 @@ class Session(ConsumerRebalanceListener):
         with suppress(TimeoutError):
             async with asyncio.timeout(ENDING):
                 await self._commit()
-        with suppress(TimeoutError, KafkaError):
-            async with asyncio.timeout(ENDING):
-                await self.consumer.stop()
+        await close(self.consumer, ENDING)
 
     # ------------------------------------------------------------------ the loop
 
