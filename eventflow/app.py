@@ -9,6 +9,7 @@ Three ways to run one, with the flows unchanged:
 Nothing happens before: making an App opens nothing, reads no environment, starts no thread.
 """
 
+import asyncio
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -47,7 +48,9 @@ class RunHandle:
         outcome = await self._app.outcome(self.number)
         match outcome:
             case Completed():
-                name, data = self._app.blobs.fetch(outcome.codec, outcome.value)
+                name, data = outcome.codec, outcome.value
+                if name.endswith("@blob"):  # a file, or far away
+                    name, data = await asyncio.to_thread(self._app.blobs.fetch, name, data)
                 return self._flow.result.decode(name, data) if self._flow else show(name, data)
             case Failed():
                 raise decode_error(outcome.error)

@@ -12,6 +12,7 @@ from eventflow import App, Retry, flow, task
 from eventflow.blobs import LARGE, Blobs
 from eventflow.bucket import Bucket as Place
 from eventflow.errors import ResultsUnavailable, StoreCorrupt, UsageError
+from eventflow.web.replies import answer_to
 from tests.aws import Aws, Bucket, ministack, moto
 from tests.conftest import eventually
 from tests.faulty import DENIED, HANG_UP, SLOW_DOWN, Proxy, proxied
@@ -142,6 +143,12 @@ def test_what_is_refused_says_what_to_do(ministack: Aws, monkeypatch: pytest.Mon
             Place(f"s3://bucket/p?endpoint_url={proxy.url}").put("a" * 64, b"abc")
     with pytest.raises(ResultsUnavailable, match="EndpointConnectionError"):
         Place("s3://bucket?endpoint_url=http://127.0.0.1:9").get("a" * 64)
+
+
+def test_a_door_answers_503_while_results_cannot_be_read():
+    """Whoever asks for a result that cannot be read now is told to come back, not that it was wrong to ask."""
+    answer = answer_to(ResultsUnavailable("read", "s3://bucket/x", "SlowDown"))
+    assert answer.status_code == 503 and "retry-after" in answer.headers
 
 
 @pytest.mark.parametrize("wrong", ["file:///x", "s3://", "bucket/prefix", "s3://bucket?secret=x", "s3://bucket/p#x"])

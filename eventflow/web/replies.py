@@ -21,6 +21,7 @@ from eventflow.errors import (
     EventflowError,
     NotFound,
     NotStorable,
+    ResultsUnavailable,
     RunError,
     StoreFull,
     UsageError,
@@ -100,6 +101,8 @@ def answer_to(error: EventflowError) -> Json:
             return problem(404, "not_found", str(error))
         case BindingError() | NotStorable():
             return problem(400, "invalid", str(error))
+        case ResultsUnavailable():
+            return unavailable(str(error))
         case UsageError() | RunError():
             return problem(409, "refused", str(error))
         case StoreFull():
