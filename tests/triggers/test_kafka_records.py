@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.structs import ConsumerRecord
 
 from eventflow.errors import EmptySecret, MissingExtra, UsageError
 from eventflow.event import Event
@@ -20,6 +21,7 @@ from tests.brokers import Broker, now_ms, some_broker
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
+from triggers._kafka.records import Reader
 from triggers.kafka import Kafka
 
 STRUCTURED = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
@@ -285,14 +287,34 @@ def test_c7_the_largest_value(broker: Broker):
     run(broker, work)
 
 
-def test_headers_have_a_bound(broker: Broker):
-    """Headers over 64 KiB are refused, and the record kept as a dead letter."""
+def test_headers_and_keys_have_a_bound(broker: Broker):
+    """Headers or a key over 64 KiB are refused, and the record kept as a dead letter."""
 
     async def work(topic: Topic) -> None:
         await topic.send({"n": 1}, headers=[("h", b"x" * 70_000)])
+        await topic.send({"n": 2}, headers=[*ce("x"), ("h", b"x" * 70_000)])
+        await topic.send({"n": 3}, key=b"x" * 70_000)
+        async with topic.read():
+            await topic.has(3)
+        assert ["headers" in each.error for each in topic.dead] == [True, True, False] and "key" in topic.dead[2].error
+        assert [each.body for each in topic.dead] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
+
+    run(broker, work)
+
+
+def test_timestamps_that_no_calendar_has(broker: Broker):
+    """A producer that writes microseconds where milliseconds belong gets events all the same, without a time."""
+    reader = Reader("test", "json", 1000, skip_tombstones=False)
+    for stamp in (-1, now_ms() * 1000, 2**63 - 1):
+        record: Any = ConsumerRecord("t", 0, 7, stamp, 0, None, b"1", None, -1, 1, ())
+        event = reader.read(record)
+        assert isinstance(event, Event) and event.time is None and event.id == f"0:7:{stamp}"
+
+    async def work(topic: Topic) -> None:
+        await topic.send({"n": 1}, at=now_ms() * 1000)
         async with topic.read():
             await topic.has(1)
-        assert "headers" in topic.dead[0].error and topic.dead[0].body == b'{"n":1}'
+        assert topic.data == [{"n": 1}] and topic.events[0].time is None
 
     run(broker, work)
 

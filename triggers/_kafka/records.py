@@ -8,6 +8,7 @@ read becomes an `Undecodable` with its headers and coordinates. Next rooms: `eve
 
 import base64
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, Literal, TypeAlias, cast
 
 import orjson
@@ -27,6 +28,9 @@ MAX_ATTRIBUTES = 64 * 1024
 
 MAX_REASON = 500
 """Characters of why a record cannot be read; the reason may quote it."""
+
+END_OF_TIME = 253_402_300_800_000
+"""Milliseconds until the year 10,000, which `datetime` does not know."""
 
 TRACE = ("traceparent", "tracestate")
 """Headers that are extensions of their own in CloudEvents."""
@@ -71,7 +75,11 @@ class Reader:
         if value is not None and len(value) > self._max_body:
             return self.undecodable(record, f"value: expected at most {self._max_body} bytes, found {len(value)}")
         try:
-            return self._cloudevent(record) if record.headers and _is_cloudevent(record) else self._plain(record)
+            if record.headers:
+                _check_size(record)
+                if _is_cloudevent(record):
+                    return self._cloudevent(record)
+            return self._plain(record)
         except ValueError as error:  # of our own making, or orjson's
             return self.undecodable(record, str(error))
 
@@ -86,6 +94,8 @@ class Reader:
         }
         subject = None
         if key is not None:
+            if len(key) > MAX_ATTRIBUTES:
+                raise ValueError(f"key: expected at most {MAX_ATTRIBUTES} bytes, found {len(key)}")
             subject = _key_text(key)
             if subject is None:
                 extensions["partitionkey"] = _key_in_base64(key)
@@ -215,9 +225,12 @@ def _original(value: str | dict[str, str] | None) -> bytes | None:
     return value.encode() if isinstance(value, str) else base64.b64decode(value["base64"])
 
 
-def _put_headers(extensions: dict[str, str | int | bool], headers: Headers) -> None:
-    if sum(len(name) + len(raw or b"") for name, raw in headers) > MAX_ATTRIBUTES:
+def _check_size(record: Record) -> None:
+    if sum(len(name) + len(raw or b"") for name, raw in record.headers) > MAX_ATTRIBUTES:
         raise ValueError(f"headers: expected at most {MAX_ATTRIBUTES} bytes in all")
+
+
+def _put_headers(extensions: dict[str, str | int | bool], headers: Headers) -> None:
     pairs = [(name, None if raw is None else _as_json(raw)) for name, raw in headers]
     extensions["kafkaheaders"] = orjson.dumps(pairs).decode()
     for name, value in pairs:
@@ -285,5 +298,6 @@ def _key_in_base64(key: bytes) -> str:
     return f"base64:{base64.b64encode(key).decode()}"
 
 
-def _time(milliseconds: int) -> Any:
-    return to_datetime(milliseconds * 1000) if milliseconds >= 0 else None
+def _time(milliseconds: int) -> datetime | None:
+    """None for a timestamp that is unknown, or that no calendar has: producers write what they like."""
+    return to_datetime(milliseconds * 1000) if 0 <= milliseconds < END_OF_TIME else None
