@@ -120,9 +120,38 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
         for each in done
         for said in each["verdicts"]
     ]
-    started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
-    lines.append(f"{len(done)} events, {started} runs{' would start' if dry_run else ' started'}")
+    if dry_run:
+        lines += _windows(done)
+    else:
+        started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
+        lines.append(f"{len(done)} events, {started} runs started")
     say(done[0] if event is not None else done, as_json, "\n".join(lines))
+
+
+def _windows(done: list[Any]) -> list[str]:
+    """What would start: each event a run of its own, or one of those that its window makes of several, by their times."""
+    runs = 0
+    open_: dict[tuple[str, str | None], dict[str, int]] = {}
+    lines: list[str] = []
+    for said in (said for each in done for said in each["verdicts"] if said["fate"] in ("run", "held")):
+        window = said.get("window")
+        if window is None:
+            runs += 1
+            continue
+        now, key = window["at"], (said["subscription"], window["lane"])
+        known = open_.get(key)
+        if known is None or now >= known["due"] or known["count"] >= window["size"]:
+            runs += 1
+            known = open_[key] = {"opened": now, "due": now + window["wait"], "count": 0, "run": runs, "line": len(lines)}
+            if not window["wait"]:
+                known["due"] = sys.maxsize  # one at a time: nobody knows how long its runs would take
+            lines.append("")
+        elif window["renewed"]:
+            known["due"] = min(now + window["wait"], known["opened"] + window["longest"])
+        known["count"] += 1
+        lines[known["line"]] = f"run {known['run']}  {key[0]}  {window['mode']} of {known['count']} events"
+    unsure = "at least " if any(known["due"] == sys.maxsize for known in open_.values()) else ""
+    return [*lines, f"{len(done)} events, {unsure}{runs} runs would start"]
 
 
 async def _window(api: Doors, since: str | None, until: str | None, event_type: str | None) -> list[str]:

@@ -155,6 +155,7 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
         tx.connection.execute("UPDATE dead SET body = ? WHERE id = ?", (body, dead))
         body = arrival.body
     if arrival.gathers:
+        tx.replayed.add(event)
         know_windows(tx, [arrival])
         arrival = gathered(tx, arrival, event)
     told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])

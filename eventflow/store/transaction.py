@@ -51,6 +51,7 @@ class Transaction:
         self.outlets: set[str] = set()
         self.windows: dict[tuple[str, str], WindowRow] = {}
         self.ended: list[Row] = []
+        self.replayed: set[int] = set()
         self.more = False
         self.probe = False
         self.soonest = NEVER

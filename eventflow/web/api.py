@@ -227,9 +227,8 @@ class Api:
         asked = await read_object(request)
         dry = bool(asked.get("dry_run", False))
         ident, to = request.path_params["id"], _text(asked, "to")
-        number, arrival = await verbs.replay(self._open(), ident, to, dry=dry, by=_by(request))
-        runs = {run.id: {"state": run.state.word} for run in arrival.runs}
-        said = [show.verdict(each, runs) for each in orjson.loads(arrival.verdicts)]
+        number, verdicts = await verbs.replay(self._open(), ident, to, dry=dry, by=_by(request))
+        said = [show.new_verdict(each) for each in verdicts]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
 
     # ----------------------------------------------------------------- runs
@@ -296,10 +295,8 @@ class Api:
 
     async def redrive(self, request: Request) -> Response:
         mended = await read_object(request)
-        receipt, arrival = await verbs.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
-        runs = {run.id: {"state": run.state.word} for run in arrival.runs}
-        said = [show.verdict(each, runs) for each in orjson.loads(arrival.verdicts)]
-        return Json({"event": receipt.shown, "verdicts": said}, 202)
+        receipt, verdicts = await verbs.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
+        return Json({"event": receipt.shown, "verdicts": [show.new_verdict(each) for each in verdicts]}, 202)
 
     # ----------------------------------------------------------------- flows, triggers, counts
 

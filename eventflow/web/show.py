@@ -74,6 +74,15 @@ def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[
     return {**shown, "run": show_id(detail), "state": known["state"] if known else "pruned"}
 
 
+def new_verdict(said: Iterable[Any]) -> dict[str, Any]:
+    """What a replay or redrive brought about, or (with the `window` that the event would be in) what it would."""
+    subscription, fate, detail, *window = said
+    shown = verdict((subscription, fate, detail), {})
+    if "run" in shown:
+        shown["state"] = "held" if fate == "held" else "pending"
+    return {**shown, "window": window[0]} if window else shown
+
+
 def body(data: bytes | None) -> Any:
     """Stored bytes as JSON where they are JSON, else as text, else in base 64."""
     if data is None:

@@ -5,7 +5,7 @@ asked, from where and for what.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import orjson
@@ -17,23 +17,41 @@ from eventflow.run import State, show_id
 from eventflow.store.base import Arrival
 from eventflow.web.served import Served
 
+Verdicts: TypeAlias = list[list[Any]]
+
 log = get_logger("eventflow.web")
 
 
-async def replay(app: Served, ident: str, only: str | None, *, dry: bool, by: str) -> tuple[int, Arrival]:
+async def replay(app: Served, ident: str, only: str | None, *, dry: bool, by: str) -> tuple[int, Verdicts]:
     """Matches a recorded event once more, for all subscriptions or for `only` one (its name, or its flow's), and starts new
     runs. `dry` only tells what would be. Raises NotFound, and UsageError when its body is gone or nobody would hear of it."""
     row = await app.store.event(ident)
     if row["body"] is None:
         raise UsageError(f"event {show_id(row['id'])} is past its retention: its body is gone; send it again under a new id")
     arrival = _match(app, row["trigger"], row["id"], _read(row["body"]), only)
-    if not dry:
-        await app.store.replay(row["id"], arrival)
-        _note("replay", by, ledger_id=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
-    return row["id"], arrival
+    if dry:
+        return row["id"], [_foreseen(arrival, said, row["received_at"]) for said in _told(arrival, [])]
+    await app.store.replay(row["id"], arrival)
+    _note("replay", by, ledger_id=show_id(row["id"]), to=only, runs=[show_id(run.id) for run in arrival.runs])
+    return row["id"], _told(arrival, (await app.store.event(row["id"]))["verdicts"])
 
 
-async def redrive(app: Served, ident: str, mended: Mapping[str, Any], *, by: str) -> tuple[Receipt, Arrival]:
+def _told(arrival: Arrival, recorded: Verdicts) -> Verdicts:
+    """The verdicts of this arrival: as recorded, for an event may have joined another's run, or else as matched."""
+    matched: Verdicts = orjson.loads(arrival.verdicts)
+    return recorded[-len(matched) :] if recorded else matched
+
+
+def _foreseen(arrival: Arrival, said: list[Any], at: int) -> list[Any]:
+    """A verdict with the window that the event would open or join, as its fourth part."""
+    window = next((arrival.gathers[run.id] for run in arrival.runs if run.id == said[2] and run.id in arrival.gathers), None)
+    if window is None:
+        return said
+    lane = next(run.lane for run in arrival.runs if run.id == said[2])
+    return [*said, {**msgspec.structs.asdict(window), "lane": lane, "at": at}]
+
+
+async def redrive(app: Served, ident: str, mended: Mapping[str, Any], *, by: str) -> tuple[Receipt, Verdicts]:
     """Tries a dead letter once more: as it stands, or mended by `{"data": …}` (new data), with `"type"` if that is wrong too,
     or by `{"event": {…}}` (a whole CloudEvent)."""
     letter = await app.store.dead_letter(ident)
@@ -45,7 +63,7 @@ async def redrive(app: Served, ident: str, mended: Mapping[str, Any], *, by: str
     arrival = _match(app, letter["trigger"], letter["event"], event, letter["subscription"] or None)
     receipt = await app.store.redrive(letter["id"], arrival)
     _note("redrive", by, dead=letter["id"], ledger_id=show_id(letter["event"]), runs=[show_id(run.id) for run in arrival.runs])
-    return receipt, arrival
+    return receipt, _told(arrival, (await app.store.event(letter["event"]))["verdicts"])
 
 
 def _match(app: Served, trigger: str, ledger_id: int, event: Event, only: str | None) -> Arrival:
