@@ -10,6 +10,8 @@ from tests.brokers import Broker, free_port, noida, tansu
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers._kafka import session
+from triggers._kafka.client import RecordTooLargeError, TopicPartition
+from triggers._kafka.faults import too_large, unreadable
 
 POISON = b"poison-poison"
 
@@ -139,3 +141,11 @@ def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.Mo
         return topic
 
     asyncio.run(work())
+
+
+def test_a_record_that_an_old_broker_does_not_send():
+    """aiokafka's word for it names partition and offset, and the reason names the option that mends it."""
+    tp = TopicPartition("orders", 2)
+    error = RecordTooLargeError("There are some messages at %s=%s larger than %s", tp, 7, 1024)
+    assert too_large(error) == (tp, 7)
+    assert unreadable(error, 7) == "offset 7 cannot be read: it is larger than max_partition_fetch_bytes=1024"

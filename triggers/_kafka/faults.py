@@ -17,8 +17,11 @@ from triggers._kafka.client import (
     UnsupportedCodecError,
 )
 
-UNREADABLE = (CorruptRecordException, UnsupportedCodecError, RecordTooLargeError)
-"""A record, or the batch it came in, that cannot be had. None of them says which partition it is."""
+UNREADABLE = (CorruptRecordException, UnsupportedCodecError)
+"""A batch that cannot be read. Neither says which partition it is."""
+
+TOO_LARGE = RecordTooLargeError
+"""An old broker does not send a record that is larger than `max_partition_fetch_bytes`; aiokafka has passed over it already."""
 
 MISPLACED = (OffsetOutOfRangeError, NoOffsetForPartitionError)
 """The broker has no such offset."""
@@ -47,11 +50,17 @@ def misplaced(error: KafkaError) -> Collection[TopicPartition]:
     return [about] if isinstance(about, TopicPartition) else cast("dict[TopicPartition, int]", dict(about))
 
 
+def too_large(error: KafkaError) -> tuple[TopicPartition, int]:
+    """The partition and offset that an error of TOO_LARGE is about."""
+    _, tp, offset, *_ = cast("tuple[str, TopicPartition, int, int]", error.args)
+    return tp, offset
+
+
 def unreadable(error: KafkaError, offset: int) -> str:
     """What to do about a record that cannot be had."""
+    if isinstance(error, TOO_LARGE):
+        return f"offset {offset} cannot be read: it is larger than max_partition_fetch_bytes={error.args[3]}"
     found = f"offset {offset} cannot be read: {type(error).__name__}: {error}"
     if isinstance(error, UnsupportedCodecError):
         return f"{found}; run: pip install 'eventflow-reactor[kafka]'"
-    if isinstance(error, RecordTooLargeError):
-        return f"{found}; raise max_partition_fetch_bytes="
     return f"{found}; skip_corrupt=True leaves such records to the dead letters and goes on"

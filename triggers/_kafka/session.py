@@ -22,7 +22,7 @@ from eventflow.errors import SourceError, StoreFull
 from eventflow.event import Intake
 from triggers._kafka.batches import Batch, read_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition, close
-from triggers._kafka.faults import MISPLACED, UNREADABLE, misplaced, unreadable
+from triggers._kafka.faults import MISPLACED, TOO_LARGE, UNREADABLE, misplaced, too_large, unreadable
 from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
 from triggers._kafka.partitions import Partitions
@@ -216,6 +216,8 @@ class Session(ConsumerRebalanceListener):
         except MISPLACED as error:
             for tp in misplaced(error):
                 self.partitions.doubt(tp)
+        except TOO_LARGE as error:
+            self._meet_unreadable(*too_large(error), error)
         except UNREADABLE:
             return await self._fetch_with_care()
         return {}
@@ -225,21 +227,26 @@ class Session(ConsumerRebalanceListener):
         epoch, found = self._epoch, dict[TopicPartition, Sequence[Record]]()
         for tp in self.consumer.assignment() - self.consumer.paused():
             records: list[Record] = []
+            position = await self.consumer.position(tp)
+            if (self.consumer.highwater(tp) or position + 1) <= position:
+                continue
             try:
-                self.consumer.seek(tp, await self.consumer.position(tp))  # forgets what was fetched and half read
+                self.consumer.seek(tp, position)  # forgets what was fetched and half read
                 while len(records) < CAREFUL and (got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1)):
                     records += got[tp]
             except UNREADABLE as error:
                 if epoch == self._epoch:
-                    self._meet_unreadable(tp, error, await self.consumer.position(tp))
+                    self._meet_unreadable(tp, await self.consumer.position(tp), error)
             if epoch != self._epoch:
                 return {}
             if records:
                 found[tp] = records
         return found
 
-    def _meet_unreadable(self, tp: TopicPartition, error: KafkaError, offset: int) -> None:
+    def _meet_unreadable(self, tp: TopicPartition, offset: int, error: KafkaError) -> None:
         why = unreadable(error, offset)
+        if tp not in self.partitions:
+            return
         if self._options.skip_corrupt:
             self.partitions.skip(tp, offset, why)
         else:
