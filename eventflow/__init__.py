@@ -6,7 +6,9 @@
 The words are explained in docs/concepts.md. Importing this package starts nothing and touches nothing.
 """
 
+from eventflow import checks
 from eventflow.app import App, RunHandle
+from eventflow.checkpoint import Checkpoint, checkpoint
 from eventflow.delivery import Batch, Debounce, Each, Latest, Singleflight
 from eventflow.errors import EventflowError, NotFound, UsageError
 from eventflow.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
@@ -17,6 +19,7 @@ from eventflow.task import current_task, task
 __all__ = [
     "App",
     "Batch",
+    "Checkpoint",
     "Debounce",
     "Each",
     "Event",
@@ -35,6 +38,8 @@ __all__ = [
     "Trigger",
     "Undecodable",
     "UsageError",
+    "checkpoint",
+    "checks",
     "current_run",
     "current_task",
     "emit",

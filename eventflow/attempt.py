@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from eventflow.blobs import LARGE, offload
+from eventflow.checkpoint import enter_checkpoints
 from eventflow.clock import Clock, microseconds
 from eventflow.errors import StoreError, TaskTimedOut, caught
 from eventflow.journal import Entry, Kind
@@ -50,7 +51,7 @@ class Host(Protocol):
         """Whether what an attempt comes to may still be recorded."""
         ...
 
-    def append(self, entry: Entry) -> None: ...
+    def append(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None: ...
 
     def came(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None:
         """`append` for a body's value, and the events that its success publishes."""
@@ -107,7 +108,9 @@ class Attempts:
         host, name = self._host, call.task.name
         leave_flow()
         where.set(host.here.during(name, call.attempt))
-        enter_task(TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}"))
+        call.body = TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}", None, call.fingerprint)
+        enter_task(call.body)
+        enter_checkpoints(host.pool.checkpoints)
 
     async def _attempt(self, call: Call) -> None:
         """Runs one body and records what came of it. Whatever it raises ends here."""
@@ -208,6 +211,8 @@ class Attempts:
             return False
         call.running = False
         call.handle = None
+        if call.body is not None:
+            call.body.over = True
         self._host.working -= 1
         return True
 
@@ -234,12 +239,16 @@ class Attempts:
             claim=call.claim, kind=Kind.ERROR if delay is None else Kind.FAILED, attempt=call.attempt,
             fingerprint=call.fingerprint, error=encode_error(error),
         )  # fmt: skip
+        arrivals: list[Arrival] = []
         if delay is None:
+            for fields in (call.body and call.body.lamented) or ():
+                arrival, _ = caught(host.pool.emitted, host.run, *fields)
+                arrivals += [arrival] if arrival is not None else []  # refused: the chain of events is too long already
             self._run_hook(options.on_failure, error)
         else:
             entry.due_at = host.pool.clock.now() + microseconds(delay)
             self._run_hook(options.on_retry, error, delay)
-        host.append(entry)
+        host.append(entry, arrivals)
         if delay == 0 and not host.pool.draining:
             self.launch(call)
 

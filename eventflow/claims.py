@@ -332,6 +332,8 @@ class Claims:
         if journal.count == LONG_JOURNAL:
             log.warning("journal.long", run=self._master.name, entries=LONG_JOURNAL)
         if entry.kind is Kind.VALUE or entry.kind.final:
+            if entry.kind is Kind.VALUE and self.pool.checkpoints.used:
+                self.pool.forget(self._master.name, entry.claim)
             if (target := self.waiting.pop(entry.claim, None)) is not None:
                 heapq.heappush(self.due, (entry.batch, entry.pos, entry, target))
         elif entry.kind is Kind.FAILED:

@@ -14,6 +14,7 @@
     │   ├── NotStorable             a value has no lossless encoding
     │   │   └── ResultTooLarge      its JSON is over 64 MiB
     │   ├── ResultsUnavailable      the place of large results does not answer; it is tried again
+    │   ├── CheckpointFailed        a checkpoint cannot be written; the one before stands
     │   ├── BindingError            an event does not carry what a flow's signature asks for
     │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead      what `run.result()` raises
     │   └── DepthExceeded           an event was emitted 20 hops deep
@@ -166,6 +167,10 @@ class ResultsUnavailable(RunError):
 
     def __str__(self) -> str:
         return f"cannot {self.what} the result {self.where}: {self.why}; is the bucket there, and may it be read and written?"
+
+
+class CheckpointFailed(RunError):
+    """A checkpoint is too large, the disk refuses it, or its attempt is over. The one before stands."""
 
 
 class BindingError(RunError):

@@ -253,11 +253,7 @@ async def emit(event_type: str, data: Json = None, *, subject: str | None = None
     body = task_context()
     if body is None or not body.run_id:
         raise UsageError("emit(): expected to be called in a flow or a task of a run; outside, use `await app.emit(...)`")
-    if body.emitted is None:
-        body.emitted = []
-    ident = f"{body.idempotency_key}/emit#{len(body.emitted)}"
-    body.emitted.append((ident, event_type, fields))
-    return ident
+    return body.emit(event_type, fields)
 
 
 async def restart_with(**params: Any) -> NoReturn:

@@ -16,8 +16,9 @@ import msgspec
 
 from eventflow.blobs import Blobs
 from eventflow.bucket import Bucket
+from eventflow.checkpoint import Checkpoints
 from eventflow.clock import SECOND, Clock
-from eventflow.errors import RunDead, StoreError, StoreFailed
+from eventflow.errors import NotFound, RunDead, StoreError, StoreFailed
 from eventflow.event import Trigger
 from eventflow.flow import Flow
 from eventflow.log import Sink, get_logger
@@ -66,6 +67,7 @@ class House:
         self.ids = Ids()
         self.sink = sink
         self.blobs = Blobs(Path(f"{self.store.path}.blobs"), Bucket(plan.results) if plan.results else None)
+        self.checkpoints = Checkpoints(Path(f"{self.store.path}.checkpoints"))
         self.own_loop: FlowThread | None = None
         self.closing = False
         self._stop_lifespan: asyncio.Event | None = None
@@ -82,7 +84,7 @@ class House:
         try:
             self.store.on_failure(self._tell_waiting)
             self.worker = Worker(
-                self.store, plan.clock, self.router, plan.flows, self.blobs, concurrency=plan.concurrency,
+                self.store, plan.clock, self.router, plan.flows, self.blobs, self.checkpoints, concurrency=plan.concurrency,
                 threads=plan.threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),
             )  # fmt: skip
             self.reactor = Reactor(self.store, self.router, plan.clock, plan.triggers, random.Random())
@@ -203,7 +205,18 @@ class House:
             self._sweep_at = now + SWEEP
             named = await self.store.blob_references()
             await asyncio.to_thread(self.blobs.prune, named, before=now - SWEEP)
+            await self._sweep_checkpoints()
         return removed
+
+    async def _sweep_checkpoints(self) -> None:
+        """Those of runs that completed or that retention took; a failed or cancelled run may be retried and wants its own."""
+        for run in await asyncio.to_thread(self.checkpoints.runs):
+            try:
+                over = (await self.store.run(run))["state"] == "completed"
+            except NotFound:
+                over = True
+            if over:
+                await asyncio.to_thread(self.checkpoints.remove, self.checkpoints.directory / run)
 
 
 def _from_any_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Outcome], result: Outcome | StoreFailed) -> None:

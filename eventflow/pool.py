@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from eventflow.blobs import Blobs
+from eventflow.checkpoint import Checkpoints
 from eventflow.clock import Clock
 from eventflow.errors import StoreError
 from eventflow.flow import Flow
@@ -58,6 +59,7 @@ class Pool(Protocol):
     draw: random.Random
     threads: ThreadPoolExecutor
     blobs: Blobs
+    checkpoints: Checkpoints
     state: Any
     flows: Mapping[str, Flow[..., Any]]
     suspects: Suspects
@@ -85,6 +87,10 @@ class Pool(Protocol):
         ...
 
     def settled(self, execution: Any, outcome: Outcome, reply: Settled | Refused | StoreError) -> None: ...
+
+    def forget(self, run: str, claim: str | None = None) -> None:
+        """A call's value is durable, or its run completed: its checkpoints go."""
+        ...
 
     @property
     def is_crowded(self) -> bool:

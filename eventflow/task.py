@@ -58,10 +58,29 @@ class TaskContext(msgspec.Struct, gc=False):
     attempt: int
     idempotency_key: str
     emitted: list[tuple[str, str, dict[str, Any]]] | None = None
+    arguments: bytes | None = None
+    """Their fingerprint."""
+    over: bool = False
+    """The attempt has ended, or was given up: what its body still does counts for nothing."""
+
+    lamented: list[tuple[str, str, dict[str, Any]]] | None = None
+    """Events to publish when this attempt fails and is the last."""
 
     @property
     def log(self) -> Any:
         return get_logger(self.task)
+
+    def emit(self, event_type: str, fields: dict[str, Any], *, with_failure: bool = False) -> str:
+        """Publishes an event with the success of the task, or with its failure. Returns its id. `emit()` is for users."""
+        if with_failure:  # after a retry by hand it may fail again, of something else
+            self.lamented = self.lamented or []
+            ident = f"{self.idempotency_key}/failed#{self.attempt}.{len(self.lamented)}"
+            self.lamented.append((ident, event_type, fields))
+        else:
+            self.emitted = self.emitted or []
+            ident = f"{self.idempotency_key}/emit#{len(self.emitted)}"
+            self.emitted.append((ident, event_type, fields))
+        return ident
 
 
 _current: ContextVar[TaskContext | None] = ContextVar("eventflow_task", default=None)
@@ -89,7 +108,7 @@ class Call:
     """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
 
     __slots__ = (
-        "args", "attempt", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
+        "args", "attempt", "body", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
         "thread",
     )  # fmt: skip
 
@@ -100,6 +119,7 @@ class Call:
         self.future: asyncio.Future[Any] | None = None
         self.handle: Any = None  # the attempt's asyncio task, or the timer that waits for the next
         self.context: Any = None
+        self.body: TaskContext | None = None  # of the attempt under way, or the last one
         self.attempt = 0  # the attempt under way, or the last one
         self.spent = 0  # failures since the last retry by hand: what the Retry's budget counts
         self.running = False  # a body of it is under way

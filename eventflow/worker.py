@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from eventflow.blobs import Blobs
+from eventflow.checkpoint import Checkpoints
 from eventflow.clock import Clock
 from eventflow.errors import StoreCorrupt, StoreError
 from eventflow.event import Event
@@ -25,7 +26,7 @@ from eventflow.log import Sink, get_logger
 from eventflow.outcomes import Outcomes
 from eventflow.pool import Suspects
 from eventflow.routing import Router
-from eventflow.run import Held, Interrupted, Outcome, Run, Suspended, show_id
+from eventflow.run import Completed, Held, Interrupted, Outcome, Run, Suspended, show_id
 from eventflow.store.base import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
 from eventflow.task import Call
 
@@ -57,6 +58,7 @@ class Worker:
         router: Router,
         flows: dict[str, Flow[..., Any]],
         blobs: Blobs,
+        checkpoints: Checkpoints,
         *,
         concurrency: int = 1000,
         window: int = 20_000,
@@ -65,7 +67,7 @@ class Worker:
         secret: bytes = b"",
         seed: int | None = None,
     ) -> None:
-        self.store, self.clock, self.router, self.blobs = store, clock, router, blobs
+        self.store, self.clock, self.router, self.blobs, self.checkpoints = store, clock, router, blobs, checkpoints
         self.flows: Mapping[str, Flow[..., Any]] = flows
         self._flows = flows
         self.draw = random.Random(seed)
@@ -391,6 +393,10 @@ class Worker:
             depth=run.depth, params=params, priority=flow.priority,
         )  # fmt: skip
 
+    def forget(self, run: str, claim: str | None = None) -> None:
+        if (remove := self.checkpoints.forget(run, claim)) is not None:
+            self.loop.run_in_executor(None, remove)
+
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = self.loop.create_task(work)
         self._owned.add(task)
@@ -411,6 +417,8 @@ class Worker:
         self._give_room(1)
         if isinstance(reply, Settled):
             self.outcomes.follow(execution, outcome, reply.at)
+            if self.checkpoints.used and isinstance(outcome, Completed):
+                self.forget(execution.name)
         execution.part()
         if not self.executions:
             self._empty.set()
