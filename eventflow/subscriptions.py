@@ -58,7 +58,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     def hears(self, event_type: str) -> bool:
         """Whether events of this type are deliveries to it, and get a verdict."""
-        return _hears(self.types, event_type)
+        return hears(self.types, event_type)
 
 
 class Outlet(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,10 +71,10 @@ class Outlet(msgspec.Struct, frozen=True, kw_only=True):
     dead: bool = False
 
     def hears(self, event_type: str) -> bool:
-        return not self.dead and _hears(self.types, event_type)
+        return not self.dead and hears(self.types, event_type)
 
 
-def _hears(types: tuple[str, ...], event_type: str) -> bool:
+def hears(types: tuple[str, ...], event_type: str) -> bool:
     if event_type.startswith(RUN):  # only by name: whoever asks for `*` does not mean what eventflow tells of runs
         types = tuple(wanted for wanted in types if wanted.startswith(RUN)) or (RUN,)
     return not types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in types)
@@ -115,7 +115,7 @@ def subscribe(
         flow=flow,
         filter=compile_filter(where),
         params=params,
-        key=_compile_key(key),
+        key=compile_key(key),
         priority=flow.priority if priority is None else priority,
         on_failure=on_failure,
         types=kinds,
@@ -149,7 +149,7 @@ def _type_matches(wanted: str, found: str) -> bool:
     return "*" in wanted and wildcard(wanted, "types")(found)
 
 
-def _compile_key(key: Key) -> Callable[[Event], str | None] | None:
+def compile_key(key: Key) -> Callable[[Event], str | None] | None:
     if key is None or callable(key):
         return key
     if key == "record":

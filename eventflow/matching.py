@@ -1,0 +1,472 @@
+"""The machine behind patterns over several events: what is open, what matches, what lapses, and when it must be asked again.
+
+    step = machine.advance(state, now, leaf, item)      state changes in place; `machine.encode(state)` is what a store keeps
+
+Pure: no store, no loop, no clock of its own. `patterns.py` makes a `Machine` of the words a user writes, the router feeds it in
+the writer's transaction. An `Item` is an event, or an inner pattern's match: each node takes items and hands on matches, so
+patterns nest. Whatever was due by `now` happens first, at its own instant, however late the machine is asked; so neither a slow
+timer nor a restart changes what matches. An event ends in one match, or lapses with a reason; none is in two matches.
+docs/guides/patterns.md says what each pattern means.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+
+NEVER: Final = (1 << 63) - 1
+MOST: Final = 10_000
+"""Items that one node keeps open per key and part; beyond it the oldest lapses."""
+
+
+class Item(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
+    """An event, or a match, on its way: when it happened, when it was known (microseconds), and which events it is of.
+
+    `size` is their bytes; `held` one of them that came while its trigger was paused, or 0.
+    """
+
+    time: int
+    at: int
+    events: tuple[int, ...]
+    size: int = 0
+    held: int = 0
+
+
+class Due(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
+    """An item that is taken at an instant, since one from before it may still come."""
+
+    at: int
+    item: Item
+    role: int
+
+
+class Cell(msgspec.Struct, array_like=True):
+    """What one node remembers of one key."""
+
+    pools: list[list[Item]]
+    waiting: list[Due] = []
+    marks: list[int] = []
+
+
+class State(msgspec.Struct, array_like=True):
+    """What a pattern remembers of one key. `print` tells whether it is of the pattern as it is written today."""
+
+    print: str
+    cells: list[Cell]
+
+
+class Step(msgspec.Struct, array_like=True):
+    """What came of one advance. `matches`, in order; `lapsed`: events that end without one, each with its reason."""
+
+    matches: list[Item] = []
+    lapsed: list[tuple[int, str]] = []
+
+
+class Node:
+    """One pattern of the tree. `parent`: who takes its matches, and as what; None: they are the whole's."""
+
+    pools = 1
+
+    def __init__(self, labels: Sequence[str], lateness: int) -> None:
+        self.labels, self.lateness = labels, lateness
+        self.index = 0
+        self.parent: Node | None = None
+        self.role = 0
+
+    def fresh(self, now: int) -> Cell:
+        return Cell([[] for _ in range(self.pools)])
+
+    def due(self, cell: Cell) -> int:
+        """When it must be run even if nothing comes."""
+        return NEVER
+
+    def run(self, turn: "Turn", now: int) -> None:
+        """Does what is due by `now`."""
+
+    def take(self, turn: "Turn", role: int, item: Item) -> None:
+        """An item of part `role`, known now (`item.at`)."""
+        raise NotImplementedError
+
+    def is_open(self, cell: Cell) -> bool:
+        return any(cell.pools) or bool(cell.waiting)
+
+    def cell(self, turn: "Turn") -> Cell:
+        return turn.state.cells[self.index]
+
+    def emit(self, turn: "Turn", item: Item) -> None:
+        if self.parent is None:
+            turn.step.matches.append(item)
+        else:
+            self.parent.take(turn, self.role, item)
+
+
+class Turn(msgspec.Struct):
+    """One advance under way."""
+
+    state: State
+    step: Step
+
+    def lapse(self, item: Item, reason: str) -> None:
+        self.step.lapsed += [(event, reason) for event in item.events]
+
+
+def merged(items: Sequence[Item], time: int, at: int) -> Item:
+    events = tuple(sorted(event for item in items for event in item.events))
+    return Item(time, at, events, sum(item.size for item in items), max(item.held for item in items))
+
+
+class AnyOf(Node):
+    """Each item of any part is a match."""
+
+    pools = 0
+
+    def take(self, turn: Turn, role: int, item: Item) -> None:
+        self.emit(turn, item)
+
+
+class Pooled(Node):
+    """Items wait for others that happened within `within` of them, whichever comes first, in pools sorted by time.
+
+    An item lapses `within + lateness` after it was known. `marks`: the first `at` in the pools, and 1 if it need not be the
+    first item's.
+    """
+
+    def __init__(self, labels: Sequence[str], lateness: int, within: int) -> None:
+        super().__init__(labels, lateness)
+        self.within, self.stay = within, within + lateness + 1
+
+    def fresh(self, now: int) -> Cell:
+        return Cell([[] for _ in range(self.pools)], marks=[NEVER, 0])
+
+    def due(self, cell: Cell) -> int:
+        first = cell.marks[0]
+        return first if first == NEVER else first + self.stay
+
+    def run(self, turn: Turn, now: int) -> None:
+        cell = self.cell(turn)
+        if cell.marks[0] > now - self.stay:
+            return
+        old = now - self.stay
+        gone: list[Item] = []
+        for pool in cell.pools:
+            kept = len(pool)
+            if cell.marks[1]:
+                gone += [item for item in pool if item.at <= old]
+                pool[:] = [item for item in pool if item.at > old]
+            else:
+                kept = next((n for n, item in enumerate(pool) if item.at > old), kept)
+                gone += pool[:kept]
+                del pool[:kept]
+        for item in sorted(gone):
+            turn.lapse(item, self.why())
+        self._note(cell)
+
+    def _note(self, cell: Cell) -> None:
+        if cell.marks[1]:
+            cell.marks[0] = min((item.at for pool in cell.pools for item in pool), default=NEVER)
+        else:
+            cell.marks[0] = min((pool[0].at for pool in cell.pools if pool), default=NEVER)
+        if cell.marks[0] == NEVER:
+            cell.marks[1] = 0
+
+    def take(self, turn: Turn, role: int, item: Item) -> None:
+        self.run(turn, item.at)
+        cell = self.cell(turn)
+        chosen = self.choose(cell.pools, role, item)
+        if chosen is None:
+            self._keep(turn, cell, cell.pools[role], item)
+            return
+        for part, other in chosen:
+            pool = cell.pools[part]
+            del pool[bisect_left(pool, other)]
+        self._note(cell)
+        used = [other for _, other in chosen]
+        used.append(item)
+        self.emit(turn, merged(used, max(each.time for each in used), item.at))
+
+    def _keep(self, turn: Turn, cell: Cell, pool: list[Item], item: Item) -> None:
+        if len(pool) >= MOST:
+            turn.lapse(pool.pop(0), f"{self.labels[0]}: more than {MOST:,} wait")
+            self._note(cell)
+        if not pool or item >= pool[-1]:
+            pool.append(item)
+        else:
+            insort(pool, item)
+            cell.marks[1] = 1
+        if item.at < cell.marks[0]:
+            cell.marks[0] = item.at
+
+    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+        """The others that make a match with this one: the earliest; None: not yet."""
+        raise NotImplementedError
+
+    def why(self) -> str:
+        raise NotImplementedError
+
+
+class AllOf(Pooled):
+    """One item of each part, all within `within` of each other."""
+
+    def __init__(self, labels: Sequence[str], lateness: int, within: int) -> None:
+        super().__init__(labels, lateness, within)
+        self.pools = len(labels)
+
+    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+        others = [part for part in range(len(pools)) if part != role]
+        if not all(pools[part] for part in others):
+            return None
+        earliest = item.time - self.within
+        starts = [first for part in others for first in pools[part] if earliest <= first.time and first <= item]
+        for start in (*sorted(starts), item):
+            found = [(part, other) for part in others if (other := self._next(pools[part], start)) is not None]
+            if len(found) == len(others):
+                return found
+        return None
+
+    def _next(self, pool: list[Item], start: Item) -> Item | None:
+        at = bisect_left(pool, start)
+        return pool[at] if at < len(pool) and pool[at].time - start.time <= self.within else None
+
+    def why(self) -> str:
+        return f"all_of: not each of {', '.join(self.labels)} within {self.within / 1e6:g} s"
+
+
+class Count(Pooled):
+    """`n` items within `within`."""
+
+    def __init__(self, labels: Sequence[str], lateness: int, within: int, n: int) -> None:
+        super().__init__(labels, lateness, within)
+        self.n = n
+
+    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+        pool, others = pools[0], self.n - 1
+        if len(pool) < others:
+            return None
+        place = len(pool) if not others or item >= pool[-1] else bisect_left(pool, item)
+        for first in range(max(0, place - others), min(place, len(pool) - others) + 1):
+            if not others:
+                return []
+            low, high = min(pool[first].time, item.time), max(pool[first + others - 1].time, item.time)
+            if high - low <= self.within:
+                return [(0, other) for other in pool[first : first + others]]
+        return None
+
+    def why(self) -> str:
+        return f"count: fewer than {self.n} {self.labels[0]} within {self.within / 1e6:g} s"
+
+
+OPEN, CLOSE, END, RENEW = range(4)
+
+
+class Wait(Node):
+    """From an opening item on: a closing one within `within`, if no ending one comes between; or, for absence, neither.
+
+    Parts are numbered OPEN, CLOSE, END, RENEW, and `labels` names them; one that renews ends what is open and opens anew.
+
+    An item is taken `lateness` after it happened, or when it is known if that is later: so items are taken in the order they
+    happened unless one is later than that. `absent`: an opening whose time is up matches, instead of lapsing.
+    """
+
+    def __init__(self, labels: Sequence[str], lateness: int, within: int, *, absent: bool) -> None:
+        super().__init__(labels, lateness)
+        self.within, self.absent = within, absent
+
+    def due(self, cell: Cell) -> int:
+        up = self._up(cell.pools[0][0]) if cell.pools[0] else NEVER
+        return min(up, cell.waiting[0].at) if cell.waiting else up
+
+    def _taken(self, item: Item) -> int:
+        return max(item.at, item.time + self.lateness)
+
+    def _up(self, item: Item) -> int:
+        """When an opening's time is up: just after whatever happened in time, and is not too late, has been taken."""
+        return self._taken(item) + self.within + 1
+
+    def run(self, turn: Turn, now: int) -> None:
+        cell = self.cell(turn)
+        opened, waiting = cell.pools[0], cell.waiting
+        while (due := self.due(cell)) <= now:
+            if opened and self._up(opened[0]) == due:
+                self._time_is_up(turn, opened.pop(0), due)
+            else:
+                first = waiting.pop(0)
+                self._process(turn, first.role, first.item, due)
+
+    def take(self, turn: Turn, role: int, item: Item) -> None:
+        self.run(turn, item.at)
+        taken = self._taken(item)
+        if taken > item.at:
+            waiting = self.cell(turn).waiting
+            if len(waiting) >= MOST:
+                turn.lapse(waiting.pop(0).item, f"{self.labels[role]}: more than {MOST:,} wait for their turn")
+            insort(waiting, Due(taken, item, role))
+        else:
+            self._process(turn, role, item, taken)
+
+    def _process(self, turn: Turn, role: int, item: Item, now: int) -> None:
+        opened = self.cell(turn).pools[0]
+        if role == OPEN:
+            self._open(turn, opened, item)
+        elif role == CLOSE:
+            self._close(turn, opened, item, now)
+        elif role == END:
+            ended = self._end(turn, opened, item, now)
+            turn.lapse(item, f"{self._word}: {self._label(END)} ended {ended} that waited" if ended else self._nothing)
+        elif any(0 <= other.time - item.time <= self.within and other.time > item.time for other in opened):
+            turn.lapse(item, f"{self._word}: a later {self.labels[0]} came before it")
+        else:
+            self._end(turn, opened, item, now)
+            self._open(turn, opened, item)
+
+    def _open(self, turn: Turn, opened: list[Item], item: Item) -> None:
+        if len(opened) >= MOST:
+            turn.lapse(opened.pop(0), f"{self._word}: more than {MOST:,} wait")
+        opened.append(item)
+
+    def _close(self, turn: Turn, opened: list[Item], item: Item, now: int) -> None:
+        first = min((other for other in opened if 0 <= item.time - other.time <= self.within), default=None)
+        if first is None:
+            turn.lapse(item, f"{self._word}: no {self._label(OPEN)} within {self.within / 1e6:g} s before it")
+            return
+        opened.remove(first)
+        self.emit(turn, merged((first, item), item.time, now))
+
+    def _end(self, turn: Turn, opened: list[Item], item: Item, now: int) -> int:
+        """Ends the openings that this one came after in time; those whose time had been up before it are absences."""
+        left: list[Item] = []
+        over: list[Item] = []
+        for other in opened:
+            passed = item.time - other.time
+            if 0 <= passed <= self.within:
+                turn.lapse(other, f"{self._word}: {self._label(END)} came {passed / 1e6:g} s after it")
+            else:
+                (over if self.absent and passed > 0 else left).append(other)
+        ended = len(opened) - len(left) - len(over)
+        opened[:] = left
+        for other in over:
+            self._time_is_up(turn, other, now)
+        return ended
+
+    def _time_is_up(self, turn: Turn, item: Item, now: int) -> None:
+        if self.absent:
+            self.emit(turn, merged((item,), item.time + self.within, now))
+        else:
+            turn.lapse(item, f"{self._word}: no {self._label(CLOSE)} within {self.within / 1e6:g} s after it")
+
+    @property
+    def _word(self) -> str:
+        return "absent" if self.absent else "sequence"
+
+    @property
+    def _nothing(self) -> str:
+        return f"{self._word}: nothing waited when {self._label(END)} came"
+
+    def _label(self, role: int) -> str:
+        return self.labels[role]
+
+
+class Daily(Node):
+    """A match for each deadline before which, since the one before, nothing came. `marks`: the next one, and what is met.
+
+    Of several deadlines that passed while nothing ran only the last is looked at.
+    """
+
+    pools = 0
+
+    def __init__(self, labels: Sequence[str], lateness: int, following: Callable[[int], int]) -> None:
+        super().__init__(labels, lateness)
+        self._following = following
+
+    def fresh(self, now: int) -> Cell:
+        return Cell([], marks=[self._following(now)])
+
+    def due(self, cell: Cell) -> int:
+        return cell.marks[0] + self.lateness + 1
+
+    def run(self, turn: Turn, now: int) -> None:
+        cell = self.cell(turn)
+        while (due := self.due(cell)) <= now:
+            deadline, *met = cell.marks
+            cell.marks = [self._following(deadline), *(mark for mark in met if mark > deadline)]
+            if deadline not in met:
+                self.emit(turn, Item(deadline, due, ()))
+
+    def skip(self, cell: Cell, now: int) -> None:
+        """Leaves out the deadlines that passed before the last one that did."""
+        while (later := self._following(cell.marks[0])) + self.lateness < now:
+            cell.marks[0] = later
+
+    def take(self, turn: Turn, role: int, item: Item) -> None:
+        self.run(turn, item.at)
+        cell = self.cell(turn)
+        deadline = self._following(item.time - 1)
+        if deadline < cell.marks[0]:
+            turn.lapse(item, f"absent: {self.labels[0]} came after its time")
+            return
+        if deadline not in cell.marks[1:]:
+            cell.marks.append(deadline)
+        turn.lapse(item, f"absent: {self.labels[0]} came in time")
+
+    def is_open(self, cell: Cell) -> bool:
+        return True
+
+
+class Machine:
+    """A tree of nodes. `nodes`: parents before children; `leaves`: per leaf the node that takes it, and as what part."""
+
+    def __init__(self, nodes: Sequence[Node], leaves: Sequence[tuple[Node, int]], print: str) -> None:
+        self._nodes, self._leaves, self.print = nodes, leaves, print
+        for index, node in enumerate(nodes):
+            node.index = index
+        self._daily = [node for node in nodes if isinstance(node, Daily)]
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(State).decode
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether time alone may make it match: it has to be advanced once before anything came."""
+        return bool(self._daily)
+
+    def fresh(self, now: int) -> State:
+        return State(self.print, [node.fresh(now) for node in self._nodes])
+
+    def advance(self, state: State, now: int, leaf: int | None = None, item: Item | None = None) -> Step:
+        """Does what is due by `now`, then takes an item, known now, of a leaf."""
+        turn = Turn(state, Step())
+        cells = state.cells
+        for node in self._daily:
+            node.skip(cells[node.index], now)
+        if len(cells) > 1:
+            while True:  # the earliest first; of equals the first of the tree
+                due, index = min((node.due(cells[at]), at) for at, node in enumerate(self._nodes))
+                if due > now:
+                    break
+                self._nodes[index].run(turn, due)
+        else:
+            while (due := self._nodes[0].due(cells[0])) <= now:
+                self._nodes[0].run(turn, due)
+        if leaf is not None and item is not None:
+            node, role = self._leaves[leaf]
+            node.take(turn, role, item)
+        return turn.step
+
+    def due(self, state: State) -> int:
+        """When to advance it if nothing comes before; NEVER: not at all."""
+        return min(node.due(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
+
+    def is_open(self, state: State) -> bool:
+        """Whether anything must be remembered."""
+        return any(node.is_open(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
+
+    def events(self, state: State) -> list[int]:
+        """The events that are open in it."""
+        items = [item for cell in state.cells for pool in cell.pools for item in pool]
+        items += [due.item for cell in state.cells for due in cell.waiting]
+        return sorted(event for item in items for event in item.events)
+
+    def encode(self, state: State) -> bytes:
+        return self._encode(state)
+
+    def decode(self, kept: bytes) -> State:
+        return self._decode(kept)
