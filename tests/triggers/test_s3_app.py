@@ -83,7 +83,7 @@ def test_an_object_starts_a_run_within_two_seconds_by_queue(ministack: Aws, tmp_
                     await asyncio.to_thread(bucket.put, key)
                 await eventually(lambda key=key: _has_run(app, key), f"{key} has run")
                 took.append(time.monotonic() - began)
-            assert min(took) < 2.0, took  # one slow moment of a shared machine is no failure
+            assert sorted(took)[1] < 2.0, took  # the median: one slow moment of a shared machine is no failure
             await ran(app, ["plain.csv", ODD, "in/multi part+é.bin"])
             counts = await app.store.counts()
             assert (counts["runs"], counts["accepted"]) == (3, 3)

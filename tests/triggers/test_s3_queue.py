@@ -384,7 +384,7 @@ def test_s20_a_stop_during_a_long_poll_is_quick_and_hides_nothing(ministack: Aws
             if offered:
                 await asyncio.to_thread(queue.send, envelope(bucket.record("ObjectCreated:Put", "a")))
             await asyncio.gather(listen, return_exceptions=True)
-            assert time.monotonic() - began < 5.0
+            assert time.monotonic() - began < 3.0 + 2.0 + 3.0  # the poll, what may follow it, and a slow machine
         if offered:
             await eventually(lambda: queue.visible == 1, "the message is visible")
             assert here.ledger.kept == {}
