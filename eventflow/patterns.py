@@ -8,8 +8,8 @@
     absent(A, by="06:00", tz="Europe/Berlin")  none by then, since yesterday then
 
 `by=` joins events by a key. A part is a trigger, an event type, a RunState, `(trigger, where)`, `part(...)`, or a pattern.
-`app.on` makes a `Joined` of one: which part an event is of, under which key, and the machine (matching.py) that keeps what is
-open. What each means, and what becomes of events that match nothing, is in docs/guides/patterns.md.
+`app.on` makes a `Joined` of one: which part an event is of, under which key, and the machine (matching.py) that keeps what
+is open. What each means, and what becomes of events that match nothing, is in docs/guides/patterns.md.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +20,12 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
+from eventflow.awaiting import Daily, Wait
 from eventflow.clock import Duration, microseconds, to_datetime, to_us
 from eventflow.errors import UsageError
 from eventflow.event import Event, Recorded, Trigger
 from eventflow.filters import Filter, Where, compile_filter
-from eventflow.matching import MOST, AllOf, AnyOf, Count, Daily, Machine, Node, Wait
+from eventflow.matching import MOST, AllOf, AnyOf, Count, Machine, Node
 from eventflow.results import digest
 from eventflow.subscriptions import EMIT, Key, both, compile_key, hears
 
