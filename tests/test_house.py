@@ -40,7 +40,7 @@ BROAD_EXCEPTS = {
 OWN_IMPORTS_IN_FUNCTIONS = {("eventflow/app.py", "asgi"), ("eventflow/app.py", "run")}
 """The lazy imports of our own code: an embedded App needs neither HTTP nor a server."""
 
-LAZY = ("aiokafka", "aioboto3", "aiobotocore", "asyncpg", "uvicorn", "watchfiles", "pydantic", "fastapi")
+LAZY = ("aiokafka", "aioboto3", "aiobotocore", "asyncpg", "numpy", "scipy", "uvicorn", "watchfiles", "pydantic", "fastapi")
 """What `import eventflow` leaves for those who use it: extras, and what only a server or one trigger needs."""
 
 

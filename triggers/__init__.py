@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from triggers.drift import Drift, DriftAlert
+    from triggers.drift_monitor import Categorical, DriftMonitor, Numeric, file_rows
     from triggers.files import Directory, delete, move
     from triggers.kafka import Kafka, record_headers
     from triggers.kafka_sink import KafkaSink
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "triggers.drift": ("Drift", "DriftAlert"),
+    "triggers.drift_monitor": ("Categorical", "DriftMonitor", "Numeric", "file_rows"),
     "triggers.files": ("Directory", "delete", "move"),
     "triggers.kafka": ("Kafka", "record_headers"),
     "triggers.kafka_sink": ("KafkaSink",),
@@ -51,16 +53,19 @@ __all__ = [
     "S3",
     "At",
     "Bearer",
+    "Categorical",
     "Cron",
     "Directory",
     "Drift",
     "DriftAlert",
+    "DriftMonitor",
     "Every",
     "GitHub",
     "GitLab",
     "Kafka",
     "KafkaSink",
     "MLflow",
+    "Numeric",
     "RunState",
     "Shopify",
     "Slack",
@@ -70,6 +75,7 @@ __all__ = [
     "Webhook",
     "delete",
     "env",
+    "file_rows",
     "minio_id",
     "minio_object",
     "move",

@@ -1,7 +1,6 @@
 """Drift as events: what other monitors send (`DriftAlert`), and what a monitor of our own finds in a stream (`DriftMonitor`).
 
     app.on(DriftAlert("/drift", verify=Bearer(env("DRIFT_TOKEN"))), retrain)
-    app.on(DriftMonitor(Kafka("scores"), features=["amount", "country"], reference="reference.csv"), retrain)
 
 Both make one shape of event, `Drift` (_drift/shape.py), of type `drift.detected`, `drift.resolved` or `drift.nodata`, and a
 flow that names no types hears of `drift.detected` alone: an alert that fires, repeats and resolves starts one run.

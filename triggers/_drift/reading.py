@@ -16,6 +16,7 @@ NEVER = "0001-01-01T00:00:00Z"
 
 _STATUS: Mapping[str, Status] = {
     **dict.fromkeys(("detected", "firing", "alerting", "alarm", "drift", "drifted", "open", "active", "triggered"), "detected"),
+    "escalated": "escalated",
     **dict.fromkeys(("resolved", "ok", "normal", "closed", "inactive", "recovered", "stable"), "resolved"),
     **dict.fromkeys(("nodata", "no_data", "insufficient_data", "missing"), "nodata"),
 }  # fmt: skip

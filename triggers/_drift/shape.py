@@ -15,12 +15,13 @@ import orjson
 
 from eventflow.event import Event
 
-Status: TypeAlias = Literal["detected", "resolved", "nodata"]
+Status: TypeAlias = Literal["detected", "escalated", "resolved", "nodata"]
 
 DETECTED = "drift.detected"
 RESOLVED = "drift.resolved"
+ESCALATED = "drift.escalated"
 NODATA = "drift.nodata"
-TYPES: Mapping[Status, str] = {"detected": DETECTED, "resolved": RESOLVED, "nodata": NODATA}
+TYPES: Mapping[Status, str] = {"detected": DETECTED, "escalated": ESCALATED, "resolved": RESOLVED, "nodata": NODATA}
 
 MAX_TEXT = 200
 """Characters of an id that is made of a sender's own words; a longer one becomes its digest."""
@@ -56,7 +57,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """A drift that was detected, has resolved, or can no longer be judged because no data come.
+    """A drift that was detected, has become worse or resolved, or can no longer be judged because no data come.
 
     `feature`, `metric`, `statistic`, `threshold`, `p_value`, `baseline` and `current` are those of the worst feature;
     `findings` has every drifted one where the sender tells of several, and `share` their part of all. `severity` is the
