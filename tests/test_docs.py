@@ -41,7 +41,7 @@ from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import TABLE
 from tests.conftest import wait_until
 from tests.served import serving
-from triggers import S3, Directory, Kafka, Webhook
+from triggers import S3, At, Cron, Directory, Every, Kafka, Webhook
 from triggers.signatures import HMAC, GitLab, Token
 
 ROOT = Path(__file__).parent.parent
@@ -358,6 +358,9 @@ CALLABLES: list[tuple[Any, str]] = [
     (GitLab, "guides/webhook.md"),
     (Directory, "guides/files.md"),
     (S3, "guides/s3.md"),
+    (Cron, "guides/schedules.md"),
+    (Every, "guides/schedules.md"),
+    (At, "guides/schedules.md"),
     (running, "guides/testing.md"),
 ]
 INNER = {"clock", "entropy", "sink", "passive", "own_loop"}

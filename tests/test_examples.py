@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,35 @@ def test_examples_use_the_public_surface(path: Path):
     found = re.findall(r"(?:from|import) ((?:eventflow|triggers)\S*)", path.read_text())
     assert set(found) <= {"eventflow", "triggers"}
     assert not re.search(r"\w\._\w|\.house\b|\.store\b", path.read_text())
+
+
+# --------------------------------------------------------------------------- daily report
+
+
+def test_daily_report(tmp_path: Path):
+    """A schedule of seconds keeps today's totals; a backfill reports each day of its window once, and says which day failed."""
+    (tmp_path / "data").mkdir()
+    sales = [f"2026-05-{day:02}T23:30:00+02:00,north,{day}" for day in (1, 2, 3)]
+    sales += [f"{datetime.now().astimezone().isoformat()},south,7.5"]
+    (tmp_path / "data/sales.csv").write_text("\n".join(["at,region,amount", *sales, ""]))
+    window = ["--trigger", "daily-report", "--from", "2026-05-01", "--to", "2026-05-05", "--yes", "--json"]
+    with served("daily_report.py", tmp_path, EVERY="1") as server:
+        wait_until((tmp_path / "reports/today.json").exists, "today's totals are written")
+        assert json.loads((tmp_path / "reports/today.json").read_text())["totals"] == {"south": 7.5}
+        for started in (4, 0):
+            done = subprocess.run(
+                [*EVENTFLOW, "backfill", "report", *window],
+                cwd=tmp_path,
+                env=environment(tmp_path),
+                capture_output=True,
+                check=False,
+            )
+            said = json.loads(done.stdout)
+            assert (done.returncode, said["started"], said["states"]) == (1, started, {"completed": 3, "failed": 1})
+        assert sorted(path.stem for path in (tmp_path / "reports").glob("2026*")) == ["2026-05-01", "2026-05-02", "2026-05-03"]
+        assert json.loads((tmp_path / "reports/2026-05-02.json").read_text())["totals"] == {"north": 2.0}
+        (failed,) = server.runs(flow="report", state="failed")
+        assert server.get(f"/api/runs/{failed['id']}")["error"]["message"].startswith("no sales on 2026-04-30")
 
 
 # --------------------------------------------------------------------------- orders

@@ -21,6 +21,7 @@ from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
 from triggers import At, Cron, Every
 from triggers._schedule.times import shown
+from triggers.schedule import Options
 
 HOUR = timedelta(hours=1)
 MIDNIGHT = datetime(2026, 5, 1, tzinfo=UTC)
@@ -78,6 +79,12 @@ class Hours:
 def test_contract(promise: Promise):
     """A schedule keeps what every trigger promises."""
     asyncio.run(promise(Hours()))
+
+
+def test_every_option_is_documented():
+    """The guide names each option that the schedules take."""
+    guide = (Path(__file__).parents[2] / "docs/guides/schedules.md").read_text()
+    assert [name for name in Options.__annotations__ if f"{name}=" not in guide] == []
 
 
 def test_names_are_stable():
