@@ -1,6 +1,9 @@
 """Kafka in a whole app: records to runs, lanes by key, dead letters, a ledger that is full, and what the pages show of it."""
 
 import asyncio
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -15,6 +18,8 @@ from tests.brokers import Broker, free_port, some_broker
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import QUICK
 from triggers.kafka import Kafka
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +266,13 @@ def test_c11_a_source_that_is_away_leaves_the_others_alone(broker: Broker, tmp_p
         await eventually(told, "the page tells them apart")
 
     run(broker, tmp_path, prepare, work)
+
+
+def test_memory_is_flat_behind_a_full_ledger():
+    """While records wait in a topic behind a ledger that is full, the process does not grow. The whole measure is
+    `python -m benchmarks.kafka waiting`."""
+    sizes = ["--records", "30000", "--max-pending", "2000", "--seconds", "5"]
+    command = [sys.executable, "-m", "benchmarks.kafka", "waiting", *sizes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.match(r"2[78],\d{3} records wait", done.stdout), done.stdout
