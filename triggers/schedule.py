@@ -120,7 +120,11 @@ class Schedule:
 
     @property
     def condition(self) -> str | None:
-        return None
+        """That the clock was set back behind the cursor, while it is."""
+        begins = None if self._start is None else self._start - 1
+        if self._last is None or self._last <= self.clock.now() or self._last == begins:
+            return None
+        return f"the clock is behind the last occurrence; nothing fires until it passes {shown(self._last)}"
 
     def gauges(self) -> Sequence[Gauge]:
         """When it fires next, and how many occurrences were given up since the start."""
@@ -165,7 +169,7 @@ class Schedule:
                 intake.log.warning("schedule.changed", schedule=self._times.text, before=before, last=shown(last))
             last = now
             await self._accept(intake, [], last)
-        if last > now:
+        elif last > now:
             intake.log.warning("schedule.ahead", last=shown(last), now=shown(now))
         coming = next(self._times.after(last), None)
         intake.log.info("schedule.opened", schedule=self._times.text, next=None if coming is None else shown(coming))

@@ -223,6 +223,43 @@ def test_schedules_of_an_app_under_test_follow_its_clock(tmp_path: Path):
 # --------------------------------------------------------------------------- missed
 
 
+NIGHTS = {
+    "spring": (datetime(2026, 3, 29, 0, 10, tzinfo=UTC), ["01:30", "03:30", "04:30"], ["03:00"]),
+    "autumn": (datetime(2026, 10, 24, 23, 10, tzinfo=UTC), ["01:30", "02:30", "02:30"], ["02:15"]),
+}
+"""When a process goes down for three hours, and what `30 * * * *` and `15 2 * * *` have in that time on Berlin's clocks."""
+
+
+@pytest.mark.parametrize("misfire", ["skip", "last", "all"])
+@pytest.mark.parametrize("night", NIGHTS)
+def test_e_down_for_three_hours_over_a_change_of_clocks(misfire: Any, night: str, tmp_path: Path):
+    """Down for the three real hours around either change of clocks, an hourly and a daily schedule do what their policy says
+    with the occurrences of that time: a fixed time has one, whichever way the clocks went, the hourly one each real hour's."""
+
+    async def main() -> None:
+        down, hours, daily = NIGHTS[night]
+        kept = Kept(tmp_path, VirtualClock(down))
+
+        def schedules() -> list[Trigger]:
+            return [
+                Cron("30 * * * *", tz="Europe/Berlin", name="hourly", misfire=misfire),
+                Cron("15 2 * * *", tz="Europe/Berlin", name="daily", misfire=misfire),
+            ]
+
+        async with kept.open(*schedules()):
+            pass
+        await kept.clock.advance(3 * HOUR)
+        async with kept.open(*schedules()) as app:
+            events = await kept.fired(app)
+            fired: dict[str, list[str]] = {"hourly": [], "daily": []}
+            for event in events:
+                fired[event.data["schedule"]].append(event.data["local_time"][11:16])
+            assert fired["hourly"] == {"skip": [], "last": hours[-1:], "all": hours}[misfire]
+            assert fired["daily"] == {"skip": [], "last": daily, "all": daily}[misfire]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("options", "expected", "skipped"),
     [
@@ -377,8 +414,11 @@ def test_t8_a_restart_with_an_earlier_clock_fires_nothing_again(tmp_path: Path):
             await kept.clock.advance(2 * HOUR)
             assert nominal(await kept.fired(app)) == ["10:00", "11:00"]
         kept.clock = VirtualClock(at(10, 30))
-        async with kept.open(Every(hours=1)) as app:
+        hours = Every(hours=1)
+        async with kept.open(hours) as app:
+            assert "until it passes 2026-05-01T11:00:00Z" in str(hours.condition)
             await go_to(kept.clock, at(12, 30))
+            assert hours.condition is None
             assert nominal(await kept.fired(app)) == ["10:00", "11:00", "12:00"]
             assert (await app.store.counts())["duplicates"] == 0
 
