@@ -288,6 +288,40 @@ def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
     asyncio.run(main())
 
 
+def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
+    """Sweeps find that a key is gone before its notice comes: when it comes, twice, the removal is still one event."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue(events=("s3:ObjectCreated:*", "s3:ObjectRemoved:*"))
+        with proxied(ministack.url) as proxy:
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+                "deleted": True,
+                "pollers": 1,
+            }
+            async with landing(ministack, bucket.name, **options) as here:
+                bucket.put("a")
+                await here.has("a")
+                await here.emptied(queue)
+                proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
+                await eventually(lambda: here.said("bucket.unreachable"), "the queue does not answer")
+                bucket.delete("a")
+                await here.has("a", "a")
+                for message in queue.aws.sqs.receive_message(QueueUrl=queue.url, VisibilityTimeout=0)["Messages"]:
+                    queue.send(message["Body"])
+                proxy.mend()
+                await here.emptied(queue)
+                await here.swept()
+                assert [event.type.rpartition(".")[2] for event in here.events] == ["created", "removed"]
+                bucket.put("a")
+                await here.has("a", "a", "a")
+
+    asyncio.run(main())
+
+
 def test_a_late_notice_of_an_older_version_does_not_repeat_the_newer(ministack: Aws):
     """The notice of an overwritten version comes after a sweep took the newer one: an event of its own, and only that."""
 

@@ -7,6 +7,7 @@ marker written again is an event of its own.
 
 from typing import Any
 
+from eventflow.errors import SourceError
 from eventflow.event import Event
 from triggers._s3.clients import Caller
 from triggers._s3.notices import CREATED, Listed, folder_event, to_listed
@@ -31,7 +32,9 @@ class Folders:
             f"listing s3://{bucket}/{folder}",
             lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=OBJECTS),
         )
-        page: dict[str, Any] = answer or {}
+        if answer is None:  # the listener is stopping: its marker is told again, and then with its folder
+            raise SourceError(f"s3://{bucket}/{folder} could not be listed before the stop")
+        page: dict[str, Any] = answer
         there: list[Listed] = [to_listed(each) for each in page.get("Contents") or ()]
         data = [each for each in there if self._selection.holds(each.key)]
         return folder_event(event, folder, data, bool(page.get("IsTruncated")))

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from eventflow.clock import SECOND
 from eventflow.event import Event, Gauge, Undecodable
 from triggers._s3.clients import FAILURES, Caller
@@ -155,7 +157,7 @@ class Queue:
         return recorded
 
     def _mark(self, notice: Notice, seen: Seen | None, marks: dict[str, Mark]) -> Owed | None:
-        """Notes what the cursor will say of the key. Returns the version that a sweep recorded before this notice came."""
+        """Notes what the cursor will say of the key. Returns what a sweep recorded before this notice came."""
         if seen is None:
             return None
         mark = marks.get(notice.key) or seen.mark(notice.key)
@@ -192,7 +194,9 @@ class Queue:
         superseded = self._is_superseded(notice)
         if owed is None:
             return await self._folders.complete(to_event(notice, superseded=superseded))
-        known = Notice(action="created", bucket=notice.bucket, key=notice.key, size=owed.size, etag=owed.etag, time=notice.time)
+        known = Notice(action=notice.action, bucket=notice.bucket, key=notice.key, time=notice.time)
+        if notice.action == "created":
+            known = msgspec.structs.replace(known, size=owed.size, etag=owed.etag or None)
         return await self._folders.complete(to_event(known, ident=owed.ident))
 
     def _is_superseded(self, notice: Notice) -> bool:

@@ -22,6 +22,9 @@ OWED_FOR = 14 * 24 * 3600 * SECOND
 SKEW = 60 * SECOND
 """Microseconds that the clocks of the store and of this machine may differ when a notice is held against a sweep."""
 
+GONE = ("", -1)
+"""ETag and size of a key that was removed."""
+
 _OBJECT = "o:"
 BEGAN = "began"
 """The cursor's note that the first sweep is over."""
@@ -30,7 +33,7 @@ OPENED = "opened"
 
 
 class Owed(msgspec.Struct, frozen=True, array_like=True):
-    """A version that a sweep recorded as event `ident` at `at`, and, once its notice came, that notice's sequencer."""
+    """What a sweep recorded as event `ident` at `at`, and, once its notice came, that notice's sequencer."""
 
     etag: str
     size: int
@@ -107,6 +110,12 @@ class Seen:
             owed = (*owed, Owed(found.etag, found.size, listed_identity(self.bucket, found), now))[-OWED:]
         return Mark(found.etag, found.size, found.modified, None, owed)
 
+    def gone(self, key: str, ident: str, *, now: int, owes: bool) -> Mark:
+        """The mark of a key that the sweep finds removed, as event `ident`."""
+        mark = self._marks[key]
+        owed = (*mark.owed, Owed(*GONE, ident, now))[-OWED:] if owes else mark.owed
+        return Mark(*GONE, None, mark.sequencer, owed)
+
     def adopted(self, found: Listed) -> Mark:
         """The mark of a known version, now that a listing showed its time."""
         return msgspec.structs.replace(self._marks[found.key], modified=found.modified)
@@ -125,9 +134,10 @@ class Seen:
 
 
 def owed_to(mark: Mark | None, notice: Notice) -> Owed | None:
-    """The version that a sweep recorded before its notice, when this is that notice or a copy of it."""
-    for each in mark.owed if mark and notice.action == "created" else ():
-        if each.etag == notice.etag and each.size == notice.size and _is_its_notice(each, notice):
+    """What a sweep recorded before its notice, a version or a removal, when this is that notice or a copy of it."""
+    told = GONE if notice.action == "removed" else (notice.etag, notice.size)
+    for each in mark.owed if mark else ():
+        if (each.etag, each.size) == told and _is_its_notice(each, notice):
             return each
     return None
 
@@ -143,7 +153,7 @@ def marked_by(mark: Mark | None, notice: Notice, owed: Owed | None) -> Mark:
         return mark
     kept = mark.owed if mark is not None else ()
     if notice.action == "removed":
-        return Mark("", -1, None, notice.sequencer, kept)
+        return Mark(*GONE, None, notice.sequencer, kept)
     return Mark(notice.etag or "", notice.size or 0, None, notice.sequencer, kept)
 
 

@@ -17,7 +17,7 @@ from triggers._s3.clients import Caller
 from triggers._s3.desk import Desk, Options
 from triggers._s3.folders import Folders
 from triggers._s3.notices import Listed, Notice, digest, listed_identity, to_event, to_listed
-from triggers._s3.seen import BEGAN, OPENED, Mark, Seen, to_cursor
+from triggers._s3.seen import BEGAN, GONE, OPENED, Mark, Seen, to_cursor
 
 BATCH = 500
 """Events in one `accept`, so that a flood streams and never fills the commit queue (4,096)."""
@@ -204,10 +204,12 @@ class Sweep:
         for key in gone:
             mark = self._seen.mark(key)
             assert mark is not None
-            if mark.etag or mark.size >= 0:
+            if (mark.etag, mark.size) != GONE:
+                removed = self._removed(key, mark)
                 if self._options.deleted:
-                    events.append(self._removed(key, mark))
-                marks[key] = Mark("", -1, None, mark.sequencer, mark.owed)
+                    events.append(removed)
+                owes = self._options.deleted and self._beside_queue
+                marks[key] = self._seen.gone(key, removed.id, now=self._clock.now(), owes=owes)
             if self._seen.is_done(key, self._clock.now()):
                 marks[key] = None
         if marks:
