@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -351,31 +352,84 @@ def test_fan_out_killed_half_way_repeats_nothing_recorded(tmp_path: Path):
 # --------------------------------------------------------------------------- drift
 
 
-def rows(slope: float) -> str:
-    return "x,y\n" + "".join(f"{x},{slope * x + x % 7}\n" for x in range(1, 200))
+def alert(server: Served, feature: str, since: str = "2026-07-01T00:00:00Z") -> httpx2.Response:
+    told = {"model": "digits", "feature": feature, "statistic": 0.31, "starts_at": since}
+    return server.http.post("/hooks/drift", json=told, headers={"authorization": "Bearer secret"})
 
 
-def test_drift_retrains_once_and_promotes_what_is_better(tmp_path: Path):
-    """An alert retrains once however often it comes; the gate keeps an equal model; a better one is announced."""
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/prices.csv").write_text(rows(3))
-    alert = {"model": "prices", "window": "1", "psi": 0.31}
-    with served("drift_retrain.py", tmp_path) as server:
-        assert server.emit("drift.detected", "w1", alert).status_code == 202
-        assert [server.emit("drift.detected", "w1", alert).status_code for _ in range(3)] == [200] * 3
-        wait_until(lambda: server.states(flow="announce") == ["completed"], "the model is promoted and announced")
-        server.emit("drift.detected", "w2", {**alert, "window": "2"})
-        wait_until(lambda: server.states(flow="retrain") == ["completed"] * 2, "the second window is judged")
-        (tmp_path / "data/prices.csv").write_text(rows(4))
-        server.emit("drift.detected", "w3", {**alert, "window": "3"})
-        server.emit("drift.detected", "calm", {**alert, "psi": 0.1})
-        wait_until(lambda: server.states(flow="announce") == ["completed"] * 2, "the better model is announced")
-        results = {run["event"]: server.get(f"/api/runs/{run['id']}")["result"] for run in server.runs(flow="retrain")}
-        fates = {ident: results[server.get(f"/api/events/{ident}")["id"]].split(":")[0] for ident in ("w1", "w2", "w3")}
-        assert fates == {"w1": "promoted", "w2": "kept", "w3": "promoted"}
-        assert server.get("/api/events/w1")["duplicates"] == 3
-        assert server.get("/api/events/calm")["verdicts"][0]["fate"] == "filtered"
-    assert json.loads((tmp_path / "models/prices.json").read_text())["slope"] == pytest.approx(4, abs=0.01)
+def arrive(count: int, folder: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/digits_model.py"), str(count)]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def epochs(folder: Path) -> list[tuple[int, int]]:
+    """(epoch, rows trained on), for each epoch that was begun, over all lives of the server."""
+    whole = (folder / "serve.log").read_text().split("\n")[:-1]
+    lines = [json.loads(line) for line in whole if "model.epoch_begun" in line]
+    return [(line["epoch"], line["rows"]) for line in lines]
+
+
+def registered(folder: Path) -> list[Path]:
+    return sorted((folder / "models/digits").glob("*.json"))
+
+
+def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
+    """Killed in epoch 7 it goes on with epoch 7 and registers once; alerts meanwhile make one successor, with the new data."""
+    arrive(900, tmp_path)
+    with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret", EPOCH_SECONDS="0.8") as server:
+        assert alert(server, "pixels").status_code == 202
+        wait_until(lambda: (5, 780) in epochs(tmp_path), "the training is well under way", within=60)
+        assert alert(server, "pixels").status_code == 200  # told again: a duplicate
+        assert alert(server, "labels").status_code == 202
+        wait_until(lambda: (7, 780) in epochs(tmp_path), "epoch 7 is under way", within=60)
+        server.kill()
+    before = epochs(tmp_path)
+    assert not registered(tmp_path)
+    arrive(1797, tmp_path)
+    with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret", EPOCH_SECONDS="0.4") as server:
+        wait_until(lambda: len(epochs(tmp_path)) > len(before), "the training goes on", within=60)
+        assert alert(server, "brightness").status_code == 202
+        wait_until(lambda: server.states(flow="retrain") == ["completed"] * 2, "two models were judged", within=90)
+        first, second = sorted(server.runs(flow="retrain"), key=lambda run: run["id"])
+        assert [server.get(f"/api/runs/{run['id']}")["result"][:8] for run in (first, second)] == ["promoted"] * 2
+        verdicts = [server.get(f"/api/events/{event['id']}")["verdicts"][0] for event in drifts(server)]
+        assert [verdict["run"] for verdict in verdicts] == [first["id"], second["id"], second["id"]]
+        wait_until(lambda: not list(tmp_path.glob("store.db.checkpoints/*/*")), "no checkpoint is left")
+    again = epochs(tmp_path)[len(before) :]
+    assert [epoch for epoch, _ in before] == list(range(1, before[-1][0] + 1)) and before[-1][0] in (7, 8)
+    assert again[0][0] == before[-1][0]  # the one under way, and no other, is trained again
+    assert [epoch for epoch, _ in again] == [*range(again[0][0], 13), *range(1, 13)]
+    assert {rows for _, rows in again[-12:]} == {1677}
+    assert len(registered(tmp_path)) == 2
+    assert not list((tmp_path / "models/digits").glob("*.part"))
+
+
+def drifts(server: Served) -> list[dict[str, Any]]:
+    found = server.http.get("/api/events", params={"type": "drift.detected"}).raise_for_status().json()["events"]
+    return sorted(found, key=lambda event: event["id"])
+
+
+def are_judged(server: Served, models: int) -> bool:
+    return server.states(flow="retrain") == ["completed"] * models == server.states(flow="announce")
+
+
+def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
+    """On the same data the gate keeps the champion and says why; on changed data it lets the better one by."""
+    arrive(900, tmp_path)
+    with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
+        for number, (count, verdict) in enumerate([(900, "promoted"), (900, "rejected"), (1797, "promoted")], start=1):
+            arrive(count, tmp_path)
+            assert alert(server, "pixels", f"2026-07-0{number}T00:00:00Z").status_code == 202
+            wait_until(partial(are_judged, server, number), f"model {number} is judged", within=60)
+            newest = max(server.runs(flow="retrain"), key=lambda run: run["id"])
+            assert server.get(f"/api/runs/{newest['id']}")["result"].startswith(verdict)
+        (failed,) = server.http.get("/api/events", params={"type": "check.failed"}).json()["events"]
+        data = server.get(f"/api/events/{failed['id']}")["event"]["data"]
+        assert data["check"] == "better" and data["column"] == "accuracy"
+    versions = registered(tmp_path)
+    assert len(versions) == 2
+    champion = (tmp_path / "models/digits/champion").read_text()
+    assert json.loads((tmp_path / f"models/digits/{champion}.json").read_text())["scores"]["accuracy"] > 0.9
 
 
 # --------------------------------------------------------------------------- kafka
