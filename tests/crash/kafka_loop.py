@@ -30,6 +30,8 @@ from tests.crash.victim import ROOT
 PARTITIONS = 3
 PAUSE = 0.004
 """Seconds between two records of the producer: some 200 a second."""
+REST = 900.0
+"""Seconds for the last life: the runs that short lives left undone are many."""
 LIFE = 8.0
 """Seconds after which a victim that did not meet its seam is killed."""
 
@@ -147,7 +149,7 @@ class Loop:
         """The last life ends by itself, when everything is recorded and every run is done."""
         victim = self._spawn("rest", sum(self.sent))
         began = time.monotonic()
-        while victim.poll() is None and time.monotonic() - began < 120:
+        while victim.poll() is None and time.monotonic() - began < REST:
             await asyncio.sleep(0.1)
         if victim.poll() != 0:
             self.wrong.append(f"it did not come to rest: {(self.folder / 'victim.log').read_text()[-2000:]}")
