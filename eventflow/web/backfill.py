@@ -32,6 +32,8 @@ MOST = 1000
 AT_ONCE = 100
 """Occurrences in one request to backfill."""
 
+LONGEST_LABEL = 200
+
 log = get_logger("eventflow.web")
 
 
@@ -167,8 +169,8 @@ def _wanted(schedule: Scheduled, asked: dict[str, Any]) -> list[tuple[datetime, 
     at, label = asked.get("at"), asked.get("again")
     if not isinstance(at, list) or not 1 <= len(cast(list[Any], at)) <= AT_ONCE:
         raise refuse(400, "invalid", f"at: expected a list of 1 to {AT_ONCE} instants")
-    if label is not None and not (isinstance(label, str) and label):
-        raise refuse(400, "invalid", "again: expected a label, such as a date")
+    if label is not None and not (isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL):
+        raise refuse(400, "invalid", f"again: expected a label of 1 to {LONGEST_LABEL} characters, such as a date")
     try:
         found = [(moment := parse_time(each), schedule.occurrence(moment)) for each in cast(list[Any], at)]
     except (ValueError, TypeError) as error:

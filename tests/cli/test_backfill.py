@@ -136,6 +136,13 @@ def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: Served):
     sound(reports)
 
 
+def test_it_tells_how_far_it_is(reports: Served):
+    """While it runs it says on stderr, now and then, how many are begun, alive and ended."""
+    code, said, told = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
+    assert code == 0 and said["started"] == 15 and most_at_once(reports) == 1
+    assert re.search(r"^eventflow: \d+ of 15 begun, 1 live; \d+ completed$", told, re.MULTILINE)
+
+
 def test_a_dry_run_tells_and_starts_nothing(idle: Served):
     """--dry-run lists the occurrences with what would become of each, and records nothing."""
     done = eventflow(idle.folder, "backfill", "report", *MAY, "--dry-run")
@@ -301,6 +308,7 @@ def test_the_api_says_what_is_wrong_with_a_request(reports: Served):
         ({"flow": "report", "at": []}, "1 to 100"),
         ({"flow": "report", "at": ["2026-05-01T04:00:00Z"] * 101}, "1 to 100"),
         ({"flow": "report", "at": ["2026-05-01T04:00:00Z"], "again": ""}, "label"),
+        ({"flow": "report", "at": ["2026-05-01T04:00:00Z"], "again": "x" * 201}, "label"),
         ({"at": ["2026-05-01T04:00:00Z"]}, "flow:"),
     ):
         answer = reports.post(path, body)

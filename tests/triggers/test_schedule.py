@@ -510,7 +510,9 @@ def test_the_past_is_past_at_the_first_start(tmp_path: Path):
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(10, 30)))
         old = Every(hours=1, name="old", misfire="all", start=at(8))
-        async with kept.open(Every(hours=1, name="new", misfire="all"), old) as app:
+        to_come = Every(hours=1, name="to come", start=at(12))
+        async with kept.open(Every(hours=1, name="new", misfire="all"), old, to_come) as app:
+            assert to_come.condition is None and totals(to_come.gauges())["next_timestamp_seconds"] == at(12).timestamp()
             assert [event.id for event in await kept.fired(app)] == [f"old@2026-05-01T{hour:02}:00:00Z" for hour in (8, 9, 10)]
 
     asyncio.run(main())

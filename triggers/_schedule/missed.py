@@ -67,13 +67,7 @@ def _come(times: Times, last: int, now: int, policy: Policy) -> list[int]:
 
 
 def _chosen(come: list[int], now: int, policy: Policy) -> list[int]:
-    match policy.misfire:
-        case "skip":
-            return [at for at in come[-1:] if not _late(at, now, policy)]
-        case "last":
-            return come[-1:]
-        case "all":
-            return come[-policy.limit :]
+    return [at for at in come if policy.misfire != "skip" or not _late(at, now, policy)]
 
 
 def _late(at: int, now: int, policy: Policy) -> bool:
