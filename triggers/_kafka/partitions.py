@@ -46,6 +46,8 @@ class Partitions(dict[TopicPartition, Partition]):
         """Remembers what is recorded; only from here on may it be committed."""
         for tp, place in batch.places.items():
             if (partition := self.get(tp)) is not None:
+                if place.offset > partition.place.offset and partition.stopped is None:
+                    partition.complaint = ""
                 partition.place, partition.moved_at = place, self._clock.monotonic()
                 if tp in batch.passed:
                     self.read_on(partition)
@@ -80,12 +82,15 @@ class Partitions(dict[TopicPartition, Partition]):
         if not self.is_held(partition.tp) and partition.tp in self._consumer.assignment():
             self._consumer.resume(partition.tp)
 
-    def stop(self, tp: TopicPartition, why: str, seconds: float, offset: int) -> None:
-        """Reads no more from a partition for a while, and then from `offset`; the others go on."""
+    def stop(self, tp: TopicPartition, why: str, seconds: float, offset: int, *, passing: bool = False) -> None:
+        """Reads no more from a partition for a while, and then from `offset`; the others go on. `passing`: it mends itself."""
         partition = self[tp]
         if partition.complaint != why:  # said once, however often it is tried again
             partition.complaint = why
-            self._log.error("kafka.partition_stopped", partition=key(tp), reason=why)
+            if passing:
+                self._log.warning("kafka.partition_stopped", partition=key(tp), reason=why)
+            else:
+                self._log.error("kafka.partition_stopped", partition=key(tp), reason=why)
         partition.stopped = Stopped(why, self._clock.monotonic() + seconds)
         self._consumer.pause(tp)
         self._consumer.seek(tp, offset)

@@ -164,7 +164,8 @@ class Session(ConsumerRebalanceListener):
         if epoch != self._epoch:
             return None
         for tp, later in batch.later.items():
-            self.partitions.stop(tp, f"the decoder asks for time: {later}", later.seconds, batch.places[tp].offset)
+            why, offset = f"the decoder asks for time: {later}", batch.places[tp].offset
+            self.partitions.stop(tp, why, later.seconds, offset, passing=True)
         for tp in batch.changed:
             self.partitions.doubt(tp, changed=True)
         return batch if batch.places else None
