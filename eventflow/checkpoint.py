@@ -49,7 +49,7 @@ class Checkpoints:
         self.lock = threading.Lock()
         """Held while a checkpoint comes into its place: whoever has had it since an attempt was over sees no more of it."""
         self.used: dict[str, set[str]] = {}
-        """By run, the calls of it that may have some. What an earlier process left is in here once it is loaded."""
+        """By run, the calls of it that may have some; of an earlier process's only those that were loaded since."""
 
     def folder(self, key: str) -> Path:
         """Where the call with this idempotency key keeps its own. Names are ours: none comes from an event (S16)."""
@@ -90,10 +90,11 @@ class Checkpoints:
             return []
         return [each.name for each in self.directory.iterdir() if not each.name.startswith(".")]
 
-    def sweep(self) -> None:
-        """Removes what a crash left half removed. Call when nothing is being removed, such as at the start."""
+    def recall(self) -> None:
+        """What an earlier process left: its runs are remembered, and what it was removing goes. Call before the first run."""
         for left in self.directory.glob(".gone-*"):
             shutil.rmtree(left, ignore_errors=True)
+        self.used.update((run, set[str]()) for run in self.runs())
 
 
 _place: ContextVar[Checkpoints | None] = ContextVar("eventflow_checkpoints", default=None)

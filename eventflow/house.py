@@ -91,6 +91,7 @@ class House:
             self.relay = Relay(self.store, plan.outlets, random.Random())
             if passive:
                 return
+            await asyncio.to_thread(self.checkpoints.recall)
             self.own_loop = FlowThread() if own_loop else None
             await self.on_flow_loop(self._open_worker())
             self.relay.start()

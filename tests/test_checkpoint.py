@@ -421,6 +421,46 @@ async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
         assert kept_runs(app) == [failed.id]
 
 
+async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
+    """A value that was durable before its checkpoints were removed: the next process removes them when the run completes."""
+    held_up = [True]
+
+    @task
+    def train() -> int:
+        checkpoint().save({"epoch": 1}, step=1)
+        return 1
+
+    @task(retries=[0.0] * 3)
+    async def wait() -> None:
+        if held_up:
+            await asyncio.Event().wait()
+
+    @flow
+    async def both() -> int:
+        value = await train()
+        await wait()
+        return value
+
+    app = App("both")
+    app.add(both)
+    store = tmp_path / "store.db"
+    async with running(app, store=store):
+        run = await app.start(both)
+        await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "something is kept")
+        await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
+    place = Checkpoints(tmp_path / "store.db.checkpoints")
+    Checkpoint(place, TaskContext(run.id, "train", 1, f"{run.id}/train#0"), place.folder(f"{run.id}/train#0"), 1, 1 << 20).save(
+        1, 1
+    )
+    (place.directory / ".gone-dead").mkdir()
+    held_up.clear()
+    async with running(app, store=store):
+        await drain(app)
+        assert (await run.row())["state"] == "completed"
+        await eventually(lambda: not files(place.directory), "what was left is removed")
+        assert not list(place.directory.glob(".gone*"))
+
+
 # --------------------------------------------------------------------------- outside a run, and wrong uses
 
 
