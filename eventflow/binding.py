@@ -23,6 +23,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -40,7 +41,8 @@ class Binder:
     """How one flow's arguments are made. Raises UsageError for a signature that no event can fill."""
 
     __slots__ = (
-        "_adapters", "_all", "_events", "_flow", "_names", "_record", "_required", "_rest", "_signature", "_single", "_whole",
+        "_adapters", "_all", "_events", "_flow", "_names", "_plain", "_read", "_record", "_required", "_rest", "_signature",
+        "_single", "_whole",
     )  # fmt: skip
 
     def __init__(self, fn: Callable[..., Any], flow_name: str) -> None:
@@ -68,12 +70,19 @@ class Binder:
                 fields.append((parameter.name, self._readable(parameter.name, annotation), _UNSET))
         self._names: list[str] = [name for name, _, _ in fields]
         self._record: type[msgspec.Struct] = msgspec.defstruct("Parameters", fields)
+        self._read: Callable[[Any], msgspec.Struct] = partial(
+            msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
+        )
         self._single: str | None = self._names[0] if len(fields) == 1 and self._rest is None else None
         self._whole = self._single is not None and _takes_object(hints.get(self._single, Any))
+        self._plain = bool(self._names) and not (self._whole or self._rest or self._adapters)
 
     def bind_event(self, event: Event) -> dict[str, Any]:
         """The arguments for an event. Raises BindingError naming the field and the reason."""
-        arguments = self._bind(event.data, strict=False)
+        data = event.data
+        arguments = self._all_by_name(data) if self._plain and type(data) is dict else None
+        if arguments is None:
+            arguments = self._bind(data, strict=False)
         for name, _ in self._events:
             arguments[name] = event
         for name in self._all:
@@ -125,6 +134,17 @@ class Binder:
 
     # --------------------------------------------------------------------------- by name
 
+    def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
+        """The common case, on the way of every event: each parameter is there and fits. None: it needs a closer look."""
+        try:
+            arguments = msgspec.structs.asdict(self._read(fields))
+        except msgspec.ValidationError:
+            return None
+        for value in arguments.values():
+            if value is _UNSET:
+                return None
+        return arguments
+
     def _bind(self, data: Any, *, strict: bool) -> dict[str, Any]:
         if not self._names and self._rest is None and not strict:
             return {}
@@ -163,7 +183,7 @@ class Binder:
 
     def _convert(self, fields: dict[str, Any]) -> dict[str, Any]:
         try:
-            record = msgspec.convert(fields, self._record, str_keys=True, dec_hook=_read_model)
+            record = self._read(fields)
         except msgspec.ValidationError as error:
             raise self._explained(error) from error
         arguments = {name: value for name in self._names if (value := getattr(record, name)) is not _UNSET}

@@ -148,9 +148,13 @@ class Ids:
         self._lock = threading.Lock()
 
     def next(self, now_us: int) -> int:
+        floor = now_us // 1000 << 20
         with self._lock:
-            self._last = max(self._last + 1, now_us // 1000 << 20)
-            return self._last
+            last = self._last + 1
+            if last < floor:
+                last = floor
+            self._last = last
+        return last
 
     def raise_floor(self, floor: int) -> None:
         with self._lock:
