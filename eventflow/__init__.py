@@ -13,6 +13,7 @@ from eventflow.delivery import Batch, Debounce, Each, Latest, Singleflight
 from eventflow.errors import EventflowError, NotFound, UsageError
 from eventflow.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
 from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
+from eventflow.patterns import absent, all_of, any_of, count, part, sequence
 from eventflow.retry import Permanent, Retry, RetryAfter
 from eventflow.task import current_task, task
 
@@ -38,13 +39,19 @@ __all__ = [
     "Trigger",
     "Undecodable",
     "UsageError",
+    "absent",
+    "all_of",
+    "any_of",
     "checkpoint",
     "checks",
+    "count",
     "current_run",
     "current_task",
     "emit",
     "flow",
+    "part",
     "restart_with",
+    "sequence",
     "sleep",
     "task",
     "timeout",

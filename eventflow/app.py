@@ -25,10 +25,11 @@ from eventflow.filters import Where
 from eventflow.flow import Flow
 from eventflow.house import House, Lifespan, Plan
 from eventflow.log import Sink
+from eventflow.patterns import Pattern, joined
 from eventflow.results import decode_error, show
 from eventflow.run import Cancelled, Completed, Failed, Held, Outcome, show_id
 from eventflow.store.sqlite import SqliteStore
-from eventflow.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, outlet, subscribe
+from eventflow.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, join, outlet, subscribe
 
 DAY = 86_400.0
 
@@ -111,7 +112,7 @@ class App:
 
     def on(
         self,
-        trigger: Trigger | Recorded | str,
+        trigger: Trigger | Recorded | Pattern | str,
         flow: Flow[..., Any],
         *,
         where: Where = None,
@@ -129,8 +130,13 @@ class App:
         `where`: an EventBridge pattern over the data, or a quick plain callable. `params`: a callable from the event to the
         flow's arguments, instead of binding by name. `key`: events of equal keys run one after another. `deliver`: how many
         events make a run (`Each()`, `Batch(...)`, `Debounce(...)`, `Latest()`, `Singleflight()`). UsageError says what does
-        not fit.
+        not fit. A pattern over several events stands where a trigger does, and says all of that but `priority` in its parts.
         """
+        if isinstance(trigger, Pattern):
+            if where or params or key or types or deliver or on_failure != "continue":
+                raise UsageError(f"{trigger.label}: where and by are said in its parts; it takes priority= and name= only")
+            self._on_pattern(trigger, flow, priority, name)
+            return
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
         elif isinstance(trigger, Recorded):
@@ -143,6 +149,14 @@ class App:
             place, flow, where=where, params=params, key=key, priority=priority, on_failure=on_failure, types=types,
             deliver=deliver, name=name, taken=self._names,
         )  # fmt: skip
+        self._names.add(made.name)
+        self._subscriptions.append(made)
+
+    def _on_pattern(self, pattern: Pattern, flow: Flow[..., Any], priority: int | None, name: str | None) -> None:
+        for each in pattern.triggers:
+            self._add_trigger(each)
+        self.add(flow)
+        made = join(joined(pattern), flow, priority=priority, name=name, taken=self._names)
         self._names.add(made.name)
         self._subscriptions.append(made)
 

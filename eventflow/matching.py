@@ -23,7 +23,8 @@ MOST: Final = 10_000
 class Item(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
     """An event, or a match, on its way: when it happened, when it was known (microseconds), and which events it is of.
 
-    `size` is their bytes; `held` one of them that came while its trigger was paused, or 0.
+    `size` is their bytes; `held` one of them that came while its trigger was paused, or 0; `depth` the most emits that any of
+    them is from outside.
     """
 
     time: int
@@ -31,6 +32,7 @@ class Item(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
     events: tuple[int, ...]
     size: int = 0
     held: int = 0
+    depth: int = 0
 
 
 class Due(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
@@ -57,10 +59,12 @@ class State(msgspec.Struct, array_like=True):
 
 
 class Step(msgspec.Struct, array_like=True):
-    """What came of one advance. `matches`, in order; `lapsed`: events that end without one, each with its reason."""
+    """What came of one advance. `matches`, in order; `lapsed`: events that end without one, each with its reason, and the
+    bytes of all of them."""
 
     matches: list[Item] = []
     lapsed: list[tuple[int, str]] = []
+    freed: int = 0
 
 
 class Node:
@@ -113,11 +117,13 @@ class Turn(msgspec.Struct):
 
     def lapse(self, item: Item, reason: str) -> None:
         self.step.lapsed += [(event, reason) for event in item.events]
+        self.step.freed += item.size
 
 
 def merged(items: Sequence[Item], time: int, at: int) -> Item:
     events = tuple(sorted(event for item in items for event in item.events))
-    return Item(time, at, events, sum(item.size for item in items), max(item.held for item in items))
+    size, held = sum(item.size for item in items), max(item.held for item in items)
+    return Item(time, at, events, size, held, max(item.depth for item in items))
 
 
 class AnyOf(Node):

@@ -24,10 +24,10 @@ from eventflow.awaiting import Daily, Wait
 from eventflow.clock import Duration, microseconds, to_datetime, to_us
 from eventflow.errors import UsageError
 from eventflow.event import Event, Recorded, Trigger
-from eventflow.filters import Filter, Where, compile_filter
+from eventflow.filters import Where, compile_filter
 from eventflow.matching import MOST, AllOf, AnyOf, Count, Machine, Node
 from eventflow.results import digest
-from eventflow.subscriptions import EMIT, Key, both, compile_key, hears
+from eventflow.subscriptions import EMIT, Key, Leaf, both, compile_key, hears
 
 By: TypeAlias = "Key | Mapping[str, Key]"
 
@@ -199,16 +199,6 @@ def _keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
 # --------------------------------------------------------------------------- made into a machine
 
 
-class Leaf(msgspec.Struct, frozen=True):
-    """What one part asks of an event."""
-
-    place: str
-    types: tuple[str, ...]
-    filter: Filter | None
-    key: Callable[[Event], str | None] | None
-    label: str
-
-
 class Joined(msgspec.Struct, frozen=True):
     """A pattern as the router uses it."""
 
@@ -239,7 +229,7 @@ def joined(pattern: Pattern) -> Joined:
     _grow(pattern, 0, nodes, leaves)
     asked = zip(pattern.leaves, _keys(pattern), strict=True)
     made = tuple(Leaf(leaf.place, leaf.types, compile_filter(leaf.wanted), key, leaf.label) for leaf, key in asked)
-    return Joined(made, Machine(nodes, leaves, _print(pattern)), pattern.label)
+    return Joined(made, Machine(nodes, leaves, _print(pattern)), pattern.kind)
 
 
 def _grow(pattern: Pattern, lateness: int, nodes: list[Node], leaves: list[tuple[Node, int]]) -> Node:

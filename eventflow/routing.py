@@ -7,7 +7,7 @@ nothing raises for what an event carries: user code (`where=`, `params=`, `key=`
 Next room: `store/`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -16,12 +16,14 @@ import orjson
 from eventflow.clock import SECOND, Clock, to_datetime
 from eventflow.errors import BindingError, DepthExceeded, NotStorable, caught
 from eventflow.event import MAX_DEPTH, Event, Undecodable
+from eventflow.patterns import happened
 from eventflow.plain import encode_plain
 from eventflow.redaction import SECRETS
 from eventflow.results import digest
 from eventflow.run import Ids, Run, State, show_id
-from eventflow.store.base import Arrival, Ended, Gather
-from eventflow.subscriptions import EMIT, RUN, FlowLike, Outlet, Subscription
+from eventflow.store.base import Arrival, Ended, Fact, Gather, Woven
+from eventflow.subscriptions import EMIT, RUN, FlowLike, Joins, Outlet, Subscription
+from eventflow.weaver import Weaver
 
 SHOWN_RESULT = 64 * 1024
 """Bytes of a run's JSON result that such an event carries."""
@@ -37,9 +39,11 @@ class Router:
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
         self._told: dict[str, bool] = {}
+        self._weaver = Weaver(self.subscriptions, ids, self._silence)
         for subscription in self.subscriptions:
             _ = subscription.flow.binder  # a signature that no event can fill is a mistake now, not a dead letter later
-            self._by_trigger.setdefault(subscription.trigger, []).append(subscription)
+            for place in (subscription.trigger,) if subscription.joined is None else subscription.joined.places:
+                self._by_trigger.setdefault(place, []).append(subscription)
 
     def arrive(
         self,
@@ -88,7 +92,26 @@ class Router:
         if not heard:
             return None
         arrival = self.emit(ended_event(run, told))
-        return arrival if arrival.runs or arrival.dead or arrival.outbox else None
+        return arrival if arrival.runs or arrival.dead or arrival.outbox or arrival.facts else None
+
+    # ----------------------------------------------------------------- patterns (store.base.Herald), writer thread
+
+    def weave(
+        self, subscription: str, key: str, state: Any, now: int, fact: Fact | None = None, event: int = 0, size: int = 0
+    ) -> Woven | None:
+        return self._weaver.weave(subscription, key, state, now, fact, event, size)
+
+    def keep(self, subscription: str, state: Any) -> bytes:
+        return self._weaver.keep(subscription, state)
+
+    def armed(self) -> Sequence[str]:
+        return self._weaver.armed()
+
+    def _silence(self, subscription: Subscription, event: Event) -> Arrival:
+        """The event that stands for what did not come, and its run."""
+        delivery = _Delivery(self, event, self._clock.now(), None, 0)
+        delivery.start(subscription.name, subscription.flow, subscription.priority, None, None, State.PENDING)
+        return delivery.arrival(EMIT, event.to_json(), None)
 
     def arrive_flow(
         self, flow: FlowLike, event: Event, *, params: bytes | None = None, trigger: str = "api", lane: str | None = None
@@ -125,7 +148,9 @@ class Router:
         delivery = _Delivery(self, event, self._clock.now(), ledger_id, depth)
         state = State.HELD if paused else State.PENDING
         for subscription in subscriptions:
-            if subscription.hears(event.type):
+            if subscription.joined is not None:
+                delivery.weave(subscription.name, subscription.joined, trigger, paused)
+            elif subscription.hears(event.type):
                 delivery.deliver(subscription, state)
         if self.outlets and trigger == EMIT:
             for outlet in self.outlets:
@@ -200,6 +225,7 @@ class _Delivery:
         "_dead_outlets",
         "_depth",
         "_event",
+        "_facts",
         "_gathers",
         "_id",
         "_ids",
@@ -219,6 +245,7 @@ class _Delivery:
         self._outbox: list[tuple[str, str | None]] = []
         self._dead_outlets = router.dead_outlets
         self._gathers: dict[int, Gather] = {}
+        self._facts: list[Fact] = []
         self._tally: dict[str, int] = {}
 
     def deliver(self, subscription: Subscription, state: State) -> None:
@@ -236,10 +263,34 @@ class _Delivery:
                     subscription.name, subscription.flow, subscription.priority, lane, params, state, subscription.gather
                 )
                 return
+        self._invalid(subscription.name, broken)
+
+    def _invalid(self, name: str, broken: BaseException | None) -> None:
+        """A dead letter of this subscription's own."""
         reason = str(broken) if isinstance(broken, BindingError) else f"{type(broken).__name__}: {broken}"
-        self._note(subscription.name, "invalid", reason, "dead")
-        self._dead.append((subscription.name, reason))
-        self._outbox += [(outlet, subscription.name) for outlet in self._dead_outlets]
+        self._note(name, "invalid", reason, "dead")
+        self._dead.append((name, reason))
+        self._outbox += [(outlet, name) for outlet in self._dead_outlets]
+
+    def weave(self, name: str, joined: Joins, place: str, paused: bool) -> None:
+        """Asks a pattern: the event is of the first part that wants it."""
+        unwanted, event = None, self._event
+        for number in joined.hearing(place, event.type):
+            leaf = joined.leaves[number]
+            unwanted, broken = (None, None) if leaf.filter is None else caught(leaf.filter.failed, event)
+            if broken is None and unwanted is not None:
+                continue
+            key, broken = (None, broken) if leaf.key is None or broken is not None else caught(_join_key, leaf.key, event)
+            if broken is not None:
+                self._invalid(name, broken)
+            elif leaf.key is not None and key is None:
+                self._note(name, "filtered", "it has no key to be joined by", "suppressed")
+            else:
+                self._facts.append(Fact(name, key or "", number, happened(event, self._now), paused, self._depth))
+                self._note(name, "waits", leaf.label, "pending")
+            return
+        if unwanted is not None:
+            self._note(name, "filtered", unwanted, "suppressed")
 
     def post(self, outlet: Outlet) -> None:
         """Puts the event into the outbox, unless the outlet's filter does not want it. No delivery of P9: nothing runs."""
@@ -304,8 +355,16 @@ class _Delivery:
             dead=self._dead,
             outbox=self._outbox,
             gathers=self._gathers,
+            facts=self._facts,
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
+
+
+def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
+    found: object = key(event)
+    if found is not None and not isinstance(found, str):
+        raise TypeError(f"by= returned {type(found).__name__}, expected a str or None")
+    return found
 
 
 def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:

@@ -3,7 +3,7 @@
 `app.on` and `app.send` call `subscribe` and `outlet`; routing.py asks what they made about each event.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, cast
 
 import msgspec
@@ -14,6 +14,7 @@ from eventflow.delivery import Delivery, Each
 from eventflow.errors import UsageError
 from eventflow.event import Event, EventSink
 from eventflow.filters import Filter, Where, compile_filter, wildcard
+from eventflow.matching import Machine
 from eventflow.store.base import Gather
 
 EMIT = "events"
@@ -36,12 +37,37 @@ class FlowLike(Protocol):
     def binder(self) -> Binder: ...
 
 
+class Leaf(msgspec.Struct, frozen=True):
+    """What one part of a pattern asks of an event: from where, of which types, which ones; `key` joins it to others."""
+
+    place: str
+    types: tuple[str, ...]
+    filter: Filter | None
+    key: Callable[[Event], str | None] | None
+    label: str
+
+
+class Joins(Protocol):
+    """What routing asks of a pattern (patterns.py)."""
+
+    @property
+    def leaves(self) -> Sequence[Leaf]: ...
+    @property
+    def places(self) -> Collection[str]: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def machine(self) -> Machine: ...
+    def hearing(self, place: str, event_type: str) -> Sequence[int]: ...
+
+
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A trigger's events for a flow. Made by `subscribe`.
 
     `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
     another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it. `gather`:
-    how several events make one run; `lane`: the one of events without a key.
+    how several events make one run; `lane`: the one of events without a key. `joined`: the pattern that makes its runs, of
+    events of several triggers.
     """
 
     name: str
@@ -55,10 +81,11 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     types: tuple[str, ...] = ()
     gather: Gather | None = None
     lane: str | None = None
+    joined: Joins | None = None
 
-    def hears(self, event_type: str) -> bool:
-        """Whether events of this type are deliveries to it, and get a verdict."""
-        return hears(self.types, event_type)
+    def hears(self, event_type: str, place: str = EMIT) -> bool:
+        """Whether events of this type (of this trigger, for a pattern) are deliveries to it, and get a verdict."""
+        return hears(self.types, event_type) if self.joined is None else bool(self.joined.hearing(place, event_type))
 
 
 class Outlet(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +149,15 @@ def subscribe(
         gather=mode.gather(),
         lane=unique if mode.one_at_a_time else None,
     )
+
+
+def join(
+    joined: Joins, flow: FlowLike, *, priority: int | None = None, name: str | None = None, taken: Collection[str] = ()
+) -> Subscription:
+    """A pattern's subscription. Its name is `PATTERN/FLOW`, or what is given."""
+    unique = _unique(name or f"{joined.label}/{flow.name}", taken)
+    level = flow.priority if priority is None else priority
+    return Subscription(name=unique, trigger="", flow=flow, priority=level, joined=joined)
 
 
 def outlet(

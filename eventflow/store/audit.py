@@ -18,7 +18,8 @@ _SUM = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
 def audit(connection: sqlite3.Connection) -> list[str]:
     """What does not hold, one sentence each."""
     (ledger,) = dicts(connection, "SELECT * FROM ledger", ())
-    return [*_deliveries(connection, ledger), *_tables(connection, ledger), *_lanes(connection), *_checksums(connection)]
+    return [*_deliveries(connection, ledger), *_tables(connection, ledger), *_lanes(connection), *_patterns(connection),
+            *_checksums(connection)]  # fmt: skip
 
 
 def check(connection: sqlite3.Connection) -> list[str]:
@@ -35,6 +36,7 @@ def _deliveries(connection: sqlite3.Connection, ledger: dict[str, Any]) -> Itera
     for state, n in connection.execute("SELECT state, sum(deliveries) FROM runs WHERE parent IS NULL GROUP BY state"):
         found[COLUMN[state]] += n
     found["dead"] += connection.execute("SELECT count(*) FROM dead WHERE redriven_at IS NULL").fetchone()[0]
+    found["pending"] += connection.execute(f"SELECT count(*) FROM {_WAITING}").fetchone()[0]
     for name in ("completed", "failed", "cancelled"):
         found[name] += ledger[f"pruned_{name}"]
     for name in ("completed", "failed", "dead", "cancelled", "pending"):
@@ -47,6 +49,7 @@ def _tables(connection: sqlite3.Connection, ledger: dict[str, Any]) -> Iterator[
         "SELECT count(*), total(duplicates), total(conflicts) FROM events"
     ).fetchone()
     runs, size = connection.execute("SELECT count(*), total(CASE WHEN state < 4 THEN size END) FROM runs").fetchone()
+    size += connection.execute(f"SELECT total(size) FROM {_WAITING}").fetchone()[0]
     asked = [("events", events + ledger["pruned_events"]), ("runs", runs + ledger["pruned_runs"]), ("pending_bytes", size)]
     if not ledger["pruned_events"]:
         asked += [("duplicates", duplicates), ("conflicts", conflicts)]
@@ -67,6 +70,22 @@ def _lanes(connection: sqlite3.Connection) -> Iterator[str]:
         yield f"lane {lane!r} of flow {flow!r} has {n} heads, expected one"
     if n := connection.execute("SELECT count(*) FROM runs WHERE blocked = 1 AND lane IS NULL").fetchone()[0]:
         yield f"{n} runs without a lane are blocked"
+
+
+_WAITING = "facts WHERE lapsed IS NULL"
+
+
+def _patterns(connection: sqlite3.Connection) -> Iterator[str]:
+    waiting = f"SELECT count(*) FROM {_WAITING} AND subscription = p.subscription AND key = p.key"
+    asked = f"SELECT subscription, key, open, ({waiting}) AS found FROM patterns p WHERE open <> found"
+    for subscription, key, n, found in connection.execute(asked):
+        yield f"pattern {subscription!r} has {n} events waiting under key {key!r}, the rows say {found}"
+    lost = f"SELECT count(*) FROM {_WAITING} AND (subscription, key) NOT IN (SELECT subscription, key FROM patterns)"
+    if n := connection.execute(lost).fetchone()[0]:
+        yield f"{n} events wait in no pattern"
+    for subscription, key, state, crc in connection.execute("SELECT subscription, key, state, crc FROM patterns"):
+        if rows.checksum(subscription, key, state) != crc:
+            yield f"pattern {subscription!r}, key {key!r}: the stored checksum does not match its content"
 
 
 _EVENTS = "SELECT id, key, digest, trigger, event_id, verdicts, headers, body, crc FROM events WHERE crc IS NOT NULL"

@@ -36,6 +36,25 @@ class Gather(msgspec.Struct, frozen=True):
     renewed: bool = False
 
 
+class Fact(msgspec.Struct, frozen=True):
+    """An event for a pattern: which part it is of, under which key, and when it happened. `held`: its trigger is paused."""
+
+    subscription: str
+    key: str
+    leaf: int
+    time: int
+    held: bool = False
+    depth: int = 0
+
+
+class Match(msgspec.Struct, frozen=True):
+    """The run of a pattern that has matched, the events it is of, and their bytes."""
+
+    run: Run
+    events: Sequence[int]
+    size: int
+
+
 class Arrival(msgspec.Struct, kw_only=True):
     """One event (or dead letter) with all its verdicts and runs, ready to insert.
 
@@ -44,6 +63,8 @@ class Arrival(msgspec.Struct, kw_only=True):
     `[subscription, fate, reason or run id]`. `tally`: deliveries by P9 column, e.g. `{"pending": 1, "suppressed": 2}`; their
     sum is what this event adds to `accepted`. `dead`: `(subscription, reason)` pairs, each a dead-letter row over `body`.
     `gathers`: of those runs (by id) that are only begun if there is no open window, and whose event else joins that.
+    `facts`: of the patterns it is for, each a verdict `waits` and a pending delivery, until the store knows better; `matches`:
+    the runs (by id) that are of several events already.
     `outbox`: `(outlet, None)` for the event itself, `(outlet, subscription)` for its dead letter of that subscription.
     """
 
@@ -63,6 +84,8 @@ class Arrival(msgspec.Struct, kw_only=True):
     dead: Sequence[tuple[str, str]] = ()
     outbox: Sequence[tuple[str, str | None]] = ()
     gathers: Mapping[int, Gather] = {}
+    facts: Sequence[Fact] = ()
+    matches: Mapping[int, Match] = {}
     headers: bytes | None = None
 
 
@@ -205,8 +228,23 @@ class Ended(msgspec.Struct, frozen=True):
     error: bytes | None
 
 
+class Woven(msgspec.Struct):
+    """What a pattern came to. `state`: what is open, for the next time and for `Herald.keep`; None: nothing is. `due`: when it
+    must be asked again. `silences`: matches of no event, told by one of their own. `lapsed`: events that matched nothing, with
+    the reason; `freed`: their bytes. `is_anew`: the state given was of another pattern, and everything open in it is void.
+    """
+
+    state: Any
+    due: int
+    matches: Sequence[Match] = ()
+    silences: "Sequence[Arrival]" = ()
+    lapsed: Sequence[tuple[int, str]] = ()
+    freed: int = 0
+    is_anew: bool = False
+
+
 class Herald(Protocol):
-    """Who makes events of ended runs: the router, seen from the writer thread. Must be quick and must not raise."""
+    """Who makes events of ended runs, and runs of patterns: the router, seen from the writer thread. Quick; must not raise."""
 
     def raise_floor(self, last_id: int) -> None:
         """Ids up to this one may be in use. Called once, before anything else."""
@@ -214,6 +252,21 @@ class Herald(Protocol):
 
     def ended(self, run: Ended) -> Arrival | None:
         """The event that tells of it, matched and ready to record; None when nobody hears of it."""
+        ...
+
+    def weave(
+        self, subscription: str, key: str, state: Any, now: int, fact: Fact | None = None, event: int = 0, size: int = 0
+    ) -> Woven | None:
+        """Moves a pattern on to `now`, and gives it an event. `state`: as before, or as kept (bytes). None: there is no such
+        pattern any more."""
+        ...
+
+    def keep(self, subscription: str, state: Any) -> bytes:
+        """What a store keeps of a state."""
+        ...
+
+    def armed(self) -> Sequence[str]:
+        """The patterns that time alone may make match."""
         ...
 
 

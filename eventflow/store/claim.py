@@ -12,6 +12,7 @@ from eventflow.run import Run, State
 from eventflow.store.base import Claim, Claimed
 from eventflow.store.rows import NEVER
 from eventflow.store.transaction import Transaction
+from eventflow.store.weaving import next_due, wake
 
 _CLAIMABLE = "state < 4 AND blocked = 0 AND state"
 
@@ -51,13 +52,16 @@ _decode = msgspec.json.Decoder(list[_Group]).decode
 
 def claim(tx: Transaction, op: Claim) -> Claimed:
     """Takes up to `op.limit` due runs for the caller: each becomes RUNNING under a new token."""
+    awake = tx.herald is not None and wake(tx, tx.herald)
     text = tx.connection.execute(_GROUPS, {"now": tx.now, "most": op.limit + 1}).fetchone()[0]
     groups = _decode(text)
     queues, more = _queues(groups, op)
     chosen = _round_robin(queues, op.limit)
     more = more or sum(map(len, queues)) > len(chosen)
     due = [group.next_due for group in groups if group.next_due is not None and group.next_due != NEVER]
-    return Claimed(_start(tx, chosen), more, min(due, default=None))
+    if (pattern := next_due(tx)) is not None:
+        due.append(pattern)
+    return Claimed(_start(tx, chosen), more or awake, min(due, default=None))
 
 
 def _queues(groups: Sequence[_Group], op: Claim) -> tuple[list[list[int]], bool]:

@@ -20,6 +20,7 @@ from eventflow.store.load import load_journal
 from eventflow.store.ops import answer, deliver, forget, gathered, know_windows
 from eventflow.store.rows import Row
 from eventflow.store.transaction import Transaction
+from eventflow.store.weaving import arm, know_patterns, weave
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
 
@@ -158,6 +159,9 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
         tx.replayed.add(event)
         know_windows(tx, [arrival])
         arrival = gathered(tx, arrival, event)
+    if arrival.facts:
+        know_patterns(tx, [arrival])
+        arrival = weave(tx, arrival, event, known=True)
     told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
     crc = rows.event_crc(event, key, digest, trigger, event_id, told, headers, body)
     tx.connection.execute(
@@ -191,6 +195,8 @@ P9's sum, and a lane keeps its order, so nothing else of them changes."""
 def recover(tx: Transaction) -> None:
     """A new epoch: what an older one left RUNNING is PENDING again and suspect; what died three times is quarantined."""
     tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
+    if tx.herald is not None:
+        arm(tx, tx.herald)
     tx.connection.execute("UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE state < 4 AND blocked = 0 AND state = 1")
     for ident in _died(tx.connection):
         row = tx.need(ident)

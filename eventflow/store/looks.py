@@ -85,6 +85,7 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
         raise StoreCorrupt(corrupt("events", number))
     row = _plain_event(found[0])
     row["runs"] = [*runs(connection, event=number, limit=1000), *_joined(connection, number)]
+    row["verdicts"] = [_since(connection, row, said) for said in row["verdicts"]]
     row["dead"] = dicts(connection, "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?", (number,))
     row["outbox"] = dicts(connection, "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id", (number,))
     return row
@@ -94,6 +95,19 @@ def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
     """The runs of other events that this one joined."""
     asked = "SELECT run FROM members WHERE event = ? ORDER BY run DESC LIMIT 1000"
     return [_without(run(connection, ident), "params", "result") for (ident,) in connection.execute(asked, (event,))]
+
+
+def _since(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any]) -> list[Any]:
+    """What has become of an event that waited in a pattern when it was recorded."""
+    name, fate, _ = said
+    if fate != "waits":
+        return said
+    asked = "SELECT lapsed FROM facts WHERE event = ? AND subscription = ?"
+    found = connection.execute(asked, (row["id"], name)).fetchone()
+    if found is not None:
+        return said if found[0] is None else [name, "lapsed", found[0]]
+    runs = [each["id"] for each in row["runs"] if each["subscription"] == name]
+    return [name, "joined", runs[0]] if runs else [name, "matched", "its run is past its retention"]
 
 
 def _event_holds(row: dict[str, Any]) -> bool:

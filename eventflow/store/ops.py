@@ -29,6 +29,7 @@ from eventflow.store.base import (
 )  # fmt: skip
 from eventflow.store.rows import Known, Row, WindowRow
 from eventflow.store.transaction import Transaction
+from eventflow.store.weaving import know_patterns, weave
 
 WriteOp = Record | Append | Mark | Settle
 
@@ -51,6 +52,7 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
             answers.append((op.parent, op.answer.claim))
     know_events(tx, arrivals)
     know_windows(tx, arrivals)
+    know_patterns(tx, arrivals)
     tx.fetch(wanted)
     asked = [(run.parent, run.parent_claim) for run in children]
     for text in rows.known_children.read(tx.connection, asked):
@@ -127,6 +129,8 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
     tx.arrived[arrival.key] = arrival
     if arrival.gathers:
         arrival = gathered(tx, arrival, arrival.id)
+    if arrival.facts:
+        arrival = weave(tx, arrival, arrival.id)
     tx.add_event(rows.event_row(arrival))
     tx.count("events")
     deliver(tx, arrival, arrival.id)
@@ -173,9 +177,9 @@ def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:
 
 
 def announce(tx: Transaction, herald: Herald) -> None:
-    """Records the events that tell of the runs which this transaction ends (or holds)."""
+    """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come."""
     ended, tx.ended = tx.ended, []
-    arrivals: list[Arrival] = []
+    arrivals, tx.silences = tx.silences, []
     for row in ended:
         told = Ended(
             row.id, row.flow, row.state, row.token, row.depth, row.event, row.started_at, tx.at, row.reason, row.result,
@@ -186,13 +190,19 @@ def announce(tx: Transaction, herald: Herald) -> None:
     if arrivals:
         know_events(tx, arrivals)
         know_windows(tx, arrivals)
+        know_patterns(tx, arrivals)
         for arrival in arrivals:
             arrive(tx, arrival)
+    if tx.silences:
+        announce(tx, herald)
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
     """The runs, dead letters, letters and tally of an arrival, on the event with this ledger id."""
     for run in arrival.runs:
+        if (match := arrival.matches.get(run.id)) is not None:
+            tx.add_match(match)
+            continue
         run.event = event
         if run.id in arrival.gathers:
             tx.open_window(run, arrival.body, arrival.received_at)

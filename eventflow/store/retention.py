@@ -26,6 +26,7 @@ _BODIES = """
     WHERE id < :ceiling AND received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM members WHERE event = e.id)
+      AND NOT EXISTS (SELECT 1 FROM facts WHERE event = e.id AND lapsed IS NULL)
       AND NOT EXISTS (SELECT 1 FROM dead WHERE event = e.id AND redriven_at IS NULL)
       AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)
     ORDER BY id LIMIT :step"""
@@ -78,6 +79,7 @@ def _prune_bodies(tx: Transaction, before: int, step: int) -> int:
 def _prune_identities(tx: Transaction, before: int, step: int) -> int:
     gone = [ident for (ident,) in tx.connection.execute(_IDENTITIES, _old(before, step))]
     _delete(tx, "dead", "event", gone)
+    _delete(tx, "facts", "event", gone)
     _delete(tx, "events", "id", gone)
     tx.count("pruned_events", len(gone))
     return len(gone)

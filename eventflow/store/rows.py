@@ -213,6 +213,27 @@ put_windows = insert(
 )
 decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
+known_patterns = Bulk(
+    "SELECT json_group_array(json_array(subscription, key, due_at, open, crc, hex(state))) FROM patterns"
+    " WHERE (subscription, key) IN",
+    2,
+    "",
+)
+put_patterns = insert(
+    "patterns",
+    ("subscription", "key", "due_at", "open", "crc", "state"),
+    "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
+    " state = excluded.state",
+)
+drop_patterns = Bulk("DELETE FROM patterns WHERE (subscription, key) IN", 2, "")
+insert_facts = insert(
+    "facts",
+    ("event", "subscription", "key", "size"),
+    "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, lapsed = NULL",
+)
+drop_facts = Bulk("DELETE FROM facts WHERE (event, subscription) IN", 2, "")
+lapse_facts = Bulk("UPDATE facts SET lapsed = column3 FROM", 3, "WHERE facts.event = column1 AND facts.subscription = column2")
+
 open_lanes = Bulk(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
     " WHERE flow = column1 AND lane = column2 AND blocked = 1 AND lane IS NOT NULL AND state < 4) FROM",

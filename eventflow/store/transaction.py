@@ -6,6 +6,7 @@ once and changed in memory, so the ops of a batch see each other; nothing reache
 
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -14,7 +15,7 @@ from eventflow.event import Json
 from eventflow.journal import Entry
 from eventflow.run import Run, State, show_id
 from eventflow.store import rows
-from eventflow.store.base import Arrival, Handover
+from eventflow.store.base import Arrival, Handover, Herald, Match
 from eventflow.store.load import load_runs
 from eventflow.store.rows import NEVER, Known, Row, Values, WindowRow
 
@@ -30,14 +31,27 @@ COLUMN = ("pending", "pending", "pending", "pending", "completed", "failed", "ca
 _LEDGER = f"UPDATE ledger SET batch = ?, at = ?, {', '.join(f'{name} = ?' for name in TOTALS)}"
 
 
+class Strand(msgspec.Struct):
+    """What is open of one pattern under one key: its state (bytes as kept, or as the router made it), when it is due, and how
+    many events wait in it."""
+
+    subscription: str
+    key: str
+    state: Any = None
+    due: int = NEVER
+    waiting: int = 0
+    is_stored: bool = False
+
+
 class Transaction:
     """`batch` and `at` are its number and time; `now` is the wall clock, which may be behind `at`."""
 
     def __init__(
         self, connection: sqlite3.Connection, *, batch: int, at: int, now: int, totals: Mapping[str, int],
-        handover: Handover | None, running: dict[int, Row],
+        handover: Handover | None, running: dict[int, Row], herald: Herald | None = None,
     ) -> None:  # fmt: skip
         self.connection, self.batch, self.at, self.now, self.handover = connection, batch, at, now, handover
+        self.herald = herald
         self.totals = dict(totals)
         self.known: dict[bytes, Known] = {}
         self.arrived: dict[bytes, Arrival] = {}
@@ -70,6 +84,11 @@ class Transaction:
         self._members: list[Values] = []
         self._grown: dict[int, Row] = {}
         self._opened: set[tuple[str, str]] = set()
+        self.strands: dict[tuple[str, str], Strand] = {}
+        self.silences: list[Arrival] = []
+        self._woven: dict[tuple[str, str], Strand] = {}
+        self._held: dict[tuple[int, str], Values] = {}
+        self._fact_ends: list[tuple[int, str, str | None]] = []
 
     # ------------------------------------------------------------------- reading
 
@@ -186,6 +205,43 @@ class Transaction:
         else:
             self.soonest = min(self.soonest, row.due_at)
 
+    def hold_fact(self, strand: Strand, event: int, size: int) -> None:
+        """An event waits in a pattern: a pending delivery, as its tally says, and bytes of the backlog."""
+        strand.waiting += 1
+        self._held[event, strand.subscription] = (event, strand.subscription, strand.key, size)
+        self.totals["pending_bytes"] += size
+
+    def end_fact(self, strand: Strand, event: int, reason: str | None = None) -> None:
+        """It waits no more: it is in a match, or lapses with a reason. Nothing is written of one that never waited."""
+        strand.waiting -= 1
+        if self._held.pop((event, strand.subscription), None) is None:
+            self._fact_ends.append((event, strand.subscription, reason))
+
+    def suppress(self, deliveries: int, size: int = 0) -> None:
+        """Pending deliveries that no run will have."""
+        self.totals["pending"] -= deliveries
+        self.totals["suppressed"] += deliveries
+        self.totals["pending_bytes"] -= size
+
+    def add_match(self, match: Match) -> None:
+        """The run of a pattern; its deliveries are pending and its bytes counted already."""
+        run, events = match.run, match.events
+        run.deliveries = len(events)
+        self.add_run(run, None)
+        row = self._rows.get(run.id) or rows.fresh_row(run, 0, 0)
+        self._rows[run.id] = self._grown[run.id] = row
+        row.deliveries, row.size = len(events), match.size
+        self._members += [(run.id, event) for event in events if event != run.event]
+
+    def put_strand(self, strand: Strand, state: Any, due: int) -> None:
+        """What is open of a pattern now; None: nothing is."""
+        strand.state, strand.due = state, due
+        self._woven[strand.subscription, strand.key] = strand
+        if due <= self.now:
+            self.more = True
+        else:
+            self.soonest = min(self.soonest, due)
+
     def _offer(self, run: Run, due_at: int) -> bool:
         """Whether the worker took it."""
         if due_at:
@@ -246,8 +302,10 @@ class Transaction:
             if values:
                 bulk.run(connection, values)
                 values.clear()
-        if self._opened:
+        if self._opened or self._grown:
             self._write_windows()
+        if self._woven or self._held or self._fact_ends:
+            self._write_patterns()
         self._hand_over_woken()
         if self._changed:
             rows.update_runs.run(connection, [rows.change_row(row) for row in self._changed.values()])
@@ -269,6 +327,26 @@ class Transaction:
         self._grown.clear()
         self._members.clear()
         self._opened.clear()
+
+    def _write_patterns(self) -> None:
+        connection, ends = self.connection, self._fact_ends
+        rows.insert_facts.run(connection, list(self._held.values()))
+        rows.drop_facts.run(connection, [(event, name) for event, name, reason in ends if reason is None])
+        rows.lapse_facts.run(connection, [end for end in ends if end[2] is not None])
+        rows.put_patterns.run(connection, [self._strand_row(each) for each in self._woven.values() if each.state is not None])
+        gone = [name for name, each in self._woven.items() if each.state is None and each.is_stored]
+        rows.drop_patterns.run(connection, gone)
+        for strand in self._woven.values():
+            strand.is_stored = strand.state is not None
+        self._held.clear()
+        self._fact_ends.clear()
+        self._woven.clear()
+
+    def _strand_row(self, strand: Strand) -> Values:
+        name, key, state = strand.subscription, strand.key, strand.state
+        if self.herald is not None and not isinstance(state, bytes):
+            state = self.herald.keep(name, state)
+        return (name, key, strand.due, strand.waiting, rows.checksum(name, key, state), state)
 
     def _hand_over_woken(self) -> None:
         """Runs that became PENDING go to the worker at once if it takes them. A lane's head may too: it is not blocked."""

@@ -249,6 +249,7 @@ class Writer:
             totals=self.totals,
             handover=self.handover,
             running=self._running,
+            herald=self.herald,
         )
 
     def apply(self, verb: Callable[[Transaction], None]) -> None:
@@ -260,7 +261,7 @@ class Writer:
         self._committed(tx)
 
     def _finish(self, tx: Transaction) -> None:
-        if self.herald is not None and tx.ended:
+        if self.herald is not None and (tx.ended or tx.silences):
             announce(tx, self.herald)
         tx.finish()
 

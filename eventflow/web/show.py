@@ -65,7 +65,8 @@ def event_whole(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What became of one delivery. `fate`: run, joined, held (with a run and its state), filtered, invalid, dead, outbox."""
+    """What became of one delivery. `fate`: run, joined, held (with a run and its state), filtered, waits, lapsed,
+    matched, invalid, dead, outbox."""
     subscription, fate, detail = said
     shown: dict[str, Any] = {"subscription": subscription, "fate": fate}
     if fate not in ("run", "held", "joined"):

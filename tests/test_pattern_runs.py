@@ -1,0 +1,317 @@
+"""Patterns in an app: which runs they start, with which events, what the ledger says of the rest; no crash changes it."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from eventflow import App, Event, UsageError, absent, all_of, any_of, count, current_run, flow, part, sequence
+from eventflow.clock import to_datetime
+from eventflow.patterns import Pattern
+from eventflow.store.audit import audit
+from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
+from triggers import RunState
+
+pytestmark = pytest.mark.anyio
+
+
+class Bench:
+    """An app on one clock and file, opened again and again, with a flow that notes which events each run got, and when."""
+
+    def __init__(self, pattern: Pattern, path: Path | None = None, **more: Any) -> None:
+        self.clock, self.path, self.pattern, self.more = VirtualClock(), path, pattern, more
+        self.began = self.clock.now()
+        self.given: list[tuple[float, list[str]]] = []
+
+    def app(self) -> App:
+        @flow
+        async def act(events: list[Event]) -> int:
+            self.given.append((self.passed, [event.id for event in events]))
+            return len(events)
+
+        app = App("patterns")
+        app.on(self.pattern, act, name="watch", **self.more)
+        return app
+
+    @property
+    def passed(self) -> float:
+        return (self.clock.now() - self.began) / 1e6
+
+    def running(self) -> Any:
+        return running(self.app(), clock=self.clock, store=self.path)
+
+    async def send(self, app: App, *ids: str, key: str = "k", ago: float = 0.0) -> None:
+        """Events whose type is their id's first letter."""
+        for ident in ids:
+            time = to_datetime(self.clock.now()) - timedelta(seconds=ago)
+            await app.accept(Event(id=ident, source="/test", type=ident[0], data={"k": key}, time=time))
+
+    @property
+    def groups(self) -> list[list[str]]:
+        return [ids for _, ids in self.given]
+
+
+async def sound(app: App) -> dict[str, int]:
+    """The ledger's sum and rows agree. Returns the counts."""
+    assert await app.store._look(audit) == []
+    return await app.store.counts()
+
+
+async def verdict(app: App, event: str) -> tuple[str, Any]:
+    """What `explain` says of this event and the pattern."""
+    ((_, fate, detail),) = (await app.store.event(event))["verdicts"]
+    return fate, detail
+
+
+async def test_all_of_starts_one_run_with_all_events() -> None:
+    """One event of each part, in any order and of the same key: one run; each event says which; what is left lapses."""
+    bench = Bench(all_of("a", "b", within=60, by="k"))
+    async with bench.running() as app:
+        await bench.send(app, "b1", key="x")
+        await bench.send(app, "a1", "a2", key="y")
+        assert (await verdict(app, "b1"))[0] == "waits"
+        assert (await sound(app))["pending"] == 3
+        await bench.clock.advance(10)
+        await bench.send(app, "a3", key="x")
+        await drain(app)
+        assert bench.given == [(10.0, ["b1", "a3"])]
+        (run,) = await app.store.runs()
+        assert (run["mode"], run["deliveries"], run["state"]) == ("pattern", 2, "completed")
+        assert await verdict(app, "b1") == ("run", run["id"]) or await verdict(app, "b1") == ("joined", run["id"])
+        assert (await verdict(app, "a3")) == ("joined", run["id"])
+        await bench.clock.advance(51)
+        assert await verdict(app, "a1") == ("lapsed", "all_of: not each of a, b within 60 s")
+        counts = await sound(app)
+        assert (counts["accepted"], counts["completed"], counts["suppressed"], counts["pending"]) == (4, 2, 2, 0)
+
+
+async def test_a_duplicate_counts_once() -> None:
+    """P2: an event that is known is not given to a pattern again."""
+    bench = Bench(count("a", 3, within=60))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "a1", "a2", "a1")
+        assert bench.groups == []
+        await bench.send(app, "a3")
+        await drain(app)
+        await sound(app)
+    assert bench.groups == [["a1", "a2", "a3"]]
+
+
+async def test_any_of_runs_at_once() -> None:
+    """Each event of any part is a run of its own."""
+    bench = Bench(any_of("a", "b"))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "b1", "c1")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"]) == (2, 1)
+    assert bench.groups == [["a1"], ["b1"]]
+
+
+async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
+    """With a lateness, an ending event that comes late but happened between still ends it."""
+    bench = Bench(sequence("a", then="b", unless="c", within=60, lateness=5))
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+        await bench.clock.advance(2)
+        await bench.send(app, "b1")
+        await bench.send(app, "c1", ago=1)
+        await bench.clock.advance(10)
+        assert bench.groups == []
+        assert (await verdict(app, "a1")) == ("lapsed", "sequence: c came 1 s after it")
+        assert (await verdict(app, "b1")) == ("lapsed", "sequence: no a within 60 s before it")
+        await bench.send(app, "a2")
+        await bench.clock.advance(1)
+        await bench.send(app, "b2")
+        await bench.clock.advance(4.9)
+        assert bench.groups == []
+        await bench.clock.advance(0.2)
+        assert bench.groups == [["a2", "b2"]] and bench.given[0][0] == 18.0
+        assert (await sound(app))["pending"] == 0
+
+
+async def test_p6_absence_fires_when_it_is_due() -> None:
+    """No b within 30 s of an a: one run with the a, then, not before; a b in time means none."""
+    bench = Bench(absent("b", 30, after="a", by="k"))
+    async with bench.running() as app:
+        await bench.send(app, "a1", key="x")
+        await bench.send(app, "a2", key="y")
+        await bench.clock.advance(20)
+        await bench.send(app, "b1", key="y")
+        await bench.clock.advance(9.9)
+        assert bench.groups == []
+        await bench.clock.advance(0.2)
+        assert bench.groups == [["a1"]]
+        await bench.clock.advance(100)
+        assert bench.groups == [["a1"]] and (await verdict(app, "a2")) == ("lapsed", "absent: b came 20 s after it")
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1, 2, 0)
+
+
+async def test_p6_patterns_outlive_the_process(tmp_path: Path) -> None:
+    """A life ends in the middle of each window: the next goes on with it; what fell due meanwhile is decided at once."""
+    bench = Bench(
+        any_of(
+            all_of("a", "b", within=60), count("c", 3, within=60), sequence("d", then="e", within=60),
+            absent("f", 30),
+        ),
+        tmp_path / "patterns.db",
+    )  # fmt: skip
+    for step in (["a1", "c1", "d1", "f1"], ["c2", "f2"], ["b1", "c3", "e1"]):
+        async with bench.running() as app:
+            await bench.send(app, *step)
+            await bench.clock.advance(5)
+            await sound(app)
+    assert sorted(bench.groups) == [["a1", "b1"], ["c1", "c2", "c3"], ["d1", "e1"]]
+    bench.clock._now += 1_000_000 * 600
+    async with bench.running() as app:
+        await drain(app)
+        counts = await sound(app)
+    assert bench.groups[3:] == [["f2"]]
+    assert (counts["completed"], counts["suppressed"], counts["pending"]) == (8, 1, 0)
+
+
+async def test_a_deadline_that_is_missed_is_an_event(tmp_path: Path) -> None:
+    """absent(by=): nobody sends anything, so what did not come is told by an event of its own; once, also across lives."""
+    bench = Bench(absent("a", by="06:00"), tmp_path / "patterns.db")
+    midnight = datetime(2030, 1, 1, tzinfo=UTC)
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+        await bench.clock.advance(7 * 3600)
+        assert bench.groups == [] and (await verdict(app, "a1"))[1] == "absent: a came in time"
+    async with bench.running() as app:
+        await bench.clock.advance(24 * 3600)
+        (event,) = await app.store.events(type="eventflow.absent")
+        assert bench.groups == [[event["event_id"]]]
+        assert event["event_id"] == f"watch//{(midnight + timedelta(hours=30)).isoformat()}"
+    async with bench.running() as app:
+        await drain(app)
+        counts = await sound(app)
+    assert len(bench.groups) == 1 and (counts["completed"], counts["suppressed"]) == (1, 1)
+
+
+async def test_parts_are_triggers_run_states_and_filters() -> None:
+    """A trigger with a filter, and the end of a run, joined by a key that each has in its own place."""
+    given: list[list[str]] = []
+
+    @flow
+    async def ship(order: str) -> str:
+        return order
+
+    @flow
+    async def both(events: list[Event]) -> None:
+        given.append([event.type for event in events])
+        assert current_run().event is not None
+
+    app, orders = App("patterns"), MemoryTrigger("orders")
+    app.on("shipment", ship)
+    paid = part(orders, where={"paid": [True]})
+    app.on(
+        all_of(paid, RunState(ship, "completed"), within=60, by={"orders": "order", "eventflow.run.completed": "result"}), both
+    )
+    async with running(app):
+        await orders.send(data={"order": "o-1", "paid": False}, id="1")
+        await orders.send(data={"order": "o-2", "paid": True}, id="2")
+        await orders.send(data={"paid": True}, id="3")
+        await app.emit("shipment", {"order": "o-1"})
+        await drain(app)
+        assert given == []
+        await app.emit("shipment", {"order": "o-2"})
+        await drain(app)
+        assert given == [["memory", "eventflow.run.completed"]]
+        assert (await verdict(app, "1"))[0] == "filtered"
+        assert await verdict(app, "3") == ("filtered", "it has no key to be joined by")
+        await sound(app)
+
+
+async def test_what_a_pause_holds_is_held() -> None:
+    """A match with an event that came while its trigger was paused is a held run, until it is resumed."""
+    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    given: list[int] = []
+
+    @flow
+    async def act(events: list[Event]) -> None:
+        given.append(len(events))
+
+    app.on(all_of(one, two, within=60), act)
+    async with running(app):
+        app.house.reactor.pause("two", True)
+        await app.store.hold("two", True)
+        await one.send(data=1)
+        await two.send(data=2)
+        assert given == [] and [run["state"] for run in await app.store.runs()] == ["held"]
+        await app.store.hold("two", False)
+        await drain(app)
+        assert given == [2]
+        await sound(app)
+
+
+async def test_a_pattern_that_is_changed_lets_go_of_what_was_open(tmp_path: Path) -> None:
+    """Its events lapse and say so; without the code at all they wait until it is back."""
+    bench = Bench(all_of("a", "b", within=60), tmp_path / "patterns.db")
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+    async with running(App("patterns"), clock=bench.clock, store=bench.path) as app:
+        await bench.clock.advance(100)
+        assert (await sound(app))["pending"] == 1
+    async with bench.running() as app:
+        await bench.clock.advance(1)
+        assert (await verdict(app, "a1"))[0] == "lapsed"
+        await bench.send(app, "a2")
+    bench.pattern = all_of("a", "b", within=90)
+    async with bench.running() as app:
+        await bench.send(app, "b2")
+        assert await verdict(app, "a2") == ("lapsed", "its pattern was changed")
+        counts = await sound(app)
+        assert (counts["suppressed"], counts["pending"]) == (2, 1)
+    assert bench.groups == []
+
+
+async def test_retention_keeps_what_waits() -> None:
+    """Bodies of events that wait in a pattern stay; those of events that lapsed go."""
+    bench = Bench(all_of("a", "b", within=10**7))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "c1")
+        later = bench.clock.now() + 10**9
+        while await app.store.prune(bodies_before=later, identities_before=later):
+            pass
+        await bench.send(app, "b1")
+        await drain(app)
+        await sound(app)
+    assert bench.groups == [["a1", "b1"]]
+
+
+async def test_a_replay_gives_the_event_again() -> None:
+    """An event in a run of the pattern may be replayed into it; one that still waits there is not there twice."""
+    bench = Bench(count("a", 2, within=600))
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+
+        async def replay(ident: str) -> None:
+            row = await app.store.event(ident)
+            event = Event.from_json(row["body"])
+            await app.store.replay(row["id"], app.house.router.arrive("events", event, ledger_id=row["id"]))
+
+        await replay("a1")
+        assert (await sound(app))["pending"] == 1
+        await bench.send(app, "a2")
+        await drain(app)
+        await replay("a1")
+        assert (await sound(app))["pending"] == 1
+        await replay("a2")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["pending"], counts["suppressed"]) == (4, 0, 1)
+    assert bench.groups == [["a1", "a2"], ["a1", "a2"]]
+
+
+def test_what_a_pattern_does_not_take() -> None:
+    """Options that belong to one event are refused."""
+
+    @flow
+    async def act(events: list[Event]) -> None: ...
+
+    for options in ({"where": {"x": [1]}}, {"key": "k"}, {"types": ["t"]}, {"params": dict}, {"on_failure": "block"}):
+        with pytest.raises(UsageError, match="its parts"):
+            App("patterns").on(any_of("a", "b"), act, **cast(Any, options))
