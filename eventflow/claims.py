@@ -25,7 +25,8 @@ from eventflow.journal import START, TIMEOUT, Entry, Journal, Kind
 from eventflow.lineage import FlowTimer
 from eventflow.log import get_logger
 from eventflow.results import decode_error, encode_error, fingerprint_diff
-from eventflow.run import Run
+from eventflow.returned import later
+from eventflow.run import Outcome, Run
 from eventflow.store.base import Append, Appended, Arrival, Refused
 from eventflow.task import Call
 
@@ -45,8 +46,8 @@ class Master(Host, Protocol):
         """A person must look."""
         ...
 
-    def put_off(self) -> None:
-        """Leave memory, and come back later."""
+    def stop(self, outcome: Outcome) -> None:
+        """End with this, unless it is ending already."""
         ...
 
     def obey(self, entry: Entry, order: Order) -> None: ...
@@ -183,7 +184,7 @@ class Claims:
             if error is None:
                 future.set_result(value)
             elif isinstance(error, ResultsUnavailable):
-                self._master.put_off()
+                self._master.stop(later(self.pool, self.journal))
             else:  # What was stored no longer reads as what the code says it is: a person must look, the value stays.
                 self._master.hold(f"{target.claim}: the recorded value cannot be read back: {error}")
 

@@ -31,7 +31,7 @@ from eventflow.lineage import FlowLoop, FlowTask, FlowTimer
 from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error
-from eventflow.returned import Returned, later
+from eventflow.returned import Returned
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, Suspended, show_id
 from eventflow.store.base import Refused, Settle
 from eventflow.task import Call
@@ -253,11 +253,11 @@ class Execution:
             self._grace = self.pool.clock.timer(self.pool.loop, due, self._grace_is_over)
 
     def _grace_is_over(self) -> None:
-        self._stop(self._stopped())
+        self.stop(self._stopped())
 
     def interrupt(self) -> None:
         """Drain: bodies under way are cancelled, nothing is recorded of them, the run goes back to pending."""
-        self._stop(Interrupted())
+        self.stop(Interrupted())
 
     def abandon(self) -> None:
         """The store is gone: cancel everything, record nothing, tell nobody."""
@@ -269,19 +269,16 @@ class Execution:
         reason = str(getattr(reply, "reason", reply))
         log.warning("run.lost", run=self.name, reason=reason)
         if isinstance(reply, Refused) or self.pool.store.failed is None:
-            self._stop(Held(f"the store refused an entry: {reason}"))
+            self.stop(Held(f"the store refused an entry: {reason}"))
         elif not self.settling:
             self._finish_up()
             self.pool.settled(self, Interrupted(), reply)
 
     def hold(self, reason: str) -> None:
         """A person must look."""
-        self._stop(Held(reason))
+        self.stop(Held(reason))
 
-    def put_off(self) -> None:
-        self._stop(later(self))
-
-    def _stop(self, outcome: Outcome) -> None:
+    def stop(self, outcome: Outcome) -> None:
         if self.takes():
             self._end(outcome)
 

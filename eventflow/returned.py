@@ -52,7 +52,7 @@ class Returned:
         try:
             self.outcome = _completed(run, *await offload(run.pool.blobs, codec, data, log.bind(run=run.name)))
         except ResultsUnavailable:
-            self.outcome = later(run)
+            self.outcome = later(run.pool, run.journal)
         finally:
             run.working -= 1
         run.wake()
@@ -62,6 +62,6 @@ def _completed(run: Ending, codec: str, data: bytes) -> Outcome:
     return Completed(data, codec, len(run.journal.orphans))
 
 
-def later(run: Ending) -> Outcome:
+def later(pool: Pool, journal: Journal) -> Outcome:
     """Not now: the place of large results does not answer."""
-    return Suspended(run.pool.clock.now() + PUT_OFF, run.journal.last_batch, run.journal.count)
+    return Suspended(pool.clock.now() + PUT_OFF, journal.last_batch, journal.count)
