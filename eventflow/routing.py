@@ -361,8 +361,8 @@ class _Delivery:
 
 
 def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
-    found: object = key(event)
-    if found is not None and not isinstance(found, str):
+    found = key(event)
+    if found is not None and not isinstance(cast(object, found), str):
         raise TypeError(f"by= returned {type(found).__name__}, expected a str or None")
     return found
 
