@@ -20,7 +20,7 @@ from eventflow.errors import StoreFull, UsageError
 from eventflow.event import Event, Gauge, Gauged, Intake, Trigger
 from triggers._drift import arrays
 from triggers._drift.baseline import Baseline, Reference, check, make_baseline, read_rows, read_table
-from triggers._drift.desk import Desk, Row, RowsOf
+from triggers._drift.desk import Desk, Doubt, Row, RowsOf
 from triggers._drift.episodes import Rules
 from triggers._drift.features import SAMPLED, Categorical, Feature, Numeric, Watched, kinds, watch
 from triggers._drift.judge import LEAST
@@ -107,6 +107,7 @@ class DriftMonitor:
         )  # fmt: skip
         self._source, self._rows, self._remember, self._record = source, rows or data_rows, remember, record
         self.clock = clock or _SYSTEM_CLOCK
+        self._doubt = Doubt()
         self._desk: Desk | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -115,13 +116,14 @@ class DriftMonitor:
 
     async def listen(self, intake: Intake) -> None:
         """Listens to the source until cancelled. All that is known is in the cursor, so it may be opened again at any time."""
-        desk = Desk(intake, self._setting, self._rows, self._remember, self._record, self.clock)
+        desk = Desk(intake, self._setting, self._rows, self._remember, self._record, self.clock, self._doubt)
         await desk.open()
         self._desk, self._loop = desk, asyncio.get_running_loop()
         try:
             await _together(self._source.listen(desk), self._watch(desk))
         finally:
             self._loop = None
+            desk.close()
 
     async def relearn(self) -> None:
         """Makes the next rows of the stream the new reference, as after a retraining. Durable when it returns.

@@ -15,6 +15,7 @@ from inspect import isawaitable
 from typing import Any, TypeAlias
 
 from eventflow.clock import Clock, to_us
+from eventflow.errors import StoreFull
 from eventflow.event import Event, Intake, Json, Receipt, Undecodable
 from triggers._drift.engine import Engine
 from triggers._drift.setting import Sample, Setting, compact
@@ -84,14 +85,23 @@ class _Waiting:
         self.receipts: list[Receipt] | None = None
 
 
-class Desk:
-    """The monitor's side of its source. `record`: events go on into the ledger too."""
+class Doubt:
+    """Whether a write of this process may still be under way, from one opening of the listener to the next."""
 
-    def __init__(self, intake: Intake, setting: Setting, rows: RowsOf, remember: int, record: bool, clock: Clock) -> None:
+    def __init__(self) -> None:
+        self.open = False
+
+
+class Desk:
+    """The monitor's side of its source, for one opening. `record`: events go on into the ledger too."""
+
+    def __init__(
+        self, intake: Intake, setting: Setting, rows: RowsOf, remember: int, record: bool, clock: Clock, doubt: Doubt
+    ) -> None:
         self.log: Any = intake.log
         self._intake, self._setting, self._rows, self._clock = intake, setting, rows, clock
         self._remember, self._record_too = remember, record
-        self._since = clock.now()
+        self._since, self._doubt, self._closed = clock.now(), doubt, False
         self._turn = asyncio.Lock()
         self._queue: list[_Waiting] = []
         self._state: tuple[Engine, Recent] | None = None
@@ -102,6 +112,14 @@ class Desk:
         """Reads what is stored, so that it is there to look at."""
         async with self._turn:
             self._state = await self._loaded()
+
+    def close(self) -> None:
+        """Nothing more is counted here: the next opening has a desk of its own, and two would overwrite each other."""
+        self._closed = True
+
+    def _refuse_when_closed(self) -> None:
+        if self._closed:
+            raise StoreFull(f"{self._setting.name} is being opened again", 1.0)
 
     async def cursor(self) -> Mapping[str, Json]:
         """The source's own."""
@@ -115,6 +133,7 @@ class Desk:
         try:
             async with self._turn:
                 if waiting.receipts is None:
+                    self._refuse_when_closed()
                     await self._commit(list(self._queue))
         finally:
             if waiting in self._queue:
@@ -134,6 +153,7 @@ class Desk:
     async def relearn(self) -> None:
         """The next rows are the new reference. Durable when it returns."""
         async with self._turn:
+            self._refuse_when_closed()
             engine, recent = await self._loaded()
             engine.relearn()
             await self._write(engine, recent, [], {})
@@ -204,7 +224,8 @@ class Desk:
         """The state, which is nobody's until it is put back: with a transaction that has committed."""
         state, self._state = self._state, None
         if state is None:
-            await self._intake.accept()  # behind any write still under way, whose outcome nobody waited for
+            if self._doubt.open:
+                await self._intake.accept()  # behind any write still under way, whose outcome nobody waited for
             parts = await self._intake.cursor()
             state = Engine(self._setting, parts, self._since), Recent(self._remember, parts)
             self.engine = state[0]
@@ -213,7 +234,9 @@ class Desk:
     async def _write(
         self, engine: Engine, recent: Recent, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json]
     ) -> list[Receipt]:
+        self._doubt.open = True
         receipts = await self._intake.accept(*items, cursor={**cursor, **engine.changes(), **recent.changes()})
+        self._doubt.open = False
         self._state = engine, recent
         return receipts
 

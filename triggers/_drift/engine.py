@@ -16,11 +16,17 @@ from eventflow.event import Json
 from triggers._drift.baseline import Baseline, make_baseline
 from triggers._drift.episodes import Episode, Move
 from triggers._drift.features import STREAMING
-from triggers._drift.judge import Verdict, judge, shift
+from triggers._drift.judge import Verdict, judge
 from triggers._drift.setting import Sample, Setting
 from triggers._drift.streaming import Adwin, Detector, PageHinkley
 from triggers._drift.telling import Told, tell, tell_silence
 from triggers._drift.window import Rows, Window
+
+FIRST_LOOK = 16
+"""Rows after a change from which on their mean is looked at; a power of two, as all later looks are."""
+
+AGAIN = 64
+"""Rows after which a change is another one: a detector tells the same change several times while it adapts."""
 
 
 class Memory(msgspec.Struct):
@@ -231,10 +237,15 @@ class Engine:
     def _step(self, unit: int, window: Window, now: int) -> Told | None:
         verdicts = self.of_unit(unit)
         move = self.memory.episodes[unit].step(verdicts, self.setting.rules, now)
-        if move == "resolved":
-            for place in {verdict.place for verdict in verdicts} & self._detectors.keys():
-                self._detectors[place].changed = False
+        if not self.memory.episodes[unit].level:
+            self._forget_changes(verdicts)
         return tell(self, unit, move, verdicts, window) if move else None
+
+    def _forget_changes(self, verdicts: Sequence[Verdict]) -> None:
+        """All is well: a change that did not matter, or no longer does, is none."""
+        for verdict in verdicts:
+            if verdict.metric in STREAMING and verdict.clean:
+                self._detectors[verdict.place].changed = False
 
     def of_unit(self, unit: int) -> list[Verdict]:
         """The last window's verdicts that an episode is about."""
@@ -252,7 +263,7 @@ class Engine:
         """Adds rows to a window; up to each change that a detector sees first, so that it is told as it stood then."""
         told, first = list[Told](), 0
         for place, row in enumerate(rows) if self._detectors else ():
-            seen = [each for each, detector in self._detectors.items() if detector.update(row[each])]
+            seen = [each for each, detector in self._detectors.items() if detector.look(row[each])]
             if seen:
                 window.add(rows[first : place + 1], times[first : place + 1], self.baselines)
                 first = place + 1
@@ -265,7 +276,7 @@ class Engine:
         """A change in the middle of a window, told at once if it is large enough to matter."""
         watched = self.setting.watched[place]
         ((metric, warn, alert), *_) = watched.checks
-        statistic = shift(self._detectors[place].recent, self.baselines[place])
+        statistic = self._detectors[place].shift
         level = 2 if statistic >= alert else 1 if statistic >= warn else 0
         verdict = Verdict(place, metric, statistic, 0.0, warn, alert, level, clean=level == 0)
         unit = place if self.setting.per_feature else 0
@@ -287,34 +298,49 @@ class Engine:
 
 
 class _Watch:
-    """A streaming detector on one feature, in standard deviations of its reference."""
+    """A streaming detector on one feature, in standard deviations of its reference.
+
+    A change that was seen may be small, or nothing. The rows after it tell: `look` says when there are twice as many of them as
+    at the last look, and `shift` how far their mean is from the reference's.
+    """
 
     def __init__(self, metric: str, delta: float, baseline: Baseline | None) -> None:
         self._metric, self._delta, self._baseline = metric, delta, baseline
         self._detector = self._make(None)
         self.changed = False
+        self.rows, self.sum = 0, 0.0
         for value in baseline.sample if baseline else ():
-            self._detector.update((value - baseline.mean) / baseline.deviation)  # pyright: ignore[reportOptionalMemberAccess]
+            self._detector.update(self._scaled(value))
 
     def _make(self, state: Any) -> Detector:
         return Adwin(self._delta, state) if self._metric == "adwin" else PageHinkley(state=state)
 
+    def _scaled(self, value: float) -> float:
+        assert self._baseline is not None
+        return (value - self._baseline.mean) / self._baseline.deviation
+
     def load(self, state: Any) -> None:
-        self.changed, inner = state
+        self.changed, self.rows, self.sum, inner = state
         self._detector = self._make(inner)
 
     def state(self) -> list[Any]:
-        return [self.changed, self._detector.state()]
+        return [self.changed, self.rows, self.sum, self._detector.state()]
 
     @property
-    def recent(self) -> float:
-        """The mean since the last change, in the feature's own unit."""
-        assert self._baseline is not None
-        return self._detector.recent * self._baseline.deviation + self._baseline.mean
+    def shift(self) -> float:
+        """From the reference's mean to that of the rows since the change; 0 while four standard errors could explain it."""
+        found = abs(self.sum / self.rows)
+        return found if found >= 4 / self.rows**0.5 else 0.0
 
-    def update(self, value: Any) -> bool:
+    def look(self, value: Any) -> bool:
+        """Takes a value; whether now is the time to see how far the mean has moved."""
         if self._baseline is None or not isinstance(value, int | float):
             return False
-        seen = self._detector.update((value - self._baseline.mean) / self._baseline.deviation)
-        self.changed |= seen
-        return seen
+        scaled = self._scaled(value)
+        if self._detector.update(scaled) and (not self.changed or self.rows >= AGAIN):
+            self.changed, self.rows, self.sum = True, 0, 0.0
+        if not self.changed:
+            return False
+        self.rows += 1
+        self.sum += scaled
+        return self.rows >= FIRST_LOOK and self.rows & (self.rows - 1) == 0

@@ -17,10 +17,7 @@ GRACE = 10
 
 
 class Detector(Protocol):
-    """One value at a time; `recent` is the mean since the change that it saw last."""
-
-    @property
-    def recent(self) -> float: ...
+    """One value at a time."""
 
     def update(self, value: float) -> bool:
         """Whether the mean has changed."""
@@ -46,7 +43,7 @@ class Adwin:
         return [self.rows, self.width, self.total, self.variance, self.tick]
 
     @property
-    def recent(self) -> float:
+    def mean(self) -> float:
         return self.total / self.width if self.width else 0.0
 
     def update(self, value: float) -> bool:
@@ -118,34 +115,18 @@ class PageHinkley:
 
     def __init__(self, threshold: float = 50.0, delta: float = 0.005, alpha: float = 0.9999, state: Any = None) -> None:
         self.threshold, self.delta, self.alpha = threshold, delta, alpha
-        self.recent = 0.0
-        self._begin()
-        if state is not None:
-            self.n, self.mean, self.up, self.low, self.down, self.high, self.since_low, self.since_high, self.recent = state
-
-    def _begin(self) -> None:
-        self.n, self.mean, self.up, self.low, self.down, self.high = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-        self.since_low, self.since_high = [0, 0.0], [0, 0.0]
+        self.n, self.mean, self.up, self.low, self.down, self.high = state or (0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
     def state(self) -> Any:
-        return [self.n, self.mean, self.up, self.low, self.down, self.high, self.since_low, self.since_high, self.recent]
+        return [self.n, self.mean, self.up, self.low, self.down, self.high]
 
     def update(self, value: float) -> bool:
         self.n += 1
         self.mean += (value - self.mean) / self.n
         self.up = self.alpha * self.up + value - self.mean - self.delta
         self.down = self.alpha * self.down + value - self.mean + self.delta
-        self.low, self.since_low = self._bound(self.up, self.low, self.up < self.low, self.since_low, value)
-        self.high, self.since_high = self._bound(self.down, self.high, self.down > self.high, self.since_high, value)
-        if self.n < 30:
+        self.low, self.high = min(self.low, self.up), max(self.high, self.down)
+        if self.n < 30 or (self.up - self.low <= self.threshold and self.high - self.down <= self.threshold):
             return False
-        rose, fell = self.up - self.low > self.threshold, self.high - self.down > self.threshold
-        if rose or fell:
-            count, total = self.since_low if rose else self.since_high
-            self.recent = total / count if count else value
-            self._begin()
-        return rose or fell
-
-    def _bound(self, now: float, bound: float, passed: bool, since: list[Any], value: float) -> tuple[float, list[Any]]:
-        """The bound, and count and sum since it was reached: the change's beginning, as far as one can tell."""
-        return (now, [0, 0.0]) if passed else (bound, [since[0] + 1, since[1] + value])
+        self.n, self.mean, self.up, self.low, self.down, self.high = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        return True
