@@ -14,14 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, cast, get_args
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
 from eventflow.errors import UsageError
 from eventflow.log import get_logger
 from eventflow.retry import Permanent
-from eventflow.tables import Data, Profile, column, columns_of, count_of, is_null, not_finite, profile, psi, shown
+from eventflow.tables import Data, Profile, column, columns_of, count_of, is_null, key_of, not_finite, profile, psi, shown
 from eventflow.task import task_context
 
 __all__ = [
@@ -115,7 +117,10 @@ def within(data: Data, name: str, *, at_least: Any = None, at_most: Any = None, 
     def bad(value: Any) -> bool:
         if is_null(value):
             return False
-        return (at_least is not None and not value >= at_least) or (at_most is not None and not value <= at_most)
+        try:
+            return (at_least is not None and not value >= at_least) or (at_most is not None and not value <= at_most)
+        except TypeError:  # such as text where numbers were expected
+            return True
 
     expected = _range(at_least, at_most)
     return _each(data, (name,), "within", expected, lambda values: map(bad, values), outside)
@@ -128,9 +133,10 @@ def unique(data: Data, *names: str) -> Result:
     seen: set[Any] = set()
     bad: list[tuple[int, Any]] = []
     for place, values in enumerate(zip(*(column(data, name) for name in names), strict=True)):
-        if values in seen:
+        key = tuple(map(key_of, values))
+        if key in seen:
             bad.append((place, values[0] if len(names) == 1 else list(values)))
-        seen.add(values)
+        seen.add(key)
     return _settle(_rows("unique", "+".join(names), "no value twice", bad, count_of(data), f"{len(bad)} repeated"))
 
 
@@ -140,7 +146,7 @@ def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float 
     expected = "one of " + ", ".join(sorted(map(repr, known))[:10]) + (", …" if len(known) > 10 else "")
 
     def bad(values: Iterable[Any]) -> Iterable[bool]:
-        return (not is_null(value) and value not in known for value in values)
+        return (not is_null(value) and key_of(value) not in known for value in values)
 
     return _each(data, (name,), "categories", expected, bad, outside)
 
@@ -305,19 +311,21 @@ def _range(at_least: Any, at_most: Any) -> str:
     return f"at least {at_least}" if at_most is None else f"{at_least} to {at_most}"
 
 
+_KINDS: Mapping[Any, type] = {float: Real, int: Integral, None: type(None), Any: object}
+"""What counts as a type that a schema names: an int is a float too, and numpy's numbers are numbers."""
+
+
 def _fitting(wanted: Any) -> Callable[[Any], bool]:
-    kinds: tuple[Any, ...] = get_args(wanted) or (wanted,)
-    nullable = type(None) in kinds or None in kinds
-    plain = tuple(kind for kind in kinds if kind not in (None, type(None)))
-    if float in plain:
-        plain += (int,)
+    members: tuple[Any, ...] = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    kinds = tuple(_KINDS.get(member, get_origin(member) or member) for member in members)
+    nullable = type(None) in kinds or object in kinds
 
     def fits(value: Any) -> bool:
         if is_null(value):
             return nullable
         if isinstance(value, bool):
-            return bool in plain
-        return isinstance(value, cast(Any, plain))
+            return bool in kinds or object in kinds
+        return isinstance(value, kinds)
 
     return fits
 

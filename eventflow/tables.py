@@ -9,6 +9,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import msgspec
@@ -29,7 +30,18 @@ _NULLS = frozenset({"NAType", "NaTType"})  # pandas' words for null; comparing t
 
 def is_null(value: Any) -> bool:
     """None, NaN, and pandas' NA and NaT."""
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ in _NULLS
+    if type(value) is str or type(value) is int:
+        return False
+    return value is None or type(value).__name__ in _NULLS or (isinstance(value, Real) and bool(value != value))
+
+
+def key_of(value: Any) -> Any:
+    """What tells a value from others in a set; of a list or dict, its text."""
+    try:
+        hash(value)
+    except TypeError:
+        return f"{type(value).__name__}:{value!r}"
+    return value
 
 
 # --------------------------------------------------------------------------- columns
@@ -139,10 +151,10 @@ class Profile(msgspec.Struct, frozen=True):
         for value in values:
             if is_null(value):
                 counts[size - 1] += 1
-            elif self.edges is not None:
-                counts[bisect_right(self.edges, value)] += 1
+            elif self.edges is None:
+                counts[places.get(key_of(value), size - 2)] += 1
             else:
-                counts[places.get(value, size - 2)] += 1
+                counts[bisect_right(self.edges, value) if isinstance(value, Real) else size - 2] += 1
         total = sum(counts)
         return [count / total for count in counts] if total else [0.0] * size
 
@@ -153,12 +165,12 @@ def profile(values: Iterable[Any], bins: int = 10) -> Profile:
     known = [value for value in listed if not is_null(value)]
     if not known:
         raise UsageError("checks.profile(): expected some values that are not null, found none")
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in known):
+    if all(isinstance(value, Real) and type(value) is not bool for value in known):
         known.sort()
         edges = sorted({float(known[len(known) * step // bins]) for step in range(1, bins)})
         blank = Profile([0.0] * (len(edges) + 3), edges=edges)
     else:
-        common = [value for value, _ in Counter(known).most_common(MANY)]
+        common = [value for value, _ in Counter(map(key_of, known)).most_common(MANY)]
         blank = Profile([0.0] * (len(common) + 2), values=common)
     return msgspec.structs.replace(blank, shares=blank.shares_of(listed))
 

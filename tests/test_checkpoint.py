@@ -229,6 +229,36 @@ def test_a_disk_that_refuses_is_said(tmp_path: Path):
         attempt(Checkpoints(tmp_path / "file")).save({}, step=1)
 
 
+FULL = """
+import resource, sys
+from pathlib import Path
+import numpy
+from eventflow.checkpoint import Checkpoint, Checkpoints
+from eventflow.errors import CheckpointFailed
+from eventflow.task import TaskContext
+
+place = Checkpoints(Path(sys.argv[1]))
+kept = Checkpoint(place, TaskContext("01run", "train", 1, "01run/train#0"), place.folder("01run/train#0"), 1, 1 << 30)
+kept.save({"epoch": 1}, step=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+for state in (numpy.ones(1 << 20), bytes(1 << 20), "x" * (1 << 20)):
+    try:
+        kept.save(state, step=2)
+    except CheckpointFailed as error:
+        print(error)
+"""
+
+
+def test_a_write_that_breaks_off_leaves_the_one_before(place: Checkpoints):
+    """When the system refuses to write on in the middle of a state, the error says so and nothing of it is left."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(place.directory)], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.count("File too large; the checkpoint before stands") == 3
+    assert attempt(place).load() == ({"epoch": 1}, 1)
+    assert len(files(place.directory)) == 2
+
+
 # --------------------------------------------------------------------------- whose they are
 
 
@@ -449,16 +479,15 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
         await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "something is kept")
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
     place = Checkpoints(tmp_path / "store.db.checkpoints")
-    Checkpoint(place, TaskContext(run.id, "train", 1, f"{run.id}/train#0"), place.folder(f"{run.id}/train#0"), 1, 1 << 20).save(
-        1, 1
-    )
+    context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
+    Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save({"epoch": 1}, step=1)
     (place.directory / ".gone-dead").mkdir()
     held_up.clear()
     async with running(app, store=store):
         await drain(app)
         assert (await run.row())["state"] == "completed"
         await eventually(lambda: not files(place.directory), "what was left is removed")
-        assert not list(place.directory.glob(".gone*"))
+        assert not (place.directory / ".gone-dead").exists()
 
 
 # --------------------------------------------------------------------------- outside a run, and wrong uses

@@ -78,6 +78,9 @@ FAIL: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], str, list[Any]]] = [
     (checks.unique, bad(id=1), ("region", "id"), {}, "region+id", [(2, ["north", 1])]),
     (checks.categories, bad(region="west"), ("region", ["north", "south"]), {}, "region", [(2, "west")]),
     (checks.distribution, ROWS, ("amount", [1000.0, 2000.0]), {}, "amount", []),
+    (checks.within, bad(amount="30"), ("amount",), {"at_least": 0}, "amount", [(2, "30")]),
+    (checks.categories, bad(region=["north"]), ("region", ["north", "south"]), {}, "region", [(2, ["north"])]),
+    (checks.unique, [{"x": {"a": 1}}, {"x": {"a": 1}}], ("x",), {}, "x", [(1, "{'a': 1}")]),
 ]
 
 
@@ -142,6 +145,10 @@ def test_numpy_columns_are_columns():
     data = {"x": numpy.array([1.0, numpy.nan, 3.0]), "n": numpy.array([1, 2, 3])}
     assert failed(checks.not_null, data, "x").offending == 1
     checks.schema(data, {"x": float | None, "n": int})
+    scalars = [{"x": numpy.float32(1), "n": numpy.int8(1), "t": ["a"], "b": True, "any": None}]
+    checks.schema(scalars, {"x": float, "n": int, "t": list[str], "b": bool, "any": Any})
+    assert failed(checks.schema, [{"x": numpy.float32("nan")}], {"x": float}).found == "null in 1 of 1 rows"
+    checks.distribution(scalars, "x", [1.0], bins=2)
 
 
 # --------------------------------------------------------------------------- distributions
