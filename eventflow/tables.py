@@ -165,7 +165,7 @@ def profile(values: Iterable[Any], bins: int = 10) -> Profile:
     known = [value for value in listed if not is_null(value)]
     if not known:
         raise UsageError("checks.profile(): expected some values that are not null, found none")
-    if all(isinstance(value, Real) and type(value) is not bool for value in known):
+    if all(map(_is_number, known)):
         known.sort()
         edges = sorted({float(known[len(known) * step // bins]) for step in range(1, bins)})
         blank = Profile([0.0] * (len(edges) + 3), edges=edges)
@@ -173,6 +173,10 @@ def profile(values: Iterable[Any], bins: int = 10) -> Profile:
         common = [value for value, _ in Counter(map(key_of, known)).most_common(MANY)]
         blank = Profile([0.0] * (len(common) + 2), values=common)
     return msgspec.structs.replace(blank, shares=blank.shares_of(listed))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Real)
 
 
 def psi(reference: Profile, shares: Sequence[float]) -> float:

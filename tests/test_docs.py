@@ -28,7 +28,7 @@ import eventflow
 import eventflow.errors
 import eventflow.testing
 import triggers
-from eventflow import App, Retry, flow, task
+from eventflow import App, Retry, checkpoint, checks, flow, task
 from eventflow.cli import cli
 from eventflow.cli.target import load_module
 from eventflow.demo.play import demo
@@ -362,6 +362,8 @@ CALLABLES: list[tuple[Any, str]] = [
     (Every, "guides/schedules.md"),
     (At, "guides/schedules.md"),
     (running, "guides/testing.md"),
+    (checkpoint, "guides/checkpoints.md"),
+    *((getattr(checks, name), "guides/checkpoints.md") for name in checks.__all__ if name[0].islower()),
 ]
 INNER = {"clock", "entropy", "sink", "passive", "own_loop"}
 """What the house passes to itself; users are not told of it where they are not asked."""
