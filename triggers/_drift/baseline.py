@@ -25,7 +25,7 @@ SAMPLE = 1500
 Table: TypeAlias = Mapping[str, Sequence[Any]]
 """Columns by name."""
 
-Reference: TypeAlias = int | str | os.PathLike[str] | Table
+Reference: TypeAlias = int | str | os.PathLike[str] | Mapping[str, Any]
 
 
 class Baseline(msgspec.Struct, frozen=True):
@@ -67,7 +67,7 @@ def check(watched: Watched, baseline: Baseline, least: int) -> None:
 # --------------------------------------------------------------------------- tables
 
 
-def read_table(reference: str | os.PathLike[str] | Table) -> Table:
+def read_table(reference: str | os.PathLike[str] | Mapping[str, Any]) -> Table:
     """A reference's columns: of a CSV, JSON Lines or Parquet file, or a mapping of lists or arrays. UsageError otherwise."""
     if isinstance(reference, Mapping):
         return {name: _listed(column) for name, column in reference.items()}
