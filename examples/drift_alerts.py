@@ -5,7 +5,7 @@
     curl localhost:8710/hooks/scores -H 'content-type: application/json' -d '{"amount": 12.5}'
 
 `DriftMonitor` counts the scored rows and shows its statistics in /metrics as `eventflow_trigger_drift_statistic`; the rule in
-docs/guides/drift-retraining.md watches that, and Alertmanager posts to /hooks/alerts:
+docs/guides/drift.md watches that, and Alertmanager posts to /hooks/alerts:
 
     receivers:
       - name: retrain
