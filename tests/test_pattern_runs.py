@@ -1,16 +1,20 @@
 """Patterns in an app: which runs they start, with which events, what the ledger says of the rest; no crash changes it."""
 
+import random
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from eventflow import App, Event, UsageError, absent, all_of, any_of, count, current_run, flow, part, sequence
 from eventflow.clock import to_datetime
-from eventflow.patterns import Pattern
+from eventflow.matching import Item
+from eventflow.patterns import Pattern, joined
 from eventflow.store.audit import audit
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
+from tests.test_patterns import PATTERNS, Life, S
 from triggers import RunState
 
 pytestmark = pytest.mark.anyio
@@ -170,6 +174,55 @@ async def test_p6_patterns_outlive_the_process(tmp_path: Path) -> None:
         counts = await sound(app)
     assert bench.groups[3:] == [["f2"]]
     assert (counts["completed"], counts["suppressed"], counts["pending"]) == (8, 1, 0)
+
+
+async def test_many_that_are_due_at_once_are_all_decided() -> None:
+    """A thousand keys lapse in the same moment, and later a thousand fall silent: none is left behind."""
+    bench = Bench(any_of(absent("a", 60), all_of("b", "c", within=30), by="k"))
+    async with bench.running() as app:
+        await app.accept(*(Event(id=f"b{n}", source="/test", type="b", data={"k": str(n)}) for n in range(1000)))
+        assert (await sound(app))["pending"] == 1000
+        await bench.clock.advance(31)
+        assert (await sound(app))["suppressed"] == 1000
+        await app.accept(*(Event(id=f"a{n}", source="/test", type="a", data={"k": str(n)}) for n in range(1000)))
+        await bench.clock.advance(61)
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1000, 1000, 0)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("seed", range(2))
+async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_path: Path) -> None:
+    """Random events, late and repeated, of two keys, in several lives: the runs are the machine's, the sum holds throughout."""
+    draw = random.Random(seed)
+    pattern = msgspec.structs.replace(PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k")
+    bench = Bench(pattern, tmp_path / "story.db")
+    plain = {key: Life(joined(pattern).machine) for key in "xy"}
+    kinds = [leaf.label for leaf in pattern.leaves]
+    sent: list[tuple[str, str, float]] = []
+    for _ in range(3):
+        async with bench.running() as app:
+            for _ in range(draw.randint(4, 12)):
+                await bench.clock.advance(draw.choice([0, 0, 1, 2, 4]))
+                if sent and draw.random() < 0.2:
+                    await bench.send(app, draw.choice(sent)[0])
+                    continue
+                ident, key, ago = f"{draw.choice(kinds)}{len(sent) + 1}", draw.choice("xy"), draw.choice([0, 0, 1, 3, 8])
+                await bench.send(app, ident, key=key, ago=ago)
+                now = bench.clock.now()
+                plain[key].receive(kinds.index(ident[0]), Item(now - ago * S, now, (len(sent) + 1,)), twice=False)
+                sent.append((ident, key, ago))
+            await drain(app, advance=False)
+            await sound(app)
+    async with bench.running() as app:
+        await bench.clock.advance(100)
+        counts = await sound(app)
+        assert counts["pending"] == 0 and counts["accepted"] == len(sent)
+    for life in plain.values():
+        life.advance(bench.clock.now())
+    expected = sorted([sent[event - 1][0] for event in match.events] for life in plain.values() for match in life.matches)
+    assert sorted(bench.groups) == expected
 
 
 async def test_a_deadline_that_is_missed_is_an_event(tmp_path: Path) -> None:

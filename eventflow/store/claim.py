@@ -52,7 +52,8 @@ _decode = msgspec.json.Decoder(list[_Group]).decode
 
 def claim(tx: Transaction, op: Claim) -> Claimed:
     """Takes up to `op.limit` due runs for the caller: each becomes RUNNING under a new token."""
-    awake = tx.herald is not None and wake(tx, tx.herald)
+    if tx.herald is not None:
+        wake(tx, tx.herald)
     text = tx.connection.execute(_GROUPS, {"now": tx.now, "most": op.limit + 1}).fetchone()[0]
     groups = _decode(text)
     queues, more = _queues(groups, op)
@@ -61,7 +62,7 @@ def claim(tx: Transaction, op: Claim) -> Claimed:
     due = [group.next_due for group in groups if group.next_due is not None and group.next_due != NEVER]
     if (pattern := next_due(tx)) is not None:
         due.append(pattern)
-    return Claimed(_start(tx, chosen), more or awake, min(due, default=None))
+    return Claimed(_start(tx, chosen), more, min(due, default=None))
 
 
 def _queues(groups: Sequence[_Group], op: Claim) -> tuple[list[list[int]], bool]:

@@ -71,8 +71,8 @@ def weave(tx: Transaction, arrival: Arrival, event: int, *, known: bool = False)
     return _retold(arrival, told, matches)
 
 
-def wake(tx: Transaction, herald: Herald) -> bool:
-    """Moves the patterns on that are due; whether there are more. One whose code is not there is left until it is."""
+def wake(tx: Transaction, herald: Herald) -> None:
+    """Moves patterns on that are due, the first of them if they are many. One whose code is not there is left until it is."""
     due = tx.connection.execute(_DUE, (tx.now, AT_ONCE)).fetchall()
     for row in due:
         strand = tx.strands.get((row[0], row[1])) or _know(tx, *row)
@@ -87,13 +87,12 @@ def wake(tx: Transaction, herald: Herald) -> bool:
             tx.add_match(match)
     if due:
         tx.flush()
-    return len(due) == AT_ONCE
 
 
 def next_due(tx: Transaction) -> int | None:
-    """When the next pattern is due, after now."""
-    asked = "SELECT min(due_at) FROM patterns INDEXED BY patterns_due WHERE due_at > ? AND due_at < ?"
-    found: int | None = tx.connection.execute(asked, (tx.now, NEVER)).fetchone()[0]
+    """When the next pattern is due; in the past if `wake` has left some."""
+    asked = "SELECT min(due_at) FROM patterns INDEXED BY patterns_due WHERE due_at < ?"
+    found: int | None = tx.connection.execute(asked, (NEVER,)).fetchone()[0]
     return found
 
 
