@@ -177,10 +177,12 @@ class Desk:
 
     async def _sample(self, event: Event) -> Sample:
         found = self._rows(event)
-        rows = await found if isawaitable(found) else found
-        watched = self._setting.watched
-        values = [[compact(each, each.value(row)) for each in watched] for row in rows]
+        rows = list(await found if isawaitable(found) else found)
+        values = self._values(rows) if len(rows) < MANY else await asyncio.to_thread(self._values, rows)
         return Sample(values, self._clock.now() if event.time is None else to_us(event.time))
+
+    def _values(self, rows: Sequence[Row]) -> list[list[Any]]:
+        return [[compact(each, each.value(row)) for each in self._setting.watched] for row in rows]
 
     # ------------------------------------------------------------------------- one transaction
 
