@@ -16,6 +16,8 @@ from typing import Any
 import httpx2
 import msgspec
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
@@ -28,6 +30,8 @@ from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
 from tests.triggers.serving import digest, now, serving
 from triggers import Drift, DriftAlert, MLflow
+from triggers._drift.senders import read
+from triggers._drift.shape import to_event
 from triggers.drift import parse_alerts
 
 REPORTS = Path(__file__).parent / "drift_reports"
@@ -486,6 +490,56 @@ def test_unknown_shapes_are_dead_letters(body: bytes, named: str):
         assert len(hook.ledger.kept) == len(hook.dead)
 
     over_http(test)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something stands in a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, each in inside for place in places(each, (*path, key)))]
+
+
+def bent(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    changed[path[0]] = bent(value[path[0]], path[1:], new)
+    return changed
+
+
+KNOWN: list[Any] = [
+    group(alert(), alert("resolved")),
+    group(alert() | {"values": {"B": 1}}, orgId=1),
+    json.loads((REPORTS / "evidently_drifted.json").read_text()),
+    {"metrics": [{"metric": "T", "result": {"drift_share": 0.5, "drift_by_columns": {"a": {"drift_score": 1}}}}]},
+    {"model": "m", "chunks": json.loads((REPORTS / "nannyml_chunks.json").read_text())[:1]},
+    cloudwatch(),
+    sns("Notification", json.dumps(cloudwatch())),
+    {"detail-type": "t", "detail": {"alarmName": "a", "state": {"value": "OK", "reasonData": '{"recentDatapoints": [1]}'}},
+     "resources": ["r"], "time": "2026-11-22T10:00:00Z"},
+    {"entity": "model_version_tag", "action": "set", "data": {"key": "drift", "name": "m", "value": "0.3"}},
+    {"model": "m", "labels": {"a": "b"}, "findings": [{"feature": "f"}], "starts_at": "2026-11-22T10:00:00Z"},
+]  # fmt: skip
+ODD = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False), st.text(max_size=5), st.just([]),
+    st.just({}), st.just([1]), st.just({"a": [None]}), st.just("0001-01-01T00:00:00+14:00"),
+    st.just("9999-12-31T23:59:59-14:00"),
+)  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
+    """A known body with anything in any place of it is drifts that can be recorded, or a ValueError: never another error."""
+    body = data.draw(st.sampled_from(KNOWN))
+    for _ in range(data.draw(st.integers(1, 3))):
+        body = bent(body, data.draw(st.sampled_from(places(body))), data.draw(ODD))
+    try:
+        reading = read(json.dumps(body).encode())
+    except ValueError:
+        return
+    for drift in reading.drifts:
+        event = to_event(drift, "/hooks/drift")
+        assert Event.from_json(event.to_json()).id == event.id
 
 
 def test_options_that_do_not_fit():

@@ -5,12 +5,12 @@ alarm on it is the drift. ALARM is detected, OK resolved, INSUFFICIENT_DATA no d
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import orjson
 
-from triggers._drift.reading import moment, number, point, status, table, text, texts
+from triggers._drift.reading import listed, moment, number, point, status, table, text, texts
 from triggers._drift.shape import Drift, digest
 
 PREFIX = "feature_baseline_drift_"
@@ -21,7 +21,7 @@ def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
     """The JSON inside an SNS notification of an alarm."""
     trigger = table(point(message, "/Trigger", "the alarm"), "Trigger")
     dimensions: dict[str, Any] = {}
-    for each in cast(Sequence[Any], trigger.get("Dimensions") or ()):
+    for each in listed(trigger.get("Dimensions") or [], "Trigger/Dimensions"):
         named = table(each, "Trigger/Dimensions")
         dimensions[str(named.get("name") or named.get("Name"))] = named.get("value") or named.get("Value")
     reason = str(message.get("NewStateReason") or "")
@@ -45,10 +45,10 @@ def read_eventbridge(message: Mapping[str, Any]) -> Drift:
     state = table(point(detail, "/state", "detail"), "detail/state")
     metric = _first_metric(detail)
     data = _reason_data(state)
-    recent = cast(Sequence[Any], data.get("recentDatapoints") or ())
+    recent = listed(data.get("recentDatapoints") or [], "detail/state/reasonData/recentDatapoints")
     return _drift(
         name=text(detail.get("alarmName"), "detail/alarmName"),
-        arn=next(iter(cast(Sequence[str], message.get("resources") or ())), ""),
+        arn=str(next(iter(listed(message.get("resources") or [], "resources")), "")),
         state=point(detail, "/state/value", "detail"),
         since=state.get("timestamp") or point(message, "/time"),
         metric=str(metric.get("name") or ""),

@@ -5,7 +5,7 @@ Everything raises ValueError with what was expected and where; the endpoint make
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, cast
 
 from eventflow.event import parse_time
@@ -74,20 +74,20 @@ def number(value: Any) -> float | None:
         return None
     try:
         found = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
 
 
 def moment(value: Any, where: str) -> datetime | None:
-    """An RFC 3339 time; None for an absent one and for Alertmanager's zero."""
+    """An RFC 3339 time, in UTC; None for an absent one and for Alertmanager's zero."""
     if value is None or value in ("", NEVER):
         return None
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected an RFC 3339 time, found {value!r}")
     try:
-        return parse_time(value)
-    except ValueError as error:
+        return parse_time(value).astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 

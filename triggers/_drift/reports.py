@@ -6,11 +6,11 @@ report is one drift: its worst feature on top, every drifted one in `findings`. 
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
-from triggers._drift.reading import moment, number, point, table, text
+from triggers._drift.reading import listed, moment, number, point, table, text
 from triggers._drift.shape import Drift, Finding, Window, digest
 
 DRIFT_SHARE = 0.5
@@ -31,7 +31,7 @@ class Judged(Finding, frozen=True, kw_only=True):
 
 def read_evidently(report: Mapping[str, Any]) -> Drift:
     """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to 0.6 (`metric`, `result`)."""
-    metrics = [table(each, "metrics") for each in cast(list[Any], report["metrics"])]
+    metrics = [table(each, "metrics") for each in listed(report["metrics"], "metrics")]
     share, limit, columns = _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
     if not columns:
         raise ValueError("metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither")
@@ -100,7 +100,7 @@ def _excess(finding: Finding) -> float:
 def read_nannyml(body: Any) -> list[Drift]:
     """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`. One drift per chunk."""
     report: Mapping[str, Any] = {"chunks": body} if isinstance(body, list) else body
-    rows = [table(row, "chunks") for row in cast(list[Any], report["chunks"])]
+    rows = [table(row, "chunks") for row in listed(report["chunks"], "chunks")]
     return [_chunk(report, row) for row in rows if row.get("chunk_period", row.get("period", "analysis")) == "analysis"]
 
 

@@ -7,7 +7,7 @@ told of, so that a sender's repeats are duplicates.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 import msgspec
@@ -104,7 +104,7 @@ def to_event(drift: Drift, source: str, *, ident: str | None = None) -> Event:
 
 def identity(drift: Drift) -> str:
     """What is known of one alert's one state: the same for every repeat of it."""
-    since = drift.starts_at.astimezone(UTC).isoformat() if drift.starts_at else ""
+    since = drift.starts_at.isoformat() if drift.starts_at else ""
     text = f"{drift.fingerprint}@{since}/{drift.status}"
     return text if len(text) <= MAX_TEXT else digest(text)
 
