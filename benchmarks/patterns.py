@@ -19,8 +19,10 @@ from eventflow.routing import Router
 from eventflow.run import Ids
 from eventflow.store.base import Arrival
 from eventflow.store.migrate import migrations
-from eventflow.store.ops import deliver, gathered, know_patterns, know_windows, weave
+from eventflow.store.ops import deliver
 from eventflow.store.transaction import TOTALS, Transaction
+from eventflow.store.weaving import know_patterns, weave
+from eventflow.store.windows import gathered, know_windows
 
 FIGURES = (
     Figure(key="machine", what="count: the machine alone", unit="/s", floor=50_000, goal=200_000, combine=alone),

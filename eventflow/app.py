@@ -130,12 +130,12 @@ class App:
         `where`: an EventBridge pattern over the data, or a quick plain callable. `params`: a callable from the event to the
         flow's arguments, instead of binding by name. `key`: events of equal keys run one after another. `deliver`: how many
         events make a run (`Each()`, `Batch(...)`, `Debounce(...)`, `Latest()`, `Singleflight()`). UsageError says what does
-        not fit. A pattern over several events stands where a trigger does, and says all of that but `priority` in its parts.
+        not fit. A pattern over several events stands where a trigger does, and has its own `where` and `by`.
         """
         if isinstance(trigger, Pattern):
-            if where or params or key or types or deliver or on_failure != "continue":
-                raise UsageError(f"{trigger.label}: where and by are said in its parts; it takes priority= and name= only")
-            self._on_pattern(trigger, flow, priority, name)
+            if where or params or key or types or on_failure != "continue":
+                raise UsageError(f"{trigger.label}: where and by are said in its parts; it takes priority=, deliver= and name=")
+            self._on_pattern(trigger, flow, priority, deliver, name)
             return
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
@@ -152,11 +152,13 @@ class App:
         self._names.add(made.name)
         self._subscriptions.append(made)
 
-    def _on_pattern(self, pattern: Pattern, flow: Flow[..., Any], priority: int | None, name: str | None) -> None:
+    def _on_pattern(
+        self, pattern: Pattern, flow: Flow[..., Any], priority: int | None, deliver: Delivery | None, name: str | None
+    ) -> None:
         for each in pattern.triggers:
             self._add_trigger(each)
         self.add(flow)
-        made = join(joined(pattern), flow, priority=priority, name=name, taken=self._names)
+        made = join(joined(pattern), flow, priority=priority, deliver=deliver, name=name, taken=self._names)
         self._names.add(made.name)
         self._subscriptions.append(made)
 

@@ -77,6 +77,11 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.kind}({', '.join(each.label for each in self.parts)})"
 
     @property
+    def is_daily(self) -> bool:
+        """Whether it, or a pattern in it, has a deadline each day."""
+        return bool(self.at) or any(isinstance(each, Pattern) and each.is_daily for each in self.parts)
+
+    @property
     def leaves(self) -> list[Part]:
         """Its parts, and the parts of the patterns in it, in order."""
         return [leaf for each in self.parts for leaf in (each.leaves if isinstance(each, Pattern) else [each])]
@@ -190,6 +195,8 @@ def _keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
     if unknown := set(named) - set(labels):
         raise UsageError(f"by= names {', '.join(sorted(unknown))}; expected parts among {', '.join(labels)}")
     given = [leaf.by or named.get(leaf.label) for leaf in pattern.leaves]
+    if any(given) and pattern.is_daily:
+        raise UsageError(f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together with by=")
     missing = [leaf.label for leaf, key in zip(pattern.leaves, given, strict=True) if key is None]
     if by is not None and missing:
         raise UsageError(f"by= says no key for {', '.join(missing)}")

@@ -110,7 +110,10 @@ class Router:
     def _silence(self, subscription: Subscription, event: Event) -> Arrival:
         """The event that stands for what did not come, and its run."""
         delivery = _Delivery(self, event, self._clock.now(), None, 0)
-        delivery.start(subscription.name, subscription.flow, subscription.priority, None, None, State.PENDING)
+        delivery.start(
+            subscription.name, subscription.flow, subscription.priority, subscription.lane, None, State.PENDING,
+            subscription.gather,
+        )  # fmt: skip
         return delivery.arrival(EMIT, event.to_json(), None)
 
     def arrive_flow(

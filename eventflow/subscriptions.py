@@ -130,9 +130,7 @@ def subscribe(
         raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
-    mode = deliver or Each()
-    if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}")
+    mode = _mode(deliver)
     if params is not None and mode.gather() is not None:
         raise UsageError(f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]")
     unique = _unique(name or f"{trigger}/{flow.name}", taken)
@@ -152,12 +150,17 @@ def subscribe(
 
 
 def join(
-    joined: Joins, flow: FlowLike, *, priority: int | None = None, name: str | None = None, taken: Collection[str] = ()
-) -> Subscription:
+    joined: Joins, flow: FlowLike, *, priority: int | None = None, deliver: Delivery | None = None, name: str | None = None,
+    taken: Collection[str] = (),
+) -> Subscription:  # fmt: skip
     """A pattern's subscription. Its name is `PATTERN/FLOW`, or what is given."""
+    mode = _mode(deliver)
     unique = _unique(name or f"{joined.label}/{flow.name}", taken)
     level = flow.priority if priority is None else priority
-    return Subscription(name=unique, trigger="", flow=flow, priority=level, joined=joined)
+    return Subscription(
+        name=unique, trigger="", flow=flow, priority=level, joined=joined, gather=mode.gather(),
+        lane=unique if mode.one_at_a_time else None,
+    )  # fmt: skip
 
 
 def outlet(
@@ -171,6 +174,13 @@ def outlet(
         wildcard(wanted, "types")
     unique = _unique(name or f"{'dead' if dead else EMIT}/{sink.name}", taken)
     return Outlet(name=unique, sink=sink, types=kinds, filter=compile_filter(where), dead=dead)
+
+
+def _mode(deliver: Delivery | None) -> Delivery:
+    mode = deliver or Each()
+    if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise UsageError(f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}")
+    return mode
 
 
 def _unique(name: str, taken: Collection[str]) -> str:

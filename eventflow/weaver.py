@@ -58,20 +58,25 @@ class Weaver:
         return Woven(
             state if is_open else None,
             machine.due(state) if is_open else NEVER,
-            [self._match(owner, item, now) for item in step.matches if item.events],
+            [self._match(owner, key, item, now) for item in step.matches if item.events],
             [self._silence(owner, key, item) for item in step.matches if not item.events],
             step.lapsed,
             step.freed,
             is_anew,
         )
 
-    def _match(self, owner: Subscription, item: Item, now: int) -> Match:
+    def _match(self, owner: Subscription, key: str, item: Item, now: int) -> Match:
+        """With a delivery mode the runs of one key follow one another."""
+        gather = owner.gather
         run = Run(
             id=self._ids.next(now), flow=owner.flow.name, created_at=now, due_at=now, event=item.held or item.events[0],
             subscription=owner.name, state=RunState.HELD if item.held else RunState.PENDING, priority=owner.priority,
-            depth=item.depth, mode="pattern",
+            depth=item.depth, mode="pattern" if gather is None else gather.mode,
+            lane=None if gather is None else key or owner.lane,
         )  # fmt: skip
-        return Match(run, item.events, item.size)
+        if gather is not None and gather.size > len(item.events):
+            run.due_at += gather.wait
+        return Match(run, item.events, item.size, gather)
 
     def _silence(self, owner: Subscription, key: str, item: Item) -> Arrival:
         due, (_, joined) = to_datetime(item.time), self._known[owner.name]

@@ -8,7 +8,22 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from eventflow import App, Event, UsageError, absent, all_of, any_of, count, current_run, flow, part, sequence
+from eventflow import (
+    App,
+    Batch,
+    Event,
+    Singleflight,
+    UsageError,
+    absent,
+    all_of,
+    any_of,
+    count,
+    current_run,
+    flow,
+    part,
+    sequence,
+    sleep,
+)
 from eventflow.clock import to_datetime
 from eventflow.matching import Item
 from eventflow.patterns import Pattern, joined
@@ -27,11 +42,14 @@ class Bench:
         self.clock, self.path, self.pattern, self.more = VirtualClock(), path, pattern, more
         self.began = self.clock.now()
         self.given: list[tuple[float, list[str]]] = []
+        self.lasts = 0.0
 
     def app(self) -> App:
         @flow
         async def act(events: list[Event]) -> int:
             self.given.append((self.passed, [event.id for event in events]))
+            if self.lasts:
+                await sleep(self.lasts)
             return len(events)
 
         app = App("patterns")
@@ -357,6 +375,47 @@ async def test_a_replay_gives_the_event_again() -> None:
         counts = await sound(app)
         assert (counts["completed"], counts["pending"], counts["suppressed"]) == (4, 0, 1)
     assert bench.groups == [["a1", "a2"], ["a1", "a2"]]
+
+
+async def test_p6_matches_make_one_run_at_a_time(tmp_path: Path) -> None:
+    """With Singleflight, what matches while a run works makes one successor, that has the events of all; also across lives."""
+    bench = Bench(count("a", 2, within=600), tmp_path / "patterns.db", deliver=Singleflight())
+    bench.lasts = 100
+    async with bench.running() as app:
+        await bench.send(app, "a1", "a2")
+        await bench.clock.advance(1)
+        await bench.send(app, "a3", "a4", "a5", "a6", "a7")
+        await bench.clock.advance(1)
+        assert bench.groups == [["a1", "a2"]]
+        first, second = sorted(run["id"] for run in await app.store.runs())
+        assert [await verdict(app, f"a{n}") for n in (1, 4, 5, 6)] == [
+            ("joined", first), ("joined", second), ("joined", second), ("joined", second)
+        ]  # fmt: skip
+        assert (await sound(app))["pending"] == 7
+    async with bench.running() as app:
+        await bench.send(app, "a8")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["pending"], counts["runs"]) == (8, 0, 2)
+    assert bench.groups[-1] == ["a3", "a4", "a5", "a6", "a7", "a8"]
+
+
+async def test_windows_of_matches_are_of_one_key() -> None:
+    """With Batch and by=, each key has a window of its own; one that lapses in time is not in it."""
+    bench = Bench(all_of("a", "b", within=5, by="k"), deliver=Batch(4, within=60))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "b1", key="x")
+        await bench.send(app, "a2", "b2", key="y")
+        await bench.send(app, "a3", key="x")
+        await bench.clock.advance(10)
+        assert bench.groups == []
+        await bench.send(app, "a4", "b4", key="x")
+        await bench.clock.advance(1)
+        assert bench.given == [(10.0, ["a1", "b1", "a4", "b4"])]
+        await bench.clock.advance(60)
+        assert bench.given[1] == (60.0, ["a2", "b2"])
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (6, 1, 0)
 
 
 def test_what_a_pattern_does_not_take() -> None:

@@ -391,6 +391,7 @@ def test_mistakes_are_said_when_a_pattern_is_written() -> None:
         (lambda: all_of("a", "b", within=5, by={"c": "id", "a": "id", "b": "id"}), "by= names c"),
         (lambda: all_of("a", count("b", 2, within=5, by="id"), within=5), "outermost"),
         (lambda: all_of("a", "b", within=5, lateness=-1), "negative"),
+        (lambda: any_of("a", absent("b", by="06:00"), by="id"), "of no key"),
         (lambda: part(5), "a trigger, an event type"),  # type: ignore[arg-type]
         (lambda: part("a", where={"x": [{"bogus": 1}]}), "bogus"),
     ):

@@ -18,41 +18,9 @@ from eventflow.errors import StoreError, StoreFull
 from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Outcome, Run, State
+from eventflow.store.joining import Fact, Gather, Match
 
 # --------------------------------------------------------------------------- what goes in
-
-
-class Gather(msgspec.Struct, frozen=True):
-    """How an event may join a run that is recorded and has not begun (delivery.py). Durations in microseconds.
-
-    The run of the first event is due `wait` later; with `renewed` each further event puts that off, to at most `longest` after
-    the first. With `size` events it is due at once, and full.
-    """
-
-    mode: str
-    size: int
-    wait: int = 0
-    longest: int = 0
-    renewed: bool = False
-
-
-class Fact(msgspec.Struct, frozen=True):
-    """An event for a pattern: which part it is of, under which key, and when it happened. `held`: its trigger is paused."""
-
-    subscription: str
-    key: str
-    leaf: int
-    time: int
-    held: bool = False
-    depth: int = 0
-
-
-class Match(msgspec.Struct, frozen=True):
-    """The run of a pattern that has matched, the events it is of, and their bytes."""
-
-    run: Run
-    events: Sequence[int]
-    size: int
 
 
 class Arrival(msgspec.Struct, kw_only=True):

@@ -17,10 +17,11 @@ from eventflow.run import DEATHS, Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
 from eventflow.store.load import load_journal
-from eventflow.store.ops import answer, deliver, forget, gathered, know_windows
+from eventflow.store.ops import answer, deliver, forget
 from eventflow.store.rows import Row
 from eventflow.store.transaction import Transaction
 from eventflow.store.weaving import arm, know_patterns, weave
+from eventflow.store.windows import gathered, know_windows
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
 

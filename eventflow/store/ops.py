@@ -7,9 +7,6 @@ in the transaction, which `Transaction.flush` writes. Claims come last in a batc
 from collections.abc import Iterable, Sequence
 from typing import Any, assert_never
 
-import msgspec
-import orjson
-
 from eventflow.event import Receipt
 from eventflow.journal import Entry, Kind
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, State, Suspended, show_id
@@ -19,7 +16,6 @@ from eventflow.store.base import (
     Appended,
     Arrival,
     Ended,
-    Gather,
     Herald,
     Mark,
     Record,
@@ -27,9 +23,10 @@ from eventflow.store.base import (
     Settle,
     Settled,
 )  # fmt: skip
-from eventflow.store.rows import Known, Row, WindowRow
+from eventflow.store.rows import Known, Row
 from eventflow.store.transaction import Transaction
 from eventflow.store.weaving import know_patterns, weave
+from eventflow.store.windows import gathered, know_windows
 
 WriteOp = Record | Append | Mark | Settle
 
@@ -67,19 +64,6 @@ def know_events(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds which of these events are already in the ledger."""
     for text in rows.known_events.read(tx.connection, [(arrival.key,) for arrival in arrivals]):
         tx.known.update((bytes.fromhex(known.key), known) for known in rows.decode_known(text))
-
-
-def know_windows(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
-    """Finds the windows that these events may join, and their runs."""
-    names = {
-        (run.subscription, run.lane or "") for arrival in arrivals if arrival.gathers for run in arrival.runs
-        if run.id in arrival.gathers
-    }  # fmt: skip
-    if not names:
-        return
-    for text in rows.known_windows.read(tx.connection, list(names)):
-        tx.windows.update(((window.subscription, window.lane), window) for window in rows.decode_windows(text))
-    tx.fetch([window.run for window in tx.windows.values()])
 
 
 def _fetch_later(tx: Transaction, settles: Iterable[Settle]) -> None:
@@ -137,45 +121,6 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
     return Receipt(arrival.id, arrival.event_id, matched=len(arrival.runs))
 
 
-def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
-    """The arrival as it is once its event has joined the windows that are open, with what it then starts and tells."""
-    joined: dict[int, int] = {}
-    runs: list[Run] = []
-    for run in arrival.runs:
-        gather = arrival.gathers.get(run.id)
-        window = None if gather is None else tx.windows.get((run.subscription, run.lane or ""))
-        row = None if window is None else tx.row(window.run)
-        if gather is None or window is None or row is None or not _is_open(gather, window, row) or _is_in(tx, row, event):
-            runs.append(run)
-            continue
-        joined[run.id] = row.id
-        tx.join(window, row, event, len(arrival.body), _due(gather, window, row, arrival.received_at))
-    verdicts = arrival.verdicts
-    if joined:
-        told = [[name, "joined", joined[what]] if what in joined else [name, fate, what]
-                for name, fate, what in orjson.loads(verdicts)]  # fmt: skip
-        verdicts = orjson.dumps(told)
-    return msgspec.structs.replace(arrival, runs=runs, verdicts=verdicts)
-
-
-def _is_open(gather: Gather, window: WindowRow, row: Row) -> bool:
-    """Whether the window's run has neither begun nor ended, and has room."""
-    return row.token == 0 and row.state in (State.PENDING, State.HELD) and window.count < gather.size
-
-
-def _is_in(tx: Transaction, row: Row, event: int) -> bool:
-    """Whether the event is in this run already: it is replayed, and then begins a window of its own."""
-    asked = "SELECT 1 FROM members WHERE run = ? AND event = ?"
-    return row.event == event or (event in tx.replayed and tx.connection.execute(asked, (row.id, event)).fetchone() is not None)
-
-
-def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:
-    """When the run is due, now that another event is in it."""
-    if window.count + 1 >= gather.size:
-        return 0
-    return min(now + gather.wait, window.opened_at + gather.longest) if gather.renewed else row.due_at
-
-
 def announce(tx: Transaction, herald: Herald) -> None:
     """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come."""
     ended, tx.ended = tx.ended, []
@@ -200,9 +145,8 @@ def announce(tx: Transaction, herald: Herald) -> None:
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
     """The runs, dead letters, letters and tally of an arrival, on the event with this ledger id."""
     for run in arrival.runs:
-        if (match := arrival.matches.get(run.id)) is not None:
-            tx.add_match(match)
-            continue
+        if run.id in arrival.matches:
+            continue  # weaving.py has seen to it
         run.event = event
         if run.id in arrival.gathers:
             tx.open_window(run, arrival.body, arrival.received_at)

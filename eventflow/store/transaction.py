@@ -223,15 +223,22 @@ class Transaction:
         self.totals["suppressed"] += deliveries
         self.totals["pending_bytes"] -= size
 
-    def add_match(self, match: Match) -> None:
-        """The run of a pattern; its deliveries are pending and its bytes counted already."""
+    def add_match(self, match: Match, at: int) -> None:
+        """The run of a pattern, as a window if others may join; its deliveries are pending and its bytes counted already."""
         run, events = match.run, match.events
         run.deliveries = len(events)
         self.add_run(run, None)
-        row = self._rows.get(run.id) or rows.fresh_row(run, 0, 0)
+        row = self._rows.get(run.id)
+        if row is None:
+            row = rows.fresh_row(run, 0 if run.due_at <= self.now else run.due_at, 0)
+            row.blocked = int(run.lane is not None)
         self._rows[run.id] = self._grown[run.id] = row
         row.deliveries, row.size = len(events), match.size
         self._members += [(run.id, event) for event in events if event != run.event]
+        if match.gather is not None:
+            name = (run.subscription, run.lane or "")
+            self.windows[name] = WindowRow(*name, run.id, len(events), at)
+            self._opened.add(name)
 
     def put_strand(self, strand: Strand, state: Any, due: int) -> None:
         """What is open of a pattern now; None: nothing is."""

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import orjson
 
-from eventflow.run import Run
 from eventflow.store import rows
 from eventflow.store.base import Arrival, Herald, Match, Woven
 from eventflow.store.rows import NEVER
 from eventflow.store.transaction import Strand, Transaction
+from eventflow.store.windows import place
 
 AT_ONCE = 256
 """Patterns that one claim moves on because they are due."""
@@ -66,8 +66,9 @@ def weave(tx: Transaction, arrival: Arrival, event: int, *, known: bool = False)
             _void(tx, strand, "its pattern was changed")
         tx.hold_fact(strand, event, size)
         _take(tx, strand, woven)
-        matches += woven.matches
-        told[name] = _told(woven, name, event)
+        placed = {match.run.id: place(tx, match, arrival.received_at) for match in woven.matches}
+        matches += [match for match in woven.matches if placed[match.run.id] == match.run.id]
+        told[name] = _told(woven, name, event, placed)
     return _retold(arrival, told, matches)
 
 
@@ -84,7 +85,7 @@ def wake(tx: Transaction, herald: Herald) -> None:
             _void(tx, strand, "its pattern was changed")
         _take(tx, strand, woven)
         for match in woven.matches:
-            tx.add_match(match)
+            place(tx, match, tx.now)
     if due:
         tx.flush()
 
@@ -127,19 +128,16 @@ def _void(tx: Transaction, strand: Strand, reason: str) -> None:
         tx.suppress(1, size)
 
 
-def _told(woven: Woven, name: str, event: int) -> list[Any]:
+def _told(woven: Woven, name: str, event: int, placed: dict[int, int]) -> list[Any]:
     """The verdict of the event that has just come."""
     for match in woven.matches:
         if event in match.events:
-            return _begun(name, match.run, event)
+            run = placed[match.run.id]
+            return [name, "run" if run == match.run.id and match.run.event == event else "joined", run]
     for lapsed, reason in woven.lapsed:
         if lapsed == event:
             return [name, "lapsed", reason]
     return [name, "waits", "for what its pattern still lacks"]
-
-
-def _begun(name: str, run: Run, event: int) -> list[Any]:
-    return [name, "run" if run.event == event else "joined", run.id]
 
 
 def _retold(arrival: Arrival, told: dict[str, list[Any]], matches: list[Match]) -> Arrival:
