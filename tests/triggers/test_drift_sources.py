@@ -1,6 +1,7 @@
 """A monitor over other triggers: a Kafka topic on a real broker, objects in a real S3; and a flow that resets the reference."""
 
 import asyncio
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import msgspec
 import numpy as np
 import orjson
 import pytest
+from starlette.routing import Mount
 
 from eventflow import App, flow, task
 from eventflow.event import Event
@@ -18,7 +20,8 @@ from tests.brokers import Broker, some_broker
 from tests.conftest import eventually
 from tests.triggers.contract import Ledger, listening
 from tests.triggers.kafka_topic import Topic
-from triggers import S3, Drift, DriftMonitor
+from tests.triggers.serving import serving
+from triggers import S3, Drift, DriftAlert, DriftMonitor
 
 __all__ = ["ministack"]
 
@@ -103,6 +106,41 @@ def test_objects_that_arrive_are_batches(ministack: Aws):
             await asyncio.to_thread(bucket.put, "in/b.json", orjson.dumps(rows(4, 800, 1.0)))
             await eventually(lambda: ledger.kept, "the drifted one is told", within=60)
         assert memory(ledger)["judged"] == 2 and len(ledger.kept) == 1
+
+    asyncio.run(main())
+
+
+def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
+    """A topic that is subscribed over HTTP asks, is told yes, and its alarm is one event; one of another topic is refused."""
+    alarm = {
+        "AlarmName": "prices", "NewStateValue": "ALARM", "StateChangeTime": "2026-11-22T10:00:00.000+0000",
+        "Trigger": {"MetricName": "feature_baseline_drift_amount", "Dimensions": [], "Threshold": 0.2},
+    }  # fmt: skip
+
+    async def main() -> None:
+        topics = [ministack.sns.create_topic(Name=f"drift-{name}")["TopicArn"] for name in ("ours", "theirs")]
+        sns = ministack.url.replace("127.0.0.1", "localhost")  # as it calls itself
+        trigger, ledger = DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns), Ledger()
+        asked = list[int]()
+
+        async def counting(scope: Any, receive: Any, send: Any) -> None:
+            async def seen(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    asked.append(message["status"])
+                await send(message)
+
+            await trigger(scope, receive, seen)
+
+        async with serving([Mount("/", counting)]) as port, listening(trigger, ledger):
+            for topic in topics:
+                endpoint = f"http://127.0.0.1:{port}/hooks/drift"
+                await asyncio.to_thread(ministack.sns.subscribe, TopicArn=topic, Protocol="http", Endpoint=endpoint)
+            await eventually(lambda: sorted(asked) == [200, 403], "both topics have asked")
+            for topic in topics:
+                await asyncio.to_thread(ministack.sns.publish, TopicArn=topic, Message=json.dumps(alarm))
+            await eventually(lambda: ledger.kept, "the alarm is an event")
+        (event,) = ledger.kept.values()
+        assert isinstance(event, Event) and event.data["sender"] == "sagemaker" and event.data["feature"] == "amount"
 
     asyncio.run(main())
 
