@@ -114,7 +114,8 @@ class Endpoint:
         if why and packed:
             why = self._verify.reason_to_refuse(headers, repeated, body, now)
         if why:
-            raise self._refused(Refused(401, "unauthorized", "the request could not be verified"), why)
+            asks = {"www_authenticate": self._verify.challenge} if self._verify.challenge else {}
+            raise self._refused(Refused(401, "unauthorized", "the request could not be verified", **asks), why)
         return body
 
     # ------------------------------------------------------------------------- into the ledger

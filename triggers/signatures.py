@@ -172,6 +172,12 @@ class Verify:
         """Every header that proves something; none of them is ever stored."""
         return [name for _, ways in self._checks for way, _ in ways for name in way.headers]
 
+    @property
+    def challenge(self) -> str | None:
+        """What a 401 asks for (RFC 9110): `Basic` or `Bearer`, where the proof is that. Some senders wait for it."""
+        schemes = [way.prefix.strip() for _, ways in self._checks for way, _ in ways if way.header == "authorization"]
+        return f'{schemes[0]} realm="hooks"' if schemes and schemes[0] else None
+
     def signed_id(self, headers: Mapping[str, str]) -> str | None:
         """The id that the signature covers. Ask after `reason_to_refuse`: another family's id header may be forged."""
         for _, ways in self._checks:

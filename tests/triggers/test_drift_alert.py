@@ -29,7 +29,7 @@ from eventflow.testing import drain, running
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
 from tests.triggers.serving import digest, now, serving
-from triggers import Drift, DriftAlert, MLflow
+from triggers import Drift, DriftAlert, MLflow, Token
 from triggers._drift.senders import read
 from triggers._drift.shape import to_event
 from triggers.drift import parse_alerts
@@ -385,6 +385,19 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
         assert len(visited) == 1
 
     asyncio.run(main())
+
+
+def test_sns_is_asked_for_its_password():
+    """SNS sends the user and password of the endpoint's URL only when a 401 asks for them."""
+    password = base64.b64encode(b"sns:s3cret").decode()
+
+    async def test(hook: Hook) -> None:
+        told = sns("Notification", json.dumps(cloudwatch()))
+        refused = await hook.post(told)
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, 'Basic realm="hooks"')
+        assert (await hook.post(told, authorization=f"Basic {password}")).status_code == 202
+
+    over_http(test, verify=Token(password, header="authorization", prefix="Basic "))
 
 
 # --------------------------------------------------------------------------- MLflow, everybody else
