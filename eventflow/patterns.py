@@ -22,11 +22,11 @@ import msgspec
 
 from eventflow.awaiting import Daily, Wait
 from eventflow.clock import Duration, microseconds, to_datetime, to_us
+from eventflow.digests import digest
 from eventflow.errors import UsageError
 from eventflow.event import Event, Recorded, Trigger
 from eventflow.filters import Where, compile_filter
 from eventflow.matching import MOST, AllOf, AnyOf, Count, Machine, Node
-from eventflow.results import digest
 from eventflow.subscriptions import EMIT, Key, Leaf, both, compile_key, hears
 
 By: TypeAlias = "Key | Mapping[str, Key]"

@@ -24,6 +24,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
+from eventflow.digests import digest
 from eventflow.errors import NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, UsageError, caught
 from eventflow.plain import SCALARS, TAGGED_TYPES, decode_tagged, encode_plain, encode_tagged, is_plain, same, type_name
 
@@ -34,11 +35,6 @@ _NULL = ("json", b"null")
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
 # What msgspec raises while it makes sense of an annotation: unsupported, unresolved or circular.
 _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
-
-
-def digest(*parts: bytes, size: int = 16) -> bytes:
-    """blake2b over the length-prefixed parts, so that `(a, bc)` and `(ab, c)` differ."""
-    return hashlib.blake2b(b"".join([len(part).to_bytes(8, "big") + part for part in parts]), digest_size=size).digest()
 
 
 # --------------------------------------------------------------------------- results

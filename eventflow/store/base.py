@@ -23,7 +23,7 @@ from eventflow.store.joining import Fact, Gather, Match
 # --------------------------------------------------------------------------- what goes in
 
 
-class Arrival(msgspec.Struct, kw_only=True):
+class Arrival(msgspec.Struct, gc=False):
     """One event (or dead letter) with all its verdicts and runs, ready to insert.
 
     `key`: 16-byte digest of (trigger, source, id), unique in the ledger. `digest`: 8-byte digest of the content, to tell a
@@ -229,7 +229,7 @@ class Herald(Protocol):
         pattern any more."""
         ...
 
-    def keep(self, subscription: str, state: Any) -> bytes:
+    def keep(self, subscription: str, key: str, state: Any) -> bytes:
         """What a store keeps of a state."""
         ...
 

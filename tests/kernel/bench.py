@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from eventflow.blobs import Blobs
+from eventflow.checkpoint import Checkpoints
 from eventflow.executor import Execution
 from eventflow.flow import Flow
 from eventflow.journal import Entry, Journal
@@ -48,6 +49,7 @@ class Bench:
     sink = None
     state = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
+    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
     flows: ClassVar[dict[str, Any]] = {}
 
     def __init__(

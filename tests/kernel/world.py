@@ -18,6 +18,7 @@ import msgspec
 import orjson
 
 from eventflow.blobs import Blobs
+from eventflow.checkpoint import Checkpoints
 from eventflow.errors import NotStorable, StoreError
 from eventflow.executor import Execution
 from eventflow.flow import Flow
@@ -106,6 +107,7 @@ class World:
     flows: ClassVar[dict[str, Any]] = {}
     failed: StoreError | None = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
+    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
