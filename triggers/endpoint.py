@@ -114,8 +114,8 @@ class Endpoint:
         if why and packed:
             why = self._verify.reason_to_refuse(headers, repeated, body, now)
         if why:
-            asks = {"www_authenticate": self._verify.challenge} if self._verify.challenge else {}
-            raise self._refused(Refused(401, "unauthorized", "the request could not be verified", **asks), why)
+            asked = {"www_authenticate": self._verify.challenge} if self._verify.challenge else dict[str, str]()
+            raise self._refused(_unauthorized(asked), why)
         return body
 
     # ------------------------------------------------------------------------- into the ledger
@@ -184,6 +184,11 @@ class Endpoint:
     def _log(self, event: str, **fields: Any) -> None:
         if self._intake is not None:
             self._intake.log.warning(event, path=self.path, **fields)
+
+
+def _unauthorized(asked: Mapping[str, str]) -> Refused:
+    """One answer, whatever was wrong with the proof."""
+    return Refused(401, "unauthorized", "the request could not be verified", hang_up=False, unread=False, **asked)
 
 
 def _full(full: StoreFull) -> Refused:

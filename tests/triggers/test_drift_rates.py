@@ -31,6 +31,7 @@ def window(rng: np.random.Generator, shift: float = 0.0) -> Sample:
     return Sample(rows.tolist(), 1)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("metric", ["psi", "ks"])
 def test_d6_false_alarms_keep_to_the_stated_rate(metric: str, capsys: pytest.CaptureFixture[str]):
     """Of 1,000 undrifted windows of 20 features, those with a significant one are inside the 99.9 % bound of `alpha`.
