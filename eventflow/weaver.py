@@ -20,18 +20,27 @@ SILENCE = "eventflow.absent"
 """The type of the event that stands for what did not come, where a pattern matches with no event of its own."""
 
 
+REMEMBERED = 4096
+"""States that are not read back from their bytes, if these are still what was kept."""
+
+
 class Weaver:
     """The patterns of an app. `tell` makes the arrival of a silence: an event, and the run it starts."""
 
     def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, tell: Callable[[Subscription, Event], Arrival]) -> None:
         self._known = {each.name: (each, each.joined) for each in subscriptions if each.joined is not None}
         self._ids, self._tell = ids, tell
+        self._kept: dict[tuple[str, str], tuple[bytes, State]] = {}
 
     def armed(self) -> Sequence[str]:
         return [name for name, (_, joined) in self._known.items() if joined.machine.is_armed]
 
-    def keep(self, subscription: str, state: State) -> bytes:
-        return self._known[subscription][1].machine.encode(state)
+    def keep(self, subscription: str, key: str, state: State) -> bytes:
+        kept = self._known[subscription][1].machine.encode(state)
+        if len(self._kept) >= REMEMBERED:
+            del self._kept[next(iter(self._kept))]
+        self._kept[subscription, key] = kept, state
+        return kept
 
     def weave(
         self, subscription: str, key: str, state: State | bytes | None, now: int, fact: Fact | None, event: int, size: int
@@ -40,7 +49,10 @@ class Weaver:
             return None
         owner, joined = self._known[subscription]
         machine, is_anew = joined.machine, False
-        if isinstance(state, bytes):
+        kept, last = self._kept.pop((subscription, key), (None, None))  # it is about to change, whatever becomes of the commit
+        if isinstance(state, bytes) and state == kept:
+            state = last
+        elif isinstance(state, bytes):
             try:
                 state = machine.decode(state)
             except msgspec.DecodeError:  # an older form of it

@@ -27,7 +27,10 @@ from eventflow import (
 from eventflow.clock import to_datetime
 from eventflow.matching import Item
 from eventflow.patterns import Pattern, joined
+from eventflow.routing import Router
+from eventflow.run import Ids
 from eventflow.store.audit import audit
+from eventflow.store.base import Fact
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.test_patterns import PATTERNS, Life, S
 from triggers import RunState
@@ -416,6 +419,23 @@ async def test_windows_of_matches_are_of_one_key() -> None:
         assert bench.given[1] == (60.0, ["a2", "b2"])
         counts = await sound(app)
         assert (counts["completed"], counts["suppressed"], counts["pending"]) == (6, 1, 0)
+
+
+def test_p2_what_did_not_become_durable_did_not_happen() -> None:
+    """A state that a failed transaction moved on is not gone on with: what is kept decides, also right after it was kept."""
+    router = Router(Bench(count("a", 3, within=60)).app().subscriptions, Ids(), VirtualClock())
+
+    def weave(state: Any, event: int) -> Any:
+        return router.weave("watch", "", state, event, Fact("watch", "", 0, event), event, 1)
+
+    first = weave(None, 1)
+    kept = router.keep("watch", "", first.state)
+    for _ in range(3):
+        failed = weave(kept, 2)
+        assert failed.matches == [] and weave(failed.state, 3).matches != []
+    again = weave(kept, 2)
+    assert router.keep("watch", "", again.state) != kept
+    assert [match.events for match in weave(router.keep("watch", "", again.state), 4).matches] == [(1, 2, 4)]
 
 
 def test_what_a_pattern_does_not_take() -> None:

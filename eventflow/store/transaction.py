@@ -352,7 +352,7 @@ class Transaction:
     def _strand_row(self, strand: Strand) -> Values:
         name, key, state = strand.subscription, strand.key, strand.state
         if self.herald is not None and not isinstance(state, bytes):
-            state = self.herald.keep(name, state)
+            state = self.herald.keep(name, key, state)
         return (name, key, strand.due, strand.waiting, rows.checksum(name, key, state), state)
 
     def _hand_over_woken(self) -> None:
