@@ -27,7 +27,7 @@ from eventflow.log import Where, get_logger, where
 from eventflow.pool import Pool
 from eventflow.results import encode_error
 from eventflow.run import DEATHS, Run
-from eventflow.store.base import Appended, Arrival, Mark, Refused
+from eventflow.store.base import Append, Appended, Arrival, Mark, Refused
 from eventflow.task import Call, TaskContext, enter_task, task_context
 
 ASKS = 3
@@ -110,7 +110,7 @@ class Attempts:
         where.set(host.here.during(name, call.attempt))
         call.body = TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}", None, call.fingerprint)
         enter_task(call.body)
-        enter_checkpoints(host.pool.checkpoints)
+        enter_checkpoints(host.pool.checkpoints, self._came_further if host.run.suspect else None)
 
     async def _attempt(self, call: Call) -> None:
         """Runs one body and records what came of it. Whatever it raises ends here."""
@@ -182,6 +182,21 @@ class Attempts:
         if not isinstance(reply, Appended):
             host.lost(reply)
             raise asyncio.CancelledError("lost the lease")
+
+    def _came_further(self) -> None:
+        """A suspect's body saved more than any before it did: the deaths so far were not its doing. From any thread."""
+        _tell(self._host.pool.loop, self._clear)
+
+    def _clear(self) -> None:
+        host = self._host
+        if host.run.suspect and host.takes():
+            host.pool.store.post(Append(host.run.id, host.run.token, (), proof=True), self._cleared, host.pool.loop)
+
+    def _cleared(self, reply: Appended | Refused | StoreError) -> None:
+        if isinstance(reply, Appended):
+            self._host.run.suspect = False
+        elif self._host.takes():
+            self._host.lost(reply)
 
     def _timed(self, call: Call) -> Awaitable[Any]:
         pool, timeout = self._host.pool, call.task.options.timeout

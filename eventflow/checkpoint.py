@@ -19,11 +19,12 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eventflow.digests import digest
 from eventflow.errors import CheckpointFailed, UsageError
 from eventflow.lineage import flow_loop
 from eventflow.log import get_logger
-from eventflow.results import digest, fingerprint_diff
-from eventflow.saved import Head, decode, encode, encode_path, seal, sync, unsealed
+from eventflow.results import fingerprint_diff
+from eventflow.saved import Head, decode, encode, encode_path, seal, step_of, sync, unsealed
 from eventflow.task import TaskContext, task_context
 
 LARGEST = 4 << 30
@@ -100,9 +101,17 @@ class Checkpoints:
 _place: ContextVar[Checkpoints | None] = ContextVar("eventflow_checkpoints", default=None)
 
 
-def enter_checkpoints(place: Checkpoints) -> None:
-    """Makes `place` the one that bodies of this contextvars context keep theirs in."""
+_further: ContextVar[Callable[[], None] | None] = ContextVar("eventflow_further", default=None)
+
+
+def enter_checkpoints(place: Checkpoints, further: Callable[[], None] | None) -> None:
+    """Makes `place` the one that a body of this contextvars context keeps its own in.
+
+    `further` is called, from any thread, when it has saved a step beyond all that were saved before it began.
+    """
     _place.set(place)
+    if further is not None:
+        _further.set(further)
 
 
 def checkpoint(name: str = "", *, keep: int = 1, largest: int = LARGEST) -> "Checkpoint":
@@ -143,7 +152,9 @@ class Checkpoint:
     def __init__(self, place: Checkpoints | None, context: TaskContext | None, folder: Path, keep: int, largest: int) -> None:
         self._place, self._context, self._folder, self._keep, self._largest = place, context, folder, keep, largest
         self._one = threading.Lock()  # two threads of one body save one after the other
-        self._told = self._cleared = self._rooted = False
+        self._told = self._cleared = self._saved = False
+        self._further = None if place is None else _further.get()
+        self._reached = -1
 
     @property
     def is_kept(self) -> bool:
@@ -212,7 +223,7 @@ class Checkpoint:
                     head = write(draft, self._make_room)
                     head.step, head.attempt, head.arguments = step, context.attempt, _text(context.arguments)
                     seal(draft, head)
-                    self._put(place, context, draft)
+                    self._put(place, context, draft, step)
                 except BaseException:
                     shutil.rmtree(draft, ignore_errors=True)
                     raise
@@ -225,21 +236,26 @@ class Checkpoint:
         for folder in (*reversed(above), self._folder):
             folder.mkdir(exist_ok=True, mode=0o700)
 
-    def _put(self, place: Checkpoints, context: TaskContext, draft: Path) -> None:
+    def _put(self, place: Checkpoints, context: TaskContext, draft: Path, step: int) -> None:
         """The moment in which it is there: before it the last one stands, after it this one."""
         with place.lock:
             self._refuse_if_over(context)
             known = self._whole()
+            if not self._saved:
+                self._reached = max(map(step_of, known), default=-1)
             number = int(known[-1].name) + 1 if known else 1
             draft.rename(self._folder / f"{number:08}")
         self._sync(place)
+        if self._further is not None and step > self._reached:
+            self._further()
+            self._further = None
         for older in known[: len(known) + 1 - self._keep]:
             place.remove(older)
 
     def _sync(self, place: Checkpoints) -> None:
         sync(self._folder)
-        if not self._rooted:  # its own folder, and those above it, may be new
-            self._rooted, above = True, self._folder
+        if not self._saved:  # its own folder, and those above it, may be new
+            self._saved, above = True, self._folder
             while above != place.directory.parent:
                 above = above.parent
                 sync(above)

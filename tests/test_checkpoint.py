@@ -399,15 +399,14 @@ async def test_begun_afresh_begins_at_the_beginning(tmp_path: Path):
 
 async def test_p7_a_thread_that_timed_out_saves_no_more(tmp_path: Path):
     """A thread cannot be stopped; what it still wants to save after its timeout is refused."""
-    release, refused = threading.Event(), []
+    release, tried, refused = threading.Event(), threading.Event(), []
 
     @task(timeout=0.3, retries=[0])
     def work() -> int:
         kept = checkpoint()
         if current_task().attempt == 2:
             release.set()
-            while not refused:
-                release.wait(0.01)
+            tried.wait(10)
             saved = kept.load()
             return saved.step if saved else 0
         kept.save({"by": 1}, step=1)
@@ -416,6 +415,7 @@ async def test_p7_a_thread_that_timed_out_saves_no_more(tmp_path: Path):
             kept.save({"by": 1}, step=99)
         except CheckpointFailed as error:
             refused.append(str(error))
+        tried.set()
         return 99
 
     @flow
@@ -549,6 +549,62 @@ def test_bounds_must_be_bounds(given: dict[str, Any]):
 
 
 # --------------------------------------------------------------------------- killed
+
+TRAINING = """
+import asyncio, os, sys, time
+from eventflow import App, checkpoint, flow, task
+
+@task
+def train(stuck: bool) -> list[int]:
+    kept = checkpoint()
+    pids, done = kept.load() or ([], 0)
+    for epoch in range(done + 1, 13):
+        kept.save([*pids, os.getpid()], step=1 if stuck else epoch)
+        print(epoch, flush=True)
+        if epoch % 2 == 0 and epoch < 12:
+            os._exit(9)  # two epochs in each life
+    return pids
+
+@flow
+async def fit(stuck: bool) -> int:
+    return len(await train(stuck))
+
+app = App("fit")
+
+async def main() -> None:
+    await app.open(store=sys.argv[1])
+    run = await app.start(fit, idempotency_key="one", stuck=sys.argv[2] == "stuck")
+    print("result", await run.result(), flush=True)
+    await app.close()
+
+app.add(fit)
+asyncio.run(main())
+"""
+
+
+def lives(folder: Path, how: str) -> tuple[list[list[str]], str]:
+    """What each life of TRAINING printed until one ended by itself, and that one's last error line."""
+    told: list[list[str]] = []
+    while len(told) < 10:
+        command = [sys.executable, "-c", TRAINING, f"sqlite:///{folder}/store.db", how]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        told.append(done.stdout.split("\n")[:-1])
+        if done.returncode != 9:
+            return told, done.stderr.strip().split("\n")[-1]
+    pytest.fail(f"it never ended: {told}")
+
+
+def test_a_training_that_comes_further_in_each_life_is_not_quarantined(tmp_path: Path):
+    """Five deaths of the process under one attempt do not condemn it: each life saved more than the one before."""
+    told, _ = lives(tmp_path, "healthy")
+    assert told == [["1", "2"], ["3", "4"], ["5", "6"], ["7", "8"], ["9", "10"], ["11", "12", "result 5"]]
+
+
+def test_a_training_that_comes_no_further_is_quarantined(tmp_path: Path):
+    """Saving the same step again in each life is no sign of life: what kills the process three times is dead."""
+    told, error = lives(tmp_path, "stuck")
+    assert len(told) == 5 and "RunDead" in error
+
 
 VICTIM = """
 import sys
