@@ -341,6 +341,26 @@ def test_the_first_rows_are_the_reference_and_a_new_one_can_be_learned():
     run(test, reference=2000)
 
 
+def test_a_new_reference_outlives_a_restart_and_the_given_one(tmp_path: Path):
+    """After `relearn` the reference that the app gives no longer counts, also after restarts while the new one is learned."""
+
+    async def main() -> None:
+        rng = np.random.default_rng(31)
+        async with watching(tmp_path / "a.db") as seen:
+            await seen.monitor.relearn()
+            await seen.send(normal(rng, 800, 5.0), id="a")
+        async with watching(tmp_path / "a.db") as seen:
+            assert seen.gauge("drift_rows_learning") == 800
+            await seen.send(normal(rng, 1200, 5.0), id="b")
+        async with watching(tmp_path / "a.db") as seen:
+            await seen.send(normal(rng, 3000, 5.0), id="c")
+            assert (seen.gauge("drift_windows_judged"), await seen.told()) == (3, [])
+            await seen.send(normal(rng, 2000, 0.0), id="d")
+            assert [drift.labels["reference"] for drift in await seen.told()] == ["2"]
+
+    asyncio.run(main())
+
+
 def test_other_features_begin_anew(tmp_path: Path):
     """When features or reference are others after a restart, what was counted is void and the reference's number rises."""
 

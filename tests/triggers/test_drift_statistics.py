@@ -51,6 +51,16 @@ def test_samples_agree_with_scipy():
         assert arrays.wasserstein(one, other) == pytest.approx(stats.wasserstein_distance(one, other), abs=EXACT)
 
 
+def test_wasserstein_is_evidentlys():
+    """In standard deviations of the reference it is what evidently 0.7.23 wrote for these data (`num_method="wasserstein"`)."""
+    rng = np.random.default_rng(7)
+    before = [rng.normal(10, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
+    after = [rng.normal(12, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
+    for one, other, expected in zip(before, after, (1.1799603668677907, 0.08173655497736874), strict=True):
+        _, deviation = arrays.spread(one)
+        assert arrays.wasserstein(one, other) / deviation == pytest.approx(expected, abs=EXACT)
+
+
 def test_d18_adwin_agrees_with_river():
     """On 20 seeded streams with changes, ADWIN sees the changes that river's sees, at the same sample."""
     for seed in range(20):
