@@ -409,6 +409,21 @@ def drifts(server: Served) -> list[dict[str, Any]]:
     return sorted(found, key=lambda event: event["id"])
 
 
+def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
+    """The shell lines that the example prints for its reader make the data, and an alert that trains and registers a model."""
+    head = (ROOT / "examples/drift_retrain.py").read_text().split('"""')[1]
+    assert "python examples/digits_model.py 900" in head
+    arrive(900, tmp_path)
+    send = head[head.index("    curl") : head.index("Watch")].replace("\\\\\n", "\\\n")
+    with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
+        where = str(server.http.base_url).rstrip("/")
+        subprocess.run(["bash", "-c", f"set -e; {send.replace('localhost:8710', where)}"], check=True, capture_output=True)
+        wait_until(partial(are_judged, server, 1), "the model is judged", within=60)
+    shown = [sys.executable, str(ROOT / "examples/model_registry.py"), "digits"]
+    told = subprocess.run(shown, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"champion: {registered(tmp_path)[0].stem}" in told and "'accuracy': 0.9" in told
+
+
 def are_judged(server: Served, models: int) -> bool:
     return server.states(flow="retrain") == ["completed"] * models == server.states(flow="announce")
 
