@@ -257,7 +257,7 @@ def test_what_matches_is_what_the_oracle_says(name: str) -> None:
     make = PATTERNS[name]
     leaves = len(make(5, 0).leaves)
 
-    @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+    @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large))
     @given(st.data(), histories(leaves, most=14), st.integers(1, 10), st.sampled_from([0, 0, 2, 5]))
     def check(data: st.DataObject, history: list[Sent], within: int, late: int) -> None:
         pattern = make(within, late)

@@ -539,7 +539,7 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=600, deadline=None, suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large))
 @given(st.data())
 def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
     """A known body with anything in any place of it is drifts that can be recorded, or a ValueError: never another error."""
