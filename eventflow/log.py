@@ -91,7 +91,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "run.lost": "The store refuses what this worker does for a run: another claim holds it, or storage failed.",
     "run.resumed": "A run that waited or was interrupted goes on; `entries` counts what its journal gives back.",
     "run.suspended": "A run waits durably and left memory.",
-    "schedule.ahead": "The cursor of a schedule is ahead of the clock: nothing fires until `last` is past. Was a clock wrong?",
+    "schedule.ahead": "The cursor of a schedule is ahead of the clock: nothing fires until `last` is past; a clock is off.",
     "schedule.changed": "The rule of a schedule is another one than the cursor's; what the old one missed is not made up for.",
     "schedule.ended": "A schedule has no occurrence left; it waits for an edit.",
     "schedule.opened": "A schedule waits for its time; `next` is its next occurrence.",
