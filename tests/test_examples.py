@@ -466,9 +466,11 @@ def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
             wait_until(lambda: all(not row["waiting"] for row in server.get("/api/outlets")["outlets"]), "all is sent")
             assert server.get("/api/counts")["dead"] == 1
             scores = asyncio.run(broker.read("scores", 60))
-            (dead,) = asyncio.run(broker.read("dead-orders", 1))
+            dead, *again = asyncio.run(broker.read("dead-orders", 1))  # a letter may come twice, over a kill
         found = {json.loads(record.value)["order"]: json.loads(record.value)["score"] for record in scores}
         assert set(found) == {order["id"] for order in orders} and found["o-8"] == 12.0
         ids = {dict(record.headers)["ce_id"] for record in scores}
         assert len(ids) == 60
-        assert dead.value == b"{junk" and b"unexpected character" in dict(dead.headers)["eventflow.error.reason"]
+        assert {record.value for record in (dead, *again)} == {b"{junk"} and b"unexpected character" in dict(dead.headers)[
+            "eventflow.error.reason"
+        ]
