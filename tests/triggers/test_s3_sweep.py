@@ -288,7 +288,6 @@ def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
     asyncio.run(main())
 
 
-@pytest.mark.xfail(strict=False, reason="seen as two events once in many runs: docs/roadmap.md")
 def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
     """Sweeps find that a key is gone before its notice comes: when it comes, twice, the removal is still one event."""
 

@@ -120,9 +120,9 @@ class Seen:
         """The mark of a known version, now that a listing showed its time."""
         return msgspec.structs.replace(self._marks[found.key], modified=found.modified)
 
-    def is_done(self, key: str, now: int) -> bool:
-        """Whether nothing more is awaited of a key that is gone."""
-        return key not in self._changed and all(each.at <= now - OWED_FOR for each in self._marks[key].owed)
+    def is_done(self, key: str, mark: Mark, now: int) -> bool:
+        """Whether nothing more is awaited of a key that is gone, now that `mark` is what is known of it."""
+        return key not in self._changed and all(each.at <= now - OWED_FOR for each in mark.owed)
 
     def note(self, marks: Mapping[str, Mark | None]) -> None:
         """Notices changed these keys, and it is durable."""

@@ -209,8 +209,8 @@ class Sweep:
                 if self._options.deleted:
                     events.append(removed)
                 owes = self._options.deleted and self._beside_queue
-                marks[key] = self._seen.gone(key, removed.id, now=self._clock.now(), owes=owes)
-            if self._seen.is_done(key, self._clock.now()):
+                mark = marks[key] = self._seen.gone(key, removed.id, now=self._clock.now(), owes=owes)
+            if self._seen.is_done(key, mark, self._clock.now()):
                 marks[key] = None
         if marks:
             await self._offer(events, marks)
