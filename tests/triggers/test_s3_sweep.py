@@ -11,6 +11,7 @@ from tests.conftest import eventually
 from tests.faulty import DENIED, HANG_UP, SLOW_DOWN, Proxy, action, listing, proxied
 from tests.triggers.buckets import Landing, landing
 from tests.triggers.contract import Ledger, listening
+from triggers._s3.seen import OWED_FOR, Seen
 from triggers.s3 import S3
 
 __all__ = ["ministack", "moto"]
@@ -490,3 +491,12 @@ def test_the_listener_can_be_opened_again(ministack: Aws):
         assert len(here.ledger.offered) == 2
 
     asyncio.run(main())
+
+
+def test_a_key_that_is_gone_is_kept_in_mind_while_its_notice_is_owed():
+    """Also when the object itself was told of by a notice, so that nothing else is owed of the key."""
+    seen = Seen("b", {"o:a": ["etag", 1, None, "01", []]}, touch=False)
+    mark = seen.gone("a", "removed-1", now=1_000, owes=True)
+    assert not seen.is_done("a", mark, 1_000)
+    assert seen.is_done("a", mark, 1_000 + OWED_FOR)
+    assert seen.is_done("a", seen.gone("a", "removed-1", now=1_000, owes=False), 1_000)
