@@ -122,7 +122,7 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
 
 
 def announce(tx: Transaction, herald: Herald) -> None:
-    """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come."""
+    """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come, or is late."""
     ended, tx.ended = tx.ended, []
     arrivals, tx.silences = tx.silences, []
     for row in ended:
