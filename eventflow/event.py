@@ -253,6 +253,43 @@ class Scheduled(Protocol):
         ...
 
 
+class Foretold(msgspec.Struct, frozen=True, kw_only=True):
+    """An event that a trigger would have sent, when, and what it is in a line."""
+
+    at: datetime
+    event: Event
+    said: str
+
+
+class Foresight(Protocol):
+    """A past time by the rules that a trigger has now. Asked once for each instant, in their order; keeps nothing anywhere."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a person should know of it, such as what is not known of that time; complete at the end."""
+        ...
+
+    def retells(self, event: Event, at: datetime) -> bool:
+        """Whether this event on record is the trigger's own making, and whatever `advance` tells stands in its place."""
+        ...
+
+    async def advance(self, at: datetime, event: Event | None = None) -> Sequence[Foretold]:
+        """What it would have sent up to this instant, at which it then recorded `event`."""
+        ...
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A trigger that makes its events of others, by thresholds and windows: what `eventflow replay --dry-run` asks."""
+
+    @property
+    def name(self) -> str: ...
+
+    def foresee(self, cursor: Mapping[str, Json], since: datetime, until: datetime) -> Foresight:
+        """As if it had begun at `since`, as it is set now. `cursor`: its own in the ledger."""
+        ...
+
+
 class Letter(msgspec.Struct, frozen=True, kw_only=True):
     """What a sink is given: an event that was emitted, or a dead letter.
 

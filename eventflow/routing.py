@@ -53,17 +53,20 @@ class Router:
         *,
         ledger_id: int | None = None,
         only: str | None = None,
+        own: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
         """What becomes of one item of a trigger. `paused`: its runs are recorded, and held.
 
-        For a replay: `ledger_id` is the event's in the ledger; `only` names the one subscription or flow it is for.
+        For a replay: `ledger_id` is the event's in the ledger; `only` names the one subscription or flow it is for, of any
+        trigger unless that must be its `own`.
         """
         if isinstance(item, Undecodable):
             return self._bury(trigger, item, item.body, item.error, headers=item.headers or headers)
         subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
         if only is not None:
-            subscriptions = [each for each in self.subscriptions if only in (each.name, each.flow.name)]
+            asked = subscriptions if own else self.subscriptions
+            subscriptions = [each for each in asked if only in (each.name, each.flow.name)]
         return self._match(trigger, item, subscriptions, paused=paused, ledger_id=ledger_id, only=only, headers=headers)
 
     def emit(self, event: Event, depth: int | None = None) -> Arrival:

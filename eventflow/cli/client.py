@@ -71,8 +71,10 @@ class Doors:
     def __init__(self, client: httpx2.AsyncClient, where: str, *, live: bool, knows_flows: bool, url: str = "") -> None:
         self._client, self.where, self.live, self.knows_flows, self.url = client, where, live, knows_flows, url
 
-    async def get(self, path: str, **asked: Any) -> Any:
-        return await self._ask("GET", path, params={name: value for name, value in asked.items() if value is not None})
+    async def get(self, path: str, *, patience: float | None = TIMEOUT, **asked: Any) -> Any:
+        """`patience`: seconds to wait for the answer; None: as long as it takes."""
+        params = {name: value for name, value in asked.items() if value is not None}
+        return await self._ask("GET", path, params=params, timeout=patience)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         return await self._ask("POST", path, json={name: value for name, value in (body or {}).items() if value is not None})

@@ -10,10 +10,13 @@ from typing import Any
 import click
 import orjson
 
-from eventflow.cli.client import Doors, Place, doors, place_options, quoted
+from eventflow.cli.client import Doors, Place, Refusal, doors, place_options, quoted
+from eventflow.cli.foreseeing import Asked, foreseen, told, would_start
+from eventflow.cli.times import moment
 from eventflow.cli.words import note, say
 from eventflow.errors import UsageError
 from eventflow.event import Event
+from eventflow.foresight import LIMIT, MOST
 
 COMMANDS: list[click.Command] = []
 
@@ -29,13 +32,13 @@ def command(name: str) -> Any:
     return register
 
 
-def _run(options: dict[str, Any], work: Callable[[Doors], Awaitable[Any]]) -> Any:
-    """`work` on the ledger that a command's options name."""
+def _run(options: dict[str, Any], work: Callable[[Doors], Awaitable[Any]], *, records: bool = True) -> Any:
+    """`work` on the ledger that a command's options name; whether it `records` anything."""
 
     async def go() -> Any:
         async with doors(Place(options["store"], options["url"], options["app"])) as api:
             done = await work(api)
-            if not api.live:
+            if records and not api.live:
                 note("no server is running; this is recorded, and goes on when one starts")
             return done
 
@@ -98,68 +101,75 @@ def retry(run: str, fresh: bool, as_json: bool, **options: Any) -> None:
 
 @command("replay")
 @click.argument("event", required=False)
-@click.option("--since", help="All events received from then on: 2026-01-31T08:00:00Z.")
-@click.option("--until", help="… and before then.")
+@click.option("--since", callback=moment, help="All events received from then on: 2026-01-31T08:00:00Z, or how long ago: 7d.")
+@click.option("--until", callback=moment, help="… and before then.")
 @click.option("--type", "event_type", help="… of this type.")
 @click.option("--to", help="Only this flow or subscription.")
 @click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
+@click.option("--limit", type=click.IntRange(0, MOST), default=LIMIT, show_default=True, help="Runs that a dry run lists.")
 def replay(event: str | None, since: str | None, until: str | None, event_type: str | None, to: str | None, dry_run: bool,
-           as_json: bool, **options: Any) -> None:  # fmt: skip
+           limit: int, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Matches recorded events once more and starts new runs: one EVENT, or all of a time."""
     if (event is None) == (since is None and until is None):
         raise UsageError("expected one EVENT, or --since and --until for many")
+    if event is not None:
+        _replay_one(event, to, dry_run, as_json, options)
+    elif dry_run:
+        place = Place(options["store"], options["url"], options["app"])
+        answer = asyncio.run(foreseen(place, Asked(since, until, event_type, to, limit)))
+        say(answer, as_json, told(answer))
+    else:
+        _replay_many(Asked(since, until, event_type, to, limit), as_json, options)
+
+
+def _replay_one(event: str, to: str | None, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+    async def work(api: Doors) -> Any:
+        api.need_flows("replay")
+        return await api.post(f"/api/events/{quoted(event)}/replay", {"to": to, "dry_run": dry_run})
+
+    done = _run(options, work, records=not dry_run)
+    say(done, as_json, "\n".join([*_verdicts([done]), would_start([done]) if dry_run else _started([done])]))
+
+
+def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
+    """One after the other, each for the subscriptions on its own trigger; what cannot be replayed is told and passed over."""
 
     async def work(api: Doors) -> list[Any]:
         api.need_flows("replay")
-        idents = [event] if event is not None else await _window(api, since, until, event_type)
-        return [await api.post(f"/api/events/{quoted(ident)}/replay", {"to": to, "dry_run": dry_run}) for ident in idents]
+        done: list[Any] = []
+        for ident in await _window(api, asked):
+            try:
+                done.append(await api.post(f"/api/events/{quoted(ident)}/replay", {"to": asked.to, "own": True}))
+            except Refusal as refusal:
+                if refusal.error != "refused":
+                    raise
+                note(str(refusal))
+        return done
 
     done = _run(options, work)
-    lines = [
+    say(done, as_json, "\n".join([*_verdicts(done), _started(done)]))
+
+
+def _verdicts(done: list[Any]) -> list[str]:
+    return [
         f"event {each['event']}  {said['subscription']}  {said['fate']}  {said.get('run') or said.get('reason')}"
         for each in done
         for said in each["verdicts"]
     ]
-    if dry_run:
-        lines += _windows(done)
-    else:
-        started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
-        lines.append(f"{len(done)} events, {started} runs started")
-    say(done[0] if event is not None else done, as_json, "\n".join(lines))
 
 
-def _windows(done: list[Any]) -> list[str]:
-    """What would start: each event a run of its own, or one of those that its window makes of several, by their times."""
-    runs = 0
-    open_: dict[tuple[str, str | None], dict[str, int]] = {}
-    lines: list[str] = []
-    for said in (said for each in done for said in each["verdicts"] if said["fate"] in ("run", "held")):
-        window = said.get("window")
-        if window is None:
-            runs += 1
-            continue
-        now, key = window["at"], (said["subscription"], window["lane"])
-        known = open_.get(key)
-        if known is None or now >= known["due"] or known["count"] >= window["size"]:
-            runs += 1
-            known = open_[key] = {"opened": now, "due": now + window["wait"], "count": 0, "run": runs, "line": len(lines)}
-            if not window["wait"]:
-                known["due"] = sys.maxsize  # one at a time: nobody knows how long its runs would take
-            lines.append("")
-        elif window["renewed"]:
-            known["due"] = min(now + window["wait"], known["opened"] + window["longest"])
-        known["count"] += 1
-        lines[known["line"]] = f"run {known['run']}  {key[0]}  {window['mode']} of {known['count']} events"
-    unsure = "at least " if any(known["due"] == sys.maxsize for known in open_.values()) else ""
-    return [*lines, f"{len(done)} events, {unsure}{runs} runs would start"]
+def _started(done: list[Any]) -> str:
+    return f"{len(done)} events, {sum(said['fate'] == 'run' for each in done for said in each['verdicts'])} runs started"
 
 
-async def _window(api: Doors, since: str | None, until: str | None, event_type: str | None) -> list[str]:
+async def _window(api: Doors, asked: Asked) -> list[str]:
     """Ids of the events of a time, oldest first. Read to the end before the first replay, which adds none."""
     idents: list[str] = []
     after: str | None = None
     while True:
-        page = await api.get("/api/events", since=since, until=until, type=event_type, limit=1000, after=after)
+        page = await api.get(
+            "/api/events", since=asked.since, until=asked.until, type=asked.type, limit=1000, after=after
+        )  # fmt: skip
         idents += [row["id"] for row in page["events"]]
         after = page["next"]
         if after is None:
@@ -180,12 +190,7 @@ def redrive(dead: str, data: str | None, event_type: str | None, as_json: bool, 
         return [await api.post(f"/api/dead/{quoted(str(ident))}/redrive", mended) for ident in idents]
 
     done = _run(options, work)
-    lines = [
-        f"event {each['event']}  {said['subscription']}  {said['fate']}  {said.get('run') or said.get('reason')}"
-        for each in done
-        for said in each["verdicts"]
-    ]
-    say(done if dead == "all" else done[0], as_json, "\n".join(lines) or "no dead letters")
+    say(done if dead == "all" else done[0], as_json, "\n".join(_verdicts(done)) or "no dead letters")
 
 
 async def _open_letters(api: Doors) -> list[int]:

@@ -9,6 +9,7 @@ import click
 import orjson
 
 from eventflow.cli.client import Place, Refusal, doors, place_options, quoted
+from eventflow.cli.times import moment
 from eventflow.cli.words import facts, say, short_time, state, table
 from eventflow.output import renderer, show
 from eventflow.redaction import clean_lines
@@ -47,8 +48,8 @@ def command(name: str) -> Any:
 @click.option("--event", help="Of runs: those it started.")
 @click.option("--type", "event_type", help="Of events.")
 @click.option("--trigger", help="Of events.")
-@click.option("--since", help="Of events: 2026-01-31T08:00:00Z.")
-@click.option("--until", help="Of events.")
+@click.option("--since", callback=moment, help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.")
+@click.option("--until", callback=moment, help="Of events; as --since.")
 @click.option("--limit", "-n", default=20, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--after", help="The last id of the page before.")
 @place_options

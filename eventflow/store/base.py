@@ -386,6 +386,13 @@ class Store(Protocol):
         after: int | None = None,
     ) -> list[dict[str, Any]]: ...
 
+    async def past(
+        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        """Events of these triggers received in [since, until), oldest first, with bodies; and what to give as `after` for the
+        next of them, None at the end."""
+        ...
+
     async def event(self, ident: str | int) -> dict[str, Any]:
         """By ledger id (number, base 32, unique prefix or suffix) or by the sender's event id."""
         ...

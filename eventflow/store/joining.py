@@ -23,6 +23,12 @@ class Gather(msgspec.Struct, frozen=True):
     longest: int = 0
     renewed: bool = False
 
+    def due(self, count: int, opened_at: int, due_at: int, now: int) -> int:
+        """When a run is due that was due at `due_at`, and gets its `count`-th event now."""
+        if count >= self.size:
+            return 0
+        return min(now + self.wait, opened_at + self.longest) if self.renewed else due_at
+
 
 class Fact(msgspec.Struct, frozen=True):
     """An event for a pattern: which part it is of, under which key, and when it happened. `held`: its trigger is paused."""

@@ -75,6 +75,20 @@ def events(
     return [_event_without_body(row) for row in found if _event_holds(row) or _left_out("events", row)]
 
 
+def past(
+    connection: sqlite3.Connection, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int,
+    limit: int,
+) -> tuple[list[dict[str, Any]], int | None]:  # fmt: skip
+    """The next events of these triggers, oldest first, with bodies; and the id to give as `after` for more, if there may be."""
+    first = max(after + 1, since // 1000 << 20)  # an id is never older than its event (run.Ids)
+    where, values = _where(("id >= ?", first), ("received_at >= ?", since), ("received_at < ?", until), ("type = ?", type),
+                           ("trigger IN (SELECT value FROM json_each(?))", orjson.dumps(triggers).decode()))  # fmt: skip
+    ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id LIMIT ?"
+    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id", (*values, limit))
+    last = found[-1]["id"] if len(found) == limit else None
+    return [_plain_event(row) for row in found if _event_holds(row) or _left_out("events", row)], last
+
+
 def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     """With body, headers, its runs, its dead letters, and what is still to be sent of it."""
     number = _event_id(connection, ident)

@@ -291,6 +291,13 @@ class SqliteStore:
     ) -> list[dict[str, Any]]:  # fmt: skip
         return await self._look(looks.events, trigger=trigger, type=type, since=since, until=until, limit=limit, after=after)
 
+    async def past(
+        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        return await self._look(
+            looks.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
+        )  # fmt: skip
+
     async def event(self, ident: str | int) -> dict[str, Any]:
         return await self._look(looks.event, ident)
 

@@ -68,9 +68,7 @@ def _is_in(tx: Transaction, row: Row, event: int) -> bool:
 
 def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:
     """When the run is due, now that another event is in it."""
-    if window.count + 1 >= gather.size:
-        return 0
-    return min(now + gather.wait, window.opened_at + gather.longest) if gather.renewed else row.due_at
+    return gather.due(window.count + 1, window.opened_at, row.due_at, now)
 
 
 def place(tx: Transaction, match: Match, now: int) -> int:

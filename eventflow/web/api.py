@@ -11,7 +11,6 @@ import os
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
-from datetime import datetime
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -23,7 +22,6 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from eventflow.clock import to_us
 from eventflow.cloudevents import BATCH, is_cloudevent, media_type, parse_cloudevents
 from eventflow.errors import StoreFull
 from eventflow.event import Receipt
@@ -33,6 +31,7 @@ from eventflow.store.logs import LogStore
 from eventflow.web import show, verbs
 from eventflow.web.auth import Guard
 from eventflow.web.backfill import Backfill
+from eventflow.web.foresee import Foresee
 from eventflow.web.metrics import render
 from eventflow.web.openapi import describe_api
 from eventflow.web.replies import (
@@ -41,11 +40,13 @@ from eventflow.web.replies import (
     Json,
     answering,
     crashed,
+    instant,
     problem,
     read_body,
     read_object,
     refuse,
     unavailable,
+    whole_number,
 )
 from eventflow.web.served import Served
 
@@ -131,6 +132,7 @@ class Api:
             ("POST", "/api/triggers/{name:path}/pause", self.pause),
             ("POST", "/api/triggers/{name:path}/resume", self.resume),
             *Backfill(self._open).table(),
+            *Foresee(self._open).table(),
             ("GET", "/api/outlets", self.outlets),
             ("GET", "/api/counts", self.counts),
             ("GET", "/api/check", self.check),
@@ -214,8 +216,8 @@ class Api:
     async def events(self, request: Request) -> Response:
         asked = request.query_params
         rows = await self._open().store.events(
-            trigger=asked.get("trigger"), type=asked.get("type"), since=_instant(request, "since"),
-            until=_instant(request, "until"), limit=_limit(request), after=_after(request),
+            trigger=asked.get("trigger"), type=asked.get("type"), since=instant(request, "since"),
+            until=instant(request, "until"), limit=_limit(request), after=_after(request),
         )  # fmt: skip
         return Json(_page("events", [show.event(row) for row in rows], _limit(request)))
 
@@ -223,11 +225,11 @@ class Api:
         return Json(show.event_whole(await self._open().store.event(request.path_params["id"])))
 
     async def replay(self, request: Request) -> Response:
-        """`{"to": subscription or flow, "dry_run": bool}`, both optional."""
+        """`{"to": subscription or flow, "own": bool, "dry_run": bool}`, all optional."""
         asked = await read_object(request)
-        dry = bool(asked.get("dry_run", False))
+        dry, own = bool(asked.get("dry_run", False)), bool(asked.get("own", False))
         ident, to = request.path_params["id"], _text(asked, "to")
-        number, verdicts = await verbs.replay(self._open(), ident, to, dry=dry, by=_by(request))
+        number, verdicts = await verbs.replay(self._open(), ident, to, dry=dry, own=own, by=_by(request))
         said = [show.new_verdict(each) for each in verdicts]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
 
@@ -265,7 +267,8 @@ class Api:
         """`?after=SEQ&limit=N`: lines in order; `settled` says that no more will come."""
         row = await self._open().store.run(request.path_params["id"])
         sink = self.app.house.sink
-        lines = await sink.read(row["id"], _number(request, "after", 0), _limit(request)) if isinstance(sink, LogStore) else []
+        after, limit = whole_number(request, "after", 0), _limit(request)
+        lines = await sink.read(row["id"], after, limit) if isinstance(sink, LogStore) else []
         settled = not State[row["state"].upper()].live
         return Json({"run": show_id(row["id"]), "settled": settled, "lines": [show.line(line) for line in lines]})
 
@@ -286,7 +289,7 @@ class Api:
     # ----------------------------------------------------------------- dead letters
 
     async def dead(self, request: Request) -> Response:
-        rows = await self._open().store.dead(limit=_limit(request), after=_number(request, "after", None))
+        rows = await self._open().store.dead(limit=_limit(request), after=whole_number(request, "after", None))
         return Json(_page("dead", [show.dead(row) for row in rows], _limit(request)))
 
     async def dead_letter(self, request: Request) -> Response:
@@ -394,16 +397,7 @@ def _page(kind: str, rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 
 
 def _limit(request: Request) -> int:
-    return min(max(1, _number(request, "limit", 50)), MOST_ROWS)
-
-
-def _number(request: Request, name: str, default: Any) -> Any:
-    text = request.query_params.get(name)
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise refuse(400, "invalid", f"{name}: expected a whole number, found {text!r}")
-    return int(text)
+    return min(max(1, whole_number(request, "limit", 50)), MOST_ROWS)
 
 
 def _after(request: Request) -> int | None:
@@ -414,16 +408,6 @@ def _after(request: Request) -> int | None:
     if number is None:
         raise refuse(400, "invalid", f"after: expected an id of 13 letters, found {text!r}")
     return number
-
-
-def _instant(request: Request, name: str) -> int | None:
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    try:
-        return to_us(datetime.fromisoformat(text.replace(" ", "+")))
-    except ValueError:
-        raise refuse(400, "invalid", f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}") from None
 
 
 def _state(word: str | None) -> State | None:

@@ -9,12 +9,14 @@ import asyncio
 import math
 import secrets
 from collections.abc import Awaitable, Callable
+from datetime import datetime
 from typing import Any, cast
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from eventflow.clock import to_us
 from eventflow.cloudevents import read_json
 from eventflow.errors import (
     BindingError,
@@ -159,3 +161,27 @@ async def read_object(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refuse(400, "unreadable", "body: expected a JSON object")
     return cast(dict[str, Any], value)
+
+
+# --------------------------------------------------------------------------- queries
+
+
+def whole_number(request: Request, name: str, default: Any) -> Any:
+    """A whole number of the query."""
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise refuse(400, "invalid", f"{name}: expected a whole number, found {text!r}")
+    return int(text)
+
+
+def instant(request: Request, name: str) -> int | None:
+    """An instant of the query, in microseconds."""
+    text = request.query_params.get(name)
+    if text is None:
+        return None
+    try:
+        return to_us(datetime.fromisoformat(text.replace(" ", "+")))
+    except ValueError:
+        raise refuse(400, "invalid", f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}") from None

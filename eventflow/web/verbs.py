@@ -22,13 +22,14 @@ Verdicts: TypeAlias = list[list[Any]]
 log = get_logger("eventflow.web")
 
 
-async def replay(app: Served, ident: str, only: str | None, *, dry: bool, by: str) -> tuple[int, Verdicts]:
+async def replay(app: Served, ident: str, only: str | None, *, dry: bool, by: str, own: bool = False) -> tuple[int, Verdicts]:
     """Matches a recorded event once more, for all subscriptions or for `only` one (its name, or its flow's), and starts new
-    runs. `dry` only tells what would be. Raises NotFound, and UsageError when its body is gone or nobody would hear of it."""
+    runs; `own`: of those on its own trigger. `dry` only tells what would be. Raises NotFound, and UsageError when its body is
+    gone or nobody would hear of it."""
     row = await app.store.event(ident)
     if row["body"] is None:
         raise UsageError(f"event {show_id(row['id'])} is past its retention: its body is gone; send it again under a new id")
-    arrival = _match(app, row["trigger"], row["id"], _read(row["body"]), only)
+    arrival = _match(app, row["trigger"], row["id"], _read(row["body"]), only, own)
     if dry:
         return row["id"], [_foreseen(arrival, said, row["received_at"]) for said in _told(arrival, [])]
     await app.store.replay(row["id"], arrival)
@@ -66,8 +67,8 @@ async def redrive(app: Served, ident: str, mended: Mapping[str, Any], *, by: str
     return receipt, _told(arrival, (await app.store.event(letter["event"]))["verdicts"])
 
 
-def _match(app: Served, trigger: str, ledger_id: int, event: Event, only: str | None) -> Arrival:
-    arrival = app.house.router.arrive(trigger, event, ledger_id=ledger_id, only=only)
+def _match(app: Served, trigger: str, ledger_id: int, event: Event, only: str | None, own: bool = False) -> Arrival:
+    arrival = app.house.router.arrive(trigger, event, ledger_id=ledger_id, only=only, own=own)
     if orjson.loads(arrival.verdicts) == []:
         known = ", ".join(sorted({each.name for each in app.subscriptions})) or "none"
         raise UsageError(f"no subscription{f' or flow {only!r}' if only else ''} hears of {event.type}; there are: {known}")

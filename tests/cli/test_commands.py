@@ -120,7 +120,8 @@ def test_replay(shop: Served):
     assert "1 runs started" in eventflow(shop.folder, "replay", "good", "--to", "handle").stdout
     assert len(shop.get("/api/events/good")["runs"]) == before + 1
     done = asked(shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run")
-    assert {each["verdicts"][0]["fate"] for each in done} == {"run", "filtered"}
+    (tally,) = [each for each in done["subscriptions"] if each["subscription"] == "webhook-orders/handle"]
+    assert tally["runs"] >= 1 and tally["filtered"] >= 1
 
 
 def test_redrive(shop: Served):

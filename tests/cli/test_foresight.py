@@ -1,80 +1,132 @@
-"""`replay --dry-run`: which runs a time's events would make, by their windows."""
+"""`replay --dry-run` as a person types it: over a server, beside one with changed code, and with none."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 
-from eventflow import App, Batch, Event, flow
-from eventflow.cli.doing import _windows
-from eventflow.store.audit import audit
-from eventflow.testing import MemoryTrigger, VirtualClock, running
-from eventflow.web.api import make_asgi
+from tests.conftest import wait_until
+from tests.served import Served, eventflow, serving
 
-SECOND = 1_000_000
+WATCH = """
+from eventflow import App, Event, absent, count, flow, sequence
+from triggers import Webhook
 
+@flow
+async def look(events: list[Event]) -> int:
+    return len(events)
 
-def said(at: float, lane: str | None = None, **window: Any) -> dict[str, Any]:
-    facts = {"mode": "batch", "size": 3, "wait": 10 * SECOND, "longest": 10 * SECOND, "renewed": False, **window}
-    verdict = {"subscription": "s", "fate": "run", "run": "r", "window": {**facts, "lane": lane, "at": int(at * SECOND)}}
-    return {"event": "e", "verdicts": [verdict]}
+@flow
+async def handle(total: float) -> float:
+    return total
 
+app = App("watch")
+app.on(Webhook("/orders", verify="none", id="id"), handle, where={"total": [{"numeric": [">", 100]}]}, name="large")
+app.on(count("login.failed", 5, within=600, by="user"), look, name="brute")
+app.on(sequence("order.placed", then="order.paid", within=600, by="order"), look, name="paid")
+app.on(absent("order.shipped", 0.2, after="order.paid", by="order"), look, name="unshipped")
+"""
 
-def test_batches_close_by_size_and_by_time() -> None:
-    """Three fill a run; what comes after its time opens the next."""
-    lines = _windows([said(0), said(1), said(2), said(3), said(14)])
-    assert lines == [
-        "run 1  s  batch of 3 events",
-        "run 2  s  batch of 1 events",
-        "run 3  s  batch of 1 events",
-        "5 events, 3 runs would start",
-    ]
+CHANGED = WATCH.replace('">", 100', '">", 10').replace('"login.failed", 5', '"login.failed", 3')
 
-
-def test_keys_have_windows_of_their_own() -> None:
-    """Events of two keys in turn make two runs."""
-    assert _windows([said(n, "ab"[n % 2]) for n in range(6)])[:-1] == [
-        "run 1  s  batch of 3 events",
-        "run 2  s  batch of 3 events",
-    ]
+BY_FOUR = [("login.failed", {"user": "ada"})] * 4
+ORDER = [("order.placed", {"order": "o-1"}), ("order.paid", {"order": "o-1"})]
 
 
-def test_a_debounce_is_put_off_to_its_bound() -> None:
-    """Constant traffic makes a run every `max_wait`."""
-    window: dict[str, Any] = {"mode": "debounce", "size": 10_000, "wait": 5 * SECOND, "longest": 30 * SECOND, "renewed": True}
-    assert _windows([said(n, **window) for n in range(40)])[-1] == "40 events, 2 runs would start"
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with a small and a large order, four failed logins, and an order that was paid and never shipped."""
+    folder = tmp_path_factory.mktemp("watch")
+    (folder / "changed.py").write_text(CHANGED)
+    (folder / "watch.py").write_text(WATCH)
+    with serving(folder, file="watch.py") as served:
+        fill(served)
+        yield served
 
 
-def test_one_at_a_time_cannot_be_foreseen() -> None:
-    """How long runs would take nobody knows: the count is a lower bound, and says so."""
-    window: dict[str, Any] = {"mode": "singleflight", "size": 10_000, "wait": 0, "longest": 0}
-    assert _windows([said(n, **window) for n in range(4)])[-1] == "4 events, at least 1 runs would start"
+def fill(served: Served) -> None:
+    for total in (50, 500):
+        served.post("/hooks/orders", {"id": f"total-{total}", "total": total})
+    for number, (kind, data) in enumerate([*BY_FOUR, *ORDER]):
+        event = {"specversion": "1.0", "id": f"e{number}", "source": "/shop", "type": kind, "data": data}
+        served.client.post("/api/events", content=json.dumps(event), headers={"content-type": "application/cloudevents+json"})
+    wait_until(lambda: served.get("/api/counts")["completed"] == 4, "large, paid (two events) and unshipped are done")
 
 
-@pytest.mark.anyio
-async def test_the_api_tells_the_window_and_starts_nothing(tmp_path: Path) -> None:
-    """A dry run has the window of each verdict, at the time the event came; a replay says which run the event joined."""
+def dry(folder: Path, *args: str) -> Any:
+    done = eventflow(folder, "replay", "--since", "7d", "--dry-run", "--json", *args)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
-    @flow
-    async def load(events: list[Event]) -> int:
-        return len(events)
 
-    app, trigger, clock = App("past"), MemoryTrigger("clicks"), VirtualClock()
-    app.on(trigger, load, deliver=Batch(2, within=60))
-    async with running(app, clock=clock):
-        transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            await trigger.send(data={}, id="a")
-            foreseen = (await client.post("/api/events/a/replay", json={"dry_run": True})).json()
-            (verdict,) = foreseen["verdicts"]
-            assert verdict["window"]["mode"] == "batch" and verdict["window"]["at"] == clock.now()
-            assert len(await app.store.runs()) == 1
-            again = (await client.post("/api/events/a/replay", json={})).json()["verdicts"]
-            assert [each["fate"] for each in again] == ["run"]  # it is in the first window already
-            await trigger.send(data={}, id="b")
-            joined = (await client.post("/api/events/a/replay", json={})).json()["verdicts"]
-            assert [each["fate"] for each in joined] == ["run"]
-            (other,) = (await client.post("/api/events/b/replay", json={})).json()["verdicts"]
-            assert other["fate"] == "joined" and other["run"] == joined[0]["run"]
-        assert await app.store._look(audit) == []
+def started(answer: dict[str, Any]) -> dict[str, int]:
+    return {each["subscription"]: each["runs"] for each in answer["subscriptions"]}
+
+
+def ids(served: Served) -> dict[str, str]:
+    return {row["event_id"]: row["id"] for row in served.get("/api/events", limit=1000)["events"]}
+
+
+def test_the_server_tells_what_its_code_would_start(shop: Served):
+    """A filter, a count, a sequence and an absence over the last seven days, each run with its key and events; none starts."""
+    before, known = shop.get("/api/counts"), ids(shop)
+    told = dry(shop.folder)
+    assert started(told) == {"large": 1, "brute": 0, "paid": 1, "unshipped": 1} and told["events"] == 8
+    runs = {run["subscription"]: run for run in told["runs"]}
+    assert runs["large"]["events"] == [known["total-500"]]
+    assert (runs["paid"]["key"], runs["paid"]["events"]) == ("o-1", [known["e4"], known["e5"]])
+    assert (runs["unshipped"]["mode"], runs["unshipped"]["events"]) == ("pattern", [known["e5"]])
+    assert shop.get("/api/counts") == before
+    text = eventflow(shop.folder, "replay", "--since", "1w", "--dry-run").stdout
+    assert f"o-1  2: {known['e4']}, {known['e5']}" in text and "3 runs would start" in text.splitlines()[-1]
+    assert "brute: 0 runs of 0 events; it heard of 4, 4 still wait at the end" in text
+    assert "1 filtered: total" in text
+
+
+def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: Served):
+    """With --app the program in that file is asked, while the server that has the store goes on with its own."""
+    told = dry(shop.folder, "--app", "changed.py")
+    assert started(told) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
+    (brute,) = (run for run in told["runs"] if run["subscription"] == "brute")
+    known = ids(shop)
+    assert brute["key"] == "ada" and brute["events"] == [known["e0"], known["e1"], known["e2"]]
+    assert started(dry(shop.folder, "--app", "changed.py", "--to", "brute", "--type", "login.failed")) == {"brute": 1}
+
+
+def test_without_a_server(tmp_path: Path):
+    """The file at rest is read as it is: with --app it answers, without one nobody knows the flows."""
+    (tmp_path / "watch.py").write_text(WATCH)
+    (tmp_path / "changed.py").write_text(CHANGED)
+    with serving(tmp_path, file="watch.py") as served:
+        fill(served)
+        assert served.stop() == 0
+    assert started(dry(tmp_path, "--app", "changed.py")) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
+    assert started(dry(tmp_path, "--app", "watch.py", "--until", "5m")) == {"large": 0, "brute": 0, "paid": 0, "unshipped": 0}
+    alone = eventflow(tmp_path, "replay", "--since", "7d", "--dry-run")
+    assert alone.returncode == 4 and "--app" in alone.stderr
+
+
+def test_a_replay_of_a_time_is_for_those_who_heard_of_it(shop: Served):
+    """A replay of many events gives each to the subscriptions on its own trigger, and passes over what nobody hears of."""
+    unheard = {"specversion": "1.0", "id": "unheard", "source": "/shop", "type": "nobody.hears", "data": {"total": 1000}}
+    shop.client.post("/api/events", content=json.dumps(unheard), headers={"content-type": "application/cloudevents+json"})
+    done = eventflow(shop.folder, "replay", "--since", "7d", "--to", "handle")
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 runs started"
+    assert "no subscription or flow 'handle' hears of nobody.hears" in done.stderr
+
+
+@pytest.mark.parametrize("ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"])
+def test_times_are_instants_or_how_long_ago(shop: Served, ago: str):
+    """--since and --until take durations back from now beside instants."""
+    done = eventflow(shop.folder, "ls", "events", "--since", ago, "--json")
+    assert done.returncode == 0 and len(json.loads(done.stdout)["events"]) >= 8
+    assert eventflow(shop.folder, "ls", "events", "--until", ago).stdout.strip() == "no events"
+
+
+@pytest.mark.parametrize("wrong", ["yesterday", "7", "7x", "2026-01-31", "", "-7d"])
+def test_a_time_that_is_none_is_refused(shop: Served, wrong: str):
+    """What is neither an instant with its zone nor a duration exits 2 and says what was expected."""
+    done = eventflow(shop.folder, "ls", "events", f"--since={wrong}")
+    assert done.returncode == 2 and "how long ago" in done.stderr

@@ -1,0 +1,38 @@
+"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or how long ago (`90s`, `15m`, `2h`, `7d`, `1w`, `1d12h`).
+
+`--since` and `--until` take either, wherever they stand. How long ago is counted back once, from when the command was given.
+"""
+
+import re
+from datetime import UTC, timedelta
+from typing import Final
+
+import click
+
+from eventflow.clock import SystemClock, to_datetime
+from eventflow.event import parse_time
+
+_UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
+_AGO: Final = re.compile("".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items()))
+
+
+EXPECTED: Final = "expected an instant such as 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d or 1w"
+
+
+def moment(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+    """The value of an option, as RFC 3339 in UTC; its callback."""
+    if value is None:
+        return None
+    try:
+        ago = _ago(value)
+        found = parse_time(value) if ago is None else to_datetime(SystemClock().now()) - ago
+        return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
+    except (ValueError, OverflowError):
+        raise click.BadParameter(f"{EXPECTED}; found {value!r}", param=option) from None
+
+
+def _ago(text: str) -> timedelta | None:
+    found = _AGO.fullmatch(text)
+    if found is None or not text:
+        return None
+    return timedelta(**{word: int(number) for word, number in found.groupdict(default="0").items()})
