@@ -20,7 +20,7 @@ from eventflow.blobs import Blobs
 from eventflow.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.delivery import Delivery
 from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
-from eventflow.event import Event, EventSink, Json, Receipt, Recorded, Trigger
+from eventflow.event import Event, EventSink, Json, Late, Receipt, Recorded, Trigger
 from eventflow.filters import Where
 from eventflow.flow import Flow
 from eventflow.house import House, Lifespan, Plan
@@ -137,17 +137,18 @@ class App:
                 raise UsageError(f"{trigger.label}: where and by are said in its parts; it takes priority=, deliver= and name=")
             self._on_pattern(trigger, flow, priority, deliver, name)
             return
+        late: Late | None = None
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
         elif isinstance(trigger, Recorded):
-            types, place, where = trigger.types, EMIT, both(trigger.pattern, where)
+            types, place, where, late = trigger.types, EMIT, both(trigger.pattern, where), trigger.late
         else:
             self._add_trigger(trigger)
             place, types = trigger.name, types or getattr(trigger, "heard", ())
         self.add(flow)
         made = subscribe(
             place, flow, where=where, params=params, key=key, priority=priority, on_failure=on_failure, types=types,
-            deliver=deliver, name=name, taken=self._names,
+            deliver=deliver, name=name, taken=self._names, late=late,
         )  # fmt: skip
         self._names.add(made.name)
         self._subscriptions.append(made)
@@ -158,7 +159,7 @@ class App:
         for each in pattern.triggers:
             self._add_trigger(each)
         self.add(flow)
-        made = join(joined(pattern), flow, priority=priority, deliver=deliver, name=name, taken=self._names)
+        made = join(joined(pattern), flow, priority=priority, deliver=deliver, name=name, taken=self._names, late=pattern.late)
         self._names.add(made.name)
         self._subscriptions.append(made)
 

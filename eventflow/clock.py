@@ -28,6 +28,11 @@ def microseconds(duration: Duration) -> int:
     return whole if whole >= us else whole + 1
 
 
+def in_seconds(us: int) -> float:
+    """A duration as seconds; whole ones are an int, as a person writes them."""
+    return us / SECOND if us % SECOND else us // SECOND
+
+
 def to_datetime(us: int) -> datetime:
     """An instant as an aware UTC datetime."""
     return datetime.fromtimestamp(us // SECOND, UTC).replace(microsecond=us % SECOND)

@@ -220,9 +220,19 @@ class Trigger(Protocol):
     async def listen(self, intake: Intake) -> None: ...
 
 
+class Late(msgspec.Struct, frozen=True):
+    """Runs of `flow` (`*` for any part) that have not ended `after` microseconds after they were due to begin."""
+
+    flow: str
+    after: int
+
+
 @runtime_checkable
 class Recorded(Protocol):
-    """Events that the ledger records by itself, where a trigger may stand: nothing listens, `types` and `pattern` choose."""
+    """Events that the ledger records by itself, where a trigger may stand: nothing listens, `types` and `pattern` choose.
+
+    `late`: the runs that are looked out for, so that there are such events at all.
+    """
 
     @property
     def types(self) -> Sequence[str]: ...
@@ -231,6 +241,9 @@ class Recorded(Protocol):
     def pattern(self) -> Mapping[str, Any]:
         """A filter over the data, in EventBridge's grammar."""
         ...
+
+    @property
+    def late(self) -> Late | None: ...
 
 
 @runtime_checkable

@@ -21,6 +21,7 @@ from eventflow.clock import SECOND, Clock
 from eventflow.errors import NotFound, RunDead, StoreError, StoreFailed
 from eventflow.event import Trigger
 from eventflow.flow import Flow
+from eventflow.late import Lookout
 from eventflow.log import Sink, get_logger
 from eventflow.outbox import Relay
 from eventflow.reactor import Reactor
@@ -89,6 +90,7 @@ class House:
             )  # fmt: skip
             self.reactor = Reactor(self.store, self.router, plan.clock, plan.triggers, random.Random())
             self.relay = Relay(self.store, plan.outlets, random.Random())
+            self.lookout = Lookout(self.store, plan.clock, [late for each in plan.subscriptions for late in each.late])
             if passive:
                 return
             await asyncio.to_thread(self.checkpoints.recall)
@@ -98,6 +100,7 @@ class House:
             if listen:
                 self.reactor.start(await self.store.paused())
                 await asyncio.sleep(0)  # each listener takes its first step: a webhook has its intake when this returns
+            self.lookout.start()
             self._chores.add(asyncio.create_task(self._retain(), name="retention"))
         except BaseException:
             await asyncio.to_thread(self.store.close)
@@ -111,6 +114,7 @@ class House:
         self.reactor.draining = True
         for chore in self._chores:
             chore.cancel()
+        await self.lookout.stop()
         await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._close_worker(grace)))  # a slow poll takes no grace
         await self.relay.stop()
         if self.own_loop is not None:

@@ -72,6 +72,8 @@ EVENTS: Final[Mapping[str, str]] = {
     "log.dropped": "`lines` lines were not kept: a run logged too fast or too much, or the disk or the log file failed.",
     "log.failed": "The log store cannot write; lines are dropped and counted, runs go on.",
     "log.reset": "The log store's file was damaged: it was set aside and a new one begun. No journal is touched.",
+    "lookout.failed": "Late runs could not be looked for, or there is no room to tell of them; it is tried again.",
+    "lookout.told": "Events tell of `runs` runs that have not ended `after` seconds after they were due to begin.",
     "loop.blocked": "Code kept an event loop from turning for a second or more; `stack` shows which.",
     "message.not_deleted": "A recorded message could not be deleted from its queue; it comes again, as a duplicate.",
     "message.not_extended": "A message under way could not be kept from others for longer; a copy of it is a duplicate.",

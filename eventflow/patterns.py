@@ -24,7 +24,7 @@ from eventflow.awaiting import Daily, Wait
 from eventflow.clock import Duration, microseconds, to_datetime, to_us
 from eventflow.digests import digest
 from eventflow.errors import UsageError
-from eventflow.event import Event, Recorded, Trigger
+from eventflow.event import Event, Late, Recorded, Trigger
 from eventflow.filters import Where, compile_filter
 from eventflow.matching import MOST, AllOf, AnyOf, Count, Machine, Node
 from eventflow.subscriptions import EMIT, Key, Leaf, both, compile_key, hears
@@ -89,6 +89,12 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def triggers(self) -> list[Trigger]:
         return [leaf.source for leaf in self.leaves if not isinstance(leaf.source, str | Recorded)]
+
+    @property
+    def late(self) -> list[Late]:
+        """The runs whose lateness a part of it is."""
+        sources = [leaf.source for leaf in self.leaves]
+        return [each.late for each in sources if isinstance(each, Recorded) and each.late is not None]
 
 
 Source: TypeAlias = "Trigger | Recorded | str | tuple[Trigger | Recorded | str, Where] | Part | Pattern"

@@ -13,7 +13,7 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.clock import SECOND, Clock, to_datetime
+from eventflow.clock import SECOND, Clock, in_seconds, to_datetime
 from eventflow.digests import digest, digest_text
 from eventflow.errors import BindingError, DepthExceeded, NotStorable, caught
 from eventflow.event import MAX_DEPTH, Event, Undecodable
@@ -21,7 +21,8 @@ from eventflow.patterns import happened
 from eventflow.plain import encode_plain
 from eventflow.redaction import SECRETS
 from eventflow.run import Ids, Run, State, show_id
-from eventflow.store.base import Arrival, Ended, Fact, Gather, Woven
+from eventflow.store.base import Arrival, Fact, Gather, Woven
+from eventflow.store.telling import Ended, Overdue
 from eventflow.subscriptions import EMIT, RUN, FlowLike, Joins, Outlet, Subscription
 from eventflow.weaver import Weaver
 
@@ -80,7 +81,7 @@ class Router:
             return self._bury(EMIT, event, event.to_json(), str(DepthExceeded(event.type, hops)))
         return self._match(EMIT, event, self._by_trigger.get(EMIT, ()), depth=hops)
 
-    # ----------------------------------------------------------------- ended runs (store.base.Herald), writer thread
+    # ----------------------------------------------------------------- ended and late runs (store.base.Herald), writer thread
 
     def raise_floor(self, last_id: int) -> None:
         self.ids.raise_floor(last_id)
@@ -94,7 +95,14 @@ class Router:
             heard = self._told[told] = any(each.hears(told) for each in listeners)
         if not heard:
             return None
-        arrival = self.emit(ended_event(run, told))
+        return self._tell(ended_event(run, told))
+
+    def late(self, run: Overdue) -> Arrival | None:
+        """The event that a run is late, if somebody wants it."""
+        return self._tell(late_event(run))
+
+    def _tell(self, event: Event) -> Arrival | None:
+        arrival = self.emit(event)
         return arrival if arrival.runs or arrival.dead or arrival.outbox or arrival.facts else None
 
     # ----------------------------------------------------------------- patterns (store.base.Herald), writer thread
@@ -209,6 +217,20 @@ def ended_event(run: Ended, told: str) -> Event:
     return Event(
         id=f"{shown}/{run.state.word}/{run.token}", source=f"/flows/{run.flow}", type=told, subject=shown, data=data,
         time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
+    )  # fmt: skip
+
+
+def late_event(run: Overdue) -> Event:
+    """What an event tells of a late run; it happened when the run became late. Its id is the run and the time it was given."""
+    shown, since, after = show_id(run.run), run.started_at or run.at, in_seconds(run.after)
+    data: dict[str, Any] = {
+        "run": shown, "flow": run.flow, "state": "late", "attempts": run.token, "seconds": max(run.at - since, 0) / SECOND,
+        "reason": run.reason, "result": None, "error": None, "after": after, "due": to_datetime(run.due_at).isoformat(),
+        "run_state": run.state.word,
+    }  # fmt: skip
+    return Event(
+        id=f"{shown}/late/{after}", source=f"/flows/{run.flow}", type=f"{RUN}late", subject=shown, data=data,
+        time=to_datetime(run.due_at + run.after), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import orjson
 from eventflow.binding import Binder
 from eventflow.delivery import Delivery, Each
 from eventflow.errors import UsageError
-from eventflow.event import Event, EventSink
+from eventflow.event import Event, EventSink, Late
 from eventflow.filters import Filter, Where, compile_filter, wildcard
 from eventflow.matching import Machine
 from eventflow.store.base import Gather
@@ -20,7 +20,7 @@ from eventflow.store.base import Gather
 EMIT = "events"
 """The trigger of events that flows emit."""
 RUN = "eventflow.run."
-"""Begins the types of events that tell of ended runs: `eventflow.run.completed`, `.failed`, `.cancelled`, `.dead`, `.held`."""
+"""Begins the types of events that tell of runs: `completed`, `failed`, `cancelled`, `dead`, `held` and `late` may follow it."""
 
 Key: TypeAlias = "str | Callable[[Event], str | None] | None"
 Params: TypeAlias = "Callable[[Event], Mapping[str, Any]] | None"
@@ -67,7 +67,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
     another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it. `gather`:
     how several events make one run; `lane`: the one of events without a key. `joined`: the pattern that makes its runs, of
-    events of several triggers.
+    events of several triggers. `late`: the runs to look out for, whose lateness it wants to hear of.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     gather: Gather | None = None
     lane: str | None = None
     joined: Joins | None = None
+    late: tuple[Late, ...] = ()
 
     def hears(self, event_type: str, place: str = EMIT) -> bool:
         """Whether events of this type (of this trigger, for a pattern) are deliveries to it, and get a verdict."""
@@ -120,6 +121,7 @@ def subscribe(
     deliver: Delivery | None = None,
     name: str | None = None,
     taken: Collection[str] = (),
+    late: Late | None = None,
 ) -> Subscription:
     """A subscription, checked: UsageError says what is wrong with `where`, `key`, `on_failure` or `deliver`.
 
@@ -146,12 +148,13 @@ def subscribe(
         types=kinds,
         gather=mode.gather(),
         lane=unique if mode.one_at_a_time else None,
+        late=() if late is None else (late,),
     )
 
 
 def join(
     joined: Joins, flow: FlowLike, *, priority: int | None = None, deliver: Delivery | None = None, name: str | None = None,
-    taken: Collection[str] = (),
+    taken: Collection[str] = (), late: Iterable[Late] = (),
 ) -> Subscription:  # fmt: skip
     """A pattern's subscription. Its name is `PATTERN/FLOW`, or what is given."""
     mode = _mode(deliver)
@@ -159,7 +162,7 @@ def join(
     level = flow.priority if priority is None else priority
     return Subscription(
         name=unique, trigger="", flow=flow, priority=level, joined=joined, gather=mode.gather(),
-        lane=unique if mode.one_at_a_time else None,
+        lane=unique if mode.one_at_a_time else None, late=tuple(late),
     )  # fmt: skip
 
 

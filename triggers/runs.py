@@ -1,35 +1,46 @@
-"""`RunState`: what became of runs, as events: chaining, alerts, clean-up.
+"""`RunState`: what became of runs, as events: chaining, alerts, clean-up, deadlines.
 
     app.on(RunState("train", "completed"), promote)
     app.on(RunState("*", "failed", "dead", "held"), alert)
+    app.on(RunState("train", "late", after=3600), alert)
 
 The event is recorded in the transaction that ends the run, so it is there exactly when the run has ended so. Nothing listens:
-the App subscribes to the types and the pattern that this names (event.Recorded).
+the App subscribes to the types and the pattern that this names, and looks out for the runs that would be late (event.Recorded).
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from eventflow.clock import Duration, in_seconds, microseconds
 from eventflow.errors import UsageError
+from eventflow.event import Late
 
 STATES: Final = ("completed", "failed", "cancelled", "dead", "held")
+LATE: Final = "late"
 
 
 class RunState:
     """Runs of `flow` (by name, or the flow itself; `*` matches any part) that come to one of `states`.
 
     The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
-    `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). UsageError for an unknown state.
+    `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). Without `states`: every end.
+
+    `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due to begin, whatever it does then:
+    pending, running, waiting or held. A run is due when it is recorded; one that gathers events (`Batch`, `Debounce`), when its
+    window closes. Told once for each run and `after`, never early, at once after a restart; not of a run that had ended by then
+    and was retried. Its data also has `after`, `due` (when the run was due) and `run_state` (what it does). A `*` leaves out
+    runs that such events started. UsageError for an unknown state, `"late"` without `after`, `after` without `"late"`.
     """
 
-    def __init__(self, flow: Any = "*", *states: str) -> None:
+    def __init__(self, flow: Any = "*", *states: str, after: Duration | None = None) -> None:
         name = flow if isinstance(flow, str) else getattr(flow, "name", None)
         if not isinstance(name, str) or not name:
             raise UsageError(f"RunState: expected a flow or its name, found {flow!r}")
         for state in states:
-            if state not in STATES:
-                raise UsageError(f"RunState: expected states among {', '.join(STATES)}, found {state!r}")
+            if state not in (*STATES, LATE):
+                raise UsageError(f"RunState: expected states among {', '.join((*STATES, LATE))}, found {state!r}")
         self._flow, self._states = name, states or STATES
+        self._after = _checked(after, LATE in states)
 
     @property
     def types(self) -> Sequence[str]:
@@ -37,4 +48,23 @@ class RunState:
 
     @property
     def pattern(self) -> Mapping[str, Any]:
-        return {} if self._flow == "*" else {"flow": [{"wildcard": self._flow}]}
+        wanted: dict[str, Any] = {} if self._flow == "*" else {"flow": [{"wildcard": self._flow}]}
+        if self._after is not None:
+            ours = {"numeric": ["=", in_seconds(self._after)]}
+            wanted["after"] = [ours] if set(self._states) == {LATE} else [ours, {"exists": False}]
+        return wanted
+
+    @property
+    def late(self) -> Late | None:
+        return None if self._after is None else Late(self._flow, self._after)
+
+
+def _checked(after: Duration | None, is_late: bool) -> int | None:
+    """Microseconds."""
+    if after is None and is_late:
+        raise UsageError('RunState: "late" expected after= (seconds, or a timedelta), found none: how late is late?')
+    if after is not None and not is_late:
+        raise UsageError(f'RunState: after={after!r} goes with the state "late", which is not among those named')
+    if after is not None and microseconds(after) <= 0:
+        raise UsageError(f"RunState: after= expected a positive duration, found {after!r}")
+    return None if after is None else microseconds(after)

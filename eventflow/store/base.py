@@ -19,6 +19,7 @@ from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Outcome, Run, State
 from eventflow.store.joining import Fact, Gather, Match
+from eventflow.store.telling import Ended, Lateness, Overdue
 
 # --------------------------------------------------------------------------- what goes in
 
@@ -179,23 +180,6 @@ class Handover(Protocol):
         ...
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """A run that came to a state in which nothing more happens by itself, as the transaction leaves it."""
-
-    run: int
-    flow: str
-    state: State
-    token: int
-    depth: int
-    event: int | None
-    started_at: int | None
-    at: int
-    reason: str | None
-    result: bytes | None
-    codec: str | None
-    error: bytes | None
-
-
 class Woven(msgspec.Struct):
     """What a pattern came to. `state`: what is open, for the next time and for `Herald.keep`; None: nothing is. `due`: when it
     must be asked again. `silences`: matches of no event, told by one of their own. `lapsed`: events that matched nothing, with
@@ -212,7 +196,10 @@ class Woven(msgspec.Struct):
 
 
 class Herald(Protocol):
-    """Who makes events of ended runs, and runs of patterns: the router, seen from the writer thread. Quick; must not raise."""
+    """Who makes events of runs that ended or are late, and runs of patterns: the router, seen from the writer thread.
+
+    Quick; must not raise.
+    """
 
     def raise_floor(self, last_id: int) -> None:
         """Ids up to this one may be in use. Called once, before anything else."""
@@ -220,6 +207,10 @@ class Herald(Protocol):
 
     def ended(self, run: Ended) -> Arrival | None:
         """The event that tells of it, matched and ready to record; None when nobody hears of it."""
+        ...
+
+    def late(self, run: Overdue) -> Arrival | None:
+        """The same, of a run that is late."""
         ...
 
     def weave(
@@ -294,6 +285,10 @@ class Store(Protocol):
         """Who hears of new rows in the outbox; None: nobody."""
         ...
 
+    def attach_lookout(self, heard: Callable[[bool], None] | None) -> None:
+        """Whom to call, from any thread, once a run is there that is new, or due earlier, or (True) lives again. Quick."""
+        ...
+
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         """Called once, from the writer thread, when `failed` is set."""
         ...
@@ -333,6 +328,16 @@ class Store(Protocol):
 
     async def bodies(self, run: int) -> list[bytes]:
         """The events of a run that gathered them, as recorded, in order; StoreCorrupt names a row that is damaged."""
+        ...
+
+    # lookout -----------------------------------------------------------------------------
+    async def late(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> Lateness:
+        """The late runs that nobody was told of. `wanted`: by a flow's name, after how many microseconds it is asked for;
+        False: only by a wildcard, which leaves out the runs that such an event started. StoreError when it takes too long."""
+        ...
+
+    async def tell_late(self, runs: Sequence[int], after: int) -> int:
+        """Records the events that tell of these runs, unless they have ended or were told of; returns of how many."""
         ...
 
     # doors -------------------------------------------------------------------------------

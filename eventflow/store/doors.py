@@ -16,6 +16,7 @@ from eventflow.journal import AFRESH, RAN, TIMEOUT, Entry, Kind, begun_afresh
 from eventflow.run import DEATHS, Run, State, show_id
 from eventflow.store import rows
 from eventflow.store.base import Arrival
+from eventflow.store.late import note_retry
 from eventflow.store.load import load_journal
 from eventflow.store.ops import answer, deliver, forget
 from eventflow.store.rows import Row
@@ -45,6 +46,8 @@ def _whole(tx: Transaction, row: Row) -> Run:
 
 def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
     """PENDING, due now. Children whose error the flow is to ask for again are retried with it: their answer must come anew."""
+    if not row.state.live:
+        note_retry(tx, row.id)
     forgiven = _forget(tx, row.id) if fresh else _forgive(tx, row.id)
     row.deaths = row.suspect = row.cancel_requested = 0
     row.started_at = None  # a person gives it another life: its timeout counts anew

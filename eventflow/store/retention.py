@@ -64,6 +64,7 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     _delete(tx, "journal", "run", gone)
     _delete(tx, "members", "run", gone)
     _delete(tx, "windows", "run", gone)
+    _delete(tx, "late", "run", gone)
     _delete(tx, "runs", "id", gone)
     return len(gone)
 

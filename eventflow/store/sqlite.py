@@ -16,13 +16,14 @@ from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, S
 from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
 from eventflow.run import Run, State
-from eventflow.store import audit, doors, looks, outbox, retention
+from eventflow.store import audit, doors, late, looks, outbox, retention
 from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Herald, Op, Outbound, Record
 from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_bodies, load_journal
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.readers import BUDGET, Readers, last_batch
+from eventflow.store.telling import Lateness
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import Call, Errand, Item, Writer
 
@@ -41,6 +42,9 @@ _PRAGMAS = (
     "PRAGMA temp_store = MEMORY",
     "PRAGMA secure_delete = FAST",
 )
+
+LOOKOUT = 20.0
+"""Seconds a look for late runs may take: it walks all that live, of which there may be a million."""
 
 _LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
 
@@ -179,6 +183,9 @@ class SqliteStore:
     def attach_relay(self, relay: Outbound | None) -> None:
         self._open_writer().relay = relay
 
+    def attach_lookout(self, heard: Callable[[bool], None] | None) -> None:
+        self._open_writer().lookout = heard
+
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         self._open_writer().on_failure(call)
 
@@ -244,10 +251,19 @@ class SqliteStore:
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         return await self._look(outbox.depths)
 
+    async def late(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> Lateness:
+        return await self._look(late.look, wanted, now, budget=LOOKOUT)
+
+    async def tell_late(self, runs: Sequence[int], after: int) -> int:
+        return await self._call(late.tell, runs, after)
+
     # ------------------------------------------------------------------- doors
 
     async def retry(self, run: int, *, fresh: bool = False) -> Run:
-        return cast(Run, await self._call(doors.retry, run, fresh=fresh))
+        retried = cast(Run, await self._call(doors.retry, run, fresh=fresh))
+        if (lookout := self._open_writer().lookout) is not None:
+            lookout(True)
+        return retried
 
     async def cancel(self, run: int, reason: str) -> State:
         return await self._call(doors.cancel, run, reason)

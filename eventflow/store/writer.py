@@ -83,7 +83,7 @@ class Writer:
         self.handover: Handover | None = None
         self.relay: Outbound | None = None
         self.herald: Herald | None = None
-        self.lookout: Callable[[], None] | None = None
+        self.lookout: Callable[[bool], None] | None = None
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
@@ -299,7 +299,7 @@ class Writer:
     def _committed(self, tx: Transaction) -> list[Word]:
         """Takes over the new numbers; returns what the worker and the relay must hear."""
         if self.lookout is not None and (tx.taken or tx.more or tx.totals["runs"] > self.totals["runs"]):
-            self.lookout()
+            self.lookout(False)
         self.batch, self.at, self.totals = tx.batch, tx.at, tx.totals
         tx.remember()
         if tx.soonest < (self._told_due or NEVER):

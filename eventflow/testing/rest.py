@@ -48,7 +48,7 @@ async def come_to_rest(app: App, patience: float, deadline: Deadline | None = No
 
 
 async def _look(app: App) -> tuple[bool, int]:
-    """Whether the worker is quiet once everything posted so far was answered; and the number of the last commit."""
+    """Whether nothing is under way once everything posted so far was answered; and the number of the last commit."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[Any] = loop.create_future()
 
@@ -64,7 +64,7 @@ async def _look(app: App) -> tuple[bool, int]:
     if isinstance(batch, BaseException):
         raise batch
     await asyncio.sleep(0)
-    return app.house.worker.is_quiet, batch
+    return app.house.worker.is_quiet and app.house.lookout.is_quiet, batch
 
 
 async def table(app: App, problem: str) -> str:
