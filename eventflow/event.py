@@ -298,8 +298,8 @@ class Foreseeing(Protocol):
     @property
     def name(self) -> str: ...
 
-    def foresee(self, cursor: Mapping[str, Json], since: datetime, until: datetime) -> Foresight:
-        """As if it had begun at `since`, as it is set now. `cursor`: its own in the ledger."""
+    def foresee(self, cursor: Mapping[str, Json], since: datetime | None, until: datetime) -> Foresight:
+        """As if it had begun at `since` (None: with what is known), as it is set now. `cursor`: its own in the ledger."""
         ...
 
 

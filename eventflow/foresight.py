@@ -81,28 +81,29 @@ class _View:
     async def read(self, places: Sequence[str]) -> None:
         question, after, more = self._question, 0, True
         kind = None if self._triggers else question.type  # what a trigger makes its events of is of any type
-        if question.since is not None:
-            await self._begin(question.since)
+        await self._look_ahead()
         while more:
             rows, last = await self._ledger.past(
                 triggers=places, type=kind, since=question.since or 0, until=question.until, after=after, limit=PAGE
             )  # fmt: skip
-            if rows and self._began is None:
-                await self._begin(rows[0]["received_at"])
             for row in rows:
                 await self._take(row)
             after, more = last or after, last is not None
-        if self._began is not None:
-            await self._pass_to(question.until)
-            self._rehearsal.pass_to(question.until)
-            self._note_silences()
+        await self._pass_to(question.until)
+        self._rehearsal.pass_to(question.until)
+        self._note_silences()
 
-    async def _begin(self, at: int) -> None:
-        self._began = at
-        since, until = to_datetime(at), to_datetime(self._question.until)
+    async def _look_ahead(self) -> None:
+        first, until = self._question.since, to_datetime(self._question.until)
+        since = None if first is None else to_datetime(first)
         for trigger in self._triggers:
             self._sights[trigger.name] = trigger.foresee(await self._ledger.cursor(trigger.name), since, until)
             self._counts[trigger.name] = [0, 0]
+        if first is not None:
+            self._begin(first)
+
+    def _begin(self, at: int) -> None:
+        self._began = at
         self._rehearsal.begin(at)
 
     async def _take(self, row: Mapping[str, Any]) -> None:
@@ -136,7 +137,10 @@ class _View:
         for name, sight in self._sights.items():
             own = event if name == trigger and event is not None and not sight.retells(event, when) else None
             told += [(each, name) for each in await sight.advance(when, own)]
-        for each, name in sorted(told, key=lambda pair: pair[0].at):
+        told.sort(key=lambda pair: pair[0].at)
+        if self._began is None:
+            self._begin(to_us(told[0][0].at) if told else at)
+        for each, name in told:
             self._counts[name][1] += 1
             if self._wants(each.event):
                 ident = self._rehearsal.hear(name, each.event, to_us(each.at))
@@ -163,9 +167,8 @@ class _View:
 
     def told(self) -> dict[str, Any]:
         question, rehearsal = self._question, self._rehearsal
-        since = question.since if self._began is None else self._began
         return {
-            "since": None if since is None else timestamp(since),
+            "since": timestamp(self._began or 0),
             "until": timestamp(question.until),
             "type": question.type,
             "to": question.to,

@@ -7,23 +7,27 @@ instead of recording them and commits the counts with the source's position. Wha
 `Drift` as from `DriftAlert`: detected, perhaps escalated, resolved. Needs `pip install 'eventflow-reactor[drift]'`.
 
     Desk.accept ─► Engine.take (reference, windows) ─► judge ─► Episode.step ─► tell ─► one transaction
+
+What it would have told with other thresholds, `foresee` says (_drift/foresight.py).
 """
 
 import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from eventflow.clock import SECOND, Clock, Duration, SystemClock, microseconds, seconds
 from eventflow.errors import StoreFull, UsageError
-from eventflow.event import Event, Gauge, Gauged, Intake, Trigger
+from eventflow.event import Event, Foresight, Gauge, Gauged, Intake, Json, Trigger
 from triggers._drift import arrays
 from triggers._drift.baseline import Baseline, Reference, check, make_baseline, read_rows, read_table
-from triggers._drift.desk import Desk, Doubt, Row, RowsOf
+from triggers._drift.desk import Desk, Doubt
 from triggers._drift.episodes import Rules
 from triggers._drift.features import SAMPLED, Categorical, Feature, Numeric, Watched, kinds, watch
+from triggers._drift.foresight import ByRows, ByWindows
 from triggers._drift.judge import LEAST
+from triggers._drift.samples import Row, RowsOf
 from triggers._drift.setting import Setting, WindowKind
 from triggers._drift.shape import DETECTED
 
@@ -62,6 +66,7 @@ class DriftMonitor:
         nodata: after how long without events `drift.nodata` is told; by default three windows of time, else never.
         remember: how many events' ids are known, so that one that comes again is not counted again.
         record: the events are recorded as well, for flows with `types=`; by default they are only counted.
+        history: judged windows whose statistics are kept, so that a dry run can try other thresholds on them.
         name: by default `drift:` and the source's.
     """
 
@@ -88,12 +93,13 @@ class DriftMonitor:
         nodata: Duration | None = None,
         remember: int = 10_000,
         record: bool = False,
+        history: int = 1000,
         name: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         if not isinstance(source, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"DriftMonitor({source!r}): expected a trigger (with a name and listen())")
-        _check(window, alpha, confirm, clear, tell, per, remember, min_samples)
+        _check(window, alpha, confirm, clear, tell, per, min(remember, history), min_samples)
         span = microseconds(window) if isinstance(window, timedelta) else 0
         watched, given = _referenced(features, reference)
         least = min(MIN_SAMPLES, window) if isinstance(window, int) else MIN_SAMPLES
@@ -104,6 +110,7 @@ class DriftMonitor:
             min_samples=least if min_samples is None else min_samples, alpha=alpha,
             rules=Rules(confirm=confirm, clear=clear, cooldown=microseconds(cooldown), least=1 if tell == "warning" else 2),
             nodata=microseconds(nodata) if nodata is not None else 3 * span or None, per_feature=per == "feature",
+            history=history,
         )  # fmt: skip
         self._source, self._rows, self._remember, self._record = source, rows or data_rows, remember, record
         self.clock = clock or _SYSTEM_CLOCK
@@ -138,6 +145,12 @@ class DriftMonitor:
             await self._desk.relearn()
         else:  # flows run on another loop than the way in
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._desk.relearn(), self._loop))
+
+    def foresee(self, cursor: Mapping[str, Json], since: datetime | None, until: datetime) -> Foresight:
+        """What it would have told of that time, had it begun then as it is set now: for `eventflow replay --dry-run`."""
+        if self._record:
+            return ByRows(self._setting, self._rows, cursor, since)
+        return ByWindows(self._setting, cursor, since, until)
 
     async def _watch(self, desk: Desk) -> None:
         """Notices what only time does: silence, and windows of time that no event ends any more."""
@@ -266,7 +279,7 @@ def _warm_up(watched: Sequence[Watched]) -> None:
 
 
 def _check(
-    window: WindowKind, alpha: float, confirm: int, clear: int, tell: str, per: str, remember: int, min_samples: int | None
+    window: WindowKind, alpha: float, confirm: int, clear: int, tell: str, per: str, kept: int, min_samples: int | None
 ) -> None:
     if isinstance(window, timedelta):
         if seconds(window) < 1:
@@ -275,8 +288,10 @@ def _check(
         raise UsageError(f'DriftMonitor(window=): expected at least {LEAST} rows, a timedelta or "batch", found {window!r}')
     if isinstance(window, int) and min_samples is not None and min_samples > window:
         raise UsageError(f"DriftMonitor(min_samples={min_samples}): expected at most the window's {window} rows")
-    if not 0 < alpha < 1 or confirm < 1 or clear < 1 or remember < 0:
-        raise UsageError("DriftMonitor: alpha must be between 0 and 1, confirm and clear at least 1, remember not negative")
+    if not 0 < alpha < 1 or confirm < 1 or clear < 1 or kept < 0:
+        raise UsageError(
+            "DriftMonitor: alpha must be between 0 and 1, confirm and clear at least 1, remember and history not negative"
+        )
     if tell not in ("warning", "alert") or per not in ("monitor", "feature"):
         raise UsageError('DriftMonitor: expected tell="warning" or "alert", and per="monitor" or "feature"')
 

@@ -16,6 +16,7 @@ from eventflow.cli.words import short_time, table
 from eventflow.clock import to_us
 from eventflow.event import parse_time
 from eventflow.foresight import MOST, Question, foresee
+from eventflow.redaction import clean
 from eventflow.store.beside import beside
 
 NAMED = 5
@@ -87,7 +88,7 @@ def _tally(tally: Mapping[str, Any]) -> list[str]:
     waits = f", {tally['waiting']} still wait at the end" if tally["waiting"] else ""
     lines = [f"{name}: {tally['runs']} runs of {tally['events']} events; it heard of {tally['heard']}{waits}"]
     for each in sorted(tally["reasons"], key=lambda reason: -reason["events"]):
-        lines.append(f"  {each['events']} {each['fate']}: {each['reason']} (such as {each['first']})")
+        lines.append(f"  {each['events']} {each['fate']}: {clean(each['reason'])} (such as {each['first']})")
     return lines
 
 
@@ -98,9 +99,8 @@ def _sum(answer: Mapping[str, Any]) -> list[str]:
         lines += [f"  {note}" for note in each["notes"]]
     lines += _left_out(answer)
     least = "at least " if answer["at_least"] else ""
-    since = "the beginning" if answer["since"] is None else short_time(answer["since"])
-    between = f"from {since} to {short_time(answer['until'])}"
-    lines.append(f"{answer['events']} events {between}: {least}{answer['would_start']} runs would start")
+    between = f"from {short_time(answer['since'])} to {short_time(answer['until'])}"
+    lines.append(f"{answer['events']} recorded events {between}: {least}{answer['would_start']} runs would start")
     return lines
 
 

@@ -1,6 +1,7 @@
 """`replay --dry-run` as a person types it: over a server, beside one with changed code, and with none."""
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,23 @@ app.on(absent("order.shipped", 0.2, after="order.paid", by="order"), look, name=
 """
 
 CHANGED = WATCH.replace('">", 100', '">", 10').replace('"login.failed", 5', '"login.failed", 3')
+
+MONITOR = """
+from eventflow import App, flow
+from triggers import Drift, DriftMonitor, Numeric, Webhook
+
+@flow
+async def retrain(drift: Drift) -> str:
+    return drift.status
+
+features = {"amount": Numeric(warn=0.5)}
+monitor = DriftMonitor(
+    Webhook("/scores", verify="none", id="id"), features=features, reference="reference.json", window="batch",
+    rows=lambda event: event.data["rows"], confirm=1, clear=1, cooldown=0, model="prices",
+)
+app = App("scores")
+app.on(monitor, retrain)
+"""
 
 BY_FOUR = [("login.failed", {"user": "ada"})] * 4
 ORDER = [("order.placed", {"order": "o-1"}), ("order.paid", {"order": "o-1"})]
@@ -115,6 +133,33 @@ def test_a_replay_of_a_time_is_for_those_who_heard_of_it(shop: Served):
     done = eventflow(shop.folder, "replay", "--since", "7d", "--to", "handle")
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 runs started"
     assert "no subscription or flow 'handle' hears of nobody.hears" in done.stderr
+
+
+def amounts(seed: int, count: int, mean: float) -> list[dict[str, float]]:
+    draw = random.Random(seed)
+    return [{"amount": draw.gauss(mean, 1)} for _ in range(count)]
+
+
+def test_a_lower_threshold_of_drift(tmp_path: Path):
+    """Windows that stayed below the threshold tell how often a lower one would have started a training; none starts."""
+    (tmp_path / "reference.json").write_text(json.dumps(amounts(0, 4000, 0.0)))
+    (tmp_path / "scores.py").write_text(MONITOR)
+    (tmp_path / "changed.py").write_text(MONITOR.replace("warn=0.5", "warn=0.15, alert=0.9"))
+    with serving(tmp_path, file="scores.py") as served:
+        for number, mean in enumerate([0.0, 0.5, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0]):
+            sent = served.post("/hooks/scores", {"id": f"b{number}", "rows": amounts(number + 1, 1000, mean)})
+            assert sent.status_code == 202, sent.text
+        (trigger,) = served.get("/api/triggers")["triggers"]
+        assert trigger["totals"]["drift_windows_judged"] == 8
+        told = dry(tmp_path)
+        assert (told["would_start"], told["foretold"]) == (0, [])
+        again = dry(tmp_path, "--app", "changed.py", "--to", "retrain")
+        assert again["would_start"] == 3
+        text = eventflow(tmp_path, "replay", "--since", "7d", "--dry-run", "--app", "changed.py").stdout
+        assert text.count("the warning begins at 0.15") == 3 and "psi of amount is 0." in text
+        assert "would have sent 6 events, in place of 0 on record" in text and "3 runs would start" in text
+        assert served.get("/api/runs")["runs"] == [] and served.stop() == 0
+    assert dry(tmp_path, "--app", "changed.py")["runs"] == again["runs"]
 
 
 @pytest.mark.parametrize("ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"])

@@ -9,30 +9,24 @@ before.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from inspect import isawaitable
-from typing import Any, TypeAlias
+from typing import Any
 
-from eventflow.clock import Clock, to_us
+from eventflow.clock import Clock
 from eventflow.errors import StoreFull
 from eventflow.event import Event, Intake, Json, Receipt, Undecodable
 from triggers._drift.engine import Engine
-from triggers._drift.setting import Sample, Setting, compact
+from triggers._drift.samples import UNREADABLE, RowsOf, sample, take
+from triggers._drift.setting import Sample, Setting
 from triggers._drift.shape import to_event
 from triggers._drift.telling import Told
-
-Row: TypeAlias = Mapping[str, Any]
-RowsOf: TypeAlias = Callable[[Event], Iterable[Row] | Awaitable[Iterable[Row]]]
 
 SOURCE = "source:"
 """Before the source's own cursor keys; the monitor's begin with `drift:`."""
 
 BLOCK = 256
 """Ids of one part."""
-
-MANY = 2000
-"""Rows from which on counting goes to a thread, so that the loop of the way in stays free."""
 
 
 class Recent:
@@ -168,21 +162,12 @@ class Desk:
                 kept.append(item)
                 continue
             try:
-                samples[place] = await self._sample(item)
+                samples[place] = await sample(item, self._rows, self._setting.watched, self._clock.now())
                 kept.append(item)
-            except (ValueError, TypeError, LookupError, OSError) as error:
+            except UNREADABLE as error:
                 reason = f"rows: {type(error).__name__}: {error}"
                 kept.append(Undecodable(id=item.id, source=item.source, body=item.to_json(), error=reason, type=item.type))
         return _Waiting(kept, samples, cursor)
-
-    async def _sample(self, event: Event) -> Sample:
-        found = self._rows(event)
-        rows = list(await found if isawaitable(found) else found)
-        values = self._values(rows) if len(rows) < MANY else await asyncio.to_thread(self._values, rows)
-        return Sample(values, self._clock.now() if event.time is None else to_us(event.time))
-
-    def _values(self, rows: Sequence[Row]) -> list[list[Any]]:
-        return [[compact(each, each.value(row)) for each in self._setting.watched] for row in rows]
 
     # ------------------------------------------------------------------------- one transaction
 
@@ -190,7 +175,7 @@ class Desk:
         engine, recent = await self._loaded()
         counted, passed = list[Sample](), list[Event | Undecodable]()
         plan = [self._plan(waiting, recent, counted, passed) for waiting in batch]
-        told = await self._take(engine, counted)
+        told = await take(engine, counted, self._clock.now())
         cursor = {SOURCE + key: value for waiting in batch for key, value in waiting.cursor.items()}
         given = await self._write(engine, recent, [*map(self._event, told), *passed], cursor)
         left = iter(given[len(told) :])
@@ -215,12 +200,6 @@ class Desk:
             else:
                 receipts.append(Receipt(0, item.id, duplicate=not fresh))
         return receipts
-
-    async def _take(self, engine: Engine, samples: Sequence[Sample]) -> list[Told]:
-        now = self._clock.now()
-        if sum(len(sample.rows) for sample in samples) < MANY:
-            return engine.take(samples, now)
-        return await asyncio.to_thread(engine.take, samples, now)
 
     async def _loaded(self) -> tuple[Engine, Recent]:
         """The state, which is nobody's until it is put back: with a transaction that has committed."""

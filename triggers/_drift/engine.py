@@ -8,6 +8,7 @@ words the drifts.
 """
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import msgspec
@@ -16,11 +17,12 @@ from eventflow.event import Json
 from triggers._drift.baseline import Baseline, make_baseline
 from triggers._drift.episodes import Episode, Move
 from triggers._drift.features import STREAMING
-from triggers._drift.judge import Verdict, judge
+from triggers._drift.history import History
+from triggers._drift.judge import Verdict, judge, measure, measured_then
 from triggers._drift.setting import Sample, Setting
 from triggers._drift.streaming import Adwin, Detector, PageHinkley
 from triggers._drift.telling import Told, tell, tell_silence
-from triggers._drift.window import Rows, Window
+from triggers._drift.window import Judged, Rows, Window
 
 FIRST_LOOK = 16
 """Rows after a change from which on their mean is looked at; a power of two, as all later looks are."""
@@ -61,6 +63,7 @@ class Engine:
         self.learning = Rows("drift:l/")
         self.windows: dict[int, Window] = {}
         self.verdicts: Sequence[Verdict] = ()
+        self._history, self._measured_by = History(setting.history, parts), setting.measured()
         self._changed: dict[str, Json] = {}
         self.memory = Memory(setting.digest(), episodes=self._episodes())
         self._detectors = self._new_detectors()
@@ -99,6 +102,7 @@ class Engine:
             found.update(window.changes())
         for place, detector in self._detectors.items():
             found[f"drift:s/{place}"] = detector.state()
+        found.update(self._history.changes())
         self.memory.windows = list(self.windows)
         found["drift:meta"] = msgspec.to_builtins(self.memory)
         return found
@@ -229,12 +233,29 @@ class Engine:
             self.memory.insufficient += 1
             return []
         changed = [place in self._detectors and self._detectors[place].changed for place in range(len(self.setting.watched))]
-        self.verdicts = judge(window, self.setting.watched, self.baselines, changed, self.setting.alpha)
+        measured = measure(window, self.setting.watched, self.baselines, changed)
+        self._keep(measured, window, now)
+        return self._decide(measured, window, now)
+
+    def again(self, judged: Judged) -> list[Told]:
+        """A window that was measured before, by the thresholds and rules of now."""
+        measured = measured_then(judged, self.setting.watched)
+        if judged.midway:
+            told = [self._spring(each, judged, judged.at) for each in measured]
+            return [each for each in told if each is not None]
+        return self._decide(measured, judged, judged.at) if judged.n >= self.setting.min_samples else []
+
+    def _keep(self, measured: Sequence[Verdict], window: Window, now: int, *, midway: bool = False) -> None:
+        found = [(each.place, each.metric, each.statistic, each.p_value) for each in measured if isfinite(each.statistic)]
+        self._history.add(Judged(self._measured_by, now, window.n, window.start, window.end, found, midway))
+
+    def _decide(self, measured: Sequence[Verdict], window: Window | Judged, now: int) -> list[Told]:
+        self.verdicts = judge(measured, self.setting.alpha)
         self.memory.judged += 1
         told = [self._step(unit, window, now) for unit in range(len(self.memory.episodes))]
         return [each for each in told if each is not None]
 
-    def _step(self, unit: int, window: Window, now: int) -> Told | None:
+    def _step(self, unit: int, window: Window | Judged, now: int) -> Told | None:
         verdicts = self.of_unit(unit)
         move = self.memory.episodes[unit].step(verdicts, self.setting.rules, now)
         if not self.memory.episodes[unit].level:
@@ -274,16 +295,27 @@ class Engine:
 
     def _burst(self, place: int, window: Window, now: int) -> Told | None:
         """A change in the middle of a window, told at once if it is large enough to matter."""
-        watched = self.setting.watched[place]
-        ((metric, warn, alert), *_) = watched.checks
-        statistic = self._detectors[place].shift
-        level = 2 if statistic >= alert else 1 if statistic >= warn else 0
-        verdict = Verdict(place, metric, statistic, 0.0, warn, alert, level, clean=level == 0)
+        ((metric, warn, alert), *_) = self.setting.watched[place].checks
+        seen = Verdict(place, metric, self._detectors[place].shift, 0.0, warn, alert)
+        self._keep([seen], window, now, midway=True)
+        return self._spring(seen, window, now)
+
+    def _spring(self, seen: Verdict, window: Window | Judged, now: int) -> Told | None:
+        place, level = seen.place, 2 if seen.statistic >= seen.alert else 1 if seen.statistic >= seen.warn else 0
+        verdict = msgspec.structs.replace(seen, level=level, clean=level == 0)
         unit = place if self.setting.per_feature else 0
         move: Move | None = self.memory.episodes[unit].burst(verdict, self.setting.rules, now)
         return tell(self, unit, move, [verdict], window) if move else None
 
     # ------------------------------------------------------------------------- time alone
+
+    @property
+    def due(self) -> int | None:
+        """When `tick` has something to do, if no sample comes before."""
+        setting, last = self.setting, max(self.memory.last_at or 0, self.since)
+        waits = [setting.span + setting.lateness] if setting.span and self.windows else []
+        waits += [setting.nodata] if setting.nodata is not None and self.memory.silent is None else []
+        return last + min(waits) if waits else None
 
     def tick(self, now: int) -> list[Told]:
         """What the passing of time does: windows of time that nothing more will end, and silence."""

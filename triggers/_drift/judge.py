@@ -16,7 +16,7 @@ from triggers._drift.bins import histogram
 from triggers._drift.features import BINNED, STREAMING, Watched
 from triggers._drift.shape import Finding
 from triggers._drift.shape import Window as Shown
-from triggers._drift.window import Window
+from triggers._drift.window import Judged, Window
 
 from eventflow.clock import to_datetime  # isort: skip
 
@@ -47,17 +47,27 @@ class Verdict(msgspec.Struct, frozen=True):
         return self.statistic / self.warn if self.warn else self.statistic
 
 
-def judge(
-    window: Window, watched: Sequence[Watched], baselines: Sequence[Baseline], changed: Sequence[bool], alpha: float
+def measure(
+    window: Window, watched: Sequence[Watched], baselines: Sequence[Baseline], changed: Sequence[bool]
 ) -> list[Verdict]:
-    """The verdicts of a whole window. `changed`: which streaming detectors have seen a change since all was well."""
-    found = [
+    """The statistics of a whole window. `changed`: which streaming detectors have seen a change since all was well."""
+    return [
         Verdict(place, metric, statistic, p, warn, alert)
         for place, each in enumerate(watched)
         for metric, warn, alert in each.checks
         if (measured := _measure(metric, place, window, baselines[place], changed[place])) is not None
         for statistic, p in (measured,)
     ]
+
+
+def measured_then(judged: Judged, watched: Sequence[Watched]) -> list[Verdict]:
+    """The statistics of a window that is over, with the thresholds of now."""
+    bounds = {(place, metric): (warn, alert) for place, each in enumerate(watched) for metric, warn, alert in each.checks}
+    return [Verdict(place, metric, statistic, p, *bounds[place, metric]) for place, metric, statistic, p in judged.measured]
+
+
+def judge(found: Sequence[Verdict], alpha: float) -> list[Verdict]:
+    """The verdicts of a window: what is measured, against its thresholds and chance."""
     tests = [verdict.p_value for verdict in found if verdict.metric not in STREAMING]
     significant = iter(arrays.holm(tests, alpha))
     return [_levelled(verdict, verdict.p_value < 1 if verdict.metric in STREAMING else next(significant)) for verdict in found]
@@ -120,16 +130,19 @@ def shift(mean: float | None, baseline: Baseline) -> float:
     return 0.0 if mean is None else abs(mean - baseline.mean) / baseline.deviation
 
 
-def finding(verdict: Verdict, window: Window, watched: Sequence[Watched], baselines: Sequence[Baseline]) -> Finding:
-    """A verdict for people, with the histograms of before and after."""
-    place, baseline = verdict.place, baselines[verdict.place]
-    before = Shown(samples=baseline.samples, histogram=histogram(baseline.bins, baseline.counts))
+def finding(verdict: Verdict, window: Window | Judged, watched: Sequence[Watched], baselines: Sequence[Baseline]) -> Finding:
+    """A verdict for people, with the histograms of before and after where the window still has its counts."""
+    place, before = verdict.place, None
     after = Shown(
         start=None if window.start is None else to_datetime(window.start),
         end=None if window.end is None else to_datetime(window.end),
         samples=window.n,
-        histogram=histogram(baseline.bins, window.counts[place], window.unseen[place]),
     )
+    if isinstance(window, Window):
+        baseline = baselines[place]
+        before = Shown(samples=baseline.samples, histogram=histogram(baseline.bins, baseline.counts))
+        bars = histogram(baseline.bins, window.counts[place], window.unseen[place])
+        after = msgspec.structs.replace(after, histogram=bars)
     return Finding(
         feature=watched[place].name,
         metric=verdict.metric,

@@ -32,12 +32,22 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     rules: Rules
     nodata: int | None
     per_feature: bool
+    history: int
+
+    def measured(self) -> str:
+        """Another one when the same rows would give other statistics: other features, reference or windows. Not thresholds."""
+        features = [_without_thresholds(each) for each in self.watched]
+        reference = digest_json([msgspec.to_builtins(each) for each in self.given]) if self.given else self.learn
+        return digest(digest_json(features), reference, self.window)
 
     def digest(self) -> str:
-        """Another one when the same rows would have to be counted otherwise: what was counted so far is then void."""
-        features = [msgspec.to_builtins(each) for each in self.watched]
-        reference = digest_json([msgspec.to_builtins(each) for each in self.given]) if self.given else self.learn
-        return digest(digest_json(features), reference, self.window, self.per_feature)
+        """Another one when what was counted so far is void."""
+        return digest(self.measured(), self.per_feature)
+
+
+def _without_thresholds(watched: Watched) -> list[Any]:
+    feature = msgspec.structs.replace(watched.feature, warn=None, alert=None)
+    return [watched.name, watched.at, watched.numeric, msgspec.to_builtins(feature)]
 
 
 class Sample(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from eventflow.clock import to_datetime
 from triggers._drift.episodes import Move
 from triggers._drift.judge import Verdict, finding
 from triggers._drift.shape import Drift, Status, digest
-from triggers._drift.window import Window
+from triggers._drift.window import Judged, Window
 
 if TYPE_CHECKING:
     from triggers._drift.engine import Engine
@@ -29,7 +29,7 @@ class Told(NamedTuple):
     ident: str
 
 
-def tell(engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], window: Window) -> Told:
+def tell(engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], window: Window | Judged) -> Told:
     """What an episode's move is in words."""
     setting, episode = engine.setting, engine.memory.episodes[unit]
     worst = _worst_first(verdicts if move == "resolved" else [each for each in verdicts if each.level])

@@ -2,10 +2,13 @@
 
 `engine.py` adds rows and asks for `changes()`: only what a batch touched, so that a commit rewrites little. Rows are kept in
 chunks of `CHUNK`, one part each; over `SAMPLE` rows every second one goes and only every second more is kept, again and again.
+What is left of a window that is over is a `Judged`, its statistics; history.py keeps the last ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from eventflow.event import Json
 from triggers._drift.baseline import SAMPLE, Baseline
@@ -14,6 +17,22 @@ from triggers._drift.features import Watched
 
 CHUNK = 32
 """Rows of one part: a single new row rewrites 16 rows on average."""
+
+
+class Judged(msgspec.Struct, array_like=True, frozen=True):
+    """A window as it was measured, whatever came of it. Times in microseconds, `at`: when it was judged.
+
+    `by`: features, reference and kind of window that it was measured by (`Setting.measured`). `measured`: place, metric,
+    statistic and p-value of each check. `midway`: what a streaming detector saw in the middle of it.
+    """
+
+    by: str
+    at: int
+    n: int
+    start: int | None
+    end: int | None
+    measured: list[tuple[int, str, float, float]]
+    midway: bool = False
 
 
 class Rows:
