@@ -19,7 +19,7 @@ from eventflow.errors import UsageError
 from eventflow.event import Event, Letter, show_id
 from eventflow.redaction import SECRETS
 from eventflow.retry import Permanent
-from triggers._kafka.producer import MessageSizeTooLargeError, Producer, make_producer, option_names
+from triggers._kafka.producer import MessageSizeTooLargeError, Producer, close, make_producer, option_names
 from triggers.signatures import Secret
 
 Mode: TypeAlias = Literal["binary", "structured"]
@@ -88,7 +88,7 @@ class KafkaSink:
         """Idempotent; a later `send` begins anew."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            await producer.stop()
+            await close(producer)
 
     async def _started(self) -> Producer:
         if self._producer is None:
@@ -99,7 +99,7 @@ class KafkaSink:
             try:
                 await producer.start()
             except BaseException:
-                await producer.stop()
+                await close(producer)
                 raise
             self._producer = producer
         return self._producer

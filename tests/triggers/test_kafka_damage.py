@@ -1,13 +1,13 @@
 """Batches that cannot be read: damaged on the way, or compressed with a codec that is not installed. One partition stops."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
 
 import pytest
 
-from tests.brokers import Broker, free_port, noida, tansu
+from tests.brokers import Broker, noida
 from tests.conftest import eventually
+from tests.triggers.kafka_proxy import Proxy, behind_a_proxy
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers._kafka import session
 from triggers._kafka.client import RecordTooLargeError, TopicPartition
@@ -16,43 +16,9 @@ from triggers._kafka.faults import too_large, unreadable
 POISON = b"poison-poison"
 
 
-class Proxy:
-    """Between clients and a broker. While `damages`, it flips a bit in every POISON that passes."""
-
-    def __init__(self, port: int, target: int) -> None:
-        self.port, self._target = port, target
-        self.damages = False
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        for source, sink in ((reader, back), (there, writer)):
-            task = asyncio.create_task(self._pump(source, sink))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        try:
-            while data := await source.read(1 << 20):
-                sink.write(data.replace(POISON, b"poison-poisom") if self.damages else data)
-                await sink.drain()
-        except OSError:
-            pass
-        finally:
-            sink.close()
-            with suppress(OSError):
-                await sink.wait_closed()
-
-    @asynccontextmanager
-    async def listening(self) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        try:
-            yield
-        finally:
-            server.close()
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+def damaged(data: bytes) -> bytes:
+    """One bit of every POISON."""
+    return data.replace(POISON, b"poison-poisom")
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +38,21 @@ def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pyte
             await topic.send("before")
             await topic.send(POISON)
             await topic.send("after")
-            proxy.damages = True
+            proxy.damage = damaged
             async with topic.read(decode="bytes"):
                 await topic.send("other", partition=1)
                 await topic.has(2)
                 await eventually(lambda: topic.said("kafka.partition_stopped"), "the partition stopped")
                 assert f"{topic.name}/0 is stopped: offset 1 cannot be read: CorruptRecord" in (topic.trigger.condition or "")
                 assert topic.cursor(0) == 1 and topic.cursor(1) == 1
-                proxy.damages = False
+                proxy.damage = None
                 await topic.has(4)
                 await topic.committed(3, 1)
                 assert topic.trigger.condition is None
             assert [data for data in topic.data if data != b'"other"'] == [b'"before"', POISON, b'"after"']
             assert len(topic.said("kafka.partition_stopped")) == 1
 
-    port = free_port()
-    with tansu(advertised=port) as broker:
-        proxy = Proxy(port, int(broker.server.rpartition(":")[2]))
-        broker.server = f"127.0.0.1:{port}"
+    with behind_a_proxy() as (broker, proxy):
         asyncio.run(work(broker, proxy))
 
 
@@ -102,7 +65,7 @@ def test_a_damaged_batch_may_be_skipped():
             await topic.send("before")
             await topic.send(POISON)
             await topic.send("after")
-            proxy.damages = True
+            proxy.damage = damaged
             async with topic.read(decode="bytes", skip_corrupt=True):
                 await topic.has(3)
                 await topic.committed(3)
@@ -110,10 +73,7 @@ def test_a_damaged_batch_may_be_skipped():
             assert topic.data == [b'"before"', b'"after"']
             assert letter.headers["kafka-offset"] == "1" and "CorruptRecord" in letter.error
 
-    port = free_port()
-    with tansu(advertised=port) as broker:
-        proxy = Proxy(port, int(broker.server.rpartition(":")[2]))
-        broker.server = f"127.0.0.1:{port}"
+    with behind_a_proxy() as (broker, proxy):
         asyncio.run(work(broker, proxy))
 
 

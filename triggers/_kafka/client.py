@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from eventflow.errors import MissingExtra
+from triggers._kafka.endings import ends, hang_up, with_whole_bootstrap
 
 try:
     from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -99,7 +100,9 @@ class Consumer(Protocol):
 
 def make_consumer(options: Mapping[str, Any]) -> Consumer:
     """A consumer, not started, on the running loop. TypeError or ValueError for options that it refuses."""
-    return cast(Consumer, AIOKafkaConsumer(**options))
+    consumer: Any = AIOKafkaConsumer(**options)
+    with_whole_bootstrap(consumer._client)
+    return cast(Consumer, consumer)
 
 
 async def close(consumer: Consumer, seconds: float) -> None:
@@ -109,25 +112,22 @@ async def close(consumer: Consumer, seconds: float) -> None:
     out; then what it did not come to is done here. A heartbeat left behind would keep the partitions of a member that is gone.
     """
     raw = cast(Any, consumer)
-    if await _ends(raw.stop(), seconds):
-        return
-    if (coordinator := raw._coordinator) is not None and hasattr(coordinator, "_stop_heartbeat_task"):
-        await _ends(coordinator._stop_heartbeat_task(), 1.0)
-        await _ends(coordinator._stop_commit_offsets_refresh_task(), 1.0)
-        await _ends(coordinator._maybe_leave_group(), 1.0)
-    if raw._fetcher is not None:
-        await _ends(raw._fetcher.close(), 1.0)
-    await _ends(raw._client.close(), 1.0)
+    try:
+        if await _ends(raw.stop(), seconds):
+            return
+        if (coordinator := raw._coordinator) is not None and hasattr(coordinator, "_stop_heartbeat_task"):
+            await _ends(coordinator._stop_heartbeat_task(), 1.0)
+            await _ends(coordinator._stop_commit_offsets_refresh_task(), 1.0)
+            await _ends(coordinator._maybe_leave_group(), 1.0)
+        if raw._fetcher is not None:
+            await _ends(raw._fetcher.close(), 1.0)
+        await _ends(raw._client.close(), 1.0)
+    finally:
+        hang_up(raw._client)
 
 
 async def _ends(work: Coroutine[Any, Any, None], seconds: float) -> bool:
-    """Whether it ended well, and in time."""
-    task = asyncio.ensure_future(work)
-    done, _ = await asyncio.wait([task], timeout=seconds)
-    if not done:
-        task.cancel()
-        await asyncio.wait([task], timeout=seconds)
-    return task.done() and not task.cancelled() and task.exception() is None
+    return await ends(asyncio.ensure_future(work), seconds)
 
 
 async def committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, Committed]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from eventflow.errors import MissingExtra
+from triggers._kafka.endings import hang_up, with_whole_bootstrap
 
 try:
     from aiokafka import AIOKafkaProducer
@@ -15,14 +16,13 @@ try:
 except ImportError as error:
     raise MissingExtra("triggers.KafkaSink", "aiokafka", "kafka") from error
 
-__all__ = ["KafkaError", "MessageSizeTooLargeError", "Producer", "make_producer", "option_names"]
+__all__ = ["KafkaError", "MessageSizeTooLargeError", "Producer", "close", "make_producer", "option_names"]
 
 
 class Producer(Protocol):
     """AIOKafkaProducer."""
 
     async def start(self) -> None: ...
-    async def stop(self) -> None: ...
     async def send(
         self,
         topic: str,
@@ -38,7 +38,24 @@ class Producer(Protocol):
 
 def make_producer(options: Mapping[str, Any]) -> Producer:
     """A producer, not started, on the running loop. TypeError or ValueError for options that it refuses."""
-    return cast(Producer, AIOKafkaProducer(**options))
+    producer: Any = AIOKafkaProducer(**options)
+    with_whole_bootstrap(producer.client)
+    return cast(Producer, producer)
+
+
+async def close(producer: Producer) -> None:
+    """Flushes, then closes every connection. Cancelled, as when no broker is there to flush to, it lets the records go: their
+    futures have an error, and nothing of it goes on."""
+    raw = cast(Any, producer)
+    try:
+        await raw.stop()
+    except asyncio.CancelledError:
+        raw._message_accumulator.fail_all(KafkaError("closed before it was sent"))
+        if raw._sender is not None and raw._sender.sender_task is not None:
+            raw._sender.sender_task.cancel()
+        raise
+    finally:
+        hang_up(raw.client)
 
 
 def option_names() -> list[str]:

@@ -22,6 +22,7 @@ from eventflow.errors import SourceError, StoreFull
 from eventflow.event import Intake
 from triggers._kafka.batches import Batch, read_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition, close
+from triggers._kafka.endings import to_its_end
 from triggers._kafka.faults import MISPLACED, TOO_LARGE, UNREADABLE, misplaced, too_large, unreadable
 from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
@@ -50,6 +51,9 @@ REVOKING = 10.0
 
 ENDING = 4.0
 """Seconds that the last commit, and then leaving the group, may take."""
+
+LEAVING = 10.0
+"""Seconds that all of it may take once it is cancelled."""
 
 PATIENCE = 3.0
 """Seconds that a full ledger is waited for before partitions are paused: a pause throws away what was fetched ahead."""
@@ -112,7 +116,7 @@ class Session(ConsumerRebalanceListener):
                         task.result()
                 await self._turn()
         finally:
-            await self._end(beside)
+            await to_its_end(self._end(beside), LEAVING)
 
     async def _start(self) -> None:
         try:
