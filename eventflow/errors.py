@@ -269,7 +269,8 @@ class NotFound(StoreError):
     exit_code = 5
 
     def __init__(self, kind: str, ident: str) -> None:
-        super().__init__(f"no {kind} matches {ident!r}; `eventflow ls {kind}s` lists what there is")
+        listed = "dead" if kind == "dead letter" else f"{kind}s"
+        super().__init__(f"no {kind} matches {ident!r}; `eventflow ls {listed}` lists what there is")
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Output(Straight):
         self._redactor, self._clock = redactor, clock
         self._write = None if stream is None else writer(stream)
         self._pretty = pretty if pretty is not None else stream is not None and stream.isatty()
-        self._renderer = renderer() if self._pretty else None
+        self._renderer = renderer(None if stream is not None and stream.isatty() else False) if self._pretty else None
         self._lines: list[bytes] = []
         self._waiting = self._lost = 0
         self._turn = threading.Lock()
@@ -173,7 +173,7 @@ def writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
 
 
 def renderer(colors: bool | None = None) -> ConsoleRenderer:
-    """structlog's console lines; `NO_COLOR` (https://no-color.org) and TERM=dumb are heard."""
+    """structlog's console lines; for `None`, a terminal, `NO_COLOR` (https://no-color.org) and TERM=dumb are heard."""
     if colors is None:
         colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=22, exception_formatter=plain_traceback)

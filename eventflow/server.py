@@ -35,6 +35,7 @@ from eventflow.store.keys import secret_beside
 from eventflow.store.logs import LogStore
 from eventflow.watchdog import Watchdog
 from eventflow.web.api import make_asgi
+from eventflow.web.auth import host_name
 from eventflow.web.served import Served
 from eventflow.web.wire import Connections, bounded
 
@@ -120,6 +121,9 @@ def check(settings: Settings) -> None:
     for name in filter(None, (settings.tls_cert, settings.tls_key)):
         if not Path(name).is_file():
             raise UsageError(f"--tls-cert, --tls-key: expected a file, found none at {name}")
+    for name in settings.allow_hosts:
+        if not name or name.lower() not in (host_name(name), host_name(f"[{name}]")):
+            raise UsageError(f"--allow-host expected a name as in a Host header, without scheme and port, found {name!r}")
     if settings.fd is None:
         check_bind(settings, settings.host)
 

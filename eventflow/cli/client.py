@@ -101,7 +101,9 @@ class Doors:
 
 
 def quoted(ident: str) -> str:
-    """An id as a part of a path: a sender's may hold anything."""
+    """An id as a part of a path: a sender's may hold anything. UsageError for none, as from a shell's empty variable."""
+    if not ident:
+        raise UsageError("expected an id or a name, found an empty text; `eventflow ls` lists what there is")
     return quote(ident, safe="")
 
 
@@ -116,6 +118,8 @@ def _decoded(content: bytes) -> Any:
 async def doors(place: Place) -> AsyncGenerator[Doors]:
     """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening the store raises."""
     if place.url is not None:
+        if not place.url.startswith(("http://", "https://")):
+            raise UsageError(f"--url expected http://HOST:PORT or https://HOST, found {place.url!r}")
         async with _client(place.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
             yield Doors(client, place.url, live=True, knows_flows=True, url=place.url)
         return
@@ -163,7 +167,7 @@ def store_path(place: Place, app: App | None) -> str:
     """The absolute path of the store."""
     if place.store or app is not None:
         url = place.store or (app.url if app is not None else "")
-        return open_store(url if ":///" in url else f"sqlite:///{url}", App("name").clock).path
+        return open_store(url if "://" in url else f"sqlite:///{url}", App("name").clock).path
     found = [path for path in sorted(Path(".eventflow").glob("*.db")) if not path.name.endswith(".logs.db")]
     if len(found) == 1:
         return str(found[0].resolve())

@@ -75,7 +75,7 @@ def _read(text: str) -> str:
 def emit(event_type: str, data: str | None, ident: str | None, subject: str | None, source: str, as_json: bool,
          **options: Any) -> None:  # fmt: skip
     """Records an event for the subscriptions on its type."""
-    given, number = read_json_option(data, "--data"), ident or secrets.token_hex(16)
+    given, number = read_json_option(data, "--data"), secrets.token_hex(16) if ident is None else ident
     event = Event(id=number, source=source, type=event_type, data=given, subject=subject)
 
     async def work(api: Doors) -> Any:

@@ -11,6 +11,7 @@ import orjson
 from eventflow.cli.client import Place, Refusal, doors, place_options, quoted
 from eventflow.cli.times import moment
 from eventflow.cli.words import facts, say, short_time, state, table
+from eventflow.errors import UsageError
 from eventflow.output import renderer, show
 from eventflow.redaction import clean_lines
 from eventflow.store.logfile import flat
@@ -25,6 +26,12 @@ COLUMNS = {
     "outlets": ("name", "sink", "kind", "state", "waiting", "oldest_at", "sent", "refused", "failures", "last_error"),
     "dead": ("id", "event", "subscription", "at", "type", "reason"),
 }
+
+_CHOICES = {
+    "state": "runs", "flow": "runs", "event": "runs", "type": "events", "trigger": "events", "since": "events",
+    "until": "events",
+}  # fmt: skip
+"""What an option of `ls` chooses among."""
 
 
 def command(name: str) -> Any:
@@ -43,10 +50,10 @@ def command(name: str) -> Any:
 
 @command("ls")
 @click.argument("kind", type=click.Choice(list(COLUMNS)), default="runs")
-@click.option("--state", "run_state", help="Of runs: pending, running, waiting, held, completed, failed, cancelled, dead.")
+@click.option("--state", help="Of runs: pending, running, waiting, held, completed, failed, cancelled, dead.")
 @click.option("--flow", help="Of runs.")
 @click.option("--event", help="Of runs: those it started.")
-@click.option("--type", "event_type", help="Of events.")
+@click.option("--type", help="Of events.")
 @click.option("--trigger", help="Of events.")
 @click.option("--since", callback=moment, help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.")
 @click.option("--until", callback=moment, help="Of events; as --since.")
@@ -55,15 +62,14 @@ def command(name: str) -> Any:
 @place_options
 def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) -> None:
     """Lists runs (the default), events, flows, triggers, outlets or dead letters, newest first."""
-    asked: dict[str, Any] = {"limit": limit, "after": after}
-    if kind == "runs":
-        asked |= {"state": options["run_state"], "flow": options["flow"], "event": options["event"]}
-    elif kind == "events":
-        asked |= {"type": options["event_type"], **{name: options[name] for name in ("trigger", "since", "until")}}
-    page = asyncio.run(_page(_place(options), kind, asked))
+    given = {name: options[name] for name in _CHOICES if options[name] is not None}
+    for name in given:
+        if _CHOICES[name] != kind:
+            raise UsageError(f"--{name} chooses among {_CHOICES[name]}; leave it out, or: eventflow ls {_CHOICES[name]}")
+    page = asyncio.run(_page(_place(options), kind, {"limit": limit, "after": after, **given}))
     told = _trigger_told if kind == "triggers" else _run_told
     rows = [{**row, **told(row)} for row in page[kind]]
-    say(page, as_json, table(rows, COLUMNS[kind], f"no {kind}"))
+    say(page, as_json, table(rows, COLUMNS[kind], "no dead letters" if kind == "dead" else f"no {kind}"))
 
 
 def _place(options: dict[str, Any]) -> Place:

@@ -48,7 +48,9 @@ async def run_flow(asked: Asked, as_json: bool) -> int:
     return await _here(asked, app, path, as_json)
 
 
-def bind(fn: Any, name: str, params: dict[str, Any] | None, event: Event | None = None) -> dict[str, Any]:
+def bind(
+    fn: Any, name: str, params: dict[str, Any] | None, event: Event | None = None, *, noun: str = "flow"
+) -> dict[str, Any]:
     """The arguments; UsageError when what was given does not fit, for the caller can mend it."""
     binder = Binder(fn, name)
     try:
@@ -56,7 +58,7 @@ def bind(fn: Any, name: str, params: dict[str, Any] | None, event: Event | None 
             return binder.bind_event(event)
         return binder.bind_params(params or {}, event)
     except BindingError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(f"{noun} {name!r} cannot bind parameter {error.field!r}: {error.reason}") from None
 
 
 def _event(given: Any) -> Event:

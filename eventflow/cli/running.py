@@ -1,4 +1,4 @@
-"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`. Only these read `.env`.
+"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`.
 
 `run` sends to the server that has the app's store, if there is one; else it takes the store and works here. Either way the
 result is JSON on stdout, and a failed run exits with 1.
@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import click
 import orjson
-from dotenv import load_dotenv
 
 from eventflow.cli.again import Watching, serve_again
 from eventflow.cli.doing import read_json_option
@@ -63,7 +62,6 @@ def with_options(*options: Any) -> Any:
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""
-    load_dotenv(".env")
     if as_json:
         options["log"] = "json"
     return serve(load_app(target), Settings(**options))
@@ -75,7 +73,6 @@ def serve_command(target: str, as_json: bool, **options: Any) -> int:
 @json_option
 def dev_command(target: str, as_json: bool, **options: Any) -> int:
     """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty logs."""
-    load_dotenv(".env")
     flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
     flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
     flags += ["--store", options["store"]] if options["store"] else []
@@ -97,9 +94,10 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
 def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: str | None, watch: bool, as_json: bool,
                 **options: Any) -> int:  # fmt: skip
     """Runs a flow once and prints its result as JSON."""
-    load_dotenv(".env")
     if watch:
         return Watching(target.partition(":")[0]).repeat("run", "--watch")
+    if options["idempotency_key"] == "":
+        raise UsageError("--idempotency-key expected a text, found an empty one; leave it out for a run of its own")
     flow, app = load_flow(target)
     given = read_json_option(event, "--event")
     if event is not None and (pairs or params):
@@ -114,9 +112,8 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
 @json_option
 def task_command(target: str, pairs: tuple[str, ...], params: str | None, as_json: bool) -> int:
     """Runs one task by itself, outside any run: nothing is recorded. Prints its value as JSON."""
-    load_dotenv(".env")
     task = load_task(target)
-    arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params))
+    arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params), noun="task")
     return asyncio.run(_call(task, arguments, as_json))
 
 

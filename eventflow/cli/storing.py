@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import sys
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from eventflow.errors import EventflowError, StoreLocked, UsageError
 from eventflow.store import open_store
 from eventflow.store.guard import Lock
 
-EXTRAS = {"kafka": "aiokafka", "s3": "aioboto3", "postgres": "asyncpg", "pydantic": "pydantic"}
+EXTRAS = {"kafka": "aiokafka", "s3": "aioboto3", "postgres": "asyncpg", "drift": "scipy", "pydantic": "pydantic"}
+"""By extra, the package that shows whether it is installed."""
 
 
 class Finding(msgspec.Struct):
@@ -41,6 +43,8 @@ class Finding(msgspec.Struct):
 def doctor(accept_loss: bool, as_json: bool, **options: Any) -> int:
     """Looks whether everything is well: store, checksums, high-water mark, lock, free space, the app, extras."""
     place = Place(options["store"], options["url"], options["app"])
+    if accept_loss and place.url is not None:
+        raise UsageError("--accept-loss opens a store on this disk; name it with --store, and leave --url out")
     findings = [_python(), *_extras(), *_app(place)]
     if not any(finding.code for finding in findings):
         findings += asyncio.run(_store(place, accept_loss))
@@ -82,6 +86,8 @@ def _app(place: Place) -> list[Finding]:
 
 
 async def _store(place: Place, accept_loss: bool) -> list[Finding]:
+    if place.url is not None:  # its disk is not this one
+        return await _tried(_ledger(place))
     try:
         path = store_path(place, load_app(place.app) if place.app else None)
     except EventflowError as error:
@@ -90,14 +96,17 @@ async def _store(place: Place, accept_loss: bool) -> list[Finding]:
     found = [_place(path), _server(server), _lock(path), _space(path)]
     if not has_store(path):
         return [finding for finding in found if finding.ok is not None or finding.check == "store"]
+    if accept_loss:
+        found += await _tried(_accept_loss(path, server))
+    return found if found[-1].code else found + await _tried(_ledger(place))
+
+
+async def _tried(looking: Awaitable[list[Finding]]) -> list[Finding]:
+    """What it found; an error is a finding too."""
     try:
-        if accept_loss:
-            found.append(await _accept_loss(path, server))
-        found += await _ledger(place)
+        return await looking
     except EventflowError as error:
-        code = getattr(error, "code", error.exit_code)
-        found.append(Finding("ledger", False, str(error), code))
-    return found
+        return [Finding("ledger", False, str(error), getattr(error, "code", error.exit_code))]
 
 
 def _place(path: str) -> Finding:
@@ -136,14 +145,14 @@ def _space(path: str) -> Finding:
     return Finding("free space", fine, f"{disk.free >> 20} MiB; events are taken above {floor >> 20} MiB", 0 if fine else 74)
 
 
-async def _accept_loss(path: str, server: str | None) -> Finding:
+async def _accept_loss(path: str, server: str | None) -> list[Finding]:
     """Opens the store once as it is: its marks then say what is there."""
     if server is not None:
         raise UsageError(f"--accept-loss is for a store that does not open; a server has this one open at {server}")
     store = open_store(f"sqlite:///{path}", SystemClock(), accept_loss=True)
     await asyncio.to_thread(store.open)
     await asyncio.to_thread(store.close)
-    return Finding("high-water mark", True, "the store was opened as it is; what was lost stays lost")
+    return [Finding("high-water mark", True, "the store was opened as it is; what was lost stays lost")]
 
 
 async def _ledger(place: Place) -> list[Finding]:

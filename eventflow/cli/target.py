@@ -1,8 +1,8 @@
 """TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the App, flow or task it names.
 
-What a user's file does wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What
-eventflow itself refuses there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a
-note.
+`.env` in the working directory is read first, for it holds what the file asks of its environment. What a user's file does
+wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What eventflow itself refuses
+there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a note.
 """
 
 import importlib
@@ -14,12 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from dotenv import load_dotenv
+
 from eventflow.app import App
 from eventflow.errors import AppNotFound, EventflowError
 from eventflow.flow import Flow
 from eventflow.task import Task
 
 T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
+
+FORMS = "file.py, file.py:NAME or package.module:NAME"
 
 _OURS = str(Path(__file__).parent.parent)
 _TRIGGERS = str(Path(__file__).parent.parent.parent / "triggers")
@@ -49,9 +53,12 @@ def load_task(target: str) -> Task[..., Any]:
 
 def load_module(target: str) -> tuple[ModuleType, str | None]:
     """The module, and the name after the colon."""
+    load_dotenv(".env")
     where, _, name = target.partition(":") if not os.path.exists(target) else (target, "", "")
     if where.endswith(".py") or os.sep in where:
         return _import_file(target, where), name or None
+    if os.path.isfile(where) or not all(part.isidentifier() for part in where.split(".")):
+        raise AppNotFound(target, f"expected {FORMS}")
     sys.path.insert(0, os.getcwd())
     return _importing(target, lambda: importlib.import_module(where)), name or None
 
@@ -59,7 +66,7 @@ def load_module(target: str) -> tuple[ModuleType, str | None]:
 def _import_file(target: str, where: str) -> ModuleType:
     path = Path(where).resolve()
     if not path.is_file():
-        raise AppNotFound(target, f"there is no file {where}")
+        raise AppNotFound(target, f"{where} is a folder; expected {FORMS}" if path.is_dir() else f"there is no file {where}")
     name = path.stem if path.stem not in sys.modules else f"eventflow_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -111,12 +118,12 @@ def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str)
     if isinstance(value, kind):
         return value
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
-    found = "nothing" if value is None else f"a {type(value).__name__}"
+    found = "nothing" if value is None else _a(type(value).__name__)
     raise AppNotFound(target, f"expected {name!r} to be {_a(noun)}, found {found}; {noun}s there: {names}")
 
 
 def _a(noun: str) -> str:
-    return f"an {noun}" if noun == "App" else f"a {noun}"
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
 def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str) -> T:

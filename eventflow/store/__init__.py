@@ -3,6 +3,7 @@
 `open_store` is the one place where a store's URL becomes a store; app.py and the command line call it.
 """
 
+import os
 from typing import Any
 
 from eventflow.clock import Clock
@@ -15,4 +16,6 @@ def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or not path:
         raise UsageError(f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}")
+    if os.path.isdir(path):
+        raise UsageError(f"--store expected a file, found the folder {path}; name one in it: {url.rstrip('/')}/shop.db")
     return SqliteStore(path, clock=clock, **options)

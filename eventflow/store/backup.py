@@ -20,7 +20,10 @@ def back_up(connection: sqlite3.Connection, path: str, between: Callable[[], Non
     if os.path.exists(path):
         raise UsageError(f"a backup is never written over something: {path} exists; name another file")
     part = f"{path}.part"
-    os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise UsageError(f"cannot write the backup {path}: {error.strerror}; name a file in a folder that takes one") from None
     try:
         _copy(connection, part, between)
         os.link(part, path)

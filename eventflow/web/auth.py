@@ -3,7 +3,8 @@
 `make_asgi` (api.py) wraps the whole app in a `Guard`. Open are exactly: GET or HEAD of `/healthz` and `/readyz`; `/metrics`
 when the operator said so; and the paths of the triggers' own routes, which verify their senders themselves. Everything else,
 known path or not, needs a Host on the allow-list (421), then the token (401), then for a change a request that no foreign page
-made (403). While the server drains, the way in is answered 503 here, without asking anybody further in.
+made (403). Only below `/hooks/`, where senders have no such token, a path that no trigger has is told as one (404). While the
+server drains, the way in is answered 503 here, without asking anybody further in.
 """
 
 import asyncio
@@ -74,6 +75,9 @@ class Guard:
             return unavailable("the server is stopping; come back later", hang_up=True)
         if hook or (scope["type"] == "http" and method in SAFE and path in self._open):
             return None
+        if path.startswith("/hooks/"):
+            detail = f"no webhook takes {method} {path}; `eventflow ls triggers --json` lists their paths"
+            return problem(404, "not_found", detail)
         headers = first_headers(scope)
         if host_name(headers.get("host", "")) not in self._hosts:
             return problem(421, "wrong_host", "this host name is not served; allow it with --allow-host NAME")

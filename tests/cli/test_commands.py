@@ -1,16 +1,18 @@
 """The commands a person types, over one running server; and the same without one."""
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import wait_until
-from tests.served import Served, command, environment, eventflow, serving, start
+from tests.served import SHOP, Served, command, environment, eventflow, serving, start
 
 
 @pytest.fixture(scope="module")
@@ -218,34 +220,54 @@ def test_run_and_task_here(tmp_path: Path):
     assert [row["state"] for row in rows] == ["failed", "completed", "completed"]
 
 
-def test_dev_begins_anew(tmp_path: Path):
-    """`dev` serves the new code after a file changes, on the same port; a syntax error waits for the next change."""
-    app = "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = App('dev')\napp.add(f)\n"
-    file = tmp_path / "app.py"
-    file.write_text(app.format(1))
-    with (tmp_path / "dev.log").open("w") as errors:
+@contextmanager
+def developing(folder: Path, app: str = SHOP) -> Iterator[Served]:
+    """`eventflow dev`, ready; it is asked to end by Ctrl-C, and does."""
+    (folder / "app.py").write_text(app)
+    with (folder / "dev.log").open("w") as errors:
         dev = subprocess.Popen(
-            command("dev", "app.py", "--port", "0"), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=errors,
-            text=True,
+            command("dev", "app.py", "--port", "0"), cwd=folder, env=environment(NO_COLOR=""), stdout=subprocess.PIPE,
+            stderr=errors, text=True,
         )  # fmt: skip
+    assert dev.stdout is not None
+    served = Served(folder, dev, json.loads(dev.stdout.readline()), folder / "dev.log")
     try:
-        assert dev.stdout is not None
-        served = Served(tmp_path, dev, json.loads(dev.stdout.readline()), tmp_path / "dev.log")
-        assert served.wait_for(served.start("f"), "completed")["result"] == 1
-        file.write_text("def broken(:\n")
-        wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
-        file.write_text(app.format(2))
-        again = json.loads(dev.stdout.readline())
-        assert again["url"] == served.url
-        assert served.wait_for(served.start("f"), "completed")["result"] == 2
+        yield served
         dev.send_signal(signal.SIGINT)
         assert served.wait() == 0
     finally:
-        if dev.poll() is None:
-            dev.kill()
-        dev.wait()
-        assert dev.stdout is not None
-        dev.stdout.close()
+        served.end()
+
+
+def test_dev_begins_anew(tmp_path: Path):
+    """`dev` serves the new code after a file changes, on the same port; a syntax error waits for the next change."""
+    app = "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = App('dev')\napp.add(f)\n"
+    with developing(tmp_path, app.format(1)) as served:
+        assert served.wait_for(served.start("f"), "completed")["result"] == 1
+        (tmp_path / "app.py").write_text("def broken(:\n")
+        wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
+        wait_until(lambda: "it begins anew when a *.py file changes" in served.log, "what mends it is told")
+        (tmp_path / "app.py").write_text(app.format(2))
+        assert served.process.stdout is not None
+        again = json.loads(served.process.stdout.readline())
+        assert again["url"] == served.url
+        assert served.wait_for(served.start("f"), "completed")["result"] == 2
+
+
+def test_dev_outlives_its_server(tmp_path: Path):
+    """A server that is killed under `dev` begins anew on the same socket and takes its runs up; its log has no colours in a
+    file; a target that is not there is told at once, with 3."""
+    with developing(tmp_path) as served:
+        run = served.start("sleepy", seconds=0.5)
+        wait_until(lambda: "resting" in served.diary, "the task is under way")
+        os.kill(served.ready["pid"], signal.SIGKILL)
+        assert served.process.stdout is not None
+        again = json.loads(served.process.stdout.readline())
+        assert again["url"] == served.url and again["pid"] != served.ready["pid"]
+        assert served.wait_for(run, "completed")["result"] == "rested"
+        assert "ended by SIGKILL, beginning anew" in served.log and "\x1b[" not in served.log
+    done = eventflow(tmp_path, "dev", "none.py")
+    assert done.returncode == 3 and "there is no file none.py" in done.stderr
 
 
 def test_demo_is_there(tmp_path: Path):

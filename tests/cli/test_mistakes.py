@@ -1,11 +1,12 @@
 """What people get wrong, and what the command line says then: one line, the right exit code, no traceback of ours."""
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.served import eventflow
+from tests.served import ROOT, eventflow
 
 APP = "from eventflow import App, flow, task\n"
 
@@ -13,7 +14,11 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
     "no file": ("", "none.py", 3, "there is no file none.py"),
     "no module": ("", "no.such.module:app", 3, "No module named"),
     "no such name": (APP + "app = App('a')\n", "app.py:other", 3, "Apps there: app"),
-    "not an app": (APP + "app = 3\n", "app.py:app", 3, "found a int"),
+    "not an app": (APP + "app = 3\n", "app.py:app", 3, "found an int"),
+    "nothing": ("", "", 3, "expected file.py, file.py:NAME or package.module:NAME"),
+    "a folder": ("", ".", 3, "expected file.py, file.py:NAME or package.module:NAME"),
+    "another folder": ("", "/", 3, "/ is a folder; expected file.py"),
+    "no Python": (APP, "app.txt", 3, "No module named 'app.txt'"),
     "no app": (APP, "app.py", 3, "found none"),
     "two apps": (APP + "a = App('a')\nb = App('b')\n", "app.py", 3, "app.py:a"),
     "syntax error": ("def x(:\n", "app.py", 3, "app.py:1: invalid syntax"),
@@ -66,13 +71,23 @@ def test_errors_as_json(tmp_path: Path):
         (("run", "app.py:f", "-p", "x=many"), "cannot bind parameter 'x'"),
         (("run", "app.py:f", "--event", '{"z": 1}'), "cannot bind parameter 'x'"),
         (("run", "app.py:f", "--params", "[]"), "JSON object"),
-        (("task", "app.py:t", "-p", "q=1"), "cannot bind parameter"),
+        (("task", "app.py:t", "-p", "q=1"), "task 't' cannot bind parameter"),
+        (("run", "app.py:f", "-p", "x=1", "--idempotency-key", ""), "--idempotency-key expected a text"),
+        (("serve", "app.py", "--allow-host", "https://shop.example.com"), "without scheme and port"),
+        (("serve", "app.py", "--allow-host", "shop.example.com:443"), "without scheme and port"),
+        (("serve", "app.py", "--store", "sqlite:///."), "expected a file, found the folder ."),
+        (("ls", "--store", "."), "expected a file, found the folder ."),
+        (("ls", "--store", "postgres://db/shop"), "expected sqlite:///PATH"),
+        (("ls", "--url", "localhost:8710"), "expected http://HOST:PORT"),
+        (("ls", "events", "--state", "failed"), "--state chooses among runs"),
+        (("ls", "dead", "--since", "2026-01-01T00:00:00Z"), "--since chooses among events"),
+        (("doctor", "--accept-loss", "--url", "http://127.0.0.1:9"), "leave --url out"),
     ],
 )
 def test_usage(tmp_path: Path, args: tuple[str, ...], said: str):
     """A mistyped command, option or parameter exits 2 and says what was meant."""
     (tmp_path / "app.py").write_text(
-        APP + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\n"
+        APP + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\napp = App('a')\n"
     )
     done = eventflow(tmp_path, *args)
     assert done.returncode == 2, done.stderr
@@ -94,11 +109,18 @@ def test_nothing_there(tmp_path: Path):
     assert eventflow(tmp_path, "ls", "--store", "sqlite:///x.db").returncode == 4
     assert eventflow(tmp_path, "ls", "--url", "http://127.0.0.1:9").returncode == 4
     assert not (tmp_path / "x.db").exists()
-    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\napp = App('app')\n")
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     for args in (("show", "zzz"), ("explain", "zzz"), ("retry", "zzz"), ("logs", "zzz"), ("pause", "zzz")):
         done = eventflow(tmp_path, *args)
         assert done.returncode == 5, (args, done.stderr)
+    done = eventflow(tmp_path, "redrive", "7", "--app", "app.py")
+    assert done.returncode == 5 and "`eventflow ls dead` lists" in done.stderr
+    for args in (("show", ""), ("retry", ""), ("pause", "")):
+        done = eventflow(tmp_path, *args)
+        assert done.returncode == 2 and "found an empty text" in done.stderr, (args, done.stderr)
+    done = eventflow(tmp_path, "emit", "x", "--id", "", "--app", "app.py")
+    assert done.returncode == 2 and "id: expected a non-empty string" in done.stderr
 
 
 def test_a_damaged_store(tmp_path: Path):
@@ -118,9 +140,41 @@ def test_a_damaged_store(tmp_path: Path):
     assert eventflow(tmp_path, "ls").returncode == 65
 
 
+def test_a_server_elsewhere_is_what_doctor_looks_at(tmp_path: Path):
+    """With --url, doctor tells of that server alone, and not of a store that happens to lie here."""
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    done = eventflow(tmp_path, "doctor", "--url", "http://127.0.0.1:9", "--json")
+    checks = {each["check"]: each["detail"] for each in json.loads(done.stdout)["findings"]}
+    assert done.returncode == 4 and "no server answers at http://127.0.0.1:9" in checks["ledger"]
+    assert checks.keys() == {"python", "extras", "ledger"}
+
+
+def test_doctor_knows_every_extra(tmp_path: Path):
+    """Each extra that a user may install is told as installed or not."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    (said,) = [row["detail"] for row in asked(tmp_path, "doctor") if row["check"] == "extras"]
+    assert [extra for extra in extras - {"dev", "s3-modern"} if extra not in said] == []
+
+
+def asked(folder: Path, *args: str) -> list[dict[str, str]]:
+    return json.loads(eventflow(folder, *args, "--json").stdout)["findings"]
+
+
+def test_a_backup_that_cannot_be_written(tmp_path: Path):
+    """A backup to a folder that is not there says which, and exits 2."""
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    done = eventflow(tmp_path, "backup", "nowhere/copy.db")
+    assert done.returncode == 2 and f"cannot write the backup {tmp_path}/nowhere/copy.db" in done.stderr, done.stderr
+
+
 def test_env_file(tmp_path: Path):
-    """`run` reads .env; what the environment says goes first."""
+    """Whatever loads a target reads .env; what the environment says goes first."""
     (tmp_path / "app.py").write_text(APP + "import os\n@flow\nasync def f(): return os.environ['PLACE']\n")
     (tmp_path / ".env").write_text("PLACE=file\n")
     assert json.loads(eventflow(tmp_path, "run", "app.py:f").stdout) == "file"
     assert json.loads(eventflow(tmp_path, "run", "app.py:f", PLACE="here").stdout) == "here"
+    (tmp_path / "shop.py").write_text(APP + "import os\napp = App(os.environ['PLACE'])\n")
+    found = {row["check"]: row["detail"] for row in asked(tmp_path, "doctor", "--app", "shop.py")}
+    assert found["app"].startswith("file: ") and "file.db" in found["store"]

@@ -213,7 +213,7 @@ async def test_backup_overwrites_nothing(ledger: Ledger, tmp_path: Path):
     with pytest.raises(UsageError, match="exists"):
         await ledger.store.backup(str(target))
     assert target.read_text() == "mine"
-    with pytest.raises(StoreError):
+    with pytest.raises(UsageError, match="cannot write the backup"):
         await ledger.store.backup(str(tmp_path / "no" / "such" / "folder"))
     assert ledger.store.failed is None
     assert os.listdir(tmp_path / "..") and not list(tmp_path.glob("*.part"))
