@@ -19,7 +19,7 @@ help:  ## This list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
 
 demo: $(VENV)/.core  ## Starts a server with a webhook, sends it events, and shows the runs
-	$(BIN)/eventflow demo $(ARGS)
+	$(BIN)/eventflow demo$(if $(ARGS), $(ARGS))
 
 test: $(VENV)/.dev $(AWS)/.made  ## The whole test suite, on real parts
 	$(BIN)/python -m pytest -n 2 $(ARGS)

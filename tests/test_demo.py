@@ -74,11 +74,17 @@ def test_the_demo_holds_in_twenty_seconds(tmp_path: Path):
 
 
 def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
-    """With --serve the second life answers after the demo; SIGTERM ends both with exit code 0, nothing is left behind."""
+    """With --serve the second life answers after the demo, also to the commands that it shows; SIGTERM ends both with exit code
+    0, nothing is left behind."""
     with playing(tmp_path, "--serve") as process:
         lines = lines_until(process, "eventflow emit")
         url, pid = servers(lines)[-1]
         assert httpx2.get(f"{url}/readyz").json() == {"ready": True}
+        shown = next(at for at, line in enumerate(lines) if "In another terminal" in line)
+        env = {**os.environ, "PATH": "/usr/bin:/bin"}  # as in a terminal where no virtual environment is active
+        command = ["bash", "-ec", "".join(line.strip() + "\n" for line in lines[shown + 1 :])]
+        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "handle_order" in said and "msg-odd" in said and "recorded" in said, said
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out

@@ -3,6 +3,8 @@
 `demo` plays them, then asks proof.py whether everything held. The server is a process of its own; so are its two lives.
 """
 
+import os
+import shutil
 import signal
 import sys
 import threading
@@ -57,7 +59,7 @@ def perform(stage: Stage, report: Report, clock: Clock, serve: bool, port: int) 
     code = server.stop()
     report.check(code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}")
     report.heading(f"{f'{report.broken} of it did not hold' if report.broken else 'all of it held'}; {report.seconds:.1f} s")
-    report.say(f"The app is {SHOP}; `eventflow demo --serve` leaves it up to play with.")
+    report.say(f"The app is {SHOP}; to play with it: {program()} demo --serve")
     return not report.broken
 
 
@@ -174,15 +176,24 @@ def an_order(number: int) -> dict[str, Any]:
     return {"id": f"order-{number}", "total": 10.0 * number}
 
 
+def program() -> str:
+    """How this program is called from any folder: a virtual environment that is not active is not on the PATH."""
+    called = os.path.abspath(sys.argv[0])
+    if not os.access(called, os.X_OK):
+        return f"{sys.executable} -m eventflow"
+    return "eventflow" if shutil.which("eventflow") == called else called
+
+
 def stay_up(stage: Stage, report: Report, server: Server) -> None:
     """Until Ctrl-C or SIGTERM."""
     report.heading(f"The server stays up at {server.url} until Ctrl-C. In another terminal:")
+    eventflow = program()
     report.quoted(
         f"cd {stage.folder} && export EVENTFLOW_STORE=sqlite:///shop.db\n"
-        "eventflow ls runs\n"
-        "eventflow explain msg-odd\n"
+        f"{eventflow} ls runs\n"
+        f"{eventflow} explain msg-odd\n"
         "printf 'price\\n10\\n20\\n' > landing/mine.csv\n"
-        """eventflow emit drift.detected -d '{"model": "prices", "psi": 0.4}'"""
+        f"""{eventflow} emit drift.detected -d '{{"model": "prices", "psi": 0.4}}'"""
     )
     report.say()
     enough = threading.Event()
