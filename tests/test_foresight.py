@@ -174,6 +174,7 @@ async def test_one_at_a_time_is_a_least() -> None:
 async def test_the_question_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A time, a type, a flow: only these events are read, in pages, and only for subscriptions on their own trigger."""
     monkeypatch.setattr("eventflow.foresight.PAGE", 3)
+    monkeypatch.setattr("eventflow.store.looks.SLICE", 4)
     clock, app, left, right = VirtualClock(), App("two"), MemoryTrigger("left"), MemoryTrigger("right")
 
     @flow

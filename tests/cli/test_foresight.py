@@ -49,6 +49,7 @@ app = App("scores")
 app.on(monitor, retrain)
 """
 
+CLOUDEVENT = {"content-type": "application/cloudevents+json"}
 BY_FOUR = [("login.failed", {"user": "ada"})] * 4
 ORDER = [("order.placed", {"order": "o-1"}), ("order.paid", {"order": "o-1"})]
 
@@ -69,7 +70,7 @@ def fill(served: Served) -> None:
         served.post("/hooks/orders", {"id": f"total-{total}", "total": total})
     for number, (kind, data) in enumerate([*BY_FOUR, *ORDER]):
         event = {"specversion": "1.0", "id": f"e{number}", "source": "/shop", "type": kind, "data": data}
-        served.client.post("/api/events", content=json.dumps(event), headers={"content-type": "application/cloudevents+json"})
+        served.client.post("/api/events", content=json.dumps(event), headers=CLOUDEVENT)
     wait_until(lambda: served.get("/api/counts")["completed"] == 4, "large, paid (two events) and unshipped are done")
 
 
@@ -126,13 +127,18 @@ def test_without_a_server(tmp_path: Path):
     assert alone.returncode == 4 and "--app" in alone.stderr
 
 
-def test_a_replay_of_a_time_is_for_those_who_heard_of_it(shop: Served):
+def test_a_replay_of_a_time_is_for_those_who_heard_of_it(tmp_path: Path):
     """A replay of many events gives each to the subscriptions on its own trigger, and passes over what nobody hears of."""
+    (tmp_path / "watch.py").write_text(WATCH)
     unheard = {"specversion": "1.0", "id": "unheard", "source": "/shop", "type": "nobody.hears", "data": {"total": 1000}}
-    shop.client.post("/api/events", content=json.dumps(unheard), headers={"content-type": "application/cloudevents+json"})
-    done = eventflow(shop.folder, "replay", "--since", "7d", "--to", "handle")
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 runs started"
-    assert "no subscription or flow 'handle' hears of nobody.hears" in done.stderr
+    with serving(tmp_path, file="watch.py") as served:
+        served.post("/hooks/orders", {"id": "small", "total": 50})
+        served.post("/hooks/orders", {"id": "large", "total": 500})
+        served.client.post("/api/events", content=json.dumps(unheard), headers=CLOUDEVENT)
+        done = eventflow(tmp_path, "replay", "--since", "7d", "--to", "handle")
+        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 runs started"
+        assert "no subscription or flow 'handle' hears of nobody.hears" in done.stderr
+        assert len(served.get("/api/runs")["runs"]) == 2
 
 
 def amounts(seed: int, count: int, mean: float) -> list[dict[str, float]]:
