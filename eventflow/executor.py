@@ -54,7 +54,7 @@ class Execution:
         self.is_idle = self.settling = self.dirty = False
         self.replaying = journal.last_own > 0
         self.working = 0
-        self.here = Where(run.id, flow.name, run.event, sink=pool.sink, replaying=self._is_replaying, show=show_id)
+        self.here = Where(run.id, flow.name, run.event, sink=pool.sink, replaying=self._is_replaying)
         self.loop = FlowLoop(self, pool.loop, run.id)
         self.claims = Claims(self, journal)
         self.read_now = self.claims.read_now

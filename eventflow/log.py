@@ -21,6 +21,7 @@ import orjson
 import structlog
 
 from eventflow.clock import SECOND, SystemClock, to_datetime
+from eventflow.event import show_id
 from eventflow.redaction import SECRETS, Redactor, clean
 
 EVENTS: Final[Mapping[str, str]] = {
@@ -144,8 +145,8 @@ class Sink(Protocol):
 class Where(msgspec.Struct):
     """What is executing: a flow's body, or with `task` one attempt. Made once, set into `where`, closed when it ends.
 
-    `event` is the ledger id. `show` turns ids into text (`run.show_id`). `replaying` tells whether the flow's body only repeats
-    what it did before: its lines are then tagged `replay` and not stored again. The last two fields belong to this file.
+    `event` is the ledger id. `replaying` tells whether the flow's body only repeats what it did before: its lines are then
+    tagged `replay` and not stored again. The last two fields belong to this file.
     """
 
     run: int
@@ -156,16 +157,15 @@ class Where(msgspec.Struct):
     attempt: int = 0
     sink: Sink | None = None
     replaying: Callable[[], bool] | None = None
-    show: Callable[[int], str] = str
     known: dict[str, Any] | None = None
     tails: dict[Callable[["Where", str], None], str] | None = None
 
     def ids(self) -> dict[str, Any]:
         """What every line made here carries: `run`, `flow`, `ledger_id`, `trigger`, `task`, `attempt`, those there are."""
         if self.known is None:
-            known: dict[str, Any] = {"run": self.show(self.run), "flow": self.flow}
+            known: dict[str, Any] = {"run": show_id(self.run), "flow": self.flow}
             if self.event is not None:
-                known["ledger_id"] = self.show(self.event)
+                known["ledger_id"] = show_id(self.event)
             if self.trigger:
                 known["trigger"] = self.trigger
             if self.task:
@@ -175,7 +175,7 @@ class Where(msgspec.Struct):
 
     def during(self, task: str, attempt: int) -> "Where":
         """The same run, inside an attempt of `task`. A body never replays."""
-        return Where(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink, None, self.show)
+        return Where(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink)
 
     def close(self) -> None:
         """Logs what was printed here without a newline at its end."""

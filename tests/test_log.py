@@ -62,7 +62,7 @@ def configured(stream: io.BufferedWriter) -> Iterator[Configured]:
 
 @pytest.fixture
 def here(kept: Kept) -> Iterator[Where]:
-    made = Where(RUN, "handle", event=RUN + 1, trigger="orders", sink=kept, show=show_id)
+    made = Where(RUN, "handle", event=RUN + 1, trigger="orders", sink=kept)
     token = where.set(made)
     yield made
     where.reset(token)
@@ -440,7 +440,7 @@ def test_a_line_costs_microseconds(tmp_path: Path):
     """Two to four lines a run at thousands of runs a second: a line in a run stays far below 60 µs even on a loaded machine."""
     clock = SystemClock()
     with open(tmp_path / "log", "wb") as file, configure(stream=file, redactor=Redactor()):
-        token = where.set(Where(RUN, "handle", show=show_id))
+        token = where.set(Where(RUN, "handle"))
         log, best = get_logger("eventflow.worker"), float("inf")
         for _ in range(5):
             start = clock.monotonic()

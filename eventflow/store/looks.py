@@ -157,7 +157,8 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
     number = _exact(connection, "events", ident)
     if number is not None:
         return number
-    asked = "SELECT id FROM events INDEXED BY events_scan WHERE event_id = ? ORDER BY id DESC LIMIT 2"
+    begun = "substr(event_id, 1, 16) = substr(?1, 1, 16)"  # what the index begins with
+    asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND event_id = ?1 ORDER BY id DESC LIMIT 2"
     found = [number for (number,) in connection.execute(asked, (ident,))]
     return _only(found, ident, "event") if found else _by_part(connection, "events", ident, "event")
 

@@ -62,7 +62,7 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
 
 def know_events(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds which of these events are already in the ledger."""
-    for text in rows.known_events.read(tx.connection, [(arrival.key,) for arrival in arrivals]):
+    for text in rows.known_events.read(tx.connection, [(arrival.event_id, arrival.key) for arrival in arrivals]):
         tx.known.update((bytes.fromhex(known.key), known) for known in rows.decode_known(text))
 
 

@@ -27,7 +27,11 @@ _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # each text is pre
 
 
 class Bulk:
-    """One statement over many rows: `head (VALUES …) tail`, where rows with a NULL first column are padding."""
+    """One statement over many rows: `head (VALUES …) tail`, where rows with a NULL first column are padding.
+
+    Never `(a, b) IN (VALUES …)`, for which SQLite walks the whole table: a CROSS JOIN looks each row up in the index, and so
+    does `IN (SELECT * FROM (VALUES …))`, though perhaps by the first column only.
+    """
 
     def __init__(self, head: str, width: int, tail: str) -> None:
         self._head, self._width, self._tail = head, width, tail
@@ -48,13 +52,17 @@ class Bulk:
 
     def _run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> sqlite3.Cursor:
         size = next(size for size in _SIZES if size >= len(rows))
+        values = list(chain.from_iterable(rows))
+        values.extend([None] * ((size - len(rows)) * self._width))
+        return connection.execute(self.text(size), values)
+
+    def text(self, size: int) -> str:
+        """The statement for so many rows."""
         text = self._texts.get(size)
         if text is None:
             row = "(" + ",".join("?" * self._width) + ")"
             text = self._texts[size] = f"{self._head} (VALUES {','.join([row] * size)}) {self._tail}"
-        values = list(chain.from_iterable(rows))
-        values.extend([None] * ((size - len(rows)) * self._width))
-        return connection.execute(text, values)
+        return text
 
 
 def insert(table: str, columns: Sequence[str], conflict: str = "") -> Bulk:
@@ -99,7 +107,11 @@ class Known(msgspec.Struct, array_like=True, gc=False):
     matched: int
 
 
-known_events = Bulk("SELECT json_group_array(json_array(id, hex(key), hex(digest), matched)) FROM events WHERE key IN", 1, "")
+known_events = Bulk(
+    "SELECT json_group_array(json_array(e.id, hex(e.key), hex(e.digest), e.matched)) FROM",
+    2,
+    "v CROSS JOIN events e ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
+)
 bump_duplicates = Bulk(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
     " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
@@ -202,9 +214,9 @@ class WindowRow(msgspec.Struct, array_like=True, gc=False):
 
 
 known_windows = Bulk(
-    "SELECT json_group_array(json_array(subscription, lane, run, count, opened_at)) FROM windows WHERE (subscription, lane) IN",
+    "SELECT json_group_array(json_array(subscription, lane, run, count, opened_at)) FROM",
     2,
-    "",
+    "v CROSS JOIN windows w ON w.subscription = v.column1 AND w.lane = v.column2",
 )
 put_windows = insert(
     "windows",
@@ -214,10 +226,9 @@ put_windows = insert(
 decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
 known_patterns = Bulk(
-    "SELECT json_group_array(json_array(subscription, key, due_at, open, crc, hex(state))) FROM patterns"
-    " WHERE (subscription, key) IN",
+    "SELECT json_group_array(json_array(subscription, key, due_at, open, crc, hex(state))) FROM",
     2,
-    "",
+    "v CROSS JOIN patterns p ON p.subscription = v.column1 AND p.key = v.column2",
 )
 put_patterns = insert(
     "patterns",
@@ -225,13 +236,13 @@ put_patterns = insert(
     "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
     " state = excluded.state",
 )
-drop_patterns = Bulk("DELETE FROM patterns WHERE (subscription, key) IN", 2, "")
+drop_patterns = Bulk("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
 insert_facts = insert(
     "facts",
     ("event", "subscription", "key", "size"),
     "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, lapsed = NULL",
 )
-drop_facts = Bulk("DELETE FROM facts WHERE (event, subscription) IN", 2, "")
+drop_facts = Bulk("DELETE FROM facts WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
 lapse_facts = Bulk("UPDATE facts SET lapsed = column3 FROM", 3, "WHERE facts.event = column1 AND facts.subscription = column2")
 
 open_lanes = Bulk(
@@ -244,10 +255,9 @@ open_lanes = Bulk(
 """Each lane has exactly one live run that is not blocked: where there is none, the oldest becomes it."""
 
 known_children = Bulk(
-    "SELECT json_group_array(json_array(parent, parent_claim)) FROM runs"
-    " WHERE parent IS NOT NULL AND (parent, parent_claim) IN",
+    "SELECT json_group_array(json_array(parent, parent_claim)) FROM",
     2,
-    "",
+    "v CROSS JOIN runs r ON r.parent = v.column1 AND r.parent_claim = v.column2",
 )
 
 # --------------------------------------------------------------------------- journal
@@ -265,8 +275,16 @@ def entry_crc(run: int, e: Entry) -> int:
     return checksum(run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.due_at, e.codec, e.fingerprint, e.value, e.error)
 
 
-known_entries = Bulk("SELECT count(*) FROM journal WHERE (run, claim, attempt, kind) IN", 4, "")
-finals = Bulk("SELECT json_group_array(json_array(run, claim)) FROM journal WHERE kind IN (0, 1) AND (run, claim) IN", 2, "")
+known_entries = Bulk(
+    "SELECT count(*) FROM",
+    4,
+    "v CROSS JOIN journal j ON j.run = v.column1 AND j.claim = v.column2 AND j.attempt = v.column3 AND j.kind = v.column4",
+)
+finals = Bulk(
+    "SELECT json_group_array(json_array(run, claim)) FROM",
+    2,
+    "v CROSS JOIN journal j ON j.run = v.column1 AND j.claim = v.column2 AND j.kind IN (0, 1)",
+)
 """Calls that already have an end, VALUE or ERROR: an answer that comes after it is not taken."""
 
 later_entries = Bulk(
@@ -282,4 +300,4 @@ decode_ids = msgspec.json.Decoder(list[int]).decode
 # --------------------------------------------------------------------------- cursors
 
 put_cursors = insert("cursors", ("trigger", "key", "value"), "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value")
-drop_cursors = Bulk("DELETE FROM cursors WHERE (trigger, key) IN", 2, "")
+drop_cursors = Bulk("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")
