@@ -39,12 +39,14 @@ class Router:
         self.dead_outlets = tuple(outlet.name for outlet in self.outlets if outlet.dead)
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
-        self._told: dict[str, bool] = {}
         self._weaver = Weaver(self.subscriptions, ids, self._silence)
         for subscription in self.subscriptions:
             _ = subscription.flow.binder  # a signature that no event can fill is a mistake now, not a dead letter later
             for place in (subscription.trigger,) if subscription.joined is None else subscription.joined.places:
                 self._by_trigger.setdefault(place, []).append(subscription)
+        listeners = (*self._by_trigger.get(EMIT, ()), *self.outlets)
+        ends = (state for state in State if state >= State.HELD)
+        self.heard = frozenset(state for state in ends if any(each.hears(f"{RUN}{state.word}") for each in listeners))
 
     def arrive(
         self,
@@ -88,14 +90,7 @@ class Router:
 
     def ended(self, run: Ended) -> Arrival | None:
         """The event that a run ended (or is held), if somebody wants it."""
-        told = f"{RUN}{run.state.word}"
-        heard = self._told.get(told)
-        if heard is None:
-            listeners = (*self._by_trigger.get(EMIT, ()), *self.outlets)
-            heard = self._told[told] = any(each.hears(told) for each in listeners)
-        if not heard:
-            return None
-        return self._tell(ended_event(run, told))
+        return self._tell(ended_event(run))
 
     def late(self, run: Overdue) -> Arrival | None:
         """The event that a run is late, if somebody wants it."""
@@ -202,11 +197,11 @@ class Router:
         )
 
 
-def ended_event(run: Ended, told: str) -> Event:
+def ended_event(run: Ended) -> Event:
     """What an event tells of an ended run. Its id has the claim's number: a run that is retried ends again."""
-    shown, since = show_id(run.run), run.started_at or run.at
+    shown, since, state = show_id(run.run), run.started_at or run.at, run.state.word
     data: dict[str, Any] = {
-        "run": shown, "flow": run.flow, "state": run.state.word, "attempts": run.token,
+        "run": shown, "flow": run.flow, "state": state, "attempts": run.token,
         "seconds": (run.at - since) / SECOND, "reason": run.reason, "result": None, "error": None,
     }  # fmt: skip
     if run.result is not None and run.codec == "json" and len(run.result) <= SHOWN_RESULT:
@@ -215,7 +210,7 @@ def ended_event(run: Ended, told: str) -> Event:
         error = orjson.loads(run.error)
         data["error"] = {"type": error.get("type"), "message": SECRETS.text(str(error.get("message")))}
     return Event(
-        id=f"{shown}/{run.state.word}/{run.token}", source=f"/flows/{run.flow}", type=told, subject=shown, data=data,
+        id=f"{shown}/{state}/{run.token}", source=f"/flows/{run.flow}", type=f"{RUN}{state}", subject=shown, data=data,
         time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ call the awaited verbs and the readers. Nothing here knows asyncio tasks, flows 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import msgspec
@@ -205,8 +205,13 @@ class Herald(Protocol):
         """Ids up to this one may be in use. Called once, before anything else."""
         ...
 
+    @property
+    def heard(self) -> Collection[State]:
+        """The ends, HELD among them, that somebody hears of."""
+        ...
+
     def ended(self, run: Ended) -> Arrival | None:
-        """The event that tells of it, matched and ready to record; None when nobody hears of it."""
+        """The event that tells of an end that is `heard`, matched and ready to record; None when nobody wants this one."""
         ...
 
     def late(self, run: Overdue) -> Arrival | None:

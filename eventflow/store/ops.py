@@ -126,11 +126,13 @@ def announce(tx: Transaction, herald: Herald) -> None:
     ended, tx.ended = tx.ended, []
     arrivals, tx.silences = tx.silences, []
     for row in ended:
+        if row.state not in herald.heard:
+            continue
         told = Ended(
             row.id, row.flow, row.state, row.token, row.depth, row.event, row.started_at, tx.at, row.reason, row.result,
             row.codec, row.error,
         )  # fmt: skip
-        if row.state >= State.HELD and (arrival := herald.ended(told)) is not None:
+        if (arrival := herald.ended(told)) is not None:
             arrivals.append(arrival)
     if arrivals:
         know_events(tx, arrivals)
