@@ -12,7 +12,7 @@ What it would have told with other thresholds, `foresee` says (_drift/foresight.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,6 +30,7 @@ from triggers._drift.judge import LEAST
 from triggers._drift.samples import Row, RowsOf
 from triggers._drift.setting import Setting, WindowKind
 from triggers._drift.shape import DETECTED
+from triggers.together import together
 
 __all__ = ["Categorical", "DriftMonitor", "Numeric", "file_rows"]
 
@@ -127,7 +128,7 @@ class DriftMonitor:
         await desk.open()
         self._desk, self._loop = desk, asyncio.get_running_loop()
         try:
-            await _together(self._source.listen(desk), self._watch(desk))
+            await together(self._source.listen(desk), self._watch(desk))
         finally:
             self._loop = None
             desk.close()
@@ -294,16 +295,3 @@ def _check(
         )
     if tell not in ("warning", "alert") or per not in ("monitor", "feature"):
         raise UsageError('DriftMonitor: expected tell="warning" or "alert", and per="monitor" or "feature"')
-
-
-async def _together(*loops: Coroutine[Any, Any, None]) -> None:
-    """Runs them until one ends, and then none; raises what it raised. A cancel lets each end in its own way."""
-    tasks = [asyncio.create_task(loop) for loop in loops]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

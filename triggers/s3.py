@@ -26,6 +26,7 @@ from triggers._s3.queue import Queue, Tally
 from triggers._s3.seen import Seen
 from triggers._s3.selection import Selection
 from triggers._s3.sweep import Sweep
+from triggers.together import together
 
 __all__ = ["S3", "minio_id", "minio_object"]
 
@@ -128,7 +129,7 @@ class S3:
                 queue = Queue(sqs, url, options, desk, caller, seen, folders, self._tally)
                 loops += [queue.run() for _ in range(options.pollers)] + [queue.look()]
             intake.log.info("bucket.opened", bucket=options.bucket, queue=options.queue, known=len(seen or ()))
-            await _together(loops)
+            await together(*loops)
 
     # ------------------------------------------------------------------------- how it fares
 
@@ -146,19 +147,6 @@ class S3:
     def gauges(self) -> Sequence[Gauge]:
         found = self._tally.gauges() if self._options.queue is not None else []
         return [*found, *(self._sweep.gauges() if self._sweep is not None else [])]
-
-
-async def _together(loops: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Runs the loops until one fails, with its own error, or this is cancelled; all have ended when it returns."""
-    tasks = [asyncio.create_task(loop) for loop in loops]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _url(sqs: Any, queue: str, caller: Caller) -> str:

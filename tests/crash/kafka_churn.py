@@ -23,6 +23,7 @@ from tests.brokers import Broker, tansu
 from tests.conftest import eventually
 from tests.crash.kafka_loop import PARTITIONS, Producer, look
 from tests.crash.kafka_victim import GROUP, handle
+from tests.crash.verdict import verdict
 from triggers.kafka import Kafka
 
 OPTIONS: dict[str, Any] = {
@@ -104,10 +105,8 @@ def main() -> int:
     with tansu() as broker:
         wrong, told = asyncio.run(churn(folder, broker, options.seconds, options.every, options.seed))
     print(told)
-    for each in wrong[:20]:
-        print(f"WRONG: {each}")
-    print("ok" if not wrong else f"{len(wrong)} wrong; the store is kept in {folder}")
-    return bool(wrong)
+    again = f"--seconds {options.seconds:g} --every {options.every:g} --seed {options.seed}"
+    return verdict(wrong, folder, f"tests.crash.kafka_churn {again}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from eventflow.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
 from tests.brokers import Broker, noida, tansu
 from tests.crash.kafka_victim import GROUP, SEAMS
+from tests.crash.verdict import verdict
 from tests.crash.victim import ROOT
 
 PARTITIONS = 3
@@ -176,10 +177,8 @@ def main() -> int:
         loop = Loop(folder, broker, options.broker, options.seed)
         wrong = asyncio.run(loop.run(options.cycles, progress=True))
     print(loop.report())
-    for each in wrong[:20]:
-        print(f"WRONG: {each}")
-    print("ok" if not wrong else f"{len(wrong)} wrong; the store is kept in {folder}")
-    return bool(wrong)
+    again = f"--cycles {options.cycles} --seed {options.seed} --broker {options.broker}"
+    return verdict(wrong, folder, f"tests.crash.kafka_loop {again}")
 
 
 if __name__ == "__main__":

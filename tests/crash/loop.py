@@ -11,7 +11,6 @@ test_crash.py runs a short one. The seed fixes every choice made here; when a ki
 
 import argparse
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 from tests.crash.invariants import Tally, Told, check
+from tests.crash.verdict import a_seed, verdict
 from tests.crash.victim import HERE, Client, Lost, Server
 
 SENDERS = 5
@@ -242,21 +242,14 @@ def main() -> int:
     parser.add_argument("--check-every", type=int, default=100)
     parser.add_argument("--ready-limit", type=float, default=READY, help="seconds in which a restart must be ready")
     options = parser.parse_args()
-    seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
+    seed = a_seed(options.seed)
     folder = Path(tempfile.mkdtemp(prefix=f"eventflow-crash-{seed}-"))
     print(f"seed {seed}, store in {folder}", flush=True)
     loop = Loop(folder, seed, ready_limit=options.ready_limit)
     began = time.monotonic()
     wrong = loop.run(options.cycles, check_every=options.check_every)
     print(f"{loop.report(sum(loop.ways.values()))}\n  {time.monotonic() - began:.0f} s")
-    if not wrong:
-        shutil.rmtree(folder)
-        print("everything held")
-        return 0
-    print("\n".join(wrong[:50]))
-    print(f"{len(wrong)} findings; the store is kept in {folder}")
-    print(f"again: python -m tests.crash.loop --cycles {options.cycles} --seed {seed}")
-    return 1
+    return verdict(wrong, folder, f"tests.crash.loop --cycles {options.cycles} --seed {seed}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import random
-import shutil
 import signal
 import sqlite3
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.aws import Aws, Bucket, Queue, serving
+from tests.crash.verdict import a_seed, verdict
 from tests.crash.victim import HERE, Server
 from tests.faulty import Proxy, proxied
 
@@ -217,7 +217,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--way", choices=("queue", "both", "sweep"), default="queue")
     options = parser.parse_args()
-    seed = random.SystemRandom().randrange(1 << 30) if options.seed is None else options.seed
+    seed = a_seed(options.seed)
     folder = Path(tempfile.mkdtemp(prefix=f"eventflow-s3-crash-{seed}-"))
     print(f"seed {seed}, store in {folder}", flush=True)
     began = time.monotonic()
@@ -226,14 +226,7 @@ def main() -> int:
         loop = Loop(folder, aws, stack.enter_context(proxied(aws.url)), options.way, seed)
         wrong = loop.run(options.cycles)
     print(f"{loop.report(sum(loop.ways.values()))}\n  {time.monotonic() - began:.0f} s")
-    if not wrong:
-        shutil.rmtree(folder)
-        print("everything held")
-        return 0
-    print("\n".join(wrong[:50]))
-    print(f"{len(wrong)} findings; the store is kept in {folder}")
-    print(f"again: python -m tests.crash.s3_loop --cycles {options.cycles} --way {options.way} --seed {seed}")
-    return 1
+    return verdict(wrong, folder, f"tests.crash.s3_loop --cycles {options.cycles} --way {options.way} --seed {seed}")
 
 
 if __name__ == "__main__":

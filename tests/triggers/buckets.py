@@ -4,42 +4,25 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import structlog
-from structlog.testing import LogCapture
-
-from eventflow.event import Event, Undecodable
 from tests.aws import Aws, Queue
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, listening
+from tests.triggers.contract import Ledger, Watched, listening
 from triggers.s3 import S3
 
 QUICK: dict[str, Any] = {"poll": 0.1, "wait": 1.0, "visibility": 2.0}
 """Options that make tests quick."""
 
 
-class Landing:
-    """One `S3` listening. `events` are the recorded ones in order; `said` is what it logged."""
+class Landing(Watched):
+    """One `S3` listening."""
 
     def __init__(self, aws: Aws, bucket: str | None, ledger: Ledger | None = None, **options: Any) -> None:
-        self.ledger = ledger or Ledger()
-        self.capture = LogCapture()
-        self.ledger.log = structlog.wrap_logger(structlog.ReturnLogger(), processors=[self.capture])
+        super().__init__(ledger or Ledger())
         self.trigger = S3(bucket, **{"name": "landing", **QUICK, **aws.options, **options})
-
-    @property
-    def events(self) -> list[Event]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Event)]
-
-    @property
-    def dead(self) -> list[Undecodable]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Undecodable)]
 
     @property
     def keys(self) -> list[str]:
         return [event.data["key"] for event in self.events]
-
-    def said(self, event: str) -> list[dict[str, Any]]:
-        return [dict(entry) for entry in self.capture.entries if entry["event"] == event]
 
     async def has(self, *keys: str, within: float = 20.0) -> None:
         """Waits until exactly these keys are events, as often as they are named."""

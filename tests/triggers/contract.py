@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import orjson
 import pytest
 import structlog
+from structlog.testing import LogCapture
 
 from eventflow.errors import StoreError, StoreFailed, StoreFull
 from eventflow.event import Event, Intake, Json, Receipt, Trigger, Undecodable
@@ -82,6 +83,15 @@ class Ledger:
     async def cursor(self) -> Mapping[str, Json]:
         return dict(self.cursors)
 
+    @property
+    def events(self) -> list[Event]:
+        """The recorded ones, in order."""
+        return [item for item in self.kept.values() if isinstance(item, Event)]
+
+    @property
+    def dead(self) -> list[Undecodable]:
+        return [item for item in self.kept.values() if isinstance(item, Undecodable)]
+
     def _record(self, item: Item) -> Receipt:
         if isinstance(item, Event):
             item.to_json()  # whatever a trigger hands over must be writable
@@ -94,6 +104,25 @@ class Ledger:
         conflict = content(known) != content(item)
         digests = (f"{hash(content(known)):x}", f"{hash(content(item)):x}") if conflict else None
         return Receipt(self.ids[identity], item.id, duplicate=True, conflict=conflict, digests=digests)
+
+
+class Watched:
+    """A trigger under test, as its tests see it: what its ledger recorded, and what it `said` in its log."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self._capture = ledger, LogCapture()
+        ledger.log = structlog.wrap_logger(structlog.ReturnLogger(), processors=[self._capture])
+
+    @property
+    def events(self) -> list[Event]:
+        return self.ledger.events
+
+    @property
+    def dead(self) -> list[Undecodable]:
+        return self.ledger.dead
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [dict(entry) for entry in self._capture.entries if entry["event"] == event]
 
 
 def content(item: Item) -> bytes:

@@ -7,36 +7,24 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import structlog
-from structlog.testing import LogCapture
-
-from eventflow.event import Event
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, listening
+from tests.triggers.contract import Ledger, Watched, listening
 from triggers.files import Directory
 
 QUICK: dict[str, Any] = {"settle": 0.05, "zero_byte_grace": 0.3, "rescan": 30.0, "poll": 0.1}
 """Options that make tests quick; rescan is long, so that what arrives soon arrived by a notification."""
 
 
-class Inbox:
-    """The directory `root`, watched. `events` are the recorded ones in order; `said` is what the trigger logged."""
+class Inbox(Watched):
+    """The directory `root`, watched."""
 
     def __init__(self, root: Path, ledger: Ledger, **options: Any) -> None:
-        self.root, self.ledger = root, ledger
-        self.capture = LogCapture()
-        ledger.log = structlog.wrap_logger(structlog.ReturnLogger(), processors=[self.capture])
+        super().__init__(ledger)
+        self.root = root
         self.trigger = Directory(root, **{**QUICK, "name": "inbox", **options})
-
-    @property
-    def events(self) -> list[Event]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Event)]
 
     def names(self, kind: str = "") -> list[str]:
         return sorted(event.data["relpath"] for event in self.events if event.type.endswith(kind))
-
-    def said(self, event: str) -> list[dict[str, Any]]:
-        return [dict(entry) for entry in self.capture.entries if entry["event"] == event]
 
     def write(self, name: str, text: str = "data") -> Path:
         path = self.root / name

@@ -5,13 +5,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-import structlog
-from structlog.testing import LogCapture
-
 from eventflow.event import Event, Undecodable, totals
 from tests.brokers import Broker
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, listening
+from tests.triggers.contract import Ledger, Watched, listening
 from triggers.kafka import Kafka
 
 QUICK: dict[str, Any] = {
@@ -24,25 +21,15 @@ QUICK: dict[str, Any] = {
 """Options that make tests quick."""
 
 
-class Topic:
-    """A topic, its group, and what a trigger made of it. `events`, `dead` are the recorded ones in order; `said` its log."""
+class Topic(Watched):
+    """A topic, its group, and what triggers made of it."""
 
     def __init__(self, broker: Broker, name: str, partitions: int = 1, **options: Any) -> None:
+        super().__init__(Ledger())
         self.broker, self.name, self.partitions = broker, name, partitions
         self.group = f"group-{name}"
-        self.ledger = Ledger()
-        self.capture = LogCapture()
-        self.ledger.log = structlog.wrap_logger(structlog.ReturnLogger(), processors=[self.capture])
         self.options = {**QUICK, **options}
         self.triggers: list[Kafka] = []
-
-    @property
-    def events(self) -> list[Event]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Event)]
-
-    @property
-    def dead(self) -> list[Undecodable]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Undecodable)]
 
     @property
     def data(self) -> list[Any]:
@@ -52,9 +39,6 @@ class Topic:
     def trigger(self) -> Kafka:
         """The one made last."""
         return self.triggers[-1]
-
-    def said(self, event: str) -> list[dict[str, Any]]:
-        return [dict(entry) for entry in self.capture.entries if entry["event"] == event]
 
     def make(self, **options: Any) -> Kafka:
         """A new trigger, as after a restart of the process."""

@@ -8,8 +8,7 @@ reference).json()` over 500 rows, with and without a shift of one sigma in `amou
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from eventflow import App, flow
 from eventflow.errors import UsageError
-from eventflow.event import Event, Trigger, Undecodable
+from eventflow.event import Event
 from eventflow.testing import drain, running
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.contract import CONTRACT, Item, Promise, is_stable_name, promise_name
+from tests.triggers.hooks import Hook, Senders, hooked, posting
 from tests.triggers.serving import digest, now, serving
 from triggers import Drift, DriftAlert, MLflow, Token
 from triggers._drift.senders import read
@@ -66,104 +66,28 @@ def group(*alerts: dict[str, Any], **more: Any) -> dict[str, Any]:
     } | more  # fmt: skip
 
 
-class Hook:
-    """A served DriftAlert, its ledger, and a client."""
-
-    def __init__(self, ledger: Ledger, client: httpx2.AsyncClient) -> None:
-        self.ledger, self.client = ledger, client
-
-    async def post(self, body: Any, **headers: str) -> httpx2.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return await self.client.post("/hooks/drift", content=content, headers=named)
-
-    @property
-    def events(self) -> list[Event]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Event)]
-
-    @property
-    def dead(self) -> list[Undecodable]:
-        return [item for item in self.ledger.kept.values() if isinstance(item, Undecodable)]
-
-    @property
-    def drift(self) -> Drift:
-        (event,) = self.events
-        return msgspec.convert(event.data, Drift)
-
-
-@asynccontextmanager
-async def hooked(**options: Any) -> AsyncIterator[Hook]:
-    trigger, ledger = DriftAlert("/drift", **{"verify": "none", **options}), Ledger()
-    async with (
-        serving(trigger.routes) as port,
-        listening(trigger, ledger),
-        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
-    ):
-        yield Hook(ledger, client)
+def drift_of(hook: Hook) -> Drift:
+    """The data of the only event there is; dead letters may be beside it."""
+    (event,) = hook.events
+    return msgspec.convert(event.data, Drift)
 
 
 def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
-    async def main() -> None:
-        async with hooked(**options) as hook:
-            await test(hook)
-
-    asyncio.run(main())
+    posting(DriftAlert("/drift", **{"verify": "none", **options}), test)
 
 
 # --------------------------------------------------------------------------- the contract
 
 
-class AlertHarness:
-    """Alertmanagers that post until they get a 2xx. Only 5xx makes a real one try again."""
+class AlertHarness(Senders):
+    """Alertmanagers, whose alerts are known by their feature."""
 
     def __init__(self) -> None:
-        self._current: DriftAlert | None = None
-        self._acknowledged: set[str] = set()
-        self._senders: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def source(self) -> AsyncIterator[None]:
-        async def dispatch(scope: Any, receive: Any, send: Any) -> None:
-            assert self._current is not None
-            await self._current(scope, receive, send)
-
-        async with (
-            serving([Mount("/", dispatch)]) as port,
-            httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as self._client,
-        ):
-            try:
-                yield
-            finally:
-                for sender in self._senders:
-                    sender.cancel()
-                await asyncio.gather(*self._senders, return_exceptions=True)
-
-    def trigger(self) -> Trigger:
-        self._current = DriftAlert("/drift", verify="none")
-        return self._current
-
-    async def offer(self, keys: Sequence[str]) -> None:
-        self._senders |= {asyncio.create_task(self._send(key)) for key in keys}
-
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
-        self._acknowledged -= set(keys)
-        await self.offer(keys)
-
-    async def _send(self, key: str) -> None:
-        while True:
-            answer = await self._client.post("/hooks/drift", json=group(alert(feature=key)))
-            if answer.is_success:
-                self._acknowledged.add(key)
-                return
-            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
-            await asyncio.sleep(0.02)
+        super().__init__(lambda: DriftAlert("/drift", verify="none"), lambda key: group(alert(feature=key)))
 
     def key(self, item: Item) -> str:
         assert isinstance(item, Event)
         return item.data["feature"]
-
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
-        return self._acknowledged
 
 
 @pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
@@ -218,7 +142,7 @@ def test_one_broken_alert_takes_no_other_with_it():
         broken = alert(feature="age")
         del broken["startsAt"]
         assert (await hook.post(group(alert(), broken))).status_code == 202
-        assert hook.drift.feature == "amount"
+        assert drift_of(hook).feature == "amount"
         (dead,) = hook.dead
         assert "alerts/1/startsAt" in dead.error and json.loads(dead.body) == broken
 
@@ -245,7 +169,7 @@ def test_pointers_over_a_known_sender():
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(group(alert(feature="amount", column="total")))).status_code == 202
-        assert (hook.drift.feature, hook.drift.segment, hook.drift.model) == ("total", None, "prices")
+        assert (drift_of(hook).feature, drift_of(hook).segment, drift_of(hook).model) == ("total", None, "prices")
 
     over_http(test, fields={"feature": "/labels/column", "segment": "/labels/region?"})
 
@@ -259,7 +183,7 @@ def test_an_evidently_report():
     async def test(hook: Hook) -> None:
         body = {"model": "prices"} | json.loads((REPORTS / "evidently_drifted.json").read_text())
         assert (await hook.post(body)).status_code == 202
-        drift = hook.drift
+        drift = drift_of(hook)
         assert (drift.status, drift.sender, drift.model, drift.feature) == ("detected", "evidently", "prices", "country")
         assert (drift.metric, drift.threshold, drift.share) == ("chi-square p_value", 0.05, 0.666667)
         assert drift.p_value == pytest.approx(1.2558247997667371e-64)
@@ -331,8 +255,8 @@ def test_sagemaker_through_sns():
     async def test(hook: Hook) -> None:
         told = sns("Notification", json.dumps(cloudwatch()))
         assert (await hook.post(told, content_type="text/plain; charset=UTF-8")).status_code == 202
-        assert (hook.drift.sender, hook.drift.model, hook.drift.feature) == ("sagemaker", "prices", "amount")
-        assert (hook.drift.statistic, hook.drift.threshold) == (0.31, 0.2)
+        assert (drift_of(hook).sender, drift_of(hook).model, drift_of(hook).feature) == ("sagemaker", "prices", "amount")
+        assert (drift_of(hook).statistic, drift_of(hook).threshold) == (0.31, 0.2)
         assert (await hook.post(told | {"MessageId": "m-2"})).status_code == 200
         assert (await hook.post(sns("Notification", json.dumps(cloudwatch("INSUFFICIENT_DATA"))))).status_code == 202
         assert hook.events[1].type == "drift.nodata"
@@ -370,13 +294,13 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
     async def main() -> None:
         async with serving([Route("/", confirmed)]) as port:
             aws = f"http://127.0.0.1:{port}"
-            async with hooked(topics=[TOPIC], sns=aws) as hook:
+            async with hooked(DriftAlert("/drift", verify="none", topics=[TOPIC], sns=aws)) as hook:
                 asked = sns("SubscriptionConfirmation", "…", SubscribeURL=f"{aws}/?Action=ConfirmSubscription&Token=t")
                 assert (await hook.post(asked)).status_code == 200
                 assert visited == ["Action=ConfirmSubscription&Token=t"]
                 assert (await hook.post(asked | {"TopicArn": TOPIC + "2"})).status_code == 403
                 assert (await hook.post(asked | {"SubscribeURL": f"http://localhost:{port}/?Token=t"})).status_code == 403
-            async with hooked(topics=[TOPIC]) as hook:  # at Amazon: nothing else will do
+            async with hooked(DriftAlert("/drift", verify="none", topics=[TOPIC])) as hook:  # at Amazon: nothing else will do
                 for url in (aws, "https://sns.eu-west-1.amazonaws.com.evil.example/", "https://sns.x@evil.example/",
                             "http://sns.eu-west-1.amazonaws.com/", "https://sns.eu-west-1.amazonaws.com:8080/"):  # fmt: skip
                     refused = await hook.post(sns("SubscriptionConfirmation", "…", SubscribeURL=url))
@@ -435,7 +359,8 @@ def test_our_own_schema():
         body = {"model": "prices", "feature": "amount", "metric": "psi", "statistic": 0.31, "fingerprint": "prices-2026-07"}
         assert (await hook.post(body)).status_code == 202
         assert (await hook.post(body | {"statistic": 0.33})).status_code == 200
-        assert (hook.drift.status, hook.drift.name, hook.drift.features) == ("detected", "prices/amount", ["amount"])
+        drift = drift_of(hook)
+        assert (drift.status, drift.name, drift.features) == ("detected", "prices/amount", ["amount"])
 
     over_http(test)
 
@@ -455,7 +380,7 @@ def test_d17_another_shape_by_pointers():
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(ARIZE)).status_code == 202
-        assert (hook.drift.model, hook.drift.feature, hook.drift.statistic) == ("prices", "amount", 0.31)
+        assert (drift_of(hook).model, drift_of(hook).feature, drift_of(hook).statistic) == ("prices", "amount", 0.31)
         answer = await hook.post(ARIZE | {"event": {"kind": "drift", "model": {}, "dims": []}})
         assert answer.status_code == 400
         (dead,) = hook.dead

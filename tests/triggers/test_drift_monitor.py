@@ -19,7 +19,7 @@ from eventflow.event import Event, Json, Receipt, Trigger, Undecodable
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name
-from tests.triggers.test_webhook import WebhookHarness
+from tests.triggers.hooks import Senders
 from tests.world import image
 from triggers import Categorical, Directory, Drift, DriftMonitor, Numeric, Webhook, file_rows
 
@@ -666,18 +666,19 @@ def test_the_state_is_bounded_and_a_row_rewrites_little():
 # --------------------------------------------------------------------------- over other triggers
 
 
-class MonitoredHarness(WebhookHarness):
-    """A webhook under a monitor that records what it counts."""
+class MonitoredSenders(Senders):
+    """They post to a webhook under a monitor that records what it counts."""
 
     def trigger(self) -> Trigger:
-        self._current = Webhook("/orders", verify="none")
+        super().trigger()
+        assert isinstance(self._current, Webhook)
         return DriftMonitor(self._current, features=["total"], record=True)
 
 
 @pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
 def test_contract(promise: Promise):
     """What holds for every trigger holds for one under a monitor."""
-    asyncio.run(promise(MonitoredHarness()))
+    asyncio.run(promise(MonitoredSenders(lambda: Webhook("/orders", verify="none"))))
 
 
 def test_name_and_routes_are_the_sources():

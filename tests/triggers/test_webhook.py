@@ -3,11 +3,8 @@
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from typing import Any
 
-import httpx2
 import pytest
 import structlog
 from starlette.applications import Starlette
@@ -16,7 +13,8 @@ from starlette.routing import Mount
 from eventflow.errors import StoreFailed, StoreFull, UsageError
 from eventflow.event import Event, Trigger, Undecodable
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.hooks import Hook, Senders, over_http
 from tests.triggers.serving import digest, now, post, raw, serving
 from triggers.signatures import HMAC, Bearer, GitHub, MLflow, Shopify, Slack, StandardWebhooks, Stripe
 from triggers.webhook import Webhook
@@ -24,107 +22,13 @@ from triggers.webhook import Webhook
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 
 
-class Hook:
-    """A served webhook, its ledger, and a client."""
-
-    def __init__(self, port: int, ledger: Ledger, client: httpx2.AsyncClient) -> None:
-        self.port, self.ledger, self.client = port, ledger, client
-
-    async def post(self, body: bytes | str | dict[str, Any], /, **headers: str) -> httpx2.Response:
-        content = json.dumps(body).encode() if isinstance(body, dict) else body
-        named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-        return await self.client.post("/hooks/orders", content=content, headers=named)
-
-    @property
-    def kept(self) -> list[Item]:
-        return list(self.ledger.kept.values())
-
-    @property
-    def event(self) -> Event:
-        (event,) = self.kept
-        assert isinstance(event, Event)
-        return event
-
-
-@asynccontextmanager
-async def hooked(**options: Any) -> AsyncIterator[Hook]:
-    """A webhook at `/hooks/orders`, served and listening."""
-    trigger, ledger = Webhook("/orders", **{"verify": "none", **options}), Ledger()
-    async with (
-        serving(trigger.routes) as port,
-        listening(trigger, ledger),
-        httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
-    ):
-        yield Hook(port, ledger, client)
-
-
-def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
-    async def main() -> None:
-        async with hooked(**options) as hook:
-            await test(hook)
-
-    asyncio.run(main())
-
-
 # --------------------------------------------------------------------------- the contract
-
-
-class WebhookHarness:
-    """Senders that post under an id until they get a 2xx, as real ones do."""
-
-    def __init__(self) -> None:
-        self._current: Webhook | None = None
-        self._acknowledged: set[str] = set()
-        self._senders: set[asyncio.Task[None]] = set()
-
-    @asynccontextmanager
-    async def source(self) -> AsyncIterator[None]:
-        async def dispatch(scope: Any, receive: Any, send: Any) -> None:
-            assert self._current is not None
-            await self._current(scope, receive, send)
-
-        async with (
-            serving([Mount("/", dispatch)]) as port,
-            httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}") as self._client,
-        ):
-            try:
-                yield
-            finally:
-                for sender in self._senders:
-                    sender.cancel()
-                await asyncio.gather(*self._senders, return_exceptions=True)
-
-    def trigger(self) -> Trigger:
-        self._current = Webhook("/orders", verify="none")
-        return self._current
-
-    async def offer(self, keys: Sequence[str]) -> None:
-        self._senders |= {asyncio.create_task(self._send(key)) for key in keys}
-
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
-        self._acknowledged -= set(keys)
-        await self.offer(keys)
-
-    async def _send(self, key: str) -> None:
-        while True:
-            answer = await self._client.post("/hooks/orders", json={"key": key}, headers={"idempotency-key": key})
-            if answer.is_success:
-                self._acknowledged.add(key)
-                return
-            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
-            await asyncio.sleep(0.02)
-
-    def key(self, item: Item) -> str:
-        return item.id
-
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
-        return set(self._acknowledged)
 
 
 @pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
 def test_webhook_keeps_the_contract(promise: Promise):
     """What holds for every trigger holds for webhooks."""
-    asyncio.run(promise(WebhookHarness()))
+    asyncio.run(promise(Senders(lambda: Webhook("/orders", verify="none"))))
 
 
 def test_name_is_stable():

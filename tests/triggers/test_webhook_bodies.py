@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from eventflow.event import Event, Undecodable
 from tests.conftest import eventually
 from tests.triggers.contract import Ledger, listening
+from tests.triggers.hooks import Hook, over_http
 from tests.triggers.serving import digest, post, raw, serving
-from tests.triggers.test_webhook import Hook, over_http
 from triggers.signatures import GitHub
 from triggers.webhook import Webhook
 
