@@ -224,7 +224,8 @@ def dead(connection: sqlite3.Connection, *, limit: int, after: int | None) -> li
 
 
 def dead_letter(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
-    found = dicts(connection, f"SELECT {_DEAD} WHERE d.id = ?", (int(ident),)) if str(ident).isdigit() else []
+    number = _number(str(ident))
+    found = [] if number is None else dicts(connection, f"SELECT {_DEAD} WHERE d.id = ?", (number,))
     if not found:
         raise NotFound("dead letter", str(ident))
     return found[0]
@@ -250,11 +251,17 @@ def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
 
 def _exact(connection: sqlite3.Connection, table: str, ident: str) -> int | None:
     """A whole id, in base 32 or as a number."""
-    for number in (parse_id(ident), int(ident) if ident.isascii() and ident.isdigit() and len(ident) < 20 else None):
+    for number in (parse_id(ident), _number(ident)):
         known = f"SELECT 1 FROM {table} WHERE id = ?"
-        if number is not None and number < 1 << 63 and connection.execute(known, (number,)).fetchone():
+        if number is not None and connection.execute(known, (number,)).fetchone():
             return number
     return None
+
+
+def _number(text: str) -> int | None:
+    """A whole number that SQLite can hold."""
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+    return None if number is None or number >= 1 << 63 else number
 
 
 def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -> int:

@@ -114,8 +114,9 @@ def test_nothing_there(tmp_path: Path):
     for args in (("show", "zzz"), ("explain", "zzz"), ("retry", "zzz"), ("logs", "zzz"), ("pause", "zzz")):
         done = eventflow(tmp_path, *args)
         assert done.returncode == 5, (args, done.stderr)
-    done = eventflow(tmp_path, "redrive", "7", "--app", "app.py")
-    assert done.returncode == 5 and "`eventflow ls dead` lists" in done.stderr
+    for ident in ("7", "99999999999999999999", "²"):
+        done = eventflow(tmp_path, "redrive", ident, "--app", "app.py")
+        assert done.returncode == 5 and "`eventflow ls dead` lists" in done.stderr, done.stderr
     for args in (("show", ""), ("retry", ""), ("pause", "")):
         done = eventflow(tmp_path, *args)
         assert done.returncode == 2 and "found an empty text" in done.stderr, (args, done.stderr)
