@@ -4,12 +4,15 @@
 
 A listener that raises is logged and opened again with jittered backoff; the others never notice. Back-pressure has two bounds:
 events on their way to a commit, and the ledger itself; at either `accept` raises StoreFull at once, and the source slows down
-in its own way (a partition pauses, a webhook waits a little and answers 503). Nothing is dropped here. The next rooms are
-routing, then the store.
+in its own way (a partition pauses, a webhook waits a little and answers 503). Nothing is dropped here. A trigger that floods
+leaves room for the others: on their way to a commit it has at most SHARE times what stays free, so one alone takes two thirds,
+two 40 % each, and there is always some left for who comes anew. A call that finds nothing on its way may be of any size. The
+next rooms are routing, then the store.
 """
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -25,6 +28,8 @@ MAX_EVENTS = 4096
 """Events on their way to a commit."""
 MAX_BYTES = 64 << 20
 """Their bytes."""
+SHARE = 2
+"""How much a trigger may have there, in events and in bytes, for each that stays free: n that flood have 2 / (1 + 2n) each."""
 BACKOFF = (0.5, 60.0)
 """Seconds before a listener is opened again: first and longest; full jitter between."""
 SETTLED = 60.0
@@ -46,6 +51,13 @@ class Health(msgspec.Struct):
     last_event_at: int | None = None
     last_error: str | None = None
     paused: bool = False
+
+
+class Underway(msgspec.Struct):
+    """What a trigger has on its way to a commit."""
+
+    events: int = 0
+    size: int = 0
 
 
 class TriggerIntake:
@@ -98,6 +110,7 @@ class Reactor:
         self._listeners: list[asyncio.Task[None]] = []
         self._events = 0
         self._bytes = 0
+        self._underway: defaultdict[str, Underway] = defaultdict(Underway)  # by trigger, of which an app has few
 
     def start(self, paused: set[str]) -> None:
         """Opens every listener."""
@@ -157,15 +170,20 @@ class Reactor:
         size = 0
         for arrival in arrivals:
             size += len(arrival.body)
-        if arrivals and (full := self._full(len(arrivals), size)) is not None:
+        own = self._underway[trigger]
+        if arrivals and (full := self._full(own, len(arrivals), size)) is not None:
             raise full
         self._events += len(arrivals)
         self._bytes += size
+        own.events += len(arrivals)
+        own.size += size
         try:
             return await self._post(Record(arrivals, trigger, cursor))
         finally:
             self._events -= len(arrivals)
             self._bytes -= size
+            own.events -= len(arrivals)
+            own.size -= size
 
     def _post(self, op: Record) -> asyncio.Future[list[Receipt]]:
         loop = asyncio.get_running_loop()
@@ -182,9 +200,12 @@ class Reactor:
         self.store.post(op, reply, loop)
         return future
 
-    def _full(self, events: int, size: int) -> StoreFull | None:
+    def _full(self, own: Underway, events: int, size: int) -> StoreFull | None:
         if self.draining:
             return StoreFull("the server is stopping", 5.0)
-        if self._events and (self._events + events > MAX_EVENTS or self._bytes + size > MAX_BYTES):
-            return StoreFull(f"{self._events} events wait for their commit", 1.0)
+        if self._events:
+            # Of a full queue less than nothing is free, so the share bounds the sum too.
+            free, free_bytes = MAX_EVENTS - self._events - events, MAX_BYTES - self._bytes - size
+            if own.events + events > SHARE * free or own.size + size > SHARE * free_bytes:
+                return StoreFull(f"{self._events} events wait for their commit, {own.events} from the same trigger", 1.0)
         return self.store.room()
