@@ -12,7 +12,7 @@ from eventflow.attempt import run_hook
 from eventflow.clock import SECOND
 from eventflow.errors import caught
 from eventflow.executor import Execution
-from eventflow.log import get_logger
+from eventflow.log import get_logger, where
 from eventflow.results import decode_error
 from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Suspended
 
@@ -28,29 +28,14 @@ class Outcomes:
 
     def follow(self, execution: Execution, outcome: Outcome, at: int) -> None:
         """`at`: when it was recorded, microseconds."""
-        self._log(execution, outcome, at)
+        token = where.set(execution.here)
+        _log(execution, outcome, at)
+        where.reset(token)
         options = execution.flow.options
         if (options.on_success or options.on_failure) is not None:
             self._run_hook(execution, outcome)
         if self._watchers and not isinstance(outcome, Suspended | Interrupted | Restarted):
             self.tell(execution.run.id, outcome)
-
-    def _log(self, execution: Execution, outcome: Outcome, at: int) -> None:
-        run, flow = execution.name, execution.flow.name
-        match outcome:
-            case Completed():
-                log.info("run.completed", run=run, flow=flow, seconds=(at - execution.run.created_at) / SECOND)
-            case Failed():
-                error = orjson.loads(outcome.error)
-                log.error("run.failed", run=run, flow=flow, error=f"{error.get('type')}: {error.get('message')}")
-            case Suspended():
-                log.info("run.suspended", run=run, flow=flow, until=outcome.until)
-            case Cancelled():
-                log.info("run.cancelled", run=run, flow=flow, reason=outcome.reason)
-            case Held():
-                log.error("run.held", run=run, flow=flow, reason=outcome.reason)
-            case Interrupted() | Restarted():
-                log.info("run.interrupted", run=run, flow=flow, afresh=isinstance(outcome, Restarted))
 
     def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
         options = execution.flow.options
@@ -81,3 +66,21 @@ class Outcomes:
         left = [other for other in self._watchers.pop(run, ()) if other is not tell]
         if left:
             self._watchers[run] = left
+
+
+def _log(execution: Execution, outcome: Outcome, at: int) -> None:
+    """Called where the run's ids are known to every line."""
+    match outcome:
+        case Completed():
+            log.info("run.completed", seconds=(at - execution.run.created_at) / SECOND)
+        case Failed():
+            error = orjson.loads(outcome.error)
+            log.error("run.failed", error=f"{error.get('type')}: {error.get('message')}")
+        case Suspended():
+            log.info("run.suspended", until=outcome.until)
+        case Cancelled():
+            log.info("run.cancelled", reason=outcome.reason)
+        case Held():
+            log.error("run.held", reason=outcome.reason)
+        case Interrupted() | Restarted():
+            log.info("run.interrupted", afresh=isinstance(outcome, Restarted))
