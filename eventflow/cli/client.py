@@ -21,7 +21,7 @@ import orjson
 from eventflow.app import App
 from eventflow.cli.target import load_app
 from eventflow.cli.words import json_option
-from eventflow.errors import EventflowError, UsageError
+from eventflow.errors import EventflowError, StoreCorrupt, UsageError
 from eventflow.store import open_store
 from eventflow.store.logs import LogStore
 from eventflow.web.api import make_asgi
@@ -153,6 +153,7 @@ def _token(path: str) -> str:
 async def _passive(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
     if not has_store(path):
         raise Unreachable(f"no server has the store {path}, and there is no such file; name another with --store, or start one")
+    _check_kind(path)
     app = app or App(Path(path).stem)
     await app.open(store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True)
     try:
@@ -174,6 +175,13 @@ def store_path(place: Place, app: App | None) -> str:
     if found:
         raise UsageError(f"several stores are in ./.eventflow; say which with --store: {', '.join(map(str, found))}")
     raise Unreachable("there is no store in ./.eventflow; name one with --store or $EVENTFLOW_STORE, or a server with --url")
+
+
+def _check_kind(path: str) -> None:
+    """Before anything is written beside a file that was named by mistake."""
+    with open(path, "rb") as file:
+        if file.read(16) not in (b"", b"SQLite format 3\0"):
+            raise StoreCorrupt(f"{path} is damaged, or no store: expected an SQLite file; name another with --store")
 
 
 def has_store(path: str) -> bool:

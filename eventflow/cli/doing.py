@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import orjson
 
 from eventflow.cli.client import Doors, Place, Refusal, doors, place_options, quoted
 from eventflow.cli.foreseeing import Asked, foreseen, told, would_start
-from eventflow.cli.times import moment
+from eventflow.cli.times import in_order, moment
 from eventflow.cli.words import note, say
 from eventflow.errors import UsageError
 from eventflow.event import Event
@@ -112,6 +113,9 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
     """Matches recorded events once more and starts new runs: one EVENT, or all of a time."""
     if (event is None) == (since is None and until is None):
         raise UsageError("expected one EVENT, or --since and --until for many")
+    in_order(since, until)
+    if event is not None and event_type is not None:
+        raise UsageError("--type chooses among the events of --since and --until; leave it out for one EVENT")
     if event is not None:
         _replay_one(event, to, dry_run, as_json, options)
     elif dry_run:
@@ -132,18 +136,24 @@ def _replay_one(event: str, to: str | None, dry_run: bool, as_json: bool, option
 
 
 def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
-    """One after the other, each for the subscriptions on its own trigger; what cannot be replayed is told and passed over."""
+    """One after the other, each for the subscriptions on its own trigger. What cannot be replayed is passed over, and told by
+    its reasons; when that is all of it, it is the command's error."""
 
     async def work(api: Doors) -> list[Any]:
         api.need_flows("replay")
         done: list[Any] = []
+        refused: list[Refusal] = []
         for ident in await _window(api, asked):
             try:
                 done.append(await api.post(f"/api/events/{quoted(ident)}/replay", {"to": asked.to, "own": True}))
             except Refusal as refusal:
                 if refusal.error != "refused":
                     raise
-                note(str(refusal))
+                refused.append(refusal)
+        if refused and not done:
+            raise refused[0]
+        for why, events in Counter(map(str, refused)).items():
+            note(f"passed over {events}: {why}")
         return done
 
     done = _run(options, work)

@@ -9,7 +9,7 @@ import click
 import orjson
 
 from eventflow.cli.client import Place, Refusal, doors, place_options, quoted
-from eventflow.cli.times import moment
+from eventflow.cli.times import in_order, moment
 from eventflow.cli.words import facts, say, short_time, state, table
 from eventflow.errors import UsageError
 from eventflow.output import renderer, show
@@ -66,6 +66,7 @@ def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) 
     for name in given:
         if _CHOICES[name] != kind:
             raise UsageError(f"--{name} chooses among {_CHOICES[name]}; leave it out, or: eventflow ls {_CHOICES[name]}")
+    in_order(options["since"], options["until"])
     page = asyncio.run(_page(_place(options), kind, {"limit": limit, "after": after, **given}))
     told = _trigger_told if kind == "triggers" else _run_told
     rows = [{**row, **told(row)} for row in page[kind]]

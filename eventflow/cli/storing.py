@@ -90,7 +90,9 @@ async def _store(place: Place, accept_loss: bool) -> list[Finding]:
         return await _tried(_ledger(place))
     try:
         path = store_path(place, load_app(place.app) if place.app else None)
-    except EventflowError as error:
+    except UsageError as error:
+        return [Finding("store", False, str(error), error.exit_code)]
+    except EventflowError as error:  # there is none yet
         return [Finding("store", None, str(error))]
     server = await running_server(path)
     found = [_place(path), _server(server), _lock(path), _space(path)]

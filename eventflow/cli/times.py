@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from eventflow.clock import SystemClock, to_datetime
+from eventflow.errors import UsageError
 from eventflow.event import parse_time
 
 _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
@@ -29,6 +30,12 @@ def moment(_: click.Context, option: click.Parameter, value: str | None) -> str 
         return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
     except (ValueError, OverflowError):
         raise click.BadParameter(f"{EXPECTED}; found {value!r}", param=option) from None
+
+
+def in_order(since: str | None, until: str | None) -> None:
+    """UsageError for a time that ends before it begins."""
+    if since is not None and until is not None and parse_time(since) >= parse_time(until):
+        raise UsageError(f"expected --since before --until, found {since} and {until}")
 
 
 def _ago(text: str) -> timedelta | None:

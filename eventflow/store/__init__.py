@@ -16,6 +16,7 @@ def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or not path:
         raise UsageError(f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}")
-    if os.path.isdir(path):
-        raise UsageError(f"--store expected a file, found the folder {path}; name one in it: {url.rstrip('/')}/shop.db")
+    if os.path.exists(path) and not os.path.isfile(path):
+        found = f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
+        raise UsageError(f"--store expected a file, found {found}")
     return SqliteStore(path, clock=clock, **options)

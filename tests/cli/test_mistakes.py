@@ -64,6 +64,9 @@ def test_errors_as_json(tmp_path: Path):
         (("serve", "app.py", "--port", "70000"), "65535"),
         (("ls", "rnus"), "runs"),
         (("replay",), "--since"),
+        (("replay", "--since", "1d", "--until", "2d"), "--since before --until"),
+        (("replay", "o-1", "--type", "x"), "leave it out for one EVENT"),
+        (("ls", "events", "--since", "1d", "--until", "2d"), "--since before --until"),
         (("emit", "x", "-d", "{"), "expected JSON"),
         (("emit", "x", "-d", "@none.json"), "none.json"),
         (("run", "app.py:f", "-p", "x"), "NAME=VALUE"),
@@ -77,6 +80,7 @@ def test_errors_as_json(tmp_path: Path):
         (("serve", "app.py", "--allow-host", "shop.example.com:443"), "without scheme and port"),
         (("serve", "app.py", "--store", "sqlite:///."), "expected a file, found the folder ."),
         (("ls", "--store", "."), "expected a file, found the folder ."),
+        (("serve", "app.py", "--store", "sqlite:////dev/null"), "expected a file, found the device /dev/null"),
         (("ls", "--store", "postgres://db/shop"), "expected sqlite:///PATH"),
         (("ls", "--url", "localhost:8710"), "expected http://HOST:PORT"),
         (("ls", "events", "--state", "failed"), "--state chooses among runs"),
@@ -139,6 +143,30 @@ def test_a_damaged_store(tmp_path: Path):
     assert eventflow(tmp_path, "ls").returncode == 0
     store.write_bytes(b"no database" * 1000)
     assert eventflow(tmp_path, "ls").returncode == 65
+
+
+def test_a_file_that_is_no_store(tmp_path: Path):
+    """Another file than a store, named by mistake, is told with 65, and nothing is written beside it."""
+    (tmp_path / "notes.txt").write_text("nothing to see here")
+    done = eventflow(tmp_path, "ls", "--store", "notes.txt")
+    assert done.returncode == 65 and "notes.txt is damaged, or no store" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    done = eventflow(tmp_path, "doctor", "--store", "mysql:///shop", "--json")
+    assert done.returncode == 2 and "expected sqlite:///PATH" in done.stdout
+
+
+def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
+    """Events that nobody hears of are passed over and told by the reason; when there are no others, it exits 2."""
+    (tmp_path / "app.py").write_text(
+        APP + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def other(): return 1\n"
+    )
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
+    for kind in ("unheard", "unheard", "heard"):
+        assert eventflow(tmp_path, "emit", kind, "--app", "app.py").returncode == 0
+    done = eventflow(tmp_path, "replay", "--since", "1h", "--app", "app.py")
+    assert done.returncode == 0 and "1 runs started" in done.stdout
+    done = eventflow(tmp_path, "replay", "--since", "1h", "--to", "nope", "--app", "app.py")
+    assert done.returncode == 2 and done.stderr.count("'nope'") == 1, done.stderr
 
 
 def test_a_server_elsewhere_is_what_doctor_looks_at(tmp_path: Path):
