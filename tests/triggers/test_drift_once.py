@@ -1,4 +1,4 @@
-"""A drift starts one retraining and not a hundred: a real server, a statistic that swings round its threshold, kills between."""
+"""A drift starts one retraining and not a hundred: a real server, a statistic that swings round its threshold, and kills."""
 
 from pathlib import Path
 from typing import Any
