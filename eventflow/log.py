@@ -102,6 +102,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "schedule.slowed": "The ledger is full: a schedule waits before it hands over its event.",
     "server.stopping": "The server begins its end; `reason` names the signal.",
     "store.failed": "Storage failed in use: nothing more is acknowledged (P10).",
+    "store.pages_unchecked": "SQLite's look at the pages of `tables` would take too long beside a worker; their rows were read.",
     "store.prune_failed": "A step of retention failed; it will be tried again in a minute.",
     "store.row_corrupt": "A row's checksum does not hold; it is set apart, and everything else goes on.",
     "task.abandoned": "An attempt did not end when asked to; its slot stays taken and its late result will be refused.",
@@ -111,7 +112,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "trigger.paused": "Someone paused a trigger.",
     "trigger.reopened": "A trigger's listener ended and was opened again; `error` says why it ended.",
     "trigger.resumed": "Someone resumed a trigger.",
-    "webhook.refused": "A webhook's sender was turned away: signature, size, type or timestamp; `reason` says which.",
+    "webhook.refused": "A webhook's sender was turned away: signature, size, type, timestamp or pace; `reason` says which.",
     "worker.task_failed": "Something the worker does besides runs failed; this is a defect of eventflow.",
 }
 """Every event name eventflow logs, `noun.verb_past`. info: a state changed; warning: it will be tried again; error: look."""

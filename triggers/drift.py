@@ -53,6 +53,7 @@ class DriftAlert(Endpoint):
         topics: ARNs of the SNS topics whose `SubscriptionConfirmation` is answered; none are by default.
         sns: where SNS is, if it is not Amazon's, such as `http://localhost:4566`.
         name: the trigger's name; by default made from the path.
+        max_rate: requests per second from one address, five seconds' worth at once; more are answered 429; None for any number.
     """
 
     heard = (DETECTED,)
@@ -69,6 +70,7 @@ class DriftAlert(Endpoint):
         name: str | None = None,
         max_body: int = 4 << 20,
         gzip: bool = False,
+        max_rate: float | None = 1000.0,
         body_timeout: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
         entropy: Callable[[int], bytes] = os.urandom,
@@ -79,7 +81,7 @@ class DriftAlert(Endpoint):
             raise UsageError(f"DriftAlert({path!r}, alerts=): expected fields= beside it, to say what each alert holds")
         super().__init__(
             path, verify=verify, name=name or "drift" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
-            body_timeout=body_timeout, clock=clock, entropy=entropy,
+            max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
         )  # fmt: skip
         self._fields, self._alerts, self._topics, self._sns = dict(fields or {}), alerts, frozenset(topics), sns
 

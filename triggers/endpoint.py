@@ -1,9 +1,10 @@
 """What every trigger that is a `POST /hooks/PATH` does alike: the request's way in, the wait for the ledger, the replies.
 
 `webhook.py` and `drift.py` build on it; each says in `_take` what a verified body is. The app mounts `routes` and runs
-`listen`, which binds the intake; without one (not started yet, draining) the answer is 503. A request goes method → encoding →
-size → body → signature → `_take` → `_accept` → 2xx; whatever is wrong with it is a 4xx, never a 500, and never a word of why to
-an unknown sender. The 2xx follows the record (P1).
+`listen`, which binds the intake; without one (not started yet, draining) the answer is 503. A request goes method → pace →
+encoding → size → body → signature → `_take` → `_accept` → 2xx; whatever is wrong with it is a 4xx, never a 500, and never a
+word of why to an unknown sender. An address that floods (pace.py) is told so before any of its body is read. The 2xx follows
+the record (P1).
 """
 
 import asyncio
@@ -18,7 +19,8 @@ from starlette.types import Receive, Scope, Send
 
 from eventflow.clock import SECOND, Clock, SystemClock
 from eventflow.errors import StoreError, StoreFull, UsageError
-from eventflow.event import Event, Intake, Receipt, Undecodable
+from eventflow.event import Event, Gauge, Intake, Receipt, Undecodable
+from triggers.pace import LONGEST, Pace
 from triggers.requests import Gone, Refused, Reply, encoding, gunzip, read_body, read_headers, send_reply
 from triggers.signatures import NOBODY, Verify
 
@@ -38,7 +40,10 @@ SYSTEM_CLOCK = SystemClock()
 
 
 class Endpoint:
-    """A trigger for `POST /hooks/PATH`; its kinds differ in `_take`. `max_body` in bytes, durations in seconds."""
+    """A trigger for `POST /hooks/PATH`; its kinds differ in `_take`.
+
+    `max_body` in bytes, durations in seconds, `max_rate` in requests per second from one address.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class Endpoint:
         name: str,
         max_body: int = 1 << 20,
         gzip: bool = False,
+        max_rate: float | None = 1000.0,
         body_timeout: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
         entropy: Callable[[int], bytes] = os.urandom,
@@ -55,10 +61,13 @@ class Endpoint:
         kind = type(self).__name__
         if not _PATH.fullmatch(path):
             raise UsageError(f'{kind}({path!r}): expected a path such as "/orders" of letters, digits and . _ ~ -')
+        if max_rate is not None and not 0 < max_rate < math.inf:
+            raise UsageError(f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, found {max_rate!r}")
         self._verify = _verifier(f"{kind}({path!r}", verify)
         self.name, self.path = name, "/hooks" + path
         self.verified = self._verify is not NOBODY
         self._max_body, self._gzip, self._body_timeout = max_body, gzip, body_timeout
+        self._pace = None if max_rate is None else Pace(max_rate)
         self._clock, self._entropy = clock, entropy
         self._intake: Intake | None = None
         self._waiting = 0
@@ -84,6 +93,17 @@ class Endpoint:
         finally:
             self._intake = None
 
+    # ------------------------------------------------------------------------- how it fares
+
+    @property
+    def condition(self) -> str | None:
+        """Nothing keeps senders from sending."""
+        return None
+
+    def gauges(self) -> Sequence[Gauge]:
+        """How many requests were refused because their address sent too many, since the start."""
+        return [] if self._pace is None else [Gauge("requests_throttled", self._pace.refused)]
+
     # ------------------------------------------------------------------------- one request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,10 +119,24 @@ class Endpoint:
     async def _answer(self, scope: Scope, receive: Receive) -> Reply:
         if scope["method"] != "POST":
             raise Refused(405, "method_not_allowed", "expected POST", allow="POST")
+        self._hold_back(scope)
         if self._intake is None:
             raise self._unavailable(unread=True)
         headers, repeated = read_headers(scope["headers"])
         return await self._take(headers, repeated, await self._read(receive, headers, repeated))
+
+    def _hold_back(self, scope: Scope) -> None:
+        """Refused (429) when the address that the server names (behind a proxy: that the proxy names) sends too fast.
+
+        The connection stays: what is left of the body is dropped as it comes, and a new connection would cost us more.
+        """
+        client: tuple[str, int] | None = scope.get("client")
+        if self._pace is None or client is None:
+            return
+        if wait := self._pace.wait(client[0], self._clock.monotonic()):
+            rate = f"{self._pace.rate:g} requests a second from one address"
+            refused = Refused(429, "too_many_requests", f"expected at most {rate}", retry_after=str(math.ceil(wait)))
+            raise self._refused(refused, f"more than {rate}", address=client[0][:LONGEST])
 
     async def _read(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
         """The verified body. A signature may be over the bytes sent, or over what they unpack to: senders do either."""
@@ -172,12 +206,12 @@ class Endpoint:
         detail = "not taking events now; come back later"
         return Refused(503, "unavailable", detail, hang_up=True, unread=unread, retry_after=str(seconds))
 
-    def _refused(self, refused: Refused, reason: str) -> Refused:
+    def _refused(self, refused: Refused, reason: str, **fields: str) -> Refused:
         """Says why in the log, at most once a second: whoever floods us with forgeries must not fill the disk."""
         now = self._clock.monotonic()
         self._unlogged += 1
         if now >= self._quiet_until:
-            self._log("webhook.refused", reason=reason, status=refused.reply.status, count=self._unlogged)
+            self._log("webhook.refused", reason=reason, status=refused.reply.status, count=self._unlogged, **fields)
             self._quiet_until, self._unlogged = now + 1.0, 0
         return refused
 

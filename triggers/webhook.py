@@ -45,6 +45,7 @@ class Webhook(Endpoint):
     keep theirs.
 
     `content`: "json"; "form" (fields as an object); "raw" (any bytes). `max_body` in bytes, also of what `gzip` unpacks to.
+    `max_rate`: requests per second from one address, five seconds' worth at once; more are answered 429; None for any number.
     `keep`: headers that become extensions, dashes dropped; only such as are the same on a retry, or it looks like a conflict.
     Durations in seconds. `name` is by default made from the path, and what the ledger knows this webhook by.
     """
@@ -61,6 +62,7 @@ class Webhook(Endpoint):
         content: Literal["json", "form", "raw"] = "json",
         max_body: int = 1 << 20,
         gzip: bool = False,
+        max_rate: float | None = 1000.0,
         keep: Sequence[str] = (),
         success_status: int = 202,
         body_timeout: float = 30.0,
@@ -73,7 +75,7 @@ class Webhook(Endpoint):
             raise UsageError(f"Webhook({path!r}, id={id!r}): expected a function, since a raw body has no fields")
         super().__init__(
             path, verify=verify, name=name or "webhook" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
-            body_timeout=body_timeout, clock=clock, entropy=entropy,
+            max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
         )  # fmt: skip
         self._keep = _kept(path, keep, self._verify)
         self._source = source or self.path

@@ -3,7 +3,7 @@
 gates.py stops the server where the user's code stands: its filter, its flow, its bodies. Where no code of the user's stands,
 between the rows and the answer, strace kills the store's writer thread as it enters the call that makes the seam. After each
 kill the sender sends again, as real ones do, and every seam ends alike: one event, one run, the right result.
-K15 and K16 are the outbox's, which is not there yet; an emitted event, published by the commit that records it, stands in.
+K15 is an emitted event, published by the commit that records it; K16, its letter in the outbox, is tests/test_outbox.py's.
 """
 
 import json
