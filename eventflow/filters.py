@@ -222,9 +222,17 @@ def _compile_leaf(value: Any, path: str) -> Check:
                 return None
         if not present and if_absent:
             return None
-        return f"{text} (absent)" if found is _ABSENT else f"{text} (found {_show(found)})"
+        return f"{text}{_ABSENCE}" if found is _ABSENT else f"{text}{_FOUND}{_show(found)})"
 
     return check
+
+
+_FOUND, _ABSENCE = " (found ", " (absent)"
+
+
+def condition(reason: str) -> str:
+    """The condition that failed, of a reason that `failed` gave: without what was found instead."""
+    return reason.partition(_FOUND)[0].removesuffix(_ABSENCE)
 
 
 def _leaves(found: Any) -> Iterator[Any]:

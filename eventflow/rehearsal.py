@@ -15,6 +15,7 @@ import orjson
 
 from eventflow.clock import SystemClock
 from eventflow.event import Event
+from eventflow.filters import condition
 from eventflow.matching import NEVER
 from eventflow.routing import Router
 from eventflow.run import Ids, Run
@@ -145,7 +146,7 @@ class Rehearsal:
         for name, fate, detail in orjson.loads(arrival.verdicts):
             self.tallies[name].heard += 1
             if fate in ("filtered", "invalid"):
-                self.tallies[name].note(fate, detail, arrival.id)
+                self.tallies[name].note(fate, condition(detail) if fate == "filtered" else detail, arrival.id)
         self._start(arrival)
         for fact in arrival.facts:
             self.tallies[fact.subscription].waiting += 1

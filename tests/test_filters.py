@@ -7,7 +7,7 @@ import pytest
 
 from eventflow.errors import UsageError
 from eventflow.event import Event
-from eventflow.filters import compile_filter
+from eventflow.filters import compile_filter, condition
 
 # The sample event of EventBridge's documentation of its pattern language.
 DETAIL = {
@@ -288,3 +288,14 @@ def test_a_hidden_coroutine_is_not_taken_for_true():
 def test_no_filter_is_none():
     """Without `where=` there is nothing to ask."""
     assert compile_filter(None) is None
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [({"total": 3}, "total.numeric[> 5] (found 3)"), ({}, "total.numeric[> 5] (absent)")]
+)
+def test_a_reason_begins_with_its_condition(data: dict[str, int], reason: str):
+    """Whoever counts reasons counts conditions, whatever was found instead."""
+    compiled = compile_filter({"total": [{"numeric": [">", 5]}]})
+    assert compiled is not None
+    assert compiled.failed(Event(id="1", source="/s", type="t", data=data)) == reason
+    assert condition(reason) == "total.numeric[> 5]"

@@ -14,7 +14,7 @@ import orjson
 from eventflow.cli.client import Doors, Place, Refusal, doors, place_options, quoted
 from eventflow.cli.foreseeing import Asked, foreseen, told, would_start
 from eventflow.cli.times import in_order, moment
-from eventflow.cli.words import note, say
+from eventflow.cli.words import counted, note, say
 from eventflow.errors import UsageError
 from eventflow.event import Event
 from eventflow.foresight import LIMIT, MOST
@@ -169,7 +169,8 @@ def _verdicts(done: list[Any]) -> list[str]:
 
 
 def _started(done: list[Any]) -> str:
-    return f"{len(done)} events, {sum(said['fate'] == 'run' for each in done for said in each['verdicts'])} runs started"
+    started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
+    return f"{counted(len(done), 'event')}, {counted(started, 'run')} started"
 
 
 async def _window(api: Doors, asked: Asked) -> list[str]:

@@ -12,7 +12,7 @@ import msgspec
 
 from eventflow.cli.client import Place, Unreachable, doors, has_store, store_path
 from eventflow.cli.target import load_app
-from eventflow.cli.words import short_time, table
+from eventflow.cli.words import counted, short_time, table
 from eventflow.clock import to_us
 from eventflow.event import parse_time
 from eventflow.foresight import MOST, Question, foresee
@@ -86,7 +86,8 @@ def _tally(tally: Mapping[str, Any]) -> list[str]:
     """A subscription: how many runs of how many events, and why the others are in none."""
     name = click.style(tally["subscription"], bold=True)
     waits = f", {tally['waiting']} still wait at the end" if tally["waiting"] else ""
-    lines = [f"{name}: {tally['runs']} runs of {tally['events']} events; it heard of {tally['heard']}{waits}"]
+    runs, events = counted(tally["runs"], "run"), counted(tally["events"], "event")
+    lines = [f"{name}: {runs} of {events}; it heard of {tally['heard']}{waits}"]
     for each in sorted(tally["reasons"], key=lambda reason: -reason["events"]):
         lines.append(f"  {each['events']} {each['fate']}: {clean(each['reason'])} (such as {each['first']})")
     return lines
@@ -95,19 +96,21 @@ def _tally(tally: Mapping[str, Any]) -> list[str]:
 def _sum(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for each in answer["triggers"]:
-        lines.append(f"{each['name']} would have sent {each['foretold']} events, in place of {each['on_record']} on record")
+        foretold = counted(each["foretold"], "event")
+        lines.append(f"{each['name']} would have sent {foretold}, in place of {each['on_record']} on record")
         lines += [f"  {note}" for note in each["notes"]]
     lines += _left_out(answer)
+    looked, runs = counted(answer["events"], "recorded event"), counted(answer["would_start"], "run")
     least = "at least " if answer["at_least"] else ""
     between = f"from {short_time(answer['since'])} to {short_time(answer['until'])}"
-    lines.append(f"{answer['events']} recorded events {between}: {least}{answer['would_start']} runs would start")
+    lines.append(f"{looked} {between}: {least}{runs} would start")
     return lines
 
 
 def _left_out(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if answer["past_retention"]:
-        lines.append(f"{answer['past_retention']} events are past their retention: what they would have started is not known")
+        lines.append(f"{counted(answer['past_retention'], 'event')} past retention: what they would have started is not known")
     if answer["dead"]:
         lines.append(f"{answer['dead']} dead letters are no events; they start nothing")
     if (listed := len(answer["runs"])) < answer["would_start"]:
@@ -118,4 +121,5 @@ def _left_out(answer: Mapping[str, Any]) -> list[str]:
 def would_start(done: Sequence[Mapping[str, Any]]) -> str:
     """The sum of a dry run of one event."""
     verdicts = [said for each in done for said in each["verdicts"]]
-    return f"{len(done)} event, {sum(said['fate'] in ('run', 'held') for said in verdicts)} runs would start"
+    started = sum(said["fate"] in ("run", "held") for said in verdicts)
+    return f"{counted(len(done), 'event')}, {counted(started, 'run')} would start"

@@ -45,6 +45,11 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
     """Rows as aligned columns under their names; long cells are cut but in the last column."""
     if not rows:

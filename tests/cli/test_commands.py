@@ -119,7 +119,7 @@ def test_replay(shop: Served):
     """`replay` runs an event again, or all of a time; `--dry-run` only tells."""
     before = len(shop.get("/api/events/good")["runs"])
     assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
-    assert "1 runs started" in eventflow(shop.folder, "replay", "good", "--to", "handle").stdout
+    assert "1 run started" in eventflow(shop.folder, "replay", "good", "--to", "handle").stdout
     assert len(shop.get("/api/events/good")["runs"]) == before + 1
     done = asked(shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run")
     (tally,) = [each for each in done["subscriptions"] if each["subscription"] == "webhook-orders/handle"]

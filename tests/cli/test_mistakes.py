@@ -164,7 +164,7 @@ def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
     for kind in ("unheard", "unheard", "heard"):
         assert eventflow(tmp_path, "emit", kind, "--app", "app.py").returncode == 0
     done = eventflow(tmp_path, "replay", "--since", "1h", "--app", "app.py")
-    assert done.returncode == 0 and "1 runs started" in done.stdout
+    assert done.returncode == 0 and "1 run started" in done.stdout
     done = eventflow(tmp_path, "replay", "--since", "1h", "--to", "nope", "--app", "app.py")
     assert done.returncode == 2 and done.stderr.count("'nope'") == 1, done.stderr
 
