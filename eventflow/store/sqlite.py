@@ -15,13 +15,16 @@ from eventflow.clock import Clock
 from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
 from eventflow.event import Json, Letter, Receipt
 from eventflow.journal import Entry
+from eventflow.log import get_logger
 from eventflow.run import Run, State
 from eventflow.store import audit, doors, late, looks, outbox, retention
+from eventflow.store.audit import SLICE, Audit
 from eventflow.store.backup import back_up
 from eventflow.store.base import Arrival, Handover, Herald, Op, Outbound, Record
 from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_bodies, load_journal
 from eventflow.store.migrate import migrate, migrations
+from eventflow.store.moves import Moves
 from eventflow.store.readers import BUDGET, Readers, last_batch
 from eventflow.store.telling import Lateness
 from eventflow.store.transaction import Transaction
@@ -43,10 +46,15 @@ _PRAGMAS = (
     "PRAGMA secure_delete = FAST",
 )
 
+PAGES = 1.5
+"""Seconds that SQLite may look at its pages at a time while runs are worked on."""
+
 LOOKOUT = 20.0
 """Seconds a look for late runs may take: it walks all that live, of which there may be a million."""
 
 _LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
+
+log = get_logger("eventflow.store")
 
 
 class SqliteStore:
@@ -287,9 +295,34 @@ class SqliteStore:
         writer = self._open_writer()
         await self._do(Errand(lambda connection: back_up(connection, path, writer.between)))
 
-    async def check(self) -> list[str]:
-        """Everything that does not hold in the ledger, pages and checksums included; a long look, for `eventflow doctor`."""
-        return await self._look(audit.check, budget=600.0)
+    async def check(self, *, slice: float = SLICE) -> list[str]:
+        """Everything that does not hold in the ledger, pages and checksums included, for `eventflow doctor`. It may take long,
+        but in read transactions of `slice` seconds; the sums are of one commit all the same, the last one.
+        """
+        look, moves, loop = Audit(), Moves(), asyncio.get_running_loop()
+        wrong = await self._check_pages()
+        await self._do(Errand(moves.follow))
+        try:
+            more = True
+            while more:
+                more = await self._look(look.within, self._clock, slice, budget=LOOKOUT)
+                look.heed(await self._do(Errand(moves.take)))
+            moved, row = await self._do(Errand(lambda connection: (moves.take(connection), audit.ledger(connection))))
+            look.heed(moved)
+        finally:  # not awaited: nobody may come between
+            self._open_writer().post(Item(Errand(moves.forget), lambda _: None, loop))
+        return wrong + look.conclude(row)
+
+    async def _check_pages(self) -> list[str]:
+        """SQLite's look at its pages cannot be sliced: beside a worker each table has `PAGES` seconds, else it has its time."""
+        if self._open_writer().handover is None:
+            return await self._look(audit.pages, 600.0, budget=600.0) or []
+        if (wrong := await self._look(audit.pages, PAGES)) is not None:
+            return wrong
+        found = {table: await self._look(audit.pages, PAGES, table) for table in await self._look(audit.tables)}
+        if unchecked := [table for table, wrong in found.items() if wrong is None]:
+            log.warning("store.pages_unchecked", tables=unchecked)
+        return [sentence for wrong in found.values() for sentence in wrong or ()]
 
     async def blob_references(self) -> set[str]:
         """The blobs that a journal entry or a result names."""

@@ -1,0 +1,137 @@
+"""`check` beside a writer: short read transactions, sums of one commit, every slice looked at. Slices of no length are the most
+there can be: one row each, with commits between any two.
+"""
+
+import asyncio
+import os
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from eventflow.run import Completed, Failed, State, show_id
+from eventflow.store import audit
+from tests.store.ledger import Hand, Ledger, value
+
+pytestmark = pytest.mark.anyio
+
+
+@asynccontextmanager
+async def going_on(write: Callable[[int], Awaitable[Any]]) -> AsyncIterator[list[int]]:
+    """Writes again and again meanwhile; the list has the number of each write that is done."""
+    done: list[int] = []
+    enough = asyncio.Event()
+
+    async def go_on() -> None:
+        while not enough.is_set():
+            await write(len(done))
+            done.append(len(done))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(go_on())
+        try:
+            yield done
+        finally:
+            enough.set()
+
+
+async def filled(ledger: Ledger, events: int, body: bytes = b"{}") -> None:
+    """Events with a run each: settled, failed and pending ones, journals, dead letters."""
+    for n in range(events):
+        dead = [("s", "why")] if n % 5 == 0 else []
+        await ledger.store.record([ledger.arrival(f"old-{n}", ledger.run(), ledger.run(), body=body, dead=dead)], trigger="t")
+    for n, run in enumerate(await ledger.claimed(events)):
+        await ledger.append(run, value())
+        await ledger.settle(run, Failed(b"{}") if n % 3 == 0 else Completed(b"1"))
+
+
+async def test_the_sums_are_of_one_commit(ledger: Ledger):
+    """With a commit between any two rows of the walk, and every kind of row moving, the sums are exact: nothing is reported,
+    one byte too many is, and nothing is left on the writer's connection.
+    """
+    await filled(ledger, 60)
+    failed = [row["id"] for row in await ledger.store.runs(state=State.FAILED, limit=1000)]
+
+    async def write(n: int) -> None:
+        await ledger.store.record([ledger.arrival(f"new-{n}", ledger.run(lane="a"), dead=[("s", "why")])], trigger="t")
+        await ledger.store.record([ledger.arrival(f"old-{n % 60}", body=b"{}" if n % 2 else b"[]")], trigger="t")
+        for run in await ledger.claimed(2):
+            await ledger.append(run, value())
+            await ledger.settle(run, Completed(b"1") if n % 2 else Failed(b"{}"))
+        if failed:
+            await ledger.store.retry(failed.pop())
+        for letter in await ledger.store.dead(limit=1):
+            await ledger.store.redrive(letter["id"], ledger.arrival(f"again-{n}", ledger.run()))
+        ledger.clock.forward(1)
+        await ledger.store.prune(bodies_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5)
+
+    async with going_on(write) as done:
+        for _ in range(3):
+            before = len(done)
+            assert await ledger.store.check(slice=0.0) == []
+            assert len(done) > before + 5
+    counts = await ledger.store.counts()
+    assert min(counts[name] for name in ("completed", "failed", "dead", "pending", "duplicates", "conflicts")) > 0
+
+    connection = ledger.store._connection
+    assert connection is not None
+    (first,) = connection.execute("SELECT min(id) FROM runs WHERE state < 4").fetchone()
+    connection.execute("UPDATE runs SET size = size + 1 WHERE id = ?", (first,))
+    async with going_on(lambda n: ledger.store.record([ledger.arrival(f"more-{n}", ledger.run())], trigger="t")):
+        assert [found.split()[0] for found in await ledger.store.check(slice=0.0)] == ["pending_bytes"]
+    connection.execute("UPDATE runs SET size = size - 1 WHERE id = ?", (first,))
+    assert await ledger.store.check() == []
+    await ledger.store.record([])
+    assert connection.execute("SELECT count(*) FROM sqlite_temp_schema").fetchone() == (0,)
+
+
+async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str):
+    """Beside a check the WAL is copied home and begun anew: of the 64 MiB written meanwhile it keeps less than 48."""
+    ledger.store.attach(Hand(asyncio.get_running_loop(), room=0))
+    await filled(ledger, 200)
+    body, sizes = os.urandom(1 << 20), [0]
+
+    async def write(n: int) -> None:
+        await ledger.store.record([ledger.arrival(f"new-{n}", body=body)], trigger="t")
+        sizes.append(os.stat(f"{path}-wal").st_size)
+
+    longest = 0
+    async with going_on(write) as done:
+        while longest < 64:
+            before = len(done)
+            assert await ledger.store.check(slice=0.0) == []
+            longest = max(longest, len(done) - before)
+    assert max(sizes) < 48 << 20
+    ledger.store.attach(None)
+
+
+async def test_damage_in_any_slice_is_found(ledger: Ledger):
+    """Damaged rows, the first, one in the middle and the last of each table, are found while others are written."""
+    await filled(ledger, 30)
+    connection = ledger.store._connection
+    assert connection is not None
+    harmed: list[tuple[str, str, str, int]] = []
+    for table, column, key in (("events", "body", "id"), ("runs", "result", "id"), ("journal", "value", "run")):
+        idents = [row[0] for row in connection.execute(f"SELECT {key} FROM {table} WHERE {column} IS NOT NULL ORDER BY {key}")]
+        harmed += [(table, column, key, ident) for ident in (idents[0], idents[len(idents) // 2], idents[-1])]
+    for table, column, key, ident in harmed:
+        connection.execute(f"UPDATE {table} SET {column} = CAST({column} || ' ' AS BLOB) WHERE {key} = ?", (ident,))
+    async with going_on(lambda n: ledger.recorded(ledger.run())):
+        found = await ledger.store.check(slice=0.0)
+    for table, column, key, ident in harmed:
+        assert any(said.startswith(f"{table} row {show_id(ident)}") for said in found), found
+        cut = f"CAST(substr({column}, 1, length({column}) - 1) AS BLOB)"
+        connection.execute(f"UPDATE {table} SET {column} = {cut} WHERE {key} = ?", (ident,))
+    assert len(found) == len(harmed)
+
+
+async def test_pages_are_looked_at_for_a_while(ledger: Ledger, path: str):
+    """SQLite's look at the pages is broken off when its time is over, and the connection is as good as before."""
+    await filled(ledger, 40, os.urandom(1 << 20))
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
+    assert audit.pages(connection, 0.001) is None
+    assert audit.pages(connection, 60.0) == [] == audit.pages(connection, 60.0, "runs")
+    assert {"events", "runs", "journal"} <= set(audit.tables(connection))
+    connection.close()
