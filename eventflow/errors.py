@@ -24,7 +24,7 @@
         ├── StoreLocked             another process holds the store                              exit 75
         ├── StoreUnwritable         cannot create or write the store                             exit 73
         ├── StoreCorrupt            a checksum or the high-water mark does not hold              exit 65
-        ├── StoreFull               the ledger's bound or the free-space floor is reached
+        ├── StoreFull               a bound of the commit queue, the ledger or free space is reached
         └── NotFound                no such event, run or trigger                                exit 5
 
 A message says what was expected, what was found, and what to do. `exit_code` is what the command line returns.
@@ -258,7 +258,7 @@ class StoreCorrupt(StoreError):
 
 
 class StoreFull(StoreError):
-    """The ledger's bound or the free-space floor is reached: sources must slow down. `retry_after` is in seconds."""
+    """A bound is reached, of the commit queue, the ledger or free space: sources must slow down. `retry_after` is in seconds."""
 
     def __init__(self, what: str, retry_after: float, *, disk: bool = False) -> None:
         super().__init__(what)
