@@ -258,7 +258,7 @@ class StoreCorrupt(StoreError):
 
 
 class StoreFull(StoreError):
-    """A bound is reached, of the commit queue, the ledger or free space: sources must slow down. `retry_after` is in seconds."""
+    """A bound is reached, of the commit queue, the ledger or free space: sources must slow down. `retry_after`: seconds."""
 
     def __init__(self, what: str, retry_after: float, *, disk: bool = False) -> None:
         super().__init__(what)
