@@ -102,7 +102,7 @@ EVENTS: Final[Mapping[str, str]] = {
     "schedule.slowed": "The ledger is full: a schedule waits before it hands over its event.",
     "server.stopping": "The server begins its end; `reason` names the signal.",
     "store.failed": "Storage failed in use: nothing more is acknowledged (P10).",
-    "store.pages_unchecked": "SQLite's look at the pages of `tables` would take too long beside a worker; their rows were read.",
+    "store.pages_unchecked": "SQLite's look at the pages of `tables` would take too long beside a worker; rows were read.",
     "store.prune_failed": "A step of retention failed; it will be tried again in a minute.",
     "store.row_corrupt": "A row's checksum does not hold; it is set apart, and everything else goes on.",
     "task.abandoned": "An attempt did not end when asked to; its slot stays taken and its late result will be refused.",
