@@ -4,7 +4,6 @@ Each runs in a transaction of its own, in the writer's thread; sqlite.py calls t
 in ops.py, so the sum of P9 and the lanes hold whoever asks.
 """
 
-import sqlite3
 from collections.abc import Callable
 
 import msgspec
@@ -187,8 +186,11 @@ def hold(tx: Transaction, trigger: str, paused: bool) -> None:
         tx.more |= tx.connection.execute(_RELEASE, (trigger,)).rowcount > 0
 
 
-_RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE state = 3 AND token = 0 AND reason IS NULL
-    AND event IN (SELECT id FROM events WHERE trigger = ?)"""
+_RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
+        SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = 3 UNION ALL
+        SELECT id FROM runs INDEXED BY runs_lane WHERE lane IS NOT NULL AND state < 4 AND blocked = 1)
+    AND state = 3 AND token = 0 AND reason IS NULL
+    AND EXISTS (SELECT 1 FROM events e WHERE e.id = runs.event AND e.trigger = ?)"""
 """What the pause held goes on: those that never ran, and that nobody gave a reason. HELD and PENDING stand under one word of
 P9's sum, and a lane keeps its order, so nothing else of them changes."""
 
@@ -201,14 +203,13 @@ def recover(tx: Transaction) -> None:
     tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
     if tx.herald is not None:
         arm(tx, tx.herald)
-    tx.connection.execute("UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE state < 4 AND blocked = 0 AND state = 1")
-    for ident in _died(tx.connection):
+    died = [ident for (ident,) in tx.connection.execute(f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND deaths >= ?", (DEATHS,))]
+    tx.connection.execute(f"UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE {_IN_FLIGHT}")
+    for ident in died:
         row = tx.need(ident)
         row.reason = f"the process died {row.deaths} times while this run was starting an attempt; retry it once mended"
         tx.move(row, State.DEAD)
         tell_parent(tx, row, "RunDead", row.reason)
 
 
-def _died(connection: sqlite3.Connection) -> list[int]:
-    asked = "SELECT id FROM runs WHERE state < 4 AND blocked = 0 AND state = 0 AND suspect = 1 AND deaths >= ?"
-    return [ident for (ident,) in connection.execute(asked, (DEATHS,))]
+_IN_FLIGHT = "state < 4 AND blocked = 0 AND state = 1"

@@ -28,6 +28,9 @@ COUNTS = (
 SLICE = 50_000
 """Events that one look for some of the past walks over."""
 
+FEW = 50_000
+"""Live runs in one state up to which a list of them starts from their index; of more, the newest are soon found by walking."""
+
 _EVENT = (
     "id, key, digest, trigger, event_id, source, type, subject, received_at, matched, kept, duplicates, last_duplicate_at,"
     " conflicts, crc, verdicts, headers, body"
@@ -71,7 +74,8 @@ def events(
     after: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Without bodies. The index that grows with the ledger finds the ids, so a rare type costs no reading of bodies."""
-    where, values = _where(("trigger = ?", trigger), ("type = ?", type), ("received_at >= ?", since),
+    first = None if since is None else max(since, 0) // 1000 << 20  # an id is never older than its event (run.Ids)
+    where, values = _where(("trigger = ?", trigger), ("type = ?", type), ("id >= ?", first), ("received_at >= ?", since),
                            ("received_at < ?", until), ("id < ?", after))  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id DESC LIMIT ?"
     found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC", (*values, limit))
@@ -158,7 +162,8 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
     if number is not None:
         return number
     begun = "substr(event_id, 1, 16) = substr(?1, 1, 16)"  # what the index begins with
-    asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND event_id = ?1 ORDER BY id DESC LIMIT 2"
+    # The + keeps SQLite from writing ?1 for event_id in `begun` too, after which it would not know the index again.
+    asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND +event_id = ?1 ORDER BY id DESC LIMIT 2"
     found = [number for (number,) in connection.execute(asked, (ident,))]
     return _only(found, ident, "event") if found else _by_part(connection, "events", ident, "event")
 
@@ -174,8 +179,24 @@ def runs(
     where, values = _where(("event = ?", event), ("flow = ?", flow), ("state = ?", state), ("parent = ?", parent),
                            ("id < ?", after))  # fmt: skip
     where += _hint(state)
+    if state is not None and state.live and event is None and parent is None:
+        ids, asked = _living(flow, state)
+        (n,) = connection.execute(f"SELECT count(*) FROM ({ids} LIMIT {FEW + 1})", asked).fetchone()
+        if n <= FEW:
+            where, values = f"{where} AND id IN ({ids})", [*values, *asked]
     found = dicts(connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit))
     return [_without(_plain_run(row), "params", "result") for row in found if _run_holds(row) or _left_out("runs", row)]
+
+
+def _living(flow: str | None, state: State) -> tuple[str, list[Any]]:
+    """The ids of a state's live runs, and of those that wait in a lane, whose state is not in their index."""
+    which, values = _where(("flow = ?", flow))
+    which = which.replace("WHERE", "AND")
+    ids = (
+        f"SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = ? {which} UNION ALL"
+        f" SELECT id FROM runs INDEXED BY runs_lane WHERE lane IS NOT NULL AND state < 4 AND blocked = 1 {which}"
+    )
+    return ids, [int(state), *values, *values]
 
 
 def _hint(state: State | None) -> str:
@@ -264,6 +285,9 @@ def _number(text: str) -> int | None:
     return None if number is None or number >= 1 << 63 else number
 
 
+_SMALL = {"events": "events_scan", "runs": "runs_flow"}
+
+
 def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -> int:
     """The one id that begins or ends with these letters."""
     low, high = parse_id(part.ljust(13, "0")), parse_id(part.ljust(13, "z")) or (1 << 63) - 1
@@ -272,9 +296,10 @@ def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -
     found: set[int] = set()
     if low is not None:
         found.update(n for (n,) in connection.execute(f"SELECT id FROM {table} WHERE id BETWEEN ? AND ? LIMIT 2", (low, high)))
-    tail, bits = parse_id(part.rjust(13, "0")), (1 << 5 * len(part)) - 1
-    asked = f"SELECT id FROM {table} WHERE id & ? = ? ORDER BY id DESC LIMIT 2"
-    found.update(n for (n,) in connection.execute(asked, (bits, tail)))
+    if len(found) < 2:  # the end of an id is looked for by walking: over the smaller index, for rows may be long
+        tail, bits = parse_id(part.rjust(13, "0")), (1 << 5 * len(part)) - 1
+        asked = f"SELECT id FROM {table} INDEXED BY {_SMALL[table]} WHERE id & ? = ? LIMIT 2"
+        found.update(n for (n,) in connection.execute(asked, (bits, tail)))
     if not found:
         raise NotFound(noun, part)
     return _only(sorted(found), part, noun)

@@ -63,5 +63,6 @@ def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) ->
 
 def depths(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """By outlet: letters that wait, and the time of the oldest."""
-    found = connection.execute("SELECT outlet, count(*), min(at) FROM outbox GROUP BY outlet")
+    oldest = "SELECT at FROM outbox first WHERE first.outlet = o.outlet ORDER BY id LIMIT 1"
+    found = connection.execute(f"SELECT outlet, count(*), ({oldest}) FROM outbox o GROUP BY outlet")
     return {outlet: (count, oldest) for outlet, count, oldest in found}

@@ -1,9 +1,10 @@
 """What the ledger forgets, and when: settled runs with their journals first, then bodies, identities last.
 
-`prune` is one small step in a transaction of the writer's, oldest first; the app calls it again until it returns 0. Live runs,
-dead runs, open dead letters, unsent letters, and the events they stand on stay, however old.
+Each `prune_…` is one small step in a transaction of the writer's, oldest first; sqlite.py calls them, the app asks again until
+there is nothing to do. Live runs, dead runs, open dead letters, unsent letters, and the events they stand on stay, however old.
 """
 
+import sqlite3
 from collections.abc import Sequence
 
 from eventflow.run import State
@@ -21,15 +22,20 @@ _SETTLED = """
       AND NOT EXISTS (SELECT 1 FROM runs p WHERE p.id = r.parent AND p.state < 4)
     ORDER BY id LIMIT :step"""
 
-_BODIES = """
-    SELECT id FROM events e INDEXED BY events_scan
-    WHERE id < :ceiling AND received_at < :before AND kept = 1
+_FREE = """
+    received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM members WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM facts WHERE event = e.id AND lapsed IS NULL)
       AND NOT EXISTS (SELECT 1 FROM dead WHERE event = e.id AND redriven_at IS NULL)
-      AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)
-    ORDER BY id LIMIT :step"""
+      AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)"""
+
+_BODIES = f"""
+    SELECT id FROM events e INDEXED BY events_scan WHERE id > :after AND id < :ceiling AND {_FREE} ORDER BY id LIMIT :step"""
+
+_FORGET = f"""
+    UPDATE events AS e SET kept = 0, body = NULL, headers = NULL, crc = NULL
+    WHERE id IN (SELECT value FROM json_each(:events)) AND {_FREE}"""
 
 _IDENTITIES = """
     SELECT id FROM events INDEXED BY events_scan
@@ -37,20 +43,11 @@ _IDENTITIES = """
     ORDER BY id LIMIT :step"""
 
 
-def prune(tx: Transaction, *, bodies_before: int, identities_before: int, step: int) -> int:
-    """Runs older than `bodies_before`; when there are none, bodies; then identities older than `identities_before`."""
-    return (
-        _prune_runs(tx, bodies_before, step)
-        or _prune_bodies(tx, bodies_before, step)
-        or _prune_identities(tx, min(identities_before, bodies_before), step)
-    )
-
-
 def _old(before: int, step: int) -> dict[str, int]:
     return {"before": before, "ceiling": min(max(before // 1000 + 1, 0) << 20, (1 << 63) - 1), "step": step}
 
 
-def _prune_runs(tx: Transaction, before: int, step: int) -> int:
+def prune_runs(tx: Transaction, *, before: int, step: int) -> int:
     gone: list[int] = []
     entries = 0
     for ident, state, parent, deliveries, journaled in tx.connection.execute(_SETTLED, _old(before, step)).fetchall():
@@ -69,15 +66,18 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     return len(gone)
 
 
-def _prune_bodies(tx: Transaction, before: int, step: int) -> int:
-    gone = [ident for (ident,) in tx.connection.execute(_BODIES, _old(before, step))]
-    forget = "UPDATE events SET kept = 0, body = NULL, headers = NULL, crc = NULL WHERE id IN (SELECT value FROM json_each(?))"
-    if gone:
-        tx.connection.execute(forget, (str(gone),))
-    return len(gone)
+def bodies(connection: sqlite3.Connection, *, before: int, after: int, step: int) -> list[int]:
+    """The next events whose bodies are not needed. For a reader: it walks over every identity whose body is gone already, so
+    the writer is only given what was found."""
+    return [ident for (ident,) in connection.execute(_BODIES, {**_old(before, step), "after": after})]
 
 
-def _prune_identities(tx: Transaction, before: int, step: int) -> int:
+def prune_bodies(tx: Transaction, events: Sequence[int], *, before: int) -> int:
+    """Of those that `bodies` found, the bodies that are not needed still."""
+    return tx.connection.execute(_FORGET, {"events": str(list(events)), "before": before}).rowcount
+
+
+def prune_identities(tx: Transaction, *, before: int, step: int) -> int:
     gone = [ident for (ident,) in tx.connection.execute(_IDENTITIES, _old(before, step))]
     _delete(tx, "dead", "event", gone)
     _delete(tx, "facts", "event", gone)

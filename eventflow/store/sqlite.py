@@ -50,7 +50,10 @@ PAGES = 1.5
 """Seconds that SQLite may look at its pages at a time while runs are worked on."""
 
 LOOKOUT = 20.0
-"""Seconds a look for late runs may take: it walks all that live, of which there may be a million."""
+"""Seconds that looks may take which walk a million rows by their nature: late runs, what retention may drop."""
+
+OPENING = 600.0
+"""Seconds a cursor may take to read: a trigger cannot begin without it, so giving up sooner would help nobody."""
 
 _LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
 
@@ -89,6 +92,7 @@ class SqliteStore:
         self._herald: Herald | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
+        self._bare = 0  # the event that retention has come to in this round
 
     # ------------------------------------------------------------------- open and close
 
@@ -242,7 +246,7 @@ class SqliteStore:
         return await self._do(Record(arrivals, trigger, cursor))
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
-        return await self._look(looks.cursor, trigger)
+        return await self._look(looks.cursor, trigger, budget=OPENING)
 
     async def load(self, run: int) -> list[Entry]:
         return await self._look(load_journal, run)
@@ -289,7 +293,19 @@ class SqliteStore:
         return await self._call(doors.replay, event, arrival)
 
     async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
-        return await self._call(retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step)
+        return (
+            await self._call(retention.prune_runs, before=bodies_before, step=step)
+            or await self._prune_bodies(bodies_before, step)
+            or await self._call(retention.prune_identities, before=min(identities_before, bodies_before), step=step)
+        )
+
+    async def _prune_bodies(self, before: int, step: int) -> int:
+        """Goes on where the last step ended; once there is no more, the next one begins in front again."""
+        found: list[int] = await self._look(retention.bodies, before=before, after=self._bare, step=step, budget=LOOKOUT)
+        if not found and self._bare:
+            found = await self._look(retention.bodies, before=before, after=0, step=step, budget=LOOKOUT)
+        self._bare = found[-1] if found else 0
+        return await self._call(retention.prune_bodies, found, before=before) if found else 0
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()

@@ -26,12 +26,14 @@ def know_windows(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
 
 
 def know(tx: Transaction, names: Collection[tuple[str, str]]) -> None:
-    """Finds these windows, by subscription and lane."""
-    if not names:
+    """Finds these windows, by subscription and lane. Of those that it knows, the transaction knows more than the file."""
+    missing = [name for name in names if name not in tx.windows]
+    if not missing:
         return
-    for text in rows.known_windows.read(tx.connection, list(names)):
-        tx.windows.update(((window.subscription, window.lane), window) for window in rows.decode_windows(text))
-    tx.fetch([window.run for window in tx.windows.values()])
+    for text in rows.known_windows.read(tx.connection, missing):
+        found = rows.decode_windows(text)
+        tx.windows.update(((window.subscription, window.lane), window) for window in found)
+        tx.fetch([window.run for window in found])
 
 
 def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:

@@ -2,12 +2,18 @@
 
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from eventflow.store import rows
+from eventflow import App, Batch, Event, absent, count, emit, flow, sleep
+from eventflow.event import Letter
+from eventflow.run import Failed, State, Suspended
+from eventflow.store import looks, rows
 from eventflow.store.migrate import migrations
-from tests.store.ledger import Ledger
+from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
+from tests.store.ledger import SECOND, Ledger, Reopen
+from triggers import RunState
 
 BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.Bulk)}
 
@@ -51,3 +57,182 @@ async def test_p2_any_id_is_known_again(ledger: Ledger, ident: str):
     assert (receipt.ledger_id, receipt.duplicate) == (first.id, True)
     if ident:
         assert (await ledger.store.event(ident))["id"] == first.id
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("drop_cursors", "trigger=? AND key=?"), ("drop_patterns", "subscription=? AND key=?")]
+)
+def test_a_row_is_dropped_by_its_whole_key(empty: sqlite3.Connection, name: str, columns: str):
+    """A trigger with a hundred thousand keys in its cursor forgets one without a look at the others."""
+    text = BULKS[name].text(2)
+    plan = [step for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}", [None] * 4)]
+    assert any(step.startswith("SEARCH") and columns in step for step in plan), plan
+
+
+# --------------------------------------------------------------------------- every other statement
+
+FULL = {
+    "cursors", "dead", "events", "facts", "journal", "late", "members", "outbox", "patterns", "runs", "windows",
+}  # fmt: skip
+"""Tables that grow with what happens."""
+
+ALIASES = {"d": "dead", "e": "events", "m": "members", "o": "outbox", "p": "patterns", "r": "runs", "w": "windows"}
+
+
+PARTS = ("runs_lane", "runs_blobs", "journal_blobs", "dead_open")
+"""Indexes of what is asked for and nothing else: live runs with a lane, blobs, open dead letters."""
+
+
+class Shelf:
+    """A sink that keeps the types it was sent."""
+
+    name = "shelf"
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    async def send(self, *letters: Letter) -> None:
+        self.taken += [letter.event.type for letter in letters]
+
+    async def close(self) -> None: ...
+
+
+class Lived:
+    """Every statement that SQLite was given, by any connection, with the values in it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.statements: list[str] = []
+        connect = sqlite3.connect
+
+        def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+            connection = connect(*args, **options)
+            connection.set_trace_callback(self.statements.append)
+            return connection
+
+        monkeypatch.setattr(sqlite3, "connect", traced)
+
+    def walks(self, empty: sqlite3.Connection) -> dict[str, str]:
+        """Steps of their plans that walk a table, each with a statement that does."""
+        found: dict[str, str] = {}
+        for text in self.statements:
+            if not text.lstrip().startswith(("SELECT", "INSERT INTO", "INSERT OR", "UPDATE", "DELETE", "WITH")):
+                continue
+            for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}"):
+                words = step.split()
+                if words[0] == "SCAN" and words[-1] not in PARTS and ALIASES.get(words[1], words[1]) in FULL:
+                    found[step] = text
+        return found
+
+
+@pytest.fixture
+def lived(monkeypatch: pytest.MonkeyPatch) -> Lived:
+    return Lived(monkeypatch)
+
+
+@pytest.mark.anyio
+async def test_no_verb_of_the_writer_walks_a_table(empty: sqlite3.Connection, lived: Lived, reopen: Reopen):
+    """Whatever a person asks for, and the start of a store, costs what it changes, not what the ledger holds."""
+    ledger = reopen()
+    parent = await ledger.running()
+    child = ledger.run(parent=parent.id, parent_claim="c#1")
+    await ledger.append(parent, children=[child])
+    await ledger.mark((await ledger.claimed())[0])
+    held, _ = await ledger.recorded(ledger.run(lane="x", state=State.HELD), ledger.run(lane="x", state=State.HELD))
+    await ledger.store.hold("t", True)
+    await ledger.store.hold("t", False)
+    assert (await ledger.store.run(held.id))["state"] == "pending"
+    await ledger.store.cancel(parent.id, "as asked")
+    await ledger.settle(parent, Failed(b"{}"))
+    await ledger.store.retry(parent.id)
+    await ledger.store.cancel(parent.id, "as asked")
+    await ledger.store.retry(parent.id, fresh=True)
+    ledger = reopen()
+    await ledger.settle((await ledger.claimed())[0], Suspended(None, 0, 0))
+    await ledger.store.record([ledger.arrival("dead", dead=[("s", "unfit")])], trigger="t", cursor={"a": 1, "b": None})
+    (dead,) = await ledger.store.dead()
+    assert (await ledger.store.event("dead"))["id"] == dead["event"]
+    await ledger.store.redrive(dead["id"], ledger.arrival("dead", ledger.run()))
+    await ledger.store.replay(dead["event"], ledger.arrival("dead", ledger.run()))
+    later = ledger.clock.now() + 1_000 * SECOND
+    await ledger.store.tell_late([run["id"] for run in await ledger.store.runs()], 1)
+    while await ledger.store.prune(bodies_before=later, identities_before=later):
+        pass
+    walks = lived.walks(empty)
+    assert walks.keys() <= {"SCAN runs"}, walks  # the list of the newest
+
+
+@pytest.mark.anyio
+async def test_the_writer_never_looks_for_bodies_to_drop(empty: sqlite3.Connection, lived: Lived, ledger: Ledger):
+    """What has lost its body already is walked over by a reader; the writer is given ids, and looks those up."""
+    await ledger.store.record([ledger.arrival(f"e{n}") for n in range(5)])
+    later = ledger.clock.now() + 1_000 * SECOND
+    steps = [await ledger.store.prune(bodies_before=later, identities_before=0, step=2) for _ in range(4)]
+    assert steps == [2, 2, 1, 0]
+    await ledger.store.record([ledger.arrival("one more")])
+    assert await ledger.store.prune(bodies_before=later, identities_before=0, step=2) == 1
+    dropped = [text for text in lived.statements if "SET kept = 0" in text]
+    assert len(dropped) == 4
+    for text in dropped:
+        assert empty.execute(f"EXPLAIN QUERY PLAN {text}").fetchone()[3] == "SEARCH e USING INTEGER PRIMARY KEY (rowid=?)"
+
+
+@pytest.mark.anyio
+async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: Lived):
+    """Lanes, windows, patterns, children, letters and late runs are found by indexes, at every step of theirs."""
+
+    @flow
+    async def child(n: int) -> int:
+        return n
+
+    @flow
+    async def whole(event: Event) -> None:
+        await emit("half.done")
+        await child(1)
+        await sleep(100)
+        await emit("done")
+
+    @flow
+    async def act(events: list[Event]) -> None: ...
+
+    clock, trigger, shelf = VirtualClock(), MemoryTrigger("src"), Shelf()
+    app = App("plans", clock=clock)
+    app.add(child)
+    app.on(trigger, whole, key="k")
+    app.on(trigger, act, deliver=Batch(3, within=5), key="k")
+    app.on(count(trigger, 2, within=60, by="k"), act)
+    app.on(absent(trigger, for_=60, by="k"), act)
+    app.on(RunState(whole, "late", "completed", after=50), act)
+    app.send("half.*", shelf)
+    async with running(app, clock=clock):
+        for n in range(6):
+            await trigger.send(data={"k": n % 2})
+        counts = await drain(app)
+        assert counts["completed"] >= 12 and not counts["pending"]
+        assert set(shelf.taken) == {"half.done"}
+    walks = lived.walks(empty)
+    assert walks.keys() <= {"SCAN runs"}, walks
+
+
+@pytest.mark.parametrize("state", [None, *State])
+@pytest.mark.parametrize("asked", [{}, {"flow": "f"}, {"after": 9}, {"parent": 1}, {"event": 1}, {"parent": 1, "after": 9}])
+def test_lists_of_runs_are_read_from_an_index(empty: sqlite3.Connection, state: State | None, asked: dict[str, Any]):
+    """A flow that is rare, a state that few runs are in, the children of one: nobody walks over a million others to find them.
+    Only the newest of all, or of those that completed, are read in order until the page is full."""
+    lived: list[str] = []
+    empty.set_trace_callback(lived.append)
+    looks.runs(empty, state=state, **asked)
+    empty.set_trace_callback(None)
+    steps = {step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}") if not step.endswith(PARTS)}
+    in_order = state in (None, State.COMPLETED) and not asked.keys() & {"flow", "parent", "event"}
+    walk = ("SCAN runs", "SEARCH runs USING INTEGER PRIMARY KEY (rowid<?)")
+    assert in_order == any(step.startswith(walk) for step in steps), steps
+
+
+def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connection):
+    """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those minutes."""
+    lived: list[str] = []
+    empty.set_trace_callback(lived.append)
+    looks.events(empty, trigger=None, type="rare", since=1_800_000_000 * SECOND, until=None, limit=5, after=None)
+    empty.set_trace_callback(None)
+    steps = [step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")]
+    assert "SEARCH events USING COVERING INDEX events_scan (id>?)" in steps
