@@ -11,8 +11,10 @@ from eventflow.event import Letter
 from eventflow.run import Failed, State, Suspended
 from eventflow.store import looks, rows
 from eventflow.store.migrate import migrations
+from eventflow.store.readers import BUDGET
+from eventflow.store.sqlite import SqliteStore
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
-from tests.store.ledger import SECOND, Ledger, Reopen
+from tests.store.ledger import SECOND, HandClock, Ledger, Reopen
 from triggers import RunState
 
 BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.Bulk)}
@@ -236,3 +238,26 @@ def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connect
     empty.set_trace_callback(None)
     steps = [step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")]
     assert "SEARCH events USING COVERING INDEX events_scan (id>?)" in steps
+
+
+class Racing(HandClock):
+    """Every look at it is a second later."""
+
+    looked = 0
+
+    def monotonic(self) -> float:
+        self.looked += 1
+        return float(self.looked)
+
+
+@pytest.mark.anyio
+async def test_a_cursor_is_read_however_long_it_takes(path: str):
+    """A trigger with a million keys must come up: a list that takes two seconds is refused, a cursor never."""
+    clock = Racing()
+    store = SqliteStore(path, clock=clock, ballast=0, free_floor=0)
+    store.open()
+    await store.record([], trigger="t", cursor={f"key-{n}": n for n in range(20_000)})
+    before = clock.looked
+    assert len(await store.cursor("t")) == 20_000
+    assert clock.looked - before > BUDGET
+    store.close()
