@@ -4,7 +4,8 @@
 
 `App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within `grace` + 5 s of SIGTERM
 whatever flows do; within 1 s of a storage error, with its code; at once on a second signal. Intake and HTTP have this thread's
-loop, flows their own. Next rooms: web/ for requests, app.py for the rest.
+loop, flows their own. Over a memory limit it drains too, and begins anew (memory.py, succession.py). Next rooms: web/ for
+requests, app.py for the rest.
 """
 
 import asyncio
@@ -28,11 +29,13 @@ import uvicorn
 from eventflow.capture import Configured, Level, configure
 from eventflow.errors import EventflowError, StoreError, StoreLocked, UsageError
 from eventflow.log import get_logger
+from eventflow.memory import MemoryWatch, check_limits
 from eventflow.redaction import SECRETS
 from eventflow.store import open_store
 from eventflow.store.guard import Lock
 from eventflow.store.keys import secret_beside
 from eventflow.store.logs import LogStore
+from eventflow.succession import bequeath, inherited, succeed
 from eventflow.watchdog import Watchdog
 from eventflow.web.api import make_asgi
 from eventflow.web.auth import host_name
@@ -58,7 +61,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How to serve. `fd`: a listening socket handed over; else `host` and `port` (0 picks one). `grace` in seconds.
 
     `log`: "json", "pretty", or "auto" (pretty on a terminal). `allow_hosts`: names besides the loopback ones under which the
-    API is reached.
+    API is reached. `memory_soft`, `memory_hard`: bytes; over them the worker begins no more runs, the process is replaced.
     """
 
     store: str | None = None
@@ -73,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     no_auth: bool = False
     open_metrics: bool = False
     allow_hosts: Sequence[str] = ()
+    memory_soft: int | None = None
+    memory_hard: int | None = None
     log: str = "auto"
     log_level: Level = "info"
 
@@ -98,7 +103,9 @@ def serve(app: Served, settings: Settings, ready_stream: TextIO | None = None) -
         root = Root(app, settings, path, sock, output, ready)
         calm_collector()
         with _signals(root), asyncio.Runner(loop_factory=_new_loop) as runner:
-            return runner.run(root.main())
+            code = runner.run(root.main())
+    root.succeed_if_asked()
+    return code
 
 
 def calm_collector() -> None:
@@ -124,6 +131,7 @@ def check(settings: Settings) -> None:
     for name in settings.allow_hosts:
         if not name or name.lower() not in (host_name(name), host_name(f"[{name}]")):
             raise UsageError(f"--allow-host expected a name as in a Host header, without scheme and port, found {name!r}")
+    check_limits(settings.memory_soft, settings.memory_hard)
     if settings.fd is None:
         check_bind(settings, settings.host)
 
@@ -151,6 +159,8 @@ def is_loopback(host: str) -> bool:
 
 def _listening(settings: Settings, store: str) -> socket.socket:
     """The socket, bound but not listening yet: a taken port shows before any flow starts."""
+    if (fd := inherited()) is not None:
+        return _handed_over(settings, fd)
     if settings.fd is not None:
         return _handed_over(settings, settings.fd)
     return bind_socket(settings, store)
@@ -219,6 +229,7 @@ class Root:
         self._sidecar = Path(f"{path}.server")
         self.stopping = False
         self._signal = ""
+        self._heir: int | None = None  # the socket of the next life, once there is to be one
         self._server = _Server(self._uvicorn_config())
 
     async def main(self) -> int:
@@ -237,17 +248,26 @@ class Root:
         loops = {"intake": (asyncio.get_running_loop(), threading.get_ident()), "flows": self.app.house.flow_loop}
         watchdog = Watchdog(loops, self.app.clock)
         watchdog.start()
+        memory = asyncio.create_task(self._watch_memory(), name="memory")
         try:
             self._listen()
             self._make_token()
             await self._serve_http()
         finally:
             self.stopping = True
+            memory.cancel()
             self._arm_last_call()
             await self.app.close(self.settings.grace)
             watchdog.stop()
+            await asyncio.gather(memory, return_exceptions=True)
             await self._stop_http()
             self._sidecar.unlink(missing_ok=True)
+
+    async def _watch_memory(self) -> None:
+        soft, hard = self.settings.memory_soft, self.settings.memory_hard
+        if soft is not None or hard is not None:
+            house = self.app.house
+            await MemoryWatch(soft, hard, house.worker, house.flow_loop[0], self.app.clock, self._recycle).watch()
 
     def _listen(self) -> None:
         try:
@@ -323,16 +343,34 @@ class Root:
 
     def signalled(self, number: int, _frame: Any) -> None:
         """First signal: drain. It is said here and now, not on a loop that somebody may block. Second: out."""
+        if self._heir is not None:  # it drains already, but not to end
+            os.close(self._heir)
+            self._heir = None
+            return
         if self.stopping:
             os.write(2, b"eventflow: second signal, not waiting\n")
             self._sidecar.unlink(missing_ok=True)
             os._exit(128 + number)
-        self.stopping, self._signal = True, signal.Signals(number).name
+        self._drain(signal.Signals(number).name)
+
+    def _drain(self, reason: str) -> None:
+        self.stopping, self._signal = True, reason
         if self.app.is_open:
             self.app.house.reactor.draining = True
         self._arm_last_call()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _recycle(self, reason: str) -> None:
+        """Drains as for a signal, and then begins anew in this process. A signal meanwhile makes a plain end of it."""
+        if not self.stopping:
+            self._heir = bequeath(self._sock)
+            self._drain(reason)
+
+    def succeed_if_asked(self) -> None:
+        """Does not return when a next life is due."""
+        if self._heir is not None:
+            succeed(self._heir)
 
     def reload_tls(self, _number: int, _frame: Any) -> None:
         """SIGHUP: a renewed certificate, for connections from now on."""
@@ -360,6 +398,8 @@ class Root:
             flush.start()
             flush.join(0.3)
             self._sidecar.unlink(missing_ok=True)
+            if code == 0:
+                self.succeed_if_asked()
             os._exit(code)
 
         threading.Thread(target=leave, name=name, daemon=True).start()

@@ -52,21 +52,10 @@ class Worker:
     """
 
     def __init__(
-        self,
-        store: Store,
-        clock: Clock,
-        router: Router,
-        flows: dict[str, Flow[..., Any]],
-        blobs: Blobs,
-        checkpoints: Checkpoints,
-        *,
-        concurrency: int = 1000,
-        window: int = 20_000,
-        threads: int = 32,
-        sink: Sink | None = None,
-        secret: bytes = b"",
-        seed: int | None = None,
-    ) -> None:
+        self, store: Store, clock: Clock, router: Router, flows: dict[str, Flow[..., Any]], blobs: Blobs,
+        checkpoints: Checkpoints, *, concurrency: int = 1000, window: int = 20_000, threads: int = 32, sink: Sink | None = None,
+        secret: bytes = b"", seed: int | None = None,
+    ) -> None:  # fmt: skip
         self.store, self.clock, self.router, self.blobs, self.checkpoints = store, clock, router, blobs, checkpoints
         self.flows: Mapping[str, Flow[..., Any]] = flows
         self._flows = flows
@@ -76,6 +65,7 @@ class Worker:
         self.sink = sink
         self.secret = secret
         self.draining = False
+        self.held_back = ""  # why nothing new is begun
         self.executions: dict[int, Execution] = {}
         self._concurrency = concurrency
         self._lock = threading.Lock()
@@ -213,6 +203,15 @@ class Worker:
         with self._lock:
             self._room += count
 
+    def hold_back(self, reason: str) -> None:
+        """Takes, claims and begins nothing while there is a reason: no room is left. What works goes on, who waits leaves."""
+        if bool(reason) != bool(self.held_back):
+            self._give_room(-UNBOUNDED if reason else UNBOUNDED)
+        self.held_back = reason
+        if not reason and not self.draining:
+            self._due()
+            self._begin_some()
+
     # ----------------------------------------------------------------- claiming
 
     def _claim(self) -> None:
@@ -273,7 +272,7 @@ class Worker:
             return
         begun = 0
         turns = self._turns
-        while turns and self._busy < self._concurrency:
+        while turns and self._busy < self._concurrency and not self.held_back:
             if begun == BEGIN:
                 self._beginning = True
                 self.loop.call_soon(self._begin_more)

@@ -19,6 +19,7 @@ from eventflow.cli.target import load_app, load_flow, load_task
 from eventflow.cli.words import json_option, say
 from eventflow.demo.play import demo
 from eventflow.errors import UsageError
+from eventflow.memory import parse_size
 from eventflow.server import Settings, serve
 
 _SERVING = (
@@ -36,6 +37,10 @@ _GIVEN = (
     click.option("-p", "pairs", multiple=True, metavar="K=V", help="One parameter: JSON, or text."),
     click.option("--params", help="All parameters as a JSON object, @FILE, or @- for stdin."),
 )
+
+
+def _size(_: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(option.opts[0], text)
 
 
 def with_options(*options: Any) -> Any:
@@ -59,6 +64,8 @@ def with_options(*options: Any) -> Any:
 @click.option("--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard.")
 @click.option("--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach.")
 @click.option("--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True)
+@click.option("--memory-soft", callback=_size, metavar="SIZE", help="Over it no runs are begun: 2GB, 1.5GiB, 512Mi. Linux.")
+@click.option("--memory-hard", callback=_size, metavar="SIZE", help="Over it the process drains and begins anew. Linux.")
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""

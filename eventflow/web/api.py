@@ -176,12 +176,14 @@ class Api:
         """It takes events: open, not draining, its store well and not full."""
         if self.is_draining():
             return unavailable("draining")
-        if not self.app.is_open:
+        app = self.app
+        if not app.is_open:
             return unavailable("starting")
-        if self.app.store.failed is not None:
+        if app.store.failed is not None:
             return unavailable("the store failed")
-        full = self.app.store.room()
-        return Json({"ready": True}) if full is None else unavailable(str(full))
+        full = app.store.room()
+        held = {"worker": app.house.worker.held_back} if app.house.worker.held_back else {}
+        return Json({"ready": True, **held}) if full is None else unavailable(str(full))
 
     async def metrics(self, request: Request) -> Response:
         body, media = await render(self._open())
@@ -248,14 +250,14 @@ class Api:
         return Json({"id": run.id, "flow": name, "duplicate": run.duplicate}, 200 if run.duplicate else 202)
 
     async def runs(self, request: Request) -> Response:
-        store, asked = self._open().store, request.query_params
-        event, parent = asked.get("event"), asked.get("parent")
+        app, asked = self._open(), request.query_params
+        store, event, parent = app.store, asked.get("event"), asked.get("parent")
         rows = await store.runs(
             event=(await store.event(event))["id"] if event else None,
             parent=(await store.run(parent))["id"] if parent else None,
             flow=asked.get("flow"), state=_state(asked.get("state")), limit=_limit(request), after=_after(request),
         )  # fmt: skip
-        return Json(_page("runs", [show.run(row) for row in rows], _limit(request)))
+        return Json(_page("runs", [show.run(row, app.house.worker.held_back) for row in rows], _limit(request)))
 
     async def run(self, request: Request) -> Response:
         app = self._open()

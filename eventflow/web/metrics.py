@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
 from eventflow.clock import SECOND, Clock
@@ -35,6 +36,7 @@ async def render(app: Served) -> tuple[bytes, str]:
     counts = await app.store.counts()
     metrics = [*_ledger(counts), *_worker(app), *_triggers(app), *_sources(app), *await _outlets(app), await _lag(app)]
     registry = CollectorRegistry(auto_describe=False)
+    ProcessCollector(registry=registry)
     registry.register(_Once(metrics))  # pyright: ignore[reportArgumentType]
     return generate_latest(registry), CONTENT_TYPE_LATEST
 
@@ -62,6 +64,8 @@ def _worker(app: Served) -> Iterator[Metric]:
     for where, count in app.house.worker.load.items():
         runs.add_metric([where], count)
     yield runs
+    held = int(bool(app.house.worker.held_back))
+    yield GaugeMetricFamily("eventflow_worker_held_back", "1 while no runs are begun, for want of memory.", value=held)
     for name, value in app.store.commits.items():
         yield CounterMetricFamily(f"eventflow_commit_{name}", f"Group commits since the start: {name}.", value=value)
     full = app.store.room() is not None

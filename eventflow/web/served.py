@@ -46,8 +46,13 @@ class WayOut(Protocol):
 class Way(Protocol):
     """The worker, as the doors see it."""
 
+    held_back: str
+    """Why it begins no runs for now; empty: it does."""
+
     @property
-    def load(self) -> Mapping[str, int]: ...
+    def load(self) -> dict[str, int]: ...
+
+    def hold_back(self, reason: str) -> None: ...
 
 
 class Rooms(Protocol):

@@ -101,8 +101,8 @@ def body(data: bytes | None) -> Any:
 # --------------------------------------------------------------------------- runs
 
 
-def run(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One run of a list."""
+def run(row: Mapping[str, Any], held_back: str = "") -> dict[str, Any]:
+    """One run of a list. `held_back`: why the worker begins none, which is why this one is pending."""
     return {
         "id": show_id(row["id"]),
         "flow": row["flow"],
@@ -118,7 +118,7 @@ def run(row: Mapping[str, Any]) -> dict[str, Any]:
         "mode": row["mode"],
         "events": row["deliveries"],
         "parent": ident(row["parent"]),
-        "reason": row["reason"],
+        "reason": row["reason"] or (held_back if held_back and row["state"] == "pending" else None),
         "cancel_requested": row["cancel_requested"],
         "error": error(row.get("error"), traceback=False),
     }
