@@ -3,7 +3,7 @@
 gates.py stops the server where the user's code stands: its filter, its flow, its bodies. Where no code of the user's stands,
 between the rows and the answer, strace kills the store's writer thread as it enters the call that makes the seam. After each
 kill the sender sends again, as real ones do, and every seam ends alike: one event, one run, the right result.
-K15 is an emitted event, published by the commit that records it; K16, its letter in the outbox, is tests/test_outbox.py's.
+K15 is an emitted event, published by the commit that records it; K16 its letter, taken by a sink and not marked yet.
 """
 
 import json
@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -19,6 +20,7 @@ from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import Lost, Server
+from tests.served import Served, serving
 
 # --------------------------------------------------------------------------- before the commit
 
@@ -180,6 +182,53 @@ def test_p2_k14_a_kill_right_after_the_end(lives: Lives):
     server = lives.boot()
     assert one_fate(server)["attempts"] == 1
     assert lives.bodies() == before
+
+
+MAKER = """
+import asyncio
+from pathlib import Path
+from eventflow import App, emit, flow
+
+class Notebook:
+    name = "notebook"
+
+    async def send(self, *letters):
+        with open("sent", "a") as sent:
+            sent.writelines(letter.event.id + "\\n" for letter in letters)
+        while not Path("go").exists():  # the letters have arrived, and nobody knows yet
+            await asyncio.sleep(0.01)
+
+    async def close(self): ...
+
+@flow
+async def make(n: int) -> None:
+    await emit("made", {"n": n})
+
+app = App("maker")
+app.add(make)
+app.send("made", Notebook())
+"""
+
+
+def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
+    """K16: the sink has it, the outbox does not know. It is sent once more, under the same id, and then no more."""
+    (tmp_path / "maker.py").write_text(MAKER)
+    sent = tmp_path / "sent"
+    with serving(tmp_path, file="maker.py") as server:  # ended by kill -9
+        server.wait_for(server.start("make", n=1), "completed")
+        wait_until(sent.exists, "the sink has the letter")
+    (tmp_path / "go").touch()
+    with serving(tmp_path, file="maker.py") as server:
+        wait_until(lambda: _waiting(server) == 0, "the outbox is empty")
+        server.wait_for(server.start("make", n=2), "completed")
+        wait_until(lambda: _waiting(server) == 0 and len(sent.read_text().split()) == 3, "the next letter has gone too")
+        first, again, other = sent.read_text().split()
+        assert first == again != other
+
+
+def _waiting(server: Served) -> int:
+    (outlet,) = server.get("/api/outlets")["outlets"]
+    return outlet["waiting"]
 
 
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
