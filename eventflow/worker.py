@@ -77,7 +77,7 @@ class Worker:
         self._busy = 0
         self._in_memory: dict[str, int] = {}
         self._resuming: dict[int, tuple[Run, list[Entry]]] = {}  # their journals are being read; what is answered meanwhile
-        self._claiming = False
+        self._claiming = self._asked_meanwhile = False
         self._due_timer: Any = None
         self._beginning = False
         self._dirty: list[Execution] = []
@@ -216,6 +216,7 @@ class Worker:
 
     def _claim(self) -> None:
         """Asks the ledger for due runs, when there may be some and there is room for them."""
+        self._asked_meanwhile = self._claiming
         if self._claiming or self.draining or not self._backlog:
             return
         limit = min(self._room, CLAIM)
@@ -240,7 +241,7 @@ class Worker:
         for run in reply.runs:
             self._enqueue(run)
         self._wake_when_due(reply.next_due)
-        if reply.runs:
+        if reply.runs or self._asked_meanwhile:  # a run that settled meanwhile may have made room below its flow's cap
             self._begin_some()
             self._claim()
 
@@ -337,6 +338,7 @@ class Worker:
         self._busy -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
+        self.loop.call_soon(self._due)
         self.loop.call_soon(self._begin_some)
 
     # ----------------------------------------------------------------- what executions ask (executor.Pool)

@@ -4,9 +4,11 @@ The writer calls `claim` at the end of a batch, after its other ops are written.
 its groups (state, flow, priority) and takes only the head of each, so a backlog of a million costs what one of a hundred does.
 """
 
+import sqlite3
 from collections.abc import Sequence
 
 import msgspec
+import orjson
 
 from eventflow.run import Run, State
 from eventflow.store.base import Claim, Claimed
@@ -15,6 +17,12 @@ from eventflow.store.transaction import Transaction
 from eventflow.store.weaving import next_due, wake
 
 _CLAIMABLE = "state < 4 AND blocked = 0 AND state"
+
+_FIRST = f"""
+    SELECT json_group_array(json_array(due_at, id)) FROM (
+        SELECT due_at, id FROM runs
+        WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority AND due_at <= :now
+        ORDER BY due_at, id LIMIT {{}})"""
 
 _GROUPS = f"""
     WITH RECURSIVE flows (state, flow) AS (
@@ -33,29 +41,28 @@ _GROUPS = f"""
         flow, priority,
         (SELECT min(due_at) FROM runs
             WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority AND due_at > :now),
-        (SELECT json_group_array(json_array(due_at, id)) FROM (
-            SELECT due_at, id FROM runs
-            WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority AND due_at <= :now
-            ORDER BY due_at, id LIMIT :most))))
+        json(CASE WHEN h.flow IN (SELECT value FROM json_each(:tight))
+            THEN ({_FIRST.format(":few")}) ELSE ({_FIRST.format(":most")}) END)))
     FROM heads h WHERE h.priority IS NOT NULL"""
 
 
-class _Group(msgspec.Struct, array_like=True):
+class Group(msgspec.Struct, array_like=True):
+    """Of one flow, state and priority: who is due, and when the next one is."""
+
     flow: str
     priority: int
     next_due: int | None
     due: list[tuple[int, int]]
 
 
-_decode = msgspec.json.Decoder(list[_Group]).decode
+_decode = msgspec.json.Decoder(list[Group]).decode
 
 
 def claim(tx: Transaction, op: Claim) -> Claimed:
     """Takes up to `op.limit` due runs for the caller: each becomes RUNNING under a new token."""
     if tx.herald is not None:
         wake(tx, tx.herald)
-    text = tx.connection.execute(_GROUPS, {"now": tx.now, "most": op.limit + 1}).fetchone()[0]
-    groups = _decode(text)
+    groups = look(tx.connection, tx.now, op)
     queues, more = _queues(groups, op)
     chosen = _round_robin(queues, op.limit)
     more = more or sum(map(len, queues)) > len(chosen)
@@ -65,7 +72,16 @@ def claim(tx: Transaction, op: Claim) -> Claimed:
     return Claimed(_start(tx, chosen), more, min(due, default=None))
 
 
-def _queues(groups: Sequence[_Group], op: Claim) -> tuple[list[list[int]], bool]:
+def look(connection: sqlite3.Connection, now: int, op: Claim) -> list[Group]:
+    """What is due, by flow and priority. Of a flow that may begin few, few are read: its backlog may be long, and each run of
+    it that ends claims anew."""
+    tight = {flow: cap for flow, cap in op.caps.items() if cap < op.limit}
+    few = max(tight.values(), default=0) + 1
+    asked = {"now": now, "most": op.limit + 1, "few": few, "tight": orjson.dumps([*tight]).decode()}
+    return _decode(connection.execute(_GROUPS, asked).fetchone()[0])
+
+
+def _queues(groups: Sequence[Group], op: Claim) -> tuple[list[list[int]], bool]:
     """Per flow its due runs, best first, cut at its cap; and whether a cap or the limit cut any."""
     flows: dict[str, list[tuple[int, int, int]]] = {}
     for group in groups:

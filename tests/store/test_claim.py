@@ -4,6 +4,7 @@ import pytest
 
 from eventflow.run import Completed, Failed, Held, Run, Suspended
 from eventflow.store.base import Claim, Claimed
+from eventflow.store.claim import look
 from tests.store.ledger import SECOND, Ledger, Reopen
 
 pytestmark = pytest.mark.anyio
@@ -166,3 +167,11 @@ async def test_a_corrupt_run_is_held_not_run(ledger: Ledger, path: str):
     row = await ledger.store.run(bad.runs[0].id)
     assert row["state"] == "held" and "checksum" in row["reason"]
     connection.execute("UPDATE events SET body = ? WHERE id = ?", (b'{"n":1}', bad.id))
+
+
+async def test_a_long_backlog_of_a_capped_flow_is_not_read_at_each_claim(ledger: Ledger):
+    """Of a flow that may begin one run, a claim reads two, however many wait; of the others as many as it may take."""
+    await ledger.recorded(*(ledger.run("capped") for _ in range(50)), *(ledger.run("free") for _ in range(5)))
+    op = Claim(20, {"capped": 1, "free": 1 << 30})
+    found = await ledger.store._look(look, ledger.clock.now(), op)  # pyright: ignore[reportPrivateUsage]
+    assert {group.flow: len(group.due) for group in found} == {"capped": 2, "free": 5}
