@@ -3,6 +3,7 @@ itself, and nothing is lost.
 """
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -139,6 +140,7 @@ def test_row_35_over_the_hard_limit_the_process_begins_anew(folder: Path):
         for number in range(20):
             send(served, number, 0)
         ready_again(served)
+        assert served.process.stdout is not None and json.loads(served.process.stdout.readline()) == served.ready
         wait_until(lambda: completed(served) == 21, "everything is done", within=90)
         assert asked(served, f"/api/runs/{run}")["result"] == sum(range(60))
         assert asked(served, "/api/counts")["accepted"] == 21
@@ -150,8 +152,13 @@ def test_row_35_over_the_hard_limit_the_process_begins_anew(folder: Path):
 
 
 def test_row_35_what_leaked_does_not_come_back(folder: Path):
-    """Over --memory-soft with nothing left to do the process is replaced: waiting would be for ever. Each run is done once."""
-    with serving(folder, "--memory-soft", "240MB", "--log", "json") as served:
+    """Over --memory-soft with nothing left to do the process is replaced: waiting would be for ever. Each run is done once. A
+    socket that was handed over by --fd is kept: nobody else has it.
+    """
+    sock = socket.create_server(("127.0.0.1", 0))
+    options = ("--memory-soft", "240MB", "--log", "json", "--fd", str(sock.fileno()))
+    with serving(folder, *options, pass_fds=[sock.fileno()]) as served:
+        sock.close()
         for number in range(16):
             send(served, number, 16)
         ready_again(served)

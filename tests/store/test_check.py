@@ -7,12 +7,15 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eventflow import App, Event, count, flow
 from eventflow.run import Completed, Failed, State, show_id
 from eventflow.store import audit
+from tests.conftest import eventually
 from tests.store.ledger import Hand, Ledger, value
 
 pytestmark = pytest.mark.anyio
@@ -85,6 +88,40 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
     assert await ledger.store.check() == []
     await ledger.store.record([])
     assert connection.execute("SELECT count(*) FROM sqlite_temp_schema").fetchone() == (0,)
+
+
+async def test_the_sums_know_what_waits_in_a_pattern(tmp_path: Path):
+    """Events that come to wait in a pattern and leave it while the tables are walked are counted once each."""
+
+    @flow
+    async def act(events: list[Event]) -> int:
+        return len(events)
+
+    app = App("patterns")
+    app.on(count("a", 3, within=60, by="k"), act)
+
+    async def write(n: int) -> None:
+        await app.accept(Event(id=str(n), source="/test", type="a", data={"k": n % 7}))
+
+    await app.open(store=f"sqlite:///{tmp_path}/patterns.db")
+    async with going_on(write) as done:
+        for enough in (50, 150, 300):
+            await eventually(lambda enough=enough: len(done) > enough, "events wait, and leave", within=60)
+            before = len(done)
+            assert await app.store.check(slice=0.0) == []
+            assert len(done) > before
+    assert await app.store.check() == []
+    await app.close()
+
+
+async def test_no_slice_walks_a_table(ledger: Ledger, path: str):
+    """Each slice begins where the last one ended: no query of the walk scans or sorts, however far it has come."""
+    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    for walk in audit._WALKS:
+        plan = connection.execute(f"EXPLAIN QUERY PLAN {walk.query}", (0,) * walk.query.count("?")).fetchall()
+        steps = [step for *_, step in plan]
+        assert not [step for step in steps if step.startswith(("SCAN", "USE TEMP"))], (walk.table, steps)
+    connection.close()
 
 
 async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str):
