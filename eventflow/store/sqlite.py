@@ -52,8 +52,9 @@ PAGES = 1.5
 LOOKOUT = 20.0
 """Seconds that looks may take which walk a million rows by their nature: late runs, what retention may drop."""
 
-OPENING = 600.0
-"""Seconds a cursor may take to read: a trigger cannot begin without it, so giving up sooner would help nobody."""
+NEEDED = 600.0
+"""Seconds for what a trigger cannot begin without, or a run not go on: its cursor, its journal, its events. Giving up sooner
+would help nobody."""
 
 _LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
 
@@ -246,13 +247,13 @@ class SqliteStore:
         return await self._do(Record(arrivals, trigger, cursor))
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
-        return await self._look(looks.cursor, trigger, budget=OPENING)
+        return await self._look(looks.cursor, trigger, budget=NEEDED)
 
     async def load(self, run: int) -> list[Entry]:
-        return await self._look(load_journal, run)
+        return await self._look(load_journal, run, budget=NEEDED)
 
     async def bodies(self, run: int) -> list[bytes]:
-        return await self._look(load_bodies, run)
+        return await self._look(load_bodies, run, budget=NEEDED)
 
     async def outbox(self, outlet: str, limit: int) -> list[Letter]:
         return await self._look(outbox.waiting, outlet, limit)

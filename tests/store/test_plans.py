@@ -14,7 +14,7 @@ from eventflow.store.migrate import migrations
 from eventflow.store.readers import BUDGET
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
-from tests.store.ledger import SECOND, HandClock, Ledger, Reopen
+from tests.store.ledger import SECOND, HandClock, Ledger, Reopen, value
 from triggers import RunState
 
 BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.Bulk)}
@@ -251,13 +251,19 @@ class Racing(HandClock):
 
 
 @pytest.mark.anyio
-async def test_a_cursor_is_read_however_long_it_takes(path: str):
-    """A trigger with a million keys must come up: a list that takes two seconds is refused, a cursor never."""
+async def test_what_work_needs_is_read_however_long_it_takes(path: str):
+    """A trigger with a million keys must come up, a run with a long journal go on: only a list is refused after two seconds."""
     clock = Racing()
     store = SqliteStore(path, clock=clock, ballast=0, free_floor=0)
     store.open()
+    ledger = Ledger(store, clock)
     await store.record([], trigger="t", cursor={f"key-{n}": n for n in range(20_000)})
+    run = await ledger.running()
+    await ledger.append(run, *(value(f"task#{n}") for n in range(20_000)))
     before = clock.looked
     assert len(await store.cursor("t")) == 20_000
+    assert clock.looked - before > BUDGET
+    before = clock.looked
+    assert len(await store.load(run.id)) == 20_000
     assert clock.looked - before > BUDGET
     store.close()
