@@ -175,6 +175,25 @@ def test_row_35_a_signal_ends_a_process_that_is_replacing_itself(folder: Path):
         assert len(lines(served, "app.started")) == 1
 
 
+def test_a_limit_below_what_the_app_takes_is_told_not_kept(folder: Path):
+    """An app whose lifespan takes more than the limits would be replaced for ever: an error says so, and its runs are begun."""
+    model = """
+from contextlib import asynccontextmanager
+
+@asynccontextmanager
+async def model():
+    yield [b"%d" % n * (1 << 19) for n in range(10, 260)]
+
+app = App("leaky", lifespan=model)
+"""
+    (folder / "shop.py").write_text(LEAKING.replace('app = App("leaky", concurrency=1)', model))
+    with serving(folder, "--memory-soft", "220MB", "--memory-hard", "240MB", "--log", "json") as served:
+        wait_until(lambda: lines(served, "memory.limit_too_low"), "the server says so")
+        send(served, 1, 0)
+        wait_until(lambda: completed(served) == 1, "its run is begun")
+        assert not lines(served, "memory.short") and not lines(served, "memory.exceeded")
+
+
 def test_sizes() -> None:
     """Sizes are what people write; anything else is refused, and says what was expected."""
     assert [parse_size("x", text) for text in ("2GB", "2g", "1.5 GiB", "512Mi", "1024", "3kB")] == [
