@@ -93,7 +93,7 @@ class SqliteStore:
         self._herald: Herald | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
-        self._bare = 0  # the event that retention has come to in this round
+        self._bare, self._pruning_runs = 0, False  # the event that retention has come to; whether it is still at runs
 
     # ------------------------------------------------------------------- open and close
 
@@ -294,19 +294,22 @@ class SqliteStore:
         return await self._call(doors.replay, event, arrival)
 
     async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
-        return (
-            await self._call(retention.prune_runs, before=bodies_before, step=step)
-            or await self._prune_bodies(bodies_before, step)
-            or await self._call(retention.prune_identities, before=min(identities_before, bodies_before), step=step)
-        )
+        while True:
+            only_runs = self._pruning_runs  # while there are some, nobody needs to know which bodies come after them
+            found = [] if only_runs else await self._old_bodies(bodies_before, step)
+            removed, self._pruning_runs = await self._call(
+                retention.prune, found, bodies_before=bodies_before, identities_before=identities_before, step=step
+            )
+            if removed or not only_runs:
+                return removed
 
-    async def _prune_bodies(self, before: int, step: int) -> int:
+    async def _old_bodies(self, before: int, step: int) -> list[int]:
         """Goes on where the last step ended; once there is no more, the next one begins in front again."""
         found: list[int] = await self._look(retention.bodies, before=before, after=self._bare, step=step, budget=LOOKOUT)
         if not found and self._bare:
             found = await self._look(retention.bodies, before=before, after=0, step=step, budget=LOOKOUT)
         self._bare = found[-1] if found else 0
-        return await self._call(retention.prune_bodies, found, before=before) if found else 0
+        return found
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()
