@@ -131,7 +131,7 @@ async def test_any_of_runs_at_once() -> None:
         await drain(app)
         counts = await sound(app)
         assert (counts["completed"], counts["suppressed"]) == (2, 1)
-    assert bench.groups == [["a1"], ["b1"]]
+    assert sorted(bench.groups) == [["a1"], ["b1"]]  # runs without a key begin in any order
 
 
 async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
