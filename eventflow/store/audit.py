@@ -62,14 +62,12 @@ class Audit:
         self._left = list(_WALKS)
         self._after = self._left[0].start
         self._first: int | None = None  # the commit that the first slice saw
-        self._bounds: dict[
-            str, int
-        ] = {}  # by table, the last key at that time: what comes behind it is not walked, only heeded
+        # By table, the last key at that time: what comes behind it is not walked, only heeded.
+        self._bounds: dict[str, int] = {}
+        # By table, of each slice: its last key, and the commit it saw.
+        self._walked: dict[str, tuple[list[Key], list[int]]] = {}
         self._sums: Counter[str] = Counter()
         self._odd: Counter[str] = Counter()
-        self._walked: dict[
-            str, tuple[list[Key], list[int]]
-        ] = {}  # by table, of each slice: its last key, and the commit it saw
         self._unread = False
 
     def step(self, connection: sqlite3.Connection, over: Callable[[], bool]) -> bool:
