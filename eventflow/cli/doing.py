@@ -162,10 +162,14 @@ def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
 
 def _verdicts(done: list[Any]) -> list[str]:
     return [
-        f"event {each['event']}  {said['subscription']}  {said['fate']}  {said.get('run') or said.get('reason')}"
+        f"event {each['event']}  {said['subscription']}  {said['fate']}  {_what(said)}"
         for each in done
         for said in each["verdicts"]
     ]
+
+
+def _what(said: dict[str, Any]) -> str:
+    return said.get("run") or said.get("reason") or "would start"
 
 
 def _started(done: list[Any]) -> str:

@@ -232,7 +232,7 @@ class Api:
         dry, own = bool(asked.get("dry_run", False)), bool(asked.get("own", False))
         ident, to = request.path_params["id"], _text(asked, "to")
         number, verdicts = await verbs.replay(self._open(), ident, to, dry=dry, own=own, by=_by(request))
-        said = [show.new_verdict(each) for each in verdicts]
+        said = [(show.foreseen_verdict if dry else show.new_verdict)(each) for each in verdicts]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
 
     # ----------------------------------------------------------------- runs

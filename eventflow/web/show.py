@@ -76,12 +76,20 @@ def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[
 
 
 def new_verdict(said: Iterable[Any]) -> dict[str, Any]:
-    """What a replay or redrive brought about, or (with the `window` that the event would be in) what it would."""
-    subscription, fate, detail, *window = said
+    """What a replay or redrive brought about."""
+    subscription, fate, detail = said
     shown = verdict((subscription, fate, detail), {})
     if "run" in shown:
         shown["state"] = "held" if fate == "held" else "pending"
-    return {**shown, "window": window[0]} if window else shown
+    return shown
+
+
+def foreseen_verdict(said: Iterable[Any]) -> dict[str, Any]:
+    """What it would bring about, with the `window` that the event would be in. A run that does not exist has no id."""
+    subscription, fate, detail, *window = said
+    shown = verdict((subscription, fate, detail), {})
+    foreseen = {name: value for name, value in shown.items() if name not in ("run", "state")}
+    return {**foreseen, "window": window[0]} if window else foreseen
 
 
 def body(data: bytes | None) -> Any:
