@@ -38,6 +38,9 @@ Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 SWEEP = 3600 * SECOND
 """Microseconds between two sweeps for blobs that no row names; younger ones are left to the row that is about to."""
 
+RETAIN_AFTER = 10.0
+"""Seconds of a life before the first step of retention: what another life left in flight has the writer to itself."""
+
 log = get_logger("eventflow.app")
 
 
@@ -195,6 +198,7 @@ class House:
 
     async def _retain(self) -> None:
         """Retention, in small steps, now and then. A step that fails is logged and tried again later."""
+        await asyncio.sleep(RETAIN_AFTER)
         while True:
             try:
                 removed = await self._prune()

@@ -78,6 +78,7 @@ def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
     """K3 to K6: no answer was given. Absent before the commit, present after it, either at its fsync; never twice."""
     call, ordinal, may = SYSCALL_SEAMS[seam]
     server = lives.boot()
+    wait_until(lambda: _is_marked(server), "the writer has done what a start gives it to do")
     writer = json.loads((lives.folder / "threads").read_text())["eventflow-store"]
     inject = f"inject={call}:signal=KILL:when={ordinal}"
     tracer = attach(server, ["-o", os.devnull, "-e", f"trace={call}", "-e", inject], writer)
@@ -91,6 +92,12 @@ def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
     assert (status, body["duplicate"]) == ((200, True) if found else (202, False))
     one_fate(server)
     assert lives.ran() == {"first": 1, "second": 1}
+
+
+def _is_marked(server: Server) -> bool:
+    """Whether the high-water mark, which the writer sets when it has nothing else to do, is no older than the last commit."""
+    mark, wal = (Path(f"{server.store}{end}").stat().st_mtime_ns for end in (".hwm", "-wal"))
+    return mark >= wal
 
 
 # --------------------------------------------------------------------------- after the answer
