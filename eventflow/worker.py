@@ -416,11 +416,11 @@ class Worker:
         self._busy -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
+        execution.part()  # first: a run that is at rest replays no more, and its last line must not say so
         if isinstance(reply, Settled):
             self.outcomes.follow(execution, outcome, reply.at)
             if self.checkpoints.used and isinstance(outcome, Completed):
                 self.forget(execution.name)
-        execution.part()
         if not self.executions:
             self._empty.set()
         if self.draining:
