@@ -284,7 +284,15 @@ def pages(connection: sqlite3.Connection, budget: float, table: str = "20") -> l
 
     It cannot be sliced, and inside it SQLite 3.40 asks no progress handler, so another thread interrupts it.
     """
-    bell = threading.Timer(budget, connection.interrupt)
+    over = threading.Event()
+
+    def ring() -> None:
+        wait = budget
+        while not over.wait(wait):
+            connection.interrupt()  # again and again: one that comes before SQLite has begun is not heard
+            wait = 0.01
+
+    bell = threading.Thread(target=ring, name="eventflow-bell")
     bell.start()
     try:
         found = [row[0] for row in connection.execute(f"PRAGMA quick_check({table})")]
@@ -293,7 +301,7 @@ def pages(connection: sqlite3.Connection, budget: float, table: str = "20") -> l
             raise
         return None
     finally:
-        bell.cancel()
+        over.set()
         bell.join()  # a bell that rings later would interrupt somebody else's look
     return [f"page check: {said}" for said in found if said != "ok"]
 

@@ -1,7 +1,8 @@
 """What the ledger forgets, and when: settled runs with their journals first, then bodies, identities last.
 
-`prune` is one small step in a transaction of the writer's, oldest first; the app asks again until there is nothing
-to do. Live runs, dead runs, open dead letters, unsent letters, and the events they stand on stay, however old.
+A step is `prune`, and when that finds nothing `drop_bodies`: a small transaction of the writer's each, oldest first; the app
+asks again until there is nothing to do. Live runs, dead runs, open dead letters, unsent letters, and the events they stand on
+stay, however old.
 """
 
 import sqlite3
@@ -47,13 +48,9 @@ def _old(before: int, step: int) -> dict[str, int]:
     return {"before": before, "ceiling": min(max(before // 1000 + 1, 0) << 20, (1 << 63) - 1), "step": step}
 
 
-def prune(tx: Transaction, found: Sequence[int], *, bodies_before: int, identities_before: int, step: int) -> tuple[int, bool]:
-    """Runs older than `bodies_before`; when there are none, the bodies that `bodies` found; then identities older than
-    `identities_before`. Returns how many, and whether they were runs."""
-    if gone := _prune_runs(tx, bodies_before, step):
-        return gone, True
-    gone = _prune_bodies(tx, found, bodies_before)
-    return gone or _prune_identities(tx, min(identities_before, bodies_before), step), False
+def prune(tx: Transaction, *, bodies_before: int, identities_before: int, step: int) -> int:
+    """Runs older than `bodies_before`; when there are none, identities older than `identities_before` that have no body."""
+    return _prune_runs(tx, bodies_before, step) or _prune_identities(tx, min(identities_before, bodies_before), step)
 
 
 def _prune_runs(tx: Transaction, before: int, step: int) -> int:
@@ -81,10 +78,8 @@ def bodies(connection: sqlite3.Connection, *, before: int, after: int, step: int
     return [ident for (ident,) in connection.execute(_BODIES, {**_old(before, step), "after": after})]
 
 
-def _prune_bodies(tx: Transaction, events: Sequence[int], before: int) -> int:
+def drop_bodies(tx: Transaction, events: Sequence[int], before: int) -> int:
     """Of those that were found, the ones that are not needed still."""
-    if not events:
-        return 0
     return tx.connection.execute(_FORGET, {"events": str(list(events)), "before": before}).rowcount
 
 

@@ -93,7 +93,7 @@ class SqliteStore:
         self._herald: Herald | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
-        self._bare, self._pruning_runs = 0, False  # the event that retention has come to; whether it is still at runs
+        self._bare = 0  # the event that retention has come to
 
     # ------------------------------------------------------------------- open and close
 
@@ -294,14 +294,13 @@ class SqliteStore:
         return await self._call(doors.replay, event, arrival)
 
     async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
-        while True:
-            only_runs = self._pruning_runs  # while there are some, nobody needs to know which bodies come after them
-            found = [] if only_runs else await self._old_bodies(bodies_before, step)
-            removed, self._pruning_runs = await self._call(
-                retention.prune, found, bodies_before=bodies_before, identities_before=identities_before, step=step
-            )
-            if removed or not only_runs:
-                return removed
+        removed = await self._call(
+            retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step
+        )  # fmt: skip
+        if removed:
+            return removed
+        found = await self._old_bodies(bodies_before, step)
+        return await self._call(retention.drop_bodies, found, bodies_before) if found else 0
 
     async def _old_bodies(self, before: int, step: int) -> list[int]:
         """Goes on where the last step ended; once there is no more, the next one begins in front again."""
