@@ -407,7 +407,7 @@ class Execution:
         self.pool.store.post(op, partial(self.pool.settled, self, outcome), self.pool.loop)
 
     def _finish_up(self) -> None:
-        """Nothing more is taken in: bodies are cancelled, timers disarmed, the loop closed."""
+        """Nothing more is taken in: bodies are cancelled, timers disarmed, the loop closed, the slot given back."""
         self.settling = True
         self.claims.close()
         for timer in (self._grace, self._check):
@@ -415,9 +415,9 @@ class Execution:
                 timer.cancel()
         self.loop.close()
         self.here.close()
-        if self.is_idle:
-            self.is_idle = False
-            self.pool.idle(self, False)
+        if not self.is_idle:  # what is left is the commit of its outcome, and others need not wait for that
+            self.is_idle = True
+            self.pool.idle(self, True)
 
     def part(self) -> None:
         """The run has left memory: lets go of all that points back here, so that it is freed at once and the garbage collector

@@ -2,8 +2,8 @@
 
 Fresh runs come by hand from the store's writer (`take`, `ready`) and are never read back; what did not fit in memory, what fell
 due, and what another life left behind comes by `Claim`. Slots count runs that work: one whose every branch waits holds none, so
-parents waiting on children cannot deadlock. Flows take turns. Everything but `take` and `put_back` runs on the worker's loop.
-The next room is the executor; outcomes leave through the store.
+parents waiting on children cannot deadlock, and neither does one whose outcome is on its way to the disk. Flows take turns.
+Everything but `take` and `put_back` runs on the worker's loop. The next room is the executor; outcomes leave through the store.
 """
 
 import asyncio
@@ -363,8 +363,9 @@ class Worker:
             self._busy -= 1
             if self.draining:
                 execution.interrupt()
-            elif self._turns:
-                self.loop.call_soon(self._begin_some)
+            elif self._turns and not self._beginning:
+                self._beginning = True
+                self.loop.call_soon(self._begin_more)
         else:
             self._busy += 1
 
@@ -413,7 +414,6 @@ class Worker:
     def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
         run = execution.run
         self.executions.pop(run.id, None)
-        self._busy -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
         execution.part()  # first: a run that is at rest replays no more, and its last line must not say so
@@ -429,8 +429,6 @@ class Worker:
             self._claim()
         elif self.flows[run.flow].options.concurrency is not None or isinstance(outcome, Suspended):
             self._due()
-        if self._turns:
-            self._begin_some()
 
     @property
     def is_crowded(self) -> bool:
@@ -441,7 +439,7 @@ class Worker:
     def is_quiet(self) -> bool:
         """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
         busy = self._busy or self._claiming or self._beginning or self._dirty or self._owned or any(self._queues.values())
-        return not busy and not any(execution.loop.foreign for execution in self.executions.values())
+        return not busy and not any(each.settling or each.loop.foreign for each in self.executions.values())
 
     @property
     def load(self) -> dict[str, int]:

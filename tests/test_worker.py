@@ -1,8 +1,13 @@
 """The way through: what waits in the ledger gets its turn."""
 
+import asyncio
+import threading
+from typing import Any
+
 import pytest
 
 from eventflow import App, Event, flow
+from eventflow.store.writer import Errand
 from eventflow.testing import MemoryTrigger, running
 from tests.conftest import eventually
 
@@ -24,3 +29,31 @@ async def test_runs_that_end_at_once_make_room_below_their_cap() -> None:
     async with running(app):
         await trigger.send(*(Event(id=f"e{n}", source="/s", type="t") for n in range(30)))
         await eventually(done, "all thirty have run")
+
+
+async def test_a_run_whose_outcome_is_on_its_way_to_the_disk_holds_no_slot() -> None:
+    """A slow commit must not keep the next run waiting; the settled state still waits for it."""
+    disk, loop, begun = threading.Event(), asyncio.get_running_loop(), list[str]()
+    stall: Any = Errand(lambda _: disk.wait(10))
+
+    @flow
+    async def quick(event: Event) -> None:
+        if not begun:  # from here on the writer is busy, and what this run comes to waits behind
+            app.store.post(stall, lambda _: None, loop)
+        begun.append(event.id)
+
+    app, trigger = App("slow disk", concurrency=1), MemoryTrigger("src")
+    app.on(trigger, quick)
+
+    async def both() -> bool:
+        return len(begun) == 2
+
+    async def done() -> bool:
+        return (await app.store.counts())["completed"] == 2
+
+    async with running(app):
+        await trigger.send(Event(id="e0", source="/s", type="t"), Event(id="e1", source="/s", type="t"))
+        await eventually(both, "the second has begun, while nothing of the first is durable")
+        assert (await app.store.counts())["completed"] == 0
+        disk.set()
+        await eventually(done, "both are settled")
