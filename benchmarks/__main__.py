@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import load
 from benchmarks.measure import Figure, alone
 
-MEASURES = ("W1", "W1h", "W2", "W3", "W4", "W5", "W6", "W7", "kafka", "patterns", "memory")
+MEASURES = ("W1", "W1h", "W2", "W3", "W4", "W5", "W6", "W7", "busy", "kafka", "patterns", "memory")
 COLUMNS = "{:<7} {:<56} {:>12} {:>12} {:>8} {:>7} {:>7}  {}"
 Samples = dict[str, list[dict[str, float]]]
 

@@ -27,7 +27,7 @@ from benchmarks.measure import Figure
 from benchmarks.memory import resident
 from eventflow import App, flow
 from eventflow.capture import configure
-from eventflow.server import calm_collector
+from eventflow.server import tune_interpreter
 from tests.brokers import Broker, tansu
 from triggers.kafka import Kafka
 
@@ -94,7 +94,7 @@ async def reading(broker: Broker, topic: str, **options: Any) -> AsyncIterator[t
     """An App whose trigger is paused: events and runs are recorded, and no run begins."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream:
         logs = configure(stream=stream, pretty=False, capture=False)
-        calm_collector()
+        tune_interpreter()
         app = App("bench", store=f"sqlite:///{folder}/bench.db", **options)
         trigger = Kafka(topic, bootstrap_servers=broker.server, group_id="ours", name="kafka", **MEMBER)
         app.on(trigger, take)

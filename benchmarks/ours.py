@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks import load
 from eventflow import App, Event, Intake, flow, task
 from eventflow.capture import configure
-from eventflow.server import calm_collector
+from eventflow.server import tune_interpreter
 
 
 class Memory:
@@ -55,7 +55,7 @@ async def opened(flow: Any, *, store: Path | None = None, **options: Any) -> Asy
     """The App, open, in a folder of its own unless `store` says where."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream:
         logs = configure(stream=stream, pretty=False, capture=False)
-        calm_collector()  # as `eventflow serve` does; the limit loop, in the same process, has it too
+        tune_interpreter()  # as `eventflow serve` does; the limit loop, in the same process, has it too
         trigger = Memory()
         app = App("bench", store=f"sqlite:///{store or Path(folder) / 'bench.db'}", **options)
         app.on(trigger, flow)

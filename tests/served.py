@@ -48,6 +48,13 @@ async def block(seconds: float) -> str:
     time.sleep(seconds)
     return "blocked"
 
+@task
+async def compute(seconds: float) -> int:
+    end, total = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        total += sum(range(100))
+    return total
+
 @task(retries=Retry(attempts=2, delay=0.01))
 async def fail(message: str) -> None:
     raise ValueError(message)
@@ -67,13 +74,17 @@ async def blocking(seconds: float) -> str:
     return await block(seconds)
 
 @flow
+async def computing(seconds: float) -> bool:
+    return await compute(seconds) > 0
+
+@flow
 async def failing(message: str) -> None:
     await fail(message)
 
 app = App("shop")
 app.on(Webhook("/orders", verify="none", id="id"), handle, where={"total": [{"numeric": [">", 0]}]})
 app.on("thing.made", handle)
-for each in (sleepy, blocking, failing):
+for each in (sleepy, blocking, computing, failing):
     app.add(each)
 """
 
