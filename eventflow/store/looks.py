@@ -161,10 +161,10 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
     number = _exact(connection, "events", ident)
     if number is not None:
         return number
-    begun = "substr(event_id, 1, 16) = substr(?1, 1, 16)"  # what the index begins with
-    # The + keeps SQLite from writing ?1 for event_id in `begun` too, after which it would not know the index again.
-    asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND +event_id = ?1 ORDER BY id DESC LIMIT 2"
-    found = [number for (number,) in connection.execute(asked, (ident,))]
+    begun = "substr(event_id, 1, 16) = substr(?, 1, 16)"  # what the index begins with
+    # The + keeps SQLite from writing the id for event_id in `begun` too, after which it would not know the index again.
+    asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND +event_id = ? ORDER BY id DESC LIMIT 2"
+    found = [number for (number,) in connection.execute(asked, (ident, ident))]
     return _only(found, ident, "event") if found else _by_part(connection, "events", ident, "event")
 
 
