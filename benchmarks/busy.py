@@ -7,14 +7,13 @@ reason to give it up: for the request, for each statement of the commit, for the
 import asyncio
 import http.client
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import quantiles
 
 from benchmarks.measure import Figure, alone
+from benchmarks.w1h import serving
 
 FIGURES = (
     Figure(key="p50", what="webhook to its 202 while flows compute, p50", unit="ms", floor=25, goal=10,
@@ -53,20 +52,12 @@ async def eventflow(quick: bool) -> dict[str, float]:
 
 
 def answer_times(folder: Path, asked: int) -> dict[str, float]:
-    (folder / "app.py").write_text(APP)
-    tool = str(Path(sys.executable).with_name("eventflow"))
-    call = [tool, "serve", str(folder / "app.py"), "--store", f"sqlite:///{folder / 'bench.db'}", "--port", "0"]
-    with (folder / "log").open("wb") as stderr, subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr) as server:
-        try:
-            assert server.stdout is not None
-            url: str = json.loads(server.stdout.readline())["url"]
-            line = http.client.HTTPConnection(url.removeprefix("http://"))
-            for _ in range(asked):  # more than can be done while the others are asked
-                post(line, "/hooks/crunch", {"ms": CRUNCH})
-            spans = quantiles((timed(line, n) for n in range(asked)), n=100)
-            return {"p50": spans[49], "p99": spans[98]}
-        finally:
-            server.kill()
+    with serving(folder, APP) as url:
+        line = http.client.HTTPConnection(url.removeprefix("http://"))
+        for _ in range(asked):  # more than can be done while the others are asked
+            post(line, "/hooks/crunch", {"ms": CRUNCH})
+        spans = quantiles((timed(line, n) for n in range(asked)), n=100)
+        return {"p50": spans[49], "p99": spans[98]}
 
 
 def timed(line: http.client.HTTPConnection, n: int) -> float:

@@ -7,6 +7,8 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import echo, limit, load
@@ -29,24 +31,28 @@ async def eventflow(quick: bool) -> dict[str, float]:
         return {"http": await asyncio.to_thread(serve_and_load, Path(folder), 2_000 if quick else 20_000)}
 
 
-def serve_and_load(folder: Path, events: int) -> float:
-    """Runs/s from the first request to the last run settled, with the server, the load and this count in three processes."""
-    (folder / "app.py").write_text(APP)
+@contextmanager
+def serving(folder: Path, app: str) -> Iterator[str]:
+    """`eventflow serve` on this app's text, with `bench.db` in the folder; yields its URL, and kills it."""
+    (folder / "app.py").write_text(app)
     store = f"sqlite:///{folder / 'bench.db'}"
     eventflow = str(Path(sys.executable).with_name("eventflow"))
     call = [eventflow, "serve", str(folder / "app.py"), "--store", store, "--port", "0"]
-    with (folder / "log").open("wb") as stderr:
-        server = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr, text=True)
+    with (folder / "log").open("wb") as stderr, subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr) as server:
         try:
             assert server.stdout is not None
-            ready = json.loads(server.stdout.readline())
-            began = time.perf_counter()
-            echo.load_from_outside(int(ready["url"].rpartition(":")[2]), "/hooks/orders", events)
-            wait_until_settled(ready["url"], (folder / "bench.db.token").read_text().strip(), events)
-            return events / (time.perf_counter() - began)
+            yield json.loads(server.stdout.readline())["url"]
         finally:
             server.kill()
-            server.wait()
+
+
+def serve_and_load(folder: Path, events: int) -> float:
+    """Runs/s from the first request to the last run settled, with the server, the load and this count in three processes."""
+    with serving(folder, APP) as url:
+        began = time.perf_counter()
+        echo.load_from_outside(int(url.rpartition(":")[2]), "/hooks/orders", events)
+        wait_until_settled(url, (folder / "bench.db.token").read_text().strip(), events)
+        return events / (time.perf_counter() - began)
 
 
 def wait_until_settled(url: str, token: str, events: int) -> None:

@@ -415,9 +415,7 @@ class Execution:
                 timer.cancel()
         self.loop.close()
         self.here.close()
-        if not self.is_idle:  # what is left is the commit of its outcome, and others need not wait for that
-            self.is_idle = True
-            self.pool.idle(self, True)
+        self.pool.ending(self)
 
     def part(self) -> None:
         """The run has left memory: lets go of all that points back here, so that it is freed at once and the garbage collector

@@ -86,6 +86,10 @@ class Pool(Protocol):
         """Every branch waits (idle), or works again: an idle run holds no slot."""
         ...
 
+    def ending(self, execution: Any) -> None:
+        """Its flow has ended; what is left is the commit of its outcome, for which others need not wait: its slot is free."""
+        ...
+
     def settled(self, execution: Any, outcome: Outcome, reply: Settled | Refused | StoreError) -> None: ...
 
     def forget(self, run: str, claim: str | None = None) -> None:

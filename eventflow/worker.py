@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from eventflow.blobs import Blobs
@@ -62,24 +63,21 @@ class Worker:
         self.draw = random.Random(seed)
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="eventflow-task")
         self.state: Any = None
-        self.sink = sink
-        self.secret = secret
-        self.draining = False
+        self.sink, self.secret = sink, secret
+        self.draining = self._taking = False
         self.held_back = ""  # why nothing new is begun
         self.executions: dict[int, Execution] = {}
         self._concurrency = concurrency
         self._lock = threading.Lock()
         self._room = window  # what may still be taken into memory; the writer thread takes, this loop gives back
-        self._taking = False
         self._backlog = True  # the ledger holds due runs that are not in memory
         self._queues: dict[str, deque[Run]] = {}
         self._turns: deque[str] = deque()
-        self._busy = 0
+        self._busy = self._ending = 0  # runs that work; runs whose outcome is on its way to the disk
         self._in_memory: dict[str, int] = {}
         self._resuming: dict[int, tuple[Run, list[Entry]]] = {}  # their journals are being read; what is answered meanwhile
-        self._claiming = self._asked_meanwhile = False
+        self._claiming = self._asked_meanwhile = self._beginning = False
         self._due_timer: Any = None
-        self._beginning = False
         self._dirty: list[Execution] = []
         self._limits: dict[str, asyncio.Semaphore] = {}
         self._owned: set[asyncio.Task[Any]] = set()
@@ -106,8 +104,7 @@ class Worker:
 
         Interrupted runs go back to pending as they were. Returns when every run has left memory.
         """
-        self._taking = False
-        self.draining = True
+        self._taking, self.draining = False, True
         self.store.attach(None)
         self._return_unbegun()
         for execution in list(self.executions.values()):
@@ -124,13 +121,11 @@ class Worker:
         self.threads.shutdown(wait=False, cancel_futures=True)
 
     async def _wait_empty(self, limit: float) -> None:
-        try:
+        with suppress(TimeoutError):  # the caller decides what happens to those that did not end
             async with asyncio.timeout(limit):
                 while self.executions and self.store.failed is None:
                     self._empty.clear()
                     await self._empty.wait()
-        except TimeoutError:
-            pass  # The caller decides what happens to those that did not end.
 
     def _return_unbegun(self) -> None:
         for queue in self._queues.values():
@@ -140,8 +135,7 @@ class Worker:
 
     def abandon(self) -> None:
         """The store failed: nothing can be written any more. Bodies are cancelled, nothing is recorded."""
-        self._taking = False
-        self.draining = True
+        self._taking, self.draining = False, True
         for execution in list(self.executions.values()):
             execution.abandon()
         self._empty.set()
@@ -271,12 +265,10 @@ class Worker:
         """Begins queued runs while there are slots, one per flow in turn."""
         if self._beginning:
             return
-        begun = 0
-        turns = self._turns
-        while turns and self._busy < self._concurrency and not self.held_back:
+        begun, turns = 0, self._turns
+        while turns and self._has_slot():
             if begun == BEGIN:
-                self._beginning = True
-                self.loop.call_soon(self._begin_more)
+                self._begin_soon()
                 return
             flow = turns.popleft()
             queue = self._queues[flow]
@@ -287,6 +279,15 @@ class Worker:
                 turns.append(flow)
             self._begin(run)
             begun += 1
+
+    def _has_slot(self) -> bool:
+        """Besides those that work as many again may wait for their commit: on a disk that hangs memory stays bounded."""
+        return not self.held_back and self._busy < min(self._concurrency, 2 * self._concurrency - self._ending)
+
+    def _begin_soon(self) -> None:
+        if self._turns and not self._beginning:
+            self._beginning = True
+            self.loop.call_soon(self._begin_more)
 
     def _begin_more(self) -> None:
         self._beginning = False
@@ -339,7 +340,7 @@ class Worker:
         self._in_memory[run.flow] -= 1
         self._give_room(1)
         self.loop.call_soon(self._due)
-        self.loop.call_soon(self._begin_some)
+        self._begin_soon()
 
     # ----------------------------------------------------------------- what executions ask (executor.Pool)
 
@@ -363,11 +364,15 @@ class Worker:
             self._busy -= 1
             if self.draining:
                 execution.interrupt()
-            elif self._turns and not self._beginning:
-                self._beginning = True
-                self.loop.call_soon(self._begin_more)
+            else:
+                self._begin_soon()
         else:
             self._busy += 1
+
+    def ending(self, execution: Execution) -> None:
+        self._ending += 1
+        if not execution.is_idle:
+            self.idle(execution, True)
 
     def slots(self, call: Call) -> asyncio.Semaphore | None:
         bound = call.task.options.concurrency
@@ -377,15 +382,10 @@ class Worker:
 
     def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
         extensions = {**fields["extensions"], "eventflowdepth": run.depth + 1, "eventflowcause": show_id(run.id)}
-        event = Event(
-            id=ident,
-            source=f"/flows/{run.flow}",
-            type=event_type,
-            data=fields["data"],
-            subject=fields["subject"],
-            extensions=extensions,
-        )
-        return self.router.emit(event)
+        return self.router.emit(
+            Event(id=ident, source=f"/flows/{run.flow}", type=event_type, data=fields["data"], subject=fields["subject"],
+                  extensions=extensions)
+        )  # fmt: skip
 
     def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
         now = self.clock.now()
@@ -414,6 +414,7 @@ class Worker:
     def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
         run = execution.run
         self.executions.pop(run.id, None)
+        self._ending -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
         execution.part()  # first: a run that is at rest replays no more, and its last line must not say so
@@ -429,6 +430,7 @@ class Worker:
             self._claim()
         elif self.flows[run.flow].options.concurrency is not None or isinstance(outcome, Suspended):
             self._due()
+        self._begin_soon()
 
     @property
     def is_crowded(self) -> bool:
@@ -438,8 +440,8 @@ class Worker:
     @property
     def is_quiet(self) -> bool:
         """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
-        busy = self._busy or self._claiming or self._beginning or self._dirty or self._owned or any(self._queues.values())
-        return not busy and not any(each.settling or each.loop.foreign for each in self.executions.values())
+        busy = self._busy or self._ending or self._claiming or self._beginning or self._dirty or self._owned
+        return not (busy or any(self._queues.values()) or any(each.loop.foreign for each in self.executions.values()))
 
     @property
     def load(self) -> dict[str, int]:

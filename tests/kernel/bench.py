@@ -190,6 +190,9 @@ class Bench:
     def idle(self, execution: Execution, idle: bool) -> None:
         pass
 
+    def ending(self, execution: Execution) -> None:
+        pass
+
     def settled(self, execution: Execution, outcome: Outcome, reply: Any) -> None:
         raise AssertionError(f"the bench does not answer a Settle: {outcome}")
 

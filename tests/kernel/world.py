@@ -408,6 +408,9 @@ class World:
         if idle and self.draining:
             execution.interrupt()
 
+    def ending(self, execution: Execution) -> None:
+        pass  # there are no slots here
+
     def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
         assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
         parent = execution.run.parent
