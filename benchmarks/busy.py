@@ -23,7 +23,8 @@ FIGURES = (
 
 APP = """
 import time
-from eventflow import App, flow
+from eventflow import App
+from eventflow import flow
 from triggers import Webhook
 
 app = App("bench")

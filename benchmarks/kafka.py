@@ -26,8 +26,8 @@ from aiokafka import AIOKafkaConsumer
 from benchmarks.measure import Figure
 from benchmarks.memory import resident
 from eventflow import App, flow
-from eventflow.capture import configure
-from eventflow.server import tune_interpreter
+from eventflow.logs.capture import configure
+from eventflow.server.server import tune_interpreter
 from tests.brokers import Broker, tansu
 from triggers.kafka import Kafka
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks import load
 from eventflow import App, Event, Intake, flow, task
-from eventflow.capture import configure
-from eventflow.server import tune_interpreter
+from eventflow.logs.capture import configure
+from eventflow.server.server import tune_interpreter
 
 
 class Memory:

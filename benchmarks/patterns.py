@@ -12,16 +12,16 @@ from itertools import islice
 from benchmarks.measure import Figure, alone
 from benchmarks.memory import resident
 from eventflow import App, Batch, Event, count, flow
-from eventflow.clock import SystemClock, to_datetime
-from eventflow.matching import Item, State
-from eventflow.patterns import joined
-from eventflow.routing import Router
-from eventflow.run import Ids
-from eventflow.store.base import Arrival
+from eventflow.core.clock import SystemClock, to_datetime
+from eventflow.routing.pattern_machine import Item, State
+from eventflow.routing.patterns import joined
+from eventflow.routing.router import Router
+from eventflow.runs.run import Ids
+from eventflow.store.apply import deliver
 from eventflow.store.migrate import migrations
-from eventflow.store.ops import deliver
+from eventflow.store.patterns import know_patterns, weave
+from eventflow.store.protocol import Arrival
 from eventflow.store.transaction import TOTALS, Transaction
-from eventflow.store.weaving import know_patterns, weave
 from eventflow.store.windows import gathered, know_windows
 
 FIGURES = (

@@ -21,7 +21,8 @@ WRITES_BYTE_CODE = {name: value for name, value in os.environ.items() if name !=
 TIMED_IMPORT = "import time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)"
 SCRIPT = """
 import asyncio
-from eventflow import App, flow, task
+from eventflow import App
+from eventflow import flow, task
 
 @task
 async def double(n: int) -> int:

@@ -1,21 +1,22 @@
 """eventflow: events in, durable flows out.
 
-    from eventflow import App, flow, task
+    from eventflow import App
+    from eventflow import flow, task
     from triggers import Webhook
 
 The words are explained in docs/concepts.md. Importing this package starts nothing and touches nothing.
 """
 
-from eventflow import checks
 from eventflow.app import App, RunHandle
-from eventflow.checkpoint import Checkpoint, checkpoint
-from eventflow.delivery import Batch, Debounce, Each, Latest, Singleflight
-from eventflow.errors import EventflowError, NotFound, UsageError
-from eventflow.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
-from eventflow.flow import current_run, emit, flow, restart_with, sleep, timeout
-from eventflow.patterns import absent, all_of, any_of, count, part, sequence
-from eventflow.retry import Permanent, Retry, RetryAfter
-from eventflow.task import current_task, task
+from eventflow.core.errors import EventflowError, NotFound, UsageError
+from eventflow.core.retry import Permanent, Retry, RetryAfter
+from eventflow.events.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
+from eventflow.routing.delivery import Batch, Debounce, Each, Latest, Singleflight
+from eventflow.routing.patterns import absent, all_of, any_of, count, part, sequence
+from eventflow.sdk import checks
+from eventflow.sdk.checkpoint import Checkpoint, checkpoint
+from eventflow.sdk.flow import current_run, emit, flow, restart_with, sleep, timeout
+from eventflow.sdk.task import current_task, task
 
 __all__ = [
     "App",

@@ -16,20 +16,20 @@ from typing import Any
 
 import orjson
 
-from eventflow.blobs import Blobs
-from eventflow.clock import Clock, Duration, SystemClock, microseconds
-from eventflow.delivery import Delivery
-from eventflow.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
-from eventflow.event import Event, EventSink, Json, Late, Receipt, Recorded, Trigger
-from eventflow.filters import Where
-from eventflow.flow import Flow
-from eventflow.house import House, Lifespan, Plan
-from eventflow.log import Sink
-from eventflow.patterns import Pattern, joined
-from eventflow.results import decode_error, show
-from eventflow.run import Cancelled, Completed, Failed, Held, Outcome, show_id
+from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
+from eventflow.core.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
+from eventflow.events.event import Event, EventSink, Json, Late, Receipt, Recorded, Trigger
+from eventflow.logs.log import Sink
+from eventflow.routing.delivery import Delivery
+from eventflow.routing.filters import Where
+from eventflow.routing.patterns import Pattern, joined
+from eventflow.routing.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, join, outlet, subscribe
+from eventflow.runs.run import Cancelled, Completed, Failed, Held, Outcome, show_id
+from eventflow.runtime import House, Lifespan, Plan
+from eventflow.sdk.flow import Flow
+from eventflow.serialization.blobs import Blobs
+from eventflow.serialization.codecs import decode_error, show
 from eventflow.store.sqlite import SqliteStore
-from eventflow.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, join, outlet, subscribe
 
 DAY = 86_400.0
 
@@ -341,6 +341,6 @@ class App:
 
     def run(self, **options: Any) -> None:
         """Serves until SIGTERM or SIGINT, then exits the process: `eventflow serve` from a program's own main."""
-        from eventflow.server import run_app
+        from eventflow.server.server import run_app
 
         run_app(self, **options)

@@ -25,22 +25,22 @@ import pytest
 from starlette.routing import Route
 
 import eventflow
-import eventflow.errors
+import eventflow.core.errors
 import eventflow.testing
 import triggers
 from eventflow import App, Retry, checkpoint, checks, flow, task
 from eventflow.cli import cli
 from eventflow.cli.target import load_module
-from eventflow.demo.play import demo
-from eventflow.log import EVENTS
-from eventflow.server import Settings
+from eventflow.demo.scenario import demo
+from eventflow.logs.log import EVENTS
+from eventflow.sdk.task import Task
+from eventflow.server.server import Settings
 from eventflow.store.sqlite import SqliteStore
-from eventflow.task import Task
 from eventflow.testing import running
 from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import TABLE
 from tests.conftest import wait_until
-from tests.served import serving
+from tests.server_process import serving
 from triggers import S3, At, Cron, Directory, Every, Kafka, Webhook
 from triggers.signatures import HMAC, GitLab, Token
 
@@ -299,7 +299,7 @@ def logged() -> set[str]:
                 continue
             texts = [each.value for arg in node.args[:1] for each in ast.walk(arg) if isinstance(each, ast.Constant)]
             names |= {text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)}
-    return names | ({"log.dropped"} if '"log.dropped"' in (ROOT / "eventflow/output.py").read_text() else set())
+    return names | ({"log.dropped"} if '"log.dropped"' in (ROOT / "eventflow/logs/output.py").read_text() else set())
 
 
 def test_every_logged_event_is_known_and_documented():
@@ -313,7 +313,7 @@ def test_every_logged_event_is_known_and_documented():
 def test_every_error_and_exit_code_is_documented():
     """errors.md names each class of the tree, and its exit code when it has one of its own."""
     reference = page("reference/errors.md")
-    for name, error in vars(eventflow.errors).items():
+    for name, error in vars(eventflow.core.errors).items():
         if inspect.isclass(error) and issubclass(error, eventflow.EventflowError):
             row = re.search(rf"^.*\b{name}\b.*$", reference, re.MULTILINE)
             assert row is not None, name
@@ -392,9 +392,9 @@ def test_every_extra_is_documented():
         assert set(name.split(",")) <= extras.keys()
 
 
-def test_every_file_has_its_floor():
-    """docs/design.md names each file and folder of the package on its floors, and none that is not there."""
-    floors = section(page("design.md"), "The floors")
+def test_every_package_has_its_layer():
+    """docs/design.md names each file and folder of the package in its layers, and none that is not there."""
+    floors = section(page("design.md"), "Module layers")
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", floors)) - {"triggers/"}
     there = {f"{each.name}/" if each.is_dir() else each.name for each in (ROOT / "eventflow").iterdir()}
     assert named == there - {"__pycache__/", "py.typed"}

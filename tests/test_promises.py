@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, Undecodable, current_run, current_task, flow, sleep, task
-from eventflow.clock import SystemClock
-from eventflow.errors import StoreFailed, StoreFull, UsageError
-from eventflow.event import Trigger
-from eventflow.flow import Flow
-from eventflow.journal import Entry, Kind
-from eventflow.run import Completed, show_id
-from eventflow.store.base import Append, Refused, Settle
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreFailed, StoreFull, UsageError
+from eventflow.events.event import Trigger
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Completed, show_id
+from eventflow.sdk.flow import Flow
+from eventflow.store.protocol import Append, Refused, Settle
 from eventflow.store.writer import Errand
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, journal_of, running
-from eventflow.web import verbs
+from eventflow.web import actions
 from tests.conftest import eventually
 from tests.world import Ledger, image
 
@@ -109,7 +109,7 @@ async def test_p3_every_event_is_explained() -> None:
         await source.send(data={"ok": False, "n": 1}, id="filtered")
         await source.send(data={"ok": True, "n": "one"}, id="invalid")
         await source.send(Undecodable(id="dead", source="/s", body=b"\xff", error="not JSON"))
-        await verbs.pause(app, "src", True, by="test")
+        await actions.pause(app, "src", True, by="test")
         await source.send(data={"ok": True, "n": 2}, id="held")
         await app.emit("nobody.listens", id="unheard")
 
@@ -419,9 +419,9 @@ async def test_p9_nothing_fails_silently() -> None:
         letters = {row["event_id"]: row for row in await app.store.dead()}
         assert (await app.store.dead_letter(letters["bytes"]["id"]))["body"] == b"\x00\xff"
         for letter in letters.values():
-            await verbs.redrive(app, str(letter["id"]), {"data": {"n": 7}}, by="test")
+            await actions.redrive(app, str(letter["id"]), {"data": {"n": 7}}, by="test")
             with pytest.raises(UsageError, match="redriven already"):
-                await verbs.redrive(app, str(letter["id"]), {"data": {"n": 7}}, by="test")
+                await actions.redrive(app, str(letter["id"]), {"data": {"n": 7}}, by="test")
         counts = await drain(app)
         assert counts["completed"] == 5 and counts["dead"] == 0 and adds_up(counts)
 

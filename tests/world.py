@@ -14,11 +14,11 @@ from typing import Any, TypeAlias
 import orjson
 
 from eventflow import App, Permanent, current_run, current_task, emit, flow, sleep, task, timeout
-from eventflow.clock import SECOND, to_us
-from eventflow.flow import Flow
-from eventflow.run import State, show_id
+from eventflow.core.clock import SECOND, to_us
+from eventflow.runs.run import State, show_id
+from eventflow.sdk.flow import Flow
 from eventflow.testing import MemoryTrigger, VirtualClock
-from eventflow.testing.rest import come_to_rest
+from eventflow.testing.idle import come_to_rest
 
 Step: TypeAlias = list[Any]
 Plan: TypeAlias = list[Step]

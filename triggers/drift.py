@@ -16,16 +16,16 @@ from typing import Literal
 import httpx2
 import orjson
 
-from eventflow.clock import Clock
-from eventflow.cloudevents import is_json, media_type
-from eventflow.errors import UsageError
-from eventflow.event import Event, Undecodable
+from eventflow.core.clock import Clock
+from eventflow.core.errors import UsageError
+from eventflow.events.cloudevents import is_json, media_type
+from eventflow.events.event import Event, Undecodable
 from triggers._drift.generic import FIELDS
+from triggers._drift.schema import DETECTED, Bin, Drift, Finding, Window, digest_json, to_event
 from triggers._drift.senders import Broken, Handshake, Reading, read
-from triggers._drift.shape import DETECTED, Bin, Drift, Finding, Window, digest_json, to_event
 from triggers._drift.sns import may_confirm
-from triggers.endpoint import SYSTEM_CLOCK, Endpoint, Headers
-from triggers.requests import Refused, Reply
+from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers
+from triggers.http_request import Refused, Reply
 from triggers.signatures import Verify
 
 __all__ = ["Bin", "Drift", "DriftAlert", "Finding", "Window"]

@@ -17,20 +17,20 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from eventflow.clock import SECOND, Clock, Duration, SystemClock, microseconds, seconds
-from eventflow.errors import StoreFull, UsageError
-from eventflow.event import Event, Foresight, Gauge, Gauged, Intake, Json, Trigger
+from eventflow.core.clock import SECOND, Clock, Duration, SystemClock, microseconds, seconds
+from eventflow.core.errors import StoreFull, UsageError
+from eventflow.events.event import Event, Foresight, Gauge, Gauged, Intake, Json, Trigger
 from triggers._drift import arrays
 from triggers._drift.baseline import Baseline, Reference, check, make_baseline, read_rows, read_table
-from triggers._drift.desk import Desk, Doubt
+from triggers._drift.config import Setting, WindowKind
+from triggers._drift.counting_intake import Desk, Doubt
+from triggers._drift.dry_run import ByRows, ByWindows
 from triggers._drift.episodes import Rules
+from triggers._drift.evaluation import LEAST
 from triggers._drift.features import SAMPLED, Categorical, Feature, Numeric, Watched, kinds, watch
-from triggers._drift.foresight import ByRows, ByWindows
-from triggers._drift.judge import LEAST
 from triggers._drift.samples import Row, RowsOf
-from triggers._drift.setting import Setting, WindowKind
-from triggers._drift.shape import DETECTED
-from triggers.together import together
+from triggers._drift.schema import DETECTED
+from triggers.concurrency import together
 
 __all__ = ["Categorical", "DriftMonitor", "Numeric", "file_rows"]
 

@@ -12,12 +12,12 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-from eventflow.clock import Clock, SystemClock
-from eventflow.errors import UsageError
-from eventflow.event import Intake
-from triggers._files.afterwards import Delete, Move, delete, move
+from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Intake
 from triggers._files.listener import Listener, Options
 from triggers._files.names import IGNORED, Names, printable
+from triggers._files.post_actions import Delete, Move, delete, move
 
 __all__ = ["Directory", "delete", "move"]
 

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from eventflow.clock import Clock, SystemClock
-from eventflow.errors import UsageError
-from eventflow.event import Gauge, Intake
+from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Gauge, Intake
 from triggers._kafka.client import KafkaError
 from triggers._kafka.lag import gauges
 from triggers._kafka.options import OnGap, Options, Start, client_options, missing_codecs

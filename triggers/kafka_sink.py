@@ -3,7 +3,7 @@
     app.send("order.scored", KafkaSink("scored-orders", bootstrap_servers="kafka:9092"))
     app.send_dead_letters(KafkaSink("dead-orders", bootstrap_servers="kafka:9092"))
 
-The relay (eventflow/outbox.py) calls `send` with letters in the order of recording. All of them are acknowledged by all in-sync
+The relay (eventflow/sinks/dispatcher.py) calls `send` with letters in the order of recording. All of them are acknowledged by all in-sync
 replicas before it returns; the producer is idempotent, so its own retries neither repeat nor reorder. A letter may come twice
 after a crash: a consumer knows it by `ce_source` and `ce_id`. Needs the extra `kafka`.
 """
@@ -15,10 +15,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
-from eventflow.errors import UsageError
-from eventflow.event import Event, Letter, show_id
-from eventflow.redaction import SECRETS
-from eventflow.retry import Permanent
+from eventflow.core.errors import UsageError
+from eventflow.core.retry import Permanent
+from eventflow.events.event import Event, Letter, show_id
+from eventflow.logs.redaction import SECRETS
 from triggers._kafka.producer import MessageSizeTooLargeError, Producer, close, make_producer, option_names
 from triggers.signatures import Secret
 

@@ -11,9 +11,9 @@ the App subscribes to the types and the pattern that this names, and looks out f
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from eventflow.clock import Duration, in_seconds, microseconds
-from eventflow.errors import UsageError
-from eventflow.event import Late
+from eventflow.core.clock import Duration, in_seconds, microseconds
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Late
 
 STATES: Final = ("completed", "failed", "cancelled", "dead", "held")
 LATE: Final = "late"
@@ -22,7 +22,7 @@ LATE: Final = "late"
 class RunState:
     """Runs of `flow` (by name, or the flow itself; `*` matches any part) that come to one of `states`.
 
-    The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
+    The event's type is `eventflow.runs.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
     `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). Without `states`: every end.
 
     `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due to begin, whatever it does then:

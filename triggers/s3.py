@@ -15,18 +15,18 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, Literal
 
-from eventflow.clock import Clock, SystemClock
-from eventflow.errors import UsageError
-from eventflow.event import Event, Gauge, Intake
+from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Event, Gauge, Intake
 from triggers._s3.clients import Caller, Place
-from triggers._s3.desk import Desk, Options
-from triggers._s3.folders import Folders
-from triggers._s3.notices import Notice, identity, read_notices, shape
+from triggers._s3.intake import Desk, Options
+from triggers._s3.key_filter import Selection
+from triggers._s3.known_objects import Seen
+from triggers._s3.listing import Sweep
+from triggers._s3.notifications import Notice, identity, read_notices, shape
+from triggers._s3.prefixes import Folders
 from triggers._s3.queue import Queue, Tally
-from triggers._s3.seen import Seen
-from triggers._s3.selection import Selection
-from triggers._s3.sweep import Sweep
-from triggers.together import together
+from triggers.concurrency import together
 
 __all__ = ["S3", "minio_id", "minio_object"]
 

@@ -18,11 +18,11 @@ from itertools import islice, pairwise
 from typing import Any, TypedDict, Unpack, cast
 from urllib.parse import quote
 
-from eventflow.clock import SECOND, Clock, Duration, SystemClock, microseconds, to_datetime, to_us
-from eventflow.errors import StoreFull, UsageError
-from eventflow.event import Event, Gauge, Intake, Json, parse_time
+from eventflow.core.clock import SECOND, Clock, Duration, SystemClock, microseconds, to_datetime, to_us
+from eventflow.core.errors import StoreFull, UsageError
+from eventflow.events.event import Event, Gauge, Intake, Json, parse_time
 from triggers._schedule.cron import CronTimes
-from triggers._schedule.missed import Due, Misfire, Policy, due
+from triggers._schedule.misfire import Due, Misfire, Policy, due
 from triggers._schedule.times import AtTimes, EveryTimes, Times, newest, shown
 from triggers._schedule.zones import instant, zone
 

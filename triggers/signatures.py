@@ -19,8 +19,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from eventflow.errors import EmptySecret, UsageError
-from eventflow.redaction import SECRETS
+from eventflow.core.errors import EmptySecret, UsageError
+from eventflow.logs.redaction import SECRETS
 
 TOLERANCE = 300
 """Seconds a signed timestamp may be off, both ways, as Standard Webhooks asks."""

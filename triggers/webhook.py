@@ -1,7 +1,7 @@
 """Webhooks: `POST /hooks/PATH` becomes an event, and the 2xx follows the record (P1).
 
 `endpoint.py` has the request's way in, up to the verified body, and the way out. Here the body becomes events: type → JSON or
-CloudEvents (eventflow/cloudevents.py) → id → `accept` → 202. A body that a real sender signed but nobody can read is kept as a
+CloudEvents (eventflow/events/cloudevents.py) → id → `accept` → 202. A body that a real sender signed but nobody can read is kept as a
 dead letter and answered 400.
 """
 
@@ -14,12 +14,12 @@ from urllib.parse import parse_qsl
 import msgspec
 import orjson
 
-from eventflow.clock import Clock
-from eventflow.cloudevents import BATCH, is_cloudevent, is_json, media_type, parse_cloudevents, read_json
-from eventflow.errors import UsageError
-from eventflow.event import Event, Receipt
-from triggers.endpoint import SYSTEM_CLOCK, Endpoint, Headers
-from triggers.requests import Refused, Reply
+from eventflow.core.clock import Clock
+from eventflow.core.errors import UsageError
+from eventflow.events.cloudevents import BATCH, is_cloudevent, is_json, media_type, parse_cloudevents, read_json
+from eventflow.events.event import Event, Receipt
+from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers
+from triggers.http_request import Refused, Reply
 from triggers.signatures import Vendor, Verify
 
 MAX_ID = 1024

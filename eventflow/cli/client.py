@@ -19,11 +19,11 @@ import msgspec
 import orjson
 
 from eventflow.app import App
+from eventflow.cli.output import json_option
 from eventflow.cli.target import load_app
-from eventflow.cli.words import json_option
-from eventflow.errors import EventflowError, StoreCorrupt, UsageError
+from eventflow.core.errors import EventflowError, StoreCorrupt, UsageError
+from eventflow.logs.store import LogStore
 from eventflow.store import open_store
-from eventflow.store.logs import LogStore
 from eventflow.web.api import make_asgi
 
 F = TypeVar("F", bound=Callable[..., Any])

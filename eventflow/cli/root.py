@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 import click
 
-from eventflow.cli import backfilling, doing, looking, running, storing
+from eventflow.cli import actions, backfill, inspect, serve, store
 from eventflow.cli.client import Refusal
-from eventflow.cli.words import fail
-from eventflow.errors import EventflowError
+from eventflow.cli.output import fail
+from eventflow.core.errors import EventflowError
 
 
 class Commands(click.Group):
@@ -31,7 +31,7 @@ def cli() -> None:
     """Events in, durable flows out."""
 
 
-for command in (*running.COMMANDS, *looking.COMMANDS, *doing.COMMANDS, *backfilling.COMMANDS, *storing.COMMANDS):
+for command in (*serve.COMMANDS, *inspect.COMMANDS, *actions.COMMANDS, *backfill.COMMANDS, *store.COMMANDS):
     cli.add_command(command)
 
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from dotenv import load_dotenv
 
 from eventflow.app import App
-from eventflow.errors import AppNotFound, EventflowError
-from eventflow.flow import Flow
-from eventflow.task import Task
+from eventflow.core.errors import AppNotFound, EventflowError
+from eventflow.sdk.flow import Flow
+from eventflow.sdk.task import Task
 
 T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
 

@@ -9,9 +9,9 @@ from typing import Final
 
 import click
 
-from eventflow.clock import SystemClock, to_datetime
-from eventflow.errors import UsageError
-from eventflow.event import parse_time
+from eventflow.core.clock import SystemClock, to_datetime
+from eventflow.core.errors import UsageError
+from eventflow.events.event import parse_time
 
 _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 _AGO: Final = re.compile("".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items()))

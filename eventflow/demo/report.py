@@ -10,7 +10,7 @@ from typing import TextIO
 
 import click
 
-from eventflow.clock import SECOND, Clock
+from eventflow.core.clock import SECOND, Clock
 
 COLOURS = {
     "ready": "green",

@@ -6,8 +6,8 @@
 import os
 from typing import Any
 
-from eventflow.clock import Clock
-from eventflow.errors import UsageError
+from eventflow.core.clock import Clock
+from eventflow.core.errors import UsageError
 from eventflow.store.sqlite import SqliteStore
 
 

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
-from eventflow.clock import Clock
+from eventflow.core.clock import Clock
 from eventflow.store import rows
+from eventflow.store.change_log import WEIGHED, Move
 from eventflow.store.load import corrupt
-from eventflow.store.moves import WEIGHED, Move
 from eventflow.store.readers import dicts
 from eventflow.store.transaction import COLUMN
 

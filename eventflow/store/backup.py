@@ -8,8 +8,8 @@ import os
 import sqlite3
 from collections.abc import Callable
 
-from eventflow.errors import UsageError
-from eventflow.store.guard import sync_folder
+from eventflow.core.errors import UsageError
+from eventflow.store.file_guards import sync_folder
 
 _PAGES = 512
 """Between two commits, 2 MiB: a few milliseconds of somebody's wait."""

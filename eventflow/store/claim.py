@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import msgspec
 import orjson
 
-from eventflow.run import Run, State
-from eventflow.store.base import Claim, Claimed
+from eventflow.runs.run import Run, State
+from eventflow.store.patterns import next_due, wake
+from eventflow.store.protocol import Claim, Claimed
 from eventflow.store.rows import NEVER
 from eventflow.store.transaction import Transaction
-from eventflow.store.weaving import next_due, wake
 
 _CLAIMABLE = "state < 4 AND blocked = 0 AND state"
 

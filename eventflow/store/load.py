@@ -4,9 +4,9 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from eventflow.errors import StoreCorrupt
-from eventflow.journal import Entry, Kind
-from eventflow.run import Run, State, show_id
+from eventflow.core.errors import StoreCorrupt
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Run, State, show_id
 from eventflow.store import rows
 
 _RUNS = """

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Sequence
 from importlib import resources
 
-from eventflow.errors import StoreError
+from eventflow.core.errors import StoreError
 from eventflow.store.backup import back_up
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import orjson
 
-from eventflow.errors import caught
-from eventflow.event import Event, Letter
-from eventflow.log import get_logger
-from eventflow.run import show_id
+from eventflow.core.errors import caught
+from eventflow.events.event import Event, Letter
+from eventflow.logs.log import get_logger
+from eventflow.runs.run import show_id
 from eventflow.store import rows
 from eventflow.store.transaction import Transaction
 

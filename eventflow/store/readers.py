@@ -13,8 +13,8 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from eventflow.clock import Clock
-from eventflow.errors import StoreError
+from eventflow.core.clock import Clock
+from eventflow.core.errors import StoreError
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ stay, however old.
 import sqlite3
 from collections.abc import Sequence
 
-from eventflow.run import State
+from eventflow.runs.run import State
 from eventflow.store.transaction import Transaction
 
 _ENTRIES = 20_000

@@ -13,9 +13,9 @@ from zlib import crc32
 
 import msgspec
 
-from eventflow.journal import Entry
-from eventflow.run import Run, State
-from eventflow.store.base import Arrival
+from eventflow.runs.journal import Entry
+from eventflow.runs.run import Run, State
+from eventflow.store.protocol import Arrival
 
 NEVER = (1 << 63) - 1
 """`due_at` of a run that waits for something else than time."""

@@ -1,8 +1,8 @@
 """The ledger in one SQLite file: the verbs of base.py.
 
 `open` takes the lock, proves the file, migrates and recovers; then one thread writes (writer.py) and two read (readers.py).
-The hot path posts; the doors await. Where a verb is decided: ops.py (record, append, mark, settle), claim.py, doors.py,
-looks.py (lists), retention.py. Everything here is about putting these together, nothing decides.
+The hot path posts; the doors await. Where a verb is decided: ops.py (record, append, mark, settle), claim.py, admin.py,
+queries.py (lists), retention.py. Everything here is about putting these together, nothing decides.
 """
 
 import asyncio
@@ -11,22 +11,22 @@ import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from eventflow.clock import Clock
-from eventflow.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
-from eventflow.event import Json, Letter, Receipt
-from eventflow.journal import Entry
-from eventflow.log import get_logger
-from eventflow.run import Run, State
-from eventflow.store import audit, doors, late, looks, outbox, retention
+from eventflow.core.clock import Clock
+from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
+from eventflow.events.event import Json, Letter, Receipt
+from eventflow.logs.log import get_logger
+from eventflow.runs.journal import Entry
+from eventflow.runs.run import Run, State
+from eventflow.store import admin, audit, late_runs, outbox, queries, retention
 from eventflow.store.audit import SLICE, Audit
 from eventflow.store.backup import back_up
-from eventflow.store.base import Arrival, Handover, Herald, Op, Outbound, Record
-from eventflow.store.guard import HighWater, Lock, Space, holder_of, sync_folder
+from eventflow.store.change_log import Moves
+from eventflow.store.file_guards import HighWater, Lock, Space, holder_of, sync_folder
 from eventflow.store.load import load_bodies, load_journal
 from eventflow.store.migrate import migrate, migrations
-from eventflow.store.moves import Moves
+from eventflow.store.protocol import Arrival, Handover, Herald, Op, Outbound, Record
 from eventflow.store.readers import BUDGET, Readers, last_batch
-from eventflow.store.telling import Lateness
+from eventflow.store.run_events import Lateness
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import Call, Errand, Item, Writer
 
@@ -130,7 +130,7 @@ class SqliteStore:
         if (herald := self._herald) is not None:
             herald.raise_floor(self.last_id)
             writer.herald = herald
-        writer.apply(doors.recover)
+        writer.apply(admin.recover)
         sync_folder(self.path)
         self._space.load()
         self._readers = Readers(self.path, self._clock)
@@ -247,7 +247,7 @@ class SqliteStore:
         return await self._do(Record(arrivals, trigger, cursor))
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
-        return await self._look(looks.cursor, trigger, budget=NEEDED)
+        return await self._look(queries.cursor, trigger, budget=NEEDED)
 
     async def load(self, run: int) -> list[Entry]:
         return await self._look(load_journal, run, budget=NEEDED)
@@ -265,33 +265,33 @@ class SqliteStore:
         return await self._look(outbox.depths)
 
     async def late(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> Lateness:
-        return await self._look(late.look, wanted, now, budget=LOOKOUT)
+        return await self._look(late_runs.look, wanted, now, budget=LOOKOUT)
 
     async def tell_late(self, runs: Sequence[int], after: int) -> int:
-        return await self._call(late.tell, runs, after)
+        return await self._call(late_runs.tell, runs, after)
 
     # ------------------------------------------------------------------- doors
 
     async def retry(self, run: int, *, fresh: bool = False) -> Run:
-        retried = cast(Run, await self._call(doors.retry, run, fresh=fresh))
+        retried = cast(Run, await self._call(admin.retry, run, fresh=fresh))
         if (lookout := self._open_writer().lookout) is not None:
             lookout(True)
         return retried
 
     async def cancel(self, run: int, reason: str) -> State:
-        return await self._call(doors.cancel, run, reason)
+        return await self._call(admin.cancel, run, reason)
 
     async def hold(self, trigger: str, paused: bool) -> None:
-        await self._call(doors.hold, trigger, paused)
+        await self._call(admin.hold, trigger, paused)
 
     async def paused(self) -> set[str]:
-        return await self._look(looks.paused)
+        return await self._look(queries.paused)
 
     async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
-        return await self._call(doors.redrive, dead, arrival)
+        return await self._call(admin.redrive, dead, arrival)
 
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
-        return await self._call(doors.replay, event, arrival)
+        return await self._call(admin.replay, event, arrival)
 
     async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
         removed = await self._call(
@@ -345,44 +345,44 @@ class SqliteStore:
 
     async def blob_references(self) -> set[str]:
         """The blobs that a journal entry or a result names."""
-        return await self._look(looks.blob_references, budget=60.0)
+        return await self._look(queries.blob_references, budget=60.0)
 
     # ------------------------------------------------------------------- looking
 
     async def counts(self) -> dict[str, int]:
         totals = self._open_writer().totals
-        return {name: totals[name] for name in looks.COUNTS}
+        return {name: totals[name] for name in queries.COUNTS}
 
     async def events(
         self, *, trigger: str | None = None, type: str | None = None, since: int | None = None, until: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(looks.events, trigger=trigger, type=type, since=since, until=until, limit=limit, after=after)
+        return await self._look(queries.events, trigger=trigger, type=type, since=since, until=until, limit=limit, after=after)
 
     async def past(
         self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
     ) -> tuple[list[dict[str, Any]], int | None]:
         return await self._look(
-            looks.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
+            queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
         )  # fmt: skip
 
     async def event(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(looks.event, ident)
+        return await self._look(queries.event, ident)
 
     async def runs(
         self, *, event: int | None = None, flow: str | None = None, state: State | None = None, parent: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(looks.runs, event=event, flow=flow, state=state, parent=parent, limit=limit, after=after)
+        return await self._look(queries.runs, event=event, flow=flow, state=state, parent=parent, limit=limit, after=after)
 
     async def run(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(looks.run, ident)
+        return await self._look(queries.run, ident)
 
     async def dead(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
-        return await self._look(looks.dead, limit=limit, after=after)
+        return await self._look(queries.dead, limit=limit, after=after)
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(looks.dead_letter, ident)
+        return await self._look(queries.dead_letter, ident)
 
 
 def _why_not(path: str, error: sqlite3.Error) -> StoreError:

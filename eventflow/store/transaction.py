@@ -10,13 +10,13 @@ from typing import Any
 
 import msgspec
 
-from eventflow.errors import NotFound
-from eventflow.event import Json
-from eventflow.journal import Entry
-from eventflow.run import Run, State, show_id
+from eventflow.core.errors import NotFound
+from eventflow.events.event import Json
+from eventflow.runs.journal import Entry
+from eventflow.runs.run import Run, State, show_id
 from eventflow.store import rows
-from eventflow.store.base import Arrival, Handover, Herald, Match
 from eventflow.store.load import load_runs
+from eventflow.store.protocol import Arrival, Handover, Herald, Match
 from eventflow.store.rows import NEVER, Known, Row, Values, WindowRow
 
 TOTALS = (

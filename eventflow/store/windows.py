@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 import msgspec
 import orjson
 
-from eventflow.run import Run, State
+from eventflow.runs.run import Run, State
 from eventflow.store import rows
-from eventflow.store.base import Arrival, Gather, Match
+from eventflow.store.protocol import Arrival, Gather, Match
 from eventflow.store.rows import Row, WindowRow
 from eventflow.store.transaction import Transaction
 

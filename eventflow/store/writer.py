@@ -15,12 +15,12 @@ from typing import Any
 
 import msgspec
 
-from eventflow.clock import Clock
-from eventflow.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.base import Claim, Handover, Herald, Op, Outbound, Record
+from eventflow.core.clock import Clock
+from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
+from eventflow.store.apply import announce, apply, prefetch
 from eventflow.store.claim import claim
-from eventflow.store.guard import HighWater, Space, holder_of
-from eventflow.store.ops import announce, apply, prefetch
+from eventflow.store.file_guards import HighWater, Space, holder_of
+from eventflow.store.protocol import Claim, Handover, Herald, Op, Outbound, Record
 from eventflow.store.rows import NEVER, Row
 from eventflow.store.transaction import TOTALS, Transaction
 

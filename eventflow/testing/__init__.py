@@ -15,8 +15,8 @@ Called by tests only; nothing in eventflow imports it. Works with any test runne
 
 from eventflow.testing.apps import MemoryTrigger, running
 from eventflow.testing.clock import VirtualClock
-from eventflow.testing.draining import drain, result_of
-from eventflow.testing.recorded import Step, events_of, journal_of
-from eventflow.testing.rest import Stuck
+from eventflow.testing.drain import drain, result_of
+from eventflow.testing.idle import Stuck
+from eventflow.testing.journal import Step, events_of, journal_of
 
 __all__ = ["MemoryTrigger", "Step", "Stuck", "VirtualClock", "drain", "events_of", "journal_of", "result_of", "running"]

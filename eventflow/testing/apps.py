@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from eventflow.app import App
-from eventflow.capture import configure
-from eventflow.clock import Clock
-from eventflow.errors import UsageError
-from eventflow.event import Event, Intake, Json, Receipt, Trigger, Undecodable
-from eventflow.log import Line
+from eventflow.core.clock import Clock
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Event, Intake, Json, Receipt, Trigger, Undecodable
+from eventflow.logs.capture import configure
+from eventflow.logs.log import Line
 from eventflow.testing.clock import VirtualClock
-from eventflow.testing.rest import Deadline
+from eventflow.testing.idle import Deadline
 
 OPEN_WITHIN = 10.0
 """Real seconds that `MemoryTrigger.send` waits for the app to listen."""

@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from itertools import count
 
 from eventflow.app import App
-from eventflow.clock import SECOND, Duration, Timer, microseconds, to_datetime, to_us
-from eventflow.testing.rest import come_to_rest
+from eventflow.core.clock import SECOND, Duration, Timer, microseconds, to_datetime, to_us
+from eventflow.testing.idle import come_to_rest
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 

@@ -1,6 +1,6 @@
 """The doors over HTTP: the triggers' own routes, and the JSON API under `/api`.
 
-    request ─► Guard (auth.py) ─► a handler here ─► App / store / verbs.py ─► show.py ─► JSON
+    request ─► Guard (auth.py) ─► a handler here ─► App / store / actions.py ─► serializers.py ─► JSON
 
 `App.asgi()` and server.py call `make_asgi`. A 2xx for an event or a run follows its record (P1). Lists are newest first, at
 most 1,000 rows, `{"KIND": [...], "next": id to give as after= for the next page, or null}`. Errors are `{"error", "detail"}`.
@@ -22,19 +22,19 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
-from eventflow.cloudevents import BATCH, is_cloudevent, media_type, parse_cloudevents
-from eventflow.errors import StoreFull
-from eventflow.event import Receipt
-from eventflow.run import State, parse_id, show_id
-from eventflow.store.keys import secret_beside
-from eventflow.store.logs import LogStore
-from eventflow.web import show, verbs
+from eventflow.core.errors import StoreFull
+from eventflow.events.cloudevents import BATCH, is_cloudevent, media_type, parse_cloudevents
+from eventflow.events.event import Receipt
+from eventflow.logs.store import LogStore
+from eventflow.runs.run import State, parse_id, show_id
+from eventflow.store.key_files import secret_beside
+from eventflow.web import actions, serializers
 from eventflow.web.auth import Guard
 from eventflow.web.backfill import Backfill
-from eventflow.web.foresee import Foresee
+from eventflow.web.dry_run import Foresee
 from eventflow.web.metrics import render
 from eventflow.web.openapi import describe_api
-from eventflow.web.replies import (
+from eventflow.web.responses import (
     MAX_BATCH,
     MAX_BODY,
     Json,
@@ -221,18 +221,18 @@ class Api:
             trigger=asked.get("trigger"), type=asked.get("type"), since=instant(request, "since"),
             until=instant(request, "until"), limit=_limit(request), after=_after(request),
         )  # fmt: skip
-        return Json(_page("events", [show.event(row) for row in rows], _limit(request)))
+        return Json(_page("events", [serializers.event(row) for row in rows], _limit(request)))
 
     async def event(self, request: Request) -> Response:
-        return Json(show.event_whole(await self._open().store.event(request.path_params["id"])))
+        return Json(serializers.event_whole(await self._open().store.event(request.path_params["id"])))
 
     async def replay(self, request: Request) -> Response:
         """`{"to": subscription or flow, "own": bool, "dry_run": bool}`, all optional."""
         asked = await read_object(request)
         dry, own = bool(asked.get("dry_run", False)), bool(asked.get("own", False))
         ident, to = request.path_params["id"], _text(asked, "to")
-        number, verdicts = await verbs.replay(self._open(), ident, to, dry=dry, own=own, by=_by(request))
-        said = [(show.foreseen_verdict if dry else show.new_verdict)(each) for each in verdicts]
+        number, verdicts = await actions.replay(self._open(), ident, to, dry=dry, own=own, by=_by(request))
+        said = [(serializers.foreseen_verdict if dry else serializers.new_verdict)(each) for each in verdicts]
         return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
 
     # ----------------------------------------------------------------- runs
@@ -257,13 +257,13 @@ class Api:
             parent=(await store.run(parent))["id"] if parent else None,
             flow=asked.get("flow"), state=_state(asked.get("state")), limit=_limit(request), after=_after(request),
         )  # fmt: skip
-        return Json(_page("runs", [show.run(row, app.house.worker.held_back) for row in rows], _limit(request)))
+        return Json(_page("runs", [serializers.run(row, app.house.worker.held_back) for row in rows], _limit(request)))
 
     async def run(self, request: Request) -> Response:
         app = self._open()
         row = await app.store.run(request.path_params["id"])
         journal = await app.store.load(row["id"])
-        return Json(await asyncio.to_thread(show.run_whole, row, journal, app.blobs.fetch))
+        return Json(await asyncio.to_thread(serializers.run_whole, row, journal, app.blobs.fetch))
 
     async def logs(self, request: Request) -> Response:
         """`?after=SEQ&limit=N`: lines in order; `settled` says that no more will come."""
@@ -272,19 +272,19 @@ class Api:
         after, limit = whole_number(request, "after", 0), _limit(request)
         lines = await sink.read(row["id"], after, limit) if isinstance(sink, LogStore) else []
         settled = not State[row["state"].upper()].live
-        return Json({"run": show_id(row["id"]), "settled": settled, "lines": [show.line(line) for line in lines]})
+        return Json({"run": show_id(row["id"]), "settled": settled, "lines": [serializers.line(line) for line in lines]})
 
     async def retry(self, request: Request) -> Response:
         """`{"fresh": true}` drops what was recorded; by default values stay, errors are forgiven."""
         asked = await read_object(request)
         fresh = bool(asked.get("fresh", False))
-        number = await verbs.retry(self._open(), request.path_params["id"], fresh=fresh, by=_by(request))
+        number = await actions.retry(self._open(), request.path_params["id"], fresh=fresh, by=_by(request))
         return Json({"id": show_id(number), "state": "pending"}, 202)
 
     async def cancel(self, request: Request) -> Response:
         asked = await read_object(request)
         reason = _text(asked, "reason") or "cancelled by an operator"
-        number, before = await verbs.cancel(self._open(), request.path_params["id"], reason, by=_by(request))
+        number, before = await actions.cancel(self._open(), request.path_params["id"], reason, by=_by(request))
         state = "cancelling" if before is State.RUNNING else "cancelled"
         return Json({"id": show_id(number), "state": state, "was": before.word}, 202)
 
@@ -292,16 +292,18 @@ class Api:
 
     async def dead(self, request: Request) -> Response:
         rows = await self._open().store.dead(limit=_limit(request), after=whole_number(request, "after", None))
-        return Json(_page("dead", [show.dead(row) for row in rows], _limit(request)))
+        return Json(_page("dead", [serializers.dead(row) for row in rows], _limit(request)))
 
     async def dead_letter(self, request: Request) -> Response:
         row = await self._open().store.dead_letter(request.path_params["id"])
-        return Json({**show.dead(row), "body": show.body(row["body"]), "headers": show.body(row["headers"])})
+        return Json(
+            {**serializers.dead(row), "body": serializers.body(row["body"]), "headers": serializers.body(row["headers"])}
+        )
 
     async def redrive(self, request: Request) -> Response:
         mended = await read_object(request)
-        receipt, verdicts = await verbs.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
-        return Json({"event": receipt.shown, "verdicts": [show.new_verdict(each) for each in verdicts]}, 202)
+        receipt, verdicts = await actions.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
+        return Json({"event": receipt.shown, "verdicts": [serializers.new_verdict(each) for each in verdicts]}, 202)
 
     # ----------------------------------------------------------------- flows, triggers, counts
 
@@ -314,13 +316,13 @@ class Api:
         app = self._open()
         paused = await app.store.paused()
         facts = {name: msgspec.structs.asdict(each) for name, each in app.house.reactor.health.items()}
-        rows = [show.health(name, {**fact, "paused": name in paused}) for name, fact in facts.items()]
-        own = {trigger.name: show.source(trigger) for trigger in app.triggers}
+        rows = [serializers.health(name, {**fact, "paused": name in paused}) for name, fact in facts.items()]
+        own = {trigger.name: serializers.source(trigger) for trigger in app.triggers}
         return Json({"triggers": [{**row, **own[row["name"]]} for row in rows]})
 
     async def outlets(self, _: Request) -> Response:
         app = self._open()
-        return Json({"outlets": show.outlets(app.house.relay.health, await app.store.outbox_depths())})
+        return Json({"outlets": serializers.outlets(app.house.relay.health, await app.store.outbox_depths())})
 
     async def pause(self, request: Request) -> Response:
         return await self._hold(request, True)
@@ -330,7 +332,7 @@ class Api:
 
     async def _hold(self, request: Request, paused: bool) -> Response:
         name = request.path_params["name"]
-        await verbs.pause(self._open(), name, paused, by=_by(request))
+        await actions.pause(self._open(), name, paused, by=_by(request))
         return Json({"name": name, "paused": paused})
 
     async def counts(self, _: Request) -> Response:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from eventflow.web.replies import problem, unavailable
+from eventflow.web.responses import problem, unavailable
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/healthz", "/readyz")

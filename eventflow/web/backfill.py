@@ -19,12 +19,12 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from eventflow.clock import to_datetime
-from eventflow.errors import NotFound, UsageError
-from eventflow.event import Event, Scheduled, parse_time, show_id
-from eventflow.log import get_logger
-from eventflow.web import show
-from eventflow.web.replies import Json, read_object, refuse
+from eventflow.core.clock import to_datetime
+from eventflow.core.errors import NotFound, UsageError
+from eventflow.events.event import Event, Scheduled, parse_time, show_id
+from eventflow.logs.log import get_logger
+from eventflow.web import serializers
+from eventflow.web.responses import Json, read_object, refuse
 from eventflow.web.served import Served
 
 MOST = 1000
@@ -97,7 +97,7 @@ async def _fill(app: Served, trigger: str, at: datetime, event: Event, names: Se
         arrival = app.house.router.arrive(trigger, event, ledger_id=known["id"] if known else None, only=name)
         if dry:
             runs = {run.id: {"state": run.state.word} for run in arrival.runs}
-            told += [{**show.verdict(said, runs), "known": False} for said in orjson.loads(arrival.verdicts)]
+            told += [{**serializers.verdict(said, runs), "known": False} for said in orjson.loads(arrival.verdicts)]
             continue
         if known is None:
             await app.house.reactor.record([arrival], trigger)
@@ -115,7 +115,7 @@ def _said(known: dict[str, Any] | None, subscription: str) -> list[dict[str, Any
     if known is None:
         return []
     runs = {run["id"]: run for run in known["runs"]}
-    return [show.verdict(said, runs) for said in known["verdicts"] if said[0] == subscription]
+    return [serializers.verdict(said, runs) for said in known["verdicts"] if said[0] == subscription]
 
 
 async def _known(app: Served, trigger: str, event: Event) -> dict[str, Any] | None:

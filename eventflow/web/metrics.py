@@ -12,8 +12,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import CollectorRegistry
 
-from eventflow.clock import SECOND, Clock
-from eventflow.event import Gauged
+from eventflow.core.clock import SECOND, Clock
+from eventflow.events.event import Gauged
 from eventflow.web.served import Served
 
 STATES = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")

@@ -10,15 +10,15 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from eventflow.blobs import Blobs
-from eventflow.clock import Clock
-from eventflow.event import Event, Receipt, Trigger
-from eventflow.flow import Flow
-from eventflow.log import Sink
-from eventflow.routing import Router
-from eventflow.store.base import Arrival
+from eventflow.core.clock import Clock
+from eventflow.events.event import Event, Receipt, Trigger
+from eventflow.logs.log import Sink
+from eventflow.routing.router import Router
+from eventflow.routing.subscriptions import Subscription
+from eventflow.sdk.flow import Flow
+from eventflow.serialization.blobs import Blobs
+from eventflow.store.protocol import Arrival
 from eventflow.store.sqlite import SqliteStore
-from eventflow.subscriptions import Subscription
 
 T = TypeVar("T")
 

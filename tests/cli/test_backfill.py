@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 
 from tests.conftest import DEADLINE, wait_until
-from tests.served import Served, command, environment, eventflow, serving
+from tests.server_process import Served, command, environment, eventflow, serving
 
 APP = """
 import asyncio
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from eventflow import App, flow, task
+from eventflow import App
+from eventflow import flow, task
 from triggers import Cron, Every, Webhook
 
 DIARY = Path(__file__).with_name("diary.txt")

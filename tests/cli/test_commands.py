@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.served import SHOP, Served, command, environment, eventflow, serving, start
+from tests.server_process import SHOP, Served, command, environment, eventflow, serving, start
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.served import ROOT, eventflow
+from tests.server_process import ROOT, eventflow
 
 APP = "from eventflow import App, flow, task\n"
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from eventflow.clock import SystemClock
-from eventflow.journal import Kind
-from eventflow.run import State, show_id
+from eventflow.core.clock import SystemClock
+from eventflow.runs.journal import Kind
+from eventflow.runs.run import State, show_id
 from eventflow.store.sqlite import SqliteStore
 from tests.crash.app import expected
 

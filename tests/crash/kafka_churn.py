@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eventflow import App
-from eventflow.event import Intake
+from eventflow.events.event import Intake
 from tests.brokers import Broker, tansu
 from tests.conftest import eventually
 from tests.crash.kafka_loop import PARTITIONS, Producer, look

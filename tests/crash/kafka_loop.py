@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from eventflow.clock import SystemClock
+from eventflow.core.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
 from tests.brokers import Broker, noida, tansu
 from tests.crash.kafka_victim import GROUP, SEAMS

@@ -28,7 +28,7 @@ from typing import Any
 from tests.aws import Aws, Bucket, Queue, serving
 from tests.crash.verdict import a_seed, verdict
 from tests.crash.victim import HERE, Server
-from tests.faulty import Proxy, proxied
+from tests.faults import Proxy, proxied
 
 PAUSE = 0.03
 """Seconds between two puts of a writer, at most."""

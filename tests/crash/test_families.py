@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from eventflow.journal import Entry, Kind
+from eventflow.runs.journal import Entry, Kind
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually, wait_until
 from tests.crash.gates import app

@@ -11,11 +11,12 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.served import Served, serving
+from tests.server_process import Served, serving
 
 APP = """
 import eventflow
-from eventflow import App, flow
+from eventflow import App
+from eventflow import flow
 from triggers import RunState
 
 @flow

@@ -10,10 +10,11 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.served import Served, serving
+from tests.server_process import Served, serving
 
 APP = """
-from eventflow import App, Event, absent, all_of, count, flow
+from eventflow import App, Event, absent, all_of, count
+from eventflow import flow
 
 @flow
 async def pair(events: list[Event]) -> list[str]:

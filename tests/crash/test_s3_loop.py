@@ -9,7 +9,7 @@ from tests.aws import Aws, Bucket, ministack
 from tests.conftest import wait_until
 from tests.crash.s3_loop import Loop
 from tests.crash.victim import HERE, Server
-from tests.faulty import action, proxied
+from tests.faults import action, proxied
 
 __all__ = ["ministack"]
 

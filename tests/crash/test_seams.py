@@ -20,7 +20,7 @@ from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import Lost, Server
-from tests.served import Served, serving
+from tests.server_process import Served, serving
 
 # --------------------------------------------------------------------------- before the commit
 
@@ -194,7 +194,8 @@ def test_p2_k14_a_kill_right_after_the_end(lives: Lives):
 MAKER = """
 import asyncio
 from pathlib import Path
-from eventflow import App, emit, flow
+from eventflow import App, emit
+from eventflow import flow
 
 class Notebook:
     name = "notebook"

@@ -9,11 +9,11 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from eventflow.clock import SystemClock
-from eventflow.event import Json
-from eventflow.journal import Entry, Kind
-from eventflow.run import Completed, Ids, Outcome, Run
-from eventflow.store.base import Append, Arrival, Claim, Claimed, Mark, Op, Record, Settle
+from eventflow.core.clock import SystemClock
+from eventflow.events.event import Json
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Completed, Ids, Outcome, Run
+from eventflow.store.protocol import Append, Arrival, Claim, Claimed, Mark, Op, Record, Settle
 from eventflow.store.sqlite import SqliteStore
 
 SECOND = 1_000_000

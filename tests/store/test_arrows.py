@@ -2,10 +2,10 @@
 
 import pytest
 
-from eventflow.errors import UsageError
-from eventflow.journal import Entry, Kind
-from eventflow.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, State, Suspended
-from eventflow.store.base import Append, Appended, Mark, Refused, Settle, Settled
+from eventflow.core.errors import UsageError
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, State, Suspended
+from eventflow.store.protocol import Append, Appended, Mark, Refused, Settle, Settled
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
 pytestmark = pytest.mark.anyio

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, count, flow
-from eventflow.run import Completed, Failed, State, show_id
+from eventflow.runs.run import Completed, Failed, State, show_id
 from eventflow.store import audit
 from tests.conftest import eventually
 from tests.store.ledger import Hand, Ledger, value

@@ -2,9 +2,9 @@
 
 import pytest
 
-from eventflow.run import Completed, Failed, Held, Run, Suspended
-from eventflow.store.base import Claim, Claimed
+from eventflow.runs.run import Completed, Failed, Held, Run, Suspended
 from eventflow.store.claim import look
+from eventflow.store.protocol import Claim, Claimed
 from tests.store.ledger import SECOND, Ledger, Reopen
 
 pytestmark = pytest.mark.anyio

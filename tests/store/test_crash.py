@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 
-from eventflow.clock import SystemClock
+from eventflow.core.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
 
 WORK = """
 import asyncio, hashlib, os, resource, sys
-from eventflow.clock import SystemClock
-from eventflow.errors import StoreError
-from eventflow.journal import Entry, Kind
-from eventflow.run import Completed, Ids, Run
-from eventflow.store.base import Append, Arrival, Settle, Settled
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreError
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Completed, Ids, Run
+from eventflow.store.protocol import Append, Arrival, Settle, Settled
 from eventflow.store.sqlite import SqliteStore
 
 path, life, options = sys.argv[1], sys.argv[2], eval(sys.argv[3])
@@ -200,7 +200,7 @@ def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
     before = opened(path)
     counts = asyncio.run(before.counts())
     before.close()
-    code = "import sys\nfrom eventflow.clock import SystemClock\nfrom eventflow.store.sqlite import SqliteStore\n"
+    code = "import sys\nfrom eventflow.core.clock import SystemClock\nfrom eventflow.store.sqlite import SqliteStore\n"
     code += "print(1, flush=True)\nSqliteStore(sys.argv[1], clock=SystemClock()).open()\nprint(2, flush=True)\nsys.stdin.read()"
     draw = random.Random(3)
     for _ in range(8):

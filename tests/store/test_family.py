@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from eventflow.errors import UsageError
-from eventflow.journal import Entry, Kind
-from eventflow.run import Completed, Failed, Run, State, Suspended
-from eventflow.store.base import Append, Appended, Settle, Settled
+from eventflow.core.errors import UsageError
+from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.run import Completed, Failed, Run, State, Suspended
+from eventflow.store.protocol import Append, Appended, Settle, Settled
 from tests.store.ledger import Hand, Ledger, Reopen, error, value
 
 pytestmark = pytest.mark.anyio

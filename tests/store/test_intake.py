@@ -2,9 +2,9 @@
 
 import pytest
 
-from eventflow.errors import StoreError
-from eventflow.event import Receipt
-from eventflow.store.base import Arrival, Record
+from eventflow.core.errors import StoreError
+from eventflow.events.event import Receipt
+from eventflow.store.protocol import Arrival, Record
 from tests.store.ledger import Ledger, Reopen
 
 pytestmark = pytest.mark.anyio

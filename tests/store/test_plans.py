@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from eventflow import App, Batch, Event, absent, count, emit, flow, sleep
-from eventflow.event import Letter
-from eventflow.run import Failed, State, Suspended
-from eventflow.store import looks, rows
+from eventflow.events.event import Letter
+from eventflow.runs.run import Failed, State, Suspended
+from eventflow.store import queries, rows
 from eventflow.store.migrate import migrations
 from eventflow.store.readers import BUDGET
 from eventflow.store.sqlite import SqliteStore
@@ -222,7 +222,7 @@ def test_lists_of_runs_are_read_from_an_index(empty: sqlite3.Connection, state: 
     Only the newest of all, or of those that completed, are read in order until the page is full."""
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
-    looks.runs(empty, state=state, **asked)
+    queries.runs(empty, state=state, **asked)
     empty.set_trace_callback(None)
     steps = {step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}") if not step.endswith(PARTS)}
     in_order = state in (None, State.COMPLETED) and not asked.keys() & {"flow", "parent", "event"}
@@ -234,7 +234,7 @@ def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connect
     """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those minutes."""
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
-    looks.events(empty, trigger=None, type="rare", since=1_800_000_000 * SECOND, until=None, limit=5, after=None)
+    queries.events(empty, trigger=None, type="rare", since=1_800_000_000 * SECOND, until=None, limit=5, after=None)
     empty.set_trace_callback(None)
     steps = [step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")]
     assert "SEARCH events USING COVERING INDEX events_scan (id>?)" in steps

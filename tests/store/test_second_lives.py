@@ -3,9 +3,9 @@
 import pytest
 
 from eventflow import App, flow, sleep
-from eventflow.errors import RunTimedOut
-from eventflow.journal import AFRESH, TIMEOUT, Entry, Kind
-from eventflow.run import Failed, State, Suspended
+from eventflow.core.errors import RunTimedOut
+from eventflow.runs.journal import AFRESH, TIMEOUT, Entry, Kind
+from eventflow.runs.run import Failed, State, Suspended
 from eventflow.testing import VirtualClock, drain, running
 from tests.store.ledger import Ledger, value
 

@@ -7,8 +7,8 @@ import msgspec
 import orjson
 import pytest
 
-from eventflow.run import Run
-from eventflow.store.base import Arrival, Gather
+from eventflow.runs.run import Run
+from eventflow.store.protocol import Arrival, Gather
 from tests.store.ledger import SECOND, Ledger, Reopen
 
 pytestmark = pytest.mark.anyio

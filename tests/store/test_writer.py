@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from eventflow.errors import StoreError
-from eventflow.event import Receipt
-from eventflow.run import Completed, State, Suspended
-from eventflow.store.base import Append, Claim, Record, Settle
+from eventflow.core.errors import StoreError
+from eventflow.events.event import Receipt
+from eventflow.runs.run import Completed, State, Suspended
+from eventflow.store.protocol import Append, Claim, Record, Settle
 from tests.conftest import eventually, wait_until
 from tests.store.ledger import SECOND, Hand, Ledger, Reopen, value
 

@@ -20,8 +20,8 @@ import pytest
 import structlog
 from structlog.testing import LogCapture
 
-from eventflow.errors import StoreError, StoreFailed, StoreFull
-from eventflow.event import Event, Intake, Json, Receipt, Trigger, Undecodable
+from eventflow.core.errors import StoreError, StoreFailed, StoreFull
+from eventflow.events.event import Event, Intake, Json, Receipt, Trigger, Undecodable
 from tests.conftest import eventually
 
 Item: TypeAlias = Event | Undecodable

@@ -11,10 +11,10 @@ from typing import Any
 import httpx2
 from starlette.routing import Mount
 
-from eventflow.event import Event, Trigger, Undecodable
+from eventflow.events.event import Event, Trigger, Undecodable
 from tests.triggers.contract import Item, Ledger, listening
 from tests.triggers.serving import serving
-from triggers.endpoint import Endpoint
+from triggers.http_endpoint import Endpoint
 from triggers.webhook import Webhook
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from eventflow.event import Event, Undecodable, totals
+from eventflow.events.event import Event, Undecodable, totals
 from tests.brokers import Broker
 from tests.conftest import eventually
 from tests.triggers.contract import Ledger, Watched, listening

@@ -22,16 +22,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from eventflow import App, flow
-from eventflow.errors import UsageError
-from eventflow.event import Event
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Event
 from eventflow.testing import drain, running
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Promise, is_stable_name, promise_name
 from tests.triggers.hooks import Hook, Senders, hooked, posting
 from tests.triggers.serving import digest, now, serving
 from triggers import Drift, DriftAlert, MLflow, Token
+from triggers._drift.schema import to_event
 from triggers._drift.senders import read
-from triggers._drift.shape import to_event
 from triggers.drift import parse_alerts
 
 REPORTS = Path(__file__).parent / "drift_reports"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from eventflow import App, flow
-from eventflow.errors import StoreFailed, UsageError
-from eventflow.event import Event, Json, Receipt, Trigger, Undecodable
+from eventflow.core.errors import StoreFailed, UsageError
+from eventflow.events.event import Event, Json, Receipt, Trigger, Undecodable
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name

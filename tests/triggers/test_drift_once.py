@@ -7,7 +7,7 @@ import httpx2
 import numpy as np
 
 from tests.conftest import wait_until
-from tests.served import Served, serving
+from tests.server_process import Served, serving
 
 SAMPLES = 1000
 KILLED_AT = (150, 420, 700)
@@ -15,7 +15,8 @@ KILLED_AT = (150, 420, 700)
 APP = """
 from pathlib import Path
 import numpy as np
-from eventflow import App, Singleflight, current_run, flow, sleep, task
+from eventflow import App, Singleflight, current_run, sleep
+from eventflow import flow, task
 from triggers import Drift, DriftMonitor, Numeric, Webhook
 
 LET_GO = Path(__file__).with_name("let_go")

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from tests.conftest import wait_until
-from tests.served import Served, start
+from tests.server_process import Served, start
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("prometheus", "prometheus-alertmanager")

@@ -7,8 +7,8 @@ from scipy import stats
 from eventflow.testing import MemoryTrigger
 from triggers import DriftMonitor, Numeric
 from triggers._drift import arrays
+from triggers._drift.config import Sample
 from triggers._drift.engine import Engine
-from triggers._drift.setting import Sample
 
 FEATURES, WINDOW, REFERENCES, PER_REFERENCE = 20, 1000, 100, 10
 ALPHA = 0.01

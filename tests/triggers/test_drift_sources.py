@@ -13,7 +13,7 @@ import pytest
 from starlette.routing import Mount
 
 from eventflow import App, flow, task
-from eventflow.event import Event
+from eventflow.events.event import Event
 from eventflow.testing import MemoryTrigger, drain, running
 from tests.aws import Aws, Bucket, ministack
 from tests.brokers import Broker, some_broker

@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from eventflow.errors import StoreFull, UsageError
-from eventflow.event import Json, Trigger
+from eventflow.core.errors import StoreFull, UsageError
+from eventflow.events.event import Json, Trigger
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from tests.triggers.inbox import Inbox, run, touch, watched

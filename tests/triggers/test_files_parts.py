@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventflow.event import Json
+from eventflow.events.event import Json
 from tests.conftest import eventually
-from triggers._files.hints import Hints
-from triggers._files.landing import SAMPLED, Desk, Fate
+from triggers._files.events import SAMPLED, Desk, Fate
 from triggers._files.names import IGNORED, Names, from_key, printable, to_key
+from triggers._files.notifications import Hints
 from triggers._files.settling import WINDOW, Known, Ripe, Settling, Sight, is_owed, mark, same_file
 from triggers._files.tree import Tree, Walk
 

@@ -14,7 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from eventflow.clock import SystemClock
+from eventflow.core.clock import SystemClock
 from tests.conftest import eventually, wait_until
 from tests.triggers.contract import Ledger
 from tests.triggers.inbox import Inbox, run, watched

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from eventflow.event import Event, Trigger
+from eventflow.events.event import Event, Trigger
 from tests.brokers import ELSEWHERE, Broker, some_broker, tansu
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from tests.triggers.kafka_topic import make_topic

@@ -11,7 +11,7 @@ from tests.triggers.kafka_proxy import Proxy, behind_a_proxy
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers._kafka import session
 from triggers._kafka.client import RecordTooLargeError, TopicPartition
-from triggers._kafka.faults import too_large, unreadable
+from triggers._kafka.errors import too_large, unreadable
 
 POISON = b"poison-poison"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from eventflow.errors import StoreFull
+from eventflow.core.errors import StoreFull
 from tests.brokers import Broker, OwnBroker, noida, tansu
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic, offsets_of

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eventflow.event import Gauge
+from eventflow.events.event import Gauge
 from tests.brokers import Broker, OwnBroker, noida, now_ms
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic, offsets_of

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from aiokafka.structs import ConsumerRecord
 
-from eventflow.errors import EmptySecret, MissingExtra, UsageError
-from eventflow.event import Event
+from eventflow.core.errors import EmptySecret, MissingExtra, UsageError
+from eventflow.events.event import Event
 from tests.brokers import Broker, now_ms, some_broker
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic

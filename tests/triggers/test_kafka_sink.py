@@ -9,8 +9,8 @@ import orjson
 import pytest
 
 from eventflow import App, Event, Permanent, emit, flow
-from eventflow.errors import UsageError
-from eventflow.event import Letter, show_id
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Letter, show_id
 from tests.brokers import Broker, some_broker
 from tests.conftest import eventually
 from triggers import Kafka, KafkaSink
@@ -135,7 +135,7 @@ async def _sent_all(app: App) -> bool:
 
 async def test_a_broker_that_is_away_is_a_failure_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """With nobody at the address the outlet fails and says so; nothing is lost, nobody waits."""
-    monkeypatch.setattr("eventflow.outbox.BACKOFF", (0.05, 0.2))
+    monkeypatch.setattr("eventflow.sinks.dispatcher.BACKOFF", (0.05, 0.2))
     app = App("away", store=f"sqlite:///{tmp_path / 'away.db'}", ballast=0, free_floor=0)
     app.send("note", KafkaSink("t", bootstrap_servers="127.0.0.1:9", request_timeout_ms=1_000))
     async with app:

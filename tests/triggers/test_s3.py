@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eventflow.event import Event, Trigger
+from eventflow.events.event import Event, Trigger
 from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.triggers.buckets import QUICK
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name

@@ -12,15 +12,15 @@ import httpx2
 import pytest
 
 from eventflow import App, flow
-from eventflow.errors import UsageError
-from eventflow.event import Gauged, Trigger
-from eventflow.run import State
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Gauged, Trigger
+from eventflow.runs.run import State
 from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.conftest import eventually
 from tests.triggers.buckets import QUICK, Landing
 from tests.triggers.contract import listening
 from tests.triggers.serving import serving
-from tests.triggers.test_s3_notices import MINIO
+from tests.triggers.test_s3_notifications import MINIO
 from tests.triggers.test_s3_queue import ODD
 from triggers.s3 import S3, minio_id, minio_object
 from triggers.signatures import Bearer

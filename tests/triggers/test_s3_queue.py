@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from eventflow.errors import SourceError, StoreFailed, StoreFull
+from eventflow.core.errors import SourceError, StoreFailed, StoreFull
 from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.conftest import eventually
-from tests.faulty import EXPIRED, HANG_UP, SLOW_DOWN, THROTTLED, action, proxied
+from tests.faults import EXPIRED, HANG_UP, SLOW_DOWN, THROTTLED, action, proxied
 from tests.triggers.buckets import Landing, landing
 from tests.triggers.contract import Ledger, listening, reopening
 

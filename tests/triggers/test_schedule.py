@@ -12,11 +12,11 @@ import structlog
 from structlog.testing import LogCapture
 
 from eventflow import App, Event, flow
-from eventflow.clock import SECOND, SystemClock, to_datetime, to_us
-from eventflow.event import Gauged, Scheduled, Trigger, parse_time, totals
+from eventflow.core.clock import SECOND, SystemClock, to_datetime, to_us
+from eventflow.events.event import Gauged, Scheduled, Trigger, parse_time, totals
 from eventflow.testing import VirtualClock, drain, running
 from eventflow.testing.clock import START
-from eventflow.web import verbs
+from eventflow.web import actions
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
 from triggers import At, Cron, Every
@@ -542,11 +542,11 @@ def test_a_paused_schedule_records_and_holds(tmp_path: Path):
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0, 30)))
         async with kept.open(Every(hours=1, name="hours")) as app:
-            await verbs.pause(app, "hours", True, by="a test")
+            await actions.pause(app, "hours", True, by="a test")
             await kept.clock.advance(3 * HOUR)
             assert nominal(await kept.fired(app)) == ["01:00", "02:00", "03:00"]
             assert [row["state"] for row in await app.store.runs()] == ["held"] * 3
-            await verbs.pause(app, "hours", False, by="a test")
+            await actions.pause(app, "hours", False, by="a test")
             assert (await drain(app))["completed"] == 3
 
     asyncio.run(main())

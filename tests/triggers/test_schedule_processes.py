@@ -18,7 +18,8 @@ APP = """
 import os, threading
 from datetime import datetime
 from pathlib import Path
-from eventflow import App, Event, flow
+from eventflow import App, Event
+from eventflow import flow
 from triggers import At, Cron, Every
 
 def gate(name):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eventflow.clock import SECOND, to_datetime, to_us
-from eventflow.errors import UsageError
+from eventflow.core.clock import SECOND, to_datetime, to_us
+from eventflow.core.errors import UsageError
 from triggers import At, Cron, Every
 from triggers._schedule.cron import CronTimes
-from triggers._schedule.missed import COUNTED, Policy, due
+from triggers._schedule.misfire import COUNTED, Policy, due
 from triggers._schedule.times import EveryTimes, newest
 from triggers._schedule.zones import zone
 

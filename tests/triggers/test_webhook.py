@@ -10,8 +10,8 @@ import structlog
 from starlette.applications import Starlette
 from starlette.routing import Mount
 
-from eventflow.errors import StoreFailed, StoreFull, UsageError
-from eventflow.event import Event, Trigger, Undecodable
+from eventflow.core.errors import StoreFailed, StoreFull, UsageError
+from eventflow.events.event import Event, Trigger, Undecodable
 from tests.conftest import eventually
 from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name
 from tests.triggers.hooks import Hook, Senders, over_http
@@ -191,7 +191,7 @@ def test_p8_room_within_the_wait_is_taken():
 
 def test_p8_few_bytes_wait_for_room(monkeypatch: pytest.MonkeyPatch):
     """What may wait for a full ledger is bounded: beyond the bound the answer is 503 at once, and memory stays flat."""
-    monkeypatch.setattr("triggers.endpoint.MAX_WAITING", 10)
+    monkeypatch.setattr("triggers.http_endpoint.MAX_WAITING", 10)
 
     async def check(hook: Hook) -> None:
         hook.ledger.failing = StoreFull("full", 5)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eventflow.event import Event, Undecodable
+from eventflow.events.event import Event, Undecodable
 from tests.conftest import eventually
 from tests.triggers.contract import Ledger, listening
 from tests.triggers.hooks import Hook, over_http
@@ -93,8 +93,8 @@ def test_slow_bodies_are_408_and_hold_up_nobody():
 
 def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.MonkeyPatch):
     """Beyond the first seconds a body must keep up a rate: one that does is recorded, one that drips is 408."""
-    monkeypatch.setattr("triggers.requests.PATIENCE", 0.4)
-    monkeypatch.setattr("triggers.requests.MIN_RATE", 100_000)
+    monkeypatch.setattr("triggers.http_request.PATIENCE", 0.4)
+    monkeypatch.setattr("triggers.http_request.MIN_RATE", 100_000)
 
     async def check(hook: Hook) -> None:
         head = post("/hooks/orders", b"", JSON, ("Content-Length", "400010"), length=False)

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx2
 import structlog
 
-from eventflow.clock import SystemClock
-from eventflow.reactor import Reactor
-from eventflow.routing import Router
-from eventflow.run import Ids
+from eventflow.core.clock import SystemClock
+from eventflow.intake.reactor import Reactor
+from eventflow.routing.router import Router
+from eventflow.runs.run import Ids
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
 from tests.triggers.serving import serving

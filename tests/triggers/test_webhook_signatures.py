@@ -10,8 +10,8 @@ import standardwebhooks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eventflow.errors import EmptySecret, UsageError
-from eventflow.redaction import SECRETS
+from eventflow.core.errors import EmptySecret, UsageError
+from eventflow.logs.redaction import SECRETS
 from tests.triggers.serving import digest
 from triggers.signatures import (
     HMAC,

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from eventflow import App, Intake, flow
 from eventflow.cli import cli
-from eventflow.event import Gauge, totals
+from eventflow.events.event import Gauge, totals
 from eventflow.web.api import make_asgi
 
 APP = """

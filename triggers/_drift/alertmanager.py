@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from triggers._drift.reading import first, moment, number, status, table, text, texts
-from triggers._drift.shape import Drift, digest_json
+from triggers._drift.json_fields import first, moment, number, status, table, text, texts
+from triggers._drift.schema import Drift, digest_json
 
 MODEL = ("model", "model_name", "model_id")
 FEATURE = ("feature", "feature_name", "column")

@@ -10,7 +10,7 @@ asked, and `warm_up` beforehand, so that no event loop waits for it.
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from eventflow.errors import MissingExtra
+from eventflow.core.errors import MissingExtra
 
 try:
     import numpy as np

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, cast
 import msgspec
 import orjson
 
-from eventflow.errors import UsageError
+from eventflow.core.errors import UsageError
 from triggers._drift import arrays
 from triggers._drift.bins import Bins, make_bins, sort_out
 from triggers._drift.features import VALUE_ONLY, Watched

@@ -13,7 +13,7 @@ import msgspec
 
 from triggers._drift import arrays
 from triggers._drift.features import Categorical, Numeric, Watched
-from triggers._drift.shape import Bin
+from triggers._drift.schema import Bin
 
 MISSING, INVALID, OTHER = "missing", "invalid", "other"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 
-from triggers._drift.reading import listed, moment, number, point, status, table, text, texts
-from triggers._drift.shape import Drift, digest
+from triggers._drift.json_fields import listed, moment, number, point, status, table, text, texts
+from triggers._drift.schema import Drift, digest
 
 PREFIX = "feature_baseline_drift_"
 _DATAPOINT = re.compile(r"\[([-+0-9.eE]{1,40}) ")

@@ -13,15 +13,15 @@ from typing import Any
 
 import msgspec
 
-from eventflow.event import Json
+from eventflow.events.event import Json
 from triggers._drift.baseline import Baseline, make_baseline
+from triggers._drift.config import Sample, Setting
+from triggers._drift.drift_events import Told, tell, tell_silence
 from triggers._drift.episodes import Episode, Move
+from triggers._drift.evaluation import Verdict, judge, measure, measured_then
 from triggers._drift.features import STREAMING
 from triggers._drift.history import History
-from triggers._drift.judge import Verdict, judge, measure, measured_then
-from triggers._drift.setting import Sample, Setting
 from triggers._drift.streaming import Adwin, Detector, PageHinkley
-from triggers._drift.telling import Told, tell, tell_silence
 from triggers._drift.window import Judged, Rows, Window
 
 FIRST_LOOK = 16

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-from triggers._drift.judge import Verdict
+from triggers._drift.evaluation import Verdict
 
 Move: TypeAlias = Literal["detected", "escalated", "resolved"]
 

@@ -5,8 +5,8 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
-from eventflow.errors import UsageError
-from triggers._drift.reading import Absent, point
+from eventflow.core.errors import UsageError
+from triggers._drift.json_fields import Absent, point
 
 NumericMetric: TypeAlias = Literal["psi", "js", "tv", "ks", "wasserstein", "adwin", "page-hinkley", "missing"]
 CategoricalMetric: TypeAlias = Literal["psi", "js", "tv", "chi2", "missing"]

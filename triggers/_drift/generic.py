@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
-from triggers._drift.reading import Absent, moment, number, point, status, table, text, texts
-from triggers._drift.shape import Drift, digest, digest_json
+from triggers._drift.json_fields import Absent, moment, number, point, status, table, text, texts
+from triggers._drift.schema import Drift, digest, digest_json
 
 TAG = "drift"
 """The tag on a model version by which an MLflow user tells of drift."""

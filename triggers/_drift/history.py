@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from eventflow.event import Json
+from eventflow.events.event import Json
 from triggers._drift.window import Judged
 
 KEY = "drift:h/"

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from triggers._drift.reading import listed, moment, number, point, table, text
-from triggers._drift.shape import Drift, Finding, Window, digest
+from triggers._drift.json_fields import listed, moment, number, point, table, text
+from triggers._drift.schema import Drift, Finding, Window, digest
 
 DRIFT_SHARE = 0.5
 """Evidently's own: the share of drifted columns from which the data set has drifted."""

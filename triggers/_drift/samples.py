@@ -8,12 +8,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from inspect import isawaitable
 from typing import Any, TypeAlias
 
-from eventflow.clock import to_us
-from eventflow.event import Event
+from eventflow.core.clock import to_us
+from eventflow.events.event import Event
+from triggers._drift.config import Sample, compact
+from triggers._drift.drift_events import Told
 from triggers._drift.engine import Engine
 from triggers._drift.features import Watched
-from triggers._drift.setting import Sample, compact
-from triggers._drift.telling import Told
 
 Row: TypeAlias = Mapping[str, Any]
 RowsOf: TypeAlias = Callable[[Event], Iterable[Row] | Awaitable[Iterable[Row]]]

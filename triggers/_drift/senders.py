@@ -10,13 +10,13 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.cloudevents import read_json
+from eventflow.events.cloudevents import read_json
 from triggers._drift.alertmanager import read_alert
 from triggers._drift.cloudwatch import read_eventbridge, read_sns_alarm
 from triggers._drift.generic import mapped, read_generic, read_mlflow
-from triggers._drift.reading import listed, point, table
+from triggers._drift.json_fields import listed, point, table
 from triggers._drift.reports import read_evidently, read_nannyml
-from triggers._drift.shape import Drift
+from triggers._drift.schema import Drift
 
 MAX_ALERTS = 10_000
 """Alerts of one body."""

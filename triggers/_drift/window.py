@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from eventflow.event import Json
+from eventflow.events.event import Json
 from triggers._drift.baseline import SAMPLE, Baseline
 from triggers._drift.bins import sort_out
 from triggers._drift.features import Watched

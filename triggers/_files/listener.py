@@ -18,14 +18,14 @@ from urllib.parse import quote
 import anyio
 import anyio.to_thread
 
-from eventflow.clock import SECOND, Clock, microseconds, to_datetime
-from eventflow.errors import StoreFull
-from eventflow.event import Event, Intake, Json
-from triggers._files.afterwards import remove
-from triggers._files.hints import Hints
-from triggers._files.landing import Desk, Fate, Landed, to_event
+from eventflow.core.clock import SECOND, Clock, microseconds, to_datetime
+from eventflow.core.errors import StoreFull
+from eventflow.events.event import Event, Intake, Json
+from triggers._files.events import Desk, Fate, Landed, to_event
 from triggers._files.mounts import CHANGING_INODES, file_system, is_remote
 from triggers._files.names import Names, printable, to_key
+from triggers._files.notifications import Hints
+from triggers._files.post_actions import remove
 from triggers._files.settling import Known, Settling, Sight, mark
 from triggers._files.tree import RootMissing, Step, Tree, Walk
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from eventflow.event import Json
+from eventflow.events.event import Json
 from triggers._files.names import from_key
 
 WINDOW = 20_000

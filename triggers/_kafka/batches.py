@@ -7,9 +7,9 @@ of a partition keep their order. Next room: records.py.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from eventflow.event import Event, Undecodable
+from eventflow.events.event import Event, Undecodable
 from triggers._kafka.client import Record, TopicPartition
-from triggers._kafka.faults import Stopped
+from triggers._kafka.errors import Stopped
 from triggers._kafka.lag import Level
 from triggers._kafka.positions import Place
 from triggers._kafka.records import Later, Reader

@@ -10,8 +10,8 @@ import inspect
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
-from eventflow.errors import MissingExtra
-from triggers._kafka.endings import ends, hang_up, with_whole_bootstrap
+from eventflow.core.errors import MissingExtra
+from triggers._kafka.shutdown import ends, hang_up, with_whole_bootstrap
 
 try:
     from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition

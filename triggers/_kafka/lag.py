@@ -8,8 +8,8 @@ moment at which nothing waited. A number that is not known yet is left out.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from eventflow.clock import SECOND
-from eventflow.event import Gauge
+from eventflow.core.clock import SECOND
+from eventflow.events.event import Gauge
 from triggers._kafka.client import Consumer, TopicPartition
 from triggers._kafka.positions import Place
 

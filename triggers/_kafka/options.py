@@ -10,9 +10,9 @@ from datetime import datetime
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast
 
-from eventflow.clock import Clock
-from eventflow.errors import EmptySecret, UsageError
-from eventflow.redaction import SECRETS
+from eventflow.core.clock import Clock
+from eventflow.core.errors import EmptySecret, UsageError
+from eventflow.logs.redaction import SECRETS
 from triggers._kafka.client import CODECS, Consumer, make_consumer, option_names
 from triggers._kafka.records import Reader
 from triggers.signatures import Secret

@@ -9,7 +9,7 @@ from typing import Any
 
 from triggers._kafka.batches import Batch, Partition
 from triggers._kafka.client import Consumer, TopicPartition
-from triggers._kafka.faults import Missing, Stopped
+from triggers._kafka.errors import Missing, Stopped
 from triggers._kafka.options import Options
 from triggers._kafka.positions import Place, Standing, key
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from eventflow.clock import to_us
-from eventflow.event import Intake, Json
+from eventflow.core.clock import to_us
+from eventflow.events.event import Intake, Json
 from triggers._kafka.client import Committed, Consumer, TopicPartition, committed
 from triggers._kafka.options import Options
 

@@ -7,8 +7,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
-from eventflow.errors import MissingExtra
-from triggers._kafka.endings import hang_up, with_whole_bootstrap
+from eventflow.core.errors import MissingExtra
+from triggers._kafka.shutdown import hang_up, with_whole_bootstrap
 
 try:
     from aiokafka import AIOKafkaProducer

@@ -3,7 +3,7 @@
 session.py hands over what it fetched; nothing here waits. A record with `ce_` headers or an `application/cloudevents` content
 type is read as the CloudEvents Kafka binding says, with its own source and id. Any other gets an id of partition, offset *and
 timestamp*: offsets are used again when a topic is made anew or a broker lost its tail. Bytes are never lost: what cannot be
-read becomes an `Undecodable` with its headers and coordinates. Next rooms: `eventflow/cloudevents.py`, then the intake.
+read becomes an `Undecodable` with its headers and coordinates. Next rooms: `eventflow/events/cloudevents.py`, then the intake.
 """
 
 import base64
@@ -13,13 +13,13 @@ from typing import Any, Literal, TypeAlias, cast
 
 import orjson
 
-from eventflow.clock import to_datetime
-from eventflow.cloudevents import is_json, media_type, read_json
-from eventflow.errors import caught
-from eventflow.event import Event, Undecodable
-from eventflow.retry import RetryAfter
+from eventflow.core.clock import to_datetime
+from eventflow.core.errors import caught
+from eventflow.core.retry import RetryAfter
+from eventflow.events.cloudevents import is_json, media_type, read_json
+from eventflow.events.event import Event, Undecodable
 from triggers._kafka.client import Record
-from triggers._kafka.faults import Missing
+from triggers._kafka.errors import Missing
 
 TYPE = "io.eventflow.kafka.record"
 

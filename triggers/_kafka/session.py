@@ -18,16 +18,16 @@ from contextlib import suppress
 
 import anyio.to_thread
 
-from eventflow.errors import SourceError, StoreFull
-from eventflow.event import Intake
+from eventflow.core.errors import SourceError, StoreFull
+from eventflow.events.event import Intake
 from triggers._kafka.batches import Batch, read_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition, close
-from triggers._kafka.endings import to_its_end
-from triggers._kafka.faults import MISPLACED, TOO_LARGE, UNREADABLE, misplaced, too_large, unreadable
+from triggers._kafka.errors import MISPLACED, TOO_LARGE, UNREADABLE, misplaced, too_large, unreadable
 from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
 from triggers._kafka.partitions import Partitions
 from triggers._kafka.positions import Place, Positions, Standing, key
+from triggers._kafka.shutdown import to_its_end
 
 Fetched = Mapping[TopicPartition, Sequence[Record]]
 

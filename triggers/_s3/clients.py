@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, cast
 
-from eventflow.clock import Clock, microseconds
-from eventflow.errors import MissingExtra, SourceError
+from eventflow.core.clock import Clock, microseconds
+from eventflow.core.errors import MissingExtra, SourceError
 
 try:
     from aiobotocore.config import AioConfig  # pyright: ignore[reportMissingTypeStubs]

@@ -16,13 +16,13 @@ from typing import Any
 
 import msgspec
 
-from eventflow.clock import SECOND
-from eventflow.event import Event, Gauge, Undecodable
+from eventflow.core.clock import SECOND
+from eventflow.events.event import Event, Gauge, Undecodable
 from triggers._s3.clients import FAILURES, Caller
-from triggers._s3.desk import Desk, Options
-from triggers._s3.folders import Folders
-from triggers._s3.notices import Notice, SettingsSaved, is_older, read_notices, to_event
-from triggers._s3.seen import Mark, Owed, Seen, marked_by, owed_to, to_cursor
+from triggers._s3.intake import Desk, Options
+from triggers._s3.known_objects import Mark, Owed, Seen, marked_by, owed_to, to_cursor
+from triggers._s3.notifications import Notice, SettingsSaved, is_older, read_notices, to_event
+from triggers._s3.prefixes import Folders
 
 BATCH = 10
 """Messages that SQS gives out, takes back or deletes in one call."""

@@ -12,8 +12,8 @@ from itertools import islice, takewhile
 
 from cronsim import CronSim, CronSimError
 
-from eventflow.clock import SECOND, microseconds, to_datetime, to_us
-from eventflow.errors import UsageError
+from eventflow.core.clock import SECOND, microseconds, to_datetime, to_us
+from eventflow.core.errors import UsageError
 from triggers._schedule.zones import instant
 
 ALIASES = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice, takewhile
 from typing import Protocol
 
-from eventflow.clock import SECOND, to_datetime
+from eventflow.core.clock import SECOND, to_datetime
 
 DENSE = 1_000
 """Instants looked at in one stretch of time; a stretch with more is halved."""

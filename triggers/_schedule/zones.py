@@ -8,8 +8,8 @@ import zoneinfo
 from datetime import UTC, datetime, timedelta, tzinfo
 from difflib import get_close_matches
 
-from eventflow.clock import to_us
-from eventflow.errors import UsageError
+from eventflow.core.clock import to_us
+from eventflow.core.errors import UsageError
 
 MINUTE = timedelta(minutes=1)
 

@@ -1,0 +1,153 @@
+"""One run from the command line: by the server that has the store, else here, and its result on stdout."""
+
+import asyncio
+import secrets
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import orjson
+
+from eventflow.app import App, RunHandle
+from eventflow.cli.client import Place, Refusal, doors, running_server, store_path
+from eventflow.cli.output import fail, note
+from eventflow.core.errors import BindingError, UsageError
+from eventflow.events.event import Event
+from eventflow.logs.capture import configure
+from eventflow.logs.store import LogStore
+from eventflow.routing.binding import Binder
+from eventflow.runs.run import Cancelled, Completed, Failed, Held
+from eventflow.sdk.flow import Flow
+
+POLL = 0.2
+"""Seconds between two looks at a run that a server executes."""
+
+
+class Asked(msgspec.Struct):
+    """What `eventflow run` was asked: parameters, or an event."""
+
+    flow: Flow[..., Any]
+    app: App | None
+    target: str
+    params: dict[str, Any] | None
+    event: Any
+    store: str | None = None
+    idempotency_key: str | None = None
+
+
+async def run_flow(asked: Asked, as_json: bool) -> int:
+    """Runs it and prints the result; the exit code."""
+    bind(asked.flow.fn, asked.flow.name, asked.params, _event(asked.event) if asked.params is None else None)
+    app = asked.app or App(Path(asked.target.partition(":")[0]).stem)
+    app.add(asked.flow)
+    path = store_path(Place(asked.store), app)
+    server = await running_server(path)
+    if server is not None:
+        return await _by_server(asked, path, server, as_json)
+    return await _here(asked, app, path, as_json)
+
+
+def bind(
+    fn: Any, name: str, params: dict[str, Any] | None, event: Event | None = None, *, noun: str = "flow"
+) -> dict[str, Any]:
+    """The arguments; UsageError when what was given does not fit, for the caller can mend it."""
+    binder = Binder(fn, name)
+    try:
+        if params is None and event is not None:
+            return binder.bind_event(event)
+        return binder.bind_params(params or {}, event)
+    except BindingError as error:
+        raise UsageError(f"{noun} {name!r} cannot bind parameter {error.field!r}: {error.reason}") from None
+
+
+def _event(given: Any) -> Event:
+    if isinstance(given, dict) and "specversion" in given:
+        try:
+            return Event.from_dict(cast(dict[str, Any], given))
+        except ValueError as error:
+            raise UsageError(f"--event: {error}") from None
+    return Event(id=secrets.token_hex(16), source="/cli", type="eventflow.run.requested", data=given)
+
+
+# --------------------------------------------------------------------------- here
+
+
+async def _here(asked: Asked, app: App, path: str, as_json: bool) -> int:
+    logs = LogStore(f"{path}.logs.db", clock=app.clock)
+    logs.open()
+    with configure(stream=sys.stderr, pretty=False if as_json else None, level="info"):
+        try:
+            await app.open(store=f"sqlite:///{path}", own_loop=True, listen=False, sink=logs)
+            try:
+                return await _finish(app, await _start(asked, app), as_json)
+            finally:
+                await app.close(5.0)
+        finally:
+            await asyncio.to_thread(logs.close)
+
+
+async def _start(asked: Asked, app: App) -> RunHandle:
+    pending = (await app.store.counts())["pending"]
+    if pending:
+        note(f"{pending} deliveries of this store were pending; they go on here meanwhile")
+    if asked.params is not None:
+        return await app.start_with(asked.flow, orjson.dumps(asked.params), asked.idempotency_key)
+    arrival = app.house.router.arrive_flow(asked.flow, _event(asked.event))
+    (receipt,) = await app.house.reactor.record([arrival], "api")
+    runs = await app.store.runs(event=receipt.ledger_id, limit=1)
+    return RunHandle(app, runs[0]["id"], asked.flow, receipt.duplicate)
+
+
+async def _finish(app: App, run: RunHandle, as_json: bool) -> int:
+    """The result, as the flow's own codec writes it."""
+    note(f"run {run.id}")
+    outcome = await app.outcome(run.number)
+    match outcome:
+        case Completed():
+            _print((await asyncio.to_thread(app.blobs.fetch, outcome.codec, outcome.value))[1])
+            return 0
+        case Failed():
+            return _failed(run.id, orjson.loads(outcome.error), as_json)
+        case Cancelled() | Held():
+            return _failed(run.id, {"type": type(outcome).__name__.lower(), "message": outcome.reason}, as_json)
+        case _:
+            return _failed(run.id, {"type": "interrupted", "message": "it goes on at the next start"}, as_json)
+
+
+def _failed(run: str, error: dict[str, Any], as_json: bool) -> int:
+    fail("run_failed", f"run {run}: {error['type'].rpartition(':')[2]}: {error['message']}; eventflow show {run}", as_json)
+    return 1
+
+
+def _print(data: bytes) -> None:
+    sys.stdout.write(data.decode("utf-8", "backslashreplace") + "\n")
+    sys.stdout.flush()
+
+
+# --------------------------------------------------------------------------- by a server
+
+
+async def _by_server(asked: Asked, path: str, url: str, as_json: bool) -> int:
+    if asked.params is None:
+        raise UsageError(f"the server at {url} has this store; post the event to it, or give --store sqlite:///OTHER.db")
+    note(f"the server at {url} has the store and runs this")
+    async with doors(Place(store=f"sqlite:///{path}")) as api:
+        body = {"flow": asked.flow.name, "params": asked.params, "idempotency_key": asked.idempotency_key}
+        try:
+            started = await api.post("/api/runs", body)
+        except Refusal as refusal:
+            if refusal.error == "not_found":
+                raise UsageError(f"the server does not know the flow {asked.flow.name!r}: it serves other code") from None
+            raise
+        note(f"run {started['id']}")
+        while True:
+            run = await api.get(f"/api/runs/{started['id']}")
+            if run["state"] not in ("pending", "running", "waiting"):
+                break
+            await asyncio.sleep(POLL)
+    if run["state"] == "completed":
+        _print(orjson.dumps(run["result"]))
+        return 0
+    error = run["error"] or {"type": run["state"], "message": run["reason"] or "no reason is known"}
+    return _failed(started["id"], error, as_json)

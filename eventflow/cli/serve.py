@@ -1,0 +1,159 @@
+"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`.
+
+`run` sends to the server that has the app's store, if there is one; else it takes the store and works here. Either way the
+result is JSON on stdout, and a failed run exits with 1.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import click
+import orjson
+
+from eventflow.cli.actions import read_json_option
+from eventflow.cli.output import json_option, say
+from eventflow.cli.reload import Watching, serve_again
+from eventflow.cli.run import Asked, bind, run_flow
+from eventflow.cli.target import load_app, load_flow, load_task
+from eventflow.core.errors import UsageError
+from eventflow.demo.scenario import demo
+from eventflow.server.memory_limits import parse_size
+from eventflow.server.server import Settings, serve
+
+_SERVING = (
+    click.option("--store", help="sqlite:///PATH; default: the app's own."),
+    click.option("--host", default="127.0.0.1", show_default=True),
+    click.option("--port", default=8710, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."),
+    click.option("--grace", default=20.0, show_default=True, type=click.FloatRange(0), help="Seconds a drain waits."),
+    click.option("--no-auth", is_flag=True, help="No token for /api; on loopback only."),
+    click.option("--open-metrics", is_flag=True, help="/metrics without a token."),
+    click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A further Host for the API."),
+    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True),
+)
+
+_GIVEN = (
+    click.option("-p", "pairs", multiple=True, metavar="K=V", help="One parameter: JSON, or text."),
+    click.option("--params", help="All parameters as a JSON object, @FILE, or @- for stdin."),
+)
+
+
+def _size(_: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else parse_size(option.opts[0], text)
+
+
+def with_options(*options: Any) -> Any:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+# --------------------------------------------------------------------------- servers
+
+
+@click.command("serve")
+@click.argument("target")
+@with_options(*_SERVING)
+@click.option("--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart.")
+@click.option("--tls-cert", help="PEM file; SIGHUP reads it anew.")
+@click.option("--tls-key", help="PEM file.")
+@click.option("--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard.")
+@click.option("--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach.")
+@click.option("--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True)
+@click.option("--memory-soft", callback=_size, metavar="SIZE", help="Over it no runs are begun: 2GB, 1.5GiB, 512Mi. Linux.")
+@click.option("--memory-hard", callback=_size, metavar="SIZE", help="Over it the process drains and begins anew. Linux.")
+@json_option
+def serve_command(target: str, as_json: bool, **options: Any) -> int:
+    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""
+    if as_json:
+        options["log"] = "json"
+    return serve(load_app(target), Settings(**options))
+
+
+@click.command("dev")
+@click.argument("target")
+@with_options(*_SERVING)
+@json_option
+def dev_command(target: str, as_json: bool, **options: Any) -> int:
+    """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty logs."""
+    flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
+    flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
+    flags += ["--store", options["store"]] if options["store"] else []
+    flags += ["--grace", str(options["grace"]), "--log-level", options["log_level"], "--log", "json" if as_json else "pretty"]
+    return serve_again(target, options["host"], options["port"], flags)
+
+
+# --------------------------------------------------------------------------- one run, one task
+
+
+@click.command("run")
+@click.argument("target", metavar="FILE:FLOW")
+@with_options(*_GIVEN)
+@click.option("--event", help="The event as CloudEvents JSON, or just its data; JSON or @FILE.")
+@click.option("--idempotency-key", help="With the same key twice, the first run is waited for.")
+@click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the app's own.")
+@click.option("--watch", is_flag=True, help="Again whenever a *.py file beside it changes.")
+@json_option
+def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: str | None, watch: bool, as_json: bool,
+                **options: Any) -> int:  # fmt: skip
+    """Runs a flow once and prints its result as JSON."""
+    if watch:
+        return Watching(target.partition(":")[0]).repeat("run", "--watch")
+    if options["idempotency_key"] == "":
+        raise UsageError("--idempotency-key expected a text, found an empty one; leave it out for a run of its own")
+    flow, app = load_flow(target)
+    given = read_json_option(event, "--event")
+    if event is not None and (pairs or params):
+        raise UsageError("expected --event, or -p and --params, found both")
+    asked = Asked(flow, app, target, _parameters(flow.fn, pairs, params) if event is None else None, given, **options)
+    return asyncio.run(run_flow(asked, as_json))
+
+
+@click.command("task")
+@click.argument("target", metavar="FILE:TASK")
+@with_options(*_GIVEN)
+@json_option
+def task_command(target: str, pairs: tuple[str, ...], params: str | None, as_json: bool) -> int:
+    """Runs one task by itself, outside any run: nothing is recorded. Prints its value as JSON."""
+    task = load_task(target)
+    arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params), noun="task")
+    return asyncio.run(_call(task, arguments, as_json))
+
+
+async def _call(task: Any, arguments: dict[str, Any], as_json: bool) -> int:
+    value = await task(**arguments)
+    _, data = task.result.encode(value)
+    shown = orjson.loads(data)
+    say(shown, as_json, orjson.dumps(shown, option=orjson.OPT_INDENT_2).decode())
+    return 0
+
+
+def _parameters(fn: Any, pairs: tuple[str, ...], params: str | None) -> dict[str, Any]:
+    """What `-p` and `--params` say. `-p id=007` stays text where the function wants text."""
+    read: Any = {} if params is None else read_json_option(params, "--params")
+    if not isinstance(read, dict):
+        raise UsageError(f"--params: expected a JSON object, found {type(read).__name__}")
+    given = cast(dict[str, Any], read)
+    hints: Mapping[str, Any] = getattr(fn, "__annotations__", {})
+    for pair in pairs:
+        name, mark, text = pair.partition("=")
+        if not mark or not name:
+            raise UsageError(f"-p expected NAME=VALUE, found {pair!r}")
+        given[name] = text if hints.get(name) in (str, "str") else _value(text)
+    return given
+
+
+def _value(text: str) -> Any:
+    if text.startswith("@") and Path(text[1:]).is_file():
+        return read_json_option(text, "-p")
+    try:
+        return orjson.loads(text)
+    except ValueError:
+        return text
+
+
+COMMANDS = [serve_command, dev_command, run_command, task_command, demo]

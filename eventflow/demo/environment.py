@@ -1,0 +1,197 @@
+"""The demo's hands: a folder, a server process in it, and the senders around it. play.py tells them what to do.
+
+`Stage` owns the folder; a `Server` is one life of `eventflow serve shop.py`. It is reached only as strangers reach it: by HTTP,
+by files and by signals. What senders were answered is counted in `answers`.
+"""
+
+import base64
+import hashlib
+import hmac
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import orjson
+
+from eventflow.core.clock import SECOND, Clock
+from eventflow.core.errors import EventflowError
+
+SHOP = Path(__file__).with_name("app") / "shop.py"
+
+PATIENCE = 30.0
+"""Seconds that anything may take here, on a machine that is busy with other things."""
+
+
+class DemoFailed(EventflowError):
+    """Something did not happen that the demo waits for."""
+
+
+class Server:
+    """One life of the server: from its ready line to a kill or a stop."""
+
+    def __init__(self, folder: Path, env: dict[str, str], port: int, log: Path) -> None:
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "eventflow", "serve", "shop.py", "--port", str(port), "--log", "json"],
+                cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+        self.ended = False
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._end()
+            raise DemoFailed("the server did not start")
+        self.pid, self.url = self._process.pid, str(orjson.loads(line)["url"])
+        self.port = int(self.url.rpartition(":")[2])
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """kill -9: no goodbye."""
+        self._process.send_signal(signal.SIGKILL)
+        self._end()
+
+    def stop(self) -> int:
+        """SIGTERM, and the exit code."""
+        self._process.terminate()
+        return self._end()
+
+    def _end(self) -> int:
+        self.ended = True
+        code = self._process.wait(PATIENCE)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        return code
+
+
+class Stage:
+    """The folder, the senders, and what they were told."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.folder = Path(tempfile.mkdtemp(prefix="eventflow-demo-"))
+        self.landing, self.log = self.folder / "landing", self.folder / "server.log"
+        self.landing.mkdir()
+        shutil.copy(SHOP, self.folder / "shop.py")
+        self.answers: Counter[int] = Counter()
+        self.files = 0
+        self._key = secrets.token_bytes(24)
+        self._env = {name: value for name, value in os.environ.items() if not name.startswith("EVENTFLOW_")}
+        self._env["EVENTFLOW_STORE"] = "sqlite:///shop.db"
+        self._env["DEMO_SECRET"] = "whsec_" + base64.b64encode(self._key).decode()
+        self._http = httpx2.Client(timeout=PATIENCE)
+        self._url = ""
+        self._server: Server | None = None
+
+    def start(self, port: int = 0) -> Server:
+        self._server = Server(self.folder, self._env, port, self.log)
+        self._url = self._server.url
+        return self._server
+
+    def close(self, *, keep: bool) -> None:
+        """No server outlives the demo; the folder does when asked to."""
+        if self._server is not None and self._server.alive:
+            self._server.kill()
+        self._http.close()
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    # ----------------------------------------------------------------- senders
+
+    def order(self, message: str, data: Any, *, forged: bool = False) -> int:
+        """Posts a signed order as any Standard Webhooks sender does; the status, 0 between two lives of the server."""
+        body, now = orjson.dumps(data), str(self._clock.now() // SECOND)
+        key = b"a forger's" if forged else self._key
+        sign = base64.b64encode(hmac.digest(key, f"{message}.{now}.".encode() + body, hashlib.sha256)).decode()
+        headers = {"webhook-id": message, "webhook-timestamp": now, "webhook-signature": f"v1,{sign}"}
+        return self._post("/hooks/orders", body, {**headers, "content-type": "application/json"})
+
+    def alert(self, ident: str, data: Any) -> int:
+        """Posts a drift alert as a CloudEvent."""
+        event = {"specversion": "1.0", "id": ident, "source": "/monitor", "type": "drift.detected", "data": data}
+        return self._post("/api/events", orjson.dumps(event), {"content-type": "application/cloudevents+json", **self._token()})
+
+    def land(self, name: str, prices: Sequence[float]) -> None:
+        """Drops a CSV file, as a partner's upload would."""
+        (self.landing / name).write_text("price\n" + "".join(f"{price}\n" for price in prices))
+        self.files += 1
+
+    def _post(self, path: str, body: bytes, headers: dict[str, str]) -> int:
+        try:
+            status = self._http.post(self._url + path, content=body, headers=headers).status_code
+        except httpx2.TransportError as error:
+            if self._server is not None and self._server.ended:
+                return 0
+            raise DemoFailed(f"POST {path}: nobody answers: {error}") from None
+        self.answers[status] += 1
+        return status
+
+    # ----------------------------------------------------------------- what there is to see
+
+    def get(self, path: str, **asked: str | int) -> Any:
+        """What the API says."""
+        try:
+            reply = self._http.get(self._url + path, params=asked, headers=self._token())
+        except httpx2.TransportError as error:
+            raise DemoFailed(f"GET {path}: nobody answers: {error}") from None
+        if reply.is_error:
+            raise DemoFailed(f"GET {path}: expected 200, found {reply.status_code}: {reply.text}")
+        return reply.json()
+
+    def runs(self, **asked: str) -> list[dict[str, Any]]:
+        return self.get("/api/runs", limit=1000, **asked)["runs"]
+
+    def tasks(self, run: str) -> list[dict[str, Any]]:
+        return self.get(f"/api/runs/{run}")["tasks"]
+
+    def bodies(self) -> list[dict[str, Any]]:
+        """What task bodies wrote down as they began, whoever killed them then."""
+        path = self.folder / "bodies.jsonl"
+        return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+
+    def begun(self, task: str) -> int:
+        return sum(body["task"] == task for body in self.bodies())
+
+    def flaky(self) -> dict[str, Any]:
+        """The call that fails twice, as the journal has it."""
+        (run,) = self.get("/api/events/msg-3")["runs"]
+        return next((call for call in self.tasks(run["id"]) if call["name"] == "score"), {"state": "not begun"})
+
+    def last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(lines[-12:]) or "(none)"
+
+    def command(self, *words: str) -> str:
+        """What a person at the shell would see."""
+        done = subprocess.run(
+            [sys.executable, "-m", "eventflow", *words], cwd=self.folder, env=self._env, capture_output=True, text=True,
+            timeout=PATIENCE, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise DemoFailed(f"eventflow {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
+
+    def wait_until(self, happened: Callable[[], object], what: str) -> None:
+        """Polls; DemoFailed once patience has run out."""
+        deadline = self._clock.monotonic() + PATIENCE
+        while not happened():
+            if self._server is not None and not self._server.alive:
+                raise DemoFailed(f"the server ended while waiting until {what}")
+            if self._clock.monotonic() > deadline:
+                raise DemoFailed(f"waited {PATIENCE:g} s in vain until {what}")
+            time.sleep(0.02)
+
+    def _token(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {(self.folder / 'shop.db.token').read_text().strip()}"}

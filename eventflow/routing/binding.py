@@ -1,0 +1,320 @@
+"""From an event, or a JSON object of parameters, to the arguments of a flow: what its signature asks for.
+
+`Binder` is built once per flow. routing.py asks it on the way in, so that what cannot be bound becomes a dead letter with the
+field and the reason; the executor asks it again when the run starts. The rules, in order:
+
+1. A parameter annotated `Event` gets the event.
+2. The others are filled by name from `event.data`, validated by their annotations (msgspec, strict, as from JSON; pydantic
+   models by pydantic). Missing ones keep their defaults; `**kwargs` gets the rest; what no parameter names is left out.
+3. A flow with exactly one parameter besides rule 1 gets the *whole* data in it when it cannot be filled by name and either
+   it is annotated with a record (Struct, dataclass, TypedDict, pydantic model) or a mapping, or the data is no object. So
+   `handle(order: Order)` takes both `{"order": {…}}` and the order itself.
+4. No parameters: any event will do.
+
+A run may be made of several events (delivery.py). Then a parameter annotated `list[Event]` gets all of them, and so does a
+flow's only other parameter when it is a list: `handle(orders: list[Order])` gets the data of each. Everything else comes from
+the newest one. (`list[Event]` works for a single event too.)
+
+Next room: the flow itself.
+"""
+
+import inspect
+import re
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import msgspec
+import orjson
+
+from eventflow.core.errors import BindingError, NotStorable, UsageError
+from eventflow.events.event import Event
+from eventflow.serialization.tagged_json import is_plain, same, type_name
+
+_UNSET = msgspec.UNSET
+_UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
+
+
+class Binder:
+    """How one flow's arguments are made. Raises UsageError for a signature that no event can fill."""
+
+    __slots__ = (
+        "_adapters", "_all", "_events", "_flow", "_names", "_plain", "_read", "_record", "_required", "_rest", "_signature",
+        "_single", "_whole",
+    )  # fmt: skip
+
+    def __init__(self, fn: Callable[..., Any], flow_name: str) -> None:
+        self._flow = flow_name
+        self._signature = inspect.signature(fn)
+        hints = _hints(fn, flow_name)
+        self._events: list[tuple[str, bool]] = []
+        self._all: list[str] = []
+        self._rest: str | None = None
+        self._adapters: dict[str, Any] = {}
+        self._required: list[str] = []
+        fields: list[Any] = []
+        for parameter in self._signature.parameters.values():
+            annotation = hints.get(parameter.name, Any)
+            self._check_kind(parameter)
+            optional = parameter.default is not inspect.Parameter.empty
+            if parameter.kind is parameter.VAR_KEYWORD:
+                self._rest = parameter.name
+            elif _is_list(annotation) and typing.get_args(annotation)[:1] == (Event,):
+                self._all.append(parameter.name)
+            elif _is_event(annotation):
+                self._events.append((parameter.name, not optional))
+            else:
+                self._required += [] if optional else [parameter.name]
+                fields.append((parameter.name, self._readable(parameter.name, annotation), _UNSET))
+        self._names: list[str] = [name for name, _, _ in fields]
+        self._record: type[msgspec.Struct] = msgspec.defstruct("Parameters", fields)
+        self._read: Callable[[Any], msgspec.Struct] = partial(
+            msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
+        )
+        self._single: str | None = self._names[0] if len(fields) == 1 and self._rest is None else None
+        self._whole = self._single is not None and _takes_object(hints.get(self._single, Any))
+        self._plain = bool(self._names) and not (self._whole or self._rest or self._adapters)
+
+    def bind_event(self, event: Event) -> dict[str, Any]:
+        """The arguments for an event. Raises BindingError naming the field and the reason."""
+        data = event.data
+        arguments = self._all_by_name(data) if self._plain and type(data) is dict else None
+        if arguments is None:
+            arguments = self._bind(data, strict=False)
+        for name, _ in self._events:
+            arguments[name] = event
+        for name in self._all:
+            arguments[name] = [event]
+        return arguments
+
+    def bind_events(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The arguments for the events of one run, oldest first. Raises BindingError naming the field and the reason."""
+        if self._single is not None and _is_list(self._record.__annotations__[self._single]):
+            arguments = self._convert({self._single: [event.data for event in events]})
+            for name, _ in self._events:
+                arguments[name] = events[-1]
+        else:
+            arguments = self.bind_event(events[-1])
+        for name in self._all:
+            arguments[name] = list(events)
+        return arguments
+
+    def bind_params(self, params: Mapping[str, Any], event: Event | None = None) -> dict[str, Any]:
+        """The arguments for a JSON object of parameters; a name that is no parameter is refused."""
+        arguments = self._bind(params, strict=True)
+        for name in self._all:
+            arguments[name] = [] if event is None else [event]
+        for name, required in self._events:
+            if isinstance(given := params.get(name), Mapping):
+                arguments[name] = self._read_event(name, cast(Mapping[str, Any], given))
+            elif event is not None:
+                arguments[name] = event
+            elif required:
+                raise BindingError(self._flow, name, "expected an event, found none: this run was started without one")
+        return arguments
+
+    def unpack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
+        """The JSON object of a direct call's arguments, from which `bind_params` makes equal ones.
+
+        Raises TypeError as the call itself would, and NotStorable for what JSON and the annotation together cannot carry.
+        """
+        if args or not kwargs.keys() <= self._signature.parameters.keys():  # binding costs 4 µs, and names need none
+            bound = self._signature.bind_partial(*args, **kwargs).arguments
+            if self._rest is not None:
+                bound |= bound.pop(self._rest, {})
+        else:
+            bound = dict(kwargs)
+        for name in self._required:
+            if name not in bound:
+                raise TypeError(f"{self._flow}() missing a required argument: {name!r}")
+        packed = {name: orjson.Fragment(self._pack(name, value)) for name, value in bound.items()}
+        return orjson.dumps(packed, option=orjson.OPT_SORT_KEYS)
+
+    # --------------------------------------------------------------------------- by name
+
+    def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
+        """The common case, on the way of every event: each parameter is there and fits. None: it needs a closer look."""
+        try:
+            arguments = msgspec.structs.asdict(self._read(fields))
+        except msgspec.ValidationError:
+            return None
+        for value in arguments.values():
+            if value is _UNSET:
+                return None
+        return arguments
+
+    def _bind(self, data: Any, *, strict: bool) -> dict[str, Any]:
+        if not self._names and self._rest is None and not strict:
+            return {}
+        if isinstance(data, dict):
+            fields = cast(dict[str, Any], data)
+            if self._whole and self._single is not None and fields and self._single not in fields:
+                return self._convert({self._single: fields})
+            return self._bind_fields(fields, strict)
+        if data is None or (isinstance(data, Mapping) and not data):
+            return self._bind_fields({}, strict)
+        if self._single is not None:
+            return self._convert({self._single: data})
+        wanted = ", ".join(self._names) or f"**{self._rest}"
+        raise BindingError(self._flow, wanted, f"expected the event's data to be a JSON object, found {_kind(data)}")
+
+    def _bind_fields(self, fields: dict[str, Any], strict: bool) -> dict[str, Any]:
+        for name in self._required:
+            if name not in fields:
+                raise BindingError(self._flow, name, f"missing; the data has {_listed(fields)}")
+        if strict and self._rest is None:
+            self._refuse_unknown(fields)
+        try:
+            arguments = self._convert(fields)
+        except BindingError:
+            # `order: Order` where an Order has a field `order` of its own: the data is the order itself, if it fits.
+            if not self._whole or self._single is None or self._single not in fields:
+                raise
+            try:
+                return self._convert({self._single: fields})
+            except BindingError:
+                pass
+            raise
+        if self._rest is not None:
+            arguments |= {name: value for name, value in fields.items() if name not in self._signature.parameters}
+        return arguments
+
+    def _convert(self, fields: dict[str, Any]) -> dict[str, Any]:
+        try:
+            record = self._read(fields)
+        except msgspec.ValidationError as error:
+            raise self._explained(error) from error
+        arguments = {name: value for name in self._names if (value := getattr(record, name)) is not _UNSET}
+        for name in self._adapters.keys() & arguments.keys():
+            arguments[name] = self._adapt(name, arguments[name])
+        return arguments
+
+    def _adapt(self, name: str, value: Any) -> Any:
+        try:
+            return self._adapters[name].validate_json(orjson.dumps(value))
+        except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+            raise BindingError(self._flow, name, str(error)) from error
+
+    def _explained(self, error: msgspec.ValidationError) -> BindingError:
+        text = str(error)
+        found = re.search(r"at `\$\.(\w+)", text) or re.search(r"field `(\w+)`", text)
+        return BindingError(self._flow, found[1] if found else ", ".join(self._names), text)
+
+    def _refuse_unknown(self, fields: Mapping[str, Any]) -> None:
+        for name in fields:
+            if name not in self._signature.parameters:
+                known = ", ".join(self._signature.parameters) or "none"
+                raise BindingError(self._flow, name, f"the flow has no such parameter; it has {known}")
+
+    def _read_event(self, name: str, fields: Mapping[str, Any]) -> Event:
+        try:
+            return Event.from_dict(fields)
+        except ValueError as error:
+            raise BindingError(self._flow, name, str(error)) from error
+
+    def _pack(self, name: str, value: Any) -> bytes:
+        """The JSON of one argument, read back once unless it is plain beyond doubt."""
+        try:
+            if is_plain(value):
+                data = orjson.dumps(value)
+                if b"null" not in data or orjson.loads(data) == value:
+                    return data
+            elif isinstance(value, Event):
+                return value.to_json()
+            else:
+                data = msgspec.json.encode(value, enc_hook=_write_model)
+                back = self._convert({name: orjson.loads(data)})[name] if name in self._names else orjson.loads(data)
+                if back == value or same(back, value):
+                    return data
+        except (TypeError, ValueError, OverflowError, RecursionError, BindingError):
+            pass
+        raise NotStorable(f"{self._flow}: argument {name!r}", type_name(value))
+
+    # --------------------------------------------------------------------------- the signature
+
+    def _check_kind(self, parameter: inspect.Parameter) -> None:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise UsageError(
+                f"flow {self._flow!r}: parameter {parameter} is positional only; expected parameters with names, "
+                "which an event's data can fill"
+            )
+
+    def _readable(self, name: str, annotation: Any) -> Any:
+        """The annotation, if msgspec can read it; `Any` when pydantic must, afterwards; UsageError when nobody can."""
+        try:
+            msgspec.json.Decoder(annotation, dec_hook=_read_model)
+        except _UNREADABLE as error:
+            where = f"flow {self._flow!r}: parameter {name!r}"
+            if "pydantic" not in sys.modules:
+                raise UsageError(f"{where} has an annotation no event can fill: {error}") from error
+            self._adapters[name] = _adapter(annotation, where)
+            return Any
+        return annotation
+
+
+def _hints(fn: Callable[..., Any], flow_name: str) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(fn, include_extras=True)
+    except (NameError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"flow {flow_name!r}: cannot resolve its annotations: {error}; import the names at the module's top, not under "
+            "`if TYPE_CHECKING`"
+        ) from error
+
+
+def _is_event(annotation: Any) -> bool:
+    return annotation is Event or set(typing.get_args(annotation)) == {Event, type(None)}
+
+
+def _is_list(annotation: Any) -> bool:
+    origin: Any = typing.get_origin(annotation)
+    return annotation is list or (isinstance(origin, type) and issubclass(list, origin))
+
+
+def _takes_object(annotation: Any) -> bool:
+    """Whether the annotation (or a member of its union) is a record or a mapping."""
+    origin: Any = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _takes_object(typing.get_args(annotation)[0])
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return True
+    if isinstance(annotation, type):
+        marks = ("__struct_fields__", "__dataclass_fields__", "__total__", "model_fields")
+        return issubclass(cast(type[Any], annotation), Mapping) or any(hasattr(annotation, mark) for mark in marks)
+    if isinstance(origin, type) and any(hasattr(origin, mark) for mark in ("__struct_fields__", "__dataclass_fields__")):
+        return True
+    return any(map(_takes_object, typing.get_args(annotation)))
+
+
+def _adapter(annotation: Any, where: str) -> Any:
+    """pydantic's reader for what msgspec cannot read, such as a union of models; if the program uses pydantic."""
+    pydantic: Any = sys.modules["pydantic"]
+    try:
+        return pydantic.TypeAdapter(annotation)
+    except Exception as error:
+        raise UsageError(f"{where} has an annotation no event can fill: {error}") from error
+
+
+def _read_model(wanted: type, value: Any) -> Any:
+    """msgspec's hook: pydantic models, read as from JSON, so that a strict one still takes dates from strings."""
+    if hasattr(wanted, "model_validate_json"):
+        return cast(Any, wanted).model_validate_json(orjson.dumps(value))
+    raise TypeError(f"expected a {wanted.__qualname__}, which no JSON value is")
+
+
+def _write_model(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True, warnings=False)
+    raise TypeError(type_name(value))
+
+
+def _listed(fields: Mapping[str, Any]) -> str:
+    names = ", ".join(list(fields)[:10])
+    return f"{names}, …" if len(fields) > 10 else names or "no fields"
+
+
+def _kind(data: Any) -> str:
+    names: dict[type[Any], str] = {bytes: "bytes", str: "a string", list: "an array", bool: "a boolean"}
+    return names.get(cast(type[Any], type(data)), "a number")

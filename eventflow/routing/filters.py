@@ -1,0 +1,399 @@
+"""`where=`: which events a subscription wants. EventBridge's pattern grammar over `data`, or the author's own callable.
+
+`compile_filter` runs once, at registration, and refuses bad grammar there (`UsageError` naming the path); `Filter.failed`
+runs for every event and says which condition did not hold, so that `eventflow explain` can. A pattern is a JSON object: its
+keys are fields of `data`, or `@type`, `@subject`, `@source`, `@id`, `@time` and `@extension` for attributes; its values are
+lists of which one must match, or objects for nested fields:
+
+    {"@type": [{"prefix": "order."}], "total": [{"numeric": [">", 0]}], "customer": {"country": ["DE", "AT"]}}
+
+As in EventBridge, an array in the event matches when any of its elements does, `exists` looks at leaves only, and an empty
+array is no leaf. No expression language, no regular expressions, nothing slower than linear. Next room: `routing.py`.
+"""
+
+import inspect
+import json
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias, cast
+
+from eventflow.core.errors import UsageError
+from eventflow.events.event import Event
+
+Pattern: TypeAlias = Mapping[str, Any]
+Where: TypeAlias = Pattern | Callable[[Event], bool] | None
+Test: TypeAlias = Callable[[Any], bool]
+
+OPERATORS = ("prefix", "suffix", "anything-but", "exists", "numeric", "equals-ignore-case", "wildcard")
+
+_ABSENT: Any = object()
+_COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "=": operator.eq,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+
+
+class Filter(Protocol):
+    """A compiled `where=`."""
+
+    def failed(self, event: Event) -> str | None:
+        """None when the event is wanted; else the condition that did not hold, for people. A callable may raise."""
+        ...
+
+
+def compile_filter(where: Where) -> Filter | None:
+    """The filter for `where=`; None for none. Raises UsageError for bad grammar and for an `async` callable."""
+    if where is None:
+        return None
+    if isinstance(where, Mapping):
+        return PatternFilter(cast(Pattern, where))
+    if not callable(where):
+        raise UsageError(f"where= expected a pattern or a callable, found {where!r}")
+    if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(getattr(where, "__call__", None)):  # noqa: B004
+        raise UsageError("where= expected a plain function, found an `async` one; filters run on the way in and must be quick")
+    return CallableFilter(where)
+
+
+class CallableFilter:
+    """The author's own predicate over the event."""
+
+    __slots__ = ("_call", "_name")
+
+    def __init__(self, call: Callable[[Event], bool]) -> None:
+        self._call = call
+        self._name: str = getattr(call, "__qualname__", type(call).__qualname__)
+
+    def failed(self, event: Event) -> str | None:
+        answer = self._call(event)
+        if inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()
+            raise TypeError(f"{self._name} returned {type(answer).__name__}, expected a bool")
+        return None if answer else f"{self._name} returned {answer!r}"[:200]
+
+
+class PatternFilter:
+    """A compiled pattern."""
+
+    __slots__ = ("_attributes", "_data")
+
+    def __init__(self, pattern: Pattern) -> None:
+        attributes = {name: value for name, value in pattern.items() if _is_attribute(name)}
+        data = {name: value for name, value in pattern.items() if not _is_attribute(name)}
+        self._attributes = [(name[1:], _compile_leaf(value, name)) for name, value in attributes.items()]
+        # An alternative of a top-level $or may speak of attributes too, so it is a filter of its own.
+        alternatives = data.pop("$or", None)
+        self._data: list[Callable[[Event], str | None]] = []
+        if data:
+            node = _compile_object(data, "")
+            self._data.append(lambda event: node(event.data))
+        if alternatives is not None:
+            filters = [PatternFilter(_object(one, "$or")) for one in _alternatives(alternatives, "$or")]
+            self._data.append(lambda event: _none_of([each.failed for each in filters], event, "$or"))
+
+    def failed(self, event: Event) -> str | None:
+        for name, leaf in self._attributes:
+            if (why := leaf(_attribute(event, name))) is not None:
+                return why
+        for check in self._data:
+            if (why := check(event)) is not None:
+                return why
+        return None
+
+
+def _is_attribute(name: str) -> bool:
+    return name.startswith("@")
+
+
+_FIELDS = frozenset({"id", "source", "type", "subject", "datacontenttype", "dataschema"})
+
+
+def _attribute(event: Event, name: str) -> Any:
+    if name in _FIELDS:
+        value = getattr(event, name)
+        return _ABSENT if value is None else value
+    if name == "time":
+        return _ABSENT if event.time is None else event.time.isoformat().replace("+00:00", "Z")
+    return event.extensions.get(name, _ABSENT)
+
+
+# --------------------------------------------------------------------------- objects
+
+Check: TypeAlias = Callable[[Any], str | None]
+
+
+def _compile_object(pattern: Pattern, path: str) -> Check:
+    """A check of all fields of one object. On an array: of any element that is an object."""
+    if not pattern:
+        raise UsageError(f"where: {path or 'the pattern'} is empty; expected at least one field")
+    checks: list[tuple[str | None, Check]] = []
+    for name, value in pattern.items():
+        here = f"{path}.{name}" if path else name
+        if name == "$or":
+            nodes = [_compile_object(_object(one, here), path) for one in _alternatives(value, here)]
+            checks.append((None, lambda found, nodes=nodes, here=here: _none_of(nodes, found, here)))
+        elif isinstance(value, Mapping):
+            nested = cast(Pattern, value)
+            _refuse_bare_operator(nested, here)
+            checks.append((name, _compile_object(nested, here)))
+        else:
+            checks.append((name, _compile_leaf(value, here)))
+    return lambda found: _check_object(checks, found)
+
+
+def _check_object(checks: Sequence[tuple[str | None, Check]], found: Any) -> str | None:
+    if isinstance(found, list):
+        why: str | None = None
+        for element in cast(list[Any], found):
+            failed = _check_object(checks, element)
+            if failed is None:
+                return None
+            why = why or failed
+        return why or _check_object(checks, _ABSENT)
+    fields: Mapping[str, Any] = cast(Mapping[str, Any], found) if isinstance(found, dict) else {}
+    for name, check in checks:
+        failed = check(fields if name is None else fields.get(name, _ABSENT))
+        if failed is not None:
+            return failed
+    return None
+
+
+def _none_of(checks: Sequence[Check], found: Any, path: str) -> str | None:
+    reasons: list[str] = []
+    for check in checks:
+        why = check(found)
+        if why is None:
+            return None
+        reasons.append(why)
+    return f"{path}: none of [{'; '.join(reasons)}]"
+
+
+def _alternatives(value: Any, path: str) -> Sequence[Any]:
+    if not isinstance(value, list) or len(cast(list[Any], value)) < 2:
+        raise UsageError(f"where: {path} expected a list of two or more patterns, found {_show(value)}")
+    return cast(list[Any], value)
+
+
+def _object(value: Any, path: str) -> Pattern:
+    if not isinstance(value, Mapping):
+        raise UsageError(f"where: {path} expected a list of patterns, found {_show(value)} in it")
+    return cast(Pattern, value)
+
+
+def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
+    """`{"total": {"numeric": [">", 0]}}` says nested field `numeric`; it nearly always lacks its list."""
+    if len(pattern) != 1:
+        return
+    ((name, operand),) = pattern.items()
+    listed = isinstance(operand, list | Mapping)
+    comparison = name == "numeric" and isinstance(operand, list) and cast(list[Any], operand)[:1] != []
+    if name == "anything-but" or comparison or (name in OPERATORS and not listed):
+        raise UsageError(f"where: {path} expected a list; write [{_show(pattern)}]")
+
+
+# --------------------------------------------------------------------------- leaves
+
+
+def _compile_leaf(value: Any, path: str) -> Check:
+    """A check of one value: any of the listed alternatives holds for it, or for any element when it is an array."""
+    if isinstance(value, Mapping):
+        raise UsageError(f"where: {path} expected a list; write [{_show(value)}]")
+    alternatives: list[Any] = list(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else [value]
+    if not alternatives:
+        raise UsageError(f"where: {path} expected a value or a list with at least one, found an empty list")
+    tests: list[Test] = []
+    if_present = if_absent = False
+    for one in alternatives:
+        if isinstance(one, Mapping) and "exists" in one:
+            wanted = _exists(cast(Pattern, one), path)
+            if_present, if_absent = if_present or wanted, if_absent or not wanted
+        else:
+            tests.append(_compile_test(one, path))
+    text = _condition(path, alternatives)
+
+    def check(found: Any) -> str | None:
+        present = False
+        for candidate in _leaves(found):
+            present = True
+            if if_present or any(test(candidate) for test in tests):
+                return None
+        if not present and if_absent:
+            return None
+        return f"{text}{_ABSENCE}" if found is _ABSENT else f"{text}{_FOUND}{_show(found)})"
+
+    return check
+
+
+_FOUND, _ABSENCE = " (found ", " (absent)"
+
+
+def condition(reason: str) -> str:
+    """The condition that failed, of a reason that `failed` gave: without what was found instead."""
+    return reason.partition(_FOUND)[0].removesuffix(_ABSENCE)
+
+
+def _leaves(found: Any) -> Iterator[Any]:
+    if isinstance(found, list):
+        for element in cast(list[Any], found):
+            yield from _leaves(element)
+    elif found is not _ABSENT and not isinstance(found, dict):
+        yield found
+
+
+def _exists(pattern: Pattern, path: str) -> bool:
+    wanted = pattern["exists"]
+    if not isinstance(wanted, bool) or len(pattern) != 1:
+        raise UsageError(f'where: {path} expected {{"exists": true}} or {{"exists": false}}, found {_show(pattern)}')
+    return wanted
+
+
+def _compile_test(one: Any, path: str) -> Test:
+    if not isinstance(one, Mapping):
+        return _exactly(one, path)
+    pattern = cast(Pattern, one)
+    if len(pattern) != 1 or next(iter(pattern)) not in OPERATORS:
+        raise UsageError(f"where: {path} expected an object with one of {', '.join(OPERATORS)}; found {_show(pattern)}")
+    ((name, operand),) = pattern.items()
+    match name:
+        case "prefix" | "suffix":
+            return _affix(name, operand, path)
+        case "equals-ignore-case":
+            folded = _text(operand, name, path).casefold()
+            return lambda found: isinstance(found, str) and found.casefold() == folded
+        case "wildcard":
+            return wildcard(_text(operand, name, path), path)
+        case "numeric":
+            return _numeric(operand, path)
+        case _:
+            return _anything_but(operand, path)
+
+
+def _exactly(wanted: Any, path: str) -> Test:
+    """Equality as JSON has it: 1 is 1.0, but true is not 1."""
+    if wanted is None or isinstance(wanted, bool):
+        return lambda found: found is wanted
+    if isinstance(wanted, str):
+        return lambda found: found == wanted
+    if isinstance(wanted, int | float):
+        return lambda found: found == wanted and not isinstance(found, bool)
+    raise UsageError(f"where: {path} expected a string, number, boolean, null or operator, found {_show(wanted)}")
+
+
+def _affix(name: str, operand: Any, path: str) -> Test:
+    fold = isinstance(operand, Mapping) and list(cast(Pattern, operand)) == ["equals-ignore-case"]
+    text = _text(operand["equals-ignore-case"] if fold else operand, name, path)
+    if fold:
+        text = text.casefold()
+    holds = str.startswith if name == "prefix" else str.endswith
+    return lambda found: isinstance(found, str) and holds(found.casefold() if fold else found, text)
+
+
+def _anything_but(operand: Any, path: str) -> Test:
+    """The value is there, and none of the named ones."""
+    listed: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else [operand]
+    if not listed:
+        raise UsageError(f"where: {path}.anything-but expected at least one value, found an empty list")
+    excluded: list[Test] = []
+    for one in listed:
+        if isinstance(one, Mapping):
+            excluded += _excluded(cast(Pattern, one), f"{path}.anything-but")
+        else:
+            excluded.append(_exactly(one, f"{path}.anything-but"))
+    return lambda found: not any(test(found) for test in excluded)
+
+
+def _excluded(pattern: Pattern, path: str) -> list[Test]:
+    """`{"prefix": "a"}`, or several at once: `{"prefix": ["a", "b"]}`."""
+    if len(pattern) != 1 or next(iter(pattern)) not in ("prefix", "suffix", "equals-ignore-case", "wildcard"):
+        raise UsageError(
+            f"where: {path} expected values, prefix, suffix, equals-ignore-case or wildcard; found {_show(pattern)}"
+        )
+    ((name, operand),) = pattern.items()
+    operands: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else [operand]
+    return [_compile_test({name: each}, path) for each in operands]
+
+
+def _numeric(operand: Any, path: str) -> Test:
+    parts: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else []
+    pairs = list(zip(parts[::2], parts[1::2], strict=False))
+    if len(parts) not in (2, 4) or not all(isinstance(sign, str) and sign in _COMPARISONS and _number(n) for sign, n in pairs):
+        raise UsageError(f'where: {path}.numeric expected [">", 0] or [">", 0, "<=", 5], found {_show(operand)}')
+    bounds = [(_COMPARISONS[sign], limit) for sign, limit in pairs]
+    return lambda found: _number(found) and all(holds(found, limit) for holds, limit in bounds)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def wildcard(pattern: str, path: str) -> Test:
+    r"""A glob with `*` only; `\*` and `\\` stand for themselves. Linear: the pieces between stars are found left to right."""
+    pieces = _split_wildcard(pattern, path)
+    first, last, middle = pieces[0], pieces[-1], pieces[1:-1]
+
+    def test(found: Any) -> bool:
+        if not isinstance(found, str):
+            return False
+        if len(pieces) == 1:
+            return found == first
+        if len(found) < len(first) + len(last) or not (found.startswith(first) and found.endswith(last)):
+            return False
+        at, end = len(first), len(found) - len(last)
+        for piece in middle:
+            at = found.find(piece, at, end)
+            if at < 0:
+                return False
+            at += len(piece)
+        return True
+
+    return test
+
+
+def _split_wildcard(pattern: str, path: str) -> list[str]:
+    pieces = [""]
+    letters = iter(pattern)
+    before = ""
+    for letter in letters:
+        if letter == "\\":
+            escaped = next(letters, "")
+            if escaped not in ("*", "\\"):
+                raise UsageError(f"where: {path}.wildcard: a backslash stands before * or \\ only, found {_show(pattern)}")
+            pieces[-1] += escaped
+        elif letter == "*":
+            if before == "*":
+                raise UsageError(f"where: {path}.wildcard: expected single stars, found {_show(pattern)}")
+            pieces.append("")
+        else:
+            pieces[-1] += letter
+        before = letter
+    return pieces
+
+
+def _text(operand: Any, name: str, path: str) -> str:
+    if not isinstance(operand, str):
+        raise UsageError(f"where: {path}.{name} expected a string, found {_show(operand)}")
+    return operand
+
+
+# --------------------------------------------------------------------------- for people
+
+
+def _condition(path: str, alternatives: Sequence[Any]) -> str:
+    """`total.numeric[> 0]`, `state = "paid"`, `country in ["DE", "AT"]`."""
+    if len(alternatives) > 1:
+        return f"{path} in {_show(alternatives, 200)}"
+    (only,) = alternatives
+    if not isinstance(only, Mapping):
+        return f"{path} = {_show(only)}"
+    ((name, operand),) = cast(Pattern, only).items()
+    if name == "numeric":
+        return f"{path}.numeric[{' '.join(map(str, operand))}]"
+    return f"{path}.{name}[{_show(operand)}]"
+
+
+def _show(value: Any, limit: int = 80) -> str:
+    text = json.dumps(value, default=repr, ensure_ascii=False)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -1,0 +1,338 @@
+"""Checks of data, losses and metrics, for the body of a task: what does not hold raises `CheckFailed`, which is Permanent.
+
+    checks.schema(rows, {"region": str, "amount": float})
+    checks.within(rows, "amount", at_least=0)
+    checks.gate("auc", auc, at_least=0.8)
+
+Each returns its `Result` when it holds. Data are rows (a list of dicts), columns (a dict of lists), or a frame of pandas,
+polars or pyarrow; nothing of those is needed or imported. A result is logged; one that fails is an event `check.failed`,
+recorded with the failure of its task. `collect()` gathers several and raises them together. Next room: `tables.py`.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import msgspec
+
+from eventflow.core.errors import UsageError
+from eventflow.core.retry import Permanent
+from eventflow.logs.log import get_logger
+from eventflow.sdk.columns import Data, Profile, column, columns_of, count_of, is_null, key_of, not_finite, profile, psi, shown
+from eventflow.sdk.task import task_context
+
+__all__ = [
+    "CheckFailed",
+    "Collected",
+    "Profile",
+    "Result",
+    "better",
+    "categories",
+    "collect",
+    "distribution",
+    "finite",
+    "gate",
+    "not_null",
+    "profile",
+    "row_count",
+    "schema",
+    "unique",
+    "within",
+]
+
+FIRST = 5
+"""Offending rows that a result names; it counts all of them."""
+
+log = get_logger("eventflow.checks")
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a check came to. `rows`: the first offending ones, as [place counted from 0, value as JSON or text]."""
+
+    check: str
+    passed: bool
+    expected: str
+    found: str
+    column: str | None = None
+    offending: int = 0
+    total: int | None = None
+    rows: list[list[Any]] = []
+
+    def __str__(self) -> str:
+        what = f"{self.check} of {self.column!r}" if self.column is not None else self.check
+        where = ", ".join(f"row {place}: {value!r}" for place, value in self.rows)
+        more = ", …" if self.offending > len(self.rows) > 0 else ""
+        return f"{what}: expected {self.expected}, found {self.found}{f' ({where}{more})' if where else ''}"
+
+
+class CheckFailed(Permanent):
+    """One or several checks do not hold. `results` are those; trying again cannot help, unless the data change."""
+
+    def __init__(self, results: Sequence[Any]) -> None:
+        self.results: list[Result] = [msgspec.convert(each, Result) for each in results]
+        super().__init__([msgspec.to_builtins(each) for each in self.results])  # plain data: it is rebuilt in the flow
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.results))
+
+
+# --------------------------------------------------------------------------- data
+
+
+def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Result:
+    """Every column of `types` is there, and every value is of its type: `{"amount": float, "note": str | None}`.
+
+    An int is a float, a bool is neither; null (None, NaN, NaT) needs `| None`. `exact`: there are no other columns.
+    """
+    names = columns_of(data)
+    missing = [name for name in types if name not in names]
+    extra = [name for name in names if name not in types] if exact else []
+    if (missing or extra) and (names or count_of(data)):
+        found = [f"no {name!r}" for name in missing] + [f"also {name!r}" for name in extra]
+        return _settle(_result("schema", False, _names(types), ", ".join(found), column=(missing + extra)[0]))
+    for name, wanted in types.items():
+        fits = _fitting(wanted)
+        bad = [(place, value) for place, value in enumerate(column(data, name)) if not fits(value)]
+        if bad:
+            kinds = ", ".join(sorted({"null" if is_null(value) else type(value).__name__ for _, value in bad}))
+            return _settle(_rows("schema", name, _type_text(wanted), bad, count_of(data), kinds))
+    return _settle(_result("schema", True, _names(types), "the same", total=count_of(data)))
+
+
+def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
+    """No more than a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
+    return _each(data, names, "not_null", f"at most {at_most:.4g} null", lambda values: map(is_null, values), at_most)
+
+
+def within(data: Data, name: str, *, at_least: Any = None, at_most: Any = None, outside: float = 0.0) -> Result:
+    """Every value of a column lies in [at_least, at_most], but for a share `outside`. Nulls are `not_null`'s."""
+    if at_least is None and at_most is None:
+        raise UsageError(f"checks.within({name!r}): expected at_least= or at_most=, found neither")
+
+    def bad(value: Any) -> bool:
+        if is_null(value):
+            return False
+        try:
+            return (at_least is not None and not value >= at_least) or (at_most is not None and not value <= at_most)
+        except TypeError:  # such as text where numbers were expected
+            return True
+
+    expected = _range(at_least, at_most)
+    return _each(data, (name,), "within", expected, lambda values: map(bad, values), outside)
+
+
+def unique(data: Data, *names: str) -> Result:
+    """No two rows are equal in these columns together. The second and later ones offend."""
+    if not names:
+        raise UsageError("checks.unique(): expected one column or several, found none")
+    seen: set[Any] = set()
+    bad: list[tuple[int, Any]] = []
+    for place, values in enumerate(zip(*(column(data, name) for name in names), strict=True)):
+        key = tuple(map(key_of, values))
+        if key in seen:
+            bad.append((place, values[0] if len(names) == 1 else list(values)))
+        seen.add(key)
+    return _settle(_rows("unique", "+".join(names), "no value twice", bad, count_of(data), f"{len(bad)} repeated"))
+
+
+def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float = 0.0) -> Result:
+    """Every value of a column is one of `allowed`, but for a share `outside`. Nulls are `not_null`'s."""
+    known = set(allowed)
+    expected = "one of " + ", ".join(sorted(map(repr, known))[:10]) + (", …" if len(known) > 10 else "")
+
+    def bad(values: Iterable[Any]) -> Iterable[bool]:
+        return (not is_null(value) and key_of(value) not in known for value in values)
+
+    return _each(data, (name,), "categories", expected, bad, outside)
+
+
+def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> Result:
+    """The number of rows lies in [at_least, at_most]."""
+    count = count_of(data)
+    passed = count >= at_least and (at_most is None or count <= at_most)
+    return _settle(_result("row_count", passed, f"rows {_range(at_least, at_most)}", str(count), total=count))
+
+
+def distribution(
+    data: Data, name: str, reference: "Profile | Iterable[Any]", *, at_most: float = 0.2, bins: int = 10
+) -> Result:
+    """The column's population stability index against the reference is at most `at_most`.
+
+    `reference`: earlier values, or their `profile(values)`, which is small and may be stored as JSON beside the model. Numbers
+    are binned at the reference's quantiles, anything else by value; nulls are a bin of their own. PSI = Σ (p - q) · ln(p / q),
+    a share of zero counted as 1e-4. Below 0.1 is usually called stable, above 0.25 shifted; it takes a few hundred rows.
+    """
+    known = reference if isinstance(reference, Profile) else profile(reference, bins)
+    value = psi(known, known.shares_of(column(data, name)))
+    expected = f"PSI of at most {at_most:.4g}"
+    return _settle(_result("distribution", value <= at_most, expected, f"{value:.4g}", column=name, total=count_of(data)))
+
+
+# --------------------------------------------------------------------------- losses and metrics
+
+
+def finite(**values: Any) -> Result:
+    """All these numbers are finite: `finite(loss=loss, gradient=grad)`. Lists, arrays and tensors are looked through."""
+    for name, value in values.items():
+        bad = not_finite(value)
+        if bad:
+            kinds = ", ".join(sorted({repr(float(number)) for _, number in bad[:1000]}))
+            return _settle(_rows("finite", name, "finite numbers", bad, None, kinds))
+    return _settle(_result("finite", True, "finite numbers", ", ".join(values)))
+
+
+def gate(metric: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> Result:
+    """A metric lies in [at_least, at_most]; NaN never does. `gate("auc", auc, at_least=0.8)`."""
+    if at_least is None and at_most is None:
+        raise UsageError(f"checks.gate({metric!r}): expected at_least= or at_most=, found neither")
+    passed = (at_least is None or value >= at_least) and (at_most is None or value <= at_most) and not math.isnan(value)
+    return _settle(_result("gate", passed, _range(at_least, at_most), f"{value:.6g}", column=metric))
+
+
+def better(
+    metric: str, challenger: float, champion: float | None, *, by: float = 0.0, by_share: float = 0.0, lower: bool = False
+) -> Result:
+    """The challenger's metric beats the champion's, by more than `by` and by more than `by_share` of the champion's.
+
+    `lower`: less is better, as for an error. With no champion (None, or NaN) any finite challenger passes.
+    """
+    if champion is None or math.isnan(champion):
+        return _settle(_result("better", math.isfinite(challenger), "a finite value", f"{challenger:.6g}", column=metric))
+    margin = max(by, by_share * abs(champion))
+    gain = champion - challenger if lower else challenger - champion
+    bound = champion - margin if lower else champion + margin
+    expected = f"{'less' if lower else 'more'} than {bound:.6g} (champion: {champion:.6g})"
+    return _settle(_result("better", gain > margin, expected, f"{challenger:.6g}", column=metric))
+
+
+# --------------------------------------------------------------------------- several at once
+
+
+class Collected(list[Result]):
+    """The results of a `collect()` block, in order."""
+
+    @property
+    def failed(self) -> list[Result]:
+        return [each for each in self if not each.passed]
+
+
+_collected: ContextVar[Collected | None] = ContextVar("eventflow_checks", default=None)
+_telling: ContextVar[bool] = ContextVar("eventflow_checks_telling", default=False)
+
+
+@contextmanager
+def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[Collected]:
+    """Checks inside do not raise; at the end of the block all that failed are raised together as one CheckFailed.
+
+    `raises=False` leaves it at the results (and to you: `results.failed`); the events of failures are then published with the
+    task's success. `emit_passed` makes an event `check.passed` of each that holds.
+    """
+    results = Collected()
+    marks = _collected.set(results), _telling.set(emit_passed)
+    try:
+        yield results
+    finally:
+        _collected.reset(marks[0])
+        _telling.reset(marks[1])
+    _tell(results, emit_passed, raises)
+    if raises and results.failed:
+        raise CheckFailed(results.failed)
+
+
+def _settle(result: Result) -> Result:
+    """Logs a result; then it is collected, or told and raised if it fails."""
+    fields = {"check": result.check, "column": result.column, "expected": result.expected, "found": result.found}
+    if result.passed:
+        log.info("check.passed", **fields)
+    else:
+        log.warning("check.failed", **fields, offending=result.offending, rows=result.rows)
+    if (collected := _collected.get()) is not None:
+        collected.append(result)
+        return result
+    _tell([result], False, True)
+    if not result.passed:
+        raise CheckFailed([result])
+    return result
+
+
+def _tell(results: Iterable[Result], passed_too: bool, raised: bool) -> None:
+    """Makes events of results, in a task of a run: of a failure with the task's failure, which it is about to bring about."""
+    body = task_context()
+    if body is None or not body.run_id:
+        return
+    for result in results:
+        data = msgspec.to_builtins(result)
+        if not result.passed:
+            body.emit("check.failed", {"data": data, "subject": result.column, "extensions": {}}, with_failure=raised)
+        elif passed_too:
+            body.emit("check.passed", {"data": data, "subject": result.column, "extensions": {}})
+
+
+# --------------------------------------------------------------------------- results
+
+
+def _result(check: str, passed: bool, expected: str, found: str, **more: Any) -> Result:
+    return Result(check=check, passed=passed, expected=expected, found=found, **more)
+
+
+def _rows(check: str, name: str, expected: str, bad: Sequence[tuple[int, Any]], total: int | None, found: str) -> Result:
+    first = [[place, shown(value)] for place, value in bad[:FIRST]]
+    of = f" in {len(bad)} of {total} rows" if bad and total is not None else ""
+    return _result(
+        check, not bad, expected, (found + of) if bad else "the same", column=name, offending=len(bad), total=total, rows=first
+    )
+
+
+def _each(
+    data: Data, names: Sequence[str], check: str, expected: str, bad: Callable[[Iterable[Any]], Iterable[bool]], allowed: float
+) -> Result:
+    """A check of every value of some columns: the first column with too many offending ones fails it."""
+    if not names:
+        raise UsageError(f"checks.{check}(): expected one column or several, found none")
+    total = count_of(data)
+    for name in names:
+        values = column(data, name)
+        found = [(place, values[place]) for place, wrong in enumerate(bad(values)) if wrong]
+        if len(found) > allowed * total:
+            kinds = Counter(repr(shown(value)) for _, value in found)
+            text = ", ".join(kind for kind, _ in kinds.most_common(3))
+            return _settle(_rows(check, name, expected, found, total, text))
+    return _settle(_result(check, True, expected, "the same", column=names[0] if len(names) == 1 else None, total=total))
+
+
+def _range(at_least: Any, at_most: Any) -> str:
+    if at_least is None:
+        return f"at most {at_most}"
+    return f"at least {at_least}" if at_most is None else f"{at_least} to {at_most}"
+
+
+_KINDS: Mapping[Any, type] = {float: Real, int: Integral, None: type(None), Any: object}
+"""What counts as a type that a schema names: an int is a float too, and numpy's numbers are numbers."""
+
+
+def _fitting(wanted: Any) -> Callable[[Any], bool]:
+    members: tuple[Any, ...] = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    kinds = tuple(_KINDS.get(member, get_origin(member) or member) for member in members)
+    nullable = type(None) in kinds or object in kinds
+
+    def fits(value: Any) -> bool:
+        if is_null(value):
+            return nullable
+        if isinstance(value, bool):
+            return bool in kinds or object in kinds
+        return isinstance(value, kinds)
+
+    return fits
+
+
+def _type_text(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) else str(wanted)
+
+
+def _names(types: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}: {_type_text(wanted)}" for name, wanted in types.items())

@@ -1,0 +1,187 @@
+"""Data as columns, for checks: rows, columns or a frame, what counts as null, and how values are distributed.
+
+Known by what they can do, so that no frame library is needed: a list of dicts, a dict of sequences, and what has columns that
+give themselves as a list (pandas, polars, pyarrow). Pure functions; `checks.py` calls them.
+"""
+
+import math
+import sys
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeAlias, cast
+
+import msgspec
+
+from eventflow.core.errors import UsageError
+from eventflow.serialization.tagged_json import type_name
+
+Data: TypeAlias = Any
+"""Rows, columns or a frame; what else it is, is refused with UsageError."""
+
+RARE = 1e-4
+"""The share that an empty bin counts as: PSI has no value for zero."""
+MANY = 100
+"""Categories that a profile tells apart; the rarer ones are one bin."""
+
+_NULLS = frozenset({"NAType", "NaTType"})  # pandas' words for null; comparing them tells nothing
+
+
+def is_null(value: Any) -> bool:
+    """None, NaN, and pandas' NA and NaT."""
+    if type(value) is str or type(value) is int:
+        return False
+    return value is None or type(value).__name__ in _NULLS or (isinstance(value, Real) and bool(value != value))
+
+
+def key_of(value: Any) -> Any:
+    """What tells a value from others in a set; of a list or dict, its text."""
+    try:
+        hash(value)
+    except TypeError:
+        return f"{type(value).__name__}:{value!r}"
+    return value
+
+
+# --------------------------------------------------------------------------- columns
+
+
+def columns_of(data: Data) -> list[str]:
+    """The names of the columns; of rows, all that any row has."""
+    if isinstance(data, Mapping):
+        return list(cast(Mapping[str, Any], data))
+    if _is_frame(data):
+        return [str(name) for name in (data.column_names if hasattr(data, "column_names") else data.columns)]
+    return list(dict.fromkeys(name for row in _rows_of(data) for name in row))
+
+
+def column(data: Data, name: str) -> Sequence[Any]:
+    """The values of one column, in order; None for a row that lacks it. UsageError when there is no such column."""
+    if _is_frame(data) or isinstance(data, Mapping):
+        if name not in columns_of(data):
+            raise UsageError(f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}")
+        return _as_list(data[name])
+    rows = _rows_of(data)
+    if rows and not any(name in row for row in rows):
+        raise UsageError(f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}")
+    return [row.get(name) for row in rows]
+
+
+def count_of(data: Data) -> int:
+    """The number of rows; of columns, that of the longest."""
+    if isinstance(data, Mapping):
+        return max((len(values) for values in cast(Mapping[str, Any], data).values()), default=0)
+    return len(data) if _is_frame(data) else len(_rows_of(data))
+
+
+def _is_frame(data: Any) -> bool:
+    return hasattr(data, "columns") and hasattr(data, "__getitem__") and hasattr(data, "__len__")
+
+
+def _rows_of(data: Any) -> Sequence[Mapping[str, Any]]:
+    found = type_name(data)
+    if isinstance(data, list | tuple):
+        rows = cast(Sequence[Any], data)
+        if not rows or isinstance(rows[0], Mapping):
+            return rows
+        found = f"{found} of {type_name(rows[0])}"
+    raise UsageError(f"checks: expected a list of dicts, a dict of lists or a frame, found {found}")
+
+
+def _as_list(values: Any) -> Sequence[Any]:
+    for name in ("to_list", "to_pylist", "tolist"):
+        if hasattr(values, name):
+            return getattr(values, name)()
+    return list(values)
+
+
+def shown(value: Any) -> Any:
+    """A value as JSON, or as text, to name it in a result."""
+    if isinstance(value, list):
+        return [shown(each) for each in cast(list[Any], value)]
+    if value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 1 << 53):
+        return value
+    if type(value) is float and math.isfinite(value):
+        return value
+    text = value if type(value) is str else str(value)
+    return text.encode(errors="backslashreplace").decode()[:80]
+
+
+# --------------------------------------------------------------------------- numbers
+
+
+def not_finite(value: Any) -> list[tuple[int, Any]]:
+    """The numbers in `value` that are NaN or infinite, each with its place in it."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "fc":  # weights may be many
+        flat = value.ravel()
+        return [(int(place), flat[place].item()) for place in numpy.flatnonzero(~numpy.isfinite(flat))]
+    return [(place, number) for place, number in enumerate(_flat(value)) if not math.isfinite(number)]
+
+
+def _flat(value: Any) -> Iterable[float]:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        for each in cast(Sequence[Any], value):
+            yield from _flat(each)
+    else:
+        yield float(value)
+
+
+# --------------------------------------------------------------------------- distributions
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """How values are distributed, as JSON can say it. Numbers: `edges` between bins; others: `values`, each a bin.
+
+    `shares` are of the bins in order, and two more: all that is in none, and nulls.
+    """
+
+    shares: Sequence[float]
+    edges: Sequence[float] | None = None
+    values: Sequence[Any] | None = None
+
+    def shares_of(self, values: Iterable[Any]) -> list[float]:
+        """The shares of other values in these bins."""
+        places: Mapping[Any, int] = {value: place for place, value in enumerate(self.values or ())}
+        size = len(self.shares)
+        counts = [0] * size
+        for value in values:
+            if is_null(value):
+                counts[size - 1] += 1
+            elif self.edges is None:
+                counts[places.get(key_of(value), size - 2)] += 1
+            else:
+                counts[bisect_right(self.edges, value) if isinstance(value, Real) else size - 2] += 1
+        total = sum(counts)
+        return [count / total for count in counts] if total else [0.0] * size
+
+
+def profile(values: Iterable[Any], bins: int = 10) -> Profile:
+    """The profile of reference values, for `distribution`. Numbers go into `bins` of about equal share."""
+    listed = list(_as_list(values))
+    known = [value for value in listed if not is_null(value)]
+    if not known:
+        raise UsageError("checks.profile(): expected some values that are not null, found none")
+    if all(map(_is_number, known)):
+        known.sort()
+        edges = sorted({float(known[len(known) * step // bins]) for step in range(1, bins)})
+        blank = Profile([0.0] * (len(edges) + 3), edges=edges)
+    else:
+        common = [value for value, _ in Counter(map(key_of, known)).most_common(MANY)]
+        blank = Profile([0.0] * (len(common) + 2), values=common)
+    return msgspec.structs.replace(blank, shares=blank.shares_of(listed))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is not bool and isinstance(value, Real)
+
+
+def psi(reference: Profile, shares: Sequence[float]) -> float:
+    """The population stability index: Σ (p - q) · ln(p / q) over the bins. No rows at all are as far as can be."""
+    if not any(shares):
+        return math.inf
+    pairs = [(max(p, RARE), max(q, RARE)) for p, q in zip(shares, reference.shares, strict=True)]
+    return sum((p - q) * math.log(p / q) for p, q in pairs)

@@ -1,0 +1,339 @@
+"""`@task`: a function whose calls inside a flow are journaled, retried and bounded in time.
+
+Called in a flow, a task claims its place in the journal and hands the call to the executor through `Caller`. Called anywhere
+else, it is just its function, with the same retries and timeout. An `async def` body runs on the worker's loop; a plain `def`
+body runs in a bounded thread pool. Both are awaited: `await score(order)`. `score.fn` is the undecorated function.
+"""
+
+import asyncio
+import inspect
+import random
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextvars import ContextVar
+from functools import partial, update_wrapper
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
+
+import msgspec
+
+from eventflow.core.clock import Duration, seconds
+from eventflow.core.errors import TaskTimedOut, UsageError
+from eventflow.core.retry import Retry, as_retry
+from eventflow.logs.log import get_logger
+from eventflow.loop.flow_loop import flow_loop
+from eventflow.loop.host import Host
+from eventflow.serialization.codecs import ResultCodec, fingerprint
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
+
+OnChanged = Literal["error", "rerun", "accept"]
+Hook = Callable[..., Any]
+
+
+class TaskOptions(msgspec.Struct, frozen=True):
+    """What `@task(...)` was given. Durations are seconds."""
+
+    name: str
+    retries: Retry
+    timeout: float | None = None
+    concurrency: int | None = None
+    on_changed: OnChanged = "error"
+    key: Callable[..., str] | None = None
+    on_success: Hook | None = None
+    on_failure: Hook | None = None
+    on_retry: Hook | None = None
+
+
+class TaskContext(msgspec.Struct, gc=False):
+    """What `current_task()` tells a task body.
+
+    `attempt` counts from 1. `idempotency_key` is the same for every attempt of this call, across restarts: hand it to whatever
+    the body writes to, since a body runs at least once. `log` is bound to run, task and attempt. Outside a run, `run_id` and
+    `idempotency_key` are empty.
+    """
+
+    run_id: str
+    task: str
+    attempt: int
+    idempotency_key: str
+    emitted: list[tuple[str, str, dict[str, Any]]] | None = None
+    arguments: bytes | None = None
+    """Their fingerprint."""
+    over: bool = False
+    """The attempt has ended, or was given up: what its body still does counts for nothing."""
+
+    lamented: list[tuple[str, str, dict[str, Any]]] | None = None
+    """Events to publish when this attempt fails and is the last."""
+
+    @property
+    def log(self) -> Any:
+        return get_logger(self.task)
+
+    def emit(self, event_type: str, fields: dict[str, Any], *, with_failure: bool = False) -> str:
+        """Publishes an event with the success of the task, or with its failure. Returns its id. `emit()` is for users."""
+        if with_failure:  # after a retry by hand it may fail again, of something else
+            self.lamented = self.lamented or []
+            ident = f"{self.idempotency_key}/failed#{self.attempt}.{len(self.lamented)}"
+            self.lamented.append((ident, event_type, fields))
+        else:
+            self.emitted = self.emitted or []
+            ident = f"{self.idempotency_key}/emit#{len(self.emitted)}"
+            self.emitted.append((ident, event_type, fields))
+        return ident
+
+
+_current: ContextVar[TaskContext | None] = ContextVar("eventflow_task", default=None)
+
+
+def current_task() -> TaskContext:
+    """The call whose body is running. Raises UsageError outside a task body."""
+    context = _current.get()
+    if context is None:
+        raise UsageError("current_task(): expected to be called in a @task body, found none running here")
+    return context
+
+
+def task_context() -> TaskContext | None:
+    """`current_task()`, or None outside a task body."""
+    return _current.get()
+
+
+def enter_task(context: TaskContext) -> None:
+    """Makes `context` the current one of this contextvars context."""
+    _current.set(context)
+
+
+class Call:
+    """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
+
+    __slots__ = (
+        "args", "attempt", "body", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
+        "thread",
+    )  # fmt: skip
+
+    def __init__(
+        self, task: "Task[..., Any]", claim: str, args: tuple[Any, ...], kwargs: dict[str, Any], print_: bytes | None
+    ) -> None:
+        self.task, self.claim, self.args, self.kwargs, self.fingerprint = task, claim, args, kwargs, print_
+        self.future: asyncio.Future[Any] | None = None
+        self.handle: Any = None  # the attempt's asyncio task, or the timer that waits for the next
+        self.context: Any = None
+        self.body: TaskContext | None = None  # of the attempt under way, or the last one
+        self.attempt = 0  # the attempt under way, or the last one
+        self.spent = 0  # failures since the last retry by hand: what the Retry's budget counts
+        self.running = False  # a body of it is under way
+        self.thread: Any = None  # where a plain `def` body runs
+
+
+class Caller(Host, Protocol):
+    """The executor, as a task call sees it."""
+
+    async def perform(self, call: Call) -> Any:
+        """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
+        ...
+
+    def perform_all(self, name: str, calls: Iterable[Call], limit: int, patient: bool) -> Coroutine[Any, Any, list[Any]]: ...
+
+
+class Task(Generic[P, R]):
+    """A task, made by `@task`. Calling it gives a coroutine; awaiting that gives the body's return value."""
+
+    def __init__(self, fn: Callable[..., Any], options: TaskOptions, codec: str | None = None) -> None:
+        self.fn = fn
+        self.options = options
+        self.name = options.name
+        self.is_async = inspect.iscoroutinefunction(fn)
+        self._codec_name = codec
+        signature = inspect.signature(fn)
+        plain = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        self._signature = signature if any(p.kind is p.VAR_POSITIONAL for p in plain) else None
+        self._names = tuple(p.name for p in plain)
+        self._defaults = {p.name: p.default for p in plain if p.default is not p.empty}
+        update_wrapper(cast(Any, self), fn)
+        self._result: ResultCodec | None = None
+
+    @property
+    def result(self) -> ResultCodec:
+        """How values of this task are stored; built from the return annotation at first use."""
+        if self._result is None:
+            self._result = ResultCodec(return_annotation(self.fn), f"task {self.name!r} result", self._codec_name)
+        return self._result
+
+    def options_with(self, **changes: Any) -> "Task[P, R]":
+        """The same task with other options: `score.options_with(retries=1)(order)`."""
+        given = _normal(changes)
+        return Task(self.fn, msgspec.structs.replace(self.options, **given), self._codec_name)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        loop = flow_loop(self.name)
+        if loop is None:
+            return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
+        key = self.options.key(*args, **kwargs) if self.options.key else None
+        call = Call(self, loop.scope().claim(self.name, key), args, kwargs, self._fingerprint(args, kwargs))
+        return cast("Coroutine[Any, Any, R]", cast(Caller, loop.host).perform(call))
+
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], str] | None = None,
+        limit: int = 1000,
+        return_exceptions: bool = False,
+    ) -> Coroutine[Any, Any, list[R]]:
+        """One call per item, at most `limit` at a time; the values in input order.
+
+        The first item whose attempts are exhausted stops new ones; running ones end; then an ExceptionGroup of all errors is
+        raised. `return_exceptions=True` runs everything and puts errors in the list. `key` names each call by its item, so
+        that a recorded value is found again when the list has changed. Outside a run the items are plain calls.
+        """
+        if limit < 1:
+            raise UsageError(f"{self.name}.map(limit=) expected at least 1, found {limit}")
+        loop = flow_loop(self.name)
+        if loop is None:
+            return self._plain_map(items, limit, return_exceptions)
+        calls = self._calls(loop.scope().child(f"{self.name}.map"), items, key or self.options.key)
+        return cast(Caller, loop.host).perform_all(self.name, calls, limit, return_exceptions)
+
+    def _calls(self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None) -> Iterable[Call]:
+        seen: set[str] = set()
+        for ordinal, item in enumerate(items):
+            claim = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
+            if key and claim in seen:
+                raise UsageError(f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ")
+            seen.add(claim)
+            yield Call(self, claim, (item,), {}, self._fingerprint((item,), {}))
+
+    def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
+        if self._signature is not None:  # *args: the slow, general way
+            try:
+                bound = self._signature.bind(*args, **kwargs)
+            except TypeError:
+                return None  # as below
+            bound.apply_defaults()
+            return fingerprint((), (), bound.arguments, {})
+        if len(args) > len(self._names):
+            return None  # the body will raise the TypeError that says so
+        return fingerprint(self._names, args, kwargs, self._defaults)
+
+    # ----------------------------------------------------------------- outside a run
+
+    async def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        retry, attempt, draw = self.options.retries, 1, random.Random()
+        while True:
+            enclosing = task_context()
+            if enclosing is None or not enclosing.run_id:
+                enter_task(TaskContext("", self.name, attempt, ""))
+            try:
+                return await self._plain_attempt(args, kwargs)
+            except Exception as error:  # around an attempt: whatever user code raises is asked of its Retry
+                wait = retry.delay_after(attempt, error, draw)
+                if wait is None:
+                    raise
+            finally:
+                _current.set(enclosing)
+            attempt += 1
+            await asyncio.sleep(wait)
+
+    async def _plain_attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        work: Coroutine[Any, Any, Any]
+        work = self.fn(*args, **kwargs) if self.is_async else asyncio.to_thread(partial(self.fn, *args, **kwargs))
+        if self.options.timeout is None:
+            return await work
+        deadline = asyncio.timeout(self.options.timeout)
+        try:
+            async with deadline:
+                return await work
+        except TimeoutError:
+            if deadline.expired():
+                raise TaskTimedOut(self.name, self.options.timeout) from None
+            raise
+
+    async def _plain_map(self, items: Iterable[Any], limit: int, return_exceptions: bool) -> list[Any]:
+        slots = asyncio.Semaphore(limit)
+
+        async def one(item: Any) -> Any:
+            async with slots:
+                return await self._plain((item,), {})
+
+        results = await asyncio.gather(*(one(item) for item in items), return_exceptions=True)
+        return settle_map(self.name, results, return_exceptions)
+
+
+def settle_map(name: str, results: Sequence[Any], return_exceptions: bool) -> list[Any]:
+    """The list, or an ExceptionGroup of the errors in it."""
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors and not return_exceptions:
+        raise ExceptionGroup(f"{len(errors)} items of {name}.map failed", errors)
+    return list(results)
+
+
+def return_annotation(fn: Callable[..., Any]) -> Any:
+    """The resolved return annotation of a function; Any when there is none."""
+    if "return" not in getattr(fn, "__annotations__", {}):
+        return Any
+    try:
+        return get_type_hints(fn, include_extras=True)["return"]
+    except NameError as unresolved:
+        raise UsageError(f"{fn.__qualname__}: cannot resolve the return annotation: {unresolved}") from None
+
+
+def _normal(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as users write them, as `TaskOptions` holds them."""
+    if "retries" in given:
+        given["retries"] = as_retry(given["retries"])
+    if given.get("timeout") is not None:
+        given["timeout"] = seconds(given["timeout"])
+        if given["timeout"] <= 0:
+            raise UsageError(f"timeout= expected a positive duration, found {given['timeout']:g}")
+    if given.get("concurrency") is not None and given["concurrency"] < 1:
+        raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
+    if given.get("on_changed", "error") not in ("error", "rerun", "accept"):
+        raise UsageError(f'on_changed= expected "error", "rerun" or "accept", found {given["on_changed"]!r}')
+    return given
+
+
+@overload
+def task(fn: Callable[P, Coroutine[Any, Any, T]], /) -> Task[P, T]: ...
+@overload
+def task(fn: Callable[P, T], /) -> Task[P, T]: ...
+@overload
+def task(
+    *,
+    name: str | None = None,
+    retries: Retry | int | Sequence[Duration] | None = None,
+    timeout: Duration | None = None,
+    concurrency: int | None = None,
+    on_changed: OnChanged = "error",
+    key: Callable[..., str] | None = None,
+    codec: Literal["pickle"] | None = None,
+    on_success: Hook | None = None,
+    on_failure: Hook | None = None,
+    on_retry: Hook | None = None,
+) -> "_Decorator": ...
+def task(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, codec: str | None = None, **given: Any) -> Any:
+    """Makes a function a task.
+
+    - `retries`: a `Retry`, a number of retries, or a list of delays; default none. `timeout`: seconds one attempt may take,
+      from the start of its body.
+    - `concurrency`: how many bodies of it run at once in this process.
+    - `on_changed`: what to do when a recorded call comes back with other arguments: `"error"` holds the run with a field diff,
+      `"rerun"` runs it again, `"accept"` takes the recorded value.
+    - `key`: a callable of the arguments; its text names the call in the journal instead of its ordinal.
+    - `codec`: `"pickle"` stores what plain data cannot (read by workers only); default by the return annotation.
+    - `on_success(value)`, `on_failure(error)`, `on_retry(error, delay)`: called after the fact on the worker's loop; plain or
+      async. Best effort: a crash may skip or repeat one, and what it raises is logged.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        options = TaskOptions(name or function.__name__, as_retry(given.pop("retries", None)), **_normal(given))
+        return Task(function, options, codec)
+
+    return decorate if fn is None else decorate(fn)
+
+
+class _Decorator(Protocol):
+    @overload
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Task[P, T]: ...
+    @overload
+    def __call__(self, fn: Callable[P, T], /) -> Task[P, T]: ...

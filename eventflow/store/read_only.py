@@ -1,0 +1,43 @@
+"""A ledger to look at while another process may have it open: read-only, without its lock, nothing but what a dry run asks.
+
+cli/foreseeing.py reads through it, so that changed code can be tried on the ledger of a server that goes on. A reader never
+writes and never checkpoints (readers.py), so the single writer stays the only one. A ledger of another version of eventflow may
+have other columns: that is a StoreError.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from eventflow.core.clock import Clock
+from eventflow.events.event import Json
+from eventflow.store import queries
+from eventflow.store.readers import Readers
+
+
+class Beside:
+    """Two of the store's verbs, on the file."""
+
+    def __init__(self, readers: Readers) -> None:
+        self._readers = readers
+
+    async def past(
+        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+    ) -> tuple[list[dict[str, Any]], int | None]:
+        asked = partial(queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit)
+        return await self._readers.read(asked)
+
+    async def cursor(self, trigger: str) -> Mapping[str, Json]:
+        return await self._readers.read(partial(queries.cursor, trigger=trigger))
+
+
+@asynccontextmanager
+async def beside(path: str, clock: Clock) -> AsyncGenerator[Beside]:
+    """The ledger in this file, for as long as the block."""
+    readers = Readers(path, clock)
+    try:
+        yield Beside(readers)
+    finally:
+        await asyncio.to_thread(readers.close)

@@ -1,0 +1,99 @@
+"""Whether an app has come to rest, and if it does not, which runs keep it busy.
+
+Asked by clock.py and draining.py. At rest means: whatever was posted to the store is durable and answered, no task body runs,
+and nothing happens until time passes or an event arrives.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from eventflow.app import App
+from eventflow.core.clock import SystemClock, to_datetime
+from eventflow.engine.execution import Execution
+from eventflow.loop.flow_loop import FlowTimer
+from eventflow.runs.run import State, show_id
+from eventflow.sdk.task import Call
+from eventflow.store.writer import Errand
+
+
+class Stuck(AssertionError):
+    """Something goes on for longer than a test may take; the message lists which runs, and what each of them waits for."""
+
+
+class Deadline:
+    """Real time, whatever the app's clock says."""
+
+    def __init__(self, within: float) -> None:
+        self._clock = SystemClock()
+        self._until = self._clock.monotonic() + within
+
+    @property
+    def passed(self) -> bool:
+        return self._clock.monotonic() > self._until
+
+
+async def come_to_rest(app: App, patience: float, deadline: Deadline | None = None) -> bool:
+    """Whether nothing goes on any more; False when something does, but nothing was recorded for `patience` seconds."""
+    calm, last, moved = 0, -1, Deadline(patience)
+    while calm < 2:
+        quiet, batch = await app.house.on_flow_loop(_look(app))
+        if batch != last:
+            calm, last, moved = 0, batch, Deadline(patience)
+        calm = calm + 1 if quiet else 0
+        if moved.passed or (deadline is not None and deadline.passed):
+            return False
+        await asyncio.sleep(0 if quiet else 0.001)
+    return True
+
+
+async def _look(app: App) -> tuple[bool, int]:
+    """Whether nothing is under way once everything posted so far was answered; and the number of the last commit."""
+    loop = asyncio.get_running_loop()
+    answered: asyncio.Future[Any] = loop.create_future()
+
+    def last_batch(connection: Any) -> int:
+        return connection.execute("SELECT batch FROM ledger").fetchone()[0]
+
+    def answer(batch: Any) -> None:
+        if not answered.done():
+            answered.set_result(batch)
+
+    app.store.post(cast(Any, Errand(last_batch)), answer, loop)
+    batch = await answered
+    if isinstance(batch, BaseException):
+        raise batch
+    await asyncio.sleep(0)
+    return app.house.worker.is_quiet and app.house.lookout.is_quiet, batch
+
+
+async def table(app: App, problem: str) -> str:
+    """The live runs, one a line, with what each of them waits for."""
+    rows = [("RUN", "FLOW", "STATE", "WAITS FOR")]
+    for state in (State.RUNNING, State.WAITING, State.PENDING, State.HELD):
+        for row in await app.store.runs(state=state, limit=20):
+            execution = app.house.worker.executions.get(row["id"])
+            reasons = _outside(row) if execution is None else ", ".join(_inside(execution)) or "its own steps"
+            rows.append((show_id(row["id"]), row["flow"], row["state"], reasons))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    return "\n".join([problem, *lines])
+
+
+def _outside(row: Mapping[str, Any]) -> str:
+    if row["state"] == "held":
+        return row["reason"] or "a person"
+    if row["blocked"]:
+        return f"the run before it in lane {row['lane']!r}"
+    return "an answer" if row["due_at"] is None else f"{to_datetime(row['due_at']):%Y-%m-%d %H:%M:%S}"
+
+
+def _inside(execution: Execution) -> Iterator[str]:
+    """The claims that a run in memory waits for."""
+    for claim, target in execution.claims.waiting.items():
+        if isinstance(target, Call):
+            yield f"the body of {claim}, attempt {target.attempt}" if target.running else f"the next attempt of {claim}"
+        elif isinstance(target, FlowTimer):
+            yield f"{claim} at {to_datetime(target.due):%Y-%m-%d %H:%M:%S}"
+        else:
+            yield claim

@@ -1,0 +1,210 @@
+"""A discrete-event bench for the journal kernel: one flow, seeded delays, commits at seeded times, a crash at any of them.
+
+The bench is the executor's pool, clock and store at once. Bodies and commits take virtual time drawn from a seed: each seed is
+another interleaving. `guide` is a journal recorded before: the bench then commits only what that journal holds, batch by batch
+in its order, so that a resumed run must come to the very result of the uncrashed one.
+"""
+
+import asyncio
+import heapq
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+from eventflow.engine.execution import Execution
+from eventflow.engine.worker_services import Suspects
+from eventflow.runs.journal import Entry, Journal
+from eventflow.runs.run import Outcome, Run
+from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.sdk.flow import Flow
+from eventflow.serialization.blobs import Blobs
+from eventflow.store.protocol import Append, Appended, Settle
+
+BORN = 1_700_000_000_000_000
+
+
+class Crash(Exception):
+    """The process is gone."""
+
+
+class _Timer:
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Bench:
+    """Pool, clock and store of one run. `play` runs it to its outcome, or to the crash after `crash_after` commits."""
+
+    draining = False
+    is_crowded = False
+    failed = None
+    secret = b""
+    sink = None
+    state = None
+    blobs = Blobs(Path("/nonexistent"))  # nothing here is large
+    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
+    flows: ClassVar[dict[str, Any]] = {}
+
+    def __init__(
+        self, seed: int, kept: Sequence[Entry] = (), guide: Sequence[Entry] = (), crash_after: int | None = None
+    ) -> None:
+        self.draw = random.Random(seed)
+        self.store = self.clock = self
+        self.kept = list(kept)
+        self.batch = max((entry.batch for entry in kept), default=0)
+        self.time = max((entry.at for entry in kept), default=BORN)
+        self.guide = _by_batch(guide, after=self.batch)
+        self.crash_after = crash_after
+        self.bodies: Counter[str] = Counter()
+        self.outcome: Outcome | None = None
+        self._events: list[tuple[int, int, _Timer]] = []
+        self._order = count()
+        self._posted: list[tuple[Any, Callable[[Any], None]]] = []
+        self._dirty: list[Execution] = []
+        self.threads = ThreadPoolExecutor(1)
+
+    def play(self, flow: Flow[..., Any]) -> Outcome | None:
+        """The run's outcome; None after a crash."""
+        return asyncio.run(self._play(flow))
+
+    async def _play(self, flow: Flow[..., Any]) -> Outcome | None:
+        self.loop = asyncio.get_running_loop()
+        self.suspects = Suspects(4)
+        run = Run(id=7, flow=flow.name, created_at=BORN, due_at=BORN, started_at=BORN, token=1)
+        self.execution = Execution(self, run, flow, Journal(self.kept))  # type: ignore[arg-type]
+        self.loop.call_soon(self.execution.begin)
+        try:
+            while self.outcome is None:
+                await self._settle_loop()
+                if self.outcome is None and not self._step():
+                    waiting = list(self.execution.claims.waiting)
+                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}")
+        except Crash:
+            pass
+        finally:
+            self.execution.settling = True
+            self.execution.loop.close()
+        for task in asyncio.all_tasks(self.loop):
+            if task is not asyncio.current_task():
+                task.cancel()
+        return self.outcome
+
+    async def _settle_loop(self) -> None:
+        """Lets the loop run until nothing is ready but us."""
+        while True:
+            await asyncio.sleep(0)
+            if not self.loop._ready:  # type: ignore[attr-defined]
+                return
+
+    def _step(self) -> bool:
+        while self._events:
+            due, _, timer = heapq.heappop(self._events)
+            if timer.call is not None:
+                self.time = max(self.time, due)
+                timer.call()
+                return True
+        return self._commit() if self._posted else False
+
+    # ----------------------------------------------------------------- clock
+
+    def now(self) -> int:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time / 1e6
+
+    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> _Timer:
+        timer = _Timer(call)
+        heapq.heappush(self._events, (due_us, next(self._order), timer))
+        return timer
+
+    async def spend(self, longest: float = 3.0) -> None:
+        """A body's work: some virtual time."""
+        done = self.loop.create_future()
+        due = self.time + int(self.draw.random() * longest * 1e6)
+        self.timer(self.loop, due, lambda: None if done.done() else done.set_result(None))
+        await done
+
+    # ----------------------------------------------------------------- store
+
+    def post(self, op: Any, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
+        if isinstance(op, Settle):
+            self.kept.extend(op.entries)
+            self.outcome = op.outcome
+            return
+        self._posted.append((op, reply))
+        self.timer(self.loop, self.time + int(self.draw.expovariate(1.0) * 4e5), self._commit)  # pyright: ignore[reportArgumentType]
+
+    def _commit(self) -> bool:
+        """One group commit of all that is posted (or of what the guide has next, once all of it is posted)."""
+        chosen = self._next_guided() if self.guide else self._posted
+        if not chosen:
+            return False
+        self._posted = [pair for pair in self._posted if pair not in chosen]
+        self.batch = self.guide.pop(0)[0] if self.guide else self.batch + 1
+        entries = [entry for op, _ in chosen for entry in op.entries]
+        if self.crash_after is not None:
+            self.crash_after -= 1
+            if self.crash_after < 0:
+                raise Crash
+        for pos, entry in enumerate(entries):
+            entry.batch, entry.pos, entry.at = self.batch, pos, entry.at or self.time
+            self.kept.append(entry)
+        for op, reply in chosen:
+            reply(Appended(self.batch, self.time, op.entries))
+        return True
+
+    def _next_guided(self) -> list[tuple[Append, Callable[[Any], None]]]:
+        _, at, wanted = self.guide[0]
+        posted = {(entry.claim, entry.kind, entry.attempt): pair for pair in self._posted for entry in pair[0].entries}
+        if not all(identity in posted for identity in wanted):
+            return []
+        self.time = max(self.time, at)
+        chosen: list[tuple[Append, Callable[[Any], None]]] = []
+        for identity in wanted:
+            if posted[identity] not in chosen:
+                chosen.append(posted[identity])
+        return chosen
+
+    # ----------------------------------------------------------------- pool
+
+    def slots(self, call: Any) -> None:
+        return None
+
+    def soon(self, execution: Execution) -> None:
+        if not self._dirty:
+            self.loop.call_soon(self._pump)
+            self._dirty.append(execution)
+
+    def _pump(self) -> None:
+        self._dirty.clear()
+        self.execution.pump()
+
+    def idle(self, execution: Execution, idle: bool) -> None:
+        pass
+
+    def ending(self, execution: Execution) -> None:
+        pass
+
+    def settled(self, execution: Execution, outcome: Outcome, reply: Any) -> None:
+        raise AssertionError(f"the bench does not answer a Settle: {outcome}")
+
+    def spawn(self, work: Any) -> None:
+        self.loop.create_task(work)
+
+
+def _by_batch(entries: Sequence[Entry], after: int) -> list[tuple[int, int, list[tuple[str, int, int]]]]:
+    """`(batch, time, identities)` of what is to be committed still, in order."""
+    batches: dict[int, tuple[int, int, list[tuple[str, int, int]]]] = {}
+    for entry in entries:
+        if entry.batch > after:
+            row = batches.setdefault(entry.batch, (entry.batch, entry.at, []))
+            row[2].append((entry.claim, entry.kind, entry.attempt))
+    return [batches[batch] for batch in sorted(batches)]

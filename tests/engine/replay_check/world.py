@@ -1,0 +1,455 @@
+"""The bench with many runs and several lives: parents and children, emits, suspensions, drains, crashes, retries by hand.
+
+A `World` is what one ledger remembers and one virtual clock shows; `live()` is one life of a process over it. What the
+executor asks of its pool is decided here the way the store and the worker decide it, one commit at a time: a test can end
+a life after any commit and look at exactly what was durable then.
+"""
+
+import asyncio
+import heapq
+import random
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+import orjson
+
+from eventflow.core.errors import NotStorable, StoreError
+from eventflow.engine.execution import Execution
+from eventflow.engine.worker_services import Suspects
+from eventflow.runs.journal import Entry, Journal, Kind
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Held,
+    Interrupted,
+    Outcome,
+    Restarted,
+    Run,
+    State,
+    Suspended,
+)  # fmt: skip
+from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.sdk.flow import Flow
+from eventflow.serialization.blobs import Blobs
+from eventflow.serialization.codecs import decode_error
+from eventflow.store.protocol import Append, Appended, Arrival, Mark, Refused, Settle, Settled
+from tests.engine.replay_check.bench import BORN, Crash
+
+SECOND = 1_000_000
+DAY = 86_400 * SECOND
+
+
+class Row(msgspec.Struct):
+    """One run as the ledger knows it."""
+
+    run: Run
+    flow: Flow[..., Any]
+    journal: list[Entry] = []
+    state: State = State.PENDING
+    due: int | None = BORN
+    outcome: Outcome | None = None
+    suspensions: list[int | None] = []
+    known: set[tuple[str, int, Kind]] = set()
+
+    @property
+    def value(self) -> Any:
+        assert isinstance(self.outcome, Completed), self.outcome
+        return self.flow.result.decode(self.outcome.codec, self.outcome.value)
+
+    @property
+    def error(self) -> BaseException:
+        assert isinstance(self.outcome, Failed), self.outcome
+        return decode_error(self.outcome.error)
+
+    @property
+    def reason(self) -> str:
+        assert isinstance(self.outcome, Held | Cancelled), self.outcome
+        return self.outcome.reason
+
+    def claims(self, kind: Kind = Kind.VALUE) -> list[str]:
+        return [entry.claim for entry in self.journal if entry.kind is kind]
+
+
+class Timer:
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call: Callable[[], None] | None = call
+
+    def cancel(self) -> None:
+        self.call = None
+
+
+class Threads(ThreadPoolExecutor):
+    """Knows how many of its bodies have not ended."""
+
+    busy = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.busy += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._less)
+        return future
+
+    def _less(self, _: Future[Any]) -> None:
+        self.busy -= 1
+
+
+class World:
+    """Ledger, clock, store and pool."""
+
+    secret = b"k"
+    sink = None
+    state: Any = None
+    flows: ClassVar[dict[str, Any]] = {}
+    failed: StoreError | None = None
+    blobs = Blobs(Path("/nonexistent"))  # nothing here is large
+    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
+
+    def __init__(self) -> None:
+        self.rows: dict[int, Row] = {}
+        self.time = BORN
+        self.batch = 0
+        self.commits = 0
+        self.published: list[tuple[str, str]] = []
+        self.marks: list[int] = []
+        self.faults: list[dict[str, Any]] = []
+        self.refuse: Callable[[Any], Any] | None = None
+        self.limits: dict[str, asyncio.Semaphore] = {}
+        self.draining = False
+        self.is_crowded = True
+        self.eager = False
+        """The worker's loop has an eager task factory, as the host program may have set."""
+        self.threads_may_block = False
+        """Do not wait for threads before time goes on: one of them waits for that."""
+        self.in_memory_at_end: set[int] = set()
+        self._ids = count(100)
+        self.store = self.clock = self
+
+    # ----------------------------------------------------------------- what a test does
+
+    def add(self, flow: Flow[..., Any], **params: Any) -> Row:
+        run = Run(id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, params=orjson.dumps(params))
+        row = self.rows[run.id] = Row(run, flow, due=self.time)
+        return row
+
+    def live(
+        self, *, until: int | None = None, crash_after: int | None = None, then: Callable[["World"], None] | None = None
+    ) -> bool:
+        """One life: until nothing happens by itself any more, or `until`, or the crash after so many commits (False).
+
+        `then` is called once when all is quiet, before the life goes on.
+        """
+        self.crash_after = None if crash_after is None else self.commits + crash_after
+        for row in self.rows.values():
+            if row.state is State.RUNNING:
+                row.state, row.due, row.run.suspect = State.PENDING, self.time, True
+        self.draw = random.Random(1)
+        self.draining = False
+        self.executions: dict[int, Execution] = {}
+        self._events: list[tuple[int, int, Timer]] = []
+        self._order = count()
+        self._posted: list[tuple[Any, Callable[[Any], None]]] = []
+        self._dirty: list[Execution] = []
+        self._then = then
+        with Threads(2) as self.threads:
+            try:
+                return asyncio.run(self._live(until))
+            finally:
+                self.executions.clear()
+
+    def done(self, flow: Flow[..., Any], **params: Any) -> Row:
+        """A new run, lived until nothing happens any more."""
+        row = self.add(flow, **params)
+        self.live()
+        return row
+
+    def retry(self, row: Row) -> None:
+        """`store.retry`: values stay, errors are forgiven, the old life's orders are dropped; children likewise."""
+        assert row.state in (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
+        forgiven = {entry.claim for entry in row.journal if entry.kind is Kind.ERROR}
+        kept = [entry for entry in row.journal if entry.kind is not Kind.CANCEL and entry.claim != "@timeout"]
+        row.journal = [msgspec.structs.replace(e, kind=Kind.FORGIVEN) if e.kind is Kind.ERROR else e for e in kept]
+        row.known = {(entry.claim, entry.attempt, entry.kind) for entry in row.journal}
+        row.state, row.due, row.outcome, row.run.started_at = State.PENDING, self.time, None, None
+        row.run.cancel_requested = False
+        for child in list(self.rows.values()):
+            if child.run.parent == row.run.id and child.run.parent_claim in forgiven and child.state is not State.COMPLETED:
+                self.retry(child)
+
+    def advance(self, microseconds: int) -> None:
+        self.time += microseconds
+
+    # ----------------------------------------------------------------- a life
+
+    async def _live(self, until: int | None) -> bool:
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        if self.eager:
+            self.loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+        self.suspects = Suspects(4)
+        try:
+            while await self._turn(until):
+                pass
+            alive = True
+        except Crash:
+            alive = False
+        assert not self.faults, self.faults
+        self.in_memory_at_end = set(self.executions)
+        for execution in self.executions.values():
+            execution.settling = True
+            execution.loop.close()
+        return alive
+
+    async def _turn(self, until: int | None) -> bool:
+        await self._quiet()
+        if self._claim():
+            return True
+        while self._events and self._events[0][2].call is None:
+            heapq.heappop(self._events)
+        if self._posted:
+            self._commit()
+            return True
+        waits = [row.due for row in self.rows.values() if row.state in (State.PENDING, State.WAITING) and row.due is not None]
+        waits = [] if self.draining else waits
+        due = min([*waits, *(self._events[0][:1] if self._events else ())], default=None)
+        if self._then is not None and (due is None or due > self.time):
+            then, self._then = self._then, None
+            then(self)
+            return True
+        if due is None and self.threads.busy:
+            await asyncio.sleep(0.001)
+            return True
+        if due is None or (until is not None and due > until):
+            self.time = max(self.time, until or 0)
+            return False
+        self.time = max(self.time, due)
+        if self._events and self._events[0][0] <= self.time:
+            call = heapq.heappop(self._events)[2].call
+            if call is not None:
+                call()
+        return True
+
+    async def _quiet(self) -> None:
+        """Until the loop has nothing ready and no thread works, or a flow keeps it busy by polling."""
+        idle = turns = 0
+        while idle < 2 and turns < 500:
+            await asyncio.sleep(0)
+            turns += 1
+            threads = self.threads.busy and not self.threads_may_block
+            busy = threads or any(execution.loop.foreign for execution in self.executions.values())
+            if busy:
+                turns = 0
+                await asyncio.sleep(0.001)
+            idle = 0 if self.loop._ready or busy else idle + 1  # type: ignore[attr-defined]
+
+    def _claim(self) -> bool:
+        found = [
+            row for row in self.rows.values()
+            if row.state in (State.PENDING, State.WAITING) and row.due is not None and row.due <= self.time
+        ]  # fmt: skip
+        if self.draining:
+            return False
+        for row in found:
+            row.state = State.RUNNING
+            row.run.token += 1
+            row.run.started_at = row.run.started_at or self.time
+            run = msgspec.structs.replace(row.run)
+            journal = Journal([msgspec.structs.replace(entry) for entry in row.journal])
+            execution = self.executions[run.id] = Execution(self, run, row.flow, journal)  # type: ignore[arg-type]
+            self.loop.call_soon(execution.begin)
+        return bool(found)
+
+    # ----------------------------------------------------------------- clock
+
+    def now(self) -> int:
+        return self.time
+
+    def monotonic(self) -> float:
+        return self.time / SECOND
+
+    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+        timer = Timer(call)
+        heapq.heappush(self._events, (due_us, next(self._order), timer))
+        return timer
+
+    async def spend(self, seconds: float) -> None:
+        """A body's work: some virtual time."""
+        done: asyncio.Future[None] = self.loop.create_future()
+        self.timer(self.loop, self.time + int(seconds * SECOND), lambda: None if done.done() else done.set_result(None))
+        await done
+
+    # ----------------------------------------------------------------- store
+
+    def post(self, op: Any, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
+        self._posted.append((op, reply))
+
+    def _commit(self) -> None:
+        """One group commit of all that is posted."""
+        if self.crash_after is not None and self.commits >= self.crash_after:
+            raise Crash
+        posted, self._posted = self._posted, []
+        self.commits += 1
+        self.batch += 1
+        self.time += 1000
+        self._pos = 0
+        replies = [(reply, self._apply(op)) for op, reply in posted]
+        for reply, answer in replies:
+            reply(answer)
+
+    def _apply(self, op: Append | Mark | Settle) -> Any:
+        row = self.rows[op.run]
+        if self.refuse is not None and (refusal := self.refuse(op)) is not None:
+            return refusal
+        if row.state is not State.RUNNING or row.run.token != op.token:
+            return Refused(f"token {op.token} is stale")
+        match op:
+            case Append():
+                return self._append(row, op)
+            case Mark():
+                self.marks.append(op.run)
+                return Appended(self.batch, self.time)
+            case Settle():
+                return self._settle(row, op)
+
+    def _append(self, row: Row, op: Append) -> Appended | Refused:
+        if any((entry.claim, entry.attempt, entry.kind) in row.known for entry in op.entries):
+            return Refused("has an entry of the same claim, attempt and kind already")
+        for entry in op.entries:
+            self._add(row, entry)
+        self.published += [(arrival.event_id, arrival.type) for arrival in op.arrivals]
+        children = {(other.run.parent, other.run.parent_claim) for other in self.rows.values()}
+        for child in op.children:
+            if (child.parent, child.parent_claim) not in children:
+                self.rows[child.id] = Row(child, self.flows[child.flow], due=self.time)
+        row.run.suspect = row.run.suspect and not op.proof
+        return Appended(self.batch, self.time, op.entries)
+
+    def _add(self, row: Row, entry: Entry) -> None:
+        entry.batch, entry.pos, entry.at = self.batch, self._pos, entry.at or self.time
+        self._pos += 1
+        row.journal.append(msgspec.structs.replace(entry))
+        row.known.add((entry.claim, entry.attempt, entry.kind))
+
+    def _settle(self, row: Row, op: Settle) -> Settled:
+        for entry in op.entries:
+            self._add(row, entry)
+        row.outcome = op.outcome
+        match op.outcome:
+            case Suspended(until, seen):
+                self._suspend(row, until, seen)
+            case Interrupted():
+                row.state, row.due, row.run.suspect = State.PENDING, self.time, False
+            case Restarted(params, first):
+                row.state, row.due, row.journal, row.run.params = State.PENDING, self.time, [], params
+                row.run.started_at, row.known = None, set()
+                self._add(row, first)
+            case Held():
+                row.state = State.HELD
+            case Completed():
+                row.state = State.COMPLETED
+            case Failed():
+                row.state = State.FAILED
+            case Cancelled():
+                row.state = State.CANCELLED
+        answer = None
+        if op.answer is not None and op.parent is not None and self._answer(self.rows[op.parent], op.answer):
+            answer = op.answer
+        return Settled(self.batch, self.time, answer)
+
+    def _suspend(self, row: Row, until: int | None, seen: int) -> None:
+        row.suspensions.append(until)
+        late = any(entry.batch > seen for entry in row.journal)
+        row.state, row.due = (State.PENDING, self.time) if late else (State.WAITING, until)
+
+    def _answer(self, parent: Row, entry: Entry) -> bool:
+        if any(known.claim == entry.claim and known.kind.final for known in parent.journal):
+            return False
+        self._add(parent, entry)
+        if parent.state is State.WAITING:
+            parent.state, parent.due = State.PENDING, self.time
+        return True
+
+    async def cancel(self, run: int, reason: str) -> State:
+        row = self.rows[run]
+        before = row.state
+        if before is State.RUNNING:
+            row.run.cancel_requested = True
+            if run in self.executions:
+                self.executions[run].cancel(reason)
+        elif before.live:
+            row.state, row.outcome = State.CANCELLED, Cancelled(reason)
+        for child in list(self.rows.values()):
+            if child.run.parent == run and before.live:
+                await self.cancel(child.run.id, reason)
+        return before
+
+    # ----------------------------------------------------------------- pool
+
+    def slots(self, call: Any) -> asyncio.Semaphore | None:
+        bound = call.task.options.concurrency
+        return None if bound is None else self.limits.setdefault(call.task.name, asyncio.Semaphore(bound))
+
+    def soon(self, execution: Execution) -> None:
+        if not self._dirty:
+            self.loop.call_soon(self._pump)
+        if execution not in self._dirty:
+            self._dirty.append(execution)
+
+    def _pump(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for execution in dirty:
+            execution.pump()
+
+    def idle(self, execution: Execution, idle: bool) -> None:
+        if idle and self.draining:
+            execution.interrupt()
+
+    def ending(self, execution: Execution) -> None:
+        pass  # there are no slots here
+
+    def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
+        assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
+        parent = execution.run.parent
+        if isinstance(reply, Settled) and reply.answer is not None and parent in self.executions:
+            self.executions[parent].recorded(reply.answer)
+
+    def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
+        if isinstance(fields["data"], set):
+            raise NotStorable("data", "set")
+        return Arrival(
+            id=0, trigger="emit", key=b"", digest=b"", event_id=ident, source="", type=event_type, body=b"", verdicts=b"",
+            received_at=0, tally={},
+        )  # fmt: skip
+
+    def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
+        self.flows[flow.name] = flow
+        return Run(
+            id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, parent=run.id, parent_claim=claim,
+            params=params,
+        )  # fmt: skip
+
+    def spawn(self, work: Any) -> None:
+        self.loop.create_task(work)
+
+
+def at_every_commit(make: Callable[[World], Row], check: Callable[[World, Row], None] | None = None) -> int:
+    """Lives a run once undisturbed; then again with a crash after each commit, and a second one after the next; each time its
+    outcome must be the same. Returns how many commits there were."""
+    world = World()
+    row = make(world)
+    assert world.live()
+    assert row.state is State.COMPLETED, row.outcome
+    for cut in range(world.commits):
+        other = World()
+        again = make(other)
+        assert not other.live(crash_after=cut), cut
+        other.live(crash_after=1)
+        other.live()
+        assert again.outcome == row.outcome, (cut, again.outcome, row.outcome)
+        if check is not None:
+            check(other, again)
+    return world.commits

@@ -1,0 +1,63 @@
+"""The line that tells what became of a run: the ids of its other lines, and nothing of how it came there."""
+
+import asyncio
+import io
+import json
+
+import pytest
+
+from eventflow import App, flow, sleep, task
+from eventflow.logs.capture import configure
+from eventflow.runs.run import show_id
+from eventflow.testing import VirtualClock, running
+from tests.conftest import eventually
+
+pytestmark = pytest.mark.anyio
+
+
+@task
+async def step() -> int:
+    return 1
+
+
+@flow
+async def good() -> int:
+    return await step()
+
+
+@flow
+async def bad() -> None:
+    raise ValueError("no")
+
+
+@flow
+async def stuck() -> None:
+    await step()
+    await asyncio.get_running_loop().create_future()
+
+
+@flow
+async def long() -> None:
+    await step()
+    await sleep(3600)
+
+
+ENDS = {"good": "run.completed", "bad": "run.failed", "stuck": "run.held", "long": "run.suspended"}
+
+
+async def test_the_line_of_an_end_has_the_runs_ids_and_is_no_replay() -> None:
+    """However a claim ends, its line names run, flow and event, and is not tagged as one that was told before."""
+    stream = io.BytesIO()
+    with configure(stream=stream, pretty=False) as logs:
+        async with running(App("ends", clock=VirtualClock())) as app:
+            runs = {each.name: await app.start(each) for each in (good, bad, stuck, long)}
+
+            def told() -> dict[str, dict[str, object]]:
+                logs.flush()
+                lines = map(json.loads, stream.getvalue().splitlines())
+                return {line["flow"]: line for line in lines if line["event"] in ENDS.values()}
+
+            await eventually(lambda: told().keys() == ENDS.keys(), "each of them has a line")
+            for name, line in told().items():
+                assert line["event"] == ENDS[name]
+                assert line["run"] == show_id(runs[name].number) and line["ledger_id"] and "replay" not in line

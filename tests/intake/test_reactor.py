@@ -1,0 +1,188 @@
+"""The commit queue: what one trigger may have in it, so that a flood of one keeps nobody else out (threat S11).
+
+The store is the real one, behind a gate: while it is shut, nothing that was posted reaches the writer.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import orjson
+import pytest
+
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreFull
+from eventflow.events.event import Event, Receipt
+from eventflow.intake.reactor import MAX_BYTES, MAX_EVENTS, SHARE, Reactor
+from eventflow.routing.router import Router
+from eventflow.runs.run import Ids
+from eventflow.store.protocol import Op
+from eventflow.store.sqlite import SqliteStore
+from tests.conftest import eventually
+from tests.triggers.serving import serving
+from triggers.webhook import Webhook
+
+
+class Gated(SqliteStore):
+    """The real store; `shut` keeps what is posted waiting until `open_gate`."""
+
+    shut = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.waiting: list[tuple[Op, Callable[[Any], None], asyncio.AbstractEventLoop]] = []
+
+    def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
+        if self.shut:
+            self.waiting.append((op, reply, loop))
+        else:
+            super().post(op, reply, loop)
+
+    def open_gate(self) -> None:
+        self.shut = False
+        for each in self.waiting:
+            super().post(*each)
+        self.waiting.clear()
+
+
+class Flooded:
+    """A reactor whose store stands still, and what its triggers have under way."""
+
+    def __init__(self, store: Gated, reactor: Reactor) -> None:
+        self.store, self.reactor = store, reactor
+        self.calls: list[asyncio.Task[list[Receipt]]] = []
+        self._numbers = iter(range(1_000_000))
+
+    async def offer(self, trigger: str, events: int, size: int = 0) -> bool:
+        """One call with so many events, `size` bytes of data in all; whether it is on its way to a commit."""
+        waiting = len(self.store.waiting)
+        arrivals = [self._arrival(trigger, size // events) for _ in range(events)]
+        call = asyncio.create_task(self.reactor.record(arrivals, trigger))
+        self.calls.append(call)
+        await eventually(lambda: call.done() or len(self.store.waiting) > waiting, "the call is let in or refused")
+        if not call.done():
+            return True
+        self.calls.remove(call)
+        with pytest.raises(StoreFull):
+            call.result()
+        return False
+
+    async def flood(self, trigger: str, events: int = 1, size: int = 0) -> int:
+        """Calls until one is refused; how many were let in."""
+        calls = 0
+        while await self.offer(trigger, events, size):
+            calls += 1
+        return calls
+
+    async def finish(self) -> int:
+        """Lets all of it be recorded; how many events that were."""
+        self.store.open_gate()
+        return sum(map(len, await asyncio.gather(*self.calls)))
+
+    def _arrival(self, trigger: str, size: int) -> Any:
+        data = "x" * size
+        return self.reactor.router.arrive(trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data), False)
+
+
+@asynccontextmanager
+async def flooded(path: Path, *triggers: Webhook) -> AsyncIterator[Flooded]:
+    clock = SystemClock()
+    store = Gated(path / "a.db", clock=clock, free_floor=0, ballast=0)
+    store.open()
+    reactor = Reactor(store, Router([], Ids(store.last_id), clock), clock, triggers, random.Random(1))
+    reactor.start(set())
+    try:
+        store.shut = True
+        yield Flooded(store, reactor)
+    finally:
+        store.open_gate()
+        await reactor.stop()
+        store.close()
+
+
+def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
+    """A trigger alone has at most two thirds of the commit queue; a second one that floods gets in, and then a third."""
+
+    async def main() -> None:
+        async with flooded(tmp_path) as queue:
+            assert await queue.flood("first", 50) * 50 == pytest.approx(MAX_EVENTS * SHARE / (1 + SHARE), abs=50)
+            assert await queue.flood("second", 50) * 50 >= MAX_EVENTS // 5
+            assert await queue.offer("third", 50)
+            assert await queue.finish() == len(queue.calls) * 50
+
+    asyncio.run(main())
+
+
+def test_s11_room_comes_back_with_each_commit(tmp_path: Path):
+    """What is committed, or whose caller left, counts no more: the same flood gets as much again."""
+
+    async def main() -> None:
+        async with flooded(tmp_path) as queue:
+            first = await queue.flood("first", 100)
+            queue.calls.pop().cancel()
+            assert await queue.finish() == (first - 1) * 100
+            queue.calls.clear()
+            queue.store.shut = True
+            assert await queue.flood("first", 100) == first
+
+    asyncio.run(main())
+
+
+def test_s11_shares_are_counted_in_bytes_too(tmp_path: Path):
+    """Few but large events are a flood as well: a trigger has at most two thirds of the queue's bytes."""
+
+    async def main() -> None:
+        async with flooded(tmp_path) as queue:
+            calls = await queue.flood("first", 1, 1 << 20)
+            assert calls << 20 == pytest.approx(MAX_BYTES * SHARE / (1 + SHARE), abs=2 << 20)
+            assert await queue.offer("second", 1, 8 << 20)
+
+    asyncio.run(main())
+
+
+def test_s11_a_large_call_is_let_in_when_nothing_waits(tmp_path: Path):
+    """A call larger than any share, or than the whole queue, is recorded when it comes to an empty one, and only then."""
+
+    async def main() -> None:
+        async with flooded(tmp_path) as queue:
+            assert await queue.offer("first", 1)
+            assert not await queue.offer("second", MAX_EVENTS - 1)
+            await queue.finish()
+            queue.store.shut = True
+            assert await queue.offer("second", MAX_EVENTS + 1)
+            assert not await queue.offer("first", 1)
+            assert await queue.finish() == MAX_EVENTS + 2
+
+    asyncio.run(main())
+
+
+def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
+    """Over HTTP: when a webhook's batches have its share and the next are told to come back, another one's event is let in."""
+    batch = {"content-type": "application/cloudevents-batch+json"}
+
+    def body(number: int) -> bytes:
+        common = {"specversion": "1.0", "source": "/flood", "type": "t"}
+        return orjson.dumps([{**common, "id": f"{number}-{each}"} for each in range(MAX_EVENTS // 8)])
+
+    async def main() -> None:
+        loud, quiet = Webhook("/loud", verify="none"), Webhook("/quiet", verify="none")
+        async with (
+            flooded(tmp_path, loud, quiet) as queue,
+            serving([*loud.routes, *quiet.routes]) as port,
+            httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+        ):
+            health = queue.reactor.health.values()
+            await eventually(lambda: {each.state for each in health} == {"listening"}, "both listen")
+            flood = [asyncio.create_task(client.post("/hooks/loud", content=body(n), headers=batch)) for n in range(8)]
+            await eventually(lambda: sum(task.done() for task in flood) == 3, "three batches are told to come back")
+            answer = asyncio.create_task(client.post("/hooks/quiet", json={}))
+            await eventually(lambda: len(queue.store.waiting) == 6, "the other one's event is on its way")
+            queue.store.open_gate()
+            assert (await answer).status_code == 202
+            assert sorted([(await task).status_code for task in flood]) == [202] * 5 + [503] * 3
+
+    asyncio.run(main())

@@ -1,0 +1,489 @@
+"""Who calls: identity, order and time of plain asyncio inside a run, and the places where identity is lost (P5)."""
+
+import asyncio
+import contextvars
+import sys
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import anyio
+import pytest
+
+from eventflow.core.errors import LineageLost, UsageError
+from eventflow.loop.flow_loop import FlowLoop
+from eventflow.runs.run import Held
+from eventflow.sdk.flow import current_run, flow, sleep, timeout
+from eventflow.sdk.task import current_task, task
+from tests.engine.replay_check.world import BORN, World
+
+
+@task
+async def double(number: int) -> int:
+    return number * 2
+
+
+# --------------------------------------------------------------------------- identity
+
+
+def test_claims_follow_lineage_not_the_order_of_calls() -> None:
+    """A call is named by the branch that makes it: two branches that call one task take each their own claims."""
+
+    async def branch(name: str) -> int:
+        return await double(1) + await double(2)
+
+    @flow
+    async def forks() -> list[int]:
+        return await asyncio.gather(branch("a"), branch("b"), branch("b"), double(3))  # pyright: ignore[reportReturnType]
+
+    claims = World().done(forks).claims()
+    assert len(claims) == len(set(claims)) == 7
+    scopes = {claim.rpartition("/")[0] for claim in claims}
+    a, b, b2 = sorted((scope for scope in scopes if "branch" in scope), key=lambda scope: (scope.endswith(".1"), scope))
+    assert b2 in (f"{a}.1", f"{b}.1")
+    assert {f"{scope}/double#{n}" for scope in (a, b, b2) for n in (0, 1)} < set(claims)
+    assert "double#0" in claims  # claimed where it was called, though gather made a task of it
+
+
+def test_a_label_is_the_same_whatever_was_left_out_of_arguments() -> None:
+    """Arguments without a JSON form do not count, those with one do, closures do not; a growing closure costs nothing."""
+    results: list[int] = []
+
+    async def one(number: int, tool: object) -> None:
+        results.append(await double(number))
+
+    @flow
+    async def forks() -> int:
+        await asyncio.gather(*(one(n, object()) for n in range(3)))
+        return len(results)
+
+    first = World().done(forks).claims()
+    second = World().done(forks).claims()
+    assert len(results) == 6
+    assert first == second and len({claim.rpartition("/")[0] for claim in first}) == 3
+
+
+def test_sets_of_tasks_and_futures_iterate_alike_in_every_process() -> None:
+    """Flow-made tasks and futures hash by lineage; two runs do not share their hashes."""
+    seen: list[list[int]] = []
+
+    @flow
+    async def hashes() -> None:
+        tasks = [asyncio.create_task(double(n)) for n in range(3)]
+        future = asyncio.get_running_loop().create_future()
+        seen.append([*map(hash, tasks), hash(future)])
+        await asyncio.gather(*tasks)
+
+    world = World()
+    world.done(hashes)
+    world.done(hashes)
+    World().done(hashes)
+    assert seen[0] == seen[2] and seen[0][:3] != seen[1][:3]
+    assert len(set(seen[0])) == 4
+
+
+def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_life() -> None:
+    """`current_run().now` and `.random`, the loop's time, and what bodies do with either of them, replay alike."""
+
+    @task
+    async def draws() -> bool:
+        current_run().random.random()  # does not move the flow's generator
+        return current_run().now is not None
+
+    lives: list[list[Any]] = []
+
+    @flow
+    async def reads(early: bool) -> None:
+        lives.append(seen := [])
+        if early:
+            seen += [current_run().now, current_run().random.random()]
+        await draws()
+        seen += [current_run().now, current_run().random.random(), asyncio.get_running_loop().time()]
+        await sleep(2)
+        seen += [current_run().now, current_run().random.random()]
+        await double(1)
+        seen += [current_run().now]
+
+    for early in (True, False):
+        for cut in range(3):
+            world = World()
+            row = world.add(reads, early=early)
+            lives.clear()
+            assert not world.live(crash_after=cut)
+            answers = sum(entry.kind.final for entry in row.journal)
+            durable = sum((2 * early, 3, 2, 1)[: answers + 1])
+            world.advance(3600_000_000)
+            world.live()
+            first, second = lives
+            assert early or "@start" not in [entry.claim for entry in row.journal]
+            # What follows an answer that was not yet durable may begin anew, and so may the start.
+            assert cut == 0 or first[:durable] == second[:durable], (early, cut)
+
+
+def test_as_completed_starts_its_coroutines_in_the_same_order_in_every_process() -> None:
+    """Though `as_completed` walks a set of coroutines, their first steps come in the order of their names."""
+    orders: set[tuple[str, ...]] = set()
+    bodies: list[str] = []
+
+    @task
+    async def named(name: str) -> None:
+        bodies.append(name)
+
+    @flow
+    async def walks() -> None:
+        begun: list[str] = []
+
+        async def one(name: str) -> int:
+            begun.append(name)
+            return await double(1)
+
+        for each in asyncio.as_completed([one(name) for name in "abcdefgh"]):
+            await each
+        begun.append("|")
+        for each in asyncio.as_completed([named(name) for name in "abcdefgh"]):
+            await each
+        orders.add((*begun, *bodies))
+        bodies.clear()
+
+    keep: list[Any] = []
+    for n in range(20):
+        keep.append([object() for _ in range(n * 7)])  # other addresses, other set orders
+        World().done(walks)
+    assert len(orders) == 1
+
+
+def test_timers_are_named_by_their_use() -> None:
+    """A timeout put before a sleep by a later deployment does not take the sleep's recorded firing for its own."""
+    guarded = [False]
+
+    @flow
+    async def waits() -> str:
+        if guarded[0]:
+            async with timeout(3600):
+                await double(1)
+        await sleep(10)
+        await double(2)
+        return "in time"
+
+    world = World()
+    row = world.add(waits)
+    world.live(until=BORN + 11_000_000, crash_after=2)
+    assert "sleep#0" in [entry.claim for entry in row.journal]
+    guarded[0] = True
+    world.live()
+    assert row.value == "in time"
+
+
+# --------------------------------------------------------------------------- asyncio as it is
+
+
+def test_p5_a_commit_is_delivered_whole() -> None:
+    """What one commit recorded reaches the flow before it takes its next step, live and replaying."""
+
+    @flow
+    async def waits() -> list[int]:
+        calls = [asyncio.create_task(double(n)) for n in (1, 2, 3)]
+        done, left = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+        return [len(done), len(left), await double(4)]
+
+    assert World().done(waits).value == [3, 0, 8]
+    world = World()
+    row = world.add(waits)
+    world.live(crash_after=1)
+    world.live()
+    assert row.value == [3, 0, 8]
+
+
+def test_a_wide_gather_is_neither_spinning_nor_held(caplog: pytest.LogCaptureFixture) -> None:
+    """20,000 branches at once take more steps than one pump does; they park like any other flow."""
+
+    @flow
+    async def wide() -> int:
+        return sum(await asyncio.gather(*(double(1) for _ in range(20_000))))
+
+    assert World().done(wide).value == 40_000
+    assert "flow.spun" not in caplog.text
+
+
+def test_a_flow_that_computes_for_long_is_not_taken_for_stuck() -> None:
+    """A flow that yields thousands of times between its calls is not held."""
+
+    @flow
+    async def computes() -> int:
+        for _ in range(30_000):
+            await asyncio.sleep(0)
+        return await double(1)
+
+    assert World().done(computes).value == 2
+
+
+def test_a_polling_flow_is_served_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
+    """A flow that polls instead of waiting still gets its values; it is logged once."""
+
+    @flow
+    async def polls() -> int:
+        calls = [asyncio.create_task(double(n)) for n in (1, 2)]
+        for call in calls:
+            while not call.done():
+                await asyncio.sleep(0)
+        return sum(call.result() for call in calls)
+
+    assert World().done(polls).value == 6
+    assert caplog.text.count("flow.spun") == 1
+
+
+def test_a_dropped_async_generator_is_closed_inside_the_run() -> None:
+    """`break` out of an `async for`: the generator's `finally` runs on the run's own loop, and may call tasks."""
+    closed: list[int] = []
+
+    async def pages() -> AsyncIterator[int]:
+        try:
+            yield await double(1)
+            yield await double(2)
+        finally:
+            closed.append(await double(3))
+
+    @flow
+    async def reads() -> list[int]:
+        first: list[int] = []
+        async for page in pages():
+            first.append(page)
+            break
+        await sleep(1)
+        return [*first, *closed]
+
+    def clean(world: World) -> Any:
+        closed.clear()
+        return world.add(reads)
+
+    assert World().done(reads).value == [2, 6]
+    closed.clear()
+    row = clean(world := World())
+    world.live(crash_after=2)
+    closed.clear()
+    world.live()
+    assert row.value == [2, 6]
+
+
+def test_sys_exit_in_a_flow_fails_the_run_not_the_worker() -> None:
+    """SystemExit is the run's failure."""
+
+    @flow
+    async def leaves(deep: bool) -> None:
+        async def exits() -> None:
+            sys.exit(3)
+
+        if deep:
+            await asyncio.gather(exits(), double(1))
+        sys.exit(3)
+
+    for deep in (False, True):
+        world = World()
+        other = world.add(gathers_later)
+        row = world.done(leaves, deep=deep)
+        assert "SystemExit" in str(row.error)
+        assert other.value == 2
+
+
+@flow
+async def gathers_later() -> int:
+    await sleep(1)
+    return await double(1)
+
+
+def test_work_left_behind_is_cancelled_when_the_flow_returns() -> None:
+    """As in asyncio.run: background tasks are cancelled, may swallow it, and nothing of them is recorded."""
+    ends: list[str] = []
+
+    @flow
+    async def leaves() -> str:
+        async def background() -> None:
+            try:
+                await sleep(3600)
+            except asyncio.CancelledError:
+                ends.append("cancelled")
+                await double(5)
+                ends.append("recorded")
+
+        await asyncio.gather(double(1))
+        keep = asyncio.create_task(background())
+        await asyncio.sleep(0)
+        return "left" if not keep.done() else ""
+
+    row = World().done(leaves)
+    assert row.value == "left" and ends == ["cancelled"]
+    assert row.claims() == ["double#0"]
+
+
+def test_infinite_and_zero_waits() -> None:
+    """`sleep(inf)` waits for ever (suspended), `timeout(0)` at once, `sleep(0)` only yields."""
+
+    @flow
+    async def waits() -> str:
+        await asyncio.sleep(0)
+        try:
+            async with timeout(0):
+                await asyncio.sleep(float("inf"))
+        except TimeoutError:
+            pass
+        with anyio.move_on_after(float("inf")):
+            await double(1)
+        await asyncio.sleep(float("inf"))
+        return "never"
+
+    world = World()
+    row = world.add(waits)
+    world.live(until=BORN + 1_000_000)
+    assert row.suspensions
+
+
+def test_io_on_the_runs_loop_is_refused_with_advice() -> None:
+    """Sockets in a flow body raise UsageError that says where they belong."""
+
+    @flow
+    async def connects() -> None:
+        await asyncio.open_connection("localhost", 1)
+
+    error = World().done(connects).error
+    assert isinstance(error, UsageError) and "@task" in str(error)
+
+
+def test_a_callback_that_raises_is_logged_and_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """As on any loop: `call_soon(broken)` is reported, the run goes on."""
+
+    @flow
+    async def schedules() -> int:
+        asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+        return await double(1)
+
+    assert World().done(schedules).value == 2
+    assert "flow.callback_failed" in caplog.text
+
+
+# --------------------------------------------------------------------------- out of the flow
+
+
+def test_to_thread_in_a_flow_body_works_and_keeps_the_run_in_memory() -> None:
+    """What the journal does not know of is awaited all the same: the run is neither held nor suspended meanwhile."""
+
+    @flow
+    async def threads() -> list[Any]:
+        first = await asyncio.to_thread(sum, [1, 2])
+        try:
+            await asyncio.to_thread(lambda: 1 / 0)
+        except ZeroDivisionError:
+            return [first, await double(2)]
+        return []
+
+    assert World().done(threads).value == [3, 4]
+
+
+@pytest.mark.parametrize("how", ["to_thread", "executor", "own loop"])
+def test_a_task_called_where_nobody_can_tell_who_calls_raises_lineage_lost(how: str) -> None:
+    """From a thread with the flow's context, or from another loop in it, a task call says how to mend it."""
+
+    def plain_thread() -> None:
+        double(1)  # pyright: ignore[reportUnusedCoroutine]
+
+    async def elsewhere() -> None:
+        await double(1)
+
+    @flow
+    async def strays() -> str:
+        try:
+            if how == "to_thread":
+                await asyncio.to_thread(plain_thread)
+            elif how == "executor":
+                with ThreadPoolExecutor(1) as pool:
+                    pool.submit(contextvars.copy_context().run, plain_thread).result()
+            else:
+                await asyncio.to_thread(asyncio.run, elsewhere())
+        except LineageLost as lost:
+            return str(lost)
+        return "called"
+
+    said = World().done(strays).value
+    assert ("another event loop" if how == "own loop" else "a thread") in said
+    assert "double.fn(...)" in said
+
+
+def test_a_task_called_for_a_settled_run_raises_lineage_lost() -> None:
+    """A context that outlived its run cannot call tasks."""
+    kept: list[contextvars.Context] = []
+
+    @flow
+    async def leaks() -> None:
+        kept.append(contextvars.copy_context())
+
+    World().done(leaks)
+    with pytest.raises(LineageLost, match="already settled"):
+        kept[0].run(double, 1)  # pyright: ignore[reportUnusedCoroutine]
+
+
+def test_in_a_task_body_and_outside_of_runs_a_task_is_a_plain_call() -> None:
+    """Calls in a body are not journaled; outside a run a task is its function with its retries and timeout."""
+    tries: list[int] = []
+
+    @task(retries=2, timeout=5)
+    async def flaky() -> int:
+        tries.append(current_task().attempt)
+        if len(tries) < 3:
+            raise ValueError
+        return 7
+
+    @task
+    async def outer() -> int:
+        return await double(4) + len(await double.map([1, 2]))
+
+    @flow
+    async def runs() -> int:
+        return await outer()
+
+    row = World().done(runs)
+    assert row.value == 10 and row.claims() == ["outer#0"]
+    quick = flaky.options_with(retries=[0, 0])
+    assert asyncio.run(quick()) == 7  # type: ignore[arg-type]
+    assert tries == [1, 2, 3]
+    with pytest.raises(UsageError):
+        current_task()
+
+
+def test_a_flow_that_waits_for_nothing_is_held() -> None:
+    """A run that nothing can ever wake is shown to a person, not kept for ever."""
+
+    @flow
+    async def waits() -> None:
+        await double(1)
+        await asyncio.Event().wait()
+
+    row = World().done(waits)
+    assert isinstance(row.outcome, Held) and "waits for something" in row.reason
+
+
+def test_what_flow_code_does_while_its_loop_is_torn_down_runs_on_that_loop() -> None:
+    """A flow that ignores every cancel is closed at last: a task it calls then is refused, never run as a plain function."""
+    calls: list[str] = []
+
+    @task
+    async def effect() -> None:
+        calls.append("effect")
+
+    @flow
+    async def clings() -> str:
+        async def limpet() -> None:
+            while True:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    continue
+                finally:
+                    if len(calls) < 10:
+                        calls.append(type(asyncio.get_running_loop()).__name__)
+                        await effect()
+
+        keep = asyncio.create_task(limpet())
+        await asyncio.sleep(0)
+        return "left" if keep else ""
+
+    assert World().done(clings).value == "left"
+    assert calls and set(calls) == {FlowLoop.__name__}

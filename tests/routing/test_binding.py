@@ -1,0 +1,288 @@
+"""The flow's signature says what it wants of an event; what it cannot get is named."""
+
+import dataclasses
+import datetime as dt
+import threading
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal, TypedDict
+from uuid import UUID
+
+import msgspec
+import orjson
+import pydantic
+import pytest
+
+from eventflow.core.errors import BindingError, NotStorable, UsageError
+from eventflow.events.event import Event
+from eventflow.routing.binding import Binder
+
+
+class Line(msgspec.Struct):
+    sku: str
+    qty: int = 1
+
+
+class Order(msgspec.Struct):
+    id: int
+    lines: list[Line] = []
+    at: dt.datetime | None = None
+
+
+@dataclasses.dataclass
+class Point:
+    x: int
+    y: int = 0
+
+
+class Row(TypedDict):
+    a: int
+
+
+class Customer(pydantic.BaseModel):
+    name: str
+    age: pydantic.PositiveInt = 1
+
+
+class Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True)
+    at: dt.datetime
+
+
+class Cat(pydantic.BaseModel):
+    kind: Literal["cat"]
+
+
+class Dog(pydantic.BaseModel):
+    kind: Literal["dog"]
+
+
+class Invoice(msgspec.Struct):
+    """Has a field called like the parameter that takes it."""
+
+    invoice: int
+    total: float
+
+
+DEFAULT = Order(9)
+
+
+def event(data: Any = None) -> Event:
+    return Event(id="1", source="/s", type="t", data=data)
+
+
+def bind(fn: Any, data: Any) -> dict[str, Any]:
+    return Binder(fn, "handle").bind_event(event(data))
+
+
+async def one_order(order: Order) -> None: ...
+async def one_point(point: Point) -> None: ...
+async def one_row(row: Row) -> None: ...
+async def one_model(customer: Customer) -> None: ...
+async def one_dict(payload: dict[str, Any]) -> None: ...
+async def one_mapping(payload: Mapping[str, int]) -> None: ...
+async def one_list(rows: list[int]) -> None: ...
+async def one_bytes(body: bytes) -> None: ...
+async def one_int(n: int) -> None: ...
+async def one_thing(thing) -> None: ...
+async def one_maybe(order: Order | None = None) -> None: ...
+async def one_default(order: Order = DEFAULT) -> None: ...
+async def one_invoice(invoice: Invoice) -> None: ...
+async def order_and_event(order: Order, event: Event) -> None: ...
+async def maybe_event(event: Event | None = None) -> None: ...
+async def several(id: int, name: str = "x", tags: tuple[str, ...] = ()) -> None: ...
+async def rest(id: int, **more: Any) -> None: ...
+async def nothing() -> None: ...
+async def rich(at: dt.datetime, price: Decimal, ident: UUID, by: dict[int, str]) -> None: ...
+async def limited(n: Annotated[int, msgspec.Meta(gt=0)]) -> None: ...
+async def pets(pet: Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]) -> None: ...
+async def strict(strict: Strict) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fn", "data", "arguments"),
+    [
+        # By name.
+        (one_order, {"order": {"id": 7, "lines": [{"sku": "a"}]}}, {"order": Order(7, [Line("a")])}),
+        (several, {"id": 1, "name": "n", "tags": ["a"], "unasked": 1}, {"id": 1, "name": "n", "tags": ("a",)}),
+        (several, {"id": 1}, {"id": 1}),
+        (rest, {"id": 1, "b": 2, "c": 3}, {"id": 1, "b": 2, "c": 3}),
+        (one_thing, {"thing": [1]}, {"thing": [1]}),
+        (
+            rich,
+            {"at": "2026-01-02T03:04:05Z", "price": "1.10", "ident": str(UUID(int=7)), "by": {"1": "x"}},
+            {
+                "at": dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC),
+                "price": Decimal("1.10"),
+                "ident": UUID(int=7),
+                "by": {1: "x"},
+            },
+        ),
+        (one_model, {"customer": {"name": "A", "age": 3}}, {"customer": Customer(name="A", age=3)}),
+        (pets, {"pet": {"kind": "dog"}}, {"pet": Dog(kind="dog")}),
+        (
+            strict,
+            {"strict": {"at": "2026-01-02T03:04:05Z"}},
+            {"strict": Strict(at=dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC))},
+        ),
+        (one_bytes, {"body": "YWJj"}, {"body": b"abc"}),
+        # The whole data.
+        (one_order, {"id": 7}, {"order": Order(7)}),
+        (one_point, {"x": 1, "y": 2}, {"point": Point(1, 2)}),
+        (one_row, {"a": 1}, {"row": {"a": 1}}),
+        (one_model, {"name": "A"}, {"customer": Customer(name="A")}),
+        (one_dict, {"a": 1}, {"payload": {"a": 1}}),
+        (one_dict, {"payload": {"a": 1}}, {"payload": {"a": 1}}),
+        (one_mapping, {"a": 1}, {"payload": {"a": 1}}),
+        (one_list, [1, 2], {"rows": [1, 2]}),
+        (one_bytes, b"abc", {"body": b"abc"}),
+        (one_thing, "text", {"thing": "text"}),
+        (one_int, 5, {"n": 5}),
+        (one_maybe, {"id": 7}, {"order": Order(7)}),
+        (one_invoice, {"invoice": 17, "total": 2.0}, {"invoice": Invoice(17, 2.0)}),
+        (one_invoice, {"invoice": {"invoice": 17, "total": 2.0}}, {"invoice": Invoice(17, 2.0)}),
+        # Nothing to fill.
+        (one_maybe, None, {}),
+        (one_default, {}, {}),
+        (nothing, {"a": 1}, {}),
+        (nothing, b"any", {}),
+        (nothing, None, {}),
+    ],
+)
+def test_an_event_becomes_arguments(fn, data, arguments):
+    """Parameters are filled by name, or a single one by the whole data, and validated by their annotations."""
+    assert bind(fn, data) == arguments
+
+
+def test_an_event_parameter_gets_the_event():
+    """A parameter annotated Event gets the event itself and does not count for the whole-data rule."""
+    got = event({"id": 7})
+    assert Binder(order_and_event, "f").bind_event(got) == {"order": Order(7), "event": got}
+    assert Binder(maybe_event, "f").bind_event(got) == {"event": got}
+
+
+@pytest.mark.parametrize(
+    ("fn", "data", "field", "reason"),
+    [
+        (one_order, {"order": {"id": "x"}}, "order", "Expected `int`, got `str` - at `$.order.id`"),
+        (one_order, {"id": 1, "lines": [{"sku": "a", "qty": "2"}]}, "order", "at `$.order.lines[0].qty`"),
+        (one_order, None, "order", "missing; the data has no fields"),
+        (one_order, [1], "order", "Expected `object`, got `array`"),
+        (several, {"name": "x"}, "id", "missing; the data has name"),
+        (several, {"id": "5"}, "id", "Expected `int`, got `str`"),
+        (several, {"id": 1, "tags": [1]}, "tags", "at `$.tags[0]`"),
+        (several, [1], "id, name, tags", "expected the event's data to be a JSON object, found an array"),
+        (several, b"x", "id, name, tags", "found bytes"),
+        (one_int, {"m": 1}, "n", "missing; the data has m"),
+        (one_int, True, "n", "Expected `int`, got `bool`"),
+        (one_thing, {"other": 1}, "thing", "missing; the data has other"),
+        (limited, {"n": 0}, "n", "Expected `int` >= 1"),
+        (one_model, {"customer": {"name": "A", "age": -3}}, "customer", "greater than 0"),
+        (one_model, {"name": 5}, "customer", "valid string"),
+        (pets, {"pet": {"kind": "cow"}}, "pet", "'cow' found using 'kind'"),
+    ],
+)
+def test_p9_what_cannot_be_bound_is_named(fn, data, field, reason):
+    """A BindingError says which flow, which field and why."""
+    with pytest.raises(BindingError) as raised:
+        bind(fn, data)
+    assert (raised.value.flow, raised.value.field) == ("handle", field)
+    assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize(
+    ("fn", "data"),
+    [
+        (several, {"id": 1, "nmae": "x"}),
+        (nothing, {"a": 1}),
+    ],
+)
+def test_an_unknown_parameter_is_refused(fn, data):
+    """A misspelt parameter of a direct start is an error; in an event's data it is data nobody asked for."""
+    with pytest.raises(BindingError, match="no such parameter"):
+        Binder(fn, "f").bind_params(data)
+    Binder(fn, "f").bind_event(event(data))
+
+
+def test_params_may_come_with_an_event():
+    """bind_params takes an Event parameter from the event at hand, or from its JSON among the parameters."""
+    binder, got = Binder(order_and_event, "f"), event({"x": 1})
+    assert binder.bind_params({"order": {"id": 1}}, got) == {"order": Order(1), "event": got}
+    packed = orjson.loads(binder.unpack((Order(1), got), {}))
+    assert binder.bind_params(packed) == {"order": Order(1), "event": got}
+    with pytest.raises(BindingError, match="expected an event, found none"):
+        binder.bind_params({"order": {"id": 1}})
+    assert Binder(maybe_event, "f").bind_params({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("fn", "args", "kwargs", "arguments"),
+    [
+        (several, (1,), {"tags": ("a", "b")}, {"id": 1, "tags": ("a", "b")}),
+        (one_order, (Order(1, [Line("a")]),), {}, {"order": Order(1, [Line("a")])}),
+        (one_order, (), {"order": {"id": 1}}, {"order": Order(1)}),
+        (one_model, (Customer(name="A"),), {}, {"customer": Customer(name="A")}),
+        (one_bytes, (b"\x00\xff",), {}, {"body": b"\x00\xff"}),
+        (rest, (1,), {"b": [2], "c": None}, {"id": 1, "b": [2], "c": None}),
+        (nothing, (), {}, {}),
+        (one_maybe, (None,), {}, {"order": None}),
+        (one_dict, ({"payload": 1, "n": None},), {}, {"payload": {"payload": 1, "n": None}}),
+        (
+            rich,
+            (dt.datetime(2026, 1, 2, tzinfo=dt.UTC), Decimal("1.10"), UUID(int=7), {1: "x"}),
+            {},
+            {"at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC), "price": Decimal("1.10"), "ident": UUID(int=7), "by": {1: "x"}},
+        ),
+    ],
+)
+def test_a_direct_call_goes_through_json(fn, args, kwargs, arguments):
+    """unpack and bind_params together give back the arguments of the call."""
+    binder = Binder(fn, "f")
+    assert binder.bind_params(orjson.loads(binder.unpack(args, kwargs))) == arguments
+
+
+def test_a_call_packs_the_same_however_it_is_written():
+    """The JSON of a call does not depend on the order or the form of its arguments."""
+    binder = Binder(several, "f")
+    assert binder.unpack((1, "n"), {}) == binder.unpack((), {"name": "n", "id": 1})
+
+
+@pytest.mark.parametrize(
+    ("fn", "value"),
+    [
+        (one_thing, threading.Lock()),
+        (one_thing, (1, 2)),
+        (one_thing, dt.datetime(2026, 1, 1, tzinfo=dt.UTC)),
+        (one_thing, float("nan")),
+        (one_thing, 2**70),
+        (one_thing, Order(1)),
+        (one_order, Point(1)),
+        (one_int, "\ud800"),
+    ],
+)
+def test_an_argument_that_json_would_change_is_refused(fn, value):
+    """What JSON and the annotation cannot carry together is NotStorable, named by flow and parameter."""
+    with pytest.raises(NotStorable, match="f: argument"):
+        Binder(fn, "f").unpack((value,), {})
+
+
+def test_a_wrong_call_raises_as_python_does():
+    """A missing, surplus or unknown argument of a direct call is a TypeError."""
+    for args, kwargs in [((), {}), ((1, 2, 3, 4), {}), ((1,), {"nmae": 2})]:
+        with pytest.raises(TypeError):
+            Binder(several, "f").unpack(args, kwargs)
+
+
+async def star(*orders: Order) -> None: ...
+async def slash(order: Order, /) -> None: ...
+async def unresolved(order: "Nowhere") -> None: ...  # noqa: F821  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [(star, r"\*orders"), (slash, "positional only"), (unresolved, "cannot resolve its annotations: name 'Nowhere'")],
+)
+def test_a_signature_no_event_can_fill_is_refused(fn, message):
+    """A signature that cannot be filled by name is a UsageError when the Binder is made."""
+    with pytest.raises(UsageError, match=message):
+        Binder(fn, "f")

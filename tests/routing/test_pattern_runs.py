@@ -1,0 +1,449 @@
+"""Patterns in an app: which runs they start, with which events, what the ledger says of the rest; no crash changes it."""
+
+import random
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from eventflow import (
+    App,
+    Batch,
+    Event,
+    Singleflight,
+    UsageError,
+    absent,
+    all_of,
+    any_of,
+    count,
+    current_run,
+    flow,
+    part,
+    sequence,
+    sleep,
+)
+from eventflow.core.clock import to_datetime
+from eventflow.routing.pattern_machine import Item
+from eventflow.routing.patterns import Pattern, joined
+from eventflow.routing.router import Router
+from eventflow.runs.run import Ids
+from eventflow.store.audit import audit
+from eventflow.store.protocol import Fact
+from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
+from tests.routing.test_patterns import PATTERNS, Life, S
+from triggers import RunState
+
+pytestmark = pytest.mark.anyio
+
+
+class Bench:
+    """An app on one clock and file, opened again and again, with a flow that notes which events each run got, and when."""
+
+    def __init__(self, pattern: Pattern, path: Path | None = None, **more: Any) -> None:
+        self.clock, self.path, self.pattern, self.more = VirtualClock(), path, pattern, more
+        self.began = self.clock.now()
+        self.given: list[tuple[float, list[str]]] = []
+        self.lasts = 0.0
+
+    def app(self) -> App:
+        @flow
+        async def act(events: list[Event]) -> int:
+            self.given.append((self.passed, [event.id for event in events]))
+            if self.lasts:
+                await sleep(self.lasts)
+            return len(events)
+
+        app = App("patterns")
+        app.on(self.pattern, act, name="watch", **self.more)
+        return app
+
+    @property
+    def passed(self) -> float:
+        return (self.clock.now() - self.began) / 1e6
+
+    def running(self) -> Any:
+        return running(self.app(), clock=self.clock, store=self.path)
+
+    async def send(self, app: App, *ids: str, key: str = "k", ago: float = 0.0) -> None:
+        """Events whose type is their id's first letter."""
+        for ident in ids:
+            time = to_datetime(self.clock.now()) - timedelta(seconds=ago)
+            await app.accept(Event(id=ident, source="/test", type=ident[0], data={"k": key}, time=time))
+
+    @property
+    def groups(self) -> list[list[str]]:
+        return [ids for _, ids in self.given]
+
+
+async def sound(app: App) -> dict[str, int]:
+    """The ledger's sum and rows agree. Returns the counts."""
+    assert await app.store._look(audit) == []
+    return await app.store.counts()
+
+
+async def verdict(app: App, event: str) -> tuple[str, Any]:
+    """What `explain` says of this event and the pattern."""
+    ((_, fate, detail),) = (await app.store.event(event))["verdicts"]
+    return fate, detail
+
+
+async def test_all_of_starts_one_run_with_all_events() -> None:
+    """One event of each part, in any order and of the same key: one run; each event says which; what is left lapses."""
+    bench = Bench(all_of("a", "b", within=60, by="k"))
+    async with bench.running() as app:
+        await bench.send(app, "b1", key="x")
+        await bench.send(app, "a1", "a2", key="y")
+        assert (await verdict(app, "b1"))[0] == "waits"
+        assert (await sound(app))["pending"] == 3
+        await bench.clock.advance(10)
+        await bench.send(app, "a3", key="x")
+        await drain(app)
+        assert bench.given == [(10.0, ["b1", "a3"])]
+        (run,) = await app.store.runs()
+        assert (run["mode"], run["deliveries"], run["state"]) == ("pattern", 2, "completed")
+        assert await verdict(app, "b1") == ("run", run["id"]) or await verdict(app, "b1") == ("joined", run["id"])
+        assert (await verdict(app, "a3")) == ("joined", run["id"])
+        await bench.clock.advance(51)
+        assert await verdict(app, "a1") == ("lapsed", "all_of: not each of a, b within 60 s")
+        counts = await sound(app)
+        assert (counts["accepted"], counts["completed"], counts["suppressed"], counts["pending"]) == (4, 2, 2, 0)
+
+
+async def test_a_duplicate_counts_once() -> None:
+    """P2: an event that is known is not given to a pattern again."""
+    bench = Bench(count("a", 3, within=60))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "a1", "a2", "a1")
+        assert bench.groups == []
+        await bench.send(app, "a3")
+        await drain(app)
+        await sound(app)
+    assert bench.groups == [["a1", "a2", "a3"]]
+
+
+async def test_any_of_runs_at_once() -> None:
+    """Each event of any part is a run of its own."""
+    bench = Bench(any_of("a", "b"))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "b1", "c1")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"]) == (2, 1)
+    assert sorted(bench.groups) == [["a1"], ["b1"]]  # runs without a key begin in any order
+
+
+async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
+    """With a lateness, an ending event that comes late but happened between still ends it."""
+    bench = Bench(sequence("a", then="b", unless="c", within=60, lateness=5))
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+        await bench.clock.advance(2)
+        await bench.send(app, "b1")
+        await bench.send(app, "c1", ago=1)
+        await bench.clock.advance(10)
+        assert bench.groups == []
+        assert (await verdict(app, "a1")) == ("lapsed", "sequence: c came 1 s after it")
+        assert (await verdict(app, "b1")) == ("lapsed", "sequence: no a within 60 s before it")
+        await bench.send(app, "a2")
+        await bench.clock.advance(1)
+        await bench.send(app, "b2")
+        await bench.clock.advance(4.9)
+        assert bench.groups == []
+        await bench.clock.advance(0.2)
+        assert bench.groups == [["a2", "b2"]] and bench.given[0][0] == 18.0
+        assert (await sound(app))["pending"] == 0
+
+
+async def test_p6_absence_fires_when_it_is_due() -> None:
+    """No b within 30 s of an a: one run with the a, then, not before; a b in time means none."""
+    bench = Bench(absent("b", 30, after="a", by="k"))
+    async with bench.running() as app:
+        await bench.send(app, "a1", key="x")
+        await bench.send(app, "a2", key="y")
+        await bench.clock.advance(20)
+        await bench.send(app, "b1", key="y")
+        await bench.clock.advance(9.9)
+        assert bench.groups == []
+        await bench.clock.advance(0.2)
+        assert bench.groups == [["a1"]]
+        await bench.clock.advance(100)
+        assert bench.groups == [["a1"]] and (await verdict(app, "a2")) == ("lapsed", "absent: b came 20 s after it")
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1, 2, 0)
+
+
+async def test_p6_patterns_outlive_the_process(tmp_path: Path) -> None:
+    """A life ends in the middle of each window: the next goes on with it; what fell due meanwhile is decided at once."""
+    bench = Bench(
+        any_of(
+            all_of("a", "b", within=60), count("c", 3, within=60), sequence("d", then="e", within=60),
+            absent("f", 30),
+        ),
+        tmp_path / "patterns.db",
+    )  # fmt: skip
+    for step in (["a1", "c1", "d1", "f1"], ["c2", "f2"], ["b1", "c3", "e1"]):
+        async with bench.running() as app:
+            await bench.send(app, *step)
+            await bench.clock.advance(5)
+            await sound(app)
+    assert sorted(bench.groups) == [["a1", "b1"], ["c1", "c2", "c3"], ["d1", "e1"]]
+    bench.clock._now += 1_000_000 * 600
+    async with bench.running() as app:
+        await drain(app)
+        counts = await sound(app)
+    assert bench.groups[3:] == [["f2"]]
+    assert (counts["completed"], counts["suppressed"], counts["pending"]) == (8, 1, 0)
+
+
+async def test_many_that_are_due_at_once_are_all_decided() -> None:
+    """A thousand keys lapse in the same moment, and later a thousand fall silent: none is left behind."""
+    bench = Bench(any_of(absent("a", 60), all_of("b", "c", within=30), by="k"))
+    async with bench.running() as app:
+        await app.accept(*(Event(id=f"b{n}", source="/test", type="b", data={"k": str(n)}) for n in range(1000)))
+        assert (await sound(app))["pending"] == 1000
+        await bench.clock.advance(31)
+        assert (await sound(app))["suppressed"] == 1000
+        await app.accept(*(Event(id=f"a{n}", source="/test", type="a", data={"k": str(n)}) for n in range(1000)))
+        await bench.clock.advance(61)
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1000, 1000, 0)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("seed", range(2))
+async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_path: Path) -> None:
+    """Random events, late and repeated, of two keys, in several lives: the runs are the machine's, the sum holds throughout."""
+    draw = random.Random(seed)
+    pattern = msgspec.structs.replace(PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k")
+    bench = Bench(pattern, tmp_path / "story.db")
+    plain = {key: Life(joined(pattern).machine) for key in "xy"}
+    kinds = [leaf.label for leaf in pattern.leaves]
+    sent: list[tuple[str, str, float]] = []
+    for _ in range(3):
+        async with bench.running() as app:
+            for _ in range(draw.randint(4, 12)):
+                await bench.clock.advance(draw.choice([0, 0, 1, 2, 4]))
+                if sent and draw.random() < 0.2:
+                    await bench.send(app, draw.choice(sent)[0])
+                    continue
+                ident, key, ago = f"{draw.choice(kinds)}{len(sent) + 1}", draw.choice("xy"), draw.choice([0, 0, 1, 3, 8])
+                await bench.send(app, ident, key=key, ago=ago)
+                now = bench.clock.now()
+                plain[key].receive(kinds.index(ident[0]), Item(now - ago * S, now, (len(sent) + 1,)), twice=False)
+                sent.append((ident, key, ago))
+            await drain(app, advance=False)
+            await sound(app)
+    async with bench.running() as app:
+        await bench.clock.advance(100)
+        counts = await sound(app)
+        assert counts["pending"] == 0 and counts["accepted"] == len(sent)
+    for life in plain.values():
+        life.advance(bench.clock.now())
+    expected = sorted([sent[event - 1][0] for event in match.events] for life in plain.values() for match in life.matches)
+    assert sorted(bench.groups) == expected
+
+
+async def test_a_deadline_that_is_missed_is_an_event(tmp_path: Path) -> None:
+    """absent(by=): nobody sends anything, so what did not come is told by an event of its own; once, also across lives."""
+    bench = Bench(absent("a", by="06:00"), tmp_path / "patterns.db")
+    midnight = datetime(2030, 1, 1, tzinfo=UTC)
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+        await bench.clock.advance(7 * 3600)
+        assert bench.groups == [] and (await verdict(app, "a1"))[1] == "absent: a came in time"
+    async with bench.running() as app:
+        await bench.clock.advance(24 * 3600)
+        (event,) = await app.store.events(type="eventflow.absent")
+        assert bench.groups == [[event["event_id"]]]
+        assert event["event_id"] == f"watch//{(midnight + timedelta(hours=30)).isoformat()}"
+    async with bench.running() as app:
+        await drain(app)
+        counts = await sound(app)
+    assert len(bench.groups) == 1 and (counts["completed"], counts["suppressed"]) == (1, 1)
+
+
+async def test_parts_are_triggers_run_states_and_filters() -> None:
+    """A trigger with a filter, and the end of a run, joined by a key that each has in its own place."""
+    given: list[list[str]] = []
+
+    @flow
+    async def ship(order: str) -> str:
+        return order
+
+    @flow
+    async def both(events: list[Event]) -> None:
+        given.append([event.type for event in events])
+        assert current_run().event is not None
+
+    app, orders = App("patterns"), MemoryTrigger("orders")
+    app.on("shipment", ship)
+    paid = part(orders, where={"paid": [True]})
+    app.on(
+        all_of(paid, RunState(ship, "completed"), within=60, by={"orders": "order", "eventflow.run.completed": "result"}), both
+    )
+    async with running(app):
+        await orders.send(data={"order": "o-1", "paid": False}, id="1")
+        await orders.send(data={"order": "o-2", "paid": True}, id="2")
+        await orders.send(data={"paid": True}, id="3")
+        await app.emit("shipment", {"order": "o-1"})
+        await drain(app)
+        assert given == []
+        await app.emit("shipment", {"order": "o-2"})
+        await drain(app)
+        assert given == [["memory", "eventflow.run.completed"]]
+        assert (await verdict(app, "1"))[0] == "filtered"
+        assert await verdict(app, "3") == ("filtered", "it has no key to be joined by")
+        await sound(app)
+
+
+async def test_what_a_pause_holds_is_held() -> None:
+    """A match with an event that came while its trigger was paused is a held run, until it is resumed."""
+    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    given: list[int] = []
+
+    @flow
+    async def act(events: list[Event]) -> None:
+        given.append(len(events))
+
+    app.on(all_of(one, two, within=60), act)
+    async with running(app):
+        app.house.reactor.pause("two", True)
+        await app.store.hold("two", True)
+        await one.send(data=1)
+        await two.send(data=2)
+        assert given == [] and [run["state"] for run in await app.store.runs()] == ["held"]
+        await app.store.hold("two", False)
+        await drain(app)
+        assert given == [2]
+        await sound(app)
+
+
+async def test_a_pattern_that_is_changed_lets_go_of_what_was_open(tmp_path: Path) -> None:
+    """Its events lapse and say so; without the code at all they wait until it is back."""
+    bench = Bench(all_of("a", "b", within=60), tmp_path / "patterns.db")
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+    async with running(App("patterns"), clock=bench.clock, store=bench.path) as app:
+        await bench.clock.advance(100)
+        assert (await sound(app))["pending"] == 1
+    async with bench.running() as app:
+        await bench.clock.advance(1)
+        assert (await verdict(app, "a1"))[0] == "lapsed"
+        await bench.send(app, "a2")
+    bench.pattern = all_of("a", "b", within=90)
+    async with bench.running() as app:
+        await bench.send(app, "b2")
+        assert await verdict(app, "a2") == ("lapsed", "its pattern was changed")
+        counts = await sound(app)
+        assert (counts["suppressed"], counts["pending"]) == (2, 1)
+    assert bench.groups == []
+
+
+async def test_retention_keeps_what_waits() -> None:
+    """Bodies of events that wait in a pattern stay; those of events that lapsed go."""
+    bench = Bench(all_of("a", "b", within=10**7))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "c1")
+        later = bench.clock.now() + 10**9
+        while await app.store.prune(bodies_before=later, identities_before=later):
+            pass
+        await bench.send(app, "b1")
+        await drain(app)
+        await sound(app)
+    assert bench.groups == [["a1", "b1"]]
+
+
+async def test_a_replay_gives_the_event_again() -> None:
+    """An event in a run of the pattern may be replayed into it; one that still waits there is not there twice."""
+    bench = Bench(count("a", 2, within=600))
+    async with bench.running() as app:
+        await bench.send(app, "a1")
+
+        async def replay(ident: str) -> None:
+            row = await app.store.event(ident)
+            event = Event.from_json(row["body"])
+            await app.store.replay(row["id"], app.house.router.arrive("events", event, ledger_id=row["id"]))
+
+        await replay("a1")
+        assert (await sound(app))["pending"] == 1
+        await bench.send(app, "a2")
+        await drain(app)
+        await replay("a1")
+        assert (await sound(app))["pending"] == 1
+        await replay("a2")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["pending"], counts["suppressed"]) == (4, 0, 1)
+    assert bench.groups == [["a1", "a2"], ["a1", "a2"]]
+
+
+async def test_p6_matches_make_one_run_at_a_time(tmp_path: Path) -> None:
+    """With Singleflight, what matches while a run works makes one successor, that has the events of all; also across lives."""
+    bench = Bench(count("a", 2, within=600), tmp_path / "patterns.db", deliver=Singleflight())
+    bench.lasts = 100
+    async with bench.running() as app:
+        await bench.send(app, "a1", "a2")
+        await bench.clock.advance(1)
+        await bench.send(app, "a3", "a4", "a5", "a6", "a7")
+        await bench.clock.advance(1)
+        assert bench.groups == [["a1", "a2"]]
+        first, second = sorted(run["id"] for run in await app.store.runs())
+        assert [await verdict(app, f"a{n}") for n in (1, 4, 5, 6)] == [
+            ("joined", first), ("joined", second), ("joined", second), ("joined", second)
+        ]  # fmt: skip
+        assert (await sound(app))["pending"] == 7
+    async with bench.running() as app:
+        await bench.send(app, "a8")
+        await drain(app)
+        counts = await sound(app)
+        assert (counts["completed"], counts["pending"], counts["runs"]) == (8, 0, 2)
+    assert bench.groups[-1] == ["a3", "a4", "a5", "a6", "a7", "a8"]
+
+
+async def test_windows_of_matches_are_of_one_key() -> None:
+    """With Batch and by=, each key has a window of its own; one that lapses in time is not in it."""
+    bench = Bench(all_of("a", "b", within=5, by="k"), deliver=Batch(4, within=60))
+    async with bench.running() as app:
+        await bench.send(app, "a1", "b1", key="x")
+        await bench.send(app, "a2", "b2", key="y")
+        await bench.send(app, "a3", key="x")
+        await bench.clock.advance(10)
+        assert bench.groups == []
+        await bench.send(app, "a4", "b4", key="x")
+        await bench.clock.advance(1)
+        assert bench.given == [(10.0, ["a1", "b1", "a4", "b4"])]
+        await bench.clock.advance(60)
+        assert bench.given[1] == (60.0, ["a2", "b2"])
+        counts = await sound(app)
+        assert (counts["completed"], counts["suppressed"], counts["pending"]) == (6, 1, 0)
+
+
+def test_p2_what_did_not_become_durable_did_not_happen() -> None:
+    """A state that a failed transaction moved on is not gone on with: what is kept decides, also right after it was kept."""
+    router = Router(Bench(count("a", 3, within=60)).app().subscriptions, Ids(), VirtualClock())
+
+    def weave(state: Any, event: int) -> Any:
+        return router.weave("watch", "", state, event, Fact("watch", "", 0, event), event, 1)
+
+    first = weave(None, 1)
+    kept = router.keep("watch", "", first.state)
+    for _ in range(3):
+        failed = weave(kept, 2)
+        assert failed.matches == [] and weave(failed.state, 3).matches != []
+    again = weave(kept, 2)
+    assert router.keep("watch", "", again.state) != kept
+    assert [match.events for match in weave(router.keep("watch", "", again.state), 4).matches] == [(1, 2, 4)]
+
+
+def test_what_a_pattern_does_not_take() -> None:
+    """Options that belong to one event are refused."""
+
+    @flow
+    async def act(events: list[Event]) -> None: ...
+
+    for options in ({"where": {"x": [1]}}, {"key": "k"}, {"types": ["t"]}, {"params": dict}, {"on_failure": "block"}):
+        with pytest.raises(UsageError, match="its parts"):
+            App("patterns").on(any_of("a", "b"), act, **cast(Any, options))

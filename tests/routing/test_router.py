@@ -1,0 +1,319 @@
+"""Every event has a verdict for each subscription, and every delivery is counted once."""
+
+import inspect
+from typing import Any
+
+import msgspec
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import BindingError, NotStorable, UsageError
+from eventflow.events.event import Event, Undecodable
+from eventflow.routing.router import Router, content_digest, identity
+from eventflow.routing.subscriptions import EMIT, subscribe
+from eventflow.runs.run import Ids, State
+from eventflow.sdk.flow import flow
+
+
+class Order(msgspec.Struct):
+    id: int
+    total: float = 0.0
+
+
+@flow(priority=3)
+async def handle(order: Order) -> None: ...
+
+
+@flow
+async def audit(event: Event) -> None: ...
+
+
+@flow
+async def count(n: int, label: str = "x") -> None: ...
+
+
+def event(data: Any = None, **attributes: Any) -> Event:
+    return Event(**({"id": "e1", "source": "/shop", "type": "order.created", "data": data} | attributes))
+
+
+def router(*subscriptions: Any) -> Router:
+    return Router(subscriptions, Ids(), SystemClock())
+
+
+def verdicts(arrival: Any) -> list[tuple[str, str]]:
+    return [(name, fate) for name, fate, _ in orjson.loads(arrival.verdicts)]
+
+
+def reasons(arrival: Any) -> list[Any]:
+    return [reason for _, _, reason in orjson.loads(arrival.verdicts)]
+
+
+ORDER = {"id": 7, "total": 9.5}
+
+
+def test_a_match_is_a_run():
+    """A wanted event starts one run per subscription, due now, carrying the event's body and the flow's priority."""
+    arrival = router(subscribe("orders", handle), subscribe("orders", audit)).arrive("orders", event(ORDER))
+    first, second = arrival.runs
+    assert (first.flow, first.subscription, first.priority, first.state) == ("handle", "orders/handle", 3, State.PENDING)
+    assert (second.flow, second.priority) == ("audit", 0)
+    assert first.event == arrival.id
+    assert first.due_at == first.created_at == arrival.received_at
+    assert first.params is None
+    assert first.body is arrival.body
+    assert Event.from_json(arrival.body) == event(ORDER)
+    assert orjson.loads(arrival.verdicts) == [["orders/handle", "run", first.id], ["orders/audit", "run", second.id]]
+    assert arrival.tally == {"pending": 2}
+    assert len({arrival.id, first.id, second.id}) == 3
+
+
+def test_p3_each_subscription_has_its_verdict():
+    """Run, filtered and invalid stand side by side, in order, each with its reason; only the trigger's own are asked."""
+    arrival = router(
+        subscribe("orders", audit),
+        subscribe("orders", handle, where={"total": [{"numeric": [">", 10]}]}),
+        subscribe("orders", count),
+        subscribe("orders", audit, where=lambda found: found.data["nope"], name="broken"),
+        subscribe("other", audit),
+    ).arrive("orders", event(ORDER))
+    assert verdicts(arrival) == [
+        ("orders/audit", "run"), ("orders/handle", "filtered"), ("orders/count", "invalid"), ("broken", "invalid")
+    ]  # fmt: skip
+    assert reasons(arrival)[1:] == [
+        "total.numeric[> 10] (found 9.5)",
+        "flow 'count' cannot bind parameter 'n': missing; the data has id, total",
+        "KeyError: 'nope'",
+    ]
+    assert arrival.tally == {"pending": 1, "suppressed": 1, "dead": 2}
+    assert arrival.dead == [("orders/count", reasons(arrival)[2]), ("broken", "KeyError: 'nope'")]
+
+
+def test_p9_an_event_nobody_wants_is_one_suppressed_delivery():
+    """An event without a subscriber is recorded with no verdict and counted as suppressed."""
+    arrival = router().arrive("orders", event(ORDER))
+    assert (arrival.verdicts, arrival.tally, list(arrival.runs)) == (b"[]", {"suppressed": 1}, [])
+
+
+def test_p9_undecodable_bytes_are_one_dead_letter():
+    """Bytes that are no event are kept as they came, with the reason and the headers."""
+    item = Undecodable(id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"})
+    arrival = router(subscribe("orders", audit)).arrive("orders", item)
+    assert (arrival.body, arrival.tally, arrival.dead) == (b"\xff\x00", {"dead": 1}, (("", "not JSON"),))
+    assert orjson.loads(arrival.verdicts) == [["", "dead", "not JSON"]]
+    assert orjson.loads(arrival.headers or b"") == {"content-type": "a/b"}
+    assert not arrival.runs
+
+
+def test_data_that_is_no_json_is_a_dead_letter():
+    """An event whose data a trigger left unencodable is not lost: its attributes are kept with the reason."""
+    arrival = router(subscribe("orders", audit)).arrive("orders", event({"x": object()}))
+    assert arrival.tally == {"dead": 1}
+    assert "cannot be written as JSON" in arrival.dead[0][1]
+    assert Event.from_json(arrival.body).id == "e1"
+
+
+def test_a_paused_trigger_holds_its_runs():
+    """While a trigger is paused its runs are recorded in HELD, count as pending, and filters still apply."""
+    arrival = router(
+        subscribe("orders", audit), subscribe("orders", handle, where={"total": [0]})
+    ).arrive("orders", event(ORDER), paused=True)  # fmt: skip
+    assert verdicts(arrival) == [("orders/audit", "held"), ("orders/handle", "filtered")]
+    assert [run.state for run in arrival.runs] == [State.HELD]
+    assert arrival.tally == {"pending": 1, "suppressed": 1}
+
+
+@given(st.text(), st.text(), st.text(), st.text(), st.text(), st.text())
+def test_p2_identity_is_trigger_source_and_id(a, b, c, d, e, f):
+    """Two events have the same key if, and only if, trigger, source and id are the same."""
+    clean = [text.encode(errors="replace").decode() for text in (a, b, c, d, e, f)]
+    left, right = clean[:3], clean[3:]
+    assert (identity(*left) == identity(*right)) == (left == right)
+    assert identity(*left) == identity(*left)
+
+
+def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
+    """Another time stamp is the same content; another type or other data is not."""
+    base = event(ORDER)
+    stamped = msgspec.structs.replace(base, time=None, subject="s")
+    assert content_digest(base) == content_digest(stamped)
+    assert len({content_digest(one) for one in (base, event({"id": 8}), event(ORDER, type="x"), event(b"raw"))}) == 4
+    arrival = router().arrive("orders", base)
+    assert (arrival.key, arrival.digest) == (identity("orders", "/shop", "e1"), content_digest(base))
+    assert (len(arrival.key), len(arrival.digest)) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("key", "lane"),
+    [
+        (None, None),
+        ("id", "7"),
+        ("customer.name", "Ada"),
+        ("customer", '{"name":"Ada"}'),
+        ("customer.missing.deeper", None),
+        ("@subject", "s/1"),
+        ("@shard", "3"),
+        ("@missing", None),
+        ("record", "pk"),
+        (lambda found: f"k{found.data['id']}", "k7"),
+    ],
+)
+def test_a_key_is_a_lane(key, lane):
+    """`key=` names the lane by a path into the data, an attribute, the record's key or a callable; nothing there, no lane."""
+    found = event(ORDER | {"customer": {"name": "Ada"}}, subject="s/1", extensions={"partitionkey": "pk", "shard": 3})
+    (run,) = router(subscribe("orders", audit, key=key)).arrive("orders", found).runs
+    assert run.lane == lane
+
+
+def test_record_falls_back_to_the_subject():
+    """`key="record"` is the subject where the source has no partition key."""
+    (run,) = router(subscribe("orders", audit, key="record")).arrive("orders", event(subject="s")).runs
+    assert run.lane == "s"
+
+
+def test_a_key_that_fails_is_invalid():
+    """A key callable that raises, or returns something else than text, is a dead letter and not a run out of order."""
+    arrival = router(
+        subscribe("orders", audit, key=lambda found: found.data["x"]),
+        subscribe("orders", audit, key=lambda found: 5, name="five"),  # pyright: ignore[reportArgumentType]
+    ).arrive("orders", event({}))
+    assert verdicts(arrival) == [("orders/audit", "invalid"), ("five", "invalid")]
+    assert reasons(arrival) == ["KeyError: 'x'", "TypeError: key= returned int, expected a str or None"]
+
+
+def test_params_override_the_binding():
+    """`params=` makes the arguments; they travel with the run, and are checked against the signature on the way in."""
+    (run,) = router(subscribe("o", count, params=lambda found: {"n": found.data["id"]})).arrive("o", event(ORDER)).runs
+    assert run.params == b'{"n":7}'
+    arrival = router(
+        subscribe("o", count, params=lambda found: {"n": "seven"}, name="type"),
+        subscribe("o", count, params=lambda found: {"n": 1, "m": 2}, name="unknown"),
+        subscribe("o", count, params=lambda found: {}, name="missing"),
+        subscribe("o", count, params=lambda found: {"n": 1, "label": object()}, name="json"),
+    ).arrive("o", event(ORDER))
+    assert {fate for _, fate in verdicts(arrival)} == {"invalid"}
+    assert len(arrival.dead) == arrival.tally["dead"] == 4
+    assert "Expected `int`, got `str`" in reasons(arrival)[0]
+
+
+def test_types_say_what_a_subscription_hears():
+    """An event of another type is no delivery to a subscription with `types`, and gets no verdict from it."""
+    made = router(
+        subscribe(EMIT, audit, types=("order.created",)),
+        subscribe(EMIT, audit, types=("order.*",), name="glob"),
+        subscribe(EMIT, audit, types=("invoice.paid",), name="other"),
+    )
+    assert verdicts(made.emit(event(ORDER))) == [("events/audit", "run"), ("glob", "run")]
+    assert made.emit(event(ORDER, type="nobody")).tally == {"suppressed": 1}
+
+
+def test_an_emitted_event_knows_its_depth():
+    """Runs of emitted events carry the depth; beyond 20 hops the event is a dead letter that says so."""
+    made = router(subscribe(EMIT, audit))
+    (run,) = made.emit(event(ORDER), 20).runs
+    assert run.depth == 20
+    (run,) = made.emit(event(ORDER, extensions={"eventflowdepth": 4})).runs
+    assert run.depth == 4
+    buried = made.emit(event(ORDER), 21)
+    assert (list(buried.runs), buried.tally) == ([], {"dead": 1})
+    assert "emitted at depth 21" in buried.dead[0][1]
+
+
+def test_an_outside_event_has_no_depth():
+    """A depth that a sender claims is not believed."""
+    (run,) = router(subscribe("o", audit)).arrive("o", event(ORDER, extensions={"eventflowdepth": "19"})).runs
+    assert run.depth == 0
+
+
+@pytest.mark.parametrize("data", [float("nan"), (1, 2), {"x": object()}, 2**70])
+def test_emitted_data_must_be_json(data):
+    """What a flow emits and JSON cannot say exactly is refused to the flow."""
+    with pytest.raises(NotStorable):
+        router().emit(event(data))
+
+
+def test_a_flow_can_be_started_without_a_subscription():
+    """One delivery to one flow, with given parameters or from the event; what does not bind raises to the caller."""
+    made = router()
+    arrival = made.arrive_flow(count, event(), params=b'{"n":5}', trigger="api", lane="l")
+    (run,) = arrival.runs
+    assert (run.flow, run.params, run.lane, run.event) == ("count", b'{"n":5}', "l", arrival.id)
+    assert (arrival.trigger, arrival.tally) == ("api", {"pending": 1})
+    assert made.arrive_flow(handle, event(ORDER)).runs[0].params is None
+    with pytest.raises(BindingError):
+        made.arrive_flow(count, event(), params=b'{"n":"x"}')
+    with pytest.raises(BindingError):
+        made.arrive_flow(handle, event({"id": "x"}))
+
+
+def test_a_replay_is_for_the_recorded_event():
+    """A replayed event keeps its ledger id in its runs, and may be for one flow or subscription only, of any trigger."""
+    made = router(subscribe("orders", audit), subscribe("orders", handle), subscribe("other", count, name="later"))
+    arrival = made.arrive("orders", event(ORDER), ledger_id=42, only="handle")
+    assert (arrival.id, [run.event for run in arrival.runs]) == (42, [42])
+    assert verdicts(arrival) == [("orders/handle", "run")]
+    assert verdicts(made.arrive("orders", event({"n": 1}), only="later")) == [("later", "run")]
+
+
+def test_names_are_told_apart():
+    """A second subscription of the same flow to the same trigger is #2, a third #3."""
+    names: list[str] = []
+    for _ in range(3):
+        names.append(subscribe("orders", audit, taken=names).name)
+    assert names == ["orders/audit", "orders/audit#2", "orders/audit#3"]
+
+
+def test_priority_is_the_flows_unless_given():
+    """A subscription may set the priority of its runs, zero included."""
+    assert [subscribe("o", handle, priority=given).priority for given in (None, 0, 9)] == [3, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"on_failure": "stop"}, "on_failure="),
+        ({"key": "a..b"}, "key="),
+        ({"where": {"a": [{"regex": "x"}]}}, "where: a"),
+        ({"types": ("a**",)}, "single stars"),
+    ],
+)
+def test_a_wrong_subscription_is_refused_at_once(given, message):
+    """What a subscription gets wrong is a UsageError when it is made."""
+    with pytest.raises(UsageError, match=message):
+        subscribe("orders", audit, **given)
+
+
+@flow
+async def unfillable(*orders: Order) -> None: ...
+
+
+def test_a_signature_is_checked_when_the_app_starts():
+    """A flow that no event can fill is found by the Router, not by the first event."""
+    with pytest.raises(UsageError, match="unfillable"):
+        router(subscribe("orders", unfillable))
+
+
+FIELDS = st.dictionaries(st.sampled_from(["id", "total", "n", "order"]), st.integers() | st.text(max_size=3) | st.none())
+
+
+@given(FIELDS, st.booleans())
+def test_p9_the_tally_is_the_verdicts(data, paused):
+    """Whatever an event carries, each subscription has one verdict, and the tally adds up to their number."""
+    made = router(
+        subscribe("o", handle),
+        subscribe("o", count, where={"n": [{"exists": True}]}),
+        subscribe("o", audit, where=lambda found: found.data["id"] > 0, key="order"),
+    )
+    clean = {name: value.encode(errors="replace").decode() if isinstance(value, str) else value for name, value in data.items()}
+    arrival = made.arrive("o", event(clean), paused)
+    if arrival.runs or arrival.verdicts.count(b'["",') == 0:
+        assert len(orjson.loads(arrival.verdicts)) == sum(arrival.tally.values()) == 3
+    assert len(arrival.runs) == arrival.tally.get("pending", 0)
+    assert len(arrival.dead) == arrival.tally.get("dead", 0)
+
+
+def test_routing_never_waits():
+    """Nothing in routing is a coroutine: the way in does not wait for it."""
+    assert not any(inspect.iscoroutinefunction(member) for _, member in inspect.getmembers(Router))

@@ -1,0 +1,469 @@
+"""Results, errors and fingerprints: what the flow gets from the journal is what the task gave, or a clear refusal."""
+
+import dataclasses
+import datetime as dt
+import enum
+import math
+import sys
+import threading
+import typing
+from decimal import Decimal
+from numbers import Real
+from typing import Any
+
+import msgspec
+import orjson
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eventflow.core.errors import BindingError, NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, TaskTimedOut, UsageError
+from eventflow.serialization import codecs
+from eventflow.serialization.codecs import (
+    MAX_TRACEBACK,
+    ResultCodec,
+    decode_error,
+    digest,
+    encode_error,
+    fingerprint,
+    fingerprint_diff,
+    show,
+)
+from eventflow.serialization.tagged_json import same
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+@dataclasses.dataclass
+class Metrics:
+    loss: float
+    steps: int = 0
+    extra: Any = None
+
+
+@dataclasses.dataclass(eq=False)
+class Unequal:
+    x: int
+
+
+class Line(msgspec.Struct):
+    sku: str
+    price: Decimal
+
+
+class Order(msgspec.Struct):
+    id: int
+    lines: list[Line] = []
+    at: dt.datetime | None = None
+
+
+class Special(Order):
+    pass
+
+
+class Customer(pydantic.BaseModel):
+    name: str
+    born: dt.date
+    score: float = 1.0
+
+
+class Row(typing.TypedDict):
+    a: int
+
+
+NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
+
+
+def round_trip(value, annotation=None, codec=None):
+    made = ResultCodec(annotation, "job", codec)
+    word, data = made.encode(value)
+    return word, made.decode(word, data)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "codec"),
+    [
+        (None, None, "json"),
+        ({"a": [1, "x", None]}, dict, "json"),
+        (3, int, "json"),
+        (b"\x00\xff", bytes, "bytes"),
+        (b"raw", None, "bytes"),
+        (math.nan, float, "tagged"),
+        ({"loss": math.inf}, dict[str, float], "tagged"),
+        ((1, 2), None, "tagged"),
+        (2**100, int, "tagged"),
+        ({1: "one"}, dict[int, str], "tagged"),
+        ((1, "a"), tuple[int, str], "typed"),
+        ({1, 2}, set[int], "typed"),
+        (NOW, dt.datetime, "typed"),
+        (Decimal("1.10"), Decimal, "typed"),
+        (Colour.RED, Colour, "typed"),
+        ({"a": 1}, Row, "typed"),
+        (Order(1, [Line("x", Decimal("9.99"))], NOW), Order, "typed"),
+        ([Order(1), Order(2)], list[Order], "typed"),
+        (None, Order | None, "json"),
+        (Metrics(0.5), Metrics, "typed"),
+        (Metrics(math.nan), Metrics, "typed-tagged"),
+        (Metrics(0.5, extra=NOW), Metrics, "typed-tagged"),
+        (Unequal(1), Unequal, "typed"),
+        (Customer(name="A", born=dt.date(2000, 1, 1)), Customer, "typed"),
+        ([Customer(name="A", born=dt.date(2000, 1, 1))], list[Customer], "typed"),
+        (Customer(name="A", born=dt.date(2000, 1, 1), score=math.nan), Customer, "typed-tagged"),
+        (Metrics(1.0), Metrics | Unequal, "typed:Metrics"),
+        (Unequal(2), Metrics | Unequal, "typed:Unequal"),
+        # The annotation does not hold: the value counts.
+        ({"loss": 1.0}, Metrics, "json"),
+        ([1, 2], tuple[int, int], "json"),
+        (NOW, list[int], "tagged"),
+        ("text", int, "json"),
+        ({"a": "not an int"}, Row, "json"),
+    ],
+)
+def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
+    """Each value under each annotation decodes to an equal one of the same type, whether or not the annotation holds."""
+    word, decoded = round_trip(value, annotation)
+    assert word == codec
+    assert same(decoded, value)
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "message"),
+    [
+        ({"a": [1, 2, 3, {1, threading.Lock()}]}, None, r"job: result\['a'\]\[3\]\{\} is a _thread.lock"),
+        (Metrics(1.0), None, "result is a .*Metrics, which has no lossless JSON form"),
+        (Metrics(1.0, extra=threading.Lock()), Metrics, r"result\.extra is a _thread.lock"),
+        (Special(1), Order, "result is a .*Special"),
+        (Colour.RED, None, "result is a .*Colour"),
+        (Customer(name="A", born=dt.date(2000, 1, 1)), None, "result is a .*Customer"),
+        (Customer(name="\ud800", born=dt.date(2000, 1, 1)), Customer, "result is a .*Customer"),
+        (range(3), None, "result is a range"),
+        ("\ud800", str, "lone surrogate"),
+    ],
+)
+def test_what_cannot_come_back_equal_is_refused(value, annotation, message):
+    """A value with no lossless form raises NotStorable with path and type; never its repr, never a pickle (fault 37)."""
+    with pytest.raises(NotStorable, match=message):
+        ResultCodec(annotation, "job").encode(value)
+
+
+@Real.register
+class Float32:
+    """What a numpy scalar looks like from outside."""
+
+    def __float__(self) -> float:
+        return 0.25
+
+    def __eq__(self, other: object) -> bool:
+        return other == 0.25
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_numeric_scalar_under_float_is_that_number():
+    """A number of another library is stored as the `float` its annotation says, and refused without one."""
+    assert round_trip(Float32(), float) == ("json", 0.25)
+    with pytest.raises(NotStorable):
+        round_trip(Float32())
+
+
+def test_json_above_the_limit_is_refused(monkeypatch):
+    """JSON over MAX_JSON is a NotStorable that names its size; bytes have no such limit (fault 36)."""
+    monkeypatch.setattr(codecs, "MAX_JSON", 1000)
+    with pytest.raises(ResultTooLarge, match="expected at most"):
+        ResultCodec(None, "job").encode(["x" * 1000])
+    assert ResultCodec(None, "job").encode(b"x" * 2000)[0] == "bytes"
+
+
+class Local:
+    def __init__(self, x):
+        self.x = x
+
+
+def test_pickle_is_only_where_asked_for_and_only_where_flows_run():
+    """A pickle is made only with codec="pickle", read only with allow_pickle, and only under the key that signed it (S12)."""
+    codec = ResultCodec(None, "job", "pickle")
+    word, data = codec.encode(Local(1), key=b"k")
+    assert word == "pickle"
+    assert codec.decode(word, data, allow_pickle=True, key=b"k").x == 1
+    with pytest.raises(UsageError, match="only read where flows run"):
+        codec.decode(word, data)
+    with pytest.raises(StoreCorrupt, match="signature"):
+        codec.decode(word, data, allow_pickle=True, key=b"other")
+    with pytest.raises(StoreCorrupt, match="signature"):
+        codec.decode(word, data[:-1] + b"!", allow_pickle=True, key=b"k")
+    assert show(word, data) == f"<pickle, {len(data)} bytes>"
+    with pytest.raises(UsageError, match="codec="):
+        ResultCodec(None, "job", "yaml")
+
+
+def test_a_changed_annotation_is_told():
+    """A recorded result that the new annotation cannot read raises UsageError that names the task."""
+    word, data = ResultCodec(Metrics, "job").encode(Metrics(0.5))
+    with pytest.raises(UsageError, match="job: a recorded result does not fit"):
+        ResultCodec(Order, "job").decode(word, data)
+    with pytest.raises(UsageError, match="job: a result was recorded as 'typed'"):
+        ResultCodec(None, "job").decode(word, data)
+
+
+def test_an_annotation_may_be_resolved_late_or_never():
+    """An annotation that nobody can read counts as none."""
+    for annotation in ("Missing", threading.Thread, typing.TypeVar("T")):
+        assert round_trip({"a": (1, 2)}, annotation)[1] == {"a": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "shown"),
+    [
+        ({"a": 1}, None, {"a": 1}),
+        ((1, {2}), None, [1, [2]]),
+        (Metrics(1.0, 2), Metrics, {"loss": 1.0, "steps": 2, "extra": None}),
+        (Metrics(1.0, extra=NOW), Metrics, {"loss": 1.0, "steps": 0, "extra": "2026-01-02T03:04:05.678901Z"}),
+        (b"abc", None, "<bytes, 3 bytes>"),
+    ],
+)
+def test_a_result_is_shown_as_json(value, annotation, shown):
+    """Doors show any stored result as JSON without the class that made it."""
+    assert orjson.loads(orjson.dumps(show(*ResultCodec(annotation, "job").encode(value)))) == shown
+
+
+# --------------------------------------------------------------------------- errors
+
+
+class Plain(Exception):
+    pass
+
+
+class Coded(Exception):
+    def __init__(self, code: int, *, detail: str) -> None:
+        super().__init__(code)
+        self.detail = detail
+
+
+class Silent(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Outer:
+    class Inner(ValueError):
+        pass
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def without_traceback(fields: dict[str, Any]) -> dict[str, Any]:
+    left = {name: value for name, value in fields.items() if name != "traceback"}
+    if "exceptions" in left:
+        left["exceptions"] = [without_traceback(member) for member in left["exceptions"]]
+    return left
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("bad", 3),
+        KeyError("a"),
+        Plain("x", [1, {"a": None}]),
+        Outer.Inner("nested"),
+        BindingError("f", "x", "missing"),
+        TaskTimedOut("job", 2.5),
+        FileNotFoundError(2, "No such file", "/nope"),
+        OSError(18, "cross-device", "/a", None, "/b"),
+        ZeroDivisionError(),
+        ExceptionGroup("several", [ValueError(1), ExceptionGroup("inner", [KeyError("k")])]),
+    ],
+    ids=repr,
+)
+def test_p4_an_error_is_rebuilt_from_its_class(error):
+    """An error whose class is imported comes back with its type, text and arguments, and encodes to the same record again."""
+    data = encode_error(raised(error))
+    rebuilt = decode_error(data)
+    assert type(rebuilt) is type(error)
+    assert str(rebuilt) == str(error)
+    assert without_traceback(orjson.loads(encode_error(raised(rebuilt)))) == without_traceback(orjson.loads(data))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Coded(7, detail="lost"), "7"),
+        (Plain((1, 2)), "(1, 2)"),
+        (Plain(object), "<class 'object'>"),
+        (KeyboardInterrupt("stop"), "stop"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "'utf-8' codec can't decode byte 0xff in position 0: bad"),
+        (json_error := orjson.JSONDecodeError("msg", "doc", 0), str(json_error)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_that_does_not_rebuild_becomes_a_task_failed(error, message):
+    """An error that its class does not make again from JSON arguments is a TaskFailed of its type and text, and stays one."""
+    data = encode_error(raised(error))
+    rebuilt = decode_error(data)
+    assert isinstance(rebuilt, TaskFailed)
+    assert rebuilt.error_type == f"{type(error).__module__}:{type(error).__qualname__}"
+    assert rebuilt.message == message
+    assert without_traceback(orjson.loads(encode_error(rebuilt))) == without_traceback(orjson.loads(data))
+
+
+def test_an_error_without_words_is_recorded():
+    """A `__str__` that raises costs the text, not the record."""
+    data = encode_error(raised(Silent()))
+    assert orjson.loads(data)["message"] == "<Silent.__str__ raised RuntimeError>"
+    assert type(decode_error(data)) is Silent
+
+
+def test_s12_no_module_is_imported_to_rebuild_an_error():
+    """An error of a module that is not imported is a TaskFailed, and the module stays unimported."""
+    fields = {"type": "this:Zen", "message": "m", "args": ["m"], "traceback": ""}
+    assert "this" not in sys.modules
+    assert isinstance(decode_error(orjson.dumps(fields)), TaskFailed)
+    assert "this" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["os:system", "builtins:eval", "builtins:SystemExit", "builtins:dict", "os:path.join", "x"])
+def test_s12_only_exception_classes_are_called(name):
+    """A record that names a function, or a class that is no Exception, calls nothing."""
+    fields = {"type": name, "message": "m", "args": ["true"], "traceback": ""}
+    assert isinstance(decode_error(orjson.dumps(fields)), TaskFailed)
+
+
+def test_a_record_keeps_where_it_happened():
+    """The rebuilt error carries the recorded traceback as its note, causes included, and keeps it when recorded again."""
+
+    def inner() -> None:
+        raise KeyError("deep")
+
+    try:
+        try:
+            inner()
+        except KeyError as error:
+            raise ValueError("outer") from error
+    except ValueError as error:
+        rebuilt = decode_error(encode_error(error))
+    (note,) = rebuilt.__notes__
+    assert "in test_a_record_keeps_where_it_happened.<locals>.inner" in note
+    assert "direct cause" in note
+    assert 'raise KeyError("deep")' in note
+    assert 'raise KeyError("deep")' in orjson.loads(encode_error(raised(rebuilt)))["traceback"]
+
+
+def test_the_traceback_is_the_users():
+    """Frames of eventflow's own files are left out, and the text is capped at its end."""
+    try:
+        ResultCodec(None, "job").encode(object())
+    except NotStorable as error:
+        traceback = orjson.loads(encode_error(error))["traceback"]
+    assert "test_codecs.py" in traceback
+    assert "eventflow/serialization/codecs.py" not in traceback
+    long = orjson.loads(encode_error(raised(ValueError("x" * 100_000))))["traceback"]
+    assert len(long) == MAX_TRACEBACK
+
+
+def test_a_circle_of_causes_ends():
+    """An error that is its own cause, a lone surrogate in a message, and a deep recursion are all recorded."""
+    first, second = ValueError("a \ud800"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+
+    def recurse(depth: int) -> None:
+        if depth == 0:
+            raise first
+        recurse(depth - 1)
+
+    try:
+        recurse(500)
+    except ValueError as error:
+        fields = orjson.loads(encode_error(error))
+    assert fields["message"] == "a \\ud800"
+    assert "  ...\n" in fields["traceback"]
+
+
+# --------------------------------------------------------------------------- fingerprints
+
+
+def test_a_call_has_one_fingerprint_however_it_is_written():
+    """f(1), f(x=1), another order of keywords and an applied default are the same call."""
+    names, defaults = ("x", "y"), {"y": 2, "z": {"b": 1, "a": 2}}
+    prints = {
+        fingerprint(names, (1,), {}, defaults),
+        fingerprint(names, (), {"x": 1}, defaults),
+        fingerprint(names, (1, 2), {}, defaults),
+        fingerprint(names, (), {"z": {"a": 2, "b": 1}, "y": 2, "x": 1}, defaults),
+    }
+    assert prints == {b'{"x":1,"y":2,"z":{"a":2,"b":1}}'}
+    assert fingerprint(names, (1, 2, 3), {}, {}) == b'{"*":[3],"x":1,"y":2}'
+    assert fingerprint((), (), {}, {}) == b"{}"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        NOW, Decimal("1.1"), b"abc", Colour.RED, Order(1, [Line("x", Decimal(1))], NOW), Metrics(1.0), {1, 2}, {3: "x"}, 2**80,
+        Customer(name="A", born=dt.date(2000, 1, 1)), (1, 2), {"deep": [Order(1)]},
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_codec_values_are_compared_by_their_json(value):
+    """Values of the known types are part of the fingerprint, and another value is another fingerprint."""
+    made = fingerprint(("x",), (value,), {}, {})
+    assert made is not None
+    assert made == fingerprint(("x",), (value,), {}, {})
+    assert fingerprint_diff(made, fingerprint(("x",), ("other",), {}, {})).startswith("x: ")
+
+
+def test_what_has_no_json_is_never_compared():
+    """An argument without a JSON form is "?", equal to anything; with none but such there is no fingerprint."""
+    one = fingerprint(("model", "n"), (threading.Lock(), 1), {}, {})
+    two = fingerprint(("model", "n"), (threading.Lock(), 2), {}, {})
+    assert one == b'{"model":"?","n":1}'
+    assert fingerprint_diff(one, two) == "n: 1 -> 2"
+    assert fingerprint_diff(one, fingerprint(("model", "n"), ("text", 1), {}, {})) == ""
+    assert fingerprint(("model",), (threading.Lock(),), {}, {}) is None
+    assert fingerprint_diff(None, one) == fingerprint_diff(one, None) == ""
+
+
+def test_a_long_argument_is_its_hash():
+    """Over 1 KiB the long fields are hashed, the small ones stay to be read, and a change is still found."""
+    long = fingerprint(("text", "n"), ("x" * 5000, 1), {}, {})
+    assert long is not None
+    assert len(long) < 120
+    assert b'"n":1' in long
+    assert "text" in fingerprint_diff(long, fingerprint(("text", "n"), ("x" * 5001, 1), {}, {}))
+    assert len(fingerprint(("data",), (b"x" * 10_000_000,), {}, {}) or b"") < 120
+
+
+def test_a_field_is_the_same_literal_or_hashed():
+    """A field that is hashed only because another one grew has not changed."""
+    field = {"b": "y" * 200, "a": 1}
+    short = fingerprint(("a", "b"), (field, "x"), {}, {})
+    grown = fingerprint(("a", "b"), (field, "x" * 2000), {}, {})
+    assert fingerprint_diff(short, grown).startswith("b: ")
+
+
+def test_big_integers_are_told_apart():
+    """Integers that no float tells apart are different arguments, and the diff says so."""
+    old, new = fingerprint(("n",), (2**80,), {}, {}), fingerprint(("n",), (2**80 + 1,), {}, {})
+    assert fingerprint_diff(old, new).startswith("n: ")
+
+
+def test_a_diff_names_what_came_and_went():
+    """The diff lists changed, added and removed fields with both values, shortened."""
+    old = fingerprint(("a", "b"), (1, "y" * 300), {}, {})
+    new = fingerprint(("a", "c"), (2, 3), {}, {})
+    diff = fingerprint_diff(old, new)
+    assert diff.startswith("a: 1 -> 2, b: ")
+    assert diff.endswith("c: absent -> 3")
+    assert len(diff) < 150
+
+
+@given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
+def test_a_digest_knows_where_its_parts_end(left, right):
+    """Different parts have different digests, also when their concatenation is the same."""
+    assert (digest(*left) == digest(*right)) == (left == right)

@@ -1,0 +1,418 @@
+"""Around the file: the lock, the high-water mark, damage, the free-space floor, migrations. Real files, real processes."""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable, UsageError
+from eventflow.store import open_store
+from eventflow.store.file_guards import HighWater, Space
+from eventflow.store.migrate import migrate, migrations
+from eventflow.store.protocol import Record
+from eventflow.store.sqlite import SqliteStore
+from tests.conftest import eventually
+from tests.store.ledger import HandClock, Ledger, Reopen
+
+HOLD = """
+import sys
+from eventflow.core.clock import SystemClock
+from eventflow.store.sqlite import SqliteStore
+store = SqliteStore(sys.argv[1], clock=SystemClock())
+store.open()
+print("open", flush=True)
+sys.stdin.read()
+store.close()
+"""
+
+
+def opening(path: str) -> StoreError:
+    """The error with which another process's `open` ends."""
+    store = SqliteStore(path, clock=HandClock())
+    with pytest.raises(StoreError) as caught:
+        store.open()
+    return caught.value
+
+
+# --------------------------------------------------------------------------- the lock
+
+
+def test_row_11_the_second_process_is_told_who_holds_the_store(tmp_path: Path):
+    """StoreLocked names the pid and exits 75; when the holder is gone the store opens, whatever the lock file says."""
+    path = str(tmp_path / "a.db")
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdin is not None
+    assert holder.stdout.readline() == "open\n"
+    error = opening(path)
+    assert isinstance(error, StoreLocked) and error.exit_code == 75
+    assert error.pid == holder.pid and str(holder.pid) in str(error)
+    holder.kill()
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+    store = SqliteStore(path, clock=HandClock())
+    store.open()
+    store.close()
+
+
+def test_one_process_opens_a_store_once(ledger: Ledger, path: str):
+    """A second store object on the same file in the same process is refused too, and does not break the first one's lock."""
+    for _ in range(2):
+        error = opening(path)
+        assert isinstance(error, StoreLocked) and error.pid == os.getpid()
+    code = f"""
+from eventflow.core.clock import SystemClock
+from eventflow.store.sqlite import SqliteStore
+SqliteStore({path!r}, clock=SystemClock()).open()
+"""
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "StoreLocked" in other.stderr
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
+    """A process pool's worker that outlives its parent holds nothing: the store opens at once."""
+    path = str(tmp_path / "a.db")
+    code = """
+import os, sys, time
+from eventflow.core.clock import SystemClock
+from eventflow.store.sqlite import SqliteStore
+store = SqliteStore(sys.argv[1], clock=SystemClock())
+store.open()
+child = os.fork()
+if child == 0:
+    os.write(1, b"forked\\n")
+    time.sleep(60)
+    os._exit(0)
+os.write(1, b"%d\\n" % child)
+sys.stdin.read()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None and parent.stdin is not None
+    said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+    (child,) = said - {"forked"}
+    parent.kill()
+    parent.wait()
+    store = SqliteStore(path, clock=HandClock())
+    store.open()
+    store.close()
+    os.kill(int(child), 9)
+    parent.stdin.close()
+    parent.stdout.close()
+
+
+@pytest.mark.anyio
+async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(ledger: Ledger, path: str):
+    """While somebody else holds SQLite's lock, records are told to come again, settles wait; both succeed once it is free."""
+    run = await ledger.running()
+    connection = ledger.store._connection
+    assert connection is not None
+    connection.execute("PRAGMA busy_timeout = 50")
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    settled = asyncio.create_task(ledger.settle(run))
+    await asyncio.sleep(0)
+    for _ in range(2):
+        with pytest.raises(StoreFull, match="locked") as caught:
+            await ledger.store.record([ledger.arrival("a", ledger.run())])
+        assert caught.value.retry_after > 0 and not settled.done() and ledger.store.failed is None
+    other.execute("ROLLBACK")
+    other.close()
+    await settled
+    assert await ledger.state(run) == "completed"
+    await ledger.recorded(ledger.run(), name="a")
+
+
+# --------------------------------------------------------------------------- who may read and write
+
+
+@pytest.mark.anyio
+async def test_files_are_private(tmp_path: Path):
+    """The store, its sidecars and the folder made for it are open to their owner only."""
+    path = tmp_path / "deep" / "folder" / "a.db"
+    store = SqliteStore(path, clock=HandClock(), ballast=4096, free_floor=0)
+    store.open()
+    await Ledger(store, HandClock()).recorded()
+    names = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+    assert set(names) >= {"a.db", "a.db-wal", "a.db-shm", "a.db.lock", "a.db.hwm", "a.db.ballast"}
+    assert set(names.values()) == {0o600}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    store.close()
+
+
+def test_row_9_a_folder_that_cannot_be_written(tmp_path: Path):
+    """StoreUnwritable, exit 73, in one line that names the store; for a read-only store file too."""
+    code = """
+import os, sys
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreError
+from eventflow.store.sqlite import SqliteStore
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    SqliteStore(sys.argv[1], clock=SystemClock()).open()
+except StoreError as error:
+    print(error.exit_code, error)
+"""
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    readonly = tmp_path / "open" / "a.db"
+    readonly.parent.mkdir()
+    readonly.parent.chmod(0o777)
+    readonly.touch(0o444)
+    for path in (closed / "a.db", closed / "new" / "a.db", readonly):
+        said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        assert said.stdout.startswith("73 ") and str(path) in said.stdout and said.stdout.count("\n") == 1, said
+
+
+def test_a_path_that_is_no_path(tmp_path: Path):
+    """A file where a folder is expected is StoreUnwritable too."""
+    (tmp_path / "file").touch()
+    assert isinstance(opening(str(tmp_path / "file" / "a.db")), StoreUnwritable)
+
+
+# --------------------------------------------------------------------------- what the file says
+
+
+def test_not_a_store(tmp_path: Path):
+    """Another kind of file is StoreCorrupt, exit 65, and is left as it was."""
+    path = tmp_path / "a.db"
+    path.write_bytes(b"#!/bin/sh\n" * 1000)
+    error = opening(str(path))
+    assert isinstance(error, StoreCorrupt) and error.exit_code == 65
+    assert path.read_bytes() == b"#!/bin/sh\n" * 1000
+
+
+@pytest.mark.anyio
+async def test_row_12_a_wal_that_lost_its_tail_is_refused(ledger: Ledger, path: str, tmp_path: Path):
+    """Fewer commits than were acknowledged: exit 65 with the missing range, nothing is changed; `accept_loss` goes on."""
+    await ledger.recorded(ledger.run())
+    writer = ledger.store._writer
+    assert writer is not None
+    kept = os.path.getsize(f"{path}-wal")
+    first = writer.batch
+    for _ in range(5):
+        await ledger.recorded(ledger.run())
+    last = writer.batch
+    await eventually(lambda: writer._marked == last, "the high-water mark is written")
+    copy = tmp_path / "after the power cut"
+    copy.mkdir()
+    for name in ("", "-wal", ".hwm"):
+        shutil.copy(f"{path}{name}", copy / f"a.db{name}")
+    os.truncate(copy / "a.db-wal", kept)
+    before = (copy / "a.db-wal").read_bytes()
+    error = opening(str(copy / "a.db"))
+    assert isinstance(error, StoreCorrupt) and error.exit_code == 65
+    assert f"{first + 1} to {last}" in str(error)
+    assert (copy / "a.db-wal").read_bytes() == before
+    store = SqliteStore(copy / "a.db", clock=HandClock(), accept_loss=True)
+    store.open()
+    assert (await store.counts())["events"] == 1
+    assert store._writer is not None and store._writer.batch > last
+    store.close()
+    store = SqliteStore(copy / "a.db", clock=HandClock())
+    store.open()
+    store.close()
+
+
+@pytest.mark.anyio
+async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(ledger: Ledger, path: str, tmp_path: Path):
+    """SQLite drops the commits behind a damaged frame in silence; the mark beside the store does not."""
+    for _ in range(6):
+        await ledger.recorded(ledger.run())
+    writer = ledger.store._writer
+    assert writer is not None
+    await eventually(lambda: writer._marked == writer.batch, "the high-water mark is written")
+    for name in ("", "-wal", ".hwm"):
+        shutil.copy(f"{path}{name}", tmp_path / f"a.db{name}")
+    wal = bytearray((tmp_path / "a.db-wal").read_bytes())
+    wal[len(wal) // 2] ^= 1
+    (tmp_path / "a.db-wal").write_bytes(wal)
+    assert isinstance(opening(str(tmp_path / "a.db")), StoreCorrupt)
+
+
+@pytest.mark.parametrize("harm", ["empty", "zeroed", "gone", "one slot torn"])
+def test_a_spoiled_high_water_mark_is_no_obstacle(reopen: Reopen, path: str, harm: str):
+    """A power cut may leave the sidecar empty or zeroed, or one of its two slots torn: the store opens."""
+    reopen().store.close()
+    mark = Path(f"{path}.hwm")
+    match harm:
+        case "empty":
+            mark.write_bytes(b"")
+        case "zeroed":
+            mark.write_bytes(bytes(32))
+        case "gone":
+            mark.unlink()
+        case _:
+            mark.write_bytes(b"torn" + mark.read_bytes()[4:])
+    reopen()
+
+
+def test_the_high_water_mark_is_the_higher_slot(tmp_path: Path):
+    """Slots are written in turn; a torn newer one leaves the older one standing."""
+    mark = HighWater(str(tmp_path / "a"))
+    assert mark.open() == 0
+    for batch in (5, 6, 7):
+        mark.write(batch)
+    mark.close()
+    assert HighWater(str(tmp_path / "a")).open() == 7
+    raw = bytearray((tmp_path / "a.hwm").read_bytes())
+    raw[16] ^= 0xFF
+    (tmp_path / "a.hwm").write_bytes(raw)
+    again = HighWater(str(tmp_path / "a"))
+    assert again.open() == 6
+    again.write(8)
+    again.close()
+    assert HighWater(str(tmp_path / "a")).open() == 8
+
+
+@pytest.mark.anyio
+async def test_row_13_a_damaged_page_is_found(reopen: Reopen, path: str, tmp_path: Path):
+    """A byte flipped in the file on disk: the row is named by its checksum, and `check` reports it."""
+    ledger = reopen()
+    for n in range(50):
+        await ledger.store.record([ledger.arrival(f"e{n}", body=b"needle-%d-" % n + b"x" * 200)])
+    ledger.store.close()
+    raw = Path(path).read_bytes()
+    (tmp_path / "a.db").write_bytes(raw.replace(b"needle-7-", b"needle_7-"))
+    store = SqliteStore(tmp_path / "a.db", clock=ledger.clock, ballast=0)
+    store.open()
+    with pytest.raises(StoreCorrupt, match="events row"):
+        await store.event("e7")
+    assert len(await store.events(limit=100)) == 49
+    assert len(await store.check()) == 1
+    store.close()
+
+
+# --------------------------------------------------------------------------- space
+
+
+@pytest.mark.anyio
+async def test_row_8_below_the_floor_intake_is_full_and_runs_go_on(path: str):
+    """Less free than the floor: `room` says the disk is full and for how long; what is in flight still settles."""
+    store = SqliteStore(path, clock=HandClock(), free_floor=1 << 60)
+    store.open()
+    ledger = Ledger(store, HandClock())
+    full = store.room()
+    assert full is not None and full.disk and full.retry_after > 0 and "free" in str(full)
+    run = await ledger.running()
+    await ledger.settle(run)
+    assert await ledger.state(run) == "completed"
+    store.close()
+
+
+def test_the_ballast_is_real_space_and_is_given_back(tmp_path: Path):
+    """Set aside at open where there is room for it, released once, and set aside again later."""
+    space = Space(str(tmp_path / "a.db"), HandClock(), 0, 1 << 20)
+    assert not space.release()
+    space.load()
+    assert (tmp_path / "a.db.ballast").stat().st_blocks * 512 >= 1 << 20
+    assert space.release() and not space.release()
+    space.reload()
+    assert (tmp_path / "a.db.ballast").exists()
+
+
+def test_a_store_at_rest_keeps_no_ballast(path: str):
+    """Closing gives the space back, and a refused second opener does not take it from the first."""
+    store = SqliteStore(path, clock=HandClock(), ballast=1 << 20, free_floor=0)
+    store.open()
+    opening(path)
+    assert os.path.exists(f"{path}.ballast")
+    store.close()
+    assert not os.path.exists(f"{path}.ballast")
+
+
+def test_row_10_a_locked_file_at_open_names_its_holder(reopen: Reopen, path: str):
+    """A process that is no eventflow holds SQLite's lock: opening waits a while, then says who it is, exit 75."""
+    reopen().store.close()
+    code = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdin is not None
+    holder.stdout.readline()
+    error = opening(path)
+    assert isinstance(error, StoreLocked) and error.pid in (holder.pid, None) and error.exit_code == 75
+    holder.stdin.close()
+    holder.wait()
+    holder.stdout.close()
+
+
+# --------------------------------------------------------------------------- schema, URL, epochs
+
+
+def test_row_43_a_newer_schema_is_refused(reopen: Reopen, path: str):
+    """A store that a newer version wrote is left alone, and the message says so."""
+    reopen().store.close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA user_version = 999")
+    connection.close()
+    assert "newer version" in str(opening(path))
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {migrations()[-1][0]}")
+    connection.close()
+
+
+def test_row_43_an_upgrade_is_atomic_and_keeps_a_copy(tmp_path: Path):
+    """A migration that fails leaves schema and rows as they were, beside a copy of them; one that works commits whole."""
+    path = str(tmp_path / "a.db")
+    connection = sqlite3.connect(path, isolation_level=None)
+    migrate(connection, path, migrations())
+    connection.execute("UPDATE ledger SET epoch = 41")
+    newest = migrations()[-1][0]
+    good = "ALTER TABLE ledger ADD COLUMN later INTEGER NOT NULL DEFAULT 7;"
+    with pytest.raises(sqlite3.Error):
+        migrate(connection, path, [(newest, ""), (newest + 1, f"{good} UPDATE nowhere SET x = 1;")])
+    assert connection.execute("PRAGMA user_version").fetchone() == (newest,)
+    assert "later" not in [row[1] for row in connection.execute("PRAGMA table_info(ledger)")]
+    migrate(connection, path, [(newest, ""), (newest + 1, good)])
+    assert connection.execute("SELECT epoch, later FROM ledger").fetchone() == (41, 7)
+    connection.close()
+    copy = sqlite3.connect(f"{path}.schema-{newest}.bak")
+    assert copy.execute("SELECT epoch FROM ledger").fetchone() == (41,)
+    copy.close()
+
+
+def test_the_url_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three slashes are relative, four absolute; anything else is a usage error that shows the form."""
+    monkeypatch.chdir(tmp_path)
+    assert open_store("sqlite:///x/a.db", HandClock()).path == str(tmp_path / "x" / "a.db")
+    assert open_store(f"sqlite:///{tmp_path}/a.db", HandClock()).path == str(tmp_path / "a.db")
+    for wrong in ("a.db", "sqlite://a.db", "sqlite:///", "mysql:///a.db"):
+        with pytest.raises(UsageError, match="sqlite:///PATH"):
+            open_store(wrong, HandClock())
+
+
+@pytest.mark.anyio
+async def test_ids_and_batches_go_on_over_restarts(ledger: Ledger, reopen: Reopen):
+    """`last_id` is the largest id in the file, and commit numbers never repeat."""
+    (run,) = await ledger.recorded(ledger.run())
+    writer = ledger.store._writer
+    assert writer is not None
+    before = writer.batch
+    ledger = reopen()
+    assert ledger.store.last_id == run.event
+    writer = ledger.store._writer
+    assert writer is not None and writer.batch == before + 1
+
+
+def test_a_closed_store_says_so(path: str):
+    """Verbs before `open` raise StoreError, not AttributeError."""
+    store = SqliteStore(path, clock=HandClock())
+    with pytest.raises(StoreError, match="not open"):
+        store.room()
+    with pytest.raises(StoreError, match="not open"):
+        asyncio.run(store.record([]))
+    with pytest.raises(StoreError, match="not open"):
+        asyncio.run(Ledger(store, HandClock()).do(Record([])))

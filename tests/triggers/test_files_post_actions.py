@@ -1,0 +1,324 @@
+"""What becomes of a file once its event is recorded: moved or deleted, whatever crashes in between, and never lost."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreFull
+from eventflow.store.sqlite import SqliteStore
+from tests.conftest import eventually
+from tests.triggers.contract import Ledger
+from tests.triggers.inbox import Inbox, run, touch, watched
+from triggers._files import post_actions
+from triggers.files import delete, move
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+async def leaves(inbox: Inbox, *names: str) -> None:
+    await eventually(lambda: not any((inbox.root / name).exists() for name in names), f"{names} have left")
+
+
+# --------------------------------------------------------------------------- move and delete
+
+
+def test_moved_file_is_where_the_event_says(tmp_path: Path):
+    """`after=move(...)` moves each file to its path below the target, which `data["path"]` names; the cursor forgets it."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("a.csv", "a")
+        inbox.write("sub/b.csv", "b")
+        await leaves(inbox, "a.csv", "sub/b.csv")
+        assert files(tmp_path / "done") == ["a.csv", "sub/b.csv"]
+        for event in inbox.events:
+            assert Path(event.data["path"]) == tmp_path / "done" / event.data["relpath"]
+            assert Path(event.data["path"]).read_text() == event.data["name"][0]
+        await eventually(lambda: inbox.ledger.cursors.keys() == {"/began"}, "the cursor forgets them")
+        await inbox.goes_quiet()
+        assert len(inbox.without_probes()) == 2 and inbox.names("deleted") == []
+
+    run(test, tmp_path / "in", after=move(tmp_path / "done"), deleted=True)
+
+
+def test_the_path_holds_before_the_event_is_recorded(tmp_path: Path):
+    """From the moment the event is offered the file is at `data["path"]`, so that a flow may start at once; and while it is not
+    recorded the file keeps its landing name."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.ledger.failing = StoreFull("full", 0.05)
+        inbox.write("a")
+        await eventually(lambda: inbox.ledger.refusals > 1, "it is offered")
+        assert (inbox.root / "a").exists()
+        offered = {item.data["path"] for item in inbox.ledger.offered}  # type: ignore[union-attr]
+        assert offered == {str(tmp_path / "done/a")} and (tmp_path / "done/a").read_text() == "data"
+        inbox.ledger.failing = None
+        await leaves(inbox, "a")
+
+    run(test, tmp_path / "in", after=move(tmp_path / "done"))
+
+
+def test_move_below_the_root(tmp_path: Path):
+    """A relative target lies below the root, and what was moved there does not fire again, however often it is walked past."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("a")
+        await leaves(inbox, "a")
+        assert files(inbox.root) == ["processed/a"]
+        await asyncio.sleep(0.5)
+        assert inbox.names() == ["a"]
+
+    run(test, tmp_path / "in", after=move("processed"), rescan=0.1)
+
+
+def test_a_taken_name_gets_a_suffix(tmp_path: Path):
+    """A file whose name is taken at the target is moved under another one, which its event names; nothing is overwritten."""
+
+    async def test(inbox: Inbox) -> None:
+        for text in ("one", "two", "three"):
+            inbox.write("x.csv", text)
+            await leaves(inbox, "x.csv")
+        found = {Path(event.data["path"]).read_text(): event.data["path"] for event in inbox.events}
+        assert found.keys() == {"one", "two", "three"} and len(files(tmp_path / "done")) == 3
+        assert found["one"].endswith("/x.csv") and all(path.endswith(".csv") for path in found.values())
+        assert inbox.events[1].id[:8] in found["two"]
+
+    run(test, tmp_path / "in", after=move(tmp_path / "done"))
+
+
+def test_move_to_another_device(tmp_path: Path):
+    """Across devices the file is copied whole, with its times, before it leaves; no partial file bears the final name."""
+    shm = Path("/dev/shm")
+    if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("no second device here")
+    target = shm / f"eventflow-test-{os.getpid()}"
+    text = "x" * 3_000_000
+
+    async def test(inbox: Inbox) -> None:
+        path = inbox.write("sub/big", text)
+        touch(path, -1000)
+        times = path.stat().st_mtime_ns
+        await leaves(inbox, "sub/big")
+        assert files(target) == ["sub/big"]
+        assert (target / "sub/big").read_text() == text and (target / "sub/big").stat().st_mtime_ns == times
+        inbox.write("sub/big", "y" * 3_000_000)
+        touch(inbox.root / "sub/big", 0)
+        os.utime(inbox.root / "sub/big", ns=(times, times))  # the same size and time, another content: not the same file
+        await leaves(inbox, "sub/big")
+        assert {(target / name).read_text()[0] for name in files(target)} == {"x", "y"}
+
+    try:
+        run(test, tmp_path / "in", after=move(target))
+    finally:
+        subprocess.run(["rm", "-rf", target], check=True)
+
+
+def test_a_target_that_cannot_be_written(tmp_path: Path):
+    """While a file cannot be put where its event would say, it stays, is warned about, and holds up no other; then it goes."""
+    done = tmp_path / "done"
+    done.mkdir()
+    (done / "sub").write_text("in the way")
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("sub/a")
+        inbox.write("b")
+        await leaves(inbox, "b")
+        await eventually(lambda: inbox.said("file.not_placed"), "it is warned about")
+        assert (inbox.root / "sub/a").exists() and inbox.names() == ["b"]
+        (done / "sub").unlink()
+        await leaves(inbox, "sub/a")
+        assert inbox.names() == ["b", "sub/a"]
+
+    run(test, tmp_path / "in", after=move(done))
+
+
+def test_move_into_the_landing_place_by_another_name(tmp_path: Path):
+    """A target that is the landing directory under another name (a symlink) loses no file: it is refused, and said."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "alias").symlink_to(tmp_path / "in")
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("a")
+        await eventually(lambda: inbox.said("file.not_placed"), "it is refused")
+        assert (inbox.root / "a").read_text() == "data" and not inbox.events
+
+    run(test, tmp_path / "in", after=move(tmp_path / "alias"))
+
+
+def test_delete(tmp_path: Path):
+    """`after=delete()` deletes a file once its event is recorded, and not before; that is no deletion event."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.ledger.open.clear()
+        inbox.write("go")
+        await eventually(lambda: inbox.ledger.offered, "it is offered")
+        assert (inbox.root / "go").exists()
+        inbox.ledger.open.set()
+        await leaves(inbox, "go")
+        await inbox.goes_quiet()
+        assert inbox.without_probes() == ["go"]
+
+    run(test, tmp_path / "in", after=delete(), deleted=True)
+
+
+def test_a_per_file_marker_leaves_with_its_file(tmp_path: Path):
+    """The marker goes with its file, so that the next file of that name waits for a marker of its own."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("x.csv.done", "")
+        inbox.write("x.csv", "one")
+        await leaves(inbox, "x.csv", "x.csv.done")
+        inbox.write("x.csv", "two")
+        await asyncio.sleep(0.3)
+        assert inbox.names() == ["x.csv"]
+        inbox.write("x.csv.done", "")
+        await leaves(inbox, "x.csv", "x.csv.done")
+        assert inbox.names() == ["x.csv", "x.csv"]
+
+    run(test, tmp_path / "in", marker="{name}.done", after=move(tmp_path / "done"))
+
+
+def test_a_version_that_lands_meanwhile_is_not_removed(tmp_path: Path):
+    """What replaces a file between its recording and its removal stays, fires as an event of its own, and then leaves."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.ledger.open.clear()
+        inbox.write("x", "first")
+        await eventually(lambda: inbox.ledger.offered, "the first is offered")
+        new = tmp_path / "new"
+        new.write_text("second")
+        os.rename(new, inbox.root / "x")
+        inbox.ledger.open.set()
+        await eventually(lambda: len(inbox.events) == 2, "both are events")
+        await leaves(inbox, "x")
+        assert [Path(event.data["path"]).read_text() for event in inbox.events] == ["first", "second"]
+
+    run(test, tmp_path / "in", after=move(tmp_path / "done"))
+
+
+def test_skipped_and_older_files_are_not_moved(tmp_path: Path):
+    """Files that fired before `after` was set, or were skipped at the first start, stay where they are."""
+    root = tmp_path / "in"
+    root.mkdir()
+    (root / "skipped").write_text("x")
+
+    async def main() -> None:
+        ledger = Ledger()
+        async with watched(root, ledger, existing="skip") as inbox:
+            inbox.write("kept")
+            await inbox.has("kept")
+        async with watched(root, ledger, after=delete(), rescan=0.1) as inbox:
+            inbox.write("gone")
+            await leaves(inbox, "gone")
+            await asyncio.sleep(0.3)
+            assert files(root) == ["kept", "skipped"]
+
+    asyncio.run(main())
+
+
+def test_a_removal_that_somebody_else_made(tmp_path: Path):
+    """A recorded file whose removal was owed, and that is gone already, is forgotten without a deletion event."""
+    ledger = Ledger()
+    ledger.cursors["x"] = [4, 1, 1, 1, 1]
+
+    async def main() -> None:
+        async with watched(tmp_path, ledger, after=delete(), deleted=True):
+            await eventually(lambda: "x" not in ledger.cursors, "it is forgotten")
+        assert not ledger.offered
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- crashes
+
+KILLED = """
+    import asyncio, os, signal, sys
+    from pathlib import Path
+    from eventflow import App
+    from eventflow import flow
+    from triggers._files import listener
+    from triggers._files import events
+    from triggers.files import Directory, move
+
+    root, store, target, seam = sys.argv[1:]
+
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if seam == "before accept":
+        events.sync_directories = die
+    if seam == "after accept":
+        listener._remove_all = die
+
+    @flow
+    async def take(path: str, relpath: str) -> str:
+        return f"{relpath}: {Path(path).read_text()}"
+
+    app = App("files", store="sqlite:///" + store)
+    app.on(Directory(root, settle=0.05, after=move(target), name="inbox"), take)
+
+    async def main():
+        async with app:
+            while any(Path(root).iterdir()):
+                await asyncio.sleep(0.01)
+            while (await app.store.counts())["pending"]:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("device", ["same", "other"])
+def test_killed_between_any_two_steps(tmp_path: Path, device: str):
+    """Killed before the event is recorded, or between that and the removal: on restart each file has one event, one run that
+    read it, and one place; nothing is left in the landing directory."""
+    root, store = tmp_path / "in", tmp_path / "store.db"
+    target = tmp_path / "done" if device == "same" else Path(f"/dev/shm/eventflow-test-{os.getpid()}-{tmp_path.name}")
+    root.mkdir()
+    names = [f"f{number}" for number in range(20)]
+    for name in names:
+        (root / name).write_text(name)
+    try:
+        for seam, code in (("before accept", -signal.SIGKILL), ("after accept", -signal.SIGKILL), ("none", 0)):
+            command = [sys.executable, "-c", textwrap.dedent(KILLED), root, store, target, seam]
+            program = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+            assert program.returncode == code, program.stderr
+            if code:
+                assert files(root) == sorted(names)
+        assert files(root) == [] and files(target) == sorted(names)
+        counts, results = asyncio.run(ledger_of(store))
+        assert counts["events"] == counts["completed"] == len(names) and counts["duplicates"] == 0
+        assert sorted(results) == sorted(f"{name}: {name}" for name in names)
+    finally:
+        subprocess.run(["rm", "-rf", target], check=True)
+
+
+async def ledger_of(path: Path) -> tuple[dict[str, int], list[str]]:
+    store = SqliteStore(path, clock=SystemClock())
+    store.open()
+    try:
+        rows = [await store.run(row["id"]) for row in await store.runs(limit=100)]
+        return await store.counts(), [json.loads(row["result"]) for row in rows]
+    finally:
+        store.close()
+
+
+def test_an_interrupted_copy_leaves_nothing_under_the_final_name(tmp_path: Path):
+    """A copy that is stopped leaves no file behind, and the source as it was."""
+    stop = threading.Event()
+    stop.set()
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_text("data")
+    with pytest.raises(post_actions.Stopped):
+        post_actions._copy(os.fsencode(source), os.fsencode(target), stop)
+    assert files(tmp_path) == ["a"]

@@ -1,0 +1,502 @@
+"""Sweeps of a bucket's listing, alone and beside a queue: what is new, what is not, pages, markers, and faults in between."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from eventflow.core.errors import SourceError, UsageError
+from tests.aws import Aws, Bucket, ministack, moto
+from tests.conftest import eventually
+from tests.faults import DENIED, HANG_UP, SLOW_DOWN, Proxy, action, listing, proxied
+from tests.triggers.buckets import Landing, landing
+from tests.triggers.contract import Ledger, listening
+from triggers._s3.known_objects import OWED_FOR, Seen
+from triggers.s3 import S3
+
+__all__ = ["ministack", "moto"]
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def aws(request: pytest.FixtureRequest) -> Aws:
+    """Each of the servers."""
+    return request.getfixturevalue(request.param)
+
+
+def pages(proxy: Proxy) -> int:
+    """How many pages were asked for."""
+    return sum(listing(*asked) for asked in proxy.seen)
+
+
+# --------------------------------------------------------------------------- what is found
+
+
+def test_event_of_a_listed_object(aws: Aws):
+    """A listed object has the shape of a notified one; what a listing does not tell is null."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("in/a b+c é.csv", b"hello")
+        async with landing(aws, bucket.name, prefix="in/") as here:
+            await here.has("in/a b+c é.csv")
+            (event,) = here.events
+            assert event.type == "io.eventflow.s3.object.created" and event.extensions == {"s3reason": "Listed"}
+            etag = "5d41402abc4b2a76b9719d911017c592"
+            assert event.data == {"bucket": bucket.name, "key": "in/a b+c é.csv", "size": 5, "etag": etag, "version": None,
+                                  "sequencer": None}  # fmt: skip
+            assert event.time is not None and event.time.tzinfo is not None
+
+    asyncio.run(main())
+
+
+def test_s26_keys_with_control_characters(ministack: Aws):
+    """Keys that XML cannot hold are listed and decoded: a newline, U+0001, a tab."""
+    odd = ["line\nbreak", "one\x01", "tab\there", "100%25+ +"]
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        for key in odd:
+            bucket.put(key)
+        async with landing(ministack, bucket.name) as here:
+            await here.has(*odd)
+
+    asyncio.run(main())
+
+
+def test_selection_by_prefix_suffix_and_globs(aws: Aws):
+    """Prefix, suffix and globs select; globs are over the key without the prefix; folders that consoles draw never count."""
+    there = ["in/a.csv", "in/b.txt", "in/sub/c.csv", "in/sub/d.parquet", "out/e.csv", "in/folder/", "in.csv"]
+
+    async def found(*expected: str, **options: Any) -> None:
+        async with landing(aws, bucket.name, **options) as here:
+            await here.has(*expected)
+            await eventually(lambda: here.said("bucket.swept"), "a whole sweep is over")
+            assert sorted(here.keys) == sorted(expected)
+
+    async def main() -> None:
+        for key in there:
+            bucket.put(key)
+        await found("in/a.csv", "in/sub/c.csv", prefix="in/", suffix=".csv")
+        await found("in/a.csv", prefix="in/", pattern="/*.csv")
+        await found("in/sub/c.csv", "in/sub/d.parquet", pattern=["in/*/*.csv", "in/**/*.parquet"])
+        await found("in/a.csv", "in.csv", "in/sub/c.csv", "out/e.csv", pattern="*.csv")
+
+    bucket = Bucket(aws)
+    asyncio.run(main())
+
+
+def test_s21_pages_are_walked_and_a_second_sweep_finds_nothing(aws: Aws):
+    """A prefix of 250 keys in pages of 100 is three pages a sweep; every key is one event, and later sweeps bring none."""
+    keys = [f"in/{n:04d}" for n in range(250)]
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        for key in keys:
+            bucket.put(key)
+        with proxied(aws.url) as proxy:
+            async with landing(aws, bucket.name, endpoint_url=proxy.url, page=100, poll=600) as here:
+                await eventually(lambda: here.said("bucket.swept"), "a whole sweep is over")
+                assert pages(proxy) == 3
+                assert here.keys == keys
+            async with landing(aws, bucket.name, here.ledger, page=100, endpoint_url=proxy.url, poll=600) as again:
+                await eventually(lambda: again.said("bucket.swept"), "a whole sweep is over")
+                assert pages(proxy) == 6
+        assert len(here.ledger.offered) == 250
+
+    asyncio.run(main())
+
+
+def test_late_keys_are_found(aws: Aws):
+    """A key that sorts before others, or is put after a later one, is found: nothing is a watermark."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("part-0004")
+        async with landing(aws, bucket.name) as here:
+            await here.has("part-0004")
+            bucket.put("part-0003")
+            await here.has("part-0004", "part-0003")
+
+    asyncio.run(main())
+
+
+def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
+    """An overwrite with other content is an event, also back to an earlier one; the same again only with touch="fire"."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("a", "A")
+        async with landing(aws, bucket.name) as here, landing(aws, bucket.name, touch="fire") as eager:
+            for n, body in enumerate(("A", "B", "A"), 1):
+                bucket.put("a", body)
+                await eventually(lambda n=n: len(here.keys) == n and len(eager.keys) >= n, f"{n} events")
+                await asyncio.sleep(1.1)  # another second: listings stamp whole ones on some servers
+            seen = len(eager.keys)
+            bucket.put("a", "A")
+            await eventually(lambda: len(eager.keys) > seen, "the eager one takes it for new")
+            await here.swept()
+            assert here.keys.count("a") == 3 and len({event.id for event in here.events}) == len(here.events)
+
+    asyncio.run(main())
+
+
+def test_existing_objects_can_be_skipped(aws: Aws):
+    """existing="skip": what is there at the very first start starts nothing, its later versions and what lands then do."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("old", "1")
+        await asyncio.sleep(1.1)  # the server's clock has whole seconds
+        async with landing(aws, bucket.name, existing="skip") as here:
+            await eventually(lambda: here.said("bucket.swept"), "the first sweep is over")
+            assert here.keys == []
+            bucket.put("new")
+            bucket.put("old", "2")
+            await here.has("new", "old")
+        bucket.put("later")
+        async with landing(aws, bucket.name, here.ledger, existing="skip") as again:
+            await again.has("new", "old", "later")
+
+    asyncio.run(main())
+
+
+def test_removals_need_two_sweeps(aws: Aws):
+    """deleted=True: a key that two sweeps did not show is a removal, once; put again, it is created again."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("a")
+        async with landing(aws, bucket.name, deleted=True) as here:
+            await here.has("a")
+            bucket.delete("a")
+            await here.has("a", "a")
+            assert here.events[-1].type == "io.eventflow.s3.object.removed"
+            await asyncio.sleep(1.1)  # another second, another version, where listings stamp whole ones
+            bucket.put("a")
+            await here.has("a", "a", "a")
+            assert "o:a" in here.ledger.cursors
+
+    asyncio.run(main())
+
+
+def test_settle_waits_until_an_object_stays_the_same(ministack: Aws):
+    """With settle, an object that changes from look to look is no event until it stays the same."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        async with landing(ministack, bucket.name, settle=1.0) as here:
+            for n in range(15):
+                bucket.put("growing", "x" * n)
+                await asyncio.sleep(0.1)
+                assert here.keys == []
+            await here.has("growing")
+            assert here.events[0].data["size"] == 14
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- markers
+
+
+def test_a_marker_per_object(aws: Aws):
+    """marker="{name}.done": an object is an event once its marker is there, whichever came first; markers are none."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("in/a.csv")
+        bucket.put("in/b.csv.done")
+        async with landing(aws, bucket.name, marker="{name}.done") as here:
+            bucket.put("in/b.csv")
+            await here.has("in/b.csv")
+            bucket.put("in/a.csv.done")
+            await here.has("in/b.csv", "in/a.csv")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["sweep", "queue"])
+def test_s27_a_folder_is_complete_when_its_marker_lands(aws: Aws, way: str):
+    """marker="_SUCCESS": the folder is one event with the objects that are there; a marker written again is a new one."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        options: dict[str, Any] = {"queue": bucket.queue().url} if way == "queue" else {}
+        async with landing(aws, bucket.name, marker="_SUCCESS", pattern="*.parquet", **options) as here:
+            for name in ("part-0.parquet", "part-1.parquet", "notes.txt", "_SUCCESS"):
+                bucket.put(f"t/day=1/{name}", "" if name == "_SUCCESS" else "data")
+            await here.has("t/day=1/_SUCCESS")
+            (event,) = here.events
+            assert event.type == "io.eventflow.s3.folder.completed" and event.subject == "t/day=1/"
+            assert event.data["folder"] == "t/day=1/" and event.data["truncated"] is False
+            assert [each["key"] for each in event.data["objects"]] == ["t/day=1/part-0.parquet", "t/day=1/part-1.parquet"]
+            bucket.put("t/day=1/part-2.parquet")
+            await asyncio.sleep(1.1)  # another second, another version, where listings stamp whole ones
+            bucket.put("t/day=1/_SUCCESS", "")
+            await here.has("t/day=1/_SUCCESS", "t/day=1/_SUCCESS")
+            assert len(here.events[-1].data["objects"]) == 3
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- beside a queue
+
+
+def test_a_sweep_finds_what_no_notice_told(aws: Aws):
+    """reconcile: an object whose notification was lost is found, and a notified one is not found again."""
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.put("silent")  # before there is a queue
+        queue = bucket.queue()
+        async with landing(aws, bucket.name, queue=queue.url, reconcile=0.3) as here:
+            await here.has("silent")
+            bucket.put("told")
+            await here.has("silent", "told")
+            await here.emptied(queue)
+            queue.aws.s3.put_bucket_notification_configuration(Bucket=bucket.name, NotificationConfiguration={})
+            bucket.put("silent-2")
+            await here.has("silent", "told", "silent-2")
+
+    asyncio.run(main())
+
+
+def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
+    """Sweeps find A, B and A again before any notice comes; then all notices come, twice: each version is one event."""
+
+    async def main() -> None:
+        bucket, ledger = Bucket(ministack), Ledger()
+        queue = bucket.queue()
+        with proxied(ministack.url) as proxy:
+            proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
+            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url, "pollers": 1}
+            async with landing(ministack, bucket.name, ledger, **options) as here:
+                for n, body in enumerate(("A", "B", "A"), 1):
+                    bucket.put("a", body)
+                    await eventually(lambda n=n: len(here.keys) == n, f"{n} versions are found")
+                bodies = [message["Body"] for message in queue.aws.sqs.receive_message(
+                    QueueUrl=queue.url, MaxNumberOfMessages=10, VisibilityTimeout=0)["Messages"]]  # fmt: skip
+                for body in bodies:
+                    queue.send(body)
+                proxy.mend()
+                await here.emptied(queue)
+                await here.swept()
+                await here.emptied(queue)
+                assert here.keys.count("a") == 3
+                bucket.put("a", "C")
+                await eventually(lambda: here.keys.count("a") == 4, "what comes later is an event")
+                assert sum(item.data["key"] == "a" for item in ledger.offered) >= 3 + 6  # type: ignore[union-attr]
+
+    asyncio.run(main())
+
+
+def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
+    """Sweeps find that a key is gone before its notice comes: when it comes, twice, the removal is still one event."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue(events=("s3:ObjectCreated:*", "s3:ObjectRemoved:*"))
+        with proxied(ministack.url) as proxy:
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+                "deleted": True,
+                "pollers": 1,
+            }
+            async with landing(ministack, bucket.name, **options) as here:
+                bucket.put("a")
+                await here.has("a")
+                await here.emptied(queue)
+                proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
+                await eventually(lambda: here.said("bucket.unreachable"), "the queue does not answer")
+                bucket.delete("a")
+                await here.has("a", "a")
+                for message in queue.aws.sqs.receive_message(QueueUrl=queue.url, VisibilityTimeout=0)["Messages"]:
+                    queue.send(message["Body"])
+                proxy.mend()
+                await here.emptied(queue)
+                await here.swept()
+                assert [event.type.rpartition(".")[2] for event in here.events] == ["created", "removed"]
+                bucket.put("a")
+                await here.has("a", "a", "a")
+
+    asyncio.run(main())
+
+
+def test_a_late_notice_of_an_older_version_does_not_repeat_the_newer(ministack: Aws):
+    """The notice of an overwritten version comes after a sweep took the newer one: an event of its own, and only that."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue()
+        with proxied(ministack.url) as proxy:
+            proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
+            bucket.put("a", "old")
+            bucket.put("a", "new")
+            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url, "pollers": 1}
+            async with landing(ministack, bucket.name, **options) as here:
+                await here.has("a")
+                proxy.mend()
+                await here.has("a", "a")
+                await here.emptied(queue)
+                await here.swept()
+                assert here.keys.count("a") == 2
+
+    asyncio.run(main())
+
+
+def test_a_page_that_a_notice_overtook_starts_nothing(ministack: Aws):
+    """A page is on its way while its object is overwritten and the notice of that recorded: the page says nothing new."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue()
+        with proxied(ministack.url) as proxy:
+            proxy.fail(listing, SLOW_DOWN)  # so that the queue tells of the first version, not a sweep
+            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url}
+            async with landing(ministack, bucket.name, **options) as here:
+                bucket.put("a", "A")
+                await here.emptied(queue)
+                proxy.mend()
+                rule = proxy.fail(listing, after=3.0, times=1)
+                await eventually(lambda: rule.hits, "a page is asked for")
+                await asyncio.sleep(
+                    0.5
+                )  # so that the server has answered the proxy; should it not have, the test is only easier
+                bucket.put("a", "B")
+                await here.emptied(queue)
+                await here.swept()
+                assert here.keys.count("a") == 2
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("fault", [SLOW_DOWN, HANG_UP], ids=["503", "hang up"])
+def test_fault_23_a_listing_goes_on_where_it_failed(ministack: Aws, fault: tuple[int, str]):
+    """A page that fails in the middle of a sweep is asked for again where the listing stood: none before it, none skipped."""
+    keys = [f"{n:04d}" for n in range(50)]
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        for key in keys:
+            bucket.put(key)
+        with proxied(ministack.url) as proxy:
+            rule = proxy.fail(lambda *asked: listing(*asked) and "continuation-token" in asked[1], fault, times=6)
+            async with landing(ministack, bucket.name, endpoint_url=proxy.url, page=10, poll=600) as here:
+                await eventually(lambda: here.said("bucket.swept"), "the sweep is over")
+                assert here.keys == keys and rule.hits == 6
+                assert pages(proxy) == 5 + 6 and here.said("bucket.unreachable")
+
+    asyncio.run(main())
+
+
+def test_s30_refused_and_missing_buckets_say_what_to_do(aws: Aws):
+    """A missing bucket, and refused access, end the listener with the reason and what to grant."""
+
+    async def main() -> None:
+        with pytest.raises(SourceError, match=r"NoSuchBucket.*create the bucket"):
+            await Landing(aws, "no-such-bucket-here").trigger.listen(Ledger())
+        bucket = Bucket(aws)
+        with proxied(aws.url) as proxy:
+            proxy.fail(listing, DENIED)
+            with pytest.raises(SourceError, match=r"AccessDenied.*grant s3:ListBucket"):
+                await Landing(aws, bucket.name, endpoint_url=proxy.url).trigger.listen(Ledger())
+
+    asyncio.run(main())
+
+
+def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws):
+    """Without the right to list, reconcile says so and tries again; the queue goes on."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        queue = bucket.queue()
+        with proxied(ministack.url) as proxy:
+            proxy.fail(listing, DENIED)
+            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url}
+            async with landing(ministack, bucket.name, **options) as here:
+                await eventually(lambda: here.said("bucket.unreachable"), "it is said")
+                bucket.put("a")
+                await here.has("a")
+                assert "AccessDenied" in (here.trigger.condition or "")
+
+    asyncio.run(main())
+
+
+def test_s24_a_listener_that_ends_before_the_cursor_moved_repeats_nothing(ministack: Aws):
+    """Ended between listing and record, the next sweep offers the same identities; each object is recorded once."""
+
+    async def main() -> None:
+        bucket, ledger = Bucket(ministack), Ledger()
+        for n in range(5):
+            bucket.put(f"k{n}")
+        ledger.open.clear()
+        async with landing(ministack, bucket.name, ledger):
+            await eventually(lambda: ledger.offered, "they are offered")
+        ledger.open.set()
+        async with landing(ministack, bucket.name, ledger) as here:
+            await here.has(*(f"k{n}" for n in range(5)))
+        assert len({(item.source, item.id) for item in ledger.offered}) == 5
+
+    asyncio.run(main())
+
+
+def test_a_session_of_ones_own(ministack: Aws):
+    """aioboto3's session, and aiobotocore's, are used as they are given."""
+    aioboto3 = pytest.importorskip("aioboto3")
+    from aiobotocore.session import AioSession
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        bucket.put("a")
+        for session in (aioboto3.Session(), AioSession()):
+            async with landing(ministack, bucket.name, session=session) as here:
+                await here.has("a")
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"bucket": "b", "reconcile": 5}, {"bucket": "b/in"}, {"bucket": "b", "poll": 0}, {"bucket": "b", "page": 1001},
+        {"queue": "q", "reconcile": 5}, {"queue": "q", "wait": 21}, {"queue": "q", "visibility": 0},
+        {"bucket": "b", "queue": "q", "marker": "{name}.done"}, {"queue": "q", "pollers": 0}, {"bucket": "b", "settle": -1},
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_when_it_is_made(options: dict[str, Any]):
+    """Options that cannot work are refused at once, with what was expected."""
+    with pytest.raises(UsageError, match="S3"):
+        S3(**options)
+
+
+def test_the_listener_can_be_opened_again(ministack: Aws):
+    """One trigger, opened twice one after the other, takes up where it stood."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        bucket.put("a")
+        here = Landing(ministack, bucket.name)
+        async with listening(here.trigger, here.ledger):
+            await here.has("a")
+        bucket.put("b")
+        async with listening(here.trigger, here.ledger):
+            await here.has("a", "b")
+        assert len(here.ledger.offered) == 2
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_gone_is_kept_in_mind_while_its_notice_is_owed():
+    """Also when the object itself was told of by a notice, so that nothing else is owed of the key."""
+    seen = Seen("b", {"o:a": ["etag", 1, None, "01", []]}, touch=False)
+    mark = seen.gone("a", "removed-1", now=1_000, owes=True)
+    assert not seen.is_done("a", mark, 1_000)
+    assert seen.is_done("a", mark, 1_000 + OWED_FOR)
+    assert seen.is_done("a", seen.gone("a", "removed-1", now=1_000, owes=False), 1_000)
