@@ -30,7 +30,9 @@ def module(name: str) -> Any:
 def sample(name: str, side: str, options: argparse.Namespace) -> dict[str, float]:
     """One sample, in a fresh process. Raises RuntimeError with the last line it said."""
     call = [sys.executable, "-m", "benchmarks", name, "--side", side, "--loop", options.loop]
-    done = subprocess.run([*call, *["--quick"] * options.quick], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*call, *["--quick"] * options.quick], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError((done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1])
     return json.loads(done.stdout)
@@ -40,7 +42,12 @@ def take(name: str, options: argparse.Namespace) -> Samples:
     samples: Samples = {side: [] for side in module(name).SIDES}
     for number in range(options.rounds):
         for side in samples:
-            print(f"\r\033[K{name} {side} {number + 1}/{options.rounds} ", end="", file=sys.stderr, flush=True)
+            print(
+                f"\r\033[K{name} {side} {number + 1}/{options.rounds} ",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
             samples[side].append(sample(name, side, options))
     return samples
 
@@ -68,7 +75,12 @@ def row(name: str, figure: Figure, samples: Samples) -> bool:
     mine, its, found, floor, goal = ("-" if number is None else shown(number) for number in numbers)
     unit = f" {figure.unit}"
     its = its if its == "-" else its + unit
-    print(COLUMNS.format(name, figure.what, mine + unit, its, found, floor, goal, figure.verdict(value)), flush=True)
+    print(
+        COLUMNS.format(
+            name, figure.what, mine + unit, its, found, floor, goal, figure.verdict(value)
+        ),
+        flush=True,
+    )
     return figure.passes_gate(value)
 
 
@@ -79,19 +91,31 @@ def shown(number: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks")
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=", ".join(MEASURES))
-    parser.add_argument("--quick", action="store_true", help="small samples: seconds instead of minutes, and noisier")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small samples: seconds instead of minutes, and noisier",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--gate", action="store_true", help="exit 1 below 0.7 of a floor")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = [known for known in MEASURES if not options.measures or known.lower() in map(str.lower, options.measures)]
+    names = [
+        known
+        for known in MEASURES
+        if not options.measures or known.lower() in map(str.lower, options.measures)
+    ]
     if unknown := {name.lower() for name in options.measures} - {name.lower() for name in MEASURES}:
         parser.error(f"expected measures among {', '.join(MEASURES)}; found {', '.join(unknown)}")
     if options.side:
-        print(json.dumps(load.run(module(names[0]).SIDES[options.side](options.quick), options.loop)))
+        print(
+            json.dumps(load.run(module(names[0]).SIDES[options.side](options.quick), options.loop))
+        )
         return 0
-    print(f"{os.cpu_count()} cores, {options.loop}, medians of {options.rounds}{', quick' if options.quick else ''}")
+    print(
+        f"{os.cpu_count()} cores, {options.loop}, medians of {options.rounds}{', quick' if options.quick else ''}"
+    )
     print(COLUMNS.format("", "measure", "eventflow", "limit", "ratio", "floor", "goal", "verdict"))
     passed = [measure(name, options) for name in names]
     return 1 if options.gate and not all(passed) else 0

@@ -28,7 +28,11 @@ from benchmarks import load
 CONNECTIONS = 64
 
 
-async def app(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+async def app(
+    scope: dict[str, Any],
+    receive: Callable[[], Awaitable[Any]],
+    send: Callable[[Any], Awaitable[None]],
+) -> None:
     """The echo: reads the whole body, says 202 in JSON."""
     more = True
     while more:
@@ -44,12 +48,16 @@ async def app(scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send
 class Connection(asyncio.Protocol):
     """Sends the next request when the last one's answer is complete; closes when there is none left."""
 
-    def __init__(self, requests: Iterator[bytes], statuses: Counter[int], done: asyncio.Future[None]) -> None:
+    def __init__(
+        self, requests: Iterator[bytes], statuses: Counter[int], done: asyncio.Future[None]
+    ) -> None:
         self.requests, self.statuses, self.done = requests, statuses, done
         self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's are, though not by inheritance
+        self.transport = cast(
+            asyncio.Transport, transport
+        )  # uvloop's are, though not by inheritance
         self.send()
 
     def send(self) -> None:
@@ -93,17 +101,37 @@ async def send_all(host: str, port: int, path: str, count: int, connections: int
     ends = [loop.create_future() for _ in range(connections)]
     began = time.perf_counter()
     for end in ends:
-        await loop.create_connection(lambda end=end: Connection(prepared, statuses, end), host, port)
+        await loop.create_connection(
+            lambda end=end: Connection(prepared, statuses, end), host, port
+        )
     await asyncio.gather(*ends)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "per_s": sum(statuses.values()) / seconds, "statuses": dict(statuses)}
+    return {
+        "seconds": seconds,
+        "per_s": sum(statuses.values()) / seconds,
+        "statuses": dict(statuses),
+    }
 
 
-def load_from_outside(port: int, path: str, count: int, connections: int = CONNECTIONS) -> dict[str, Any]:
+def load_from_outside(
+    port: int, path: str, count: int, connections: int = CONNECTIONS
+) -> dict[str, Any]:
     """`send_all` in a process of its own; fails when an answer was not 202."""
     where = f"127.0.0.1:{port}{path}"
-    call = [sys.executable, "-m", "benchmarks.echo", "--load", where, "--events", str(count), "--connections", str(connections)]
-    found = json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout)
+    call = [
+        sys.executable,
+        "-m",
+        "benchmarks.echo",
+        "--load",
+        where,
+        "--events",
+        str(count),
+        "--connections",
+        str(connections),
+    ]
+    found = json.loads(
+        subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout
+    )
     if found["statuses"] != {"202": count}:
         raise RuntimeError(f"expected {count} answers 202, found {found['statuses']}")
     return found
@@ -155,14 +183,26 @@ def main() -> None:
     args = parser.parse_args()
     if args.serve is not None:
         uvicorn.run(
-            app, host="127.0.0.1", port=args.serve, loop="uvloop", http="httptools", log_level="error", access_log=False
+            app,
+            host="127.0.0.1",
+            port=args.serve,
+            loop="uvloop",
+            http="httptools",
+            log_level="error",
+            access_log=False,
         )
     elif args.load:
         address, _, path = args.load.partition("/")
         host, _, port = address.rpartition(":")
-        print(json.dumps(load.run(send_all(host, int(port), f"/{path}", args.events, args.connections))))
+        print(
+            json.dumps(
+                load.run(send_all(host, int(port), f"/{path}", args.events, args.connections))
+            )
+        )
     else:
-        print(f"echo: {rate(args.events):,.0f} answers/s ({args.connections} connections, uvloop, httptools)")
+        print(
+            f"echo: {rate(args.events):,.0f} answers/s ({args.connections} connections, uvloop, httptools)"
+        )
 
 
 if __name__ == "__main__":

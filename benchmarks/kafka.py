@@ -31,7 +31,15 @@ from eventflow.server.server import tune_interpreter
 from tests.brokers import Broker, tansu
 from triggers.kafka import Kafka
 
-FIGURES = (Figure(key="intake", what="records/s from a topic into the ledger ÷ bare loop", unit="/s", floor=0.35, goal=0.60),)
+FIGURES = (
+    Figure(
+        key="intake",
+        what="records/s from a topic into the ledger ÷ bare loop",
+        unit="/s",
+        floor=0.35,
+        goal=0.60,
+    ),
+)
 
 PARTITIONS = 4
 MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
@@ -49,7 +57,9 @@ async def filled(count: int) -> AsyncIterator[tuple[Broker, str]]:
         async with broker.producer(linger_ms=5, max_batch_size=64 << 10) as producer:
             for number in range(count):
                 value = orjson.dumps({"order": number, "amount": number % 97, "note": "x" * 60})
-                await producer.send(topic, value, key=b"%d" % (number % 1000), partition=number % PARTITIONS)
+                await producer.send(
+                    topic, value, key=b"%d" % (number % 1000), partition=number % PARTITIONS
+                )
             await producer.flush()
         yield broker, topic
 
@@ -75,7 +85,17 @@ async def bare(quick: bool) -> dict[str, float]:
                     rows.execute("BEGIN IMMEDIATE")
                     rows.executemany(
                         "INSERT INTO records VALUES (?,?,?,?,?,?)",
-                        [(one.topic, one.partition, one.offset, one.timestamp, one.key, one.value) for one in batch],
+                        [
+                            (
+                                one.topic,
+                                one.partition,
+                                one.offset,
+                                one.timestamp,
+                                one.key,
+                                one.value,
+                            )
+                            for one in batch
+                        ],
                     )
                     rows.execute("COMMIT")
                     seen += len(batch)
@@ -92,11 +112,16 @@ async def take(order: int, amount: int) -> None: ...
 @asynccontextmanager
 async def reading(broker: Broker, topic: str, **options: Any) -> AsyncIterator[tuple[App, Kafka]]:
     """An App whose trigger is paused: events and runs are recorded, and no run begins."""
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream,
+    ):
         logs = configure(stream=stream, pretty=False, capture=False)
         tune_interpreter()
         app = App("bench", store=f"sqlite:///{folder}/bench.db", **options)
-        trigger = Kafka(topic, bootstrap_servers=broker.server, group_id="ours", name="kafka", **MEMBER)
+        trigger = Kafka(
+            topic, bootstrap_servers=broker.server, group_id="ours", name="kafka", **MEMBER
+        )
         app.on(trigger, take)
         try:
             async with app:
@@ -122,7 +147,10 @@ SIDES = {"eventflow": eventflow, "limit": bare}
 
 async def waiting(count: int, max_pending: int, seconds: float = 60.0) -> tuple[float, float, int]:
     """Resident megabytes when the ledger has just become full, and at most in the time after that; and the lag then."""
-    async with filled(count) as (broker, topic), reading(broker, topic, max_pending=max_pending) as (app, trigger):
+    async with (
+        filled(count) as (broker, topic),
+        reading(broker, topic, max_pending=max_pending) as (app, trigger),
+    ):
         while not (trigger.condition or "").startswith("paused"):
             await asyncio.sleep(0.05)
         first = most = resident()
@@ -144,7 +172,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
     first, most, lag = asyncio.run(waiting(options.records, options.max_pending, options.seconds))
-    print(f"{lag:,} records wait; {first:.0f} MB resident when the ledger became full, {most:.0f} MB at most since")
+    print(
+        f"{lag:,} records wait; {first:.0f} MB resident when the ledger became full, {most:.0f} MB at most since"
+    )
     return int(most > first * 1.5)
 
 

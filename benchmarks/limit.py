@@ -60,7 +60,9 @@ class Limit:
         for body in bodies:
             event = orjson.loads(body)
             self.last_id += 1
-            self.fresh.append((self.last_id, f"{event['source']} {event['id']}", body, event["data"]))
+            self.fresh.append(
+                (self.last_id, f"{event['source']} {event['id']}", body, event["data"])
+            )
         waiter = self.loop.create_future()
         self.waiters.append(waiter)
         self.wake()
@@ -98,7 +100,9 @@ class Limit:
     def insert(self, head: str, row: str, rows: Sequence[tuple[Any, ...]], tail: str = "") -> None:
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
-            self.db.execute(head + ",".join([row] * len(part)) + tail, list(chain.from_iterable(part)))
+            self.db.execute(
+                head + ",".join([row] * len(part)) + tail, list(chain.from_iterable(part))
+            )
 
     async def run(self, ident: int, data: Any) -> None:
         self.results.append((ident, "score", orjson.dumps(await self.task(data))))
@@ -106,7 +110,10 @@ class Limit:
 
     def say(self, event: str, rows: Sequence[tuple[Any, ...]]) -> None:
         lines = [
-            orjson.dumps({"event": event, "run": row[0], "level": "info", "at": time.time_ns() // 1000}, option=_LINE)
+            orjson.dumps(
+                {"event": event, "run": row[0], "level": "info", "at": time.time_ns() // 1000},
+                option=_LINE,
+            )
             for row in rows
         ]
         self.log.write(b"".join(lines))

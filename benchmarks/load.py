@@ -29,7 +29,9 @@ class Latency(NamedTuple):
 
 
 def run(main: Coroutine[Any, Any, T], loop: str = "uvloop") -> T:
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop) as runner:
+    with asyncio.Runner(
+        loop_factory=uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop
+    ) as runner:
         return runner.run(main)
 
 
@@ -42,7 +44,12 @@ def bodies(count: int, source: str = "bench") -> list[bytes]:
                 "id": f"order-{number}",
                 "source": source,
                 "type": "order.placed",
-                "data": {"order": number, "amount": number % 97, "currency": "EUR", "note": "x" * 100},
+                "data": {
+                    "order": number,
+                    "amount": number % 97,
+                    "currency": "EUR",
+                    "note": "x" * 100,
+                },
             }
         )
         for number in range(count)

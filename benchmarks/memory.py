@@ -19,7 +19,11 @@ FIGURES = (
 
 async def eventflow(quick: bool) -> dict[str, float]:
     idle, pending = await while_pending(10_000 if quick else 100_000)
-    return {"idle": idle, "pending": pending, "suspended": await per_suspended(500 if quick else 5_000)}
+    return {
+        "idle": idle,
+        "pending": pending,
+        "suspended": await per_suspended(500 if quick else 5_000),
+    }
 
 
 def resident() -> float:
@@ -61,7 +65,9 @@ async def per_suspended(runs: int) -> float:
 
         async def suspended() -> int:
             """Runs started that have left memory; a list of them would be measured with them."""
-            return (await opened.app.store.counts())["runs"] - opened.app.house.worker.load["in_memory"]
+            return (await opened.app.store.counts())["runs"] - opened.app.house.worker.load[
+                "in_memory"
+            ]
 
         sizes: list[float] = []
         for turn in range(1, 4):

@@ -53,7 +53,10 @@ async def score(amount: int) -> dict[str, int]:
 @asynccontextmanager
 async def opened(flow: Any, *, store: Path | None = None, **options: Any) -> AsyncIterator[Ours]:
     """The App, open, in a folder of its own unless `store` says where."""
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream,
+    ):
         logs = configure(stream=stream, pretty=False, capture=False)
         tune_interpreter()  # as `eventflow serve` does; the limit loop, in the same process, has it too
         trigger = Memory()
@@ -71,7 +74,9 @@ async def one_task(amount: int) -> dict[str, int]:
     return await score(amount)
 
 
-async def throughput(mode: str, events: int, measured: Any = one_task, store: Path | None = None) -> float:
+async def throughput(
+    mode: str, events: int, measured: Any = one_task, store: Path | None = None
+) -> float:
     """Runs/s of `measured`, from the first event handed in to the last run settled."""
     async with opened(measured, store=store) as ours:
         before = await ours.count()
@@ -79,4 +84,6 @@ async def throughput(mode: str, events: int, measured: Any = one_task, store: Pa
         async def finished() -> int:
             return await ours.count() - before
 
-        return await load.throughput(ours.accept, load.bodies(events, f"bench-{before}"), finished, mode)
+        return await load.throughput(
+            ours.accept, load.bodies(events, f"bench-{before}"), finished, mode
+        )

@@ -73,7 +73,16 @@ def writer(app: App, events: int) -> float:
     totals: dict[str, int] = dict.fromkeys(TOTALS, 0)
     while step := list(islice(arrivals, STEP)):
         now = step[-1].received_at
-        tx = Transaction(connection, batch=1, at=now, now=now, totals=totals, handover=None, running={}, herald=router)
+        tx = Transaction(
+            connection,
+            batch=1,
+            at=now,
+            now=now,
+            totals=totals,
+            handover=None,
+            running={},
+            herald=router,
+        )
         connection.execute("BEGIN")
         began = time.process_time()
         record(tx, step)
@@ -100,7 +109,9 @@ def record(tx: Transaction, step: Sequence[Arrival]) -> None:
 def made(events: int) -> Iterator[Event]:
     now = to_datetime(SystemClock().now())
     for n in range(events):
-        yield Event(id=str(n), source="/bench", type="click", time=now, data={"k": f"key-{n % KEYS}"})
+        yield Event(
+            id=str(n), source="/bench", type="click", time=now, data={"k": f"key-{n % KEYS}"}
+        )
 
 
 def machine(events: int) -> float:
@@ -110,7 +121,9 @@ def machine(events: int) -> float:
     return events / (time.process_time() - began)
 
 
-def feed(states: dict[int, State], events: int, keys: int, size: int = SIZE, first: int = 0) -> None:
+def feed(
+    states: dict[int, State], events: int, keys: int, size: int = SIZE, first: int = 0
+) -> None:
     """Events of `keys` keys in turn, one each millisecond; what is not open is not kept."""
     counted = joined(count("click", size, within=3600, by="k")).machine
     for n in range(first, first + events):

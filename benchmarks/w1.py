@@ -4,8 +4,12 @@ from benchmarks import limit, load, ours
 from benchmarks.measure import Figure
 
 FIGURES = (
-    Figure(key="batch", what="runs/s, events accepted 100 at a time", unit="/s", floor=0.25, goal=0.60),
-    Figure(key="single", what="runs/s, one at a time by 200 callers", unit="/s", floor=0.12, goal=0.35),
+    Figure(
+        key="batch", what="runs/s, events accepted 100 at a time", unit="/s", floor=0.25, goal=0.60
+    ),
+    Figure(
+        key="single", what="runs/s, one at a time by 200 callers", unit="/s", floor=0.12, goal=0.35
+    ),
 )
 
 

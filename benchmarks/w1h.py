@@ -28,7 +28,11 @@ app.on(Webhook("/orders", verify="none"), one_task, params=lambda event: {"amoun
 
 async def eventflow(quick: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return {"http": await asyncio.to_thread(serve_and_load, Path(folder), 2_000 if quick else 20_000)}
+        return {
+            "http": await asyncio.to_thread(
+                serve_and_load, Path(folder), 2_000 if quick else 20_000
+            )
+        }
 
 
 @contextmanager
@@ -38,7 +42,10 @@ def serving(folder: Path, app: str) -> Iterator[str]:
     store = f"sqlite:///{folder / 'bench.db'}"
     eventflow = str(Path(sys.executable).with_name("eventflow"))
     call = [eventflow, "serve", str(folder / "app.py"), "--store", store, "--port", "0"]
-    with (folder / "log").open("wb") as stderr, subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr) as server:
+    with (
+        (folder / "log").open("wb") as stderr,
+        subprocess.Popen(call, stdout=subprocess.PIPE, stderr=stderr) as server,
+    ):
         try:
             assert server.stdout is not None
             yield json.loads(server.stdout.readline())["url"]
@@ -57,7 +64,9 @@ def serve_and_load(folder: Path, events: int) -> float:
 
 def wait_until_settled(url: str, token: str, events: int) -> None:
     """Asks the server for its counts until every delivery is completed."""
-    asked = urllib.request.Request(f"{url}/api/counts", headers={"Authorization": f"Bearer {token}"})
+    asked = urllib.request.Request(
+        f"{url}/api/counts", headers={"Authorization": f"Bearer {token}"}
+    )
     deadline = time.perf_counter() + 120
     while (counts := json.load(urllib.request.urlopen(asked, timeout=10)))["completed"] < events:
         if time.perf_counter() > deadline:

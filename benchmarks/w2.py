@@ -5,8 +5,22 @@ from benchmarks.measure import Figure
 from eventflow import flow, task
 
 FIGURES = (
-    Figure(key="p50", what="accepted → first line of the task, p50", unit="ms", floor=2.5, goal=1.3, lower_is_better=True),
-    Figure(key="p99", what="accepted → first line of the task, p99", unit="ms", floor=3.0, goal=1.5, lower_is_better=True),
+    Figure(
+        key="p50",
+        what="accepted → first line of the task, p50",
+        unit="ms",
+        floor=2.5,
+        goal=1.3,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="p99",
+        what="accepted → first line of the task, p99",
+        unit="ms",
+        floor=3.0,
+        goal=1.5,
+        lower_is_better=True,
+    ),
 )
 
 

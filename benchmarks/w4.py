@@ -15,10 +15,14 @@ FIGURES = (
            combine=alone, lower_is_better=True),
 )  # fmt: skip
 
-WRITES_BYTE_CODE = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+WRITES_BYTE_CODE = {
+    name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+}
 """As everywhere but on some developers' machines: there each import would compile eventflow anew, and nothing else."""
 
-TIMED_IMPORT = "import time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)"
+TIMED_IMPORT = (
+    "import time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)"
+)
 SCRIPT = """
 import asyncio
 from eventflow import App
@@ -42,11 +46,15 @@ asyncio.run(main())
 
 
 async def eventflow(quick: bool) -> dict[str, float]:
-    return await asyncio.to_thread(lambda: {"import": imported("eventflow"), "first_run": first_run()})
+    return await asyncio.to_thread(
+        lambda: {"import": imported("eventflow"), "first_run": first_run()}
+    )
 
 
 async def bare(quick: bool) -> dict[str, float]:
-    return {"import": await asyncio.to_thread(imported, "structlog, orjson, msgspec, anyio, sqlite3")}
+    return {
+        "import": await asyncio.to_thread(imported, "structlog, orjson, msgspec, anyio, sqlite3")
+    }
 
 
 def imported(names: str) -> float:
@@ -58,12 +66,16 @@ def imported(names: str) -> float:
 def first_run() -> float:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        script = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, cwd=folder, text=True)
+        script = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, cwd=folder, text=True
+        )
         assert script.stdout is not None
         answer = script.stdout.readline()
         took = time.perf_counter() - began
         if script.wait() or answer != "42\n":
-            raise RuntimeError(f"expected the script to print 42 and exit 0, found {answer!r} and {script.returncode}")
+            raise RuntimeError(
+                f"expected the script to print 42 and exit 0, found {answer!r} and {script.returncode}"
+            )
         return took * 1e3
 
 

@@ -4,7 +4,11 @@ from benchmarks import ours
 from benchmarks.measure import Figure
 from eventflow import Retry, current_task, flow, task
 
-FIGURES = (Figure(key="retried", what="runs/s, each task failing twice, ÷ W1", unit="/s", floor=0.35, goal=0.6),)
+FIGURES = (
+    Figure(
+        key="retried", what="runs/s, each task failing twice, ÷ W1", unit="/s", floor=0.35, goal=0.6
+    ),
+)
 
 
 @task(retries=Retry(attempts=3, delay=0))

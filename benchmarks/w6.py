@@ -24,7 +24,9 @@ FIGURES = (
 
 async def eventflow(quick: bool) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        return await asyncio.to_thread(crash_and_start, Path(folder) / "bench.db", 2_000 if quick else 10_000)
+        return await asyncio.to_thread(
+            crash_and_start, Path(folder) / "bench.db", 2_000 if quick else 10_000
+        )
 
 
 def crash_and_start(store: Path, runs: int) -> dict[str, float]:
@@ -39,7 +41,10 @@ def spent(store: Path, runs: int, events: int) -> dict[str, float]:
     process = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
-        return {expect(word, process.stdout.readline()): time.perf_counter() - began for word in ("ready", "claimed")}
+        return {
+            expect(word, process.stdout.readline()): time.perf_counter() - began
+            for word in ("ready", "claimed")
+        }
     finally:
         process.kill()
         process.wait()

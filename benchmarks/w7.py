@@ -8,7 +8,15 @@ from pathlib import Path
 from benchmarks import ours
 from benchmarks.measure import Figure
 
-FIGURES = (Figure(key="full", what="runs/s, 1,000,000 finished runs in the store ÷ empty", unit="/s", floor=0.8, goal=0.95),)
+FIGURES = (
+    Figure(
+        key="full",
+        what="runs/s, 1,000,000 finished runs in the store ÷ empty",
+        unit="/s",
+        floor=0.8,
+        goal=0.95,
+    ),
+)
 
 
 async def eventflow(quick: bool) -> dict[str, float]:

@@ -23,7 +23,17 @@ from eventflow.logs.log import Sink
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import Where
 from eventflow.routing.patterns import Pattern, joined
-from eventflow.routing.subscriptions import EMIT, Key, Outlet, Params, Subscription, both, join, outlet, subscribe
+from eventflow.routing.subscriptions import (
+    EMIT,
+    Key,
+    Outlet,
+    Params,
+    Subscription,
+    both,
+    join,
+    outlet,
+    subscribe,
+)
 from eventflow.runs.run import Cancelled, Completed, Failed, Held, Outcome, show_id
 from eventflow.runtime import House, Lifespan, Plan
 from eventflow.sdk.flow import Flow
@@ -37,7 +47,9 @@ DAY = 86_400.0
 class RunHandle:
     """A run somebody asked for. `id` is its id as shown; `duplicate` says that the idempotency key was known already."""
 
-    def __init__(self, app: "App", number: int, flow: Flow[..., Any] | None, duplicate: bool) -> None:
+    def __init__(
+        self, app: "App", number: int, flow: Flow[..., Any] | None, duplicate: bool
+    ) -> None:
         self._app, self._flow = app, flow
         self.number, self.id, self.duplicate = number, show_id(number), duplicate
 
@@ -134,14 +146,21 @@ class App:
         """
         if isinstance(trigger, Pattern):
             if where or params or key or types or on_failure != "continue":
-                raise UsageError(f"{trigger.label}: where and by are said in its parts; it takes priority=, deliver= and name=")
+                raise UsageError(
+                    f"{trigger.label}: where and by are said in its parts; it takes priority=, deliver= and name="
+                )
             self._on_pattern(trigger, flow, priority, deliver, name)
             return
         late: Late | None = None
         if isinstance(trigger, str):
             types, place = (trigger, *types), EMIT
         elif isinstance(trigger, Recorded):
-            types, place, where, late = trigger.types, EMIT, both(trigger.pattern, where), trigger.late
+            types, place, where, late = (
+                trigger.types,
+                EMIT,
+                both(trigger.pattern, where),
+                trigger.late,
+            )
         else:
             self._add_trigger(trigger)
             place, types = trigger.name, types or getattr(trigger, "heard", ())
@@ -154,16 +173,36 @@ class App:
         self._subscriptions.append(made)
 
     def _on_pattern(
-        self, pattern: Pattern, flow: Flow[..., Any], priority: int | None, deliver: Delivery | None, name: str | None
+        self,
+        pattern: Pattern,
+        flow: Flow[..., Any],
+        priority: int | None,
+        deliver: Delivery | None,
+        name: str | None,
     ) -> None:
         for each in pattern.triggers:
             self._add_trigger(each)
         self.add(flow)
-        made = join(joined(pattern), flow, priority=priority, deliver=deliver, name=name, taken=self._names, late=pattern.late)
+        made = join(
+            joined(pattern),
+            flow,
+            priority=priority,
+            deliver=deliver,
+            name=name,
+            taken=self._names,
+            late=pattern.late,
+        )
         self._names.add(made.name)
         self._subscriptions.append(made)
 
-    def send(self, types: str | Sequence[str], to: EventSink, *, where: Where = None, name: str | None = None) -> None:
+    def send(
+        self,
+        types: str | Sequence[str],
+        to: EventSink,
+        *,
+        where: Where = None,
+        name: str | None = None,
+    ) -> None:
         """Sends emitted events of these types (`*` matches any part) to a sink: at least once, in the order of recording.
 
         What is to be sent is recorded with the event, in one transaction, and goes on after a crash; no run waits for a sink.
@@ -209,7 +248,9 @@ class App:
     @property
     def url(self) -> str:
         """Where the store is, read from the environment when it was not given."""
-        return self._url or os.environ.get("EVENTFLOW_STORE") or f"sqlite:///.eventflow/{self.name}.db"
+        return (
+            self._url or os.environ.get("EVENTFLOW_STORE") or f"sqlite:///.eventflow/{self.name}.db"
+        )
 
     async def open(
         self, *, store: str | None = None, own_loop: bool = False, sink: Sink | None = None,
@@ -230,7 +271,9 @@ class App:
         house = self._house
         if house is None or house.closing:
             return
-        house.closing = True  # the doors show what there is until the end, so the house stays in sight
+        house.closing = (
+            True  # the doors show what there is until the end, so the house stays in sight
+        )
         try:
             await house.close(grace)
         finally:
@@ -253,7 +296,9 @@ class App:
     def house(self) -> "House":
         """What is running. UsageError while the app is closed."""
         if self._house is None:
-            raise UsageError(f"the app {self.name!r} is not open; use `async with app:`, app.run() or `eventflow serve`")
+            raise UsageError(
+                f"the app {self.name!r} is not open; use `async with app:`, app.run() or `eventflow serve`"
+            )
         return self._house
 
     @property
@@ -270,7 +315,9 @@ class App:
 
     # ----------------------------------------------------------------- doors for the program
 
-    async def start(self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any) -> RunHandle:
+    async def start(
+        self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any
+    ) -> RunHandle:
         """Starts a run; durable when it returns. With a known `idempotency_key`, the first run of that key.
 
         Raises BindingError when the parameters do not fit the flow's signature, NotFound for an unknown flow name.
@@ -279,15 +326,24 @@ class App:
         body = known.binder.unpack((), params)
         return await self.start_with(known, body, idempotency_key)
 
-    async def start_with(self, flow: Flow[..., Any], params: bytes, idempotency_key: str | None = None) -> RunHandle:
+    async def start_with(
+        self, flow: Flow[..., Any], params: bytes, idempotency_key: str | None = None
+    ) -> RunHandle:
         """`start`, with the parameters as a JSON object."""
         house = self.house
         ident = idempotency_key or show_id(house.ids.next(self.clock.now()))
-        event = Event(id=ident, source=f"/flows/{flow.name}", type="eventflow.run.requested", data=orjson.loads(params))
+        event = Event(
+            id=ident,
+            source=f"/flows/{flow.name}",
+            type="eventflow.run.requested",
+            data=orjson.loads(params),
+        )
         arrival = house.router.arrive_flow(flow, event, params=params)
         (receipt,) = await house.reactor.record([arrival], "api")
         if receipt.conflict:
-            raise UsageError(f"idempotency key {ident!r} is known with other parameters; the first run stands, use another key")
+            raise UsageError(
+                f"idempotency key {ident!r} is known with other parameters; the first run stands, use another key"
+            )
         return await self._handle(flow, arrival.runs[0].id, receipt)
 
     async def _handle(self, flow: Flow[..., Any], run: int, receipt: Receipt) -> RunHandle:
@@ -306,17 +362,27 @@ class App:
         return self.flows[flow]
 
     async def emit(
-        self, event_type: str, data: Json = None, *, id: str | None = None, subject: str | None = None, source: str = "/app"
+        self,
+        event_type: str,
+        data: Json = None,
+        *,
+        id: str | None = None,
+        subject: str | None = None,
+        source: str = "/app",
     ) -> Receipt:
         """Records an event for the subscriptions on its type; durable when it returns. With an `id`, once."""
         house = self.house
         ident = id or show_id(house.ids.next(self.clock.now()))
-        return await self.accept(Event(id=ident, source=source, type=event_type, data=data, subject=subject))
+        return await self.accept(
+            Event(id=ident, source=source, type=event_type, data=data, subject=subject)
+        )
 
     async def accept(self, *events: Event) -> Any:
         """Records events on behalf of nobody's trigger: they reach the subscriptions on their types."""
         house = self.house
-        receipts = await house.reactor.record([house.router.arrive(EMIT, event) for event in events], EMIT)
+        receipts = await house.reactor.record(
+            [house.router.arrive(EMIT, event) for event in events], EMIT
+        )
         return receipts[0] if len(events) == 1 else receipts
 
     async def run_handle(self, run: str | int) -> RunHandle:
@@ -335,7 +401,9 @@ class App:
 
         Mounted into another app, whose lifespan does not reach it, open the App yourself: `async with app:`.
         """
-        from eventflow.web.api import make_asgi  # the one lazy import: an embedded App needs no HTTP
+        from eventflow.web.api import (
+            make_asgi,
+        )  # the one lazy import: an embedded App needs no HTTP
 
         return make_asgi(self, **options)
 

@@ -70,7 +70,9 @@ class House:
         self.store = open_store(url, plan.clock, **plan.store_options)
         self.ids = Ids()
         self.sink = sink
-        self.blobs = Blobs(Path(f"{self.store.path}.blobs"), Bucket(plan.results) if plan.results else None)
+        self.blobs = Blobs(
+            Path(f"{self.store.path}.blobs"), Bucket(plan.results) if plan.results else None
+        )
         self.checkpoints = Checkpoints(Path(f"{self.store.path}.checkpoints"))
         self.own_loop: FlowThread | None = None
         self.closing = False
@@ -91,9 +93,13 @@ class House:
                 self.store, plan.clock, self.router, plan.flows, self.blobs, self.checkpoints, concurrency=plan.concurrency,
                 threads=plan.threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),
             )  # fmt: skip
-            self.reactor = Reactor(self.store, self.router, plan.clock, plan.triggers, random.Random())
+            self.reactor = Reactor(
+                self.store, self.router, plan.clock, plan.triggers, random.Random()
+            )
             self.relay = Relay(self.store, plan.outlets, random.Random())
-            self.lookout = Lookout(self.store, plan.clock, [late for each in plan.subscriptions for late in each.late])
+            self.lookout = Lookout(
+                self.store, plan.clock, [late for each in plan.subscriptions for late in each.late]
+            )
             if passive:
                 return
             await asyncio.to_thread(self.checkpoints.recall)
@@ -102,7 +108,9 @@ class House:
             self.relay.start()
             if listen:
                 self.reactor.start(await self.store.paused())
-                await asyncio.sleep(0)  # each listener takes its first step: a webhook has its intake when this returns
+                await asyncio.sleep(
+                    0
+                )  # each listener takes its first step: a webhook has its intake when this returns
             self.lookout.start()
             self._chores.add(asyncio.create_task(self._retain(), name="retention"))
         except BaseException:
@@ -110,7 +118,13 @@ class House:
             if self.own_loop is not None:
                 await asyncio.to_thread(self.own_loop.stop)
             raise
-        log.info("app.started", app=plan.name, store=self.store.location, flows=len(plan.flows), triggers=len(plan.triggers))
+        log.info(
+            "app.started",
+            app=plan.name,
+            store=self.store.location,
+            flows=len(plan.flows),
+            triggers=len(plan.triggers),
+        )
 
     async def close(self, grace: float) -> None:
         log.info("app.draining", app=self.plan.name, grace=grace)
@@ -118,7 +132,9 @@ class House:
         for chore in self._chores:
             chore.cancel()
         await self.lookout.stop()
-        await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._close_worker(grace)))  # a slow poll takes no grace
+        await asyncio.gather(
+            self.reactor.stop(), self.on_flow_loop(self._close_worker(grace))
+        )  # a slow poll takes no grace
         await self.relay.stop()
         if self.own_loop is not None:
             await asyncio.to_thread(self.own_loop.stop)
@@ -209,7 +225,9 @@ class House:
 
     async def _prune(self) -> int:
         now = self.plan.clock.now()
-        removed = await self.store.prune(bodies_before=now - self.plan.retention, identities_before=now - self.plan.identities)
+        removed = await self.store.prune(
+            bodies_before=now - self.plan.retention, identities_before=now - self.plan.identities
+        )
         if not removed and now >= self._sweep_at:
             self._sweep_at = now + SWEEP
             named = await self.store.blob_references()
@@ -228,7 +246,9 @@ class House:
                 await asyncio.to_thread(self.checkpoints.remove, self.checkpoints.directory / run)
 
 
-def _from_any_thread(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Outcome], result: Outcome | StoreFailed) -> None:
+def _from_any_thread(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[Outcome], result: Outcome | StoreFailed
+) -> None:
     def give() -> None:
         if future.done():
             return

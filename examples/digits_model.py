@@ -42,13 +42,17 @@ def fresh() -> Model:
     return {"w": np.zeros((64, 10)), "b": np.zeros(10)}
 
 
-def train_epoch(model: Model, x: np.ndarray, y: np.ndarray, epoch: int, rate: float = 0.5) -> tuple[Model, float, float]:
+def train_epoch(
+    model: Model, x: np.ndarray, y: np.ndarray, epoch: int, rate: float = 0.5
+) -> tuple[Model, float, float]:
     """The model after one epoch of softmax regression by SGD, the mean loss, and the largest norm of a gradient.
 
     The same epoch on the same data gives the same model, so that a training that was killed ends as one that was not.
     """
     w, b, losses, norms = model["w"].copy(), model["b"].copy(), [], []
-    for batch in np.array_split(np.random.default_rng(epoch).permutation(len(y)), max(1, len(y) // 32)):
+    for batch in np.array_split(
+        np.random.default_rng(epoch).permutation(len(y)), max(1, len(y) // 32)
+    ):
         scores = x[batch] @ w + b
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
@@ -69,4 +73,6 @@ if __name__ == "__main__":
     model = fresh()
     for epoch in range(1, 11):
         model, loss, norm = train_epoch(model, *arrived(held_out=False), epoch)
-        print(f"epoch {epoch}: loss {loss:.3f}, gradient {norm:.2f}, accuracy {accuracy(model, *arrived(held_out=True)):.3f}")
+        print(
+            f"epoch {epoch}: loss {loss:.3f}, gradient {norm:.2f}, accuracy {accuracy(model, *arrived(held_out=True)):.3f}"
+        )

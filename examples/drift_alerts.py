@@ -30,7 +30,9 @@ def train(model: str) -> str:
 
 @flow(timeout=7200)
 async def retrain(drift: Drift) -> str:
-    current_run().log.info("model.retrained", model=drift.model, feature=drift.feature, psi=drift.statistic)
+    current_run().log.info(
+        "model.retrained", model=drift.model, feature=drift.feature, psi=drift.statistic
+    )
     return await train(drift.model or "unknown")
 
 
@@ -42,7 +44,11 @@ async def note(event: Event) -> str:
 
 # Only counted: what it tells itself is noted, the decision is Alertmanager's.
 scores = DriftMonitor(
-    Webhook("/scores", verify="none"), features={"amount": Numeric(metric="psi")}, reference=400, window=200, model="prices"
+    Webhook("/scores", verify="none"),
+    features={"amount": Numeric(metric="psi")},
+    reference=400,
+    window=200,
+    model="prices",
 )
 alerts = DriftAlert("/alerts", verify=Bearer(env("DRIFT_TOKEN")))
 

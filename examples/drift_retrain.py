@@ -17,7 +17,19 @@ import time
 from digits_model import accuracy, arrived, fresh, train_epoch
 from model_registry import champion, register
 
-from eventflow import App, Event, Retry, Singleflight, checkpoint, checks, current_run, current_task, emit, flow, task
+from eventflow import (
+    App,
+    Event,
+    Retry,
+    Singleflight,
+    checkpoint,
+    checks,
+    current_run,
+    current_task,
+    emit,
+    flow,
+    task,
+)
 from triggers import Bearer, Drift, DriftAlert, env
 
 EPOCHS, PACE = 12, float(os.environ.get("EPOCH_SECONDS", "0"))  # time to kill it in
@@ -76,5 +88,10 @@ async def announce(event: Event) -> None:
 
 
 app = App("drift")
-app.on(DriftAlert("/drift", verify=Bearer(env("DRIFT_TOKEN"))), retrain, deliver=Singleflight(), key="model")
+app.on(
+    DriftAlert("/drift", verify=Bearer(env("DRIFT_TOKEN"))),
+    retrain,
+    deliver=Singleflight(),
+    key="model",
+)
 app.on("model.*", announce)

@@ -49,13 +49,19 @@ def score(order: Order, segment: str) -> float:
 async def handle(order: Order) -> float:
     segment = await segment_of(order.customer)
     value = await score(order, segment)
-    await emit("order.scored", {"order": order.id, "segment": segment, "score": value}, subject=order.customer)
+    await emit(
+        "order.scored",
+        {"order": order.id, "segment": segment, "score": value},
+        subject=order.customer,
+    )
     return value
 
 
 app = App("kafka-orders")
 # A member with a name of its own comes back after a kill at once; others wait until the group has given up the dead one.
-orders = Kafka("orders", bootstrap_servers=BROKER, group_id="kafka-orders", group_instance_id="server-1")
+orders = Kafka(
+    "orders", bootstrap_servers=BROKER, group_id="kafka-orders", group_instance_id="server-1"
+)
 app.on(orders, handle, key="record")
 app.send("order.scored", KafkaSink("scores", bootstrap_servers=BROKER))
 app.send_dead_letters(KafkaSink("dead-orders", bootstrap_servers=BROKER))

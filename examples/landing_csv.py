@@ -37,7 +37,9 @@ def validate(path: str) -> Checked:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := {"region", "amount"} - set(reader.fieldnames or ()):
-            raise Permanent(f"{Path(path).name}: expected columns region and amount, missing {', '.join(sorted(missing))}")
+            raise Permanent(
+                f"{Path(path).name}: expected columns region and amount, missing {', '.join(sorted(missing))}"
+            )
         for row in reader:
             try:
                 checked.sales.append(msgspec.convert(row, Sale, strict=False))
@@ -48,12 +50,17 @@ def validate(path: str) -> Checked:
 
 @task
 def set_aside(name: str, bad: list[tuple[int, str]]) -> None:
-    write(REJECTS / f"{name}.csv", "line,reason\n" + "".join(f'{line},"{why}"\n' for line, why in bad))
+    write(
+        REJECTS / f"{name}.csv", "line,reason\n" + "".join(f'{line},"{why}"\n' for line, why in bad)
+    )
 
 
 @task
 def report(name: str, totals: dict[str, float], bad: int) -> None:
-    write(REPORTS / f"{name}.json", json.dumps({"totals": totals, "rejected_rows": bad}, indent=2) + "\n")
+    write(
+        REPORTS / f"{name}.json",
+        json.dumps({"totals": totals, "rejected_rows": bad}, indent=2) + "\n",
+    )
 
 
 def write(path: Path, text: str) -> None:

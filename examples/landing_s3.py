@@ -24,7 +24,10 @@ from eventflow import App, Permanent, Retry, current_run, flow, task
 from triggers import S3
 
 BUCKET, QUEUE = os.environ.get("SALES_BUCKET", "sales"), os.environ.get("SALES_QUEUE") or None
-PLACE = {"endpoint_url": os.environ.get("S3_ENDPOINT_URL"), "region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
+PLACE = {
+    "endpoint_url": os.environ.get("S3_ENDPOINT_URL"),
+    "region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
+}
 
 
 @task(retries=Retry(attempts=5, give_up_on=(UnicodeDecodeError,)))
@@ -35,11 +38,15 @@ async def validate(key: str, etag: str) -> tuple[list[tuple[str, float]], int]:
         found = await s3.get_object(Bucket=BUCKET, Key=key, IfMatch=etag)
     except s3.exceptions.ClientError as error:
         if error.response["Error"]["Code"] in ("NoSuchKey", "PreconditionFailed"):
-            raise Permanent(f"{key}: this version is gone; a newer one has a run of its own") from error
+            raise Permanent(
+                f"{key}: this version is gone; a newer one has a run of its own"
+            ) from error
         raise
     reader = csv.DictReader(io.StringIO((await found["Body"].read()).decode()))
     if missing := {"region", "amount"} - set(reader.fieldnames or ()):
-        raise Permanent(f"{key}: expected columns region and amount, missing {', '.join(sorted(missing))}")
+        raise Permanent(
+            f"{key}: expected columns region and amount, missing {', '.join(sorted(missing))}"
+        )
     sales, bad = [], 0
     for row in reader:
         try:
@@ -70,7 +77,9 @@ async def land(key: str, etag: str) -> str:
 @asynccontextmanager
 async def client() -> AsyncIterator[Any]:
     """One client for all tasks, on the loop that flows run on."""
-    async with AioSession().create_client("s3", PLACE["region"], endpoint_url=PLACE["endpoint_url"]) as s3:
+    async with AioSession().create_client(
+        "s3", PLACE["region"], endpoint_url=PLACE["endpoint_url"]
+    ) as s3:
         yield s3
 
 

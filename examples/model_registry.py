@@ -24,7 +24,9 @@ def register(name: str, model: Any, scores: dict[str, float], key: str) -> str:
     folder = MODELS / Path(name).name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / f"{version}.json").exists():
-        _write(folder / f"{version}.json", json.dumps({"model": model, "scores": scores, "key": key}))
+        _write(
+            folder / f"{version}.json", json.dumps({"model": model, "scores": scores, "key": key})
+        )
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         _to_mlflow(uri, name, version, folder / f"{version}.json", scores)
     _write(folder / "champion", version)
@@ -52,16 +54,36 @@ def _to_mlflow(uri: str, name: str, version: str, file: Path, scores: dict[str, 
     """A run with the scores and the file, and a model version tagged with ours, which is how it is known again."""
     tags = [{"key": "eventflow.version", "value": version}]
     with httpx2.Client(base_url=f"{uri}/api/2.0/mlflow", timeout=30) as api:
-        known = api.get("/model-versions/search", params={"filter": f"name='{name}'"}).raise_for_status().json()
-        if any(tag in each.get("tags", []) for each in known.get("model_versions", []) for tag in tags):
+        known = (
+            api.get("/model-versions/search", params={"filter": f"name='{name}'"})
+            .raise_for_status()
+            .json()
+        )
+        if any(
+            tag in each.get("tags", []) for each in known.get("model_versions", []) for tag in tags
+        ):
             return
         api.post("/registered-models/create", json={"name": name})  # 400 when it is there already
-        run = api.post("/runs/create", json={"experiment_id": "0", "tags": tags}).raise_for_status().json()["run"]["info"]
-        metrics = [{"key": metric, "value": value, "timestamp": 0, "step": 0} for metric, value in scores.items()]
-        api.post("/runs/log-batch", json={"run_id": run["run_id"], "metrics": metrics}).raise_for_status()
+        run = (
+            api.post("/runs/create", json={"experiment_id": "0", "tags": tags})
+            .raise_for_status()
+            .json()["run"]["info"]
+        )
+        metrics = [
+            {"key": metric, "value": value, "timestamp": 0, "step": 0}
+            for metric, value in scores.items()
+        ]
+        api.post(
+            "/runs/log-batch", json={"run_id": run["run_id"], "metrics": metrics}
+        ).raise_for_status()
         place = f"{uri}/api/2.0/mlflow-artifacts/artifacts/0/{run['run_id']}/artifacts/{file.name}"
         api.put(place, content=file.read_bytes()).raise_for_status()
-        made = {"name": name, "source": f"{run['artifact_uri']}/{file.name}", "run_id": run["run_id"], "tags": tags}
+        made = {
+            "name": name,
+            "source": f"{run['artifact_uri']}/{file.name}",
+            "run_id": run["run_id"],
+            "tags": tags,
+        }
         api.post("/model-versions/create", json=made).raise_for_status()
 
 

@@ -42,7 +42,9 @@ async def score(order: Order) -> float:
     client: httpx2.AsyncClient = current_run().state
     reply = await client.post(SCORER, json=msgspec.to_builtins(order))
     if reply.status_code in (429, 503):
-        raise RetryAfter(float(reply.headers.get("retry-after", 1)), f"the scorer is busy ({reply.status_code})")
+        raise RetryAfter(
+            float(reply.headers.get("retry-after", 1)), f"the scorer is busy ({reply.status_code})"
+        )
     if reply.status_code == 422:
         raise Permanent(f"the scorer refuses order {order.id}: {reply.text}")
     return float(reply.raise_for_status().json()["score"])
@@ -52,7 +54,10 @@ async def score(order: Order) -> float:
 def file_score(order: Order, value: float) -> None:
     """Appends one line. A body runs at least once, so the line carries a key by which a reader drops a second one."""
     with SCORES.open("a") as file:
-        file.write(json.dumps({"order": order.id, "score": value, "key": current_task().idempotency_key}) + "\n")
+        file.write(
+            json.dumps({"order": order.id, "score": value, "key": current_task().idempotency_key})
+            + "\n"
+        )
 
 
 @flow(timeout=3600)

@@ -40,9 +40,18 @@ class Aws:
     def __init__(self, kind: str, url: str) -> None:
         self.kind, self.url = kind, url
         self.made: list[Bucket | Queue] = []
-        config = botocore.config.Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 2})
-        known: dict[str, Any] = {"endpoint_url": url, "region_name": REGION, **KEYS, "config": config}
-        self.s3, self.sqs, self.sns, self.events = (boto3.client(name, **known) for name in ("s3", "sqs", "sns", "events"))
+        config = botocore.config.Config(
+            s3={"addressing_style": "path"}, retries={"total_max_attempts": 2}
+        )
+        known: dict[str, Any] = {
+            "endpoint_url": url,
+            "region_name": REGION,
+            **KEYS,
+            "config": config,
+        }
+        self.s3, self.sqs, self.sns, self.events = (
+            boto3.client(name, **known) for name in ("s3", "sqs", "sns", "events")
+        )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,7 +62,12 @@ class Aws:
     def env(self) -> dict[str, str]:
         """The same for a program of its own."""
         keys = {name.upper(): value for name, value in KEYS.items()}
-        return {**keys, "AWS_ENDPOINT_URL": self.url, "S3_ENDPOINT_URL": self.url, "AWS_DEFAULT_REGION": REGION}
+        return {
+            **keys,
+            "AWS_ENDPOINT_URL": self.url,
+            "S3_ENDPOINT_URL": self.url,
+            "AWS_DEFAULT_REGION": REGION,
+        }
 
     def needs(self, call: Any) -> None:
         """Skips the test when the server that was named does not offer a service at all."""
@@ -79,7 +93,9 @@ class Bucket:
         aws.made.append(self)
         aws.s3.create_bucket(Bucket=self.name)
         if versioned:
-            aws.s3.put_bucket_versioning(Bucket=self.name, VersioningConfiguration={"Status": "Enabled"})
+            aws.s3.put_bucket_versioning(
+                Bucket=self.name, VersioningConfiguration={"Status": "Enabled"}
+            )
 
     def put(self, key: str, body: bytes | str = b"data") -> None:
         self.aws.s3.put_object(Bucket=self.name, Key=key, Body=body)
@@ -112,7 +128,13 @@ class Bucket:
                 s3.delete_object(**place, Key=each["Key"], VersionId=each["VersionId"])
         s3.delete_bucket(**place)
 
-    def queue(self, *, through: str = "", fifo: bool = False, events: Sequence[str] = ("s3:ObjectCreated:*",)) -> "Queue":
+    def queue(
+        self,
+        *,
+        through: str = "",
+        fifo: bool = False,
+        events: Sequence[str] = ("s3:ObjectCreated:*",),
+    ) -> "Queue":
         """A new queue with this bucket's notifications: straight, through "sns" or through "eventbridge"."""
         queue = Queue(self.aws, fifo=fifo)
         configuration: dict[str, Any] = {}
@@ -121,16 +143,24 @@ class Bucket:
                 self.aws.needs(self.aws.sns.list_topics)
                 self.topic = self.aws.sns.create_topic(Name=queue.name)["TopicArn"]
                 self.aws.sns.subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue.arn)
-                configuration["TopicConfigurations"] = [{"TopicArn": self.topic, "Events": list(events)}]
+                configuration["TopicConfigurations"] = [
+                    {"TopicArn": self.topic, "Events": list(events)}
+                ]
             case "eventbridge":
                 self.aws.needs(self.aws.events.list_rules)
                 configuration["EventBridgeConfiguration"] = {}
                 pattern = {"source": ["aws.s3"], "detail": {"bucket": {"name": [self.name]}}}
                 self.aws.events.put_rule(Name=queue.name, EventPattern=json.dumps(pattern))
-                self.aws.events.put_targets(Rule=queue.name, Targets=[{"Id": "queue", "Arn": queue.arn}])
+                self.aws.events.put_targets(
+                    Rule=queue.name, Targets=[{"Id": "queue", "Arn": queue.arn}]
+                )
             case _:
-                configuration["QueueConfigurations"] = [{"QueueArn": queue.arn, "Events": list(events)}]
-        self.aws.s3.put_bucket_notification_configuration(Bucket=self.name, NotificationConfiguration=configuration)
+                configuration["QueueConfigurations"] = [
+                    {"QueueArn": queue.arn, "Events": list(events)}
+                ]
+        self.aws.s3.put_bucket_notification_configuration(
+            Bucket=self.name, NotificationConfiguration=configuration
+        )
         return queue
 
     def record(self, name: str, key: str, **more: Any) -> dict[str, Any]:
@@ -138,7 +168,13 @@ class Bucket:
         thing = {"key": key, "size": 4, "eTag": "8d777f385d3dfec8815d20f7496026dc", **more}
         time = "2026-11-22T10:00:00.000Z"
         s3 = {"s3SchemaVersion": "1.0", "bucket": {"name": self.name}, "object": thing}
-        return {"eventVersion": "2.6", "eventSource": "aws:s3", "eventTime": time, "eventName": name, "s3": s3}
+        return {
+            "eventVersion": "2.6",
+            "eventSource": "aws:s3",
+            "eventTime": time,
+            "eventName": name,
+            "s3": s3,
+        }
 
 
 class Queue:
@@ -156,7 +192,9 @@ class Queue:
         self.aws.sqs.delete_queue(QueueUrl=self.url)
 
     def attributes(self, *names: str) -> dict[str, str]:
-        return self.aws.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=list(names))["Attributes"]
+        return self.aws.sqs.get_queue_attributes(QueueUrl=self.url, AttributeNames=list(names))[
+            "Attributes"
+        ]
 
     def send(self, body: Any, **more: Any) -> None:
         text = body if isinstance(body, str) else json.dumps(body)
@@ -169,13 +207,19 @@ class Queue:
         while found := self.aws.sqs.receive_message(**asked).get("Messages"):
             for message in found:
                 bodies.append(message["Body"])
-                self.aws.sqs.delete_message(QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"])
+                self.aws.sqs.delete_message(
+                    QueueUrl=self.url, ReceiptHandle=message["ReceiptHandle"]
+                )
         return bodies
 
     @property
     def left(self) -> int:
         """Messages that are not deleted, seen or not."""
-        names = ("ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible", "ApproximateNumberOfMessagesDelayed")
+        names = (
+            "ApproximateNumberOfMessages",
+            "ApproximateNumberOfMessagesNotVisible",
+            "ApproximateNumberOfMessagesDelayed",
+        )
         found = self.attributes("All")
         return sum(int(found[name]) for name in names)
 
@@ -197,10 +241,14 @@ def serving(kind: str, folder: Path) -> Iterator[Aws]:
         return
     port = _free_port()
     with (folder / f"{kind}.log").open("wb") as log:
-        process = subprocess.Popen(_command(kind, port), env=_environment(port), cwd=folder, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            _command(kind, port), env=_environment(port), cwd=folder, stdout=log, stderr=log
+        )
         try:
             aws = Aws(kind, f"http://127.0.0.1:{port}")
-            wait_until(lambda: process.poll() is not None or _answers(aws), f"{kind} answers", within=60)
+            wait_until(
+                lambda: process.poll() is not None or _answers(aws), f"{kind} answers", within=60
+            )
             assert process.poll() is None, (folder / f"{kind}.log").read_text()
             yield aws
         finally:
@@ -212,14 +260,27 @@ def _command(kind: str, port: int) -> list[str]:
     program = ENVIRONMENT / "bin" / {"ministack": "ministack", "moto": "moto_server"}[kind]
     if not program.exists():
         pytest.fail(f"expected {program}, found none; `make {ENVIRONMENT.name}/.made` installs it")
-    return [str(program)] if kind == "ministack" else [str(program), "-H", "127.0.0.1", "-p", str(port)]
+    return (
+        [str(program)]
+        if kind == "ministack"
+        else [str(program), "-H", "127.0.0.1", "-p", str(port)]
+    )
 
 
 def _environment(port: int) -> dict[str, str]:
     """Loopback only, and none of the services that open ports of their own."""
-    ministack = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3,sqs,sns,events", "LOG_LEVEL": "WARNING"}
+    ministack = {
+        "BIND_HOST": "127.0.0.1",
+        "GATEWAY_PORT": str(port),
+        "SERVICES": "s3,sqs,sns,events",
+        "LOG_LEVEL": "WARNING",
+    }
     off = {"IOT_MTLS_ENABLED": "0", "SFTP_ENABLED": "0"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "EVENTFLOW_", "PYTEST_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("AWS_", "EVENTFLOW_", "PYTEST_"))
+    }
     return {**kept, **ministack, **off, "PYTHONWARNINGS": "ignore"}
 
 

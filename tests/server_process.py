@@ -100,17 +100,27 @@ def command(*args: str) -> list[str]:
     return [sys.executable, "-m", "eventflow", *args]
 
 
-def eventflow(folder: Path, *args: str, timeout: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
+def eventflow(
+    folder: Path, *args: str, timeout: float = 60, **env: str
+) -> subprocess.CompletedProcess[str]:
     """One command, to its end."""
     return subprocess.run(
-        command(*args), cwd=folder, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
+        command(*args),
+        cwd=folder,
+        env=environment(**env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 class Served:
     """A running server."""
 
-    def __init__(self, folder: Path, process: subprocess.Popen[str], ready: dict[str, Any], log: Path) -> None:
+    def __init__(
+        self, folder: Path, process: subprocess.Popen[str], ready: dict[str, Any], log: Path
+    ) -> None:
         self.folder, self.process, self.ready, self._log = folder, process, ready, log
         self.url: str = ready["url"]
         self.store = Path(ready["store"].removeprefix("sqlite:///"))
@@ -174,7 +184,13 @@ class Served:
         return self.wait()
 
 
-def start(folder: Path, *args: str, file: str = "shop.py", pass_fds: Sequence[int] = (), limits: Any = None) -> Served:
+def start(
+    folder: Path,
+    *args: str,
+    file: str = "shop.py",
+    pass_fds: Sequence[int] = (),
+    limits: Any = None,
+) -> Served:
     """Starts it and waits for the ready line; fails with its log when there is none."""
     target = folder / file.partition(":")[0]
     if not target.exists():

@@ -85,18 +85,22 @@ def environment_names(path: Path) -> set[str]:
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
-            case ast.Call(func=func, args=[ast.Constant(value=str(name)), *_]) if ast.unparse(func).endswith(
-                ("env", "environ.get", "getenv")
-            ):
+            case ast.Call(func=func, args=[ast.Constant(value=str(name)), *_]) if ast.unparse(
+                func
+            ).endswith(("env", "environ.get", "getenv")):
                 names.add(name)
-            case ast.Subscript(value=value, slice=ast.Constant(value=str(name))) if ast.unparse(value) == "os.environ":
+            case ast.Subscript(value=value, slice=ast.Constant(value=str(name))) if (
+                ast.unparse(value) == "os.environ"
+            ):
                 names.add(name)
     return names
 
 
 def test_the_app_serves_a_file_that_exists(compose: dict[str, Any]):
     """The default target is an example of this repository, and the Dockerfile copies it in."""
-    target = re.search(r"EVENTFLOW_TARGET:-/app/([^}]+)", " ".join(compose["services"]["app"]["command"]))
+    target = re.search(
+        r"EVENTFLOW_TARGET:-/app/([^}]+)", " ".join(compose["services"]["app"]["command"])
+    )
     assert target and (ROOT / target[1]).is_file()
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert "WORKDIR /app\n" in dockerfile and "COPY examples ./examples\n" in dockerfile

@@ -40,7 +40,18 @@ BROAD_EXCEPTS = {
 OWN_IMPORTS_IN_FUNCTIONS = {("eventflow/app.py", "asgi"), ("eventflow/app.py", "run")}
 """The lazy imports of our own code: an embedded App needs neither HTTP nor a server."""
 
-LAZY = ("aiokafka", "aioboto3", "aiobotocore", "asyncpg", "numpy", "scipy", "uvicorn", "watchfiles", "pydantic", "fastapi")
+LAZY = (
+    "aiokafka",
+    "aioboto3",
+    "aiobotocore",
+    "asyncpg",
+    "numpy",
+    "scipy",
+    "uvicorn",
+    "watchfiles",
+    "pydantic",
+    "fastapi",
+)
 """What `import eventflow` leaves for those who use it: extras, and what only a server or one trigger needs."""
 
 
@@ -57,7 +68,11 @@ def shown(path: Path) -> str:
 
 
 def functions(module: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return (node for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return (
+        node
+        for node in ast.walk(module)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
 
 
 def imported(node: ast.AST) -> list[str]:
@@ -71,7 +86,11 @@ def imported(node: ast.AST) -> list[str]:
 
 def test_no_file_is_longer_than_one_sitting():
     """No file of the packages is longer than LONGEST_FILE lines; those that were may only shrink."""
-    long = {shown(path): lines for path in sources(*PACKAGES) if (lines := path.read_text().count("\n")) > LONGEST_FILE}
+    long = {
+        shown(path): lines
+        for path in sources(*PACKAGES)
+        if (lines := path.read_text().count("\n")) > LONGEST_FILE
+    }
     assert long.keys() <= LONGER_FILES.keys()
     assert all(lines <= LONGER_FILES[name] for name, lines in long.items()), long
 
@@ -89,7 +108,11 @@ def test_no_function_is_longer_than_a_screen():
 
 def test_every_file_says_what_it_is():
     """Each file with code in it opens with a docstring."""
-    mute = [shown(path) for path in sources(*PACKAGES) if (module := tree(path)).body and not ast.get_docstring(module)]
+    mute = [
+        shown(path)
+        for path in sources(*PACKAGES)
+        if (module := tree(path)).body and not ast.get_docstring(module)
+    ]
     assert not mute
 
 
@@ -102,8 +125,16 @@ def test_nobody_waits_with_wait_for():
         f"{shown(path)}:{node.lineno}"
         for path in sources(*PACKAGES, "tests", "benchmarks", "examples")
         for node in ast.walk(tree(path))
-        if (isinstance(node, ast.Attribute) and node.attr == "wait_for" and ast.unparse(node.value) == "asyncio")
-        or (isinstance(node, ast.ImportFrom) and node.module == "asyncio" and any(a.name == "wait_for" for a in node.names))
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr == "wait_for"
+            and ast.unparse(node.value) == "asyncio"
+        )
+        or (
+            isinstance(node, ast.ImportFrom)
+            and node.module == "asyncio"
+            and any(a.name == "wait_for" for a in node.names)
+        )
     ]
     assert not found
 
@@ -121,7 +152,9 @@ def test_broad_excepts_stand_where_they_must():
 
 def is_broad(caught: ast.expr | None) -> bool:
     names = caught.elts if isinstance(caught, ast.Tuple) else [caught]
-    return any(name is None or ast.unparse(name) in {"Exception", "BaseException"} for name in names)
+    return any(
+        name is None or ast.unparse(name) in {"Exception", "BaseException"} for name in names
+    )
 
 
 def always_raises(handler: ast.ExceptHandler) -> bool:
@@ -146,7 +179,10 @@ def test_no_mocks():
         shown(path)
         for path in sources("tests")
         for node in ast.walk(tree(path))
-        if any(name.split(".")[0] == "mock" or name.startswith("unittest.mock") for name in imported(node))
+        if any(
+            name.split(".")[0] == "mock" or name.startswith("unittest.mock")
+            for name in imported(node)
+        )
     ]
     assert not found
 
@@ -157,7 +193,9 @@ def test_every_test_states_its_guarantee():
         f"{shown(path)}:{node.lineno} {node.name}"
         for path in sources("tests")
         for node in functions(tree(path))
-        if node.name.startswith("test_") and path.name.startswith("test_") and not ast.get_docstring(node)
+        if node.name.startswith("test_")
+        and path.name.startswith("test_")
+        and not ast.get_docstring(node)
     ]
     assert not mute
 
@@ -172,7 +210,9 @@ def test_all_is_honest(package: str):
     offered = list(getattr(module, "__all__", []))
     assert len(offered) == len(set(offered)) > 0
     assert [name for name in offered if not hasattr(module, name)] == []
-    assert {name for name in assigned(ROOT / package / "__init__.py") if not name.startswith("_")} <= set(offered)
+    assert {
+        name for name in assigned(ROOT / package / "__init__.py") if not name.startswith("_")
+    } <= set(offered)
 
 
 def assigned(path: Path) -> Iterator[str]:
@@ -189,7 +229,12 @@ def assigned(path: Path) -> Iterator[str]:
 def test_import_is_light():
     """`import eventflow` brings in no extra, no server and no trigger."""
     code = f"import sys, eventflow; print(*[name for name in {(*LAZY, 'triggers')!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+        == []
+    )
 
 
 # --------------------------------------------------------------------------- dependencies

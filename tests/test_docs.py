@@ -106,7 +106,9 @@ def test_every_program_runs(path: Path, tmp_path: Path, monkeypatch: pytest.Monk
 async def _run_page(page: list[Block], names: dict[str, Any]) -> None:
     for block in page:
         where = f"{title(block.page)}:{block.line}"
-        code = compile("\n" * (block.line - 1) + block.text, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        code = compile(
+            "\n" * (block.line - 1) + block.text, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+        )
         if block.text.startswith("# docs: skip: "):
             continue
         if block.file is not None:
@@ -126,7 +128,14 @@ def _load_file(block: Block) -> dict[str, Any]:
     Path(block.file).write_text(block.text)
     if "asyncio.run(" in block.text:
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, block.file], env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, block.file],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
     module, _ = load_module(block.file)
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
@@ -147,15 +156,24 @@ def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
     (tmp_path / ".env").write_text(re.findall(r"echo '(.+)' > .env", README.read_text())[0])
     headers = dict(pair.split(": ", 1) for pair in re.findall(r"-H '([^']+)'", asked))
     with serving(tmp_path) as server:
-        reply = server.client.post("/hooks/orders", content=re.findall(r"-d '([^']+)'", asked)[0], headers=headers)
+        reply = server.client.post(
+            "/hooks/orders", content=re.findall(r"-d '([^']+)'", asked)[0], headers=headers
+        )
         assert reply.status_code == 202
         assert reply.json().keys() == json.loads(answer).keys()
         wait_until(lambda: '"run.completed"' in server.log, "the run is completed")
         lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
     told = re.findall(r"\] (\w+\.\w+) +\[([\w.]+)\] (.*)", shown.text)
-    assert [(line["event"], line["logger"]) for line in lines] == [(event, logger) for event, logger, _ in told]
+    assert [(line["event"], line["logger"]) for line in lines] == [
+        (event, logger) for event, logger, _ in told
+    ]
     for line, (_, _, fields) in zip(lines, told, strict=True):
-        assert set(re.findall(r"(\w+)=", fields)) == line.keys() - {"timestamp", "level", "event", "logger"}
+        assert set(re.findall(r"(\w+)=", fields)) == line.keys() - {
+            "timestamp",
+            "level",
+            "event",
+            "logger",
+        }
 
 
 # --------------------------------------------------------------------------- commands
@@ -166,7 +184,13 @@ def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
     for block in blocks(path, "sh", "console"):
         text = block.text.replace("\\\n", " ")
         for number, line in enumerate(text.splitlines()):
-            told = line.removeprefix("$ ") if line.startswith("$ ") else line if block.language == "sh" else ""
+            told = (
+                line.removeprefix("$ ")
+                if line.startswith("$ ")
+                else line
+                if block.language == "sh"
+                else ""
+            )
             for part in re.split(r"\s(?:&&|\|)\s", told):
                 words = shlex.split(part, comments=True)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -187,7 +211,9 @@ def test_every_eventflow_command_parses(path: Path):
         try:
             (demo if args[0] == "demo" else command).make_context(args[0], args[1:])
         except click.UsageError as error:
-            pytest.fail(f"{title(path)}:{line}: eventflow {shlex.join(args)}: {error.format_message()}")
+            pytest.fail(
+                f"{title(path)}:{line}: eventflow {shlex.join(args)}: {error.format_message()}"
+            )
 
 
 @pytest.mark.parametrize("path", PAGES, ids=title)
@@ -204,7 +230,10 @@ def test_the_plain_commands_of_the_readme_are_those_of_make():
     """What README writes out for those without make is what make does."""
     written = " ".join(shlex.join(words) for _, words in commands(README))
     recipes = (ROOT / "Makefile").read_text()
-    for make, plain in (("$(BIN)/eventflow demo", "eventflow demo"), ("-m pytest -n 2", "-m pytest -n 2")):
+    for make, plain in (
+        ("$(BIN)/eventflow demo", "eventflow demo"),
+        ("-m pytest -n 2", "-m pytest -n 2"),
+    ):
         assert make in recipes and plain in written
 
 
@@ -214,7 +243,11 @@ def test_the_plain_commands_of_the_readme_are_those_of_make():
 def options() -> list[tuple[str, str, str]]:
     """(command, option, help) for all there are."""
     group = click.Context(cli)
-    found = [(name, command) for name in cli.list_commands(group) if (command := cli.get_command(group, name))]
+    found = [
+        (name, command)
+        for name in cli.list_commands(group)
+        if (command := cli.get_command(group, name))
+    ]
     return [
         (name, longest, getattr(each, "help", None) or "")
         for name, command in [*found, ("demo", demo)]
@@ -225,7 +258,9 @@ def options() -> list[tuple[str, str, str]]:
 
 
 def section(text: str, heading: str) -> str:
-    found = re.search(rf"^#+ `?{re.escape(heading)}\b.*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
+    found = re.search(
+        rf"^#+ `?{re.escape(heading)}\b.*?(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL
+    )
     assert found is not None, f"no section {heading}"
     return found[0]
 
@@ -236,7 +271,9 @@ def test_every_command_and_option_is_in_the_reference():
     shared = section(reference, "Options that most commands share")
     for command, option, told in options():
         own = section(reference, f"eventflow {command}")
-        assert f"`{option}" in own or (f"`{option}" in shared and told in shared), f"{command} {option}"
+        assert f"`{option}" in own or (f"`{option}" in shared and told in shared), (
+            f"{command} {option}"
+        )
         assert told in own + shared, f"{command} {option}: {told}"
 
 
@@ -245,7 +282,9 @@ def test_every_option_in_the_reference_exists():
     reference = page("reference/cli.md")
     known = {(command, option) for command, option, _ in options()}
     for command in {command for command, _, _ in options()}:
-        for option in re.findall(r"^\| `(--[\w-]+)", section(reference, f"eventflow {command}"), re.MULTILINE):
+        for option in re.findall(
+            r"^\| `(--[\w-]+)", section(reference, f"eventflow {command}"), re.MULTILINE
+        ):
             assert (command, option) in known, f"{command} {option}"
 
 
@@ -295,19 +334,42 @@ def logged() -> set[str]:
     names: set[str] = set()
     for path in [*(ROOT / "eventflow").rglob("*.py"), *(ROOT / "triggers").rglob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in levels:
+            if (
+                not isinstance(node, ast.Call)
+                or not isinstance(node.func, ast.Attribute)
+                or node.func.attr not in levels
+            ):
                 continue
-            texts = [each.value for arg in node.args[:1] for each in ast.walk(arg) if isinstance(each, ast.Constant)]
-            names |= {text for text in texts if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)}
-    return names | ({"log.dropped"} if '"log.dropped"' in (ROOT / "eventflow/logs/output.py").read_text() else set())
+            texts = [
+                each.value
+                for arg in node.args[:1]
+                for each in ast.walk(arg)
+                if isinstance(each, ast.Constant)
+            ]
+            names |= {
+                text
+                for text in texts
+                if isinstance(text, str) and re.fullmatch(r"[a-z]+\.[a-z_]+", text)
+            }
+    return names | (
+        {"log.dropped"}
+        if '"log.dropped"' in (ROOT / "eventflow/logs/output.py").read_text()
+        else set()
+    )
 
 
 def test_every_logged_event_is_known_and_documented():
     """Each event name in the code is in EVENTS; docs/reference/events.md has exactly those that are logged, in its words."""
     names = {name for name in logged() if not name.startswith(("model.", "order."))}
     assert names <= EVENTS.keys()
-    rows = dict(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \| (.*) \|$", page("reference/events.md"), re.MULTILINE))
-    assert {name: EVENTS[name] for name in names} == {name: said for name, said in rows.items() if name in EVENTS}
+    rows = dict(
+        re.findall(
+            r"^\| `([a-z]+\.[a-z_]+)` \| (.*) \|$", page("reference/events.md"), re.MULTILINE
+        )
+    )
+    assert {name: EVENTS[name] for name in names} == {
+        name: said for name, said in rows.items() if name in EVENTS
+    }
 
 
 def test_every_error_and_exit_code_is_documented():
@@ -329,10 +391,16 @@ PUBLIC = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("module", "name"), PUBLIC, ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    ("module", "name"),
+    PUBLIC,
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_every_public_name_is_documented(module: types.ModuleType, name: str):
     """What `__all__` lists stands in the docs, and has a docstring of its own."""
-    assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", DOCS) or re.search(rf"^.*\bimport\b.*\b{name}\b", DOCS, re.MULTILINE)
+    assert re.search(rf"`[^`\n]*\b{name}\b[^`\n]*`", DOCS) or re.search(
+        rf"^.*\bimport\b.*\b{name}\b", DOCS, re.MULTILINE
+    )
     value = getattr(module, name)
     assert inspect.getdoc(getattr(value, "fn", value)), f"{name} has no docstring"
 
@@ -363,29 +431,43 @@ CALLABLES: list[tuple[Any, str]] = [
     (At, "guides/schedules.md"),
     (running, "guides/testing.md"),
     (checkpoint, "guides/checkpoints.md"),
-    *((getattr(checks, name), "guides/checkpoints.md") for name in checks.__all__ if name[0].islower()),
+    *(
+        (getattr(checks, name), "guides/checkpoints.md")
+        for name in checks.__all__
+        if name[0].islower()
+    ),
 ]
 INNER = {"clock", "entropy", "sink", "passive", "own_loop"}
 """What the house passes to itself; users are not told of it where they are not asked."""
 
 
-@pytest.mark.parametrize(("call", "name"), CALLABLES, ids=lambda value: getattr(value, "__qualname__", value))
+@pytest.mark.parametrize(
+    ("call", "name"), CALLABLES, ids=lambda value: getattr(value, "__qualname__", value)
+)
 def test_every_keyword_is_documented(call: Any, name: str):
     """Each keyword-only parameter of what users call stands on its page, as code."""
     text = page(name)
     for keyword in _keywords(call):
-        assert re.search(rf"`{keyword}`|\b{keyword}=", text), f"{name}: {call.__qualname__}({keyword}=)"
+        assert re.search(rf"`{keyword}`|\b{keyword}=", text), (
+            f"{name}: {call.__qualname__}({keyword}=)"
+        )
 
 
 def _keywords(call: Any) -> list[str]:
     """Of a decorator, those of its overload with options."""
     signature = inspect.signature([*get_overloads(call), call][-2] if get_overloads(call) else call)
-    return [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name not in INNER]
+    return [
+        p.name
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name not in INNER
+    ]
 
 
 def test_every_extra_is_documented():
     """README names each extra that the distribution has, and no other."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     told = section(README.read_text(), "Install")
     assert {name for name in extras if re.search(rf"`{name}`|\[{name}\]", told)} == extras.keys()
     for name in re.findall(r"eventflow-reactor\[([\w,]+)\]", DOCS):
@@ -396,7 +478,9 @@ def test_every_package_has_its_layer():
     """docs/design.md names each file and folder of the package in its layers, and none that is not there."""
     floors = section(page("design.md"), "Module layers")
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", floors)) - {"triggers/"}
-    there = {f"{each.name}/" if each.is_dir() else each.name for each in (ROOT / "eventflow").iterdir()}
+    there = {
+        f"{each.name}/" if each.is_dir() else each.name for each in (ROOT / "eventflow").iterdir()
+    }
     assert named == there - {"__pycache__/", "py.typed"}
 
 

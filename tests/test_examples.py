@@ -38,7 +38,12 @@ SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "EVENTFLOW_STORE": f"sqlite:///{folder}/store.db", "PYTHONUNBUFFERED": "1", **more}
+    return {
+        **os.environ,
+        "EVENTFLOW_STORE": f"sqlite:///{folder}/store.db",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
 
 
 class Served:
@@ -48,7 +53,12 @@ class Served:
         self.errors = (folder / "serve.log").open("ab")
         command = [*EVENTFLOW, "serve", str(ROOT / "examples" / example), "--port", "0"]
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment(folder, **env), stdout=subprocess.PIPE, stderr=self.errors, text=True
+            command,
+            cwd=folder,
+            env=environment(folder, **env),
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
         )
         assert self.process.stdout
         line = self.process.stdout.readline()
@@ -56,7 +66,11 @@ class Served:
             self.kill()
             pytest.fail(f"no ready line from {example}:\n{(folder / 'serve.log').read_text()}")
         token = Path(f"{folder}/store.db.token").read_text().strip()
-        self.http = httpx2.Client(base_url=json.loads(line)["url"], headers={"authorization": f"Bearer {token}"}, timeout=20)
+        self.http = httpx2.Client(
+            base_url=json.loads(line)["url"],
+            headers={"authorization": f"Bearer {token}"},
+            timeout=20,
+        )
 
     def get(self, path: str) -> Any:
         return self.http.get(path).raise_for_status().json()
@@ -130,7 +144,16 @@ def test_daily_report(tmp_path: Path):
     sales = [f"2026-05-{day:02}T23:30:00+02:00,north,{day}" for day in (1, 2, 3)]
     sales += [f"{datetime.now().astimezone().isoformat()},south,7.5"]
     (tmp_path / "data/sales.csv").write_text("\n".join(["at,region,amount", *sales, ""]))
-    window = ["--trigger", "daily-report", "--from", "2026-05-01", "--to", "2026-05-05", "--yes", "--json"]
+    window = [
+        "--trigger",
+        "daily-report",
+        "--from",
+        "2026-05-01",
+        "--to",
+        "2026-05-05",
+        "--yes",
+        "--json",
+    ]
     with served("daily_report.py", tmp_path, EVERY="1") as server:
         wait_until((tmp_path / "reports/today.json").exists, "today's totals are written")
         assert json.loads((tmp_path / "reports/today.json").read_text())["totals"] == {"south": 7.5}
@@ -143,11 +166,23 @@ def test_daily_report(tmp_path: Path):
                 check=False,
             )
             said = json.loads(done.stdout)
-            assert (done.returncode, said["started"], said["states"]) == (1, started, {"completed": 3, "failed": 1})
-        assert sorted(path.stem for path in (tmp_path / "reports").glob("2026*")) == ["2026-05-01", "2026-05-02", "2026-05-03"]
-        assert json.loads((tmp_path / "reports/2026-05-02.json").read_text())["totals"] == {"north": 2.0}
+            assert (done.returncode, said["started"], said["states"]) == (
+                1,
+                started,
+                {"completed": 3, "failed": 1},
+            )
+        assert sorted(path.stem for path in (tmp_path / "reports").glob("2026*")) == [
+            "2026-05-01",
+            "2026-05-02",
+            "2026-05-03",
+        ]
+        assert json.loads((tmp_path / "reports/2026-05-02.json").read_text())["totals"] == {
+            "north": 2.0
+        }
         (failed,) = server.runs(flow="report", state="failed")
-        assert server.get(f"/api/runs/{failed['id']}")["error"]["message"].startswith("no sales on 2026-04-30")
+        assert server.get(f"/api/runs/{failed['id']}")["error"]["message"].startswith(
+            "no sales on 2026-04-30"
+        )
 
 
 # --------------------------------------------------------------------------- orders
@@ -188,9 +223,17 @@ def scorer() -> Iterator[tuple[str, dict[str, int]]]:
 def order(server: Served, ident: str, data: Any) -> httpx2.Response:
     """A Standard Webhooks sender, by hand."""
     body, now = json.dumps(data), int(time.time())
-    sign = base64.b64encode(hmac.digest(KEY, f"{ident}.{now}.{body}".encode(), hashlib.sha256)).decode()
-    headers = {"webhook-id": ident, "webhook-timestamp": str(now), "webhook-signature": f"v1,{sign}"}
-    return server.http.post("/hooks/orders", content=body, headers={**headers, "content-type": "application/json"})
+    sign = base64.b64encode(
+        hmac.digest(KEY, f"{ident}.{now}.{body}".encode(), hashlib.sha256)
+    ).decode()
+    headers = {
+        "webhook-id": ident,
+        "webhook-timestamp": str(now),
+        "webhook-signature": f"v1,{sign}",
+    }
+    return server.http.post(
+        "/hooks/orders", content=body, headers={**headers, "content-type": "application/json"}
+    )
 
 
 def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str, dict[str, int]]):
@@ -200,15 +243,31 @@ def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str
         assert order(server, "m1", {"id": "o1", "total": 50}).status_code == 202
         again = order(server, "m1", {"id": "o1", "total": 50})
         assert again.status_code == 200 and again.json()["duplicate"]
-        forged = {"webhook-id": "m9", "webhook-timestamp": str(int(time.time())), "webhook-signature": "v1,AAAA"}
-        assert server.http.post("/hooks/orders", json={"id": "o9", "total": 9}, headers=forged).status_code == 401
+        forged = {
+            "webhook-id": "m9",
+            "webhook-timestamp": str(int(time.time())),
+            "webhook-signature": "v1,AAAA",
+        }
+        assert (
+            server.http.post(
+                "/hooks/orders", json={"id": "o9", "total": 9}, headers=forged
+            ).status_code
+            == 401
+        )
         assert order(server, "m2", {"id": "o2", "total": 0}).status_code == 202
         assert order(server, "m3", {"id": "bad", "total": 5}).status_code == 202
-        wait_until(lambda: server.states() == ["completed", "failed"], "one order is scored, one refused")
+        wait_until(
+            lambda: server.states() == ["completed", "failed"], "one order is scored, one refused"
+        )
         (scored,) = server.runs(state="completed")
         tasks = server.get(f"/api/runs/{scored['id']}")["tasks"]
-        assert [(task["name"], task["attempts"]) for task in tasks] == [("score", 3), ("file_score", 1)]
-        assert [verdict["fate"] for verdict in server.get("/api/events/m2")["verdicts"]] == ["filtered"]
+        assert [(task["name"], task["attempts"]) for task in tasks] == [
+            ("score", 3),
+            ("file_score", 1),
+        ]
+        assert [verdict["fate"] for verdict in server.get("/api/events/m2")["verdicts"]] == [
+            "filtered"
+        ]
     (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
     assert json.loads(line)["order"] == "o1" and json.loads(line)["score"] == 0.5
     assert asked == {"o1": 3, "bad": 1}
@@ -218,9 +277,15 @@ def test_the_orders_docstring_sends_an_order(tmp_path: Path, scorer: tuple[str, 
     """The shell lines that the example prints for its reader are accepted as a signed order."""
     head = (ROOT / "examples/orders_webhook.py").read_text().split('"""')[1]
     send = head[head.index("    key=") : head.index("Watch")]
-    with served("orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=scorer[0]) as server:
-        shell = send.replace("http://", "").replace("localhost:8710", str(server.http.base_url).rstrip("/"))
-        reply = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True).stdout
+    with served(
+        "orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=scorer[0]
+    ) as server:
+        shell = send.replace("http://", "").replace(
+            "localhost:8710", str(server.http.base_url).rstrip("/")
+        )
+        reply = subprocess.run(
+            ["bash", "-c", shell], capture_output=True, text=True, check=True
+        ).stdout
         assert json.loads(reply)["event_id"] == "msg-1"
         wait_until(lambda: server.states() == ["completed"], "the order is scored")
 
@@ -241,9 +306,18 @@ def test_landing_files_become_reports(tmp_path: Path):
         server.kill()
     (landing / "tuesday.csv").write_text("region,amount\nwest,1\nwest,2\n")
     with served("landing_csv.py", tmp_path) as server:
-        wait_until(lambda: server.states() == ["completed", "completed", "failed"], "the file of the night is reported")
-    assert json.loads((tmp_path / "reports/monday.json").read_text()) == {"totals": {"north": 15.5}, "rejected_rows": 1}
-    assert json.loads((tmp_path / "reports/tuesday.json").read_text()) == {"totals": {"west": 3.0}, "rejected_rows": 0}
+        wait_until(
+            lambda: server.states() == ["completed", "completed", "failed"],
+            "the file of the night is reported",
+        )
+    assert json.loads((tmp_path / "reports/monday.json").read_text()) == {
+        "totals": {"north": 15.5},
+        "rejected_rows": 1,
+    }
+    assert json.loads((tmp_path / "reports/tuesday.json").read_text()) == {
+        "totals": {"west": 3.0},
+        "rejected_rows": 0,
+    }
     assert (tmp_path / "rejects/monday.csv").read_text().startswith("line,reason\n3,")
     assert not (tmp_path / "reports/broken.json").exists()
     assert sorted(path.suffix for path in landing.iterdir()) == [""]  # only done/ is left
@@ -262,15 +336,29 @@ def test_landing_objects_become_reports(ministack: Aws, tmp_path: Path, way: str
     bucket.put("in/monday sales.csv", "region,amount\nnorth,10\nsouth,x\nnorth,5.5\n")
     with served("landing_s3.py", tmp_path, **env) as server:
         bucket.put("in/broken.csv", "region,price\nnorth,10\n")
-        wait_until(lambda: server.states() == ["completed", "failed"], "both objects were dealt with", within=40)
+        wait_until(
+            lambda: server.states() == ["completed", "failed"],
+            "both objects were dealt with",
+            within=40,
+        )
         (failed,) = server.runs(state="failed")
         assert "missing amount" in failed["error"]["message"]
         server.kill()
     bucket.put("in/broken.csv", "region,amount\nwest,1\nwest,2\n")
     with served("landing_s3.py", tmp_path, **env) as server:
-        wait_until(lambda: server.states() == ["completed", "completed", "failed"], "the mended one is reported", within=40)
-    assert json.loads(bucket.read("reports/monday sales.csv.json")) == {"totals": {"north": 15.5}, "rejected_rows": 1}
-    assert json.loads(bucket.read("reports/broken.csv.json")) == {"totals": {"west": 3.0}, "rejected_rows": 0}
+        wait_until(
+            lambda: server.states() == ["completed", "completed", "failed"],
+            "the mended one is reported",
+            within=40,
+        )
+    assert json.loads(bucket.read("reports/monday sales.csv.json")) == {
+        "totals": {"north": 15.5},
+        "rejected_rows": 1,
+    }
+    assert json.loads(bucket.read("reports/broken.csv.json")) == {
+        "totals": {"west": 3.0},
+        "rejected_rows": 0,
+    }
 
 
 # --------------------------------------------------------------------------- inside FastAPI
@@ -278,9 +366,23 @@ def test_landing_objects_become_reports(ministack: Aws, tmp_path: Path, way: str
 
 @contextmanager
 def fastapi(folder: Path) -> Iterator[tuple[httpx2.Client, subprocess.Popen[str]]]:
-    command = [sys.executable, "-m", "uvicorn", "examples.fastapi_scoring:api", "--app-dir", str(ROOT), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "uvicorn",
+        "examples.fastapi_scoring:api",
+        "--app-dir",
+        str(ROOT),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout and process.stderr
@@ -302,14 +404,20 @@ def test_fastapi_answers_are_remembered(tmp_path: Path):
     with fastapi(tmp_path) as (client, process):
         first = client.post("/score", json={"id": "o-1", "total": 99.5}).json()
         assert first["score"] == 0.267 and not first["known"]
-        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {**first, "known": True}
+        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {
+            **first,
+            "known": True,
+        }
         assert client.post("/score", json={"id": "o-1", "total": 98}).status_code == 409
         assert client.get("/runs/zzzzzzzzzzzzz").status_code == 404
         batch = client.post("/batch", json=orders).json()["run"]
         process.send_signal(signal.SIGKILL)
         assert process.stdout and process.stdout.read().count("model loaded") == 1
     with fastapi(tmp_path) as (client, _):
-        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {**first, "known": True}
+        assert client.post("/score", json={"id": "o-1", "total": 99.5}).json() == {
+            **first,
+            "known": True,
+        }
         scores = client.get(f"/runs/{batch}").json()
         assert len(scores) == 300 and scores == sorted(scores)
 
@@ -320,7 +428,12 @@ def test_fastapi_answers_are_remembered(tmp_path: Path):
 def fan_out(folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "examples/fan_out.py")]
     return subprocess.Popen(
-        command, cwd=folder, env=environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=environment(folder),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -378,7 +491,9 @@ def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
     arrive(900, tmp_path)
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret", EPOCH_SECONDS="0.8") as server:
         assert alert(server, "pixels").status_code == 202
-        wait_until(lambda: (5, 780) in epochs(tmp_path), "the training is well under way", within=60)
+        wait_until(
+            lambda: (5, 780) in epochs(tmp_path), "the training is well under way", within=60
+        )
         assert alert(server, "pixels").status_code == 200  # told again: a duplicate
         assert alert(server, "labels").status_code == 202
         wait_until(lambda: (7, 780) in epochs(tmp_path), "epoch 7 is under way", within=60)
@@ -389,14 +504,26 @@ def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret", EPOCH_SECONDS="0.4") as server:
         wait_until(lambda: len(epochs(tmp_path)) > len(before), "the training goes on", within=60)
         assert alert(server, "brightness").status_code == 202
-        wait_until(lambda: server.states(flow="retrain") == ["completed"] * 2, "two models were judged", within=90)
+        wait_until(
+            lambda: server.states(flow="retrain") == ["completed"] * 2,
+            "two models were judged",
+            within=90,
+        )
         first, second = sorted(server.runs(flow="retrain"), key=lambda run: run["id"])
-        assert [server.get(f"/api/runs/{run['id']}")["result"][:8] for run in (first, second)] == ["promoted"] * 2
-        verdicts = [server.get(f"/api/events/{event['id']}")["verdicts"][0] for event in drifts(server)]
+        assert [server.get(f"/api/runs/{run['id']}")["result"][:8] for run in (first, second)] == [
+            "promoted"
+        ] * 2
+        verdicts = [
+            server.get(f"/api/events/{event['id']}")["verdicts"][0] for event in drifts(server)
+        ]
         assert [verdict["run"] for verdict in verdicts] == [first["id"], second["id"], second["id"]]
-        wait_until(lambda: not list(tmp_path.glob("store.db.checkpoints/*/*")), "no checkpoint is left")
+        wait_until(
+            lambda: not list(tmp_path.glob("store.db.checkpoints/*/*")), "no checkpoint is left"
+        )
     again = epochs(tmp_path)[len(before) :]
-    assert [epoch for epoch, _ in before] == list(range(1, before[-1][0] + 1)) and before[-1][0] in (7, 8)
+    assert [epoch for epoch, _ in before] == list(range(1, before[-1][0] + 1)) and before[-1][
+        0
+    ] in (7, 8)
     assert again[0][0] == before[-1][0]  # the one under way, and no other, is trained again
     assert [epoch for epoch, _ in again] == [*range(again[0][0], 13), *range(1, 13)]
     assert {rows for _, rows in again[-12:]} == {1677}
@@ -405,7 +532,11 @@ def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
 
 
 def drifts(server: Served) -> list[dict[str, Any]]:
-    found = server.http.get("/api/events", params={"type": "drift.detected"}).raise_for_status().json()["events"]
+    found = (
+        server.http.get("/api/events", params={"type": "drift.detected"})
+        .raise_for_status()
+        .json()["events"]
+    )
     return sorted(found, key=lambda event: event["id"])
 
 
@@ -417,7 +548,11 @@ def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
     send = head[head.index("    curl") : head.index("Watch")].replace("\\\\\n", "\\\n")
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
         where = str(server.http.base_url).rstrip("/")
-        subprocess.run(["bash", "-c", f"set -e; {send.replace('localhost:8710', where)}"], check=True, capture_output=True)
+        subprocess.run(
+            ["bash", "-c", f"set -e; {send.replace('localhost:8710', where)}"],
+            check=True,
+            capture_output=True,
+        )
         wait_until(partial(are_judged, server, 1), "the model is judged", within=60)
     shown = [sys.executable, str(ROOT / "examples/model_registry.py"), "digits"]
     told = subprocess.run(shown, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
@@ -432,7 +567,9 @@ def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
     """On the same data the gate keeps the champion and says why; on changed data it lets the better one by."""
     arrive(900, tmp_path)
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
-        for number, (count, verdict) in enumerate([(900, "promoted"), (900, "rejected"), (1797, "promoted")], start=1):
+        for number, (count, verdict) in enumerate(
+            [(900, "promoted"), (900, "rejected"), (1797, "promoted")], start=1
+        ):
             arrive(count, tmp_path)
             assert alert(server, "pixels", f"2026-07-0{number}T00:00:00Z").status_code == 202
             wait_until(partial(are_judged, server, number), f"model {number} is judged", within=60)
@@ -444,7 +581,10 @@ def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
     versions = registered(tmp_path)
     assert len(versions) == 2
     champion = (tmp_path / "models/digits/champion").read_text()
-    assert json.loads((tmp_path / f"models/digits/{champion}.json").read_text())["scores"]["accuracy"] > 0.9
+    assert (
+        json.loads((tmp_path / f"models/digits/{champion}.json").read_text())["scores"]["accuracy"]
+        > 0.9
+    )
 
 
 # --------------------------------------------------------------------------- kafka
@@ -462,15 +602,25 @@ def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
             wait_until(lambda: len(server.runs(limit="100")) >= 10, "some orders are in")
             server.kill()
         with served("kafka_orders.py", tmp_path, **env) as server:
-            wait_until(lambda: server.get("/api/counts")["completed"] == 60, "all orders are scored")
-            wait_until(lambda: all(not row["waiting"] for row in server.get("/api/outlets")["outlets"]), "all is sent")
+            wait_until(
+                lambda: server.get("/api/counts")["completed"] == 60, "all orders are scored"
+            )
+            wait_until(
+                lambda: all(not row["waiting"] for row in server.get("/api/outlets")["outlets"]),
+                "all is sent",
+            )
             assert server.get("/api/counts")["dead"] == 1
             scores = asyncio.run(broker.read("scores", 60))
-            dead, *again = asyncio.run(broker.read("dead-orders", 1))  # a letter may come twice, over a kill
-        found = {json.loads(record.value)["order"]: json.loads(record.value)["score"] for record in scores}
+            dead, *again = asyncio.run(
+                broker.read("dead-orders", 1)
+            )  # a letter may come twice, over a kill
+        found = {
+            json.loads(record.value)["order"]: json.loads(record.value)["score"]
+            for record in scores
+        }
         assert set(found) == {order["id"] for order in orders} and found["o-8"] == 12.0
         ids = {dict(record.headers)["ce_id"] for record in scores}
         assert len(ids) == 60
-        assert {record.value for record in (dead, *again)} == {b"{junk"} and b"unexpected character" in dict(dead.headers)[
-            "eventflow.error.reason"
-        ]
+        assert {record.value for record in (dead, *again)} == {
+            b"{junk"
+        } and b"unexpected character" in dict(dead.headers)["eventflow.error.reason"]

@@ -61,7 +61,9 @@ async def test_p1_ack_follows_the_record(tmp_path: Path) -> None:
     async with running(an_app(source, handle), store=store):
         for n in range(5):
             (receipt,) = await source.send(data={"n": n}, cursor={"place": n})
-            left = Ledger(image(store, tmp_path / f"killed-{n}.db"))  # kill -9 in the moment of the acknowledgement
+            left = Ledger(
+                image(store, tmp_path / f"killed-{n}.db")
+            )  # kill -9 in the moment of the acknowledgement
             assert receipt.ledger_id in {row["id"] for row in left.events.values()}
             assert len(left.runs) == n + 1 and left.cursors == {"place": n}
         assert finished == []
@@ -76,19 +78,31 @@ async def test_p2_one_event_one_fate(tmp_path: Path) -> None:
 
     source, store = MemoryTrigger("src"), tmp_path / "live.db"
     async with running(an_app(source, handle), store=store) as app:
-        sends = [asyncio.create_task(source.send(data={"n": n}, id=f"e{n}", cursor={f"{n}": 1})) for n in range(40)]
+        sends = [
+            asyncio.create_task(source.send(data={"n": n}, id=f"e{n}", cursor={f"{n}": 1}))
+            for n in range(40)
+        ]
         images = 0
-        while not all(send.done() for send in sends):  # killed at any moment, nothing is there in part
+        while not all(
+            send.done() for send in sends
+        ):  # killed at any moment, nothing is there in part
             left = Ledger(image(store, tmp_path / f"killed-{images}.db"))
             assert len(left.events) == len(left.runs) == len(left.cursors)
-            assert {row["event"] for row in left.runs.values()} == {row["id"] for row in left.events.values()}
+            assert {row["event"] for row in left.runs.values()} == {
+                row["id"] for row in left.events.values()
+            }
             images += 1
             await asyncio.sleep(0)
         again = await asyncio.gather(*(source.send(data={"n": 7}, id="e7") for _ in range(20)))
-        assert all(receipt.duplicate and receipt.ledger_id == sends[7].result()[0].ledger_id for (receipt,) in again)
+        assert all(
+            receipt.duplicate and receipt.ledger_id == sends[7].result()[0].ledger_id
+            for (receipt,) in again
+        )
         (other,) = await source.send(data={"n": 8}, id="e7")
         assert other.conflict
-    async with running(app, store=image(store, tmp_path / "next.db")):  # remembered by the next process too
+    async with running(
+        app, store=image(store, tmp_path / "next.db")
+    ):  # remembered by the next process too
         assert (await source.send(data={"n": 7}, id="e7"))[0].duplicate
         counts = await drain(app)
         assert (counts["completed"], counts["duplicates"], counts["conflicts"]) == (40, 21, 1)
@@ -165,12 +179,17 @@ async def test_p4_a_recorded_value_is_never_computed_again_in_that_run(tmp_path:
         killed = image(tmp_path / "a.db", tmp_path / "b.db")
     async with running(app, clock=clock, store=killed):
         assert (await drain(app))["failed"] == 1
-        assert bodies[3:] == [("second", 1), ("second", 2)]  # of the second call: the first one's error was replayed
+        assert bodies[3:] == [
+            ("second", 1),
+            ("second", 2),
+        ]  # of the second call: the first one's error was replayed
         mended = True
         await app.store.retry(number)
         assert await (await app.run_handle(number)).result() == 3
         assert bodies[5:] == [("second", 3), ("second", 3)] and len(keys) == 2
-        assert [step.value for step in await journal_of(app, number) if step.state == "completed"] == [1, 2, 2]
+        assert [
+            step.value for step in await journal_of(app, number) if step.state == "completed"
+        ] == [1, 2, 2]
 
 
 def everything_asyncio_offers(done: list[str]) -> Flow[[], Any]:
@@ -189,16 +208,22 @@ def everything_asyncio_offers(done: list[str]) -> Flow[[], Any]:
         order.append(await asyncio.gather(work("a", 9), work("b", 0), work("c", 4)))
         async with asyncio.TaskGroup() as group:
             for name in "def":
-                group.create_task(work(name, ord("f") - ord(name))).add_done_callback(lambda t: order.append(t.result()))
+                group.create_task(work(name, ord("f") - ord(name))).add_done_callback(
+                    lambda t: order.append(t.result())
+                )
         racers = [asyncio.create_task(work(name, 3)) for name in "ghi"]
         won, lost = await asyncio.wait(racers, return_when=asyncio.FIRST_COMPLETED)
         order.append(sorted(racer.result() for racer in won))
         order.append(sorted([await racer for racer in lost]))
-        order += [await each for each in asyncio.as_completed([work("j", 5), work("k", 1), work("l", 3)])]
+        order += [
+            await each for each in asyncio.as_completed([work("j", 5), work("k", 1), work("l", 3)])
+        ]
         queue: asyncio.Queue[str] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
             for name in "mno":
-                group.create_task(work(name, 2)).add_done_callback(lambda t: queue.put_nowait(t.result()))
+                group.create_task(work(name, 2)).add_done_callback(
+                    lambda t: queue.put_nowait(t.result())
+                )
             order += [await queue.get() for _ in range(3)]
         order += [current_run().random.random(), current_run().now.isoformat()]
         return order
@@ -241,7 +266,9 @@ async def replayed(app: App, store: Path, run: int) -> Any:
     """What the run comes to when its whole journal is replayed: with its last commit, the outcome, taken back."""
     copy = Path(shutil.copyfile(store, store.with_suffix(".again.db")))
     connection = sqlite3.connect(copy)
-    connection.execute("UPDATE runs SET state = 0, result = NULL, codec = NULL, outcome_crc = NULL, finished_at = NULL")
+    connection.execute(
+        "UPDATE runs SET state = 0, result = NULL, codec = NULL, outcome_crc = NULL, finished_at = NULL"
+    )
     connection.execute("UPDATE ledger SET completed = completed - 1, pending = pending + 1")
     connection.commit()
     connection.close()
@@ -281,9 +308,11 @@ async def test_p6_time_survives(tmp_path: Path) -> None:
     async with running(app, clock=clock, store=store):
         before, after = await (await app.run_handle(number)).result()
         assert (after - before).total_seconds() == 3 * DAY
-        assert [(step.name, step.state) for step in await journal_of(app, number) if step.state == "fired"] == [
-            ("sleep", "fired")
-        ]
+        assert [
+            (step.name, step.state)
+            for step in await journal_of(app, number)
+            if step.state == "fired"
+        ] == [("sleep", "fired")]
 
 
 async def test_p7_no_zombie_writes() -> None:
@@ -324,7 +353,11 @@ async def test_p7_no_zombie_writes() -> None:
         await clock.advance(DAY)
         assert await sleeper.result() == "rested"
         for op in (
-            Append(sleeper.number, first, [Entry(claim="zombie#0", kind=Kind.VALUE, codec="json", value=b"1")]),
+            Append(
+                sleeper.number,
+                first,
+                [Entry(claim="zombie#0", kind=Kind.VALUE, codec="json", value=b"1")],
+            ),
             Settle(sleeper.number, first, Completed(b'"stolen"')),
         ):
             assert isinstance(await posted(app, op), Refused)
@@ -366,7 +399,9 @@ async def test_p8_back_pressure_never_drops() -> None:
 
     flood = an_app(source, handle)
     async with running(flood):
-        results = await asyncio.gather(*(source.send(data={"n": n}) for n in range(4300)), return_exceptions=True)
+        results = await asyncio.gather(
+            *(source.send(data={"n": n}) for n in range(4300)), return_exceptions=True
+        )
         refused = [result for result in results if isinstance(result, BaseException)]
         assert refused and all(isinstance(error, StoreFull) for error in refused)
         assert (await drain(flood, advance=False))["completed"] == 4300 - len(refused)
@@ -409,7 +444,14 @@ async def test_p9_nothing_fails_silently() -> None:
         assert (await app.store.counts())["pending"] == 1
         await app.store.cancel(sleeper["id"], "no longer wanted")
         counts = await drain(app)
-        expected = {"completed": 3, "failed": 1, "dead": 2, "cancelled": 1, "suppressed": 1, "pending": 0}
+        expected = {
+            "completed": 3,
+            "failed": 1,
+            "dead": 2,
+            "cancelled": 1,
+            "suppressed": 1,
+            "pending": 0,
+        }
         assert {name: counts[name] for name in expected} == expected and adds_up(counts)
 
         (failed,) = [row for row in await app.store.runs() if row["state"] == "failed"]
@@ -443,9 +485,18 @@ async def test_p10_fail_stop(tmp_path: Path) -> None:
     source, store = MemoryTrigger("src"), tmp_path / "a.db"
     app = an_app(source, handle)
     async with running(app, store=store):
-        acked = [receipt.ledger_id for n in range(3) for receipt in await source.send(data={"n": n, "pad": ""})]
-        waiting = asyncio.create_task((await app.run_handle((await app.store.runs(limit=1))[0]["id"])).result())
-        await posted(app, Errand(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()))
+        acked = [
+            receipt.ledger_id
+            for n in range(3)
+            for receipt in await source.send(data={"n": n, "pad": ""})
+        ]
+        waiting = asyncio.create_task(
+            (await app.run_handle((await app.store.runs(limit=1))[0]["id"])).result()
+        )
+        await posted(
+            app,
+            Errand(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()),
+        )
         began = SystemClock().monotonic()
         with pytest.raises(StoreFailed, match="SQLITE_FULL"):
             await source.send(data={"n": 3, "pad": "x" * 1_000_000})
@@ -457,4 +508,6 @@ async def test_p10_fail_stop(tmp_path: Path) -> None:
             await app.start(handle, n=5, pad="")
         assert SystemClock().monotonic() - began < 1
     left = Ledger(store)
-    assert acked == [row["id"] for row in left.events.values()][:3] and len(left.runs) == len(left.events)
+    assert acked == [row["id"] for row in left.events.values()][:3] and len(left.runs) == len(
+        left.events
+    )

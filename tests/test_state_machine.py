@@ -37,7 +37,9 @@ STORIES = int(os.environ.get("EVENTFLOW_MACHINE", "20"))
 seconds = st.sampled_from([1, 59, 60, 61, 3600, 100_000])
 leaf = st.one_of(
     st.builds(lambda x: ["value", x], st.integers(0, 9)),
-    st.builds(lambda times, delay: ["flaky", times, delay], st.integers(1, 3), st.sampled_from([0, 1, 90])),
+    st.builds(
+        lambda times, delay: ["flaky", times, delay], st.integers(1, 3), st.sampled_from([0, 1, 90])
+    ),
     st.builds(lambda s: ["sleep", s], seconds),
     st.builds(lambda s: ["race", s], seconds),
     st.builds(lambda s: ["timeout", s], seconds),
@@ -93,7 +95,9 @@ class Promises(RuleBasedStateMachine):
         self.places.append(item.id)
         (receipt,) = await self.world.source.send(item, cursor={"place": len(self.places)})
         known = self.acked.setdefault(item.id, receipt.ledger_id)
-        assert known == receipt.ledger_id, f"event {item.id} was acknowledged as {known} and as {receipt.ledger_id}"
+        assert known == receipt.ledger_id, (
+            f"event {item.id} was acknowledged as {known} and as {receipt.ledger_id}"
+        )
 
     def event(self, plan: Any, ok: bool = True) -> Event:
         return Event(id=f"e{len(self.sent)}", source="/s", type="t", data={"ok": ok, "plan": plan})
@@ -112,7 +116,10 @@ class Promises(RuleBasedStateMachine):
 
     @rule()
     def send_undecodable(self) -> None:
-        self.send(Undecodable(id=f"e{len(self.sent)}", source="/s", body=b"\xff\x00", error="no JSON"), "dead")
+        self.send(
+            Undecodable(id=f"e{len(self.sent)}", source="/s", body=b"\xff\x00", error="no JSON"),
+            "dead",
+        )
 
     @precondition(lambda self: self.sent)
     @rule(which=some, differs=st.booleans())
@@ -120,7 +127,9 @@ class Promises(RuleBasedStateMachine):
         ident = sorted(self.sent)[which % len(self.sent)]
         _, data = self.sent[ident]
         differs = (differs and ident in self.acked) or data is None
-        self.send(Event(id=ident, source="/s", type="t", data={"other": True} if differs else data), "?")
+        self.send(
+            Event(id=ident, source="/s", type="t", data={"other": True} if differs else data), "?"
+        )
 
     @rule(key=st.sampled_from(["k1", "k2", "k3"]), plan=plans)
     def start(self, key: str, plan: Plan) -> None:
@@ -199,7 +208,14 @@ class Promises(RuleBasedStateMachine):
             return
         letter = letters[which % len(letters)]
         try:
-            self.do(actions.redrive(self.world.app, str(letter["id"]), {"data": {"ok": True, "plan": plan}}, by="machine"))
+            self.do(
+                actions.redrive(
+                    self.world.app,
+                    str(letter["id"]),
+                    {"data": {"ok": True, "plan": plan}},
+                    by="machine",
+                )
+            )
         except UsageError:
             assert letter["redriven_at"] is not None
         else:
@@ -224,7 +240,9 @@ class Promises(RuleBasedStateMachine):
     def crash_while_events_come(self, plans: list[Plan], moment: int) -> None:
         sends: list[Coroutine[Any, Any, None]] = []
         for plan in plans:
-            sends.append(self._send(event := self.event(plan), fate := "held" if self.paused else "run"))
+            sends.append(
+                self._send(event := self.event(plan), fate := "held" if self.paused else "run")
+            )
             self.sent[event.id] = (fate, event.data)
         self.do(self._crash(moment, *sends))
         self.do(self.world.rest())
@@ -255,7 +273,9 @@ class Promises(RuleBasedStateMachine):
         run = runs[which % len(runs)]
         token = before.runs[run]["token"] - (before.state(run) is State.RUNNING)
         op = {
-            "append": Append(run, token, [Entry(claim="zombie#0", kind=Kind.VALUE, value=b"1", codec="json")]),
+            "append": Append(
+                run, token, [Entry(claim="zombie#0", kind=Kind.VALUE, value=b"1", codec="json")]
+            ),
             "mark": Mark(run, token),
             "complete": Settle(run, token, Completed(b"0")),
             "fail": Settle(run, token, Failed(b"{}")),
@@ -303,35 +323,59 @@ class Promises(RuleBasedStateMachine):
             if ident in ledger.events:
                 verdicts = orjson.loads(ledger.events[ident]["verdicts"])
                 assert [verdict[1] for verdict in verdicts][:1] == [fate], (ident, verdicts)
-        pairs = Counter((row["subscription"], row["event"]) for row in ledger.runs.values() if row["parent"] is None)
+        pairs = Counter(
+            (row["subscription"], row["event"])
+            for row in ledger.runs.values()
+            if row["parent"] is None
+        )
         assert not [pair for pair, n in pairs.items() if n > 1]
-        children = Counter((row["parent"], row["parent_claim"]) for row in ledger.runs.values() if row["parent"])
+        children = Counter(
+            (row["parent"], row["parent_claim"]) for row in ledger.runs.values() if row["parent"]
+        )
         assert not [pair for pair, n in children.items() if n > 1]
 
     def every_delivery_is_counted(self, ledger: Ledger) -> None:
         """P9: accepted = completed + failed + dead + cancelled + suppressed + pending; here every event is one delivery."""
         parts = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
-        assert ledger.totals["accepted"] == sum(ledger.totals[name] for name in parts) == len(ledger.events)
+        assert (
+            ledger.totals["accepted"]
+            == sum(ledger.totals[name] for name in parts)
+            == len(ledger.events)
+        )
 
     def values_are_never_computed_again(self, ledger: Ledger) -> None:
         """P4: no body of a recorded value starts again; a recorded value stays what it is, in every life."""
         world = self.world
-        values = {ledger.key(entry): entry["value"] for entry in ledger.journal if entry["kind"] == Kind.VALUE}
+        values = {
+            ledger.key(entry): entry["value"]
+            for entry in ledger.journal
+            if entry["kind"] == Kind.VALUE
+        }
         for key, known in world.recorded.items():
-            assert values.get(key) == known, f"{key} was recorded as {known!r}, is {values.get(key)!r}"
+            assert values.get(key) == known, (
+                f"{key} was recorded as {known!r}, is {values.get(key)!r}"
+            )
             assert world.bodies[key] == self.counts[key], f"{key} ran again"
         world.recorded = values
         self.counts = world.bodies.copy()
 
     def nothing_is_early(self, ledger: Ledger) -> None:
         """P6: no attempt starts before the time that was recorded for it, and no run that waits is past its due time."""
-        due = {(ledger.key(e), e["attempt"]): e["due_at"] for e in ledger.journal if e["kind"] == Kind.FAILED}
+        due = {
+            (ledger.key(e), e["attempt"]): e["due_at"]
+            for e in ledger.journal
+            if e["kind"] == Kind.FAILED
+        }
         for key, attempt, at in self.world.started[self.started :]:
-            assert at >= (due.get((key, attempt - 1)) or 0), f"attempt {attempt} of {key} began early"
+            assert at >= (due.get((key, attempt - 1)) or 0), (
+                f"attempt {attempt} of {key} began early"
+            )
         self.started = len(self.world.started)
         now = self.world.clock.now()
         for row in ledger.runs.values():
-            assert row["state"] not in (State.PENDING, State.WAITING) or row["due_at"] > now, f"run {row['id']} is overdue"
+            assert row["state"] not in (State.PENDING, State.WAITING) or row["due_at"] > now, (
+                f"run {row['id']} is overdue"
+            )
 
     def what_ended_stays_ended(self, ledger: Ledger) -> None:
         """Terminal states change by retry alone; nothing diverges, nothing is refused; only three deaths quarantine."""
@@ -339,7 +383,9 @@ class Promises(RuleBasedStateMachine):
             if ident not in self.revived:
                 assert self._end(ledger, ident) == known
         self.revived.clear()
-        self.ended = {ident: self._end(ledger, ident) for ident in ledger.runs if not ledger.state(ident).live}
+        self.ended = {
+            ident: self._end(ledger, ident) for ident in ledger.runs if not ledger.state(ident).live
+        }
         for ident in ledger.in_state(State.HELD):
             assert ledger.runs[ident]["reason"] is None, ledger.runs[ident]["reason"]
         assert self.world.crashes >= DEATHS or not ledger.in_state(State.DEAD)
@@ -369,7 +415,11 @@ class Promises(RuleBasedStateMachine):
         self.do(drain(self.world.app))
         ledger = self.world.look()
         for run, row in ledger.runs.items():
-            assert row["state"] == State.COMPLETED or self._explained(ledger, run), (run, State(row["state"]), row["error"])
+            assert row["state"] == State.COMPLETED or self._explained(ledger, run), (
+                run,
+                State(row["state"]),
+                row["error"],
+            )
         self.promises_hold()
         for run in ledger.in_state(*RETRYABLE):
             if ledger.runs[run]["parent"] is None:
@@ -378,7 +428,12 @@ class Promises(RuleBasedStateMachine):
         ledger = self.world.look()
         for run, row in ledger.runs.items():
             if row["parent"] is None:
-                assert row["state"] == State.COMPLETED, (run, State(row["state"]), row["reason"], row["error"])
+                assert row["state"] == State.COMPLETED, (
+                    run,
+                    State(row["state"]),
+                    row["reason"],
+                    row["error"],
+                )
             if row["state"] == State.COMPLETED:
                 assert orjson.loads(row["result"]) == expected(ledger.plan(run))
 
@@ -387,7 +442,11 @@ class Promises(RuleBasedStateMachine):
         broken = "boom" in orjson.dumps(ledger.plan(run)).decode()
         unlucky = ledger.family(run) & self.cancelled.union(ledger.in_state(State.DEAD))
         parent = ledger.runs[run]["parent"]
-        return broken or bool(unlucky) or (parent is not None and ledger.state(parent) is not State.COMPLETED)
+        return (
+            broken
+            or bool(unlucky)
+            or (parent is not None and ledger.state(parent) is not State.COMPLETED)
+        )
 
 
 class TestPromises(Promises.TestCase):
@@ -398,6 +457,10 @@ class TestPromises(Promises.TestCase):
         stateful_step_count=25,
         deadline=None,
         print_blob=True,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.filter_too_much,
+        ],
         phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
     )

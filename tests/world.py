@@ -76,7 +76,9 @@ class World:
 
     async def open(self) -> None:
         self.source = MemoryTrigger("src")
-        self.app = App("world", clock=self.clock, store=f"sqlite:///{self.path}", ballast=0, free_floor=0)
+        self.app = App(
+            "world", clock=self.clock, store=f"sqlite:///{self.path}", ballast=0, free_floor=0
+        )
         work, heard = self._flows(self.life)
         self.app.on(self.source, work, where={"ok": [True]})
         self.app.on("made", heard)
@@ -114,7 +116,9 @@ class World:
                 await asyncio.get_running_loop().create_future()  # its process is dead
             call = current_task()
             if call.idempotency_key in world.recorded:
-                world.wrong.append(f"{call.idempotency_key} runs again, attempt {call.attempt}: its value is recorded")
+                world.wrong.append(
+                    f"{call.idempotency_key} runs again, attempt {call.attempt}: its value is recorded"
+                )
             world.bodies[call.idempotency_key] += 1
             world.started.append((call.idempotency_key, call.attempt, world.clock.now()))
             await asyncio.sleep(0)
@@ -216,12 +220,19 @@ class Ledger:
         connection.row_factory = sqlite3.Row
         try:
             connection.execute("BEGIN")
-            self.runs = {row["id"]: row for row in connection.execute("SELECT * FROM runs ORDER BY id")}
-            self.events = {row["event_id"]: row for row in connection.execute("SELECT * FROM events")}
+            self.runs = {
+                row["id"]: row for row in connection.execute("SELECT * FROM runs ORDER BY id")
+            }
+            self.events = {
+                row["event_id"]: row for row in connection.execute("SELECT * FROM events")
+            }
             self.journal = list(connection.execute("SELECT * FROM journal ORDER BY batch, pos"))
             self.totals = dict(connection.execute("SELECT * FROM ledger").fetchone())
             self.dead = list(connection.execute("SELECT * FROM dead"))
-            self.cursors = {row["key"]: orjson.loads(row["value"]) for row in connection.execute("SELECT * FROM cursors")}
+            self.cursors = {
+                row["key"]: orjson.loads(row["value"])
+                for row in connection.execute("SELECT * FROM cursors")
+            }
         finally:
             connection.close()
 

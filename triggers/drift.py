@@ -76,22 +76,38 @@ class DriftAlert(Endpoint):
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         if unknown := set(fields or ()) - FIELDS:
-            raise UsageError(f"DriftAlert({path!r}, fields=): expected {', '.join(sorted(FIELDS))}, found {', '.join(unknown)}")
+            raise UsageError(
+                f"DriftAlert({path!r}, fields=): expected {', '.join(sorted(FIELDS))}, found {', '.join(unknown)}"
+            )
         if alerts is not None and not fields:
-            raise UsageError(f"DriftAlert({path!r}, alerts=): expected fields= beside it, to say what each alert holds")
+            raise UsageError(
+                f"DriftAlert({path!r}, alerts=): expected fields= beside it, to say what each alert holds"
+            )
         super().__init__(
             path, verify=verify, name=name or "drift" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
             max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
         )  # fmt: skip
-        self._fields, self._alerts, self._topics, self._sns = dict(fields or {}), alerts, frozenset(topics), sns
+        self._fields, self._alerts, self._topics, self._sns = (
+            dict(fields or {}),
+            alerts,
+            frozenset(topics),
+            sns,
+        )
 
     async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
-        if not (is_json(media_type(headers)) or media_type(headers) == "text/plain"):  # SNS calls its JSON plain text
-            raise self._refused(Refused(415, "unsupported_type", "expected Content-Type application/json"), "content type")
+        if not (
+            is_json(media_type(headers)) or media_type(headers) == "text/plain"
+        ):  # SNS calls its JSON plain text
+            raise self._refused(
+                Refused(415, "unsupported_type", "expected Content-Type application/json"),
+                "content type",
+            )
         try:
             reading = read(body, self._fields, self._alerts)
         except ValueError as error:
-            raise await self._dead(_body_id(body), self.path, headers, body, str(error)[:MAX_REASON]) from None
+            raise await self._dead(
+                _body_id(body), self.path, headers, body, str(error)[:MAX_REASON]
+            ) from None
         if reading.handshake is not None:
             return await self._confirm(reading.handshake)
         return await self._record(reading, body, self._verify.signed_id(headers))
@@ -99,16 +115,26 @@ class DriftAlert(Endpoint):
     async def _record(self, reading: Reading, body: bytes, signed: str | None) -> Reply:
         self._tell(reading)
         items: list[Event | Undecodable] = []
-        items += [to_event(each, self.path, ident=_ident(each, body, signed)) for each in reading.drifts]
+        items += [
+            to_event(each, self.path, ident=_ident(each, body, signed)) for each in reading.drifts
+        ]
         items += [self._broken(each) for each in reading.broken]
         receipts = await self._accept(items, len(body)) if items else []
-        rows = [{"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate or one.conflict} for one in receipts]
+        rows = [
+            {"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate or one.conflict}
+            for one in receipts
+        ]
         known = not items or all(one.duplicate or one.conflict for one in receipts)
         return Reply(200 if known else 202, orjson.dumps(rows))
 
     def _broken(self, broken: Broken) -> Undecodable:
         body = orjson.dumps(broken.alert)
-        return Undecodable(id=f"undecodable-{digest_json(broken.alert)}", source=self.path, body=body, error=broken.reason)
+        return Undecodable(
+            id=f"undecodable-{digest_json(broken.alert)}",
+            source=self.path,
+            body=body,
+            error=broken.reason,
+        )
 
     def _tell(self, reading: Reading) -> None:
         if reading.aside:
@@ -124,7 +150,9 @@ class DriftAlert(Endpoint):
             why = "SubscribeURL does not lead to SNS"
         else:
             return await self._visit(asked)
-        raise self._refused(Refused(403, "not_subscribed", "this topic is not one that the application takes"), why)
+        raise self._refused(
+            Refused(403, "not_subscribed", "this topic is not one that the application takes"), why
+        )
 
     async def _visit(self, asked: Handshake) -> Reply:
         try:

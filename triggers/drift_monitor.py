@@ -21,7 +21,14 @@ from eventflow.core.clock import SECOND, Clock, Duration, SystemClock, microseco
 from eventflow.core.errors import StoreFull, UsageError
 from eventflow.events.event import Event, Foresight, Gauge, Gauged, Intake, Json, Trigger
 from triggers._drift import arrays
-from triggers._drift.baseline import Baseline, Reference, check, make_baseline, read_rows, read_table
+from triggers._drift.baseline import (
+    Baseline,
+    Reference,
+    check,
+    make_baseline,
+    read_rows,
+    read_table,
+)
 from triggers._drift.config import Setting, WindowKind
 from triggers._drift.counting_intake import Desk, Doubt
 from triggers._drift.dry_run import ByRows, ByWindows
@@ -99,7 +106,9 @@ class DriftMonitor:
         clock: Clock | None = None,
     ) -> None:
         if not isinstance(source, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"DriftMonitor({source!r}): expected a trigger (with a name and listen())")
+            raise UsageError(
+                f"DriftMonitor({source!r}): expected a trigger (with a name and listen())"
+            )
         _check(window, alpha, confirm, clear, tell, per, min(remember, history), min_samples)
         span = microseconds(window) if isinstance(window, timedelta) else 0
         watched, given = _referenced(features, reference)
@@ -113,7 +122,12 @@ class DriftMonitor:
             nodata=microseconds(nodata) if nodata is not None else 3 * span or None, per_feature=per == "feature",
             history=history,
         )  # fmt: skip
-        self._source, self._rows, self._remember, self._record = source, rows or data_rows, remember, record
+        self._source, self._rows, self._remember, self._record = (
+            source,
+            rows or data_rows,
+            remember,
+            record,
+        )
         self.clock = clock or _SYSTEM_CLOCK
         self._doubt = Doubt()
         self._desk: Desk | None = None
@@ -124,7 +138,9 @@ class DriftMonitor:
 
     async def listen(self, intake: Intake) -> None:
         """Listens to the source until cancelled. All that is known is in the cursor, so it may be opened again at any time."""
-        desk = Desk(intake, self._setting, self._rows, self._remember, self._record, self.clock, self._doubt)
+        desk = Desk(
+            intake, self._setting, self._rows, self._remember, self._record, self.clock, self._doubt
+        )
         await desk.open()
         self._desk, self._loop = desk, asyncio.get_running_loop()
         try:
@@ -145,9 +161,13 @@ class DriftMonitor:
         if self._loop is asyncio.get_running_loop():
             await self._desk.relearn()
         else:  # flows run on another loop than the way in
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._desk.relearn(), self._loop))
+            await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(self._desk.relearn(), self._loop)
+            )
 
-    def foresee(self, cursor: Mapping[str, Json], since: datetime | None, until: datetime) -> Foresight:
+    def foresee(
+        self, cursor: Mapping[str, Json], since: datetime | None, until: datetime
+    ) -> Foresight:
         """What it would have told of that time, had it begun then as it is set now: for `eventflow replay --dry-run`."""
         if self._record:
             return ByRows(self._setting, self._rows, cursor, since)
@@ -196,7 +216,9 @@ class DriftMonitor:
         """The source's; else whether it is silent."""
         told = self._source.condition if isinstance(self._source, Gauged) else None
         engine = self._desk.engine if self._desk is not None else None
-        return told or ("no data comes" if engine is not None and engine.memory.silent is not None else None)
+        return told or (
+            "no data comes" if engine is not None and engine.memory.silent is not None else None
+        )
 
     def gauges(self) -> Sequence[Gauge]:
         """Each feature's last statistic, and what became of rows and windows; the source's own beside them."""
@@ -232,7 +254,9 @@ def data_rows(event: Event) -> Iterable[Row]:
     data: Any = event.data
     rows = cast(list[Any], data) if isinstance(data, list) else [data]
     if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError("expected data that is an object or a list of objects, found other data; rows= says what the rows are")
+        raise ValueError(
+            "expected data that is an object or a list of objects, found other data; rows= says what the rows are"
+        )
     return rows
 
 
@@ -280,18 +304,31 @@ def _warm_up(watched: Sequence[Watched]) -> None:
 
 
 def _check(
-    window: WindowKind, alpha: float, confirm: int, clear: int, tell: str, per: str, kept: int, min_samples: int | None
+    window: WindowKind,
+    alpha: float,
+    confirm: int,
+    clear: int,
+    tell: str,
+    per: str,
+    kept: int,
+    min_samples: int | None,
 ) -> None:
     if isinstance(window, timedelta):
         if seconds(window) < 1:
             raise UsageError(f"DriftMonitor(window=): expected at least a second, found {window}")
     elif window != "batch" and not (isinstance(window, int) and window >= LEAST):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f'DriftMonitor(window=): expected at least {LEAST} rows, a timedelta or "batch", found {window!r}')
+        raise UsageError(
+            f'DriftMonitor(window=): expected at least {LEAST} rows, a timedelta or "batch", found {window!r}'
+        )
     if isinstance(window, int) and min_samples is not None and min_samples > window:
-        raise UsageError(f"DriftMonitor(min_samples={min_samples}): expected at most the window's {window} rows")
+        raise UsageError(
+            f"DriftMonitor(min_samples={min_samples}): expected at most the window's {window} rows"
+        )
     if not 0 < alpha < 1 or confirm < 1 or clear < 1 or kept < 0:
         raise UsageError(
             "DriftMonitor: alpha must be between 0 and 1, confirm and clear at least 1, remember and history not negative"
         )
     if tell not in ("warning", "alert") or per not in ("monitor", "feature"):
-        raise UsageError('DriftMonitor: expected tell="warning" or "alert", and per="monitor" or "feature"')
+        raise UsageError(
+            'DriftMonitor: expected tell="warning" or "alert", and per="monitor" or "feature"'
+        )

@@ -73,7 +73,9 @@ class Directory:
         clock: Clock | None = None,
     ) -> None:
         if min(settle, rescan, poll, zero_byte_grace) < 0 or not rescan or not poll:
-            raise UsageError("Directory: settle and zero_byte_grace must not be negative, rescan and poll must be positive")
+            raise UsageError(
+                "Directory: settle and zero_byte_grace must not be negative, rescan and poll must be positive"
+            )
         self.name = name or f"files:{os.fspath(root)}"
         place = os.path.abspath(os.fsencode(root))
         move_to = _target(place, after) if isinstance(after, Move) else None
@@ -110,5 +112,7 @@ class Directory:
 def _target(root: bytes, after: Move) -> bytes:
     target = os.path.normpath(os.path.join(root, os.fsencode(after.to)))
     if target == root:
-        raise UsageError(f"Directory: after=move(...) leads to the landing directory itself, {printable(root)}")
+        raise UsageError(
+            f"Directory: after=move(...) leads to the landing directory itself, {printable(root)}"
+        )
     return target

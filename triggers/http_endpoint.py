@@ -20,7 +20,16 @@ from starlette.types import Receive, Scope, Send
 from eventflow.core.clock import SECOND, Clock, SystemClock
 from eventflow.core.errors import StoreError, StoreFull, UsageError
 from eventflow.events.event import Event, Gauge, Intake, Receipt, Undecodable
-from triggers.http_request import Gone, Refused, Reply, encoding, gunzip, read_body, read_headers, send_reply
+from triggers.http_request import (
+    Gone,
+    Refused,
+    Reply,
+    encoding,
+    gunzip,
+    read_body,
+    read_headers,
+    send_reply,
+)
 from triggers.rate_limit import LONGEST, Pace
 from triggers.signatures import NOBODY, Verify
 
@@ -60,9 +69,13 @@ class Endpoint:
     ) -> None:
         kind = type(self).__name__
         if not _PATH.fullmatch(path):
-            raise UsageError(f'{kind}({path!r}): expected a path such as "/orders" of letters, digits and . _ ~ -')
+            raise UsageError(
+                f'{kind}({path!r}): expected a path such as "/orders" of letters, digits and . _ ~ -'
+            )
         if max_rate is not None and not 0 < max_rate < math.inf:
-            raise UsageError(f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, found {max_rate!r}")
+            raise UsageError(
+                f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, found {max_rate!r}"
+            )
         self._verify = _verifier(f"{kind}({path!r}", verify)
         self.name, self.path = name, "/hooks" + path
         self.verified = self._verify is not NOBODY
@@ -74,7 +87,9 @@ class Endpoint:
         self._quiet_until, self._unlogged = 0.0, 0
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.path.removeprefix('/hooks')!r}, verify={self._verify!r})"
+        return (
+            f"{type(self).__name__}({self.path.removeprefix('/hooks')!r}, verify={self._verify!r})"
+        )
 
     async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
         """What becomes of a verified body; Refused where it is none of ours."""
@@ -135,7 +150,12 @@ class Endpoint:
             return
         if wait := self._pace.wait(client[0], self._clock.monotonic()):
             rate = f"{self._pace.rate:g} requests a second from one address"
-            refused = Refused(429, "too_many_requests", f"expected at most {rate}", retry_after=str(math.ceil(wait)))
+            refused = Refused(
+                429,
+                "too_many_requests",
+                f"expected at most {rate}",
+                retry_after=str(math.ceil(wait)),
+            )
             raise self._refused(refused, f"more than {rate}", address=client[0][:LONGEST])
 
     async def _read(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
@@ -148,7 +168,11 @@ class Endpoint:
         if why and packed:
             why = self._verify.reason_to_refuse(headers, repeated, body, now)
         if why:
-            asked = {"www_authenticate": self._verify.challenge} if self._verify.challenge else dict[str, str]()
+            asked = (
+                {"www_authenticate": self._verify.challenge}
+                if self._verify.challenge
+                else dict[str, str]()
+            )
             raise self._refused(_unauthorized(asked), why)
         return body
 
@@ -174,7 +198,9 @@ class Endpoint:
             return await self._intake.accept(*items)
         except StoreFull:
             raise
-        except StoreError:  # unknown, not refused: the sender tries again, and its id tells whether it was recorded
+        except (
+            StoreError
+        ):  # unknown, not refused: the sender tries again, and its id tells whether it was recorded
             raise self._unavailable() from None
 
     async def _offer_again(self, items: Sequence[Event | Undecodable]) -> list[Receipt]:
@@ -189,7 +215,9 @@ class Endpoint:
                     raise _full(full) from None
             pause *= 1.5
 
-    async def _dead(self, ident: str, source: str, headers: Headers, body: bytes, error: str) -> Refused:
+    async def _dead(
+        self, ident: str, source: str, headers: Headers, body: bytes, error: str
+    ) -> Refused:
         """Keeps what a real sender sent and nobody can read; the answer for it."""
         kept = {name: headers[name] for name in KEPT_HEADERS if name in headers}
         item = Undecodable(id=ident, source=source, body=body, error=error, headers=kept)
@@ -202,16 +230,26 @@ class Endpoint:
     # ------------------------------------------------------------------------- out again
 
     def _unavailable(self, *, unread: bool = False) -> Refused:
-        seconds = 1 + self._entropy(1)[0] % 5  # spread, so that waiting senders do not all come back at once
+        seconds = (
+            1 + self._entropy(1)[0] % 5
+        )  # spread, so that waiting senders do not all come back at once
         detail = "not taking events now; come back later"
-        return Refused(503, "unavailable", detail, hang_up=True, unread=unread, retry_after=str(seconds))
+        return Refused(
+            503, "unavailable", detail, hang_up=True, unread=unread, retry_after=str(seconds)
+        )
 
     def _refused(self, refused: Refused, reason: str, **fields: str) -> Refused:
         """Says why in the log, at most once a second: whoever floods us with forgeries must not fill the disk."""
         now = self._clock.monotonic()
         self._unlogged += 1
         if now >= self._quiet_until:
-            self._log("webhook.refused", reason=reason, status=refused.reply.status, count=self._unlogged, **fields)
+            self._log(
+                "webhook.refused",
+                reason=reason,
+                status=refused.reply.status,
+                count=self._unlogged,
+                **fields,
+            )
             self._quiet_until, self._unlogged = now + 1.0, 0
         return refused
 
@@ -222,12 +260,24 @@ class Endpoint:
 
 def _unauthorized(asked: Mapping[str, str]) -> Refused:
     """One answer, whatever was wrong with the proof."""
-    return Refused(401, "unauthorized", "the request could not be verified", hang_up=False, unread=False, **asked)
+    return Refused(
+        401,
+        "unauthorized",
+        "the request could not be verified",
+        hang_up=False,
+        unread=False,
+        **asked,
+    )
 
 
 def _full(full: StoreFull) -> Refused:
     status, error = (507, "disk_full") if full.disk else (503, "overloaded")
-    return Refused(status, error, "the ledger is full; come back later", retry_after=str(max(1, math.ceil(full.retry_after))))
+    return Refused(
+        status,
+        error,
+        "the ledger is full; come back later",
+        retry_after=str(max(1, math.ceil(full.retry_after))),
+    )
 
 
 def _verifier(where: str, verify: Verify | Literal["none"]) -> Verify:
@@ -235,4 +285,6 @@ def _verifier(where: str, verify: Verify | Literal["none"]) -> Verify:
         return verify
     if verify == "none":
         return NOBODY
-    raise UsageError(f'{where}, verify=): expected a preset such as GitHub(secret=env("NAME")), or "none" written out')
+    raise UsageError(
+        f'{where}, verify=): expected a preset such as GitHub(secret=env("NAME")), or "none" written out'
+    )

@@ -41,11 +41,22 @@ class Refused(Exception):
     """The request ends here, with this reply."""
 
     def __init__(
-        self, status: int, error: str, detail: str, *, hang_up: bool = False, unread: bool = False, **headers: str
+        self,
+        status: int,
+        error: str,
+        detail: str,
+        *,
+        hang_up: bool = False,
+        unread: bool = False,
+        **headers: str,
     ) -> None:
         super().__init__(status, error, detail)
-        named = tuple((name.replace("_", "-").encode(), value.encode()) for name, value in headers.items())
-        self.reply = Reply(status, orjson.dumps({"error": error, "detail": detail}), named, hang_up, unread)
+        named = tuple(
+            (name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()
+        )
+        self.reply = Reply(
+            status, orjson.dumps({"error": error, "detail": detail}), named, hang_up, unread
+        )
 
 
 class Gone(Exception):
@@ -65,7 +76,9 @@ def read_headers(raw: list[tuple[bytes, bytes]]) -> tuple[dict[str, str], set[st
     return headers, repeated
 
 
-async def read_body(receive: Receive, headers: Mapping[str, str], limit: int, timeout: float) -> bytes:
+async def read_body(
+    receive: Receive, headers: Mapping[str, str], limit: int, timeout: float
+) -> bytes:
     """The body as sent. Raises Refused (413, 408) or Gone."""
     declared = headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > 15 or int(declared) > limit):
@@ -85,11 +98,15 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limit: int, ti
                     return bytes(body)
                 deadline.reschedule(start + min(timeout, PATIENCE + len(body) / MIN_RATE))
     except TimeoutError:
-        raise Refused(408, "timeout", "the body did not arrive in time", hang_up=True, unread=True) from None
+        raise Refused(
+            408, "timeout", "the body did not arrive in time", hang_up=True, unread=True
+        ) from None
 
 
 def _too_large(limit: int, *, unread: bool = True) -> Refused:
-    return Refused(413, "too_large", f"expected a body of at most {limit} bytes", hang_up=unread, unread=unread)
+    return Refused(
+        413, "too_large", f"expected a body of at most {limit} bytes", hang_up=unread, unread=unread
+    )
 
 
 def encoding(headers: Mapping[str, str], gzip: bool) -> str:
@@ -101,7 +118,9 @@ def encoding(headers: Mapping[str, str], gzip: bool) -> str:
         return "gzip"
     taken = "gzip" if gzip else "identity"
     detail = f"expected Content-Encoding {taken}"
-    raise Refused(415, "unsupported_encoding", detail, hang_up=True, unread=True, accept_encoding=taken)
+    raise Refused(
+        415, "unsupported_encoding", detail, hang_up=True, unread=True, accept_encoding=taken
+    )
 
 
 def gunzip(wire: bytes, limit: int) -> bytes:
@@ -124,7 +143,11 @@ def gunzip(wire: bytes, limit: int) -> bytes:
 
 async def send_reply(reply: Reply, receive: Receive, send: Send) -> None:
     """Sends it whole. Where it hangs up, what the sender is still sending is dropped for a moment first."""
-    headers = [(b"content-type", reply.media), (b"content-length", b"%d" % len(reply.body)), *reply.headers]
+    headers = [
+        (b"content-type", reply.media),
+        (b"content-length", b"%d" % len(reply.body)),
+        *reply.headers,
+    ]
     if reply.hang_up:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
@@ -137,7 +160,9 @@ async def send_reply(reply: Reply, receive: Receive, send: Send) -> None:
 async def _linger(receive: Receive) -> None:
     try:
         async with asyncio.timeout(LINGER):
-            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+            while (message := await receive())["type"] == "http.request" and message.get(
+                "more_body", False
+            ):
                 pass
     except TimeoutError:
         return

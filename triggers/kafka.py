@@ -75,7 +75,9 @@ class Kafka:
         **client: Any,
     ) -> None:
         _check(topics, pattern, group_id, start, decode, on_gap)
-        servers = bootstrap_servers if isinstance(bootstrap_servers, str) else ",".join(bootstrap_servers)
+        servers = (
+            bootstrap_servers if isinstance(bootstrap_servers, str) else ",".join(bootstrap_servers)
+        )
         self.name = name or f"kafka:{pattern or ','.join(topics)}"
         given = {"bootstrap_servers": servers, "group_id": group_id, **client}
         self._options = Options(
@@ -84,7 +86,12 @@ class Kafka:
             start=start,
             on_gap=on_gap,
             skip_corrupt=skip_corrupt,
-            reader=Reader(cluster or servers.partition(",")[0], decode, max_body, skip_tombstones=skip_tombstones),
+            reader=Reader(
+                cluster or servers.partition(",")[0],
+                decode,
+                max_body,
+                skip_tombstones=skip_tombstones,
+            ),
             client=client_options(given, self.name),
             clock=clock or SystemClock(),
         )
@@ -106,7 +113,11 @@ class Kafka:
     async def listen(self, intake: Intake) -> None:
         """A member of the group until cancelled. While no broker can be reached it tries again, at least every 30 s."""
         if missing := missing_codecs():
-            intake.log.warning("kafka.codecs_missing", codecs=missing, install="pip install 'eventflow-reactor[kafka]'")
+            intake.log.warning(
+                "kafka.codecs_missing",
+                codecs=missing,
+                install="pip install 'eventflow-reactor[kafka]'",
+            )
         wait = BACKOFF[0]
         while True:
             why = ""
@@ -114,7 +125,11 @@ class Kafka:
             self._sessions.append(session)
             try:
                 await session.run()
-            except (KafkaError, OSError, TimeoutError) as error:  # what the network and the brokers may do
+            except (
+                KafkaError,
+                OSError,
+                TimeoutError,
+            ) as error:  # what the network and the brokers may do
                 why = f"{type(error).__name__}: {error}"
             finally:
                 self._sessions.remove(session)
@@ -125,7 +140,14 @@ class Kafka:
             await asyncio.sleep(seconds)
 
 
-def _check(topics: tuple[str, ...], pattern: str | None, group_id: str, start: Start, decode: Decode, on_gap: OnGap) -> None:
+def _check(
+    topics: tuple[str, ...],
+    pattern: str | None,
+    group_id: str,
+    start: Start,
+    decode: Decode,
+    on_gap: OnGap,
+) -> None:
     if bool(topics) == bool(pattern):
         raise UsageError("Kafka: expected names of topics, or pattern=, and not both")
     if not group_id:
@@ -134,13 +156,21 @@ def _check(topics: tuple[str, ...], pattern: str | None, group_id: str, start: S
         try:
             re.compile(pattern)
         except re.error as error:
-            raise UsageError(f"Kafka: pattern={pattern!r} is no regular expression: {error}") from error
+            raise UsageError(
+                f"Kafka: pattern={pattern!r} is no regular expression: {error}"
+            ) from error
     if isinstance(start, datetime):
         if start.tzinfo is None:
-            raise UsageError(f"Kafka: start= expected an aware datetime, found the naive {start.isoformat()}; add tzinfo=UTC")
+            raise UsageError(
+                f"Kafka: start= expected an aware datetime, found the naive {start.isoformat()}; add tzinfo=UTC"
+            )
     elif start not in ("earliest", "latest"):
-        raise UsageError(f'Kafka: start= expected "earliest", "latest" or a datetime, found {start!r}')
+        raise UsageError(
+            f'Kafka: start= expected "earliest", "latest" or a datetime, found {start!r}'
+        )
     if not callable(decode) and decode not in ("json", "bytes"):
         raise UsageError(f'Kafka: decode= expected "json", "bytes" or a function, found {decode!r}')
     if on_gap not in ("earliest", "latest", "stop"):
-        raise UsageError(f'Kafka: on_gap= expected "earliest", "latest" or "stop", found {on_gap!r}')
+        raise UsageError(
+            f'Kafka: on_gap= expected "earliest", "latest" or "stop", found {on_gap!r}'
+        )

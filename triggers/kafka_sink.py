@@ -19,7 +19,13 @@ from eventflow.core.errors import UsageError
 from eventflow.core.retry import Permanent
 from eventflow.events.event import Event, Letter, show_id
 from eventflow.logs.redaction import SECRETS
-from triggers._kafka.producer import MessageSizeTooLargeError, Producer, close, make_producer, option_names
+from triggers._kafka.producer import (
+    MessageSizeTooLargeError,
+    Producer,
+    close,
+    make_producer,
+    option_names,
+)
 from triggers.signatures import Secret
 
 Mode: TypeAlias = Literal["binary", "structured"]
@@ -113,7 +119,10 @@ class KafkaSink:
         if letter.reason is not None:
             value, headers = _dead(letter)
         elif self._mode == "structured":
-            value, headers = event.to_json(), [("content-type", b"application/cloudevents+json; charset=UTF-8")]
+            value, headers = (
+                event.to_json(),
+                [("content-type", b"application/cloudevents+json; charset=UTF-8")],
+            )
         else:
             value, headers = _binary(event)
         if value is None and key is None:
@@ -138,7 +147,12 @@ def _value(event: Event) -> tuple[bytes | None, str | None]:
 def _binary(event: Event) -> tuple[bytes | None, Headers]:
     """https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md#32-binary-content-mode"""
     value, content_type = _value(event)
-    attributes: dict[str, Any] = {"specversion": "1.0", "id": event.id, "source": event.source, "type": event.type}
+    attributes: dict[str, Any] = {
+        "specversion": "1.0",
+        "id": event.id,
+        "source": event.source,
+        "type": event.type,
+    }
     attributes |= {"subject": event.subject, "dataschema": event.dataschema}
     attributes["time"] = None if event.time is None else event.time.isoformat()
     attributes |= event.extensions
@@ -155,7 +169,9 @@ def _dead(letter: Letter) -> tuple[bytes | None, Headers]:
         "source": letter.event.source, "id": letter.event.id, "ledger_id": show_id(letter.ledger_id),
     }  # fmt: skip
     headers = [(name, _text(said)) for name, said in letter.headers.items()]
-    return value, headers + [(f"eventflow.error.{name}", _text(said)) for name, said in told.items() if said is not None]
+    return value, headers + [
+        (f"eventflow.error.{name}", _text(said)) for name, said in told.items() if said is not None
+    ]
 
 
 def _text(value: Any) -> bytes:
@@ -170,10 +186,16 @@ def _checked(client: Mapping[str, Any]) -> dict[str, Any]:
     known = option_names()
     for option in client:
         if option in _OURS or option in _UNSAID:
-            raise UsageError(f"KafkaSink: {option}= cannot be set: what is sent is acknowledged by all replicas, and is bytes")
+            raise UsageError(
+                f"KafkaSink: {option}= cannot be set: what is sent is acknowledged by all replicas, and is bytes"
+            )
         if option not in known:
             near = get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}=?" if near else "it takes those of aiokafka's AIOKafkaProducer"
+            hint = (
+                f"did you mean {near[0]}=?"
+                if near
+                else "it takes those of aiokafka's AIOKafkaProducer"
+            )
             raise UsageError(f"KafkaSink: no option {option}=; {hint}")
     return {option: _revealed(value) for option, value in client.items()}
 

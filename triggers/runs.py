@@ -22,7 +22,7 @@ LATE: Final = "late"
 class RunState:
     """Runs of `flow` (by name, or the flow itself; `*` matches any part) that come to one of `states`.
 
-    The event's type is `eventflow.runs.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
+    The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
     `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). Without `states`: every end.
 
     `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due to begin, whatever it does then:
@@ -38,7 +38,9 @@ class RunState:
             raise UsageError(f"RunState: expected a flow or its name, found {flow!r}")
         for state in states:
             if state not in (*STATES, LATE):
-                raise UsageError(f"RunState: expected states among {', '.join((*STATES, LATE))}, found {state!r}")
+                raise UsageError(
+                    f"RunState: expected states among {', '.join((*STATES, LATE))}, found {state!r}"
+                )
         self._flow, self._states = name, states or STATES
         self._after = _checked(after, LATE in states)
 
@@ -62,9 +64,13 @@ class RunState:
 def _checked(after: Duration | None, is_late: bool) -> int | None:
     """Microseconds."""
     if after is None and is_late:
-        raise UsageError('RunState: "late" expected after= (seconds, or a timedelta), found none: how late is late?')
+        raise UsageError(
+            'RunState: "late" expected after= (seconds, or a timedelta), found none: how late is late?'
+        )
     if after is not None and not is_late:
-        raise UsageError(f'RunState: after={after!r} goes with the state "late", which is not among those named')
+        raise UsageError(
+            f'RunState: after={after!r} goes with the state "late", which is not among those named'
+        )
     if after is not None and microseconds(after) <= 0:
         raise UsageError(f"RunState: after= expected a positive duration, found {after!r}")
     return None if after is None else microseconds(after)

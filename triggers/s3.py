@@ -89,7 +89,9 @@ class S3:
         _check(bucket, queue, poll, reconcile, settle, wait, visibility, pollers, page)
         selection = Selection(prefix, suffix, pattern, marker)
         if queue is not None and selection.per_object:
-            raise UsageError(f'S3(queue=, marker={marker!r}): expected a folder marker such as "_SUCCESS", or no queue')
+            raise UsageError(
+                f'S3(queue=, marker={marker!r}): expected a folder marker such as "_SUCCESS", or no queue'
+            )
         self.name = name or _name(bucket, prefix, queue)
         self._place = Place(endpoint_url, region, session, client_options or {})
         self._options = Options(
@@ -128,7 +130,9 @@ class S3:
                 url = await _url(sqs, options.queue, caller)
                 queue = Queue(sqs, url, options, desk, caller, seen, folders, self._tally)
                 loops += [queue.run() for _ in range(options.pollers)] + [queue.look()]
-            intake.log.info("bucket.opened", bucket=options.bucket, queue=options.queue, known=len(seen or ()))
+            intake.log.info(
+                "bucket.opened", bucket=options.bucket, queue=options.queue, known=len(seen or ())
+            )
             await together(*loops)
 
     # ------------------------------------------------------------------------- how it fares
@@ -154,13 +158,19 @@ async def _url(sqs: Any, queue: str, caller: Caller) -> str:
     if "://" in queue:
         return queue
     parts = queue.split(":")
-    asked = {"QueueName": parts[-1]} | ({"QueueOwnerAWSAccountId": parts[4]} if queue.startswith("arn:") else {})
+    asked = {"QueueName": parts[-1]} | (
+        {"QueueOwnerAWSAccountId": parts[4]} if queue.startswith("arn:") else {}
+    )
     answer = await caller.ask(f"looking up the queue {queue}", lambda: sqs.get_queue_url(**asked))
     return (answer or {"QueueUrl": queue})["QueueUrl"]
 
 
 def _name(bucket: str | None, prefix: str, queue: str | None) -> str:
-    place = f"{bucket}/{prefix}" if bucket is not None else (queue or "").rstrip("/").replace("/", ":").rpartition(":")[2]
+    place = (
+        f"{bucket}/{prefix}"
+        if bucket is not None
+        else (queue or "").rstrip("/").replace("/", ":").rpartition(":")[2]
+    )
     return f"s3:{place.rstrip('/')}"
 
 
@@ -169,13 +179,21 @@ def _check(
     visibility: float, pollers: int, page: int,
 ) -> None:  # fmt: skip
     if bucket is None and (queue is None or reconcile is not None):
-        raise UsageError("S3: expected a bucket; only a queue without reconcile= may go without one")
+        raise UsageError(
+            "S3: expected a bucket; only a queue without reconcile= may go without one"
+        )
     if bucket is not None and "/" in bucket:
-        raise UsageError(f"S3({bucket!r}): expected the bucket's name alone; give the rest as prefix=")
+        raise UsageError(
+            f"S3({bucket!r}): expected the bucket's name alone; give the rest as prefix="
+        )
     if queue is None and reconcile is not None:
-        raise UsageError("S3(reconcile=): expected a queue beside it; without one, poll= says how often the bucket is swept")
+        raise UsageError(
+            "S3(reconcile=): expected a queue beside it; without one, poll= says how often the bucket is swept"
+        )
     if min(poll, reconcile or 1.0) <= 0 or settle < 0 or not 1 <= page <= 1000 or pollers < 1:
-        raise UsageError("S3: poll, reconcile and pollers must be positive, settle not negative, page from 1 to 1,000")
+        raise UsageError(
+            "S3: poll, reconcile and pollers must be positive, settle not negative, page from 1 to 1,000"
+        )
     if not 0 <= wait <= 20 or not 1 <= visibility <= 43_200:
         raise UsageError("S3: wait must be from 0 to 20 seconds, visibility from 1 to 43,200")
 
@@ -195,13 +213,17 @@ def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
     `fields` are those that the flow takes, of `bucket`, `key`, `size`, `etag`, `version`, `sequencer`; none means all six.
     """
     if unknown := set(fields) - set(shape(Notice(action="created", bucket="", key=""))):
-        raise UsageError(f"minio_object: expected fields of an S3 event, found {', '.join(sorted(unknown))}")
+        raise UsageError(
+            f"minio_object: expected fields of an S3 event, found {', '.join(sorted(unknown))}"
+        )
 
     def params(event: Event) -> dict[str, Any]:
         found = _notices(event.data)
         if not found:
             raise ValueError("expected a record of an object, found none")
-        return {name: value for name, value in shape(found[0]).items() if not fields or name in fields}
+        return {
+            name: value for name, value in shape(found[0]).items() if not fields or name in fields
+        }
 
     return params
 

@@ -18,7 +18,15 @@ from itertools import islice, pairwise
 from typing import Any, TypedDict, Unpack, cast
 from urllib.parse import quote
 
-from eventflow.core.clock import SECOND, Clock, Duration, SystemClock, microseconds, to_datetime, to_us
+from eventflow.core.clock import (
+    SECOND,
+    Clock,
+    Duration,
+    SystemClock,
+    microseconds,
+    to_datetime,
+    to_us,
+)
 from eventflow.core.errors import StoreFull, UsageError
 from eventflow.events.event import Event, Gauge, Intake, Json, parse_time
 from triggers._schedule.cron import CronTimes
@@ -81,7 +89,9 @@ class Schedule:
         grace = microseconds(options.get("grace", 300))
         kind = type(self).__name__
         if misfire not in ("skip", "last", "all"):
-            raise UsageError(f'{kind}: misfire= expected "skip", "last" or "all", found {misfire!r}')
+            raise UsageError(
+                f'{kind}: misfire= expected "skip", "last" or "all", found {misfire!r}'
+            )
         if not 1 <= limit <= MOST:
             raise UsageError(f"{kind}: limit= expected 1 to {MOST:,}, found {limit}")
         if grace < 0 or self._jitter < 0:
@@ -89,7 +99,9 @@ class Schedule:
         known = list(islice(self._times.after(0), SAMPLE if self._jitter else 0))
         gap = min((later - sooner for sooner, later in pairwise(known)), default=self._jitter + 1)
         if self._jitter >= gap:
-            raise UsageError(f"{kind}: jitter= must be shorter than the {gap / SECOND:g} s between two occurrences")
+            raise UsageError(
+                f"{kind}: jitter= must be shorter than the {gap / SECOND:g} s between two occurrences"
+            )
         return Policy(misfire, grace, limit, self._delay)
 
     # ----------------------------------------------------------------- what it is about to do
@@ -105,7 +117,9 @@ class Schedule:
     def occurrence(self, at: datetime) -> Event:
         """The event of a nominal time, marked as made by a backfill. ValueError when the schedule has none then."""
         if newest(self._times, to_us(at) - 1, to_us(at), 1) != [to_us(at)]:
-            raise ValueError(f"{self.name} has no occurrence at {shown(to_us(at))}; it is: {self._times.text}")
+            raise ValueError(
+                f"{self.name} has no occurrence at {shown(to_us(at))}; it is: {self._times.text}"
+            )
         return self._event(to_us(at), backfill=True)
 
     def settled(self, cursor: Mapping[str, Json]) -> datetime | None:
@@ -129,7 +143,11 @@ class Schedule:
     def gauges(self) -> Sequence[Gauge]:
         """When it fires next, and how many occurrences were given up since the start."""
         coming = None if self._last is None else next(self._times.after(self._last), None)
-        due_at = [] if coming is None else [Gauge("next_timestamp_seconds", (coming + self._delay(coming)) / SECOND)]
+        due_at = (
+            []
+            if coming is None
+            else [Gauge("next_timestamp_seconds", (coming + self._delay(coming)) / SECOND)]
+        )
         return [*due_at, Gauge("skipped_occurrences", self._skipped)]
 
     # ----------------------------------------------------------------- the loop
@@ -166,13 +184,19 @@ class Schedule:
             last = self._start - 1
         elif last is None or before != self._times.text:
             if last is not None:
-                intake.log.warning("schedule.changed", schedule=self._times.text, before=before, last=shown(last))
+                intake.log.warning(
+                    "schedule.changed", schedule=self._times.text, before=before, last=shown(last)
+                )
             last = now
             await self._accept(intake, [], last)
         elif last > now:
             intake.log.warning("schedule.ahead", last=shown(last), now=shown(now))
         coming = next(self._times.after(last), None)
-        intake.log.info("schedule.opened", schedule=self._times.text, next=None if coming is None else shown(coming))
+        intake.log.info(
+            "schedule.opened",
+            schedule=self._times.text,
+            next=None if coming is None else shown(coming),
+        )
         return last
 
     async def _fire(self, intake: Intake, found: Due, now: int) -> None:
@@ -181,13 +205,21 @@ class Schedule:
         if found.skipped:
             self._skipped += found.skipped
             intake.log.warning(
-                "schedule.skipped", count=found.skipped, exact=found.exact, through=shown(found.through), fired=len(events)
+                "schedule.skipped",
+                count=found.skipped,
+                exact=found.exact,
+                through=shown(found.through),
+                fired=len(events),
             )
             if events:
-                events[0] = self._event(found.fire[0][0], now, catchup=found.fire[0][1], skipped=found)
+                events[0] = self._event(
+                    found.fire[0][0], now, catchup=found.fire[0][1], skipped=found
+                )
         ends = [at for at, _ in found.fire]
         for start in range(0, len(events), BATCH):
-            await self._accept(intake, events[start : start + BATCH], ends[min(start + BATCH, len(ends)) - 1])
+            await self._accept(
+                intake, events[start : start + BATCH], ends[min(start + BATCH, len(ends)) - 1]
+            )
         if not events:
             await self._accept(intake, [], found.through)
 
@@ -195,7 +227,9 @@ class Schedule:
         """Durable when it returns. While the ledger is full it waits: a schedule is no reason to drop anything."""
         while True:
             try:
-                await intake.accept(*events, cursor={"last": shown(last), "schedule": self._times.text})
+                await intake.accept(
+                    *events, cursor={"last": shown(last), "schedule": self._times.text}
+                )
             except StoreFull as full:
                 intake.log.warning("schedule.slowed", reason=str(full), wait=full.retry_after)
                 await self._until(self.clock.now() + microseconds(full.retry_after))
@@ -214,12 +248,20 @@ class Schedule:
     # ----------------------------------------------------------------- its events
 
     def _event(
-        self, at: int, now: int | None = None, *, catchup: bool = False, skipped: Due | None = None, backfill: bool = False
+        self,
+        at: int,
+        now: int | None = None,
+        *,
+        catchup: bool = False,
+        skipped: Due | None = None,
+        backfill: bool = False,
     ) -> Event:
         """The data is the same whoever makes it, so that a second one is a duplicate and no conflict."""
         extensions: dict[str, str | int | bool] = {"catchup": True} if catchup else {}
         if skipped is not None:
-            extensions["skipped"] = min(skipped.skipped, (1 << 31) - 1)  # a CloudEvents integer has 32 bits
+            extensions["skipped"] = min(
+                skipped.skipped, (1 << 31) - 1
+            )  # a CloudEvents integer has 32 bits
             if not skipped.exact:
                 extensions["skippedmore"] = True
         if backfill:
@@ -280,7 +322,9 @@ class Every(Schedule):
         whole = microseconds(timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days))
         us = microseconds(period or 0) + whole
         if us < SECOND:
-            raise UsageError(f"Every: expected a period of at least one second, such as minutes=15; found {us / SECOND:g} s")
+            raise UsageError(
+                f"Every: expected a period of at least one second, such as minutes=15; found {us / SECOND:g} s"
+            )
         from_us = 0 if anchor is None else _moment(anchor, None)
         super().__init__(EveryTimes(us, from_us), UTC, f"every:{us / SECOND:g}s", options)
 
@@ -292,7 +336,9 @@ class At(Schedule):
     unless `start=` is before it. Further options: see `Schedule`.
     """
 
-    def __init__(self, *moments: datetime, tz: str | None = None, **options: Unpack[Options]) -> None:
+    def __init__(
+        self, *moments: datetime, tz: str | None = None, **options: Unpack[Options]
+    ) -> None:
         if not moments:
             raise UsageError("At: expected at least one datetime, found none")
         where = None if tz is None else zone(tz, "At")
@@ -304,7 +350,9 @@ def _moment(given: datetime, where: tzinfo | None) -> int:
     if given.tzinfo is not None:
         return to_us(given)
     if where is None:
-        raise UsageError(f"expected a datetime with a time zone, found the naive {given.isoformat()}; add tzinfo=UTC")
+        raise UsageError(
+            f"expected a datetime with a time zone, found the naive {given.isoformat()}; add tzinfo=UTC"
+        )
     return instant(given, where)
 
 

@@ -55,7 +55,9 @@ def env(name: str) -> Secret:
 
 
 def _revealed(given: Secrets, where: str) -> tuple[bytes, ...]:
-    listed: Sequence[str | bytes | Secret] = [given] if isinstance(given, str | bytes | Secret) else list(given or ())
+    listed: Sequence[str | bytes | Secret] = (
+        [given] if isinstance(given, str | bytes | Secret) else list(given or ())
+    )
     secrets = [one if isinstance(one, Secret) else Secret(one or b"") for one in listed]
     for secret in secrets or [Secret(b"", "an empty list")]:
         if not secret.reveal().strip():
@@ -133,9 +135,18 @@ def _standard(family: str) -> Way:
 
 STANDARD = (_standard("webhook"), _standard("svix"))
 GITHUB = Way(header="x-hub-signature-256", prefix="sha256=")
-STRIPE = Way(header="stripe-signature", separator=",", prefix="v1=", timestamp_prefix="t=", signed="{timestamp}.{body}")
+STRIPE = Way(
+    header="stripe-signature",
+    separator=",",
+    prefix="v1=",
+    timestamp_prefix="t=",
+    signed="{timestamp}.{body}",
+)
 SLACK = Way(
-    header="x-slack-signature", timestamp_header="x-slack-request-timestamp", prefix="v0=", signed="v0:{timestamp}:{body}"
+    header="x-slack-signature",
+    timestamp_header="x-slack-request-timestamp",
+    prefix="v0=",
+    signed="v0:{timestamp}:{body}",
 )
 GITLAB = Way(header="x-gitlab-token", signed="")
 SHOPIFY = Way(header="x-shopify-hmac-sha256", encoding="base64")
@@ -162,7 +173,10 @@ class Verify:
 
     def __init__(self, vendor: Vendor, *checks: Check) -> None:
         self.vendor = vendor
-        self._checks = tuple((check.keys, tuple((way, _template(way.signed)) for way in check.ways)) for check in checks)
+        self._checks = tuple(
+            (check.keys, tuple((way, _template(way.signed)) for way in check.ways))
+            for check in checks
+        )
 
     def __repr__(self) -> str:
         return f"{self.vendor.name}(...)"
@@ -175,7 +189,12 @@ class Verify:
     @property
     def challenge(self) -> str | None:
         """What a 401 asks for (RFC 9110): `Basic` or `Bearer`, where the proof is that. Some senders wait for it."""
-        schemes = [way.prefix.strip() for _, ways in self._checks for way, _ in ways if way.header == "authorization"]
+        schemes = [
+            way.prefix.strip()
+            for _, ways in self._checks
+            for way, _ in ways
+            if way.header == "authorization"
+        ]
         return f'{schemes[0]} realm="hooks"' if schemes and schemes[0] else None
 
     def signed_id(self, headers: Mapping[str, str]) -> str | None:
@@ -186,7 +205,9 @@ class Verify:
                 return headers.get(way.id_header)
         return None
 
-    def reason_to_refuse(self, headers: Mapping[str, str], repeated: Iterable[str], body: bytes, now: int) -> str | None:
+    def reason_to_refuse(
+        self, headers: Mapping[str, str], repeated: Iterable[str], body: bytes, now: int
+    ) -> str | None:
         """None for a request from a real sender, else the reason, for the log alone.
 
         `headers` by lower-case name as latin-1 text; `repeated` are those given more than once; `now` in seconds.
@@ -203,7 +224,9 @@ class Verify:
 _Template: TypeAlias = tuple[str | bytes, ...]
 
 
-def _offered(ways: Sequence[tuple[Way, _Template]], headers: Mapping[str, str]) -> tuple[Way, _Template]:
+def _offered(
+    ways: Sequence[tuple[Way, _Template]], headers: Mapping[str, str]
+) -> tuple[Way, _Template]:
     """The first way whose signature is there."""
     for pair in ways:
         if pair[0].header in headers:
@@ -218,7 +241,12 @@ def _template(signed: str) -> _Template:
 
 
 def _fault(
-    way: Way, template: _Template, keys: Sequence[bytes], headers: Mapping[str, str], body: bytes, now: int
+    way: Way,
+    template: _Template,
+    keys: Sequence[bytes],
+    headers: Mapping[str, str],
+    body: bytes,
+    now: int,
 ) -> str | None:
     text = headers.get(way.header)
     if text is None:
@@ -260,7 +288,11 @@ def _is_signed(way: Way, entries: Sequence[str], keys: Sequence[bytes], message:
     digests = [hmac.digest(key, message, way.algorithm) for key in keys]
     found = False
     for entry in entries:
-        offered = _decoded(entry[len(way.prefix) :], way.encoding) if entry.startswith(way.prefix) else b""
+        offered = (
+            _decoded(entry[len(way.prefix) :], way.encoding)
+            if entry.startswith(way.prefix)
+            else b""
+        )
         for digest in digests:
             found |= hmac.compare_digest(offered, digest)
     return found
@@ -269,7 +301,11 @@ def _is_signed(way: Way, entries: Sequence[str], keys: Sequence[bytes], message:
 def _decoded(text: str, encoding: str) -> bytes:
     """The digest a header offers; empty, which matches nothing, when it is not written strictly."""
     try:
-        return binascii.unhexlify(text) if encoding == "hex" else binascii.a2b_base64(text, strict_mode=True)
+        return (
+            binascii.unhexlify(text)
+            if encoding == "hex"
+            else binascii.a2b_base64(text, strict_mode=True)
+        )
     except ValueError:
         return b""
 
@@ -301,7 +337,9 @@ def _standard_keys(secret: Secrets, where: str) -> tuple[bytes, ...]:
 def GitHub(secret: Secrets) -> Verify:
     """`X-Hub-Signature-256`. Types are `com.github.push`…; the id is `X-GitHub-Delivery`, the same on redelivery."""
     ids = ("x-github-delivery",)
-    vendor = Vendor(name="GitHub", id_headers=ids, type_prefix="com.github.", type_header="x-github-event")
+    vendor = Vendor(
+        name="GitHub", id_headers=ids, type_prefix="com.github.", type_header="x-github-event"
+    )
     return Verify(vendor, Check((GITHUB,), _revealed(secret, "GitHub(secret=)")))
 
 
@@ -314,7 +352,13 @@ def Stripe(secret: Secrets) -> Verify:
 def Slack(secret: Secrets) -> Verify:
     """`X-Slack-Signature`; answers the `url_verification` challenge. Types are `com.slack.message`…; the id is `event_id`."""
     types = ("event.type", "type")
-    vendor = Vendor(name="Slack", id_field="event_id", type_prefix="com.slack.", type_fields=types, challenge=True)
+    vendor = Vendor(
+        name="Slack",
+        id_field="event_id",
+        type_prefix="com.slack.",
+        type_fields=types,
+        challenge=True,
+    )
     return Verify(vendor, Check((SLACK,), _revealed(secret, "Slack(secret=)")))
 
 
@@ -324,7 +368,9 @@ def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> V
     Types are `com.gitlab.push`…; the id is the signed `webhook-id`, else `Idempotency-Key` or `X-Gitlab-Event-UUID`.
     """
     ids = ("idempotency-key", "x-gitlab-event-uuid")
-    vendor = Vendor(name="GitLab", id_headers=ids, type_prefix="com.gitlab.", type_fields=("object_kind",))
+    vendor = Vendor(
+        name="GitLab", id_headers=ids, type_prefix="com.gitlab.", type_fields=("object_kind",)
+    )
     checks: list[Check] = []
     if token is not None or signing is None:
         checks.append(Check((GITLAB,), _revealed(token or "", "GitLab(token=)")))
@@ -336,7 +382,9 @@ def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> V
 def Shopify(secret: Secrets) -> Verify:
     """`X-Shopify-Hmac-Sha256`. Types are `com.shopify.orders.create`…; the id is `X-Shopify-Event-Id`."""
     ids = ("x-shopify-event-id", "x-shopify-webhook-id")
-    vendor = Vendor(name="Shopify", id_headers=ids, type_prefix="com.shopify.", type_header="x-shopify-topic")
+    vendor = Vendor(
+        name="Shopify", id_headers=ids, type_prefix="com.shopify.", type_header="x-shopify-topic"
+    )
     return Verify(vendor, Check((SHOPIFY,), _revealed(secret, "Shopify(secret=)")))
 
 
@@ -363,13 +411,19 @@ def HMAC(
     a `timestamp_header` (seconds, 300 either way), else `{body}`. What is not signed proves nothing and is refused here.
     """
     signed = signed or ("{timestamp}.{body}" if timestamp_header else "{body}")
-    for field, given in (("{body}", "header"), ("{timestamp}", timestamp_header), ("{id}", id_header)):
+    for field, given in (
+        ("{body}", "header"),
+        ("{timestamp}", timestamp_header),
+        ("{id}", id_header),
+    ):
         if (field in signed) != bool(given):
             raise UsageError(
                 f"HMAC(signed={signed!r}): expected {field} to be signed and its header to be named, found one of the two"
             )
     if algorithm not in ("sha256", "sha384", "sha512", "sha1") or encoding not in ("hex", "base64"):
-        raise UsageError(f"HMAC: expected sha256, sha384, sha512 or sha1 in hex or base64, found {algorithm} in {encoding}")
+        raise UsageError(
+            f"HMAC: expected sha256, sha384, sha512 or sha1 in hex or base64, found {algorithm} in {encoding}"
+        )
     way = Way(
         header=header.lower(), algorithm=algorithm, encoding=encoding, prefix=prefix, signed=signed,
         timestamp_header=timestamp_header.lower(), id_header=id_header.lower(),
@@ -380,13 +434,18 @@ def HMAC(
 
 def Bearer(token: Secrets) -> Verify:
     """`Authorization: Bearer TOKEN`."""
-    return Verify(Vendor(name="Bearer", cloudevents=True), Check((BEARER,), _revealed(token, "Bearer(token=)")))
+    return Verify(
+        Vendor(name="Bearer", cloudevents=True),
+        Check((BEARER,), _revealed(token, "Bearer(token=)")),
+    )
 
 
 def Token(token: Secrets, *, header: str, prefix: str = "") -> Verify:
     """`header` equals the token, after `prefix`."""
     way = Way(header=header.lower(), prefix=prefix, signed="")
-    return Verify(Vendor(name="Token", cloudevents=True), Check((way,), _revealed(token, "Token(token=)")))
+    return Verify(
+        Vendor(name="Token", cloudevents=True), Check((way,), _revealed(token, "Token(token=)"))
+    )
 
 
 NOBODY = Verify(Vendor(name="none", cloudevents=True))

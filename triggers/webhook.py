@@ -16,7 +16,14 @@ import orjson
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
-from eventflow.events.cloudevents import BATCH, is_cloudevent, is_json, media_type, parse_cloudevents, read_json
+from eventflow.events.cloudevents import (
+    BATCH,
+    is_cloudevent,
+    is_json,
+    media_type,
+    parse_cloudevents,
+    read_json,
+)
 from eventflow.events.event import Event, Receipt
 from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers
 from triggers.http_request import Refused, Reply
@@ -29,7 +36,9 @@ MAX_REASON = 500
 """Characters of why a body cannot be read; the reason may quote it."""
 
 ID_HEADERS = ("webhook-id", "ce-id", "x-github-delivery", "idempotency-key")
-NEVER_KEPT = frozenset({"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"})
+NEVER_KEPT = frozenset(
+    {"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
+)
 
 _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 
@@ -70,9 +79,13 @@ class Webhook(Endpoint):
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         if content not in ("json", "form", "raw"):
-            raise UsageError(f'Webhook({path!r}, content=): expected "json", "form" or "raw", found {content!r}')
+            raise UsageError(
+                f'Webhook({path!r}, content=): expected "json", "form" or "raw", found {content!r}'
+            )
         if isinstance(id, str) and content == "raw":
-            raise UsageError(f"Webhook({path!r}, id={id!r}): expected a function, since a raw body has no fields")
+            raise UsageError(
+                f"Webhook({path!r}, id={id!r}): expected a function, since a raw body has no fields"
+            )
         super().__init__(
             path, verify=verify, name=name or "webhook" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
             max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
@@ -84,12 +97,16 @@ class Webhook(Endpoint):
 
     async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
         if not _is_acceptable(self._content, headers):
-            raise self._refused(Refused(415, "unsupported_type", _EXPECTED[self._content]), "content type")
+            raise self._refused(
+                Refused(415, "unsupported_type", _EXPECTED[self._content]), "content type"
+            )
         try:
             events = self._events(headers, repeated, body)
         except ValueError as error:
             ident = self._dead_id(headers, repeated)
-            raise await self._dead(ident, self._source, headers, body, str(error)[:MAX_REASON]) from None
+            raise await self._dead(
+                ident, self._source, headers, body, str(error)[:MAX_REASON]
+            ) from None
         if isinstance(events, Reply):
             return events
         receipts = await self._accept(events, len(body)) if events else []
@@ -102,20 +119,25 @@ class Webhook(Endpoint):
             return self._cloudevents(headers, repeated, body)
         data = _parsed(self._content, headers, body)
         if vendor.challenge and _field(data, "type") == "url_verification":
-            return Reply(200, str(_field(data, "challenge")).encode(), media=b"text/plain; charset=utf-8")
+            return Reply(
+                200, str(_field(data, "challenge")).encode(), media=b"text/plain; charset=utf-8"
+            )
         event = Event(
             id=self._event_id(headers, repeated, data, body),
             source=self._source,
             type=self._type or _vendor_type(vendor, headers, data) or "webhook.received",
             data=data,
-            datacontenttype=headers.get("content-type") or ("application/json" if self._content == "json" else None),
+            datacontenttype=headers.get("content-type")
+            or ("application/json" if self._content == "json" else None),
             extensions={name: headers[header] for header, name in self._keep if header in headers},
         )
         return [event]
 
     def _cloudevents(self, headers: Headers, repeated: set[str], body: bytes) -> list[Event]:
         """CloudEvents as sent. In binary mode the id is an unsigned header, so that a signed one goes before it."""
-        if twice := next((name for name in repeated if name.startswith("ce-") or name == "content-type"), None):
+        if twice := next(
+            (name for name in repeated if name.startswith("ce-") or name == "content-type"), None
+        ):
             raise ValueError(f"{twice}: expected once, found it twice")
         events = parse_cloudevents(headers, body)
         signed = self._verify.signed_id(headers)
@@ -165,9 +187,14 @@ class Webhook(Endpoint):
     def _receipted(self, receipts: Sequence[Receipt], *, batch: bool) -> Reply:
         if any(receipt.conflict for receipt in receipts):
             return self._conflict([receipt for receipt in receipts if receipt.conflict])
-        rows = [{"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate} for one in receipts]
+        rows = [
+            {"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate}
+            for one in receipts
+        ]
         known = all(receipt.duplicate for receipt in receipts)
-        return Reply(200 if known else self._success_status, orjson.dumps(rows if batch else rows[0]))
+        return Reply(
+            200 if known else self._success_status, orjson.dumps(rows if batch else rows[0])
+        )
 
     def _conflict(self, receipts: Sequence[Receipt]) -> Reply:
         """The first stands. A person must look: either an id is used twice, or a sender changes what it sends again."""
@@ -176,7 +203,9 @@ class Webhook(Endpoint):
             known = {"event_id": receipt.event_id, "first_digest": first, "this_digest": this}
             self._log("webhook.refused", reason="known id with other content", status=409, **known)
         ids = ", ".join(receipt.event_id for receipt in receipts[:3])
-        return Refused(409, "conflict", f"{ids}: already received with other content; the first one stands").reply
+        return Refused(
+            409, "conflict", f"{ids}: already received with other content; the first one stands"
+        ).reply
 
 
 # ----------------------------------------------------------------------------- pure questions
@@ -204,7 +233,9 @@ def _parsed(content: str, headers: Headers, body: bytes) -> Any:
         case "json":
             return read_json(body)
         case "form":
-            fields = parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=1000)
+            fields = parse_qsl(
+                body.decode(), keep_blank_values=True, errors="strict", max_num_fields=1000
+            )
             if len(fields) != len({name for name, _ in fields}):
                 raise ValueError("body: expected each form field once")
             return dict(fields)
@@ -253,5 +284,7 @@ def _kept(path: str, keep: Sequence[str], verify: Verify) -> tuple[tuple[str, st
     pairs = tuple((header.lower(), re.sub(r"[^a-z0-9]", "", header.lower())) for header in keep)
     for header, name in pairs:
         if header in NEVER_KEPT or header in verify.signed_headers or not name:
-            raise UsageError(f"Webhook({path!r}, keep=): expected headers without credentials, found {header!r}")
+            raise UsageError(
+                f"Webhook({path!r}, keep=): expected headers without credentials, found {header!r}"
+            )
     return pairs

@@ -33,7 +33,9 @@ def command(name: str) -> Any:
     return register
 
 
-def _run(options: dict[str, Any], work: Callable[[Doors], Awaitable[Any]], *, records: bool = True) -> Any:
+def _run(
+    options: dict[str, Any], work: Callable[[Doors], Awaitable[Any]], *, records: bool = True
+) -> Any:
     """`work` on the ledger that a command's options name; whether it `records` anything."""
 
     async def go() -> Any:
@@ -76,7 +78,10 @@ def _read(text: str) -> str:
 def emit(event_type: str, data: str | None, ident: str | None, subject: str | None, source: str, as_json: bool,
          **options: Any) -> None:  # fmt: skip
     """Records an event for the subscriptions on its type."""
-    given, number = read_json_option(data, "--data"), secrets.token_hex(16) if ident is None else ident
+    given, number = (
+        read_json_option(data, "--data"),
+        secrets.token_hex(16) if ident is None else ident,
+    )
     event = Event(id=number, source=source, type=event_type, data=given, subject=subject)
 
     async def work(api: Doors) -> Any:
@@ -102,12 +107,22 @@ def retry(run: str, fresh: bool, as_json: bool, **options: Any) -> None:
 
 @command("replay")
 @click.argument("event", required=False)
-@click.option("--since", callback=moment, help="All events received from then on: 2026-01-31T08:00:00Z, or how long ago: 7d.")
+@click.option(
+    "--since",
+    callback=moment,
+    help="All events received from then on: 2026-01-31T08:00:00Z, or how long ago: 7d.",
+)
 @click.option("--until", callback=moment, help="… and before then.")
 @click.option("--type", "event_type", help="… of this type.")
 @click.option("--to", help="Only this flow or subscription.")
 @click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
-@click.option("--limit", type=click.IntRange(0, MOST), default=LIMIT, show_default=True, help="Runs that a dry run lists.")
+@click.option(
+    "--limit",
+    type=click.IntRange(0, MOST),
+    default=LIMIT,
+    show_default=True,
+    help="Runs that a dry run lists.",
+)
 def replay(event: str | None, since: str | None, until: str | None, event_type: str | None, to: str | None, dry_run: bool,
            limit: int, as_json: bool, **options: Any) -> None:  # fmt: skip
     """Matches recorded events once more and starts new runs: one EVENT, or all of a time."""
@@ -115,7 +130,9 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
         raise UsageError("expected one EVENT, or --since and --until for many")
     in_order(since, until)
     if event is not None and event_type is not None:
-        raise UsageError("--type chooses among the events of --since and --until; leave it out for one EVENT")
+        raise UsageError(
+            "--type chooses among the events of --since and --until; leave it out for one EVENT"
+        )
     if event is not None:
         _replay_one(event, to, dry_run, as_json, options)
     elif dry_run:
@@ -126,13 +143,19 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
         _replay_many(Asked(since, until, event_type, to, limit), as_json, options)
 
 
-def _replay_one(event: str, to: str | None, dry_run: bool, as_json: bool, options: dict[str, Any]) -> None:
+def _replay_one(
+    event: str, to: str | None, dry_run: bool, as_json: bool, options: dict[str, Any]
+) -> None:
     async def work(api: Doors) -> Any:
         api.need_flows("replay")
         return await api.post(f"/api/events/{quoted(event)}/replay", {"to": to, "dry_run": dry_run})
 
     done = _run(options, work, records=not dry_run)
-    say(done, as_json, "\n".join([*_verdicts([done]), would_start([done]) if dry_run else _started([done])]))
+    say(
+        done,
+        as_json,
+        "\n".join([*_verdicts([done]), would_start([done]) if dry_run else _started([done])]),
+    )
 
 
 def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
@@ -145,7 +168,11 @@ def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
         refused: list[Refusal] = []
         for ident in await _window(api, asked):
             try:
-                done.append(await api.post(f"/api/events/{quoted(ident)}/replay", {"to": asked.to, "own": True}))
+                done.append(
+                    await api.post(
+                        f"/api/events/{quoted(ident)}/replay", {"to": asked.to, "own": True}
+                    )
+                )
             except Refusal as refusal:
                 if refusal.error != "refused":
                     raise
@@ -194,18 +221,28 @@ async def _window(api: Doors, asked: Asked) -> list[str]:
 @command("redrive")
 @click.argument("dead")
 @click.option("--data", "-d", help="Mended data: JSON, @FILE or @-.")
-@click.option("--type", "event_type", help="With --data, for bytes that never were an event: its type.")
-def redrive(dead: str, data: str | None, event_type: str | None, as_json: bool, **options: Any) -> None:
+@click.option(
+    "--type", "event_type", help="With --data, for bytes that never were an event: its type."
+)
+def redrive(
+    dead: str, data: str | None, event_type: str | None, as_json: bool, **options: Any
+) -> None:
     """Tries a dead letter once more, as it stands or mended; `all` tries every open one."""
-    mended = {"type": event_type} | ({"data": read_json_option(data, "--data")} if data is not None else {})
+    mended = {"type": event_type} | (
+        {"data": read_json_option(data, "--data")} if data is not None else {}
+    )
 
     async def work(api: Doors) -> list[Any]:
         api.need_flows("redrive")
         idents = await _open_letters(api) if dead == "all" else [dead]
-        return [await api.post(f"/api/dead/{quoted(str(ident))}/redrive", mended) for ident in idents]
+        return [
+            await api.post(f"/api/dead/{quoted(str(ident))}/redrive", mended) for ident in idents
+        ]
 
     done = _run(options, work)
-    say(done if dead == "all" else done[0], as_json, "\n".join(_verdicts(done)) or "no dead letters")
+    say(
+        done if dead == "all" else done[0], as_json, "\n".join(_verdicts(done)) or "no dead letters"
+    )
 
 
 async def _open_letters(api: Doors) -> list[int]:
@@ -227,8 +264,14 @@ async def _open_letters(api: Doors) -> list[int]:
 @click.option("--reason", "-m")
 def cancel(run: str, reason: str | None, as_json: bool, **options: Any) -> None:
     """Ends a run; one that is running is asked to stop, its `finally` blocks still work."""
-    done = _run(options, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason}))
-    say(done, as_json, f"run {done['id']} is {'asked to stop' if done['state'] == 'cancelling' else 'cancelled'}")
+    done = _run(
+        options, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})
+    )
+    say(
+        done,
+        as_json,
+        f"run {done['id']} is {'asked to stop' if done['state'] == 'cancelling' else 'cancelled'}",
+    )
 
 
 @command("pause")

@@ -29,12 +29,23 @@ TELL = 2.0
 
 @click.command("backfill")
 @click.argument("flow")
-@click.option("--trigger", required=True, help="The schedule, by its name; see `eventflow ls triggers`.")
 @click.option(
-    "--from", "since", required=True, help="The first day or instant: 2026-01-01; without a zone, the schedule's own."
+    "--trigger", required=True, help="The schedule, by its name; see `eventflow ls triggers`."
+)
+@click.option(
+    "--from",
+    "since",
+    required=True,
+    help="The first day or instant: 2026-01-01; without a zone, the schedule's own.",
 )
 @click.option("--to", "until", required=True, help="The end, itself not included.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=4, show_default=True, help="Runs of it that are live at a time.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1, 1000),
+    default=4,
+    show_default=True,
+    help="Runs of it that are live at a time.",
+)
 @click.option("--again", metavar="LABEL", help="Also what ran before, once for each label.")
 @click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
 @click.option("--yes", is_flag=True, help="Does not ask.")
@@ -51,8 +62,12 @@ def backfill(flow: str, trigger: str, since: str, until: str, limit: int, again:
             if dry_run:
                 return await _tell(job, past, as_json)
             if not api.live:
-                raise Unreachable(f"no server has {api.where}, and backfill waits for its runs; start it, or use --dry-run")
-            note(f"{_many(len(past))} of {trigger}{_between(past)} for flow {flow}, at most {limit} runs at a time")
+                raise Unreachable(
+                    f"no server has {api.where}, and backfill waits for its runs; start it, or use --dry-run"
+                )
+            note(
+                f"{_many(len(past))} of {trigger}{_between(past)} for flow {flow}, at most {limit} runs at a time"
+            )
             if past and not yes and not _agreed():
                 note("nothing was started")
                 return 0
@@ -83,7 +98,9 @@ async def _past(api: Doors, trigger: str, since: str, until: str) -> list[str]:
     found: list[str] = []
     start: str | None = since
     while start is not None:
-        page = await api.get(f"/api/triggers/{quoted(trigger)}/occurrences", since=start, until=until)
+        page = await api.get(
+            f"/api/triggers/{quoted(trigger)}/occurrences", since=start, until=until
+        )
         found += page["occurrences"]
         start = page["next"]
         if page["not_yet"] is not None:
@@ -104,7 +121,9 @@ class _Job:
         """Waits while the ledger is full."""
         while True:
             try:
-                return (await self.api.post(self._path, {**self._asked, "at": list(at), "dry_run": dry}))["occurrences"]
+                return (
+                    await self.api.post(self._path, {**self._asked, "at": list(at), "dry_run": dry})
+                )["occurrences"]
             except Refusal as refusal:
                 if refusal.error != "overloaded":
                     raise
@@ -116,9 +135,17 @@ class _Job:
 
 async def _tell(job: _Job, past: Sequence[str], as_json: bool) -> int:
     """--dry-run."""
-    rows = [row for first in range(0, len(past), AT_ONCE) for row in await job.post(past[first : first + AT_ONCE], dry=True)]
+    rows = [
+        row
+        for first in range(0, len(past), AT_ONCE)
+        for row in await job.post(past[first : first + AT_ONCE], dry=True)
+    ]
     lines = [f"{row['at']}  {_told(said)}" for row in rows for said in row["verdicts"]]
-    would = sum(not said["known"] and said["fate"] in ("run", "joined") for row in rows for said in row["verdicts"])
+    would = sum(
+        not said["known"] and said["fate"] in ("run", "joined")
+        for row in rows
+        for said in row["verdicts"]
+    )
     lines.append(f"{_many(len(rows))}, {would} runs would start")
     say({"occurrences": rows, "would_start": would}, as_json, "\n".join(lines))
     return 0
@@ -126,14 +153,24 @@ async def _tell(job: _Job, past: Sequence[str], as_json: bool) -> int:
 
 def _told(said: Mapping[str, Any]) -> str:
     if not said["known"]:
-        return "would start" if said["fate"] in ("run", "joined") else f"would not start: {said['fate']}, {said.get('reason')}"
-    return f"known: {said['state']}, run {said['run']}" if "run" in said else f"known: {said['fate']}"
+        return (
+            "would start"
+            if said["fate"] in ("run", "joined")
+            else f"would not start: {said['fate']}, {said.get('reason')}"
+        )
+    return (
+        f"known: {said['state']}, run {said['run']}" if "run" in said else f"known: {said['fate']}"
+    )
 
 
 async def _run(job: _Job, past: Sequence[str], limit: int, as_json: bool) -> int:
     """Keeps at most `limit` runs alive, in the order of the occurrences, until all have ended. 1 when one did not complete."""
     done = _Tally(len(past))
-    left, live, wide = deque(past), set[str](), limit  # how many runs an occurrence makes shows with the first
+    left, live, wide = (
+        deque(past),
+        set[str](),
+        limit,
+    )  # how many runs an occurrence makes shows with the first
     while left or live:
         while left and (len(live) + wide <= limit or not live):
             many = max(1, min(len(left), AT_ONCE, (limit - len(live)) // wide))
@@ -185,7 +222,9 @@ class _Tally:
         now = self._clock.monotonic()
         if now - self._told_at >= TELL:
             self._told_at = now
-            note(f"{self._total - left} of {self._total} begun, {live} live; {self._ended or 'none ended yet'}")
+            note(
+                f"{self._total - left} of {self._total} begun, {live} live; {self._ended or 'none ended yet'}"
+            )
 
     @property
     def _ended(self) -> str:
@@ -200,5 +239,7 @@ class _Tally:
 
     @property
     def text(self) -> str:
-        lines = [f"{_many(self._total)}: {self._started} runs started, {self._known} known before; {self._ended or 'none'}"]
+        lines = [
+            f"{_many(self._total)}: {self._started} runs started, {self._known} known before; {self._ended or 'none'}"
+        ]
         return "\n".join([*lines, *(f"eventflow show {run}" for run in self.bad[:10] if run)])

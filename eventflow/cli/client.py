@@ -57,9 +57,21 @@ class Place(msgspec.Struct, frozen=True):
 def place_options(command: F) -> F:
     """`--store`, `--url`, `--app` and `--json`, for every command that asks a ledger."""
     for option in (
-        click.option("--app", envvar="EVENTFLOW_APP", help="TARGET of the app: for what needs its flows, without a server."),
-        click.option("--url", envvar="EVENTFLOW_URL", help="A server elsewhere; its token comes from $EVENTFLOW_TOKEN."),
-        click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the one in ./.eventflow."),
+        click.option(
+            "--app",
+            envvar="EVENTFLOW_APP",
+            help="TARGET of the app: for what needs its flows, without a server.",
+        ),
+        click.option(
+            "--url",
+            envvar="EVENTFLOW_URL",
+            help="A server elsewhere; its token comes from $EVENTFLOW_TOKEN.",
+        ),
+        click.option(
+            "--store",
+            envvar="EVENTFLOW_STORE",
+            help="sqlite:///PATH; default: the one in ./.eventflow.",
+        ),
     ):
         command = option(command)
     return json_option(command)
@@ -68,8 +80,22 @@ def place_options(command: F) -> F:
 class Doors:
     """The API of one ledger."""
 
-    def __init__(self, client: httpx2.AsyncClient, where: str, *, live: bool, knows_flows: bool, url: str = "") -> None:
-        self._client, self.where, self.live, self.knows_flows, self.url = client, where, live, knows_flows, url
+    def __init__(
+        self,
+        client: httpx2.AsyncClient,
+        where: str,
+        *,
+        live: bool,
+        knows_flows: bool,
+        url: str = "",
+    ) -> None:
+        self._client, self.where, self.live, self.knows_flows, self.url = (
+            client,
+            where,
+            live,
+            knows_flows,
+            url,
+        )
 
     async def get(self, path: str, *, patience: float | None = TIMEOUT, **asked: Any) -> Any:
         """`patience`: seconds to wait for the answer; None: as long as it takes."""
@@ -77,21 +103,34 @@ class Doors:
         return await self._ask("GET", path, params=params, timeout=patience)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return await self._ask("POST", path, json={name: value for name, value in (body or {}).items() if value is not None})
+        return await self._ask(
+            "POST",
+            path,
+            json={name: value for name, value in (body or {}).items() if value is not None},
+        )
 
     async def publish(self, event: bytes) -> Any:
-        return await self._ask("POST", "/api/events", content=event, headers={"content-type": "application/cloudevents+json"})
+        return await self._ask(
+            "POST",
+            "/api/events",
+            content=event,
+            headers={"content-type": "application/cloudevents+json"},
+        )
 
     def need_flows(self, what: str) -> None:
         """For work that asks which flows an event starts."""
         if not self.live and not self.knows_flows:
-            raise Unreachable(f"no server has {self.where}, and {what} needs the app's flows; start it, or give --app TARGET")
+            raise Unreachable(
+                f"no server has {self.where}, and {what} needs the app's flows; start it, or give --app TARGET"
+            )
 
     async def _ask(self, method: str, path: str, **options: Any) -> Any:
         try:
             answer = await self._client.request(method, path, **options)
         except httpx2.TransportError as error:
-            raise Unreachable(f"no server answers at {self.where}: {error or type(error).__name__}") from None
+            raise Unreachable(
+                f"no server answers at {self.where}: {error or type(error).__name__}"
+            ) from None
         data: Any = _decoded(answer.content)
         if answer.status_code >= 400:
             said = cast(dict[str, Any], data) if isinstance(data, dict) else {}
@@ -103,7 +142,9 @@ class Doors:
 def quoted(ident: str) -> str:
     """An id as a part of a path: a sender's may hold anything. UsageError for none, as from a shell's empty variable."""
     if not ident:
-        raise UsageError("expected an id or a name, found an empty text; `eventflow ls` lists what there is")
+        raise UsageError(
+            "expected an id or a name, found an empty text; `eventflow ls` lists what there is"
+        )
     return quote(ident, safe="")
 
 
@@ -119,7 +160,9 @@ async def doors(place: Place) -> AsyncGenerator[Doors]:
     """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening the store raises."""
     if place.url is not None:
         if not place.url.startswith(("http://", "https://")):
-            raise UsageError(f"--url expected http://HOST:PORT or https://HOST, found {place.url!r}")
+            raise UsageError(
+                f"--url expected http://HOST:PORT or https://HOST, found {place.url!r}"
+            )
         async with _client(place.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
             yield Doors(client, place.url, live=True, knows_flows=True, url=place.url)
         return
@@ -152,13 +195,19 @@ def _token(path: str) -> str:
 @asynccontextmanager
 async def _passive(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
     if not has_store(path):
-        raise Unreachable(f"no server has the store {path}, and there is no such file; name another with --store, or start one")
+        raise Unreachable(
+            f"no server has the store {path}, and there is no such file; name another with --store, or start one"
+        )
     _check_kind(path)
     app = app or App(Path(path).stem)
-    await app.open(store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True)
+    await app.open(
+        store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True
+    )
     try:
         transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://localhost", timeout=None
+        ) as client:
             yield client
     finally:
         await app.close()
@@ -169,19 +218,29 @@ def store_path(place: Place, app: App | None) -> str:
     if place.store or app is not None:
         url = place.store or (app.url if app is not None else "")
         return open_store(url if "://" in url else f"sqlite:///{url}", App("name").clock).path
-    found = [path for path in sorted(Path(".eventflow").glob("*.db")) if not path.name.endswith(".logs.db")]
+    found = [
+        path
+        for path in sorted(Path(".eventflow").glob("*.db"))
+        if not path.name.endswith(".logs.db")
+    ]
     if len(found) == 1:
         return str(found[0].resolve())
     if found:
-        raise UsageError(f"several stores are in ./.eventflow; say which with --store: {', '.join(map(str, found))}")
-    raise Unreachable("there is no store in ./.eventflow; name one with --store or $EVENTFLOW_STORE, or a server with --url")
+        raise UsageError(
+            f"several stores are in ./.eventflow; say which with --store: {', '.join(map(str, found))}"
+        )
+    raise Unreachable(
+        "there is no store in ./.eventflow; name one with --store or $EVENTFLOW_STORE, or a server with --url"
+    )
 
 
 def _check_kind(path: str) -> None:
     """Before anything is written beside a file that was named by mistake."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):
-            raise StoreCorrupt(f"{path} is damaged, or no store: expected an SQLite file; name another with --store")
+            raise StoreCorrupt(
+                f"{path} is damaged, or no store: expected an SQLite file; name another with --store"
+            )
 
 
 def has_store(path: str) -> bool:

@@ -63,8 +63,16 @@ async def _here(place: Place, target: str, asked: Asked) -> dict[str, Any]:
 def told(answer: Mapping[str, Any]) -> str:
     """The runs, what triggers would have sent, what became of the other events, and the sum."""
     parts = [
-        table([_made(each) for each in answer["foretold"]], ("event", "at", "trigger", "type", "subject", "said"), ""),
-        table([_run(each) for each in answer["runs"]], ("run", "at", "subscription", "mode", "key", "events"), ""),
+        table(
+            [_made(each) for each in answer["foretold"]],
+            ("event", "at", "trigger", "type", "subject", "said"),
+            "",
+        ),
+        table(
+            [_run(each) for each in answer["runs"]],
+            ("run", "at", "subscription", "mode", "key", "events"),
+            "",
+        ),
         "\n".join(line for each in answer["subscriptions"] for line in _tally(each)),
         "\n".join(_sum(answer)),
     ]
@@ -89,7 +97,9 @@ def _tally(tally: Mapping[str, Any]) -> list[str]:
     runs, events = counted(tally["runs"], "run"), counted(tally["events"], "event")
     lines = [f"{name}: {runs} of {events}; it heard of {tally['heard']}{waits}"]
     for each in sorted(tally["reasons"], key=lambda reason: -reason["events"]):
-        lines.append(f"  {each['events']} {each['fate']}: {clean(each['reason'])} (such as {each['first']})")
+        lines.append(
+            f"  {each['events']} {each['fate']}: {clean(each['reason'])} (such as {each['first']})"
+        )
     return lines
 
 
@@ -97,10 +107,15 @@ def _sum(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for each in answer["triggers"]:
         foretold = counted(each["foretold"], "event")
-        lines.append(f"{each['name']} would have sent {foretold}, in place of {each['on_record']} on record")
+        lines.append(
+            f"{each['name']} would have sent {foretold}, in place of {each['on_record']} on record"
+        )
         lines += [f"  {note}" for note in each["notes"]]
     lines += _left_out(answer)
-    looked, runs = counted(answer["events"], "recorded event"), counted(answer["would_start"], "run")
+    looked, runs = (
+        counted(answer["events"], "recorded event"),
+        counted(answer["would_start"], "run"),
+    )
     least = "at least " if answer["at_least"] else ""
     between = f"from {short_time(answer['since'])} to {short_time(answer['until'])}"
     lines.append(f"{looked} {between}: {least}{runs} would start")
@@ -110,11 +125,15 @@ def _sum(answer: Mapping[str, Any]) -> list[str]:
 def _left_out(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if answer["past_retention"]:
-        lines.append(f"{counted(answer['past_retention'], 'event')} past retention: what they would have started is not known")
+        lines.append(
+            f"{counted(answer['past_retention'], 'event')} past retention: what they would have started is not known"
+        )
     if answer["dead"]:
         lines.append(f"{answer['dead']} dead letters are no events; they start nothing")
     if (listed := len(answer["runs"])) < answer["would_start"]:
-        lines.append(f"the first {listed} runs are listed; take a smaller time, or a larger --limit")
+        lines.append(
+            f"the first {listed} runs are listed; take a smaller time, or a larger --limit"
+        )
     return lines
 
 

@@ -19,11 +19,41 @@ from eventflow.logs.redaction import clean_lines
 COMMANDS: list[click.Command] = []
 
 COLUMNS = {
-    "runs": ("id", "flow", "state", "attempts", "created_at", "finished_at", "subscription", "detail"),
+    "runs": (
+        "id",
+        "flow",
+        "state",
+        "attempts",
+        "created_at",
+        "finished_at",
+        "subscription",
+        "detail",
+    ),
     "events": ("id", "event_id", "trigger", "type", "received_at", "runs_started", "duplicates"),
     "flows": ("name", "subscriptions"),
-    "triggers": ("name", "kind", "state", "paused", "events", "duplicates", "last_event_at", "gauges", "detail"),
-    "outlets": ("name", "sink", "kind", "state", "waiting", "oldest_at", "sent", "refused", "failures", "last_error"),
+    "triggers": (
+        "name",
+        "kind",
+        "state",
+        "paused",
+        "events",
+        "duplicates",
+        "last_event_at",
+        "gauges",
+        "detail",
+    ),
+    "outlets": (
+        "name",
+        "sink",
+        "kind",
+        "state",
+        "waiting",
+        "oldest_at",
+        "sent",
+        "refused",
+        "failures",
+        "last_error",
+    ),
     "dead": ("id", "event", "subscription", "at", "type", "reason"),
 }
 
@@ -50,12 +80,18 @@ def command(name: str) -> Any:
 
 @command("ls")
 @click.argument("kind", type=click.Choice(list(COLUMNS)), default="runs")
-@click.option("--state", help="Of runs: pending, running, waiting, held, completed, failed, cancelled, dead.")
+@click.option(
+    "--state", help="Of runs: pending, running, waiting, held, completed, failed, cancelled, dead."
+)
 @click.option("--flow", help="Of runs.")
 @click.option("--event", help="Of runs: those it started.")
 @click.option("--type", help="Of events.")
 @click.option("--trigger", help="Of events.")
-@click.option("--since", callback=moment, help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.")
+@click.option(
+    "--since",
+    callback=moment,
+    help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.",
+)
 @click.option("--until", callback=moment, help="Of events; as --since.")
 @click.option("--limit", "-n", default=20, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--after", help="The last id of the page before.")
@@ -65,12 +101,18 @@ def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) 
     given = {name: options[name] for name in _CHOICES if options[name] is not None}
     for name in given:
         if _CHOICES[name] != kind:
-            raise UsageError(f"--{name} chooses among {_CHOICES[name]}; leave it out, or: eventflow ls {_CHOICES[name]}")
+            raise UsageError(
+                f"--{name} chooses among {_CHOICES[name]}; leave it out, or: eventflow ls {_CHOICES[name]}"
+            )
     in_order(options["since"], options["until"])
     page = asyncio.run(_page(_place(options), kind, {"limit": limit, "after": after, **given}))
     told = _trigger_told if kind == "triggers" else _run_told
     rows = [{**row, **told(row)} for row in page[kind]]
-    say(page, as_json, table(rows, COLUMNS[kind], "no dead letters" if kind == "dead" else f"no {kind}"))
+    say(
+        page,
+        as_json,
+        table(rows, COLUMNS[kind], "no dead letters" if kind == "dead" else f"no {kind}"),
+    )
 
 
 def _place(options: dict[str, Any]) -> Place:
@@ -85,7 +127,11 @@ async def _page(place: Place, kind: str, asked: dict[str, Any]) -> dict[str, Any
 def _run_told(row: dict[str, Any]) -> dict[str, Any]:
     """Why a run is as it is."""
     error = row.get("error")
-    return {"detail": f"{error['type'].rpartition(':')[2]}: {error['message']}" if error else row.get("reason")}
+    return {
+        "detail": f"{error['type'].rpartition(':')[2]}: {error['message']}"
+        if error
+        else row.get("reason")
+    }
 
 
 def _trigger_told(row: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +164,11 @@ async def _find(place: Place, ident: str) -> tuple[str, dict[str, Any]]:
         except Refusal as refusal:
             if refusal.error != "not_found":
                 raise
-            raise Refusal(404, "not_found", f"no run or event matches {ident!r}; `eventflow ls` lists what there is") from None
+            raise Refusal(
+                404,
+                "not_found",
+                f"no run or event matches {ident!r}; `eventflow ls` lists what there is",
+            ) from None
 
 
 def run_text(run: dict[str, Any]) -> str:
@@ -153,7 +203,11 @@ def _timeline(run: dict[str, Any]) -> str:
         }
         for call in run["tasks"]
     ]
-    return table(rows, ("task", "state", "attempts", "at", "took", "next_at", "error"), "") if rows else ""
+    return (
+        table(rows, ("task", "state", "attempts", "at", "took", "next_at", "error"), "")
+        if rows
+        else ""
+    )
 
 
 def _took(first: str, last: str) -> str:
@@ -235,7 +289,9 @@ async def _logs(place: Place, run: str, follow: bool, as_json: bool) -> None:
             page = await api.get(f"/api/runs/{quoted(run)}/logs", after=after, limit=1000)
             for line in page["lines"]:
                 after = line["seq"]
-                click.echo(orjson.dumps(_flat(line)).decode() if as_json else show(_flat(line), console))
+                click.echo(
+                    orjson.dumps(_flat(line)).decode() if as_json else show(_flat(line), console)
+                )
             if not page["lines"] and (page["settled"] or not follow):
                 return
             if not page["lines"]:

@@ -21,12 +21,16 @@ _COLOURS = {
 
 
 def json_option(command: F) -> F:
-    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout, errors as JSON on stderr.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="JSON on stdout, errors as JSON on stderr."
+    )(command)
 
 
 def say(data: Any, as_json: bool, text: str) -> None:
     """The answer of a command."""
-    click.echo(orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode() if as_json else text)
+    click.echo(
+        orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode() if as_json else text
+    )
 
 
 def note(text: str) -> None:
@@ -55,9 +59,14 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str)
     if not rows:
         return empty
     cells = [[_cell(row.get(name)) for name in columns] for row in rows]
-    widths = [min(48, max(len(name), *(len(line[at]) for line in cells))) for at, name in enumerate(columns)]
+    widths = [
+        min(48, max(len(name), *(len(line[at]) for line in cells)))
+        for at, name in enumerate(columns)
+    ]
     head = _line([name.upper().replace("_", " ") for name in columns], widths)
-    return "\n".join([click.style(head, bold=True), *(_line(line, widths, colour=True) for line in cells)])
+    return "\n".join(
+        [click.style(head, bold=True), *(_line(line, widths, colour=True) for line in cells)]
+    )
 
 
 def _cell(value: Any) -> str:
@@ -98,4 +107,7 @@ def facts(pairs: Sequence[tuple[str, Any]]) -> str:
     """`name  value` lines, aligned; those without a value are left out."""
     given = [(name, value) for name, value in pairs if value not in (None, "", [])]
     width = max((len(name) for name, _ in given), default=0)
-    return "\n".join(f"{click.style(name.ljust(width), bold=True)}  {state(_cell(value))}" for name, value in given)
+    return "\n".join(
+        f"{click.style(name.ljust(width), bold=True)}  {state(_cell(value))}"
+        for name, value in given
+    )

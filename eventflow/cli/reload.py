@@ -45,7 +45,12 @@ class Watching:
 
     def repeat(self, *_: str) -> int:
         """This very command without `--watch`, now and after every change, until Ctrl-C."""
-        command = [sys.executable, "-m", "eventflow", *(arg for arg in sys.argv[1:] if arg != "--watch")]
+        command = [
+            sys.executable,
+            "-m",
+            "eventflow",
+            *(arg for arg in sys.argv[1:] if arg != "--watch"),
+        ]
         stop_on(self.stop, signal.SIGTERM)
         code = subprocess.run(command, check=False).returncode
         for changed in filter(None, self.changes()):
@@ -71,7 +76,16 @@ def serve_again(target: str, host: str, port: int, flags: list[str]) -> int:
     sock.listen(2048)
     sock.set_inheritable(True)
     watching = Watching(where)
-    command = [sys.executable, "-m", "eventflow", "serve", target, "--fd", str(sock.fileno()), *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "eventflow",
+        "serve",
+        target,
+        "--fd",
+        str(sock.fileno()),
+        *flags,
+    ]
     child = _Child(command, sock.fileno())
     stop_on(watching.stop, signal.SIGINT, signal.SIGTERM)
     child.start()

@@ -16,22 +16,36 @@ from eventflow.core.errors import EventflowError
 class Commands(click.Group):
     """Says what a mistyped command may have meant."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
             near = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(self.list_commands(ctx))}"
+            hint = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"there are: {', '.join(self.list_commands(ctx))}"
+            )
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx) from None
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(package_name="eventflow-reactor", prog_name="eventflow")
 def cli() -> None:
     """Events in, durable flows out."""
 
 
-for command in (*serve.COMMANDS, *inspect.COMMANDS, *actions.COMMANDS, *backfill.COMMANDS, *store.COMMANDS):
+for command in (
+    *serve.COMMANDS,
+    *inspect.COMMANDS,
+    *actions.COMMANDS,
+    *backfill.COMMANDS,
+    *store.COMMANDS,
+):
     cli.add_command(command)
 
 
@@ -44,7 +58,11 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
-        usage = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "eventflow"
+        usage = (
+            error.ctx.command_path
+            if isinstance(error, click.UsageError) and error.ctx
+            else "eventflow"
+        )
         fail("usage", f"{error.format_message()} (see {usage} --help)", as_json)
         sys.exit(error.exit_code)
     except EventflowError as error:

@@ -38,7 +38,12 @@ class Asked(msgspec.Struct):
 
 async def run_flow(asked: Asked, as_json: bool) -> int:
     """Runs it and prints the result; the exit code."""
-    bind(asked.flow.fn, asked.flow.name, asked.params, _event(asked.event) if asked.params is None else None)
+    bind(
+        asked.flow.fn,
+        asked.flow.name,
+        asked.params,
+        _event(asked.event) if asked.params is None else None,
+    )
     app = asked.app or App(Path(asked.target.partition(":")[0]).stem)
     app.add(asked.flow)
     path = store_path(Place(asked.store), app)
@@ -49,7 +54,12 @@ async def run_flow(asked: Asked, as_json: bool) -> int:
 
 
 def bind(
-    fn: Any, name: str, params: dict[str, Any] | None, event: Event | None = None, *, noun: str = "flow"
+    fn: Any,
+    name: str,
+    params: dict[str, Any] | None,
+    event: Event | None = None,
+    *,
+    noun: str = "flow",
 ) -> dict[str, Any]:
     """The arguments; UsageError when what was given does not fit, for the caller can mend it."""
     binder = Binder(fn, name)
@@ -58,7 +68,9 @@ def bind(
             return binder.bind_event(event)
         return binder.bind_params(params or {}, event)
     except BindingError as error:
-        raise UsageError(f"{noun} {name!r} cannot bind parameter {error.field!r}: {error.reason}") from None
+        raise UsageError(
+            f"{noun} {name!r} cannot bind parameter {error.field!r}: {error.reason}"
+        ) from None
 
 
 def _event(given: Any) -> Event:
@@ -67,7 +79,9 @@ def _event(given: Any) -> Event:
             return Event.from_dict(cast(dict[str, Any], given))
         except ValueError as error:
             raise UsageError(f"--event: {error}") from None
-    return Event(id=secrets.token_hex(16), source="/cli", type="eventflow.run.requested", data=given)
+    return Event(
+        id=secrets.token_hex(16), source="/cli", type="eventflow.run.requested", data=given
+    )
 
 
 # --------------------------------------------------------------------------- here
@@ -110,13 +124,21 @@ async def _finish(app: App, run: RunHandle, as_json: bool) -> int:
         case Failed():
             return _failed(run.id, orjson.loads(outcome.error), as_json)
         case Cancelled() | Held():
-            return _failed(run.id, {"type": type(outcome).__name__.lower(), "message": outcome.reason}, as_json)
+            return _failed(
+                run.id, {"type": type(outcome).__name__.lower(), "message": outcome.reason}, as_json
+            )
         case _:
-            return _failed(run.id, {"type": "interrupted", "message": "it goes on at the next start"}, as_json)
+            return _failed(
+                run.id, {"type": "interrupted", "message": "it goes on at the next start"}, as_json
+            )
 
 
 def _failed(run: str, error: dict[str, Any], as_json: bool) -> int:
-    fail("run_failed", f"run {run}: {error['type'].rpartition(':')[2]}: {error['message']}; eventflow show {run}", as_json)
+    fail(
+        "run_failed",
+        f"run {run}: {error['type'].rpartition(':')[2]}: {error['message']}; eventflow show {run}",
+        as_json,
+    )
     return 1
 
 
@@ -130,15 +152,23 @@ def _print(data: bytes) -> None:
 
 async def _by_server(asked: Asked, path: str, url: str, as_json: bool) -> int:
     if asked.params is None:
-        raise UsageError(f"the server at {url} has this store; post the event to it, or give --store sqlite:///OTHER.db")
+        raise UsageError(
+            f"the server at {url} has this store; post the event to it, or give --store sqlite:///OTHER.db"
+        )
     note(f"the server at {url} has the store and runs this")
     async with doors(Place(store=f"sqlite:///{path}")) as api:
-        body = {"flow": asked.flow.name, "params": asked.params, "idempotency_key": asked.idempotency_key}
+        body = {
+            "flow": asked.flow.name,
+            "params": asked.params,
+            "idempotency_key": asked.idempotency_key,
+        }
         try:
             started = await api.post("/api/runs", body)
         except Refusal as refusal:
             if refusal.error == "not_found":
-                raise UsageError(f"the server does not know the flow {asked.flow.name!r}: it serves other code") from None
+                raise UsageError(
+                    f"the server does not know the flow {asked.flow.name!r}: it serves other code"
+                ) from None
             raise
         note(f"run {started['id']}")
         while True:

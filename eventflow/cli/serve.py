@@ -25,12 +25,35 @@ from eventflow.server.server import Settings, serve
 _SERVING = (
     click.option("--store", help="sqlite:///PATH; default: the app's own."),
     click.option("--host", default="127.0.0.1", show_default=True),
-    click.option("--port", default=8710, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."),
-    click.option("--grace", default=20.0, show_default=True, type=click.FloatRange(0), help="Seconds a drain waits."),
+    click.option(
+        "--port",
+        default=8710,
+        show_default=True,
+        type=click.IntRange(0, 65535),
+        help="0 picks one.",
+    ),
+    click.option(
+        "--grace",
+        default=20.0,
+        show_default=True,
+        type=click.FloatRange(0),
+        help="Seconds a drain waits.",
+    ),
     click.option("--no-auth", is_flag=True, help="No token for /api; on loopback only."),
     click.option("--open-metrics", is_flag=True, help="/metrics without a token."),
-    click.option("--allow-host", "allow_hosts", multiple=True, metavar="NAME", help="A further Host for the API."),
-    click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True),
+    click.option(
+        "--allow-host",
+        "allow_hosts",
+        multiple=True,
+        metavar="NAME",
+        help="A further Host for the API.",
+    ),
+    click.option(
+        "--log-level",
+        type=click.Choice(["debug", "info", "warning", "error"]),
+        default="info",
+        show_default=True,
+    ),
 )
 
 _GIVEN = (
@@ -58,14 +81,32 @@ def with_options(*options: Any) -> Any:
 @click.command("serve")
 @click.argument("target")
 @with_options(*_SERVING)
-@click.option("--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart.")
+@click.option(
+    "--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart."
+)
 @click.option("--tls-cert", help="PEM file; SIGHUP reads it anew.")
 @click.option("--tls-key", help="PEM file.")
-@click.option("--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard.")
-@click.option("--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach.")
-@click.option("--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True)
-@click.option("--memory-soft", callback=_size, metavar="SIZE", help="Over it no runs are begun: 2GB, 1.5GiB, 512Mi. Linux.")
-@click.option("--memory-hard", callback=_size, metavar="SIZE", help="Over it the process drains and begins anew. Linux.")
+@click.option(
+    "--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard."
+)
+@click.option(
+    "--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach."
+)
+@click.option(
+    "--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True
+)
+@click.option(
+    "--memory-soft",
+    callback=_size,
+    metavar="SIZE",
+    help="Over it no runs are begun: 2GB, 1.5GiB, 512Mi. Linux.",
+)
+@click.option(
+    "--memory-hard",
+    callback=_size,
+    metavar="SIZE",
+    help="Over it the process drains and begins anew. Linux.",
+)
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""
@@ -83,7 +124,14 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
     flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
     flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
     flags += ["--store", options["store"]] if options["store"] else []
-    flags += ["--grace", str(options["grace"]), "--log-level", options["log_level"], "--log", "json" if as_json else "pretty"]
+    flags += [
+        "--grace",
+        str(options["grace"]),
+        "--log-level",
+        options["log_level"],
+        "--log",
+        "json" if as_json else "pretty",
+    ]
     return serve_again(target, options["host"], options["port"], flags)
 
 
@@ -104,12 +152,21 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
     if watch:
         return Watching(target.partition(":")[0]).repeat("run", "--watch")
     if options["idempotency_key"] == "":
-        raise UsageError("--idempotency-key expected a text, found an empty one; leave it out for a run of its own")
+        raise UsageError(
+            "--idempotency-key expected a text, found an empty one; leave it out for a run of its own"
+        )
     flow, app = load_flow(target)
     given = read_json_option(event, "--event")
     if event is not None and (pairs or params):
         raise UsageError("expected --event, or -p and --params, found both")
-    asked = Asked(flow, app, target, _parameters(flow.fn, pairs, params) if event is None else None, given, **options)
+    asked = Asked(
+        flow,
+        app,
+        target,
+        _parameters(flow.fn, pairs, params) if event is None else None,
+        given,
+        **options,
+    )
     return asyncio.run(run_flow(asked, as_json))
 
 

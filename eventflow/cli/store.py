@@ -21,7 +21,13 @@ from eventflow.core.errors import EventflowError, StoreLocked, UsageError
 from eventflow.store import open_store
 from eventflow.store.file_guards import Lock
 
-EXTRAS = {"kafka": "aiokafka", "s3": "aioboto3", "postgres": "asyncpg", "drift": "scipy", "pydantic": "pydantic"}
+EXTRAS = {
+    "kafka": "aiokafka",
+    "s3": "aioboto3",
+    "postgres": "asyncpg",
+    "drift": "scipy",
+    "pydantic": "pydantic",
+}
 """By extra, the package that shows whether it is installed."""
 
 
@@ -38,13 +44,17 @@ class Finding(msgspec.Struct):
 
 
 @click.command("doctor")
-@click.option("--accept-loss", is_flag=True, help="Goes on with a store that lost acknowledged commits.")
+@click.option(
+    "--accept-loss", is_flag=True, help="Goes on with a store that lost acknowledged commits."
+)
 @place_options
 def doctor(accept_loss: bool, as_json: bool, **options: Any) -> int:
     """Looks whether everything is well: store, checksums, high-water mark, lock, free space, the app, extras."""
     place = Place(options["store"], options["url"], options["app"])
     if accept_loss and place.url is not None:
-        raise UsageError("--accept-loss opens a store on this disk; name it with --store, and leave --url out")
+        raise UsageError(
+            "--accept-loss opens a store on this disk; name it with --store, and leave --url out"
+        )
     findings = [_python(), *_extras(), *_app(place)]
     if not any(finding.code for finding in findings):
         findings += asyncio.run(_store(place, accept_loss))
@@ -65,9 +75,13 @@ def _python() -> Finding:
 
 
 def _extras() -> list[Finding]:
-    missing = [extra for extra, package in EXTRAS.items() if importlib.util.find_spec(package) is None]
+    missing = [
+        extra for extra, package in EXTRAS.items() if importlib.util.find_spec(package) is None
+    ]
     found = [extra for extra in EXTRAS if extra not in missing]
-    hint = f"; not installed: pip install 'eventflow-reactor[{','.join(missing)}]'" if missing else ""
+    hint = (
+        f"; not installed: pip install 'eventflow-reactor[{','.join(missing)}]'" if missing else ""
+    )
     return [Finding("extras", None, f"{', '.join(found) or 'none'}{hint}")]
 
 
@@ -78,10 +92,18 @@ def _app(place: Place) -> list[Finding]:
         app = load_app(place.app)
     except EventflowError as error:
         return [Finding("app", False, str(error), error.exit_code)]
-    unverified = [trigger.name for trigger in app.triggers if getattr(trigger, "verified", True) is False]
-    found = [Finding("app", True, f"{app.name}: {len(app.flows)} flows, {len(app.triggers)} triggers")]
+    unverified = [
+        trigger.name for trigger in app.triggers if getattr(trigger, "verified", True) is False
+    ]
+    found = [
+        Finding("app", True, f"{app.name}: {len(app.flows)} flows, {len(app.triggers)} triggers")
+    ]
     if unverified:
-        found.append(Finding("webhooks", False, f'anybody may post to {", ".join(unverified)}: verify="none"'))
+        found.append(
+            Finding(
+                "webhooks", False, f'anybody may post to {", ".join(unverified)}: verify="none"'
+            )
+        )
     return found
 
 
@@ -115,8 +137,16 @@ def _place(path: str) -> Finding:
     folder = next(parent for parent in Path(path).parents if parent.exists())
     if not os.access(folder, os.W_OK):
         return Finding("store", False, f"{folder} cannot be written", 73)
-    size = sum(Path(f"{path}{end}").stat().st_size for end in ("", "-wal", ".logs.db") if Path(f"{path}{end}").exists())
-    what = f"{path}, {size / 2**20:.1f} MiB" if has_store(path) else f"{path} is made at the first start"
+    size = sum(
+        Path(f"{path}{end}").stat().st_size
+        for end in ("", "-wal", ".logs.db")
+        if Path(f"{path}{end}").exists()
+    )
+    what = (
+        f"{path}, {size / 2**20:.1f} MiB"
+        if has_store(path)
+        else f"{path} is made at the first start"
+    )
     return Finding("store", True, what)
 
 
@@ -133,7 +163,11 @@ def _lock(path: str) -> Finding:
         lock.take()
         lock.release()
     except StoreLocked as locked:
-        return Finding("lock", None, f"held by process {locked.pid}" if locked.pid else "held by another process")
+        return Finding(
+            "lock",
+            None,
+            f"held by process {locked.pid}" if locked.pid else "held by another process",
+        )
     except OSError as error:
         return Finding("lock", False, f"{path}.lock: {error.strerror}", 73)
     return Finding("lock", None, "free")
@@ -144,17 +178,26 @@ def _space(path: str) -> Finding:
     disk = shutil.disk_usage(folder)
     floor = min(256 << 20, disk.total // 50)
     fine = disk.free > floor
-    return Finding("free space", fine, f"{disk.free >> 20} MiB; events are taken above {floor >> 20} MiB", 0 if fine else 74)
+    return Finding(
+        "free space",
+        fine,
+        f"{disk.free >> 20} MiB; events are taken above {floor >> 20} MiB",
+        0 if fine else 74,
+    )
 
 
 async def _accept_loss(path: str, server: str | None) -> list[Finding]:
     """Opens the store once as it is: its marks then say what is there."""
     if server is not None:
-        raise UsageError(f"--accept-loss is for a store that does not open; a server has this one open at {server}")
+        raise UsageError(
+            f"--accept-loss is for a store that does not open; a server has this one open at {server}"
+        )
     store = open_store(f"sqlite:///{path}", SystemClock(), accept_loss=True)
     await asyncio.to_thread(store.open)
     await asyncio.to_thread(store.close)
-    return [Finding("high-water mark", True, "the store was opened as it is; what was lost stays lost")]
+    return [
+        Finding("high-water mark", True, "the store was opened as it is; what was lost stays lost")
+    ]
 
 
 async def _ledger(place: Place) -> list[Finding]:
@@ -162,7 +205,9 @@ async def _ledger(place: Place) -> list[Finding]:
         wrong: list[str] = (await api.get("/api/check"))["wrong"]
         counts: dict[str, int] = await api.get("/api/counts")
     found = [Finding("ledger", False, sentence, 65) for sentence in wrong]
-    facts = ", ".join(f"{counts[name]} {name}" for name in ("events", "runs", "pending", "failed", "dead"))
+    facts = ", ".join(
+        f"{counts[name]} {name}" for name in ("events", "runs", "pending", "failed", "dead")
+    )
     return found or [Finding("ledger", True, f"checksums and sums hold: {facts}")]
 
 

@@ -32,7 +32,11 @@ _TRIGGERS = str(Path(__file__).parent.parent.parent / "triggers")
 def load_app(target: str) -> App:
     """The App that a target names; without a name `app`, or the only one there is."""
     module, name = load_module(target)
-    return _named(target, module, name or "app", App, "App") if name else _only(target, module, App, "app", "App")
+    return (
+        _named(target, module, name or "app", App, "App")
+        if name
+        else _only(target, module, App, "app", "App")
+    )
 
 
 def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
@@ -43,12 +47,18 @@ def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
     else:
         flow = _named(target, module, name, Flow, "flow")
     apps = _all(module, App)
-    return flow, apps[0] if len(apps) == 1 else next((app for app in apps if flow.name in app.flows), None)
+    return flow, apps[0] if len(apps) == 1 else next(
+        (app for app in apps if flow.name in app.flows), None
+    )
 
 
 def load_task(target: str) -> Task[..., Any]:
     module, name = load_module(target)
-    return _only(target, module, Task, "main", "task") if name is None else _named(target, module, name, Task, "task")
+    return (
+        _only(target, module, Task, "main", "task")
+        if name is None
+        else _named(target, module, name, Task, "task")
+    )
 
 
 def load_module(target: str) -> tuple[ModuleType, str | None]:
@@ -66,7 +76,12 @@ def load_module(target: str) -> tuple[ModuleType, str | None]:
 def _import_file(target: str, where: str) -> ModuleType:
     path = Path(where).resolve()
     if not path.is_file():
-        raise AppNotFound(target, f"{where} is a folder; expected {FORMS}" if path.is_dir() else f"there is no file {where}")
+        raise AppNotFound(
+            target,
+            f"{where} is a folder; expected {FORMS}"
+            if path.is_dir()
+            else f"there is no file {where}",
+        )
     name = path.stem if path.stem not in sys.modules else f"eventflow_target_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -86,7 +101,9 @@ def _importing(target: str, load: Any) -> Any:
         error.add_note(f"at {_place(error)}")
         raise
     except SyntaxError as error:
-        raise AppNotFound(target, f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}") from None
+        raise AppNotFound(
+            target, f"{error.filename}:{error.lineno}: {error.msg}: {(error.text or '').strip()}"
+        ) from None
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             raise
@@ -95,12 +112,16 @@ def _importing(target: str, load: Any) -> Any:
 
 def _place(error: BaseException) -> str:
     """The innermost line that is the user's."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)
+    ]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "import"
 
 
 def _library(name: str) -> bool:
-    return name.startswith((_OURS, _TRIGGERS, "<frozen", sys.base_prefix)) or "site-packages" in name
+    return (
+        name.startswith((_OURS, _TRIGGERS, "<frozen", sys.base_prefix)) or "site-packages" in name
+    )
 
 
 def _all(module: ModuleType, kind: type[T]) -> list[T]:
@@ -119,7 +140,9 @@ def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str)
         return value
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
     found = "nothing" if value is None else _a(type(value).__name__)
-    raise AppNotFound(target, f"expected {name!r} to be {_a(noun)}, found {found}; {noun}s there: {names}")
+    raise AppNotFound(
+        target, f"expected {name!r} to be {_a(noun)}, found {found}; {noun}s there: {names}"
+    )
 
 
 def _a(noun: str) -> str:
@@ -135,5 +158,8 @@ def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str)
         return usually
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind))
     if names:
-        raise AppNotFound(target, f"expected one {noun}, found {names}; say which: {target}:{names.split(', ')[0]}")
+        raise AppNotFound(
+            target,
+            f"expected one {noun}, found {names}; say which: {target}:{names.split(', ')[0]}",
+        )
     raise AppNotFound(target, f"expected {_a(noun)} in it, found none")

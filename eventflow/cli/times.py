@@ -14,10 +14,14 @@ from eventflow.core.errors import UsageError
 from eventflow.events.event import parse_time
 
 _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
-_AGO: Final = re.compile("".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items()))
+_AGO: Final = re.compile(
+    "".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items())
+)
 
 
-EXPECTED: Final = "expected an instant such as 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d or 1w"
+EXPECTED: Final = (
+    "expected an instant such as 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d or 1w"
+)
 
 
 def moment(_: click.Context, option: click.Parameter, value: str | None) -> str | None:

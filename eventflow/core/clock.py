@@ -41,7 +41,9 @@ def to_datetime(us: int) -> datetime:
 def to_us(moment: datetime) -> int:
     """An aware datetime as an instant; a naive one is refused with `ValueError`."""
     if moment.tzinfo is None:
-        raise ValueError(f"expected an aware datetime, got the naive {moment.isoformat()}; add tzinfo=UTC")
+        raise ValueError(
+            f"expected an aware datetime, got the naive {moment.isoformat()}; add tzinfo=UTC"
+        )
     delta = moment - datetime(1970, 1, 1, tzinfo=UTC)
     return (delta.days * 86_400 + delta.seconds) * SECOND + delta.microseconds
 
@@ -63,7 +65,9 @@ class Clock(Protocol):
         """Seconds that never step back; only differences mean anything."""
         ...
 
-    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+    def timer(
+        self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
+    ) -> Timer:
         """Calls `call` on `loop` once `now() >= due_us`: never before, at once if that is past."""
         ...
 
@@ -83,14 +87,22 @@ class SystemClock:
     def monotonic(self) -> float:
         return time.monotonic()
 
-    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+    def timer(
+        self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
+    ) -> Timer:
         return _SteppedTimer(self, loop, due_us, call)
 
 
 class _SteppedTimer:
     __slots__ = ("_call", "_clock", "_due_us", "_handle", "_loop")
 
-    def __init__(self, clock: SystemClock, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        clock: SystemClock,
+        loop: asyncio.AbstractEventLoop,
+        due_us: int,
+        call: Callable[[], None],
+    ) -> None:
         self._clock, self._loop, self._due_us, self._call = clock, loop, due_us, call
         self._handle: asyncio.Handle = loop.call_soon(self._step)
 

@@ -69,7 +69,9 @@ class EmptySecret(UsageError):
     exit_code = 3
 
     def __init__(self, where: str, source: str) -> None:
-        super().__init__(f"{where}: expected a secret, found {source} empty or unset; set it before starting")
+        super().__init__(
+            f"{where}: expected a secret, found {source} empty or unset; set it before starting"
+        )
 
 
 class NotAsync(UsageError):
@@ -243,14 +245,18 @@ class StoreLocked(StoreError):
     def __init__(self, path: str, pid: int | None) -> None:
         self.pid = pid
         holder = f"process {pid}" if pid else "another process"
-        super().__init__(f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with --store")
+        super().__init__(
+            f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with --store"
+        )
 
 
 class StoreUnwritable(StoreError):
     exit_code = 73
 
     def __init__(self, path: str, why: str) -> None:
-        super().__init__(f"cannot create or write the store {path}: {why}; check the directory's owner, mode and free space")
+        super().__init__(
+            f"cannot create or write the store {path}: {why}; check the directory's owner, mode and free space"
+        )
 
 
 class StoreCorrupt(StoreError):
@@ -270,7 +276,9 @@ class NotFound(StoreError):
 
     def __init__(self, kind: str, ident: str) -> None:
         listed = "dead" if kind == "dead letter" else f"{kind}s"
-        super().__init__(f"no {kind} matches {ident!r}; `eventflow ls {listed}` lists what there is")
+        super().__init__(
+            f"no {kind} matches {ident!r}; `eventflow ls {listed}` lists what there is"
+        )
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -279,7 +287,9 @@ def describe(error: BaseException) -> dict[str, Any]:
     return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": str(error)}
 
 
-def caught(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Exception | None]:
+def caught(
+    call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> tuple[T | None, Exception | None]:
     """`(what the call returned, None)` or `(None, what it raised)`.
 
     For code that is not ours and whose exception is a fact to record, not a reason to stop: a filter, a key, the constructor

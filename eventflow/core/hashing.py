@@ -6,7 +6,9 @@ from functools import lru_cache
 
 def digest(*parts: bytes, size: int = 16) -> bytes:
     """blake2b over the length-prefixed parts, so that `(a, bc)` and `(ab, c)` differ."""
-    return hashlib.blake2b(b"".join([len(part).to_bytes(8, "big") + part for part in parts]), digest_size=size).digest()
+    return hashlib.blake2b(
+        b"".join([len(part).to_bytes(8, "big") + part for part in parts]), digest_size=size
+    ).digest()
 
 
 def digest_text(first: tuple[str, ...], last: bytes, size: int = 16) -> bytes:

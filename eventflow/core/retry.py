@@ -49,7 +49,12 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise UsageError(f"Retry(attempts=) expected at least 1, found {self.attempts}")
-        if self.delay < 0 or self.factor < 0 or self.max_delay < 0 or any(d < 0 for d in self.delays or ()):
+        if (
+            self.delay < 0
+            or self.factor < 0
+            or self.max_delay < 0
+            or any(d < 0 for d in self.delays or ())
+        ):
             raise UsageError("Retry: delay, factor, max_delay and delays must not be negative")
 
     def delay_after(self, attempt: int, error: BaseException, draw: random.Random) -> float | None:
@@ -80,7 +85,9 @@ def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
         case Retry():
             return given
         case bool():
-            raise UsageError("retries= expected a Retry, a number or a list of delays, found a bool")
+            raise UsageError(
+                "retries= expected a Retry, a number or a list of delays, found a bool"
+            )
         case int():
             return Retry(attempts=given + 1)
         case _:

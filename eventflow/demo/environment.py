@@ -88,7 +88,9 @@ class Stage:
         self.answers: Counter[int] = Counter()
         self.files = 0
         self._key = secrets.token_bytes(24)
-        self._env = {name: value for name, value in os.environ.items() if not name.startswith("EVENTFLOW_")}
+        self._env = {
+            name: value for name, value in os.environ.items() if not name.startswith("EVENTFLOW_")
+        }
         self._env["EVENTFLOW_STORE"] = "sqlite:///shop.db"
         self._env["DEMO_SECRET"] = "whsec_" + base64.b64encode(self._key).decode()
         self._http = httpx2.Client(timeout=PATIENCE)
@@ -114,14 +116,30 @@ class Stage:
         """Posts a signed order as any Standard Webhooks sender does; the status, 0 between two lives of the server."""
         body, now = orjson.dumps(data), str(self._clock.now() // SECOND)
         key = b"a forger's" if forged else self._key
-        sign = base64.b64encode(hmac.digest(key, f"{message}.{now}.".encode() + body, hashlib.sha256)).decode()
-        headers = {"webhook-id": message, "webhook-timestamp": now, "webhook-signature": f"v1,{sign}"}
+        sign = base64.b64encode(
+            hmac.digest(key, f"{message}.{now}.".encode() + body, hashlib.sha256)
+        ).decode()
+        headers = {
+            "webhook-id": message,
+            "webhook-timestamp": now,
+            "webhook-signature": f"v1,{sign}",
+        }
         return self._post("/hooks/orders", body, {**headers, "content-type": "application/json"})
 
     def alert(self, ident: str, data: Any) -> int:
         """Posts a drift alert as a CloudEvent."""
-        event = {"specversion": "1.0", "id": ident, "source": "/monitor", "type": "drift.detected", "data": data}
-        return self._post("/api/events", orjson.dumps(event), {"content-type": "application/cloudevents+json", **self._token()})
+        event = {
+            "specversion": "1.0",
+            "id": ident,
+            "source": "/monitor",
+            "type": "drift.detected",
+            "data": data,
+        }
+        return self._post(
+            "/api/events",
+            orjson.dumps(event),
+            {"content-type": "application/cloudevents+json", **self._token()},
+        )
 
     def land(self, name: str, prices: Sequence[float]) -> None:
         """Drops a CSV file, as a partner's upload would."""
@@ -159,7 +177,9 @@ class Stage:
     def bodies(self) -> list[dict[str, Any]]:
         """What task bodies wrote down as they began, whoever killed them then."""
         path = self.folder / "bodies.jsonl"
-        return [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return (
+            [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        )
 
     def begun(self, task: str) -> int:
         return sum(body["task"] == task for body in self.bodies())
@@ -167,7 +187,10 @@ class Stage:
     def flaky(self) -> dict[str, Any]:
         """The call that fails twice, as the journal has it."""
         (run,) = self.get("/api/events/msg-3")["runs"]
-        return next((call for call in self.tasks(run["id"]) if call["name"] == "score"), {"state": "not begun"})
+        return next(
+            (call for call in self.tasks(run["id"]) if call["name"] == "score"),
+            {"state": "not begun"},
+        )
 
     def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
@@ -180,7 +203,9 @@ class Stage:
             timeout=PATIENCE, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise DemoFailed(f"eventflow {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()}")
+            raise DemoFailed(
+                f"eventflow {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()}"
+            )
         return done.stdout
 
     def wait_until(self, happened: Callable[[], object], what: str) -> None:

@@ -60,10 +60,14 @@ class Report:
             self.say(f"  {click.style('ok', fg='green')}      {stated}")
         else:
             self.broken += 1
-            self.say(f"  {click.style('BROKEN', fg='red', bold=True)}  {stated}{f'; found {found}' if found else ''}")
+            self.say(
+                f"  {click.style('BROKEN', fg='red', bold=True)}  {stated}{f'; found {found}' if found else ''}"
+            )
 
 
 def listed(statuses: Sequence[int]) -> str:
     """`202 ×8, 200`, in the order of their first."""
     times = Counter(statuses)
-    return ", ".join(f"{status} ×{count}" if count > 1 else f"{status}" for status, count in times.items())
+    return ", ".join(
+        f"{status} ×{count}" if count > 1 else f"{status}" for status, count in times.items()
+    )

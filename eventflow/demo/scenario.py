@@ -26,7 +26,9 @@ MONDAY, TUESDAY = [float(n) for n in range(1, 61)], [5.0, 10.0, 15.0]
 
 @click.command("demo")
 @click.option("--serve", is_flag=True, help="Leaves the server up afterwards, until Ctrl-C.")
-@click.option("--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 picks one.")
+@click.option(
+    "--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."
+)
 def demo(serve: bool, port: int) -> int:
     """Plays the main job on real parts, kill -9 included, and checks itself. Exit code 1 when something does not hold."""
     clock = SystemClock()
@@ -57,8 +59,12 @@ def perform(stage: Stage, report: Report, clock: Clock, serve: bool, port: int) 
     if serve and not report.broken:
         stay_up(stage, report, server)
     code = server.stop()
-    report.check(code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}")
-    report.heading(f"{f'{report.broken} of it did not hold' if report.broken else 'all of it held'}; {report.seconds:.1f} s")
+    report.check(
+        code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}"
+    )
+    report.heading(
+        f"{f'{report.broken} of it did not hold' if report.broken else 'all of it held'}; {report.seconds:.1f} s"
+    )
     report.say(f"The app is {SHOP}; to play with it: {program()} demo --serve")
     return not report.broken
 
@@ -85,7 +91,9 @@ class Play:
         return second
 
     def start(self, port: int) -> Server:
-        self.happened("start", f"eventflow serve shop.py --port {port}{'' if port else ' (any free one)'}")
+        self.happened(
+            "start", f"eventflow serve shop.py --port {port}{'' if port else ' (any free one)'}"
+        )
         before = self.clock.now()
         server = self.stage.start(port)
         took = (self.clock.now() - before) / SECOND
@@ -97,27 +105,48 @@ class Play:
     def orders_and_an_alert(self) -> None:
         order, happened = self.stage.order, self.happened
         sent = [order(f"msg-{n}", an_order(n)) for n in range(1, EARLY + 1)]
-        happened("webhook", f"{EARLY} signed orders: {listed(sent)}, each recorded before its answer")
+        happened(
+            "webhook", f"{EARLY} signed orders: {listed(sent)}, each recorded before its answer"
+        )
         sent = [order(f"msg-{n}", an_order(n)) for n in (1, 2, 3)]
         happened("webhook", f"3 of them again: {listed(sent)}, known")
         sent = [order("msg-forged", an_order(99), forged=True)]
         happened("webhook", f"1 with a forged signature: {listed(sent)}")
         sent = [order("msg-empty", {"id": "order-0", "total": 0}), order("msg-odd", {"total": 5})]
-        happened("webhook", f"1 of nothing, 1 without an id: {listed(sent)}; neither is dropped in silence, see below")
+        happened(
+            "webhook",
+            f"1 of nothing, 1 without an id: {listed(sent)}; neither is dropped in silence, see below",
+        )
         sent = [self.stage.alert("prices-july", {"model": "prices", "psi": 0.31}) for _ in range(2)]
         happened("alert", f"drift.detected as a CloudEvent to /api/events, twice: {listed(sent)}")
 
     def what_came_of_them(self) -> None:
         """One task fails twice and recovers, the alert's flow trains and emits; told by the ledger's own instants."""
         stage = self.stage
-        stage.wait_until(lambda: stage.flaky()["state"] == "completed", "score(order-3) has recovered")
-        stage.wait_until(lambda: stage.runs(flow="announce", state="completed"), "the new model is announced")
+        stage.wait_until(
+            lambda: stage.flaky()["state"] == "completed", "score(order-3) has recovered"
+        )
+        stage.wait_until(
+            lambda: stage.runs(flow="announce", state="completed"), "the new model is announced"
+        )
         (news,), call = stage.runs(flow="announce"), stage.flaky()
-        told = [(news["finished_at"], "retrained", "a model, once; model.promoted, emitted by that flow, started the next")]
+        told = [
+            (
+                news["finished_at"],
+                "retrained",
+                "a model, once; model.promoted, emitted by that flow, started the next",
+            )
+        ]
         told += [(call["at"], "recovered", f"score(order-3), attempt {call['attempts']}")]
         for error in call["errors"]:
             kind = error["type"].rpartition(":")[2]
-            told += [(error["at"], "failed", f"score(order-3), attempt {error['attempt']}: {kind}: {error['message']}")]
+            told += [
+                (
+                    error["at"],
+                    "failed",
+                    f"score(order-3), attempt {error['attempt']}: {kind}: {error['message']}",
+                )
+            ]
         for at, word, text in sorted(told):
             self.happened(word, text, instant(at))
 
@@ -125,24 +154,32 @@ class Play:
         """A price list and a dozen orders at once, until they are in the middle of their work."""
         stage = self.stage
         stage.land("monday.csv", MONDAY)
-        self.happened("file", f"landing/monday.csv, {len(MONDAY)} rows: a task call for each, four at a time")
+        self.happened(
+            "file", f"landing/monday.csv, {len(MONDAY)} rows: a task call for each, four at a time"
+        )
         stage.wait_until(lambda: stage.begun("convert") >= 15, "the price list is under way")
         packed = stage.begun("pack")
         sent = [stage.order(f"rush-{n}", an_order(100 + n)) for n in range(1, RUSH + 1)]
         self.happened("webhook", f"{RUSH} more orders: {listed(sent)}")
-        stage.wait_until(lambda: stage.begun("pack") >= packed + RUSH - 2, "the orders are being packed")
+        stage.wait_until(
+            lambda: stage.begun("pack") >= packed + RUSH - 2, "the orders are being packed"
+        )
 
     # ----------------------------------------------------------------- the kill
 
     def kill(self, server: Server) -> Kill:
         in_flight = [run["id"] for run in self.stage.runs(state="running")]
         server.kill()
-        self.happened("kill -9", f"process {server.pid} is gone, {len(in_flight)} runs were in flight")
+        self.happened(
+            "kill -9", f"process {server.pid} is gone, {len(in_flight)} runs were in flight"
+        )
         return Kill(server.pid, self.clock.now(), in_flight)
 
     def meanwhile(self) -> None:
         answer = self.stage.order("late-1", an_order(200))
-        self.happened("webhook", f"1 order: {answer or 'nobody answers'}; its sender will try again")
+        self.happened(
+            "webhook", f"1 order: {answer or 'nobody answers'}; its sender will try again"
+        )
         self.stage.land("tuesday.csv", TUESDAY)
         self.happened("file", "landing/tuesday.csv, while nothing runs")
 
@@ -150,12 +187,19 @@ class Play:
 
     def resume(self, server: Server) -> None:
         def goes_on() -> bool:
-            here = {body["key"].partition("/")[0] for body in self.stage.bodies() if body["process"] == server.pid}
+            here = {
+                body["key"].partition("/")[0]
+                for body in self.stage.bodies()
+                if body["process"] == server.pid
+            }
             return not here.isdisjoint(self.death.in_flight)
 
         self.stage.wait_until(goes_on, "the interrupted runs go on")
         runs = len(self.death.in_flight)
-        self.happened("resumed", f"the {runs} runs go on from their journals, unasked; at first a few at a time")
+        self.happened(
+            "resumed",
+            f"the {runs} runs go on from their journals, unasked; at first a few at a time",
+        )
 
     def send_again(self) -> None:
         """A sender that lost its connection cannot know: it sends everything once more."""

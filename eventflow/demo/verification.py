@@ -47,14 +47,22 @@ class Proof:
     def sums(self) -> None:
         say, counts, answers = self.report.say, self.counts, self.stage.answers
         self.report.heading(f"The {len(self.kill.in_flight)} runs that the kill interrupted")
-        say(f"  replayed   {len(self.recorded):>4} results were recorded: read back, their bodies did not run again")
-        say(f"  repeated   {len(self.later & self.before):>4} bodies were cut short: run again, under the keys they had")
+        say(
+            f"  replayed   {len(self.recorded):>4} results were recorded: read back, their bodies did not run again"
+        )
+        say(
+            f"  repeated   {len(self.later & self.before):>4} bodies were cut short: run again, under the keys they had"
+        )
         say(f"  went on    {len(self.later - self.before):>4} bodies ran for the first time")
         self.report.heading("The sums")
         say(f"  answered   {listed(sorted(answers.elements()))}")
-        say(f"  recorded   {counts['events']} events: {answers[202]} posted, {self.stage.files} files, {PROMOTED} emitted")
+        say(
+            f"  recorded   {counts['events']} events: {answers[202]} posted, {self.stage.files} files, {PROMOTED} emitted"
+        )
         say(f"  repeated   {counts['duplicates']} duplicates, counted on the first one's row")
-        say(f"  deliveries {counts['accepted']} = {' + '.join(f'{counts[name]} {name}' for name in FATES)}")
+        say(
+            f"  deliveries {counts['accepted']} = {' + '.join(f'{counts[name]} {name}' for name in FATES)}"
+        )
 
     def check(self, *, orders: int, price_lists: Sequence[Sequence[float]]) -> None:
         self.intake()
@@ -69,49 +77,88 @@ class Proof:
         known = [event["event_id"] for event in self.stage.get("/api/events", limit=1000)["events"]]
         expected = answers[202] + self.stage.files + PROMOTED
         found = f"{counts['events']} events, expected {expected}"
-        check(counts["events"] == expected == len(set(known)), "every 202 is one event in the ledger, none is twice", found)
+        check(
+            counts["events"] == expected == len(set(known)),
+            "every 202 is one event in the ledger, none is twice",
+            found,
+        )
         stated = f"{answers[200]} duplicates, before and after the kill, started nothing"
         check(counts["duplicates"] == answers[200], stated, f"{counts['duplicates']} counted")
-        check(answers[401] == 1 and "msg-forged" not in known, "the forged order was refused and not recorded")
+        check(
+            answers[401] == 1 and "msg-forged" not in known,
+            "the forged order was refused and not recorded",
+        )
 
     def fates(self) -> None:
         check, counts = self.report.check, self.counts
         (empty,) = self.stage.get("/api/events/msg-empty")["verdicts"]
-        check(empty["fate"] == "filtered", f"the order of nothing was filtered: {empty.get('reason')}", f"{empty}")
+        check(
+            empty["fate"] == "filtered",
+            f"the order of nothing was filtered: {empty.get('reason')}",
+            f"{empty}",
+        )
         letters = self.stage.get("/api/dead")["dead"]
         why = letters[0]["reason"].rpartition(": ")[2] if letters else "none"
         is_odd = [letter["event_id"] for letter in letters] == ["msg-odd"]
         check(is_odd, f"the order without an id is a dead letter: {why}", f"{letters}")
         total = sum(counts[name] for name in FATES)
         stated = "the deliveries add up, and none is pending"
-        check(counts["accepted"] == total and not counts["pending"], stated, f"{counts['accepted']} and {total}")
+        check(
+            counts["accepted"] == total and not counts["pending"],
+            stated,
+            f"{counts['accepted']} and {total}",
+        )
 
     # ----------------------------------------------------------------- the way through
 
     def recovery(self) -> None:
         check, flaky = self.report.check, self.stage.flaky()
-        check(flaky["attempts"] == 3 and len(flaky["errors"]) == 2, "one task failed twice and recovered", f"{flaky}")
+        check(
+            flaky["attempts"] == 3 and len(flaky["errors"]) == 2,
+            "one task failed twice and recovered",
+            f"{flaky}",
+        )
         states = [run["state"] for run in self.runs if run["id"] in self.kill.in_flight]
-        stated = f"{len(states)} runs were in flight at the kill, and all of them completed after it"
+        stated = (
+            f"{len(states)} runs were in flight at the kill, and all of them completed after it"
+        )
         check(len(states) >= 5 and set(states) == {"completed"}, stated, f"{states}")
         repeated = self.recorded & self.after
-        stated = f"none of the {len(self.recorded)} results recorded before the kill was computed again"
+        stated = (
+            f"none of the {len(self.recorded)} results recorded before the kill was computed again"
+        )
         check(bool(self.recorded) and not repeated, stated, f"{len(repeated)} that were")
         lost = (self.later & self.before) - self.after
-        check(not lost, "every body that was cut short ran again, under the key it had", f"{len(lost)} that did not")
+        check(
+            not lost,
+            "every body that was cut short ran again, under the key it had",
+            f"{len(lost)} that did not",
+        )
 
     def outcomes(self, orders: int, price_lists: Sequence[Sequence[float]]) -> None:
         check, runs = self.report.check, self.runs
         states = [run["state"] for run in runs if run["flow"] == "handle_order"]
-        check(states == ["completed"] * orders, f"{orders} orders, {orders} runs, all completed", f"{states}")
+        check(
+            states == ["completed"] * orders,
+            f"{orders} orders, {orders} runs, all completed",
+            f"{states}",
+        )
         lists = [run["id"] for run in runs if run["flow"] == "price_list"]
         found = sorted(self.stage.get(f"/api/runs/{run}")["result"] for run in lists)
-        wanted = sorted(round(sum(round(price * 1.08, 2) for price in prices), 2) for prices in price_lists)
-        check(found == wanted, "both price lists are right, also the one that landed while nothing ran", f"{found}")
+        wanted = sorted(
+            round(sum(round(price * 1.08, 2) for price in prices), 2) for prices in price_lists
+        )
+        check(
+            found == wanted,
+            "both price lists are right, also the one that landed while nothing ran",
+            f"{found}",
+        )
         trained = [body for body in self.bodies if body["task"] == "train"]
         news = [run["state"] for run in runs if run["flow"] == "announce"]
         stated = "the alert, sent twice, trained once, and model.promoted reached its flow"
-        check(len(trained) == 1 and news == ["completed"], stated, f"{len(trained)} trainings, {news}")
+        check(
+            len(trained) == 1 and news == ["completed"], stated, f"{len(trained)} trainings, {news}"
+        )
 
 
 def instant(text: str) -> int:

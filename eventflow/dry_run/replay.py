@@ -42,21 +42,35 @@ class Ledger(Protocol):
     """What is read: a part of the store's verbs."""
 
     async def past(
-        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+        self,
+        *,
+        triggers: Sequence[str],
+        type: str | None,
+        since: int,
+        until: int,
+        after: int,
+        limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]: ...
 
     async def cursor(self, trigger: str) -> Mapping[str, Json]: ...
 
 
 async def foresee(
-    ledger: Ledger, subscriptions: Sequence[Subscription], triggers: Iterable[Trigger], question: Question
+    ledger: Ledger,
+    subscriptions: Sequence[Subscription],
+    triggers: Iterable[Trigger],
+    question: Question,
 ) -> dict[str, Any]:
     """The runs that would have started, as JSON. UsageError when `to` names nothing."""
     wanted = [each for each in subscriptions if question.to in (None, each.name, each.flow.name)]
     if question.to is not None and not wanted:
         known = ", ".join(sorted({each.name for each in subscriptions})) or "none"
         raise UsageError(f"no subscription or flow {question.to!r}; there are: {known}")
-    places = {place for each in wanted for place in ((each.trigger,) if each.joined is None else each.joined.places)}
+    places = {
+        place
+        for each in wanted
+        for place in ((each.trigger,) if each.joined is None else each.joined.places)
+    }
     asked = [each for each in triggers if isinstance(each, Foreseeing) and each.name in places]
     view = _View(ledger, wanted, asked, question)
     await view.read(sorted(places))
@@ -67,7 +81,11 @@ class _View:
     """One question on its way to its answer."""
 
     def __init__(
-        self, ledger: Ledger, wanted: Sequence[Subscription], triggers: Sequence[Foreseeing], question: Question
+        self,
+        ledger: Ledger,
+        wanted: Sequence[Subscription],
+        triggers: Sequence[Foreseeing],
+        question: Question,
     ) -> None:
         self._ledger, self._triggers, self._question = ledger, triggers, question
         self._rehearsal = Rehearsal(wanted, question.limit)
@@ -80,7 +98,9 @@ class _View:
 
     async def read(self, places: Sequence[str]) -> None:
         question, after, more = self._question, 0, True
-        kind = None if self._triggers else question.type  # what a trigger makes its events of is of any type
+        kind = (
+            None if self._triggers else question.type
+        )  # what a trigger makes its events of is of any type
         await self._look_ahead()
         while more:
             rows, last = await self._ledger.past(
@@ -97,7 +117,9 @@ class _View:
         first, until = self._question.since, to_datetime(self._question.until)
         since = None if first is None else to_datetime(first)
         for trigger in self._triggers:
-            self._sights[trigger.name] = trigger.foresee(await self._ledger.cursor(trigger.name), since, until)
+            self._sights[trigger.name] = trigger.foresee(
+                await self._ledger.cursor(trigger.name), since, until
+            )
             self._counts[trigger.name] = [0, 0]
         if first is not None:
             self._begin(first)
@@ -113,7 +135,9 @@ class _View:
         if row["body"] is None:
             self._gone += 1
             return
-        if any(name == "" for name, *_ in row["verdicts"]):  # nobody was asked: it is no event, or one too deep
+        if any(
+            name == "" for name, *_ in row["verdicts"]
+        ):  # nobody was asked: it is no event, or one too deep
             self._dead += 1
             return
         event = Event.recorded(row["body"])
@@ -121,7 +145,9 @@ class _View:
         sight = self._sights.get(trigger)
         if sight is not None and sight.retells(event, to_datetime(at)):
             self._counts[trigger][0] += 1
-        elif self._wants(event) and not (event.type == SILENCE and event.source == "/patterns"):  # those are told anew
+        elif self._wants(event) and not (
+            event.type == SILENCE and event.source == "/patterns"
+        ):  # those are told anew
             self._rehearsal.hear(trigger, event, at, row["id"])
             self._note_silences()
 
@@ -130,12 +156,18 @@ class _View:
 
     # ------------------------------------------------------------------------- what triggers would have made
 
-    async def _pass_to(self, at: int, trigger: str | None = None, event: Event | None = None) -> None:
+    async def _pass_to(
+        self, at: int, trigger: str | None = None, event: Event | None = None
+    ) -> None:
         """What the triggers would have sent by then, in the order of time; one of them then recorded an event."""
         when = to_datetime(at)
         told: list[tuple[Foretold, str]] = []
         for name, sight in self._sights.items():
-            own = event if name == trigger and event is not None and not sight.retells(event, when) else None
+            own = (
+                event
+                if name == trigger and event is not None and not sight.retells(event, when)
+                else None
+            )
             told += [(each, name) for each in await sight.advance(when, own)]
         told.sort(key=lambda pair: pair[0].at)
         if self._began is None:
@@ -193,7 +225,11 @@ class _View:
 
     def _run(self, run: Foreseen) -> dict[str, Any]:
         shown = cast(dict[str, Any], msgspec.to_builtins(run))
-        return {**shown, "at": timestamp(run.at), "events": [self._label(each) for each in sorted(run.events)]}
+        return {
+            **shown,
+            "at": timestamp(run.at),
+            "events": [self._label(each) for each in sorted(run.events)],
+        }
 
     def _tally(self, tally: Tally) -> dict[str, Any]:
         reasons = [

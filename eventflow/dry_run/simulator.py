@@ -146,7 +146,9 @@ class Rehearsal:
         for name, fate, detail in orjson.loads(arrival.verdicts):
             self.tallies[name].heard += 1
             if fate in ("filtered", "invalid"):
-                self.tallies[name].note(fate, condition(detail) if fate == "filtered" else detail, arrival.id)
+                self.tallies[name].note(
+                    fate, condition(detail) if fate == "filtered" else detail, arrival.id
+                )
         self._start(arrival)
         for fact in arrival.facts:
             self.tallies[fact.subscription].waiting += 1
@@ -155,7 +157,9 @@ class Rehearsal:
 
     # ------------------------------------------------------------------------- patterns
 
-    def _weave(self, name: str, key: str, fact: Fact | None = None, event: int = 0, size: int = 0) -> None:
+    def _weave(
+        self, name: str, key: str, fact: Fact | None = None, event: int = 0, size: int = 0
+    ) -> None:
         strand = self._strands.setdefault((name, key), _Strand())
         woven = self._router.weave(name, key, strand.state, self._clock.at, fact, event, size)
         if woven is None:
@@ -187,7 +191,9 @@ class Rehearsal:
         for run in arrival.runs:
             self._place(run, arrival.gathers.get(run.id), [arrival.id], run.lane)
 
-    def _place(self, run: Run, gather: Gather | None, events: Sequence[int], key: str | None) -> None:
+    def _place(
+        self, run: Run, gather: Gather | None, events: Sequence[int], key: str | None
+    ) -> None:
         """A run of its own, or events for the one that is open."""
         tally = self.tallies[run.subscription]
         tally.events += len(events)
@@ -199,7 +205,9 @@ class Rehearsal:
             return
         self.started += 1
         tally.runs += 1
-        made = Foreseen(self.started, run.subscription, run.flow, run.mode or "each", key, run.due_at, 0, [])
+        made = Foreseen(
+            self.started, run.subscription, run.flow, run.mode or "each", key, run.due_at, 0, []
+        )
         if len(self.runs) < self._limit:
             self.runs.append(made)
         made.size, made.events = len(events), list(events[:SHOWN])
@@ -222,5 +230,7 @@ class Rehearsal:
     def _forget(self, now: int) -> None:
         """Windows that are over go, now and then."""
         if len(self._windows) > self._many:
-            self._windows = {name: window for name, window in self._windows.items() if window.is_open(now)}
+            self._windows = {
+                name: window for name, window in self._windows.items() if window.is_open(now)
+            }
             self._many = max(1024, 2 * len(self._windows))

@@ -91,7 +91,9 @@ class Attempts:
         call.running, call.thread = True, None
         host.working += 1
         # What a body sets in its context, the next attempt's must not see.
-        context: Context = call.context.copy() if call.task.options.retries.attempts > 1 else call.context
+        context: Context = (
+            call.context.copy() if call.task.options.retries.attempts > 1 else call.context
+        )
         context.run(self._enter, call)
         # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
         call.handle = asyncio.Task(self._attempt(call), loop=host.pool.loop, context=context)
@@ -108,7 +110,9 @@ class Attempts:
         host, name = self._host, call.task.name
         leave_flow()
         where.set(host.here.during(name, call.attempt))
-        call.body = TaskContext(host.name, name, call.attempt, f"{host.name}/{call.claim}", None, call.fingerprint)
+        call.body = TaskContext(
+            host.name, name, call.attempt, f"{host.name}/{call.claim}", None, call.fingerprint
+        )
         enter_task(call.body)
         enter_checkpoints(host.pool.checkpoints, self._came_further if host.run.suspect else None)
 
@@ -120,13 +124,19 @@ class Attempts:
             value = await self._body(call)
             codec, data = call.task.result.encode(value, key=host.pool.secret)
             if len(data) > LARGE:
-                codec, data = await offload(host.pool.blobs, codec, data, log.bind(run=host.name, task=call.task.name))
+                codec, data = await offload(
+                    host.pool.blobs, codec, data, log.bind(run=host.name, task=call.task.name)
+                )
             context = task_context()
             emitted = context.emitted if context is not None else None
-            arrivals = [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
+            arrivals = (
+                [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
+            )
         except (KeyboardInterrupt, GeneratorExit):
             raise
-        except BaseException as error:  # around an attempt: its failure is recorded, and retried if its Retry says so
+        except (
+            BaseException
+        ) as error:  # around an attempt: its failure is recorded, and retried if its Retry says so
             if call.handle is not me or not host.takes():
                 pass  # Abandoned (cancelled by the flow, by a drain, or left behind): it is nobody's any more.
             elif isinstance(error, asyncio.CancelledError) and me.cancelling():
@@ -177,7 +187,9 @@ class Attempts:
         host = self._host
         if self._marking is None:
             self._marking = host.pool.loop.create_future()
-            host.pool.store.post(Mark(host.run.id, host.run.token), self._marking.set_result, host.pool.loop)
+            host.pool.store.post(
+                Mark(host.run.id, host.run.token), self._marking.set_result, host.pool.loop
+            )
         reply = await asyncio.shield(self._marking)
         if not isinstance(reply, Appended):
             host.lost(reply)
@@ -190,7 +202,9 @@ class Attempts:
     def _clear(self) -> None:
         host = self._host
         if host.run.suspect and host.takes():
-            host.pool.store.post(Append(host.run.id, host.run.token, (), proof=True), self._cleared, host.pool.loop)
+            host.pool.store.post(
+                Append(host.run.id, host.run.token, (), proof=True), self._cleared, host.pool.loop
+            )
 
     def _cleared(self, reply: Appended | Refused | StoreError) -> None:
         if isinstance(reply, Appended):
@@ -211,7 +225,9 @@ class Attempts:
         if call.running and call.attempt == attempt and self._host.takes():
             log.error("task.abandoned", run=self._host.name, task=call.task.name, attempt=attempt)
             handle = call.handle
-            self._host.safely(self._failed, call, TaskTimedOut(call.task.name, call.task.options.timeout or 0.0))
+            self._host.safely(
+                self._failed, call, TaskTimedOut(call.task.name, call.task.options.timeout or 0.0)
+            )
             self._let_go(handle)
 
     def _let_go(self, handle: asyncio.Task[Any]) -> None:
@@ -231,10 +247,17 @@ class Attempts:
         self._host.working -= 1
         return True
 
-    def _succeeded(self, call: Call, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]) -> None:
+    def _succeeded(
+        self, call: Call, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]
+    ) -> None:
         self._ended(call)
         entry = Entry(
-            claim=call.claim, kind=Kind.VALUE, attempt=call.attempt, fingerprint=call.fingerprint, codec=codec, value=data
+            claim=call.claim,
+            kind=Kind.VALUE,
+            attempt=call.attempt,
+            fingerprint=call.fingerprint,
+            codec=codec,
+            value=data,
         )
         self._host.came(entry, arrivals)
         if call.task.options.on_success is not None:
@@ -258,7 +281,9 @@ class Attempts:
         if delay is None:
             for fields in (call.body and call.body.lamented) or ():
                 arrival, _ = caught(host.pool.emitted, host.run, *fields)
-                arrivals += [arrival] if arrival is not None else []  # refused: the chain of events is too long already
+                arrivals += (
+                    [arrival] if arrival is not None else []
+                )  # refused: the chain of events is too long already
             self._run_hook(options.on_failure, error)
         else:
             entry.due_at = host.pool.clock.now() + microseconds(delay)
@@ -312,7 +337,9 @@ class Deadline:
     def start(self) -> None:
         """The body starts now. A call after `cancel` does nothing."""
         if self._task is not None:
-            self._timer = self._clock.timer(self._loop, self._clock.now() + microseconds(self._timeout), self._expire)
+            self._timer = self._clock.timer(
+                self._loop, self._clock.now() + microseconds(self._timeout), self._expire
+            )
 
     def _expire(self) -> None:
         self.expired = True
@@ -322,7 +349,9 @@ class Deadline:
         self._asked += 1
         if self._task is not None:
             self._task.cancel()
-        self._timer = self._clock.timer(self._loop, self._clock.now() + microseconds(ASK_EVERY), self._expire)
+        self._timer = self._clock.timer(
+            self._loop, self._clock.now() + microseconds(ASK_EVERY), self._expire
+        )
 
     def absorb(self) -> None:
         """The cancels were ours and become a timeout: outer code must not see them."""
@@ -356,7 +385,9 @@ async def _within(call: Call, timeout: float, pool: Pool, on_deaf: Callable[[], 
 # --------------------------------------------------------------------------- threads
 
 
-def _in_thread(call: Call, pool: Pool, started: Callable[[], None] | None = None) -> Coroutine[Any, Any, Any]:
+def _in_thread(
+    call: Call, pool: Pool, started: Callable[[], None] | None = None
+) -> Coroutine[Any, Any, Any]:
     """A plain `def` body in the pool's threads. `started` is told on the loop when a thread takes it up."""
     begun = None if started is None else partial(_tell, pool.loop, started)
     call.thread = pool.threads.submit(_work, copy_context(), call, begun)

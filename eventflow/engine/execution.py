@@ -31,7 +31,18 @@ from eventflow.logs.log import Where, get_logger, where
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
 from eventflow.loop.host import GONE
 from eventflow.runs.journal import CANCEL, RAN, TIMEOUT, Entry, Journal, Kind, begun_afresh
-from eventflow.runs.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Run, Suspended, show_id
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Held,
+    Interrupted,
+    Outcome,
+    Restarted,
+    Run,
+    Suspended,
+    show_id,
+)
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import Call
 from eventflow.serialization.codecs import encode_error
@@ -54,7 +65,9 @@ class Execution:
         self.is_idle = self.settling = self.dirty = False
         self.replaying = journal.last_own > 0
         self.working = 0
-        self.here = Where(run.id, flow.name, run.event, sink=pool.sink, replaying=self._is_replaying)
+        self.here = Where(
+            run.id, flow.name, run.event, sink=pool.sink, replaying=self._is_replaying
+        )
         self.loop = FlowLoop(self, pool.loop, run.id)
         self.claims = Claims(self, journal)
         self.read_now = self.claims.read_now
@@ -90,18 +103,27 @@ class Execution:
     def _enter(self) -> None:
         where.set(self.here)
         pool, generation = self.pool, self.journal.generation
-        enter_run(RunContext(self.name, self.flow.name, self._read_events, self._tell_now, pool.state, generation))
+        enter_run(
+            RunContext(
+                self.name, self.flow.name, self._read_events, self._tell_now, pool.state, generation
+            )
+        )
 
     def _read_events(self) -> list[Event]:
         if self._events is None:
             run = self.run
-            self._events = [Event.recorded(body) for body in run.bodies or ((run.body,) if run.body is not None else ())]
+            self._events = [
+                Event.recorded(body)
+                for body in run.bodies or ((run.body,) if run.body is not None else ())
+            ]
         return self._events
 
     def _coroutine(self) -> Coroutine[Any, Any, Any]:
         events, binder = self._read_events(), self.flow.binder
         if self.run.params is not None:
-            arguments = binder.bind_params(orjson.loads(self.run.params), events[-1] if events else None)
+            arguments = binder.bind_params(
+                orjson.loads(self.run.params), events[-1] if events else None
+            )
         elif self.run.mode is not None:
             arguments = binder.bind_events(events)
         else:
@@ -133,7 +155,9 @@ class Execution:
     async def perform(self, call: Call | Child | Emission) -> Any:
         """Waits for a call (task.Caller); its claim is taken already."""
         if self._ending is not None and not self.settling:
-            await asyncio.sleep(0)  # it will be refused; a flow that tries for ever must not do so in one step
+            await asyncio.sleep(
+                0
+            )  # it will be refused; a flow that tries for ever must not do so in one step
         future = self._request(call)
         try:
             return await future
@@ -148,18 +172,30 @@ class Execution:
             call.context = copy_context()
         return self.claims.request(call, self.loop)
 
-    def perform_all(self, name: str, calls: Iterable[Call], limit: int, patient: bool) -> Coroutine[Any, Any, list[Any]]:
+    def perform_all(
+        self, name: str, calls: Iterable[Call], limit: int, patient: bool
+    ) -> Coroutine[Any, Any, list[Any]]:
         return Window(name, calls, self._request, self.claims.give_up, patient=patient).run(limit)
 
-    def perform_flow(self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+    def perform_flow(
+        self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
         """A child run and its result (flow.FlowCaller)."""
-        return self.perform(Child(flow, self.loop.scope().claim(flow.name), flow.binder.unpack(args, kwargs)))
+        return self.perform(
+            Child(flow, self.loop.scope().claim(flow.name), flow.binder.unpack(args, kwargs))
+        )
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
-        return self.perform(Emission(self.loop.scope().claim(f"emit:{event_type}"), event_type, fields))
+        return self.perform(
+            Emission(self.loop.scope().claim(f"emit:{event_type}"), event_type, fields)
+        )
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
-        self._end(Restarted(self.flow.binder.unpack((), params), begun_afresh(self.journal.generation + 1)))
+        self._end(
+            Restarted(
+                self.flow.binder.unpack((), params), begun_afresh(self.journal.generation + 1)
+            )
+        )
         while True:  # until the unwinding's cancel
             await asyncio.Future(loop=self.loop)
 
@@ -174,16 +210,27 @@ class Execution:
         """Calls `step`; what it raises holds this run and says so, hangs nothing, and harms no other run."""
         try:
             step(*args)
-        except Exception as fault:  # around a run: the flow's and the bodies' own exceptions do not come this way
+        except (
+            Exception
+        ) as fault:  # around a run: the flow's and the bodies' own exceptions do not come this way
             log.error("run.broken", run=self.name, flow=self.flow.name, exc_info=fault)
             if not self.settling:
-                self._settle(Held(f"a fault in eventflow, or in what the app gave it: {type(fault).__name__}: {fault}"))
+                self._settle(
+                    Held(
+                        f"a fault in eventflow, or in what the app gave it: {type(fault).__name__}: {fault}"
+                    )
+                )
 
     def wake(self) -> None:
         self.pool.soon(self)
 
     def complain(self, context: dict[str, Any]) -> None:
-        log.error("flow.callback_failed", run=self.name, problem=context.get("message"), exc_info=context.get("exception"))
+        log.error(
+            "flow.callback_failed",
+            run=self.name,
+            problem=context.get("message"),
+            exc_info=context.get("exception"),
+        )
 
     def parked(self) -> bool:
         """Nothing is ready: the one place where the outside reaches the flow."""
@@ -218,7 +265,9 @@ class Execution:
         return self._ending is None and not self.settling
 
     def final(self) -> bool:
-        return self._ending is None or isinstance(self._ending, Completed | Failed | Cancelled | Restarted)
+        return self._ending is None or isinstance(
+            self._ending, Completed | Failed | Cancelled | Restarted
+        )
 
     def recorded(self, entry: Entry) -> None:
         """A child of this run settled in this process, and its answer is durable."""
@@ -291,9 +340,17 @@ class Execution:
             self.is_idle = idle
             self._idle_since = self.pool.clock.now() if idle else 0
             self.pool.idle(self, idle)
-        if not idle or self.loop.foreign or self.claims.due or self._grace is not None or self.pool.draining:
+        if (
+            not idle
+            or self.loop.foreign
+            or self.claims.due
+            or self._grace is not None
+            or self.pool.draining
+        ):
             return
-        if not self.claims.waiting or (self.journal.orphans and self.claims.waiting.keys() <= {TIMEOUT}):
+        if not self.claims.waiting or (
+            self.journal.orphans and self.claims.waiting.keys() <= {TIMEOUT}
+        ):
             self._stuck()
         elif len(self.claims.waiting) <= FEW:
             self._consider_suspending()
@@ -310,16 +367,31 @@ class Execution:
 
     def _check_later(self) -> None:
         self._checking = False
-        if self.takes() and self.is_idle and not self.claims.due and self.working == 0 and not self.loop.is_ready():
+        if (
+            self.takes()
+            and self.is_idle
+            and not self.claims.due
+            and self.working == 0
+            and not self.loop.is_ready()
+        ):
             self._consider_suspending()
 
     def _consider_suspending(self) -> None:
-        due = min((d for t in self.claims.waiting.values() if (d := self._due(t)) is not None), default=None)
+        due = min(
+            (d for t in self.claims.waiting.values() if (d := self._due(t)) is not None),
+            default=None,
+        )
         now = self.pool.clock.now()
         if due is not None and due - now < SUSPEND_AFTER:
             return
-        if self._awaits_child() and not self.pool.is_crowded and now < self._idle_since + SUSPEND_AFTER:
-            self._check_at(self._idle_since + SUSPEND_AFTER)  # most children are quick: coming back would cost a replay
+        if (
+            self._awaits_child()
+            and not self.pool.is_crowded
+            and now < self._idle_since + SUSPEND_AFTER
+        ):
+            self._check_at(
+                self._idle_since + SUSPEND_AFTER
+            )  # most children are quick: coming back would cost a replay
             return
         if self._counts_memory() and not self._counted:
             self._counted = True
@@ -339,11 +411,15 @@ class Execution:
                 return None
 
     def _counts_memory(self) -> bool:
-        return self.flow.options.timeout_counts == "running" and self.flow.options.timeout is not None
+        return (
+            self.flow.options.timeout_counts == "running" and self.flow.options.timeout is not None
+        )
 
     def _note_time_in_memory(self) -> None:
         ran = self.journal.ran + self.pool.clock.now() - self.claims.began_at
-        self.append(Entry(claim=RAN, kind=Kind.NOTE, attempt=self.journal.ran_notes + 1, due_at=ran))
+        self.append(
+            Entry(claim=RAN, kind=Kind.NOTE, attempt=self.journal.ran_notes + 1, due_at=ran)
+        )
 
     def _stuck(self) -> None:
         orphans = sorted(self.journal.orphans)
@@ -352,14 +428,18 @@ class Execution:
             what = f"diverged: the flow no longer makes the recorded calls {shown}"
             self.hold(f"{what}; deploy the code that made them, or retry afresh")
         else:
-            self.hold("the flow waits for something that no task, sleep or child run of it will bring about")
+            self.hold(
+                "the flow waits for something that no task, sleep or child run of it will bring about"
+            )
 
     # ----------------------------------------------------------------- settling
 
     def _end(self, outcome: Outcome) -> None:
         if self._ending is None:
             self._ending = outcome
-            self.replaying = self.replaying or not isinstance(outcome, Completed | Failed | Cancelled | Restarted)
+            self.replaying = self.replaying or not isinstance(
+                outcome, Completed | Failed | Cancelled | Restarted
+            )
             self.wake()
 
     def _verdict(self, root: FlowTask) -> Outcome | None:
@@ -380,7 +460,9 @@ class Execution:
 
     def _stopped(self) -> Outcome:
         if self._timed_out:
-            return Failed(encode_error(RunTimedOut(self.flow.name, self.flow.options.timeout or 0.0)))
+            return Failed(
+                encode_error(RunTimedOut(self.flow.name, self.flow.options.timeout or 0.0))
+            )
         return Cancelled(self._cancelled or "the flow cancelled itself")
 
     def _unwind(self) -> bool:
@@ -437,7 +519,9 @@ class Execution:
             return None
         match outcome:
             case Completed(value, codec):
-                return Entry(claim=claim, kind=Kind.VALUE, attempt=attempt, codec=codec, value=value)
+                return Entry(
+                    claim=claim, kind=Kind.VALUE, attempt=attempt, codec=codec, value=value
+                )
             case Failed(error):
                 return Entry(claim=claim, kind=Kind.ERROR, attempt=attempt, error=error)
             case Cancelled(reason):

@@ -50,7 +50,9 @@ class Returned:
 
     async def _leave(self, run: Ending, codec: str, data: bytes) -> None:
         try:
-            self.outcome = _completed(run, *await offload(run.pool.blobs, codec, data, log.bind(run=run.name)))
+            self.outcome = _completed(
+                run, *await offload(run.pool.blobs, codec, data, log.bind(run=run.name))
+            )
         except ResultsUnavailable:
             self.outcome = later(run.pool, run.journal)
         finally:

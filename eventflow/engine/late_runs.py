@@ -75,7 +75,10 @@ class Lookout:
     async def _look_out(self) -> None:
         while True:
             self._disarm()
-            self._looked_at, self._listens = self._clock.now(), True  # first: what is recorded while it looks is new
+            self._looked_at, self._listens = (
+                self._clock.now(),
+                True,
+            )  # first: what is recorded while it looks is new
             try:
                 again = await self._look()
             except StoreFailed:

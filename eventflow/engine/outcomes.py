@@ -13,7 +13,16 @@ from eventflow.core.errors import caught
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
 from eventflow.logs.log import get_logger, where
-from eventflow.runs.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, Suspended
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Held,
+    Interrupted,
+    Outcome,
+    Restarted,
+    Suspended,
+)
 from eventflow.serialization.codecs import decode_error
 
 log = get_logger("eventflow.worker")
@@ -44,7 +53,11 @@ class Outcomes:
             if error is None:
                 self._spawn(run_hook(execution.name, options.on_success, execution.name, value))
         elif isinstance(outcome, Failed) and options.on_failure is not None:
-            self._spawn(run_hook(execution.name, options.on_failure, execution.name, decode_error(outcome.error)))
+            self._spawn(
+                run_hook(
+                    execution.name, options.on_failure, execution.name, decode_error(outcome.error)
+                )
+            )
 
     def _value(self, execution: Execution, outcome: Completed) -> Any:
         name, data = execution.pool.blobs.fetch(outcome.codec, outcome.value)

@@ -71,9 +71,13 @@ class Claims:
         self.pool = master.pool
         self.attempts = Attempts(master)
         self.waiting: dict[str, Target] = {}
-        self.due: list[tuple[int, int, Entry, Target]] = []  # a heap by (batch, pos): recorded, and to be delivered
+        self.due: list[
+            tuple[int, int, Entry, Target]
+        ] = []  # a heap by (batch, pos): recorded, and to be delivered
         self._starting: list[Target] = []
-        self._ahead: Entry | None = None  # delivered before its commit; `_behind` waits until that has come back
+        self._ahead: Entry | None = (
+            None  # delivered before its commit; `_behind` waits until that has come back
+        )
         self._ahead_posted = False
         self._behind: list[Append] = []
         self.began_at = self.pool.clock.now()
@@ -91,7 +95,9 @@ class Claims:
 
     # ----------------------------------------------------------------- wanting
 
-    def request(self, call: Call | Child | Emission, loop: asyncio.AbstractEventLoop) -> asyncio.Future[Any]:
+    def request(
+        self, call: Call | Child | Emission, loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Future[Any]:
         """Wants a call; the future is the flow's."""
         future: asyncio.Future[Any] = asyncio.Future(loop=loop)
         call.future = future
@@ -152,8 +158,12 @@ class Claims:
     def _cancel_child(self, started: Entry) -> None:
         """Cancel goes down, unless this run only leaves memory: its next life asks for the child again."""
         if self._master.final():
-            work = self.pool.store.cancel(int(started.value or b"0"), f"the call in {self._master.name} was cancelled")
-            self.pool.loop.call_soon(self.pool.spawn, work, context=Context())  # not in the flow's step, nor in its context
+            work = self.pool.store.cancel(
+                int(started.value or b"0"), f"the call in {self._master.name} was cancelled"
+            )
+            self.pool.loop.call_soon(
+                self.pool.spawn, work, context=Context()
+            )  # not in the flow's step, nor in its context
 
     # ----------------------------------------------------------------- delivering
 
@@ -173,7 +183,9 @@ class Claims:
             elif target.future is not None and not target.future.done():
                 self._answer(entry, target, target.future)
 
-    def _answer(self, entry: Entry, target: Call | Child | Emission, future: asyncio.Future[Any]) -> None:
+    def _answer(
+        self, entry: Entry, target: Call | Child | Emission, future: asyncio.Future[Any]
+    ) -> None:
         if entry.kind is Kind.ERROR:
             future.set_exception(decode_error(entry.error or b"{}"))
             future._log_traceback = False  # pyright: ignore  (recorded: nobody needs to hear that nobody looked)
@@ -186,7 +198,9 @@ class Claims:
             elif isinstance(error, ResultsUnavailable):
                 self._master.stop(later(self.pool, self.journal))
             else:  # What was stored no longer reads as what the code says it is: a person must look, the value stays.
-                self._master.hold(f"{target.claim}: the recorded value cannot be read back: {error}")
+                self._master.hold(
+                    f"{target.claim}: the recorded value cannot be read back: {error}"
+                )
 
     def _decode(self, entry: Entry, target: Call | Child) -> Any:
         codec = target.task.result if isinstance(target, Call) else target.flow.result
@@ -213,7 +227,9 @@ class Claims:
                 self._start_call(target)
             case FlowTimer() | Order():
                 if target.due is not None:
-                    target.handle = self.pool.clock.timer(self.pool.loop, target.due, partial(self._fired, target.claim))
+                    target.handle = self.pool.clock.timer(
+                        self.pool.loop, target.due, partial(self._fired, target.claim)
+                    )
             case Emission():
                 self._start_emission(target)
             case Child():
@@ -233,17 +249,30 @@ class Claims:
 
     def _start_emission(self, target: Emission) -> None:
         ident = f"{self._master.name}/{target.claim}"
-        arrival, error = caught(self.pool.emitted, self._master.run, ident, target.type, target.fields)
+        arrival, error = caught(
+            self.pool.emitted, self._master.run, ident, target.type, target.fields
+        )
         if arrival is not None:
-            self.append(Entry(claim=target.claim, kind=Kind.EMIT, value=ident.encode()), arrivals=(arrival,))
+            self.append(
+                Entry(claim=target.claim, kind=Kind.EMIT, value=ident.encode()), arrivals=(arrival,)
+            )
         elif error is not None:
             attempt = self.journal.attempts(target.claim)[0] + 1
-            self.append(Entry(claim=target.claim, kind=Kind.ERROR, attempt=attempt, error=encode_error(error)))
+            self.append(
+                Entry(
+                    claim=target.claim, kind=Kind.ERROR, attempt=attempt, error=encode_error(error)
+                )
+            )
 
     def _start_child(self, target: Child) -> None:
         if target.claim not in self.journal.children:  # else its answer is on its way
             child = self.pool.child(self._master.run, target.claim, target.flow, target.params)
-            entry = Entry(claim=target.claim, kind=Kind.CHILD, value=str(child.id).encode(), fingerprint=target.fingerprint)
+            entry = Entry(
+                claim=target.claim,
+                kind=Kind.CHILD,
+                value=str(child.id).encode(),
+                fingerprint=target.fingerprint,
+            )
             self.append(entry, children=(child,))
 
     def _fired(self, claim: str) -> None:
@@ -266,9 +295,13 @@ class Claims:
         if arrivals or not self._is_alone(entry.claim):
             self.append(entry, arrivals)
             return
-        entry.at = max(self.now, self.pool.clock.now())  # the flow's time from here on, so the store keeps it
+        entry.at = max(
+            self.now, self.pool.clock.now()
+        )  # the flow's time from here on, so the store keeps it
         self._ahead = entry
-        heapq.heappush(self.due, (self.journal.last_batch + 1, 0, entry, self.waiting.pop(entry.claim)))
+        heapq.heappush(
+            self.due, (self.journal.last_batch + 1, 0, entry, self.waiting.pop(entry.claim))
+        )
         self._master.wake()
 
     def _is_alone(self, claim: str) -> bool:
@@ -277,7 +310,11 @@ class Claims:
         if self.due or self._starting or master.working or self._ahead is not None:
             return False
         others = len(waiting) - (TIMEOUT in waiting)
-        return others == 1 and claim in waiting and not (master.run.suspect or self.attempts.marked or self.pool.draining)
+        return (
+            others == 1
+            and claim in waiting
+            and not (master.run.suspect or self.attempts.marked or self.pool.draining)
+        )
 
     def take_ahead(self) -> tuple[Entry, ...]:
         """What the flow had ahead of its commit, to be recorded with its outcome; nothing if it is on its way already."""
@@ -292,7 +329,9 @@ class Claims:
             self._ahead_posted = True
             run = self._master.run
             self._master.working += 1
-            self.pool.store.post(Append(run.id, run.token, (self._ahead,)), self._caught_up, self.pool.loop)
+            self.pool.store.post(
+                Append(run.id, run.token, (self._ahead,)), self._caught_up, self.pool.loop
+            )
 
     def _caught_up(self, reply: Appended | Refused | StoreError) -> None:
         self._ahead, self._ahead_posted = None, False
@@ -303,11 +342,20 @@ class Claims:
 
     # ----------------------------------------------------------------- recording
 
-    def append(self, entry: Entry, arrivals: Iterable[Arrival] = (), children: Iterable[Run] = ()) -> None:
+    def append(
+        self, entry: Entry, arrivals: Iterable[Arrival] = (), children: Iterable[Run] = ()
+    ) -> None:
         """Records `entry`, with the events and child runs that come of it."""
         self._master.working += 1
         run = self._master.run
-        op = Append(run.id, run.token, (entry,), tuple(arrivals), tuple(children), run.suspect or self.attempts.marked)
+        op = Append(
+            run.id,
+            run.token,
+            (entry,),
+            tuple(arrivals),
+            tuple(children),
+            run.suspect or self.attempts.marked,
+        )
         if self._ahead is not None:
             self._behind.append(op)
         else:
@@ -339,7 +387,12 @@ class Claims:
                 heapq.heappush(self.due, (entry.batch, entry.pos, entry, target))
         elif entry.kind is Kind.FAILED:
             call = self.waiting.get(entry.claim)
-            if isinstance(call, Call) and call.attempt == entry.attempt and not call.running and entry.due_at is not None:
+            if (
+                isinstance(call, Call)
+                and call.attempt == entry.attempt
+                and not call.running
+                and entry.due_at is not None
+            ):
                 self._wait_to_launch(call, entry.due_at)
         elif entry.kind is Kind.CHILD and entry.claim not in self.waiting:
             self._cancel_child(entry)  # given up while its start was being recorded

@@ -16,7 +16,17 @@ from eventflow.sdk.task import Call, settle_map
 class Window:
     """One map under way. `request` wants a call of the journal, `abandon` gives one up."""
 
-    __slots__ = ("_abandon", "_failed", "_more", "_name", "_out", "_patient", "_request", "_results", "_source")
+    __slots__ = (
+        "_abandon",
+        "_failed",
+        "_more",
+        "_name",
+        "_out",
+        "_patient",
+        "_request",
+        "_results",
+        "_source",
+    )
 
     def __init__(
         self,
@@ -27,7 +37,13 @@ class Window:
         *,
         patient: bool,
     ) -> None:
-        self._name, self._source, self._request, self._abandon, self._patient = name, iter(calls), request, abandon, patient
+        self._name, self._source, self._request, self._abandon, self._patient = (
+            name,
+            iter(calls),
+            request,
+            abandon,
+            patient,
+        )
         self._results: list[Any] = []
         self._out: dict[int, Call] = {}
         self._failed = False

@@ -57,7 +57,13 @@ class Worker:
         checkpoints: Checkpoints, *, concurrency: int = 1000, window: int = 20_000, threads: int = 32, sink: Sink | None = None,
         secret: bytes = b"", seed: int | None = None,
     ) -> None:  # fmt: skip
-        self.store, self.clock, self.router, self.blobs, self.checkpoints = store, clock, router, blobs, checkpoints
+        self.store, self.clock, self.router, self.blobs, self.checkpoints = (
+            store,
+            clock,
+            router,
+            blobs,
+            checkpoints,
+        )
         self.flows: Mapping[str, Flow[..., Any]] = flows
         self._flows = flows
         self.draw = random.Random(seed)
@@ -73,9 +79,13 @@ class Worker:
         self._backlog = True  # the ledger holds due runs that are not in memory
         self._queues: dict[str, deque[Run]] = {}
         self._turns: deque[str] = deque()
-        self._busy = self._ending = 0  # runs that work; runs whose outcome is on its way to the disk
+        self._busy = self._ending = (
+            0  # runs that work; runs whose outcome is on its way to the disk
+        )
         self._in_memory: dict[str, int] = {}
-        self._resuming: dict[int, tuple[Run, list[Entry]]] = {}  # their journals are being read; what is answered meanwhile
+        self._resuming: dict[
+            int, tuple[Run, list[Entry]]
+        ] = {}  # their journals are being read; what is answered meanwhile
         self._claiming = self._asked_meanwhile = self._beginning = False
         self._due_timer: Any = None
         self._dirty: list[Execution] = []
@@ -145,7 +155,12 @@ class Worker:
     def take(self, run: Run) -> bool:
         """Whether a run just recorded goes straight to memory. Writer thread."""
         flow = self.flows.get(run.flow)
-        if not self._taking or self._backlog or flow is None or flow.options.concurrency is not None:
+        if (
+            not self._taking
+            or self._backlog
+            or flow is None
+            or flow.options.concurrency is not None
+        ):
             return False
         with self._lock:
             if self._room <= 0:
@@ -235,7 +250,9 @@ class Worker:
         for run in reply.runs:
             self._enqueue(run)
         self._wake_when_due(reply.next_due)
-        if reply.runs or self._asked_meanwhile:  # a run that settled meanwhile may have made room below its flow's cap
+        if (
+            reply.runs or self._asked_meanwhile
+        ):  # a run that settled meanwhile may have made room below its flow's cap
             self._begin_some()
             self._claim()
 
@@ -282,7 +299,9 @@ class Worker:
 
     def _has_slot(self) -> bool:
         """Besides those that work as many again may wait for their commit: on a disk that hangs memory stays bounded."""
-        return not self.held_back and self._busy < min(self._concurrency, 2 * self._concurrency - self._ending)
+        return not self.held_back and self._busy < min(
+            self._concurrency, 2 * self._concurrency - self._ending
+        )
 
     def _begin_soon(self) -> None:
         if self._turns and not self._beginning:
@@ -311,7 +330,13 @@ class Worker:
             self._hold(run, f"what is stored of it cannot be read: {damage}")
             return
         if entries or run.token > 1:
-            log.info("run.resumed", run=show_id(run.id), flow=run.flow, entries=len(entries), suspect=run.suspect)
+            log.info(
+                "run.resumed",
+                run=show_id(run.id),
+                flow=run.flow,
+                entries=len(entries),
+                suspect=run.suspect,
+            )
         self.loop.call_soon(self._execute, run, Journal(entries))
 
     def _execute(self, run: Run, journal: Journal) -> None:
@@ -323,7 +348,9 @@ class Worker:
         flow = self.flows.get(run.flow)
         if flow is None:
             missing = f"the app has no flow named {run.flow!r}"
-            self._hold(run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run")
+            self._hold(
+                run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
+            )
             return
         execution = Execution(self, run, flow, journal)
         self.executions[run.id] = execution
@@ -335,7 +362,9 @@ class Worker:
         """A run that cannot be begun: a person must look."""
         held = Held(reason)
         log.error("run.held", run=show_id(run.id), flow=run.flow, reason=reason)
-        self.store.post(Settle(run.id, run.token, held), lambda _: self.outcomes.tell(run.id, held), self.loop)
+        self.store.post(
+            Settle(run.id, run.token, held), lambda _: self.outcomes.tell(run.id, held), self.loop
+        )
         self._busy -= 1
         self._in_memory[run.flow] -= 1
         self._give_room(1)
@@ -381,7 +410,11 @@ class Worker:
         return self._limits.setdefault(call.task.name, asyncio.Semaphore(bound))
 
     def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
-        extensions = {**fields["extensions"], "eventflowdepth": run.depth + 1, "eventflowcause": show_id(run.id)}
+        extensions = {
+            **fields["extensions"],
+            "eventflowdepth": run.depth + 1,
+            "eventflowcause": show_id(run.id),
+        }
         return self.router.emit(
             Event(id=ident, source=f"/flows/{run.flow}", type=event_type, data=fields["data"], subject=fields["subject"],
                   extensions=extensions)
@@ -411,7 +444,9 @@ class Worker:
 
     # ----------------------------------------------------------------- settling
 
-    def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
+    def settled(
+        self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError
+    ) -> None:
         run = execution.run
         self.executions.pop(run.id, None)
         self._ending -= 1
@@ -440,11 +475,26 @@ class Worker:
     @property
     def is_quiet(self) -> bool:
         """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
-        busy = self._busy or self._ending or self._claiming or self._beginning or self._dirty or self._owned
-        return not (busy or any(self._queues.values()) or any(each.loop.foreign for each in self.executions.values()))
+        busy = (
+            self._busy
+            or self._ending
+            or self._claiming
+            or self._beginning
+            or self._dirty
+            or self._owned
+        )
+        return not (
+            busy
+            or any(self._queues.values())
+            or any(each.loop.foreign for each in self.executions.values())
+        )
 
     @property
     def load(self) -> dict[str, int]:
         """How many runs work, sit in memory, and wait for a slot there."""
         waiting = sum(len(queue) for queue in self._queues.values())
-        return {"working": self._busy, "in_memory": len(self.executions) + waiting, "queued": waiting}
+        return {
+            "working": self._busy,
+            "in_memory": len(self.executions) + waiting,
+            "queued": waiting,
+        }

@@ -90,7 +90,9 @@ class Pool(Protocol):
         """Its flow has ended; what is left is the commit of its outcome, for which others need not wait: its slot is free."""
         ...
 
-    def settled(self, execution: Any, outcome: Outcome, reply: Settled | Refused | StoreError) -> None: ...
+    def settled(
+        self, execution: Any, outcome: Outcome, reply: Settled | Refused | StoreError
+    ) -> None: ...
 
     def forget(self, run: str, claim: str | None = None) -> None:
         """A call's value is durable, or its run completed: its checkpoints go."""

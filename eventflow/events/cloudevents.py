@@ -36,8 +36,13 @@ def parse_cloudevents(headers: Mapping[str, str], body: bytes) -> list[Event]:
         case "application/cloudevents-batch+json":
             listed = read_json(body)
             if not isinstance(listed, list):
-                raise ValueError(f"body: expected a JSON array of CloudEvents, found {_kind(listed)}")
-            return [_structured(fields, f"[{index}].") for index, fields in enumerate(cast(list[Any], listed))]
+                raise ValueError(
+                    f"body: expected a JSON array of CloudEvents, found {_kind(listed)}"
+                )
+            return [
+                _structured(fields, f"[{index}].")
+                for index, fields in enumerate(cast(list[Any], listed))
+            ]
         case _:
             return [_binary(headers, body)]
 
@@ -69,7 +74,11 @@ def _structured(fields: Any, place: str) -> Event:
 
 
 def _binary(headers: Mapping[str, str], body: bytes) -> Event:
-    fields: dict[str, Any] = {name[3:]: _header_text(name, value) for name, value in headers.items() if name.startswith("ce-")}
+    fields: dict[str, Any] = {
+        name[3:]: _header_text(name, value)
+        for name, value in headers.items()
+        if name.startswith("ce-")
+    }
     for name in ("data", "data_base64", "datacontenttype"):
         if name in fields:
             raise ValueError(
@@ -99,7 +108,13 @@ def _bounded(values: Any) -> None:
 
 
 def _kind(value: object) -> str:
-    names: dict[type, str] = {type(None): "null", bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
+    names: dict[type, str] = {
+        type(None): "null",
+        bool: "a boolean",
+        str: "a string",
+        list: "an array",
+        dict: "an object",
+    }
     return names.get(type(value), "a number")
 
 
@@ -138,7 +153,9 @@ def _measure(value: Any) -> int:
             elif kind is list:
                 below += [child for child in node if child.__class__ in _CONTAINERS]
         if depth > MAX_JSON_DEPTH or keys > MAX_JSON_KEYS:
-            raise ValueError(f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found more")
+            raise ValueError(
+                f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found more"
+            )
         level = below
     return keys
 

@@ -42,7 +42,12 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> bytes:
         """The CloudEvents JSON form; `bytes` data as `data_base64`. Big integers and NaN are refused with TypeError."""
-        fields: dict[str, Any] = {"specversion": "1.0", "id": self.id, "source": self.source, "type": self.type}
+        fields: dict[str, Any] = {
+            "specversion": "1.0",
+            "id": self.id,
+            "source": self.source,
+            "type": self.type,
+        }
         if self.subject is not None:
             fields["subject"] = self.subject
         if self.time is not None:
@@ -96,7 +101,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         data = left.pop("data", None)
         if "data_base64" in left:
             if data is not None:
-                raise ValueError("data and data_base64 are both present; a CloudEvent has one of them")
+                raise ValueError(
+                    "data and data_base64 are both present; a CloudEvent has one of them"
+                )
             data = _decoded(left.pop("data_base64"))
         known = {name: left.pop(name) for name in _TEXT if name in left}
         for name in ("id", "source", "type"):
@@ -108,7 +115,9 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         if "time" in known:
             known["time"] = parse_time(known["time"])
         for name, value in left.items():
-            if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(value, str | int | bool):
+            if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(
+                value, str | int | bool
+            ):
                 raise ValueError(
                     f"extension {name!r}: expected a lower-case alphanumeric name and a string, integer or boolean"
                 )
@@ -186,7 +195,9 @@ def show_id(ident: int) -> str:
 class Intake(Protocol):
     """The way into the ledger, bound to one trigger's name."""
 
-    async def accept(self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
+    async def accept(
+        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
         """Records items and cursor in one transaction; durable when it returns. One receipt per item, in order.
 
         `cursor` upserts values by key (a partition, a path); None deletes a key. Zero items are legal. Concurrent calls
@@ -298,7 +309,9 @@ class Foreseeing(Protocol):
     @property
     def name(self) -> str: ...
 
-    def foresee(self, cursor: Mapping[str, Json], since: datetime | None, until: datetime) -> Foresight:
+    def foresee(
+        self, cursor: Mapping[str, Json], since: datetime | None, until: datetime
+    ) -> Foresight:
         """As if it had begun at `since` (None: with what is known), as it is set now. `cursor`: its own in the ledger."""
         ...
 
@@ -373,5 +386,7 @@ def totals(gauges: Sequence[Gauge]) -> dict[str, float]:
         if before is None:
             found[gauge.name] = gauge.value
         else:
-            found[gauge.name] = before + gauge.value if gauge.total == "sum" else max(before, gauge.value)
+            found[gauge.name] = (
+                before + gauge.value if gauge.total == "sum" else max(before, gauge.value)
+            )
     return found

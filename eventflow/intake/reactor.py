@@ -67,9 +67,13 @@ class TriggerIntake:
         self._reactor, self._trigger, self._health = reactor, trigger, health
         self.log = get_logger("eventflow.trigger").bind(trigger=trigger)
 
-    async def accept(self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
+    async def accept(
+        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
         reactor = self._reactor
-        arrivals = [reactor.router.arrive(self._trigger, item, self._health.paused) for item in items]
+        arrivals = [
+            reactor.router.arrive(self._trigger, item, self._health.paused) for item in items
+        ]
         receipts = await reactor.record(arrivals, self._trigger, cursor)
         self._count(items, receipts)
         return receipts
@@ -101,23 +105,36 @@ class TriggerIntake:
 class Reactor:
     """Runs the listeners. `start` it on the loop of the way in, `stop` it there."""
 
-    def __init__(self, store: Store, router: Router, clock: Clock, triggers: Sequence[Trigger], draw: random.Random) -> None:
+    def __init__(
+        self,
+        store: Store,
+        router: Router,
+        clock: Clock,
+        triggers: Sequence[Trigger],
+        draw: random.Random,
+    ) -> None:
         self.store, self.router, self.clock = store, router, clock
-        self.health = {trigger.name: Health(trigger.name, type(trigger).__name__) for trigger in triggers}
+        self.health = {
+            trigger.name: Health(trigger.name, type(trigger).__name__) for trigger in triggers
+        }
         self.draining = False
         self._triggers = triggers
         self._draw = draw
         self._listeners: list[asyncio.Task[None]] = []
         self._events = 0
         self._bytes = 0
-        self._underway: defaultdict[str, Underway] = defaultdict(Underway)  # by trigger, of which an app has few
+        self._underway: defaultdict[str, Underway] = defaultdict(
+            Underway
+        )  # by trigger, of which an app has few
 
     def start(self, paused: set[str]) -> None:
         """Opens every listener."""
         self.draining = False
         for trigger in self._triggers:
             self.health[trigger.name].paused = trigger.name in paused
-            self._listeners.append(asyncio.create_task(self._keep_listening(trigger), name=f"listen {trigger.name}"))
+            self._listeners.append(
+                asyncio.create_task(self._keep_listening(trigger), name=f"listen {trigger.name}")
+            )
 
     async def stop(self) -> None:
         """Accepts nothing more; listeners end what they have under way (they are given 10 s)."""
@@ -152,10 +169,17 @@ class Reactor:
     def _note_end(self, health: Health, error: Exception | None) -> None:
         health.state = "reopening"
         health.failures += 1
-        health.last_error = "the listener returned" if error is None else f"{type(error).__name__}: {error}"
+        health.last_error = (
+            "the listener returned" if error is None else f"{type(error).__name__}: {error}"
+        )
         if isinstance(error, StoreFailed):
             return  # The root stops the process, and says why once.
-        log.warning("trigger.reopened", trigger=health.name, error=health.last_error, failures=health.failures)
+        log.warning(
+            "trigger.reopened",
+            trigger=health.name,
+            error=health.last_error,
+            failures=health.failures,
+        )
 
     def pause(self, trigger: str, paused: bool) -> None:
         """While paused, events are recorded and their runs held."""
@@ -164,7 +188,10 @@ class Reactor:
     # ----------------------------------------------------------------- recording
 
     async def record(
-        self, arrivals: Sequence[Arrival], trigger: str = "", cursor: Mapping[str, Json] | None = None
+        self,
+        arrivals: Sequence[Arrival],
+        trigger: str = "",
+        cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
         """Durable when it returns. Raises StoreFull when there is no room, StoreFailed when the outcome is unknown."""
         size = 0
@@ -207,5 +234,8 @@ class Reactor:
             # Of a full queue less than nothing is free, so the share bounds the sum too.
             free, free_bytes = MAX_EVENTS - self._events - events, MAX_BYTES - self._bytes - size
             if own.events + events > SHARE * free or own.size + size > SHARE * free_bytes:
-                return StoreFull(f"{self._events} events wait for their commit, {own.events} from the same trigger", 1.0)
+                return StoreFull(
+                    f"{self._events} events wait for their commit, {own.events} from the same trigger",
+                    1.0,
+                )
         return self.store.room()

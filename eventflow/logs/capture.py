@@ -54,7 +54,9 @@ class Printed:
             *lines, tail = (here.tails.get(self.say, "") + text).split("\n")
             if len(tail) > TAIL:
                 lines, tail = [*lines, tail], ""
-            here.tails[self.say] = tail.rpartition("\r")[2]  # a progress bar draws over itself: what shows last is kept
+            here.tails[self.say] = tail.rpartition("\r")[
+                2
+            ]  # a progress bar draws over itself: what shows last is kept
         for line in lines:
             self.say(here, line)
 
@@ -104,7 +106,9 @@ def configure(
     a run go to its store, prints also where they would have gone (for tests).
     """
     number = logging.getLevelNamesMapping()[level.upper()]
-    output = Output(stream, pretty=pretty, level=number, redactor=redactor, clock=clock or SystemClock())
+    output = Output(
+        stream, pretty=pretty, level=number, redactor=redactor, clock=clock or SystemClock()
+    )
     undo = ExitStack()
     undo.callback(output.close)
     _take_logging(output, undo, alone=stream is not None)
@@ -159,7 +163,9 @@ def _take_structlog(output: Output, level: int, undo: ExitStack) -> None:
     )
 
 
-def _pack(_logger: Any, method: str, fields: Any) -> tuple[tuple[str, dict[str, Any]], dict[str, Any]]:
+def _pack(
+    _logger: Any, method: str, fields: Any
+) -> tuple[tuple[str, dict[str, Any]], dict[str, Any]]:
     return (method, fields), {}
 
 
@@ -176,7 +182,13 @@ class Door:
 
     def _say(self, method: str, fields: dict[str, Any]) -> None:
         event = fields.pop("event", "")
-        self._output.line(_METHODS[method], self._name, event if isinstance(event, str) else repr(event), fields, where.get())
+        self._output.line(
+            _METHODS[method],
+            self._name,
+            event if isinstance(event, str) else repr(event),
+            fields,
+            where.get(),
+        )
 
     debug = info = warning = warn = error = critical = fatal = exception = msg = _say
 

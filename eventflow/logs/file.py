@@ -111,7 +111,9 @@ class LogFile:
         """Raises OSError when the disk is so full that what is left belongs to the journal."""
         free = shutil.disk_usage(self.path.parent).free
         if free < self._floor:
-            raise OSError(f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs leave to the rest")
+            raise OSError(
+                f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs leave to the rest"
+            )
 
     def write(self, lines: Sequence[Line]) -> None:
         """Adds lines, in order, in one transaction."""
@@ -133,7 +135,10 @@ class LogFile:
         """Removes lines of runs with smaller ids, the oldest first, in `steps` transactions; how many it removed."""
         if self._db is None and not self.path.exists():
             return 0
-        return sum(self._execute(lambda db: db.execute(OLDEST, (before, STEP)).rowcount) for _ in range(steps))
+        return sum(
+            self._execute(lambda db: db.execute(OLDEST, (before, STEP)).rowcount)
+            for _ in range(steps)
+        )
 
     def shrink(self) -> bool:
         """Brings the file under its quota, oldest runs first; False when there is more to do."""
@@ -149,7 +154,8 @@ class LogFile:
     def _used(self) -> int:
         db = self._open()
         pages, free, size = (
-            db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count", "page_size")
+            db.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("page_count", "freelist_count", "page_size")
         )
         return (pages - free) * size
 
@@ -159,9 +165,23 @@ def damaged(error: sqlite3.Error) -> bool:
 
 
 def _row(line: Line, seq: int) -> tuple[Any, ...]:
-    event = line.event if len(line.event) <= LONGEST else f"{line.event[:LONGEST]}… ({len(line.event)} characters)"
+    event = (
+        line.event
+        if len(line.event) <= LONGEST
+        else f"{line.event[:LONGEST]}… ({len(line.event)} characters)"
+    )
     fields = _fitting(line.fields).decode() if line.fields else None
-    return line.run, seq, line.at, line.level, line.logger, event.replace("\0", "\ufffd"), fields, line.task, line.attempt
+    return (
+        line.run,
+        seq,
+        line.at,
+        line.level,
+        line.logger,
+        event.replace("\0", "\ufffd"),
+        fields,
+        line.task,
+        line.attempt,
+    )
 
 
 def _fitting(fields: bytes) -> bytes:
@@ -172,16 +192,22 @@ def _fitting(fields: bytes) -> bytes:
     for key, value in data.items():
         text = value if isinstance(value, str) else orjson.dumps(value).decode()
         if len(text) > LONGEST // 4:
-            data[key] = f"{text[: LONGEST // 16]}… ({len(text)} characters) …{text[-LONGEST // 8 :]}"
+            data[key] = (
+                f"{text[: LONGEST // 16]}… ({len(text)} characters) …{text[-LONGEST // 8 :]}"
+            )
     shorter = orjson.dumps(data)
     return shorter if len(shorter) <= LONGEST else orjson.dumps({"cut": len(fields)})
 
 
-def read_lines(path: str | os.PathLike[str], run: int, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
+def read_lines(
+    path: str | os.PathLike[str], run: int, after: int = 0, limit: int = 1000
+) -> list[dict[str, Any]]:
     """What `LogStore.read` gives, from the file alone: for a door without a server. No file, no lines. Blocking."""
     if not Path(path).exists():
         return []
-    with closing(sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)) as db:
+    with closing(
+        sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=5.0)
+    ) as db:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'lines'").fetchone():
             return []
         rows = db.execute(SELECT, (run, after, limit)).fetchall()
@@ -195,5 +221,10 @@ def read_lines(path: str | os.PathLike[str], run: int, after: int = 0, limit: in
 def flat(line: dict[str, Any]) -> dict[str, Any]:
     """A line that was read, in the shape it had on the stream; `output.show` makes it pretty."""
     ids = {key: line[key] for key in ("task", "attempt") if line[key]}
-    base = {"timestamp": timestamp(line["at"]), "level": line["level"], "event": line["event"], "logger": line["logger"]}
+    base = {
+        "timestamp": timestamp(line["at"]),
+        "level": line["level"],
+        "event": line["event"],
+        "logger": line["logger"],
+    }
     return {**base, **ids, **line["fields"]}

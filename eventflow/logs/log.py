@@ -201,7 +201,9 @@ where: ContextVar[Where | None] = ContextVar("eventflow_where", default=None)
 class Straight(logging.Handler):
     """A handler that takes eventflow's lines past the records of `logging`, which would double their cost."""
 
-    def line(self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None) -> None:
+    def line(
+        self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None
+    ) -> None:
         raise NotImplementedError
 
 
@@ -270,7 +272,10 @@ def _tell_host(logger: logging.Logger, level: int, event: str, fields: dict[str,
     data = cast(dict[str, Any], orjson.loads(line))
     text, trace = data["event"], data.pop("exception", None)
     rest = {key: value for key, value in data.items() if key not in _BASE}
-    words = (f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}" for key, value in rest.items())
+    words = (
+        f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}"
+        for key, value in rest.items()
+    )
     told = Told(logger.name, level, "(eventflow)", 0, clean(" ".join((text, *words))), (), None)
     told.exc_text = trace
     told.fields = rest
@@ -288,10 +293,21 @@ _SHORT.maxother = _SHORT.maxstring = _SHORT.maxlong = 2000
 
 
 def compose(
-    level: int, logger: str, event: str, fields: Mapping[str, Any], now: int, secrets: Redactor, here: Where | None
+    level: int,
+    logger: str,
+    event: str,
+    fields: Mapping[str, Any],
+    now: int,
+    secrets: Redactor,
+    here: Where | None,
 ) -> bytes:
     """The line as JSON with a newline, redacted. A line of the user's, or a warning, goes to the store of the run `here`."""
-    data: dict[str, Any] = {"timestamp": timestamp(now), "level": level_word(level), "event": event, "logger": logger}
+    data: dict[str, Any] = {
+        "timestamp": timestamp(now),
+        "level": level_word(level),
+        "event": event,
+        "logger": logger,
+    }
     replay = False
     own = ours(logger)
     if here is not None:
@@ -301,9 +317,18 @@ def compose(
     if fields:
         _add(data, fields)
     line = dump(data)
-    if "exception" in data or not secrets.harmless(fields) or not (own or secrets.harmless({"event": event})):
+    if (
+        "exception" in data
+        or not secrets.harmless(fields)
+        or not (own or secrets.harmless({"event": event}))
+    ):
         line = dump(secrets.data(orjson.loads(line)))
-    if here is not None and here.sink is not None and not replay and (not own or level >= logging.WARNING):
+    if (
+        here is not None
+        and here.sink is not None
+        and not replay
+        and (not own or level >= logging.WARNING)
+    ):
         here.sink.post(_kept(here, level, logger, now, line))
     return line
 
@@ -311,7 +336,10 @@ def compose(
 def _add(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """Fields follow the ids; one that would take the place of something else gets an underscore."""
     if not _RESERVED.isdisjoint(fields):
-        fields = {f"{key}_" if key in data and data[key] != value else key: value for key, value in fields.items()}
+        fields = {
+            f"{key}_" if key in data and data[key] != value else key: value
+            for key, value in fields.items()
+        }
     data.update(fields)
     if "exc_info" in fields and (error := _error(data.pop("exc_info"))) is not None:
         data["exception"] = "".join(traceback.format_exception(error)).rstrip()
@@ -330,7 +358,16 @@ def _error(exc_info: Any) -> BaseException | None:
 def _kept(here: Where, level: int, logger: str, now: int, line: bytes) -> Line:
     data = cast(dict[str, Any], orjson.loads(line))
     rest = {key: value for key, value in data.items() if key not in _RESERVED}
-    return Line(here.run, now, level, logger, data["event"], orjson.dumps(rest) if rest else None, here.task, here.attempt)
+    return Line(
+        here.run,
+        now,
+        level,
+        logger,
+        data["event"],
+        orjson.dumps(rest) if rest else None,
+        here.task,
+        here.attempt,
+    )
 
 
 def timestamp(us: int) -> str:
@@ -352,7 +389,9 @@ def dump(data: dict[str, Any]) -> bytes:
     """`data` as one line of JSON, whatever is in it: what has no JSON form goes by its `repr`, cut at 2,000 characters."""
     try:
         return orjson.dumps(data, default=_shown, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # a lone surrogate, an integer over 64 bits, a key that is no string, a circle
+    except (
+        TypeError
+    ):  # a lone surrogate, an integer over 64 bits, a key that is no string, a circle
         return orjson.dumps(_plain(data, 0), default=_shown, option=orjson.OPT_APPEND_NEWLINE)
 
 
@@ -374,7 +413,10 @@ def _plain(value: Any, depth: int) -> Any:
         case int():
             return value if -(1 << 63) <= value < 1 << 64 else show_value(value)
         case dict() if depth < _DEEPEST:
-            return {_text(str(key)): _plain(held, depth + 1) for key, held in cast(dict[Any, Any], value).items()}
+            return {
+                _text(str(key)): _plain(held, depth + 1)
+                for key, held in cast(dict[Any, Any], value).items()
+            }
         case list() | tuple() | set() | frozenset() if depth < _DEEPEST:
             return [_plain(held, depth + 1) for held in cast(list[Any], value)]
         case _:

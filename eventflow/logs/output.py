@@ -37,26 +37,44 @@ class Output(Straight):
     """One stream and how lines look on it. `stream=None`: lines only go to their run's store (capture without a stream)."""
 
     def __init__(
-        self, stream: BinaryIO | TextIO | None, *, pretty: bool | None, level: int, redactor: Redactor, clock: Clock
+        self,
+        stream: BinaryIO | TextIO | None,
+        *,
+        pretty: bool | None,
+        level: int,
+        redactor: Redactor,
+        clock: Clock,
     ) -> None:
         super().__init__(level)
         self._redactor, self._clock = redactor, clock
         self._write = None if stream is None else writer(stream)
         self._pretty = pretty if pretty is not None else stream is not None and stream.isatty()
-        self._renderer = renderer(None if stream is not None and stream.isatty() else False) if self._pretty else None
+        self._renderer = (
+            renderer(None if stream is not None and stream.isatty() else False)
+            if self._pretty
+            else None
+        )
         self._lines: list[bytes] = []
         self._waiting = self._lost = 0
         self._turn = threading.Lock()
-        self._some, self._now, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._some, self._now, self._closing = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._thread: threading.Thread | None = None
         if self._write is not None:
-            self._thread = threading.Thread(target=self._run, name="eventflow-log-output", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, name="eventflow-log-output", daemon=True
+            )
             self._thread.start()
             if hasattr(os, "register_at_fork"):
                 again = weakref.WeakMethod(self._after_fork)
                 os.register_at_fork(after_in_child=lambda: (method := again()) and method())
 
-    def line(self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None) -> None:
+    def line(
+        self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None
+    ) -> None:
         line = compose(level, logger, event, fields, self._clock.now(), self._redactor, here)
         if self._write is None:
             return
@@ -93,7 +111,12 @@ class Output(Straight):
     # ----------------------------------------------------------------------- pretty
 
     def _show(self, line: bytes) -> bytes:
-        return show(cast(dict[str, Any], orjson.loads(line)), cast(ConsoleRenderer, self._renderer)).encode() + b"\n"
+        return (
+            show(
+                cast(dict[str, Any], orjson.loads(line)), cast(ConsoleRenderer, self._renderer)
+            ).encode()
+            + b"\n"
+        )
 
     # ----------------------------------------------------------------------- the stream
 
@@ -126,7 +149,9 @@ class Output(Straight):
 
     def _dropped(self, lines: int) -> bytes:
         fields, now = {"lines": lines}, self._clock.now()
-        line = compose(logging.WARNING, "eventflow.output", "log.dropped", fields, now, self._redactor, None)
+        line = compose(
+            logging.WARNING, "eventflow.output", "log.dropped", fields, now, self._redactor, None
+        )
         return self._show(line) if self._renderer is not None else line
 
     def close(self) -> None:
@@ -147,7 +172,9 @@ class Output(Straight):
 
 def message(record: logging.LogRecord) -> str:
     """What the caller meant, also when the arguments do not fit the text."""
-    with suppress(Exception):  # a user's __str__ may raise anything, and logging must not end the run that logs
+    with suppress(
+        Exception
+    ):  # a user's __str__ may raise anything, and logging must not end the run that logs
         return record.getMessage()
     return f"{show_value(record.msg)} (with arguments that do not fit: {show_value(record.args)})"
 
@@ -162,7 +189,9 @@ def writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
             target.write(chunk.decode())
         else:
             left = memoryview(chunk)
-            while left:  # under python -u, sys.stderr.buffer is a raw file, which may take a part only
+            while (
+                left
+            ):  # under python -u, sys.stderr.buffer is a raw file, which may take a part only
                 left = left[target.write(left) or 0 :]
         target.flush()
 
@@ -176,7 +205,9 @@ def renderer(colors: bool | None = None) -> ConsoleRenderer:
     """structlog's console lines; for `None`, a terminal, `NO_COLOR` (https://no-color.org) and TERM=dumb are heard."""
     if colors is None:
         colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return ConsoleRenderer(colors=colors, sort_keys=False, pad_event_to=22, exception_formatter=plain_traceback)
+    return ConsoleRenderer(
+        colors=colors, sort_keys=False, pad_event_to=22, exception_formatter=plain_traceback
+    )
 
 
 def show(data: dict[str, Any], console: ConsoleRenderer) -> str:

@@ -71,7 +71,11 @@ class LogStore:
         self._size = self._posted = self._done = 0
         self._budgets: OrderedDict[int, Budget] = OrderedDict()
         self._dropping: set[int] = set()
-        self._some, self._hurry, self._closing = threading.Event(), threading.Event(), threading.Event()
+        self._some, self._hurry, self._closing = (
+            threading.Event(),
+            threading.Event(),
+            threading.Event(),
+        )
         self._followers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._tidy_at = self._warn_at = float("-inf")
         self._thread: threading.Thread | None = None
@@ -97,9 +101,16 @@ class LogStore:
         with self._written:
             budget = self._budget(line.run)
             now = self._clock.monotonic()
-            budget.credit = min(self._per_second, budget.credit + (now - budget.seen) * self._per_second)
+            budget.credit = min(
+                self._per_second, budget.credit + (now - budget.seen) * self._per_second
+            )
             budget.seen = now
-            if budget.credit < 1 or len(self._queue) >= QUEUE or self._size + size > QUEUE_BYTES or self._closing.is_set():
+            if (
+                budget.credit < 1
+                or len(self._queue) >= QUEUE
+                or self._size + size > QUEUE_BYTES
+                or self._closing.is_set()
+            ):
                 self._drop(line.run, budget)
             else:
                 budget.credit -= 1
@@ -130,7 +141,9 @@ class LogStore:
         with self._written:
             posted = self._posted
             self._wake()
-            return self._thread is None or self._written.wait_for(lambda: self._done >= posted, within)
+            return self._thread is None or self._written.wait_for(
+                lambda: self._done >= posted, within
+            )
 
     def _wake(self) -> None:
         self._hurry.set()
@@ -186,7 +199,10 @@ class LogStore:
         if budget.lines < 0:
             budget.lines, budget.size = self.file.weight(line.run)
         tenths = 11 if line.level >= WARNING else 10
-        if 10 * budget.lines >= self._per_run * tenths or 10 * budget.size >= self._per_run_bytes * tenths:
+        if (
+            10 * budget.lines >= self._per_run * tenths
+            or 10 * budget.size >= self._per_run_bytes * tenths
+        ):
             with self._written:
                 self._drop(line.run, budget)
             return False
@@ -199,9 +215,23 @@ class LogStore:
         now, at = self._clock.monotonic(), self._clock.now()
         with self._written:
             lost = [(run, budget) for run in self._dropping if (budget := self._budgets.get(run))]
-            due = [(run, budget.dropped) for run, budget in lost if self._closing.is_set() or now - budget.noted >= 1.0]
+            due = [
+                (run, budget.dropped)
+                for run, budget in lost
+                if self._closing.is_set() or now - budget.noted >= 1.0
+            ]
         return [
-            (Line(run, at, WARNING, "eventflow.store.logs", "log.dropped", orjson.dumps({"lines": count})), count)
+            (
+                Line(
+                    run,
+                    at,
+                    WARNING,
+                    "eventflow.store.logs",
+                    "log.dropped",
+                    orjson.dumps({"lines": count}),
+                ),
+                count,
+            )
             for run, count in due
         ]
 
@@ -219,7 +249,9 @@ class LogStore:
         """Removes what is over the quota, and once a minute what is too old, in small steps; the rest waits its turn."""
         now = self._clock.monotonic()
         if now >= self._tidy_at:
-            old = max(0, int(self._clock.now() / 1000 - self._keep * 1000)) << 20  # run ids begin with their milliseconds
+            old = (
+                max(0, int(self._clock.now() / 1000 - self._keep * 1000)) << 20
+            )  # run ids begin with their milliseconds
             if not self.file.remove(old):
                 self._tidy_at = now + 60.0
         if not self.file.shrink():
@@ -271,7 +303,9 @@ class LogStore:
                     return
                 if not lines:
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(1.0):  # nobody wakes us when the run settles without a word
+                        async with asyncio.timeout(
+                            1.0
+                        ):  # nobody wakes us when the run settles without a word
                             await wake.wait()
         finally:
             with self._written:

@@ -38,7 +38,9 @@ SPIN = 100_000
 FOREVER = 1 << 62
 """The due time, in microseconds, of `sleep(inf)`: what a 64-bit column holds."""
 
-_inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar("eventflow_inside", default=None)
+_inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar(
+    "eventflow_inside", default=None
+)
 
 
 class FlowTask(asyncio.Task[Any]):
@@ -46,9 +48,13 @@ class FlowTask(asyncio.Task[Any]):
 
     __slots__ = ("_scope", "lineage", "path")
 
-    def __init__(self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: Any) -> None:
+    def __init__(
+        self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: Any
+    ) -> None:
         self.path = path
-        self._scope: Scope | None = None  # most tasks are one journaled call and never claim anything
+        self._scope: Scope | None = (
+            None  # most tasks are one journaled call and never claim anything
+        )
         self.lineage = zlib.crc32(path.encode(), loop.seed)
         super().__init__(coro, loop=loop, name=name or path.rstrip("/") or "flow", context=context)
 
@@ -80,7 +86,9 @@ class FlowHandle(asyncio.Handle):
 
     __slots__ = ()
 
-    def __init__(self, callback: Any, args: Any, loop: "FlowLoop", context: contextvars.Context | None) -> None:  # pyright: ignore[reportMissingSuperCall]
+    def __init__(
+        self, callback: Any, args: Any, loop: "FlowLoop", context: contextvars.Context | None
+    ) -> None:  # pyright: ignore[reportMissingSuperCall]
         self._context = context if context is not None else contextvars.copy_context()
         self._loop, self._callback, self._args = loop, callback, args
         self._cancelled, self._repr, self._source_traceback = False, None, None
@@ -92,7 +100,9 @@ class FlowTimer(asyncio.TimerHandle):
 
     __slots__ = ("claim", "due", "handle")
 
-    def __init__(self, claim: str, due: int, callback: Any, args: Any, loop: "FlowLoop", context: Any) -> None:
+    def __init__(
+        self, claim: str, due: int, callback: Any, args: Any, loop: "FlowLoop", context: Any
+    ) -> None:
         super().__init__(due / SECOND, callback, args, loop, context)
         self.claim, self.due = claim, due
         self.handle: Any = None
@@ -129,7 +139,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     # ----------------------------------------------------------------- what the host does
 
-    def root(self, coro: Coroutine[Any, Any, Any], context: contextvars.Context, path: str = "") -> FlowTask:
+    def root(
+        self, coro: Coroutine[Any, Any, Any], context: contextvars.Context, path: str = ""
+    ) -> FlowTask:
         """Makes the flow's first task; `context` is where its context variables live, `path` goes before every claim."""
         context.run(_inside.set, self)
         self._pumping = True  # its first step is queued, and the host, who is about to pump, need not be woken for it
@@ -227,14 +239,27 @@ class FlowLoop(asyncio.AbstractEventLoop):
         return task.scope if isinstance(task, FlowTask) else self._callbacks
 
     def create_task(  # type: ignore[override]
-        self, coro: Any, *, name: str | None = None, context: contextvars.Context | None = None, **_: Any
+        self,
+        coro: Any,
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+        **_: Any,
     ) -> FlowTask:
         if self._closed:
             if inspect.iscoroutine(coro):
                 coro.close()
             raise LineageLost(getattr(coro, "__qualname__", "?"), "a run that is already settled")
         if not from_unordered_iteration():
-            return self._adopt(FlowTask(coro, loop=self, path=self.scope().child(label(coro)), name=name, context=context))
+            return self._adopt(
+                FlowTask(
+                    coro,
+                    loop=self,
+                    path=self.scope().child(label(coro)),
+                    name=name,
+                    context=context,
+                )
+            )
         path = self._sorting = self.scope().child(label(coro, deep=True))
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name=name, context=context))
@@ -255,7 +280,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     # ----------------------------------------------------------------- scheduling
 
-    def call_soon(self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
+    def call_soon(
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
         handle = FlowHandle(callback, args, self, context)
         if self._sorting is not None:
             self._unordered.append((self._sorting, handle))
@@ -283,19 +310,31 @@ class FlowLoop(asyncio.AbstractEventLoop):
         return self.host.read_now() / SECOND
 
     def call_later(  # type: ignore[override]
-        self, delay: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+        self,
+        delay: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         return self._set(self.host.read_now() + _us(delay), callback, args, context)
 
     def call_at(  # type: ignore[override]
-        self, when: float, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+        self,
+        when: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
         return self._set(_us(when), callback, args, context)
 
-    def _set(self, due: int, callback: Callable[..., Any], args: Any, context: Any) -> asyncio.Handle:
+    def _set(
+        self, due: int, callback: Callable[..., Any], args: Any, context: Any
+    ) -> asyncio.Handle:
         # Named by what they are for, so that a timeout put before a sleep does not take the sleep's firing for its own.
         name = _TIMERS.get(getattr(callback, "__qualname__", ""), "timer")
-        timer = FlowTimer(self.scope().claim(name), min(due, FOREVER), callback, args, self, context)
+        timer = FlowTimer(
+            self.scope().claim(name), min(due, FOREVER), callback, args, self, context
+        )
         if due <= self.host.read_now():
             self.push(timer)
         else:
@@ -310,7 +349,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
-        self._outer.call_soon_threadsafe(self.push, handle := FlowHandle(callback, args, self, context))
+        self._outer.call_soon_threadsafe(
+            self.push, handle := FlowHandle(callback, args, self, context)
+        )
         return handle
 
     def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> FlowFuture:  # type: ignore[override]
@@ -346,7 +387,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
 def _no_io(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise UsageError(f"loop.{name}() in a flow body: expected I/O in a @task, where its result is journaled and retried")
+        raise UsageError(
+            f"loop.{name}() in a flow body: expected I/O in a @task, where its result is journaled and retried"
+        )
 
     return refuse
 

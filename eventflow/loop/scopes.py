@@ -36,7 +36,9 @@ class Scope:
             return f"{self.path}{name}#{ordinal}"
         label = f"{name}[{key}]"
         if label in self.counts:
-            raise UsageError(f"{label} was already called from this part of the flow; a key names one call, make it unique")
+            raise UsageError(
+                f"{label} was already called from this part of the flow; a key names one call, make it unique"
+            )
         self.counts[label] = 1
         return self.path + label
 
@@ -60,12 +62,21 @@ def label(coro: Any, *, deep: bool = False) -> str:
     call = values.get("call")
     if call is not None and (claim := getattr(call, "claim", None)) is not None:
         return _safe(f"={claim}")
-    count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
+    count = (
+        code.co_argcount
+        + code.co_kwonlyargcount
+        + bool(code.co_flags & 4)
+        + bool(code.co_flags & 8)
+    )
     names = code.co_varnames[:count]
     if deep:
         names += code.co_freevars
     name = _safe(coro.__qualname__)
-    return f"{name}:{_digest({name: values[name] for name in names if name in values})}" if names else name
+    return (
+        f"{name}:{_digest({name: values[name] for name in names if name in values})}"
+        if names
+        else name
+    )
 
 
 def _safe(name: str) -> str:
@@ -99,7 +110,10 @@ def _plainer(value: Any) -> Any:
 
 _UNORDERED: frozenset[CodeType] = frozenset(
     function.__code__
-    for function in (asyncio.as_completed, getattr(getattr(asyncio.tasks, "_AsCompletedIterator", None), "__init__", None))
+    for function in (
+        asyncio.as_completed,
+        getattr(getattr(asyncio.tasks, "_AsCompletedIterator", None), "__init__", None),
+    )
     if function is not None and hasattr(function, "__code__")
 )
 

@@ -73,7 +73,9 @@ class Binder:
         self._read: Callable[[Any], msgspec.Struct] = partial(
             msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
         )
-        self._single: str | None = self._names[0] if len(fields) == 1 and self._rest is None else None
+        self._single: str | None = (
+            self._names[0] if len(fields) == 1 and self._rest is None else None
+        )
         self._whole = self._single is not None and _takes_object(hints.get(self._single, Any))
         self._plain = bool(self._names) and not (self._whole or self._rest or self._adapters)
 
@@ -112,7 +114,11 @@ class Binder:
             elif event is not None:
                 arguments[name] = event
             elif required:
-                raise BindingError(self._flow, name, "expected an event, found none: this run was started without one")
+                raise BindingError(
+                    self._flow,
+                    name,
+                    "expected an event, found none: this run was started without one",
+                )
         return arguments
 
     def unpack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
@@ -120,7 +126,9 @@ class Binder:
 
         Raises TypeError as the call itself would, and NotStorable for what JSON and the annotation together cannot carry.
         """
-        if args or not kwargs.keys() <= self._signature.parameters.keys():  # binding costs 4 µs, and names need none
+        if (
+            args or not kwargs.keys() <= self._signature.parameters.keys()
+        ):  # binding costs 4 µs, and names need none
             bound = self._signature.bind_partial(*args, **kwargs).arguments
             if self._rest is not None:
                 bound |= bound.pop(self._rest, {})
@@ -158,7 +166,11 @@ class Binder:
         if self._single is not None:
             return self._convert({self._single: data})
         wanted = ", ".join(self._names) or f"**{self._rest}"
-        raise BindingError(self._flow, wanted, f"expected the event's data to be a JSON object, found {_kind(data)}")
+        raise BindingError(
+            self._flow,
+            wanted,
+            f"expected the event's data to be a JSON object, found {_kind(data)}",
+        )
 
     def _bind_fields(self, fields: dict[str, Any], strict: bool) -> dict[str, Any]:
         for name in self._required:
@@ -178,7 +190,11 @@ class Binder:
                 pass
             raise
         if self._rest is not None:
-            arguments |= {name: value for name, value in fields.items() if name not in self._signature.parameters}
+            arguments |= {
+                name: value
+                for name, value in fields.items()
+                if name not in self._signature.parameters
+            }
         return arguments
 
     def _convert(self, fields: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +202,9 @@ class Binder:
             record = self._read(fields)
         except msgspec.ValidationError as error:
             raise self._explained(error) from error
-        arguments = {name: value for name in self._names if (value := getattr(record, name)) is not _UNSET}
+        arguments = {
+            name: value for name in self._names if (value := getattr(record, name)) is not _UNSET
+        }
         for name in self._adapters.keys() & arguments.keys():
             arguments[name] = self._adapt(name, arguments[name])
         return arguments
@@ -206,7 +224,9 @@ class Binder:
         for name in fields:
             if name not in self._signature.parameters:
                 known = ", ".join(self._signature.parameters) or "none"
-                raise BindingError(self._flow, name, f"the flow has no such parameter; it has {known}")
+                raise BindingError(
+                    self._flow, name, f"the flow has no such parameter; it has {known}"
+                )
 
     def _read_event(self, name: str, fields: Mapping[str, Any]) -> Event:
         try:
@@ -225,7 +245,11 @@ class Binder:
                 return value.to_json()
             else:
                 data = msgspec.json.encode(value, enc_hook=_write_model)
-                back = self._convert({name: orjson.loads(data)})[name] if name in self._names else orjson.loads(data)
+                back = (
+                    self._convert({name: orjson.loads(data)})[name]
+                    if name in self._names
+                    else orjson.loads(data)
+                )
                 if back == value or same(back, value):
                     return data
         except (TypeError, ValueError, OverflowError, RecursionError, BindingError):
@@ -282,8 +306,12 @@ def _takes_object(annotation: Any) -> bool:
         return True
     if isinstance(annotation, type):
         marks = ("__struct_fields__", "__dataclass_fields__", "__total__", "model_fields")
-        return issubclass(cast(type[Any], annotation), Mapping) or any(hasattr(annotation, mark) for mark in marks)
-    if isinstance(origin, type) and any(hasattr(origin, mark) for mark in ("__struct_fields__", "__dataclass_fields__")):
+        return issubclass(cast(type[Any], annotation), Mapping) or any(
+            hasattr(annotation, mark) for mark in marks
+        )
+    if isinstance(origin, type) and any(
+        hasattr(origin, mark) for mark in ("__struct_fields__", "__dataclass_fields__")
+    ):
         return True
     return any(map(_takes_object, typing.get_args(annotation)))
 
@@ -316,5 +344,10 @@ def _listed(fields: Mapping[str, Any]) -> str:
 
 
 def _kind(data: Any) -> str:
-    names: dict[type[Any], str] = {bytes: "bytes", str: "a string", list: "an array", bool: "a boolean"}
+    names: dict[type[Any], str] = {
+        bytes: "bytes",
+        str: "a string",
+        list: "an array",
+        bool: "a boolean",
+    }
     return names.get(cast(type[Any], type(data)), "a number")

@@ -57,7 +57,12 @@ class Batch(msgspec.Struct, frozen=True):
         _positive("Batch: within", self.within)
 
     def gather(self) -> Gather:
-        return Gather("batch", size=self.size, wait=microseconds(self.within), longest=microseconds(self.within))
+        return Gather(
+            "batch",
+            size=self.size,
+            wait=microseconds(self.within),
+            longest=microseconds(self.within),
+        )
 
 
 class Debounce(msgspec.Struct, frozen=True):
@@ -70,10 +75,18 @@ class Debounce(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         _positive("Debounce: quiet", self.quiet)
         if microseconds(self.max_wait) < microseconds(self.quiet):
-            raise UsageError(f"Debounce: max_wait expected at least quiet ({self.quiet}), found {self.max_wait}")
+            raise UsageError(
+                f"Debounce: max_wait expected at least quiet ({self.quiet}), found {self.max_wait}"
+            )
 
     def gather(self) -> Gather:
-        return Gather("debounce", size=MOST, wait=microseconds(self.quiet), longest=microseconds(self.max_wait), renewed=True)
+        return Gather(
+            "debounce",
+            size=MOST,
+            wait=microseconds(self.quiet),
+            longest=microseconds(self.max_wait),
+            renewed=True,
+        )
 
 
 class Latest(msgspec.Struct, frozen=True):

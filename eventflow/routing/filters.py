@@ -24,7 +24,15 @@ Pattern: TypeAlias = Mapping[str, Any]
 Where: TypeAlias = Pattern | Callable[[Event], bool] | None
 Test: TypeAlias = Callable[[Any], bool]
 
-OPERATORS = ("prefix", "suffix", "anything-but", "exists", "numeric", "equals-ignore-case", "wildcard")
+OPERATORS = (
+    "prefix",
+    "suffix",
+    "anything-but",
+    "exists",
+    "numeric",
+    "equals-ignore-case",
+    "wildcard",
+)
 
 _ABSENT: Any = object()
 _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -52,8 +60,12 @@ def compile_filter(where: Where) -> Filter | None:
         return PatternFilter(cast(Pattern, where))
     if not callable(where):
         raise UsageError(f"where= expected a pattern or a callable, found {where!r}")
-    if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(getattr(where, "__call__", None)):  # noqa: B004
-        raise UsageError("where= expected a plain function, found an `async` one; filters run on the way in and must be quick")
+    if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(
+        getattr(where, "__call__", None)
+    ):  # noqa: B004
+        raise UsageError(
+            "where= expected a plain function, found an `async` one; filters run on the way in and must be quick"
+        )
     return CallableFilter(where)
 
 
@@ -83,7 +95,9 @@ class PatternFilter:
     def __init__(self, pattern: Pattern) -> None:
         attributes = {name: value for name, value in pattern.items() if _is_attribute(name)}
         data = {name: value for name, value in pattern.items() if not _is_attribute(name)}
-        self._attributes = [(name[1:], _compile_leaf(value, name)) for name, value in attributes.items()]
+        self._attributes = [
+            (name[1:], _compile_leaf(value, name)) for name, value in attributes.items()
+        ]
         # An alternative of a top-level $or may speak of attributes too, so it is a filter of its own.
         alternatives = data.pop("$or", None)
         self._data: list[Callable[[Event], str | None]] = []
@@ -91,8 +105,12 @@ class PatternFilter:
             node = _compile_object(data, "")
             self._data.append(lambda event: node(event.data))
         if alternatives is not None:
-            filters = [PatternFilter(_object(one, "$or")) for one in _alternatives(alternatives, "$or")]
-            self._data.append(lambda event: _none_of([each.failed for each in filters], event, "$or"))
+            filters = [
+                PatternFilter(_object(one, "$or")) for one in _alternatives(alternatives, "$or")
+            ]
+            self._data.append(
+                lambda event: _none_of([each.failed for each in filters], event, "$or")
+            )
 
     def failed(self, event: Event) -> str | None:
         for name, leaf in self._attributes:
@@ -133,8 +151,12 @@ def _compile_object(pattern: Pattern, path: str) -> Check:
     for name, value in pattern.items():
         here = f"{path}.{name}" if path else name
         if name == "$or":
-            nodes = [_compile_object(_object(one, here), path) for one in _alternatives(value, here)]
-            checks.append((None, lambda found, nodes=nodes, here=here: _none_of(nodes, found, here)))
+            nodes = [
+                _compile_object(_object(one, here), path) for one in _alternatives(value, here)
+            ]
+            checks.append(
+                (None, lambda found, nodes=nodes, here=here: _none_of(nodes, found, here))
+            )
         elif isinstance(value, Mapping):
             nested = cast(Pattern, value)
             _refuse_bare_operator(nested, here)
@@ -173,7 +195,9 @@ def _none_of(checks: Sequence[Check], found: Any, path: str) -> str | None:
 
 def _alternatives(value: Any, path: str) -> Sequence[Any]:
     if not isinstance(value, list) or len(cast(list[Any], value)) < 2:
-        raise UsageError(f"where: {path} expected a list of two or more patterns, found {_show(value)}")
+        raise UsageError(
+            f"where: {path} expected a list of two or more patterns, found {_show(value)}"
+        )
     return cast(list[Any], value)
 
 
@@ -189,7 +213,9 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
         return
     ((name, operand),) = pattern.items()
     listed = isinstance(operand, list | Mapping)
-    comparison = name == "numeric" and isinstance(operand, list) and cast(list[Any], operand)[:1] != []
+    comparison = (
+        name == "numeric" and isinstance(operand, list) and cast(list[Any], operand)[:1] != []
+    )
     if name == "anything-but" or comparison or (name in OPERATORS and not listed):
         raise UsageError(f"where: {path} expected a list; write [{_show(pattern)}]")
 
@@ -201,9 +227,13 @@ def _compile_leaf(value: Any, path: str) -> Check:
     """A check of one value: any of the listed alternatives holds for it, or for any element when it is an array."""
     if isinstance(value, Mapping):
         raise UsageError(f"where: {path} expected a list; write [{_show(value)}]")
-    alternatives: list[Any] = list(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else [value]
+    alternatives: list[Any] = (
+        list(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else [value]
+    )
     if not alternatives:
-        raise UsageError(f"where: {path} expected a value or a list with at least one, found an empty list")
+        raise UsageError(
+            f"where: {path} expected a value or a list with at least one, found an empty list"
+        )
     tests: list[Test] = []
     if_present = if_absent = False
     for one in alternatives:
@@ -246,7 +276,9 @@ def _leaves(found: Any) -> Iterator[Any]:
 def _exists(pattern: Pattern, path: str) -> bool:
     wanted = pattern["exists"]
     if not isinstance(wanted, bool) or len(pattern) != 1:
-        raise UsageError(f'where: {path} expected {{"exists": true}} or {{"exists": false}}, found {_show(pattern)}')
+        raise UsageError(
+            f'where: {path} expected {{"exists": true}} or {{"exists": false}}, found {_show(pattern)}'
+        )
     return wanted
 
 
@@ -255,7 +287,9 @@ def _compile_test(one: Any, path: str) -> Test:
         return _exactly(one, path)
     pattern = cast(Pattern, one)
     if len(pattern) != 1 or next(iter(pattern)) not in OPERATORS:
-        raise UsageError(f"where: {path} expected an object with one of {', '.join(OPERATORS)}; found {_show(pattern)}")
+        raise UsageError(
+            f"where: {path} expected an object with one of {', '.join(OPERATORS)}; found {_show(pattern)}"
+        )
     ((name, operand),) = pattern.items()
     match name:
         case "prefix" | "suffix":
@@ -279,7 +313,9 @@ def _exactly(wanted: Any, path: str) -> Test:
         return lambda found: found == wanted
     if isinstance(wanted, int | float):
         return lambda found: found == wanted and not isinstance(found, bool)
-    raise UsageError(f"where: {path} expected a string, number, boolean, null or operator, found {_show(wanted)}")
+    raise UsageError(
+        f"where: {path} expected a string, number, boolean, null or operator, found {_show(wanted)}"
+    )
 
 
 def _affix(name: str, operand: Any, path: str) -> Test:
@@ -295,7 +331,9 @@ def _anything_but(operand: Any, path: str) -> Test:
     """The value is there, and none of the named ones."""
     listed: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else [operand]
     if not listed:
-        raise UsageError(f"where: {path}.anything-but expected at least one value, found an empty list")
+        raise UsageError(
+            f"where: {path}.anything-but expected at least one value, found an empty list"
+        )
     excluded: list[Test] = []
     for one in listed:
         if isinstance(one, Mapping):
@@ -307,7 +345,12 @@ def _anything_but(operand: Any, path: str) -> Test:
 
 def _excluded(pattern: Pattern, path: str) -> list[Test]:
     """`{"prefix": "a"}`, or several at once: `{"prefix": ["a", "b"]}`."""
-    if len(pattern) != 1 or next(iter(pattern)) not in ("prefix", "suffix", "equals-ignore-case", "wildcard"):
+    if len(pattern) != 1 or next(iter(pattern)) not in (
+        "prefix",
+        "suffix",
+        "equals-ignore-case",
+        "wildcard",
+    ):
         raise UsageError(
             f"where: {path} expected values, prefix, suffix, equals-ignore-case or wildcard; found {_show(pattern)}"
         )
@@ -319,8 +362,12 @@ def _excluded(pattern: Pattern, path: str) -> list[Test]:
 def _numeric(operand: Any, path: str) -> Test:
     parts: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else []
     pairs = list(zip(parts[::2], parts[1::2], strict=False))
-    if len(parts) not in (2, 4) or not all(isinstance(sign, str) and sign in _COMPARISONS and _number(n) for sign, n in pairs):
-        raise UsageError(f'where: {path}.numeric expected [">", 0] or [">", 0, "<=", 5], found {_show(operand)}')
+    if len(parts) not in (2, 4) or not all(
+        isinstance(sign, str) and sign in _COMPARISONS and _number(n) for sign, n in pairs
+    ):
+        raise UsageError(
+            f'where: {path}.numeric expected [">", 0] or [">", 0, "<=", 5], found {_show(operand)}'
+        )
     bounds = [(_COMPARISONS[sign], limit) for sign, limit in pairs]
     return lambda found: _number(found) and all(holds(found, limit) for holds, limit in bounds)
 
@@ -339,7 +386,9 @@ def wildcard(pattern: str, path: str) -> Test:
             return False
         if len(pieces) == 1:
             return found == first
-        if len(found) < len(first) + len(last) or not (found.startswith(first) and found.endswith(last)):
+        if len(found) < len(first) + len(last) or not (
+            found.startswith(first) and found.endswith(last)
+        ):
             return False
         at, end = len(first), len(found) - len(last)
         for piece in middle:
@@ -360,11 +409,15 @@ def _split_wildcard(pattern: str, path: str) -> list[str]:
         if letter == "\\":
             escaped = next(letters, "")
             if escaped not in ("*", "\\"):
-                raise UsageError(f"where: {path}.wildcard: a backslash stands before * or \\ only, found {_show(pattern)}")
+                raise UsageError(
+                    f"where: {path}.wildcard: a backslash stands before * or \\ only, found {_show(pattern)}"
+                )
             pieces[-1] += escaped
         elif letter == "*":
             if before == "*":
-                raise UsageError(f"where: {path}.wildcard: expected single stars, found {_show(pattern)}")
+                raise UsageError(
+                    f"where: {path}.wildcard: expected single stars, found {_show(pattern)}"
+                )
             pieces.append("")
         else:
             pieces[-1] += letter

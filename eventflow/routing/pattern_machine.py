@@ -207,7 +207,9 @@ class Pooled(Node):
         if item.at < cell.marks[0]:
             cell.marks[0] = item.at
 
-    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+    def choose(
+        self, pools: list[list[Item]], role: int, item: Item
+    ) -> "list[tuple[int, Item]] | None":
         """The others that make a match with this one: the earliest; None: not yet."""
         raise NotImplementedError
 
@@ -222,14 +224,25 @@ class AllOf(Pooled):
         super().__init__(labels, lateness, within)
         self.pools = len(labels)
 
-    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+    def choose(
+        self, pools: list[list[Item]], role: int, item: Item
+    ) -> "list[tuple[int, Item]] | None":
         others = [part for part in range(len(pools)) if part != role]
         if not all(pools[part] for part in others):
             return None
         earliest = item.time - self.within
-        starts = [first for part in others for first in pools[part] if earliest <= first.time and first <= item]
+        starts = [
+            first
+            for part in others
+            for first in pools[part]
+            if earliest <= first.time and first <= item
+        ]
         for start in (*sorted(starts), item):
-            found = [(part, other) for part in others if (other := self._next(pools[part], start)) is not None]
+            found = [
+                (part, other)
+                for part in others
+                if (other := self._next(pools[part], start)) is not None
+            ]
             if len(found) == len(others):
                 return found
         return None
@@ -249,7 +262,9 @@ class Count(Pooled):
         super().__init__(labels, lateness, within)
         self.n = n
 
-    def choose(self, pools: list[list[Item]], role: int, item: Item) -> "list[tuple[int, Item]] | None":
+    def choose(
+        self, pools: list[list[Item]], role: int, item: Item
+    ) -> "list[tuple[int, Item]] | None":
         pool, others = pools[0], self.n - 1
         if len(pool) < others:
             return None
@@ -257,7 +272,10 @@ class Count(Pooled):
         for first in range(max(0, place - others), min(place, len(pool) - others) + 1):
             if not others:
                 return []
-            low, high = min(pool[first].time, item.time), max(pool[first + others - 1].time, item.time)
+            low, high = (
+                min(pool[first].time, item.time),
+                max(pool[first + others - 1].time, item.time),
+            )
             if high - low <= self.within:
                 return [(0, other) for other in pool[first : first + others]]
         return None
@@ -269,7 +287,9 @@ class Count(Pooled):
 class Machine:
     """A tree of nodes. `nodes`: parents before children; `leaves`: per leaf the node that takes it, and as what part."""
 
-    def __init__(self, nodes: Sequence[Node], leaves: Sequence[tuple[Node, int]], print: str) -> None:
+    def __init__(
+        self, nodes: Sequence[Node], leaves: Sequence[tuple[Node, int]], print: str
+    ) -> None:
         self._nodes, self._leaves, self.print = nodes, leaves, print
         for index, node in enumerate(nodes):
             node.index = index
@@ -281,7 +301,9 @@ class Machine:
     def fresh(self, now: int) -> State:
         return State(self.print, [node.fresh(now) for node in self._nodes])
 
-    def advance(self, state: State, now: int, leaf: int | None = None, item: Item | None = None) -> Step:
+    def advance(
+        self, state: State, now: int, leaf: int | None = None, item: Item | None = None
+    ) -> Step:
         """Does what is due by `now`, then takes an item, known now, of a leaf."""
         turn = Turn(state, Step())
         cells = state.cells

@@ -27,8 +27,15 @@ REMEMBERED = 4096
 class Weaver:
     """The patterns of an app. `tell` makes the arrival of a silence: an event, and the run it starts."""
 
-    def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, tell: Callable[[Subscription, Event], Arrival]) -> None:
-        self._known = {each.name: (each, each.joined) for each in subscriptions if each.joined is not None}
+    def __init__(
+        self,
+        subscriptions: Iterable[Subscription],
+        ids: Ids,
+        tell: Callable[[Subscription, Event], Arrival],
+    ) -> None:
+        self._known = {
+            each.name: (each, each.joined) for each in subscriptions if each.joined is not None
+        }
         self._ids, self._tell = ids, tell
         self._kept: dict[tuple[str, str], tuple[bytes, State]] = {}
 
@@ -43,13 +50,22 @@ class Weaver:
         return kept
 
     def weave(
-        self, subscription: str, key: str, state: State | bytes | None, now: int, fact: Fact | None, event: int, size: int
+        self,
+        subscription: str,
+        key: str,
+        state: State | bytes | None,
+        now: int,
+        fact: Fact | None,
+        event: int,
+        size: int,
     ) -> Woven | None:
         if subscription not in self._known:
             return None
         owner, joined = self._known[subscription]
         machine, is_anew = joined.machine, False
-        kept, last = self._kept.pop((subscription, key), (None, None))  # it is about to change, whatever becomes of the commit
+        kept, last = self._kept.pop(
+            (subscription, key), (None, None)
+        )  # it is about to change, whatever becomes of the commit
         if isinstance(state, bytes) and state == kept:
             state = last
         elif isinstance(state, bytes):
@@ -92,6 +108,12 @@ class Weaver:
 
     def _silence(self, owner: Subscription, key: str, item: Item) -> Arrival:
         due, (_, joined) = to_datetime(item.time), self._known[owner.name]
-        data = {"pattern": owner.name, "due": due.isoformat(), "parts": [leaf.label for leaf in joined.leaves]}
+        data = {
+            "pattern": owner.name,
+            "due": due.isoformat(),
+            "parts": [leaf.label for leaf in joined.leaves],
+        }
         ident = f"{owner.name}/{key}/{due.isoformat()}"
-        return self._tell(owner, Event(id=ident, source="/patterns", type=SILENCE, time=due, data=data))
+        return self._tell(
+            owner, Event(id=ident, source="/patterns", type=SILENCE, time=due, data=data)
+        )

@@ -52,7 +52,10 @@ class Wait(Node):
         if taken > item.at:
             waiting = self.cell(turn).waiting
             if len(waiting) >= MOST:
-                turn.lapse(waiting.pop(0).item, f"{self.labels[role]}: more than {MOST:,} wait for their turn")
+                turn.lapse(
+                    waiting.pop(0).item,
+                    f"{self.labels[role]}: more than {MOST:,} wait for their turn",
+                )
             insort(waiting, Due(taken, item, role))
         else:
             self._process(turn, role, item, taken)
@@ -65,8 +68,16 @@ class Wait(Node):
             self._close(turn, opened, item, now)
         elif role == END:
             ended = self._end(turn, opened, item, now)
-            turn.lapse(item, f"{self._word}: {self._label(END)} ended {ended} that waited" if ended else self._nothing)
-        elif any(0 <= other.time - item.time <= self.within and other.time > item.time for other in opened):
+            turn.lapse(
+                item,
+                f"{self._word}: {self._label(END)} ended {ended} that waited"
+                if ended
+                else self._nothing,
+            )
+        elif any(
+            0 <= other.time - item.time <= self.within and other.time > item.time
+            for other in opened
+        ):
             turn.lapse(item, f"{self._word}: a later {self.labels[0]} came before it")
         else:
             self._end(turn, opened, item, now)
@@ -78,9 +89,14 @@ class Wait(Node):
         opened.append(item)
 
     def _close(self, turn: Turn, opened: list[Item], item: Item, now: int) -> None:
-        first = min((other for other in opened if 0 <= item.time - other.time <= self.within), default=None)
+        first = min(
+            (other for other in opened if 0 <= item.time - other.time <= self.within), default=None
+        )
         if first is None:
-            turn.lapse(item, f"{self._word}: no {self._label(OPEN)} within {self.within / 1e6:g} s before it")
+            turn.lapse(
+                item,
+                f"{self._word}: no {self._label(OPEN)} within {self.within / 1e6:g} s before it",
+            )
             return
         opened.remove(first)
         self.emit(turn, merged((first, item), item.time, now))
@@ -92,7 +108,9 @@ class Wait(Node):
         for other in opened:
             passed = item.time - other.time
             if 0 <= passed <= self.within:
-                turn.lapse(other, f"{self._word}: {self._label(END)} came {passed / 1e6:g} s after it")
+                turn.lapse(
+                    other, f"{self._word}: {self._label(END)} came {passed / 1e6:g} s after it"
+                )
             else:
                 (over if self.absent and passed > 0 else left).append(other)
         ended = len(opened) - len(left) - len(over)
@@ -105,7 +123,10 @@ class Wait(Node):
         if self.absent:
             self.emit(turn, merged((item,), item.time + self.within, now))
         else:
-            turn.lapse(item, f"{self._word}: no {self._label(CLOSE)} within {self.within / 1e6:g} s after it")
+            turn.lapse(
+                item,
+                f"{self._word}: no {self._label(CLOSE)} within {self.within / 1e6:g} s after it",
+            )
 
     @property
     def _word(self) -> str:
@@ -128,7 +149,9 @@ class Daily(Node):
     pools = 0
     is_armed = True
 
-    def __init__(self, labels: Sequence[str], lateness: int, following: Callable[[int], int]) -> None:
+    def __init__(
+        self, labels: Sequence[str], lateness: int, following: Callable[[int], int]
+    ) -> None:
         super().__init__(labels, lateness)
         self._following = following
 

@@ -48,15 +48,25 @@ class Part(msgspec.Struct, frozen=True):
     def types(self) -> tuple[str, ...]:
         if isinstance(self.source, str):
             return (self.source,)
-        return tuple(self.source.types) if isinstance(self.source, Recorded) else tuple(getattr(self.source, "heard", ()))
+        return (
+            tuple(self.source.types)
+            if isinstance(self.source, Recorded)
+            else tuple(getattr(self.source, "heard", ()))
+        )
 
     @property
     def label(self) -> str:
-        return " or ".join(self.types) if isinstance(self.source, str | Recorded) else self.source.name
+        return (
+            " or ".join(self.types) if isinstance(self.source, str | Recorded) else self.source.name
+        )
 
     @property
     def wanted(self) -> Where:
-        return both(self.source.pattern, self.where) if isinstance(self.source, Recorded) else self.where
+        return (
+            both(self.source.pattern, self.where)
+            if isinstance(self.source, Recorded)
+            else self.where
+        )
 
 
 class Pattern(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,12 +89,18 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_daily(self) -> bool:
         """Whether it, or a pattern in it, has a deadline each day."""
-        return bool(self.at) or any(isinstance(each, Pattern) and each.is_daily for each in self.parts)
+        return bool(self.at) or any(
+            isinstance(each, Pattern) and each.is_daily for each in self.parts
+        )
 
     @property
     def leaves(self) -> list[Part]:
         """Its parts, and the parts of the patterns in it, in order."""
-        return [leaf for each in self.parts for leaf in (each.leaves if isinstance(each, Pattern) else [each])]
+        return [
+            leaf
+            for each in self.parts
+            for leaf in (each.leaves if isinstance(each, Pattern) else [each])
+        ]
 
     @property
     def triggers(self) -> list[Trigger]:
@@ -94,23 +110,31 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
     def late(self) -> list[Late]:
         """The runs whose lateness a part of it is."""
         sources = [leaf.source for leaf in self.leaves]
-        return [each.late for each in sources if isinstance(each, Recorded) and each.late is not None]
+        return [
+            each.late for each in sources if isinstance(each, Recorded) and each.late is not None
+        ]
 
 
-Source: TypeAlias = "Trigger | Recorded | str | tuple[Trigger | Recorded | str, Where] | Part | Pattern"
+Source: TypeAlias = (
+    "Trigger | Recorded | str | tuple[Trigger | Recorded | str, Where] | Part | Pattern"
+)
 
 
 def part(source: Trigger | Recorded | str, *, where: Where = None, by: Key = None) -> Part:
     """One part of a pattern: a source, narrowed by `where`, with the place of the join key in its events if it has its own."""
     if not isinstance(source, str | Recorded | Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"a pattern's part: expected a trigger, an event type or a RunState, found {source!r}")
+        raise UsageError(
+            f"a pattern's part: expected a trigger, an event type or a RunState, found {source!r}"
+        )
     made = Part(source, where, by)
     compile_filter(made.wanted)
     compile_key(by)
     return made
 
 
-def all_of(*parts: Source, within: Duration, by: By = None, lateness: Duration | None = None) -> Pattern:
+def all_of(
+    *parts: Source, within: Duration, by: By = None, lateness: Duration | None = None
+) -> Pattern:
     """One event of each part, within `within` of each other, in any order."""
     if len(parts) < 2:
         raise UsageError(f"all_of: expected two parts or more, found {len(parts)}")
@@ -133,7 +157,9 @@ def sequence(
     return _pattern("sequence", parts, range(len(parts)), within, by, lateness)
 
 
-def count(what: Source, n: int, *, within: Duration, by: By = None, lateness: Duration | None = None) -> Pattern:
+def count(
+    what: Source, n: int, *, within: Duration, by: By = None, lateness: Duration | None = None
+) -> Pattern:
     """`n` of them, all within `within`."""
     if not 1 <= n <= MOST:
         raise UsageError(f"count: n expected from 1 to {MOST:,}, found {n}")
@@ -149,14 +175,21 @@ def absent(
         parts, roles = ((what,), (3,)) if after is None else ((after, what), (0, 2))
         return _pattern("absent", parts, roles, for_, by, lateness)
     if not isinstance(by, str) or after is not None:
-        raise UsageError('absent: expected for_= (a duration) or by= (a time of day such as "06:00"), found neither')
+        raise UsageError(
+            'absent: expected for_= (a duration) or by= (a time of day such as "06:00"), found neither'
+        )
     _daily(by, tz)
     made = _pattern("absent", (what,), (0,), None, None, lateness)
     return msgspec.structs.replace(made, at=by, tz=tz)
 
 
 def _pattern(
-    kind: str, parts: Sequence[Source], roles: Sequence[int], within: Duration | None, by: By, lateness: Duration | None
+    kind: str,
+    parts: Sequence[Source],
+    roles: Sequence[int],
+    within: Duration | None,
+    by: By,
+    lateness: Duration | None,
 ) -> Pattern:
     wait = 0 if within is None else microseconds(within)
     if within is not None and wait <= 0:
@@ -166,7 +199,9 @@ def _pattern(
     made = tuple(_part(each) for each in parts)
     for each in made:
         if isinstance(each, Pattern) and each.by is not None:
-            raise UsageError(f"{kind}: by= belongs to the outermost pattern, found one on {each.label}")
+            raise UsageError(
+                f"{kind}: by= belongs to the outermost pattern, found one on {each.label}"
+            )
     late = None if lateness is None else microseconds(lateness)
     pattern = Pattern(kind=kind, parts=made, roles=tuple(roles), within=wait, by=by, lateness=late)
     _keys(pattern)
@@ -189,7 +224,9 @@ def _refuse_twins(pattern: Pattern) -> None:
     for leaf in pattern.leaves:
         same = (leaf.place, leaf.types, leaf.wanted)
         if same in seen:
-            raise UsageError(f"{pattern.label}: {leaf.label} is in it twice; the second gets nothing: narrow them, or count()")
+            raise UsageError(
+                f"{pattern.label}: {leaf.label} is in it twice; the second gets nothing: narrow them, or count()"
+            )
         seen.append(same)
 
 
@@ -197,12 +234,18 @@ def _keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
     """How each leaf's events tell their key. UsageError when only some can."""
     by = pattern.by
     labels = [leaf.label for leaf in pattern.leaves]
-    named: dict[str, Key] = dict(cast(Mapping[str, Key], by)) if isinstance(by, Mapping) else dict.fromkeys(labels, by)
+    named: dict[str, Key] = (
+        dict(cast(Mapping[str, Key], by)) if isinstance(by, Mapping) else dict.fromkeys(labels, by)
+    )
     if unknown := set(named) - set(labels):
-        raise UsageError(f"by= names {', '.join(sorted(unknown))}; expected parts among {', '.join(labels)}")
+        raise UsageError(
+            f"by= names {', '.join(sorted(unknown))}; expected parts among {', '.join(labels)}"
+        )
     given = [leaf.by or named.get(leaf.label) for leaf in pattern.leaves]
     if any(given) and pattern.is_daily:
-        raise UsageError(f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together with by=")
+        raise UsageError(
+            f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together with by="
+        )
     missing = [leaf.label for leaf, key in zip(pattern.leaves, given, strict=True) if key is None]
     if by is not None and missing:
         raise UsageError(f"by= says no key for {', '.join(missing)}")
@@ -225,7 +268,11 @@ class Joined(msgspec.Struct, frozen=True):
 
     def hearing(self, place: str, event_type: str) -> list[int]:
         """The leaves that hear of such events at all."""
-        return [n for n, leaf in enumerate(self.leaves) if leaf.place == place and hears(leaf.types, event_type)]
+        return [
+            n
+            for n, leaf in enumerate(self.leaves)
+            if leaf.place == place and hears(leaf.types, event_type)
+        ]
 
 
 def happened(event: Event, now: int) -> int:
@@ -241,11 +288,16 @@ def joined(pattern: Pattern) -> Joined:
     leaves: list[tuple[Node, int]] = []
     _grow(pattern, 0, nodes, leaves)
     asked = zip(pattern.leaves, _keys(pattern), strict=True)
-    made = tuple(Leaf(leaf.place, leaf.types, compile_filter(leaf.wanted), key, leaf.label) for leaf, key in asked)
+    made = tuple(
+        Leaf(leaf.place, leaf.types, compile_filter(leaf.wanted), key, leaf.label)
+        for leaf, key in asked
+    )
     return Joined(made, Machine(nodes, leaves, _print(pattern)), pattern.kind)
 
 
-def _grow(pattern: Pattern, lateness: int, nodes: list[Node], leaves: list[tuple[Node, int]]) -> Node:
+def _grow(
+    pattern: Pattern, lateness: int, nodes: list[Node], leaves: list[tuple[Node, int]]
+) -> Node:
     late = lateness if pattern.lateness is None else pattern.lateness
     node = _node(pattern, late)
     nodes.append(node)
@@ -272,7 +324,9 @@ def _node(pattern: Pattern, lateness: int) -> Node:
         case _ if pattern.at:
             return Daily(labels, lateness, _daily(pattern.at, pattern.tz))
         case _:
-            return Wait([labels[0], "", labels[-1], labels[-1]], lateness, pattern.within, absent=True)
+            return Wait(
+                [labels[0], "", labels[-1], labels[-1]], lateness, pattern.within, absent=True
+            )
 
 
 def _daily(at: str, tz: str) -> Callable[[int], int]:
@@ -281,7 +335,9 @@ def _daily(at: str, tz: str) -> Callable[[int], int]:
         wall = time_of_day.fromisoformat(at)
         zone: tzinfo = ZoneInfo(tz)
     except (ValueError, ZoneInfoNotFoundError) as error:
-        raise UsageError(f'absent: expected by="06:00" or the like and tz= a time zone, found {at!r}, {tz!r}') from error
+        raise UsageError(
+            f'absent: expected by="06:00" or the like and tz= a time zone, found {at!r}, {tz!r}'
+        ) from error
     if wall.tzinfo is not None:
         raise UsageError(f"absent: by= expected without a zone, which tz= says, found {at!r}")
 
@@ -302,7 +358,9 @@ def _print(pattern: Pattern) -> str:
 def _said(pattern: "Part | Pattern") -> str:
     if isinstance(pattern, Part):
         where = pattern.wanted
-        narrowed = getattr(where, "__qualname__", type(where).__name__) if callable(where) else repr(where)
+        narrowed = (
+            getattr(where, "__qualname__", type(where).__name__) if callable(where) else repr(where)
+        )
         return f"{pattern.place} {pattern.types} {narrowed}"
     inner = ", ".join(_said(each) for each in pattern.parts)
     return f"{pattern.kind}({inner}; {pattern.roles} {pattern.within} {pattern.n} {pattern.at} {pattern.tz} {pattern.lateness})"

@@ -33,7 +33,13 @@ SHOWN_RESULT = 64 * 1024
 class Router:
     """Matches events to subscriptions, in the order they were registered. Checks every flow's signature when it is made."""
 
-    def __init__(self, subscriptions: Iterable[Subscription], ids: Ids, clock: Clock, outlets: Iterable[Outlet] = ()) -> None:
+    def __init__(
+        self,
+        subscriptions: Iterable[Subscription],
+        ids: Ids,
+        clock: Clock,
+        outlets: Iterable[Outlet] = (),
+    ) -> None:
         self.ids, self._clock = ids, clock
         self.outlets = tuple(outlets)
         self.dead_outlets = tuple(outlet.name for outlet in self.outlets if outlet.dead)
@@ -41,12 +47,20 @@ class Router:
         self._by_trigger: dict[str, list[Subscription]] = {}
         self._weaver = Weaver(self.subscriptions, ids, self._silence)
         for subscription in self.subscriptions:
-            _ = subscription.flow.binder  # a signature that no event can fill is a mistake now, not a dead letter later
-            for place in (subscription.trigger,) if subscription.joined is None else subscription.joined.places:
+            _ = (
+                subscription.flow.binder
+            )  # a signature that no event can fill is a mistake now, not a dead letter later
+            for place in (
+                (subscription.trigger,)
+                if subscription.joined is None
+                else subscription.joined.places
+            ):
                 self._by_trigger.setdefault(place, []).append(subscription)
         listeners = (*self._by_trigger.get(EMIT, ()), *self.outlets)
         ends = (state for state in State if state >= State.HELD)
-        self.heard = frozenset(state for state in ends if any(each.hears(f"{RUN}{state.word}") for each in listeners))
+        self.heard = frozenset(
+            state for state in ends if any(each.hears(f"{RUN}{state.word}") for each in listeners)
+        )
 
     def arrive(
         self,
@@ -70,7 +84,15 @@ class Router:
         if only is not None:
             asked = subscriptions if own else self.subscriptions
             subscriptions = [each for each in asked if only in (each.name, each.flow.name)]
-        return self._match(trigger, item, subscriptions, paused=paused, ledger_id=ledger_id, only=only, headers=headers)
+        return self._match(
+            trigger,
+            item,
+            subscriptions,
+            paused=paused,
+            ledger_id=ledger_id,
+            only=only,
+            headers=headers,
+        )
 
     def emit(self, event: Event, depth: int | None = None) -> Arrival:
         """An event that a run emitted, `depth` hops (default: its own) from outside. NotStorable: its data is no JSON."""
@@ -78,7 +100,9 @@ class Router:
         if not isinstance(event.data, bytes):
             codec, _ = encode_plain(event.data, f"data of emitted event {event.type!r}")
             if codec != "json":
-                raise NotStorable(f"data of emitted event {event.type!r}", "value that JSON cannot say exactly")
+                raise NotStorable(
+                    f"data of emitted event {event.type!r}", "value that JSON cannot say exactly"
+                )
         if hops > MAX_DEPTH:
             return self._bury(EMIT, event, event.to_json(), str(DepthExceeded(event.type, hops)))
         return self._match(EMIT, event, self._by_trigger.get(EMIT, ()), depth=hops)
@@ -103,7 +127,14 @@ class Router:
     # ----------------------------------------------------------------- patterns (store.base.Herald), writer thread
 
     def weave(
-        self, subscription: str, key: str, state: Any, now: int, fact: Fact | None = None, event: int = 0, size: int = 0
+        self,
+        subscription: str,
+        key: str,
+        state: Any,
+        now: int,
+        fact: Fact | None = None,
+        event: int = 0,
+        size: int = 0,
     ) -> Woven | None:
         return self._weaver.weave(subscription, key, state, now, fact, event, size)
 
@@ -123,7 +154,13 @@ class Router:
         return delivery.arrival(EMIT, event.to_json(), None)
 
     def arrive_flow(
-        self, flow: FlowLike, event: Event, *, params: bytes | None = None, trigger: str = "api", lane: str | None = None
+        self,
+        flow: FlowLike,
+        event: Event,
+        *,
+        params: bytes | None = None,
+        trigger: str = "api",
+        lane: str | None = None,
     ) -> Arrival:
         """One delivery to one flow, without a subscription: `app.start`, `POST /api/runs`, `eventflow run`.
 
@@ -153,7 +190,9 @@ class Router:
             body = event.to_json()
         except TypeError as error:  # what a trigger put into `data` is no JSON; the attributes are all that can be kept
             bare = msgspec.structs.replace(event, data=None)
-            return self._bury(trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}")
+            return self._bury(
+                trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}"
+            )
         delivery = _Delivery(self, event, self._clock.now(), ledger_id, depth)
         state = State.HELD if paused else State.PENDING
         for subscription in subscriptions:
@@ -208,7 +247,10 @@ def ended_event(run: Ended) -> Event:
         data["result"] = orjson.loads(run.result)
     if run.error is not None:
         error = orjson.loads(run.error)
-        data["error"] = {"type": error.get("type"), "message": SECRETS.text(str(error.get("message")))}
+        data["error"] = {
+            "type": error.get("type"),
+            "message": SECRETS.text(str(error.get("message"))),
+        }
     return Event(
         id=f"{shown}/{state}/{run.token}", source=f"/flows/{run.flow}", type=f"{RUN}{state}", subject=shown, data=data,
         time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
@@ -259,7 +301,9 @@ class _Delivery:
         "_verdicts",
     )
 
-    def __init__(self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int) -> None:
+    def __init__(
+        self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int
+    ) -> None:
         self._ids, self._event, self._now, self._depth = router.ids, event, now, depth
         self._id = router.ids.next(now) if ledger_id is None else ledger_id
         self._verdicts: list[tuple[str, str, str | int]] = []
@@ -274,7 +318,11 @@ class _Delivery:
     def deliver(self, subscription: Subscription, state: State) -> None:
         """Asks one subscription and notes its verdict."""
         event = self._event
-        unwanted, broken = (None, None) if subscription.filter is None else caught(subscription.filter.failed, event)
+        unwanted, broken = (
+            (None, None)
+            if subscription.filter is None
+            else caught(subscription.filter.failed, event)
+        )
         if unwanted is not None:
             self._note(subscription.name, "filtered", unwanted, "suppressed")
             return
@@ -283,14 +331,24 @@ class _Delivery:
             if made is not None:
                 lane, params = made
                 self.start(
-                    subscription.name, subscription.flow, subscription.priority, lane, params, state, subscription.gather
+                    subscription.name,
+                    subscription.flow,
+                    subscription.priority,
+                    lane,
+                    params,
+                    state,
+                    subscription.gather,
                 )
                 return
         self._invalid(subscription.name, broken)
 
     def _invalid(self, name: str, broken: BaseException | None) -> None:
         """A dead letter of this subscription's own."""
-        reason = str(broken) if isinstance(broken, BindingError) else f"{type(broken).__name__}: {broken}"
+        reason = (
+            str(broken)
+            if isinstance(broken, BindingError)
+            else f"{type(broken).__name__}: {broken}"
+        )
         self._note(name, "invalid", reason, "dead")
         self._dead.append((name, reason))
         self._outbox += [(outlet, name) for outlet in self._dead_outlets]
@@ -300,16 +358,24 @@ class _Delivery:
         unwanted, event = None, self._event
         for number in joined.hearing(place, event.type):
             leaf = joined.leaves[number]
-            unwanted, broken = (None, None) if leaf.filter is None else caught(leaf.filter.failed, event)
+            unwanted, broken = (
+                (None, None) if leaf.filter is None else caught(leaf.filter.failed, event)
+            )
             if broken is None and unwanted is not None:
                 continue
-            key, broken = (None, broken) if leaf.key is None or broken is not None else caught(_join_key, leaf.key, event)
+            key, broken = (
+                (None, broken)
+                if leaf.key is None or broken is not None
+                else caught(_join_key, leaf.key, event)
+            )
             if broken is not None:
                 self._invalid(name, broken)
             elif leaf.key is not None and key is None:
                 self._note(name, "filtered", "it has no key to be joined by", "suppressed")
             else:
-                self._facts.append(Fact(name, key or "", number, happened(event, self._now), paused, self._depth))
+                self._facts.append(
+                    Fact(name, key or "", number, happened(event, self._now), paused, self._depth)
+                )
                 self._note(name, "waits", leaf.label, "pending")
             return
         if unwanted is not None:
@@ -317,7 +383,9 @@ class _Delivery:
 
     def post(self, outlet: Outlet) -> None:
         """Puts the event into the outbox, unless the outlet's filter does not want it. No delivery of P9: nothing runs."""
-        unwanted, broken = (None, None) if outlet.filter is None else caught(outlet.filter.failed, self._event)
+        unwanted, broken = (
+            (None, None) if outlet.filter is None else caught(outlet.filter.failed, self._event)
+        )
         if broken is not None:
             self._note(outlet.name, "invalid", f"{type(broken).__name__}: {broken}", "dead")
             self._dead.append((outlet.name, f"{type(broken).__name__}: {broken}"))
@@ -369,7 +437,12 @@ class _Delivery:
             event.subject, self._runs,
         )  # fmt: skip
         if self._dead or self._outbox or self._gathers or self._facts:
-            arrival.dead, arrival.outbox, arrival.gathers, arrival.facts = self._dead, self._outbox, self._gathers, self._facts
+            arrival.dead, arrival.outbox, arrival.gathers, arrival.facts = (
+                self._dead,
+                self._outbox,
+                self._gathers,
+                self._facts,
+            )
         if headers:
             arrival.headers = orjson.dumps(dict(headers))
         return arrival

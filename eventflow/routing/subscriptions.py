@@ -86,7 +86,11 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
 
     def hears(self, event_type: str, place: str = EMIT) -> bool:
         """Whether events of this type (of this trigger, for a pattern) are deliveries to it, and get a verdict."""
-        return hears(self.types, event_type) if self.joined is None else bool(self.joined.hearing(place, event_type))
+        return (
+            hears(self.types, event_type)
+            if self.joined is None
+            else bool(self.joined.hearing(place, event_type))
+        )
 
 
 class Outlet(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,9 +107,13 @@ class Outlet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def hears(types: tuple[str, ...], event_type: str) -> bool:
-    if event_type.startswith(RUN):  # only by name: whoever asks for `*` does not mean what eventflow tells of runs
+    if event_type.startswith(
+        RUN
+    ):  # only by name: whoever asks for `*` does not mean what eventflow tells of runs
         types = tuple(wanted for wanted in types if wanted.startswith(RUN)) or (RUN,)
-    return not types or any(event_type == wanted or _type_matches(wanted, event_type) for wanted in types)
+    return not types or any(
+        event_type == wanted or _type_matches(wanted, event_type) for wanted in types
+    )
 
 
 def subscribe(
@@ -134,7 +142,9 @@ def subscribe(
         wildcard(wanted, "types")
     mode = _mode(deliver)
     if params is not None and mode.gather() is not None:
-        raise UsageError(f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]")
+        raise UsageError(
+            f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]"
+        )
     unique = _unique(name or f"{trigger}/{flow.name}", taken)
     return Subscription(
         name=unique,
@@ -182,7 +192,9 @@ def outlet(
 def _mode(deliver: Delivery | None) -> Delivery:
     mode = deliver or Each()
     if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise UsageError(f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}")
+        raise UsageError(
+            f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}"
+        )
     return mode
 
 
@@ -204,10 +216,14 @@ def compile_key(key: Key) -> Callable[[Event], str | None] | None:
     if key == "record":
         return _record_key
     if key.startswith("@"):
-        return lambda event: _key_text(getattr(event, key[1:], None) or event.extensions.get(key[1:]))
+        return lambda event: _key_text(
+            getattr(event, key[1:], None) or event.extensions.get(key[1:])
+        )
     path = key.split(".")
     if not all(path):
-        raise UsageError(f'key= expected a dotted path such as "customer.id", "@attribute" or "record", found {key!r}')
+        raise UsageError(
+            f'key= expected a dotted path such as "customer.id", "@attribute" or "record", found {key!r}'
+        )
     return lambda event: _key_text(_walk(event.data, path))
 
 
@@ -224,7 +240,11 @@ def _walk(data: Any, path: list[str]) -> Any:
 
 
 def _key_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    return (
+        value
+        if value is None or isinstance(value, str)
+        else orjson.dumps(value, default=str).decode()
+    )
 
 
 def both(pattern: Mapping[str, Any], where: Where) -> Where:
@@ -233,7 +253,9 @@ def both(pattern: Mapping[str, Any], where: Where) -> Where:
         return pattern
     if isinstance(where, Mapping):
         if taken := pattern.keys() & where.keys():
-            raise UsageError(f"where= names {', '.join(sorted(taken))}, which the trigger has said already")
+            raise UsageError(
+                f"where= names {', '.join(sorted(taken))}, which the trigger has said already"
+            )
         return {**pattern, **where}
     compiled, wanted = compile_filter(pattern), where
     assert compiled is not None

@@ -16,7 +16,9 @@ class Kind(IntEnum):
     VALUE = 0  # the call ended with a value (attempt: which try succeeded)
     ERROR = 1  # the call ended with an error that the flow receives
     FAILED = 2  # one attempt failed; the next is due at `due_at`
-    FORGIVEN = 3  # an ERROR that `retry` dropped: attempt numbers continue from it, the budget begins anew
+    FORGIVEN = (
+        3  # an ERROR that `retry` dropped: attempt numbers continue from it, the budget begins anew
+    )
     TIMER = 4  # a sleep or timeout fired
     EMIT = 5  # an event was emitted; `value` is its ledger id
     CHILD = 6  # a child run was started; `value` is its id (its result comes as VALUE or ERROR of attempt 1)

@@ -23,7 +23,16 @@ from eventflow.core.errors import CheckpointFailed, UsageError
 from eventflow.core.hashing import digest
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import flow_loop
-from eventflow.sdk.checkpoint_files import Head, decode, encode, encode_path, seal, step_of, sync, unsealed
+from eventflow.sdk.checkpoint_files import (
+    Head,
+    decode,
+    encode,
+    encode_path,
+    seal,
+    step_of,
+    sync,
+    unsealed,
+)
 from eventflow.sdk.task import TaskContext, task_context
 from eventflow.serialization.codecs import fingerprint_diff
 
@@ -134,12 +143,16 @@ def checkpoint(name: str = "", *, keep: int = 1, largest: int = LARGEST) -> "Che
             "checkpoint(): expected to be called in a @task body, found a flow; a flow's tasks are recorded anyway"
         )
     if keep < 1 or largest < 1:
-        raise UsageError(f"checkpoint(keep=, largest=) expected at least 1, found {keep} and {largest}")
+        raise UsageError(
+            f"checkpoint(keep=, largest=) expected at least 1, found {keep} and {largest}"
+        )
     place, context = _place.get(), task_context()
     if place is None or context is None or not context.run_id:
         return Checkpoint(None, context, Path(), keep, largest)
     folder = place.folder(context.idempotency_key)
-    return Checkpoint(place, context, folder / digest(name.encode()).hex() if name else folder, keep, largest)
+    return Checkpoint(
+        place, context, folder / digest(name.encode()).hex() if name else folder, keep, largest
+    )
 
 
 class Checkpoint:
@@ -149,8 +162,21 @@ class Checkpoint:
     unless the state is small.
     """
 
-    def __init__(self, place: Checkpoints | None, context: TaskContext | None, folder: Path, keep: int, largest: int) -> None:
-        self._place, self._context, self._folder, self._keep, self._largest = place, context, folder, keep, largest
+    def __init__(
+        self,
+        place: Checkpoints | None,
+        context: TaskContext | None,
+        folder: Path,
+        keep: int,
+        largest: int,
+    ) -> None:
+        self._place, self._context, self._folder, self._keep, self._largest = (
+            place,
+            context,
+            folder,
+            keep,
+            largest,
+        )
         self._one = threading.Lock()  # two threads of one body save one after the other
         self._told = self._cleared = self._saved = False
         self._further = None if place is None else _further.get()
@@ -221,18 +247,26 @@ class Checkpoint:
                 draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._folder))
                 try:
                     head = write(draft, self._make_room)
-                    head.step, head.attempt, head.arguments = step, context.attempt, _text(context.arguments)
+                    head.step, head.attempt, head.arguments = (
+                        step,
+                        context.attempt,
+                        _text(context.arguments),
+                    )
                     seal(draft, head)
                     self._put(place, context, draft, step)
                 except BaseException:
                     shutil.rmtree(draft, ignore_errors=True)
                     raise
             except OSError as error:
-                raise CheckpointFailed(f"cannot write to {self._folder}: {error}; the checkpoint before stands") from error
+                raise CheckpointFailed(
+                    f"cannot write to {self._folder}: {error}; the checkpoint before stands"
+                ) from error
         log.debug("checkpoint.saved", step=step)
 
     def _make_folder(self, place: Checkpoints) -> None:
-        above = [folder for folder in self._folder.parents if folder.is_relative_to(place.directory)]
+        above = [
+            folder for folder in self._folder.parents if folder.is_relative_to(place.directory)
+        ]
         for folder in (*reversed(above), self._folder):
             folder.mkdir(exist_ok=True, mode=0o700)
 
@@ -262,13 +296,17 @@ class Checkpoint:
 
     def _refuse_if_over(self, context: TaskContext) -> None:
         if context.over:
-            raise CheckpointFailed(f"attempt {context.attempt} of {context.task!r} is over; it can save no more")
+            raise CheckpointFailed(
+                f"attempt {context.attempt} of {context.task!r} is over; it can save no more"
+            )
 
     def _make_room(self, size: int) -> None:
         """Asked with the bytes to come, before any is written."""
         if size > self._largest:
             shown = f"{size / 2**20:.1f} MiB, expected at most {self._largest / 2**20:.1f}"
-            raise CheckpointFailed(f"the state is {shown}; keep less of it, or raise checkpoint(largest=)")
+            raise CheckpointFailed(
+                f"the state is {shown}; keep less of it, or raise checkpoint(largest=)"
+            )
         disk = os.statvfs(self._folder)
         free, floor = disk.f_bavail * disk.f_frsize, min(FLOOR, disk.f_blocks * disk.f_frsize // 50)
         if free < size + floor:

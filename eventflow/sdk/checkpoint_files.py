@@ -98,17 +98,27 @@ class _Split:
     def take(self, value: Any, path: str) -> Any:
         kind = _type_of(value)
         if kind is dict or kind is OrderedDict:
-            return {key: self.take(member, f"{path}[{key!r}]") for key, member in cast(dict[Any, Any], value).items()}
+            return {
+                key: self.take(member, f"{path}[{key!r}]")
+                for key, member in cast(dict[Any, Any], value).items()
+            }
         if kind is list or kind is tuple:
-            return kind(self.take(member, f"{path}[{index}]") for index, member in enumerate(cast(list[Any], value)))
+            return kind(
+                self.take(member, f"{path}[{index}]")
+                for index, member in enumerate(cast(list[Any], value))
+            )
         number, self._met = self._met, self._met + 1
         numpy, torch = self._numpy, self._torch
-        if numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic | numpy.memmap)):
+        if numpy is not None and (
+            kind is numpy.ndarray or isinstance(value, numpy.generic | numpy.memmap)
+        ):
             return self._take_array(number, value, path)
         if torch is not None and isinstance(value, torch.Tensor):
             self.leaves[number] = "tensor"
             self.size += value.numel() * value.element_size()
-            self.tensors.append(value.detach().clone())  # of a view torch.save would keep all that it looks at
+            self.tensors.append(
+                value.detach().clone()
+            )  # of a view torch.save would keep all that it looks at
             return None
         return value
 
@@ -150,14 +160,18 @@ def _arrays(folder: Path) -> Any:
 
 def _tensors(folder: Path) -> Any:
     path = folder / "tensors.pt"
-    return _library("torch").load(path, map_location="cpu", weights_only=True) if path.exists() else []
+    return (
+        _library("torch").load(path, map_location="cpu", weights_only=True) if path.exists() else []
+    )
 
 
 def _library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UsageError(f"the checkpoint holds what {name} made, and {name} is not installed here; install it") from None
+        raise UsageError(
+            f"the checkpoint holds what {name} made, and {name} is not installed here; install it"
+        ) from None
 
 
 # --------------------------------------------------------------------------- files and folders

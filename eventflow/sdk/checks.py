@@ -23,7 +23,19 @@ import msgspec
 from eventflow.core.errors import UsageError
 from eventflow.core.retry import Permanent
 from eventflow.logs.log import get_logger
-from eventflow.sdk.columns import Data, Profile, column, columns_of, count_of, is_null, key_of, not_finite, profile, psi, shown
+from eventflow.sdk.columns import (
+    Data,
+    Profile,
+    column,
+    columns_of,
+    count_of,
+    is_null,
+    key_of,
+    not_finite,
+    profile,
+    psi,
+    shown,
+)
 from eventflow.sdk.task import task_context
 
 __all__ = [
@@ -75,7 +87,9 @@ class CheckFailed(Permanent):
 
     def __init__(self, results: Sequence[Any]) -> None:
         self.results: list[Result] = [msgspec.convert(each, Result) for each in results]
-        super().__init__([msgspec.to_builtins(each) for each in self.results])  # plain data: it is rebuilt in the flow
+        super().__init__(
+            [msgspec.to_builtins(each) for each in self.results]
+        )  # plain data: it is rebuilt in the flow
 
     def __str__(self) -> str:
         return "; ".join(map(str, self.results))
@@ -94,22 +108,35 @@ def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Resu
     extra = [name for name in names if name not in types] if exact else []
     if (missing or extra) and (names or count_of(data)):
         found = [f"no {name!r}" for name in missing] + [f"also {name!r}" for name in extra]
-        return _settle(_result("schema", False, _names(types), ", ".join(found), column=(missing + extra)[0]))
+        return _settle(
+            _result("schema", False, _names(types), ", ".join(found), column=(missing + extra)[0])
+        )
     for name, wanted in types.items():
         fits = _fitting(wanted)
         bad = [(place, value) for place, value in enumerate(column(data, name)) if not fits(value)]
         if bad:
-            kinds = ", ".join(sorted({"null" if is_null(value) else type(value).__name__ for _, value in bad}))
+            kinds = ", ".join(
+                sorted({"null" if is_null(value) else type(value).__name__ for _, value in bad})
+            )
             return _settle(_rows("schema", name, _type_text(wanted), bad, count_of(data), kinds))
     return _settle(_result("schema", True, _names(types), "the same", total=count_of(data)))
 
 
 def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
     """No more than a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
-    return _each(data, names, "not_null", f"at most {at_most:.4g} null", lambda values: map(is_null, values), at_most)
+    return _each(
+        data,
+        names,
+        "not_null",
+        f"at most {at_most:.4g} null",
+        lambda values: map(is_null, values),
+        at_most,
+    )
 
 
-def within(data: Data, name: str, *, at_least: Any = None, at_most: Any = None, outside: float = 0.0) -> Result:
+def within(
+    data: Data, name: str, *, at_least: Any = None, at_most: Any = None, outside: float = 0.0
+) -> Result:
     """Every value of a column lies in [at_least, at_most], but for a share `outside`. Nulls are `not_null`'s."""
     if at_least is None and at_most is None:
         raise UsageError(f"checks.within({name!r}): expected at_least= or at_most=, found neither")
@@ -118,7 +145,9 @@ def within(data: Data, name: str, *, at_least: Any = None, at_most: Any = None, 
         if is_null(value):
             return False
         try:
-            return (at_least is not None and not value >= at_least) or (at_most is not None and not value <= at_most)
+            return (at_least is not None and not value >= at_least) or (
+                at_most is not None and not value <= at_most
+            )
         except TypeError:  # such as text where numbers were expected
             return True
 
@@ -137,13 +166,19 @@ def unique(data: Data, *names: str) -> Result:
         if key in seen:
             bad.append((place, values[0] if len(names) == 1 else list(values)))
         seen.add(key)
-    return _settle(_rows("unique", "+".join(names), "no value twice", bad, count_of(data), f"{len(bad)} repeated"))
+    return _settle(
+        _rows(
+            "unique", "+".join(names), "no value twice", bad, count_of(data), f"{len(bad)} repeated"
+        )
+    )
 
 
 def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float = 0.0) -> Result:
     """Every value of a column is one of `allowed`, but for a share `outside`. Nulls are `not_null`'s."""
     known = set(allowed)
-    expected = "one of " + ", ".join(sorted(map(repr, known))[:10]) + (", …" if len(known) > 10 else "")
+    expected = (
+        "one of " + ", ".join(sorted(map(repr, known))[:10]) + (", …" if len(known) > 10 else "")
+    )
 
     def bad(values: Iterable[Any]) -> Iterable[bool]:
         return (not is_null(value) and key_of(value) not in known for value in values)
@@ -155,11 +190,18 @@ def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> R
     """The number of rows lies in [at_least, at_most]."""
     count = count_of(data)
     passed = count >= at_least and (at_most is None or count <= at_most)
-    return _settle(_result("row_count", passed, f"rows {_range(at_least, at_most)}", str(count), total=count))
+    return _settle(
+        _result("row_count", passed, f"rows {_range(at_least, at_most)}", str(count), total=count)
+    )
 
 
 def distribution(
-    data: Data, name: str, reference: "Profile | Iterable[Any]", *, at_most: float = 0.2, bins: int = 10
+    data: Data,
+    name: str,
+    reference: "Profile | Iterable[Any]",
+    *,
+    at_most: float = 0.2,
+    bins: int = 10,
 ) -> Result:
     """The column's population stability index against the reference is at most `at_most`.
 
@@ -170,7 +212,16 @@ def distribution(
     known = reference if isinstance(reference, Profile) else profile(reference, bins)
     value = psi(known, known.shares_of(column(data, name)))
     expected = f"PSI of at most {at_most:.4g}"
-    return _settle(_result("distribution", value <= at_most, expected, f"{value:.4g}", column=name, total=count_of(data)))
+    return _settle(
+        _result(
+            "distribution",
+            value <= at_most,
+            expected,
+            f"{value:.4g}",
+            column=name,
+            total=count_of(data),
+        )
+    )
 
 
 # --------------------------------------------------------------------------- losses and metrics
@@ -186,23 +237,45 @@ def finite(**values: Any) -> Result:
     return _settle(_result("finite", True, "finite numbers", ", ".join(values)))
 
 
-def gate(metric: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> Result:
+def gate(
+    metric: str, value: float, *, at_least: float | None = None, at_most: float | None = None
+) -> Result:
     """A metric lies in [at_least, at_most]; NaN never does. `gate("auc", auc, at_least=0.8)`."""
     if at_least is None and at_most is None:
         raise UsageError(f"checks.gate({metric!r}): expected at_least= or at_most=, found neither")
-    passed = (at_least is None or value >= at_least) and (at_most is None or value <= at_most) and not math.isnan(value)
-    return _settle(_result("gate", passed, _range(at_least, at_most), f"{value:.6g}", column=metric))
+    passed = (
+        (at_least is None or value >= at_least)
+        and (at_most is None or value <= at_most)
+        and not math.isnan(value)
+    )
+    return _settle(
+        _result("gate", passed, _range(at_least, at_most), f"{value:.6g}", column=metric)
+    )
 
 
 def better(
-    metric: str, challenger: float, champion: float | None, *, by: float = 0.0, by_share: float = 0.0, lower: bool = False
+    metric: str,
+    challenger: float,
+    champion: float | None,
+    *,
+    by: float = 0.0,
+    by_share: float = 0.0,
+    lower: bool = False,
 ) -> Result:
     """The challenger's metric beats the champion's, by more than `by` and by more than `by_share` of the champion's.
 
     `lower`: less is better, as for an error. With no champion (None, or NaN) any finite challenger passes.
     """
     if champion is None or math.isnan(champion):
-        return _settle(_result("better", math.isfinite(challenger), "a finite value", f"{challenger:.6g}", column=metric))
+        return _settle(
+            _result(
+                "better",
+                math.isfinite(challenger),
+                "a finite value",
+                f"{challenger:.6g}",
+                column=metric,
+            )
+        )
     margin = max(by, by_share * abs(champion))
     gain = champion - challenger if lower else challenger - champion
     bound = champion - margin if lower else champion + margin
@@ -246,7 +319,12 @@ def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[Coll
 
 def _settle(result: Result) -> Result:
     """Logs a result; then it is collected, or told and raised if it fails."""
-    fields = {"check": result.check, "column": result.column, "expected": result.expected, "found": result.found}
+    fields = {
+        "check": result.check,
+        "column": result.column,
+        "expected": result.expected,
+        "found": result.found,
+    }
     if result.passed:
         log.info("check.passed", **fields)
     else:
@@ -268,7 +346,11 @@ def _tell(results: Iterable[Result], passed_too: bool, raised: bool) -> None:
     for result in results:
         data = msgspec.to_builtins(result)
         if not result.passed:
-            body.emit("check.failed", {"data": data, "subject": result.column, "extensions": {}}, with_failure=raised)
+            body.emit(
+                "check.failed",
+                {"data": data, "subject": result.column, "extensions": {}},
+                with_failure=raised,
+            )
         elif passed_too:
             body.emit("check.passed", {"data": data, "subject": result.column, "extensions": {}})
 
@@ -280,16 +362,35 @@ def _result(check: str, passed: bool, expected: str, found: str, **more: Any) ->
     return Result(check=check, passed=passed, expected=expected, found=found, **more)
 
 
-def _rows(check: str, name: str, expected: str, bad: Sequence[tuple[int, Any]], total: int | None, found: str) -> Result:
+def _rows(
+    check: str,
+    name: str,
+    expected: str,
+    bad: Sequence[tuple[int, Any]],
+    total: int | None,
+    found: str,
+) -> Result:
     first = [[place, shown(value)] for place, value in bad[:FIRST]]
     of = f" in {len(bad)} of {total} rows" if bad and total is not None else ""
     return _result(
-        check, not bad, expected, (found + of) if bad else "the same", column=name, offending=len(bad), total=total, rows=first
+        check,
+        not bad,
+        expected,
+        (found + of) if bad else "the same",
+        column=name,
+        offending=len(bad),
+        total=total,
+        rows=first,
     )
 
 
 def _each(
-    data: Data, names: Sequence[str], check: str, expected: str, bad: Callable[[Iterable[Any]], Iterable[bool]], allowed: float
+    data: Data,
+    names: Sequence[str],
+    check: str,
+    expected: str,
+    bad: Callable[[Iterable[Any]], Iterable[bool]],
+    allowed: float,
 ) -> Result:
     """A check of every value of some columns: the first column with too many offending ones fails it."""
     if not names:
@@ -302,7 +403,16 @@ def _each(
             kinds = Counter(repr(shown(value)) for _, value in found)
             text = ", ".join(kind for kind, _ in kinds.most_common(3))
             return _settle(_rows(check, name, expected, found, total, text))
-    return _settle(_result(check, True, expected, "the same", column=names[0] if len(names) == 1 else None, total=total))
+    return _settle(
+        _result(
+            check,
+            True,
+            expected,
+            "the same",
+            column=names[0] if len(names) == 1 else None,
+            total=total,
+        )
+    )
 
 
 def _range(at_least: Any, at_most: Any) -> str:
@@ -316,7 +426,9 @@ _KINDS: Mapping[Any, type] = {float: Real, int: Integral, None: type(None), Any:
 
 
 def _fitting(wanted: Any) -> Callable[[Any], bool]:
-    members: tuple[Any, ...] = get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    members: tuple[Any, ...] = (
+        get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+    )
     kinds = tuple(_KINDS.get(member, get_origin(member) or member) for member in members)
     nullable = type(None) in kinds or object in kinds
 

@@ -32,7 +32,11 @@ def is_null(value: Any) -> bool:
     """None, NaN, and pandas' NA and NaT."""
     if type(value) is str or type(value) is int:
         return False
-    return value is None or type(value).__name__ in _NULLS or (isinstance(value, Real) and bool(value != value))
+    return (
+        value is None
+        or type(value).__name__ in _NULLS
+        or (isinstance(value, Real) and bool(value != value))
+    )
 
 
 def key_of(value: Any) -> Any:
@@ -52,7 +56,10 @@ def columns_of(data: Data) -> list[str]:
     if isinstance(data, Mapping):
         return list(cast(Mapping[str, Any], data))
     if _is_frame(data):
-        return [str(name) for name in (data.column_names if hasattr(data, "column_names") else data.columns)]
+        return [
+            str(name)
+            for name in (data.column_names if hasattr(data, "column_names") else data.columns)
+        ]
     return list(dict.fromkeys(name for row in _rows_of(data) for name in row))
 
 
@@ -60,11 +67,15 @@ def column(data: Data, name: str) -> Sequence[Any]:
     """The values of one column, in order; None for a row that lacks it. UsageError when there is no such column."""
     if _is_frame(data) or isinstance(data, Mapping):
         if name not in columns_of(data):
-            raise UsageError(f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}")
+            raise UsageError(
+                f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}"
+            )
         return _as_list(data[name])
     rows = _rows_of(data)
     if rows and not any(name in row for row in rows):
-        raise UsageError(f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}")
+        raise UsageError(
+            f"checks: expected a column {name!r}, found {', '.join(columns_of(data)) or 'none'}"
+        )
     return [row.get(name) for row in rows]
 
 
@@ -114,10 +125,16 @@ def shown(value: Any) -> Any:
 def not_finite(value: Any) -> list[tuple[int, Any]]:
     """The numbers in `value` that are NaN or infinite, each with its place in it."""
     numpy: Any = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "fc":  # weights may be many
+    if (
+        numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "fc"
+    ):  # weights may be many
         flat = value.ravel()
-        return [(int(place), flat[place].item()) for place in numpy.flatnonzero(~numpy.isfinite(flat))]
-    return [(place, number) for place, number in enumerate(_flat(value)) if not math.isfinite(number)]
+        return [
+            (int(place), flat[place].item()) for place in numpy.flatnonzero(~numpy.isfinite(flat))
+        ]
+    return [
+        (place, number) for place, number in enumerate(_flat(value)) if not math.isfinite(number)
+    ]
 
 
 def _flat(value: Any) -> Iterable[float]:
@@ -154,7 +171,9 @@ class Profile(msgspec.Struct, frozen=True):
             elif self.edges is None:
                 counts[places.get(key_of(value), size - 2)] += 1
             else:
-                counts[bisect_right(self.edges, value) if isinstance(value, Real) else size - 2] += 1
+                counts[
+                    bisect_right(self.edges, value) if isinstance(value, Real) else size - 2
+                ] += 1
         total = sum(counts)
         return [count / total for count in counts] if total else [0.0] * size
 

@@ -54,7 +54,13 @@ class RunContext:
     __slots__ = ("_body_random", "_events", "_flow_random", "_now", "_seed", "flow", "id", "state")
 
     def __init__(
-        self, ident: str, flow: str, events: Callable[[], list[Event]], now: Callable[[], int], state: Any, generation: int = 0
+        self,
+        ident: str,
+        flow: str,
+        events: Callable[[], list[Event]],
+        now: Callable[[], int],
+        state: Any,
+        generation: int = 0,
     ) -> None:
         self.id, self.flow, self.state = ident, flow, state
         self._events, self._now = events, now
@@ -69,7 +75,9 @@ class RunContext:
 
     @property
     def random(self) -> random.Random:
-        if task_context() is not None:  # a body draws when it happens to run: it must not move what the flow draws next
+        if (
+            task_context() is not None
+        ):  # a body draws when it happens to run: it must not move what the flow draws next
             self._body_random = self._body_random or random.Random()
             return self._body_random
         self._flow_random = self._flow_random or random.Random(self._seed)
@@ -98,7 +106,9 @@ def current_run() -> RunContext:
     """The run this code belongs to. Raises UsageError outside one."""
     context = _run.get()
     if context is None:
-        raise UsageError("current_run(): expected to be called in a flow or a task of a run, found none")
+        raise UsageError(
+            "current_run(): expected to be called in a flow or a task of a run, found none"
+        )
     return context
 
 
@@ -150,7 +160,9 @@ class Flow(Generic[P, T]):
         loop = flow_loop(self.name)
         if loop is None:
             return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
-        return cast("Coroutine[Any, Any, T]", cast(FlowCaller, loop.host).perform_flow(self, args, kwargs))
+        return cast(
+            "Coroutine[Any, Any, T]", cast(FlowCaller, loop.host).perform_flow(self, args, kwargs)
+        )
 
 
 def reached(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
@@ -166,7 +178,11 @@ def reached(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
             if isinstance(value, Flow):
                 found.append(cast("Flow[..., Any]", value))
                 functions += [value.fn] if value.fn not in functions else []
-            elif inspect.isfunction(value) and value not in functions and _package(value) == _package(function):
+            elif (
+                inspect.isfunction(value)
+                and value not in functions
+                and _package(value) == _package(function)
+            ):
                 functions.append(value)
     return found
 
@@ -184,9 +200,16 @@ def _named(function: Any) -> list[Any]:
             values.append(cell.cell_contents)
     for code in codes:
         codes.extend(const for const in code.co_consts if inspect.iscode(const))
-        known = [function.__globals__[name] for name in code.co_names if name in function.__globals__]
+        known = [
+            function.__globals__[name] for name in code.co_names if name in function.__globals__
+        ]
         modules = [value for value in known if inspect.ismodule(value)]
-        values += known + [vars(module)[name] for module in modules for name in code.co_names if name in vars(module)]
+        values += known + [
+            vars(module)[name]
+            for module in modules
+            for name in code.co_names
+            if name in vars(module)
+        ]
     return values
 
 
@@ -218,7 +241,9 @@ def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **
             if given.get(duration) is not None:
                 given[duration] = seconds(given[duration])
         if given.get("timeout_counts", "wall") not in ("wall", "running"):
-            raise UsageError(f'timeout_counts= expected "wall" or "running", found {given["timeout_counts"]!r}')
+            raise UsageError(
+                f'timeout_counts= expected "wall" or "running", found {given["timeout_counts"]!r}'
+            )
         if given.get("concurrency") is not None and given["concurrency"] < 1:
             raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
         return Flow(function, FlowOptions(name or getattr(function, "__name__", "flow"), **given))
@@ -240,7 +265,13 @@ def timeout(delay: Duration | None) -> asyncio.Timeout:
     return asyncio.timeout(None if delay is None else seconds(delay))
 
 
-async def emit(event_type: str, data: Json = None, *, subject: str | None = None, **extensions: str | int | bool) -> str:
+async def emit(
+    event_type: str,
+    data: Json = None,
+    *,
+    subject: str | None = None,
+    **extensions: str | int | bool,
+) -> str:
     """Publishes an event; `app.on(event_type, flow)` subscribes to it. Returns its id.
 
     In a flow: a journal entry, published by the commit that records it, never twice, never undone. In a task body:
@@ -252,7 +283,9 @@ async def emit(event_type: str, data: Json = None, *, subject: str | None = None
         return await cast(FlowCaller, loop.host).perform_emit(event_type, fields)
     body = task_context()
     if body is None or not body.run_id:
-        raise UsageError("emit(): expected to be called in a flow or a task of a run; outside, use `await app.emit(...)`")
+        raise UsageError(
+            "emit(): expected to be called in a flow or a task of a run; outside, use `await app.emit(...)`"
+        )
     return body.emit(event_type, fields)
 
 

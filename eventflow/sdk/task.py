@@ -11,7 +11,17 @@ import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from functools import partial, update_wrapper
-from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, cast, get_type_hints, overload
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    get_type_hints,
+    overload,
+)
 
 import msgspec
 
@@ -90,7 +100,9 @@ def current_task() -> TaskContext:
     """The call whose body is running. Raises UsageError outside a task body."""
     context = _current.get()
     if context is None:
-        raise UsageError("current_task(): expected to be called in a @task body, found none running here")
+        raise UsageError(
+            "current_task(): expected to be called in a @task body, found none running here"
+        )
     return context
 
 
@@ -113,9 +125,20 @@ class Call:
     )  # fmt: skip
 
     def __init__(
-        self, task: "Task[..., Any]", claim: str, args: tuple[Any, ...], kwargs: dict[str, Any], print_: bytes | None
+        self,
+        task: "Task[..., Any]",
+        claim: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        print_: bytes | None,
     ) -> None:
-        self.task, self.claim, self.args, self.kwargs, self.fingerprint = task, claim, args, kwargs, print_
+        self.task, self.claim, self.args, self.kwargs, self.fingerprint = (
+            task,
+            claim,
+            args,
+            kwargs,
+            print_,
+        )
         self.future: asyncio.Future[Any] | None = None
         self.handle: Any = None  # the attempt's asyncio task, or the timer that waits for the next
         self.context: Any = None
@@ -133,13 +156,17 @@ class Caller(Host, Protocol):
         """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
         ...
 
-    def perform_all(self, name: str, calls: Iterable[Call], limit: int, patient: bool) -> Coroutine[Any, Any, list[Any]]: ...
+    def perform_all(
+        self, name: str, calls: Iterable[Call], limit: int, patient: bool
+    ) -> Coroutine[Any, Any, list[Any]]: ...
 
 
 class Task(Generic[P, R]):
     """A task, made by `@task`. Calling it gives a coroutine; awaiting that gives the body's return value."""
 
-    def __init__(self, fn: Callable[..., Any], options: TaskOptions, codec: str | None = None) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], options: TaskOptions, codec: str | None = None
+    ) -> None:
         self.fn = fn
         self.options = options
         self.name = options.name
@@ -157,7 +184,9 @@ class Task(Generic[P, R]):
     def result(self) -> ResultCodec:
         """How values of this task are stored; built from the return annotation at first use."""
         if self._result is None:
-            self._result = ResultCodec(return_annotation(self.fn), f"task {self.name!r} result", self._codec_name)
+            self._result = ResultCodec(
+                return_annotation(self.fn), f"task {self.name!r} result", self._codec_name
+            )
         return self._result
 
     def options_with(self, **changes: Any) -> "Task[P, R]":
@@ -170,7 +199,9 @@ class Task(Generic[P, R]):
         if loop is None:
             return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
         key = self.options.key(*args, **kwargs) if self.options.key else None
-        call = Call(self, loop.scope().claim(self.name, key), args, kwargs, self._fingerprint(args, kwargs))
+        call = Call(
+            self, loop.scope().claim(self.name, key), args, kwargs, self._fingerprint(args, kwargs)
+        )
         return cast("Coroutine[Any, Any, R]", cast(Caller, loop.host).perform(call))
 
     def map(
@@ -195,12 +226,16 @@ class Task(Generic[P, R]):
         calls = self._calls(loop.scope().child(f"{self.name}.map"), items, key or self.options.key)
         return cast(Caller, loop.host).perform_all(self.name, calls, limit, return_exceptions)
 
-    def _calls(self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None) -> Iterable[Call]:
+    def _calls(
+        self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None
+    ) -> Iterable[Call]:
         seen: set[str] = set()
         for ordinal, item in enumerate(items):
             claim = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
             if key and claim in seen:
-                raise UsageError(f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ")
+                raise UsageError(
+                    f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ"
+                )
             seen.add(claim)
             yield Call(self, claim, (item,), {}, self._fingerprint((item,), {}))
 
@@ -226,7 +261,9 @@ class Task(Generic[P, R]):
                 enter_task(TaskContext("", self.name, attempt, ""))
             try:
                 return await self._plain_attempt(args, kwargs)
-            except Exception as error:  # around an attempt: whatever user code raises is asked of its Retry
+            except (
+                Exception
+            ) as error:  # around an attempt: whatever user code raises is asked of its Retry
                 wait = retry.delay_after(attempt, error, draw)
                 if wait is None:
                     raise
@@ -237,7 +274,11 @@ class Task(Generic[P, R]):
 
     async def _plain_attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         work: Coroutine[Any, Any, Any]
-        work = self.fn(*args, **kwargs) if self.is_async else asyncio.to_thread(partial(self.fn, *args, **kwargs))
+        work = (
+            self.fn(*args, **kwargs)
+            if self.is_async
+            else asyncio.to_thread(partial(self.fn, *args, **kwargs))
+        )
         if self.options.timeout is None:
             return await work
         deadline = asyncio.timeout(self.options.timeout)
@@ -249,7 +290,9 @@ class Task(Generic[P, R]):
                 raise TaskTimedOut(self.name, self.options.timeout) from None
             raise
 
-    async def _plain_map(self, items: Iterable[Any], limit: int, return_exceptions: bool) -> list[Any]:
+    async def _plain_map(
+        self, items: Iterable[Any], limit: int, return_exceptions: bool
+    ) -> list[Any]:
         slots = asyncio.Semaphore(limit)
 
         async def one(item: Any) -> Any:
@@ -275,7 +318,9 @@ def return_annotation(fn: Callable[..., Any]) -> Any:
     try:
         return get_type_hints(fn, include_extras=True)["return"]
     except NameError as unresolved:
-        raise UsageError(f"{fn.__qualname__}: cannot resolve the return annotation: {unresolved}") from None
+        raise UsageError(
+            f"{fn.__qualname__}: cannot resolve the return annotation: {unresolved}"
+        ) from None
 
 
 def _normal(given: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +334,9 @@ def _normal(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("concurrency") is not None and given["concurrency"] < 1:
         raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
     if given.get("on_changed", "error") not in ("error", "rerun", "accept"):
-        raise UsageError(f'on_changed= expected "error", "rerun" or "accept", found {given["on_changed"]!r}')
+        raise UsageError(
+            f'on_changed= expected "error", "rerun" or "accept", found {given["on_changed"]!r}'
+        )
     return given
 
 
@@ -311,7 +358,14 @@ def task(
     on_failure: Hook | None = None,
     on_retry: Hook | None = None,
 ) -> "_Decorator": ...
-def task(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, codec: str | None = None, **given: Any) -> Any:
+def task(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    codec: str | None = None,
+    **given: Any,
+) -> Any:
     """Makes a function a task.
 
     - `retries`: a `Retry`, a number of retries, or a list of delays; default none. `timeout`: seconds one attempt may take,
@@ -326,7 +380,9 @@ def task(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, co
     """
 
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:
-        options = TaskOptions(name or function.__name__, as_retry(given.pop("retries", None)), **_normal(given))
+        options = TaskOptions(
+            name or function.__name__, as_retry(given.pop("retries", None)), **_normal(given)
+        )
         return Task(function, options, codec)
 
     return decorate if fn is None else decorate(fn)

@@ -74,7 +74,9 @@ class Blobs:
             else:
                 self._write(path, data)
         except OSError as error:
-            raise StoreFailed(f"cannot write the blob {path}: {error}; check free space and the directory's owner") from error
+            raise StoreFailed(
+                f"cannot write the blob {path}: {error}; check free space and the directory's owner"
+            ) from error
 
     def get(self, ref: str) -> bytes:
         """The bytes of a reference; StoreCorrupt when they are missing or are not those, here and in the place."""
@@ -90,7 +92,9 @@ class Blobs:
                     self._put_here(ref, data)
                 return data
             wrong = "does not match its name in the bucket either"
-        raise StoreCorrupt(f"the blob {path} {wrong}; restore it from a backup, or retry the run afresh")
+        raise StoreCorrupt(
+            f"the blob {path} {wrong}; restore it from a backup, or retry the run afresh"
+        )
 
     def offload(self, codec: str, data: bytes) -> tuple[str, bytes]:
         """`(codec + "@blob", reference)` of a value larger than LARGE; a smaller one as it is."""
@@ -98,7 +102,11 @@ class Blobs:
 
     def fetch(self, codec: str, data: bytes) -> tuple[str, bytes]:
         """Undoes `offload`."""
-        return (codec.removesuffix("@blob"), self.get(data.decode("latin-1"))) if codec.endswith("@blob") else (codec, data)
+        return (
+            (codec.removesuffix("@blob"), self.get(data.decode("latin-1")))
+            if codec.endswith("@blob")
+            else (codec, data)
+        )
 
     def prune(self, keep: Collection[str], *, before: int) -> int:
         """Removes blobs not in `keep` and last put before the instant `before` (microseconds). Returns how many.
@@ -108,7 +116,9 @@ class Blobs:
         """
         removed = 0
         for path in self._directory.glob("??/??/*"):
-            if path.stat().st_mtime_ns // 1000 < before and (path.name not in keep or self._is_kept_elsewhere(path)):
+            if path.stat().st_mtime_ns // 1000 < before and (
+                path.name not in keep or self._is_kept_elsewhere(path)
+            ):
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed

@@ -24,7 +24,14 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.core.errors import NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, UsageError, caught
+from eventflow.core.errors import (
+    NotStorable,
+    ResultTooLarge,
+    StoreCorrupt,
+    TaskFailed,
+    UsageError,
+    caught,
+)
 from eventflow.core.hashing import digest
 from eventflow.serialization.tagged_json import (
     SCALARS,
@@ -85,7 +92,9 @@ class ResultCodec:
             raise ResultTooLarge(f"{self._name}: result", len(encoded[1]), MAX_JSON)
         return encoded
 
-    def decode(self, codec: str, data: bytes, *, allow_pickle: bool = False, key: bytes = b"") -> Any:
+    def decode(
+        self, codec: str, data: bytes, *, allow_pickle: bool = False, key: bytes = b""
+    ) -> Any:
         """The value that `encode` was given. UsageError when the annotation has changed so that it no longer reads it."""
         match codec:
             case "json":
@@ -97,7 +106,9 @@ class ResultCodec:
             case "pickle" if allow_pickle:
                 return pickle.loads(_verified(data, key, self._name))
             case "pickle":
-                raise UsageError(f"{self._name}: this result is pickled, and pickles are only read where flows run")
+                raise UsageError(
+                    f"{self._name}: this result is pickled, and pickles are only read where flows run"
+                )
             case _:
                 return self._decode_typed(codec, data)
 
@@ -115,7 +126,10 @@ class ResultCodec:
                 return "typed", data
         # NaN and integers beyond 64 bits inside a typed value: builtins first, then tags.
         with contextlib.suppress(*_UNENCODABLE, NotStorable):
-            data = encode_tagged(msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=_encode_hook), self._name)
+            data = encode_tagged(
+                msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=_encode_hook),
+                self._name,
+            )
             if same(self._convert(data), value):
                 return "typed-tagged", data
         return None
@@ -133,7 +147,9 @@ class ResultCodec:
         try:
             return reader.decode(data) if form == "typed" else self._convert(data)
         except msgspec.ValidationError as error:
-            raise UsageError(f"{self._name}: a recorded result does not fit its return annotation any more: {error}") from error
+            raise UsageError(
+                f"{self._name}: a recorded result does not fit its return annotation any more: {error}"
+            ) from error
 
     def _convert(self, data: bytes) -> Any:
         return msgspec.convert(decode_tagged(data), self._annotation, dec_hook=_decode_hook)
@@ -147,7 +163,11 @@ class ResultCodec:
                 # msgspec refuses a union of untagged classes; the class's name beside the codec tells them apart.
                 members = typing.get_args(self._annotation)
                 if typing.get_origin(self._annotation) in (typing.Union, types.UnionType):
-                    self._members = {m.__qualname__: ResultCodec(m, self._name) for m in members if isinstance(m, type)}
+                    self._members = {
+                        m.__qualname__: ResultCodec(m, self._name)
+                        for m in members
+                        if isinstance(m, type)
+                    }
                 self._plain = not self._members
         return self._reader
 
@@ -212,7 +232,9 @@ def _sign(data: bytes, key: bytes) -> bytes:
 def _verified(data: bytes, key: bytes, name: str) -> bytes:
     """S12: a pickle is only opened when this installation's key signed it."""
     if not hmac.compare_digest(data[:32], hmac.digest(key, data[32:], "sha256")):
-        raise StoreCorrupt(f"{name}: the signature of a pickled result does not hold; it was altered, or the key has changed")
+        raise StoreCorrupt(
+            f"{name}: the signature of a pickled result does not hold; it was altered, or the key has changed"
+        )
     return data[32:]
 
 
@@ -244,15 +266,24 @@ def decode_error(data: bytes) -> BaseException:
 
 def _describe(error: BaseException, room: int) -> dict[str, Any]:
     fields: dict[str, Any] = {"traceback": _render(error)[-room:]}
-    members: tuple[BaseException, ...] = getattr(error, "exceptions", ()) if _is_group(error) else ()
+    members: tuple[BaseException, ...] = (
+        getattr(error, "exceptions", ()) if _is_group(error) else ()
+    )
     if members:
         share = max(512, room // len(members))
         fields["exceptions"] = [_describe(member, share) for member in members]
     if type(error) is TaskFailed:  # stands for another error: record that one again
-        known = {"type": error.error_type, "message": error.message, "args": vars(error).get("recorded_args")}
+        known = {
+            "type": error.error_type,
+            "message": error.message,
+            "args": vars(error).get("recorded_args"),
+        }
     else:
         known = {"type": _class_name(error), "message": _message(error), "args": _json_args(error)}
-    return {name: _utf8(text) if isinstance(text, str) else text for name, text in (known | fields).items()}
+    return {
+        name: _utf8(text) if isinstance(text, str) else text
+        for name, text in (known | fields).items()
+    }
 
 
 def _is_group(error: BaseException) -> bool:
@@ -265,7 +296,11 @@ def _class_name(error: BaseException) -> str:
 
 def _message(error: BaseException) -> str:
     text, broken = caught(str, cast(Any, error).message if _is_group(error) else error)
-    return text if text is not None else f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
+    return (
+        text
+        if text is not None
+        else f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
+    )
 
 
 def _json_args(error: BaseException) -> list[Any] | None:
@@ -273,7 +308,9 @@ def _json_args(error: BaseException) -> list[Any] | None:
         return None
     args = list(error.args)
     if isinstance(error, OSError) and len(args) == 2 and error.filename is not None:
-        args += [error.filename] if error.filename2 is None else [error.filename, None, error.filename2]
+        args += (
+            [error.filename] if error.filename2 is None else [error.filename, None, error.filename2]
+        )
     try:
         return args if is_plain(args) and orjson.loads(orjson.dumps(args)) == args else None
     except (TypeError, RecursionError):  # integers beyond 64 bits, lone surrogates, cycles
@@ -296,10 +333,14 @@ def _render(error: BaseException) -> str:
         notes = "".join(f"\n{note}" for note in getattr(link, "__notes__", ()))
         parts.append(f"{frames}{type_name(link)}: {_message(link)}{notes}\n")
         if link.__cause__ is not None:
-            parts.append("\nThe above exception was the direct cause of the following exception:\n\n")
+            parts.append(
+                "\nThe above exception was the direct cause of the following exception:\n\n"
+            )
             link = link.__cause__
         elif link.__context__ is not None and not link.__suppress_context__:
-            parts.append("\nDuring handling of the above exception, another exception occurred:\n\n")
+            parts.append(
+                "\nDuring handling of the above exception, another exception occurred:\n\n"
+            )
             link = link.__context__
         else:
             link = None
@@ -312,8 +353,12 @@ def _render_frames(error: BaseException) -> str:
     while step is not None:
         code = step.tb_frame.f_code
         if not code.co_filename.startswith(_OWN_FILES):
-            lines.append(f'  File "{code.co_filename}", line {step.tb_lineno}, in {code.co_qualname}\n')
-            if source := linecache.getline(code.co_filename, step.tb_lineno, step.tb_frame.f_globals).strip():
+            lines.append(
+                f'  File "{code.co_filename}", line {step.tb_lineno}, in {code.co_qualname}\n'
+            )
+            if source := linecache.getline(
+                code.co_filename, step.tb_lineno, step.tb_frame.f_globals
+            ).strip():
                 lines.append(f"    {source}\n")
         step = step.tb_next
     if len(lines) > 120:  # a runaway recursion: both ends tell all
@@ -350,7 +395,11 @@ def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None
     else:
         args = fields["args"]
     error, _ = caught(kind, *args)
-    return error if error is not None and type(error) is kind and _message(error) == fields["message"] else None
+    return (
+        error
+        if error is not None and type(error) is kind and _message(error) == fields["message"]
+        else None
+    )
 
 
 # --------------------------------------------------------------------------- fingerprints
@@ -361,7 +410,10 @@ _UNVERIFIED = b'"?"'
 
 
 def fingerprint(
-    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], defaults: Mapping[str, Any]
+    names: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    defaults: Mapping[str, Any],
 ) -> bytes | None:
     """Canonical JSON of bound arguments: `f(1)`, `f(x=1)` and a default of 1 are the same.
 
@@ -389,8 +441,14 @@ def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
     if bound and all(field == _UNVERIFIED for field in fields.values()):
         return None
     if sum(map(len, fields.values())) > _LITERAL:
-        fields = {name: field if len(field) <= _SMALL else _hashed(field) for name, field in fields.items()}
-    return orjson.dumps({name: orjson.Fragment(field) for name, field in fields.items()}, option=orjson.OPT_SORT_KEYS)
+        fields = {
+            name: field if len(field) <= _SMALL else _hashed(field)
+            for name, field in fields.items()
+        }
+    return orjson.dumps(
+        {name: orjson.Fragment(field) for name, field in fields.items()},
+        option=orjson.OPT_SORT_KEYS,
+    )
 
 
 def _field(value: Any) -> bytes:
@@ -399,7 +457,9 @@ def _field(value: Any) -> bytes:
     except (TypeError, RecursionError):
         pass
     try:
-        return _SORTER.encode(value)  # integers beyond 64 bits, which orjson refuses without asking its hook
+        return _SORTER.encode(
+            value
+        )  # integers beyond 64 bits, which orjson refuses without asking its hook
     except _UNENCODABLE:
         return _UNVERIFIED
 

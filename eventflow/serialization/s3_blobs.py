@@ -25,7 +25,12 @@ class Bucket:
         _check_installed()
         parts = urlsplit(url)
         query = dict(parse_qsl(parts.query))
-        if parts.scheme != "s3" or not parts.netloc or parts.fragment or query.keys() - _OPTIONS.keys():
+        if (
+            parts.scheme != "s3"
+            or not parts.netloc
+            or parts.fragment
+            or query.keys() - _OPTIONS.keys()
+        ):
             expected = "s3://bucket/prefix, with ?endpoint_url= and &region= if need be"
             raise UsageError(f"results= expected {expected}, found {url!r}")
         self._bucket, prefix = parts.netloc, unquote(parts.path).strip("/")
@@ -51,7 +56,9 @@ class Bucket:
 
         key = self._prefix + ref
         try:
-            answer: dict[str, Any] = getattr(self._opened(), method)(Bucket=self._bucket, Key=key, **more)
+            answer: dict[str, Any] = getattr(self._opened(), method)(
+                Bucket=self._bucket, Key=key, **more
+            )
             return {**answer, "Body": answer["Body"].read()} if "Body" in answer else answer
         except ClientError as error:
             code = cast(Any, error).response.get("Error", {}).get("Code", "")
@@ -59,7 +66,9 @@ class Bucket:
                 return None
             raise ResultsUnavailable(what, f"s3://{self._bucket}/{key}", str(error)) from error
         except (BotoCoreError, OSError) as error:
-            raise ResultsUnavailable(what, f"s3://{self._bucket}/{key}", f"{type(error).__name__}: {error}") from error
+            raise ResultsUnavailable(
+                what, f"s3://{self._bucket}/{key}", f"{type(error).__name__}: {error}"
+            ) from error
 
     def _opened(self) -> Any:
         with self._lock:
@@ -85,7 +94,11 @@ def _client(options: dict[str, str]) -> Any:
         "retries": {"mode": "standard", "total_max_attempts": 3}, "connect_timeout": 5, "read_timeout": 30,
         "max_pool_connections": 32, "tcp_keepalive": True,
     }  # fmt: skip
-    if "endpoint_url" in options or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"):
+    if (
+        "endpoint_url" in options
+        or os.environ.get("AWS_ENDPOINT_URL")
+        or os.environ.get("AWS_ENDPOINT_URL_S3")
+    ):
         config |= {
             "s3": {"addressing_style": "path"},
             "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",

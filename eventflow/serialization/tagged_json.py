@@ -45,7 +45,10 @@ def encode_tagged(value: Any, where: str) -> bytes:
     """JSON with tags for what JSON has no word for."""
     try:
         return orjson.dumps(_tag(value, where))
-    except (RecursionError, TypeError):  # all leaves are sound by now, so depth is all that orjson can refuse
+    except (
+        RecursionError,
+        TypeError,
+    ):  # all leaves are sound by now, so depth is all that orjson can refuse
         raise NotStorable(where, f"{type_name(value)} nested too deep") from None
 
 
@@ -72,13 +75,20 @@ def is_plain(value: Any) -> bool:
         return False
     if SCALARS.issuperset(map(type, members)):
         return True
-    return all(type(member) in SCALARS or (type(member) in _CONTAINERS and is_plain(member)) for member in members)
+    return all(
+        type(member) in SCALARS or (type(member) in _CONTAINERS and is_plain(member))
+        for member in members
+    )
 
 
 def type_name(value: Any) -> str:
     """`module.Class` of a value, without `builtins.`"""
     kind = _type_of(value)
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def _tag(value: Any, path: str) -> Any:
@@ -97,7 +107,11 @@ def _tag(value: Any, path: str) -> Any:
     if kind is dict:
         return _tag_dict(value, path)
     if kind is set or kind is frozenset:
-        return {f"${kind.__name__}": sorted((_tag(item, f"{path}{{}}") for item in value), key=orjson.dumps)}
+        return {
+            f"${kind.__name__}": sorted(
+                (_tag(item, f"{path}{{}}") for item in value), key=orjson.dumps
+            )
+        }
     writer = _WRITERS.get(kind)
     if writer is None:
         raise _culprit(value, path) or NotStorable(path, type_name(value))
@@ -106,8 +120,13 @@ def _tag(value: Any, path: str) -> Any:
 
 
 def _tag_dict(value: dict[Any, Any], path: str) -> Any:
-    tagged = [(key, _tag(key, f"{path} key"), _tag(member, f"{path}[{key!r}]")) for key, member in value.items()]
-    if _STR.issuperset(map(type, value)) and not (len(value) == 1 and next(iter(value)).startswith("$")):
+    tagged = [
+        (key, _tag(key, f"{path} key"), _tag(member, f"{path}[{key!r}]"))
+        for key, member in value.items()
+    ]
+    if _STR.issuperset(map(type, value)) and not (
+        len(value) == 1 and next(iter(value)).startswith("$")
+    ):
         return {key: member for key, _, member in tagged}
     return {"$dict": [(key, member) for _, key, member in tagged]}
 
@@ -123,7 +142,9 @@ def _sound(text: str, path: str) -> str:
 
 def _culprit(value: Any, path: str) -> NotStorable | None:
     """The innermost part of `value` that no annotation could carry; None when an annotation would do for all of it."""
-    fields: Iterable[str] = getattr(value, "__struct_fields__", None) or getattr(value, "__dataclass_fields__", ())
+    fields: Iterable[str] = getattr(value, "__struct_fields__", None) or getattr(
+        value, "__dataclass_fields__", ()
+    )
     if fields or isinstance(value, Enum):
         parts = (_culprit(getattr(value, name, None), f"{path}.{name}") for name in fields)
         return next((part for part in parts if part is not None), None)
@@ -140,7 +161,11 @@ def _path_text(path: pathlib.PurePath) -> str:
     return str(path)
 
 
-_PATHS: tuple[type[pathlib.PurePath], ...] = (type(pathlib.Path()), pathlib.PurePosixPath, pathlib.PureWindowsPath)
+_PATHS: tuple[type[pathlib.PurePath], ...] = (
+    type(pathlib.Path()),
+    pathlib.PurePosixPath,
+    pathlib.PureWindowsPath,
+)
 
 _WRITERS: Mapping[type, tuple[str, Callable[[Any], str]]] = {
     bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
@@ -209,10 +234,14 @@ def same(left: Any, right: Any) -> bool:
     if kind is list or kind is tuple:
         return len(left) == len(right) and all(map(same, left, right))
     if kind is dict:
-        return left.keys() == right.keys() and all(same(member, right[key]) for key, member in left.items())
+        return left.keys() == right.keys() and all(
+            same(member, right[key]) for key, member in left.items()
+        )
     if kind is Decimal:
         return str(left) == str(right)
-    fields: Collection[str] = getattr(kind, "__struct_fields__", None) or getattr(kind, "__dataclass_fields__", ())
+    fields: Collection[str] = getattr(kind, "__struct_fields__", None) or getattr(
+        kind, "__dataclass_fields__", ()
+    )
     if fields:
         return all(same(getattr(left, name, None), getattr(right, name, None)) for name in fields)
     if hasattr(kind, "model_dump"):

@@ -25,7 +25,17 @@ IDLE = 5.0
 """Seconds over the soft limit with nothing at work after which waiting is vain: what leaked does not come back."""
 
 _STATM = Path("/proc/self/statm")
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
 
 log = get_logger("eventflow.memory")
 
@@ -48,14 +58,20 @@ def check_limits(soft: int | None, hard: int | None) -> None:
     if soft is None and hard is None:
         return
     if soft is not None and hard is not None and soft >= hard:
-        raise UsageError(f"--memory-soft expected less than --memory-hard, found {_shown(soft)} and {_shown(hard)}")
+        raise UsageError(
+            f"--memory-soft expected less than --memory-hard, found {_shown(soft)} and {_shown(hard)}"
+        )
     try:
         taken = resident()
     except OSError:
-        raise UsageError("--memory-soft and --memory-hard need Linux: expected /proc/self/statm, found none") from None
+        raise UsageError(
+            "--memory-soft and --memory-hard need Linux: expected /proc/self/statm, found none"
+        ) from None
     for name, limit in (("soft", soft), ("hard", hard)):
         if limit is not None and limit <= taken:
-            raise UsageError(f"--memory-{name} {_shown(limit)}: the program alone takes {_shown(taken)}; give it more")
+            raise UsageError(
+                f"--memory-{name} {_shown(limit)}: the program alone takes {_shown(taken)}; give it more"
+            )
 
 
 def _shown(size: int) -> str:
@@ -96,7 +112,9 @@ class MemoryWatch:
         self._arm(taken)
         reason = self._over("hard", taken)
         if reason is None and self._held and self._is_stuck(taken):
-            reason = f"{_shown(taken)} are taken and nothing is at work: what leaked does not come back"
+            reason = (
+                f"{_shown(taken)} are taken and nothing is at work: what leaked does not come back"
+            )
         if reason is not None:
             log.error("memory.exceeded", taken=taken, **self._limits, reason=reason)
             self._recycle(f"memory: {reason}")
@@ -112,8 +130,14 @@ class MemoryWatch:
         return False
 
     def _arm(self, taken: int) -> None:
-        self._armed |= {name for name, limit in self._limits.items() if limit is not None and taken < limit}
-        unarmed = [name for name, limit in self._limits.items() if limit is not None and name not in self._armed]
+        self._armed |= {
+            name for name, limit in self._limits.items() if limit is not None and taken < limit
+        }
+        unarmed = [
+            name
+            for name, limit in self._limits.items()
+            if limit is not None and name not in self._armed
+        ]
         if unarmed and not self._told:
             self._told = True
             log.error("memory.limit_too_low", taken=taken, **self._limits)

@@ -102,7 +102,12 @@ def serve(app: Served, settings: Settings, ready_stream: TextIO | None = None) -
     pretty = {"json": False, "pretty": True}.get(settings.log)
     ready = ready_stream or sys.stdout
     sock = _listening(settings, path)
-    with sock, configure(stream=sys.stderr, pretty=pretty, level=settings.log_level, clock=app.clock) as output:
+    with (
+        sock,
+        configure(
+            stream=sys.stderr, pretty=pretty, level=settings.log_level, clock=app.clock
+        ) as output,
+    ):
         root = Root(app, settings, path, sock, output, ready)
         tune_interpreter()
         with _signals(root), asyncio.Runner(loop_factory=_new_loop) as runner:
@@ -135,7 +140,9 @@ def check(settings: Settings) -> None:
             raise UsageError(f"--tls-cert, --tls-key: expected a file, found none at {name}")
     for name in settings.allow_hosts:
         if not name or name.lower() not in (host_name(name), host_name(f"[{name}]")):
-            raise UsageError(f"--allow-host expected a name as in a Host header, without scheme and port, found {name!r}")
+            raise UsageError(
+                f"--allow-host expected a name as in a Host header, without scheme and port, found {name!r}"
+            )
     check_limits(settings.memory_soft, settings.memory_hard)
     if settings.fd is None:
         check_bind(settings, settings.host)
@@ -202,8 +209,14 @@ def _cannot_bind(settings: Settings, store: str, error: OSError) -> EventflowErr
             return locked
         except OSError:
             pass
-    why = "is taken by another process" if error.errno == errno.EADDRINUSE else f"cannot be bound: {error.strerror}"
-    return Unavailable(f"port {settings.port} on {settings.host} {why}; choose another with --port (0 picks a free one)")
+    why = (
+        "is taken by another process"
+        if error.errno == errno.EADDRINUSE
+        else f"cannot be bound: {error.strerror}"
+    )
+    return Unavailable(
+        f"port {settings.port} on {settings.host} {why}; choose another with --port (0 picks a free one)"
+    )
 
 
 def _handed_over(settings: Settings, fd: int) -> socket.socket:
@@ -224,7 +237,13 @@ class Root:
     """One served App, from its opening to the exit code."""
 
     def __init__(
-        self, app: Served, settings: Settings, path: str, sock: socket.socket, output: Configured, ready: TextIO
+        self,
+        app: Served,
+        settings: Settings,
+        path: str,
+        sock: socket.socket,
+        output: Configured,
+        ready: TextIO,
     ) -> None:
         self.app, self.settings, self.path = app, settings, path
         self._sock, self._output, self._ready = sock, output, ready
@@ -250,7 +269,10 @@ class Root:
         return 0
 
     async def _serve(self) -> None:
-        loops = {"intake": (asyncio.get_running_loop(), threading.get_ident()), "flows": self.app.house.flow_loop}
+        loops = {
+            "intake": (asyncio.get_running_loop(), threading.get_ident()),
+            "flows": self.app.house.flow_loop,
+        }
         watchdog = Watchdog(loops, self.app.clock)
         watchdog.start()
         memory = asyncio.create_task(self._watch_memory(), name="memory")
@@ -272,13 +294,17 @@ class Root:
         soft, hard = self.settings.memory_soft, self.settings.memory_hard
         if soft is not None or hard is not None:
             house = self.app.house
-            await MemoryWatch(soft, hard, house.worker, house.flow_loop[0], self.app.clock, self._recycle).watch()
+            await MemoryWatch(
+                soft, hard, house.worker, house.flow_loop[0], self.app.clock, self._recycle
+            ).watch()
 
     def _listen(self) -> None:
         try:
             self._sock.listen(BACKLOG)
         except OSError as error:
-            raise Unavailable(f"port {self.settings.port}: {error.strerror}; choose another with --port") from None
+            raise Unavailable(
+                f"port {self.settings.port}: {error.strerror}; choose another with --port"
+            ) from None
 
     async def _serve_http(self) -> None:
         """Until a signal. HTTP goes on answering during the drain: 503 to what comes in, and who looks sees how it goes."""
@@ -299,7 +325,10 @@ class Root:
 
     def _uvicorn_config(self) -> uvicorn.Config:
         settings = self.settings
-        hosts = [*settings.allow_hosts, *([settings.host] if settings.host not in ("0.0.0.0", "::") else [])]
+        hosts = [
+            *settings.allow_hosts,
+            *([settings.host] if settings.host not in ("0.0.0.0", "::") else []),
+        ]
         asgi = make_asgi(
             self.app, auth=not settings.no_auth, allowed_hosts=hosts, open_metrics=settings.open_metrics, manage=False,
             draining=lambda: self.stopping,
@@ -324,7 +353,12 @@ class Root:
 
     def _say_ready(self) -> None:
         """The one line on stdout, and the same beside the store for the command line."""
-        line = {"ready": True, "url": self.url, "pid": os.getpid(), "store": self.app.store.location}
+        line = {
+            "ready": True,
+            "url": self.url,
+            "pid": os.getpid(),
+            "store": self.app.store.location,
+        }
         fresh = self._sidecar.with_name(f"{self._sidecar.name}.{os.getpid()}")
         fresh.touch(mode=0o600)
         fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
@@ -342,7 +376,9 @@ class Root:
         SECRETS.register(token)
         if fresh:
             shown = token if sys.stderr.isatty() else f"$(cat {self.path}.token)"
-            sys.stderr.write(f"eventflow: the API's token was made. Authorization: Bearer {shown}\n")
+            sys.stderr.write(
+                f"eventflow: the API's token was made. Authorization: Bearer {shown}\n"
+            )
 
     # ----------------------------------------------------------------- the ends
 
@@ -428,7 +464,11 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _signals(root: Root) -> Generator[None]:
-    handlers = {signal.SIGTERM: root.signalled, signal.SIGINT: root.signalled, signal.SIGHUP: root.reload_tls}
+    handlers = {
+        signal.SIGTERM: root.signalled,
+        signal.SIGINT: root.signalled,
+        signal.SIGHUP: root.reload_tls,
+    }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield

@@ -25,7 +25,9 @@ WARN, ALARM = 1.0, 10.0
 log = get_logger("eventflow.watchdog")
 
 _OURS = str(Path(__file__).parent.parent)
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_LIBRARIES = tuple(
+    {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+)
 
 
 class Watched:
@@ -40,7 +42,9 @@ class Watched:
 class Watchdog:
     """`start`, and `stop` before the loops are closed. `loops` maps a name to a loop and the ident of its thread."""
 
-    def __init__(self, loops: Mapping[str, tuple[asyncio.AbstractEventLoop, int]], clock: Clock) -> None:
+    def __init__(
+        self, loops: Mapping[str, tuple[asyncio.AbstractEventLoop, int]], clock: Clock
+    ) -> None:
         self._clock = clock
         now = clock.monotonic()
         self._watched = {name: Watched(loop, thread, now) for name, (loop, thread) in loops.items()}
@@ -60,7 +64,9 @@ class Watchdog:
         last = self._clock.monotonic()
         while not self._stopping.wait(EVERY):
             now = self._clock.monotonic()
-            paused = now - last - EVERY  # the whole process stood still (SIGSTOP, a suspended machine): nobody's fault
+            paused = (
+                now - last - EVERY
+            )  # the whole process stood still (SIGSTOP, a suspended machine): nobody's fault
             for name, watched in self._watched.items():
                 if paused > WARN / 2:
                     watched.turned += paused

@@ -89,7 +89,9 @@ class Courier:
         else:
             return {}
         refused: dict[int, str] = {}
-        for letter in letters:  # one by one, to learn whose fault it is; what went out already goes out again
+        for letter in (
+            letters
+        ):  # one by one, to learn whose fault it is; what went out already goes out again
             refused |= await self._send([letter])
         return refused
 
@@ -98,7 +100,13 @@ class Courier:
         health.state = "failing"
         health.failures += 1
         health.last_error = f"{type(error).__name__}: {error}"
-        log.warning("outlet.failed", outlet=health.name, error=health.last_error, letters=letters, retry_within=wait)
+        log.warning(
+            "outlet.failed",
+            outlet=health.name,
+            error=health.last_error,
+            letters=letters,
+            retry_within=wait,
+        )
 
     def _note_sent(self, letters: int, refused: dict[int, str]) -> None:
         health = self.health
@@ -116,7 +124,9 @@ class Relay:
 
     def __init__(self, store: Store, outlets: Sequence[Outlet], draw: random.Random) -> None:
         self._store = store
-        self._couriers = {outlet.name: Courier(outlet, outlet.sink, store, draw) for outlet in outlets}
+        self._couriers = {
+            outlet.name: Courier(outlet, outlet.sink, store, draw) for outlet in outlets
+        }
         self._sinks = list({id(outlet.sink): outlet.sink for outlet in outlets}.values())
         self._rounds: list[asyncio.Task[None]] = []
 
@@ -132,7 +142,9 @@ class Relay:
             return
         self._store.attach_relay(self)
         for name, courier in self._couriers.items():
-            self._rounds.append(asyncio.create_task(self._keep_sending(courier), name=f"send {name}"))
+            self._rounds.append(
+                asyncio.create_task(self._keep_sending(courier), name=f"send {name}")
+            )
 
     def news(self, outlets: Sequence[str]) -> None:
         """Letters for these outlets are durable (store.base.Outbound)."""
@@ -166,4 +178,6 @@ class Relay:
             async with asyncio.timeout(FAREWELL):
                 await sink.close()
         except Exception as error:  # around a sink: its end must not stand in the way of ours
-            log.warning("outlet.not_closed", sink=sink.name, error=f"{type(error).__name__}: {error}")
+            log.warning(
+                "outlet.not_closed", sink=sink.name, error=f"{type(error).__name__}: {error}"
+            )

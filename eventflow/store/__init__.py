@@ -15,8 +15,12 @@ def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
     """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or `sqlite:////absolute/path.db`."""
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or not path:
-        raise UsageError(f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}")
+        raise UsageError(
+            f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}"
+        )
     if os.path.exists(path) and not os.path.isfile(path):
-        found = f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
+        found = (
+            f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
+        )
         raise UsageError(f"--store expected a file, found {found}")
     return SqliteStore(path, clock=clock, **options)

@@ -32,7 +32,9 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
 def retry(tx: Transaction, run: int, *, fresh: bool) -> Callable[[], Run]:
     row = tx.need(run)
     if row.state not in RETRYABLE:
-        raise UsageError(f"run {show_id(run)} is {row.state.word}; only a failed, cancelled, held or dead run can be retried")
+        raise UsageError(
+            f"run {show_id(run)} is {row.state.word}; only a failed, cancelled, held or dead run can be retried"
+        )
     _revive(tx, row, fresh=fresh)
     return lambda: _whole(tx, row)
 
@@ -62,7 +64,10 @@ def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
 def _forgive(tx: Transaction, run: int) -> set[str]:
     """ERROR entries become FORGIVEN; what ended the old life (its cancel, its timeout) is dropped. Returns the claims."""
     entries = load_journal(tx.connection, run)
-    tx.connection.execute("DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR claim IN (?, ?))", (run, TIMEOUT, RAN))
+    tx.connection.execute(
+        "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR claim IN (?, ?))",
+        (run, TIMEOUT, RAN),
+    )
     before = {(entry.claim, entry.attempt) for entry in entries if entry.kind is Kind.FORGIVEN}
     errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
@@ -74,22 +79,36 @@ def _forgive(tx: Transaction, run: int) -> set[str]:
 
 def _answer_again(tx: Transaction, child: Row) -> None:
     """A child that was retried by hand and completed while its parent still held the old error."""
-    result, codec = tx.connection.execute("SELECT result, codec FROM runs WHERE id = ?", (child.id,)).fetchone()
-    answer(tx, child, Entry(claim=child.parent_claim or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result))
+    result, codec = tx.connection.execute(
+        "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
+    ).fetchone()
+    answer(
+        tx,
+        child,
+        Entry(
+            claim=child.parent_claim or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result
+        ),
+    )
 
 
 def _forget(tx: Transaction, run: int) -> set[str]:
     """Drops the journal and ends what the old life started."""
     for child, _, _ in _children(tx, run):
         cancel(tx, child, "its parent was begun afresh")
-    lives = tx.connection.execute("SELECT max(attempt) FROM journal WHERE run = ? AND claim = ?", (run, AFRESH)).fetchone()
+    lives = tx.connection.execute(
+        "SELECT max(attempt) FROM journal WHERE run = ? AND claim = ?", (run, AFRESH)
+    ).fetchone()
     forget(tx, run)
-    tx.add_entry(run, begun_afresh((lives[0] or 0) + 1))  # what it emits and starts from here on is new
+    tx.add_entry(
+        run, begun_afresh((lives[0] or 0) + 1)
+    )  # what it emits and starts from here on is new
     return set()
 
 
 def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
-    return tx.connection.execute("SELECT id, parent_claim, state FROM runs WHERE parent = ?", (run,)).fetchall()
+    return tx.connection.execute(
+        "SELECT id, parent_claim, state FROM runs WHERE parent = ?", (run,)
+    ).fetchall()
 
 
 # --------------------------------------------------------------------------- cancel
@@ -122,7 +141,11 @@ def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> Non
     for text in rows.finals.read(tx.connection, [name]):
         tx.finals.update(rows.decode_pairs(text))
     error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
-    answer(tx, row, Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)))
+    answer(
+        tx,
+        row,
+        Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)),
+    )
 
 
 # --------------------------------------------------------------------------- redrive, replay
@@ -130,12 +153,16 @@ def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> Non
 
 def redrive(tx: Transaction, dead: int, arrival: Arrival) -> Receipt:
     """The dead letter's delivery is tried once more: dead - 1, and whatever the new arrival's tally says."""
-    found = tx.connection.execute("SELECT event, redriven_at FROM dead WHERE id = ?", (dead,)).fetchone()
+    found = tx.connection.execute(
+        "SELECT event, redriven_at FROM dead WHERE id = ?", (dead,)
+    ).fetchone()
     if found is None:
         raise NotFound("dead letter", str(dead))
     event, redriven_at = found
     if redriven_at is not None:
-        raise UsageError(f"dead letter {dead} was redriven already; replay its event {show_id(event)} to run it once more")
+        raise UsageError(
+            f"dead letter {dead} was redriven already; replay its event {show_id(event)} to run it once more"
+        )
     tx.count("dead", -1)
     tx.count("accepted", -1)
     tx.connection.execute("UPDATE dead SET redriven_at = ? WHERE id = ?", (tx.at, dead))
@@ -154,7 +181,9 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
         raise NotFound("event", show_id(event))
     key, digest, trigger, event_id, verdicts, headers, body, kept = found
     if not kept:
-        raise UsageError(f"event {show_id(event)} is past its retention: its body is gone; send it again under a new id")
+        raise UsageError(
+            f"event {show_id(event)} is past its retention: its body is gone; send it again under a new id"
+        )
     if dead is not None and body != arrival.body:
         tx.connection.execute("UPDATE dead SET body = ? WHERE id = ?", (body, dead))
         body = arrival.body
@@ -180,7 +209,9 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
 
 def hold(tx: Transaction, trigger: str, paused: bool) -> None:
     if paused:
-        tx.connection.execute("INSERT OR IGNORE INTO holds (trigger, at) VALUES (?, ?)", (trigger, tx.at))
+        tx.connection.execute(
+            "INSERT OR IGNORE INTO holds (trigger, at) VALUES (?, ?)", (trigger, tx.at)
+        )
     else:
         tx.connection.execute("DELETE FROM holds WHERE trigger = ?", (trigger,))
         tx.more |= tx.connection.execute(_RELEASE, (trigger,)).rowcount > 0
@@ -203,7 +234,12 @@ def recover(tx: Transaction) -> None:
     tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
     if tx.herald is not None:
         arm(tx, tx.herald)
-    died = [ident for (ident,) in tx.connection.execute(f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND deaths >= ?", (DEATHS,))]
+    died = [
+        ident
+        for (ident,) in tx.connection.execute(
+            f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND deaths >= ?", (DEATHS,)
+        )
+    ]
     tx.connection.execute(f"UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE {_IN_FLIGHT}")
     for ident in died:
         row = tx.need(ident)

@@ -74,13 +74,19 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
 
 def know_events(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds which of these events are already in the ledger."""
-    for text in rows.known_events.read(tx.connection, [(arrival.event_id, arrival.key) for arrival in arrivals]):
+    for text in rows.known_events.read(
+        tx.connection, [(arrival.event_id, arrival.key) for arrival in arrivals]
+    ):
         tx.known.update((bytes.fromhex(known.key), known) for known in rows.decode_known(text))
 
 
 def _fetch_later(tx: Transaction, settles: Iterable[Settle]) -> None:
     """Which suspending runs have entries that their flow has not seen."""
-    asked = [(op.run, op.outcome.seen_batch, op.outcome.entries) for op in settles if isinstance(op.outcome, Suspended)]
+    asked = [
+        (op.run, op.outcome.seen_batch, op.outcome.entries)
+        for op in settles
+        if isinstance(op.outcome, Suspended)
+    ]
     for text in rows.later_entries.read(tx.connection, asked):
         tx.appended.update(rows.decode_ids(text))
 
@@ -184,7 +190,9 @@ def _fenced(tx: Transaction, op: Append | Mark | Settle) -> Row | Refused:
     if row.state is not State.RUNNING:
         return Refused(f"run {show_id(op.run)} is {row.state.word}, not running")
     if row.token != op.token:
-        return Refused(f"run {show_id(op.run)} was claimed again: its token is {row.token}, this one is {op.token}")
+        return Refused(
+            f"run {show_id(op.run)} was claimed again: its token is {row.token}, this one is {op.token}"
+        )
     return row
 
 
@@ -210,12 +218,16 @@ def _recorded(tx: Transaction, op: Append | Settle) -> bool:
 
 
 def _again(op: Append | Settle) -> Refused:
-    return Refused(f"run {show_id(op.run)} has an entry of the same claim, attempt and kind already")
+    return Refused(
+        f"run {show_id(op.run)} has an entry of the same claim, attempt and kind already"
+    )
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
     if child.parent is None or child.parent_claim is None:
-        raise ValueError(f"child run {show_id(child.id)}: expected a parent and its claim, found none")
+        raise ValueError(
+            f"child run {show_id(child.id)}: expected a parent and its claim, found none"
+        )
     name = (child.parent, child.parent_claim)
     if name not in tx.children:
         tx.children.add(name)
@@ -240,7 +252,9 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Refused:
     for entry in op.entries:
         tx.add_entry(op.run, entry)
     _end_claim(tx, row, op.outcome)
-    taken = answer(tx, row, op.answer) if op.answer is not None and op.parent == row.parent else None
+    taken = (
+        answer(tx, row, op.answer) if op.answer is not None and op.parent == row.parent else None
+    )
     return Settled(tx.batch, tx.at, taken)
 
 
@@ -283,7 +297,10 @@ def _begin_afresh(tx: Transaction, row: Row, params: bytes) -> None:
     row.size += grown
     tx.count("pending_bytes", grown)
     crc = rows.run_crc(row.id, row.flow, subscription, row.event, row.lane, params)
-    tx.connection.execute("UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?", (params, crc, row.size, row.id))
+    tx.connection.execute(
+        "UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?",
+        (params, crc, row.size, row.id),
+    )
     row.suspect = row.deaths = 0
     row.started_at = None
     tx.wake(row)
@@ -298,7 +315,11 @@ def forget(tx: Transaction, run: int) -> None:
 
 def answer(tx: Transaction, child: Row, entry: Entry) -> Entry | None:
     """Writes a child's end into its parent's journal and wakes the parent; None when the parent has heard already."""
-    if child.parent is None or child.parent_claim != entry.claim or entry.kind not in (Kind.VALUE, Kind.ERROR):
+    if (
+        child.parent is None
+        or child.parent_claim != entry.claim
+        or entry.kind not in (Kind.VALUE, Kind.ERROR)
+    ):
         return None
     parent = tx.row(child.parent)
     name = (child.parent, entry.claim)

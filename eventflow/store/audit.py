@@ -76,17 +76,25 @@ class Audit:
         (batch,) = connection.execute("SELECT batch FROM ledger").fetchone()
         if self._first is None:
             self._first = batch
-            self._bounds = {table: connection.execute(_BOUND[table]).fetchone()[0] for table in _BOUND}
+            self._bounds = {
+                table: connection.execute(_BOUND[table]).fetchone()[0] for table in _BOUND
+            }
         last: Key = _END
-        asked = self._after if walk.table not in _BOUND else (*self._after, self._bounds[walk.table])
+        asked = (
+            self._after if walk.table not in _BOUND else (*self._after, self._bounds[walk.table])
+        )
         try:
-            with closing(connection.execute(walk.query, asked)) as found:  # an open cursor keeps its transaction
+            with closing(
+                connection.execute(walk.query, asked)
+            ) as found:  # an open cursor keeps its transaction
                 for row in found:
                     self._judge(walk, row)
                     if over():
                         last = row[: len(walk.start)]
                         break
-        except sqlite3.OperationalError:  # interrupted, or the file is not to be had: no fault of the rows
+        except (
+            sqlite3.OperationalError
+        ):  # interrupted, or the file is not to be had: no fault of the rows
             raise
         except sqlite3.DatabaseError as error:
             self._wrong.append(f"table {walk.table} cannot be read on after {self._after}: {error}")
@@ -134,7 +142,9 @@ class Audit:
 
     def conclude(self, ledger: dict[str, Any]) -> list[str]:
         """What does not hold, at the commit of this ledger's row: the moves of every commit up to it must have been heeded."""
-        self._wrong += [f"{self._odd[name]} {said}" for name, said in _ODD.items() if self._odd[name]]
+        self._wrong += [
+            f"{self._odd[name]} {said}" for name, said in _ODD.items() if self._odd[name]
+        ]
         if not self._unread:
             self._wrong[:0] = _against(ledger, self._sums)
         return self._wrong
@@ -198,7 +208,9 @@ def _event(_: Counter[str], row: Row) -> Iterator[str]:
 def _run(odd: Counter[str], row: Row) -> Iterator[str]:
     ident, crc, outcome, outcome_crc = row[0], row[6], row[7:10], row[10]
     blocked, lane, members, deliveries = row[11], row[4], row[12], row[14]
-    if rows.checksum(*row[:6]) != crc or (outcome_crc is not None and rows.checksum(ident, *outcome) != outcome_crc):
+    if rows.checksum(*row[:6]) != crc or (
+        outcome_crc is not None and rows.checksum(ident, *outcome) != outcome_crc
+    ):
         yield corrupt("runs", ident)
     odd["blocked"] += blocked and lane is None
     odd["gathered"] += deliveries != 1 + members
@@ -249,14 +261,18 @@ def _weighed(table: str) -> str:
 
 _MEMBERS = "(SELECT count(*) FROM members WHERE run = runs.id)"
 _OPEN = f"(SELECT count(*) FROM {_WAITING} AND facts.subscription = p.subscription AND facts.key = p.key)"
-_ASTRAY = (
-    "lapsed IS NULL AND NOT EXISTS (SELECT 1 FROM patterns p WHERE p.subscription = facts.subscription AND p.key = facts.key)"
-)
+_ASTRAY = "lapsed IS NULL AND NOT EXISTS (SELECT 1 FROM patterns p WHERE p.subscription = facts.subscription AND p.key = facts.key)"
 _NEVER = -(1 << 63)
 
 _BOUND = {
     table: f"SELECT ifnull(max({column}), {_NEVER}) FROM {table}"
-    for table, column in (("events", "id"), ("runs", "id"), ("journal", "run"), ("dead", "id"), ("facts", "event"))
+    for table, column in (
+        ("events", "id"),
+        ("runs", "id"),
+        ("journal", "run"),
+        ("dead", "id"),
+        ("facts", "event"),
+    )
 }
 
 _WALKS = (
@@ -310,5 +326,7 @@ def tables(connection: sqlite3.Connection) -> list[str]:
     """The names of the ledger's tables."""
     return [
         name
-        for (name,) in connection.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite%'")
+        for (name,) in connection.execute(
+            "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+        )
     ]

@@ -18,12 +18,16 @@ _PAGES = 512
 def back_up(connection: sqlite3.Connection, path: str, between: Callable[[], None]) -> None:
     """Copies the whole store to `path`, which must not exist; durable and complete when it appears there."""
     if os.path.exists(path):
-        raise UsageError(f"a backup is never written over something: {path} exists; name another file")
+        raise UsageError(
+            f"a backup is never written over something: {path} exists; name another file"
+        )
     part = f"{path}.part"
     try:
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600))
     except OSError as error:
-        raise UsageError(f"cannot write the backup {path}: {error.strerror}; name a file in a folder that takes one") from None
+        raise UsageError(
+            f"cannot write the backup {path}: {error.strerror}; name a file in a folder that takes one"
+        ) from None
     try:
         _copy(connection, part, between)
         os.link(part, path)

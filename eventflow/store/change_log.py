@@ -17,7 +17,12 @@ WEIGHED: Mapping[str, Sequence[str]] = {
 }
 """By table, what the sums are made of; `{}` is for NEW. and OLD."""
 
-_KEYS = {"runs": "{}id, ''", "events": "{}id, ''", "dead": "{}id, ''", "facts": "{}event, {}subscription"}
+_KEYS = {
+    "runs": "{}id, ''",
+    "events": "{}id, ''",
+    "dead": "{}id, ''",
+    "facts": "{}event, {}subscription",
+}
 _WATCHED = {
     "runs": "state, deliveries, size",
     "events": "duplicates, conflicts",
@@ -54,7 +59,9 @@ class Moves:
 
     def _note(self, table: str, of: str, sign: int) -> str:
         columns = [*WEIGHED[table], *["NULL"] * (_WIDTH - len(WEIGHED[table]))]
-        values = ", ".join([_KEYS[table], "(SELECT batch FROM main.ledger)", str(sign), *columns]).replace("{}", of)
+        values = ", ".join(
+            [_KEYS[table], "(SELECT batch FROM main.ledger)", str(sign), *columns]
+        ).replace("{}", of)
         return f"INSERT INTO {self._name} VALUES ('{table}', {values});"
 
     def _trigger(self, connection: sqlite3.Connection, when: str, *notes: str) -> None:
@@ -72,7 +79,11 @@ class Moves:
 
     def forget(self, connection: sqlite3.Connection) -> None:
         """The triggers first: they write to the table."""
-        owned = "SELECT name FROM sqlite_temp_schema WHERE type = 'trigger' AND name LIKE ? ESCAPE '!'"
-        for (name,) in connection.execute(owned, (f"{self._name}!_%".replace("_", "!_", 1),)).fetchall():
+        owned = (
+            "SELECT name FROM sqlite_temp_schema WHERE type = 'trigger' AND name LIKE ? ESCAPE '!'"
+        )
+        for (name,) in connection.execute(
+            owned, (f"{self._name}!_%".replace("_", "!_", 1),)
+        ).fetchall():
             connection.execute(f"DROP TRIGGER temp.{name}")
         connection.execute(f"DROP TABLE IF EXISTS temp.{self._name}")

@@ -66,7 +66,9 @@ def claim(tx: Transaction, op: Claim) -> Claimed:
     queues, more = _queues(groups, op)
     chosen = _round_robin(queues, op.limit)
     more = more or sum(map(len, queues)) > len(chosen)
-    due = [group.next_due for group in groups if group.next_due is not None and group.next_due != NEVER]
+    due = [
+        group.next_due for group in groups if group.next_due is not None and group.next_due != NEVER
+    ]
     if (pattern := next_due(tx)) is not None:
         due.append(pattern)
     return Claimed(_start(tx, chosen), more, min(due, default=None))
@@ -85,7 +87,9 @@ def _queues(groups: Sequence[Group], op: Claim) -> tuple[list[list[int]], bool]:
     """Per flow its due runs, best first, cut at its cap; and whether a cap or the limit cut any."""
     flows: dict[str, list[tuple[int, int, int]]] = {}
     for group in groups:
-        flows.setdefault(group.flow, []).extend((-group.priority, due_at, ident) for due_at, ident in group.due)
+        flows.setdefault(group.flow, []).extend(
+            (-group.priority, due_at, ident) for due_at, ident in group.due
+        )
     queues: list[list[int]] = []
     cut = False
     for flow, due in flows.items():

@@ -149,12 +149,18 @@ class Space:
         if free >= floor:
             return None
         return StoreFull(
-            f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; free some space", 10.0, disk=True
+            f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; free some space",
+            10.0,
+            disk=True,
         )
 
     def _free(self) -> tuple[int, int]:
         disk = os.statvfs(self._folder)
-        floor = min(256 << 20, disk.f_blocks * disk.f_frsize // 50) if self._floor is None else self._floor
+        floor = (
+            min(256 << 20, disk.f_blocks * disk.f_frsize // 50)
+            if self._floor is None
+            else self._floor
+        )
         return disk.f_bavail * disk.f_frsize, floor
 
     def load(self) -> None:
@@ -166,7 +172,9 @@ class Space:
         try:
             os.posix_fallocate(fd, 0, self._size)
         except OSError:
-            os.unlink(self._ballast)  # a file system that cannot reserve space: the floor alone must do
+            os.unlink(
+                self._ballast
+            )  # a file system that cannot reserve space: the floor alone must do
         finally:
             os.close(fd)
 

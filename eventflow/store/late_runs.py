@@ -76,12 +76,21 @@ def look(connection: sqlite3.Connection, wanted: Wanted, now: int) -> Lateness:
             found.setdefault(after, []).extend(late)
             if next_at is not None:
                 again.append(next_at)
-    return Lateness({after: runs for after, runs in found.items() if runs}, min(again, default=None))
+    return Lateness(
+        {after: runs for after, runs in found.items() if runs}, min(again, default=None)
+    )
 
 
-def _look_at(connection: sqlite3.Connection, flow: str, after: int, is_named: bool, now: int) -> tuple[list[int], int | None]:
+def _look_at(
+    connection: sqlite3.Connection, flow: str, after: int, is_named: bool, now: int
+) -> tuple[list[int], int | None]:
     # An id begins with the millisecond that it was made in: what has a larger one than this cannot be late yet.
-    asked = {"flow": flow, "after": after, "named": is_named, "ceiling": max((now - after) // 1000 + 1, 0) << 20}
+    asked = {
+        "flow": flow,
+        "after": after,
+        "named": is_named,
+        "ceiling": max((now - after) // 1000 + 1, 0) << 20,
+    }
     rows: list[tuple[int, int]] = connection.execute(_LATE, asked).fetchall()
     again = [late_at for _, late_at in rows if late_at > now]
     (following,) = connection.execute(_NEXT, asked).fetchone()
@@ -97,13 +106,20 @@ def tell(tx: Transaction, runs: Sequence[int], after: int) -> int:
     asked = {"runs": str(list(runs)), "after": after, "now": tx.now}
     told = tx.connection.execute(_TOLD_NOW, asked).fetchall()
     for run, flow, state, token, depth, started_at, reason, due_at in told:
-        late = Overdue(run, flow, State(state), token, depth, started_at, reason, due_at, after, tx.now)
+        late = Overdue(
+            run, flow, State(state), token, depth, started_at, reason, due_at, after, tx.now
+        )
         if tx.herald is not None and (arrival := tx.herald.late(late)) is not None:
             tx.silences.append(arrival)
-    tx.connection.executemany("INSERT INTO late (run, after, at) VALUES (?, ?, ?)", [(row[0], after, tx.at) for row in told])
+    tx.connection.executemany(
+        "INSERT INTO late (run, after, at) VALUES (?, ?, ?)",
+        [(row[0], after, tx.at) for row in told],
+    )
     return len(told)
 
 
 def note_retry(tx: Transaction, run: int) -> None:
     """A run that had ended lives again: what it would have been late for by now, it is not."""
-    tx.connection.execute("INSERT OR REPLACE INTO late (run, after, at) VALUES (?, 0, ?)", (run, tx.at))
+    tx.connection.execute(
+        "INSERT OR REPLACE INTO late (run, after, at) VALUES (?, 0, ?)", (run, tx.at)
+    )

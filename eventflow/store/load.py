@@ -20,7 +20,9 @@ _JOURNAL = """
     FROM journal WHERE run = ? ORDER BY batch, pos"""
 
 
-def load_runs(connection: sqlite3.Connection, idents: Sequence[int]) -> Iterator[tuple[Run, str | None]]:
+def load_runs(
+    connection: sqlite3.Connection, idents: Sequence[int]
+) -> Iterator[tuple[Run, str | None]]:
     """The runs with their events' bodies, in the order asked for; with the reason when a checksum does not hold."""
     found = {row[0]: row for row in connection.execute(_RUNS, (str(list(idents)),)).fetchall()}
     for ident in idents:
@@ -56,7 +58,17 @@ def load_bodies(connection: sqlite3.Connection, run: int) -> list[bytes]:
     return bodies
 
 
-_PROVEN = ("e.id", "e.key", "e.digest", "e.trigger", "e.event_id", "e.verdicts", "e.headers", "e.body", "e.crc")
+_PROVEN = (
+    "e.id",
+    "e.key",
+    "e.digest",
+    "e.trigger",
+    "e.event_id",
+    "e.verdicts",
+    "e.headers",
+    "e.body",
+    "e.crc",
+)
 
 
 def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:

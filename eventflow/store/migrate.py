@@ -16,7 +16,11 @@ from eventflow.store.backup import back_up
 def migrations() -> list[tuple[int, str]]:
     """`(number, SQL)` of each schema file, in order."""
     files = (resources.files("eventflow.store") / "schema").iterdir()
-    return sorted((int(file.name.split(".")[0]), file.read_text()) for file in files if file.name.endswith(".sql"))
+    return sorted(
+        (int(file.name.split(".")[0]), file.read_text())
+        for file in files
+        if file.name.endswith(".sql")
+    )
 
 
 def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int, str]]) -> None:
@@ -34,7 +38,9 @@ def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int
     if found:
         _keep_old(connection, f"{path}.schema-{found}.bak")
     try:
-        connection.executescript("\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"]))
+        connection.executescript(
+            "\n".join(["BEGIN IMMEDIATE;", *missing, f"PRAGMA user_version = {newest};", "COMMIT;"])
+        )
     except sqlite3.Error:
         connection.rollback()
         raise

@@ -28,7 +28,11 @@ _WAITING = """
 
 def waiting(connection: sqlite3.Connection, outlet: str, limit: int) -> list[Letter]:
     """The first letters of an outlet, oldest first."""
-    return [letter for row in connection.execute(_WAITING, (outlet, limit)) if (letter := _letter(row)) is not None]
+    return [
+        letter
+        for row in connection.execute(_WAITING, (outlet, limit))
+        if (letter := _letter(row)) is not None
+    ]
 
 
 def _letter(row: Sequence[Any]) -> Letter | None:
@@ -58,7 +62,9 @@ def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) ->
         if found is not None and found[2] is None:
             tx.add_dead(found[1], found[0], reason)
             tx.tally({"dead": 1})
-    tx.connection.execute("DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(letters)),))
+    tx.connection.execute(
+        "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(letters)),)
+    )
 
 
 def depths(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:

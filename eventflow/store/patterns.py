@@ -26,7 +26,9 @@ _DUE = """SELECT subscription, key, due_at, open, crc, hex(state) FROM patterns 
 
 def know_patterns(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds what is open of the patterns that these events are for."""
-    names = {(fact.subscription, fact.key) for arrival in arrivals for fact in arrival.facts} - tx.strands.keys()
+    names = {
+        (fact.subscription, fact.key) for arrival in arrivals for fact in arrival.facts
+    } - tx.strands.keys()
     if not names:
         return
     for text in rows.known_patterns.read(tx.connection, list(names)):
@@ -36,9 +38,13 @@ def know_patterns(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
         tx.strands[name] = Strand(*name)
 
 
-def _know(tx: Transaction, subscription: str, key: str, due: int, waiting: int, crc: int, state: str) -> Strand:
+def _know(
+    tx: Transaction, subscription: str, key: str, due: int, waiting: int, crc: int, state: str
+) -> Strand:
     kept = bytes.fromhex(state) or None
-    strand = tx.strands[subscription, key] = Strand(subscription, key, kept, due, waiting, is_stored=True)
+    strand = tx.strands[subscription, key] = Strand(
+        subscription, key, kept, due, waiting, is_stored=True
+    )
     if rows.checksum(subscription, key, kept) != crc:
         strand.state = None
         _void(tx, strand, "what was kept of its pattern is damaged")
@@ -57,7 +63,9 @@ def weave(tx: Transaction, arrival: Arrival, event: int, *, known: bool = False)
         strand = tx.strands[name, fact.key]
         woven = None
         if tx.herald is not None and name not in there:
-            woven = tx.herald.weave(name, fact.key, strand.state, arrival.received_at, fact, event, size)
+            woven = tx.herald.weave(
+                name, fact.key, strand.state, arrival.received_at, fact, event, size
+            )
         if woven is None:
             told[name] = [name, "filtered", "it waits in this pattern already"]
             tx.suppress(1)
@@ -133,7 +141,11 @@ def _told(woven: Woven, name: str, event: int, placed: dict[int, int]) -> list[A
     for match in woven.matches:
         if event in match.events:
             run = placed[match.run.id]
-            return [name, "run" if run == match.run.id and match.run.event == event else "joined", run]
+            return [
+                name,
+                "run" if run == match.run.id and match.run.event == event else "joined",
+                run,
+            ]
     for lapsed, reason in woven.lapsed:
         if lapsed == event:
             return [name, "lapsed", reason]

@@ -219,7 +219,14 @@ class Herald(Protocol):
         ...
 
     def weave(
-        self, subscription: str, key: str, state: Any, now: int, fact: Fact | None = None, event: int = 0, size: int = 0
+        self,
+        subscription: str,
+        key: str,
+        state: Any,
+        now: int,
+        fact: Fact | None = None,
+        event: int = 0,
+        size: int = 0,
     ) -> Woven | None:
         """Moves a pattern on to `now`, and gives it an event. `state`: as before, or as kept (bytes). None: there is no such
         pattern any more."""
@@ -305,7 +312,11 @@ class Store(Protocol):
 
     # way in ------------------------------------------------------------------------------
     async def record(
-        self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None
+        self,
+        arrivals: Sequence[Arrival],
+        *,
+        trigger: str = "",
+        cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
         """`Record`, awaited. The caller's cancellation does not reach the transaction."""
         ...
@@ -397,7 +408,14 @@ class Store(Protocol):
     ) -> list[dict[str, Any]]: ...
 
     async def past(
-        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+        self,
+        *,
+        triggers: Sequence[str],
+        type: str | None,
+        since: int,
+        until: int,
+        after: int,
+        limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
         """Events of these triggers received in [since, until), oldest first, with bodies; and what to give as `after` for the
         next of them, None at the end."""

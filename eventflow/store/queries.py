@@ -74,12 +74,20 @@ def events(
     after: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Without bodies. The index that grows with the ledger finds the ids, so a rare type costs no reading of bodies."""
-    first = None if since is None else max(since, 0) // 1000 << 20  # an id is never older than its event (run.Ids)
+    first = (
+        None if since is None else max(since, 0) // 1000 << 20
+    )  # an id is never older than its event (run.Ids)
     where, values = _where(("trigger = ?", trigger), ("type = ?", type), ("id >= ?", first), ("received_at >= ?", since),
                            ("received_at < ?", until), ("id < ?", after))  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id DESC LIMIT ?"
-    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC", (*values, limit))
-    return [_event_without_body(row) for row in found if _event_holds(row) or _left_out("events", row)]
+    found = dicts(
+        connection,
+        f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC",
+        (*values, limit),
+    )
+    return [
+        _event_without_body(row) for row in found if _event_holds(row) or _left_out("events", row)
+    ]
 
 
 def past(
@@ -97,9 +105,13 @@ def past(
                            ("type = ?", type), ("trigger IN (SELECT value FROM json_each(?))", orjson.dumps(triggers).decode()),
                            )  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id LIMIT ?"
-    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id", (*values, limit))
+    found = dicts(
+        connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id", (*values, limit)
+    )
     last = found[-1]["id"] if len(found) == limit else None if end is None else end - 1
-    return [_plain_event(row) for row in found if _event_holds(row) or _left_out("events", row)], last
+    return [
+        _plain_event(row) for row in found if _event_holds(row) or _left_out("events", row)
+    ], last
 
 
 def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
@@ -113,15 +125,26 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     row = _plain_event(found[0])
     row["runs"] = [*runs(connection, event=number, limit=1000), *_joined(connection, number)]
     row["verdicts"] = [_since(connection, row, said) for said in row["verdicts"]]
-    row["dead"] = dicts(connection, "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?", (number,))
-    row["outbox"] = dicts(connection, "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id", (number,))
+    row["dead"] = dicts(
+        connection,
+        "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?",
+        (number,),
+    )
+    row["outbox"] = dicts(
+        connection,
+        "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id",
+        (number,),
+    )
     return row
 
 
 def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
     """The runs of other events that this one joined."""
     asked = "SELECT run FROM members WHERE event = ? ORDER BY run DESC LIMIT 1000"
-    return [_without(run(connection, ident), "params", "result") for (ident,) in connection.execute(asked, (event,))]
+    return [
+        _without(run(connection, ident), "params", "result")
+        for (ident,) in connection.execute(asked, (event,))
+    ]
 
 
 def _since(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any]) -> list[Any]:
@@ -184,8 +207,14 @@ def runs(
         (n,) = connection.execute(f"SELECT count(*) FROM ({ids} LIMIT {FEW + 1})", asked).fetchone()
         if n <= FEW:
             where, values = f"{where} AND id IN ({ids})", [*values, *asked]
-    found = dicts(connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit))
-    return [_without(_plain_run(row), "params", "result") for row in found if _run_holds(row) or _left_out("runs", row)]
+    found = dicts(
+        connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit)
+    )
+    return [
+        _without(_plain_run(row), "params", "result")
+        for row in found
+        if _run_holds(row) or _left_out("runs", row)
+    ]
 
 
 def _living(flow: str | None, state: State) -> tuple[str, list[Any]]:
@@ -220,9 +249,14 @@ def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
 
 
 def _run_holds(row: dict[str, Any]) -> bool:
-    fine = row["crc"] == rows.run_crc(*(row[name] for name in ("id", "flow", "subscription", "event", "lane", "params")))
+    fine = row["crc"] == rows.run_crc(
+        *(row[name] for name in ("id", "flow", "subscription", "event", "lane", "params"))
+    )
     outcome = row["outcome_crc"]
-    return fine and (outcome is None or outcome == rows.checksum(*(row[name] for name in ("id", "result", "codec", "error"))))
+    return fine and (
+        outcome is None
+        or outcome == rows.checksum(*(row[name] for name in ("id", "result", "codec", "error")))
+    )
 
 
 def _plain_run(row: dict[str, Any]) -> dict[str, Any]:
@@ -257,7 +291,9 @@ def dead_letter(connection: sqlite3.Connection, ident: str | int) -> dict[str, A
 
 def _where(*conditions: tuple[str, Any]) -> tuple[str, list[Any]]:
     given = [(text, value) for text, value in conditions if value is not None]
-    return ("WHERE " + " AND ".join(text for text, _ in given) if given else ""), [value for _, value in given]
+    return ("WHERE " + " AND ".join(text for text, _ in given) if given else ""), [
+        value for _, value in given
+    ]
 
 
 def _left_out(table: str, row: dict[str, Any]) -> bool:
@@ -295,8 +331,15 @@ def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -
         raise NotFound(noun, part)
     found: set[int] = set()
     if low is not None:
-        found.update(n for (n,) in connection.execute(f"SELECT id FROM {table} WHERE id BETWEEN ? AND ? LIMIT 2", (low, high)))
-    if len(found) < 2:  # the end of an id is looked for by walking: over the smaller index, for rows may be long
+        found.update(
+            n
+            for (n,) in connection.execute(
+                f"SELECT id FROM {table} WHERE id BETWEEN ? AND ? LIMIT 2", (low, high)
+            )
+        )
+    if (
+        len(found) < 2
+    ):  # the end of an id is looked for by walking: over the smaller index, for rows may be long
         tail, bits = parse_id(part.rjust(13, "0")), (1 << 5 * len(part)) - 1
         asked = f"SELECT id FROM {table} INDEXED BY {_SMALL[table]} WHERE id & ? = ? LIMIT 2"
         found.update(n for (n,) in connection.execute(asked, (bits, tail)))
@@ -307,5 +350,7 @@ def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -
 
 def _only(found: Sequence[int], ident: str, noun: str) -> int:
     if len(found) > 1:
-        raise UsageError(f"several {noun}s match {ident!r}: {', '.join(show_id(n) for n in found)}, …; give more letters")
+        raise UsageError(
+            f"several {noun}s match {ident!r}: {', '.join(show_id(n) for n in found)}, …; give more letters"
+        )
     return found[0]

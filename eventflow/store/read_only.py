@@ -24,9 +24,24 @@ class Beside:
         self._readers = readers
 
     async def past(
-        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+        self,
+        *,
+        triggers: Sequence[str],
+        type: str | None,
+        since: int,
+        until: int,
+        after: int,
+        limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
-        asked = partial(queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit)
+        asked = partial(
+            queries.past,
+            triggers=triggers,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+            limit=limit,
+        )
         return await self._readers.read(asked)
 
     async def cursor(self, trigger: str) -> Mapping[str, Json]:

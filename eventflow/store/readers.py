@@ -36,7 +36,9 @@ class Readers:
 
     async def read(self, look: Callable[[sqlite3.Connection], T], budget: float = BUDGET) -> T:
         """`look(connection)` in a reader's thread, in one read transaction. Raises StoreError when it takes too long."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._look, look, budget)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._pool, self._look, look, budget
+        )
 
     def _look(self, look: Callable[[sqlite3.Connection], T], budget: float) -> T:
         connection = self._borrow()
@@ -47,10 +49,14 @@ class Readers:
             return look(connection)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
-                raise StoreError(f"the query took longer than {budget:g} s; narrow it by trigger, type, flow or time") from None
+                raise StoreError(
+                    f"the query took longer than {budget:g} s; narrow it by trigger, type, flow or time"
+                ) from None
             raise StoreError(f"cannot read the store {self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise StoreError(f"cannot read the store {self._path}: {error}; run `eventflow doctor`") from error
+            raise StoreError(
+                f"cannot read the store {self._path}: {error}; run `eventflow doctor`"
+            ) from error
         finally:
             connection.rollback()
             self._idle.put(connection)
@@ -79,7 +85,9 @@ def last_batch(path: str) -> int:
     """The number of the last commit in the file and its WAL; 0 where there is no ledger yet."""
     if not os.path.exists(path) or not os.path.getsize(path):
         return 0
-    if os.path.exists(f"{path}-journal"):  # the first start was killed on its way to WAL; who may write rolls that back
+    if os.path.exists(
+        f"{path}-journal"
+    ):  # the first start was killed on its way to WAL; who may write rolls that back
         return 0
     connection = _connect(path)
     try:
@@ -89,7 +97,9 @@ def last_batch(path: str) -> int:
         connection.close()
 
 
-def dicts(connection: sqlite3.Connection, query: str, values: Sequence[Any]) -> list[dict[str, Any]]:
+def dicts(
+    connection: sqlite3.Connection, query: str, values: Sequence[Any]
+) -> list[dict[str, Any]]:
     cursor = connection.execute(query, values)
     names = [column[0] for column in cursor.description]
     return [dict(zip(names, row, strict=True)) for row in cursor]

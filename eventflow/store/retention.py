@@ -14,7 +14,11 @@ from eventflow.store.transaction import Transaction
 _ENTRIES = 20_000
 """Journal rows one step may delete (beyond one run's): some 50 ms of the writer's time."""
 
-_PRUNED = {State.COMPLETED: "pruned_completed", State.FAILED: "pruned_failed", State.CANCELLED: "pruned_cancelled"}
+_PRUNED = {
+    State.COMPLETED: "pruned_completed",
+    State.FAILED: "pruned_failed",
+    State.CANCELLED: "pruned_cancelled",
+}
 
 # An id begins with the millisecond it was made in, so everything old has a small id and the search starts where the old is.
 _SETTLED = """
@@ -45,18 +49,26 @@ _IDENTITIES = """
 
 
 def _old(before: int, step: int) -> dict[str, int]:
-    return {"before": before, "ceiling": min(max(before // 1000 + 1, 0) << 20, (1 << 63) - 1), "step": step}
+    return {
+        "before": before,
+        "ceiling": min(max(before // 1000 + 1, 0) << 20, (1 << 63) - 1),
+        "step": step,
+    }
 
 
 def prune(tx: Transaction, *, bodies_before: int, identities_before: int, step: int) -> int:
     """Runs older than `bodies_before`; when there are none, identities older than `identities_before` that have no body."""
-    return _prune_runs(tx, bodies_before, step) or _prune_identities(tx, min(identities_before, bodies_before), step)
+    return _prune_runs(tx, bodies_before, step) or _prune_identities(
+        tx, min(identities_before, bodies_before), step
+    )
 
 
 def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     gone: list[int] = []
     entries = 0
-    for ident, state, parent, deliveries, journaled in tx.connection.execute(_SETTLED, _old(before, step)).fetchall():
+    for ident, state, parent, deliveries, journaled in tx.connection.execute(
+        _SETTLED, _old(before, step)
+    ).fetchall():
         if gone and entries + journaled > _ENTRIES:
             break
         entries += journaled
@@ -75,7 +87,9 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
 def bodies(connection: sqlite3.Connection, *, before: int, after: int, step: int) -> list[int]:
     """The next events whose bodies are not needed. For a reader: it walks over every identity whose body is gone already, so
     the writer is only given what was found."""
-    return [ident for (ident,) in connection.execute(_BODIES, {**_old(before, step), "after": after})]
+    return [
+        ident for (ident,) in connection.execute(_BODIES, {**_old(before, step), "after": after})
+    ]
 
 
 def drop_bodies(tx: Transaction, events: Sequence[int], before: int) -> int:
@@ -94,4 +108,7 @@ def _prune_identities(tx: Transaction, before: int, step: int) -> int:
 
 def _delete(tx: Transaction, table: str, column: str, idents: Sequence[int]) -> None:
     if idents:
-        tx.connection.execute(f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))", (str(list(idents)),))
+        tx.connection.execute(
+            f"DELETE FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
+            (str(list(idents)),),
+        )

@@ -23,7 +23,21 @@ NEVER = (1 << 63) - 1
 Value: TypeAlias = "int | str | bytes | None"
 Values: TypeAlias = "Sequence[Value]"
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # each text is prepared once; the rest of a size is NULL rows
+_SIZES = (
+    1,
+    2,
+    4,
+    8,
+    16,
+    24,
+    32,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+)  # each text is prepared once; the rest of a size is NULL rows
 
 
 class Bulk:
@@ -36,7 +50,9 @@ class Bulk:
     def __init__(self, head: str, width: int, tail: str) -> None:
         self._head, self._width, self._tail = head, width, tail
         self._texts: dict[int, str] = {}
-        self._most = max(size for size in _SIZES if size * width <= 32_766)  # SQLite's limit of variables
+        self._most = max(
+            size for size in _SIZES if size * width <= 32_766
+        )  # SQLite's limit of variables
 
     def run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
         """Executes it over all rows; returns how many rows changed."""
@@ -61,7 +77,9 @@ class Bulk:
         text = self._texts.get(size)
         if text is None:
             row = "(" + ",".join("?" * self._width) + ")"
-            text = self._texts[size] = f"{self._head} (VALUES {','.join([row] * size)}) {self._tail}"
+            text = self._texts[size] = (
+                f"{self._head} (VALUES {','.join([row] * size)}) {self._tail}"
+            )
         return text
 
 
@@ -137,7 +155,14 @@ def run_row(run: Run, due_at: int, size: int) -> Values:
             run.deaths, int(run.cancel_requested), size, crc, run.params, run.mode)  # fmt: skip
 
 
-def run_crc(ident: int, flow: str, subscription: str, event: int | None, lane: str | None, params: bytes | None) -> int:
+def run_crc(
+    ident: int,
+    flow: str,
+    subscription: str,
+    event: int | None,
+    lane: str | None,
+    params: bytes | None,
+) -> int:
     return checksum(ident, flow, subscription, event, lane, params)
 
 
@@ -193,13 +218,21 @@ update_runs = Bulk(
 
 
 def change_row(row: Row) -> Values:
-    crc = None if row.result is None and row.error is None else checksum(row.id, row.result, row.codec, row.error)
+    crc = (
+        None
+        if row.result is None and row.error is None
+        else checksum(row.id, row.result, row.codec, row.error)
+    )
     return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.suspect,
             row.deaths, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.orphans, crc)  # fmt: skip
 
 
 insert_members = insert("members", ("run", "event"), "ON CONFLICT DO NOTHING")
-grow_runs = Bulk("UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM", 4, "WHERE runs.id = column1")
+grow_runs = Bulk(
+    "UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM",
+    4,
+    "WHERE runs.id = column1",
+)
 """Runs that further events joined."""
 
 
@@ -243,7 +276,11 @@ insert_facts = insert(
     "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, lapsed = NULL",
 )
 drop_facts = Bulk("DELETE FROM facts WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
-lapse_facts = Bulk("UPDATE facts SET lapsed = column3 FROM", 3, "WHERE facts.event = column1 AND facts.subscription = column2")
+lapse_facts = Bulk(
+    "UPDATE facts SET lapsed = column3 FROM",
+    3,
+    "WHERE facts.event = column1 AND facts.subscription = column2",
+)
 
 open_lanes = Bulk(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
@@ -262,7 +299,21 @@ known_children = Bulk(
 
 # --------------------------------------------------------------------------- journal
 
-ENTRY = ("run", "claim", "attempt", "kind", "batch", "pos", "at", "due_at", "crc", "codec", "fingerprint", "value", "error")
+ENTRY = (
+    "run",
+    "claim",
+    "attempt",
+    "kind",
+    "batch",
+    "pos",
+    "at",
+    "due_at",
+    "crc",
+    "codec",
+    "fingerprint",
+    "value",
+    "error",
+)
 insert_entries = insert("journal", ENTRY)
 
 
@@ -272,7 +323,19 @@ def entry_row(run: int, e: Entry) -> Values:
 
 
 def entry_crc(run: int, e: Entry) -> int:
-    return checksum(run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.due_at, e.codec, e.fingerprint, e.value, e.error)
+    return checksum(
+        run,
+        e.claim,
+        e.attempt,
+        int(e.kind),
+        e.batch,
+        e.pos,
+        e.due_at,
+        e.codec,
+        e.fingerprint,
+        e.value,
+        e.error,
+    )
 
 
 known_entries = Bulk(
@@ -299,5 +362,9 @@ decode_ids = msgspec.json.Decoder(list[int]).decode
 
 # --------------------------------------------------------------------------- cursors
 
-put_cursors = insert("cursors", ("trigger", "key", "value"), "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value")
+put_cursors = insert(
+    "cursors",
+    ("trigger", "key", "value"),
+    "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value",
+)
 drop_cursors = Bulk("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")

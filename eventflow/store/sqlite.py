@@ -56,7 +56,9 @@ NEEDED = 600.0
 """Seconds for what a trigger cannot begin without, or a run not go on: its cursor, its journal, its events. Giving up sooner
 would help nobody."""
 
-_LAST_ID = "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
+_LAST_ID = (
+    "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
+)
 
 log = get_logger("eventflow.store")
 
@@ -205,9 +207,14 @@ class SqliteStore:
     def room(self) -> StoreFull | None:
         totals = self._open_writer().totals
         if totals["pending"] >= self._max_pending:
-            return StoreFull(f"{totals['pending']} deliveries are pending, the bound is {self._max_pending}", 5.0)
+            return StoreFull(
+                f"{totals['pending']} deliveries are pending, the bound is {self._max_pending}", 5.0
+            )
         if totals["pending_bytes"] >= self._max_pending_bytes:
-            return StoreFull(f"{totals['pending_bytes']} bytes are pending, the bound is {self._max_pending_bytes}", 5.0)
+            return StoreFull(
+                f"{totals['pending_bytes']} bytes are pending, the bound is {self._max_pending_bytes}",
+                5.0,
+            )
         return self._space.full()
 
     def _open_writer(self) -> Writer:
@@ -236,13 +243,21 @@ class SqliteStore:
 
         return cast(T, await self._do(Call(make)))
 
-    async def _look(self, look: Callable[..., T], *args: Any, budget: float = BUDGET, **options: Any) -> T:
+    async def _look(
+        self, look: Callable[..., T], *args: Any, budget: float = BUDGET, **options: Any
+    ) -> T:
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
-        return await self._readers.read(lambda connection: look(connection, *args, **options), budget)
+        return await self._readers.read(
+            lambda connection: look(connection, *args, **options), budget
+        )
 
     async def record(
-        self, arrivals: Sequence[Arrival], *, trigger: str = "", cursor: Mapping[str, Json] | None = None
+        self,
+        arrivals: Sequence[Arrival],
+        *,
+        trigger: str = "",
+        cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
         return await self._do(Record(arrivals, trigger, cursor))
 
@@ -304,9 +319,13 @@ class SqliteStore:
 
     async def _old_bodies(self, before: int, step: int) -> list[int]:
         """Goes on where the last step ended; once there is no more, the next one begins in front again."""
-        found: list[int] = await self._look(retention.bodies, before=before, after=self._bare, step=step, budget=LOOKOUT)
+        found: list[int] = await self._look(
+            retention.bodies, before=before, after=self._bare, step=step, budget=LOOKOUT
+        )
         if not found and self._bare:
-            found = await self._look(retention.bodies, before=before, after=0, step=step, budget=LOOKOUT)
+            found = await self._look(
+                retention.bodies, before=before, after=0, step=step, budget=LOOKOUT
+            )
         self._bare = found[-1] if found else 0
         return found
 
@@ -326,7 +345,9 @@ class SqliteStore:
             while more:
                 more = await self._look(look.within, self._clock, slice, budget=LOOKOUT)
                 look.heed(await self._do(Errand(moves.take)))
-            moved, row = await self._do(Errand(lambda connection: (moves.take(connection), audit.ledger(connection))))
+            moved, row = await self._do(
+                Errand(lambda connection: (moves.take(connection), audit.ledger(connection)))
+            )
             look.heed(moved)
         finally:  # not awaited: nobody may come between
             self._open_writer().post(Item(Errand(moves.forget), lambda _: None, loop))
@@ -338,7 +359,10 @@ class SqliteStore:
             return await self._look(audit.pages, 600.0, budget=600.0) or []
         if (wrong := await self._look(audit.pages, PAGES)) is not None:
             return wrong
-        found = {table: await self._look(audit.pages, PAGES, table) for table in await self._look(audit.tables)}
+        found = {
+            table: await self._look(audit.pages, PAGES, table)
+            for table in await self._look(audit.tables)
+        }
         if unchecked := [table for table, wrong in found.items() if wrong is None]:
             log.warning("store.pages_unchecked", tables=unchecked)
         return [sentence for wrong in found.values() for sentence in wrong or ()]
@@ -357,10 +381,25 @@ class SqliteStore:
         self, *, trigger: str | None = None, type: str | None = None, since: int | None = None, until: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(queries.events, trigger=trigger, type=type, since=since, until=until, limit=limit, after=after)
+        return await self._look(
+            queries.events,
+            trigger=trigger,
+            type=type,
+            since=since,
+            until=until,
+            limit=limit,
+            after=after,
+        )
 
     async def past(
-        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+        self,
+        *,
+        triggers: Sequence[str],
+        type: str | None,
+        since: int,
+        until: int,
+        after: int,
+        limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
         return await self._look(
             queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
@@ -373,7 +412,15 @@ class SqliteStore:
         self, *, event: int | None = None, flow: str | None = None, state: State | None = None, parent: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(queries.runs, event=event, flow=flow, state=state, parent=parent, limit=limit, after=after)
+        return await self._look(
+            queries.runs,
+            event=event,
+            flow=flow,
+            state=state,
+            parent=parent,
+            limit=limit,
+            after=after,
+        )
 
     async def run(self, ident: str | int) -> dict[str, Any]:
         return await self._look(queries.run, ident)
@@ -392,6 +439,11 @@ def _why_not(path: str, error: sqlite3.Error) -> StoreError:
         return StoreCorrupt(f"the store {path} is damaged ({error}); restore a backup")
     if code == sqlite3.SQLITE_BUSY:
         return StoreLocked(path, holder_of(path))
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_FULL):
+    if code in (
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_FULL,
+    ):
         return StoreUnwritable(path, str(error))
     return StoreError(f"cannot open the store {path}: {error}")

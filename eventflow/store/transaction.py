@@ -50,7 +50,13 @@ class Transaction:
         self, connection: sqlite3.Connection, *, batch: int, at: int, now: int, totals: Mapping[str, int],
         handover: Handover | None, running: dict[int, Row], herald: Herald | None = None,
     ) -> None:  # fmt: skip
-        self.connection, self.batch, self.at, self.now, self.handover = connection, batch, at, now, handover
+        self.connection, self.batch, self.at, self.now, self.handover = (
+            connection,
+            batch,
+            at,
+            now,
+            handover,
+        )
         self.herald = herald
         self.totals = dict(totals)
         self.known: dict[bytes, Known] = {}
@@ -184,7 +190,9 @@ class Transaction:
         """A new run that further events may join until it begins."""
         self.add_run(run, body)
         if run.id not in self._rows:
-            row = self._rows[run.id] = rows.fresh_row(run, 0 if run.due_at <= self.now else run.due_at, len(body))
+            row = self._rows[run.id] = rows.fresh_row(
+                run, 0 if run.due_at <= self.now else run.due_at, len(body)
+            )
             row.blocked = int(run.lane is not None)
         name = (run.subscription, run.lane or "")
         self.windows[name] = WindowRow(*name, run.id, 1, at)
@@ -254,7 +262,11 @@ class Transaction:
         if due_at:
             self.soonest = min(self.soonest, due_at)
         elif self.handover is not None and self.handover.take(run):
-            run.state, run.token, run.started_at = State.RUNNING, run.token + 1, run.started_at or self.at
+            run.state, run.token, run.started_at = (
+                State.RUNNING,
+                run.token + 1,
+                run.started_at or self.at,
+            )
             self.taken.append(run)
             return True
         else:
@@ -315,7 +327,9 @@ class Transaction:
             self._write_patterns()
         self._hand_over_woken()
         if self._changed:
-            rows.update_runs.run(connection, [rows.change_row(row) for row in self._changed.values()])
+            rows.update_runs.run(
+                connection, [rows.change_row(row) for row in self._changed.values()]
+            )
             self._changed.clear()
         if self._lanes:
             self.more |= rows.open_lanes.run(connection, list(self._lanes)) > 0
@@ -328,9 +342,14 @@ class Transaction:
 
     def _write_windows(self) -> None:
         connection = self.connection
-        rows.grow_runs.run(connection, [(row.id, row.deliveries, row.due_at, row.size) for row in self._grown.values()])
+        rows.grow_runs.run(
+            connection,
+            [(row.id, row.deliveries, row.due_at, row.size) for row in self._grown.values()],
+        )
         rows.insert_members.run(connection, self._members)
-        rows.put_windows.run(connection, [msgspec.structs.astuple(self.windows[name]) for name in self._opened])
+        rows.put_windows.run(
+            connection, [msgspec.structs.astuple(self.windows[name]) for name in self._opened]
+        )
         self._grown.clear()
         self._members.clear()
         self._opened.clear()
@@ -338,9 +357,14 @@ class Transaction:
     def _write_patterns(self) -> None:
         connection, ends = self.connection, self._fact_ends
         rows.insert_facts.run(connection, list(self._held.values()))
-        rows.drop_facts.run(connection, [(event, name) for event, name, reason in ends if reason is None])
+        rows.drop_facts.run(
+            connection, [(event, name) for event, name, reason in ends if reason is None]
+        )
         rows.lapse_facts.run(connection, [end for end in ends if end[2] is not None])
-        rows.put_patterns.run(connection, [self._strand_row(each) for each in self._woven.values() if each.state is not None])
+        rows.put_patterns.run(
+            connection,
+            [self._strand_row(each) for each in self._woven.values() if each.state is not None],
+        )
         gone = [name for name, each in self._woven.items() if each.state is None and each.is_stored]
         rows.drop_patterns.run(connection, gone)
         for strand in self._woven.values():
@@ -357,7 +381,11 @@ class Transaction:
 
     def _hand_over_woken(self) -> None:
         """Runs that became PENDING go to the worker at once if it takes them. A lane's head may too: it is not blocked."""
-        ready = [row for row in map(self.row, self.woken) if row is not None and row.state is State.PENDING]
+        ready = [
+            row
+            for row in map(self.row, self.woken)
+            if row is not None and row.state is State.PENDING
+        ]
         self.woken.clear()
         free = [row for row in ready if not row.blocked]
         if free and self.handover is None:
@@ -380,7 +408,12 @@ class Transaction:
                 row.reason = corrupt
                 self.move(row, State.HELD)
                 continue
-            run.state, run.token, run.suspect, run.deaths = row.state, row.token, bool(row.suspect), row.deaths
+            run.state, run.token, run.suspect, run.deaths = (
+                row.state,
+                row.token,
+                bool(row.suspect),
+                row.deaths,
+            )
             run.started_at, run.cancel_requested = row.started_at, bool(row.cancel_requested)
             found.append(run)
         return found
@@ -388,7 +421,11 @@ class Transaction:
     def _write_cursors(self) -> None:
         if not self._cursors:
             return
-        kept = [(trigger, key, value) for (trigger, key), value in self._cursors.items() if value is not None]
+        kept = [
+            (trigger, key, value)
+            for (trigger, key), value in self._cursors.items()
+            if value is not None
+        ]
         gone = [name for name, value in self._cursors.items() if value is None]
         rows.put_cursors.run(self.connection, kept)
         rows.drop_cursors.run(self.connection, gone)

@@ -44,11 +44,19 @@ def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
         gather = arrival.gathers.get(run.id)
         window = None if gather is None else tx.windows.get((run.subscription, run.lane or ""))
         row = None if window is None else tx.row(window.run)
-        if gather is None or window is None or row is None or not is_open(gather, window, row) or _is_in(tx, row, event):
+        if (
+            gather is None
+            or window is None
+            or row is None
+            or not is_open(gather, window, row)
+            or _is_in(tx, row, event)
+        ):
             runs.append(run)
             continue
         joined[run.id] = row.id
-        tx.join(window, row, event, len(arrival.body), _due(gather, window, row, arrival.received_at))
+        tx.join(
+            window, row, event, len(arrival.body), _due(gather, window, row, arrival.received_at)
+        )
     verdicts = arrival.verdicts
     if joined:
         told = [[name, "joined", joined[what]] if what in joined else [name, fate, what]
@@ -59,13 +67,18 @@ def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
 
 def is_open(gather: Gather, window: WindowRow, row: Row) -> bool:
     """Whether the window's run has neither begun nor ended, and has room."""
-    return row.token == 0 and row.state in (State.PENDING, State.HELD) and window.count < gather.size
+    return (
+        row.token == 0 and row.state in (State.PENDING, State.HELD) and window.count < gather.size
+    )
 
 
 def _is_in(tx: Transaction, row: Row, event: int) -> bool:
     """Whether the event is in this run already: it is replayed, and then begins a window of its own."""
     asked = "SELECT 1 FROM members WHERE run = ? AND event = ?"
-    return row.event == event or (event in tx.replayed and tx.connection.execute(asked, (row.id, event)).fetchone() is not None)
+    return row.event == event or (
+        event in tx.replayed
+        and tx.connection.execute(asked, (row.id, event)).fetchone() is not None
+    )
 
 
 def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:

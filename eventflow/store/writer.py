@@ -74,11 +74,18 @@ class Writer:
     """Owns the connection from `start` to `stop`."""
 
     def __init__(
-        self, connection: sqlite3.Connection, path: str, clock: Clock, high_water: HighWater | None, space: Space
+        self,
+        connection: sqlite3.Connection,
+        path: str,
+        clock: Clock,
+        high_water: HighWater | None,
+        space: Space,
     ) -> None:
         self.connection, self._path, self._clock = connection, path, clock
         self._high_water, self._space = high_water, space
-        self.batch, self.at, *counted = connection.execute(f"SELECT batch, at, {','.join(TOTALS)} FROM ledger").fetchone()
+        self.batch, self.at, *counted = connection.execute(
+            f"SELECT batch, at, {','.join(TOTALS)} FROM ledger"
+        ).fetchone()
         self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
         self.handover: Handover | None = None
         self.relay: Outbound | None = None
@@ -87,7 +94,9 @@ class Writer:
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
-        self._running: dict[int, Row] = {}  # the rows of running runs: nobody else writes them, so they need no reading
+        self._running: dict[
+            int, Row
+        ] = {}  # the rows of running runs: nobody else writes them, so they need no reading
         self._told_due: int | None = None
         self._lock = threading.Lock()
         self._queue: list[Item] = []
@@ -116,10 +125,20 @@ class Writer:
             if not closed:
                 self._queue.append(item)
         if not closed:
-            if not self._posted.is_set():  # `set` takes a lock each time, and a busy writer is posted to thousands of times
+            if (
+                not self._posted.is_set()
+            ):  # `set` takes a lock each time, and a busy writer is posted to thousands of times
                 self._posted.set()
         else:
-            _send([Word(item.loop, item.reply, (self.failed or StoreError(f"the store {self._path} is closed"),))])
+            _send(
+                [
+                    Word(
+                        item.loop,
+                        item.reply,
+                        (self.failed or StoreError(f"the store {self._path} is closed"),),
+                    )
+                ]
+            )
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         with self._lock:
@@ -135,7 +154,9 @@ class Writer:
         try:
             while self._turn():
                 pass
-        except Exception as error:  # whatever broke, callers who wait must hear of it rather than hang
+        except (
+            Exception
+        ) as error:  # whatever broke, callers who wait must hear of it rather than hang
             self._fail(error, ())
 
     def _turn(self) -> bool:
@@ -164,7 +185,10 @@ class Writer:
         while items:
             n = 1
             if not isinstance(items[0].op, Call | Errand):
-                n = next((n for n, item in enumerate(items) if isinstance(item.op, Call | Errand)), len(items))
+                n = next(
+                    (n for n, item in enumerate(items) if isinstance(item.op, Call | Errand)),
+                    len(items),
+                )
             if isinstance(items[0].op, Errand):  # what came after it is served between its steps
                 with self._lock:
                     self._queue[:0] = items[1:]
@@ -271,7 +295,10 @@ class Writer:
             return errand.make(self.connection)
         except EventflowError as error:
             return error
-        except (sqlite3.Error, OSError) as error:  # the errand's own files: the store itself is not touched
+        except (
+            sqlite3.Error,
+            OSError,
+        ) as error:  # the errand's own files: the store itself is not touched
             return StoreError(str(error))
 
     def _decide(self, tx: Transaction, items: Sequence[Item], *, probe: bool) -> list[Word]:
@@ -279,7 +306,9 @@ class Writer:
             value = call.make(tx)
             tx.flush()
             return [_word(items[0], value() if callable(value) else value)]
-        writes = [(item, item.op) for item in items if not isinstance(item.op, Claim | Call | Errand)]
+        writes = [
+            (item, item.op) for item in items if not isinstance(item.op, Claim | Call | Errand)
+        ]
         prefetch(tx, [op for _, op in writes], probe=probe)
         words = [_word(item, apply(tx, op)) for item, op in writes]
         claims = [(item, item.op) for item in items if isinstance(item.op, Claim)]
@@ -298,7 +327,9 @@ class Writer:
 
     def _committed(self, tx: Transaction) -> list[Word]:
         """Takes over the new numbers; returns what the worker and the relay must hear."""
-        if self.lookout is not None and (tx.taken or tx.more or tx.totals["runs"] > self.totals["runs"]):
+        if self.lookout is not None and (
+            tx.taken or tx.more or tx.totals["runs"] > self.totals["runs"]
+        ):
             self.lookout(False)
         self.batch, self.at, self.totals = tx.batch, tx.at, tx.totals
         tx.remember()
@@ -337,14 +368,23 @@ class Writer:
     def _wait_for_lock(self, items: Sequence[Item]) -> None:
         """Another process holds the store's file. Intake slows down; the way through waits, nothing of it is lost."""
         holder = holder_of(self._path)
-        full = StoreFull(f"the store {self._path} is locked by {f'process {holder}' if holder else 'another process'}", 2.0)
+        full = StoreFull(
+            f"the store {self._path} is locked by {f'process {holder}' if holder else 'another process'}",
+            2.0,
+        )
         _send([_word(item, full) for item in items if isinstance(item.op, Record | Call)])
         self._held_back = [item for item in items if not isinstance(item.op, Record | Call)]
 
     def _fail(self, error: BaseException, items: Sequence[Item]) -> None:
         """Fail-stop: this batch is unknown, nothing later is done, everyone who waits is told."""
-        kind = StoreCorrupt if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT else StoreFailed
-        failed = kind(f"the store {self._path} failed ({_name(error)}); what was being committed is unknown, nothing more is")
+        kind = (
+            StoreCorrupt
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+            else StoreFailed
+        )
+        failed = kind(
+            f"the store {self._path} failed ({_name(error)}); what was being committed is unknown, nothing more is"
+        )
         failed.__cause__ = error
         with self._lock:
             self.failed = failed

@@ -19,4 +19,14 @@ from eventflow.testing.drain import drain, result_of
 from eventflow.testing.idle import Stuck
 from eventflow.testing.journal import Step, events_of, journal_of
 
-__all__ = ["MemoryTrigger", "Step", "Stuck", "VirtualClock", "drain", "events_of", "journal_of", "result_of", "running"]
+__all__ = [
+    "MemoryTrigger",
+    "Step",
+    "Stuck",
+    "VirtualClock",
+    "drain",
+    "events_of",
+    "journal_of",
+    "result_of",
+    "running",
+]

@@ -62,7 +62,13 @@ class MemoryTrigger:
         Waits until the app listens. Without an `id` the event is a new one. Raises what `Intake.accept` raises.
         """
         if data is not _Nothing:
-            made = Event(id=id or uuid.uuid4().hex, source=f"/{self.name}", type=type, data=data, subject=subject)
+            made = Event(
+                id=id or uuid.uuid4().hex,
+                source=f"/{self.name}",
+                type=type,
+                data=data,
+                subject=subject,
+            )
             items = (*items, made)
         return await (await self._listening()).accept(*items, cursor=cursor)
 
@@ -74,7 +80,9 @@ class MemoryTrigger:
         deadline = Deadline(OPEN_WITHIN)
         while self._intake is None:
             if deadline.passed:
-                raise UsageError(f"trigger {self.name!r}: expected an open app that subscribes to it, found none")
+                raise UsageError(
+                    f"trigger {self.name!r}: expected an open app that subscribes to it, found none"
+                )
             await asyncio.sleep(0.001)
         return self._intake
 

@@ -45,7 +45,9 @@ class VirtualClock:
         """Seconds since the start; stands still too."""
         return (self._now - self._began) / SECOND
 
-    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+    def timer(
+        self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
+    ) -> Timer:
         """Any thread may ask; `call` runs on `loop`."""
         timer = _VirtualTimer(loop, call)
         with self._lock:

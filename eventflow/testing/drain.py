@@ -46,7 +46,9 @@ async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> A
     return await handle.result()
 
 
-async def _go_on(app: App, advance: bool, within: float, ended: Callable[[], Awaitable[bool]] | None) -> None:
+async def _go_on(
+    app: App, advance: bool, within: float, ended: Callable[[], Awaitable[bool]] | None
+) -> None:
     clock = app.clock
     if isinstance(clock, VirtualClock):
         clock.attend(app)

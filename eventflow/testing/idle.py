@@ -73,10 +73,17 @@ async def table(app: App, problem: str) -> str:
     for state in (State.RUNNING, State.WAITING, State.PENDING, State.HELD):
         for row in await app.store.runs(state=state, limit=20):
             execution = app.house.worker.executions.get(row["id"])
-            reasons = _outside(row) if execution is None else ", ".join(_inside(execution)) or "its own steps"
+            reasons = (
+                _outside(row)
+                if execution is None
+                else ", ".join(_inside(execution)) or "its own steps"
+            )
             rows.append((show_id(row["id"]), row["flow"], row["state"], reasons))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
     return "\n".join([problem, *lines])
 
 
@@ -85,14 +92,20 @@ def _outside(row: Mapping[str, Any]) -> str:
         return row["reason"] or "a person"
     if row["blocked"]:
         return f"the run before it in lane {row['lane']!r}"
-    return "an answer" if row["due_at"] is None else f"{to_datetime(row['due_at']):%Y-%m-%d %H:%M:%S}"
+    return (
+        "an answer" if row["due_at"] is None else f"{to_datetime(row['due_at']):%Y-%m-%d %H:%M:%S}"
+    )
 
 
 def _inside(execution: Execution) -> Iterator[str]:
     """The claims that a run in memory waits for."""
     for claim, target in execution.claims.waiting.items():
         if isinstance(target, Call):
-            yield f"the body of {claim}, attempt {target.attempt}" if target.running else f"the next attempt of {claim}"
+            yield (
+                f"the body of {claim}, attempt {target.attempt}"
+                if target.running
+                else f"the next attempt of {claim}"
+            )
         elif isinstance(target, FlowTimer):
             yield f"{claim} at {to_datetime(target.due):%Y-%m-%d %H:%M:%S}"
         else:

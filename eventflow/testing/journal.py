@@ -56,7 +56,10 @@ async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
     cause, found = show_id(await _number(app, run)), list[Event]()
     for row in reversed(await app.store.events(trigger=EMIT, limit=10_000)):
         body = (await app.store.event(row["id"]))["body"]
-        if body is not None and (event := Event.from_json(body)).extensions.get("eventflowcause") == cause:
+        if (
+            body is not None
+            and (event := Event.from_json(body)).extensions.get("eventflowcause") == cause
+        ):
             found.append(event)
     return found
 
@@ -81,7 +84,11 @@ _STATES = {
 
 def _told(app: App, entry: Entry, known: Step) -> dict[str, Any]:
     """What one entry changes in what is known of its call."""
-    told: dict[str, Any] = {"state": _STATES[entry.kind], "attempts": max(known.attempts, entry.attempt), "next_at": None}
+    told: dict[str, Any] = {
+        "state": _STATES[entry.kind],
+        "attempts": max(known.attempts, entry.attempt),
+        "next_at": None,
+    }
     if entry.kind is Kind.CHILD or known.state == "started":
         told["attempts"] = 1  # a child run's answer is numbered by its claims
     if entry.due_at is not None and entry.kind is Kind.FAILED:

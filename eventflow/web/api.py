@@ -71,7 +71,9 @@ def make_asgi(
     `auth=False` asks for no token. `allowed_hosts`: names besides the loopback ones under which it is reached. `manage`: the
     lifespan opens and closes the App; otherwise whoever serves it does. `draining` says that a stop was asked for.
     """
-    hooks: list[BaseRoute] = [route for trigger in app.triggers for route in getattr(trigger, "routes", ())]
+    hooks: list[BaseRoute] = [
+        route for trigger in app.triggers for route in getattr(trigger, "routes", ())
+    ]
     door = Api(app, draining)
     inner = Starlette(
         routes=[*hooks, *door.routes()],
@@ -91,7 +93,9 @@ def make_asgi(
 
 
 async def _unknown(request: Request, _error: Exception) -> Response:
-    return problem(404, "not_found", f"nothing is at {request.url.path}; /openapi.json lists what there is")
+    return problem(
+        404, "not_found", f"nothing is at {request.url.path}; /openapi.json lists what there is"
+    )
 
 
 async def _wrong_method(request: Request, error: Exception) -> Response:
@@ -141,7 +145,10 @@ class Api:
         by_path: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {}
         for method, path, handler in table:
             by_path.setdefault(path, {})[method] = answering(handler)
-        return [Route(path, _switch(methods), methods=list(methods)) for path, methods in by_path.items()]
+        return [
+            Route(path, _switch(methods), methods=list(methods))
+            for path, methods in by_path.items()
+        ]
 
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
@@ -203,8 +210,12 @@ class Api:
         """CloudEvents: binary, structured, batch (all or none)."""
         headers = {name.lower(): value for name, value in request.headers.items()}
         if not is_cloudevent(headers):
-            expected = "ce-* headers, application/cloudevents+json or application/cloudevents-batch+json"
-            raise refuse(415, "unsupported_type", f"expected a CloudEvent: {expected}", hang_up=True)
+            expected = (
+                "ce-* headers, application/cloudevents+json or application/cloudevents-batch+json"
+            )
+            raise refuse(
+                415, "unsupported_type", f"expected a CloudEvent: {expected}", hang_up=True
+            )
         batch = media_type(headers) == BATCH
         body = await read_body(request, MAX_BATCH if batch else MAX_BODY)
         try:
@@ -224,30 +235,45 @@ class Api:
         return Json(_page("events", [serializers.event(row) for row in rows], _limit(request)))
 
     async def event(self, request: Request) -> Response:
-        return Json(serializers.event_whole(await self._open().store.event(request.path_params["id"])))
+        return Json(
+            serializers.event_whole(await self._open().store.event(request.path_params["id"]))
+        )
 
     async def replay(self, request: Request) -> Response:
         """`{"to": subscription or flow, "own": bool, "dry_run": bool}`, all optional."""
         asked = await read_object(request)
         dry, own = bool(asked.get("dry_run", False)), bool(asked.get("own", False))
         ident, to = request.path_params["id"], _text(asked, "to")
-        number, verdicts = await actions.replay(self._open(), ident, to, dry=dry, own=own, by=_by(request))
-        said = [(serializers.foreseen_verdict if dry else serializers.new_verdict)(each) for each in verdicts]
-        return Json({"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202)
+        number, verdicts = await actions.replay(
+            self._open(), ident, to, dry=dry, own=own, by=_by(request)
+        )
+        said = [
+            (serializers.foreseen_verdict if dry else serializers.new_verdict)(each)
+            for each in verdicts
+        ]
+        return Json(
+            {"event": show_id(number), "dry_run": dry, "verdicts": said}, 200 if dry else 202
+        )
 
     # ----------------------------------------------------------------- runs
 
     async def post_run(self, request: Request) -> Response:
         app = self._open()
         asked = await read_object(request)
-        name, params, key = _text(asked, "flow"), asked.get("params", {}), _text(asked, "idempotency_key")
+        name, params, key = (
+            _text(asked, "flow"),
+            asked.get("params", {}),
+            _text(asked, "idempotency_key"),
+        )
         if not name:
             raise refuse(400, "invalid", "flow: expected the name of a flow, found none")
         if not isinstance(params, dict):
             raise refuse(400, "invalid", "params: expected a JSON object")
         flow, body = app.flow(name), orjson.dumps(params)
         run = await patiently(lambda: app.start_with(flow, body, key))
-        return Json({"id": run.id, "flow": name, "duplicate": run.duplicate}, 200 if run.duplicate else 202)
+        return Json(
+            {"id": run.id, "flow": name, "duplicate": run.duplicate}, 200 if run.duplicate else 202
+        )
 
     async def runs(self, request: Request) -> Response:
         app, asked = self._open(), request.query_params
@@ -257,7 +283,13 @@ class Api:
             parent=(await store.run(parent))["id"] if parent else None,
             flow=asked.get("flow"), state=_state(asked.get("state")), limit=_limit(request), after=_after(request),
         )  # fmt: skip
-        return Json(_page("runs", [serializers.run(row, app.house.worker.held_back) for row in rows], _limit(request)))
+        return Json(
+            _page(
+                "runs",
+                [serializers.run(row, app.house.worker.held_back) for row in rows],
+                _limit(request),
+            )
+        )
 
     async def run(self, request: Request) -> Response:
         app = self._open()
@@ -272,57 +304,101 @@ class Api:
         after, limit = whole_number(request, "after", 0), _limit(request)
         lines = await sink.read(row["id"], after, limit) if isinstance(sink, LogStore) else []
         settled = not State[row["state"].upper()].live
-        return Json({"run": show_id(row["id"]), "settled": settled, "lines": [serializers.line(line) for line in lines]})
+        return Json(
+            {
+                "run": show_id(row["id"]),
+                "settled": settled,
+                "lines": [serializers.line(line) for line in lines],
+            }
+        )
 
     async def retry(self, request: Request) -> Response:
         """`{"fresh": true}` drops what was recorded; by default values stay, errors are forgiven."""
         asked = await read_object(request)
         fresh = bool(asked.get("fresh", False))
-        number = await actions.retry(self._open(), request.path_params["id"], fresh=fresh, by=_by(request))
+        number = await actions.retry(
+            self._open(), request.path_params["id"], fresh=fresh, by=_by(request)
+        )
         return Json({"id": show_id(number), "state": "pending"}, 202)
 
     async def cancel(self, request: Request) -> Response:
         asked = await read_object(request)
         reason = _text(asked, "reason") or "cancelled by an operator"
-        number, before = await actions.cancel(self._open(), request.path_params["id"], reason, by=_by(request))
+        number, before = await actions.cancel(
+            self._open(), request.path_params["id"], reason, by=_by(request)
+        )
         state = "cancelling" if before is State.RUNNING else "cancelled"
         return Json({"id": show_id(number), "state": state, "was": before.word}, 202)
 
     # ----------------------------------------------------------------- dead letters
 
     async def dead(self, request: Request) -> Response:
-        rows = await self._open().store.dead(limit=_limit(request), after=whole_number(request, "after", None))
+        rows = await self._open().store.dead(
+            limit=_limit(request), after=whole_number(request, "after", None)
+        )
         return Json(_page("dead", [serializers.dead(row) for row in rows], _limit(request)))
 
     async def dead_letter(self, request: Request) -> Response:
         row = await self._open().store.dead_letter(request.path_params["id"])
         return Json(
-            {**serializers.dead(row), "body": serializers.body(row["body"]), "headers": serializers.body(row["headers"])}
+            {
+                **serializers.dead(row),
+                "body": serializers.body(row["body"]),
+                "headers": serializers.body(row["headers"]),
+            }
         )
 
     async def redrive(self, request: Request) -> Response:
         mended = await read_object(request)
-        receipt, verdicts = await actions.redrive(self._open(), request.path_params["id"], mended, by=_by(request))
-        return Json({"event": receipt.shown, "verdicts": [serializers.new_verdict(each) for each in verdicts]}, 202)
+        receipt, verdicts = await actions.redrive(
+            self._open(), request.path_params["id"], mended, by=_by(request)
+        )
+        return Json(
+            {
+                "event": receipt.shown,
+                "verdicts": [serializers.new_verdict(each) for each in verdicts],
+            },
+            202,
+        )
 
     # ----------------------------------------------------------------- flows, triggers, counts
 
     async def flows(self, _: Request) -> Response:
         app = self._open()
-        heard = {name: [each.name for each in app.subscriptions if each.flow.name == name] for name in app.flows}
-        return Json({"flows": [{"name": name, "subscriptions": subs} for name, subs in sorted(heard.items())]})
+        heard = {
+            name: [each.name for each in app.subscriptions if each.flow.name == name]
+            for name in app.flows
+        }
+        return Json(
+            {
+                "flows": [
+                    {"name": name, "subscriptions": subs} for name, subs in sorted(heard.items())
+                ]
+            }
+        )
 
     async def triggers(self, _: Request) -> Response:
         app = self._open()
         paused = await app.store.paused()
-        facts = {name: msgspec.structs.asdict(each) for name, each in app.house.reactor.health.items()}
-        rows = [serializers.health(name, {**fact, "paused": name in paused}) for name, fact in facts.items()]
+        facts = {
+            name: msgspec.structs.asdict(each) for name, each in app.house.reactor.health.items()
+        }
+        rows = [
+            serializers.health(name, {**fact, "paused": name in paused})
+            for name, fact in facts.items()
+        ]
         own = {trigger.name: serializers.source(trigger) for trigger in app.triggers}
         return Json({"triggers": [{**row, **own[row["name"]]} for row in rows]})
 
     async def outlets(self, _: Request) -> Response:
         app = self._open()
-        return Json({"outlets": serializers.outlets(app.house.relay.health, await app.store.outbox_depths())})
+        return Json(
+            {
+                "outlets": serializers.outlets(
+                    app.house.relay.health, await app.store.outbox_depths()
+                )
+            }
+        )
 
     async def pause(self, request: Request) -> Response:
         return await self._hold(request, True)
@@ -346,7 +422,9 @@ class Api:
         """`{"path": …}`: a consistent copy to a new file on the server's own disk."""
         path = _text(await read_object(request), "path")
         if not path or not os.path.isabs(path):
-            raise refuse(400, "invalid", "path: expected the absolute path of a file that does not exist")
+            raise refuse(
+                400, "invalid", "path: expected the absolute path of a file that does not exist"
+            )
         await self._open().store.backup(path)
         return Json({"path": path})
 
@@ -356,7 +434,9 @@ def store_path(app: Served) -> str:
     return app.url.partition(":///")[2]
 
 
-def _switch(methods: dict[str, Callable[[Request], Awaitable[Response]]]) -> Callable[[Request], Awaitable[Response]]:
+def _switch(
+    methods: dict[str, Callable[[Request], Awaitable[Response]]],
+) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         return await methods["GET" if request.method == "HEAD" else request.method](request)
 
@@ -381,8 +461,12 @@ def _receipted(receipts: list[Receipt], batch: bool) -> Response:
     conflicts = [receipt.event_id for receipt in receipts if receipt.conflict]
     if conflicts:
         ids = ", ".join(conflicts[:3])
-        return problem(409, "conflict", f"{ids}: already received with other content; the first one stands")
-    rows = [{"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate} for one in receipts]
+        return problem(
+            409, "conflict", f"{ids}: already received with other content; the first one stands"
+        )
+    rows = [
+        {"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate} for one in receipts
+    ]
     known = bool(receipts) and all(receipt.duplicate for receipt in receipts)
     return Json(rows if batch else rows[0], 200 if known else 202)
 
@@ -418,7 +502,11 @@ def _state(word: str | None) -> State | None:
     if word is None:
         return None
     if word.upper() not in State.__members__:
-        raise refuse(400, "invalid", f"state: expected one of {', '.join(each.word for each in State)}, found {word!r}")
+        raise refuse(
+            400,
+            "invalid",
+            f"state: expected one of {', '.join(each.word for each in State)}, found {word!r}",
+        )
     return State[word.upper()]
 
 

@@ -80,7 +80,9 @@ class Guard:
             return problem(404, "not_found", detail)
         headers = first_headers(scope)
         if host_name(headers.get("host", "")) not in self._hosts:
-            return problem(421, "wrong_host", "this host name is not served; allow it with --allow-host NAME")
+            return problem(
+                421, "wrong_host", "this host name is not served; allow it with --allow-host NAME"
+            )
         if not await self._knows(headers, scope):
             detail = "expected Authorization: Bearer TOKEN; the token is in STORE.token"
             return problem(401, "unauthorized", detail, www_authenticate="Bearer")
@@ -136,7 +138,11 @@ def first_headers(scope: Scope) -> dict[str, str]:
         if key in headers:
             twice.add(key)
         headers[key] = value.decode("latin-1")
-    return {key: value for key, value in headers.items() if key not in twice or key not in ("host", "authorization", "origin")}
+    return {
+        key: value
+        for key, value in headers.items()
+        if key not in twice or key not in ("host", "authorization", "origin")
+    }
 
 
 def host_name(host: str) -> str:

@@ -42,7 +42,9 @@ class Backfill:
 
     def __init__(self, opened: Callable[[], Served]) -> None:
         self._opened = opened
-        self._turn = asyncio.Lock()  # two requests for one occurrence must not both find that it has no run yet
+        self._turn = (
+            asyncio.Lock()
+        )  # two requests for one occurrence must not both find that it has no run yet
 
     def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
         return [
@@ -73,19 +75,31 @@ class Backfill:
         names = _subscriptions(app, schedule.name, asked.get("flow"))
         await _check_due(app, schedule, max(at for at, _ in wanted))
         async with self._turn:
-            rows = [await _fill(app, schedule.name, at, event, names, dry=dry) for at, event in wanted]
+            rows = [
+                await _fill(app, schedule.name, at, event, names, dry=dry) for at, event in wanted
+            ]
         if not dry:
             events = [row["event"] for row in rows]
             log.info(
-                "operator.acted", verb="backfill", by=_by(request), trigger=schedule.name, flow=asked["flow"], events=events
+                "operator.acted",
+                verb="backfill",
+                by=_by(request),
+                trigger=schedule.name,
+                flow=asked["flow"],
+                events=events,
             )
-        return Json({"trigger": schedule.name, "flow": asked["flow"], "dry_run": dry, "occurrences": rows}, 200 if dry else 202)
+        return Json(
+            {"trigger": schedule.name, "flow": asked["flow"], "dry_run": dry, "occurrences": rows},
+            200 if dry else 202,
+        )
 
 
 # --------------------------------------------------------------------------- one occurrence
 
 
-async def _fill(app: Served, trigger: str, at: datetime, event: Event, names: Sequence[str], *, dry: bool) -> dict[str, Any]:
+async def _fill(
+    app: Served, trigger: str, at: datetime, event: Event, names: Sequence[str], *, dry: bool
+) -> dict[str, Any]:
     """Sees to it that an occurrence has its deliveries; says what became of each, and which were there before."""
     known = await _known(app, trigger, event)
     told: list[dict[str, Any]] = []
@@ -94,17 +108,24 @@ async def _fill(app: Served, trigger: str, at: datetime, event: Event, names: Se
         if before:
             told += [{**said, "known": True} for said in before]
             continue
-        arrival = app.house.router.arrive(trigger, event, ledger_id=known["id"] if known else None, only=name)
+        arrival = app.house.router.arrive(
+            trigger, event, ledger_id=known["id"] if known else None, only=name
+        )
         if dry:
             runs = {run.id: {"state": run.state.word} for run in arrival.runs}
-            told += [{**serializers.verdict(said, runs), "known": False} for said in orjson.loads(arrival.verdicts)]
+            told += [
+                {**serializers.verdict(said, runs), "known": False}
+                for said in orjson.loads(arrival.verdicts)
+            ]
             continue
         if known is None:
             await app.house.reactor.record([arrival], trigger)
         elif known["kept"]:
             await app.store.replay(known["id"], arrival)
         else:
-            raise UsageError(f"{event.id} is past its retention, its body is gone; give a label with `again` to run it anew")
+            raise UsageError(
+                f"{event.id} is past its retention, its body is gone; give a label with `again` to run it anew"
+            )
         known = await _known(app, trigger, event)
         told += [{**said, "known": False} for said in _said(known, name)]
     return {"at": _shown(at), "event": show_id(known["id"]) if known else None, "verdicts": told}
@@ -115,7 +136,9 @@ def _said(known: dict[str, Any] | None, subscription: str) -> list[dict[str, Any
     if known is None:
         return []
     runs = {run["id"]: run for run in known["runs"]}
-    return [serializers.verdict(said, runs) for said in known["verdicts"] if said[0] == subscription]
+    return [
+        serializers.verdict(said, runs) for said in known["verdicts"] if said[0] == subscription
+    ]
 
 
 async def _known(app: Served, trigger: str, event: Event) -> dict[str, Any] | None:
@@ -135,7 +158,9 @@ def _schedule(app: Served, name: str) -> Scheduled:
         if trigger.name == name:
             if isinstance(trigger, Scheduled):
                 return trigger
-            raise UsageError(f"trigger {name!r} is no schedule: what it will send is not known beforehand; replay its events")
+            raise UsageError(
+                f"trigger {name!r} is no schedule: what it will send is not known beforehand; replay its events"
+            )
     raise NotFound("trigger", name)
 
 
@@ -151,16 +176,29 @@ async def _check_due(app: Served, schedule: Scheduled, latest: datetime) -> None
             f"{_shown(latest)} is still the schedule's own to fire: it is through with what is up to {_shown(past)}"
         )
     if schedule.name in await app.store.paused():
-        raise UsageError(f"trigger {schedule.name!r} is paused, so its runs would be held; resume it first")
+        raise UsageError(
+            f"trigger {schedule.name!r} is paused, so its runs would be held; resume it first"
+        )
 
 
 def _subscriptions(app: Served, trigger: str, flow: Any) -> list[str]:
     if not isinstance(flow, str) or not flow:
         raise refuse(400, "invalid", "flow: expected the name of a flow")
-    found = [each.name for each in app.subscriptions if each.trigger == trigger and each.flow.name == app.flow(flow).name]
+    found = [
+        each.name
+        for each in app.subscriptions
+        if each.trigger == trigger and each.flow.name == app.flow(flow).name
+    ]
     if not found:
-        hear = ", ".join(sorted({each.flow.name for each in app.subscriptions if each.trigger == trigger})) or "none"
-        raise UsageError(f"flow {flow!r} has no subscription on trigger {trigger!r}; flows that have: {hear}")
+        hear = (
+            ", ".join(
+                sorted({each.flow.name for each in app.subscriptions if each.trigger == trigger})
+            )
+            or "none"
+        )
+        raise UsageError(
+            f"flow {flow!r} has no subscription on trigger {trigger!r}; flows that have: {hear}"
+        )
     return found
 
 
@@ -170,12 +208,23 @@ def _wanted(schedule: Scheduled, asked: dict[str, Any]) -> list[tuple[datetime, 
     if not isinstance(at, list) or not 1 <= len(cast(list[Any], at)) <= AT_ONCE:
         raise refuse(400, "invalid", f"at: expected a list of 1 to {AT_ONCE} instants")
     if label is not None and not (isinstance(label, str) and 0 < len(label) <= LONGEST_LABEL):
-        raise refuse(400, "invalid", f"again: expected a label of 1 to {LONGEST_LABEL} characters, such as a date")
+        raise refuse(
+            400,
+            "invalid",
+            f"again: expected a label of 1 to {LONGEST_LABEL} characters, such as a date",
+        )
     try:
-        found = [(moment := parse_time(each), schedule.occurrence(moment)) for each in cast(list[Any], at)]
+        found = [
+            (moment := parse_time(each), schedule.occurrence(moment))
+            for each in cast(list[Any], at)
+        ]
     except (ValueError, TypeError) as error:
         raise refuse(400, "invalid", f"at: {error}") from None
-    return [(at, msgspec.structs.replace(event, id=f"{event.id}#{label}")) for at, event in found] if label else found
+    return (
+        [(at, msgspec.structs.replace(event, id=f"{event.id}#{label}")) for at, event in found]
+        if label
+        else found
+    )
 
 
 def _moment(request: Request, name: str) -> datetime:
@@ -183,7 +232,11 @@ def _moment(request: Request, name: str) -> datetime:
     try:
         return datetime.fromisoformat(text.replace(" ", "+"))
     except ValueError:
-        raise refuse(400, "invalid", f"{name}: expected a date or an instant such as 2026-01-31, found {text!r}") from None
+        raise refuse(
+            400,
+            "invalid",
+            f"{name}: expected a date or an instant such as 2026-01-31, found {text!r}",
+        ) from None
 
 
 def _shown(at: datetime) -> str:

@@ -43,11 +43,20 @@ class _Asked:
         self._store, self._request = app.store, request
 
     async def past(
-        self, *, triggers: Sequence[str], type: str | None, since: int, until: int, after: int, limit: int
+        self,
+        *,
+        triggers: Sequence[str],
+        type: str | None,
+        since: int,
+        until: int,
+        after: int,
+        limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
         if await self._request.is_disconnected():
             raise ClientDisconnect
-        return await self._store.past(triggers=triggers, type=type, since=since, until=until, after=after, limit=limit)
+        return await self._store.past(
+            triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
+        )
 
     async def cursor(self, trigger: str) -> Mapping[str, JsonValue]:
         return await self._store.cursor(trigger)

@@ -82,7 +82,9 @@ class _Bounded(HttpToolsProtocol):
         if not self._reading:
             self._disarm()
         elif self._head > HEAD_BYTES:
-            self._refuse(b"431 Request Header Fields Too Large", b"the head of the request is over 64 KiB")
+            self._refuse(
+                b"431 Request Header Fields Too Large", b"the head of the request is over 64 KiB"
+            )
         elif self._head and self._deadline is None:
             self._arm()
 

@@ -34,7 +34,14 @@ class _Once:
 async def render(app: Served) -> tuple[bytes, str]:
     """The page and its content type."""
     counts = await app.store.counts()
-    metrics = [*_ledger(counts), *_worker(app), *_triggers(app), *_sources(app), *await _outlets(app), await _lag(app)]
+    metrics = [
+        *_ledger(counts),
+        *_worker(app),
+        *_triggers(app),
+        *_sources(app),
+        *await _outlets(app),
+        await _lag(app),
+    ]
     registry = CollectorRegistry(auto_describe=False)
     ProcessCollector(registry=registry)
     registry.register(_Once(metrics))  # pyright: ignore[reportArgumentType]
@@ -43,7 +50,9 @@ async def render(app: Served) -> tuple[bytes, str]:
 
 def _ledger(counts: dict[str, int]) -> Iterator[Metric]:
     deliveries = GaugeMetricFamily(
-        "eventflow_deliveries", "Deliveries by what became of them; their sum is what was accepted.", labels=["state"]
+        "eventflow_deliveries",
+        "Deliveries by what became of them; their sum is what was accepted.",
+        labels=["state"],
     )
     for state in STATES:
         deliveries.add_metric([state], counts[state])
@@ -65,22 +74,36 @@ def _worker(app: Served) -> Iterator[Metric]:
         runs.add_metric([where], count)
     yield runs
     held = int(bool(app.house.worker.held_back))
-    yield GaugeMetricFamily("eventflow_worker_held_back", "1 while no runs are begun, for want of memory.", value=held)
+    yield GaugeMetricFamily(
+        "eventflow_worker_held_back", "1 while no runs are begun, for want of memory.", value=held
+    )
     for name, value in app.store.commits.items():
-        yield CounterMetricFamily(f"eventflow_commit_{name}", f"Group commits since the start: {name}.", value=value)
+        yield CounterMetricFamily(
+            f"eventflow_commit_{name}", f"Group commits since the start: {name}.", value=value
+        )
     full = app.store.room() is not None
-    yield GaugeMetricFamily("eventflow_intake_full", "1 while the ledger or the disk takes no more.", value=int(full))
+    yield GaugeMetricFamily(
+        "eventflow_intake_full", "1 while the ledger or the disk takes no more.", value=int(full)
+    )
 
 
 def _triggers(app: Served) -> Iterator[Metric]:
-    up = GaugeMetricFamily("eventflow_trigger_up", "1 while a trigger listens and is not paused.", labels=["trigger", "kind"])
+    up = GaugeMetricFamily(
+        "eventflow_trigger_up",
+        "1 while a trigger listens and is not paused.",
+        labels=["trigger", "kind"],
+    )
     counters = {
-        name: CounterMetricFamily(f"eventflow_trigger_{name}", f"{name.capitalize()} since the start.", labels=["trigger"])
+        name: CounterMetricFamily(
+            f"eventflow_trigger_{name}", f"{name.capitalize()} since the start.", labels=["trigger"]
+        )
         for name in ("events", "duplicates", "undecodable", "failures")
     }
     for name, struct in app.house.reactor.health.items():
         health = msgspec.structs.asdict(struct)
-        up.add_metric([name, health["kind"]], int(health["state"] == "listening" and not health["paused"]))
+        up.add_metric(
+            [name, health["kind"]], int(health["state"] == "listening" and not health["paused"])
+        )
         for counted, metric in counters.items():
             metric.add_metric([name], health[counted])
     yield up
@@ -92,7 +115,10 @@ def _sources(app: Served) -> Iterator[Metric]:
     metrics: dict[str, GaugeMetricFamily] = {}
     for trigger in app.triggers:
         for gauge in trigger.gauges() if isinstance(trigger, Gauged) else ():
-            name, labels = f"eventflow_trigger_{gauge.name}", {"trigger": trigger.name, **gauge.labels}
+            name, labels = (
+                f"eventflow_trigger_{gauge.name}",
+                {"trigger": trigger.name, **gauge.labels},
+            )
             if name not in metrics:
                 said = f"{gauge.name.replace('_', ' ').capitalize()}, as the trigger tells."
                 metrics[name] = GaugeMetricFamily(name, said)
@@ -102,10 +128,16 @@ def _sources(app: Served) -> Iterator[Metric]:
 
 async def _outlets(app: Served) -> list[Metric]:
     """What waits for sinks, and for how long the oldest of it."""
-    waiting = GaugeMetricFamily("eventflow_outbox_letters", "Letters that a sink does not have yet.", labels=["outlet"])
-    oldest = GaugeMetricFamily("eventflow_outbox_oldest_seconds", "Age of the oldest of them.", labels=["outlet"])
+    waiting = GaugeMetricFamily(
+        "eventflow_outbox_letters", "Letters that a sink does not have yet.", labels=["outlet"]
+    )
+    oldest = GaugeMetricFamily(
+        "eventflow_outbox_oldest_seconds", "Age of the oldest of them.", labels=["outlet"]
+    )
     counters = {
-        name: CounterMetricFamily(f"eventflow_outlet_{name}", f"{name.capitalize()} since the start.", labels=["outlet"])
+        name: CounterMetricFamily(
+            f"eventflow_outlet_{name}", f"{name.capitalize()} since the start.", labels=["outlet"]
+        )
         for name in ("sent", "refused", "failures")
     }
     health, depths, now = app.house.relay.health, await app.store.outbox_depths(), app.clock.now()
@@ -120,7 +152,9 @@ async def _outlets(app: Served) -> list[Metric]:
 
 
 async def _lag(app: Served) -> Metric:
-    metric = GaugeMetricFamily("eventflow_loop_lag_seconds", "How long a loop took to turn, now.", labels=["loop"])
+    metric = GaugeMetricFamily(
+        "eventflow_loop_lag_seconds", "How long a loop took to turn, now.", labels=["loop"]
+    )
     here = asyncio.get_running_loop()
     flows, _ = app.house.flow_loop
     for name, loop in (("intake", here), *((("flows", flows),) if flows is not here else ())):
@@ -128,7 +162,9 @@ async def _lag(app: Served) -> Metric:
     return metric
 
 
-async def _turn(here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop, clock: Clock) -> float:
+async def _turn(
+    here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop, clock: Clock
+) -> float:
     begun, turned = clock.monotonic(), asyncio.Event()
     loop.call_soon_threadsafe(lambda: here.call_soon_threadsafe(turned.set))
     try:

@@ -14,20 +14,65 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("get", "/readyz", "It takes events.", "200 503"),
     ("get", "/metrics", "Prometheus' text format.", "200"),
     ("get", "/openapi.json", "This.", "200"),
-    ("post", "/api/events", "Records CloudEvents: binary, structured or batch.", "200 202 400 409 413 415 503 507"),
-    ("get", "/api/events", "Events, newest first: trigger, type, since, until, limit, after.", "200 400"),
-    ("get", "/api/events/{id}", "One event with its verdicts, runs, dead letters and body.", "200 404"),
-    ("post", "/api/events/{id}/replay", "Matches it once more: {to, own, dry_run}.", "200 202 404 409"),
-    ("get", "/api/foresight", "Which runs a time's events would start: since, until, type, to, limit.", "200 400 409"),
-    ("post", "/api/runs", "Starts a run: {flow, params, idempotency_key}.", "200 202 400 404 409 503 507"),
-    ("get", "/api/runs", "Runs, newest first: event, flow, state, parent, limit, after.", "200 400"),
+    (
+        "post",
+        "/api/events",
+        "Records CloudEvents: binary, structured or batch.",
+        "200 202 400 409 413 415 503 507",
+    ),
+    (
+        "get",
+        "/api/events",
+        "Events, newest first: trigger, type, since, until, limit, after.",
+        "200 400",
+    ),
+    (
+        "get",
+        "/api/events/{id}",
+        "One event with its verdicts, runs, dead letters and body.",
+        "200 404",
+    ),
+    (
+        "post",
+        "/api/events/{id}/replay",
+        "Matches it once more: {to, own, dry_run}.",
+        "200 202 404 409",
+    ),
+    (
+        "get",
+        "/api/foresight",
+        "Which runs a time's events would start: since, until, type, to, limit.",
+        "200 400 409",
+    ),
+    (
+        "post",
+        "/api/runs",
+        "Starts a run: {flow, params, idempotency_key}.",
+        "200 202 400 404 409 503 507",
+    ),
+    (
+        "get",
+        "/api/runs",
+        "Runs, newest first: event, flow, state, parent, limit, after.",
+        "200 400",
+    ),
     ("get", "/api/runs/{id}", "One run with its tasks, result and error.", "200 404"),
     ("get", "/api/runs/{id}/logs", "What it logged: after, limit.", "200 404"),
-    ("post", "/api/runs/{id}/retry", "Lets a failed, cancelled, held or dead run go again: {fresh}.", "202 404 409"),
+    (
+        "post",
+        "/api/runs/{id}/retry",
+        "Lets a failed, cancelled, held or dead run go again: {fresh}.",
+        "202 404 409",
+    ),
     ("post", "/api/runs/{id}/cancel", "Ends a run: {reason}.", "202 404 409"),
     ("get", "/api/dead", "Open dead letters, newest first: limit, after.", "200"),
     ("get", "/api/dead/{id}", "One dead letter with its bytes.", "200 404"),
-    ("post", "/api/dead/{id}/redrive", "Tries it once more: as it stands, {data}, or {event}.", "202 404 409"),
+    (
+        "post",
+        "/api/dead/{id}/redrive",
+        "Tries it once more: as it stands, {data}, or {event}.",
+        "202 404 409",
+    ),
     ("get", "/api/flows", "The flows and their subscriptions.", "200"),
     ("get", "/api/triggers", "The triggers and how they fare.", "200"),
     ("get", "/api/outlets", "What is sent to sinks, and what waits to be.", "200"),
@@ -47,7 +92,12 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     ),
     ("get", "/api/counts", "The sum of all deliveries.", "200"),
     ("get", "/api/check", "What does not hold in the ledger; reads all of it.", "200"),
-    ("post", "/api/backup", "A consistent copy to a new file on the server's disk: {path}.", "200 400 409"),
+    (
+        "post",
+        "/api/backup",
+        "A consistent copy to a new file on the server's disk: {path}.",
+        "200 400 409",
+    ),
 )
 
 
@@ -58,7 +108,11 @@ def describe_api(app: Served) -> dict[str, Any]:
     for trigger in app.triggers:
         for route in getattr(trigger, "routes", ()):
             if isinstance(route, Route):
-                operation = _operation(route.path, f"Events of {trigger.name}.", ["200", "202", "400", "401", "409", "503"])
+                operation = _operation(
+                    route.path,
+                    f"Events of {trigger.name}.",
+                    ["200", "202", "400", "401", "409", "503"],
+                )
                 paths[route.path] = {"post": {**operation, "security": []}}
     return {
         "openapi": "3.1.0",
@@ -81,13 +135,17 @@ def describe_api(app: Served) -> dict[str, Any]:
 def _operation(path: str, summary: str, answers: list[str]) -> dict[str, Any]:
     wrong = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     responses = {
-        status: {"description": "well"} if status < "300" else {"description": "not well", "content": wrong}
+        status: {"description": "well"}
+        if status < "300"
+        else {"description": "not well", "content": wrong}
         for status in answers
     }
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     if names:
-        operation["parameters"] = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+        operation["parameters"] = [
+            {"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names
+        ]
     if path in ("/healthz", "/readyz"):
         operation["security"] = []
     return operation

@@ -48,7 +48,11 @@ class Json(Response):
 
     def __init__(self, content: Any, status: int = 200, **headers: str) -> None:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        super().__init__(content, status, {"cache-control": "no-store", "x-content-type-options": "nosniff", **named})
+        super().__init__(
+            content,
+            status,
+            {"cache-control": "no-store", "x-content-type-options": "nosniff", **named},
+        )
 
     def render(self, content: Any) -> bytes:
         return orjson.dumps(content, default=str)
@@ -74,7 +78,9 @@ def refuse(status: int, error: str, detail: str, **options: Any) -> Refused:
 
 def unavailable(detail: str, *, hang_up: bool = False) -> Json:
     """503, to come back after a few seconds: spread, so that not all come at once."""
-    return problem(503, "unavailable", detail, hang_up=hang_up, retry_after=str(1 + secrets.randbelow(5)))
+    return problem(
+        503, "unavailable", detail, hang_up=hang_up, retry_after=str(1 + secrets.randbelow(5))
+    )
 
 
 # --------------------------------------------------------------------------- from errors to answers
@@ -109,7 +115,9 @@ def answer_to(error: EventflowError) -> Json:
             return problem(409, "refused", str(error))
         case StoreFull():
             status, name = (507, "disk_full") if error.disk else (503, "overloaded")
-            return problem(status, name, str(error), retry_after=str(max(1, math.ceil(error.retry_after))))
+            return problem(
+                status, name, str(error), retry_after=str(max(1, math.ceil(error.retry_after)))
+            )
         case _:
             log.error("http.failed", error=str(error))
             return unavailable(str(error))
@@ -118,7 +126,9 @@ def answer_to(error: EventflowError) -> Json:
 async def crashed(request: Request, error: Exception) -> Response:
     """A defect of ours: the traceback goes to the log, its number to the client."""
     number = secrets.token_hex(6)
-    log.error("http.failed", id=number, method=request.method, path=request.url.path, exc_info=error)
+    log.error(
+        "http.failed", id=number, method=request.method, path=request.url.path, exc_info=error
+    )
     return problem(500, "internal", f"something went wrong here; the log has it as {number}")
 
 
@@ -184,4 +194,8 @@ def instant(request: Request, name: str) -> int | None:
     try:
         return to_us(datetime.fromisoformat(text.replace(" ", "+")))
     except ValueError:
-        raise refuse(400, "invalid", f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}") from None
+        raise refuse(
+            400,
+            "invalid",
+            f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}",
+        ) from None

@@ -133,7 +133,9 @@ def run(row: Mapping[str, Any], held_back: str = "") -> dict[str, Any]:
 
 
 def run_whole(
-    row: Mapping[str, Any], journal: Iterable[Entry], fetch: Callable[[str, bytes], tuple[str, bytes]]
+    row: Mapping[str, Any],
+    journal: Iterable[Entry],
+    fetch: Callable[[str, bytes], tuple[str, bytes]],
 ) -> dict[str, Any]:
     """One run asked for: with its parameters, tasks, result and error. `fetch` reads a result that is kept in a file."""
     return {
@@ -150,12 +152,19 @@ def run_whole(
     }
 
 
-def _result(row: Mapping[str, Any], fetch: Callable[[str, bytes], tuple[str, bytes]]) -> dict[str, Any]:
+def _result(
+    row: Mapping[str, Any], fetch: Callable[[str, bytes], tuple[str, bytes]]
+) -> dict[str, Any]:
     if row["result"] is None:
         return {"result": None, "result_digest": None}
     codec, data = fetch(row["codec"] or "json", row["result"])
     shown = body(data) if codec != "pickle" and len(data) <= SHOWN_RESULT else None
-    return {"result": shown, "result_digest": digest(data), "result_size": len(data), "result_codec": codec}
+    return {
+        "result": shown,
+        "result_digest": digest(data),
+        "result_size": len(data),
+        "result_codec": codec,
+    }
 
 
 def digest(data: bytes | None) -> str | None:
@@ -215,7 +224,9 @@ def _tell(call: dict[str, Any], entry: Entry) -> None:
             said = error(entry.error, traceback=False) or {}
             call["errors"].append({"attempt": entry.attempt, "at": instant(entry.at), **said})
         case Kind.CHILD:
-            call["child"] = show_id(int(entry.value)) if entry.value and entry.value.isdigit() else None
+            call["child"] = (
+                show_id(int(entry.value)) if entry.value and entry.value.isdigit() else None
+            )
         case Kind.TIMER:
             call["state"] = "fired"
         case Kind.EMIT:
@@ -256,12 +267,18 @@ def source(trigger: Trigger) -> dict[str, Any]:
     }
 
 
-def outlets(fared: Mapping[str, msgspec.Struct], depths: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def outlets(
+    fared: Mapping[str, msgspec.Struct], depths: Mapping[str, tuple[int, int]]
+) -> list[dict[str, Any]]:
     """Each outlet with how it fares and what waits for it; also outlets that the app no longer has, while letters wait."""
     rows: list[dict[str, Any]] = []
     for name in sorted(fared.keys() | depths.keys()):
         waiting, oldest = depths.get(name, (0, None))
-        known = msgspec.structs.asdict(fared[name]) if name in fared else {"name": name, "state": "unknown to this app"}
+        known = (
+            msgspec.structs.asdict(fared[name])
+            if name in fared
+            else {"name": name, "state": "unknown to this app"}
+        )
         rows.append({**known, "waiting": waiting, "oldest_at": instant(oldest)})
     return rows
 

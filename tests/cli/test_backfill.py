@@ -113,7 +113,8 @@ def sound(served: Served) -> None:
     assert served.get("/api/check") == {"wrong": []}
     counts = served.get("/api/counts")
     assert counts["accepted"] == sum(
-        counts[name] for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
+        counts[name]
+        for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
     )
 
 
@@ -126,10 +127,16 @@ def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: Served):
     code, said, told = backfill(reports, "report", *MAY, "--limit", "3", "--yes")
     assert code == 0 and said["states"] == {"completed": 15}
     assert (said["occurrences"], said["started"], said["known"]) == (15, 15, 0)
-    assert told.startswith("eventflow: 15 occurrences of daily, 2026-05-01T04:00:00Z to 2026-05-15T04:00:00Z, for flow report")
+    assert told.startswith(
+        "eventflow: 15 occurrences of daily, 2026-05-01T04:00:00Z to 2026-05-15T04:00:00Z, for flow report"
+    )
     assert sorted(days(reports)) == EACH and most_at_once(reports) <= 3
     code, said, _ = backfill(reports, "report", *MAY, "--yes")
-    assert code == 0 and (said["started"], said["known"], said["states"]) == (0, 15, {"completed": 15})
+    assert code == 0 and (said["started"], said["known"], said["states"]) == (
+        0,
+        15,
+        {"completed": 15},
+    )
     assert sorted(days(reports)) == EACH
     (event,) = reports.get("/api/events", limit=1)["events"]
     assert event["event_id"] == "daily@2026-05-15T04:00:00Z"
@@ -167,7 +174,12 @@ def test_it_asks(reports: Served, answer: bytes, started: int):
     try:
         asking = command("backfill", "report", *MAY, "--limit", "15")
         process = subprocess.Popen(
-            asking, cwd=reports.folder, env=environment(), stdin=theirs, stderr=subprocess.PIPE, text=True
+            asking,
+            cwd=reports.folder,
+            env=environment(),
+            stdin=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         os.write(ours, answer)
         _, told = process.communicate(timeout=60)
@@ -185,11 +197,23 @@ def test_it_asks(reports: Served, answer: bytes, started: int):
 def test_killed_and_given_again_each_runs_once(reports: Served):
     """kill -9 of the command in the middle, then of the server: given again, it goes on, and every occurrence has run once."""
     args = command("backfill", "report", *MAY, "--limit", "2", "--yes")
-    first = subprocess.Popen(args, cwd=reports.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        args,
+        cwd=reports.folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     wait_until(lambda: len(days(reports)) >= 3, "three are done")
     first.send_signal(signal.SIGKILL)
     first.wait()
-    second = subprocess.Popen(args, cwd=reports.folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    second = subprocess.Popen(
+        args,
+        cwd=reports.folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     wait_until(lambda: len(days(reports)) >= 8, "eight are done")
     reports.signal(signal.SIGKILL)
     reports.wait()
@@ -200,7 +224,9 @@ def test_killed_and_given_again_each_runs_once(reports: Served):
         assert code == 0 and said["states"] == {"completed": 15} and said["known"] >= 8
         runs = served.get("/api/runs", flow="report", limit=1000)["runs"]
         assert len(runs) == 15 and len({run["event"] for run in runs}) == 15
-        ended = Counter(days(served))  # a body that the kill fell into, between its end and the record of it, may repeat
+        ended = Counter(
+            days(served)
+        )  # a body that the kill fell into, between its end and the record of it, may repeat
         assert set(ended) == set(EACH) and sum(ended.values()) <= 15 + 2
         sound(served)
 
@@ -211,7 +237,10 @@ def test_killed_and_given_again_each_runs_once(reports: Served):
 def test_what_the_schedule_fired_does_not_run_again(reports: Served):
     """Occurrences that the schedule fired for a flow count as run; a flow that came later gets runs for all of them, on the
     same events; a label runs them once more, each label once."""
-    wait_until(lambda: len([line for line in reports.diary if line.startswith("hourly")]) >= 3, "three hours were caught up")
+    wait_until(
+        lambda: len([line for line in reports.diary if line.startswith("hourly")]) >= 3,
+        "three hours were caught up",
+    )
     fired = reports.get("/api/events", trigger="hours", limit=10)["events"]
     first = datetime.fromisoformat(min(event["event_id"] for event in fired).partition("@")[2])
     since, until = (f"{first + timedelta(hours=hours):%Y-%m-%dT%H:%M}" for hours in (-3, 2))
@@ -227,8 +256,13 @@ def test_what_the_schedule_fired_does_not_run_again(reports: Served):
         again = [backfill(served, "later", *window, "--again", "mended")[1] for _ in range(2)]
         assert [(said["started"], said["known"]) for said in again] == [(5, 0), (0, 5)]
         assert len([line for line in served.diary if line.startswith("later")]) == 10
-        assert set(Counter(line for line in served.diary if line.startswith("hourly")).values()) == {1}
-        assert len({run["event"] for run in served.get("/api/runs", flow="later", limit=100)["runs"]}) == 10
+        assert set(
+            Counter(line for line in served.diary if line.startswith("hourly")).values()
+        ) == {1}
+        assert (
+            len({run["event"] for run in served.get("/api/runs", flow="later", limit=100)["runs"]})
+            == 10
+        )
         sound(served)
 
 
@@ -254,7 +288,9 @@ def test_what_is_to_come_is_the_schedules_own(idle: Served):
     assert done.returncode == 0 and "still the schedule's own" in done.stderr
     assert re.search(r"^[23] occurrences", done.stdout.splitlines()[-1])
     coming = datetime.fromisoformat(re.findall(r"(\S+) and later", done.stderr)[0])
-    answer = idle.post("/api/triggers/daily/backfill", {"flow": "report", "at": [coming.isoformat()]})
+    answer = idle.post(
+        "/api/triggers/daily/backfill", {"flow": "report", "at": [coming.isoformat()]}
+    )
     assert answer.status_code == 409 and "still the schedule's own" in answer.json()["detail"]
 
 
@@ -274,7 +310,11 @@ def test_a_paused_schedule_is_not_backfilled(reports: Served):
         (("report", "--trigger", "nope", *MAY[2:]), 5, "no trigger matches 'nope'"),
         (("hourly", *MAY), 2, "flows that have: fragile, report"),
         (("report", "--trigger", "webhook:/orders", *MAY[2:]), 2, "is no schedule"),
-        (("report", "--trigger", "daily", "--from", "yesterday", "--to", "2026-05-02"), 2, "expected a date"),
+        (
+            ("report", "--trigger", "daily", "--from", "yesterday", "--to", "2026-05-02"),
+            2,
+            "expected a date",
+        ),
         (("report", *MAY, "--limit", "0"), 2, "limit"),
         (("report", *MAY[:4]), 2, "--to"),
     ],
@@ -282,7 +322,9 @@ def test_a_paused_schedule_is_not_backfilled(reports: Served):
 def test_mistakes_are_said(idle: Served, args: tuple[str, ...], code: int, told: str):
     """What does not fit is one line on stderr and its exit code; nothing starts."""
     if "webhook:/orders" in args:
-        (name,) = [row["name"] for row in idle.get("/api/triggers")["triggers"] if row["kind"] == "Webhook"]
+        (name,) = [
+            row["name"] for row in idle.get("/api/triggers")["triggers"] if row["kind"] == "Webhook"
+        ]
         args = tuple(name if each == "webhook:/orders" else each for each in args)
     found, _, error = backfill(idle, *args, "--yes")
     assert found == code and told in error
@@ -292,8 +334,13 @@ def test_mistakes_are_said(idle: Served, args: tuple[str, ...], code: int, told:
 def test_without_a_server_it_only_looks(reports: Served):
     """With no server --dry-run works on the store itself, given the app; to run something it needs one."""
     assert reports.stop() == 0
-    looked = eventflow(reports.folder, "backfill", "report", *MAY, "--dry-run", "--app", "reports.py")
-    assert looked.returncode == 0 and looked.stdout.splitlines()[-1] == "15 occurrences, 15 runs would start"
+    looked = eventflow(
+        reports.folder, "backfill", "report", *MAY, "--dry-run", "--app", "reports.py"
+    )
+    assert (
+        looked.returncode == 0
+        and looked.stdout.splitlines()[-1] == "15 occurrences, 15 runs would start"
+    )
     for more in (("--app", "reports.py"), ()):
         refused = eventflow(reports.folder, "backfill", "report", *MAY, "--yes", *more)
         assert refused.returncode == 4 and "no server" in refused.stderr
@@ -314,7 +361,12 @@ def test_the_api_says_what_is_wrong_with_a_request(reports: Served):
     ):
         answer = reports.post(path, body)
         assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
-    assert reports.client.get("/api/triggers/daily/occurrences", params={"since": "2026-05-01"}).status_code == 400
+    assert (
+        reports.client.get(
+            "/api/triggers/daily/occurrences", params={"since": "2026-05-01"}
+        ).status_code
+        == 400
+    )
     twice = reports.post(path, {"flow": "report", "at": ["2026-05-01T04:00:00Z"] * 2})
     assert [row["verdicts"][0]["known"] for row in twice.json()["occurrences"]] == [False, True]
 

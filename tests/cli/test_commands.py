@@ -49,9 +49,18 @@ def asked(served: Served, *args: str) -> Any:
 def test_ls(shop: Served):
     """`ls` lists each kind, aligned for people, whole for programs."""
     text = eventflow(shop.folder, "ls").stdout.splitlines()
-    assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(text)
-    assert {row["event_id"] for row in asked(shop, "ls", "events")["events"]} >= {"good", "small", "broken"}
-    assert asked(shop, "ls", "runs", "--state", "completed", "--flow", "handle")["runs"][-1]["state"] == "completed"
+    assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(
+        text
+    )
+    assert {row["event_id"] for row in asked(shop, "ls", "events")["events"]} >= {
+        "good",
+        "small",
+        "broken",
+    }
+    assert (
+        asked(shop, "ls", "runs", "--state", "completed", "--flow", "handle")["runs"][-1]["state"]
+        == "completed"
+    )
     assert "webhook-orders/handle" in eventflow(shop.folder, "ls", "flows").stdout
     assert "listening" in eventflow(shop.folder, "ls", "triggers").stdout
     assert "unexpected end" in eventflow(shop.folder, "ls", "dead").stdout
@@ -121,8 +130,12 @@ def test_replay(shop: Served):
     assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
     assert "1 run started" in eventflow(shop.folder, "replay", "good", "--to", "handle").stdout
     assert len(shop.get("/api/events/good")["runs"]) == before + 1
-    done = asked(shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run")
-    (tally,) = [each for each in done["subscriptions"] if each["subscription"] == "webhook-orders/handle"]
+    done = asked(
+        shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run"
+    )
+    (tally,) = [
+        each for each in done["subscriptions"] if each["subscription"] == "webhook-orders/handle"
+    ]
     assert tally["runs"] >= 1 and tally["filtered"] >= 1
 
 
@@ -150,7 +163,10 @@ def test_doctor_and_backup(shop: Served):
     """`doctor` finds a running server's ledger sound; `backup` copies it, never over a file."""
     found = {row["check"]: row for row in asked(shop, "doctor", "--app", "shop.py")["findings"]}
     assert found["ledger"]["ok"] and shop.url in found["server"]["detail"]
-    assert str(shop.process.pid) in found["lock"]["detail"] and "webhook-orders" in found["webhooks"]["detail"]
+    assert (
+        str(shop.process.pid) in found["lock"]["detail"]
+        and "webhook-orders" in found["webhooks"]["detail"]
+    )
     copy = shop.folder / "copy.sqlite"
     assert eventflow(shop.folder, "backup", copy.name).returncode == 0 and copy.stat().st_size > 0
     assert eventflow(shop.folder, "backup", copy.name).returncode == 2
@@ -162,7 +178,10 @@ def test_run_by_the_server(shop: Served):
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 16.0})
     assert shop.url in done.stderr
     done = eventflow(shop.folder, "run", "shop.py:failing", "-p", "message=42", "--json")
-    assert done.returncode == 1 and "ValueError: 42" in json.loads(done.stderr.splitlines()[-1])["detail"]
+    assert (
+        done.returncode == 1
+        and "ValueError: 42" in json.loads(done.stderr.splitlines()[-1])["detail"]
+    )
 
 
 def test_another_place(shop: Served):
@@ -186,7 +205,12 @@ def test_without_a_server(tmp_path: Path):
         wait_until(lambda: served.get("/api/counts")["completed"] == 1, "the order is done")
         served.stop()
     assert "run started" in eventflow(tmp_path, "explain", "good").stdout
-    assert "handling 5.0" in eventflow(tmp_path, "logs", asked(served, "explain", "good")["runs"][0]["id"], "-f").stdout
+    assert (
+        "handling 5.0"
+        in eventflow(
+            tmp_path, "logs", asked(served, "explain", "good")["runs"][0]["id"], "-f"
+        ).stdout
+    )
     done = eventflow(tmp_path, "retry", run)
     assert done.returncode == 0 and "no server is running" in done.stderr
     assert asked(served, "show", run)["state"] == "pending"
@@ -194,7 +218,9 @@ def test_without_a_server(tmp_path: Path):
     assert eventflow(tmp_path, "resume", "webhook-orders").returncode == 0
     done = eventflow(tmp_path, "emit", "thing.made", "-d", '{"total": 2}')
     assert done.returncode == 4 and "--app" in done.stderr
-    done = eventflow(tmp_path, "emit", "thing.made", "-d", '{"total": 2}', "--id", "offline", "--app", "shop.py")
+    done = eventflow(
+        tmp_path, "emit", "thing.made", "-d", '{"total": 2}', "--id", "offline", "--app", "shop.py"
+    )
     assert done.returncode == 0, done.stderr
     assert asked(served, "doctor")["ok"] is True
     with serving(tmp_path) as again:
@@ -211,7 +237,12 @@ def test_run_and_task_here(tmp_path: Path):
     done = eventflow(tmp_path, "run", "shop.py:handle", "--event", "@e.json")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 8.0})
     done = eventflow(tmp_path, "run", "shop.py:failing", "-p", "message=no")
-    assert done.returncode == 1 and "ValueError: no" in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert (
+        done.returncode == 1
+        and "ValueError: no" in done.stderr
+        and "Traceback" not in done.stderr
+        and done.stdout == ""
+    )
     done = eventflow(tmp_path, "run", "shop.py:handle", "-p", "totl=3")
     assert done.returncode == 2 and "total" in done.stderr
     done = eventflow(tmp_path, "task", "shop.py:double", "-p", "total=21")
@@ -246,7 +277,9 @@ def test_dev_begins_anew(tmp_path: Path):
         assert served.wait_for(served.start("f"), "completed")["result"] == 1
         (tmp_path / "app.py").write_text("def broken(:\n")
         wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
-        wait_until(lambda: "it begins anew when a *.py file changes" in served.log, "what mends it is told")
+        wait_until(
+            lambda: "it begins anew when a *.py file changes" in served.log, "what mends it is told"
+        )
         (tmp_path / "app.py").write_text(app.format(2))
         assert served.process.stdout is not None
         again = json.loads(served.process.stdout.readline())

@@ -71,9 +71,18 @@ def fill(served: Served) -> None:
     for total in (50, 500):
         served.post("/hooks/orders", {"id": f"total-{total}", "total": total})
     for number, (kind, data) in enumerate([*BY_FOUR, *ORDER]):
-        event = {"specversion": "1.0", "id": f"e{number}", "source": "/shop", "type": kind, "data": data}
+        event = {
+            "specversion": "1.0",
+            "id": f"e{number}",
+            "source": "/shop",
+            "type": kind,
+            "data": data,
+        }
         served.client.post("/api/events", content=json.dumps(event), headers=CLOUDEVENT)
-    wait_until(lambda: served.get("/api/counts")["completed"] == 4, "large, paid (two events) and unshipped are done")
+    wait_until(
+        lambda: served.get("/api/counts")["completed"] == 4,
+        "large, paid (two events) and unshipped are done",
+    )
 
 
 def dry(folder: Path, *args: str) -> Any:
@@ -94,14 +103,19 @@ def test_the_server_tells_what_its_code_would_start(shop: Served):
     """A filter, a count, a sequence and an absence over the last seven days, each run with its key and events; none starts."""
     before, known = shop.get("/api/counts"), ids(shop)
     told = dry(shop.folder)
-    assert started(told) == {"large": 1, "brute": 0, "paid": 1, "unshipped": 1} and told["events"] == 8
+    assert (
+        started(told) == {"large": 1, "brute": 0, "paid": 1, "unshipped": 1} and told["events"] == 8
+    )
     runs = {run["subscription"]: run for run in told["runs"]}
     assert runs["large"]["events"] == [known["total-500"]]
     assert (runs["paid"]["key"], runs["paid"]["events"]) == ("o-1", [known["e4"], known["e5"]])
     assert (runs["unshipped"]["mode"], runs["unshipped"]["events"]) == ("pattern", [known["e5"]])
     assert shop.get("/api/counts") == before
     text = eventflow(shop.folder, "replay", "--since", "1w", "--dry-run").stdout
-    assert f"o-1  2: {known['e4']}, {known['e5']}" in text and "3 runs would start" in text.splitlines()[-1]
+    assert (
+        f"o-1  2: {known['e4']}, {known['e5']}" in text
+        and "3 runs would start" in text.splitlines()[-1]
+    )
     assert "brute: 0 runs of 0 events; it heard of 4, 4 still wait at the end" in text
     assert "1 filtered: total" in text
 
@@ -113,7 +127,9 @@ def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: Served):
     (brute,) = (run for run in told["runs"] if run["subscription"] == "brute")
     known = ids(shop)
     assert brute["key"] == "ada" and brute["events"] == [known["e0"], known["e1"], known["e2"]]
-    assert started(dry(shop.folder, "--app", "changed.py", "--to", "brute", "--type", "login.failed")) == {"brute": 1}
+    assert started(
+        dry(shop.folder, "--app", "changed.py", "--to", "brute", "--type", "login.failed")
+    ) == {"brute": 1}
 
 
 def test_without_a_server(tmp_path: Path):
@@ -123,8 +139,18 @@ def test_without_a_server(tmp_path: Path):
     with serving(tmp_path, file="watch.py") as served:
         fill(served)
         assert served.stop() == 0
-    assert started(dry(tmp_path, "--app", "changed.py")) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
-    assert started(dry(tmp_path, "--app", "watch.py", "--until", "5m")) == {"large": 0, "brute": 0, "paid": 0, "unshipped": 0}
+    assert started(dry(tmp_path, "--app", "changed.py")) == {
+        "large": 2,
+        "brute": 1,
+        "paid": 1,
+        "unshipped": 1,
+    }
+    assert started(dry(tmp_path, "--app", "watch.py", "--until", "5m")) == {
+        "large": 0,
+        "brute": 0,
+        "paid": 0,
+        "unshipped": 0,
+    }
     alone = eventflow(tmp_path, "replay", "--since", "7d", "--dry-run")
     assert alone.returncode == 4 and "--app" in alone.stderr
 
@@ -132,7 +158,13 @@ def test_without_a_server(tmp_path: Path):
 def test_a_replay_of_a_time_is_for_those_who_heard_of_it(tmp_path: Path):
     """A replay of many events gives each to the subscriptions on its own trigger, and passes over what nobody hears of."""
     (tmp_path / "watch.py").write_text(WATCH)
-    unheard = {"specversion": "1.0", "id": "unheard", "source": "/shop", "type": "nobody.hears", "data": {"total": 1000}}
+    unheard = {
+        "specversion": "1.0",
+        "id": "unheard",
+        "source": "/shop",
+        "type": "nobody.hears",
+        "data": {"total": 1000},
+    }
     with serving(tmp_path, file="watch.py") as served:
         served.post("/hooks/orders", {"id": "small", "total": 50})
         served.post("/hooks/orders", {"id": "large", "total": 500})
@@ -155,7 +187,9 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
     (tmp_path / "changed.py").write_text(MONITOR.replace("warn=0.5", "warn=0.15, alert=0.9"))
     with serving(tmp_path, file="scores.py") as served:
         for number, mean in enumerate([0.0, 0.5, 0.0, 0.5, 0.0, 0.0, 0.5, 0.0]):
-            sent = served.post("/hooks/scores", {"id": f"b{number}", "rows": amounts(number + 1, 1000, mean)})
+            sent = served.post(
+                "/hooks/scores", {"id": f"b{number}", "rows": amounts(number + 1, 1000, mean)}
+            )
             assert sent.status_code == 202, sent.text
         (trigger,) = served.get("/api/triggers")["triggers"]
         assert trigger["totals"]["drift_windows_judged"] == 8
@@ -163,14 +197,21 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
         assert (told["would_start"], told["foretold"]) == (0, [])
         again = dry(tmp_path, "--app", "changed.py", "--to", "retrain")
         assert again["would_start"] == 3
-        text = eventflow(tmp_path, "replay", "--since", "7d", "--dry-run", "--app", "changed.py").stdout
+        text = eventflow(
+            tmp_path, "replay", "--since", "7d", "--dry-run", "--app", "changed.py"
+        ).stdout
         assert text.count("the warning begins at 0.15") == 3 and "psi of amount is 0." in text
-        assert "would have sent 6 events, in place of 0 on record" in text and "3 runs would start" in text
+        assert (
+            "would have sent 6 events, in place of 0 on record" in text
+            and "3 runs would start" in text
+        )
         assert served.get("/api/runs")["runs"] == [] and served.stop() == 0
     assert dry(tmp_path, "--app", "changed.py")["runs"] == again["runs"]
 
 
-@pytest.mark.parametrize("ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"])
+@pytest.mark.parametrize(
+    "ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"]
+)
 def test_times_are_instants_or_how_long_ago(shop: Served, ago: str):
     """--since and --until take durations back from now beside instants."""
     done = eventflow(shop.folder, "ls", "events", "--since", ago, "--json")

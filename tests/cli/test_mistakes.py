@@ -44,13 +44,23 @@ def test_targets(tmp_path: Path, case: str):
         (tmp_path / "app.py").write_text(code)
     done = eventflow(tmp_path, "serve", target, "--port", "0")
     assert done.returncode == exit_code, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (
+        said in done.stderr
+        and "Traceback" not in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    ), done.stderr
     assert done.stdout == "" and not (tmp_path / ".eventflow").exists()
 
 
 def test_errors_as_json(tmp_path: Path):
     """With --json an error is one JSON object on stderr, usage errors too."""
-    for args, code in ((("serve", "none.py"), 3), (("ls",), 4), (("ls", "--nope"), 2), (("nope",), 2), (("show",), 2)):
+    for args, code in (
+        (("serve", "none.py"), 3),
+        (("ls",), 4),
+        (("ls", "--nope"), 2),
+        (("nope",), 2),
+        (("show",), 2),
+    ):
         done = eventflow(tmp_path, *args, "--json")
         assert done.returncode == code and done.stdout == "", args
         assert set(json.loads(done.stderr)) == {"error", "detail"}
@@ -75,12 +85,21 @@ def test_errors_as_json(tmp_path: Path):
         (("run", "app.py:f", "--event", '{"z": 1}'), "cannot bind parameter 'x'"),
         (("run", "app.py:f", "--params", "[]"), "JSON object"),
         (("task", "app.py:t", "-p", "q=1"), "task 't' cannot bind parameter"),
-        (("run", "app.py:f", "-p", "x=1", "--idempotency-key", ""), "--idempotency-key expected a text"),
-        (("serve", "app.py", "--allow-host", "https://shop.example.com"), "without scheme and port"),
+        (
+            ("run", "app.py:f", "-p", "x=1", "--idempotency-key", ""),
+            "--idempotency-key expected a text",
+        ),
+        (
+            ("serve", "app.py", "--allow-host", "https://shop.example.com"),
+            "without scheme and port",
+        ),
         (("serve", "app.py", "--allow-host", "shop.example.com:443"), "without scheme and port"),
         (("serve", "app.py", "--store", "sqlite:///."), "expected a file, found the folder ."),
         (("ls", "--store", "."), "expected a file, found the folder ."),
-        (("serve", "app.py", "--store", "sqlite:////dev/null"), "expected a file, found the device /dev/null"),
+        (
+            ("serve", "app.py", "--store", "sqlite:////dev/null"),
+            "expected a file, found the device /dev/null",
+        ),
         (("ls", "--store", "postgres://db/shop"), "expected sqlite:///PATH"),
         (("ls", "--url", "localhost:8710"), "expected http://HOST:PORT"),
         (("ls", "events", "--state", "failed"), "--state chooses among runs"),
@@ -91,7 +110,8 @@ def test_errors_as_json(tmp_path: Path):
 def test_usage(tmp_path: Path, args: tuple[str, ...], said: str):
     """A mistyped command, option or parameter exits 2 and says what was meant."""
     (tmp_path / "app.py").write_text(
-        APP + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\napp = App('a')\n"
+        APP
+        + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\napp = App('a')\n"
     )
     done = eventflow(tmp_path, *args)
     assert done.returncode == 2, done.stderr
@@ -101,10 +121,13 @@ def test_usage(tmp_path: Path, args: tuple[str, ...], said: str):
 def test_a_task_from_a_thread(tmp_path: Path):
     """A task called from a thread fails its run and says how to call it; exit 1."""
     (tmp_path / "app.py").write_text(
-        APP + "import asyncio\n@task\nasync def t(): return 1\n@flow\nasync def f(): return await asyncio.to_thread(t)\n"
+        APP
+        + "import asyncio\n@task\nasync def t(): return 1\n@flow\nasync def f(): return await asyncio.to_thread(t)\n"
     )
     done = eventflow(tmp_path, "run", "app.py:f")
-    assert done.returncode == 1 and "called from a thread" in done.stderr and "await t(" in done.stderr
+    assert (
+        done.returncode == 1 and "called from a thread" in done.stderr and "await t(" in done.stderr
+    )
 
 
 def test_nothing_there(tmp_path: Path):
@@ -115,7 +138,13 @@ def test_nothing_there(tmp_path: Path):
     assert not (tmp_path / "x.db").exists()
     (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\napp = App('app')\n")
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
-    for args in (("show", "zzz"), ("explain", "zzz"), ("retry", "zzz"), ("logs", "zzz"), ("pause", "zzz")):
+    for args in (
+        ("show", "zzz"),
+        ("explain", "zzz"),
+        ("retry", "zzz"),
+        ("logs", "zzz"),
+        ("pause", "zzz"),
+    ):
         done = eventflow(tmp_path, *args)
         assert done.returncode == 5, (args, done.stderr)
     for ident in ("7", "99999999999999999999", "²"):
@@ -158,7 +187,8 @@ def test_a_file_that_is_no_store(tmp_path: Path):
 def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
     """Events that nobody hears of are passed over and told by the reason; when there are no others, it exits 2."""
     (tmp_path / "app.py").write_text(
-        APP + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def other(): return 1\n"
+        APP
+        + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def other(): return 1\n"
     )
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     for kind in ("unheard", "unheard", "heard"):
@@ -181,7 +211,9 @@ def test_a_server_elsewhere_is_what_doctor_looks_at(tmp_path: Path):
 
 def test_doctor_knows_every_extra(tmp_path: Path):
     """Each extra that a user may install is told as installed or not."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ].keys()
     (said,) = [row["detail"] for row in asked(tmp_path, "doctor") if row["check"] == "extras"]
     assert [extra for extra in extras - {"dev", "s3-modern"} if extra not in said] == []
 
@@ -195,12 +227,17 @@ def test_a_backup_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     done = eventflow(tmp_path, "backup", "nowhere/copy.db")
-    assert done.returncode == 2 and f"cannot write the backup {tmp_path}/nowhere/copy.db" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2
+        and f"cannot write the backup {tmp_path}/nowhere/copy.db" in done.stderr
+    ), done.stderr
 
 
 def test_env_file(tmp_path: Path):
     """Whatever loads a target reads .env; what the environment says goes first."""
-    (tmp_path / "app.py").write_text(APP + "import os\n@flow\nasync def f(): return os.environ['PLACE']\n")
+    (tmp_path / "app.py").write_text(
+        APP + "import os\n@flow\nasync def f(): return os.environ['PLACE']\n"
+    )
     (tmp_path / ".env").write_text("PLACE=file\n")
     assert json.loads(eventflow(tmp_path, "run", "app.py:f").stdout) == "file"
     assert json.loads(eventflow(tmp_path, "run", "app.py:f", PLACE="here").stdout) == "here"

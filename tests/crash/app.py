@@ -30,7 +30,9 @@ def leave_trace() -> None:
     me = current_task()
     fd = os.open(_EFFECTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, f"{me.idempotency_key} {me.attempt} {_BOOT} {time.time_ns() // 1000}\n".encode())
+        os.write(
+            fd, f"{me.idempotency_key} {me.attempt} {_BOOT} {time.time_ns() // 1000}\n".encode()
+        )
     finally:
         os.close(fd)
 
@@ -98,7 +100,9 @@ def expected(n: int) -> dict[str, Any]:
 async def lifespan() -> AsyncIterator[None]:
     """Leaves the threads' numbers in $CRASH_THREADS, for who wants to trace one of them."""
     if path := os.environ.get("CRASH_THREADS"):
-        Path(path).write_text(json.dumps({thread.name: thread.native_id for thread in threading.enumerate()}))
+        Path(path).write_text(
+            json.dumps({thread.name: thread.native_id for thread in threading.enumerate()})
+        )
     yield
 
 

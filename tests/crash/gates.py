@@ -10,7 +10,18 @@ import signal
 import threading
 from pathlib import Path
 
-from eventflow import App, Debounce, Event, Retry, current_run, current_task, emit, flow, sleep, task
+from eventflow import (
+    App,
+    Debounce,
+    Event,
+    Retry,
+    current_run,
+    current_task,
+    emit,
+    flow,
+    sleep,
+    task,
+)
 from tests.crash.app import leave_trace, lifespan
 from triggers import Webhook
 

@@ -47,7 +47,13 @@ def check(folder: Path, told: Told) -> tuple[list[str], Tally]:
         wrong = asyncio.run(store.check())
         counts = asyncio.run(store.counts())
         rows = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        wrong += [*_sum(counts), *_events(rows, told), *_handled(rows, told), *_children(rows), *_emitted(rows)]
+        wrong += [
+            *_sum(counts),
+            *_events(rows, told),
+            *_handled(rows, told),
+            *_children(rows),
+            *_emitted(rows),
+        ]
         bodies = list(_bodies(folder / "effects"))
         wrong += _never_again(rows, bodies)
         entries = rows.execute("SELECT count(*) FROM journal").fetchone()[0]
@@ -60,7 +66,10 @@ def check(folder: Path, told: Told) -> tuple[list[str], Tally]:
 
 def _sum(counts: Mapping[str, int]) -> Iterator[str]:
     """P9, with everything at rest: nothing pending, nothing quarantined, nothing failed."""
-    parts = {name: counts[name] for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending")}
+    parts = {
+        name: counts[name]
+        for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
+    }
     if counts["accepted"] != sum(parts.values()) or counts["accepted"] != counts["completed"]:
         yield f"accepted {counts['accepted']}, expected all of them completed, found {parts}"
 
@@ -75,7 +84,9 @@ def _events(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
             yield f"event {ident} was acknowledged as {ledger_id} and is lost"
         elif found[ident][1] != ledger_id:
             yield f"event {ident} was acknowledged as {ledger_id}, the ledger has it as {found[ident][1]}"
-    yield from (f"event {ident} is {n} times in the ledger" for ident, (n, _) in found.items() if n != 1)
+    yield from (
+        f"event {ident} is {n} times in the ledger" for ident, (n, _) in found.items() if n != 1
+    )
     yield from (f"event {ident} was never sent" for ident in found.keys() - told.sent.keys())
 
 
@@ -83,17 +94,19 @@ def _handled(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
     """One run of `handle` per event, completed, with the right result."""
     runs: Counter[str] = Counter()
     asked = "SELECT e.event_id, r.id, r.state, r.result, r.reason, r.deaths FROM events e LEFT JOIN runs r ON r.event = e.id"
-    for ident, run, state, result, reason, deaths in rows.execute(f"{asked} WHERE e.trigger = 'orders'"):
+    for ident, run, state, result, reason, deaths in rows.execute(
+        f"{asked} WHERE e.trigger = 'orders'"
+    ):
         runs[ident] += run is not None
-        if run is not None and (state != State.COMPLETED or json.loads(result) != expected(told.sent[ident])):
+        if run is not None and (
+            state != State.COMPLETED or json.loads(result) != expected(told.sent[ident])
+        ):
             yield f"run {show_id(run)} of event {ident}: {State(state).word} ({reason}, {deaths} deaths) with {result}"
     yield from (f"event {ident} has {n} runs, expected one" for ident, n in runs.items() if n != 1)
 
 
 def _children(rows: sqlite3.Connection) -> Iterator[str]:
-    asked = (
-        "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
-    )
+    asked = "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
     for parent, n, completed in rows.execute(f"{asked} GROUP BY p.id"):
         if (n, completed) != (1, 1):
             yield f"run {show_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
@@ -118,7 +131,9 @@ def _bodies(effects: Path) -> Iterator[tuple[str, int, int, int]]:
             yield key, int(attempt), int(boot), int(at)
 
 
-def _never_again(rows: sqlite3.Connection, bodies: list[tuple[str, int, int, int]]) -> Iterator[str]:
+def _never_again(
+    rows: sqlite3.Connection, bodies: list[tuple[str, int, int, int]]
+) -> Iterator[str]:
     """P4: once its value is recorded, a call's body never starts again; nor does an attempt whose failure is recorded."""
     values: dict[str, int] = {}
     failures: dict[tuple[str, int], int] = {}

@@ -40,7 +40,10 @@ class Pair:
     name = "kafka"
 
     def __init__(self, server: str, topic: str, every: float, draw: random.Random) -> None:
-        self._members = [Kafka(topic, bootstrap_servers=server, group_id=GROUP, name=self.name, **OPTIONS) for _ in range(2)]
+        self._members = [
+            Kafka(topic, bootstrap_servers=server, group_id=GROUP, name=self.name, **OPTIONS)
+            for _ in range(2)
+        ]
         self._every, self._draw = every, draw
         self._leaving = asyncio.Lock()
         self.calm = asyncio.Event()
@@ -57,7 +60,11 @@ class Pair:
             try:
                 await asyncio.wait([stay], timeout=self._every * self._draw.uniform(0.5, 1.5))
                 async with self._leaving:
-                    await eventually(lambda: other.condition is None or self.calm.is_set(), "the other is at work", within=60)
+                    await eventually(
+                        lambda: other.condition is None or self.calm.is_set(),
+                        "the other is at work",
+                        within=60,
+                    )
                     await _end(stay)
             finally:
                 await _end(stay)
@@ -71,7 +78,9 @@ async def _end(stay: asyncio.Task[None]) -> None:
     await asyncio.gather(stay, return_exceptions=True)
 
 
-async def churn(folder: Path, broker: Broker, seconds: float, every: float, seed: int) -> tuple[list[str], str]:
+async def churn(
+    folder: Path, broker: Broker, seconds: float, every: float, seed: int
+) -> tuple[list[str], str]:
     """What went wrong, and how much there was to get wrong."""
     draw = random.Random(seed)
     topic = await broker.create(partitions=PARTITIONS)
@@ -103,7 +112,9 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kafka-churn-"))
     with tansu() as broker:
-        wrong, told = asyncio.run(churn(folder, broker, options.seconds, options.every, options.seed))
+        wrong, told = asyncio.run(
+            churn(folder, broker, options.seconds, options.every, options.seed)
+        )
     print(told)
     again = f"--seconds {options.seconds:g} --every {options.every:g} --seed {options.seed}"
     return verdict(wrong, folder, f"tests.crash.kafka_churn {again}")

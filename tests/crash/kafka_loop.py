@@ -47,12 +47,20 @@ def look(folder: Path, sent: Sequence[int]) -> tuple[list[str], int]:
     finally:
         store.close()
     rows = sqlite3.connect(f"file:{folder}/store.db?mode=ro", uri=True)
-    found = Counter(ident.rpartition(":")[0] for (ident,) in rows.execute("SELECT event_id FROM events"))
-    runs = rows.execute("SELECT count(*), count(DISTINCT event), total(state = 4) FROM runs").fetchone()
+    found = Counter(
+        ident.rpartition(":")[0] for (ident,) in rows.execute("SELECT event_id FROM events")
+    )
+    runs = rows.execute(
+        "SELECT count(*), count(DISTINCT event), total(state = 4) FROM runs"
+    ).fetchone()
     rows.close()
     expected = {f"{partition}:{offset}" for partition, n in enumerate(sent) for offset in range(n)}
     wrong += [f"offset {each} is not in the ledger" for each in sorted(expected - found.keys())]
-    wrong += [f"offset {each} is in the ledger {n} times" for each, n in found.items() if n > 1 or each not in expected]
+    wrong += [
+        f"offset {each} is in the ledger {n} times"
+        for each, n in found.items()
+        if n > 1 or each not in expected
+    ]
     if runs != (len(expected), len(expected), len(expected)):
         wrong.append(f"{len(expected)} events have (runs, of different events, completed) {runs}")
     return wrong, counts["duplicates"]
@@ -95,7 +103,9 @@ class Loop:
         for cycle in range(1, cycles + 1):
             await self._cycle()
             if progress and cycle % 25 == 0:
-                print(f"{cycle:>5} {sum(source.sent):>7} records, {len(self.wrong)} wrong", flush=True)
+                print(
+                    f"{cycle:>5} {sum(source.sent):>7} records, {len(self.wrong)} wrong", flush=True
+                )
         source.over.set()
         await producer
         self.sent = source.sent
@@ -105,9 +115,17 @@ class Loop:
         return self.wrong
 
     def _spawn(self, seam: str, count: int) -> "subprocess.Popen[bytes]":
-        call = [sys.executable, "-m", "tests.crash.kafka_victim", str(self.folder), self.broker.server]
+        call = [
+            sys.executable,
+            "-m",
+            "tests.crash.kafka_victim",
+            str(self.folder),
+            self.broker.server,
+        ]
         with (self.folder / "victim.log").open("ab") as log:
-            return subprocess.Popen([*call, self.topic, self.kind, seam, str(count)], cwd=ROOT, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [*call, self.topic, self.kind, seam, str(count)], cwd=ROOT, stdout=log, stderr=log
+            )
 
     async def _cycle(self) -> None:
         """One life, and a look at what the group and the ledger say after it."""
@@ -119,7 +137,9 @@ class Loop:
             await asyncio.sleep(0.01)
         self.ends[seam if victim.poll() is not None else "at random"] += 1
         if victim.poll() not in (None, -9):
-            self.wrong.append(f"a victim ended with {victim.poll()}: {(self.folder / 'victim.log').read_text()[-2000:]}")
+            self.wrong.append(
+                f"a victim ended with {victim.poll()}: {(self.folder / 'victim.log').read_text()[-2000:]}"
+            )
         victim.kill()
         victim.wait()
         await self._compare()
@@ -131,7 +151,9 @@ class Loop:
             recorded = cursor.get(f"{self.topic}/{partition}", 0)
             self.behind += (offset or 0) < recorded
             if (offset or 0) > recorded:
-                self.wrong.append(f"the group committed {offset} of partition {partition}, the ledger has {recorded}")
+                self.wrong.append(
+                    f"the group committed {offset} of partition {partition}, the ledger has {recorded}"
+                )
 
     def _cursor(self) -> dict[str, int]:
         path = self.folder / "store.db"
@@ -139,7 +161,9 @@ class Loop:
             return {}
         rows = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         try:
-            listed = rows.execute("SELECT key, value FROM cursors WHERE trigger = 'kafka' AND key LIKE '%/_'").fetchall()
+            listed = rows.execute(
+                "SELECT key, value FROM cursors WHERE trigger = 'kafka' AND key LIKE '%/_'"
+            ).fetchall()
             return {key: json.loads(value)[0] for key, value in listed}
         except sqlite3.OperationalError:  # killed before the store was made
             return {}
@@ -153,7 +177,9 @@ class Loop:
         while victim.poll() is None and time.monotonic() - began < REST:
             await asyncio.sleep(0.1)
         if victim.poll() != 0:
-            self.wrong.append(f"it did not come to rest: {(self.folder / 'victim.log').read_text()[-2000:]}")
+            self.wrong.append(
+                f"it did not come to rest: {(self.folder / 'victim.log').read_text()[-2000:]}"
+            )
             victim.kill()
             victim.wait()
         await self._compare()

@@ -22,8 +22,15 @@ GROUP = "kill"
 SEAMS = ("fetched", "offering", "recorded", "committing", "committed", "assigned")
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "noida": {"group_instance_id": "victim", "session_timeout_ms": 6_000},  # it never evicts a member that died
-    "tansu": {"session_timeout_ms": 1_000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 1_000},
+    "noida": {
+        "group_instance_id": "victim",
+        "session_timeout_ms": 6_000,
+    },  # it never evicts a member that died
+    "tansu": {
+        "session_timeout_ms": 1_000,
+        "heartbeat_interval_ms": 200,
+        "rebalance_timeout_ms": 1_000,
+    },
 }
 
 
@@ -76,7 +83,12 @@ def lay(fuse: Fuse) -> None:
         await take(self, assigned)
         fuse.met("assigned")
 
-    for name, wrapped in {"_fetch": _fetch, "_record": _record, "_commit": _commit, "_take_up": _take_up}.items():
+    for name, wrapped in {
+        "_fetch": _fetch,
+        "_record": _record,
+        "_commit": _commit,
+        "_take_up": _take_up,
+    }.items():
         setattr(session.Session, name, wrapped)
     session.COMMIT_EVERY = 0.03
 

@@ -63,6 +63,9 @@ def one_fate(server: Server, ident: str = EVENT, result: object = RESULT) -> dic
     whole = server.get(f"/api/runs/{run['id']}")
     assert (whole["state"], whole["result"]) == ("completed", result), whole
     counts = server.get("/api/counts")
-    parts = sum(counts[name] for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending"))
+    parts = sum(
+        counts[name]
+        for name in ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
+    )
     assert counts["accepted"] == parts == counts["completed"]
     return whole

@@ -62,7 +62,9 @@ class World:
             if first != ledger_id:
                 self.wrong.append(f"event {ident} was acknowledged as {first}, then as {ledger_id}")
             if known and not body.get("duplicate"):
-                self.wrong.append(f"event {ident} was acknowledged, and then taken for new: {status} {body}")
+                self.wrong.append(
+                    f"event {ident} was acknowledged, and then taken for new: {status} {body}"
+                )
 
 
 class Sender(threading.Thread):
@@ -70,7 +72,11 @@ class Sender(threading.Thread):
 
     def __init__(self, world: World, number: int) -> None:
         super().__init__(name=f"sender-{number}", daemon=True)
-        self.world, self.draw, self.client = world, random.Random(world.seed * 100 + number), Client()
+        self.world, self.draw, self.client = (
+            world,
+            random.Random(world.seed * 100 + number),
+            Client(),
+        )
         self.at_rest = threading.Event()
 
     def run(self) -> None:
@@ -93,7 +99,10 @@ class Sender(threading.Thread):
         self._deliver(ident, self.client)
         if dice < AGAIN:
             earlier = f"{self.world.seed}-{self.draw.randrange(len(self.world.sent))}"
-            self._deliver(earlier if earlier in self.world.acked and dice < AGAIN * 5 / 8 else ident, self.client)
+            self._deliver(
+                earlier if earlier in self.world.acked and dice < AGAIN * 5 / 8 else ident,
+                self.client,
+            )
 
     def _deliver_at_once(self, ident: str) -> None:
         """From two connections at the same time."""
@@ -113,7 +122,9 @@ class Sender(threading.Thread):
             try:
                 if not url:
                     raise Lost("no server")
-                status, body, _ = client.ask(url, "POST", "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident})
+                status, body, _ = client.ask(
+                    url, "POST", "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident}
+                )
             except Lost:
                 world.said["lost"] += bool(url)
                 time.sleep(0.005)  # the sender's own back-off
@@ -148,7 +159,10 @@ class Loop:
                 self._cycle()
                 if cycle % check_every == 0 or cycle == cycles:
                     self._look(cycle)
-                    print(f"  {cycle} cycles, {len(self.world.acked)} events: {self.tally}", flush=True)
+                    print(
+                        f"  {cycle} cycles, {len(self.world.acked)} events: {self.tally}",
+                        flush=True,
+                    )
                 if self.world.wrong:
                     return [f"cycle {cycle}: {sentence}" for sentence in self.world.wrong]
         finally:
@@ -170,9 +184,13 @@ class Loop:
                 self._note_ready(server, self.draw.random() * 0.8)
                 return
             if not self._note_ready(server, 30.0):
-                self.world.wrong.append(f"boot {self._boot} did not become ready: {server.complaint}")
+                self.world.wrong.append(
+                    f"boot {self._boot} did not become ready: {server.complaint}"
+                )
                 return
-            time.sleep(self.draw.random() * (0.05 if way == "at once" else 1.5))  # not a wait: the moment to die at
+            time.sleep(
+                self.draw.random() * (0.05 if way == "at once" else 1.5)
+            )  # not a wait: the moment to die at
             if way == "in drain":
                 server.signal(signal.SIGTERM)
                 time.sleep(self.draw.random() * 0.3)
@@ -202,7 +220,9 @@ class Loop:
             if not sender.at_rest.wait(60):
                 wrong.append(f"{sender.name} was not answered for 60 s")
         if not _rests(server):
-            wrong.append(f"not at rest after 60 s: {server.get('/api/counts')} {server.get('/api/runs?state=held&limit=3')}")
+            wrong.append(
+                f"not at rest after 60 s: {server.get('/api/counts')} {server.get('/api/runs?state=held&limit=3')}"
+            )
         self.world.url = ""
         if (code := server.stop()) != 0:
             wrong.append(f"exit code {code} after SIGTERM, expected 0")
@@ -236,11 +256,15 @@ def _rests(server: Server, within: float = 60.0) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.crash.loop", description="kill -9 at random moments, under load")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.crash.loop", description="kill -9 at random moments, under load"
+    )
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--check-every", type=int, default=100)
-    parser.add_argument("--ready-limit", type=float, default=READY, help="seconds in which a restart must be ready")
+    parser.add_argument(
+        "--ready-limit", type=float, default=READY, help="seconds in which a restart must be ready"
+    )
     options = parser.parse_args()
     seed = a_seed(options.seed)
     folder = Path(tempfile.mkdtemp(prefix=f"eventflow-crash-{seed}-"))

@@ -23,8 +23,14 @@ async def land(key: str, etag: str) -> str:
 
 def way_in() -> S3:
     queue, reconcile = os.environ.get("CRASH_QUEUE"), os.environ.get("CRASH_RECONCILE")
-    options: dict[str, Any] = {"queue": queue, "reconcile": float(reconcile) if reconcile else None} if queue else {"poll": 0.1}
-    return S3(os.environ.get("CRASH_BUCKET", "crash"), wait=1, visibility=3, name="landing", **options)
+    options: dict[str, Any] = (
+        {"queue": queue, "reconcile": float(reconcile) if reconcile else None}
+        if queue
+        else {"poll": 0.1}
+    )
+    return S3(
+        os.environ.get("CRASH_BUCKET", "crash"), wait=1, visibility=3, name="landing", **options
+    )
 
 
 app = App("crash-s3", ballast=0, free_floor=0)

@@ -49,7 +49,9 @@ class Writers:
         self.again = 0
         self.lock = threading.Lock()
         self.over, self.quiet = threading.Event(), threading.Event()
-        self._threads = [threading.Thread(target=self._write, args=(n,), daemon=True) for n in range(2)]
+        self._threads = [
+            threading.Thread(target=self._write, args=(n,), daemon=True) for n in range(2)
+        ]
 
     def start(self) -> None:
         for thread in self._threads:
@@ -66,7 +68,11 @@ class Writers:
             if self.quiet.is_set():
                 continue
             n += 1
-            key = f"in/{draw.randrange(KEYS)} +é" if self.queue and draw.random() < 0.5 else f"in/new {number}-{n}"
+            key = (
+                f"in/{draw.randrange(KEYS)} +é"
+                if self.queue and draw.random() < 0.5
+                else f"in/new {number}-{n}"
+            )
             body = f"{self.seed}-{number}-{n}".encode()
             with self.lock:
                 self.bucket.put(key, body)
@@ -77,7 +83,12 @@ class Writers:
     def _send_again(self) -> None:
         """One message more for a notice that waits, as a queue that delivers at least once may give out."""
         assert self.queue is not None
-        asked = {"QueueUrl": self.queue.url, "MaxNumberOfMessages": 1, "WaitTimeSeconds": 0, "VisibilityTimeout": 1}
+        asked = {
+            "QueueUrl": self.queue.url,
+            "MaxNumberOfMessages": 1,
+            "WaitTimeSeconds": 0,
+            "VisibilityTimeout": 1,
+        }
         for message in self.bucket.aws.sqs.receive_message(**asked).get("Messages", []):
             if "TestEvent" not in message["Body"]:
                 self.queue.send(message["Body"])
@@ -151,7 +162,9 @@ class Loop:
         else:
             self.writers.quiet.clear()
         if sent - left > len(there):
-            self.wrong.append(f"after boot {self._boot}: {sent} versions put, {left} messages left, {len(there)} in the ledger")
+            self.wrong.append(
+                f"after boot {self._boot}: {sent} versions put, {left} messages left, {len(there)} in the ledger"
+            )
 
     def _recorded(self) -> list[tuple[str, int]]:
         """(version, runs) of each event in the ledger; nobody else has the store open."""
@@ -162,7 +175,10 @@ class Loop:
         try:
             asked = "SELECT e.body, count(r.id) FROM events e LEFT JOIN runs r ON r.event = e.id"
             asked += " WHERE e.trigger = 'landing' GROUP BY e.id"
-            return [(f"{(data := json.loads(body)['data'])['key']}@{data['etag']}", runs) for body, runs in rows.execute(asked)]
+            return [
+                (f"{(data := json.loads(body)['data'])['key']}@{data['etag']}", runs)
+                for body, runs in rows.execute(asked)
+            ]
         except sqlite3.OperationalError:
             return []  # killed before the schema was there
         finally:
@@ -178,7 +194,9 @@ class Loop:
         while not self._at_rest(server):
             if time.monotonic() > deadline:
                 left = self.queue.left if self.queue else "?"
-                self.wrong.append(f"not at rest after 180 s: {left} messages left, {server.get('/api/counts')}")
+                self.wrong.append(
+                    f"not at rest after 180 s: {left} messages left, {server.get('/api/counts')}"
+                )
                 break
             time.sleep(0.1)
         self.counts = server.get("/api/counts")
@@ -196,9 +214,18 @@ class Loop:
         found: Counter[str] = Counter()
         for version, runs in self._recorded():
             found[version] += runs
-        self.wrong += [f"{version} has no run: it is lost" for version in sorted(self.writers.sent - found.keys())]
-        self.wrong += [f"{version} has {runs} runs, expected one" for version, runs in found.items() if runs != 1]
-        self.wrong += [f"{version} was never put" for version in sorted(found.keys() - self.writers.sent)]
+        self.wrong += [
+            f"{version} has no run: it is lost"
+            for version in sorted(self.writers.sent - found.keys())
+        ]
+        self.wrong += [
+            f"{version} has {runs} runs, expected one"
+            for version, runs in found.items()
+            if runs != 1
+        ]
+        self.wrong += [
+            f"{version} was never put" for version in sorted(found.keys() - self.writers.sent)
+        ]
 
     def report(self, cycles: int) -> str:
         ways = ", ".join(f"{n} {way}" for way, n in self.ways.most_common())
@@ -226,7 +253,11 @@ def main() -> int:
         loop = Loop(folder, aws, stack.enter_context(proxied(aws.url)), options.way, seed)
         wrong = loop.run(options.cycles)
     print(f"{loop.report(sum(loop.ways.values()))}\n  {time.monotonic() - began:.0f} s")
-    return verdict(wrong, folder, f"tests.crash.s3_loop --cycles {options.cycles} --way {options.way} --seed {seed}")
+    return verdict(
+        wrong,
+        folder,
+        f"tests.crash.s3_loop --cycles {options.cycles} --way {options.way} --seed {seed}",
+    )
 
 
 if __name__ == "__main__":

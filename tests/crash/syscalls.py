@@ -54,7 +54,13 @@ class Point(NamedTuple):
 
 def can_trace() -> bool:
     strace = shutil.which("strace")
-    return strace is not None and subprocess.run([strace, "-qq", "-o", os.devnull, "true"], capture_output=True).returncode == 0
+    return (
+        strace is not None
+        and subprocess.run(
+            [strace, "-qq", "-o", os.devnull, "true"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 # --------------------------------------------------------------------------- the scenario
@@ -72,7 +78,11 @@ class Scenario:
     def boot(self, before: Sequence[str] = ()) -> Server:
         self._boot += 1
         return Server(
-            HERE / "app.py", self.folder, self._boot, before=before, env={"CRASH_THREADS": str(self.folder / "threads")}
+            HERE / "app.py",
+            self.folder,
+            self._boot,
+            before=before,
+            env={"CRASH_THREADS": str(self.folder / "threads")},
         )
 
     def run(self, trace: Sequence[str]) -> bool:
@@ -84,7 +94,11 @@ class Scenario:
             if not server.ready():
                 return True
             if self.phase == "serve":
-                tracer = attach(server, trace, json.loads((self.folder / "threads").read_text())["eventflow-store"])
+                tracer = attach(
+                    server,
+                    trace,
+                    json.loads((self.folder / "threads").read_text())["eventflow-store"],
+                )
             if self.phase in ("serve", "stop"):
                 self.send(server)
             if not _rest(server):
@@ -105,7 +119,9 @@ class Scenario:
     def _send_one(self, server: Server, ident: str) -> None:
         client = Client()
         try:
-            status, body, _ = client.ask(server.url, "POST", "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident})
+            status, body, _ = client.ask(
+                server.url, "POST", "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident}
+            )
         except Lost:
             return
         finally:
@@ -134,7 +150,10 @@ def attach(server: Server, trace: Sequence[str], number: int) -> subprocess.Pope
     tracer = subprocess.Popen(["strace", "-qq", "-y", "-s", "0", *trace, "-p", str(number)])
     threads = Path(f"/proc/{server.process.pid}/task")
     meant = list(threads.iterdir()) if number == server.process.pid else [threads / str(number)]
-    wait_until(lambda: not any("TracerPid:\t0\n" in (one / "status").read_text() for one in meant), "strace is attached")
+    wait_until(
+        lambda: not any("TracerPid:\t0\n" in (one / "status").read_text() for one in meant),
+        "strace is attached",
+    )
     return tracer
 
 
@@ -163,7 +182,10 @@ def prepared(folder: Path, phase: str) -> Path:
         assert server.ready(), server.complaint
         scenario.send(server)
         effects = folder / "effects"
-        wait_until(lambda: effects.exists() and effects.read_text().count("\n") > EVENTS * 7, "about half the bodies began")
+        wait_until(
+            lambda: effects.exists() and effects.read_text().count("\n") > EVENTS * 7,
+            "about half the bodies began",
+        )
         server.kill()
     return folder
 
@@ -172,11 +194,15 @@ def listed(template: Path, folder: Path, phase: str) -> list[Point]:
     """The points of one phase, in the order of the calls they name."""
     shutil.copytree(template, folder)
     log = folder / "trace"
-    assert not Scenario(folder, phase).run(["-o", str(log), "-e", f"trace={CALLS}"]), "the scenario fails without any kill"
+    assert not Scenario(folder, phase).run(["-o", str(log), "-e", f"trace={CALLS}"]), (
+        "the scenario fails without any kill"
+    )
     seen: dict[tuple[str, str, str], int] = defaultdict(int)
     points: dict[Point, None] = {}
     for thread, call, path, makes in _calls(log):
-        name = "" if phase == "serve" or call == "rename" else path  # strace knows a rename by the path it begins with only
+        name = (
+            "" if phase == "serve" or call == "rename" else path
+        )  # strace knows a rename by the path it begins with only
         seen[thread, name, call] += 1
         if makes:
             points.setdefault(Point(phase, name, call, seen[thread, name, call]))
@@ -221,12 +247,20 @@ class Found(NamedTuple):
 
 
 def search(
-    folder: Path, seconds: float | None = None, jobs: int = 2, phases: Sequence[str] = PHASES, after: float = 0.0
+    folder: Path,
+    seconds: float | None = None,
+    jobs: int = 2,
+    phases: Sequence[str] = PHASES,
+    after: float = 0.0,
 ) -> Found:
     """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly.
     `after` leaves out so large a part of the order, which an earlier search has done."""
     templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in phases}
-    points = [point for phase in phases for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)]
+    points = [
+        point
+        for phase in phases
+        for point in listed(templates[phase], folder / f"listing-{PHASES.index(phase)}", phase)
+    ]
     spread = _spread(points)
     spread = spread[int(len(spread) * after) :]
     ends = None if seconds is None else time.monotonic() + seconds
@@ -247,7 +281,9 @@ def search(
         list(pool.map(attempt, enumerate(spread)))
     wrong = [sentence for _, _, found in tried for sentence in found]
     by = Counter(f"{point.phase}: {point.call} {point.path}" for point, _, _ in tried)
-    return Found(len(points), len(tried), [point for point, killed, _ in tried if not killed], wrong, by)
+    return Found(
+        len(points), len(tried), [point for point, killed, _ in tried if not killed], wrong, by
+    )
 
 
 def _spread(points: Sequence[Point]) -> list[Point]:
@@ -258,18 +294,32 @@ def _spread(points: Sequence[Point]) -> list[Point]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.crash.syscalls", description="kill -9 at every durable system call")
-    parser.add_argument("--seconds", type=float, default=None, help="as many as that gives time for; default: all")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.crash.syscalls", description="kill -9 at every durable system call"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="as many as that gives time for; default: all"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--phase", choices=PHASES, default=None, help="one phase; default: all")
-    parser.add_argument("--after", type=float, default=0.0, help="go on after this part of them, such as 0.5")
+    parser.add_argument(
+        "--after", type=float, default=0.0, help="go on after this part of them, such as 0.5"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="eventflow-syscalls-"))
-    found = search(folder, options.seconds, options.jobs, [options.phase] if options.phase else PHASES, options.after)
+    found = search(
+        folder,
+        options.seconds,
+        options.jobs,
+        [options.phase] if options.phase else PHASES,
+        options.after,
+    )
     for name, n in sorted(found.by.items()):
         print(f"{n:6} {name}")
     print(*(f"did not come: {point}" for point in found.missed), sep="\n")
-    print(f"{found.points} calls listed, {found.tried} tried, {found.tried - len(found.missed)} killed at")
+    print(
+        f"{found.points} calls listed, {found.tried} tried, {found.tried - len(found.missed)} killed at"
+    )
     print("\n".join(found.wrong) or "everything held")
     if not found.wrong:
         shutil.rmtree(folder)

@@ -25,7 +25,9 @@ def test_p1_p2_p4_row_1_row_2_kill_9_at_random_moments(tmp_path: Path):
     loop = Loop(tmp_path, SEED, ready_limit=READY)
     wrong = loop.run(CYCLES, check_every=CYCLES)
     print(loop.report(CYCLES))
-    assert wrong == [], f"the store is kept in {tmp_path}; again: python -m tests.crash.loop --cycles {CYCLES} --seed {SEED}"
+    assert wrong == [], (
+        f"the store is kept in {tmp_path}; again: python -m tests.crash.loop --cycles {CYCLES} --seed {SEED}"
+    )
     assert loop.tally is not None and loop.tally.repeated > 0 and loop.world.said["duplicates"] > 50
     shutil.rmtree(tmp_path)
 
@@ -39,9 +41,18 @@ def test_the_invariants_see_what_is_wrong(tmp_path: Path):
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "everything is at rest")
     assert server.stop() == 0
     assert check(tmp_path, Told(sent, acked))[0] == []
-    assert any("is lost" in found for found in check(tmp_path, Told({**sent, "c": 3}, {**acked, "c": "0"}))[0])
-    assert any("was acknowledged as 0" in found for found in check(tmp_path, Told(sent, acked | {"b": "0"}))[0])
-    assert any("of event b: completed" in found for found in check(tmp_path, Told(sent | {"b": 3}, acked))[0])
+    assert any(
+        "is lost" in found
+        for found in check(tmp_path, Told({**sent, "c": 3}, {**acked, "c": "0"}))[0]
+    )
+    assert any(
+        "was acknowledged as 0" in found
+        for found in check(tmp_path, Told(sent, acked | {"b": "0"}))[0]
+    )
+    assert any(
+        "of event b: completed" in found
+        for found in check(tmp_path, Told(sent | {"b": 3}, acked))[0]
+    )
     effects = tmp_path / "effects"
     key, attempt, boot, _ = effects.read_text().splitlines()[0].split()
     with effects.open("a") as file:
@@ -52,7 +63,11 @@ def test_the_invariants_see_what_is_wrong(tmp_path: Path):
 def test_the_page_names_tests_that_are_there():
     """Every test that docs/reliability.md names exists."""
     files = list((ROOT / "tests").rglob("test_*.py"))
-    known = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())} | {file.stem for file in files}
+    known = {name for file in files for name in re.findall(r"def (test_\w+)", file.read_text())} | {
+        file.stem for file in files
+    }
     named = set(re.findall(r"\btest_\w+\*?", (ROOT / "docs" / "reliability.md").read_text()))
     assert len(named) > 20
-    assert [name for name in sorted(named) if not any(fnmatchcase(one, name) for one in known)] == []
+    assert [
+        name for name in sorted(named) if not any(fnmatchcase(one, name) for one in known)
+    ] == []

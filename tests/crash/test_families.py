@@ -20,7 +20,9 @@ def _killed_family(lives: Lives) -> str:
     return f"sqlite:///{server.store}"
 
 
-def test_row_1_a_parent_hears_what_its_child_answers_while_its_journal_is_read(lives: Lives, monkeypatch: pytest.MonkeyPatch):
+def test_row_1_a_parent_hears_what_its_child_answers_while_its_journal_is_read(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+):
     """The child ends between the reading of its parent's journal and the parent's first step: the answer is not lost."""
     location = _killed_family(lives)
     read = SqliteStore.load

@@ -22,12 +22,17 @@ from tests.crash.victim import Lost, Server
 
 
 @pytest.mark.parametrize("how", ["exit", "segv"])
-def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_else(lives: Lives, how: str):
+def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_else(
+    lives: Lives, how: str
+):
     """A body kills its process each time. The first death is not on record; after three that are its run is dead, and says so.
     Runs beside it whose bodies last longer than the process never count as culprits, and complete."""
     server = lives.boot()
     for n in range(6):
-        assert server.send(f"slow-{n}", {"seconds": 1.0, "bodies": 1 + n // 3 * 3}, "patient")[0] == 202
+        assert (
+            server.send(f"slow-{n}", {"seconds": 1.0, "bodies": 1 + n // 3 * 3}, "patient")[0]
+            == 202
+        )
     assert server.send("bad", {"how": how}, "poison")[0] == 202
     deaths = 0
     while _dies(server):
@@ -127,13 +132,24 @@ def test_p10_row_7_a_failing_disk_stops_the_server_within_a_second(lives: Lives,
     server.send("before", DATA, "steps")
     wait_until(lambda: at_rest(server), "everything is at rest")
     writer = json.loads((lives.folder / "threads").read_text())["eventflow-store"]
-    where = ["-P", f"{server.store}-wal", "-o", os.devnull, "-e", f"trace={call}", "-e", f"inject={call}:error=EIO:when=1"]
+    where = [
+        "-P",
+        f"{server.store}-wal",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={call}",
+        "-e",
+        f"inject={call}:error=EIO:when=1",
+    ]
     tracer = attach(server, where, writer)
     began = time.monotonic()
     with suppress(Lost):  # as good: no answer is no acknowledgement
         assert server.send(EVENT, DATA, "steps")[0] == 503
     assert server.wait() == 74
-    assert time.monotonic() - began < 1.5  # the promise is 1 s; strace and a shared machine take theirs
+    assert (
+        time.monotonic() - began < 1.5
+    )  # the promise is 1 s; strace and a shared machine take theirs
     tracer.wait()
     assert server.complaint.count('"event":"store.failed"') == 1
     server = lives.boot()
@@ -163,13 +179,20 @@ def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
         hog = small_disk / "hog"
         disk = os.statvfs(small_disk)
         hog.write_bytes(b"x" * (disk.f_bavail * disk.f_frsize - (6 << 20)))
-        wait_until(lambda: server.send("try", DATA, "steps")[0] == 507, "the disk is full for the server")
+        wait_until(
+            lambda: server.send("try", DATA, "steps")[0] == 507, "the disk is full for the server"
+        )
         status, body, headers = server.send(EVENT, DATA, "steps")
         assert status == 507 and int(headers["retry-after"]) > 0 and "full" in body["detail"]
         run = server.get("/api/events/wait")["runs"][0]["id"]
-        wait_until(lambda: server.get(f"/api/runs/{run}")["state"] == "completed", "the run in flight finishes")
+        wait_until(
+            lambda: server.get(f"/api/runs/{run}")["state"] == "completed",
+            "the run in flight finishes",
+        )
         hog.unlink()
-        wait_until(lambda: server.send(EVENT, DATA, "steps")[0] in (200, 202), "intake resumes", within=10)
+        wait_until(
+            lambda: server.send(EVENT, DATA, "steps")[0] in (200, 202), "intake resumes", within=10
+        )
         one_fate(server)
         assert server.stop() == 0
     finally:
@@ -284,7 +307,9 @@ def test_p6_a_day_long_sleep_is_due_at_the_same_instant_after_a_kill(lives: Live
 
     wait_until(lambda: run()["state"] == "waiting", "the run waits")
     before = run()
-    assert _seconds(before["due_at"]) - _seconds(before["created_at"]) == pytest.approx(86400, abs=2)
+    assert _seconds(before["due_at"]) - _seconds(before["created_at"]) == pytest.approx(
+        86400, abs=2
+    )
     server = lives.boot()
     server = lives.boot()
     assert run() == before

@@ -73,7 +73,10 @@ def _prove(server: Served, started: set[str]) -> None:
     assert Counter(event["subject"] for event in events) == dict.fromkeys(lived, 2)
     assert {event["duplicates"] for event in events} == {0}
     alerts = server.get("/api/runs", flow="alert", limit=1000)["runs"]
-    assert Counter(run["subscription"] for run in alerts) == {"soon": len(lived), "later": len(lived)}
+    assert Counter(run["subscription"] for run in alerts) == {
+        "soon": len(lived),
+        "later": len(lived),
+    }
     server.process.kill()
     server.process.wait()
     with closing(sqlite3.connect(server.store)) as connection:

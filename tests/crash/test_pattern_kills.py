@@ -38,7 +38,9 @@ def test_p6_p9_row_1_patterns_survive_kill_9(tmp_path: Path):
     (tmp_path / "kills.py").write_text(APP)
     draw = random.Random(7)
     left = [(f"{side}-{n}", side, n) for n in range(PAIRS) for side in ("left", "right")]
-    left += [(f"question-{n}", "question", n) for n in range(6)] + [(f"answer-{n}", "answer", n) for n in range(3)]
+    left += [(f"question-{n}", "question", n) for n in range(6)] + [
+        (f"answer-{n}", "answer", n) for n in range(3)
+    ]
     draw.shuffle(left)
     left.sort(key=lambda each: each[1] == "answer")  # an answer comes after its question
     for life in range(LIVES + 1):
@@ -58,8 +60,16 @@ def _send(server: Served, events: list[tuple[str, str, int]]) -> list[tuple[str,
     """Sends events one by one; returns those that were not acknowledged, and two that were: duplicates."""
     for at, (ident, kind, key) in enumerate(events):
         try:
-            event = {"specversion": "1.0", "id": ident, "source": "/kills", "type": kind, "data": {"k": key}}
-            answer = server.post("/api/events", event, **{"content-type": "application/cloudevents+json"})
+            event = {
+                "specversion": "1.0",
+                "id": ident,
+                "source": "/kills",
+                "type": kind,
+                "data": {"k": key},
+            }
+            answer = server.post(
+                "/api/events", event, **{"content-type": "application/cloudevents+json"}
+            )
             assert answer.status_code in (200, 202), answer.text
         except httpx2.TransportError:
             return events[max(at - 2, 0) :]

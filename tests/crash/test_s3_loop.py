@@ -18,14 +18,18 @@ SEED = 31
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(("way", "cycles"), [("queue", 10), ("both", 6), ("sweep", 4)])
-def test_p1_p2_kill_9_between_receive_record_and_delete(ministack: Aws, tmp_path: Path, way: str, cycles: int):
+def test_p1_p2_kill_9_between_receive_record_and_delete(
+    ministack: Aws, tmp_path: Path, way: str, cycles: int
+):
     """Killed at random moments while objects are put, overwritten and told twice: each version has exactly one run, and no
     message is gone whose event is not in the ledger."""
     with proxied(ministack.url) as proxy:
         loop = Loop(tmp_path, ministack, proxy, way, SEED)
         wrong = loop.run(cycles)
     print(loop.report(cycles))
-    assert wrong == [], f"again: python -m tests.crash.s3_loop --cycles {cycles} --way {way} --seed {SEED}"
+    assert wrong == [], (
+        f"again: python -m tests.crash.s3_loop --cycles {cycles} --way {way} --seed {SEED}"
+    )
     assert len(loop.writers.sent) > 50 and (way == "sweep" or loop.counts["duplicates"] > 0)
     shutil.rmtree(tmp_path)
 

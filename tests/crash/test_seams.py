@@ -30,7 +30,9 @@ def test_p1_k1_a_kill_in_mid_request_leaves_nothing(lives: Lives):
     server = lives.boot()
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port)) as sock:
-        sock.sendall(b"POST /hooks/steps HTTP/1.1\r\nhost: localhost\r\nwebhook-id: e-1\r\ncontent-length: 8\r\n\r\n{")
+        sock.sendall(
+            b"POST /hooks/steps HTTP/1.1\r\nhost: localhost\r\nwebhook-id: e-1\r\ncontent-length: 8\r\n\r\n{"
+        )
         server = lives.boot()
     assert server.get("/api/counts")["events"] == 0
     status, body, _ = server.send(EVENT, DATA, "steps")
@@ -86,7 +88,9 @@ def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
         server.send(EVENT, DATA, "steps")
     tracer.wait()
     server = lives.boot()
-    found = sum(event["event_id"] == EVENT for event in server.get("/api/events")["events"])  # its run may have emitted another
+    found = sum(
+        event["event_id"] == EVENT for event in server.get("/api/events")["events"]
+    )  # its run may have emitted another
     assert found in may
     status, body, _ = server.send(EVENT, DATA, "steps")
     assert (status, body["duplicate"]) == ((200, True) if found else (202, False))
@@ -139,7 +143,9 @@ def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
     server = lives.boot()
     whole = one_fate(server)
     assert lives.ran() == ran
-    assert [word for word in lives.said if word.startswith("did ")] == [f"did {whole['id']}/first#0"] * effects
+    assert [word for word in lives.said if word.startswith("did ")] == [
+        f"did {whole['id']}/first#0"
+    ] * effects
     assert {attempt for _, attempt, _ in lives.bodies()} == {1}
     (emitted,) = server.get("/api/events?type=stepped")["events"]
     assert emitted["runs_started"] == 1
@@ -162,7 +168,9 @@ def test_row_2_k9_a_death_counts_when_its_start_was_journaled_and_is_forgiven(li
 
 
 def _body_began(lives: Lives, times: int) -> None:
-    wait_until(lambda: lives.said.count("body runs") == times, f"the body of `first` began {times} times")
+    wait_until(
+        lambda: lives.said.count("body runs") == times, f"the body of `first` began {times} times"
+    )
 
 
 def _run(server: Server) -> dict[str, object]:
@@ -229,7 +237,10 @@ def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
     with serving(tmp_path, file="maker.py") as server:
         wait_until(lambda: _waiting(server) == 0, "the outbox is empty")
         server.wait_for(server.start("make", n=2), "completed")
-        wait_until(lambda: _waiting(server) == 0 and len(sent.read_text().split()) == 3, "the next letter has gone too")
+        wait_until(
+            lambda: _waiting(server) == 0 and len(sent.read_text().split()) == 3,
+            "the next letter has gone too",
+        )
         first, again, other = sent.read_text().split()
         assert first == again != other
 

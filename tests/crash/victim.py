@@ -34,16 +34,27 @@ class Client:
         self._connection: http.client.HTTPConnection | None = None
 
     def ask(
-        self, url: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+        self,
+        url: str,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[int, Any, Mapping[str, str]]:
         """Status, decoded body, headers."""
         try:
             connection = self._connected(url)
             data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"content-type": "application/json", **(headers or {})})
+            connection.request(
+                method, path, data, {"content-type": "application/json", **(headers or {})}
+            )
             reply = connection.getresponse()
             text = reply.read()
-            return reply.status, json.loads(text) if text else None, {k.lower(): v for k, v in reply.getheaders()}
+            return (
+                reply.status,
+                json.loads(text) if text else None,
+                {k.lower(): v for k, v in reply.getheaders()},
+            )
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise Lost(str(error)) from error
@@ -52,7 +63,9 @@ class Client:
         if self._connection is None or self._url != url:
             self.close()
             self._url, parts = url, urlsplit(url)
-            self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=self._timeout)
+            self._connection = http.client.HTTPConnection(
+                parts.hostname or "", parts.port, timeout=self._timeout
+            )
         return self._connection
 
     def close(self) -> None:
@@ -71,8 +84,23 @@ class Server:
         self.folder, self.store = folder, store or folder / "store.db"
         self.url, self.client = "", Client()
         self.ready_after: float | None = None
-        serve = [sys.executable, "-m", "eventflow", "serve", str(app), "--port", "0", "--store", f"sqlite:///{self.store}"]
-        known = {"CRASH_EFFECTS": str(folder / "effects"), "CRASH_BOOT": str(boot), "PYTHONPATH": str(ROOT), **(env or {})}
+        serve = [
+            sys.executable,
+            "-m",
+            "eventflow",
+            "serve",
+            str(app),
+            "--port",
+            "0",
+            "--store",
+            f"sqlite:///{self.store}",
+        ]
+        known = {
+            "CRASH_EFFECTS": str(folder / "effects"),
+            "CRASH_BOOT": str(boot),
+            "PYTHONPATH": str(ROOT),
+            **(env or {}),
+        }
         with (folder / "serve.log").open("ab") as log:
             self.spawned = time.monotonic()
             self.process = subprocess.Popen(
@@ -97,14 +125,18 @@ class Server:
 
     # ----------------------------------------------------------------- asking
 
-    def send(self, ident: str, data: Any, path: str = "orders") -> tuple[int, Any, Mapping[str, str]]:
+    def send(
+        self, ident: str, data: Any, path: str = "orders"
+    ) -> tuple[int, Any, Mapping[str, str]]:
         """One webhook."""
         return self.client.ask(self.url, "POST", f"/hooks/{path}", data, {"webhook-id": ident})
 
     def get(self, path: str) -> Any:
         """One answer of the API. AssertionError when it is no 200."""
         token = Path(f"{self.store}.token").read_text().strip()
-        status, body, _ = self.client.ask(self.url, "GET", path, headers={"authorization": f"Bearer {token}"})
+        status, body, _ = self.client.ask(
+            self.url, "GET", path, headers={"authorization": f"Bearer {token}"}
+        )
         assert status == 200, (path, status, body)
         return body
 

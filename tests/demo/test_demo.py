@@ -81,9 +81,14 @@ def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
         url, pid = servers(lines)[-1]
         assert httpx2.get(f"{url}/readyz").json() == {"ready": True}
         shown = next(at for at, line in enumerate(lines) if "In another terminal" in line)
-        env = {**os.environ, "PATH": "/usr/bin:/bin"}  # as in a terminal where no virtual environment is active
+        env = {
+            **os.environ,
+            "PATH": "/usr/bin:/bin",
+        }  # as in a terminal where no virtual environment is active
         command = ["bash", "-ec", "".join(line.strip() + "\n" for line in lines[shown + 1 :])]
-        said = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+        said = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=60, check=True
+        ).stdout
         assert "handle_order" in said and "msg-odd" in said and "recorded" in said, said
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=30)
@@ -106,7 +111,10 @@ def test_a_demo_that_breaks_says_so(tmp_path: Path):
 
 def test_a_taken_port_is_told(tmp_path: Path):
     """When the server cannot start, the demo repeats why, and ends with exit code 1."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, playing(tmp_path, "--port", str(taken.getsockname()[1])) as process:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        playing(tmp_path, "--port", str(taken.getsockname()[1])) as process,
+    ):
         out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "did not start" in out and "taken by another process" in out

@@ -30,7 +30,9 @@ async def asked(app: App, by: App | None = None, **question: Any) -> dict[str, A
     """What would have started, by this app's code or another's, on the first one's ledger."""
     other = by or app
     until = question.pop("until", app.clock.now() + 1)
-    return await foresee(app.store, other.subscriptions, other.triggers, Question(until=until, **question))
+    return await foresee(
+        app.store, other.subscriptions, other.triggers, Question(until=until, **question)
+    )
 
 
 async def made(app: App) -> list[tuple[str, str, list[str]]]:
@@ -39,12 +41,21 @@ async def made(app: App) -> list[tuple[str, str, list[str]]]:
     for row in await app.store.runs(limit=1000):
         run = await app.store.run(row["id"])
         events = sorted([run["event"], *run["joined"]])
-        found.append((run["subscription"], to_datetime(run["created_at"]).isoformat(), [show_id(each) for each in events]))
+        found.append(
+            (
+                run["subscription"],
+                to_datetime(run["created_at"]).isoformat(),
+                [show_id(each) for each in events],
+            )
+        )
     return sorted(found)
 
 
 def foreseen(answer: dict[str, Any]) -> list[tuple[str, str, list[str]]]:
-    return sorted((run["subscription"], parse_time(run["at"]).isoformat(), run["events"]) for run in answer["runs"])
+    return sorted(
+        (run["subscription"], parse_time(run["at"]).isoformat(), run["events"])
+        for run in answer["runs"]
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -54,19 +65,25 @@ async def test_the_same_code_tells_what_happened(seed: int) -> None:
     for number, (name, make) in enumerate(PATTERNS.items()):
         app.on(make(3 + number % 5, draw.choice([0, 2])), act, name=name)
     app.on(count("a", 2, within=4, by="k"), act, name="keyed")
-    app.on(sequence("a", then="b", within=9, by="k"), act, name="gathered", deliver=Batch(4, within=6))
+    app.on(
+        sequence("a", then="b", within=9, by="k"), act, name="gathered", deliver=Batch(4, within=6)
+    )
     async with running(app, clock=clock):
         began = clock.now()
         for number in range(80):
             time = to_datetime(clock.now()) - timedelta(seconds=draw.choice([0, 0, 0, 1, 4]))
             kind, key = draw.choice("aabbccd"), draw.choice("xy")
-            await app.accept(Event(id=f"{kind}{number}", source="/t", type=kind, data={"k": key}, time=time))
+            await app.accept(
+                Event(id=f"{kind}{number}", source="/t", type=kind, data={"k": key}, time=time)
+            )
             await clock.advance(draw.choice([0, 0.5, 1, 3]))
         await clock.advance(60)
         await drain(app)
         real, told = await made(app), await asked(app, since=began)
         instant = [run for run in real if run[0] != "gathered"]
-        assert [run for run in foreseen(told) if run[0] != "gathered"] == instant and len(instant) > 50
+        assert [run for run in foreseen(told) if run[0] != "gathered"] == instant and len(
+            instant
+        ) > 50
         assert sorted(run[2] for run in foreseen(told) if run[0] == "gathered") == sorted(
             run[2] for run in real if run[0] == "gathered"
         )
@@ -74,24 +91,36 @@ async def test_the_same_code_tells_what_happened(seed: int) -> None:
         tallies = told["subscriptions"]
         assert sum(each["lapsed"] + each["filtered"] for each in tallies) == counts["suppressed"]
         assert sum(each["events"] for each in tallies) == counts["completed"]
-        assert all(each["heard"] == each["events"] + each["lapsed"] + each["waiting"] for each in tallies)
+        assert all(
+            each["heard"] == each["events"] + each["lapsed"] + each["waiting"] for each in tallies
+        )
 
 
 @pytest.mark.parametrize("mode", [Each(), Batch(3, within=5), Debounce(2, max_wait=6)], ids=repr)
 async def test_windows_are_those_of_the_ledger(mode: Any) -> None:
     """Batches by size and time, debounces put off to their bound, keys apart: the same runs with the same events."""
-    draw, clock, app, clicks = random.Random(4), VirtualClock(), App("windows"), MemoryTrigger("clicks")
+    draw, clock, app, clicks = (
+        random.Random(4),
+        VirtualClock(),
+        App("windows"),
+        MemoryTrigger("clicks"),
+    )
     app.on(clicks, act, deliver=mode, key="k", where={"n": [{"numeric": [">", 1]}]})
     async with running(app, clock=clock):
         for number in range(60):
-            await clicks.send(data={"k": draw.choice("xy"), "n": draw.randrange(5)}, id=f"e{number}")
+            await clicks.send(
+                data={"k": draw.choice("xy"), "n": draw.randrange(5)}, id=f"e{number}"
+            )
             await clock.advance(draw.choice([0, 0.4, 1, 2.5, 6]))
         await clock.advance(10)
         await drain(app)
         told, real = await asked(app), await made(app)
         assert sorted(run[2] for run in foreseen(told)) == sorted(run[2] for run in real)
         (tally,) = told["subscriptions"]
-        assert tally["heard"] == 60 == tally["events"] + tally["filtered"] and tally["runs"] == len(real) == told["would_start"]
+        assert (
+            tally["heard"] == 60 == tally["events"] + tally["filtered"]
+            and tally["runs"] == len(real) == told["would_start"]
+        )
 
 
 async def test_a_changed_pattern_tells_other_runs_and_starts_none() -> None:
@@ -126,13 +155,20 @@ async def test_deadlines_inside_the_time_are_told_and_later_ones_not() -> None:
         await app.emit("order.shipped", {"id": "1"}, id="shipped-1")
         await clock.advance(timedelta(days=2))
         told = await asked(app, since=began)
-        assert foreseen(told)[-1][:2] == ("unshipped", to_datetime(began + 3600_000_001).isoformat())
+        assert foreseen(told)[-1][:2] == (
+            "unshipped",
+            to_datetime(began + 3600_000_001).isoformat(),
+        )
         daily = [each for each in told["foretold"] if each["trigger"] == "daily"]
         assert [each["event"]["type"] for each in daily] == ["eventflow.absent"] * 2
         assert {parse_time(each["at"]).hour for each in daily} <= {4, 5}
-        assert sorted(run[:2] for run in foreseen(told)) == sorted(run[:2] for run in await made(app))
+        assert sorted(run[:2] for run in foreseen(told)) == sorted(
+            run[:2] for run in await made(app)
+        )
         early = await asked(app, since=began, until=began + 1800_000_000)
-        assert early["would_start"] == 0 and [each["waiting"] for each in early["subscriptions"]] == [1, 0]
+        assert early["would_start"] == 0 and [
+            each["waiting"] for each in early["subscriptions"]
+        ] == [1, 0]
 
 
 async def test_what_starts_nothing_says_why() -> None:
@@ -152,12 +188,20 @@ async def test_what_starts_nothing_says_why() -> None:
         (tally,) = (await asked(app))["subscriptions"]
         assert (tally["runs"], tally["filtered"], tally["invalid"]) == (1, 2, 1)
         filtered, invalid = tally["reasons"]
-        assert (filtered["fate"], filtered["events"]) == ("filtered", 2) and "total" in filtered["reason"]
-        assert filtered["first"] == show_id((await app.store.event("a"))["id"]) and "total" in invalid["reason"]
+        assert (filtered["fate"], filtered["events"]) == ("filtered", 2) and "total" in filtered[
+            "reason"
+        ]
+        assert (
+            filtered["first"] == show_id((await app.store.event("a"))["id"])
+            and "total" in invalid["reason"]
+        )
         for number in range(2 * REASONS):
             await orders.send(data={"total": f"much {number}"}, id=f"m{number}")
         (tally,) = (await asked(app))["subscriptions"]
-        assert len(tally["reasons"]) <= REASONS + 2 and sum(each["events"] for each in tally["reasons"]) == 3 + 2 * REASONS
+        assert (
+            len(tally["reasons"]) <= REASONS + 2
+            and sum(each["events"] for each in tally["reasons"]) == 3 + 2 * REASONS
+        )
 
 
 async def test_one_at_a_time_is_a_least() -> None:
@@ -168,14 +212,24 @@ async def test_one_at_a_time_is_a_least() -> None:
         for number in range(4):
             await orders.send(data={}, id=f"e{number}")
         told = await asked(app)
-        assert told["at_least"] and told["would_start"] == 1 and told["runs"][0]["is_least"] and told["runs"][0]["size"] == 4
+        assert (
+            told["at_least"]
+            and told["would_start"] == 1
+            and told["runs"][0]["is_least"]
+            and told["runs"][0]["size"] == 4
+        )
 
 
 async def test_the_question_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A time, a type, a flow: only these events are read, in pages, and only for subscriptions on their own trigger."""
     monkeypatch.setattr("eventflow.dry_run.replay.PAGE", 3)
     monkeypatch.setattr("eventflow.store.queries.SLICE", 4)
-    clock, app, left, right = VirtualClock(), App("two"), MemoryTrigger("left"), MemoryTrigger("right")
+    clock, app, left, right = (
+        VirtualClock(),
+        App("two"),
+        MemoryTrigger("left"),
+        MemoryTrigger("right"),
+    )
 
     @flow
     async def other(event: Event) -> None: ...
@@ -190,7 +244,11 @@ async def test_the_question_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
             await clock.advance(1)
         assert (await asked(app))["would_start"] == 20
         only = await asked(app, to="other")
-        assert (only["events"], only["would_start"], {run["flow"] for run in only["runs"]}) == (10, 10, {"other"})
+        assert (only["events"], only["would_start"], {run["flow"] for run in only["runs"]}) == (
+            10,
+            10,
+            {"other"},
+        )
         assert (await asked(app, to="left/act", type="even"))["would_start"] == 5
         assert (await asked(app, since=began + 2_000_000, until=began + 4_000_000))["events"] == 4
         listed = await asked(app, limit=2)
@@ -206,12 +264,19 @@ async def test_what_is_no_event_and_what_is_gone_is_counted() -> None:
         await drain(app)
         await clock.advance(timedelta(days=40))
         month = 30 * 86_400 * 1_000_000
-        while await app.store.prune(bodies_before=clock.now() - month, identities_before=clock.now() - 3 * month):
+        while await app.store.prune(
+            bodies_before=clock.now() - month, identities_before=clock.now() - 3 * month
+        ):
             pass
         await orders.send(Undecodable(id="u", source="/o", body=b"{", error="cut off"))
         await orders.send(data={}, id="new")
         told = await asked(app)
-        assert (told["events"], told["past_retention"], told["dead"], told["would_start"]) == (3, 1, 1, 1)
+        assert (told["events"], told["past_retention"], told["dead"], told["would_start"]) == (
+            3,
+            1,
+            1,
+            1,
+        )
 
 
 async def test_over_http() -> None:
@@ -223,8 +288,12 @@ async def test_over_http() -> None:
         transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
             told = (await client.get("/api/foresight", params={"to": "act"})).json()
-            assert told["would_start"] == 1 and to_us(parse_time(told["until"])) == app.clock.now() + 1
-            assert (await client.get("/api/foresight", params={"since": "yesterday"})).status_code == 400
+            assert (
+                told["would_start"] == 1 and to_us(parse_time(told["until"])) == app.clock.now() + 1
+            )
+            assert (
+                await client.get("/api/foresight", params={"since": "yesterday"})
+            ).status_code == 400
             wrong = await client.get("/api/foresight", params={"to": "nobody"})
             assert wrong.status_code == 409 and "orders/act" in wrong.json()["detail"]
 
@@ -236,9 +305,15 @@ async def test_memory_holds_what_is_open() -> None:
     rehearsal = Rehearsal(app.subscriptions, limit=10)
     for number in range(5000):
         for _ in range(2):
-            rehearsal.hear("events", Event(id=str(number), source="/", type="a", data={"k": str(number)}), number * 20_000_000)
+            rehearsal.hear(
+                "events",
+                Event(id=str(number), source="/", type="a", data={"k": str(number)}),
+                number * 20_000_000,
+            )
     assert len(rehearsal.runs) == 10 and rehearsal.started == 5000
-    assert max(len(rehearsal._strands), len(rehearsal._queue)) < 10 and len(rehearsal._windows) < 3000
+    assert (
+        max(len(rehearsal._strands), len(rehearsal._queue)) < 10 and len(rehearsal._windows) < 3000
+    )
 
 
 def test_triggers_are_asked_by_protocol() -> None:

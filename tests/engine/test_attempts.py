@@ -48,7 +48,10 @@ def test_retries_wait_as_told_and_count_from_one(world: World) -> None:
     assert row.value == 3
     assert begun == [(1, 0), (2, 10), (3, 15)]
     failed = [entry for entry in row.journal if entry.kind is Kind.FAILED]
-    assert [(entry.attempt, round(((entry.due_at or 0) - BORN) / SECOND)) for entry in failed] == [(1, 10), (2, 15)]
+    assert [(entry.attempt, round(((entry.due_at or 0) - BORN) / SECOND)) for entry in failed] == [
+        (1, 10),
+        (2, 15),
+    ]
     assert row.journal[-1].attempt == 3
 
 
@@ -115,7 +118,13 @@ def test_permanent_and_unstorable_are_not_retried_and_errors_come_rebuilt(world:
                     assert isinstance(error, TaskFailed) and error.message == "mine"
         return seen
 
-    assert world.done(runs).value == ["Permanent", NotStorable.__name__, "TaskFailed", "TaskFailed", "TaskFailed"]
+    assert world.done(runs).value == [
+        "Permanent",
+        NotStorable.__name__,
+        "TaskFailed",
+        "TaskFailed",
+        "TaskFailed",
+    ]
     assert tries == ["permanent", "unstorable"]
 
 
@@ -162,7 +171,9 @@ def test_a_timeout_counts_from_the_bodys_start_and_is_a_failed_attempt(world: Wo
     assert world.done(runs).value == [1, 1, 1, 2]
 
 
-def test_a_body_that_ignores_its_timeout_is_left_behind_and_its_late_result_refused(world: World) -> None:
+def test_a_body_that_ignores_its_timeout_is_left_behind_and_its_late_result_refused(
+    world: World,
+) -> None:
     """Asked three times in vain, the attempt is recorded as timed out; what the body returns later is not."""
     ended: list[str] = []
 
@@ -226,7 +237,9 @@ def test_what_the_flow_gives_up_is_cancelled_and_records_nothing(world: World) -
     assert row.claims() == ["quick#0"] and len(row.suspensions) == 1
 
 
-def test_concurrency_bounds_the_bodies_and_a_thread_keeps_its_slot_until_it_ends(world: World) -> None:
+def test_concurrency_bounds_the_bodies_and_a_thread_keeps_its_slot_until_it_ends(
+    world: World,
+) -> None:
     """`concurrency=n` bounds bodies at work; a thread that was given up still counts, since it cannot be stopped."""
     at_once: list[int] = []
     working = [0]
@@ -302,7 +315,9 @@ def test_plain_functions_run_in_threads_where_current_task_works(world: World) -
     assert not any(threads)
 
 
-def test_hooks_are_told_after_the_fact_and_change_nothing(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_hooks_are_told_after_the_fact_and_change_nothing(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     """on_retry, on_failure and on_success hear of it, plain or async; one that raises is logged."""
     told: list[tuple[str, Any]] = []
 
@@ -375,7 +390,9 @@ def test_a_loop_that_is_taken_down_interrupts_and_fails_nothing(world: World) ->
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(world: World, eager: bool) -> None:
+def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
+    world: World, eager: bool
+) -> None:
     """Bodies and doors are never stepped inside the flow's own step, whatever factory the host program has set."""
     if eager and not hasattr(asyncio, "eager_task_factory"):
         pytest.skip("eager tasks came with Python 3.12")

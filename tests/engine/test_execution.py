@@ -90,10 +90,17 @@ def test_p4_a_recorded_value_is_never_computed_again() -> None:
     done: set[str] = set()
     while row.state is not State.COMPLETED:
         before = Counter(BODIES)
-        world.live(crash_after=2)  # one would never do: it is spent on the mark of a suspect's start
+        world.live(
+            crash_after=2
+        )  # one would never do: it is spent on the mark of a suspect's start
         ran = {name for name in BODIES if BODIES[name] > before[name]}
         assert not ran & done, ran & done
-        values = [int(e.value or b"0") // 2 for r in world.rows.values() for e in r.journal if e.claim.startswith("step#0")]
+        values = [
+            int(e.value or b"0") // 2
+            for r in world.rows.values()
+            for e in r.journal
+            if e.claim.startswith("step#0")
+        ]
         done = {f"step {number}" for number in values if number == 1}
         assert world.commits < 100
 
@@ -124,7 +131,9 @@ async def bounded() -> str:
 
 
 @pytest.mark.parametrize(("made", "value"), [(sleeper, 86400), (retrier, 3), (bounded, "late")])
-def test_p6_a_day_long_wait_survives_crashes_and_fires_at_its_due_time(made: Any, value: Any) -> None:
+def test_p6_a_day_long_wait_survives_crashes_and_fires_at_its_due_time(
+    made: Any, value: Any
+) -> None:
     """A sleep, a retry's delay and a timeout of a day hold no memory, survive crashes, and fire a day later: neither before nor
     anew from the crash."""
     world = World()
@@ -276,7 +285,10 @@ def test_a_cancelled_flow_may_tidy_up_with_journaled_calls() -> None:
     for crash in (False, True):
         world = World()
         row = world.add(tidy)
-        world.live(until=BORN + SECOND, then=lambda w, r=row: asyncio.ensure_future(w.cancel(r.run.id, "enough")) and None)
+        world.live(
+            until=BORN + SECOND,
+            then=lambda w, r=row: asyncio.ensure_future(w.cancel(r.run.id, "enough")) and None,
+        )
         assert row.outcome == Cancelled("enough")
         assert "step#0" in row.claims()
         if not crash:
@@ -289,7 +301,9 @@ def test_a_cancel_survives_a_crash() -> None:
     world = World()
     row = world.add(tidy)
     world.live(
-        until=BORN + SECOND, crash_after=2, then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "enough")) and None
+        until=BORN + SECOND,
+        crash_after=2,
+        then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "enough")) and None,
     )
     assert row.claims(Kind.CANCEL) == ["@cancel"] and row.outcome is None
     row.run.cancel_requested = False
@@ -321,7 +335,10 @@ def test_a_cancelled_run_can_be_retried() -> None:
     """After a cancel, `retry` goes on where the values end."""
     world = World()
     row = world.add(several, first=1)
-    world.live(until=BORN + SECOND, then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "oops")) and None)
+    world.live(
+        until=BORN + SECOND,
+        then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "oops")) and None,
+    )
     assert isinstance(row.outcome, Cancelled)
     before = Counter(BODIES)
     world.retry(row)
@@ -333,7 +350,9 @@ def test_a_cancelled_run_can_be_retried() -> None:
 # --------------------------------------------------------------------------- retry by hand
 
 
-def test_p4_a_recorded_error_is_replayed_until_a_retry_which_keeps_values_and_goes_on_counting() -> None:
+def test_p4_a_recorded_error_is_replayed_until_a_retry_which_keeps_values_and_goes_on_counting() -> (
+    None
+):
     """An exhausted call fails the run again in any later life; `retry` drops the error, keeps values, continues the numbers,
     and gives the call its whole budget again."""
     attempts: list[int] = []
@@ -469,7 +488,10 @@ def test_a_cancelled_parent_cancels_its_children_when_grace_ends_it() -> None:
 
     world = World()
     row = world.add(stubborn_parent)
-    world.live(until=BORN + 100 * SECOND, then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "stop")) and None)
+    world.live(
+        until=BORN + 100 * SECOND,
+        then=lambda w: asyncio.ensure_future(w.cancel(row.run.id, "stop")) and None,
+    )
     world.live()
     assert [r.state for r in world.rows.values()] == [State.CANCELLED, State.CANCELLED]
 
@@ -521,7 +543,9 @@ def test_an_answer_told_twice_is_one_answer() -> None:
 # --------------------------------------------------------------------------- emit
 
 
-def test_an_emit_is_published_once_by_the_commit_that_records_it_and_a_bodys_with_its_success() -> None:
+def test_an_emit_is_published_once_by_the_commit_that_records_it_and_a_bodys_with_its_success() -> (
+    None
+):
     """Ids are run + lineage; an attempt that fails publishes nothing; data that is no JSON raises in the flow."""
 
     @task(retries=1)

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 import eventflow
-from eventflow import App, Batch, Debounce, Event, Permanent, UsageError, any_of, current_run, flow, task
+from eventflow import (
+    App,
+    Batch,
+    Debounce,
+    Event,
+    Permanent,
+    UsageError,
+    any_of,
+    current_run,
+    flow,
+    task,
+)
 from eventflow.core.clock import to_us
 from eventflow.store.audit import audit
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
@@ -68,7 +79,9 @@ def watching(heard: Heard, *states: Any, after: Any = HOUR) -> App:
 # --------------------------------------------------------------------------- when, and what it tells
 
 
-async def test_p6_told_when_the_time_has_come_and_not_before(clock: VirtualClock, heard: Heard) -> None:
+async def test_p6_told_when_the_time_has_come_and_not_before(
+    clock: VirtualClock, heard: Heard
+) -> None:
     """A run that has not ended an hour after it was recorded is an event at that very moment; one that has ended is none."""
     async with running(watching(heard), clock=clock) as app:
         await app.start(train, seconds=HOUR - 1)
@@ -88,7 +101,11 @@ async def test_what_a_late_run_tells(clock: VirtualClock, heard: Heard) -> None:
         run = await app.start(train, seconds=6 * HOUR)
         await clock.advance(5400)
     (event,) = heard.events
-    assert (event.type, event.subject, event.source) == ("eventflow.run.late", run.id, "/flows/train")
+    assert (event.type, event.subject, event.source) == (
+        "eventflow.run.late",
+        run.id,
+        "/flows/train",
+    )
     assert event.time is not None and to_us(event.time) == began + 5400 * 1_000_000
     assert event.extensions["eventflowcause"] == run.id and event.depth == 1
     assert to_us(datetime.fromisoformat(event.data.pop("due"))) == began
@@ -138,7 +155,10 @@ async def test_several_afters_each_hear_their_own(clock: VirtualClock, heard: He
     async with running(app, clock=clock):
         run = await app.start(train, seconds=2 * HOUR)
         await clock.advance(3 * HOUR)
-        assert [event.type for event in heard.events] == ["eventflow.run.late", "eventflow.run.completed"]
+        assert [event.type for event in heard.events] == [
+            "eventflow.run.late",
+            "eventflow.run.completed",
+        ]
         assert heard.at == [60, 2 * HOUR] and heard.events[0].data["after"] == 60
         assert patient.runs == [run.id] and patient.at == [HOUR]
         assert (await app.store.counts())["events"] == 1 + 3
@@ -204,7 +224,9 @@ async def test_a_window_that_is_full_is_due_at_once(clock: VirtualClock, heard: 
 # --------------------------------------------------------------------------- once
 
 
-async def test_p6_told_at_once_after_a_restart_and_once(clock: VirtualClock, heard: Heard, tmp_path: Path) -> None:
+async def test_p6_told_at_once_after_a_restart_and_once(
+    clock: VirtualClock, heard: Heard, tmp_path: Path
+) -> None:
     """What became late while nothing ran is told when it runs again, and in no later life a second time."""
     async with running(watching(heard), clock=clock, store=tmp_path / "late.db") as app:
         run = await app.start(train, seconds=100 * HOUR)
@@ -264,7 +286,9 @@ async def test_retention_takes_what_was_kept_of_it(clock: VirtualClock, heard: H
 
 
 async def _kept(app: App) -> list[Any]:
-    return await app.store._look(lambda connection: connection.execute("SELECT after FROM late").fetchall())  # pyright: ignore[reportPrivateUsage]
+    return await app.store._look(
+        lambda connection: connection.execute("SELECT after FROM late").fetchall()
+    )  # pyright: ignore[reportPrivateUsage]
 
 
 # --------------------------------------------------------------------------- who asks
@@ -297,7 +321,11 @@ async def test_a_part_of_a_pattern(clock: VirtualClock, heard: Heard) -> None:
     """A late run stands in a pattern as other run states do; a deliver= gathers alerts."""
     app = App("late")
     app.add(train)
-    app.on(any_of(RunState("train", "late", after=60), "drift.detected"), heard.flow, deliver=Batch(2, within=10))
+    app.on(
+        any_of(RunState("train", "late", after=60), "drift.detected"),
+        heard.flow,
+        deliver=Batch(2, within=10),
+    )
     async with running(app, clock=clock):
         runs = [await app.start(train, seconds=HOUR) for _ in range(2)]
         await clock.advance(60)

@@ -60,4 +60,8 @@ async def test_the_line_of_an_end_has_the_runs_ids_and_is_no_replay() -> None:
             await eventually(lambda: told().keys() == ENDS.keys(), "each of them has a line")
             for name, line in told().items():
                 assert line["event"] == ENDS[name]
-                assert line["run"] == show_id(runs[name].number) and line["ledger_id"] and "replay" not in line
+                assert (
+                    line["run"] == show_id(runs[name].number)
+                    and line["ledger_id"]
+                    and "replay" not in line
+                )

@@ -89,7 +89,10 @@ def test_accept_takes_the_recorded_value_and_rerun_computes_it_anew() -> None:
     assert row.value[0] == 10 and bodies == [1]
     row, bodies = changed("rerun")
     assert row.value[0] == 20 and bodies == [1, 2]
-    assert [(e.attempt, e.value) for e in row.journal if e.claim == "takes#0"] == [(1, b"10"), (2, b"20")]
+    assert [(e.attempt, e.value) for e in row.journal if e.claim == "takes#0"] == [
+        (1, b"10"),
+        (2, b"20"),
+    ]
 
 
 def test_a_rerun_value_replays() -> None:
@@ -127,7 +130,9 @@ def test_equal_arguments_however_written_are_equal() -> None:
 
     @flow
     async def calls() -> int:
-        return await (takes(object(), number=1) if spelled[0] else takes(object())) + len(await step("end"))
+        return await (takes(object(), number=1) if spelled[0] else takes(object())) + len(
+            await step("end")
+        )
 
     world = World()
     row = world.add(calls)

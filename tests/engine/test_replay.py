@@ -24,7 +24,9 @@ def kernel(hash_seed: str, *args: str) -> str:
     return done.stdout
 
 
-def test_p5_seeded_crashes_replay_to_the_uncrashed_result_in_another_process(tmp_path: Path) -> None:
+def test_p5_seeded_crashes_replay_to_the_uncrashed_result_in_another_process(
+    tmp_path: Path,
+) -> None:
     """A flow woven of every asyncio construct, crashed after any commits and resumed in a process with other hashes, gives the
     uncrashed run's result; every entry is claimed, and no recorded body runs again."""
     chunk = -(-SEEDS // 4)

@@ -62,10 +62,14 @@ def test_p4_nothing_is_started_with_a_value_that_is_not_durable() -> None:
         world = World()
         row = world.add(chain)
         world.live(crash_after=cut)
-        recorded = [int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")]
+        recorded = [
+            int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")
+        ]
         assert set(TAKEN) <= set(recorded), (cut, TAKEN, recorded)
         world.live()
-        values = [int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")]
+        values = [
+            int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")
+        ]
         assert set(TAKEN) == set(values) and row.value == sum(values), cut
         DRAWN.clear()
         TAKEN.clear()
@@ -103,7 +107,10 @@ def test_what_comes_from_outside_waits_for_the_value_that_is_ahead() -> None:
     batches = {entry.claim: entry.batch for entry in row.journal}
     assert batches["draw#0"] < batches[CANCEL]
     assert row.outcome == Cancelled("enough")
-    assert orjson.loads(next(entry.value for entry in row.journal if entry.kind is Kind.CANCEL) or b"") == "enough"
+    assert (
+        orjson.loads(next(entry.value for entry in row.journal if entry.kind is Kind.CANCEL) or b"")
+        == "enough"
+    )
 
 
 def test_a_timeout_of_the_run_does_not_stand_in_the_way() -> None:

@@ -68,14 +68,19 @@ def test_batch():
 
 def test_binary_bodies():
     """In binary mode JSON is parsed, other bytes stay bytes, and no body is no data."""
-    assert parse_cloudevents({**BINARY, "content-type": "application/vnd.x+json"}, b'{"a":1}')[0].data == {"a": 1}
+    assert parse_cloudevents({**BINARY, "content-type": "application/vnd.x+json"}, b'{"a":1}')[
+        0
+    ].data == {"a": 1}
     assert parse_cloudevents({**BINARY, "content-type": "text/plain"}, b"5")[0].data == b"5"
     assert parse_cloudevents(BINARY, b"")[0].data is None
 
 
 def test_quoted_header_values():
     """A value in double quotes is unquoted before it is percent-decoded."""
-    assert parse_cloudevents({**BINARY, "ce-subject": '"a \\"b\\" %C3%A9"'}, b"")[0].subject == 'a "b" é'
+    assert (
+        parse_cloudevents({**BINARY, "ce-subject": '"a \\"b\\" %C3%A9"'}, b"")[0].subject
+        == 'a "b" é'
+    )
 
 
 WRONG: list[tuple[dict[str, str], Any, str]] = [
@@ -108,7 +113,10 @@ def test_refusals_name_the_field(headers: dict[str, str], body: Any, message: st
 @pytest.mark.parametrize("name", ["id", "source", "type", "specversion"])
 def test_missing_headers_are_named(name: str):
     """A missing or empty required header is named."""
-    for headers in ({**BINARY, f"ce-{name}": ""}, {key: value for key, value in BINARY.items() if key != f"ce-{name}"}):
+    for headers in (
+        {**BINARY, f"ce-{name}": ""},
+        {key: value for key, value in BINARY.items() if key != f"ce-{name}"},
+    ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             parse_cloudevents(headers, b"")
 
@@ -129,14 +137,28 @@ def test_headers_must_be_utf8():
 # --------------------------------------------------------------------------- strict JSON
 
 TEXT = st.text(st.sampled_from('":{}[], \\ab\n'), max_size=6)
-LEAVES = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXT
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | TEXT
+)
 TREES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=20
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4),
+    max_leaves=20,
 )
 
 
-@given(TREES, st.sampled_from([None, 2]), st.sampled_from([(",", ":"), (", ", ": "), (",", " :"), (" , ", "\n:\t")]))
-def test_all_json_without_repeated_keys_is_read(tree: Any, indent: int | None, separators: tuple[str, str]):
+@given(
+    TREES,
+    st.sampled_from([None, 2]),
+    st.sampled_from([(",", ":"), (", ", ": "), (",", " :"), (" , ", "\n:\t")]),
+)
+def test_all_json_without_repeated_keys_is_read(
+    tree: Any, indent: int | None, separators: tuple[str, str]
+):
     """However it is spaced and quoted, JSON whose keys stand once is read as the standard library reads it."""
     body = json.dumps(tree, indent=indent, separators=separators).encode()
     assert read_json(body) == json.loads(body)
@@ -148,7 +170,13 @@ def repeated(tree: Any, picks: list[int]) -> Any:
     stack = [tree]
     while stack:
         node = stack.pop()
-        children = list(node.values()) if isinstance(node, dict) else node if isinstance(node, list) else []
+        children = (
+            list(node.values())
+            if isinstance(node, dict)
+            else node
+            if isinstance(node, list)
+            else []
+        )
         stack += children
         if isinstance(node, dict) and node:
             objects.append(node)
@@ -170,7 +198,11 @@ class Marked(str):
         return id(self)
 
 
-@given(TREES, st.lists(st.integers(0, 100), min_size=2, max_size=2), st.sampled_from([(",", ":"), (", ", ": "), (",", " :")]))
+@given(
+    TREES,
+    st.lists(st.integers(0, 100), min_size=2, max_size=2),
+    st.sampled_from([(",", ":"), (", ", ": "), (",", " :")]),
+)
 def test_no_repeated_key_is_read(tree: Any, picks: list[int], separators: tuple[str, str]):
     """Wherever a key stands twice in one object, the text is refused: the count that skips the second parse is sound."""
     twice = repeated(tree, picks)

@@ -63,7 +63,10 @@ class Flooded:
         arrivals = [self._arrival(trigger, size // events) for _ in range(events)]
         call = asyncio.create_task(self.reactor.record(arrivals, trigger))
         self.calls.append(call)
-        await eventually(lambda: call.done() or len(self.store.waiting) > waiting, "the call is let in or refused")
+        await eventually(
+            lambda: call.done() or len(self.store.waiting) > waiting,
+            "the call is let in or refused",
+        )
         if not call.done():
             return True
         self.calls.remove(call)
@@ -85,7 +88,9 @@ class Flooded:
 
     def _arrival(self, trigger: str, size: int) -> Any:
         data = "x" * size
-        return self.reactor.router.arrive(trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data), False)
+        return self.reactor.router.arrive(
+            trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data), False
+        )
 
 
 @asynccontextmanager
@@ -93,7 +98,9 @@ async def flooded(path: Path, *triggers: Webhook) -> AsyncIterator[Flooded]:
     clock = SystemClock()
     store = Gated(path / "a.db", clock=clock, free_floor=0, ballast=0)
     store.open()
-    reactor = Reactor(store, Router([], Ids(store.last_id), clock), clock, triggers, random.Random(1))
+    reactor = Reactor(
+        store, Router([], Ids(store.last_id), clock), clock, triggers, random.Random(1)
+    )
     reactor.start(set())
     try:
         store.shut = True
@@ -109,7 +116,9 @@ def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
 
     async def main() -> None:
         async with flooded(tmp_path) as queue:
-            assert await queue.flood("first", 50) * 50 == pytest.approx(MAX_EVENTS * SHARE / (1 + SHARE), abs=50)
+            assert await queue.flood("first", 50) * 50 == pytest.approx(
+                MAX_EVENTS * SHARE / (1 + SHARE), abs=50
+            )
             assert await queue.flood("second", 50) * 50 >= MAX_EVENTS // 5
             assert await queue.offer("third", 50)
             assert await queue.finish() == len(queue.calls) * 50
@@ -166,7 +175,9 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
 
     def body(number: int) -> bytes:
         common = {"specversion": "1.0", "source": "/flood", "type": "t"}
-        return orjson.dumps([{**common, "id": f"{number}-{each}"} for each in range(MAX_EVENTS // 8)])
+        return orjson.dumps(
+            [{**common, "id": f"{number}-{each}"} for each in range(MAX_EVENTS // 8)]
+        )
 
     async def main() -> None:
         loud, quiet = Webhook("/loud", verify="none"), Webhook("/quiet", verify="none")
@@ -176,11 +187,21 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
             httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
         ):
             health = queue.reactor.health.values()
-            await eventually(lambda: {each.state for each in health} == {"listening"}, "both listen")
-            flood = [asyncio.create_task(client.post("/hooks/loud", content=body(n), headers=batch)) for n in range(8)]
-            await eventually(lambda: sum(task.done() for task in flood) == 3, "three batches are told to come back")
+            await eventually(
+                lambda: {each.state for each in health} == {"listening"}, "both listen"
+            )
+            flood = [
+                asyncio.create_task(client.post("/hooks/loud", content=body(n), headers=batch))
+                for n in range(8)
+            ]
+            await eventually(
+                lambda: sum(task.done() for task in flood) == 3,
+                "three batches are told to come back",
+            )
             answer = asyncio.create_task(client.post("/hooks/quiet", json={}))
-            await eventually(lambda: len(queue.store.waiting) == 6, "the other one's event is on its way")
+            await eventually(
+                lambda: len(queue.store.waiting) == 6, "the other one's event is on its way"
+            )
             queue.store.open_gate()
             assert (await answer).status_code == 202
             assert sorted([(await task).status_code for task in flood]) == [202] * 5 + [503] * 3

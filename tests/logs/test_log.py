@@ -82,7 +82,13 @@ def test_a_line_is_one_json_object(configured: Configured, stream: io.BufferedWr
     [line] = lines(configured, stream)
     assert list(line) == ["timestamp", "level", "event", "logger", "run", "wait"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", line.pop("timestamp"))
-    assert line == {"level": "info", "event": "run.claimed", "logger": "eventflow.worker", "run": "0abc", "wait": 0.5}
+    assert line == {
+        "level": "info",
+        "event": "run.claimed",
+        "logger": "eventflow.worker",
+        "run": "0abc",
+        "wait": 0.5,
+    }
 
 
 def test_timestamps_are_exact():
@@ -112,13 +118,20 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Wh
         say()
         where.reset(token)
         flow, attempt = lines(configured, stream)
-        ids = {"run": show_id(RUN), "flow": "handle", "ledger_id": show_id(RUN + 1), "trigger": "orders"}
+        ids = {
+            "run": show_id(RUN),
+            "flow": "handle",
+            "ledger_id": show_id(RUN + 1),
+            "trigger": "orders",
+        }
         assert flow.items() >= ids.items() and "task" not in flow
         assert attempt.items() >= {**ids, "task": "score", "attempt": 2}.items()
         assert flow["event"] == attempt["event"] == "hello"
 
 
-def test_a_field_cannot_pose_as_an_id(configured: Configured, stream: io.BufferedWriter, here: Where):
+def test_a_field_cannot_pose_as_an_id(
+    configured: Configured, stream: io.BufferedWriter, here: Where
+):
     """A user's field named like an id or like a part of the line stands beside it, with an underscore, never in its place."""
     get_logger("shop").info("hello", run="another", level="fatal", timestamp="never", flow="handle")
     [line] = lines(configured, stream)
@@ -160,7 +173,14 @@ def test_nothing_logged_raises(configured: Configured, stream: io.BufferedWriter
     """Objects without JSON form, broken reprs, circles, huge integers and odd keys make a line, not an error."""
     circle: list[Any] = []
     circle.append(circle)
-    odd = {"big": 1 << 80, "half": "\udc80", "keys": {1: 2, (1, 2): 3}, "circle": circle, "bytes": b"\xff", "nan": float("nan")}
+    odd = {
+        "big": 1 << 80,
+        "half": "\udc80",
+        "keys": {1: 2, (1, 2): 3},
+        "circle": circle,
+        "bytes": b"\xff",
+        "nan": float("nan"),
+    }
     get_logger("shop").info("odd", rude=Rude(), obj=object(), **odd)
     logger = logging.Logger("shop")  # not in the tree, where pytest's own handler would raise
     logger.addHandler(configured.output)
@@ -169,7 +189,11 @@ def test_nothing_logged_raises(configured: Configured, stream: io.BufferedWriter
     structlog.get_logger().info({"not": "a text"})
     found = lines(configured, stream)
     assert len(found) == 4
-    assert found[0]["big"] == str(1 << 80) and found[0]["keys"] == {"1": 2, "(1, 2)": 3} and "Rude" in found[0]["rude"]
+    assert (
+        found[0]["big"] == str(1 << 80)
+        and found[0]["keys"] == {"1": 2, "(1, 2)": 3}
+        and "Rude" in found[0]["rude"]
+    )
     assert "a %d" in found[1]["event"] and "text" in found[1]["event"]
 
 
@@ -184,13 +208,20 @@ def test_deep_data_is_cut():
 # --------------------------------------------------------------------------- secrets and forgery
 
 
-def test_secrets_are_gone_from_the_rendered_line(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_secrets_are_gone_from_the_rendered_line(
+    stream: io.BufferedWriter, here: Where, kept: Kept
+):
     """A registered value is gone from events, fields, nested data, structs, tracebacks, prints and stored lines."""
     redactor, secret = Redactor(), "hunter2-hunter2"
     redactor.register(secret)
     with configure(stream=stream, redactor=redactor) as held:
         log = get_logger("shop")
-        log.info(f"using {secret}", url=f"https://x?{secret}", deep={"a": [secret], secret: 1}, line=Line(1, 2, 3, "a", secret))
+        log.info(
+            f"using {secret}",
+            url=f"https://x?{secret}",
+            deep={"a": [secret], secret: 1},
+            line=Line(1, 2, 3, "a", secret),
+        )
         print("printed", secret)
         logging.getLogger("lib").warning("%s", secret, extra={"e": secret})
         structlog.get_logger().info("x", y=secret)
@@ -205,16 +236,25 @@ def test_secrets_are_gone_from_the_rendered_line(stream: io.BufferedWriter, here
     assert len(found) == 8 == len(kept.lines)
     assert "hunter2" not in json.dumps(found)
     assert "hunter2" not in repr(kept.lines)
-    assert all("ValueError: ***" in line["exception"] and "KeyError" in line["exception"] for line in found[4:])
+    assert all(
+        "ValueError: ***" in line["exception"] and "KeyError" in line["exception"]
+        for line in found[4:]
+    )
 
 
 def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: Where, kept: Kept):
     """A password, header or URL with a password is hidden although nobody registered it."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
-        get_logger("shop").info("connect", dsn="postgresql://u:pw123456@h/d", headers={"Authorization": "Bearer abcdefghij"})
+        get_logger("shop").info(
+            "connect",
+            dsn="postgresql://u:pw123456@h/d",
+            headers={"Authorization": "Bearer abcdefghij"},
+        )
         print("password=abcdefghij")
         text = json.dumps(lines(configured, stream)) + repr(kept.lines)
-        assert "pw123456" not in text and "abcdefghij" not in text and "postgresql://u:***@h/d" in text
+        assert (
+            "pw123456" not in text and "abcdefghij" not in text and "postgresql://u:***@h/d" in text
+        )
 
 
 def test_a_line_cannot_be_forged(configured: Configured, stream: io.BufferedWriter):
@@ -230,7 +270,9 @@ def test_a_line_cannot_be_forged(configured: Configured, stream: io.BufferedWrit
 # --------------------------------------------------------------------------- the run's store
 
 
-def test_the_users_lines_are_kept_ours_only_when_they_matter(configured: Configured, here: Where, kept: Kept):
+def test_the_users_lines_are_kept_ours_only_when_they_matter(
+    configured: Configured, here: Where, kept: Kept
+):
     """Of eventflow's own lines a run keeps warnings and worse: the ledger knows the rest."""
     ours = get_logger("eventflow.worker")
     ours.info("run.claimed")
@@ -243,7 +285,9 @@ def test_the_users_lines_are_kept_ours_only_when_they_matter(configured: Configu
     assert kept.lines[1].run == RUN and orjson.loads(kept.lines[1].fields or b"") == {"order": 7}
 
 
-def test_a_replayed_line_is_tagged_and_not_kept_again(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_a_replayed_line_is_tagged_and_not_kept_again(
+    stream: io.BufferedWriter, here: Where, kept: Kept
+):
     """While the flow's body only repeats itself its lines say `replay` and are not stored; an attempt's lines are."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         here.replaying = lambda: True
@@ -254,11 +298,18 @@ def test_a_replayed_line_is_tagged_and_not_kept_again(stream: io.BufferedWriter,
         where.reset(token)
         here.replaying = lambda: False
         get_logger("shop").info("new")
-        assert [line.get("replay") for line in lines(configured, stream)] == [True, True, None, None]
+        assert [line.get("replay") for line in lines(configured, stream)] == [
+            True,
+            True,
+            None,
+            None,
+        ]
         assert kept.events == ["new", "new"]
 
 
-def test_attempts_side_by_side_keep_their_lines_apart(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_attempts_side_by_side_keep_their_lines_apart(
+    stream: io.BufferedWriter, here: Where, kept: Kept
+):
     """Coroutines and threads that run at once each log under their own task and attempt."""
     with configure(stream=stream, redactor=Redactor()):
 
@@ -274,7 +325,9 @@ def test_attempts_side_by_side_keep_their_lines_apart(stream: io.BufferedWriter,
 
         asyncio.run(main())
         found = sorted((line.task, line.attempt, line.event) for line in kept.lines)
-        assert found == sorted((f"t{n}", n, word) for n in range(1, 20) for word in ("coroutine", "thread", "logging"))
+        assert found == sorted(
+            (f"t{n}", n, word) for n in range(1, 20) for word in ("coroutine", "thread", "logging")
+        )
 
 
 # --------------------------------------------------------------------------- prints
@@ -293,7 +346,13 @@ def test_prints_become_lines(stream: io.BufferedWriter, here: Where, kept: Kept)
         here.close()
         here.close()
         assert kept.events[4:] == ["tail"]
-        assert [line["logger"] for line in lines(configured, stream)] == ["stdout", "stdout", "stderr", "stdout", "stdout"]
+        assert [line["logger"] for line in lines(configured, stream)] == [
+            "stdout",
+            "stdout",
+            "stderr",
+            "stdout",
+            "stdout",
+        ]
 
 
 def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: Where, kept: Kept):
@@ -306,7 +365,10 @@ def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: Where, 
 
 
 def test_prints_outside_a_run_pass_through(
-    configured: Configured, stream: io.BufferedWriter, kept: Kept, capsys: pytest.CaptureFixture[str]
+    configured: Configured,
+    stream: io.BufferedWriter,
+    kept: Kept,
+    capsys: pytest.CaptureFixture[str],
 ):
     """What is printed outside of any run goes where it always went, and becomes no line."""
     with configure(stream=stream, redactor=Redactor()) as held:
@@ -356,11 +418,15 @@ def test_embedded_nothing_is_touched():
         "eventflow.logs.log.get_logger('eventflow.worker').info('run.claimed', run='x')\n"
         "assert state() == before, state()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_embedded_lines_go_to_the_hosts_logging(caplog: pytest.LogCaptureFixture, here: Where, kept: Kept):
+def test_embedded_lines_go_to_the_hosts_logging(
+    caplog: pytest.LogCaptureFixture, here: Where, kept: Kept
+):
     """Without `configure` a line is a record of `logging`, redacted, at the host's level; in a run it is kept all the same."""
     log = get_logger("eventflow.worker")
     with caplog.at_level(logging.WARNING):
@@ -402,7 +468,9 @@ def test_a_hosts_dictconfig_does_not_silence_us(configured: Configured, stream: 
     try:
         log.info("run.completed")
     finally:
-        logging.getLogger("eventflow.worker").disabled = logging.getLogger("eventflow").disabled = False
+        logging.getLogger("eventflow.worker").disabled = logging.getLogger("eventflow").disabled = (
+            False
+        )
     assert [line["event"] for line in lines(configured, stream)] == ["run.claimed", "run.completed"]
 
 
@@ -416,16 +484,22 @@ def test_every_event_name_is_documented():
         for node in ast.walk(ast.parse(path.read_text())):
             match node:
                 case ast.Call(
-                    func=ast.Attribute(attr="debug" | "info" | "warning" | "error" | "exception" | "critical"),
+                    func=ast.Attribute(
+                        attr="debug" | "info" | "warning" | "error" | "exception" | "critical"
+                    ),
                     args=[ast.Constant(value=str() as name), *_],
                 ):
                     used[name] = f"{path.relative_to(ROOT)}:{node.lineno}"
     assert used
     assert {name: place for name, place in used.items() if name not in EVENTS} == {}
-    assert all(re.fullmatch(r"[a-z]+\.[a-z_]+", name) and EVENTS[name].endswith(".") for name in EVENTS)
+    assert all(
+        re.fullmatch(r"[a-z]+\.[a-z_]+", name) and EVENTS[name].endswith(".") for name in EVENTS
+    )
 
 
-def test_context_is_not_shared_with_other_threads(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_context_is_not_shared_with_other_threads(
+    stream: io.BufferedWriter, here: Where, kept: Kept
+):
     """A thread that a task starts by itself has no context, and its prints pass through; a copied context helps."""
     with configure(stream=stream, level="debug", redactor=Redactor()):
         bare = threading.Thread(target=print, args=("bare",))

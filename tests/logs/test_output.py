@@ -29,13 +29,21 @@ from eventflow.logs.log import get_logger
 
 
 def program(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *flags, "-c", HEAD + code], capture_output=True, text=True, cwd=ROOT, check=False)
+    return subprocess.run(
+        [sys.executable, *flags, "-c", HEAD + code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
 
 
 def on_a_terminal(code: str, **env: str) -> str:
     """What a program writes to a terminal."""
     ours, theirs = pty.openpty()
-    clean = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+    clean = {
+        key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")
+    }
     child = subprocess.Popen(
         [sys.executable, "-c", HEAD + code],
         stdin=theirs,
@@ -61,9 +69,14 @@ def on_a_terminal(code: str, **env: str) -> str:
 
 def test_json_into_a_pipe():
     """Where stderr is no terminal each line is one JSON object, and stdout stays free for data."""
-    done = program("configure(stream=sys.stderr)\nget_logger('eventflow.app').info('app.started', port=8710)\nprint('data')")
+    done = program(
+        "configure(stream=sys.stderr)\nget_logger('eventflow.app').info('app.started', port=8710)\nprint('data')"
+    )
     assert done.stdout == "data\n"
-    assert json.loads(done.stderr).items() >= {"event": "app.started", "level": "info", "port": 8710}.items()
+    assert (
+        json.loads(done.stderr).items()
+        >= {"event": "app.started", "level": "info", "port": 8710}.items()
+    )
 
 
 def test_pretty_on_a_terminal():
@@ -74,14 +87,20 @@ def test_pretty_on_a_terminal():
     )
     assert "\x1b[" in seen
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
-    assert re.search(r"^\d\d:\d\d:\d\d\.\d{3} \[info +\] app\.started +\[eventflow\.app\] port=8710\r$", plain, re.MULTILINE)
+    assert re.search(
+        r"^\d\d:\d\d:\d\d\.\d{3} \[info +\] app\.started +\[eventflow\.app\] port=8710\r$",
+        plain,
+        re.MULTILINE,
+    )
     assert "\x1b" not in plain and "\x07" not in plain and "\u202e" not in plain
     assert "\\x1b]0;title\\x07\\u202e\\nforged" in plain
 
 
 def test_no_colour_when_asked():
     """NO_COLOR is heard."""
-    assert "\x1b" not in on_a_terminal("configure(stream=sys.stderr)\nget_logger('x').info('app.started')", NO_COLOR="1")
+    assert "\x1b" not in on_a_terminal(
+        "configure(stream=sys.stderr)\nget_logger('x').info('app.started')", NO_COLOR="1"
+    )
 
 
 def test_pretty_tracebacks_keep_their_lines():
@@ -97,13 +116,24 @@ def test_pretty_tracebacks_keep_their_lines():
 @pytest.mark.parametrize("pretty", [True, False])
 def test_pretty_is_what_one_says(tmp_path: Path, pretty: bool):
     """`pretty=` wins over what the stream is."""
-    with open(tmp_path / "log", "wb") as file, configure(stream=file, pretty=pretty, redactor=Redactor()):
+    with (
+        open(tmp_path / "log", "wb") as file,
+        configure(stream=file, pretty=pretty, redactor=Redactor()),
+    ):
         get_logger("x").info("app.started")
     assert (tmp_path / "log").read_bytes().startswith(b"{") is not pretty
 
 
 @pytest.mark.parametrize(
-    "end", ["", "sys.exit(0)", "raise SystemExit", "held.close()", "held.flush(); os._exit(0)", "logging.shutdown()"]
+    "end",
+    [
+        "",
+        "sys.exit(0)",
+        "raise SystemExit",
+        "held.close()",
+        "held.flush(); os._exit(0)",
+        "logging.shutdown()",
+    ],
 )
 def test_no_line_is_lost_at_the_end(end: str):
     """Whatever way the program ends, short of a kill, all its lines are written."""
@@ -118,7 +148,9 @@ def test_lines_come_while_the_program_runs(tmp_path: Path):
     code = f"configure(stream=open({str(path)!r}, 'wb'))\nget_logger('x').info('app.started')\nthreading.Event().wait()"
     child = subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=ROOT)
     try:
-        wait_until(lambda: path.exists() and b"app.started" in path.read_bytes(), "the line is in the file")
+        wait_until(
+            lambda: path.exists() and b"app.started" in path.read_bytes(), "the line is in the file"
+        )
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -126,7 +158,10 @@ def test_lines_come_while_the_program_runs(tmp_path: Path):
 
 def test_python_unbuffered():
     """Under `python -u`, as containers run it, whole lines come in order although the raw stream may take a part only."""
-    done = program("configure(stream=sys.stderr)\nfor n in range(2000): get_logger('x').info('x.y', n=n, text='t' * 500)", "-u")
+    done = program(
+        "configure(stream=sys.stderr)\nfor n in range(2000): get_logger('x').info('x.y', n=n, text='t' * 500)",
+        "-u",
+    )
     assert [json.loads(line)["n"] for line in done.stderr.splitlines()] == list(range(2000))
 
 
@@ -145,7 +180,9 @@ def test_lines_of_many_threads_stay_whole(tmp_path: Path):
         for thread in threads:
             thread.join()
     found = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [[line["n"] for line in found if line["who"] == who] for who in range(8)] == [list(range(500))] * 8
+    assert [[line["n"] for line in found if line["who"] == who] for who in range(8)] == [
+        list(range(500))
+    ] * 8
 
 
 def test_a_stuck_stream_holds_nobody(tmp_path: Path):
@@ -184,7 +221,10 @@ def test_a_closed_stream_stops_nobody(tmp_path: Path):
         file.close()
         get_logger("x").error("run.failed")
         held.flush()
-    with open("/dev/full", "wb", buffering=0) as full, configure(stream=full, redactor=Redactor()) as held:
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        configure(stream=full, redactor=Redactor()) as held,
+    ):
         get_logger("x").error("run.failed")
         held.flush()
 
@@ -206,7 +246,11 @@ def test_a_forked_child_writes_its_own_lines_once():
         "os.waitpid(child, 0)\nlog.info('x.parent')"
     )
     done = program(code, "-W", "ignore::DeprecationWarning")
-    assert sorted(json.loads(line)["event"] for line in done.stderr.splitlines()) == ["x.child", "x.parent", "x.parent"]
+    assert sorted(json.loads(line)["event"] for line in done.stderr.splitlines()) == [
+        "x.child",
+        "x.parent",
+        "x.parent",
+    ]
 
 
 def test_a_signal_handler_may_log():
@@ -220,7 +264,9 @@ def test_a_signal_handler_may_log():
     )
     done = program(code)
     found = [json.loads(line) for line in done.stderr.splitlines()]
-    assert done.returncode == 0 and [line["n"] for line in found if "n" in line] == list(range(20000))
+    assert done.returncode == 0 and [line["n"] for line in found if "n" in line] == list(
+        range(20000)
+    )
     assert any(line["event"] == "x.signal" for line in found)
 
 

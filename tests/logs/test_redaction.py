@@ -39,7 +39,14 @@ def test_a_registered_value_is_hidden_in_every_spelling(redactor: Redactor, text
     """A value is gone whether it stands plain, escaped, URL-encoded, in base64 or in hexadecimal."""
     hidden = redactor.text(text)
     assert MASK in hidden
-    for part in ("wörd", "w\\u00f6rd", "w%C3%B6rd", "w%c3%b6rd", "quoted", SECRET.encode().hex()[8:20]):
+    for part in (
+        "wörd",
+        "w\\u00f6rd",
+        "w%C3%B6rd",
+        "w%c3%b6rd",
+        "quoted",
+        SECRET.encode().hex()[8:20],
+    ):
         assert part not in hidden
 
 
@@ -63,7 +70,9 @@ def test_each_line_of_a_long_key_is_hidden():
     """A key of several lines is hidden line by line, as a program prints it; its BEGIN and END lines are ordinary text."""
     body = [base64.b64encode(bytes([n]) * 48).decode() for n in range(3)]
     redactor = Redactor()
-    redactor.register("\n".join(["-----BEGIN PRIVATE KEY-----", *body, "-----END PRIVATE KEY-----"]))
+    redactor.register(
+        "\n".join(["-----BEGIN PRIVATE KEY-----", *body, "-----END PRIVATE KEY-----"])
+    )
     assert redactor.text(f"found {body[1]} here") == f"found {MASK} here"
     assert redactor.text("-----BEGIN PRIVATE KEY-----") == "-----BEGIN PRIVATE KEY-----"
 
@@ -160,7 +169,9 @@ def test_harmless_is_never_rash():
 def test_controls_do_not_reach_a_terminal():
     """ESC, C1, bidirectional and invisible controls and line breaks become visible text; other scripts stay."""
     dirty = "a\x1b[31mb\x9b2Jc\u202ed\u2066e\u200bf\x07g\nh\ri\u2028j\U000e0041k\x7fl\tm"
-    assert clean(dirty) == ("a\\x1b[31mb\\x9b2Jc\\u202ed\\u2066e\\u200bf\\x07g\\nh\\ri\\u2028j\\U000e0041k\\x7fl\tm")
+    assert clean(dirty) == (
+        "a\\x1b[31mb\\x9b2Jc\\u202ed\\u2066e\\u200bf\\x07g\\nh\\ri\\u2028j\\U000e0041k\\x7fl\tm"
+    )
     assert clean("Grüße, мир, 世界, مرحبا 🎉") == "Grüße, мир, 世界, مرحبا 🎉"
     assert clean_lines("one\n\x1b[2Jtwo") == "one\n\\x1b[2Jtwo"
 

@@ -72,7 +72,16 @@ def test_what_is_posted_is_read(opened: Open):
     store.post(line(other, "theirs"))
     store.post(Line(run, 7, 40, "lib", "two"))
     one, two = read(store, run)
-    assert one.items() >= {"level": "info", "logger": "shop", "event": "one", "task": "score", "attempt": 1}.items()
+    assert (
+        one.items()
+        >= {
+            "level": "info",
+            "logger": "shop",
+            "event": "one",
+            "task": "score",
+            "attempt": 1,
+        }.items()
+    )
     assert one["fields"] == {"n": 1, "deep": {"a": [1, None]}}
     assert two == {
         "seq": two["seq"],
@@ -146,7 +155,9 @@ def test_long_lines_are_cut(opened: Open):
     [row] = read(store, run)
     assert len(row["event"]) < 17_000 and "1000000 characters" in row["event"]
     assert row["fields"]["n"] == 1 and len(row["fields"]["exception"]) < 16_000
-    assert row["fields"]["exception"].startswith("Traceback") and row["fields"]["exception"].endswith("ValueError: the end")
+    assert row["fields"]["exception"].startswith("Traceback") and row["fields"][
+        "exception"
+    ].endswith("ValueError: the end")
 
 
 def test_a_logger_in_a_run_reaches_the_store(opened: Open):
@@ -187,7 +198,11 @@ def test_a_flood_is_capped_and_counted(opened: Open):
     wait_until(lambda: told() == 5000, "kept and counted lines are all there were")
     rows = read(store, run, limit=10_000)
     assert [row["event"] for row in rows[:100]] == [str(n) for n in range(100)]
-    assert store.dropped == sum(row["fields"]["lines"] for row in rows if row["event"] == "log.dropped") > 4000
+    assert (
+        store.dropped
+        == sum(row["fields"]["lines"] for row in rows if row["event"] == "log.dropped")
+        > 4000
+    )
     assert [row["event"] for row in read(store, calm)] == ["hello"]
 
 
@@ -271,7 +286,9 @@ def test_old_lines_go(opened: Open):
 
 
 @pytest.mark.parametrize("damage", ["garbage", "empty", "page"])
-def test_a_damaged_file_is_set_aside(opened: Open, path: Path, damage: str, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_file_is_set_aside(
+    opened: Open, path: Path, damage: str, caplog: pytest.LogCaptureFixture
+):
     """Damage costs the old lines only: the file is kept aside for inspection, a new one begun, and a warning says so."""
     store, run = opened(), new_run()
     for _ in range(500):
@@ -304,7 +321,9 @@ def test_a_damaged_file_is_set_aside(opened: Open, path: Path, damage: str, capl
         assert "log.reset" in caplog.text
 
 
-def test_a_file_that_cannot_be_written_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_file_that_cannot_be_written_stops_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     """With its directory gone the store drops and counts, warns once, and writes again when it can."""
     folder = tmp_path / "gone"
     store = LogStore(folder / "store.db", clock=CLOCK)
@@ -351,7 +370,12 @@ def test_kill_9_keeps_what_was_written(path: Path):
         "    store.post(Line(1 << 61, clock.now(), 20, 'x', str(n)))\n"
         "    if n % 100 == 99 and store.flush(): print(n, flush=True)\n"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert child.stdout is not None
     told = [int(child.stdout.readline()) for _ in range(5)]
     child.kill()

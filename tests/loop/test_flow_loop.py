@@ -39,7 +39,10 @@ def test_claims_follow_lineage_not_the_order_of_calls() -> None:
     claims = World().done(forks).claims()
     assert len(claims) == len(set(claims)) == 7
     scopes = {claim.rpartition("/")[0] for claim in claims}
-    a, b, b2 = sorted((scope for scope in scopes if "branch" in scope), key=lambda scope: (scope.endswith(".1"), scope))
+    a, b, b2 = sorted(
+        (scope for scope in scopes if "branch" in scope),
+        key=lambda scope: (scope.endswith(".1"), scope),
+    )
     assert b2 in (f"{a}.1", f"{b}.1")
     assert {f"{scope}/double#{n}" for scope in (a, b, b2) for n in (0, 1)} < set(claims)
     assert "double#0" in claims  # claimed where it was called, though gather made a task of it
@@ -98,7 +101,11 @@ def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_life() -
         if early:
             seen += [current_run().now, current_run().random.random()]
         await draws()
-        seen += [current_run().now, current_run().random.random(), asyncio.get_running_loop().time()]
+        seen += [
+            current_run().now,
+            current_run().random.random(),
+            asyncio.get_running_loop().time(),
+        ]
         await sleep(2)
         seen += [current_run().now, current_run().random.random()]
         await double(1)
@@ -348,7 +355,9 @@ def test_io_on_the_runs_loop_is_refused_with_advice() -> None:
     assert isinstance(error, UsageError) and "@task" in str(error)
 
 
-def test_a_callback_that_raises_is_logged_and_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_callback_that_raises_is_logged_and_harms_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """As on any loop: `call_soon(broken)` is reported, the run goes on."""
 
     @flow

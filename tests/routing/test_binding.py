@@ -103,14 +103,27 @@ async def strict(strict: Strict) -> None: ...
     ("fn", "data", "arguments"),
     [
         # By name.
-        (one_order, {"order": {"id": 7, "lines": [{"sku": "a"}]}}, {"order": Order(7, [Line("a")])}),
-        (several, {"id": 1, "name": "n", "tags": ["a"], "unasked": 1}, {"id": 1, "name": "n", "tags": ("a",)}),
+        (
+            one_order,
+            {"order": {"id": 7, "lines": [{"sku": "a"}]}},
+            {"order": Order(7, [Line("a")])},
+        ),
+        (
+            several,
+            {"id": 1, "name": "n", "tags": ["a"], "unasked": 1},
+            {"id": 1, "name": "n", "tags": ("a",)},
+        ),
         (several, {"id": 1}, {"id": 1}),
         (rest, {"id": 1, "b": 2, "c": 3}, {"id": 1, "b": 2, "c": 3}),
         (one_thing, {"thing": [1]}, {"thing": [1]}),
         (
             rich,
-            {"at": "2026-01-02T03:04:05Z", "price": "1.10", "ident": str(UUID(int=7)), "by": {"1": "x"}},
+            {
+                "at": "2026-01-02T03:04:05Z",
+                "price": "1.10",
+                "ident": str(UUID(int=7)),
+                "by": {"1": "x"},
+            },
             {
                 "at": dt.datetime(2026, 1, 2, 3, 4, 5, tzinfo=dt.UTC),
                 "price": Decimal("1.10"),
@@ -165,13 +178,23 @@ def test_an_event_parameter_gets_the_event():
     ("fn", "data", "field", "reason"),
     [
         (one_order, {"order": {"id": "x"}}, "order", "Expected `int`, got `str` - at `$.order.id`"),
-        (one_order, {"id": 1, "lines": [{"sku": "a", "qty": "2"}]}, "order", "at `$.order.lines[0].qty`"),
+        (
+            one_order,
+            {"id": 1, "lines": [{"sku": "a", "qty": "2"}]},
+            "order",
+            "at `$.order.lines[0].qty`",
+        ),
         (one_order, None, "order", "missing; the data has no fields"),
         (one_order, [1], "order", "Expected `object`, got `array`"),
         (several, {"name": "x"}, "id", "missing; the data has name"),
         (several, {"id": "5"}, "id", "Expected `int`, got `str`"),
         (several, {"id": 1, "tags": [1]}, "tags", "at `$.tags[0]`"),
-        (several, [1], "id, name, tags", "expected the event's data to be a JSON object, found an array"),
+        (
+            several,
+            [1],
+            "id, name, tags",
+            "expected the event's data to be a JSON object, found an array",
+        ),
         (several, b"x", "id, name, tags", "found bytes"),
         (one_int, {"m": 1}, "n", "missing; the data has m"),
         (one_int, True, "n", "Expected `int`, got `bool`"),
@@ -231,7 +254,12 @@ def test_params_may_come_with_an_event():
             rich,
             (dt.datetime(2026, 1, 2, tzinfo=dt.UTC), Decimal("1.10"), UUID(int=7), {1: "x"}),
             {},
-            {"at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC), "price": Decimal("1.10"), "ident": UUID(int=7), "by": {1: "x"}},
+            {
+                "at": dt.datetime(2026, 1, 2, tzinfo=dt.UTC),
+                "price": Decimal("1.10"),
+                "ident": UUID(int=7),
+                "by": {1: "x"},
+            },
         ),
     ],
 )
@@ -280,7 +308,11 @@ async def unresolved(order: "Nowhere") -> None: ...  # noqa: F821  # pyright: ig
 
 @pytest.mark.parametrize(
     ("fn", "message"),
-    [(star, r"\*orders"), (slash, "positional only"), (unresolved, "cannot resolve its annotations: name 'Nowhere'")],
+    [
+        (star, r"\*orders"),
+        (slash, "positional only"),
+        (unresolved, "cannot resolve its annotations: name 'Nowhere'"),
+    ],
 )
 def test_a_signature_no_event_can_fill_is_refused(fn, message):
     """A signature that cannot be filled by name is a UsageError when the Binder is made."""

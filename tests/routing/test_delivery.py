@@ -7,7 +7,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from eventflow import App, Batch, Debounce, Each, Event, Latest, Singleflight, UsageError, current_run, flow, task
+from eventflow import (
+    App,
+    Batch,
+    Debounce,
+    Each,
+    Event,
+    Latest,
+    Singleflight,
+    UsageError,
+    current_run,
+    flow,
+    task,
+)
 from eventflow.store.audit import audit
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 
@@ -35,7 +47,9 @@ class Bench:
 
         @flow
         async def handle(events: list[Event]) -> int:
-            self.given.append(((clock.now() - self.began) / 1e6, [event.data["n"] for event in events]))
+            self.given.append(
+                ((clock.now() - self.began) / 1e6, [event.data["n"] for event in events])
+            )
             await work(lasts)
             return len(events)
 
@@ -140,7 +154,9 @@ async def test_the_newest_event_is_what_binds_by_name() -> None:
         assert [letter["event_id"] for letter in await app.store.dead()] == ["bad", "bad"]
         verdicts = (await app.store.event("b"))["verdicts"]
         runs = {run["id"]: run for run in (await app.store.event("b"))["runs"]}
-        assert {fate for _, fate, _ in verdicts} == {"joined"} and {run for _, _, run in verdicts} == set(runs)
+        assert {fate for _, fate, _ in verdicts} == {"joined"} and {
+            run for _, _, run in verdicts
+        } == set(runs)
         assert {run["event"] for run in runs.values()} == {first.ledger_id}
     assert [Order(1), Order(2)] in seen
     ((n, ident, all_of, event),) = [each for each in seen if isinstance(each, tuple)]
@@ -241,7 +257,10 @@ def test_mistakes_are_said_at_once() -> None:
         (lambda: Batch(5, within=0), "within expected a positive duration"),
         (lambda: Debounce(5, max_wait=1), "max_wait expected at least quiet"),
         (lambda: app.on(trigger, handle, deliver="batch"), "deliver= expected"),  # type: ignore[arg-type]
-        (lambda: app.on(trigger, handle, deliver=Batch(5, within=1), params=lambda event: {}), "params= makes one event's"),
+        (
+            lambda: app.on(trigger, handle, deliver=Batch(5, within=1), params=lambda event: {}),
+            "params= makes one event's",
+        ),
     ):
         with pytest.raises(UsageError, match=said):
             make()

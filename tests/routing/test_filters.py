@@ -26,7 +26,9 @@ SAMPLE = {
 
 
 def event(data=None, **attributes):
-    return Event(**({"id": "1", "source": "/s", "type": "order.created", "data": data} | attributes))
+    return Event(
+        **({"id": "1", "source": "/s", "type": "order.created", "data": data} | attributes)
+    )
 
 
 def matches(pattern, data):
@@ -63,8 +65,24 @@ def matches(pattern, data):
         ({"detail": {"c-count": [6, {"numeric": ["<", 6]}]}}, True),
         ({"$or": [{"region": ["eu-west-1"]}, {"detail": {"state": ["running"]}}]}, True),
         ({"$or": [{"region": ["eu-west-1"]}, {"detail": {"state": ["stopped"]}}]}, False),
-        ({"region": ["eu-west-1"], "$or": [{"region": ["us-east-1"]}, {"detail": {"state": ["running"]}}]}, False),
-        ({"detail": {"$or": [{"c-count": [{"numeric": [">", 9]}]}, {"d-count": [{"numeric": ["<", 9]}]}]}}, True),
+        (
+            {
+                "region": ["eu-west-1"],
+                "$or": [{"region": ["us-east-1"]}, {"detail": {"state": ["running"]}}],
+            },
+            False,
+        ),
+        (
+            {
+                "detail": {
+                    "$or": [
+                        {"c-count": [{"numeric": [">", 9]}]},
+                        {"d-count": [{"numeric": ["<", 9]}]},
+                    ]
+                }
+            },
+            True,
+        ),
         # And the neighbours of each that do not.
         ({"detail": {"state": ["stopped"]}}, False),
         ({"region": [{"prefix": "eu-"}]}, False),
@@ -110,8 +128,16 @@ def test_documented_patterns(pattern, wanted):
         ({"a": ["x", "y"]}, {"a": ["z", "y"]}, True),
         ({"a": ["x"]}, {"a": [["x"]]}, True),
         ({"a": [{"numeric": [">", 5]}]}, {"a": [1, 9]}, True),
-        ({"items": {"sku": ["x"], "qty": [2]}}, {"items": [{"sku": "x", "qty": 1}, {"sku": "x", "qty": 2}]}, True),
-        ({"items": {"sku": ["x"], "qty": [2]}}, {"items": [{"sku": "x", "qty": 1}, {"sku": "y", "qty": 2}]}, False),
+        (
+            {"items": {"sku": ["x"], "qty": [2]}},
+            {"items": [{"sku": "x", "qty": 1}, {"sku": "x", "qty": 2}]},
+            True,
+        ),
+        (
+            {"items": {"sku": ["x"], "qty": [2]}},
+            {"items": [{"sku": "x", "qty": 1}, {"sku": "y", "qty": 2}]},
+            False,
+        ),
         ({"items": {"sku": [{"exists": False}]}}, {"items": []}, True),
         # A scalar is short for a list of one.
         ({"a": "x"}, {"a": "x"}, True),
@@ -154,8 +180,24 @@ def test_the_grammar_at_its_edges(pattern, data, wanted):
         ({"@shard": [{"numeric": [">=", 3]}]}, True),
         ({"@missing": [{"exists": False}]}, True),
         ({"@dataschema": [{"exists": True}]}, False),
-        ({"$or": [{"@type": ["x"]}, {"@type": ["order.created"], "total": [{"numeric": [">", 5]}]}]}, True),
-        ({"$or": [{"@type": ["x"]}, {"@type": ["order.created"], "total": [{"numeric": ["<", 5]}]}]}, False),
+        (
+            {
+                "$or": [
+                    {"@type": ["x"]},
+                    {"@type": ["order.created"], "total": [{"numeric": [">", 5]}]},
+                ]
+            },
+            True,
+        ),
+        (
+            {
+                "$or": [
+                    {"@type": ["x"]},
+                    {"@type": ["order.created"], "total": [{"numeric": ["<", 5]}]},
+                ]
+            },
+            False,
+        ),
         ({"meta": {"@type": ["Order"]}}, True),
     ],
 )
@@ -178,13 +220,21 @@ def test_attributes_are_asked_for_with_an_at(pattern, wanted):
     ("pattern", "data", "reason"),
     [
         ({"total": [{"numeric": [">", 0]}]}, {"total": -3}, "total.numeric[> 0] (found -3)"),
-        ({"total": [{"numeric": [">", 0, "<=", 5]}]}, {"total": 6}, "total.numeric[> 0 <= 5] (found 6)"),
+        (
+            {"total": [{"numeric": [">", 0, "<=", 5]}]},
+            {"total": 6},
+            "total.numeric[> 0 <= 5] (found 6)",
+        ),
         ({"total": [{"numeric": [">", 0]}]}, {}, "total.numeric[> 0] (absent)"),
         ({"a": {"b": ["x"]}}, {"a": {"b": "y"}}, 'a.b = "x" (found "y")'),
         ({"a": ["x", "y"]}, {"a": 1}, 'a in ["x", "y"] (found 1)'),
         ({"a": [{"prefix": "x"}]}, {"a": "y" * 200}, f'a.prefix["x"] (found "{"y" * 76}...)'),
         ({"a": ["x"], "b": ["y"]}, {"a": "x", "b": "z"}, 'b = "y" (found "z")'),
-        ({"$or": [{"a": ["x"]}, {"b": ["y"]}]}, {"a": 1}, '$or: none of [a = "x" (found 1); b = "y" (absent)]'),
+        (
+            {"$or": [{"a": ["x"]}, {"b": ["y"]}]},
+            {"a": 1},
+            '$or: none of [a = "x" (found 1); b = "y" (absent)]',
+        ),
         ({"i": {"s": ["x"]}}, {"i": [{"s": "y"}, {"s": "z"}]}, 'i.s = "x" (found "y")'),
         ({"@type": ["x"]}, {}, '@type = "x" (found "order.created")'),
     ],
@@ -202,7 +252,10 @@ def test_p3_a_filter_says_which_condition_failed(pattern, data, reason):
         ({}, None),
         ({"a": []}, "a expected a value or a list with at least one"),
         ({"a": {}}, "a is empty"),
-        ({"a": [{}]}, "a expected an object with one of prefix, suffix, anything-but, exists, numeric"),
+        (
+            {"a": [{}]},
+            "a expected an object with one of prefix, suffix, anything-but, exists, numeric",
+        ),
         ({"a": [{"regex": ".*"}]}, 'one of .*wildcard; found {"regex"'),
         ({"a": [{"prefix": "x", "suffix": "y"}]}, "a expected an object with one of"),
         ({"a": [{"prefix": 5}]}, "a.prefix expected a string, found 5"),
@@ -213,7 +266,10 @@ def test_p3_a_filter_says_which_condition_failed(pattern, data, reason):
         ({"a": [{"numeric": [">", True]}]}, "a.numeric expected"),
         ({"a": [{"numeric": 5}]}, "a.numeric expected"),
         ({"a": [{"anything-but": []}]}, "a.anything-but expected at least one"),
-        ({"a": [{"anything-but": {"numeric": [">", 5]}}]}, "a.anything-but expected values, prefix"),
+        (
+            {"a": [{"anything-but": {"numeric": [">", 5]}}]},
+            "a.anything-but expected values, prefix",
+        ),
         ({"a": [{"wildcard": "a**b"}]}, "expected single stars"),
         ({"a": [{"wildcard": "a\\b"}]}, "a backslash stands before"),
         ({"a": [["x"]]}, "a expected a string, number"),
@@ -291,7 +347,8 @@ def test_no_filter_is_none():
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"), [({"total": 3}, "total.numeric[> 5] (found 3)"), ({}, "total.numeric[> 5] (absent)")]
+    ("data", "reason"),
+    [({"total": 3}, "total.numeric[> 5] (found 3)"), ({}, "total.numeric[> 5] (absent)")],
 )
 def test_a_reason_begins_with_its_condition(data: dict[str, int], reason: str):
     """Whoever counts reasons counts conditions, whatever was found instead."""

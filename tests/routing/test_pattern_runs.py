@@ -70,7 +70,9 @@ class Bench:
         """Events whose type is their id's first letter."""
         for ident in ids:
             time = to_datetime(self.clock.now()) - timedelta(seconds=ago)
-            await app.accept(Event(id=ident, source="/test", type=ident[0], data={"k": key}, time=time))
+            await app.accept(
+                Event(id=ident, source="/test", type=ident[0], data={"k": key}, time=time)
+            )
 
     @property
     def groups(self) -> list[list[str]]:
@@ -103,12 +105,20 @@ async def test_all_of_starts_one_run_with_all_events() -> None:
         assert bench.given == [(10.0, ["b1", "a3"])]
         (run,) = await app.store.runs()
         assert (run["mode"], run["deliveries"], run["state"]) == ("pattern", 2, "completed")
-        assert await verdict(app, "b1") == ("run", run["id"]) or await verdict(app, "b1") == ("joined", run["id"])
+        assert await verdict(app, "b1") == ("run", run["id"]) or await verdict(app, "b1") == (
+            "joined",
+            run["id"],
+        )
         assert (await verdict(app, "a3")) == ("joined", run["id"])
         await bench.clock.advance(51)
         assert await verdict(app, "a1") == ("lapsed", "all_of: not each of a, b within 60 s")
         counts = await sound(app)
-        assert (counts["accepted"], counts["completed"], counts["suppressed"], counts["pending"]) == (4, 2, 2, 0)
+        assert (
+            counts["accepted"],
+            counts["completed"],
+            counts["suppressed"],
+            counts["pending"],
+        ) == (4, 2, 2, 0)
 
 
 async def test_a_duplicate_counts_once() -> None:
@@ -169,7 +179,10 @@ async def test_p6_absence_fires_when_it_is_due() -> None:
         await bench.clock.advance(0.2)
         assert bench.groups == [["a1"]]
         await bench.clock.advance(100)
-        assert bench.groups == [["a1"]] and (await verdict(app, "a2")) == ("lapsed", "absent: b came 20 s after it")
+        assert bench.groups == [["a1"]] and (await verdict(app, "a2")) == (
+            "lapsed",
+            "absent: b came 20 s after it",
+        )
         counts = await sound(app)
         assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1, 2, 0)
 
@@ -201,11 +214,15 @@ async def test_many_that_are_due_at_once_are_all_decided() -> None:
     """A thousand keys lapse in the same moment, and later a thousand fall silent: none is left behind."""
     bench = Bench(any_of(absent("a", 60), all_of("b", "c", within=30), by="k"))
     async with bench.running() as app:
-        await app.accept(*(Event(id=f"b{n}", source="/test", type="b", data={"k": str(n)}) for n in range(1000)))
+        await app.accept(
+            *(Event(id=f"b{n}", source="/test", type="b", data={"k": str(n)}) for n in range(1000))
+        )
         assert (await sound(app))["pending"] == 1000
         await bench.clock.advance(31)
         assert (await sound(app))["suppressed"] == 1000
-        await app.accept(*(Event(id=f"a{n}", source="/test", type="a", data={"k": str(n)}) for n in range(1000)))
+        await app.accept(
+            *(Event(id=f"a{n}", source="/test", type="a", data={"k": str(n)}) for n in range(1000))
+        )
         await bench.clock.advance(61)
         await drain(app)
         counts = await sound(app)
@@ -217,7 +234,9 @@ async def test_many_that_are_due_at_once_are_all_decided() -> None:
 async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_path: Path) -> None:
     """Random events, late and repeated, of two keys, in several lives: the runs are the machine's, the sum holds throughout."""
     draw = random.Random(seed)
-    pattern = msgspec.structs.replace(PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k")
+    pattern = msgspec.structs.replace(
+        PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k"
+    )
     bench = Bench(pattern, tmp_path / "story.db")
     plain = {key: Life(joined(pattern).machine) for key in "xy"}
     kinds = [leaf.label for leaf in pattern.leaves]
@@ -229,10 +248,16 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
                 if sent and draw.random() < 0.2:
                     await bench.send(app, draw.choice(sent)[0])
                     continue
-                ident, key, ago = f"{draw.choice(kinds)}{len(sent) + 1}", draw.choice("xy"), draw.choice([0, 0, 1, 3, 8])
+                ident, key, ago = (
+                    f"{draw.choice(kinds)}{len(sent) + 1}",
+                    draw.choice("xy"),
+                    draw.choice([0, 0, 1, 3, 8]),
+                )
                 await bench.send(app, ident, key=key, ago=ago)
                 now = bench.clock.now()
-                plain[key].receive(kinds.index(ident[0]), Item(now - ago * S, now, (len(sent) + 1,)), twice=False)
+                plain[key].receive(
+                    kinds.index(ident[0]), Item(now - ago * S, now, (len(sent) + 1,)), twice=False
+                )
                 sent.append((ident, key, ago))
             await drain(app, advance=False)
             await sound(app)
@@ -242,7 +267,11 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
         assert counts["pending"] == 0 and counts["accepted"] == len(sent)
     for life in plain.values():
         life.advance(bench.clock.now())
-    expected = sorted([sent[event - 1][0] for event in match.events] for life in plain.values() for match in life.matches)
+    expected = sorted(
+        [sent[event - 1][0] for event in match.events]
+        for life in plain.values()
+        for match in life.matches
+    )
     assert sorted(bench.groups) == expected
 
 
@@ -282,7 +311,13 @@ async def test_parts_are_triggers_run_states_and_filters() -> None:
     app.on("shipment", ship)
     paid = part(orders, where={"paid": [True]})
     app.on(
-        all_of(paid, RunState(ship, "completed"), within=60, by={"orders": "order", "eventflow.run.completed": "result"}), both
+        all_of(
+            paid,
+            RunState(ship, "completed"),
+            within=60,
+            by={"orders": "order", "eventflow.run.completed": "result"},
+        ),
+        both,
     )
     async with running(app):
         await orders.send(data={"order": "o-1", "paid": False}, id="1")
@@ -365,7 +400,9 @@ async def test_a_replay_gives_the_event_again() -> None:
         async def replay(ident: str) -> None:
             row = await app.store.event(ident)
             event = Event.from_json(row["body"])
-            await app.store.replay(row["id"], app.house.router.arrive("events", event, ledger_id=row["id"]))
+            await app.store.replay(
+                row["id"], app.house.router.arrive("events", event, ledger_id=row["id"])
+            )
 
         await replay("a1")
         assert (await sound(app))["pending"] == 1
@@ -435,7 +472,9 @@ def test_p2_what_did_not_become_durable_did_not_happen() -> None:
         assert failed.matches == [] and weave(failed.state, 3).matches != []
     again = weave(kept, 2)
     assert router.keep("watch", "", again.state) != kept
-    assert [match.events for match in weave(router.keep("watch", "", again.state), 4).matches] == [(1, 2, 4)]
+    assert [match.events for match in weave(router.keep("watch", "", again.state), 4).matches] == [
+        (1, 2, 4)
+    ]
 
 
 def test_what_a_pattern_does_not_take() -> None:
@@ -444,6 +483,12 @@ def test_what_a_pattern_does_not_take() -> None:
     @flow
     async def act(events: list[Event]) -> None: ...
 
-    for options in ({"where": {"x": [1]}}, {"key": "k"}, {"types": ["t"]}, {"params": dict}, {"on_failure": "block"}):
+    for options in (
+        {"where": {"x": [1]}},
+        {"key": "k"},
+        {"types": ["t"]},
+        {"params": dict},
+        {"on_failure": "block"},
+    ):
         with pytest.raises(UsageError, match="its parts"):
             App("patterns").on(any_of("a", "b"), act, **cast(Any, options))

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from eventflow import Event, UsageError
 from eventflow.core.clock import to_datetime, to_us
 from eventflow.routing.pattern_machine import Item, Machine, State
-from eventflow.routing.patterns import Pattern, absent, all_of, any_of, count, happened, joined, part, sequence
+from eventflow.routing.patterns import (
+    Pattern,
+    absent,
+    all_of,
+    any_of,
+    count,
+    happened,
+    joined,
+    part,
+    sequence,
+)
 from eventflow.testing import MemoryTrigger
 
 HISTORIES = int(os.environ.get("PATTERN_HISTORIES", "200"))
@@ -59,9 +69,15 @@ class Oracle:
             else:
                 self._leaf += 1
                 leaf = self._leaf
-                given += [Given((item.at, 1, n), role, item) for n, (to, item) in enumerate(self._arrivals) if to == leaf]
+                given += [
+                    Given((item.at, 1, n), role, item)
+                    for n, (to, item) in enumerate(self._arrivals)
+                    if to == leaf
+                ]
         given.sort(key=lambda each: each.order)
-        rule = {"any_of": self._any, "all_of": self._gathered, "count": self._gathered}.get(pattern.kind, self._waits)
+        rule = {"any_of": self._any, "all_of": self._gathered, "count": self._gathered}.get(
+            pattern.kind, self._waits
+        )
         return sorted(rule(pattern, late, given, node), key=lambda each: each.order)
 
     def _any(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
@@ -73,11 +89,21 @@ class Oracle:
         found: list[Given] = []
         for new in given:
             there = [old for old in free if old.item.at + pattern.within + late + 1 > new.item.at]
-            fits = [chosen for chosen in self._choices(pattern, there, new) if _span(chosen) <= pattern.within]
+            fits = [
+                chosen
+                for chosen in self._choices(pattern, there, new)
+                if _span(chosen) <= pattern.within
+            ]
             if not fits:
                 free.append(new)
                 continue
-            best = min(fits, key=lambda chosen: (min(each.item for each in chosen), [each.item for each in chosen]))
+            best = min(
+                fits,
+                key=lambda chosen: (
+                    min(each.item for each in chosen),
+                    [each.item for each in chosen],
+                ),
+            )
             free = [old for old in free if not any(old is each for each in best)]
             found.append(_match(new.order, best, max(each.item.time for each in best), new.item.at))
         self.lapsed += [event for old in free for event in old.item.events]
@@ -88,7 +114,10 @@ class Oracle:
             for others in combinations(there, pattern.n - 1):
                 yield sorted([*others, new], key=lambda each: each.item)
         else:
-            parts = [[new] if role == new.role else [old for old in there if old.role == role] for role in pattern.roles]
+            parts = [
+                [new] if role == new.role else [old for old in there if old.role == role]
+                for role in pattern.roles
+            ]
             yield from ([*chosen] for chosen in product(*parts))
 
     def _waits(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
@@ -117,7 +146,11 @@ class Oracle:
             if each.role == 0:
                 openings.append((n, each))
             elif each.role == 1:
-                fits = [(o.item, m, o) for m, o in now_open if 0 <= each.item.time - o.item.time <= within]
+                fits = [
+                    (o.item, m, o)
+                    for m, o in now_open
+                    if 0 <= each.item.time - o.item.time <= within
+                ]
                 if not fits:
                     self.lapsed += each.item.events
                     continue
@@ -164,7 +197,11 @@ def _span(chosen: list[Given]) -> int:
 
 
 def _match(order: tuple[int, ...], chosen: list[Given], time: int, at: int) -> Given:
-    return Given(order, 0, Item(time, at, tuple(sorted(event for each in chosen for event in each.item.events))))
+    return Given(
+        order,
+        0,
+        Item(time, at, tuple(sorted(event for each in chosen for event in each.item.events))),
+    )
 
 
 # --------------------------------------------------------------------------- histories
@@ -189,7 +226,10 @@ def histories(leaves: int, *, most: int) -> st.SearchStrategy[list[Sent]]:
 def arrivals(history: list[Sent]) -> list[tuple[int, Item]]:
     """In the order of arrival, numbered as the ledger would; one sent twice is one event."""
     ordered = sorted(history, key=lambda sent: sent.time + sent.late)
-    return [(sent.leaf, Item(sent.time * S, (sent.time + sent.late) * S, (n,))) for n, sent in enumerate(ordered, 1)]
+    return [
+        (sent.leaf, Item(sent.time * S, (sent.time + sent.late) * S, (n,)))
+        for n, sent in enumerate(ordered, 1)
+    ]
 
 
 class Life:
@@ -208,8 +248,12 @@ class Life:
         self.matches += step.matches
         self.lapsed += [event for event, reason in step.lapsed if reason]
         self.state = state if self.machine.is_open(state) else None
-        accounted = sorted([*self.lapsed, *(event for match in self.matches for event in match.events), *self.open])
-        assert accounted == sorted(self.known | set(item.events if item else ())), "an event is lost, or is twice"
+        accounted = sorted(
+            [*self.lapsed, *(event for match in self.matches for event in match.events), *self.open]
+        )
+        assert accounted == sorted(self.known | set(item.events if item else ())), (
+            "an event is lost, or is twice"
+        )
         assert self.machine.due(state) > now
 
     @property
@@ -234,16 +278,24 @@ PATTERNS: dict[str, Callable[[float, float], Pattern]] = {
     "count": lambda within, late: count("a", 3, within=within, lateness=late),
     "count of one": lambda within, late: count("a", 1, within=within, lateness=late),
     "sequence": lambda within, late: sequence("a", then="b", within=within, lateness=late),
-    "sequence unless": lambda within, late: sequence("a", then="b", unless="c", within=within, lateness=late),
+    "sequence unless": lambda within, late: sequence(
+        "a", then="b", unless="c", within=within, lateness=late
+    ),
     "absent": lambda within, late: absent("a", within, lateness=late),
     "absent after": lambda within, late: absent("a", within, after="b", lateness=late),
     "count of any": lambda within, late: count(any_of("a", "b"), 3, within=within, lateness=late),
-    "all of count and b": lambda within, late: all_of(count("a", 2, within=within), "b", within=within + 3, lateness=late),
+    "all of count and b": lambda within, late: all_of(
+        count("a", 2, within=within), "b", within=within + 3, lateness=late
+    ),
     "three in a row": lambda within, late: sequence(
         sequence("a", then="b", within=within), then="c", within=within, lateness=late
     ),
     "silence between": lambda within, late: sequence(
-        "a", then=absent("b", 4, after="c"), unless=count("d", 2, within=5, lateness=1), within=within + 6, lateness=late
+        "a",
+        then=absent("b", 4, after="c"),
+        unless=count("d", 2, within=5, lateness=1),
+        within=within + 6,
+        lateness=late,
     ),
     "all silent": lambda within, late: all_of(
         absent("a", within, lateness=late), absent("b", within + 1), within=10, lateness=late
@@ -257,7 +309,11 @@ def test_what_matches_is_what_the_oracle_says(name: str) -> None:
     make = PATTERNS[name]
     leaves = len(make(5, 0).leaves)
 
-    @settings(max_examples=HISTORIES, deadline=None, suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large))
+    @settings(
+        max_examples=HISTORIES,
+        deadline=None,
+        suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+    )
     @given(st.data(), histories(leaves, most=14), st.integers(1, 10), st.sampled_from([0, 0, 2, 5]))
     def check(data: st.DataObject, history: list[Sent], within: int, late: int) -> None:
         pattern = make(within, late)
@@ -310,7 +366,13 @@ def told(pattern: Pattern, start: str, *came: str, until: str, asked: bool = Tru
 def test_a_daily_deadline_is_missed_once_a_day() -> None:
     """absent(by=): each local day at that time, if nothing came since the day before; over a change of clocks too."""
     pattern = absent("file.landed", by="06:00", tz="Europe/Berlin")
-    missed = told(pattern, "2030-03-29T12:00Z", "2030-03-30T04:59Z", "2030-04-01T04:00Z", until="2030-04-03T12:00Z")
+    missed = told(
+        pattern,
+        "2030-03-29T12:00Z",
+        "2030-03-30T04:59Z",
+        "2030-04-01T04:00Z",
+        until="2030-04-03T12:00Z",
+    )
     assert missed == ["2030-03-31 04:00+00:00", "2030-04-02 04:00+00:00", "2030-04-03 04:00+00:00"]
 
 
@@ -324,7 +386,11 @@ def test_deadlines_that_passed_while_nothing_ran_are_one() -> None:
 def test_time_is_the_senders_but_not_the_future() -> None:
     """An event happened when it says; without a time, or with one to come, when it arrived."""
     now = at("2030-01-01T00:00Z")
-    for said, expected in ((None, now), ("2029-12-31T23:00Z", now - 3600 * S), ("2031-01-01T00:00Z", now)):
+    for said, expected in (
+        (None, now),
+        ("2029-12-31T23:00Z", now - 3600 * S),
+        ("2031-01-01T00:00Z", now),
+    ):
         time = None if said is None else datetime.fromisoformat(said)
         assert happened(Event(id="1", source="/s", type="t", time=time), now) == expected
 
@@ -336,7 +402,9 @@ def test_reasons_name_what_was_missing() -> None:
         machine = joined(pattern).machine
         state, lapsed = machine.fresh(0), {}
         for n, (leaf, second) in enumerate(came):
-            lapsed.update(machine.advance(state, second * S, leaf, Item(second * S, second * S, (n,))).lapsed)
+            lapsed.update(
+                machine.advance(state, second * S, leaf, Item(second * S, second * S, (n,))).lapsed
+            )
         return {**lapsed, **dict(machine.advance(state, 1000 * S).lapsed)}
 
     assert reasons(all_of("a", "b", "c", within=10), (0, 0), (2, 1)) == {
@@ -361,16 +429,27 @@ def test_what_is_open_is_bounded() -> None:
     state = machine.fresh(0)
     lapsed = [machine.advance(state, n, 0, Item(n, n, (n,))).lapsed for n in range(10_003)]
     assert len(machine.events(state)) == 10_000
-    assert [each for step in lapsed for each in step] == [(n, "a: more than 10,000 wait") for n in range(3)]
+    assert [each for step in lapsed for each in step] == [
+        (n, "a: more than 10,000 wait") for n in range(3)
+    ]
 
 
 def test_parts_and_keys() -> None:
     """A part is a trigger, a type, a pair with a filter, or a pattern; `by` is one path for all, or one for each by name."""
     orders, paid = MemoryTrigger("orders"), "payment.*"
-    pattern = all_of((orders, {"total": [{"numeric": [">", 5]}]}), paid, within=5, by={"orders": "id", paid: "order.id"})
+    pattern = all_of(
+        (orders, {"total": [{"numeric": [">", 5]}]}),
+        paid,
+        within=5,
+        by={"orders": "id", paid: "order.id"},
+    )
     made = joined(pattern)
     assert pattern.triggers == [orders] and made.places == {"orders", "events"}
-    assert [made.hearing(place, "payment.made") for place in ("orders", "events", "else")] == [[0], [1], []]
+    assert [made.hearing(place, "payment.made") for place in ("orders", "events", "else")] == [
+        [0],
+        [1],
+        [],
+    ]
     event = Event(id="1", source="/s", type="payment.made", data={"order": {"id": 7}})
     (key,) = [leaf.key for leaf in made.leaves if leaf.place == "events"]
     assert key is not None and key(event) == "7"

@@ -36,7 +36,9 @@ async def count(n: int, label: str = "x") -> None: ...
 
 
 def event(data: Any = None, **attributes: Any) -> Event:
-    return Event(**({"id": "e1", "source": "/shop", "type": "order.created", "data": data} | attributes))
+    return Event(
+        **({"id": "e1", "source": "/shop", "type": "order.created", "data": data} | attributes)
+    )
 
 
 def router(*subscriptions: Any) -> Router:
@@ -56,16 +58,26 @@ ORDER = {"id": 7, "total": 9.5}
 
 def test_a_match_is_a_run():
     """A wanted event starts one run per subscription, due now, carrying the event's body and the flow's priority."""
-    arrival = router(subscribe("orders", handle), subscribe("orders", audit)).arrive("orders", event(ORDER))
+    arrival = router(subscribe("orders", handle), subscribe("orders", audit)).arrive(
+        "orders", event(ORDER)
+    )
     first, second = arrival.runs
-    assert (first.flow, first.subscription, first.priority, first.state) == ("handle", "orders/handle", 3, State.PENDING)
+    assert (first.flow, first.subscription, first.priority, first.state) == (
+        "handle",
+        "orders/handle",
+        3,
+        State.PENDING,
+    )
     assert (second.flow, second.priority) == ("audit", 0)
     assert first.event == arrival.id
     assert first.due_at == first.created_at == arrival.received_at
     assert first.params is None
     assert first.body is arrival.body
     assert Event.from_json(arrival.body) == event(ORDER)
-    assert orjson.loads(arrival.verdicts) == [["orders/handle", "run", first.id], ["orders/audit", "run", second.id]]
+    assert orjson.loads(arrival.verdicts) == [
+        ["orders/handle", "run", first.id],
+        ["orders/audit", "run", second.id],
+    ]
     assert arrival.tally == {"pending": 2}
     assert len({arrival.id, first.id, second.id}) == 3
 
@@ -99,9 +111,15 @@ def test_p9_an_event_nobody_wants_is_one_suppressed_delivery():
 
 def test_p9_undecodable_bytes_are_one_dead_letter():
     """Bytes that are no event are kept as they came, with the reason and the headers."""
-    item = Undecodable(id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"})
+    item = Undecodable(
+        id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"}
+    )
     arrival = router(subscribe("orders", audit)).arrive("orders", item)
-    assert (arrival.body, arrival.tally, arrival.dead) == (b"\xff\x00", {"dead": 1}, (("", "not JSON"),))
+    assert (arrival.body, arrival.tally, arrival.dead) == (
+        b"\xff\x00",
+        {"dead": 1},
+        (("", "not JSON"),),
+    )
     assert orjson.loads(arrival.verdicts) == [["", "dead", "not JSON"]]
     assert orjson.loads(arrival.headers or b"") == {"content-type": "a/b"}
     assert not arrival.runs
@@ -139,9 +157,20 @@ def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
     base = event(ORDER)
     stamped = msgspec.structs.replace(base, time=None, subject="s")
     assert content_digest(base) == content_digest(stamped)
-    assert len({content_digest(one) for one in (base, event({"id": 8}), event(ORDER, type="x"), event(b"raw"))}) == 4
+    assert (
+        len(
+            {
+                content_digest(one)
+                for one in (base, event({"id": 8}), event(ORDER, type="x"), event(b"raw"))
+            }
+        )
+        == 4
+    )
     arrival = router().arrive("orders", base)
-    assert (arrival.key, arrival.digest) == (identity("orders", "/shop", "e1"), content_digest(base))
+    assert (arrival.key, arrival.digest) == (
+        identity("orders", "/shop", "e1"),
+        content_digest(base),
+    )
     assert (len(arrival.key), len(arrival.digest)) == (16, 8)
 
 
@@ -162,14 +191,20 @@ def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
 )
 def test_a_key_is_a_lane(key, lane):
     """`key=` names the lane by a path into the data, an attribute, the record's key or a callable; nothing there, no lane."""
-    found = event(ORDER | {"customer": {"name": "Ada"}}, subject="s/1", extensions={"partitionkey": "pk", "shard": 3})
+    found = event(
+        ORDER | {"customer": {"name": "Ada"}},
+        subject="s/1",
+        extensions={"partitionkey": "pk", "shard": 3},
+    )
     (run,) = router(subscribe("orders", audit, key=key)).arrive("orders", found).runs
     assert run.lane == lane
 
 
 def test_record_falls_back_to_the_subject():
     """`key="record"` is the subject where the source has no partition key."""
-    (run,) = router(subscribe("orders", audit, key="record")).arrive("orders", event(subject="s")).runs
+    (run,) = (
+        router(subscribe("orders", audit, key="record")).arrive("orders", event(subject="s")).runs
+    )
     assert run.lane == "s"
 
 
@@ -180,12 +215,19 @@ def test_a_key_that_fails_is_invalid():
         subscribe("orders", audit, key=lambda found: 5, name="five"),  # pyright: ignore[reportArgumentType]
     ).arrive("orders", event({}))
     assert verdicts(arrival) == [("orders/audit", "invalid"), ("five", "invalid")]
-    assert reasons(arrival) == ["KeyError: 'x'", "TypeError: key= returned int, expected a str or None"]
+    assert reasons(arrival) == [
+        "KeyError: 'x'",
+        "TypeError: key= returned int, expected a str or None",
+    ]
 
 
 def test_params_override_the_binding():
     """`params=` makes the arguments; they travel with the run, and are checked against the signature on the way in."""
-    (run,) = router(subscribe("o", count, params=lambda found: {"n": found.data["id"]})).arrive("o", event(ORDER)).runs
+    (run,) = (
+        router(subscribe("o", count, params=lambda found: {"n": found.data["id"]}))
+        .arrive("o", event(ORDER))
+        .runs
+    )
     assert run.params == b'{"n":7}'
     arrival = router(
         subscribe("o", count, params=lambda found: {"n": "seven"}, name="type"),
@@ -223,7 +265,11 @@ def test_an_emitted_event_knows_its_depth():
 
 def test_an_outside_event_has_no_depth():
     """A depth that a sender claims is not believed."""
-    (run,) = router(subscribe("o", audit)).arrive("o", event(ORDER, extensions={"eventflowdepth": "19"})).runs
+    (run,) = (
+        router(subscribe("o", audit))
+        .arrive("o", event(ORDER, extensions={"eventflowdepth": "19"}))
+        .runs
+    )
     assert run.depth == 0
 
 
@@ -250,7 +296,11 @@ def test_a_flow_can_be_started_without_a_subscription():
 
 def test_a_replay_is_for_the_recorded_event():
     """A replayed event keeps its ledger id in its runs, and may be for one flow or subscription only, of any trigger."""
-    made = router(subscribe("orders", audit), subscribe("orders", handle), subscribe("other", count, name="later"))
+    made = router(
+        subscribe("orders", audit),
+        subscribe("orders", handle),
+        subscribe("other", count, name="later"),
+    )
     arrival = made.arrive("orders", event(ORDER), ledger_id=42, only="handle")
     assert (arrival.id, [run.event for run in arrival.runs]) == (42, [42])
     assert verdicts(arrival) == [("orders/handle", "run")]
@@ -295,7 +345,9 @@ def test_a_signature_is_checked_when_the_app_starts():
         router(subscribe("orders", unfillable))
 
 
-FIELDS = st.dictionaries(st.sampled_from(["id", "total", "n", "order"]), st.integers() | st.text(max_size=3) | st.none())
+FIELDS = st.dictionaries(
+    st.sampled_from(["id", "total", "n", "order"]), st.integers() | st.text(max_size=3) | st.none()
+)
 
 
 @given(FIELDS, st.booleans())
@@ -306,7 +358,10 @@ def test_p9_the_tally_is_the_verdicts(data, paused):
         subscribe("o", count, where={"n": [{"exists": True}]}),
         subscribe("o", audit, where=lambda found: found.data["id"] > 0, key="order"),
     )
-    clean = {name: value.encode(errors="replace").decode() if isinstance(value, str) else value for name, value in data.items()}
+    clean = {
+        name: value.encode(errors="replace").decode() if isinstance(value, str) else value
+        for name, value in data.items()
+    }
     arrival = made.arrive("o", event(clean), paused)
     if arrival.runs or arrival.verdicts.count(b'["",') == 0:
         assert len(orjson.loads(arrival.verdicts)) == sum(arrival.tally.values()) == 3

@@ -29,7 +29,16 @@ async def train(n: int) -> dict[str, int]:
 async def note(run: str, state: str, result: Any, error: Any) -> None:
     event = current_run().event
     assert event is not None
-    SEEN.append({"run": run, "state": state, "result": result, "error": error, "type": event.type, "subject": event.subject})
+    SEEN.append(
+        {
+            "run": run,
+            "state": state,
+            "result": result,
+            "error": error,
+            "type": event.type,
+            "subject": event.subject,
+        }
+    )
 
 
 async def test_p2_an_end_and_its_event_are_one_transaction() -> None:
@@ -46,7 +55,9 @@ async def test_p2_an_end_and_its_event_are_one_transaction() -> None:
         assert [event["subject"] for event in events] == [good.id]
         assert events[0]["received_at"] == (await good.row())["finished_at"]
     by_state = {seen["state"]: seen for seen in SEEN}
-    assert by_state["completed"]["result"] == {"n": 1} and by_state["completed"]["subject"] == good.id
+    assert (
+        by_state["completed"]["result"] == {"n": 1} and by_state["completed"]["subject"] == good.id
+    )
     assert by_state["failed"]["run"] == bad.id and by_state["failed"]["error"]["message"] == "no -1"
 
 

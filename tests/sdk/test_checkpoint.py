@@ -33,10 +33,18 @@ def place(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints")
 
 
-def attempt(place: Checkpoints, number: int = 1, *, arguments: bytes | None = None, **given: Any) -> Checkpoint:
+def attempt(
+    place: Checkpoints, number: int = 1, *, arguments: bytes | None = None, **given: Any
+) -> Checkpoint:
     """What a body's `checkpoint()` gives in attempt `number` of one call."""
     context = TaskContext("01run", "train", number, "01run/train#0", None, arguments)
-    return Checkpoint(place, context, place.folder("01run/train#0"), given.get("keep", 1), given.get("largest", 1 << 20))
+    return Checkpoint(
+        place,
+        context,
+        place.folder("01run/train#0"),
+        given.get("keep", 1),
+        given.get("largest", 1 << 20),
+    )
 
 
 def files(folder: Path) -> list[Path]:
@@ -47,7 +55,12 @@ def files(folder: Path) -> list[Path]:
 
 STATES: list[Any] = [
     {"epoch": 3, "history": [0.5, 0.25], "done": False, "none": None},
-    {"when": datetime(2026, 7, 1, tzinfo=UTC), "price": Decimal("1.50"), 7: ("a", b"\x00\xff"), "big": 1 << 80},
+    {
+        "when": datetime(2026, 7, 1, tzinfo=UTC),
+        "price": Decimal("1.50"),
+        7: ("a", b"\x00\xff"),
+        "big": 1 << 80,
+    },
     {"nan": float("nan"), "inf": float("-inf")},
     {"$tuple": [1]},
     b"\x80\x04raw",
@@ -75,15 +88,26 @@ def test_arrays_come_back_wherever_they_stand(place: Checkpoints):
         empty=[], none=None,
     )  # fmt: skip
     attempt(place).save(state, step=1)
-    assert not any(b"pickle" in path.read_bytes() or path.suffix == ".pkl" for path in files(place.directory))
+    assert not any(
+        b"pickle" in path.read_bytes() or path.suffix == ".pkl" for path in files(place.directory)
+    )
     saved = attempt(place).load()
     assert saved is not None
     got = saved.state
-    assert list(got) == list(state) and got["layers"][1] is None and got["empty"] == [] and got["none"] is None
+    assert (
+        list(got) == list(state)
+        and got["layers"][1] is None
+        and got["empty"] == []
+        and got["none"] is None
+    )
     numpy.testing.assert_array_equal(got["layers"][0]["w"], weights)
-    assert got["layers"][0]["w"].dtype == numpy.float32 and got["layers"][0]["b"].dtype == numpy.int8
+    assert (
+        got["layers"][0]["w"].dtype == numpy.float32 and got["layers"][0]["b"].dtype == numpy.int8
+    )
     assert type(got["best"]) is numpy.float64 and got["best"] == 0.5
-    assert type(got["pair"]) is tuple and got["pair"][0].shape == () and got["pair"][1:] == (None, "x")
+    assert (
+        type(got["pair"]) is tuple and got["pair"][0].shape == () and got["pair"][1:] == (None, "x")
+    )
     assert got["days"].dtype == numpy.dtype("datetime64[D]")
 
 
@@ -100,7 +124,10 @@ def test_what_cannot_be_kept_is_named(place: Checkpoints):
     kept.save({"epoch": 1}, step=1)
     for state, path in [
         ({"model": [object()]}, r"state\['model'\]\[0\] is a object"),
-        ({"a": {"b": numpy.array([object()], dtype=object)}}, r"\['a'\]\['b'\] is a numpy array of Python objects"),
+        (
+            {"a": {"b": numpy.array([object()], dtype=object)}},
+            r"\['a'\]\['b'\] is a numpy array of Python objects",
+        ),
         ({"mask": numpy.ma.array([1], mask=[True])}, r"\['mask'\] is a numpy.ma.MaskedArray"),
     ]:
         with pytest.raises(NotStorable, match=path):
@@ -117,7 +144,9 @@ def test_files_and_folders_are_copied(place: Checkpoints, tmp_path: Path):
     attempt(place).save_file(model, step=1)
     model.write_bytes(b"two")
     saved = attempt(place).load()
-    assert saved is not None and saved.state.name == "model.bin" and saved.state.read_bytes() == b"one"
+    assert (
+        saved is not None and saved.state.name == "model.bin" and saved.state.read_bytes() == b"one"
+    )
     tree = tmp_path / "tree"
     (tree / "deep" / "empty").mkdir(parents=True)
     (tree / "head").write_text("not ours")
@@ -126,15 +155,21 @@ def test_files_and_folders_are_copied(place: Checkpoints, tmp_path: Path):
     attempt(place).save_file(tree, step=2)
     saved = attempt(place).load()
     assert saved is not None and saved.step == 2
-    assert (saved.state / "deep" / "link").read_bytes() == b"two" and not (saved.state / "deep" / "link").is_symlink()
-    assert (saved.state / "deep" / "empty").is_dir() and (saved.state / os.fsdecode(b"caf\xe9")).exists()
+    assert (saved.state / "deep" / "link").read_bytes() == b"two" and not (
+        saved.state / "deep" / "link"
+    ).is_symlink()
+    assert (saved.state / "deep" / "empty").is_dir() and (
+        saved.state / os.fsdecode(b"caf\xe9")
+    ).exists()
     with pytest.raises(UsageError, match="expected a file or a folder, found none"):
         attempt(place).save_file(tmp_path / "missing", step=3)
 
 
 def test_tensors_come_back(place: Checkpoints):
     """A torch state dict comes back with its types, on the CPU; nothing but tensors is ever unpickled."""
-    torch = pytest.importorskip("torch", reason="torch is no dependency; this runs where it is installed")
+    torch = pytest.importorskip(
+        "torch", reason="torch is no dependency; this runs where it is installed"
+    )
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -146,7 +181,10 @@ def test_tensors_come_back(place: Checkpoints):
     assert saved is not None
     again = torch.nn.Linear(3, 2)
     again.load_state_dict(saved.state["model"])
-    assert all(torch.equal(mine, its) for mine, its in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(mine, its)
+        for mine, its in zip(again.parameters(), model.parameters(), strict=True)
+    )
     torch.optim.Adam(again.parameters()).load_state_dict(saved.state["optimizer"])
     assert saved.state["half"].dtype == torch.bfloat16 and saved.state["epoch"] == 3
 
@@ -165,7 +203,9 @@ def test_the_last_ones_are_kept(place: Checkpoints):
     assert attempt(place).load() == ({"step": 4}, 4)
 
 
-def test_a_damaged_one_is_passed_over_and_said(place: Checkpoints, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_one_is_passed_over_and_said(
+    place: Checkpoints, caplog: pytest.LogCaptureFixture
+):
     """A checkpoint whose bytes changed is never loaded: the one before it is, or none, and the log says so."""
     kept = attempt(place, keep=2)
     kept.save({"epoch": 1}, step=1)
@@ -252,7 +292,11 @@ for state in (numpy.ones(1 << 20), bytes(1 << 20), "x" * (1 << 20)):
 def test_a_write_that_breaks_off_leaves_the_one_before(place: Checkpoints):
     """When the system refuses to write on in the middle of a state, the error says so and nothing of it is left."""
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(place.directory)], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", FULL, str(place.directory)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
     )
     assert done.stdout.count("File too large; the checkpoint before stands") == 3
     assert attempt(place).load() == ({"epoch": 1}, 1)
@@ -359,7 +403,9 @@ async def test_success_of_one_call_forgets_only_its_own(tmp_path: Path):
         handle = await app.start(both)
         await drain(app)
         directory = tmp_path / "store.db.checkpoints"
-        await eventually(lambda: len(list(directory.glob("*/*/*/head"))) == 1, "only the second call's is left")
+        await eventually(
+            lambda: len(list(directory.glob("*/*/*/head"))) == 1, "only the second call's is left"
+        )
         assert kept_runs(app) == [handle.id]
         broken.clear()
         await app.store.retry((await handle.row())["id"])
@@ -446,7 +492,9 @@ async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
         place = app.house.checkpoints  # pyright: ignore
         for run in (done.id, failed.id, "0" * 13):
             context = TaskContext(run, "t", 1, f"{run}/t#0")
-            Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save({}, step=1)
+            Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
+                {}, step=1
+            )
         await app.house._sweep_checkpoints()  # pyright: ignore
         assert kept_runs(app) == [failed.id]
 
@@ -480,7 +528,9 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
     place = Checkpoints(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
-    Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save({"epoch": 1}, step=1)
+    Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
+        {"epoch": 1}, step=1
+    )
     (place.directory / ".gone-dead").mkdir()
     held_up.clear()
     async with running(app, store=store):
@@ -493,7 +543,9 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
 # --------------------------------------------------------------------------- outside a run, and wrong uses
 
 
-async def test_outside_a_run_nothing_is_kept(caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_outside_a_run_nothing_is_kept(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A task called as its function loads nothing, keeps nothing, and says so once."""
     monkeypatch.chdir(tmp_path)
 
@@ -598,7 +650,14 @@ def lives(folder: Path, how: str) -> tuple[list[list[str]], str]:
 def test_a_training_that_comes_further_in_each_life_is_not_quarantined(tmp_path: Path):
     """Five deaths of the process under one attempt do not condemn it: each life saved more than the one before."""
     told, _ = lives(tmp_path, "healthy")
-    assert told == [["1", "2"], ["3", "4"], ["5", "6"], ["7", "8"], ["9", "10"], ["11", "12", "result 5"]]
+    assert told == [
+        ["1", "2"],
+        ["3", "4"],
+        ["5", "6"],
+        ["7", "8"],
+        ["9", "10"],
+        ["11", "12", "result 5"],
+    ]
 
 
 def test_a_training_that_comes_no_further_is_quarantined(tmp_path: Path):
@@ -631,7 +690,10 @@ def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
     told = 0
     for life in range(12):
         process = subprocess.Popen(
-            [sys.executable, "-c", VICTIM, str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [sys.executable, "-c", VICTIM, str(tmp_path / "kept")],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         assert process.stdout
         found = int(process.stdout.readline())
@@ -648,4 +710,8 @@ def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
         told = max([told, found, *(int(line) for line in rest[:-1] if line)])
     assert told > 10
     saved = attempt(Checkpoints(tmp_path / "kept")).load()
-    assert saved is not None and saved.state["step"] == saved.step and (saved.state["w"] == saved.step).all()
+    assert (
+        saved is not None
+        and saved.state["step"] == saved.step
+        and (saved.state["w"] == saved.step).all()
+    )

@@ -43,7 +43,11 @@ def failed(call: Any, *args: Any, **given: Any) -> checks.Result:
 
 HOLD: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (checks.schema, ({"id": int, "amount": float, "note": str | None},), {}),
-    (checks.schema, ({"id": int, "region": str, "amount": float | int, "note": str | None},), {"exact": True}),
+    (
+        checks.schema,
+        ({"id": int, "region": str, "amount": float | int, "note": str | None},),
+        {"exact": True},
+    ),
     (checks.not_null, ("id", "region"), {}),
     (checks.not_null, ("note",), {"at_most": 0.7}),
     (checks.within, ("amount",), {"at_least": 10, "at_most": 30.5}),
@@ -57,7 +61,9 @@ HOLD: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("form", ["rows", "columns"])
-@pytest.mark.parametrize(("check", "args", "given"), HOLD, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    ("check", "args", "given"), HOLD, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_what_holds_gives_its_result(form: str, check: Any, args: Any, given: Any):
     """A check that holds returns a result that says so, for rows and for columns alike."""
     result = check(ROWS if form == "rows" else COLUMNS, *args, **given)
@@ -69,26 +75,53 @@ FAIL: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], str, list[Any]]] = [
     (checks.schema, bad(id=True), ({"id": int},), {}, "id", [(2, True)]),
     (checks.schema, bad(id=None), ({"id": int},), {}, "id", [(2, None)]),
     (checks.schema, ROWS, ({"id": int, "price": float},), {}, "price", []),
-    (checks.schema, ROWS, ({"id": int, "region": str, "amount": float},), {"exact": True}, "note", []),
+    (
+        checks.schema,
+        ROWS,
+        ({"id": int, "region": str, "amount": float},),
+        {"exact": True},
+        "note",
+        [],
+    ),
     (checks.not_null, bad(amount=math.nan), ("amount",), {}, "amount", [(2, "nan")]),
     (checks.not_null, ROWS, ("note",), {"at_most": 0.5}, "note", [(0, None), (2, None)]),
     (checks.within, bad(amount=-1), ("amount",), {"at_least": 0}, "amount", [(2, -1)]),
     (checks.within, bad(amount=math.inf), ("amount",), {"at_most": 1e9}, "amount", [(2, "inf")]),
     (checks.unique, bad(id=1), ("id",), {}, "id", [(2, 1)]),
     (checks.unique, bad(id=1), ("region", "id"), {}, "region+id", [(2, ["north", 1])]),
-    (checks.categories, bad(region="west"), ("region", ["north", "south"]), {}, "region", [(2, "west")]),
+    (
+        checks.categories,
+        bad(region="west"),
+        ("region", ["north", "south"]),
+        {},
+        "region",
+        [(2, "west")],
+    ),
     (checks.distribution, ROWS, ("amount", [1000.0, 2000.0]), {}, "amount", []),
     (checks.within, bad(amount="30"), ("amount",), {"at_least": 0}, "amount", [(2, "30")]),
-    (checks.categories, bad(region=["north"]), ("region", ["north", "south"]), {}, "region", [(2, ["north"])]),
+    (
+        checks.categories,
+        bad(region=["north"]),
+        ("region", ["north", "south"]),
+        {},
+        "region",
+        [(2, ["north"])],
+    ),
     (checks.unique, [{"x": {"a": 1}}, {"x": {"a": 1}}], ("x",), {}, "x", [(1, "{'a': 1}")]),
 ]
 
 
 @pytest.mark.parametrize(("check", "data", "args", "given", "column", "rows"), FAIL)
-def test_what_fails_names_column_and_rows(check: Any, data: Any, args: Any, given: Any, column: str, rows: Any):
+def test_what_fails_names_column_and_rows(
+    check: Any, data: Any, args: Any, given: Any, column: str, rows: Any
+):
     """A failure is Permanent, and names check, column, the offending rows and how many they are."""
     result = failed(check, data, *args, **given)
-    assert (result.check, result.column, result.rows) == (check.__name__, column, [list(row) for row in rows])
+    assert (result.check, result.column, result.rows) == (
+        check.__name__,
+        column,
+        [list(row) for row in rows],
+    )
     assert result.offending == len(rows)
     assert issubclass(CheckFailed, Permanent)
 
@@ -113,13 +146,17 @@ def test_no_rows_fail_the_count_only():
 
 def test_wrong_uses_say_what_was_expected():
     """A mistyped column, no bounds, or data of another kind are errors of the program, not of the data."""
-    with pytest.raises(UsageError, match="expected a column 'amont', found id, region, amount, note"):
+    with pytest.raises(
+        UsageError, match="expected a column 'amont', found id, region, amount, note"
+    ):
         checks.within(ROWS, "amont", at_least=0)
     with pytest.raises(UsageError, match="expected at_least= or at_most="):
         checks.within(ROWS, "amount")
     with pytest.raises(UsageError, match="expected at_least= or at_most="):
         checks.gate("auc", 0.5)
-    with pytest.raises(UsageError, match="expected a list of dicts, a dict of lists or a frame, found generator"):
+    with pytest.raises(
+        UsageError, match="expected a list of dicts, a dict of lists or a frame, found generator"
+    ):
         checks.row_count(row for row in ROWS)
     with pytest.raises(UsageError, match="found list of int"):
         checks.row_count([1, 2])
@@ -131,9 +168,15 @@ def test_wrong_uses_say_what_was_expected():
 def test_frames_are_known_by_what_they_can_do(library: str):
     """Frames of pandas, polars and pyarrow are checked as rows are, their nulls included."""
     module = pytest.importorskip(library, reason="no dependency; this runs where it is installed")
-    frame = module.table(COLUMNS) if library == "pyarrow" else module.DataFrame({**COLUMNS, "amount": [10.0, 20.0, 30.5]})
+    frame = (
+        module.table(COLUMNS)
+        if library == "pyarrow"
+        else module.DataFrame({**COLUMNS, "amount": [10.0, 20.0, 30.5]})
+    )
     assert checks.row_count(frame, at_least=3, at_most=3).passed
-    checks.schema(frame, {"id": int, "region": str, "amount": float, "note": str | None}, exact=True)
+    checks.schema(
+        frame, {"id": int, "region": str, "amount": float, "note": str | None}, exact=True
+    )
     checks.unique(frame, "region", "id")
     checks.distribution(frame, "region", ["north", "north", "south"])
     assert failed(checks.not_null, frame, "note").offending == 2
@@ -147,7 +190,10 @@ def test_numpy_columns_are_columns():
     checks.schema(data, {"x": float | None, "n": int})
     scalars = [{"x": numpy.float32(1), "n": numpy.int8(1), "t": ["a"], "b": True, "any": None}]
     checks.schema(scalars, {"x": float, "n": int, "t": list[str], "b": bool, "any": Any})
-    assert failed(checks.schema, [{"x": numpy.float32("nan")}], {"x": float}).found == "null in 1 of 1 rows"
+    assert (
+        failed(checks.schema, [{"x": numpy.float32("nan")}], {"x": float}).found
+        == "null in 1 of 1 rows"
+    )
     checks.distribution(scalars, "x", [1.0], bins=2)
 
 
@@ -170,15 +216,27 @@ def test_the_same_distribution_is_stable_and_a_shifted_one_is_not():
     draw = random.Random(7)
     reference = checks.profile([draw.gauss(0, 1) for _ in range(5000)])
     for _ in range(50):
-        checks.distribution({"x": [draw.gauss(0, 1) for _ in range(2000)]}, "x", reference, at_most=0.1)
-        failed(checks.distribution, {"x": [draw.gauss(0.5, 1) for _ in range(2000)]}, "x", reference, at_most=0.1)
+        checks.distribution(
+            {"x": [draw.gauss(0, 1) for _ in range(2000)]}, "x", reference, at_most=0.1
+        )
+        failed(
+            checks.distribution,
+            {"x": [draw.gauss(0.5, 1) for _ in range(2000)]},
+            "x",
+            reference,
+            at_most=0.1,
+        )
 
 
 def test_a_profile_is_json():
     """A reference's profile goes through JSON and judges as before."""
     for values in ([1.0, 2.0, 2.0, 5.0], ["a", "b", None]):
         known = checks.profile(values, bins=4)
-        again = checks.Profile(**json.loads(json.dumps({name: getattr(known, name) for name in known.__struct_fields__})))
+        again = checks.Profile(
+            **json.loads(
+                json.dumps({name: getattr(known, name) for name in known.__struct_fields__})
+            )
+        )
         assert checks.distribution({"x": values}, "x", again, at_most=0.0).found == "0"
 
 
@@ -186,7 +244,14 @@ def test_a_profile_is_json():
 
 
 @pytest.mark.parametrize(
-    "value", [math.nan, [1.0, math.inf], numpy.array([[1, 2], [numpy.nan, 4.0]]), numpy.float32("inf"), [[-math.inf]]]
+    "value",
+    [
+        math.nan,
+        [1.0, math.inf],
+        numpy.array([[1, 2], [numpy.nan, 4.0]]),
+        numpy.float32("inf"),
+        [[-math.inf]],
+    ],
 )
 def test_what_is_not_finite_is_found(value: Any):
     """NaN and infinities are found in numbers, lists, arrays and scalars; the failure names which value and where."""
@@ -245,7 +310,11 @@ def test_a_failure_is_rebuilt_from_the_journal():
     with pytest.raises(CheckFailed) as caught:
         checks.within(bad(amount=object()), "id", at_most=2)
     again = decode_error(encode_error(caught.value))
-    assert type(again) is CheckFailed and again.results == caught.value.results and str(again) == str(caught.value)
+    assert (
+        type(again) is CheckFailed
+        and again.results == caught.value.results
+        and str(again) == str(caught.value)
+    )
 
 
 async def test_a_failed_check_is_an_event_recorded_with_the_failure():
@@ -278,12 +347,26 @@ async def test_a_failed_check_is_an_event_recorded_with_the_failure():
         row = await run.row()
         assert row["state"] == "failed" and b"CheckFailed" in row["error"]
         events = await events_of(app, run.id)
-        assert [(event.type, event.subject) for event in events] == [("check.failed", "amount"), ("check.failed", "region")]
-        assert events[0].data["rows"] == [[2, 30.5]] and events[0].data["found"] == "30.5 in 1 of 3 rows"
+        assert [(event.type, event.subject) for event in events] == [
+            ("check.failed", "amount"),
+            ("check.failed", "region"),
+        ]
+        assert (
+            events[0].data["rows"] == [[2, 30.5]]
+            and events[0].data["found"] == "30.5 in 1 of 3 rows"
+        )
         await app.store.retry(row["id"])
         await drain(app)
-        results = [json.loads((await app.store.run(each["id"]))["result"]) for each in await app.store.runs(flow="alarm")]
-        assert sorted(results) == ["unique region", "unique region", "within amount", "within amount"]
+        results = [
+            json.loads((await app.store.run(each["id"]))["result"])
+            for each in await app.store.runs(flow="alarm")
+        ]
+        assert sorted(results) == [
+            "unique region",
+            "unique region",
+            "within amount",
+            "within amount",
+        ]
 
 
 async def test_a_patient_task_tells_with_its_success():
@@ -312,7 +395,10 @@ async def test_a_patient_task_tells_with_its_success():
         run = await app.start(load)
         await drain(app)
         assert await run.result() == 1
-        assert sorted(event.type for event in await events_of(app, run.id)) == ["check.failed", "check.passed"]
+        assert sorted(event.type for event in await events_of(app, run.id)) == [
+            "check.failed",
+            "check.passed",
+        ]
 
 
 async def test_outside_a_run_a_check_just_raises(caplog: pytest.LogCaptureFixture):
@@ -333,4 +419,9 @@ async def test_outside_a_run_a_check_just_raises(caplog: pytest.LogCaptureFixtur
 def test_checks_need_no_library():
     """Importing eventflow with its checks imports neither numpy nor a frame library."""
     code = "import sys, eventflow.sdk.checks; print(*[name for name in ('numpy', 'pandas', 'torch') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == ""
+    )

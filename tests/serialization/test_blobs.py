@@ -60,7 +60,9 @@ def test_an_altered_blob_is_refused(blobs):
         blobs.get(ref)
 
 
-@pytest.mark.parametrize("ref", ["", "../../etc/passwd", "a" * 63, "A" * 64, "a" * 64 + "\n", "a" * 62 + "/."])
+@pytest.mark.parametrize(
+    "ref", ["", "../../etc/passwd", "a" * 63, "A" * 64, "a" * 64 + "\n", "a" * 62 + "/."]
+)
 def test_a_reference_never_leads_out(blobs, ref):
     """Only 64 lower-case hex digits are a reference (S16)."""
     with pytest.raises(StoreCorrupt, match="expected a blob reference"):

@@ -18,7 +18,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventflow.core.errors import BindingError, NotStorable, ResultTooLarge, StoreCorrupt, TaskFailed, TaskTimedOut, UsageError
+from eventflow.core.errors import (
+    BindingError,
+    NotStorable,
+    ResultTooLarge,
+    StoreCorrupt,
+    TaskFailed,
+    TaskTimedOut,
+    UsageError,
+)
 from eventflow.serialization import codecs
 from eventflow.serialization.codecs import (
     MAX_TRACEBACK,
@@ -132,7 +140,11 @@ def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
 @pytest.mark.parametrize(
     ("value", "annotation", "message"),
     [
-        ({"a": [1, 2, 3, {1, threading.Lock()}]}, None, r"job: result\['a'\]\[3\]\{\} is a _thread.lock"),
+        (
+            {"a": [1, 2, 3, {1, threading.Lock()}]},
+            None,
+            r"job: result\['a'\]\[3\]\{\} is a _thread.lock",
+        ),
         (Metrics(1.0), None, "result is a .*Metrics, which has no lossless JSON form"),
         (Metrics(1.0, extra=threading.Lock()), Metrics, r"result\.extra is a _thread.lock"),
         (Special(1), Order, "result is a .*Special"),
@@ -220,7 +232,11 @@ def test_an_annotation_may_be_resolved_late_or_never():
         ({"a": 1}, None, {"a": 1}),
         ((1, {2}), None, [1, [2]]),
         (Metrics(1.0, 2), Metrics, {"loss": 1.0, "steps": 2, "extra": None}),
-        (Metrics(1.0, extra=NOW), Metrics, {"loss": 1.0, "steps": 0, "extra": "2026-01-02T03:04:05.678901Z"}),
+        (
+            Metrics(1.0, extra=NOW),
+            Metrics,
+            {"loss": 1.0, "steps": 0, "extra": "2026-01-02T03:04:05.678901Z"},
+        ),
         (b"abc", None, "<bytes, 3 bytes>"),
     ],
 )
@@ -288,7 +304,9 @@ def test_p4_an_error_is_rebuilt_from_its_class(error):
     rebuilt = decode_error(data)
     assert type(rebuilt) is type(error)
     assert str(rebuilt) == str(error)
-    assert without_traceback(orjson.loads(encode_error(raised(rebuilt)))) == without_traceback(orjson.loads(data))
+    assert without_traceback(orjson.loads(encode_error(raised(rebuilt)))) == without_traceback(
+        orjson.loads(data)
+    )
 
 
 @pytest.mark.parametrize(
@@ -298,7 +316,10 @@ def test_p4_an_error_is_rebuilt_from_its_class(error):
         (Plain((1, 2)), "(1, 2)"),
         (Plain(object), "<class 'object'>"),
         (KeyboardInterrupt("stop"), "stop"),
-        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "'utf-8' codec can't decode byte 0xff in position 0: bad"),
+        (
+            UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+            "'utf-8' codec can't decode byte 0xff in position 0: bad",
+        ),
         (json_error := orjson.JSONDecodeError("msg", "doc", 0), str(json_error)),
     ],
     ids=lambda value: type(value).__name__,
@@ -310,7 +331,9 @@ def test_an_error_that_does_not_rebuild_becomes_a_task_failed(error, message):
     assert isinstance(rebuilt, TaskFailed)
     assert rebuilt.error_type == f"{type(error).__module__}:{type(error).__qualname__}"
     assert rebuilt.message == message
-    assert without_traceback(orjson.loads(encode_error(rebuilt))) == without_traceback(orjson.loads(data))
+    assert without_traceback(orjson.loads(encode_error(rebuilt))) == without_traceback(
+        orjson.loads(data)
+    )
 
 
 def test_an_error_without_words_is_recorded():
@@ -328,7 +351,10 @@ def test_s12_no_module_is_imported_to_rebuild_an_error():
     assert "this" not in sys.modules
 
 
-@pytest.mark.parametrize("name", ["os:system", "builtins:eval", "builtins:SystemExit", "builtins:dict", "os:path.join", "x"])
+@pytest.mark.parametrize(
+    "name",
+    ["os:system", "builtins:eval", "builtins:SystemExit", "builtins:dict", "os:path.join", "x"],
+)
 def test_s12_only_exception_classes_are_called(name):
     """A record that names a function, or a class that is no Exception, calls nothing."""
     fields = {"type": name, "message": "m", "args": ["true"], "traceback": ""}

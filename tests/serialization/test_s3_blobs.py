@@ -66,7 +66,9 @@ async def give(letter: str) -> str:
 
 
 def app_at(folder: Path, results: str) -> App:
-    app = App("results", store=f"sqlite:///{folder}/store.db", results=results, ballast=0, free_floor=0)
+    app = App(
+        "results", store=f"sqlite:///{folder}/store.db", results=results, ballast=0, free_floor=0
+    )
     app.add(measure, give)
     return app
 
@@ -124,8 +126,16 @@ def test_s29_a_store_that_rejects_checksum_headers(ministack: Aws, monkeypatch: 
         monkeypatch.setenv(name, value)
     bucket = Bucket(ministack)
     with proxied(ministack.url) as proxy:
-        refused = (400, "<Error><Code>InvalidArgument</Code><Message>unsupported header</Message></Error>")
-        proxy.fail(lambda method, path, headers: any("checksum" in name or "trailer" in name for name in headers), refused)
+        refused = (
+            400,
+            "<Error><Code>InvalidArgument</Code><Message>unsupported header</Message></Error>",
+        )
+        proxy.fail(
+            lambda method, path, headers: any(
+                "checksum" in name or "trailer" in name for name in headers
+            ),
+            refused,
+        )
         place = Place(url(ministack, bucket, proxy.url))
         place.put("a" * 64, b"abc")
         assert place.get("a" * 64) == b"abc" and place.has("a" * 64) and not place.has("b" * 64)
@@ -135,7 +145,9 @@ def test_what_is_refused_says_what_to_do(ministack: Aws, monkeypatch: pytest.Mon
     """A missing bucket, refused access and a server that is not there are one error, which says where and why."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ResultsUnavailable, match=r"s3://no-such-bucket/.*NoSuchBucket.*is the bucket there"):
+    with pytest.raises(
+        ResultsUnavailable, match=r"s3://no-such-bucket/.*NoSuchBucket.*is the bucket there"
+    ):
         Place(f"s3://no-such-bucket/p?endpoint_url={ministack.url}").put("a" * 64, b"abc")
     with proxied(ministack.url) as proxy:
         proxy.fail(lambda *_: True, DENIED)
@@ -151,7 +163,9 @@ def test_a_door_answers_503_while_results_cannot_be_read():
     assert answer.status_code == 503 and "retry-after" in answer.headers
 
 
-@pytest.mark.parametrize("wrong", ["file:///x", "s3://", "bucket/prefix", "s3://bucket?secret=x", "s3://bucket/p#x"])
+@pytest.mark.parametrize(
+    "wrong", ["file:///x", "s3://", "bucket/prefix", "s3://bucket?secret=x", "s3://bucket/p#x"]
+)
 def test_other_places_are_refused(wrong: str):
     """`results=` takes s3:// with endpoint_url and region, nothing else: no secret belongs in it."""
     with pytest.raises(UsageError, match="s3://bucket/prefix"):
@@ -172,14 +186,22 @@ def test_results_of_tasks_and_flows_are_there_before_the_row(aws: Aws, tmp_path:
     bucket = Bucket(aws)
     asyncio.run(main())
     rows = sqlite3.connect(tmp_path / "store.db")
-    named = {bytes(value).decode() for (value,) in rows.execute("SELECT value FROM journal WHERE codec LIKE '%@blob'")}
-    named |= {bytes(value).decode() for (value,) in rows.execute("SELECT result FROM runs WHERE codec LIKE '%@blob'")}
+    named = {
+        bytes(value).decode()
+        for (value,) in rows.execute("SELECT value FROM journal WHERE codec LIKE '%@blob'")
+    }
+    named |= {
+        bytes(value).decode()
+        for (value,) in rows.execute("SELECT result FROM runs WHERE codec LIKE '%@blob'")
+    }
     rows.close()
     assert len(named) == 2 and sorted(keys(bucket)) == sorted(f"results/{ref}" for ref in named)
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, HANG_UP], ids=["503", "hang up"])
-def test_an_outage_on_put_loses_no_result(ministack: Aws, tmp_path: Path, fault: Any, monkeypatch: pytest.MonkeyPatch):
+def test_an_outage_on_put_loses_no_result(
+    ministack: Aws, tmp_path: Path, fault: Any, monkeypatch: pytest.MonkeyPatch
+):
     """While the bucket does not take a task's result it is put again; then the run completes, and the body ran once."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
@@ -228,7 +250,9 @@ def test_an_attempt_that_cannot_store_its_result_fails_and_is_retried(
         return len(await work())
 
     async def main(proxy: Proxy) -> None:
-        proxy.fail(putting, DENIED, times=2)  # one try of the client each: a refusal is not tried again by it
+        proxy.fail(
+            putting, DENIED, times=2
+        )  # one try of the client each: a refusal is not tried again by it
         app = app_at(tmp_path, url(ministack, bucket, proxy.url))
         app.add(retried)
         async with app:
@@ -240,7 +264,9 @@ def test_an_attempt_that_cannot_store_its_result_fails_and_is_retried(
         asyncio.run(main(proxy))
 
 
-def test_a_flow_whose_result_cannot_be_stored_is_put_off(ministack: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_flow_whose_result_cannot_be_stored_is_put_off(
+    ministack: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """When nobody takes a flow's own result, the run waits, and is tried again: neither failed nor lost."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)

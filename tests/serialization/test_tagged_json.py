@@ -55,7 +55,11 @@ def test_whatever_is_taken_comes_back_the_same(value):
     assert same(back(value), value)
 
 
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4)))
+@given(
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4)
+    )
+)
 def test_what_json_says_exactly_is_json(value):
     """Data of JSON's own types is stored as plain JSON, unless a number in it is one that JSON lacks."""
     codec, data = encode_plain(value, "value")

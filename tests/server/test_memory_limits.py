@@ -72,7 +72,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def lines(served: Served, event: str) -> list[dict[str, Any]]:
-    return [found for line in served.log.splitlines() if line.startswith("{") and (found := json.loads(line))["event"] == event]
+    return [
+        found
+        for line in served.log.splitlines()
+        if line.startswith("{") and (found := json.loads(line))["event"] == event
+    ]
 
 
 def ready_again(served: Served) -> None:
@@ -84,8 +88,13 @@ def send(served: Served, number: int, mb: int) -> None:
     """As a sender does: again, until it is told that the event is recorded. A connection is never refused."""
 
     def sent() -> bool:
-        with suppress(httpx2.ReadError, httpx2.RemoteProtocolError, httpx2.ReadTimeout):  # a connection of the life before
-            return served.post("/hooks/orders", {"number": number, "mb": mb}).status_code in (200, 202)
+        with suppress(
+            httpx2.ReadError, httpx2.RemoteProtocolError, httpx2.ReadTimeout
+        ):  # a connection of the life before
+            return served.post("/hooks/orders", {"number": number, "mb": mb}).status_code in (
+                200,
+                202,
+            )
         return False
 
     wait_until(sent, f"order {number} is recorded", within=60)
@@ -120,7 +129,10 @@ def test_row_35_over_the_soft_limit_no_runs_are_begun(folder: Path):
         send(served, 1, 0)
         assert "--memory-soft is 260MB" in served.get("/readyz")["worker"]
         metrics = served.client.get("/metrics").text
-        assert "eventflow_worker_held_back 1.0" in metrics and "process_resident_memory_bytes" in metrics
+        assert (
+            "eventflow_worker_held_back 1.0" in metrics
+            and "process_resident_memory_bytes" in metrics
+        )
         (run,) = served.get("/api/events/1")["runs"]
         assert run["state"] == "pending"
         assert "short of memory" in eventflow(folder, "ls", "--state", "pending").stdout
@@ -141,7 +153,10 @@ def test_row_35_over_the_hard_limit_the_process_begins_anew(folder: Path):
         for number in range(20):
             send(served, number, 0)
         ready_again(served)
-        assert served.process.stdout is not None and json.loads(served.process.stdout.readline()) == served.ready
+        assert (
+            served.process.stdout is not None
+            and json.loads(served.process.stdout.readline()) == served.ready
+        )
         wait_until(lambda: completed(served) == 21, "everything is done", within=90)
         assert asked(served, f"/api/runs/{run}")["result"] == sum(range(60))
         assert asked(served, "/api/counts")["accepted"] == 21
@@ -188,7 +203,9 @@ async def model():
 app = App("leaky", lifespan=model)
 """
     (folder / "shop.py").write_text(LEAKING.replace('app = App("leaky", concurrency=1)', model))
-    with serving(folder, "--memory-soft", "220MB", "--memory-hard", "240MB", "--log", "json") as served:
+    with serving(
+        folder, "--memory-soft", "220MB", "--memory-hard", "240MB", "--log", "json"
+    ) as served:
         wait_until(lambda: lines(served, "memory.limit_too_low"), "the server says so")
         send(served, 1, 0)
         wait_until(lambda: completed(served) == 1, "its run is begun")

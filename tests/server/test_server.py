@@ -43,12 +43,20 @@ def test_webhook_to_result(tmp_path: Path):
         first = served.post("/hooks/orders", {"id": "o-1", "total": 5})
         assert first.status_code == 202
         again = served.post("/hooks/orders", {"id": "o-1", "total": 5})
-        assert (again.status_code, again.json()["duplicate"], again.json()["id"]) == (200, True, first.json()["id"])
+        assert (again.status_code, again.json()["duplicate"], again.json()["id"]) == (
+            200,
+            True,
+            first.json()["id"],
+        )
         (run,) = served.get("/api/events/o-1")["runs"]
         found = served.wait_for(run["id"], "completed")
         assert found["result"] == {"score": 10.0}
-        assert [(task["name"], task["state"], task["attempts"]) for task in found["tasks"]] == [("double", "completed", 1)]
-        wait_until(lambda: served.get(f"/api/runs/{run['id']}/logs")["lines"], "the run's line is kept")
+        assert [(task["name"], task["state"], task["attempts"]) for task in found["tasks"]] == [
+            ("double", "completed", 1)
+        ]
+        wait_until(
+            lambda: served.get(f"/api/runs/{run['id']}/logs")["lines"], "the run's line is kept"
+        )
         (line,) = served.get(f"/api/runs/{run['id']}/logs")["lines"]
         assert line["event"] == "handling 5.0"
         counts = served.get("/api/counts")
@@ -64,11 +72,15 @@ def test_sigterm_lets_attempts_finish(tmp_path: Path):
         run = served.start("sleepy", seconds=1.5)
         wait_until(lambda: "resting" in served.diary, "the body runs")
         served.signal(signal.SIGTERM)
-        wait_until(lambda: served.client.get("/readyz").status_code == 503, "it says that it drains")
+        wait_until(
+            lambda: served.client.get("/readyz").status_code == 503, "it says that it drains"
+        )
         refused = served.post("/hooks/orders", {"id": "late", "total": 1})
         assert refused.status_code == 503
         assert refused.headers["connection"] == "close" and int(refused.headers["retry-after"]) > 0
-        assert served.post("/api/runs", {"flow": "handle", "params": {"total": 1}}).status_code == 503
+        assert (
+            served.post("/api/runs", {"flow": "handle", "params": {"total": 1}}).status_code == 503
+        )
         assert served.get(f"/api/runs/{run}")["state"] == "running"
         assert served.wait() == 0
         assert served.diary[-1] == "rested"
@@ -162,7 +174,11 @@ def test_port_taken(tmp_path: Path):
         (tmp_path / "app.py").write_text("from eventflow import App\napp = App('a')\n")
         done = eventflow(tmp_path, "serve", "app.py", "--port", str(other.getsockname()[1]))
     assert done.returncode == 69
-    assert "is taken by another process" in done.stderr and "--port" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "is taken by another process" in done.stderr
+        and "--port" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / ".eventflow" / "a.db").exists()
 
 
@@ -253,7 +269,11 @@ def test_a_blocked_flow_stops_nobody_at_the_door(tmp_path: Path):
         assert slowest < 0.25
         wait_until(lambda: '"loop.blocked"' in served.log, "the watchdog tells")
         (line,) = [json.loads(line) for line in served.log.splitlines() if '"loop.blocked"' in line]
-        assert line["loop"] == "flows" and line["stack"].endswith(" block") and "shop.py:" in line["stack"]
+        assert (
+            line["loop"] == "flows"
+            and line["stack"].endswith(" block")
+            and "shop.py:" in line["stack"]
+        )
         assert (line["run"], line["flow"], line["level"]) == (run, "blocking", "warning")
         served.wait_for(run, "completed")
 
@@ -267,7 +287,10 @@ def test_a_flow_that_computes_gives_the_interpreter_up_in_time(tmp_path: Path):
         spans: list[float] = []
         while len(spans) < 60 and served.get(f"/api/runs/{run}")["state"] == "running":
             begun = time.monotonic()
-            assert served.post("/hooks/orders", {"id": f"c{len(spans)}", "total": 1}).status_code == 202
+            assert (
+                served.post("/hooks/orders", {"id": f"c{len(spans)}", "total": 1}).status_code
+                == 202
+            )
             spans.append(time.monotonic() - begun)
         assert len(spans) >= 20 and sorted(spans)[len(spans) // 4] < 0.035
 
@@ -289,7 +312,10 @@ def test_slow_heads_and_large_heads_are_cut_off(tmp_path: Path):
     with serving(tmp_path) as served:
         host, port = served.url.removeprefix("http://").split(":")
         there = (host, int(port))
-        with socket.create_connection(there, timeout=20) as slow, socket.create_connection(there) as wide:
+        with (
+            socket.create_connection(there, timeout=20) as slow,
+            socket.create_connection(there) as wide,
+        ):
             slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
             begun = time.monotonic()
             wide.sendall(b"GET /healthz HTTP/1.1\r\nx: " + b"y" * 70_000)

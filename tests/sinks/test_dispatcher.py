@@ -62,7 +62,9 @@ async def orders(n: int) -> None:
 
 
 @asynccontextmanager
-async def opened(folder: Path, *sends: tuple[str, Shelf], dead: Shelf | None = None, where: Any = None) -> AsyncIterator[App]:
+async def opened(
+    folder: Path, *sends: tuple[str, Shelf], dead: Shelf | None = None, where: Any = None
+) -> AsyncIterator[App]:
     app = App("out", store=f"sqlite:///{folder / 'out.db'}", ballast=0, free_floor=0)
     app.on("order.placed", orders)
     for types, sink in sends:
@@ -88,14 +90,21 @@ async def test_p2_what_flows_and_tasks_emit_reaches_its_sinks_once_in_order(tmp_
     async with opened(tmp_path, ("order.scored", scored), ("order.*", everything)) as app:
         for n in range(20):
             await app.emit("order.placed", {"n": n}, id=f"o-{n}")
-        await eventually(lambda: len(scored.taken) == 20 and len(everything.taken) == 60, "all letters arrive")
+        await eventually(
+            lambda: len(scored.taken) == 20 and len(everything.taken) == 60, "all letters arrive"
+        )
         await eventually(lambda: is_empty(app), "the outbox is empty")
     assert {letter.event.type for letter in scored.taken} == {"order.scored"}
     assert len(set(everything.ids)) == 60
     ledger = [letter.number for letter in everything.taken]
     assert ledger == sorted(ledger)
     (done,) = [letter.event for letter in everything.taken if letter.event.subject == "order/7"]
-    assert done.type == "order.done" and done.data == {"n": 7} and done.source == "/flows/orders" and done.depth == 1
+    assert (
+        done.type == "order.done"
+        and done.data == {"n": 7}
+        and done.source == "/flows/orders"
+        and done.depth == 1
+    )
     assert scored.closed and everything.closed
 
 
@@ -103,13 +112,20 @@ async def test_p3_the_event_tells_which_outlets_it_went_to(tmp_path: Path) -> No
     """An outlet that an event fits has a verdict, also when its filter does not want it; while it waits, the event says so."""
     shelf = Shelf()
     shelf.gate.clear()
-    async with opened(tmp_path, ("order.placed", shelf), where={"n": [{"numeric": [">", 5]}]}) as app:
-        wanted, unwanted = await app.emit("order.placed", {"n": 6}), await app.emit("order.placed", {"n": 1})
+    async with opened(
+        tmp_path, ("order.placed", shelf), where={"n": [{"numeric": [">", 5]}]}
+    ) as app:
+        wanted, unwanted = (
+            await app.emit("order.placed", {"n": 6}),
+            await app.emit("order.placed", {"n": 1}),
+        )
         row = await app.store.event(wanted.ledger_id)
         assert ["events/shelf", "outbox", "for sink shelf"] in row["verdicts"]
         assert [letter["outlet"] for letter in row["outbox"]] == ["events/shelf"]
         verdicts = (await app.store.event(unwanted.ledger_id))["verdicts"]
-        assert [said[:2] for said in verdicts if said[0] == "events/shelf"] == [["events/shelf", "filtered"]]
+        assert [said[:2] for said in verdicts if said[0] == "events/shelf"] == [
+            ["events/shelf", "filtered"]
+        ]
         shelf.gate.set()
         await eventually(lambda: len(shelf.taken) == 1, "the wanted one arrives")
 
@@ -126,7 +142,12 @@ async def test_row_41_a_sink_that_is_down_delays_nobody_and_loses_nothing(tmp_pa
         health = app.house.relay.health["events/down"]
         await eventually(lambda: health.state == "failing" or down.taken, "the failure shows")
         await eventually(lambda: health.sent == 10, "the sink that was down has them too")
-        assert down.ids == up.ids and health.failures == 5 and health.last_error is None and health.sent == 10
+        assert (
+            down.ids == up.ids
+            and health.failures == 5
+            and health.last_error is None
+            and health.sent == 10
+        )
         assert (await app.store.counts())["completed"] == 10
 
 
@@ -145,26 +166,39 @@ async def test_p2_letters_survive_the_process_and_go_first_in_the_next_life(tmp_
     assert list(dict.fromkeys(shelf.ids)) == [f"o-{n}" for n in range(6)]
 
 
-async def test_p9_what_a_sink_can_never_take_is_a_dead_letter_and_can_be_redriven(tmp_path: Path) -> None:
+async def test_p9_what_a_sink_can_never_take_is_a_dead_letter_and_can_be_redriven(
+    tmp_path: Path,
+) -> None:
     """`Permanent` for one letter among many: that one is dead, with its reason; the others arrive; a redrive sends it again."""
     shelf = Shelf()
     shelf.refuses = {"o-3"}
     async with opened(tmp_path, ("order.placed", shelf)) as app:
-        await app.accept(*[Event(id=f"o-{n}", source="/test", type="order.placed", data={"n": n}) for n in range(6)])
+        await app.accept(
+            *[
+                Event(id=f"o-{n}", source="/test", type="order.placed", data={"n": n})
+                for n in range(6)
+            ]
+        )
 
         async def dead() -> list[dict[str, Any]]:
             return await app.store.dead()
 
         await eventually(dead, "the refused one is a dead letter")
         (letter,) = await dead()
-        assert (letter["subscription"], letter["reason"], letter["event_id"]) == ("events/shelf", "too large: o-3", "o-3")
+        assert (letter["subscription"], letter["reason"], letter["event_id"]) == (
+            "events/shelf",
+            "too large: o-3",
+            "o-3",
+        )
         await eventually(lambda: {"o-4", "o-5"} <= set(shelf.ids), "the ones behind it arrive")
         counts = await app.store.counts()
         parts = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
         assert counts["accepted"] == sum(counts[name] for name in parts) and counts["dead"] == 1
         shelf.refuses.clear()
         event = Event.from_json((await app.store.dead_letter(letter["id"]))["body"])
-        arrival = app.house.router.arrive(letter["trigger"], event, ledger_id=letter["event"], only=letter["subscription"])
+        arrival = app.house.router.arrive(
+            letter["trigger"], event, ledger_id=letter["event"], only=letter["subscription"]
+        )
         await app.store.redrive(letter["id"], arrival)
         await eventually(lambda: "o-3" in shelf.ids, "the redriven one arrives")
         assert await dead() == [] and (await app.store.counts())["dead"] == 0
@@ -175,14 +209,29 @@ async def test_p9_dead_letters_go_to_their_sink_with_their_bytes_and_reason(tmp_
     shelf = Shelf()
     async with opened(tmp_path, dead=shelf) as app:
         await app.emit("order.placed", {"wrong": 1}, id="unbound")
-        junk = Undecodable(id="junk", source="/test", body=b"\x00\xff", error="not JSON", headers={"x-key": "7"})
+        junk = Undecodable(
+            id="junk", source="/test", body=b"\x00\xff", error="not JSON", headers={"x-key": "7"}
+        )
         await app.house.reactor.record([app.house.router.arrive("somewhere", junk)], "somewhere")
         await eventually(lambda: len(shelf.taken) == 2, "both arrive")
         unbound, raw = shelf.taken
-        assert (unbound.event.id, unbound.event.data, unbound.subscription) == ("unbound", {"wrong": 1}, "events/orders")
+        assert (unbound.event.id, unbound.event.data, unbound.subscription) == (
+            "unbound",
+            {"wrong": 1},
+            "events/orders",
+        )
         assert unbound.reason is not None and "n" in unbound.reason
-        assert (raw.event.id, raw.event.data, raw.reason, raw.headers) == ("junk", b"\x00\xff", "not JSON", {"x-key": "7"})
-        assert raw.event.type == "eventflow.undecodable" and raw.trigger == "somewhere" and raw.subscription == ""
+        assert (raw.event.id, raw.event.data, raw.reason, raw.headers) == (
+            "junk",
+            b"\x00\xff",
+            "not JSON",
+            {"x-key": "7"},
+        )
+        assert (
+            raw.event.type == "eventflow.undecodable"
+            and raw.trigger == "somewhere"
+            and raw.subscription == ""
+        )
         assert len(await app.store.dead()) == 2
 
 
@@ -216,7 +265,12 @@ async def test_the_doors_tell_how_outlets_fare(tmp_path: Path) -> None:
 
         await eventually(failing, "the outlet shows its failure")
         row = await failing()
-        assert (row["name"], row["sink"], row["waiting"], row["last_error"]) == ("events/shelf", "shelf", 1, "OSError: gone")
+        assert (row["name"], row["sink"], row["waiting"], row["last_error"]) == (
+            "events/shelf",
+            "shelf",
+            1,
+            "OSError: gone",
+        )
         assert row["oldest_at"] is not None
         page = (await client.get("/metrics")).text
         assert 'eventflow_outbox_letters{outlet="events/shelf"} 1.0' in page

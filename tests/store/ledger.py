@@ -100,7 +100,9 @@ class Ledger:
         await self.store.record([self.arrival(name or f"e{self.ids.next(0)}", *runs)], trigger="t")
         return runs
 
-    async def claimed(self, limit: int = 100, caps: Mapping[str, int] | None = None) -> Sequence[Run]:
+    async def claimed(
+        self, limit: int = 100, caps: Mapping[str, int] | None = None
+    ) -> Sequence[Run]:
         reply: Claimed = await self.do(Claim(limit, caps or {}))
         return reply.runs
 

@@ -86,7 +86,11 @@ async def test_replay_adds_runs_to_an_event(ledger: Ledger):
     receipt = await ledger.store.replay(first.id, again)
     assert (receipt.ledger_id, receipt.matched) == (first.id, 1)
     event = await ledger.store.event(first.id)
-    assert (event["matched"], event["body"], event["verdicts"]) == (2, b'{"first":1}', ["one", "two"])
+    assert (event["matched"], event["body"], event["verdicts"]) == (
+        2,
+        b'{"first":1}',
+        ["one", "two"],
+    )
     assert {run.body for run in await ledger.claimed()} == {b'{"first":1}'}
     counts = await ledger.store.counts()
     assert (counts["accepted"], counts["pending"], counts["events"]) == (2, 2, 1)
@@ -107,7 +111,9 @@ async def test_a_pause_is_durable(ledger: Ledger, reopen: Reopen):
 # --------------------------------------------------------------------------- retention
 
 
-async def prune_all(ledger: Ledger, *, bodies: int = 30, identities: int = 90, step: int = 500) -> int:
+async def prune_all(
+    ledger: Ledger, *, bodies: int = 30, identities: int = 90, step: int = 500
+) -> int:
     total = 0
     now = ledger.clock.now()
     while removed := await ledger.store.prune(
@@ -140,7 +146,12 @@ async def test_retention_forgets_runs_then_bodies_then_identities(ledger: Ledger
     (receipt,) = await ledger.store.record([ledger.arrival(row["event_id"], ledger.run())])
     assert not receipt.duplicate
     counts = await ledger.store.counts()
-    assert (counts["completed"], counts["pending"], counts["runs"], counts["events"]) == (1, 1, 2, 2)
+    assert (counts["completed"], counts["pending"], counts["runs"], counts["events"]) == (
+        1,
+        1,
+        2,
+        2,
+    )
 
 
 async def test_retention_leaves_what_is_not_done(ledger: Ledger, reopen: Reopen):
@@ -171,7 +182,10 @@ async def test_retention_goes_in_small_steps(ledger: Ledger):
         await ledger.settle(run, Failed(b"{}") if run.id % 2 else Cancelled("x"))
     ledger.clock.forward(31 * 86_400)
     before = ledger.clock.now() - 30 * DAY
-    steps = [await ledger.store.prune(bodies_before=before, identities_before=0, step=10) for _ in range(5)]
+    steps = [
+        await ledger.store.prune(bodies_before=before, identities_before=0, step=10)
+        for _ in range(5)
+    ]
     assert steps == [10, 10, 5, 1, 0]
 
 
@@ -184,7 +198,9 @@ async def test_backup_while_writing(ledger: Ledger, tmp_path: Path):
     await ledger.store.record(first)
     target = str(tmp_path / "copy.db")
     later = [ledger.arrival(f"b{n}", ledger.run(), body=b"y" * 4000) for n in range(100)]
-    await asyncio.gather(ledger.store.backup(target), *[ledger.store.record([arrival]) for arrival in later])
+    await asyncio.gather(
+        ledger.store.backup(target), *[ledger.store.record([arrival]) for arrival in later]
+    )
     copy = SqliteStore(target, clock=ledger.clock, ballast=0, free_floor=0)
     copy.open()
     counts = await copy.counts()
@@ -201,7 +217,9 @@ async def test_row_45_a_restored_backup_dedups_what_comes_again(ledger: Ledger, 
     await ledger.recorded(ledger.run(), name="after")
     copy = SqliteStore(tmp_path / "copy.db", clock=ledger.clock, ballast=0, free_floor=0)
     copy.open()
-    receipts = await copy.record([ledger.arrival(name, ledger.run()) for name in ("before", "after")])
+    receipts = await copy.record(
+        [ledger.arrival(name, ledger.run()) for name in ("before", "after")]
+    )
     assert [receipt.duplicate for receipt in receipts] == [True, False]
     copy.close()
 
@@ -227,7 +245,15 @@ async def test_an_event_is_found_by_any_of_its_names(ledger: Ledger):
     arrival = ledger.arrival("order-17", ledger.run())
     await ledger.store.record([arrival])
     shown = show_id(arrival.id)
-    for ident in (arrival.id, str(arrival.id), shown, shown.upper(), shown[:12], shown[3:], "order-17"):
+    for ident in (
+        arrival.id,
+        str(arrival.id),
+        shown,
+        shown.upper(),
+        shown[:12],
+        shown[3:],
+        "order-17",
+    ):
         assert (await ledger.store.event(ident))["id"] == arrival.id
     for ident in (1, "nothing", "!", "", "9" * 30):
         with pytest.raises(NotFound):
@@ -249,14 +275,26 @@ async def test_lists_are_newest_first_in_pages(ledger: Ledger):
     """`limit` and `after` page through events and runs; each filter narrows."""
     for n in range(6):
         ledger.clock.forward(1)
-        await ledger.store.record([ledger.arrival(f"e{n}", ledger.run("fg"[n % 2]), trigger="tu"[n % 2], type="xy"[n % 2])])
+        await ledger.store.record(
+            [
+                ledger.arrival(
+                    f"e{n}", ledger.run("fg"[n % 2]), trigger="tu"[n % 2], type="xy"[n % 2]
+                )
+            ]
+        )
     first = await ledger.store.events(limit=4)
     rest = await ledger.store.events(limit=4, after=first[-1]["id"])
     assert [row["event_id"] for row in first + rest] == ["e5", "e4", "e3", "e2", "e1", "e0"]
     assert "body" not in first[0]
     now = ledger.clock.now()
-    assert [row["event_id"] for row in await ledger.store.events(trigger="u", type="y")] == ["e5", "e3", "e1"]
-    assert [row["event_id"] for row in await ledger.store.events(since=now - 2 * SECOND, until=now)] == ["e4", "e3"]
+    assert [row["event_id"] for row in await ledger.store.events(trigger="u", type="y")] == [
+        "e5",
+        "e3",
+        "e1",
+    ]
+    assert [
+        row["event_id"] for row in await ledger.store.events(since=now - 2 * SECOND, until=now)
+    ] == ["e4", "e3"]
     runs = await ledger.store.runs(flow="g", limit=2)
     assert len(runs) == 2 and len(await ledger.store.runs(flow="g", after=runs[-1]["id"])) == 1
     (run, *_) = await ledger.claimed(1)
@@ -275,12 +313,25 @@ async def test_a_damaged_row_is_named_or_left_out(ledger: Ledger):
     other = await ledger.running()
     connection = ledger.store._connection
     assert connection is not None
-    for table, column, where in (("runs", "result", run.id), ("events", "body", run.event), ("journal", "value", run.id)):
+    for table, column, where in (
+        ("runs", "result", run.id),
+        ("events", "body", run.event),
+        ("journal", "value", run.id),
+    ):
         key = "run" if table == "journal" else "id"
-        (good,) = connection.execute(f"SELECT {column} FROM {table} WHERE {key} = ?", (where,)).fetchone()
-        connection.execute(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", (bytes([good[0] ^ 1]) + good[1:], where))
+        (good,) = connection.execute(
+            f"SELECT {column} FROM {table} WHERE {key} = ?", (where,)
+        ).fetchone()
+        connection.execute(
+            f"UPDATE {table} SET {column} = ? WHERE {key} = ?",
+            (bytes([good[0] ^ 1]) + good[1:], where),
+        )
         with pytest.raises(StoreCorrupt, match=f"{table} row {show_id(int(where or 0))}"):
-            await {"runs": ledger.store.run, "events": ledger.store.event, "journal": ledger.store.load}[table](where)  # type: ignore[arg-type, operator]
+            await {
+                "runs": ledger.store.run,
+                "events": ledger.store.event,
+                "journal": ledger.store.load,
+            }[table](where)  # type: ignore[arg-type, operator]
         assert any(table in found for found in await ledger.store.check())
         if table == "runs":
             assert [row["id"] for row in await ledger.store.runs()] == [other.id]
@@ -293,7 +344,9 @@ async def test_a_look_gives_up_after_its_budget(ledger: Ledger):
     """A reader that takes too long is interrupted and says what to do; the next look works."""
     readers = ledger.store._readers
     assert readers is not None
-    endless = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    endless = (
+        "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+    )
     with pytest.raises(StoreError, match="took longer"):
         await readers.read(lambda connection: connection.execute(endless).fetchone(), 0.05)
     assert await ledger.store.events() == []
@@ -323,7 +376,10 @@ async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
         ("UPDATE ledger SET duplicates = 9", "duplicates"),
         ("UPDATE runs SET blocked = 0", "heads"),
         ("UPDATE runs SET flow = 'other'", "checksum"),
-        ("INSERT INTO journal VALUES (1, 'a', 1, 0, 1, 1, 1, NULL, 1, NULL, NULL, NULL, NULL)", "no run"),
+        (
+            "INSERT INTO journal VALUES (1, 'a', 1, 0, 1, 1, 1, NULL, 1, NULL, NULL, NULL, NULL)",
+            "no run",
+        ),
     ):
         connection.execute("BEGIN")
         connection.execute(harm)

@@ -4,7 +4,17 @@ import pytest
 
 from eventflow.core.errors import UsageError
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import Cancelled, Completed, Failed, Held, Interrupted, Outcome, Restarted, State, Suspended
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Held,
+    Interrupted,
+    Outcome,
+    Restarted,
+    State,
+    Suspended,
+)
 from eventflow.store.protocol import Append, Appended, Mark, Refused, Settle, Settled
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
@@ -16,8 +26,18 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
     (run,) = await ledger.recorded(ledger.run(params=b'{"p":1}', priority=3, depth=2))
     ledger.clock.forward(2)
     (claimed,) = await ledger.claimed()
-    assert (claimed.id, claimed.state, claimed.token, claimed.started_at) == (run.id, State.RUNNING, 1, ledger.clock.now())
-    assert (claimed.body, claimed.params, claimed.priority, claimed.depth) == (b'{"n":1}', b'{"p":1}', 3, 2)
+    assert (claimed.id, claimed.state, claimed.token, claimed.started_at) == (
+        run.id,
+        State.RUNNING,
+        1,
+        ledger.clock.now(),
+    )
+    assert (claimed.body, claimed.params, claimed.priority, claimed.depth) == (
+        b'{"n":1}',
+        b'{"p":1}',
+        3,
+        2,
+    )
     assert await ledger.claimed() == []
 
 
@@ -82,7 +102,9 @@ async def test_suspended_with_something_unseen_is_due_at_once(ledger: Ledger):
 async def test_suspended_sees_an_entry_of_its_own_batch(ledger: Ledger):
     """Append and Settle in one transaction: the entry counts as unseen."""
     run = await ledger.running()
-    await ledger.together(Append(run.id, run.token, [value()]), Settle(run.id, run.token, Suspended(None, 10**9)))
+    await ledger.together(
+        Append(run.id, run.token, [value()]), Settle(run.id, run.token, Suspended(None, 10**9))
+    )
     assert await ledger.state(run) == "pending"
 
 
@@ -121,10 +143,18 @@ async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
     assert isinstance(settled, Settled) and settled.answer is None
     assert [entry.claim for entry in await ledger.store.load(run.id)] == ["begun"]
     (again,) = await ledger.claimed()
-    assert (again.id, again.token, again.params, again.started_at) == (run.id, 2, b'{"new":12}', ledger.clock.now())
+    assert (again.id, again.token, again.params, again.started_at) == (
+        run.id,
+        2,
+        b'{"new":12}',
+        ledger.clock.now(),
+    )
     again_child = ledger.run("child", parent=run.id, parent_claim="c#1")
     assert isinstance(await ledger.append(again, value(), children=[again_child]), Appended)
-    assert {row["id"] for row in await ledger.store.runs(parent=run.id)} == {child.id, again_child.id}
+    assert {row["id"] for row in await ledger.store.runs(parent=run.id)} == {
+        child.id,
+        again_child.id,
+    }
 
 
 async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
@@ -178,7 +208,11 @@ async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str
             await ledger.mark(run)
         ledger = reopen()
     else:
-        outcomes: dict[str, Outcome] = {"failed": Failed(b"{}"), "cancelled": Cancelled("x"), "held": Held("x")}
+        outcomes: dict[str, Outcome] = {
+            "failed": Failed(b"{}"),
+            "cancelled": Cancelled("x"),
+            "held": Held("x"),
+        }
         await ledger.settle(run, outcomes[state])
     assert await ledger.state(run) == state
     again = await ledger.store.retry(run.id)
@@ -244,7 +278,9 @@ async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, w
     before = await ledger.store.counts()
     child = ledger.run(parent=run.id, parent_claim="c#1")
     op = Append(run.id, run.token, [value()], [ledger.arrival("emitted", ledger.run())], [child])
-    replies = await ledger.together(op, Mark(run.id, run.token), Settle(run.id, run.token, Completed(b"2")))
+    replies = await ledger.together(
+        op, Mark(run.id, run.token), Settle(run.id, run.token, Completed(b"2"))
+    )
     assert [type(reply) for reply in replies] == [Refused, Refused, Refused]
     assert await ledger.store.counts() == before
     assert await ledger.store.load(run.id) == []
@@ -266,9 +302,13 @@ async def test_p4_an_entry_is_recorded_once(ledger: Ledger):
     """The same claim, attempt and kind again is refused whole, with the events it would emit; the first value stays."""
     run = await ledger.running()
     await ledger.append(run, value(data=b"1"))
-    refused = await ledger.append(run, value("b#1"), value(data=b"2"), arrivals=[ledger.arrival("emitted")])
+    refused = await ledger.append(
+        run, value("b#1"), value(data=b"2"), arrivals=[ledger.arrival("emitted")]
+    )
     assert isinstance(refused, Refused)
-    assert [(entry.claim, entry.value) for entry in await ledger.store.load(run.id)] == [("a#1", b"1")]
+    assert [(entry.claim, entry.value) for entry in await ledger.store.load(run.id)] == [
+        ("a#1", b"1")
+    ]
     assert (await ledger.store.counts())["events"] == 1
 
 
@@ -289,13 +329,25 @@ async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen
     """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow over restarts."""
     run = await ledger.running()
     given = [
-        Entry(claim="z#1", kind=kind, attempt=n, due_at=n * 7 or None, fingerprint=b"\0f", codec="c", value=b"\xff", error=b"e")
+        Entry(
+            claim="z#1",
+            kind=kind,
+            attempt=n,
+            due_at=n * 7 or None,
+            fingerprint=b"\0f",
+            codec="c",
+            value=b"\xff",
+            error=b"e",
+        )
         for n, kind in enumerate(Kind)
     ]
     first: Appended = await ledger.append(run, *given)
     second: Appended = await ledger.append(run, value("a#1"), value("a#2"))
     assert second.batch > first.batch and first.at == ledger.clock.now()
-    assert [(entry.batch, entry.pos) for entry in second.entries] == [(second.batch, 0), (second.batch, 1)]
+    assert [(entry.batch, entry.pos) for entry in second.entries] == [
+        (second.batch, 0),
+        (second.batch, 1),
+    ]
     ledger = reopen()
     assert await ledger.store.load(run.id) == [*first.entries, *second.entries]
     (run,) = await ledger.claimed()

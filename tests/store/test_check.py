@@ -44,7 +44,10 @@ async def filled(ledger: Ledger, events: int, body: bytes = b"{}") -> None:
     """Events with a run each: settled, failed and pending ones, journals, dead letters."""
     for n in range(events):
         dead = [("s", "why")] if n % 5 == 0 else []
-        await ledger.store.record([ledger.arrival(f"old-{n}", ledger.run(), ledger.run(), body=body, dead=dead)], trigger="t")
+        await ledger.store.record(
+            [ledger.arrival(f"old-{n}", ledger.run(), ledger.run(), body=body, dead=dead)],
+            trigger="t",
+        )
     for n, run in enumerate(await ledger.claimed(events)):
         await ledger.append(run, value())
         await ledger.settle(run, Failed(b"{}") if n % 3 == 0 else Completed(b"1"))
@@ -58,8 +61,12 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
     failed = [row["id"] for row in await ledger.store.runs(state=State.FAILED, limit=1000)]
 
     async def write(n: int) -> None:
-        await ledger.store.record([ledger.arrival(f"new-{n}", ledger.run(lane="a"), dead=[("s", "why")])], trigger="t")
-        await ledger.store.record([ledger.arrival(f"old-{n % 60}", body=b"{}" if n % 2 else b"[]")], trigger="t")
+        await ledger.store.record(
+            [ledger.arrival(f"new-{n}", ledger.run(lane="a"), dead=[("s", "why")])], trigger="t"
+        )
+        await ledger.store.record(
+            [ledger.arrival(f"old-{n % 60}", body=b"{}" if n % 2 else b"[]")], trigger="t"
+        )
         for run in await ledger.claimed(2):
             await ledger.append(run, value())
             await ledger.settle(run, Completed(b"1") if n % 2 else Failed(b"{}"))
@@ -68,7 +75,9 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
         for letter in await ledger.store.dead(limit=1):
             await ledger.store.redrive(letter["id"], ledger.arrival(f"again-{n}", ledger.run()))
         ledger.clock.forward(1)
-        await ledger.store.prune(bodies_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5)
+        await ledger.store.prune(
+            bodies_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5
+        )
 
     async with going_on(write) as done:
         for _ in range(3):
@@ -76,14 +85,24 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
             assert await ledger.store.check(slice=0.0) == []
             assert len(done) > before + 5
     counts = await ledger.store.counts()
-    assert min(counts[name] for name in ("completed", "failed", "dead", "pending", "duplicates", "conflicts")) > 0
+    assert (
+        min(
+            counts[name]
+            for name in ("completed", "failed", "dead", "pending", "duplicates", "conflicts")
+        )
+        > 0
+    )
 
     connection = ledger.store._connection
     assert connection is not None
     (first,) = connection.execute("SELECT min(id) FROM runs WHERE state < 4").fetchone()
     connection.execute("UPDATE runs SET size = size + 1 WHERE id = ?", (first,))
-    async with going_on(lambda n: ledger.store.record([ledger.arrival(f"more-{n}", ledger.run())], trigger="t")):
-        assert [found.split()[0] for found in await ledger.store.check(slice=0.0)] == ["pending_bytes"]
+    async with going_on(
+        lambda n: ledger.store.record([ledger.arrival(f"more-{n}", ledger.run())], trigger="t")
+    ):
+        assert [found.split()[0] for found in await ledger.store.check(slice=0.0)] == [
+            "pending_bytes"
+        ]
     connection.execute("UPDATE runs SET size = size - 1 WHERE id = ?", (first,))
     assert await ledger.store.check() == []
     await ledger.store.record([])
@@ -106,7 +125,9 @@ async def test_the_sums_know_what_waits_in_a_pattern(tmp_path: Path):
     await app.open(store=f"sqlite:///{tmp_path}/patterns.db")
     async with going_on(write) as done:
         for enough in (50, 150, 300):
-            await eventually(lambda enough=enough: len(done) > enough, "events wait, and leave", within=60)
+            await eventually(
+                lambda enough=enough: len(done) > enough, "events wait, and leave", within=60
+            )
             before = len(done)
             assert await app.store.check(slice=0.0) == []
             assert len(done) > before
@@ -118,9 +139,14 @@ async def test_no_slice_walks_a_table(ledger: Ledger, path: str):
     """Each slice begins where the last one ended: no query of the walk scans or sorts, however far it has come."""
     connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
     for walk in audit._WALKS:
-        plan = connection.execute(f"EXPLAIN QUERY PLAN {walk.query}", (0,) * walk.query.count("?")).fetchall()
+        plan = connection.execute(
+            f"EXPLAIN QUERY PLAN {walk.query}", (0,) * walk.query.count("?")
+        ).fetchall()
         steps = [step for *_, step in plan]
-        assert not [step for step in steps if step.startswith(("SCAN", "USE TEMP"))], (walk.table, steps)
+        assert not [step for step in steps if step.startswith(("SCAN", "USE TEMP"))], (
+            walk.table,
+            steps,
+        )
     connection.close()
 
 
@@ -150,11 +176,25 @@ async def test_damage_in_any_slice_is_found(ledger: Ledger):
     connection = ledger.store._connection
     assert connection is not None
     harmed: list[tuple[str, str, str, int]] = []
-    for table, column, key in (("events", "body", "id"), ("runs", "result", "id"), ("journal", "value", "run")):
-        idents = [row[0] for row in connection.execute(f"SELECT {key} FROM {table} WHERE {column} IS NOT NULL ORDER BY {key}")]
-        harmed += [(table, column, key, ident) for ident in (idents[0], idents[len(idents) // 2], idents[-1])]
+    for table, column, key in (
+        ("events", "body", "id"),
+        ("runs", "result", "id"),
+        ("journal", "value", "run"),
+    ):
+        idents = [
+            row[0]
+            for row in connection.execute(
+                f"SELECT {key} FROM {table} WHERE {column} IS NOT NULL ORDER BY {key}"
+            )
+        ]
+        harmed += [
+            (table, column, key, ident)
+            for ident in (idents[0], idents[len(idents) // 2], idents[-1])
+        ]
     for table, column, key, ident in harmed:
-        connection.execute(f"UPDATE {table} SET {column} = CAST({column} || ' ' AS BLOB) WHERE {key} = ?", (ident,))
+        connection.execute(
+            f"UPDATE {table} SET {column} = CAST({column} || ' ' AS BLOB) WHERE {key} = ?", (ident,)
+        )
     async with going_on(lambda n: ledger.recorded(ledger.run())):
         found = await ledger.store.check(slice=0.0)
     for table, column, key, ident in harmed:

@@ -12,7 +12,9 @@ pytestmark = pytest.mark.anyio
 
 async def test_round_robin_over_flows(ledger: Ledger):
     """A flow with a long backlog does not hold up the others."""
-    await ledger.recorded(*[ledger.run("busy") for _ in range(20)], ledger.run("b"), ledger.run("c"))
+    await ledger.recorded(
+        *[ledger.run("busy") for _ in range(20)], ledger.run("b"), ledger.run("c")
+    )
     flows = [run.flow for run in await ledger.claimed(6)]
     assert sorted(flows[:3]) == ["b", "busy", "c"] and flows[3:] == ["busy"] * 3
 
@@ -158,7 +160,10 @@ async def test_a_long_lane_costs_what_a_short_one_does(ledger: Ledger):
 
 async def test_a_corrupt_run_is_held_not_run(ledger: Ledger, path: str):
     """A run whose event does not match its checksum is set aside with the reason; the others are given."""
-    bad, good = ledger.arrival("bad", ledger.run(), body=b'{"n":1}'), ledger.arrival("good", ledger.run())
+    bad, good = (
+        ledger.arrival("bad", ledger.run(), body=b'{"n":1}'),
+        ledger.arrival("good", ledger.run()),
+    )
     await ledger.store.record([bad, good])
     connection = ledger.store._connection
     assert connection is not None
@@ -171,7 +176,9 @@ async def test_a_corrupt_run_is_held_not_run(ledger: Ledger, path: str):
 
 async def test_a_long_backlog_of_a_capped_flow_is_not_read_at_each_claim(ledger: Ledger):
     """Of a flow that may begin one run, a claim reads two, however many wait; of the others as many as it may take."""
-    await ledger.recorded(*(ledger.run("capped") for _ in range(50)), *(ledger.run("free") for _ in range(5)))
+    await ledger.recorded(
+        *(ledger.run("capped") for _ in range(50)), *(ledger.run("free") for _ in range(5))
+    )
     op = Claim(20, {"capped": 1, "free": 1 << 30})
     found = await ledger.store._look(look, ledger.clock.now(), op)  # pyright: ignore[reportPrivateUsage]
     assert {group.flow: len(group.due) for group in found} == {"capped": 2, "free": 5}

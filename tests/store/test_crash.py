@@ -108,8 +108,18 @@ class Victim:
     """A process that records and settles as fast as it can, and says each thing once it is acknowledged."""
 
     def __init__(self, path: str, life: str, *before: str, **options: Any) -> None:
-        command = [*before, sys.executable, "-c", WORK, path, life, repr({"ballast": 0, "free_floor": 0, **options})]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [
+            *before,
+            sys.executable,
+            "-c",
+            WORK,
+            path,
+            life,
+            repr({"ballast": 0, "free_floor": 0, **options}),
+        ]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self.said: list[list[str]] = []
 
     def lines(self) -> Iterator[list[str]]:
@@ -204,7 +214,9 @@ def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
     code += "print(1, flush=True)\nSqliteStore(sys.argv[1], clock=SystemClock()).open()\nprint(2, flush=True)\nsys.stdin.read()"
     draw = random.Random(3)
     for _ in range(8):
-        opener = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        opener = subprocess.Popen(
+            [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         assert opener.stdout is not None and opener.stdin is not None
         opener.stdout.readline()
         time.sleep(draw.random() * 0.03)  # not a wait: a moment to die at
@@ -253,7 +265,10 @@ def test_p10_row_7_a_write_error_stops_acknowledging(tmp_path: Path):
 
 def can_trace() -> bool:
     strace = shutil.which("strace")
-    return strace is not None and subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True).returncode == 0
+    return (
+        strace is not None
+        and subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
@@ -271,7 +286,9 @@ def test_p10_row_7_an_fsync_error_stops_acknowledging(tmp_path: Path, when: int)
 def test_p1_every_commit_is_synced(tmp_path: Path):
     """FULL means what it says: five callers share a commit at most, and each commit has an fdatasync of its own."""
     log = tmp_path / "strace"
-    victim = Victim(str(tmp_path / "a.db"), "0", "strace", "-f", "-o", str(log), "-e", "trace=fdatasync")
+    victim = Victim(
+        str(tmp_path / "a.db"), "0", "strace", "-f", "-o", str(log), "-e", "trace=fdatasync"
+    )
     for _ in victim.lines():
         if len(victim.said) > 400:
             break
@@ -345,6 +362,8 @@ def clock_tick():
 
 asyncio.run(main())
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     told = json.loads(said.splitlines()[-1])
     assert told["n"] > 100 and told["disk"] and told["failed"] == "None"

@@ -59,7 +59,9 @@ async def test_the_answer_wakes_a_waiting_parent(ledger: Ledger):
     assert settled.answer is not None and settled.answer.batch == settled.batch
     assert await ledger.state(parent) == "pending"
     entries = await ledger.store.load(parent.id)
-    assert [(entry.kind, entry.value) for entry in entries if entry.claim == "c#1"][1:] == [(Kind.VALUE, b"42")]
+    assert [(entry.kind, entry.value) for entry in entries if entry.claim == "c#1"][1:] == [
+        (Kind.VALUE, b"42")
+    ]
 
 
 async def test_the_answer_to_a_running_parent_is_given_back(ledger: Ledger):
@@ -114,7 +116,9 @@ async def test_a_parent_that_failed_hears_of_it_when_it_is_retried(ledger: Ledge
     await ledger.settle(parent, Failed(b"{}"))
     await ledger.settle(child, answer=value("c#1", b"7"), parent=parent.id)
     await ledger.store.retry(parent.id)
-    assert [entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE] == [b"7"]
+    assert [
+        entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE
+    ] == [b"7"]
 
 
 async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
@@ -127,7 +131,11 @@ async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
         await ledger.store.retry(parent.id)
         parent, child = sorted(await ledger.claimed(), key=lambda run: run.id)
     await ledger.settle(child, answer=value("c#1", b"9"), parent=parent.id)
-    assert [entry.kind for entry in await ledger.store.load(parent.id)] == [Kind.CHILD, Kind.FORGIVEN, Kind.VALUE]
+    assert [entry.kind for entry in await ledger.store.load(parent.id)] == [
+        Kind.CHILD,
+        Kind.FORGIVEN,
+        Kind.VALUE,
+    ]
 
 
 async def test_retry_of_a_parent_takes_what_its_child_did_meanwhile(ledger: Ledger):
@@ -140,7 +148,9 @@ async def test_retry_of_a_parent_takes_what_its_child_did_meanwhile(ledger: Ledg
     (child,) = await ledger.claimed()
     await ledger.settle(child, Completed(b"5"), answer=value("c#1", b"5"), parent=parent.id)
     await ledger.store.retry(parent.id)
-    assert [entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE] == [b"5"]
+    assert [
+        entry.value for entry in await ledger.store.load(parent.id) if entry.kind is Kind.VALUE
+    ] == [b"5"]
     assert await ledger.state(child) == "completed"
 
 
@@ -170,7 +180,9 @@ async def test_cancel_goes_down(ledger: Ledger):
     await ledger.settle(parent, Suspended(None, 10**9))
     await ledger.settle(child, Suspended(None, 10**9))
     assert await ledger.store.cancel(parent.id, "stop") is State.WAITING
-    assert [await ledger.state(run) for run in (parent, child, waiting, running)] == ["cancelled"] * 3 + ["running"]
+    assert [await ledger.state(run) for run in (parent, child, waiting, running)] == [
+        "cancelled"
+    ] * 3 + ["running"]
     assert hand.cancels == [running.id]
     assert (await ledger.store.run(running.id))["cancel_requested"]
 
@@ -183,7 +195,11 @@ async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
     await ledger.store.cancel(child.id, "no longer needed")
     assert await ledger.state(parent) == "pending"
     (told,) = [entry for entry in await ledger.store.load(parent.id) if entry.kind is Kind.ERROR]
-    assert told.claim == "c#1" and b"RunCancelled" in (told.error or b"") and b"no longer needed" in (told.error or b"")
+    assert (
+        told.claim == "c#1"
+        and b"RunCancelled" in (told.error or b"")
+        and b"no longer needed" in (told.error or b"")
+    )
 
 
 async def test_a_dead_child_tells_its_parent(ledger: Ledger, reopen: Reopen):
@@ -201,7 +217,10 @@ async def test_a_dead_child_tells_its_parent(ledger: Ledger, reopen: Reopen):
 async def test_emitted_events_are_recorded_with_the_entry(ledger: Ledger):
     """An Append's arrivals commit with its entries and report their receipts; a known identity is a duplicate."""
     run = await ledger.running()
-    arrivals = [ledger.arrival("emitted", ledger.run("g")), ledger.arrival("emitted", ledger.run("g"))]
+    arrivals = [
+        ledger.arrival("emitted", ledger.run("g")),
+        ledger.arrival("emitted", ledger.run("g")),
+    ]
     appended = await ledger.append(run, value(), arrivals=arrivals)
     assert [receipt.duplicate for receipt in appended.receipts] == [False, True]
     assert [row["flow"] for row in await ledger.store.runs(event=arrivals[0].id)] == ["g"]

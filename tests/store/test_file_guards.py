@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable, UsageError
+from eventflow.core.errors import (
+    StoreCorrupt,
+    StoreError,
+    StoreFull,
+    StoreLocked,
+    StoreUnwritable,
+    UsageError,
+)
 from eventflow.store import open_store
 from eventflow.store.file_guards import HighWater, Space
 from eventflow.store.migrate import migrate, migrations
@@ -46,7 +53,9 @@ def opening(path: str) -> StoreError:
 def test_row_11_the_second_process_is_told_who_holds_the_store(tmp_path: Path):
     """StoreLocked names the pid and exits 75; when the holder is gone the store opens, whatever the lock file says."""
     path = str(tmp_path / "a.db")
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None and holder.stdin is not None
     assert holder.stdout.readline() == "open\n"
     error = opening(path)
@@ -92,7 +101,9 @@ if child == 0:
 os.write(1, b"%d\\n" % child)
 sys.stdin.read()
 """
-    parent = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None and parent.stdin is not None
     said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
     (child,) = said - {"forked"}
@@ -107,7 +118,9 @@ sys.stdin.read()
 
 
 @pytest.mark.anyio
-async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(ledger: Ledger, path: str):
+async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(
+    ledger: Ledger, path: str
+):
     """While somebody else holds SQLite's lock, records are told to come again, settles wait; both succeed once it is free."""
     run = await ledger.running()
     connection = ledger.store._connection
@@ -169,7 +182,11 @@ except StoreError as error:
     readonly.touch(0o444)
     for path in (closed / "a.db", closed / "new" / "a.db", readonly):
         said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-        assert said.stdout.startswith("73 ") and str(path) in said.stdout and said.stdout.count("\n") == 1, said
+        assert (
+            said.stdout.startswith("73 ")
+            and str(path) in said.stdout
+            and said.stdout.count("\n") == 1
+        ), said
 
 
 def test_a_path_that_is_no_path(tmp_path: Path):
@@ -191,7 +208,9 @@ def test_not_a_store(tmp_path: Path):
 
 
 @pytest.mark.anyio
-async def test_row_12_a_wal_that_lost_its_tail_is_refused(ledger: Ledger, path: str, tmp_path: Path):
+async def test_row_12_a_wal_that_lost_its_tail_is_refused(
+    ledger: Ledger, path: str, tmp_path: Path
+):
     """Fewer commits than were acknowledged: exit 65 with the missing range, nothing is changed; `accept_loss` goes on."""
     await ledger.recorded(ledger.run())
     writer = ledger.store._writer
@@ -223,7 +242,9 @@ async def test_row_12_a_wal_that_lost_its_tail_is_refused(ledger: Ledger, path: 
 
 
 @pytest.mark.anyio
-async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(ledger: Ledger, path: str, tmp_path: Path):
+async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(
+    ledger: Ledger, path: str, tmp_path: Path
+):
     """SQLite drops the commits behind a damaged frame in silence; the mark beside the store does not."""
     for _ in range(6):
         await ledger.recorded(ledger.run())
@@ -339,11 +360,15 @@ connection.execute("BEGIN IMMEDIATE")
 print("locked", flush=True)
 sys.stdin.read()
 """
-    holder = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert holder.stdout is not None and holder.stdin is not None
     holder.stdout.readline()
     error = opening(path)
-    assert isinstance(error, StoreLocked) and error.pid in (holder.pid, None) and error.exit_code == 75
+    assert (
+        isinstance(error, StoreLocked) and error.pid in (holder.pid, None) and error.exit_code == 75
+    )
     holder.stdin.close()
     holder.wait()
     holder.stdout.close()

@@ -30,9 +30,18 @@ async def test_p2_a_duplicate_starts_nothing_and_is_counted_on_the_first(ledger:
     (receipt,) = await ledger.store.record([ledger.arrival("a", ledger.run(), dead=[("s", "no")])])
     assert receipt == Receipt(first.id, "a", duplicate=True, matched=1)
     event = await ledger.store.event(first.id)
-    assert (event["duplicates"], event["last_duplicate_at"], len(event["runs"])) == (1, ledger.clock.now(), 1)
+    assert (event["duplicates"], event["last_duplicate_at"], len(event["runs"])) == (
+        1,
+        ledger.clock.now(),
+        1,
+    )
     counts = await ledger.store.counts()
-    assert (counts["accepted"], counts["duplicates"], counts["events"], counts["runs"]) == (1, 1, 1, 1)
+    assert (counts["accepted"], counts["duplicates"], counts["events"], counts["runs"]) == (
+        1,
+        1,
+        1,
+        1,
+    )
 
 
 async def test_p2_duplicates_inside_one_batch(ledger: Ledger):
@@ -53,7 +62,12 @@ async def test_the_same_identity_with_other_content_is_a_conflict(ledger: Ledger
     assert receipt.conflict and not receipt.duplicate
     assert receipt.digests == (first.digest.hex(), second.digest.hex())
     event = await ledger.store.event("a")
-    assert (event["body"], event["conflicts"], event["duplicates"], event["last_duplicate_at"]) == (b"1", 1, 0, None)
+    assert (event["body"], event["conflicts"], event["duplicates"], event["last_duplicate_at"]) == (
+        b"1",
+        1,
+        0,
+        None,
+    )
 
 
 async def test_the_same_id_of_another_trigger_is_another_event(ledger: Ledger):
@@ -68,7 +82,9 @@ async def test_p2_cursors_commit_with_their_events(ledger: Ledger, reopen: Reope
     await ledger.store.record([], trigger="t", cursor={"0": 6, "2": None})
     await ledger.store.record([], trigger="u", cursor={"0": "other"})
     with pytest.raises(StoreError):
-        await ledger.store.record([ledger.arrival("a", ledger.run(flow=None))], trigger="t", cursor={"0": 7})  # type: ignore[arg-type]
+        await ledger.store.record(
+            [ledger.arrival("a", ledger.run(flow=None))], trigger="t", cursor={"0": 7}
+        )  # type: ignore[arg-type]
     ledger = reopen()
     assert await ledger.store.cursor("t") == {"0": 6, "1": {"deep": [1, None]}}
     assert await ledger.store.cursor("u") == {"0": "other"}
@@ -123,7 +139,9 @@ async def test_strange_text_is_kept_as_it_is(ledger: Ledger):
     """Zero bytes, quotes, emoji and line separators in names come back equal."""
     name = "a\x00b'\"\u2028é😀\n"
     run = ledger.run(name, lane=name)
-    await ledger.store.record([ledger.arrival(name, run, trigger=name, type=name)], trigger=name, cursor={name: name})
+    await ledger.store.record(
+        [ledger.arrival(name, run, trigger=name, type=name)], trigger=name, cursor={name: name}
+    )
     (claimed,) = await ledger.claimed()
     assert (claimed.flow, claimed.lane) == (name, name)
     assert (await ledger.store.event(name))["type"] == name
@@ -134,7 +152,10 @@ async def test_what_cannot_be_stored_fails_alone(ledger: Ledger):
     """A call with content SQLite refuses gets a StoreError; the calls that shared its transaction are recorded."""
     bad = ledger.arrival("bad", ledger.run())
     bad.body = object()  # type: ignore[assignment]
-    good: list[Arrival] = [ledger.arrival("good", ledger.run()), ledger.arrival("also", ledger.run())]
+    good: list[Arrival] = [
+        ledger.arrival("good", ledger.run()),
+        ledger.arrival("also", ledger.run()),
+    ]
     first, failed, last = await ledger.together(Record([good[0]]), Record([bad]), Record([good[1]]))
     assert isinstance(failed, StoreError) and ledger.store.failed is None
     assert (first[0].ledger_id, last[0].ledger_id) == (good[0].id, good[1].id)

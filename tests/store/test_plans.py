@@ -34,23 +34,36 @@ def empty() -> Iterator[sqlite3.Connection]:
 def test_no_bulk_statement_walks_a_table(empty: sqlite3.Connection, name: str):
     """Each row of a bulk statement is looked up by an index, however many rows the tables have."""
     bulk = BULKS[name]
-    tables = {table for (table,) in empty.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
+    tables = {
+        table for (table,) in empty.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
+    }
     shorts = {"e": "events", "j": "journal", "p": "patterns", "r": "runs", "w": "windows"}
     for size in (2, 64):
         text = bulk.text(size)
-        plan = [step for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}", [None] * text.count("?"))]
-        walked = [step for step in plan if step.startswith("SCAN") and shorts.get(step.split()[1], step.split()[1]) in tables]
+        plan = [
+            step
+            for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}", [None] * text.count("?"))
+        ]
+        walked = [
+            step
+            for step in plan
+            if step.startswith("SCAN") and shorts.get(step.split()[1], step.split()[1]) in tables
+        ]
         assert not walked, plan
 
 
 def test_ids_that_grow_touch_few_pages_of_their_index(empty: sqlite3.Connection):
     """An event's identity is looked up by the beginning of the sender's id, then by the digest."""
     asked = "EXPLAIN QUERY PLAN " + rows.known_events.text(2)
-    assert any("events_key (<expr>=? AND key=?)" in step for *_, step in empty.execute(asked, [None] * 4))
+    assert any(
+        "events_key (<expr>=? AND key=?)" in step for *_, step in empty.execute(asked, [None] * 4)
+    )
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("ident", ["", "0:1", "order-1234567890-1", "ü" * 20, "a\0b" * 8, "\0", "x" * 1024])
+@pytest.mark.parametrize(
+    "ident", ["", "0:1", "order-1234567890-1", "ü" * 20, "a\0b" * 8, "\0", "x" * 1024]
+)
 async def test_p2_any_id_is_known_again(ledger: Ledger, ident: str):
     """A duplicate is found whatever its id is made of, and so is the event by its sender's id."""
     first = ledger.arrival(ident, ledger.run())
@@ -62,7 +75,8 @@ async def test_p2_any_id_is_known_again(ledger: Ledger, ident: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "columns"), [("drop_cursors", "trigger=? AND key=?"), ("drop_patterns", "subscription=? AND key=?")]
+    ("name", "columns"),
+    [("drop_cursors", "trigger=? AND key=?"), ("drop_patterns", "subscription=? AND key=?")],
 )
 def test_a_row_is_dropped_by_its_whole_key(empty: sqlite3.Connection, name: str, columns: str):
     """A trigger with a hundred thousand keys in its cursor forgets one without a look at the others."""
@@ -78,7 +92,15 @@ FULL = {
 }  # fmt: skip
 """Tables that grow with what happens."""
 
-ALIASES = {"d": "dead", "e": "events", "m": "members", "o": "outbox", "p": "patterns", "r": "runs", "w": "windows"}
+ALIASES = {
+    "d": "dead",
+    "e": "events",
+    "m": "members",
+    "o": "outbox",
+    "p": "patterns",
+    "r": "runs",
+    "w": "windows",
+}
 
 
 PARTS = ("runs_lane", "runs_blobs", "journal_blobs", "dead_open")
@@ -117,11 +139,17 @@ class Lived:
         """Steps of their plans that walk a table, each with a statement that does."""
         found: dict[str, str] = {}
         for text in self.statements:
-            if not text.lstrip().startswith(("SELECT", "INSERT INTO", "INSERT OR", "UPDATE", "DELETE", "WITH")):
+            if not text.lstrip().startswith(
+                ("SELECT", "INSERT INTO", "INSERT OR", "UPDATE", "DELETE", "WITH")
+            ):
                 continue
             for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}"):
                 words = step.split()
-                if words[0] == "SCAN" and words[-1] not in PARTS and ALIASES.get(words[1], words[1]) in FULL:
+                if (
+                    words[0] == "SCAN"
+                    and words[-1] not in PARTS
+                    and ALIASES.get(words[1], words[1]) in FULL
+                ):
                     found[step] = text
         return found
 
@@ -132,14 +160,18 @@ def lived(monkeypatch: pytest.MonkeyPatch) -> Lived:
 
 
 @pytest.mark.anyio
-async def test_no_verb_of_the_writer_walks_a_table(empty: sqlite3.Connection, lived: Lived, reopen: Reopen):
+async def test_no_verb_of_the_writer_walks_a_table(
+    empty: sqlite3.Connection, lived: Lived, reopen: Reopen
+):
     """Whatever a person asks for, and the start of a store, costs what it changes, not what the ledger holds."""
     ledger = reopen()
     parent = await ledger.running()
     child = ledger.run(parent=parent.id, parent_claim="c#1")
     await ledger.append(parent, children=[child])
     await ledger.mark((await ledger.claimed())[0])
-    held, _ = await ledger.recorded(ledger.run(lane="x", state=State.HELD), ledger.run(lane="x", state=State.HELD))
+    held, _ = await ledger.recorded(
+        ledger.run(lane="x", state=State.HELD), ledger.run(lane="x", state=State.HELD)
+    )
     await ledger.store.hold("t", True)
     await ledger.store.hold("t", False)
     assert (await ledger.store.run(held.id))["state"] == "pending"
@@ -150,7 +182,9 @@ async def test_no_verb_of_the_writer_walks_a_table(empty: sqlite3.Connection, li
     await ledger.store.retry(parent.id, fresh=True)
     ledger = reopen()
     await ledger.settle((await ledger.claimed())[0], Suspended(None, 0, 0))
-    await ledger.store.record([ledger.arrival("dead", dead=[("s", "unfit")])], trigger="t", cursor={"a": 1, "b": None})
+    await ledger.store.record(
+        [ledger.arrival("dead", dead=[("s", "unfit")])], trigger="t", cursor={"a": 1, "b": None}
+    )
     (dead,) = await ledger.store.dead()
     assert (await ledger.store.event("dead"))["id"] == dead["event"]
     await ledger.store.redrive(dead["id"], ledger.arrival("dead", ledger.run()))
@@ -164,18 +198,25 @@ async def test_no_verb_of_the_writer_walks_a_table(empty: sqlite3.Connection, li
 
 
 @pytest.mark.anyio
-async def test_the_writer_never_looks_for_bodies_to_drop(empty: sqlite3.Connection, lived: Lived, ledger: Ledger):
+async def test_the_writer_never_looks_for_bodies_to_drop(
+    empty: sqlite3.Connection, lived: Lived, ledger: Ledger
+):
     """What has lost its body already is walked over by a reader; the writer is given ids, and looks those up."""
     await ledger.store.record([ledger.arrival(f"e{n}") for n in range(5)])
     later = ledger.clock.now() + 1_000 * SECOND
-    steps = [await ledger.store.prune(bodies_before=later, identities_before=0, step=2) for _ in range(4)]
+    steps = [
+        await ledger.store.prune(bodies_before=later, identities_before=0, step=2) for _ in range(4)
+    ]
     assert steps == [2, 2, 1, 0]
     await ledger.store.record([ledger.arrival("one more")])
     assert await ledger.store.prune(bodies_before=later, identities_before=0, step=2) == 1
     dropped = [text for text in lived.statements if "SET kept = 0" in text]
     assert len(dropped) == 4
     for text in dropped:
-        assert empty.execute(f"EXPLAIN QUERY PLAN {text}").fetchone()[3] == "SEARCH e USING INTEGER PRIMARY KEY (rowid=?)"
+        assert (
+            empty.execute(f"EXPLAIN QUERY PLAN {text}").fetchone()[3]
+            == "SEARCH e USING INTEGER PRIMARY KEY (rowid=?)"
+        )
 
 
 @pytest.mark.anyio
@@ -216,15 +257,25 @@ async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: 
 
 
 @pytest.mark.parametrize("state", [None, *State])
-@pytest.mark.parametrize("asked", [{}, {"flow": "f"}, {"after": 9}, {"parent": 1}, {"event": 1}, {"parent": 1, "after": 9}])
-def test_lists_of_runs_are_read_from_an_index(empty: sqlite3.Connection, state: State | None, asked: dict[str, Any]):
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"flow": "f"}, {"after": 9}, {"parent": 1}, {"event": 1}, {"parent": 1, "after": 9}],
+)
+def test_lists_of_runs_are_read_from_an_index(
+    empty: sqlite3.Connection, state: State | None, asked: dict[str, Any]
+):
     """A flow that is rare, a state that few runs are in, the children of one: nobody walks over a million others to find them.
     Only the newest of all, or of those that completed, are read in order until the page is full."""
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
     queries.runs(empty, state=state, **asked)
     empty.set_trace_callback(None)
-    steps = {step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}") if not step.endswith(PARTS)}
+    steps = {
+        step
+        for text in lived
+        for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")
+        if not step.endswith(PARTS)
+    }
     in_order = state in (None, State.COMPLETED) and not asked.keys() & {"flow", "parent", "event"}
     walk = ("SCAN runs", "SEARCH runs USING INTEGER PRIMARY KEY (rowid<?)")
     assert in_order == any(step.startswith(walk) for step in steps), steps
@@ -234,7 +285,15 @@ def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connect
     """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those minutes."""
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
-    queries.events(empty, trigger=None, type="rare", since=1_800_000_000 * SECOND, until=None, limit=5, after=None)
+    queries.events(
+        empty,
+        trigger=None,
+        type="rare",
+        since=1_800_000_000 * SECOND,
+        until=None,
+        limit=5,
+        after=None,
+    )
     empty.set_trace_callback(None)
     steps = [step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")]
     assert "SEARCH events USING COVERING INDEX events_scan (id>?)" in steps

@@ -42,7 +42,13 @@ class Model:
         """The run that this event is in."""
         gather, known = self.gather, self.last.get(key)
         window = self.runs[known] if known is not None else None
-        if known is None or window is None or window.begun or window.ended or len(window.events) >= gather.size:
+        if (
+            known is None
+            or window is None
+            or window.begun
+            or window.ended
+            or len(window.events) >= gather.size
+        ):
             self.last[key] = run
             self.runs[run] = Window([event], now, now + gather.wait)
             return run
@@ -54,7 +60,11 @@ class Model:
         return known
 
     def due(self, now: int) -> set[int]:
-        return {run for run, window in self.runs.items() if not window.begun and not window.ended and window.due <= now}
+        return {
+            run
+            for run, window in self.runs.items()
+            if not window.begun and not window.ended and window.due <= now
+        }
 
 
 class Story:
@@ -74,7 +84,10 @@ class Story:
         run.mode = gather.mode
         made = self.ledger.arrival(f"e{self.count}", run)
         return msgspec.structs.replace(
-            made, gathers={run.id: gather}, verdicts=orjson.dumps([["s", "run", run.id]]), body=b'{"n":%d}' % self.count
+            made,
+            gathers={run.id: gather},
+            verdicts=orjson.dumps([["s", "run", run.id]]),
+            body=b'{"n":%d}' % self.count,
         )
 
     async def come(self) -> None:
@@ -83,7 +96,9 @@ class Story:
         await self.ledger.record(*arrivals)
         for arrival in arrivals:
             (run,) = arrival.runs
-            expected = self.model.arrive(run.lane or "", arrival.id, run.id, self.ledger.clock.now())
+            expected = self.model.arrive(
+                run.lane or "", arrival.id, run.id, self.ledger.clock.now()
+            )
             ((_, fate, found),) = (await self.ledger.store.event(arrival.id))["verdicts"]
             assert (found, fate) == (expected, "run" if expected == run.id else "joined")
 
@@ -95,7 +110,10 @@ class Story:
             assert run.id in due or window.begun
             assert run.deliveries == len(window.events)
             bodies = await self.ledger.store.bodies(run.id)
-            assert len(bodies) == len(window.events) and (await self.ledger.store.run(run.id))["joined"] == window.events[1:]
+            assert (
+                len(bodies) == len(window.events)
+                and (await self.ledger.store.run(run.id))["joined"] == window.events[1:]
+            )
             window.begun = True
         self.running += claimed
 
@@ -106,7 +124,9 @@ class Story:
             self.model.runs[run.id].ended = True
 
     async def cancel(self) -> None:
-        waiting = [run for run, window in self.model.runs.items() if not window.begun and not window.ended]
+        waiting = [
+            run for run, window in self.model.runs.items() if not window.begun and not window.ended
+        ]
         if waiting:
             run = self.draw.choice(waiting)
             await self.ledger.store.cancel(run, "not wanted")
@@ -120,7 +140,9 @@ class Story:
     async def tell(self, steps: int) -> None:
         for _ in range(steps):
             self.ledger.clock.forward(self.draw.choice([0, 0.5, 1, 2, 5, 20]))
-            step = self.draw.choices([self.come, self.claim, self.end, self.cancel, self.crash], [8, 4, 4, 1, 1])[0]
+            step = self.draw.choices(
+                [self.come, self.claim, self.end, self.cancel, self.crash], [8, 4, 4, 1, 1]
+            )[0]
             await step()
             assert await self.ledger.store.check() == []
         await self.finish()
@@ -134,14 +156,21 @@ class Story:
                 await self.end()
             if all(window.ended for window in self.model.runs.values()):
                 break
-        told: Sequence[int] = sorted(event for window in self.model.runs.values() for event in window.events)
+        told: Sequence[int] = sorted(
+            event for window in self.model.runs.values() for event in window.events
+        )
         assert len(told) == len(set(told)) == self.count
         counts = await self.ledger.store.counts()
-        assert counts["pending"] == 0 and counts["completed"] + counts["cancelled"] == counts["accepted"] == self.count
+        assert (
+            counts["pending"] == 0
+            and counts["completed"] + counts["cancelled"] == counts["accepted"] == self.count
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(6))
-async def test_p2_p9_windows_agree_with_a_plain_model(ledger: Ledger, reopen: Reopen, mode: str, seed: int) -> None:
+async def test_p2_p9_windows_agree_with_a_plain_model(
+    ledger: Ledger, reopen: Reopen, mode: str, seed: int
+) -> None:
     """Any order of events, claims, ends, cancels and crashes: each event is in the run that the model says, counted once."""
     await Story(ledger, reopen, mode, seed).tell(40)

@@ -77,7 +77,9 @@ async def test_one_wake_up_for_a_batch(ledger: Ledger):
 
     loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
     before = commits(ledger)
-    await asyncio.gather(*[ledger.store.record([ledger.arrival(f"e{n}", ledger.run())]) for n in range(500)])
+    await asyncio.gather(
+        *[ledger.store.record([ledger.arrival(f"e{n}", ledger.run())]) for n in range(500)]
+    )
     assert len(woken) == commits(ledger) - before
 
 
@@ -112,11 +114,16 @@ def test_two_loops_are_served(ledger: Ledger):
     """Callers on loops in different threads each get their replies on their own loop."""
 
     async def many(name: str) -> set[int]:
-        replies = await asyncio.gather(*[ledger.store.record([ledger.arrival(f"{name}{n}")]) for n in range(200)])
+        replies = await asyncio.gather(
+            *[ledger.store.record([ledger.arrival(f"{name}{n}")]) for n in range(200)]
+        )
         return {receipt.ledger_id for (receipt,) in replies}
 
     found: list[set[int]] = []
-    threads = [threading.Thread(target=lambda name=name: found.append(asyncio.run(many(name)))) for name in "ab"]
+    threads = [
+        threading.Thread(target=lambda name=name: found.append(asyncio.run(many(name))))
+        for name in "ab"
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -149,7 +156,12 @@ async def test_a_fresh_run_is_handed_over_running(ledger: Ledger):
     (run,) = await ledger.recorded(ledger.run(params=b"{}"))
     await eventually(lambda: taker.runs, "the run is handed over")
     (given,) = taker.runs
-    assert (given.id, given.state, given.token, given.body) == (run.id, State.RUNNING, 1, b'{"n":1}')
+    assert (given.id, given.state, given.token, given.body) == (
+        run.id,
+        State.RUNNING,
+        1,
+        b'{"n":1}',
+    )
     assert given.started_at == ledger.clock.now()
     row = await ledger.store.run(run.id)
     assert (row["state"], row["token"], row["started_at"]) == ("running", 1, given.started_at)

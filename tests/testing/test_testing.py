@@ -12,7 +12,16 @@ from eventflow import App, Event, Permanent, RunHandle, Undecodable, emit, flow,
 from eventflow.core.clock import SECOND, SystemClock, to_us
 from eventflow.core.errors import RunHeld, TaskTimedOut, UsageError
 from eventflow.logs.log import Line, get_logger
-from eventflow.testing import MemoryTrigger, Stuck, VirtualClock, drain, events_of, journal_of, result_of, running
+from eventflow.testing import (
+    MemoryTrigger,
+    Stuck,
+    VirtualClock,
+    drain,
+    events_of,
+    journal_of,
+    result_of,
+    running,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -265,14 +274,20 @@ async def test_a_memory_trigger_is_a_trigger_like_any_other() -> None:
         (again,) = await shop.orders.send(data={"amount": 1}, id="a", cursor={"page": 2})
         (other,) = await shop.orders.send(data={"amount": 2}, id="a")
         letter, event = await shop.orders.send(
-            Undecodable(id="b", source="/x", body=b"\xff", error="no JSON"), Event(id="c", source="/x", type="t", data={})
+            Undecodable(id="b", source="/x", body=b"\xff", error="no JSON"),
+            Event(id="c", source="/x", type="t", data={}),
         )
         assert not first.duplicate and again.duplicate and other.conflict
         assert again.ledger_id == first.ledger_id and first.matched == 1
         assert await shop.orders.cursor() == {"page": 2}
         counts = await drain(shop.app)
         assert (letter.matched, event.matched) == (0, 0)
-    assert counts["completed"] == 1 and counts["dead"] == 2 and counts["duplicates"] == 1 and counts["conflicts"] == 1
+    assert (
+        counts["completed"] == 1
+        and counts["dead"] == 2
+        and counts["duplicates"] == 1
+        and counts["conflicts"] == 1
+    )
 
 
 async def test_sending_to_a_closed_app_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +310,9 @@ async def test_a_store_that_is_opened_twice_goes_on_where_it_was(tmp_path: Path)
     assert shop.tried_at[1] - shop.tried_at[0] == timedelta(days=1)
 
 
-async def test_running_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_running_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The temporary store is gone afterwards, also when the test fails, and the app has its own clock again."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     shop = Shop()
@@ -324,7 +341,9 @@ async def test_lines_that_flows_and_tasks_log_and_print_are_collected() -> None:
         handle = await app.start(talk)
         await handle.result()
     assert {line.event for line in lines} >= {"printed", "said"}
-    assert all(line.run == handle.number and line.task == "speak" and line.attempt == 1 for line in lines)
+    assert all(
+        line.run == handle.number and line.task == "speak" and line.attempt == 1 for line in lines
+    )
 
 
 async def test_the_journal_shows_calls_with_attempts_and_states() -> None:
@@ -385,4 +404,7 @@ async def test_events_that_a_run_emitted_are_found() -> None:
         await app.start(speak, n=2)
         await drain(app)
         found = await events_of(app, one)
-    assert [(event.type, event.data) for event in found] == [("from.task", {"n": 1}), ("from.flow", {"n": 1})]
+    assert [(event.type, event.data) for event in found] == [
+        ("from.task", {"n": 1}),
+        ("from.flow", {"n": 1}),
+    ]

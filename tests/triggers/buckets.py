@@ -16,7 +16,9 @@ QUICK: dict[str, Any] = {"poll": 0.1, "wait": 1.0, "visibility": 2.0}
 class Landing(Watched):
     """One `S3` listening."""
 
-    def __init__(self, aws: Aws, bucket: str | None, ledger: Ledger | None = None, **options: Any) -> None:
+    def __init__(
+        self, aws: Aws, bucket: str | None, ledger: Ledger | None = None, **options: Any
+    ) -> None:
         super().__init__(ledger or Ledger())
         self.trigger = S3(bucket, **{"name": "landing", **QUICK, **aws.options, **options})
 
@@ -26,7 +28,9 @@ class Landing(Watched):
 
     async def has(self, *keys: str, within: float = 20.0) -> None:
         """Waits until exactly these keys are events, as often as they are named."""
-        await eventually(lambda: sorted(self.keys) == sorted(keys), f"{sorted(keys)} are events", within=within)
+        await eventually(
+            lambda: sorted(self.keys) == sorted(keys), f"{sorted(keys)} are events", within=within
+        )
 
     async def emptied(self, queue: Queue) -> None:
         """Waits until no message is left."""
@@ -42,7 +46,9 @@ class Landing(Watched):
 
 
 @asynccontextmanager
-async def landing(aws: Aws, bucket: str | None, ledger: Ledger | None = None, **options: Any) -> AsyncIterator[Landing]:
+async def landing(
+    aws: Aws, bucket: str | None, ledger: Ledger | None = None, **options: Any
+) -> AsyncIterator[Landing]:
     """An `S3` that listens."""
     made = Landing(aws, bucket, ledger, **options)
     async with listening(made.trigger, made.ledger) as task:

@@ -103,7 +103,9 @@ class Ledger:
             return Receipt(self.ids[identity], item.id, matched=1)
         conflict = content(known) != content(item)
         digests = (f"{hash(content(known)):x}", f"{hash(content(item)):x}") if conflict else None
-        return Receipt(self.ids[identity], item.id, duplicate=True, conflict=conflict, digests=digests)
+        return Receipt(
+            self.ids[identity], item.id, duplicate=True, conflict=conflict, digests=digests
+        )
 
 
 class Watched:
@@ -140,7 +142,9 @@ async def listening(trigger: Trigger, intake: Intake) -> AsyncIterator[asyncio.T
     finally:
         task.cancel()
         done = await asyncio.gather(task, return_exceptions=True)
-        assert isinstance(done[0], asyncio.CancelledError), f"listen ended with {done[0]!r}, not with the cancel"
+        assert isinstance(done[0], asyncio.CancelledError), (
+            f"listen ended with {done[0]!r}, not with the cancel"
+        )
 
 
 def keys(harness: Harness, items: Sequence[Item]) -> set[str]:
@@ -148,7 +152,10 @@ def keys(harness: Harness, items: Sequence[Item]) -> set[str]:
 
 
 async def kept(harness: Harness, ledger: Ledger, expected: set[str]) -> None:
-    await eventually(lambda: keys(harness, list(ledger.kept.values())) == expected, f"{sorted(expected)} are recorded")
+    await eventually(
+        lambda: keys(harness, list(ledger.kept.values())) == expected,
+        f"{sorted(expected)} are recorded",
+    )
 
 
 async def settled(harness: Harness, ledger: Ledger, expected: set[str]) -> None:
@@ -222,7 +229,10 @@ async def offers_duplicates_under_the_same_id(harness: Harness) -> None:
         before = len(ledger.offered)
         await harness.offer_again(["a", "b"], ledger)
         async with listening(harness.trigger(), ledger):
-            await eventually(lambda: keys(harness, ledger.offered[before:]) == {"a", "b"}, "both are offered again")
+            await eventually(
+                lambda: keys(harness, ledger.offered[before:]) == {"a", "b"},
+                "both are offered again",
+            )
             await settled(harness, ledger, {"a", "b"})
     assert len(ledger.kept) == 2
     assert len({content(item) for item in ledger.offered}) == 2

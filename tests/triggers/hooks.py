@@ -27,7 +27,10 @@ class Hook:
     async def post(self, body: Any, /, **headers: str) -> httpx2.Response:
         """Bytes and text as they are, anything else as JSON; `x_tenant="a"` is the header `x-tenant`."""
         content = body if isinstance(body, bytes | str) else json.dumps(body).encode()
-        named = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        named = {
+            "content-type": "application/json",
+            **{name.replace("_", "-"): value for name, value in headers.items()},
+        }
         return await self.client.post(self.path, content=content, headers=named)
 
     @property
@@ -83,7 +86,9 @@ class Senders:
     `body` is what is posted for a key, which is its `idempotency-key` too. Only 5xx makes a real one try again.
     """
 
-    def __init__(self, make: Callable[[], Endpoint], body: Callable[[str], Any] = lambda key: {"key": key}) -> None:
+    def __init__(
+        self, make: Callable[[], Endpoint], body: Callable[[str], Any] = lambda key: {"key": key}
+    ) -> None:
         self._make, self._body = make, body
         self._current: Endpoint | None = None
         self._acknowledged: set[str] = set()
@@ -121,7 +126,9 @@ class Senders:
         assert self._current is not None
         path = self._current.path
         while True:
-            answer = await self._client.post(path, json=self._body(key), headers={"idempotency-key": key})
+            answer = await self._client.post(
+                path, json=self._body(key), headers={"idempotency-key": key}
+            )
             if answer.is_success:
                 self._acknowledged.add(key)
                 return

@@ -34,26 +34,35 @@ class Inbox(Watched):
 
     async def has(self, *names: str, kind: str = "", within: float = 20.0) -> None:
         """Waits until exactly these files are events."""
-        await eventually(lambda: self.names(kind) == sorted(names), f"{sorted(names)} are events", within=within)
+        await eventually(
+            lambda: self.names(kind) == sorted(names), f"{sorted(names)} are events", within=within
+        )
 
     async def goes_quiet(self) -> None:
         """Waits until a file written now, after whatever went before, is an event: the trigger has looked since."""
         probe = self.root / f"probe{len(list(self.root.glob('probe*')))}"
         await asyncio.sleep(0.1)  # so that the probe's wait ends after that of anything before it
         probe.write_text("probe")
-        await eventually(lambda: any(event.data["name"] == probe.name for event in self.events), "the probe is an event")
+        await eventually(
+            lambda: any(event.data["name"] == probe.name for event in self.events),
+            "the probe is an event",
+        )
 
     def without_probes(self, kind: str = "") -> list[str]:
         return [name for name in self.names(kind) if not name.startswith("probe")]
 
 
 @asynccontextmanager
-async def watched(root: Path, ledger: Ledger | None = None, *, opened: bool = True, **options: Any) -> AsyncIterator[Inbox]:
+async def watched(
+    root: Path, ledger: Ledger | None = None, *, opened: bool = True, **options: Any
+) -> AsyncIterator[Inbox]:
     """An inbox whose trigger listens, and (`opened`) has looked at the tree once."""
     inbox = Inbox(root, ledger or Ledger(), **options)
     async with listening(inbox.trigger, inbox.ledger) as task:
         if opened:
-            await eventually(lambda: task.done() or inbox.said("directory.walked"), "the first walk is over")
+            await eventually(
+                lambda: task.done() or inbox.said("directory.walked"), "the first walk is over"
+            )
         yield inbox
 
 

@@ -43,18 +43,27 @@ class Topic(Watched):
     def make(self, **options: Any) -> Kafka:
         """A new trigger, as after a restart of the process."""
         topics = () if "pattern" in {**self.options, **options} else (self.name,)
-        given = {"bootstrap_servers": self.broker.server, "group_id": self.group, "name": "kafka", "cluster": "test"}
+        given = {
+            "bootstrap_servers": self.broker.server,
+            "group_id": self.group,
+            "name": "kafka",
+            "cluster": "test",
+        }
         self.triggers.append(Kafka(*topics, **{**given, **self.options, **options}))
         return self.trigger
 
     @asynccontextmanager
-    async def read(self, *, joined: bool = True, within: float = 40.0, **options: Any) -> AsyncIterator[asyncio.Task[None]]:
+    async def read(
+        self, *, joined: bool = True, within: float = 40.0, **options: Any
+    ) -> AsyncIterator[asyncio.Task[None]]:
         """The trigger at work; `joined`, once it has its partitions."""
         before = len(self.said("kafka.assigned"))
         async with listening(self.make(**options), self.ledger) as task:
             if joined:
                 await eventually(
-                    lambda: task.done() or len(self.said("kafka.assigned")) > before, "partitions are assigned", within=within
+                    lambda: task.done() or len(self.said("kafka.assigned")) > before,
+                    "partitions are assigned",
+                    within=within,
                 )
             yield task
 
@@ -63,7 +72,9 @@ class Topic(Watched):
 
     async def has(self, count: int, within: float = 40.0) -> None:
         """Waits until so many items are recorded; more are an error."""
-        await eventually(lambda: len(self.ledger.kept) >= count, f"{count} items are recorded", within=within)
+        await eventually(
+            lambda: len(self.ledger.kept) >= count, f"{count} items are recorded", within=within
+        )
         assert len(self.ledger.kept) == count, list(self.ledger.kept.values())
 
     async def committed(self, *offsets: int | None) -> None:

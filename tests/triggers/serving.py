@@ -22,7 +22,13 @@ async def serving(routes: Sequence[BaseRoute]) -> AsyncIterator[int]:
     app = Starlette(routes=list(routes))
     app.router.redirect_slashes = False
     config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="error", access_log=False, lifespan="off", timeout_graceful_shutdown=5
+        app,
+        host="127.0.0.1",
+        port=0,
+        log_level="error",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=5,
     )
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())  # `serve` would take the signals
@@ -37,10 +43,14 @@ async def serving(routes: Sequence[BaseRoute]) -> AsyncIterator[int]:
 Response = tuple[int, dict[str, str], bytes]
 
 
-async def raw(port: int, request: bytes, *, chunks: Sequence[bytes] = (), pause: float = 0.0) -> Response:
+async def raw(
+    port: int, request: bytes, *, chunks: Sequence[bytes] = (), pause: float = 0.0
+) -> Response:
     """One request exactly as written, further chunks after pauses. Returns status, headers and body."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    answer = asyncio.create_task(_response(reader))  # read as it comes: a server may answer and close while we still send
+    answer = asyncio.create_task(
+        _response(reader)
+    )  # read as it comes: a server may answer and close while we still send
     try:
         writer.write(request)
         for chunk in chunks:
@@ -56,13 +66,24 @@ async def raw(port: int, request: bytes, *, chunks: Sequence[bytes] = (), pause:
 
 async def _response(reader: asyncio.StreamReader) -> Response:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:] if line)}
-    return int(head[0].split()[1]), headers, await reader.readexactly(int(headers.get("content-length", 0)))
+    headers = {
+        name.lower(): value.strip()
+        for name, _, value in (line.partition(":") for line in head[1:] if line)
+    }
+    return (
+        int(head[0].split()[1]),
+        headers,
+        await reader.readexactly(int(headers.get("content-length", 0))),
+    )
 
 
 def post(path: str, body: bytes, *headers: tuple[str, str], length: bool = True) -> bytes:
     """A POST as bytes on the wire."""
-    lines = [f"POST {path} HTTP/1.1", "Host: test", *(f"{name}: {value}" for name, value in headers)]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: test",
+        *(f"{name}: {value}" for name, value in headers),
+    ]
     if length:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body

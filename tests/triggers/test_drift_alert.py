@@ -38,7 +38,9 @@ REPORTS = Path(__file__).parent / "drift_reports"
 TOPIC = "arn:aws:sns:eu-west-1:123456789012:drift"
 
 
-def alert(status: str = "firing", *, starts: str = "2026-11-22T10:00:00Z", **labels: str) -> dict[str, Any]:
+def alert(
+    status: str = "firing", *, starts: str = "2026-11-22T10:00:00Z", **labels: str
+) -> dict[str, Any]:
     """One alert as Alertmanager 0.25 sends it."""
     named = {
         "alertname": "FeatureDrift",
@@ -83,7 +85,9 @@ class AlertHarness(Senders):
     """Alertmanagers, whose alerts are known by their feature."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: DriftAlert("/drift", verify="none"), lambda key: group(alert(feature=key)))
+        super().__init__(
+            lambda: DriftAlert("/drift", verify="none"), lambda key: group(alert(feature=key))
+        )
 
     def key(self, item: Item) -> str:
         assert isinstance(item, Event)
@@ -111,11 +115,24 @@ def test_each_alert_of_a_group_is_one_event():
         answer = await hook.post(group(alert(), alert("resolved", feature="age", segment="eu")))
         assert answer.status_code == 202 and len(answer.json()) == 2
         first, second = hook.events
-        assert (first.type, first.subject, second.type) == ("drift.detected", "prices/amount", "drift.resolved")
+        assert (first.type, first.subject, second.type) == (
+            "drift.detected",
+            "prices/amount",
+            "drift.resolved",
+        )
         drift = msgspec.convert(first.data, Drift)
-        assert (drift.model, drift.feature, drift.metric, drift.severity) == ("prices", "amount", "psi", "critical")
+        assert (drift.model, drift.feature, drift.metric, drift.severity) == (
+            "prices",
+            "amount",
+            "psi",
+            "critical",
+        )
         assert (drift.statistic, drift.threshold, drift.fingerprint) == (0.31, 0.2, "fp-amount")
-        assert drift.starts_at is not None and drift.ends_at is None and drift.labels["alertname"] == "FeatureDrift"
+        assert (
+            drift.starts_at is not None
+            and drift.ends_at is None
+            and drift.labels["alertname"] == "FeatureDrift"
+        )
         assert (second.data["segment"], second.data["ends_at"]) == ("eu", "2026-11-22T11:00:00Z")
 
     over_http(test)
@@ -126,11 +143,17 @@ def test_a_repeat_is_a_duplicate_even_with_another_value():
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(group(alert()))).status_code == 202
-        again = await hook.post(group(alert() | {"annotations": {"value": "0.35", "threshold": "0.2"}}))
+        again = await hook.post(
+            group(alert() | {"annotations": {"value": "0.35", "threshold": "0.2"}})
+        )
         assert again.status_code == 200 and again.json()[0]["duplicate"] is True
         assert (await hook.post(group(alert("resolved")))).status_code == 202
         assert (await hook.post(group(alert(starts="2026-11-22T12:00:00Z")))).status_code == 202
-        assert [event.type for event in hook.events] == ["drift.detected", "drift.resolved", "drift.detected"]
+        assert [event.type for event in hook.events] == [
+            "drift.detected",
+            "drift.resolved",
+            "drift.detected",
+        ]
 
     over_http(test)
 
@@ -153,9 +176,21 @@ def test_grafana():
     """Grafana's alerts carry their values, and its alert for missing data is one of no data."""
 
     async def test(hook: Hook) -> None:
-        shown = alert() | {"values": {"B": 0.27}, "annotations": {}, "valueString": "[ var='B' value=0.27 ]"}
+        shown = alert() | {
+            "values": {"B": 0.27},
+            "annotations": {},
+            "valueString": "[ var='B' value=0.27 ]",
+        }
         silent = alert(alertname="DatasourceNoData", feature="age")
-        body = group(shown, silent, version="1", orgId=1, title="[FIRING:2]", state="alerting", message="drift")
+        body = group(
+            shown,
+            silent,
+            version="1",
+            orgId=1,
+            title="[FIRING:2]",
+            state="alerting",
+            message="drift",
+        )
         assert (await hook.post(body)).status_code == 202
         first, second = (msgspec.convert(event.data, Drift) for event in hook.events)
         assert (first.sender, first.statistic, second.status) == ("grafana", 0.27, "nodata")
@@ -169,7 +204,11 @@ def test_pointers_over_a_known_sender():
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(group(alert(feature="amount", column="total")))).status_code == 202
-        assert (drift_of(hook).feature, drift_of(hook).segment, drift_of(hook).model) == ("total", None, "prices")
+        assert (drift_of(hook).feature, drift_of(hook).segment, drift_of(hook).model) == (
+            "total",
+            None,
+            "prices",
+        )
 
     over_http(test, fields={"feature": "/labels/column", "segment": "/labels/region?"})
 
@@ -184,8 +223,17 @@ def test_an_evidently_report():
         body = {"model": "prices"} | json.loads((REPORTS / "evidently_drifted.json").read_text())
         assert (await hook.post(body)).status_code == 202
         drift = drift_of(hook)
-        assert (drift.status, drift.sender, drift.model, drift.feature) == ("detected", "evidently", "prices", "country")
-        assert (drift.metric, drift.threshold, drift.share) == ("chi-square p_value", 0.05, 0.666667)
+        assert (drift.status, drift.sender, drift.model, drift.feature) == (
+            "detected",
+            "evidently",
+            "prices",
+            "country",
+        )
+        assert (drift.metric, drift.threshold, drift.share) == (
+            "chi-square p_value",
+            0.05,
+            0.666667,
+        )
         assert drift.p_value == pytest.approx(1.2558247997667371e-64)
         assert [(each.feature, each.metric) for each in drift.findings] == [
             ("country", "chi-square p_value"), ("amount", "K-S p_value"),
@@ -200,14 +248,31 @@ def test_an_evidently_report():
 
 def test_a_report_of_evidently_before_0_7():
     """The older form, with `drift_by_columns`, says the same."""
-    column = {"column_name": "age", "stattest_name": "Wasserstein distance (normed)", "stattest_threshold": 0.1}
+    column = {
+        "column_name": "age",
+        "stattest_name": "Wasserstein distance (normed)",
+        "stattest_threshold": 0.1,
+    }
     columns = {
         "age": column | {"drift_score": 0.4, "drift_detected": True},
-        "country": column | {"stattest_name": "chi-square p_value", "drift_score": 0.4, "drift_detected": False},
+        "country": column
+        | {"stattest_name": "chi-square p_value", "drift_score": 0.4, "drift_detected": False},
     }
-    result = {"drift_share": 0.5, "share_of_drifted_columns": 0.5, "dataset_drift": True, "drift_by_columns": columns}
-    (drift,) = parse_alerts(json.dumps({"metrics": [{"metric": "DataDriftTable", "result": result}]}).encode())
-    assert (drift.status, drift.feature, drift.statistic, drift.features) == ("detected", "age", 0.4, ["age"])
+    result = {
+        "drift_share": 0.5,
+        "share_of_drifted_columns": 0.5,
+        "dataset_drift": True,
+        "drift_by_columns": columns,
+    }
+    (drift,) = parse_alerts(
+        json.dumps({"metrics": [{"metric": "DataDriftTable", "result": result}]}).encode()
+    )
+    assert (drift.status, drift.feature, drift.statistic, drift.features) == (
+        "detected",
+        "age",
+        0.4,
+        ["age"],
+    )
 
 
 def test_nannyml_chunks():
@@ -219,9 +284,16 @@ def test_nannyml_chunks():
         drifts = [msgspec.convert(event.data, Drift) for event in hook.events]
         assert [drift.segment for drift in drifts] == [row["chunk_key"] for row in rows]
         last = drifts[-1]
-        assert (last.status, last.model, last.feature, last.features) == ("detected", "prices", "amount", ["amount", "country"])
+        assert (last.status, last.model, last.feature, last.features) == (
+            "detected",
+            "prices",
+            "amount",
+            ["amount", "country"],
+        )
         assert (
-            last.current is not None and last.current.start is not None and last.current.start.isoformat()[:10] == "2026-07-02"
+            last.current is not None
+            and last.current.start is not None
+            and last.current.start.isoformat()[:10] == "2026-07-02"
         )
         assert (await hook.post({"model": "prices", "chunks": rows})).status_code == 200
         assert len(hook.events) == len(rows) == 4
@@ -246,7 +318,13 @@ def cloudwatch(state: str = "ALARM") -> dict[str, Any]:
 
 
 def sns(kind: str, message: str, **more: str) -> dict[str, Any]:
-    return {"Type": kind, "MessageId": "m-1", "TopicArn": TOPIC, "Message": message, "Timestamp": "2026-11-22T10:00:01Z"} | more
+    return {
+        "Type": kind,
+        "MessageId": "m-1",
+        "TopicArn": TOPIC,
+        "Message": message,
+        "Timestamp": "2026-11-22T10:00:01Z",
+    } | more
 
 
 def test_sagemaker_through_sns():
@@ -255,10 +333,16 @@ def test_sagemaker_through_sns():
     async def test(hook: Hook) -> None:
         told = sns("Notification", json.dumps(cloudwatch()))
         assert (await hook.post(told, content_type="text/plain; charset=UTF-8")).status_code == 202
-        assert (drift_of(hook).sender, drift_of(hook).model, drift_of(hook).feature) == ("sagemaker", "prices", "amount")
+        assert (drift_of(hook).sender, drift_of(hook).model, drift_of(hook).feature) == (
+            "sagemaker",
+            "prices",
+            "amount",
+        )
         assert (drift_of(hook).statistic, drift_of(hook).threshold) == (0.31, 0.2)
         assert (await hook.post(told | {"MessageId": "m-2"})).status_code == 200
-        assert (await hook.post(sns("Notification", json.dumps(cloudwatch("INSUFFICIENT_DATA"))))).status_code == 202
+        assert (
+            await hook.post(sns("Notification", json.dumps(cloudwatch("INSUFFICIENT_DATA"))))
+        ).status_code == 202
         assert hook.events[1].type == "drift.nodata"
 
     over_http(test)
@@ -267,7 +351,11 @@ def test_sagemaker_through_sns():
 def test_sagemaker_through_eventbridge():
     """The same alarm as EventBridge sends it, with the value that crossed the threshold."""
     metric = {
-        "metric": {"namespace": "aws/sagemaker", "name": "feature_baseline_drift_amount", "dimensions": {"Endpoint": "prices"}}
+        "metric": {
+            "namespace": "aws/sagemaker",
+            "name": "feature_baseline_drift_amount",
+            "dimensions": {"Endpoint": "prices"},
+        }
     }
     state = {
         "value": "ALARM", "timestamp": "2026-11-22T10:00:00.000+0000", "reason": "Threshold Crossed",
@@ -279,7 +367,12 @@ def test_sagemaker_through_eventbridge():
         "detail": {"alarmName": "prices", "state": state, "configuration": {"metrics": [{"id": "a", "metricStat": metric}]}},
     }  # fmt: skip
     (drift,) = parse_alerts(json.dumps(body).encode())
-    assert (drift.status, drift.sender, drift.model, drift.feature) == ("detected", "sagemaker", "prices", "amount")
+    assert (drift.status, drift.sender, drift.model, drift.feature) == (
+        "detected",
+        "sagemaker",
+        "prices",
+        "amount",
+    )
     assert (drift.statistic, drift.threshold) == (0.31, 0.2)
 
 
@@ -295,15 +388,25 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
         async with serving([Route("/", confirmed)]) as port:
             aws = f"http://127.0.0.1:{port}"
             async with hooked(DriftAlert("/drift", verify="none", topics=[TOPIC], sns=aws)) as hook:
-                asked = sns("SubscriptionConfirmation", "…", SubscribeURL=f"{aws}/?Action=ConfirmSubscription&Token=t")
+                asked = sns(
+                    "SubscriptionConfirmation",
+                    "…",
+                    SubscribeURL=f"{aws}/?Action=ConfirmSubscription&Token=t",
+                )
                 assert (await hook.post(asked)).status_code == 200
                 assert visited == ["Action=ConfirmSubscription&Token=t"]
                 assert (await hook.post(asked | {"TopicArn": TOPIC + "2"})).status_code == 403
-                assert (await hook.post(asked | {"SubscribeURL": f"http://localhost:{port}/?Token=t"})).status_code == 403
-            async with hooked(DriftAlert("/drift", verify="none", topics=[TOPIC])) as hook:  # at Amazon: nothing else will do
+                assert (
+                    await hook.post(asked | {"SubscribeURL": f"http://localhost:{port}/?Token=t"})
+                ).status_code == 403
+            async with hooked(
+                DriftAlert("/drift", verify="none", topics=[TOPIC])
+            ) as hook:  # at Amazon: nothing else will do
                 for url in (aws, "https://sns.eu-west-1.amazonaws.com.evil.example/", "https://sns.x@evil.example/",
                             "http://sns.eu-west-1.amazonaws.com/", "https://sns.eu-west-1.amazonaws.com:8080/"):  # fmt: skip
-                    refused = await hook.post(sns("SubscriptionConfirmation", "…", SubscribeURL=url))
+                    refused = await hook.post(
+                        sns("SubscriptionConfirmation", "…", SubscribeURL=url)
+                    )
                     assert refused.status_code == 403
                 assert hook.ledger.kept == {}
         assert len(visited) == 1
@@ -318,7 +421,10 @@ def test_sns_is_asked_for_its_password():
     async def test(hook: Hook) -> None:
         told = sns("Notification", json.dumps(cloudwatch()))
         refused = await hook.post(told)
-        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, 'Basic realm="hooks"')
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (
+            401,
+            'Basic realm="hooks"',
+        )
         assert (await hook.post(told, authorization=f"Basic {password}")).status_code == 202
 
     over_http(test, verify=Token(password, header="authorization", prefix="Basic "))
@@ -333,10 +439,23 @@ def test_mlflow_tags():
 
     async def test(hook: Hook) -> None:
         async def send(ident: str, kind: str, action: str, **data: str) -> int:
-            body = json.dumps({"entity": kind, "action": action, "timestamp": "2026-11-22T10:00:00Z", "data": data}).encode()
+            body = json.dumps(
+                {
+                    "entity": kind,
+                    "action": action,
+                    "timestamp": "2026-11-22T10:00:00Z",
+                    "data": data,
+                }
+            ).encode()
             stamp = str(now())
-            mac = base64.b64encode(digest(secret.encode(), f"{ident}.{stamp}.".encode(), body)).decode()
-            signed = {"x_mlflow_signature": f"v1,{mac}", "x_mlflow_delivery_id": ident, "x_mlflow_timestamp": stamp}
+            mac = base64.b64encode(
+                digest(secret.encode(), f"{ident}.{stamp}.".encode(), body)
+            ).decode()
+            signed = {
+                "x_mlflow_signature": f"v1,{mac}",
+                "x_mlflow_delivery_id": ident,
+                "x_mlflow_timestamp": stamp,
+            }
             return (await hook.post(body, **signed)).status_code
 
         tag = {"name": "prices", "version": "7", "key": "drift", "value": "0.31"}
@@ -356,17 +475,32 @@ def test_our_own_schema():
     """What has a model, a feature or a fingerprint is a drift as it stands; the same again is a duplicate."""
 
     async def test(hook: Hook) -> None:
-        body = {"model": "prices", "feature": "amount", "metric": "psi", "statistic": 0.31, "fingerprint": "prices-2026-07"}
+        body = {
+            "model": "prices",
+            "feature": "amount",
+            "metric": "psi",
+            "statistic": 0.31,
+            "fingerprint": "prices-2026-07",
+        }
         assert (await hook.post(body)).status_code == 202
         assert (await hook.post(body | {"statistic": 0.33})).status_code == 200
         drift = drift_of(hook)
-        assert (drift.status, drift.name, drift.features) == ("detected", "prices/amount", ["amount"])
+        assert (drift.status, drift.name, drift.features) == (
+            "detected",
+            "prices/amount",
+            ["amount"],
+        )
 
     over_http(test)
 
 
 ARIZE = {
-    "event": {"kind": "drift", "model": {"id": "prices"}, "dims": [{"feature": "amount"}], "psi": "0.31"},
+    "event": {
+        "kind": "drift",
+        "model": {"id": "prices"},
+        "dims": [{"feature": "amount"}],
+        "psi": "0.31",
+    },
     "state": "triggered",
 }
 POINTERS = {
@@ -380,7 +514,11 @@ def test_d17_another_shape_by_pointers():
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(ARIZE)).status_code == 202
-        assert (drift_of(hook).model, drift_of(hook).feature, drift_of(hook).statistic) == ("prices", "amount", 0.31)
+        assert (drift_of(hook).model, drift_of(hook).feature, drift_of(hook).statistic) == (
+            "prices",
+            "amount",
+            0.31,
+        )
         answer = await hook.post(ARIZE | {"event": {"kind": "drift", "model": {}, "dims": []}})
         assert answer.status_code == 400
         (dead,) = hook.dead
@@ -394,7 +532,9 @@ def test_several_in_one_body_by_pointers():
     """`alerts=` points to the list, `fields=` into each."""
 
     async def test(hook: Hook) -> None:
-        assert (await hook.post({"found": {"items": [{"f": "a"}, {"f": "b"}, {}]}})).status_code == 202
+        assert (
+            await hook.post({"found": {"items": [{"f": "a"}, {"f": "b"}, {}]}})
+        ).status_code == 202
         assert [event.data["feature"] for event in hook.events] == ["a", "b"]
         assert "'/f'" in hook.dead[0].error
 
@@ -410,7 +550,10 @@ def test_several_in_one_body_by_pointers():
         (b'"drift"', "object"),
         (b"not json", "line 1 column 1"),
         (b'{"metrics": []}', "DataDriftPreset"),
-        (b'{"entity": "model_version_tag", "action": "set", "data": {"key": "drift", "name": "m", "value": "maybe"}}', "maybe"),
+        (
+            b'{"entity": "model_version_tag", "action": "set", "data": {"key": "drift", "name": "m", "value": "maybe"}}',
+            "maybe",
+        ),
         (b'{"AlarmName": "a", "NewStateValue": "ALARM"}', "/Trigger"),
         (b'{"Type": "Notification", "TopicArn": "t", "Message": "hello"}', "hello"),
         (b'{"model": "prices", "status": "perhaps"}', "perhaps"),
@@ -432,7 +575,13 @@ def test_unknown_shapes_are_dead_letters(body: bytes, named: str):
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where something stands in a JSON value."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(place for key, each in inside for place in places(each, (*path, key)))]
 
 
@@ -464,7 +613,11 @@ ODD = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large))
+@settings(
+    max_examples=600,
+    deadline=None,
+    suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
+)
 @given(st.data())
 def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
     """A known body with anything in any place of it is drifts that can be recorded, or a ValueError: never another error."""

@@ -35,7 +35,12 @@ def rows(seed: int = 3) -> list[list[Row]]:
         x = 0.3 if 8 <= number < 16 else 1.0 if 24 <= number < 34 else 0.0
         y = 0.45 if 30 <= number < 44 else 0.0
         columns = rng.normal(x, 1, 200).tolist(), rng.normal(y, 1.0, 200).tolist()
-        found.append([{"x": one if number != 50 or one > 0 else None, "y": other} for one, other in zip(*columns, strict=True)])
+        found.append(
+            [
+                {"x": one if number != 50 or one > 0 else None, "y": other}
+                for one, other in zip(*columns, strict=True)
+            ]
+        )
     return found
 
 
@@ -46,9 +51,17 @@ def reference() -> dict[str, list[float]]:
 
 def app_of(**options: Any) -> App:
     """An app with a monitor on `x` and `y`; `metric`, `warn` and `alert` are those of both."""
-    thresholds = {name: options.pop(name) for name in ("metric", "warn", "alert") if name in options}
+    thresholds = {
+        name: options.pop(name) for name in ("metric", "warn", "alert") if name in options
+    }
     features = {name: Numeric(**thresholds) for name in ("x", "y")}
-    given: dict[str, Any] = {"features": features, "reference": reference(), "window": 200, "cooldown": 3600, "model": "prices"}
+    given: dict[str, Any] = {
+        "features": features,
+        "reference": reference(),
+        "window": 200,
+        "cooldown": 3600,
+        "model": "prices",
+    }
     app = App("drift")
     app.on(DriftMonitor(MemoryTrigger("rows"), **given | options), retrain, types=["drift.*"])
     return app
@@ -62,7 +75,9 @@ async def fed(app: App, store: Path | None = None) -> AsyncIterator[App]:
     clock = VirtualClock(BEGAN)
     async with running(app, clock=clock, store=store):
         for number, batch in enumerate(rows()):
-            await monitor._source.send(Event(id=f"b{number}", source="/rows", type="rows", data=batch))
+            await monitor._source.send(
+                Event(id=f"b{number}", source="/rows", type="rows", data=batch)
+            )
             await clock.advance(600)
         yield app
 
@@ -70,20 +85,42 @@ async def fed(app: App, store: Path | None = None) -> AsyncIterator[App]:
 async def on_record(app: App) -> list[tuple[Any, ...]]:
     """The monitor's events in the ledger, oldest first."""
     found = await app.store.events(trigger="drift:rows", limit=1000)
-    events = [(row["received_at"], Event.recorded((await app.store.event(row["id"]))["body"])) for row in reversed(found)]
+    events = [
+        (row["received_at"], Event.recorded((await app.store.event(row["id"]))["body"]))
+        for row in reversed(found)
+    ]
     return [essence(timestamp(at), event.to_json()) for at, event in events if event.type != "rows"]
 
 
 def essence(at: str, body: bytes) -> tuple[Any, ...]:
     data = Event.from_json(body).data
-    names = ("status", "severity", "feature", "features", "metric", "statistic", "threshold", "p_value", "starts_at", "ends_at")
-    return (at, Event.from_json(body).id, *(data[name] if data[name] is None else str(data[name]) for name in names))
+    names = (
+        "status",
+        "severity",
+        "feature",
+        "features",
+        "metric",
+        "statistic",
+        "threshold",
+        "p_value",
+        "starts_at",
+        "ends_at",
+    )
+    return (
+        at,
+        Event.from_json(body).id,
+        *(data[name] if data[name] is None else str(data[name]) for name in names),
+    )
 
 
-async def foretold(app: App, by: App | None = None, **question: Any) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+async def foretold(
+    app: App, by: App | None = None, **question: Any
+) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
     """What another app's monitor would have told, over this one's ledger; and the whole answer."""
     other, until = by or app, question.pop("until", app.clock.now() + 1)
-    told = await foresee(app.store, other.subscriptions, other.triggers, Question(until=until, **question))
+    told = await foresee(
+        app.store, other.subscriptions, other.triggers, Question(until=until, **question)
+    )
     return [essence(each["at"], orjson.dumps(each["event"])) for each in told["foretold"]], told
 
 
@@ -123,7 +160,14 @@ def test_other_thresholds_tell_what_they_would_have_told(metric: str, change: di
 
 
 @pytest.mark.parametrize(
-    "change", [{"window": 500}, {"metric": "js"}, {"warn": 0.05, "alert": 0.15}, {"metric": "adwin", "confirm": 1}], ids=str
+    "change",
+    [
+        {"window": 500},
+        {"metric": "js"},
+        {"warn": 0.05, "alert": 0.15},
+        {"metric": "adwin", "confirm": 1},
+    ],
+    ids=str,
 )
 def test_recorded_rows_are_counted_again(change: dict[str, Any]):
     """With record=True anything may change, windows and metrics too: the events are those of a monitor that ran so."""
@@ -169,7 +213,9 @@ def test_what_is_known_begins_with_the_history():
             stand = [each for each in recorded if datetime.fromisoformat(each[0]) < first]
             assert stand and answer["would_start"] == len(stand) + len(told)
             assert f"20 windows from {first:%Y-%m-%d %H:%M:%S}" in answer["triggers"][0]["notes"][0]
-            _, none = await foretold(app, until=int((BEGAN + timedelta(seconds=39 * 600)).timestamp() * 1e6))
+            _, none = await foretold(
+                app, until=int((BEGAN + timedelta(seconds=39 * 600)).timestamp() * 1e6)
+            )
             assert none["triggers"][0]["on_record"] == 0 and none["would_start"] == len(stand)
 
     asyncio.run(main())
@@ -183,15 +229,24 @@ def test_a_filter_and_a_pattern_hear_of_what_is_foretold():
             changed = app_of(warn=0.05, alert=0.15, cooldown=0, confirm=1, clear=1)
             (monitor,) = changed.triggers
             changed.on(monitor, retrain, where={"severity": ["alert"]}, name="alerts")
-            changed.on(count((monitor, {"status": ["detected"]}), 3, within=86_400, by="model"), retrain, name="three")
+            changed.on(
+                count((monitor, {"status": ["detected"]}), 3, within=86_400, by="model"),
+                retrain,
+                name="three",
+            )
             changed.on(monitor, retrain, name="once", deliver=Singleflight())
             told, answer = await foretold(app, changed)
             runs = {each["subscription"]: each["runs"] for each in answer["subscriptions"]}
             detected = [each for each in told if each[2] == "detected"]
-            assert runs["alerts"] == sum(each[3] == "alert" for each in detected) and len(detected) >= 3
+            assert (
+                runs["alerts"] == sum(each[3] == "alert" for each in detected)
+                and len(detected) >= 3
+            )
             assert runs["three"] == len(detected) // 3 and runs["once"] == 1
             (three, *_) = (run for run in answer["runs"] if run["subscription"] == "three")
-            assert three["key"] == "prices" and all(label.startswith("foretold-") for label in three["events"])
+            assert three["key"] == "prices" and all(
+                label.startswith("foretold-") for label in three["events"]
+            )
             assert await foretold(app, changed, type="drift.escalated") != (told, answer)
 
     asyncio.run(main())
@@ -203,7 +258,9 @@ def test_a_learned_reference_is_the_one_it_learned():
     async def main() -> None:
         async with fed(app_of(record=True, reference=1000)) as app:
             since = app.clock.now() - 40 * 600 * 1_000_000
-            told, answer = await foretold(app, app_of(record=True, reference=1000, confirm=1), since=since)
+            told, answer = await foretold(
+                app, app_of(record=True, reference=1000, confirm=1), since=since
+            )
             assert told and answer["triggers"][0]["notes"] == ["40 recorded events counted again"]
             _, answer = await foretold(app, app_of(record=True, reference=1200), since=since)
             assert "the first 1200 rows" in answer["triggers"][0]["notes"][1]
@@ -219,7 +276,9 @@ def test_changed_thresholds_keep_what_was_learned(tmp_path: Path):
             pass
         for options, learned in (({"warn": 0.4}, True), ({"metric": "js"}, False)):
             again = app_of(reference=1000, **options)
-            async with running(again, store=tmp_path / "a.db", clock=VirtualClock(BEGAN + timedelta(days=1))):
+            async with running(
+                again, store=tmp_path / "a.db", clock=VirtualClock(BEGAN + timedelta(days=1))
+            ):
                 (monitor,) = again.triggers
                 assert isinstance(monitor, DriftMonitor)
                 await send(monitor, {"x": 0.0, "y": 0.0})
@@ -231,7 +290,9 @@ def test_changed_thresholds_keep_what_was_learned(tmp_path: Path):
 
 async def send(monitor: DriftMonitor, *batch: Row) -> None:
     assert isinstance(monitor._source, MemoryTrigger)
-    await monitor._source.send(Event(id=f"again-{random.random()}", source="/rows", type="rows", data=list(batch)))
+    await monitor._source.send(
+        Event(id=f"again-{random.random()}", source="/rows", type="rows", data=list(batch))
+    )
 
 
 def test_silence_is_retold_from_rows():
@@ -250,7 +311,9 @@ def test_silence_is_retold_from_rows():
             told, _ = await foretold(old)
             silence = [each for each in told if each[6] == "nodata"]
             assert [each[2] for each in silence] == ["nodata", "resolved"]
-            assert silence[0][0] == timestamp(int((BEGAN + timedelta(seconds=59 * 600, hours=3)).timestamp() * 1e6))
+            assert silence[0][0] == timestamp(
+                int((BEGAN + timedelta(seconds=59 * 600, hours=3)).timestamp() * 1e6)
+            )
             patient, _ = await foretold(old, app(nodata=timedelta(days=2)))
             assert [each for each in patient if each[6] == "nodata"] == []
 

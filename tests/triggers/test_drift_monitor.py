@@ -18,7 +18,14 @@ from eventflow.core.errors import StoreFailed, UsageError
 from eventflow.events.event import Event, Json, Receipt, Trigger, Undecodable
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.contract import (
+    CONTRACT,
+    Ledger,
+    Promise,
+    is_stable_name,
+    listening,
+    promise_name,
+)
 from tests.triggers.hooks import Senders
 from tests.world import image
 from triggers import Categorical, Directory, Drift, DriftMonitor, Numeric, Webhook, file_rows
@@ -47,9 +54,13 @@ class Watching:
         self.app, self.source, self.monitor = app, source, monitor
         self._sent = 0
 
-    async def send(self, rows: Sequence[Row], *, time: datetime | None = None, id: str | None = None) -> list[Receipt]:
+    async def send(
+        self, rows: Sequence[Row], *, time: datetime | None = None, id: str | None = None
+    ) -> list[Receipt]:
         self._sent += 1
-        event = Event(id=id or f"e{self._sent}", source="/rows", type="rows", data=list(rows), time=time)
+        event = Event(
+            id=id or f"e{self._sent}", source="/rows", type="rows", data=list(rows), time=time
+        )
         return await self.source.send(event)
 
     @property
@@ -66,14 +77,23 @@ class Watching:
         return [Event.from_json(body) for body in bodies]
 
     def gauge(self, name: str, **labels: str) -> float:
-        (found,) = [each.value for each in self.monitor.gauges() if each.name == name and labels.items() <= each.labels.items()]
+        (found,) = [
+            each.value
+            for each in self.monitor.gauges()
+            if each.name == name and labels.items() <= each.labels.items()
+        ]
         return found
 
 
 @asynccontextmanager
 async def watching(store: Path | None = None, **options: Any) -> AsyncIterator[Watching]:
     source = MemoryTrigger("rows")
-    options = {"features": ["x"], "reference": reference(), "window": 1000, "model": "prices"} | options
+    options = {
+        "features": ["x"],
+        "reference": reference(),
+        "window": 1000,
+        "model": "prices",
+    } | options
     monitor = DriftMonitor(source, **options)
     app = App("drift")
     app.on(monitor, note)
@@ -103,14 +123,27 @@ def test_d2_d3_a_shift_is_told_once_and_resolved_once():
             for drift in await seen.told():
                 when.setdefault(drift.status, window)
         first, *middle, last = await seen.told()
-        assert (first.status, last.status) == ("detected", "resolved") and {each.status for each in middle} <= {"escalated"}
+        assert (first.status, last.status) == ("detected", "resolved") and {
+            each.status for each in middle
+        } <= {"escalated"}
         assert when["detected"] == 11 and when["resolved"] == 22
-        assert first.fingerprint == last.fingerprint and first.feature == last.feature == "x" and first.model == "prices"
-        assert (first.metric, first.severity) == ("psi", "alert") and (first.statistic or 0) > 0.2 == first.threshold
+        assert (
+            first.fingerprint == last.fingerprint
+            and first.feature == last.feature == "x"
+            and first.model == "prices"
+        )
+        assert (first.metric, first.severity) == ("psi", "alert") and (
+            first.statistic or 0
+        ) > 0.2 == first.threshold
         assert first.baseline is not None and first.current is not None
         assert first.baseline.samples == 5000 and first.current.samples == 1000
-        bars = [(bar.label, bar.count) for bar in first.baseline.histogram], [bar.label for bar in first.current.histogram]
-        assert [label for label, _ in bars[0]] == bars[1] and sum(count for _, count in bars[0]) == 5000
+        bars = (
+            [(bar.label, bar.count) for bar in first.baseline.histogram],
+            [bar.label for bar in first.current.histogram],
+        )
+        assert [label for label, _ in bars[0]] == bars[1] and sum(
+            count for _, count in bars[0]
+        ) == 5000
         await drain(seen.app)
         assert len(await seen.app.store.runs(flow="note")) == 1
 
@@ -166,9 +199,17 @@ def test_d9_an_unseen_category_is_named(metric: Any):
         assert drift.current is not None and drift.metric == metric
         (bar,) = [bar for bar in drift.current.histogram if bar.label.startswith("new")]
         assert bar.share == pytest.approx(0.1, abs=0.03)
-        assert bar.label.startswith("new\\n\\u202en") and len(bar.label) < 80 and bar.label.isprintable()
+        assert (
+            bar.label.startswith("new\\n\\u202en")
+            and len(bar.label) < 80
+            and bar.label.isprintable()
+        )
 
-    run(test, features={"c": Categorical(metric=metric)}, reference={"c": [draw.choice("aab") for _ in range(4000)]})
+    run(
+        test,
+        features={"c": Categorical(metric=metric)},
+        reference={"c": [draw.choice("aab") for _ in range(4000)]},
+    )
 
 
 def test_d14_silence_is_no_data_and_not_resolved():
@@ -177,18 +218,25 @@ def test_d14_silence_is_no_data_and_not_resolved():
     async def test(seen: Watching) -> None:
         rng = np.random.default_rng(14)
         for _ in range(4):
-            await seen.send(normal(rng, 1000, 1.0), time=datetime.fromtimestamp(seen.clock.now() / 1e6, UTC))
+            await seen.send(
+                normal(rng, 1000, 1.0), time=datetime.fromtimestamp(seen.clock.now() / 1e6, UTC)
+            )
             await seen.clock.advance(HOUR)
         assert [drift.status for drift in await seen.told()] == ["detected"]
         await seen.clock.advance(4 * HOUR)
         await eventually(seen.told, "silence is told")
         detected, silent = await seen.told()
-        assert (silent.status, silent.metric) == ("nodata", "nodata") and silent.fingerprint != detected.fingerprint
+        assert (silent.status, silent.metric) == (
+            "nodata",
+            "nodata",
+        ) and silent.fingerprint != detected.fingerprint
         assert seen.monitor.condition == "no data comes"
         await seen.clock.advance(20 * HOUR)
         await seen.send(normal(rng, 10, 1.0))
         assert [drift.status for drift in await seen.told()] == ["detected", "nodata", "resolved"]
-        assert (await seen.told())[-1].fingerprint == silent.fingerprint and seen.monitor.condition is None
+        assert (await seen.told())[
+            -1
+        ].fingerprint == silent.fingerprint and seen.monitor.condition is None
 
     run(test, window=HOUR)
 
@@ -204,12 +252,20 @@ def test_d15_escalation_passes_the_cool_down():
                 await seen.send(normal(rng, 1000, mean))
 
         await windows(4, 0.36)
-        assert [(drift.status, drift.severity) for drift in await seen.told()] == [("detected", "warning")]
+        assert [(drift.status, drift.severity) for drift in await seen.told()] == [
+            ("detected", "warning")
+        ]
         await windows(5, 1.0)
-        assert [(drift.status, drift.severity) for drift in await seen.told()][1:] == [("escalated", "alert")]
+        assert [(drift.status, drift.severity) for drift in await seen.told()][1:] == [
+            ("escalated", "alert")
+        ]
         await windows(3, 0.0)
         await windows(5, 1.0)
-        assert [drift.status for drift in await seen.told()] == ["detected", "escalated", "resolved"]
+        assert [drift.status for drift in await seen.told()] == [
+            "detected",
+            "escalated",
+            "resolved",
+        ]
         await seen.clock.advance(2 * HOUR)
         await windows(1, 1.0)
         assert [drift.status for drift in await seen.told()][3:] == ["detected"]
@@ -240,10 +296,15 @@ def test_each_feature_by_itself():
     """With `per="feature"` each has its episode and events; otherwise the worst stands for all, and all are named."""
 
     def rows(rng: np.random.Generator) -> list[Row]:
-        return [{"a": a, "b": b, "c": c} for a, b, c in rng.normal([0.6, 1.2, 0], 1, (1000, 3)).tolist()]
+        return [
+            {"a": a, "b": b, "c": c} for a, b, c in rng.normal([0.6, 1.2, 0], 1, (1000, 3)).tolist()
+        ]
 
     before = {name: np.random.default_rng(7).normal(size=5000) for name in "abc"}
-    for per, expected in (("feature", [("a", ["a"]), ("b", ["b"])]), ("monitor", [("b", ["b", "a"])])):
+    for per, expected in (
+        ("feature", [("a", ["a"]), ("b", ["b"])]),
+        ("monitor", [("b", ["b", "a"])]),
+    ):
 
         async def test(seen: Watching, expected: Any = expected) -> None:
             rng = np.random.default_rng(17)
@@ -274,7 +335,10 @@ def test_a_streaming_detector_tells_in_the_middle_of_a_window(metric: Any):
         assert (drift.metric, drift.feature) == (metric, "x")
         for place in range(0, 60_000, 1000):
             await seen.send(normal(rng, 1000, 1.0 if place < 10_000 else 0.0))
-        assert [each.status for each in await seen.told() if each.status != "escalated"] == ["detected", "resolved"]
+        assert [each.status for each in await seen.told() if each.status != "escalated"] == [
+            "detected",
+            "resolved",
+        ]
 
     run(test, features={"x": Numeric(metric=metric)}, window=10_000, clear=2)
 
@@ -287,7 +351,9 @@ def test_windows_of_time_wait_for_the_late_and_count_what_is_too_late():
     start = datetime(2026, 11, 22, 10, tzinfo=UTC)
 
     async def test(seen: Watching) -> None:
-        await seen.clock.advance(datetime(2026, 11, 23, tzinfo=UTC) - datetime.fromtimestamp(seen.clock.now() / 1e6, UTC))
+        await seen.clock.advance(
+            datetime(2026, 11, 23, tzinfo=UTC) - datetime.fromtimestamp(seen.clock.now() / 1e6, UTC)
+        )
         rng = np.random.default_rng(20)
         await seen.send(normal(rng, 400, 1.0), time=start)
         await seen.send(normal(rng, 400, 1.0), time=start + 1.2 * HOUR)
@@ -389,13 +455,20 @@ def test_references_and_batches_are_read_from_files(kind: str, tmp_path: Path):
     rng = np.random.default_rng(24)
 
     def write(path: Path, mean: float) -> None:
-        rows = [{"x": x, "c": c} for x, c in zip(rng.normal(mean, 1, 1000).tolist(), rng.choice(["a", "b"], 1000), strict=True)]
+        rows = [
+            {"x": x, "c": c}
+            for x, c in zip(
+                rng.normal(mean, 1, 1000).tolist(), rng.choice(["a", "b"], 1000), strict=True
+            )
+        ]
         part = path.with_suffix(".part")
         match kind:
             case "csv":
                 part.write_text("x,c\n" + "".join(f"{row['x']},{row['c']}\n" for row in rows))
             case "jsonl":
-                part.write_text("".join(json.dumps({**row, "c": str(row["c"])}) + "\n" for row in rows))
+                part.write_text(
+                    "".join(json.dumps({**row, "c": str(row["c"])}) + "\n" for row in rows)
+                )
             case "json":
                 part.write_text(json.dumps([{**row, "c": str(row["c"])} for row in rows]))
             case _:
@@ -409,7 +482,12 @@ def test_references_and_batches_are_read_from_files(kind: str, tmp_path: Path):
         write(tmp_path / f"reference.{kind}", 0.0)
         source = Directory(inbox, settle=0.05, rescan=0.2, pattern=f"*.{kind}")
         monitor = DriftMonitor(
-            source, features=["x", "c"], reference=tmp_path / f"reference.{kind}", window="batch", rows=file_rows, confirm=1
+            source,
+            features=["x", "c"],
+            reference=tmp_path / f"reference.{kind}",
+            window="batch",
+            rows=file_rows,
+            confirm=1,
         )
         ledger = Ledger()
         async with listening(monitor, ledger):
@@ -457,7 +535,9 @@ class Flaky:
         if fate < self.share / 2:
             self.failures += 1
             raise StoreFailed("not written")
-        receipts = await self.inner.accept(*items, cursor=msgspec.json.decode(msgspec.json.encode(cursor)))
+        receipts = await self.inner.accept(
+            *items, cursor=msgspec.json.decode(msgspec.json.encode(cursor))
+        )
         if fate < self.share:
             self.failures += 1
             raise StoreFailed("written, and nobody knows")
@@ -478,7 +558,10 @@ class Log:
     async def listen(self, intake: Any) -> None:
         position = (await intake.cursor()).get("position", 0)
         while position < self.until:
-            batch = [self.event(number - number % 5 // 4) for number in range(position, min(position + 10, self.until))]
+            batch = [
+                self.event(number - number % 5 // 4)
+                for number in range(position, min(position + 10, self.until))
+            ]
             position += len(batch)
             await intake.accept(*batch, cursor={"position": position})
         await asyncio.get_running_loop().create_future()
@@ -518,7 +601,10 @@ async def to_the_end(monitor: DriftMonitor, ledger: Any, until: int, kept: Ledge
     while True:
         try:
             async with listening(monitor, ledger) as task:
-                await eventually(lambda: kept.cursors.get("source:position", 0) == until or task.done(), "all is read")
+                await eventually(
+                    lambda: kept.cursors.get("source:position", 0) == until or task.done(),
+                    "all is read",
+                )
                 if not task.done():
                     return
                 task.result()
@@ -528,7 +614,11 @@ async def to_the_end(monitor: DriftMonitor, ledger: Any, until: int, kept: Ledge
 
 def uninterrupted(**options: Any) -> Ledger:
     ledger = Ledger()
-    asyncio.run(to_the_end(log_monitor(**options), Flaky(ledger, random.Random(0), 0.0), len(stream()), ledger))
+    asyncio.run(
+        to_the_end(
+            log_monitor(**options), Flaky(ledger, random.Random(0), 0.0), len(stream()), ledger
+        )
+    )
     return ledger
 
 
@@ -557,7 +647,9 @@ def without_times(cursors: Mapping[str, Any]) -> dict[str, Any]:
     }
     for key, value in kept.items():
         if key.startswith(("drift:w/", "drift:h/")):
-            kept[key] = [value[0], *value[3:]] if key.startswith("drift:w/") else [value[0], *value[2:]]
+            kept[key] = (
+                [value[0], *value[3:]] if key.startswith("drift:w/") else [value[0], *value[2:]]
+            )
     return kept
 
 
@@ -578,12 +670,20 @@ def test_d11_a_process_that_dies_in_mid_window_goes_on_there(tmp_path: Path):
             (tmp_path / "images").mkdir()
             expected = await feed(seen, 0, tmp_path / "images")
             windows = seen.gauge("drift_windows_judged")
-        assert [drift.status for drift in expected] == ["detected", "escalated"] or len(expected) == 1
+        assert [drift.status for drift in expected] == ["detected", "escalated"] or len(
+            expected
+        ) == 1
         for number in (0, 3, 7, 13, 18):
-            async with watching(tmp_path / "images" / f"{number}.db", window=300, reference=200) as seen:
+            async with watching(
+                tmp_path / "images" / f"{number}.db", window=300, reference=200
+            ) as seen:
                 found = await feed(seen, max(0, number - 1))  # the last two come again
-                assert [drift.fingerprint for drift in found] == [drift.fingerprint for drift in expected]
-                assert [drift.statistic for drift in found] == [drift.statistic for drift in expected]
+                assert [drift.fingerprint for drift in found] == [
+                    drift.fingerprint for drift in expected
+                ]
+                assert [drift.statistic for drift in found] == [
+                    drift.statistic for drift in expected
+                ]
                 assert seen.gauge("drift_windows_judged") == windows
 
     asyncio.run(main())
@@ -639,24 +739,34 @@ def test_the_state_is_bounded_and_a_row_rewrites_little():
         names = [f"f{number}" for number in range(20)]
         source, ledger, rng = MemoryTrigger("rows"), Ledger(), np.random.default_rng(29)
         monitor = DriftMonitor(
-            source, features={name: Numeric(metric="ks") for name in names}, reference=2000, window=20_000, remember=5000
+            source,
+            features={name: Numeric(metric="ks") for name in names},
+            reference=2000,
+            window=20_000,
+            remember=5000,
         )
 
         def rows(count: int) -> list[Row]:
-            return [dict(zip(names, row, strict=True)) for row in rng.normal(size=(count, 20)).tolist()]
+            return [
+                dict(zip(names, row, strict=True)) for row in rng.normal(size=(count, 20)).tolist()
+            ]
 
         async with listening(monitor, ledger):
             most = 0
             for number in range(30):
                 await source.send(data=rows(1000), id=f"e{number}")
-                most = max(most, sum(len(msgspec.json.encode(value)) for value in ledger.cursors.values()))
+                most = max(
+                    most, sum(len(msgspec.json.encode(value)) for value in ledger.cursors.values())
+                )
             assert most < 20 * 64 * 1024 * 1.05
             before = {key: msgspec.json.encode(value) for key, value in ledger.cursors.items()}
             sizes = list[int]()
             for row in rows(40):
                 await source.send(data=row)
                 after = {key: msgspec.json.encode(value) for key, value in ledger.cursors.items()}
-                sizes.append(sum(len(value) for key, value in after.items() if before.get(key) != value))
+                sizes.append(
+                    sum(len(value) for key, value in after.items() if before.get(key) != value)
+                )
                 before = after
             assert max(sizes) < 24 * 1024, sizes
 
@@ -686,7 +796,11 @@ def test_name_and_routes_are_the_sources():
     hook = Webhook("/orders", verify="none")
     monitor = DriftMonitor(hook, features=["total"])
     is_stable_name(monitor, DriftMonitor(Webhook("/orders", verify="none"), features=["total"]))
-    assert monitor.routes == hook.routes and monitor.verified is False and monitor.name == "drift:webhook-orders"
+    assert (
+        monitor.routes == hook.routes
+        and monitor.verified is False
+        and monitor.name == "drift:webhook-orders"
+    )
 
 
 def test_recorded_rows_reach_flows_that_ask_for_them():
@@ -705,7 +819,10 @@ def test_recorded_rows_reach_flows_that_ask_for_them():
             (receipt,) = await source.send(data={"x": 1.5}, type="row.made")
             assert receipt.matched == 1 and receipt.ledger_id > 0
             await drain(app)
-            assert len(await app.store.runs(flow="score")) == 1 and await app.store.runs(flow="note") == []
+            assert (
+                len(await app.store.runs(flow="score")) == 1
+                and await app.store.runs(flow="note") == []
+            )
 
     asyncio.run(main())
 
@@ -716,10 +833,14 @@ def test_unreadable_rows_are_dead_letters():
     async def test(seen: Watching) -> None:
         bad = Undecodable(id="u", source="/rows", body=b"{", error="no JSON")
         odd = Event(id="o", source="/rows", type="rows", data="text")
-        good = Event(id="g", source="/rows", type="rows", data=normal(np.random.default_rng(30), 1000))
+        good = Event(
+            id="g", source="/rows", type="rows", data=normal(np.random.default_rng(30), 1000)
+        )
         await seen.source.send(bad, odd, good)
         errors = [letter["reason"] for letter in await seen.app.store.dead()]
-        assert any("no JSON" in str(error) for error in errors) and any("rows=" in str(error) for error in errors)
+        assert any("no JSON" in str(error) for error in errors) and any(
+            "rows=" in str(error) for error in errors
+        )
         assert seen.gauge("drift_windows_judged") == 1
 
     run(test)

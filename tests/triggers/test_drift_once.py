@@ -42,7 +42,11 @@ app.on(monitor, retrain, deliver=Singleflight())
 
 def batch(rng: np.random.Generator, number: int) -> list[dict[str, float]]:
     """A window of rows: x swings all the time, y has moved from the 750th on, z from the 850th."""
-    means = {"x": 0.36 + 0.03 * float(rng.normal()), "y": 1.0 * (number >= 750), "z": 1.0 * (number >= 850)}
+    means = {
+        "x": 0.36 + 0.03 * float(rng.normal()),
+        "y": 1.0 * (number >= 750),
+        "z": 1.0 * (number >= 850),
+    }
     columns = {name: rng.normal(mean, 1.0, 200).round(4).tolist() for name, mean in means.items()}
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -52,7 +56,9 @@ def send(server: Served, number: int, rows: list[dict[str, float]]) -> None:
 
     def acknowledged() -> bool:
         try:
-            return server.post("/hooks/rows", rows, **{"webhook-id": f"window-{number}"}).status_code in (200, 202)
+            return server.post(
+                "/hooks/rows", rows, **{"webhook-id": f"window-{number}"}
+            ).status_code in (200, 202)
         except httpx2.TransportError:
             return False
 
@@ -81,8 +87,13 @@ def test_a_swinging_metric_starts_one_run_and_what_comes_meanwhile_one_more(tmp_
                 assert sorted(run["state"] for run in runs(server)) == ["pending", "running"]
                 (tmp_path / "let_go").touch()
                 wait_until(lambda: len(runs(server, "completed")) == 2, "both trainings end")
-                trained = [server.get(f"/api/runs/{run['id']}")["result"] for run in reversed(runs(server))]
-                assert trained == [{"newest": "x", "all": ["x"]}, {"newest": "z", "all": ["y", "z"]}]
+                trained = [
+                    server.get(f"/api/runs/{run['id']}")["result"] for run in reversed(runs(server))
+                ]
+                assert trained == [
+                    {"newest": "x", "all": ["x"]},
+                    {"newest": "z", "all": ["y", "z"]},
+                ]
 
 
 def gauge(server: Served, feature: str) -> float:

@@ -21,7 +21,8 @@ NEEDED = ("prometheus", "prometheus-alertmanager")
 PATIENCE = 60.0
 
 pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, NEEDED)), reason=f"{' and '.join(NEEDED)} are not installed (apt-get install {' '.join(NEEDED)})"
+    not all(map(shutil.which, NEEDED)),
+    reason=f"{' and '.join(NEEDED)} are not installed (apt-get install {' '.join(NEEDED)})",
 )
 
 RULES = """
@@ -87,8 +88,12 @@ def prometheus(folder: Path, target: str, alerts: int) -> Iterator[int]:
             {
                 "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
                 "rule_files": ["rules.yml"],
-                "alerting": {"alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alerts}"]}]}]},
-                "scrape_configs": [{"job_name": "eventflow", "static_configs": [{"targets": [target]}]}],
+                "alerting": {
+                    "alertmanagers": [{"static_configs": [{"targets": [f"127.0.0.1:{alerts}"]}]}]
+                },
+                "scrape_configs": [
+                    {"job_name": "eventflow", "static_configs": [{"targets": [target]}]}
+                ],
             }
         )
     )
@@ -101,7 +106,11 @@ def prometheus(folder: Path, target: str, alerts: int) -> Iterator[int]:
 
 def events(server: Served) -> list[dict[str, Any]]:
     """What the alerts' endpoint recorded, the oldest first."""
-    return [each for each in reversed(server.get("/api/events", limit=200)["events"]) if each["trigger"] == "drift-alerts"]
+    return [
+        each
+        for each in reversed(server.get("/api/events", limit=200)["events"])
+        if each["trigger"] == "drift-alerts"
+    ]
 
 
 def runs(server: Served, flow: str) -> list[dict[str, Any]]:
@@ -109,7 +118,9 @@ def runs(server: Served, flow: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(300)
-def test_an_alert_that_fires_repeats_and_resolves_retrains_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_alert_that_fires_repeats_and_resolves_retrains_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A real rule on the example's drifting metric fires, is repeated by Alertmanager and resolves: one retraining run."""
     monkeypatch.setenv("DRIFT_TOKEN", "secret")
     shutil.copy(ROOT / "examples" / "drift_alerts.py", tmp_path)
@@ -123,14 +134,21 @@ def test_an_alert_that_fires_repeats_and_resolves_retrains_once(tmp_path: Path, 
 
     try:
         target = server.url.removeprefix("http://")
-        with alertmanager(tmp_path, f"{server.url}/hooks/alerts") as alerts, prometheus(tmp_path, target, alerts) as port:
+        with (
+            alertmanager(tmp_path, f"{server.url}/hooks/alerts") as alerts,
+            prometheus(tmp_path, target, alerts) as port,
+        ):
             api = f"http://127.0.0.1:{port}"
             score(400 + 200, 10.0)
             wait_until(lambda: ready(api), "Prometheus has the metric", within=PATIENCE)
             assert events(server) == []
             score(200, 12.0)
             wait_until(lambda: events(server), "the alert has come", within=PATIENCE)
-            wait_until(lambda: events(server)[0]["duplicates"] >= 2, "Alertmanager has repeated it", within=PATIENCE)
+            wait_until(
+                lambda: events(server)[0]["duplicates"] >= 2,
+                "Alertmanager has repeated it",
+                within=PATIENCE,
+            )
             score(200, 10.0)
             wait_until(lambda: len(events(server)) == 2, "the alert has resolved", within=PATIENCE)
         detected, resolved = events(server)
@@ -138,7 +156,12 @@ def test_an_alert_that_fires_repeats_and_resolves_retrains_once(tmp_path: Path, 
         (run,) = runs(server, "retrain")
         assert server.wait_for(run["id"], "completed")["state"] == "completed"
         told = server.get(f"/api/events/{detected['id']}")["event"]["data"]
-        assert (told["model"], told["feature"], told["metric"], told["severity"]) == ("prices", "amount", "psi", "critical")
+        assert (told["model"], told["feature"], told["metric"], told["severity"]) == (
+            "prices",
+            "amount",
+            "psi",
+            "critical",
+        )
         assert told["statistic"] > told["threshold"] == 0.2
     finally:
         server.end()
@@ -146,7 +169,9 @@ def test_an_alert_that_fires_repeats_and_resolves_retrains_once(tmp_path: Path, 
 
 def ready(api: str) -> bool:
     try:
-        found = httpx2.get(f"{api}/api/v1/query", params={"query": "eventflow_trigger_drift_statistic"}).json()
+        found = httpx2.get(
+            f"{api}/api/v1/query", params={"query": "eventflow_trigger_drift_statistic"}
+        ).json()
     except httpx2.HTTPError:
         return False
     return bool(found["data"]["result"])

@@ -73,7 +73,9 @@ def test_a_shift_of_half_a_sigma_is_found_in_time(metric: str, capsys: pytest.Ca
             assert rows <= 5 * WINDOW, "not found at all"
         needed.append(rows)
     with capsys.disabled():
-        print(f"\n{metric}: 0.5 sigma found after at most {max(needed)} rows (stated: {2 * WINDOW}) in {len(needed)} seeds")
+        print(
+            f"\n{metric}: 0.5 sigma found after at most {max(needed)} rows (stated: {2 * WINDOW}) in {len(needed)} seeds"
+        )
     assert max(needed) <= 2 * WINDOW
 
 
@@ -96,5 +98,7 @@ def test_a_streaming_detector_finds_half_a_sigma_sooner(capsys: pytest.CaptureFi
             assert rows <= 2000, "not found at all"
         needed.append(rows + 10)
     with capsys.disabled():
-        print(f"\nadwin: 0.5 sigma found after {min(needed)} to {max(needed)} rows (stated: 500) in {len(needed)} seeds")
+        print(
+            f"\nadwin: 0.5 sigma found after {min(needed)} to {max(needed)} rows (stated: 500) in {len(needed)} seeds"
+        )
     assert max(needed) <= 500

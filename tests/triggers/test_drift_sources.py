@@ -67,21 +67,33 @@ def test_a_topic_is_watched_over_restarts_and_rewinds(broker: Broker):
     async def main() -> None:
         topic = Topic(broker, "scores")
         ledger = Stored()
-        sent = [orjson.dumps(row) for row in rows(1, 700)] + [orjson.dumps(row) for row in rows(2, 1100, 1.0)]
+        sent = [orjson.dumps(row) for row in rows(1, 700)] + [
+            orjson.dumps(row) for row in rows(2, 1100, 1.0)
+        ]
 
         def monitor() -> DriftMonitor:
-            return DriftMonitor(topic.make(), features=["x"], reference=reference(), window=500, cooldown=0)
+            return DriftMonitor(
+                topic.make(), features=["x"], reference=reference(), window=500, cooldown=0
+            )
 
         await broker.create(topic.name, 1)
         await topic.send(*sent[:700])
         async with listening(monitor(), ledger):
-            await eventually(lambda: (memory(ledger).get("judged"), counted(ledger)) == (1, 200), "700 rows count", within=60)
+            await eventually(
+                lambda: (memory(ledger).get("judged"), counted(ledger)) == (1, 200),
+                "700 rows count",
+                within=60,
+            )
         for key in [key for key in ledger.cursors if key.startswith("source:")]:
             del ledger.cursors[key]  # a position that was lost: the topic comes again
         await broker.commit(topic.group, topic.name, 0)
         await topic.send(*sent[700:])
         async with listening(monitor(), ledger):
-            await eventually(lambda: (memory(ledger)["judged"], counted(ledger)) == (3, 300), "1,800 rows count", within=60)
+            await eventually(
+                lambda: (memory(ledger)["judged"], counted(ledger)) == (3, 300),
+                "1,800 rows count",
+                within=60,
+            )
         (event,) = ledger.kept.values()
         assert isinstance(event, Event) and event.type == "drift.detected"
         assert any(key.startswith("source:") for key in ledger.cursors)
@@ -99,10 +111,14 @@ def test_objects_that_arrive_are_batches(ministack: Aws):
             return orjson.loads(await asyncio.to_thread(bucket.read, event.data["key"]))
 
         source = S3(bucket.name, prefix="in/", poll=0.2, **ministack.options)
-        monitor = DriftMonitor(source, features=["x"], reference=reference(), window="batch", rows=read, confirm=1)
+        monitor = DriftMonitor(
+            source, features=["x"], reference=reference(), window="batch", rows=read, confirm=1
+        )
         async with listening(monitor, ledger):
             await asyncio.to_thread(bucket.put, "in/a.json", orjson.dumps(rows(3, 800)))
-            await eventually(lambda: memory(ledger).get("judged") == 1, "the first object is judged", within=60)
+            await eventually(
+                lambda: memory(ledger).get("judged") == 1, "the first object is judged", within=60
+            )
             await asyncio.to_thread(bucket.put, "in/b.json", orjson.dumps(rows(4, 800, 1.0)))
             await eventually(lambda: ledger.kept, "the drifted one is told", within=60)
         assert memory(ledger)["judged"] == 2 and len(ledger.kept) == 1
@@ -118,7 +134,10 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
     }  # fmt: skip
 
     async def main() -> None:
-        topics = [ministack.sns.create_topic(Name=f"drift-{name}")["TopicArn"] for name in ("ours", "theirs")]
+        topics = [
+            ministack.sns.create_topic(Name=f"drift-{name}")["TopicArn"]
+            for name in ("ours", "theirs")
+        ]
         sns = ministack.url.replace("127.0.0.1", "localhost")  # as it calls itself
         trigger, ledger = DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns), Ledger()
         asked = list[int]()
@@ -134,13 +153,21 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
         async with serving([Mount("/", counting)]) as port, listening(trigger, ledger):
             for topic in topics:
                 endpoint = f"http://127.0.0.1:{port}/hooks/drift"
-                await asyncio.to_thread(ministack.sns.subscribe, TopicArn=topic, Protocol="http", Endpoint=endpoint)
+                await asyncio.to_thread(
+                    ministack.sns.subscribe, TopicArn=topic, Protocol="http", Endpoint=endpoint
+                )
             await eventually(lambda: sorted(asked) == [200, 403], "both topics have asked")
             for topic in topics:
-                await asyncio.to_thread(ministack.sns.publish, TopicArn=topic, Message=json.dumps(alarm))
+                await asyncio.to_thread(
+                    ministack.sns.publish, TopicArn=topic, Message=json.dumps(alarm)
+                )
             await eventually(lambda: ledger.kept, "the alarm is an event")
         (event,) = ledger.kept.values()
-        assert isinstance(event, Event) and event.data["sender"] == "sagemaker" and event.data["feature"] == "amount"
+        assert (
+            isinstance(event, Event)
+            and event.data["sender"] == "sagemaker"
+            and event.data["feature"] == "amount"
+        )
 
     asyncio.run(main())
 
@@ -172,6 +199,8 @@ def test_a_flow_on_its_own_loop_makes_a_new_reference(tmp_path: Path):
             await source.send(data=rows(7, 1500, 2.0))
             await drain(app)
             assert len(await app.store.runs(flow="retrain")) == 1
-            assert [gauge.value for gauge in monitor.gauges() if gauge.name == "drift_windows_judged"] == [3]
+            assert [
+                gauge.value for gauge in monitor.gauges() if gauge.name == "drift_windows_judged"
+            ] == [3]
 
     asyncio.run(main())

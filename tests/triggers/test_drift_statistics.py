@@ -28,8 +28,12 @@ def test_d18_histograms_agree_with_scipy():
         before, after = rng.integers(5, 500, size=bins), rng.integers(5, 500, size=bins)
         one, other = (before + 0.5) / (before + 0.5).sum(), (after + 0.5) / (after + 0.5).sum()
         ours, theirs = arrays.shares(before.tolist()), arrays.shares(after.tolist())
-        assert arrays.psi(ours, theirs) == pytest.approx(stats.entropy(one, other) + stats.entropy(other, one), abs=EXACT)
-        assert arrays.js(ours, theirs) == pytest.approx(jensenshannon(one, other, base=2), abs=EXACT)
+        assert arrays.psi(ours, theirs) == pytest.approx(
+            stats.entropy(one, other) + stats.entropy(other, one), abs=EXACT
+        )
+        assert arrays.js(ours, theirs) == pytest.approx(
+            jensenshannon(one, other, base=2), abs=EXACT
+        )
         assert arrays.tv(ours, theirs) == pytest.approx(np.abs(one - other).sum() / 2, abs=EXACT)
         chi2, p = arrays.homogeneity(before.tolist(), after.tolist())
         expected: Any = stats.chi2_contingency([before, after], correction=False)
@@ -42,13 +46,19 @@ def test_samples_agree_with_scipy():
     rng = np.random.default_rng(19)
     for number in range(200):
         one = rng.normal(size=int(rng.integers(20, 800)))
-        other = rng.normal(rng.uniform(0, 0.5), rng.uniform(0.5, 2), size=int(rng.integers(20, 800)))
+        other = rng.normal(
+            rng.uniform(0, 0.5), rng.uniform(0.5, 2), size=int(rng.integers(20, 800))
+        )
         if number % 3 == 0:
             one, other = one.round(1), other.round(1)
         expected: Any = stats.ks_2samp(one, other, method="asymp")
         assert arrays.ks(one, other) == pytest.approx(expected.statistic, abs=EXACT)
-        assert arrays.ks_p_value(arrays.ks(one, other), len(one), len(other)) == pytest.approx(expected.pvalue, abs=EXACT)
-        assert arrays.wasserstein(one, other) == pytest.approx(stats.wasserstein_distance(one, other), abs=EXACT)
+        assert arrays.ks_p_value(arrays.ks(one, other), len(one), len(other)) == pytest.approx(
+            expected.pvalue, abs=EXACT
+        )
+        assert arrays.wasserstein(one, other) == pytest.approx(
+            stats.wasserstein_distance(one, other), abs=EXACT
+        )
 
 
 def test_wasserstein_is_evidentlys():
@@ -56,7 +66,9 @@ def test_wasserstein_is_evidentlys():
     rng = np.random.default_rng(7)
     before = [rng.normal(10, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
     after = [rng.normal(12, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
-    for one, other, expected in zip(before, after, (1.1799603668677907, 0.08173655497736874), strict=True):
+    for one, other, expected in zip(
+        before, after, (1.1799603668677907, 0.08173655497736874), strict=True
+    ):
         _, deviation = arrays.spread(one)
         assert arrays.wasserstein(one, other) / deviation == pytest.approx(expected, abs=EXACT)
 
@@ -113,7 +125,12 @@ def test_every_value_has_a_bin():
     """Values beyond the reference and infinities are in the outer bins; missing, invalid and unseen ones in their own."""
     (number,) = watch({"x": Numeric(bins=4)}, {})
     bins = make_bins(number, sort_out(number, [float(each) for each in range(100)]))
-    counts = bins.count(sort_out(number, [-1e9, float("-inf"), 1e9, float("inf"), 50, True, None, float("nan"), "text", {}]))
+    counts = bins.count(
+        sort_out(
+            number,
+            [-1e9, float("-inf"), 1e9, float("inf"), 50, True, None, float("nan"), "text", {}],
+        )
+    )
     assert sum(counts) == 10 and counts[0] == 3 and counts[-3] == 2 and counts[-2:] == [2, 2]
     (category,) = watch({"c": Categorical(top=2)}, {})
     bins = make_bins(category, sort_out(category, ["a"] * 5 + ["b"] * 3 + ["c"]))
@@ -133,5 +150,7 @@ try:
 except Exception as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert "pip install 'eventflow-reactor[drift]'" in said

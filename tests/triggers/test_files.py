@@ -93,13 +93,17 @@ def test_event_of_a_file(tmp_path: Path):
         (event,) = inbox.events
         stat = path.stat()
         assert event.type == "io.eventflow.file.created" and event.subject == "sub dir/a.csv"
-        assert event.source.startswith("file://") and unquote(event.source).endswith(str(inbox.root))
+        assert event.source.startswith("file://") and unquote(event.source).endswith(
+            str(inbox.root)
+        )
         assert event.data == {
             "path": str(path), "relpath": "sub dir/a.csv", "name": "a.csv", "size": 4, "mtime_ns": stat.st_mtime_ns,
             "mtime": event.data["mtime"], "inode": stat.st_ino, "sha256": hashlib.sha256(b"1,2\n").hexdigest(),
         }  # fmt: skip
         assert abs(datetime.fromisoformat(event.data["mtime"]).timestamp() - stat.st_mtime) < 1e-3
-        assert event.time is not None and event.time >= datetime.fromisoformat(str(event.extensions["firstseen"]))
+        assert event.time is not None and event.time >= datetime.fromisoformat(
+            str(event.extensions["firstseen"])
+        )
 
     run(test, tmp_path / "in", sha256=True)
     run(no_digest, tmp_path / "plain")
@@ -134,7 +138,10 @@ def test_odd_names(tmp_path: Path):
             inbox.write(name, name)
         await inbox.has(*NAMES)
         for event in inbox.events:
-            assert Path(event.data["path"]).read_text() == event.data["relpath"] and "path_b64" not in event.data
+            assert (
+                Path(event.data["path"]).read_text() == event.data["relpath"]
+                and "path_b64" not in event.data
+            )
 
     run(test, tmp_path / "in")
 
@@ -202,7 +209,14 @@ def test_patterns(tmp_path: Path):
     """Only what a pattern takes is an event: without a slash at any depth, with one on the whole path."""
 
     async def test(inbox: Inbox) -> None:
-        for name in ("a.csv", "sub/b.csv", "c.txt", "sub/d.json", "deep/er/e.json", "probe.csv/f.xml"):
+        for name in (
+            "a.csv",
+            "sub/b.csv",
+            "c.txt",
+            "sub/d.json",
+            "deep/er/e.json",
+            "probe.csv/f.xml",
+        ):
             inbox.write(name)
         await inbox.has("a.csv", "sub/b.csv", "sub/d.json")
         await asyncio.sleep(0.3)
@@ -305,7 +319,9 @@ def test_touch_is_no_event(tmp_path: Path, size: int):
             path = inbox.write("x.csv", "x" * size)
             await inbox.has("x.csv")
             touch(path)
-            await eventually(lambda: ledger.cursors["x.csv"][1] == path.stat().st_mtime_ns, "the touch is noted")  # type: ignore[index,call-overload]
+            await eventually(
+                lambda: ledger.cursors["x.csv"][1] == path.stat().st_mtime_ns, "the touch is noted"
+            )  # type: ignore[index,call-overload]
         touch(path)
         async with watched(root, ledger) as inbox:
             await inbox.goes_quiet()
@@ -326,14 +342,20 @@ def test_empty_files_wait_longer(tmp_path: Path):
         assert not inbox.events
         filled.write_text("now")
         await inbox.has("never", "filled")
-        assert {event.data["name"]: event.data["size"] for event in inbox.events} == {"never": 0, "filled": 3}
+        assert {event.data["name"]: event.data["size"] for event in inbox.events} == {
+            "never": 0,
+            "filled": 3,
+        }
         assert never.exists()
 
     run(test, tmp_path / "in", zero_byte_grace=1.0)
 
 
 @pytest.mark.parametrize("marker_first", [True, False])
-@pytest.mark.parametrize("template,name", [("{name}.done", "x.csv.done"), ("{stem}.ok", "x.ok"), ("_SUCCESS", "_SUCCESS")])
+@pytest.mark.parametrize(
+    "template,name",
+    [("{name}.done", "x.csv.done"), ("{stem}.ok", "x.ok"), ("_SUCCESS", "_SUCCESS")],
+)
 def test_marker(tmp_path: Path, template: str, name: str, marker_first: bool):
     """With `marker`, a file fires once, after its marker is there, whichever came first; the marker is no event."""
 

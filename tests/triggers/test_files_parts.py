@@ -45,7 +45,12 @@ def test_globs(glob: str, taken: list[str], left: list[str]):
 def test_ignored_by_default():
     """Incomplete files and dotfiles are left alone, and dot directories not entered, by default."""
     names = Names("**/*", IGNORED, None)
-    assert not any(map(names.wants, [b".x", b"a.tmp", b"d/a.part", b"a.crdownload", b"~$a.xlsx", b".nfs0001", b"a.swp"]))
+    assert not any(
+        map(
+            names.wants,
+            [b".x", b"a.tmp", b"d/a.part", b"a.crdownload", b"~$a.xlsx", b".nfs0001", b"a.swp"],
+        )
+    )
     assert all(map(names.wants, [b"a", b"a.tmp.csv", b"part", b"d/a~"]))
     assert not names.enters(b".git") and names.enters(b"git")
     assert not names.admits(b".git/a") and not names.admits(b"a.tmp/b") and names.admits(b"git/a")
@@ -62,7 +67,11 @@ def test_keys_come_back(name: bytes):
 @given(st.binary(), st.binary())
 def test_keys_differ(one: bytes, other: bytes):
     """Two names never share a key."""
-    assert (to_key(one) == to_key(other)) == (one == other) or one.startswith(b"/") or other.startswith(b"/")
+    assert (
+        (to_key(one) == to_key(other)) == (one == other)
+        or one.startswith(b"/")
+        or other.startswith(b"/")
+    )
 
 
 # --------------------------------------------------------------------------- settling
@@ -96,10 +105,19 @@ def test_any_change_begins_the_wait_anew():
     for change in (Sight(11, 1, 7), Sight(10, 2, 7), Sight(10, 1, 8)):
         it = settling()
         look(it, 0, STILL)
-        assert look(it, 2, change) == [] and look(it, 3.9, change) == [] and look(it, 4, change) == [b"x"]
+        assert (
+            look(it, 2, change) == []
+            and look(it, 3.9, change) == []
+            and look(it, 4, change) == [b"x"]
+        )
     it = settling()
     look(it, 0, STILL)
-    assert look(it, 1, None) == [] and len(it) == 0 and look(it, 2, STILL) == [] and look(it, 4, STILL) == [b"x"]
+    assert (
+        look(it, 1, None) == []
+        and len(it) == 0
+        and look(it, 2, STILL) == []
+        and look(it, 4, STILL) == [b"x"]
+    )
 
 
 def test_slow_looks_shorten_no_wait():
@@ -128,12 +146,25 @@ def test_a_known_file_gone_is_ripe_as_gone():
 def test_known_marks():
     """A mark knows its own version, its own content, and whether a removal is owed, through the cursor and back."""
     known = Known()
-    cursor: dict[str, Json] = {"/began": "now", "d/x": [10, 1, 7, 99, 1], "//" + "/w==": [0, 0, 0, None, 0]}
+    cursor: dict[str, Json] = {
+        "/began": "now",
+        "d/x": [10, 1, 7, 99, 1],
+        "//" + "/w==": [0, 0, 0, None, 0],
+    }
     known.load(cursor)
     assert len(known) == 2 and b"d/x" in known and b"\xff" in known and known.owes(b"d/x")
-    assert known.unchanged(b"d/x", STILL) and not known.unchanged(b"d/x", OTHER) and not known.unchanged(b"x", STILL)
+    assert (
+        known.unchanged(b"d/x", STILL)
+        and not known.unchanged(b"d/x", OTHER)
+        and not known.unchanged(b"x", STILL)
+    )
     assert known.only_touched(b"d/x", Sight(10, 5, 7), 99)
-    for sight, sample in ((Sight(10, 5, 7), 98), (Sight(10, 5, 8), 99), (Sight(11, 5, 7), 99), (Sight(10, 5, 7), None)):
+    for sight, sample in (
+        (Sight(10, 5, 7), 98),
+        (Sight(10, 5, 8), 99),
+        (Sight(11, 5, 7), 99),
+        (Sight(10, 5, 7), None),
+    ):
         assert not known.only_touched(b"d/x", sight, sample)
     known.forget(b"d/x")
     assert b"d/x" not in known and known.within(b"d") == {}
@@ -152,7 +183,9 @@ def test_known_is_small():
     try:
         known = Known()
         for number in range(100_000):
-            known.add(b"some/where/data-%08d.csv" % number, mark(Sight(number, number, number), number))
+            known.add(
+                b"some/where/data-%08d.csv" % number, mark(Sight(number, number, number), number)
+            )
         assert tracemalloc.get_traced_memory()[0] / 100_000 <= 200
     finally:
         tracemalloc.stop()
@@ -232,4 +265,8 @@ def test_walk_goes_in_steps(tmp_path: Path):
             walk.into([b"d"])
         if step.done:
             break
-    assert steps == 3 and len(seen) == len(set(seen)) == 5_001 and walk.directories.keys() == {b"", b"d", b"d/e"}
+    assert (
+        steps == 3
+        and len(seen) == len(set(seen)) == 5_001
+        and walk.directories.keys() == {b"", b"d", b"d/e"}
+    )

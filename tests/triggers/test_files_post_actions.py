@@ -23,11 +23,15 @@ from triggers.files import delete, move
 
 
 def files(directory: Path) -> list[str]:
-    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()
+    )
 
 
 async def leaves(inbox: Inbox, *names: str) -> None:
-    await eventually(lambda: not any((inbox.root / name).exists() for name in names), f"{names} have left")
+    await eventually(
+        lambda: not any((inbox.root / name).exists() for name in names), f"{names} have left"
+    )
 
 
 # --------------------------------------------------------------------------- move and delete
@@ -44,7 +48,9 @@ def test_moved_file_is_where_the_event_says(tmp_path: Path):
         for event in inbox.events:
             assert Path(event.data["path"]) == tmp_path / "done" / event.data["relpath"]
             assert Path(event.data["path"]).read_text() == event.data["name"][0]
-        await eventually(lambda: inbox.ledger.cursors.keys() == {"/began"}, "the cursor forgets them")
+        await eventually(
+            lambda: inbox.ledger.cursors.keys() == {"/began"}, "the cursor forgets them"
+        )
         await inbox.goes_quiet()
         assert len(inbox.without_probes()) == 2 and inbox.names("deleted") == []
 
@@ -90,7 +96,9 @@ def test_a_taken_name_gets_a_suffix(tmp_path: Path):
             await leaves(inbox, "x.csv")
         found = {Path(event.data["path"]).read_text(): event.data["path"] for event in inbox.events}
         assert found.keys() == {"one", "two", "three"} and len(files(tmp_path / "done")) == 3
-        assert found["one"].endswith("/x.csv") and all(path.endswith(".csv") for path in found.values())
+        assert found["one"].endswith("/x.csv") and all(
+            path.endswith(".csv") for path in found.values()
+        )
         assert inbox.events[1].id[:8] in found["two"]
 
     run(test, tmp_path / "in", after=move(tmp_path / "done"))
@@ -110,10 +118,14 @@ def test_move_to_another_device(tmp_path: Path):
         times = path.stat().st_mtime_ns
         await leaves(inbox, "sub/big")
         assert files(target) == ["sub/big"]
-        assert (target / "sub/big").read_text() == text and (target / "sub/big").stat().st_mtime_ns == times
+        assert (target / "sub/big").read_text() == text and (
+            target / "sub/big"
+        ).stat().st_mtime_ns == times
         inbox.write("sub/big", "y" * 3_000_000)
         touch(inbox.root / "sub/big", 0)
-        os.utime(inbox.root / "sub/big", ns=(times, times))  # the same size and time, another content: not the same file
+        os.utime(
+            inbox.root / "sub/big", ns=(times, times)
+        )  # the same size and time, another content: not the same file
         await leaves(inbox, "sub/big")
         assert {(target / name).read_text()[0] for name in files(target)} == {"x", "y"}
 
@@ -201,7 +213,10 @@ def test_a_version_that_lands_meanwhile_is_not_removed(tmp_path: Path):
         inbox.ledger.open.set()
         await eventually(lambda: len(inbox.events) == 2, "both are events")
         await leaves(inbox, "x")
-        assert [Path(event.data["path"]).read_text() for event in inbox.events] == ["first", "second"]
+        assert [Path(event.data["path"]).read_text() for event in inbox.events] == [
+            "first",
+            "second",
+        ]
 
     run(test, tmp_path / "in", after=move(tmp_path / "done"))
 
@@ -283,15 +298,25 @@ def test_killed_between_any_two_steps(tmp_path: Path, device: str):
     """Killed before the event is recorded, or between that and the removal: on restart each file has one event, one run that
     read it, and one place; nothing is left in the landing directory."""
     root, store = tmp_path / "in", tmp_path / "store.db"
-    target = tmp_path / "done" if device == "same" else Path(f"/dev/shm/eventflow-test-{os.getpid()}-{tmp_path.name}")
+    target = (
+        tmp_path / "done"
+        if device == "same"
+        else Path(f"/dev/shm/eventflow-test-{os.getpid()}-{tmp_path.name}")
+    )
     root.mkdir()
     names = [f"f{number}" for number in range(20)]
     for name in names:
         (root / name).write_text(name)
     try:
-        for seam, code in (("before accept", -signal.SIGKILL), ("after accept", -signal.SIGKILL), ("none", 0)):
+        for seam, code in (
+            ("before accept", -signal.SIGKILL),
+            ("after accept", -signal.SIGKILL),
+            ("none", 0),
+        ):
             command = [sys.executable, "-c", textwrap.dedent(KILLED), root, store, target, seam]
-            program = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+            program = subprocess.run(
+                command, check=False, capture_output=True, text=True, timeout=60
+            )
             assert program.returncode == code, program.stderr
             if code:
                 assert files(root) == sorted(names)

@@ -25,7 +25,9 @@ from triggers.files import Directory
 def child(script: str, *args: object, **options: Any) -> subprocess.Popen[str]:
     """A Python program of its own."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def finish(program: subprocess.Popen[str]) -> str:
@@ -72,7 +74,10 @@ def test_root_removed_and_made_anew(tmp_path: Path, watch: str):
 
     async def main() -> None:
         async with watched(root, opened=False, watch=watch) as inbox:
-            await eventually(lambda: inbox.said("directory.root_missing"), "the trigger says that the root is missing")
+            await eventually(
+                lambda: inbox.said("directory.root_missing"),
+                "the trigger says that the root is missing",
+            )
             inbox.write("first")
             await inbox.has("first", within=10)
             for turn in ("second", "third"):
@@ -80,13 +85,23 @@ def test_root_removed_and_made_anew(tmp_path: Path, watch: str):
                     path.unlink()
                 root.rmdir()
                 if turn == "second":
-                    await asyncio.sleep(0.2)  # else at once: the new root may well have the old one's inode
+                    await asyncio.sleep(
+                        0.2
+                    )  # else at once: the new root may well have the old one's inode
                 inbox.write(turn)
-                await eventually(lambda turn=turn: turn in inbox.names(), f"{turn} is an event", within=10)
+                await eventually(
+                    lambda turn=turn: turn in inbox.names(), f"{turn} is an event", within=10
+                )
                 await asyncio.sleep(1.5)
                 inbox.write(f"{turn}, noticed")
-                await eventually(lambda turn=turn: f"{turn}, noticed" in inbox.names(), "it is watched", within=10)
-            assert len(inbox.said("directory.root_found")) == len(inbox.said("directory.root_missing"))
+                await eventually(
+                    lambda turn=turn: f"{turn}, noticed" in inbox.names(),
+                    "it is watched",
+                    within=10,
+                )
+            assert len(inbox.said("directory.root_found")) == len(
+                inbox.said("directory.root_missing")
+            )
 
     asyncio.run(main())
 
@@ -186,7 +201,9 @@ def test_a_clock_set_back_stops_nothing(tmp_path: Path):
                     file.flush()
                     await asyncio.sleep(0.1)
                     assert name not in inbox.names()
-            await eventually(lambda name=name: name in inbox.names(), f"{name} is an event", within=10)
+            await eventually(
+                lambda name=name: name in inbox.names(), f"{name} is an event", within=10
+            )
 
     run(test, tmp_path / "in", settle=0.5, clock=clock, poll=0.2)
 
@@ -222,10 +239,18 @@ def test_no_watches_left(tmp_path: Path, limit: str):
         pytest.skip("no user namespaces here: the limit cannot be lowered for one process")
     script = textwrap.dedent(LIMITED)
     program = subprocess.run(
-        [*command, sys.executable, "-c", script, str(tmp_path), limit], check=False, capture_output=True, text=True, timeout=60
+        [*command, sys.executable, "-c", script, str(tmp_path), limit],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert program.returncode == 0, program.stderr
-    sysctl = "fs.inotify.max_user_watches" if limit == "max_inotify_watches" else "fs.inotify.max_user_instances"
+    sysctl = (
+        "fs.inotify.max_user_watches"
+        if limit == "max_inotify_watches"
+        else "fs.inotify.max_user_instances"
+    )
     assert sysctl in program.stdout
 
 
@@ -235,8 +260,13 @@ def test_the_threads_of_others_are_not_taken(tmp_path: Path):
     async def main() -> None:
         ledger = Ledger()
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(Directory(tmp_path, name=f"d{n}", settle=0.05).listen(ledger)) for n in range(45)]
-            await eventually(lambda: len(threads()) >= 45, "every directory has its watching thread")
+            tasks = [
+                group.create_task(Directory(tmp_path, name=f"d{n}", settle=0.05).listen(ledger))
+                for n in range(45)
+            ]
+            await eventually(
+                lambda: len(threads()) >= 45, "every directory has its watching thread"
+            )
             async with asyncio.timeout(5):
                 assert await anyio.to_thread.run_sync(lambda: "free") == "free"
             assert anyio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
@@ -261,7 +291,9 @@ def test_nothing_is_left_running(tmp_path: Path):
                 await inbox.has("a")
 
     asyncio.run(main())
-    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "the inotify instances are closed")
+    wait_until(
+        lambda: len(os.listdir("/proc/self/fd")) <= before, "the inotify instances are closed"
+    )
 
 
 # --------------------------------------------------------------------------- what stands in a walk's way
@@ -332,7 +364,9 @@ def test_symlinks_are_followed_inside_the_root(tmp_path: Path):
         os.symlink(tmp_path / "out", inbox.root / "dir")
         os.symlink(tmp_path / "out/secret", inbox.root / "file")
         os.symlink("nowhere", inbox.root / "dangling")
-        await eventually(lambda: {"link", "real/a"} <= set(inbox.names()), "link and file are events")
+        await eventually(
+            lambda: {"link", "real/a"} <= set(inbox.names()), "link and file are events"
+        )
         await inbox.goes_quiet()
         assert inbox.without_probes() == ["link", "real/a"]
 

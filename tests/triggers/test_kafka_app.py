@@ -35,7 +35,9 @@ class Shop:
         self.broker, self.topic = broker, topic
         self.doors: dict[str, threading.Event] = {}
         self.app = App("shop", store=f"sqlite:///{folder}/shop.db", **options)
-        self.trigger = Kafka(topic, bootstrap_servers=broker.server, group_id=f"g-{topic}", name="kafka", **QUICK)
+        self.trigger = Kafka(
+            topic, bootstrap_servers=broker.server, group_id=f"g-{topic}", name="kafka", **QUICK
+        )
 
     async def counts(self, **expected: int) -> None:
         async def agree() -> bool:
@@ -46,10 +48,16 @@ class Shop:
 
     async def get(self, path: str) -> Any:
         transport = httpx2.ASGITransport(make_asgi(self.app, auth=False, manage=False))
-        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost", timeout=30) as client:
+        async with httpx2.AsyncClient(
+            transport=transport, base_url="http://localhost", timeout=30
+        ) as client:
             answer = await client.get(path)
             assert answer.status_code == 200, answer.text
-            return answer.json() if answer.headers["content-type"] == "application/json" else answer.text
+            return (
+                answer.json()
+                if answer.headers["content-type"] == "application/json"
+                else answer.text
+            )
 
 
 async def passed(door: threading.Event) -> None:
@@ -61,7 +69,14 @@ async def passed(door: threading.Event) -> None:
 Work = Callable[[Shop], Awaitable[None]]
 
 
-def run(broker: Broker, folder: Path, prepare: Callable[[Shop], None], work: Work, partitions: int = 1, **options: Any) -> None:
+def run(
+    broker: Broker,
+    folder: Path,
+    prepare: Callable[[Shop], None],
+    work: Work,
+    partitions: int = 1,
+    **options: Any,
+) -> None:
     async def go() -> None:
         shop = Shop(broker, await broker.create(partitions=partitions), folder, **options)
         prepare(shop)
@@ -74,7 +89,12 @@ def run(broker: Broker, folder: Path, prepare: Callable[[Shop], None], work: Wor
 def test_c1_records_become_runs_once(broker: Broker, tmp_path: Path):
     """C1: each record starts one run; a CloudEvent that comes again starts none and is counted; a second life starts none."""
     topic = asyncio.run(broker.create())
-    headers = [("ce_specversion", b"1.0"), ("ce_id", b"one"), ("ce_source", b"/s"), ("ce_type", b"t")]
+    headers = [
+        ("ce_specversion", b"1.0"),
+        ("ce_id", b"one"),
+        ("ce_source", b"/s"),
+        ("ce_type", b"t"),
+    ]
     seen: list[Any] = []
 
     @flow
@@ -83,7 +103,12 @@ def test_c1_records_become_runs_once(broker: Broker, tmp_path: Path):
 
     def app() -> App:
         made = App("shop", store=f"sqlite:///{tmp_path}/shop.db")
-        made.on(Kafka(topic, bootstrap_servers=broker.server, group_id=f"g-{topic}", name="kafka", **QUICK), handle)
+        made.on(
+            Kafka(
+                topic, bootstrap_servers=broker.server, group_id=f"g-{topic}", name="kafka", **QUICK
+            ),
+            handle,
+        )
         return made
 
     async def life(shop: App, **expected: int) -> None:
@@ -149,7 +174,9 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(broker: Broker, tmp_path: 
         await broker.send(shop.topic, b"{broken", headers=[("tenant", b"blue")])
         await broker.send(shop.topic, {"totl": 3}, {"total": 3})
         await shop.counts(completed=1, dead=2, pending=0)
-        letters = {letter["subscription"]: letter for letter in (await shop.get("/api/dead"))["dead"]}
+        letters = {
+            letter["subscription"]: letter for letter in (await shop.get("/api/dead"))["dead"]
+        }
         whole = await shop.get(f"/api/dead/{letters['']['id']}")
         assert whole["body"] == "{broken" and letters["kafka/handle"]["reason"].find("total") >= 0
         rows = (await shop.get("/api/events"))["events"]
@@ -173,12 +200,17 @@ def test_lag_is_shown(broker: Broker, tmp_path: Path):
 
         async def level() -> bool:
             (row,) = (await shop.get("/api/triggers"))["triggers"]
-            return row["totals"] == {"lag_messages": 0, "lag_seconds": 0} and row["condition"] is None
+            return (
+                row["totals"] == {"lag_messages": 0, "lag_seconds": 0} and row["condition"] is None
+            )
 
         await eventually(level, "nothing lags")
         text = await shop.get("/metrics")
         labels = f'{{partition="1",topic="{shop.topic}",trigger="kafka"}}'
-        assert f"eventflow_trigger_lag_messages{labels} 0.0" in text and f"eventflow_trigger_lag_seconds{labels} 0.0" in text
+        assert (
+            f"eventflow_trigger_lag_messages{labels} 0.0" in text
+            and f"eventflow_trigger_lag_seconds{labels} 0.0" in text
+        )
 
     run(broker, tmp_path, prepare, work, partitions=2)
 
@@ -195,13 +227,20 @@ def test_c10_a_flood_fills_the_ledger_and_no_further(broker: Broker, tmp_path: P
             await passed(doors[0])
 
         shop.trigger = Kafka(
-            shop.topic, bootstrap_servers=broker.server, group_id=f"g-{shop.topic}", name="kafka", max_poll_records=100, **QUICK
+            shop.topic,
+            bootstrap_servers=broker.server,
+            group_id=f"g-{shop.topic}",
+            name="kafka",
+            max_poll_records=100,
+            **QUICK,
         )
         shop.app.on(shop.trigger, handle)
 
     async def work(shop: Shop) -> None:
         await broker.send(shop.topic, *range(5_000))
-        await eventually(lambda: "paused" in (shop.trigger.condition or ""), "the trigger is paused", within=60)
+        await eventually(
+            lambda: "paused" in (shop.trigger.condition or ""), "the trigger is paused", within=60
+        )
         counts = await shop.app.store.counts()
         assert 500 <= counts["pending"] <= 600
         lag = sum(gauge.value for gauge in shop.trigger.gauges() if gauge.name == "lag_messages")
@@ -260,7 +299,8 @@ def test_c11_a_source_that_is_away_leaves_the_others_alone(broker: Broker, tmp_p
         async def told() -> bool:
             rows = {row["name"]: row for row in (await shop.get("/api/triggers"))["triggers"]}
             return (
-                "connecting: KafkaConnectionError" in (rows["away"]["condition"] or "") and rows["kafka"]["condition"] is None
+                "connecting: KafkaConnectionError" in (rows["away"]["condition"] or "")
+                and rows["kafka"]["condition"] is None
             )
 
         await eventually(told, "the page tells them apart")
@@ -273,6 +313,8 @@ def test_memory_is_flat_behind_a_full_ledger():
     `python -m benchmarks.kafka waiting`."""
     sizes = ["--records", "30000", "--max-pending", "2000", "--seconds", "5"]
     command = [sys.executable, "-m", "benchmarks.kafka", "waiting", *sizes]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.match(r"2[78],\d{3} records wait", done.stdout), done.stdout

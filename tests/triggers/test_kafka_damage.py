@@ -42,14 +42,22 @@ def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pyte
             async with topic.read(decode="bytes"):
                 await topic.send("other", partition=1)
                 await topic.has(2)
-                await eventually(lambda: topic.said("kafka.partition_stopped"), "the partition stopped")
-                assert f"{topic.name}/0 is stopped: offset 1 cannot be read: CorruptRecord" in (topic.trigger.condition or "")
+                await eventually(
+                    lambda: topic.said("kafka.partition_stopped"), "the partition stopped"
+                )
+                assert f"{topic.name}/0 is stopped: offset 1 cannot be read: CorruptRecord" in (
+                    topic.trigger.condition or ""
+                )
                 assert topic.cursor(0) == 1 and topic.cursor(1) == 1
                 proxy.damage = None
                 await topic.has(4)
                 await topic.committed(3, 1)
                 assert topic.trigger.condition is None
-            assert [data for data in topic.data if data != b'"other"'] == [b'"before"', POISON, b'"after"']
+            assert [data for data in topic.data if data != b'"other"'] == [
+                b'"before"',
+                POISON,
+                b'"after"',
+            ]
             assert len(topic.said("kafka.partition_stopped")) == 1
 
     with behind_a_proxy() as (broker, proxy):
@@ -93,7 +101,10 @@ def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.Mo
             assert "pip install 'eventflow-reactor[kafka]'" in (topic.trigger.condition or "")
             await topic.committed(1, 1)
         assert topic.said("kafka.codecs_missing")[0]["codecs"] == ["snappy", "lz4", "zstd"]
-        assert len(topic.said("kafka.partition_stopped")) == 1 and sorted(topic.data) == ["other", "plain"]
+        assert len(topic.said("kafka.partition_stopped")) == 1 and sorted(topic.data) == [
+            "other",
+            "plain",
+        ]
         monkeypatch.undo()
         async with topic.read():
             await topic.has(4)
@@ -108,4 +119,7 @@ def test_a_record_that_an_old_broker_does_not_send():
     tp = TopicPartition("orders", 2)
     error = RecordTooLargeError("There are some messages at %s=%s larger than %s", tp, 7, 1024)
     assert too_large(error) == (tp, 7)
-    assert unreadable(error, 7) == "offset 7 cannot be read: it is larger than max_partition_fetch_bytes=1024"
+    assert (
+        unreadable(error, 7)
+        == "offset 7 cannot be read: it is larger than max_partition_fetch_bytes=1024"
+    )

@@ -52,7 +52,9 @@ def other() -> Iterator[Broker]:
         yield running
 
 
-def run(broker: Broker, work: Callable[[Topic], Awaitable[None]], partitions: int = 1, **options: Any) -> None:
+def run(
+    broker: Broker, work: Callable[[Topic], Awaitable[None]], partitions: int = 1, **options: Any
+) -> None:
     async def go() -> None:
         await work(await make_topic(broker, partitions, **options))
 
@@ -80,8 +82,14 @@ def test_two_members_share_the_partitions(other: Broker):
         async with AsyncExitStack() as first:
             await first.enter_async_context(topic.read())
             async with topic.read():
-                parts = [{gauge.labels["partition"] for gauge in each.gauges()} for each in topic.triggers]
-                await eventually(lambda: [len(each.gauges()) for each in topic.triggers] == [4, 4], "each has two partitions")
+                parts = [
+                    {gauge.labels["partition"] for gauge in each.gauges()}
+                    for each in topic.triggers
+                ]
+                await eventually(
+                    lambda: [len(each.gauges()) for each in topic.triggers] == [4, 4],
+                    "each has two partitions",
+                )
                 for partition in range(4):
                     await topic.send(0, 1, 2, partition=partition)
                 await topic.has(12)
@@ -112,7 +120,9 @@ def test_k18_a_rebalance_in_mid_batch(other: Broker):
                 topic.ledger.open.set()
                 await topic.committed(5, 5)
                 await topic.has(10)
-                await eventually(lambda: len(topic.said("kafka.assigned")) == 3, "both have a partition")
+                await eventually(
+                    lambda: len(topic.said("kafka.assigned")) == 3, "both have a partition"
+                )
                 await topic.send(5, partition=0)
                 await topic.send(5, partition=1)
                 await topic.has(12)
@@ -132,7 +142,9 @@ def test_k19_a_batch_that_outlives_its_assignment(other: Broker, monkeypatch: py
             await topic.send(*range(5), partition=0)
             await eventually(lambda: topic.ledger.offered, "a batch is under way")
             async with topic.read():
-                await eventually(lambda: len(topic.ledger.offered) >= 5, "the other member may read it too")
+                await eventually(
+                    lambda: len(topic.ledger.offered) >= 5, "the other member may read it too"
+                )
                 topic.ledger.open.set()
                 await topic.has(5)
                 await topic.send(5, partition=0)
@@ -148,7 +160,9 @@ def test_k16_a_member_that_is_killed(other: Broker):
 
     async def work(topic: Topic) -> None:
         command = [sys.executable, "-c", STRANGER, other.server, topic.group, topic.name]
-        stranger = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        stranger = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         assert stranger.stdout is not None
         try:
             assert await asyncio.to_thread(stranger.stdout.readline) == "joined 4\n"
@@ -158,7 +172,11 @@ def test_k16_a_member_that_is_killed(other: Broker):
                     await topic.send(*range(3), partition=partition)
                 stranger.kill()
                 killed = time.monotonic()
-                await eventually(lambda: len(topic.said("kafka.assigned")) > before, "all partitions come over", within=60)
+                await eventually(
+                    lambda: len(topic.said("kafka.assigned")) > before,
+                    "all partitions come over",
+                    within=60,
+                )
                 assert time.monotonic() - killed < 11
                 await topic.has(12)
         finally:
@@ -176,7 +194,9 @@ def test_static_members_come_back_without_a_rebalance(broker: Broker):
     async def work(topic: Topic) -> None:
         async with topic.read(group_instance_id="one"):
             async with topic.read(group_instance_id="two"):
-                await eventually(lambda: len(topic.said("kafka.assigned")) == 3, "each has a partition")
+                await eventually(
+                    lambda: len(topic.said("kafka.assigned")) == 3, "each has a partition"
+                )
             async with topic.read(group_instance_id="two"):
                 await topic.send(0, partition=0)
                 await topic.send(0, partition=1)
@@ -229,7 +249,9 @@ def test_a_full_ledger_pauses_the_partitions_and_never_leaves_the_group(broker: 
             await eventually(topic.trigger._sessions[0].consumer.paused, "the partition is paused")
             began = time.monotonic()
             assert topic.trigger.condition == "paused: 10,000 events are pending"
-            await eventually(lambda: time.monotonic() - began > 9, "twice the poll interval has passed")
+            await eventually(
+                lambda: time.monotonic() - began > 9, "twice the poll interval has passed"
+            )
             assert await broker.committed(topic.group, topic.name) == [0]
             offered = len(topic.ledger.offered)
             topic.ledger.failing = None
@@ -255,8 +277,13 @@ def test_k24_a_rebalance_while_the_ledger_is_full(other: Broker, monkeypatch: py
             consumer = topic.trigger._sessions[0].consumer
             await eventually(lambda: len(consumer.paused()) == 2, "both partitions are paused")
             async with topic.read(joined=False):
-                await eventually(lambda: len(consumer.assignment()) == 1, "one is the other member's")
-                await eventually(lambda: consumer.paused() == consumer.assignment(), "the one that is left is paused")
+                await eventually(
+                    lambda: len(consumer.assignment()) == 1, "one is the other member's"
+                )
+                await eventually(
+                    lambda: consumer.paused() == consumer.assignment(),
+                    "the one that is left is paused",
+                )
                 assert not topic.ledger.kept
                 topic.ledger.failing = None
                 for trigger in topic.triggers:
@@ -280,7 +307,9 @@ def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
         broker.kill()
         async with topic.read(joined=False):
             await eventually(lambda: topic.said("kafka.lost"), "it noticed")
-            assert "connecting: " in (topic.trigger.condition or "") and topic.trigger.gauges() == []
+            assert (
+                "connecting: " in (topic.trigger.condition or "") and topic.trigger.gauges() == []
+            )
             await asyncio.to_thread(broker.start)
             await topic.send(1)
             await eventually(lambda: 1 in topic.data, "it reads", within=60)
@@ -299,7 +328,9 @@ def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
         await topic.send(*range(3))
         async with topic.read():
             await topic.has(3)
-            await asyncio.sleep(1)  # noida writes to disk once in a while, and loses what it has not written
+            await asyncio.sleep(
+                1
+            )  # noida writes to disk once in a while, and loses what it has not written
             await asyncio.to_thread(broker.stop, how)
             await asyncio.sleep(4)
             await asyncio.to_thread(broker.start)

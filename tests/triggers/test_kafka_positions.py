@@ -20,7 +20,9 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
         yield running
 
 
-def run(broker: Broker, work: Callable[[Topic], Awaitable[None]], partitions: int = 1, **options: Any) -> None:
+def run(
+    broker: Broker, work: Callable[[Topic], Awaitable[None]], partitions: int = 1, **options: Any
+) -> None:
     async def go() -> None:
         await work(await make_topic(broker, partitions, **options))
 
@@ -177,7 +179,9 @@ def test_records_that_expire_under_a_reader(broker: Broker):
             await eventually(lambda: 7 in topic.data, "the last is recorded")
         missing = set(range(8)) - set(topic.data)
         assert missing <= set(range(2, 6)) and {0, 1, 6, 7} <= set(topic.data)
-        assert [(int(first), int(after)) for first, after in gaps(topic)] == ([(min(missing), 6)] if missing else [])
+        assert [(int(first), int(after)) for first, after in gaps(topic)] == (
+            [(min(missing), 6)] if missing else []
+        )
 
     run(broker, work)
 
@@ -194,7 +198,9 @@ def test_gaps_may_stop_a_partition(broker: Broker):
         async with topic.read(on_gap="stop"):
             await topic.send("other", partition=1)
             await topic.has(2)
-            assert f"{topic.name}/0 is stopped: 1 records, offsets 1 to 1" in (topic.trigger.condition or "")
+            assert f"{topic.name}/0 is stopped: 1 records, offsets 1 to 1" in (
+                topic.trigger.condition or ""
+            )
         assert topic.cursor(0) == 1 and topic.data == [0, "other"] and topic.dead == []
         async with topic.read(on_gap="latest"):
             await topic.send(3)
@@ -271,13 +277,17 @@ def test_a_broker_that_lost_its_tail(tmp_path: Path):
         await topic.send(*(f"first {n}" for n in range(5)))
         async with topic.read():
             await topic.has(5)
-        await topic.broker.delete(topic.name)  # what was not flushed is gone, and so the test need not race with the disk
+        await topic.broker.delete(
+            topic.name
+        )  # what was not flushed is gone, and so the test need not race with the disk
         broker.kill()
         await asyncio.to_thread(broker.start)
         await broker.create(topic.name)
         await topic.send(*(f"second {n}" for n in range(2)))
         async with topic.read():
-            await eventually(lambda: "second 1" in topic.data, "the new records are recorded", within=60)
+            await eventually(
+                lambda: "second 1" in topic.data, "the new records are recorded", within=60
+            )
         assert topic.data == [f"first {n}" for n in range(5)] + ["second 0", "second 1"]
 
     with noida(tmp_path / "data") as broker:
@@ -325,11 +335,15 @@ def test_k22_transactions(broker: Broker):
 
     async def work(topic: Topic) -> None:
         async with topic.read():
-            for n in range(3):  # each with a producer of its own: noida names old aborted ones again, which hides theirs
+            for n in range(
+                3
+            ):  # each with a producer of its own: noida names old aborted ones again, which hides theirs
                 async with broker.producer(transactional_id=f"{topic.name}-{n}") as producer:
                     await producer.begin_transaction()
                     await producer.send_and_wait(topic.name, str(n).encode(), partition=0)
-                    await (producer.abort_transaction() if n == 1 else producer.commit_transaction())
+                    await (
+                        producer.abort_transaction() if n == 1 else producer.commit_transaction()
+                    )
             await topic.has(2)
             await eventually(lambda: topic.totals().get("lag_messages") == 0, "nothing lags")
             end = topic.cursor()
@@ -346,11 +360,15 @@ def test_lag(broker: Broker):
         await topic.send(0)
         async with topic.read(max_poll_records=10):
             await topic.has(1)
-            await eventually(lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags")
+            await eventually(
+                lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags"
+            )
             topic.ledger.open.clear()
             await topic.send(*range(1, 6))
             await eventually(lambda: len(topic.ledger.offered) > 1, "more is under way")
-            await eventually(lambda: topic.totals()["lag_messages"] == 5, "5 records lag", within=60)
+            await eventually(
+                lambda: topic.totals()["lag_messages"] == 5, "5 records lag", within=60
+            )
             first = topic.totals()["lag_seconds"]
             await eventually(lambda: topic.totals()["lag_seconds"] > first, "they grow old")
             assert 0 < first < 60
@@ -358,7 +376,9 @@ def test_lag(broker: Broker):
             assert gauge == Gauge("lag_messages", 5, {"topic": topic.name, "partition": "0"})
             topic.ledger.open.set()
             await topic.has(6)
-            await eventually(lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags")
+            await eventually(
+                lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags"
+            )
         assert offsets_of(topic.events) == list(range(6))
 
     run(broker, work)

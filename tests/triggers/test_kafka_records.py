@@ -45,7 +45,13 @@ def run(broker: Broker, work: Callable[[Topic], Awaitable[None]], **options: Any
 
 
 def ce(name: str, **more: str) -> list[tuple[str, bytes]]:
-    attributes = {"specversion": "1.0", "id": name, "source": "/shop", "type": "order.placed", **more}
+    attributes = {
+        "specversion": "1.0",
+        "id": name,
+        "source": "/shop",
+        "type": "order.placed",
+        **more,
+    }
     return [(f"ce_{key}", value.encode()) for key, value in attributes.items() if value]
 
 
@@ -57,17 +63,30 @@ def test_k1_plain_json(broker: Broker):
     at = now_ms()
 
     async def work(topic: Topic) -> None:
-        headers = [("trace", b"one"), ("trace", b"two"), ("empty", b""), ("bin", b"\xff\x00"), ("traceparent", b"00-ab-cd-01")]
+        headers = [
+            ("trace", b"one"),
+            ("trace", b"two"),
+            ("empty", b""),
+            ("bin", b"\xff\x00"),
+            ("traceparent", b"00-ab-cd-01"),
+        ]
         await topic.send({"total": 3}, key=b"customer-7", headers=headers, at=at)
         async with topic.read():
             await topic.has(1)
         (event,) = topic.events
         assert event.id == f"0:0:{at}" and event.source == f"kafka://test/{topic.name}"
         assert event.type == "io.eventflow.kafka.record" and event.subject == "customer-7"
-        assert event.time == datetime.fromtimestamp(at // 1000, UTC).replace(microsecond=at % 1000 * 1000)
+        assert event.time == datetime.fromtimestamp(at // 1000, UTC).replace(
+            microsecond=at % 1000 * 1000
+        )
         assert event.data == {"total": 3} and event.datacontenttype == "application/json"
-        assert event.extensions["kafkatopic"] == topic.name and event.extensions["kafkapartition"] == 0
-        assert event.extensions["kafkaoffset"] == "0" and event.extensions["traceparent"] == "00-ab-cd-01"
+        assert (
+            event.extensions["kafkatopic"] == topic.name and event.extensions["kafkapartition"] == 0
+        )
+        assert (
+            event.extensions["kafkaoffset"] == "0"
+            and event.extensions["traceparent"] == "00-ab-cd-01"
+        )
         assert record_headers(event) == headers
         again = Event.from_json(event.to_json())
         assert record_headers(again) == headers and again.data == event.data
@@ -119,7 +138,11 @@ def test_k6_keys_that_are_not_text(broker: Broker):
         async with topic.read():
             await topic.has(3)
         raw, empty, none = topic.events
-        assert raw.subject is None and raw.extensions["partitionkey"] == f"base64:{base64.b64encode(bytes([255, 1])).decode()}"
+        assert (
+            raw.subject is None
+            and raw.extensions["partitionkey"]
+            == f"base64:{base64.b64encode(bytes([255, 1])).decode()}"
+        )
         assert empty.subject is None and empty.extensions["partitionkey"] == "base64:"
         assert none.subject is None and "partitionkey" not in none.extensions
 
@@ -147,8 +170,16 @@ def test_binary_cloudevents(broker: Broker):
 
     async def work(topic: Topic) -> None:
         json_type = [("content-type", b"application/json")]
-        await topic.send({"n": 1}, headers=[*ce("one", subject="s", tenant="blue", time="2026-01-31T08:00:00Z"), *json_type])
-        await topic.send(b"\x00raw", key=b"k", headers=[*ce("two"), ("content-type", b"application/x-thing")])
+        await topic.send(
+            {"n": 1},
+            headers=[
+                *ce("one", subject="s", tenant="blue", time="2026-01-31T08:00:00Z"),
+                *json_type,
+            ],
+        )
+        await topic.send(
+            b"\x00raw", key=b"k", headers=[*ce("two"), ("content-type", b"application/x-thing")]
+        )
         await topic.send(None, key=b"k", headers=ce("three"))
         async with topic.read():
             await topic.has(3)
@@ -166,12 +197,25 @@ def test_k9_a_structured_cloudevent_that_repeats_its_headers(broker: Broker):
     """K9: the content type decides: a structured event with ce_ headers besides is that event, and not wrapped twice."""
 
     async def work(topic: Topic) -> None:
-        fields = {"specversion": "1.0", "id": "s1", "source": "/shop", "type": "order.placed", "data": {"n": 1}}
+        fields = {
+            "specversion": "1.0",
+            "id": "s1",
+            "source": "/shop",
+            "type": "order.placed",
+            "data": {"n": 1},
+        }
         await topic.send(fields, headers=[*STRUCTURED, *ce("s1")])
-        await topic.send(fields | {"id": "s2"}, headers=[("Content-Type", b"Application/CloudEvents+JSON")], key=b"k")
+        await topic.send(
+            fields | {"id": "s2"},
+            headers=[("Content-Type", b"Application/CloudEvents+JSON")],
+            key=b"k",
+        )
         async with topic.read():
             await topic.has(2)
-        assert [event.id for event in topic.events] == ["s1", "s2"] and topic.data == [{"n": 1}, {"n": 1}]
+        assert [event.id for event in topic.events] == ["s1", "s2"] and topic.data == [
+            {"n": 1},
+            {"n": 1},
+        ]
         assert topic.events[1].extensions == {"partitionkey": "k"}
 
     run(broker, work)
@@ -190,7 +234,9 @@ def test_k9_a_structured_cloudevent_that_repeats_its_headers(broker: Broker):
     ],
     ids=["no id", "no version", "data header", "not UTF-8", "no object", "broken", "batch"],
 )
-def test_k10_cloudevents_that_are_none(broker: Broker, value: bytes, headers: list[tuple[str, bytes]], why: str):
+def test_k10_cloudevents_that_are_none(
+    broker: Broker, value: bytes, headers: list[tuple[str, bytes]], why: str
+):
     """K10: a CloudEvent without id gets no invented one; it and other broken ones are dead letters, bytes and headers kept."""
 
     async def work(topic: Topic) -> None:
@@ -215,7 +261,12 @@ def test_k12_one_cloudevent_on_two_topics(broker: Broker):
         await broker.send(second, {"n": 1}, headers=ce("same"))
         await topic.send({"n": 1}, headers=ce("same"))
         both = Kafka(
-            topic.name, second, group_id=topic.group, bootstrap_servers=broker.server, name="kafka", metadata_max_age_ms=1000
+            topic.name,
+            second,
+            group_id=topic.group,
+            bootstrap_servers=broker.server,
+            name="kafka",
+            metadata_max_age_ms=1000,
         )
         topic.triggers.append(both)
         task = asyncio.create_task(both.listen(topic.ledger))
@@ -236,17 +287,25 @@ def test_cloudevents_as_the_sdk_writes_them(broker: Broker):
     from cloudevents.core.formats.json import JSONFormat
     from cloudevents.core.v1.event import CloudEvent
 
-    event = CloudEvent({"id": "sdk", "source": "/sdk", "type": "t", "specversion": "1.0", "subject": "é"}, {"n": 1})
+    event = CloudEvent(
+        {"id": "sdk", "source": "/sdk", "type": "t", "specversion": "1.0", "subject": "é"}, {"n": 1}
+    )
 
     async def work(topic: Topic) -> None:
         for message in (to_binary(event, JSONFormat()), to_structured(event, JSONFormat())):
-            value = message.value if isinstance(message.value, bytes) else str(message.value).encode()
+            value = (
+                message.value if isinstance(message.value, bytes) else str(message.value).encode()
+            )
             await topic.send(value, headers=list(message.headers.items()))
         async with topic.read():
             await eventually(lambda: len(topic.ledger.offered) == 2, "both are offered")
         binary, structured = topic.ledger.offered
         assert isinstance(binary, Event) and isinstance(structured, Event)
-        assert (binary.id, binary.subject, binary.data) == (structured.id, structured.subject, structured.data)
+        assert (binary.id, binary.subject, binary.data) == (
+            structured.id,
+            structured.subject,
+            structured.data,
+        )
         assert (binary.id, binary.subject, binary.data) == ("sdk", "é", {"n": 1})
 
     run(broker, work)
@@ -267,7 +326,13 @@ def test_undecodable_records_do_not_stop_a_partition(broker: Broker):
             await topic.committed(3)
         (letter,) = topic.dead
         assert topic.data == [{"n": 1}, {"n": 3}] and letter.body == b'{"n": '
-        told = {"h": "v", "raw": "base64:/w==", "kafka-key": "base64:/w==", "kafka-partition": "0", "kafka-offset": "1"}
+        told = {
+            "h": "v",
+            "raw": "base64:/w==",
+            "kafka-key": "base64:/w==",
+            "kafka-partition": "0",
+            "kafka-offset": "1",
+        }
         assert told.items() <= letter.headers.items()
 
     run(broker, work)
@@ -282,7 +347,10 @@ def test_c7_the_largest_value(broker: Broker):
         async with topic.read(max_body=1000):
             await topic.has(2)
         assert topic.data == ["x" * 998]
-        assert len(topic.dead[0].body) == 1001 and "at most 1000 bytes, found 1001" in topic.dead[0].error
+        assert (
+            len(topic.dead[0].body) == 1001
+            and "at most 1000 bytes, found 1001" in topic.dead[0].error
+        )
 
     run(broker, work)
 
@@ -296,7 +364,11 @@ def test_headers_and_keys_have_a_bound(broker: Broker):
         await topic.send({"n": 3}, key=b"x" * 70_000)
         async with topic.read():
             await topic.has(3)
-        assert ["headers" in each.error for each in topic.dead] == [True, True, False] and "key" in topic.dead[2].error
+        assert ["headers" in each.error for each in topic.dead] == [
+            True,
+            True,
+            False,
+        ] and "key" in topic.dead[2].error
         assert [each.body for each in topic.dead] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
 
     run(broker, work)
@@ -343,7 +415,11 @@ def test_a_decoder_makes_data_or_an_event(broker: Broker):
 
     def decode(record: Any) -> Any:
         number = int(record.value)
-        return Event(id=f"own-{number}", source="/own", type="own", data=number) if number > 9 else {"n": number}
+        return (
+            Event(id=f"own-{number}", source="/own", type="own", data=number)
+            if number > 9
+            else {"n": number}
+        )
 
     async def work(topic: Topic) -> None:
         await topic.send(b"1", b"10")
@@ -379,14 +455,18 @@ class Registry(BaseHTTPRequestHandler):
 
     down = False
     asked = 0
-    SCHEMA = json.dumps({"type": "record", "name": "Payment", "fields": [{"name": "amount", "type": "long"}]})
+    SCHEMA = json.dumps(
+        {"type": "record", "name": "Payment", "fields": [{"name": "amount", "type": "long"}]}
+    )
 
     def do_GET(self) -> None:
         Registry.asked += 1
         known = self.path == "/schemas/ids/7"
         self.send_response(503 if Registry.down else 200 if known else 404)
         self.end_headers()
-        self.wfile.write(json.dumps({"schema": self.SCHEMA} if known else {"error_code": 40403}).encode())
+        self.wfile.write(
+            json.dumps({"schema": self.SCHEMA} if known else {"error_code": 40403}).encode()
+        )
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
@@ -416,7 +496,9 @@ def framed(amount: int, schema: int = 7) -> bytes:
     import fastavro
 
     body = BytesIO()
-    fastavro.schemaless_writer(body, fastavro.parse_schema(json.loads(Registry.SCHEMA)), {"amount": amount})
+    fastavro.schemaless_writer(
+        body, fastavro.parse_schema(json.loads(Registry.SCHEMA)), {"amount": amount}
+    )
     return struct.pack(">bI", 0, schema) + body.getvalue()
 
 
@@ -434,7 +516,9 @@ def test_avro_with_a_schema_registry(broker: Broker, registry: str):
     run(broker, work)
 
 
-def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(broker: Broker, registry: str):
+def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
+    broker: Broker, registry: str
+):
     """While a decoder asks for time its partition waits, and says so; what came before is recorded, and then all the rest."""
 
     async def work(topic: Topic) -> None:
@@ -444,7 +528,10 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(broker: B
         await topic.send(framed(1), framed(2, schema=9), framed(3))
         async with topic.read(decode=decode):
             await topic.has(1)
-            await eventually(lambda: "asks for time" in (topic.trigger.condition or ""), "it says what it waits for")
+            await eventually(
+                lambda: "asks for time" in (topic.trigger.condition or ""),
+                "it says what it waits for",
+            )
             assert topic.dead == [] and topic.cursor() == 1
             Registry.down = False
             await topic.has(3)
@@ -479,7 +566,9 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(broker: B
     ],
     ids=lambda value: "" if isinstance(value, tuple) else str(value),
 )
-def test_mistakes_are_found_when_it_is_made(topics: tuple[str, ...], options: dict[str, Any], why: str):
+def test_mistakes_are_found_when_it_is_made(
+    topics: tuple[str, ...], options: dict[str, Any], why: str
+):
     """A mistake in the options is an error at once, in words that say what to write instead."""
     with pytest.raises(UsageError) as raised:
         Kafka(*topics, **{"group_id": "g", **options})
@@ -489,9 +578,16 @@ def test_mistakes_are_found_when_it_is_made(topics: tuple[str, ...], options: di
 def test_secrets(monkeypatch: pytest.MonkeyPatch):
     """A password may come from the environment by reference; an empty one stops the start."""
     with pytest.raises(EmptySecret, match="PASSWORD"):
-        Kafka("a", group_id="g", security_protocol="SASL_PLAINTEXT", sasl_plain_password=env("PASSWORD"))
+        Kafka(
+            "a",
+            group_id="g",
+            security_protocol="SASL_PLAINTEXT",
+            sasl_plain_password=env("PASSWORD"),
+        )
     monkeypatch.setenv("PASSWORD", "open sesame")
-    made = Kafka("a", group_id="g", security_protocol="SASL_PLAINTEXT", sasl_plain_password=env("PASSWORD"))
+    made = Kafka(
+        "a", group_id="g", security_protocol="SASL_PLAINTEXT", sasl_plain_password=env("PASSWORD")
+    )
     assert made._options.client["sasl_plain_password"] == "open sesame"
 
 
@@ -501,7 +597,9 @@ def test_without_the_extra_it_says_what_to_install():
     import sys
 
     program = "import sys; sys.modules['aiokafka'] = None\nimport triggers\ntriggers.Webhook\ntriggers.Kafka"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and MissingExtra.__name__ in done.stderr
     assert "pip install 'eventflow-reactor[kafka]'" in done.stderr
 

@@ -39,7 +39,11 @@ def run(behind: tuple[Broker, Proxy], work: Work) -> None:
             proxy.withheld = False
             await work(topic, proxy)
             await eventually(lambda: not proxy.open, "every connection is closed", within=40)
-            await eventually(lambda: not (own_tasks() - before), f"every task has ended: {own_tasks() - before}", within=40)
+            await eventually(
+                lambda: not (own_tasks() - before),
+                f"every task has ended: {own_tasks() - before}",
+                within=40,
+            )
 
     asyncio.run(go())
 
@@ -65,7 +69,9 @@ def test_a_start_that_is_cancelled(behind: tuple[Broker, Proxy], client: str):
     async def work(topic: Topic, proxy: Proxy) -> None:
         proxy.answers = 1  # which versions there are; not which brokers
         sink = KafkaSink(topic.name, bootstrap_servers=topic.broker.server)
-        starts = topic.make().listen(topic.ledger) if client == "trigger" else sink.send(letter(topic))
+        starts = (
+            topic.make().listen(topic.ledger) if client == "trigger" else sink.send(letter(topic))
+        )
         task = asyncio.ensure_future(starts)
         await withheld(proxy)
         task.cancel()

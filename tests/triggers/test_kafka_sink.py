@@ -38,27 +38,57 @@ async def test_binary_mode_is_the_cloudevents_binding(broker: Broker):
     moment = datetime(2026, 1, 31, 8, 0, 0, 250_000, tzinfo=UTC)
     sink = KafkaSink(topic, bootstrap_servers=broker.server)
     await sink.send(
-        letter(Event(id="a", source="/flows/x", type="order.scored", data={"n": 1}, subject="order/1", time=moment)),
-        letter(Event(id="b", source="/flows/x", type="raw", data=b"\x00\xff", extensions={"partitionkey": "k", "ok": True})),
+        letter(
+            Event(
+                id="a",
+                source="/flows/x",
+                type="order.scored",
+                data={"n": 1},
+                subject="order/1",
+                time=moment,
+            )
+        ),
+        letter(
+            Event(
+                id="b",
+                source="/flows/x",
+                type="raw",
+                data=b"\x00\xff",
+                extensions={"partitionkey": "k", "ok": True},
+            )
+        ),
         letter(Event(id="c", source="/flows/x", type="order.gone", subject="order/3")),
         letter(Event(id="d", source="/flows/x", type="order.empty")),
     )
     await sink.close()
     first, second, third, fourth = await broker.read(topic, 4)
     said = headers_of(first)
-    assert said["ce_specversion"] == "1.0" and (said["ce_id"], said["ce_source"]) == ("a", "/flows/x")
-    assert (said["ce_type"], said["ce_subject"], said["content-type"]) == ("order.scored", "order/1", "application/json")
+    assert said["ce_specversion"] == "1.0" and (said["ce_id"], said["ce_source"]) == (
+        "a",
+        "/flows/x",
+    )
+    assert (said["ce_type"], said["ce_subject"], said["content-type"]) == (
+        "order.scored",
+        "order/1",
+        "application/json",
+    )
     assert datetime.fromisoformat(said["ce_time"]) == moment and first.timestamp == 1769846400250
     assert (orjson.loads(first.value), first.key) == ({"n": 1}, b"order/1")
     assert (second.value, second.key, headers_of(second)["ce_ok"]) == (b"\x00\xff", b"k", "true")
-    assert third.value is None and third.key == b"order/3" and headers_of(third)["ce_type"] == "order.gone"
+    assert (
+        third.value is None
+        and third.key == b"order/3"
+        and headers_of(third)["ce_type"] == "order.gone"
+    )
     assert fourth.value == b"" and fourth.key is None
 
 
 async def test_structured_mode_is_the_whole_event(broker: Broker):
     """One JSON document that reads back as the event; a key of one's own."""
     topic = await broker.create()
-    sink = KafkaSink(topic, bootstrap_servers=broker.server, mode="structured", key=lambda event: f"k-{event.id}")
+    sink = KafkaSink(
+        topic, bootstrap_servers=broker.server, mode="structured", key=lambda event: f"k-{event.id}"
+    )
     event = Event(id="a", source="/s", type="t", data={"n": 1})
     await sink.send(letter(event))
     await sink.close()
@@ -77,18 +107,32 @@ async def test_a_dead_letter_keeps_its_bytes_and_says_why(broker: Broker):
     (record,) = await broker.read(topic, 1)
     said = headers_of(record)
     assert record.value == b"{not json" and said["x-key"] == "7"
-    told = {name.removeprefix("eventflow.error."): text for name, text in said.items() if name.startswith("eventflow.error.")}
-    assert told.items() >= {"reason": "not JSON", "id": "junk", "source": "/in", "ledger_id": show_id(7)}.items()
+    told = {
+        name.removeprefix("eventflow.error."): text
+        for name, text in said.items()
+        if name.startswith("eventflow.error.")
+    }
+    assert (
+        told.items()
+        >= {"reason": "not JSON", "id": "junk", "source": "/in", "ledger_id": show_id(7)}.items()
+    )
 
 
-async def test_p9_what_is_too_large_is_permanent_and_the_others_arrive(broker: Broker, tmp_path: Path):
+async def test_p9_what_is_too_large_is_permanent_and_the_others_arrive(
+    broker: Broker, tmp_path: Path
+):
     """An event above `max_request_size` is a dead letter of its outlet; the ones before and behind it arrive."""
     topic = await broker.create()
     app = App("large", store=f"sqlite:///{tmp_path / 'large.db'}", ballast=0, free_floor=0)
     app.send("note", KafkaSink(topic, bootstrap_servers=broker.server, max_request_size=2_000))
     async with app:
         sizes = (10, 5_000, 10)
-        await app.accept(*[Event(id=f"e-{n}", source="/t", type="note", data="x" * size) for n, size in enumerate(sizes)])
+        await app.accept(
+            *[
+                Event(id=f"e-{n}", source="/t", type="note", data="x" * size)
+                for n, size in enumerate(sizes)
+            ]
+        )
 
         async def dead() -> Any:
             return await app.store.dead()
@@ -111,8 +155,19 @@ async def test_p2_topic_to_topic_over_two_lives(tmp_path: Path):
 
         def app() -> App:
             made = App("chain", store=f"sqlite:///{tmp_path / 'chain.db'}", ballast=0, free_floor=0)
-            made.on(Kafka(orders, bootstrap_servers=broker.server, group_id="chain", session_timeout_ms=6_000), score)
-            made.send("order.scored", KafkaSink(scored, bootstrap_servers=broker.server, request_timeout_ms=5_000))
+            made.on(
+                Kafka(
+                    orders,
+                    bootstrap_servers=broker.server,
+                    group_id="chain",
+                    session_timeout_ms=6_000,
+                ),
+                score,
+            )
+            made.send(
+                "order.scored",
+                KafkaSink(scored, bootstrap_servers=broker.server, request_timeout_ms=5_000),
+            )
             return made
 
         await broker.send(orders, *({"n": n} for n in range(30)))
@@ -133,7 +188,9 @@ async def _sent_all(app: App) -> bool:
     return not await app.store.outbox_depths()
 
 
-async def test_a_broker_that_is_away_is_a_failure_that_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+async def test_a_broker_that_is_away_is_a_failure_that_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """With nobody at the address the outlet fails and says so; nothing is lost, nobody waits."""
     monkeypatch.setattr("eventflow.sinks.dispatcher.BACKOFF", (0.05, 0.2))
     app = App("away", store=f"sqlite:///{tmp_path / 'away.db'}", ballast=0, free_floor=0)

@@ -24,7 +24,9 @@ HERE, THERE = "203.0.113.7", "203.0.113.8"
 
 
 async def burst(hook: Hook, number: int, address: str, **headers: str) -> list[int]:
-    return [(await hook.post({}, x_forwarded_for=address, **headers)).status_code for _ in range(number)]
+    return [
+        (await hook.post({}, x_forwarded_for=address, **headers)).status_code for _ in range(number)
+    ]
 
 
 @pytest.mark.parametrize("make", [Webhook, DriftAlert])
@@ -55,9 +57,19 @@ def test_s11_a_429_comes_before_the_body_and_the_signature():
         forged = {"authorization": "Bearer forged"}
         assert await burst(hook, 6, HERE, **forged) == [401] * 5 + [429]
         assert await burst(hook, 1, HERE, authorization="Bearer s3cret") == [429]
-        head = post("/hooks/orders", b"", ("X-Forwarded-For", HERE), ("Content-Length", "1000"), length=False)
+        head = post(
+            "/hooks/orders",
+            b"",
+            ("X-Forwarded-For", HERE),
+            ("Content-Length", "1000"),
+            length=False,
+        )
         status, headers, body = await raw(hook.port, head)
-        assert status == 429 and headers["retry-after"] == "1" and json.loads(body)["error"] == "too_many_requests"
+        assert (
+            status == 429
+            and headers["retry-after"] == "1"
+            and json.loads(body)["error"] == "too_many_requests"
+        )
         assert hook.ledger.offered == []
 
     over_http(check, verify=Bearer("s3cret"), max_rate=1, clock=VirtualClock())
@@ -68,11 +80,15 @@ def test_s11_the_connection_of_a_429_lives_on():
 
     async def check(hook: Hook) -> None:
         assert await burst(hook, 5, HERE) == [202] * 5
-        pair = post("/hooks/orders", b'{"a": 1}' * 5000, ("X-Forwarded-For", HERE)) + post("/hooks/orders", b"{}")
+        pair = post("/hooks/orders", b'{"a": 1}' * 5000, ("X-Forwarded-For", HERE)) + post(
+            "/hooks/orders", b"{}"
+        )
         reader, writer = await asyncio.open_connection("127.0.0.1", hook.port)
         writer.write(pair)
         async with asyncio.timeout(15):
-            text = await reader.readuntil(b'"detail":"expected at most 1 requests a second from one address"}')
+            text = await reader.readuntil(
+                b'"detail":"expected at most 1 requests a second from one address"}'
+            )
             assert text.startswith(b"HTTP/1.1 429 ")
             assert (await reader.readline()).startswith(b"HTTP/1.1 202 ")
         writer.close()
@@ -100,7 +116,9 @@ def test_s11_the_default_is_out_of_the_way_of_honest_senders():
     pace = trigger._pace
     assert pace is not None and pace.rate == 1000
     assert [pace.wait(HERE, clock.monotonic()) > 0 for _ in range(5001)] == [False] * 5000 + [True]
-    assert [pace.wait(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [False] * 1000 + [True]
+    assert [pace.wait(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [False] * 1000 + [
+        True
+    ]
 
 
 def test_s11_a_flood_is_one_line_a_second_and_a_gauge():
@@ -147,9 +165,17 @@ def test_s11_behind_a_proxy_the_senders_address_counts(tmp_path: Path):
     (tmp_path / "shop.py").write_text(SHOP)
     for option, expected in ((["--behind-proxy"], [202] + [429] * 5), ([], [202] * 6)):
         with server(tmp_path, *option) as served:
-            found = [served.client.post("/hooks/orders", json={}, headers={"x-forwarded-for": HERE}) for _ in range(6)]
+            found = [
+                served.client.post("/hooks/orders", json={}, headers={"x-forwarded-for": HERE})
+                for _ in range(6)
+            ]
             assert [each.status_code for each in found] == expected
-            assert served.client.post("/hooks/orders", json={}, headers={"x-forwarded-for": THERE}).status_code == 202
+            assert (
+                served.client.post(
+                    "/hooks/orders", json={}, headers={"x-forwarded-for": THERE}
+                ).status_code
+                == 202
+            )
             metric = f'eventflow_trigger_requests_throttled{{trigger="webhook-orders"}} {expected.count(429)}.0'
             assert metric in served.client.get("/metrics").text
 
@@ -160,7 +186,10 @@ def test_s11_memory_is_bounded():
     while not pace.wait(HERE, 0.0):
         pass
     for number in range(3 * MOST):
-        assert pace.wait(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.1 * number / MOST) == 0.0
+        assert (
+            pace.wait(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.1 * number / MOST)
+            == 0.0
+        )
         assert len(pace) <= MOST
     assert pace.wait(HERE, 0.3) > 0
 
@@ -180,7 +209,9 @@ def test_s11_what_an_address_is(address: str, same: str, other: str):
     assert len(str(known_as(other))) <= 64
 
 
-@pytest.mark.parametrize("address", ["", "127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0:0:0:0:0:0:0:1"])
+@pytest.mark.parametrize(
+    "address", ["", "127.0.0.1", "127.8.8.8", "::1", "::ffff:127.0.0.1", "0:0:0:0:0:0:0:1"]
+)
 def test_s11_loopback_has_no_bucket(address: str):
     """Every way to write this machine's own address is known as such."""
     assert known_as(address) is None

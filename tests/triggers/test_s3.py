@@ -38,7 +38,12 @@ class QueueHarness:
         yield
 
     def trigger(self) -> Trigger:
-        return S3(self.bucket.name, queue=self.queue.url, name="arrivals", **{**QUICK, **self.aws.options, **self.options})
+        return S3(
+            self.bucket.name,
+            queue=self.queue.url,
+            name="arrivals",
+            **{**QUICK, **self.aws.options, **self.options},
+        )
 
     async def offer(self, keys: Sequence[str]) -> None:
         self.offered |= set(keys)
@@ -49,8 +54,15 @@ class QueueHarness:
         for item in list(ledger.kept.values()):
             assert isinstance(item, Event) and item.time is not None
             data = item.data
-            more = {"size": data["size"], "eTag": data["etag"], "sequencer": data["sequencer"], "versionId": data["version"]}
-            record = self.bucket.record("ObjectCreated:Put", data["key"], **{k: v for k, v in more.items() if v})
+            more = {
+                "size": data["size"],
+                "eTag": data["etag"],
+                "sequencer": data["sequencer"],
+                "versionId": data["version"],
+            }
+            record = self.bucket.record(
+                "ObjectCreated:Put", data["key"], **{k: v for k, v in more.items() if v}
+            )
             self.queue.send({"Records": [{**record, "eventTime": item.time.isoformat()}]})
 
     def key(self, item: Item) -> str:
@@ -87,7 +99,9 @@ class SweepHarness(QueueHarness):
         yield
 
     def trigger(self) -> Trigger:
-        return S3(self.bucket.name, name="arrivals", **{**QUICK, **self.aws.options, **self.options})
+        return S3(
+            self.bucket.name, name="arrivals", **{**QUICK, **self.aws.options, **self.options}
+        )
 
     async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
         for key in keys:
@@ -101,11 +115,17 @@ class SweepHarness(QueueHarness):
 @pytest.mark.parametrize("way", ["queue", "sweep", "both"])
 def test_contract(promise: Promise, way: str, aws: Aws):
     """A bucket keeps the promises of every trigger: by a queue, by sweeps, and by both together."""
-    asyncio.run(promise({"queue": QueueHarness, "sweep": SweepHarness, "both": BothHarness}[way](aws)))
+    asyncio.run(
+        promise({"queue": QueueHarness, "sweep": SweepHarness, "both": BothHarness}[way](aws))
+    )
 
 
 def test_name_is_stable():
     """The name comes from bucket and prefix, or from the queue, or is given."""
     is_stable_name(S3("lake", prefix="in/"), S3("lake", prefix="in/"))
     assert S3("lake", prefix="in/").name == "s3:lake/in" and S3("lake", name="x").name == "x"
-    assert S3(queue="arn:aws:sqs:eu-west-1:1:arrivals").name == S3(queue="https://sqs/1/arrivals").name == "s3:arrivals"
+    assert (
+        S3(queue="arn:aws:sqs:eu-west-1:1:arrivals").name
+        == S3(queue="https://sqs/1/arrivals").name
+        == "s3:arrivals"
+    )

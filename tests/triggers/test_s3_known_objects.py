@@ -11,7 +11,9 @@ NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 def notice(etag: str, sequencer: str | None = None, minute: int = 0) -> Notice:
     time = NOON.replace(minute=minute)
-    return Notice(action="created", bucket="b", key="k", size=4, etag=etag, sequencer=sequencer, time=time)
+    return Notice(
+        action="created", bucket="b", key="k", size=4, etag=etag, sequencer=sequencer, time=time
+    )
 
 
 def listed(etag: str, minute: int = 0) -> Listed:
@@ -66,7 +68,9 @@ def test_without_etag_size_and_time_decide():
 def test_a_removed_key_that_is_listed_again_is_new():
     """After a removal the same content is a new version."""
     mark = marked_by(
-        marked_by(None, notice("e", "01"), None), Notice(action="removed", bucket="b", key="k", sequencer="02"), None
+        marked_by(None, notice("e", "01"), None),
+        Notice(action="removed", bucket="b", key="k", sequencer="02"),
+        None,
     )
     assert seen(mark).is_new(listed("e"))
 

@@ -40,7 +40,9 @@ def test_event_of_a_listed_object(aws: Aws):
         async with landing(aws, bucket.name, prefix="in/") as here:
             await here.has("in/a b+c é.csv")
             (event,) = here.events
-            assert event.type == "io.eventflow.s3.object.created" and event.extensions == {"s3reason": "Listed"}
+            assert event.type == "io.eventflow.s3.object.created" and event.extensions == {
+                "s3reason": "Listed"
+            }
             etag = "5d41402abc4b2a76b9719d911017c592"
             assert event.data == {"bucket": bucket.name, "key": "in/a b+c é.csv", "size": 5, "etag": etag, "version": None,
                                   "sequencer": None}  # fmt: skip
@@ -65,7 +67,15 @@ def test_s26_keys_with_control_characters(ministack: Aws):
 
 def test_selection_by_prefix_suffix_and_globs(aws: Aws):
     """Prefix, suffix and globs select; globs are over the key without the prefix; folders that consoles draw never count."""
-    there = ["in/a.csv", "in/b.txt", "in/sub/c.csv", "in/sub/d.parquet", "out/e.csv", "in/folder/", "in.csv"]
+    there = [
+        "in/a.csv",
+        "in/b.txt",
+        "in/sub/c.csv",
+        "in/sub/d.parquet",
+        "out/e.csv",
+        "in/folder/",
+        "in.csv",
+    ]
 
     async def found(*expected: str, **options: Any) -> None:
         async with landing(aws, bucket.name, **options) as here:
@@ -94,11 +104,15 @@ def test_s21_pages_are_walked_and_a_second_sweep_finds_nothing(aws: Aws):
         for key in keys:
             bucket.put(key)
         with proxied(aws.url) as proxy:
-            async with landing(aws, bucket.name, endpoint_url=proxy.url, page=100, poll=600) as here:
+            async with landing(
+                aws, bucket.name, endpoint_url=proxy.url, page=100, poll=600
+            ) as here:
                 await eventually(lambda: here.said("bucket.swept"), "a whole sweep is over")
                 assert pages(proxy) == 3
                 assert here.keys == keys
-            async with landing(aws, bucket.name, here.ledger, page=100, endpoint_url=proxy.url, poll=600) as again:
+            async with landing(
+                aws, bucket.name, here.ledger, page=100, endpoint_url=proxy.url, poll=600
+            ) as again:
                 await eventually(lambda: again.said("bucket.swept"), "a whole sweep is over")
                 assert pages(proxy) == 6
         assert len(here.ledger.offered) == 250
@@ -126,16 +140,25 @@ def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
     async def main() -> None:
         bucket = Bucket(aws)
         bucket.put("a", "A")
-        async with landing(aws, bucket.name) as here, landing(aws, bucket.name, touch="fire") as eager:
+        async with (
+            landing(aws, bucket.name) as here,
+            landing(aws, bucket.name, touch="fire") as eager,
+        ):
             for n, body in enumerate(("A", "B", "A"), 1):
                 bucket.put("a", body)
-                await eventually(lambda n=n: len(here.keys) == n and len(eager.keys) >= n, f"{n} events")
-                await asyncio.sleep(1.1)  # another second: listings stamp whole ones on some servers
+                await eventually(
+                    lambda n=n: len(here.keys) == n and len(eager.keys) >= n, f"{n} events"
+                )
+                await asyncio.sleep(
+                    1.1
+                )  # another second: listings stamp whole ones on some servers
             seen = len(eager.keys)
             bucket.put("a", "A")
             await eventually(lambda: len(eager.keys) > seen, "the eager one takes it for new")
             await here.swept()
-            assert here.keys.count("a") == 3 and len({event.id for event in here.events}) == len(here.events)
+            assert here.keys.count("a") == 3 and len({event.id for event in here.events}) == len(
+                here.events
+            )
 
     asyncio.run(main())
 
@@ -171,7 +194,9 @@ def test_removals_need_two_sweeps(aws: Aws):
             bucket.delete("a")
             await here.has("a", "a")
             assert here.events[-1].type == "io.eventflow.s3.object.removed"
-            await asyncio.sleep(1.1)  # another second, another version, where listings stamp whole ones
+            await asyncio.sleep(
+                1.1
+            )  # another second, another version, where listings stamp whole ones
             bucket.put("a")
             await here.has("a", "a", "a")
             assert "o:a" in here.ledger.cursors
@@ -221,16 +246,23 @@ def test_s27_a_folder_is_complete_when_its_marker_lands(aws: Aws, way: str):
     async def main() -> None:
         bucket = Bucket(aws)
         options: dict[str, Any] = {"queue": bucket.queue().url} if way == "queue" else {}
-        async with landing(aws, bucket.name, marker="_SUCCESS", pattern="*.parquet", **options) as here:
+        async with landing(
+            aws, bucket.name, marker="_SUCCESS", pattern="*.parquet", **options
+        ) as here:
             for name in ("part-0.parquet", "part-1.parquet", "notes.txt", "_SUCCESS"):
                 bucket.put(f"t/day=1/{name}", "" if name == "_SUCCESS" else "data")
             await here.has("t/day=1/_SUCCESS")
             (event,) = here.events
             assert event.type == "io.eventflow.s3.folder.completed" and event.subject == "t/day=1/"
             assert event.data["folder"] == "t/day=1/" and event.data["truncated"] is False
-            assert [each["key"] for each in event.data["objects"]] == ["t/day=1/part-0.parquet", "t/day=1/part-1.parquet"]
+            assert [each["key"] for each in event.data["objects"]] == [
+                "t/day=1/part-0.parquet",
+                "t/day=1/part-1.parquet",
+            ]
             bucket.put("t/day=1/part-2.parquet")
-            await asyncio.sleep(1.1)  # another second, another version, where listings stamp whole ones
+            await asyncio.sleep(
+                1.1
+            )  # another second, another version, where listings stamp whole ones
             bucket.put("t/day=1/_SUCCESS", "")
             await here.has("t/day=1/_SUCCESS", "t/day=1/_SUCCESS")
             assert len(here.events[-1].data["objects"]) == 3
@@ -253,7 +285,9 @@ def test_a_sweep_finds_what_no_notice_told(aws: Aws):
             bucket.put("told")
             await here.has("silent", "told")
             await here.emptied(queue)
-            queue.aws.s3.put_bucket_notification_configuration(Bucket=bucket.name, NotificationConfiguration={})
+            queue.aws.s3.put_bucket_notification_configuration(
+                Bucket=bucket.name, NotificationConfiguration={}
+            )
             bucket.put("silent-2")
             await here.has("silent", "told", "silent-2")
 
@@ -268,7 +302,12 @@ def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
         queue = bucket.queue()
         with proxied(ministack.url) as proxy:
             proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
-            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url, "pollers": 1}
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+                "pollers": 1,
+            }
             async with landing(ministack, bucket.name, ledger, **options) as here:
                 for n, body in enumerate(("A", "B", "A"), 1):
                     bucket.put("a", body)
@@ -308,15 +347,22 @@ def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
                 await here.has("a")
                 await here.emptied(queue)
                 proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
-                await eventually(lambda: here.said("bucket.unreachable"), "the queue does not answer")
+                await eventually(
+                    lambda: here.said("bucket.unreachable"), "the queue does not answer"
+                )
                 bucket.delete("a")
                 await here.has("a", "a")
-                for message in queue.aws.sqs.receive_message(QueueUrl=queue.url, VisibilityTimeout=0)["Messages"]:
+                for message in queue.aws.sqs.receive_message(
+                    QueueUrl=queue.url, VisibilityTimeout=0
+                )["Messages"]:
                     queue.send(message["Body"])
                 proxy.mend()
                 await here.emptied(queue)
                 await here.swept()
-                assert [event.type.rpartition(".")[2] for event in here.events] == ["created", "removed"]
+                assert [event.type.rpartition(".")[2] for event in here.events] == [
+                    "created",
+                    "removed",
+                ]
                 bucket.put("a")
                 await here.has("a", "a", "a")
 
@@ -333,7 +379,12 @@ def test_a_late_notice_of_an_older_version_does_not_repeat_the_newer(ministack: 
             proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
             bucket.put("a", "old")
             bucket.put("a", "new")
-            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url, "pollers": 1}
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+                "pollers": 1,
+            }
             async with landing(ministack, bucket.name, **options) as here:
                 await here.has("a")
                 proxy.mend()
@@ -352,8 +403,14 @@ def test_a_page_that_a_notice_overtook_starts_nothing(ministack: Aws):
         bucket = Bucket(ministack)
         queue = bucket.queue()
         with proxied(ministack.url) as proxy:
-            proxy.fail(listing, SLOW_DOWN)  # so that the queue tells of the first version, not a sweep
-            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url}
+            proxy.fail(
+                listing, SLOW_DOWN
+            )  # so that the queue tells of the first version, not a sweep
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+            }
             async with landing(ministack, bucket.name, **options) as here:
                 bucket.put("a", "A")
                 await here.emptied(queue)
@@ -384,8 +441,12 @@ def test_fault_23_a_listing_goes_on_where_it_failed(ministack: Aws, fault: tuple
         for key in keys:
             bucket.put(key)
         with proxied(ministack.url) as proxy:
-            rule = proxy.fail(lambda *asked: listing(*asked) and "continuation-token" in asked[1], fault, times=6)
-            async with landing(ministack, bucket.name, endpoint_url=proxy.url, page=10, poll=600) as here:
+            rule = proxy.fail(
+                lambda *asked: listing(*asked) and "continuation-token" in asked[1], fault, times=6
+            )
+            async with landing(
+                ministack, bucket.name, endpoint_url=proxy.url, page=10, poll=600
+            ) as here:
                 await eventually(lambda: here.said("bucket.swept"), "the sweep is over")
                 assert here.keys == keys and rule.hits == 6
                 assert pages(proxy) == 5 + 6 and here.said("bucket.unreachable")
@@ -416,7 +477,11 @@ def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws
         queue = bucket.queue()
         with proxied(ministack.url) as proxy:
             proxy.fail(listing, DENIED)
-            options: dict[str, Any] = {"queue": queue.url, "reconcile": 0.2, "endpoint_url": proxy.url}
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "reconcile": 0.2,
+                "endpoint_url": proxy.url,
+            }
             async with landing(ministack, bucket.name, **options) as here:
                 await eventually(lambda: here.said("bucket.unreachable"), "it is said")
                 bucket.put("a")

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from eventflow.events.event import Event
 from triggers._s3.key_filter import Selection
-from triggers._s3.notifications import Notice, SettingsSaved, identity, is_older, read_notices, to_event, unquote_key
+from triggers._s3.notifications import (
+    Notice,
+    SettingsSaved,
+    identity,
+    is_older,
+    read_notices,
+    to_event,
+    unquote_key,
+)
 from triggers.s3 import minio_id, minio_object
 
 MINIO = {
@@ -47,7 +55,12 @@ def one(message: Any) -> Notice:
 def test_s2_a_minio_record():
     """MinIO's event names keep `s3:` and its keys encode the slash: type and key come out like AWS's."""
     notice = one(MINIO)
-    assert (notice.action, notice.reason, notice.bucket, notice.key) == ("created", "Put", "lake", "in/a b+c.csv")
+    assert (notice.action, notice.reason, notice.bucket, notice.key) == (
+        "created",
+        "Put",
+        "lake",
+        "in/a b+c.csv",
+    )
     assert to_event(notice).type == "io.eventflow.s3.object.created"
     event = Event(id="1", source="/hooks/minio", type="x", data=MINIO)
     assert minio_object()(event) == {"bucket": "lake", "key": "in/a b+c.csv", "size": 5, "version": None,
@@ -58,12 +71,29 @@ def test_s2_a_minio_record():
 @pytest.mark.parametrize("spelling", ["etag", "eTag"])
 def test_s9_both_spellings_of_eventbridge(spelling: str):
     """EventBridge's key is not encoded; AWS writes `etag`, other servers `eTag`; `version-id` is the version."""
-    thing = {"key": "in/a+b%20c.csv", "size": 5, spelling: "abc", "version-id": "v1", "sequencer": "00"}
+    thing = {
+        "key": "in/a+b%20c.csv",
+        "size": 5,
+        spelling: "abc",
+        "version-id": "v1",
+        "sequencer": "00",
+    }
     detail = {"bucket": {"name": "lake"}, "object": thing, "reason": "PutObject"}
-    known = {"version": "0", "id": "17793124", "source": "aws.s3", "time": "2026-11-22T10:00:00Z", "detail": detail}
+    known = {
+        "version": "0",
+        "id": "17793124",
+        "source": "aws.s3",
+        "time": "2026-11-22T10:00:00Z",
+        "detail": detail,
+    }
     message = {**known, "detail-type": "Object Created"}
     notice = one(message)
-    assert (notice.key, notice.etag, notice.version, notice.reason) == ("in/a+b%20c.csv", "abc", "v1", "PutObject")
+    assert (notice.key, notice.etag, notice.version, notice.reason) == (
+        "in/a+b%20c.csv",
+        "abc",
+        "v1",
+        "PutObject",
+    )
     assert notice.action == "created"
     assert one({**message, "detail-type": "Object Deleted"}).action == "removed"
     assert one({**message, "detail-type": "Object Tags Added"}).action == "other"
@@ -71,20 +101,36 @@ def test_s9_both_spellings_of_eventbridge(spelling: str):
 
 def test_one_upload_has_one_identity_in_every_wrapping():
     """Straight from S3 and through EventBridge, the same upload is the same event, with the same content."""
-    thing = {"key": "in/a+b.csv", "size": 5, "eTag": "abc", "versionId": "v1", "sequencer": "0055AE"}
+    thing = {
+        "key": "in/a+b.csv",
+        "size": 5,
+        "eTag": "abc",
+        "versionId": "v1",
+        "sequencer": "0055AE",
+    }
     straight = one({"Records": [{"eventName": "ObjectCreated:Put", "eventTime": "2026-11-22T10:00:00.123Z",
                                  "s3": {"bucket": {"name": "lake"}, "object": thing}}]})  # fmt: skip
     bridged = one({"detail-type": "Object Created", "source": "aws.s3", "time": "2026-11-22T10:00:00Z",
                    "detail": {"bucket": {"name": "lake"}, "reason": "PutObject", "object": {
                        "key": "in/a b.csv", "size": 5, "etag": "abc", "version-id": "v1", "sequencer": "0055AE"}}})  # fmt: skip
-    assert to_event(straight).id == to_event(bridged).id and to_event(straight).data == to_event(bridged).data
+    assert (
+        to_event(straight).id == to_event(bridged).id
+        and to_event(straight).data == to_event(bridged).data
+    )
 
 
 def test_s3_test_events():
     """S3's test message is told from notices, also wrapped."""
-    message = {"Service": "Amazon S3", "Event": "s3:TestEvent", "Time": "2026-11-22T10:00:00.000Z", "Bucket": "lake"}
+    message = {
+        "Service": "Amazon S3",
+        "Event": "s3:TestEvent",
+        "Time": "2026-11-22T10:00:00.000Z",
+        "Bucket": "lake",
+    }
     assert read_notices(json.dumps(message)) == SettingsSaved("lake")
-    assert read_notices(json.dumps({"TopicArn": "arn", "Message": json.dumps(message)})) == SettingsSaved("lake")
+    assert read_notices(
+        json.dumps({"TopicArn": "arn", "Message": json.dumps(message)})
+    ) == SettingsSaved("lake")
 
 
 def test_identity_without_sequencer_is_content_and_second():
@@ -92,7 +138,11 @@ def test_identity_without_sequencer_is_content_and_second():
     record = MINIO["Records"][0]
     thing = {key: value for key, value in record["s3"]["object"].items() if key != "sequencer"}
     bare = {**record, "s3": {**record["s3"], "object": thing}}
-    copy = {**bare, "eventName": "s3:ObjectCreated:CompleteMultipartUpload", "eventTime": "2026-11-22T10:00:00.987Z"}
+    copy = {
+        **bare,
+        "eventName": "s3:ObjectCreated:CompleteMultipartUpload",
+        "eventTime": "2026-11-22T10:00:00.987Z",
+    }
     later = {**bare, "eventTime": "2026-11-22T10:00:07.000Z"}
     first, again, other = (identity(one({"Records": [each]})) for each in (bare, copy, later))
     assert first == again != other
@@ -100,7 +150,9 @@ def test_identity_without_sequencer_is_content_and_second():
 
 def test_s6_sequencers_are_padded_on_the_right():
     """Sequencers compare as hex text, the shorter one padded with zeros; an unknown one is older than nothing."""
-    assert is_older("0055AED6DCD90281E5", "0055AED6DCD90281E6") and not is_older("0055AED6DCD90281E6", "0055AED6DCD90281E5FF")
+    assert is_older("0055AED6DCD90281E5", "0055AED6DCD90281E6") and not is_older(
+        "0055AED6DCD90281E6", "0055AED6DCD90281E5FF"
+    )
     assert is_older("00ab", "00AB01") and not is_older("00AB", "00ab00")
     assert not is_older(None, "1") and not is_older("1", None) and not is_older("1", "1")
 
@@ -114,11 +166,28 @@ def test_keys_come_back_as_they_were(key: str):
     assert unquote_key(quote(key, safe="")) == key
 
 
-WORDS = ["Records", "s3", "object", "key", "bucket", "name", "eventName", "Message", "TopicArn", "detail", "source", "x"]
+WORDS = [
+    "Records",
+    "s3",
+    "object",
+    "key",
+    "bucket",
+    "name",
+    "eventName",
+    "Message",
+    "TopicArn",
+    "detail",
+    "source",
+    "x",
+]
 LEAVES = st.none() | st.booleans() | st.integers() | st.text()
 
 
-@given(st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(WORDS), inner)))
+@given(
+    st.recursive(
+        LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(WORDS), inner)
+    )
+)
 def test_whatever_arrives_is_read_or_refused(message: Any):
     """Any JSON is notices, a test message, or a ValueError: nothing else is raised."""
     try:
@@ -157,7 +226,8 @@ def test_what_a_listing_begins_with():
 def test_markers_of_objects():
     """`{name}` and `{stem}` stand for the object's name, beside it; markers themselves are no objects."""
     for marker, (key, expected) in itertools.product(
-        ("{name}.done", "{stem}.ok"), {"in/x.csv": ("in/x.csv.done", "in/x.ok"), "y": ("y.done", "y.ok")}.items()
+        ("{name}.done", "{stem}.ok"),
+        {"in/x.csv": ("in/x.csv.done", "in/x.ok"), "y": ("y.done", "y.ok")}.items(),
     ):
         selection = Selection("", "", "**/*", marker)
         assert selection.marker_of(key) == expected[marker == "{stem}.ok"]

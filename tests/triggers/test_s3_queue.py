@@ -44,11 +44,17 @@ def test_s9_every_wrapping_is_one_shape(aws: Aws, through: str):
             bucket.put(ODD, b"hello")
             await here.has(ODD)
             (event,) = here.events
-            assert event.type == "io.eventflow.s3.object.created" and event.source == f"s3://{bucket.name}"
+            assert (
+                event.type == "io.eventflow.s3.object.created"
+                and event.source == f"s3://{bucket.name}"
+            )
             assert event.subject == ODD and event.time is not None
             assert list(event.data) == ["bucket", "key", "size", "etag", "version", "sequencer"]
             assert event.data["bucket"] == bucket.name and event.data["size"] == 5
-            assert event.data["etag"] == "5d41402abc4b2a76b9719d911017c592" and event.data["version"] is None
+            assert (
+                event.data["etag"] == "5d41402abc4b2a76b9719d911017c592"
+                and event.data["version"] is None
+            )
             await here.emptied(queue)
 
     asyncio.run(main())
@@ -117,10 +123,14 @@ def test_other_keys_are_counted_not_lost_silently(ministack: Aws):
         ):  # fmt: skip
             queue.send(envelope(record))
         queue.send(envelope(bucket.record("ObjectCreated:Put", "in/a.csv")))
-        async with landing(ministack, bucket.name, queue=queue.url, prefix="in/", suffix=".csv") as here:
+        async with landing(
+            ministack, bucket.name, queue=queue.url, prefix="in/", suffix=".csv"
+        ) as here:
             await here.emptied(queue)
             assert here.keys == ["in/a.csv"]
-            assert {gauge.name: gauge.value for gauge in here.trigger.gauges()}["filtered_notices"] == 6
+            assert {gauge.name: gauge.value for gauge in here.trigger.gauges()}[
+                "filtered_notices"
+            ] == 6
 
     asyncio.run(main())
 
@@ -130,10 +140,15 @@ def test_a_queue_by_its_arn_for_any_bucket(ministack: Aws):
 
     async def main() -> None:
         one, two, queue = Bucket(ministack), Bucket(ministack), Queue(ministack)
-        queue.send(envelope(one.record("ObjectCreated:Put", "a"), two.record("ObjectCreated:Put", "b")))
+        queue.send(
+            envelope(one.record("ObjectCreated:Put", "a"), two.record("ObjectCreated:Put", "b"))
+        )
         async with landing(ministack, None, queue=queue.arn) as here:
             await here.has("a", "b")
-            assert [event.source for event in here.events] == [f"s3://{one.name}", f"s3://{two.name}"]
+            assert [event.source for event in here.events] == [
+                f"s3://{one.name}",
+                f"s3://{two.name}",
+            ]
 
     asyncio.run(main())
 
@@ -147,7 +162,10 @@ def test_s5_one_notice_in_two_messages_is_one_event(ministack: Aws):
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
         record = bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E5")
-        for wrapped in (envelope(record), {"TopicArn": "t", "Message": json.dumps(envelope(record))}):
+        for wrapped in (
+            envelope(record),
+            {"TopicArn": "t", "Message": json.dumps(envelope(record))},
+        ):
             queue.send(wrapped)
         async with landing(ministack, bucket.name, queue=queue.url) as here:
             await here.emptied(queue)
@@ -194,15 +212,29 @@ def test_s6_a_removal_that_overtakes_is_told_apart(ministack: Aws):
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
-        queue.send(envelope(bucket.record("ObjectRemoved:Delete", "a", sequencer="0055AED6DCD90281E6")))
+        queue.send(
+            envelope(bucket.record("ObjectRemoved:Delete", "a", sequencer="0055AED6DCD90281E6"))
+        )
         async with landing(ministack, bucket.name, queue=queue.url, deleted=True) as here:
             await here.has("a")
-            queue.send(envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E5FF")))
+            queue.send(
+                envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E5FF"))
+            )
             await here.has("a", "a")
-            queue.send(envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E601")))
+            queue.send(
+                envelope(bucket.record("ObjectCreated:Put", "a", sequencer="0055AED6DCD90281E601"))
+            )
             await here.has("a", "a", "a")
-            assert [event.type.rpartition(".")[2] for event in here.events] == ["removed", "created", "created"]
-            assert [event.extensions.get("superseded", False) for event in here.events] == [False, True, False]
+            assert [event.type.rpartition(".")[2] for event in here.events] == [
+                "removed",
+                "created",
+                "created",
+            ]
+            assert [event.extensions.get("superseded", False) for event in here.events] == [
+                False,
+                True,
+                False,
+            ]
 
     asyncio.run(main())
 
@@ -217,7 +249,10 @@ def test_an_object_deleted_before_it_is_processed_is_an_event(ministack: Aws):
         bucket.delete("a")
         async with landing(ministack, bucket.name, queue=queue.url, deleted=True) as here:
             await here.has("a", "a")
-            assert {event.type.rpartition(".")[2] for event in here.events} == {"created", "removed"}
+            assert {event.type.rpartition(".")[2] for event in here.events} == {
+                "created",
+                "removed",
+            }
 
     asyncio.run(main())
 
@@ -270,7 +305,14 @@ def test_s14_an_extension_that_is_refused_loses_nothing(ministack: Aws):
         ledger.open.clear()
         with proxied(ministack.url) as proxy:
             proxy.fail(action("ChangeMessageVisibilityBatch"), EXPIRED)
-            async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0, endpoint_url=proxy.url) as here:
+            async with landing(
+                ministack,
+                bucket.name,
+                ledger,
+                queue=queue.url,
+                visibility=1.0,
+                endpoint_url=proxy.url,
+            ) as here:
                 await eventually(lambda: here.said("message.not_extended"), "it is said")
                 ledger.open.set()
                 await here.has("a")
@@ -296,7 +338,9 @@ def test_s15_a_store_that_fails_leaves_messages_to_the_redrive_policy(ministack:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("fault", [THROTTLED, SLOW_DOWN, HANG_UP], ids=["throttled", "503", "hang up"])
+@pytest.mark.parametrize(
+    "fault", [THROTTLED, SLOW_DOWN, HANG_UP], ids=["throttled", "503", "hang up"]
+)
 def test_s17_a_queue_that_throttles_is_asked_again_slowly(ministack: Aws, fault: tuple[int, str]):
     """While receiving fails, the listener backs off, says so, and goes on by itself when the queue answers again."""
 
@@ -305,10 +349,16 @@ def test_s17_a_queue_that_throttles_is_asked_again_slowly(ministack: Aws, fault:
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         with proxied(ministack.url) as proxy:
             rule = proxy.fail(action("ReceiveMessage"), fault)
-            async with landing(ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url, pollers=1) as here:
-                await eventually(lambda: len(here.said("bucket.unreachable")) >= 2, "it was asked again")
+            async with landing(
+                ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url, pollers=1
+            ) as here:
+                await eventually(
+                    lambda: len(here.said("bucket.unreachable")) >= 2, "it was asked again"
+                )
                 assert here.trigger.condition is not None and queue.url in here.trigger.condition
-                assert rule.hits <= 3 * (len(here.said("bucket.unreachable")) + 1)  # the client's own tries, no busy loop
+                assert rule.hits <= 3 * (
+                    len(here.said("bucket.unreachable")) + 1
+                )  # the client's own tries, no busy loop
                 proxy.mend()
                 await here.has("a")
                 await here.emptied(queue)
@@ -325,7 +375,9 @@ def test_deleting_is_tried_again(ministack: Aws):
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         with proxied(ministack.url) as proxy:
             proxy.fail(action("DeleteMessageBatch"), HANG_UP, times=4)
-            async with landing(ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url) as here:
+            async with landing(
+                ministack, bucket.name, queue=queue.url, endpoint_url=proxy.url
+            ) as here:
                 await here.has("a")
                 await here.emptied(queue)
                 assert len(here.ledger.kept) == 1
@@ -335,14 +387,21 @@ def test_deleting_is_tried_again(ministack: Aws):
 
 def test_a_batch_that_is_deleted_in_part_is_deleted_in_the_end(ministack: Aws):
     """When the queue deletes only some of a batch, the others are deleted by the next try; each is one event."""
-    partly = {"Successful": [{"Id": "1"}], "Failed": [{"Id": "0", "SenderFault": False, "Code": "InternalError"}]}
+    partly = {
+        "Successful": [{"Id": "1"}],
+        "Failed": [{"Id": "0", "SenderFault": False, "Code": "InternalError"}],
+    }
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         with proxied(ministack.url) as proxy:
             rule = proxy.fail(action("DeleteMessageBatch"), (200, json.dumps(partly)), times=2)
-            options: dict[str, Any] = {"queue": queue.url, "endpoint_url": proxy.url, "visibility": 600.0}
+            options: dict[str, Any] = {
+                "queue": queue.url,
+                "endpoint_url": proxy.url,
+                "visibility": 600.0,
+            }
             async with landing(ministack, bucket.name, **options) as here:
                 await here.emptied(queue)
                 assert rule.hits == 2 and here.keys == ["a"] and len(here.ledger.offered) == 1
@@ -374,17 +433,25 @@ def test_s20_a_stop_during_a_long_poll_is_quick_and_hides_nothing(ministack: Aws
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
-        async with landing(ministack, bucket.name, queue=queue.url, wait=3.0, visibility=600.0) as here:
+        async with landing(
+            ministack, bucket.name, queue=queue.url, wait=3.0, visibility=600.0
+        ) as here:
             await eventually(lambda: here.said("bucket.opened"), "it listens")
-            await asyncio.sleep(0.3)  # so that a poll is under way; should it not be, the test is only easier
+            await asyncio.sleep(
+                0.3
+            )  # so that a poll is under way; should it not be, the test is only easier
             began = time.monotonic()
             listen = next(task for task in asyncio.all_tasks() if "listen" in repr(task.get_coro()))
             listen.cancel()
             await asyncio.sleep(0)
             if offered:
-                await asyncio.to_thread(queue.send, envelope(bucket.record("ObjectCreated:Put", "a")))
+                await asyncio.to_thread(
+                    queue.send, envelope(bucket.record("ObjectCreated:Put", "a"))
+                )
             await asyncio.gather(listen, return_exceptions=True)
-            assert time.monotonic() - began < 3.0 + 2.0 + 3.0  # the poll, what may follow it, and a slow machine
+            assert (
+                time.monotonic() - began < 3.0 + 2.0 + 3.0
+            )  # the poll, what may follow it, and a slow machine
         if offered:
             await eventually(lambda: queue.visible == 1, "the message is visible")
             assert here.ledger.kept == {}
@@ -399,7 +466,9 @@ def test_a_full_ledger_is_waited_out_and_a_stop_gives_the_messages_back(ministac
         bucket, queue, ledger = Bucket(ministack), Queue(ministack), Ledger()
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         ledger.failing = StoreFull("1,000,000 events are pending", 0.05)
-        async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=600.0) as here:
+        async with landing(
+            ministack, bucket.name, ledger, queue=queue.url, visibility=600.0
+        ) as here:
             await eventually(lambda: ledger.refusals >= 2, "it is offered again")
             assert "full" in (here.trigger.condition or "")
         await eventually(lambda: queue.visible == 1, "the message is visible")
@@ -416,7 +485,10 @@ def test_the_lag_is_told(ministack: Aws):
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         async with landing(ministack, bucket.name, queue=queue.url) as here:
             await here.has("a")
-            await eventually(lambda: "lag_messages" in {each.name for each in here.trigger.gauges()}, "the lag is known")
+            await eventually(
+                lambda: "lag_messages" in {each.name for each in here.trigger.gauges()},
+                "the lag is known",
+            )
             found = {each.name: each.value for each in here.trigger.gauges()}
             assert found["lag_messages"] in (0, 1) and 0 <= found["lag_seconds"] < 60
 

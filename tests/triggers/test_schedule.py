@@ -18,7 +18,15 @@ from eventflow.testing import VirtualClock, drain, running
 from eventflow.testing.clock import START
 from eventflow.web import actions
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.contract import (
+    CONTRACT,
+    Item,
+    Ledger,
+    Promise,
+    is_stable_name,
+    listening,
+    promise_name,
+)
 from triggers import At, Cron, Every
 from triggers._schedule.times import shown
 from triggers.schedule import Options
@@ -53,7 +61,13 @@ class Hours:
             await asyncio.gather(passing, return_exceptions=True)
 
     def trigger(self) -> Trigger:
-        return Every(hours=1, name="hours", misfire="all", start=START + timedelta(minutes=1), clock=self.clock)
+        return Every(
+            hours=1,
+            name="hours",
+            misfire="all",
+            start=START + timedelta(minutes=1),
+            clock=self.clock,
+        )
 
     async def offer(self, keys: Sequence[str]) -> None:
         due = START + max(map(self._hour, keys)) * HOUR
@@ -68,7 +82,11 @@ class Hours:
 
     async def acknowledged(self, ledger: Ledger) -> set[str]:
         last = ledger.cursors.get("last")
-        return {key for key in "abcdef" if isinstance(last, str) and START + self._hour(key) * HOUR <= parse_time(last)}
+        return {
+            key
+            for key in "abcdef"
+            if isinstance(last, str) and START + self._hour(key) * HOUR <= parse_time(last)
+        }
 
     @staticmethod
     def _hour(key: str) -> int:
@@ -112,7 +130,10 @@ class Kept:
             app.on(schedule, take)
         async with running(app, clock=self.clock, store=self.store):
             await eventually(
-                lambda: all(each.state == "listening" for each in app.house.reactor.health.values()), "they listen"
+                lambda: all(
+                    each.state == "listening" for each in app.house.reactor.health.values()
+                ),
+                "they listen",
             )
             await self.clock.advance(0)
             yield app
@@ -120,7 +141,9 @@ class Kept:
     async def fired(self, app: App) -> list[Event]:
         await drain(app, advance=False)
         rows = await app.store.events(limit=1000)
-        return [Event.recorded((await app.store.event(row["id"]))["body"]) for row in reversed(rows)]
+        return [
+            Event.recorded((await app.store.event(row["id"]))["body"]) for row in reversed(rows)
+        ]
 
 
 @flow
@@ -145,16 +168,28 @@ def test_an_occurrence_says_what_it_is(tmp_path: Path):
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(datetime(2026, 3, 28, tzinfo=UTC)))
-        async with kept.open(Cron("0 6 * * *", tz="Europe/Berlin", name="report", jitter=60)) as app:
+        async with kept.open(
+            Cron("0 6 * * *", tz="Europe/Berlin", name="report", jitter=60)
+        ) as app:
             await kept.clock.advance(timedelta(days=2))
             first, second = await kept.fired(app)
-            assert first.id == "report@2026-03-28T05:00:00Z" and second.id == "report@2026-03-29T04:00:00Z"
-            assert (first.source, first.type) == ("/schedules/report", "io.eventflow.schedule.fired")
+            assert (
+                first.id == "report@2026-03-28T05:00:00Z"
+                and second.id == "report@2026-03-29T04:00:00Z"
+            )
+            assert (first.source, first.type) == (
+                "/schedules/report",
+                "io.eventflow.schedule.fired",
+            )
             assert second.data == {
                 "schedule": "report", "scheduled_at": "2026-03-29T04:00:00Z", "local_time": "2026-03-29T06:00:00+02:00",
             }  # fmt: skip
             assert second.time is not None
-            assert timedelta(0) <= second.time - datetime(2026, 3, 29, 4, tzinfo=UTC) <= timedelta(seconds=60)
+            assert (
+                timedelta(0)
+                <= second.time - datetime(2026, 3, 29, 4, tzinfo=UTC)
+                <= timedelta(seconds=60)
+            )
             assert second.extensions == {}
             assert (await app.store.counts())["completed"] == 2
 
@@ -182,7 +217,9 @@ def test_t3_an_interval_fires_each_real_hour(month: int, tmp_path: Path):
     """T3: Every(hours=1) fires 24 times in 24 real hours, whichever way the clocks change meanwhile."""
 
     async def main() -> None:
-        kept = Kept(tmp_path, VirtualClock(datetime(2026, month, 24 if month == 10 else 28, 12, tzinfo=UTC)))
+        kept = Kept(
+            tmp_path, VirtualClock(datetime(2026, month, 24 if month == 10 else 28, 12, tzinfo=UTC))
+        )
         async with kept.open(Every(hours=1)) as app:
             await kept.clock.advance(24 * HOUR)
             assert len(await kept.fired(app)) == 24
@@ -271,7 +308,9 @@ def test_e_down_for_three_hours_over_a_change_of_clocks(misfire: Any, night: str
         ({"misfire": "all", "limit": 5}, [f"{hour:02}:00" for hour in range(6, 11)], 5),
     ],
 )
-def test_t6_down_for_ten_hours(options: dict[str, Any], expected: list[str], skipped: int, tmp_path: Path):
+def test_t6_down_for_ten_hours(
+    options: dict[str, Any], expected: list[str], skipped: int, tmp_path: Path
+):
     """T6: hourly, down for ten hours: skip fires none, or one inside the grace; last one; all ten; all with a limit of five the
     newest five. What is skipped is counted on the first that fires, and in the gauge. Then it goes on as ever."""
 
@@ -285,16 +324,22 @@ def test_t6_down_for_ten_hours(options: dict[str, Any], expected: list[str], ski
             await drain(app, advance=False)
             events = await kept.fired(app)
             assert nominal(events) == expected
-            assert [event.extensions.get("skipped", 0) for event in events] == [skipped, *[0] * (len(events) - 1)][
-                : len(events)
-            ]
+            assert [event.extensions.get("skipped", 0) for event in events] == [
+                skipped,
+                *[0] * (len(events) - 1),
+            ][: len(events)]
             assert all(event.time == at(10, 30) for event in events)
             late = "grace" not in options
             assert all(event.extensions.get("catchup", False) is late for event in events)
-            assert isinstance(schedule, Gauged) and totals(schedule.gauges())["skipped_occurrences"] == skipped
+            assert (
+                isinstance(schedule, Gauged)
+                and totals(schedule.gauges())["skipped_occurrences"] == skipped
+            )
             await go_to(kept.clock, at(11, 30))
             events = await kept.fired(app)
-            assert nominal(events) == [*expected, "11:00"] and "catchup" not in events[-1].extensions
+            assert (
+                nominal(events) == [*expected, "11:00"] and "catchup" not in events[-1].extensions
+            )
 
     asyncio.run(main())
 
@@ -328,10 +373,15 @@ def test_a_year_down_starts_quickly(tmp_path: Path):
         await kept.clock.advance(timedelta(days=365))
         clock = SystemClock()
         began = clock.monotonic()
-        async with kept.open(Cron(every, tz="Europe/Berlin", name="s", misfire="all", limit=20)) as app:
+        async with kept.open(
+            Cron(every, tz="Europe/Berlin", name="s", misfire="all", limit=20)
+        ) as app:
             events = await kept.fired(app)
             assert len(events) == 20
-            assert events[0].extensions["skipped"] == 10_000 and events[0].extensions["skippedmore"] is True
+            assert (
+                events[0].extensions["skipped"] == 10_000
+                and events[0].extensions["skippedmore"] is True
+            )
         assert clock.monotonic() - began < 15  # 31 million steps would take minutes
 
     asyncio.run(main())
@@ -381,16 +431,24 @@ def test_t8_a_clock_set_back_fires_nothing_again():
         async with listening(Every(hours=1, clock=clock), ledger):
             await eventually(lambda: len(ledger.offered) == 1, "eleven o'clock has come")
             clock.set(at(10, 59) + timedelta(seconds=59.8))
-            await eventually(lambda: clock.now() > to_us(at(11)) + SECOND // 2, "eleven o'clock has come again")
+            await eventually(
+                lambda: clock.now() > to_us(at(11)) + SECOND // 2, "eleven o'clock has come again"
+            )
             assert len(ledger.offered) == 1
             clock.set(at(11, 59) + timedelta(seconds=59.8))
             await eventually(lambda: len(ledger.offered) == 2, "twelve o'clock has come")
-        assert nominal([item for item in ledger.offered if isinstance(item, Event)]) == ["11:00", "12:00"]
+        assert nominal([item for item in ledger.offered if isinstance(item, Event)]) == [
+            "11:00",
+            "12:00",
+        ]
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("misfire", "expected"), [("last", ["13:00"]), ("all", ["11:00", "12:00", "13:00"]), ("skip", [])])
+@pytest.mark.parametrize(
+    ("misfire", "expected"),
+    [("last", ["13:00"]), ("all", ["11:00", "12:00", "13:00"]), ("skip", [])],
+)
 def test_t8_a_clock_set_forward_is_a_misfire(misfire: Any, expected: list[str]):
     """T8: a step of the clock over three occurrences is treated as the misfire policy says."""
 
@@ -399,7 +457,9 @@ def test_t8_a_clock_set_forward_is_a_misfire(misfire: Any, expected: list[str]):
         async with listening(Every(hours=1, misfire=misfire, clock=clock), ledger):
             await eventually(lambda: "last" in ledger.cursors, "it has begun")
             clock.set(at(13, 10))
-            await eventually(lambda: ledger.cursors["last"] == "2026-05-01T13:00:00Z", "13:00 is settled")
+            await eventually(
+                lambda: ledger.cursors["last"] == "2026-05-01T13:00:00Z", "13:00 is settled"
+            )
         assert nominal([item for item in ledger.offered if isinstance(item, Event)]) == expected
 
     asyncio.run(main())
@@ -432,9 +492,14 @@ def test_a_cursor_ahead_of_the_clock_is_said():
         capture, ledger = LogCapture(), Ledger()
         ledger.log = structlog.wrap_logger(structlog.ReturnLogger(), processors=[capture])
         schedule = Every(hours=1, clock=VirtualClock(at(10)))
-        ledger.cursors.update(last="2038-01-19T00:00:00Z", schedule="every 3600 s from 1970-01-01T00:00:00Z")
+        ledger.cursors.update(
+            last="2038-01-19T00:00:00Z", schedule="every 3600 s from 1970-01-01T00:00:00Z"
+        )
         async with listening(schedule, ledger):
-            await eventually(lambda: [e for e in capture.entries if e["event"] == "schedule.opened"], "it is open")
+            await eventually(
+                lambda: [e for e in capture.entries if e["event"] == "schedule.opened"],
+                "it is open",
+            )
         (said,) = [entry for entry in capture.entries if entry["event"] == "schedule.ahead"]
         assert said["last"] == "2038-01-19T00:00:00Z" and ledger.offered == []
 
@@ -454,13 +519,20 @@ def test_p6_any_number_of_processes_fire_an_occurrence_once():
         def replica() -> Trigger:
             return Every(hours=1, name="one", misfire="all", clock=clock)
 
-        async with listening(replica(), ledger), listening(replica(), ledger), listening(replica(), ledger):
+        async with (
+            listening(replica(), ledger),
+            listening(replica(), ledger),
+            listening(replica(), ledger),
+        ):
             await eventually(lambda: clock.next_due is not None, "they wait")
             for hour in (1, 2, 3):
                 await go_to(clock, at(hour, 1))
                 await eventually(lambda: len(ledger.offered) == 3 * hour, "each has offered it")  # noqa: B023
         assert len(ledger.kept) == 3
-        assert len({item.data["scheduled_at"] for item in ledger.offered if isinstance(item, Event)}) == 3
+        assert (
+            len({item.data["scheduled_at"] for item in ledger.offered if isinstance(item, Event)})
+            == 3
+        )
 
     asyncio.run(main())
 
@@ -493,9 +565,13 @@ def test_jitter_does_not_reorder(tmp_path: Path):
             await kept.clock.advance(timedelta(minutes=60))
             events = await kept.fired(app)
             found = [parse_time(event.data["scheduled_at"]) for event in events]
-            assert found == [at(0) + timedelta(minutes=k + 1) for k in range(len(found))] and len(found) >= 59
+            assert (
+                found == [at(0) + timedelta(minutes=k + 1) for k in range(len(found))]
+                and len(found) >= 59
+            )
             assert all(
-                event.time is not None and timedelta(0) <= event.time - due for event, due in zip(events, found, strict=True)
+                event.time is not None and timedelta(0) <= event.time - due
+                for event, due in zip(events, found, strict=True)
             )
 
     asyncio.run(main())
@@ -512,8 +588,13 @@ def test_the_past_is_past_at_the_first_start(tmp_path: Path):
         old = Every(hours=1, name="old", misfire="all", start=at(8))
         to_come = Every(hours=1, name="to come", start=at(12))
         async with kept.open(Every(hours=1, name="new", misfire="all"), old, to_come) as app:
-            assert to_come.condition is None and totals(to_come.gauges())["next_timestamp_seconds"] == at(12).timestamp()
-            assert [event.id for event in await kept.fired(app)] == [f"old@2026-05-01T{hour:02}:00:00Z" for hour in (8, 9, 10)]
+            assert (
+                to_come.condition is None
+                and totals(to_come.gauges())["next_timestamp_seconds"] == at(12).timestamp()
+            )
+            assert [event.id for event in await kept.fired(app)] == [
+                f"old@2026-05-01T{hour:02}:00:00Z" for hour in (8, 9, 10)
+            ]
 
     asyncio.run(main())
 

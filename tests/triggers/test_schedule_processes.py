@@ -66,7 +66,11 @@ class Ticks:
         self.kill()
         self._boots += 1
         (self.folder / "reached").unlink(missing_ok=True)
-        self.server = Server(self.folder / "ticks.py", self.folder, env={"SCHEDULE": schedule, "BOOT": str(self._boots), **env})
+        self.server = Server(
+            self.folder / "ticks.py",
+            self.folder,
+            env={"SCHEDULE": schedule, "BOOT": str(self._boots), **env},
+        )
         if not self.server.ready():
             self.server.kill()
             pytest.fail(self.server.complaint)
@@ -111,7 +115,9 @@ def test_t5_a_kill_just_before_or_after_firing_leaves_one_run(ticks: Ticks, gate
     wait_until(lambda: ticks.reached, f"it stands {gate} firing")
     for _ in range(2):
         server = ticks.boot("once", AT=moment.isoformat())
-        wait_until(lambda: [run["state"] for run in runs(server)] == ["completed"], "the run is completed")  # noqa: B023
+        wait_until(
+            lambda: [run["state"] for run in runs(server)] == ["completed"], "the run is completed"
+        )  # noqa: B023
         (event,) = events(server, "once")
         assert event["event_id"] == f"once@{moment.isoformat().replace('+00:00', 'Z')}"
         assert server.get("/api/counts")["runs"] == 1
@@ -128,8 +134,14 @@ def test_t5_killed_at_any_moment_every_occurrence_has_one_run(ticks: Ticks):
         time.sleep(draw.uniform(0.2, 1.6))  # a moment of no meaning to kill at, not a wait
     server = ticks.boot("all")
     wait_until(lambda: len(events(server, "seconds")) >= 5, "it goes on")
-    wait_until(lambda: {run["state"] for run in runs(server)} == {"completed"}, "all its runs are completed")
-    fired = [datetime.fromisoformat(event["event_id"].partition("@")[2]) for event in events(server, "seconds")]
+    wait_until(
+        lambda: {run["state"] for run in runs(server)} == {"completed"},
+        "all its runs are completed",
+    )
+    fired = [
+        datetime.fromisoformat(event["event_id"].partition("@")[2])
+        for event in events(server, "seconds")
+    ]
     assert fired == [fired[0] + timedelta(seconds=k) for k in range(len(fired))]
     begun = Counter(run["event"] for run in runs(server))
     assert set(begun.values()) == {1}
@@ -150,7 +162,11 @@ def test_t9_after_a_suspend_it_fires_by_its_policy(ticks: Ticks):
     def skipped() -> list[dict[str, Any]]:
         told = [extensions(server, event) for event in events(server, "seconds")]
         since = stopped + timedelta(seconds=3)
-        return [each for each in told if each.get("skipped", 0) >= 2 and datetime.fromisoformat(each["time"]) > since]
+        return [
+            each
+            for each in told
+            if each.get("skipped", 0) >= 2 and datetime.fromisoformat(each["time"]) > since
+        ]
 
     wait_until(skipped, "an event says how many were skipped")
     first = skipped()[0]
@@ -163,7 +179,9 @@ def faketime() -> Path | None:
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
-@pytest.mark.skipif(faketime() is None, reason="libfaketime is not here: apt-get install libfaketime")
+@pytest.mark.skipif(
+    faketime() is None, reason="libfaketime is not here: apt-get install libfaketime"
+)
 def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
     """T2, T8 in real processes whose clock is another: the night with two 02:00s fires both, what passed between two boots once
     as a catch-up, and a boot with the clock set back by an hour fires nothing again."""
@@ -178,7 +196,11 @@ def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
     both = [f"night@2026-10-25T{utc}Z" for utc in ("00:00:00", "00:30:00", "01:00:00")]
     wait_until(lambda: ids(server) == both, "02:30, late, and the second 02:00 have fired")
     told = [extensions(server, event) for event in events(server, "night")]
-    assert [each["data"]["local_time"][11:] for each in told] == ["02:00:00+02:00", "02:30:00+02:00", "02:00:00+01:00"]
+    assert [each["data"]["local_time"][11:] for each in told] == [
+        "02:00:00+02:00",
+        "02:30:00+02:00",
+        "02:00:00+01:00",
+    ]
     assert [each.get("catchup", False) for each in told] == [False, True, False]
     server = ticks.boot("night", FAKETIME="@2026-10-24 23:59:57", **fake)
     wait_until(lambda: len(events(server, "probe3")) >= 6, "the clock has passed 00:00 again")

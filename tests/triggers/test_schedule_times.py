@@ -23,9 +23,18 @@ BERLIN = "Europe/Berlin"
 SPRING, AUTUMN = datetime(2026, 3, 29, tzinfo=UTC), datetime(2026, 10, 25, tzinfo=UTC)
 CHANGES = {
     BERLIN: (SPRING, AUTUMN),
-    "Australia/Lord_Howe": (datetime(2026, 4, 4, tzinfo=UTC), datetime(2026, 10, 3, tzinfo=UTC)),  # by half an hour
-    "Africa/Cairo": (datetime(2026, 4, 23, 12, tzinfo=UTC), datetime(2026, 10, 29, 12, tzinfo=UTC)),  # skips a midnight
-    "America/Havana": (datetime(2026, 3, 8, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)),  # shows a midnight twice
+    "Australia/Lord_Howe": (
+        datetime(2026, 4, 4, tzinfo=UTC),
+        datetime(2026, 10, 3, tzinfo=UTC),
+    ),  # by half an hour
+    "Africa/Cairo": (
+        datetime(2026, 4, 23, 12, tzinfo=UTC),
+        datetime(2026, 10, 29, 12, tzinfo=UTC),
+    ),  # skips a midnight
+    "America/Havana": (
+        datetime(2026, 3, 8, tzinfo=UTC),
+        datetime(2026, 11, 1, tzinfo=UTC),
+    ),  # shows a midnight twice
     "America/New_York": (datetime(2026, 3, 8, tzinfo=UTC), datetime(2026, 11, 1, tzinfo=UTC)),
     "UTC": (SPRING, AUTUMN),
 }
@@ -64,7 +73,12 @@ def test_t1_a_fixed_time_in_the_fold_fires_once():
 def test_t2_wildcard_minutes_over_the_fold_follow_real_time():
     """T2: `*/30 * * * *` fires at 02:00, 02:30, 02:00, 02:30, in this order, as four occurrences."""
     since = AUTUMN - timedelta(seconds=1)
-    shown = ["2026-10-25T02:00+02:00", "2026-10-25T02:30+02:00", "2026-10-25T02:00+01:00", "2026-10-25T02:30+01:00"]
+    shown = [
+        "2026-10-25T02:00+02:00",
+        "2026-10-25T02:30+02:00",
+        "2026-10-25T02:00+01:00",
+        "2026-10-25T02:30+01:00",
+    ]
     assert local("*/30 * * * *", BERLIN, since, 4) == shown
     assert len(set(islice(times("*/30 * * * *", BERLIN).after(to_us(since)), 4))) == 4
 
@@ -72,7 +86,10 @@ def test_t2_wildcard_minutes_over_the_fold_follow_real_time():
 def test_t2_wildcard_minutes_over_the_gap_follow_real_time():
     """T2: in spring `*/30 * * * *` goes from 01:30 to 03:00, half an hour of real time."""
     since = SPRING + timedelta(minutes=29)
-    assert local("*/30 * * * *", BERLIN, since, 2) == ["2026-03-29T01:30+01:00", "2026-03-29T03:00+02:00"]
+    assert local("*/30 * * * *", BERLIN, since, 2) == [
+        "2026-03-29T01:30+01:00",
+        "2026-03-29T03:00+02:00",
+    ]
 
 
 @pytest.mark.parametrize("change", [SPRING, AUTUMN])
@@ -93,9 +110,13 @@ def test_t4_a_local_midnight_that_does_not_exist_fires_once():
 # --------------------------------------------------------------------------- an oracle
 
 MINUTES = st.one_of(
-    st.just("*"), st.sampled_from(["*/7", "*/15", "*/30"]), st.lists(st.integers(0, 59), min_size=1, max_size=3, unique=True)
+    st.just("*"),
+    st.sampled_from(["*/7", "*/15", "*/30"]),
+    st.lists(st.integers(0, 59), min_size=1, max_size=3, unique=True),
 )
-HOURS = st.one_of(st.just("*"), st.just("*/3"), st.lists(st.integers(0, 23), min_size=1, max_size=4, unique=True))
+HOURS = st.one_of(
+    st.just("*"), st.just("*/3"), st.lists(st.integers(0, 23), min_size=1, max_size=4, unique=True)
+)
 DAYS = st.sampled_from(["*", "MON-FRI", "SUN", "SAT,SUN,THU"])
 WEEK = ["MON", "TUE", "WED", "THU", "FRI", "SAT", "SUN"]
 
@@ -106,7 +127,11 @@ def text(field: str | list[int]) -> str:
 
 def matching(field: str, size: int) -> set[int]:
     """The values of a minute or hour field of the kinds above."""
-    return set(range(0, size, int(field[2:] or 1) if "/" in field else 1)) if "*" in field else set(map(int, field.split(",")))
+    return (
+        set(range(0, size, int(field[2:] or 1) if "/" in field else 1))
+        if "*" in field
+        else set(map(int, field.split(",")))
+    )
 
 
 def weekdays(field: str) -> set[int]:
@@ -115,7 +140,9 @@ def weekdays(field: str) -> set[int]:
     return set(range(5)) if field == "MON-FRI" else {WEEK.index(name) for name in field.split(",")}
 
 
-def oracle(minute: str, hour: str, day: str, tz: str, since: datetime, until: datetime) -> list[datetime]:
+def oracle(
+    minute: str, hour: str, day: str, tz: str, since: datetime, until: datetime
+) -> list[datetime]:
     """Every occurrence in (since, until], by looking at each minute there is."""
     where = ZoneInfo(tz)
     minutes, hours, days = matching(minute, 60), matching(hour, 24), weekdays(day)
@@ -138,19 +165,41 @@ def oracle(minute: str, hour: str, day: str, tz: str, since: datetime, until: da
     wall, last = min(shown), max(shown)
     while wall <= last:
         if wanted(wall):
-            fixed.add(shown[next(later for k in range(1500) if (later := wall + timedelta(minutes=k)) in shown)])
+            fixed.add(
+                shown[
+                    next(
+                        later
+                        for k in range(1500)
+                        if (later := wall + timedelta(minutes=k)) in shown
+                    )
+                ]
+            )
         wall += timedelta(minutes=1)
     return sorted(at for at in fixed if since < at <= until)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(minute=MINUTES, hour=HOURS, day=DAYS, tz=st.sampled_from(sorted(CHANGES)), spring=st.booleans(), data=st.data())
+@given(
+    minute=MINUTES,
+    hour=HOURS,
+    day=DAYS,
+    tz=st.sampled_from(sorted(CHANGES)),
+    spring=st.booleans(),
+    data=st.data(),
+)
 def test_occurrences_agree_with_looking_at_every_minute(
-    minute: str | list[int], hour: str | list[int], day: str, tz: str, spring: bool, data: st.DataObject
+    minute: str | list[int],
+    hour: str | list[int],
+    day: str,
+    tz: str,
+    spring: bool,
+    data: st.DataObject,
 ):
     """Around either change of clocks, in six zones, cron has the occurrences that a walk through all minutes finds."""
     around = CHANGES[tz][0 if spring else 1]
-    since = around + timedelta(minutes=data.draw(st.integers(-600, 1200)), seconds=data.draw(st.sampled_from([0, 1, 59])))
+    since = around + timedelta(
+        minutes=data.draw(st.integers(-600, 1200)), seconds=data.draw(st.sampled_from([0, 1, 59]))
+    )
     until = around + timedelta(days=2)
     expected = oracle(text(minute), text(hour), day, tz, around - timedelta(days=1), until)
     found = times(f"{text(minute)} {text(hour)} * * {day}", tz)
@@ -167,7 +216,14 @@ def test_occurrences_agree_with_looking_at_every_minute(
 def test_t11_day_of_month_or_day_of_week():
     """T11: `0 0 13 * 5` is the 13th or a Friday."""
     found = [at[:10] for at in local("0 0 13 * 5", "UTC", datetime(2026, 9, 30, tzinfo=UTC), 6)]
-    assert found == ["2026-10-02", "2026-10-09", "2026-10-13", "2026-10-16", "2026-10-23", "2026-10-30"]
+    assert found == [
+        "2026-10-02",
+        "2026-10-09",
+        "2026-10-13",
+        "2026-10-16",
+        "2026-10-23",
+        "2026-10-30",
+    ]
 
 
 def test_t11_the_words_of_cron():
@@ -220,7 +276,9 @@ def test_a_wrong_expression_says_what_and_where(expression: str, told: str):
     assert told in str(refused.value) and repr(expression) in str(refused.value)
 
 
-@pytest.mark.parametrize("tz", ["Europe/Berln", "europe", "Europe", "/etc/passwd", "../etc", "+01:00", ""])
+@pytest.mark.parametrize(
+    "tz", ["Europe/Berln", "europe", "Europe", "/etc/passwd", "../etc", "+01:00", ""]
+)
 def test_a_wrong_zone_is_refused(tz: str):
     """What is no IANA zone is refused when the schedule is made."""
     with pytest.raises(UsageError, match="expected an IANA zone"):
@@ -237,9 +295,14 @@ from triggers import Cron
 Cron("@daily", tz="UTC")
 Cron("@daily", tz="Europe/Berlin")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert done.returncode == 1
-    assert "UsageError" in done.stderr.splitlines()[-1] and "pip install tzdata" in done.stderr.splitlines()[-1]
+    assert (
+        "UsageError" in done.stderr.splitlines()[-1]
+        and "pip install tzdata" in done.stderr.splitlines()[-1]
+    )
 
 
 def test_options_that_cannot_be_are_refused():
@@ -266,7 +329,11 @@ def test_options_that_cannot_be_are_refused():
 def test_an_interval_is_anchored():
     """Every's times are anchor + k * period for whole k, before the anchor too."""
     anchor = datetime(2026, 1, 1, 3, 20, tzinfo=UTC)
-    found = list(Every(timedelta(hours=6), anchor=anchor).occurrences(anchor - timedelta(hours=7), anchor + timedelta(hours=7)))
+    found = list(
+        Every(timedelta(hours=6), anchor=anchor).occurrences(
+            anchor - timedelta(hours=7), anchor + timedelta(hours=7)
+        )
+    )
     assert found == [anchor - timedelta(hours=6), anchor, anchor + timedelta(hours=6)]
     quarters = list(Every(minutes=15).occurrences(SPRING, SPRING + timedelta(minutes=31)))
     assert [at.minute for at in quarters] == [0, 15, 30]
@@ -300,7 +367,9 @@ def test_what_is_due_is_bounded_however_long_the_stop():
     misfire=st.sampled_from(["skip", "last", "all"]), stop=st.integers(0, 400), grace=st.integers(0, 120),
     limit=st.integers(1, 50), jitter=st.integers(0, 59),
 )  # fmt: skip
-def test_every_occurrence_is_fired_or_counted(misfire, stop: int, grace: int, limit: int, jitter: int):
+def test_every_occurrence_is_fired_or_counted(
+    misfire, stop: int, grace: int, limit: int, jitter: int
+):
     """Whatever the policy, the stop, the grace and the jitter: what is settled is fired or counted as skipped, each once."""
     minute = EveryTimes(60 * SECOND, 0)
     last, now = to_us(SPRING), to_us(SPRING) + stop * 10 * SECOND

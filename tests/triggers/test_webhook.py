@@ -13,10 +13,26 @@ from starlette.routing import Mount
 from eventflow.core.errors import StoreFailed, StoreFull, UsageError
 from eventflow.events.event import Event, Trigger, Undecodable
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Ledger, Promise, is_stable_name, listening, promise_name
+from tests.triggers.contract import (
+    CONTRACT,
+    Ledger,
+    Promise,
+    is_stable_name,
+    listening,
+    promise_name,
+)
 from tests.triggers.hooks import Hook, Senders, over_http
 from tests.triggers.serving import digest, now, post, raw, serving
-from triggers.signatures import HMAC, Bearer, GitHub, MLflow, Shopify, Slack, StandardWebhooks, Stripe
+from triggers.signatures import (
+    HMAC,
+    Bearer,
+    GitHub,
+    MLflow,
+    Shopify,
+    Slack,
+    StandardWebhooks,
+    Stripe,
+)
 from triggers.webhook import Webhook
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -50,7 +66,12 @@ def test_p1_new_event_is_202_with_ids():
         assert answer.status_code == 202 and answer.headers["content-type"] == "application/json"
         assert answer.json() == {"id": "0000000000001", "event_id": "k1", "duplicate": False}
         event = hook.event
-        assert (event.id, event.source, event.type, event.data) == ("k1", "/hooks/orders", "webhook.received", {"total": 5})
+        assert (event.id, event.source, event.type, event.data) == (
+            "k1",
+            "/hooks/orders",
+            "webhook.received",
+            {"total": 5},
+        )
         assert event.datacontenttype == "application/json" and event.extensions == {}
 
     over_http(check)
@@ -75,7 +96,11 @@ def test_known_id_with_another_body_is_409():
     async def check(hook: Hook) -> None:
         await hook.post({"total": 5}, idempotency_key="k1")
         answer = await hook.post({"total": 6}, idempotency_key="k1")
-        assert answer.status_code == 409 and answer.json()["error"] == "conflict" and "k1" in answer.json()["detail"]
+        assert (
+            answer.status_code == 409
+            and answer.json()["error"] == "conflict"
+            and "k1" in answer.json()["detail"]
+        )
         assert hook.event.data == {"total": 5}
 
     over_http(check)
@@ -103,7 +128,9 @@ def test_concurrent_deliveries_are_one_event():
     """The same delivery three times at once starts one event, and all answers are 2xx with the same ids."""
 
     async def check(hook: Hook) -> None:
-        answers = await asyncio.gather(*(hook.post({"total": 5}, webhook_id="w1") for _ in range(3)))
+        answers = await asyncio.gather(
+            *(hook.post({"total": 5}, webhook_id="w1") for _ in range(3))
+        )
         assert sorted(answer.status_code for answer in answers) == [200, 200, 202]
         assert {answer.json()["id"] for answer in answers} == {"0000000000001"}
         assert len(hook.kept) == 1
@@ -142,8 +169,14 @@ def test_p10_not_listening_is_503(when: str):
             if when == "after":
                 async with listening(trigger, ledger):
                     pass
-            status, headers, body = await raw(port, post("/hooks/orders", b"{}", ("Content-Type", "application/json")))
-            assert status == 503 and headers["connection"] == "close" and 1 <= int(headers["retry-after"]) <= 30
+            status, headers, body = await raw(
+                port, post("/hooks/orders", b"{}", ("Content-Type", "application/json"))
+            )
+            assert (
+                status == 503
+                and headers["connection"] == "close"
+                and 1 <= int(headers["retry-after"]) <= 30
+            )
             assert json.loads(body)["error"] == "unavailable"
             assert ledger.offered == []
 
@@ -162,7 +195,9 @@ def test_p10_store_failure_is_503():
     over_http(check)
 
 
-@pytest.mark.parametrize(("disk", "status", "error"), [(False, 503, "overloaded"), (True, 507, "disk_full")])
+@pytest.mark.parametrize(
+    ("disk", "status", "error"), [(False, 503, "overloaded"), (True, 507, "disk_full")]
+)
 def test_p8_full_ledger_is_waited_for_then_refused(disk: bool, status: int, error: str):
     """A ledger that stays full is waited for 2 s; then the answer is 503 (507 for the disk) with the ledger's Retry-After."""
 
@@ -171,7 +206,11 @@ def test_p8_full_ledger_is_waited_for_then_refused(disk: bool, status: int, erro
         started = asyncio.get_running_loop().time()
         answer = await hook.post({})
         assert asyncio.get_running_loop().time() - started >= 2.0
-        assert answer.status_code == status and answer.headers["retry-after"] == "7" and answer.json()["error"] == error
+        assert (
+            answer.status_code == status
+            and answer.headers["retry-after"] == "7"
+            and answer.json()["error"] == error
+        )
 
     over_http(check)
 
@@ -276,7 +315,9 @@ def test_id_from_the_app(ident: Any, expected: str):
     async def check(hook: Hook) -> None:
         body = b'{"order": {"id": "o-7"}, "number": 12}'
         assert len(body) == 38
-        assert (await hook.post(body, x_tenant="t", idempotency_key="fallback")).json()["event_id"] == expected
+        assert (await hook.post(body, x_tenant="t", idempotency_key="fallback")).json()[
+            "event_id"
+        ] == expected
 
     over_http(check, id=ident)
 
@@ -285,7 +326,9 @@ def raises(headers: Any, body: bytes) -> str:
     raise KeyError("order_id")
 
 
-@pytest.mark.parametrize("ident", [raises, lambda headers, body: "\ud800", lambda headers, body: "x" * 1025])
+@pytest.mark.parametrize(
+    "ident", [raises, lambda headers, body: "\ud800", lambda headers, body: "x" * 1025]
+)
 def test_p9_a_failing_id_function_is_a_dead_letter(ident: Any):
     """What the app's `id=` cannot read is kept as a dead letter and answered 400, not 500."""
 
@@ -364,13 +407,19 @@ def slack(body: bytes) -> dict[str, str]:
 
 def stripe(body: bytes) -> dict[str, str]:
     stamp = str(now())
-    return {"stripe-signature": f"t={stamp},v1={digest(b's3cret', stamp.encode(), b'.', body).hex()},v0=00"}
+    return {
+        "stripe-signature": f"t={stamp},v1={digest(b's3cret', stamp.encode(), b'.', body).hex()},v0=00"
+    }
 
 
 def mlflow(body: bytes) -> dict[str, str]:
     stamp = str(now())
     signature = base64.b64encode(digest(b"s3cret", f"d1.{stamp}.".encode(), body)).decode()
-    return {"x-mlflow-signature": f"v1,{signature}", "x-mlflow-delivery-id": "d1", "x-mlflow-timestamp": stamp}
+    return {
+        "x-mlflow-signature": f"v1,{signature}",
+        "x-mlflow-delivery-id": "d1",
+        "x-mlflow-timestamp": stamp,
+    }
 
 
 def github(body: bytes) -> dict[str, str]:
@@ -380,19 +429,53 @@ def github(body: bytes) -> dict[str, str]:
 
 def shopify(body: bytes) -> dict[str, str]:
     signature = base64.b64encode(digest(b"s3cret", body)).decode()
-    return {"x-shopify-hmac-sha256": signature, "x-shopify-topic": "orders/create", "x-shopify-event-id": "s1"}
+    return {
+        "x-shopify-hmac-sha256": signature,
+        "x-shopify-topic": "orders/create",
+        "x-shopify-event-id": "s1",
+    }
 
 
 @pytest.mark.parametrize(
     ("verify", "sign", "body", "ident", "kind"),
     [
-        (StandardWebhooks(SECRET), standard, {"type": "invoice.paid", "data": {}}, "msg_1", "invoice.paid"),
-        (StandardWebhooks(SECRET), standard, {"type": "no type at all"}, "msg_1", "webhook.received"),
+        (
+            StandardWebhooks(SECRET),
+            standard,
+            {"type": "invoice.paid", "data": {}},
+            "msg_1",
+            "invoice.paid",
+        ),
+        (
+            StandardWebhooks(SECRET),
+            standard,
+            {"type": "no type at all"},
+            "msg_1",
+            "webhook.received",
+        ),
         (GitHub("s3cret"), github, {"ref": "main"}, "g1", "com.github.push"),
-        (Stripe("s3cret"), stripe, {"id": "evt_1", "type": "invoice.paid"}, "evt_1", "com.stripe.invoice.paid"),
-        (Slack("s3cret"), slack, {"event_id": "Ev1", "event": {"type": "message"}}, "Ev1", "com.slack.message"),
+        (
+            Stripe("s3cret"),
+            stripe,
+            {"id": "evt_1", "type": "invoice.paid"},
+            "evt_1",
+            "com.stripe.invoice.paid",
+        ),
+        (
+            Slack("s3cret"),
+            slack,
+            {"event_id": "Ev1", "event": {"type": "message"}},
+            "Ev1",
+            "com.slack.message",
+        ),
         (Shopify("s3cret"), shopify, {"total": 1}, "s1", "com.shopify.orders.create"),
-        (MLflow("s3cret"), mlflow, {"entity": "model_version", "action": "created"}, "d1", "org.mlflow.model_version.created"),
+        (
+            MLflow("s3cret"),
+            mlflow,
+            {"entity": "model_version", "action": "created"},
+            "d1",
+            "org.mlflow.model_version.created",
+        ),
     ],
 )
 def test_vendors_over_http(verify: Any, sign: Any, body: dict[str, Any], ident: str, kind: str):
@@ -405,7 +488,10 @@ def test_vendors_over_http(verify: Any, sign: Any, body: dict[str, Any], ident: 
         assert hook.event.type == kind and hook.event.data == body
         forged = await hook.post(content.replace(b"{", b"{ ", 1), **sign(content))
         assert forged.status_code == 401
-        assert forged.json() == {"error": "unauthorized", "detail": "the request could not be verified"}
+        assert forged.json() == {
+            "error": "unauthorized",
+            "detail": "the request could not be verified",
+        }
         assert len(hook.ledger.offered) == 1
 
     over_http(check, verify=verify)
@@ -444,7 +530,9 @@ def test_refusals_are_logged_with_the_reason_once_a_second():
 
         async def check(hook: Hook) -> None:
             for _ in range(20):
-                assert (await hook.post({}, authorization="Bearer wrong-token-value")).status_code == 401
+                assert (
+                    await hook.post({}, authorization="Bearer wrong-token-value")
+                ).status_code == 401
 
         over_http(check, verify=Bearer("right"))
     refused = [line for line in lines if line["event"] == "webhook.refused"]
@@ -459,10 +547,22 @@ def test_cloudevents_binary():
     """A binary CloudEvent keeps its attributes, percent-decoded."""
 
     async def check(hook: Hook) -> None:
-        headers = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/s", "ce-type": "t", "ce-subject": "caf%C3%A9%20noir"}
+        headers = {
+            "ce-specversion": "1.0",
+            "ce-id": "1",
+            "ce-source": "/s",
+            "ce-type": "t",
+            "ce-subject": "caf%C3%A9%20noir",
+        }
         assert (await hook.post({"a": 1}, **headers)).status_code == 202
         event = hook.event
-        assert (event.id, event.source, event.type, event.subject, event.data) == ("1", "/s", "t", "café noir", {"a": 1})
+        assert (event.id, event.source, event.type, event.subject, event.data) == (
+            "1",
+            "/s",
+            "t",
+            "café noir",
+            {"a": 1},
+        )
 
     over_http(check)
 
@@ -471,7 +571,9 @@ def test_cloudevents_binary_without_id_is_400():
     """A missing ce-id is named, and the message is kept as a dead letter."""
 
     async def check(hook: Hook) -> None:
-        answer = await hook.post({"a": 1}, **{"ce-specversion": "1.0", "ce-source": "/s", "ce-type": "t"})
+        answer = await hook.post(
+            {"a": 1}, **{"ce-specversion": "1.0", "ce-source": "/s", "ce-type": "t"}
+        )
         assert answer.status_code == 400 and answer.json()["detail"].startswith("id: ")
         assert isinstance(hook.kept[0], Undecodable)
 
@@ -480,7 +582,9 @@ def test_cloudevents_binary_without_id_is_400():
 
 def test_cloudevents_batch_is_atomic():
     """A batch is recorded as a whole, or, with one invalid event in it, not at all."""
-    events: list[dict[str, Any]] = [{"specversion": "1.0", "id": str(n), "source": "/s", "type": "t"} for n in range(3)]
+    events: list[dict[str, Any]] = [
+        {"specversion": "1.0", "id": str(n), "source": "/s", "type": "t"} for n in range(3)
+    ]
 
     async def check(hook: Hook) -> None:
         content_type = "application/cloudevents-batch+json"
@@ -489,7 +593,11 @@ def test_cloudevents_batch_is_atomic():
         assert refused.status_code == 400 and refused.json()["detail"].startswith("[2].id")
         assert not [item for item in hook.kept if isinstance(item, Event)]
         answer = await hook.post(json.dumps(events).encode(), content_type=content_type)
-        assert answer.status_code == 202 and [row["event_id"] for row in answer.json()] == ["0", "1", "2"]
+        assert answer.status_code == 202 and [row["event_id"] for row in answer.json()] == [
+            "0",
+            "1",
+            "2",
+        ]
         assert (await hook.post(b"[]", content_type=content_type)).json() == []
         again = await hook.post(json.dumps(events).encode(), content_type=content_type)
         assert again.status_code == 200 and all(row["duplicate"] for row in again.json())
@@ -504,7 +612,9 @@ def test_signed_id_goes_before_an_unsigned_ce_id():
     async def check(hook: Hook) -> None:
         ce = {"ce-specversion": "1.0", "ce-source": "/s", "ce-type": "t"}
         headers = standard(body)
-        assert (await hook.post(body, **ce, **headers, **{"ce-id": "1"})).json()["event_id"] == "msg_1"
+        assert (await hook.post(body, **ce, **headers, **{"ce-id": "1"})).json()[
+            "event_id"
+        ] == "msg_1"
         assert (await hook.post(body, **ce, **headers, **{"ce-id": "2"})).status_code == 200
 
     over_http(check, verify=StandardWebhooks(SECRET))
@@ -516,6 +626,10 @@ def test_vendor_requests_are_never_cloudevents():
     async def check(hook: Hook) -> None:
         ce = {"ce-specversion": "1.0", "ce-id": "x", "ce-source": "/forged", "ce-type": "forged"}
         await hook.post(b"{}", **github(b"{}"), **ce)
-        assert (hook.event.id, hook.event.source, hook.event.type) == ("g1", "/hooks/orders", "com.github.push")
+        assert (hook.event.id, hook.event.source, hook.event.type) == (
+            "g1",
+            "/hooks/orders",
+            "com.github.push",
+        )
 
     over_http(check, verify=GitHub("s3cret"))

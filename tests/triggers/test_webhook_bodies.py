@@ -45,7 +45,10 @@ def test_size_at_the_limit_passes_and_one_more_is_413(chunked: bool):
         assert (await raw(hook.port, request(of_size(5000))))[0] == 202
         status, headers, body = await raw(hook.port, request(of_size(5001)))
         assert status == 413 and headers["connection"] == "close"
-        assert json.loads(body) == {"error": "too_large", "detail": "expected a body of at most 5000 bytes"}
+        assert json.loads(body) == {
+            "error": "too_large",
+            "detail": "expected a body of at most 5000 bytes",
+        }
         assert len(hook.ledger.offered) == 1
 
     over_http(check, max_body=5000)
@@ -101,7 +104,8 @@ def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.M
         steady = [b'{"pad":"', *[b"x" * 100_000] * 4, b'"}']
         drips = [b'{"pad":"', *[b"x"] * 6]
         answers = await asyncio.gather(
-            raw(hook.port, head, chunks=steady, pause=0.15), raw(hook.port, head, chunks=drips, pause=0.15)
+            raw(hook.port, head, chunks=steady, pause=0.15),
+            raw(hook.port, head, chunks=drips, pause=0.15),
         )
         assert [status for status, _, _ in answers] == [202, 408]
 
@@ -140,7 +144,9 @@ def test_p1_hanging_up_after_the_record_still_counts():
 # --------------------------------------------------------------------------- encodings
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip"])
+@pytest.mark.parametrize(
+    "encoding", ["gzip", "x-gzip", "deflate", "br", "zstd", "gzip, gzip", "identity, gzip"]
+)
 def test_encodings_are_refused_unless_taken(encoding: str):
     """Any encoding is 415 by default, saying what is taken."""
 
@@ -155,9 +161,15 @@ def test_gzip_when_taken():
     """With `gzip=True` one layer is unpacked; identity still passes, two layers and other encodings do not."""
 
     async def check(hook: Hook) -> None:
-        assert (await hook.post(gzip.compress(b'{"a": 1}'), content_encoding="GZIP", webhook_id="1")).status_code == 202
+        assert (
+            await hook.post(gzip.compress(b'{"a": 1}'), content_encoding="GZIP", webhook_id="1")
+        ).status_code == 202
         assert hook.event.data == {"a": 1}
-        assert (await hook.post(gzip.compress(b'{"a":') + gzip.compress(b" 1}"), content_encoding="gzip")).status_code == 202
+        assert (
+            await hook.post(
+                gzip.compress(b'{"a":') + gzip.compress(b" 1}"), content_encoding="gzip"
+            )
+        ).status_code == 202
         assert (await hook.post(b"{}", content_encoding="identity")).status_code == 202
         for encoding in ("gzip, gzip", "deflate", "br"):
             assert (await hook.post(b"{}", content_encoding=encoding)).status_code == 415
@@ -180,7 +192,19 @@ def test_gzip_when_taken():
         (b"{}", 400),
         (b"", 202),
     ],
-    ids=["limit", "over", "bomb", "members", "too many members", "twice", "cut", "trailing", "zlib", "plain", "empty"],
+    ids=[
+        "limit",
+        "over",
+        "bomb",
+        "members",
+        "too many members",
+        "twice",
+        "cut",
+        "trailing",
+        "zlib",
+        "plain",
+        "empty",
+    ],
 )
 def test_gzip_bombs(body: bytes, status: int):
     """The cap holds on the unpacked side, members are counted, and what is no gzip is a 400."""
@@ -240,8 +264,13 @@ def test_p9_unreadable_json_is_400_and_kept(body: bytes):
     """Signed JSON that cannot be read, or could be read two ways, is 400, and a dead letter with its id and bytes."""
 
     async def check(hook: Hook) -> None:
-        headers = {"x-hub-signature-256": "sha256=" + digest(b"s3cret", body).hex(), "x-github-delivery": "g1"}
-        answer = await hook.post(body, **headers, authorization="Basic eA==", user_agent="GitHub-Hookshot")
+        headers = {
+            "x-hub-signature-256": "sha256=" + digest(b"s3cret", body).hex(),
+            "x-github-delivery": "g1",
+        }
+        answer = await hook.post(
+            body, **headers, authorization="Basic eA==", user_agent="GitHub-Hookshot"
+        )
         assert answer.status_code == 400 and answer.json()["error"] == "unreadable"
         (item,) = hook.kept
         assert isinstance(item, Undecodable)
@@ -276,7 +305,10 @@ def test_readable_json_is_recorded_as_it_means(body: bytes):
     over_http(check)
 
 
-@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "a"])
+@pytest.mark.parametrize(
+    "media",
+    ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "a"],
+)
 def test_other_types_are_415(media: str):
     """Only JSON is read unless the app says otherwise; the answer says what is expected. No type at all counts as JSON."""
 
@@ -284,7 +316,9 @@ def test_other_types_are_415(media: str):
         answer = await hook.post(b'{"a": 1}', content_type=media)
         assert answer.status_code == 415 and "application/json" in answer.json()["detail"]
         assert (await raw(hook.port, post("/hooks/orders", b"{}")))[0] == 202
-        assert (await hook.post(b"{}", content_type="application/vnd.shop+json; charset=utf-8")).status_code == 202
+        assert (
+            await hook.post(b"{}", content_type="application/vnd.shop+json; charset=utf-8")
+        ).status_code == 202
 
     over_http(check)
 
@@ -294,7 +328,9 @@ def test_forms():
 
     async def check(hook: Hook) -> None:
         form = "application/x-www-form-urlencoded"
-        assert (await hook.post(b"payload=%7B%7D&empty=&caf%C3%A9=1", content_type=form)).status_code == 202
+        assert (
+            await hook.post(b"payload=%7B%7D&empty=&caf%C3%A9=1", content_type=form)
+        ).status_code == 202
         assert hook.event.data == {"payload": "{}", "empty": "", "café": "1"}
         for wrong in (b"a=1&a=2", b"a=%FF", b"\xff", b"&".join(b"f%d=1" % n for n in range(1001))):
             assert (await hook.post(wrong, content_type=form)).status_code == 400
@@ -316,9 +352,9 @@ def test_raw_bytes():
 
 # --------------------------------------------------------------------------- anything at all
 
-HEADER_TEXT = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=30).map(
-    str.strip
-)
+HEADER_TEXT = st.text(
+    st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=30
+).map(str.strip)
 NAMES = st.sampled_from(
     "webhook-id webhook-timestamp webhook-signature ce-id ce-source ce-type ce-specversion ce-time ce-data ce-data_base64 ce-é "
     "ce-datacontenttype ce-x content-type content-encoding idempotency-key authorization x-tenant cookie accept".split()
@@ -334,24 +370,41 @@ MEDIA = st.sampled_from(
     ]
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-NAMED = st.sampled_from("specversion id source type time subject data data_base64 datacontenttype x X é".split()) | st.text(
-    max_size=3
-)
+NAMED = st.sampled_from(
+    "specversion id source type time subject data data_base64 datacontenttype x X é".split()
+) | st.text(max_size=3)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=5), max_leaves=8
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMED, inner, max_size=5),
+    max_leaves=8,
 )
 EVENTS = st.fixed_dictionaries(
-    {"specversion": st.just("1.0") | LEAVES, "id": st.text(max_size=3) | LEAVES, "source": st.just("/s"), "type": st.just("t")},
-    optional={"time": st.just("2026-01-01T00:00:00Z") | LEAVES, "data": VALUES, "data_base64": LEAVES, "x": LEAVES},
+    {
+        "specversion": st.just("1.0") | LEAVES,
+        "id": st.text(max_size=3) | LEAVES,
+        "source": st.just("/s"),
+        "type": st.just("t"),
+    },
+    optional={
+        "time": st.just("2026-01-01T00:00:00Z") | LEAVES,
+        "data": VALUES,
+        "data_base64": LEAVES,
+        "x": LEAVES,
+    },
 )
-BODIES = st.binary(max_size=30) | (VALUES | EVENTS | st.lists(EVENTS, max_size=3)).map(lambda value: json.dumps(value).encode())
+BODIES = st.binary(max_size=30) | (VALUES | EVENTS | st.lists(EVENTS, max_size=3)).map(
+    lambda value: json.dumps(value).encode()
+)
 
 
 def test_never_500_on_input():
     """Whatever a sender sends, the answer is a 2xx or a 4xx, and what is handed to the ledger can be written."""
 
     async def main() -> None:
-        trigger, ledger = Webhook("/orders", verify="none", gzip=True, keep=["X-Tenant"], id="id"), Ledger()
+        trigger, ledger = (
+            Webhook("/orders", verify="none", gzip=True, keep=["X-Tenant"], id="id"),
+            Ledger(),
+        )
         loop = asyncio.get_running_loop()
         async with serving(trigger.routes) as port, listening(trigger, ledger):
             await loop.run_in_executor(None, hammer, loop, port)
@@ -360,10 +413,14 @@ def test_never_500_on_input():
         @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
         @given(BODIES, MEDIA, st.lists(st.tuples(NAMES, HEADER_TEXT), max_size=5))
         def sends(body: bytes, media: str, headers: list[tuple[str, str]]) -> None:
-            named = [("Content-Type", media), ("Connection", "close"), *(pair for pair in headers if pair[0].isascii())]
-            status, _, answer = asyncio.run_coroutine_threadsafe(raw(port, post("/hooks/orders", body, *named)), loop).result(
-                30
-            )
+            named = [
+                ("Content-Type", media),
+                ("Connection", "close"),
+                *(pair for pair in headers if pair[0].isascii()),
+            ]
+            status, _, answer = asyncio.run_coroutine_threadsafe(
+                raw(port, post("/hooks/orders", body, *named)), loop
+            ).result(30)
             assert status in (200, 202, 400, 409, 415), (status, answer)
             json.loads(answer)
 

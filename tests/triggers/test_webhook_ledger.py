@@ -28,12 +28,18 @@ async def served(path: Path) -> AsyncIterator[tuple[httpx2.AsyncClient, SqliteSt
     clock, trigger = SystemClock(), Webhook("/orders", verify=Bearer("s3cret-token"))
     store = SqliteStore(path, clock=clock, free_floor=0, ballast=0)
     store.open()
-    reactor = Reactor(store, Router([], Ids(store.last_id), clock), clock, [trigger], random.Random(1))
+    reactor = Reactor(
+        store, Router([], Ids(store.last_id), clock), clock, [trigger], random.Random(1)
+    )
     try:
         async with serving(trigger.routes) as port:
             reactor.start(set())
-            await eventually(lambda: reactor.health[trigger.name].state == "listening", "the webhook listens")
-            async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=AUTH) as client:
+            await eventually(
+                lambda: reactor.health[trigger.name].state == "listening", "the webhook listens"
+            )
+            async with httpx2.AsyncClient(
+                base_url=f"http://127.0.0.1:{port}", headers=AUTH
+            ) as client:
                 yield client, store
             await reactor.stop()
     finally:
@@ -45,15 +51,25 @@ def test_p2_one_fate_across_restarts(tmp_path: Path):
 
     async def main() -> None:
         async with served(tmp_path / "a.db") as (client, store):
-            first = await client.post("/hooks/orders", content=b'{"total": 5}', headers={"idempotency-key": "k1"})
+            first = await client.post(
+                "/hooks/orders", content=b'{"total": 5}', headers={"idempotency-key": "k1"}
+            )
             assert first.status_code == 202
             row = await store.event(first.json()["id"])
-            assert (row["event_id"], row["trigger"], row["source"]) == ("k1", "webhook-orders", "/hooks/orders")
+            assert (row["event_id"], row["trigger"], row["source"]) == (
+                "k1",
+                "webhook-orders",
+                "/hooks/orders",
+            )
         async with served(tmp_path / "a.db") as (client, store):
-            again = await client.post("/hooks/orders", content=b'{"total":5}', headers={"idempotency-key": "k1"})
+            again = await client.post(
+                "/hooks/orders", content=b'{"total":5}', headers={"idempotency-key": "k1"}
+            )
             assert again.status_code == 200 and again.json() == {**first.json(), "duplicate": True}
             with structlog.testing.capture_logs():
-                other = await client.post("/hooks/orders", content=b'{"total": 6}', headers={"idempotency-key": "k1"})
+                other = await client.post(
+                    "/hooks/orders", content=b'{"total": 6}', headers={"idempotency-key": "k1"}
+                )
             assert other.status_code == 409
             counts = await store.counts()
             assert (counts["events"], counts["duplicates"], counts["conflicts"]) == (1, 1, 1)
@@ -68,13 +84,19 @@ def test_p9_unreadable_is_a_dead_letter_in_the_ledger(tmp_path: Path):
     async def main() -> None:
         async with served(tmp_path / "a.db") as (client, store):
             refused = await client.post(
-                "/hooks/orders", content=body, headers={"webhook-id": "w1", "cookie": "session=topsecret"}
+                "/hooks/orders",
+                content=body,
+                headers={"webhook-id": "w1", "cookie": "session=topsecret"},
             )
             assert refused.status_code == 400
             (letter,) = await store.dead()
             whole = await store.dead_letter(letter["id"])
             assert "twice" in str(whole)
-        assert not any(word in file.read_bytes() for file in tmp_path.iterdir() for word in (b"s3cret-token", b"topsecret"))
+        assert not any(
+            word in file.read_bytes()
+            for file in tmp_path.iterdir()
+            for word in (b"s3cret-token", b"topsecret")
+        )
         assert any(body in file.read_bytes() for file in tmp_path.iterdir())
 
     asyncio.run(main())

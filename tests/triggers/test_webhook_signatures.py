@@ -38,7 +38,11 @@ OTHER = "whsec_" + base64.b64encode(bytes(24)).decode()
 
 
 def ok(
-    verify: Verify, headers: dict[str, str], body: bytes = BODY, now: int = NOW, repeated: frozenset[str] = frozenset()
+    verify: Verify,
+    headers: dict[str, str],
+    body: bytes = BODY,
+    now: int = NOW,
+    repeated: frozenset[str] = frozenset(),
 ) -> bool:
     return verify.reason_to_refuse(headers, repeated, body, now) is None
 
@@ -48,14 +52,24 @@ def b64(data: bytes) -> str:
 
 
 def standard(
-    key: bytes = KEY, ident: str = "msg_1", stamp: object = NOW, body: bytes = BODY, family: str = "webhook"
+    key: bytes = KEY,
+    ident: str = "msg_1",
+    stamp: object = NOW,
+    body: bytes = BODY,
+    family: str = "webhook",
 ) -> dict[str, str]:
     signed = digest(key, f"{ident}.{stamp}.".encode("latin-1"), body)
-    return {f"{family}-id": ident, f"{family}-timestamp": str(stamp), f"{family}-signature": "v1," + b64(signed)}
+    return {
+        f"{family}-id": ident,
+        f"{family}-timestamp": str(stamp),
+        f"{family}-signature": "v1," + b64(signed),
+    }
 
 
 def stripe(stamp: object = NOW, key: bytes = b"s3cret") -> dict[str, str]:
-    return {"stripe-signature": f"t={stamp},v1={digest(key, f'{stamp}.'.encode(), BODY).hex()},v0=abc"}
+    return {
+        "stripe-signature": f"t={stamp},v1={digest(key, f'{stamp}.'.encode(), BODY).hex()},v0=abc"
+    }
 
 
 def slack(stamp: object = NOW) -> dict[str, str]:
@@ -65,7 +79,11 @@ def slack(stamp: object = NOW) -> dict[str, str]:
 
 def mlflow(stamp: object = NOW) -> dict[str, str]:
     signature = "v1," + b64(digest(b"s3cret", f"d1.{stamp}.".encode(), BODY))
-    return {"x-mlflow-signature": signature, "x-mlflow-delivery-id": "d1", "x-mlflow-timestamp": str(stamp)}
+    return {
+        "x-mlflow-signature": signature,
+        "x-mlflow-delivery-id": "d1",
+        "x-mlflow-timestamp": str(stamp),
+    }
 
 
 TIMED: list[tuple[Verify, Any]] = [
@@ -76,7 +94,10 @@ TIMED: list[tuple[Verify, Any]] = [
     (MLflow("s3cret"), mlflow),
     (
         HMAC("s3cret", header="X-Sig", timestamp_header="X-Ts"),
-        lambda stamp: {"x-ts": str(stamp), "x-sig": digest(b"s3cret", f"{stamp}.".encode(), BODY).hex()},
+        lambda stamp: {
+            "x-ts": str(stamp),
+            "x-sig": digest(b"s3cret", f"{stamp}.".encode(), BODY).hex(),
+        },
     ),
 ]
 PLAIN: list[tuple[Verify, dict[str, str]]] = [
@@ -159,8 +180,14 @@ def test_rotation():
     assert not ok(StandardWebhooks(OTHER), standard())
     headers = standard()
     wrong = "v1," + b64(bytes(32))
-    assert ok(StandardWebhooks(WHSEC), {**headers, "webhook-signature": f"{wrong} {headers['webhook-signature']}"})
-    assert ok(StandardWebhooks(WHSEC), {**headers, "webhook-signature": f"{headers['webhook-signature']} v1a,xx v2,yy"})
+    assert ok(
+        StandardWebhooks(WHSEC),
+        {**headers, "webhook-signature": f"{wrong} {headers['webhook-signature']}"},
+    )
+    assert ok(
+        StandardWebhooks(WHSEC),
+        {**headers, "webhook-signature": f"{headers['webhook-signature']} v1a,xx v2,yy"},
+    )
     many = " ".join([wrong] * 20 + [headers["webhook-signature"]])
     assert not ok(StandardWebhooks(WHSEC), {**headers, "webhook-signature": many})
     assert ok(Bearer(["old", "new"]), {"authorization": "Bearer new"})
@@ -168,7 +195,9 @@ def test_rotation():
 
 def test_whsec_means_two_things():
     """The same `whsec_` string is base64 for Standard Webhooks and plain text for Stripe: each verifies its own only."""
-    assert ok(StandardWebhooks(WHSEC), standard(KEY)) and not ok(StandardWebhooks(WHSEC), standard(WHSEC.encode()))
+    assert ok(StandardWebhooks(WHSEC), standard(KEY)) and not ok(
+        StandardWebhooks(WHSEC), standard(WHSEC.encode())
+    )
     assert ok(Stripe(WHSEC), stripe(key=WHSEC.encode())) and not ok(Stripe(WHSEC), stripe(key=KEY))
 
 
@@ -180,7 +209,11 @@ def test_standard_webhooks_agrees_with_the_reference():
         for form in (secret, secret.rstrip("="), secret.removeprefix("whsec_")):
             reference = standardwebhooks.Webhook(form)
             signature = reference.sign(msg_id=ident, timestamp=stamp, data=BODY.decode())
-            headers = {"webhook-id": ident, "webhook-timestamp": str(NOW), "webhook-signature": signature}
+            headers = {
+                "webhook-id": ident,
+                "webhook-timestamp": str(NOW),
+                "webhook-signature": signature,
+            }
             assert ok(StandardWebhooks(form), headers)
     current = int(datetime.datetime.now(datetime.UTC).timestamp())
     standardwebhooks.Webhook(WHSEC).verify(BODY.decode(), standard(stamp=current))
@@ -198,7 +231,9 @@ def test_gitlab_with_both_needs_both():
 def test_bearer_scheme_in_any_case():
     """The scheme's case does not matter, the token's does; there is one space and no second token."""
     verify = Bearer("s3cret")
-    assert ok(verify, {"authorization": "bearer s3cret"}) and ok(verify, {"authorization": "BEARER s3cret"})
+    assert ok(verify, {"authorization": "bearer s3cret"}) and ok(
+        verify, {"authorization": "BEARER s3cret"}
+    )
     for wrong in (
         "Bearer S3CRET",
         "Bearer  s3cret",
@@ -247,11 +282,18 @@ def test_no_header_makes_it_raise(case: tuple[Verify, dict[str, str]], data: st.
         real = headers[name]
         at = data.draw(st.integers(0, len(real)))
         changed[name] = data.draw(
-            LATIN | st.just(real[:at]) | LATIN.map(lambda text, at=at, real=real: real[:at] + text + real[at:])
+            LATIN
+            | st.just(real[:at])
+            | LATIN.map(lambda text, at=at, real=real: real[:at] + text + real[at:])
         )
     body = data.draw(st.binary(max_size=40) | st.just(BODY))
     accepted = ok(verify, changed, body)
-    assert not accepted or (body == BODY or "x-token" in headers or "authorization" in headers or "x-gitlab-token" in headers)
+    assert not accepted or (
+        body == BODY
+        or "x-token" in headers
+        or "authorization" in headers
+        or "x-gitlab-token" in headers
+    )
     if accepted:
         assert all(strict(changed[name], headers[name]) for name in headers)
 
@@ -270,7 +312,13 @@ def test_hex_is_read_strictly():
     signature = digest(b"s3cret", BODY).hex()
     verify = GitHub("s3cret")
     assert ok(verify, {"x-hub-signature-256": "sha256=" + signature.upper()})
-    for wrong in (signature[:2] + " " + signature[2:], signature + "00", signature[:-2], signature + "\n", "0x" + signature):
+    for wrong in (
+        signature[:2] + " " + signature[2:],
+        signature + "00",
+        signature[:-2],
+        signature + "\n",
+        "0x" + signature,
+    ):
         assert not ok(verify, {"x-hub-signature-256": "sha256=" + wrong})
 
 
@@ -290,7 +338,9 @@ def test_base64_is_read_strictly():
 
 def test_token_may_be_any_bytes():
     """A secret with letters beyond ASCII matches the bytes its sender puts in the header."""
-    assert ok(Token("schlüssel", header="X-Token"), {"x-token": "schlüssel".encode().decode("latin-1")})
+    assert ok(
+        Token("schlüssel", header="X-Token"), {"x-token": "schlüssel".encode().decode("latin-1")}
+    )
 
 
 # --------------------------------------------------------------------------- secrets
@@ -310,13 +360,19 @@ def test_empty_secrets_are_refused(preset: Any, empty: Any):
 def test_env_names_the_variable(monkeypatch: pytest.MonkeyPatch):
     """`env` reads a variable; when it is unset or empty, the error names it."""
     monkeypatch.setenv("ORDERS_SECRET", "s3cret")
-    assert ok(GitHub(env("ORDERS_SECRET")), {"x-hub-signature-256": "sha256=" + digest(b"s3cret", BODY).hex()})
+    assert ok(
+        GitHub(env("ORDERS_SECRET")),
+        {"x-hub-signature-256": "sha256=" + digest(b"s3cret", BODY).hex()},
+    )
     for value in ("", None):
         if value is None:
             monkeypatch.delenv("ORDERS_SECRET")
         else:
             monkeypatch.setenv("ORDERS_SECRET", value)
-        with pytest.raises(EmptySecret, match=r"GitHub\(secret=\): expected a secret, found \$ORDERS_SECRET empty or unset"):
+        with pytest.raises(
+            EmptySecret,
+            match=r"GitHub\(secret=\): expected a secret, found \$ORDERS_SECRET empty or unset",
+        ):
             GitHub(env("ORDERS_SECRET"))
 
 
@@ -324,7 +380,13 @@ def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
     """No repr of a secret, a preset or an error holds the value."""
     monkeypatch.setenv("ORDERS_SECRET", "s3cret-value")
     secret = env("ORDERS_SECRET")
-    shown = [repr(secret), str(secret), f"{secret}", repr(GitHub(secret)), repr(HMAC("s3cret-value", header="x"))]
+    shown = [
+        repr(secret),
+        str(secret),
+        f"{secret}",
+        repr(GitHub(secret)),
+        repr(HMAC("s3cret-value", header="x")),
+    ]
     with pytest.raises(UsageError) as caught:
         StandardWebhooks("whsec_s3cret-value")
     assert "s3cret" not in str([*shown, str(caught.value)])

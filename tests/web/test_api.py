@@ -62,7 +62,9 @@ async def large() -> str:
 
 def shop(folder: Path) -> App:
     app = App("shop", store=f"sqlite:///{folder}/shop.db")
-    app.on(Webhook("/orders", verify="none", id="id"), order, where={"total": [{"numeric": [">", 0]}]})
+    app.on(
+        Webhook("/orders", verify="none", id="id"), order, where={"total": [{"numeric": [">", 0]}]}
+    )
     app.on("order.placed", order)
     for each in (brittle, long, large):
         app.add(each)
@@ -106,7 +108,14 @@ async def start(client: Client, name: str, **params: Any) -> str:
 
 
 def event(ident: str = "e1", **changes: Any) -> dict[str, Any]:
-    return {"specversion": "1.0", "id": ident, "source": "/test", "type": "order.placed", "data": {"total": 3}, **changes}
+    return {
+        "specversion": "1.0",
+        "id": ident,
+        "source": "/test",
+        "type": "order.placed",
+        "data": {"total": 3},
+        **changes,
+    }
 
 
 # --------------------------------------------------------------------------- events
@@ -117,11 +126,18 @@ def test_cloudevents_in_three_modes(tmp_path: Path):
 
     async def work(client: Client) -> None:
         structured = await client.post("/api/events", json=event("s"), headers=STRUCTURED)
-        headers = {"ce-specversion": "1.0", "ce-id": "b", "ce-source": "/test", "ce-type": "order.placed"}
+        headers = {
+            "ce-specversion": "1.0",
+            "ce-id": "b",
+            "ce-source": "/test",
+            "ce-type": "order.placed",
+        }
         binary = await client.post("/api/events", json={"total": 4}, headers=headers)
         batch = await client.post("/api/events", json=[event("x"), event("y")], headers=BATCH)
         assert [each.status_code for each in (structured, binary, batch)] == [202] * 3
-        assert structured.json()["event_id"] == "s" and [row["event_id"] for row in batch.json()] == ["x", "y"]
+        assert structured.json()["event_id"] == "s" and [
+            row["event_id"] for row in batch.json()
+        ] == ["x", "y"]
         for ident in ("s", "b", "x", "y"):
             (run,) = (await client.get(f"/api/events/{ident}")).json()["runs"]
             await settled(client, run["id"], "completed")
@@ -141,7 +157,13 @@ def test_event_answers(tmp_path: Path):
         assert (again.status_code, again.json()) == (200, {**first.json(), "duplicate": True})
         other = await client.post("/api/events", json=event(data={"total": 9}), headers=STRUCTURED)
         assert other.status_code == 409 and other.json()["error"] == "conflict"
-        for body in (b"{", b"[]", b'{"specversion": "0.3", "id": "1"}', b'{"a": 1, "a": 2}', b"NaN"):
+        for body in (
+            b"{",
+            b"[]",
+            b'{"specversion": "0.3", "id": "1"}',
+            b'{"a": 1, "a": 2}',
+            b"NaN",
+        ):
             answer = await post(body)
             assert answer.status_code == 400 and set(answer.json()) == {"error", "detail"}, body
         assert (await post(b"[1]", BATCH)).status_code == 400
@@ -153,7 +175,9 @@ def test_event_answers(tmp_path: Path):
             for _ in range(20):
                 yield b"x" * 100_000
 
-        assert (await client.post("/api/events", content=chunks(), headers=STRUCTURED)).status_code == 413
+        assert (
+            await client.post("/api/events", content=chunks(), headers=STRUCTURED)
+        ).status_code == 413
         empty = await client.post("/api/events", json=[], headers=BATCH)
         assert (empty.status_code, empty.json()) == (202, [])
 
@@ -164,7 +188,9 @@ def test_one_bad_event_refuses_the_batch(tmp_path: Path):
     """A batch is recorded whole or not at all; the answer says which one is wrong."""
 
     async def work(client: Client) -> None:
-        answer = await client.post("/api/events", json=[event("a"), {**event("b"), "type": ""}], headers=BATCH)
+        answer = await client.post(
+            "/api/events", json=[event("a"), {**event("b"), "type": ""}], headers=BATCH
+        )
         assert answer.status_code == 400 and "[1].type" in answer.json()["detail"]
         assert (await client.get("/api/counts")).json()["events"] == 0
 
@@ -179,7 +205,11 @@ def test_event_with_its_verdicts(tmp_path: Path):
             await client.post("/hooks/orders", json={"id": number, "total": total})
         good = (await client.get("/api/events/good")).json()
         (said,) = good["verdicts"]
-        assert said["fate"] == "run" and said["run"] == good["runs"][0]["id"] and said["subscription"] == "webhook-orders/order"
+        assert (
+            said["fate"] == "run"
+            and said["run"] == good["runs"][0]["id"]
+            and said["subscription"] == "webhook-orders/order"
+        )
         assert good["event"]["data"] == {"id": "good", "total": 5}
         (said,) = (await client.get("/api/events/small")).json()["verdicts"]
         assert said["fate"] == "filtered" and "total" in said["reason"]
@@ -211,7 +241,11 @@ def test_lists_and_their_pages(tmp_path: Path):
         seen: list[str] = []
         after: str | None = ""
         while after is not None:
-            page = (await client.get("/api/events", params={"limit": 2, **({"after": after} if after else {})})).json()
+            page = (
+                await client.get(
+                    "/api/events", params={"limit": 2, **({"after": after} if after else {})}
+                )
+            ).json()
             seen += [row["event_id"] for row in page["events"]]
             after = page["next"]
         assert seen == ["other", "4", "3", "2", "1", "0"]
@@ -220,10 +254,19 @@ def test_lists_and_their_pages(tmp_path: Path):
         window = {"until": rows[0]["received_at"], "since": "2020-01-01T00:00:00Z"}
         assert len((await client.get("/api/events", params=window)).json()["events"]) == 5
         assert len((await client.get("/api/runs", params={"flow": "order"})).json()["runs"]) == 5
-        assert (await client.get("/api/runs", params={"event": "0"})).json()["runs"][0]["flow"] == "order"
-        assert (await client.get("/api/runs", params={"flow": "nope"})).json() == {"runs": [], "next": None}
+        assert (await client.get("/api/runs", params={"event": "0"})).json()["runs"][0][
+            "flow"
+        ] == "order"
+        assert (await client.get("/api/runs", params={"flow": "nope"})).json() == {
+            "runs": [],
+            "next": None,
+        }
         for query in ("limit=x", "state=odd", "since=yesterday", "after=1", "limit=-1"):
-            assert (await client.get(f"/api/runs?{query}" if "state" in query else f"/api/events?{query}")).status_code == 400
+            assert (
+                await client.get(
+                    f"/api/runs?{query}" if "state" in query else f"/api/events?{query}"
+                )
+            ).status_code == 400
 
     over(tmp_path, work)
 
@@ -265,7 +308,11 @@ def test_run_by_name(tmp_path: Path):
         other = await client.post("/api/runs", json={**body, "params": {"total": 3}})
         assert other.status_code == 409
         found = await settled(client, first.json()["id"], "completed")
-        assert found["result"] == {"score": 4.0} and found["params"] == {"total": 2} and len(found["result_digest"]) == 16
+        assert (
+            found["result"] == {"score": 4.0}
+            and found["params"] == {"total": 2}
+            and len(found["result_digest"]) == 16
+        )
         for wrong, status, said in (
             ({"flow": "nope"}, 404, "nope"), ({}, 400, "flow"), ({"flow": "order", "params": []}, 400, "params"),
             ({"flow": "order"}, 400, "total"), ({"flow": "order", "params": {"total": "x"}}, 400, "total"),
@@ -284,9 +331,16 @@ def test_run_with_its_tasks_and_error(tmp_path: Path):
     async def work(client: Client) -> None:
         run = await start(client, "brittle")
         found = await settled(client, run, "failed")
-        assert found["error"]["type"].endswith("Permanent") and found["error"]["message"] == "not yet"
+        assert (
+            found["error"]["type"].endswith("Permanent") and found["error"]["message"] == "not yet"
+        )
         good, bad = found["tasks"]
-        assert (good["name"], good["state"], bad["name"], bad["state"]) == ("double", "completed", "fragile", "failed")
+        assert (good["name"], good["state"], bad["name"], bad["state"]) == (
+            "double",
+            "completed",
+            "fragile",
+            "failed",
+        )
         assert bad["errors"][0]["message"] == "not yet" and bad["errors"][0]["attempt"] == 1
         Switch.broken = False
         assert (await client.post(f"/api/runs/{run}/retry")).status_code == 202
@@ -352,7 +406,9 @@ def test_undecodable_bytes_are_redriven_with_data(tmp_path: Path):
     """Bytes that never were an event cannot be redriven as they stand; with data in their place they can."""
 
     async def work(client: Client) -> None:
-        assert (await client.post("/hooks/orders", content=b"{", headers={"webhook-id": "u"})).status_code == 400
+        assert (
+            await client.post("/hooks/orders", content=b"{", headers={"webhook-id": "u"})
+        ).status_code == 400
         (letter,) = (await client.get("/api/dead")).json()["dead"]
         assert (await client.post(f"/api/dead/{letter['id']}/redrive")).status_code == 409
         done = await client.post(f"/api/dead/{letter['id']}/redrive", json={"data": {"total": 3}})
@@ -367,9 +423,13 @@ def test_pause_and_resume(tmp_path: Path):
 
     async def first() -> str:
         async with client_of(shop(tmp_path)) as client:
-            assert (await client.post("/api/triggers/webhook-orders/pause")).json()["paused"] is True
+            assert (await client.post("/api/triggers/webhook-orders/pause")).json()[
+                "paused"
+            ] is True
             assert (await client.post("/api/triggers/nope/pause")).status_code == 404
-            assert (await client.post("/hooks/orders", json={"id": "p1", "total": 1})).status_code == 202
+            assert (
+                await client.post("/hooks/orders", json={"id": "p1", "total": 1})
+            ).status_code == 202
             (run,) = (await client.get("/api/events/p1")).json()["runs"]
             assert run["state"] == "held"
             return run["id"]
@@ -377,10 +437,16 @@ def test_pause_and_resume(tmp_path: Path):
     async def second(run: str) -> None:
         async with client_of(shop(tmp_path)) as client:
             (row,) = (await client.get("/api/triggers")).json()["triggers"]
-            assert row["paused"] is True and row["verified"] is False and row["paths"] == ["/hooks/orders"]
+            assert (
+                row["paused"] is True
+                and row["verified"] is False
+                and row["paths"] == ["/hooks/orders"]
+            )
             await client.post("/hooks/orders", json={"id": "p2", "total": 2})
             assert (await client.get("/api/events/p2")).json()["verdicts"][0]["fate"] == "held"
-            assert (await client.post("/api/triggers/webhook-orders/resume")).json()["paused"] is False
+            assert (await client.post("/api/triggers/webhook-orders/resume")).json()[
+                "paused"
+            ] is False
             await settled(client, run, "completed")
             (other,) = (await client.get("/api/events/p2")).json()["runs"]
             await settled(client, other["id"], "completed")
@@ -462,7 +528,9 @@ def test_a_full_ledger_slows_senders_down(tmp_path: Path, full: int):
         app = App("shop", store=f"sqlite:///{tmp_path}/shop.db", max_pending=full)
         app.on("order.placed", long)
         async with client_of(app) as client:
-            assert (await client.post("/api/events", json=event("1", data={}), headers=STRUCTURED)).status_code == 202
+            assert (
+                await client.post("/api/events", json=event("1", data={}), headers=STRUCTURED)
+            ).status_code == 202
             begun = asyncio.get_running_loop().time()
             answer = await client.post("/api/events", json=event("2", data={}), headers=STRUCTURED)
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1

@@ -29,7 +29,9 @@ def shop(folder: Path) -> App:
     return app
 
 
-def with_client(folder: Path, work: Callable[[App, Client], Awaitable[None]], **options: Any) -> None:
+def with_client(
+    folder: Path, work: Callable[[App, Client], Awaitable[None]], **options: Any
+) -> None:
     """`work` with a client of an open app; the client sends no token."""
 
     async def go() -> None:
@@ -53,7 +55,9 @@ def test_every_route_of_the_api_is_shut(tmp_path: Path):
         for _, path, _, _ in TABLE:
             for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"):
                 is_probe = path in ("/healthz", "/readyz") and method in ("GET", "HEAD")
-                answer = await client.request(method, path.replace("{id}", "x").replace("{name}", "x"))
+                answer = await client.request(
+                    method, path.replace("{id}", "x").replace("{name}", "x")
+                )
                 assert answer.status_code == (200 if is_probe else 401), (method, path)
 
     with_client(tmp_path, work)
@@ -93,7 +97,11 @@ def test_websockets_are_shut(tmp_path: Path):
 
         for path in ("/api/runs", "/healthz", "/hooks/orders"):
             said.clear()
-            await asgi({"type": "websocket", "path": path, "headers": [(b"host", b"localhost")]}, receive, send)
+            await asgi(
+                {"type": "websocket", "path": path, "headers": [(b"host", b"localhost")]},
+                receive,
+                send,
+            )
             assert [message["type"] for message in said] == ["websocket.close"]
 
     with_client(tmp_path, work)
@@ -105,9 +113,21 @@ def test_token(tmp_path: Path):
     async def work(app: App, client: Client) -> None:
         await client.get("/api/counts")  # makes the token
         right = token(tmp_path)["authorization"]
-        assert (await client.get("/api/counts", headers={"authorization": right})).status_code == 200
-        for wrong in (right + "x", right[:-1], "Bearer ", "Bearer", "", right.replace("Bearer", "Basic"), "Bearer \xff"):
-            answer = await client.get("/api/counts", headers={"authorization": wrong.encode("latin-1")})  # type: ignore[dict-item]
+        assert (
+            await client.get("/api/counts", headers={"authorization": right})
+        ).status_code == 200
+        for wrong in (
+            right + "x",
+            right[:-1],
+            "Bearer ",
+            "Bearer",
+            "",
+            right.replace("Bearer", "Basic"),
+            "Bearer \xff",
+        ):
+            answer = await client.get(
+                "/api/counts", headers={"authorization": wrong.encode("latin-1")}
+            )  # type: ignore[dict-item]
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
         twice = [("authorization", right), ("authorization", right)]
         assert (await client.get("/api/counts", headers=twice)).status_code == 401
@@ -118,7 +138,12 @@ def test_token(tmp_path: Path):
 
 def test_same_in_constant_form():
     """Tokens compare equal only when they are; odd characters are no error."""
-    assert same("abc", "abc") and not same("abc", "abcd") and not same("", "abc") and not same("\udcff", "abc")
+    assert (
+        same("abc", "abc")
+        and not same("abc", "abcd")
+        and not same("", "abc")
+        and not same("\udcff", "abc")
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +160,9 @@ def test_host_allow_list(tmp_path: Path, host: str, served: bool):
         answer = await client.get("/api/counts", headers={**token(tmp_path), "host": host})
         assert answer.status_code == (200 if served else 421)
         assert (await client.get("/healthz", headers={"host": "10.0.0.7"})).status_code == 200
-        hook = await client.post("/hooks/orders", json={"id": host or "-", "total": 1}, headers={"host": "hooks.example"})
+        hook = await client.post(
+            "/hooks/orders", json={"id": host or "-", "total": 1}, headers={"host": "hooks.example"}
+        )
         assert hook.status_code == 202
 
     with_client(tmp_path, work, allowed_hosts=["shop.example"])
@@ -143,7 +170,14 @@ def test_host_allow_list(tmp_path: Path, host: str, served: bool):
 
 def test_host_name():
     """Ports and brackets come off; what is no host is none."""
-    assert [host_name(each) for each in ("a:1", "[::1]:2", "A", "a@b", "x/y", "[")] == ["a", "::1", "a", "", "", ""]
+    assert [host_name(each) for each in ("a:1", "[::1]:2", "A", "a@b", "x/y", "[")] == [
+        "a",
+        "::1",
+        "a",
+        "",
+        "",
+        "",
+    ]
 
 
 def test_cross_site_requests(tmp_path: Path):
@@ -159,9 +193,15 @@ def test_cross_site_requests(tmp_path: Path):
             ({"sec-fetch-site": "same-origin", "origin": "http://localhost"}, 404),
             ({"sec-fetch-site": "none"}, 404),
         ):
-            answer = await client.post("/api/runs/nope/retry", headers={**token(tmp_path), **headers})
+            answer = await client.post(
+                "/api/runs/nope/retry", headers={**token(tmp_path), **headers}
+            )
             assert answer.status_code == status, headers
-        assert (await client.get("/api/counts", headers={**token(tmp_path), "sec-fetch-site": "cross-site"})).status_code == 200
+        assert (
+            await client.get(
+                "/api/counts", headers={**token(tmp_path), "sec-fetch-site": "cross-site"}
+            )
+        ).status_code == 200
 
     with_client(tmp_path, work)
 
@@ -199,7 +239,9 @@ def test_no_auth(tmp_path: Path):
 
     async def work(app: App, client: Client) -> None:
         assert (await client.get("/api/counts")).status_code == 200
-        assert (await client.get("/api/counts", headers={"host": "evil.example"})).status_code == 421
+        assert (
+            await client.get("/api/counts", headers={"host": "evil.example"})
+        ).status_code == 421
 
     with_client(tmp_path, work, auth=False)
 
@@ -211,7 +253,11 @@ def test_draining_shuts_the_way_in(tmp_path: Path):
         app.house.reactor.draining = True
         for path in ("/hooks/orders", "/api/events", "/api/runs"):
             answer = await client.post(path, json={})
-            assert answer.status_code == 503 and answer.headers["connection"] == "close" and answer.headers["retry-after"]
+            assert (
+                answer.status_code == 503
+                and answer.headers["connection"] == "close"
+                and answer.headers["retry-after"]
+            )
         assert (await client.get("/readyz")).status_code == 503
         assert (await client.get("/healthz")).status_code == 200
 
@@ -238,9 +284,14 @@ def test_mounted(tmp_path: Path):
     async def go() -> None:
         app = shop(tmp_path)
         outer = Starlette(routes=[Mount("/flows", app=app.asgi(manage=False))])
-        async with app, Client(transport=httpx2.ASGITransport(outer), base_url="http://localhost") as client:
+        async with (
+            app,
+            Client(transport=httpx2.ASGITransport(outer), base_url="http://localhost") as client,
+        ):
             assert (await client.get("/flows/healthz")).status_code == 200
-            assert (await client.post("/flows/hooks/orders", json={"id": "1", "total": 1})).status_code == 202
+            assert (
+                await client.post("/flows/hooks/orders", json={"id": "1", "total": 1})
+            ).status_code == 202
             assert (await client.get("/flows/api/runs")).status_code == 401
             assert (await client.get("/flows/api/runs", headers=token(tmp_path))).status_code == 200
 
@@ -262,8 +313,12 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
         async with Client(transport=transport, base_url="http://localhost") as client:
             assert (await client.get("/readyz")).status_code == 503
             for guess in ("", "\0", "None"):
-                assert (await client.get("/api/runs", headers={"authorization": f"Bearer {guess}"})).status_code == 401
-            life = asyncio.create_task(asgi({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send))
+                assert (
+                    await client.get("/api/runs", headers={"authorization": f"Bearer {guess}"})
+                ).status_code == 401
+            life = asyncio.create_task(
+                asgi({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send)
+            )
             inbox.put_nowait({"type": "lifespan.startup"})
             async with asyncio.timeout(10):
                 while "lifespan.startup.complete" not in sent:

@@ -49,7 +49,9 @@ def test_gauges_are_shown_with_their_labels(tmp_path: Path):
         app.on(Well(), drawn)
         async with app:
             transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
-            async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            async with httpx2.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
                 (row,) = (await client.get("/api/triggers")).json()["triggers"]
                 text = (await client.get("/metrics")).text
         assert row["condition"] == "dry since spring"

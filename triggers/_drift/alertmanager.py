@@ -27,7 +27,9 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
     starts = moment(text(alert.get("startsAt"), f"{where}/startsAt"), f"{where}/startsAt")
     feature = first(labels, FEATURE)
     return Drift(
-        status="nodata" if labels.get("alertname") == "DatasourceNoData" else status(alert.get("status"), f"{where}/status"),
+        status="nodata"
+        if labels.get("alertname") == "DatasourceNoData"
+        else status(alert.get("status"), f"{where}/status"),
         sender=sender,
         name=text(labels.get("alertname"), f"{where}/labels/alertname"),
         fingerprint=str(alert.get("fingerprint") or digest_json(labels)),
@@ -49,7 +51,11 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
 
 def _end(alert: Mapping[str, Any], where: str) -> datetime | None:
     """When it resolved. Of a firing alert, endsAt is only when Prometheus would give it up."""
-    return moment(alert.get("endsAt"), f"{where}/endsAt") if alert.get("status") == "resolved" else None
+    return (
+        moment(alert.get("endsAt"), f"{where}/endsAt")
+        if alert.get("status") == "resolved"
+        else None
+    )
 
 
 def _statistic(alert: Mapping[str, Any], both: Mapping[str, str]) -> float | None:

@@ -71,7 +71,9 @@ def read_table(reference: str | os.PathLike[str] | Mapping[str, Any]) -> Table:
     """A reference's columns: of a CSV, JSON Lines or Parquet file, or a mapping of lists or arrays. UsageError otherwise."""
     if isinstance(reference, Mapping):
         return {name: _listed(column) for name, column in reference.items()}
-    if hasattr(reference, "to_dict") and hasattr(reference, "columns"):  # a pandas data frame, without importing pandas
+    if hasattr(reference, "to_dict") and hasattr(
+        reference, "columns"
+    ):  # a pandas data frame, without importing pandas
         frame = cast(Any, reference)
         return {str(name): _listed(frame[name]) for name in frame.columns}
     path = Path(reference)
@@ -95,7 +97,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     match path.suffix.lower():
         case ".csv":
             with path.open(newline="", encoding="utf-8") as file:
-                return [{name: _cell(text) for name, text in row.items()} for row in csv.DictReader(file)]
+                return [
+                    {name: _cell(text) for name, text in row.items()}
+                    for row in csv.DictReader(file)
+                ]
         case ".jsonl" | ".ndjson":
             return [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
         case ".json":

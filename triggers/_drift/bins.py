@@ -116,23 +116,35 @@ def make_bins(watched: Watched, column: Column) -> Bins:
             return Bins(edges=arrays.edges_of(column.values, bins))
         case Categorical(top=top):
             counted = Counter[str](column.values)
-            return Bins(categories=sorted(sorted(counted, key=lambda name: (-counted[name], name))[:top]))
+            return Bins(
+                categories=sorted(sorted(counted, key=lambda name: (-counted[name], name))[:top])
+            )
 
 
-def histogram(bins: Bins, counts: Sequence[int], unseen: Mapping[str, int] | None = None) -> list[Bin]:
+def histogram(
+    bins: Bins, counts: Sequence[int], unseen: Mapping[str, int] | None = None
+) -> list[Bin]:
     """Bars for people, unseen categories with a bar of their own; empty `other`, missing and invalid are left out."""
     total = max(sum(counts), 1)
     bars = list(zip(bins.labels, counts, strict=True))
     if unseen and bins.categories is not None:
         place = len(bins.categories)
-        named = [(shown(name), count) for name, count in sorted(unseen.items(), key=lambda each: -each[1])]
+        named = [
+            (shown(name), count)
+            for name, count in sorted(unseen.items(), key=lambda each: -each[1])
+        ]
         rest = (OTHER, counts[place] - sum(unseen.values()))
         bars[place : place + 1] = [*named, rest]
     return [
-        Bin(label, count, round(count / total, 6)) for label, count in bars if count or label not in (OTHER, MISSING, INVALID)
+        Bin(label, count, round(count / total, 6))
+        for label, count in bars
+        if count or label not in (OTHER, MISSING, INVALID)
     ]
 
 
 def shown(text: str) -> str:
     """A category as a label: what does not print is escaped."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )

@@ -23,7 +23,9 @@ def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
     dimensions: dict[str, Any] = {}
     for each in listed(trigger.get("Dimensions") or [], "Trigger/Dimensions"):
         named = table(each, "Trigger/Dimensions")
-        dimensions[str(named.get("name") or named.get("Name"))] = named.get("value") or named.get("Value")
+        dimensions[str(named.get("name") or named.get("Name"))] = named.get("value") or named.get(
+            "Value"
+        )
     reason = str(message.get("NewStateReason") or "")
     found = _DATAPOINT.search(reason)
     return _drift(
@@ -52,7 +54,9 @@ def read_eventbridge(message: Mapping[str, Any]) -> Drift:
         state=point(detail, "/state/value", "detail"),
         since=state.get("timestamp") or point(message, "/time"),
         metric=str(metric.get("name") or ""),
-        dimensions=texts(metric.get("dimensions"), "detail/configuration/metrics/0/metricStat/metric/dimensions"),
+        dimensions=texts(
+            metric.get("dimensions"), "detail/configuration/metrics/0/metricStat/metric/dimensions"
+        ),
         statistic=number(recent[-1]) if recent else None,
         threshold=number(data.get("threshold")),
         reason=str(state.get("reason") or ""),

@@ -37,7 +37,11 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     def measured(self) -> str:
         """Another one when the same rows would give other statistics: other features, reference or windows. Not thresholds."""
         features = [_without_thresholds(each) for each in self.watched]
-        reference = digest_json([msgspec.to_builtins(each) for each in self.given]) if self.given else self.learn
+        reference = (
+            digest_json([msgspec.to_builtins(each) for each in self.given])
+            if self.given
+            else self.learn
+        )
         return digest(digest_json(features), reference, self.window)
 
     def digest(self) -> str:

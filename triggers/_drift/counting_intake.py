@@ -60,7 +60,8 @@ class Recent:
 
     def changes(self) -> dict[str, Json]:
         found: dict[str, Json] = {
-            f"drift:i/{number}": "".join(self._blocks[number]) for number in self._touched & self._blocks.keys()
+            f"drift:i/{number}": "".join(self._blocks[number])
+            for number in self._touched & self._blocks.keys()
         }
         found |= {f"drift:i/{number}": None for number in self._gone}
         self._touched, self._gone = set(), []
@@ -74,7 +75,12 @@ def _cut(text: str) -> list[str]:
 class _Waiting:
     """One call of `accept`, until a transaction has it."""
 
-    def __init__(self, items: Sequence[Event | Undecodable], samples: Mapping[int, Sample], cursor: Mapping[str, Json]) -> None:
+    def __init__(
+        self,
+        items: Sequence[Event | Undecodable],
+        samples: Mapping[int, Sample],
+        cursor: Mapping[str, Json],
+    ) -> None:
         self.items, self.samples, self.cursor = items, samples, cursor
         self.receipts: list[Receipt] | None = None
 
@@ -90,7 +96,14 @@ class Desk:
     """The monitor's side of its source, for one opening. `record`: events go on into the ledger too."""
 
     def __init__(
-        self, intake: Intake, setting: Setting, rows: RowsOf, remember: int, record: bool, clock: Clock, doubt: Doubt
+        self,
+        intake: Intake,
+        setting: Setting,
+        rows: RowsOf,
+        remember: int,
+        record: bool,
+        clock: Clock,
+        doubt: Doubt,
     ) -> None:
         self.log: Any = intake.log
         self._intake, self._setting, self._rows, self._clock = intake, setting, rows, clock
@@ -118,9 +131,15 @@ class Desk:
     async def cursor(self) -> Mapping[str, Json]:
         """The source's own."""
         found = await self._intake.cursor()
-        return {key.removeprefix(SOURCE): value for key, value in found.items() if key.startswith(SOURCE)}
+        return {
+            key.removeprefix(SOURCE): value
+            for key, value in found.items()
+            if key.startswith(SOURCE)
+        }
 
-    async def accept(self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
+    async def accept(
+        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+    ) -> list[Receipt]:
         """Durable when it returns. A counted event that is not recorded has the ledger id 0."""
         waiting = await self._read(items, cursor or {})
         self._queue.append(waiting)
@@ -154,7 +173,9 @@ class Desk:
 
     # ------------------------------------------------------------------------- rows
 
-    async def _read(self, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json]) -> _Waiting:
+    async def _read(
+        self, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json]
+    ) -> _Waiting:
         """The rows of each event; one whose rows cannot be read is a dead letter, as the source's own are."""
         kept, samples = list[Event | Undecodable](), dict[int, Sample]()
         for place, item in enumerate(items):
@@ -162,11 +183,21 @@ class Desk:
                 kept.append(item)
                 continue
             try:
-                samples[place] = await sample(item, self._rows, self._setting.watched, self._clock.now())
+                samples[place] = await sample(
+                    item, self._rows, self._setting.watched, self._clock.now()
+                )
                 kept.append(item)
             except UNREADABLE as error:
                 reason = f"rows: {type(error).__name__}: {error}"
-                kept.append(Undecodable(id=item.id, source=item.source, body=item.to_json(), error=reason, type=item.type))
+                kept.append(
+                    Undecodable(
+                        id=item.id,
+                        source=item.source,
+                        body=item.to_json(),
+                        error=reason,
+                        type=item.type,
+                    )
+                )
         return _Waiting(kept, samples, cursor)
 
     # ------------------------------------------------------------------------- one transaction
@@ -184,7 +215,11 @@ class Desk:
             self._queue.remove(waiting)
 
     def _plan(
-        self, waiting: _Waiting, recent: Recent, counted: list[Sample], passed: list[Event | Undecodable]
+        self,
+        waiting: _Waiting,
+        recent: Recent,
+        counted: list[Sample],
+        passed: list[Event | Undecodable],
     ) -> list[Receipt | None]:
         """What is counted and what goes on into the ledger, whose receipts are then None here."""
         receipts: list[Receipt | None] = []
@@ -206,17 +241,25 @@ class Desk:
         state, self._state = self._state, None
         if state is None:
             if self._doubt.open:
-                await self._intake.accept()  # behind any write still under way, whose outcome nobody waited for
+                await (
+                    self._intake.accept()
+                )  # behind any write still under way, whose outcome nobody waited for
             parts = await self._intake.cursor()
             state = Engine(self._setting, parts, self._since), Recent(self._remember, parts)
             self.engine = state[0]
         return state
 
     async def _write(
-        self, engine: Engine, recent: Recent, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json]
+        self,
+        engine: Engine,
+        recent: Recent,
+        items: Sequence[Event | Undecodable],
+        cursor: Mapping[str, Json],
     ) -> list[Receipt]:
         self._doubt.open = True
-        receipts = await self._intake.accept(*items, cursor={**cursor, **engine.changes(), **recent.changes()})
+        receipts = await self._intake.accept(
+            *items, cursor={**cursor, **engine.changes(), **recent.changes()}
+        )
         self._doubt.open = False
         self._state = engine, recent
         return receipts

@@ -29,14 +29,22 @@ class Told(NamedTuple):
     ident: str
 
 
-def tell(engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], window: Window | Judged) -> Told:
+def tell(
+    engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], window: Window | Judged
+) -> Told:
     """What an episode's move is in words."""
     setting, episode = engine.setting, engine.memory.episodes[unit]
-    worst = _worst_first(verdicts if move == "resolved" else [each for each in verdicts if each.level])
-    shown = [finding(each, window, setting.watched, engine.baselines) for each in worst[:MAX_FINDINGS]]
+    worst = _worst_first(
+        verdicts if move == "resolved" else [each for each in verdicts if each.level]
+    )
+    shown = [
+        finding(each, window, setting.watched, engine.baselines) for each in worst[:MAX_FINDINGS]
+    ]
     if move != "resolved":
         episode.features = [setting.watched[each.place].name for each in worst]
-    top = next((each for each in shown if each.feature in episode.features), shown[0] if shown else None)
+    top = next(
+        (each for each in shown if each.feature in episode.features), shown[0] if shown else None
+    )
     name = setting.watched[unit].name if setting.per_feature else ""
     fingerprint = digest(setting.name, engine.memory.version, name, episode.number)
     drift = Drift(
@@ -67,7 +75,9 @@ def tell(engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], w
 def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """One verdict of each feature."""
     found: dict[int, Verdict] = {}
-    for each in sorted(verdicts, key=lambda verdict: (verdict.level, verdict.badness), reverse=True):
+    for each in sorted(
+        verdicts, key=lambda verdict: (verdict.level, verdict.badness), reverse=True
+    ):
         found.setdefault(each.place, each)
     return list(found.values())
 

@@ -31,7 +31,9 @@ class ByWindows:
     """The windows that were judged then. Events from before the first known one stand as they are on record, and so does what
     is told of silence: no window tells of it."""
 
-    def __init__(self, setting: Setting, parts: Mapping[str, Any], since: datetime | None, until: datetime) -> None:
+    def __init__(
+        self, setting: Setting, parts: Mapping[str, Any], since: datetime | None, until: datetime
+    ) -> None:
         first = 0 if since is None else to_us(since)
         self._setting, self._engine = setting, Engine(setting, {}, first)
         kept = recall(parts, setting.measured())
@@ -61,7 +63,9 @@ class ByWindows:
 class ByRows:
     """The events that were recorded, row by row. Those of the monitor's own making stand until there is one to count."""
 
-    def __init__(self, setting: Setting, rows: RowsOf, parts: Mapping[str, Any], since: datetime | None) -> None:
+    def __init__(
+        self, setting: Setting, rows: RowsOf, parts: Mapping[str, Any], since: datetime | None
+    ) -> None:
         self._setting, self._rows = setting, rows
         learned = {} if setting.given else _learned(setting, parts)
         self._engine = Engine(setting, learned, 0 if since is None else to_us(since))
@@ -71,10 +75,14 @@ class ByRows:
     @property
     def notes(self) -> Sequence[str]:
         if not self._counted:
-            return ["no event of its source is on record in that time (record=True): its own events stand"]
+            return [
+                "no event of its source is on record in that time (record=True): its own events stand"
+            ]
         found = [f"{self._counted} recorded events counted again"]
         if self._learns:
-            found.append(f"the first {self._setting.learn} rows of that time were taken as the reference")
+            found.append(
+                f"the first {self._setting.learn} rows of that time were taken as the reference"
+            )
         if self._unreadable:
             found.append(f"{self._unreadable} events have rows that cannot be read any more")
         return found
@@ -117,7 +125,9 @@ def _learned(setting: Setting, parts: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     bare = Memory(memory.digest, version=memory.version, learned=True, own=memory.own)
     bare.episodes = [type(each)() for each in memory.episodes]
-    return {"drift:meta": msgspec.to_builtins(bare)} | {key: part for key, part in parts.items() if key.startswith("drift:r/")}
+    return {"drift:meta": msgspec.to_builtins(bare)} | {
+        key: part for key, part in parts.items() if key.startswith("drift:r/")
+    }
 
 
 def _is_own(setting: Setting, event: Event) -> bool:
@@ -126,7 +136,11 @@ def _is_own(setting: Setting, event: Event) -> bool:
 
 def _foretold(setting: Setting, told: Sequence[Told], at: int) -> list[Foretold]:
     return [
-        Foretold(at=to_datetime(at), event=to_event(each.drift, setting.name, ident=each.ident), said=_said(each.drift))
+        Foretold(
+            at=to_datetime(at),
+            event=to_event(each.drift, setting.name, ident=each.ident),
+            said=_said(each.drift),
+        )
         for each in told
     ]
 
@@ -134,7 +148,13 @@ def _foretold(setting: Setting, told: Sequence[Told], at: int) -> list[Foretold]
 def _said(drift: Drift) -> str:
     """`psi of amount is 0.171, the warning begins at 0.15`"""
     if drift.metric is None or drift.statistic is None:
-        return drift.status if drift.metric != "nodata" else "no data came" if drift.status == "nodata" else "data came again"
+        return (
+            drift.status
+            if drift.metric != "nodata"
+            else "no data came"
+            if drift.status == "nodata"
+            else "data came again"
+        )
     found = f"{drift.metric} of {drift.feature} is {drift.statistic:.3g}"
     if drift.status == "resolved":
         return f"{found}, all is well again"

@@ -77,8 +77,12 @@ class Engine:
 
     def _load(self, parts: Mapping[str, Any]) -> None:
         memory = msgspec.convert(parts["drift:meta"], Memory)
-        if memory.digest != self.memory.digest:  # other features, reference or windows: what was counted is void
-            self._changed = {key: None for key in parts if key.startswith("drift:") and key[6] in "lrwxs"}
+        if (
+            memory.digest != self.memory.digest
+        ):  # other features, reference or windows: what was counted is void
+            self._changed = {
+                key: None for key in parts if key.startswith("drift:") and key[6] in "lrwxs"
+            }
             self.memory.version = memory.version + 1
             return
         self.memory = memory
@@ -87,8 +91,12 @@ class Engine:
             self.baselines = []
         if memory.learned:
             places = range(len(self.setting.watched))
-            self.baselines = [msgspec.convert(parts[f"drift:r/{place}"], Baseline) for place in places]
-        self.windows = {number: Window.loaded(number, self.setting.watched, parts) for number in memory.windows}
+            self.baselines = [
+                msgspec.convert(parts[f"drift:r/{place}"], Baseline) for place in places
+            ]
+        self.windows = {
+            number: Window.loaded(number, self.setting.watched, parts) for number in memory.windows
+        }
         self._detectors = self._new_detectors()
         for place, detector in self._detectors.items():
             if (state := parts.get(f"drift:s/{place}")) is not None:
@@ -119,7 +127,9 @@ class Engine:
                 told += self._whole(sample, now)
             return told
         rows = [row for sample in samples for row in sample.rows]
-        times = [min(sample.at, now) for sample in samples for _ in sample.rows]  # a clock ahead would make all others late
+        times = [
+            min(sample.at, now) for sample in samples for _ in sample.rows
+        ]  # a clock ahead would make all others late
         first = self._learn(rows) if not self.baselines else 0
         if self.setting.span:
             return told + self._by_time(rows[first:], times[first:], now)
@@ -140,7 +150,10 @@ class Engine:
             pairs = zip(self.setting.watched, columns, strict=True)
             self.baselines = [make_baseline(watched, column) for watched, column in pairs]
             self.memory.learned = True
-            self._changed |= {f"drift:r/{place}": msgspec.to_builtins(each) for place, each in enumerate(self.baselines)}
+            self._changed |= {
+                f"drift:r/{place}": msgspec.to_builtins(each)
+                for place, each in enumerate(self.baselines)
+            }
             self.learning.clear()
             self._detectors = self._new_detectors()
         return taken
@@ -170,7 +183,9 @@ class Engine:
         told = self._add(window, sample.rows, [min(sample.at, now)] * len(sample.rows), now)
         return told + self._close(window, now)
 
-    def _by_count(self, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int) -> list[Told]:
+    def _by_count(
+        self, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int
+    ) -> list[Told]:
         told, first, size = list[Told](), 0, self.setting.window
         assert isinstance(size, int)
         while first < len(rows):
@@ -201,8 +216,14 @@ class Engine:
                     told += self._flush(waiting, now) + self._close_before(over, now)
         return told + self._flush(waiting, now)
 
-    def _flush(self, waiting: dict[int, tuple[list[Sequence[Any]], list[int]]], now: int) -> list[Told]:
-        told = [each for number in sorted(waiting) for each in self._add(self._window(number), *waiting[number], now)]
+    def _flush(
+        self, waiting: dict[int, tuple[list[Sequence[Any]], list[int]]], now: int
+    ) -> list[Told]:
+        told = [
+            each
+            for number in sorted(waiting)
+            for each in self._add(self._window(number), *waiting[number], now)
+        ]
         waiting.clear()
         return told
 
@@ -232,7 +253,10 @@ class Engine:
         if window.n < self.setting.min_samples:
             self.memory.insufficient += 1
             return []
-        changed = [place in self._detectors and self._detectors[place].changed for place in range(len(self.setting.watched))]
+        changed = [
+            place in self._detectors and self._detectors[place].changed
+            for place in range(len(self.setting.watched))
+        ]
         measured = measure(window, self.setting.watched, self.baselines, changed)
         self._keep(measured, window, now)
         return self._decide(measured, window, now)
@@ -243,11 +267,23 @@ class Engine:
         if judged.midway:
             told = [self._spring(each, judged, judged.at) for each in measured]
             return [each for each in told if each is not None]
-        return self._decide(measured, judged, judged.at) if judged.n >= self.setting.min_samples else []
+        return (
+            self._decide(measured, judged, judged.at)
+            if judged.n >= self.setting.min_samples
+            else []
+        )
 
-    def _keep(self, measured: Sequence[Verdict], window: Window, now: int, *, midway: bool = False) -> None:
-        found = [(each.place, each.metric, each.statistic, each.p_value) for each in measured if isfinite(each.statistic)]
-        self._history.add(Judged(self._measured_by, now, window.n, window.start, window.end, found, midway))
+    def _keep(
+        self, measured: Sequence[Verdict], window: Window, now: int, *, midway: bool = False
+    ) -> None:
+        found = [
+            (each.place, each.metric, each.statistic, each.p_value)
+            for each in measured
+            if isfinite(each.statistic)
+        ]
+        self._history.add(
+            Judged(self._measured_by, now, window.n, window.start, window.end, found, midway)
+        )
 
     def _decide(self, measured: Sequence[Verdict], window: Window | Judged, now: int) -> list[Told]:
         self.verdicts = judge(measured, self.setting.alpha)
@@ -270,17 +306,30 @@ class Engine:
 
     def of_unit(self, unit: int) -> list[Verdict]:
         """The last window's verdicts that an episode is about."""
-        return [verdict for verdict in self.verdicts if not self.setting.per_feature or verdict.place == unit]
+        return [
+            verdict
+            for verdict in self.verdicts
+            if not self.setting.per_feature or verdict.place == unit
+        ]
 
     # ------------------------------------------------------------------------- streaming detectors
 
     def _new_detectors(self) -> "dict[int, _Watch]":
         """One for each feature that has one, on the reference as if it had gone before."""
-        watched = [(place, each) for place, each in enumerate(self.setting.watched) if each.metric in STREAMING]
+        watched = [
+            (place, each)
+            for place, each in enumerate(self.setting.watched)
+            if each.metric in STREAMING
+        ]
         delta = self.setting.alpha / max(len(watched), 1)
-        return {place: _Watch(each.metric, delta, self.baselines[place] if self.baselines else None) for place, each in watched}
+        return {
+            place: _Watch(each.metric, delta, self.baselines[place] if self.baselines else None)
+            for place, each in watched
+        }
 
-    def _add(self, window: Window, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int) -> list[Told]:
+    def _add(
+        self, window: Window, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int
+    ) -> list[Told]:
         """Adds rows to a window; up to each change that a detector sees first, so that it is told as it stood then."""
         told, first = list[Told](), 0
         for place, row in enumerate(rows) if self._detectors else ():
@@ -288,7 +337,11 @@ class Engine:
             if seen:
                 window.add(rows[first : place + 1], times[first : place + 1], self.baselines)
                 first = place + 1
-                told += [each for feature in seen if (each := self._burst(feature, window, now)) is not None]
+                told += [
+                    each
+                    for feature in seen
+                    if (each := self._burst(feature, window, now)) is not None
+                ]
         if first < len(rows):
             window.add(rows[first:], times[first:], self.baselines)
         return told
@@ -301,7 +354,10 @@ class Engine:
         return self._spring(seen, window, now)
 
     def _spring(self, seen: Verdict, window: Window | Judged, now: int) -> Told | None:
-        place, level = seen.place, 2 if seen.statistic >= seen.alert else 1 if seen.statistic >= seen.warn else 0
+        place, level = (
+            seen.place,
+            2 if seen.statistic >= seen.alert else 1 if seen.statistic >= seen.warn else 0,
+        )
         verdict = msgspec.structs.replace(seen, level=level, clean=level == 0)
         unit = place if self.setting.per_feature else 0
         move: Move | None = self.memory.episodes[unit].burst(verdict, self.setting.rules, now)
@@ -314,7 +370,9 @@ class Engine:
         """When `tick` has something to do, if no sample comes before."""
         setting, last = self.setting, max(self.memory.last_at or 0, self.since)
         waits = [setting.span + setting.lateness] if setting.span and self.windows else []
-        waits += [setting.nodata] if setting.nodata is not None and self.memory.silent is None else []
+        waits += (
+            [setting.nodata] if setting.nodata is not None and self.memory.silent is None else []
+        )
         return last + min(waits) if waits else None
 
     def tick(self, now: int) -> list[Told]:
@@ -322,8 +380,16 @@ class Engine:
         last = max(self.memory.last_at or 0, self.since)
         told = list[Told]()
         if self.setting.span and now - last >= self.setting.span + self.setting.lateness:
-            told += self._close_before((now - self.setting.lateness) // self.setting.span, now) if self.windows else []
-        if self.setting.nodata is not None and self.memory.silent is None and now - last >= self.setting.nodata:
+            told += (
+                self._close_before((now - self.setting.lateness) // self.setting.span, now)
+                if self.windows
+                else []
+            )
+        if (
+            self.setting.nodata is not None
+            and self.memory.silent is None
+            and now - last >= self.setting.nodata
+        ):
             self.memory.silent = last
             told.append(tell_silence(self, now, over=False))
         return told

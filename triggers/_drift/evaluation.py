@@ -26,7 +26,11 @@ LEAVE = 0.8
 LEAST = 20
 """Values that a feature must have in a window to be judged at all."""
 
-_BINNED: dict[str, Callable[[Any, Any], float]] = {"psi": arrays.psi, "js": arrays.js, "tv": arrays.tv}
+_BINNED: dict[str, Callable[[Any, Any], float]] = {
+    "psi": arrays.psi,
+    "js": arrays.js,
+    "tv": arrays.tv,
+}
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -48,33 +52,51 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def measure(
-    window: Window, watched: Sequence[Watched], baselines: Sequence[Baseline], changed: Sequence[bool]
+    window: Window,
+    watched: Sequence[Watched],
+    baselines: Sequence[Baseline],
+    changed: Sequence[bool],
 ) -> list[Verdict]:
     """The statistics of a whole window. `changed`: which streaming detectors have seen a change since all was well."""
     return [
         Verdict(place, metric, statistic, p, warn, alert)
         for place, each in enumerate(watched)
         for metric, warn, alert in each.checks
-        if (measured := _measure(metric, place, window, baselines[place], changed[place])) is not None
+        if (measured := _measure(metric, place, window, baselines[place], changed[place]))
+        is not None
         for statistic, p in (measured,)
     ]
 
 
 def measured_then(judged: Judged, watched: Sequence[Watched]) -> list[Verdict]:
     """The statistics of a window that is over, with the thresholds of now."""
-    bounds = {(place, metric): (warn, alert) for place, each in enumerate(watched) for metric, warn, alert in each.checks}
-    return [Verdict(place, metric, statistic, p, *bounds[place, metric]) for place, metric, statistic, p in judged.measured]
+    bounds = {
+        (place, metric): (warn, alert)
+        for place, each in enumerate(watched)
+        for metric, warn, alert in each.checks
+    }
+    return [
+        Verdict(place, metric, statistic, p, *bounds[place, metric])
+        for place, metric, statistic, p in judged.measured
+    ]
 
 
 def judge(found: Sequence[Verdict], alpha: float) -> list[Verdict]:
     """The verdicts of a window: what is measured, against its thresholds and chance."""
     tests = [verdict.p_value for verdict in found if verdict.metric not in STREAMING]
     significant = iter(arrays.holm(tests, alpha))
-    return [_levelled(verdict, verdict.p_value < 1 if verdict.metric in STREAMING else next(significant)) for verdict in found]
+    return [
+        _levelled(
+            verdict, verdict.p_value < 1 if verdict.metric in STREAMING else next(significant)
+        )
+        for verdict in found
+    ]
 
 
 def _levelled(verdict: Verdict, significant: bool) -> Verdict:
-    beyond = 2 if verdict.statistic >= verdict.alert else 1 if verdict.statistic >= verdict.warn else 0
+    beyond = (
+        2 if verdict.statistic >= verdict.alert else 1 if verdict.statistic >= verdict.warn else 0
+    )
     return msgspec.structs.replace(
         verdict,
         level=beyond if significant else 0,
@@ -82,7 +104,9 @@ def _levelled(verdict: Verdict, significant: bool) -> Verdict:
     )
 
 
-def _measure(metric: str, place: int, window: Window, baseline: Baseline, changed: bool) -> tuple[float, float] | None:
+def _measure(
+    metric: str, place: int, window: Window, baseline: Baseline, changed: bool
+) -> tuple[float, float] | None:
     """Statistic and p-value; None where there is too little to judge by."""
     counts = window.counts[place]
     if metric in BINNED:
@@ -98,7 +122,9 @@ def _measure(metric: str, place: int, window: Window, baseline: Baseline, change
         return None
     if metric in STREAMING:
         return shift(window.mean(place), baseline), 0.0 if changed else 1.0
-    return _of_values(metric, baseline, arrays.floats([each for each in window.values(place) if _is_number(each)]))
+    return _of_values(
+        metric, baseline, arrays.floats([each for each in window.values(place) if _is_number(each)])
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -122,7 +148,9 @@ def _of_values(metric: str, baseline: Baseline, values: Any) -> tuple[float, flo
         return None
     distance = arrays.ks(sample, values)
     p = arrays.ks_p_value(distance, len(sample), len(values))
-    return (distance if metric == "ks" else arrays.wasserstein(sample, values) / baseline.deviation), p
+    return (
+        distance if metric == "ks" else arrays.wasserstein(sample, values) / baseline.deviation
+    ), p
 
 
 def shift(mean: float | None, baseline: Baseline) -> float:
@@ -130,7 +158,12 @@ def shift(mean: float | None, baseline: Baseline) -> float:
     return 0.0 if mean is None else abs(mean - baseline.mean) / baseline.deviation
 
 
-def finding(verdict: Verdict, window: Window | Judged, watched: Sequence[Watched], baselines: Sequence[Baseline]) -> Finding:
+def finding(
+    verdict: Verdict,
+    window: Window | Judged,
+    watched: Sequence[Watched],
+    baselines: Sequence[Baseline],
+) -> Finding:
     """A verdict for people, with the histograms of before and after where the window still has its counts."""
     place, before = verdict.place, None
     after = Shown(
@@ -140,7 +173,9 @@ def finding(verdict: Verdict, window: Window | Judged, watched: Sequence[Watched
     )
     if isinstance(window, Window):
         baseline = baselines[place]
-        before = Shown(samples=baseline.samples, histogram=histogram(baseline.bins, baseline.counts))
+        before = Shown(
+            samples=baseline.samples, histogram=histogram(baseline.bins, baseline.counts)
+        )
         bars = histogram(baseline.bins, window.counts[place], window.unseen[place])
         after = msgspec.structs.replace(after, histogram=bars)
     return Finding(

@@ -8,7 +8,9 @@ import msgspec
 from eventflow.core.errors import UsageError
 from triggers._drift.json_fields import Absent, point
 
-NumericMetric: TypeAlias = Literal["psi", "js", "tv", "ks", "wasserstein", "adwin", "page-hinkley", "missing"]
+NumericMetric: TypeAlias = Literal[
+    "psi", "js", "tv", "ks", "wasserstein", "adwin", "page-hinkley", "missing"
+]
 CategoricalMetric: TypeAlias = Literal["psi", "js", "tv", "chi2", "missing"]
 
 THRESHOLDS: Mapping[str, tuple[float, float]] = {
@@ -86,9 +88,15 @@ class Watched(msgspec.Struct, frozen=True):
             return None
 
 
-def watch(features: Sequence[str] | Mapping[str, Feature], kinds: Mapping[str, type[Feature]]) -> tuple[Watched, ...]:
+def watch(
+    features: Sequence[str] | Mapping[str, Feature], kinds: Mapping[str, type[Feature]]
+) -> tuple[Watched, ...]:
     """The features of a monitor; of bare names, `kinds` says what they are. UsageError says what does not fit."""
-    named = features if isinstance(features, Mapping) else {name: kinds.get(name, Numeric)() for name in features}
+    named = (
+        features
+        if isinstance(features, Mapping)
+        else {name: kinds.get(name, Numeric)() for name in features}
+    )
     if not named or isinstance(features, str):
         raise UsageError(
             f"DriftMonitor(features=): expected names, or a mapping to Numeric and Categorical, found {features!r}"
@@ -102,14 +110,24 @@ def _watched(name: str, feature: Feature) -> Watched:
     if not isinstance(feature, Numeric | Categorical):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"{where}: expected Numeric(...) or Categorical(...), found {feature!r}")
     if feature.metric not in metrics.__args__:
-        raise UsageError(f"{where}: expected a metric of {', '.join(metrics.__args__)}, found {feature.metric!r}")
+        raise UsageError(
+            f"{where}: expected a metric of {', '.join(metrics.__args__)}, found {feature.metric!r}"
+        )
     if isinstance(feature, Numeric) and not 2 <= feature.bins <= 200:
         raise UsageError(f"{where}: expected 2 to 200 bins, found {feature.bins}")
     warn, alert = THRESHOLDS[feature.metric]
-    warn = feature.warn if feature.warn is not None else warn if feature.alert is None else min(warn, feature.alert)
+    warn = (
+        feature.warn
+        if feature.warn is not None
+        else warn
+        if feature.alert is None
+        else min(warn, feature.alert)
+    )
     alert = feature.alert if feature.alert is not None else max(alert, warn)
     if not 0 <= warn <= alert:
-        raise UsageError(f"{where}: expected thresholds with 0 <= warn <= alert, found {warn} and {alert}")
+        raise UsageError(
+            f"{where}: expected thresholds with 0 <= warn <= alert, found {warn} and {alert}"
+        )
     checks = [(feature.metric, warn, alert)]
     if feature.metric in VALUE_ONLY:
         checks.append(("missing", *THRESHOLDS["missing"]))
@@ -119,5 +137,8 @@ def _watched(name: str, feature: Feature) -> Watched:
 def kinds(table: Mapping[str, Sequence[Any]], names: Sequence[str]) -> dict[str, type[Feature]]:
     """What bare names are: categories where the reference has texts or truth values, else numbers."""
     return {
-        name: Categorical if any(isinstance(value, str | bool) for value in table.get(name, ())) else Numeric for name in names
+        name: Categorical
+        if any(isinstance(value, str | bool) for value in table.get(name, ()))
+        else Numeric
+        for name in names
     }

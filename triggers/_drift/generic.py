@@ -17,7 +17,13 @@ TAG = "drift"
 NUMBERS = frozenset({"statistic", "threshold", "p_value", "share"})
 TIMES = frozenset({"starts_at", "ends_at"})
 MAPPINGS = frozenset({"labels", "annotations"})
-FIELDS = frozenset(Drift.__struct_fields__) - {"features", "findings", "baseline", "current", "sender"}
+FIELDS = frozenset(Drift.__struct_fields__) - {
+    "features",
+    "findings",
+    "baseline",
+    "current",
+    "sender",
+}
 """What a pointer may fill."""
 
 
@@ -72,11 +78,15 @@ def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
     model, feature = known.get("model"), known.get("feature")
     known["sender"] = sender
     known.setdefault(
-        "name", "/".join(str(part) for part in (model, feature) if part) or str(known.get("fingerprint") or sender)
+        "name",
+        "/".join(str(part) for part in (model, feature) if part)
+        or str(known.get("fingerprint") or sender),
     )
     if not known.get("fingerprint"):
         since = () if known.get("starts_at") else (digest_json(body),)
-        known["fingerprint"] = digest(known["name"], model, feature, known.get("segment"), known.get("metric"), *since)
+        known["fingerprint"] = digest(
+            known["name"], model, feature, known.get("segment"), known.get("metric"), *since
+        )
     known["severity"] = str(known.get("severity") or "warning").lower()
     if feature and not known.get("features"):
         known["features"] = [feature]
@@ -103,7 +113,11 @@ def read_mlflow(body: Mapping[str, Any]) -> Drift | str:
     at = moment(body.get("timestamp"), "timestamp")
     over = kind.endswith("deleted")
     return Drift(
-        status="resolved" if over else "detected" if number(value) is not None else status(value, "data/value"),
+        status="resolved"
+        if over
+        else "detected"
+        if number(value) is not None
+        else status(value, "data/value"),
         sender="mlflow",
         name=f"{name}/{version}",
         fingerprint=digest("mlflow", name, version),

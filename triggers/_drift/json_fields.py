@@ -36,7 +36,9 @@ def point(value: Any, pointer: str, where: str = "the body") -> Any:
         step = raw.replace("~1", "/").replace("~0", "~")
         if isinstance(found, dict) and step in found:
             found = cast(dict[str, Any], found)[step]
-        elif isinstance(found, list) and step.isdecimal() and int(step) < len(cast(list[Any], found)):
+        elif (
+            isinstance(found, list) and step.isdecimal() and int(step) < len(cast(list[Any], found))
+        ):
             found = cast(list[Any], found)[int(step)]
         else:
             raise Absent(pointer, where)
@@ -65,7 +67,10 @@ def text(value: Any, where: str) -> str:
 
 def texts(value: Any, where: str) -> dict[str, str]:
     """An object of texts; numbers are written out. Absent is empty."""
-    return {str(key): each if isinstance(each, str) else f"{each}" for key, each in table(value or {}, where).items()}
+    return {
+        str(key): each if isinstance(each, str) else f"{each}"
+        for key, each in table(value or {}, where).items()
+    }
 
 
 def number(value: Any) -> float | None:
@@ -95,7 +100,9 @@ def status(value: Any, where: str) -> Status:
     """One of our three words for one of theirs."""
     found = _STATUS.get(str(value).lower().replace(" ", "_"))
     if found is None:
-        raise ValueError(f'{where}: expected "firing", "resolved" or another word for it, found {value!r}')
+        raise ValueError(
+            f'{where}: expected "firing", "resolved" or another word for it, found {value!r}'
+        )
     return found
 
 

@@ -32,9 +32,13 @@ class Judged(Finding, frozen=True, kw_only=True):
 def read_evidently(report: Mapping[str, Any]) -> Drift:
     """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to 0.6 (`metric`, `result`)."""
     metrics = [table(each, "metrics") for each in listed(report["metrics"], "metrics")]
-    share, limit, columns = _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
+    share, limit, columns = (
+        _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
+    )
     if not columns:
-        raise ValueError("metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither")
+        raise ValueError(
+            "metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither"
+        )
     findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
     if share is None:
         share = len(findings) / len(columns)
@@ -71,14 +75,26 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
         for column, each in table(result.get("drift_by_columns") or {}, "drift_by_columns").items():
             one = table(each, f"drift_by_columns/{column}")
             score, threshold = number(one.get("drift_score")), number(one.get("stattest_threshold"))
-            columns[column] = _judged(column, str(one.get("stattest_name") or ""), score, threshold, one.get("drift_detected"))
+            columns[column] = _judged(
+                column,
+                str(one.get("stattest_name") or ""),
+                score,
+                threshold,
+                one.get("drift_detected"),
+            )
     return share, limit, list(columns.values())
 
 
-def _judged(column: str, method: str, found: float | None, threshold: float | None, said: Any) -> Judged:
+def _judged(
+    column: str, method: str, found: float | None, threshold: float | None, said: Any
+) -> Judged:
     """A p value drifts below its threshold, a distance at or above it."""
     p = found if method.endswith("p_value") else None
-    below = found is not None and threshold is not None and (found < threshold if p is not None else found >= threshold)
+    below = (
+        found is not None
+        and threshold is not None
+        and (found < threshold if p is not None else found >= threshold)
+    )
     return Judged(
         feature=column, metric=method or None, statistic=found, threshold=threshold, p_value=p,
         drifted=below if said is None else bool(said),
@@ -101,20 +117,28 @@ def read_nannyml(body: Any) -> list[Drift]:
     """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`. One drift per chunk."""
     report: Mapping[str, Any] = {"chunks": body} if isinstance(body, list) else body
     rows = [table(row, "chunks") for row in listed(report["chunks"], "chunks")]
-    return [_chunk(report, row) for row in rows if row.get("chunk_period", row.get("period", "analysis")) == "analysis"]
+    return [
+        _chunk(report, row)
+        for row in rows
+        if row.get("chunk_period", row.get("period", "analysis")) == "analysis"
+    ]
 
 
 def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
     name = text(str(row.get("chunk_key", row.get("key", ""))), "chunks/chunk_key")
     columns = list(_worst(_columns(row)))
     if not columns:
-        raise ValueError(f"chunk {name}: expected columns such as age_jensen_shannon_alert, found {', '.join(list(row)[:8])}")
+        raise ValueError(
+            f"chunk {name}: expected columns such as age_jensen_shannon_alert, found {', '.join(list(row)[:8])}"
+        )
     findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
     window = Window(
         start=moment(_dated(row.get("chunk_start_date")), "chunk_start_date"),
         end=moment(_dated(row.get("chunk_end_date")), "chunk_end_date"),
     )
-    drift = _report("nannyml", report, findings, len(findings) / len(columns), detected=bool(findings))
+    drift = _report(
+        "nannyml", report, findings, len(findings) / len(columns), detected=bool(findings)
+    )
     return msgspec.structs.replace(
         drift, current=window, labels={"chunk": name}, segment=drift.segment or name, starts_at=window.end or drift.starts_at,
         fingerprint=digest(drift.fingerprint, name),
@@ -143,7 +167,10 @@ def _columns(row: Mapping[str, Any]) -> Iterator[Judged]:
         stem = name.removesuffix("_alert")
         method = next((method for method in METHODS if stem.endswith(f"_{method}")), None)
         if stem != name and method is not None:
-            upper, lower = number(row.get(f"{stem}_upper_threshold")), number(row.get(f"{stem}_lower_threshold"))
+            upper, lower = (
+                number(row.get(f"{stem}_upper_threshold")),
+                number(row.get(f"{stem}_lower_threshold")),
+            )
             yield Judged(
                 feature=stem.removesuffix(f"_{method}"), metric=method, statistic=number(row.get(f"{stem}_value")),
                 threshold=lower if upper is None else upper, drifted=bool(alert),
@@ -153,7 +180,14 @@ def _columns(row: Mapping[str, Any]) -> Iterator[Judged]:
 # --------------------------------------------------------------------------- both
 
 
-def _report(sender: str, report: Mapping[str, Any], findings: Sequence[Judged], share: float, *, detected: bool) -> Drift:
+def _report(
+    sender: str,
+    report: Mapping[str, Any],
+    findings: Sequence[Judged],
+    share: float,
+    *,
+    detected: bool,
+) -> Drift:
     """What a job may write beside the report is taken too: `model`, `segment`, `name`, `timestamp`."""
     model, segment = (str(report[key]) if report.get(key) else None for key in ("model", "segment"))
     worst = findings[0] if findings else None

@@ -29,7 +29,11 @@ async def sample(event: Event, rows_of: RowsOf, watched: Sequence[Watched], now:
     """The rows of an event; without a time of its own it happened now."""
     found = rows_of(event)
     rows = list(await found if isawaitable(found) else found)
-    values = _values(rows, watched) if len(rows) < MANY else await asyncio.to_thread(_values, rows, watched)
+    values = (
+        _values(rows, watched)
+        if len(rows) < MANY
+        else await asyncio.to_thread(_values, rows, watched)
+    )
     return Sample(values, now if event.time is None else to_us(event.time))
 
 

@@ -21,7 +21,12 @@ DETECTED = "drift.detected"
 RESOLVED = "drift.resolved"
 ESCALATED = "drift.escalated"
 NODATA = "drift.nodata"
-TYPES: Mapping[Status, str] = {"detected": DETECTED, "escalated": ESCALATED, "resolved": RESOLVED, "nodata": NODATA}
+TYPES: Mapping[Status, str] = {
+    "detected": DETECTED,
+    "escalated": ESCALATED,
+    "resolved": RESOLVED,
+    "nodata": NODATA,
+}
 
 MAX_TEXT = 200
 """Characters of an id that is made of a sender's own words; a longer one becomes its digest."""
@@ -116,4 +121,6 @@ def digest(*parts: object) -> str:
 
 def digest_json(value: Any) -> str:
     """A short stable id of a JSON value, whatever the order of its keys."""
-    return hashlib.blake2b(orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=8).hexdigest()
+    return hashlib.blake2b(
+        orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=8
+    ).hexdigest()

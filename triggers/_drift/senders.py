@@ -46,7 +46,9 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     handshake: Handshake | None = None
 
 
-def read(body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None) -> Reading:
+def read(
+    body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None
+) -> Reading:
     """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`. ValueError: nobody sends that."""
     return _read(read_json(body), fields or {}, alerts)
 
@@ -58,7 +60,9 @@ def _read(body: Any, fields: Mapping[str, str], alerts: str | None) -> Reading:
         message = cast(dict[str, Any], body)
         if "Type" in message and "TopicArn" in message:
             return _sns(message, fields)
-        if isinstance(message.get("alerts"), list) and ("groupKey" in message or "receiver" in message):
+        if isinstance(message.get("alerts"), list) and (
+            "groupKey" in message or "receiver" in message
+        ):
             return _group(message, fields)
     if fields and not _is_known(body):
         return Reading(drifts=[mapped(body, fields)])
@@ -71,7 +75,11 @@ def _is_known(body: Any) -> bool:
 
 def _known(body: Any, fields: Mapping[str, str]) -> Reading:
     if isinstance(body, list):
-        return _each(cast(list[Any], body), None) if not _is_chunks(body) else Reading(drifts=read_nannyml(body))
+        return (
+            _each(cast(list[Any], body), None)
+            if not _is_chunks(body)
+            else Reading(drifts=read_nannyml(body))
+        )
     message = table(body, "the body")
     for mark, reader in KNOWN:
         if mark(message):
@@ -79,11 +87,15 @@ def _known(body: Any, fields: Mapping[str, str]) -> Reading:
             if isinstance(found, str):
                 return Reading(aside=found)
             drifts = found if isinstance(found, list) else [found]
-            return Reading(drifts=[mapped(message, fields, drift) if fields else drift for drift in drifts])
+            return Reading(
+                drifts=[mapped(message, fields, drift) if fields else drift for drift in drifts]
+            )
     try:
         return Reading(drifts=[read_generic(message)])
     except ValueError as error:
-        raise ValueError(f"no known sender's shape (fields {', '.join(list(message)[:8]) or 'none'}); {error}") from None
+        raise ValueError(
+            f"no known sender's shape (fields {', '.join(list(message)[:8]) or 'none'}); {error}"
+        ) from None
 
 
 _Reader = Callable[[Mapping[str, Any]], "Drift | list[Drift] | str"]
@@ -99,7 +111,11 @@ KNOWN: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
 
 
 def _is_chunks(body: Any) -> bool:
-    return bool(body) and isinstance(body[0], dict) and any(str(name).endswith("_alert") for name in body[0])
+    return (
+        bool(body)
+        and isinstance(body[0], dict)
+        and any(str(name).endswith("_alert") for name in body[0])
+    )
 
 
 # --------------------------------------------------------------------------- several in one body
@@ -120,14 +136,20 @@ def _group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
     return msgspec.structs.replace(reading, cut=cut if isinstance(cut, int) else 0)
 
 
-def _each(alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert") -> Reading:
+def _each(
+    alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert"
+) -> Reading:
     """Every alert on its own: one that cannot be read takes no other with it."""
     if len(alerts) > MAX_ALERTS:
         raise ValueError(f"expected at most {MAX_ALERTS} alerts, found {len(alerts)}")
     drifts, broken = list[Drift](), list[Broken]()
     for place, alert in enumerate(alerts):
         try:
-            drifts.append(one(alert, f"{where}/{place}") if one else read_generic(table(alert, f"{where}/{place}")))
+            drifts.append(
+                one(alert, f"{where}/{place}")
+                if one
+                else read_generic(table(alert, f"{where}/{place}"))
+            )
         except ValueError as error:
             broken.append(Broken(alert, str(error)))
     return Reading(drifts=drifts, broken=broken)
@@ -149,5 +171,7 @@ def _sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
     except orjson.JSONDecodeError:
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"Message: expected the JSON of an alarm inside SNS's notification, found {str(inner)[:80]!r}")
+        raise ValueError(
+            f"Message: expected the JSON of an alarm inside SNS's notification, found {str(inner)[:80]!r}"
+        )
     return _read(found, fields, None)

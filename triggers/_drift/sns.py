@@ -17,6 +17,10 @@ def may_confirm(url: str, sns: str | None) -> bool:
         if sns is not None:
             own = urlsplit(sns)
             return (asked.scheme, asked.netloc) == (own.scheme, own.netloc)
-        return asked.scheme == "https" and asked.netloc == asked.hostname and bool(_AMAZON.fullmatch(asked.netloc))
+        return (
+            asked.scheme == "https"
+            and asked.netloc == asked.hostname
+            and bool(_AMAZON.fullmatch(asked.netloc))
+        )
     except ValueError:
         return False

@@ -94,7 +94,10 @@ class Adwin:
         confidence = math.log(2 * math.log(self.width) / self.delta)
         harmonic = 1 / (n0 - MIN_SIDE + 1) + 1 / (n1 - MIN_SIDE + 1)
         variance = self.variance / self.width
-        return abs(difference) > math.sqrt(2 * harmonic * variance * confidence) + 2 / 3 * confidence * harmonic
+        return (
+            abs(difference)
+            > math.sqrt(2 * harmonic * variance * confidence) + 2 / 3 * confidence * harmonic
+        )
 
     def _drop(self) -> None:
         total, variance = self.rows[-1].pop(0)
@@ -102,7 +105,9 @@ class Adwin:
         self.width -= size
         self.total -= total
         rest = self.total / self.width
-        self.variance -= variance + size * self.width * (total / size - rest) ** 2 / (size + self.width)
+        self.variance -= variance + size * self.width * (total / size - rest) ** 2 / (
+            size + self.width
+        )
         while len(self.rows) > 1 and not self.rows[-1]:
             self.rows.pop()
 
@@ -113,9 +118,22 @@ class PageHinkley:
     A magnitude of `delta` is tolerated. Begins anew after each change.
     """
 
-    def __init__(self, threshold: float = 50.0, delta: float = 0.005, alpha: float = 0.9999, state: Any = None) -> None:
+    def __init__(
+        self,
+        threshold: float = 50.0,
+        delta: float = 0.005,
+        alpha: float = 0.9999,
+        state: Any = None,
+    ) -> None:
         self.threshold, self.delta, self.alpha = threshold, delta, alpha
-        self.n, self.mean, self.up, self.low, self.down, self.high = state or (0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self.n, self.mean, self.up, self.low, self.down, self.high = state or (
+            0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        )
 
     def state(self) -> Any:
         return [self.n, self.mean, self.up, self.low, self.down, self.high]
@@ -126,7 +144,9 @@ class PageHinkley:
         self.up = self.alpha * self.up + value - self.mean - self.delta
         self.down = self.alpha * self.down + value - self.mean + self.delta
         self.low, self.high = min(self.low, self.up), max(self.high, self.down)
-        if self.n < 30 or (self.up - self.low <= self.threshold and self.high - self.down <= self.threshold):
+        if self.n < 30 or (
+            self.up - self.low <= self.threshold and self.high - self.down <= self.threshold
+        ):
             return False
         self.n, self.mean, self.up, self.low, self.down, self.high = 0, 0.0, 0.0, 0.0, 0.0, 0.0
         return True

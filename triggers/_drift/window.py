@@ -63,7 +63,10 @@ class Rows:
         first = self._saved // CHUNK
         parts = -(-len(self.rows) // CHUNK)
         for part in range(first, parts):
-            yield f"{self.prefix}{part}", [list(row) for row in self.rows[part * CHUNK : (part + 1) * CHUNK]]
+            yield (
+                f"{self.prefix}{part}",
+                [list(row) for row in self.rows[part * CHUNK : (part + 1) * CHUNK]],
+            )
         for part in range(parts, self._parts):
             yield f"{self.prefix}{part}", None
         self._saved, self._parts = len(self.rows), parts
@@ -83,7 +86,9 @@ class Window:
 
     def __init__(self, number: int, watched: Sequence[Watched]) -> None:
         self.number, self._watched = number, watched
-        self._kept = [place for place, each in enumerate(watched) if each.metric in ("ks", "wasserstein")]
+        self._kept = [
+            place for place, each in enumerate(watched) if each.metric in ("ks", "wasserstein")
+        ]
         self.n = 0
         self.start: int | None = None
         self.end: int | None = None
@@ -94,7 +99,9 @@ class Window:
         self.rows = Rows(f"drift:x/{number}/")
         self._touched = False
 
-    def add(self, rows: Sequence[Sequence[Any]], times: Sequence[int], baselines: Sequence[Baseline]) -> None:
+    def add(
+        self, rows: Sequence[Sequence[Any]], times: Sequence[int], baselines: Sequence[Baseline]
+    ) -> None:
         """Rows of values in the features' order, and their times."""
         self.start = min(times) if self.start is None else min(self.start, *times)
         self.end = max(times) if self.end is None else max(self.end, *times)
@@ -102,7 +109,9 @@ class Window:
             column = sort_out(watched, [row[place] for row in rows])
             found = baseline.bins.count(column)
             before = self.counts[place]
-            self.counts[place] = [one + other for one, other in zip(before, found, strict=True)] if before else found
+            self.counts[place] = (
+                [one + other for one, other in zip(before, found, strict=True)] if before else found
+            )
             self.unseen[place] = baseline.bins.unseen(column, self.unseen[place])
             if watched.numeric:
                 self.sums[place] += float(column.values.sum())
@@ -114,7 +123,9 @@ class Window:
         if not self._kept:
             return
         offset = -self.n % self.stride
-        self.rows.extend([[row[place] for place in self._kept] for row in rows[offset :: self.stride]])
+        self.rows.extend(
+            [[row[place] for place in self._kept] for row in rows[offset :: self.stride]]
+        )
         while len(self.rows) > SAMPLE:
             self.rows.halve()
             self.stride *= 2
@@ -138,7 +149,10 @@ class Window:
     def changes(self) -> Iterator[tuple[str, Json]]:
         if self._touched:
             unseen = {str(place): each for place, each in enumerate(self.unseen) if each}
-            yield self.key, [self.n, self.start, self.end, self.counts, unseen, self.sums, self.stride]
+            yield (
+                self.key,
+                [self.n, self.start, self.end, self.counts, unseen, self.sums, self.stride],
+            )
             yield from self.rows.changes()
             self._touched = False
 
@@ -151,7 +165,9 @@ class Window:
     @classmethod
     def loaded(cls, number: int, watched: Sequence[Watched], parts: Mapping[str, Any]) -> "Window":
         window = cls(number, watched)
-        window.n, window.start, window.end, window.counts, unseen, window.sums, window.stride = parts[window.key]
+        window.n, window.start, window.end, window.counts, unseen, window.sums, window.stride = (
+            parts[window.key]
+        )
         for place, each in unseen.items():
             window.unseen[int(place)] = each
         window.rows = Rows.loaded(window.rows.prefix, parts)

@@ -64,7 +64,9 @@ class Landed:
 class Desk:
     """Judges ripe files, in a worker thread. `stop` ends long reads and copies."""
 
-    def __init__(self, tree: Tree, known: Known, move_to: bytes | None, *, sha256: bool, touch: bool) -> None:
+    def __init__(
+        self, tree: Tree, known: Known, move_to: bytes | None, *, sha256: bool, touch: bool
+    ) -> None:
         self._tree, self._known, self._move_to = tree, known, move_to
         self._sha256, self._touch = sha256, touch
         self.stop = threading.Event()
@@ -90,13 +92,17 @@ class Desk:
         if not self._touch and self._known.only_touched(path, sight, sample):
             return Landed(path, sight, first_at, Fate.TOUCHED, sample=sample)
         fate = Fate.MODIFIED if path in self._known else Fate.CREATED
-        judged = Landed(path, sight, first_at, fate, digest(path, *sight), self._tree.full(path), sample, sha256)
+        judged = Landed(
+            path, sight, first_at, fate, digest(path, *sight), self._tree.full(path), sample, sha256
+        )
         return judged if self._move_to is None else self._placed(judged, sight, self._move_to)
 
     def _placed(self, judged: Landed, sight: Sight, directory: bytes) -> Landed:
         """The same, found below `directory`; it waits when it cannot be put there."""
         try:
-            found, new = place(self._tree.full(judged.path), directory, judged.path, judged.ident, self.stop)
+            found, new = place(
+                self._tree.full(judged.path), directory, judged.path, judged.ident, self.stop
+            )
         except (OSError, SourceError) as error:
             return replace(judged, fate=Fate.WAITING, problem=str(error))
         if self._still(judged.path, sight):
@@ -156,7 +162,9 @@ def _sample(file: FileIO) -> int:
 
 def digest(path: bytes, *version: int) -> str:
     """An event id: 128 bits over the relative path and what makes its version."""
-    return hashlib.blake2b(path + b"\0" + ":".join(map(str, version)).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        path + b"\0" + ":".join(map(str, version)).encode(), digest_size=16
+    ).hexdigest()
 
 
 def to_event(landed: Landed, source: str, now_us: int) -> Event:

@@ -69,26 +69,44 @@ class Listener:
     ROOT_CHECK = 5.0
     """Seconds between looks at which directory the root is; a fifth of that while it is missing or not watched."""
 
-    def __init__(self, options: Options, intake: Intake, cursor: Mapping[str, Json], kind: str, opened_ns: int) -> None:
-        self._options, self._intake, self._log, self._clock = options, intake, intake.log, options.clock
+    def __init__(
+        self,
+        options: Options,
+        intake: Intake,
+        cursor: Mapping[str, Json],
+        kind: str,
+        opened_ns: int,
+    ) -> None:
+        self._options, self._intake, self._log, self._clock = (
+            options,
+            intake,
+            intake.log,
+            options.clock,
+        )
         remote = is_remote(kind)
         self._source = _source(options.root, remote)
         self._native = options.watch == "native" or (options.watch == "auto" and not remote)
         inodes = not remote and kind not in CHANGING_INODES
         move_to = options.move_to
         apart = _below(options.root, move_to) if move_to is not None else None
-        self._tree = Tree(options.root, options.names, options.recursive, options.follow_symlinks, inodes, apart)
+        self._tree = Tree(
+            options.root, options.names, options.recursive, options.follow_symlinks, inodes, apart
+        )
         self._known = Known()
         self._known.load(cursor)
         self._settling = Settling(self._known, options.settle, options.zero_byte_grace)
-        self._desk = Desk(self._tree, self._known, move_to, sha256=options.sha256, touch=options.touch)
+        self._desk = Desk(
+            self._tree, self._known, move_to, sha256=options.sha256, touch=options.touch
+        )
         self._wake = asyncio.Event()
         self._hints = Hints(options.root, self._wake.set)
         self._limiter = anyio.CapacityLimiter(1)
         self._began, self._walked = BEGAN in cursor, False
         self._skip_until: int | None = None
         if options.skip_existing and not self._began:
-            self._skip_until = 1 << 63 if remote else opened_ns  # another host's clock stamps remote files: skip all of them
+            self._skip_until = (
+                1 << 63 if remote else opened_ns
+            )  # another host's clock stamps remote files: skip all of them
         self._walk: Walk | None = None
         self._walk_took = 0.0
         self._walk_at = self._clock.monotonic()
@@ -103,11 +121,17 @@ class Listener:
     @classmethod
     async def open(cls, options: Options, intake: Intake) -> "Listener":
         opened_ns = _file_clock()
-        kind = await anyio.to_thread.run_sync(file_system, options.root, limiter=anyio.CapacityLimiter(1))
+        kind = await anyio.to_thread.run_sync(
+            file_system, options.root, limiter=anyio.CapacityLimiter(1)
+        )
         listener = cls(options, intake, await intake.cursor(), kind, opened_ns)
         watch = "native" if listener._native else "poll"
         listener._log.info(
-            "directory.opened", root=printable(options.root), watch=watch, file_system=kind, known=len(listener._known)
+            "directory.opened",
+            root=printable(options.root),
+            watch=watch,
+            file_system=kind,
+            known=len(listener._known),
         )
         return listener
 
@@ -152,7 +176,9 @@ class Listener:
             backstop.cancel()
 
     async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
-        return await anyio.to_thread.run_sync(call, *args, limiter=self._limiter, abandon_on_cancel=True)
+        return await anyio.to_thread.run_sync(
+            call, *args, limiter=self._limiter, abandon_on_cancel=True
+        )
 
     # ------------------------------------------------------------------------- looking
 
@@ -178,7 +204,9 @@ class Listener:
         hints = self._hints
         if hints.refused is not None and self._native:
             self._native = False
-            self._log.warning("directory.polled_instead", root=printable(self._tree.root), reason=hints.refused)
+            self._log.warning(
+                "directory.polled_instead", root=printable(self._tree.root), reason=hints.refused
+            )
         if hints.gap:
             hints.gap = False
             self._walk_soon()
@@ -238,11 +266,18 @@ class Listener:
         for path, why in step.denied:
             if path not in self._warned:
                 self._warned.add(path)
-                self._log.warning("directory.denied", path=printable(self._tree.full(path)), reason=why)
+                self._log.warning(
+                    "directory.denied", path=printable(self._tree.full(path)), reason=why
+                )
         if step.old:
             samples = await self._blocking(self._desk.samples, [path for path, _ in step.old])
-            skipped = [(path, sight, sample) for (path, sight), sample in zip(step.old, samples, strict=True)]
-            await self._offer([], {to_key(path): [*sight, sample, 0] for path, sight, sample in skipped})
+            skipped = [
+                (path, sight, sample)
+                for (path, sight), sample in zip(step.old, samples, strict=True)
+            ]
+            await self._offer(
+                [], {to_key(path): [*sight, sample, 0] for path, sight, sample in skipped}
+            )
             for path, sight, sample in skipped:
                 self._known.add(path, mark(sight, sample))
         if step.owed and self._options.leaves:
@@ -279,7 +314,9 @@ class Listener:
         for path in self._settling.older_than(self._clock.now() - int(PATIENCE * SECOND)):
             if path not in self._warned:
                 self._warned.add(path)
-                self._log.warning("file.unsettled", path=printable(self._tree.full(path)), seconds=PATIENCE)
+                self._log.warning(
+                    "file.unsettled", path=printable(self._tree.full(path)), seconds=PATIENCE
+                )
 
     def _lose_root(self, why: str) -> None:
         """Nothing counts as deleted; `_check_root` finds the root when it is back."""
@@ -295,11 +332,16 @@ class Listener:
         due = self._settling.due(self._clock.monotonic())
         for start in range(0, len(due), BATCH):
             before = self._clock.monotonic()
-            self._see(await self._blocking(self._tree.look_again, due[start : start + BATCH]), before)
+            self._see(
+                await self._blocking(self._tree.look_again, due[start : start + BATCH]), before
+            )
         ripe = self._settling.ripe(due)
         for start in range(0, len(ripe), BATCH):
             now_us = self._clock.now()
-            await self._land(await self._blocking(self._desk.prepare, ripe[start : start + BATCH], now_us), now_us)
+            await self._land(
+                await self._blocking(self._desk.prepare, ripe[start : start + BATCH], now_us),
+                now_us,
+            )
 
     async def _land(self, judged: Sequence[Landed], now_us: int) -> None:
         """Records what landed, with its cursor, in one transaction; then remembers it, then lets it go."""
@@ -314,12 +356,16 @@ class Listener:
             if each.is_file or (each.fate is Fate.DELETED and self._options.deleted and not owed):
                 events.append(to_event(each, self._source, now_us))
             owed = self._options.leaves if each.is_file else owed
-            cursor[to_key(each.path)] = None if each.sight is None else [*each.sight, each.sample, int(owed)]
+            cursor[to_key(each.path)] = (
+                None if each.sight is None else [*each.sight, each.sample, int(owed)]
+            )
             settled.append((each, owed))
         if cursor:
             await self._offer(events, cursor)
         self._remember(settled)
-        if leaving := [(each.path, each.sight) for each, owed in settled if owed and each.sight is not None]:
+        if leaving := [
+            (each.path, each.sight) for each, owed in settled if owed and each.sight is not None
+        ]:
             await self._remove(leaving)
 
     def _wait(self, each: Landed) -> None:
@@ -328,8 +374,13 @@ class Listener:
             self._settling.postpone(each.path, now)
             return
         if each.problem is not None:
-            self._log.warning("file.not_placed", path=printable(self._tree.full(each.path)), reason=each.problem)
-        self._settling.postpone(each.path, now + (self._options.poll if each.problem else max(self._options.settle, 1.0)))
+            self._log.warning(
+                "file.not_placed", path=printable(self._tree.full(each.path)), reason=each.problem
+            )
+        self._settling.postpone(
+            each.path,
+            now + (self._options.poll if each.problem else max(self._options.settle, 1.0)),
+        )
 
     def _remember(self, settled: Sequence[tuple[Landed, bool]]) -> None:
         for each, owed in settled:
@@ -346,7 +397,12 @@ class Listener:
             try:
                 await self._intake.accept(*events, cursor=merged)
             except StoreFull as full:
-                self._log.warning("directory.slowed", root=printable(self._tree.root), reason=str(full), wait=full.retry_after)
+                self._log.warning(
+                    "directory.slowed",
+                    root=printable(self._tree.root),
+                    reason=str(full),
+                    wait=full.retry_after,
+                )
                 await self._sleep(full.retry_after, asyncio.Event())
             else:
                 self._notes = {}
@@ -359,7 +415,9 @@ class Listener:
                 self._known.forget(path)
                 self._notes[to_key(path)] = None
             elif outcome is not False:
-                self._log.warning("file.not_removed", path=printable(self._tree.full(path)), reason=outcome)
+                self._log.warning(
+                    "file.not_removed", path=printable(self._tree.full(path)), reason=outcome
+                )
 
 
 def _remove_all(tree: Tree, files: Sequence[tuple[bytes, Sight]]) -> list[tuple[bytes, bool | str]]:

@@ -17,7 +17,9 @@ IGNORED = (".*", "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", "
 class Names:
     """The selection of one `Directory`: what it takes, what it enters, and the marker a file waits for."""
 
-    def __init__(self, pattern: str | Sequence[str], ignore: Sequence[str], marker: str | None) -> None:
+    def __init__(
+        self, pattern: str | Sequence[str], ignore: Sequence[str], marker: str | None
+    ) -> None:
         self._take = compile_globs([pattern] if isinstance(pattern, str) else pattern)
         self._ignore = compile_globs(ignore)
         self._marker = marker
@@ -38,7 +40,9 @@ class Names:
         """`wants` (or `enters`) for a path whose parents nobody has asked about yet."""
         parts = path.split(b"/")
         parents = (b"/".join(parts[:depth]) for depth in range(1, len(parts)))
-        return all(map(self.enters, parents)) and (self.enters(path) if directory else self.wants(path))
+        return all(map(self.enters, parents)) and (
+            self.enters(path) if directory else self.wants(path)
+        )
 
     def marker(self, path: bytes) -> bytes | None:
         """The path of the marker that says `path` is complete, or None when none is asked for."""
@@ -46,7 +50,11 @@ class Names:
             return None
         directory, slash, name = path.rpartition(b"/")
         stem = name.rpartition(b".")[0] or name
-        return directory + slash + self._marker.encode().replace(b"{name}", name).replace(b"{stem}", stem)
+        return (
+            directory
+            + slash
+            + self._marker.encode().replace(b"{name}", name).replace(b"{stem}", stem)
+        )
 
     @property
     def marker_is_per_file(self) -> bool:

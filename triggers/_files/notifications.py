@@ -72,13 +72,19 @@ class Hints:
         The new watch stands before the old one retires, so nothing falls between. On failure nothing is watched: `gap`, and
         after a failure that will not heal, `refused`.
         """
-        wanted = {path: inode for path, inode in directories.items() if is_utf8(os.path.join(self._root, path))}
+        wanted = {
+            path: inode
+            for path, inode in directories.items()
+            if is_utf8(os.path.join(self._root, path))
+        }
         if self.refused is not None or wanted == self._covered:
             return []
         fresh = [path for path, inode in wanted.items() if self._covered.get(path) != inode]
         limiter = anyio.CapacityLimiter(1)
         try:
-            notifier = await anyio.to_thread.run_sync(partial(self._open, list(wanted)), limiter=limiter)
+            notifier = await anyio.to_thread.run_sync(
+                partial(self._open, list(wanted)), limiter=limiter
+            )
         except _FAULTS as error:
             self._failed(error)
             return []
@@ -86,19 +92,28 @@ class Hints:
             old.retired = True
         self._covered = wanted
         watch = _Watch(notifier, limiter)
-        self._tasks[watch] = asyncio.get_running_loop().create_task(self._follow(watch), name="eventflow files watch")
+        self._tasks[watch] = asyncio.get_running_loop().create_task(
+            self._follow(watch), name="eventflow files watch"
+        )
         return fresh
 
     def _open(self, directories: list[bytes]) -> Any:
-        paths = [os.fsdecode(os.path.join(self._root, path) if path else self._root) for path in directories]
-        return RustNotify(paths, False, False, 0, False, False)  # debug, polling, its interval, recursive, errors ignored
+        paths = [
+            os.fsdecode(os.path.join(self._root, path) if path else self._root)
+            for path in directories
+        ]
+        return RustNotify(
+            paths, False, False, 0, False, False
+        )  # debug, polling, its interval, recursive, errors ignored
 
     async def _follow(self, watch: _Watch) -> None:
         stop = threading.Event()
         wait = partial(watch.notifier.watch, BATCH_MS, QUIET_MS, 1_000, stop)
         try:
             while not watch.retired:
-                found = await anyio.to_thread.run_sync(wait, limiter=watch.limiter, abandon_on_cancel=True)
+                found = await anyio.to_thread.run_sync(
+                    wait, limiter=watch.limiter, abandon_on_cancel=True
+                )
                 if isinstance(found, set):
                     self._add(cast("set[tuple[int, str]]", found))
         except _FAULTS as error:
@@ -111,7 +126,9 @@ class Hints:
     def _add(self, found: set[tuple[int, str]]) -> None:
         prefix = len(self._root.rstrip(b"/")) + 1
         for change, path in found:
-            if change != Change.modified:  # a directory that was deleted, moved or made anew is not watched any more
+            if (
+                change != Change.modified
+            ):  # a directory that was deleted, moved or made anew is not watched any more
                 self._covered.pop(os.fsencode(path)[prefix:], None)
         if len(found) > MANY or len(self._paths) > 10 * MANY:
             self.gap = True

@@ -55,7 +55,9 @@ class Stopped(Exception):
     """The listener ended while a file was being copied or hashed; nothing was decided."""
 
 
-def place(source: bytes, directory: bytes, path: bytes, ident: str, stop: threading.Event) -> tuple[bytes, bool]:
+def place(
+    source: bytes, directory: bytes, path: bytes, ident: str, stop: threading.Event
+) -> tuple[bytes, bool]:
     """Gives the file a name below `directory` as well: that name, and whether it is new.
 
     Raises OSError, and SourceError if every name it might have is taken by another file.
@@ -66,7 +68,9 @@ def place(source: bytes, directory: bytes, path: bytes, ident: str, stop: thread
             return target, True
         if _same(source, target, stop):
             return target, False
-    raise SourceError(f"no free name for {os.fsdecode(path)!r} in {os.fsdecode(directory)!r}; clear the names it would take")
+    raise SourceError(
+        f"no free name for {os.fsdecode(path)!r} in {os.fsdecode(directory)!r}; clear the names it would take"
+    )
 
 
 def _candidates(target: bytes, ident: str) -> list[bytes]:
@@ -86,14 +90,24 @@ def _link(source: bytes, target: bytes) -> bool:
     return True
 
 
-_NO_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
+_NO_LINK = {
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EINVAL,
+}
 """Another device, a file system without hard links, or the kernel's fs.protected_hardlinks: copy instead."""
 
 
 def _same(source: bytes, target: bytes, stop: threading.Event) -> bool:
     """Whether `target` is this file already, linked or copied before a crash. Equal times alone do not make it so."""
     if os.path.realpath(target) == os.path.realpath(source):
-        raise SourceError(f"{os.fsdecode(target)!r} is the landing place itself; move to another directory")
+        raise SourceError(
+            f"{os.fsdecode(target)!r} is the landing place itself; move to another directory"
+        )
     there, here = os.stat(target), os.stat(source)
     if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
         return True

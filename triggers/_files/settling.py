@@ -55,7 +55,9 @@ class Known:
         for key, value in cursor.items():
             if key.startswith("/") and not key.startswith("//"):
                 continue  # the trigger's own notes, not a path
-            size, mtime_ns, inode, sample, owed = cast("tuple[int, int, int, int | None, int]", value)
+            size, mtime_ns, inode, sample, owed = cast(
+                "tuple[int, int, int, int | None, int]", value
+            )
             self.add(from_key(key), mark(Sight(size, mtime_ns, inode), sample, bool(owed)))
 
     def __contains__(self, path: bytes) -> bool:
@@ -145,7 +147,9 @@ class Settling:
     def __contains__(self, path: bytes) -> bool:
         return path in self._pending
 
-    def see(self, path: bytes, sight: Sight | None, *, before: float, after: float, now_us: int) -> None:
+    def see(
+        self, path: bytes, sight: Sight | None, *, before: float, after: float, now_us: int
+    ) -> None:
         """Takes in one look at `path`, made between the monotonic instants `before` and `after`.
 
         The wait of a new sight counts from `after`, its confirmation from `before`: slowness never shortens it.

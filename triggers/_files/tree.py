@@ -92,7 +92,14 @@ class Tree:
                 if self.recursive and self.names.admits(path, directory=True):
                     directories.append(path)
             elif self.names.admits(path):
-                files.append((path, self.sight(found) if found is not None and stat.S_ISREG(found.st_mode) else None))
+                files.append(
+                    (
+                        path,
+                        self.sight(found)
+                        if found is not None and stat.S_ISREG(found.st_mode)
+                        else None,
+                    )
+                )
         return files, directories
 
     def identity(self) -> tuple[int, int] | None:
@@ -126,7 +133,9 @@ class Walk:
     are not there any more. `skip_until` (nanoseconds of the file system's clock) sorts out what was there before.
     """
 
-    def __init__(self, tree: Tree, known: Known, *, whole: bool, skip_until: int | None = None) -> None:
+    def __init__(
+        self, tree: Tree, known: Known, *, whole: bool, skip_until: int | None = None
+    ) -> None:
         self.whole = whole
         self.directories: dict[bytes, int] = {}
         self._tree, self._known, self._skip_until = tree, known, skip_until
@@ -194,13 +203,19 @@ class Walk:
             if entry.is_dir(follow_symlinks=self._tree.follow_symlinks):
                 self._enter(path, entry)
                 return False
-            return entry.is_file(follow_symlinks=self._tree.follow_symlinks) and self._file(directory, path, entry)
+            return entry.is_file(follow_symlinks=self._tree.follow_symlinks) and self._file(
+                directory, path, entry
+            )
         except OSError:
             return False  # vanished since it was listed, or a link in a loop
 
     def _enter(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
         tree = self._tree
-        if not tree.recursive or not tree.names.enters(path) or tree.relative(tree.full(path)) is None:
+        if (
+            not tree.recursive
+            or not tree.names.enters(path)
+            or tree.relative(tree.full(path)) is None
+        ):
             return
         if tree.follow_symlinks:
             real = os.path.realpath(entry.path)
@@ -239,7 +254,9 @@ class Walk:
     def _unvisited(self) -> Iterator[None]:
         """Known files of directories that are no longer there. An unreadable directory keeps what is below it."""
         for directory in self._known.directories():
-            if directory not in self.directories and not any(_below(directory, denied) for denied in self._denied):
+            if directory not in self.directories and not any(
+                _below(directory, denied) for denied in self._denied
+            ):
                 yield from self._missing(directory)
 
 

@@ -67,7 +67,9 @@ def read_batch(
     return batch
 
 
-def _read_partition(reader: Reader, partition: Partition, records: Sequence[Record], position: int, batch: Batch) -> None:
+def _read_partition(
+    reader: Reader, partition: Partition, records: Sequence[Record], position: int, batch: Batch
+) -> None:
     read, items = reader.read, batch.items
     last = None
     try:
@@ -81,5 +83,7 @@ def _read_partition(reader: Reader, partition: Partition, records: Sequence[Reco
         position = partition.place.offset if last is None else last.offset + 1
     place = partition.place
     batch.places[partition.tp] = Place(
-        position, place.last if last is None else last.offset, place.stamp if last is None else last.timestamp
+        position,
+        place.last if last is None else last.offset,
+        place.stamp if last is None else last.timestamp,
     )

@@ -77,7 +77,9 @@ class Time(Protocol):
 class Consumer(Protocol):
     """AIOKafkaConsumer."""
 
-    def subscribe(self, topics: Collection[str], pattern: str | None, listener: ConsumerRebalanceListener) -> None: ...
+    def subscribe(
+        self, topics: Collection[str], pattern: str | None, listener: ConsumerRebalanceListener
+    ) -> None: ...
     def subscription(self) -> Collection[str]: ...
     def partitions_for_topic(self, topic: str) -> Collection[int] | None: ...
     def assignment(self) -> frozenset[TopicPartition]: ...
@@ -90,9 +92,13 @@ class Consumer(Protocol):
     async def start(self) -> None: ...
     async def position(self, tp: TopicPartition) -> int: ...
     async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None: ...
-    async def beginning_offsets(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]: ...
+    async def beginning_offsets(
+        self, tps: Collection[TopicPartition]
+    ) -> dict[TopicPartition, int]: ...
     async def end_offsets(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]: ...
-    async def offsets_for_times(self, times: dict[TopicPartition, int]) -> dict[TopicPartition, Time | None]: ...
+    async def offsets_for_times(
+        self, times: dict[TopicPartition, int]
+    ) -> dict[TopicPartition, Time | None]: ...
     async def getmany(
         self, *tps: TopicPartition, timeout_ms: int, max_records: int | None = None
     ) -> dict[TopicPartition, list[Record]]: ...
@@ -115,7 +121,9 @@ async def close(consumer: Consumer, seconds: float) -> None:
     try:
         if await _ends(raw.stop(), seconds):
             return
-        if (coordinator := raw._coordinator) is not None and hasattr(coordinator, "_stop_heartbeat_task"):
+        if (coordinator := raw._coordinator) is not None and hasattr(
+            coordinator, "_stop_heartbeat_task"
+        ):
             await _ends(coordinator._stop_heartbeat_task(), 1.0)
             await _ends(coordinator._stop_commit_offsets_refresh_task(), 1.0)
             await _ends(coordinator._maybe_leave_group(), 1.0)
@@ -130,11 +138,17 @@ async def _ends(work: Coroutine[Any, Any, None], seconds: float) -> bool:
     return await ends(asyncio.ensure_future(work), seconds)
 
 
-async def committed(consumer: Consumer, tps: Collection[TopicPartition]) -> dict[TopicPartition, Committed]:
+async def committed(
+    consumer: Consumer, tps: Collection[TopicPartition]
+) -> dict[TopicPartition, Committed]:
     """What the group has. The public `committed()` leaves out the metadata, and asks for one partition at a time."""
     coordinator: Any = cast(Any, consumer)._coordinator
     fetched = await coordinator.fetch_committed_offsets(list(tps))
-    return {tp: Committed(each.offset, each.metadata) for tp, each in fetched.items() if each.offset >= 0}
+    return {
+        tp: Committed(each.offset, each.metadata)
+        for tp, each in fetched.items()
+        if each.offset >= 0
+    }
 
 
 def option_names() -> list[str]:

@@ -47,7 +47,11 @@ class Missing:
 def misplaced(error: KafkaError) -> Collection[TopicPartition]:
     """The partitions that an error of MISPLACED is about: it carries a mapping by partition, or a partition."""
     about: Any = error.args[0] if error.args else ()
-    return [about] if isinstance(about, TopicPartition) else cast("dict[TopicPartition, int]", dict(about))
+    return (
+        [about]
+        if isinstance(about, TopicPartition)
+        else cast("dict[TopicPartition, int]", dict(about))
+    )
 
 
 def too_large(error: KafkaError) -> tuple[TopicPartition, int]:

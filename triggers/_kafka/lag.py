@@ -40,4 +40,9 @@ def gauges(partitions: Iterable[tuple[TopicPartition, Place, Level]], now: int) 
         yield Gauge("lag_messages", behind, labels)
         since = max(place.stamp * 1000, level.at)
         if not behind or since > 0:
-            yield Gauge("lag_seconds", max(0.0, (now - since) / SECOND) if behind else 0.0, labels, total="max")
+            yield Gauge(
+                "lag_seconds",
+                max(0.0, (now - since) / SECOND) if behind else 0.0,
+                labels,
+                total="max",
+            )

@@ -68,7 +68,11 @@ def client_options(given: Mapping[str, Any], name: str) -> dict[str, Any]:
             raise UsageError(f"Kafka: {option}= cannot be set: {_INSTEAD[option]}")
         if option not in known:
             near = get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}=?" if near else "it takes those of aiokafka's AIOKafkaConsumer"
+            hint = (
+                f"did you mean {near[0]}=?"
+                if near
+                else "it takes those of aiokafka's AIOKafkaConsumer"
+            )
             raise UsageError(f"Kafka: no option {option}=; {hint}")
     _check_security(given)
     revealed = {option: _revealed(option, value) for option, value in given.items()}
@@ -99,9 +103,13 @@ def _check_security(given: Mapping[str, Any]) -> None:
     protocol = cast(str, given.get("security_protocol", "PLAINTEXT"))
     sasl = sorted(option for option in given if option.startswith("sasl_"))
     if sasl and not protocol.startswith("SASL_"):
-        raise UsageError(f"Kafka: {sasl[0]}= needs security_protocol='SASL_SSL' (or 'SASL_PLAINTEXT'), found {protocol!r}")
+        raise UsageError(
+            f"Kafka: {sasl[0]}= needs security_protocol='SASL_SSL' (or 'SASL_PLAINTEXT'), found {protocol!r}"
+        )
     if protocol.endswith("SSL") and given.get("ssl_context") is None:
-        raise UsageError(f"Kafka: security_protocol={protocol!r} needs ssl_context=aiokafka.helpers.create_ssl_context(...)")
+        raise UsageError(
+            f"Kafka: security_protocol={protocol!r} needs ssl_context=aiokafka.helpers.create_ssl_context(...)"
+        )
 
 
 def missing_codecs() -> list[str]:

@@ -19,7 +19,12 @@ class Partitions(dict[TopicPartition, Partition]):
 
     def __init__(self, options: Options, consumer: Consumer, log: Any) -> None:
         super().__init__()
-        self._options, self._consumer, self._log, self._clock = options, consumer, log, options.clock
+        self._options, self._consumer, self._log, self._clock = (
+            options,
+            consumer,
+            log,
+            options.clock,
+        )
         self.doubtful: dict[TopicPartition, bool] = {}
         self.gaps: dict[TopicPartition, Missing] = {}
         self.full = False
@@ -75,14 +80,18 @@ class Partitions(dict[TopicPartition, Partition]):
         """Reads from its place, and the last record before it once more: it must still be the same one."""
         place = partition.place
         partition.overlap = place.last if place.last >= begin else -1
-        self._consumer.seek(partition.tp, place.offset if partition.overlap < 0 else partition.overlap)
+        self._consumer.seek(
+            partition.tp, place.offset if partition.overlap < 0 else partition.overlap
+        )
         self._resume(partition)
 
     def _resume(self, partition: Partition) -> None:
         if not self.is_held(partition.tp) and partition.tp in self._consumer.assignment():
             self._consumer.resume(partition.tp)
 
-    def stop(self, tp: TopicPartition, why: str, seconds: float, offset: int, *, passing: bool = False) -> None:
+    def stop(
+        self, tp: TopicPartition, why: str, seconds: float, offset: int, *, passing: bool = False
+    ) -> None:
         """Reads no more from a partition for a while, and then from `offset`; the others go on. `passing`: it mends itself."""
         partition = self[tp]
         if partition.complaint != why:  # said once, however often it is tried again
@@ -125,7 +134,9 @@ class Partitions(dict[TopicPartition, Partition]):
         for tp, missing in gaps.items():
             partition = self[tp]
             partition.overlap = -1
-            batch.items.append(self._options.reader.gap(tp.topic, tp.partition, missing, partition.place.stamp))
+            batch.items.append(
+                self._options.reader.gap(tp.topic, tp.partition, missing, partition.place.stamp)
+            )
             batch.places[tp] = Place(missing.after)
             batch.passed.add(tp)
         return batch

@@ -59,9 +59,7 @@ class Standing:
         place = self.place
         if place.offset < self.begin:
             lost = self.begin - place.offset
-            return (
-                f"{lost} records, offsets {place.offset} to {self.begin - 1}, are gone: the broker's log begins at {self.begin}"
-            )
+            return f"{lost} records, offsets {place.offset} to {self.begin - 1}, are gone: the broker's log begins at {self.begin}"
         if place.offset > self.end:
             return f"offset {place.offset} was next, and the log ends at {self.end}: the topic was made anew, or lost its end"
         return f"offset {place.last} holds another record than the one that was read there: the topic was made anew"
@@ -74,7 +72,9 @@ def key(tp: TopicPartition) -> str:
 class Positions:
     """Finds positions with one consumer. `ledger` is its name; `notes` are to be recorded with the next cursors."""
 
-    def __init__(self, options: Options, intake: Intake, consumer: Consumer, draw: random.Random) -> None:
+    def __init__(
+        self, options: Options, intake: Intake, consumer: Consumer, draw: random.Random
+    ) -> None:
         self._options, self._intake, self._consumer, self._draw = options, intake, consumer, draw
         self.ledger = ""
         self.notes: dict[str, Json] = {}
@@ -107,14 +107,20 @@ class Positions:
     async def _begins(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]:
         return await self._consumer.beginning_offsets(tps)
 
-    def _larger(self, tp: TopicPartition, place: Place | None, group: Committed | None) -> Place | None:
+    def _larger(
+        self, tp: TopicPartition, place: Place | None, group: Committed | None
+    ) -> Place | None:
         if group is None or (place is not None and group.offset <= place.offset):
             return place
         if place is not None and group.metadata == self.ledger:
-            self._intake.log.warning("kafka.rewound", partition=key(tp), ledger=place.offset, group=group.offset)
+            self._intake.log.warning(
+                "kafka.rewound", partition=key(tp), ledger=place.offset, group=group.offset
+            )
             return place
         if place is not None:
-            self._intake.log.info("kafka.moved_on", partition=key(tp), ledger=place.offset, group=group.offset)
+            self._intake.log.info(
+                "kafka.moved_on", partition=key(tp), ledger=place.offset, group=group.offset
+            )
         return Place(group.offset)
 
     # ------------------------------------------------------------------ the first start
@@ -125,7 +131,9 @@ class Positions:
         group = await committed(self._consumer, tps)
         offsets = await self._starts([tp for tp in tps if tp not in group])
         notes = {key(tp): Place(offset).cursor() for tp, offset in offsets.items()}
-        if BEGAN not in await self._intake.cursor():  # a second listener of this trigger may have been quicker
+        if (
+            BEGAN not in await self._intake.cursor()
+        ):  # a second listener of this trigger may have been quicker
             await self._intake.accept(cursor={**notes, BEGAN: str(self._options.start)})
         return await self._intake.cursor()
 
@@ -143,4 +151,7 @@ class Positions:
         wanted = to_us(start) // 1000
         found = await self._consumer.offsets_for_times(dict.fromkeys(tps, wanted))
         # A broker may answer with a record that is older than asked for, or with none as offset 0; neither counts.
-        return {tp: at.offset if (at := found[tp]) is not None and at.timestamp >= wanted else end[tp] for tp in tps}
+        return {
+            tp: at.offset if (at := found[tp]) is not None and at.timestamp >= wanted else end[tp]
+            for tp in tps
+        }

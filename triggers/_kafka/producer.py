@@ -16,7 +16,14 @@ try:
 except ImportError as error:
     raise MissingExtra("triggers.KafkaSink", "aiokafka", "kafka") from error
 
-__all__ = ["KafkaError", "MessageSizeTooLargeError", "Producer", "close", "make_producer", "option_names"]
+__all__ = [
+    "KafkaError",
+    "MessageSizeTooLargeError",
+    "Producer",
+    "close",
+    "make_producer",
+    "option_names",
+]
 
 
 class Producer(Protocol):

@@ -52,8 +52,15 @@ class Later(Exception):
 class Reader:
     """Reads records one by one. `cluster` stands in the source of plain records: `kafka://<cluster>/<topic>`."""
 
-    def __init__(self, cluster: str, decode: Decode, max_body: int, *, skip_tombstones: bool) -> None:
-        self._cluster, self._decode, self._max_body, self._skip = cluster, decode, max_body, skip_tombstones
+    def __init__(
+        self, cluster: str, decode: Decode, max_body: int, *, skip_tombstones: bool
+    ) -> None:
+        self._cluster, self._decode, self._max_body, self._skip = (
+            cluster,
+            decode,
+            max_body,
+            skip_tombstones,
+        )
         self._sources: dict[str, str] = {}
 
     @property
@@ -73,7 +80,9 @@ class Reader:
         if value is None and self._skip:
             return None
         if value is not None and len(value) > self._max_body:
-            return self.undecodable(record, f"value: expected at most {self._max_body} bytes, found {len(value)}")
+            return self.undecodable(
+                record, f"value: expected at most {self._max_body} bytes, found {len(value)}"
+            )
         try:
             if record.headers:
                 _check_size(record)
@@ -145,7 +154,9 @@ class Reader:
     def _cloudevent(self, record: Record) -> Event:
         content_type = (_content_type(record.headers) or "").lower()
         if content_type.startswith("application/cloudevents-batch"):
-            raise ValueError("content-type: expected one CloudEvent, found a batch, which the Kafka binding does not have")
+            raise ValueError(
+                "content-type: expected one CloudEvent, found a batch, which the Kafka binding does not have"
+            )
         if content_type.startswith("application/cloudevents"):
             fields = read_json(record.value or b"")
             if not isinstance(fields, dict):
@@ -160,7 +171,9 @@ class Reader:
                 fields[name[3:].lower()] = _utf8(raw, name)
         for name in ("data", "data_base64", "datacontenttype"):
             if name in fields:
-                raise ValueError(f"ce_{name}: expected no such header; in binary mode the value is the data")
+                raise ValueError(
+                    f"ce_{name}: expected no such header; in binary mode the value is the data"
+                )
         content_type = _content_type(record.headers)
         if content_type is not None:
             fields["datacontenttype"] = content_type
@@ -180,7 +193,10 @@ class Reader:
     def undecodable(self, record: Record, why: str) -> Undecodable:
         """The record as it came, with its coordinates, kept as a dead letter."""
         headers = {name: _shown(raw) for name, raw in record.headers}
-        headers |= {f"kafka-{name}": str(getattr(record, name)) for name in ("topic", "partition", "offset", "timestamp")}
+        headers |= {
+            f"kafka-{name}": str(getattr(record, name))
+            for name in ("topic", "partition", "offset", "timestamp")
+        }
         if record.key is not None:
             headers["kafka-key"] = _shown(record.key)
         return Undecodable(
@@ -250,8 +266,14 @@ def _is_cloudevent(record: Record) -> bool:
         low = name.lower()
         if low[:3] == "ce_":
             return True
-        if low == "content-type" and raw is not None and raw[:23].lower() == b"application/cloudevents":
-            return record.value is not None  # without a value it is a tombstone, and no structured event
+        if (
+            low == "content-type"
+            and raw is not None
+            and raw[:23].lower() == b"application/cloudevents"
+        ):
+            return (
+                record.value is not None
+            )  # without a value it is a tombstone, and no structured event
     return False
 
 

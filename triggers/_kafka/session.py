@@ -21,8 +21,22 @@ import anyio.to_thread
 from eventflow.core.errors import SourceError, StoreFull
 from eventflow.events.event import Intake
 from triggers._kafka.batches import Batch, read_batch
-from triggers._kafka.client import Consumer, ConsumerRebalanceListener, KafkaError, Record, TopicPartition, close
-from triggers._kafka.errors import MISPLACED, TOO_LARGE, UNREADABLE, misplaced, too_large, unreadable
+from triggers._kafka.client import (
+    Consumer,
+    ConsumerRebalanceListener,
+    KafkaError,
+    Record,
+    TopicPartition,
+    close,
+)
+from triggers._kafka.errors import (
+    MISPLACED,
+    TOO_LARGE,
+    UNREADABLE,
+    misplaced,
+    too_large,
+    unreadable,
+)
 from triggers._kafka.lag import Level
 from triggers._kafka.options import Options
 from triggers._kafka.partitions import Partitions
@@ -69,7 +83,12 @@ class Session(ConsumerRebalanceListener):
     """`run` it once. What it tells about itself (`partitions`, `condition`) may be read at any time on its loop."""
 
     def __init__(self, options: Options, intake: Intake, draw: random.Random) -> None:
-        self._options, self._intake, self._log, self._clock = options, intake, intake.log, options.clock
+        self._options, self._intake, self._log, self._clock = (
+            options,
+            intake,
+            intake.log,
+            options.clock,
+        )
         self.consumer: Consumer = options.consumer()
         self.partitions = Partitions(options, self.consumer, intake.log)
         self._positions = Positions(options, intake, self.consumer, draw)
@@ -91,8 +110,16 @@ class Session(ConsumerRebalanceListener):
             return "joining the group"
         if self._full is not None:
             return f"paused: {self._full}"
-        stopped = [f"{key(tp)} is stopped: {each.stopped.why}" for tp, each in self.partitions.items() if each.stopped]
-        missing = [f"no topic {topic!r}" for topic in self._options.topics if not self.consumer.partitions_for_topic(topic)]
+        stopped = [
+            f"{key(tp)} is stopped: {each.stopped.why}"
+            for tp, each in self.partitions.items()
+            if each.stopped
+        ]
+        missing = [
+            f"no topic {topic!r}"
+            for topic in self._options.topics
+            if not self.consumer.partitions_for_topic(topic)
+        ]
         return "; ".join([*([self._away] if self._away else []), *missing, *stopped]) or None
 
     def standing(self) -> Iterator[tuple[TopicPartition, Place, Level]]:
@@ -109,7 +136,10 @@ class Session(ConsumerRebalanceListener):
         beside: list[asyncio.Task[None]] = []
         try:
             await self._start()
-            beside = [asyncio.create_task(self._commit_now_and_then()), asyncio.create_task(self._probe())]
+            beside = [
+                asyncio.create_task(self._commit_now_and_then()),
+                asyncio.create_task(self._probe()),
+            ]
             while True:
                 for task in beside:
                     if task.done():
@@ -121,8 +151,14 @@ class Session(ConsumerRebalanceListener):
     async def _start(self) -> None:
         try:
             await self.consumer.start()
-        except (KeyError, IndexError, ValueError) as error:  # how aiokafka says that a login was refused
-            raise SourceError(f"authentication or handshake failed: {type(error).__name__}: {error}") from error
+        except (
+            KeyError,
+            IndexError,
+            ValueError,
+        ) as error:  # how aiokafka says that a login was refused
+            raise SourceError(
+                f"authentication or handshake failed: {type(error).__name__}: {error}"
+            ) from error
 
     async def _end(self, beside: Sequence[asyncio.Task[None]]) -> None:
         for task in beside:
@@ -154,12 +190,20 @@ class Session(ConsumerRebalanceListener):
             self.partitions.go_on()
             fetched = await self._fetch()
             now = self._clock.now()
-            self._batch = await self._read(fetched) if fetched else await self.partitions.catch_up(self._epoch, now)
+            self._batch = (
+                await self._read(fetched)
+                if fetched
+                else await self.partitions.catch_up(self._epoch, now)
+            )
 
     async def _read(self, fetched: Fetched) -> Batch | None:
         """What was fetched, as a batch; None when its partitions were taken away meanwhile."""
         epoch, reader = self._epoch, self._options.reader
-        known = [(self.partitions[tp], records) for tp, records in fetched.items() if tp in self.partitions]
+        known = [
+            (self.partitions[tp], records)
+            for tp, records in fetched.items()
+            if tp in self.partitions
+        ]
         positions = {each.tp: await self.consumer.position(each.tp) for each, _ in known}
         if not reader.calls_user:
             batch = read_batch(reader, known, positions, epoch)
@@ -179,7 +223,9 @@ class Session(ConsumerRebalanceListener):
         if batch.epoch != self._epoch:
             self._batch = None
             return
-        cursor = {key(tp): place.cursor() for tp, place in batch.places.items()} | self._positions.notes
+        cursor = {
+            key(tp): place.cursor() for tp, place in batch.places.items()
+        } | self._positions.notes
         self._idle.clear()
         try:
             await self._intake.accept(*batch.items, cursor=cursor)
@@ -197,7 +243,9 @@ class Session(ConsumerRebalanceListener):
         now = self._clock.monotonic()
         if self._full is None:
             self._full_since = now
-            if now > self._try_at + AGAIN:  # a ledger at its bound is full again after every batch: once says it
+            if (
+                now > self._try_at + AGAIN
+            ):  # a ledger at its bound is full again after every batch: once says it
                 self._log.warning("kafka.slowed", reason=str(full))
         self._full, self._try_at = full, now + full.retry_after
         self.partitions.full = True
@@ -210,7 +258,9 @@ class Session(ConsumerRebalanceListener):
             await asyncio.sleep(seconds)
             return
         self.partitions.hold_all()
-        for tp, records in (await self._fetch(seconds)).items():  # what nobody can take now is read again
+        for tp, records in (
+            await self._fetch(seconds)
+        ).items():  # what nobody can take now is read again
             self.consumer.seek(tp, records[0].offset)
 
     # ------------------------------------------------------------------ fetching
@@ -237,7 +287,9 @@ class Session(ConsumerRebalanceListener):
                 continue
             try:
                 self.consumer.seek(tp, position)  # forgets what was fetched and half read
-                while len(records) < CAREFUL and (got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1)):
+                while len(records) < CAREFUL and (
+                    got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1)
+                ):
                     records += got[tp]
             except UNREADABLE as error:
                 if epoch == self._epoch:
@@ -323,13 +375,21 @@ class Session(ConsumerRebalanceListener):
     async def _commit(self) -> None:
         """Tells the group what is recorded, with the ledger's name. Never a bare commit: that takes what is not recorded."""
         assigned = self.consumer.assignment()
-        due = {tp: each.place.offset for tp, each in self.partitions.items() if each.place.offset != each.committed}
-        offsets = {tp: (offset, self._positions.ledger) for tp, offset in due.items() if tp in assigned}
+        due = {
+            tp: each.place.offset
+            for tp, each in self.partitions.items()
+            if each.place.offset != each.committed
+        }
+        offsets = {
+            tp: (offset, self._positions.ledger) for tp, offset in due.items() if tp in assigned
+        }
         if not offsets:
             return
         try:
             await self.consumer.commit(offsets)
-        except KafkaError as error:  # a rebalance was quicker, or the broker is away: the cursor knows
+        except (
+            KafkaError
+        ) as error:  # a rebalance was quicker, or the broker is away: the cursor knows
             self._log.debug("kafka.commit_failed", error=f"{type(error).__name__}: {error}")
             return
         for tp in offsets:
@@ -360,4 +420,6 @@ class Session(ConsumerRebalanceListener):
         if not waiting:
             partition.moved_at = self._clock.monotonic()
         elif self._clock.monotonic() - partition.moved_at > STALLED:
-            raise SourceError(f"{key(tp)}: {end - partition.place.offset} records wait, and none came in {STALLED:g} s")
+            raise SourceError(
+                f"{key(tp)}: {end - partition.place.offset} records wait, and none came in {STALLED:g} s"
+            )

@@ -51,7 +51,9 @@ _DEFECTS = (NoCredentialsError, PartialCredentialsError)
 class Place:
     """Where the buckets and queues are, and how to reach them; made once, opens clients as often as asked."""
 
-    def __init__(self, endpoint_url: str | None, region: str | None, session: Any, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, endpoint_url: str | None, region: str | None, session: Any, options: Mapping[str, Any]
+    ) -> None:
         self._endpoint_url, self._region, self._options = endpoint_url, region, dict(options)
         self._session, self._ours = session, False
 
@@ -69,7 +71,9 @@ class Place:
             options["endpoint_url"] = self._endpoint_url
         config = self._config(service)
         options["config"] = config.merge(options["config"]) if "config" in options else config
-        made = getattr(self._session, "create_client", None) or self._session.client  # aioboto3's session says `client`
+        made = (
+            getattr(self._session, "create_client", None) or self._session.client
+        )  # aioboto3's session says `client`
         return await stack.enter_async_context(made(service, **options))
 
     def _config(self, service: str) -> Any:
@@ -78,7 +82,11 @@ class Place:
             "retries": {"mode": "standard", "total_max_attempts": 3}, "connect_timeout": 5, "read_timeout": 40,
             "max_pool_connections": 20, "tcp_keepalive": True,
         }  # fmt: skip
-        if self._endpoint_url or os.environ.get("AWS_ENDPOINT_URL") or os.environ.get(f"AWS_ENDPOINT_URL_{service.upper()}"):
+        if (
+            self._endpoint_url
+            or os.environ.get("AWS_ENDPOINT_URL")
+            or os.environ.get(f"AWS_ENDPOINT_URL_{service.upper()}")
+        ):
             config |= {
                 "s3": {"addressing_style": "path"},
                 "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
@@ -146,7 +154,9 @@ class Caller:
         self.failing: dict[str, str] = {}
         self.failures = 0
 
-    async def ask(self, what: str, call: Callable[[], Awaitable[T]], *, patient: bool = False) -> T | None:
+    async def ask(
+        self, what: str, call: Callable[[], Awaitable[T]], *, patient: bool = False
+    ) -> T | None:
         """What the call returns; None when it failed and the listener is stopping. `patient`: all errors are waited out."""
         wait = BACKOFF[0]
         while True:

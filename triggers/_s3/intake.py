@@ -43,7 +43,9 @@ class Desk:
         self.lock = asyncio.Lock()
         self.full: str | None = None
 
-    async def offer(self, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json] | None = None) -> bool:
+    async def offer(
+        self, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json] | None = None
+    ) -> bool:
         """Durable when it returns True. False: the listener is stopping, and nothing was recorded."""
         while True:
             try:

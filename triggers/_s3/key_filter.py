@@ -14,7 +14,9 @@ from triggers.globs import compile_globs
 class Selection:
     """What one `S3` takes. With a folder marker (a plain name) only markers count; `holds` then says what they complete."""
 
-    def __init__(self, prefix: str, suffix: str, pattern: str | Sequence[str], marker: str | None) -> None:
+    def __init__(
+        self, prefix: str, suffix: str, pattern: str | Sequence[str], marker: str | None
+    ) -> None:
         globs = [pattern] if isinstance(pattern, str) else list(pattern)
         self.prefix, self.marker = prefix, marker
         self.per_object = marker is not None and "{" in marker
@@ -30,12 +32,20 @@ class Selection:
 
     def holds(self, key: str) -> bool:
         """Whether a key is data: below the prefix, taken by suffix and globs, no folder, and no marker itself."""
-        if not key.startswith(self.prefix) or not key.endswith(self._suffix) or key.endswith("/") or self._is_marker(key):
+        if (
+            not key.startswith(self.prefix)
+            or not key.endswith(self._suffix)
+            or key.endswith("/")
+            or self._is_marker(key)
+        ):
             return False
         return self._globs.fullmatch(key[len(self.prefix) :]) is not None
 
     def _is_marker(self, key: str) -> bool:
-        return key.startswith(self.prefix) and self._markers.fullmatch(key[len(self.prefix) :]) is not None
+        return (
+            key.startswith(self.prefix)
+            and self._markers.fullmatch(key[len(self.prefix) :]) is not None
+        )
 
     def marker_of(self, key: str) -> str:
         """The key that says `key` is complete; only for markers per object."""

@@ -61,7 +61,9 @@ class Seen:
         opened = cursor.get(OPENED)
         self.opened = opened if isinstance(opened, int) else None
         self._marks = {
-            key.removeprefix(_OBJECT): msgspec.convert(value, Mark) for key, value in cursor.items() if key.startswith(_OBJECT)
+            key.removeprefix(_OBJECT): msgspec.convert(value, Mark)
+            for key, value in cursor.items()
+            if key.startswith(_OBJECT)
         }
         self._changed: set[str] = set()
 
@@ -95,19 +97,26 @@ class Seen:
             return False
         if mark is None or mark.etag != found.etag or mark.size != found.size:
             return True
-        return (touch or self._touch or not found.etag) and mark.modified not in (None, found.modified)
+        return (touch or self._touch or not found.etag) and mark.modified not in (
+            None,
+            found.modified,
+        )
 
     def is_stale(self, found: Listed) -> bool:
         """Whether the mark of a known version is to learn when it was modified."""
         mark = self._marks.get(found.key)
-        return mark is not None and mark.modified != found.modified and found.key not in self._changed
+        return (
+            mark is not None and mark.modified != found.modified and found.key not in self._changed
+        )
 
     def listed(self, found: Listed, *, now: int, owes: bool) -> Mark:
         """The mark of a version that the sweep records now. `owes`: a queue will tell of it too."""
         mark = self._marks.get(found.key)
         owed = tuple(each for each in mark.owed if each.at > now - OWED_FOR) if mark else ()
         if owes:
-            owed = (*owed, Owed(found.etag, found.size, listed_identity(self.bucket, found), now))[-OWED:]
+            owed = (*owed, Owed(found.etag, found.size, listed_identity(self.bucket, found), now))[
+                -OWED:
+            ]
         return Mark(found.etag, found.size, found.modified, None, owed)
 
     def gone(self, key: str, ident: str, *, now: int, owes: bool) -> Mark:
@@ -148,8 +157,12 @@ def marked_by(mark: Mark | None, notice: Notice, owed: Owed | None) -> Mark:
         told = msgspec.structs.replace(owed, sequencer=notice.sequencer)
         left = tuple(told if each is owed else each for each in mark.owed)
         latest = mark.etag == owed.etag and mark.sequencer is None
-        return msgspec.structs.replace(mark, owed=left, sequencer=notice.sequencer if latest else mark.sequencer)
-    if mark is not None and (is_older(notice.sequencer, mark.sequencer) or _was_before(notice, mark)):
+        return msgspec.structs.replace(
+            mark, owed=left, sequencer=notice.sequencer if latest else mark.sequencer
+        )
+    if mark is not None and (
+        is_older(notice.sequencer, mark.sequencer) or _was_before(notice, mark)
+    ):
         return mark
     kept = mark.owed if mark is not None else ()
     if notice.action == "removed":
@@ -171,4 +184,7 @@ def _was_before(notice: Notice, mark: Mark) -> bool:
 
 
 def to_cursor(marks: Mapping[str, Mark | None]) -> dict[str, Json]:
-    return {_OBJECT + key: None if mark is None else msgspec.to_builtins(mark) for key, mark in marks.items()}
+    return {
+        _OBJECT + key: None if mark is None else msgspec.to_builtins(mark)
+        for key, mark in marks.items()
+    }

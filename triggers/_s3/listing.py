@@ -27,7 +27,14 @@ class Sweep:
     """The sweeps of one opened bucket."""
 
     def __init__(
-        self, client: Any, bucket: str, options: Options, desk: Desk, caller: Caller, seen: Seen, folders: Folders
+        self,
+        client: Any,
+        bucket: str,
+        options: Options,
+        desk: Desk,
+        caller: Caller,
+        seen: Seen,
+        folders: Folders,
     ) -> None:
         self._client, self._bucket, self._options = client, bucket, options
         self._desk, self._caller, self._seen, self._folders = desk, caller, seen, folders
@@ -79,7 +86,9 @@ class Sweep:
         prefix = self._selection.listed
         return await self._caller.ask(
             f"listing s3://{self._bucket}/{prefix}",
-            lambda: self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=self._options.page, **place),
+            lambda: self._client.list_objects_v2(
+                Bucket=self._bucket, Prefix=prefix, MaxKeys=self._options.page, **place
+            ),
             patient=self._beside_queue,
         )
 
@@ -118,7 +127,12 @@ class Sweep:
     def _was_there(self, found: Listed) -> bool:
         """Whether it is older than the very first start, and such are to be skipped."""
         opened = self._seen.opened
-        return not self._seen.began and opened is not None and found.modified < opened and self._options.skip_existing
+        return (
+            not self._seen.began
+            and opened is not None
+            and found.modified < opened
+            and self._options.skip_existing
+        )
 
     def _is_settled(self, found: Listed) -> bool:
         """Whether it was the same for `settle` seconds of looking."""
@@ -135,12 +149,18 @@ class Sweep:
 
     def _settled_in(self) -> float:
         now = self._clock.monotonic()
-        return max(0.05, min(since + self._options.settle - now for _, since in self._unsettled.values()))
+        return max(
+            0.05, min(since + self._options.settle - now for _, since in self._unsettled.values())
+        )
 
     def _complete(self, fresh: Sequence[Listed]) -> list[Listed]:
         """Those, of this sweep, whose marker was listed too. Markers may come before or after what they complete."""
         self._unmarked |= {each.key: each for each in fresh}
-        ready = [each for each in self._unmarked.values() if self._selection.marker_of(each.key) in self._markers]
+        ready = [
+            each
+            for each in self._unmarked.values()
+            if self._selection.marker_of(each.key) in self._markers
+        ]
         for each in ready:
             del self._unmarked[each.key]
         return ready
@@ -149,7 +169,10 @@ class Sweep:
         for start in range(0, len(ready), BATCH):
             batch = ready[start : start + BATCH]
             events = [await self._folders.complete(self._to_event(each)) for each in batch]
-            marks = {each.key: self._seen.listed(each, now=now, owes=self._beside_queue) for each in batch}
+            marks = {
+                each.key: self._seen.listed(each, now=now, owes=self._beside_queue)
+                for each in batch
+            }
             if not await self._offer(events, marks):
                 return False
             for each in batch:
@@ -164,7 +187,10 @@ class Sweep:
         return to_event(notice, ident=listed_identity(self._bucket, found))
 
     async def _offer(
-        self, events: Sequence[Event], marks: Mapping[str, Mark | None], notes: Mapping[str, Json] | None = None
+        self,
+        events: Sequence[Event],
+        marks: Mapping[str, Mark | None],
+        notes: Mapping[str, Json] | None = None,
     ) -> bool:
         recorded = await self._desk.offer(events, {**to_cursor(marks), **(notes or {})})
         if recorded:
@@ -185,13 +211,18 @@ class Sweep:
 
     async def _end(self, unsighted: set[str]) -> None:
         """What two whole sweeps did not show is gone: one listing may be late, or miss what is there."""
-        self._unsettled = {key: value for key, value in self._unsettled.items() if key not in unsighted}
+        self._unsettled = {
+            key: value for key, value in self._unsettled.items() if key not in unsighted
+        }
         gone = [key for key in unsighted & self._absent if self._seen.mark(key) is not None]
         self._absent = unsighted.difference(gone)
         for start in range(0, len(gone), BATCH):
             await self._forget(gone[start : start + BATCH])
         if not self._seen.began:
-            notes: dict[str, Json] = {BEGAN: to_datetime(self._clock.now()).isoformat(), OPENED: None}
+            notes: dict[str, Json] = {
+                BEGAN: to_datetime(self._clock.now()).isoformat(),
+                OPENED: None,
+            }
             self._seen.began = await self._offer([], {}, notes)
         if not self._told:
             self._told = True
@@ -209,15 +240,25 @@ class Sweep:
                 if self._options.deleted:
                     events.append(removed)
                 owes = self._options.deleted and self._beside_queue
-                mark = marks[key] = self._seen.gone(key, removed.id, now=self._clock.now(), owes=owes)
+                mark = marks[key] = self._seen.gone(
+                    key, removed.id, now=self._clock.now(), owes=owes
+                )
             if self._seen.is_done(key, mark, self._clock.now()):
                 marks[key] = None
         if marks:
             await self._offer(events, marks)
 
     def _removed(self, key: str, mark: Mark) -> Event:
-        notice = Notice(action="removed", bucket=self._bucket, key=key, time=to_datetime(self._clock.now()), reason="Listed")
-        ident = digest(self._bucket, key, "gone", mark.etag, mark.size, mark.modified, mark.sequencer)
+        notice = Notice(
+            action="removed",
+            bucket=self._bucket,
+            key=key,
+            time=to_datetime(self._clock.now()),
+            reason="Listed",
+        )
+        ident = digest(
+            self._bucket, key, "gone", mark.etag, mark.size, mark.modified, mark.sequencer
+        )
         return to_event(notice, ident=ident)
 
     def gauges(self) -> list[Gauge]:

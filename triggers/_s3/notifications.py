@@ -77,7 +77,9 @@ def _read(found: Any, left: int) -> list[Notice] | SettingsSaved:
         try:
             return _read(orjson.loads(inner), left - 1)
         except orjson.JSONDecodeError:
-            raise ValueError(f"expected a notification from S3 inside that of SNS, found {inner[:80]!r}") from None
+            raise ValueError(
+                f"expected a notification from S3 inside that of SNS, found {inner[:80]!r}"
+            ) from None
     if isinstance(message.get("detail"), dict):
         return [_from_eventbridge(message)]
     raise ValueError(f"expected a notification from S3, found {_shown(message)}")
@@ -97,9 +99,17 @@ def _record(record: Any) -> Notice:
     try:
         name = str(record["eventName"]).removeprefix("s3:")
         s3 = record["s3"]
-        return _notice(s3["bucket"]["name"], unquote_key(s3["object"]["key"]), name, s3["object"], record.get("eventTime"))
+        return _notice(
+            s3["bucket"]["name"],
+            unquote_key(s3["object"]["key"]),
+            name,
+            s3["object"],
+            record.get("eventTime"),
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected a record with eventName, s3.bucket.name and s3.object.key, found none: {error!r}") from None
+        raise ValueError(
+            f"expected a record with eventName, s3.bucket.name and s3.object.key, found none: {error!r}"
+        ) from None
 
 
 def unquote_key(key: str) -> str:
@@ -150,9 +160,17 @@ def _from_eventbridge(message: Mapping[str, Any]) -> Notice:
         raise ValueError(f'expected source "aws.s3", found {source!r}')
     try:
         thing = detail["object"]
-        found = _notice(detail["bucket"]["name"], thing["key"], str(message.get("detail-type")), thing, message.get("time"))
+        found = _notice(
+            detail["bucket"]["name"],
+            thing["key"],
+            str(message.get("detail-type")),
+            thing,
+            message.get("time"),
+        )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected detail.bucket.name and detail.object.key, found none: {error!r}") from None
+        raise ValueError(
+            f"expected detail.bucket.name and detail.object.key, found none: {error!r}"
+        ) from None
     reason = detail.get("reason")
     return msgspec.structs.replace(found, reason=str(reason)) if reason else found
 
@@ -222,8 +240,14 @@ class Listed(msgspec.Struct, frozen=True):
 
 def to_listed(entry: Mapping[str, Any]) -> Listed:
     modified = entry.get("LastModified")
-    at = to_us(modified if modified.tzinfo else modified.replace(tzinfo=UTC)) if isinstance(modified, datetime) else 0
-    return Listed(str(entry["Key"]), int(entry.get("Size") or 0), str(entry.get("ETag") or "").strip('"'), at)
+    at = (
+        to_us(modified if modified.tzinfo else modified.replace(tzinfo=UTC))
+        if isinstance(modified, datetime)
+        else 0
+    )
+    return Listed(
+        str(entry["Key"]), int(entry.get("Size") or 0), str(entry.get("ETag") or "").strip('"'), at
+    )
 
 
 def listed_identity(bucket: str, found: Listed) -> str:

@@ -32,7 +32,9 @@ class Folders:
             f"listing s3://{bucket}/{folder}",
             lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=OBJECTS),
         )
-        if answer is None:  # the listener is stopping: its marker is told again, and then with its folder
+        if (
+            answer is None
+        ):  # the listener is stopping: its marker is told again, and then with its folder
             raise SourceError(f"s3://{bucket}/{folder} could not be listed before the stop")
         page: dict[str, Any] = answer
         there: list[Listed] = [to_listed(each) for each in page.get("Contents") or ()]

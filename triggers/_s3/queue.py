@@ -74,7 +74,13 @@ class Queue:
         tally: Tally,
     ) -> None:
         self._client, self._url, self._options = client, url, options
-        self._desk, self._caller, self._seen, self._folders, self._tally = desk, caller, seen, folders, tally
+        self._desk, self._caller, self._seen, self._folders, self._tally = (
+            desk,
+            caller,
+            seen,
+            folders,
+            tally,
+        )
         self._clock, self._log = options.clock, desk.log
         self._latest: OrderedDict[tuple[str, str], str] = OrderedDict()
 
@@ -172,7 +178,9 @@ class Queue:
             found = read_notices(body)
         except ValueError as error:
             raw = body.encode("utf-8", "surrogatepass")
-            return Undecodable(id=message["MessageId"], source=self._url, body=raw, error=str(error))
+            return Undecodable(
+                id=message["MessageId"], source=self._url, body=raw, error=str(error)
+            )
         if isinstance(found, SettingsSaved):
             self._tally.tested = found.bucket
             self._log.info("bucket.tested", bucket=found.bucket, queue=self._url)
@@ -185,7 +193,9 @@ class Queue:
 
     def _wants(self, notice: Notice) -> bool:
         options = self._options
-        if notice.action == "other" or (notice.action == "removed" and not options.deleted and self._seen is None):
+        if notice.action == "other" or (
+            notice.action == "removed" and not options.deleted and self._seen is None
+        ):
             return False
         return options.bucket in (None, notice.bucket) and options.selection.wants(notice.key)
 
@@ -228,29 +238,50 @@ class Queue:
     async def _set_visibility(self, messages: Sequence[dict[str, Any]], seconds: float) -> None:
         """At 0, others may have them at once. A failure loses nothing: the messages come again by themselves."""
         entries = [
-            {"Id": str(n), "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": round(seconds)}
+            {
+                "Id": str(n),
+                "ReceiptHandle": message["ReceiptHandle"],
+                "VisibilityTimeout": round(seconds),
+            }
             for n, message in enumerate(messages)
         ]
         try:
-            answer = await self._client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
+            answer = await self._client.change_message_visibility_batch(
+                QueueUrl=self._url, Entries=entries
+            )
         except FAILURES as error:
             self._log.warning("message.not_extended", count=len(messages), error=str(error))
             return
         if failed := answer.get("Failed"):
             self._log.warning(
-                "message.not_extended", count=len(failed), error=failed[0].get("Message") or failed[0].get("Code")
+                "message.not_extended",
+                count=len(failed),
+                error=failed[0].get("Message") or failed[0].get("Code"),
             )
 
     async def _delete(self, messages: Sequence[dict[str, Any]]) -> None:
         """A partial success is tried again for the rest; what stays is received again, and is a duplicate."""
-        left = [{"Id": str(n), "ReceiptHandle": message["ReceiptHandle"]} for n, message in enumerate(messages)]
+        left = [
+            {"Id": str(n), "ReceiptHandle": message["ReceiptHandle"]}
+            for n, message in enumerate(messages)
+        ]
         for _ in range(TRIES):
-            answer = await self._caller.ask(f"deleting from {self._url}", partial(self._delete_batch, left))
+            answer = await self._caller.ask(
+                f"deleting from {self._url}", partial(self._delete_batch, left)
+            )
             failed = {each["Id"]: each for each in (answer or {}).get("Failed") or ()}
-            left = [entry for entry in left if entry["Id"] in failed and not failed[entry["Id"]].get("SenderFault")]
+            left = [
+                entry
+                for entry in left
+                if entry["Id"] in failed and not failed[entry["Id"]].get("SenderFault")
+            ]
             for ident, each in failed.items():
                 if each.get("SenderFault"):
-                    self._log.warning("message.not_deleted", message=messages[int(ident)]["MessageId"], error=each.get("Code"))
+                    self._log.warning(
+                        "message.not_deleted",
+                        message=messages[int(ident)]["MessageId"],
+                        error=each.get("Code"),
+                    )
             if not left:
                 return
         self._log.warning("message.not_deleted", count=len(left), error="the queue refuses for now")
@@ -265,7 +296,9 @@ class Queue:
         while not self._caller.stopping:
             try:
                 names = ["ApproximateNumberOfMessages"]
-                answer = await self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
+                answer = await self._client.get_queue_attributes(
+                    QueueUrl=self._url, AttributeNames=names
+                )
                 self._tally.waiting = int(answer["Attributes"]["ApproximateNumberOfMessages"])
             except FAILURES:
                 self._tally.waiting = None

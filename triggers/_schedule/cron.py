@@ -87,7 +87,9 @@ class CronTimes:
 
     def count(self, after: int, until: int, most: int) -> tuple[int, bool]:
         """How many in (after, until], counted one by one, and whether that is all of them: it ends at `most`."""
-        found = sum(1 for _ in islice(takewhile(lambda at: at <= until, self.after(after)), most + 1))
+        found = sum(
+            1 for _ in islice(takewhile(lambda at: at <= until, self.after(after)), most + 1)
+        )
         return min(found, most), found <= most
 
 
@@ -96,12 +98,16 @@ def parse(expression: str) -> str:
     given = expression.strip()
     if given.startswith("@"):
         if given.lower() not in ALIASES:
-            raise UsageError(f"Cron({expression!r}): expected one of {', '.join(ALIASES)}, found {given!r}")
+            raise UsageError(
+                f"Cron({expression!r}): expected one of {', '.join(ALIASES)}, found {given!r}"
+            )
         given = ALIASES[given.lower()]
     parts = given.upper().split()
     if len(parts) not in (5, 6):
         five = "minute, hour, day of month, month, day of week"
-        raise UsageError(f"Cron({expression!r}): expected 5 fields ({five}), or 6 with seconds first; found {len(parts)}")
+        raise UsageError(
+            f"Cron({expression!r}): expected 5 fields ({five}), or 6 with seconds first; found {len(parts)}"
+        )
     for place, part in enumerate(parts, 1):
         _check_field(expression, part, place, place + 5 - len(parts))
     try:
@@ -109,7 +115,9 @@ def parse(expression: str) -> str:
     except CronSimError:
         never = True
     if never:
-        raise UsageError(f"Cron({expression!r}): no such day ever comes: day of month {parts[-3]}, month {parts[-2]}")
+        raise UsageError(
+            f"Cron({expression!r}): no such day ever comes: day of month {parts[-3]}, month {parts[-2]}"
+        )
     return " ".join(parts)
 
 
@@ -120,12 +128,17 @@ def _check_field(expression: str, part: str, place: int, field: int) -> None:
         alone[field] = item
         if not _parses(" ".join(alone)):
             takes = f"{TAKES[field]}, *, a range 1-5, a step */5, or a list of these"
-            raise UsageError(f"Cron({expression!r}): field {place} ({FIELDS[field]}): expected {takes}; found {item!r}")
+            raise UsageError(
+                f"Cron({expression!r}): field {place} ({FIELDS[field]}): expected {takes}; found {item!r}"
+            )
 
 
 def _parses(expression: str) -> bool:
     try:
         CronSim(expression, SOME_DAY)
-    except (CronSimError, AssertionError):  # cronsim asserts that what stands before a step is a number
+    except (
+        CronSimError,
+        AssertionError,
+    ):  # cronsim asserts that what stands before a step is a number
         return False
     return True

@@ -62,7 +62,9 @@ def due(times: Times, last: int, now: int, policy: Policy) -> Due | None:
 def _come(times: Times, last: int, now: int, policy: Policy) -> list[int]:
     """The newest that are due. One that is held back by jitter is left for its own time."""
     wanted = policy.limit if policy.misfire == "all" else 1
-    found = newest(times, last, now, wanted + 1)  # jitter is shorter than any gap: at most one of them is held back
+    found = newest(
+        times, last, now, wanted + 1
+    )  # jitter is shorter than any gap: at most one of them is held back
     return [at for at in found if at + policy.delay(at) <= now][-wanted:]
 
 

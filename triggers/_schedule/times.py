@@ -44,7 +44,9 @@ class EveryTimes:
             yield at
 
     def count(self, after: int, until: int, most: int) -> tuple[int, bool]:
-        return max(0, (until - self._anchor) // self._period - (after - self._anchor) // self._period), True
+        return max(
+            0, (until - self._anchor) // self._period - (after - self._anchor) // self._period
+        ), True
 
 
 class AtTimes:
@@ -79,7 +81,9 @@ def newest(times: Times, after: int, until: int, most: int) -> list[int]:
     high, width = until, 60 * SECOND
     while high > after and len(found) < most:
         low = max(after, high - width)
-        stretch = list(islice(takewhile(lambda at, high=high: at <= high, times.after(low)), DENSE + 1))
+        stretch = list(
+            islice(takewhile(lambda at, high=high: at <= high, times.after(low)), DENSE + 1)
+        )
         if len(stretch) > DENSE:
             width = (high - low) // 2
             continue

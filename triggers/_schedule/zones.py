@@ -20,7 +20,11 @@ def zone(name: str, where: str) -> tzinfo:
         return UTC
     try:
         return zoneinfo.ZoneInfo(name)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):  # what a name may run into: absent, a path, a directory
+    except (
+        zoneinfo.ZoneInfoNotFoundError,
+        ValueError,
+        OSError,
+    ):  # what a name may run into: absent, a path, a directory
         pass
     known = zoneinfo.available_timezones()
     if not known:
@@ -29,7 +33,9 @@ def zone(name: str, where: str) -> tzinfo:
         )
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UsageError(f"{where}: tz= expected an IANA zone such as 'Europe/Berlin', found {name!r}{hint}")
+    raise UsageError(
+        f"{where}: tz= expected an IANA zone such as 'Europe/Berlin', found {name!r}{hint}"
+    )
 
 
 def instant(wall: datetime, where: tzinfo) -> int:

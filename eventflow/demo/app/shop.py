@@ -22,7 +22,12 @@ class Order(msgspec.Struct):
 
 def note(name: str) -> None:
     this = current_task()
-    line = {"task": name, "key": this.idempotency_key, "attempt": this.attempt, "process": os.getpid()}
+    line = {
+        "task": name,
+        "key": this.idempotency_key,
+        "attempt": this.attempt,
+        "process": os.getpid(),
+    }
     with open("bodies.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
 

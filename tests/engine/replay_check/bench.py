@@ -53,7 +53,11 @@ class Bench:
     flows: ClassVar[dict[str, Any]] = {}
 
     def __init__(
-        self, seed: int, kept: Sequence[Entry] = (), guide: Sequence[Entry] = (), crash_after: int | None = None
+        self,
+        seed: int,
+        kept: Sequence[Entry] = (),
+        guide: Sequence[Entry] = (),
+        crash_after: int | None = None,
     ) -> None:
         self.draw = random.Random(seed)
         self.store = self.clock = self
@@ -85,7 +89,9 @@ class Bench:
                 await self._settle_loop()
                 if self.outcome is None and not self._step():
                     waiting = list(self.execution.claims.waiting)
-                    raise AssertionError(f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}")
+                    raise AssertionError(
+                        f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}"
+                    )
         except Crash:
             pass
         finally:
@@ -120,7 +126,9 @@ class Bench:
     def monotonic(self) -> float:
         return self.time / 1e6
 
-    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> _Timer:
+    def timer(
+        self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
+    ) -> _Timer:
         timer = _Timer(call)
         heapq.heappush(self._events, (due_us, next(self._order), timer))
         return timer
@@ -163,7 +171,11 @@ class Bench:
 
     def _next_guided(self) -> list[tuple[Append, Callable[[Any], None]]]:
         _, at, wanted = self.guide[0]
-        posted = {(entry.claim, entry.kind, entry.attempt): pair for pair in self._posted for entry in pair[0].entries}
+        posted = {
+            (entry.claim, entry.kind, entry.attempt): pair
+            for pair in self._posted
+            for entry in pair[0].entries
+        }
         if not all(identity in posted for identity in wanted):
             return []
         self.time = max(self.time, at)
@@ -200,7 +212,9 @@ class Bench:
         self.loop.create_task(work)
 
 
-def _by_batch(entries: Sequence[Entry], after: int) -> list[tuple[int, int, list[tuple[str, int, int]]]]:
+def _by_batch(
+    entries: Sequence[Entry], after: int
+) -> list[tuple[int, int, list[tuple[str, int, int]]]]:
     """`(batch, time, identities)` of what is to be committed still, in order."""
     batches: dict[int, tuple[int, int, list[tuple[str, int, int]]]] = {}
     for entry in entries:

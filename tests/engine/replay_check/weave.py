@@ -82,7 +82,9 @@ async def one(number: int) -> int:
 
 async def as_they_come(seen: list[Any]) -> None:
     async def noted(number: int) -> int:
-        seen.append(["begun", number])  # before any await: the order in which asyncio started them shows
+        seen.append(
+            ["begun", number]
+        )  # before any await: the order in which asyncio started them shows
         return await one(number)
 
     for next_one in asyncio.as_completed([noted(number) for number in (7, 3, 5, 1)]):
@@ -154,7 +156,9 @@ async def weave() -> list[Any]:
         group.create_task(first_of(seen))
         group.create_task(as_they_come(seen))
         group.create_task(cancelled_sibling(seen))
-        both = asyncio.gather(branch("a", 1), branch("b", 2), asyncio.gather(branch("c", 3), queue_work(seen)))
+        both = asyncio.gather(
+            branch("a", 1), branch("b", 2), asyncio.gather(branch("c", 3), queue_work(seen))
+        )
         seen.append(["both", await both])
         await with_timeouts(seen)
         group.create_task(with_anyio(seen))

@@ -132,12 +132,22 @@ class World:
     # ----------------------------------------------------------------- what a test does
 
     def add(self, flow: Flow[..., Any], **params: Any) -> Row:
-        run = Run(id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, params=orjson.dumps(params))
+        run = Run(
+            id=next(self._ids),
+            flow=flow.name,
+            created_at=self.time,
+            due_at=self.time,
+            params=orjson.dumps(params),
+        )
         row = self.rows[run.id] = Row(run, flow, due=self.time)
         return row
 
     def live(
-        self, *, until: int | None = None, crash_after: int | None = None, then: Callable[["World"], None] | None = None
+        self,
+        *,
+        until: int | None = None,
+        crash_after: int | None = None,
+        then: Callable[["World"], None] | None = None,
     ) -> bool:
         """One life: until nothing happens by itself any more, or `until`, or the crash after so many commits (False).
 
@@ -171,13 +181,24 @@ class World:
         """`store.retry`: values stay, errors are forgiven, the old life's orders are dropped; children likewise."""
         assert row.state in (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
         forgiven = {entry.claim for entry in row.journal if entry.kind is Kind.ERROR}
-        kept = [entry for entry in row.journal if entry.kind is not Kind.CANCEL and entry.claim != "@timeout"]
-        row.journal = [msgspec.structs.replace(e, kind=Kind.FORGIVEN) if e.kind is Kind.ERROR else e for e in kept]
+        kept = [
+            entry
+            for entry in row.journal
+            if entry.kind is not Kind.CANCEL and entry.claim != "@timeout"
+        ]
+        row.journal = [
+            msgspec.structs.replace(e, kind=Kind.FORGIVEN) if e.kind is Kind.ERROR else e
+            for e in kept
+        ]
         row.known = {(entry.claim, entry.attempt, entry.kind) for entry in row.journal}
         row.state, row.due, row.outcome, row.run.started_at = State.PENDING, self.time, None, None
         row.run.cancel_requested = False
         for child in list(self.rows.values()):
-            if child.run.parent == row.run.id and child.run.parent_claim in forgiven and child.state is not State.COMPLETED:
+            if (
+                child.run.parent == row.run.id
+                and child.run.parent_claim in forgiven
+                and child.state is not State.COMPLETED
+            ):
                 self.retry(child)
 
     def advance(self, microseconds: int) -> None:
@@ -213,7 +234,11 @@ class World:
         if self._posted:
             self._commit()
             return True
-        waits = [row.due for row in self.rows.values() if row.state in (State.PENDING, State.WAITING) and row.due is not None]
+        waits = [
+            row.due
+            for row in self.rows.values()
+            if row.state in (State.PENDING, State.WAITING) and row.due is not None
+        ]
         waits = [] if self.draining else waits
         due = min([*waits, *(self._events[0][:1] if self._events else ())], default=None)
         if self._then is not None and (due is None or due > self.time):
@@ -271,7 +296,9 @@ class World:
     def monotonic(self) -> float:
         return self.time / SECOND
 
-    def timer(self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]) -> Timer:
+    def timer(
+        self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
+    ) -> Timer:
         timer = Timer(call)
         heapq.heappush(self._events, (due_us, next(self._order), timer))
         return timer
@@ -279,7 +306,11 @@ class World:
     async def spend(self, seconds: float) -> None:
         """A body's work: some virtual time."""
         done: asyncio.Future[None] = self.loop.create_future()
-        self.timer(self.loop, self.time + int(seconds * SECOND), lambda: None if done.done() else done.set_result(None))
+        self.timer(
+            self.loop,
+            self.time + int(seconds * SECOND),
+            lambda: None if done.done() else done.set_result(None),
+        )
         await done
 
     # ----------------------------------------------------------------- store
@@ -344,7 +375,12 @@ class World:
             case Interrupted():
                 row.state, row.due, row.run.suspect = State.PENDING, self.time, False
             case Restarted(params, first):
-                row.state, row.due, row.journal, row.run.params = State.PENDING, self.time, [], params
+                row.state, row.due, row.journal, row.run.params = (
+                    State.PENDING,
+                    self.time,
+                    [],
+                    params,
+                )
                 row.run.started_at, row.known = None, set()
                 self._add(row, first)
             case Held():
@@ -356,7 +392,11 @@ class World:
             case Cancelled():
                 row.state = State.CANCELLED
         answer = None
-        if op.answer is not None and op.parent is not None and self._answer(self.rows[op.parent], op.answer):
+        if (
+            op.answer is not None
+            and op.parent is not None
+            and self._answer(self.rows[op.parent], op.answer)
+        ):
             answer = op.answer
         return Settled(self.batch, self.time, answer)
 
@@ -391,7 +431,11 @@ class World:
 
     def slots(self, call: Any) -> asyncio.Semaphore | None:
         bound = call.task.options.concurrency
-        return None if bound is None else self.limits.setdefault(call.task.name, asyncio.Semaphore(bound))
+        return (
+            None
+            if bound is None
+            else self.limits.setdefault(call.task.name, asyncio.Semaphore(bound))
+        )
 
     def soon(self, execution: Execution) -> None:
         if not self._dirty:
@@ -411,7 +455,9 @@ class World:
     def ending(self, execution: Execution) -> None:
         pass  # there are no slots here
 
-    def settled(self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError) -> None:
+    def settled(
+        self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError
+    ) -> None:
         assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
         parent = execution.run.parent
         if isinstance(reply, Settled) and reply.answer is not None and parent in self.executions:
@@ -436,7 +482,9 @@ class World:
         self.loop.create_task(work)
 
 
-def at_every_commit(make: Callable[[World], Row], check: Callable[[World, Row], None] | None = None) -> int:
+def at_every_commit(
+    make: Callable[[World], Row], check: Callable[[World, Row], None] | None = None
+) -> int:
     """Lives a run once undisturbed; then again with a crash after each commit, and a second one after the next; each time its
     outcome must be the same. Returns how many commits there were."""
     world = World()
