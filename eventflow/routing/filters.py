@@ -60,9 +60,8 @@ def compile_filter(where: Where) -> Filter | None:
         return PatternFilter(cast(Pattern, where))
     if not callable(where):
         raise UsageError(f"where= expected a pattern or a callable, found {where!r}")
-    if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(
-        getattr(where, "__call__", None)
-    ):  # noqa: B004
+    called = getattr(where, "__call__", None)  # noqa: B004
+    if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(called):
         raise UsageError(
             "where= expected a plain function, found an `async` one; filters run on the way in and must be quick"
         )

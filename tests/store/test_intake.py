@@ -83,8 +83,10 @@ async def test_p2_cursors_commit_with_their_events(ledger: Ledger, reopen: Reope
     await ledger.store.record([], trigger="u", cursor={"0": "other"})
     with pytest.raises(StoreError):
         await ledger.store.record(
-            [ledger.arrival("a", ledger.run(flow=None))], trigger="t", cursor={"0": 7}
-        )  # type: ignore[arg-type]
+            [ledger.arrival("a", ledger.run(flow=None))],  # type: ignore[arg-type]
+            trigger="t",
+            cursor={"0": 7},
+        )
     ledger = reopen()
     assert await ledger.store.cursor("t") == {"0": 6, "1": {"deep": [1, None]}}
     assert await ledger.store.cursor("u") == {"0": "other"}

@@ -320,8 +320,9 @@ def test_touch_is_no_event(tmp_path: Path, size: int):
             await inbox.has("x.csv")
             touch(path)
             await eventually(
-                lambda: ledger.cursors["x.csv"][1] == path.stat().st_mtime_ns, "the touch is noted"
-            )  # type: ignore[index,call-overload]
+                lambda: ledger.cursors["x.csv"][1] == path.stat().st_mtime_ns,  # type: ignore
+                "the touch is noted",
+            )
         touch(path)
         async with watched(root, ledger) as inbox:
             await inbox.goes_quiet()

@@ -125,9 +125,8 @@ def test_token(tmp_path: Path):
             right.replace("Bearer", "Basic"),
             "Bearer \xff",
         ):
-            answer = await client.get(
-                "/api/counts", headers={"authorization": wrong.encode("latin-1")}
-            )  # type: ignore[dict-item]
+            header = {"authorization": wrong.encode("latin-1")}
+            answer = await client.get("/api/counts", headers=header)  # type: ignore[arg-type]
             assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
         twice = [("authorization", right), ("authorization", right)]
         assert (await client.get("/api/counts", headers=twice)).status_code == 401
