@@ -18,14 +18,14 @@ from functools import partial
 from typing import Any, Protocol
 
 from eventflow.core.clock import Clock, microseconds
-from eventflow.core.errors import StoreError, TaskTimedOut, caught
+from eventflow.core.errors import StoreError, TaskTimedOut, call_catching
 from eventflow.engine.worker_services import Pool
 from eventflow.logs.log import Where, get_logger, where
 from eventflow.loop.flow_loop import leave_flow
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import DEATHS, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
-from eventflow.sdk.task import Call, TaskContext, enter_task, task_context
+from eventflow.sdk.task import TaskCall, TaskContext, enter_task, task_context
 from eventflow.serialization.blobs import LARGE, offload
 from eventflow.serialization.codecs import encode_error
 from eventflow.store.protocol import Append, Appended, Arrival, Mark, Refused
@@ -84,7 +84,7 @@ class Attempts:
         """Whether a start was journaled in this life: then what is recorded from here on must clear it."""
         return self._marking is not None
 
-    def launch(self, call: Call) -> None:
+    def launch(self, call: TaskCall) -> None:
         """Starts the next attempt of a call; its body takes its first step in the loop's next turn."""
         host = self._host
         call.attempt += 1
@@ -98,7 +98,7 @@ class Attempts:
         # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
         call.handle = asyncio.Task(self._attempt(call), loop=host.pool.loop, context=context)
 
-    def abandon(self, call: Call) -> None:
+    def abandon(self, call: TaskCall) -> None:
         """The call is given up: its body is cancelled, nothing of it is recorded from here on."""
         handle = call.handle
         if handle is not None:
@@ -106,17 +106,17 @@ class Attempts:
             if self._ended(call):
                 self._let_go(handle)
 
-    def _enter(self, call: Call) -> None:
+    def _enter(self, call: TaskCall) -> None:
         host, name = self._host, call.task.name
         leave_flow()
         where.set(host.here.during(name, call.attempt))
         call.body = TaskContext(
-            host.name, name, call.attempt, f"{host.name}/{call.claim}", None, call.fingerprint
+            host.name, name, call.attempt, f"{host.name}/{call.call_key}", None, call.fingerprint
         )
         enter_task(call.body)
         enter_checkpoints(host.pool.checkpoints, self._came_further if host.run.suspect else None)
 
-    async def _attempt(self, call: Call) -> None:
+    async def _attempt(self, call: TaskCall) -> None:
         """Runs one body and records what came of it. Whatever it raises ends here."""
         me: asyncio.Task[Any] = call.handle
         host = self._host
@@ -128,7 +128,7 @@ class Attempts:
                     host.pool.blobs, codec, data, log.bind(run=host.name, task=call.task.name)
                 )
             context = task_context()
-            emitted = context.emitted if context is not None else None
+            emitted = context.success_events if context is not None else None
             arrivals = (
                 [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
             )
@@ -152,14 +152,14 @@ class Attempts:
 
     # ----------------------------------------------------------------- bounds
 
-    def _body(self, call: Call) -> Awaitable[Any]:
+    def _body(self, call: TaskCall) -> Awaitable[Any]:
         """The body within the limits set for it."""
         slots = self._host.pool.slots(call)
         if slots is None and not self._host.run.suspect:
             return self._timed(call)
         return self._bounded(call, slots)
 
-    async def _bounded(self, call: Call, slots: asyncio.Semaphore | None) -> Any:
+    async def _bounded(self, call: TaskCall, slots: asyncio.Semaphore | None) -> Any:
         if slots is None:
             return await self._gated(call)
         await slots.acquire()
@@ -172,12 +172,12 @@ class Attempts:
                 release = partial(_tell, self._host.pool.loop, slots.release)
                 call.thread.add_done_callback(lambda _: release())  # pyright: ignore[reportUnknownLambdaType]
 
-    async def _gated(self, call: Call) -> Any:
+    async def _gated(self, call: TaskCall) -> Any:
         """Those suspected of killing the process run few at a time, with their start on record; a death from the end, alone."""
         run, gate = self._host.run, self._host.pool.suspects
         if not run.suspect:
             return await self._timed(call)
-        async with gate.alone() if run.deaths >= DEATHS - 1 else gate:
+        async with gate.exclusive() if run.deaths >= DEATHS - 1 else gate:
             if run.suspect:  # not cleared while it waited here, by another of its calls
                 await self._mark()
             return await self._timed(call)
@@ -212,7 +212,7 @@ class Attempts:
         elif self._host.takes():
             self._host.lost(reply)
 
-    def _timed(self, call: Call) -> Awaitable[Any]:
+    def _timed(self, call: TaskCall) -> Awaitable[Any]:
         pool, timeout = self._host.pool, call.task.options.timeout
         if timeout is not None:
             return _within(call, timeout, pool, partial(self._deaf, call, call.attempt))
@@ -220,7 +220,7 @@ class Attempts:
             return call.task.fn(*call.args, **call.kwargs)
         return _in_thread(call, pool)
 
-    def _deaf(self, call: Call, attempt: int) -> None:
+    def _deaf(self, call: TaskCall, attempt: int) -> None:
         """A body did not listen when its time was up: record the timeout, leave it behind, refuse what it still returns."""
         if call.running and call.attempt == attempt and self._host.takes():
             log.error("task.abandoned", run=self._host.name, task=call.task.name, attempt=attempt)
@@ -237,22 +237,22 @@ class Attempts:
 
     # ----------------------------------------------------------------- what came of it
 
-    def _ended(self, call: Call) -> bool:
+    def _ended(self, call: TaskCall) -> bool:
         if not call.running:
             return False
         call.running = False
         call.handle = None
         if call.body is not None:
-            call.body.over = True
+            call.body.is_over = True
         self._host.working -= 1
         return True
 
     def _succeeded(
-        self, call: Call, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]
+        self, call: TaskCall, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]
     ) -> None:
         self._ended(call)
         entry = Entry(
-            claim=call.claim,
+            claim=call.call_key,
             kind=Kind.VALUE,
             attempt=call.attempt,
             fingerprint=call.fingerprint,
@@ -263,24 +263,24 @@ class Attempts:
         if call.task.options.on_success is not None:
             self._run_hook(call.task.options.on_success, value)
 
-    def _failed(self, call: Call, error: BaseException) -> None:
+    def _failed(self, call: TaskCall, error: BaseException) -> None:
         self._ended(call)
         host, options = self._host, call.task.options
         call.spent += 1
         delay = options.retries.delay_after(call.spent, error, host.pool.draw)
-        text, _ = caught(str, error)
+        text, _ = call_catching(str, error)
         log.warning(
             "task.attempt_failed", run=host.name, task=call.task.name, attempt=call.attempt, retry_in=_shown(delay),
             error=f"{type(error).__name__}: {text}",
         )  # fmt: skip
         entry = Entry(
-            claim=call.claim, kind=Kind.ERROR if delay is None else Kind.FAILED, attempt=call.attempt,
+            claim=call.call_key, kind=Kind.ERROR if delay is None else Kind.FAILED, attempt=call.attempt,
             fingerprint=call.fingerprint, error=encode_error(error),
         )  # fmt: skip
         arrivals: list[Arrival] = []
         if delay is None:
-            for fields in (call.body and call.body.lamented) or ():
-                arrival, _ = caught(host.pool.emitted, host.run, *fields)
+            for fields in (call.body and call.body.failure_events) or ():
+                arrival, _ = call_catching(host.pool.emitted, host.run, *fields)
                 arrivals += (
                     [arrival] if arrival is not None else []
                 )  # refused: the chain of events is too long already
@@ -365,7 +365,7 @@ class Deadline:
             self._timer.cancel()
 
 
-async def _within(call: Call, timeout: float, pool: Pool, on_deaf: Callable[[], None]) -> Any:
+async def _within(call: TaskCall, timeout: float, pool: Pool, on_deaf: Callable[[], None]) -> Any:
     """The body's return value, or its exception; TaskTimedOut when it outlived its timeout."""
     deadline = Deadline(pool.clock, timeout, on_deaf)
     try:
@@ -386,7 +386,7 @@ async def _within(call: Call, timeout: float, pool: Pool, on_deaf: Callable[[], 
 
 
 def _in_thread(
-    call: Call, pool: Pool, started: Callable[[], None] | None = None
+    call: TaskCall, pool: Pool, started: Callable[[], None] | None = None
 ) -> Coroutine[Any, Any, Any]:
     """A plain `def` body in the pool's threads. `started` is told on the loop when a thread takes it up."""
     begun = None if started is None else partial(_tell, pool.loop, started)
@@ -398,7 +398,7 @@ async def _result(thread: ThreadFuture[Any]) -> Any:
     return await asyncio.wrap_future(thread)
 
 
-def _work(context: Context, call: Call, begun: Callable[[], None] | None) -> Any:
+def _work(context: Context, call: TaskCall, begun: Callable[[], None] | None) -> Any:
     if begun is not None:
         begun()
     try:

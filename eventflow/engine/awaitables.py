@@ -11,40 +11,40 @@ import orjson
 
 from eventflow.loop.flow_loop import FlowTimer
 from eventflow.sdk.flow import Flow
-from eventflow.sdk.task import Call
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import fingerprint
 
 
-class Child:
+class ChildCall:
     """A call of a flow in a flow."""
 
-    __slots__ = ("claim", "fingerprint", "flow", "future", "params")
+    __slots__ = ("call_key", "fingerprint", "flow", "future", "params")
 
     def __init__(self, flow: Flow[..., Any], claim: str, params: bytes) -> None:
-        self.flow, self.claim, self.params = flow, claim, params
+        self.flow, self.call_key, self.params = flow, claim, params
         self.fingerprint = fingerprint(("params",), (orjson.loads(params),), {}, {})
         self.future: asyncio.Future[Any] | None = None
 
 
-class Emission:
+class EmitCall:
     """An event to publish with the commit that records it."""
 
-    __slots__ = ("claim", "fields", "fingerprint", "future", "type")
+    __slots__ = ("call_key", "fields", "fingerprint", "future", "type")
 
     def __init__(self, claim: str, event_type: str, fields: dict[str, Any]) -> None:
-        self.claim, self.type, self.fields = claim, event_type, fields
+        self.call_key, self.type, self.fields = claim, event_type, fields
         self.fingerprint: bytes | None = None
         self.future: asyncio.Future[Any] | None = None
 
 
-class Order:
+class ControlSignal:
     """Something told to the run from outside, delivered in its turn: a cancel, or its own timeout."""
 
-    __slots__ = ("claim", "due", "handle")
+    __slots__ = ("call_key", "due", "handle")
 
     def __init__(self, claim: str, due: int | None = None) -> None:
-        self.claim, self.due = claim, due
+        self.call_key, self.due = claim, due
         self.handle: Any = None
 
 
-Target: TypeAlias = Call | Child | Emission | FlowTimer | Order
+Target: TypeAlias = TaskCall | ChildCall | EmitCall | FlowTimer | ControlSignal

@@ -19,17 +19,16 @@ from typing import Any, NoReturn
 import orjson
 
 from eventflow.core.clock import SECOND, microseconds
-from eventflow.core.errors import RunCancelled, RunTimedOut, StoreError, caught
+from eventflow.core.errors import RunCancelled, RunTimedOut, StoreError, call_catching
 from eventflow.engine.attempts import run_hook
-from eventflow.engine.awaitables import Child, Emission, Order, Target
+from eventflow.engine.awaitables import ChildCall, EmitCall, ControlSignal, Target
 from eventflow.engine.flow_result import Returned
 from eventflow.engine.pending_calls import Claims
 from eventflow.engine.task_map import Window
 from eventflow.engine.worker_services import Pool
 from eventflow.events.event import Event
 from eventflow.logs.log import Where, get_logger, where
-from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
-from eventflow.loop.host import GONE
+from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, FlowTask, FlowTimer
 from eventflow.runs.journal import CANCEL, RAN, TIMEOUT, Entry, Journal, Kind, begun_afresh
 from eventflow.runs.run import (
     Cancelled,
@@ -41,10 +40,10 @@ from eventflow.runs.run import (
     Restarted,
     Run,
     Suspended,
-    show_id,
+    format_id,
 )
 from eventflow.sdk.flow import Flow, RunContext, enter_run
-from eventflow.sdk.task import Call
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import encode_error
 from eventflow.store.protocol import Refused, Settle
 
@@ -61,7 +60,7 @@ class Execution:
 
     def __init__(self, pool: Pool, run: Run, flow: Flow[..., Any], journal: Journal) -> None:
         self.pool, self.run, self.flow, self.journal = pool, run, flow, journal
-        self.name = show_id(run.id)
+        self.name = format_id(run.id)
         self.is_idle = self.settling = self.dirty = False
         self.replaying = journal.last_own > 0
         self.working = 0
@@ -90,13 +89,13 @@ class Execution:
         """Binds the arguments and takes the flow's first steps. Call from a plain callback on the worker's loop."""
         context = copy_context()
         context.run(self._enter)
-        coro, error = caught(context.run, self._coroutine)
+        coro, error = call_catching(context.run, self._coroutine)
         if coro is None:
             assert error is not None
             self._settle(Failed(encode_error(error)))
             return
         generation = self.journal.generation
-        self._root = self.loop.root(coro, context, f"~{generation}/" if generation else "")
+        self._root = self.loop.create_root_task(coro, context, f"~{generation}/" if generation else "")
         self._listen_for_orders()
         self.pump()
 
@@ -113,7 +112,7 @@ class Execution:
         if self._events is None:
             run = self.run
             self._events = [
-                Event.recorded(body)
+                Event.from_recorded(body)
                 for body in run.bodies or ((run.body,) if run.body is not None else ())
             ]
         return self._events
@@ -133,12 +132,12 @@ class Execution:
     def _listen_for_orders(self) -> None:
         options = self.flow.options
         if CANCEL in self.journal.finals:
-            self.claims.want(Order(CANCEL))
+            self.claims.want(ControlSignal(CANCEL))
         if options.timeout is not None:
             started = self.run.started_at or self.claims.began_at
             if options.timeout_counts == "running":
                 started = self.claims.began_at - self.journal.ran
-            self.claims.want(Order(TIMEOUT, started + microseconds(options.timeout)))
+            self.claims.want(ControlSignal(TIMEOUT, started + microseconds(options.timeout)))
         if self.run.cancel_requested:
             self.cancel("cancel requested")
 
@@ -152,7 +151,7 @@ class Execution:
 
     # ----------------------------------------------------------------- calls, as flow code makes them
 
-    async def perform(self, call: Call | Child | Emission) -> Any:
+    async def perform(self, call: TaskCall | ChildCall | EmitCall) -> Any:
         """Waits for a call (task.Caller); its claim is taken already."""
         if self._ending is not None and not self.settling:
             await asyncio.sleep(
@@ -165,15 +164,15 @@ class Execution:
             self.claims.give_up(call)
             raise
 
-    def _request(self, call: Call | Child | Emission) -> asyncio.Future[Any]:
+    def _request(self, call: TaskCall | ChildCall | EmitCall) -> asyncio.Future[Any]:
         if not self.takes():
             raise asyncio.CancelledError(self._ending)
-        if type(call) is Call:
+        if type(call) is TaskCall:
             call.context = copy_context()
         return self.claims.request(call, self.loop)
 
     def perform_all(
-        self, name: str, calls: Iterable[Call], limit: int, patient: bool
+        self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
     ) -> Coroutine[Any, Any, list[Any]]:
         return Window(name, calls, self._request, self.claims.give_up, patient=patient).run(limit)
 
@@ -182,12 +181,12 @@ class Execution:
     ) -> Coroutine[Any, Any, Any]:
         """A child run and its result (flow.FlowCaller)."""
         return self.perform(
-            Child(flow, self.loop.scope().claim(flow.name), flow.binder.unpack(args, kwargs))
+            ChildCall(flow, self.loop.current_scope().call_key(flow.name), flow.binder.unpack(args, kwargs))
         )
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
         return self.perform(
-            Emission(self.loop.scope().claim(f"emit:{event_type}"), event_type, fields)
+            EmitCall(self.loop.current_scope().call_key(f"emit:{event_type}"), event_type, fields)
         )
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
@@ -204,7 +203,7 @@ class Execution:
     def pump(self) -> None:
         """Lets the flow take every step it can."""
         if not self.settling:
-            self.safely(self.loop.pump)
+            self.safely(self.loop.run_ready)
 
     def safely(self, step: Callable[..., None], *args: Any) -> None:
         """Calls `step`; what it raises holds this run and says so, hangs nothing, and harms no other run."""
@@ -224,7 +223,7 @@ class Execution:
     def wake(self) -> None:
         self.pool.soon(self)
 
-    def complain(self, context: dict[str, Any]) -> None:
+    def on_callback_error(self, context: dict[str, Any]) -> None:
         log.error(
             "flow.callback_failed",
             run=self.name,
@@ -232,7 +231,7 @@ class Execution:
             exc_info=context.get("exception"),
         )
 
-    def parked(self) -> bool:
+    def on_parked(self) -> bool:
         """Nothing is ready: the one place where the outside reaches the flow."""
         root = self._root
         if self._ending is not None:
@@ -251,12 +250,12 @@ class Execution:
         self.rest()
         return False
 
-    def spinning(self) -> None:
+    def on_busy_loop(self) -> None:
         if not self._spun:
             self._spun = True
             log.warning("flow.spun", run=self.name, flow=self.flow.name)
         if self._ending is not None or self.claims.due:
-            self.parked()
+            self.on_parked()
         else:
             self.claims.start_all()
 
@@ -273,11 +272,11 @@ class Execution:
         """A child of this run settled in this process, and its answer is durable."""
         self.safely(self.claims.recorded, entry)
 
-    def arm(self, timer: FlowTimer) -> None:
+    def set_timer(self, timer: FlowTimer) -> None:
         if self.takes():
             self.claims.want(timer)
 
-    def disarm(self, timer: FlowTimer) -> None:
+    def cancel_timer(self, timer: FlowTimer) -> None:
         self.claims.disarm(timer)
 
     # ----------------------------------------------------------------- orders from outside
@@ -285,14 +284,14 @@ class Execution:
     def cancel(self, reason: str) -> None:
         """A door asks to cancel: recorded, then delivered in its turn."""
         if self.takes() and CANCEL not in self.journal.finals and CANCEL not in self.claims.waiting:
-            self.claims.waiting[CANCEL] = Order(CANCEL)
+            self.claims.waiting[CANCEL] = ControlSignal(CANCEL)
             self.append(Entry(claim=CANCEL, kind=Kind.CANCEL, value=orjson.dumps(reason)))
 
-    def obey(self, entry: Entry, order: Order) -> None:
+    def obey(self, entry: Entry, order: ControlSignal) -> None:
         root = self._root
         if root is None or root.done():
             return
-        if order.claim == CANCEL:
+        if order.call_key == CANCEL:
             self._cancelled = orjson.loads(entry.value or b'""')
         else:
             self._timed_out = True
@@ -342,7 +341,7 @@ class Execution:
             self.pool.idle(self, idle)
         if (
             not idle
-            or self.loop.foreign
+            or self.loop.unjournaled_awaits
             or self.claims.due
             or self._grace is not None
             or self.pool.draining
@@ -358,7 +357,7 @@ class Execution:
             self._check_at(self.pool.clock.now() + SECOND)
 
     def _awaits_child(self) -> bool:
-        return any(type(target) is Child for target in self.claims.waiting.values())
+        return any(type(target) is ChildCall for target in self.claims.waiting.values())
 
     def _check_at(self, due: int) -> None:
         if not self._checking:
@@ -403,10 +402,10 @@ class Execution:
         match target:
             case FlowTimer():
                 return target.due
-            case Order():
+            case ControlSignal():
                 return None if self._counts_memory() else target.due
-            case Call():
-                return self.journal.attempts(target.claim)[2]
+            case TaskCall():
+                return self.journal.attempts(target.call_key)[2]
             case _:
                 return None
 
@@ -448,7 +447,7 @@ class Execution:
             return self._stopped()
         error = root.exception()
         if error is None:
-            outcome, error = caught(self._return, root.result())
+            outcome, error = call_catching(self._return, root.result())
             if error is None:
                 return outcome
         return Failed(encode_error(error))
@@ -467,7 +466,7 @@ class Execution:
 
     def _unwind(self) -> bool:
         """Cancels what is left of the flow, a few times, then closes it; then settles. Journaled calls re-raise meanwhile."""
-        left = self.loop.left()
+        left = self.loop.unfinished_tasks()
         if left and self._unwound < 3:
             self._unwound += 1
             for task in left:
@@ -504,7 +503,7 @@ class Execution:
         finds nothing of it. Bodies that were left behind may still ask for the time."""
         now = self.claims.now
         self.read_now = lambda: now
-        self.loop.host = GONE
+        self.loop.host = DETACHED_HOST
         self.here.replaying = None
         self._root = self._grace = self._check = None
         del self.claims, self.append, self.came

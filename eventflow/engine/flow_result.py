@@ -15,7 +15,7 @@ from eventflow.runs.journal import Journal
 from eventflow.runs.run import Completed, Outcome, Suspended
 from eventflow.serialization.blobs import LARGE, offload
 
-PUT_OFF = 30 * SECOND
+RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
 
 log = get_logger("eventflow.executor")
@@ -66,4 +66,4 @@ def _completed(run: Ending, codec: str, data: bytes) -> Outcome:
 
 def later(pool: Pool, journal: Journal) -> Outcome:
     """Not now: the place of large results does not answer."""
-    return Suspended(pool.clock.now() + PUT_OFF, journal.last_batch, journal.count)
+    return Suspended(pool.clock.now() + RESULT_RETRY_DELAY, journal.last_batch, journal.count)

@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from eventflow.core.clock import Clock, Timer, in_seconds, microseconds
 from eventflow.core.errors import StoreError, StoreFailed
-from eventflow.events.event import Late
+from eventflow.events.event import LateSpec
 from eventflow.logs.log import get_logger
 from eventflow.routing.filters import wildcard
 from eventflow.store.protocol import Store
@@ -36,15 +36,15 @@ AGAIN = 5.0
 log = get_logger("eventflow.late")
 
 
-class Lookout:
+class LateRunMonitor:
     """Looks for the runs that `lates` name. `start` and `stop` it on the loop of the way in."""
 
-    def __init__(self, store: Store, clock: Clock, lates: Sequence[Late]) -> None:
+    def __init__(self, store: Store, clock: Clock, lates: Sequence[LateSpec]) -> None:
         self._store, self._clock = store, clock
         self._lates = [(each, wildcard(each.flow, "RunState")) for each in dict.fromkeys(lates)]
         self._shortest = min((each.after for each in lates), default=0)
         self._pause = self._rest = min(microseconds(PAUSE), self._shortest // 60)
-        self.is_quiet = True
+        self.is_idle = True
         """Whether it does nothing before its timer fires or there are new runs."""
         self._looked_at = 0
         self._listens = False
@@ -56,7 +56,7 @@ class Lookout:
     def start(self) -> None:
         if self._lates:
             self._loop = asyncio.get_running_loop()
-            self.is_quiet = False
+            self.is_idle = False
             self._store.attach_lookout(self._heard)
             self._task = asyncio.create_task(self._look_out(), name="lookout")
 
@@ -68,7 +68,7 @@ class Lookout:
         self._task.cancel()
         await asyncio.wait([self._task])
         self._disarm()
-        self.is_quiet = True
+        self.is_idle = True
 
     # ----------------------------------------------------------------- when to look
 
@@ -82,14 +82,14 @@ class Lookout:
             try:
                 again = await self._look()
             except StoreFailed:
-                self.is_quiet = True
+                self.is_idle = True
                 return  # the root stops the process, and says why once
             except StoreError as error:
                 log.warning("lookout.failed", error=str(error), again_in=AGAIN)
                 again = self._clock.now() + microseconds(AGAIN)
             if again is not None:
                 self._arm(max(again, self._looked_at + self._rest))
-            self.is_quiet = not self._rung.is_set()
+            self.is_idle = not self._rung.is_set()
             await self._rung.wait()
             self._rung.clear()
 
@@ -117,7 +117,7 @@ class Lookout:
         self._timer = self._due = None
 
     def _ring(self) -> None:
-        self.is_quiet = False
+        self.is_idle = False
         self._rung.set()
 
     # ----------------------------------------------------------------- a look

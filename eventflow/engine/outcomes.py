@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from eventflow.core.clock import SECOND
-from eventflow.core.errors import caught
+from eventflow.core.errors import call_catching
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
 from eventflow.logs.log import get_logger, where
@@ -35,7 +35,7 @@ class Outcomes:
         self._spawn = spawn
         self._watchers: dict[int, list[Callable[[Outcome], None]]] = {}
 
-    def follow(self, execution: Execution, outcome: Outcome, at: int) -> None:
+    def on_settled(self, execution: Execution, outcome: Outcome, at: int) -> None:
         """`at`: when it was recorded, microseconds."""
         token = where.set(execution.here)
         _log(execution, outcome, at)
@@ -44,12 +44,12 @@ class Outcomes:
         if (options.on_success or options.on_failure) is not None:
             self._run_hook(execution, outcome)
         if self._watchers and not isinstance(outcome, Suspended | Interrupted | Restarted):
-            self.tell(execution.run.id, outcome)
+            self.notify(execution.run.id, outcome)
 
     def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
         options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
-            value, error = caught(self._value, execution, outcome)
+            value, error = call_catching(self._value, execution, outcome)
             if error is None:
                 self._spawn(run_hook(execution.name, options.on_success, execution.name, value))
         elif isinstance(outcome, Failed) and options.on_failure is not None:
@@ -65,16 +65,16 @@ class Outcomes:
 
     # ----------------------------------------------------------------- who waits
 
-    def tell(self, run: int, outcome: Outcome) -> None:
+    def notify(self, run: int, outcome: Outcome) -> None:
         """The run has come to this: everybody who watches it hears so."""
         for tell in self._watchers.pop(run, ()):
             tell(outcome)
 
-    def watch(self, run: int, tell: Callable[[Outcome], None]) -> None:
+    def add_watcher(self, run: int, tell: Callable[[Outcome], None]) -> None:
         """`tell(outcome)` when this run settles, or is held, here."""
         self._watchers.setdefault(run, []).append(tell)
 
-    def unwatch(self, run: int, tell: Callable[[Outcome], None]) -> None:
+    def remove_watcher(self, run: int, tell: Callable[[Outcome], None]) -> None:
         """Nobody waits with this `tell` any more."""
         left = [other for other in self._watchers.pop(run, ()) if other is not tell]
         if left:

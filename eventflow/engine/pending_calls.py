@@ -18,15 +18,15 @@ from contextvars import Context
 from functools import partial
 from typing import Any, Protocol
 
-from eventflow.core.errors import ArgumentsChanged, ResultsUnavailable, StoreError, caught
+from eventflow.core.errors import ArgumentsChanged, ResultsUnavailable, StoreError, call_catching
 from eventflow.engine.attempts import Attempts, Host
-from eventflow.engine.awaitables import Child, Emission, Order, Target
+from eventflow.engine.awaitables import ChildCall, EmitCall, ControlSignal, Target
 from eventflow.engine.flow_result import later
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import FlowTimer
 from eventflow.runs.journal import START, TIMEOUT, Entry, Journal, Kind
 from eventflow.runs.run import Outcome, Run
-from eventflow.sdk.task import Call
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import decode_error, encode_error, fingerprint_diff
 from eventflow.store.protocol import Append, Appended, Arrival, Refused
 
@@ -50,7 +50,7 @@ class Master(Host, Protocol):
         """End with this, unless it is ending already."""
         ...
 
-    def obey(self, entry: Entry, order: Order) -> None: ...
+    def obey(self, entry: Entry, order: ControlSignal) -> None: ...
 
     def rest(self) -> None:
         """Something began or ended while the flow was parked."""
@@ -96,7 +96,7 @@ class Claims:
     # ----------------------------------------------------------------- wanting
 
     def request(
-        self, call: Call | Child | Emission, loop: asyncio.AbstractEventLoop
+        self, call: TaskCall | ChildCall | EmitCall, loop: asyncio.AbstractEventLoop
     ) -> asyncio.Future[Any]:
         """Wants a call; the future is the flow's."""
         future: asyncio.Future[Any] = asyncio.Future(loop=loop)
@@ -105,8 +105,8 @@ class Claims:
         return future
 
     def want(self, target: Target) -> None:
-        journal, claim = self.journal, target.claim
-        if type(target) is Child and (started := journal.children.get(claim)) is not None:
+        journal, claim = self.journal, target.call_key
+        if type(target) is ChildCall and (started := journal.children.get(claim)) is not None:
             self._fits(started, target)
         if (entry := journal.finals.get(claim)) is not None:
             journal.orphans.discard(claim)
@@ -124,18 +124,18 @@ class Claims:
         diff = fingerprint_diff(entry.fingerprint, mine)
         if not diff:
             return True
-        policy = target.task.options.on_changed if type(target) is Call else "error"
+        policy = target.task.options.on_changed if type(target) is TaskCall else "error"
         if policy == "error":
-            self._master.hold(str(ArgumentsChanged(target.claim, diff)))
+            self._master.hold(str(ArgumentsChanged(target.call_key, diff)))
         return policy == "accept"
 
-    def give_up(self, call: Call | Child | Emission) -> None:
+    def give_up(self, call: TaskCall | ChildCall | EmitCall) -> None:
         """Flow code does not wait for this call any more: nothing of it is recorded from here on."""
-        if self.waiting.pop(call.claim, None) is not None:
+        if self.waiting.pop(call.call_key, None) is not None:
             self._drop(call)
 
     def disarm(self, timer: FlowTimer) -> None:
-        if self.waiting.pop(timer.claim, None) is not None:
+        if self.waiting.pop(timer.call_key, None) is not None:
             self._drop(timer)
 
     def close(self) -> None:
@@ -147,10 +147,10 @@ class Claims:
         self.due.clear()
 
     def _drop(self, target: Target) -> None:
-        if type(target) is Call:
+        if type(target) is TaskCall:
             self.attempts.abandon(target)
-        elif type(target) is Child:
-            if (started := self.journal.children.get(target.claim)) is not None:
+        elif type(target) is ChildCall:
+            if (started := self.journal.children.get(target.call_key)) is not None:
                 self._cancel_child(started)
         elif (handle := getattr(target, "handle", None)) is not None:
             handle.cancel()
@@ -178,32 +178,32 @@ class Claims:
                 self.now, self._noted = entry.at, True
             if isinstance(target, FlowTimer):
                 target.fire()
-            elif isinstance(target, Order):
+            elif isinstance(target, ControlSignal):
                 self._master.obey(entry, target)
             elif target.future is not None and not target.future.done():
                 self._answer(entry, target, target.future)
 
     def _answer(
-        self, entry: Entry, target: Call | Child | Emission, future: asyncio.Future[Any]
+        self, entry: Entry, target: TaskCall | ChildCall | EmitCall, future: asyncio.Future[Any]
     ) -> None:
         if entry.kind is Kind.ERROR:
             future.set_exception(decode_error(entry.error or b"{}"))
             future._log_traceback = False  # pyright: ignore  (recorded: nobody needs to hear that nobody looked)
-        elif isinstance(target, Emission):
+        elif isinstance(target, EmitCall):
             future.set_result((entry.value or b"").decode())
         else:
-            value, error = caught(self._decode, entry, target)
+            value, error = call_catching(self._decode, entry, target)
             if error is None:
                 future.set_result(value)
             elif isinstance(error, ResultsUnavailable):
                 self._master.stop(later(self.pool, self.journal))
             else:  # What was stored no longer reads as what the code says it is: a person must look, the value stays.
                 self._master.hold(
-                    f"{target.claim}: the recorded value cannot be read back: {error}"
+                    f"{target.call_key}: the recorded value cannot be read back: {error}"
                 )
 
-    def _decode(self, entry: Entry, target: Call | Child) -> Any:
-        codec = target.task.result if isinstance(target, Call) else target.flow.result
+    def _decode(self, entry: Entry, target: TaskCall | ChildCall) -> Any:
+        codec = target.task.result if isinstance(target, TaskCall) else target.flow.result
         name, data = entry.codec or "json", entry.value or b"null"
         if name.endswith("@blob"):
             name, data = self.pool.blobs.fetch(name, data)
@@ -218,57 +218,57 @@ class Claims:
         elif self._starting and not self.pool.draining:
             starting, self._starting = self._starting, []
             for target in starting:
-                if target.claim in self.waiting:
+                if target.call_key in self.waiting:
                     self._start(target)
 
     def _start(self, target: Target) -> None:
         match target:
-            case Call():
+            case TaskCall():
                 self._start_call(target)
-            case FlowTimer() | Order():
+            case FlowTimer() | ControlSignal():
                 if target.due is not None:
                     target.handle = self.pool.clock.timer(
-                        self.pool.loop, target.due, partial(self._fired, target.claim)
+                        self.pool.loop, target.due, partial(self._fired, target.call_key)
                     )
-            case Emission():
+            case EmitCall():
                 self._start_emission(target)
-            case Child():
+            case ChildCall():
                 self._start_child(target)
 
-    def _start_call(self, call: Call) -> None:
+    def _start_call(self, call: TaskCall) -> None:
         journal = self.journal
         due: int | None = None
         if journal.count:
-            call.attempt, call.spent, due = journal.attempts(call.claim)
-            if (replaced := journal.finals.get(call.claim)) is not None:  # on_changed="rerun"
+            call.attempt, call.spent, due = journal.attempts(call.call_key)
+            if (replaced := journal.finals.get(call.call_key)) is not None:  # on_changed="rerun"
                 call.attempt = max(call.attempt, replaced.attempt)
         if due is not None and due > self.pool.clock.now():
             self._wait_to_launch(call, due)
         else:
             self.attempts.launch(call)
 
-    def _start_emission(self, target: Emission) -> None:
-        ident = f"{self._master.name}/{target.claim}"
-        arrival, error = caught(
+    def _start_emission(self, target: EmitCall) -> None:
+        ident = f"{self._master.name}/{target.call_key}"
+        arrival, error = call_catching(
             self.pool.emitted, self._master.run, ident, target.type, target.fields
         )
         if arrival is not None:
             self.append(
-                Entry(claim=target.claim, kind=Kind.EMIT, value=ident.encode()), arrivals=(arrival,)
+                Entry(claim=target.call_key, kind=Kind.EMIT, value=ident.encode()), arrivals=(arrival,)
             )
         elif error is not None:
-            attempt = self.journal.attempts(target.claim)[0] + 1
+            attempt = self.journal.attempts(target.call_key)[0] + 1
             self.append(
                 Entry(
-                    claim=target.claim, kind=Kind.ERROR, attempt=attempt, error=encode_error(error)
+                    claim=target.call_key, kind=Kind.ERROR, attempt=attempt, error=encode_error(error)
                 )
             )
 
-    def _start_child(self, target: Child) -> None:
-        if target.claim not in self.journal.children:  # else its answer is on its way
-            child = self.pool.child(self._master.run, target.claim, target.flow, target.params)
+    def _start_child(self, target: ChildCall) -> None:
+        if target.call_key not in self.journal.children:  # else its answer is on its way
+            child = self.pool.child(self._master.run, target.call_key, target.flow, target.params)
             entry = Entry(
-                claim=target.claim,
+                claim=target.call_key,
                 kind=Kind.CHILD,
                 value=str(child.id).encode(),
                 fingerprint=target.fingerprint,
@@ -277,14 +277,14 @@ class Claims:
 
     def _fired(self, claim: str) -> None:
         target = self.waiting.get(claim)
-        if isinstance(target, FlowTimer | Order):
+        if isinstance(target, FlowTimer | ControlSignal):
             self.append(Entry(claim=claim, kind=Kind.TIMER, due_at=target.due))
 
-    def _wait_to_launch(self, call: Call, due: int) -> None:
+    def _wait_to_launch(self, call: TaskCall, due: int) -> None:
         call.handle = self.pool.clock.timer(self.pool.loop, due, partial(self._launch_due, call))
 
-    def _launch_due(self, call: Call) -> None:
-        if call.claim in self.waiting and self._master.takes() and not self.pool.draining:
+    def _launch_due(self, call: TaskCall) -> None:
+        if call.call_key in self.waiting and self._master.takes() and not self.pool.draining:
             self.attempts.launch(call)
             self._master.rest()
 
@@ -388,7 +388,7 @@ class Claims:
         elif entry.kind is Kind.FAILED:
             call = self.waiting.get(entry.claim)
             if (
-                isinstance(call, Call)
+                isinstance(call, TaskCall)
                 and call.attempt == entry.attempt
                 and not call.running
                 and entry.due_at is not None

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from eventflow.sdk.task import Call, settle_map
+from eventflow.sdk.task import TaskCall, settle_map
 
 
 class Window:
@@ -31,9 +31,9 @@ class Window:
     def __init__(
         self,
         name: str,
-        calls: Iterable[Call],
-        request: Callable[[Call], asyncio.Future[Any]],
-        abandon: Callable[[Call], None],
+        calls: Iterable[TaskCall],
+        request: Callable[[TaskCall], asyncio.Future[Any]],
+        abandon: Callable[[TaskCall], None],
         *,
         patient: bool,
     ) -> None:
@@ -45,7 +45,7 @@ class Window:
             patient,
         )
         self._results: list[Any] = []
-        self._out: dict[int, Call] = {}
+        self._out: dict[int, TaskCall] = {}
         self._failed = False
         self._more = asyncio.Event()
 
@@ -65,7 +65,7 @@ class Window:
                 self._abandon(call)
             raise
 
-    def _send(self, call: Call) -> None:
+    def _send(self, call: TaskCall) -> None:
         place = len(self._results)
         self._results.append(None)
         self._out[place] = call

@@ -19,15 +19,15 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError
 from eventflow.engine.execution import Execution
 from eventflow.engine.outcomes import Outcomes
-from eventflow.engine.worker_services import Suspects
+from eventflow.engine.worker_services import CrashSuspectGate
 from eventflow.events.event import Event
 from eventflow.logs.log import Sink, get_logger
 from eventflow.routing.router import Router
 from eventflow.runs.journal import Entry, Journal
-from eventflow.runs.run import Completed, Held, Interrupted, Outcome, Run, Suspended, show_id
-from eventflow.sdk.checkpoint import Checkpoints
-from eventflow.sdk.flow import Flow, reached
-from eventflow.sdk.task import Call
+from eventflow.runs.run import Completed, Held, Interrupted, Outcome, Run, Suspended, format_id
+from eventflow.sdk.checkpoint import CheckpointStore
+from eventflow.sdk.flow import Flow, referenced_flows
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.blobs import Blobs
 from eventflow.store.protocol import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
 
@@ -54,7 +54,7 @@ class Worker:
 
     def __init__(
         self, store: Store, clock: Clock, router: Router, flows: dict[str, Flow[..., Any]], blobs: Blobs,
-        checkpoints: Checkpoints, *, concurrency: int = 1000, window: int = 20_000, threads: int = 32, sink: Sink | None = None,
+        checkpoints: CheckpointStore, *, concurrency: int = 1000, window: int = 20_000, threads: int = 32, sink: Sink | None = None,
         secret: bytes = b"", seed: int | None = None,
     ) -> None:  # fmt: skip
         self.store, self.clock, self.router, self.blobs, self.checkpoints = (
@@ -66,12 +66,12 @@ class Worker:
         )
         self.flows: Mapping[str, Flow[..., Any]] = flows
         self._flows = flows
-        self.draw = random.Random(seed)
+        self.rng = random.Random(seed)
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="eventflow-task")
         self.state: Any = None
         self.sink, self.secret = sink, secret
         self.draining = self._taking = False
-        self.held_back = ""  # why nothing new is begun
+        self.pause_reason = ""  # why nothing new is begun
         self.executions: dict[int, Execution] = {}
         self._concurrency = concurrency
         self._lock = threading.Lock()
@@ -99,10 +99,10 @@ class Worker:
     def start(self, state: Any = None) -> None:
         """Begins taking runs. Call on the loop that flows are to run on."""
         self.loop = asyncio.get_running_loop()
-        self.suspects = Suspects(SUSPECTS, self.loop.time() + CALM)
+        self.suspects = CrashSuspectGate(SUSPECTS, self.loop.time() + CALM)
         self.state = state
         for flow in list(self._flows.values()):
-            for child in reached(flow):
+            for child in referenced_flows(flow):
                 self._flows.setdefault(child.name, child)
         self._taking = True
         self._backlog = True
@@ -212,11 +212,11 @@ class Worker:
         with self._lock:
             self._room += count
 
-    def hold_back(self, reason: str) -> None:
+    def set_pause_reason(self, reason: str) -> None:
         """Takes, claims and begins nothing while there is a reason: no room is left. What works goes on, who waits leaves."""
-        if bool(reason) != bool(self.held_back):
+        if bool(reason) != bool(self.pause_reason):
             self._give_room(-UNBOUNDED if reason else UNBOUNDED)
-        self.held_back = reason
+        self.pause_reason = reason
         if not reason and not self.draining:
             self._due()
             self._begin_some()
@@ -299,7 +299,7 @@ class Worker:
 
     def _has_slot(self) -> bool:
         """Besides those that work as many again may wait for their commit: on a disk that hangs memory stays bounded."""
-        return not self.held_back and self._busy < min(
+        return not self.pause_reason and self._busy < min(
             self._concurrency, 2 * self._concurrency - self._ending
         )
 
@@ -332,7 +332,7 @@ class Worker:
         if entries or run.token > 1:
             log.info(
                 "run.resumed",
-                run=show_id(run.id),
+                run=format_id(run.id),
                 flow=run.flow,
                 entries=len(entries),
                 suspect=run.suspect,
@@ -361,9 +361,9 @@ class Worker:
     def _hold(self, run: Run, reason: str) -> None:
         """A run that cannot be begun: a person must look."""
         held = Held(reason)
-        log.error("run.held", run=show_id(run.id), flow=run.flow, reason=reason)
+        log.error("run.held", run=format_id(run.id), flow=run.flow, reason=reason)
         self.store.post(
-            Settle(run.id, run.token, held), lambda _: self.outcomes.tell(run.id, held), self.loop
+            Settle(run.id, run.token, held), lambda _: self.outcomes.notify(run.id, held), self.loop
         )
         self._busy -= 1
         self._in_memory[run.flow] -= 1
@@ -403,7 +403,7 @@ class Worker:
         if not execution.is_idle:
             self.idle(execution, True)
 
-    def slots(self, call: Call) -> asyncio.Semaphore | None:
+    def slots(self, call: TaskCall) -> asyncio.Semaphore | None:
         bound = call.task.options.concurrency
         if bound is None:
             return None
@@ -413,9 +413,9 @@ class Worker:
         extensions = {
             **fields["extensions"],
             "eventflowdepth": run.depth + 1,
-            "eventflowcause": show_id(run.id),
+            "eventflowcause": format_id(run.id),
         }
-        return self.router.emit(
+        return self.router.route_emitted(
             Event(id=ident, source=f"/flows/{run.flow}", type=event_type, data=fields["data"], subject=fields["subject"],
                   extensions=extensions)
         )  # fmt: skip
@@ -454,7 +454,7 @@ class Worker:
         self._give_room(1)
         execution.part()  # first: a run that is at rest replays no more, and its last line must not say so
         if isinstance(reply, Settled):
-            self.outcomes.follow(execution, outcome, reply.at)
+            self.outcomes.on_settled(execution, outcome, reply.at)
             if self.checkpoints.used and isinstance(outcome, Completed):
                 self.forget(execution.name)
         if not self.executions:
@@ -468,12 +468,12 @@ class Worker:
         self._begin_soon()
 
     @property
-    def is_crowded(self) -> bool:
+    def memory_is_tight(self) -> bool:
         """Memory is nearly full: who only waits should leave it."""
         return self._room < CLAIM
 
     @property
-    def is_quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
         busy = (
             self._busy
@@ -486,7 +486,7 @@ class Worker:
         return not (
             busy
             or any(self._queues.values())
-            or any(each.loop.foreign for each in self.executions.values())
+            or any(each.loop.unjournaled_awaits for each in self.executions.values())
         )
 
     @property

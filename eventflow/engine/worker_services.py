@@ -15,14 +15,14 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError
 from eventflow.logs.log import Sink
 from eventflow.runs.run import Outcome, Run
-from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
-from eventflow.sdk.task import Call
+from eventflow.sdk.task import TaskCall
 from eventflow.serialization.blobs import Blobs
 from eventflow.store.protocol import Arrival, Refused, Settled, Store
 
 
-class Suspects(asyncio.Semaphore):
+class CrashSuspectGate(asyncio.Semaphore):
     """The gate before the bodies of runs that a crash left in flight: `async with` it, few at a time, or `alone()`.
 
     `alone` is for those that one more death puts into quarantine. It opens at `calm_at` (the loop's time): whoever kills this
@@ -35,7 +35,7 @@ class Suspects(asyncio.Semaphore):
         self._next = asyncio.Lock()
 
     @asynccontextmanager
-    async def alone(self) -> AsyncGenerator[None]:
+    async def exclusive(self) -> AsyncGenerator[None]:
         """All places at once: no other suspect's crash can be laid at this one's door."""
         await asyncio.sleep(max(0.0, self._calm_at - asyncio.get_running_loop().time()))
         taken = 0
@@ -59,10 +59,10 @@ class Pool(Protocol):
     draw: random.Random
     threads: ThreadPoolExecutor
     blobs: Blobs
-    checkpoints: Checkpoints
+    checkpoints: CheckpointStore
     state: Any
     flows: Mapping[str, Flow[..., Any]]
-    suspects: Suspects
+    suspects: CrashSuspectGate
     draining: bool
     sink: Sink | None
     secret: bytes
@@ -74,7 +74,7 @@ class Pool(Protocol):
 
     def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run: ...
 
-    def slots(self, call: Call) -> asyncio.Semaphore | None:
+    def slots(self, call: TaskCall) -> asyncio.Semaphore | None:
         """The task's concurrency limit."""
         ...
 

@@ -1,18 +1,22 @@
-"""Who calls: the event loop that a run's flow code sees, and the claim each call makes on the journal.
+"""The deterministic event loop that one run's flow code runs on.
 
-Every run has a `FlowLoop` of its own, a real asyncio event loop without I/O. Flow code runs on it: `create_task`, `gather`,
-`TaskGroup`, `wait`, queues, `asyncio.timeout` and anyio all work, because they ask the running loop and get this one. That
-buys three things a task factory on the user's loop cannot give:
+Every run has a `FlowLoop` of its own, a real asyncio event loop without I/O. `create_task`,
+`gather`, `TaskGroup`, `wait`, queues, `asyncio.timeout` and anyio all work, because they ask for
+the running loop and get this one. A task factory on the user's loop could not give these three
+things:
 
-- *parked* is exact: the ready queue is empty. No passes to count, no chain of callbacks to guess at. When the run is parked the
-  host delivers the next batch; between two deliveries nothing outside can touch the flow, so a replay takes the same steps.
-- *time is durable*: `time()` is the time of the last delivery, a timer is a claim like any other: `asyncio.sleep(86400)` and
-  `asyncio.timeout(30)` survive a crash as they stand.
-- *identity is lineage*: each flow-made task gets a scope named by its coroutine and its plain arguments (`labels.py`), and an
-  ordinal among equals; a call claims `scope / name # ordinal`, synchronously, before its coroutine exists. Tasks and futures
-  hash by lineage, so that sets of them iterate alike in every process.
+- *Parked* is exact: the ready queue is empty. When a run is parked, its host delivers the next
+  batch of journal entries. Nothing else reaches the flow between two deliveries, so a replay takes
+  the same steps.
+- *Time is durable*: `time()` is the time of the last delivery, and a timer has a call key like a
+  task call. So `asyncio.sleep(86400)` and `asyncio.timeout(30)` survive a crash.
+- *Identity is lineage*: each task gets a scope named after its coroutine and its plain arguments
+  (scopes.py). The key of a call is `scope / name # ordinal`, made synchronously, before the call's
+  coroutine exists. Tasks and futures hash by lineage, so that sets of them iterate alike in every
+  process.
 
-I/O does not belong here: the loop's socket methods say so. Task bodies run on the worker's own loop. The executor is the host.
+Socket methods raise: I/O belongs into tasks, whose bodies run on the worker's own loop.
+engine/execution.py is the host.
 """
 
 import asyncio
@@ -24,23 +28,94 @@ from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from eventflow.core.clock import SECOND
-from eventflow.core.errors import LineageLost, UsageError
-from eventflow.loop.host import Host
-from eventflow.loop.scopes import Scope, from_unordered_iteration, label
+from eventflow.core.errors import OutsideFlowError, UsageError
+from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
 
-BREATH = 1_000
-"""Steps one pump takes, a few milliseconds, before the worker's loop may do something else."""
-SPIN = 100_000
-"""Rounds of the ready queue without parking after which a flow spins: a wide gather takes a handful, polling any number."""
-FOREVER = 1 << 62
+MAX_STEPS_PER_RUN = 1_000
+"""Steps of one `run_ready`, a few milliseconds; then the worker's loop gets its turn."""
+BUSY_LOOP_ROUNDS = 100_000
+"""Rounds of the ready queue without parking that count as a busy loop: a wide `gather` takes a
+handful, polling any number.
+"""
+MAX_DUE = 1 << 62
 """The due time, in microseconds, of `sleep(inf)`: what a 64-bit column holds."""
 
 _inside: contextvars.ContextVar["FlowLoop | None"] = contextvars.ContextVar(
     "eventflow_inside", default=None
 )
+
+
+class LoopHost(Protocol):
+    """What a FlowLoop calls; `engine.execution.Execution` implements it.
+
+    `read_now`, `set_timer` and `cancel_timer` are called inside a step of the flow: their effect
+    must be the same in a replay.
+    """
+
+    def read_now(self) -> int:
+        """Time of the last delivery, microseconds."""
+        ...
+
+    def on_parked(self) -> bool:
+        """No step is ready. Returns True when something was delivered and stepping continues."""
+        ...
+
+    def on_busy_loop(self) -> None:
+        """The flow polls without parking: deliver and start anyway, or it would wait for ever. Not
+        deterministic.
+        """
+        ...
+
+    def set_timer(self, timer: "FlowTimer") -> None:
+        """Flow code waits for `timer.due`; the host calls `timer.fire()` once the firing is
+        recorded.
+        """
+        ...
+
+    def cancel_timer(self, timer: "FlowTimer") -> None:
+        """Flow code no longer waits for the timer."""
+        ...
+
+    def on_callback_error(self, context: dict[str, Any]) -> None:
+        """A callback raised, or a task's exception was never retrieved."""
+        ...
+
+    def wake(self) -> None:
+        """A step became ready outside `run_ready`: call that soon. Call this from the host's loop
+        only.
+        """
+        ...
+
+
+class DetachedHost:
+    """The host of a run that has left memory: does nothing."""
+
+    def read_now(self) -> int:
+        return 0
+
+    def on_parked(self) -> bool:
+        return False
+
+    def on_busy_loop(self) -> None:
+        pass
+
+    def set_timer(self, timer: "FlowTimer") -> None:
+        pass
+
+    def cancel_timer(self, timer: "FlowTimer") -> None:
+        pass
+
+    def on_callback_error(self, context: dict[str, Any]) -> None:
+        pass
+
+    def wake(self) -> None:
+        pass
+
+
+DETACHED_HOST = DetachedHost()
 
 
 class FlowTask(asyncio.Task[Any]):
@@ -52,9 +127,8 @@ class FlowTask(asyncio.Task[Any]):
         self, coro: Any, *, loop: "FlowLoop", path: str, name: str | None, context: Any
     ) -> None:
         self.path = path
-        self._scope: Scope | None = (
-            None  # most tasks are one journaled call and never claim anything
-        )
+        # Made on demand: most tasks are one journaled call and make no calls of their own.
+        self._scope: Scope | None = None
         self.lineage = zlib.crc32(path.encode(), loop.seed)
         super().__init__(coro, loop=loop, name=name or path.rstrip("/") or "flow", context=context)
 
@@ -69,7 +143,7 @@ class FlowTask(asyncio.Task[Any]):
 
 
 class FlowFuture(asyncio.Future[Any]):
-    """A future made by flow code; hashes by the order of creation."""
+    """A future made by flow code. Hashes by the order of creation."""
 
     __slots__ = ("ordinal",)
 
@@ -82,7 +156,7 @@ class FlowFuture(asyncio.Future[Any]):
 
 
 class FlowHandle(asyncio.Handle):
-    """A callback to come; `asyncio.Handle` without its question for the debug mode, which cannot be on here."""
+    """`asyncio.Handle` without its check for the debug mode, which a FlowLoop does not have."""
 
     __slots__ = ()
 
@@ -90,36 +164,45 @@ class FlowHandle(asyncio.Handle):
         self, callback: Any, args: Any, loop: "FlowLoop", context: contextvars.Context | None
     ) -> None:  # pyright: ignore[reportMissingSuperCall]
         self._context = context if context is not None else contextvars.copy_context()
-        self._loop, self._callback, self._args = loop, callback, args
-        self._cancelled, self._repr, self._source_traceback = False, None, None
+        self._loop = loop
+        self._callback = callback
+        self._args = args
+        self._cancelled = False
+        self._repr = None
+        self._source_traceback = None
 
 
 class FlowTimer(asyncio.TimerHandle):
-    """A timer set by flow code: a claim with a due time. Its firing is journaled, its setting need not be: the due time is
-    computed from delivered times, so a replay computes the same."""
+    """A timer set by flow code: a pending call with a due time, in microseconds.
 
-    __slots__ = ("claim", "due", "handle")
+    Only its firing is journaled. The due time is computed from delivered times, so a replay
+    computes the same one.
+    """
+
+    __slots__ = ("call_key", "due", "handle")
 
     def __init__(
-        self, claim: str, due: int, callback: Any, args: Any, loop: "FlowLoop", context: Any
+        self, call_key: str, due: int, callback: Any, args: Any, loop: "FlowLoop", context: Any
     ) -> None:
         super().__init__(due / SECOND, callback, args, loop, context)
-        self.claim, self.due = claim, due
+        self.call_key = call_key
+        self.due = due
         self.handle: Any = None
 
     def fire(self) -> None:
-        """The firing is recorded: run the callback in its turn."""
-        loop = cast("FlowLoop", self._loop)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        """Queues the callback; call this once the firing is recorded."""
+        loop = cast("FlowLoop", self._loop)  # pyright: ignore
         if not self.cancelled():
-            loop.push(self)
+            loop.enqueue(self)
 
 
 class FlowLoop(asyncio.AbstractEventLoop):
-    """The deterministic loop of one run. The host pumps it; it never blocks and never waits."""
+    """The deterministic loop of one run. `run_ready` steps it; it never blocks and never waits."""
 
-    def __init__(self, host: Host, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
-        self.host: Host = host
-        # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them in one set.
+    def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
+        self.host: LoopHost = host
+        # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them
+        # in one set.
         self.seed = zlib.crc32(run.to_bytes(8, "big"))
         self._outer = outer
         self._ready: deque[asyncio.Handle] = deque()
@@ -132,35 +215,41 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._rounds = 0
         self._pumping = False
         self._closed = False
-        self.foreign = 0
-        """Awaits under way that the journal knows nothing of (`to_thread` in a flow body)."""
-        self.spun = False
-        """The flow once took SPIN rounds without parking."""
+        self.unjournaled_awaits = 0
+        """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
+        self.has_busy_looped = False
+        """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
 
-    # ----------------------------------------------------------------- what the host does
+    # ----------------------------------------------------------------- called by the host
 
-    def root(
+    def create_root_task(
         self, coro: Coroutine[Any, Any, Any], context: contextvars.Context, path: str = ""
     ) -> FlowTask:
-        """Makes the flow's first task; `context` is where its context variables live, `path` goes before every claim."""
+        """Makes the flow's first task, in `context`. `path` is the prefix of every call key of the
+        run.
+        """
         context.run(_inside.set, self)
-        self._pumping = True  # its first step is queued, and the host, who is about to pump, need not be woken for it
+        self._pumping = True  # the host is about to call run_ready: no wake for the first step
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name="flow", context=context))
         finally:
             self._pumping = False
 
-    def pump(self) -> None:
+    def run_ready(self) -> None:
         """Steps the flow until it is parked and the host has nothing more to deliver.
 
-        Called on the host's loop from a plain callback, never from inside a task: two tasks cannot be current at once.
+        Call it on the host's loop from a plain callback, not from a task: two tasks cannot be
+        current at once.
         """
         if not self._pumping and not self._closed:
             self._as_running(self._step)
 
     def _as_running(self, step: Callable[[], None]) -> None:
-        """Runs `step` with this loop as the running one; async generators that flow code drops are closed on it too."""
-        outer, hooks = events._get_running_loop(), sys.get_asyncgen_hooks()
+        """Runs `step` with this loop as the running one, also for async generators that flow code
+        drops.
+        """
+        outer = events._get_running_loop()
+        hooks = sys.get_asyncgen_hooks()
         self._pumping = True
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
@@ -172,7 +261,8 @@ class FlowLoop(asyncio.AbstractEventLoop):
             self._pumping = False
 
     def _step(self) -> None:
-        ready, budget = self._ready, BREATH
+        ready = self._ready
+        budget = MAX_STEPS_PER_RUN
         while True:
             while ready or self._unordered:
                 if budget <= 0:
@@ -184,11 +274,12 @@ class FlowLoop(asyncio.AbstractEventLoop):
                 budget -= turn
                 self._run(turn)
                 self._rounds += 1
-                if self._rounds >= SPIN:
-                    self._rounds, self.spun = 0, True
-                    self.host.spinning()
+                if self._rounds >= BUSY_LOOP_ROUNDS:
+                    self._rounds = 0
+                    self.has_busy_looped = True
+                    self.host.on_busy_loop()
             self._rounds = 0
-            if not self.host.parked():
+            if not self.host.on_parked():
                 return
 
     def _run(self, turn: int) -> None:
@@ -198,43 +289,43 @@ class FlowLoop(asyncio.AbstractEventLoop):
             if not handle._cancelled:  # pyright: ignore
                 try:
                     handle._run()  # pyright: ignore
-                except SystemExit:  # `sys.exit()` in a flow: its task holds it, and the worker's loop must not end for it
+                except SystemExit:  # `sys.exit()` in a flow: held by its task, not for our loop
                     continue
 
     def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
-        """An async generator was dropped half-way: its `finally` blocks run here, in the step that dropped it."""
+        """Closes an async generator that flow code dropped half-way, in the step that dropped it."""
         if self.is_current():
             self.create_task(dropped.aclose())
 
     def is_current(self) -> bool:
-        """Whether flow code is calling, in this thread."""
+        """Whether the caller is flow code, in this thread."""
         return events._get_running_loop() is self
 
     def is_ready(self) -> bool:
-        """Whether the flow is in the middle of its steps: a pump stopped to let others run."""
+        """Whether steps are left: `run_ready` stopped to let the worker's loop run."""
         return bool(self._ready)
 
-    def left(self) -> list[FlowTask]:
-        """Flow-made tasks that have not ended."""
+    def unfinished_tasks(self) -> list[FlowTask]:
+        """Tasks made by flow code that have not ended."""
         return [task for task in self._tasks if not task.done()]
 
     def close(self) -> None:
-        """Ends the loop for good; coroutines still suspended are closed. Idempotent."""
+        """Ends the loop and closes suspended coroutines. Idempotent."""
         if self._closed:
             return
         self._ready.clear()
         self._unordered.clear()
-        left = self.left()
-        if left:
-            self._as_running(lambda: _close_all(left))
+        unfinished = self.unfinished_tasks()
+        if unfinished:
+            self._as_running(lambda: _close_all(unfinished))
         self._closed = True
         self._ready.clear()
         self._tasks = []
 
     # ----------------------------------------------------------------- identity
 
-    def scope(self) -> Scope:
-        """The scope of the task being stepped; plain callbacks share one."""
+    def current_scope(self) -> Scope:
+        """The scope of the current task. Plain callbacks share one scope."""
         task = asyncio.current_task(self)
         return task.scope if isinstance(task, FlowTask) else self._callbacks
 
@@ -249,28 +340,30 @@ class FlowLoop(asyncio.AbstractEventLoop):
         if self._closed:
             if inspect.iscoroutine(coro):
                 coro.close()
-            raise LineageLost(getattr(coro, "__qualname__", "?"), "a run that is already settled")
+            raise OutsideFlowError(getattr(coro, "__qualname__", "?"), "a run that is already settled")
         if not from_unordered_iteration():
             return self._adopt(
                 FlowTask(
                     coro,
                     loop=self,
-                    path=self.scope().child(label(coro)),
+                    path=self.current_scope().child_path(task_label(coro)),
                     name=name,
                     context=context,
                 )
             )
-        path = self._sorting = self.scope().child(label(coro, deep=True))
+        path = self._sorting = self.current_scope().child_path(task_label(coro, deep=True))
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name=name, context=context))
         finally:
             self._sorting = None
 
     def _adopt(self, task: FlowTask) -> FlowTask:
-        """Keeps the task until it has ended; a sweep once there are twice as many costs less than a callback on each."""
+        """Holds the task until it has ended. A sweep at twice the number costs less than a callback
+        on each task.
+        """
         self._tasks.append(task)
         if len(self._tasks) >= self._sweep_at:
-            self._tasks = self.left()
+            self._tasks = self.unfinished_tasks()
             self._sweep_at = 64 + 2 * len(self._tasks)
         return task
 
@@ -289,11 +382,11 @@ class FlowLoop(asyncio.AbstractEventLoop):
         elif self._pumping and not self._unordered:
             self._ready.append(handle)
         else:
-            self.push(handle)
+            self.enqueue(handle)
         return handle
 
-    def push(self, handle: asyncio.Handle) -> None:
-        """Queues a handle behind what is ready; wakes the host when nobody is pumping."""
+    def enqueue(self, handle: asyncio.Handle) -> None:
+        """Queues a handle behind those that are ready; wakes the host outside `run_ready`."""
         if self._unordered:
             self._flush()
         self._ready.append(handle)
@@ -301,7 +394,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
             self.host.wake()
 
     def _flush(self) -> None:
-        """`as_completed` makes its tasks in `set()` order, which differs between processes: start them by lineage."""
+        """Queues the tasks of `as_completed` sorted by path: it makes them in `set()` order, which
+        differs by process.
+        """
         self._unordered.sort(key=lambda pair: pair[0])
         self._ready.extend(handle for _, handle in self._unordered)
         self._unordered.clear()
@@ -330,44 +425,50 @@ class FlowLoop(asyncio.AbstractEventLoop):
     def _set(
         self, due: int, callback: Callable[..., Any], args: Any, context: Any
     ) -> asyncio.Handle:
-        # Named by what they are for, so that a timeout put before a sleep does not take the sleep's firing for its own.
+        # Named by purpose, so that a timeout added in front of a sleep does not get the sleep's
+        # recorded firing.
         name = _TIMERS.get(getattr(callback, "__qualname__", ""), "timer")
         timer = FlowTimer(
-            self.scope().claim(name), min(due, FOREVER), callback, args, self, context
+            self.current_scope().call_key(name), min(due, MAX_DUE), callback, args, self, context
         )
         if due <= self.host.read_now():
-            self.push(timer)
+            self.enqueue(timer)
         else:
-            self.host.arm(timer)
+            self.host.set_timer(timer)
         return timer
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        self.host.disarm(cast(FlowTimer, handle))
+        self.host.cancel_timer(cast(FlowTimer, handle))
 
-    # ----------------------------------------------------------------- the way out to other threads
+    # ----------------------------------------------------------------- threads
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
     ) -> asyncio.Handle:
         self._outer.call_soon_threadsafe(
-            self.push, handle := FlowHandle(callback, args, self, context)
+            self.enqueue, handle := FlowHandle(callback, args, self, context)
         )
         return handle
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> FlowFuture:  # type: ignore[override]
-        """Works, but its result is not journaled: a replay computes it again. A `@task` is the durable form."""
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> FlowFuture:
+        """Works, but the result is not journaled: a replay computes it again. A `@task` is the
+        durable form.
+        """
         mine = self.create_future()
-        self.foreign += 1
+        self.unjournaled_awaits += 1
         theirs = self._outer.run_in_executor(executor, func, *args)
 
         def finish(done: asyncio.Future[Any]) -> None:
-            self.foreign -= 1
+            self.unjournaled_awaits -= 1
             self.call_soon(_copy, done, mine)
 
         asyncio.ensure_future(theirs, loop=self._outer).add_done_callback(finish)
         return mine
 
-    # ----------------------------------------------------------------- what asyncio asks of any loop
+    # ----------------------------------------------------------------- the rest of asyncio's
+    # interface
 
     def get_debug(self) -> bool:
         return False
@@ -382,30 +483,35 @@ class FlowLoop(asyncio.AbstractEventLoop):
         return None
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        self.host.complain(context)
+        self.host.on_callback_error(context)
 
 
 def _no_io(name: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
         raise UsageError(
-            f"loop.{name}() in a flow body: expected I/O in a @task, where its result is journaled and retried"
+            f"loop.{name}() in a flow body: expected I/O in a @task, where its result is "
+            "journaled and retried"
         )
 
     return refuse
 
 
 for _name in (
-    "add_reader add_writer add_signal_handler connect_accepted_socket connect_read_pipe connect_write_pipe create_connection "
-    "create_datagram_endpoint create_server create_unix_connection create_unix_server getaddrinfo getnameinfo remove_reader "
-    "remove_writer run_forever run_until_complete sendfile set_debug set_task_factory sock_accept sock_connect sock_recv "
-    "sock_recv_into sock_recvfrom sock_recvfrom_into sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec "
-    "subprocess_shell"
+    "add_reader add_writer add_signal_handler connect_accepted_socket connect_read_pipe "
+    "connect_write_pipe create_connection create_datagram_endpoint create_server "
+    "create_unix_connection create_unix_server getaddrinfo getnameinfo remove_reader "
+    "remove_writer run_forever run_until_complete sendfile set_debug set_task_factory "
+    "sock_accept sock_connect sock_recv sock_recv_into sock_recvfrom sock_recvfrom_into "
+    "sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec subprocess_shell"
 ).split():
     setattr(FlowLoop, _name, _no_io(_name))
 
 
 def flow_loop(task_name: str) -> FlowLoop | None:
-    """The FlowLoop whose code is calling; None outside a run and in task bodies. LineageLost where that cannot be told."""
+    """The FlowLoop that the caller runs on; None outside a run and in task bodies.
+
+    Raises LineageLost in a thread, on another event loop and after the run has settled.
+    """
     loop = events._get_running_loop()
     if type(loop) is FlowLoop:
         return loop
@@ -413,26 +519,28 @@ def flow_loop(task_name: str) -> FlowLoop | None:
     if inside is None:
         return None
     if inside.is_closed():
-        raise LineageLost(task_name, "a run that is already settled")
-    raise LineageLost(task_name, "a thread" if loop is None else "another event loop")
+        raise OutsideFlowError(task_name, "a run that is already settled")
+    raise OutsideFlowError(task_name, "a thread" if loop is None else "another event loop")
 
 
 def leave_flow() -> None:
-    """Clears the flow's mark from the current context: a task body is going to run in it."""
+    """Marks the current context as one of a task body: `flow_loop` returns None in it."""
     _inside.set(None)
 
 
-# --------------------------------------------------------------------------- small change
+# --------------------------------------------------------------------------- helpers
 
 _TIMERS = {"_set_result_unless_cancelled": "sleep", "Timeout._on_timeout": "timeout"}
 
 
 def _us(seconds: float) -> int:
-    return FOREVER if seconds * SECOND >= FOREVER else round(seconds * SECOND)
+    return MAX_DUE if seconds * SECOND >= MAX_DUE else round(seconds * SECOND)
 
 
 def _copy(done: asyncio.Future[Any], mine: asyncio.Future[Any]) -> None:
-    """What became of a foreign await, told to the flow's future, which may have been cancelled meanwhile."""
+    """Copies the outcome of an unjournaled await to the flow's future, unless that was cancelled
+    meanwhile.
+    """
     if mine.done():
         return
     if done.cancelled():
@@ -448,6 +556,7 @@ def _close_all(tasks: list[FlowTask]) -> None:
         task._log_destroy_pending = False  # pyright: ignore
         coro = task.get_coro()
         if inspect.iscoroutine(coro):
-            # Whatever its `finally` blocks raise or await is nobody's any more: nothing of it will be recorded.
+            # Whatever its `finally` blocks raise or await is dropped: nothing of it will be
+            # recorded.
             with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):
                 coro.close()

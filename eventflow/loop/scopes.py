@@ -1,8 +1,10 @@
-"""What a flow-made task is called, and the calls it makes: a scope per task, an ordinal or a key per call.
+"""Deterministic names: a scope per flow-made task, a call key per call.
 
-A task is named by its coroutine's qualname and a digest of its plain arguments. lineage.py asks. Two processes must come to the
-same name for the same task, whatever their hash seeds, Python version or the order in which a set was walked; so only arguments
-count, and of those only what has one JSON form.
+`FlowLoop` names each task by its coroutine's qualname and a digest of its plain arguments. Two
+processes must derive the same name for the same task, whatever their hash seeds, their Python
+version, or the order in which a set was iterated. So only arguments count, and of those only the
+ones with a canonical JSON form. Names are stored with journals: a changed name makes old journals
+diverge.
 """
 
 import asyncio
@@ -20,7 +22,7 @@ _NON_STR = orjson.OPT_NON_STR_KEYS
 
 
 class Scope:
-    """The calls one flow-made task has made so far: what makes the next claim's ordinal."""
+    """Counts the calls of one flow-made task, by name."""
 
     __slots__ = ("counts", "path")
 
@@ -28,31 +30,38 @@ class Scope:
         self.path = path
         self.counts: dict[str, int] = {}
 
-    def claim(self, name: str, key: str | None = None) -> str:
-        """The identity of the next call of `name` from here: by ordinal, or by `key`, which must not repeat."""
+    def call_key(self, name: str, key: str | None = None) -> str:
+        """The journal's key of the next call of `name`: with an ordinal, or with `key`, which must
+        not repeat.
+
+        Raises UsageError when it does.
+        """
         if key is None:
             ordinal = self.counts.get(name, 0)
             self.counts[name] = ordinal + 1
             return f"{self.path}{name}#{ordinal}"
-        label = f"{name}[{key}]"
-        if label in self.counts:
+        keyed = f"{name}[{key}]"
+        if keyed in self.counts:
             raise UsageError(
-                f"{label} was already called from this part of the flow; a key names one call, make it unique"
+                f"{keyed} was already called from this part of the flow; a key names one call, "
+                "make it unique"
             )
-        self.counts[label] = 1
-        return self.path + label
+        self.counts[keyed] = 1
+        return self.path + keyed
 
-    def child(self, label: str) -> str:
-        """The path of a new scope below this one: equal labels are told apart by creation order."""
+    def child_path(self, label: str) -> str:
+        """The path of a new scope below this one. Equal labels get an ordinal, in creation order."""
         ordinal = self.counts.get(label, 0)
         self.counts[label] = ordinal + 1
         return f"{self.path}{label}.{ordinal}/" if ordinal else f"{self.path}{label}/"
 
 
-def label(coro: Any, *, deep: bool = False) -> str:
-    """The name of a coroutine about to become a task. `deep`: what its closure holds counts too, as far as it is plain.
+def task_label(coro: Any, *, deep: bool = False) -> str:
+    """The name of a coroutine that becomes a task. With `deep` the plain values of its closure
+    count too.
 
-    A journaled call's own coroutine carries its claim (`call.claim`), which is a better name than any digest.
+    A journaled call's coroutine (`CallPerformer.perform`) is named by its call key instead of a
+    digest.
     """
     frame = getattr(coro, "cr_frame", None)
     if frame is None:
@@ -60,8 +69,8 @@ def label(coro: Any, *, deep: bool = False) -> str:
     code: CodeType = coro.cr_code
     values = frame.f_locals
     call = values.get("call")
-    if call is not None and (claim := getattr(call, "claim", None)) is not None:
-        return _safe(f"={claim}")
+    if call is not None and (call_key := getattr(call, "call_key", None)) is not None:
+        return _safe(f"={call_key}")
     count = (
         code.co_argcount
         + code.co_kwonlyargcount
@@ -80,14 +89,14 @@ def label(coro: Any, *, deep: bool = False) -> str:
 
 
 def _safe(name: str) -> str:
-    """A slash would look like a scope."""
+    """Replaces slashes, which separate scopes."""
     return name.replace("<locals>.", "").replace("/", "|")
 
 
 def _digest(arguments: dict[str, Any]) -> str:
     try:
         plain = orjson.dumps(arguments, _plainer, _NON_STR)
-    except TypeError:  # some of them have no JSON form: the others tell
+    except TypeError:  # some arguments have no JSON form: digest the others
         plain = b"".join(_plain(name, value) for name, value in arguments.items())
     return blake2b(plain, digest_size=4).hexdigest()
 
@@ -100,7 +109,9 @@ def _plain(name: str, value: Any) -> bytes:
 
 
 def _plainer(value: Any) -> Any:
-    """orjson's hook: records that msgspec knows. A set has no order that two processes share."""
+    """orjson's `default`: encodes structs and bytes. Sets are refused: their order differs by
+    process.
+    """
     if isinstance(value, msgspec.Struct):
         return msgspec.structs.asdict(value)
     if isinstance(value, bytes):
@@ -119,7 +130,9 @@ _UNORDERED: frozenset[CodeType] = frozenset(
 
 
 def from_unordered_iteration() -> bool:
-    """Whether the task under creation is one of `as_completed`'s, which walks a set. For the loop's `create_task`."""
+    """Whether `as_completed`, which iterates a set, is creating a task. Called by
+    `FlowLoop.create_task` only.
+    """
     frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
     for _ in range(4):
         if frame is None:

@@ -24,7 +24,7 @@ from eventflow.core.hashing import digest
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import flow_loop
 from eventflow.sdk.checkpoint_files import (
-    Head,
+    Manifest,
     decode,
     encode,
     encode_path,
@@ -36,22 +36,22 @@ from eventflow.sdk.checkpoint_files import (
 from eventflow.sdk.task import TaskContext, task_context
 from eventflow.serialization.codecs import fingerprint_diff
 
-LARGEST = 4 << 30
+DEFAULT_MAX_BYTES = 4 << 30
 """Bytes of one checkpoint, if `largest=` says nothing: a mistake is refused before it fills the disk."""
-FLOOR = 256 << 20
+MIN_FREE_BYTES = 256 << 20
 """Bytes that a checkpoint leaves free, or 2 % of the disk if that is less: the ledger needs them (store/guard.py)."""
 
 log = get_logger("eventflow.checkpoint")
 
 
-class Saved(NamedTuple):
+class LastCheckpoint(NamedTuple):
     """What `load` gives back."""
 
     state: Any
     step: int
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one App, in a folder beside its store. From any thread."""
 
     def __init__(self, directory: Path) -> None:
@@ -100,20 +100,20 @@ class Checkpoints:
             return []
         return [each.name for each in self.directory.iterdir() if not each.name.startswith(".")]
 
-    def recall(self) -> None:
+    def load_index(self) -> None:
         """What an earlier process left: its runs are remembered, and what it was removing goes. Call before the first run."""
         for left in self.directory.glob(".gone-*"):
             shutil.rmtree(left, ignore_errors=True)
         self.used.update((run, set[str]()) for run in self.runs())
 
 
-_place: ContextVar[Checkpoints | None] = ContextVar("eventflow_checkpoints", default=None)
+_place: ContextVar[CheckpointStore | None] = ContextVar("eventflow_checkpoints", default=None)
 
 
 _further: ContextVar[Callable[[], None] | None] = ContextVar("eventflow_further", default=None)
 
 
-def enter_checkpoints(place: Checkpoints, further: Callable[[], None] | None) -> None:
+def enter_checkpoints(place: CheckpointStore, further: Callable[[], None] | None) -> None:
     """Makes `place` the one that a body of this contextvars context keeps its own in.
 
     `further` is called, from any thread, when it has saved a step beyond all that were saved before it began.
@@ -123,7 +123,7 @@ def enter_checkpoints(place: Checkpoints, further: Callable[[], None] | None) ->
         _further.set(further)
 
 
-def checkpoint(name: str = "", *, keep: int = 1, largest: int = LARGEST) -> "Checkpoint":
+def checkpoint(name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BYTES) -> "Checkpoint":
     """What this call of a task keeps between its attempts. For the body of a `@task`, `async def` or plain.
 
         kept = checkpoint()
@@ -142,16 +142,16 @@ def checkpoint(name: str = "", *, keep: int = 1, largest: int = LARGEST) -> "Che
         raise UsageError(
             "checkpoint(): expected to be called in a @task body, found a flow; a flow's tasks are recorded anyway"
         )
-    if keep < 1 or largest < 1:
+    if keep < 1 or max_bytes < 1:
         raise UsageError(
-            f"checkpoint(keep=, largest=) expected at least 1, found {keep} and {largest}"
+            f"checkpoint(keep=, largest=) expected at least 1, found {keep} and {max_bytes}"
         )
     place, context = _place.get(), task_context()
     if place is None or context is None or not context.run_id:
-        return Checkpoint(None, context, Path(), keep, largest)
+        return Checkpoint(None, context, Path(), keep, max_bytes)
     folder = place.folder(context.idempotency_key)
     return Checkpoint(
-        place, context, folder / digest(name.encode()).hex() if name else folder, keep, largest
+        place, context, folder / digest(name.encode()).hex() if name else folder, keep, max_bytes
     )
 
 
@@ -164,7 +164,7 @@ class Checkpoint:
 
     def __init__(
         self,
-        place: Checkpoints | None,
+        place: CheckpointStore | None,
         context: TaskContext | None,
         folder: Path,
         keep: int,
@@ -200,7 +200,7 @@ class Checkpoint:
         """Keeps a copy of a file, or of a folder with all in it; `load` then gives the Path of that copy, to be read only."""
         self._save(step, lambda draft, room: encode_path(Path(path), draft, room))
 
-    def load(self) -> Saved | None:
+    def load(self) -> LastCheckpoint | None:
         """The last `(state, step)` saved by any attempt of this call; None when there is none.
 
         One whose sums do not hold is logged and left out; one that was saved under other arguments does not count.
@@ -220,7 +220,7 @@ class Checkpoint:
                 return None
             self._place.use(self._context.idempotency_key)
             log.info("checkpoint.loaded", step=head.step, saved_by=head.attempt)
-            return Saved(decode(folder, head), head.step)
+            return LastCheckpoint(decode(folder, head), head.step)
         return None
 
     def clear(self) -> None:
@@ -231,7 +231,7 @@ class Checkpoint:
 
     # ----------------------------------------------------------------- writing
 
-    def _save(self, step: int, write: Callable[[Path, "Callable[[int], None]"], Head]) -> None:
+    def _save(self, step: int, write: Callable[[Path, "Callable[[int], None]"], Manifest]) -> None:
         place, context = self._place, self._context
         if place is None or context is None:
             if not self._told:
@@ -263,14 +263,14 @@ class Checkpoint:
                 ) from error
         log.debug("checkpoint.saved", step=step)
 
-    def _make_folder(self, place: Checkpoints) -> None:
+    def _make_folder(self, place: CheckpointStore) -> None:
         above = [
             folder for folder in self._folder.parents if folder.is_relative_to(place.directory)
         ]
         for folder in (*reversed(above), self._folder):
             folder.mkdir(exist_ok=True, mode=0o700)
 
-    def _put(self, place: Checkpoints, context: TaskContext, draft: Path, step: int) -> None:
+    def _put(self, place: CheckpointStore, context: TaskContext, draft: Path, step: int) -> None:
         """The moment in which it is there: before it the last one stands, after it this one."""
         with place.lock:
             self._refuse_if_over(context)
@@ -286,7 +286,7 @@ class Checkpoint:
         for older in known[: len(known) + 1 - self._keep]:
             place.remove(older)
 
-    def _sync(self, place: Checkpoints) -> None:
+    def _sync(self, place: CheckpointStore) -> None:
         sync(self._folder)
         if not self._saved:  # its own folder, and those above it, may be new
             self._saved, above = True, self._folder
@@ -295,7 +295,7 @@ class Checkpoint:
                 sync(above)
 
     def _refuse_if_over(self, context: TaskContext) -> None:
-        if context.over:
+        if context.is_over:
             raise CheckpointFailed(
                 f"attempt {context.attempt} of {context.task!r} is over; it can save no more"
             )
@@ -308,7 +308,7 @@ class Checkpoint:
                 f"the state is {shown}; keep less of it, or raise checkpoint(largest=)"
             )
         disk = os.statvfs(self._folder)
-        free, floor = disk.f_bavail * disk.f_frsize, min(FLOOR, disk.f_blocks * disk.f_frsize // 50)
+        free, floor = disk.f_bavail * disk.f_frsize, min(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50)
         if free < size + floor:
             shown = f"{free >> 20} MiB free in {self._folder}, expected {(size + floor) / 2**20:.1f} MiB"
             raise CheckpointFailed(f"{shown}; free some space, the checkpoint before stands")
@@ -326,7 +326,7 @@ class Checkpoint:
             for draft in self._folder.glob(".draft-*"):
                 shutil.rmtree(draft, ignore_errors=True)
 
-    def _fits(self, head: Head) -> bool:
+    def _fits(self, head: Manifest) -> bool:
         mine = self._context.arguments if self._context is not None else None
         saved = None if head.arguments is None else head.arguments.encode()
         diff = fingerprint_diff(saved, mine)

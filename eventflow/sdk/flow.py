@@ -23,7 +23,7 @@ from eventflow.events.event import Event, Json
 from eventflow.logs.log import Log, get_logger
 from eventflow.loop.flow_loop import flow_loop
 from eventflow.routing.binding import Binder
-from eventflow.sdk.task import Caller, Hook, return_annotation, task_context
+from eventflow.sdk.task import CallPerformer, Hook, return_annotation, task_context
 from eventflow.serialization.codecs import ResultCodec
 
 P = ParamSpec("P")
@@ -117,7 +117,7 @@ def enter_run(context: RunContext) -> None:
     _run.set(context)
 
 
-class FlowCaller(Caller, Protocol):
+class FlowCallPerformer(CallPerformer, Protocol):
     """The executor, as flow code sees it."""
 
     def perform_flow(
@@ -161,11 +161,11 @@ class Flow(Generic[P, T]):
         if loop is None:
             return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
         return cast(
-            "Coroutine[Any, Any, T]", cast(FlowCaller, loop.host).perform_flow(self, args, kwargs)
+            "Coroutine[Any, Any, T]", cast(FlowCallPerformer, loop.host).perform_flow(self, args, kwargs)
         )
 
 
-def reached(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
+def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
     """The flows that this one's code names, itself or in the functions of its package that it names: those it may start as
     children.
 
@@ -226,7 +226,7 @@ def flow(
     grace: Duration = 20.0,
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
-) -> "_Decorator": ...
+) -> "FlowDecorator": ...
 def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
     """Makes an `async def` function a flow.
 
@@ -251,7 +251,7 @@ def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **
     return decorate if fn is None else decorate(fn)
 
 
-class _Decorator(Protocol):
+class FlowDecorator(Protocol):
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Flow[P, T]: ...
 
 
@@ -280,7 +280,7 @@ async def emit(
     fields: dict[str, Any] = {"data": data, "subject": subject, "extensions": extensions}
     loop = flow_loop("emit")
     if loop is not None:
-        return await cast(FlowCaller, loop.host).perform_emit(event_type, fields)
+        return await cast(FlowCallPerformer, loop.host).perform_emit(event_type, fields)
     body = task_context()
     if body is None or not body.run_id:
         raise UsageError(
@@ -299,4 +299,4 @@ async def restart_with(**params: Any) -> NoReturn:
     loop = flow_loop("restart_with")
     if loop is None:
         raise UsageError("restart_with(): expected to be called in a flow, found no run here")
-    await cast(FlowCaller, loop.host).perform_restart(params)
+    await cast(FlowCallPerformer, loop.host).perform_restart(params)

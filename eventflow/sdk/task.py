@@ -29,8 +29,7 @@ from eventflow.core.clock import Duration, seconds
 from eventflow.core.errors import TaskTimedOut, UsageError
 from eventflow.core.retry import Retry, as_retry
 from eventflow.logs.log import get_logger
-from eventflow.loop.flow_loop import flow_loop
-from eventflow.loop.host import Host
+from eventflow.loop.flow_loop import LoopHost, flow_loop
 from eventflow.serialization.codecs import ResultCodec, fingerprint
 
 P = ParamSpec("P")
@@ -67,13 +66,13 @@ class TaskContext(msgspec.Struct, gc=False):
     task: str
     attempt: int
     idempotency_key: str
-    emitted: list[tuple[str, str, dict[str, Any]]] | None = None
+    success_events: list[tuple[str, str, dict[str, Any]]] | None = None
     arguments: bytes | None = None
     """Their fingerprint."""
-    over: bool = False
+    is_over: bool = False
     """The attempt has ended, or was given up: what its body still does counts for nothing."""
 
-    lamented: list[tuple[str, str, dict[str, Any]]] | None = None
+    failure_events: list[tuple[str, str, dict[str, Any]]] | None = None
     """Events to publish when this attempt fails and is the last."""
 
     @property
@@ -83,13 +82,13 @@ class TaskContext(msgspec.Struct, gc=False):
     def emit(self, event_type: str, fields: dict[str, Any], *, with_failure: bool = False) -> str:
         """Publishes an event with the success of the task, or with its failure. Returns its id. `emit()` is for users."""
         if with_failure:  # after a retry by hand it may fail again, of something else
-            self.lamented = self.lamented or []
-            ident = f"{self.idempotency_key}/failed#{self.attempt}.{len(self.lamented)}"
-            self.lamented.append((ident, event_type, fields))
+            self.failure_events = self.failure_events or []
+            ident = f"{self.idempotency_key}/failed#{self.attempt}.{len(self.failure_events)}"
+            self.failure_events.append((ident, event_type, fields))
         else:
-            self.emitted = self.emitted or []
-            ident = f"{self.idempotency_key}/emit#{len(self.emitted)}"
-            self.emitted.append((ident, event_type, fields))
+            self.success_events = self.success_events or []
+            ident = f"{self.idempotency_key}/emit#{len(self.success_events)}"
+            self.success_events.append((ident, event_type, fields))
         return ident
 
 
@@ -116,11 +115,11 @@ def enter_task(context: TaskContext) -> None:
     _current.set(context)
 
 
-class Call:
+class TaskCall:
     """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
 
     __slots__ = (
-        "args", "attempt", "body", "claim", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
+        "args", "attempt", "body", "call_key", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
         "thread",
     )  # fmt: skip
 
@@ -132,7 +131,7 @@ class Call:
         kwargs: dict[str, Any],
         print_: bytes | None,
     ) -> None:
-        self.task, self.claim, self.args, self.kwargs, self.fingerprint = (
+        self.task, self.call_key, self.args, self.kwargs, self.fingerprint = (
             task,
             claim,
             args,
@@ -149,15 +148,15 @@ class Call:
         self.thread: Any = None  # where a plain `def` body runs
 
 
-class Caller(Host, Protocol):
+class CallPerformer(LoopHost, Protocol):
     """The executor, as a task call sees it."""
 
-    async def perform(self, call: Call) -> Any:
+    async def perform(self, call: TaskCall) -> Any:
         """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
         ...
 
     def perform_all(
-        self, name: str, calls: Iterable[Call], limit: int, patient: bool
+        self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
     ) -> Coroutine[Any, Any, list[Any]]: ...
 
 
@@ -199,10 +198,10 @@ class Task(Generic[P, R]):
         if loop is None:
             return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
         key = self.options.key(*args, **kwargs) if self.options.key else None
-        call = Call(
-            self, loop.scope().claim(self.name, key), args, kwargs, self._fingerprint(args, kwargs)
+        call = TaskCall(
+            self, loop.current_scope().call_key(self.name, key), args, kwargs, self._fingerprint(args, kwargs)
         )
-        return cast("Coroutine[Any, Any, R]", cast(Caller, loop.host).perform(call))
+        return cast("Coroutine[Any, Any, R]", cast(CallPerformer, loop.host).perform(call))
 
     def map(
         self,
@@ -223,12 +222,12 @@ class Task(Generic[P, R]):
         loop = flow_loop(self.name)
         if loop is None:
             return self._plain_map(items, limit, return_exceptions)
-        calls = self._calls(loop.scope().child(f"{self.name}.map"), items, key or self.options.key)
-        return cast(Caller, loop.host).perform_all(self.name, calls, limit, return_exceptions)
+        calls = self._calls(loop.current_scope().child_path(f"{self.name}.map"), items, key or self.options.key)
+        return cast(CallPerformer, loop.host).perform_all(self.name, calls, limit, return_exceptions)
 
     def _calls(
         self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None
-    ) -> Iterable[Call]:
+    ) -> Iterable[TaskCall]:
         seen: set[str] = set()
         for ordinal, item in enumerate(items):
             claim = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
@@ -237,7 +236,7 @@ class Task(Generic[P, R]):
                     f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ"
                 )
             seen.add(claim)
-            yield Call(self, claim, (item,), {}, self._fingerprint((item,), {}))
+            yield TaskCall(self, claim, (item,), {}, self._fingerprint((item,), {}))
 
     def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
         if self._signature is not None:  # *args: the slow, general way
@@ -357,7 +356,7 @@ def task(
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
     on_retry: Hook | None = None,
-) -> "_Decorator": ...
+) -> "TaskDecorator": ...
 def task(
     fn: Callable[..., Any] | None = None,
     /,
@@ -388,7 +387,7 @@ def task(
     return decorate if fn is None else decorate(fn)
 
 
-class _Decorator(Protocol):
+class TaskDecorator(Protocol):
     @overload
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Task[P, T]: ...
     @overload

@@ -78,9 +78,9 @@ def test_p5_a_crash_after_any_commit_twice_over_comes_to_the_same_result() -> No
 
 
 def run_name(row: Row) -> str:
-    from eventflow.runs.run import show_id
+    from eventflow.runs.run import format_id
 
-    return show_id(row.run.id)
+    return format_id(row.run.id)
 
 
 def test_p4_a_recorded_value_is_never_computed_again() -> None:

@@ -116,7 +116,7 @@ async def test_what_a_late_run_tells(clock: VirtualClock, heard: Heard) -> None:
 
 
 async def test_whatever_the_run_does(clock: VirtualClock, heard: Heard) -> None:
-    """Running, pending in a queue, behind another in its lane, waiting, held: late is late."""
+    """Running, pending in a queue, behind another in its lane, waiting, paused: late is late."""
     go_on = asyncio.Event()
     trigger, paused = MemoryTrigger("work"), MemoryTrigger("paused")
 
@@ -134,14 +134,14 @@ async def test_whatever_the_run_does(clock: VirtualClock, heard: Heard) -> None:
     for each in (busy, train):
         app.on(RunState(each, "late", after=60), heard.flow)
     async with running(app, clock=clock):
-        app.house.reactor.pause("paused", True)
+        app.runtime.reactor.pause("paused", True)
         await paused.send(data={"seconds": 1})
         for _ in range(2):
             await app.start(busy)
             await trigger.send(data={"seconds": HOUR / 2, "lane": "one"})
         await clock.advance(60)
         assert sorted((event.data["flow"], event.data["run_state"]) for event in heard.events) == [
-            ("busy", "pending"), ("busy", "running"), ("train", "held"), ("train", "pending"), ("train", "waiting"),
+            ("busy", "pending"), ("busy", "running"), ("train", "paused"), ("train", "pending"), ("train", "waiting"),
         ]  # fmt: skip
         go_on.set()
         await drain(app, advance=False)
@@ -337,7 +337,7 @@ async def test_where_narrows_it(clock: VirtualClock, heard: Heard) -> None:
     """With `where=` only what it wants starts a run; the others are not asked about again and again."""
     app = App("late")
     app.add(train)
-    app.on(RunState("train", "late", after=60), heard.flow, where={"run_state": ["held"]})
+    app.on(RunState("train", "late", after=60), heard.flow, where={"run_state": ["paused"]})
     async with running(app, clock=clock):
         await app.start(train, seconds=HOUR)
         await clock.advance(61)
@@ -353,7 +353,7 @@ async def test_nobody_asks_and_nothing_looks(clock: VirtualClock, heard: Heard) 
     trigger = MemoryTrigger("work")
     app.on(trigger, train, where={"seconds": [1]})
     async with running(app, clock=clock):
-        app.house.reactor.pause("work", True)
+        app.runtime.reactor.pause("work", True)
         await trigger.send(data={"seconds": 1})
         assert clock.next_due is None
         await clock.advance(100 * HOUR)

@@ -8,7 +8,7 @@ import pytest
 
 from eventflow import App, flow, sleep, task
 from eventflow.logs.capture import configure
-from eventflow.runs.run import show_id
+from eventflow.runs.run import format_id
 from eventflow.testing import VirtualClock, running
 from tests.conftest import eventually
 
@@ -61,7 +61,7 @@ async def test_the_line_of_an_end_has_the_runs_ids_and_is_no_replay() -> None:
             for name, line in told().items():
                 assert line["event"] == ENDS[name]
                 assert (
-                    line["run"] == show_id(runs[name].number)
+                    line["run"] == format_id(runs[name].number)
                     and line["ledger_id"]
                     and "replay" not in line
                 )

@@ -18,7 +18,7 @@ import pytest
 from eventflow import App, Permanent, UsageError, checkpoint, current_task, flow, task
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import CheckpointFailed, NotStorable
-from eventflow.sdk.checkpoint import Checkpoint, Checkpoints
+from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.sdk.task import TaskContext
 from eventflow.testing import drain, result_of, running
 from tests.conftest import eventually
@@ -29,12 +29,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Checkpoints:
-    return Checkpoints(tmp_path / "checkpoints")
+def place(tmp_path: Path) -> CheckpointStore:
+    return CheckpointStore(tmp_path / "checkpoints")
 
 
 def attempt(
-    place: Checkpoints, number: int = 1, *, arguments: bytes | None = None, **given: Any
+    place: CheckpointStore, number: int = 1, *, arguments: bytes | None = None, **given: Any
 ) -> Checkpoint:
     """What a body's `checkpoint()` gives in attempt `number` of one call."""
     context = TaskContext("01run", "train", number, "01run/train#0", None, arguments)
@@ -71,7 +71,7 @@ STATES: list[Any] = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: str(state)[:24])
-def test_plain_data_comes_back_as_it_was(place: Checkpoints, state: Any):
+def test_plain_data_comes_back_as_it_was(place: CheckpointStore, state: Any):
     """A state of plain data is loaded equal to the last type, by another attempt."""
     attempt(place).save(state, step=4)
     saved = attempt(place, 2).load()
@@ -79,7 +79,7 @@ def test_plain_data_comes_back_as_it_was(place: Checkpoints, state: Any):
     assert repr(saved.state) == repr(state)
 
 
-def test_arrays_come_back_wherever_they_stand(place: Checkpoints):
+def test_arrays_come_back_wherever_they_stand(place: CheckpointStore):
     """numpy arrays and scalars in dicts, lists and tuples come back with their types, beside plain data; no pickle is used."""
     weights = numpy.arange(6, dtype=numpy.float32).reshape(2, 3)
     state = OrderedDict(
@@ -111,14 +111,14 @@ def test_arrays_come_back_wherever_they_stand(place: Checkpoints):
     assert got["days"].dtype == numpy.dtype("datetime64[D]")
 
 
-def test_an_array_alone_is_a_state(place: Checkpoints):
+def test_an_array_alone_is_a_state(place: CheckpointStore):
     """The state may be one array, not only a dict of them."""
     attempt(place).save(numpy.eye(3), step=1)
     saved = attempt(place).load()
     assert saved is not None and numpy.array_equal(saved.state, numpy.eye(3))
 
 
-def test_what_cannot_be_kept_is_named(place: Checkpoints):
+def test_what_cannot_be_kept_is_named(place: CheckpointStore):
     """A state that would need pickle is refused when it is saved, with the path to the culprit; the one before stands."""
     kept = attempt(place)
     kept.save({"epoch": 1}, step=1)
@@ -137,7 +137,7 @@ def test_what_cannot_be_kept_is_named(place: Checkpoints):
     assert not list(place.directory.rglob(".draft*"))
 
 
-def test_files_and_folders_are_copied(place: Checkpoints, tmp_path: Path):
+def test_files_and_folders_are_copied(place: CheckpointStore, tmp_path: Path):
     """`save_file` keeps a file or a folder as it was then; `load` gives the Path of the copy, under its own name."""
     model = tmp_path / "model.bin"
     model.write_bytes(b"one")
@@ -165,7 +165,7 @@ def test_files_and_folders_are_copied(place: Checkpoints, tmp_path: Path):
         attempt(place).save_file(tmp_path / "missing", step=3)
 
 
-def test_tensors_come_back(place: Checkpoints):
+def test_tensors_come_back(place: CheckpointStore):
     """A torch state dict comes back with its types, on the CPU; nothing but tensors is ever unpickled."""
     torch = pytest.importorskip(
         "torch", reason="torch is no dependency; this runs where it is installed"
@@ -192,7 +192,7 @@ def test_tensors_come_back(place: Checkpoints):
 # --------------------------------------------------------------------------- what is on disk
 
 
-def test_the_last_ones_are_kept(place: Checkpoints):
+def test_the_last_ones_are_kept(place: CheckpointStore):
     """By default one checkpoint is on disk, with `keep` as many, and the newest is loaded whatever its step says."""
     for step in (5, 6, 2):
         attempt(place).save({"step": step}, step)
@@ -204,7 +204,7 @@ def test_the_last_ones_are_kept(place: Checkpoints):
 
 
 def test_a_damaged_one_is_passed_over_and_said(
-    place: Checkpoints, caplog: pytest.LogCaptureFixture
+    place: CheckpointStore, caplog: pytest.LogCaptureFixture
 ):
     """A checkpoint whose bytes changed is never loaded: the one before it is, or none, and the log says so."""
     kept = attempt(place, keep=2)
@@ -221,7 +221,7 @@ def test_a_damaged_one_is_passed_over_and_said(
     assert attempt(place).load() is None
 
 
-def test_drafts_of_the_dead_are_cleared(place: Checkpoints):
+def test_drafts_of_the_dead_are_cleared(place: CheckpointStore):
     """What a killed attempt left half written is no checkpoint, and goes with the next one's first word."""
     attempt(place).save({"epoch": 1}, step=1)
     draft = place.folder("01run/train#0") / ".draft-dead"
@@ -231,14 +231,14 @@ def test_drafts_of_the_dead_are_cleared(place: Checkpoints):
     assert not draft.exists()
 
 
-def test_it_is_private(place: Checkpoints):
+def test_it_is_private(place: CheckpointStore):
     """Nobody but the owner gets into the folder."""
     attempt(place).save({}, step=1)
     folder = place.folder("01run/train#0")
     assert {each.stat().st_mode & 0o77 for each in (folder, folder.parent, place.directory)} == {0}
 
 
-def test_bounds_are_said_before_anything_is_written(place: Checkpoints, tmp_path: Path):
+def test_bounds_are_said_before_anything_is_written(place: CheckpointStore, tmp_path: Path):
     """Too large a state or file is refused with both sizes, and the checkpoint before stands."""
     attempt(place).save({"epoch": 1}, step=1)
     large = tmp_path / "large"
@@ -266,7 +266,7 @@ def test_a_disk_that_refuses_is_said(tmp_path: Path):
     """An operating system error is CheckpointFailed, which names the place."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointFailed, match=r"cannot write to .*file"):
-        attempt(Checkpoints(tmp_path / "file")).save({}, step=1)
+        attempt(CheckpointStore(tmp_path / "file")).save({}, step=1)
 
 
 FULL = """
@@ -289,7 +289,7 @@ for state in (numpy.ones(1 << 20), bytes(1 << 20), "x" * (1 << 20)):
 """
 
 
-def test_a_write_that_breaks_off_leaves_the_one_before(place: Checkpoints):
+def test_a_write_that_breaks_off_leaves_the_one_before(place: CheckpointStore):
     """When the system refuses to write on in the middle of a state, the error says so and nothing of it is left."""
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(place.directory)],
@@ -306,19 +306,19 @@ def test_a_write_that_breaks_off_leaves_the_one_before(place: Checkpoints):
 # --------------------------------------------------------------------------- whose they are
 
 
-def test_p7_an_attempt_that_is_over_saves_no_more(place: Checkpoints):
+def test_p7_an_attempt_that_is_over_saves_no_more(place: CheckpointStore):
     """A body that was given up cannot put its state over its successor's."""
     late = attempt(place)
     late.save({"by": 1}, step=1)
     assert late._context is not None
-    late._context.over = True
+    late._context.is_over = True
     attempt(place, 2).save({"by": 2}, step=2)
     with pytest.raises(CheckpointFailed, match="attempt 1 of 'train' is over"):
         late.save({"by": 1}, step=9)
     assert attempt(place, 2).load() == ({"by": 2}, 2)
 
 
-def test_other_arguments_begin_anew(place: Checkpoints, caplog: pytest.LogCaptureFixture):
+def test_other_arguments_begin_anew(place: CheckpointStore, caplog: pytest.LogCaptureFixture):
     """What was saved for other arguments of the call is not loaded; the log names what changed."""
     attempt(place, arguments=b'{"rate":0.1,"x":"?"}').save({"epoch": 1}, step=1)
     assert attempt(place, arguments=b'{"rate":0.1,"x":"?"}').load() is not None
@@ -330,7 +330,7 @@ def test_other_arguments_begin_anew(place: Checkpoints, caplog: pytest.LogCaptur
 
 
 def kept_runs(app: App) -> list[str]:
-    return app.house.checkpoints.runs()  # pyright: ignore
+    return app.runtime.checkpoints.runs()  # pyright: ignore
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -489,13 +489,13 @@ async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
     async with running(app, store=tmp_path / "store.db"):
         done, failed = await app.start(noop, fail=False), await app.start(noop, fail=True)
         await drain(app)
-        place = app.house.checkpoints  # pyright: ignore
+        place = app.runtime.checkpoints  # pyright: ignore
         for run in (done.id, failed.id, "0" * 13):
             context = TaskContext(run, "t", 1, f"{run}/t#0")
             Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
                 {}, step=1
             )
-        await app.house._sweep_checkpoints()  # pyright: ignore
+        await app.runtime._sweep_checkpoints()  # pyright: ignore
         assert kept_runs(app) == [failed.id]
 
 
@@ -526,7 +526,7 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
         run = await app.start(both)
         await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "something is kept")
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
-    place = Checkpoints(tmp_path / "store.db.checkpoints")
+    place = CheckpointStore(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
     Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
         {"epoch": 1}, step=1
@@ -578,7 +578,7 @@ async def test_a_flow_needs_no_checkpoint():
             await result_of(app, wrong)
 
 
-def test_names_keep_apart(place: Checkpoints):
+def test_names_keep_apart(place: CheckpointStore):
     """Checkpoints of one body with different names do not touch each other, and go together."""
     attempt(place).save("plain", step=1)
     context = TaskContext("01run", "train", 1, "01run/train#0")
@@ -709,7 +709,7 @@ def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
         process.stdout.close()
         told = max([told, found, *(int(line) for line in rest[:-1] if line)])
     assert told > 10
-    saved = attempt(Checkpoints(tmp_path / "kept")).load()
+    saved = attempt(CheckpointStore(tmp_path / "kept")).load()
     assert (
         saved is not None
         and saved.state["step"] == saved.step

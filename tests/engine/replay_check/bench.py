@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from eventflow.engine.execution import Execution
-from eventflow.engine.worker_services import Suspects
+from eventflow.engine.worker_services import CrashSuspectGate
 from eventflow.runs.journal import Entry, Journal
 from eventflow.runs.run import Outcome, Run
-from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.store.protocol import Append, Appended, Settle
@@ -49,7 +49,7 @@ class Bench:
     sink = None
     state = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
-    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
+    checkpoints = CheckpointStore(Path("/nonexistent"))  # nor saves anything
     flows: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -80,7 +80,7 @@ class Bench:
 
     async def _play(self, flow: Flow[..., Any]) -> Outcome | None:
         self.loop = asyncio.get_running_loop()
-        self.suspects = Suspects(4)
+        self.suspects = CrashSuspectGate(4)
         run = Run(id=7, flow=flow.name, created_at=BORN, due_at=BORN, started_at=BORN, token=1)
         self.execution = Execution(self, run, flow, Journal(self.kept))  # type: ignore[arg-type]
         self.loop.call_soon(self.execution.begin)

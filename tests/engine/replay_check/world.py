@@ -19,7 +19,7 @@ import orjson
 
 from eventflow.core.errors import NotStorable, StoreError
 from eventflow.engine.execution import Execution
-from eventflow.engine.worker_services import Suspects
+from eventflow.engine.worker_services import CrashSuspectGate
 from eventflow.runs.journal import Entry, Journal, Kind
 from eventflow.runs.run import (
     Cancelled,
@@ -33,7 +33,7 @@ from eventflow.runs.run import (
     State,
     Suspended,
 )  # fmt: skip
-from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.codecs import decode_error
@@ -107,7 +107,7 @@ class World:
     flows: ClassVar[dict[str, Any]] = {}
     failed: StoreError | None = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
-    checkpoints = Checkpoints(Path("/nonexistent"))  # nor saves anything
+    checkpoints = CheckpointStore(Path("/nonexistent"))  # nor saves anything
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
@@ -211,7 +211,7 @@ class World:
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
         if self.eager:
             self.loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
-        self.suspects = Suspects(4)
+        self.suspects = CrashSuspectGate(4)
         try:
             while await self._turn(until):
                 pass
@@ -265,7 +265,7 @@ class World:
             await asyncio.sleep(0)
             turns += 1
             threads = self.threads.busy and not self.threads_may_block
-            busy = threads or any(execution.loop.foreign for execution in self.executions.values())
+            busy = threads or any(execution.loop.unjournaled_awaits for execution in self.executions.values())
             if busy:
                 turns = 0
                 await asyncio.sleep(0.001)
