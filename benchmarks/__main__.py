@@ -2,8 +2,9 @@
 
     python -m benchmarks [W1 W2 …] [--quick] [--rounds N] [--loop uvloop | asyncio] [--gate]
 
-Every sample of a side is a process of its own; the sides take turns, so that both meet the same machine. A figure is the median
-over the rounds' pairs. With --gate the exit code is 1 when a figure falls below 0.7 of its floor, or cannot be taken at all.
+Every sample of a side is a process of its own; the sides take turns, so that both meet the same
+machine. A figure is the median over the rounds' pairs. With --gate the exit code is 1 when a figure
+falls below 0.7 of its floor, or cannot be taken at all.
 """
 
 import argparse

@@ -1,7 +1,9 @@
-"""busy: how long a webhook's sender waits for its 202 while the flows' thread computes without a pause, in plain Python.
+"""busy: how long a webhook's sender waits for its 202 while the flows' thread computes without a
+pause, in plain Python.
 
-Only one thread at a time runs Python, so the way in and the writer must take the interpreter back from a flow that has no
-reason to give it up: for the request, for each statement of the commit, for the answer.
+Only one thread at a time runs Python, so the way in and the writer must take the interpreter back
+from a flow that has no reason to give it up: for the request, for each statement of the commit, for
+the answer.
 """
 
 import asyncio

@@ -1,7 +1,9 @@
-"""A bare uvicorn that reads a POST's body and answers 202, and the load that measures it and eventflow's webhooks alike.
+"""A bare uvicorn that reads a POST's body and answers 202, and the load that measures it and
+eventflow's webhooks alike.
 
-Server and load are separate processes. The load keeps N connections alive, each with one request under way (no pipelining), on
-raw sockets: it must cost little beside what it measures. `w1h.py` divides by what this server does.
+Server and load are separate processes. The load keeps N connections alive, each with one request
+under way (no pipelining), on raw sockets: it must cost little beside what it measures. `w1h.py`
+divides by what this server does.
 
     python -m benchmarks.echo                         measure the echo
     python -m benchmarks.echo --load HOST:PORT/PATH   only the load, against a server that is up
@@ -46,7 +48,9 @@ async def app(
 
 
 class Connection(asyncio.Protocol):
-    """Sends the next request when the last one's answer is complete; closes when there is none left."""
+    """Sends the next request when the last one's answer is complete; closes when there is none
+    left.
+    """
 
     def __init__(
         self, requests: Iterator[bytes], statuses: Counter[int], done: asyncio.Future[None]
@@ -88,7 +92,9 @@ def content_length(head: bytes) -> int:
 
 
 def requests(path: str, count: int) -> Iterator[bytes]:
-    """POSTs of distinct events; the id stands in the header that webhooks without a preset are known by."""
+    """POSTs of distinct events; the id stands in the header that webhooks without a preset are
+    known by.
+    """
     for number, body in enumerate(load.bodies(count)):
         head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nwebhook-id: m-{number}\r\n"
         yield f"{head}content-length: {len(body)}\r\n\r\n".encode() + body

@@ -1,8 +1,10 @@
-"""Kafka: how fast records get into the ledger, beside a bare aiokafka loop that inserts each batch into SQLite.
+"""Kafka: how fast records get into the ledger, beside a bare aiokafka loop that inserts each batch
+into SQLite.
 
-Both sides read the same number of small JSON records from a topic of four partitions, of a broker of their own (tansu), from
-the first assignment until the last record is durable (WAL, `synchronous=FULL`, one transaction per batch). On our side each
-record is an event matched to a subscription; its run is recorded and held, so that no flow competes for the processor.
+Both sides read the same number of small JSON records from a topic of four partitions, of a broker
+of their own (tansu), from the first assignment until the last record is durable (WAL,
+`synchronous=FULL`, one transaction per batch). On our side each record is an event matched to a
+subscription; its run is recorded and held, so that no flow competes for the processor.
 
     python -m benchmarks.kafka waiting [--records 1000000] [--max-pending 10000]
 
@@ -125,7 +127,7 @@ async def reading(broker: Broker, topic: str, **options: Any) -> AsyncIterator[t
         app.on(trigger, take)
         try:
             async with app:
-                app.house.reactor.pause("kafka", True)
+                app.runtime.reactor.pause("kafka", True)
                 yield app, trigger
         finally:
             logs.close()
@@ -146,7 +148,9 @@ SIDES = {"eventflow": eventflow, "limit": bare}
 
 
 async def waiting(count: int, max_pending: int, seconds: float = 60.0) -> tuple[float, float, int]:
-    """Resident megabytes when the ledger has just become full, and at most in the time after that; and the lag then."""
+    """Resident megabytes when the ledger has just become full, and at most in the time after that;
+    and the lag then.
+    """
     async with (
         filled(count) as (broker, topic),
         reading(broker, topic, max_pending=max_pending) as (app, trigger),

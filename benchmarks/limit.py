@@ -1,13 +1,15 @@
-"""The limit loop: the bare durable work of one-task runs, written by hand, in the fastest honest way found. No features.
+"""The limit loop: the bare durable work of one-task runs, written by hand, in the fastest honest
+way found. No features.
 
-Per event: decode; COMMIT the event under its unique key with its run (a partial index holds the live ones); run one coroutine
-as an asyncio task; COMMIT its result to the journal; COMMIT the finished run. Whatever is ready goes into one commit (WAL,
-`synchronous=FULL`), and a run's begin and end each write one JSON line to a log
-file. `w1.py` and `w2.py` divide by it.
+Per event: decode; COMMIT the event under its unique key with its run (a partial index holds the
+live ones); run one coroutine as an asyncio task; COMMIT its result to the journal; COMMIT the
+finished run. Whatever is ready goes into one commit (WAL, `synchronous=FULL`), and a run's begin
+and end each write one JSON line to a log file. `w1.py` and `w2.py` divide by it.
 
-Found by measuring (2 cores, medians of five, runs/s for 100 at a time and one at a time): multi-row VALUES on the loop's own
-thread 38,000 and 31,000; json_each 36,000 and 30,000; executemany 33,000 and 26,000; VALUES in a writer thread 40,000 and
-31,000, but an idle event then waits for two thread switches more. So: VALUES, on the loop's thread.
+Found by measuring (2 cores, medians of five, runs/s for 100 at a time and one at a time): multi-row
+VALUES on the loop's own thread 38,000 and 31,000; json_each 36,000 and 30,000; executemany 33,000
+and 26,000; VALUES in a writer thread 40,000 and 31,000, but an idle event then waits for two thread
+switches more. So: VALUES, on the loop's thread.
 
     python -m benchmarks.limit [batch | single | latency] [--events N] [--loop uvloop | asyncio]
 """

@@ -1,7 +1,7 @@
 """The load both sides of a measure are put under: the same bytes, the same callers, the same clock.
 
-`w1.py`, `w2.py` and `limit.py` call it; it knows neither the limit loop nor eventflow, only something that accepts bodies and
-something that counts finished runs.
+`w1.py`, `w2.py` and `limit.py` call it; it knows neither the limit loop nor eventflow, only
+something that accepts bodies and something that counts finished runs.
 """
 
 import asyncio
@@ -18,7 +18,9 @@ Accept = Callable[..., Awaitable[Any]]
 Count = Callable[[], Awaitable[int]]
 
 MODES = {"batch": (100, 16), "single": (1, 200)}
-"""Events handed in by one call, and how many callers do so at once, each waiting until its events are durable."""
+"""Events handed in by one call, and how many callers do so at once, each waiting until its events
+are durable.
+"""
 
 
 class Latency(NamedTuple):
@@ -96,7 +98,9 @@ class Probe:
         return {"total": data["amount"] * 2}
 
     async def measure(self, accept: Accept, given: Iterable[bytes], finished: Count) -> Latency:
-        """Hands in one event at a time, each after the last one's run has finished and the machine has gone idle."""
+        """Hands in one event at a time, each after the last one's run has finished and the machine
+        has gone idle.
+        """
         for number, body in enumerate(given, 1):
             self.began = time.perf_counter()
             await accept(body)

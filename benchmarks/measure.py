@@ -1,6 +1,8 @@
-"""What a measure is made of, and how its verdict is found. The modules `w*.py` give values, `__main__.py` runs and prints them.
+"""What a measure is made of, and how its verdict is found. The modules `w*.py` give values,
+`__main__.py` runs and prints them.
 
-A measure module has FIGURES, and SIDES: by name, a coroutine function that takes one sample and returns a value per figure.
+A measure module has FIGURES, and SIDES: by name, a coroutine function that takes one sample and
+returns a value per figure.
 """
 
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 from statistics import median
 
 GATE = 0.7
-"""CI lets a figure fall to this part of its floor: shared machines are noisy, and a real regression is larger."""
+"""CI lets a figure fall to this part of its floor: shared machines are noisy, and a real regression
+is larger.
+"""
 
 
 def ratio(ours: float, limit: float) -> float:
@@ -25,7 +29,9 @@ def alone(ours: float, _: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One row of the table: `combine(eventflow's value, the limit's)` against a floor and a goal."""
+    """One row of the table: `combine(eventflow's value, the limit's)` against a floor and a
+    goal.
+    """
 
     key: str
     what: str

@@ -1,4 +1,6 @@
-"""Memory: resident size of an open App, idle; with 100,000 pending runs; and what one suspended run adds."""
+"""Memory: resident size of an open App, idle; with 100,000 pending runs; and what one suspended run
+adds.
+"""
 
 import asyncio
 import gc
@@ -34,7 +36,9 @@ def resident() -> float:
 
 
 async def while_pending(events: int) -> tuple[float, float]:
-    """Resident megabytes of an idle App, and of one whose only slot is taken while `events` wait."""
+    """Resident megabytes of an idle App, and of one whose only slot is taken while `events`
+    wait.
+    """
 
     @task
     async def endless() -> None:
@@ -55,7 +59,9 @@ async def while_pending(events: int) -> tuple[float, float]:
 
 
 async def per_suspended(runs: int) -> float:
-    """Kilobytes that each of `runs` sleeping runs adds, once as many have slept before (the process is warm)."""
+    """Kilobytes that each of `runs` sleeping runs adds, once as many have slept before (the process
+    is warm).
+    """
 
     @flow
     async def sleeping(amount: int) -> None:
@@ -65,7 +71,7 @@ async def per_suspended(runs: int) -> float:
 
         async def suspended() -> int:
             """Runs started that have left memory; a list of them would be measured with them."""
-            return (await opened.app.store.counts())["runs"] - opened.app.house.worker.load[
+            return (await opened.app.store.counts())["runs"] - opened.app.runtime.worker.load[
                 "in_memory"
             ]
 

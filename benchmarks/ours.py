@@ -1,4 +1,5 @@
-"""eventflow under the load: an App with one flow of one task, a trigger that is called instead of calling, INFO logs to a file.
+"""eventflow under the load: an App with one flow of one task, a trigger that is called instead of
+calling, INFO logs to a file.
 
 The eventflow side of every measure stands on this room, and only on what a user has too.
 """
@@ -36,7 +37,9 @@ class Ours:
         self.app, self.intake = app, intake
 
     async def accept(self, *bodies: bytes) -> None:
-        """What a trigger does: makes events of bytes, hands them in, returns when they are durable."""
+        """What a trigger does: makes events of bytes, hands them in, returns when they are
+        durable.
+        """
         await self.intake.accept(*map(Event.from_json, bodies))
 
     async def count(self) -> int:
@@ -58,7 +61,8 @@ async def opened(flow: Any, *, store: Path | None = None, **options: Any) -> Asy
         (Path(folder) / "bench.log").open("ab", buffering=1 << 20) as stream,
     ):
         logs = configure(stream=stream, pretty=False, capture=False)
-        tune_interpreter()  # as `eventflow serve` does; the limit loop, in the same process, has it too
+        # as `eventflow serve` does; the limit loop, in the same process, has it too
+        tune_interpreter()
         trigger = Memory()
         app = App("bench", store=f"sqlite:///{store or Path(folder) / 'bench.db'}", **options)
         app.on(trigger, flow)

@@ -1,7 +1,9 @@
-"""Counting: what `Batch` and `count` add to the recording of an event, on one core; and what an open key takes of memory.
+"""Counting: what `Batch` and `count` add to the recording of an event, on one core; and what an
+open key takes of memory.
 
-Each is the writer's own work in its transactions (looking up what is open, deciding, writing it back), on SQLite in memory, so
-that no disk is measured; the event's own row is left out. `machine` is the pattern's machine by itself.
+Each is the writer's own work in its transactions (looking up what is open, deciding, writing it
+back), on SQLite in memory, so that no disk is measured; the event's own row is left out. `machine`
+is the pattern's machine by itself.
 """
 
 import sqlite3
@@ -13,8 +15,8 @@ from benchmarks.measure import Figure, alone
 from benchmarks.memory import resident
 from eventflow import App, Batch, Event, count, flow
 from eventflow.core.clock import SystemClock, to_datetime
-from eventflow.routing.pattern_machine import Item, State
-from eventflow.routing.patterns import joined
+from eventflow.routing.pattern_machine import PatternItem, PatternState
+from eventflow.routing.patterns import compile_pattern
 from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.apply import deliver
@@ -68,7 +70,7 @@ def writer(app: App, events: int) -> float:
     connection = sqlite3.connect(":memory:", isolation_level=None)
     for _, sql in migrations():
         connection.executescript(sql)
-    arrivals = (router.arrive("events", event) for event in made(events))
+    arrivals = (router.route("events", event) for event in made(events))
     spent = 0.0
     totals: dict[str, int] = dict.fromkeys(TOTALS, 0)
     while step := list(islice(arrivals, STEP)):
@@ -115,21 +117,21 @@ def made(events: int) -> Iterator[Event]:
 
 
 def machine(events: int) -> float:
-    states: dict[int, State] = {}
+    states: dict[int, PatternState] = {}
     began = time.process_time()
     feed(states, events, KEYS)
     return events / (time.process_time() - began)
 
 
 def feed(
-    states: dict[int, State], events: int, keys: int, size: int = SIZE, first: int = 0
+    states: dict[int, PatternState], events: int, keys: int, size: int = SIZE, first: int = 0
 ) -> None:
     """Events of `keys` keys in turn, one each millisecond; what is not open is not kept."""
-    counted = joined(count("click", size, within=3600, by="k")).machine
+    counted = compile_pattern(count("click", size, within=3600, by="k")).machine
     for n in range(first, first + events):
         now, key = n * 1000, n % keys
         state = states.get(key) or counted.fresh(now)
-        counted.advance(state, now, 0, Item(now, now, (n,), 100))
+        counted.advance(state, now, 0, PatternItem(now, now, (n,), 100))
         counted.due(state)
         if counted.is_open(state):
             states[key] = state
@@ -138,8 +140,10 @@ def feed(
 
 
 def memory(keys: int) -> tuple[float, float]:
-    """Kilobytes of an open key with five events in it; megabytes that ten times the events add while the keys stay as many."""
-    states: dict[int, State] = {}
+    """Kilobytes of an open key with five events in it; megabytes that ten times the events add
+    while the keys stay as many.
+    """
+    states: dict[int, PatternState] = {}
     feed({}, keys, keys)
     before = resident()
     feed(states, 25 * keys, keys, size=10)

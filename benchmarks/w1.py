@@ -1,4 +1,6 @@
-"""W1: durable one-task runs per second, beside the limit loop's: events accepted 100 at a time, and one at a time."""
+"""W1: durable one-task runs per second, beside the limit loop's: events accepted 100 at a time, and
+one at a time.
+"""
 
 from benchmarks import limit, load, ours
 from benchmarks.measure import Figure

@@ -1,4 +1,6 @@
-"""W1h: W1 through real HTTP webhooks, beside the sum of a bare uvicorn's time and the limit loop's time for one event."""
+"""W1h: W1 through real HTTP webhooks, beside the sum of a bare uvicorn's time and the limit loop's
+time for one event.
+"""
 
 import asyncio
 import json
@@ -37,7 +39,9 @@ async def eventflow(quick: bool) -> dict[str, float]:
 
 @contextmanager
 def serving(folder: Path, app: str) -> Iterator[str]:
-    """`eventflow serve` on this app's text, with `bench.db` in the folder; yields its URL, and kills it."""
+    """`eventflow serve` on this app's text, with `bench.db` in the folder; yields its URL, and
+    kills it.
+    """
     (folder / "app.py").write_text(app)
     store = f"sqlite:///{folder / 'bench.db'}"
     eventflow = str(Path(sys.executable).with_name("eventflow"))
@@ -54,7 +58,9 @@ def serving(folder: Path, app: str) -> Iterator[str]:
 
 
 def serve_and_load(folder: Path, events: int) -> float:
-    """Runs/s from the first request to the last run settled, with the server, the load and this count in three processes."""
+    """Runs/s from the first request to the last run settled, with the server, the load and this
+    count in three processes.
+    """
     with serving(folder, APP) as url:
         began = time.perf_counter()
         echo.load_from_outside(int(url.rpartition(":")[2]), "/hooks/orders", events)

@@ -1,4 +1,6 @@
-"""W2: from an event handed in to the first line of its task, one at a time, beside the limit loop's own."""
+"""W2: from an event handed in to the first line of its task, one at a time, beside the limit loop's
+own.
+"""
 
 from benchmarks import limit, load, ours
 from benchmarks.measure import Figure

@@ -1,4 +1,6 @@
-"""W3: what a task call costs in a run beyond its commit: in sequence, gathered, and with ten times as many."""
+"""W3: what a task call costs in a run beyond its commit: in sequence, gathered, and with ten times
+as many.
+"""
 
 import asyncio
 import sqlite3

@@ -1,4 +1,6 @@
-"""W4: how long a newcomer waits: `import eventflow` beside importing what it stands on, and a script up to its first run."""
+"""W4: how long a newcomer waits: `import eventflow` beside importing what it stands on, and a
+script up to its first run.
+"""
 
 import asyncio
 import os
@@ -18,7 +20,9 @@ FIGURES = (
 WRITES_BYTE_CODE = {
     name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
 }
-"""As everywhere but on some developers' machines: there each import would compile eventflow anew, and nothing else."""
+"""As everywhere but on some developers' machines: there each import would compile eventflow anew,
+and nothing else.
+"""
 
 TIMED_IMPORT = (
     "import time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)"

@@ -1,4 +1,6 @@
-"""W5: runs whose task fails twice and then succeeds, without delay, beside runs whose task succeeds at once (W1)."""
+"""W5: runs whose task fails twice and then succeeds, without delay, beside runs whose task succeeds
+at once (W1).
+"""
 
 from benchmarks import ours
 from benchmarks.measure import Figure

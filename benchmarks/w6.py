@@ -1,6 +1,8 @@
-"""W6: `kill -9` with 10,000 runs in flight, then a start on the same store: how soon it is ready, and has claimed them all.
+"""W6: `kill -9` with 10,000 runs in flight, then a start on the same store: how soon it is ready,
+and has claimed them all.
 
-python -m benchmarks.w6 STORE RUNS EVENTS     the process that is killed, and the one after it (EVENTS = 0)
+python -m benchmarks.w6 STORE RUNS EVENTS     the process that is killed, and the one after it
+(EVENTS = 0)
 """
 
 import asyncio
@@ -57,7 +59,9 @@ def expect(word: str, line: str) -> str:
 
 
 async def hold(store: Path, runs: int, events: int) -> None:
-    """Accepts `events`, says when open and when all `runs` have begun their flow, and then waits to be killed."""
+    """Accepts `events`, says when open and when all `runs` have begun their flow, and then waits to
+    be killed.
+    """
     begun = 0
 
     @task

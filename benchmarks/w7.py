@@ -1,6 +1,7 @@
 """W7: W1 with a million finished runs in the store, beside an empty one.
 
-The full store is made once, by running the runs, and kept under .eventflow/; every sample adds to it.
+The full store is made once, by running the runs, and kept under .eventflow/; every sample adds to
+it.
 """
 
 from pathlib import Path

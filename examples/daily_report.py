@@ -1,14 +1,16 @@
-"""Each morning a report of the day before, and every minute the totals of today; days that were missed are made up for.
+"""Each morning a report of the day before, and every minute the totals of today; days that were
+missed are made up for.
 
     mkdir -p data && echo at,region,amount > data/sales.csv
     for day in 01 02 03; do echo "2026-05-${day}T23:30:00+02:00,north,$day"; done >> data/sales.csv
     eventflow serve examples/daily_report.py
     eventflow backfill report --trigger daily-report --from 2026-05-01 --to 2026-05-05
 
-Watch: `backfill` says that there are four mornings, asks, and reports/2026-05-01.json to 03 appear; the first morning is that
-of a day without sales, which fails for good and is listed. Given again it starts nothing. Add a sale of today to the file, and
-within a minute reports/today.json has it. Stop the server over a morning: the next start reports at once, and the event says
-`catchup`. Where clocks change, a day is what Berlin's clocks call one: 23 or 25 hours.
+Watch: `backfill` says that there are four mornings, asks, and reports/2026-05-01.json to 03 appear;
+the first morning is that of a day without sales, which fails for good and is listed. Given again it
+starts nothing. Add a sale of today to the file, and within a minute reports/today.json has it. Stop
+the server over a morning: the next start reports at once, and the event says `catchup`. Where
+clocks change, a day is what Berlin's clocks call one: 23 or 25 hours.
 """
 
 import csv
@@ -37,7 +39,9 @@ def total(day: date) -> dict[str, float]:
 
 @task
 def write(name: str, sums: dict[str, float], at: str) -> str:
-    """Whole or not at all, and the same when written twice: a task body may run again after a crash."""
+    """Whole or not at all, and the same when written twice: a task body may run again after a
+    crash.
+    """
     REPORTS.mkdir(exist_ok=True)
     path = REPORTS / f"{name}.json"
     (part := path.with_suffix(".part")).write_text(json.dumps({"totals": sums, "as_of": at}) + "\n")
@@ -47,7 +51,9 @@ def write(name: str, sums: dict[str, float], at: str) -> str:
 
 @flow
 async def report(local_time: datetime) -> str:
-    """Of the day before the nominal time, not before now: a report that is late, or backfilled, is of the right day."""
+    """Of the day before the nominal time, not before now: a report that is late, or backfilled, is
+    of the right day.
+    """
     day = local_time.date() - timedelta(days=1)
     sums = await total(day)
     if not sums:
@@ -57,7 +63,9 @@ async def report(local_time: datetime) -> str:
 
 @flow
 async def today() -> str:
-    """`current_run().now` stays what it was when the run is replayed after a crash; `datetime.now()` would not."""
+    """`current_run().now` stays what it was when the run is replayed after a crash;
+    `datetime.now()` would not.
+    """
     now = current_run().now.astimezone()
     return await write("today", await total(now.date()), now.astimezone(UTC).isoformat())
 

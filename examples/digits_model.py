@@ -1,10 +1,12 @@
-"""Handwritten digits of scikit-learn and a classifier for them: what examples/drift_retrain.py trains, epoch by epoch.
+"""Handwritten digits of scikit-learn and a classifier for them: what examples/drift_retrain.py
+trains, epoch by epoch.
 
     python examples/digits_model.py 900
     python examples/digits_model.py 1797
 
-Watch: so many digits "have arrived" in data/digits.npz, and ten epochs of SGD on them, with loss, gradient and accuracy. From
-number 900 on the scanner is askew (every picture is a pixel to the right): a model trained before that is bad at the rest.
+Watch: so many digits "have arrived" in data/digits.npz, and ten epochs of SGD on them, with loss,
+gradient and accuracy. From number 900 on the scanner is askew (every picture is a pixel to the
+right): a model trained before that is bad at the rest.
 """
 
 import sys
@@ -30,7 +32,9 @@ def arrive(count: int) -> None:
 
 
 def arrived(*, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Every fifth of the newest 600 digits is held out, the others of all that came are trained on."""
+    """Every fifth of the newest 600 digits is held out, the others of all that came are trained
+    on.
+    """
     with np.load(DATA) as data:
         x, y = data["x"], data["y"]
     number = np.arange(len(y))
@@ -45,9 +49,11 @@ def fresh() -> Model:
 def train_epoch(
     model: Model, x: np.ndarray, y: np.ndarray, epoch: int, rate: float = 0.5
 ) -> tuple[Model, float, float]:
-    """The model after one epoch of softmax regression by SGD, the mean loss, and the largest norm of a gradient.
+    """The model after one epoch of softmax regression by SGD, the mean loss, and the largest norm
+    of a gradient.
 
-    The same epoch on the same data gives the same model, so that a training that was killed ends as one that was not.
+    The same epoch on the same data gives the same model, so that a training that was killed ends as
+    one that was not.
     """
     w, b, losses, norms = model["w"].copy(), model["b"].copy(), [], []
     for batch in np.array_split(

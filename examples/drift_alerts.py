@@ -1,11 +1,13 @@
-"""The whole loop on a team's own monitoring: a drifting metric, a Prometheus rule, Alertmanager, and one retraining.
+"""The whole loop on a team's own monitoring: a drifting metric, a Prometheus rule, Alertmanager,
+and one retraining.
 
     export DRIFT_TOKEN=secret
     eventflow serve examples/drift_alerts.py --open-metrics
     curl localhost:8710/hooks/scores -H 'content-type: application/json' -d '{"amount": 12.5}'
 
-`DriftMonitor` counts the scored rows and shows its statistics in /metrics as `eventflow_trigger_drift_statistic`; the rule in
-docs/guides/drift.md watches that, and Alertmanager posts to /hooks/alerts:
+`DriftMonitor` counts the scored rows and shows its statistics in /metrics as
+`eventflow_trigger_drift_statistic`; the rule in docs/guides/drift.md watches that, and Alertmanager
+posts to /hooks/alerts:
 
     receivers:
       - name: retrain
@@ -13,9 +15,10 @@ docs/guides/drift.md watches that, and Alertmanager posts to /hooks/alerts:
           - url: http://localhost:8710/hooks/alerts
             http_config: {authorization: {credentials: secret}}
 
-Watch: 400 rows around 10 are learned as the reference; windows of 200 around 12 push the statistic over 0.2. The alert fires,
-one training runs, and the alert's repeats and its end start nothing: `eventflow ls events` shows one `drift.detected`, which
-counts its duplicates, and one `drift.resolved`.
+Watch: 400 rows around 10 are learned as the reference; windows of 200 around 12 push the statistic
+over 0.2. The alert fires, one training runs, and the alert's repeats and its end start nothing:
+`eventflow ls events` shows one `drift.detected`, which counts its duplicates, and one
+`drift.resolved`.
 """
 
 from eventflow import App, Event, Retry, Singleflight, current_run, flow, task
@@ -38,7 +41,9 @@ async def retrain(drift: Drift) -> str:
 
 @flow
 async def note(event: Event) -> str:
-    """Everything else that is told of a drift: that it got worse, is over, or can no longer be judged."""
+    """Everything else that is told of a drift: that it got worse, is over, or can no longer be
+    judged.
+    """
     return f"{event.type} of {event.subject}"
 
 

@@ -1,11 +1,13 @@
-"""A fan-out over 10,000 items: kill it half-way, start it again, and it finishes without computing a recorded item twice.
+"""A fan-out over 10,000 items: kill it half-way, start it again, and it finishes without computing
+a recorded item twice.
 
     timeout -s KILL 2 python examples/fan_out.py     # dies in the middle, as pods and laptops do
     python examples/fan_out.py                       # goes on where the journal ends
     python examples/fan_out.py                       # only prints: the run is done, its result is recorded
 
-The chore: the value at risk of 10,000 positions, each simulated on its own. Watch the last line of each start: "computed here"
-counts what was not recorded before. `python examples/fan_out.py 2026-08-01` is another day, so another run.
+The chore: the value at risk of 10,000 positions, each simulated on its own. Watch the last line of
+each start: "computed here" counts what was not recorded before. `python examples/fan_out.py
+2026-08-01` is another day, so another run.
 """
 
 import asyncio
@@ -21,7 +23,9 @@ POSITIONS, DAYS = 10_000, 200
 
 @task
 def simulate(position: int) -> float:
-    """The loss that this position exceeds on one day in twenty. Seeded, so that everyone gets the same figure."""
+    """The loss that this position exceeds on one day in twenty. Seeded, so that everyone gets the
+    same figure.
+    """
     draw = Random(position)
     size, volatility = draw.uniform(1e3, 1e5), draw.uniform(0.01, 0.05)
     days = sorted(size * draw.gauss(0, volatility) for _ in range(DAYS))
@@ -34,14 +38,18 @@ def simulate(position: int) -> float:
 
 @flow
 async def value_at_risk(day: str) -> str:
-    """One task call per position, 500 at a time. Each value is recorded; those that are ready together share a commit."""
+    """One task call per position, 500 at a time. Each value is recorded; those that are ready
+    together share a commit.
+    """
     losses = await simulate.map(range(POSITIONS), limit=500)
     return f"{day}: {sum(losses):,.2f} at risk, the worst position {max(losses):,.2f}"
 
 
 @asynccontextmanager
 async def lifespan() -> AsyncIterator[list[int]]:
-    """What lives as long as the app and tasks read as `current_run().state`: here a list, elsewhere a model or a pool."""
+    """What lives as long as the app and tasks read as `current_run().state`: here a list, elsewhere
+    a model or a pool.
+    """
     computed: list[int] = []
     yield computed
     print(f"{len(computed):,} computed here")

@@ -1,11 +1,13 @@
-"""A FastAPI service that scores durably: eventflow lives inside it, the model is loaded once, every answer is remembered.
+"""A FastAPI service that scores durably: eventflow lives inside it, the model is loaded once, every
+answer is remembered.
 
     uvicorn examples.fastapi_scoring:api --port 8000
     curl localhost:8000/score -H 'content-type: application/json' -d '{"id": "o-1", "total": 99.5}'
 
-Watch: the same order again answers with the same run and score, for its id is the idempotency key; other figures under a known
-id are a 409. `predict` is plain code: it runs in a thread, holding up nobody. Kill the service in the middle of a `POST /batch`
-and start it again: the batch goes on unasked, and `GET /runs/ID` has its result.
+Watch: the same order again answers with the same run and score, for its id is the idempotency key;
+other figures under a known id are a 409. `predict` is plain code: it runs in a thread, holding up
+nobody. Kill the service in the middle of a `POST /batch` and start it again: the batch goes on
+unasked, and `GET /runs/ID` has its result.
 """
 
 import math

@@ -58,7 +58,8 @@ async def handle(order: Order) -> float:
 
 
 app = App("kafka-orders")
-# A member with a name of its own comes back after a kill at once; others wait until the group has given up the dead one.
+# A member with a name of its own comes back after a kill at once; others wait until the group has
+# given up the dead one.
 orders = Kafka(
     "orders", bootstrap_servers=BROKER, group_id="kafka-orders", group_instance_id="server-1"
 )

@@ -32,7 +32,9 @@ class Checked(msgspec.Struct):
 
 @task(retries=Retry(attempts=3, delay=1, give_up_on=(UnicodeDecodeError,)))
 def validate(path: str) -> Checked:
-    """Reads the file. A row may be wrong; a file without its columns is nobody's sales, and reading it again cannot help."""
+    """Reads the file. A row may be wrong; a file without its columns is nobody's sales, and reading
+    it again cannot help.
+    """
     checked = Checked([], [])
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -64,7 +66,9 @@ def report(name: str, totals: dict[str, float], bad: int) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all, and the same when written twice: a task body may run again after a crash."""
+    """Whole or not at all, and the same when written twice: a task body may run again after a
+    crash.
+    """
     path.parent.mkdir(exist_ok=True)
     (part := path.with_suffix(".part")).write_text(text)
     part.replace(path)

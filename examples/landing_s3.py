@@ -32,7 +32,9 @@ PLACE = {
 
 @task(retries=Retry(attempts=5, give_up_on=(UnicodeDecodeError,)))
 async def validate(key: str, etag: str) -> tuple[list[tuple[str, float]], int]:
-    """Reads the version that the event is about: its sales, and how many rows are none. Some files are nobody's sales."""
+    """Reads the version that the event is about: its sales, and how many rows are none. Some files
+    are nobody's sales.
+    """
     s3 = current_run().state
     try:
         found = await s3.get_object(Bucket=BUCKET, Key=key, IfMatch=etag)

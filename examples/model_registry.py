@@ -1,9 +1,11 @@
-"""A model registry in a folder, and in MLflow when MLFLOW_TRACKING_URI is set: where examples/drift_retrain.py registers.
+"""A model registry in a folder, and in MLflow when MLFLOW_TRACKING_URI is set: where
+examples/drift_retrain.py registers.
 
     python examples/model_registry.py digits
 
-Watch: the versions in models/digits/, and which of them is the champion. A model is registered under a key, and the same key
-again is the same version: a task that is killed between registering and being recorded registers nothing twice.
+Watch: the versions in models/digits/, and which of them is the champion. A model is registered
+under a key, and the same key again is the same version: a task that is killed between registering
+and being recorded registers nothing twice.
 """
 
 import hashlib
@@ -19,7 +21,9 @@ MODELS = Path("models")
 
 
 def register(name: str, model: Any, scores: dict[str, float], key: str) -> str:
-    """Registers a version and makes it the champion; returns its name. Again with the same key: the same version."""
+    """Registers a version and makes it the champion; returns its name. Again with the same key: the
+    same version.
+    """
     version = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = MODELS / Path(name).name
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +55,9 @@ def _write(path: Path, text: str) -> None:
 
 
 def _to_mlflow(uri: str, name: str, version: str, file: Path, scores: dict[str, float]) -> None:
-    """A run with the scores and the file, and a model version tagged with ours, which is how it is known again."""
+    """A run with the scores and the file, and a model version tagged with ours, which is how it is
+    known again.
+    """
     tags = [{"key": "eventflow.version", "value": version}]
     with httpx2.Client(base_url=f"{uri}/api/2.0/mlflow", timeout=30) as api:
         known = (

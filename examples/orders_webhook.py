@@ -38,7 +38,9 @@ class Order(msgspec.Struct):
 
 @task(retries=Retry(attempts=8, delay=0.2, max_delay=60), timeout=10)
 async def score(order: Order) -> float:
-    """Asks the model server. Busy: when it says. Refused: never again. Anything else: with growing, random pauses."""
+    """Asks the model server. Busy: when it says. Refused: never again. Anything else: with growing,
+    random pauses.
+    """
     client: httpx2.AsyncClient = current_run().state
     reply = await client.post(SCORER, json=msgspec.to_builtins(order))
     if reply.status_code in (429, 503):
@@ -52,7 +54,9 @@ async def score(order: Order) -> float:
 
 @task
 def file_score(order: Order, value: float) -> None:
-    """Appends one line. A body runs at least once, so the line carries a key by which a reader drops a second one."""
+    """Appends one line. A body runs at least once, so the line carries a key by which a reader
+    drops a second one.
+    """
     with SCORES.open("a") as file:
         file.write(
             json.dumps({"order": order.id, "score": value, "key": current_task().idempotency_key})

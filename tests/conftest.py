@@ -1,7 +1,9 @@
-"""What every test stands on: asyncio as the loop, an environment without the developer's own settings, and the one way to wait.
+"""What every test stands on: asyncio as the loop, an environment without the developer's own
+settings, and the one way to wait.
 
-`wait_until` is the only permitted wait: it polls a predicate until a deadline and then says what it was waiting for. Stores,
-brokers and servers are real; the fixtures that start them live beside the tests that use them.
+`wait_until` is the only permitted wait: it polls a predicate until a deadline and then says what it
+was waiting for. Stores, brokers and servers are real; the fixtures that start them live beside the
+tests that use them.
 """
 
 import asyncio
@@ -13,7 +15,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 DEADLINE = 20.0
-"""Seconds a wait may take: generous, because the machine may be slow; a test that passes never waits this long."""
+"""Seconds a wait may take: generous, because the machine may be slow; a test that passes never
+waits this long.
+"""
 
 
 @pytest.fixture
@@ -32,7 +36,9 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def wait_until(
     predicate: Callable[[], object], description: str, *, within: float = DEADLINE
 ) -> None:
-    """Polls until `predicate()` is true; fails with the description after `within` seconds. For tests without a loop."""
+    """Polls until `predicate()` is true; fails with the description after `within` seconds. For
+    tests without a loop.
+    """
     deadline = time.monotonic() + within
     while not predicate():
         if time.monotonic() > deadline:

@@ -1,6 +1,8 @@
-"""An HTTP proxy in front of a real server that can be told to fail: throttle, refuse, hang up, be slow.
+"""An HTTP proxy in front of a real server that can be told to fail: throttle, refuse, hang up, be
+slow.
 
-Tests put it between `S3` and its server. `fail` takes a rule: which requests, how often, and what becomes of them.
+Tests put it between `S3` and its server. `fail` takes a rule: which requests, how often, and what
+becomes of them.
 """
 
 import http.client

@@ -1,4 +1,6 @@
-"""A server as a user starts it: `python -m eventflow serve FILE` in its own process, its ready line read, its API over TCP."""
+"""A server as a user starts it: `python -m eventflow serve FILE` in its own process, its ready line
+read, its API over TCP.
+"""
 
 import json
 import os
@@ -115,7 +117,7 @@ def eventflow(
     )
 
 
-class Served:
+class RunningServer:
     """A running server."""
 
     def __init__(
@@ -190,7 +192,7 @@ def start(
     file: str = "shop.py",
     pass_fds: Sequence[int] = (),
     limits: Any = None,
-) -> Served:
+) -> RunningServer:
     """Starts it and waits for the ready line; fails with its log when there is none."""
     target = folder / file.partition(":")[0]
     if not target.exists():
@@ -202,14 +204,14 @@ def start(
             command("serve", file, *port, *args), cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=errors,
             text=True, pass_fds=pass_fds, preexec_fn=limits,  # noqa: PLW1509 (a limit set between fork and exec, no locks)
         )  # fmt: skip
-    line = _first_line(process)
+    line = _ready_line(process)
     if not line:
         process.kill()
         pytest.fail(f"the server did not get ready: {process.wait()}\n{log.read_text()}")
-    return Served(folder, process, json.loads(line), log)
+    return RunningServer(folder, process, json.loads(line), log)
 
 
-def _first_line(process: subprocess.Popen[str]) -> str:
+def _ready_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
@@ -221,7 +223,7 @@ def _first_line(process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def serving(folder: Path, *args: str, **options: Any) -> Iterator[Served]:
+def serving(folder: Path, *args: str, **options: Any) -> Iterator[RunningServer]:
     """A server for the length of a test, ended whatever became of it."""
     served = start(folder, *args, **options)
     try:

@@ -41,7 +41,9 @@ def test_it_follows_the_compose_specification(compose: dict[str, Any]):
 
 
 def test_nothing_is_published_beyond_loopback(compose: dict[str, Any]):
-    """Every published port is bound to 127.0.0.1, so that no default password is reachable from another machine."""
+    """Every published port is bound to 127.0.0.1, so that no default password is reachable from
+    another machine.
+    """
     for name, service in compose["services"].items():
         assert {address for address, _, _ in published(service)} == {"127.0.0.1"}, name
 
@@ -56,7 +58,9 @@ def test_every_service_says_when_it_is_healthy(compose: dict[str, Any]):
 
 @pytest.mark.parametrize("name", ADDRESSES)
 def test_the_app_is_told_where_its_parts_are(compose: dict[str, Any], name: str):
-    """Each address in the app's environment names a service of the file, at a port that the service listens on."""
+    """Each address in the app's environment names a service of the file, at a port that the service
+    listens on.
+    """
     address = compose["services"]["app"]["environment"][name]
     found = re.search(r"(\w+):(\d+)(?:/\w*)?$", address)
     assert found, address
@@ -66,7 +70,9 @@ def test_the_app_is_told_where_its_parts_are(compose: dict[str, Any], name: str)
 
 
 def test_every_published_port_is_listened_on(compose: dict[str, Any]):
-    """No published port leads nowhere: the service was told to listen on it, or it is the image's own."""
+    """No published port leads nowhere: the service was told to listen on it, or it is the image's
+    own.
+    """
     own = {"postgres": {5432}, "minio": {9000}}
     for name, service in compose["services"].items():
         inner = {port for _, _, port in published(service)}
@@ -81,7 +87,9 @@ def test_the_examples_find_their_environment(compose: dict[str, Any]):
 
 
 def environment_names(path: Path) -> set[str]:
-    """Literal names in `env("NAME")`, `os.environ["NAME"]`, `os.environ.get("NAME")` and `os.getenv("NAME")`."""
+    """Literal names in `env("NAME")`, `os.environ["NAME"]`, `os.environ.get("NAME")` and
+    `os.getenv("NAME")`.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         match node:

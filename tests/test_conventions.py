@@ -1,6 +1,8 @@
-"""The house's own laws: sizes, imports, names, dependencies. Lint holds what lint can say; this file holds the rest.
+"""The house's own laws: sizes, imports, names, dependencies. Lint holds what lint can say; this
+file holds the rest.
 
-A number that may only go down is a ratchet: lower it when the code allows, and give a reason in the commit that raises it.
+A number that may only go down is a ratchet: lower it when the code allows, and give a reason in the
+commit that raises it.
 """
 
 import ast
@@ -52,7 +54,9 @@ LAZY = (
     "pydantic",
     "fastapi",
 )
-"""What `import eventflow` leaves for those who use it: extras, and what only a server or one trigger needs."""
+"""What `import eventflow` leaves for those who use it: extras, and what only a server or one
+trigger needs.
+"""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -85,7 +89,9 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def test_no_file_is_longer_than_one_sitting():
-    """No file of the packages is longer than LONGEST_FILE lines; those that were may only shrink."""
+    """No file of the packages is longer than LONGEST_FILE lines; those that were may only
+    shrink.
+    """
     long = {
         shown(path): lines
         for path in sources(*PACKAGES)
@@ -120,7 +126,9 @@ def test_every_file_says_what_it_is():
 
 
 def test_nobody_waits_with_wait_for():
-    """`asyncio.wait_for` may swallow a cancel on Python 3.11; it stands nowhere, tests and examples included."""
+    """`asyncio.wait_for` may swallow a cancel on Python 3.11; it stands nowhere, tests and examples
+    included.
+    """
     found = [
         f"{shown(path)}:{node.lineno}"
         for path in sources(*PACKAGES, "tests", "benchmarks", "examples")
@@ -140,7 +148,9 @@ def test_nobody_waits_with_wait_for():
 
 
 def test_broad_excepts_stand_where_they_must():
-    """`except Exception` (or wider, or bare) stands in the places named above; re-raising swallows nothing."""
+    """`except Exception` (or wider, or bare) stands in the places named above; re-raising swallows
+    nothing.
+    """
     found = Counter(
         shown(path)
         for path in sources(*PACKAGES)
@@ -162,7 +172,9 @@ def always_raises(handler: ast.ExceptHandler) -> bool:
 
 
 def test_our_own_code_is_imported_at_the_top():
-    """No function imports eventflow or triggers: such an import hides a circle. Two are allowed, and named above."""
+    """No function imports eventflow or triggers: such an import hides a circle. Two are allowed,
+    and named above.
+    """
     found = {
         (shown(path), function.name)
         for path in sources(*PACKAGES)
@@ -205,7 +217,9 @@ def test_every_test_states_its_guarantee():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_all_is_honest(package: str):
-    """`__all__` names exactly what a package offers: each name is there, once, and no public name is left out."""
+    """`__all__` names exactly what a package offers: each name is there, once, and no public name
+    is left out.
+    """
     module = importlib.import_module(package)
     offered = list(getattr(module, "__all__", []))
     assert len(offered) == len(set(offered)) > 0
@@ -270,7 +284,9 @@ def closure(needs: list[Requirement]) -> set[str]:
 
 
 def test_dependencies_have_floors_and_no_caps():
-    """Every dependency names the lowest version that works; a cap would make the user's resolver fail for nothing."""
+    """Every dependency names the lowest version that works; a cap would make the user's resolver
+    fail for nothing.
+    """
     for text in metadata.requires("eventflow-reactor") or []:
         need = Requirement(text)
         if need.name != "eventflow-reactor":

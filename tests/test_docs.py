@@ -1,8 +1,10 @@
-"""What README and docs say is true: their programs run, their commands parse, and every name that users meet is in them.
+"""What README and docs say is true: their programs run, their commands parse, and every name that
+users meet is in them.
 
-A page's ```python blocks run in order, in one namespace and one empty folder; `await` may stand at the top, as in a notebook.
-A block that begins with `# NAME.py` is written there and loaded as `eventflow serve NAME.py` would; if it is a program with an
-`asyncio.run`, it is run as one. `test_…` functions are called. A block that begins with `# docs: skip: WHY` is only parsed.
+A page's ```python blocks run in order, in one namespace and one empty folder; `await` may stand at
+the top, as in a notebook. A block that begins with `# NAME.py` is written there and loaded as
+`eventflow serve NAME.py` would; if it is a program with an `asyncio.run`, it is run as one.
+`test_…` functions are called. A block that begins with `# docs: skip: WHY` is only parsed.
 """
 
 import ast
@@ -38,7 +40,7 @@ from eventflow.server.server import Settings
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing import running
 from eventflow.web.api import Api, make_asgi
-from eventflow.web.openapi import TABLE
+from eventflow.web.openapi import OPERATIONS
 from tests.conftest import wait_until
 from tests.server_process import serving
 from triggers import S3, At, Cron, Directory, Every, Kafka, Webhook
@@ -149,7 +151,9 @@ async def _call_tests(names: dict[str, Any]) -> None:
 
 
 def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
-    """README's first screen, done: its program served, its request sent, its answer and its log lines found."""
+    """README's first screen, done: its program served, its request sent, its answer and its log
+    lines found.
+    """
     (program, *_), (shown, *_) = blocks(README, "python"), blocks(README, "text")
     asked, answer = blocks(README, "sh")[1].text, blocks(README, "json")[0].text
     (tmp_path / "shop.py").write_text(program.text)
@@ -201,7 +205,9 @@ def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 @pytest.mark.parametrize("path", PAGES, ids=title)
 def test_every_eventflow_command_parses(path: Path):
-    """Each `eventflow …` line in a shell block names a command, its options and enough arguments."""
+    """Each `eventflow …` line in a shell block names a command, its options and enough
+    arguments.
+    """
     for line, (program, *args) in commands(path):
         if program != "eventflow" or args in (["--version"], ["--help"]):
             continue
@@ -266,7 +272,9 @@ def section(text: str, heading: str) -> str:
 
 
 def test_every_command_and_option_is_in_the_reference():
-    """docs/reference/cli.md has a section per command, which names each of its options with the words of --help."""
+    """docs/reference/cli.md has a section per command, which names each of its options with the
+    words of --help.
+    """
     reference = page("reference/cli.md")
     shared = section(reference, "Options that most commands share")
     for command, option, told in options():
@@ -309,9 +317,11 @@ def routes() -> set[tuple[str, str]]:
 
 
 def test_every_route_is_in_the_reference():
-    """docs/reference/http.md has each method and path, and each status that openapi.json promises for it."""
+    """docs/reference/http.md has each method and path, and each status that openapi.json promises
+    for it.
+    """
     reference = page("reference/http.md")
-    table = {(method.upper(), path): answers for method, path, _, answers in TABLE}
+    table = {(method.upper(), path): answers for method, path, _, answers in OPERATIONS}
     assert routes() == table.keys()
     for (method, path), answers in table.items():
         row = re.search(rf"^\| `{method} {re.escape(path)}.*$", reference, re.MULTILINE)
@@ -359,7 +369,9 @@ def logged() -> set[str]:
 
 
 def test_every_logged_event_is_known_and_documented():
-    """Each event name in the code is in EVENTS; docs/reference/events.md has exactly those that are logged, in its words."""
+    """Each event name in the code is in EVENTS; docs/reference/events.md has exactly those that are
+    logged, in its words.
+    """
     names = {name for name in logged() if not name.startswith(("model.", "order."))}
     assert names <= EVENTS.keys()
     rows = dict(
@@ -475,7 +487,9 @@ def test_every_extra_is_documented():
 
 
 def test_every_package_has_its_layer():
-    """docs/design.md names each file and folder of the package in its layers, and none that is not there."""
+    """docs/design.md names each file and folder of the package in its layers, and none that is not
+    there.
+    """
     floors = section(page("design.md"), "Module layers")
     named = set(re.findall(r"`([\w/]+(?:\.py|/))`", floors)) - {"triggers/"}
     there = {

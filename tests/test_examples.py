@@ -1,4 +1,6 @@
-"""The examples do what their docstrings say: each runs as a process of its own, with real HTTP, real files and real kills."""
+"""The examples do what their docstrings say: each runs as a process of its own, with real HTTP,
+real files and real kills.
+"""
 
 import asyncio
 import base64
@@ -119,7 +121,9 @@ def served(example: str, folder: Path, **env: str) -> Iterator[Served]:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_stay_short_and_say_how_to_run_them(path: Path):
-    """An example is 40 to 80 lines, and opens with the commands that run it and with what to watch."""
+    """An example is 40 to 80 lines, and opens with the commands that run it and with what to
+    watch.
+    """
     text = path.read_text()
     assert 40 <= text.count("\n") <= 80
     head = text.split('"""')[1]
@@ -129,7 +133,9 @@ def test_examples_stay_short_and_say_how_to_run_them(path: Path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_use_the_public_surface(path: Path):
-    """An example imports from `eventflow` and `triggers` themselves, and touches nothing private."""
+    """An example imports from `eventflow` and `triggers` themselves, and touches nothing
+    private.
+    """
     found = re.findall(r"(?:from|import) ((?:eventflow|triggers)\S*)", path.read_text())
     assert set(found) <= {"eventflow", "triggers"}
     assert not re.search(r"\w\._\w|\.house\b|\.store\b", path.read_text())
@@ -139,7 +145,9 @@ def test_examples_use_the_public_surface(path: Path):
 
 
 def test_daily_report(tmp_path: Path):
-    """A schedule of seconds keeps today's totals; a backfill reports each day of its window once, and says which day failed."""
+    """A schedule of seconds keeps today's totals; a backfill reports each day of its window once,
+    and says which day failed.
+    """
     (tmp_path / "data").mkdir()
     sales = [f"2026-05-{day:02}T23:30:00+02:00,north,{day}" for day in (1, 2, 3)]
     sales += [f"{datetime.now().astimezone().isoformat()},south,7.5"]
@@ -189,7 +197,9 @@ def test_daily_report(tmp_path: Path):
 
 
 class Moody(BaseHTTPRequestHandler):
-    """A scorer that answers each order 503, then breaks, and only then scores it; it refuses the order named bad."""
+    """A scorer that answers each order 503, then breaks, and only then scores it; it refuses the
+    order named bad.
+    """
 
     asked: dict[str, int]
 
@@ -237,7 +247,9 @@ def order(server: Served, ident: str, data: Any) -> httpx2.Response:
 
 
 def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str, dict[str, int]]):
-    """An order is scored although the scorer fails twice; a duplicate, forged, empty and refused one are told apart."""
+    """An order is scored although the scorer fails twice; a duplicate, forged, empty and refused
+    one are told apart.
+    """
     url, asked = scorer
     with served("orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=url) as server:
         assert order(server, "m1", {"id": "o1", "total": 50}).status_code == 202
@@ -294,7 +306,9 @@ def test_the_orders_docstring_sends_an_order(tmp_path: Path, scorer: tuple[str, 
 
 
 def test_landing_files_become_reports(tmp_path: Path):
-    """A file is reported, its bad rows set aside; a bad file is a failed run; what lands while nothing runs is found."""
+    """A file is reported, its bad rows set aside; a bad file is a failed run; what lands while
+    nothing runs is found.
+    """
     landing = tmp_path / "landing"
     landing.mkdir()
     (landing / "monday.csv").write_text("region,amount\nnorth,10\nsouth,x\nnorth,5.5\n")
@@ -328,8 +342,9 @@ def test_landing_files_become_reports(tmp_path: Path):
 
 @pytest.mark.parametrize("way", ["poll", "queue"])
 def test_landing_objects_become_reports(ministack: Aws, tmp_path: Path, way: str):
-    """An object is reported in its bucket, by polling and by queue; a bad one is a failed run; what lands while nothing runs is
-    found; mended and put again, it is reported."""
+    """An object is reported in its bucket, by polling and by queue; a bad one is a failed run; what
+    lands while nothing runs is found; mended and put again, it is reported.
+    """
     bucket = Bucket(ministack)
     queue = bucket.queue() if way == "queue" else None
     env = {**ministack.env, "SALES_BUCKET": bucket.name, "SALES_QUEUE": queue.url if queue else ""}
@@ -399,7 +414,9 @@ def fastapi(folder: Path) -> Iterator[tuple[httpx2.Client, subprocess.Popen[str]
 
 
 def test_fastapi_answers_are_remembered(tmp_path: Path):
-    """The same order is the same run, also after a kill -9; other figures are a 409; the model is loaded once per start."""
+    """The same order is the same run, also after a kill -9; other figures are a 409; the model is
+    loaded once per start.
+    """
     orders = [{"id": f"o{n}", "total": n} for n in range(300)]
     with fastapi(tmp_path) as (client, process):
         first = client.post("/score", json={"id": "o-1", "total": 99.5}).json()
@@ -446,7 +463,9 @@ def recorded(folder: Path) -> int:
 
 
 def test_fan_out_killed_half_way_repeats_nothing_recorded(tmp_path: Path):
-    """Killed among 10,000 items, the second start computes exactly those that were not recorded; a third one none."""
+    """Killed among 10,000 items, the second start computes exactly those that were not recorded; a
+    third one none.
+    """
     first = fan_out(tmp_path)
     assert first.stderr
     for line in first.stderr:
@@ -487,7 +506,9 @@ def registered(folder: Path) -> list[Path]:
 
 
 def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
-    """Killed in epoch 7 it goes on with epoch 7 and registers once; alerts meanwhile make one successor, with the new data."""
+    """Killed in epoch 7 it goes on with epoch 7 and registers once; alerts meanwhile make one
+    successor, with the new data.
+    """
     arrive(900, tmp_path)
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret", EPOCH_SECONDS="0.8") as server:
         assert alert(server, "pixels").status_code == 202
@@ -541,7 +562,9 @@ def drifts(server: Served) -> list[dict[str, Any]]:
 
 
 def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
-    """The shell lines that the example prints for its reader make the data, and an alert that trains and registers a model."""
+    """The shell lines that the example prints for its reader make the data, and an alert that
+    trains and registers a model.
+    """
     head = (ROOT / "examples/drift_retrain.py").read_text().split('"""')[1]
     assert "python examples/digits_model.py 900" in head
     arrive(900, tmp_path)
@@ -564,7 +587,9 @@ def are_judged(server: Served, models: int) -> bool:
 
 
 def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
-    """On the same data the gate keeps the champion and says why; on changed data it lets the better one by."""
+    """On the same data the gate keeps the champion and says why; on changed data it lets the better
+    one by.
+    """
     arrive(900, tmp_path)
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
         for number, (count, verdict) in enumerate(
@@ -591,7 +616,9 @@ def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
 
 
 def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
-    """Orders in one topic, scores in another, junk in a third: a kill -9 half-way loses nothing and scores nothing twice."""
+    """Orders in one topic, scores in another, junk in a third: a kill -9 half-way loses nothing and
+    scores nothing twice.
+    """
     with some_broker(tmp_path / "broker") as broker:
         for topic in ("orders", "scores", "dead-orders"):
             asyncio.run(broker.create(topic))

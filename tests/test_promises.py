@@ -1,4 +1,6 @@
-"""The ten promises of the README, one test each, on a real App and a real store; deeper ones are named test_p1_… too."""
+"""The ten promises of the README, one test each, on a real App and a real store; deeper ones are
+named test_p1_… too.
+"""
 
 import asyncio
 import shutil
@@ -14,7 +16,7 @@ from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreFailed, StoreFull, UsageError
 from eventflow.events.event import Trigger
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import Completed, show_id
+from eventflow.runs.run import Completed, format_id
 from eventflow.sdk.flow import Flow
 from eventflow.store.protocol import Append, Refused, Settle
 from eventflow.store.writer import Errand
@@ -41,7 +43,8 @@ async def verdicts(app: App, event: str) -> list[tuple[str, Any]]:
 
 
 async def test_p1_ack_follows_the_record(tmp_path: Path) -> None:
-    """A webhook's 2xx, a committed Kafka offset, a deleted SQS message, a moved cursor happen only after the event is durable.
+    """A webhook's 2xx, a committed Kafka offset, a deleted SQS message, a moved cursor happen only
+    after the event is durable.
 
     Ack means durably recorded, never run finished.
     """
@@ -71,7 +74,9 @@ async def test_p1_ack_follows_the_record(tmp_path: Path) -> None:
 
 
 async def test_p2_one_event_one_fate(tmp_path: Path) -> None:
-    """Event, verdicts, runs and source cursors commit in one transaction; a duplicate starts nothing, and is counted."""
+    """Event, verdicts, runs and source cursors commit in one transaction; a duplicate starts
+    nothing, and is counted.
+    """
 
     @flow
     async def handle(n: int) -> None: ...
@@ -110,7 +115,9 @@ async def test_p2_one_event_one_fate(tmp_path: Path) -> None:
 
 
 async def test_p3_every_event_is_explained() -> None:
-    """For each subscription the ledger holds a verdict: run started, filtered, duplicate, held, invalid, dead."""
+    """For each subscription the ledger holds a verdict: run started, filtered, duplicate, paused,
+    invalid, dead.
+    """
 
     @flow
     async def handle(n: int) -> None: ...
@@ -124,7 +131,7 @@ async def test_p3_every_event_is_explained() -> None:
         await source.send(data={"ok": True, "n": "one"}, id="invalid")
         await source.send(Undecodable(id="dead", source="/s", body=b"\xff", error="not JSON"))
         await actions.pause(app, "src", True, by="test")
-        await source.send(data={"ok": True, "n": 2}, id="held")
+        await source.send(data={"ok": True, "n": 2}, id="paused")
         await app.emit("nobody.listens", id="unheard")
 
         ((fate, run),) = await verdicts(app, "runs")
@@ -134,14 +141,15 @@ async def test_p3_every_event_is_explained() -> None:
         ((fate, reason),) = await verdicts(app, "invalid")
         assert fate == "invalid" and "'n'" in reason
         assert await verdicts(app, "dead") == [("dead", "not JSON")]
-        ((fate, run),) = await verdicts(app, "held")
-        assert fate == "held" and (await app.store.run(run))["state"] == "held"
+        ((fate, run),) = await verdicts(app, "paused")
+        assert fate == "paused" and (await app.store.run(run))["state"] == "paused"
         assert await verdicts(app, "unheard") == []
         assert (await app.store.counts())["suppressed"] == 2  # filtered, and unheard
 
 
 async def test_p4_a_recorded_value_is_never_computed_again_in_that_run(tmp_path: Path) -> None:
-    """A recorded error is replayed too, until `retry`, which keeps values, drops errors and continues the attempt numbers.
+    """A recorded error is replayed too, until `retry`, which keeps values, drops errors and
+    continues the attempt numbers.
 
     A task body runs at least once; effects get a stable idempotency key.
     """
@@ -193,7 +201,9 @@ async def test_p4_a_recorded_value_is_never_computed_again_in_that_run(tmp_path:
 
 
 def everything_asyncio_offers(done: list[str]) -> Flow[[], Any]:
-    """A flow of every construct, whose result tells the order in which things happened; bodies are noted in `done`."""
+    """A flow of every construct, whose result tells the order in which things happened; bodies are
+    noted in `done`.
+    """
 
     @task
     async def work(name: str, turns: int) -> str:
@@ -232,7 +242,9 @@ def everything_asyncio_offers(done: list[str]) -> Flow[[], Any]:
 
 
 async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
-    """`gather`, `TaskGroup`, `wait`, `as_completed`, queues in a flow replay to the same values after a crash at any commit."""
+    """`gather`, `TaskGroup`, `wait`, `as_completed`, queues in a flow replay to the same values
+    after a crash at any commit.
+    """
     bodies: list[str] = []
     everything = everything_asyncio_offers(bodies)
     images: dict[int, Path] = {}
@@ -254,7 +266,7 @@ async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
     assert len(images) > 3
     assert await replayed(app, live, handle.number) == value
     for left in images.values():
-        recorded = {f"{show_id(entry['run'])}/{entry['claim']}" for entry in Ledger(left).journal}
+        recorded = {f"{format_id(entry['run'])}/{entry['claim']}" for entry in Ledger(left).journal}
         bodies.clear()
         async with running(app, store=left):
             value = await (await app.run_handle(handle.number)).result()
@@ -263,7 +275,9 @@ async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
 
 
 async def replayed(app: App, store: Path, run: int) -> Any:
-    """What the run comes to when its whole journal is replayed: with its last commit, the outcome, taken back."""
+    """What the run comes to when its whole journal is replayed: with its last commit, the outcome,
+    taken back.
+    """
     copy = Path(shutil.copyfile(store, store.with_suffix(".again.db")))
     connection = sqlite3.connect(copy)
     connection.execute(
@@ -277,7 +291,9 @@ async def replayed(app: App, store: Path, run: int) -> Any:
 
 
 async def test_p6_time_survives(tmp_path: Path) -> None:
-    """A waiting retry, sleep or timeout fires never before its due time, at once on restart if past, and is recorded once."""
+    """A waiting retry, sleep or timeout fires never before its due time, at once on restart if
+    past, and is recorded once.
+    """
     tried: list[float] = []
     clock = VirtualClock()
 
@@ -373,7 +389,9 @@ async def posted(app: App, op: Any) -> Any:
 
 
 async def test_p8_back_pressure_never_drops() -> None:
-    """At the bound of the commit queue or of the ledger `accept` says so; what it accepted before is there, and finishes."""
+    """At the bound of the commit queue or of the ledger `accept` says so; what it accepted before
+    is there, and finishes.
+    """
 
     @task
     async def wait() -> None:
@@ -413,7 +431,8 @@ def adds_up(counts: dict[str, int]) -> bool:
 
 
 async def test_p9_nothing_fails_silently() -> None:
-    """What is undecodable, unbindable or exhausted is kept with its bytes, error and attempts; it is redriven once.
+    """What is undecodable, unbindable or exhausted is kept with its bytes, error and attempts; it
+    is redriven once.
 
     accepted = completed + failed + dead + cancelled + suppressed + pending, always.
     """
@@ -469,7 +488,8 @@ async def test_p9_nothing_fails_silently() -> None:
 
 
 async def test_p10_fail_stop(tmp_path: Path) -> None:
-    """On a storage error: stop acknowledging within 1 s, say why; embedded, `accept` and `result()` raise StoreFailed.
+    """On a storage error: stop acknowledging within 1 s, say why; embedded, `accept` and `result()`
+    raise StoreFailed.
 
     What was acknowledged before is there after a restart.
     """

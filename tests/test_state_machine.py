@@ -1,8 +1,9 @@
-"""Any interleaving of events, failures, waits, cancels, retries, restarts and crashes keeps the promises.
+"""Any interleaving of events, failures, waits, cancels, retries, restarts and crashes keeps the
+promises.
 
-Hypothesis picks what happens to a real App on a real store with a clock that stands still; after every step the ledger is read
-past eventflow and held against what was acknowledged, what bodies ran, and what was recorded before. EVENTFLOW_MACHINE sets how
-many such stories are told.
+Hypothesis picks what happens to a real App on a real store with a clock that stands still; after
+every step the ledger is read past eventflow and held against what was acknowledged, what bodies
+ran, and what was recorded before. EVENTFLOW_MACHINE sets how many such stories are told.
 """
 
 import asyncio
@@ -56,7 +57,9 @@ steps = st.recursive(
 plans = st.lists(steps, min_size=1, max_size=3)
 some = st.integers(0, 1000)
 moments = st.integers(0, 15)
-"""When a crash falls, in steps of a third of a millisecond: from before the first commit to after the last."""
+"""When a crash falls, in steps of a third of a millisecond: from before the first commit to after
+the last.
+"""
 
 
 class Promises(RuleBasedStateMachine):
@@ -104,7 +107,7 @@ class Promises(RuleBasedStateMachine):
 
     @rule(plan=plans)
     def send_event(self, plan: Plan) -> None:
-        self.send(self.event(plan), "held" if self.paused else "run")
+        self.send(self.event(plan), "paused" if self.paused else "run")
 
     @rule(plan=plans)
     def send_filtered(self, plan: Plan) -> None:
@@ -241,7 +244,7 @@ class Promises(RuleBasedStateMachine):
         sends: list[Coroutine[Any, Any, None]] = []
         for plan in plans:
             sends.append(
-                self._send(event := self.event(plan), fate := "held" if self.paused else "run")
+                self._send(event := self.event(plan), fate := "paused" if self.paused else "run")
             )
             self.sent[event.id] = (fate, event.data)
         self.do(self._crash(moment, *sends))
@@ -309,7 +312,9 @@ class Promises(RuleBasedStateMachine):
         self.what_ended_stays_ended(ledger)
 
     def acknowledged_is_recorded(self, ledger: Ledger) -> None:
-        """P1: what was acknowledged is there, in every life; a cursor is never ahead of its event."""
+        """P1: what was acknowledged is there, in every life; a cursor is never ahead of its
+        event.
+        """
         for ident, number in self.acked.items():
             assert ledger.events[ident]["id"] == number
         place = ledger.cursors.get("place", 0)
@@ -335,7 +340,9 @@ class Promises(RuleBasedStateMachine):
         assert not [pair for pair, n in children.items() if n > 1]
 
     def every_delivery_is_counted(self, ledger: Ledger) -> None:
-        """P9: accepted = completed + failed + dead + cancelled + suppressed + pending; here every event is one delivery."""
+        """P9: accepted = completed + failed + dead + cancelled + suppressed + pending; here every
+        event is one delivery.
+        """
         parts = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
         assert (
             ledger.totals["accepted"]
@@ -344,7 +351,9 @@ class Promises(RuleBasedStateMachine):
         )
 
     def values_are_never_computed_again(self, ledger: Ledger) -> None:
-        """P4: no body of a recorded value starts again; a recorded value stays what it is, in every life."""
+        """P4: no body of a recorded value starts again; a recorded value stays what it is, in every
+        life.
+        """
         world = self.world
         values = {
             ledger.key(entry): entry["value"]
@@ -360,7 +369,9 @@ class Promises(RuleBasedStateMachine):
         self.counts = world.bodies.copy()
 
     def nothing_is_early(self, ledger: Ledger) -> None:
-        """P6: no attempt starts before the time that was recorded for it, and no run that waits is past its due time."""
+        """P6: no attempt starts before the time that was recorded for it, and no run that waits is
+        past its due time.
+        """
         due = {
             (ledger.key(e), e["attempt"]): e["due_at"]
             for e in ledger.journal
@@ -378,7 +389,9 @@ class Promises(RuleBasedStateMachine):
             )
 
     def what_ended_stays_ended(self, ledger: Ledger) -> None:
-        """Terminal states change by retry alone; nothing diverges, nothing is refused; only three deaths quarantine."""
+        """Terminal states change by retry alone; nothing diverges, nothing is refused; only three
+        deaths quarantine.
+        """
         for ident, known in self.ended.items():
             if ident not in self.revived:
                 assert self._end(ledger, ident) == known
@@ -386,8 +399,7 @@ class Promises(RuleBasedStateMachine):
         self.ended = {
             ident: self._end(ledger, ident) for ident in ledger.runs if not ledger.state(ident).live
         }
-        for ident in ledger.in_state(State.HELD):
-            assert ledger.runs[ident]["reason"] is None, ledger.runs[ident]["reason"]
+        assert not ledger.in_state(State.HELD)
         assert self.world.crashes >= DEATHS or not ledger.in_state(State.DEAD)
 
     def _end(self, ledger: Ledger, run: int) -> tuple[Any, ...]:
@@ -408,7 +420,9 @@ class Promises(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _finish(self) -> None:
-        """With everything mended every run ends, and what does not complete is explained; retried, it completes too."""
+        """With everything mended every run ends, and what does not complete is explained; retried,
+        it completes too.
+        """
         self.world.gate.set()
         self.world.mended = True
         self.do(actions.pause(self.world.app, "src", False, by="machine"))
@@ -438,7 +452,9 @@ class Promises(RuleBasedStateMachine):
                 assert orjson.loads(row["result"]) == expected(ledger.plan(run))
 
     def _explained(self, ledger: Ledger, run: int) -> bool:
-        """Why a run did not complete: something in it broke, it or a child was cancelled or died, nobody asks for it."""
+        """Why a run did not complete: something in it broke, it or a child was cancelled or died,
+        nobody asks for it.
+        """
         broken = "boom" in orjson.dumps(ledger.plan(run)).decode()
         unlucky = ledger.family(run) & self.cancelled.union(ledger.in_state(State.DEAD))
         parent = ledger.runs[run]["parent"]

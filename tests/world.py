@@ -1,7 +1,9 @@
-"""A small world for the state machine: an app whose flows do what their plan says, and that can be crashed at any moment.
+"""A small world for the state machine: an app whose flows do what their plan says, and that can be
+crashed at any moment.
 
-A crash is what `kill -9` leaves: the store's files as they are at that instant, opened by an App that knows nothing of the one
-before. What the bodies do is noted here, outside of any store, so that it can be held against the journals.
+A crash is what `kill -9` leaves: the store's files as they are at that instant, opened by an App
+that knows nothing of the one before. What the bodies do is noted here, outside of any store, so
+that it can be held against the journals.
 """
 
 import asyncio
@@ -15,20 +17,24 @@ import orjson
 
 from eventflow import App, Permanent, current_run, current_task, emit, flow, sleep, task, timeout
 from eventflow.core.clock import SECOND, to_us
-from eventflow.runs.run import State, show_id
+from eventflow.runs.run import State, format_id
 from eventflow.sdk.flow import Flow
 from eventflow.testing import MemoryTrigger, VirtualClock
-from eventflow.testing.idle import come_to_rest
+from eventflow.testing.idle import wait_until_idle
 
 Step: TypeAlias = list[Any]
 Plan: TypeAlias = list[Step]
-"""What a flow does, one step after another: `["value", 3]`, `["sleep", 60]`, `["child", [...]]` … see `World._flows`."""
+"""What a flow does, one step after another: `["value", 3]`, `["sleep", 60]`, `["child", [...]]` …
+see `World._flows`.
+"""
 
 PATIENCE = 0.02
 
 
 def expected(plan: Plan) -> list[Any]:
-    """What a run of this plan returns, whatever happens to it on the way, once everything is mended."""
+    """What a run of this plan returns, whatever happens to it on the way, once everything is
+    mended.
+    """
     return [_expected(step) for step in plan]
 
 
@@ -47,8 +53,11 @@ def _expected(step: Step) -> Any:
 
 
 def image(store: Path, after: Path) -> Path:
-    """What a `kill -9` at this instant leaves of a store, under another name. Everybody else goes on with the old one."""
-    # The mark first, for it may lag and must not lead; then the file, which changes at checkpoints only.
+    """What a `kill -9` at this instant leaves of a store, under another name. Everybody else goes
+    on with the old one.
+    """
+    # The mark first, for it may lag and must not lead; then the file, which changes at checkpoints
+    # only.
     for suffix in (".hwm", "", "-wal"):
         if Path(f"{store}{suffix}").exists():
             shutil.copyfile(f"{store}{suffix}", f"{after}{suffix}")
@@ -56,11 +65,13 @@ def image(store: Path, after: Path) -> Path:
 
 
 class World:
-    """Lives of one app on one ledger. `bodies` counts body starts by idempotency key, `started` says which attempt when."""
+    """Lives of one app on one ledger. `bodies` counts body starts by idempotency key, `started`
+    says which attempt when.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.clock = VirtualClock(patience=PATIENCE)
+        self.clock = VirtualClock(busy_timeout=PATIENCE)
         self.gate = asyncio.Event()
         self.gate.set()
         self.mended = False
@@ -83,10 +94,10 @@ class World:
         self.app.on(self.source, work, where={"ok": [True]})
         self.app.on("made", heard)
         await self.app.open()
-        self.clock.attend(self.app)
+        self.clock.attach(self.app)
 
     async def rest(self) -> None:
-        await come_to_rest(self.app, PATIENCE)
+        await wait_until_idle(self.app, PATIENCE)
 
     async def restart(self) -> None:
         """A clean stop, with little patience for bodies under way, and a start."""
@@ -95,7 +106,9 @@ class World:
         await self.open()
 
     async def crash(self) -> None:
-        """The files as they are now, and a new life on them. The old one goes on with its own files, and nobody looks."""
+        """The files as they are now, and a new life on them. The old one goes on with its own
+        files, and nobody looks.
+        """
         self.crashes += 1
         old, self.path = self.app, image(self.path, self.folder / f"{self.crashes}.db")
         self.life += 1
@@ -244,7 +257,7 @@ class Ledger:
 
     def key(self, entry: sqlite3.Row) -> str:
         """The idempotency key of the call that an entry belongs to."""
-        return f"{show_id(entry['run'])}/{entry['claim']}"
+        return f"{format_id(entry['run'])}/{entry['claim']}"
 
     def plan(self, run: int) -> Plan:
         row = self.runs[run]

@@ -11,12 +11,19 @@ from typing import Any
 import click
 import orjson
 
-from eventflow.cli.client import Doors, Place, Refusal, doors, place_options, quoted
-from eventflow.cli.dry_run import Asked, foreseen, told, would_start
-from eventflow.cli.output import counted, note, say
-from eventflow.cli.times import in_order, moment
+from eventflow.cli.client import (
+    ApiClient,
+    ApiError,
+    LedgerLocation,
+    ledger_options,
+    open_api,
+    quoted,
+)
+from eventflow.cli.dry_run import ReplayRequest, dry_run_text, simulate_replay, would_start_text
+from eventflow.cli.output import note, plural, write_result
+from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
-from eventflow.dry_run.replay import LIMIT, MOST
+from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT
 from eventflow.events.event import Event
 
 COMMANDS: list[click.Command] = []
@@ -26,26 +33,28 @@ def command(name: str) -> Any:
     """Registers a command of this file."""
 
     def register(function: Any) -> Any:
-        made = click.command(name)(place_options(function))
+        made = click.command(name)(ledger_options(function))
         COMMANDS.append(made)
         return made
 
     return register
 
 
-def _run(
-    options: dict[str, Any], work: Callable[[Doors], Awaitable[Any]], *, records: bool = True
+def _call_api(
+    options: dict[str, Any], work: Callable[[ApiClient], Awaitable[Any]], *, records: bool = True
 ) -> Any:
     """`work` on the ledger that a command's options name; whether it `records` anything."""
 
-    async def go() -> Any:
-        async with doors(Place(options["store"], options["url"], options["app"])) as api:
+    async def call() -> Any:
+        async with open_api(
+            LedgerLocation(options["store"], options["url"], options["app"])
+        ) as api:
             done = await work(api)
             if records and not api.live:
                 note("no server is running; this is recorded, and goes on when one starts")
             return done
 
-    return asyncio.run(go())
+    return asyncio.run(call())
 
 
 def read_json_option(text: str | None, option: str) -> Any:
@@ -84,13 +93,15 @@ def emit(event_type: str, data: str | None, ident: str | None, subject: str | No
     )
     event = Event(id=number, source=source, type=event_type, data=given, subject=subject)
 
-    async def work(api: Doors) -> Any:
-        api.need_flows("emit")
+    async def work(api: ApiClient) -> Any:
+        api.require_flows("emit")
         return await api.publish(event.to_json())
 
-    receipt = _run(options, work)
+    receipt = _call_api(options, work)
     known = "known already, started nothing" if receipt["duplicate"] else "recorded"
-    say(receipt, as_json, f"event {receipt['id']} {known}; eventflow explain {receipt['id']}")
+    write_result(
+        receipt, as_json, f"event {receipt['id']} {known}; eventflow explain {receipt['id']}"
+    )
 
 
 # --------------------------------------------------------------------------- again
@@ -100,26 +111,30 @@ def emit(event_type: str, data: str | None, ident: str | None, subject: str | No
 @click.argument("run")
 @click.option("--fresh", is_flag=True, help="Forgets recorded values too.")
 def retry(run: str, fresh: bool, as_json: bool, **options: Any) -> None:
-    """Lets a failed, cancelled, held or dead run go on: recorded values are kept, errors are not."""
-    done = _run(options, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", {"fresh": fresh}))
-    say(done, as_json, f"run {done['id']} is pending again")
+    """Retry a failed, cancelled, paused, held or dead run: recorded values are kept, errors are
+    not.
+    """
+    done = _call_api(
+        options, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", {"fresh": fresh})
+    )
+    write_result(done, as_json, f"run {done['id']} is pending again")
 
 
 @command("replay")
 @click.argument("event", required=False)
 @click.option(
     "--since",
-    callback=moment,
+    callback=parse_moment,
     help="All events received from then on: 2026-01-31T08:00:00Z, or how long ago: 7d.",
 )
-@click.option("--until", callback=moment, help="… and before then.")
+@click.option("--until", callback=parse_moment, help="… and before then.")
 @click.option("--type", "event_type", help="… of this type.")
 @click.option("--to", help="Only this flow or subscription.")
 @click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
 @click.option(
     "--limit",
-    type=click.IntRange(0, MOST),
-    default=LIMIT,
+    type=click.IntRange(0, MAX_LIMIT),
+    default=DEFAULT_LIMIT,
     show_default=True,
     help="Runs that a dry run lists.",
 )
@@ -128,7 +143,7 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
     """Matches recorded events once more and starts new runs: one EVENT, or all of a time."""
     if (event is None) == (since is None and until is None):
         raise UsageError("expected one EVENT, or --since and --until for many")
-    in_order(since, until)
+    check_order(since, until)
     if event is not None and event_type is not None:
         raise UsageError(
             "--type chooses among the events of --since and --until; leave it out for one EVENT"
@@ -136,81 +151,91 @@ def replay(event: str | None, since: str | None, until: str | None, event_type: 
     if event is not None:
         _replay_one(event, to, dry_run, as_json, options)
     elif dry_run:
-        place = Place(options["store"], options["url"], options["app"])
-        answer = asyncio.run(foreseen(place, Asked(since, until, event_type, to, limit)))
-        say(answer, as_json, told(answer))
+        place = LedgerLocation(options["store"], options["url"], options["app"])
+        answer = asyncio.run(
+            simulate_replay(place, ReplayRequest(since, until, event_type, to, limit))
+        )
+        write_result(answer, as_json, dry_run_text(answer))
     else:
-        _replay_many(Asked(since, until, event_type, to, limit), as_json, options)
+        _replay_many(ReplayRequest(since, until, event_type, to, limit), as_json, options)
 
 
 def _replay_one(
     event: str, to: str | None, dry_run: bool, as_json: bool, options: dict[str, Any]
 ) -> None:
-    async def work(api: Doors) -> Any:
-        api.need_flows("replay")
+    async def work(api: ApiClient) -> Any:
+        api.require_flows("replay")
         return await api.post(f"/api/events/{quoted(event)}/replay", {"to": to, "dry_run": dry_run})
 
-    done = _run(options, work, records=not dry_run)
-    say(
+    done = _call_api(options, work, records=not dry_run)
+    write_result(
         done,
         as_json,
-        "\n".join([*_verdicts([done]), would_start([done]) if dry_run else _started([done])]),
+        "\n".join(
+            [
+                *_verdict_lines([done]),
+                would_start_text([done]) if dry_run else _started_text([done]),
+            ]
+        ),
     )
 
 
-def _replay_many(asked: Asked, as_json: bool, options: dict[str, Any]) -> None:
-    """One after the other, each for the subscriptions on its own trigger. What cannot be replayed is passed over, and told by
-    its reasons; when that is all of it, it is the command's error."""
+def _replay_many(request: ReplayRequest, as_json: bool, options: dict[str, Any]) -> None:
+    """One after the other, each for the subscriptions on its own trigger. What cannot be replayed
+    is passed over, and told by its reasons; when that is all of it, it is the command's error.
+    """
 
-    async def work(api: Doors) -> list[Any]:
-        api.need_flows("replay")
+    async def work(api: ApiClient) -> list[Any]:
+        api.require_flows("replay")
         done: list[Any] = []
-        refused: list[Refusal] = []
-        for ident in await _window(api, asked):
+        refused: list[ApiError] = []
+        for ident in await _events_between(api, request):
             try:
                 done.append(
                     await api.post(
-                        f"/api/events/{quoted(ident)}/replay", {"to": asked.to, "own": True}
+                        f"/api/events/{quoted(ident)}/replay", {"to": request.to, "own": True}
                     )
                 )
-            except Refusal as refusal:
-                if refusal.error != "refused":
+            except ApiError as error:
+                if error.error != "refused":
                     raise
-                refused.append(refusal)
+                refused.append(error)
         if refused and not done:
             raise refused[0]
         for why, events in Counter(map(str, refused)).items():
             note(f"passed over {events}: {why}")
         return done
 
-    done = _run(options, work)
-    say(done, as_json, "\n".join([*_verdicts(done), _started(done)]))
+    done = _call_api(options, work)
+    write_result(done, as_json, "\n".join([*_verdict_lines(done), _started_text(done)]))
 
 
-def _verdicts(done: list[Any]) -> list[str]:
+def _verdict_lines(done: list[Any]) -> list[str]:
     return [
-        f"event {each['event']}  {said['subscription']}  {said['fate']}  {_what(said)}"
+        f"event {each['event']}  {said['subscription']}  {said['fate']}  {_verdict_detail(said)}"
         for each in done
         for said in each["verdicts"]
     ]
 
 
-def _what(said: dict[str, Any]) -> str:
-    return said.get("run") or said.get("reason") or "would start"
+def _verdict_detail(verdict: dict[str, Any]) -> str:
+    return verdict.get("run") or verdict.get("reason") or "would start"
 
 
-def _started(done: list[Any]) -> str:
+def _started_text(done: list[Any]) -> str:
     started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
-    return f"{counted(len(done), 'event')}, {counted(started, 'run')} started"
+    return f"{plural(len(done), 'event')}, {plural(started, 'run')} started"
 
 
-async def _window(api: Doors, asked: Asked) -> list[str]:
-    """Ids of the events of a time, oldest first. Read to the end before the first replay, which adds none."""
+async def _events_between(api: ApiClient, request: ReplayRequest) -> list[str]:
+    """Ids of the events of a time, oldest first. Read to the end before the first replay, which
+    adds none.
+    """
     idents: list[str] = []
     after: str | None = None
     while True:
         page = await api.get(
-            "/api/events", since=asked.since, until=asked.until, type=asked.type, limit=1000, after=after
+            "/api/events", since=request.since, until=request.until, type=request.type, limit=1000, after=after
         )  # fmt: skip
         idents += [row["id"] for row in page["events"]]
         after = page["next"]
@@ -225,27 +250,29 @@ async def _window(api: Doors, asked: Asked) -> list[str]:
     "--type", "event_type", help="With --data, for bytes that never were an event: its type."
 )
 def redrive(
-    dead: str, data: str | None, event_type: str | None, as_json: bool, **options: Any
+    dead_letter: str, data: str | None, event_type: str | None, as_json: bool, **options: Any
 ) -> None:
     """Tries a dead letter once more, as it stands or mended; `all` tries every open one."""
-    mended = {"type": event_type} | (
+    corrected = {"type": event_type} | (
         {"data": read_json_option(data, "--data")} if data is not None else {}
     )
 
-    async def work(api: Doors) -> list[Any]:
-        api.need_flows("redrive")
-        idents = await _open_letters(api) if dead == "all" else [dead]
+    async def work(api: ApiClient) -> list[Any]:
+        api.require_flows("redrive")
+        idents = await _open_dead_letters(api) if dead_letter == "all" else [dead_letter]
         return [
-            await api.post(f"/api/dead/{quoted(str(ident))}/redrive", mended) for ident in idents
+            await api.post(f"/api/dead/{quoted(str(ident))}/redrive", corrected) for ident in idents
         ]
 
-    done = _run(options, work)
-    say(
-        done if dead == "all" else done[0], as_json, "\n".join(_verdicts(done)) or "no dead letters"
+    done = _call_api(options, work)
+    write_result(
+        done if dead_letter == "all" else done[0],
+        as_json,
+        "\n".join(_verdict_lines(done)) or "no dead letters",
     )
 
 
-async def _open_letters(api: Doors) -> list[int]:
+async def _open_dead_letters(api: ApiClient) -> list[int]:
     found: list[int] = []
     after: int | None = None
     while True:
@@ -264,10 +291,10 @@ async def _open_letters(api: Doors) -> list[int]:
 @click.option("--reason", "-m")
 def cancel(run: str, reason: str | None, as_json: bool, **options: Any) -> None:
     """Ends a run; one that is running is asked to stop, its `finally` blocks still work."""
-    done = _run(
+    done = _call_api(
         options, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})
     )
-    say(
+    write_result(
         done,
         as_json,
         f"run {done['id']} is {'asked to stop' if done['state'] == 'cancelling' else 'cancelled'}",
@@ -277,14 +304,14 @@ def cancel(run: str, reason: str | None, as_json: bool, **options: Any) -> None:
 @command("pause")
 @click.argument("trigger")
 def pause(trigger: str, as_json: bool, **options: Any) -> None:
-    """Pauses a trigger: its events are recorded, their runs held, until `resume`."""
-    done = _run(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/pause"))
-    say(done, as_json, f"trigger {done['name']} is paused: events are recorded, runs wait")
+    """Pause a trigger: its events are recorded, their runs wait for `resume`."""
+    done = _call_api(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/pause"))
+    write_result(done, as_json, f"trigger {done['name']} is paused: events are recorded, runs wait")
 
 
 @command("resume")
 @click.argument("trigger")
 def resume(trigger: str, as_json: bool, **options: Any) -> None:
     """Resumes a trigger; the runs that waited go on."""
-    done = _run(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/resume"))
-    say(done, as_json, f"trigger {done['name']} goes on")
+    done = _call_api(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/resume"))
+    write_result(done, as_json, f"trigger {done['name']} goes on")

@@ -1,9 +1,10 @@
-"""How the command line reaches a ledger: over HTTP when a server has it, else by opening the store itself, behind the same
-API.
+"""How the command line reaches a ledger: over HTTP when a server has it, else by opening the store
+itself, behind the same API.
 
-`--url`, or the `STORE.server` that a server writes beside its store, says where; `STORE.token` (or $EVENTFLOW_TOKEN) lets us
-in. With no server and the lock free, an App over the store is opened passively (it runs nothing, listens to nothing) and its
-ASGI app answers in this process, so that every command is written once. Without `--app TARGET` such an App knows no flows.
+`--url`, or the `STORE.server` that a server writes beside its store, says where; `STORE.token` (or
+$EVENTFLOW_TOKEN) lets us in. With no server and the lock free, an App over the store is opened
+passively (it runs nothing, listens to nothing) and its ASGI app answers in this process, so that
+every command is written once. Without `--app TARGET` such an App knows no flows.
 """
 
 import os
@@ -28,7 +29,7 @@ from eventflow.web.api import make_asgi
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-TIMEOUT = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
 class Unreachable(EventflowError):
@@ -37,7 +38,7 @@ class Unreachable(EventflowError):
     exit_code: ClassVar[int] = 4
 
 
-class Refusal(EventflowError):
+class ApiError(EventflowError):
     """The API said no; `error` is its word, the code follows the status."""
 
     def __init__(self, status: int, error: str, detail: str) -> None:
@@ -46,7 +47,7 @@ class Refusal(EventflowError):
         self.code = {401: 4, 403: 4, 421: 4, 404: 5, 400: 2, 409: 2, 413: 2, 415: 2}.get(status, 69)
 
 
-class Place(msgspec.Struct, frozen=True):
+class LedgerLocation(msgspec.Struct, frozen=True):
     """Where the ledger is, as the options of a command say."""
 
     store: str | None = None
@@ -54,7 +55,7 @@ class Place(msgspec.Struct, frozen=True):
     app: str | None = None
 
 
-def place_options(command: F) -> F:
+def ledger_options(command: F) -> F:
     """`--store`, `--url`, `--app` and `--json`, for every command that asks a ledger."""
     for option in (
         click.option(
@@ -77,7 +78,7 @@ def place_options(command: F) -> F:
     return json_option(command)
 
 
-class Doors:
+class ApiClient:
     """The API of one ledger."""
 
     def __init__(
@@ -89,7 +90,7 @@ class Doors:
         knows_flows: bool,
         url: str = "",
     ) -> None:
-        self._client, self.where, self.live, self.knows_flows, self.url = (
+        self._client, self.address, self.live, self.knows_flows, self.url = (
             client,
             where,
             live,
@@ -97,50 +98,52 @@ class Doors:
             url,
         )
 
-    async def get(self, path: str, *, patience: float | None = TIMEOUT, **asked: Any) -> Any:
+    async def get(self, path: str, *, timeout: float | None = TIMEOUT_SECONDS, **asked: Any) -> Any:
         """`patience`: seconds to wait for the answer; None: as long as it takes."""
         params = {name: value for name, value in asked.items() if value is not None}
-        return await self._ask("GET", path, params=params, timeout=patience)
+        return await self._request("GET", path, params=params, timeout=timeout)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        return await self._ask(
+        return await self._request(
             "POST",
             path,
             json={name: value for name, value in (body or {}).items() if value is not None},
         )
 
     async def publish(self, event: bytes) -> Any:
-        return await self._ask(
+        return await self._request(
             "POST",
             "/api/events",
             content=event,
             headers={"content-type": "application/cloudevents+json"},
         )
 
-    def need_flows(self, what: str) -> None:
+    def require_flows(self, purpose: str) -> None:
         """For work that asks which flows an event starts."""
         if not self.live and not self.knows_flows:
             raise Unreachable(
-                f"no server has {self.where}, and {what} needs the app's flows; start it, or give --app TARGET"
+                f"no server has {self.address}, and {purpose} needs the app's flows; start it, or give --app TARGET"
             )
 
-    async def _ask(self, method: str, path: str, **options: Any) -> Any:
+    async def _request(self, method: str, path: str, **options: Any) -> Any:
         try:
             answer = await self._client.request(method, path, **options)
         except httpx2.TransportError as error:
             raise Unreachable(
-                f"no server answers at {self.where}: {error or type(error).__name__}"
+                f"no server answers at {self.address}: {error or type(error).__name__}"
             ) from None
         data: Any = _decoded(answer.content)
         if answer.status_code >= 400:
             said = cast(dict[str, Any], data) if isinstance(data, dict) else {}
             detail = str(said.get("detail") or f"{method} {path} was answered {answer.status_code}")
-            raise Refusal(answer.status_code, str(said.get("error") or "refused"), detail)
+            raise ApiError(answer.status_code, str(said.get("error") or "refused"), detail)
         return data
 
 
 def quoted(ident: str) -> str:
-    """An id as a part of a path: a sender's may hold anything. UsageError for none, as from a shell's empty variable."""
+    """An id as a part of a path: a sender's may hold anything. UsageError for none, as from a
+    shell's empty variable.
+    """
     if not ident:
         raise UsageError(
             "expected an id or a name, found an empty text; `eventflow ls` lists what there is"
@@ -156,30 +159,34 @@ def _decoded(content: bytes) -> Any:
 
 
 @asynccontextmanager
-async def doors(place: Place) -> AsyncGenerator[Doors]:
-    """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening the store raises."""
-    if place.url is not None:
-        if not place.url.startswith(("http://", "https://")):
+async def open_api(location: LedgerLocation) -> AsyncGenerator[ApiClient]:
+    """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening
+    the store raises.
+    """
+    if location.url is not None:
+        if not location.url.startswith(("http://", "https://")):
             raise UsageError(
-                f"--url expected http://HOST:PORT or https://HOST, found {place.url!r}"
+                f"--url expected http://HOST:PORT or https://HOST, found {location.url!r}"
             )
-        async with _client(place.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
-            yield Doors(client, place.url, live=True, knows_flows=True, url=place.url)
+        async with _client(location.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
+            yield ApiClient(client, location.url, live=True, knows_flows=True, url=location.url)
         return
-    app = load_app(place.app) if place.app else None
-    path = store_path(place, app)
+    app = load_app(location.app) if location.app else None
+    path = store_path(location, app)
     server = await running_server(path)
     if server is not None:
         async with _client(server, _token(path)) as client:
-            yield Doors(client, server, live=True, knows_flows=True, url=server)
+            yield ApiClient(client, server, live=True, knows_flows=True, url=server)
         return
-    async with _passive(app, path) as client:
-        yield Doors(client, path, live=False, knows_flows=app is not None)
+    async with _open_without_server(app, path) as client:
+        yield ApiClient(client, path, live=False, knows_flows=app is not None)
 
 
 def _client(url: str, token: str) -> httpx2.AsyncClient:
     headers = {"authorization": f"Bearer {token}"} if token else {}
-    return httpx2.AsyncClient(base_url=url, headers=headers, timeout=TIMEOUT, trust_env=False)
+    return httpx2.AsyncClient(
+        base_url=url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False
+    )
 
 
 def _token(path: str) -> str:
@@ -193,12 +200,12 @@ def _token(path: str) -> str:
 
 
 @asynccontextmanager
-async def _passive(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
+async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
     if not has_store(path):
         raise Unreachable(
             f"no server has the store {path}, and there is no such file; name another with --store, or start one"
         )
-    _check_kind(path)
+    _check_is_sqlite(path)
     app = app or App(Path(path).stem)
     await app.open(
         store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True
@@ -213,10 +220,10 @@ async def _passive(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncCli
         await app.close()
 
 
-def store_path(place: Place, app: App | None) -> str:
+def store_path(location: LedgerLocation, app: App | None) -> str:
     """The absolute path of the store."""
-    if place.store or app is not None:
-        url = place.store or (app.url if app is not None else "")
+    if location.store or app is not None:
+        url = location.store or (app.url if app is not None else "")
         return open_store(url if "://" in url else f"sqlite:///{url}", App("name").clock).path
     found = [
         path
@@ -234,7 +241,7 @@ def store_path(place: Place, app: App | None) -> str:
     )
 
 
-def _check_kind(path: str) -> None:
+def _check_is_sqlite(path: str) -> None:
     """Before anything is written beside a file that was named by mistake."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):
@@ -247,12 +254,12 @@ def has_store(path: str) -> bool:
     return Path(path).exists()
 
 
-def _written_url(path: str) -> str | None:
+def _advertised_url(path: str) -> str | None:
     """What a server left beside its store, if that process still lives."""
     try:
-        said = orjson.loads(Path(f"{path}.server").read_bytes())
-        os.kill(int(said["pid"]), 0)
-        url = str(said["url"])
+        server = orjson.loads(Path(f"{path}.server").read_bytes())
+        os.kill(int(server["pid"]), 0)
+        url = str(server["url"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None if url.startswith("unix:") else url
@@ -260,7 +267,7 @@ def _written_url(path: str) -> str | None:
 
 async def running_server(path: str) -> str | None:
     """The URL of the server that has this store, if one answers there."""
-    url = _written_url(path)
+    url = _advertised_url(path)
     if url is None:
         return None
     try:

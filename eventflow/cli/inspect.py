@@ -8,9 +8,9 @@ from typing import Any
 import click
 import orjson
 
-from eventflow.cli.client import Place, Refusal, doors, place_options, quoted
-from eventflow.cli.output import facts, say, short_time, state, table
-from eventflow.cli.times import in_order, moment
+from eventflow.cli.client import ApiError, LedgerLocation, ledger_options, open_api, quoted
+from eventflow.cli.output import coloured, fields_text, short_time, table, write_result
+from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import flat
 from eventflow.logs.output import renderer, show
@@ -57,7 +57,7 @@ COLUMNS = {
     "dead": ("id", "event", "subscription", "at", "type", "reason"),
 }
 
-_CHOICES = {
+_FILTERED_KIND = {
     "state": "runs", "flow": "runs", "event": "runs", "type": "events", "trigger": "events", "since": "events",
     "until": "events",
 }  # fmt: skip
@@ -81,7 +81,8 @@ def command(name: str) -> Any:
 @command("ls")
 @click.argument("kind", type=click.Choice(list(COLUMNS)), default="runs")
 @click.option(
-    "--state", help="Of runs: pending, running, waiting, held, completed, failed, cancelled, dead."
+    "--state",
+    help="Of runs: pending, running, waiting, paused, held, completed, failed, cancelled, dead.",
 )
 @click.option("--flow", help="Of runs.")
 @click.option("--event", help="Of runs: those it started.")
@@ -89,42 +90,46 @@ def command(name: str) -> Any:
 @click.option("--trigger", help="Of events.")
 @click.option(
     "--since",
-    callback=moment,
+    callback=parse_moment,
     help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.",
 )
-@click.option("--until", callback=moment, help="Of events; as --since.")
+@click.option("--until", callback=parse_moment, help="Of events; as --since.")
 @click.option("--limit", "-n", default=20, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--after", help="The last id of the page before.")
-@place_options
+@ledger_options
 def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) -> None:
     """Lists runs (the default), events, flows, triggers, outlets or dead letters, newest first."""
-    given = {name: options[name] for name in _CHOICES if options[name] is not None}
+    given = {name: options[name] for name in _FILTERED_KIND if options[name] is not None}
     for name in given:
-        if _CHOICES[name] != kind:
+        if _FILTERED_KIND[name] != kind:
             raise UsageError(
-                f"--{name} chooses among {_CHOICES[name]}; leave it out, or: eventflow ls {_CHOICES[name]}"
+                f"--{name} chooses among {_FILTERED_KIND[name]}; leave it out, or: eventflow ls {_FILTERED_KIND[name]}"
             )
-    in_order(options["since"], options["until"])
-    page = asyncio.run(_page(_place(options), kind, {"limit": limit, "after": after, **given}))
-    told = _trigger_told if kind == "triggers" else _run_told
-    rows = [{**row, **told(row)} for row in page[kind]]
-    say(
+    check_order(options["since"], options["until"])
+    page = asyncio.run(
+        _fetch_page(_location(options), kind, {"limit": limit, "after": after, **given})
+    )
+    detail = _trigger_detail if kind == "triggers" else _run_detail
+    rows = [{**row, **detail(row)} for row in page[kind]]
+    write_result(
         page,
         as_json,
         table(rows, COLUMNS[kind], "no dead letters" if kind == "dead" else f"no {kind}"),
     )
 
 
-def _place(options: dict[str, Any]) -> Place:
-    return Place(options["store"], options["url"], options["app"])
+def _location(options: dict[str, Any]) -> LedgerLocation:
+    return LedgerLocation(options["store"], options["url"], options["app"])
 
 
-async def _page(place: Place, kind: str, asked: dict[str, Any]) -> dict[str, Any]:
-    async with doors(place) as api:
-        return await api.get(f"/api/{kind}", **asked)
+async def _fetch_page(
+    location: LedgerLocation, kind: str, params: dict[str, Any]
+) -> dict[str, Any]:
+    async with open_api(location) as api:
+        return await api.get(f"/api/{kind}", **params)
 
 
-def _run_told(row: dict[str, Any]) -> dict[str, Any]:
+def _run_detail(row: dict[str, Any]) -> dict[str, Any]:
     """Why a run is as it is."""
     error = row.get("error")
     return {
@@ -134,7 +139,7 @@ def _run_told(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _trigger_told(row: dict[str, Any]) -> dict[str, Any]:
+def _trigger_detail(row: dict[str, Any]) -> dict[str, Any]:
     """How its source fares: `lag_messages 12, lag_seconds 0.8`, and what keeps it from its work."""
     gauges = ", ".join(f"{name} {value:.15g}" for name, value in row["totals"].items())
     return {"gauges": gauges or None, "detail": row["condition"] or row["last_error"]}
@@ -145,26 +150,28 @@ def _trigger_told(row: dict[str, Any]) -> dict[str, Any]:
 
 @command("show")
 @click.argument("ident", metavar="ID")
-@place_options
+@ledger_options
 def show_command(ident: str, as_json: bool, **options: Any) -> None:
-    """Shows a run (or an event): its state, its tasks with attempts and errors, its result. A part of the ID serves."""
-    kind, found = asyncio.run(_find(_place(options), ident))
-    say(found, as_json, run_text(found) if kind == "run" else event_text(found))
+    """Shows a run (or an event): its state, its tasks with attempts and errors, its result. A part
+    of the ID serves.
+    """
+    kind, found = asyncio.run(_find_run_or_event(_location(options), ident))
+    write_result(found, as_json, run_text(found) if kind == "run" else event_text(found))
 
 
-async def _find(place: Place, ident: str) -> tuple[str, dict[str, Any]]:
-    async with doors(place) as api:
+async def _find_run_or_event(location: LedgerLocation, ident: str) -> tuple[str, dict[str, Any]]:
+    async with open_api(location) as api:
         try:
             return "run", await api.get(f"/api/runs/{quoted(ident)}")
-        except Refusal as refusal:
+        except ApiError as refusal:
             if refusal.error != "not_found":
                 raise
         try:
             return "event", await api.get(f"/api/events/{quoted(ident)}")
-        except Refusal as refusal:
+        except ApiError as refusal:
             if refusal.error != "not_found":
                 raise
-            raise Refusal(
+            raise ApiError(
                 404,
                 "not_found",
                 f"no run or event matches {ident!r}; `eventflow ls` lists what there is",
@@ -172,7 +179,7 @@ async def _find(place: Place, ident: str) -> tuple[str, dict[str, Any]]:
 
 
 def run_text(run: dict[str, Any]) -> str:
-    head = facts(
+    head = fields_text(
         [
             ("run", run["id"]), ("flow", run["flow"]), ("state", run["state"]), ("reason", run["reason"]),
             ("event", run["event"]), ("subscription", run["subscription"]), ("parent", run["parent"]), ("lane", run["lane"]),
@@ -184,7 +191,7 @@ def run_text(run: dict[str, Any]) -> str:
     parts = [head, _timeline(run)]
     if run["error"]:
         error = run["error"]
-        parts.append(f"{state('failed')}  {error['type']}: {clean_lines(error['message'])}")
+        parts.append(f"{coloured('failed')}  {error['type']}: {clean_lines(error['message'])}")
         if error.get("traceback"):
             parts.append(clean_lines(error["traceback"]).rstrip())
     return "\n\n".join(part for part in parts if part)
@@ -197,7 +204,7 @@ def _timeline(run: dict[str, Any]) -> str:
             "state": call["state"],
             "attempts": call["attempts"] or None,
             "at": call["at"],
-            "took": _took(call["first_at"], call["at"]) if call["attempts"] > 1 else None,
+            "took": _elapsed(call["first_at"], call["at"]) if call["attempts"] > 1 else None,
             "next_at": call["next_at"],
             "error": _last_error(call),
         }
@@ -210,7 +217,7 @@ def _timeline(run: dict[str, Any]) -> str:
     )
 
 
-def _took(first: str, last: str) -> str:
+def _elapsed(first: str, last: str) -> str:
     """Between the first and the last entry of a call."""
     return f"{(datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds():.3f}s"
 
@@ -227,21 +234,22 @@ def _last_error(call: dict[str, Any]) -> str | None:
 
 @command("explain")
 @click.argument("event")
-@place_options
+@ledger_options
 def explain(event: str, as_json: bool, **options: Any) -> None:
-    """Tells what became of an event, for every subscription: run started, filtered and why, invalid, held. By our id or the
-    sender's."""
-    found = asyncio.run(_event(_place(options), event))
-    say(found, as_json, event_text(found))
+    """Tells what became of an event, for every subscription: run started, filtered and why,
+    invalid, paused. By our id or the sender's.
+    """
+    found = asyncio.run(_fetch_event(_location(options), event))
+    write_result(found, as_json, event_text(found))
 
 
-async def _event(place: Place, ident: str) -> dict[str, Any]:
-    async with doors(place) as api:
+async def _fetch_event(location: LedgerLocation, ident: str) -> dict[str, Any]:
+    async with open_api(location) as api:
         return await api.get(f"/api/events/{quoted(ident)}")
 
 
 def event_text(event: dict[str, Any]) -> str:
-    head = facts(
+    head = fields_text(
         [
             ("event", event["id"]), ("sender's id", event["event_id"]), ("type", event["type"]), ("source", event["source"]),
             ("subject", event["subject"]), ("trigger", event["trigger"]), ("received", event["received_at"]),
@@ -274,23 +282,25 @@ def _duplicates(event: dict[str, Any]) -> str | None:
 @command("logs")
 @click.argument("run")
 @click.option("--follow", "-f", is_flag=True, help="Goes on until the run has ended.")
-@place_options
+@ledger_options
 def logs(run: str, follow: bool, as_json: bool, **options: Any) -> None:
     """What a run's flow and tasks logged and printed; with --json one JSON line each."""
-    asyncio.run(_logs(_place(options), run, follow, as_json))
+    asyncio.run(_print_logs(_location(options), run, follow, as_json))
 
 
-async def _logs(place: Place, run: str, follow: bool, as_json: bool) -> None:
+async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json: bool) -> None:
     console = renderer(colors=None if sys.stdout.isatty() else False)
     after = 0
-    async with doors(place) as api:
+    async with open_api(location) as api:
         follow = follow and api.live  # without a server nothing more will come
         while True:
             page = await api.get(f"/api/runs/{quoted(run)}/logs", after=after, limit=1000)
             for line in page["lines"]:
                 after = line["seq"]
                 click.echo(
-                    orjson.dumps(_flat(line)).decode() if as_json else show(_flat(line), console)
+                    orjson.dumps(_log_record(line)).decode()
+                    if as_json
+                    else show(_log_record(line), console)
                 )
             if not page["lines"] and (page["settled"] or not follow):
                 return
@@ -298,7 +308,7 @@ async def _logs(place: Place, run: str, follow: bool, as_json: bool) -> None:
                 await asyncio.sleep(0.3)
 
 
-def _flat(line: dict[str, Any]) -> dict[str, Any]:
+def _log_record(line: dict[str, Any]) -> dict[str, Any]:
     """A stored line in the shape it had on the stream."""
-    shown = flat({**line, "at": 0})
-    return {**shown, "timestamp": line["at"]}
+    record = flat({**line, "at": 0})
+    return {**record, "timestamp": line["at"]}

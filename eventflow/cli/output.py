@@ -1,4 +1,6 @@
-"""How the command line speaks: JSON or aligned tables on stdout, one line of trouble on stderr; colour only on a terminal."""
+"""How the command line speaks: JSON or aligned tables on stdout, one line of trouble on stderr;
+colour only on a terminal.
+"""
 
 import re
 import sys
@@ -13,7 +15,7 @@ from eventflow.logs.redaction import clean
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COLOURS = {
-    "completed": "green", "running": "cyan", "waiting": "cyan", "pending": "yellow", "held": "magenta", "failed": "red",
+    "completed": "green", "running": "cyan", "waiting": "cyan", "pending": "yellow", "paused": "yellow", "held": "magenta", "failed": "red",
     "dead": "red", "cancelled": "bright_black", "filtered": "bright_black", "invalid": "red", "listening": "green",
     "paused": "magenta", "reopening": "yellow", "retrying": "yellow", "fired": "green", "published": "green",
     "ok": "green",
@@ -26,7 +28,7 @@ def json_option(command: F) -> F:
     )(command)
 
 
-def say(data: Any, as_json: bool, text: str) -> None:
+def write_result(data: Any, as_json: bool, text: str) -> None:
     """The answer of a command."""
     click.echo(
         orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode() if as_json else text
@@ -49,7 +51,7 @@ def _snake(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def counted(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -80,16 +82,16 @@ def _cell(value: Any) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], *, colour: bool = False) -> str:
-    shown: list[str] = []
+    parts: list[str] = []
     for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
         last = at == len(cells) - 1
         cut = cell if last or len(cell) <= width else f"{cell[: width - 1]}…"
         padded = cut if last else cut.ljust(width)
-        shown.append(state(padded) if colour else padded)
-    return "  ".join(shown).rstrip()
+        parts.append(coloured(padded) if colour else padded)
+    return "  ".join(parts).rstrip()
 
 
-def state(text: str) -> str:
+def coloured(text: str) -> str:
     """A state's word in its colour."""
     fg = _COLOURS.get(text.strip())
     return click.style(text, fg=fg) if fg else text
@@ -103,11 +105,11 @@ def short_time(instant: str | None) -> str:
     return "-" if instant is None else f"{instant[:10]} {instant[11:19]}"
 
 
-def facts(pairs: Sequence[tuple[str, Any]]) -> str:
+def fields_text(pairs: Sequence[tuple[str, Any]]) -> str:
     """`name  value` lines, aligned; those without a value are left out."""
     given = [(name, value) for name, value in pairs if value not in (None, "", [])]
     width = max((len(name) for name, _ in given), default=0)
     return "\n".join(
-        f"{click.style(name.ljust(width), bold=True)}  {state(_cell(value))}"
+        f"{click.style(name.ljust(width), bold=True)}  {coloured(_cell(value))}"
         for name, value in given
     )

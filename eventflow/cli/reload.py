@@ -1,8 +1,9 @@
 """Again when a file changes: the parent of `dev` and of `run --watch`.
 
-`dev` binds the socket once and hands it to each child it starts: while one ends and the next begins, connections queue in the
-kernel, so a webhook that arrives then is answered late, not refused. A child that was killed begins anew at once, one that
-cannot start (a syntax error) at the next change; either is told.
+`dev` binds the socket once and hands it to each child it starts: while one ends and the next
+begins, connections queue in the kernel, so a webhook that arrives then is answered late, not
+refused. A child that was killed begins anew at once, one that cannot start (a syntax error) at the
+next change; either is told.
 """
 
 import os
@@ -19,14 +20,18 @@ from watchfiles import PythonFilter, watch
 from eventflow.core.errors import AppNotFound
 from eventflow.server.server import Settings, bind_socket
 
-GRACE = 3.0
-"""Seconds an edit waits for attempts under way; what does not end is interrupted, and goes on in the new code."""
+RELOAD_GRACE_SECONDS = 3.0
+"""Seconds an edit waits for attempts under way; what does not end is interrupted, and goes on in
+the new code.
+"""
 
-LOOK = 1.0
-"""Seconds between two looks whether the child still lives; so a child that dies at once begins anew that often."""
+POLL_INTERVAL_SECONDS = 1.0
+"""Seconds between two looks whether the child still lives; so a child that dies at once begins anew
+that often.
+"""
 
 
-class Watching:
+class Reloader:
     """The Python files beside a target."""
 
     def __init__(self, where: str) -> None:
@@ -38,7 +43,7 @@ class Watching:
         """The names of changed files; every `LOOK` seconds without a change, none."""
         found_by = watch(
             self.folder, watch_filter=PythonFilter(), stop_event=self.stop, raise_interrupt=False,
-            rust_timeout=int(LOOK * 1000), yield_on_timeout=True,
+            rust_timeout=int(POLL_INTERVAL_SECONDS * 1000), yield_on_timeout=True,
         )  # fmt: skip
         for found in found_by:
             yield {os.path.relpath(path, self.folder) for _, path in found}
@@ -67,7 +72,7 @@ def stop_on(stop: threading.Event, *signals: signal.Signals) -> None:
         signal.signal(number, handle)
 
 
-def serve_again(target: str, host: str, port: int, flags: list[str]) -> int:
+def serve_with_reload(target: str, host: str, port: int, flags: list[str]) -> int:
     """`serve` in a child on a socket of ours, a new child after each change."""
     where = target.partition(":")[0]
     if where.endswith(".py") and not Path(where).is_file():
@@ -75,7 +80,7 @@ def serve_again(target: str, host: str, port: int, flags: list[str]) -> int:
     sock = bind_socket(Settings(host=host, port=port))
     sock.listen(2048)
     sock.set_inheritable(True)
-    watching = Watching(where)
+    watching = Reloader(where)
     command = [
         sys.executable,
         "-m",
@@ -86,21 +91,23 @@ def serve_again(target: str, host: str, port: int, flags: list[str]) -> int:
         str(sock.fileno()),
         *flags,
     ]
-    child = _Child(command, sock.fileno())
+    child = _ChildServer(command, sock.fileno())
     stop_on(watching.stop, signal.SIGINT, signal.SIGTERM)
     child.start()
     for changed in watching.changes():
         if changed:
             _say(f"{', '.join(sorted(changed))} changed, beginning anew")
-            child.end(GRACE)
+            child.stop(RELOAD_GRACE_SECONDS)
             child.start()
-        elif (code := child.ended()) is not None:
-            _meet_end(child, code)
-    return child.end(None)
+        elif (code := child.take_exit_code()) is not None:
+            _on_exit(child, code)
+    return child.stop(None)
 
 
-def _meet_end(child: "_Child", code: int) -> None:
-    """What ended without being asked: killed, the next one takes its runs up; by itself, only another code may mend it."""
+def _on_exit(child: "_ChildServer", code: int) -> None:
+    """What ended without being asked: killed, the next one takes its runs up; by itself, only
+    another code may mend it.
+    """
     if code < 0:
         _say(f"the server was ended by {signal.Signals(-code).name}, beginning anew")
         child.start()
@@ -108,26 +115,26 @@ def _meet_end(child: "_Child", code: int) -> None:
         _say(f"the server ended with exit code {code}; it begins anew when a *.py file changes")
 
 
-class _Child:
+class _ChildServer:
     """The server of the moment."""
 
     def __init__(self, command: list[str], fd: int) -> None:
         self._command, self._fd = command, fd
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = False
+        self._exit_reported = False
 
     def start(self) -> None:
-        self._told = False
+        self._exit_reported = False
         self._process = subprocess.Popen(self._command, pass_fds=[self._fd], start_new_session=True)
 
-    def ended(self) -> int | None:
+    def take_exit_code(self) -> int | None:
         """Its exit code, once, when it ended by itself; below 0 the signal that killed it."""
-        if self._told or self._process is None or (code := self._process.poll()) is None:
+        if self._exit_reported or self._process is None or (code := self._process.poll()) is None:
             return None
-        self._told = True
+        self._exit_reported = True
         return code
 
-    def end(self, grace: float | None) -> int:
+    def stop(self, grace: float | None) -> int:
         """Asks it to drain; with a `grace`, no longer than that. Its exit code."""
         process = self._process
         assert process is not None

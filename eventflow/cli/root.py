@@ -1,4 +1,6 @@
-"""The group of commands, and the one place where an error becomes a line on stderr and an exit code."""
+"""The group of commands, and the one place where an error becomes a line on stderr and an exit
+code.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -8,12 +10,12 @@ from typing import Any, NoReturn
 import click
 
 from eventflow.cli import actions, backfill, inspect, serve, store
-from eventflow.cli.client import Refusal
+from eventflow.cli.client import ApiError
 from eventflow.cli.output import fail
 from eventflow.core.errors import EventflowError
 
 
-class Commands(click.Group):
+class CommandGroup(click.Group):
     """Says what a mistyped command may have meant."""
 
     def resolve_command(
@@ -32,7 +34,8 @@ class Commands(click.Group):
 
 
 @click.group(
-    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=CommandGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
 @click.version_option(package_name="eventflow-reactor", prog_name="eventflow")
 def cli() -> None:
@@ -67,7 +70,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
         sys.exit(error.exit_code)
     except EventflowError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        if isinstance(error, Refusal):
+        if isinstance(error, ApiError):
             fail(error.error, str(error), as_json)
             sys.exit(error.code)
         fail(type(error).__name__, f"{error}{notes}", as_json)

@@ -1,4 +1,6 @@
-"""One run from the command line: by the server that has the store, else here, and its result on stdout."""
+"""One run from the command line: by the server that has the store, else here, and its result on
+stdout.
+"""
 
 import asyncio
 import secrets
@@ -10,7 +12,7 @@ import msgspec
 import orjson
 
 from eventflow.app import App, RunHandle
-from eventflow.cli.client import Place, Refusal, doors, running_server, store_path
+from eventflow.cli.client import ApiError, LedgerLocation, open_api, running_server, store_path
 from eventflow.cli.output import fail, note
 from eventflow.core.errors import BindingError, UsageError
 from eventflow.events.event import Event
@@ -20,11 +22,11 @@ from eventflow.routing.binding import Binder
 from eventflow.runs.run import Cancelled, Completed, Failed, Held
 from eventflow.sdk.flow import Flow
 
-POLL = 0.2
+POLL_INTERVAL_SECONDS = 0.2
 """Seconds between two looks at a run that a server executes."""
 
 
-class Asked(msgspec.Struct):
+class RunRequest(msgspec.Struct):
     """What `eventflow run` was asked: parameters, or an event."""
 
     flow: Flow[..., Any]
@@ -36,21 +38,21 @@ class Asked(msgspec.Struct):
     idempotency_key: str | None = None
 
 
-async def run_flow(asked: Asked, as_json: bool) -> int:
+async def run_flow(request: RunRequest, as_json: bool) -> int:
     """Runs it and prints the result; the exit code."""
     bind(
-        asked.flow.fn,
-        asked.flow.name,
-        asked.params,
-        _event(asked.event) if asked.params is None else None,
+        request.flow.fn,
+        request.flow.name,
+        request.params,
+        _event(request.event) if request.params is None else None,
     )
-    app = asked.app or App(Path(asked.target.partition(":")[0]).stem)
-    app.add(asked.flow)
-    path = store_path(Place(asked.store), app)
+    app = request.app or App(Path(request.target.partition(":")[0]).stem)
+    app.add(request.flow)
+    path = store_path(LedgerLocation(request.store), app)
     server = await running_server(path)
     if server is not None:
-        return await _by_server(asked, path, server, as_json)
-    return await _here(asked, app, path, as_json)
+        return await _run_on_server(request, path, server, as_json)
+    return await _run_locally(request, app, path, as_json)
 
 
 def bind(
@@ -87,33 +89,35 @@ def _event(given: Any) -> Event:
 # --------------------------------------------------------------------------- here
 
 
-async def _here(asked: Asked, app: App, path: str, as_json: bool) -> int:
+async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) -> int:
     logs = LogStore(f"{path}.logs.db", clock=app.clock)
     logs.open()
     with configure(stream=sys.stderr, pretty=False if as_json else None, level="info"):
         try:
             await app.open(store=f"sqlite:///{path}", own_loop=True, listen=False, sink=logs)
             try:
-                return await _finish(app, await _start(asked, app), as_json)
+                return await _print_outcome(app, await _start(request, app), as_json)
             finally:
                 await app.close(5.0)
         finally:
             await asyncio.to_thread(logs.close)
 
 
-async def _start(asked: Asked, app: App) -> RunHandle:
+async def _start(request: RunRequest, app: App) -> RunHandle:
     pending = (await app.store.counts())["pending"]
     if pending:
         note(f"{pending} deliveries of this store were pending; they go on here meanwhile")
-    if asked.params is not None:
-        return await app.start_with(asked.flow, orjson.dumps(asked.params), asked.idempotency_key)
-    arrival = app.house.router.arrive_flow(asked.flow, _event(asked.event))
-    (receipt,) = await app.house.reactor.record([arrival], "api")
+    if request.params is not None:
+        return await app.start_with(
+            request.flow, orjson.dumps(request.params), request.idempotency_key
+        )
+    arrival = app.runtime.router.route_to_flow(request.flow, _event(request.event))
+    (receipt,) = await app.runtime.reactor.record([arrival], "api")
     runs = await app.store.runs(event=receipt.ledger_id, limit=1)
-    return RunHandle(app, runs[0]["id"], asked.flow, receipt.duplicate)
+    return RunHandle(app, runs[0]["id"], request.flow, receipt.duplicate)
 
 
-async def _finish(app: App, run: RunHandle, as_json: bool) -> int:
+async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
     """The result, as the flow's own codec writes it."""
     note(f"run {run.id}")
     outcome = await app.outcome(run.number)
@@ -122,18 +126,18 @@ async def _finish(app: App, run: RunHandle, as_json: bool) -> int:
             _print((await asyncio.to_thread(app.blobs.fetch, outcome.codec, outcome.value))[1])
             return 0
         case Failed():
-            return _failed(run.id, orjson.loads(outcome.error), as_json)
+            return _report_failure(run.id, orjson.loads(outcome.error), as_json)
         case Cancelled() | Held():
-            return _failed(
+            return _report_failure(
                 run.id, {"type": type(outcome).__name__.lower(), "message": outcome.reason}, as_json
             )
         case _:
-            return _failed(
+            return _report_failure(
                 run.id, {"type": "interrupted", "message": "it goes on at the next start"}, as_json
             )
 
 
-def _failed(run: str, error: dict[str, Any], as_json: bool) -> int:
+def _report_failure(run: str, error: dict[str, Any], as_json: bool) -> int:
     fail(
         "run_failed",
         f"run {run}: {error['type'].rpartition(':')[2]}: {error['message']}; eventflow show {run}",
@@ -150,24 +154,24 @@ def _print(data: bytes) -> None:
 # --------------------------------------------------------------------------- by a server
 
 
-async def _by_server(asked: Asked, path: str, url: str, as_json: bool) -> int:
-    if asked.params is None:
+async def _run_on_server(request: RunRequest, path: str, url: str, as_json: bool) -> int:
+    if request.params is None:
         raise UsageError(
             f"the server at {url} has this store; post the event to it, or give --store sqlite:///OTHER.db"
         )
     note(f"the server at {url} has the store and runs this")
-    async with doors(Place(store=f"sqlite:///{path}")) as api:
+    async with open_api(LedgerLocation(store=f"sqlite:///{path}")) as api:
         body = {
-            "flow": asked.flow.name,
-            "params": asked.params,
-            "idempotency_key": asked.idempotency_key,
+            "flow": request.flow.name,
+            "params": request.params,
+            "idempotency_key": request.idempotency_key,
         }
         try:
             started = await api.post("/api/runs", body)
-        except Refusal as refusal:
+        except ApiError as refusal:
             if refusal.error == "not_found":
                 raise UsageError(
-                    f"the server does not know the flow {asked.flow.name!r}: it serves other code"
+                    f"the server does not know the flow {request.flow.name!r}: it serves other code"
                 ) from None
             raise
         note(f"run {started['id']}")
@@ -175,9 +179,9 @@ async def _by_server(asked: Asked, path: str, url: str, as_json: bool) -> int:
             run = await api.get(f"/api/runs/{started['id']}")
             if run["state"] not in ("pending", "running", "waiting"):
                 break
-            await asyncio.sleep(POLL)
+            await asyncio.sleep(POLL_INTERVAL_SECONDS)
     if run["state"] == "completed":
         _print(orjson.dumps(run["result"]))
         return 0
     error = run["error"] or {"type": run["state"], "message": run["reason"] or "no reason is known"}
-    return _failed(started["id"], error, as_json)
+    return _report_failure(started["id"], error, as_json)

@@ -1,7 +1,7 @@
 """What executes flows: `serve`, `dev`, `run`, `task`, `demo`.
 
-`run` sends to the server that has the app's store, if there is one; else it takes the store and works here. Either way the
-result is JSON on stdout, and a failed run exits with 1.
+`run` sends to the server that has the app's store, if there is one; else it takes the store and
+works here. Either way the result is JSON on stdout, and a failed run exits with 1.
 """
 
 import asyncio
@@ -13,16 +13,16 @@ import click
 import orjson
 
 from eventflow.cli.actions import read_json_option
-from eventflow.cli.output import json_option, say
-from eventflow.cli.reload import Watching, serve_again
-from eventflow.cli.run import Asked, bind, run_flow
+from eventflow.cli.output import json_option, write_result
+from eventflow.cli.reload import Reloader, serve_with_reload
+from eventflow.cli.run import RunRequest, bind, run_flow
 from eventflow.cli.target import load_app, load_flow, load_task
 from eventflow.core.errors import UsageError
 from eventflow.demo.scenario import demo
 from eventflow.server.memory_limits import parse_size
 from eventflow.server.server import Settings, serve
 
-_SERVING = (
+_SERVER_OPTIONS = (
     click.option("--store", help="sqlite:///PATH; default: the app's own."),
     click.option("--host", default="127.0.0.1", show_default=True),
     click.option(
@@ -56,7 +56,7 @@ _SERVING = (
     ),
 )
 
-_GIVEN = (
+_PARAMETER_OPTIONS = (
     click.option("-p", "pairs", multiple=True, metavar="K=V", help="One parameter: JSON, or text."),
     click.option("--params", help="All parameters as a JSON object, @FILE, or @- for stdin."),
 )
@@ -80,7 +80,7 @@ def with_options(*options: Any) -> Any:
 
 @click.command("serve")
 @click.argument("target")
-@with_options(*_SERVING)
+@with_options(*_SERVER_OPTIONS)
 @click.option(
     "--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart."
 )
@@ -109,7 +109,9 @@ def with_options(*options: Any) -> Any:
 )
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready."""
+    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is
+    ready.
+    """
     if as_json:
         options["log"] = "json"
     return serve(load_app(target), Settings(**options))
@@ -117,10 +119,12 @@ def serve_command(target: str, as_json: bool, **options: Any) -> int:
 
 @click.command("dev")
 @click.argument("target")
-@with_options(*_SERVING)
+@with_options(*_SERVER_OPTIONS)
 @json_option
 def dev_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty logs."""
+    """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty
+    logs.
+    """
     flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
     flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
     flags += ["--store", options["store"]] if options["store"] else []
@@ -132,7 +136,7 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
         "--log",
         "json" if as_json else "pretty",
     ]
-    return serve_again(target, options["host"], options["port"], flags)
+    return serve_with_reload(target, options["host"], options["port"], flags)
 
 
 # --------------------------------------------------------------------------- one run, one task
@@ -140,7 +144,7 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
 
 @click.command("run")
 @click.argument("target", metavar="FILE:FLOW")
-@with_options(*_GIVEN)
+@with_options(*_PARAMETER_OPTIONS)
 @click.option("--event", help="The event as CloudEvents JSON, or just its data; JSON or @FILE.")
 @click.option("--idempotency-key", help="With the same key twice, the first run is waited for.")
 @click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the app's own.")
@@ -150,7 +154,7 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
                 **options: Any) -> int:  # fmt: skip
     """Runs a flow once and prints its result as JSON."""
     if watch:
-        return Watching(target.partition(":")[0]).repeat("run", "--watch")
+        return Reloader(target.partition(":")[0]).repeat("run", "--watch")
     if options["idempotency_key"] == "":
         raise UsageError(
             "--idempotency-key expected a text, found an empty one; leave it out for a run of its own"
@@ -159,7 +163,7 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
     given = read_json_option(event, "--event")
     if event is not None and (pairs or params):
         raise UsageError("expected --event, or -p and --params, found both")
-    asked = Asked(
+    request = RunRequest(
         flow,
         app,
         target,
@@ -167,25 +171,25 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
         given,
         **options,
     )
-    return asyncio.run(run_flow(asked, as_json))
+    return asyncio.run(run_flow(request, as_json))
 
 
 @click.command("task")
 @click.argument("target", metavar="FILE:TASK")
-@with_options(*_GIVEN)
+@with_options(*_PARAMETER_OPTIONS)
 @json_option
 def task_command(target: str, pairs: tuple[str, ...], params: str | None, as_json: bool) -> int:
     """Runs one task by itself, outside any run: nothing is recorded. Prints its value as JSON."""
     task = load_task(target)
     arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params), noun="task")
-    return asyncio.run(_call(task, arguments, as_json))
+    return asyncio.run(_call_task(task, arguments, as_json))
 
 
-async def _call(task: Any, arguments: dict[str, Any], as_json: bool) -> int:
+async def _call_task(task: Any, arguments: dict[str, Any], as_json: bool) -> int:
     value = await task(**arguments)
     _, data = task.result.encode(value)
-    shown = orjson.loads(data)
-    say(shown, as_json, orjson.dumps(shown, option=orjson.OPT_INDENT_2).decode())
+    value_json = orjson.loads(data)
+    write_result(value_json, as_json, orjson.dumps(value_json, option=orjson.OPT_INDENT_2).decode())
     return 0
 
 

@@ -13,8 +13,15 @@ from typing import Any
 import click
 import msgspec
 
-from eventflow.cli.client import Place, doors, has_store, place_options, running_server, store_path
-from eventflow.cli.output import say, table
+from eventflow.cli.client import (
+    LedgerLocation,
+    has_store,
+    ledger_options,
+    open_api,
+    running_server,
+    store_path,
+)
+from eventflow.cli.output import table, write_result
 from eventflow.cli.target import load_app
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import EventflowError, StoreLocked, UsageError
@@ -31,8 +38,10 @@ EXTRAS = {
 """By extra, the package that shows whether it is installed."""
 
 
-class Finding(msgspec.Struct):
-    """One thing looked at. `ok` None: a fact, neither well nor unwell. `code`: what `doctor` exits with because of it."""
+class DoctorFinding(msgspec.Struct):
+    """One thing looked at. `ok` None: a fact, neither well nor unwell. `code`: what `doctor` exits
+    with because of it.
+    """
 
     check: str
     ok: bool | None
@@ -47,34 +56,36 @@ class Finding(msgspec.Struct):
 @click.option(
     "--accept-loss", is_flag=True, help="Goes on with a store that lost acknowledged commits."
 )
-@place_options
+@ledger_options
 def doctor(accept_loss: bool, as_json: bool, **options: Any) -> int:
-    """Looks whether everything is well: store, checksums, high-water mark, lock, free space, the app, extras."""
-    place = Place(options["store"], options["url"], options["app"])
-    if accept_loss and place.url is not None:
+    """Looks whether everything is well: store, checksums, high-water mark, lock, free space, the
+    app, extras.
+    """
+    location = LedgerLocation(options["store"], options["url"], options["app"])
+    if accept_loss and location.url is not None:
         raise UsageError(
             "--accept-loss opens a store on this disk; name it with --store, and leave --url out"
         )
-    findings = [_python(), *_extras(), *_app(place)]
+    findings = [_python(), *_extras(), *_app(location)]
     if not any(finding.code for finding in findings):
-        findings += asyncio.run(_store(place, accept_loss))
+        findings += asyncio.run(_store(location, accept_loss))
     rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
-    lines = [{"check": f.check, "ok": _word(f.ok), "detail": f.detail} for f in findings]
+    lines = [{"check": f.check, "ok": _status_text(f.ok), "detail": f.detail} for f in findings]
     text = table(lines, ("check", "ok", "detail"), "")
-    say({"ok": all(f.ok is not False for f in findings), "findings": rows}, as_json, text)
+    write_result({"ok": all(f.ok is not False for f in findings), "findings": rows}, as_json, text)
     return next((f.code for f in findings if f.code), 0)
 
 
-def _word(ok: bool | None) -> str:
+def _status_text(ok: bool | None) -> str:
     return "-" if ok is None else "ok" if ok else "failed"
 
 
-def _python() -> Finding:
+def _python() -> DoctorFinding:
     version = ".".join(map(str, sys.version_info[:3]))
-    return Finding("python", None, f"{version}, SQLite {sqlite3.sqlite_version}")
+    return DoctorFinding("python", None, f"{version}, SQLite {sqlite3.sqlite_version}")
 
 
-def _extras() -> list[Finding]:
+def _extras() -> list[DoctorFinding]:
     missing = [
         extra for extra, package in EXTRAS.items() if importlib.util.find_spec(package) is None
     ]
@@ -82,61 +93,63 @@ def _extras() -> list[Finding]:
     hint = (
         f"; not installed: pip install 'eventflow-reactor[{','.join(missing)}]'" if missing else ""
     )
-    return [Finding("extras", None, f"{', '.join(found) or 'none'}{hint}")]
+    return [DoctorFinding("extras", None, f"{', '.join(found) or 'none'}{hint}")]
 
 
-def _app(place: Place) -> list[Finding]:
-    if place.app is None:
+def _app(location: LedgerLocation) -> list[DoctorFinding]:
+    if location.app is None:
         return []
     try:
-        app = load_app(place.app)
+        app = load_app(location.app)
     except EventflowError as error:
-        return [Finding("app", False, str(error), error.exit_code)]
+        return [DoctorFinding("app", False, str(error), error.exit_code)]
     unverified = [
         trigger.name for trigger in app.triggers if getattr(trigger, "verified", True) is False
     ]
     found = [
-        Finding("app", True, f"{app.name}: {len(app.flows)} flows, {len(app.triggers)} triggers")
+        DoctorFinding(
+            "app", True, f"{app.name}: {len(app.flows)} flows, {len(app.triggers)} triggers"
+        )
     ]
     if unverified:
         found.append(
-            Finding(
+            DoctorFinding(
                 "webhooks", False, f'anybody may post to {", ".join(unverified)}: verify="none"'
             )
         )
     return found
 
 
-async def _store(place: Place, accept_loss: bool) -> list[Finding]:
-    if place.url is not None:  # its disk is not this one
-        return await _tried(_ledger(place))
+async def _store(location: LedgerLocation, accept_loss: bool) -> list[DoctorFinding]:
+    if location.url is not None:  # its disk is not this one
+        return await _findings_of(_ledger(location))
     try:
-        path = store_path(place, load_app(place.app) if place.app else None)
+        path = store_path(location, load_app(location.app) if location.app else None)
     except UsageError as error:
-        return [Finding("store", False, str(error), error.exit_code)]
+        return [DoctorFinding("store", False, str(error), error.exit_code)]
     except EventflowError as error:  # there is none yet
-        return [Finding("store", None, str(error))]
+        return [DoctorFinding("store", None, str(error))]
     server = await running_server(path)
-    found = [_place(path), _server(server), _lock(path), _space(path)]
+    found = [_store_file(path), _server(server), _lock(path), _space(path)]
     if not has_store(path):
         return [finding for finding in found if finding.ok is not None or finding.check == "store"]
     if accept_loss:
-        found += await _tried(_accept_loss(path, server))
-    return found if found[-1].code else found + await _tried(_ledger(place))
+        found += await _findings_of(_accept_loss(path, server))
+    return found if found[-1].code else found + await _findings_of(_ledger(location))
 
 
-async def _tried(looking: Awaitable[list[Finding]]) -> list[Finding]:
+async def _findings_of(check: Awaitable[list[DoctorFinding]]) -> list[DoctorFinding]:
     """What it found; an error is a finding too."""
     try:
-        return await looking
+        return await check
     except EventflowError as error:
-        return [Finding("ledger", False, str(error), getattr(error, "code", error.exit_code))]
+        return [DoctorFinding("ledger", False, str(error), getattr(error, "code", error.exit_code))]
 
 
-def _place(path: str) -> Finding:
+def _store_file(path: str) -> DoctorFinding:
     folder = next(parent for parent in Path(path).parents if parent.exists())
     if not os.access(folder, os.W_OK):
-        return Finding("store", False, f"{folder} cannot be written", 73)
+        return DoctorFinding("store", False, f"{folder} cannot be written", 73)
     size = sum(
         Path(f"{path}{end}").stat().st_size
         for end in ("", "-wal", ".logs.db")
@@ -147,38 +160,40 @@ def _place(path: str) -> Finding:
         if has_store(path)
         else f"{path} is made at the first start"
     )
-    return Finding("store", True, what)
+    return DoctorFinding("store", True, what)
 
 
-def _server(server: str | None) -> Finding:
-    return Finding("server", None, f"runs at {server}" if server else "none runs on this store")
+def _server(server: str | None) -> DoctorFinding:
+    return DoctorFinding(
+        "server", None, f"runs at {server}" if server else "none runs on this store"
+    )
 
 
-def _lock(path: str) -> Finding:
+def _lock(path: str) -> DoctorFinding:
     """Whose the store is. Taking the lock for a moment is the only way to know."""
     if not Path(f"{path}.lock").exists():
-        return Finding("lock", None, "free")
+        return DoctorFinding("lock", None, "free")
     lock = Lock(path)
     try:
         lock.take()
         lock.release()
     except StoreLocked as locked:
-        return Finding(
+        return DoctorFinding(
             "lock",
             None,
             f"held by process {locked.pid}" if locked.pid else "held by another process",
         )
     except OSError as error:
-        return Finding("lock", False, f"{path}.lock: {error.strerror}", 73)
-    return Finding("lock", None, "free")
+        return DoctorFinding("lock", False, f"{path}.lock: {error.strerror}", 73)
+    return DoctorFinding("lock", None, "free")
 
 
-def _space(path: str) -> Finding:
+def _space(path: str) -> DoctorFinding:
     folder = next(parent for parent in Path(path).parents if parent.exists())
     disk = shutil.disk_usage(folder)
     floor = min(256 << 20, disk.total // 50)
     fine = disk.free > floor
-    return Finding(
+    return DoctorFinding(
         "free space",
         fine,
         f"{disk.free >> 20} MiB; events are taken above {floor >> 20} MiB",
@@ -186,7 +201,7 @@ def _space(path: str) -> Finding:
     )
 
 
-async def _accept_loss(path: str, server: str | None) -> list[Finding]:
+async def _accept_loss(path: str, server: str | None) -> list[DoctorFinding]:
     """Opens the store once as it is: its marks then say what is there."""
     if server is not None:
         raise UsageError(
@@ -196,19 +211,21 @@ async def _accept_loss(path: str, server: str | None) -> list[Finding]:
     await asyncio.to_thread(store.open)
     await asyncio.to_thread(store.close)
     return [
-        Finding("high-water mark", True, "the store was opened as it is; what was lost stays lost")
+        DoctorFinding(
+            "high-water mark", True, "the store was opened as it is; what was lost stays lost"
+        )
     ]
 
 
-async def _ledger(place: Place) -> list[Finding]:
-    async with doors(place) as api:
+async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
+    async with open_api(location) as api:
         wrong: list[str] = (await api.get("/api/check"))["wrong"]
         counts: dict[str, int] = await api.get("/api/counts")
-    found = [Finding("ledger", False, sentence, 65) for sentence in wrong]
+    found = [DoctorFinding("ledger", False, sentence, 65) for sentence in wrong]
     facts = ", ".join(
         f"{counts[name]} {name}" for name in ("events", "runs", "pending", "failed", "dead")
     )
-    return found or [Finding("ledger", True, f"checksums and sums hold: {facts}")]
+    return found or [DoctorFinding("ledger", True, f"checksums and sums hold: {facts}")]
 
 
 # --------------------------------------------------------------------------- backup
@@ -216,18 +233,20 @@ async def _ledger(place: Place) -> list[Finding]:
 
 @click.command("backup")
 @click.argument("path", type=click.Path(dir_okay=False))
-@place_options
+@ledger_options
 def backup(path: str, as_json: bool, **options: Any) -> None:
     """Copies the ledger to PATH, consistently and while it is used. Never over an existing file."""
 
     absolute = os.path.abspath(path)
 
     async def go() -> Any:
-        async with doors(Place(options["store"], options["url"], options["app"])) as api:
+        async with open_api(
+            LedgerLocation(options["store"], options["url"], options["app"])
+        ) as api:
             return await api.post("/api/backup", {"path": absolute})
 
     done = asyncio.run(go())
-    say(done, as_json, f"the ledger is copied to {done['path']}")
+    write_result(done, as_json, f"the ledger is copied to {done['path']}")
 
 
 COMMANDS = [doctor, backup]

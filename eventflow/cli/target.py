@@ -1,8 +1,10 @@
-"""TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the App, flow or task it names.
+"""TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the
+App, flow or task it names.
 
-`.env` in the working directory is read first, for it holds what the file asks of its environment. What a user's file does
-wrong while it is imported is told as `file:line: what`, without our own frames; exit code 3. What eventflow itself refuses
-there (a sync flow, an empty secret, a missing extra) keeps its class and code, with the line as a note.
+`.env` in the working directory is read first, for it holds what the file asks of its environment.
+What a user's file does wrong while it is imported is told as `file:line: what`, without our own
+frames; exit code 3. What eventflow itself refuses there (a sync flow, an empty secret, a missing
+extra) keeps its class and code, with the line as a note.
 """
 
 import importlib
@@ -25,8 +27,8 @@ T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
 
 FORMS = "file.py, file.py:NAME or package.module:NAME"
 
-_OURS = str(Path(__file__).parent.parent)
-_TRIGGERS = str(Path(__file__).parent.parent.parent / "triggers")
+_EVENTFLOW_DIR = str(Path(__file__).parent.parent)
+_TRIGGERS_DIR = str(Path(__file__).parent.parent.parent / "triggers")
 
 
 def load_app(target: str) -> App:
@@ -35,7 +37,7 @@ def load_app(target: str) -> App:
     return (
         _named(target, module, name or "app", App, "App")
         if name
-        else _only(target, module, App, "app", "App")
+        else _single(target, module, App, "app", "App")
     )
 
 
@@ -43,10 +45,10 @@ def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
     """A flow, and the App of its file when there is one."""
     module, name = load_module(target)
     if name is None:
-        flow: Flow[..., Any] = _only(target, module, Flow, "main", "flow")
+        flow: Flow[..., Any] = _single(target, module, Flow, "main", "flow")
     else:
         flow = _named(target, module, name, Flow, "flow")
-    apps = _all(module, App)
+    apps = _instances(module, App)
     return flow, apps[0] if len(apps) == 1 else next(
         (app for app in apps if flow.name in app.flows), None
     )
@@ -55,7 +57,7 @@ def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
 def load_task(target: str) -> Task[..., Any]:
     module, name = load_module(target)
     return (
-        _only(target, module, Task, "main", "task")
+        _single(target, module, Task, "main", "task")
         if name is None
         else _named(target, module, name, Task, "task")
     )
@@ -70,7 +72,7 @@ def load_module(target: str) -> tuple[ModuleType, str | None]:
     if os.path.isfile(where) or not all(part.isidentifier() for part in where.split(".")):
         raise AppNotFound(target, f"expected {FORMS}")
     sys.path.insert(0, os.getcwd())
-    return _importing(target, lambda: importlib.import_module(where)), name or None
+    return _import_or_fail(target, lambda: importlib.import_module(where)), name or None
 
 
 def _import_file(target: str, where: str) -> ModuleType:
@@ -90,15 +92,15 @@ def _import_file(target: str, where: str) -> ModuleType:
     loader = spec.loader
     sys.path.insert(0, str(path.parent))
     sys.modules[name] = module
-    _importing(target, lambda: loader.exec_module(module))
+    _import_or_fail(target, lambda: loader.exec_module(module))
     return module
 
 
-def _importing(target: str, load: Any) -> Any:
+def _import_or_fail(target: str, load: Any) -> Any:
     try:
         return load()
     except EventflowError as error:
-        error.add_note(f"at {_place(error)}")
+        error.add_note(f"at {_error_location(error)}")
         raise
     except SyntaxError as error:
         raise AppNotFound(
@@ -107,10 +109,12 @@ def _importing(target: str, load: Any) -> Any:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | GeneratorExit):
             raise
-        raise AppNotFound(target, f"{_place(error)}: {type(error).__name__}: {error}") from None
+        raise AppNotFound(
+            target, f"{_error_location(error)}: {type(error).__name__}: {error}"
+        ) from None
 
 
-def _place(error: BaseException) -> str:
+def _error_location(error: BaseException) -> str:
     """The innermost line that is the user's."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)
@@ -120,11 +124,12 @@ def _place(error: BaseException) -> str:
 
 def _library(name: str) -> bool:
     return (
-        name.startswith((_OURS, _TRIGGERS, "<frozen", sys.base_prefix)) or "site-packages" in name
+        name.startswith((_EVENTFLOW_DIR, _TRIGGERS_DIR, "<frozen", sys.base_prefix))
+        or "site-packages" in name
     )
 
 
-def _all(module: ModuleType, kind: type[T]) -> list[T]:
+def _instances(module: ModuleType, kind: type[T]) -> list[T]:
     found: list[T] = []
     for value in vars(module).values():
         if isinstance(value, kind) and not any(value is known for known in found):
@@ -139,18 +144,19 @@ def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str)
     if isinstance(value, kind):
         return value
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
-    found = "nothing" if value is None else _a(type(value).__name__)
+    found = "nothing" if value is None else _with_article(type(value).__name__)
     raise AppNotFound(
-        target, f"expected {name!r} to be {_a(noun)}, found {found}; {noun}s there: {names}"
+        target,
+        f"expected {name!r} to be {_with_article(noun)}, found {found}; {noun}s there: {names}",
     )
 
 
-def _a(noun: str) -> str:
+def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"
 
 
-def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str) -> T:
-    found = _all(module, kind)
+def _single(target: str, module: ModuleType, kind: type[T], usual: str, noun: str) -> T:
+    found = _instances(module, kind)
     if len(found) == 1:
         return found[0]
     usually = vars(module).get(usual)
@@ -162,4 +168,4 @@ def _only(target: str, module: ModuleType, kind: type[T], usual: str, noun: str)
             target,
             f"expected one {noun}, found {names}; say which: {target}:{names.split(', ')[0]}",
         )
-    raise AppNotFound(target, f"expected {_a(noun)} in it, found none")
+    raise AppNotFound(target, f"expected {_with_article(noun)} in it, found none")

@@ -1,6 +1,8 @@
-"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or how long ago (`90s`, `15m`, `2h`, `7d`, `1w`, `1d12h`).
+"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or how long ago (`90s`, `15m`,
+`2h`, `7d`, `1w`, `1d12h`).
 
-`--since` and `--until` take either, wherever they stand. How long ago is counted back once, from when the command was given.
+`--since` and `--until` take either, wherever they stand. How long ago is counted back once, from
+when the command was given.
 """
 
 import re
@@ -14,7 +16,7 @@ from eventflow.core.errors import UsageError
 from eventflow.events.event import parse_time
 
 _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
-_AGO: Final = re.compile(
+_AGE: Final = re.compile(
     "".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items())
 )
 
@@ -24,26 +26,26 @@ EXPECTED: Final = (
 )
 
 
-def moment(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
+def parse_moment(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
     """The value of an option, as RFC 3339 in UTC; its callback."""
     if value is None:
         return None
     try:
-        ago = _ago(value)
-        found = parse_time(value) if ago is None else to_datetime(SystemClock().now()) - ago
+        age = _parse_age(value)
+        found = parse_time(value) if age is None else to_datetime(SystemClock().now()) - age
         return found.astimezone(UTC).isoformat().replace("+00:00", "Z")
     except (ValueError, OverflowError):
         raise click.BadParameter(f"{EXPECTED}; found {value!r}", param=option) from None
 
 
-def in_order(since: str | None, until: str | None) -> None:
+def check_order(since: str | None, until: str | None) -> None:
     """UsageError for a time that ends before it begins."""
     if since is not None and until is not None and parse_time(since) >= parse_time(until):
         raise UsageError(f"expected --since before --until, found {since} and {until}")
 
 
-def _ago(text: str) -> timedelta | None:
-    found = _AGO.fullmatch(text)
+def _parse_age(text: str) -> timedelta | None:
+    found = _AGE.fullmatch(text)
     if found is None or not text:
         return None
     return timedelta(**{word: int(number) for word, number in found.groupdict(default="0").items()})

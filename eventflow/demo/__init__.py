@@ -1,4 +1,5 @@
-"""`eventflow demo`: the main job in some seconds, on real parts, checking itself. The command line has `play.demo`.
+"""`eventflow demo`: the main job in some seconds, on real parts, checking itself. The command line
+has `play.demo`.
 
     play.py ─► stage.py ─► `eventflow serve shop.py` (app/shop.py, loaded by its path: eventflow knows no trigger)
        │                        ▲ HTTP, files, signals

@@ -1,7 +1,9 @@
-"""The demo's hands: a folder, a server process in it, and the senders around it. play.py tells them what to do.
+"""The demo's hands: a folder, a server process in it, and the senders around it. play.py tells them
+what to do.
 
-`Stage` owns the folder; a `Server` is one life of `eventflow serve shop.py`. It is reached only as strangers reach it: by HTTP,
-by files and by signals. What senders were answered is counted in `answers`.
+`Stage` owns the folder; a `Server` is one life of `eventflow serve shop.py`. It is reached only as
+strangers reach it: by HTTP, by files and by signals. What senders were answered is counted in
+`answers`.
 """
 
 import base64
@@ -28,7 +30,7 @@ from eventflow.core.errors import EventflowError
 
 SHOP = Path(__file__).with_name("app") / "shop.py"
 
-PATIENCE = 30.0
+TIMEOUT_SECONDS = 30.0
 """Seconds that anything may take here, on a machine that is busy with other things."""
 
 
@@ -36,7 +38,7 @@ class DemoFailed(EventflowError):
     """Something did not happen that the demo waits for."""
 
 
-class Server:
+class ServerProcess:
     """One life of the server: from its ready line to a kill or a stop."""
 
     def __init__(self, folder: Path, env: dict[str, str], port: int, log: Path) -> None:
@@ -70,13 +72,13 @@ class Server:
 
     def _end(self) -> int:
         self.ended = True
-        code = self._process.wait(PATIENCE)
+        code = self._process.wait(TIMEOUT_SECONDS)
         if self._process.stdout is not None:
             self._process.stdout.close()
         return code
 
 
-class Stage:
+class DemoEnvironment:
     """The folder, the senders, and what they were told."""
 
     def __init__(self, clock: Clock) -> None:
@@ -93,12 +95,12 @@ class Stage:
         }
         self._env["EVENTFLOW_STORE"] = "sqlite:///shop.db"
         self._env["DEMO_SECRET"] = "whsec_" + base64.b64encode(self._key).decode()
-        self._http = httpx2.Client(timeout=PATIENCE)
+        self._http = httpx2.Client(timeout=TIMEOUT_SECONDS)
         self._url = ""
-        self._server: Server | None = None
+        self._server: ServerProcess | None = None
 
-    def start(self, port: int = 0) -> Server:
-        self._server = Server(self.folder, self._env, port, self.log)
+    def start(self, port: int = 0) -> ServerProcess:
+        self._server = ServerProcess(self.folder, self._env, port, self.log)
         self._url = self._server.url
         return self._server
 
@@ -112,8 +114,10 @@ class Stage:
 
     # ----------------------------------------------------------------- senders
 
-    def order(self, message: str, data: Any, *, forged: bool = False) -> int:
-        """Posts a signed order as any Standard Webhooks sender does; the status, 0 between two lives of the server."""
+    def post_order(self, message: str, data: Any, *, forged: bool = False) -> int:
+        """Posts a signed order as any Standard Webhooks sender does; the status, 0 between two
+        lives of the server.
+        """
         body, now = orjson.dumps(data), str(self._clock.now() // SECOND)
         key = b"a forger's" if forged else self._key
         sign = base64.b64encode(
@@ -126,7 +130,7 @@ class Stage:
         }
         return self._post("/hooks/orders", body, {**headers, "content-type": "application/json"})
 
-    def alert(self, ident: str, data: Any) -> int:
+    def post_alert(self, ident: str, data: Any) -> int:
         """Posts a drift alert as a CloudEvent."""
         event = {
             "specversion": "1.0",
@@ -141,7 +145,7 @@ class Stage:
             {"content-type": "application/cloudevents+json", **self._token()},
         )
 
-    def land(self, name: str, prices: Sequence[float]) -> None:
+    def drop_file(self, name: str, prices: Sequence[float]) -> None:
         """Drops a CSV file, as a partner's upload would."""
         (self.landing / name).write_text("price\n" + "".join(f"{price}\n" for price in prices))
         self.files += 1
@@ -158,33 +162,33 @@ class Stage:
 
     # ----------------------------------------------------------------- what there is to see
 
-    def get(self, path: str, **asked: str | int) -> Any:
+    def get(self, path: str, **params: str | int) -> Any:
         """What the API says."""
         try:
-            reply = self._http.get(self._url + path, params=asked, headers=self._token())
+            reply = self._http.get(self._url + path, params=params, headers=self._token())
         except httpx2.TransportError as error:
             raise DemoFailed(f"GET {path}: nobody answers: {error}") from None
         if reply.is_error:
             raise DemoFailed(f"GET {path}: expected 200, found {reply.status_code}: {reply.text}")
         return reply.json()
 
-    def runs(self, **asked: str) -> list[dict[str, Any]]:
-        return self.get("/api/runs", limit=1000, **asked)["runs"]
+    def runs(self, **params: str) -> list[dict[str, Any]]:
+        return self.get("/api/runs", limit=1000, **params)["runs"]
 
     def tasks(self, run: str) -> list[dict[str, Any]]:
         return self.get(f"/api/runs/{run}")["tasks"]
 
-    def bodies(self) -> list[dict[str, Any]]:
+    def body_starts(self) -> list[dict[str, Any]]:
         """What task bodies wrote down as they began, whoever killed them then."""
         path = self.folder / "bodies.jsonl"
         return (
             [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
         )
 
-    def begun(self, task: str) -> int:
-        return sum(body["task"] == task for body in self.bodies())
+    def count_started(self, task: str) -> int:
+        return sum(body["task"] == task for body in self.body_starts())
 
-    def flaky(self) -> dict[str, Any]:
+    def flaky_call(self) -> dict[str, Any]:
         """The call that fails twice, as the journal has it."""
         (run,) = self.get("/api/events/msg-3")["runs"]
         return next(
@@ -192,15 +196,15 @@ class Stage:
             {"state": "not begun"},
         )
 
-    def last_words(self) -> str:
+    def log_tail(self) -> str:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "\n".join(lines[-12:]) or "(none)"
 
-    def command(self, *words: str) -> str:
+    def run_command(self, *words: str) -> str:
         """What a person at the shell would see."""
         done = subprocess.run(
             [sys.executable, "-m", "eventflow", *words], cwd=self.folder, env=self._env, capture_output=True, text=True,
-            timeout=PATIENCE, check=False,
+            timeout=TIMEOUT_SECONDS, check=False,
         )  # fmt: skip
         if done.returncode:
             raise DemoFailed(
@@ -208,14 +212,14 @@ class Stage:
             )
         return done.stdout
 
-    def wait_until(self, happened: Callable[[], object], what: str) -> None:
+    def wait_until(self, condition: Callable[[], object], description: str) -> None:
         """Polls; DemoFailed once patience has run out."""
-        deadline = self._clock.monotonic() + PATIENCE
-        while not happened():
+        deadline = self._clock.monotonic() + TIMEOUT_SECONDS
+        while not condition():
             if self._server is not None and not self._server.alive:
-                raise DemoFailed(f"the server ended while waiting until {what}")
+                raise DemoFailed(f"the server ended while waiting until {description}")
             if self._clock.monotonic() > deadline:
-                raise DemoFailed(f"waited {PATIENCE:g} s in vain until {what}")
+                raise DemoFailed(f"waited {TIMEOUT_SECONDS:g} s in vain until {description}")
             time.sleep(0.02)
 
     def _token(self) -> dict[str, str]:

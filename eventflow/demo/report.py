@@ -1,4 +1,5 @@
-"""The demo's paper: a timeline while it runs, then what must hold, line by line. Colour on a terminal only, unless NO_COLOR.
+"""The demo's paper: a timeline while it runs, then what must hold, line by line. Colour on a
+terminal only, unless NO_COLOR.
 
 play.py writes on it. What does not hold is printed in red and makes the demo's exit code 1.
 """
@@ -29,43 +30,43 @@ class Report:
     def __init__(self, stream: TextIO, clock: Clock) -> None:
         self._stream, self._clock = stream, clock
         self._colour = stream.isatty() and "NO_COLOR" not in os.environ
-        self._began_us = clock.now()
-        self.broken = 0
+        self._started_us = clock.now()
+        self.failed_checks = 0
 
     @property
     def seconds(self) -> float:
-        return (self._clock.now() - self._began_us) / SECOND
+        return (self._clock.now() - self._started_us) / SECOND
 
-    def say(self, text: str = "") -> None:
+    def write(self, text: str = "") -> None:
         click.echo(text, file=self._stream, color=self._colour)
 
-    def happened(self, kind: str, text: str, at_us: int | None = None) -> None:
+    def timeline(self, kind: str, text: str, at_us: int | None = None) -> None:
         """One line of the timeline, at its own instant or now."""
-        seconds = self.seconds if at_us is None else (at_us - self._began_us) / SECOND
+        seconds = self.seconds if at_us is None else (at_us - self._started_us) / SECOND
         word = click.style(f"{kind:<10}", fg=COLOURS.get(kind, "cyan"), bold=kind == "kill -9")
-        self.say(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {word} {text}")
+        self.write(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {word} {text}")
 
     def heading(self, text: str) -> None:
-        self.say()
-        self.say(click.style(text, bold=True))
+        self.write()
+        self.write(click.style(text, bold=True))
 
-    def quoted(self, text: str) -> None:
+    def indented(self, text: str) -> None:
         """Somebody else's output."""
         for line in text.strip().splitlines():
-            self.say(f"    {line}".rstrip())
+            self.write(f"    {line}".rstrip())
 
     def check(self, holds: bool, stated: str, found: str = "") -> None:
         """`found` is told when it does not hold."""
         if holds:
-            self.say(f"  {click.style('ok', fg='green')}      {stated}")
+            self.write(f"  {click.style('ok', fg='green')}      {stated}")
         else:
-            self.broken += 1
-            self.say(
+            self.failed_checks += 1
+            self.write(
                 f"  {click.style('BROKEN', fg='red', bold=True)}  {stated}{f'; found {found}' if found else ''}"
             )
 
 
-def listed(statuses: Sequence[int]) -> str:
+def statuses_text(statuses: Sequence[int]) -> str:
     """`202 ×8, 200`, in the order of their first."""
     times = Counter(statuses)
     return ", ".join(

@@ -1,6 +1,8 @@
-"""The demo itself: what is sent, when the server dies, and in which order it is told. The acts read top to bottom.
+"""The demo itself: what is sent, when the server dies, and in which order it is told. The acts read
+top to bottom.
 
-`demo` plays them, then asks proof.py whether everything held. The server is a process of its own; so are its two lives.
+`demo` plays them, then asks proof.py whether everything held. The server is a process of its own;
+so are its two lives.
 """
 
 import os
@@ -13,14 +15,14 @@ from typing import Any
 import click
 
 from eventflow.core.clock import SECOND, Clock, SystemClock
-from eventflow.demo.environment import SHOP, DemoFailed, Server, Stage
-from eventflow.demo.report import Report, listed
-from eventflow.demo.verification import Kill, Proof, instant
+from eventflow.demo.environment import SHOP, DemoEnvironment, DemoFailed, ServerProcess
+from eventflow.demo.report import Report, statuses_text
+from eventflow.demo.verification import KillRecord, Verification, parse_instant
 
-EARLY, RUSH = 8, 12
+FIRST_ORDERS, RUSH_ORDERS = 8, 12
 """Orders before the rush, and in it."""
 
-MONDAY, TUESDAY = [float(n) for n in range(1, 61)], [5.0, 10.0, 15.0]
+MONDAY_PRICES, TUESDAY_PRICES = [float(n) for n in range(1, 61)], [5.0, 10.0, 15.0]
 """The prices in the list that the kill interrupts, and in the one that lands while nothing runs."""
 
 
@@ -30,106 +32,120 @@ MONDAY, TUESDAY = [float(n) for n in range(1, 61)], [5.0, 10.0, 15.0]
     "--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."
 )
 def demo(serve: bool, port: int) -> int:
-    """Plays the main job on real parts, kill -9 included, and checks itself. Exit code 1 when something does not hold."""
+    """Plays the main job on real parts, kill -9 included, and checks itself. Exit code 1 when
+    something does not hold.
+    """
     clock = SystemClock()
-    stage, report = Stage(clock), Report(sys.stdout, clock)
-    sound = False
+    environment, report = DemoEnvironment(clock), Report(sys.stdout, clock)
+    passed = False
     try:
-        sound = perform(stage, report, clock, serve, port)
+        passed = run_scenario(environment, report, clock, serve, port)
     except DemoFailed as error:
         report.check(False, str(error))
     finally:
-        if not sound:
-            report.heading(f"The last lines of {stage.log}")
-            report.quoted(stage.last_words())
-        stage.close(keep=not sound)
-    return 0 if sound else 1
+        if not passed:
+            report.heading(f"The last lines of {environment.log}")
+            report.indented(environment.log_tail())
+        environment.close(keep=not passed)
+    return 0 if passed else 1
 
 
-def perform(stage: Stage, report: Report, clock: Clock, serve: bool, port: int) -> bool:
+def run_scenario(
+    environment: DemoEnvironment, report: Report, clock: Clock, serve: bool, port: int
+) -> bool:
     """The acts, the proof, and the end. Whether all of it held."""
-    play = Play(stage, report, clock)
-    server = play.acts(port)
-    proof = Proof(stage, report, play.death, server.pid)
-    proof.sums()
+    scenario = Scenario(environment, report, clock)
+    server = scenario.run(port)
+    verification = Verification(environment, report, scenario.kill_record, server.pid)
+    verification.print_totals()
     report.heading("$ eventflow explain msg-3")
-    report.quoted(stage.command("explain", "msg-3"))
+    report.indented(environment.run_command("explain", "msg-3"))
     report.heading("Checked")
-    proof.check(orders=EARLY + RUSH + 1, price_lists=[MONDAY, TUESDAY])
-    if serve and not report.broken:
-        stay_up(stage, report, server)
+    verification.check_all(
+        orders=FIRST_ORDERS + RUSH_ORDERS + 1, price_lists=[MONDAY_PRICES, TUESDAY_PRICES]
+    )
+    if serve and not report.failed_checks:
+        stay_up(environment, report, server)
     code = server.stop()
     report.check(
         code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}"
     )
     report.heading(
-        f"{f'{report.broken} of it did not hold' if report.broken else 'all of it held'}; {report.seconds:.1f} s"
+        f"{f'{report.failed_checks} of it did not hold' if report.failed_checks else 'all of it held'}; {report.seconds:.1f} s"
     )
-    report.say(f"The app is {SHOP}; to play with it: {program()} demo --serve")
-    return not report.broken
+    report.write(f"The app is {SHOP}; to play with it: {program_name()} demo --serve")
+    return not report.failed_checks
 
 
-class Play:
+class Scenario:
     """The acts."""
 
-    def __init__(self, stage: Stage, report: Report, clock: Clock) -> None:
-        self.stage, self.happened, self.clock = stage, report.happened, clock
+    def __init__(self, stage: DemoEnvironment, report: Report, clock: Clock) -> None:
+        self.environment, self.timeline, self.clock = stage, report.timeline, clock
         report.heading("eventflow demo")
-        report.say(f"a shop in {stage.folder}: shop.py, its ledger shop.db, and landing/\n")
+        report.write(f"a shop in {stage.folder}: shop.py, its ledger shop.db, and landing/\n")
 
-    def acts(self, port: int) -> Server:
+    def run(self, port: int) -> ServerProcess:
         first = self.start(port)
         self.orders_and_an_alert()
-        self.what_came_of_them()
+        self.await_recovery()
         self.rush()
-        self.death = self.kill(first)
-        self.meanwhile()
+        self.kill_record = self.kill(first)
+        self.send_while_down()
         second = self.start(first.port)  # where its senders know it
-        self.resume(second)
+        self.await_resume(second)
         self.send_again()
-        self.settle()
+        self.await_settled()
         return second
 
-    def start(self, port: int) -> Server:
-        self.happened(
+    def start(self, port: int) -> ServerProcess:
+        self.timeline(
             "start", f"eventflow serve shop.py --port {port}{'' if port else ' (any free one)'}"
         )
         before = self.clock.now()
-        server = self.stage.start(port)
+        server = self.environment.start(port)
         took = (self.clock.now() - before) / SECOND
-        self.happened("ready", f"{server.url}, process {server.pid}, {took:.2f} s after its start")
+        self.timeline("ready", f"{server.url}, process {server.pid}, {took:.2f} s after its start")
         return server
 
     # ----------------------------------------------------------------- the first life
 
     def orders_and_an_alert(self) -> None:
-        order, happened = self.stage.order, self.happened
-        sent = [order(f"msg-{n}", an_order(n)) for n in range(1, EARLY + 1)]
+        order, happened = self.environment.post_order, self.timeline
+        sent = [order(f"msg-{n}", make_order(n)) for n in range(1, FIRST_ORDERS + 1)]
         happened(
-            "webhook", f"{EARLY} signed orders: {listed(sent)}, each recorded before its answer"
+            "webhook",
+            f"{FIRST_ORDERS} signed orders: {statuses_text(sent)}, each recorded before its answer",
         )
-        sent = [order(f"msg-{n}", an_order(n)) for n in (1, 2, 3)]
-        happened("webhook", f"3 of them again: {listed(sent)}, known")
-        sent = [order("msg-forged", an_order(99), forged=True)]
-        happened("webhook", f"1 with a forged signature: {listed(sent)}")
+        sent = [order(f"msg-{n}", make_order(n)) for n in (1, 2, 3)]
+        happened("webhook", f"3 of them again: {statuses_text(sent)}, known")
+        sent = [order("msg-forged", make_order(99), forged=True)]
+        happened("webhook", f"1 with a forged signature: {statuses_text(sent)}")
         sent = [order("msg-empty", {"id": "order-0", "total": 0}), order("msg-odd", {"total": 5})]
         happened(
             "webhook",
-            f"1 of nothing, 1 without an id: {listed(sent)}; neither is dropped in silence, see below",
+            f"1 of nothing, 1 without an id: {statuses_text(sent)}; neither is dropped in silence, see below",
         )
-        sent = [self.stage.alert("prices-july", {"model": "prices", "psi": 0.31}) for _ in range(2)]
-        happened("alert", f"drift.detected as a CloudEvent to /api/events, twice: {listed(sent)}")
+        sent = [
+            self.environment.post_alert("prices-july", {"model": "prices", "psi": 0.31})
+            for _ in range(2)
+        ]
+        happened(
+            "alert", f"drift.detected as a CloudEvent to /api/events, twice: {statuses_text(sent)}"
+        )
 
-    def what_came_of_them(self) -> None:
-        """One task fails twice and recovers, the alert's flow trains and emits; told by the ledger's own instants."""
-        stage = self.stage
+    def await_recovery(self) -> None:
+        """One task fails twice and recovers, the alert's flow trains and emits; told by the
+        ledger's own instants.
+        """
+        stage = self.environment
         stage.wait_until(
-            lambda: stage.flaky()["state"] == "completed", "score(order-3) has recovered"
+            lambda: stage.flaky_call()["state"] == "completed", "score(order-3) has recovered"
         )
         stage.wait_until(
             lambda: stage.runs(flow="announce", state="completed"), "the new model is announced"
         )
-        (news,), call = stage.runs(flow="announce"), stage.flaky()
+        (news,), call = stage.runs(flow="announce"), stage.flaky_call()
         told = [
             (
                 news["finished_at"],
@@ -148,98 +164,114 @@ class Play:
                 )
             ]
         for at, word, text in sorted(told):
-            self.happened(word, text, instant(at))
+            self.timeline(word, text, parse_instant(at))
 
     def rush(self) -> None:
         """A price list and a dozen orders at once, until they are in the middle of their work."""
-        stage = self.stage
-        stage.land("monday.csv", MONDAY)
-        self.happened(
-            "file", f"landing/monday.csv, {len(MONDAY)} rows: a task call for each, four at a time"
+        stage = self.environment
+        stage.drop_file("monday.csv", MONDAY_PRICES)
+        self.timeline(
+            "file",
+            f"landing/monday.csv, {len(MONDAY_PRICES)} rows: a task call for each, four at a time",
         )
-        stage.wait_until(lambda: stage.begun("convert") >= 15, "the price list is under way")
-        packed = stage.begun("pack")
-        sent = [stage.order(f"rush-{n}", an_order(100 + n)) for n in range(1, RUSH + 1)]
-        self.happened("webhook", f"{RUSH} more orders: {listed(sent)}")
         stage.wait_until(
-            lambda: stage.begun("pack") >= packed + RUSH - 2, "the orders are being packed"
+            lambda: stage.count_started("convert") >= 15, "the price list is under way"
+        )
+        packed = stage.count_started("pack")
+        sent = [
+            stage.post_order(f"rush-{n}", make_order(100 + n)) for n in range(1, RUSH_ORDERS + 1)
+        ]
+        self.timeline("webhook", f"{RUSH_ORDERS} more orders: {statuses_text(sent)}")
+        stage.wait_until(
+            lambda: stage.count_started("pack") >= packed + RUSH_ORDERS - 2,
+            "the orders are being packed",
         )
 
     # ----------------------------------------------------------------- the kill
 
-    def kill(self, server: Server) -> Kill:
-        in_flight = [run["id"] for run in self.stage.runs(state="running")]
+    def kill(self, server: ServerProcess) -> KillRecord:
+        in_flight = [run["id"] for run in self.environment.runs(state="running")]
         server.kill()
-        self.happened(
+        self.timeline(
             "kill -9", f"process {server.pid} is gone, {len(in_flight)} runs were in flight"
         )
-        return Kill(server.pid, self.clock.now(), in_flight)
+        return KillRecord(server.pid, self.clock.now(), in_flight)
 
-    def meanwhile(self) -> None:
-        answer = self.stage.order("late-1", an_order(200))
-        self.happened(
+    def send_while_down(self) -> None:
+        answer = self.environment.post_order("late-1", make_order(200))
+        self.timeline(
             "webhook", f"1 order: {answer or 'nobody answers'}; its sender will try again"
         )
-        self.stage.land("tuesday.csv", TUESDAY)
-        self.happened("file", "landing/tuesday.csv, while nothing runs")
+        self.environment.drop_file("tuesday.csv", TUESDAY_PRICES)
+        self.timeline("file", "landing/tuesday.csv, while nothing runs")
 
     # ----------------------------------------------------------------- the second life
 
-    def resume(self, server: Server) -> None:
+    def await_resume(self, server: ServerProcess) -> None:
         def goes_on() -> bool:
             here = {
                 body["key"].partition("/")[0]
-                for body in self.stage.bodies()
+                for body in self.environment.body_starts()
                 if body["process"] == server.pid
             }
-            return not here.isdisjoint(self.death.in_flight)
+            return not here.isdisjoint(self.kill_record.in_flight)
 
-        self.stage.wait_until(goes_on, "the interrupted runs go on")
-        runs = len(self.death.in_flight)
-        self.happened(
+        self.environment.wait_until(goes_on, "the interrupted runs go on")
+        runs = len(self.kill_record.in_flight)
+        self.timeline(
             "resumed",
             f"the {runs} runs go on from their journals, unasked; at first a few at a time",
         )
 
     def send_again(self) -> None:
         """A sender that lost its connection cannot know: it sends everything once more."""
-        sent = [self.stage.order(f"rush-{n}", an_order(100 + n)) for n in range(1, RUSH + 1)]
-        sent.append(self.stage.order("late-1", an_order(200)))
-        self.happened("webhook", f"its senders repeat all {len(sent)} orders: {listed(sent)}")
+        sent = [
+            self.environment.post_order(f"rush-{n}", make_order(100 + n))
+            for n in range(1, RUSH_ORDERS + 1)
+        ]
+        sent.append(self.environment.post_order("late-1", make_order(200)))
+        self.timeline(
+            "webhook", f"its senders repeat all {len(sent)} orders: {statuses_text(sent)}"
+        )
 
-    def settle(self) -> None:
+    def await_settled(self) -> None:
         def settled() -> bool:
-            lists, counts = self.stage.runs(flow="price_list"), self.stage.get("/api/counts")
-            return len(lists) == self.stage.files and counts["pending"] == 0
+            lists, counts = (
+                self.environment.runs(flow="price_list"),
+                self.environment.get("/api/counts"),
+            )
+            return len(lists) == self.environment.files and counts["pending"] == 0
 
-        self.stage.wait_until(settled, "everything is settled")
-        self.happened("settled", "nothing is pending")
+        self.environment.wait_until(settled, "everything is settled")
+        self.timeline("settled", "nothing is pending")
 
 
-def an_order(number: int) -> dict[str, Any]:
+def make_order(number: int) -> dict[str, Any]:
     return {"id": f"order-{number}", "total": 10.0 * number}
 
 
-def program() -> str:
-    """How this program is called from any folder: a virtual environment that is not active is not on the PATH."""
+def program_name() -> str:
+    """How this program is called from any folder: a virtual environment that is not active is not
+    on the PATH.
+    """
     called = os.path.abspath(sys.argv[0])
     if not os.access(called, os.X_OK):
         return f"{sys.executable} -m eventflow"
     return "eventflow" if shutil.which("eventflow") == called else called
 
 
-def stay_up(stage: Stage, report: Report, server: Server) -> None:
+def stay_up(environment: DemoEnvironment, report: Report, server: ServerProcess) -> None:
     """Until Ctrl-C or SIGTERM."""
     report.heading(f"The server stays up at {server.url} until Ctrl-C. In another terminal:")
-    eventflow = program()
-    report.quoted(
-        f"cd {stage.folder} && export EVENTFLOW_STORE=sqlite:///shop.db\n"
+    eventflow = program_name()
+    report.indented(
+        f"cd {environment.folder} && export EVENTFLOW_STORE=sqlite:///shop.db\n"
         f"{eventflow} ls runs\n"
         f"{eventflow} explain msg-odd\n"
         "printf 'price\\n10\\n20\\n' > landing/mine.csv\n"
         f"""{eventflow} emit drift.detected -d '{{"model": "prices", "psi": 0.4}}'"""
     )
-    report.say()
+    report.write()
     enough = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: enough.set())

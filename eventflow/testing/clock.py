@@ -1,6 +1,8 @@
-"""`VirtualClock`: time for tests. It stands still until it is moved; between two steps the apps that run on it come to rest.
+"""`VirtualClock`: time for tests. It stands still until it is moved; between two steps the apps
+that run on it come to rest.
 
-Everything of eventflow that waits arms a timer of its clock, so a day passes in the time the work in it takes.
+Everything of eventflow that waits arms a timer of its clock, so a day passes in the time the work
+in it takes.
 """
 
 import asyncio
@@ -12,7 +14,7 @@ from itertools import count
 
 from eventflow.app import App
 from eventflow.core.clock import SECOND, Duration, Timer, microseconds, to_datetime, to_us
-from eventflow.testing.idle import come_to_rest
+from eventflow.testing.idle import wait_until_idle
 
 START = datetime(2030, 1, 1, tzinfo=UTC)
 
@@ -25,14 +27,15 @@ class VirtualClock:
             await reminders.send(data={"after": "1 day"})
             await clock.advance(24 * 3600)              # every retry, sleep and timeout due by then has fired, in order
 
-    `advance` and `jump` let each app that runs with this clock come to rest before and after every firing. They wait for task
-    bodies that are busy for real (HTTP, a thread) only `patience` real seconds, so that a timeout can be tested; `drain` waits
-    for them. `asyncio.sleep` is real time in a task body, this clock's in a flow.
+    `advance` and `jump` let each app that runs with this clock come to rest before and after every
+    firing. They wait for task bodies that are busy for real (HTTP, a thread) only `patience` real
+    seconds, so that a timeout can be tested; `drain` waits for them. `asyncio.sleep` is real time
+    in a task body, this clock's in a flow.
     """
 
-    def __init__(self, start: datetime = START, *, patience: float = 0.1) -> None:
-        self._patience = patience
-        self._now = self._began = to_us(start)
+    def __init__(self, start: datetime = START, *, busy_timeout: float = 0.1) -> None:
+        self._busy_timeout = busy_timeout
+        self._now = self._started = to_us(start)
         self._lock = threading.Lock()
         self._timers: list[tuple[int, int, _VirtualTimer]] = []
         self._order = count()
@@ -43,7 +46,7 @@ class VirtualClock:
 
     def monotonic(self) -> float:
         """Seconds since the start; stands still too."""
-        return (self._now - self._began) / SECOND
+        return (self._now - self._started) / SECOND
 
     def timer(
         self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
@@ -66,7 +69,7 @@ class VirtualClock:
 
     async def advance(self, duration: Duration) -> None:
         """Moves time on by `duration`, through every due time on the way."""
-        await self._rest()
+        await self._wait_idle()
         target = self._now + microseconds(duration)
         while (due := self._next()) is not None and due <= target:
             await self._move(due)
@@ -74,14 +77,16 @@ class VirtualClock:
 
     async def jump(self) -> bool:
         """Moves time on to the next due time; False when no timer is armed."""
-        await self._rest()
+        await self._wait_idle()
         due = self._next()
         if due is not None:
             await self._move(due)
         return due is not None
 
-    def attend(self, app: App) -> None:
-        """From now on `advance` and `jump` let this app come to rest. `running` and `drain` see to it by themselves."""
+    def attach(self, app: App) -> None:
+        """From now on `advance` and `jump` let this app come to rest. `running` and `drain` see to
+        it by themselves.
+        """
         if app not in self._apps:
             self._apps.append(app)
 
@@ -99,13 +104,13 @@ class VirtualClock:
                 due.append(heapq.heappop(self._timers)[2])
         for timer in due:
             timer.fire()
-        await self._rest()
+        await self._wait_idle()
 
-    async def _rest(self) -> None:
+    async def _wait_idle(self) -> None:
         await asyncio.sleep(0)  # what fired on this loop is called
         self._apps = [app for app in self._apps if app.is_open and app.clock is self]
         for app in self._apps:
-            await come_to_rest(app, self._patience)
+            await wait_until_idle(app, self._busy_timeout)
 
 
 class _VirtualTimer:

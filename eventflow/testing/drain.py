@@ -1,4 +1,6 @@
-"""`drain` and `result_of`: let an app work until there is nothing left to do, with time moving on by itself."""
+"""`drain` and `result_of`: let an app work until there is nothing left to do, with time moving on
+by itself.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,24 +10,28 @@ from eventflow.app import App
 from eventflow.runs.run import State
 from eventflow.sdk.flow import Flow
 from eventflow.testing.clock import VirtualClock
-from eventflow.testing.idle import Deadline, Stuck, come_to_rest, table
+from eventflow.testing.idle import RealTimeDeadline, Stuck, live_runs_text, wait_until_idle
 
-WITHIN = 10.0
+DEFAULT_TIMEOUT_SECONDS = 10.0
 """Real seconds after which `drain` and `result_of` give up."""
 
 
-async def drain(app: App, *, advance: bool = True, within: float = WITHIN) -> dict[str, int]:
-    """Waits until no run can go further without an event from outside; returns `app.store.counts()`.
+async def drain(
+    app: App, *, advance: bool = True, within: float = DEFAULT_TIMEOUT_SECONDS
+) -> dict[str, int]:
+    """Waits until no run can go further without an event from outside; returns
+    `app.store.counts()`.
 
         await payments.send(data={"amount": 5})
         counts = await drain(app)                       # the first attempt, a day of backoff, the last attempt
         assert counts["completed"] == 1 and counts["pending"] == 0
 
-    With a VirtualClock time jumps to the next due time again and again, until every run has ended or is held; `advance=False`
-    leaves time where it is. With another clock, due times are waited for. Raises Stuck after `within` real seconds, with a
-    table of what each run waits for: a body that hangs, a flow that never ends.
+    With a VirtualClock time jumps to the next due time again and again, until every run has ended,
+    is paused or is held; `advance=False` leaves time where it is. With another clock, due times are
+    waited for. Raises Stuck after `within` real seconds, with a table of what each run waits for: a
+    body that hangs, a flow that never ends.
     """
-    await _go_on(app, advance, within, None)
+    await _run_until(app, advance, within, None)
     return await app.store.counts()
 
 
@@ -38,37 +44,37 @@ async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> A
 
     async def ended() -> bool:
         state = State[(await handle.row())["state"].upper()]
-        return not state.live or state is State.HELD
+        return not state.live or state in (State.PAUSED, State.HELD)
 
-    await _go_on(app, True, WITHIN, ended)
+    await _run_until(app, True, DEFAULT_TIMEOUT_SECONDS, ended)
     if not await ended():
-        raise Stuck(await table(app, f"run {handle.id} waits for something from outside"))
+        raise Stuck(await live_runs_text(app, f"run {handle.id} waits for something from outside"))
     return await handle.result()
 
 
-async def _go_on(
+async def _run_until(
     app: App, advance: bool, within: float, ended: Callable[[], Awaitable[bool]] | None
 ) -> None:
     clock = app.clock
     if isinstance(clock, VirtualClock):
-        clock.attend(app)
-    deadline = Deadline(within)
+        clock.attach(app)
+    deadline = RealTimeDeadline(within)
     while True:
-        if deadline.passed or not await come_to_rest(app, within, deadline):
-            raise Stuck(await table(app, f"not done after {within:g} s"))
-        if not advance or (ended is not None and await ended()) or not await _is_live(app):
+        if deadline.passed or not await wait_until_idle(app, within, deadline):
+            raise Stuck(await live_runs_text(app, f"not done after {within:g} s"))
+        if not advance or (ended is not None and await ended()) or not await _has_live_runs(app):
             return
         if not isinstance(clock, VirtualClock):
             await asyncio.sleep(0.01)
         elif not await clock.jump():
-            if await _waits_for_outside(app):
+            if await _only_events_awaited(app):
                 return
             await asyncio.sleep(0.01)
 
 
-async def _is_live(app: App) -> bool:
-    """Whether some run has not ended and is not held."""
-    if app.house.worker.load["in_memory"]:
+async def _has_live_runs(app: App) -> bool:
+    """Whether some run has not ended and is neither paused nor held."""
+    if app.runtime.worker.load["in_memory"]:
         return True
     for state in (State.PENDING, State.WAITING, State.RUNNING):
         if await app.store.runs(state=state, limit=1):
@@ -76,8 +82,10 @@ async def _is_live(app: App) -> bool:
     return False
 
 
-async def _waits_for_outside(app: App) -> bool:
-    """No timer is armed: then no run may have a due time, and none may be in memory, which it leaves when it has none."""
+async def _only_events_awaited(app: App) -> bool:
+    """No timer is armed: then no run may have a due time, and none may be in memory, which it
+    leaves when it has none.
+    """
     for state in (State.PENDING, State.WAITING):
         for row in await app.store.runs(state=state, limit=1000):
             if row["due_at"] is not None and not row["blocked"]:

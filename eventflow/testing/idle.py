@@ -1,7 +1,7 @@
 """Whether an app has come to rest, and if it does not, which runs keep it busy.
 
-Asked by clock.py and draining.py. At rest means: whatever was posted to the store is durable and answered, no task body runs,
-and nothing happens until time passes or an event arrives.
+Asked by clock.py and draining.py. At rest means: whatever was posted to the store is durable and
+answered, no task body runs, and nothing happens until time passes or an event arrives.
 """
 
 import asyncio
@@ -12,16 +12,18 @@ from eventflow.app import App
 from eventflow.core.clock import SystemClock, to_datetime
 from eventflow.engine.execution import Execution
 from eventflow.loop.flow_loop import FlowTimer
-from eventflow.runs.run import State, show_id
-from eventflow.sdk.task import Call
+from eventflow.runs.run import State, format_id
+from eventflow.sdk.task import TaskCall
 from eventflow.store.writer import Errand
 
 
 class Stuck(AssertionError):
-    """Something goes on for longer than a test may take; the message lists which runs, and what each of them waits for."""
+    """Something goes on for longer than a test may take; the message lists which runs, and what
+    each of them waits for.
+    """
 
 
-class Deadline:
+class RealTimeDeadline:
     """Real time, whatever the app's clock says."""
 
     def __init__(self, within: float) -> None:
@@ -33,22 +35,28 @@ class Deadline:
         return self._clock.monotonic() > self._until
 
 
-async def come_to_rest(app: App, patience: float, deadline: Deadline | None = None) -> bool:
-    """Whether nothing goes on any more; False when something does, but nothing was recorded for `patience` seconds."""
-    calm, last, moved = 0, -1, Deadline(patience)
-    while calm < 2:
-        quiet, batch = await app.house.on_flow_loop(_look(app))
+async def wait_until_idle(
+    app: App, timeout: float, deadline: RealTimeDeadline | None = None
+) -> bool:
+    """Whether nothing goes on any more; False when something does, but nothing was recorded for
+    `patience` seconds.
+    """
+    idle_checks, last, no_progress = 0, -1, RealTimeDeadline(timeout)
+    while idle_checks < 2:
+        is_idle, batch = await app.runtime.on_flow_loop(_check_idle(app))
         if batch != last:
-            calm, last, moved = 0, batch, Deadline(patience)
-        calm = calm + 1 if quiet else 0
-        if moved.passed or (deadline is not None and deadline.passed):
+            idle_checks, last, no_progress = 0, batch, RealTimeDeadline(timeout)
+        idle_checks = idle_checks + 1 if is_idle else 0
+        if no_progress.passed or (deadline is not None and deadline.passed):
             return False
-        await asyncio.sleep(0 if quiet else 0.001)
+        await asyncio.sleep(0 if is_idle else 0.001)
     return True
 
 
-async def _look(app: App) -> tuple[bool, int]:
-    """Whether nothing is under way once everything posted so far was answered; and the number of the last commit."""
+async def _check_idle(app: App) -> tuple[bool, int]:
+    """Whether nothing is under way once everything posted so far was answered; and the number of
+    the last commit.
+    """
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[Any] = loop.create_future()
 
@@ -64,21 +72,21 @@ async def _look(app: App) -> tuple[bool, int]:
     if isinstance(batch, BaseException):
         raise batch
     await asyncio.sleep(0)
-    return app.house.worker.is_quiet and app.house.lookout.is_quiet, batch
+    return app.runtime.worker.is_idle and app.runtime.lookout.is_idle, batch
 
 
-async def table(app: App, problem: str) -> str:
+async def live_runs_text(app: App, problem: str) -> str:
     """The live runs, one a line, with what each of them waits for."""
     rows = [("RUN", "FLOW", "STATE", "WAITS FOR")]
-    for state in (State.RUNNING, State.WAITING, State.PENDING, State.HELD):
+    for state in (State.RUNNING, State.WAITING, State.PENDING, State.PAUSED, State.HELD):
         for row in await app.store.runs(state=state, limit=20):
-            execution = app.house.worker.executions.get(row["id"])
+            execution = app.runtime.worker.executions.get(row["id"])
             reasons = (
-                _outside(row)
+                _stored_reason(row)
                 if execution is None
-                else ", ".join(_inside(execution)) or "its own steps"
+                else ", ".join(_pending_reasons(execution)) or "its own steps"
             )
-            rows.append((show_id(row["id"]), row["flow"], row["state"], reasons))
+            rows.append((format_id(row["id"]), row["flow"], row["state"], reasons))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
@@ -87,9 +95,11 @@ async def table(app: App, problem: str) -> str:
     return "\n".join([problem, *lines])
 
 
-def _outside(row: Mapping[str, Any]) -> str:
+def _stored_reason(row: Mapping[str, Any]) -> str:
     if row["state"] == "held":
         return row["reason"] or "a person"
+    if row["state"] == "paused":
+        return "its trigger, which is paused"
     if row["blocked"]:
         return f"the run before it in lane {row['lane']!r}"
     return (
@@ -97,10 +107,10 @@ def _outside(row: Mapping[str, Any]) -> str:
     )
 
 
-def _inside(execution: Execution) -> Iterator[str]:
+def _pending_reasons(execution: Execution) -> Iterator[str]:
     """The claims that a run in memory waits for."""
     for claim, target in execution.claims.waiting.items():
-        if isinstance(target, Call):
+        if isinstance(target, TaskCall):
             yield (
                 f"the body of {claim}, attempt {target.attempt}"
                 if target.running

@@ -1,4 +1,6 @@
-"""What a run left in the ledger, in a form to assert on: the calls of its journal, the events it emitted."""
+"""What a run left in the ledger, in a form to assert on: the calls of its journal, the events it
+emitted.
+"""
 
 import re
 from datetime import datetime
@@ -10,21 +12,21 @@ import orjson
 from eventflow.app import App, RunHandle
 from eventflow.core.clock import to_datetime
 from eventflow.events.event import Event
-from eventflow.routing.subscriptions import EMIT
+from eventflow.routing.subscriptions import EMITTED
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import show_id
+from eventflow.runs.run import format_id
 
 
-class Step(msgspec.Struct, frozen=True):
+class JournalCall(msgspec.Struct, frozen=True):
     """One call of a run, as its journal tells of it.
 
-    `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `claim`: its place in the journal. `state`: `completed`,
-    `failed`, `retrying`, `started` (a child run under way), `fired` (a timer), `published` (an event), `told` (a cancel).
-    `attempts` counts tries of a task. `value` is the JSON recorded (bytes where another codec wrote them), `error` the last
-    error's message.
+    `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `claim`: its place in the
+    journal. `state`: `completed`, `failed`, `retrying`, `started` (a child run under way), `fired`
+    (a timer), `published` (an event), `told` (a cancel). `attempts` counts tries of a task. `value`
+    is the JSON recorded (bytes where another codec wrote them), `error` the last error's message.
     """
 
-    claim: str
+    call_key: str
     name: str
     state: str
     attempts: int = 0
@@ -33,17 +35,19 @@ class Step(msgspec.Struct, frozen=True):
     next_at: datetime | None = None
 
 
-async def journal_of(app: App, run: RunHandle | str | int) -> list[Step]:
+async def journal_of(app: App, run: RunHandle | str | int) -> list[JournalCall]:
     """What a run did, call by call, in the order first recorded.
 
-    steps = await journal_of(app, handle)
-    assert [(step.name, step.attempts) for step in steps] == [("fetch", 3), ("sleep", 0), ("store", 1)]
+    steps = await journal_of(app, handle) assert [(step.name, step.attempts) for step in steps] ==
+    [("fetch", 3), ("sleep", 0), ("store", 1)]
     """
-    steps: dict[str, Step] = {}
-    for entry in await app.store.load(await _number(app, run)):
+    steps: dict[str, JournalCall] = {}
+    for entry in await app.store.load(await _run_number(app, run)):
         if entry.kind is not Kind.NOTE:
-            known = steps.get(entry.claim) or Step(entry.claim, _name(entry.claim), "new")
-            steps[entry.claim] = msgspec.structs.replace(known, **_told(app, entry, known))
+            known = steps.get(entry.claim) or JournalCall(
+                entry.claim, _task_name(entry.claim), "new"
+            )
+            steps[entry.claim] = msgspec.structs.replace(known, **_changes(app, entry, known))
     return list(steps.values())
 
 
@@ -53,8 +57,8 @@ async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
     (event,) = await events_of(app, handle)
     assert event.type == "order.scored" and event.data == {"score": 0.5}
     """
-    cause, found = show_id(await _number(app, run)), list[Event]()
-    for row in reversed(await app.store.events(trigger=EMIT, limit=10_000)):
+    cause, found = format_id(await _run_number(app, run)), list[Event]()
+    for row in reversed(await app.store.events(trigger=EMITTED, limit=10_000)):
         body = (await app.store.event(row["id"]))["body"]
         if (
             body is not None
@@ -64,14 +68,14 @@ async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
     return found
 
 
-async def _number(app: App, run: RunHandle | str | int) -> int:
+async def _run_number(app: App, run: RunHandle | str | int) -> int:
     return run.number if isinstance(run, RunHandle) else (await app.store.run(run))["id"]
 
 
 _NAME = re.compile(r"([^/\[#]+)(?:#\d+|\[.*\])$")
 
 
-def _name(claim: str) -> str:
+def _task_name(claim: str) -> str:
     found = _NAME.search(claim)
     return found[1] if found else claim
 
@@ -82,7 +86,7 @@ _STATES = {
 }  # fmt: skip
 
 
-def _told(app: App, entry: Entry, known: Step) -> dict[str, Any]:
+def _changes(app: App, entry: Entry, known: JournalCall) -> dict[str, Any]:
     """What one entry changes in what is known of its call."""
     told: dict[str, Any] = {
         "state": _STATES[entry.kind],

@@ -1,4 +1,6 @@
-"""`eventflow backfill` over a running server: what it says before it starts, each occurrence once, kills in between."""
+"""`eventflow backfill` over a running server: what it says before it starts, each occurrence once,
+kills in between.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import DEADLINE, wait_until
-from tests.server_process import Served, command, environment, eventflow, serving
+from tests.server_process import RunningServer, command, environment, eventflow, serving
 
 APP = """
 import asyncio
@@ -70,14 +72,14 @@ MAY = ("--trigger", "daily", "--from", "2026-05-01", "--to", "2026-05-16")
 
 
 @pytest.fixture
-def reports(tmp_path: Path) -> Iterator[Served]:
+def reports(tmp_path: Path) -> Iterator[RunningServer]:
     (tmp_path / "reports.py").write_text(APP)
     with serving(tmp_path, file="reports.py") as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for all tests that start nothing."""
     folder = tmp_path_factory.mktemp("idle")
     (folder / "reports.py").write_text(APP)
@@ -86,18 +88,18 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         assert days(served) == []
 
 
-def backfill(served: Served, flow: str, *args: str) -> tuple[int, Any, str]:
+def backfill(served: RunningServer, flow: str, *args: str) -> tuple[int, Any, str]:
     """Exit code, what --json printed, and stderr."""
     done = eventflow(served.folder, "backfill", flow, *args, "--json")
     return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
 
 
-def days(served: Served) -> list[str]:
+def days(served: RunningServer) -> list[str]:
     """The days that the body of `report` ended for, in order."""
     return [line.removeprefix("end ") for line in served.diary if line.startswith("end ")]
 
 
-def most_at_once(served: Served) -> int:
+def most_at_once(served: RunningServer) -> int:
     now = most = 0
     for line in served.diary:
         now += line.startswith("begin ")
@@ -109,7 +111,7 @@ def most_at_once(served: Served) -> int:
 EACH = [f"2026-05-{day:02}" for day in range(1, 16)]
 
 
-def sound(served: Served) -> None:
+def sound(served: RunningServer) -> None:
     assert served.get("/api/check") == {"wrong": []}
     counts = served.get("/api/counts")
     assert counts["accepted"] == sum(
@@ -121,9 +123,10 @@ def sound(served: Served) -> None:
 # --------------------------------------------------------------------------- each once
 
 
-def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: Served):
-    """Every occurrence of the window gets one run, at most --limit at a time, in order of their times; given again, the command
-    starts nothing. The count is said before anything starts."""
+def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: RunningServer):
+    """Every occurrence of the window gets one run, at most --limit at a time, in order of their
+    times; given again, the command starts nothing. The count is said before anything starts.
+    """
     code, said, told = backfill(reports, "report", *MAY, "--limit", "3", "--yes")
     assert code == 0 and said["states"] == {"completed": 15}
     assert (said["occurrences"], said["started"], said["known"]) == (15, 15, 0)
@@ -144,14 +147,14 @@ def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: Served):
     sound(reports)
 
 
-def test_it_tells_how_far_it_is(reports: Served):
+def test_it_tells_how_far_it_is(reports: RunningServer):
     """While it runs it says on stderr, now and then, how many are begun, alive and ended."""
     code, said, told = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
     assert code == 0 and said["started"] == 15 and most_at_once(reports) == 1
     assert re.search(r"^eventflow: \d+ of 15 begun, 1 live; \d+ completed$", told, re.MULTILINE)
 
 
-def test_a_dry_run_tells_and_starts_nothing(idle: Served):
+def test_a_dry_run_tells_and_starts_nothing(idle: RunningServer):
     """--dry-run lists the occurrences with what would become of each, and records nothing."""
     done = eventflow(idle.folder, "backfill", "report", *MAY, "--dry-run")
     assert done.returncode == 0
@@ -160,15 +163,17 @@ def test_a_dry_run_tells_and_starts_nothing(idle: Served):
     assert not [event for event in idle.get("/api/events")["events"] if event["trigger"] == "daily"]
 
 
-def test_without_a_terminal_it_wants_yes(idle: Served):
-    """When nobody can be asked, it says how many there are, and that --yes is missing; nothing starts."""
+def test_without_a_terminal_it_wants_yes(idle: RunningServer):
+    """When nobody can be asked, it says how many there are, and that --yes is missing; nothing
+    starts.
+    """
     code, _, told = backfill(idle, "report", *MAY)
     assert code == 2 and "15 occurrences" in told and "--yes" in told
     assert days(idle) == []
 
 
 @pytest.mark.parametrize(("answer", "started"), [(b"n\n", 0), (b"y\n", 15)])
-def test_it_asks(reports: Served, answer: bytes, started: int):
+def test_it_asks(reports: RunningServer, answer: bytes, started: int):
     """On a terminal it asks after saying how many there are: no starts nothing, yes starts all."""
     ours, theirs = pty.openpty()
     try:
@@ -194,8 +199,10 @@ def test_it_asks(reports: Served, answer: bytes, started: int):
 # --------------------------------------------------------------------------- kills
 
 
-def test_killed_and_given_again_each_runs_once(reports: Served):
-    """kill -9 of the command in the middle, then of the server: given again, it goes on, and every occurrence has run once."""
+def test_killed_and_given_again_each_runs_once(reports: RunningServer):
+    """kill -9 of the command in the middle, then of the server: given again, it goes on, and every
+    occurrence has run once.
+    """
     args = command("backfill", "report", *MAY, "--limit", "2", "--yes")
     first = subprocess.Popen(
         args,
@@ -234,9 +241,10 @@ def test_killed_and_given_again_each_runs_once(reports: Served):
 # --------------------------------------------------------------------------- what ran before
 
 
-def test_what_the_schedule_fired_does_not_run_again(reports: Served):
-    """Occurrences that the schedule fired for a flow count as run; a flow that came later gets runs for all of them, on the
-    same events; a label runs them once more, each label once."""
+def test_what_the_schedule_fired_does_not_run_again(reports: RunningServer):
+    """Occurrences that the schedule fired for a flow count as run; a flow that came later gets runs
+    for all of them, on the same events; a label runs them once more, each label once.
+    """
     wait_until(
         lambda: len([line for line in reports.diary if line.startswith("hourly")]) >= 3,
         "three hours were caught up",
@@ -266,8 +274,10 @@ def test_what_the_schedule_fired_does_not_run_again(reports: Served):
         sound(served)
 
 
-def test_a_failed_run_is_said(reports: Served):
-    """When a run does not complete, the exit code is 1, and the command that shows it is printed."""
+def test_a_failed_run_is_said(reports: RunningServer):
+    """When a run does not complete, the exit code is 1, and the command that shows it is
+    printed.
+    """
     args = ("--trigger", "daily", "--from", "2026-05-01", "--to", "2026-05-05", "--yes")
     done = eventflow(reports.folder, "backfill", "fragile", *args)
     assert done.returncode == 1
@@ -279,8 +289,10 @@ def test_a_failed_run_is_said(reports: Served):
 # --------------------------------------------------------------------------- what cannot be
 
 
-def test_what_is_to_come_is_the_schedules_own(idle: Served):
-    """Occurrences that the schedule has not come to are left to it, and that is said; asked for by name they are refused."""
+def test_what_is_to_come_is_the_schedules_own(idle: RunningServer):
+    """Occurrences that the schedule has not come to are left to it, and that is said; asked for by
+    name they are refused.
+    """
     tomorrow = datetime.now(UTC) + timedelta(days=3)
     since = f"{datetime.now(UTC) - timedelta(days=2):%Y-%m-%d}"
     done = eventflow(idle.folder, "backfill", "report", "--trigger", "daily", "--from", since, "--to",
@@ -294,8 +306,8 @@ def test_what_is_to_come_is_the_schedules_own(idle: Served):
     assert answer.status_code == 409 and "still the schedule's own" in answer.json()["detail"]
 
 
-def test_a_paused_schedule_is_not_backfilled(reports: Served):
-    """Runs of a paused trigger would be held, so it is refused until the trigger is resumed."""
+def test_a_paused_schedule_is_not_backfilled(reports: RunningServer):
+    """Runs of a paused trigger would be paused, so it is refused until the trigger is resumed."""
     assert eventflow(reports.folder, "pause", "daily").returncode == 0
     code, _, told = backfill(reports, "report", *MAY, "--yes")
     assert code == 2 and "paused" in told
@@ -319,7 +331,7 @@ def test_a_paused_schedule_is_not_backfilled(reports: Served):
         (("report", *MAY[:4]), 2, "--to"),
     ],
 )
-def test_mistakes_are_said(idle: Served, args: tuple[str, ...], code: int, told: str):
+def test_mistakes_are_said(idle: RunningServer, args: tuple[str, ...], code: int, told: str):
     """What does not fit is one line on stderr and its exit code; nothing starts."""
     if "webhook:/orders" in args:
         (name,) = [
@@ -331,8 +343,10 @@ def test_mistakes_are_said(idle: Served, args: tuple[str, ...], code: int, told:
     assert days(idle) == []
 
 
-def test_without_a_server_it_only_looks(reports: Served):
-    """With no server --dry-run works on the store itself, given the app; to run something it needs one."""
+def test_without_a_server_it_only_looks(reports: RunningServer):
+    """With no server --dry-run works on the store itself, given the app; to run something it needs
+    one.
+    """
     assert reports.stop() == 0
     looked = eventflow(
         reports.folder, "backfill", "report", *MAY, "--dry-run", "--app", "reports.py"
@@ -346,8 +360,10 @@ def test_without_a_server_it_only_looks(reports: Served):
         assert refused.returncode == 4 and "no server" in refused.stderr
 
 
-def test_the_api_says_what_is_wrong_with_a_request(reports: Served):
-    """`POST …/backfill` refuses instants that are no occurrences, none, too many, and no label; bounds are required."""
+def test_the_api_says_what_is_wrong_with_a_request(reports: RunningServer):
+    """`POST …/backfill` refuses instants that are no occurrences, none, too many, and no label;
+    bounds are required.
+    """
     path = "/api/triggers/daily/backfill"
     for body, told in (
         ({"flow": "report", "at": ["2026-05-01T05:00:00Z"]}, "no occurrence"),
@@ -371,7 +387,7 @@ def test_the_api_says_what_is_wrong_with_a_request(reports: Served):
     assert [row["verdicts"][0]["known"] for row in twice.json()["occurrences"]] == [False, True]
 
 
-def test_a_long_window_comes_in_pages(idle: Served):
+def test_a_long_window_comes_in_pages(idle: RunningServer):
     """A window of more than a thousand occurrences is listed whole, each once."""
     window = ("--trigger", "daily", "--from", "2020-01-01", "--to", "2026-01-01", "--dry-run")
     _, said, _ = backfill(idle, "report", *window)

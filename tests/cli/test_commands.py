@@ -12,11 +12,19 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.server_process import SHOP, Served, command, environment, eventflow, serving, start
+from tests.server_process import (
+    SHOP,
+    RunningServer,
+    command,
+    environment,
+    eventflow,
+    serving,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server with three orders: one done, one filtered, one dead; and a failed run."""
     with serving(tmp_path_factory.mktemp("shop")) as served:
         served.post("/hooks/orders", {"id": "good", "total": 5})
@@ -27,17 +35,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def run_of(served: Served, event: str) -> str:
+def run_of(served: RunningServer, event: str) -> str:
     return served.get(f"/api/events/{event}")["runs"][0]["id"]
 
 
-def failed_run(served: Served) -> str:
+def failed_run(served: RunningServer) -> str:
     run = served.start("failing", message="no such luck")
     served.wait_for(run, "failed")
     return run
 
 
-def asked(served: Served, *args: str) -> Any:
+def asked(served: RunningServer, *args: str) -> Any:
     done = eventflow(served.folder, *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -46,7 +54,7 @@ def asked(served: Served, *args: str) -> Any:
 # --------------------------------------------------------------------------- looking
 
 
-def test_ls(shop: Served):
+def test_ls(shop: RunningServer):
     """`ls` lists each kind, aligned for people, whole for programs."""
     text = eventflow(shop.folder, "ls").stdout.splitlines()
     assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(
@@ -67,8 +75,10 @@ def test_ls(shop: Served):
     assert "\x1b[" not in "\n".join(text)
 
 
-def test_explain(shop: Served):
-    """`explain` says for each subscription what became of an event, by our id or the sender's, and how often it came."""
+def test_explain(shop: RunningServer):
+    """`explain` says for each subscription what became of an event, by our id or the sender's, and
+    how often it came.
+    """
     said = eventflow(shop.folder, "explain", "good").stdout
     assert "run started" in said and "completed" in said and run_of(shop, "good") in said
     assert "1, last" in said.partition("duplicates")[2].splitlines()[0]
@@ -78,8 +88,10 @@ def test_explain(shop: Served):
     assert asked(shop, "explain", "good")["verdicts"][0]["fate"] == "run"
 
 
-def test_show(shop: Served):
-    """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part of the id serves."""
+def test_show(shop: RunningServer):
+    """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part
+    of the id serves.
+    """
     said = eventflow(shop.folder, "show", run_of(shop, "good")).stdout
     assert "completed" in said and "double#0" in said and '{"score":10.0}' in said
     run = failed_run(shop)
@@ -89,7 +101,7 @@ def test_show(shop: Served):
     assert asked(shop, "show", "small")["event_id"] == "small"
 
 
-def test_logs(shop: Served):
+def test_logs(shop: RunningServer):
     """`logs` shows what a run printed, `-f` until it has ended; as JSON one line each."""
     run = run_of(shop, "good")
     assert "handling 5.0" in eventflow(shop.folder, "logs", run, "-f").stdout
@@ -101,7 +113,7 @@ def test_logs(shop: Served):
 # --------------------------------------------------------------------------- doing
 
 
-def test_emit(shop: Served):
+def test_emit(shop: RunningServer):
     """`emit` records an event for what hears of its type; with the same id, once."""
     args = ("emit", "thing.made", "-d", '{"total": 4}', "--id", "thing-1")
     first, again = asked(shop, *args), asked(shop, *args)
@@ -112,7 +124,7 @@ def test_emit(shop: Served):
     assert "recorded" in eventflow(shop.folder, "emit", "thing.made", "-d", "@data.json").stdout
 
 
-def test_retry_and_cancel(shop: Served):
+def test_retry_and_cancel(shop: RunningServer):
     """`retry` lets a failed run go again, `cancel` ends one that runs."""
     run = failed_run(shop)
     assert "pending again" in eventflow(shop.folder, "retry", run).stdout
@@ -124,7 +136,7 @@ def test_retry_and_cancel(shop: Served):
     assert shop.wait_for(long, "cancelled")["reason"]
 
 
-def test_replay(shop: Served):
+def test_replay(shop: RunningServer):
     """`replay` runs an event again, or all of a time; `--dry-run` only tells."""
     before = len(shop.get("/api/events/good")["runs"])
     assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
@@ -139,7 +151,7 @@ def test_replay(shop: Served):
     assert tally["runs"] >= 1 and tally["filtered"] >= 1
 
 
-def test_redrive(shop: Served):
+def test_redrive(shop: RunningServer):
     """`redrive` tries a dead letter once more with mended data."""
     shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
     letter = asked(shop, "ls", "dead")["dead"][0]
@@ -149,17 +161,17 @@ def test_redrive(shop: Served):
     assert again.returncode == 2 and "already" in again.stderr
 
 
-def test_pause_and_resume(shop: Served):
-    """`pause` holds a trigger's runs, `resume` lets them go on."""
+def test_pause_and_resume(shop: RunningServer):
+    """The runs of a paused trigger wait until `resume`."""
     assert "paused" in eventflow(shop.folder, "pause", "webhook-orders").stdout
     shop.post("/hooks/orders", {"id": "while-paused", "total": 1})
     run = run_of(shop, "while-paused")
-    assert shop.get(f"/api/runs/{run}")["state"] == "held"
+    assert shop.get(f"/api/runs/{run}")["state"] == "paused"
     assert eventflow(shop.folder, "resume", "webhook-orders").returncode == 0
     shop.wait_for(run, "completed")
 
 
-def test_doctor_and_backup(shop: Served):
+def test_doctor_and_backup(shop: RunningServer):
     """`doctor` finds a running server's ledger sound; `backup` copies it, never over a file."""
     found = {row["check"]: row for row in asked(shop, "doctor", "--app", "shop.py")["findings"]}
     assert found["ledger"]["ok"] and shop.url in found["server"]["detail"]
@@ -172,7 +184,7 @@ def test_doctor_and_backup(shop: Served):
     assert eventflow(shop.folder, "backup", copy.name).returncode == 2
 
 
-def test_run_by_the_server(shop: Served):
+def test_run_by_the_server(shop: RunningServer):
     """`run` sends to the server that has the store, waits, and prints the result."""
     done = eventflow(shop.folder, "run", "shop.py:handle", "-p", "total=8")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 16.0})
@@ -184,7 +196,7 @@ def test_run_by_the_server(shop: Served):
     )
 
 
-def test_another_place(shop: Served):
+def test_another_place(shop: RunningServer):
     """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is told with 4."""
     elsewhere = shop.folder / "elsewhere"
     elsewhere.mkdir()
@@ -198,7 +210,9 @@ def test_another_place(shop: Served):
 
 
 def test_without_a_server(tmp_path: Path):
-    """With the server down the same commands work on the store; what they start waits for the next server."""
+    """With the server down the same commands work on the store; what they start waits for the next
+    server.
+    """
     with serving(tmp_path) as served:
         served.post("/hooks/orders", {"id": "good", "total": 5})
         run = failed_run(served)
@@ -229,7 +243,9 @@ def test_without_a_server(tmp_path: Path):
 
 
 def test_run_and_task_here(tmp_path: Path):
-    """`run` without a server works in this process, with parameters or an event, and leaves a run; `task` leaves none."""
+    """`run` without a server works in this process, with parameters or an event, and leaves a run;
+    `task` leaves none.
+    """
     start(tmp_path).end()
     done = eventflow(tmp_path, "run", "shop.py:handle", "--params", '{"total": 3}')
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 6.0}), done.stderr
@@ -252,7 +268,7 @@ def test_run_and_task_here(tmp_path: Path):
 
 
 @contextmanager
-def developing(folder: Path, app: str = SHOP) -> Iterator[Served]:
+def developing(folder: Path, app: str = SHOP) -> Iterator[RunningServer]:
     """`eventflow dev`, ready; it is asked to end by Ctrl-C, and does."""
     (folder / "app.py").write_text(app)
     with (folder / "dev.log").open("w") as errors:
@@ -261,7 +277,7 @@ def developing(folder: Path, app: str = SHOP) -> Iterator[Served]:
             stderr=errors, text=True,
         )  # fmt: skip
     assert dev.stdout is not None
-    served = Served(folder, dev, json.loads(dev.stdout.readline()), folder / "dev.log")
+    served = RunningServer(folder, dev, json.loads(dev.stdout.readline()), folder / "dev.log")
     try:
         yield served
         dev.send_signal(signal.SIGINT)
@@ -271,7 +287,9 @@ def developing(folder: Path, app: str = SHOP) -> Iterator[Served]:
 
 
 def test_dev_begins_anew(tmp_path: Path):
-    """`dev` serves the new code after a file changes, on the same port; a syntax error waits for the next change."""
+    """`dev` serves the new code after a file changes, on the same port; a syntax error waits for
+    the next change.
+    """
     app = "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = App('dev')\napp.add(f)\n"
     with developing(tmp_path, app.format(1)) as served:
         assert served.wait_for(served.start("f"), "completed")["result"] == 1
@@ -288,8 +306,9 @@ def test_dev_begins_anew(tmp_path: Path):
 
 
 def test_dev_outlives_its_server(tmp_path: Path):
-    """A server that is killed under `dev` begins anew on the same socket and takes its runs up; its log has no colours in a
-    file; a target that is not there is told at once, with 3."""
+    """A server that is killed under `dev` begins anew on the same socket and takes its runs up; its
+    log has no colours in a file; a target that is not there is told at once, with 3.
+    """
     with developing(tmp_path) as served:
         run = served.start("sleepy", seconds=0.5)
         wait_until(lambda: "resting" in served.diary, "the task is under way")

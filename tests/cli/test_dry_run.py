@@ -1,4 +1,6 @@
-"""`replay --dry-run` as a person types it: over a server, beside one with changed code, and with none."""
+"""`replay --dry-run` as a person types it: over a server, beside one with changed code, and with
+none.
+"""
 
 import json
 import random
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.server_process import Served, eventflow, serving
+from tests.server_process import RunningServer, eventflow, serving
 
 WATCH = """
 from eventflow import App, Event, absent, count, sequence
@@ -57,8 +59,10 @@ ORDER = [("order.placed", {"order": "o-1"}), ("order.paid", {"order": "o-1"})]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """A server with a small and a large order, four failed logins, and an order that was paid and never shipped."""
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with a small and a large order, four failed logins, and an order that was paid and
+    never shipped.
+    """
     folder = tmp_path_factory.mktemp("watch")
     (folder / "changed.py").write_text(CHANGED)
     (folder / "watch.py").write_text(WATCH)
@@ -67,7 +71,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-def fill(served: Served) -> None:
+def fill(served: RunningServer) -> None:
     for total in (50, 500):
         served.post("/hooks/orders", {"id": f"total-{total}", "total": total})
     for number, (kind, data) in enumerate([*BY_FOUR, *ORDER]):
@@ -95,12 +99,14 @@ def started(answer: dict[str, Any]) -> dict[str, int]:
     return {each["subscription"]: each["runs"] for each in answer["subscriptions"]}
 
 
-def ids(served: Served) -> dict[str, str]:
+def ids(served: RunningServer) -> dict[str, str]:
     return {row["event_id"]: row["id"] for row in served.get("/api/events", limit=1000)["events"]}
 
 
-def test_the_server_tells_what_its_code_would_start(shop: Served):
-    """A filter, a count, a sequence and an absence over the last seven days, each run with its key and events; none starts."""
+def test_the_server_tells_what_its_code_would_start(shop: RunningServer):
+    """A filter, a count, a sequence and an absence over the last seven days, each run with its key
+    and events; none starts.
+    """
     before, known = shop.get("/api/counts"), ids(shop)
     told = dry(shop.folder)
     assert (
@@ -120,8 +126,10 @@ def test_the_server_tells_what_its_code_would_start(shop: Served):
     assert "1 filtered: total" in text
 
 
-def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: Served):
-    """With --app the program in that file is asked, while the server that has the store goes on with its own."""
+def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: RunningServer):
+    """With --app the program in that file is asked, while the server that has the store goes on
+    with its own.
+    """
     told = dry(shop.folder, "--app", "changed.py")
     assert started(told) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
     (brute,) = (run for run in told["runs"] if run["subscription"] == "brute")
@@ -133,7 +141,9 @@ def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: Served):
 
 
 def test_without_a_server(tmp_path: Path):
-    """The file at rest is read as it is: with --app it answers, without one nobody knows the flows."""
+    """The file at rest is read as it is: with --app it answers, without one nobody knows the
+    flows.
+    """
     (tmp_path / "watch.py").write_text(WATCH)
     (tmp_path / "changed.py").write_text(CHANGED)
     with serving(tmp_path, file="watch.py") as served:
@@ -156,7 +166,9 @@ def test_without_a_server(tmp_path: Path):
 
 
 def test_a_replay_of_a_time_is_for_those_who_heard_of_it(tmp_path: Path):
-    """A replay of many events gives each to the subscriptions on its own trigger, and passes over what nobody hears of."""
+    """A replay of many events gives each to the subscriptions on its own trigger, and passes over
+    what nobody hears of.
+    """
     (tmp_path / "watch.py").write_text(WATCH)
     unheard = {
         "specversion": "1.0",
@@ -181,7 +193,9 @@ def amounts(seed: int, count: int, mean: float) -> list[dict[str, float]]:
 
 
 def test_a_lower_threshold_of_drift(tmp_path: Path):
-    """Windows that stayed below the threshold tell how often a lower one would have started a training; none starts."""
+    """Windows that stayed below the threshold tell how often a lower one would have started a
+    training; none starts.
+    """
     (tmp_path / "reference.json").write_text(json.dumps(amounts(0, 4000, 0.0)))
     (tmp_path / "scores.py").write_text(MONITOR)
     (tmp_path / "changed.py").write_text(MONITOR.replace("warn=0.5", "warn=0.15, alert=0.9"))
@@ -212,7 +226,7 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
 @pytest.mark.parametrize(
     "ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"]
 )
-def test_times_are_instants_or_how_long_ago(shop: Served, ago: str):
+def test_times_are_instants_or_how_long_ago(shop: RunningServer, ago: str):
     """--since and --until take durations back from now beside instants."""
     done = eventflow(shop.folder, "ls", "events", "--since", ago, "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)["events"]) >= 8
@@ -220,7 +234,9 @@ def test_times_are_instants_or_how_long_ago(shop: Served, ago: str):
 
 
 @pytest.mark.parametrize("wrong", ["yesterday", "7", "7x", "2026-01-31", "", "-7d"])
-def test_a_time_that_is_none_is_refused(shop: Served, wrong: str):
-    """What is neither an instant with its zone nor a duration exits 2 and says what was expected."""
+def test_a_time_that_is_none_is_refused(shop: RunningServer, wrong: str):
+    """What is neither an instant with its zone nor a duration exits 2 and says what was
+    expected.
+    """
     done = eventflow(shop.folder, "ls", "events", f"--since={wrong}")
     assert done.returncode == 2 and "how long ago" in done.stderr

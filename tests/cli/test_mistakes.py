@@ -1,4 +1,6 @@
-"""What people get wrong, and what the command line says then: one line, the right exit code, no traceback of ours."""
+"""What people get wrong, and what the command line says then: one line, the right exit code, no
+traceback of ours.
+"""
 
 import json
 import tomllib
@@ -131,7 +133,9 @@ def test_a_task_from_a_thread(tmp_path: Path):
 
 
 def test_nothing_there(tmp_path: Path):
-    """Without a store or a server there is nothing to ask: 4; an unknown run is 5; looking makes no store."""
+    """Without a store or a server there is nothing to ask: 4; an unknown run is 5; looking makes no
+    store.
+    """
     assert eventflow(tmp_path, "ls").returncode == 4
     assert eventflow(tmp_path, "ls", "--store", "sqlite:///x.db").returncode == 4
     assert eventflow(tmp_path, "ls", "--url", "http://127.0.0.1:9").returncode == 4
@@ -158,7 +162,9 @@ def test_nothing_there(tmp_path: Path):
 
 
 def test_a_damaged_store(tmp_path: Path):
-    """A store that is no database exits 65, also for doctor; one that lost acknowledged commits opens with --accept-loss."""
+    """A store that is no database exits 65, also for doctor; one that lost acknowledged commits
+    opens with --accept-loss.
+    """
     (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     store = tmp_path / ".eventflow" / "app.db"
@@ -175,7 +181,9 @@ def test_a_damaged_store(tmp_path: Path):
 
 
 def test_a_file_that_is_no_store(tmp_path: Path):
-    """Another file than a store, named by mistake, is told with 65, and nothing is written beside it."""
+    """Another file than a store, named by mistake, is told with 65, and nothing is written beside
+    it.
+    """
     (tmp_path / "notes.txt").write_text("nothing to see here")
     done = eventflow(tmp_path, "ls", "--store", "notes.txt")
     assert done.returncode == 65 and "notes.txt is damaged, or no store" in done.stderr
@@ -185,7 +193,9 @@ def test_a_file_that_is_no_store(tmp_path: Path):
 
 
 def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
-    """Events that nobody hears of are passed over and told by the reason; when there are no others, it exits 2."""
+    """Events that nobody hears of are passed over and told by the reason; when there are no others,
+    it exits 2.
+    """
     (tmp_path / "app.py").write_text(
         APP
         + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def other(): return 1\n"
@@ -200,7 +210,9 @@ def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
 
 
 def test_a_server_elsewhere_is_what_doctor_looks_at(tmp_path: Path):
-    """With --url, doctor tells of that server alone, and not of a store that happens to lie here."""
+    """With --url, doctor tells of that server alone, and not of a store that happens to lie
+    here.
+    """
     (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\n")
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     done = eventflow(tmp_path, "doctor", "--url", "http://127.0.0.1:9", "--json")

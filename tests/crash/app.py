@@ -1,8 +1,9 @@
-"""The app that the kill loop and the syscall test kill: an order with every kind of journal entry in it.
+"""The app that the kill loop and the syscall test kill: an order with every kind of journal entry
+in it.
 
-`loop.py` and `syscalls.py` serve it with `eventflow serve`. Each task body first writes one line, `KEY ATTEMPT BOOT
-MICROSECONDS`, to the file $CRASH_EFFECTS: what really ran, to be held against what the journal says. `expected` is what an
-order must come to, whatever was killed on the way.
+`loop.py` and `syscalls.py` serve it with `eventflow serve`. Each task body first writes one line,
+`KEY ATTEMPT BOOT MICROSECONDS`, to the file $CRASH_EFFECTS: what really ran, to be held against
+what the journal says. `expected` is what an order must come to, whatever was killed on the way.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ _BOOT = os.environ.get("CRASH_BOOT", "0")
 
 
 def leave_trace() -> None:
-    """One line, one write: a kill leaves it whole or not at all. No fsync: what a kill must not take is in the page cache."""
+    """One line, one write: a kill leaves it whole or not at all. No fsync: what a kill must not
+    take is in the page cache.
+    """
     if _EFFECTS is None:
         return
     me = current_task()

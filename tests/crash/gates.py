@@ -1,7 +1,9 @@
-"""The app whose way can be stopped at a seam: it says that it has come there, and stands until it is killed.
+"""The app whose way can be stopped at a seam: it says that it has come there, and stands until it
+is killed.
 
-test_seams.py and test_faults.py serve it. A gate named in $GATE appends its name to `reached` in the working directory and
-blocks where it stands; any other lets pass at once. Bodies leave their traces as those of app.py do.
+test_seams.py and test_faults.py serve it. A gate named in $GATE appends its name to `reached` in
+the working directory and blocks where it stands; any other lets pass at once. Bodies leave their
+traces as those of app.py do.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
 """What must hold of a store after any number of kills, whoever did the killing.
 
-`loop.py` and `syscalls.py` call `check` once everything has come to rest and no server runs. It opens the store as a server
-would, asks its own `check` (the sum of P9, the lanes, every checksum, SQLite's pages), and holds the rows against what senders
-were told and what bodies did.
+`loop.py` and `syscalls.py` call `check` once everything has come to rest and no server runs. It
+opens the store as a server would, asks its own `check` (the sum of P9, the lanes, every checksum,
+SQLite's pages), and holds the rows against what senders were told and what bodies did.
 """
 
 import asyncio
@@ -15,13 +15,15 @@ from typing import NamedTuple
 
 from eventflow.core.clock import SystemClock
 from eventflow.runs.journal import Kind
-from eventflow.runs.run import State, show_id
+from eventflow.runs.run import State, format_id
 from eventflow.store.sqlite import SqliteStore
 from tests.crash.app import expected
 
 
 class Told(NamedTuple):
-    """What senders know: the number each id they sent carried, and the ledger id of each that was acknowledged."""
+    """What senders know: the number each id they sent carried, and the ledger id of each that was
+    acknowledged.
+    """
 
     sent: Mapping[str, int]
     acked: Mapping[str, str]
@@ -76,7 +78,7 @@ def _sum(counts: Mapping[str, int]) -> Iterator[str]:
 
 def _events(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
     """No acknowledged event is lost, none is there twice, none was made up."""
-    found = {ident: (n, show_id(first)) for ident, n, first in rows.execute(
+    found = {ident: (n, format_id(first)) for ident, n, first in rows.execute(
         "SELECT event_id, count(*), min(id) FROM events WHERE trigger = 'orders' GROUP BY event_id"
     )}  # fmt: skip
     for ident, ledger_id in told.acked.items():
@@ -101,7 +103,7 @@ def _handled(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
         if run is not None and (
             state != State.COMPLETED or json.loads(result) != expected(told.sent[ident])
         ):
-            yield f"run {show_id(run)} of event {ident}: {State(state).word} ({reason}, {deaths} deaths) with {result}"
+            yield f"run {format_id(run)} of event {ident}: {State(state).word} ({reason}, {deaths} deaths) with {result}"
     yield from (f"event {ident} has {n} runs, expected one" for ident, n in runs.items() if n != 1)
 
 
@@ -109,7 +111,7 @@ def _children(rows: sqlite3.Connection) -> Iterator[str]:
     asked = "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
     for parent, n, completed in rows.execute(f"{asked} GROUP BY p.id"):
         if (n, completed) != (1, 1):
-            yield f"run {show_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
+            yield f"run {format_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
 
 
 def _emitted(rows: sqlite3.Connection) -> Iterator[str]:
@@ -134,14 +136,16 @@ def _bodies(effects: Path) -> Iterator[tuple[str, int, int, int]]:
 def _never_again(
     rows: sqlite3.Connection, bodies: list[tuple[str, int, int, int]]
 ) -> Iterator[str]:
-    """P4: once its value is recorded, a call's body never starts again; nor does an attempt whose failure is recorded."""
+    """P4: once its value is recorded, a call's body never starts again; nor does an attempt whose
+    failure is recorded.
+    """
     values: dict[str, int] = {}
     failures: dict[tuple[str, int], int] = {}
     kinds = f"({int(Kind.VALUE)}, {int(Kind.FAILED)})"
     for run, claim, attempt, kind, at in rows.execute(
         f"SELECT run, claim, attempt, kind, at FROM journal WHERE kind IN {kinds}"
     ):
-        key = f"{show_id(run)}/{claim}"
+        key = f"{format_id(run)}/{claim}"
         if kind == Kind.VALUE:
             values[key] = at
         else:

@@ -1,11 +1,12 @@
-"""Two members of one group that join and leave all the time, in one process on one store, while records come in.
+"""Two members of one group that join and leave all the time, in one process on one store, while
+records come in.
 
     python -m tests.crash.kafka_churn [--seconds 300] [--every 3] [--seed 1]
 
-Each member stays for some seconds, leaves, and joins again, so that partitions wander between the two. One leaves only while
-the other is at work: when both are gone at once, the broker (tansu, which otherwise knows its members well) may wait for a
-leader that left. At the end everything comes to rest: each offset is in the ledger once, with one completed run. test_kafka.py
-runs a short one.
+Each member stays for some seconds, leaves, and joins again, so that partitions wander between the
+two. One leaves only while the other is at work: when both are gone at once, the broker (tansu,
+which otherwise knows its members well) may wait for a leader that left. At the end everything comes
+to rest: each offset is in the ledger once, with one completed run. test_kafka.py runs a short one.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""The kill loop of the Kafka trigger: `kill -9` between poll, record and commit, again and again on one store and one group.
+"""The kill loop of the Kafka trigger: `kill -9` between poll, record and commit, again and again on
+one store and one group.
 
     python -m tests.crash.kafka_loop --cycles 500 [--seed 1] [--broker noida | tansu]
 
-A producer writes all the time. Each cycle starts kafka_victim.py, which dies at a chosen seam or at a random moment; then the
-group's offset of each partition is held against the ledger's cursor, which it may never lead. At the end everything comes to
-rest: the ledger has each offset exactly once, with one completed run, and the store's own checks hold. test_kafka.py runs a
-short one.
+A producer writes all the time. Each cycle starts kafka_victim.py, which dies at a chosen seam or at
+a random moment; then the group's offset of each partition is held against the ledger's cursor,
+which it may never lead. At the end everything comes to rest: the ledger has each offset exactly
+once, with one completed run, and the store's own checks hold. test_kafka.py runs a short one.
 """
 
 import argparse
@@ -38,8 +39,9 @@ LIFE = 8.0
 
 
 def look(folder: Path, sent: Sequence[int]) -> tuple[list[str], int]:
-    """What does not hold of a store at rest, one sentence each: each offset once, with one completed run, and what the store
-    says of itself. And how many events came more than once."""
+    """What does not hold of a store at rest, one sentence each: each offset once, with one
+    completed run, and what the store says of itself. And how many events came more than once.
+    """
     store = SqliteStore(folder / "store.db", clock=SystemClock(), ballast=0, free_floor=0)
     store.open()
     try:
@@ -67,7 +69,9 @@ def look(folder: Path, sent: Sequence[int]) -> tuple[list[str], int]:
 
 
 class Producer:
-    """Writes all the time, until it is told to stop. `sent` counts the records of each partition."""
+    """Writes all the time, until it is told to stop. `sent` counts the records of each
+    partition.
+    """
 
     def __init__(self, broker: Broker, topic: str, draw: random.Random) -> None:
         self.broker, self.topic, self.draw = broker, topic, draw

@@ -1,10 +1,12 @@
-"""The process that kafka_loop.py kills: an app with one Kafka trigger, which may be told to kill itself at a seam.
+"""The process that kafka_loop.py kills: an app with one Kafka trigger, which may be told to kill
+itself at a seam.
 
     python -m tests.crash.kafka_victim FOLDER SERVER TOPIC BROKER SEAM COUNT
 
-SEAM is where the COUNT-th time is the end: `fetched` (records are here, nothing is offered), `offering` (the transaction is
-under way), `recorded` (durable, not committed), `committing` (the request is out), `committed`, `assigned`; `never` leaves the
-killing to others, and `rest` ends by itself once COUNT events are recorded and every run is done.
+SEAM is where the COUNT-th time is the end: `fetched` (records are here, nothing is offered),
+`offering` (the transaction is under way), `recorded` (durable, not committed), `committing` (the
+request is out), `committed`, `assigned`; `never` leaves the killing to others, and `rest` ends by
+itself once COUNT events are recorded and every run is done.
 """
 
 import asyncio
@@ -60,7 +62,7 @@ class Fuse:
 def lay(fuse: Fuse) -> None:
     """Puts the fuse into the session: around what it fetches, records, commits and takes up."""
     fetch, record, commit, take = (
-        getattr(session.Session, name) for name in ("_fetch", "_record", "_commit", "_take_up")
+        getattr(session.Session, name) for name in ("_fetch", "_record", "_commit", "_start_partitions")
     )  # fmt: skip
 
     async def _fetch(self: session.Session, *args: Any) -> Any:
@@ -79,7 +81,7 @@ def lay(fuse: Fuse) -> None:
         await commit(self)
         fuse.met("committed")
 
-    async def _take_up(self: session.Session, assigned: Any) -> None:
+    async def _start_partitions(self: session.Session, assigned: Any) -> None:
         await take(self, assigned)
         fuse.met("assigned")
 
@@ -87,10 +89,10 @@ def lay(fuse: Fuse) -> None:
         "_fetch": _fetch,
         "_record": _record,
         "_commit": _commit,
-        "_take_up": _take_up,
+        "_start_partitions": _start_partitions,
     }.items():
         setattr(session.Session, name, wrapped)
-    session.COMMIT_EVERY = 0.03
+    session.COMMIT_INTERVAL_SECONDS = 0.03
 
 
 async def main(folder: Path, server: str, topic: str, broker: str, seam: str, count: int) -> None:

@@ -1,4 +1,5 @@
-"""The lives of one store: boots of gates.py on the same folder, and the one fate that an event must have in the end.
+"""The lives of one store: boots of gates.py on the same folder, and the one fate that an event must
+have in the end.
 
 test_seams.py and test_faults.py take `lives` from conftest.py.
 """
@@ -28,7 +29,7 @@ class Lives:
         self.boots += 1
         env = {"GATE": gate, "CRASH_THREADS": str(self.folder / "threads"), **more}
         self.server = Server(APP, self.folder, self.boots, options=options, env=env)
-        assert self.server.ready(), self.server.complaint
+        assert self.server.ready(), self.server.log_tail
         return self.server
 
     def end(self) -> None:

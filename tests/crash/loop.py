@@ -1,12 +1,15 @@
-"""The kill loop: a real server under webhook load, killed again and again at random moments on the same store.
+"""The kill loop: a real server under webhook load, killed again and again at random moments on the
+same store.
 
     python -m tests.crash.loop --cycles 1000 --seed 1
 
-Five senders on keep-alive connections behave as real ones do: 20 % of what they send they send twice (at once, later, or from
-two connections at the same time), and what got no answer they send again until it has one. Each cycle starts the server, lets
-it live for a random moment and kills it: `kill -9` some time after it is ready, at once, or in its start and recovery; or
-SIGTERM, and -9 in the drain. Every hundred cycles and at the end everything comes to rest and invariants.py looks.
-test_crash.py runs a short one. The seed fixes every choice made here; when a kill lands is the machine's.
+Five senders on keep-alive connections behave as real ones do: 20 % of what they send they send
+twice (at once, later, or from two connections at the same time), and what got no answer they send
+again until it has one. Each cycle starts the server, lets it live for a random moment and kills it:
+`kill -9` some time after it is ready, at once, or in its start and recovery; or SIGTERM, and -9 in
+the drain. Every hundred cycles and at the end everything comes to rest and invariants.py looks.
+test_crash.py runs a short one. The seed fixes every choice made here; when a kill lands is the
+machine's.
 """
 
 import argparse
@@ -21,7 +24,7 @@ from pathlib import Path
 
 from tests.crash.invariants import Tally, Told, check
 from tests.crash.verdict import a_seed, verdict
-from tests.crash.victim import HERE, Client, Lost, Server
+from tests.crash.victim import HERE, Client, NoAnswer, Server
 
 SENDERS = 5
 PAUSE = 0.08
@@ -33,7 +36,9 @@ READY = 2.0
 
 
 class World:
-    """What senders share: where the server is now, what was sent, what was acknowledged, what went wrong."""
+    """What senders share: where the server is now, what was sent, what was acknowledged, what went
+    wrong.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -54,7 +59,9 @@ class World:
         return ident
 
     def answered(self, ident: str, known: bool, status: int, body: dict[str, object]) -> None:
-        """Holds one answer against what was told before. `known`: this id had been acknowledged before it was sent again."""
+        """Holds one answer against what was told before. `known`: this id had been acknowledged
+        before it was sent again.
+        """
         with self._lock:
             ledger_id = str(body.get("id"))
             first = self.acked.setdefault(ident, ledger_id)
@@ -121,11 +128,11 @@ class Sender(threading.Thread):
             url = world.url
             try:
                 if not url:
-                    raise Lost("no server")
-                status, body, _ = client.ask(
+                    raise NoAnswer("no server")
+                status, body, _ = client.request(
                     url, "POST", "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident}
                 )
-            except Lost:
+            except NoAnswer:
                 world.said["lost"] += bool(url)
                 time.sleep(0.005)  # the sender's own back-off
                 continue
@@ -185,7 +192,7 @@ class Loop:
                 return
             if not self._note_ready(server, 30.0):
                 self.world.wrong.append(
-                    f"boot {self._boot} did not become ready: {server.complaint}"
+                    f"boot {self._boot} did not become ready: {server.log_tail}"
                 )
                 return
             time.sleep(
@@ -213,7 +220,7 @@ class Loop:
         wrong = self.world.wrong
         server = self._start()
         if not self._note_ready(server, 30.0):
-            wrong.append(f"the last boot did not become ready: {server.complaint}")
+            wrong.append(f"the last boot did not become ready: {server.log_tail}")
             return
         self.world.quiet.set()
         for sender in self.senders:

@@ -1,7 +1,7 @@
 """The app that `s3_loop.py` kills: each object version becomes one run, whose result names it.
 
-Served by `eventflow serve`. The way in comes from the environment: $CRASH_BUCKET, $CRASH_QUEUE (empty: sweeps only) and
-$CRASH_RECONCILE (seconds between sweeps beside the queue; empty: none).
+Served by `eventflow serve`. The way in comes from the environment: $CRASH_BUCKET, $CRASH_QUEUE
+(empty: sweeps only) and $CRASH_RECONCILE (seconds between sweeps beside the queue; empty: none).
 """
 
 import os

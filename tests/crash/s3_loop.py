@@ -1,13 +1,15 @@
-"""The kill loop of the S3 trigger: a real server and a real queue, objects put all the time, `kill -9` again and again.
+"""The kill loop of the S3 trigger: a real server and a real queue, objects put all the time, `kill
+-9` again and again.
 
     python -m tests.crash.s3_loop --cycles 500 --seed 1              from a queue
     python -m tests.crash.s3_loop --cycles 100 --way both            a queue, and sweeps beside it
     python -m tests.crash.s3_loop --cycles 100 --way sweep           sweeps only
 
-Two writers put objects, overwrite some of them, and send a tenth of what the queue tells a second time. Each cycle starts
-`eventflow serve` behind a proxy that makes every answer of the queue a little late, so that kills fall between receive, record
-and delete; it lives for a random moment and is killed. After every kill no message may be gone whose event is not in the
-ledger; at the end everything comes to rest, and each object version has exactly one run.
+Two writers put objects, overwrite some of them, and send a tenth of what the queue tells a second
+time. Each cycle starts `eventflow serve` behind a proxy that makes every answer of the queue a
+little late, so that kills fall between receive, record and delete; it lives for a random moment and
+is killed. After every kill no message may be gone whose event is not in the ledger; at the end
+everything comes to rest, and each object version has exactly one run.
 """
 
 import argparse
@@ -41,7 +43,9 @@ LATE = 0.03
 
 
 class Writers:
-    """What was put: `sent` holds every version as `key@etag`. `lock` is held meanwhile, so that counts can be compared."""
+    """What was put: `sent` holds every version as `key@etag`. `lock` is held meanwhile, so that
+    counts can be compared.
+    """
 
     def __init__(self, bucket: Bucket, queue: Queue | None, seed: int) -> None:
         self.bucket, self.queue, self.seed = bucket, queue, seed
@@ -81,7 +85,9 @@ class Writers:
                 self._send_again()
 
     def _send_again(self) -> None:
-        """One message more for a notice that waits, as a queue that delivers at least once may give out."""
+        """One message more for a notice that waits, as a queue that delivers at least once may give
+        out.
+        """
         assert self.queue is not None
         asked = {
             "QueueUrl": self.queue.url,
@@ -140,7 +146,7 @@ class Loop:
                 time.sleep(self.draw.random() * 0.8)  # not a wait: the moment to die at
                 return
             if not server.ready(30):
-                self.wrong.append(f"boot {self._boot} did not become ready: {server.complaint}")
+                self.wrong.append(f"boot {self._boot} did not become ready: {server.log_tail}")
                 return
             time.sleep(0.1 + self.draw.random() * 0.7)
             if way == "in drain":
@@ -151,7 +157,9 @@ class Loop:
             self._no_message_is_gone()
 
     def _no_message_is_gone(self) -> None:
-        """Whatever is not in the queue any more is in the ledger (copies only make the queue's side larger)."""
+        """Whatever is not in the queue any more is in the ledger (copies only make the queue's side
+        larger).
+        """
         if self.queue is None:
             return
         with self.writers.lock:
@@ -188,7 +196,7 @@ class Loop:
         """Lets the last server take in and run everything, stops it in good order, and looks."""
         server = self._start()
         if not server.ready(30):
-            self.wrong.append(f"the last boot did not become ready: {server.complaint}")
+            self.wrong.append(f"the last boot did not become ready: {server.log_tail}")
             return
         deadline = time.monotonic() + 180
         while not self._at_rest(server):

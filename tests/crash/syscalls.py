@@ -1,17 +1,20 @@
-"""Every durable system call of a fixed scenario, listed and then killed at: the moments that random kills hardly ever hit.
+"""Every durable system call of a fixed scenario, listed and then killed at: the moments that random
+kills hardly ever hit.
 
     python -m tests.crash.syscalls            all of them, and what they were
 
-The scenario is twelve events and what a server does with them, in four phases, each traced on its own:
+The scenario is twelve events and what a server does with them, in four phases, each traced on its
+own:
 
     first start   an empty folder, until it is ready
     serve         the store's writer thread alone, while twelve events are taken and worked off
     restart       a folder in which a kill left the twelve half done, until they are done
     stop          SIGTERM at rest: the last checkpoint
 
-strace counts calls per thread and, told a path, per path; so a call is named by (phase, file, call, ordinal), and `strace
---inject` sends SIGKILL as that call is entered. When two threads write one file, the first that gets that far is meant: the
-phase `serve` has one thread, so that no call of the writer hides behind another's. test_syscalls.py runs an even sample.
+strace counts calls per thread and, told a path, per path; so a call is named by (phase, file, call,
+ordinal), and `strace --inject` sends SIGKILL as that call is entered. When two threads write one
+file, the first that gets that far is meant: the phase `serve` has one thread, so that no call of
+the writer hides behind another's. test_syscalls.py runs an even sample.
 """
 
 import argparse
@@ -31,7 +34,7 @@ from typing import NamedTuple
 
 from tests.conftest import wait_until
 from tests.crash.invariants import Told, check
-from tests.crash.victim import HERE, Client, Lost, Server
+from tests.crash.victim import HERE, Client, NoAnswer, Server
 
 EVENTS = 12
 PHASES = ("first start", "serve", "restart", "stop")
@@ -44,7 +47,9 @@ _PATH = re.compile(r'[<"]([^<>"]*/store\.db[^<>"]*)[>"]')
 
 
 class Point(NamedTuple):
-    """One system call to be killed at. `path` is the file's name in the folder; empty in the phase `serve`, and of a rename."""
+    """One system call to be killed at. `path` is the file's name in the folder; empty in the phase
+    `serve`, and of a rename.
+    """
 
     phase: str
     path: str
@@ -112,17 +117,19 @@ class Scenario:
                 tracer.wait()
 
     def send(self, server: Server) -> None:
-        """Everything once, each event on a connection of its own at the same time, until the server is gone."""
+        """Everything once, each event on a connection of its own at the same time, until the server
+        is gone.
+        """
         with ThreadPoolExecutor(EVENTS) as senders:
             list(senders.map(lambda ident: self._send_one(server, ident), self.sent))
 
     def _send_one(self, server: Server, ident: str) -> None:
         client = Client()
         try:
-            status, body, _ = client.ask(
+            status, body, _ = client.request(
                 server.url, "POST", "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident}
             )
-        except Lost:
+        except NoAnswer:
             return
         finally:
             client.close()
@@ -130,14 +137,16 @@ class Scenario:
         assert self.acked.setdefault(ident, body["id"]) == body["id"]
 
     def finish(self) -> list[str]:
-        """The sender sends again what it sent, everything comes to rest, and invariants.py looks."""
+        """The sender sends again what it sent, everything comes to rest, and invariants.py
+        looks.
+        """
         server = self.boot()
         try:
             if not server.ready():
-                return [f"not ready after the kill: {server.complaint}"]
+                return [f"not ready after the kill: {server.log_tail}"]
             self.send(server)
             if not _rest(server):
-                return [f"gone, or not at rest after the kill: {server.complaint}"]
+                return [f"gone, or not at rest after the kill: {server.log_tail}"]
             if (code := server.stop()) != 0:
                 return [f"exit code {code}"]
         finally:
@@ -146,7 +155,9 @@ class Scenario:
 
 
 def attach(server: Server, trace: Sequence[str], number: int) -> subprocess.Popen[bytes]:
-    """strace on a running server: on the thread with this number alone, or with `-f` on the process; attached on return."""
+    """strace on a running server: on the thread with this number alone, or with `-f` on the
+    process; attached on return.
+    """
     tracer = subprocess.Popen(["strace", "-qq", "-y", "-s", "0", *trace, "-p", str(number)])
     threads = Path(f"/proc/{server.process.pid}/task")
     meant = list(threads.iterdir()) if number == server.process.pid else [threads / str(number)]
@@ -164,7 +175,7 @@ def _rest(server: Server) -> bool:
         try:
             if server.get("/api/counts")["pending"] == 0:
                 return True
-        except Lost:
+        except NoAnswer:
             return False
         time.sleep(0.02)
     return False
@@ -179,7 +190,7 @@ def prepared(folder: Path, phase: str) -> Path:
     if phase == "restart":
         scenario = Scenario(folder, phase)
         server = scenario.boot()
-        assert server.ready(), server.complaint
+        assert server.ready(), server.log_tail
         scenario.send(server)
         effects = folder / "effects"
         wait_until(
@@ -210,7 +221,9 @@ def listed(template: Path, folder: Path, phase: str) -> list[Point]:
 
 
 def _calls(log: Path) -> Iterator[tuple[str, str, str, bool]]:
-    """Thread, call, name of the file, and whether it changes anything: of an openat only one that makes a file does."""
+    """Thread, call, name of the file, and whether it changes anything: of an openat only one that
+    makes a file does.
+    """
     for line in log.read_text().splitlines():
         if (match := _LINE.match(line)) and (paths := _PATH.findall(match[3])):
             name = Path(paths[-1]).name
@@ -253,8 +266,10 @@ def search(
     phases: Sequence[str] = PHASES,
     after: float = 0.0,
 ) -> Found:
-    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of each kind, then evenly.
-    `after` leaves out so large a part of the order, which an earlier search has done."""
+    """Lists all points and kills at them; with `seconds`, at as many as that gives time for: one of
+    each kind, then evenly. `after` leaves out so large a part of the order, which an earlier search
+    has done.
+    """
     templates = {phase: prepared(folder / phase.replace(" ", "-"), phase) for phase in phases}
     points = [
         point
@@ -287,7 +302,9 @@ def search(
 
 
 def _spread(points: Sequence[Point]) -> list[Point]:
-    """One of each kind first; of the rest, any beginning is spread evenly over all (steps of the golden ratio)."""
+    """One of each kind first; of the rest, any beginning is spread evenly over all (steps of the
+    golden ratio).
+    """
     first = {point[:3]: point for point in points}.values()
     rest = [point for point in points if point not in first]
     return [*first, *sorted(rest, key=lambda point: rest.index(point) * 0.6180339887498949 % 1)]

@@ -1,4 +1,6 @@
-"""The kill loop, short enough for every change; and whether the eyes that look after it would see anything."""
+"""The kill loop, short enough for every change; and whether the eyes that look after it would see
+anything.
+"""
 
 import re
 import shutil
@@ -15,13 +17,17 @@ from tests.crash.victim import HERE, ROOT, Server
 SEED = 20
 CYCLES = 25
 READY = 15.0
-"""Seconds a restart may take here, on a machine that other tests share; docs/reliability.md has what it takes on its own."""
+"""Seconds a restart may take here, on a machine that other tests share; docs/reliability.md has
+what it takes on its own.
+"""
 
 
 @pytest.mark.timeout(180)
 def test_p1_p2_p4_row_1_row_2_kill_9_at_random_moments(tmp_path: Path):
-    """A server under load with duplicates, killed at random moments, recoveries and drains included: no acknowledged event is
-    lost, each has one run, no recorded task ran again, no healthy run was quarantined."""
+    """A server under load with duplicates, killed at random moments, recoveries and drains
+    included: no acknowledged event is lost, each has one run, no recorded task ran again, no
+    healthy run was quarantined.
+    """
     loop = Loop(tmp_path, SEED, ready_limit=READY)
     wrong = loop.run(CYCLES, check_every=CYCLES)
     print(loop.report(CYCLES))
@@ -33,9 +39,11 @@ def test_p1_p2_p4_row_1_row_2_kill_9_at_random_moments(tmp_path: Path):
 
 
 def test_the_invariants_see_what_is_wrong(tmp_path: Path):
-    """A lost event, a wrong result, a body that ran after its value was recorded: each is found and named."""
+    """A lost event, a wrong result, a body that ran after its value was recorded: each is found and
+    named.
+    """
     server = Server(HERE / "app.py", tmp_path)
-    assert server.ready(), server.complaint
+    assert server.ready(), server.log_tail
     sent = {"a": 1, "b": 2}
     acked = {ident: server.send(ident, {"n": n})[1]["id"] for ident, n in sent.items()}
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "everything is at rest")

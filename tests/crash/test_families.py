@@ -1,4 +1,6 @@
-"""A parent and its child in flight together when the process dies, and the child quicker than its parent in the next life."""
+"""A parent and its child in flight together when the process dies, and the child quicker than its
+parent in the next life.
+"""
 
 import asyncio
 
@@ -23,7 +25,9 @@ def _killed_family(lives: Lives) -> str:
 def test_row_1_a_parent_hears_what_its_child_answers_while_its_journal_is_read(
     lives: Lives, monkeypatch: pytest.MonkeyPatch
 ):
-    """The child ends between the reading of its parent's journal and the parent's first step: the answer is not lost."""
+    """The child ends between the reading of its parent's journal and the parent's first step: the
+    answer is not lost.
+    """
     location = _killed_family(lives)
     read = SqliteStore.load
 
@@ -38,7 +42,7 @@ def test_row_1_a_parent_hears_what_its_child_answers_while_its_journal_is_read(
 
 
 async def _child_is_gone() -> bool:
-    return "completed" in await _states() and app.house.worker.load["in_memory"] == 0
+    return "completed" in await _states() and app.runtime.worker.load["in_memory"] == 0
 
 
 async def _states() -> list[str]:

@@ -1,5 +1,7 @@
-"""Faults a real server meets besides kill -9, named by their rows: poison, deaf bodies, blocked loops, frozen processes, disks
-that fail or fill, a second process; and time that passes while nobody lives."""
+"""Faults a real server meets besides kill -9, named by their rows: poison, deaf bodies, blocked
+loops, frozen processes, disks that fail or fill, a second process; and time that passes while
+nobody lives.
+"""
 
 import json
 import os
@@ -16,7 +18,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, at_rest, one_fate
 from tests.crash.syscalls import attach, can_trace
-from tests.crash.victim import Lost, Server
+from tests.crash.victim import NoAnswer, Server
 
 # --------------------------------------------------------------------------- poison
 
@@ -25,8 +27,10 @@ from tests.crash.victim import Lost, Server
 def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_else(
     lives: Lives, how: str
 ):
-    """A body kills its process each time. The first death is not on record; after three that are its run is dead, and says so.
-    Runs beside it whose bodies last longer than the process never count as culprits, and complete."""
+    """A body kills its process each time. The first death is not on record; after three that are
+    its run is dead, and says so. Runs beside it whose bodies last longer than the process never
+    count as culprits, and complete.
+    """
     server = lives.boot()
     for n in range(6):
         assert (
@@ -55,7 +59,7 @@ def _dies(server: Server) -> bool:
         try:
             if at_rest(server):
                 return False
-        except Lost:
+        except NoAnswer:
             continue
         time.sleep(0.02)
     return True
@@ -65,8 +69,9 @@ def _dies(server: Server) -> bool:
 
 
 def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
-    """SIGTERM with a body that swallows every cancel: exit 0 within grace + 5 s; the body runs again in the next life, with the
-    same key and no failure counted."""
+    """SIGTERM with a body that swallows every cancel: exit 0 within grace + 5 s; the body runs
+    again in the next life, with the same key and no failure counted.
+    """
     server = lives.boot("deaf", "--grace", "1")
     server.send(EVENT, DATA, "stubborn")
     wait_until(lambda: "deaf" in lives.said, "the body runs")
@@ -80,8 +85,9 @@ def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
 
 
 def test_row_33_a_blocked_flow_loop_stops_neither_intake_nor_doors(lives: Lives):
-    """Flow code blocks its thread for good: webhooks are still acknowledged, the API answers, the log names the flow; kill -9
-    and everything that was acknowledged runs."""
+    """Flow code blocks its thread for good: webhooks are still acknowledged, the API answers, the
+    log names the flow; kill -9 and everything that was acknowledged runs.
+    """
     server = lives.boot("blocked")
     server.send("stuck", DATA, "blocking")
     wait_until(lambda: "blocked" in lives.said, "the flow blocks")
@@ -90,16 +96,17 @@ def test_row_33_a_blocked_flow_loop_stops_neither_intake_nor_doors(lives: Lives)
         assert server.send(f"e-{n}", DATA, "steps")[0] == 202
     assert server.get("/api/counts")["pending"] == 21
     assert time.monotonic() - began < 2.0
-    wait_until(lambda: "loop.blocked" in server.complaint, "the watchdog says so")
-    assert '"flow":"blocking"' in server.complaint and "gates.py" in server.complaint
+    wait_until(lambda: "loop.blocked" in server.log_tail, "the watchdog says so")
+    assert '"flow":"blocking"' in server.log_tail and "gates.py" in server.log_tail
     server = lives.boot()
     wait_until(lambda: at_rest(server), "everything is at rest")
     assert server.get("/api/counts")["completed"] == 41
 
 
 def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
-    """SIGSTOP for 3 s and SIGCONT: nothing runs twice, what fell due meanwhile fires at once, a request that came then is
-    answered, and no loop is blamed for the pause."""
+    """SIGSTOP for 3 s and SIGCONT: nothing runs twice, what fell due meanwhile fires at once, a
+    request that came then is answered, and no loop is blamed for the pause.
+    """
     server = lives.boot()
     server.send("wait", {"how": "sleep", "seconds": 1.5}, "waits")
     server.send(EVENT, DATA, "steps")
@@ -117,7 +124,7 @@ def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
     assert time.monotonic() - began < 5.0
     one_fate(server)
     assert lives.ran() == {"first": 2, "second": 2, "mark": 1}
-    assert "loop.blocked" not in server.complaint
+    assert "loop.blocked" not in server.log_tail
 
 
 # --------------------------------------------------------------------------- the disk
@@ -126,8 +133,9 @@ def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
 @pytest.mark.parametrize("call", ["fdatasync", "pwrite64"])
 def test_p10_row_7_a_failing_disk_stops_the_server_within_a_second(lives: Lives, call: str):
-    """fsync or write says EIO once: no 2xx for what was being committed, one line says why, exit 74 within a second. After the
-    restart the event is there or not, and never twice."""
+    """fsync or write says EIO once: no 2xx for what was being committed, one line says why, exit 74
+    within a second. After the restart the event is there or not, and never twice.
+    """
     server = lives.boot()
     server.send("before", DATA, "steps")
     wait_until(lambda: at_rest(server), "everything is at rest")
@@ -144,14 +152,14 @@ def test_p10_row_7_a_failing_disk_stops_the_server_within_a_second(lives: Lives,
     ]
     tracer = attach(server, where, writer)
     began = time.monotonic()
-    with suppress(Lost):  # as good: no answer is no acknowledgement
+    with suppress(NoAnswer):  # as good: no answer is no acknowledgement
         assert server.send(EVENT, DATA, "steps")[0] == 503
     assert server.wait() == 74
     assert (
         time.monotonic() - began < 1.5
     )  # the promise is 1 s; strace and a shared machine take theirs
     tracer.wait()
-    assert server.complaint.count('"event":"store.failed"') == 1
+    assert server.log_tail.count('"event":"store.failed"') == 1
     server = lives.boot()
     assert server.send(EVENT, DATA, "steps")[0] in (200, 202)
     one_fate(server)
@@ -170,8 +178,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
-    """Under the free-space floor webhooks are told 507 and when to come back, runs in flight finish, nothing acknowledged is
-    lost; when there is space again they are taken, without a restart."""
+    """Under the free-space floor webhooks are told 507 and when to come back, runs in flight
+    finish, nothing acknowledged is lost; when there is space again they are taken, without a
+    restart.
+    """
     lives = Lives(small_disk)
     server = lives.boot(FLOOR=str(8 << 20))
     try:
@@ -203,12 +213,14 @@ def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
 
 
 def test_row_11_a_second_process_is_refused_and_told_by_whom(lives: Lives):
-    """The second server on a store exits with 75 and names the first one's pid; the first does not notice."""
+    """The second server on a store exits with 75 and names the first one's pid; the first does not
+    notice.
+    """
     server = lives.boot()
     second = Server(APP, lives.folder)
     assert not second.ready()
     assert second.wait() == 75
-    assert str(server.process.pid) in second.complaint
+    assert str(server.process.pid) in second.log_tail
     assert server.send(EVENT, DATA, "steps")[0] == 202
     one_fate(server)
 
@@ -236,15 +248,19 @@ def _ended(server: Server, ident: str) -> tuple[float, str]:
 
 
 def _all_wait(server: Server, lives: Lives) -> bool:
-    """Whether WAITS are on their way, and the failure before the retry is on record: until then its body may run again."""
+    """Whether WAITS are on their way, and the failure before the retry is on record: until then its
+    body may run again.
+    """
     (run,) = server.get("/api/events/retry")["runs"]
     tasks = server.get(f"/api/runs/{run['id']}")["tasks"]
     return lives.ran()["forever"] == 2 and [each["state"] for each in tasks] == ["retrying"]
 
 
 def test_p6_sleep_retry_and_timeouts_keep_their_time_over_kills(lives: Lives):
-    """A sleep, a retry's delay, a block's timeout and a run's timeout of 2.5 s each, killed twice on the way: each fires at its
-    first due time, not before it and not anew; the retry is attempt 2."""
+    """A sleep, a retry's delay, a block's timeout and a run's timeout of 2.5 s each, killed twice
+    on the way: each fires at its first due time, not before it and not anew; the retry is attempt
+    2.
+    """
     server = lives.boot()
     for ident, (flow, data) in WAITS.items():
         assert server.send(ident, data, flow)[0] == 202
@@ -261,7 +277,9 @@ def test_p6_sleep_retry_and_timeouts_keep_their_time_over_kills(lives: Lives):
 
 
 def test_p6_what_fell_due_while_nobody_lived_fires_at_once(lives: Lives):
-    """The same four, and the process is dead when they fall due: they fire with the next start, each once."""
+    """The same four, and the process is dead when they fall due: they fire with the next start,
+    each once.
+    """
     server = lives.boot()
     for ident, (flow, data) in WAITS.items():
         server.send(ident, data, flow)
@@ -277,8 +295,9 @@ def test_p6_what_fell_due_while_nobody_lived_fires_at_once(lives: Lives):
 
 
 def test_p6_a_window_outlives_kills_and_closes_on_time(lives: Lives):
-    """Constant traffic into a Debounce of 1.5 s, at most 5 s, and two kills on the way: its run begins 5 s after the first
-    event, with every event that was acknowledged by then."""
+    """Constant traffic into a Debounce of 1.5 s, at most 5 s, and two kills on the way: its run
+    begins 5 s after the first event, with every event that was acknowledged by then.
+    """
     server, acknowledged, n = lives.boot(), list[int](), 0
     began = time.monotonic()
     while (passed := time.monotonic() - began) < 6.5:

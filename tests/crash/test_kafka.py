@@ -15,7 +15,9 @@ CYCLES = 10
 
 @pytest.mark.timeout(300)
 def test_p1_p2_kafka_kill_9_between_poll_record_and_commit(tmp_path: Path):
-    """Killed between poll, record and commit: the ledger has each offset once, and the group's offset never leads it (K2)."""
+    """Killed between poll, record and commit: the ledger has each offset once, and the group's
+    offset never leads it (K2).
+    """
     with noida(tmp_path / "broker") as broker:
         loop = Loop(tmp_path, broker, "noida", seed=3)
         wrong = asyncio.run(loop.run(CYCLES))

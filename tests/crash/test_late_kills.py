@@ -1,4 +1,6 @@
-"""kill -9 while runs become late: each is told of once for each `after`, before the kill or in the next life."""
+"""kill -9 while runs become late: each is told of once for each `after`, before the kill or in the
+next life.
+"""
 
 import random
 import sqlite3
@@ -11,7 +13,7 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.server_process import Served, serving
+from tests.server_process import RunningServer, serving
 
 APP = """
 import eventflow
@@ -38,7 +40,9 @@ RUNS, LIVES = 40, 6
 
 
 def test_p2_p6_row_1_late_runs_survive_kill_9(tmp_path: Path):
-    """Whatever was killed when, each run is told of once for 0.2 s and once for 0.6 s, by one event with one run of its own."""
+    """Whatever was killed when, each run is told of once for 0.2 s and once for 0.6 s, by one event
+    with one run of its own.
+    """
     (tmp_path / "kills.py").write_text(APP)
     draw = random.Random(11)
     started: set[str] = set()
@@ -53,8 +57,10 @@ def test_p2_p6_row_1_late_runs_survive_kill_9(tmp_path: Path):
             killer.join()
 
 
-def _start(server: Served) -> set[str]:
-    """Starts runs until they are enough, or the server is gone; returns those that were acknowledged."""
+def _start(server: RunningServer) -> set[str]:
+    """Starts runs until they are enough, or the server is gone; returns those that were
+    acknowledged.
+    """
     found: set[str] = set()
     try:
         for n in range(RUNS):
@@ -64,7 +70,7 @@ def _start(server: Served) -> set[str]:
     return found
 
 
-def _prove(server: Served, started: set[str]) -> None:
+def _prove(server: RunningServer, started: set[str]) -> None:
     lived = {run["id"] for run in server.get("/api/runs", flow="train", limit=1000)["runs"]}
     assert started and started <= lived
     told = 2 * len(lived)
@@ -83,5 +89,5 @@ def _prove(server: Served, started: set[str]) -> None:
         assert audit(connection) == []
 
 
-def _ended(server: Served) -> int:
+def _ended(server: RunningServer) -> int:
     return len(server.get("/api/runs", flow="alert", state="completed", limit=1000)["runs"])

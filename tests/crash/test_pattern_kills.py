@@ -1,4 +1,6 @@
-"""kill -9 in the middle of patterns: what was open is open in the next life, and no event is lost or counted twice."""
+"""kill -9 in the middle of patterns: what was open is open in the next life, and no event is lost
+or counted twice.
+"""
 
 import random
 import sqlite3
@@ -10,7 +12,7 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.server_process import Served, serving
+from tests.server_process import RunningServer, serving
 
 APP = """
 from eventflow import App, Event, absent, all_of, count
@@ -34,7 +36,9 @@ PAIRS, LIVES = 60, 6
 
 
 def test_p6_p9_row_1_patterns_survive_kill_9(tmp_path: Path):
-    """Each pair is one run, each four is one run, each question without an answer is one run, whatever was killed when."""
+    """Each pair is one run, each four is one run, each question without an answer is one run,
+    whatever was killed when.
+    """
     (tmp_path / "kills.py").write_text(APP)
     draw = random.Random(7)
     left = [(f"{side}-{n}", side, n) for n in range(PAIRS) for side in ("left", "right")]
@@ -56,8 +60,10 @@ def test_p6_p9_row_1_patterns_survive_kill_9(tmp_path: Path):
             _prove(server)
 
 
-def _send(server: Served, events: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Sends events one by one; returns those that were not acknowledged, and two that were: duplicates."""
+def _send(server: RunningServer, events: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Sends events one by one; returns those that were not acknowledged, and two that were:
+    duplicates.
+    """
     for at, (ident, kind, key) in enumerate(events):
         try:
             event = {
@@ -76,7 +82,7 @@ def _send(server: Served, events: list[tuple[str, str, int]]) -> list[tuple[str,
     return []
 
 
-def _prove(server: Served) -> None:
+def _prove(server: RunningServer) -> None:
     runs = server.get("/api/runs", limit=1000)["runs"]
     by_name: dict[str, list[int]] = {}
     for run in runs:

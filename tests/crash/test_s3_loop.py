@@ -1,4 +1,6 @@
-"""The S3 trigger's kill loop, short enough for every change; and kills at the two seams that matter, one by one."""
+"""The S3 trigger's kill loop, short enough for every change; and kills at the two seams that
+matter, one by one.
+"""
 
 import shutil
 from pathlib import Path
@@ -21,8 +23,9 @@ SEED = 31
 def test_p1_p2_kill_9_between_receive_record_and_delete(
     ministack: Aws, tmp_path: Path, way: str, cycles: int
 ):
-    """Killed at random moments while objects are put, overwritten and told twice: each version has exactly one run, and no
-    message is gone whose event is not in the ledger."""
+    """Killed at random moments while objects are put, overwritten and told twice: each version has
+    exactly one run, and no message is gone whose event is not in the ledger.
+    """
     with proxied(ministack.url) as proxy:
         loop = Loop(tmp_path, ministack, proxy, way, SEED)
         wrong = loop.run(cycles)
@@ -36,8 +39,9 @@ def test_p1_p2_kill_9_between_receive_record_and_delete(
 
 @pytest.mark.parametrize("seam", ["received", "recorded"])
 def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path, seam: str):
-    """Killed after the queue gave a message out, and after its event was recorded but not yet deleted: it is visible again
-    after its timeout, and is one run."""
+    """Killed after the queue gave a message out, and after its event was recorded but not yet
+    deleted: it is visible again after its timeout, and is one run.
+    """
     bucket = Bucket(ministack)
     queue = bucket.queue()
     env = {**ministack.env, "CRASH_BUCKET": bucket.name, "CRASH_QUEUE": queue.url}
@@ -47,7 +51,7 @@ def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path,
         else:
             proxy.fail(action("DeleteMessageBatch"), delay=30.0)
         server = Server(HERE / "s3_app.py", tmp_path, env={**env, "AWS_ENDPOINT_URL": proxy.url})
-        assert server.ready(), server.complaint
+        assert server.ready(), server.log_tail
         bucket.put("in/a")
         wait_until(lambda: queue.visible == 0, "the messages are given out")
         if seam == "recorded":
@@ -57,7 +61,7 @@ def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path,
         server.kill()
     assert queue.left >= 1
     server = Server(HERE / "s3_app.py", tmp_path, 1, env=env)
-    assert server.ready(), server.complaint
+    assert server.ready(), server.log_tail
     wait_until(lambda: queue.left == 0, "the queue is empty")
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "all is at rest")
     counts = server.get("/api/counts")

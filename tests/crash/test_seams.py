@@ -1,9 +1,10 @@
 """kill -9 at each numbered seam of the data's way, K1 to K17, and what a restart shows.
 
-gates.py stops the server where the user's code stands: its filter, its flow, its bodies. Where no code of the user's stands,
-between the rows and the answer, strace kills the store's writer thread as it enters the call that makes the seam. After each
-kill the sender sends again, as real ones do, and every seam ends alike: one event, one run, the right result.
-K15 is an emitted event, published by the commit that records it; K16 its letter, taken by a sink and not marked yet.
+gates.py stops the server where the user's code stands: its filter, its flow, its bodies. Where no
+code of the user's stands, between the rows and the answer, strace kills the store's writer thread
+as it enters the call that makes the seam. After each kill the sender sends again, as real ones do,
+and every seam ends alike: one event, one run, the right result. K15 is an emitted event, published
+by the commit that records it; K16 its letter, taken by a sink and not marked yet.
 """
 
 import json
@@ -19,8 +20,8 @@ import pytest
 from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
 from tests.crash.syscalls import attach, can_trace
-from tests.crash.victim import Lost, Server
-from tests.server_process import Served, serving
+from tests.crash.victim import NoAnswer, Server
+from tests.server_process import RunningServer, serving
 
 # --------------------------------------------------------------------------- before the commit
 
@@ -41,9 +42,11 @@ def test_p1_k1_a_kill_in_mid_request_leaves_nothing(lives: Lives):
 
 
 def test_p1_k2_a_kill_before_the_transaction_leaves_nothing(lives: Lives):
-    """K2: verified, parsed and being matched. Nothing is recorded; the sender's next try is the first."""
+    """K2: verified, parsed and being matched. Nothing is recorded; the sender's next try is the
+    first.
+    """
     server = lives.boot("parsed")
-    with pytest.raises(Lost):
+    with pytest.raises(NoAnswer):
         _send_and_kill(lives, server, "parsed")
     server = lives.boot()
     assert server.get("/api/counts")["events"] == 0
@@ -52,7 +55,9 @@ def test_p1_k2_a_kill_before_the_transaction_leaves_nothing(lives: Lives):
 
 
 def _send_and_kill(lives: Lives, server: Server, gate: str) -> None:
-    """Sends without waiting for the answer; kills when the gate is reached; reads the answer that cannot come."""
+    """Sends without waiting for the answer; kills when the gate is reached; reads the answer that
+    cannot come.
+    """
     sender = subprocess.Popen(
         ["python3", "-c", "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], sys.argv[2].encode(), "
          "{'content-type': 'application/json', 'webhook-id': sys.argv[3]}))",
@@ -61,7 +66,7 @@ def _send_and_kill(lives: Lives, server: Server, gate: str) -> None:
     wait_until(lambda: gate in lives.said, f"the gate {gate!r} is reached")
     server.kill()
     if sender.wait(10) != 0:
-        raise Lost("no answer")
+        raise NoAnswer("no answer")
 
 
 SYSCALL_SEAMS = {
@@ -70,21 +75,24 @@ SYSCALL_SEAMS = {
     "K5 fdatasync": ("fdatasync", 1, {0, 1}),
     "K6 commit returned": ("write", 1, {1}),
 }
-"""Seam: the writer's call to kill at, its ordinal, and how many events the restart may show. Its only plain writes are those
-that wake a loop."""
+"""Seam: the writer's call to kill at, its ordinal, and how many events the restart may show. Its
+only plain writes are those that wake a loop.
+"""
 
 
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
 @pytest.mark.parametrize("seam", SYSCALL_SEAMS)
 def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
-    """K3 to K6: no answer was given. Absent before the commit, present after it, either at its fsync; never twice."""
+    """K3 to K6: no answer was given. Absent before the commit, present after it, either at its
+    fsync; never twice.
+    """
     call, ordinal, may = SYSCALL_SEAMS[seam]
     server = lives.boot()
     wait_until(lambda: _is_marked(server), "the writer has done what a start gives it to do")
     writer = json.loads((lives.folder / "threads").read_text())["eventflow-store"]
     inject = f"inject={call}:signal=KILL:when={ordinal}"
     tracer = attach(server, ["-o", os.devnull, "-e", f"trace={call}", "-e", inject], writer)
-    with pytest.raises(Lost):
+    with pytest.raises(NoAnswer):
         server.send(EVENT, DATA, "steps")
     tracer.wait()
     server = lives.boot()
@@ -99,7 +107,9 @@ def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
 
 
 def _is_marked(server: Server) -> bool:
-    """Whether the high-water mark, which the writer sets when it has nothing else to do, is no older than the last commit."""
+    """Whether the high-water mark, which the writer sets when it has nothing else to do, is no
+    older than the last commit.
+    """
     mark, wal = (Path(f"{server.store}{end}").stat().st_mtime_ns for end in (".hwm", "-wal"))
     return mark >= wal
 
@@ -108,7 +118,9 @@ def _is_marked(server: Server) -> bool:
 
 
 def test_p1_k7_a_kill_right_after_the_answer(lives: Lives):
-    """K7: the 2xx is out and nothing else was done. The event is there, its sender's next try a duplicate, its run runs."""
+    """K7: the 2xx is out and nothing else was done. The event is there, its sender's next try a
+    duplicate, its run runs.
+    """
     server = lives.boot()
     status, first, _ = server.send(EVENT, DATA, "steps")
     server.kill()
@@ -134,8 +146,9 @@ GATES = {
 
 @pytest.mark.parametrize("seam", GATES)
 def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
-    """K8 to K13: what was not recorded runs again, with the same idempotency key and no failure counted; what was recorded
-    never does. What was emitted is there once."""
+    """K8 to K13: what was not recorded runs again, with the same idempotency key and no failure
+    counted; what was recorded never does. What was emitted is there once.
+    """
     gate, ran, effects = GATES[seam]
     server = lives.boot(gate)
     assert server.send(EVENT, DATA, "steps")[0] == 202
@@ -152,8 +165,10 @@ def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
 
 
 def test_row_2_k9_a_death_counts_when_its_start_was_journaled_and_is_forgiven(lives: Lives):
-    """K9: the first death of a body is nobody's fault. From the second life on its start is on record, and each death counts,
-    once; lives that end in their own start count nothing. One recorded value forgives them all."""
+    """K9: the first death of a body is nobody's fault. From the second life on its start is on
+    record, and each death counts, once; lives that end in their own start count nothing. One
+    recorded value forgives them all.
+    """
     server = lives.boot("body runs")
     server.send(EVENT, DATA, "steps")
     _body_began(lives, 1)
@@ -227,7 +242,9 @@ app.send("made", Notebook())
 
 
 def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
-    """K16: the sink has it, the outbox does not know. It is sent once more, under the same id, and then no more."""
+    """K16: the sink has it, the outbox does not know. It is sent once more, under the same id, and
+    then no more.
+    """
     (tmp_path / "maker.py").write_text(MAKER)
     sent = tmp_path / "sent"
     with serving(tmp_path, file="maker.py") as server:  # ended by kill -9
@@ -245,7 +262,7 @@ def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
         assert first == again != other
 
 
-def _waiting(server: Served) -> int:
+def _waiting(server: RunningServer) -> int:
     (outlet,) = server.get("/api/outlets")["outlets"]
     return outlet["waiting"]
 

@@ -1,4 +1,6 @@
-"""A sample of every durable system call, killed at. `python -m tests.crash.syscalls` does all of them, in half an hour."""
+"""A sample of every durable system call, killed at. `python -m tests.crash.syscalls` does all of
+them, in half an hour.
+"""
 
 import os
 import shutil
@@ -17,9 +19,10 @@ SECONDS = None if ALL else 45.0
 )
 @pytest.mark.timeout(7200 if ALL else 240)
 def test_p1_p2_row_1_kill_9_at_durable_system_calls(tmp_path: Path):
-    """Killed as a write, fsync, rename, unlink, truncation or creation of the store's files is entered, at its first start, in
-    service, in recovery and in its last checkpoint, the server comes back with every acknowledged event, one run each, and
-    no recorded task run twice."""
+    """Killed as a write, fsync, rename, unlink, truncation or creation of the store's files is
+    entered, at its first start, in service, in recovery and in its last checkpoint, the server
+    comes back with every acknowledged event, one run each, and no recorded task run twice.
+    """
     found = search(tmp_path, SECONDS)
     print(
         f"{found.points} calls listed, {found.tried} tried",

@@ -1,4 +1,6 @@
-"""How a crash loop that a person started begins and ends: loop.py, s3_loop.py, kafka_loop.py and kafka_churn.py."""
+"""How a crash loop that a person started begins and ends: loop.py, s3_loop.py, kafka_loop.py and
+kafka_churn.py.
+"""
 
 import random
 import shutil
@@ -12,7 +14,9 @@ def a_seed(given: int | None) -> int:
 
 
 def verdict(wrong: Sequence[str], folder: Path, again: str) -> int:
-    """Prints what was found wrong, and the command that does it again; keeps the store in that case only. The exit code."""
+    """Prints what was found wrong, and the command that does it again; keeps the store in that case
+    only. The exit code.
+    """
     if not wrong:
         shutil.rmtree(folder)
         print("everything held")

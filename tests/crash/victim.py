@@ -1,8 +1,9 @@
-"""One `eventflow serve` as a process of its own, to be killed; and the plain client that its senders are.
+"""One `eventflow serve` as a process of its own, to be killed; and the plain client that its
+senders are.
 
-The tests of this folder make a `Server` per boot on a folder that outlives it: `folder/store.db`, `folder/effects` (what
-bodies did, see app.py) and `folder/serve.log`. Nothing here retries: what a killed server did not answer is the caller's to
-send again.
+The tests of this folder make a `Server` per boot on a folder that outlives it: `folder/store.db`,
+`folder/effects` (what bodies did, see app.py) and `folder/serve.log`. Nothing here retries: what a
+killed server did not answer is the caller's to send again.
 """
 
 import http.client
@@ -21,7 +22,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-class Lost(Exception):
+class NoAnswer(Exception):
     """No answer: whether the request was taken is unknown."""
 
 
@@ -33,7 +34,7 @@ class Client:
         self._url = ""
         self._connection: http.client.HTTPConnection | None = None
 
-    def ask(
+    def request(
         self,
         url: str,
         method: str,
@@ -57,7 +58,7 @@ class Client:
             )
         except (OSError, http.client.HTTPException) as error:
             self.close()
-            raise Lost(str(error)) from error
+            raise NoAnswer(str(error)) from error
 
     def _connected(self, url: str) -> http.client.HTTPConnection:
         if self._connection is None or self._url != url:
@@ -75,7 +76,9 @@ class Client:
 
 
 class Server:
-    """One boot. `before` is put in front of the command (strace); `boot` names it in the file of effects."""
+    """One boot. `before` is put in front of the command (strace); `boot` names it in the file of
+    effects.
+    """
 
     def __init__(
         self, app: Path, folder: Path, boot: int = 0, *, before: Sequence[str] = (), options: Sequence[str] = (),
@@ -109,7 +112,9 @@ class Server:
             )  # fmt: skip
 
     def ready(self, within: float = 30.0) -> bool:
-        """Waits for the ready line, `within` seconds of now at most. False: it has not come, or the process is gone."""
+        """Waits for the ready line, `within` seconds of now at most. False: it has not come, or the
+        process is gone.
+        """
         assert self.process.stdout is not None
         if not self.url and select.select([self.process.stdout], [], [], max(0.0, within))[0]:
             line = self.process.stdout.readline()
@@ -119,7 +124,7 @@ class Server:
         return bool(self.url)
 
     @property
-    def complaint(self) -> str:
+    def log_tail(self) -> str:
         """The end of what all boots of this folder wrote on stderr."""
         return (self.folder / "serve.log").read_text()[-3000:]
 
@@ -129,12 +134,12 @@ class Server:
         self, ident: str, data: Any, path: str = "orders"
     ) -> tuple[int, Any, Mapping[str, str]]:
         """One webhook."""
-        return self.client.ask(self.url, "POST", f"/hooks/{path}", data, {"webhook-id": ident})
+        return self.client.request(self.url, "POST", f"/hooks/{path}", data, {"webhook-id": ident})
 
     def get(self, path: str) -> Any:
         """One answer of the API. AssertionError when it is no 200."""
         token = Path(f"{self.store}.token").read_text().strip()
-        status, body, _ = self.client.ask(
+        status, body, _ = self.client.request(
             self.url, "GET", path, headers={"authorization": f"Bearer {token}"}
         )
         assert status == 200, (path, status, body)

@@ -1,4 +1,6 @@
-"""`eventflow demo` holds what it shows: it ends well and in time, stays up when asked, cleans up, and tells what broke."""
+"""`eventflow demo` holds what it shows: it ends well and in time, stays up when asked, cleans up,
+and tells what broke.
+"""
 
 import io
 import os
@@ -54,7 +56,9 @@ def servers(lines: list[str]) -> list[tuple[str, int]]:
 
 
 def test_the_demo_holds_in_twenty_seconds(tmp_path: Path):
-    """Two lives of one server around a kill -9, every sentence checked, exit code 0, nothing left behind, no colours."""
+    """Two lives of one server around a kill -9, every sentence checked, exit code 0, nothing left
+    behind, no colours.
+    """
     began = time.monotonic()
     with playing(tmp_path) as process:
         out, _ = process.communicate(timeout=60)
@@ -74,8 +78,9 @@ def test_the_demo_holds_in_twenty_seconds(tmp_path: Path):
 
 
 def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
-    """With --serve the second life answers after the demo, also to the commands that it shows; SIGTERM ends both with exit code
-    0, nothing is left behind."""
+    """With --serve the second life answers after the demo, also to the commands that it shows;
+    SIGTERM ends both with exit code 0, nothing is left behind.
+    """
     with playing(tmp_path, "--serve") as process:
         lines = lines_until(process, "eventflow emit")
         url, pid = servers(lines)[-1]
@@ -98,7 +103,9 @@ def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
 
 
 def test_a_demo_that_breaks_says_so(tmp_path: Path):
-    """A server that dies by another hand breaks the demo: exit code 1, its last words, and the folder is kept to look at."""
+    """A server that dies by another hand breaks the demo: exit code 1, its last words, and the
+    folder is kept to look at.
+    """
     with playing(tmp_path) as process:
         (_, pid) = servers(lines_until(process, "ready"))[0]
         os.kill(pid, signal.SIGKILL)
@@ -130,12 +137,14 @@ def test_colour_on_a_terminal_only(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     for stream, coloured in ((Terminal(), True), (io.StringIO(), False)):
         report = Report(stream, SystemClock())
-        report.happened("kill -9", "gone")
+        report.timeline("kill -9", "gone")
         report.check(True, "this holds")
         report.check(False, "this does not", "something else")
         assert ("\x1b[" in stream.getvalue()) is coloured
-        assert report.broken == 1 and "this does not; found something else" in stream.getvalue()
+        assert (
+            report.failed_checks == 1 and "this does not; found something else" in stream.getvalue()
+        )
     monkeypatch.setenv("NO_COLOR", "1")
     report = Report(plain := Terminal(), SystemClock())
-    report.happened("kill -9", "gone")
+    report.timeline("kill -9", "gone")
     assert "\x1b[" not in plain.getvalue()

@@ -69,7 +69,9 @@ async def test_a_day_of_backoff_passes_in_milliseconds() -> None:
 
 @pytest.mark.parametrize("own_loop", [False, True])
 async def test_time_moves_flows_on_the_callers_loop_and_on_their_own(own_loop: bool) -> None:
-    """Timers armed on the loop of another thread fire there, and `advance` waits until what they set off is recorded."""
+    """Timers armed on the loop of another thread fire there, and `advance` waits until what they
+    set off is recorded.
+    """
     threads: list[int] = []
 
     @task
@@ -95,7 +97,9 @@ async def test_time_moves_flows_on_the_callers_loop_and_on_their_own(own_loop: b
 
 
 async def test_the_clock_fires_in_order_of_due_times_and_never_early() -> None:
-    """`advance` passes every due time on the way; a cancelled timer stays silent, a past one fires at once."""
+    """`advance` passes every due time on the way; a cancelled timer stays silent, a past one fires
+    at once.
+    """
     clock, loop = VirtualClock(datetime(2031, 5, 1, tzinfo=UTC)), asyncio.get_running_loop()
     fired: list[tuple[str, float]] = []
 
@@ -126,7 +130,9 @@ async def test_a_timer_cancelled_after_it_fired_but_before_its_turn_is_not_calle
 
 
 async def test_a_timeout_passes_while_its_body_hangs() -> None:
-    """`advance` does not wait for a body that does nothing: its timeout fires when it is due, not before."""
+    """`advance` does not wait for a body that does nothing: its timeout fires when it is due, not
+    before.
+    """
 
     @task(timeout=30)
     async def hang() -> None:
@@ -238,7 +244,9 @@ async def test_drain_with_the_machines_own_clock_waits_for_due_times() -> None:
 
 
 async def test_result_of_returns_the_value_or_raises_the_error() -> None:
-    """`result_of` is the run's result through any waits; what the flow raised, or that it is held, is raised."""
+    """`result_of` is the run's result through any waits; what the flow raised, or that it is held,
+    is raised.
+    """
 
     @task
     async def refuse() -> None:
@@ -267,7 +275,9 @@ async def test_result_of_returns_the_value_or_raises_the_error() -> None:
 
 
 async def test_a_memory_trigger_is_a_trigger_like_any_other() -> None:
-    """Receipts, duplicates, dead letters and cursors are the ledger's own; `send` returns when they are durable."""
+    """Receipts, duplicates, dead letters and cursors are the ledger's own; `send` returns when they
+    are durable.
+    """
     shop = Shop()
     async with running(shop.app, clock=shop.clock):
         (first,) = await shop.orders.send(data={"amount": 1}, id="a", cursor={"page": 1})
@@ -298,7 +308,9 @@ async def test_sending_to_a_closed_app_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_store_that_is_opened_twice_goes_on_where_it_was(tmp_path: Path) -> None:
-    """With a path of its own the store outlives `running`: what was pending then is finished now."""
+    """With a path of its own the store outlives `running`: what was pending then is finished
+    now.
+    """
     shop = Shop()
     shop.failures = 1
     async with running(shop.app, clock=shop.clock, store=tmp_path / "shop.db"):
@@ -313,7 +325,9 @@ async def test_a_store_that_is_opened_twice_goes_on_where_it_was(tmp_path: Path)
 async def test_running_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The temporary store is gone afterwards, also when the test fails, and the app has its own clock again."""
+    """The temporary store is gone afterwards, also when the test fails, and the app has its own
+    clock again.
+    """
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     shop = Shop()
     before = shop.app.clock
@@ -347,7 +361,9 @@ async def test_lines_that_flows_and_tasks_log_and_print_are_collected() -> None:
 
 
 async def test_the_journal_shows_calls_with_attempts_and_states() -> None:
-    """`journal_of` tells of each call what became of it, in the order recorded: tasks, timers, emits, child runs."""
+    """`journal_of` tells of each call what became of it, in the order recorded: tasks, timers,
+    emits, child runs.
+    """
 
     @task(retries=[60])
     async def flaky() -> str:
@@ -377,7 +393,7 @@ async def test_the_journal_shows_calls_with_attempts_and_states() -> None:
         assert step.next_at == datetime(2030, 1, 1, 0, 1, tzinfo=UTC)
         await drain(app)
         steps = await journal_of(app, handle.id)
-        assert [(s.name, s.state, s.attempts) for s in steps if not s.claim.startswith("@")] == [
+        assert [(s.name, s.state, s.attempts) for s in steps if not s.call_key.startswith("@")] == [
             ("flaky", "completed", 2),
             ("sleep", "fired", 0),
             ("emit:parent.done", "published", 0),
@@ -387,7 +403,9 @@ async def test_the_journal_shows_calls_with_attempts_and_states() -> None:
 
 
 async def test_events_that_a_run_emitted_are_found() -> None:
-    """`events_of` gives the events of one run, from flow and task bodies, and not those of another."""
+    """`events_of` gives the events of one run, from flow and task bodies, and not those of
+    another.
+    """
 
     @task
     async def publish(n: int) -> None:

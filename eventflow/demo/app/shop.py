@@ -1,7 +1,9 @@
-"""The demo's app, and an app like any other: a signed webhook, a watched directory, a drift alert that comes as a CloudEvent.
+"""The demo's app, and an app like any other: a signed webhook, a watched directory, a drift alert
+that comes as a CloudEvent.
 
-`eventflow demo` copies this file into a folder, serves it with `eventflow serve shop.py`, feeds it, and kills it with -9. Each
-task body first writes a line into bodies.jsonl: by that the demo knows what ran, in which process and how often.
+`eventflow demo` copies this file into a folder, serves it with `eventflow serve shop.py`, feeds it,
+and kills it with -9. Each task body first writes a line into bodies.jsonl: by that the demo knows
+what ran, in which process and how often.
 """
 
 import asyncio
