@@ -9,8 +9,16 @@ The words are explained in docs/concepts.md. Importing this package starts nothi
 
 from eventflow.app import App, RunHandle
 from eventflow.core.errors import EventflowError, NotFound, UsageError
-from eventflow.core.retry import Permanent, Retry, RetryAfter
-from eventflow.events.event import Event, EventSink, Intake, Letter, Receipt, Trigger, Undecodable
+from eventflow.core.retry import Backoff, Permanent, Retry, RetryAfter
+from eventflow.events.event import (
+    Event,
+    EventSink,
+    Intake,
+    OutboxMessage,
+    Receipt,
+    Trigger,
+    Undecodable,
+)
 from eventflow.routing.delivery import Batch, Debounce, Each, Latest, Singleflight
 from eventflow.routing.patterns import absent, all_of, any_of, count, part, sequence
 from eventflow.sdk import checks
@@ -20,6 +28,7 @@ from eventflow.sdk.task import current_task, task
 
 __all__ = [
     "App",
+    "Backoff",
     "Batch",
     "Checkpoint",
     "Debounce",
@@ -29,8 +38,8 @@ __all__ = [
     "EventflowError",
     "Intake",
     "Latest",
-    "Letter",
     "NotFound",
+    "OutboxMessage",
     "Permanent",
     "Receipt",
     "Retry",

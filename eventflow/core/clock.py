@@ -72,6 +72,33 @@ class Clock(Protocol):
         ...
 
 
+async def sleep_until(clock: Clock, due_us: int) -> None:
+    """Wait until the wall clock reads `due_us`. A clock that is set back lengthens the wait."""
+    over = asyncio.Event()
+    timer = clock.timer(asyncio.get_running_loop(), due_us, over.set)
+    try:
+        await over.wait()
+    finally:
+        timer.cancel()
+
+
+async def sleep_for(clock: Clock, duration: Duration, wake: asyncio.Event | None = None) -> None:
+    """Wait for `duration`, or until `wake` is set; sets `wake` when it ends.
+
+    The timer is one of `clock`, so that a test with `VirtualClock` decides when it fires. Should the wall clock be set back,
+    the loop's own timer ends the wait one second after `duration`.
+    """
+    wake = wake or asyncio.Event()
+    loop = asyncio.get_running_loop()
+    timer = clock.timer(loop, clock.now() + microseconds(duration), wake.set)
+    backstop = loop.call_later(seconds(duration) + 1, wake.set)
+    try:
+        await wake.wait()
+    finally:
+        timer.cancel()
+        backstop.cancel()
+
+
 class SystemClock:
     """The machine's clock.
 

@@ -82,7 +82,7 @@ class NotAsync(UsageError):
         )
 
 
-class LineageLost(UsageError):
+class OutsideFlowError(UsageError):
     """A task was called from where the journal cannot tell which part of the flow is calling."""
 
     def __init__(self, task: str, found: str) -> None:
@@ -121,13 +121,13 @@ class TaskTimedOut(RunError, TimeoutError):
 class ArgumentsChanged(RunError):
     """A recorded call came back with other arguments; the flow or its input changed under a run in flight."""
 
-    def __init__(self, claim: str, diff: str) -> None:
-        super().__init__(claim, diff)
-        self.claim, self.diff = claim, diff
+    def __init__(self, call_key: str, diff: str) -> None:
+        super().__init__(call_key, diff)
+        self.call_key, self.diff = call_key, diff
 
     def __str__(self) -> str:
         return (
-            f"{self.claim} was recorded with other arguments ({self.diff}); deploy the code that recorded it, or give the task "
+            f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code that recorded it, or give the task "
             'on_changed="rerun" or on_changed="accept", then retry the run'
         )
 
@@ -264,11 +264,19 @@ class StoreCorrupt(StoreError):
 
 
 class StoreFull(StoreError):
-    """A bound is reached, of the commit queue, the ledger or free space: sources must slow down. `retry_after`: seconds."""
+    """A bound of the commit queue, the ledger or free disk space is reached: nothing was recorded, sources slow down.
 
-    def __init__(self, what: str, retry_after: float, *, disk: bool = False) -> None:
+    `retry_after`: seconds after which to try again. `disk`: the bound is that of free space. `closing`: the intake is shutting
+    down, so no room will come (`wait_for_room` does not wait).
+    """
+
+    def __init__(
+        self, what: str, retry_after: float, *, disk: bool = False, closing: bool = False
+    ) -> None:
         super().__init__(what)
-        self.retry_after, self.disk = retry_after, disk
+        self.retry_after = retry_after
+        self.disk = disk
+        self.closing = closing
 
 
 class NotFound(StoreError):
@@ -281,13 +289,13 @@ class NotFound(StoreError):
         )
 
 
-def describe(error: BaseException) -> dict[str, Any]:
+def error_summary(error: BaseException) -> dict[str, Any]:
     """`{"type": "module:QualName", "message": str}`, the short form used in logs and the API."""
     cls = type(error)
     return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": str(error)}
 
 
-def caught(
+def call_catching(
     call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> tuple[T | None, Exception | None]:
     """`(what the call returned, None)` or `(None, what it raised)`.

@@ -1,10 +1,12 @@
-"""When a failed attempt is tried again: `Retry`, and the user's two words `RetryAfter` and `Permanent`.
+"""When something that failed is tried again: `Retry` for tasks, `Backoff` for connections.
 
-Pure questions, no waiting: the executor asks `Retry.delay_after` once per failure and journals the answer before it waits.
+`Retry` is a policy without state: the engine calls `Retry.delay_after` once per failed attempt and journals the delay
+before the wait. A task influences it by raising `RetryAfter` or `Permanent`. `Backoff` is an iterator of delays for a loop
+that reconnects: listeners of triggers, sinks, large results. Neither of them waits; see `clock.sleep_for`.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -74,14 +76,74 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
         return draw.uniform(0, ceiling) if self.jitter else ceiling
 
 
-ONCE = Retry(attempts=1)
+class Backoff(Iterator[float]):
+    """The delays between tries of something that must work in the end: an endless iterator of seconds.
+
+        backoff = Backoff(delay=0.5, max_delay=30.0)
+        while True:
+            try:
+                connection = await connect()
+                backoff.reset()                         # it works again: the next failure starts from `delay`
+                await consume(connection, intake)
+            except OSError as error:
+                retry_in = next(backoff)
+                intake.log.warning("source.disconnected", error=str(error), retry_in=retry_in)
+                await asyncio.sleep(retry_in)
+
+    The n-th delay since the start or the last `reset` (n counts from 1) is drawn uniformly from
+    `[(1 - jitter) * ceiling, ceiling]` seconds, where `ceiling = min(max_delay, delay * factor ** (n - 1))`.
+    Defaults: 0.5 s doubling to 60 s with full jitter (`jitter=1`, so a delay may be close to 0); `jitter=0` gives the
+    ceilings themselves. `rng` makes the draws repeatable; by default they come from a generator of this object alone.
+    Raises UsageError for a negative delay, a factor below 1 or a jitter outside [0, 1].
+
+    Not promised: an end (it never stops iterating; count tries where they are bounded), a reset by time (call `reset`),
+    thread safety (one loop, one Backoff), or a wait: `await asyncio.sleep(next(backoff))`, or where a clock is at hand
+    `await sleep_for(clock, next(backoff))`, which a test drives with `eventflow.testing.VirtualClock`.
+    """
+
+    __slots__ = ("_ceiling", "_delay", "_factor", "_jitter", "_max_delay", "_rng")
+
+    def __init__(
+        self,
+        delay: Duration = 0.5,
+        *,
+        factor: float = 2.0,
+        max_delay: Duration = 60.0,
+        jitter: float = 1.0,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._delay: float = seconds(delay)
+        self._factor: float = factor
+        self._max_delay: float = seconds(max_delay)
+        self._jitter: float = jitter
+        self._rng: random.Random = rng or random.Random()
+        if self._delay < 0 or self._max_delay < 0:
+            raise UsageError("Backoff: delay and max_delay must not be negative")
+        if factor < 1:
+            raise UsageError(f"Backoff(factor=) expected at least 1, found {factor}")
+        if not 0 <= jitter <= 1:
+            raise UsageError(f"Backoff(jitter=) expected a number from 0 to 1, found {jitter}")
+        self._ceiling: float = min(self._max_delay, self._delay)
+
+    def __next__(self) -> float:
+        """The next delay in seconds."""
+        ceiling = self._ceiling
+        self._ceiling = min(self._max_delay, ceiling * self._factor)
+        return self._rng.uniform((1 - self._jitter) * ceiling, ceiling) if self._jitter else ceiling
+
+    def reset(self) -> None:
+        """Start again from `delay`."""
+        self._ceiling = min(self._max_delay, self._delay)
+
+
+NO_RETRY = Retry(attempts=1)
 
 
 def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
     """`retries=` in any of its forms: a `Retry`, a number of *re*tries, a list of delays, or None for none."""
     match given:
         case None:
-            return ONCE
+            return NO_RETRY
         case Retry():
             return given
         case bool():
@@ -91,10 +153,10 @@ def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
         case int():
             return Retry(attempts=given + 1)
         case _:
-            return delays(given)
+            return fixed_delays(given)
 
 
-def delays(waits: Sequence[Any]) -> Retry:
+def fixed_delays(waits: Sequence[Any]) -> Retry:
     """A `Retry` that waits exactly these times."""
     listed = tuple(seconds(wait) for wait in waits)
     return Retry(attempts=len(listed) + 1, delays=listed)

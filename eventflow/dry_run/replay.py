@@ -14,28 +14,41 @@ import orjson
 
 from eventflow.core.clock import to_datetime, to_us
 from eventflow.core.errors import UsageError
-from eventflow.dry_run.simulator import FORETOLD, Foreseen, Rehearsal, Tally
-from eventflow.events.event import Event, Foreseeing, Foresight, Foretold, Json, Trigger, show_id
+from eventflow.dry_run.simulator import (
+    FIRST_SIMULATED_ID,
+    DryRunSimulator,
+    SimulatedRun,
+    SubscriptionCounts,
+)
+from eventflow.events.event import (
+    Event,
+    Json,
+    Simulatable,
+    SimulatedEvent,
+    Simulation,
+    Trigger,
+    format_id,
+)
 from eventflow.logs.log import timestamp
-from eventflow.routing.pattern_runner import SILENCE
+from eventflow.routing.pattern_runner import ABSENT_TYPE
 from eventflow.routing.subscriptions import Subscription
 
-PAGE = 200
+PAGE_EVENTS = 200
 """Events read at a time: a few milliseconds of matching between two looks at the loop."""
 
-LIMIT = 1000
-MOST = 10_000
+DEFAULT_LIMIT = 1000
+MAX_LIMIT = 10_000
 """Runs, and events of triggers' own making, that an answer lists if nothing is said, and at most."""
 
 
-class Question(msgspec.Struct, frozen=True):
+class DryRunQuery(msgspec.Struct, frozen=True):
     """Which time, [since, until) in microseconds, of which events (`type`), for which flow or subscription (`to`)."""
 
     until: int
     since: int | None = None
     type: str | None = None
     to: str | None = None
-    limit: int = LIMIT
+    limit: int = DEFAULT_LIMIT
 
 
 class Ledger(Protocol):
@@ -55,41 +68,41 @@ class Ledger(Protocol):
     async def cursor(self, trigger: str) -> Mapping[str, Json]: ...
 
 
-async def foresee(
+async def dry_run(
     ledger: Ledger,
     subscriptions: Sequence[Subscription],
     triggers: Iterable[Trigger],
-    question: Question,
+    query: DryRunQuery,
 ) -> dict[str, Any]:
     """The runs that would have started, as JSON. UsageError when `to` names nothing."""
-    wanted = [each for each in subscriptions if question.to in (None, each.name, each.flow.name)]
-    if question.to is not None and not wanted:
+    wanted = [each for each in subscriptions if query.to in (None, each.name, each.flow.name)]
+    if query.to is not None and not wanted:
         known = ", ".join(sorted({each.name for each in subscriptions})) or "none"
-        raise UsageError(f"no subscription or flow {question.to!r}; there are: {known}")
+        raise UsageError(f"no subscription or flow {query.to!r}; there are: {known}")
     places = {
         place
         for each in wanted
-        for place in ((each.trigger,) if each.joined is None else each.joined.places)
+        for place in ((each.trigger,) if each.pattern is None else each.pattern.places)
     }
-    asked = [each for each in triggers if isinstance(each, Foreseeing) and each.name in places]
-    view = _View(ledger, wanted, asked, question)
+    asked = [each for each in triggers if isinstance(each, Simulatable) and each.name in places]
+    view = _DryRun(ledger, wanted, asked, query)
     await view.read(sorted(places))
     return view.told()
 
 
-class _View:
+class _DryRun:
     """One question on its way to its answer."""
 
     def __init__(
         self,
         ledger: Ledger,
         wanted: Sequence[Subscription],
-        triggers: Sequence[Foreseeing],
-        question: Question,
+        triggers: Sequence[Simulatable],
+        question: DryRunQuery,
     ) -> None:
         self._ledger, self._triggers, self._question = ledger, triggers, question
-        self._rehearsal = Rehearsal(wanted, question.limit)
-        self._sights: dict[str, Foresight] = {}
+        self._rehearsal = DryRunSimulator(wanted, question.limit)
+        self._sights: dict[str, Simulation] = {}
         self._began: int | None = None
         self._looked = self._gone = self._dead = 0
         self._foretold: list[dict[str, Any]] = []
@@ -104,7 +117,7 @@ class _View:
         await self._look_ahead()
         while more:
             rows, last = await self._ledger.past(
-                triggers=places, type=kind, since=question.since or 0, until=question.until, after=after, limit=PAGE
+                triggers=places, type=kind, since=question.since or 0, until=question.until, after=after, limit=PAGE_EVENTS
             )  # fmt: skip
             for row in rows:
                 await self._take(row)
@@ -117,7 +130,7 @@ class _View:
         first, until = self._question.since, to_datetime(self._question.until)
         since = None if first is None else to_datetime(first)
         for trigger in self._triggers:
-            self._sights[trigger.name] = trigger.foresee(
+            self._sights[trigger.name] = trigger.simulate(
                 await self._ledger.cursor(trigger.name), since, until
             )
             self._counts[trigger.name] = [0, 0]
@@ -140,13 +153,13 @@ class _View:
         ):  # nobody was asked: it is no event, or one too deep
             self._dead += 1
             return
-        event = Event.recorded(row["body"])
+        event = Event.from_recorded(row["body"])
         await self._pass_to(at, trigger, event)
         sight = self._sights.get(trigger)
-        if sight is not None and sight.retells(event, to_datetime(at)):
+        if sight is not None and sight.replaces(event, to_datetime(at)):
             self._counts[trigger][0] += 1
         elif self._wants(event) and not (
-            event.type == SILENCE and event.source == "/patterns"
+            event.type == ABSENT_TYPE and event.source == "/patterns"
         ):  # those are told anew
             self._rehearsal.hear(trigger, event, at, row["id"])
             self._note_silences()
@@ -161,11 +174,11 @@ class _View:
     ) -> None:
         """What the triggers would have sent by then, in the order of time; one of them then recorded an event."""
         when = to_datetime(at)
-        told: list[tuple[Foretold, str]] = []
+        told: list[tuple[SimulatedEvent, str]] = []
         for name, sight in self._sights.items():
             own = (
                 event
-                if name == trigger and event is not None and not sight.retells(event, when)
+                if name == trigger and event is not None and not sight.replaces(event, when)
                 else None
             )
             told += [(each, name) for each in await sight.advance(when, own)]
@@ -177,7 +190,7 @@ class _View:
             if self._wants(each.event):
                 ident = self._rehearsal.hear(name, each.event, to_us(each.at))
                 self._note_silences()
-                self._foretell(name, ident, to_us(each.at), each.event, each.said)
+                self._foretell(name, ident, to_us(each.at), each.event, each.summary)
 
     def _note_silences(self) -> None:
         silences = self._rehearsal.silences
@@ -223,7 +236,7 @@ class _View:
             ],
         }
 
-    def _run(self, run: Foreseen) -> dict[str, Any]:
+    def _run(self, run: SimulatedRun) -> dict[str, Any]:
         shown = cast(dict[str, Any], msgspec.to_builtins(run))
         return {
             **shown,
@@ -231,7 +244,7 @@ class _View:
             "events": [self._label(each) for each in sorted(run.events)],
         }
 
-    def _tally(self, tally: Tally) -> dict[str, Any]:
+    def _tally(self, tally: SubscriptionCounts) -> dict[str, Any]:
         reasons = [
             {"fate": fate, "reason": reason, "events": count, "first": self._label(first)}
             for (fate, reason), (count, first) in tally.reasons.items()
@@ -239,4 +252,6 @@ class _View:
         return {**msgspec.structs.asdict(tally), "reasons": reasons}
 
     def _label(self, ident: int) -> str:
-        return show_id(ident) if ident < FORETOLD else self._labels.get(ident, "foretold")
+        return (
+            format_id(ident) if ident < FIRST_SIMULATED_ID else self._labels.get(ident, "foretold")
+        )

@@ -22,18 +22,18 @@ from eventflow.routing.subscriptions import Subscription
 from eventflow.runs.run import Ids, Run
 from eventflow.store.protocol import Arrival, Fact, Gather
 
-FORETOLD = 1 << 62
+FIRST_SIMULATED_ID = 1 << 62
 """Ids from here on are of events that no ledger has: one in use is milliseconds << 20, less until the year 2109."""
 
-SHOWN = 100
+MAX_LISTED_EVENTS = 100
 """Events that a run names; it counts all."""
 
-REASONS = 20
+MAX_REASONS = 20
 """Reasons that a tally tells apart; what comes with others is counted under `OTHER`."""
 OTHER = "other reasons"
 
 
-class Foreseen(msgspec.Struct):
+class SimulatedRun(msgspec.Struct):
     """A run that would have started, and when. `events`: the first of them; `size`: all. `is_least`: the first of several,
     perhaps, for only that one run at a time would have been begun is known."""
 
@@ -48,7 +48,7 @@ class Foreseen(msgspec.Struct):
     is_least: bool = False
 
 
-class Tally(msgspec.Struct):
+class SubscriptionCounts(msgspec.Struct):
     """What became of the events that a subscription heard of: `events` are in runs, `waiting` in a pattern at the end.
 
     `reasons` of the others, each with how many and the first of them.
@@ -66,7 +66,7 @@ class Tally(msgspec.Struct):
 
     def note(self, fate: str, reason: str, event: int) -> None:
         setattr(self, fate, getattr(self, fate) + 1)
-        if (fate, reason) not in self.reasons and len(self.reasons) >= REASONS:
+        if (fate, reason) not in self.reasons and len(self.reasons) >= MAX_REASONS:
             reason = OTHER
         self.reasons.setdefault((fate, reason), [0, event])[0] += 1
 
@@ -82,7 +82,7 @@ class _Strand(msgspec.Struct):
 class _Window(msgspec.Struct):
     """A run that has not begun, and that events may join."""
 
-    run: Foreseen
+    run: SimulatedRun
     gather: Gather
     opened: int
     due: int
@@ -101,19 +101,21 @@ class _Then(SystemClock):
         return self.at
 
 
-class Rehearsal:
+class DryRunSimulator:
     """One time, from its beginning on. `limit`: runs that are kept to be shown; all are counted."""
 
     def __init__(self, subscriptions: Iterable[Subscription], limit: int) -> None:
         self._clock = _Then()
-        self._router = Router(subscriptions, Ids(FORETOLD), self._clock)
+        self._router = Router(subscriptions, Ids(FIRST_SIMULATED_ID), self._clock)
         self._limit = limit
         self._strands: dict[tuple[str, str], _Strand] = {}
         self._queue: list[tuple[int, str, str]] = []
         self._windows: dict[tuple[str, str], _Window] = {}
         self._many = 1024
-        self.tallies = {each.name: Tally(each.name) for each in self._router.subscriptions}
-        self.runs: list[Foreseen] = []
+        self.tallies = {
+            each.name: SubscriptionCounts(each.name) for each in self._router.subscriptions
+        }
+        self.runs: list[SimulatedRun] = []
         self.started = 0
         self.is_least = False
         self.silences: list[tuple[str, int, Event]] = []
@@ -142,7 +144,7 @@ class Rehearsal:
     def hear(self, trigger: str, event: Event, at: int, ident: int | None = None) -> int:
         """An event comes. Returns its id: the ledger's, or one of its own if that has none."""
         self.pass_to(at)
-        arrival = self._router.arrive(trigger, event, ledger_id=ident)
+        arrival = self._router.route(trigger, event, ledger_id=ident)
         for name, fate, detail in orjson.loads(arrival.verdicts):
             self.tallies[name].heard += 1
             if fate in ("filtered", "invalid"):
@@ -176,7 +178,7 @@ class Rehearsal:
         for match in woven.matches:
             self._place(match.run, match.gather, match.events, key or None)
         for silence in woven.silences:
-            self.silences.append((name, silence.id, Event.recorded(silence.body)))
+            self.silences.append((name, silence.id, Event.from_recorded(silence.body)))
             self._start(silence)
 
     def _enqueue(self, strand: _Strand, name: str, key: str) -> None:
@@ -205,12 +207,12 @@ class Rehearsal:
             return
         self.started += 1
         tally.runs += 1
-        made = Foreseen(
+        made = SimulatedRun(
             self.started, run.subscription, run.flow, run.mode or "each", key, run.due_at, 0, []
         )
         if len(self.runs) < self._limit:
             self.runs.append(made)
-        made.size, made.events = len(events), list(events[:SHOWN])
+        made.size, made.events = len(events), list(events[:MAX_LISTED_EVENTS])
         if gather is not None:
             if not gather.wait:
                 made.is_least = self.is_least = gather.size > 1
@@ -221,7 +223,7 @@ class Rehearsal:
     def _join(self, window: _Window, event: int, now: int) -> None:
         made = window.run
         made.size += 1
-        if len(made.events) < SHOWN:
+        if len(made.events) < MAX_LISTED_EVENTS:
             made.events.append(event)
         window.due = window.gather.due(made.size, window.opened, window.due, now)
         if window.gather.wait:

@@ -73,7 +73,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         return cls.from_dict(cast(dict[str, Any], fields))
 
     @classmethod
-    def recorded(cls, body: bytes) -> "Event":
+    def from_recorded(cls, body: bytes) -> "Event":
         """The event that `to_json` wrote, taken at its word: the ledger's own bytes need no second check."""
         left: dict[str, Any] = orjson.loads(body)
         del left["specversion"]
@@ -174,16 +174,16 @@ class Receipt(msgspec.Struct, frozen=True):
     digests: tuple[str, str] | None = None
 
     @property
-    def shown(self) -> str:
+    def id_text(self) -> str:
         """The ledger id as people and the API see it."""
-        return show_id(self.ledger_id)
+        return format_id(self.ledger_id)
 
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32, lower case
 _PAIRS = tuple(first + second for first in ALPHABET for second in ALPHABET)
 
 
-def show_id(ident: int) -> str:
+def format_id(ident: int) -> str:
     """An id as its 13 letters of Crockford's base 32; sorts as the number does."""
     pairs = _PAIRS  # ten bits at a time: this is on the way of every run
     return (
@@ -196,12 +196,17 @@ class Intake(Protocol):
     """The way into the ledger, bound to one trigger's name."""
 
     async def accept(
-        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+        self,
+        *items: Event | Undecodable,
+        cursor: Mapping[str, Json] | None = None,
+        max_wait: float | None = None,
     ) -> list[Receipt]:
         """Records items and cursor in one transaction; durable when it returns. One receipt per item, in order.
 
         `cursor` upserts values by key (a partition, a path); None deletes a key. Zero items are legal. Concurrent calls
-        share group commits. Raises `StoreFull` (slow down: it says for how long) and `StoreFailed` (unknown, not refused).
+        share group commits. Waits while there is no room for the items: `max_wait` in seconds, None for as long as it takes,
+        0 for not at all; a cancel during this wait ends it with nothing recorded. Raises `StoreFull` after `max_wait`, or at
+        once with `closing` set while the server drains (nothing was recorded), and `StoreFailed` (unknown, not refused).
         """
         ...
 
@@ -231,7 +236,7 @@ class Trigger(Protocol):
     async def listen(self, intake: Intake) -> None: ...
 
 
-class Late(msgspec.Struct, frozen=True):
+class LateSpec(msgspec.Struct, frozen=True):
     """Runs of `flow` (`*` for any part) that have not ended `after` microseconds after they were due to begin."""
 
     flow: str
@@ -239,7 +244,7 @@ class Late(msgspec.Struct, frozen=True):
 
 
 @runtime_checkable
-class Recorded(Protocol):
+class LedgerTrigger(Protocol):
     """Events that the ledger records by itself, where a trigger may stand: nothing listens, `types` and `pattern` choose.
 
     `late`: the runs that are looked out for, so that there are such events at all.
@@ -254,7 +259,7 @@ class Recorded(Protocol):
         ...
 
     @property
-    def late(self) -> Late | None: ...
+    def late(self) -> LateSpec | None: ...
 
 
 @runtime_checkable
@@ -277,15 +282,15 @@ class Scheduled(Protocol):
         ...
 
 
-class Foretold(msgspec.Struct, frozen=True, kw_only=True):
+class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
     """An event that a trigger would have sent, when, and what it is in a line."""
 
     at: datetime
     event: Event
-    said: str
+    summary: str
 
 
-class Foresight(Protocol):
+class Simulation(Protocol):
     """A past time by the rules that a trigger has now. Asked once for each instant, in their order; keeps nothing anywhere."""
 
     @property
@@ -293,30 +298,30 @@ class Foresight(Protocol):
         """What a person should know of it, such as what is not known of that time; complete at the end."""
         ...
 
-    def retells(self, event: Event, at: datetime) -> bool:
+    def replaces(self, event: Event, at: datetime) -> bool:
         """Whether this event on record is the trigger's own making, and whatever `advance` tells stands in its place."""
         ...
 
-    async def advance(self, at: datetime, event: Event | None = None) -> Sequence[Foretold]:
+    async def advance(self, at: datetime, event: Event | None = None) -> Sequence[SimulatedEvent]:
         """What it would have sent up to this instant, at which it then recorded `event`."""
         ...
 
 
 @runtime_checkable
-class Foreseeing(Protocol):
+class Simulatable(Protocol):
     """A trigger that makes its events of others, by thresholds and windows: what `eventflow replay --dry-run` asks."""
 
     @property
     def name(self) -> str: ...
 
-    def foresee(
+    def simulate(
         self, cursor: Mapping[str, Json], since: datetime | None, until: datetime
-    ) -> Foresight:
+    ) -> Simulation:
         """As if it had begun at `since` (None: with what is known), as it is set now. `cursor`: its own in the ledger."""
         ...
 
 
-class Letter(msgspec.Struct, frozen=True, kw_only=True):
+class OutboxMessage(msgspec.Struct, frozen=True, kw_only=True):
     """What a sink is given: an event that was emitted, or a dead letter.
 
     A letter may come twice: know it by its event's source and id; `number` is only its place in the outbox. Of a dead letter,
@@ -344,7 +349,7 @@ class EventSink(Protocol):
     @property
     def name(self) -> str: ...
 
-    async def send(self, *letters: Letter) -> None: ...
+    async def send(self, *messages: OutboxMessage) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -364,7 +369,7 @@ class Gauge(msgspec.Struct, frozen=True):
 
 
 @runtime_checkable
-class Gauged(Protocol):
+class HasGauges(Protocol):
     """A trigger that tells how its source fares. Optional; shown by `/metrics`, `/api/triggers` and `eventflow ls triggers`.
 
     Both are read on the loop of the way in, whenever somebody looks: they answer from memory and never raise.

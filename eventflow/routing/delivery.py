@@ -19,7 +19,7 @@ from eventflow.core.clock import Duration, microseconds
 from eventflow.core.errors import UsageError
 from eventflow.store.protocol import Gather
 
-MOST: Final = 10_000
+MAX_EVENTS_PER_RUN: Final = 10_000
 """Events in one run, whatever its mode: all of them are in memory at once while it runs."""
 
 
@@ -30,7 +30,7 @@ class Delivery(Protocol):
     @property
     def one_at_a_time(self) -> bool: ...
 
-    def gather(self) -> Gather | None:
+    def batch_policy(self) -> Gather | None:
         """What the store does with an event; None: a run of its own."""
         ...
 
@@ -40,7 +40,7 @@ class Each(msgspec.Struct, frozen=True):
 
     one_at_a_time = False
 
-    def gather(self) -> Gather | None:
+    def batch_policy(self) -> Gather | None:
         return None
 
 
@@ -52,11 +52,13 @@ class Batch(msgspec.Struct, frozen=True):
     one_at_a_time = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MOST:
-            raise UsageError(f"Batch: size expected from 1 to {MOST:,}, found {self.size}")
+        if not 1 <= self.size <= MAX_EVENTS_PER_RUN:
+            raise UsageError(
+                f"Batch: size expected from 1 to {MAX_EVENTS_PER_RUN:,}, found {self.size}"
+            )
         _positive("Batch: within", self.within)
 
-    def gather(self) -> Gather:
+    def batch_policy(self) -> Gather:
         return Gather(
             "batch",
             size=self.size,
@@ -79,10 +81,10 @@ class Debounce(msgspec.Struct, frozen=True):
                 f"Debounce: max_wait expected at least quiet ({self.quiet}), found {self.max_wait}"
             )
 
-    def gather(self) -> Gather:
+    def batch_policy(self) -> Gather:
         return Gather(
             "debounce",
-            size=MOST,
+            size=MAX_EVENTS_PER_RUN,
             wait=microseconds(self.quiet),
             longest=microseconds(self.max_wait),
             renewed=True,
@@ -94,8 +96,8 @@ class Latest(msgspec.Struct, frozen=True):
 
     one_at_a_time = True
 
-    def gather(self) -> Gather:
-        return Gather("latest", size=MOST)
+    def batch_policy(self) -> Gather:
+        return Gather("latest", size=MAX_EVENTS_PER_RUN)
 
 
 class Singleflight(msgspec.Struct, frozen=True):
@@ -103,8 +105,8 @@ class Singleflight(msgspec.Struct, frozen=True):
 
     one_at_a_time = True
 
-    def gather(self) -> Gather:
-        return Gather("singleflight", size=MOST)
+    def batch_policy(self) -> Gather:
+        return Gather("singleflight", size=MAX_EVENTS_PER_RUN)
 
 
 def _positive(what: str, duration: Duration) -> None:

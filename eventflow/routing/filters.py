@@ -47,7 +47,7 @@ _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 class Filter(Protocol):
     """A compiled `where=`."""
 
-    def failed(self, event: Event) -> str | None:
+    def mismatch(self, event: Event) -> str | None:
         """None when the event is wanted; else the condition that did not hold, for people. A callable may raise."""
         ...
 
@@ -77,7 +77,7 @@ class CallableFilter:
         self._call = call
         self._name: str = getattr(call, "__qualname__", type(call).__qualname__)
 
-    def failed(self, event: Event) -> str | None:
+    def mismatch(self, event: Event) -> str | None:
         answer = self._call(event)
         if inspect.isawaitable(answer):
             if inspect.iscoroutine(answer):
@@ -108,10 +108,10 @@ class PatternFilter:
                 PatternFilter(_object(one, "$or")) for one in _alternatives(alternatives, "$or")
             ]
             self._data.append(
-                lambda event: _none_of([each.failed for each in filters], event, "$or")
+                lambda event: _none_of([each.mismatch for each in filters], event, "$or")
             )
 
-    def failed(self, event: Event) -> str | None:
+    def mismatch(self, event: Event) -> str | None:
         for name, leaf in self._attributes:
             if (why := leaf(_attribute(event, name))) is not None:
                 return why

@@ -16,11 +16,11 @@ from typing import Final
 import msgspec
 
 NEVER: Final = (1 << 63) - 1
-MOST: Final = 10_000
+MAX_OPEN_ITEMS: Final = 10_000
 """Items that one node keeps open per key and part; beyond it the oldest lapses."""
 
 
-class Item(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
+class PatternItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
     """An event, or a match, on its way: when it happened, when it was known (microseconds), and which events it is of.
 
     `size` is their bytes; `held` one of them that came while its trigger was paused, or 0; `depth` the most emits that any of
@@ -35,34 +35,34 @@ class Item(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
     depth: int = 0
 
 
-class Due(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
+class DelayedItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
     """An item that is taken at an instant, since one from before it may still come."""
 
     at: int
-    item: Item
+    item: PatternItem
     role: int
 
 
-class Cell(msgspec.Struct, array_like=True):
+class NodeState(msgspec.Struct, array_like=True):
     """What one node remembers of one key."""
 
-    pools: list[list[Item]]
-    waiting: list[Due] = []
+    pools: list[list[PatternItem]]
+    waiting: list[DelayedItem] = []
     marks: list[int] = []
 
 
-class State(msgspec.Struct, array_like=True):
+class PatternState(msgspec.Struct, array_like=True):
     """What a pattern remembers of one key. `print` tells whether it is of the pattern as it is written today."""
 
     print: str
-    cells: list[Cell]
+    cells: list[NodeState]
 
 
-class Step(msgspec.Struct, array_like=True):
+class AdvanceResult(msgspec.Struct, array_like=True):
     """What came of one advance. `matches`, in order; `lapsed`: events that end without one, each with its reason, and the
     bytes of all of them."""
 
-    matches: list[Item] = []
+    matches: list[PatternItem] = []
     lapsed: list[tuple[int, str]] = []
     freed: int = 0
 
@@ -79,63 +79,63 @@ class Node:
         self.parent: Node | None = None
         self.role = 0
 
-    def fresh(self, now: int) -> Cell:
-        return Cell([[] for _ in range(self.pools)])
+    def fresh(self, now: int) -> NodeState:
+        return NodeState([[] for _ in range(self.pools)])
 
-    def due(self, cell: Cell) -> int:
+    def due(self, cell: NodeState) -> int:
         """When it must be run even if nothing comes."""
         return NEVER
 
-    def run(self, turn: "Turn", now: int) -> None:
+    def run(self, turn: "Advance", now: int) -> None:
         """Does what is due by `now`."""
 
-    def skip(self, cell: Cell, now: int) -> None:
+    def skip(self, cell: NodeState, now: int) -> None:
         """Leaves out what would come of a time in which nobody asked."""
 
-    def take(self, turn: "Turn", role: int, item: Item) -> None:
+    def take(self, turn: "Advance", role: int, item: PatternItem) -> None:
         """An item of part `role`, known now (`item.at`)."""
         raise NotImplementedError
 
-    def is_open(self, cell: Cell) -> bool:
+    def is_open(self, cell: NodeState) -> bool:
         return any(cell.pools) or bool(cell.waiting)
 
-    def cell(self, turn: "Turn") -> Cell:
+    def cell(self, turn: "Advance") -> NodeState:
         return turn.state.cells[self.index]
 
-    def emit(self, turn: "Turn", item: Item) -> None:
+    def emit(self, turn: "Advance", item: PatternItem) -> None:
         if self.parent is None:
             turn.step.matches.append(item)
         else:
             self.parent.take(turn, self.role, item)
 
 
-class Turn(msgspec.Struct):
+class Advance(msgspec.Struct):
     """One advance under way."""
 
-    state: State
-    step: Step
+    state: PatternState
+    step: AdvanceResult
 
-    def lapse(self, item: Item, reason: str) -> None:
+    def lapse(self, item: PatternItem, reason: str) -> None:
         self.step.lapsed += [(event, reason) for event in item.events]
         self.step.freed += item.size
 
 
-def merged(items: Sequence[Item], time: int, at: int) -> Item:
+def merged(items: Sequence[PatternItem], time: int, at: int) -> PatternItem:
     events = tuple(sorted(event for item in items for event in item.events))
     size, held = sum(item.size for item in items), max(item.held for item in items)
-    return Item(time, at, events, size, held, max(item.depth for item in items))
+    return PatternItem(time, at, events, size, held, max(item.depth for item in items))
 
 
-class AnyOf(Node):
+class AnyOfNode(Node):
     """Each item of any part is a match."""
 
     pools = 0
 
-    def take(self, turn: Turn, role: int, item: Item) -> None:
+    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
         self.emit(turn, item)
 
 
-class Pooled(Node):
+class PooledNode(Node):
     """Items wait for others that happened within `within` of them, whichever comes first, in pools sorted by time.
 
     An item lapses `within + lateness` after it was known. `marks`: the first `at` in the pools, and 1 if it need not be the
@@ -146,19 +146,19 @@ class Pooled(Node):
         super().__init__(labels, lateness)
         self.within, self.stay = within, within + lateness + 1
 
-    def fresh(self, now: int) -> Cell:
-        return Cell([[] for _ in range(self.pools)], marks=[NEVER, 0])
+    def fresh(self, now: int) -> NodeState:
+        return NodeState([[] for _ in range(self.pools)], marks=[NEVER, 0])
 
-    def due(self, cell: Cell) -> int:
+    def due(self, cell: NodeState) -> int:
         first = cell.marks[0]
         return first if first == NEVER else first + self.stay
 
-    def run(self, turn: Turn, now: int) -> None:
+    def run(self, turn: Advance, now: int) -> None:
         cell = self.cell(turn)
         if cell.marks[0] > now - self.stay:
             return
         old = now - self.stay
-        gone: list[Item] = []
+        gone: list[PatternItem] = []
         for pool in cell.pools:
             kept = len(pool)
             if cell.marks[1]:
@@ -172,7 +172,7 @@ class Pooled(Node):
             turn.lapse(item, self.why())
         self._note(cell)
 
-    def _note(self, cell: Cell) -> None:
+    def _note(self, cell: NodeState) -> None:
         if cell.marks[1]:
             cell.marks[0] = min((item.at for pool in cell.pools for item in pool), default=NEVER)
         else:
@@ -180,7 +180,7 @@ class Pooled(Node):
         if cell.marks[0] == NEVER:
             cell.marks[1] = 0
 
-    def take(self, turn: Turn, role: int, item: Item) -> None:
+    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
         self.run(turn, item.at)
         cell = self.cell(turn)
         chosen = self.choose(cell.pools, role, item)
@@ -195,9 +195,11 @@ class Pooled(Node):
         used.append(item)
         self.emit(turn, merged(used, max(each.time for each in used), item.at))
 
-    def _keep(self, turn: Turn, cell: Cell, pool: list[Item], item: Item) -> None:
-        if len(pool) >= MOST:
-            turn.lapse(pool.pop(0), f"{self.labels[0]}: more than {MOST:,} wait")
+    def _keep(
+        self, turn: Advance, cell: NodeState, pool: list[PatternItem], item: PatternItem
+    ) -> None:
+        if len(pool) >= MAX_OPEN_ITEMS:
+            turn.lapse(pool.pop(0), f"{self.labels[0]}: more than {MAX_OPEN_ITEMS:,} wait")
             self._note(cell)
         if not pool or item >= pool[-1]:
             pool.append(item)
@@ -208,8 +210,8 @@ class Pooled(Node):
             cell.marks[0] = item.at
 
     def choose(
-        self, pools: list[list[Item]], role: int, item: Item
-    ) -> "list[tuple[int, Item]] | None":
+        self, pools: list[list[PatternItem]], role: int, item: PatternItem
+    ) -> "list[tuple[int, PatternItem]] | None":
         """The others that make a match with this one: the earliest; None: not yet."""
         raise NotImplementedError
 
@@ -217,7 +219,7 @@ class Pooled(Node):
         raise NotImplementedError
 
 
-class AllOf(Pooled):
+class AllOfNode(PooledNode):
     """One item of each part, all within `within` of each other."""
 
     def __init__(self, labels: Sequence[str], lateness: int, within: int) -> None:
@@ -225,8 +227,8 @@ class AllOf(Pooled):
         self.pools = len(labels)
 
     def choose(
-        self, pools: list[list[Item]], role: int, item: Item
-    ) -> "list[tuple[int, Item]] | None":
+        self, pools: list[list[PatternItem]], role: int, item: PatternItem
+    ) -> "list[tuple[int, PatternItem]] | None":
         others = [part for part in range(len(pools)) if part != role]
         if not all(pools[part] for part in others):
             return None
@@ -247,7 +249,7 @@ class AllOf(Pooled):
                 return found
         return None
 
-    def _next(self, pool: list[Item], start: Item) -> Item | None:
+    def _next(self, pool: list[PatternItem], start: PatternItem) -> PatternItem | None:
         at = bisect_left(pool, start)
         return pool[at] if at < len(pool) and pool[at].time - start.time <= self.within else None
 
@@ -255,7 +257,7 @@ class AllOf(Pooled):
         return f"all_of: not each of {', '.join(self.labels)} within {self.within / 1e6:g} s"
 
 
-class Count(Pooled):
+class CountNode(PooledNode):
     """`n` items within `within`."""
 
     def __init__(self, labels: Sequence[str], lateness: int, within: int, n: int) -> None:
@@ -263,8 +265,8 @@ class Count(Pooled):
         self.n = n
 
     def choose(
-        self, pools: list[list[Item]], role: int, item: Item
-    ) -> "list[tuple[int, Item]] | None":
+        self, pools: list[list[PatternItem]], role: int, item: PatternItem
+    ) -> "list[tuple[int, PatternItem]] | None":
         pool, others = pools[0], self.n - 1
         if len(pool) < others:
             return None
@@ -296,16 +298,20 @@ class Machine:
         self.is_armed = any(node.is_armed for node in nodes)
         """Whether time alone may make it match: it has to be advanced once before anything came."""
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(State).decode
+        self._decode = msgspec.msgpack.Decoder(PatternState).decode
 
-    def fresh(self, now: int) -> State:
-        return State(self.print, [node.fresh(now) for node in self._nodes])
+    def fresh(self, now: int) -> PatternState:
+        return PatternState(self.print, [node.fresh(now) for node in self._nodes])
 
     def advance(
-        self, state: State, now: int, leaf: int | None = None, item: Item | None = None
-    ) -> Step:
+        self,
+        state: PatternState,
+        now: int,
+        leaf: int | None = None,
+        item: PatternItem | None = None,
+    ) -> AdvanceResult:
         """Does what is due by `now`, then takes an item, known now, of a leaf."""
-        turn = Turn(state, Step())
+        turn = Advance(state, AdvanceResult())
         cells = state.cells
         if self.is_armed:
             for node in self._nodes:
@@ -324,22 +330,22 @@ class Machine:
             node.take(turn, role, item)
         return turn.step
 
-    def due(self, state: State) -> int:
+    def due(self, state: PatternState) -> int:
         """When to advance it if nothing comes before; NEVER: not at all."""
         return min(node.due(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
 
-    def is_open(self, state: State) -> bool:
+    def is_open(self, state: PatternState) -> bool:
         """Whether anything must be remembered."""
         return any(node.is_open(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
 
-    def events(self, state: State) -> list[int]:
+    def events(self, state: PatternState) -> list[int]:
         """The events that are open in it."""
         items = [item for cell in state.cells for pool in cell.pools for item in pool]
         items += [due.item for cell in state.cells for due in cell.waiting]
         return sorted(event for item in items for event in item.events)
 
-    def encode(self, state: State) -> bytes:
+    def encode(self, state: PatternState) -> bytes:
         return self._encode(state)
 
-    def decode(self, kept: bytes) -> State:
+    def decode(self, kept: bytes) -> PatternState:
         return self._decode(kept)

@@ -10,13 +10,13 @@ import msgspec
 
 from eventflow.core.clock import to_datetime
 from eventflow.events.event import Event
-from eventflow.routing.pattern_machine import NEVER, Item, State
+from eventflow.routing.pattern_machine import NEVER, PatternItem, PatternState
 from eventflow.routing.subscriptions import Subscription
 from eventflow.runs.run import Ids, Run
 from eventflow.runs.run import State as RunState
 from eventflow.store.protocol import Arrival, Fact, Match, Woven
 
-SILENCE = "eventflow.absent"
+ABSENT_TYPE = "eventflow.absent"
 """The type of the event that stands for what did not come, where a pattern matches with no event of its own."""
 
 
@@ -24,7 +24,7 @@ REMEMBERED = 4096
 """States that are not read back from their bytes, if these are still what was kept."""
 
 
-class Weaver:
+class PatternRunner:
     """The patterns of an app. `tell` makes the arrival of a silence: an event, and the run it starts."""
 
     def __init__(
@@ -34,15 +34,15 @@ class Weaver:
         tell: Callable[[Subscription, Event], Arrival],
     ) -> None:
         self._known = {
-            each.name: (each, each.joined) for each in subscriptions if each.joined is not None
+            each.name: (each, each.pattern) for each in subscriptions if each.pattern is not None
         }
         self._ids, self._tell = ids, tell
-        self._kept: dict[tuple[str, str], tuple[bytes, State]] = {}
+        self._kept: dict[tuple[str, str], tuple[bytes, PatternState]] = {}
 
     def armed(self) -> Sequence[str]:
         return [name for name, (_, joined) in self._known.items() if joined.machine.is_armed]
 
-    def keep(self, subscription: str, key: str, state: State) -> bytes:
+    def keep(self, subscription: str, key: str, state: PatternState) -> bytes:
         kept = self._known[subscription][1].machine.encode(state)
         if len(self._kept) >= REMEMBERED:
             del self._kept[next(iter(self._kept))]
@@ -53,7 +53,7 @@ class Weaver:
         self,
         subscription: str,
         key: str,
-        state: State | bytes | None,
+        state: PatternState | bytes | None,
         now: int,
         fact: Fact | None,
         event: int,
@@ -80,7 +80,9 @@ class Weaver:
         if fact is None:
             step = machine.advance(state, now)
         else:
-            item = Item(fact.time, now, (event,), size, event if fact.held else 0, fact.depth)
+            item = PatternItem(
+                fact.time, now, (event,), size, event if fact.held else 0, fact.depth
+            )
             step = machine.advance(state, now, fact.leaf, item)
         is_open = machine.is_open(state)
         return Woven(
@@ -93,12 +95,12 @@ class Weaver:
             is_anew,
         )
 
-    def _match(self, owner: Subscription, key: str, item: Item, now: int) -> Match:
+    def _match(self, owner: Subscription, key: str, item: PatternItem, now: int) -> Match:
         """With a delivery mode the runs of one key follow one another."""
-        gather = owner.gather
+        gather = owner.batch_policy
         run = Run(
             id=self._ids.next(now), flow=owner.flow.name, created_at=now, due_at=now, event=item.held or item.events[0],
-            subscription=owner.name, state=RunState.HELD if item.held else RunState.PENDING, priority=owner.priority,
+            subscription=owner.name, state=RunState.PAUSED if item.held else RunState.PENDING, priority=owner.priority,
             depth=item.depth, mode="pattern" if gather is None else gather.mode,
             lane=None if gather is None else key or owner.lane,
         )  # fmt: skip
@@ -106,7 +108,7 @@ class Weaver:
             run.due_at += gather.wait
         return Match(run, item.events, item.size, gather)
 
-    def _silence(self, owner: Subscription, key: str, item: Item) -> Arrival:
+    def _silence(self, owner: Subscription, key: str, item: PatternItem) -> Arrival:
         due, (_, joined) = to_datetime(item.time), self._known[owner.name]
         data = {
             "pattern": owner.name,
@@ -115,5 +117,5 @@ class Weaver:
         }
         ident = f"{owner.name}/{key}/{due.isoformat()}"
         return self._tell(
-            owner, Event(id=ident, source="/patterns", type=SILENCE, time=due, data=data)
+            owner, Event(id=ident, source="/patterns", type=ABSENT_TYPE, time=due, data=data)
         )

@@ -7,12 +7,21 @@ comes. What is due goes first, whoever asks and when. The next room is patterns.
 from bisect import insort
 from collections.abc import Callable, Sequence
 
-from eventflow.routing.pattern_machine import MOST, NEVER, Cell, Due, Item, Node, Turn, merged
+from eventflow.routing.pattern_machine import (
+    MAX_OPEN_ITEMS,
+    NEVER,
+    Advance,
+    DelayedItem,
+    Node,
+    NodeState,
+    PatternItem,
+    merged,
+)
 
 OPEN, CLOSE, END, RENEW = range(4)
 
 
-class Wait(Node):
+class TimedNode(Node):
     """From an opening item on: a closing one within `within`, if no ending one comes between; or, for absence, neither.
 
     Parts are numbered OPEN, CLOSE, END, RENEW, and `labels` names them; one that renews ends what is open and opens anew.
@@ -25,18 +34,18 @@ class Wait(Node):
         super().__init__(labels, lateness)
         self.within, self.absent = within, absent
 
-    def due(self, cell: Cell) -> int:
+    def due(self, cell: NodeState) -> int:
         up = self._up(cell.pools[0][0]) if cell.pools[0] else NEVER
         return min(up, cell.waiting[0].at) if cell.waiting else up
 
-    def _taken(self, item: Item) -> int:
+    def _taken(self, item: PatternItem) -> int:
         return max(item.at, item.time + self.lateness)
 
-    def _up(self, item: Item) -> int:
+    def _up(self, item: PatternItem) -> int:
         """When an opening's time is up: just after whatever happened in time, and is not too late, has been taken."""
         return self._taken(item) + self.within + 1
 
-    def run(self, turn: Turn, now: int) -> None:
+    def run(self, turn: Advance, now: int) -> None:
         cell = self.cell(turn)
         opened, waiting = cell.pools[0], cell.waiting
         while (due := self.due(cell)) <= now:
@@ -46,21 +55,21 @@ class Wait(Node):
                 first = waiting.pop(0)
                 self._process(turn, first.role, first.item, due)
 
-    def take(self, turn: Turn, role: int, item: Item) -> None:
+    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
         self.run(turn, item.at)
         taken = self._taken(item)
         if taken > item.at:
             waiting = self.cell(turn).waiting
-            if len(waiting) >= MOST:
+            if len(waiting) >= MAX_OPEN_ITEMS:
                 turn.lapse(
                     waiting.pop(0).item,
-                    f"{self.labels[role]}: more than {MOST:,} wait for their turn",
+                    f"{self.labels[role]}: more than {MAX_OPEN_ITEMS:,} wait for their turn",
                 )
-            insort(waiting, Due(taken, item, role))
+            insort(waiting, DelayedItem(taken, item, role))
         else:
             self._process(turn, role, item, taken)
 
-    def _process(self, turn: Turn, role: int, item: Item, now: int) -> None:
+    def _process(self, turn: Advance, role: int, item: PatternItem, now: int) -> None:
         opened = self.cell(turn).pools[0]
         if role == OPEN:
             self._open(turn, opened, item)
@@ -83,12 +92,12 @@ class Wait(Node):
             self._end(turn, opened, item, now)
             self._open(turn, opened, item)
 
-    def _open(self, turn: Turn, opened: list[Item], item: Item) -> None:
-        if len(opened) >= MOST:
-            turn.lapse(opened.pop(0), f"{self._word}: more than {MOST:,} wait")
+    def _open(self, turn: Advance, opened: list[PatternItem], item: PatternItem) -> None:
+        if len(opened) >= MAX_OPEN_ITEMS:
+            turn.lapse(opened.pop(0), f"{self._word}: more than {MAX_OPEN_ITEMS:,} wait")
         opened.append(item)
 
-    def _close(self, turn: Turn, opened: list[Item], item: Item, now: int) -> None:
+    def _close(self, turn: Advance, opened: list[PatternItem], item: PatternItem, now: int) -> None:
         first = min(
             (other for other in opened if 0 <= item.time - other.time <= self.within), default=None
         )
@@ -101,10 +110,10 @@ class Wait(Node):
         opened.remove(first)
         self.emit(turn, merged((first, item), item.time, now))
 
-    def _end(self, turn: Turn, opened: list[Item], item: Item, now: int) -> int:
+    def _end(self, turn: Advance, opened: list[PatternItem], item: PatternItem, now: int) -> int:
         """Ends the openings that this one came after in time; those whose time had been up before it are absences."""
-        left: list[Item] = []
-        over: list[Item] = []
+        left: list[PatternItem] = []
+        over: list[PatternItem] = []
         for other in opened:
             passed = item.time - other.time
             if 0 <= passed <= self.within:
@@ -119,7 +128,7 @@ class Wait(Node):
             self._time_is_up(turn, other, now)
         return ended
 
-    def _time_is_up(self, turn: Turn, item: Item, now: int) -> None:
+    def _time_is_up(self, turn: Advance, item: PatternItem, now: int) -> None:
         if self.absent:
             self.emit(turn, merged((item,), item.time + self.within, now))
         else:
@@ -140,7 +149,7 @@ class Wait(Node):
         return self.labels[role]
 
 
-class Daily(Node):
+class DailyNode(Node):
     """A match for each deadline before which, since the one before, nothing came. `marks`: the next one, and what is met.
 
     Of several deadlines that passed while nothing ran only the last is looked at.
@@ -155,26 +164,26 @@ class Daily(Node):
         super().__init__(labels, lateness)
         self._following = following
 
-    def fresh(self, now: int) -> Cell:
-        return Cell([], marks=[self._following(now)])
+    def fresh(self, now: int) -> NodeState:
+        return NodeState([], marks=[self._following(now)])
 
-    def due(self, cell: Cell) -> int:
+    def due(self, cell: NodeState) -> int:
         return cell.marks[0] + self.lateness + 1
 
-    def run(self, turn: Turn, now: int) -> None:
+    def run(self, turn: Advance, now: int) -> None:
         cell = self.cell(turn)
         while (due := self.due(cell)) <= now:
             deadline, *met = cell.marks
             cell.marks = [self._following(deadline), *(mark for mark in met if mark > deadline)]
             if deadline not in met:
-                self.emit(turn, Item(deadline, due, ()))
+                self.emit(turn, PatternItem(deadline, due, ()))
 
-    def skip(self, cell: Cell, now: int) -> None:
+    def skip(self, cell: NodeState, now: int) -> None:
         """Leaves out the deadlines that passed before the last one that did."""
         while (later := self._following(cell.marks[0])) + self.lateness < now:
             cell.marks[0] = later
 
-    def take(self, turn: Turn, role: int, item: Item) -> None:
+    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
         self.run(turn, item.at)
         cell = self.cell(turn)
         deadline = self._following(item.time - 1)
@@ -185,5 +194,5 @@ class Daily(Node):
             cell.marks.append(deadline)
         turn.lapse(item, f"absent: {self.labels[0]} came in time")
 
-    def is_open(self, cell: Cell) -> bool:
+    def is_open(self, cell: NodeState) -> bool:
         return True

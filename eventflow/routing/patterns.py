@@ -23,11 +23,25 @@ import msgspec
 from eventflow.core.clock import Duration, microseconds, to_datetime, to_us
 from eventflow.core.errors import UsageError
 from eventflow.core.hashing import digest
-from eventflow.events.event import Event, Late, Recorded, Trigger
+from eventflow.events.event import Event, LateSpec, LedgerTrigger, Trigger
 from eventflow.routing.filters import Where, compile_filter
-from eventflow.routing.pattern_machine import MOST, AllOf, AnyOf, Count, Machine, Node
-from eventflow.routing.pattern_time import Daily, Wait
-from eventflow.routing.subscriptions import EMIT, Key, Leaf, both, compile_key, hears
+from eventflow.routing.pattern_machine import (
+    MAX_OPEN_ITEMS,
+    AllOfNode,
+    AnyOfNode,
+    CountNode,
+    Machine,
+    Node,
+)
+from eventflow.routing.pattern_time import DailyNode, TimedNode
+from eventflow.routing.subscriptions import (
+    EMITTED,
+    Key,
+    Leaf,
+    combine_filters,
+    compile_key,
+    type_accepted,
+)
 
 By: TypeAlias = "Key | Mapping[str, Key]"
 
@@ -35,14 +49,14 @@ By: TypeAlias = "Key | Mapping[str, Key]"
 class Part(msgspec.Struct, frozen=True):
     """Events of one source that `where` wants. Made by `part`."""
 
-    source: "Trigger | Recorded | str"
+    source: "Trigger | LedgerTrigger | str"
     where: Where = None
     by: Key = None
 
     @property
     def place(self) -> str:
         """The trigger that the ledger has its events under."""
-        return EMIT if isinstance(self.source, str | Recorded) else self.source.name
+        return EMITTED if isinstance(self.source, str | LedgerTrigger) else self.source.name
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -50,21 +64,23 @@ class Part(msgspec.Struct, frozen=True):
             return (self.source,)
         return (
             tuple(self.source.types)
-            if isinstance(self.source, Recorded)
-            else tuple(getattr(self.source, "heard", ()))
+            if isinstance(self.source, LedgerTrigger)
+            else tuple(getattr(self.source, "default_types", ()))
         )
 
     @property
     def label(self) -> str:
         return (
-            " or ".join(self.types) if isinstance(self.source, str | Recorded) else self.source.name
+            " or ".join(self.types)
+            if isinstance(self.source, str | LedgerTrigger)
+            else self.source.name
         )
 
     @property
     def wanted(self) -> Where:
         return (
-            both(self.source.pattern, self.where)
-            if isinstance(self.source, Recorded)
+            combine_filters(self.source.pattern, self.where)
+            if isinstance(self.source, LedgerTrigger)
             else self.where
         )
 
@@ -104,25 +120,29 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def triggers(self) -> list[Trigger]:
-        return [leaf.source for leaf in self.leaves if not isinstance(leaf.source, str | Recorded)]
+        return [
+            leaf.source for leaf in self.leaves if not isinstance(leaf.source, str | LedgerTrigger)
+        ]
 
     @property
-    def late(self) -> list[Late]:
+    def late(self) -> list[LateSpec]:
         """The runs whose lateness a part of it is."""
         sources = [leaf.source for leaf in self.leaves]
         return [
-            each.late for each in sources if isinstance(each, Recorded) and each.late is not None
+            each.late
+            for each in sources
+            if isinstance(each, LedgerTrigger) and each.late is not None
         ]
 
 
 Source: TypeAlias = (
-    "Trigger | Recorded | str | tuple[Trigger | Recorded | str, Where] | Part | Pattern"
+    "Trigger | LedgerTrigger | str | tuple[Trigger | LedgerTrigger | str, Where] | Part | Pattern"
 )
 
 
-def part(source: Trigger | Recorded | str, *, where: Where = None, by: Key = None) -> Part:
+def part(source: Trigger | LedgerTrigger | str, *, where: Where = None, by: Key = None) -> Part:
     """One part of a pattern: a source, narrowed by `where`, with the place of the join key in its events if it has its own."""
-    if not isinstance(source, str | Recorded | Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(source, str | LedgerTrigger | Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
             f"a pattern's part: expected a trigger, an event type or a RunState, found {source!r}"
         )
@@ -161,8 +181,8 @@ def count(
     what: Source, n: int, *, within: Duration, by: By = None, lateness: Duration | None = None
 ) -> Pattern:
     """`n` of them, all within `within`."""
-    if not 1 <= n <= MOST:
-        raise UsageError(f"count: n expected from 1 to {MOST:,}, found {n}")
+    if not 1 <= n <= MAX_OPEN_ITEMS:
+        raise UsageError(f"count: n expected from 1 to {MAX_OPEN_ITEMS:,}, found {n}")
     return msgspec.structs.replace(_pattern("count", (what,), (0,), within, by, lateness), n=n)
 
 
@@ -271,18 +291,18 @@ class Joined(msgspec.Struct, frozen=True):
         return [
             n
             for n, leaf in enumerate(self.leaves)
-            if leaf.place == place and hears(leaf.types, event_type)
+            if leaf.place == place and type_accepted(leaf.types, event_type)
         ]
 
 
-def happened(event: Event, now: int) -> int:
+def event_time_us(event: Event, now: int) -> int:
     """When it happened: its own time, or its arrival if it has none, or one from the future."""
     if event.time is None or event.time.tzinfo is None:
         return now
     return min(to_us(event.time), now)
 
 
-def joined(pattern: Pattern) -> Joined:
+def compile_pattern(pattern: Pattern) -> Joined:
     """Compiles a pattern."""
     nodes: list[Node] = []
     leaves: list[tuple[Node, int]] = []
@@ -314,17 +334,17 @@ def _node(pattern: Pattern, lateness: int) -> Node:
     labels = [each.label for each in pattern.parts]
     match pattern.kind:
         case "any_of":
-            return AnyOf(labels, lateness)
+            return AnyOfNode(labels, lateness)
         case "all_of":
-            return AllOf(labels, lateness, pattern.within)
+            return AllOfNode(labels, lateness, pattern.within)
         case "count":
-            return Count(labels, lateness, pattern.within, pattern.n)
+            return CountNode(labels, lateness, pattern.within, pattern.n)
         case "sequence":
-            return Wait([*labels, "", ""][:4], lateness, pattern.within, absent=False)
+            return TimedNode([*labels, "", ""][:4], lateness, pattern.within, absent=False)
         case _ if pattern.at:
-            return Daily(labels, lateness, _daily(pattern.at, pattern.tz))
+            return DailyNode(labels, lateness, _daily(pattern.at, pattern.tz))
         case _:
-            return Wait(
+            return TimedNode(
                 [labels[0], "", labels[-1], labels[-1]], lateness, pattern.within, absent=True
             )
 

@@ -14,19 +14,26 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
-from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, caught
+from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call_catching
 from eventflow.core.hashing import digest, digest_text
 from eventflow.events.event import MAX_DEPTH, Event, Undecodable
 from eventflow.logs.redaction import SECRETS
-from eventflow.routing.pattern_runner import Weaver
-from eventflow.routing.patterns import happened
-from eventflow.routing.subscriptions import EMIT, RUN, FlowLike, Joins, Outlet, Subscription
-from eventflow.runs.run import Ids, Run, State, show_id
+from eventflow.routing.pattern_runner import PatternRunner
+from eventflow.routing.patterns import event_time_us
+from eventflow.routing.subscriptions import (
+    EMITTED,
+    RUN_EVENT_PREFIX,
+    FlowLike,
+    Joins,
+    SinkSubscription,
+    Subscription,
+)
+from eventflow.runs.run import Ids, Run, State, format_id
 from eventflow.serialization.tagged_json import encode_plain
 from eventflow.store.protocol import Arrival, Fact, Gather, Woven
 from eventflow.store.run_events import Ended, Overdue
 
-SHOWN_RESULT = 64 * 1024
+MAX_RESULT_BYTES = 64 * 1024
 """Bytes of a run's JSON result that such an event carries."""
 
 
@@ -38,31 +45,35 @@ class Router:
         subscriptions: Iterable[Subscription],
         ids: Ids,
         clock: Clock,
-        outlets: Iterable[Outlet] = (),
+        outlets: Iterable[SinkSubscription] = (),
     ) -> None:
         self.ids, self._clock = ids, clock
-        self.outlets = tuple(outlets)
-        self.dead_outlets = tuple(outlet.name for outlet in self.outlets if outlet.dead)
+        self.sink_subscriptions = tuple(outlets)
+        self.dead_letter_sinks = tuple(
+            outlet.name for outlet in self.sink_subscriptions if outlet.is_for_dead_letters
+        )
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
-        self._weaver = Weaver(self.subscriptions, ids, self._silence)
+        self._weaver = PatternRunner(self.subscriptions, ids, self._silence)
         for subscription in self.subscriptions:
             _ = (
                 subscription.flow.binder
             )  # a signature that no event can fill is a mistake now, not a dead letter later
             for place in (
                 (subscription.trigger,)
-                if subscription.joined is None
-                else subscription.joined.places
+                if subscription.pattern is None
+                else subscription.pattern.places
             ):
                 self._by_trigger.setdefault(place, []).append(subscription)
-        listeners = (*self._by_trigger.get(EMIT, ()), *self.outlets)
+        listeners = (*self._by_trigger.get(EMITTED, ()), *self.sink_subscriptions)
         ends = (state for state in State if state >= State.HELD)
         self.heard = frozenset(
-            state for state in ends if any(each.hears(f"{RUN}{state.word}") for each in listeners)
+            state
+            for state in ends
+            if any(each.accepts(f"{RUN_EVENT_PREFIX}{state.word}") for each in listeners)
         )
 
-    def arrive(
+    def route(
         self,
         trigger: str,
         item: Event | Undecodable,
@@ -70,10 +81,10 @@ class Router:
         *,
         ledger_id: int | None = None,
         only: str | None = None,
-        own: bool = False,
+        same_trigger_only: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        """What becomes of one item of a trigger. `paused`: its runs are recorded, and held.
+        """What becomes of one item of a trigger. `paused`: its runs are recorded in state PAUSED.
 
         For a replay: `ledger_id` is the event's in the ledger; `only` names the one subscription or flow it is for, of any
         trigger unless that must be its `own`.
@@ -82,7 +93,7 @@ class Router:
             return self._bury(trigger, item, item.body, item.error, headers=item.headers or headers)
         subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
         if only is not None:
-            asked = subscriptions if own else self.subscriptions
+            asked = subscriptions if same_trigger_only else self.subscriptions
             subscriptions = [each for each in asked if only in (each.name, each.flow.name)]
         return self._match(
             trigger,
@@ -94,7 +105,7 @@ class Router:
             headers=headers,
         )
 
-    def emit(self, event: Event, depth: int | None = None) -> Arrival:
+    def route_emitted(self, event: Event, depth: int | None = None) -> Arrival:
         """An event that a run emitted, `depth` hops (default: its own) from outside. NotStorable: its data is no JSON."""
         hops = event.depth if depth is None else depth
         if not isinstance(event.data, bytes):
@@ -104,8 +115,8 @@ class Router:
                     f"data of emitted event {event.type!r}", "value that JSON cannot say exactly"
                 )
         if hops > MAX_DEPTH:
-            return self._bury(EMIT, event, event.to_json(), str(DepthExceeded(event.type, hops)))
-        return self._match(EMIT, event, self._by_trigger.get(EMIT, ()), depth=hops)
+            return self._bury(EMITTED, event, event.to_json(), str(DepthExceeded(event.type, hops)))
+        return self._match(EMITTED, event, self._by_trigger.get(EMITTED, ()), depth=hops)
 
     # ----------------------------------------------------------------- ended and late runs (store.base.Herald), writer thread
 
@@ -114,14 +125,14 @@ class Router:
 
     def ended(self, run: Ended) -> Arrival | None:
         """The event that a run ended (or is held), if somebody wants it."""
-        return self._tell(ended_event(run))
+        return self._tell(run_ended_event(run))
 
     def late(self, run: Overdue) -> Arrival | None:
         """The event that a run is late, if somebody wants it."""
-        return self._tell(late_event(run))
+        return self._tell(late_run_event(run))
 
     def _tell(self, event: Event) -> Arrival | None:
-        arrival = self.emit(event)
+        arrival = self.route_emitted(event)
         return arrival if arrival.runs or arrival.dead or arrival.outbox or arrival.facts else None
 
     # ----------------------------------------------------------------- patterns (store.base.Herald), writer thread
@@ -149,11 +160,11 @@ class Router:
         delivery = _Delivery(self, event, self._clock.now(), None, 0)
         delivery.start(
             subscription.name, subscription.flow, subscription.priority, subscription.lane, None, State.PENDING,
-            subscription.gather,
+            subscription.batch_policy,
         )  # fmt: skip
-        return delivery.arrival(EMIT, event.to_json(), None)
+        return delivery.arrival(EMITTED, event.to_json(), None)
 
-    def arrive_flow(
+    def route_to_flow(
         self,
         flow: FlowLike,
         event: Event,
@@ -194,15 +205,15 @@ class Router:
                 trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}"
             )
         delivery = _Delivery(self, event, self._clock.now(), ledger_id, depth)
-        state = State.HELD if paused else State.PENDING
+        state = State.PAUSED if paused else State.PENDING
         for subscription in subscriptions:
-            if subscription.joined is not None:
-                delivery.weave(subscription.name, subscription.joined, trigger, paused)
-            elif subscription.hears(event.type):
+            if subscription.pattern is not None:
+                delivery.weave(subscription.name, subscription.pattern, trigger, paused)
+            elif subscription.accepts(event.type):
                 delivery.deliver(subscription, state)
-        if self.outlets and trigger == EMIT:
-            for outlet in self.outlets:
-                if outlet.hears(event.type) and only in (None, outlet.name):
+        if self.sink_subscriptions and trigger == EMITTED:
+            for outlet in self.sink_subscriptions:
+                if outlet.accepts(event.type) and only in (None, outlet.name):
                     delivery.post(outlet)
         return delivery.arrival(trigger, body, headers)
 
@@ -231,19 +242,19 @@ class Router:
             received_at=now,
             tally={"dead": 1},
             dead=(("", reason),),
-            outbox=[(outlet, "") for outlet in self.dead_outlets],
+            outbox=[(outlet, "") for outlet in self.dead_letter_sinks],
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
 
 
-def ended_event(run: Ended) -> Event:
+def run_ended_event(run: Ended) -> Event:
     """What an event tells of an ended run. Its id has the claim's number: a run that is retried ends again."""
-    shown, since, state = show_id(run.run), run.started_at or run.at, run.state.word
+    shown, since, state = format_id(run.run), run.started_at or run.at, run.state.word
     data: dict[str, Any] = {
         "run": shown, "flow": run.flow, "state": state, "attempts": run.token,
         "seconds": (run.at - since) / SECOND, "reason": run.reason, "result": None, "error": None,
     }  # fmt: skip
-    if run.result is not None and run.codec == "json" and len(run.result) <= SHOWN_RESULT:
+    if run.result is not None and run.codec == "json" and len(run.result) <= MAX_RESULT_BYTES:
         data["result"] = orjson.loads(run.result)
     if run.error is not None:
         error = orjson.loads(run.error)
@@ -252,21 +263,21 @@ def ended_event(run: Ended) -> Event:
             "message": SECRETS.text(str(error.get("message"))),
         }
     return Event(
-        id=f"{shown}/{state}/{run.token}", source=f"/flows/{run.flow}", type=f"{RUN}{state}", subject=shown, data=data,
+        id=f"{shown}/{state}/{run.token}", source=f"/flows/{run.flow}", type=f"{RUN_EVENT_PREFIX}{state}", subject=shown, data=data,
         time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
     )  # fmt: skip
 
 
-def late_event(run: Overdue) -> Event:
+def late_run_event(run: Overdue) -> Event:
     """What an event tells of a late run; it happened when the run became late. Its id is the run and the time it was given."""
-    shown, since, after = show_id(run.run), run.started_at or run.at, in_seconds(run.after)
+    shown, since, after = format_id(run.run), run.started_at or run.at, in_seconds(run.after)
     data: dict[str, Any] = {
         "run": shown, "flow": run.flow, "state": "late", "attempts": run.token, "seconds": max(run.at - since, 0) / SECOND,
         "reason": run.reason, "result": None, "error": None, "after": after, "due": to_datetime(run.due_at).isoformat(),
         "run_state": run.state.word,
     }  # fmt: skip
     return Event(
-        id=f"{shown}/late/{after}", source=f"/flows/{run.flow}", type=f"{RUN}late", subject=shown, data=data,
+        id=f"{shown}/late/{after}", source=f"/flows/{run.flow}", type=f"{RUN_EVENT_PREFIX}late", subject=shown, data=data,
         time=to_datetime(run.due_at + run.after), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
     )  # fmt: skip
 
@@ -310,7 +321,7 @@ class _Delivery:
         self._runs: list[Run] = []
         self._dead: list[tuple[str, str]] = []
         self._outbox: list[tuple[str, str | None]] = []
-        self._dead_outlets = router.dead_outlets
+        self._dead_outlets = router.dead_letter_sinks
         self._gathers: dict[int, Gather] = {}
         self._facts: list[Fact] = []
         self._tally: dict[str, int] = {}
@@ -321,13 +332,13 @@ class _Delivery:
         unwanted, broken = (
             (None, None)
             if subscription.filter is None
-            else caught(subscription.filter.failed, event)
+            else call_catching(subscription.filter.mismatch, event)
         )
         if unwanted is not None:
             self._note(subscription.name, "filtered", unwanted, "suppressed")
             return
         if broken is None:
-            made, broken = caught(_arguments, subscription, event)
+            made, broken = call_catching(_arguments, subscription, event)
             if made is not None:
                 lane, params = made
                 self.start(
@@ -337,7 +348,7 @@ class _Delivery:
                     lane,
                     params,
                     state,
-                    subscription.gather,
+                    subscription.batch_policy,
                 )
                 return
         self._invalid(subscription.name, broken)
@@ -359,14 +370,14 @@ class _Delivery:
         for number in joined.hearing(place, event.type):
             leaf = joined.leaves[number]
             unwanted, broken = (
-                (None, None) if leaf.filter is None else caught(leaf.filter.failed, event)
+                (None, None) if leaf.filter is None else call_catching(leaf.filter.mismatch, event)
             )
             if broken is None and unwanted is not None:
                 continue
             key, broken = (
                 (None, broken)
                 if leaf.key is None or broken is not None
-                else caught(_join_key, leaf.key, event)
+                else call_catching(_join_key, leaf.key, event)
             )
             if broken is not None:
                 self._invalid(name, broken)
@@ -374,17 +385,26 @@ class _Delivery:
                 self._note(name, "filtered", "it has no key to be joined by", "suppressed")
             else:
                 self._facts.append(
-                    Fact(name, key or "", number, happened(event, self._now), paused, self._depth)
+                    Fact(
+                        name,
+                        key or "",
+                        number,
+                        event_time_us(event, self._now),
+                        paused,
+                        self._depth,
+                    )
                 )
                 self._note(name, "waits", leaf.label, "pending")
             return
         if unwanted is not None:
             self._note(name, "filtered", unwanted, "suppressed")
 
-    def post(self, outlet: Outlet) -> None:
+    def post(self, outlet: SinkSubscription) -> None:
         """Puts the event into the outbox, unless the outlet's filter does not want it. No delivery of P9: nothing runs."""
         unwanted, broken = (
-            (None, None) if outlet.filter is None else caught(outlet.filter.failed, self._event)
+            (None, None)
+            if outlet.filter is None
+            else call_catching(outlet.filter.mismatch, self._event)
         )
         if broken is not None:
             self._note(outlet.name, "invalid", f"{type(broken).__name__}: {broken}", "dead")
@@ -399,7 +419,7 @@ class _Delivery:
         self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State,
         gather: Gather | None = None,
     ) -> None:  # fmt: skip
-        """A run, due now or when its window closes, or held."""
+        """A run, due now or when its window closes, or paused."""
         run = Run(
             id=self._ids.next(self._now),
             flow=flow.name,
@@ -419,7 +439,7 @@ class _Delivery:
             if gather.size > 1:
                 run.due_at += gather.wait
         self._runs.append(run)
-        self._note(name, "held" if state is State.HELD else "run", run.id, "pending")
+        self._note(name, "paused" if state is State.PAUSED else "run", run.id, "pending")
 
     def _note(self, name: str, fate: str, detail: str | int, column: str) -> None:
         self._verdicts.append((name, fate, detail))
@@ -461,7 +481,7 @@ def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, by
     if lane is not None and not isinstance(cast(object, lane), str):
         raise TypeError(f"key= returned {type(lane).__name__}, expected a str or None")
     binder = subscription.flow.binder
-    if subscription.gather is not None:
+    if subscription.batch_policy is not None:
         binder.bind_events((event,))
         return lane, None
     if subscription.params is None:

@@ -10,16 +10,16 @@ import msgspec
 import orjson
 
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Event, EventSink, Late
+from eventflow.events.event import Event, EventSink, LateSpec
 from eventflow.routing.binding import Binder
 from eventflow.routing.delivery import Delivery, Each
 from eventflow.routing.filters import Filter, Where, compile_filter, wildcard
 from eventflow.routing.pattern_machine import Machine
 from eventflow.store.protocol import Gather
 
-EMIT = "events"
+EMITTED = "events"
 """The trigger of events that flows emit."""
-RUN = "eventflow.run."
+RUN_EVENT_PREFIX = "eventflow.run."
 """Begins the types of events that tell of runs: `completed`, `failed`, `cancelled`, `dead`, `held` and `late` may follow it."""
 
 Key: TypeAlias = "str | Callable[[Event], str | None] | None"
@@ -79,38 +79,40 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     on_failure: str = "continue"
     types: tuple[str, ...] = ()
-    gather: Gather | None = None
+    batch_policy: Gather | None = None
     lane: str | None = None
-    joined: Joins | None = None
-    late: tuple[Late, ...] = ()
+    pattern: Joins | None = None
+    late: tuple[LateSpec, ...] = ()
 
-    def hears(self, event_type: str, place: str = EMIT) -> bool:
+    def accepts(self, event_type: str, trigger: str = EMITTED) -> bool:
         """Whether events of this type (of this trigger, for a pattern) are deliveries to it, and get a verdict."""
         return (
-            hears(self.types, event_type)
-            if self.joined is None
-            else bool(self.joined.hearing(place, event_type))
+            type_accepted(self.types, event_type)
+            if self.pattern is None
+            else bool(self.pattern.hearing(trigger, event_type))
         )
 
 
-class Outlet(msgspec.Struct, frozen=True, kw_only=True):
+class SinkSubscription(msgspec.Struct, frozen=True, kw_only=True):
     """Emitted events of these types, or (`dead`) everything that becomes a dead letter, for a sink. Made by `outlet`."""
 
     name: str
     sink: EventSink
     types: tuple[str, ...] = ()
     filter: Filter | None = None
-    dead: bool = False
+    is_for_dead_letters: bool = False
 
-    def hears(self, event_type: str) -> bool:
-        return not self.dead and hears(self.types, event_type)
+    def accepts(self, event_type: str) -> bool:
+        return not self.is_for_dead_letters and type_accepted(self.types, event_type)
 
 
-def hears(types: tuple[str, ...], event_type: str) -> bool:
+def type_accepted(types: tuple[str, ...], event_type: str) -> bool:
     if event_type.startswith(
-        RUN
+        RUN_EVENT_PREFIX
     ):  # only by name: whoever asks for `*` does not mean what eventflow tells of runs
-        types = tuple(wanted for wanted in types if wanted.startswith(RUN)) or (RUN,)
+        types = tuple(wanted for wanted in types if wanted.startswith(RUN_EVENT_PREFIX)) or (
+            RUN_EVENT_PREFIX,
+        )
     return not types or any(
         event_type == wanted or _type_matches(wanted, event_type) for wanted in types
     )
@@ -129,7 +131,7 @@ def subscribe(
     deliver: Delivery | None = None,
     name: str | None = None,
     taken: Collection[str] = (),
-    late: Late | None = None,
+    late: LateSpec | None = None,
 ) -> Subscription:
     """A subscription, checked: UsageError says what is wrong with `where`, `key`, `on_failure` or `deliver`.
 
@@ -141,7 +143,7 @@ def subscribe(
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
     mode = _mode(deliver)
-    if params is not None and mode.gather() is not None:
+    if params is not None and mode.batch_policy() is not None:
         raise UsageError(
             f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]"
         )
@@ -156,37 +158,43 @@ def subscribe(
         priority=flow.priority if priority is None else priority,
         on_failure=on_failure,
         types=kinds,
-        gather=mode.gather(),
+        batch_policy=mode.batch_policy(),
         lane=unique if mode.one_at_a_time else None,
         late=() if late is None else (late,),
     )
 
 
-def join(
-    joined: Joins, flow: FlowLike, *, priority: int | None = None, deliver: Delivery | None = None, name: str | None = None,
-    taken: Collection[str] = (), late: Iterable[Late] = (),
+def subscribe_pattern(
+    pattern: Joins, flow: FlowLike, *, priority: int | None = None, deliver: Delivery | None = None, name: str | None = None,
+    taken: Collection[str] = (), late: Iterable[LateSpec] = (),
 ) -> Subscription:  # fmt: skip
     """A pattern's subscription. Its name is `PATTERN/FLOW`, or what is given."""
     mode = _mode(deliver)
-    unique = _unique(name or f"{joined.label}/{flow.name}", taken)
+    unique = _unique(name or f"{pattern.label}/{flow.name}", taken)
     level = flow.priority if priority is None else priority
     return Subscription(
-        name=unique, trigger="", flow=flow, priority=level, joined=joined, gather=mode.gather(),
+        name=unique, trigger="", flow=flow, priority=level, pattern=pattern, batch_policy=mode.batch_policy(),
         lane=unique if mode.one_at_a_time else None, late=tuple(late),
     )  # fmt: skip
 
 
-def outlet(
-    sink: EventSink, *, types: Iterable[str] = (), where: Where = None, dead: bool = False, name: str | None = None,
+def subscribe_sink(
+    sink: EventSink, *, types: Iterable[str] = (), where: Where = None, dead_letters: bool = False, name: str | None = None,
     taken: Collection[str] = (),
-) -> Outlet:  # fmt: skip
+) -> SinkSubscription:  # fmt: skip
     """An outlet, checked. Its name is `events/SINK` or `dead/SINK`, with `#2`, `#3` … when that is among the `taken`."""
     if not isinstance(sink, EventSink):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"expected a sink (with a name, send() and close()), found {sink!r}")
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
-    unique = _unique(name or f"{'dead' if dead else EMIT}/{sink.name}", taken)
-    return Outlet(name=unique, sink=sink, types=kinds, filter=compile_filter(where), dead=dead)
+    unique = _unique(name or f"{'dead' if dead_letters else EMITTED}/{sink.name}", taken)
+    return SinkSubscription(
+        name=unique,
+        sink=sink,
+        types=kinds,
+        filter=compile_filter(where),
+        is_for_dead_letters=dead_letters,
+    )
 
 
 def _mode(deliver: Delivery | None) -> Delivery:
@@ -247,7 +255,7 @@ def _key_text(value: Any) -> str | None:
     )
 
 
-def both(pattern: Mapping[str, Any], where: Where) -> Where:
+def combine_filters(pattern: Mapping[str, Any], where: Where) -> Where:
     """A filter that wants what both want."""
     if where is None:
         return pattern
@@ -259,4 +267,4 @@ def both(pattern: Mapping[str, Any], where: Where) -> Where:
         return {**pattern, **where}
     compiled, wanted = compile_filter(pattern), where
     assert compiled is not None
-    return lambda event: compiled.failed(event) is None and wanted(event)
+    return lambda event: compiled.mismatch(event) is None and wanted(event)

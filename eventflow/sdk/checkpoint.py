@@ -123,7 +123,9 @@ def enter_checkpoints(place: CheckpointStore, further: Callable[[], None] | None
         _further.set(further)
 
 
-def checkpoint(name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BYTES) -> "Checkpoint":
+def checkpoint(
+    name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BYTES
+) -> "Checkpoint":
     """What this call of a task keeps between its attempts. For the body of a `@task`, `async def` or plain.
 
         kept = checkpoint()
@@ -144,7 +146,7 @@ def checkpoint(name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BY
         )
     if keep < 1 or max_bytes < 1:
         raise UsageError(
-            f"checkpoint(keep=, largest=) expected at least 1, found {keep} and {max_bytes}"
+            f"checkpoint(keep=, max_bytes=) expected at least 1, found {keep} and {max_bytes}"
         )
     place, context = _place.get(), task_context()
     if place is None or context is None or not context.run_id:
@@ -305,10 +307,13 @@ class Checkpoint:
         if size > self._largest:
             shown = f"{size / 2**20:.1f} MiB, expected at most {self._largest / 2**20:.1f}"
             raise CheckpointFailed(
-                f"the state is {shown}; keep less of it, or raise checkpoint(largest=)"
+                f"the state is {shown}; keep less of it, or raise checkpoint(max_bytes=)"
             )
         disk = os.statvfs(self._folder)
-        free, floor = disk.f_bavail * disk.f_frsize, min(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50)
+        free, floor = (
+            disk.f_bavail * disk.f_frsize,
+            min(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50),
+        )
         if free < size + floor:
             shown = f"{free >> 20} MiB free in {self._folder}, expected {(size + floor) / 2**20:.1f} MiB"
             raise CheckpointFailed(f"{shown}; free some space, the checkpoint before stands")

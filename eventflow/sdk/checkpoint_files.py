@@ -27,15 +27,15 @@ import orjson
 from eventflow.core.errors import NotStorable, UsageError
 from eventflow.serialization.tagged_json import decode_tagged, encode_plain, type_name
 
-Room = Callable[[int], None]
+SizeCheck = Callable[[int], None]
 """Asked with the bytes to come, before any is written; raises when they are too many."""
 
-WHERE = "checkpoint: state"
+STATE_PATH = "checkpoint: state"
 
 _type_of: Callable[[Any], Callable[[Any], Any]] = type  # typed, where `type(value)` is not
 
 
-class Head(msgspec.Struct):
+class Manifest(msgspec.Struct):
     """What a checkpoint says of itself. `leaves`: by their number among all that is no container, what stands there."""
 
     form: str
@@ -50,28 +50,28 @@ class Head(msgspec.Struct):
 # --------------------------------------------------------------------------- states
 
 
-def encode(state: Any, folder: Path, room: Room) -> Head:
+def encode(state: Any, folder: Path, room: SizeCheck) -> Manifest:
     """Writes a state into an empty folder. NotStorable names the path to what cannot be kept."""
     if type(state) is bytes:
         room(len(state))
         (folder / "state").write_bytes(state)
-        return Head("bytes")
+        return Manifest("bytes")
     split = _Split()
     try:
-        tree = split.take(state, WHERE)
+        tree = split.take(state, STATE_PATH)
     except RecursionError:
-        raise NotStorable(WHERE, f"{type_name(state)} nested too deep") from None
-    form, data = encode_plain(tree, WHERE)
+        raise NotStorable(STATE_PATH, f"{type_name(state)} nested too deep") from None
+    form, data = encode_plain(tree, STATE_PATH)
     room(len(data) + split.size)
     (folder / "state").write_bytes(data)
     if split.arrays:
         importlib.import_module("numpy").savez(folder / "arrays.npz", *split.arrays)
     if split.tensors:
         importlib.import_module("torch").save(split.tensors, folder / "tensors.pt")
-    return Head(form, leaves=split.leaves)
+    return Manifest(form, leaves=split.leaves)
 
 
-def decode(folder: Path, head: Head) -> Any:
+def decode(folder: Path, head: Manifest) -> Any:
     """The state of `encode`, or the Path that `encode_path` copied to."""
     if head.form == "path":
         return folder / "files" / head.name
@@ -177,7 +177,7 @@ def _library(name: str) -> Any:
 # --------------------------------------------------------------------------- files and folders
 
 
-def encode_path(path: Path, folder: Path, room: Room) -> Head:
+def encode_path(path: Path, folder: Path, room: SizeCheck) -> Manifest:
     """Copies a file, or a folder with all in it, links followed."""
     name = path.resolve().name
     if not name or not (path.is_dir() or path.is_file()):
@@ -191,13 +191,13 @@ def encode_path(path: Path, folder: Path, room: Room) -> Head:
         shutil.copytree(path, target, copy_function=shutil.copyfile)
     else:
         shutil.copyfile(path, target)
-    return Head("path", name=name)
+    return Manifest("path", name=name)
 
 
 # --------------------------------------------------------------------------- sums
 
 
-def seal(folder: Path, head: Head) -> None:
+def seal(folder: Path, head: Manifest) -> None:
     """Makes the folder durable and writes its head."""
     head.files = {}
     for where, _, names in os.walk(folder):
@@ -212,9 +212,9 @@ def seal(folder: Path, head: Head) -> None:
         sync(Path(where))
 
 
-def unsealed(folder: Path) -> Head:
+def unsealed(folder: Path) -> Manifest:
     """The head of a checkpoint whose files are those that were saved; ValueError or OSError says what is wrong."""
-    head = msgspec.convert(json.loads((folder / "head").read_text()), Head, strict=False)
+    head = msgspec.convert(json.loads((folder / "head").read_text()), Manifest, strict=False)
     for name, (size, digest) in head.files.items():
         path = folder / name
         if path.stat().st_size != size or _sum(path) != digest:

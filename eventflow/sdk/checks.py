@@ -29,18 +29,18 @@ from eventflow.sdk.columns import (
     column,
     columns_of,
     count_of,
+    hashable,
     is_null,
-    key_of,
+    json_or_text,
     not_finite,
     profile,
     psi,
-    shown,
 )
 from eventflow.sdk.task import task_context
 
 __all__ = [
     "CheckFailed",
-    "Collected",
+    "CheckResults",
     "Profile",
     "Result",
     "better",
@@ -57,7 +57,7 @@ __all__ = [
     "within",
 ]
 
-FIRST = 5
+MAX_NAMED_ROWS = 5
 """Offending rows that a result names; it counts all of them."""
 
 log = get_logger("eventflow.checks")
@@ -162,7 +162,7 @@ def unique(data: Data, *names: str) -> Result:
     seen: set[Any] = set()
     bad: list[tuple[int, Any]] = []
     for place, values in enumerate(zip(*(column(data, name) for name in names), strict=True)):
-        key = tuple(map(key_of, values))
+        key = tuple(map(hashable, values))
         if key in seen:
             bad.append((place, values[0] if len(names) == 1 else list(values)))
         seen.add(key)
@@ -181,7 +181,7 @@ def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float 
     )
 
     def bad(values: Iterable[Any]) -> Iterable[bool]:
-        return (not is_null(value) and key_of(value) not in known for value in values)
+        return (not is_null(value) and hashable(value) not in known for value in values)
 
     return _each(data, (name,), "categories", expected, bad, outside)
 
@@ -286,7 +286,7 @@ def better(
 # --------------------------------------------------------------------------- several at once
 
 
-class Collected(list[Result]):
+class CheckResults(list[Result]):
     """The results of a `collect()` block, in order."""
 
     @property
@@ -294,18 +294,18 @@ class Collected(list[Result]):
         return [each for each in self if not each.passed]
 
 
-_collected: ContextVar[Collected | None] = ContextVar("eventflow_checks", default=None)
+_collected: ContextVar[CheckResults | None] = ContextVar("eventflow_checks", default=None)
 _telling: ContextVar[bool] = ContextVar("eventflow_checks_telling", default=False)
 
 
 @contextmanager
-def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[Collected]:
+def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[CheckResults]:
     """Checks inside do not raise; at the end of the block all that failed are raised together as one CheckFailed.
 
     `raises=False` leaves it at the results (and to you: `results.failed`); the events of failures are then published with the
     task's success. `emit_passed` makes an event `check.passed` of each that holds.
     """
-    results = Collected()
+    results = CheckResults()
     marks = _collected.set(results), _telling.set(emit_passed)
     try:
         yield results
@@ -370,7 +370,7 @@ def _rows(
     total: int | None,
     found: str,
 ) -> Result:
-    first = [[place, shown(value)] for place, value in bad[:FIRST]]
+    first = [[place, json_or_text(value)] for place, value in bad[:MAX_NAMED_ROWS]]
     of = f" in {len(bad)} of {total} rows" if bad and total is not None else ""
     return _result(
         check,
@@ -400,7 +400,7 @@ def _each(
         values = column(data, name)
         found = [(place, values[place]) for place, wrong in enumerate(bad(values)) if wrong]
         if len(found) > allowed * total:
-            kinds = Counter(repr(shown(value)) for _, value in found)
+            kinds = Counter(repr(json_or_text(value)) for _, value in found)
             text = ", ".join(kind for kind, _ in kinds.most_common(3))
             return _settle(_rows(check, name, expected, found, total, text))
     return _settle(

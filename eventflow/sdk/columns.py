@@ -20,9 +20,9 @@ from eventflow.serialization.tagged_json import type_name
 Data: TypeAlias = Any
 """Rows, columns or a frame; what else it is, is refused with UsageError."""
 
-RARE = 1e-4
+EMPTY_BIN_SHARE = 1e-4
 """The share that an empty bin counts as: PSI has no value for zero."""
-MANY = 100
+MAX_CATEGORIES = 100
 """Categories that a profile tells apart; the rarer ones are one bin."""
 
 _NULLS = frozenset({"NAType", "NaTType"})  # pandas' words for null; comparing them tells nothing
@@ -39,7 +39,7 @@ def is_null(value: Any) -> bool:
     )
 
 
-def key_of(value: Any) -> Any:
+def hashable(value: Any) -> Any:
     """What tells a value from others in a set; of a list or dict, its text."""
     try:
         hash(value)
@@ -107,10 +107,10 @@ def _as_list(values: Any) -> Sequence[Any]:
     return list(values)
 
 
-def shown(value: Any) -> Any:
+def json_or_text(value: Any) -> Any:
     """A value as JSON, or as text, to name it in a result."""
     if isinstance(value, list):
-        return [shown(each) for each in cast(list[Any], value)]
+        return [json_or_text(each) for each in cast(list[Any], value)]
     if value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 1 << 53):
         return value
     if type(value) is float and math.isfinite(value):
@@ -169,7 +169,7 @@ class Profile(msgspec.Struct, frozen=True):
             if is_null(value):
                 counts[size - 1] += 1
             elif self.edges is None:
-                counts[places.get(key_of(value), size - 2)] += 1
+                counts[places.get(hashable(value), size - 2)] += 1
             else:
                 counts[
                     bisect_right(self.edges, value) if isinstance(value, Real) else size - 2
@@ -189,7 +189,7 @@ def profile(values: Iterable[Any], bins: int = 10) -> Profile:
         edges = sorted({float(known[len(known) * step // bins]) for step in range(1, bins)})
         blank = Profile([0.0] * (len(edges) + 3), edges=edges)
     else:
-        common = [value for value, _ in Counter(map(key_of, known)).most_common(MANY)]
+        common = [value for value, _ in Counter(map(hashable, known)).most_common(MAX_CATEGORIES)]
         blank = Profile([0.0] * (len(common) + 2), values=common)
     return msgspec.structs.replace(blank, shares=blank.shares_of(listed))
 
@@ -202,5 +202,8 @@ def psi(reference: Profile, shares: Sequence[float]) -> float:
     """The population stability index: Σ (p - q) · ln(p / q) over the bins. No rows at all are as far as can be."""
     if not any(shares):
         return math.inf
-    pairs = [(max(p, RARE), max(q, RARE)) for p, q in zip(shares, reference.shares, strict=True)]
+    pairs = [
+        (max(p, EMPTY_BIN_SHARE), max(q, EMPTY_BIN_SHARE))
+        for p, q in zip(shares, reference.shares, strict=True)
+    ]
     return sum((p - q) * math.log(p / q) for p, q in pairs)

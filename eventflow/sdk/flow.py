@@ -161,7 +161,8 @@ class Flow(Generic[P, T]):
         if loop is None:
             return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
         return cast(
-            "Coroutine[Any, Any, T]", cast(FlowCallPerformer, loop.host).perform_flow(self, args, kwargs)
+            "Coroutine[Any, Any, T]",
+            cast(FlowCallPerformer, loop.host).perform_flow(self, args, kwargs),
         )
 
 

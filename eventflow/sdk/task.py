@@ -199,7 +199,11 @@ class Task(Generic[P, R]):
             return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
         key = self.options.key(*args, **kwargs) if self.options.key else None
         call = TaskCall(
-            self, loop.current_scope().call_key(self.name, key), args, kwargs, self._fingerprint(args, kwargs)
+            self,
+            loop.current_scope().call_key(self.name, key),
+            args,
+            kwargs,
+            self._fingerprint(args, kwargs),
         )
         return cast("Coroutine[Any, Any, R]", cast(CallPerformer, loop.host).perform(call))
 
@@ -222,8 +226,12 @@ class Task(Generic[P, R]):
         loop = flow_loop(self.name)
         if loop is None:
             return self._plain_map(items, limit, return_exceptions)
-        calls = self._calls(loop.current_scope().child_path(f"{self.name}.map"), items, key or self.options.key)
-        return cast(CallPerformer, loop.host).perform_all(self.name, calls, limit, return_exceptions)
+        calls = self._calls(
+            loop.current_scope().child_path(f"{self.name}.map"), items, key or self.options.key
+        )
+        return cast(CallPerformer, loop.host).perform_all(
+            self.name, calls, limit, return_exceptions
+        )
 
     def _calls(
         self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None

@@ -10,10 +10,10 @@ import pytest
 
 from eventflow import App, Batch, Debounce, Each, Event, Singleflight, absent, count, flow, sequence
 from eventflow.core.clock import to_datetime, to_us
-from eventflow.dry_run.replay import Question, foresee
-from eventflow.dry_run.simulator import REASONS, Rehearsal
-from eventflow.events.event import Foreseeing, Trigger, Undecodable, parse_time
-from eventflow.runs.run import show_id
+from eventflow.dry_run.replay import DryRunQuery, dry_run
+from eventflow.dry_run.simulator import MAX_REASONS, DryRunSimulator
+from eventflow.events.event import Simulatable, Trigger, Undecodable, parse_time
+from eventflow.runs.run import format_id
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from eventflow.web.api import make_asgi
 from tests.routing.test_patterns import PATTERNS
@@ -30,8 +30,8 @@ async def asked(app: App, by: App | None = None, **question: Any) -> dict[str, A
     """What would have started, by this app's code or another's, on the first one's ledger."""
     other = by or app
     until = question.pop("until", app.clock.now() + 1)
-    return await foresee(
-        app.store, other.subscriptions, other.triggers, Question(until=until, **question)
+    return await dry_run(
+        app.store, other.subscriptions, other.triggers, DryRunQuery(until=until, **question)
     )
 
 
@@ -45,7 +45,7 @@ async def made(app: App) -> list[tuple[str, str, list[str]]]:
             (
                 run["subscription"],
                 to_datetime(run["created_at"]).isoformat(),
-                [show_id(each) for each in events],
+                [format_id(each) for each in events],
             )
         )
     return sorted(found)
@@ -133,7 +133,7 @@ async def test_a_changed_pattern_tells_other_runs_and_starts_none() -> None:
         for user in ("ada", "bob", "ada", "bob", "eve"):
             await app.emit("login.failed", {"user": user}, id=f"{user}-{clock.now()}")
             await clock.advance(1)
-        ids = [show_id(row["id"]) for row in reversed(await app.store.events())]
+        ids = [format_id(row["id"]) for row in reversed(await app.store.events())]
         assert await made(app) == []
         told = await asked(app, changed)
         runs = [(run["mode"], run["key"], run["events"]) for run in told["runs"]]
@@ -192,15 +192,15 @@ async def test_what_starts_nothing_says_why() -> None:
             "reason"
         ]
         assert (
-            filtered["first"] == show_id((await app.store.event("a"))["id"])
+            filtered["first"] == format_id((await app.store.event("a"))["id"])
             and "total" in invalid["reason"]
         )
-        for number in range(2 * REASONS):
+        for number in range(2 * MAX_REASONS):
             await orders.send(data={"total": f"much {number}"}, id=f"m{number}")
         (tally,) = (await asked(app))["subscriptions"]
         assert (
-            len(tally["reasons"]) <= REASONS + 2
-            and sum(each["events"] for each in tally["reasons"]) == 3 + 2 * REASONS
+            len(tally["reasons"]) <= MAX_REASONS + 2
+            and sum(each["events"] for each in tally["reasons"]) == 3 + 2 * MAX_REASONS
         )
 
 
@@ -222,7 +222,7 @@ async def test_one_at_a_time_is_a_least() -> None:
 
 async def test_the_question_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A time, a type, a flow: only these events are read, in pages, and only for subscriptions on their own trigger."""
-    monkeypatch.setattr("eventflow.dry_run.replay.PAGE", 3)
+    monkeypatch.setattr("eventflow.dry_run.replay.PAGE_EVENTS", 3)
     monkeypatch.setattr("eventflow.store.queries.SLICE", 4)
     clock, app, left, right = (
         VirtualClock(),
@@ -302,7 +302,7 @@ async def test_memory_holds_what_is_open() -> None:
     """Of patterns that are through, windows that are over and runs beyond the limit nothing is kept."""
     app = App("many")
     app.on(count("a", 2, within=5, by="k"), act, deliver=Batch(2, within=1))
-    rehearsal = Rehearsal(app.subscriptions, limit=10)
+    rehearsal = DryRunSimulator(app.subscriptions, limit=10)
     for number in range(5000):
         for _ in range(2):
             rehearsal.hear(
@@ -319,4 +319,4 @@ async def test_memory_holds_what_is_open() -> None:
 def test_triggers_are_asked_by_protocol() -> None:
     """An ordinary trigger foresees nothing; its events are those on record."""
     triggers: Sequence[Trigger] = [MemoryTrigger("plain")]
-    assert not any(isinstance(each, Foreseeing) for each in triggers)
+    assert not any(isinstance(each, Simulatable) for each in triggers)

@@ -232,14 +232,14 @@ async def test_retention_forgets_a_run_with_all_its_events() -> None:
 
 
 async def test_a_paused_trigger_gathers_too() -> None:
-    """While paused, events join a run that is held; resumed, it begins with all of them."""
+    """While paused, events join a run that is paused; resumed, it begins with all of them."""
     bench = Bench(Singleflight())
     async with running(bench.app, clock=bench.clock):
-        bench.app.house.reactor.pause("orders", True)
+        bench.app.runtime.reactor.pause("orders", True)
         await bench.app.store.hold("orders", True)
         await bench.send(1, 2, 3)
         assert bench.groups == []
-        bench.app.house.reactor.pause("orders", False)
+        bench.app.runtime.reactor.pause("orders", False)
         await bench.app.store.hold("orders", False)
         await drain(bench.app)
     assert bench.groups == [[1, 2, 3]]
@@ -265,4 +265,4 @@ def test_mistakes_are_said_at_once() -> None:
         with pytest.raises(UsageError, match=said):
             make()
     app.on(trigger, handle, deliver=Each())
-    assert app.subscriptions[-1].gather is None
+    assert app.subscriptions[-1].batch_policy is None

@@ -25,8 +25,8 @@ from eventflow import (
     sleep,
 )
 from eventflow.core.clock import to_datetime
-from eventflow.routing.pattern_machine import Item
-from eventflow.routing.patterns import Pattern, joined
+from eventflow.routing.pattern_machine import PatternItem
+from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.audit import audit
@@ -238,7 +238,7 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
         PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k"
     )
     bench = Bench(pattern, tmp_path / "story.db")
-    plain = {key: Life(joined(pattern).machine) for key in "xy"}
+    plain = {key: Life(compile_pattern(pattern).machine) for key in "xy"}
     kinds = [leaf.label for leaf in pattern.leaves]
     sent: list[tuple[str, str, float]] = []
     for _ in range(3):
@@ -256,7 +256,9 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
                 await bench.send(app, ident, key=key, ago=ago)
                 now = bench.clock.now()
                 plain[key].receive(
-                    kinds.index(ident[0]), Item(now - ago * S, now, (len(sent) + 1,)), twice=False
+                    kinds.index(ident[0]),
+                    PatternItem(now - ago * S, now, (len(sent) + 1,)),
+                    twice=False,
                 )
                 sent.append((ident, key, ago))
             await drain(app, advance=False)
@@ -335,7 +337,7 @@ async def test_parts_are_triggers_run_states_and_filters() -> None:
 
 
 async def test_what_a_pause_holds_is_held() -> None:
-    """A match with an event that came while its trigger was paused is a held run, until it is resumed."""
+    """A match with an event that came while its trigger was paused is a paused run, until it is resumed."""
     app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
     given: list[int] = []
 
@@ -345,11 +347,11 @@ async def test_what_a_pause_holds_is_held() -> None:
 
     app.on(all_of(one, two, within=60), act)
     async with running(app):
-        app.house.reactor.pause("two", True)
+        app.runtime.reactor.pause("two", True)
         await app.store.hold("two", True)
         await one.send(data=1)
         await two.send(data=2)
-        assert given == [] and [run["state"] for run in await app.store.runs()] == ["held"]
+        assert given == [] and [run["state"] for run in await app.store.runs()] == ["paused"]
         await app.store.hold("two", False)
         await drain(app)
         assert given == [2]
@@ -401,7 +403,7 @@ async def test_a_replay_gives_the_event_again() -> None:
             row = await app.store.event(ident)
             event = Event.from_json(row["body"])
             await app.store.replay(
-                row["id"], app.house.router.arrive("events", event, ledger_id=row["id"])
+                row["id"], app.runtime.router.route("events", event, ledger_id=row["id"])
             )
 
         await replay("a1")

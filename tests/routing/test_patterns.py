@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from eventflow import Event, UsageError
 from eventflow.core.clock import to_datetime, to_us
-from eventflow.routing.pattern_machine import Item, Machine, State
+from eventflow.routing.pattern_machine import Machine, PatternItem, PatternState
 from eventflow.routing.patterns import (
     Pattern,
     absent,
     all_of,
     any_of,
+    compile_pattern,
     count,
-    happened,
-    joined,
+    event_time_us,
     part,
     sequence,
 )
@@ -41,7 +41,7 @@ class Given(NamedTuple):
 
     order: tuple[int, ...]
     role: int
-    item: Item
+    item: PatternItem
 
 
 class Told(NamedTuple):
@@ -54,7 +54,7 @@ class Told(NamedTuple):
 class Oracle:
     """Reads a pattern as its guide does, from a history as a whole."""
 
-    def __init__(self, arrivals: list[tuple[int, Item]]) -> None:
+    def __init__(self, arrivals: list[tuple[int, PatternItem]]) -> None:
         self._arrivals = arrivals
         self._leaf = self._node = -1
         self.lapsed: list[int] = []
@@ -200,7 +200,9 @@ def _match(order: tuple[int, ...], chosen: list[Given], time: int, at: int) -> G
     return Given(
         order,
         0,
-        Item(time, at, tuple(sorted(event for each in chosen for event in each.item.events))),
+        PatternItem(
+            time, at, tuple(sorted(event for each in chosen for event in each.item.events))
+        ),
     )
 
 
@@ -223,11 +225,11 @@ def histories(leaves: int, *, most: int) -> st.SearchStrategy[list[Sent]]:
     return st.lists(sent, max_size=most)
 
 
-def arrivals(history: list[Sent]) -> list[tuple[int, Item]]:
+def arrivals(history: list[Sent]) -> list[tuple[int, PatternItem]]:
     """In the order of arrival, numbered as the ledger would; one sent twice is one event."""
     ordered = sorted(history, key=lambda sent: sent.time + sent.late)
     return [
-        (sent.leaf, Item(sent.time * S, (sent.time + sent.late) * S, (n,)))
+        (sent.leaf, PatternItem(sent.time * S, (sent.time + sent.late) * S, (n,)))
         for n, sent in enumerate(ordered, 1)
     ]
 
@@ -237,12 +239,12 @@ class Life:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.state: State | None = None
-        self.matches: list[Item] = []
+        self.state: PatternState | None = None
+        self.matches: list[PatternItem] = []
         self.lapsed: list[int] = []
         self.known: set[int] = set()
 
-    def advance(self, now: int, leaf: int | None = None, item: Item | None = None) -> None:
+    def advance(self, now: int, leaf: int | None = None, item: PatternItem | None = None) -> None:
         state = self.machine.fresh(now) if self.state is None else self.state
         step = self.machine.advance(state, now, leaf, item)
         self.matches += step.matches
@@ -260,7 +262,7 @@ class Life:
     def open(self) -> list[int]:
         return [] if self.state is None else self.machine.events(self.state)
 
-    def receive(self, leaf: int, item: Item, twice: bool) -> None:
+    def receive(self, leaf: int, item: PatternItem, twice: bool) -> None:
         for _ in range(1 + twice):
             if not self.known.issuperset(item.events):  # as the ledger does
                 self.advance(item.at, leaf, item)
@@ -319,7 +321,7 @@ def test_what_matches_is_what_the_oracle_says(name: str) -> None:
         pattern = make(within, late)
         came = arrivals(history)
         twice = [sent.twice for sent in sorted(history, key=lambda sent: sent.time + sent.late)]
-        life = Life(joined(pattern).machine)
+        life = Life(compile_pattern(pattern).machine)
         for (leaf, item), again in zip(came, twice, strict=True):
             if data.draw(st.booleans(), "restart"):
                 life.restart()
@@ -348,14 +350,14 @@ def at(text: str) -> int:
 
 def told(pattern: Pattern, start: str, *came: str, until: str, asked: bool = True) -> list[str]:
     """The deadlines missed, when events came at these times; asked each hour, or only at the end."""
-    life = Life(joined(pattern).machine)
+    life = Life(compile_pattern(pattern).machine)
     now, end = at(start), at(until)
     life.advance(now)
     for n, moment in enumerate(sorted(map(at, came)), 1):
         while asked and now < moment - 3600 * S:
             now += 3600 * S
             life.advance(now)
-        life.receive(0, Item(moment, moment, (n,)), twice=False)
+        life.receive(0, PatternItem(moment, moment, (n,)), twice=False)
     while asked and (now := now + 3600 * S) < end:
         life.advance(now)
     life.restart()
@@ -392,18 +394,20 @@ def test_time_is_the_senders_but_not_the_future() -> None:
         ("2031-01-01T00:00Z", now),
     ):
         time = None if said is None else datetime.fromisoformat(said)
-        assert happened(Event(id="1", source="/s", type="t", time=time), now) == expected
+        assert event_time_us(Event(id="1", source="/s", type="t", time=time), now) == expected
 
 
 def test_reasons_name_what_was_missing() -> None:
     """Whoever explains an event that matched nothing learns which part did not come, or came first."""
 
     def reasons(pattern: Pattern, *came: tuple[int, int]) -> dict[int, str]:
-        machine = joined(pattern).machine
+        machine = compile_pattern(pattern).machine
         state, lapsed = machine.fresh(0), {}
         for n, (leaf, second) in enumerate(came):
             lapsed.update(
-                machine.advance(state, second * S, leaf, Item(second * S, second * S, (n,))).lapsed
+                machine.advance(
+                    state, second * S, leaf, PatternItem(second * S, second * S, (n,))
+                ).lapsed
             )
         return {**lapsed, **dict(machine.advance(state, 1000 * S).lapsed)}
 
@@ -425,9 +429,9 @@ def test_reasons_name_what_was_missing() -> None:
 
 def test_what_is_open_is_bounded() -> None:
     """Ten thousand items wait at most, per key and part; the oldest lapse, and say why."""
-    machine = joined(all_of("a", "b", within=3600)).machine
+    machine = compile_pattern(all_of("a", "b", within=3600)).machine
     state = machine.fresh(0)
-    lapsed = [machine.advance(state, n, 0, Item(n, n, (n,))).lapsed for n in range(10_003)]
+    lapsed = [machine.advance(state, n, 0, PatternItem(n, n, (n,))).lapsed for n in range(10_003)]
     assert len(machine.events(state)) == 10_000
     assert [each for step in lapsed for each in step] == [
         (n, "a: more than 10,000 wait") for n in range(3)
@@ -443,7 +447,7 @@ def test_parts_and_keys() -> None:
         within=5,
         by={"orders": "id", paid: "order.id"},
     )
-    made = joined(pattern)
+    made = compile_pattern(pattern)
     assert pattern.triggers == [orders] and made.places == {"orders", "events"}
     assert [made.hearing(place, "payment.made") for place in ("orders", "events", "else")] == [
         [0],

@@ -13,7 +13,7 @@ from eventflow.core.clock import SystemClock
 from eventflow.core.errors import BindingError, NotStorable, UsageError
 from eventflow.events.event import Event, Undecodable
 from eventflow.routing.router import Router, content_digest, identity
-from eventflow.routing.subscriptions import EMIT, subscribe
+from eventflow.routing.subscriptions import EMITTED, subscribe
 from eventflow.runs.run import Ids, State
 from eventflow.sdk.flow import flow
 
@@ -58,7 +58,7 @@ ORDER = {"id": 7, "total": 9.5}
 
 def test_a_match_is_a_run():
     """A wanted event starts one run per subscription, due now, carrying the event's body and the flow's priority."""
-    arrival = router(subscribe("orders", handle), subscribe("orders", audit)).arrive(
+    arrival = router(subscribe("orders", handle), subscribe("orders", audit)).route(
         "orders", event(ORDER)
     )
     first, second = arrival.runs
@@ -90,7 +90,7 @@ def test_p3_each_subscription_has_its_verdict():
         subscribe("orders", count),
         subscribe("orders", audit, where=lambda found: found.data["nope"], name="broken"),
         subscribe("other", audit),
-    ).arrive("orders", event(ORDER))
+    ).route("orders", event(ORDER))
     assert verdicts(arrival) == [
         ("orders/audit", "run"), ("orders/handle", "filtered"), ("orders/count", "invalid"), ("broken", "invalid")
     ]  # fmt: skip
@@ -105,7 +105,7 @@ def test_p3_each_subscription_has_its_verdict():
 
 def test_p9_an_event_nobody_wants_is_one_suppressed_delivery():
     """An event without a subscriber is recorded with no verdict and counted as suppressed."""
-    arrival = router().arrive("orders", event(ORDER))
+    arrival = router().route("orders", event(ORDER))
     assert (arrival.verdicts, arrival.tally, list(arrival.runs)) == (b"[]", {"suppressed": 1}, [])
 
 
@@ -114,7 +114,7 @@ def test_p9_undecodable_bytes_are_one_dead_letter():
     item = Undecodable(
         id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"}
     )
-    arrival = router(subscribe("orders", audit)).arrive("orders", item)
+    arrival = router(subscribe("orders", audit)).route("orders", item)
     assert (arrival.body, arrival.tally, arrival.dead) == (
         b"\xff\x00",
         {"dead": 1},
@@ -127,19 +127,19 @@ def test_p9_undecodable_bytes_are_one_dead_letter():
 
 def test_data_that_is_no_json_is_a_dead_letter():
     """An event whose data a trigger left unencodable is not lost: its attributes are kept with the reason."""
-    arrival = router(subscribe("orders", audit)).arrive("orders", event({"x": object()}))
+    arrival = router(subscribe("orders", audit)).route("orders", event({"x": object()}))
     assert arrival.tally == {"dead": 1}
     assert "cannot be written as JSON" in arrival.dead[0][1]
     assert Event.from_json(arrival.body).id == "e1"
 
 
 def test_a_paused_trigger_holds_its_runs():
-    """While a trigger is paused its runs are recorded in HELD, count as pending, and filters still apply."""
+    """While a trigger is paused its runs are recorded in PAUSED, count as pending, and filters still apply."""
     arrival = router(
         subscribe("orders", audit), subscribe("orders", handle, where={"total": [0]})
-    ).arrive("orders", event(ORDER), paused=True)  # fmt: skip
-    assert verdicts(arrival) == [("orders/audit", "held"), ("orders/handle", "filtered")]
-    assert [run.state for run in arrival.runs] == [State.HELD]
+    ).route("orders", event(ORDER), paused=True)  # fmt: skip
+    assert verdicts(arrival) == [("orders/audit", "paused"), ("orders/handle", "filtered")]
+    assert [run.state for run in arrival.runs] == [State.PAUSED]
     assert arrival.tally == {"pending": 1, "suppressed": 1}
 
 
@@ -166,7 +166,7 @@ def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
         )
         == 4
     )
-    arrival = router().arrive("orders", base)
+    arrival = router().route("orders", base)
     assert (arrival.key, arrival.digest) == (
         identity("orders", "/shop", "e1"),
         content_digest(base),
@@ -196,14 +196,14 @@ def test_a_key_is_a_lane(key, lane):
         subject="s/1",
         extensions={"partitionkey": "pk", "shard": 3},
     )
-    (run,) = router(subscribe("orders", audit, key=key)).arrive("orders", found).runs
+    (run,) = router(subscribe("orders", audit, key=key)).route("orders", found).runs
     assert run.lane == lane
 
 
 def test_record_falls_back_to_the_subject():
     """`key="record"` is the subject where the source has no partition key."""
     (run,) = (
-        router(subscribe("orders", audit, key="record")).arrive("orders", event(subject="s")).runs
+        router(subscribe("orders", audit, key="record")).route("orders", event(subject="s")).runs
     )
     assert run.lane == "s"
 
@@ -213,7 +213,7 @@ def test_a_key_that_fails_is_invalid():
     arrival = router(
         subscribe("orders", audit, key=lambda found: found.data["x"]),
         subscribe("orders", audit, key=lambda found: 5, name="five"),  # pyright: ignore[reportArgumentType]
-    ).arrive("orders", event({}))
+    ).route("orders", event({}))
     assert verdicts(arrival) == [("orders/audit", "invalid"), ("five", "invalid")]
     assert reasons(arrival) == [
         "KeyError: 'x'",
@@ -225,7 +225,7 @@ def test_params_override_the_binding():
     """`params=` makes the arguments; they travel with the run, and are checked against the signature on the way in."""
     (run,) = (
         router(subscribe("o", count, params=lambda found: {"n": found.data["id"]}))
-        .arrive("o", event(ORDER))
+        .route("o", event(ORDER))
         .runs
     )
     assert run.params == b'{"n":7}'
@@ -234,7 +234,7 @@ def test_params_override_the_binding():
         subscribe("o", count, params=lambda found: {"n": 1, "m": 2}, name="unknown"),
         subscribe("o", count, params=lambda found: {}, name="missing"),
         subscribe("o", count, params=lambda found: {"n": 1, "label": object()}, name="json"),
-    ).arrive("o", event(ORDER))
+    ).route("o", event(ORDER))
     assert {fate for _, fate in verdicts(arrival)} == {"invalid"}
     assert len(arrival.dead) == arrival.tally["dead"] == 4
     assert "Expected `int`, got `str`" in reasons(arrival)[0]
@@ -243,22 +243,22 @@ def test_params_override_the_binding():
 def test_types_say_what_a_subscription_hears():
     """An event of another type is no delivery to a subscription with `types`, and gets no verdict from it."""
     made = router(
-        subscribe(EMIT, audit, types=("order.created",)),
-        subscribe(EMIT, audit, types=("order.*",), name="glob"),
-        subscribe(EMIT, audit, types=("invoice.paid",), name="other"),
+        subscribe(EMITTED, audit, types=("order.created",)),
+        subscribe(EMITTED, audit, types=("order.*",), name="glob"),
+        subscribe(EMITTED, audit, types=("invoice.paid",), name="other"),
     )
-    assert verdicts(made.emit(event(ORDER))) == [("events/audit", "run"), ("glob", "run")]
-    assert made.emit(event(ORDER, type="nobody")).tally == {"suppressed": 1}
+    assert verdicts(made.route_emitted(event(ORDER))) == [("events/audit", "run"), ("glob", "run")]
+    assert made.route_emitted(event(ORDER, type="nobody")).tally == {"suppressed": 1}
 
 
 def test_an_emitted_event_knows_its_depth():
     """Runs of emitted events carry the depth; beyond 20 hops the event is a dead letter that says so."""
-    made = router(subscribe(EMIT, audit))
-    (run,) = made.emit(event(ORDER), 20).runs
+    made = router(subscribe(EMITTED, audit))
+    (run,) = made.route_emitted(event(ORDER), 20).runs
     assert run.depth == 20
-    (run,) = made.emit(event(ORDER, extensions={"eventflowdepth": 4})).runs
+    (run,) = made.route_emitted(event(ORDER, extensions={"eventflowdepth": 4})).runs
     assert run.depth == 4
-    buried = made.emit(event(ORDER), 21)
+    buried = made.route_emitted(event(ORDER), 21)
     assert (list(buried.runs), buried.tally) == ([], {"dead": 1})
     assert "emitted at depth 21" in buried.dead[0][1]
 
@@ -267,7 +267,7 @@ def test_an_outside_event_has_no_depth():
     """A depth that a sender claims is not believed."""
     (run,) = (
         router(subscribe("o", audit))
-        .arrive("o", event(ORDER, extensions={"eventflowdepth": "19"}))
+        .route("o", event(ORDER, extensions={"eventflowdepth": "19"}))
         .runs
     )
     assert run.depth == 0
@@ -277,21 +277,21 @@ def test_an_outside_event_has_no_depth():
 def test_emitted_data_must_be_json(data):
     """What a flow emits and JSON cannot say exactly is refused to the flow."""
     with pytest.raises(NotStorable):
-        router().emit(event(data))
+        router().route_emitted(event(data))
 
 
 def test_a_flow_can_be_started_without_a_subscription():
     """One delivery to one flow, with given parameters or from the event; what does not bind raises to the caller."""
     made = router()
-    arrival = made.arrive_flow(count, event(), params=b'{"n":5}', trigger="api", lane="l")
+    arrival = made.route_to_flow(count, event(), params=b'{"n":5}', trigger="api", lane="l")
     (run,) = arrival.runs
     assert (run.flow, run.params, run.lane, run.event) == ("count", b'{"n":5}', "l", arrival.id)
     assert (arrival.trigger, arrival.tally) == ("api", {"pending": 1})
-    assert made.arrive_flow(handle, event(ORDER)).runs[0].params is None
+    assert made.route_to_flow(handle, event(ORDER)).runs[0].params is None
     with pytest.raises(BindingError):
-        made.arrive_flow(count, event(), params=b'{"n":"x"}')
+        made.route_to_flow(count, event(), params=b'{"n":"x"}')
     with pytest.raises(BindingError):
-        made.arrive_flow(handle, event({"id": "x"}))
+        made.route_to_flow(handle, event({"id": "x"}))
 
 
 def test_a_replay_is_for_the_recorded_event():
@@ -301,10 +301,10 @@ def test_a_replay_is_for_the_recorded_event():
         subscribe("orders", handle),
         subscribe("other", count, name="later"),
     )
-    arrival = made.arrive("orders", event(ORDER), ledger_id=42, only="handle")
+    arrival = made.route("orders", event(ORDER), ledger_id=42, only="handle")
     assert (arrival.id, [run.event for run in arrival.runs]) == (42, [42])
     assert verdicts(arrival) == [("orders/handle", "run")]
-    assert verdicts(made.arrive("orders", event({"n": 1}), only="later")) == [("later", "run")]
+    assert verdicts(made.route("orders", event({"n": 1}), only="later")) == [("later", "run")]
 
 
 def test_names_are_told_apart():
@@ -362,7 +362,7 @@ def test_p9_the_tally_is_the_verdicts(data, paused):
         name: value.encode(errors="replace").decode() if isinstance(value, str) else value
         for name, value in data.items()
     }
-    arrival = made.arrive("o", event(clean), paused)
+    arrival = made.route("o", event(clean), paused)
     if arrival.runs or arrival.verdicts.count(b'["",') == 0:
         assert len(orjson.loads(arrival.verdicts)) == sum(arrival.tally.values()) == 3
     assert len(arrival.runs) == arrival.tally.get("pending", 0)

@@ -43,7 +43,7 @@ def attempt(
         context,
         place.folder("01run/train#0"),
         given.get("keep", 1),
-        given.get("largest", 1 << 20),
+        given.get("max_bytes", 1 << 20),
     )
 
 
@@ -251,7 +251,7 @@ def test_bounds_are_said_before_anything_is_written(place: CheckpointStore, tmp_
         with pytest.raises(CheckpointFailed, match=r"\d\.\d MiB, expected at most 1\.0"):
             save(attempt(place))
     with pytest.raises(CheckpointFailed, match=r"MiB free in .*, expected"):
-        attempt(place, largest=1 << 62).save_file(_sparse(tmp_path, 1 << 42), step=2)
+        attempt(place, max_bytes=1 << 62).save_file(_sparse(tmp_path, 1 << 42), step=2)
     assert attempt(place).load() == ({"epoch": 1}, 1)
 
 
@@ -273,11 +273,11 @@ FULL = """
 import resource, sys
 from pathlib import Path
 import numpy
-from eventflow.sdk.checkpoint import Checkpoint, Checkpoints
+from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.core.errors import CheckpointFailed
 from eventflow.sdk.task import TaskContext
 
-place = Checkpoints(Path(sys.argv[1]))
+place = CheckpointStore(Path(sys.argv[1]))
 kept = Checkpoint(place, TaskContext("01run", "train", 1, "01run/train#0"), place.folder("01run/train#0"), 1, 1 << 30)
 kept.save({"epoch": 1}, step=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
@@ -593,7 +593,7 @@ def test_names_keep_apart(place: CheckpointStore):
     assert named.load() is None
 
 
-@pytest.mark.parametrize("given", [{"keep": 0}, {"largest": 0}])
+@pytest.mark.parametrize("given", [{"keep": 0}, {"max_bytes": 0}])
 def test_bounds_must_be_bounds(given: dict[str, Any]):
     """Neither none nor less can be kept."""
     with pytest.raises(UsageError, match="expected at least 1"):
@@ -670,10 +670,10 @@ VICTIM = """
 import sys
 from pathlib import Path
 import numpy
-from eventflow.sdk.checkpoint import Checkpoint, Checkpoints
+from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.sdk.task import TaskContext
 
-place = Checkpoints(Path(sys.argv[1]))
+place = CheckpointStore(Path(sys.argv[1]))
 kept = Checkpoint(place, TaskContext("01run", "train", 1, "01run/train#0"), place.folder("01run/train#0"), 1, 1 << 30)
 saved = kept.load()
 step = saved.step if saved else 0
