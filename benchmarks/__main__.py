@@ -1,6 +1,7 @@
 """Runs the measures and prints the table.
 
     python -m benchmarks [W1 W2 …] [--quick] [--rounds N] [--loop uvloop | asyncio] [--gate]
+    python -m benchmarks path     # files and function calls that one event takes, see path.py
 
 Every sample of a side is a process of its own; the sides take turns, so that both meet the same
 machine. A figure is the median over the rounds' pairs. With --gate the exit code is 1 when a figure
@@ -16,7 +17,7 @@ import sys
 from statistics import median
 from typing import Any
 
-from benchmarks import load
+from benchmarks import load, path
 from benchmarks.measure import Figure, alone
 
 MEASURES = ("W1", "W1h", "W2", "W3", "W4", "W5", "W6", "W7", "busy", "kafka", "patterns", "memory")
@@ -90,6 +91,8 @@ def shown(number: float) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["path"]:
+        return path.main(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="benchmarks")
     parser.add_argument("measures", nargs="*", metavar="MEASURE", help=", ".join(MEASURES))
     parser.add_argument(
@@ -114,9 +117,8 @@ def main() -> int:
             json.dumps(load.run(module(names[0]).SIDES[options.side](options.quick), options.loop))
         )
         return 0
-    print(
-        f"{os.cpu_count()} cores, {options.loop}, medians of {options.rounds}{', quick' if options.quick else ''}"
-    )
+    quick = ", quick" if options.quick else ""
+    print(f"{os.cpu_count()} cores, {options.loop}, medians of {options.rounds}{quick}")
     print(COLUMNS.format("", "measure", "eventflow", "limit", "ratio", "floor", "goal", "verdict"))
     passed = [measure(name, options) for name in names]
     return 1 if options.gate and not all(passed) else 0
