@@ -16,6 +16,13 @@ import orjson
 
 from eventflow.logs.log import Line, get_logger, level_word, timestamp
 
+LOG_EVENTS = {
+    "log.reset": (
+        "The log store file was damaged: it was renamed and a new one created. No journal is "
+        "affected."
+    ),
+}
+
 T = TypeVar("T")
 
 SCHEMA: Final = """

@@ -21,105 +21,8 @@ import orjson
 import structlog
 
 from eventflow.core.clock import SECOND, SystemClock, to_datetime
-from eventflow.events.event import show_id
+from eventflow.events.event import format_id
 from eventflow.logs.redaction import SECRETS, Redactor, clean
-
-EVENTS: Final[Mapping[str, str]] = {
-    "app.started": "The app takes events and runs flows.",
-    "app.draining": "A stop was asked for: no new events, no new claims; attempts under way may finish.",
-    "app.stopped": "The app is down; what it did not finish is recorded as interrupted.",
-    "alert.ignored": "A sender of drift alerts sent something that is none; `reason` says what.",
-    "alert.truncated": "Alertmanager left `count` alerts out of a message, as its `max_alerts` says.",
-    "alert.unconfirmed": "SNS asked whether a topic is wanted, and could not be told; it asks again.",
-    "bucket.opened": "A bucket is listened to; `queue` says by which queue, `known` counts what the cursor holds.",
-    "bucket.slowed": "The ledger is full: a bucket's messages and listing wait.",
-    "bucket.swept": "The first sweep of a bucket's listing is done; `known` counts its objects.",
-    "bucket.tested": "S3 sent its test message: somebody saved a bucket's notification settings, and they lead here.",
-    "bucket.unreachable": "A bucket or queue answers with errors; it is asked again after `retry_in` seconds.",
-    "check.failed": "A check of data or of a metric did not hold; the line says which column and how many rows.",
-    "check.passed": "A check of data or of a metric holds.",
-    "checkpoint.damaged": "A checkpoint's sums do not hold; the one before it is looked at.",
-    "checkpoint.loaded": "An attempt goes on from `step`, where an earlier one saved it.",
-    "checkpoint.not_kept": "A task runs outside a run, where checkpoints are not kept.",
-    "checkpoint.not_removed": "A checkpoint that nobody needs any more could not be removed; it is swept later.",
-    "checkpoint.passed_over": "A checkpoint was saved under other arguments of its task; the work begins anew.",
-    "checkpoint.saved": "A checkpoint is durable (debug).",
-    "directory.denied": "A file or folder under a watched directory may not be read; it is looked at again at each sweep.",
-    "directory.opened": "A directory is watched; `watch` says how (native or poll).",
-    "directory.polled_instead": "The kernel's notifications cannot be had; the directory is polled from now on.",
-    "directory.root_found": "A watched directory that was gone is back.",
-    "directory.root_missing": "A watched directory is gone. Nothing counts as deleted; it is found again when it is back.",
-    "directory.slowed": "The ledger is full: a directory waits before it hands over more files.",
-    "directory.walked": "The first sweep of a watched directory is done; `known` and `pending` count its files.",
-    "event.conflicted": "A known event came again with other content; the first one stands.",
-    "event.dead_lettered": "A delivery went to the dead letters, with its bytes and its reason.",
-    "event.recorded": "An event is durable in the ledger, and its runs with it (debug).",
-    "file.not_placed": "A recorded file could not be moved to where done files go.",
-    "file.not_removed": "A recorded file could not be removed.",
-    "file.unsettled": "A file has been growing or changing for long and is not yet taken for complete.",
-    "flow.spun": "A flow polls without ever waiting: what it sees may come in another order when it is replayed.",
-    "flow.callback_failed": "A callback that flow code gave to its event loop raised.",
-    "http.failed": "An HTTP request ended in an error of ours; the answer carries the same id.",
-    "journal.long": "A run's journal passed 10,000 entries; every resume reads all of it.",
-    "kafka.assigned": "A consumer has its partitions and begins to read them.",
-    "kafka.codecs_missing": "Records compressed with these codecs could not be read: a package is not installed.",
-    "kafka.commit_failed": "The group's offset was not committed; the ledger's cursor is what counts (debug).",
-    "kafka.gap_met": "Offsets of a partition are gone from the broker; a dead letter names them, or the partition stopped.",
-    "kafka.lost": "The brokers cannot be reached, or the consumer failed; it is made anew in `again_in` seconds.",
-    "kafka.moved_on": "The group's offset is larger than the ledger's cursor: someone moved it. Reading goes on from there.",
-    "kafka.partition_stopped": "A partition cannot be read on; the others are. It is tried again.",
-    "kafka.rewound": "The ledger lost its end: records that it once had are read again from the cursor it has.",
-    "kafka.slowed": "The ledger is full: partitions wait, and pause.",
-    "log.dropped": "`lines` lines were not kept: a run logged too fast or too much, or the disk or the log file failed.",
-    "log.failed": "The log store cannot write; lines are dropped and counted, runs go on.",
-    "log.reset": "The log store's file was damaged: it was set aside and a new one begun. No journal is touched.",
-    "lookout.failed": "Late runs could not be looked for, or there is no room to tell of them; it is tried again.",
-    "lookout.told": "Events tell of `runs` runs that have not ended `after` seconds after they were due to begin.",
-    "loop.blocked": "Code kept an event loop from turning for a second or more; `stack` shows which.",
-    "memory.exceeded": "The process holds too much memory: it drains, replaces itself and goes on; `reason` says why.",
-    "memory.limit_too_low": "The process began above a memory limit, which is not kept until memory was below it once.",
-    "memory.recovered": "Memory is back below the soft limit: runs are begun again.",
-    "memory.short": "The process is over its soft memory limit: no runs are begun, what comes in waits in the ledger.",
-    "message.not_deleted": "A recorded message could not be deleted from its queue; it comes again, as a duplicate.",
-    "message.not_extended": "A message under way could not be kept from others for longer; a copy of it is a duplicate.",
-    "notice.filtered": "Notices of objects that a trigger's own prefix, suffix or pattern does not take (debug).",
-    "operator.acted": "Someone did something to a run, event or trigger through the API: who, what, to which.",
-    "outlet.failed": "A sink could not be given its letters; they stay in the outbox and are sent again.",
-    "outlet.not_closed": "A sink did not close in time, or failed to.",
-    "outlet.recovered": "A sink that had failed took its letters again.",
-    "outlet.refused": "A sink says that it can never take a letter; it became a dead letter of the outlet.",
-    "result.not_stored": "A large result could not be put where `results=` says; it is tried again, nothing is lost.",
-    "run.broken": "A fault of eventflow's own, or of what the app gave it, stopped a run; it is held.",
-    "run.cancelled": "A run ended because someone cancelled it.",
-    "run.completed": "A run ended with a result.",
-    "run.failed": "A run ended with an error.",
-    "run.held": "A run waits for a person; `reason` says what to look at.",
-    "run.interrupted": "A drain or crash stopped a run in the middle; it goes on at the next start.",
-    "run.lost": "The store refuses what this worker does for a run: another claim holds it, or storage failed.",
-    "run.resumed": "A run that waited or was interrupted goes on; `entries` counts what its journal gives back.",
-    "run.suspended": "A run waits durably and left memory.",
-    "schedule.ahead": "The cursor of a schedule is ahead of the clock: nothing fires until `last` is past; a clock is off.",
-    "schedule.changed": "The rule of a schedule is another one than the cursor's; what the old one missed is not made up for.",
-    "schedule.ended": "A schedule has no occurrence left; it waits for an edit.",
-    "schedule.opened": "A schedule waits for its time; `next` is its next occurrence.",
-    "schedule.skipped": "Occurrences passed and do not fire, as the misfire policy says; without `exact` they were more.",
-    "schedule.slowed": "The ledger is full: a schedule waits before it hands over its event.",
-    "server.stopping": "The server begins its end; `reason` names the signal.",
-    "store.failed": "Storage failed in use: nothing more is acknowledged (P10).",
-    "store.pages_unchecked": "SQLite's look at the pages of `tables` would take too long beside a worker; rows were read.",
-    "store.prune_failed": "A step of retention failed; it will be tried again in a minute.",
-    "store.row_corrupt": "A row's checksum does not hold; it is set apart, and everything else goes on.",
-    "task.abandoned": "An attempt did not end when asked to; its slot stays taken and its late result will be refused.",
-    "task.attempt_failed": "One attempt of a task failed; `retry_in` says when the next one starts, if there is one.",
-    "task.hook_failed": "An on_success or on_failure hook raised; the outcome stands.",
-    "trigger.opened": "A trigger listens.",
-    "trigger.paused": "Someone paused a trigger.",
-    "trigger.reopened": "A trigger's listener ended and was opened again; `error` says why it ended.",
-    "trigger.resumed": "Someone resumed a trigger.",
-    "webhook.refused": "A webhook's sender was turned away: signature, size, type, timestamp or pace; `reason` says which.",
-    "worker.task_failed": "Something the worker does besides runs failed; this is a defect of eventflow.",
-}
-"""Every event name eventflow logs, `noun.verb_past`. info: a state changed; warning: it will be tried again; error: look."""
 
 LOGGER: Final = logging.getLogger("eventflow")
 
@@ -168,9 +71,9 @@ class Where(msgspec.Struct):
     def ids(self) -> dict[str, Any]:
         """What every line made here carries: `run`, `flow`, `ledger_id`, `trigger`, `task`, `attempt`, those there are."""
         if self.known is None:
-            known: dict[str, Any] = {"run": show_id(self.run), "flow": self.flow}
+            known: dict[str, Any] = {"run": format_id(self.run), "flow": self.flow}
             if self.event is not None:
-                known["ledger_id"] = show_id(self.event)
+                known["ledger_id"] = format_id(self.event)
             if self.trigger:
                 known["trigger"] = self.trigger
             if self.task:

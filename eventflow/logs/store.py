@@ -25,6 +25,13 @@ from eventflow.core.clock import Clock
 from eventflow.logs.file import LogFile, damaged, read_lines
 from eventflow.logs.log import Line, get_logger
 
+LOG_EVENTS = {
+    "log.dropped": (
+        "`lines` log lines were dropped: a quota was exceeded, or the disk or log file failed."
+    ),
+    "log.failed": "The log store cannot write; lines are dropped and counted, runs continue.",
+}
+
 LINGER: Final = 0.05
 """Seconds the writer waits for company: at most twenty transactions a second."""
 

@@ -17,6 +17,13 @@ from typing import Any, Protocol
 
 from eventflow.core.errors import ResultsUnavailable, StoreCorrupt, StoreFailed
 
+LOG_EVENTS = {
+    "result.not_stored": (
+        "A large result could not be stored where `results=` says; it is tried again, nothing "
+        "is lost."
+    ),
+}
+
 LARGE = 256 * 1024
 """Bytes of one value above which it goes to a file: the rows of a journal stay quick to read past (fault 36)."""
 

@@ -13,12 +13,17 @@ import orjson
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.events.event import Json
 from eventflow.logs.log import get_logger
-from eventflow.runs.run import State, parse_id, show_id
+from eventflow.runs.run import State, parse_id, format_id
 from eventflow.store import rows
 from eventflow.store.load import corrupt
 from eventflow.store.readers import dicts
 
 log = get_logger("eventflow.store")
+LOG_EVENTS = {
+    "store.row_corrupt": (
+        "The checksum of a row does not match; the row is left out, everything else continues."
+    ),
+}
 
 COUNTS = (
     "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
@@ -36,13 +41,13 @@ _EVENT = (
     " conflicts, crc, verdicts, headers, body"
 )
 _RUN = (
-    "id, flow, subscription, event, state, created_at, due_at, started_at, finished_at, token, lane, blocked, priority, parent,"
-    " parent_claim, depth, suspect, deaths, cancel_requested, orphans, codec, reason, crc, outcome_crc, params, result, error,"
+    "id, flow, subscription, event, state, created_at, due_at, started_at, finished_at, token, ordering_key, blocked, priority, parent,"
+    " parent_call_key, depth, crash_suspect, crash_count, cancel_requested, unclaimed_entries, codec, reason, crc, outcome_crc, params, result, error,"
     " mode, deliveries"
 )
 _DEAD = (
     "d.id, d.event, d.subscription, d.reason, d.at, d.redriven_at, e.trigger, e.event_id, e.source, e.type,"
-    " coalesce(d.body, e.body) AS body, e.headers FROM dead d JOIN events e ON e.id = d.event"
+    " coalesce(d.body, e.body) AS body, e.headers FROM dead_letters d JOIN events e ON e.id = d.event"
 )
 
 # --------------------------------------------------------------------------- cursors, pauses
@@ -54,7 +59,7 @@ def cursor(connection: sqlite3.Connection, trigger: str) -> dict[str, Json]:
 
 
 def paused(connection: sqlite3.Connection) -> set[str]:
-    return {trigger for (trigger,) in connection.execute("SELECT trigger FROM holds")}
+    return {trigger for (trigger,) in connection.execute("SELECT trigger FROM paused_triggers")}
 
 
 def blob_references(connection: sqlite3.Connection) -> set[str]:
@@ -127,12 +132,12 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     row["verdicts"] = [_since(connection, row, said) for said in row["verdicts"]]
     row["dead"] = dicts(
         connection,
-        "SELECT id, subscription, reason, at, redriven_at FROM dead WHERE event = ?",
+        "SELECT id, subscription, reason, at, redriven_at FROM dead_letters WHERE event = ?",
         (number,),
     )
     row["outbox"] = dicts(
         connection,
-        "SELECT outlet, subscription, at FROM outbox WHERE event = ? ORDER BY id",
+        "SELECT sink, subscription, at FROM outbox WHERE event = ? ORDER BY id",
         (number,),
     )
     return row
@@ -140,7 +145,7 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
 
 def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
     """The runs of other events that this one joined."""
-    asked = "SELECT run FROM members WHERE event = ? ORDER BY run DESC LIMIT 1000"
+    asked = "SELECT run FROM run_events WHERE event = ? ORDER BY run DESC LIMIT 1000"
     return [
         _without(run(connection, ident), "params", "result")
         for (ident,) in connection.execute(asked, (event,))
@@ -150,14 +155,14 @@ def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
 def _since(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any]) -> list[Any]:
     """What has become of an event that waited in a pattern when it was recorded."""
     name, fate, _ = said
-    if fate != "waits":
+    if fate != "waiting":
         return said
-    asked = "SELECT lapsed FROM facts WHERE event = ? AND subscription = ?"
+    asked = "SELECT expired FROM pattern_events WHERE event = ? AND subscription = ?"
     found = connection.execute(asked, (row["id"], name)).fetchone()
     if found is not None:
-        return said if found[0] is None else [name, "lapsed", found[0]]
+        return said if found[0] is None else [name, "expired", found[0]]
     runs = [each["id"] for each in row["runs"] if each["subscription"] == name]
-    return [name, "joined", runs[0]] if runs else [name, "matched", "its run is past its retention"]
+    return [name, "batched", runs[0]] if runs else [name, "matched", "its run is past its retention"]
 
 
 def _event_holds(row: dict[str, Any]) -> bool:
@@ -174,8 +179,15 @@ def _event_without_body(row: dict[str, Any]) -> dict[str, Any]:
 def _plain_event(row: dict[str, Any]) -> dict[str, Any]:
     del row["crc"], row["key"], row["digest"]
     row["kept"] = bool(row["kept"])
-    row["verdicts"] = orjson.loads(row["verdicts"])
+    row["verdicts"] = [
+        [name, _RENAMED_VERDICTS.get(outcome, outcome), detail]
+        for name, outcome, detail in orjson.loads(row["verdicts"])
+    ]
     return row
+
+
+_RENAMED_VERDICTS = {"held": "paused", "joined": "batched", "lapsed": "expired", "waits": "waiting"}
+"""Verdicts that an earlier version stored under another name. The stored text is covered by the event's checksum, so it stays."""
 
 
 def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
@@ -223,7 +235,7 @@ def _living(flow: str | None, state: State) -> tuple[str, list[Any]]:
     which = which.replace("WHERE", "AND")
     ids = (
         f"SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = ? {which} UNION ALL"
-        f" SELECT id FROM runs INDEXED BY runs_lane WHERE lane IS NOT NULL AND state < 4 AND blocked = 1 {which}"
+        f" SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1 {which}"
     )
     return ids, [int(state), *values, *values]
 
@@ -243,14 +255,14 @@ def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     if not _run_holds(found[0]):
         raise StoreCorrupt(corrupt("runs", number))
     row = _plain_run(found[0])
-    asked = "SELECT event FROM members WHERE run = ? ORDER BY event LIMIT 1000"
+    asked = "SELECT event FROM run_events WHERE run = ? ORDER BY event LIMIT 1000"
     row["joined"] = [event for (event,) in connection.execute(asked, (number,))]
     return row
 
 
 def _run_holds(row: dict[str, Any]) -> bool:
     fine = row["crc"] == rows.run_crc(
-        *(row[name] for name in ("id", "flow", "subscription", "event", "lane", "params"))
+        *(row[name] for name in ("id", "flow", "subscription", "event", "ordering_key", "params"))
     )
     outcome = row["outcome_crc"]
     return fine and (
@@ -261,9 +273,9 @@ def _run_holds(row: dict[str, Any]) -> bool:
 
 def _plain_run(row: dict[str, Any]) -> dict[str, Any]:
     del row["crc"], row["outcome_crc"]
-    row["state"] = State(row["state"]).word
+    row["state"] = State(row["state"]).label
     row["due_at"] = None if row["due_at"] == rows.NEVER else row["due_at"] or row["created_at"]
-    for name in ("blocked", "suspect", "cancel_requested"):
+    for name in ("blocked", "crash_suspect", "cancel_requested"):
         row[name] = bool(row[name])
     return row
 
@@ -298,7 +310,7 @@ def _where(*conditions: tuple[str, Any]) -> tuple[str, list[Any]]:
 
 def _left_out(table: str, row: dict[str, Any]) -> bool:
     """False, having said so: the row is there, its content is not what was recorded."""
-    log.error("store.row_corrupt", table=table, row=show_id(row["id"]))
+    log.error("store.row_corrupt", table=table, row=format_id(row["id"]))
     return False
 
 
@@ -351,6 +363,6 @@ def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -
 def _only(found: Sequence[int], ident: str, noun: str) -> int:
     if len(found) > 1:
         raise UsageError(
-            f"several {noun}s match {ident!r}: {', '.join(show_id(n) for n in found)}, …; give more letters"
+            f"several {noun}s match {ident!r}: {', '.join(format_id(n) for n in found)}, …; give more letters"
         )
     return found[0]

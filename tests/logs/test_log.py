@@ -1,6 +1,5 @@
 """Logs: the ids a line carries, where it goes, what it must not say, and that nothing of the host's is touched unasked."""
 
-import ast
 import asyncio
 import contextvars
 import io
@@ -20,9 +19,10 @@ import structlog
 
 from eventflow.core.clock import SystemClock
 from eventflow.logs.capture import Configured, configure
-from eventflow.logs.log import EVENTS, Line, Where, dump, get_logger, timestamp, where
+from eventflow.logs.log import Line, Where, dump, get_logger, timestamp, where
 from eventflow.logs.redaction import Redactor
-from eventflow.runs.run import show_id
+from eventflow.runs.run import format_id
+from tests.logs import events
 
 ROOT = Path(__file__).parents[2]
 RUN = 1_763_800_000_000 << 20
@@ -119,9 +119,9 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Wh
         where.reset(token)
         flow, attempt = lines(configured, stream)
         ids = {
-            "run": show_id(RUN),
+            "run": format_id(RUN),
             "flow": "handle",
-            "ledger_id": show_id(RUN + 1),
+            "ledger_id": format_id(RUN + 1),
             "trigger": "orders",
         }
         assert flow.items() >= ids.items() and "task" not in flow
@@ -135,7 +135,7 @@ def test_a_field_cannot_pose_as_an_id(
     """A user's field named like an id or like a part of the line stands beside it, with an underscore, never in its place."""
     get_logger("shop").info("hello", run="another", level="fatal", timestamp="never", flow="handle")
     [line] = lines(configured, stream)
-    assert line["run"] == show_id(RUN) and line["run_"] == "another"
+    assert line["run"] == format_id(RUN) and line["run_"] == "another"
     assert line["level"] == "info" and line["level_"] == "fatal" and line["timestamp_"] == "never"
     assert "flow_" not in line
 
@@ -437,7 +437,7 @@ def test_embedded_lines_go_to_the_hosts_logging(
             log.exception("run.failed", token="hunter2hunter2", text="a\nb")
     [record] = caplog.records
     assert (record.name, record.levelname) == ("eventflow.worker", "ERROR")
-    assert record.getMessage().startswith(f"run.failed run={show_id(RUN)} flow=handle")
+    assert record.getMessage().startswith(f"run.failed run={format_id(RUN)} flow=handle")
     assert "text=a\\nb" in record.getMessage()
     assert "ValueError: password=***" in caplog.text and "hunter2" not in caplog.text
     assert kept.events == ["run.failed"]
@@ -477,24 +477,25 @@ def test_a_hosts_dictconfig_does_not_silence_us(configured: Configured, stream: 
 # --------------------------------------------------------------------------- names
 
 
-def test_every_event_name_is_documented():
-    """Each event name in the source stands in EVENTS with a line of meaning, and is `noun.verb_past`."""
-    used: dict[str, str] = {}
-    for path in (*(ROOT / "eventflow").rglob("*.py"), *(ROOT / "triggers").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            match node:
-                case ast.Call(
-                    func=ast.Attribute(
-                        attr="debug" | "info" | "warning" | "error" | "exception" | "critical"
-                    ),
-                    args=[ast.Constant(value=str() as name), *_],
-                ):
-                    used[name] = f"{path.relative_to(ROOT)}:{node.lineno}"
-    assert used
-    assert {name: place for name, place in used.items() if name not in EVENTS} == {}
-    assert all(
-        re.fullmatch(r"[a-z]+\.[a-z_]+", name) and EVENTS[name].endswith(".") for name in EVENTS
-    )
+def test_each_log_event_is_declared_once_where_it_is_logged():
+    """Each event is declared once, in the package that logs it, as `noun.verb_past` with a sentence;
+    nothing is declared that is not logged.
+    """
+    logged = {(event, package(module)) for event, module in events.logged()}
+    # Written without a logger: the output and the store count what they drop.
+    logged.add(("log.dropped", "eventflow/logs"))
+    logged = {(event, at) for event, at in logged if at != "eventflow/demo"}
+    declared = [(event, package(module)) for event, _, module in events.declared()]
+    assert len({event for event, _ in declared}) == len(declared)
+    assert set(declared) == logged
+    for event, description, _ in events.declared():
+        assert events.NAME.fullmatch(event) and re.match("[A-Z].*[.]$", description)
+
+
+def package(module: str) -> str:
+    """`eventflow/store` of eventflow/store/sqlite.py, `triggers` of all triggers."""
+    folder = module.split("/")[:-1]
+    return "/".join(folder[:2] if folder[0] == "eventflow" else folder[:1])
 
 
 def test_context_is_not_shared_with_other_threads(
