@@ -18,8 +18,8 @@ from eventflow.events.event import Trigger
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, format_id
 from eventflow.sdk.flow import Flow
-from eventflow.store.protocol import Append, Refused, Settle
-from eventflow.store.writer import Errand
+from eventflow.store.protocol import Append, Fenced, Settle
+from eventflow.store.writer import ConnectionJob
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, journal_of, running
 from eventflow.web import actions
 from tests.conftest import eventually
@@ -266,7 +266,7 @@ async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
     assert len(images) > 3
     assert await replayed(app, live, handle.number) == value
     for left in images.values():
-        recorded = {f"{format_id(entry['run'])}/{entry['claim']}" for entry in Ledger(left).journal}
+        recorded = {f"{format_id(entry['run'])}/{entry['call_key']}" for entry in Ledger(left).journal}
         bodies.clear()
         async with running(app, store=left):
             value = await (await app.run_handle(handle.number)).result()
@@ -372,11 +372,11 @@ async def test_p7_no_zombie_writes() -> None:
             Append(
                 sleeper.number,
                 first,
-                [Entry(claim="zombie#0", kind=Kind.VALUE, codec="json", value=b"1")],
+                [Entry(call_key="zombie#0", kind=Kind.VALUE, codec="json", value=b"1")],
             ),
             Settle(sleeper.number, first, Completed(b'"stolen"')),
         ):
-            assert isinstance(await posted(app, op), Refused)
+            assert isinstance(await posted(app, op), Fenced)
         assert await sleeper.result() == "rested"
         assert not [step for step in await journal_of(app, sleeper) if step.name == "zombie"]
 
@@ -477,7 +477,7 @@ async def test_p9_nothing_fails_silently() -> None:
         (step,) = await journal_of(app, failed["id"])
         assert (step.attempts, step.error) == (3, "never")
 
-        letters = {row["event_id"]: row for row in await app.store.dead()}
+        letters = {row["event_id"]: row for row in await app.store.dead_letters()}
         assert (await app.store.dead_letter(letters["bytes"]["id"]))["body"] == b"\x00\xff"
         for letter in letters.values():
             await actions.redrive(app, str(letter["id"]), {"data": {"n": 7}}, by="test")
@@ -515,7 +515,7 @@ async def test_p10_fail_stop(tmp_path: Path) -> None:
         )
         await posted(
             app,
-            Errand(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()),
+            ConnectionJob(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()),
         )
         began = SystemClock().monotonic()
         with pytest.raises(StoreFailed, match="SQLITE_FULL"):

@@ -25,8 +25,8 @@ from eventflow.core.errors import UsageError
 from eventflow.events.event import Event
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, Failed, State, Suspended
-from eventflow.store.admin import DEATHS, RETRYABLE
-from eventflow.store.protocol import Append, Mark, Refused, Settle
+from eventflow.store.admin import MAX_CRASHES, RETRYABLE
+from eventflow.store.protocol import Append, MarkStarted, Fenced, Settle
 from eventflow.testing import drain
 from eventflow.web import actions
 from tests.world import Ledger, Plan, World, expected
@@ -277,16 +277,16 @@ class Promises(RuleBasedStateMachine):
         token = before.runs[run]["token"] - (before.state(run) is State.RUNNING)
         op = {
             "append": Append(
-                run, token, [Entry(claim="zombie#0", kind=Kind.VALUE, value=b"1", codec="json")]
+                run, token, [Entry(call_key="zombie#0", kind=Kind.VALUE, value=b"1", codec="json")]
             ),
-            "mark": Mark(run, token),
+            "mark": MarkStarted(run, token),
             "complete": Settle(run, token, Completed(b"0")),
             "fail": Settle(run, token, Failed(b"{}")),
             "suspend": Settle(run, token, Suspended(None, 0)),
         }[how]
-        assert isinstance(self.do(self._post(op)), Refused)
+        assert isinstance(self.do(self._post(op)), Fenced)
         after = self.world.look()
-        assert not [entry for entry in after.journal if entry["claim"] == "zombie#0"]
+        assert not [entry for entry in after.journal if entry["call_key"] == "zombie#0"]
         assert tuple(after.runs[run]) == tuple(before.runs[run])
 
     async def _post(self, op: Any) -> Any:
@@ -335,7 +335,7 @@ class Promises(RuleBasedStateMachine):
         )
         assert not [pair for pair, n in pairs.items() if n > 1]
         children = Counter(
-            (row["parent"], row["parent_claim"]) for row in ledger.runs.values() if row["parent"]
+            (row["parent"], row["parent_call_key"]) for row in ledger.runs.values() if row["parent"]
         )
         assert not [pair for pair, n in children.items() if n > 1]
 
@@ -400,7 +400,7 @@ class Promises(RuleBasedStateMachine):
             ident: self._end(ledger, ident) for ident in ledger.runs if not ledger.state(ident).live
         }
         assert not ledger.in_state(State.HELD)
-        assert self.world.crashes >= DEATHS or not ledger.in_state(State.DEAD)
+        assert self.world.crashes >= MAX_CRASHES or not ledger.in_state(State.DEAD)
 
     def _end(self, ledger: Ledger, run: int) -> tuple[Any, ...]:
         row = ledger.runs[run]

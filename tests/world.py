@@ -241,7 +241,7 @@ class Ledger:
             }
             self.journal = list(connection.execute("SELECT * FROM journal ORDER BY batch, pos"))
             self.totals = dict(connection.execute("SELECT * FROM ledger").fetchone())
-            self.dead = list(connection.execute("SELECT * FROM dead"))
+            self.dead = list(connection.execute("SELECT * FROM dead_letters"))
             self.cursors = {
                 row["key"]: orjson.loads(row["value"])
                 for row in connection.execute("SELECT * FROM cursors")
@@ -257,7 +257,7 @@ class Ledger:
 
     def key(self, entry: sqlite3.Row) -> str:
         """The idempotency key of the call that an entry belongs to."""
-        return f"{format_id(entry['run'])}/{entry['claim']}"
+        return f"{format_id(entry['run'])}/{entry['call_key']}"
 
     def plan(self, run: int) -> Plan:
         row = self.runs[run]

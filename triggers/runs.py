@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from eventflow.core.clock import Duration, in_seconds, microseconds
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Late
+from eventflow.events.event import LateSpec
 
 STATES: Final = ("completed", "failed", "cancelled", "dead", "held")
 LATE: Final = "late"
@@ -26,7 +26,7 @@ class RunState:
     `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). Without `states`: every end.
 
     `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due to begin, whatever it does then:
-    pending, running, waiting or held. A run is due when it is recorded; one that gathers events (`Batch`, `Debounce`), when its
+    pending, running, waiting, paused or held. A run is due when it is recorded; one that gathers events (`Batch`, `Debounce`), when its
     window closes. Told once for each run and `after`, never early, at once after a restart; not of a run that had ended by then
     and was retried. Its data also has `after`, `due` (when the run was due) and `run_state` (what it does). A `*` leaves out
     runs that such events started. UsageError for an unknown state, `"late"` without `after`, `after` without `"late"`.
@@ -57,8 +57,8 @@ class RunState:
         return wanted
 
     @property
-    def late(self) -> Late | None:
-        return None if self._after is None else Late(self._flow, self._after)
+    def late(self) -> LateSpec | None:
+        return None if self._after is None else LateSpec(self._flow, self._after)
 
 
 def _checked(after: Duration | None, is_late: bool) -> int | None:

@@ -16,7 +16,7 @@ class Kind(IntEnum):
     VALUE = 0  # the call ended with a value (attempt: which try succeeded)
     ERROR = 1  # the call ended with an error that the flow receives
     FAILED = 2  # one attempt failed; the next is due at `due_at`
-    FORGIVEN = (
+    CLEARED = (
         3  # an ERROR that `retry` dropped: attempt numbers continue from it, the budget begins anew
     )
     TIMER = 4  # a sleep or timeout fired
@@ -41,11 +41,11 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     where they cannot be compared. `error` is JSON `{"type", "message", "args", "traceback"}`.
     """
 
-    claim: str
+    call_key: str
     kind: Kind
     attempt: int = 0
     batch: int = 0
-    pos: int = 0
+    position: int = 0
     at: int = 0
     due_at: int | None = None
     fingerprint: bytes | None = None
@@ -54,7 +54,7 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     error: bytes | None = None
 
 
-START, RAN, AFRESH = "@start", "@ran", "@afresh"
+STARTED, RUNNING_TIME, RESTARTED = "@start", "@ran", "@afresh"
 """Claims of the notes. START: the instant the run first started, in `due_at`, kept when a wait or a clock reading counts from
 it. RAN: microseconds spent in memory before the attempt-th suspension, in `due_at`, for timeouts that count only those. AFRESH:
 the journal before this one was dropped, for the attempt-th time; it is the first entry of the new one."""
@@ -63,9 +63,9 @@ CANCEL, TIMEOUT = "@cancel", "@timeout"
 """Claims of the orders that reach a run from outside."""
 
 
-def begun_afresh(generation: int) -> Entry:
+def restart_entry(generation: int) -> Entry:
     """The first entry of a journal that replaces another of the same run."""
-    return Entry(claim=AFRESH, kind=Kind.NOTE, attempt=generation)
+    return Entry(call_key=RESTARTED, kind=Kind.NOTE, attempt=generation)
 
 
 class Journal:
@@ -77,8 +77,8 @@ class Journal:
     """
 
     __slots__ = (
-        "children", "count", "failures", "finals", "first_at", "generation", "last_batch", "last_own", "orphans", "ran",
-        "ran_notes", "started_at",
+        "children", "count", "failures", "finals", "first_at", "generation", "last_batch", "last_own_batch", "unclaimed", "running_time",
+        "running_time_notes", "started_at",
     )  # fmt: skip
 
     def __init__(self, entries: Iterable[Entry] = (), *, started_at: int | None = None) -> None:
@@ -86,11 +86,11 @@ class Journal:
         self.failures: dict[str, list[Entry]] = {}
         self.children: dict[str, Entry] = {}
         self.started_at = started_at
-        self.last_batch = self.last_own = 0
-        self.first_at = self.count = self.generation = self.ran = self.ran_notes = 0
+        self.last_batch = self.last_own_batch = 0
+        self.first_at = self.count = self.generation = self.running_time = self.running_time_notes = 0
         for entry in entries:
             self.add(entry)
-        self.orphans = set(self.finals)
+        self.unclaimed = set(self.finals)
 
     def add(self, entry: Entry) -> None:
         """Takes in one committed entry."""
@@ -99,37 +99,37 @@ class Journal:
             self.last_batch = entry.batch
         kind = entry.kind
         if kind is Kind.VALUE or kind.final:
-            known = self.finals.get(entry.claim)
+            known = self.finals.get(entry.call_key)
             if known is None or known.attempt <= entry.attempt:
-                self.finals[entry.claim] = entry
+                self.finals[entry.call_key] = entry
             self.first_at = self.first_at or entry.at
-            if entry.batch > self.last_own and entry.claim not in self.children:
-                self.last_own = entry.batch
+            if entry.batch > self.last_own_batch and entry.call_key not in self.children:
+                self.last_own_batch = entry.batch
         elif kind is Kind.CHILD:
-            self.children[entry.claim] = entry
+            self.children[entry.call_key] = entry
         elif kind is Kind.NOTE:
             self._note(entry)
         else:
-            self.failures.setdefault(entry.claim, []).append(entry)
+            self.failures.setdefault(entry.call_key, []).append(entry)
 
     def _note(self, entry: Entry) -> None:
-        if entry.claim == START:
+        if entry.call_key == STARTED:
             self.started_at = entry.due_at
-        elif entry.claim == RAN:
-            self.ran_notes = max(self.ran_notes, entry.attempt)
-            self.ran = max(self.ran, entry.due_at or 0)
-        elif entry.claim == AFRESH:
+        elif entry.call_key == RUNNING_TIME:
+            self.running_time_notes = max(self.running_time_notes, entry.attempt)
+            self.running_time = max(self.running_time, entry.due_at or 0)
+        elif entry.call_key == RESTARTED:
             self.generation = entry.attempt
 
-    def attempts(self, claim: str) -> tuple[int, int, int | None]:
+    def attempts(self, call_key: str) -> tuple[int, int, int | None]:
         """`(last attempt number, attempts since the last retry by hand, due_at of the next)` of an unfinished call."""
-        rows = self.failures.get(claim)
+        rows = self.failures.get(call_key)
         if not rows:
             return 0, 0, None
         rows.sort(key=lambda row: row.attempt)
         spent = 0
         for row in reversed(rows):
-            if row.kind is Kind.FORGIVEN:
+            if row.kind is Kind.CLEARED:
                 break
             spent += 1
         return rows[-1].attempt, spent, rows[-1].due_at

@@ -8,10 +8,11 @@
                  │ └─due / woken────┤ └──third death─► DEAD ──────────────────────────┤
                  │     WAITING ◄──Suspended(until)                                    │
                  │                  └──Held(reason)──► HELD ──────────────────────────┘
-                 └── interrupted (drain, crash: the next boot's epoch reclaims it), Restarted (journal dropped)
+                 ├── interrupted (drain, crash: the next start's epoch reclaims it), Restarted (journal dropped)
+                 └── resume, retry ── PAUSED ◄── record, while the event's trigger is paused
 
-`cancel` takes PENDING, WAITING and HELD straight to CANCELLED; a RUNNING run is told, and ends in the outcome it reaches.
-Each arrow is one store method. Leaving RUNNING needs the token that the claim gave: a stale one writes nothing.
+`cancel` moves PENDING, WAITING, PAUSED and HELD to CANCELLED at once. A RUNNING run is notified and ends in the outcome that it
+reaches. Each arrow is one store method. Leaving RUNNING needs the token of the claim: a stale token writes nothing.
 """
 
 import threading
@@ -22,27 +23,31 @@ from typing import TypeAlias
 import msgspec
 
 from eventflow.events.event import ALPHABET
-from eventflow.events.event import show_id as show_id  # noqa: PLC0414  (its readers know it from here)
+from eventflow.events.event import format_id as format_id  # noqa: PLC0414  (its readers know it from here)
 from eventflow.runs.journal import Entry
 
-DEATHS = 3
+MAX_CRASHES = 3
 """Journaled attempt starts that nothing followed, before a run is quarantined."""
 
 
 class State(IntEnum):
-    """Where a run stands. The first four are live."""
+    """The state of a run. The first five are live: the run has not ended.
+
+    The numbers are stored, and the partial indexes of live runs are `state < 4`; PAUSED was added last, so it is negative.
+    """
 
     PENDING = 0
     RUNNING = 1
     WAITING = 2
-    HELD = 3
+    PAUSED = -1  # its trigger is paused; resuming the trigger makes it PENDING
+    HELD = 3  # a person must look; the reason is in the run's row
     COMPLETED = 4
     FAILED = 5
     CANCELLED = 6
     DEAD = 7
 
     @property
-    def word(self) -> str:
+    def label(self) -> str:
         return self.name.lower()
 
     @property
@@ -69,19 +74,19 @@ class Run(msgspec.Struct, kw_only=True):
     state: State = State.PENDING
     started_at: int | None = None
     token: int = 0
-    lane: str | None = None
+    ordering_key: str | None = None
     priority: int = 0
     parent: int | None = None
-    parent_claim: str | None = None
+    parent_call_key: str | None = None
     depth: int = 0
     params: bytes | None = None
-    body: bytes | None = None
-    suspect: bool = False
-    deaths: int = 0
+    payload: bytes | None = None
+    crash_suspect: bool = False
+    crash_count: int = 0
     cancel_requested: bool = False
     mode: str | None = None
     deliveries: int = 1
-    bodies: Sequence[bytes] = ()
+    payloads: Sequence[bytes] = ()
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -89,7 +94,7 @@ class Completed(msgspec.Struct, frozen=True):
 
     value: bytes
     codec: str = "json"
-    orphans: int = 0
+    unclaimed_entries: int = 0
 
 
 class Failed(msgspec.Struct, frozen=True):
@@ -114,7 +119,7 @@ class Cancelled(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Held(msgspec.Struct, frozen=True):
+class NeedsAttention(msgspec.Struct, frozen=True):
     """A person must look; `reason` says at what."""
 
     reason: str
@@ -134,7 +139,7 @@ class Restarted(msgspec.Struct, frozen=True):
     first: Entry
 
 
-Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | Held | Interrupted | Restarted
+Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | NeedsAttention | Interrupted | Restarted
 
 
 class Ids:

@@ -30,7 +30,7 @@ from eventflow.core.errors import (
     StoreCorrupt,
     TaskFailed,
     UsageError,
-    caught,
+    call_catching,
 )
 from eventflow.core.hashing import digest
 from eventflow.serialization.tagged_json import (
@@ -295,7 +295,7 @@ def _class_name(error: BaseException) -> str:
 
 
 def _message(error: BaseException) -> str:
-    text, broken = caught(str, cast(Any, error).message if _is_group(error) else error)
+    text, broken = call_catching(str, cast(Any, error).message if _is_group(error) else error)
     return (
         text
         if text is not None
@@ -377,9 +377,20 @@ def _rebuild(fields: dict[str, Any]) -> BaseException:
     return error
 
 
+_MOVED_MODULES = {
+    "eventflow.checks": "eventflow.sdk.checks",
+    "eventflow.errors": "eventflow.core.errors",
+    "eventflow.retry": "eventflow.core.retry",
+}
+_RENAMED_CLASSES = {"LineageLost": "OutsideFlowError"}
+"""Where the classes are now whose names a ledger of an earlier version recorded."""
+
+
 def _find(name: str) -> type[Exception] | None:
     """The class `module:Qual.Name`, if its module is imported already (S12)."""
     module, _, path = name.partition(":")
+    if module in _MOVED_MODULES:
+        module, path = _MOVED_MODULES[module], _RENAMED_CLASSES.get(path, path)
     found: Any = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
@@ -394,7 +405,7 @@ def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None
         return None
     else:
         args = fields["args"]
-    error, _ = caught(kind, *args)
+    error, _ = call_catching(kind, *args)
     return (
         error
         if error is not None and type(error) is kind and _message(error) == fields["message"]

@@ -11,19 +11,19 @@ import orjson
 
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.events.event import Receipt
-from eventflow.runs.journal import AFRESH, RAN, TIMEOUT, Entry, Kind, begun_afresh
-from eventflow.runs.run import DEATHS, Run, State, show_id
+from eventflow.runs.journal import RESTARTED, RUNNING_TIME, TIMEOUT, Entry, Kind, restart_entry
+from eventflow.runs.run import MAX_CRASHES, Run, State, format_id
 from eventflow.store import rows
-from eventflow.store.apply import answer, deliver, forget
+from eventflow.store.apply import answer, deliver, drop_journal
 from eventflow.store.late_runs import note_retry
 from eventflow.store.load import load_journal
 from eventflow.store.patterns import arm, know_patterns, weave
 from eventflow.store.protocol import Arrival
-from eventflow.store.rows import Row
+from eventflow.store.rows import RunRow
 from eventflow.store.transaction import Transaction
 from eventflow.store.windows import gathered, know_windows
 
-RETRYABLE = (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
+RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
 
 
 # --------------------------------------------------------------------------- retry
@@ -33,51 +33,51 @@ def retry(tx: Transaction, run: int, *, fresh: bool) -> Callable[[], Run]:
     row = tx.need(run)
     if row.state not in RETRYABLE:
         raise UsageError(
-            f"run {show_id(run)} is {row.state.word}; only a failed, cancelled, held or dead run can be retried"
+            f"run {format_id(run)} is {row.state.label}; only a failed, cancelled, paused, held or dead run can be retried"
         )
-    _revive(tx, row, fresh=fresh)
-    return lambda: _whole(tx, row)
+    _make_pending(tx, row, fresh=fresh)
+    return lambda: _load_run(tx, row)
 
 
-def _whole(tx: Transaction, row: Row) -> Run:
+def _load_run(tx: Transaction, row: RunRow) -> Run:
     for run in tx.load([row]):
         return run
     raise StoreCorrupt(row.reason or "")
 
 
-def _revive(tx: Transaction, row: Row, *, fresh: bool) -> None:
+def _make_pending(tx: Transaction, row: RunRow, *, fresh: bool) -> None:
     """PENDING, due now. Children whose error the flow is to ask for again are retried with it: their answer must come anew."""
     if not row.state.live:
         note_retry(tx, row.id)
-    forgiven = _forget(tx, row.id) if fresh else _forgive(tx, row.id)
-    row.deaths = row.suspect = row.cancel_requested = 0
+    forgiven = _forget(tx, row.id) if fresh else _clear_errors(tx, row.id)
+    row.crash_count = row.crash_suspect = row.cancel_requested = 0
     row.started_at = None  # a person gives it another life: its timeout counts anew
-    row.reason = row.result = row.codec = row.error = row.orphans = None
+    row.reason = row.result = row.codec = row.error = row.unclaimed_entries = None
     tx.wake(row)
-    for child, claim, state in _children(tx, row.id):
-        if claim in forgiven and State(state) in RETRYABLE:
-            _revive(tx, tx.need(child), fresh=fresh)
-        elif claim in forgiven and State(state) is State.COMPLETED:
+    for child, call_key, state in _children(tx, row.id):
+        if call_key in forgiven and State(state) in RETRYABLE:
+            _make_pending(tx, tx.need(child), fresh=fresh)
+        elif call_key in forgiven and State(state) is State.COMPLETED:
             _answer_again(tx, tx.need(child))
 
 
-def _forgive(tx: Transaction, run: int) -> set[str]:
+def _clear_errors(tx: Transaction, run: int) -> set[str]:
     """ERROR entries become FORGIVEN; what ended the old life (its cancel, its timeout) is dropped. Returns the claims."""
     entries = load_journal(tx.connection, run)
     tx.connection.execute(
-        "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR claim IN (?, ?))",
-        (run, TIMEOUT, RAN),
+        "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR call_key IN (?, ?))",
+        (run, TIMEOUT, RUNNING_TIME),
     )
-    before = {(entry.claim, entry.attempt) for entry in entries if entry.kind is Kind.FORGIVEN}
+    before = {(entry.call_key, entry.attempt) for entry in entries if entry.kind is Kind.CLEARED}
     errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
-        entry.kind = Kind.FORGIVEN
-    fresh = [entry for entry in errors if (entry.claim, entry.attempt) not in before]
+        entry.kind = Kind.CLEARED
+    fresh = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
     rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in fresh])
-    return {entry.claim for entry in errors}
+    return {entry.call_key for entry in errors}
 
 
-def _answer_again(tx: Transaction, child: Row) -> None:
+def _answer_again(tx: Transaction, child: RunRow) -> None:
     """A child that was retried by hand and completed while its parent still held the old error."""
     result, codec = tx.connection.execute(
         "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
@@ -86,7 +86,7 @@ def _answer_again(tx: Transaction, child: Row) -> None:
         tx,
         child,
         Entry(
-            claim=child.parent_claim or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result
+            call_key=child.parent_call_key or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result
         ),
     )
 
@@ -96,18 +96,18 @@ def _forget(tx: Transaction, run: int) -> set[str]:
     for child, _, _ in _children(tx, run):
         cancel(tx, child, "its parent was begun afresh")
     lives = tx.connection.execute(
-        "SELECT max(attempt) FROM journal WHERE run = ? AND claim = ?", (run, AFRESH)
+        "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED)
     ).fetchone()
-    forget(tx, run)
+    drop_journal(tx, run)
     tx.add_entry(
-        run, begun_afresh((lives[0] or 0) + 1)
+        run, restart_entry((lives[0] or 0) + 1)
     )  # what it emits and starts from here on is new
     return set()
 
 
 def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
     return tx.connection.execute(
-        "SELECT id, parent_claim, state FROM runs WHERE parent = ?", (run,)
+        "SELECT id, parent_call_key, state FROM runs WHERE parent = ?", (run,)
     ).fetchall()
 
 
@@ -126,25 +126,25 @@ def cancel(tx: Transaction, run: int, reason: str) -> State:
     elif before.live:
         row.reason = reason
         tx.move(row, State.CANCELLED)
-        tell_parent(tx, row, "RunCancelled", reason)
+        notify_parent(tx, row, "RunCancelled", reason)
     if before.live:
         for child, _, _ in _children(tx, run):
             cancel(tx, child, reason)
     return before
 
 
-def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> None:
+def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -> None:
     """The parent hears of an end that no worker settled, as an ERROR of its call."""
-    if row.parent is None or row.parent_claim is None:
+    if row.parent is None or row.parent_call_key is None:
         return
-    name = (row.parent, row.parent_claim)
+    name = (row.parent, row.parent_call_key)
     for text in rows.finals.read(tx.connection, [name]):
         tx.finals.update(rows.decode_pairs(text))
     error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
     answer(
         tx,
         row,
-        Entry(claim=row.parent_claim, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)),
+        Entry(call_key=row.parent_call_key, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)),
     )
 
 
@@ -154,18 +154,18 @@ def tell_parent(tx: Transaction, row: Row, error_type: str, message: str) -> Non
 def redrive(tx: Transaction, dead: int, arrival: Arrival) -> Receipt:
     """The dead letter's delivery is tried once more: dead - 1, and whatever the new arrival's tally says."""
     found = tx.connection.execute(
-        "SELECT event, redriven_at FROM dead WHERE id = ?", (dead,)
+        "SELECT event, redriven_at FROM dead_letters WHERE id = ?", (dead,)
     ).fetchone()
     if found is None:
         raise NotFound("dead letter", str(dead))
     event, redriven_at = found
     if redriven_at is not None:
         raise UsageError(
-            f"dead letter {dead} was redriven already; replay its event {show_id(event)} to run it once more"
+            f"dead letter {dead} was redriven already; replay its event {format_id(event)} to run it once more"
         )
     tx.count("dead", -1)
     tx.count("accepted", -1)
-    tx.connection.execute("UPDATE dead SET redriven_at = ? WHERE id = ?", (tx.at, dead))
+    tx.connection.execute("UPDATE dead_letters SET redriven_at = ? WHERE id = ?", (tx.at, dead))
     return _add_to_event(tx, event, arrival, dead)
 
 
@@ -178,20 +178,20 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
     asked = "SELECT key, digest, trigger, event_id, verdicts, headers, body, kept FROM events WHERE id = ?"
     found = tx.connection.execute(asked, (event,)).fetchone()
     if found is None:
-        raise NotFound("event", show_id(event))
+        raise NotFound("event", format_id(event))
     key, digest, trigger, event_id, verdicts, headers, body, kept = found
     if not kept:
         raise UsageError(
-            f"event {show_id(event)} is past its retention: its body is gone; send it again under a new id"
+            f"event {format_id(event)} is past its retention: its body is gone; send it again under a new id"
         )
     if dead is not None and body != arrival.body:
-        tx.connection.execute("UPDATE dead SET body = ? WHERE id = ?", (body, dead))
+        tx.connection.execute("UPDATE dead_letters SET body = ? WHERE id = ?", (body, dead))
         body = arrival.body
-    if arrival.gathers:
+    if arrival.batch_policies:
         tx.replayed.add(event)
         know_windows(tx, [arrival])
         arrival = gathered(tx, arrival, event)
-    if arrival.facts:
+    if arrival.pattern_events:
         know_patterns(tx, [arrival])
         arrival = weave(tx, arrival, event, known=True)
     told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
@@ -207,23 +207,23 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
 # --------------------------------------------------------------------------- hold
 
 
-def hold(tx: Transaction, trigger: str, paused: bool) -> None:
+def set_paused(tx: Transaction, trigger: str, paused: bool) -> None:
     if paused:
         tx.connection.execute(
-            "INSERT OR IGNORE INTO holds (trigger, at) VALUES (?, ?)", (trigger, tx.at)
+            "INSERT OR IGNORE INTO paused_triggers (trigger, at) VALUES (?, ?)", (trigger, tx.at)
         )
     else:
-        tx.connection.execute("DELETE FROM holds WHERE trigger = ?", (trigger,))
+        tx.connection.execute("DELETE FROM paused_triggers WHERE trigger = ?", (trigger,))
         tx.more |= tx.connection.execute(_RELEASE, (trigger,)).rowcount > 0
 
 
 _RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
-        SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = 3 UNION ALL
-        SELECT id FROM runs INDEXED BY runs_lane WHERE lane IS NOT NULL AND state < 4 AND blocked = 1)
-    AND state = 3 AND token = 0 AND reason IS NULL
+        SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = -1 UNION ALL
+        SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1)
+    AND state = -1
     AND EXISTS (SELECT 1 FROM events e WHERE e.id = runs.event AND e.trigger = ?)"""
-"""What the pause held goes on: those that never ran, and that nobody gave a reason. HELD and PENDING stand under one word of
-P9's sum, and a lane keeps its order, so nothing else of them changes."""
+"""Makes the paused runs of a trigger PENDING. Both states count as pending in P9's sum and a lane keeps its order, so no other
+column changes."""
 
 
 # --------------------------------------------------------------------------- at start
@@ -237,15 +237,15 @@ def recover(tx: Transaction) -> None:
     died = [
         ident
         for (ident,) in tx.connection.execute(
-            f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND deaths >= ?", (DEATHS,)
+            f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND crash_count >= ?", (MAX_CRASHES,)
         )
     ]
-    tx.connection.execute(f"UPDATE runs SET state = 0, due_at = 0, suspect = 1 WHERE {_IN_FLIGHT}")
+    tx.connection.execute(f"UPDATE runs SET state = 0, due_at = 0, crash_suspect = 1 WHERE {_IN_FLIGHT}")
     for ident in died:
         row = tx.need(ident)
-        row.reason = f"the process died {row.deaths} times while this run was starting an attempt; retry it once mended"
+        row.reason = f"the process died {row.crash_count} times while this run was starting an attempt; retry it once mended"
         tx.move(row, State.DEAD)
-        tell_parent(tx, row, "RunDead", row.reason)
+        notify_parent(tx, row, "RunDead", row.reason)
 
 
 _IN_FLIGHT = "state < 4 AND blocked = 0 AND state = 1"

@@ -13,14 +13,14 @@ from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    Held,
+    NeedsAttention,
     Interrupted,
     Outcome,
     Restarted,
     Run,
     State,
     Suspended,
-    show_id,
+    format_id,
 )
 from eventflow.store import rows
 from eventflow.store.patterns import know_patterns, weave
@@ -28,19 +28,19 @@ from eventflow.store.protocol import (
     Append,
     Appended,
     Arrival,
-    Ended,
-    Herald,
-    Mark,
-    Record,
-    Refused,
+    RunEnded,
+    RunEventSource,
+    MarkStarted,
+    RecordEvents,
+    Fenced,
     Settle,
     Settled,
 )  # fmt: skip
-from eventflow.store.rows import Known, Row
+from eventflow.store.rows import KnownEvent, RunRow
 from eventflow.store.transaction import Transaction
 from eventflow.store.windows import gathered, know_windows
 
-WriteOp = Record | Append | Mark | Settle
+WriteOp = RecordEvents | Append | MarkStarted | Settle
 
 
 def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
@@ -50,20 +50,20 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
     children: list[Run] = []
     answers: list[tuple[int, str]] = []
     for op in ops:
-        if not isinstance(op, Record):
+        if not isinstance(op, RecordEvents):
             wanted.append(op.run)
-        if isinstance(op, Record | Append):
+        if isinstance(op, RecordEvents | Append):
             arrivals.extend(op.arrivals)
         if isinstance(op, Append):
             children.extend(op.children)
         if isinstance(op, Settle) and op.parent is not None and op.answer is not None:
             wanted.append(op.parent)
-            answers.append((op.parent, op.answer.claim))
+            answers.append((op.parent, op.answer.call_key))
     know_events(tx, arrivals)
     know_windows(tx, arrivals)
     know_patterns(tx, arrivals)
     tx.fetch(wanted)
-    asked = [(run.parent, run.parent_claim) for run in children]
+    asked = [(run.parent, run.parent_call_key) for run in children]
     for text in rows.known_children.read(tx.connection, asked):
         tx.children.update(rows.decode_pairs(text))
     for text in rows.finals.read(tx.connection, answers):
@@ -94,11 +94,11 @@ def _fetch_later(tx: Transaction, settles: Iterable[Settle]) -> None:
 def apply(tx: Transaction, op: WriteOp) -> Any:
     """Decides one op; returns its reply."""
     match op:
-        case Record():
+        case RecordEvents():
             return _record(tx, op)
         case Append():
             return _append(tx, op)
-        case Mark():
+        case MarkStarted():
             return _mark(tx, op)
         case Settle():
             return _settle(tx, op)
@@ -109,7 +109,7 @@ def apply(tx: Transaction, op: WriteOp) -> Any:
 # --------------------------------------------------------------------------- way in
 
 
-def _record(tx: Transaction, op: Record) -> list[Receipt]:
+def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
     if op.cursor:
         tx.put_cursors(op.trigger, op.cursor)
     return [arrive(tx, arrival) for arrival in op.arrivals]
@@ -119,7 +119,7 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
     """One event: recorded with all that is its, or counted on the first of its identity."""
     first = tx.known.get(arrival.key)
     if first is None and (earlier := tx.arrived.get(arrival.key)) is not None:
-        first = Known(earlier.id, earlier.key.hex(), earlier.digest.hex(), len(earlier.runs))
+        first = KnownEvent(earlier.id, earlier.key.hex(), earlier.digest.hex(), len(earlier.runs))
     if first is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
         conflict = digests[0] != digests[1]
@@ -129,9 +129,9 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
             digests=digests if conflict else None,
         )  # fmt: skip
     tx.arrived[arrival.key] = arrival
-    if arrival.gathers:
+    if arrival.batch_policies:
         arrival = gathered(tx, arrival, arrival.id)
-    if arrival.facts:
+    if arrival.pattern_events:
         arrival = weave(tx, arrival, arrival.id)
     tx.add_event(rows.event_row(arrival))
     tx.count("events")
@@ -139,18 +139,18 @@ def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
     return Receipt(arrival.id, arrival.event_id, matched=len(arrival.runs))
 
 
-def announce(tx: Transaction, herald: Herald) -> None:
+def record_run_events(tx: Transaction, herald: RunEventSource) -> None:
     """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come, or is late."""
     ended, tx.ended = tx.ended, []
     arrivals, tx.silences = tx.silences, []
     for row in ended:
-        if row.state not in herald.heard:
+        if row.state not in herald.wanted_states:
             continue
-        told = Ended(
+        told = RunEnded(
             row.id, row.flow, row.state, row.token, row.depth, row.event, row.started_at, tx.at, row.reason, row.result,
             row.codec, row.error,
         )  # fmt: skip
-        if (arrival := herald.ended(told)) is not None:
+        if (arrival := herald.route_ended(told)) is not None:
             arrivals.append(arrival)
     if arrivals:
         know_events(tx, arrivals)
@@ -159,7 +159,7 @@ def announce(tx: Transaction, herald: Herald) -> None:
         for arrival in arrivals:
             arrive(tx, arrival)
     if tx.silences:
-        announce(tx, herald)
+        record_run_events(tx, herald)
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
@@ -168,37 +168,37 @@ def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
         if run.id in arrival.matches:
             continue  # weaving.py has seen to it
         run.event = event
-        if run.id in arrival.gathers:
+        if run.id in arrival.batch_policies:
             tx.open_window(run, arrival.body, arrival.received_at)
         else:
             tx.add_run(run, arrival.body)
-    for subscription, reason in arrival.dead:
+    for subscription, reason in arrival.dead_letters:
         tx.add_dead(event, subscription, reason)
     for outlet, subscription in arrival.outbox:
         tx.add_letter(outlet, event, subscription)
-    tx.tally(arrival.tally)
+    tx.tally(arrival.counts)
 
 
 # --------------------------------------------------------------------------- way through
 
 
-def _fenced(tx: Transaction, op: Append | Mark | Settle) -> Row | Refused:
+def _fenced(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenced:
     """The run if this op's token still owns it (P7)."""
     row = tx.row(op.run)
     if row is None:
-        return Refused(f"run {show_id(op.run)} is not in the store")
+        return Fenced(f"run {format_id(op.run)} is not in the store")
     if row.state is not State.RUNNING:
-        return Refused(f"run {show_id(op.run)} is {row.state.word}, not running")
+        return Fenced(f"run {format_id(op.run)} is {row.state.label}, not running")
     if row.token != op.token:
-        return Refused(
-            f"run {show_id(op.run)} was claimed again: its token is {row.token}, this one is {op.token}"
+        return Fenced(
+            f"run {format_id(op.run)} was claimed again: its token is {row.token}, this one is {op.token}"
         )
     return row
 
 
-def _append(tx: Transaction, op: Append) -> Appended | Refused:
+def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     row = _fenced(tx, op)
-    if isinstance(row, Refused):
+    if isinstance(row, Fenced):
         return row
     if tx.probe and _recorded(tx, op):
         return _again(op)
@@ -206,46 +206,46 @@ def _append(tx: Transaction, op: Append) -> Appended | Refused:
     receipts = [arrive(tx, arrival) for arrival in op.arrivals]
     for child in op.children:
         _start_child(tx, child)
-    if op.proof and (row.suspect or row.deaths):
-        row.suspect = row.deaths = 0
+    if op.clears_suspicion and (row.crash_suspect or row.crash_count):
+        row.crash_suspect = row.crash_count = 0
         tx.change(row)
     return Appended(tx.batch, tx.at, entries, receipts)
 
 
 def _recorded(tx: Transaction, op: Append | Settle) -> bool:
-    asked = [(op.run, entry.claim, entry.attempt, int(entry.kind)) for entry in op.entries]
+    asked = [(op.run, entry.call_key, entry.attempt, int(entry.kind)) for entry in op.entries]
     return len(set(asked)) < len(asked) or any(rows.known_entries.read(tx.connection, asked))
 
 
-def _again(op: Append | Settle) -> Refused:
-    return Refused(
-        f"run {show_id(op.run)} has an entry of the same claim, attempt and kind already"
+def _again(op: Append | Settle) -> Fenced:
+    return Fenced(
+        f"run {format_id(op.run)} has an entry of the same call key, attempt and kind already"
     )
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
-    if child.parent is None or child.parent_claim is None:
+    if child.parent is None or child.parent_call_key is None:
         raise ValueError(
-            f"child run {show_id(child.id)}: expected a parent and its claim, found none"
+            f"child run {format_id(child.id)}: expected a parent and its call key, found none"
         )
-    name = (child.parent, child.parent_claim)
+    name = (child.parent, child.parent_call_key)
     if name not in tx.children:
         tx.children.add(name)
         tx.add_run(child, None)
 
 
-def _mark(tx: Transaction, op: Mark) -> Appended | Refused:
+def _mark(tx: Transaction, op: MarkStarted) -> Appended | Fenced:
     row = _fenced(tx, op)
-    if isinstance(row, Refused):
+    if isinstance(row, Fenced):
         return row
-    row.deaths += 1
+    row.crash_count += 1
     tx.change(row)
     return Appended(tx.batch, tx.at)
 
 
-def _settle(tx: Transaction, op: Settle) -> Settled | Refused:
+def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
     row = _fenced(tx, op)
-    if isinstance(row, Refused):
+    if isinstance(row, Fenced):
         return row
     if op.entries and tx.probe and _recorded(tx, op):
         return _again(op)
@@ -258,11 +258,11 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Refused:
     return Settled(tx.batch, tx.at, taken)
 
 
-def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
+def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
     """The one place where an outcome becomes a state."""
     match outcome:
-        case Completed(value, codec, orphans):
-            row.result, row.codec, row.orphans, row.reason = value, codec, orphans, None
+        case Completed(value, codec, unclaimed_entries):
+            row.result, row.codec, row.unclaimed_entries, row.reason = value, codec, unclaimed_entries, None
             tx.move(row, State.COMPLETED)
         case Failed(error):
             row.error, row.reason = error, None
@@ -270,7 +270,7 @@ def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
         case Cancelled(reason):
             row.reason = reason
             tx.move(row, State.CANCELLED)
-        case Held(reason):
+        case NeedsAttention(reason):
             row.reason = reason
             tx.move(row, State.HELD)
         case Suspended(until):
@@ -279,7 +279,7 @@ def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
             else:
                 tx.sleep(row, until)
         case Interrupted():
-            row.suspect = row.deaths = 0
+            row.crash_suspect = row.crash_count = 0
             tx.wake(row)
         case Restarted(params, first):
             _begin_afresh(tx, row, params)
@@ -288,41 +288,41 @@ def _end_claim(tx: Transaction, row: Row, outcome: Outcome) -> None:
             assert_never(outcome)
 
 
-def _begin_afresh(tx: Transaction, row: Row, params: bytes) -> None:
+def _begin_afresh(tx: Transaction, row: RunRow, params: bytes) -> None:
     """The same run with other parameters and no past."""
-    forget(tx, row.id)
+    drop_journal(tx, row.id)
     asked = "SELECT subscription, params FROM runs WHERE id = ?"
     subscription, before = tx.connection.execute(asked, (row.id,)).fetchone()
     grown = len(params) - len(before or b"")
     row.size += grown
     tx.count("pending_bytes", grown)
-    crc = rows.run_crc(row.id, row.flow, subscription, row.event, row.lane, params)
+    crc = rows.run_crc(row.id, row.flow, subscription, row.event, row.ordering_key, params)
     tx.connection.execute(
         "UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?",
         (params, crc, row.size, row.id),
     )
-    row.suspect = row.deaths = 0
+    row.crash_suspect = row.crash_count = 0
     row.started_at = None
     tx.wake(row)
 
 
-def forget(tx: Transaction, run: int) -> None:
+def drop_journal(tx: Transaction, run: int) -> None:
     """Drops the journal, also what this batch added to it, and lets go of the children: the new life starts its own."""
     tx.flush()
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
     tx.disown(run)
 
 
-def answer(tx: Transaction, child: Row, entry: Entry) -> Entry | None:
+def answer(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
     """Writes a child's end into its parent's journal and wakes the parent; None when the parent has heard already."""
     if (
         child.parent is None
-        or child.parent_claim != entry.claim
+        or child.parent_call_key != entry.call_key
         or entry.kind not in (Kind.VALUE, Kind.ERROR)
     ):
         return None
     parent = tx.row(child.parent)
-    name = (child.parent, entry.claim)
+    name = (child.parent, entry.call_key)
     if parent is None or name in tx.finals:
         return None
     tx.finals.add(name)

@@ -26,13 +26,13 @@ SLICE = 0.5
 """Seconds of one slice: a quarter of what a read transaction may take, for machines that have more to do."""
 
 _SUM = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
-_WAITING = "facts WHERE lapsed IS NULL"
+_WAITING = "pattern_events WHERE expired IS NULL"
 _END = (math.inf, "")
 
 _ODD = {
     "gathered": "runs do not have as many events as they say",
     "lost": "journal entries belong to no run",
-    "blocked": "runs without a lane are blocked",
+    "blocked": "runs without an ordering key are blocked",
     "astray": "events wait in no pattern",
 }
 """Sentences that are told once, with how many they are true of."""
@@ -193,7 +193,7 @@ def _fact_weighs(waits: int, size: int) -> Iterator[tuple[str, int]]:
 
 
 _WEIGHTS: dict[str, Callable[..., Iterator[tuple[str, int]]]] = {
-    "runs": _run_weighs, "events": _event_weighs, "dead": _dead_weighs, "facts": _fact_weighs
+    "runs": _run_weighs, "events": _event_weighs, "dead_letters": _dead_weighs, "pattern_events": _fact_weighs
 }  # fmt: skip
 
 # --------------------------------------------------------------------------- what must hold of a row
@@ -207,18 +207,18 @@ def _event(_: Counter[str], row: Row) -> Iterator[str]:
 
 def _run(odd: Counter[str], row: Row) -> Iterator[str]:
     ident, crc, outcome, outcome_crc = row[0], row[6], row[7:10], row[10]
-    blocked, lane, members, deliveries = row[11], row[4], row[12], row[14]
+    blocked, ordering_key, members, deliveries = row[11], row[4], row[12], row[14]
     if rows.checksum(*row[:6]) != crc or (
         outcome_crc is not None and rows.checksum(ident, *outcome) != outcome_crc
     ):
         yield corrupt("runs", ident)
-    odd["blocked"] += blocked and lane is None
+    odd["blocked"] += blocked and ordering_key is None
     odd["gathered"] += deliveries != 1 + members
 
 
 def _entry(odd: Counter[str], row: Row) -> Iterator[str]:
-    run, claim, attempt, kind, *rest, crc, known = row
-    if rows.checksum(run, claim, attempt, kind, *rest) != crc:
+    run, call_key, attempt, kind, *rest, crc, known = row
+    if rows.checksum(run, call_key, attempt, kind, *rest) != crc:
         yield corrupt("journal", run)
     odd["lost"] += not known
 
@@ -228,9 +228,9 @@ def _dead(_: Counter[str], row: Row) -> Iterator[str]:
 
 
 def _lane(_: Counter[str], row: Row) -> Iterator[str]:
-    flow, lane, heads = row
+    flow, ordering_key, heads = row
     if heads != 1:
-        yield f"lane {lane!r} of flow {flow!r} has {heads} heads, expected one"
+        yield f"ordering key {ordering_key!r} of flow {flow!r} has {heads} heads, expected one"
 
 
 def _pattern(_: Counter[str], row: Row) -> Iterator[str]:
@@ -259,9 +259,9 @@ def _weighed(table: str) -> str:
     return ", ".join(column.format("") for column in WEIGHED[table])
 
 
-_MEMBERS = "(SELECT count(*) FROM members WHERE run = runs.id)"
-_OPEN = f"(SELECT count(*) FROM {_WAITING} AND facts.subscription = p.subscription AND facts.key = p.key)"
-_ASTRAY = "lapsed IS NULL AND NOT EXISTS (SELECT 1 FROM patterns p WHERE p.subscription = facts.subscription AND p.key = facts.key)"
+_MEMBERS = "(SELECT count(*) FROM run_events WHERE run = runs.id)"
+_OPEN = f"(SELECT count(*) FROM {_WAITING} AND pattern_events.subscription = p.subscription AND pattern_events.key = p.key)"
+_ASTRAY = "expired IS NULL AND NOT EXISTS (SELECT 1 FROM patterns p WHERE p.subscription = pattern_events.subscription AND p.key = pattern_events.key)"
 _NEVER = -(1 << 63)
 
 _BOUND = {
@@ -270,26 +270,26 @@ _BOUND = {
         ("events", "id"),
         ("runs", "id"),
         ("journal", "run"),
-        ("dead", "id"),
-        ("facts", "event"),
+        ("dead_letters", "id"),
+        ("pattern_events", "event"),
     )
 }
 
 _WALKS = (
     _Walk("events", (_NEVER,), f"""SELECT id, key, digest, trigger, event_id, verdicts, headers, body, crc,
         {_weighed("events")} FROM events WHERE id > ? AND id <= ? ORDER BY id""", _event),
-    _Walk("runs", (_NEVER,), f"""SELECT id, flow, subscription, event, lane, params, crc, result, codec, error, outcome_crc,
+    _Walk("runs", (_NEVER,), f"""SELECT id, flow, subscription, event, ordering_key, params, crc, result, codec, error, outcome_crc,
         blocked, {_MEMBERS}, {_weighed("runs")} FROM runs WHERE id > ? AND id <= ? ORDER BY id""", _run),
-    _Walk("journal", (_NEVER, "", 0, 0), """SELECT run, claim, attempt, kind, batch, pos, due_at, codec, fingerprint, value,
+    _Walk("journal", (_NEVER, "", 0, 0), """SELECT run, call_key, attempt, kind, batch, position, due_at, codec, fingerprint, value,
         error, crc, EXISTS (SELECT 1 FROM runs WHERE id = journal.run) FROM journal
-        WHERE (run, claim, attempt, kind) > (?, ?, ?, ?) AND run <= ? ORDER BY run, claim, attempt, kind""", _entry),
-    _Walk("dead", (_NEVER,), f"SELECT id, {_weighed('dead')} FROM dead WHERE id > ? AND id <= ? ORDER BY id", _dead),
-    _Walk("facts", (_NEVER, ""), f"""SELECT event, subscription, {_ASTRAY}, {_weighed("facts")} FROM facts
+        WHERE (run, call_key, attempt, kind) > (?, ?, ?, ?) AND run <= ? ORDER BY run, call_key, attempt, kind""", _entry),
+    _Walk("dead_letters", (_NEVER,), f"SELECT id, {_weighed('dead_letters')} FROM dead_letters WHERE id > ? AND id <= ? ORDER BY id", _dead),
+    _Walk("pattern_events", (_NEVER, ""), f"""SELECT event, subscription, {_ASTRAY}, {_weighed("pattern_events")} FROM pattern_events
         WHERE (event, subscription) > (?, ?) AND event <= ? ORDER BY event, subscription""", _fact),
     _Walk("patterns", ("", ""), f"""SELECT subscription, key, state, crc, open, {_OPEN} FROM patterns p
         WHERE (subscription, key) > (?, ?) ORDER BY subscription, key""", _pattern),
-    _Walk("lanes", ("", ""), """SELECT flow, lane, sum(blocked = 0) FROM runs WHERE lane IS NOT NULL AND state < 4
-        AND (flow, lane) > (?, ?) GROUP BY flow, lane ORDER BY flow, lane""", _lane),
+    _Walk("lanes", ("", ""), """SELECT flow, ordering_key, sum(blocked = 0) FROM runs WHERE ordering_key IS NOT NULL AND state < 4
+        AND (flow, ordering_key) > (?, ?) GROUP BY flow, ordering_key ORDER BY flow, ordering_key""", _lane),
 )  # fmt: skip
 
 # --------------------------------------------------------------------------- pages

@@ -10,7 +10,7 @@ import msgspec
 from eventflow.runs.run import Run
 
 
-class Gather(msgspec.Struct, frozen=True):
+class BatchPolicy(msgspec.Struct, frozen=True):
     """How an event may join a run that is recorded and has not begun (delivery.py). Durations in microseconds.
 
     The run of the first event is due `wait` later; with `renewed` each further event puts that off, to at most `longest` after
@@ -20,31 +20,31 @@ class Gather(msgspec.Struct, frozen=True):
     mode: str
     size: int
     wait: int = 0
-    longest: int = 0
-    renewed: bool = False
+    max_wait: int = 0
+    is_extended: bool = False
 
     def due(self, count: int, opened_at: int, due_at: int, now: int) -> int:
         """When a run is due that was due at `due_at`, and gets its `count`-th event now."""
         if count >= self.size:
             return 0
-        return min(now + self.wait, opened_at + self.longest) if self.renewed else due_at
+        return min(now + self.wait, opened_at + self.max_wait) if self.is_extended else due_at
 
 
-class Fact(msgspec.Struct, frozen=True):
+class PatternEvent(msgspec.Struct, frozen=True):
     """An event for a pattern: which part it is of, under which key, and when it happened. `held`: its trigger is paused."""
 
     subscription: str
     key: str
-    leaf: int
+    part: int
     time: int
-    held: bool = False
+    is_paused: bool = False
     depth: int = 0
 
 
-class Match(msgspec.Struct, frozen=True):
+class PatternMatch(msgspec.Struct, frozen=True):
     """The run of a pattern that has matched, the events it is of, and their bytes; `gather`: they may join another's run."""
 
     run: Run
     events: Sequence[int]
     size: int
-    gather: Gather | None = None
+    batch_policy: BatchPolicy | None = None

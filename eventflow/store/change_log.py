@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 WEIGHED: Mapping[str, Sequence[str]] = {
     "runs": ("{}state", "{}deliveries", "{}size", "{}parent IS NOT NULL"),
     "events": ("{}duplicates", "{}conflicts"),
-    "dead": ("{}redriven_at IS NULL",),
-    "facts": ("{}lapsed IS NULL", "{}size"),
+    "dead_letters": ("{}redriven_at IS NULL",),
+    "pattern_events": ("{}expired IS NULL", "{}size"),
 }
 """By table, what the sums are made of; `{}` is for NEW. and OLD."""
 
 _KEYS = {
     "runs": "{}id, ''",
     "events": "{}id, ''",
-    "dead": "{}id, ''",
-    "facts": "{}event, {}subscription",
+    "dead_letters": "{}id, ''",
+    "pattern_events": "{}event, {}subscription",
 }
 _WATCHED = {
     "runs": "state, deliveries, size",
     "events": "duplicates, conflicts",
-    "dead": "redriven_at",
-    "facts": "lapsed, size",
+    "dead_letters": "redriven_at",
+    "pattern_events": "expired, size",
 }
 _WIDTH = max(map(len, WEIGHED.values()))
 

@@ -6,18 +6,18 @@ from typing import Any
 
 from eventflow.core.errors import StoreCorrupt
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import Run, State, show_id
+from eventflow.runs.run import Run, State, format_id
 from eventflow.store import rows
 
 _RUNS = """
-    SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at, r.token, r.lane, r.priority,
-           r.parent, r.parent_claim, r.depth, r.params, r.suspect, r.deaths, r.cancel_requested, r.mode, r.deliveries, r.crc,
+    SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at, r.token, r.ordering_key, r.priority,
+           r.parent, r.parent_call_key, r.depth, r.params, r.crash_suspect, r.crash_count, r.cancel_requested, r.mode, r.deliveries, r.crc,
            e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc
     FROM runs r LEFT JOIN events e ON e.id = r.event WHERE r.id IN (SELECT value FROM json_each(?))"""
 
 _JOURNAL = """
-    SELECT claim, attempt, kind, batch, pos, at, due_at, codec, fingerprint, value, error, crc
-    FROM journal WHERE run = ? ORDER BY batch, pos"""
+    SELECT call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error, crc
+    FROM journal WHERE run = ? ORDER BY batch, position"""
 
 
 def load_runs(
@@ -31,25 +31,25 @@ def load_runs(
 
 
 def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
-    (ident, flow, subscription, event, state, created_at, due_at, started_at, token, lane, priority, parent, parent_claim,
-     depth, params, suspect, deaths, cancel_requested, mode, deliveries, crc, *rest) = row  # fmt: skip
+    (ident, flow, subscription, event, state, created_at, due_at, started_at, token, ordering_key, priority, parent, parent_call_key,
+     depth, params, crash_suspect, crash_count, cancel_requested, mode, deliveries, crc, *rest) = row  # fmt: skip
     run = Run(
         id=ident, flow=flow, created_at=created_at, due_at=due_at or created_at, event=event, subscription=subscription,
-        state=State(state), started_at=started_at, token=token, lane=lane, priority=priority, parent=parent,
-        parent_claim=parent_claim, depth=depth, params=params, body=rest[7], suspect=bool(suspect), deaths=deaths,
+        state=State(state), started_at=started_at, token=token, ordering_key=ordering_key, priority=priority, parent=parent,
+        parent_call_key=parent_call_key, depth=depth, params=params, payload=rest[7], crash_suspect=bool(crash_suspect), crash_count=crash_count,
         cancel_requested=bool(cancel_requested), mode=mode, deliveries=deliveries,
     )  # fmt: skip
-    if crc != rows.run_crc(ident, flow, subscription, event, lane, params):
+    if crc != rows.run_crc(ident, flow, subscription, event, ordering_key, params):
         return run, corrupt("runs", ident)
     if rest[0] is not None and rest[8] is not None and rest[8] != rows.event_crc(*rest[:8]):
         return run, corrupt("events", rest[0])
     return run, None
 
 
-def load_bodies(connection: sqlite3.Connection, run: int) -> list[bytes]:
+def load_payloads(connection: sqlite3.Connection, run: int) -> list[bytes]:
     """The events of a run, in the order recorded; StoreCorrupt names one whose checksum does not hold."""
     asked = f"""SELECT {", ".join(_PROVEN)} FROM events e WHERE id = (SELECT event FROM runs WHERE id = :run)
-        OR id IN (SELECT event FROM members WHERE run = :run) ORDER BY id"""
+        OR id IN (SELECT event FROM run_events WHERE run = :run) ORDER BY id"""
     bodies: list[bytes] = []
     for *payload, crc in connection.execute(asked, {"run": run}):
         if crc != rows.event_crc(*payload):
@@ -75,16 +75,16 @@ def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
     """The run's journal in (batch, pos) order; StoreCorrupt names the row whose checksum does not hold."""
     entries: list[Entry] = []
     for row in connection.execute(_JOURNAL, (run,)):
-        claim, attempt, kind, batch, pos, at, due_at, codec, fingerprint, value, error, crc = row
+        call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error, crc = row
         entry = Entry(
-            claim=claim, kind=Kind(kind), attempt=attempt, batch=batch, pos=pos, at=at, due_at=due_at, fingerprint=fingerprint,
+            call_key=call_key, kind=Kind(kind), attempt=attempt, batch=batch, position=position, at=at, due_at=due_at, fingerprint=fingerprint,
             codec=codec, value=value, error=error,
         )  # fmt: skip
         if crc != rows.entry_crc(run, entry):
-            raise StoreCorrupt(corrupt("journal", run) + f", entry {claim!r} attempt {attempt}")
+            raise StoreCorrupt(corrupt("journal", run) + f", entry {call_key!r} attempt {attempt}")
         entries.append(entry)
     return entries
 
 
 def corrupt(table: str, ident: int) -> str:
-    return f"{table} row {show_id(ident)}: the stored checksum does not match its content"
+    return f"{table} row {format_id(ident)}: the stored checksum does not match its content"

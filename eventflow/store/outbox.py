@@ -9,10 +9,10 @@ from typing import Any
 
 import orjson
 
-from eventflow.core.errors import caught
-from eventflow.events.event import Event, Letter
+from eventflow.core.errors import call_catching
+from eventflow.events.event import Event, OutboxMessage
 from eventflow.logs.log import get_logger
-from eventflow.runs.run import show_id
+from eventflow.runs.run import format_id
 from eventflow.store import rows
 from eventflow.store.transaction import Transaction
 
@@ -22,11 +22,11 @@ _WAITING = """
     SELECT o.id, o.subscription, d.reason, d.body,
            e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc, e.source, e.type
     FROM outbox o JOIN events e ON e.id = o.event
-    LEFT JOIN dead d ON d.id = (SELECT max(id) FROM dead WHERE event = o.event AND subscription = o.subscription)
-    WHERE o.outlet = ? ORDER BY o.id LIMIT ?"""
+    LEFT JOIN dead_letters d ON d.id = (SELECT max(id) FROM dead_letters WHERE event = o.event AND subscription = o.subscription)
+    WHERE o.sink = ? ORDER BY o.id LIMIT ?"""
 
 
-def waiting(connection: sqlite3.Connection, outlet: str, limit: int) -> list[Letter]:
+def unsent(connection: sqlite3.Connection, outlet: str, limit: int) -> list[OutboxMessage]:
     """The first letters of an outlet, oldest first."""
     return [
         letter
@@ -35,15 +35,15 @@ def waiting(connection: sqlite3.Connection, outlet: str, limit: int) -> list[Let
     ]
 
 
-def _letter(row: Sequence[Any]) -> Letter | None:
+def _letter(row: Sequence[Any]) -> OutboxMessage | None:
     number, subscription, reason, first_body, ident, *kept = row
     key, digest, trigger, event_id, verdicts, headers, body, crc, source, event_type = kept
     if crc != rows.event_crc(ident, key, digest, trigger, event_id, verdicts, headers, body):
-        log.error("store.row_corrupt", table="events", row=show_id(ident))
+        log.error("store.row_corrupt", table="events", row=format_id(ident))
         return None  # `eventflow doctor` finds it again; the letters behind it go on
     body = first_body if subscription is not None and first_body is not None else body
-    event, _ = caught(Event.from_json, body)
-    return Letter(
+    event, _ = call_catching(Event.from_json, body)
+    return OutboxMessage(
         number=number,
         event=event or Event(id=event_id, source=source, type=event_type, data=body),
         trigger=trigger,
@@ -57,7 +57,7 @@ def _letter(row: Sequence[Any]) -> Letter | None:
 def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) -> None:
     """These need no more sending; the refused become dead letters of their outlet."""
     for number, reason in refused.items():
-        asked = "SELECT outlet, event, subscription FROM outbox WHERE id = ?"
+        asked = "SELECT sink, event, subscription FROM outbox WHERE id = ?"
         found = tx.connection.execute(asked, (number,)).fetchone()
         if found is not None and found[2] is None:
             tx.add_dead(found[1], found[0], reason)
@@ -69,6 +69,6 @@ def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) ->
 
 def depths(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
     """By outlet: letters that wait, and the time of the oldest."""
-    oldest = "SELECT at FROM outbox first WHERE first.outlet = o.outlet ORDER BY id LIMIT 1"
-    found = connection.execute(f"SELECT outlet, count(*), ({oldest}) FROM outbox o GROUP BY outlet")
+    oldest = "SELECT at FROM outbox first WHERE first.sink = o.sink ORDER BY id LIMIT 1"
+    found = connection.execute(f"SELECT sink, count(*), ({oldest}) FROM outbox o GROUP BY sink")
     return {outlet: (count, oldest) for outlet, count, oldest in found}

@@ -12,7 +12,7 @@ import msgspec
 import orjson
 
 from eventflow.store import rows
-from eventflow.store.protocol import Arrival, Herald, Match, Woven
+from eventflow.store.protocol import Arrival, RunEventSource, PatternMatch, PatternUpdate
 from eventflow.store.rows import NEVER
 from eventflow.store.transaction import Strand, Transaction
 from eventflow.store.windows import place
@@ -27,7 +27,7 @@ _DUE = """SELECT subscription, key, due_at, open, crc, hex(state) FROM patterns 
 def know_patterns(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds what is open of the patterns that these events are for."""
     names = {
-        (fact.subscription, fact.key) for arrival in arrivals for fact in arrival.facts
+        (fact.subscription, fact.key) for arrival in arrivals for fact in arrival.pattern_events
     } - tx.strands.keys()
     if not names:
         return
@@ -54,23 +54,23 @@ def _know(
 def weave(tx: Transaction, arrival: Arrival, event: int, *, known: bool = False) -> Arrival:
     """The arrival as it is once its event has been given to the patterns it is for. `known`: it may wait there already."""
     told: dict[str, list[Any]] = {}
-    matches: list[Match] = []
+    matches: list[PatternMatch] = []
     size = len(arrival.body)
-    asked = "SELECT subscription FROM facts WHERE event = ? AND lapsed IS NULL"
+    asked = "SELECT subscription FROM pattern_events WHERE event = ? AND expired IS NULL"
     there = {name for (name,) in tx.connection.execute(asked, (event,))} if known else ()
-    for fact in arrival.facts:
+    for fact in arrival.pattern_events:
         name = fact.subscription
         strand = tx.strands[name, fact.key]
         woven = None
         if tx.herald is not None and name not in there:
-            woven = tx.herald.weave(
+            woven = tx.herald.advance(
                 name, fact.key, strand.state, arrival.received_at, fact, event, size
             )
         if woven is None:
             told[name] = [name, "filtered", "it waits in this pattern already"]
             tx.suppress(1)
             continue
-        if woven.is_anew:
+        if woven.is_reset:
             _void(tx, strand, "its pattern was changed")
         tx.hold_fact(strand, event, size)
         _take(tx, strand, woven)
@@ -80,16 +80,16 @@ def weave(tx: Transaction, arrival: Arrival, event: int, *, known: bool = False)
     return _retold(arrival, told, matches)
 
 
-def wake(tx: Transaction, herald: Herald) -> None:
+def wake(tx: Transaction, herald: RunEventSource) -> None:
     """Moves patterns on that are due, the first of them if they are many. One whose code is not there is left until it is."""
     due = tx.connection.execute(_DUE, (tx.now, AT_ONCE)).fetchall()
     for row in due:
         strand = tx.strands.get((row[0], row[1])) or _know(tx, *row)
-        woven = herald.weave(strand.subscription, strand.key, strand.state, tx.now)
+        woven = herald.advance(strand.subscription, strand.key, strand.state, tx.now)
         if woven is None:
             tx.put_strand(strand, strand.state, NEVER)
             continue
-        if woven.is_anew:
+        if woven.is_reset:
             _void(tx, strand, "its pattern was changed")
         _take(tx, strand, woven)
         for match in woven.matches:
@@ -105,10 +105,10 @@ def next_due(tx: Transaction) -> int | None:
     return found
 
 
-def arm(tx: Transaction, herald: Herald) -> None:
+def arm(tx: Transaction, herald: RunEventSource) -> None:
     """At start: what time alone may make match is asked at once, and so is what had lost its code."""
     tx.connection.execute("UPDATE patterns SET due_at = 0 WHERE due_at = ?", (NEVER,))
-    for name in herald.armed():
+    for name in herald.time_driven():
         tx.connection.execute(
             "INSERT INTO patterns (subscription, key, due_at, open, crc) VALUES (?, '', 0, 0, ?)"
             " ON CONFLICT DO UPDATE SET due_at = 0",
@@ -116,43 +116,43 @@ def arm(tx: Transaction, herald: Herald) -> None:
         )
 
 
-def _take(tx: Transaction, strand: Strand, woven: Woven) -> None:
+def _take(tx: Transaction, strand: Strand, woven: PatternUpdate) -> None:
     """Writes down what a pattern came to, but for its runs."""
     for match in woven.matches:
         for event in match.events:
             tx.end_fact(strand, event)
-    for event, reason in woven.lapsed:
+    for event, reason in woven.expired:
         tx.end_fact(strand, event, reason)
-    tx.suppress(len(woven.lapsed), woven.freed)
-    tx.silences += woven.silences
+    tx.suppress(len(woven.expired), woven.freed_bytes)
+    tx.silences += woven.absences
     tx.put_strand(strand, woven.state, woven.due)
 
 
 def _void(tx: Transaction, strand: Strand, reason: str) -> None:
     """Everything that waits lapses, by the rows: its state cannot be read, or is of another pattern."""
-    asked = "SELECT event, size FROM facts WHERE subscription = ? AND key = ? AND lapsed IS NULL"
+    asked = "SELECT event, size FROM pattern_events WHERE subscription = ? AND key = ? AND expired IS NULL"
     for event, size in tx.connection.execute(asked, (strand.subscription, strand.key)).fetchall():
         tx.end_fact(strand, event, reason)
         tx.suppress(1, size)
 
 
-def _told(woven: Woven, name: str, event: int, placed: dict[int, int]) -> list[Any]:
+def _told(woven: PatternUpdate, name: str, event: int, placed: dict[int, int]) -> list[Any]:
     """The verdict of the event that has just come."""
     for match in woven.matches:
         if event in match.events:
             run = placed[match.run.id]
             return [
                 name,
-                "run" if run == match.run.id and match.run.event == event else "joined",
+                "run" if run == match.run.id and match.run.event == event else "batched",
                 run,
             ]
-    for lapsed, reason in woven.lapsed:
+    for lapsed, reason in woven.expired:
         if lapsed == event:
-            return [name, "lapsed", reason]
-    return [name, "waits", "for what its pattern still lacks"]
+            return [name, "expired", reason]
+    return [name, "waiting", "for what its pattern still lacks"]
 
 
-def _retold(arrival: Arrival, told: dict[str, list[Any]], matches: list[Match]) -> Arrival:
+def _retold(arrival: Arrival, told: dict[str, list[Any]], matches: list[PatternMatch]) -> Arrival:
     verdicts = [told.get(said[0], said) for said in orjson.loads(arrival.verdicts)]
     return msgspec.structs.replace(
         arrival, verdicts=orjson.dumps(verdicts), runs=[*arrival.runs, *(match.run for match in matches)],

@@ -15,11 +15,11 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from eventflow.core.errors import StoreError, StoreFull
-from eventflow.events.event import Json, Letter, Receipt
+from eventflow.events.event import Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Outcome, Run, State
-from eventflow.store.batching import Fact, Gather, Match
-from eventflow.store.run_events import Ended, Lateness, Overdue
+from eventflow.store.batching import PatternEvent, BatchPolicy, PatternMatch
+from eventflow.store.run_events import RunEnded, LateRuns, LateRun
 
 # --------------------------------------------------------------------------- what goes in
 
@@ -47,18 +47,18 @@ class Arrival(msgspec.Struct, gc=False):
     body: bytes
     verdicts: bytes
     received_at: int
-    tally: Mapping[str, int]
+    counts: Mapping[str, int]
     subject: str | None = None
     runs: Sequence[Run] = ()
-    dead: Sequence[tuple[str, str]] = ()
+    dead_letters: Sequence[tuple[str, str]] = ()
     outbox: Sequence[tuple[str, str | None]] = ()
-    gathers: Mapping[int, Gather] = {}
-    facts: Sequence[Fact] = ()
-    matches: Mapping[int, Match] = {}
+    batch_policies: Mapping[int, BatchPolicy] = {}
+    pattern_events: Sequence[PatternEvent] = ()
+    matches: Mapping[int, PatternMatch] = {}
     headers: bytes | None = None
 
 
-class Record(msgspec.Struct):
+class RecordEvents(msgspec.Struct):
     """Way in: events, their runs and the trigger's cursors. Reply: `list[Receipt]`, in order."""
 
     arrivals: Sequence[Arrival]
@@ -79,10 +79,10 @@ class Append(msgspec.Struct):
     entries: Sequence[Entry]
     arrivals: Sequence[Arrival] = ()
     children: Sequence[Run] = ()
-    proof: bool = False
+    clears_suspicion: bool = False
 
 
-class Mark(msgspec.Struct):
+class MarkStarted(msgspec.Struct):
     """The start of a suspect's attempt, durable before its body: `deaths += 1`. Reply: `Appended` (no entries) or `Refused`."""
 
     run: int
@@ -116,7 +116,7 @@ class Claim(msgspec.Struct):
     caps: Mapping[str, int]
 
 
-Op: TypeAlias = Record | Append | Mark | Settle | Claim
+Op: TypeAlias = RecordEvents | Append | MarkStarted | Settle | Claim
 
 # --------------------------------------------------------------------------- what comes back
 
@@ -136,7 +136,7 @@ class Settled(msgspec.Struct):
     answer: Entry | None = None
 
 
-class Refused(msgspec.Struct):
+class Fenced(msgspec.Struct):
     """The token is stale or the entry exists: the run belongs to somebody else now. Nothing was written."""
 
     reason: str
@@ -151,10 +151,10 @@ class Claimed(msgspec.Struct):
     next_due: int | None
 
 
-Reply: TypeAlias = "list[Receipt] | Appended | Settled | Refused | Claimed | StoreError"
+Reply: TypeAlias = "list[Receipt] | Appended | Settled | Fenced | Claimed | StoreError"
 
 
-class Handover(Protocol):
+class RunReceiver(Protocol):
     """The worker, seen from the writer thread: takes fresh runs in memory so that the hot path reads nothing back.
 
     When a run is recorded (or a parent woken) the writer asks `take(run)`; True means the run is inserted as RUNNING with
@@ -163,24 +163,24 @@ class Handover(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
-    def take(self, run: Run) -> bool:
+    def reserve(self, run: Run) -> bool:
         """Called in the writer thread, before the commit. Must be quick and must not raise."""
         ...
 
-    def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
         """Called on `loop`, after the commit. `cancels`: RUNNING runs that a door asked to cancel."""
         ...
 
-    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
+    def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         """Called on `loop`, after the commit: what children of RUNNING runs came to, by parent, numbered."""
         ...
 
-    def put_back(self, runs: Sequence[Run]) -> None:
+    def release(self, runs: Sequence[Run]) -> None:
         """Called in the writer thread when the commit failed after `take`."""
         ...
 
 
-class Woven(msgspec.Struct):
+class PatternUpdate(msgspec.Struct):
     """What a pattern came to. `state`: what is open, for the next time and for `Herald.keep`; None: nothing is. `due`: when it
     must be asked again. `silences`: matches of no event, told by one of their own. `lapsed`: events that matched nothing, with
     the reason; `freed`: their bytes. `is_anew`: the state given was of another pattern, and everything open in it is void.
@@ -188,14 +188,14 @@ class Woven(msgspec.Struct):
 
     state: Any
     due: int
-    matches: Sequence[Match] = ()
-    silences: "Sequence[Arrival]" = ()
-    lapsed: Sequence[tuple[int, str]] = ()
-    freed: int = 0
-    is_anew: bool = False
+    matches: Sequence[PatternMatch] = ()
+    absences: "Sequence[Arrival]" = ()
+    expired: Sequence[tuple[int, str]] = ()
+    freed_bytes: int = 0
+    is_reset: bool = False
 
 
-class Herald(Protocol):
+class RunEventSource(Protocol):
     """Who makes events of runs that ended or are late, and runs of patterns: the router, seen from the writer thread.
 
     Quick; must not raise.
@@ -206,47 +206,47 @@ class Herald(Protocol):
         ...
 
     @property
-    def heard(self) -> Collection[State]:
+    def wanted_states(self) -> Collection[State]:
         """The ends, HELD among them, that somebody hears of."""
         ...
 
-    def ended(self, run: Ended) -> Arrival | None:
+    def route_ended(self, run: RunEnded) -> Arrival | None:
         """The event that tells of an end that is `heard`, matched and ready to record; None when nobody wants this one."""
         ...
 
-    def late(self, run: Overdue) -> Arrival | None:
+    def route_late(self, run: LateRun) -> Arrival | None:
         """The same, of a run that is late."""
         ...
 
-    def weave(
+    def advance(
         self,
         subscription: str,
         key: str,
         state: Any,
         now: int,
-        fact: Fact | None = None,
+        fact: PatternEvent | None = None,
         event: int = 0,
         size: int = 0,
-    ) -> Woven | None:
+    ) -> PatternUpdate | None:
         """Moves a pattern on to `now`, and gives it an event. `state`: as before, or as kept (bytes). None: there is no such
         pattern any more."""
         ...
 
-    def keep(self, subscription: str, key: str, state: Any) -> bytes:
+    def encode_state(self, subscription: str, key: str, state: Any) -> bytes:
         """What a store keeps of a state."""
         ...
 
-    def armed(self) -> Sequence[str]:
+    def time_driven(self) -> Sequence[str]:
         """The patterns that time alone may make match."""
         ...
 
 
-class Outbound(Protocol):
+class OutboxListener(Protocol):
     """The relay, seen from the writer thread."""
 
     loop: asyncio.AbstractEventLoop
 
-    def news(self, outlets: Sequence[str]) -> None:
+    def notify(self, outlets: Sequence[str]) -> None:
         """Called on `loop`, after the commit: there is more to send for these."""
         ...
 
@@ -285,19 +285,19 @@ class Store(Protocol):
         *value* when the batch failed. Ops of one loop are applied in the order posted."""
         ...
 
-    def attach(self, handover: Handover | None) -> None:
+    def attach_worker(self, handover: RunReceiver | None) -> None:
         """Whom fresh runs are handed to; None: nobody."""
         ...
 
-    def attach_herald(self, herald: Herald) -> None:
+    def attach_run_events(self, herald: RunEventSource) -> None:
         """Who makes events of ended runs, recorded in the transactions that end them. Before `open`."""
         ...
 
-    def attach_relay(self, relay: Outbound | None) -> None:
+    def attach_outbox_listener(self, relay: OutboxListener | None) -> None:
         """Who hears of new rows in the outbox; None: nobody."""
         ...
 
-    def attach_lookout(self, heard: Callable[[bool], None] | None) -> None:
+    def on_new_runs(self, heard: Callable[[bool], None] | None) -> None:
         """Whom to call, from any thread, once a run is there that is new, or due earlier, or (True) lives again. Quick."""
         ...
 
@@ -305,7 +305,7 @@ class Store(Protocol):
         """Called once, from the writer thread, when `failed` is set."""
         ...
 
-    def room(self) -> StoreFull | None:
+    def capacity(self) -> StoreFull | None:
         """None while the ledger takes more; else why not (`max_pending`, pending bytes, the free-space floor) and for how
         long to wait. Cheap: called for every accept."""
         ...
@@ -329,7 +329,7 @@ class Store(Protocol):
         ...
 
     # way out -----------------------------------------------------------------------------
-    async def outbox(self, outlet: str, limit: int) -> list[Letter]:
+    async def outbox(self, outlet: str, limit: int) -> list[OutboxMessage]:
         """The first letters that this outlet has not sent yet. One whose checksum does not hold is set apart and logged."""
         ...
 
@@ -342,36 +342,36 @@ class Store(Protocol):
         """By outlet, how many letters wait, and since when the oldest does (microseconds)."""
         ...
 
-    async def bodies(self, run: int) -> list[bytes]:
+    async def payloads(self, run: int) -> list[bytes]:
         """The events of a run that gathered them, as recorded, in order; StoreCorrupt names a row that is damaged."""
         ...
 
     # lookout -----------------------------------------------------------------------------
-    async def late(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> Lateness:
+    async def late_runs(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> LateRuns:
         """The late runs that nobody was told of. `wanted`: by a flow's name, after how many microseconds it is asked for;
         False: only by a wildcard, which leaves out the runs that such an event started. StoreError when it takes too long."""
         ...
 
-    async def tell_late(self, runs: Sequence[int], after: int) -> int:
+    async def record_late_runs(self, runs: Sequence[int], after: int) -> int:
         """Records the events that tell of these runs, unless they have ended or were told of; returns of how many."""
         ...
 
     # doors -------------------------------------------------------------------------------
-    async def retry(self, run: int, *, fresh: bool = False) -> Run:
-        """FAILED, CANCELLED, HELD or DEAD → PENDING, due now: values kept, ERROR entries become FORGIVEN, `deaths` 0.
+    async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
+        """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING, due now: values kept, ERROR entries become FORGIVEN, `deaths` 0.
         `fresh` drops the whole journal. Raises NotFound, or UsageError from any other state."""
         ...
 
     async def cancel(self, run: int, reason: str) -> State:
-        """PENDING, WAITING, HELD → CANCELLED now (with `Settle`'s answer to a parent: an ERROR entry), live children too;
+        """PENDING, WAITING, PAUSED, HELD → CANCELLED now (with `Settle`'s answer to a parent: an ERROR entry), live children too;
         RUNNING → `cancel_requested`, and the worker hears of it by `Handover.ready`. Returns the state it was in."""
         ...
 
-    async def hold(self, trigger: str, paused: bool) -> None:
+    async def set_paused(self, trigger: str, paused: bool) -> None:
         """Pauses or resumes a trigger, durably. `await paused()` tells which are."""
         ...
 
-    async def paused(self) -> set[str]: ...
+    async def paused_triggers(self) -> set[str]: ...
 
     async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
         """Marks dead letter `dead` redriven (once; UsageError the second time) and records `arrival`'s runs on its event."""
@@ -381,7 +381,7 @@ class Store(Protocol):
         """Adds `arrival`'s runs, verdicts and tally to an event that is already recorded."""
         ...
 
-    async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
+    async def prune(self, *, payloads_before: int, identities_before: int, step: int = 500) -> int:
         """One small step of retention: settled runs, journals and bodies older than `bodies_before`, identities older than
         `identities_before` (microseconds). Returns rows removed; call again until 0. Live runs and open dead letters stay."""
         ...
@@ -440,7 +440,7 @@ class Store(Protocol):
         """One run with its outcome (`result` and `codec`, or `error`, or `reason`), by id, unique prefix or suffix."""
         ...
 
-    async def dead(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
+    async def dead_letters(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]: ...
 

@@ -30,9 +30,9 @@ _SETTLED = """
 _FREE = """
     received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
-      AND NOT EXISTS (SELECT 1 FROM members WHERE event = e.id)
-      AND NOT EXISTS (SELECT 1 FROM facts WHERE event = e.id AND lapsed IS NULL)
-      AND NOT EXISTS (SELECT 1 FROM dead WHERE event = e.id AND redriven_at IS NULL)
+      AND NOT EXISTS (SELECT 1 FROM run_events WHERE event = e.id)
+      AND NOT EXISTS (SELECT 1 FROM pattern_events WHERE event = e.id AND expired IS NULL)
+      AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE event = e.id AND redriven_at IS NULL)
       AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)"""
 
 _BODIES = f"""
@@ -77,9 +77,9 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
         if parent is None:
             tx.count(_PRUNED[State(state)], deliveries)
     _delete(tx, "journal", "run", gone)
-    _delete(tx, "members", "run", gone)
+    _delete(tx, "run_events", "run", gone)
     _delete(tx, "windows", "run", gone)
-    _delete(tx, "late", "run", gone)
+    _delete(tx, "late_runs", "run", gone)
     _delete(tx, "runs", "id", gone)
     return len(gone)
 
@@ -99,8 +99,8 @@ def drop_bodies(tx: Transaction, events: Sequence[int], before: int) -> int:
 
 def _prune_identities(tx: Transaction, before: int, step: int) -> int:
     gone = [ident for (ident,) in tx.connection.execute(_IDENTITIES, _old(before, step))]
-    _delete(tx, "dead", "event", gone)
-    _delete(tx, "facts", "event", gone)
+    _delete(tx, "dead_letters", "event", gone)
+    _delete(tx, "pattern_events", "event", gone)
     _delete(tx, "events", "id", gone)
     tx.count("pruned_events", len(gone))
     return len(gone)

@@ -40,7 +40,7 @@ _SIZES = (
 )  # each text is prepared once; the rest of a size is NULL rows
 
 
-class Bulk:
+class BulkStatement:
     """One statement over many rows: `head (VALUES …) tail`, where rows with a NULL first column are padding.
 
     Never `(a, b) IN (VALUES …)`, for which SQLite walks the whole table: a CROSS JOIN looks each row up in the index, and so
@@ -83,9 +83,9 @@ class Bulk:
         return text
 
 
-def insert(table: str, columns: Sequence[str], conflict: str = "") -> Bulk:
+def insert(table: str, columns: Sequence[str], conflict: str = "") -> BulkStatement:
     head = f"INSERT INTO {table} ({','.join(columns)}) SELECT * FROM"
-    return Bulk(head, len(columns), f"WHERE column1 IS NOT NULL {conflict}")
+    return BulkStatement(head, len(columns), f"WHERE column1 IS NOT NULL {conflict}")
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -116,7 +116,7 @@ def event_crc(*payload: Value) -> int:
     return checksum(*payload)
 
 
-class Known(msgspec.Struct, array_like=True, gc=False):
+class KnownEvent(msgspec.Struct, array_like=True, gc=False):
     """An event that is already in the ledger; `key` and `digest` in hexadecimal."""
 
     id: int
@@ -125,34 +125,34 @@ class Known(msgspec.Struct, array_like=True, gc=False):
     matched: int
 
 
-known_events = Bulk(
+known_events = BulkStatement(
     "SELECT json_group_array(json_array(e.id, hex(e.key), hex(e.digest), e.matched)) FROM",
     2,
     "v CROSS JOIN events e ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
 )
-bump_duplicates = Bulk(
+bump_duplicates = BulkStatement(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
     " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
     4,
     "WHERE events.id = column1",
 )
-insert_dead = insert("dead", ("event", "subscription", "reason", "at"))
-insert_outbox = insert("outbox", ("outlet", "event", "subscription", "at"))
+insert_dead = insert("dead_letters", ("event", "subscription", "reason", "at"))
+insert_outbox = insert("outbox", ("sink", "event", "subscription", "at"))
 
 # --------------------------------------------------------------------------- runs
 
 RUN = (
-    "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "lane", "blocked",
-    "priority", "parent", "parent_claim", "depth", "suspect", "deaths", "cancel_requested", "size", "crc", "params", "mode",
+    "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "ordering_key", "blocked",
+    "priority", "parent", "parent_call_key", "depth", "crash_suspect", "crash_count", "cancel_requested", "size", "crc", "params", "mode",
 )  # fmt: skip
 insert_runs = insert("runs", RUN)
 
 
 def run_row(run: Run, due_at: int, size: int) -> Values:
-    crc = run_crc(run.id, run.flow, run.subscription, run.event, run.lane, run.params)
+    crc = run_crc(run.id, run.flow, run.subscription, run.event, run.ordering_key, run.params)
     return (run.id, run.flow, run.subscription, run.event, int(run.state), run.created_at, due_at, run.started_at, run.token,
-            run.lane, int(run.lane is not None), run.priority, run.parent, run.parent_claim, run.depth, int(run.suspect),
-            run.deaths, int(run.cancel_requested), size, crc, run.params, run.mode)  # fmt: skip
+            run.ordering_key, int(run.ordering_key is not None), run.priority, run.parent, run.parent_call_key, run.depth, int(run.crash_suspect),
+            run.crash_count, int(run.cancel_requested), size, crc, run.params, run.mode)  # fmt: skip
 
 
 def run_crc(
@@ -160,21 +160,21 @@ def run_crc(
     flow: str,
     subscription: str,
     event: int | None,
-    lane: str | None,
+    ordering_key: str | None,
     params: bytes | None,
 ) -> int:
-    return checksum(ident, flow, subscription, event, lane, params)
+    return checksum(ident, flow, subscription, event, ordering_key, params)
 
 
-class Row(msgspec.Struct, array_like=True, gc=False):
+class RunRow(msgspec.Struct, array_like=True, gc=False):
     """What a transaction knows and may change of one run; the last four are written, never read."""
 
     id: int
     flow: str
-    lane: str | None
+    ordering_key: str | None
     event: int | None
     parent: int | None
-    parent_claim: str | None
+    parent_call_key: str | None
     size: int
     state: State
     due_at: int
@@ -182,8 +182,8 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     finished_at: int | None
     token: int
     blocked: int
-    suspect: int
-    deaths: int
+    crash_suspect: int
+    crash_count: int
     cancel_requested: int
     reason: str | None
     deliveries: int = 1
@@ -191,44 +191,44 @@ class Row(msgspec.Struct, array_like=True, gc=False):
     result: bytes | None = None
     codec: str | None = None
     error: bytes | None = None
-    orphans: int | None = None
+    unclaimed_entries: int | None = None
 
 
-def fresh_row(run: Run, due_at: int, size: int) -> Row:
+def fresh_row(run: Run, due_at: int, size: int) -> RunRow:
     """The row of a run that this transaction inserts."""
-    return Row(
-        run.id, run.flow, run.lane, run.event, run.parent, run.parent_claim, size, run.state, due_at, run.started_at,
-        None, run.token, 0, int(run.suspect), run.deaths, int(run.cancel_requested), None, 1, run.depth,
+    return RunRow(
+        run.id, run.flow, run.ordering_key, run.event, run.parent, run.parent_call_key, size, run.state, due_at, run.started_at,
+        None, run.token, 0, int(run.crash_suspect), run.crash_count, int(run.cancel_requested), None, 1, run.depth,
     )  # fmt: skip
 
 
-_ROW = ",".join(Row.__struct_fields__[:19])
+_ROW = ",".join(RunRow.__struct_fields__[:19])
 READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
-decode_rows = msgspec.json.Decoder(list[Row]).decode
+decode_rows = msgspec.json.Decoder(list[RunRow]).decode
 
 _CHANGES = (
-    "state", "due_at", "started_at", "finished_at", "token", "blocked", "suspect", "deaths", "cancel_requested", "reason",
-    "result", "codec", "error", "orphans", "outcome_crc",
+    "state", "due_at", "started_at", "finished_at", "token", "blocked", "crash_suspect", "crash_count", "cancel_requested", "reason",
+    "result", "codec", "error", "unclaimed_entries", "outcome_crc",
 )  # fmt: skip
-update_runs = Bulk(
+update_runs = BulkStatement(
     f"UPDATE runs SET {', '.join(f'{name} = column{n}' for n, name in enumerate(_CHANGES, 2))} FROM",
     len(_CHANGES) + 1,
     "WHERE runs.id = column1",
 )
 
 
-def change_row(row: Row) -> Values:
+def change_row(row: RunRow) -> Values:
     crc = (
         None
         if row.result is None and row.error is None
         else checksum(row.id, row.result, row.codec, row.error)
     )
-    return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.suspect,
-            row.deaths, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.orphans, crc)  # fmt: skip
+    return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.crash_suspect,
+            row.crash_count, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.unclaimed_entries, crc)  # fmt: skip
 
 
-insert_members = insert("members", ("run", "event"), "ON CONFLICT DO NOTHING")
-grow_runs = Bulk(
+insert_members = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
+grow_runs = BulkStatement(
     "UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM",
     4,
     "WHERE runs.id = column1",
@@ -240,25 +240,25 @@ class WindowRow(msgspec.Struct, array_like=True, gc=False):
     """The last window of a subscription and lane."""
 
     subscription: str
-    lane: str
+    ordering_key: str
     run: int
     count: int
     opened_at: int
 
 
-known_windows = Bulk(
-    "SELECT json_group_array(json_array(subscription, lane, run, count, opened_at)) FROM",
+known_windows = BulkStatement(
+    "SELECT json_group_array(json_array(subscription, ordering_key, run, count, opened_at)) FROM",
     2,
-    "v CROSS JOIN windows w ON w.subscription = v.column1 AND w.lane = v.column2",
+    "v CROSS JOIN windows w ON w.subscription = v.column1 AND w.ordering_key = v.column2",
 )
 put_windows = insert(
     "windows",
     WindowRow.__struct_fields__,
-    "ON CONFLICT (subscription, lane) DO UPDATE SET run = excluded.run, count = excluded.count, opened_at = excluded.opened_at",
+    "ON CONFLICT (subscription, ordering_key) DO UPDATE SET run = excluded.run, count = excluded.count, opened_at = excluded.opened_at",
 )
 decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
-known_patterns = Bulk(
+known_patterns = BulkStatement(
     "SELECT json_group_array(json_array(subscription, key, due_at, open, crc, hex(state))) FROM",
     2,
     "v CROSS JOIN patterns p ON p.subscription = v.column1 AND p.key = v.column2",
@@ -269,43 +269,43 @@ put_patterns = insert(
     "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
     " state = excluded.state",
 )
-drop_patterns = Bulk("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
+drop_patterns = BulkStatement("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
 insert_facts = insert(
-    "facts",
+    "pattern_events",
     ("event", "subscription", "key", "size"),
-    "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, lapsed = NULL",
+    "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, expired = NULL",
 )
-drop_facts = Bulk("DELETE FROM facts WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
-lapse_facts = Bulk(
-    "UPDATE facts SET lapsed = column3 FROM",
+drop_facts = BulkStatement("DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
+lapse_facts = BulkStatement(
+    "UPDATE pattern_events SET expired = column3 FROM",
     3,
-    "WHERE facts.event = column1 AND facts.subscription = column2",
+    "WHERE pattern_events.event = column1 AND pattern_events.subscription = column2",
 )
 
-open_lanes = Bulk(
+open_lanes = BulkStatement(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
-    " WHERE flow = column1 AND lane = column2 AND blocked = 1 AND lane IS NOT NULL AND state < 4) FROM",
+    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 1 AND ordering_key IS NOT NULL AND state < 4) FROM",
     2,
     "WHERE column1 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs"
-    " WHERE flow = column1 AND lane = column2 AND blocked = 0 AND lane IS NOT NULL AND state < 4))",
+    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 0 AND ordering_key IS NOT NULL AND state < 4))",
 )
 """Each lane has exactly one live run that is not blocked: where there is none, the oldest becomes it."""
 
-known_children = Bulk(
-    "SELECT json_group_array(json_array(parent, parent_claim)) FROM",
+known_children = BulkStatement(
+    "SELECT json_group_array(json_array(parent, parent_call_key)) FROM",
     2,
-    "v CROSS JOIN runs r ON r.parent = v.column1 AND r.parent_claim = v.column2",
+    "v CROSS JOIN runs r ON r.parent = v.column1 AND r.parent_call_key = v.column2",
 )
 
 # --------------------------------------------------------------------------- journal
 
 ENTRY = (
     "run",
-    "claim",
+    "call_key",
     "attempt",
     "kind",
     "batch",
-    "pos",
+    "position",
     "at",
     "due_at",
     "crc",
@@ -318,18 +318,18 @@ insert_entries = insert("journal", ENTRY)
 
 
 def entry_row(run: int, e: Entry) -> Values:
-    return (run, e.claim, e.attempt, int(e.kind), e.batch, e.pos, e.at, e.due_at, entry_crc(run, e), e.codec, e.fingerprint,
+    return (run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.at, e.due_at, entry_crc(run, e), e.codec, e.fingerprint,
             e.value, e.error)  # fmt: skip
 
 
 def entry_crc(run: int, e: Entry) -> int:
     return checksum(
         run,
-        e.claim,
+        e.call_key,
         e.attempt,
         int(e.kind),
         e.batch,
-        e.pos,
+        e.position,
         e.due_at,
         e.codec,
         e.fingerprint,
@@ -338,26 +338,26 @@ def entry_crc(run: int, e: Entry) -> int:
     )
 
 
-known_entries = Bulk(
+known_entries = BulkStatement(
     "SELECT count(*) FROM",
     4,
-    "v CROSS JOIN journal j ON j.run = v.column1 AND j.claim = v.column2 AND j.attempt = v.column3 AND j.kind = v.column4",
+    "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2 AND j.attempt = v.column3 AND j.kind = v.column4",
 )
-finals = Bulk(
-    "SELECT json_group_array(json_array(run, claim)) FROM",
+finals = BulkStatement(
+    "SELECT json_group_array(json_array(run, call_key)) FROM",
     2,
-    "v CROSS JOIN journal j ON j.run = v.column1 AND j.claim = v.column2 AND j.kind IN (0, 1)",
+    "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2 AND j.kind IN (0, 1)",
 )
 """Calls that already have an end, VALUE or ERROR: an answer that comes after it is not taken."""
 
-later_entries = Bulk(
+later_entries = BulkStatement(
     "SELECT json_group_array(v.column1) FROM",
     3,
     "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)"
     " OR (v.column3 > 0 AND (SELECT count(*) FROM journal WHERE run = v.column1) > v.column3)",
 )
 decode_pairs = msgspec.json.Decoder(list[tuple[int, str]]).decode
-decode_known = msgspec.json.Decoder(list[Known]).decode
+decode_known = msgspec.json.Decoder(list[KnownEvent]).decode
 decode_ids = msgspec.json.Decoder(list[int]).decode
 
 # --------------------------------------------------------------------------- cursors
@@ -367,4 +367,4 @@ put_cursors = insert(
     ("trigger", "key", "value"),
     "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value",
 )
-drop_cursors = Bulk("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")
+drop_cursors = BulkStatement("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")

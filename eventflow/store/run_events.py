@@ -10,7 +10,7 @@ import msgspec
 from eventflow.runs.run import State
 
 
-class Ended(msgspec.Struct, frozen=True):
+class RunEnded(msgspec.Struct, frozen=True):
     """A run that came to a state in which nothing more happens by itself, as the transaction leaves it."""
 
     run: int
@@ -27,7 +27,7 @@ class Ended(msgspec.Struct, frozen=True):
     error: bytes | None
 
 
-class Overdue(msgspec.Struct, frozen=True):
+class LateRun(msgspec.Struct, frozen=True):
     """A run that has not ended `after` microseconds after it was due to begin (`due_at`), as `at` finds it."""
 
     run: int
@@ -42,11 +42,11 @@ class Overdue(msgspec.Struct, frozen=True):
     at: int
 
 
-class Lateness(msgspec.Struct, frozen=True):
+class LateRuns(msgspec.Struct, frozen=True):
     """What a look for late runs found: those to be told of, by `after`, first who was late first; and when to look again.
 
     `again`: microseconds, perhaps earlier than a run is late and never later; None: not before there are other live runs.
     """
 
     runs: Mapping[int, Sequence[int]]
-    again: int | None
+    next_scan_at: int | None

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
-from eventflow.events.event import Json, Letter, Receipt
+from eventflow.events.event import Json, OutboxMessage, Receipt
 from eventflow.logs.log import get_logger
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, State
@@ -22,13 +22,13 @@ from eventflow.store.audit import SLICE, Audit
 from eventflow.store.backup import back_up
 from eventflow.store.change_log import Moves
 from eventflow.store.file_guards import HighWater, Lock, Space, holder_of, sync_folder
-from eventflow.store.load import load_bodies, load_journal
+from eventflow.store.load import load_payloads, load_journal
 from eventflow.store.migrate import migrate, migrations
-from eventflow.store.protocol import Arrival, Handover, Herald, Op, Outbound, Record
+from eventflow.store.protocol import Arrival, RunReceiver, RunEventSource, Op, OutboxListener, RecordEvents
 from eventflow.store.readers import BUDGET, Readers, last_batch
-from eventflow.store.run_events import Lateness
+from eventflow.store.run_events import LateRuns
 from eventflow.store.transaction import Transaction
-from eventflow.store.writer import Call, Errand, Item, Writer
+from eventflow.store.writer import TransactionCall, ConnectionJob, QueuedOperation, Writer
 
 T = TypeVar("T")
 
@@ -46,13 +46,13 @@ _PRAGMAS = (
     "PRAGMA secure_delete = FAST",
 )
 
-PAGES = 1.5
+PAGE_CHECK_SECONDS = 1.5
 """Seconds that SQLite may look at its pages at a time while runs are worked on."""
 
-LOOKOUT = 20.0
+SCAN_SECONDS = 20.0
 """Seconds that looks may take which walk a million rows by their nature: late runs, what retention may drop."""
 
-NEEDED = 600.0
+REQUIRED_READ_SECONDS = 600.0
 """Seconds for what a trigger cannot begin without, or a run not go on: its cursor, its journal, its events. Giving up sooner
 would help nobody."""
 
@@ -61,6 +61,12 @@ _LAST_ID = (
 )
 
 log = get_logger("eventflow.store")
+LOG_EVENTS = {
+    "store.pages_unchecked": (
+        "Checking the pages of `tables` would take too long beside a worker; their rows were "
+        "read."
+    ),
+}
 
 
 class SqliteStore:
@@ -92,7 +98,7 @@ class SqliteStore:
         self._high_water = HighWater(self.path)
         self._space = Space(self.path, clock, free_floor, ballast)
         self._writer: Writer | None = None
-        self._herald: Herald | None = None
+        self._herald: RunEventSource | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
         self._bare = 0  # the event that retention has come to
@@ -187,24 +193,24 @@ class SqliteStore:
         return dict(self._open_writer().commits)
 
     def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
-        self._open_writer().post(Item(op, reply, loop))
+        self._open_writer().post(QueuedOperation(op, reply, loop))
 
-    def attach(self, handover: Handover | None) -> None:
+    def attach_worker(self, handover: RunReceiver | None) -> None:
         self._open_writer().handover = handover
 
-    def attach_herald(self, herald: Herald) -> None:
+    def attach_run_events(self, herald: RunEventSource) -> None:
         self._herald = herald
 
-    def attach_relay(self, relay: Outbound | None) -> None:
+    def attach_outbox_listener(self, relay: OutboxListener | None) -> None:
         self._open_writer().relay = relay
 
-    def attach_lookout(self, heard: Callable[[bool], None] | None) -> None:
+    def on_new_runs(self, heard: Callable[[bool], None] | None) -> None:
         self._open_writer().lookout = heard
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         self._open_writer().on_failure(call)
 
-    def room(self) -> StoreFull | None:
+    def capacity(self) -> StoreFull | None:
         totals = self._open_writer().totals
         if totals["pending"] >= self._max_pending:
             return StoreFull(
@@ -222,7 +228,7 @@ class SqliteStore:
             raise StoreError(f"the store {self.path} is not open")
         return self._writer
 
-    async def _do(self, op: Op | Call | Errand) -> Any:
+    async def _do(self, op: Op | TransactionCall | ConnectionJob) -> Any:
         """A posted op, awaited. Cancelling the wait does not reach the transaction."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
@@ -231,7 +237,7 @@ class SqliteStore:
             if not done.done():
                 done.set_result(value)
 
-        self._open_writer().post(Item(op, reply, loop))
+        self._open_writer().post(QueuedOperation(op, reply, loop))
         value = await done
         if isinstance(value, BaseException):
             raise value
@@ -241,7 +247,7 @@ class SqliteStore:
         def make(tx: Transaction) -> T:
             return verb(tx, *args, **options)
 
-        return cast(T, await self._do(Call(make)))
+        return cast(T, await self._do(TransactionCall(make)))
 
     async def _look(
         self, look: Callable[..., T], *args: Any, budget: float = BUDGET, **options: Any
@@ -259,19 +265,19 @@ class SqliteStore:
         trigger: str = "",
         cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
-        return await self._do(Record(arrivals, trigger, cursor))
+        return await self._do(RecordEvents(arrivals, trigger, cursor))
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
-        return await self._look(queries.cursor, trigger, budget=NEEDED)
+        return await self._look(queries.cursor, trigger, budget=REQUIRED_READ_SECONDS)
 
     async def load(self, run: int) -> list[Entry]:
-        return await self._look(load_journal, run, budget=NEEDED)
+        return await self._look(load_journal, run, budget=REQUIRED_READ_SECONDS)
 
-    async def bodies(self, run: int) -> list[bytes]:
-        return await self._look(load_bodies, run, budget=NEEDED)
+    async def payloads(self, run: int) -> list[bytes]:
+        return await self._look(load_payloads, run, budget=REQUIRED_READ_SECONDS)
 
-    async def outbox(self, outlet: str, limit: int) -> list[Letter]:
-        return await self._look(outbox.waiting, outlet, limit)
+    async def outbox(self, outlet: str, limit: int) -> list[OutboxMessage]:
+        return await self._look(outbox.unsent, outlet, limit)
 
     async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
         await self._call(outbox.sent, letters, refused)
@@ -279,16 +285,16 @@ class SqliteStore:
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         return await self._look(outbox.depths)
 
-    async def late(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> Lateness:
-        return await self._look(late_runs.look, wanted, now, budget=LOOKOUT)
+    async def late_runs(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> LateRuns:
+        return await self._look(late_runs.find, wanted, now, budget=SCAN_SECONDS)
 
-    async def tell_late(self, runs: Sequence[int], after: int) -> int:
-        return await self._call(late_runs.tell, runs, after)
+    async def record_late_runs(self, runs: Sequence[int], after: int) -> int:
+        return await self._call(late_runs.record, runs, after)
 
     # ------------------------------------------------------------------- doors
 
-    async def retry(self, run: int, *, fresh: bool = False) -> Run:
-        retried = cast(Run, await self._call(admin.retry, run, fresh=fresh))
+    async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
+        retried = cast(Run, await self._call(admin.retry, run, fresh=discard_journal))
         if (lookout := self._open_writer().lookout) is not None:
             lookout(True)
         return retried
@@ -296,10 +302,10 @@ class SqliteStore:
     async def cancel(self, run: int, reason: str) -> State:
         return await self._call(admin.cancel, run, reason)
 
-    async def hold(self, trigger: str, paused: bool) -> None:
-        await self._call(admin.hold, trigger, paused)
+    async def set_paused(self, trigger: str, paused: bool) -> None:
+        await self._call(admin.set_paused, trigger, paused)
 
-    async def paused(self) -> set[str]:
+    async def paused_triggers(self) -> set[str]:
         return await self._look(queries.paused)
 
     async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
@@ -308,30 +314,30 @@ class SqliteStore:
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
         return await self._call(admin.replay, event, arrival)
 
-    async def prune(self, *, bodies_before: int, identities_before: int, step: int = 500) -> int:
+    async def prune(self, *, payloads_before: int, identities_before: int, step: int = 500) -> int:
         removed = await self._call(
-            retention.prune, bodies_before=bodies_before, identities_before=identities_before, step=step
+            retention.prune, bodies_before=payloads_before, identities_before=identities_before, step=step
         )  # fmt: skip
         if removed:
             return removed
-        found = await self._old_bodies(bodies_before, step)
-        return await self._call(retention.drop_bodies, found, bodies_before) if found else 0
+        found = await self._old_bodies(payloads_before, step)
+        return await self._call(retention.drop_bodies, found, payloads_before) if found else 0
 
     async def _old_bodies(self, before: int, step: int) -> list[int]:
         """Goes on where the last step ended; once there is no more, the next one begins in front again."""
         found: list[int] = await self._look(
-            retention.bodies, before=before, after=self._bare, step=step, budget=LOOKOUT
+            retention.bodies, before=before, after=self._bare, step=step, budget=SCAN_SECONDS
         )
         if not found and self._bare:
             found = await self._look(
-                retention.bodies, before=before, after=0, step=step, budget=LOOKOUT
+                retention.bodies, before=before, after=0, step=step, budget=SCAN_SECONDS
             )
         self._bare = found[-1] if found else 0
         return found
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()
-        await self._do(Errand(lambda connection: back_up(connection, path, writer.between)))
+        await self._do(ConnectionJob(lambda connection: back_up(connection, path, writer.between)))
 
     async def check(self, *, slice: float = SLICE) -> list[str]:
         """Everything that does not hold in the ledger, pages and checksums included, for `eventflow doctor`. It may take long,
@@ -339,28 +345,28 @@ class SqliteStore:
         """
         look, moves, loop = Audit(), Moves(), asyncio.get_running_loop()
         wrong = await self._check_pages()
-        await self._do(Errand(moves.follow))
+        await self._do(ConnectionJob(moves.follow))
         try:
             more = True
             while more:
-                more = await self._look(look.within, self._clock, slice, budget=LOOKOUT)
-                look.heed(await self._do(Errand(moves.take)))
+                more = await self._look(look.within, self._clock, slice, budget=SCAN_SECONDS)
+                look.heed(await self._do(ConnectionJob(moves.take)))
             moved, row = await self._do(
-                Errand(lambda connection: (moves.take(connection), audit.ledger(connection)))
+                ConnectionJob(lambda connection: (moves.take(connection), audit.ledger(connection)))
             )
             look.heed(moved)
         finally:  # not awaited: nobody may come between
-            self._open_writer().post(Item(Errand(moves.forget), lambda _: None, loop))
+            self._open_writer().post(QueuedOperation(ConnectionJob(moves.forget), lambda _: None, loop))
         return wrong + look.conclude(row)
 
     async def _check_pages(self) -> list[str]:
         """SQLite's look at its pages cannot be sliced: beside a worker each table has `PAGES` seconds, else it has its time."""
         if self._open_writer().handover is None:
             return await self._look(audit.pages, 600.0, budget=600.0) or []
-        if (wrong := await self._look(audit.pages, PAGES)) is not None:
+        if (wrong := await self._look(audit.pages, PAGE_CHECK_SECONDS)) is not None:
             return wrong
         found = {
-            table: await self._look(audit.pages, PAGES, table)
+            table: await self._look(audit.pages, PAGE_CHECK_SECONDS, table)
             for table in await self._look(audit.tables)
         }
         if unchecked := [table for table, wrong in found.items() if wrong is None]:
@@ -425,7 +431,7 @@ class SqliteStore:
     async def run(self, ident: str | int) -> dict[str, Any]:
         return await self._look(queries.run, ident)
 
-    async def dead(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
+    async def dead_letters(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
         return await self._look(queries.dead, limit=limit, after=after)
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ import msgspec
 from eventflow.core.errors import NotFound
 from eventflow.events.event import Json
 from eventflow.runs.journal import Entry
-from eventflow.runs.run import Run, State, show_id
+from eventflow.runs.run import Run, State, format_id
 from eventflow.store import rows
 from eventflow.store.load import load_runs
-from eventflow.store.protocol import Arrival, Handover, Herald, Match
-from eventflow.store.rows import NEVER, Known, Row, Values, WindowRow
+from eventflow.store.protocol import Arrival, RunReceiver, RunEventSource, PatternMatch
+from eventflow.store.rows import NEVER, KnownEvent, RunRow, Values, WindowRow
 
 TOTALS = (
     "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
@@ -25,8 +25,18 @@ TOTALS = (
 )  # fmt: skip
 """The counting columns of the one row of `ledger`."""
 
-COLUMN = ("pending", "pending", "pending", "pending", "completed", "failed", "cancelled", "dead")
-"""By state, under which word of P9's sum a delivery stands."""
+COLUMN: Mapping[int, str] = {
+    State.PENDING: "pending",
+    State.RUNNING: "pending",
+    State.WAITING: "pending",
+    State.PAUSED: "pending",
+    State.HELD: "pending",
+    State.COMPLETED: "completed",
+    State.FAILED: "failed",
+    State.CANCELLED: "cancelled",
+    State.DEAD: "dead",
+}
+"""By state (or its number), the term of P9's sum that counts a delivery."""
 
 _LEDGER = f"UPDATE ledger SET batch = ?, at = ?, {', '.join(f'{name} = ?' for name in TOTALS)}"
 
@@ -48,7 +58,7 @@ class Transaction:
 
     def __init__(
         self, connection: sqlite3.Connection, *, batch: int, at: int, now: int, totals: Mapping[str, int],
-        handover: Handover | None, running: dict[int, Row], herald: Herald | None = None,
+        handover: RunReceiver | None, running: dict[int, RunRow], herald: RunEventSource | None = None,
     ) -> None:  # fmt: skip
         self.connection, self.batch, self.at, self.now, self.handover = (
             connection,
@@ -59,7 +69,7 @@ class Transaction:
         )
         self.herald = herald
         self.totals = dict(totals)
-        self.known: dict[bytes, Known] = {}
+        self.known: dict[bytes, KnownEvent] = {}
         self.arrived: dict[bytes, Arrival] = {}
         self.children: set[tuple[int, str]] = set()
         self.finals: set[tuple[int, str]] = set()
@@ -70,14 +80,14 @@ class Transaction:
         self.woken: set[int] = set()
         self.outlets: set[str] = set()
         self.windows: dict[tuple[str, str], WindowRow] = {}
-        self.ended: list[Row] = []
+        self.ended: list[RunRow] = []
         self.replayed: set[int] = set()
         self.more = False
         self.probe = False
         self.soonest = NEVER
         self._running = running
-        self._rows: dict[int, Row | None] = {}
-        self._changed: dict[int, Row] = {}
+        self._rows: dict[int, RunRow | None] = {}
+        self._changed: dict[int, RunRow] = {}
         self._pos = 0
         self._events: list[Values] = []
         self._runs: list[Values] = []
@@ -88,7 +98,7 @@ class Transaction:
         self._cursors: dict[tuple[str, str], bytes | None] = {}
         self._lanes: set[tuple[str, str]] = set()
         self._members: list[Values] = []
-        self._grown: dict[int, Row] = {}
+        self._grown: dict[int, RunRow] = {}
         self._opened: set[tuple[str, str]] = set()
         self.strands: dict[tuple[str, str], Strand] = {}
         self.silences: list[Arrival] = []
@@ -111,7 +121,7 @@ class Transaction:
         text = self.connection.execute(rows.READ_ROWS, (str(missing),)).fetchone()[0]
         self._rows.update((row.id, row) for row in rows.decode_rows(text))
 
-    def row(self, ident: int) -> Row | None:
+    def row(self, ident: int) -> RunRow | None:
         """The run as this transaction will leave it, as far as decided; None when there is none."""
         if ident not in self._rows:
             self.fetch((ident,))
@@ -121,15 +131,15 @@ class Transaction:
         """The children of this run have no claim on it any more."""
         self.children = {name for name in self.children if name[0] != parent}
         self.finals = {name for name in self.finals if name[0] != parent}
-        self.connection.execute("UPDATE runs SET parent_claim = NULL WHERE parent = ?", (parent,))
+        self.connection.execute("UPDATE runs SET parent_call_key = NULL WHERE parent = ?", (parent,))
         for row in (*self._rows.values(), *self._running.values()):
             if row is not None and row.parent == parent:
-                row.parent_claim = None
+                row.parent_call_key = None
 
-    def need(self, ident: int) -> Row:
+    def need(self, ident: int) -> RunRow:
         row = self.row(ident)
         if row is None:
-            raise NotFound("run", show_id(ident))
+            raise NotFound("run", format_id(ident))
         return row
 
     # ------------------------------------------------------------------- deciding
@@ -166,7 +176,7 @@ class Transaction:
 
     def add_entry(self, run: int, entry: Entry) -> Entry:
         """Numbers the entry and queues it."""
-        entry.batch, entry.pos, entry.at = self.batch, self._pos, entry.at or self.at
+        entry.batch, entry.position, entry.at = self.batch, self._pos, entry.at or self.at
         self._pos += 1
         self._entries.append(rows.entry_row(run, entry))
         self.appended.add(run)
@@ -176,10 +186,10 @@ class Transaction:
         """A new run: RUNNING at once when the worker takes it, else as it comes. A run with a lane starts blocked."""
         size = len(run.params or b"") + len(body or b"")
         due_at = 0 if run.due_at <= self.now else run.due_at
-        if run.body is None:
-            run.body = body
-        if run.lane is not None:
-            self._lanes.add((run.flow, run.lane))
+        if run.payload is None:
+            run.payload = body
+        if run.ordering_key is not None:
+            self._lanes.add((run.flow, run.ordering_key))
         elif run.state is State.PENDING and self._offer(run, due_at):
             self._rows[run.id] = rows.fresh_row(run, due_at, size)
         self._runs.append(rows.run_row(run, due_at, size))
@@ -193,12 +203,12 @@ class Transaction:
             row = self._rows[run.id] = rows.fresh_row(
                 run, 0 if run.due_at <= self.now else run.due_at, len(body)
             )
-            row.blocked = int(run.lane is not None)
-        name = (run.subscription, run.lane or "")
+            row.blocked = int(run.ordering_key is not None)
+        name = (run.subscription, run.ordering_key or "")
         self.windows[name] = WindowRow(*name, run.id, 1, at)
         self._opened.add(name)
 
-    def join(self, window: WindowRow, row: Row, event: int, size: int, due_at: int) -> None:
+    def join(self, window: WindowRow, row: RunRow, event: int, size: int, due_at: int) -> None:
         """An event joins a run that has not begun; `due_at` is when the run is due now."""
         window.count += 1
         row.deliveries += 1
@@ -207,7 +217,7 @@ class Transaction:
         self.totals["pending_bytes"] += size
         self._members.append((row.id, event))
         self._grown[row.id] = row
-        self._opened.add((window.subscription, window.lane))
+        self._opened.add((window.subscription, window.ordering_key))
         if row.due_at == 0:
             self.more = True
         else:
@@ -231,7 +241,7 @@ class Transaction:
         self.totals["suppressed"] += deliveries
         self.totals["pending_bytes"] -= size
 
-    def add_match(self, match: Match, at: int) -> None:
+    def add_match(self, match: PatternMatch, at: int) -> None:
         """The run of a pattern, as a window if others may join; its deliveries are pending and its bytes counted already."""
         run, events = match.run, match.events
         run.deliveries = len(events)
@@ -239,12 +249,12 @@ class Transaction:
         row = self._rows.get(run.id)
         if row is None:
             row = rows.fresh_row(run, 0 if run.due_at <= self.now else run.due_at, 0)
-            row.blocked = int(run.lane is not None)
+            row.blocked = int(run.ordering_key is not None)
         self._rows[run.id] = self._grown[run.id] = row
         row.deliveries, row.size = len(events), match.size
         self._members += [(run.id, event) for event in events if event != run.event]
-        if match.gather is not None:
-            name = (run.subscription, run.lane or "")
+        if match.batch_policy is not None:
+            name = (run.subscription, run.ordering_key or "")
             self.windows[name] = WindowRow(*name, run.id, len(events), at)
             self._opened.add(name)
 
@@ -261,7 +271,7 @@ class Transaction:
         """Whether the worker took it."""
         if due_at:
             self.soonest = min(self.soonest, due_at)
-        elif self.handover is not None and self.handover.take(run):
+        elif self.handover is not None and self.handover.reserve(run):
             run.state, run.token, run.started_at = (
                 State.RUNNING,
                 run.token + 1,
@@ -273,10 +283,10 @@ class Transaction:
             self.more = True
         return False
 
-    def change(self, row: Row) -> None:
+    def change(self, row: RunRow) -> None:
         self._changed[row.id] = row
 
-    def move(self, row: Row, state: State, due_at: int | None = None) -> None:
+    def move(self, row: RunRow, state: State, due_at: int | None = None) -> None:
         """Every change of a run's state goes through here: the sum of P9, the backlog and its lane follow."""
         before, row.state = row.state, state
         if due_at is not None:
@@ -290,17 +300,17 @@ class Transaction:
         if was_live != live:
             self.totals["pending_bytes"] += row.size if live else -row.size
             row.finished_at = None if live else self.at
-            if row.lane is not None:
+            if row.ordering_key is not None:
                 row.blocked = int(live)
-                self._lanes.add((row.flow, row.lane))
+                self._lanes.add((row.flow, row.ordering_key))
         self._changed[row.id] = row
 
-    def wake(self, row: Row) -> None:
+    def wake(self, row: RunRow) -> None:
         """PENDING, due now; the worker may have it at once."""
         self.move(row, State.PENDING, 0)
         self.woken.add(row.id)
 
-    def sleep(self, row: Row, until: int | None) -> None:
+    def sleep(self, row: RunRow, until: int | None) -> None:
         """WAITING until an instant, or until woken."""
         self.move(row, State.WAITING, NEVER if until is None else until)
         if until is not None:
@@ -376,7 +386,7 @@ class Transaction:
     def _strand_row(self, strand: Strand) -> Values:
         name, key, state = strand.subscription, strand.key, strand.state
         if self.herald is not None and not isinstance(state, bytes):
-            state = self.herald.keep(name, key, state)
+            state = self.herald.encode_state(name, key, state)
         return (name, key, strand.due, strand.waiting, rows.checksum(name, key, state), state)
 
     def _hand_over_woken(self) -> None:
@@ -399,7 +409,7 @@ class Transaction:
         if self._offer(run, 0):
             row.state, row.token, row.started_at = State.RUNNING, run.token, run.started_at
 
-    def load(self, wanted: Sequence[Row]) -> list[Run]:
+    def load(self, wanted: Sequence[RunRow]) -> list[Run]:
         """These runs with their events' bodies, as this transaction leaves them. What its checksum disowns is HELD instead."""
         found: list[Run] = []
         for run, corrupt in load_runs(self.connection, [row.id for row in wanted]):
@@ -408,11 +418,11 @@ class Transaction:
                 row.reason = corrupt
                 self.move(row, State.HELD)
                 continue
-            run.state, run.token, run.suspect, run.deaths = (
+            run.state, run.token, run.crash_suspect, run.crash_count = (
                 row.state,
                 row.token,
-                bool(row.suspect),
-                row.deaths,
+                bool(row.crash_suspect),
+                row.crash_count,
             )
             run.started_at, run.cancel_requested = row.started_at, bool(row.cancel_requested)
             found.append(run)
@@ -452,5 +462,5 @@ class Transaction:
             for run in self.taken:
                 run.state, run.token = State.PENDING, run.token - 1
                 run.started_at = run.started_at if run.token else None
-            self.handover.put_back(self.taken)
+            self.handover.release(self.taken)
         self.taken = []

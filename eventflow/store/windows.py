@@ -11,16 +11,16 @@ import orjson
 
 from eventflow.runs.run import Run, State
 from eventflow.store import rows
-from eventflow.store.protocol import Arrival, Gather, Match
-from eventflow.store.rows import Row, WindowRow
+from eventflow.store.protocol import Arrival, BatchPolicy, PatternMatch
+from eventflow.store.rows import RunRow, WindowRow
 from eventflow.store.transaction import Transaction
 
 
 def know_windows(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
     """Finds the windows that these events may join, and their runs."""
     names = {
-        (run.subscription, run.lane or "") for arrival in arrivals if arrival.gathers for run in arrival.runs
-        if run.id in arrival.gathers
+        (run.subscription, run.ordering_key or "") for arrival in arrivals if arrival.batch_policies for run in arrival.runs
+        if run.id in arrival.batch_policies
     }  # fmt: skip
     know(tx, names)
 
@@ -32,7 +32,7 @@ def know(tx: Transaction, names: Collection[tuple[str, str]]) -> None:
         return
     for text in rows.known_windows.read(tx.connection, missing):
         found = rows.decode_windows(text)
-        tx.windows.update(((window.subscription, window.lane), window) for window in found)
+        tx.windows.update(((window.subscription, window.ordering_key), window) for window in found)
         tx.fetch([window.run for window in found])
 
 
@@ -41,8 +41,8 @@ def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
     joined: dict[int, int] = {}
     runs: list[Run] = []
     for run in arrival.runs:
-        gather = arrival.gathers.get(run.id)
-        window = None if gather is None else tx.windows.get((run.subscription, run.lane or ""))
+        gather = arrival.batch_policies.get(run.id)
+        window = None if gather is None else tx.windows.get((run.subscription, run.ordering_key or ""))
         row = None if window is None else tx.row(window.run)
         if (
             gather is None
@@ -59,38 +59,38 @@ def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
         )
     verdicts = arrival.verdicts
     if joined:
-        told = [[name, "joined", joined[what]] if what in joined else [name, fate, what]
+        told = [[name, "batched", joined[what]] if what in joined else [name, fate, what]
                 for name, fate, what in orjson.loads(verdicts)]  # fmt: skip
         verdicts = orjson.dumps(told)
     return msgspec.structs.replace(arrival, runs=runs, verdicts=verdicts)
 
 
-def is_open(gather: Gather, window: WindowRow, row: Row) -> bool:
+def is_open(gather: BatchPolicy, window: WindowRow, row: RunRow) -> bool:
     """Whether the window's run has neither begun nor ended, and has room."""
     return (
-        row.token == 0 and row.state in (State.PENDING, State.HELD) and window.count < gather.size
+        row.token == 0 and row.state in (State.PENDING, State.PAUSED) and window.count < gather.size
     )
 
 
-def _is_in(tx: Transaction, row: Row, event: int) -> bool:
+def _is_in(tx: Transaction, row: RunRow, event: int) -> bool:
     """Whether the event is in this run already: it is replayed, and then begins a window of its own."""
-    asked = "SELECT 1 FROM members WHERE run = ? AND event = ?"
+    asked = "SELECT 1 FROM run_events WHERE run = ? AND event = ?"
     return row.event == event or (
         event in tx.replayed
         and tx.connection.execute(asked, (row.id, event)).fetchone() is not None
     )
 
 
-def _due(gather: Gather, window: WindowRow, row: Row, now: int) -> int:
+def _due(gather: BatchPolicy, window: WindowRow, row: RunRow, now: int) -> int:
     """When the run is due, now that another event is in it."""
     return gather.due(window.count + 1, window.opened_at, row.due_at, now)
 
 
-def place(tx: Transaction, match: Match, now: int) -> int:
+def place(tx: Transaction, match: PatternMatch, now: int) -> int:
     """A pattern's run is added, or all its events join the window that is open. Returns the run that they are in."""
-    run, gather = match.run, match.gather
+    run, gather = match.run, match.batch_policy
     if gather is not None:
-        name = (run.subscription, run.lane or "")
+        name = (run.subscription, run.ordering_key or "")
         if name not in tx.windows:
             know(tx, [name])
         window = tx.windows.get(name)

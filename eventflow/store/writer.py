@@ -17,14 +17,14 @@ import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.apply import announce, apply, prefetch
+from eventflow.store.apply import record_run_events, apply, prefetch
 from eventflow.store.claim import claim
 from eventflow.store.file_guards import HighWater, Space, holder_of
-from eventflow.store.protocol import Claim, Handover, Herald, Op, Outbound, Record
-from eventflow.store.rows import NEVER, Row
+from eventflow.store.protocol import Claim, RunReceiver, RunEventSource, Op, OutboxListener, RecordEvents
+from eventflow.store.rows import NEVER, RunRow
 from eventflow.store.transaction import TOTALS, Transaction
 
-MOST = 4096
+MAX_BATCH_OPERATIONS = 4096
 """Ops in one transaction: bounds the wait of the first one for the last one's rows, not throughput."""
 
 _HIGH_WATER_EVERY = 0.1
@@ -37,7 +37,7 @@ _BAD_INPUT = (
 """What an op with wrong content raises; anything else from SQLite is the storage's own failure."""
 
 
-class Call:
+class TransactionCall:
     """A door's verb: `make` runs in a transaction of its own. The reply is its value; if that is callable, what it returns once
     the rows are written."""
 
@@ -47,7 +47,7 @@ class Call:
         self.make = make
 
 
-class Errand:
+class ConnectionJob:
     """Work on the writer's connection outside any transaction: a backup, a checkpoint."""
 
     __slots__ = ("make",)
@@ -56,13 +56,13 @@ class Errand:
         self.make = make
 
 
-class Item(msgspec.Struct, gc=False):
-    op: "Op | Call | Errand"
+class QueuedOperation(msgspec.Struct, gc=False):
+    op: "Op | TransactionCall | ConnectionJob"
     reply: Callable[[Any], None]
     loop: asyncio.AbstractEventLoop
 
 
-class Word(msgspec.Struct, gc=False):
+class LoopCallback(msgspec.Struct, gc=False):
     """Something to call on a loop once a batch is over."""
 
     loop: asyncio.AbstractEventLoop
@@ -87,22 +87,22 @@ class Writer:
             f"SELECT batch, at, {','.join(TOTALS)} FROM ledger"
         ).fetchone()
         self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
-        self.handover: Handover | None = None
-        self.relay: Outbound | None = None
-        self.herald: Herald | None = None
+        self.handover: RunReceiver | None = None
+        self.relay: OutboxListener | None = None
+        self.herald: RunEventSource | None = None
         self.lookout: Callable[[bool], None] | None = None
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self._on_failure: list[Callable[[StoreError], None]] = []
         self._running: dict[
-            int, Row
+            int, RunRow
         ] = {}  # the rows of running runs: nobody else writes them, so they need no reading
         self._told_due: int | None = None
         self._lock = threading.Lock()
-        self._queue: list[Item] = []
+        self._queue: list[QueuedOperation] = []
         self._posted = threading.Event()
         self._stopping = False
-        self._held_back: list[Item] = []
+        self._held_back: list[QueuedOperation] = []
         self._marked, self._marked_at = self.batch, float("-inf")
         self._thread = threading.Thread(target=self._work, name="eventflow-store", daemon=True)
 
@@ -119,7 +119,7 @@ class Writer:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
-    def post(self, item: Item) -> None:
+    def post(self, item: QueuedOperation) -> None:
         with self._lock:
             closed = self._stopping or self.failed is not None
             if not closed:
@@ -132,7 +132,7 @@ class Writer:
         else:
             _send(
                 [
-                    Word(
+                    LoopCallback(
                         item.loop,
                         item.reply,
                         (self.failed or StoreError(f"the store {self._path} is closed"),),
@@ -181,15 +181,15 @@ class Writer:
     def commit_queued(self) -> None:
         """Commits what is queued now, in order; a door's verb has a transaction of its own."""
         with self._lock:
-            items, self._queue = self._queue[:MOST], self._queue[MOST:]
+            items, self._queue = self._queue[:MAX_BATCH_OPERATIONS], self._queue[MAX_BATCH_OPERATIONS:]
         while items:
             n = 1
-            if not isinstance(items[0].op, Call | Errand):
+            if not isinstance(items[0].op, TransactionCall | ConnectionJob):
                 n = next(
-                    (n for n, item in enumerate(items) if isinstance(item.op, Call | Errand)),
+                    (n for n, item in enumerate(items) if isinstance(item.op, TransactionCall | ConnectionJob)),
                     len(items),
                 )
-            if isinstance(items[0].op, Errand):  # what came after it is served between its steps
+            if isinstance(items[0].op, ConnectionJob):  # what came after it is served between its steps
                 with self._lock:
                     self._queue[:0] = items[1:]
                 self._serve(items[:1])
@@ -208,7 +208,7 @@ class Writer:
         if self.failed is not None:
             raise self.failed
 
-    def _serve(self, items: Sequence[Item]) -> None:
+    def _serve(self, items: Sequence[QueuedOperation]) -> None:
         """One transaction, and its replies; on bad input one transaction for each op."""
         if self.failed is not None:
             _send([_word(item, self.failed) for item in items])
@@ -237,7 +237,7 @@ class Writer:
         commits["ops"] += ops
         commits["seconds"] += self._clock.monotonic() - began
 
-    def _refuse(self, item: Item, error: BaseException) -> None:
+    def _refuse(self, item: QueuedOperation, error: BaseException) -> None:
         """One op, tried alone, cannot be applied. It may be that a journal entry exists: then it is answered as refused."""
         try:
             _send(self._do([item], probe=True))
@@ -246,9 +246,9 @@ class Writer:
             refusal.__cause__ = error
             _send([_word(item, refusal)])
 
-    def _do(self, items: Sequence[Item], *, probe: bool = False) -> list[Word]:
+    def _do(self, items: Sequence[QueuedOperation], *, probe: bool = False) -> list[LoopCallback]:
         """The transaction itself; returns what is to be said once it is durable."""
-        if isinstance(errand := items[0].op, Errand):
+        if isinstance(errand := items[0].op, ConnectionJob):
             return [_word(items[0], self._run_errand(errand))]
         tx = self._begin()
         try:
@@ -287,10 +287,10 @@ class Writer:
 
     def _finish(self, tx: Transaction) -> None:
         if self.herald is not None and (tx.ended or tx.silences):
-            announce(tx, self.herald)
+            record_run_events(tx, self.herald)
         tx.finish()
 
-    def _run_errand(self, errand: Errand) -> Any:
+    def _run_errand(self, errand: ConnectionJob) -> Any:
         try:
             return errand.make(self.connection)
         except EventflowError as error:
@@ -301,13 +301,13 @@ class Writer:
         ) as error:  # the errand's own files: the store itself is not touched
             return StoreError(str(error))
 
-    def _decide(self, tx: Transaction, items: Sequence[Item], *, probe: bool) -> list[Word]:
-        if isinstance(call := items[0].op, Call):
+    def _decide(self, tx: Transaction, items: Sequence[QueuedOperation], *, probe: bool) -> list[LoopCallback]:
+        if isinstance(call := items[0].op, TransactionCall):
             value = call.make(tx)
             tx.flush()
             return [_word(items[0], value() if callable(value) else value)]
         writes = [
-            (item, item.op) for item in items if not isinstance(item.op, Claim | Call | Errand)
+            (item, item.op) for item in items if not isinstance(item.op, Claim | TransactionCall | ConnectionJob)
         ]
         prefetch(tx, [op for _, op in writes], probe=probe)
         words = [_word(item, apply(tx, op)) for item, op in writes]
@@ -325,7 +325,7 @@ class Writer:
         if self.connection.in_transaction:
             self.connection.execute("ROLLBACK")
 
-    def _committed(self, tx: Transaction) -> list[Word]:
+    def _committed(self, tx: Transaction) -> list[LoopCallback]:
         """Takes over the new numbers; returns what the worker and the relay must hear."""
         if self.lookout is not None and (
             tx.taken or tx.more or tx.totals["runs"] > self.totals["runs"]
@@ -335,16 +335,16 @@ class Writer:
         tx.remember()
         if tx.soonest < (self._told_due or NEVER):
             self._told_due, tx.more = tx.soonest, True
-        words: list[Word] = []
+        words: list[LoopCallback] = []
         if tx.outlets and (relay := self.relay) is not None:
-            words.append(Word(relay.loop, relay.news, (tuple(tx.outlets),)))
+            words.append(LoopCallback(relay.loop, relay.notify, (tuple(tx.outlets),)))
         handover = tx.handover
         if handover is None:
             return words
         if tx.taken or tx.more or tx.cancels:
-            words.append(Word(handover.loop, handover.ready, (tx.taken, tx.more, tx.cancels)))
+            words.append(LoopCallback(handover.loop, handover.receive_runs, (tx.taken, tx.more, tx.cancels)))
         if tx.answers:
-            words.append(Word(handover.loop, handover.answered, (tx.answers,)))
+            words.append(LoopCallback(handover.loop, handover.receive_answers, (tx.answers,)))
         return words
 
     def _mark(self) -> None:
@@ -356,7 +356,7 @@ class Writer:
 
     # ------------------------------------------------------------------- when storage fails
 
-    def _storage_error(self, error: sqlite3.Error, items: Sequence[Item]) -> None:
+    def _storage_error(self, error: sqlite3.Error, items: Sequence[QueuedOperation]) -> None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code == sqlite3.SQLITE_FULL and self._space.release():
             self._serve(items)
@@ -365,17 +365,17 @@ class Writer:
         else:
             self._fail(error, items)
 
-    def _wait_for_lock(self, items: Sequence[Item]) -> None:
+    def _wait_for_lock(self, items: Sequence[QueuedOperation]) -> None:
         """Another process holds the store's file. Intake slows down; the way through waits, nothing of it is lost."""
         holder = holder_of(self._path)
         full = StoreFull(
             f"the store {self._path} is locked by {f'process {holder}' if holder else 'another process'}",
             2.0,
         )
-        _send([_word(item, full) for item in items if isinstance(item.op, Record | Call)])
-        self._held_back = [item for item in items if not isinstance(item.op, Record | Call)]
+        _send([_word(item, full) for item in items if isinstance(item.op, RecordEvents | TransactionCall)])
+        self._held_back = [item for item in items if not isinstance(item.op, RecordEvents | TransactionCall)]
 
-    def _fail(self, error: BaseException, items: Sequence[Item]) -> None:
+    def _fail(self, error: BaseException, items: Sequence[QueuedOperation]) -> None:
         """Fail-stop: this batch is unknown, nothing later is done, everyone who waits is told."""
         kind = (
             StoreCorrupt
@@ -402,13 +402,13 @@ def _name(error: BaseException) -> str:
     return f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
 
 
-def _word(item: Item, value: Any) -> Word:
-    return Word(item.loop, item.reply, (value,))
+def _word(item: QueuedOperation, value: Any) -> LoopCallback:
+    return LoopCallback(item.loop, item.reply, (value,))
 
 
-def _send(words: Sequence[Word]) -> None:
+def _send(words: Sequence[LoopCallback]) -> None:
     """One wake-up per loop, whatever the number of words for it. A loop that is gone needs none."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Word]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[LoopCallback]] = {}
     for word in words:
         by_loop.setdefault(word.loop, []).append(word)
     for loop, said in by_loop.items():
@@ -418,7 +418,7 @@ def _send(words: Sequence[Word]) -> None:
             continue  # closed: its callers went with it, what they posted is durable all the same
 
 
-def _run(words: Sequence[Word]) -> None:
+def _run(words: Sequence[LoopCallback]) -> None:
     """On the loop: every word runs, whatever one of them raises."""
     for at, word in enumerate(words):
         try:

@@ -1,7 +1,7 @@
-"""Rows of the ledger as the API shows them: ids in base 32, instants as ISO 8601 in UTC, bodies as JSON.
+"""Rows of the ledger as JSON: ids in base 32, instants as ISO 8601 in UTC, bodies as JSON values.
 
-api.py calls these pure functions; the command line prints what they return. Texts of errors are redacted here, for they may
-quote what a task was given.
+handlers.py calls these pure functions; the command line prints what they return. Error messages are
+redacted here, since they may quote a task's arguments.
 """
 
 import base64
@@ -12,14 +12,14 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.events.event import Gauged, Trigger, totals
+from eventflow.events.event import HasGauges, Trigger, gauge_totals
 from eventflow.logs.log import timestamp
 from eventflow.logs.redaction import SECRETS
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import show_id
+from eventflow.runs.run import format_id
 
-SHOWN_RESULT = 64 * 1024
-"""Bytes of a result that are shown; of a larger one only size and digest."""
+MAX_RESULT_BYTES = 64 * 1024
+"""Of a larger result only size and digest are returned."""
 
 
 def instant(us: int | None) -> str | None:
@@ -27,16 +27,16 @@ def instant(us: int | None) -> str | None:
 
 
 def ident(number: int | None) -> str | None:
-    return None if number is None else show_id(number)
+    return None if number is None else format_id(number)
 
 
 # --------------------------------------------------------------------------- events
 
 
 def event(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One event of a list."""
+    """An event in a list."""
     return {
-        "id": show_id(row["id"]),
+        "id": format_id(row["id"]),
         "event_id": row["event_id"],
         "trigger": row["trigger"],
         "source": row["source"],
@@ -51,49 +51,52 @@ def event(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def event_whole(row: Mapping[str, Any]) -> dict[str, Any]:
-    """One event asked for: with its verdicts, runs, dead letters, unsent letters and body."""
+def event_details(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One event with its verdicts, runs, dead letters, unsent messages and body."""
     runs = {each["id"]: each for each in row["runs"]}
     return {
         **event(row),
-        "verdicts": [verdict(said, runs) for said in row["verdicts"]],
-        "outbox": [{**letter, "at": instant(letter["at"])} for letter in row["outbox"]],
+        "verdicts": [verdict(each, runs) for each in row["verdicts"]],
+        "outbox": [{**message, "at": instant(message["at"])} for message in row["outbox"]],
         "runs": [run(each) for each in row["runs"]],
-        "dead": [dead(each) for each in row["dead"]],
+        "dead": [dead_letter(each) for each in row["dead"]],
         "event": body(row["body"]),
     }
 
 
-def verdict(said: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """What became of one delivery. `fate`: run, joined, held (with a run and its state), filtered, waits, lapsed,
-    matched, invalid, dead, outbox."""
-    subscription, fate, detail = said
-    shown: dict[str, Any] = {"subscription": subscription, "fate": fate}
-    if fate not in ("run", "held", "joined"):
+def verdict(stored: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """A verdict on one delivery. `outcome`: run, batched, paused (with a run and its state),
+    filtered, waiting, expired, matched, invalid, dead, outbox.
+    """
+    subscription, outcome, detail = stored
+    shown: dict[str, Any] = {"subscription": subscription, "outcome": outcome}
+    if outcome not in ("run", "paused", "batched"):
         return {**shown, "reason": detail}
     known = runs.get(detail)
-    return {**shown, "run": show_id(detail), "state": known["state"] if known else "pruned"}
+    return {**shown, "run": format_id(detail), "state": known["state"] if known else "pruned"}
 
 
-def new_verdict(said: Iterable[Any]) -> dict[str, Any]:
-    """What a replay or redrive brought about."""
-    subscription, fate, detail = said
-    shown = verdict((subscription, fate, detail), {})
+def new_verdict(stored: Iterable[Any]) -> dict[str, Any]:
+    """A verdict of a replay or redrive that was just recorded."""
+    subscription, outcome, detail = stored
+    shown = verdict((subscription, outcome, detail), {})
     if "run" in shown:
-        shown["state"] = "held" if fate == "held" else "pending"
+        shown["state"] = "paused" if outcome == "paused" else "pending"
     return shown
 
 
-def foreseen_verdict(said: Iterable[Any]) -> dict[str, Any]:
-    """What it would bring about, with the `window` that the event would be in. A run that does not exist has no id."""
-    subscription, fate, detail, *window = said
-    shown = verdict((subscription, fate, detail), {})
-    foreseen = {name: value for name, value in shown.items() if name not in ("run", "state")}
-    return {**foreseen, "window": window[0]} if window else foreseen
+def simulated_verdict(stored: Iterable[Any]) -> dict[str, Any]:
+    """A verdict of a dry run, with the `window` that the event would join; the run does not exist,
+    so it has no id.
+    """
+    subscription, outcome, detail, *window = stored
+    shown = verdict((subscription, outcome, detail), {})
+    simulated = {name: value for name, value in shown.items() if name not in ("run", "state")}
+    return {**simulated, "window": window[0]} if window else simulated
 
 
 def body(data: bytes | None) -> Any:
-    """Stored bytes as JSON where they are JSON, else as text, else in base 64."""
+    """Stored bytes as JSON if they are JSON, else as text, else as `{"base64": …}`."""
     if data is None:
         return None
     try:
@@ -109,10 +112,12 @@ def body(data: bytes | None) -> Any:
 # --------------------------------------------------------------------------- runs
 
 
-def run(row: Mapping[str, Any], held_back: str = "") -> dict[str, Any]:
-    """One run of a list. `held_back`: why the worker begins none, which is why this one is pending."""
+def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
+    """A run in a list. `pause_reason`: why the worker starts no runs now; the reason of a pending
+    run.
+    """
     return {
-        "id": show_id(row["id"]),
+        "id": format_id(row["id"]),
         "flow": row["flow"],
         "state": row["state"],
         "event": ident(row["event"]),
@@ -122,31 +127,34 @@ def run(row: Mapping[str, Any], held_back: str = "") -> dict[str, Any]:
         "started_at": instant(row["started_at"]),
         "finished_at": instant(row["finished_at"]),
         "attempts": row["token"],
-        "lane": row["lane"],
+        "ordering_key": row["ordering_key"],
         "mode": row["mode"],
         "events": row["deliveries"],
         "parent": ident(row["parent"]),
-        "reason": row["reason"] or (held_back if held_back and row["state"] == "pending" else None),
+        "reason": row["reason"]
+        or (pause_reason if pause_reason and row["state"] == "pending" else None),
         "cancel_requested": row["cancel_requested"],
         "error": error(row.get("error"), traceback=False),
     }
 
 
-def run_whole(
+def run_details(
     row: Mapping[str, Any],
     journal: Iterable[Entry],
     fetch: Callable[[str, bytes], tuple[str, bytes]],
 ) -> dict[str, Any]:
-    """One run asked for: with its parameters, tasks, result and error. `fetch` reads a result that is kept in a file."""
+    """One run with its parameters, tasks, result and error. `fetch` reads a result stored outside
+    its row.
+    """
     return {
         **run(row),
         "error": error(row["error"]),
-        "joined": [show_id(event) for event in row["joined"]],
+        "joined": [format_id(event) for event in row["joined"]],
         "params": body(row["params"]),
         "priority": row["priority"],
-        "suspect": row["suspect"],
-        "deaths": row["deaths"],
-        "orphans": row["orphans"],
+        "crash_suspect": row["crash_suspect"],
+        "crash_count": row["crash_count"],
+        "unclaimed_entries": row["unclaimed_entries"],
         **_result(row, fetch),
         "tasks": tasks(journal),
     }
@@ -158,7 +166,7 @@ def _result(
     if row["result"] is None:
         return {"result": None, "result_digest": None}
     codec, data = fetch(row["codec"] or "json", row["result"])
-    shown = body(data) if codec != "pickle" and len(data) <= SHOWN_RESULT else None
+    shown = body(data) if codec != "pickle" and len(data) <= MAX_RESULT_BYTES else None
     return {
         "result": shown,
         "result_digest": digest(data),
@@ -175,9 +183,9 @@ def error(data: bytes | str | None, *, traceback: bool = True) -> dict[str, Any]
     """`{"type", "message", "traceback"}`."""
     if data is None:
         return None
-    said = cast(dict[str, Any], orjson.loads(data))
+    stored = cast(dict[str, Any], orjson.loads(data))
     names = ("type", "message", "traceback") if traceback else ("type", "message")
-    return {name: SECRETS.text(str(said[name])) for name in names if said.get(name)}
+    return {name: SECRETS.text(str(stored[name])) for name in names if stored.get(name)}
 
 
 # --------------------------------------------------------------------------- a run's journal
@@ -186,20 +194,20 @@ _KINDS = {Kind.TIMER: "timer", Kind.EMIT: "emit", Kind.CANCEL: "cancel", Kind.CH
 
 
 def tasks(journal: Iterable[Entry]) -> list[dict[str, Any]]:
-    """The calls of a run in the order they were first recorded, each with what became of it."""
+    """The calls of a run with their states, in the order of their first entries."""
     calls: dict[str, dict[str, Any]] = {}
     for entry in journal:
         if entry.kind is Kind.NOTE:
             continue
-        call = calls.setdefault(entry.claim, _call(entry))
-        _tell(call, entry)
+        call = calls.setdefault(entry.call_key, _call(entry))
+        _apply_entry(call, entry)
     return list(calls.values())
 
 
 def _call(entry: Entry) -> dict[str, Any]:
     return {
-        "claim": entry.claim,
-        "name": entry.claim.rpartition("/")[2].partition("#")[0],
+        "call_key": entry.call_key,
+        "name": entry.call_key.rpartition("/")[2].partition("#")[0],
         "kind": _KINDS.get(entry.kind, "task"),
         "state": "started",
         "attempts": 0,
@@ -211,78 +219,83 @@ def _call(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _tell(call: dict[str, Any], entry: Entry) -> None:
-    """What one entry adds to its call."""
+def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
+    """Updates a call by its next entry."""
     call["attempts"] = max(call["attempts"], entry.attempt)
     call["at"], call["next_at"] = instant(entry.at), None
     match entry.kind:
         case Kind.VALUE:
             call["state"], call["result_digest"] = "completed", digest(entry.value)
-        case Kind.ERROR | Kind.FAILED | Kind.FORGIVEN:
+        case Kind.ERROR | Kind.FAILED | Kind.CLEARED:
             call["state"] = "failed" if entry.kind is Kind.ERROR else "retrying"
             call["next_at"] = instant(entry.due_at) if entry.kind is Kind.FAILED else None
-            said = error(entry.error, traceback=False) or {}
-            call["errors"].append({"attempt": entry.attempt, "at": instant(entry.at), **said})
+            details = error(entry.error, traceback=False) or {}
+            call["errors"].append({"attempt": entry.attempt, "at": instant(entry.at), **details})
         case Kind.CHILD:
             call["child"] = (
-                show_id(int(entry.value)) if entry.value and entry.value.isdigit() else None
+                format_id(int(entry.value)) if entry.value and entry.value.isdigit() else None
             )
         case Kind.TIMER:
             call["state"] = "fired"
         case Kind.EMIT:
             call["state"] = "published"
         case _:
-            call["state"] = "told"
+            call["state"] = "signalled"
 
 
-# --------------------------------------------------------------------------- the rest
+# --------------------------------------------------------------------------- dead letters, triggers, sinks, logs
 
 
-def dead(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A dead letter, with what the query gave of its event."""
+def dead_letter(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A dead letter with the columns of its event that the query returned."""
     shown = {name: value for name, value in row.items() if name not in ("body", "headers")}
     shown["reason"] = SECRETS.text(row["reason"])
     for name in ("at", "redriven_at"):
         shown[name] = instant(row[name])
     if "event" in row:
-        shown["event"] = show_id(row["event"])
+        shown["event"] = format_id(row["event"])
     return shown
 
 
-def health(name: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """A trigger and how it fares."""
-    return {**facts, "name": name, "last_event_at": instant(facts["last_event_at"])}
-
-
-def source(trigger: Trigger) -> dict[str, Any]:
-    """What a trigger tells about itself: the paths it serves, whom it verifies, how its source fares."""
-    told = trigger if isinstance(trigger, Gauged) else None
-    gauges = told.gauges() if told else ()
+def trigger(source: Trigger, health: msgspec.Struct, *, paused: bool) -> dict[str, Any]:
+    """A trigger: its health, the paths it serves, whether it verifies senders, its condition and
+    gauges.
+    """
+    fields = msgspec.structs.asdict(health)
+    gauges = source.gauges() if isinstance(source, HasGauges) else ()
+    condition = source.condition if isinstance(source, HasGauges) else None
+    if condition is None and fields["backpressure"] is not None:
+        condition = f"the ledger is full: {fields['backpressure']}"
     return {
-        "paths": [route.path for route in getattr(trigger, "routes", ())],
-        "verified": getattr(trigger, "verified", None),
-        "condition": told.condition if told else None,
+        **fields,
+        "paused": paused,
+        "last_event_at": instant(fields["last_event_at"]),
+        "paths": [route.path for route in getattr(source, "routes", ())],
+        "verified": getattr(source, "verified", None),
+        "condition": condition,
         "gauges": [{"name": each.name, "value": each.value, **each.labels} for each in gauges],
-        "totals": totals(gauges),
+        "totals": gauge_totals(gauges),
     }
 
 
-def outlets(
-    fared: Mapping[str, msgspec.Struct], depths: Mapping[str, tuple[int, int]]
+def sinks(
+    health: Mapping[str, msgspec.Struct], depths: Mapping[str, tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """Each outlet with how it fares and what waits for it; also outlets that the app no longer has, while letters wait."""
+    """Each sink subscription with its health and backlog; also those the app no longer has, while
+    messages wait.
+    """
     rows: list[dict[str, Any]] = []
-    for name in sorted(fared.keys() | depths.keys()):
+    for name in sorted(health.keys() | depths.keys()):
         waiting, oldest = depths.get(name, (0, None))
         known = (
-            msgspec.structs.asdict(fared[name])
-            if name in fared
+            msgspec.structs.asdict(health[name])
+            if name in health
             else {"name": name, "state": "unknown to this app"}
         )
         rows.append({**known, "waiting": waiting, "oldest_at": instant(oldest)})
     return rows
 
 
-def line(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A line that a run logged."""
+def log_line(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A log line of a run."""
     return {**stored, "at": instant(stored["at"])}

@@ -95,15 +95,15 @@ def _events(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
 def _handled(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
     """One run of `handle` per event, completed, with the right result."""
     runs: Counter[str] = Counter()
-    asked = "SELECT e.event_id, r.id, r.state, r.result, r.reason, r.deaths FROM events e LEFT JOIN runs r ON r.event = e.id"
-    for ident, run, state, result, reason, deaths in rows.execute(
+    asked = "SELECT e.event_id, r.id, r.state, r.result, r.reason, r.crash_count FROM events e LEFT JOIN runs r ON r.event = e.id"
+    for ident, run, state, result, reason, crash_count in rows.execute(
         f"{asked} WHERE e.trigger = 'orders'"
     ):
         runs[ident] += run is not None
         if run is not None and (
             state != State.COMPLETED or json.loads(result) != expected(told.sent[ident])
         ):
-            yield f"run {format_id(run)} of event {ident}: {State(state).word} ({reason}, {deaths} deaths) with {result}"
+            yield f"run {format_id(run)} of event {ident}: {State(state).label} ({reason}, {crash_count} crashes) with {result}"
     yield from (f"event {ident} has {n} runs, expected one" for ident, n in runs.items() if n != 1)
 
 
@@ -143,7 +143,7 @@ def _never_again(
     failures: dict[tuple[str, int], int] = {}
     kinds = f"({int(Kind.VALUE)}, {int(Kind.FAILED)})"
     for run, claim, attempt, kind, at in rows.execute(
-        f"SELECT run, claim, attempt, kind, at FROM journal WHERE kind IN {kinds}"
+        f"SELECT run, call_key, attempt, kind, at FROM journal WHERE kind IN {kinds}"
     ):
         key = f"{format_id(run)}/{claim}"
         if kind == Kind.VALUE:

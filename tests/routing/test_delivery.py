@@ -151,10 +151,10 @@ async def test_the_newest_event_is_what_binds_by_name() -> None:
         await trigger.send(data={"n": "wrong"}, id="bad")
         await trigger.send(data={"n": 2}, id="b")
         await drain(app)
-        assert [letter["event_id"] for letter in await app.store.dead()] == ["bad", "bad"]
+        assert [letter["event_id"] for letter in await app.store.dead_letters()] == ["bad", "bad"]
         verdicts = (await app.store.event("b"))["verdicts"]
         runs = {run["id"]: run for run in (await app.store.event("b"))["runs"]}
-        assert {fate for _, fate, _ in verdicts} == {"joined"} and {
+        assert {fate for _, fate, _ in verdicts} == {"batched"} and {
             run for _, _, run in verdicts
         } == set(runs)
         assert {run["event"] for run in runs.values()} == {first.ledger_id}
@@ -225,7 +225,7 @@ async def test_retention_forgets_a_run_with_all_its_events() -> None:
         await drain(bench.app)
         later = bench.clock.now() + 10**9
         removed: list[int] = []
-        while step := await bench.app.store.prune(bodies_before=later, identities_before=0):
+        while step := await bench.app.store.prune(payloads_before=later, identities_before=0):
             removed.append(step)
         assert removed == [1, 3]
         await sound(bench.app)
@@ -236,11 +236,11 @@ async def test_a_paused_trigger_gathers_too() -> None:
     bench = Bench(Singleflight())
     async with running(bench.app, clock=bench.clock):
         bench.app.runtime.reactor.pause("orders", True)
-        await bench.app.store.hold("orders", True)
+        await bench.app.store.set_paused("orders", True)
         await bench.send(1, 2, 3)
         assert bench.groups == []
         bench.app.runtime.reactor.pause("orders", False)
-        await bench.app.store.hold("orders", False)
+        await bench.app.store.set_paused("orders", False)
         await drain(bench.app)
     assert bench.groups == [[1, 2, 3]]
 

@@ -7,7 +7,7 @@ import pytest
 
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event
-from eventflow.routing.filters import compile_filter, condition
+from eventflow.routing.filters import compile_filter, condition_of
 
 # The sample event of EventBridge's documentation of its pattern language.
 DETAIL = {
@@ -355,4 +355,4 @@ def test_a_reason_begins_with_its_condition(data: dict[str, int], reason: str):
     compiled = compile_filter({"total": [{"numeric": [">", 5]}]})
     assert compiled is not None
     assert compiled.mismatch(Event(id="1", source="/s", type="t", data=data)) == reason
-    assert condition(reason) == "total.numeric[> 5]"
+    assert condition_of(reason) == "total.numeric[> 5]"

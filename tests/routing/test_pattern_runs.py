@@ -30,7 +30,7 @@ from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.audit import audit
-from eventflow.store.protocol import Fact
+from eventflow.store.protocol import PatternEvent
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.routing.test_patterns import PATTERNS, Life, S
 from triggers import RunState
@@ -97,7 +97,7 @@ async def test_all_of_starts_one_run_with_all_events() -> None:
     async with bench.running() as app:
         await bench.send(app, "b1", key="x")
         await bench.send(app, "a1", "a2", key="y")
-        assert (await verdict(app, "b1"))[0] == "waits"
+        assert (await verdict(app, "b1"))[0] == "waiting"
         assert (await sound(app))["pending"] == 3
         await bench.clock.advance(10)
         await bench.send(app, "a3", key="x")
@@ -106,12 +106,12 @@ async def test_all_of_starts_one_run_with_all_events() -> None:
         (run,) = await app.store.runs()
         assert (run["mode"], run["deliveries"], run["state"]) == ("pattern", 2, "completed")
         assert await verdict(app, "b1") == ("run", run["id"]) or await verdict(app, "b1") == (
-            "joined",
+            "batched",
             run["id"],
         )
-        assert (await verdict(app, "a3")) == ("joined", run["id"])
+        assert (await verdict(app, "a3")) == ("batched", run["id"])
         await bench.clock.advance(51)
-        assert await verdict(app, "a1") == ("lapsed", "all_of: not each of a, b within 60 s")
+        assert await verdict(app, "a1") == ("expired", "all_of: not each of a, b within 60 s")
         counts = await sound(app)
         assert (
             counts["accepted"],
@@ -154,8 +154,8 @@ async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
         await bench.send(app, "c1", ago=1)
         await bench.clock.advance(10)
         assert bench.groups == []
-        assert (await verdict(app, "a1")) == ("lapsed", "sequence: c came 1 s after it")
-        assert (await verdict(app, "b1")) == ("lapsed", "sequence: no a within 60 s before it")
+        assert (await verdict(app, "a1")) == ("expired", "sequence: c came 1 s after it")
+        assert (await verdict(app, "b1")) == ("expired", "sequence: no a within 60 s before it")
         await bench.send(app, "a2")
         await bench.clock.advance(1)
         await bench.send(app, "b2")
@@ -180,7 +180,7 @@ async def test_p6_absence_fires_when_it_is_due() -> None:
         assert bench.groups == [["a1"]]
         await bench.clock.advance(100)
         assert bench.groups == [["a1"]] and (await verdict(app, "a2")) == (
-            "lapsed",
+            "expired",
             "absent: b came 20 s after it",
         )
         counts = await sound(app)
@@ -239,7 +239,7 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
     )
     bench = Bench(pattern, tmp_path / "story.db")
     plain = {key: Life(compile_pattern(pattern).machine) for key in "xy"}
-    kinds = [leaf.label for leaf in pattern.leaves]
+    kinds = [leaf.label for leaf in pattern.flat_parts]
     sent: list[tuple[str, str, float]] = []
     for _ in range(3):
         async with bench.running() as app:
@@ -348,11 +348,11 @@ async def test_what_a_pause_holds_is_held() -> None:
     app.on(all_of(one, two, within=60), act)
     async with running(app):
         app.runtime.reactor.pause("two", True)
-        await app.store.hold("two", True)
+        await app.store.set_paused("two", True)
         await one.send(data=1)
         await two.send(data=2)
         assert given == [] and [run["state"] for run in await app.store.runs()] == ["paused"]
-        await app.store.hold("two", False)
+        await app.store.set_paused("two", False)
         await drain(app)
         assert given == [2]
         await sound(app)
@@ -368,12 +368,12 @@ async def test_a_pattern_that_is_changed_lets_go_of_what_was_open(tmp_path: Path
         assert (await sound(app))["pending"] == 1
     async with bench.running() as app:
         await bench.clock.advance(1)
-        assert (await verdict(app, "a1"))[0] == "lapsed"
+        assert (await verdict(app, "a1"))[0] == "expired"
         await bench.send(app, "a2")
     bench.pattern = all_of("a", "b", within=90)
     async with bench.running() as app:
         await bench.send(app, "b2")
-        assert await verdict(app, "a2") == ("lapsed", "its pattern was changed")
+        assert await verdict(app, "a2") == ("expired", "its pattern was changed")
         counts = await sound(app)
         assert (counts["suppressed"], counts["pending"]) == (2, 1)
     assert bench.groups == []
@@ -385,7 +385,7 @@ async def test_retention_keeps_what_waits() -> None:
     async with bench.running() as app:
         await bench.send(app, "a1", "c1")
         later = bench.clock.now() + 10**9
-        while await app.store.prune(bodies_before=later, identities_before=later):
+        while await app.store.prune(payloads_before=later, identities_before=later):
             pass
         await bench.send(app, "b1")
         await drain(app)
@@ -431,7 +431,7 @@ async def test_p6_matches_make_one_run_at_a_time(tmp_path: Path) -> None:
         assert bench.groups == [["a1", "a2"]]
         first, second = sorted(run["id"] for run in await app.store.runs())
         assert [await verdict(app, f"a{n}") for n in (1, 4, 5, 6)] == [
-            ("joined", first), ("joined", second), ("joined", second), ("joined", second)
+            ("batched", first), ("batched", second), ("batched", second), ("batched", second)
         ]  # fmt: skip
         assert (await sound(app))["pending"] == 7
     async with bench.running() as app:
@@ -465,16 +465,16 @@ def test_p2_what_did_not_become_durable_did_not_happen() -> None:
     router = Router(Bench(count("a", 3, within=60)).app().subscriptions, Ids(), VirtualClock())
 
     def weave(state: Any, event: int) -> Any:
-        return router.weave("watch", "", state, event, Fact("watch", "", 0, event), event, 1)
+        return router.advance("watch", "", state, event, PatternEvent("watch", "", 0, event), event, 1)
 
     first = weave(None, 1)
-    kept = router.keep("watch", "", first.state)
+    kept = router.encode_state("watch", "", first.state)
     for _ in range(3):
         failed = weave(kept, 2)
         assert failed.matches == [] and weave(failed.state, 3).matches != []
     again = weave(kept, 2)
-    assert router.keep("watch", "", again.state) != kept
-    assert [match.events for match in weave(router.keep("watch", "", again.state), 4).matches] == [
+    assert router.encode_state("watch", "", again.state) != kept
+    assert [match.events for match in weave(router.encode_state("watch", "", again.state), 4).matches] == [
         (1, 2, 4)
     ]
 

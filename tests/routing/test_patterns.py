@@ -245,10 +245,10 @@ class Life:
         self.known: set[int] = set()
 
     def advance(self, now: int, leaf: int | None = None, item: PatternItem | None = None) -> None:
-        state = self.machine.fresh(now) if self.state is None else self.state
+        state = self.machine.initial_state(now) if self.state is None else self.state
         step = self.machine.advance(state, now, leaf, item)
         self.matches += step.matches
-        self.lapsed += [event for event, reason in step.lapsed if reason]
+        self.lapsed += [event for event, reason in step.expired if reason]
         self.state = state if self.machine.is_open(state) else None
         accounted = sorted(
             [*self.lapsed, *(event for match in self.matches for event in match.events), *self.open]
@@ -309,7 +309,7 @@ PATTERNS: dict[str, Callable[[float, float], Pattern]] = {
 def test_what_matches_is_what_the_oracle_says(name: str) -> None:
     """Late, repeated and disordered events, restarts anywhere, timers asked late: the same matches, and all else lapses."""
     make = PATTERNS[name]
-    leaves = len(make(5, 0).leaves)
+    leaves = len(make(5, 0).flat_parts)
 
     @settings(
         max_examples=HISTORIES,
@@ -402,14 +402,14 @@ def test_reasons_name_what_was_missing() -> None:
 
     def reasons(pattern: Pattern, *came: tuple[int, int]) -> dict[int, str]:
         machine = compile_pattern(pattern).machine
-        state, lapsed = machine.fresh(0), {}
+        state, lapsed = machine.initial_state(0), {}
         for n, (leaf, second) in enumerate(came):
             lapsed.update(
                 machine.advance(
                     state, second * S, leaf, PatternItem(second * S, second * S, (n,))
-                ).lapsed
+                ).expired
             )
-        return {**lapsed, **dict(machine.advance(state, 1000 * S).lapsed)}
+        return {**lapsed, **dict(machine.advance(state, 1000 * S).expired)}
 
     assert reasons(all_of("a", "b", "c", within=10), (0, 0), (2, 1)) == {
         0: "all_of: not each of a, b, c within 10 s",
@@ -430,8 +430,8 @@ def test_reasons_name_what_was_missing() -> None:
 def test_what_is_open_is_bounded() -> None:
     """Ten thousand items wait at most, per key and part; the oldest lapse, and say why."""
     machine = compile_pattern(all_of("a", "b", within=3600)).machine
-    state = machine.fresh(0)
-    lapsed = [machine.advance(state, n, 0, PatternItem(n, n, (n,))).lapsed for n in range(10_003)]
+    state = machine.initial_state(0)
+    lapsed = [machine.advance(state, n, 0, PatternItem(n, n, (n,))).expired for n in range(10_003)]
     assert len(machine.events(state)) == 10_000
     assert [each for step in lapsed for each in step] == [
         (n, "a: more than 10,000 wait") for n in range(3)
@@ -448,14 +448,14 @@ def test_parts_and_keys() -> None:
         by={"orders": "id", paid: "order.id"},
     )
     made = compile_pattern(pattern)
-    assert pattern.triggers == [orders] and made.places == {"orders", "events"}
-    assert [made.hearing(place, "payment.made") for place in ("orders", "events", "else")] == [
+    assert pattern.triggers == [orders] and made.trigger_names == {"orders", "events"}
+    assert [made.parts_for(place, "payment.made") for place in ("orders", "events", "else")] == [
         [0],
         [1],
         [],
     ]
     event = Event(id="1", source="/s", type="payment.made", data={"order": {"id": 7}})
-    (key,) = [leaf.key for leaf in made.leaves if leaf.place == "events"]
+    (key,) = [leaf.key for leaf in made.parts if leaf.trigger_name == "events"]
     assert key is not None and key(event) == "7"
 
 

@@ -72,13 +72,13 @@ def test_a_match_is_a_run():
     assert first.event == arrival.id
     assert first.due_at == first.created_at == arrival.received_at
     assert first.params is None
-    assert first.body is arrival.body
+    assert first.payload is arrival.body
     assert Event.from_json(arrival.body) == event(ORDER)
     assert orjson.loads(arrival.verdicts) == [
         ["orders/handle", "run", first.id],
         ["orders/audit", "run", second.id],
     ]
-    assert arrival.tally == {"pending": 2}
+    assert arrival.counts == {"pending": 2}
     assert len({arrival.id, first.id, second.id}) == 3
 
 
@@ -99,14 +99,14 @@ def test_p3_each_subscription_has_its_verdict():
         "flow 'count' cannot bind parameter 'n': missing; the data has id, total",
         "KeyError: 'nope'",
     ]
-    assert arrival.tally == {"pending": 1, "suppressed": 1, "dead": 2}
-    assert arrival.dead == [("orders/count", reasons(arrival)[2]), ("broken", "KeyError: 'nope'")]
+    assert arrival.counts == {"pending": 1, "suppressed": 1, "dead": 2}
+    assert arrival.dead_letters == [("orders/count", reasons(arrival)[2]), ("broken", "KeyError: 'nope'")]
 
 
 def test_p9_an_event_nobody_wants_is_one_suppressed_delivery():
     """An event without a subscriber is recorded with no verdict and counted as suppressed."""
     arrival = router().route("orders", event(ORDER))
-    assert (arrival.verdicts, arrival.tally, list(arrival.runs)) == (b"[]", {"suppressed": 1}, [])
+    assert (arrival.verdicts, arrival.counts, list(arrival.runs)) == (b"[]", {"suppressed": 1}, [])
 
 
 def test_p9_undecodable_bytes_are_one_dead_letter():
@@ -115,7 +115,7 @@ def test_p9_undecodable_bytes_are_one_dead_letter():
         id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"}
     )
     arrival = router(subscribe("orders", audit)).route("orders", item)
-    assert (arrival.body, arrival.tally, arrival.dead) == (
+    assert (arrival.body, arrival.counts, arrival.dead_letters) == (
         b"\xff\x00",
         {"dead": 1},
         (("", "not JSON"),),
@@ -128,8 +128,8 @@ def test_p9_undecodable_bytes_are_one_dead_letter():
 def test_data_that_is_no_json_is_a_dead_letter():
     """An event whose data a trigger left unencodable is not lost: its attributes are kept with the reason."""
     arrival = router(subscribe("orders", audit)).route("orders", event({"x": object()}))
-    assert arrival.tally == {"dead": 1}
-    assert "cannot be written as JSON" in arrival.dead[0][1]
+    assert arrival.counts == {"dead": 1}
+    assert "cannot be written as JSON" in arrival.dead_letters[0][1]
     assert Event.from_json(arrival.body).id == "e1"
 
 
@@ -140,7 +140,7 @@ def test_a_paused_trigger_holds_its_runs():
     ).route("orders", event(ORDER), paused=True)  # fmt: skip
     assert verdicts(arrival) == [("orders/audit", "paused"), ("orders/handle", "filtered")]
     assert [run.state for run in arrival.runs] == [State.PAUSED]
-    assert arrival.tally == {"pending": 1, "suppressed": 1}
+    assert arrival.counts == {"pending": 1, "suppressed": 1}
 
 
 @given(st.text(), st.text(), st.text(), st.text(), st.text(), st.text())
@@ -197,7 +197,7 @@ def test_a_key_is_a_lane(key, lane):
         extensions={"partitionkey": "pk", "shard": 3},
     )
     (run,) = router(subscribe("orders", audit, key=key)).route("orders", found).runs
-    assert run.lane == lane
+    assert run.ordering_key == lane
 
 
 def test_record_falls_back_to_the_subject():
@@ -205,7 +205,7 @@ def test_record_falls_back_to_the_subject():
     (run,) = (
         router(subscribe("orders", audit, key="record")).route("orders", event(subject="s")).runs
     )
-    assert run.lane == "s"
+    assert run.ordering_key == "s"
 
 
 def test_a_key_that_fails_is_invalid():
@@ -236,7 +236,7 @@ def test_params_override_the_binding():
         subscribe("o", count, params=lambda found: {"n": 1, "label": object()}, name="json"),
     ).route("o", event(ORDER))
     assert {fate for _, fate in verdicts(arrival)} == {"invalid"}
-    assert len(arrival.dead) == arrival.tally["dead"] == 4
+    assert len(arrival.dead_letters) == arrival.counts["dead"] == 4
     assert "Expected `int`, got `str`" in reasons(arrival)[0]
 
 
@@ -248,7 +248,7 @@ def test_types_say_what_a_subscription_hears():
         subscribe(EMITTED, audit, types=("invoice.paid",), name="other"),
     )
     assert verdicts(made.route_emitted(event(ORDER))) == [("events/audit", "run"), ("glob", "run")]
-    assert made.route_emitted(event(ORDER, type="nobody")).tally == {"suppressed": 1}
+    assert made.route_emitted(event(ORDER, type="nobody")).counts == {"suppressed": 1}
 
 
 def test_an_emitted_event_knows_its_depth():
@@ -259,8 +259,8 @@ def test_an_emitted_event_knows_its_depth():
     (run,) = made.route_emitted(event(ORDER, extensions={"eventflowdepth": 4})).runs
     assert run.depth == 4
     buried = made.route_emitted(event(ORDER), 21)
-    assert (list(buried.runs), buried.tally) == ([], {"dead": 1})
-    assert "emitted at depth 21" in buried.dead[0][1]
+    assert (list(buried.runs), buried.counts) == ([], {"dead": 1})
+    assert "emitted at depth 21" in buried.dead_letters[0][1]
 
 
 def test_an_outside_event_has_no_depth():
@@ -283,10 +283,10 @@ def test_emitted_data_must_be_json(data):
 def test_a_flow_can_be_started_without_a_subscription():
     """One delivery to one flow, with given parameters or from the event; what does not bind raises to the caller."""
     made = router()
-    arrival = made.route_to_flow(count, event(), params=b'{"n":5}', trigger="api", lane="l")
+    arrival = made.route_to_flow(count, event(), params=b'{"n":5}', trigger="api", ordering_key="l")
     (run,) = arrival.runs
-    assert (run.flow, run.params, run.lane, run.event) == ("count", b'{"n":5}', "l", arrival.id)
-    assert (arrival.trigger, arrival.tally) == ("api", {"pending": 1})
+    assert (run.flow, run.params, run.ordering_key, run.event) == ("count", b'{"n":5}', "l", arrival.id)
+    assert (arrival.trigger, arrival.counts) == ("api", {"pending": 1})
     assert made.route_to_flow(handle, event(ORDER)).runs[0].params is None
     with pytest.raises(BindingError):
         made.route_to_flow(count, event(), params=b'{"n":"x"}')
@@ -311,7 +311,7 @@ def test_names_are_told_apart():
     """A second subscription of the same flow to the same trigger is #2, a third #3."""
     names: list[str] = []
     for _ in range(3):
-        names.append(subscribe("orders", audit, taken=names).name)
+        names.append(subscribe("orders", audit, used_names=names).name)
     assert names == ["orders/audit", "orders/audit#2", "orders/audit#3"]
 
 
@@ -364,9 +364,9 @@ def test_p9_the_tally_is_the_verdicts(data, paused):
     }
     arrival = made.route("o", event(clean), paused)
     if arrival.runs or arrival.verdicts.count(b'["",') == 0:
-        assert len(orjson.loads(arrival.verdicts)) == sum(arrival.tally.values()) == 3
-    assert len(arrival.runs) == arrival.tally.get("pending", 0)
-    assert len(arrival.dead) == arrival.tally.get("dead", 0)
+        assert len(orjson.loads(arrival.verdicts)) == sum(arrival.counts.values()) == 3
+    assert len(arrival.runs) == arrival.counts.get("pending", 0)
+    assert len(arrival.dead_letters) == arrival.counts.get("dead", 0)
 
 
 def test_routing_never_waits():

@@ -103,7 +103,7 @@ async def test_a_chain_that_bites_its_tail_ends() -> None:
     async with running(app):
         await app.emit("start", {"run": "first"})
         await drain(app)
-        (dead,) = await app.store.dead()
+        (dead,) = await app.store.dead_letters()
         assert "20" in dead["reason"] and len(await app.store.runs(limit=100)) <= 22
 
 

@@ -21,12 +21,15 @@ from hypothesis import strategies as st
 from eventflow.core.errors import (
     BindingError,
     NotStorable,
+    OutsideFlowError,
     ResultTooLarge,
     StoreCorrupt,
     TaskFailed,
     TaskTimedOut,
     UsageError,
 )
+from eventflow.core.retry import Permanent
+from eventflow.sdk.checks import CheckFailed
 from eventflow.serialization import codecs
 from eventflow.serialization.codecs import (
     MAX_TRACEBACK,
@@ -341,6 +344,22 @@ def test_an_error_without_words_is_recorded():
     data = encode_error(raised(Silent()))
     assert orjson.loads(data)["message"] == "<Silent.__str__ raised RuntimeError>"
     assert type(decode_error(data)) is Silent
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kind"),
+    [
+        ("eventflow.retry:Permanent", ["no"], Permanent),
+        ("eventflow.errors:UsageError", ["no"], UsageError),
+        ("eventflow.errors:LineageLost", ["t", "a thread"], OutsideFlowError),
+        ("eventflow.checks:CheckFailed", [[]], CheckFailed),
+    ],
+)
+def test_an_error_recorded_before_its_module_moved_is_rebuilt(name, args, kind):
+    """Class names that an earlier version recorded lead to the classes of today."""
+    message = str(kind(*args))
+    data = orjson.dumps({"type": name, "message": message, "args": args, "traceback": ""})
+    assert type(decode_error(data)) is kind
 
 
 def test_s12_no_module_is_imported_to_rebuild_an_error():

@@ -13,7 +13,7 @@ from eventflow.core.clock import SystemClock
 from eventflow.events.event import Json
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, Ids, Outcome, Run
-from eventflow.store.protocol import Append, Arrival, Claim, Claimed, Mark, Op, Record, Settle
+from eventflow.store.protocol import Append, Arrival, Claim, Claimed, MarkStarted, Op, RecordEvents, Settle
 from eventflow.store.sqlite import SqliteStore
 
 SECOND = 1_000_000
@@ -43,19 +43,19 @@ class Hand:
         self.mores = 0
         self.answers: list[tuple[int, Entry]] = []
 
-    def take(self, run: Run) -> bool:
+    def reserve(self, run: Run) -> bool:
         self.room -= 1
         return self.room >= 0
 
-    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
+    def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         self.answers.extend(answers)
 
-    def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
         self.runs += runs
         self.cancels += cancels
         self.mores += more
 
-    def put_back(self, runs: Sequence[Run]) -> None:
+    def release(self, runs: Sequence[Run]) -> None:
         self.returned += runs
 
 
@@ -79,7 +79,7 @@ class Ledger:
         return Arrival(
             id=self.ids.next(self.clock.now()), trigger=trigger, key=hashlib.sha256(f"{trigger}/{name}".encode()).digest()[:16],
             digest=hashlib.sha256(body).digest()[:8], event_id=name, source="/s", type=type, body=body, verdicts=b"[]",
-            received_at=self.clock.now(), tally={column: n for column, n in tally.items() if n}, runs=runs, dead=dead,
+            received_at=self.clock.now(), counts={column: n for column, n in tally.items() if n}, runs=runs, dead_letters=dead,
         )  # fmt: skip
 
     async def do(self, op: Op) -> Any:
@@ -116,7 +116,7 @@ class Ledger:
         return await self.do(Append(run.id, run.token, entries, **fields))
 
     async def mark(self, run: Run) -> Any:
-        return await self.do(Mark(run.id, run.token))
+        return await self.do(MarkStarted(run.id, run.token))
 
     async def settle(self, run: Run, outcome: Outcome | None = None, **fields: Any) -> Any:
         return await self.do(Settle(run.id, run.token, outcome or Completed(b"1"), **fields))
@@ -125,15 +125,15 @@ class Ledger:
         return (await self.store.run(run.id))["state"]
 
     async def record(self, *arrivals: Arrival, cursor: Mapping[str, Json] | None = None) -> Any:
-        return await self.do(Record(arrivals, "t", cursor))
+        return await self.do(RecordEvents(arrivals, "t", cursor))
 
 
 def value(claim: str = "a#1", data: bytes = b"1", attempt: int = 1) -> Entry:
-    return Entry(claim=claim, kind=Kind.VALUE, attempt=attempt, codec="json", value=data)
+    return Entry(call_key=claim, kind=Kind.VALUE, attempt=attempt, codec="json", value=data)
 
 
 def error(claim: str = "a#1", attempt: int = 1) -> Entry:
-    return Entry(claim=claim, kind=Kind.ERROR, attempt=attempt, error=b'{"type":"ValueError"}')
+    return Entry(call_key=claim, kind=Kind.ERROR, attempt=attempt, error=b'{"type":"ValueError"}')
 
 
 Reopen = Callable[[], Ledger]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eventflow.core.errors import NotFound, StoreCorrupt, StoreError, UsageError
-from eventflow.runs.run import Cancelled, Completed, Failed, State, Suspended, show_id
+from eventflow.runs.run import Cancelled, Completed, Failed, State, Suspended, format_id
 from eventflow.store.sqlite import SqliteStore
 from tests.store.ledger import SECOND, HandClock, Ledger, Reopen, value
 
@@ -22,14 +22,14 @@ DAY = 86_400 * SECOND
 
 async def dead_letter(ledger: Ledger, name: str = "bad", body: bytes = b"\xff raw") -> int:
     await ledger.store.record([ledger.arrival(name, body=body, dead=[("s", "cannot decode")])])
-    (row, *_) = await ledger.store.dead()
+    (row, *_) = await ledger.store.dead_letters()
     return row["id"]
 
 
 async def test_p9_a_dead_letter_keeps_its_bytes_and_its_reason(ledger: Ledger):
     """What cannot be a run is listed with where it came from, why it died, and its bytes."""
     number = await dead_letter(ledger)
-    (row,) = await ledger.store.dead()
+    (row,) = await ledger.store.dead_letters()
     assert (row["subscription"], row["reason"], row["event_id"]) == ("s", "cannot decode", "bad")
     assert (await ledger.store.dead_letter(number))["body"] == b"\xff raw"
     with pytest.raises(NotFound):
@@ -46,13 +46,13 @@ async def test_p9_a_dead_letter_is_redriven_once(ledger: Ledger, reopen: Reopen)
     assert (receipt.ledger_id, receipt.event_id, receipt.matched) == (event, "bad", 1)
     counts = await ledger.store.counts()
     assert (counts["accepted"], counts["dead"], counts["pending"], counts["events"]) == (1, 0, 1, 1)
-    assert await ledger.store.dead() == []
+    assert await ledger.store.dead_letters() == []
     assert (await ledger.store.dead_letter(number))["body"] == b"\xff raw"
     with pytest.raises(UsageError, match="redriven already"):
         await ledger.store.redrive(number, ledger.arrival("bad", ledger.run()))
     ledger = reopen()
     (run,) = await ledger.claimed()
-    assert (run.event, run.body) == (event, b'{"mended":1}')
+    assert (run.event, run.payload) == (event, b'{"mended":1}')
     assert (await ledger.store.event(event))["verdicts"] == [["s", "run", "x"]]
 
 
@@ -60,7 +60,7 @@ async def test_a_redrive_that_fails_again_is_a_new_dead_letter(ledger: Ledger):
     """The delivery is counted once, wherever it stands."""
     number = await dead_letter(ledger)
     await ledger.store.redrive(number, ledger.arrival("bad", dead=[("s", "still not")]))
-    (row,) = await ledger.store.dead()
+    (row,) = await ledger.store.dead_letters()
     assert row["id"] != number and row["reason"] == "still not"
     counts = await ledger.store.counts()
     assert (counts["accepted"], counts["dead"]) == (1, 1)
@@ -79,19 +79,19 @@ async def test_redrive_of_nothing(ledger: Ledger):
 async def test_replay_adds_runs_to_an_event(ledger: Ledger):
     """New runs, verdicts and deliveries on the event that is there; its identity and body stay the first one's."""
     first = ledger.arrival("a", ledger.run(), body=b'{"first":1}')
-    first.verdicts = b'["one"]'
+    first.verdicts = b'[["a","filtered","one"]]'
     await ledger.store.record([first])
     again = ledger.arrival("a", ledger.run("g"), body=b"ignored")
-    again.verdicts = b'["two"]'
+    again.verdicts = b'[["b","filtered","two"]]'
     receipt = await ledger.store.replay(first.id, again)
     assert (receipt.ledger_id, receipt.matched) == (first.id, 1)
     event = await ledger.store.event(first.id)
     assert (event["matched"], event["body"], event["verdicts"]) == (
         2,
         b'{"first":1}',
-        ["one", "two"],
+        [["a", "filtered", "one"], ["b", "filtered", "two"]],
     )
-    assert {run.body for run in await ledger.claimed()} == {b'{"first":1}'}
+    assert {run.payload for run in await ledger.claimed()} == {b'{"first":1}'}
     counts = await ledger.store.counts()
     assert (counts["accepted"], counts["pending"], counts["events"]) == (2, 2, 1)
     with pytest.raises(NotFound):
@@ -101,11 +101,11 @@ async def test_replay_adds_runs_to_an_event(ledger: Ledger):
 async def test_a_pause_is_durable(ledger: Ledger, reopen: Reopen):
     """`hold` is idempotent both ways and survives a restart."""
     for _ in range(2):
-        await ledger.store.hold("t", True)
-    await ledger.store.hold("u", True)
-    await ledger.store.hold("u", False)
-    await ledger.store.hold("v", False)
-    assert await reopen().store.paused() == {"t"}
+        await ledger.store.set_paused("t", True)
+    await ledger.store.set_paused("u", True)
+    await ledger.store.set_paused("u", False)
+    await ledger.store.set_paused("v", False)
+    assert await reopen().store.paused_triggers() == {"t"}
 
 
 # --------------------------------------------------------------------------- retention
@@ -117,7 +117,7 @@ async def prune_all(
     total = 0
     now = ledger.clock.now()
     while removed := await ledger.store.prune(
-        bodies_before=now - bodies * DAY, identities_before=now - identities * DAY, step=step
+        payloads_before=now - bodies * DAY, identities_before=now - identities * DAY, step=step
     ):
         total += removed
     return total
@@ -157,7 +157,7 @@ async def test_retention_forgets_runs_then_bodies_then_identities(ledger: Ledger
 async def test_retention_leaves_what_is_not_done(ledger: Ledger, reopen: Reopen):
     """Live runs, dead runs, open dead letters, children of live parents, and the events under them stay, however old."""
     waiting = await ledger.running()
-    child = ledger.run("child", parent=waiting.id, parent_claim="c#1")
+    child = ledger.run("child", parent=waiting.id, parent_call_key="c#1")
     await ledger.append(waiting, children=[child])
     (child,) = await ledger.claimed()
     await ledger.settle(child)
@@ -183,7 +183,7 @@ async def test_retention_goes_in_small_steps(ledger: Ledger):
     ledger.clock.forward(31 * 86_400)
     before = ledger.clock.now() - 30 * DAY
     steps = [
-        await ledger.store.prune(bodies_before=before, identities_before=0, step=10)
+        await ledger.store.prune(payloads_before=before, identities_before=0, step=10)
         for _ in range(5)
     ]
     assert steps == [10, 10, 5, 1, 0]
@@ -244,7 +244,7 @@ async def test_an_event_is_found_by_any_of_its_names(ledger: Ledger):
     """By number, by base 32, by a unique beginning or end of it, by the sender's id; what is not there is NotFound."""
     arrival = ledger.arrival("order-17", ledger.run())
     await ledger.store.record([arrival])
-    shown = show_id(arrival.id)
+    shown = format_id(arrival.id)
     for ident in (
         arrival.id,
         str(arrival.id),
@@ -263,10 +263,10 @@ async def test_an_event_is_found_by_any_of_its_names(ledger: Ledger):
 async def test_a_run_is_found_by_any_of_its_names(ledger: Ledger):
     """As an event is; letters that several end with are refused with what they match."""
     one, two = await ledger.recorded(ledger.run(), ledger.run())
-    for ident in (one.id, str(one.id), show_id(one.id), show_id(one.id)[-4:]):
+    for ident in (one.id, str(one.id), format_id(one.id), format_id(one.id)[-4:]):
         assert (await ledger.store.run(ident))["id"] == one.id
-    with pytest.raises(UsageError, match=show_id(two.id)):
-        await ledger.store.run(show_id(one.id)[:6])
+    with pytest.raises(UsageError, match=format_id(two.id)):
+        await ledger.store.run(format_id(one.id)[:6])
     with pytest.raises(NotFound):
         await ledger.store.run("zzzz")
 
@@ -326,7 +326,7 @@ async def test_a_damaged_row_is_named_or_left_out(ledger: Ledger):
             f"UPDATE {table} SET {column} = ? WHERE {key} = ?",
             (bytes([good[0] ^ 1]) + good[1:], where),
         )
-        with pytest.raises(StoreCorrupt, match=f"{table} row {show_id(int(where or 0))}"):
+        with pytest.raises(StoreCorrupt, match=f"{table} row {format_id(int(where or 0))}"):
             await {
                 "runs": ledger.store.run,
                 "events": ledger.store.event,
@@ -362,7 +362,7 @@ async def test_a_reader_cannot_write(ledger: Ledger):
 
 async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
     """Each rule of the audit speaks when it is broken: it is no rubber stamp for the other tests."""
-    await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"), ledger.run())
+    await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"), ledger.run())
     connection = ledger.store._connection
     assert connection is not None
     before = sqlite3.connect(":memory:")

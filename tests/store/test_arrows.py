@@ -8,14 +8,14 @@ from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    Held,
+    NeedsAttention,
     Interrupted,
     Outcome,
     Restarted,
     State,
     Suspended,
 )
-from eventflow.store.protocol import Append, Appended, Mark, Refused, Settle, Settled
+from eventflow.store.protocol import Append, Appended, MarkStarted, Fenced, Settle, Settled
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
 pytestmark = pytest.mark.anyio
@@ -32,7 +32,7 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
         1,
         ledger.clock.now(),
     )
-    assert (claimed.body, claimed.params, claimed.priority, claimed.depth) == (
+    assert (claimed.payload, claimed.params, claimed.priority, claimed.depth) == (
         b'{"n":1}',
         b'{"p":1}',
         3,
@@ -44,10 +44,10 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
 @pytest.mark.parametrize(
     ("outcome", "word", "column"),
     [
-        (Completed(b"[1]", "json", orphans=2), "completed", "completed"),
+        (Completed(b"[1]", "json", unclaimed_entries=2), "completed", "completed"),
         (Failed(b'{"type":"E"}'), "failed", "failed"),
         (Cancelled("user"), "cancelled", "cancelled"),
-        (Held("diverged"), "held", "pending"),
+        (NeedsAttention("diverged"), "held", "pending"),
     ],
 )
 async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word: str, column: str):
@@ -58,7 +58,7 @@ async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word:
     assert row["state"] == word
     match outcome:
         case Completed():
-            assert (row["result"], row["codec"], row["orphans"]) == (b"[1]", "json", 2)
+            assert (row["result"], row["codec"], row["unclaimed_entries"]) == (b"[1]", "json", 2)
         case Failed():
             assert row["error"] == b'{"type":"E"}'
         case _:
@@ -76,7 +76,7 @@ async def test_suspended_until_an_instant(ledger: Ledger):
     assert await ledger.claimed() == []
     ledger.clock.forward(0.1)
     (again,) = await ledger.claimed()
-    assert (again.id, again.token, again.suspect) == (run.id, 2, False)
+    assert (again.id, again.token, again.crash_suspect) == (run.id, 2, False)
     assert again.started_at == run.started_at
 
 
@@ -123,17 +123,17 @@ async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
     await ledger.mark(run)
     await ledger.settle(run, Interrupted())
     (again,) = await ledger.claimed()
-    assert (again.token, again.suspect, again.deaths) == (2, False, 0)
-    assert isinstance(await ledger.settle(run), Refused)
+    assert (again.token, again.crash_suspect, again.crash_count) == (2, False, 0)
+    assert isinstance(await ledger.settle(run), Fenced)
 
 
 async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
     """RUNNING → PENDING with other parameters: the journal is the one entry given, start and children are let go."""
     run = await ledger.running(params=b'{"old":1}')
-    child = ledger.run("child", parent=run.id, parent_claim="c#1")
+    child = ledger.run("child", parent=run.id, parent_call_key="c#1")
     await ledger.append(run, value(), children=[child])
     (child,) = await ledger.claimed()
-    first = Entry(claim="begun", kind=Kind.NOTE, attempt=1)
+    first = Entry(call_key="begun", kind=Kind.NOTE, attempt=1)
     ledger.clock.forward(5)
     *_, settled = await ledger.together(
         Append(run.id, run.token, [value("b#1")]),
@@ -141,7 +141,7 @@ async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
         Settle(child.id, child.token, Completed(b"1"), value("c#1"), run.id),
     )
     assert isinstance(settled, Settled) and settled.answer is None
-    assert [entry.claim for entry in await ledger.store.load(run.id)] == ["begun"]
+    assert [entry.call_key for entry in await ledger.store.load(run.id)] == ["begun"]
     (again,) = await ledger.claimed()
     assert (again.id, again.token, again.params, again.started_at) == (
         run.id,
@@ -149,7 +149,7 @@ async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
         b'{"new":12}',
         ledger.clock.now(),
     )
-    again_child = ledger.run("child", parent=run.id, parent_claim="c#1")
+    again_child = ledger.run("child", parent=run.id, parent_call_key="c#1")
     assert isinstance(await ledger.append(again, value(), children=[again_child]), Appended)
     assert {row["id"] for row in await ledger.store.runs(parent=run.id)} == {
         child.id,
@@ -165,7 +165,7 @@ async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
     reopen()
     ledger = reopen()
     (again,) = await ledger.claimed()
-    assert (again.id, again.token, again.suspect, again.deaths) == (run.id, 2, True, 0)
+    assert (again.id, again.token, again.crash_suspect, again.crash_count) == (run.id, 2, True, 0)
     assert await ledger.state(parked) == "waiting"
 
 
@@ -176,7 +176,7 @@ async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
         await ledger.mark(run)
         ledger = reopen()
         (run,) = await ledger.claimed()
-        assert run.deaths == deaths
+        assert run.crash_count == deaths
     await ledger.mark(run)
     ledger = reopen()
     assert await ledger.claimed() == []
@@ -192,10 +192,10 @@ async def test_an_entry_with_proof_clears_suspicion(ledger: Ledger, reopen: Reop
     await ledger.mark(run)
     ledger = reopen()
     (run,) = await ledger.claimed()
-    await ledger.append(run, value(), proof=True)
+    await ledger.append(run, value(), clears_suspicion=True)
     ledger = reopen()
     (run,) = await ledger.claimed()
-    assert (run.suspect, run.deaths) == (True, 0)
+    assert (run.crash_suspect, run.crash_count) == (True, 0)
 
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "held", "dead"])
@@ -211,17 +211,17 @@ async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str
         outcomes: dict[str, Outcome] = {
             "failed": Failed(b"{}"),
             "cancelled": Cancelled("x"),
-            "held": Held("x"),
+            "held": NeedsAttention("x"),
         }
         await ledger.settle(run, outcomes[state])
     assert await ledger.state(run) == state
     again = await ledger.store.retry(run.id)
-    assert (again.id, again.state, again.deaths, again.suspect) == (run.id, State.PENDING, 0, False)
+    assert (again.id, again.state, again.crash_count, again.crash_suspect) == (run.id, State.PENDING, 0, False)
     row = await ledger.store.run(run.id)
     assert (row["reason"], row["error"], row["finished_at"]) == (None, None, None)
-    entries = {entry.claim: entry for entry in await ledger.store.load(run.id)}
+    entries = {entry.call_key: entry for entry in await ledger.store.load(run.id)}
     assert (entries["a#1"].kind, entries["a#1"].value) == (Kind.VALUE, b"1")
-    assert (entries["b#1"].kind, entries["b#1"].attempt) == (Kind.FORGIVEN, 2)
+    assert (entries["b#1"].kind, entries["b#1"].attempt) == (Kind.CLEARED, 2)
     assert (await ledger.store.counts())["pending"] == 1
     assert [claimed.id for claimed in await ledger.claimed()] == [run.id]
 
@@ -241,16 +241,60 @@ async def test_there_is_no_retry_from_elsewhere(ledger: Ledger, state: str):
 
 
 async def test_cancel_ends_what_does_not_run(ledger: Ledger):
-    """PENDING, WAITING, HELD → CANCELLED at once, with the reason."""
+    """PENDING, WAITING, PAUSED, HELD → CANCELLED at once, with the reason."""
+    (paused,) = await ledger.recorded(ledger.run(state=State.PAUSED))
     (pending,) = await ledger.recorded(ledger.run(due_at=ledger.clock.now() + SECOND))
     waiting, held = await ledger.running(), await ledger.running()
     await ledger.settle(waiting, Suspended(None, 0))
-    await ledger.settle(held, Held("look"))
-    for run, before in ((pending, State.PENDING), (waiting, State.WAITING), (held, State.HELD)):
+    await ledger.settle(held, NeedsAttention("look"))
+    for run, before in (
+        (pending, State.PENDING), (waiting, State.WAITING), (paused, State.PAUSED), (held, State.HELD),
+    ):  # fmt: skip
         assert await ledger.store.cancel(run.id, "not wanted") is before
         row = await ledger.store.run(run.id)
         assert (row["state"], row["reason"]) == ("cancelled", "not wanted")
-    assert (await ledger.store.counts())["cancelled"] == 3
+    assert (await ledger.store.counts())["cancelled"] == 4
+
+
+async def test_a_paused_run_waits_for_its_trigger(ledger: Ledger, reopen: Reopen):
+    """Recorded as PAUSED it is pending in P9's sum, is not claimed, also after a restart; `resume` → PENDING, due now."""
+    await ledger.store.set_paused("t", True)
+    (paused,) = await ledger.recorded(ledger.run(state=State.PAUSED))
+    assert await ledger.claimed() == [] and await ledger.state(paused) == "paused"
+    ledger = reopen()
+    assert await ledger.claimed() == [] and await ledger.state(paused) == "paused"
+    assert (await ledger.store.counts())["pending"] == 1
+    await ledger.store.set_paused("t", False)
+    assert await ledger.state(paused) == "pending"
+    assert [run.id for run in await ledger.claimed()] == [paused.id]
+    assert await ledger.store.check() == []
+
+
+async def test_resume_releases_paused_runs_alone(ledger: Ledger):
+    """Those of its own trigger, in their lane's order; a run that a person must look at stays HELD, whatever it was before."""
+    other = ledger.run(state=State.PAUSED)
+    await ledger.store.record([ledger.arrival("other", other, trigger="u")], trigger="u")
+    first, second = await ledger.recorded(
+        ledger.run(ordering_key="x", state=State.PAUSED), ledger.run(ordering_key="x", state=State.PAUSED)
+    )
+    diverged = await ledger.store.retry(first.id)
+    (diverged,) = await ledger.claimed()
+    await ledger.settle(diverged, NeedsAttention("diverged"))
+    await ledger.store.set_paused("t", False)
+    states = [await ledger.state(run) for run in (other, first, second)]
+    assert states == ["paused", "held", "pending"]
+    assert await ledger.claimed() == []  # the held one is the head of their lane
+    await ledger.store.cancel(first.id, "not wanted")
+    assert [run.id for run in await ledger.claimed()] == [second.id]
+    assert await ledger.store.check() == []
+
+
+async def test_retry_releases_one_paused_run(ledger: Ledger):
+    """PAUSED → PENDING of one run; the others wait for their trigger."""
+    first, second = await ledger.recorded(*(ledger.run(state=State.PAUSED) for _ in range(2)))
+    assert (await ledger.store.retry(first.id)).state is State.PENDING
+    assert [run.id for run in await ledger.claimed()] == [first.id]
+    assert await ledger.state(second) == "paused"
 
 
 async def test_cancel_of_a_settled_run_changes_nothing(ledger: Ledger):
@@ -276,12 +320,12 @@ async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, w
     else:
         run.id += 1000
     before = await ledger.store.counts()
-    child = ledger.run(parent=run.id, parent_claim="c#1")
+    child = ledger.run(parent=run.id, parent_call_key="c#1")
     op = Append(run.id, run.token, [value()], [ledger.arrival("emitted", ledger.run())], [child])
     replies = await ledger.together(
-        op, Mark(run.id, run.token), Settle(run.id, run.token, Completed(b"2"))
+        op, MarkStarted(run.id, run.token), Settle(run.id, run.token, Completed(b"2"))
     )
-    assert [type(reply) for reply in replies] == [Refused, Refused, Refused]
+    assert [type(reply) for reply in replies] == [Fenced, Fenced, Fenced]
     assert await ledger.store.counts() == before
     assert await ledger.store.load(run.id) == []
 
@@ -294,7 +338,7 @@ async def test_p7_nothing_follows_a_settle(ledger: Ledger):
         Append(run.id, run.token, [value()]),
         Settle(run.id, run.token, Failed(b"{}")),
     )
-    assert (type(first), type(second), type(third)) == (Settled, Refused, Refused)
+    assert (type(first), type(second), type(third)) == (Settled, Fenced, Fenced)
     assert await ledger.state(run) == "completed"
 
 
@@ -305,8 +349,8 @@ async def test_p4_an_entry_is_recorded_once(ledger: Ledger):
     refused = await ledger.append(
         run, value("b#1"), value(data=b"2"), arrivals=[ledger.arrival("emitted")]
     )
-    assert isinstance(refused, Refused)
-    assert [(entry.claim, entry.value) for entry in await ledger.store.load(run.id)] == [
+    assert isinstance(refused, Fenced)
+    assert [(entry.call_key, entry.value) for entry in await ledger.store.load(run.id)] == [
         ("a#1", b"1")
     ]
     assert (await ledger.store.counts())["events"] == 1
@@ -321,7 +365,7 @@ async def test_p4_a_refused_entry_does_not_harm_its_batch(ledger: Ledger):
         Append(other.id, other.token, [value()]),
         Settle(run.id, run.token, Completed(b"3")),
     )
-    assert [type(reply) for reply in replies] == [Appended, Refused, Appended, Settled]
+    assert [type(reply) for reply in replies] == [Appended, Fenced, Appended, Settled]
     assert [entry.value for entry in await ledger.store.load(run.id)] == [b"1"]
 
 
@@ -330,7 +374,7 @@ async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen
     run = await ledger.running()
     given = [
         Entry(
-            claim="z#1",
+            call_key="z#1",
             kind=kind,
             attempt=n,
             due_at=n * 7 or None,
@@ -344,7 +388,7 @@ async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen
     first: Appended = await ledger.append(run, *given)
     second: Appended = await ledger.append(run, value("a#1"), value("a#2"))
     assert second.batch > first.batch and first.at == ledger.clock.now()
-    assert [(entry.batch, entry.pos) for entry in second.entries] == [
+    assert [(entry.batch, entry.position) for entry in second.entries] == [
         (second.batch, 0),
         (second.batch, 1),
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, count, flow
-from eventflow.runs.run import Completed, Failed, State, show_id
+from eventflow.runs.run import Completed, Failed, State, format_id
 from eventflow.store import audit
 from tests.conftest import eventually
 from tests.store.ledger import Hand, Ledger, value
@@ -62,7 +62,7 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
 
     async def write(n: int) -> None:
         await ledger.store.record(
-            [ledger.arrival(f"new-{n}", ledger.run(lane="a"), dead=[("s", "why")])], trigger="t"
+            [ledger.arrival(f"new-{n}", ledger.run(ordering_key="a"), dead=[("s", "why")])], trigger="t"
         )
         await ledger.store.record(
             [ledger.arrival(f"old-{n % 60}", body=b"{}" if n % 2 else b"[]")], trigger="t"
@@ -72,11 +72,11 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
             await ledger.settle(run, Completed(b"1") if n % 2 else Failed(b"{}"))
         if failed:
             await ledger.store.retry(failed.pop())
-        for letter in await ledger.store.dead(limit=1):
+        for letter in await ledger.store.dead_letters(limit=1):
             await ledger.store.redrive(letter["id"], ledger.arrival(f"again-{n}", ledger.run()))
         ledger.clock.forward(1)
         await ledger.store.prune(
-            bodies_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5
+            payloads_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5
         )
 
     async with going_on(write) as done:
@@ -152,7 +152,7 @@ async def test_no_slice_walks_a_table(ledger: Ledger, path: str):
 
 async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str):
     """Beside a check the WAL is copied home and begun anew: of the 64 MiB written meanwhile it keeps less than 48."""
-    ledger.store.attach(Hand(asyncio.get_running_loop(), room=0))
+    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
     await filled(ledger, 200)
     body, sizes = os.urandom(1 << 20), [0]
 
@@ -167,7 +167,7 @@ async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str)
             assert await ledger.store.check(slice=0.0) == []
             longest = max(longest, len(done) - before)
     assert max(sizes) < 48 << 20
-    ledger.store.attach(None)
+    ledger.store.attach_worker(None)
 
 
 async def test_damage_in_any_slice_is_found(ledger: Ledger):
@@ -198,7 +198,7 @@ async def test_damage_in_any_slice_is_found(ledger: Ledger):
     async with going_on(lambda n: ledger.recorded(ledger.run())):
         found = await ledger.store.check(slice=0.0)
     for table, column, key, ident in harmed:
-        assert any(said.startswith(f"{table} row {show_id(ident)}") for said in found), found
+        assert any(said.startswith(f"{table} row {format_id(ident)}") for said in found), found
         cut = f"CAST(substr({column}, 1, length({column}) - 1) AS BLOB)"
         connection.execute(f"UPDATE {table} SET {column} = {cut} WHERE {key} = ?", (ident,))
     assert len(found) == len(harmed)

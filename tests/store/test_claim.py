@@ -2,7 +2,7 @@
 
 import pytest
 
-from eventflow.runs.run import Completed, Failed, Held, Run, Suspended
+from eventflow.runs.run import Completed, Failed, NeedsAttention, Run, Suspended
 from eventflow.store.claim import look
 from eventflow.store.protocol import Claim, Claimed
 from tests.store.ledger import SECOND, Ledger, Reopen
@@ -78,7 +78,7 @@ async def test_p6_not_before_it_is_due(ledger: Ledger):
 async def test_a_lane_moves_when_its_run_settles(ledger: Ledger):
     """Of a lane one run at a time, in order; other lanes and other flows are not held up."""
     a1, a2, b1, _, other = await ledger.recorded(
-        *(ledger.run(lane=lane) for lane in ("a", "a", "b", "b")), ledger.run("g", lane="a")
+        *(ledger.run(ordering_key=lane) for lane in ("a", "a", "b", "b")), ledger.run("g", ordering_key="a")
     )
     first = await ledger.claimed()
     assert {run.id for run in first} == {a1.id, b1.id, other.id}
@@ -90,16 +90,16 @@ async def test_a_lane_moves_when_its_run_settles(ledger: Ledger):
 @pytest.mark.parametrize("outcome", [Failed(b"{}"), Completed(b"1")])
 async def test_failure_frees_a_lane(ledger: Ledger, outcome: Failed | Completed):
     """Whatever the end, the next one goes."""
-    await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"))
+    await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     (head,) = await ledger.claimed()
     await ledger.settle(head, outcome)
     assert len(await ledger.claimed()) == 1
 
 
-@pytest.mark.parametrize("outcome", [Suspended(None, 10**9), Held("look")])
-async def test_sleep_and_hold_keep_a_lane(ledger: Ledger, outcome: Suspended | Held):
+@pytest.mark.parametrize("outcome", [Suspended(None, 10**9), NeedsAttention("look")])
+async def test_sleep_and_hold_keep_a_lane(ledger: Ledger, outcome: Suspended | NeedsAttention):
     """A live run keeps its place, whether it runs or not; cancelling it lets the next one go."""
-    await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"))
+    await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     (head,) = await ledger.claimed()
     await ledger.settle(head, outcome)
     assert await ledger.claimed() == []
@@ -109,7 +109,7 @@ async def test_sleep_and_hold_keep_a_lane(ledger: Ledger, outcome: Suspended | H
 
 async def test_cancelling_one_that_waits_for_its_lane(ledger: Ledger):
     """It leaves the queue; the head stays the head."""
-    _, second, third = await ledger.recorded(*(ledger.run(lane="a") for _ in range(3)))
+    _, second, third = await ledger.recorded(*(ledger.run(ordering_key="a") for _ in range(3)))
     (head,) = await ledger.claimed()
     await ledger.store.cancel(second.id, "x")
     assert await ledger.claimed() == []
@@ -119,7 +119,7 @@ async def test_cancelling_one_that_waits_for_its_lane(ledger: Ledger):
 
 async def test_a_retried_run_gets_back_in_line(ledger: Ledger):
     """A run retried into a busy lane waits for the one that runs, then goes before the younger ones."""
-    old, _, young = await ledger.recorded(*(ledger.run(lane="a") for _ in range(3)))
+    old, _, young = await ledger.recorded(*(ledger.run(ordering_key="a") for _ in range(3)))
     (head,) = await ledger.claimed()
     await ledger.settle(head, Failed(b"{}"))
     (busy,) = await ledger.claimed()
@@ -134,7 +134,7 @@ async def test_a_retried_run_gets_back_in_line(ledger: Ledger):
 
 async def test_lanes_survive_a_crash(ledger: Ledger, reopen: Reopen):
     """The head that was running is the head that is claimed again."""
-    head, _ = await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"))
+    head, _ = await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     await ledger.claimed()
     ledger = reopen()
     assert [run.id for run in await ledger.claimed()] == [head.id]
@@ -142,8 +142,8 @@ async def test_lanes_survive_a_crash(ledger: Ledger, reopen: Reopen):
 
 async def test_recording_late_into_a_lane_does_not_run_two(ledger: Ledger):
     """A run with a smaller id that arrives later (made earlier, committed later) waits for the one under way."""
-    early = ledger.run(lane="a")
-    late = ledger.run(lane="a")
+    early = ledger.run(ordering_key="a")
+    late = ledger.run(ordering_key="a")
     await ledger.recorded(late)
     await ledger.claimed()
     await ledger.recorded(early)
@@ -152,7 +152,7 @@ async def test_recording_late_into_a_lane_does_not_run_two(ledger: Ledger):
 
 async def test_a_long_lane_costs_what_a_short_one_does(ledger: Ledger):
     """Claims of other runs do not walk through what waits in a lane: the plan looks at claimable runs only."""
-    runs: list[Run] = [ledger.run(lane="a") for _ in range(3000)]
+    runs: list[Run] = [ledger.run(ordering_key="a") for _ in range(3000)]
     await ledger.recorded(*runs, ledger.run("g"))
     assert {run.flow for run in await ledger.claimed(10)} == {"f", "g"}
     assert await ledger.claimed(10) == []

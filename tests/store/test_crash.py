@@ -46,24 +46,24 @@ def arrival(n):
     run = Run(id=ids.next(now), flow="f", created_at=now, due_at=now, event=ident)
     name = f"{life}-{n}"
     return Arrival(id=ident, trigger="t", key=hashlib.sha256(name.encode()).digest()[:16], digest=b"12345678", event_id=name,
-                   source="/s", type="x", body=body, verdicts=b"[]", received_at=now, tally={"pending": 1}, runs=[run])
+                   source="/s", type="x", body=body, verdicts=b"[]", received_at=now, counts={"pending": 1}, runs=[run])
 
 
 class Worker:
     def __init__(self):
         self.loop = asyncio.get_running_loop()
 
-    def take(self, run):
+    def reserve(self, run):
         return run.id % 4 != 0
 
-    def put_back(self, runs):
+    def release(self, runs):
         pass
 
-    def ready(self, runs, more, cancels):
+    def receive_runs(self, runs, more, cancels):
         for run in runs:
             if run.id % 8 == 1:
                 continue
-            entry = Entry(claim="a#1", kind=Kind.VALUE, attempt=1, codec="json", value=b"1")
+            entry = Entry(call_key="a#1", kind=Kind.VALUE, attempt=1, codec="json", value=b"1")
             store.post(Append(run.id, run.token, [entry]), lambda reply: None, self.loop)
             store.post(Settle(run.id, run.token, Completed(b"1")), lambda reply, run=run: self.settled(run, reply), self.loop)
 
@@ -80,7 +80,7 @@ async def caller(numbers):
 
 
 async def main():
-    store.attach(Worker())
+    store.attach_worker(Worker())
     store.on_failure(lambda error: say("failure", type(error).__name__))
     say("ready", store._writer.batch)
     numbers = iter(range(10**9))
@@ -227,7 +227,7 @@ def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
     store = opened(path)
     assert asyncio.run(store.counts()) == counts
     assert asyncio.run(store.check()) == []
-    assert all(row["deaths"] == 0 for row in asyncio.run(store.runs(limit=1000)))
+    assert all(row["crash_count"] == 0 for row in asyncio.run(store.runs(limit=1000)))
     store.close()
 
 
@@ -344,14 +344,14 @@ async def main():
     n = 0
     with open({hog!r}, "wb") as other:
         other.write(b"x" * (3 << 20))
-    while store.room() is None:
+    while store.capacity() is None:
         clock_tick()
         await store.record([arrival(n)])
         n += 1
-    print(json.dumps({{"n": n, "disk": store.room().disk, "failed": str(store.failed)}}))
+    print(json.dumps({{"n": n, "disk": store.capacity().disk, "failed": str(store.failed)}}))
     os.unlink({hog!r})
     clock_tick()
-    assert store.room() is None
+    assert store.capacity() is None
     await store.record([arrival(n)])
     store.close()
 

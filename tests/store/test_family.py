@@ -15,8 +15,8 @@ pytestmark = pytest.mark.anyio
 
 async def start_child(ledger: Ledger, parent: Run, claim: str = "c#1") -> Run:
     """A child as the executor starts one: a CHILD entry and the run, in one op."""
-    child = ledger.run("child", parent=parent.id, parent_claim=claim, depth=parent.depth + 1)
-    entry = Entry(claim=claim, kind=Kind.CHILD, value=str(child.id).encode())
+    child = ledger.run("child", parent=parent.id, parent_call_key=claim, depth=parent.depth + 1)
+    entry = Entry(call_key=claim, kind=Kind.CHILD, value=str(child.id).encode())
     await ledger.append(parent, entry, children=[child])
     return child
 
@@ -30,8 +30,8 @@ async def claim_only(ledger: Ledger, run: Run) -> Run:
 async def test_a_child_is_started_once(ledger: Ledger):
     """A second child for the same claim of the same parent is not inserted, in the same batch or later."""
     parent = await ledger.running()
-    first = ledger.run("child", parent=parent.id, parent_claim="c#1")
-    twin, late = (ledger.run("child", parent=parent.id, parent_claim="c#1") for _ in range(2))
+    first = ledger.run("child", parent=parent.id, parent_call_key="c#1")
+    twin, late = (ledger.run("child", parent=parent.id, parent_call_key="c#1") for _ in range(2))
     replies = await ledger.together(
         Append(parent.id, parent.token, [value("a#1")], children=[first]),
         Append(parent.id, parent.token, [value("a#2")], children=[twin]),
@@ -59,7 +59,7 @@ async def test_the_answer_wakes_a_waiting_parent(ledger: Ledger):
     assert settled.answer is not None and settled.answer.batch == settled.batch
     assert await ledger.state(parent) == "pending"
     entries = await ledger.store.load(parent.id)
-    assert [(entry.kind, entry.value) for entry in entries if entry.claim == "c#1"][1:] == [
+    assert [(entry.kind, entry.value) for entry in entries if entry.call_key == "c#1"][1:] == [
         (Kind.VALUE, b"42")
     ]
 
@@ -133,7 +133,7 @@ async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
     await ledger.settle(child, answer=value("c#1", b"9"), parent=parent.id)
     assert [entry.kind for entry in await ledger.store.load(parent.id)] == [
         Kind.CHILD,
-        Kind.FORGIVEN,
+        Kind.CLEARED,
         Kind.VALUE,
     ]
 
@@ -160,8 +160,8 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
     old = await start_child(ledger, parent)
     await ledger.append(parent, value("a#1"))
     await ledger.settle(parent, Failed(b"{}"))
-    await ledger.store.retry(parent.id, fresh=True)
-    assert [entry.claim for entry in await ledger.store.load(parent.id)] == ["@afresh"]
+    await ledger.store.retry(parent.id, discard_journal=True)
+    assert [entry.call_key for entry in await ledger.store.load(parent.id)] == ["@afresh"]
     assert await ledger.state(old) == "cancelled"
     (parent,) = await ledger.claimed()
     new = await start_child(ledger, parent)
@@ -171,7 +171,7 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
 async def test_cancel_goes_down(ledger: Ledger):
     """Children and grandchildren end with the run, running ones are asked; the parent in between hears of none twice."""
     hand = Hand(asyncio.get_running_loop(), room=0)
-    ledger.store.attach(hand)
+    ledger.store.attach_worker(hand)
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     grandchild = await start_child(ledger, child)
@@ -196,7 +196,7 @@ async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
     assert await ledger.state(parent) == "pending"
     (told,) = [entry for entry in await ledger.store.load(parent.id) if entry.kind is Kind.ERROR]
     assert (
-        told.claim == "c#1"
+        told.call_key == "c#1"
         and b"RunCancelled" in (told.error or b"")
         and b"no longer needed" in (told.error or b"")
     )

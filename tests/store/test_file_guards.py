@@ -22,7 +22,7 @@ from eventflow.core.errors import (
 from eventflow.store import open_store
 from eventflow.store.file_guards import HighWater, Space
 from eventflow.store.migrate import migrate, migrations
-from eventflow.store.protocol import Record
+from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
 from tests.store.ledger import HandClock, Ledger, Reopen
@@ -321,7 +321,7 @@ async def test_row_8_below_the_floor_intake_is_full_and_runs_go_on(path: str):
     store = SqliteStore(path, clock=HandClock(), free_floor=1 << 60)
     store.open()
     ledger = Ledger(store, HandClock())
-    full = store.room()
+    full = store.capacity()
     assert full is not None and full.disk and full.retry_after > 0 and "free" in str(full)
     run = await ledger.running()
     await ledger.settle(run)
@@ -436,8 +436,8 @@ def test_a_closed_store_says_so(path: str):
     """Verbs before `open` raise StoreError, not AttributeError."""
     store = SqliteStore(path, clock=HandClock())
     with pytest.raises(StoreError, match="not open"):
-        store.room()
+        store.capacity()
     with pytest.raises(StoreError, match="not open"):
         asyncio.run(store.record([]))
     with pytest.raises(StoreError, match="not open"):
-        asyncio.run(Ledger(store, HandClock()).do(Record([])))
+        asyncio.run(Ledger(store, HandClock()).do(RecordEvents([])))

@@ -4,7 +4,7 @@ import pytest
 
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
-from eventflow.store.protocol import Arrival, Record
+from eventflow.store.protocol import Arrival, RecordEvents
 from tests.store.ledger import Ledger, Reopen
 
 pytestmark = pytest.mark.anyio
@@ -126,26 +126,26 @@ async def test_p8_the_backlog_is_bounded_by_number_and_bytes(path: str, ledger: 
     """`room` says no at `max_pending` deliveries and at `max_pending_bytes`, and yes again when runs are settled."""
     bounded = ledger.store
     bounded._max_pending = 2
-    assert bounded.room() is None
+    assert bounded.capacity() is None
     await ledger.recorded(ledger.run(), ledger.run())
-    full = bounded.room()
+    full = bounded.capacity()
     assert full is not None and "2" in str(full) and full.retry_after > 0 and not full.disk
     bounded._max_pending, bounded._max_pending_bytes = 1000, 10
-    assert bounded.room() is not None
+    assert bounded.capacity() is not None
     for run in await ledger.claimed():
         await ledger.settle(run)
-    assert bounded.room() is None
+    assert bounded.capacity() is None
 
 
 async def test_strange_text_is_kept_as_it_is(ledger: Ledger):
     """Zero bytes, quotes, emoji and line separators in names come back equal."""
     name = "a\x00b'\"\u2028é😀\n"
-    run = ledger.run(name, lane=name)
+    run = ledger.run(name, ordering_key=name)
     await ledger.store.record(
         [ledger.arrival(name, run, trigger=name, type=name)], trigger=name, cursor={name: name}
     )
     (claimed,) = await ledger.claimed()
-    assert (claimed.flow, claimed.lane) == (name, name)
+    assert (claimed.flow, claimed.ordering_key) == (name, name)
     assert (await ledger.store.event(name))["type"] == name
     assert await ledger.store.cursor(name) == {name: name}
 
@@ -158,7 +158,7 @@ async def test_what_cannot_be_stored_fails_alone(ledger: Ledger):
         ledger.arrival("good", ledger.run()),
         ledger.arrival("also", ledger.run()),
     ]
-    first, failed, last = await ledger.together(Record([good[0]]), Record([bad]), Record([good[1]]))
+    first, failed, last = await ledger.together(RecordEvents([good[0]]), RecordEvents([bad]), RecordEvents([good[1]]))
     assert isinstance(failed, StoreError) and ledger.store.failed is None
     assert (first[0].ledger_id, last[0].ledger_id) == (good[0].id, good[1].id)
     assert (await ledger.store.counts())["events"] == 2

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eventflow import App, Batch, Event, absent, count, emit, flow, sleep
-from eventflow.events.event import Letter
+from eventflow.events.event import OutboxMessage
 from eventflow.runs.run import Failed, State, Suspended
 from eventflow.store import queries, rows
 from eventflow.store.migrate import migrations
@@ -17,7 +17,7 @@ from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
 from tests.store.ledger import SECOND, HandClock, Ledger, Reopen, value
 from triggers import RunState
 
-BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.Bulk)}
+BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.BulkStatement)}
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ class Shelf:
     def __init__(self) -> None:
         self.taken: list[str] = []
 
-    async def send(self, *letters: Letter) -> None:
+    async def send(self, *letters: OutboxMessage) -> None:
         self.taken += [letter.event.type for letter in letters]
 
     async def close(self) -> None: ...
@@ -166,32 +166,32 @@ async def test_no_verb_of_the_writer_walks_a_table(
     """Whatever a person asks for, and the start of a store, costs what it changes, not what the ledger holds."""
     ledger = reopen()
     parent = await ledger.running()
-    child = ledger.run(parent=parent.id, parent_claim="c#1")
+    child = ledger.run(parent=parent.id, parent_call_key="c#1")
     await ledger.append(parent, children=[child])
     await ledger.mark((await ledger.claimed())[0])
     held, _ = await ledger.recorded(
-        ledger.run(lane="x", state=State.HELD), ledger.run(lane="x", state=State.HELD)
+        ledger.run(ordering_key="x", state=State.PAUSED), ledger.run(ordering_key="x", state=State.PAUSED)
     )
-    await ledger.store.hold("t", True)
-    await ledger.store.hold("t", False)
+    await ledger.store.set_paused("t", True)
+    await ledger.store.set_paused("t", False)
     assert (await ledger.store.run(held.id))["state"] == "pending"
     await ledger.store.cancel(parent.id, "as asked")
     await ledger.settle(parent, Failed(b"{}"))
     await ledger.store.retry(parent.id)
     await ledger.store.cancel(parent.id, "as asked")
-    await ledger.store.retry(parent.id, fresh=True)
+    await ledger.store.retry(parent.id, discard_journal=True)
     ledger = reopen()
     await ledger.settle((await ledger.claimed())[0], Suspended(None, 0, 0))
     await ledger.store.record(
         [ledger.arrival("dead", dead=[("s", "unfit")])], trigger="t", cursor={"a": 1, "b": None}
     )
-    (dead,) = await ledger.store.dead()
+    (dead,) = await ledger.store.dead_letters()
     assert (await ledger.store.event("dead"))["id"] == dead["event"]
     await ledger.store.redrive(dead["id"], ledger.arrival("dead", ledger.run()))
     await ledger.store.replay(dead["event"], ledger.arrival("dead", ledger.run()))
     later = ledger.clock.now() + 1_000 * SECOND
-    await ledger.store.tell_late([run["id"] for run in await ledger.store.runs()], 1)
-    while await ledger.store.prune(bodies_before=later, identities_before=later):
+    await ledger.store.record_late_runs([run["id"] for run in await ledger.store.runs()], 1)
+    while await ledger.store.prune(payloads_before=later, identities_before=later):
         pass
     walks = lived.walks(empty)
     assert walks.keys() <= {"SCAN runs"}, walks  # the list of the newest
@@ -205,11 +205,11 @@ async def test_the_writer_never_looks_for_bodies_to_drop(
     await ledger.store.record([ledger.arrival(f"e{n}") for n in range(5)])
     later = ledger.clock.now() + 1_000 * SECOND
     steps = [
-        await ledger.store.prune(bodies_before=later, identities_before=0, step=2) for _ in range(4)
+        await ledger.store.prune(payloads_before=later, identities_before=0, step=2) for _ in range(4)
     ]
     assert steps == [2, 2, 1, 0]
     await ledger.store.record([ledger.arrival("one more")])
-    assert await ledger.store.prune(bodies_before=later, identities_before=0, step=2) == 1
+    assert await ledger.store.prune(payloads_before=later, identities_before=0, step=2) == 1
     dropped = [text for text in lived.statements if "SET kept = 0" in text]
     assert len(dropped) == 4
     for text in dropped:

@@ -4,7 +4,7 @@ import pytest
 
 from eventflow import App, flow, sleep
 from eventflow.core.errors import RunTimedOut
-from eventflow.runs.journal import AFRESH, TIMEOUT, Entry, Kind
+from eventflow.runs.journal import RESTARTED, TIMEOUT, Entry, Kind
 from eventflow.runs.run import Failed, State, Suspended
 from eventflow.testing import VirtualClock, drain, running
 from tests.store.ledger import Ledger, value
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.anyio
 async def test_a_retry_gives_a_timed_out_run_its_time_anew(ledger: Ledger):
     """The recorded timeout is dropped with the error, and the clock of the timeout starts with the new claim."""
     run = await ledger.running()
-    await ledger.append(run, value(), Entry(claim=TIMEOUT, kind=Kind.TIMER))
+    await ledger.append(run, value(), Entry(call_key=TIMEOUT, kind=Kind.TIMER))
     await ledger.settle(run, Failed(b'{"type":"RunTimedOut"}'))
     ledger.clock.forward(3600)
     await ledger.store.retry(run.id)
     (again,) = await ledger.claimed()
-    assert [entry.claim for entry in await ledger.store.load(run.id)] == ["a#1"]
+    assert [entry.call_key for entry in await ledger.store.load(run.id)] == ["a#1"]
     assert again.started_at == ledger.clock.now()
 
 
@@ -30,10 +30,10 @@ async def test_a_fresh_retry_is_another_generation(ledger: Ledger):
     for life in (1, 2):
         await ledger.append(run, value())
         await ledger.settle(run, Failed(b"{}"))
-        await ledger.store.retry(run.id, fresh=True)
+        await ledger.store.retry(run.id, discard_journal=True)
         (run,) = await ledger.claimed()
         entries = await ledger.store.load(run.id)
-        assert [(entry.claim, entry.attempt) for entry in entries] == [(AFRESH, life)]
+        assert [(entry.call_key, entry.attempt) for entry in entries] == [(RESTARTED, life)]
 
 
 async def test_p6_a_suspended_run_with_an_entry_it_does_not_know_is_due_at_once(ledger: Ledger):
@@ -42,10 +42,10 @@ async def test_p6_a_suspended_run_with_an_entry_it_does_not_know_is_due_at_once(
     await ledger.append(run, value("child#0"))
     own = await ledger.append(run, value("own#0"))
     await ledger.settle(run, Suspended(None, own.batch, 1))
-    assert await ledger.state(run) == State.PENDING.word
+    assert await ledger.state(run) == State.PENDING.label
     (again,) = await ledger.claimed()
     await ledger.settle(again, Suspended(None, own.batch, 2))
-    assert await ledger.state(run) == State.WAITING.word
+    assert await ledger.state(run) == State.WAITING.label
 
 
 @flow(timeout=60)

@@ -8,15 +8,15 @@ import orjson
 import pytest
 
 from eventflow.runs.run import Run
-from eventflow.store.protocol import Arrival, Gather
+from eventflow.store.protocol import Arrival, BatchPolicy
 from tests.store.ledger import SECOND, Ledger, Reopen
 
 pytestmark = pytest.mark.anyio
 
 MODES = {
-    "batch": Gather("batch", size=3, wait=10 * SECOND, longest=10 * SECOND),
-    "debounce": Gather("debounce", size=50, wait=4 * SECOND, longest=9 * SECOND, renewed=True),
-    "singleflight": Gather("singleflight", size=50),
+    "batch": BatchPolicy("batch", size=3, wait=10 * SECOND, max_wait=10 * SECOND),
+    "debounce": BatchPolicy("debounce", size=50, wait=4 * SECOND, max_wait=9 * SECOND, is_extended=True),
+    "singleflight": BatchPolicy("singleflight", size=50),
 }
 
 
@@ -55,8 +55,8 @@ class Model:
         window.events.append(event)
         if len(window.events) >= gather.size:
             window.due = now
-        elif gather.renewed:
-            window.due = min(now + gather.wait, window.opened + gather.longest)
+        elif gather.is_extended:
+            window.due = min(now + gather.wait, window.opened + gather.max_wait)
         return known
 
     def due(self, now: int) -> set[int]:
@@ -80,12 +80,12 @@ class Story:
         self.count += 1
         now, gather = self.ledger.clock.now(), self.model.gather
         due = now + gather.wait if gather.size > 1 else now
-        run = self.ledger.run(due_at=due, subscription="s", lane=key)
+        run = self.ledger.run(due_at=due, subscription="s", ordering_key=key)
         run.mode = gather.mode
         made = self.ledger.arrival(f"e{self.count}", run)
         return msgspec.structs.replace(
             made,
-            gathers={run.id: gather},
+            batch_policies={run.id: gather},
             verdicts=orjson.dumps([["s", "run", run.id]]),
             body=b'{"n":%d}' % self.count,
         )
@@ -97,10 +97,10 @@ class Story:
         for arrival in arrivals:
             (run,) = arrival.runs
             expected = self.model.arrive(
-                run.lane or "", arrival.id, run.id, self.ledger.clock.now()
+                run.ordering_key or "", arrival.id, run.id, self.ledger.clock.now()
             )
             ((_, fate, found),) = (await self.ledger.store.event(arrival.id))["verdicts"]
-            assert (found, fate) == (expected, "run" if expected == run.id else "joined")
+            assert (found, fate) == (expected, "run" if expected == run.id else "batched")
 
     async def claim(self) -> None:
         claimed = await self.ledger.claimed()
@@ -109,7 +109,7 @@ class Story:
             window = self.model.runs[run.id]
             assert run.id in due or window.begun
             assert run.deliveries == len(window.events)
-            bodies = await self.ledger.store.bodies(run.id)
+            bodies = await self.ledger.store.payloads(run.id)
             assert (
                 len(bodies) == len(window.events)
                 and (await self.ledger.store.run(run.id))["joined"] == window.events[1:]

@@ -9,7 +9,7 @@ import pytest
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
 from eventflow.runs.run import Completed, State, Suspended
-from eventflow.store.protocol import Append, Claim, Record, Settle
+from eventflow.store.protocol import Append, Claim, RecordEvents, Settle
 from tests.conftest import eventually, wait_until
 from tests.store.ledger import SECOND, Hand, Ledger, Reopen, value
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 def hand(ledger: Ledger, room: int = 1_000_000) -> Hand:
     taker = Hand(asyncio.get_running_loop(), room)
-    ledger.store.attach(taker)
+    ledger.store.attach_worker(taker)
     return taker
 
 
@@ -94,7 +94,7 @@ async def test_a_failing_callback_does_not_starve_the_others(ledger: Ledger):
         raise LookupError("broken callback")
 
     for call in (broken, heard.append, broken, heard.append):
-        ledger.store.post(Record([]), call, loop)
+        ledger.store.post(RecordEvents([]), call, loop)
     await eventually(lambda: len(heard) == 2, "both good callbacks have run")
     assert [str(error) for error in said] == ["broken callback"] * 2
     loop.set_exception_handler(None)
@@ -105,7 +105,7 @@ def test_a_closed_loop_hurts_nobody(ledger: Ledger):
     gone = asyncio.new_event_loop()
     gone.close()
     for n in range(3):
-        ledger.store.post(Record([ledger.arrival(f"gone{n}", ledger.run())]), lambda _: None, gone)
+        ledger.store.post(RecordEvents([ledger.arrival(f"gone{n}", ledger.run())]), lambda _: None, gone)
     asyncio.run(ledger.store.record([ledger.arrival("here", ledger.run())]))
     assert asyncio.run(ledger.store.counts())["events"] == 4
 
@@ -136,10 +136,10 @@ async def test_closing_commits_what_was_posted(ledger: Ledger, reopen: Reopen):
     loop = asyncio.get_running_loop()
     replies: list[Any] = []
     for n in range(300):
-        ledger.store.post(Record([ledger.arrival(f"e{n}")]), replies.append, loop)
+        ledger.store.post(RecordEvents([ledger.arrival(f"e{n}")]), replies.append, loop)
     ledger.store.close()
     ledger.store.close()
-    ledger.store.post(Record([]), replies.append, loop)
+    ledger.store.post(RecordEvents([]), replies.append, loop)
     await eventually(lambda: len(replies) == 301, "every reply has come")
     assert isinstance(replies[-1], StoreError) and "closed" in str(replies[-1])
     with pytest.raises(StoreError):
@@ -156,7 +156,7 @@ async def test_a_fresh_run_is_handed_over_running(ledger: Ledger):
     (run,) = await ledger.recorded(ledger.run(params=b"{}"))
     await eventually(lambda: taker.runs, "the run is handed over")
     (given,) = taker.runs
-    assert (given.id, given.state, given.token, given.body) == (
+    assert (given.id, given.state, given.token, given.payload) == (
         run.id,
         State.RUNNING,
         1,
@@ -187,14 +187,14 @@ async def test_later_runs_and_lanes_are_not_handed_over(ledger: Ledger):
     assert reply.next_due == ledger.clock.now() + SECOND
     await ledger.recorded(ledger.run(due_at=ledger.clock.now() + 9 * SECOND))
     assert taker.mores == 1
-    await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"))
+    await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     await eventually(lambda: taker.mores == 2, "a lane's head is news")
     assert taker.runs == [] and len(await ledger.claimed()) == 1
 
 
 async def test_a_lane_that_is_freed_is_news(ledger: Ledger):
     """The worker hears of the next one of a lane when the one before settles."""
-    await ledger.recorded(ledger.run(lane="a"), ledger.run(lane="a"))
+    await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     (head,) = await ledger.claimed()
     taker = hand(ledger)
     await ledger.settle(head)
@@ -204,14 +204,14 @@ async def test_a_lane_that_is_freed_is_news(ledger: Ledger):
 async def test_a_woken_parent_is_handed_over(ledger: Ledger):
     """A child's answer puts its parent into the worker's hands, under a new token."""
     parent = await ledger.running()
-    child = ledger.run("child", parent=parent.id, parent_claim="c#1")
+    child = ledger.run("child", parent=parent.id, parent_call_key="c#1")
     await ledger.append(parent, children=[child])
     (child,) = await ledger.claimed()
     await ledger.settle(parent, Suspended(None, 10**9))
     taker = hand(ledger)
     await ledger.settle(child, answer=value("c#1"), parent=parent.id)
     await eventually(lambda: taker.runs, "the parent is handed over")
-    assert [(run.id, run.token, run.body) for run in taker.runs] == [(parent.id, 2, b'{"n":1}')]
+    assert [(run.id, run.token, run.payload) for run in taker.runs] == [(parent.id, 2, b'{"n":1}')]
     assert await ledger.state(parent) == "running"
 
 
@@ -242,7 +242,7 @@ async def test_what_was_taken_goes_back_when_the_batch_fails(ledger: Ledger):
     bad = ledger.arrival("bad", ledger.run())
     bad.body = object()  # type: ignore[assignment]
     good = ledger.arrival("good", ledger.run())
-    first, failed = await ledger.together(Record([good]), Record([bad]))
+    first, failed = await ledger.together(RecordEvents([good]), RecordEvents([bad]))
     assert isinstance(failed, StoreError) and first[0].ledger_id == good.id
     await eventually(lambda: taker.runs, "the good run is handed over")
     assert [(run.id, run.token) for run in taker.runs] == [(good.runs[0].id, 1)]
