@@ -61,7 +61,8 @@ class MissingExtra(UsageError):
 
     def __init__(self, what: str, package: str, extra: str) -> None:
         super().__init__(
-            f"{what} needs the package {package!r}, which is not installed; run: pip install 'eventflow-reactor[{extra}]'"
+            f"{what} needs the package {package!r}, which is not installed; run: pip install "
+            f"'eventflow-reactor[{extra}]'"
         )
 
 
@@ -77,7 +78,8 @@ class EmptySecret(UsageError):
 class NotAsync(UsageError):
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"flow {name!r} must be `async def`, found a plain function; write `async def {name}(...)`, or make it a @task, "
+            f"flow {name!r} must be `async def`, found a plain function; write `async def "
+            f"{name}(...)`, or make it a @task, "
             "which may be plain"
         )
 
@@ -87,8 +89,10 @@ class OutsideFlowError(UsageError):
 
     def __init__(self, task: str, found: str) -> None:
         super().__init__(
-            f"task {task!r} was called from {found}; expected a call from the flow's own coroutines. "
-            f"Call it with `await {task}(...)` in the flow, or call the plain function as `{task}.fn(...)`"
+            f"task {task!r} was called from {found}; expected a call from the flow's own "
+            "coroutines. "
+            f"Call it with `await {task}(...)` in the flow, or call the plain function as "
+            f"`{task}.fn(...)`"
         )
 
 
@@ -127,7 +131,8 @@ class ArgumentsChanged(RunError):
 
     def __str__(self) -> str:
         return (
-            f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code that recorded it, or give the task "
+            f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code "
+            "that recorded it, or give the task "
             'on_changed="rerun" or on_changed="accept", then retry the run'
         )
 
@@ -141,7 +146,8 @@ class NotStorable(RunError):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, or annotate the return type "
+            f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, "
+            "or annotate the return type "
             "with a dataclass, a msgspec.Struct or a pydantic model"
         )
 
@@ -155,7 +161,8 @@ class ResultTooLarge(NotStorable):
 
     def __str__(self) -> str:
         return (
-            f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most {self.limit / 2**20:.0f}; return bytes, or "
+            f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most "
+            f"{self.limit / 2**20:.0f}; return bytes, or "
             "write it to a file or object store and return its name"
         )
 
@@ -246,7 +253,8 @@ class StoreLocked(StoreError):
         self.pid = pid
         holder = f"process {pid}" if pid else "another process"
         super().__init__(
-            f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with --store"
+            f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with "
+            "--store"
         )
 
 
@@ -255,7 +263,8 @@ class StoreUnwritable(StoreError):
 
     def __init__(self, path: str, why: str) -> None:
         super().__init__(
-            f"cannot create or write the store {path}: {why}; check the directory's owner, mode and free space"
+            f"cannot create or write the store {path}: {why}; check the directory's owner, mode "
+            "and free space"
         )
 
 

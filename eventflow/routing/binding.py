@@ -41,17 +41,17 @@ class Binder:
     """How one flow's arguments are made. Raises UsageError for a signature that no event can fill."""
 
     __slots__ = (
-        "_adapters", "_all", "_events", "_flow", "_names", "_plain", "_read", "_record", "_required", "_rest", "_signature",
-        "_single", "_whole",
+        "_adapters", "_event_lists", "_event_parameters", "_flow", "_data_parameters", "_has_fast_path", "_convert_record", "_record", "_required", "_var_keyword", "_signature",
+        "_single", "_takes_whole_data",
     )  # fmt: skip
 
     def __init__(self, fn: Callable[..., Any], flow_name: str) -> None:
         self._flow = flow_name
         self._signature = inspect.signature(fn)
         hints = _hints(fn, flow_name)
-        self._events: list[tuple[str, bool]] = []
-        self._all: list[str] = []
-        self._rest: str | None = None
+        self._event_parameters: list[tuple[str, bool]] = []
+        self._event_lists: list[str] = []
+        self._var_keyword: str | None = None
         self._adapters: dict[str, Any] = {}
         self._required: list[str] = []
         fields: list[Any] = []
@@ -60,34 +60,40 @@ class Binder:
             self._check_kind(parameter)
             optional = parameter.default is not inspect.Parameter.empty
             if parameter.kind is parameter.VAR_KEYWORD:
-                self._rest = parameter.name
+                self._var_keyword = parameter.name
             elif _is_list(annotation) and typing.get_args(annotation)[:1] == (Event,):
-                self._all.append(parameter.name)
+                self._event_lists.append(parameter.name)
             elif _is_event(annotation):
-                self._events.append((parameter.name, not optional))
+                self._event_parameters.append((parameter.name, not optional))
             else:
                 self._required += [] if optional else [parameter.name]
-                fields.append((parameter.name, self._readable(parameter.name, annotation), _UNSET))
-        self._names: list[str] = [name for name, _, _ in fields]
+                fields.append(
+                    (parameter.name, self._msgspec_type(parameter.name, annotation), _UNSET)
+                )
+        self._data_parameters: list[str] = [name for name, _, _ in fields]
         self._record: type[msgspec.Struct] = msgspec.defstruct("Parameters", fields)
-        self._read: Callable[[Any], msgspec.Struct] = partial(
+        self._convert_record: Callable[[Any], msgspec.Struct] = partial(
             msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
         )
         self._single: str | None = (
-            self._names[0] if len(fields) == 1 and self._rest is None else None
+            self._data_parameters[0] if len(fields) == 1 and self._var_keyword is None else None
         )
-        self._whole = self._single is not None and _takes_object(hints.get(self._single, Any))
-        self._plain = bool(self._names) and not (self._whole or self._rest or self._adapters)
+        self._takes_whole_data = self._single is not None and _takes_object(
+            hints.get(self._single, Any)
+        )
+        self._has_fast_path = bool(self._data_parameters) and not (
+            self._takes_whole_data or self._var_keyword or self._adapters
+        )
 
     def bind_event(self, event: Event) -> dict[str, Any]:
         """The arguments for an event. Raises BindingError naming the field and the reason."""
         data = event.data
-        arguments = self._all_by_name(data) if self._plain and type(data) is dict else None
+        arguments = self._all_by_name(data) if self._has_fast_path and type(data) is dict else None
         if arguments is None:
             arguments = self._bind(data, strict=False)
-        for name, _ in self._events:
+        for name, _ in self._event_parameters:
             arguments[name] = event
-        for name in self._all:
+        for name in self._event_lists:
             arguments[name] = [event]
         return arguments
 
@@ -95,20 +101,20 @@ class Binder:
         """The arguments for the events of one run, oldest first. Raises BindingError naming the field and the reason."""
         if self._single is not None and _is_list(self._record.__annotations__[self._single]):
             arguments = self._convert({self._single: [event.data for event in events]})
-            for name, _ in self._events:
+            for name, _ in self._event_parameters:
                 arguments[name] = events[-1]
         else:
             arguments = self.bind_event(events[-1])
-        for name in self._all:
+        for name in self._event_lists:
             arguments[name] = list(events)
         return arguments
 
     def bind_params(self, params: Mapping[str, Any], event: Event | None = None) -> dict[str, Any]:
         """The arguments for a JSON object of parameters; a name that is no parameter is refused."""
         arguments = self._bind(params, strict=True)
-        for name in self._all:
+        for name in self._event_lists:
             arguments[name] = [] if event is None else [event]
-        for name, required in self._events:
+        for name, required in self._event_parameters:
             if isinstance(given := params.get(name), Mapping):
                 arguments[name] = self._read_event(name, cast(Mapping[str, Any], given))
             elif event is not None:
@@ -130,8 +136,8 @@ class Binder:
             args or not kwargs.keys() <= self._signature.parameters.keys()
         ):  # binding costs 4 µs, and names need none
             bound = self._signature.bind_partial(*args, **kwargs).arguments
-            if self._rest is not None:
-                bound |= bound.pop(self._rest, {})
+            if self._var_keyword is not None:
+                bound |= bound.pop(self._var_keyword, {})
         else:
             bound = dict(kwargs)
         for name in self._required:
@@ -145,7 +151,7 @@ class Binder:
     def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
         """The common case, on the way of every event: each parameter is there and fits. None: it needs a closer look."""
         try:
-            arguments = msgspec.structs.asdict(self._read(fields))
+            arguments = msgspec.structs.asdict(self._convert_record(fields))
         except msgspec.ValidationError:
             return None
         for value in arguments.values():
@@ -154,18 +160,23 @@ class Binder:
         return arguments
 
     def _bind(self, data: Any, *, strict: bool) -> dict[str, Any]:
-        if not self._names and self._rest is None and not strict:
+        if not self._data_parameters and self._var_keyword is None and not strict:
             return {}
         if isinstance(data, dict):
             fields = cast(dict[str, Any], data)
-            if self._whole and self._single is not None and fields and self._single not in fields:
+            if (
+                self._takes_whole_data
+                and self._single is not None
+                and fields
+                and self._single not in fields
+            ):
                 return self._convert({self._single: fields})
             return self._bind_fields(fields, strict)
         if data is None or (isinstance(data, Mapping) and not data):
             return self._bind_fields({}, strict)
         if self._single is not None:
             return self._convert({self._single: data})
-        wanted = ", ".join(self._names) or f"**{self._rest}"
+        wanted = ", ".join(self._data_parameters) or f"**{self._var_keyword}"
         raise BindingError(
             self._flow,
             wanted,
@@ -175,21 +186,21 @@ class Binder:
     def _bind_fields(self, fields: dict[str, Any], strict: bool) -> dict[str, Any]:
         for name in self._required:
             if name not in fields:
-                raise BindingError(self._flow, name, f"missing; the data has {_listed(fields)}")
-        if strict and self._rest is None:
+                raise BindingError(self._flow, name, f"missing; the data has {_list_names(fields)}")
+        if strict and self._var_keyword is None:
             self._refuse_unknown(fields)
         try:
             arguments = self._convert(fields)
         except BindingError:
             # `order: Order` where an Order has a field `order` of its own: the data is the order itself, if it fits.
-            if not self._whole or self._single is None or self._single not in fields:
+            if not self._takes_whole_data or self._single is None or self._single not in fields:
                 raise
             try:
                 return self._convert({self._single: fields})
             except BindingError:
                 pass
             raise
-        if self._rest is not None:
+        if self._var_keyword is not None:
             arguments |= {
                 name: value
                 for name, value in fields.items()
@@ -199,11 +210,13 @@ class Binder:
 
     def _convert(self, fields: dict[str, Any]) -> dict[str, Any]:
         try:
-            record = self._read(fields)
+            record = self._convert_record(fields)
         except msgspec.ValidationError as error:
-            raise self._explained(error) from error
+            raise self._binding_error(error) from error
         arguments = {
-            name: value for name in self._names if (value := getattr(record, name)) is not _UNSET
+            name: value
+            for name in self._data_parameters
+            if (value := getattr(record, name)) is not _UNSET
         }
         for name in self._adapters.keys() & arguments.keys():
             arguments[name] = self._adapt(name, arguments[name])
@@ -215,10 +228,12 @@ class Binder:
         except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
             raise BindingError(self._flow, name, str(error)) from error
 
-    def _explained(self, error: msgspec.ValidationError) -> BindingError:
+    def _binding_error(self, error: msgspec.ValidationError) -> BindingError:
         text = str(error)
         found = re.search(r"at `\$\.(\w+)", text) or re.search(r"field `(\w+)`", text)
-        return BindingError(self._flow, found[1] if found else ", ".join(self._names), text)
+        return BindingError(
+            self._flow, found[1] if found else ", ".join(self._data_parameters), text
+        )
 
     def _refuse_unknown(self, fields: Mapping[str, Any]) -> None:
         for name in fields:
@@ -247,7 +262,7 @@ class Binder:
                 data = msgspec.json.encode(value, enc_hook=_write_model)
                 back = (
                     self._convert({name: orjson.loads(data)})[name]
-                    if name in self._names
+                    if name in self._data_parameters
                     else orjson.loads(data)
                 )
                 if back == value or same(back, value):
@@ -261,11 +276,12 @@ class Binder:
     def _check_kind(self, parameter: inspect.Parameter) -> None:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             raise UsageError(
-                f"flow {self._flow!r}: parameter {parameter} is positional only; expected parameters with names, "
+                f"flow {self._flow!r}: parameter {parameter} is positional only; expected "
+                "parameters with names, "
                 "which an event's data can fill"
             )
 
-    def _readable(self, name: str, annotation: Any) -> Any:
+    def _msgspec_type(self, name: str, annotation: Any) -> Any:
         """The annotation, if msgspec can read it; `Any` when pydantic must, afterwards; UsageError when nobody can."""
         try:
             msgspec.json.Decoder(annotation, dec_hook=_read_model)
@@ -283,7 +299,8 @@ def _hints(fn: Callable[..., Any], flow_name: str) -> dict[str, Any]:
         return typing.get_type_hints(fn, include_extras=True)
     except (NameError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"flow {flow_name!r}: cannot resolve its annotations: {error}; import the names at the module's top, not under "
+            f"flow {flow_name!r}: cannot resolve its annotations: {error}; import the names at the "
+            "module's top, not under "
             "`if TYPE_CHECKING`"
         ) from error
 
@@ -338,7 +355,7 @@ def _write_model(value: Any) -> Any:
     raise TypeError(type_name(value))
 
 
-def _listed(fields: Mapping[str, Any]) -> str:
+def _list_names(fields: Mapping[str, Any]) -> str:
     names = ", ".join(list(fields)[:10])
     return f"{names}, …" if len(fields) > 10 else names or "no fields"
 

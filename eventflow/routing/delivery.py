@@ -1,14 +1,17 @@
 """How many events make a run: the delivery modes of a subscription.
 
-    Each()                   one event, one run (the default)
-    Batch(100, within=5)     a run for every 100 events, or for what came within 5 s of the first
-    Debounce(5, max_wait=30) one run once nothing has come for 5 s, at the latest 30 s after the first event
-    Latest()                 one run at a time; of what comes meanwhile the next one takes the newest as its event
-    Singleflight()           one run at a time; what comes meanwhile is gathered into one successor
+    Each()                    one run per event (the default)
+    Batch(100, within=5)      one run per 100 events, or for the events within 5 s of the first
+    Debounce(5, max_wait=30)  one run after 5 s without events, at most 30 s after the first event
+    Latest()                  one run at a time; the next one's event is the newest that arrived
+    Singleflight()            one run at a time; all events during a run make one successor
 
-With `key=` each key has windows of its own. A window is a run that is recorded with its first event and has not begun: later
-events join it in the transaction that records them, so windows and their due times survive a crash like any run. The run gets
-all its events. `app.on(deliver=)` takes one of these, routing.py asks it for a `Gather`, the store (ops.py) does the joining.
+With `key=` each key has its own window. A window is a run that is recorded with its first event
+and has not started; later events are added to it in the transaction that records them, so windows
+and their due times survive a crash like any run. The run gets all its events.
+
+`App.on(deliver=)` takes a mode; subscriptions.py turns it into a `BatchPolicy`, which the store
+(store/windows.py) applies.
 """
 
 from typing import Final, Protocol, runtime_checkable
@@ -17,35 +20,35 @@ import msgspec
 
 from eventflow.core.clock import Duration, microseconds
 from eventflow.core.errors import UsageError
-from eventflow.store.protocol import Gather
+from eventflow.store.protocol import BatchPolicy
 
 MAX_EVENTS_PER_RUN: Final = 10_000
-"""Events in one run, whatever its mode: all of them are in memory at once while it runs."""
+"""Events per run in any mode: a running run has all of them in memory."""
 
 
 @runtime_checkable
 class Delivery(Protocol):
-    """A mode. `one_at_a_time`: its runs follow one another, per key."""
+    """A delivery mode. `one_at_a_time`: runs of one key execute one after another."""
 
     @property
     def one_at_a_time(self) -> bool: ...
 
-    def batch_policy(self) -> Gather | None:
-        """What the store does with an event; None: a run of its own."""
+    def batch_policy(self) -> BatchPolicy | None:
+        """How the store batches events; None: one run per event."""
         ...
 
 
 class Each(msgspec.Struct, frozen=True):
-    """One event, one run."""
+    """One run per event."""
 
     one_at_a_time = False
 
-    def batch_policy(self) -> Gather | None:
+    def batch_policy(self) -> BatchPolicy | None:
         return None
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """A run for every `size` events, or for those that came within `within` of the first."""
+    """One run for every `size` events, or for those within `within` of the first one."""
 
     size: int
     within: Duration
@@ -58,17 +61,17 @@ class Batch(msgspec.Struct, frozen=True):
             )
         _positive("Batch: within", self.within)
 
-    def batch_policy(self) -> Gather:
-        return Gather(
+    def batch_policy(self) -> BatchPolicy:
+        return BatchPolicy(
             "batch",
             size=self.size,
             wait=microseconds(self.within),
-            longest=microseconds(self.within),
+            max_wait=microseconds(self.within),
         )
 
 
 class Debounce(msgspec.Struct, frozen=True):
-    """One run for a burst: once nothing has come for `quiet`, at the latest `max_wait` after its first event."""
+    """One run per burst: after `quiet` without events, at most `max_wait` after the first event."""
 
     quiet: Duration
     max_wait: Duration
@@ -81,32 +84,32 @@ class Debounce(msgspec.Struct, frozen=True):
                 f"Debounce: max_wait expected at least quiet ({self.quiet}), found {self.max_wait}"
             )
 
-    def batch_policy(self) -> Gather:
-        return Gather(
+    def batch_policy(self) -> BatchPolicy:
+        return BatchPolicy(
             "debounce",
             size=MAX_EVENTS_PER_RUN,
             wait=microseconds(self.quiet),
-            longest=microseconds(self.max_wait),
-            renewed=True,
+            max_wait=microseconds(self.max_wait),
+            is_extended=True,
         )
 
 
 class Latest(msgspec.Struct, frozen=True):
-    """One run at a time; the next one's event is the newest of those that came meanwhile."""
+    """One run at a time; the next one's event is the newest that arrived during the run."""
 
     one_at_a_time = True
 
-    def batch_policy(self) -> Gather:
-        return Gather("latest", size=MAX_EVENTS_PER_RUN)
+    def batch_policy(self) -> BatchPolicy:
+        return BatchPolicy("latest", size=MAX_EVENTS_PER_RUN)
 
 
 class Singleflight(msgspec.Struct, frozen=True):
-    """One run at a time; everything that comes meanwhile makes one successor, which gets all of it."""
+    """One run at a time; all events that arrive during a run make one successor."""
 
     one_at_a_time = True
 
-    def batch_policy(self) -> Gather:
-        return Gather("singleflight", size=MAX_EVENTS_PER_RUN)
+    def batch_policy(self) -> BatchPolicy:
+        return BatchPolicy("singleflight", size=MAX_EVENTS_PER_RUN)
 
 
 def _positive(what: str, duration: Duration) -> None:

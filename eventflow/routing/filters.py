@@ -34,7 +34,7 @@ OPERATORS = (
     "wildcard",
 )
 
-_ABSENT: Any = object()
+_MISSING: Any = object()
 _COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -63,7 +63,8 @@ def compile_filter(where: Where) -> Filter | None:
     called = getattr(where, "__call__", None)  # noqa: B004
     if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(called):
         raise UsageError(
-            "where= expected a plain function, found an `async` one; filters run on the way in and must be quick"
+            "where= expected a plain function, found an `async` one; filters run on the way in and "
+            "must be quick"
         )
     return CallableFilter(where)
 
@@ -108,7 +109,7 @@ class PatternFilter:
                 PatternFilter(_object(one, "$or")) for one in _alternatives(alternatives, "$or")
             ]
             self._data.append(
-                lambda event: _none_of([each.mismatch for each in filters], event, "$or")
+                lambda event: _check_any([each.mismatch for each in filters], event, "$or")
             )
 
     def mismatch(self, event: Event) -> str | None:
@@ -131,10 +132,10 @@ _FIELDS = frozenset({"id", "source", "type", "subject", "datacontenttype", "data
 def _attribute(event: Event, name: str) -> Any:
     if name in _FIELDS:
         value = getattr(event, name)
-        return _ABSENT if value is None else value
+        return _MISSING if value is None else value
     if name == "time":
-        return _ABSENT if event.time is None else event.time.isoformat().replace("+00:00", "Z")
-    return event.extensions.get(name, _ABSENT)
+        return _MISSING if event.time is None else event.time.isoformat().replace("+00:00", "Z")
+    return event.extensions.get(name, _MISSING)
 
 
 # --------------------------------------------------------------------------- objects
@@ -154,7 +155,7 @@ def _compile_object(pattern: Pattern, path: str) -> Check:
                 _compile_object(_object(one, here), path) for one in _alternatives(value, here)
             ]
             checks.append(
-                (None, lambda found, nodes=nodes, here=here: _none_of(nodes, found, here))
+                (None, lambda found, nodes=nodes, here=here: _check_any(nodes, found, here))
             )
         elif isinstance(value, Mapping):
             nested = cast(Pattern, value)
@@ -173,16 +174,16 @@ def _check_object(checks: Sequence[tuple[str | None, Check]], found: Any) -> str
             if failed is None:
                 return None
             why = why or failed
-        return why or _check_object(checks, _ABSENT)
+        return why or _check_object(checks, _MISSING)
     fields: Mapping[str, Any] = cast(Mapping[str, Any], found) if isinstance(found, dict) else {}
     for name, check in checks:
-        failed = check(fields if name is None else fields.get(name, _ABSENT))
+        failed = check(fields if name is None else fields.get(name, _MISSING))
         if failed is not None:
             return failed
     return None
 
 
-def _none_of(checks: Sequence[Check], found: Any, path: str) -> str | None:
+def _check_any(checks: Sequence[Check], found: Any, path: str) -> str | None:
     reasons: list[str] = []
     for check in checks:
         why = check(found)
@@ -195,14 +196,14 @@ def _none_of(checks: Sequence[Check], found: Any, path: str) -> str | None:
 def _alternatives(value: Any, path: str) -> Sequence[Any]:
     if not isinstance(value, list) or len(cast(list[Any], value)) < 2:
         raise UsageError(
-            f"where: {path} expected a list of two or more patterns, found {_show(value)}"
+            f"where: {path} expected a list of two or more patterns, found {_format(value)}"
         )
     return cast(list[Any], value)
 
 
 def _object(value: Any, path: str) -> Pattern:
     if not isinstance(value, Mapping):
-        raise UsageError(f"where: {path} expected a list of patterns, found {_show(value)} in it")
+        raise UsageError(f"where: {path} expected a list of patterns, found {_format(value)} in it")
     return cast(Pattern, value)
 
 
@@ -216,7 +217,7 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
         name == "numeric" and isinstance(operand, list) and cast(list[Any], operand)[:1] != []
     )
     if name == "anything-but" or comparison or (name in OPERATORS and not listed):
-        raise UsageError(f"where: {path} expected a list; write [{_show(pattern)}]")
+        raise UsageError(f"where: {path} expected a list; write [{_format(pattern)}]")
 
 
 # --------------------------------------------------------------------------- leaves
@@ -225,7 +226,7 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
 def _compile_leaf(value: Any, path: str) -> Check:
     """A check of one value: any of the listed alternatives holds for it, or for any element when it is an array."""
     if isinstance(value, Mapping):
-        raise UsageError(f"where: {path} expected a list; write [{_show(value)}]")
+        raise UsageError(f"where: {path} expected a list; write [{_format(value)}]")
     alternatives: list[Any] = (
         list(cast(Sequence[Any], value)) if isinstance(value, list | tuple) else [value]
     )
@@ -251,24 +252,24 @@ def _compile_leaf(value: Any, path: str) -> Check:
                 return None
         if not present and if_absent:
             return None
-        return f"{text}{_ABSENCE}" if found is _ABSENT else f"{text}{_FOUND}{_show(found)})"
+        return f"{text}{_MISSING_TEXT}" if found is _MISSING else f"{text}{_FOUND}{_format(found)})"
 
     return check
 
 
-_FOUND, _ABSENCE = " (found ", " (absent)"
+_FOUND, _MISSING_TEXT = " (found ", " (absent)"
 
 
-def condition(reason: str) -> str:
+def condition_of(reason: str) -> str:
     """The condition that failed, of a reason that `failed` gave: without what was found instead."""
-    return reason.partition(_FOUND)[0].removesuffix(_ABSENCE)
+    return reason.partition(_FOUND)[0].removesuffix(_MISSING_TEXT)
 
 
 def _leaves(found: Any) -> Iterator[Any]:
     if isinstance(found, list):
         for element in cast(list[Any], found):
             yield from _leaves(element)
-    elif found is not _ABSENT and not isinstance(found, dict):
+    elif found is not _MISSING and not isinstance(found, dict):
         yield found
 
 
@@ -276,35 +277,37 @@ def _exists(pattern: Pattern, path: str) -> bool:
     wanted = pattern["exists"]
     if not isinstance(wanted, bool) or len(pattern) != 1:
         raise UsageError(
-            f'where: {path} expected {{"exists": true}} or {{"exists": false}}, found {_show(pattern)}'
+            f'where: {path} expected {{"exists": true}} or {{"exists": false}}, found '
+            f"{_format(pattern)}"
         )
     return wanted
 
 
 def _compile_test(one: Any, path: str) -> Test:
     if not isinstance(one, Mapping):
-        return _exactly(one, path)
+        return _equals(one, path)
     pattern = cast(Pattern, one)
     if len(pattern) != 1 or next(iter(pattern)) not in OPERATORS:
         raise UsageError(
-            f"where: {path} expected an object with one of {', '.join(OPERATORS)}; found {_show(pattern)}"
+            f"where: {path} expected an object with one of {', '.join(OPERATORS)}; found "
+            f"{_format(pattern)}"
         )
     ((name, operand),) = pattern.items()
     match name:
         case "prefix" | "suffix":
             return _affix(name, operand, path)
         case "equals-ignore-case":
-            folded = _text(operand, name, path).casefold()
+            folded = _expect_string(operand, name, path).casefold()
             return lambda found: isinstance(found, str) and found.casefold() == folded
         case "wildcard":
-            return wildcard(_text(operand, name, path), path)
+            return wildcard(_expect_string(operand, name, path), path)
         case "numeric":
             return _numeric(operand, path)
         case _:
             return _anything_but(operand, path)
 
 
-def _exactly(wanted: Any, path: str) -> Test:
+def _equals(wanted: Any, path: str) -> Test:
     """Equality as JSON has it: 1 is 1.0, but true is not 1."""
     if wanted is None or isinstance(wanted, bool):
         return lambda found: found is wanted
@@ -313,13 +316,14 @@ def _exactly(wanted: Any, path: str) -> Test:
     if isinstance(wanted, int | float):
         return lambda found: found == wanted and not isinstance(found, bool)
     raise UsageError(
-        f"where: {path} expected a string, number, boolean, null or operator, found {_show(wanted)}"
+        f"where: {path} expected a string, number, boolean, null or operator, found "
+        f"{_format(wanted)}"
     )
 
 
 def _affix(name: str, operand: Any, path: str) -> Test:
     fold = isinstance(operand, Mapping) and list(cast(Pattern, operand)) == ["equals-ignore-case"]
-    text = _text(operand["equals-ignore-case"] if fold else operand, name, path)
+    text = _expect_string(operand["equals-ignore-case"] if fold else operand, name, path)
     if fold:
         text = text.casefold()
     holds = str.startswith if name == "prefix" else str.endswith
@@ -338,7 +342,7 @@ def _anything_but(operand: Any, path: str) -> Test:
         if isinstance(one, Mapping):
             excluded += _excluded(cast(Pattern, one), f"{path}.anything-but")
         else:
-            excluded.append(_exactly(one, f"{path}.anything-but"))
+            excluded.append(_equals(one, f"{path}.anything-but"))
     return lambda found: not any(test(found) for test in excluded)
 
 
@@ -351,7 +355,8 @@ def _excluded(pattern: Pattern, path: str) -> list[Test]:
         "wildcard",
     ):
         raise UsageError(
-            f"where: {path} expected values, prefix, suffix, equals-ignore-case or wildcard; found {_show(pattern)}"
+            f"where: {path} expected values, prefix, suffix, equals-ignore-case or wildcard; found "
+            f"{_format(pattern)}"
         )
     ((name, operand),) = pattern.items()
     operands: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else [operand]
@@ -365,7 +370,8 @@ def _numeric(operand: Any, path: str) -> Test:
         isinstance(sign, str) and sign in _COMPARISONS and _number(n) for sign, n in pairs
     ):
         raise UsageError(
-            f'where: {path}.numeric expected [">", 0] or [">", 0, "<=", 5], found {_show(operand)}'
+            f'where: {path}.numeric expected [">", 0] or [">", 0, "<=", 5], found '
+            f"{_format(operand)}"
         )
     bounds = [(_COMPARISONS[sign], limit) for sign, limit in pairs]
     return lambda found: _number(found) and all(holds(found, limit) for holds, limit in bounds)
@@ -409,13 +415,14 @@ def _split_wildcard(pattern: str, path: str) -> list[str]:
             escaped = next(letters, "")
             if escaped not in ("*", "\\"):
                 raise UsageError(
-                    f"where: {path}.wildcard: a backslash stands before * or \\ only, found {_show(pattern)}"
+                    f"where: {path}.wildcard: a backslash stands before * or \\ only, found "
+                    f"{_format(pattern)}"
                 )
             pieces[-1] += escaped
         elif letter == "*":
             if before == "*":
                 raise UsageError(
-                    f"where: {path}.wildcard: expected single stars, found {_show(pattern)}"
+                    f"where: {path}.wildcard: expected single stars, found {_format(pattern)}"
                 )
             pieces.append("")
         else:
@@ -424,9 +431,9 @@ def _split_wildcard(pattern: str, path: str) -> list[str]:
     return pieces
 
 
-def _text(operand: Any, name: str, path: str) -> str:
+def _expect_string(operand: Any, name: str, path: str) -> str:
     if not isinstance(operand, str):
-        raise UsageError(f"where: {path}.{name} expected a string, found {_show(operand)}")
+        raise UsageError(f"where: {path}.{name} expected a string, found {_format(operand)}")
     return operand
 
 
@@ -436,16 +443,16 @@ def _text(operand: Any, name: str, path: str) -> str:
 def _condition(path: str, alternatives: Sequence[Any]) -> str:
     """`total.numeric[> 0]`, `state = "paid"`, `country in ["DE", "AT"]`."""
     if len(alternatives) > 1:
-        return f"{path} in {_show(alternatives, 200)}"
+        return f"{path} in {_format(alternatives, 200)}"
     (only,) = alternatives
     if not isinstance(only, Mapping):
-        return f"{path} = {_show(only)}"
+        return f"{path} = {_format(only)}"
     ((name, operand),) = cast(Pattern, only).items()
     if name == "numeric":
         return f"{path}.numeric[{' '.join(map(str, operand))}]"
-    return f"{path}.{name}[{_show(operand)}]"
+    return f"{path}.{name}[{_format(operand)}]"
 
 
-def _show(value: Any, limit: int = 80) -> str:
+def _format(value: Any, limit: int = 80) -> str:
     text = json.dumps(value, default=repr, ensure_ascii=False)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

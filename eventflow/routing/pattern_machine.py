@@ -1,12 +1,16 @@
-"""The machine behind patterns over several events: what is open, what matches, what lapses, and when it must be asked again.
+"""The state machine of a pattern: what is open, what matches, what expires, when it is due again.
 
-    step = machine.advance(state, now, leaf, item)      state changes in place; `machine.encode(state)` is what a store keeps
+    result = machine.advance(state, now, part, item)    # changes `state` in place
+    stored = machine.encode(state)
 
-Pure: no store, no loop, no clock of its own. `patterns.py` makes a `Machine` of the words a user writes, the router feeds it in
-the writer's transaction. An `Item` is an event, or an inner pattern's match: each node takes items and hands on matches, so
-patterns nest. Whatever was due by `now` happens first, at its own instant, however late the machine is asked; so neither a slow
-timer nor a restart changes what matches. An event ends in one match, or lapses with a reason; none is in two matches.
-The nodes in which time matters are in awaiting.py. docs/guides/patterns.md says what each pattern means.
+Pure: no store, no event loop, no clock. `patterns.py` compiles a pattern to a `Machine`, a tree of
+nodes; `pattern_runner.py` advances it in the store's transaction. A node accepts items (events, or
+matches of the node below it) and emits matches to its parent, so patterns nest. An advance first
+does everything that was due by `now`, each at its own instant, so a late timer or a restart does
+not change what matches. An event ends in exactly one match, or expires with a reason.
+
+The nodes that wait for time to pass are in pattern_time.py. docs/guides/patterns.md defines the
+patterns.
 """
 
 from bisect import bisect_left, insort
@@ -16,27 +20,30 @@ from typing import Final
 import msgspec
 
 NEVER: Final = (1 << 63) - 1
+"""The due time of what is not due: the largest 64-bit integer."""
+
 MAX_OPEN_ITEMS: Final = 10_000
-"""Items that one node keeps open per key and part; beyond it the oldest lapses."""
+"""Open items per node, key and part; one more makes the oldest expire."""
 
 
 class PatternItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
-    """An event, or a match, on its way: when it happened, when it was known (microseconds), and which events it is of.
+    """An event, or a match of an inner pattern.
 
-    `size` is their bytes; `held` one of them that came while its trigger was paused, or 0; `depth` the most emits that any of
-    them is from outside.
+    `time` is when it happened, `at` when the machine received it, both in microseconds. `events`
+    are the ids of its events, `size` their bytes. `held` is the id of one that came while its
+    trigger was paused, or 0. `depth` is the largest emit depth among them.
     """
 
     time: int
     at: int
     events: tuple[int, ...]
     size: int = 0
-    held: int = 0
+    paused_event: int = 0
     depth: int = 0
 
 
 class DelayedItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=False):
-    """An item that is taken at an instant, since one from before it may still come."""
+    """An item that is processed at instant `at`: until then an earlier one may still arrive."""
 
     at: int
     item: PatternItem
@@ -44,7 +51,11 @@ class DelayedItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=F
 
 
 class NodeState(msgspec.Struct, array_like=True):
-    """What one node remembers of one key."""
+    """The state of one node for one key. Stored by position, so fields keep their order.
+
+    `pools`: open items, one list per part. `waiting`: items to process later, sorted. `marks`:
+    integers whose meaning each node class defines.
+    """
 
     pools: list[list[PatternItem]]
     waiting: list[DelayedItem] = []
@@ -52,116 +63,129 @@ class NodeState(msgspec.Struct, array_like=True):
 
 
 class PatternState(msgspec.Struct, array_like=True):
-    """What a pattern remembers of one key. `print` tells whether it is of the pattern as it is written today."""
+    """The state of a pattern for one key: one `NodeState` per node.
 
-    print: str
-    cells: list[NodeState]
+    `fingerprint` identifies the pattern's definition; a state of another definition is discarded.
+    """
+
+    fingerprint: str
+    nodes: list[NodeState]
 
 
 class AdvanceResult(msgspec.Struct, array_like=True):
-    """What came of one advance. `matches`, in order; `lapsed`: events that end without one, each with its reason, and the
-    bytes of all of them."""
+    """What one advance produced.
+
+    `matches` in order. `expired`: events that end without a match, each with its reason;
+    `freed_bytes`: their size in all.
+    """
 
     matches: list[PatternItem] = []
-    lapsed: list[tuple[int, str]] = []
-    freed: int = 0
+    expired: list[tuple[int, str]] = []
+    freed_bytes: int = 0
 
 
 class Node:
-    """One pattern of the tree. `parent`: who takes its matches, and as what; None: they are the whole's."""
+    """One pattern of the tree.
 
-    pools = 1
-    is_armed = False
+    Its matches go to `parent`, as items of part `role`; without a parent they are the machine's.
+    `labels` name its parts in reasons. `lateness` and all instants are in microseconds.
+    """
+
+    pool_count = 1
+    is_time_driven = False
 
     def __init__(self, labels: Sequence[str], lateness: int) -> None:
-        self.labels, self.lateness = labels, lateness
-        self.index = 0
+        self.labels: Sequence[str] = labels
+        self.lateness: int = lateness
+        self.index: int = 0  # position in Machine's list of nodes
         self.parent: Node | None = None
-        self.role = 0
+        self.role: int = 0
 
-    def fresh(self, now: int) -> NodeState:
-        return NodeState([[] for _ in range(self.pools)])
+    def initial_state(self, now: int) -> NodeState:
+        return NodeState([[] for _ in range(self.pool_count)])
 
-    def due(self, cell: NodeState) -> int:
-        """When it must be run even if nothing comes."""
+    def due(self, state: NodeState) -> int:
+        """When `run_due` must be called even if no item arrives."""
         return NEVER
 
-    def run(self, turn: "Advance", now: int) -> None:
-        """Does what is due by `now`."""
+    def run_due(self, advance: "Advance", now: int) -> None:
+        """Do everything that is due by `now`."""
 
-    def skip(self, cell: NodeState, now: int) -> None:
-        """Leaves out what would come of a time in which nobody asked."""
+    def skip_missed(self, state: NodeState, now: int) -> None:
+        """Skip matches of a time in which the machine was not advanced."""
 
-    def take(self, turn: "Advance", role: int, item: PatternItem) -> None:
-        """An item of part `role`, known now (`item.at`)."""
+    def accept(self, advance: "Advance", role: int, item: PatternItem) -> None:
+        """Process an item of part `role`; now is `item.at`."""
         raise NotImplementedError
 
-    def is_open(self, cell: NodeState) -> bool:
-        return any(cell.pools) or bool(cell.waiting)
+    def is_open(self, state: NodeState) -> bool:
+        return any(state.pools) or bool(state.waiting)
 
-    def cell(self, turn: "Advance") -> NodeState:
-        return turn.state.cells[self.index]
+    def own_state(self, advance: "Advance") -> NodeState:
+        return advance.state.nodes[self.index]
 
-    def emit(self, turn: "Advance", item: PatternItem) -> None:
+    def emit(self, advance: "Advance", item: PatternItem) -> None:
         if self.parent is None:
-            turn.step.matches.append(item)
+            advance.result.matches.append(item)
         else:
-            self.parent.take(turn, self.role, item)
+            self.parent.accept(advance, self.role, item)
 
 
 class Advance(msgspec.Struct):
-    """One advance under way."""
+    """One call of `Machine.advance` in progress."""
 
     state: PatternState
-    step: AdvanceResult
+    result: AdvanceResult
 
-    def lapse(self, item: PatternItem, reason: str) -> None:
-        self.step.lapsed += [(event, reason) for event in item.events]
-        self.step.freed += item.size
+    def expire(self, item: PatternItem, reason: str) -> None:
+        self.result.expired += [(event, reason) for event in item.events]
+        self.result.freed_bytes += item.size
 
 
-def merged(items: Sequence[PatternItem], time: int, at: int) -> PatternItem:
+def merge_items(items: Sequence[PatternItem], time: int, at: int) -> PatternItem:
     events = tuple(sorted(event for item in items for event in item.events))
-    size, held = sum(item.size for item in items), max(item.held for item in items)
+    size, held = sum(item.size for item in items), max(item.paused_event for item in items)
     return PatternItem(time, at, events, size, held, max(item.depth for item in items))
 
 
 class AnyOfNode(Node):
-    """Each item of any part is a match."""
+    """any_of: each item of any part is a match."""
 
-    pools = 0
+    pool_count = 0
 
-    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
-        self.emit(turn, item)
+    def accept(self, advance: Advance, role: int, item: PatternItem) -> None:
+        self.emit(advance, item)
 
 
 class PooledNode(Node):
-    """Items wait for others that happened within `within` of them, whichever comes first, in pools sorted by time.
+    """Base of all_of and count: open items wait, in any order, for others within `within` of them.
 
-    An item lapses `within + lateness` after it was known. `marks`: the first `at` in the pools, and 1 if it need not be the
-    first item's.
+    Pools are sorted by time. An item expires `within + lateness` after it was received. `marks[0]`:
+    the smallest `at` of all open items; `marks[1]`: 1 if it may be another item's than the first of
+    a pool, since items arrived out of order.
     """
 
     def __init__(self, labels: Sequence[str], lateness: int, within: int) -> None:
         super().__init__(labels, lateness)
-        self.within, self.stay = within, within + lateness + 1
+        self.within: int = within
+        self.lifetime: int = within + lateness + 1
 
-    def fresh(self, now: int) -> NodeState:
-        return NodeState([[] for _ in range(self.pools)], marks=[NEVER, 0])
+    def initial_state(self, now: int) -> NodeState:
+        return NodeState([[] for _ in range(self.pool_count)], marks=[NEVER, 0])
 
-    def due(self, cell: NodeState) -> int:
-        first = cell.marks[0]
-        return first if first == NEVER else first + self.stay
+    def due(self, state: NodeState) -> int:
+        first = state.marks[0]
+        return first if first == NEVER else first + self.lifetime
 
-    def run(self, turn: Advance, now: int) -> None:
-        cell = self.cell(turn)
-        if cell.marks[0] > now - self.stay:
+    def run_due(self, advance: Advance, now: int) -> None:
+        state = self.own_state(advance)
+        if state.marks[0] > now - self.lifetime:
             return
-        old = now - self.stay
+        old = now - self.lifetime
         gone: list[PatternItem] = []
-        for pool in cell.pools:
+        for pool in state.pools:
             kept = len(pool)
-            if cell.marks[1]:
+            if state.marks[1]:
                 gone += [item for item in pool if item.at <= old]
                 pool[:] = [item for item in pool if item.at > old]
             else:
@@ -169,62 +193,63 @@ class PooledNode(Node):
                 gone += pool[:kept]
                 del pool[:kept]
         for item in sorted(gone):
-            turn.lapse(item, self.why())
-        self._note(cell)
+            advance.expire(item, self.expiry_reason())
+        self._update_first(state)
 
-    def _note(self, cell: NodeState) -> None:
-        if cell.marks[1]:
-            cell.marks[0] = min((item.at for pool in cell.pools for item in pool), default=NEVER)
+    def _update_first(self, state: NodeState) -> None:
+        if state.marks[1]:
+            state.marks[0] = min((item.at for pool in state.pools for item in pool), default=NEVER)
         else:
-            cell.marks[0] = min((pool[0].at for pool in cell.pools if pool), default=NEVER)
-        if cell.marks[0] == NEVER:
-            cell.marks[1] = 0
+            state.marks[0] = min((pool[0].at for pool in state.pools if pool), default=NEVER)
+        if state.marks[0] == NEVER:
+            state.marks[1] = 0
 
-    def take(self, turn: Advance, role: int, item: PatternItem) -> None:
-        self.run(turn, item.at)
-        cell = self.cell(turn)
-        chosen = self.choose(cell.pools, role, item)
+    def accept(self, advance: Advance, role: int, item: PatternItem) -> None:
+        self.run_due(advance, item.at)
+        state = self.own_state(advance)
+        chosen = self.choose(state.pools, role, item)
         if chosen is None:
-            self._keep(turn, cell, cell.pools[role], item)
+            self._store(advance, state, state.pools[role], item)
             return
         for part, other in chosen:
-            pool = cell.pools[part]
+            pool = state.pools[part]
             del pool[bisect_left(pool, other)]
-        self._note(cell)
+        self._update_first(state)
         used = [other for _, other in chosen]
         used.append(item)
-        self.emit(turn, merged(used, max(each.time for each in used), item.at))
+        self.emit(advance, merge_items(used, max(each.time for each in used), item.at))
 
-    def _keep(
-        self, turn: Advance, cell: NodeState, pool: list[PatternItem], item: PatternItem
+    def _store(
+        self, advance: Advance, state: NodeState, pool: list[PatternItem], item: PatternItem
     ) -> None:
         if len(pool) >= MAX_OPEN_ITEMS:
-            turn.lapse(pool.pop(0), f"{self.labels[0]}: more than {MAX_OPEN_ITEMS:,} wait")
-            self._note(cell)
+            advance.expire(pool.pop(0), f"{self.labels[0]}: more than {MAX_OPEN_ITEMS:,} wait")
+            self._update_first(state)
         if not pool or item >= pool[-1]:
             pool.append(item)
         else:
             insort(pool, item)
-            cell.marks[1] = 1
-        if item.at < cell.marks[0]:
-            cell.marks[0] = item.at
+            state.marks[1] = 1
+        if item.at < state.marks[0]:
+            state.marks[0] = item.at
 
     def choose(
         self, pools: list[list[PatternItem]], role: int, item: PatternItem
     ) -> "list[tuple[int, PatternItem]] | None":
-        """The others that make a match with this one: the earliest; None: not yet."""
+        """The earliest open items that make a match with `item`, with their parts; or None."""
         raise NotImplementedError
 
-    def why(self) -> str:
+    def expiry_reason(self) -> str:
+        """Why an item of this node expires."""
         raise NotImplementedError
 
 
 class AllOfNode(PooledNode):
-    """One item of each part, all within `within` of each other."""
+    """all_of: one item of each part, all within `within` of each other."""
 
     def __init__(self, labels: Sequence[str], lateness: int, within: int) -> None:
         super().__init__(labels, lateness, within)
-        self.pools = len(labels)
+        self.pool_count = len(labels)
 
     def choose(
         self, pools: list[list[PatternItem]], role: int, item: PatternItem
@@ -253,12 +278,12 @@ class AllOfNode(PooledNode):
         at = bisect_left(pool, start)
         return pool[at] if at < len(pool) and pool[at].time - start.time <= self.within else None
 
-    def why(self) -> str:
+    def expiry_reason(self) -> str:
         return f"all_of: not each of {', '.join(self.labels)} within {self.within / 1e6:g} s"
 
 
 class CountNode(PooledNode):
-    """`n` items within `within`."""
+    """count: `n` items within `within`."""
 
     def __init__(self, labels: Sequence[str], lateness: int, within: int, n: int) -> None:
         super().__init__(labels, lateness, within)
@@ -270,8 +295,8 @@ class CountNode(PooledNode):
         pool, others = pools[0], self.n - 1
         if len(pool) < others:
             return None
-        place = len(pool) if not others or item >= pool[-1] else bisect_left(pool, item)
-        for first in range(max(0, place - others), min(place, len(pool) - others) + 1):
+        position = len(pool) if not others or item >= pool[-1] else bisect_left(pool, item)
+        for first in range(max(0, position - others), min(position, len(pool) - others) + 1):
             if not others:
                 return []
             low, high = (
@@ -282,66 +307,80 @@ class CountNode(PooledNode):
                 return [(0, other) for other in pool[first : first + others]]
         return None
 
-    def why(self) -> str:
+    def expiry_reason(self) -> str:
         return f"count: fewer than {self.n} {self.labels[0]} within {self.within / 1e6:g} s"
 
 
 class Machine:
-    """A tree of nodes. `nodes`: parents before children; `leaves`: per leaf the node that takes it, and as what part."""
+    """A compiled pattern.
+
+    `nodes`: the tree, parents before children. `parts`: for each part of the pattern, the node that
+    accepts its events and the role they have there. `fingerprint` identifies the definition.
+    """
 
     def __init__(
-        self, nodes: Sequence[Node], leaves: Sequence[tuple[Node, int]], print: str
+        self, nodes: Sequence[Node], parts: Sequence[tuple[Node, int]], fingerprint: str
     ) -> None:
-        self._nodes, self._leaves, self.print = nodes, leaves, print
+        self._nodes: Sequence[Node] = nodes
+        self._parts: Sequence[tuple[Node, int]] = parts
+        self.fingerprint: str = fingerprint
         for index, node in enumerate(nodes):
             node.index = index
-        self.is_armed = any(node.is_armed for node in nodes)
-        """Whether time alone may make it match: it has to be advanced once before anything came."""
+        self.is_time_driven: bool = any(node.is_time_driven for node in nodes)
+        """Whether it may match before any event came: it must be advanced once at the start."""
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(PatternState).decode
 
-    def fresh(self, now: int) -> PatternState:
-        return PatternState(self.print, [node.fresh(now) for node in self._nodes])
+    def initial_state(self, now: int) -> PatternState:
+        return PatternState(self.fingerprint, [node.initial_state(now) for node in self._nodes])
 
     def advance(
         self,
         state: PatternState,
         now: int,
-        leaf: int | None = None,
+        part: int | None = None,
         item: PatternItem | None = None,
     ) -> AdvanceResult:
-        """Does what is due by `now`, then takes an item, known now, of a leaf."""
-        turn = Advance(state, AdvanceResult())
-        cells = state.cells
-        if self.is_armed:
+        """Do what is due by `now`, then accept `item`, received now, as an event of part `part`.
+
+        Changes `state` in place.
+        """
+        advance = Advance(state, AdvanceResult())
+        states = state.nodes
+        if self.is_time_driven:
             for node in self._nodes:
-                node.skip(cells[node.index], now)
-        if len(cells) > 1:
-            while True:  # the earliest first; of equals the first of the tree
-                due, index = min((node.due(cells[at]), at) for at, node in enumerate(self._nodes))
+                node.skip_missed(states[node.index], now)
+        if len(states) > 1:
+            while True:  # by due time, then from the root down
+                due, index = min((node.due(states[at]), at) for at, node in enumerate(self._nodes))
                 if due > now:
                     break
-                self._nodes[index].run(turn, due)
+                self._nodes[index].run_due(advance, due)
         else:
-            while (due := self._nodes[0].due(cells[0])) <= now:
-                self._nodes[0].run(turn, due)
-        if leaf is not None and item is not None:
-            node, role = self._leaves[leaf]
-            node.take(turn, role, item)
-        return turn.step
+            while (due := self._nodes[0].due(states[0])) <= now:
+                self._nodes[0].run_due(advance, due)
+        if part is not None and item is not None:
+            node, role = self._parts[part]
+            node.accept(advance, role, item)
+        return advance.result
 
     def due(self, state: PatternState) -> int:
-        """When to advance it if nothing comes before; NEVER: not at all."""
-        return min(node.due(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
+        """When to advance it if no event comes before; NEVER: not at all."""
+        return min(
+            node.due(node_state) for node, node_state in zip(self._nodes, state.nodes, strict=True)
+        )
 
     def is_open(self, state: PatternState) -> bool:
-        """Whether anything must be remembered."""
-        return any(node.is_open(cell) for node, cell in zip(self._nodes, state.cells, strict=True))
+        """Whether there is anything to store."""
+        return any(
+            node.is_open(node_state)
+            for node, node_state in zip(self._nodes, state.nodes, strict=True)
+        )
 
     def events(self, state: PatternState) -> list[int]:
-        """The events that are open in it."""
-        items = [item for cell in state.cells for pool in cell.pools for item in pool]
-        items += [due.item for cell in state.cells for due in cell.waiting]
+        """The ids of its open events, sorted."""
+        items = [item for node_state in state.nodes for pool in node_state.pools for item in pool]
+        items += [due.item for node_state in state.nodes for due in node_state.waiting]
         return sorted(event for item in items for event in item.events)
 
     def encode(self, state: PatternState) -> bytes:

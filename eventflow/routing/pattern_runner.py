@@ -1,7 +1,9 @@
-"""What the store asks about patterns, in the writer's thread: moves one on, and makes runs of what matches.
+"""Advances patterns for the store and makes runs of their matches.
 
-The router has a `Weaver` and lends it to the store (store.base.Herald). Nothing here waits or writes: states go out as values
-and come back as they were, or as the bytes that `keep` made of them.
+`Router` owns a `PatternRunner` and passes the store's calls on to it (`RunEventSource` in
+store/protocol.py), on the writer thread and inside its transaction. Nothing here waits or writes:
+states are returned as values; the store gives them back as they were, or as the bytes of
+`encode_state`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,108 +16,130 @@ from eventflow.routing.pattern_machine import NEVER, PatternItem, PatternState
 from eventflow.routing.subscriptions import Subscription
 from eventflow.runs.run import Ids, Run
 from eventflow.runs.run import State as RunState
-from eventflow.store.protocol import Arrival, Fact, Match, Woven
+from eventflow.store.protocol import Arrival, PatternEvent, PatternMatch, PatternUpdate
 
 ABSENT_TYPE = "eventflow.absent"
-"""The type of the event that stands for what did not come, where a pattern matches with no event of its own."""
+"""Type of the event that is recorded when an absence matches that has no event of its own."""
 
-
-REMEMBERED = 4096
-"""States that are not read back from their bytes, if these are still what was kept."""
+MAX_CACHED_STATES = 4096
+"""Decoded states kept in memory; a state is decoded again only if its bytes have changed."""
 
 
 class PatternRunner:
-    """The patterns of an app. `tell` makes the arrival of a silence: an event, and the run it starts."""
+    """The patterns of an app.
+
+    `make_arrival` returns the arrival of an absence: the event and the run that it starts.
+    """
 
     def __init__(
         self,
         subscriptions: Iterable[Subscription],
         ids: Ids,
-        tell: Callable[[Subscription, Event], Arrival],
+        make_arrival: Callable[[Subscription, Event], Arrival],
     ) -> None:
-        self._known = {
+        self._patterns = {
             each.name: (each, each.pattern) for each in subscriptions if each.pattern is not None
         }
-        self._ids, self._tell = ids, tell
-        self._kept: dict[tuple[str, str], tuple[bytes, PatternState]] = {}
+        self._ids: Ids = ids
+        self._make_arrival: Callable[[Subscription, Event], Arrival] = make_arrival
+        # per subscription and join key: the bytes last stored, and the state they encode
+        self._cache: dict[tuple[str, str], tuple[bytes, PatternState]] = {}
 
-    def armed(self) -> Sequence[str]:
-        return [name for name, (_, joined) in self._known.items() if joined.machine.is_armed]
+    def time_driven(self) -> Sequence[str]:
+        """The subscriptions whose pattern may match before any event came."""
+        return [
+            name for name, (_, pattern) in self._patterns.items() if pattern.machine.is_time_driven
+        ]
 
-    def keep(self, subscription: str, key: str, state: PatternState) -> bytes:
-        kept = self._known[subscription][1].machine.encode(state)
-        if len(self._kept) >= REMEMBERED:
-            del self._kept[next(iter(self._kept))]
-        self._kept[subscription, key] = kept, state
-        return kept
+    def encode_state(self, subscription: str, key: str, state: PatternState) -> bytes:
+        """The bytes to store for a state."""
+        encoded = self._patterns[subscription][1].machine.encode(state)
+        if len(self._cache) >= MAX_CACHED_STATES:
+            del self._cache[next(iter(self._cache))]
+        self._cache[subscription, key] = encoded, state
+        return encoded
 
-    def weave(
+    def advance(
         self,
         subscription: str,
         key: str,
         state: PatternState | bytes | None,
         now: int,
-        fact: Fact | None,
+        pattern_event: PatternEvent | None,
         event: int,
         size: int,
-    ) -> Woven | None:
-        if subscription not in self._known:
+    ) -> PatternUpdate | None:
+        """Advance a pattern to `now` and pass it `item_event`, event id `event` of `size` bytes.
+
+        `state` as returned before or as stored (bytes); None starts a new one. A state of another
+        definition of the pattern is replaced by a new one (`is_reset`). None: no such pattern.
+        """
+        if subscription not in self._patterns:
             return None
-        owner, joined = self._known[subscription]
-        machine, is_anew = joined.machine, False
-        kept, last = self._kept.pop(
-            (subscription, key), (None, None)
-        )  # it is about to change, whatever becomes of the commit
-        if isinstance(state, bytes) and state == kept:
-            state = last
+        owner, pattern = self._patterns[subscription]
+        machine, is_reset = pattern.machine, False
+        # The state object changes in place, so it leaves the cache whether or not the commit succeeds.
+        cached_bytes, cached_state = self._cache.pop((subscription, key), (None, None))
+        if isinstance(state, bytes) and state == cached_bytes:
+            state = cached_state
         elif isinstance(state, bytes):
             try:
                 state = machine.decode(state)
-            except msgspec.DecodeError:  # an older form of it
+            except msgspec.DecodeError:  # written by another version: start again
                 state = None
-            if is_anew := state is None or state.print != machine.print:
+            if is_reset := state is None or state.fingerprint != machine.fingerprint:
                 state = None
         if state is None:
-            state = machine.fresh(now)
-        if fact is None:
-            step = machine.advance(state, now)
+            state = machine.initial_state(now)
+        if pattern_event is None:
+            result = machine.advance(state, now)
         else:
+            paused_event = event if pattern_event.is_paused else 0
             item = PatternItem(
-                fact.time, now, (event,), size, event if fact.held else 0, fact.depth
+                pattern_event.time, now, (event,), size, paused_event, pattern_event.depth
             )
-            step = machine.advance(state, now, fact.leaf, item)
+            result = machine.advance(state, now, pattern_event.part, item)
         is_open = machine.is_open(state)
-        return Woven(
+        return PatternUpdate(
             state if is_open else None,
             machine.due(state) if is_open else NEVER,
-            [self._match(owner, key, item, now) for item in step.matches if item.events],
-            [self._silence(owner, key, item) for item in step.matches if not item.events],
-            step.lapsed,
-            step.freed,
-            is_anew,
+            [self._match(owner, key, item, now) for item in result.matches if item.events],
+            [self._absence(owner, key, item) for item in result.matches if not item.events],
+            result.expired,
+            result.freed_bytes,
+            is_reset,
         )
 
-    def _match(self, owner: Subscription, key: str, item: PatternItem, now: int) -> Match:
-        """With a delivery mode the runs of one key follow one another."""
-        gather = owner.batch_policy
+    def _match(self, owner: Subscription, key: str, item: PatternItem, now: int) -> PatternMatch:
+        """The run of a match. With a batch policy, the runs of one join key execute in order."""
+        policy = owner.batch_policy
         run = Run(
-            id=self._ids.next(now), flow=owner.flow.name, created_at=now, due_at=now, event=item.held or item.events[0],
-            subscription=owner.name, state=RunState.PAUSED if item.held else RunState.PENDING, priority=owner.priority,
-            depth=item.depth, mode="pattern" if gather is None else gather.mode,
-            lane=None if gather is None else key or owner.lane,
-        )  # fmt: skip
-        if gather is not None and gather.size > len(item.events):
-            run.due_at += gather.wait
-        return Match(run, item.events, item.size, gather)
+            id=self._ids.next(now),
+            flow=owner.flow.name,
+            created_at=now,
+            due_at=now,
+            event=item.paused_event or item.events[0],
+            subscription=owner.name,
+            state=RunState.PAUSED if item.paused_event else RunState.PENDING,
+            priority=owner.priority,
+            depth=item.depth,
+            mode="pattern" if policy is None else policy.mode,
+            ordering_key=None if policy is None else key or owner.default_ordering_key,
+        )
+        if policy is not None and policy.size > len(item.events):
+            run.due_at += policy.wait
+        return PatternMatch(run, item.events, item.size, policy)
 
-    def _silence(self, owner: Subscription, key: str, item: PatternItem) -> Arrival:
-        due, (_, joined) = to_datetime(item.time), self._known[owner.name]
+    def _absence(self, owner: Subscription, key: str, item: PatternItem) -> Arrival:
+        """The arrival of an absence; its id makes a second one a duplicate."""
+        due = to_datetime(item.time)
+        _, pattern = self._patterns[owner.name]
         data = {
             "pattern": owner.name,
             "due": due.isoformat(),
-            "parts": [leaf.label for leaf in joined.leaves],
+            "parts": [part.label for part in pattern.parts],
         }
         ident = f"{owner.name}/{key}/{due.isoformat()}"
-        return self._tell(
+        return self._make_arrival(
             owner, Event(id=ident, source="/patterns", type=ABSENT_TYPE, time=due, data=data)
         )

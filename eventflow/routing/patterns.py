@@ -1,15 +1,17 @@
-"""Patterns over several events, as a user writes them: where a trigger may stand, one of these may stand too.
+"""Patterns over several events, as a user writes them. `App.on` takes one in place of a trigger.
 
-    all_of(A, B, within=600)                 one event of each, in any order
-    any_of(A, B)                             each event of any
-    sequence(A, then=B, unless=C, within=600)  A, then B, and no C between
-    count(A, 5, within=60)                   five of them
-    absent(A, for_=3600)                     none for an hour since the last; `after=B`: none for an hour after a B
-    absent(A, by="06:00", tz="Europe/Berlin")  none by then, since yesterday then
+    all_of(A, B, within=600)                   one event of each, in any order
+    any_of(A, B)                               each event of any part
+    sequence(A, then=B, unless=C, within=600)  A, then B, and no C in between
+    count(A, 5, within=60)                     five of them
+    absent(A, for_=3600)                       none for an hour since the last one
+    absent(A, for_=3600, after=B)              none for an hour after a B
+    absent(A, by="06:00", tz="Europe/Berlin")  none from one day's 06:00 to the next
 
-`by=` joins events by a key. A part is a trigger, an event type, a RunState, `(trigger, where)`, `part(...)`, or a pattern.
-`app.on` makes a `Joined` of one: which part an event is of, under which key, and the machine (matching.py) that keeps what
-is open. What each means, and what becomes of events that match nothing, is in docs/guides/patterns.md.
+`by=` joins events by a key. A part is a trigger, an event type, a RunState, `(trigger, where)`,
+`part(...)`, or a pattern. `compile_pattern` makes a `CompiledPattern` of a pattern: its parts,
+their keys, and the state machine (pattern_machine.py). docs/guides/patterns.md defines what each
+pattern matches and what happens to events that match nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,37 +38,35 @@ from eventflow.routing.pattern_machine import (
 from eventflow.routing.pattern_time import DailyNode, TimedNode
 from eventflow.routing.subscriptions import (
     EMITTED,
+    CompiledPattern,
     Key,
-    Leaf,
+    PatternPart,
     combine_filters,
     compile_key,
-    type_accepted,
 )
 
 By: TypeAlias = "Key | Mapping[str, Key]"
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Events of one source that `where` wants. Made by `part`."""
+    """Events of one source, narrowed by `where`. Made by `part`. `by`: its own join key."""
 
     source: "Trigger | LedgerTrigger | str"
     where: Where = None
     by: Key = None
 
     @property
-    def place(self) -> str:
-        """The trigger that the ledger has its events under."""
+    def trigger_name(self) -> str:
+        """The trigger name that its events have in the ledger."""
         return EMITTED if isinstance(self.source, str | LedgerTrigger) else self.source.name
 
     @property
     def types(self) -> tuple[str, ...]:
         if isinstance(self.source, str):
             return (self.source,)
-        return (
-            tuple(self.source.types)
-            if isinstance(self.source, LedgerTrigger)
-            else tuple(getattr(self.source, "default_types", ()))
-        )
+        if isinstance(self.source, LedgerTrigger):
+            return tuple(self.source.types)
+        return tuple(getattr(self.source, "default_types", ()))
 
     @property
     def label(self) -> str:
@@ -77,16 +77,20 @@ class Part(msgspec.Struct, frozen=True):
         )
 
     @property
-    def wanted(self) -> Where:
-        return (
-            combine_filters(self.source.pattern, self.where)
-            if isinstance(self.source, LedgerTrigger)
-            else self.where
-        )
+    def combined_where(self) -> Where:
+        """`where`, together with the filter of a trigger that has one."""
+        if isinstance(self.source, LedgerTrigger):
+            return combine_filters(self.source.pattern, self.where)
+        return self.where
 
 
 class Pattern(msgspec.Struct, frozen=True, kw_only=True):
-    """What `all_of`, `any_of`, `sequence`, `count` and `absent` return; `app.on` takes it like a trigger."""
+    """What `all_of`, `any_of`, `sequence`, `count` and `absent` return.
+
+    `parts` with the role of each (`pattern_time.OPEN` … for sequences and absences, else its
+    number). `within` and `lateness` in microseconds; `n` of `count`; `at` and `tz`: the daily
+    deadline of `absent`. `by` is set on the outermost pattern only.
+    """
 
     kind: str
     parts: "tuple[Part | Pattern, ...]"
@@ -104,30 +108,32 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_daily(self) -> bool:
-        """Whether it, or a pattern in it, has a deadline each day."""
+        """Whether this pattern, or one inside it, has a daily deadline."""
         return bool(self.at) or any(
             isinstance(each, Pattern) and each.is_daily for each in self.parts
         )
 
     @property
-    def leaves(self) -> list[Part]:
-        """Its parts, and the parts of the patterns in it, in order."""
+    def flat_parts(self) -> list[Part]:
+        """Its parts and the parts of the patterns inside it, in order."""
         return [
-            leaf
+            part
             for each in self.parts
-            for leaf in (each.leaves if isinstance(each, Pattern) else [each])
+            for part in (each.flat_parts if isinstance(each, Pattern) else [each])
         ]
 
     @property
     def triggers(self) -> list[Trigger]:
         return [
-            leaf.source for leaf in self.leaves if not isinstance(leaf.source, str | LedgerTrigger)
+            each.source
+            for each in self.flat_parts
+            if not isinstance(each.source, str | LedgerTrigger)
         ]
 
     @property
     def late(self) -> list[LateSpec]:
-        """The runs whose lateness a part of it is."""
-        sources = [leaf.source for leaf in self.leaves]
+        """The late runs that its parts ask for."""
+        sources = [part.source for part in self.flat_parts]
         return [
             each.late
             for each in sources
@@ -141,13 +147,16 @@ Source: TypeAlias = (
 
 
 def part(source: Trigger | LedgerTrigger | str, *, where: Where = None, by: Key = None) -> Part:
-    """One part of a pattern: a source, narrowed by `where`, with the place of the join key in its events if it has its own."""
+    """One part of a pattern: a source, narrowed by `where`.
+
+    `by`: where the join key is in events of this part, if not where the pattern's `by=` says.
+    """
     if not isinstance(source, str | LedgerTrigger | Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
             f"a pattern's part: expected a trigger, an event type or a RunState, found {source!r}"
         )
     made = Part(source, where, by)
-    compile_filter(made.wanted)
+    compile_filter(made.combined_where)
     compile_key(by)
     return made
 
@@ -155,24 +164,29 @@ def part(source: Trigger | LedgerTrigger | str, *, where: Where = None, by: Key 
 def all_of(
     *parts: Source, within: Duration, by: By = None, lateness: Duration | None = None
 ) -> Pattern:
-    """One event of each part, within `within` of each other, in any order."""
+    """Match one event of each part, all within `within` of each other, in any order."""
     if len(parts) < 2:
         raise UsageError(f"all_of: expected two parts or more, found {len(parts)}")
     return _pattern("all_of", parts, range(len(parts)), within, by, lateness)
 
 
 def any_of(*parts: Source, by: By = None) -> Pattern:
-    """Each event of any part."""
+    """Match each event of any part."""
     if not parts:
         raise UsageError("any_of: expected parts, found none")
     return _pattern("any_of", parts, [0] * len(parts), None, by, None)
 
 
 def sequence(
-    first: Source, *, then: Source, unless: "Source | None" = None, within: Duration, by: By = None,
+    first: Source,
+    *,
+    then: Source,
+    unless: "Source | None" = None,
+    within: Duration,
+    by: By = None,
     lateness: Duration | None = None,
-) -> Pattern:  # fmt: skip
-    """`first`, then `then` within `within` of it, if no `unless` comes between."""
+) -> Pattern:
+    """Match `first` followed by `then` within `within`, unless an `unless` comes in between."""
     parts = (first, then) if unless is None else (first, then, unless)
     return _pattern("sequence", parts, range(len(parts)), within, by, lateness)
 
@@ -180,25 +194,34 @@ def sequence(
 def count(
     what: Source, n: int, *, within: Duration, by: By = None, lateness: Duration | None = None
 ) -> Pattern:
-    """`n` of them, all within `within`."""
+    """Match `n` events, all within `within`."""
     if not 1 <= n <= MAX_OPEN_ITEMS:
         raise UsageError(f"count: n expected from 1 to {MAX_OPEN_ITEMS:,}, found {n}")
     return msgspec.structs.replace(_pattern("count", (what,), (0,), within, by, lateness), n=n)
 
 
 def absent(
-    what: Source, for_: Duration | None = None, *, after: "Source | None" = None, by: By = None, tz: str = "UTC",
+    what: Source,
+    for_: Duration | None = None,
+    *,
+    after: "Source | None" = None,
+    by: By = None,
+    tz: str = "UTC",
     lateness: Duration | None = None,
-) -> Pattern:  # fmt: skip
-    """None for `for_` since the last one, or since `after`. Without `for_`: none by the time of day `by`, in the zone `tz`."""
+) -> Pattern:
+    """Match when no event comes for `for_`, counted from the last one or from an `after`.
+
+    Without `for_`: match when none came by the time of day `by`, in the time zone `tz`.
+    """
     if for_ is not None:
         parts, roles = ((what,), (3,)) if after is None else ((after, what), (0, 2))
         return _pattern("absent", parts, roles, for_, by, lateness)
     if not isinstance(by, str) or after is not None:
         raise UsageError(
-            'absent: expected for_= (a duration) or by= (a time of day such as "06:00"), found neither'
+            'absent: expected for_= (a duration) or by= (a time of day such as "06:00"), found '
+            "neither"
         )
-    _daily(by, tz)
+    _daily_deadlines(by, tz)  # raises UsageError for a bad time or zone
     made = _pattern("absent", (what,), (0,), None, None, lateness)
     return msgspec.structs.replace(made, at=by, tz=tz)
 
@@ -224,8 +247,8 @@ def _pattern(
             )
     late = None if lateness is None else microseconds(lateness)
     pattern = Pattern(kind=kind, parts=made, roles=tuple(roles), within=wait, by=by, lateness=late)
-    _keys(pattern)
-    _refuse_twins(pattern)
+    _part_keys(pattern)
+    _refuse_duplicates(pattern)
     return pattern
 
 
@@ -238,22 +261,23 @@ def _part(given: Source) -> Part | Pattern:
     return part(given)
 
 
-def _refuse_twins(pattern: Pattern) -> None:
-    """An event is of the first part that wants it, so a part that wants the same never gets any."""
+def _refuse_duplicates(pattern: Pattern) -> None:
+    """An event goes to the first part that accepts it, so a second equal part would get none."""
     seen: list[tuple[str, tuple[str, ...], Any]] = []
-    for leaf in pattern.leaves:
-        same = (leaf.place, leaf.types, leaf.wanted)
+    for each in pattern.flat_parts:
+        same = (each.trigger_name, each.types, each.combined_where)
         if same in seen:
             raise UsageError(
-                f"{pattern.label}: {leaf.label} is in it twice; the second gets nothing: narrow them, or count()"
+                f"{pattern.label}: {each.label} is in it twice; the second gets nothing: narrow "
+                "them, or count()"
             )
         seen.append(same)
 
 
-def _keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
-    """How each leaf's events tell their key. UsageError when only some can."""
+def _part_keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
+    """The key function of each flat part. Raises UsageError when only some parts have one."""
     by = pattern.by
-    labels = [leaf.label for leaf in pattern.leaves]
+    labels = [each.label for each in pattern.flat_parts]
     named: dict[str, Key] = (
         dict(cast(Mapping[str, Key], by)) if isinstance(by, Mapping) else dict.fromkeys(labels, by)
     )
@@ -261,76 +285,59 @@ def _keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]":
         raise UsageError(
             f"by= names {', '.join(sorted(unknown))}; expected parts among {', '.join(labels)}"
         )
-    given = [leaf.by or named.get(leaf.label) for leaf in pattern.leaves]
+    given = [each.by or named.get(each.label) for each in pattern.flat_parts]
     if any(given) and pattern.is_daily:
         raise UsageError(
-            f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together with by="
+            f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together "
+            "with by="
         )
-    missing = [leaf.label for leaf, key in zip(pattern.leaves, given, strict=True) if key is None]
+    missing = [label for label, key in zip(labels, given, strict=True) if key is None]
     if by is not None and missing:
-        raise UsageError(f"by= says no key for {', '.join(missing)}")
+        raise UsageError(f"by= names no key for {', '.join(missing)}")
     return [compile_key(key) for key in given]
 
 
-# --------------------------------------------------------------------------- made into a machine
-
-
-class Joined(msgspec.Struct, frozen=True):
-    """A pattern as the router uses it."""
-
-    leaves: tuple[Leaf, ...]
-    machine: Machine
-    label: str
-
-    @property
-    def places(self) -> set[str]:
-        return {leaf.place for leaf in self.leaves}
-
-    def hearing(self, place: str, event_type: str) -> list[int]:
-        """The leaves that hear of such events at all."""
-        return [
-            n
-            for n, leaf in enumerate(self.leaves)
-            if leaf.place == place and type_accepted(leaf.types, event_type)
-        ]
+# --------------------------------------------------------------------------- compilation
 
 
 def event_time_us(event: Event, now: int) -> int:
-    """When it happened: its own time, or its arrival if it has none, or one from the future."""
+    """When the event happened: its `time`, or `now` if that is missing, naive or in the future."""
     if event.time is None or event.time.tzinfo is None:
         return now
     return min(to_us(event.time), now)
 
 
-def compile_pattern(pattern: Pattern) -> Joined:
-    """Compiles a pattern."""
+def compile_pattern(pattern: Pattern) -> CompiledPattern:
+    """The parts of a pattern and its state machine, as the router uses them."""
     nodes: list[Node] = []
-    leaves: list[tuple[Node, int]] = []
-    _grow(pattern, 0, nodes, leaves)
-    asked = zip(pattern.leaves, _keys(pattern), strict=True)
-    made = tuple(
-        Leaf(leaf.place, leaf.types, compile_filter(leaf.wanted), key, leaf.label)
-        for leaf, key in asked
+    inputs: list[tuple[Node, int]] = []
+    _add_nodes(pattern, 0, nodes, inputs)
+    parts = tuple(
+        PatternPart(
+            each.trigger_name, each.types, compile_filter(each.combined_where), key, each.label
+        )
+        for each, key in zip(pattern.flat_parts, _part_keys(pattern), strict=True)
     )
-    return Joined(made, Machine(nodes, leaves, _print(pattern)), pattern.kind)
+    return CompiledPattern(parts, Machine(nodes, inputs, _fingerprint(pattern)), pattern.kind)
 
 
-def _grow(
-    pattern: Pattern, lateness: int, nodes: list[Node], leaves: list[tuple[Node, int]]
+def _add_nodes(
+    pattern: Pattern, lateness: int, nodes: list[Node], parts: list[tuple[Node, int]]
 ) -> Node:
+    """Append the nodes of a pattern, parents first, and per flat part its node and role."""
     late = lateness if pattern.lateness is None else pattern.lateness
-    node = _node(pattern, late)
+    node = _make_node(pattern, late)
     nodes.append(node)
     for each, role in zip(pattern.parts, pattern.roles, strict=True):
         if isinstance(each, Pattern):
-            inner = _grow(each, late, nodes, leaves)
+            inner = _add_nodes(each, late, nodes, parts)
             inner.parent, inner.role = node, role
         else:
-            leaves.append((node, role))
+            parts.append((node, role))
     return node
 
 
-def _node(pattern: Pattern, lateness: int) -> Node:
+def _make_node(pattern: Pattern, lateness: int) -> Node:
     labels = [each.label for each in pattern.parts]
     match pattern.kind:
         case "any_of":
@@ -342,15 +349,15 @@ def _node(pattern: Pattern, lateness: int) -> Node:
         case "sequence":
             return TimedNode([*labels, "", ""][:4], lateness, pattern.within, absent=False)
         case _ if pattern.at:
-            return DailyNode(labels, lateness, _daily(pattern.at, pattern.tz))
+            return DailyNode(labels, lateness, _daily_deadlines(pattern.at, pattern.tz))
         case _:
             return TimedNode(
                 [labels[0], "", labels[-1], labels[-1]], lateness, pattern.within, absent=True
             )
 
 
-def _daily(at: str, tz: str) -> Callable[[int], int]:
-    """The next deadline after an instant."""
+def _daily_deadlines(at: str, tz: str) -> Callable[[int], int]:
+    """A function from an instant to the next deadline after it, in microseconds."""
     try:
         wall = time_of_day.fromisoformat(at)
         zone: tzinfo = ZoneInfo(tz)
@@ -359,7 +366,7 @@ def _daily(at: str, tz: str) -> Callable[[int], int]:
             f'absent: expected by="06:00" or the like and tz= a time zone, found {at!r}, {tz!r}'
         ) from error
     if wall.tzinfo is not None:
-        raise UsageError(f"absent: by= expected without a zone, which tz= says, found {at!r}")
+        raise UsageError(f"absent: by= expected without a zone, which tz= sets, found {at!r}")
 
     def following(now: int) -> int:
         day = to_datetime(now).astimezone(zone).date() - timedelta(days=1)
@@ -370,17 +377,18 @@ def _daily(at: str, tz: str) -> Callable[[int], int]:
     return following
 
 
-def _print(pattern: Pattern) -> str:
-    """Tells whether what a store keeps is of this pattern as it is written today."""
-    return digest(_said(pattern).encode(), size=8).hex()
+def _fingerprint(pattern: Pattern) -> str:
+    """Identifies the definition: a store drops the open state of a pattern that was changed."""
+    return digest(_definition_text(pattern).encode(), size=8).hex()
 
 
-def _said(pattern: "Part | Pattern") -> str:
+def _definition_text(pattern: "Part | Pattern") -> str:
     if isinstance(pattern, Part):
-        where = pattern.wanted
+        where = pattern.combined_where
         narrowed = (
             getattr(where, "__qualname__", type(where).__name__) if callable(where) else repr(where)
         )
-        return f"{pattern.place} {pattern.types} {narrowed}"
-    inner = ", ".join(_said(each) for each in pattern.parts)
-    return f"{pattern.kind}({inner}; {pattern.roles} {pattern.within} {pattern.n} {pattern.at} {pattern.tz} {pattern.lateness})"
+        return f"{pattern.trigger_name} {pattern.types} {narrowed}"
+    inner = ", ".join(_definition_text(each) for each in pattern.parts)
+    options = f"{pattern.roles} {pattern.within} {pattern.n} {pattern.at} {pattern.tz}"
+    return f"{pattern.kind}({inner}; {options} {pattern.lateness})"

@@ -1,10 +1,13 @@
-"""Which flows an event starts, and why the others do not: the `Router` that matches events to subscriptions.
+"""Matches events to subscriptions: which runs an event starts, and why the other flows do not run.
 
-The reactor calls `Router.arrive` for every accepted item, the worker `Router.emit` for what flows emit, the doors
-`Router.arrive_flow` for a run that somebody asked for. Each returns an `Arrival`: the event with one verdict per subscription,
-its runs and its dead letters, encoded and ready for the store to insert in one transaction. Nothing here waits or writes, and
-nothing raises for what an event carries: user code (`where=`, `params=`, `key=`) that raises is the verdict *invalid*.
-Next room: `store/`.
+The reactor (intake/) calls `Router.route` for every accepted item, the engine `route_emitted` for
+events that flows emit, `app.start` and the API `route_to_flow` for a run that a person starts. Each
+returns an `Arrival`: the event with one verdict per subscription, its runs and its dead letters,
+encoded for the store to insert in one transaction (store/protocol.py). The store in turn calls the
+router for run-state events and patterns, as its `RunEventSource`.
+
+Nothing here waits or writes. The content of an event never raises: user code (`where=`, `params=`,
+`key=`) that raises is the verdict *invalid*.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,59 +21,60 @@ from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call
 from eventflow.core.hashing import digest, digest_text
 from eventflow.events.event import MAX_DEPTH, Event, Undecodable
 from eventflow.logs.redaction import SECRETS
+from eventflow.routing.filters import Filter
 from eventflow.routing.pattern_runner import PatternRunner
 from eventflow.routing.patterns import event_time_us
 from eventflow.routing.subscriptions import (
     EMITTED,
     RUN_EVENT_PREFIX,
+    CompiledPattern,
     FlowLike,
-    Joins,
     SinkSubscription,
     Subscription,
 )
 from eventflow.runs.run import Ids, Run, State, format_id
 from eventflow.serialization.tagged_json import encode_plain
-from eventflow.store.protocol import Arrival, Fact, Gather, Woven
-from eventflow.store.run_events import Ended, Overdue
+from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent, PatternUpdate
+from eventflow.store.run_events import LateRun, RunEnded
 
 MAX_RESULT_BYTES = 64 * 1024
-"""Bytes of a run's JSON result that such an event carries."""
+"""A larger JSON result of a run is left out of its run-ended event."""
 
 
 class Router:
-    """Matches events to subscriptions, in the order they were registered. Checks every flow's signature when it is made."""
+    """Matches events to subscriptions, in the order in which they were registered.
+
+    Making one checks every flow's signature: UsageError for one that no event can fill.
+    """
 
     def __init__(
         self,
         subscriptions: Iterable[Subscription],
         ids: Ids,
         clock: Clock,
-        outlets: Iterable[SinkSubscription] = (),
+        sink_subscriptions: Iterable[SinkSubscription] = (),
     ) -> None:
-        self.ids, self._clock = ids, clock
-        self.sink_subscriptions = tuple(outlets)
+        self.ids: Ids = ids
+        self._clock: Clock = clock
+        self.sink_subscriptions = tuple(sink_subscriptions)
         self.dead_letter_sinks = tuple(
-            outlet.name for outlet in self.sink_subscriptions if outlet.is_for_dead_letters
+            sink.name for sink in self.sink_subscriptions if sink.is_for_dead_letters
         )
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
-        self._weaver = PatternRunner(self.subscriptions, ids, self._silence)
+        self._patterns = PatternRunner(self.subscriptions, ids, self._absence_arrival)
         for subscription in self.subscriptions:
-            _ = (
-                subscription.flow.binder
-            )  # a signature that no event can fill is a mistake now, not a dead letter later
-            for place in (
-                (subscription.trigger,)
-                if subscription.pattern is None
-                else subscription.pattern.places
-            ):
-                self._by_trigger.setdefault(place, []).append(subscription)
+            _ = subscription.flow.binder  # raises for a signature that no event can fill
+            pattern = subscription.pattern
+            names = (subscription.trigger,) if pattern is None else pattern.trigger_names
+            for name in names:
+                self._by_trigger.setdefault(name, []).append(subscription)
         listeners = (*self._by_trigger.get(EMITTED, ()), *self.sink_subscriptions)
         ends = (state for state in State if state >= State.HELD)
-        self.heard = frozenset(
+        self.wanted_states = frozenset(
             state
             for state in ends
-            if any(each.accepts(f"{RUN_EVENT_PREFIX}{state.word}") for each in listeners)
+            if any(each.accepts(f"{RUN_EVENT_PREFIX}{state.label}") for each in listeners)
         )
 
     def route(
@@ -84,17 +88,20 @@ class Router:
         same_trigger_only: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        """What becomes of one item of a trigger. `paused`: its runs are recorded in state PAUSED.
+        """The arrival of one item of a trigger. `paused`: its runs are recorded in state PAUSED.
 
-        For a replay: `ledger_id` is the event's in the ledger; `only` names the one subscription or flow it is for, of any
-        trigger unless that must be its `own`.
+        When a recorded event is matched again, `ledger_id` is its id, and `only` names the one
+        subscription or flow that it is for. That may belong to any trigger, unless
+        `same_trigger_only`.
         """
         if isinstance(item, Undecodable):
-            return self._bury(trigger, item, item.body, item.error, headers=item.headers or headers)
+            return self._dead_letter(
+                trigger, item, item.body, item.error, headers=item.headers or headers
+            )
         subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
         if only is not None:
-            asked = subscriptions if same_trigger_only else self.subscriptions
-            subscriptions = [each for each in asked if only in (each.name, each.flow.name)]
+            candidates = subscriptions if same_trigger_only else self.subscriptions
+            subscriptions = [each for each in candidates if only in (each.name, each.flow.name)]
         return self._match(
             trigger,
             item,
@@ -106,7 +113,10 @@ class Router:
         )
 
     def route_emitted(self, event: Event, depth: int | None = None) -> Arrival:
-        """An event that a run emitted, `depth` hops (default: its own) from outside. NotStorable: its data is no JSON."""
+        """The arrival of an event that a run emitted, `depth` emits from an outside one.
+
+        `depth` defaults to the event's own. Raises NotStorable when its data has no JSON form.
+        """
         hops = event.depth if depth is None else depth
         if not isinstance(event.data, bytes):
             codec, _ = encode_plain(event.data, f"data of emitted event {event.type!r}")
@@ -115,54 +125,66 @@ class Router:
                     f"data of emitted event {event.type!r}", "value that JSON cannot say exactly"
                 )
         if hops > MAX_DEPTH:
-            return self._bury(EMITTED, event, event.to_json(), str(DepthExceeded(event.type, hops)))
+            return self._dead_letter(
+                EMITTED, event, event.to_json(), str(DepthExceeded(event.type, hops))
+            )
         return self._match(EMITTED, event, self._by_trigger.get(EMITTED, ()), depth=hops)
 
-    # ----------------------------------------------------------------- ended and late runs (store.base.Herald), writer thread
+    # ----------------------------------------------------------------- RunEventSource: run states
+    # called by the store, on the writer thread
 
     def raise_floor(self, last_id: int) -> None:
+        """Give out only ids above `last_id` from now on."""
         self.ids.raise_floor(last_id)
 
-    def ended(self, run: Ended) -> Arrival | None:
-        """The event that a run ended (or is held), if somebody wants it."""
-        return self._tell(run_ended_event(run))
+    def route_ended(self, run: RunEnded) -> Arrival | None:
+        """The run-ended event, or None if no subscription matches it."""
+        return self._if_wanted(run_ended_event(run))
 
-    def late(self, run: Overdue) -> Arrival | None:
-        """The event that a run is late, if somebody wants it."""
-        return self._tell(late_run_event(run))
+    def route_late(self, run: LateRun) -> Arrival | None:
+        """The late-run event, or None if no subscription matches it."""
+        return self._if_wanted(late_run_event(run))
 
-    def _tell(self, event: Event) -> Arrival | None:
+    def _if_wanted(self, event: Event) -> Arrival | None:
         arrival = self.route_emitted(event)
-        return arrival if arrival.runs or arrival.dead or arrival.outbox or arrival.facts else None
+        if arrival.runs or arrival.dead_letters or arrival.outbox or arrival.pattern_events:
+            return arrival
+        return None
 
-    # ----------------------------------------------------------------- patterns (store.base.Herald), writer thread
+    # ----------------------------------------------------------------- RunEventSource: patterns
+    # called by the store, on the writer thread; see PatternRunner
 
-    def weave(
+    def advance(
         self,
         subscription: str,
         key: str,
         state: Any,
         now: int,
-        fact: Fact | None = None,
+        pattern_event: PatternEvent | None = None,
         event: int = 0,
         size: int = 0,
-    ) -> Woven | None:
-        return self._weaver.weave(subscription, key, state, now, fact, event, size)
+    ) -> PatternUpdate | None:
+        return self._patterns.advance(subscription, key, state, now, pattern_event, event, size)
 
-    def keep(self, subscription: str, key: str, state: Any) -> bytes:
-        return self._weaver.keep(subscription, key, state)
+    def encode_state(self, subscription: str, key: str, state: Any) -> bytes:
+        return self._patterns.encode_state(subscription, key, state)
 
-    def armed(self) -> Sequence[str]:
-        return self._weaver.armed()
+    def time_driven(self) -> Sequence[str]:
+        return self._patterns.time_driven()
 
-    def _silence(self, subscription: Subscription, event: Event) -> Arrival:
-        """The event that stands for what did not come, and its run."""
-        delivery = _Delivery(self, event, self._clock.now(), None, 0)
-        delivery.start(
-            subscription.name, subscription.flow, subscription.priority, subscription.lane, None, State.PENDING,
+    def _absence_arrival(self, subscription: Subscription, event: Event) -> Arrival:
+        """The event of an absence, and the run that it starts."""
+        builder = _ArrivalBuilder(self, event, self._clock.now(), None, 0)
+        builder.add_run(
+            subscription.name,
+            subscription.flow,
+            subscription.priority,
+            subscription.default_ordering_key,
+            None,
+            State.PENDING,
             subscription.batch_policy,
-        )  # fmt: skip
-        return delivery.arrival(EMITTED, event.to_json(), None)
+        )
+        return builder.arrival(EMITTED, event.to_json(), None)
 
     def route_to_flow(
         self,
@@ -171,19 +193,20 @@ class Router:
         *,
         params: bytes | None = None,
         trigger: str = "api",
-        lane: str | None = None,
+        ordering_key: str | None = None,
     ) -> Arrival:
-        """One delivery to one flow, without a subscription: `app.start`, `POST /api/runs`, `eventflow run`.
+        """One delivery to one flow without a subscription: `app.start`, `POST /api/runs`.
 
-        `params` is a JSON object of arguments; without it they come from the event. Raises BindingError: the caller is there.
+        `params` is a JSON object of arguments; without it they come from the event. Raises
+        BindingError, since the caller can handle it.
         """
         if params is None:
             flow.binder.bind_event(event)
         else:
             flow.binder.bind_params(orjson.loads(params), event)
-        delivery = _Delivery(self, event, self._clock.now(), None, 0)
-        delivery.start(flow.name, flow, flow.priority, lane, params, State.PENDING)
-        return delivery.arrival(trigger, event.to_json(), None)
+        builder = _ArrivalBuilder(self, event, self._clock.now(), None, 0)
+        builder.add_run(flow.name, flow, flow.priority, ordering_key, params, State.PENDING)
+        return builder.arrival(trigger, event.to_json(), None)
 
     def _match(
         self,
@@ -199,25 +222,27 @@ class Router:
     ) -> Arrival:
         try:
             body = event.to_json()
-        except TypeError as error:  # what a trigger put into `data` is no JSON; the attributes are all that can be kept
+        except (
+            TypeError
+        ) as error:  # the trigger's `data` is no JSON: only the attributes can be recorded
             bare = msgspec.structs.replace(event, data=None)
-            return self._bury(
+            return self._dead_letter(
                 trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}"
             )
-        delivery = _Delivery(self, event, self._clock.now(), ledger_id, depth)
+        builder = _ArrivalBuilder(self, event, self._clock.now(), ledger_id, depth)
         state = State.PAUSED if paused else State.PENDING
         for subscription in subscriptions:
             if subscription.pattern is not None:
-                delivery.weave(subscription.name, subscription.pattern, trigger, paused)
+                builder.match_pattern(subscription.name, subscription.pattern, trigger, paused)
             elif subscription.accepts(event.type):
-                delivery.deliver(subscription, state)
+                builder.match(subscription, state)
         if self.sink_subscriptions and trigger == EMITTED:
-            for outlet in self.sink_subscriptions:
-                if outlet.accepts(event.type) and only in (None, outlet.name):
-                    delivery.post(outlet)
-        return delivery.arrival(trigger, body, headers)
+            for sink in self.sink_subscriptions:
+                if sink.accepts(event.type) and only in (None, sink.name):
+                    builder.match_sink(sink)
+        return builder.arrival(trigger, body, headers)
 
-    def _bury(
+    def _dead_letter(
         self,
         trigger: str,
         item: Event | Undecodable,
@@ -226,7 +251,7 @@ class Router:
         *,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        """A dead letter for what no subscription was asked about."""
+        """The arrival of an item that is a dead letter before any subscription is matched."""
         now = self._clock.now()
         return Arrival(
             id=self.ids.next(now),
@@ -240,20 +265,26 @@ class Router:
             body=body,
             verdicts=orjson.dumps([["", "dead", reason]]),
             received_at=now,
-            tally={"dead": 1},
-            dead=(("", reason),),
-            outbox=[(outlet, "") for outlet in self.dead_letter_sinks],
+            counts={"dead": 1},
+            dead_letters=(("", reason),),
+            outbox=[(sink, "") for sink in self.dead_letter_sinks],
             headers=orjson.dumps(dict(headers)) if headers else None,
         )
 
 
-def run_ended_event(run: Ended) -> Event:
-    """What an event tells of an ended run. Its id has the claim's number: a run that is retried ends again."""
-    shown, since, state = format_id(run.run), run.started_at or run.at, run.state.word
+def run_ended_event(run: RunEnded) -> Event:
+    """The event of a run that ended. Its id has the token: a retried run may end again."""
+    run_id, since, state = format_id(run.run), run.started_at or run.at, run.state.label
     data: dict[str, Any] = {
-        "run": shown, "flow": run.flow, "state": state, "attempts": run.token,
-        "seconds": (run.at - since) / SECOND, "reason": run.reason, "result": None, "error": None,
-    }  # fmt: skip
+        "run": run_id,
+        "flow": run.flow,
+        "state": state,
+        "attempts": run.token,
+        "seconds": (run.at - since) / SECOND,
+        "reason": run.reason,
+        "result": None,
+        "error": None,
+    }
     if run.result is not None and run.codec == "json" and len(run.result) <= MAX_RESULT_BYTES:
         data["result"] = orjson.loads(run.result)
     if run.error is not None:
@@ -263,163 +294,184 @@ def run_ended_event(run: Ended) -> Event:
             "message": SECRETS.text(str(error.get("message"))),
         }
     return Event(
-        id=f"{shown}/{state}/{run.token}", source=f"/flows/{run.flow}", type=f"{RUN_EVENT_PREFIX}{state}", subject=shown, data=data,
-        time=to_datetime(run.at), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
-    )  # fmt: skip
+        id=f"{run_id}/{state}/{run.token}",
+        source=f"/flows/{run.flow}",
+        type=f"{RUN_EVENT_PREFIX}{state}",
+        subject=run_id,
+        data=data,
+        time=to_datetime(run.at),
+        extensions={"eventflowdepth": run.depth + 1, "eventflowcause": run_id},
+    )
 
 
-def late_run_event(run: Overdue) -> Event:
-    """What an event tells of a late run; it happened when the run became late. Its id is the run and the time it was given."""
-    shown, since, after = format_id(run.run), run.started_at or run.at, in_seconds(run.after)
+def late_run_event(run: LateRun) -> Event:
+    """The event of a late run; its time is when the run became late.
+
+    Its id is made of the run and its allowed time, so it is recorded once for each of them.
+    """
+    run_id, since, after = format_id(run.run), run.started_at or run.at, in_seconds(run.after)
     data: dict[str, Any] = {
-        "run": shown, "flow": run.flow, "state": "late", "attempts": run.token, "seconds": max(run.at - since, 0) / SECOND,
-        "reason": run.reason, "result": None, "error": None, "after": after, "due": to_datetime(run.due_at).isoformat(),
-        "run_state": run.state.word,
-    }  # fmt: skip
+        "run": run_id,
+        "flow": run.flow,
+        "state": "late",
+        "attempts": run.token,
+        "seconds": max(run.at - since, 0) / SECOND,
+        "reason": run.reason,
+        "result": None,
+        "error": None,
+        "after": after,
+        "due": to_datetime(run.due_at).isoformat(),
+        "run_state": run.state.label,
+    }
     return Event(
-        id=f"{shown}/late/{after}", source=f"/flows/{run.flow}", type=f"{RUN_EVENT_PREFIX}late", subject=shown, data=data,
-        time=to_datetime(run.due_at + run.after), extensions={"eventflowdepth": run.depth + 1, "eventflowcause": shown},
-    )  # fmt: skip
+        id=f"{run_id}/late/{after}",
+        source=f"/flows/{run.flow}",
+        type=f"{RUN_EVENT_PREFIX}late",
+        subject=run_id,
+        data=data,
+        time=to_datetime(run.due_at + run.after),
+        extensions={"eventflowdepth": run.depth + 1, "eventflowcause": run_id},
+    )
 
 
 def identity(trigger: str, source: str, ident: str) -> bytes:
-    """The 16 bytes by which the ledger knows an event again (P2)."""
+    """The 16-byte identity of an event in the ledger (P2)."""
     return digest_text((trigger, source), ident.encode())
 
 
 def content_digest(event: Event) -> bytes:
-    """The 8 bytes that tell a duplicate from a conflict: type and data. Not the time, which a sender may stamp anew."""
+    """8 bytes of type and data that distinguish a duplicate from a conflict.
+
+    The time is left out: a sender that repeats an event may set it again.
+    """
     data = event.data if isinstance(event.data, bytes) else orjson.dumps(event.data)
     return digest_text((event.type,), data, size=8)
 
 
-class _Delivery:
-    """One event on its way to its subscriptions, collecting verdicts."""
+class _ArrivalBuilder:
+    """Matches one event to its subscriptions and collects verdicts, runs and dead letters."""
 
     __slots__ = (
-        "_dead",
-        "_dead_outlets",
+        "_batch_policies",
+        "_counts",
+        "_dead_letter_sinks",
+        "_dead_letters",
         "_depth",
         "_event",
-        "_facts",
-        "_gathers",
         "_id",
         "_ids",
         "_now",
         "_outbox",
+        "_pattern_events",
         "_runs",
-        "_tally",
         "_verdicts",
     )
 
     def __init__(
         self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int
     ) -> None:
-        self._ids, self._event, self._now, self._depth = router.ids, event, now, depth
-        self._id = router.ids.next(now) if ledger_id is None else ledger_id
+        self._ids: Ids = router.ids
+        self._event: Event = event
+        self._now: int = now
+        self._depth: int = depth
+        self._id: int = router.ids.next(now) if ledger_id is None else ledger_id
+        self._dead_letter_sinks: tuple[str, ...] = router.dead_letter_sinks
+        # the fields of the Arrival, which documents their shapes
         self._verdicts: list[tuple[str, str, str | int]] = []
         self._runs: list[Run] = []
-        self._dead: list[tuple[str, str]] = []
+        self._dead_letters: list[tuple[str, str]] = []
         self._outbox: list[tuple[str, str | None]] = []
-        self._dead_outlets = router.dead_letter_sinks
-        self._gathers: dict[int, Gather] = {}
-        self._facts: list[Fact] = []
-        self._tally: dict[str, int] = {}
+        self._batch_policies: dict[int, BatchPolicy] = {}
+        self._pattern_events: list[PatternEvent] = []
+        self._counts: dict[str, int] = {}
 
-    def deliver(self, subscription: Subscription, state: State) -> None:
-        """Asks one subscription and notes its verdict."""
+    def match(self, subscription: Subscription, state: State) -> None:
+        """Match one subscription and add its verdict."""
         event = self._event
-        unwanted, broken = (
-            (None, None)
-            if subscription.filter is None
-            else call_catching(subscription.filter.mismatch, event)
-        )
-        if unwanted is not None:
-            self._note(subscription.name, "filtered", unwanted, "suppressed")
+        mismatch, error = _apply_filter(subscription.filter, event)
+        if mismatch is not None:
+            self._add_verdict(subscription.name, "filtered", mismatch, "suppressed")
             return
-        if broken is None:
-            made, broken = call_catching(_arguments, subscription, event)
+        if error is None:
+            made, error = call_catching(_arguments, subscription, event)
             if made is not None:
-                lane, params = made
-                self.start(
+                ordering_key, params = made
+                self.add_run(
                     subscription.name,
                     subscription.flow,
                     subscription.priority,
-                    lane,
+                    ordering_key,
                     params,
                     state,
                     subscription.batch_policy,
                 )
                 return
-        self._invalid(subscription.name, broken)
+        self._reject(subscription.name, error)
 
-    def _invalid(self, name: str, broken: BaseException | None) -> None:
-        """A dead letter of this subscription's own."""
-        reason = (
-            str(broken)
-            if isinstance(broken, BindingError)
-            else f"{type(broken).__name__}: {broken}"
-        )
-        self._note(name, "invalid", reason, "dead")
-        self._dead.append((name, reason))
-        self._outbox += [(outlet, name) for outlet in self._dead_outlets]
+    def _reject(self, name: str, error: BaseException | None) -> None:
+        """Add the verdict *invalid* and a dead letter of this subscription."""
+        is_binding = isinstance(error, BindingError)
+        reason = str(error) if is_binding else f"{type(error).__name__}: {error}"
+        self._add_verdict(name, "invalid", reason, "dead")
+        self._dead_letters.append((name, reason))
+        self._outbox += [(sink, name) for sink in self._dead_letter_sinks]
 
-    def weave(self, name: str, joined: Joins, place: str, paused: bool) -> None:
-        """Asks a pattern: the event is of the first part that wants it."""
-        unwanted, event = None, self._event
-        for number in joined.hearing(place, event.type):
-            leaf = joined.leaves[number]
-            unwanted, broken = (
-                (None, None) if leaf.filter is None else call_catching(leaf.filter.mismatch, event)
-            )
-            if broken is None and unwanted is not None:
+    def match_pattern(
+        self, name: str, pattern: CompiledPattern, trigger: str, paused: bool
+    ) -> None:
+        """Match a pattern: the event goes to the first part that accepts it."""
+        mismatch, event = None, self._event
+        for number in pattern.parts_for(trigger, event.type):
+            part = pattern.parts[number]
+            mismatch, error = _apply_filter(part.filter, event)
+            if mismatch is not None:
                 continue
-            key, broken = (
-                (None, broken)
-                if leaf.key is None or broken is not None
-                else call_catching(_join_key, leaf.key, event)
-            )
-            if broken is not None:
-                self._invalid(name, broken)
-            elif leaf.key is not None and key is None:
-                self._note(name, "filtered", "it has no key to be joined by", "suppressed")
+            key = None
+            if part.key is not None and error is None:
+                key, error = call_catching(_join_key, part.key, event)
+            if error is not None:
+                self._reject(name, error)
+            elif part.key is not None and key is None:
+                self._add_verdict(name, "filtered", "it has no key to be joined by", "suppressed")
             else:
-                self._facts.append(
-                    Fact(
-                        name,
-                        key or "",
-                        number,
-                        event_time_us(event, self._now),
-                        paused,
-                        self._depth,
-                    )
+                time = event_time_us(event, self._now)
+                self._pattern_events.append(
+                    PatternEvent(name, key or "", number, time, paused, self._depth)
                 )
-                self._note(name, "waits", leaf.label, "pending")
+                self._add_verdict(name, "waiting", part.label, "pending")
             return
-        if unwanted is not None:
-            self._note(name, "filtered", unwanted, "suppressed")
+        if mismatch is not None:
+            self._add_verdict(name, "filtered", mismatch, "suppressed")
 
-    def post(self, outlet: SinkSubscription) -> None:
-        """Puts the event into the outbox, unless the outlet's filter does not want it. No delivery of P9: nothing runs."""
-        unwanted, broken = (
-            (None, None)
-            if outlet.filter is None
-            else call_catching(outlet.filter.mismatch, self._event)
-        )
-        if broken is not None:
-            self._note(outlet.name, "invalid", f"{type(broken).__name__}: {broken}", "dead")
-            self._dead.append((outlet.name, f"{type(broken).__name__}: {broken}"))
-        elif unwanted is not None:
-            self._verdicts.append((outlet.name, "filtered", unwanted))
+    def match_sink(self, subscription: SinkSubscription) -> None:
+        """Put the event into the outbox of a sink if its filter accepts it.
+
+        Not counted as a delivery (P9), since nothing runs; a filter that raises is one dead letter.
+        """
+        mismatch, error = _apply_filter(subscription.filter, self._event)
+        if error is not None:
+            reason = f"{type(error).__name__}: {error}"
+            self._add_verdict(subscription.name, "invalid", reason, "dead")
+            self._dead_letters.append((subscription.name, reason))
+        elif mismatch is not None:
+            self._verdicts.append((subscription.name, "filtered", mismatch))
         else:
-            self._verdicts.append((outlet.name, "outbox", f"for sink {outlet.sink.name}"))
-            self._outbox.append((outlet.name, None))
+            self._verdicts.append(
+                (subscription.name, "outbox", f"for sink {subscription.sink.name}")
+            )
+            self._outbox.append((subscription.name, None))
 
-    def start(
-        self, name: str, flow: FlowLike, priority: int, lane: str | None, params: bytes | None, state: State,
-        gather: Gather | None = None,
-    ) -> None:  # fmt: skip
-        """A run, due now or when its window closes, or paused."""
+    def add_run(
+        self,
+        name: str,
+        flow: FlowLike,
+        priority: int,
+        ordering_key: str | None,
+        params: bytes | None,
+        state: State,
+        batch_policy: BatchPolicy | None = None,
+    ) -> None:
+        """Add a run, due now or when its batch window closes, and its verdict."""
         run = Run(
             id=self._ids.next(self._now),
             flow=flow.name,
@@ -428,44 +480,58 @@ class _Delivery:
             event=self._id,
             subscription=name,
             state=state,
-            lane=lane,
+            ordering_key=ordering_key,
             priority=priority,
             depth=self._depth,
             params=params,
         )
-        if gather is not None:
-            self._gathers[run.id] = gather
-            run.mode = gather.mode
-            if gather.size > 1:
-                run.due_at += gather.wait
+        if batch_policy is not None:
+            self._batch_policies[run.id] = batch_policy
+            run.mode = batch_policy.mode
+            if batch_policy.size > 1:
+                run.due_at += batch_policy.wait
         self._runs.append(run)
-        self._note(name, "paused" if state is State.PAUSED else "run", run.id, "pending")
+        self._add_verdict(name, "paused" if state is State.PAUSED else "run", run.id, "pending")
 
-    def _note(self, name: str, fate: str, detail: str | int, column: str) -> None:
-        self._verdicts.append((name, fate, detail))
-        self._tally[column] = self._tally.get(column, 0) + 1
+    def _add_verdict(self, name: str, outcome: str, detail: str | int, column: str) -> None:
+        self._verdicts.append((name, outcome, detail))
+        self._counts[column] = self._counts.get(column, 0) + 1
 
     def arrival(self, trigger: str, body: bytes, headers: Mapping[str, str] | None) -> Arrival:
+        """The result, for the store."""
         event = self._event
         for run in self._runs:
-            run.body = body
-        # In the order of its fields, and the rare ones apart: by name, this costs as much as all the encoding.
+            run.payload = body
+        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
         arrival = Arrival(
-            self._id, trigger, identity(trigger, event.source, event.id), content_digest(event), event.id, event.source,
-            event.type, body, orjson.dumps(self._verdicts), self._now,
-            self._tally or {"suppressed": 1},  # P9: an event with no subscriber is one suppressed delivery
-            event.subject, self._runs,
-        )  # fmt: skip
-        if self._dead or self._outbox or self._gathers or self._facts:
-            arrival.dead, arrival.outbox, arrival.gathers, arrival.facts = (
-                self._dead,
-                self._outbox,
-                self._gathers,
-                self._facts,
-            )
+            self._id,
+            trigger,
+            identity(trigger, event.source, event.id),
+            content_digest(event),
+            event.id,
+            event.source,
+            event.type,
+            body,
+            orjson.dumps(self._verdicts),
+            self._now,
+            # P9: an event with no subscriber is one suppressed delivery
+            self._counts or {"suppressed": 1},
+            event.subject,
+            self._runs,
+        )
+        if self._dead_letters or self._outbox or self._batch_policies or self._pattern_events:
+            arrival.dead_letters = self._dead_letters
+            arrival.outbox = self._outbox
+            arrival.batch_policies = self._batch_policies
+            arrival.pattern_events = self._pattern_events
         if headers:
             arrival.headers = orjson.dumps(dict(headers))
         return arrival
+
+
+def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, Exception | None]":
+    """The condition that did not hold, or what the user's filter raised; (None, None): it holds."""
+    return (None, None) if filter is None else call_catching(filter.mismatch, event)
 
 
 def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
@@ -476,17 +542,22 @@ def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
 
 
 def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:
-    """The run's lane and, where `params=` makes them, its arguments. Raises what the user's code and the binder raise."""
-    lane = subscription.lane if subscription.key is None else subscription.key(event)
-    if lane is not None and not isinstance(cast(object, lane), str):
-        raise TypeError(f"key= returned {type(lane).__name__}, expected a str or None")
+    """The run's ordering key and, if `params=` makes them, its arguments as JSON.
+
+    Raises what the user's code and the binder raise.
+    """
+    ordering_key = (
+        subscription.default_ordering_key if subscription.key is None else subscription.key(event)
+    )
+    if ordering_key is not None and not isinstance(cast(object, ordering_key), str):
+        raise TypeError(f"key= returned {type(ordering_key).__name__}, expected a str or None")
     binder = subscription.flow.binder
     if subscription.batch_policy is not None:
         binder.bind_events((event,))
-        return lane, None
+        return ordering_key, None
     if subscription.params is None:
         binder.bind_event(event)
-        return lane, None
+        return ordering_key, None
     params = binder.unpack((), dict(subscription.params(event)))
     binder.bind_params(orjson.loads(params), event)
-    return lane, params
+    return ordering_key, params

@@ -1,9 +1,12 @@
-"""Subscriptions and outlets: which events a flow or a sink wants, checked when they are made.
+"""Subscriptions of flows, patterns and sinks: which events each of them wants.
 
-`app.on` and `app.send` call `subscribe` and `outlet`; routing.py asks what they made about each event.
+`App.on` and `App.send` call `subscribe`, `subscribe_pattern` and `subscribe_sink`, which check
+every option and raise UsageError. The results are immutable values; `router.py` tests each event
+against them, `app.py` lists them. The subscription's name is part of the ledger (verdicts and runs
+carry it), so it stays the same as long as the trigger and the flow keep their names.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, cast
 
 import msgspec
@@ -15,19 +18,19 @@ from eventflow.routing.binding import Binder
 from eventflow.routing.delivery import Delivery, Each
 from eventflow.routing.filters import Filter, Where, compile_filter, wildcard
 from eventflow.routing.pattern_machine import Machine
-from eventflow.store.protocol import Gather
+from eventflow.store.protocol import BatchPolicy
 
 EMITTED = "events"
-"""The trigger of events that flows emit."""
+"""The trigger name of events that flows emit."""
 RUN_EVENT_PREFIX = "eventflow.run."
-"""Begins the types of events that tell of runs: `completed`, `failed`, `cancelled`, `dead`, `held` and `late` may follow it."""
+"""Prefix of run-state event types; a state (`completed` … `held`) or `late` follows."""
 
 Key: TypeAlias = "str | Callable[[Event], str | None] | None"
 Params: TypeAlias = "Callable[[Event], Mapping[str, Any]] | None"
 
 
 class FlowLike(Protocol):
-    """What routing asks of a flow."""
+    """What routing needs of a flow; implemented by `sdk.flow.Flow`, which is in a higher layer."""
 
     @property
     def name(self) -> str: ...
@@ -37,37 +40,55 @@ class FlowLike(Protocol):
     def binder(self) -> Binder: ...
 
 
-class Leaf(msgspec.Struct, frozen=True):
-    """What one part of a pattern asks of an event: from where, of which types, which ones; `key` joins it to others."""
+class PatternPart(msgspec.Struct, frozen=True):
+    """One part of a compiled pattern.
 
-    place: str
+    It takes events of trigger `trigger_name` whose type is among `types` (empty: any type) and
+    that pass `filter`. `key` computes the join key, None: the pattern has no key. `label` names
+    the part in verdicts.
+    """
+
+    trigger_name: str
     types: tuple[str, ...]
     filter: Filter | None
     key: Callable[[Event], str | None] | None
     label: str
 
 
-class Joins(Protocol):
-    """What routing asks of a pattern (patterns.py)."""
+class CompiledPattern(msgspec.Struct, frozen=True):
+    """A pattern as the router uses it. Made by `patterns.compile_pattern`.
+
+    `label` is the pattern's kind (`all_of` …). `machine` numbers its parts as `parts` lists them.
+    """
+
+    parts: tuple[PatternPart, ...]
+    machine: Machine
+    label: str
 
     @property
-    def leaves(self) -> Sequence[Leaf]: ...
-    @property
-    def places(self) -> Collection[str]: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def machine(self) -> Machine: ...
-    def hearing(self, place: str, event_type: str) -> Sequence[int]: ...
+    def trigger_names(self) -> set[str]:
+        """The triggers whose events any part takes."""
+        return {part.trigger_name for part in self.parts}
+
+    def parts_for(self, trigger: str, event_type: str) -> list[int]:
+        """Numbers of the parts that take events of this trigger and type, filters aside."""
+        return [
+            number
+            for number, part in enumerate(self.parts)
+            if part.trigger_name == trigger and type_accepted(part.types, event_type)
+        ]
 
 
 class Subscription(msgspec.Struct, frozen=True, kw_only=True):
-    """A trigger's events for a flow. Made by `subscribe`.
+    """A flow's subscription to a trigger or a pattern. Made by `subscribe`, `subscribe_pattern`.
 
-    `types`: event types it hears of at all, with `*` as in filters; none: all. `key`: events of equal keys run one after
-    another (per flow). `on_failure="block"`: a failed run keeps its lane shut until somebody retries or cancels it. `gather`:
-    how several events make one run; `lane`: the one of events without a key. `joined`: the pattern that makes its runs, of
-    events of several triggers. `late`: the runs to look out for, whose lateness it wants to hear of.
+    - `types`: accepted event types, `*` is a wildcard as in filters; empty: all.
+    - `key`: computes the lane of an event. Runs of one lane of a flow execute one after another.
+    - `on_failure="block"`: a failed run blocks its lane until it is retried or cancelled.
+    - `batch_policy`: how several events make one run; None: one run per event.
+    - `lane`: the lane of events without a key; None: such events have no lane.
+    - `pattern`: the pattern whose matches make the runs; `trigger` is empty then.
+    - `late`: the runs whose lateness is an event of this subscription.
     """
 
     name: str
@@ -79,22 +100,29 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     on_failure: str = "continue"
     types: tuple[str, ...] = ()
-    batch_policy: Gather | None = None
-    lane: str | None = None
-    pattern: Joins | None = None
+    batch_policy: BatchPolicy | None = None
+    default_ordering_key: str | None = None
+    pattern: CompiledPattern | None = None
     late: tuple[LateSpec, ...] = ()
 
     def accepts(self, event_type: str, trigger: str = EMITTED) -> bool:
-        """Whether events of this type (of this trigger, for a pattern) are deliveries to it, and get a verdict."""
+        """Whether an event of this type is a delivery to this subscription and gets a verdict.
+
+        `trigger` matters for patterns only: their parts may be of several triggers.
+        """
         return (
             type_accepted(self.types, event_type)
             if self.pattern is None
-            else bool(self.pattern.hearing(trigger, event_type))
+            else bool(self.pattern.parts_for(trigger, event_type))
         )
 
 
 class SinkSubscription(msgspec.Struct, frozen=True, kw_only=True):
-    """Emitted events of these types, or (`dead`) everything that becomes a dead letter, for a sink. Made by `outlet`."""
+    """A sink's subscription to emitted events. Made by `subscribe_sink`.
+
+    `types` as in `Subscription`. With `is_for_dead_letters` the sink gets every dead letter
+    instead of emitted events.
+    """
 
     name: str
     sink: EventSink
@@ -103,13 +131,17 @@ class SinkSubscription(msgspec.Struct, frozen=True, kw_only=True):
     is_for_dead_letters: bool = False
 
     def accepts(self, event_type: str) -> bool:
+        """Whether emitted events of this type go to the sink, filters aside."""
         return not self.is_for_dead_letters and type_accepted(self.types, event_type)
 
 
 def type_accepted(types: tuple[str, ...], event_type: str) -> bool:
-    if event_type.startswith(
-        RUN_EVENT_PREFIX
-    ):  # only by name: whoever asks for `*` does not mean what eventflow tells of runs
+    """Whether `types` accept an event type. Empty `types` accept every type but run states.
+
+    Run-state events are accepted only by a type that starts with their prefix: a subscription to
+    `*` means the user's events, not eventflow's own.
+    """
+    if event_type.startswith(RUN_EVENT_PREFIX):
         types = tuple(wanted for wanted in types if wanted.startswith(RUN_EVENT_PREFIX)) or (
             RUN_EVENT_PREFIX,
         )
@@ -130,24 +162,27 @@ def subscribe(
     types: Iterable[str] = (),
     deliver: Delivery | None = None,
     name: str | None = None,
-    taken: Collection[str] = (),
+    used_names: Collection[str] = (),
     late: LateSpec | None = None,
 ) -> Subscription:
-    """A subscription, checked: UsageError says what is wrong with `where`, `key`, `on_failure` or `deliver`.
+    """A checked subscription of a flow to a trigger.
 
-    Its name is `trigger/flow`, or what is given; with `#2`, `#3` … when that is among the `taken`.
-    `key` is a dotted path into `data`, `@attribute`, `"record"` (the `partitionkey` extension or the subject), or a callable.
+    The name is `TRIGGER/FLOW` or the given `name`, with `#2`, `#3` … if it is among `used_names`.
+    `key` is a dotted path into `data`, `@attribute`, `"record"` (the `partitionkey` extension, else
+    the subject), or a callable. Raises UsageError for a bad `where`, `types`, `key`, `on_failure`,
+    `deliver`, or a `params` that a batch cannot use.
     """
     if on_failure not in ("continue", "block"):
         raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
-    mode = _mode(deliver)
+    mode = _delivery_mode(deliver)
     if params is not None and mode.batch_policy() is not None:
         raise UsageError(
-            f"params= makes one event's arguments; with deliver={mode!r} let the flow take list[Event]"
+            f"params= makes one event's arguments; with deliver={mode!r} let the flow take "
+            "list[Event]"
         )
-    unique = _unique(name or f"{trigger}/{flow.name}", taken)
+    unique = unique_name(name or f"{trigger}/{flow.name}", used_names)
     return Subscription(
         name=unique,
         trigger=trigger,
@@ -159,35 +194,56 @@ def subscribe(
         on_failure=on_failure,
         types=kinds,
         batch_policy=mode.batch_policy(),
-        lane=unique if mode.one_at_a_time else None,
+        default_ordering_key=unique if mode.one_at_a_time else None,
         late=() if late is None else (late,),
     )
 
 
 def subscribe_pattern(
-    pattern: Joins, flow: FlowLike, *, priority: int | None = None, deliver: Delivery | None = None, name: str | None = None,
-    taken: Collection[str] = (), late: Iterable[LateSpec] = (),
-) -> Subscription:  # fmt: skip
-    """A pattern's subscription. Its name is `PATTERN/FLOW`, or what is given."""
-    mode = _mode(deliver)
-    unique = _unique(name or f"{pattern.label}/{flow.name}", taken)
+    pattern: CompiledPattern,
+    flow: FlowLike,
+    *,
+    priority: int | None = None,
+    deliver: Delivery | None = None,
+    name: str | None = None,
+    used_names: Collection[str] = (),
+    late: Iterable[LateSpec] = (),
+) -> Subscription:
+    """A checked subscription of a flow to a pattern. Its name is `PATTERN/FLOW` or `name`."""
+    mode = _delivery_mode(deliver)
+    unique = unique_name(name or f"{pattern.label}/{flow.name}", used_names)
     level = flow.priority if priority is None else priority
     return Subscription(
-        name=unique, trigger="", flow=flow, priority=level, pattern=pattern, batch_policy=mode.batch_policy(),
-        lane=unique if mode.one_at_a_time else None, late=tuple(late),
-    )  # fmt: skip
+        name=unique,
+        trigger="",
+        flow=flow,
+        priority=level,
+        pattern=pattern,
+        batch_policy=mode.batch_policy(),
+        default_ordering_key=unique if mode.one_at_a_time else None,
+        late=tuple(late),
+    )
 
 
 def subscribe_sink(
-    sink: EventSink, *, types: Iterable[str] = (), where: Where = None, dead_letters: bool = False, name: str | None = None,
-    taken: Collection[str] = (),
-) -> SinkSubscription:  # fmt: skip
-    """An outlet, checked. Its name is `events/SINK` or `dead/SINK`, with `#2`, `#3` … when that is among the `taken`."""
+    sink: EventSink,
+    *,
+    types: Iterable[str] = (),
+    where: Where = None,
+    dead_letters: bool = False,
+    name: str | None = None,
+    used_names: Collection[str] = (),
+) -> SinkSubscription:
+    """A checked subscription of a sink.
+
+    The name is `events/SINK`, `dead/SINK` or the given one, with `#2`, `#3` … if it is among
+    `used_names`. Raises UsageError for what is no sink and for bad `types` or `where`.
+    """
     if not isinstance(sink, EventSink):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"expected a sink (with a name, send() and close()), found {sink!r}")
     for wanted in (kinds := tuple(types)):
         wildcard(wanted, "types")
-    unique = _unique(name or f"{'dead' if dead_letters else EMITTED}/{sink.name}", taken)
+    unique = unique_name(name or f"{'dead' if dead_letters else EMITTED}/{sink.name}", used_names)
     return SinkSubscription(
         name=unique,
         sink=sink,
@@ -197,18 +253,20 @@ def subscribe_sink(
     )
 
 
-def _mode(deliver: Delivery | None) -> Delivery:
+def _delivery_mode(deliver: Delivery | None) -> Delivery:
     mode = deliver or Each()
     if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
-            f"deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found {mode!r}"
+            "deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found "
+            f"{mode!r}"
         )
     return mode
 
 
-def _unique(name: str, taken: Collection[str]) -> str:
+def unique_name(name: str, used_names: Collection[str]) -> str:
+    """`name`, or `name#2`, `name#3` … whichever is the first not among `used_names`."""
     number, unique = 1, name
-    while unique in taken:
+    while unique in used_names:
         number += 1
         unique = f"{name}#{number}"
     return unique
@@ -219,6 +277,10 @@ def _type_matches(wanted: str, found: str) -> bool:
 
 
 def compile_key(key: Key) -> Callable[[Event], str | None] | None:
+    """The function behind `key=`: the key of an event as text, None where it has none.
+
+    Values other than strings become their JSON. Raises UsageError for a malformed path.
+    """
     if key is None or callable(key):
         return key
     if key == "record":
@@ -230,16 +292,17 @@ def compile_key(key: Key) -> Callable[[Event], str | None] | None:
     path = key.split(".")
     if not all(path):
         raise UsageError(
-            f'key= expected a dotted path such as "customer.id", "@attribute" or "record", found {key!r}'
+            'key= expected a dotted path such as "customer.id", "@attribute" or "record", found '
+            f"{key!r}"
         )
-    return lambda event: _key_text(_walk(event.data, path))
+    return lambda event: _key_text(_value_at(event.data, path))
 
 
 def _record_key(event: Event) -> str | None:
     return _key_text(event.extensions.get("partitionkey", event.subject))
 
 
-def _walk(data: Any, path: list[str]) -> Any:
+def _value_at(data: Any, path: list[str]) -> Any:
     for step in path:
         if not isinstance(data, dict):
             return None
@@ -256,15 +319,20 @@ def _key_text(value: Any) -> str | None:
 
 
 def combine_filters(pattern: Mapping[str, Any], where: Where) -> Where:
-    """A filter that wants what both want."""
+    """A `where=` that holds if `pattern`, which is the trigger's own, and `where` both hold."""
     if where is None:
         return pattern
     if isinstance(where, Mapping):
-        if taken := pattern.keys() & where.keys():
+        if repeated := pattern.keys() & where.keys():
             raise UsageError(
-                f"where= names {', '.join(sorted(taken))}, which the trigger has said already"
+                f"where= names {', '.join(sorted(repeated))}, which the trigger sets already"
             )
         return {**pattern, **where}
-    compiled, wanted = compile_filter(pattern), where
+    compiled = compile_filter(pattern)
     assert compiled is not None
-    return lambda event: compiled.mismatch(event) is None and wanted(event)
+
+    def test(event: Event) -> bool:
+        return compiled.mismatch(event) is None and where(event)
+
+    test.__qualname__ = "both.<locals>.<lambda>"  # in the fingerprints of patterns in stores
+    return test
