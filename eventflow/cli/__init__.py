@@ -1,10 +1,13 @@
-"""The `eventflow` command: its verbs, and how every mistake ends as one line and an exit code.
+"""The `eventflow` command.
 
-    running.py    dev, serve, run, task, demo: what executes flows
-    looking.py    ls, show, explain, logs
-    doing.py      emit, retry, replay, redrive, cancel, pause, resume
-    backfilling.py  backfill
-    storing.py    doctor, backup
+    root.py      the group, its help page, errors and exit codes; aliases.py: old spellings
+    serve.py     serve, dev, run, task, demo; with run.py (one run) and reload.py (dev's reloader)
+    inspect.py   ls, show, explain, logs
+    actions.py   emit, retry, replay, redrive, cancel, pause, resume; with dry_run.py
+    backfill.py  backfill
+    store.py     doctor, backup
+    client.py    the API of a ledger, with or without a server
+    target.py    TARGET to App, flow or task; output.py: tables and colours; times.py: instants
 
 Data goes to stdout, the rest to stderr; `--json` makes both JSON. Exit codes: 0 clean, 1 run
 failed, 2 usage, 3 app cannot be imported, 4 server not reachable, 5 not found, 65 data check

@@ -1,4 +1,8 @@
-"""What changes the ledger: `emit`, `retry`, `replay`, `redrive`, `cancel`, `pause`, `resume`."""
+"""The commands that change the ledger: emit, retry, replay, redrive, cancel, pause, resume.
+
+Each sends requests to the API that client.py opens and prints the answer. A dry run of many events
+is in dry_run.py.
+"""
 
 import asyncio
 import secrets
@@ -11,6 +15,7 @@ from typing import Any
 import click
 import orjson
 
+from eventflow.cli.aliases import Option
 from eventflow.cli.client import (
     ApiClient,
     ApiError,
@@ -30,10 +35,10 @@ COMMANDS: list[click.Command] = []
 
 
 def command(name: str) -> Any:
-    """Registers a command of this file."""
+    """Register a command of this file."""
 
     def register(function: Any) -> Any:
-        made = click.command(name)(ledger_options(function))
+        made = click.command(name)(function)
         COMMANDS.append(made)
         return made
 
@@ -41,24 +46,25 @@ def command(name: str) -> Any:
 
 
 def _call_api(
-    options: dict[str, Any], work: Callable[[ApiClient], Awaitable[Any]], *, records: bool = True
+    location: LedgerLocation,
+    work: Callable[[ApiClient], Awaitable[Any]],
+    *,
+    records: bool = True,
 ) -> Any:
-    """`work` on the ledger that a command's options name; whether it `records` anything."""
+    """The result of `work`. `records`: it changes the ledger, so a missing server is noted."""
 
     async def call() -> Any:
-        async with open_api(
-            LedgerLocation(options["store"], options["url"], options["app"])
-        ) as api:
+        async with open_api(location) as api:
             done = await work(api)
             if records and not api.live:
-                note("no server is running; this is recorded, and goes on when one starts")
+                note("no server is running; this is recorded and takes effect when one starts")
             return done
 
     return asyncio.run(call())
 
 
 def read_json_option(text: str | None, option: str) -> Any:
-    """JSON given as text, as `@file`, or as `@-` for stdin."""
+    """The JSON of an option: text, `@FILE`, or `@-` for stdin. UsageError when it is not JSON."""
     if text is None:
         return None
     try:
@@ -75,48 +81,65 @@ def _read(text: str) -> str:
     return Path(text[1:]).read_text() if text.startswith("@") else text
 
 
-# --------------------------------------------------------------------------- in
+# --------------------------------------------------------------------------- events
 
 
 @command("emit")
 @click.argument("event_type", metavar="TYPE")
-@click.option("--data", "-d", help="JSON, @FILE, or @- for stdin.")
-@click.option("--id", "ident", help="With the same id twice, the second starts nothing.")
-@click.option("--subject")
-@click.option("--source", default="/cli", show_default=True)
-def emit(event_type: str, data: str | None, ident: str | None, subject: str | None, source: str, as_json: bool,
-         **options: Any) -> None:  # fmt: skip
-    """Records an event for the subscriptions on its type."""
-    given, number = (
-        read_json_option(data, "--data"),
-        secrets.token_hex(16) if ident is None else ident,
+@click.option("--data", "-d", help="The event's data: JSON, @FILE, or @- for stdin.")
+@click.option("--id", "ident", help="The event's id; a second event with it starts nothing.")
+@click.option("--subject", help="The CloudEvents subject.")
+@click.option("--source", default="/cli", show_default=True, help="The CloudEvents source.")
+@ledger_options
+def emit(
+    event_type: str,
+    data: str | None,
+    ident: str | None,
+    subject: str | None,
+    source: str,
+    as_json: bool,
+    location: LedgerLocation,
+) -> None:
+    """Record an event for the subscriptions to its type."""
+    event = Event(
+        id=secrets.token_hex(16) if ident is None else ident,
+        source=source,
+        type=event_type,
+        data=read_json_option(data, "--data"),
+        subject=subject,
     )
-    event = Event(id=number, source=source, type=event_type, data=given, subject=subject)
 
     async def work(api: ApiClient) -> Any:
         api.require_flows("emit")
         return await api.publish(event.to_json())
 
-    receipt = _call_api(options, work)
+    receipt = _call_api(location, work)
     known = "known already, started nothing" if receipt["duplicate"] else "recorded"
     write_result(
         receipt, as_json, f"event {receipt['id']} {known}; eventflow explain {receipt['id']}"
     )
 
 
-# --------------------------------------------------------------------------- again
+# --------------------------------------------------------------------------- repeat
 
 
 @command("retry")
 @click.argument("run")
-@click.option("--fresh", is_flag=True, help="Forgets recorded values too.")
-def retry(run: str, fresh: bool, as_json: bool, **options: Any) -> None:
-    """Retry a failed, cancelled, paused, held or dead run: recorded values are kept, errors are
-    not.
+@click.option(
+    "--from-scratch",
+    cls=Option,
+    old_names=["--fresh"],
+    is_flag=True,
+    help="Discard the recorded values too.",
+)
+@ledger_options
+def retry(run: str, from_scratch: bool, as_json: bool, location: LedgerLocation) -> None:
+    """Retry a failed, cancelled, paused, held or dead run.
+
+    Values that its tasks recorded are kept and not computed again; recorded errors are dropped.
     """
-    done = _call_api(
-        options, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", {"fresh": fresh})
-    )
+    body = {"fresh": from_scratch}
+    done = _call_api(location, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", body))
     write_result(done, as_json, f"run {done['id']} is pending again")
 
 
@@ -125,64 +148,62 @@ def retry(run: str, fresh: bool, as_json: bool, **options: Any) -> None:
 @click.option(
     "--since",
     callback=parse_moment,
-    help="All events received from then on: 2026-01-31T08:00:00Z, or how long ago: 7d.",
+    help="All events received since then: 2026-01-31T08:00:00Z, or an age such as 7d.",
 )
-@click.option("--until", callback=parse_moment, help="… and before then.")
-@click.option("--type", "event_type", help="… of this type.")
-@click.option("--to", help="Only this flow or subscription.")
-@click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
+@click.option("--until", callback=parse_moment, help="Only events received before then.")
+@click.option("--type", help="Only events of this type.")
+@click.option("--to", help="Start only this flow or subscription.")
+@click.option("--dry-run", is_flag=True, help="Show what would start; start nothing.")
 @click.option(
     "--limit",
     type=click.IntRange(0, MAX_LIMIT),
     default=DEFAULT_LIMIT,
     show_default=True,
-    help="Runs that a dry run lists.",
+    help="List at most this many runs in a dry run.",
 )
-def replay(event: str | None, since: str | None, until: str | None, event_type: str | None, to: str | None, dry_run: bool,
-           limit: int, as_json: bool, **options: Any) -> None:  # fmt: skip
-    """Matches recorded events once more and starts new runs: one EVENT, or all of a time."""
-    if (event is None) == (since is None and until is None):
+@ledger_options
+def replay(
+    event: str | None, dry_run: bool, as_json: bool, location: LedgerLocation, **options: Any
+) -> None:
+    """Match recorded events again and start new runs.
+
+    Give one EVENT, or --since and --until for all events of a time. `eventflow reprocess` is the
+    same command.
+    """
+    request = ReplayRequest(**options)
+    if (event is None) == (request.since is None and request.until is None):
         raise UsageError("expected one EVENT, or --since and --until for many")
-    check_order(since, until)
-    if event is not None and event_type is not None:
+    check_order(request.since, request.until)
+    if event is not None and request.type is not None:
         raise UsageError(
             "--type chooses among the events of --since and --until; leave it out for one EVENT"
         )
     if event is not None:
-        _replay_one(event, to, dry_run, as_json, options)
+        _replay_one(event, request.to, dry_run, as_json, location)
     elif dry_run:
-        place = LedgerLocation(options["store"], options["url"], options["app"])
-        answer = asyncio.run(
-            simulate_replay(place, ReplayRequest(since, until, event_type, to, limit))
-        )
+        answer = asyncio.run(simulate_replay(location, request))
         write_result(answer, as_json, dry_run_text(answer))
     else:
-        _replay_many(ReplayRequest(since, until, event_type, to, limit), as_json, options)
+        _replay_many(request, as_json, location)
 
 
 def _replay_one(
-    event: str, to: str | None, dry_run: bool, as_json: bool, options: dict[str, Any]
+    event: str, to: str | None, dry_run: bool, as_json: bool, location: LedgerLocation
 ) -> None:
     async def work(api: ApiClient) -> Any:
         api.require_flows("replay")
         return await api.post(f"/api/events/{quoted(event)}/replay", {"to": to, "dry_run": dry_run})
 
-    done = _call_api(options, work, records=not dry_run)
-    write_result(
-        done,
-        as_json,
-        "\n".join(
-            [
-                *_verdict_lines([done]),
-                would_start_text([done]) if dry_run else _started_text([done]),
-            ]
-        ),
-    )
+    done = _call_api(location, work, records=not dry_run)
+    summary = would_start_text([done]) if dry_run else _started_text([done])
+    write_result(done, as_json, "\n".join([*_verdict_lines([done]), summary]))
 
 
-def _replay_many(request: ReplayRequest, as_json: bool, options: dict[str, Any]) -> None:
-    """One after the other, each for the subscriptions on its own trigger. What cannot be replayed
-    is passed over, and told by its reasons; when that is all of it, it is the command's error.
+def _replay_many(request: ReplayRequest, as_json: bool, location: LedgerLocation) -> None:
+    """Replay event after event, each for the subscriptions to its own trigger.
+
+    Events that cannot be replayed are skipped and counted by reason. When all are, the first one's
+    error is raised.
     """
 
     async def work(api: ApiClient) -> list[Any]:
@@ -203,18 +224,19 @@ def _replay_many(request: ReplayRequest, as_json: bool, options: dict[str, Any])
         if refused and not done:
             raise refused[0]
         for why, events in Counter(map(str, refused)).items():
-            note(f"passed over {events}: {why}")
+            note(f"skipped {events}: {why}")
         return done
 
-    done = _call_api(options, work)
+    done = _call_api(location, work)
     write_result(done, as_json, "\n".join([*_verdict_lines(done), _started_text(done)]))
 
 
 def _verdict_lines(done: list[Any]) -> list[str]:
     return [
-        f"event {each['event']}  {said['subscription']}  {said['fate']}  {_verdict_detail(said)}"
+        f"event {each['event']}  {verdict['subscription']}  {verdict['fate']}  "
+        f"{_verdict_detail(verdict)}"
         for each in done
-        for said in each["verdicts"]
+        for verdict in each["verdicts"]
     ]
 
 
@@ -223,20 +245,23 @@ def _verdict_detail(verdict: dict[str, Any]) -> str:
 
 
 def _started_text(done: list[Any]) -> str:
-    started = sum(said["fate"] == "run" for each in done for said in each["verdicts"])
+    started = sum(verdict["fate"] == "run" for each in done for verdict in each["verdicts"])
     return f"{plural(len(done), 'event')}, {plural(started, 'run')} started"
 
 
 async def _events_between(api: ApiClient, request: ReplayRequest) -> list[str]:
-    """Ids of the events of a time, oldest first. Read to the end before the first replay, which
-    adds none.
-    """
+    """Ids of the events of a time, oldest first."""
     idents: list[str] = []
     after: str | None = None
     while True:
         page = await api.get(
-            "/api/events", since=request.since, until=request.until, type=request.type, limit=1000, after=after
-        )  # fmt: skip
+            "/api/events",
+            since=request.since,
+            until=request.until,
+            type=request.type,
+            limit=1000,
+            after=after,
+        )
         idents += [row["id"] for row in page["events"]]
         after = page["next"]
         if after is None:
@@ -244,15 +269,23 @@ async def _events_between(api: ApiClient, request: ReplayRequest) -> list[str]:
 
 
 @command("redrive")
-@click.argument("dead")
-@click.option("--data", "-d", help="Mended data: JSON, @FILE or @-.")
+@click.argument("dead_letter")
+@click.option("--data", "-d", help="Use this data instead: JSON, @FILE, or @- for stdin.")
 @click.option(
-    "--type", "event_type", help="With --data, for bytes that never were an event: its type."
+    "--type", "event_type", help="With --data, the event's type, for bytes that are no event."
 )
+@ledger_options
 def redrive(
-    dead_letter: str, data: str | None, event_type: str | None, as_json: bool, **options: Any
+    dead_letter: str,
+    data: str | None,
+    event_type: str | None,
+    as_json: bool,
+    location: LedgerLocation,
 ) -> None:
-    """Tries a dead letter once more, as it stands or mended; `all` tries every open one."""
+    """Process a dead letter again, as it is or corrected.
+
+    DEAD_LETTER is its number in `eventflow ls dead-letters`, or `all` for every open one.
+    """
     corrected = {"type": event_type} | (
         {"data": read_json_option(data, "--data")} if data is not None else {}
     )
@@ -264,7 +297,7 @@ def redrive(
             await api.post(f"/api/dead/{quoted(str(ident))}/redrive", corrected) for ident in idents
         ]
 
-    done = _call_api(options, work)
+    done = _call_api(location, work)
     write_result(
         done if dead_letter == "all" else done[0],
         as_json,
@@ -288,11 +321,15 @@ async def _open_dead_letters(api: ApiClient) -> list[int]:
 
 @command("cancel")
 @click.argument("run")
-@click.option("--reason", "-m")
-def cancel(run: str, reason: str | None, as_json: bool, **options: Any) -> None:
-    """Ends a run; one that is running is asked to stop, its `finally` blocks still work."""
+@click.option("--reason", "-m", help="Record this reason with the run.")
+@ledger_options
+def cancel(run: str, reason: str | None, as_json: bool, location: LedgerLocation) -> None:
+    """Cancel a run.
+
+    One that is running gets a CancelledError; its `finally` blocks may work for the flow's grace.
+    """
     done = _call_api(
-        options, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})
+        location, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})
     )
     write_result(
         done,
@@ -303,15 +340,20 @@ def cancel(run: str, reason: str | None, as_json: bool, **options: Any) -> None:
 
 @command("pause")
 @click.argument("trigger")
-def pause(trigger: str, as_json: bool, **options: Any) -> None:
-    """Pause a trigger: its events are recorded, their runs wait for `resume`."""
-    done = _call_api(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/pause"))
+@ledger_options
+def pause(trigger: str, as_json: bool, location: LedgerLocation) -> None:
+    """Pause a trigger: record its events, but start no runs.
+
+    Its runs are paused until `eventflow resume TRIGGER`.
+    """
+    done = _call_api(location, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/pause"))
     write_result(done, as_json, f"trigger {done['name']} is paused: events are recorded, runs wait")
 
 
 @command("resume")
 @click.argument("trigger")
-def resume(trigger: str, as_json: bool, **options: Any) -> None:
-    """Resumes a trigger; the runs that waited go on."""
-    done = _call_api(options, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/resume"))
-    write_result(done, as_json, f"trigger {done['name']} goes on")
+@ledger_options
+def resume(trigger: str, as_json: bool, location: LedgerLocation) -> None:
+    """Resume a trigger; its paused runs become pending."""
+    done = _call_api(location, lambda api: api.post(f"/api/triggers/{quoted(trigger)}/resume"))
+    write_result(done, as_json, f"trigger {done['name']} is resumed")

@@ -1,8 +1,9 @@
-"""`backfill`: runs a flow for the occurrences of a schedule that are past, a few at a time.
+"""`eventflow backfill`: runs a flow for past occurrences of a schedule, a few at a time.
 
-The server decides (web/backfill.py): an occurrence has one identity, so what ran for this flow does
-not run again, and a command that was killed is gone on with by giving it again. Here is what a
-person sees: the count before anything starts, the question, the progress, and how it all ended.
+The server decides what to start (web/backfill.py). An occurrence has one identity, so it is not run
+twice for a flow, and a backfill that was interrupted continues when the command is repeated. This
+file prints the number of occurrences, asks for confirmation, limits the live runs, and reports
+progress and results.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import Any
 
 import click
 
+from eventflow.cli.aliases import Option
 from eventflow.cli.client import (
     ApiClient,
     ApiError,
@@ -22,61 +24,81 @@ from eventflow.cli.client import (
     open_api,
     quoted,
 )
-from eventflow.cli.output import note, write_result
+from eventflow.cli.output import note, plural, write_result
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import UsageError
 
 REQUEST_BATCH_SIZE = 100
 """Occurrences in one request."""
 MAX_OCCURRENCES = 100_000
-"""Occurrences in one backfill; a window with more is asked to be smaller."""
+"""Occurrences in one backfill; a larger window is a usage error."""
 LIVE_STATES = ("pending", "running", "waiting")
+NOT_COMPLETED = ("failed", "dead", "cancelled", "paused", "held", "invalid")
+"""States and verdicts that make the exit code 1."""
 PROGRESS_INTERVAL_SECONDS = 2.0
-"""Seconds between two lines of progress."""
 
 
 @click.command("backfill")
 @click.argument("flow")
 @click.option(
-    "--trigger", required=True, help="The schedule, by its name; see `eventflow ls triggers`."
+    "--trigger", required=True, help="The name of the schedule; see `eventflow ls triggers`."
 )
 @click.option(
     "--from",
     "since",
     required=True,
-    help="The first day or instant: 2026-01-01; without a zone, the schedule's own.",
+    help="First day or instant: 2026-01-01; without a zone, in the schedule's.",
 )
-@click.option("--to", "until", required=True, help="The end, itself not included.")
+@click.option("--to", "until", required=True, help="End of the window, not included.")
 @click.option(
     "--limit",
     type=click.IntRange(1, 1000),
     default=4,
     show_default=True,
-    help="Runs of it that are live at a time.",
+    help="Keep at most this many runs live at a time.",
 )
-@click.option("--again", metavar="LABEL", help="Also what ran before, once for each label.")
-@click.option("--dry-run", is_flag=True, help="Tells what would start, starts nothing.")
-@click.option("--yes", is_flag=True, help="Does not ask.")
+@click.option(
+    "--rerun",
+    cls=Option,
+    old_names=["--again"],
+    metavar="LABEL",
+    help="Also run occurrences that ran before, once for each label.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would start; start nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @ledger_options
-def backfill(flow: str, trigger: str, since: str, until: str, limit: int, again: str | None, dry_run: bool, yes: bool,
-             as_json: bool, **options: Any) -> int:  # fmt: skip
-    """Runs a flow for the past occurrences of a schedule: those that have no run of it yet."""
+def backfill(
+    flow: str,
+    trigger: str,
+    since: str,
+    until: str,
+    limit: int,
+    rerun: str | None,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    location: LedgerLocation,
+) -> int:
+    """Run a flow for past occurrences of a schedule.
+
+    Occurrences that have a run of this flow are skipped. Needs a server, except for --dry-run.
+    """
 
     async def work() -> int:
-        async with open_api(
-            LedgerLocation(options["store"], options["url"], options["app"])
-        ) as api:
+        async with open_api(location) as api:
             api.require_flows("backfill")
             past = await _past_occurrences(api, trigger, since, until)
-            job = _BackfillClient(api, trigger, flow, again)
+            job = _BackfillClient(api, trigger, flow, rerun)
             if dry_run:
                 return await _dry_run(job, past, as_json)
             if not api.live:
                 raise Unreachable(
-                    f"no server has {api.address}, and backfill waits for its runs; start it, or use --dry-run"
+                    f"no server has {api.address}, and backfill waits for its runs; "
+                    "start it, or use --dry-run"
                 )
             note(
-                f"{_many(len(past))} of {trigger}{_range_text(past)} for flow {flow}, at most {limit} runs at a time"
+                f"{plural(len(past), 'occurrence')} of {trigger}{_range_text(past)} "
+                f"for flow {flow}, at most {limit} runs at a time"
             )
             if past and not yes and not _confirmed():
                 note("nothing was started")
@@ -89,22 +111,18 @@ def backfill(flow: str, trigger: str, since: str, until: str, limit: int, again:
 COMMANDS: list[click.Command] = [backfill]
 
 
-def _many(occurrences: int) -> str:
-    return f"{occurrences} occurrence{'' if occurrences == 1 else 's'}"
-
-
 def _range_text(past: Sequence[str]) -> str:
     return f", {past[0]} to {past[-1]}," if past else ""
 
 
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("nobody is there to ask; give --yes to start, or --dry-run to look")
+        raise UsageError("stdin is no terminal; give --yes to start, or --dry-run to look")
     return click.confirm("Start them?", err=True)
 
 
 async def _past_occurrences(api: ApiClient, trigger: str, since: str, until: str) -> list[str]:
-    """Every nominal time of the window that the schedule is through with."""
+    """The nominal times in the window that the schedule has passed, oldest first."""
     found: list[str] = []
     start: str | None = since
     while start is not None:
@@ -114,60 +132,62 @@ async def _past_occurrences(api: ApiClient, trigger: str, since: str, until: str
         found += page["occurrences"]
         start = page["next"]
         if page["not_yet"] is not None:
-            note(f"{page['not_yet']} and later are still the schedule's own to fire")
+            note(f"{page['not_yet']} and later are for the schedule to fire")
         if len(found) > MAX_OCCURRENCES:
             raise UsageError(
-                f"more than {MAX_OCCURRENCES:,} occurrences in this window; take a smaller one"
+                f"more than {MAX_OCCURRENCES:,} occurrences in this window; use a smaller one"
             )
     return found
 
 
 class _BackfillClient:
-    """One backfill, as its requests see it."""
+    """The requests of one backfill."""
 
-    def __init__(self, api: ApiClient, trigger: str, flow: str, again: str | None) -> None:
-        self.api, self._path = api, f"/api/triggers/{quoted(trigger)}/backfill"
-        self._asked = {"flow": flow, "again": again}
+    def __init__(self, api: ApiClient, trigger: str, flow: str, label: str | None) -> None:
+        self._api = api
+        self._path = f"/api/triggers/{quoted(trigger)}/backfill"
+        self._body = {"flow": flow, "again": label}
 
-    async def post(self, at: Sequence[str], *, dry: bool = False) -> list[dict[str, Any]]:
-        """Waits while the ledger is full."""
+    async def post(self, at: Sequence[str], *, dry_run: bool = False) -> list[dict[str, Any]]:
+        """The verdicts on the occurrences `at`. Waits while the ledger is full."""
+        body = {**self._body, "at": list(at), "dry_run": dry_run}
         while True:
             try:
-                return (
-                    await self.api.post(self._path, {**self._asked, "at": list(at), "dry_run": dry})
-                )["occurrences"]
-            except ApiError as refusal:
-                if refusal.error != "overloaded":
+                return (await self._api.post(self._path, body))["occurrences"]
+            except ApiError as error:
+                if error.error != "overloaded":
                     raise
             await asyncio.sleep(1)
 
     async def state(self, run: str) -> str:
-        return (await self.api.get(f"/api/runs/{quoted(run)}"))["state"]
+        return (await self._api.get(f"/api/runs/{quoted(run)}"))["state"]
 
 
 async def _dry_run(job: _BackfillClient, past: Sequence[str], as_json: bool) -> int:
-    """--dry-run."""
+    """Print what would start, for --dry-run. The exit code."""
     rows = [
         row
         for first in range(0, len(past), REQUEST_BATCH_SIZE)
-        for row in await job.post(past[first : first + REQUEST_BATCH_SIZE], dry=True)
+        for row in await job.post(past[first : first + REQUEST_BATCH_SIZE], dry_run=True)
     ]
-    lines = [f"{row['at']}  {_verdict_text(said)}" for row in rows for said in row["verdicts"]]
-    would = sum(
-        not said["known"] and said["fate"] in ("run", "joined")
-        for row in rows
-        for said in row["verdicts"]
-    )
-    lines.append(f"{_many(len(rows))}, {would} runs would start")
-    write_result({"occurrences": rows, "would_start": would}, as_json, "\n".join(lines))
+    lines = [
+        f"{row['at']}  {_verdict_text(verdict)}" for row in rows for verdict in row["verdicts"]
+    ]
+    count = sum(_is_new_run(verdict) for row in rows for verdict in row["verdicts"])
+    lines.append(f"{plural(len(rows), 'occurrence')}, {count} runs would start")
+    write_result({"occurrences": rows, "would_start": count}, as_json, "\n".join(lines))
     return 0
+
+
+def _is_new_run(verdict: Mapping[str, Any]) -> bool:
+    return not verdict["known"] and verdict["fate"] in ("run", "batched")
 
 
 def _verdict_text(verdict: Mapping[str, Any]) -> str:
     if not verdict["known"]:
         return (
             "would start"
-            if verdict["fate"] in ("run", "joined")
+            if _is_new_run(verdict)
             else f"would not start: {verdict['fate']}, {verdict.get('reason')}"
         )
     return (
@@ -178,15 +198,14 @@ def _verdict_text(verdict: Mapping[str, Any]) -> str:
 
 
 async def _run_all(job: _BackfillClient, past: Sequence[str], limit: int, as_json: bool) -> int:
-    """Keeps at most `limit` runs alive, in the order of the occurrences, until all have ended. 1
-    when one did not complete.
+    """Start the occurrences in order, with at most `limit` live runs, and wait for all of them.
+
+    The exit code: 1 when a run did not complete.
     """
     done = _Progress(len(past))
-    left, live, runs_per_occurrence = (
-        deque(past),
-        set[str](),
-        limit,
-    )  # how many runs an occurrence makes shows with the first
+    left = deque(past)
+    live = set[str]()
+    runs_per_occurrence = limit  # unknown until the first answer
     while left or live:
         while left and (len(live) + runs_per_occurrence <= limit or not live):
             count = max(
@@ -204,47 +223,51 @@ async def _run_all(job: _BackfillClient, past: Sequence[str], limit: int, as_jso
         if live:
             await asyncio.sleep(0.2)
     write_result(done.summary, as_json, done.text)
-    return 1 if done.bad else 0
+    return 1 if done.not_completed else 0
 
 
 class _Progress:
-    """What became of it so far."""
+    """Counts started, known and ended runs. `not_completed`: the ids of runs that did not complete,
+    "" for an occurrence without a run.
+    """
 
     def __init__(self, total: int) -> None:
-        self._total, self._clock = total, SystemClock()
+        self._total = total
+        self._clock = SystemClock()
         self._reported_at = self._clock.monotonic()
-        self._started = self._known = 0
+        self._started = 0
+        self._known = 0
         self._states: Counter[str] = Counter()
-        self.bad: list[str] = []
+        self.not_completed: list[str] = []
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Takes in an answer; returns the runs that are alive, those known before too: a killed
-        command may have left some.
+        """Count an answer of the API. The live runs in it, including those of an interrupted
+        backfill.
         """
-        alive: set[str] = set()
-        for said in (said for row in rows for said in row["verdicts"]):
-            self._known += said["known"]
-            self._started += not said["known"] and said["fate"] in ("run", "joined")
-            if "run" not in said:
-                self.record_end("", said["fate"])
-            elif said["state"] in LIVE_STATES:
-                alive.add(said["run"])
+        live: set[str] = set()
+        for verdict in (verdict for row in rows for verdict in row["verdicts"]):
+            self._known += verdict["known"]
+            self._started += _is_new_run(verdict)
+            if "run" not in verdict:
+                self.record_end("", verdict["fate"])
+            elif verdict["state"] in LIVE_STATES:
+                live.add(verdict["run"])
             else:
-                self.record_end(said["run"], said["state"])
-        return alive
+                self.record_end(verdict["run"], verdict["state"])
+        return live
 
     def record_end(self, run: str, state: str) -> None:
         self._states[state] += 1
-        if state in ("failed", "dead", "cancelled", "held", "invalid"):
-            self.bad.append(run)
+        if state in NOT_COMPLETED:
+            self.not_completed.append(run)
 
     def report(self, live: int, left: int) -> None:
         now = self._clock.monotonic()
         if now - self._reported_at >= PROGRESS_INTERVAL_SECONDS:
             self._reported_at = now
-            note(
-                f"{self._total - left} of {self._total} begun, {live} live; {self._ended or 'none ended yet'}"
-            )
+            started = self._total - left
+            ended = self._ended or "none ended yet"
+            note(f"{started} of {self._total} started, {live} live; {ended}")
 
     @property
     def _ended(self) -> str:
@@ -253,13 +276,16 @@ class _Progress:
     @property
     def summary(self) -> dict[str, Any]:
         return {
-            "occurrences": self._total, "started": self._started, "known": self._known, "states": dict(self._states),
-            "not_completed": [run for run in self.bad if run],
-        }  # fmt: skip
+            "occurrences": self._total,
+            "started": self._started,
+            "known": self._known,
+            "states": dict(self._states),
+            "not_completed": [run for run in self.not_completed if run],
+        }
 
     @property
     def text(self) -> str:
-        lines = [
-            f"{_many(self._total)}: {self._started} runs started, {self._known} known before; {self._ended or 'none'}"
-        ]
-        return "\n".join([*lines, *(f"eventflow show {run}" for run in self.bad[:10] if run)])
+        runs = f"{self._started} runs started, {self._known} known before"
+        summary = f"{plural(self._total, 'occurrence')}: {runs}; {self._ended or 'none'}"
+        shown = [f"eventflow show {run}" for run in self.not_completed[:10] if run]
+        return "\n".join([summary, *shown])

@@ -1,15 +1,16 @@
-"""How the command line reaches a ledger: over HTTP when a server has it, else by opening the store
-itself, behind the same API.
+"""The HTTP API of a ledger, for every command that reads or changes one.
 
-`--url`, or the `STORE.server` that a server writes beside its store, says where; `STORE.token` (or
-$EVENTFLOW_TOKEN) lets us in. With no server and the lock free, an App over the store is opened
-passively (it runs nothing, listens to nothing) and its ASGI app answers in this process, so that
-every command is written once. Without `--app TARGET` such an App knows no flows.
+The server's URL comes from `--url` or from the file `STORE.server` that a server writes next to
+its store; the token from $EVENTFLOW_TOKEN or `STORE.token`. Without a server, the command takes the
+store's lock and opens an App that runs nothing and listens to nothing; its ASGI app answers the
+same requests in this process, so that each command is written once. Such an App has flows only
+with `--app TARGET`. The routes are in web/api.py.
 """
 
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 from urllib.parse import quote
@@ -33,13 +34,13 @@ TIMEOUT_SECONDS = 30.0
 
 
 class Unreachable(EventflowError):
-    """No server, and nothing to do without one."""
+    """There is no server, and the command cannot work without one."""
 
     exit_code: ClassVar[int] = 4
 
 
 class ApiError(EventflowError):
-    """The API said no; `error` is its word, the code follows the status."""
+    """An error response of the API. `error`: its error code; `code`: the exit code."""
 
     def __init__(self, status: int, error: str, detail: str) -> None:
         super().__init__(detail)
@@ -48,7 +49,7 @@ class ApiError(EventflowError):
 
 
 class LedgerLocation(msgspec.Struct, frozen=True):
-    """Where the ledger is, as the options of a command say."""
+    """Where to find the ledger: the values of `--store`, `--url` and `--app`."""
 
     store: str | None = None
     url: str | None = None
@@ -56,17 +57,24 @@ class LedgerLocation(msgspec.Struct, frozen=True):
 
 
 def ledger_options(command: F) -> F:
-    """`--store`, `--url`, `--app` and `--json`, for every command that asks a ledger."""
+    """Add `--store`, `--url` and `--app`, passed to the command as `location`, and `--json`."""
+
+    @wraps(command)
+    def with_location(*args: Any, **given: Any) -> Any:
+        location = LedgerLocation(given.pop("store"), given.pop("url"), given.pop("app"))
+        return command(*args, location=location, **given)
+
+    decorated = cast(F, with_location)
     for option in (
         click.option(
             "--app",
             envvar="EVENTFLOW_APP",
-            help="TARGET of the app: for what needs its flows, without a server.",
+            help="Without a server, load the app from this TARGET.",
         ),
         click.option(
             "--url",
             envvar="EVENTFLOW_URL",
-            help="A server elsewhere; its token comes from $EVENTFLOW_TOKEN.",
+            help="Use the server at this URL; its token is $EVENTFLOW_TOKEN.",
         ),
         click.option(
             "--store",
@@ -74,33 +82,29 @@ def ledger_options(command: F) -> F:
             help="sqlite:///PATH; default: the one in ./.eventflow.",
         ),
     ):
-        command = option(command)
-    return json_option(command)
+        decorated = option(decorated)
+    return json_option(decorated)
 
 
 class ApiClient:
-    """The API of one ledger."""
+    """The API of one ledger.
+
+    `address`: the URL, or the path of the store, for messages. `live`: a server answers.
+    `knows_flows`: the app is loaded, there or here. `get` and `post` return the decoded JSON; they
+    raise ApiError for an error response and Unreachable when there is none.
+    """
 
     def __init__(
-        self,
-        client: httpx2.AsyncClient,
-        where: str,
-        *,
-        live: bool,
-        knows_flows: bool,
-        url: str = "",
+        self, client: httpx2.AsyncClient, address: str, *, live: bool, knows_flows: bool
     ) -> None:
-        self._client, self.address, self.live, self.knows_flows, self.url = (
-            client,
-            where,
-            live,
-            knows_flows,
-            url,
-        )
+        self._client = client
+        self.address = address
+        self.live = live
+        self.knows_flows = knows_flows
 
-    async def get(self, path: str, *, timeout: float | None = TIMEOUT_SECONDS, **asked: Any) -> Any:
-        """`patience`: seconds to wait for the answer; None: as long as it takes."""
-        params = {name: value for name, value in asked.items() if value is not None}
+    async def get(self, path: str, *, timeout: float | None = TIMEOUT_SECONDS, **query: Any) -> Any:
+        """`timeout` in seconds; None waits for ever. Parameters that are None are left out."""
+        params = {name: value for name, value in query.items() if value is not None}
         return await self._request("GET", path, params=params, timeout=timeout)
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
@@ -119,10 +123,11 @@ class ApiClient:
         )
 
     def require_flows(self, purpose: str) -> None:
-        """For work that asks which flows an event starts."""
+        """Raise Unreachable unless the app is loaded, which knows the flows an event starts."""
         if not self.live and not self.knows_flows:
             raise Unreachable(
-                f"no server has {self.address}, and {purpose} needs the app's flows; start it, or give --app TARGET"
+                f"no server has {self.address}, and {purpose} needs the app's flows; "
+                "start it, or give --app TARGET"
             )
 
     async def _request(self, method: str, path: str, **options: Any) -> Any:
@@ -134,15 +139,16 @@ class ApiClient:
             ) from None
         data: Any = _decoded(answer.content)
         if answer.status_code >= 400:
-            said = cast(dict[str, Any], data) if isinstance(data, dict) else {}
-            detail = str(said.get("detail") or f"{method} {path} was answered {answer.status_code}")
-            raise ApiError(answer.status_code, str(said.get("error") or "refused"), detail)
+            fields = cast(dict[str, Any], data) if isinstance(data, dict) else {}
+            status = answer.status_code
+            detail = str(fields.get("detail") or f"{method} {path} was answered {status}")
+            raise ApiError(status, str(fields.get("error") or "refused"), detail)
         return data
 
 
 def quoted(ident: str) -> str:
-    """An id as a part of a path: a sender's may hold anything. UsageError for none, as from a
-    shell's empty variable.
+    """An id as one segment of a URL path. UsageError for an empty one, such as an unset shell
+    variable.
     """
     if not ident:
         raise UsageError(
@@ -160,8 +166,9 @@ def _decoded(content: bytes) -> Any:
 
 @asynccontextmanager
 async def open_api(location: LedgerLocation) -> AsyncGenerator[ApiClient]:
-    """The API of the ledger at a place. Raises Unreachable, NotFound, StoreLocked, or what opening
-    the store raises.
+    """The API of the ledger at `location`.
+
+    Raises Unreachable, AppNotFound, StoreLocked, UsageError, and the errors of opening a store.
     """
     if location.url is not None:
         if not location.url.startswith(("http://", "https://")):
@@ -169,14 +176,14 @@ async def open_api(location: LedgerLocation) -> AsyncGenerator[ApiClient]:
                 f"--url expected http://HOST:PORT or https://HOST, found {location.url!r}"
             )
         async with _client(location.url, os.environ.get("EVENTFLOW_TOKEN", "")) as client:
-            yield ApiClient(client, location.url, live=True, knows_flows=True, url=location.url)
+            yield ApiClient(client, location.url, live=True, knows_flows=True)
         return
     app = load_app(location.app) if location.app else None
     path = store_path(location, app)
     server = await running_server(path)
     if server is not None:
         async with _client(server, _token(path)) as client:
-            yield ApiClient(client, server, live=True, knows_flows=True, url=server)
+            yield ApiClient(client, server, live=True, knows_flows=True)
         return
     async with _open_without_server(app, path) as client:
         yield ApiClient(client, path, live=False, knows_flows=app is not None)
@@ -195,7 +202,7 @@ def _token(path: str) -> str:
         return given
     try:
         return Path(f"{path}.token").read_text().strip()
-    except OSError:
+    except OSError:  # a server with --no-auth writes none
         return ""
 
 
@@ -203,7 +210,8 @@ def _token(path: str) -> str:
 async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
     if not has_store(path):
         raise Unreachable(
-            f"no server has the store {path}, and there is no such file; name another with --store, or start one"
+            f"no server has the store {path}, and there is no such file; "
+            "name another with --store, or start one"
         )
     _check_is_sqlite(path)
     app = app or App(Path(path).stem)
@@ -221,7 +229,7 @@ async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[htt
 
 
 def store_path(location: LedgerLocation, app: App | None) -> str:
-    """The absolute path of the store."""
+    """The absolute path of the store: of `--store`, of the app, or the only one in ./.eventflow."""
     if location.store or app is not None:
         url = location.store or (app.url if app is not None else "")
         return open_store(url if "://" in url else f"sqlite:///{url}", App("name").clock).path
@@ -233,20 +241,21 @@ def store_path(location: LedgerLocation, app: App | None) -> str:
     if len(found) == 1:
         return str(found[0].resolve())
     if found:
-        raise UsageError(
-            f"several stores are in ./.eventflow; say which with --store: {', '.join(map(str, found))}"
-        )
+        names = ", ".join(map(str, found))
+        raise UsageError(f"several stores are in ./.eventflow; say which with --store: {names}")
     raise Unreachable(
-        "there is no store in ./.eventflow; name one with --store or $EVENTFLOW_STORE, or a server with --url"
+        "there is no store in ./.eventflow; "
+        "name one with --store or $EVENTFLOW_STORE, or a server with --url"
     )
 
 
 def _check_is_sqlite(path: str) -> None:
-    """Before anything is written beside a file that was named by mistake."""
+    """Raise StoreCorrupt for another kind of file, before a lock file is written next to it."""
     with open(path, "rb") as file:
         if file.read(16) not in (b"", b"SQLite format 3\0"):
             raise StoreCorrupt(
-                f"{path} is damaged, or no store: expected an SQLite file; name another with --store"
+                f"{path} is damaged, or no store: expected an SQLite file; "
+                "name another with --store"
             )
 
 
@@ -255,12 +264,12 @@ def has_store(path: str) -> bool:
 
 
 def _advertised_url(path: str) -> str | None:
-    """What a server left beside its store, if that process still lives."""
+    """The URL in `STORE.server`, if that process is alive. None for a UNIX socket."""
     try:
         server = orjson.loads(Path(f"{path}.server").read_bytes())
         os.kill(int(server["pid"]), 0)
         url = str(server["url"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):  # no such file or process, or damaged
         return None
     return None if url.startswith("unix:") else url
 

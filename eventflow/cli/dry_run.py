@@ -1,9 +1,8 @@
-"""`replay --since … --dry-run`: which runs the events of a time would have started, and how that is
-told.
+"""`eventflow replay --since … --dry-run`: the runs that recorded events would start, as text.
 
-With `--app` it is the program in that file that is asked, on the ledger as it lies on the disk,
-whether a server has it open or not: so a change is tried before it is deployed. Otherwise the
-server answers, with the code it runs. doing.py calls this.
+With `--app`, the app in that file is simulated on the ledger file, which a server may have open: a
+change can be tried before it is deployed. Otherwise the server simulates the code that it runs.
+Called by actions.py; the simulation is in the package eventflow/dry_run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,15 @@ from eventflow.cli.target import load_app
 from eventflow.core.clock import to_us
 from eventflow.dry_run.replay import MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import parse_time
-from eventflow.logs.redaction import clean
-from eventflow.store.read_only import beside
+from eventflow.logs.redaction import escape_controls
+from eventflow.store.read_only import open_read_only
 
 MAX_EVENTS_NAMED = 5
-"""Events of a run that a line names."""
+"""The first events of a run, named in its row."""
 
 
 class ReplayRequest(msgspec.Struct, frozen=True):
-    """What the command was given; times in RFC 3339."""
+    """The options of `replay`; times in RFC 3339."""
 
     since: str | None
     until: str | None
@@ -51,25 +50,27 @@ async def _simulate_locally(
     path = store_path(location, app)
     if not has_store(path):
         raise Unreachable(f"there is no store {path}; name another with --store")
-    end = app.clock.now() + 1  # itself not included, but what has just come is
+    end = app.clock.now() + 1  # exclusive; an event of this microsecond is included
     query = DryRunQuery(
         until=end if request.until is None else min(end, to_us(parse_time(request.until))),
         since=None if request.since is None else to_us(parse_time(request.since)),
-        type=request.type, to=request.to, limit=min(request.limit, MAX_LIMIT),
-    )  # fmt: skip
-    async with beside(path, app.clock) as ledger:
+        type=request.type,
+        to=request.to,
+        limit=min(request.limit, MAX_LIMIT),
+    )
+    async with open_read_only(path, app.clock) as ledger:
         return await dry_run(ledger, app.subscriptions, app.triggers, query)
 
 
-# --------------------------------------------------------------------------- told to a person
+# --------------------------------------------------------------------------- as text
 
 
 def dry_run_text(answer: Mapping[str, Any]) -> str:
-    """The runs, what triggers would have sent, what became of the other events, and the sum."""
+    """Tables of simulated events and of runs, the reasons of the other events, and a summary."""
     parts = [
         table(
-            [_event_row(each) for each in answer["foretold"]],
-            ("event", "at", "trigger", "type", "subject", "said"),
+            [_event_row(each) for each in answer["simulated"]],
+            ("event", "at", "trigger", "type", "subject", "summary"),
             "",
         ),
         table(
@@ -95,14 +96,14 @@ def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _subscription_lines(counts: Mapping[str, Any]) -> list[str]:
-    """A subscription: how many runs of how many events, and why the others are in none."""
+    """The runs and events of a subscription, and the reasons why events start no run."""
     name = click.style(counts["subscription"], bold=True)
     waiting = f", {counts['waiting']} still wait at the end" if counts["waiting"] else ""
     runs, events = plural(counts["runs"], "run"), plural(counts["events"], "event")
-    lines = [f"{name}: {runs} of {events}; it heard of {counts['heard']}{waiting}"]
+    lines = [f"{name}: {runs} of {events}; {counts['received']} received{waiting}"]
     for each in sorted(counts["reasons"], key=lambda reason: -reason["events"]):
         lines.append(
-            f"  {each['events']} {each['fate']}: {clean(each['reason'])} (such as {each['first']})"
+            f"  {each['events']} {each['outcome']}: {escape_controls(each['reason'])} (such as {each['first']})"
         )
     return lines
 
@@ -110,39 +111,34 @@ def _subscription_lines(counts: Mapping[str, Any]) -> list[str]:
 def _summary_lines(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for each in answer["triggers"]:
-        simulated = plural(each["foretold"], "event")
+        simulated = plural(each["simulated"], "event")
         lines.append(
-            f"{each['name']} would have sent {simulated}, in place of {each['on_record']} on record"
+            f"{each['name']} would have sent {simulated}, in place of {each['recorded']} recorded"
         )
         lines += [f"  {note}" for note in each["notes"]]
     lines += _omitted_lines(answer)
-    looked, runs = (
-        plural(answer["events"], "recorded event"),
-        plural(answer["would_start"], "run"),
-    )
+    events = plural(answer["events"], "recorded event")
+    runs = plural(answer["would_start"], "run")
     least = "at least " if answer["at_least"] else ""
     between = f"from {short_time(answer['since'])} to {short_time(answer['until'])}"
-    lines.append(f"{looked} {between}: {least}{runs} would start")
+    lines.append(f"{events} {between}: {least}{runs} would start")
     return lines
 
 
 def _omitted_lines(answer: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if answer["past_retention"]:
-        lines.append(
-            f"{plural(answer['past_retention'], 'event')} past retention: what they would have started is not known"
-        )
+        events = plural(answer["past_retention"], "event")
+        lines.append(f"{events} past retention: the runs they would start are unknown")
     if answer["dead"]:
         lines.append(f"{answer['dead']} dead letters are no events; they start nothing")
     if (listed := len(answer["runs"])) < answer["would_start"]:
-        lines.append(
-            f"the first {listed} runs are listed; take a smaller time, or a larger --limit"
-        )
+        lines.append(f"the first {listed} runs are listed; use a shorter time or a larger --limit")
     return lines
 
 
 def would_start_text(done: Sequence[Mapping[str, Any]]) -> str:
-    """The sum of a dry run of one event."""
-    verdicts = [said for each in done for said in each["verdicts"]]
-    started = sum(said["fate"] in ("run", "paused") for said in verdicts)
+    """The summary of a dry run of one event."""
+    verdicts = [verdict for each in done for verdict in each["verdicts"]]
+    started = sum(verdict["fate"] in ("run", "paused") for verdict in verdicts)
     return f"{plural(len(done), 'event')}, {plural(started, 'run')} would start"

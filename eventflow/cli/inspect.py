@@ -1,4 +1,4 @@
-"""What looks and changes nothing: `ls`, `show`, `explain`, `logs`."""
+"""The commands that read the ledger and change nothing: ls, show, explain, logs."""
 
 import asyncio
 import sys
@@ -8,64 +8,44 @@ from typing import Any
 import click
 import orjson
 
+from eventflow.cli.aliases import KindChoice
 from eventflow.cli.client import ApiError, LedgerLocation, ledger_options, open_api, quoted
 from eventflow.cli.output import coloured, fields_text, short_time, table, write_result
 from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
-from eventflow.logs.file import flat
-from eventflow.logs.output import renderer, show
-from eventflow.logs.redaction import clean_lines
+from eventflow.logs.file import as_stream_line
+from eventflow.logs.output import make_renderer, format_line
+from eventflow.logs.redaction import escape_controls_by_line
 
 COMMANDS: list[click.Command] = []
 
 COLUMNS = {
-    "runs": (
-        "id",
-        "flow",
-        "state",
-        "attempts",
-        "created_at",
-        "finished_at",
-        "subscription",
-        "detail",
-    ),
-    "events": ("id", "event_id", "trigger", "type", "received_at", "runs_started", "duplicates"),
-    "flows": ("name", "subscriptions"),
-    "triggers": (
-        "name",
-        "kind",
-        "state",
-        "paused",
-        "events",
-        "duplicates",
-        "last_event_at",
-        "gauges",
-        "detail",
-    ),
-    "outlets": (
-        "name",
-        "sink",
-        "kind",
-        "state",
-        "waiting",
-        "oldest_at",
-        "sent",
-        "refused",
-        "failures",
-        "last_error",
-    ),
-    "dead": ("id", "event", "subscription", "at", "type", "reason"),
+    "runs": "id flow state attempts created_at finished_at subscription detail",
+    "events": "id event_id trigger type received_at runs_started duplicates",
+    "flows": "name subscriptions",
+    "triggers": "name kind state paused events duplicates last_event_at gauges detail",
+    "sinks": "name sink kind state waiting oldest_at sent refused failures last_error",
+    "dead-letters": "id event subscription at type reason",
 }
+"""The columns of `ls`, by kind."""
+
+_API_NAMES = {"sinks": "outlets", "dead-letters": "dead"}
+"""The route and the JSON field of a kind, where they differ from its name."""
 
 _FILTERED_KIND = {
-    "state": "runs", "flow": "runs", "event": "runs", "type": "events", "trigger": "events", "since": "events",
+    "state": "runs",
+    "flow": "runs",
+    "event": "runs",
+    "type": "events",
+    "trigger": "events",
+    "since": "events",
     "until": "events",
-}  # fmt: skip
-"""What an option of `ls` chooses among."""
+}
+"""By option of `ls`, the kind that it filters."""
 
 
 def command(name: str) -> Any:
-    """Registers a command of this file."""
+    """Register a command of this file."""
 
     def register(function: Any) -> Any:
         made = click.command(name)(function)
@@ -79,58 +59,65 @@ def command(name: str) -> Any:
 
 
 @command("ls")
-@click.argument("kind", type=click.Choice(list(COLUMNS)), default="runs")
+@click.argument("kind", type=KindChoice(list(COLUMNS)), default="runs")
 @click.option(
     "--state",
-    help="Of runs: pending, running, waiting, paused, held, completed, failed, cancelled, dead.",
+    help="Only runs in this state: pending, running, waiting, paused, held, completed, failed, "
+    "cancelled, dead.",
 )
-@click.option("--flow", help="Of runs.")
-@click.option("--event", help="Of runs: those it started.")
-@click.option("--type", help="Of events.")
-@click.option("--trigger", help="Of events.")
+@click.option("--flow", help="Only runs of this flow.")
+@click.option("--event", help="Only runs that this event started.")
+@click.option("--type", help="Only events of this type.")
+@click.option("--trigger", help="Only events of this trigger.")
 @click.option(
     "--since",
     callback=parse_moment,
-    help="Of events: 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d, 1w.",
+    help="Only events since then: 2026-01-31T08:00:00Z, or an age: 90s, 15m, 2h, 7d, 1w.",
 )
-@click.option("--until", callback=parse_moment, help="Of events; as --since.")
-@click.option("--limit", "-n", default=20, show_default=True, type=click.IntRange(1, 1000))
-@click.option("--after", help="The last id of the page before.")
+@click.option("--until", callback=parse_moment, help="Only events before then; as --since.")
+@click.option(
+    "--limit",
+    "-n",
+    default=20,
+    show_default=True,
+    type=click.IntRange(1, 1000),
+    help="List at most this many.",
+)
+@click.option("--after", help="Continue after this id, the last of the previous page.")
 @ledger_options
-def ls(kind: str, limit: int, after: str | None, as_json: bool, **options: Any) -> None:
-    """Lists runs (the default), events, flows, triggers, outlets or dead letters, newest first."""
-    given = {name: options[name] for name in _FILTERED_KIND if options[name] is not None}
+def ls(
+    kind: str,
+    limit: int,
+    after: str | None,
+    as_json: bool,
+    location: LedgerLocation,
+    **filters: Any,
+) -> None:
+    """List runs, events, flows, triggers, sinks or dead letters.
+
+    Without a kind, runs are listed. The newest come first.
+    """
+    given = {name: value for name, value in filters.items() if value is not None}
     for name in given:
-        if _FILTERED_KIND[name] != kind:
-            raise UsageError(
-                f"--{name} chooses among {_FILTERED_KIND[name]}; leave it out, or: eventflow ls {_FILTERED_KIND[name]}"
-            )
-    check_order(options["since"], options["until"])
-    page = asyncio.run(
-        _fetch_page(_location(options), kind, {"limit": limit, "after": after, **given})
-    )
+        if (wanted := _FILTERED_KIND[name]) != kind:
+            raise UsageError(f"--{name} filters {wanted}; leave it out, or: eventflow ls {wanted}")
+    check_order(filters["since"], filters["until"])
+    api_name = _API_NAMES.get(kind, kind)
+    params = {"limit": limit, "after": after, **given}
+    page = asyncio.run(_get(location, f"/api/{api_name}", **params))
     detail = _trigger_detail if kind == "triggers" else _run_detail
-    rows = [{**row, **detail(row)} for row in page[kind]]
-    write_result(
-        page,
-        as_json,
-        table(rows, COLUMNS[kind], "no dead letters" if kind == "dead" else f"no {kind}"),
-    )
+    rows = [{**row, **detail(row)} for row in page[api_name]]
+    empty = f"no {kind.replace('-', ' ')}"
+    write_result(page, as_json, table(rows, COLUMNS[kind].split(), empty))
 
 
-def _location(options: dict[str, Any]) -> LedgerLocation:
-    return LedgerLocation(options["store"], options["url"], options["app"])
-
-
-async def _fetch_page(
-    location: LedgerLocation, kind: str, params: dict[str, Any]
-) -> dict[str, Any]:
+async def _get(location: LedgerLocation, path: str, **params: Any) -> dict[str, Any]:
     async with open_api(location) as api:
-        return await api.get(f"/api/{kind}", **params)
+        return await api.get(path, **params)
 
 
 def _run_detail(row: dict[str, Any]) -> dict[str, Any]:
-    """Why a run is as it is."""
+    """The error of a failed run, else the reason of its state."""
     error = row.get("error")
     return {
         "detail": f"{error['type'].rpartition(':')[2]}: {error['message']}"
@@ -140,7 +127,7 @@ def _run_detail(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trigger_detail(row: dict[str, Any]) -> dict[str, Any]:
-    """How its source fares: `lag_messages 12, lag_seconds 0.8`, and what keeps it from its work."""
+    """A trigger's gauges, such as `lag_messages 12, lag_seconds 0.8`, and its current problem."""
     gauges = ", ".join(f"{name} {value:.15g}" for name, value in row["totals"].items())
     return {"gauges": gauges or None, "detail": row["condition"] or row["last_error"]}
 
@@ -151,11 +138,13 @@ def _trigger_detail(row: dict[str, Any]) -> dict[str, Any]:
 @command("show")
 @click.argument("ident", metavar="ID")
 @ledger_options
-def show_command(ident: str, as_json: bool, **options: Any) -> None:
-    """Shows a run (or an event): its state, its tasks with attempts and errors, its result. A part
-    of the ID serves.
+def show_command(ident: str, as_json: bool, location: LedgerLocation) -> None:
+    """Show a run or an event.
+
+    Of a run: its state, tasks with attempts and errors, parameters and result. The beginning or end
+    of the ID is enough where only one matches.
     """
-    kind, found = asyncio.run(_find_run_or_event(_location(options), ident))
+    kind, found = asyncio.run(_find_run_or_event(location, ident))
     write_result(found, as_json, run_text(found) if kind == "run" else event_text(found))
 
 
@@ -163,13 +152,13 @@ async def _find_run_or_event(location: LedgerLocation, ident: str) -> tuple[str,
     async with open_api(location) as api:
         try:
             return "run", await api.get(f"/api/runs/{quoted(ident)}")
-        except ApiError as refusal:
-            if refusal.error != "not_found":
+        except ApiError as error:
+            if error.error != "not_found":
                 raise
         try:
             return "event", await api.get(f"/api/events/{quoted(ident)}")
-        except ApiError as refusal:
-            if refusal.error != "not_found":
+        except ApiError as error:
+            if error.error != "not_found":
                 raise
             raise ApiError(
                 404,
@@ -181,26 +170,27 @@ async def _find_run_or_event(location: LedgerLocation, ident: str) -> tuple[str,
 def run_text(run: dict[str, Any]) -> str:
     head = fields_text(
         [
-            ("run", run["id"]), ("flow", run["flow"]), ("state", run["state"]), ("reason", run["reason"]),
-            ("event", run["event"]), ("subscription", run["subscription"]), ("parent", run["parent"]), ("lane", run["lane"]),
-            ("created", run["created_at"]), ("started", run["started_at"]), ("finished", run["finished_at"]),
+            ("run", run["id"]),
+            *((name, run[name]) for name in ("flow", "state", "reason")),
+            *((name, run[name]) for name in ("event", "subscription", "parent", "lane")),
+            *((name, run[f"{name}_at"]) for name in ("created", "started", "finished")),
             ("due", run["due_at"] if run["state"] in ("pending", "waiting") else None),
-            ("params", run["params"]), ("result", run["result"]),
+            *((name, run[name]) for name in ("params", "result")),
         ]
-    )  # fmt: skip
+    )
     parts = [head, _timeline(run)]
     if run["error"]:
         error = run["error"]
-        parts.append(f"{coloured('failed')}  {error['type']}: {clean_lines(error['message'])}")
+        parts.append(f"{coloured('failed')}  {error['type']}: {escape_controls_by_line(error['message'])}")
         if error.get("traceback"):
-            parts.append(clean_lines(error["traceback"]).rstrip())
+            parts.append(escape_controls_by_line(error["traceback"]).rstrip())
     return "\n\n".join(part for part in parts if part)
 
 
 def _timeline(run: dict[str, Any]) -> str:
     rows = [
         {
-            "task": call["claim"],
+            "task": call["call_key"],
             "state": call["state"],
             "attempts": call["attempts"] or None,
             "at": call["at"],
@@ -218,7 +208,7 @@ def _timeline(run: dict[str, Any]) -> str:
 
 
 def _elapsed(first: str, last: str) -> str:
-    """Between the first and the last entry of a call."""
+    """The time between the first and the last journal entry of a call."""
     return f"{(datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds():.3f}s"
 
 
@@ -235,45 +225,46 @@ def _last_error(call: dict[str, Any]) -> str | None:
 @command("explain")
 @click.argument("event")
 @ledger_options
-def explain(event: str, as_json: bool, **options: Any) -> None:
-    """Tells what became of an event, for every subscription: run started, filtered and why,
-    invalid, paused. By our id or the sender's.
+def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
+    """Show the verdict on an event for every subscription.
+
+    A verdict is: run started, filtered (with the condition), invalid (with the reason), paused and
+    so on. EVENT is the id in the ledger or the sender's.
     """
-    found = asyncio.run(_fetch_event(_location(options), event))
+    found = asyncio.run(_get(location, f"/api/events/{quoted(event)}"))
     write_result(found, as_json, event_text(found))
-
-
-async def _fetch_event(location: LedgerLocation, ident: str) -> dict[str, Any]:
-    async with open_api(location) as api:
-        return await api.get(f"/api/events/{quoted(ident)}")
 
 
 def event_text(event: dict[str, Any]) -> str:
     head = fields_text(
         [
-            ("event", event["id"]), ("sender's id", event["event_id"]), ("type", event["type"]), ("source", event["source"]),
-            ("subject", event["subject"]), ("trigger", event["trigger"]), ("received", event["received_at"]),
-            ("duplicates", _duplicates(event)), ("conflicts", event["conflicts"] or None),
+            ("event", event["id"]),
+            ("sender's id", event["event_id"]),
+            *((name, event[name]) for name in ("type", "source", "subject", "trigger")),
+            ("received", event["received_at"]),
+            ("duplicates", _duplicates(event)),
+            ("conflicts", event["conflicts"] or None),
         ]
-    )  # fmt: skip
+    )
     rows = [
         {
-            "subscription": said["subscription"] or "(the event itself)",
-            "verdict": "run started" if said["fate"] == "run" else said["fate"],
-            "run": said.get("run"),
-            "state": said.get("state"),
-            "why": said.get("reason"),
+            "subscription": verdict["subscription"] or "(the event itself)",
+            "verdict": "run started" if verdict["fate"] == "run" else verdict["fate"],
+            "run": verdict.get("run"),
+            "state": verdict.get("state"),
+            "why": verdict.get("reason"),
         }
-        for said in event["verdicts"]
+        for verdict in event["verdicts"]
     ]
     columns = ("subscription", "verdict", "run", "state", "why")
-    return f"{head}\n\n{table(rows, columns, 'no subscription hears of events of this type')}"
+    return f"{head}\n\n{table(rows, columns, 'no subscription accepts events of this type')}"
 
 
 def _duplicates(event: dict[str, Any]) -> str | None:
     if not event["duplicates"]:
         return None
-    return f"{event['duplicates']}, last {short_time(event['last_duplicate_at'])}; they started nothing"
+    last = short_time(event["last_duplicate_at"])
+    return f"{event['duplicates']}, last {last}; they started nothing"
 
 
 # --------------------------------------------------------------------------- logs
@@ -281,15 +272,18 @@ def _duplicates(event: dict[str, Any]) -> str | None:
 
 @command("logs")
 @click.argument("run")
-@click.option("--follow", "-f", is_flag=True, help="Goes on until the run has ended.")
+@click.option("--follow", "-f", is_flag=True, help="Continue until the run has ended.")
 @ledger_options
-def logs(run: str, follow: bool, as_json: bool, **options: Any) -> None:
-    """What a run's flow and tasks logged and printed; with --json one JSON line each."""
-    asyncio.run(_print_logs(_location(options), run, follow, as_json))
+def logs(run: str, follow: bool, as_json: bool, location: LedgerLocation) -> None:
+    """Print what a run's flow and tasks logged and printed.
+
+    With --json, print one JSON object per line.
+    """
+    asyncio.run(_print_logs(location, run, follow, as_json))
 
 
 async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json: bool) -> None:
-    console = renderer(colors=None if sys.stdout.isatty() else False)
+    console = make_renderer(colors=None if sys.stdout.isatty() else False)
     after = 0
     async with open_api(location) as api:
         follow = follow and api.live  # without a server nothing more will come
@@ -300,7 +294,7 @@ async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json:
                 click.echo(
                     orjson.dumps(_log_record(line)).decode()
                     if as_json
-                    else show(_log_record(line), console)
+                    else format_line(_log_record(line), console)
                 )
             if not page["lines"] and (page["settled"] or not follow):
                 return
@@ -309,6 +303,6 @@ async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json:
 
 
 def _log_record(line: dict[str, Any]) -> dict[str, Any]:
-    """A stored line in the shape it had on the stream."""
-    record = flat({**line, "at": 0})
+    """A stored line in the form of the log stream."""
+    record = as_stream_line({**line, "at": 0})
     return {**record, "timestamp": line["at"]}

@@ -1,5 +1,6 @@
-"""How the command line speaks: JSON or aligned tables on stdout, one line of trouble on stderr;
-colour only on a terminal.
+"""The output of all commands: JSON or aligned tables on stdout, notes and errors on stderr.
+
+Colours appear on a terminal only. Text from outside is cleaned of control characters.
 """
 
 import re
@@ -10,41 +11,56 @@ from typing import Any, TypeVar
 import click
 import orjson
 
-from eventflow.logs.redaction import clean
+from eventflow.logs.redaction import escape_controls
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _COLOURS = {
-    "completed": "green", "running": "cyan", "waiting": "cyan", "pending": "yellow", "paused": "yellow", "held": "magenta", "failed": "red",
-    "dead": "red", "cancelled": "bright_black", "filtered": "bright_black", "invalid": "red", "listening": "green",
-    "paused": "magenta", "reopening": "yellow", "retrying": "yellow", "fired": "green", "published": "green",
+    "cancelled": "bright_black",
+    "completed": "green",
+    "dead": "red",
+    "failed": "red",
+    "filtered": "bright_black",
+    "fired": "green",
+    "held": "magenta",
+    "invalid": "red",
+    "listening": "green",
     "ok": "green",
-}  # fmt: skip
+    "paused": "magenta",
+    "pending": "yellow",
+    "published": "green",
+    "reopening": "yellow",
+    "retrying": "yellow",
+    "running": "cyan",
+    "waiting": "cyan",
+}
+"""By the state of a run, a call, a trigger or a check, and by verdict."""
 
 
 def json_option(command: F) -> F:
     return click.option(
-        "--json", "as_json", is_flag=True, help="JSON on stdout, errors as JSON on stderr."
+        "--json", "as_json", is_flag=True, help="Write JSON to stdout, errors as JSON to stderr."
     )(command)
 
 
 def write_result(data: Any, as_json: bool, text: str) -> None:
-    """The answer of a command."""
+    """Print the result of a command: `data` as JSON, or `text`."""
     click.echo(
         orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode() if as_json else text
     )
 
 
 def note(text: str) -> None:
-    """Something a person should know, on stderr."""
-    click.echo(f"eventflow: {clean(text)}", err=True)
+    """Print a line for a person to stderr."""
+    click.echo(f"eventflow: {escape_controls(text)}", err=True)
 
 
 def fail(error: str, detail: str, as_json: bool) -> None:
+    """Print an error to stderr; the caller exits. `error`: its code or class name."""
     if as_json:
         sys.stderr.write(orjson.dumps({"error": _snake(error), "detail": detail}).decode() + "\n")
     else:
-        click.echo(f"{click.style('error:', fg='red')} {clean(detail)}", err=True)
+        click.echo(f"{click.style('error:', fg='red')} {escape_controls(detail)}", err=True)
 
 
 def _snake(name: str) -> str:
@@ -57,7 +73,9 @@ def plural(number: int, noun: str) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
-    """Rows as aligned columns under their names; long cells are cut but in the last column."""
+    """Rows as aligned columns under their names, `empty` for none. Cells are cut at 48 characters,
+    except those of the last column.
+    """
     if not rows:
         return empty
     cells = [[_cell(row.get(name)) for name in columns] for row in rows]
@@ -77,8 +95,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        return short_time(value) if _INSTANT.fullmatch(value) else clean(value)
-    return clean(value if isinstance(value, str) else orjson.dumps(value, default=str).decode())
+        return short_time(value) if _INSTANT.fullmatch(value) else escape_controls(value)
+    return escape_controls(value if isinstance(value, str) else orjson.dumps(value, default=str).decode())
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], *, colour: bool = False) -> str:
@@ -92,7 +110,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], *, colour: bool = False) 
 
 
 def coloured(text: str) -> str:
-    """A state's word in its colour."""
+    """A state in its colour; other text unchanged."""
     fg = _COLOURS.get(text.strip())
     return click.style(text, fg=fg) if fg else text
 
@@ -106,7 +124,7 @@ def short_time(instant: str | None) -> str:
 
 
 def fields_text(pairs: Sequence[tuple[str, Any]]) -> str:
-    """`name  value` lines, aligned; those without a value are left out."""
+    """Aligned lines `name  value`; pairs without a value are omitted."""
     given = [(name, value) for name, value in pairs if value not in (None, "", [])]
     width = max((len(name) for name, _ in given), default=0)
     return "\n".join(

@@ -9,14 +9,28 @@ from typing import Any, NoReturn
 
 import click
 
-from eventflow.cli import actions, backfill, inspect, serve, store
+from eventflow.cli import actions, aliases, backfill, inspect, serve, store
 from eventflow.cli.client import ApiError
 from eventflow.cli.output import fail
 from eventflow.core.errors import EventflowError
 
+SECTIONS = {
+    "Run": serve.COMMANDS,
+    "Inspect": inspect.COMMANDS,
+    "Change": [*actions.COMMANDS, *backfill.COMMANDS],
+    "Maintain": store.COMMANDS,
+}
+"""The commands in the order and under the headings of --help."""
+
 
 class CommandGroup(click.Group):
-    """Says what a mistyped command may have meant."""
+    """Lists commands by section, resolves aliases, and suggests a command for a mistyped one."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, aliases.COMMANDS.get(cmd_name, cmd_name))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -32,6 +46,17 @@ class CommandGroup(click.Group):
             )
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx) from None
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(map(len, self.commands))
+        for heading, commands in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl(
+                    [
+                        (str(each.name).ljust(width), each.get_short_help_str(formatter.width))
+                        for each in commands
+                    ]
+                )
+
 
 @click.group(
     cls=CommandGroup,
@@ -39,21 +64,19 @@ class CommandGroup(click.Group):
 )
 @click.version_option(package_name="eventflow-reactor", prog_name="eventflow")
 def cli() -> None:
-    """Events in, durable flows out."""
+    """Events in, durable flows out.
+
+    See it work with `eventflow demo`; serve your app with `eventflow dev FILE`.
+    """
 
 
-for command in (
-    *serve.COMMANDS,
-    *inspect.COMMANDS,
-    *actions.COMMANDS,
-    *backfill.COMMANDS,
-    *store.COMMANDS,
-):
-    cli.add_command(command)
+for commands in SECTIONS.values():
+    for command in commands:
+        cli.add_command(command)
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
-    """The entry point."""
+    """Run the command line and exit; `args` defaults to sys.argv."""
     given = list(sys.argv[1:] if args is None else args)
     as_json = "--json" in given
     try:
@@ -75,6 +98,6 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             sys.exit(error.code)
         fail(type(error).__name__, f"{error}{notes}", as_json)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # `eventflow ls | head`
         sys.exit(0)
     sys.exit(result if isinstance(result, int) else 0)

@@ -1,5 +1,7 @@
-"""One run from the command line: by the server that has the store, else here, and its result on
-stdout.
+"""`eventflow run`: one run of a flow, and its result on stdout.
+
+A server that has the app's store executes the run; otherwise the store is opened and the run
+executed in this process. Called by serve.py.
 """
 
 import asyncio
@@ -19,15 +21,15 @@ from eventflow.events.event import Event
 from eventflow.logs.capture import configure
 from eventflow.logs.store import LogStore
 from eventflow.routing.binding import Binder
-from eventflow.runs.run import Cancelled, Completed, Failed, Held
+from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention
 from eventflow.sdk.flow import Flow
 
 POLL_INTERVAL_SECONDS = 0.2
-"""Seconds between two looks at a run that a server executes."""
+"""Interval between two queries of a run that a server executes."""
 
 
 class RunRequest(msgspec.Struct):
-    """What `eventflow run` was asked: parameters, or an event."""
+    """The arguments of `eventflow run`: either parameters or an event is given."""
 
     flow: Flow[..., Any]
     app: App | None
@@ -39,7 +41,7 @@ class RunRequest(msgspec.Struct):
 
 
 async def run_flow(request: RunRequest, as_json: bool) -> int:
-    """Runs it and prints the result; the exit code."""
+    """Run the flow and print its result. The exit code."""
     bind(
         request.flow.fn,
         request.flow.name,
@@ -63,7 +65,7 @@ def bind(
     *,
     noun: str = "flow",
 ) -> dict[str, Any]:
-    """The arguments; UsageError when what was given does not fit, for the caller can mend it."""
+    """The arguments of `fn`; UsageError when the parameters or the event do not fit."""
     binder = Binder(fn, name)
     try:
         if params is None and event is not None:
@@ -86,7 +88,7 @@ def _event(given: Any) -> Event:
     )
 
 
-# --------------------------------------------------------------------------- here
+# --------------------------------------------------------------------------- in this process
 
 
 async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) -> int:
@@ -106,7 +108,7 @@ async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) 
 async def _start(request: RunRequest, app: App) -> RunHandle:
     pending = (await app.store.counts())["pending"]
     if pending:
-        note(f"{pending} deliveries of this store were pending; they go on here meanwhile")
+        note(f"{pending} deliveries of this store were pending; they run here too")
     if request.params is not None:
         return await app.start_with(
             request.flow, orjson.dumps(request.params), request.idempotency_key
@@ -118,7 +120,7 @@ async def _start(request: RunRequest, app: App) -> RunHandle:
 
 
 async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
-    """The result, as the flow's own codec writes it."""
+    """Wait for the run and print its result as the flow's codec encoded it. The exit code."""
     note(f"run {run.id}")
     outcome = await app.outcome(run.number)
     match outcome:
@@ -127,13 +129,15 @@ async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
             return 0
         case Failed():
             return _report_failure(run.id, orjson.loads(outcome.error), as_json)
-        case Cancelled() | Held():
+        case Cancelled() | NeedsAttention():
             return _report_failure(
                 run.id, {"type": type(outcome).__name__.lower(), "message": outcome.reason}, as_json
             )
         case _:
             return _report_failure(
-                run.id, {"type": "interrupted", "message": "it goes on at the next start"}, as_json
+                run.id,
+                {"type": "interrupted", "message": "continues at the next start"},
+                as_json,
             )
 
 
@@ -151,13 +155,14 @@ def _print(data: bytes) -> None:
     sys.stdout.flush()
 
 
-# --------------------------------------------------------------------------- by a server
+# --------------------------------------------------------------------------- on a server
 
 
 async def _run_on_server(request: RunRequest, path: str, url: str, as_json: bool) -> int:
     if request.params is None:
         raise UsageError(
-            f"the server at {url} has this store; post the event to it, or give --store sqlite:///OTHER.db"
+            f"the server at {url} has this store; "
+            "post the event to it, or give --store sqlite:///OTHER.db"
         )
     note(f"the server at {url} has the store and runs this")
     async with open_api(LedgerLocation(store=f"sqlite:///{path}")) as api:

@@ -1,7 +1,7 @@
-"""What executes flows: `serve`, `dev`, `run`, `task`, `demo`.
+"""The commands that execute flows: serve, dev, run, task, demo.
 
-`run` sends to the server that has the app's store, if there is one; else it takes the store and
-works here. Either way the result is JSON on stdout, and a failed run exits with 1.
+The server itself is in server/server.py, the restarts of dev in reload.py, one run in run.py, and
+the demo in demo/scenario.py. Results are JSON on stdout; a failed run exits with 1.
 """
 
 import asyncio
@@ -24,41 +24,44 @@ from eventflow.server.server import Settings, serve
 
 _SERVER_OPTIONS = (
     click.option("--store", help="sqlite:///PATH; default: the app's own."),
-    click.option("--host", default="127.0.0.1", show_default=True),
+    click.option("--host", default="127.0.0.1", show_default=True, help="Bind this address."),
     click.option(
         "--port",
         default=8710,
         show_default=True,
         type=click.IntRange(0, 65535),
-        help="0 picks one.",
+        help="Bind this port; 0 picks a free one.",
     ),
     click.option(
         "--grace",
         default=20.0,
         show_default=True,
         type=click.FloatRange(0),
-        help="Seconds a drain waits.",
+        help="Wait this many seconds for running attempts when stopping.",
     ),
-    click.option("--no-auth", is_flag=True, help="No token for /api; on loopback only."),
-    click.option("--open-metrics", is_flag=True, help="/metrics without a token."),
+    click.option("--no-auth", is_flag=True, help="Require no token for /api; on loopback only."),
+    click.option("--open-metrics", is_flag=True, help="Require no token for /metrics."),
     click.option(
         "--allow-host",
         "allow_hosts",
         multiple=True,
         metavar="NAME",
-        help="A further Host for the API.",
+        help="Accept this Host header for the API too.",
     ),
     click.option(
         "--log-level",
         type=click.Choice(["debug", "info", "warning", "error"]),
         default="info",
         show_default=True,
+        help="Log nothing below this level.",
     ),
 )
 
 _PARAMETER_OPTIONS = (
-    click.option("-p", "pairs", multiple=True, metavar="K=V", help="One parameter: JSON, or text."),
-    click.option("--params", help="All parameters as a JSON object, @FILE, or @- for stdin."),
+    click.option(
+        "-p", "pairs", multiple=True, metavar="K=V", help="Set one parameter: JSON or text."
+    ),
+    click.option("--params", help="Set all parameters: a JSON object, @FILE, or @- for stdin."),
 )
 
 
@@ -82,35 +85,40 @@ def with_options(*options: Any) -> Any:
 @click.argument("target")
 @with_options(*_SERVER_OPTIONS)
 @click.option(
-    "--fd", type=int, help="A socket handed over by the caller: it keeps queueing during a restart."
+    "--fd", type=int, help="Serve on this inherited socket, which queues during a restart."
 )
-@click.option("--tls-cert", help="PEM file; SIGHUP reads it anew.")
-@click.option("--tls-key", help="PEM file.")
+@click.option("--tls-cert", help="PEM file of the certificate; SIGHUP reloads it.")
+@click.option("--tls-key", help="PEM file of the private key.")
 @click.option(
-    "--behind-proxy", is_flag=True, help="A proxy does TLS; its X-Forwarded-* headers are heard."
-)
-@click.option(
-    "--insecure-http", is_flag=True, help="Plain HTTP on an address that other machines can reach."
+    "--behind-proxy", is_flag=True, help="Trust the X-Forwarded-* headers of a proxy that does TLS."
 )
 @click.option(
-    "--log", type=click.Choice(["auto", "json", "pretty"]), default="auto", show_default=True
+    "--insecure-http", is_flag=True, help="Allow plain HTTP on an address that others can reach."
+)
+@click.option(
+    "--log",
+    type=click.Choice(["auto", "json", "pretty"]),
+    default="auto",
+    show_default=True,
+    help="Format of the log; auto is pretty on a terminal, else JSON.",
 )
 @click.option(
     "--memory-soft",
     callback=_size,
     metavar="SIZE",
-    help="Over it no runs are begun: 2GB, 1.5GiB, 512Mi. Linux.",
+    help="Start no runs above this size: 2GB, 1.5GiB, 512Mi. Linux.",
 )
 @click.option(
     "--memory-hard",
     callback=_size,
     metavar="SIZE",
-    help="Over it the process drains and begins anew. Linux.",
+    help="Drain and restart above this size. Linux.",
 )
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serves an app: TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is
-    ready.
+    """Serve an app until SIGTERM or SIGINT.
+
+    TARGET is file.py, file.py:app or pkg.mod:app. Prints one JSON line when it is ready.
     """
     if as_json:
         options["log"] = "json"
@@ -122,8 +130,9 @@ def serve_command(target: str, as_json: bool, **options: Any) -> int:
 @with_options(*_SERVER_OPTIONS)
 @json_option
 def dev_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serves an app and begins anew when a *.py file changes; what comes in meanwhile waits. Pretty
-    logs.
+    """Serve an app and restart when a *.py file changes.
+
+    Requests wait during a restart. Logs are pretty.
     """
     flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
     flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
@@ -145,19 +154,29 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
 @click.command("run")
 @click.argument("target", metavar="FILE:FLOW")
 @with_options(*_PARAMETER_OPTIONS)
-@click.option("--event", help="The event as CloudEvents JSON, or just its data; JSON or @FILE.")
-@click.option("--idempotency-key", help="With the same key twice, the first run is waited for.")
+@click.option("--event", help="Run for this event: CloudEvents JSON or its data; JSON or @FILE.")
+@click.option("--idempotency-key", help="Return the result of an earlier run with this key.")
 @click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the app's own.")
-@click.option("--watch", is_flag=True, help="Again whenever a *.py file beside it changes.")
+@click.option("--watch", is_flag=True, help="Run again whenever a *.py file next to it changes.")
 @json_option
-def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: str | None, watch: bool, as_json: bool,
-                **options: Any) -> int:  # fmt: skip
-    """Runs a flow once and prints its result as JSON."""
+def run_command(
+    target: str,
+    pairs: tuple[str, ...],
+    params: str | None,
+    event: str | None,
+    watch: bool,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Run a flow once and print its result as JSON.
+
+    A server that has the app's store executes the run; otherwise it runs here.
+    """
     if watch:
-        return Reloader(target.partition(":")[0]).repeat("run", "--watch")
+        return Reloader(target.partition(":")[0]).repeat()
     if options["idempotency_key"] == "":
         raise UsageError(
-            "--idempotency-key expected a text, found an empty one; leave it out for a run of its own"
+            "--idempotency-key expected a text, found an empty one; leave it out for a new run"
         )
     flow, app = load_flow(target)
     given = read_json_option(event, "--event")
@@ -179,7 +198,10 @@ def run_command(target: str, pairs: tuple[str, ...], params: str | None, event: 
 @with_options(*_PARAMETER_OPTIONS)
 @json_option
 def task_command(target: str, pairs: tuple[str, ...], params: str | None, as_json: bool) -> int:
-    """Runs one task by itself, outside any run: nothing is recorded. Prints its value as JSON."""
+    """Call one task outside any run and print its value as JSON.
+
+    Retries and timeout apply; nothing is recorded.
+    """
     task = load_task(target)
     arguments = bind(task.fn, task.name, _parameters(task.fn, pairs, params), noun="task")
     return asyncio.run(_call_task(task, arguments, as_json))
@@ -194,7 +216,7 @@ async def _call_task(task: Any, arguments: dict[str, Any], as_json: bool) -> int
 
 
 def _parameters(fn: Any, pairs: tuple[str, ...], params: str | None) -> dict[str, Any]:
-    """What `-p` and `--params` say. `-p id=007` stays text where the function wants text."""
+    """The parameters of `-p` and `--params`. `-p id=007` is text for a parameter of type str."""
     read: Any = {} if params is None else read_json_option(params, "--params")
     if not isinstance(read, dict):
         raise UsageError(f"--params: expected a JSON object, found {type(read).__name__}")

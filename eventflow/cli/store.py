@@ -1,4 +1,4 @@
-"""The store as a thing on a disk: `doctor` looks whether it is well, `backup` copies it."""
+"""The commands for the store's files: doctor checks them, backup copies the ledger."""
 
 import asyncio
 import importlib.util
@@ -35,12 +35,12 @@ EXTRAS = {
     "drift": "scipy",
     "pydantic": "pydantic",
 }
-"""By extra, the package that shows whether it is installed."""
+"""By extra, a package that is installed with it."""
 
 
 class DoctorFinding(msgspec.Struct):
-    """One thing looked at. `ok` None: a fact, neither well nor unwell. `code`: what `doctor` exits
-    with because of it.
+    """One row of `doctor`. `ok` None: a fact that is neither good nor bad. `code`: the exit code
+    that it causes, 0 for none.
     """
 
     check: str
@@ -53,15 +53,14 @@ class DoctorFinding(msgspec.Struct):
 
 
 @click.command("doctor")
-@click.option(
-    "--accept-loss", is_flag=True, help="Goes on with a store that lost acknowledged commits."
-)
+@click.option("--accept-loss", is_flag=True, help="Open a store that lost acknowledged commits.")
 @ledger_options
-def doctor(accept_loss: bool, as_json: bool, **options: Any) -> int:
-    """Looks whether everything is well: store, checksums, high-water mark, lock, free space, the
-    app, extras.
+def doctor(accept_loss: bool, as_json: bool, location: LedgerLocation) -> int:
+    """Check the store, the app and the installation.
+
+    Checked are checksums and totals of the ledger, its high-water mark, lock and free space, the
+    app given by --app, and the installed extras. The exit code is that of the first problem.
     """
-    location = LedgerLocation(options["store"], options["url"], options["app"])
     if accept_loss and location.url is not None:
         raise UsageError(
             "--accept-loss opens a store on this disk; name it with --store, and leave --url out"
@@ -121,13 +120,13 @@ def _app(location: LedgerLocation) -> list[DoctorFinding]:
 
 
 async def _store(location: LedgerLocation, accept_loss: bool) -> list[DoctorFinding]:
-    if location.url is not None:  # its disk is not this one
+    if location.url is not None:  # the store may be on another machine
         return await _findings_of(_ledger(location))
     try:
         path = store_path(location, load_app(location.app) if location.app else None)
     except UsageError as error:
         return [DoctorFinding("store", False, str(error), error.exit_code)]
-    except EventflowError as error:  # there is none yet
+    except EventflowError as error:  # there is no store yet
         return [DoctorFinding("store", None, str(error))]
     server = await running_server(path)
     found = [_store_file(path), _server(server), _lock(path), _space(path)]
@@ -139,7 +138,7 @@ async def _store(location: LedgerLocation, accept_loss: bool) -> list[DoctorFind
 
 
 async def _findings_of(check: Awaitable[list[DoctorFinding]]) -> list[DoctorFinding]:
-    """What it found; an error is a finding too."""
+    """The findings of `check`; an error is one finding."""
     try:
         return await check
     except EventflowError as error:
@@ -158,7 +157,7 @@ def _store_file(path: str) -> DoctorFinding:
     what = (
         f"{path}, {size / 2**20:.1f} MiB"
         if has_store(path)
-        else f"{path} is made at the first start"
+        else f"{path} is created at the first start"
     )
     return DoctorFinding("store", True, what)
 
@@ -170,12 +169,12 @@ def _server(server: str | None) -> DoctorFinding:
 
 
 def _lock(path: str) -> DoctorFinding:
-    """Whose the store is. Taking the lock for a moment is the only way to know."""
+    """The owner of the lock. Only taking it for a moment shows whether it is free."""
     if not Path(f"{path}.lock").exists():
         return DoctorFinding("lock", None, "free")
     lock = Lock(path)
     try:
-        lock.take()
+        lock.acquire()
         lock.release()
     except StoreLocked as locked:
         return DoctorFinding(
@@ -202,10 +201,11 @@ def _space(path: str) -> DoctorFinding:
 
 
 async def _accept_loss(path: str, server: str | None) -> list[DoctorFinding]:
-    """Opens the store once as it is: its marks then say what is there."""
+    """Open the store once without the missing commits, so that its marks match its content."""
     if server is not None:
         raise UsageError(
-            f"--accept-loss is for a store that does not open; a server has this one open at {server}"
+            "--accept-loss is for a store that does not open; "
+            f"a server has this one open at {server}"
         )
     store = open_store(f"sqlite:///{path}", SystemClock(), accept_loss=True)
     await asyncio.to_thread(store.open)
@@ -222,10 +222,10 @@ async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
         wrong: list[str] = (await api.get("/api/check"))["wrong"]
         counts: dict[str, int] = await api.get("/api/counts")
     found = [DoctorFinding("ledger", False, sentence, 65) for sentence in wrong]
-    facts = ", ".join(
+    totals = ", ".join(
         f"{counts[name]} {name}" for name in ("events", "runs", "pending", "failed", "dead")
     )
-    return found or [DoctorFinding("ledger", True, f"checksums and sums hold: {facts}")]
+    return found or [DoctorFinding("ledger", True, f"checksums and sums hold: {totals}")]
 
 
 # --------------------------------------------------------------------------- backup
@@ -234,18 +234,18 @@ async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
 @click.command("backup")
 @click.argument("path", type=click.Path(dir_okay=False))
 @ledger_options
-def backup(path: str, as_json: bool, **options: Any) -> None:
-    """Copies the ledger to PATH, consistently and while it is used. Never over an existing file."""
+def backup(path: str, as_json: bool, location: LedgerLocation) -> None:
+    """Copy the ledger to PATH while it is in use.
 
-    absolute = os.path.abspath(path)
+    The copy is consistent. An existing file is never overwritten.
+    """
+    absolute = os.path.abspath(path)  # the server has another working directory
 
-    async def go() -> Any:
-        async with open_api(
-            LedgerLocation(options["store"], options["url"], options["app"])
-        ) as api:
+    async def copy() -> Any:
+        async with open_api(location) as api:
             return await api.post("/api/backup", {"path": absolute})
 
-    done = asyncio.run(go())
+    done = asyncio.run(copy())
     write_result(done, as_json, f"the ledger is copied to {done['path']}")
 
 

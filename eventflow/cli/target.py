@@ -1,10 +1,10 @@
-"""TARGET: `file.py`, `file.py:name`, `package.module:name`; from a text on the command line to the
-App, flow or task it names.
+"""TARGET on the command line, to the App, flow or task that it names: `file.py`, `file.py:name` or
+`package.module:name`.
 
-`.env` in the working directory is read first, for it holds what the file asks of its environment.
-What a user's file does wrong while it is imported is told as `file:line: what`, without our own
-frames; exit code 3. What eventflow itself refuses there (a sync flow, an empty secret, a missing
-extra) keeps its class and code, with the line as a note.
+`.env` in the working directory is loaded first. An error while the user's file is imported becomes
+AppNotFound (exit code 3) with `file:line: error`, without frames of eventflow. An error that
+eventflow itself raises there (a sync flow, an empty secret, a missing extra) keeps its class and
+exit code, with the line as a note.
 """
 
 import importlib
@@ -32,7 +32,7 @@ _TRIGGERS_DIR = str(Path(__file__).parent.parent.parent / "triggers")
 
 
 def load_app(target: str) -> App:
-    """The App that a target names; without a name `app`, or the only one there is."""
+    """The App of a target; without a name, `app` or the only App in it."""
     module, name = load_module(target)
     return (
         _named(target, module, name or "app", App, "App")
@@ -64,7 +64,7 @@ def load_task(target: str) -> Task[..., Any]:
 
 
 def load_module(target: str) -> tuple[ModuleType, str | None]:
-    """The module, and the name after the colon."""
+    """The imported module, and the name after the colon, if any."""
     load_dotenv(".env")
     where, _, name = target.partition(":") if not os.path.exists(target) else (target, "", "")
     if where.endswith(".py") or os.sep in where:
@@ -115,7 +115,7 @@ def _import_or_fail(target: str, load: Any) -> Any:
 
 
 def _error_location(error: BaseException) -> str:
-    """The innermost line that is the user's."""
+    """`FILE:LINE` of the innermost frame in the user's code."""
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__) if not _library(frame.filename)
     ]

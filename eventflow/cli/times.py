@@ -1,8 +1,7 @@
-"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or how long ago (`90s`, `15m`,
-`2h`, `7d`, `1w`, `1d12h`).
+"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or an age (`90s`, `15m`, `2h`,
+`7d`, `1w`, `1d12h`), counted back from the start of the command.
 
-`--since` and `--until` take either, wherever they stand. How long ago is counted back once, from
-when the command was given.
+`--since` and `--until` of every command take either.
 """
 
 import re
@@ -22,12 +21,12 @@ _AGE: Final = re.compile(
 
 
 EXPECTED: Final = (
-    "expected an instant such as 2026-01-31T08:00:00Z, or how long ago: 90s, 15m, 2h, 7d or 1w"
+    "expected an instant such as 2026-01-31T08:00:00Z, or an age: 90s, 15m, 2h, 7d or 1w"
 )
 
 
 def parse_moment(_: click.Context, option: click.Parameter, value: str | None) -> str | None:
-    """The value of an option, as RFC 3339 in UTC; its callback."""
+    """The callback of such an option: its value as RFC 3339 in UTC."""
     if value is None:
         return None
     try:
@@ -39,7 +38,7 @@ def parse_moment(_: click.Context, option: click.Parameter, value: str | None) -
 
 
 def check_order(since: str | None, until: str | None) -> None:
-    """UsageError for a time that ends before it begins."""
+    """Raise UsageError unless `since` is before `until`."""
     if since is not None and until is not None and parse_time(since) >= parse_time(until):
         raise UsageError(f"expected --since before --until, found {since} and {until}")
 

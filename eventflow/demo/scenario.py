@@ -27,13 +27,19 @@ MONDAY_PRICES, TUESDAY_PRICES = [float(n) for n in range(1, 61)], [5.0, 10.0, 15
 
 
 @click.command("demo")
-@click.option("--serve", is_flag=True, help="Leaves the server up afterwards, until Ctrl-C.")
+@click.option("--serve", is_flag=True, help="Keep the server running afterwards, until Ctrl-C.")
 @click.option(
-    "--port", default=0, show_default=True, type=click.IntRange(0, 65535), help="0 picks one."
+    "--port",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Bind this port; 0 picks a free one.",
 )
 def demo(serve: bool, port: int) -> int:
-    """Plays the main job on real parts, kill -9 included, and checks itself. Exit code 1 when
-    something does not hold.
+    """Run a demonstration with real parts, including a kill -9.
+
+    A shop receives webhooks, files and a drift alert, is killed, and recovers; then the ledger is
+    checked. The exit code is 1 when a check fails.
     """
     clock = SystemClock()
     environment, report = DemoEnvironment(clock), Report(sys.stdout, clock)

@@ -44,7 +44,7 @@ class Verification:
         for run in kill.in_flight:
             for call in stage.tasks(run):
                 known = call["state"] == "completed" and parse_instant(call["at"]) <= kill.at
-                (self.recorded if known else self.not_recorded).add(f"{run}/{call['claim']}")
+                (self.recorded if known else self.not_recorded).add(f"{run}/{call['call_key']}")
         self.started_before = {
             body["key"] for body in self.body_starts if body["process"] == kill.pid
         }

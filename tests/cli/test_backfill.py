@@ -297,13 +297,13 @@ def test_what_is_to_come_is_the_schedules_own(idle: RunningServer):
     since = f"{datetime.now(UTC) - timedelta(days=2):%Y-%m-%d}"
     done = eventflow(idle.folder, "backfill", "report", "--trigger", "daily", "--from", since, "--to",
                      f"{tomorrow:%Y-%m-%d}", "--dry-run")  # fmt: skip
-    assert done.returncode == 0 and "still the schedule's own" in done.stderr
+    assert done.returncode == 0 and "for the schedule to fire" in done.stderr
     assert re.search(r"^[23] occurrences", done.stdout.splitlines()[-1])
     coming = datetime.fromisoformat(re.findall(r"(\S+) and later", done.stderr)[0])
     answer = idle.post(
         "/api/triggers/daily/backfill", {"flow": "report", "at": [coming.isoformat()]}
     )
-    assert answer.status_code == 409 and "still the schedule's own" in answer.json()["detail"]
+    assert answer.status_code == 409 and "for the schedule to fire" in answer.json()["detail"]
 
 
 def test_a_paused_schedule_is_not_backfilled(reports: RunningServer):

@@ -296,7 +296,7 @@ def test_dev_begins_anew(tmp_path: Path):
         (tmp_path / "app.py").write_text("def broken(:\n")
         wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
         wait_until(
-            lambda: "it begins anew when a *.py file changes" in served.log, "what mends it is told"
+            lambda: "it restarts when a *.py file changes" in served.log, "the log says what to do"
         )
         (tmp_path / "app.py").write_text(app.format(2))
         assert served.process.stdout is not None
@@ -317,7 +317,7 @@ def test_dev_outlives_its_server(tmp_path: Path):
         again = json.loads(served.process.stdout.readline())
         assert again["url"] == served.url and again["pid"] != served.ready["pid"]
         assert served.wait_for(run, "completed")["result"] == "rested"
-        assert "ended by SIGKILL, beginning anew" in served.log and "\x1b[" not in served.log
+        assert "ended by SIGKILL, restarting" in served.log and "\x1b[" not in served.log
     done = eventflow(tmp_path, "dev", "none.py")
     assert done.returncode == 3 and "there is no file none.py" in done.stderr
 

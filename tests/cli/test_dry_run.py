@@ -122,7 +122,7 @@ def test_the_server_tells_what_its_code_would_start(shop: RunningServer):
         f"o-1  2: {known['e4']}, {known['e5']}" in text
         and "3 runs would start" in text.splitlines()[-1]
     )
-    assert "brute: 0 runs of 0 events; it heard of 4, 4 still wait at the end" in text
+    assert "brute: 0 runs of 0 events; 4 received, 4 still wait at the end" in text
     assert "1 filtered: total" in text
 
 
@@ -208,7 +208,7 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
         (trigger,) = served.get("/api/triggers")["triggers"]
         assert trigger["totals"]["drift_windows_judged"] == 8
         told = dry(tmp_path)
-        assert (told["would_start"], told["foretold"]) == (0, [])
+        assert (told["would_start"], told["simulated"]) == (0, [])
         again = dry(tmp_path, "--app", "changed.py", "--to", "retrain")
         assert again["would_start"] == 3
         text = eventflow(
@@ -216,7 +216,7 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
         ).stdout
         assert text.count("the warning begins at 0.15") == 3 and "psi of amount is 0." in text
         assert (
-            "would have sent 6 events, in place of 0 on record" in text
+            "would have sent 6 events, in place of 0 recorded" in text
             and "3 runs would start" in text
         )
         assert served.get("/api/runs")["runs"] == [] and served.stop() == 0
@@ -239,4 +239,4 @@ def test_a_time_that_is_none_is_refused(shop: RunningServer, wrong: str):
     expected.
     """
     done = eventflow(shop.folder, "ls", "events", f"--since={wrong}")
-    assert done.returncode == 2 and "how long ago" in done.stderr
+    assert done.returncode == 2 and "an age" in done.stderr

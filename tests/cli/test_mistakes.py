@@ -104,8 +104,8 @@ def test_errors_as_json(tmp_path: Path):
         ),
         (("ls", "--store", "postgres://db/shop"), "expected sqlite:///PATH"),
         (("ls", "--url", "localhost:8710"), "expected http://HOST:PORT"),
-        (("ls", "events", "--state", "failed"), "--state chooses among runs"),
-        (("ls", "dead", "--since", "2026-01-01T00:00:00Z"), "--since chooses among events"),
+        (("ls", "events", "--state", "failed"), "--state filters runs"),
+        (("ls", "dead-letters", "--since", "2026-01-01T00:00:00Z"), "--since filters events"),
         (("doctor", "--accept-loss", "--url", "http://127.0.0.1:9"), "leave --url out"),
     ],
 )
