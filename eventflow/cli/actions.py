@@ -233,7 +233,7 @@ def _replay_many(request: ReplayRequest, as_json: bool, location: LedgerLocation
 
 def _verdict_lines(done: list[Any]) -> list[str]:
     return [
-        f"event {each['event']}  {verdict['subscription']}  {verdict['fate']}  "
+        f"event {each['event']}  {verdict['subscription']}  {verdict['outcome']}  "
         f"{_verdict_detail(verdict)}"
         for each in done
         for verdict in each["verdicts"]
@@ -245,7 +245,7 @@ def _verdict_detail(verdict: dict[str, Any]) -> str:
 
 
 def _started_text(done: list[Any]) -> str:
-    started = sum(verdict["fate"] == "run" for each in done for verdict in each["verdicts"])
+    started = sum(verdict["outcome"] == "run" for each in done for verdict in each["verdicts"])
     return f"{plural(len(done), 'event')}, {plural(started, 'run')} started"
 
 

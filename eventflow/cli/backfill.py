@@ -180,7 +180,7 @@ async def _dry_run(job: _BackfillClient, past: Sequence[str], as_json: bool) -> 
 
 
 def _is_new_run(verdict: Mapping[str, Any]) -> bool:
-    return not verdict["known"] and verdict["fate"] in ("run", "batched")
+    return not verdict["known"] and verdict["outcome"] in ("run", "batched")
 
 
 def _verdict_text(verdict: Mapping[str, Any]) -> str:
@@ -188,12 +188,12 @@ def _verdict_text(verdict: Mapping[str, Any]) -> str:
         return (
             "would start"
             if _is_new_run(verdict)
-            else f"would not start: {verdict['fate']}, {verdict.get('reason')}"
+            else f"would not start: {verdict['outcome']}, {verdict.get('reason')}"
         )
     return (
         f"known: {verdict['state']}, run {verdict['run']}"
         if "run" in verdict
-        else f"known: {verdict['fate']}"
+        else f"known: {verdict['outcome']}"
     )
 
 
@@ -249,7 +249,7 @@ class _Progress:
             self._known += verdict["known"]
             self._started += _is_new_run(verdict)
             if "run" not in verdict:
-                self.record_end("", verdict["fate"])
+                self.record_end("", verdict["outcome"])
             elif verdict["state"] in LIVE_STATES:
                 live.add(verdict["run"])
             else:

@@ -35,12 +35,12 @@ class ReplayRequest(msgspec.Struct, frozen=True):
 
 
 async def simulate_replay(location: LedgerLocation, request: ReplayRequest) -> dict[str, Any]:
-    """The answer, as `GET /api/foresight` gives it."""
+    """The answer, as `GET /api/dry-run` gives it."""
     if location.app is not None and location.url is None:
         return await _simulate_locally(location, location.app, request)
     async with open_api(location) as api:
         api.require_flows("a dry run")
-        return await api.get("/api/foresight", timeout=None, **msgspec.structs.asdict(request))
+        return await api.get("/api/dry-run", timeout=None, **msgspec.structs.asdict(request))
 
 
 async def _simulate_locally(
@@ -102,9 +102,8 @@ def _subscription_lines(counts: Mapping[str, Any]) -> list[str]:
     runs, events = plural(counts["runs"], "run"), plural(counts["events"], "event")
     lines = [f"{name}: {runs} of {events}; {counts['received']} received{waiting}"]
     for each in sorted(counts["reasons"], key=lambda reason: -reason["events"]):
-        lines.append(
-            f"  {each['events']} {each['outcome']}: {escape_controls(each['reason'])} (such as {each['first']})"
-        )
+        reason = escape_controls(each["reason"])
+        lines.append(f"  {each['events']} {each['outcome']}: {reason} (such as {each['first']})")
     return lines
 
 
@@ -140,5 +139,5 @@ def _omitted_lines(answer: Mapping[str, Any]) -> list[str]:
 def would_start_text(done: Sequence[Mapping[str, Any]]) -> str:
     """The summary of a dry run of one event."""
     verdicts = [verdict for each in done for verdict in each["verdicts"]]
-    started = sum(verdict["fate"] in ("run", "paused") for verdict in verdicts)
+    started = sum(verdict["outcome"] in ("run", "paused") for verdict in verdicts)
     return f"{plural(len(done), 'event')}, {plural(started, 'run')} would start"

@@ -14,7 +14,7 @@ from eventflow.cli.output import coloured, fields_text, short_time, table, write
 from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
-from eventflow.logs.output import make_renderer, format_line
+from eventflow.logs.output import format_line, make_renderer
 from eventflow.logs.redaction import escape_controls_by_line
 
 COMMANDS: list[click.Command] = []
@@ -24,12 +24,12 @@ COLUMNS = {
     "events": "id event_id trigger type received_at runs_started duplicates",
     "flows": "name subscriptions",
     "triggers": "name kind state paused events duplicates last_event_at gauges detail",
-    "sinks": "name sink kind state waiting oldest_at sent refused failures last_error",
+    "sinks": "name sink kind state waiting oldest_at sent rejected failures last_error",
     "dead-letters": "id event subscription at type reason",
 }
 """The columns of `ls`, by kind."""
 
-_API_NAMES = {"sinks": "outlets", "dead-letters": "dead"}
+_API_NAMES = {"dead-letters": "dead"}
 """The route and the JSON field of a kind, where they differ from its name."""
 
 _FILTERED_KIND = {
@@ -181,7 +181,8 @@ def run_text(run: dict[str, Any]) -> str:
     parts = [head, _timeline(run)]
     if run["error"]:
         error = run["error"]
-        parts.append(f"{coloured('failed')}  {error['type']}: {escape_controls_by_line(error['message'])}")
+        message = escape_controls_by_line(error["message"])
+        parts.append(f"{coloured('failed')}  {error['type']}: {message}")
         if error.get("traceback"):
             parts.append(escape_controls_by_line(error["traceback"]).rstrip())
     return "\n\n".join(part for part in parts if part)
@@ -249,7 +250,7 @@ def event_text(event: dict[str, Any]) -> str:
     rows = [
         {
             "subscription": verdict["subscription"] or "(the event itself)",
-            "verdict": "run started" if verdict["fate"] == "run" else verdict["fate"],
+            "verdict": "run started" if verdict["outcome"] == "run" else verdict["outcome"],
             "run": verdict.get("run"),
             "state": verdict.get("state"),
             "why": verdict.get("reason"),

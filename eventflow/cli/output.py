@@ -96,7 +96,7 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return short_time(value) if _INSTANT.fullmatch(value) else escape_controls(value)
-    return escape_controls(value if isinstance(value, str) else orjson.dumps(value, default=str).decode())
+    return escape_controls(orjson.dumps(value, default=str).decode())
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], *, colour: bool = False) -> str:

@@ -1,9 +1,10 @@
-"""`eventflow demo`: the main job in some seconds, on real parts, checking itself. The command line
-has `play.demo`.
+"""`eventflow demo`: the main use in some seconds, with real parts, and a check of the result.
 
-    play.py ─► stage.py ─► `eventflow serve shop.py` (app/shop.py, loaded by its path: eventflow knows no trigger)
-       │                        ▲ HTTP, files, signals
-       └─► proof.py ────────────┘ what must be true afterwards ─► report.py: the timeline, the sums, ok or BROKEN
+    scenario.py      the command, and the steps in order: posts, files, the kill -9, the restart
+    environment.py   the temporary folder, `eventflow serve shop.py` in it, HTTP requests and files
+    verification.py  the checks afterwards: the senders' answers, the task bodies, the ledger
+    report.py        the output: a timeline, totals, `ok` or `BROKEN`
+    app/shop.py      the served app, loaded by its path, since eventflow does not import triggers
 
-One task is written to fail twice; the posts, the files, the kill -9 and the recovery are real.
+One task fails twice by design; everything else is what a user would do.
 """

@@ -1,9 +1,6 @@
-"""The demo's hands: a folder, a server process in it, and the senders around it. play.py tells them
-what to do.
+"""What the demo works with: a folder, a server process in it, and the senders of its events.
 
-`Stage` owns the folder; a `Server` is one life of `eventflow serve shop.py`. It is reached only as
-strangers reach it: by HTTP, by files and by signals. What senders were answered is counted in
-`answers`.
+scenario.py calls it. The server is reached only as users reach it: by HTTP, files and signals.
 """
 
 import base64
@@ -31,29 +28,36 @@ from eventflow.core.errors import EventflowError
 SHOP = Path(__file__).with_name("app") / "shop.py"
 
 TIMEOUT_SECONDS = 30.0
-"""Seconds that anything may take here, on a machine that is busy with other things."""
+"""For each request and wait; long enough for a busy machine."""
 
 
 class DemoFailed(EventflowError):
-    """Something did not happen that the demo waits for."""
+    """A step of the demo did not happen."""
 
 
 class ServerProcess:
-    """One life of the server: from its ready line to a kill or a stop."""
+    """`eventflow serve shop.py`, ready when constructed. DemoFailed when it does not start."""
 
     def __init__(self, folder: Path, env: dict[str, str], port: int, log: Path) -> None:
         with log.open("ab") as errors:
+            serve = [sys.executable, "-m", "eventflow", "serve", "shop.py"]
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "eventflow", "serve", "shop.py", "--port", str(port), "--log", "json"],
-                cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
-            )  # fmt: skip
+                [*serve, "--port", str(port), "--log", "json"],
+                cwd=folder,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                start_new_session=True,  # a Ctrl-C in the terminal is for the demo
+            )
         self.ended = False
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._end()
             raise DemoFailed("the server did not start")
-        self.pid, self.url = self._process.pid, str(orjson.loads(line)["url"])
+        self.pid: int = self._process.pid
+        self.url = str(orjson.loads(line)["url"])
         self.port = int(self.url.rpartition(":")[2])
 
     @property
@@ -61,12 +65,11 @@ class ServerProcess:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """kill -9: no goodbye."""
         self._process.send_signal(signal.SIGKILL)
         self._end()
 
     def stop(self) -> int:
-        """SIGTERM, and the exit code."""
+        """Send SIGTERM and wait. The exit code."""
         self._process.terminate()
         return self._end()
 
@@ -79,12 +82,13 @@ class ServerProcess:
 
 
 class DemoEnvironment:
-    """The folder, the senders, and what they were told."""
+    """The folder, the server, and the senders. `answers` counts the HTTP status of every post."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.folder = Path(tempfile.mkdtemp(prefix="eventflow-demo-"))
-        self.landing, self.log = self.folder / "landing", self.folder / "server.log"
+        self.landing = self.folder / "landing"
+        self.log = self.folder / "server.log"
         self.landing.mkdir()
         shutil.copy(SHOP, self.folder / "shop.py")
         self.answers: Counter[int] = Counter()
@@ -105,7 +109,7 @@ class DemoEnvironment:
         return self._server
 
     def close(self, *, keep: bool) -> None:
-        """No server outlives the demo; the folder does when asked to."""
+        """Kill the server if it runs; remove the folder unless `keep`."""
         if self._server is not None and self._server.alive:
             self._server.kill()
         self._http.close()
@@ -115,10 +119,9 @@ class DemoEnvironment:
     # ----------------------------------------------------------------- senders
 
     def post_order(self, message: str, data: Any, *, forged: bool = False) -> int:
-        """Posts a signed order as any Standard Webhooks sender does; the status, 0 between two
-        lives of the server.
-        """
-        body, now = orjson.dumps(data), str(self._clock.now() // SECOND)
+        """Post a signed order, as a Standard Webhooks sender. The status; 0 after a kill."""
+        body = orjson.dumps(data)
+        now = str(self._clock.now() // SECOND)
         key = b"a forger's" if forged else self._key
         sign = base64.b64encode(
             hmac.digest(key, f"{message}.{now}.".encode() + body, hashlib.sha256)
@@ -131,7 +134,7 @@ class DemoEnvironment:
         return self._post("/hooks/orders", body, {**headers, "content-type": "application/json"})
 
     def post_alert(self, ident: str, data: Any) -> int:
-        """Posts a drift alert as a CloudEvent."""
+        """Post a drift alert as a CloudEvent. The status."""
         event = {
             "specversion": "1.0",
             "id": ident,
@@ -146,7 +149,7 @@ class DemoEnvironment:
         )
 
     def drop_file(self, name: str, prices: Sequence[float]) -> None:
-        """Drops a CSV file, as a partner's upload would."""
+        """Write a CSV file into the watched folder."""
         (self.landing / name).write_text("price\n" + "".join(f"{price}\n" for price in prices))
         self.files += 1
 
@@ -160,10 +163,10 @@ class DemoEnvironment:
         self.answers[status] += 1
         return status
 
-    # ----------------------------------------------------------------- what there is to see
+    # ----------------------------------------------------------------- results
 
     def get(self, path: str, **params: str | int) -> Any:
-        """What the API says."""
+        """The JSON of an API route; DemoFailed when it is no 200."""
         try:
             reply = self._http.get(self._url + path, params=params, headers=self._token())
         except httpx2.TransportError as error:
@@ -179,7 +182,7 @@ class DemoEnvironment:
         return self.get(f"/api/runs/{run}")["tasks"]
 
     def body_starts(self) -> list[dict[str, Any]]:
-        """What task bodies wrote down as they began, whoever killed them then."""
+        """The lines that task bodies wrote when they started, killed ones included."""
         path = self.folder / "bodies.jsonl"
         return (
             [orjson.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
@@ -189,11 +192,11 @@ class DemoEnvironment:
         return sum(body["task"] == task for body in self.body_starts())
 
     def flaky_call(self) -> dict[str, Any]:
-        """The call that fails twice, as the journal has it."""
+        """The task call that fails twice, as the API shows it."""
         (run,) = self.get("/api/events/msg-3")["runs"]
         return next(
             (call for call in self.tasks(run["id"]) if call["name"] == "score"),
-            {"state": "not begun"},
+            {"state": "not started"},
         )
 
     def log_tail(self) -> str:
@@ -201,11 +204,16 @@ class DemoEnvironment:
         return "\n".join(lines[-12:]) or "(none)"
 
     def run_command(self, *words: str) -> str:
-        """What a person at the shell would see."""
+        """The output of an eventflow command; DemoFailed when it fails."""
         done = subprocess.run(
-            [sys.executable, "-m", "eventflow", *words], cwd=self.folder, env=self._env, capture_output=True, text=True,
-            timeout=TIMEOUT_SECONDS, check=False,
-        )  # fmt: skip
+            [sys.executable, "-m", "eventflow", *words],
+            cwd=self.folder,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
         if done.returncode:
             raise DemoFailed(
                 f"eventflow {' '.join(words)}: exit {done.returncode}: {done.stderr.strip()}"
@@ -213,7 +221,7 @@ class DemoEnvironment:
         return done.stdout
 
     def wait_until(self, condition: Callable[[], object], description: str) -> None:
-        """Polls; DemoFailed once patience has run out."""
+        """Poll the condition; DemoFailed after TIMEOUT_SECONDS or when the server ends."""
         deadline = self._clock.monotonic() + TIMEOUT_SECONDS
         while not condition():
             if self._server is not None and not self._server.alive:

@@ -1,7 +1,7 @@
-"""The demo's paper: a timeline while it runs, then what must hold, line by line. Colour on a
-terminal only, unless NO_COLOR.
+"""The demo's output: a timeline while it runs, then the results of the checks, one per line.
 
-play.py writes on it. What does not hold is printed in red and makes the demo's exit code 1.
+Colours appear on a terminal only, unless NO_COLOR is set. A failed check is printed in red and
+makes the demo's exit code 1.
 """
 
 import os
@@ -25,10 +25,11 @@ COLOURS = {
 
 
 class Report:
-    """Lines with the seconds since it began."""
+    """Writes to `stream`; times are seconds since the construction."""
 
     def __init__(self, stream: TextIO, clock: Clock) -> None:
-        self._stream, self._clock = stream, clock
+        self._stream = stream
+        self._clock = clock
         self._colour = stream.isatty() and "NO_COLOR" not in os.environ
         self._started_us = clock.now()
         self.failed_checks = 0
@@ -41,7 +42,7 @@ class Report:
         click.echo(text, file=self._stream, color=self._colour)
 
     def timeline(self, kind: str, text: str, at_us: int | None = None) -> None:
-        """One line of the timeline, at its own instant or now."""
+        """Write one line of the timeline, with the time `at_us` or now."""
         seconds = self.seconds if at_us is None else (at_us - self._started_us) / SECOND
         word = click.style(f"{kind:<10}", fg=COLOURS.get(kind, "cyan"), bold=kind == "kill -9")
         self.write(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {word} {text}")
@@ -51,23 +52,22 @@ class Report:
         self.write(click.style(text, bold=True))
 
     def indented(self, text: str) -> None:
-        """Somebody else's output."""
+        """Write the output of another program."""
         for line in text.strip().splitlines():
             self.write(f"    {line}".rstrip())
 
     def check(self, holds: bool, stated: str, found: str = "") -> None:
-        """`found` is told when it does not hold."""
+        """Write the result of a check; `found` only when it failed."""
         if holds:
             self.write(f"  {click.style('ok', fg='green')}      {stated}")
         else:
             self.failed_checks += 1
-            self.write(
-                f"  {click.style('BROKEN', fg='red', bold=True)}  {stated}{f'; found {found}' if found else ''}"
-            )
+            broken = click.style("BROKEN", fg="red", bold=True)
+            self.write(f"  {broken}  {stated}{f'; found {found}' if found else ''}")
 
 
 def statuses_text(statuses: Sequence[int]) -> str:
-    """`202 ×8, 200`, in the order of their first."""
+    """`202 ×8, 200`, in the order of first appearance."""
     times = Counter(statuses)
     return ", ".join(
         f"{status} ×{count}" if count > 1 else f"{status}" for status, count in times.items()

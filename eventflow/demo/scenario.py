@@ -1,8 +1,7 @@
-"""The demo itself: what is sent, when the server dies, and in which order it is told. The acts read
-top to bottom.
+"""The demo's steps, from top to bottom: what is sent, when the server is killed, what is awaited.
 
-`demo` plays them, then asks proof.py whether everything held. The server is a process of its own;
-so are its two lives.
+`demo` is the command. It runs a `Scenario` and then the checks of verification.py. Both servers are
+processes of their own.
 """
 
 import os
@@ -19,11 +18,14 @@ from eventflow.demo.environment import SHOP, DemoEnvironment, DemoFailed, Server
 from eventflow.demo.report import Report, statuses_text
 from eventflow.demo.verification import KillRecord, Verification, parse_instant
 
-FIRST_ORDERS, RUSH_ORDERS = 8, 12
-"""Orders before the rush, and in it."""
+FIRST_ORDERS = 8
+RUSH_ORDERS = 12
+"""Orders posted at once, just before the kill."""
 
-MONDAY_PRICES, TUESDAY_PRICES = [float(n) for n in range(1, 61)], [5.0, 10.0, 15.0]
-"""The prices in the list that the kill interrupts, and in the one that lands while nothing runs."""
+MONDAY_PRICES = [float(n) for n in range(1, 61)]
+"""The price list whose run the kill interrupts."""
+TUESDAY_PRICES = [5.0, 10.0, 15.0]
+"""The price list that arrives while no server runs."""
 
 
 @click.command("demo")
@@ -59,7 +61,7 @@ def demo(serve: bool, port: int) -> int:
 def run_scenario(
     environment: DemoEnvironment, report: Report, clock: Clock, serve: bool, port: int
 ) -> bool:
-    """The acts, the proof, and the end. Whether all of it held."""
+    """Run the scenario, the checks and the shutdown. Whether every check passed."""
     scenario = Scenario(environment, report, clock)
     server = scenario.run(port)
     verification = Verification(environment, report, scenario.kill_record, server.pid)
@@ -76,20 +78,24 @@ def run_scenario(
     report.check(
         code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}"
     )
-    report.heading(
-        f"{f'{report.failed_checks} of it did not hold' if report.failed_checks else 'all of it held'}; {report.seconds:.1f} s"
-    )
+    failed = report.failed_checks
+    result = f"{failed} of it did not hold" if failed else "all of it held"
+    report.heading(f"{result}; {report.seconds:.1f} s")
     report.write(f"The app is {SHOP}; to play with it: {program_name()} demo --serve")
     return not report.failed_checks
 
 
 class Scenario:
-    """The acts."""
+    """The steps. `run` returns the second server; `kill_record` describes the end of the first."""
 
-    def __init__(self, stage: DemoEnvironment, report: Report, clock: Clock) -> None:
-        self.environment, self.timeline, self.clock = stage, report.timeline, clock
+    kill_record: KillRecord
+
+    def __init__(self, environment: DemoEnvironment, report: Report, clock: Clock) -> None:
+        self.environment = environment
+        self.timeline = report.timeline
+        self.clock = clock
         report.heading("eventflow demo")
-        report.write(f"a shop in {stage.folder}: shop.py, its ledger shop.db, and landing/\n")
+        report.write(f"a shop in {environment.folder}: shop.py, its ledger shop.db, and landing/\n")
 
     def run(self, port: int) -> ServerProcess:
         first = self.start(port)
@@ -98,7 +104,7 @@ class Scenario:
         self.rush()
         self.kill_record = self.kill(first)
         self.send_while_down()
-        second = self.start(first.port)  # where its senders know it
+        second = self.start(first.port)  # the URL that its senders know
         self.await_resume(second)
         self.send_again()
         self.await_settled()
@@ -114,82 +120,77 @@ class Scenario:
         self.timeline("ready", f"{server.url}, process {server.pid}, {took:.2f} s after its start")
         return server
 
-    # ----------------------------------------------------------------- the first life
+    # ----------------------------------------------------------------- the first server
 
     def orders_and_an_alert(self) -> None:
-        order, happened = self.environment.post_order, self.timeline
+        order = self.environment.post_order
         sent = [order(f"msg-{n}", make_order(n)) for n in range(1, FIRST_ORDERS + 1)]
-        happened(
+        self.timeline(
             "webhook",
             f"{FIRST_ORDERS} signed orders: {statuses_text(sent)}, each recorded before its answer",
         )
         sent = [order(f"msg-{n}", make_order(n)) for n in (1, 2, 3)]
-        happened("webhook", f"3 of them again: {statuses_text(sent)}, known")
+        self.timeline("webhook", f"3 of them again: {statuses_text(sent)}, known")
         sent = [order("msg-forged", make_order(99), forged=True)]
-        happened("webhook", f"1 with a forged signature: {statuses_text(sent)}")
+        self.timeline("webhook", f"1 with a forged signature: {statuses_text(sent)}")
         sent = [order("msg-empty", {"id": "order-0", "total": 0}), order("msg-odd", {"total": 5})]
-        happened(
+        self.timeline(
             "webhook",
-            f"1 of nothing, 1 without an id: {statuses_text(sent)}; neither is dropped in silence, see below",
+            f"1 of nothing, 1 without an id: {statuses_text(sent)}; both are explained below",
         )
         sent = [
             self.environment.post_alert("prices-july", {"model": "prices", "psi": 0.31})
             for _ in range(2)
         ]
-        happened(
+        self.timeline(
             "alert", f"drift.detected as a CloudEvent to /api/events, twice: {statuses_text(sent)}"
         )
 
     def await_recovery(self) -> None:
-        """One task fails twice and recovers, the alert's flow trains and emits; told by the
-        ledger's own instants.
+        """Wait for the task that fails twice, and for the flow that the alert starts; report both
+        with the times in the ledger.
         """
-        stage = self.environment
-        stage.wait_until(
-            lambda: stage.flaky_call()["state"] == "completed", "score(order-3) has recovered"
+        environment = self.environment
+        environment.wait_until(
+            lambda: environment.flaky_call()["state"] == "completed", "score(order-3) has recovered"
         )
-        stage.wait_until(
-            lambda: stage.runs(flow="announce", state="completed"), "the new model is announced"
+        environment.wait_until(
+            lambda: environment.runs(flow="announce", state="completed"),
+            "the new model is announced",
         )
-        (news,), call = stage.runs(flow="announce"), stage.flaky_call()
-        told = [
-            (
-                news["finished_at"],
-                "retrained",
-                "a model, once; model.promoted, emitted by that flow, started the next",
-            )
+        (announcement,) = environment.runs(flow="announce")
+        call = environment.flaky_call()
+        retrained = "a model, once; model.promoted, emitted by that flow, started the next"
+        lines = [
+            (announcement["finished_at"], "retrained", retrained),
+            (call["at"], "recovered", f"score(order-3), attempt {call['attempts']}"),
         ]
-        told += [(call["at"], "recovered", f"score(order-3), attempt {call['attempts']}")]
         for error in call["errors"]:
             kind = error["type"].rpartition(":")[2]
-            told += [
-                (
-                    error["at"],
-                    "failed",
-                    f"score(order-3), attempt {error['attempt']}: {kind}: {error['message']}",
-                )
-            ]
-        for at, word, text in sorted(told):
+            text = f"score(order-3), attempt {error['attempt']}: {kind}: {error['message']}"
+            lines.append((error["at"], "failed", text))
+        for at, word, text in sorted(lines):
             self.timeline(word, text, parse_instant(at))
 
     def rush(self) -> None:
-        """A price list and a dozen orders at once, until they are in the middle of their work."""
-        stage = self.environment
-        stage.drop_file("monday.csv", MONDAY_PRICES)
+        """Start a price list and a dozen orders at once, and wait until they are half done."""
+        environment = self.environment
+        environment.drop_file("monday.csv", MONDAY_PRICES)
         self.timeline(
             "file",
             f"landing/monday.csv, {len(MONDAY_PRICES)} rows: a task call for each, four at a time",
         )
-        stage.wait_until(
-            lambda: stage.count_started("convert") >= 15, "the price list is under way"
+        environment.wait_until(
+            lambda: environment.count_started("convert") >= 15, "the price list is under way"
         )
-        packed = stage.count_started("pack")
+        packed = environment.count_started("pack")
         sent = [
-            stage.post_order(f"rush-{n}", make_order(100 + n)) for n in range(1, RUSH_ORDERS + 1)
+            environment.post_order(f"rush-{n}", make_order(100 + n))
+            for n in range(1, RUSH_ORDERS + 1)
         ]
         self.timeline("webhook", f"{RUSH_ORDERS} more orders: {statuses_text(sent)}")
-        stage.wait_until(
-            lambda: stage.count_started("pack") >= packed + RUSH_ORDERS - 2,
+        environment.wait_until(
+            lambda: environment.count_started("pack") >= packed + RUSH_ORDERS - 2,
             "the orders are being packed",
         )
 
@@ -211,10 +212,10 @@ class Scenario:
         self.environment.drop_file("tuesday.csv", TUESDAY_PRICES)
         self.timeline("file", "landing/tuesday.csv, while nothing runs")
 
-    # ----------------------------------------------------------------- the second life
+    # ----------------------------------------------------------------- the second server
 
     def await_resume(self, server: ServerProcess) -> None:
-        def goes_on() -> bool:
+        def resumed() -> bool:
             here = {
                 body["key"].partition("/")[0]
                 for body in self.environment.body_starts()
@@ -222,15 +223,15 @@ class Scenario:
             }
             return not here.isdisjoint(self.kill_record.in_flight)
 
-        self.environment.wait_until(goes_on, "the interrupted runs go on")
+        self.environment.wait_until(resumed, "the interrupted runs continue")
         runs = len(self.kill_record.in_flight)
         self.timeline(
             "resumed",
-            f"the {runs} runs go on from their journals, unasked; at first a few at a time",
+            f"the {runs} runs continue from their journals, at first a few at a time",
         )
 
     def send_again(self) -> None:
-        """A sender that lost its connection cannot know: it sends everything once more."""
+        """Send the orders again: a sender without an answer cannot know whether they arrived."""
         sent = [
             self.environment.post_order(f"rush-{n}", make_order(100 + n))
             for n in range(1, RUSH_ORDERS + 1)
@@ -242,11 +243,9 @@ class Scenario:
 
     def await_settled(self) -> None:
         def settled() -> bool:
-            lists, counts = (
-                self.environment.runs(flow="price_list"),
-                self.environment.get("/api/counts"),
-            )
-            return len(lists) == self.environment.files and counts["pending"] == 0
+            lists = self.environment.runs(flow="price_list")
+            pending = self.environment.get("/api/counts")["pending"]
+            return len(lists) == self.environment.files and pending == 0
 
         self.environment.wait_until(settled, "everything is settled")
         self.timeline("settled", "nothing is pending")
@@ -257,9 +256,7 @@ def make_order(number: int) -> dict[str, Any]:
 
 
 def program_name() -> str:
-    """How this program is called from any folder: a virtual environment that is not active is not
-    on the PATH.
-    """
+    """A command that starts this program from any folder; `eventflow` only if the PATH finds it."""
     called = os.path.abspath(sys.argv[0])
     if not os.access(called, os.X_OK):
         return f"{sys.executable} -m eventflow"
@@ -267,7 +264,7 @@ def program_name() -> str:
 
 
 def stay_up(environment: DemoEnvironment, report: Report, server: ServerProcess) -> None:
-    """Until Ctrl-C or SIGTERM."""
+    """Print commands to try, and wait for Ctrl-C or SIGTERM."""
     report.heading(f"The server stays up at {server.url} until Ctrl-C. In another terminal:")
     eventflow = program_name()
     report.indented(
@@ -278,9 +275,9 @@ def stay_up(environment: DemoEnvironment, report: Report, server: ServerProcess)
         f"""{eventflow} emit drift.detected -d '{{"model": "prices", "psi": 0.4}}'"""
     )
     report.write()
-    enough = threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: enough.set())
-    while not enough.wait(0.5):
+        signal.signal(number, lambda _number, _frame: stop.set())
+    while not stop.wait(0.5):
         if not server.alive:
             raise DemoFailed("the server ended by itself")

@@ -1,9 +1,8 @@
-"""What must be true after the demo, each sentence proven from witnesses that know nothing of each
-other.
+"""The checks after the demo, each from independent sources.
 
-They are: what senders were answered (`Stage.answers`), what task bodies wrote down as they began
-(bodies.jsonl, which survives the kill), and what the ledger says over the API. play.py asks,
-report.py prints.
+The sources are the answers that senders got (`DemoEnvironment.answers`), the lines that task bodies
+wrote when they started (bodies.jsonl, which survives the kill), and the ledger as the API shows it.
+scenario.py calls them, report.py prints the results.
 """
 
 from collections.abc import Sequence
@@ -16,14 +15,14 @@ from eventflow.demo.environment import DemoEnvironment
 from eventflow.demo.report import Report, statuses_text
 
 DELIVERY_STATES = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
-"""The right-hand side of the sum of P9."""
+"""Each accepted delivery is counted in exactly one of these (promise P9)."""
 
 EMITTED_EVENTS = 1
-"""Events that the shop itself emits."""
+"""Events that the shop emits."""
 
 
 class KillRecord(msgspec.Struct, frozen=True):
-    """Which process, when it was gone, and the runs that were at work."""
+    """The killed process, the time after its end in microseconds, and the runs it was executing."""
 
     pid: int
     at: int
@@ -31,48 +30,58 @@ class KillRecord(msgspec.Struct, frozen=True):
 
 
 class Verification:
-    """The evidence, gathered once everything is settled. `survivor`: the process that went on."""
+    """The evidence, gathered when everything is settled, and the checks on it.
+
+    `second_pid`: the server after the kill. Task calls are named by their idempotency keys.
+    """
 
     def __init__(
-        self, stage: DemoEnvironment, report: Report, kill: KillRecord, survivor: int
+        self, environment: DemoEnvironment, report: Report, kill: KillRecord, second_pid: int
     ) -> None:
-        self.environment, self.report, self.kill_record = stage, report, kill
-        self.counts: dict[str, int] = stage.get("/api/counts")
-        self.runs = stage.runs()
-        self.body_starts = stage.body_starts()
-        self.recorded, self.not_recorded = set[str](), set[str]()
+        self.environment = environment
+        self.report = report
+        self.kill_record = kill
+        self.counts: dict[str, int] = environment.get("/api/counts")
+        self.runs = environment.runs()
+        self.body_starts = environment.body_starts()
+        self.recorded = set[str]()  # completed before the kill
+        self.not_recorded = set[str]()
         for run in kill.in_flight:
-            for call in stage.tasks(run):
+            for call in environment.tasks(run):
                 known = call["state"] == "completed" and parse_instant(call["at"]) <= kill.at
                 (self.recorded if known else self.not_recorded).add(f"{run}/{call['call_key']}")
         self.started_before = {
             body["key"] for body in self.body_starts if body["process"] == kill.pid
         }
         self.started_after = {
-            body["key"] for body in self.body_starts if body["process"] == survivor
+            body["key"] for body in self.body_starts if body["process"] == second_pid
         }
 
     def print_totals(self) -> None:
-        say, counts, answers = self.report.write, self.counts, self.environment.answers
+        write = self.report.write
+        counts = self.counts
+        answers = self.environment.answers
+        repeated = self.not_recorded & self.started_before
+        new = self.not_recorded - self.started_before
         self.report.heading(f"The {len(self.kill_record.in_flight)} runs that the kill interrupted")
-        say(
-            f"  replayed   {len(self.recorded):>4} results were recorded: read back, their bodies did not run again"
+        write(
+            f"  replayed   {len(self.recorded):>4} results were recorded: "
+            "read back, their bodies did not run again"
         )
-        say(
-            f"  repeated   {len(self.not_recorded & self.started_before):>4} bodies were cut short: run again, under the keys they had"
+        write(
+            f"  repeated   {len(repeated):>4} bodies were cut short: "
+            "run again, under the keys they had"
         )
-        say(
-            f"  went on    {len(self.not_recorded - self.started_before):>4} bodies ran for the first time"
-        )
+        write(f"  went on    {len(new):>4} bodies ran for the first time")
         self.report.heading("The sums")
-        say(f"  answered   {statuses_text(sorted(answers.elements()))}")
-        say(
-            f"  recorded   {counts['events']} events: {answers[202]} posted, {self.environment.files} files, {EMITTED_EVENTS} emitted"
+        write(f"  answered   {statuses_text(sorted(answers.elements()))}")
+        write(
+            f"  recorded   {counts['events']} events: {answers[202]} posted, "
+            f"{self.environment.files} files, {EMITTED_EVENTS} emitted"
         )
-        say(f"  repeated   {counts['duplicates']} duplicates, counted on the first one's row")
-        say(
-            f"  deliveries {counts['accepted']} = {' + '.join(f'{counts[name]} {name}' for name in DELIVERY_STATES)}"
-        )
+        write(f"  repeated   {counts['duplicates']} duplicates, counted on the first one's row")
+        states = " + ".join(f"{counts[name]} {name}" for name in DELIVERY_STATES)
+        write(f"  deliveries {counts['accepted']} = {states}")
 
     def check_all(self, *, orders: int, price_lists: Sequence[Sequence[float]]) -> None:
         self.check_intake()
@@ -80,10 +89,10 @@ class Verification:
         self.check_recovery()
         self.check_outcomes(orders, price_lists)
 
-    # ----------------------------------------------------------------- the way in
-
     def check_intake(self) -> None:
-        check, counts, answers = self.report.check, self.counts, self.environment.answers
+        check = self.report.check
+        counts = self.counts
+        answers = self.environment.answers
         known = [
             event["event_id"] for event in self.environment.get("/api/events", limit=1000)["events"]
         ]
@@ -102,17 +111,18 @@ class Verification:
         )
 
     def check_verdicts(self) -> None:
-        check, counts = self.report.check, self.counts
+        check = self.report.check
+        counts = self.counts
         (empty,) = self.environment.get("/api/events/msg-empty")["verdicts"]
         check(
-            empty["fate"] == "filtered",
+            empty["outcome"] == "filtered",
             f"the order of nothing was filtered: {empty.get('reason')}",
             f"{empty}",
         )
-        letters = self.environment.get("/api/dead")["dead"]
-        why = letters[0]["reason"].rpartition(": ")[2] if letters else "none"
-        is_odd = [letter["event_id"] for letter in letters] == ["msg-odd"]
-        check(is_odd, f"the order without an id is a dead letter: {why}", f"{letters}")
+        dead_letters = self.environment.get("/api/dead")["dead"]
+        why = dead_letters[0]["reason"].rpartition(": ")[2] if dead_letters else "none"
+        is_odd = [dead["event_id"] for dead in dead_letters] == ["msg-odd"]
+        check(is_odd, f"the order without an id is a dead letter: {why}", f"{dead_letters}")
         total = sum(counts[name] for name in DELIVERY_STATES)
         stated = "the deliveries add up, and none is pending"
         check(
@@ -121,10 +131,9 @@ class Verification:
             f"{counts['accepted']} and {total}",
         )
 
-    # ----------------------------------------------------------------- the way through
-
     def check_recovery(self) -> None:
-        check, flaky = self.report.check, self.environment.flaky_call()
+        check = self.report.check
+        flaky = self.environment.flaky_call()
         check(
             flaky["attempts"] == 3 and len(flaky["errors"]) == 2,
             "one task failed twice and recovered",
@@ -148,7 +157,8 @@ class Verification:
         )
 
     def check_outcomes(self, orders: int, price_lists: Sequence[Sequence[float]]) -> None:
-        check, runs = self.report.check, self.runs
+        check = self.report.check
+        runs = self.runs
         states = [run["state"] for run in runs if run["flow"] == "handle_order"]
         check(
             states == ["completed"] * orders,
@@ -166,10 +176,12 @@ class Verification:
             f"{found}",
         )
         trained = [body for body in self.body_starts if body["task"] == "train"]
-        news = [run["state"] for run in runs if run["flow"] == "announce"]
+        announced = [run["state"] for run in runs if run["flow"] == "announce"]
         stated = "the alert, sent twice, trained once, and model.promoted reached its flow"
         check(
-            len(trained) == 1 and news == ["completed"], stated, f"{len(trained)} trainings, {news}"
+            len(trained) == 1 and announced == ["completed"],
+            stated,
+            f"{len(trained)} trainings, {announced}",
         )
 
 

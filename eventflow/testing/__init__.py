@@ -1,7 +1,6 @@
-"""What users test their flows with: a clock that stands still, a trigger fed by hand, and the wait
-for everything to be done.
+"""Tools to test flows with: a virtual clock, a trigger fed by the test, and waits for completion.
 
-Nothing is faked but time: the App, its worker and its SQLite file are the real ones.
+Only time is simulated: the App, its worker and its SQLite file are the real ones.
 
     async def test_a_day_of_backoff_passes_in_milliseconds():
         orders = MemoryTrigger("orders")
@@ -11,8 +10,7 @@ Nothing is faked but time: the App, its worker and its SQLite file are the real 
             await orders.send(data={"order": {"id": 7}})
             assert (await drain(app))["completed"] == 1
 
-Called by tests only; nothing in eventflow imports it. Works with any test runner that can run a
-coroutine.
+Works with any test runner that can run a coroutine. Nothing in eventflow imports this package.
 """
 
 from eventflow.testing.apps import MemoryTrigger, running
@@ -22,8 +20,8 @@ from eventflow.testing.idle import Stuck
 from eventflow.testing.journal import JournalCall, events_of, journal_of
 
 __all__ = [
-    "MemoryTrigger",
     "JournalCall",
+    "MemoryTrigger",
     "Stuck",
     "VirtualClock",
     "drain",

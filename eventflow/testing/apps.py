@@ -1,5 +1,5 @@
-"""`running`: an app on a fresh store and a virtual clock; `MemoryTrigger`: a source of events that
-a test feeds.
+"""`running`: an app on a fresh store and a virtual clock. `MemoryTrigger`: a trigger whose events a
+test sends.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Intake, Json, Receipt, Trigger, Undecodable
 from eventflow.logs.capture import configure
-from eventflow.logs.log import Line
+from eventflow.logs.log import LogLine
 from eventflow.testing.clock import VirtualClock
 from eventflow.testing.idle import RealTimeDeadline
 
 OPEN_TIMEOUT_SECONDS = 10.0
-"""Real seconds that `MemoryTrigger.send` waits for the app to listen."""
+"""Real time that `MemoryTrigger.send` waits for the app to listen."""
 
 
 class _NoData:
@@ -28,7 +28,7 @@ class _NoData:
 
 
 class MemoryTrigger:
-    """A trigger whose events a test sends:
+    """A trigger whose events a test sends.
 
         drift = MemoryTrigger("drift")
         app.on(drift, retrain, where={"score": [{"numeric": [">", 0.3]}]})
@@ -36,7 +36,7 @@ class MemoryTrigger:
             (receipt,) = await drift.send(data={"score": 0.5})
             assert receipt.matched == 1
 
-    Its cursors are kept as any trigger's are.
+    Its cursors are stored as those of any trigger.
     """
 
     def __init__(self, name: str = "memory") -> None:
@@ -59,11 +59,11 @@ class MemoryTrigger:
         subject: str | None = None,
         cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
-        """Hands in events, or one made of `data`; returns their receipts once they and the `cursor`
+        """Send events, or one made of `data`, and return their receipts when they and the `cursor`
         are durable.
 
-        Waits until the app listens. Without an `id` the event is a new one. Raises what
-        `Intake.accept` raises.
+        Waits until the app listens. Without an `id` the event gets a unique one. Raises the errors
+        of `Intake.accept`.
         """
         if data is not _NoData:
             made = Event(
@@ -97,19 +97,19 @@ async def running(
     *,
     clock: Clock | None = None,
     store: str | PathLike[str] | None = None,
-    lines: list[Line] | None = None,
+    lines: list[LogLine] | None = None,
     own_loop: bool = False,
 ) -> AsyncGenerator[App, None]:
-    """The app, open on a fresh store and a clock that stands still; closed at the end, and as it
-    was before.
+    """Open the app on a fresh store and a virtual clock; at the end close it and restore its
+    settings.
 
         async with running(app) as app:
             assert await result_of(app, score, order=7) == 0.5
 
-    `clock`: by default the app's own VirtualClock, or a new one. `store`: a URL, or the path of a
-    SQLite file, to open the same one twice; by default a file in a folder that is removed at the
-    end. `lines` collects what flows and tasks log and print. `own_loop` gives flows a loop and
-    thread of their own, as `eventflow serve` does. Schedules of the app follow the clock too.
+    `clock`: by default the app's VirtualClock, or a new one; schedules of the app follow it too.
+    `store`: a URL or the path of an SQLite file, for a test that opens it twice; by default a file
+    in a temporary folder. `lines` collects what flows and tasks log and print. `own_loop` runs
+    flows on an event loop in another thread, as `eventflow serve` does.
     """
     before, options = app.clock, app._store_options  # pyright: ignore[reportPrivateUsage]
     app.clock = clock or (before if isinstance(before, VirtualClock) else VirtualClock())
@@ -132,9 +132,7 @@ async def running(
 
 
 def _set_clock(clock: Clock, trigger: Trigger, undo: ExitStack) -> bool:
-    """A trigger with a `clock` of its own (a schedule) follows the test's until the end; whether it
-    is one.
-    """
+    """Replace the `clock` of a trigger that has one (a schedule) until `undo`. Whether it has."""
     previous = getattr(trigger, "clock", None)
     if previous is not None:
         undo.callback(setattr, trigger, "clock", previous)
@@ -143,7 +141,7 @@ def _set_clock(clock: Clock, trigger: Trigger, undo: ExitStack) -> bool:
 
 
 async def _wait_for_schedules(clock_users: Sequence[Trigger]) -> None:
-    """Until the schedules have read their cursors: time that moves before would pass them by."""
+    """Wait until the schedules have read their cursors; they would miss time that moves before."""
     deadline = RealTimeDeadline(OPEN_TIMEOUT_SECONDS)
     while not all(getattr(trigger, "is_open", True) for trigger in clock_users):
         if deadline.passed:
@@ -160,10 +158,10 @@ def _url(app: App, store: str | PathLike[str] | None, undo: ExitStack) -> str:
 
 
 class _LineCollector:
-    """A log.Sink that is a list."""
+    """A logs.log.Sink that appends to a list."""
 
-    def __init__(self, lines: list[Line]) -> None:
+    def __init__(self, lines: list[LogLine]) -> None:
         self._lines = lines
 
-    def post(self, line: Line) -> None:
+    def post(self, line: LogLine) -> None:
         self._lines.append(line)

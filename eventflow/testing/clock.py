@@ -1,8 +1,8 @@
-"""`VirtualClock`: time for tests. It stands still until it is moved; between two steps the apps
-that run on it come to rest.
+"""`VirtualClock`: time for tests, which stands still until the test moves it.
 
-Everything of eventflow that waits arms a timer of its clock, so a day passes in the time the work
-in it takes.
+Whatever waits in eventflow arms a timer of its clock, so a test that moves the clock by a day takes
+only as long as the work of that day. Between two timers, the clock waits until its apps are idle
+(idle.py).
 """
 
 import asyncio
@@ -20,22 +20,23 @@ START = datetime(2030, 1, 1, tzinfo=UTC)
 
 
 class VirtualClock:
-    """A clock (clock.Clock) that stands still until a test moves it.
+    """A core.clock.Clock that stands still until a test moves it.
 
         clock = VirtualClock()
         async with running(app, clock=clock):
             await reminders.send(data={"after": "1 day"})
-            await clock.advance(24 * 3600)              # every retry, sleep and timeout due by then has fired, in order
+            await clock.advance(24 * 3600)  # every retry, sleep and timeout until then has fired
 
-    `advance` and `jump` let each app that runs with this clock come to rest before and after every
-    firing. They wait for task bodies that are busy for real (HTTP, a thread) only `patience` real
-    seconds, so that a timeout can be tested; `drain` waits for them. `asyncio.sleep` is real time
-    in a task body, this clock's in a flow.
+    `advance` and `jump` wait until each attached app is idle, before and after every timer. They
+    wait for task bodies that take real time (HTTP, a thread) only `busy_timeout` real seconds, so
+    that a timeout can be tested; `drain` waits for them. `asyncio.sleep` takes real time in a task
+    body and virtual time in a flow.
     """
 
     def __init__(self, start: datetime = START, *, busy_timeout: float = 0.1) -> None:
         self._busy_timeout = busy_timeout
-        self._now = self._started = to_us(start)
+        self._started = to_us(start)
+        self._now = self._started
         self._lock = threading.Lock()
         self._timers: list[tuple[int, int, _VirtualTimer]] = []
         self._order = count()
@@ -45,13 +46,13 @@ class VirtualClock:
         return self._now
 
     def monotonic(self) -> float:
-        """Seconds since the start; stands still too."""
+        """Virtual seconds since the start."""
         return (self._now - self._started) / SECOND
 
     def timer(
         self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
     ) -> Timer:
-        """Any thread may ask; `call` runs on `loop`."""
+        """Arm a timer. Thread-safe; `call` runs on `loop`."""
         timer = _VirtualTimer(loop, call)
         with self._lock:
             late = due_us <= self._now
@@ -63,12 +64,12 @@ class VirtualClock:
 
     @property
     def next_due(self) -> datetime | None:
-        """When the next timer fires; None when none is armed."""
+        """The due time of the next timer; None when none is armed."""
         due = self._next()
         return None if due is None else to_datetime(due)
 
     async def advance(self, duration: Duration) -> None:
-        """Moves time on by `duration`, through every due time on the way."""
+        """Move time forward by `duration`, firing every timer on the way at its due time."""
         await self._wait_idle()
         target = self._now + microseconds(duration)
         while (due := self._next()) is not None and due <= target:
@@ -76,7 +77,7 @@ class VirtualClock:
         await self._move(target)
 
     async def jump(self) -> bool:
-        """Moves time on to the next due time; False when no timer is armed."""
+        """Move time forward to the next due time; False when no timer is armed."""
         await self._wait_idle()
         due = self._next()
         if due is not None:
@@ -84,9 +85,7 @@ class VirtualClock:
         return due is not None
 
     def attach(self, app: App) -> None:
-        """From now on `advance` and `jump` let this app come to rest. `running` and `drain` see to
-        it by themselves.
-        """
+        """Let `advance` and `jump` wait for this app too. `running` and `drain` attach theirs."""
         if app not in self._apps:
             self._apps.append(app)
 
@@ -107,19 +106,21 @@ class VirtualClock:
         await self._wait_idle()
 
     async def _wait_idle(self) -> None:
-        await asyncio.sleep(0)  # what fired on this loop is called
+        await asyncio.sleep(0)  # the loop calls what fired on it
         self._apps = [app for app in self._apps if app.is_open and app.clock is self]
         for app in self._apps:
             await wait_until_idle(app, self._busy_timeout)
 
 
 class _VirtualTimer:
-    """One armed call. `cancel` holds also between the firing and the loop's turn."""
+    """An armed timer. `cancel` still works after the firing, until the loop calls it."""
 
     __slots__ = ("_call", "_loop", "cancelled")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-        self._loop, self._call, self.cancelled = loop, call, False
+        self._loop = loop
+        self._call = call
+        self.cancelled = False
 
     def cancel(self) -> None:
         self.cancelled = True

@@ -1,6 +1,4 @@
-"""`drain` and `result_of`: let an app work until there is nothing left to do, with time moving on
-by itself.
-"""
+"""`drain` and `result_of`: let an app work until nothing is left to do, moving virtual time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,30 +11,29 @@ from eventflow.testing.clock import VirtualClock
 from eventflow.testing.idle import RealTimeDeadline, Stuck, live_runs_text, wait_until_idle
 
 DEFAULT_TIMEOUT_SECONDS = 10.0
-"""Real seconds after which `drain` and `result_of` give up."""
+"""Real time after which `drain` and `result_of` raise Stuck."""
 
 
 async def drain(
     app: App, *, advance: bool = True, within: float = DEFAULT_TIMEOUT_SECONDS
 ) -> dict[str, int]:
-    """Waits until no run can go further without an event from outside; returns
-    `app.store.counts()`.
+    """Wait until no run can continue without an event; return `app.store.counts()`.
 
         await payments.send(data={"amount": 5})
-        counts = await drain(app)                       # the first attempt, a day of backoff, the last attempt
+        counts = await drain(app)  # the first attempt, a day of backoff, the last attempt
         assert counts["completed"] == 1 and counts["pending"] == 0
 
-    With a VirtualClock time jumps to the next due time again and again, until every run has ended,
-    is paused or is held; `advance=False` leaves time where it is. With another clock, due times are
-    waited for. Raises Stuck after `within` real seconds, with a table of what each run waits for: a
-    body that hangs, a flow that never ends.
+    A VirtualClock jumps from one due time to the next until every run has ended, is paused or is
+    held; with `advance=False` it stands still. Another clock takes real time. Raises Stuck after
+    `within` real seconds, with a table of what each run waits for: a body that hangs, a flow that
+    never ends.
     """
     await _run_until(app, advance, within, None)
     return await app.store.counts()
 
 
 async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> Any:
-    """Starts a flow and returns its value, or raises its error, with time moving on as in `drain`.
+    """Start a flow and return its value, or raise its error; time moves as in `drain`.
 
     assert await result_of(app, score, order=7) == 0.5
     """
@@ -48,7 +45,7 @@ async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> A
 
     await _run_until(app, True, DEFAULT_TIMEOUT_SECONDS, ended)
     if not await ended():
-        raise Stuck(await live_runs_text(app, f"run {handle.id} waits for something from outside"))
+        raise Stuck(await live_runs_text(app, f"run {handle.id} waits for an event"))
     return await handle.result()
 
 
@@ -73,7 +70,7 @@ async def _run_until(
 
 
 async def _has_live_runs(app: App) -> bool:
-    """Whether some run has not ended and is neither paused nor held."""
+    """Whether a run has not ended and is neither paused nor held."""
     if app.runtime.worker.load["in_memory"]:
         return True
     for state in (State.PENDING, State.WAITING, State.RUNNING):
@@ -83,8 +80,8 @@ async def _has_live_runs(app: App) -> bool:
 
 
 async def _only_events_awaited(app: App) -> bool:
-    """No timer is armed: then no run may have a due time, and none may be in memory, which it
-    leaves when it has none.
+    """Whether no run can continue by itself, when no timer is armed: none has a due time, and none
+    is in memory, which a run leaves when it waits for an event.
     """
     for state in (State.PENDING, State.WAITING):
         for row in await app.store.runs(state=state, limit=1000):

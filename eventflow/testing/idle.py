@@ -1,7 +1,7 @@
-"""Whether an app has come to rest, and if it does not, which runs keep it busy.
+"""Waits until an app is idle, and describes the runs that keep it busy.
 
-Asked by clock.py and draining.py. At rest means: whatever was posted to the store is durable and
-answered, no task body runs, and nothing happens until time passes or an event arrives.
+Idle means: everything posted to the store is durable and answered, no task body runs, and nothing
+happens until time passes or an event arrives. Called by clock.py and drain.py.
 """
 
 import asyncio
@@ -14,17 +14,15 @@ from eventflow.engine.execution import Execution
 from eventflow.loop.flow_loop import FlowTimer
 from eventflow.runs.run import State, format_id
 from eventflow.sdk.task import TaskCall
-from eventflow.store.writer import Errand
+from eventflow.store.writer import ConnectionJob
 
 
 class Stuck(AssertionError):
-    """Something goes on for longer than a test may take; the message lists which runs, and what
-    each of them waits for.
-    """
+    """The app was not done in time. The message lists the live runs and what each waits for."""
 
 
 class RealTimeDeadline:
-    """Real time, whatever the app's clock says."""
+    """A deadline in real time, independent of the app's clock."""
 
     def __init__(self, within: float) -> None:
         self._clock = SystemClock()
@@ -38,14 +36,18 @@ class RealTimeDeadline:
 async def wait_until_idle(
     app: App, timeout: float, deadline: RealTimeDeadline | None = None
 ) -> bool:
-    """Whether nothing goes on any more; False when something does, but nothing was recorded for
-    `patience` seconds.
+    """True when the app is idle. False when it is busy but recorded nothing for `timeout` seconds,
+    or at the `deadline`.
     """
-    idle_checks, last, no_progress = 0, -1, RealTimeDeadline(timeout)
+    idle_checks = 0
+    last = -1
+    no_progress = RealTimeDeadline(timeout)
     while idle_checks < 2:
         is_idle, batch = await app.runtime.on_flow_loop(_check_idle(app))
         if batch != last:
-            idle_checks, last, no_progress = 0, batch, RealTimeDeadline(timeout)
+            idle_checks = 0
+            last = batch
+            no_progress = RealTimeDeadline(timeout)
         idle_checks = idle_checks + 1 if is_idle else 0
         if no_progress.passed or (deadline is not None and deadline.passed):
             return False
@@ -54,8 +56,8 @@ async def wait_until_idle(
 
 
 async def _check_idle(app: App) -> tuple[bool, int]:
-    """Whether nothing is under way once everything posted so far was answered; and the number of
-    the last commit.
+    """Whether the app is idle after everything posted so far was answered; and the number of the
+    last commit.
     """
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[Any] = loop.create_future()
@@ -67,16 +69,16 @@ async def _check_idle(app: App) -> tuple[bool, int]:
         if not answered.done():
             answered.set_result(batch)
 
-    app.store.post(cast(Any, Errand(last_batch)), answer, loop)
+    app.store.post(cast(Any, ConnectionJob(last_batch)), answer, loop)
     batch = await answered
     if isinstance(batch, BaseException):
         raise batch
     await asyncio.sleep(0)
-    return app.runtime.worker.is_idle and app.runtime.lookout.is_idle, batch
+    return app.runtime.worker.is_idle and app.runtime.late_run_monitor.is_idle, batch
 
 
 async def live_runs_text(app: App, problem: str) -> str:
-    """The live runs, one a line, with what each of them waits for."""
+    """A table of the live runs with what each of them waits for, below `problem`."""
     rows = [("RUN", "FLOW", "STATE", "WAITS FOR")]
     for state in (State.RUNNING, State.WAITING, State.PENDING, State.PAUSED, State.HELD):
         for row in await app.store.runs(state=state, limit=20):
@@ -101,22 +103,22 @@ def _stored_reason(row: Mapping[str, Any]) -> str:
     if row["state"] == "paused":
         return "its trigger, which is paused"
     if row["blocked"]:
-        return f"the run before it in lane {row['lane']!r}"
+        return f"the run before it with ordering key {row['ordering_key']!r}"
     return (
         "an answer" if row["due_at"] is None else f"{to_datetime(row['due_at']):%Y-%m-%d %H:%M:%S}"
     )
 
 
 def _pending_reasons(execution: Execution) -> Iterator[str]:
-    """The claims that a run in memory waits for."""
-    for claim, target in execution.claims.waiting.items():
+    """The calls that a run in memory waits for."""
+    for call_key, target in execution.pending.waiting.items():
         if isinstance(target, TaskCall):
             yield (
-                f"the body of {claim}, attempt {target.attempt}"
+                f"the body of {call_key}, attempt {target.attempt}"
                 if target.running
-                else f"the next attempt of {claim}"
+                else f"the next attempt of {call_key}"
             )
         elif isinstance(target, FlowTimer):
-            yield f"{claim} at {to_datetime(target.due):%Y-%m-%d %H:%M:%S}"
+            yield f"{call_key} at {to_datetime(target.due):%Y-%m-%d %H:%M:%S}"
         else:
-            yield claim
+            yield call_key

@@ -1,6 +1,4 @@
-"""What a run left in the ledger, in a form to assert on: the calls of its journal, the events it
-emitted.
-"""
+"""The records of a run, for assertions: the calls in its journal and the events that it emitted."""
 
 import re
 from datetime import datetime
@@ -18,12 +16,12 @@ from eventflow.runs.run import format_id
 
 
 class JournalCall(msgspec.Struct, frozen=True):
-    """One call of a run, as its journal tells of it.
+    """One call of a run, from the entries of its journal.
 
-    `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `claim`: its place in the
-    journal. `state`: `completed`, `failed`, `retrying`, `started` (a child run under way), `fired`
-    (a timer), `published` (an event), `told` (a cancel). `attempts` counts tries of a task. `value`
-    is the JSON recorded (bytes where another codec wrote them), `error` the last error's message.
+    `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `call_key`: its key in
+    the journal. `state`: `completed`, `failed`, `retrying`, `started` (a child run), `fired` (a
+    timer), `published` (an event), `requested` (a cancel). `attempts`: of a task. `value`: the
+    recorded JSON, or bytes of another codec. `error`: the message of the last error.
     """
 
     call_key: str
@@ -36,19 +34,19 @@ class JournalCall(msgspec.Struct, frozen=True):
 
 
 async def journal_of(app: App, run: RunHandle | str | int) -> list[JournalCall]:
-    """What a run did, call by call, in the order first recorded.
+    """The calls of a run, in the order of their first entries.
 
-    steps = await journal_of(app, handle) assert [(step.name, step.attempts) for step in steps] ==
-    [("fetch", 3), ("sleep", 0), ("store", 1)]
+    calls = await journal_of(app, handle)
+    assert [(call.name, call.attempts) for call in calls] == [("fetch", 3), ("store", 1)]
     """
-    steps: dict[str, JournalCall] = {}
+    calls: dict[str, JournalCall] = {}
     for entry in await app.store.load(await _run_number(app, run)):
         if entry.kind is not Kind.NOTE:
-            known = steps.get(entry.claim) or JournalCall(
-                entry.claim, _task_name(entry.claim), "new"
+            known = calls.get(entry.call_key) or JournalCall(
+                entry.call_key, _task_name(entry.call_key), "new"
             )
-            steps[entry.claim] = msgspec.structs.replace(known, **_changes(app, entry, known))
-    return list(steps.values())
+            calls[entry.call_key] = msgspec.structs.replace(known, **_changes(app, entry, known))
+    return list(calls.values())
 
 
 async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
@@ -57,7 +55,8 @@ async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
     (event,) = await events_of(app, handle)
     assert event.type == "order.scored" and event.data == {"score": 0.5}
     """
-    cause, found = format_id(await _run_number(app, run)), list[Event]()
+    cause = format_id(await _run_number(app, run))
+    found: list[Event] = []
     for row in reversed(await app.store.events(trigger=EMITTED, limit=10_000)):
         body = (await app.store.event(row["id"]))["body"]
         if (
@@ -75,31 +74,37 @@ async def _run_number(app: App, run: RunHandle | str | int) -> int:
 _NAME = re.compile(r"([^/\[#]+)(?:#\d+|\[.*\])$")
 
 
-def _task_name(claim: str) -> str:
-    found = _NAME.search(claim)
-    return found[1] if found else claim
+def _task_name(call_key: str) -> str:
+    found = _NAME.search(call_key)
+    return found[1] if found else call_key
 
 
 _STATES = {
-    Kind.VALUE: "completed", Kind.ERROR: "failed", Kind.FAILED: "retrying", Kind.FORGIVEN: "retrying", Kind.TIMER: "fired",
-    Kind.EMIT: "published", Kind.CHILD: "started", Kind.CANCEL: "told",
-}  # fmt: skip
+    Kind.VALUE: "completed",
+    Kind.ERROR: "failed",
+    Kind.FAILED: "retrying",
+    Kind.CLEARED: "retrying",
+    Kind.TIMER: "fired",
+    Kind.EMIT: "published",
+    Kind.CHILD: "started",
+    Kind.CANCEL: "requested",
+}
 
 
 def _changes(app: App, entry: Entry, known: JournalCall) -> dict[str, Any]:
-    """What one entry changes in what is known of its call."""
-    told: dict[str, Any] = {
+    """The fields of a call that one of its entries changes."""
+    changes: dict[str, Any] = {
         "state": _STATES[entry.kind],
         "attempts": max(known.attempts, entry.attempt),
         "next_at": None,
     }
     if entry.kind is Kind.CHILD or known.state == "started":
-        told["attempts"] = 1  # a child run's answer is numbered by its claims
+        changes["attempts"] = 1  # the entry has the number of the child's claims
     if entry.due_at is not None and entry.kind is Kind.FAILED:
-        told["next_at"] = to_datetime(entry.due_at)
+        changes["next_at"] = to_datetime(entry.due_at)
     if entry.error is not None:
-        told["error"] = orjson.loads(entry.error).get("message")
+        changes["error"] = orjson.loads(entry.error).get("message")
     if entry.kind is Kind.VALUE:
         codec, data = app.blobs.fetch(entry.codec or "json", entry.value or b"null")
-        told["value"] = orjson.loads(data) if codec == "json" else data
-    return told
+        changes["value"] = orjson.loads(data) if codec == "json" else data
+    return changes

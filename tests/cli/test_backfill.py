@@ -151,7 +151,7 @@ def test_it_tells_how_far_it_is(reports: RunningServer):
     """While it runs it says on stderr, now and then, how many are begun, alive and ended."""
     code, said, told = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
     assert code == 0 and said["started"] == 15 and most_at_once(reports) == 1
-    assert re.search(r"^eventflow: \d+ of 15 begun, 1 live; \d+ completed$", told, re.MULTILINE)
+    assert re.search(r"^eventflow: \d+ of 15 started, 1 live; \d+ completed$", told, re.MULTILINE)
 
 
 def test_a_dry_run_tells_and_starts_nothing(idle: RunningServer):
@@ -261,7 +261,7 @@ def test_what_the_schedule_fired_does_not_run_again(reports: RunningServer):
         assert backfill(served, "later", *window)[1]["started"] == 5
         assert backfill(served, "later", *window)[1]["started"] == 0
         assert backfill(served, "hourly", *window)[1]["started"] == 0
-        again = [backfill(served, "later", *window, "--again", "mended")[1] for _ in range(2)]
+        again = [backfill(served, "later", *window, "--rerun", "corrected")[1] for _ in range(2)]
         assert [(said["started"], said["known"]) for said in again] == [(5, 0), (0, 5)]
         assert len([line for line in served.diary if line.startswith("later")]) == 10
         assert set(

@@ -71,7 +71,7 @@ def test_ls(shop: RunningServer):
     )
     assert "webhook-orders/handle" in eventflow(shop.folder, "ls", "flows").stdout
     assert "listening" in eventflow(shop.folder, "ls", "triggers").stdout
-    assert "unexpected end" in eventflow(shop.folder, "ls", "dead").stdout
+    assert "unexpected end" in eventflow(shop.folder, "ls", "dead-letters").stdout
     assert "\x1b[" not in "\n".join(text)
 
 
@@ -85,7 +85,7 @@ def test_explain(shop: RunningServer):
     said = eventflow(shop.folder, "explain", "small").stdout
     assert "filtered" in said and "total" in said
     assert "dead" in eventflow(shop.folder, "explain", "broken").stdout
-    assert asked(shop, "explain", "good")["verdicts"][0]["fate"] == "run"
+    assert asked(shop, "explain", "good")["verdicts"][0]["outcome"] == "run"
 
 
 def test_show(shop: RunningServer):
@@ -154,9 +154,9 @@ def test_replay(shop: RunningServer):
 def test_redrive(shop: RunningServer):
     """`redrive` tries a dead letter once more with mended data."""
     shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
-    letter = asked(shop, "ls", "dead")["dead"][0]
+    letter = asked(shop, "ls", "dead-letters")["dead"][0]
     done = asked(shop, "redrive", str(letter["id"]), "-d", '{"total": 7}')
-    assert done["verdicts"][0]["fate"] == "run"
+    assert done["verdicts"][0]["outcome"] == "run"
     again = eventflow(shop.folder, "redrive", str(letter["id"]))
     assert again.returncode == 2 and "already" in again.stderr
 
