@@ -1,8 +1,9 @@
-"""Taking over a process's logging, and giving it back: `logging`, structlog, and what flows and tasks print.
+"""Takes over a process's logging and output: `logging`, structlog, and what flows and tasks print.
 
-`serve`, `dev`, `run` and `eventflow.testing` call `configure`; a program that merely imports eventflow never does. While it
-holds, whatever code inside a run logs or prints becomes a line with the run's ids, and goes to the run's store; outside a run,
-prints pass through untouched. `close` puts everything back as it was.
+`serve`, `dev`, `run` and `eventflow.testing` call `configure`; a program that only imports
+eventflow never does. Until `close`, whatever code inside a run logs or prints becomes a line with
+the run's ids, in the log store of the run too; outside of a run, prints pass through unchanged.
+`close` restores everything. Lines go to the `LogOutput` of output.py.
 """
 
 import logging
@@ -15,74 +16,79 @@ from typing import Any, BinaryIO, Final, Literal, Self, TextIO, cast
 import structlog
 
 from eventflow.core.clock import Clock, SystemClock
-from eventflow.logs.log import LOGGER, Where, where
-from eventflow.logs.output import Output
+from eventflow.logs.log import LOGGER, LogContext, log_context
+from eventflow.logs.output import LogOutput
 from eventflow.logs.redaction import SECRETS, Redactor
 
 Level = Literal["debug", "info", "warning", "error"]
 
-TAIL: Final = 8192
-"""Characters printed without a newline after which they become a line all the same."""
+MAX_PARTIAL_CHARACTERS: Final = 8192
+"""Characters printed without a newline that become a line nevertheless."""
 
 
-class Printed:
-    """Stands in for `sys.stdout` or `sys.stderr`: what is printed inside a run becomes lines of that run.
+class StreamCapture:
+    """Replaces `sys.stdout` or `sys.stderr`: text printed inside a run becomes lines of that run.
 
-    With `echo` the text also goes where it would have gone. Everything else (`fileno`, `buffer`, `encoding`) is the original's.
+    With `echo` the text is also printed. Everything else (`fileno`, `buffer`, `encoding`) is that
+    of the original stream.
     """
 
-    def __init__(self, original: TextIO, name: str, output: Output, *, echo: bool) -> None:
-        self._original, self._name, self._output, self._echo = original, name, output, echo
+    def __init__(self, original: TextIO, name: str, output: LogOutput, *, echo: bool) -> None:
+        self._original = original
+        self._name = name
+        self._output = output
+        self._echo = echo
         self._lock = threading.RLock()
 
     def write(self, text: str) -> int:
-        here = where.get()
-        if here is None or self._echo:
+        context = log_context.get()
+        if context is None or self._echo:
             self._original.write(text)
-        if here is not None:
-            self._take(here, text)
+        if context is not None:
+            self._split(context, text)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def _take(self, here: Where, text: str) -> None:
+    def _split(self, context: LogContext, text: str) -> None:
         with self._lock:
-            if here.tails is None:
-                here.tails = {}
-            *lines, tail = (here.tails.get(self.say, "") + text).split("\n")
-            if len(tail) > TAIL:
-                lines, tail = [*lines, tail], ""
-            here.tails[self.say] = tail.rpartition("\r")[
-                2
-            ]  # a progress bar draws over itself: what shows last is kept
+            if context.partial_lines is None:
+                context.partial_lines = {}
+            *lines, rest = (context.partial_lines.get(self.log_line, "") + text).split("\n")
+            if len(rest) > MAX_PARTIAL_CHARACTERS:
+                lines.append(rest)
+                rest = ""
+            # A progress bar overwrites its line: only what is visible last is kept.
+            context.partial_lines[self.log_line] = rest.rpartition("\r")[2]
         for line in lines:
-            self.say(here, line)
+            self.log_line(context, line)
 
-    def say(self, here: Where, line: str) -> None:
-        """One line as a person at a terminal would have seen it."""
-        shown = line.rstrip("\r").rpartition("\r")[2]
-        if shown and self._output.level <= logging.INFO:
-            self._output.line(logging.INFO, self._name, shown, {}, here)
+    def log_line(self, context: LogContext, line: str) -> None:
+        """Log a printed line as it is visible on a terminal."""
+        visible = line.rstrip("\r").rpartition("\r")[2]
+        if visible and self._output.level <= logging.INFO:
+            self._output.write_line(logging.INFO, self._name, visible, {}, context)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
 
-class Configured:
-    """Logging as `configure` left it; `close` (or the end of `with`) puts back what was there before."""
+class LogConfiguration:
+    """What `configure` has set up. `close`, or the end of `with`, restores the state before."""
 
-    def __init__(self, output: Output, undo: ExitStack) -> None:
-        self.output, self._undo = output, undo
+    def __init__(self, output: LogOutput, restore: ExitStack) -> None:
+        self.output = output
+        self._restore = restore
 
     def flush(self) -> None:
-        """Writes what waits for the stream. Call it before `os._exit`."""
+        """Write all queued lines to the stream. Call it before `os._exit`."""
         self.output.flush()
 
     def close(self) -> None:
         """Idempotent."""
-        self._undo.close()
+        self._restore.close()
 
     def __enter__(self) -> Self:
         return self
@@ -99,40 +105,42 @@ def configure(
     redactor: Redactor = SECRETS,
     clock: Clock | None = None,
     capture: bool = True,
-) -> Configured:
-    """Sends every line of the process to `stream`: pretty if it is a terminal (or as `pretty` says), else as JSON lines.
+) -> LogConfiguration:
+    """Send every line of the process to `stream`: pretty on a terminal (or by `pretty`), else JSON
+    lines.
 
-    `capture=False` leaves prints alone. With `stream=None` nothing is written and the host's handlers stay: lines made inside
-    a run go to its store, prints also where they would have gone (for tests).
+    `capture=False` leaves prints alone. With `stream=None` nothing is written and the host's
+    handlers stay: lines made inside a run go to its log store, and prints are also printed (for
+    tests).
     """
     number = logging.getLevelNamesMapping()[level.upper()]
-    output = Output(
+    output = LogOutput(
         stream, pretty=pretty, level=number, redactor=redactor, clock=clock or SystemClock()
     )
-    undo = ExitStack()
-    undo.callback(output.close)
-    _take_logging(output, undo, alone=stream is not None)
-    if stream is not None or not _structlog_is_the_hosts():
-        _take_structlog(output, number, undo)
+    restore = ExitStack()
+    restore.callback(output.close)
+    _capture_logging(output, restore, replace_handlers=stream is not None)
+    if stream is not None or not _host_configured_structlog():
+        _capture_structlog(output, number, restore)
     if capture:
         for name in ("stdout", "stderr"):
-            _take_stream(name, output, undo, echo=stream is None)
-    return Configured(output, undo)
+            _capture_stream(name, output, restore, echo=stream is None)
+    return LogConfiguration(output, restore)
 
 
-def _take_logging(output: Output, undo: ExitStack, *, alone: bool) -> None:
+def _capture_logging(output: LogOutput, restore: ExitStack, *, replace_handlers: bool) -> None:
     root = logging.getLogger()
-    undo.callback(root.setLevel, root.level)
+    restore.callback(root.setLevel, root.level)
     root.setLevel(min(root.level, output.level) if root.level else output.level)
-    if alone:
+    if replace_handlers:
         before, root.handlers[:] = root.handlers[:], []
-        undo.callback(lambda: [root.addHandler(handler) for handler in before])
-        undo.callback(setattr, LOGGER, "propagate", LOGGER.propagate)
+        restore.callback(lambda: [root.addHandler(handler) for handler in before])
+        restore.callback(setattr, LOGGER, "propagate", LOGGER.propagate)
         LOGGER.propagate = False
         LOGGER.handlers.insert(0, output)
-        undo.callback(LOGGER.removeHandler, output)
+        restore.callback(LOGGER.removeHandler, output)
     root.addHandler(output)
-    undo.callback(root.removeHandler, output)
+    restore.callback(root.removeHandler, output)
 
 
 def _structlog_config() -> dict[str, Any]:
@@ -140,66 +148,57 @@ def _structlog_config() -> dict[str, Any]:
     return {**config, "processors": list(config["processors"])}
 
 
-_UNTOUCHED: Final = None if structlog.is_configured() else _structlog_config()
+_DEFAULT_STRUCTLOG: Final = None if structlog.is_configured() else _structlog_config()
 
 
-def _structlog_is_the_hosts() -> bool:
-    """`structlog.testing.capture_logs` leaves structlog "configured", with the defaults it found: those are nobody's choice."""
-    return structlog.is_configured() and _structlog_config() != _UNTOUCHED
+def _host_configured_structlog() -> bool:
+    """Whether the host chose a configuration: `structlog.testing.capture_logs` leaves structlog
+    "configured" with its defaults.
+    """
+    return structlog.is_configured() and _structlog_config() != _DEFAULT_STRUCTLOG
 
 
-def _take_structlog(output: Output, level: int, undo: ExitStack) -> None:
+def _capture_structlog(output: LogOutput, level: int, restore: ExitStack) -> None:
+    """The user's structlog loggers end in a processor that hands each event to the output."""
+
+    def forward(logger: str, method: str, fields: Any) -> Any:
+        event = fields.pop("event", "")
+        output.write_line(
+            _METHOD_LEVELS.get(method, logging.INFO),
+            logger,
+            event if isinstance(event, str) else repr(event),
+            fields,
+            log_context.get(),
+        )
+        raise structlog.DropEvent
+
     if structlog.is_configured():
         before = structlog.get_config()
-        undo.callback(lambda: structlog.configure(**before))
+        restore.callback(lambda: structlog.configure(**before))
     else:
-        undo.callback(structlog.reset_defaults)
+        restore.callback(structlog.reset_defaults)
     structlog.configure(
-        processors=[structlog.contextvars.merge_contextvars, _pack],
+        processors=[structlog.contextvars.merge_contextvars, forward],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         context_class=dict,
-        logger_factory=lambda *names: Door(output, str(names[0]) if names else "app"),
+        logger_factory=lambda *names: str(names[0]) if names else "app",
         cache_logger_on_first_use=False,  # a cached logger would outlive `close`
     )
 
 
-def _pack(
-    _logger: Any, method: str, fields: Any
-) -> tuple[tuple[str, dict[str, Any]], dict[str, Any]]:
-    return (method, fields), {}
-
-
-_METHODS: Final = {
-    "debug": 10, "info": 20, "msg": 20, "warning": 30, "warn": 30, "error": 40, "exception": 40, "critical": 50, "fatal": 50
+_METHOD_LEVELS: Final = {
+    "debug": 10, "info": 20, "msg": 20, "warning": 30, "warn": 30,
+    "error": 40, "exception": 40, "critical": 50, "fatal": 50,
 }  # fmt: skip
 
 
-class Door:
-    """What the user's structlog loggers wrap: every method hands the line to the Output."""
-
-    def __init__(self, output: Output, name: str) -> None:
-        self._output, self._name = output, name
-
-    def _say(self, method: str, fields: dict[str, Any]) -> None:
-        event = fields.pop("event", "")
-        self._output.line(
-            _METHODS[method],
-            self._name,
-            event if isinstance(event, str) else repr(event),
-            fields,
-            where.get(),
-        )
-
-    debug = info = warning = warn = error = critical = fatal = exception = msg = _say
-
-
-def _take_stream(name: str, output: Output, undo: ExitStack, *, echo: bool) -> None:
+def _capture_stream(name: str, output: LogOutput, restore: ExitStack, *, echo: bool) -> None:
     original = cast(TextIO, getattr(sys, name))
-    printed = Printed(original, name, output, echo=echo)
-    setattr(sys, name, printed)
+    stream = StreamCapture(original, name, output, echo=echo)
+    setattr(sys, name, stream)
 
     def put_back() -> None:
-        if getattr(sys, name) is printed:
+        if getattr(sys, name) is stream:
             setattr(sys, name, original)
 
-    undo.callback(put_back)
+    restore.callback(put_back)

@@ -1,7 +1,7 @@
-"""The file that keeps what runs logged: its rows, its quota, what becomes of it when it is damaged.
+"""The file with the log lines of runs: its rows, its quota and retention, and recovery from damage.
 
-The writer thread of logs.py alone uses `LogFile`, one transaction per call. `read_lines` reads the file for anybody, in this
-process or another, with or without a writer. A damaged file is set aside and a new one begun.
+Only the writer thread of store.py uses `LogFile`, one transaction per call. `read_lines` reads the
+file from any process, with or without a writer. A damaged file is renamed and a new one created.
 """
 
 import os
@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar, cast
 
 import orjson
 
-from eventflow.logs.log import Line, get_logger, level_word, timestamp
+from eventflow.core.clock import Clock
+from eventflow.logs.log import LogLine, format_timestamp, get_logger, level_name
 
 LOG_EVENTS = {
     "log.reset": (
@@ -30,49 +31,69 @@ SCHEMA: Final = """
     PRAGMA journal_mode = WAL;
     PRAGMA user_version = 1;
     CREATE TABLE IF NOT EXISTS lines (
-        run INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, level INTEGER NOT NULL, logger TEXT NOT NULL,
-        event TEXT NOT NULL, fields TEXT, task TEXT NOT NULL, attempt INTEGER NOT NULL, PRIMARY KEY (run, seq)
+        run INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, level INTEGER NOT NULL,
+        logger TEXT NOT NULL, event TEXT NOT NULL, fields TEXT, task TEXT NOT NULL,
+        attempt INTEGER NOT NULL, PRIMARY KEY (run, seq)
     ) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS last (seq INTEGER NOT NULL);
     INSERT INTO last SELECT 0 WHERE NOT EXISTS (SELECT 1 FROM last);
 """
-"""`seq` only grows, over all runs; the primary key keeps a run's lines together, and the oldest run's (ids grow) in front."""
-
-INSERT: Final = """
-    INSERT INTO lines SELECT json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
-    json_extract(value, '$[3]'), json_extract(value, '$[4]'), json_extract(value, '$[5]'), json_extract(value, '$[6]'),
-    json_extract(value, '$[7]'), json_extract(value, '$[8]') FROM json_each(?)
+"""`seq` increases over all runs. The primary key keeps the lines of a run together, and those of
+the oldest run first, since run ids increase.
 """
-"""One statement per batch: row by row the writer would fight the event loop for the interpreter at every line."""
+
+INSERT: Final = f"""
+    INSERT INTO lines SELECT {", ".join(f"json_extract(value, '$[{n}]')" for n in range(9))}
+    FROM json_each(?)
+"""
+"""One statement per batch: row by row, the writer would compete with the event loop for the GIL."""
 
 SELECT: Final = """
-    SELECT seq, at, level, logger, event, fields, task, attempt FROM lines WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?
+    SELECT seq, at, level, logger, event, fields, task, attempt FROM lines
+    WHERE run = ? AND seq > ? ORDER BY seq LIMIT ?
 """
 
-OLDEST: Final = "DELETE FROM lines WHERE (run, seq) IN (SELECT run, seq FROM lines WHERE run < ? ORDER BY run, seq LIMIT ?)"
+DELETE_OLDEST: Final = """
+    DELETE FROM lines
+    WHERE (run, seq) IN (SELECT run, seq FROM lines WHERE run < ? ORDER BY run, seq LIMIT ?)
+"""
 
-LONGEST: Final = 16_384
-"""Characters of a message, and bytes of a line's fields, that are kept; what is over is cut, and says so."""
+MAX_LENGTH: Final = 16_384
+"""Characters of a message, and bytes of the fields of a line, that are stored. Longer ones are cut
+and say so.
+"""
 
-STEP: Final = 2_000
-"""Lines one transaction removes: a few milliseconds."""
+LINES_PER_DELETE: Final = 2_000
+"""Lines that one transaction removes: a few milliseconds."""
+
+RETENTION_INTERVAL_SECONDS: Final = 60.0
+"""Between two searches for lines past their retention."""
 
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT})
 
 
 class LogFile:
-    """For the writer thread alone. Every method may raise sqlite3.Error or OSError; the next call then opens the file anew."""
+    """For the writer thread only. A method that raises sqlite3.Error or OSError reopens the file at
+    the next call.
+    """
 
-    def __init__(self, path: Path, quota: int, floor: int) -> None:
-        self.path, self._quota, self._floor = path, quota, floor
-        self.suspect = False
+    def __init__(
+        self, path: Path, clock: Clock, *, quota: int, keep_seconds: float, floor: int
+    ) -> None:
+        self.path = path
+        self.damage_reported = False  # a reader found damage: renamed at the next call
+        self._clock = clock
+        self._quota = quota  # bytes
+        self._keep_seconds = keep_seconds
+        self._floor = floor  # bytes of free disk space left to the journal
+        self._retention_at = float("-inf")
         self._db: sqlite3.Connection | None = None
-        self._seq = 0
+        self._last_seq = 0
 
     def _open(self) -> sqlite3.Connection:
-        if self.suspect:
+        if self.damage_reported:
             self._set_aside("a reader found a damaged page")
-        if self._db is not None and not self.path.exists():  # someone made room by hand
+        if self._db is not None and not self.path.exists():  # deleted by somebody to free space
             self.close()
         if self._db is None:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
@@ -80,85 +101,102 @@ class LogFile:
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA journal_size_limit = 4194304")
             self._db.executescript(SCHEMA)
-            self._seq = self._db.execute("SELECT seq FROM last").fetchone()[0]
+            self._last_seq = self._db.execute("SELECT seq FROM last").fetchone()[0]
         return self._db
 
-    def _set_aside(self, why: str) -> None:
-        """Keeps the damaged file as NAME.damaged (the last one only) for whoever wants to look at it."""
+    def _set_aside(self, reason: str) -> None:
+        """Rename the damaged file to NAME.damaged; only the last one is kept."""
         self.close()
-        self.suspect = False
-        for ending in ("-wal", "-shm"):
-            Path(f"{self.path}{ending}").unlink(missing_ok=True)
+        self.damage_reported = False
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
         os.replace(self.path, f"{self.path}.damaged")
-        get_logger("eventflow.store.logs").warning("log.reset", path=str(self.path), reason=why)
+        get_logger("eventflow.store.logs").warning("log.reset", path=str(self.path), reason=reason)
 
     def close(self) -> None:
         if self._db is not None:
             db, self._db = self._db, None
-            with suppress(sqlite3.Error):
+            with suppress(sqlite3.Error):  # the file is damaged or gone: nothing is left to close
                 db.close()
 
     def _execute(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """One transaction. On damage the file is set aside and the work done once more, on a new one."""
-        for again in (True, False):
+        """`work` in one transaction; if the file is damaged, once more in a new file."""
+        for is_first in (True, False):
             try:
                 db = self._open()
                 db.execute("BEGIN IMMEDIATE")
-                done = work(db)
+                result = work(db)
                 db.execute("COMMIT")
-                return done
+                return result
             except sqlite3.Error as error:
                 self.close()
-                if not (again and damaged(error)):
+                if not (is_first and is_damage(error)):
                     raise
                 self._set_aside(str(error))
         raise AssertionError
 
-    def check_room(self) -> None:
-        """Raises OSError when the disk is so full that what is left belongs to the journal."""
+    def check_free_space(self) -> None:
+        """Raises OSError if the free disk space is needed for the journal."""
         free = shutil.disk_usage(self.path.parent).free
         if free < self._floor:
             raise OSError(
-                f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs leave to the rest"
+                f"{free >> 20} MiB free on disk, less than the {self._floor >> 20} MiB that logs "
+                "leave to the rest"
             )
 
-    def write(self, lines: Sequence[Line]) -> None:
-        """Adds lines, in order, in one transaction."""
+    def write(self, lines: Sequence[LogLine]) -> None:
+        """Append lines, in order, in one transaction."""
         self._execute(lambda db: self._insert(db, lines))
 
-    def _insert(self, db: sqlite3.Connection, lines: Sequence[Line]) -> None:
-        rows = [_row(line, self._seq + place) for place, line in enumerate(lines, 1)]
+    def _insert(self, db: sqlite3.Connection, lines: Sequence[LogLine]) -> None:
+        rows = [_row(line, seq) for seq, line in enumerate(lines, self._last_seq + 1)]
         db.execute(INSERT, (orjson.dumps(rows).decode(),))
-        db.execute("UPDATE last SET seq = ?", (self._seq + len(lines),))
-        self._seq += len(lines)
+        db.execute("UPDATE last SET seq = ?", (self._last_seq + len(lines),))
+        self._last_seq += len(lines)
 
-    def weight(self, run: int) -> tuple[int, int]:
-        """Lines and characters the file holds of a run."""
-        query = "SELECT count(*), coalesce(sum(length(event) + coalesce(length(fields), 0)), 0) FROM lines "
-        query += "WHERE run = ? AND event <> 'log.dropped'"
+    def stored_size(self, run: int) -> tuple[int, int]:
+        """How many lines and characters of a run are stored."""
+        query = """
+            SELECT count(*), coalesce(sum(length(event) + coalesce(length(fields), 0)), 0)
+            FROM lines WHERE run = ? AND event <> 'log.dropped'
+        """
         return self._execute(lambda db: db.execute(query, (run,)).fetchone())
 
+    def tidy(self) -> bool:
+        """Remove lines past their retention (once a minute) and over the quota. False: not
+        finished.
+        """
+        now = self._clock.monotonic()
+        if now >= self._retention_at:
+            # Run ids begin with their milliseconds.
+            before = max(0, int(self._clock.now() / 1000 - self._keep_seconds * 1000)) << 20
+            if not self.remove(before):
+                self._retention_at = now + RETENTION_INTERVAL_SECONDS
+        return self.enforce_quota()
+
     def remove(self, before: int, steps: int = 1) -> int:
-        """Removes lines of runs with smaller ids, the oldest first, in `steps` transactions; how many it removed."""
+        """Remove lines of runs with smaller ids, oldest first, in `steps` transactions. Returns how
+        many.
+        """
         if self._db is None and not self.path.exists():
             return 0
         return sum(
-            self._execute(lambda db: db.execute(OLDEST, (before, STEP)).rowcount)
+            self._execute(lambda db: db.execute(DELETE_OLDEST, (before, LINES_PER_DELETE)).rowcount)
             for _ in range(steps)
         )
 
-    def shrink(self) -> bool:
-        """Brings the file under its quota, oldest runs first; False when there is more to do."""
-        if self._db is None or self._used() <= self._quota:
+    def enforce_quota(self) -> bool:
+        """Remove lines over the quota, oldest runs first. False: not finished."""
+        if self._db is None or self._used_bytes() <= self._quota:
             return True
-        goal = self._quota * 9 // 10
+        target = self._quota * 9 // 10
         for _ in range(10):
-            if not self.remove((1 << 63) - 1) or self._used() <= goal:
+            if not self.remove((1 << 63) - 1) or self._used_bytes() <= target:
                 self._db.execute("PRAGMA incremental_vacuum(2000)").fetchall()
                 return True
         return False
 
-    def _used(self) -> int:
+    def _used_bytes(self) -> int:
         db = self._open()
         pages, free, size = (
             db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -167,17 +205,14 @@ class LogFile:
         return (pages - free) * size
 
 
-def damaged(error: sqlite3.Error) -> bool:
+def is_damage(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
 
 
-def _row(line: Line, seq: int) -> tuple[Any, ...]:
-    event = (
-        line.event
-        if len(line.event) <= LONGEST
-        else f"{line.event[:LONGEST]}… ({len(line.event)} characters)"
-    )
-    fields = _fitting(line.fields).decode() if line.fields else None
+def _row(line: LogLine, seq: int) -> tuple[Any, ...]:
+    event = line.event
+    if len(event) > MAX_LENGTH:
+        event = f"{event[:MAX_LENGTH]}… ({len(event)} characters)"
     return (
         line.run,
         seq,
@@ -185,31 +220,32 @@ def _row(line: Line, seq: int) -> tuple[Any, ...]:
         line.level,
         line.logger,
         event.replace("\0", "\ufffd"),
-        fields,
+        _truncate_fields(line.fields).decode() if line.fields else None,
         line.task,
         line.attempt,
     )
 
 
-def _fitting(fields: bytes) -> bytes:
-    """Long texts lose their middle: of a traceback, where it began and what it said count."""
-    if len(fields) <= LONGEST:
+def _truncate_fields(fields: bytes) -> bytes:
+    """Cut long texts in the middle: the beginning and the end of a traceback matter."""
+    if len(fields) <= MAX_LENGTH:
         return fields
     data = cast(dict[str, Any], orjson.loads(fields))
     for key, value in data.items():
         text = value if isinstance(value, str) else orjson.dumps(value).decode()
-        if len(text) > LONGEST // 4:
-            data[key] = (
-                f"{text[: LONGEST // 16]}… ({len(text)} characters) …{text[-LONGEST // 8 :]}"
-            )
+        if len(text) > MAX_LENGTH // 4:
+            begin, end = text[: MAX_LENGTH // 16], text[-MAX_LENGTH // 8 :]
+            data[key] = f"{begin}… ({len(text)} characters) …{end}"
     shorter = orjson.dumps(data)
-    return shorter if len(shorter) <= LONGEST else orjson.dumps({"cut": len(fields)})
+    return shorter if len(shorter) <= MAX_LENGTH else orjson.dumps({"cut": len(fields)})
 
 
 def read_lines(
     path: str | os.PathLike[str], run: int, after: int = 0, limit: int = 1000
 ) -> list[dict[str, Any]]:
-    """What `LogStore.read` gives, from the file alone: for a door without a server. No file, no lines. Blocking."""
+    """The lines that `LogStore.read` returns, from the file alone; none if there is no file.
+    Blocking.
+    """
     if not Path(path).exists():
         return []
     with closing(
@@ -219,19 +255,27 @@ def read_lines(
             return []
         rows = db.execute(SELECT, (run, after, limit)).fetchall()
     return [
-        {"seq": seq, "at": at, "level": level_word(level), "logger": logger, "event": event,
-         "fields": orjson.loads(fields) if fields else {}, "task": task or None, "attempt": attempt or None}
+        {
+            "seq": seq,
+            "at": at,
+            "level": level_name(level),
+            "logger": logger,
+            "event": event,
+            "fields": orjson.loads(fields) if fields else {},
+            "task": task or None,
+            "attempt": attempt or None,
+        }
         for seq, at, level, logger, event, fields, task, attempt in rows
-    ]  # fmt: skip
+    ]
 
 
-def flat(line: dict[str, Any]) -> dict[str, Any]:
-    """A line that was read, in the shape it had on the stream; `output.show` makes it pretty."""
-    ids = {key: line[key] for key in ("task", "attempt") if line[key]}
+def as_stream_line(line: dict[str, Any]) -> dict[str, Any]:
+    """A stored line in the form it had on the stream; `output.format_line` makes it pretty."""
     base = {
-        "timestamp": timestamp(line["at"]),
+        "timestamp": format_timestamp(line["at"]),
         "level": line["level"],
         "event": line["event"],
         "logger": line["logger"],
     }
+    ids = {key: line[key] for key in ("task", "attempt") if line[key]}
     return {**base, **ids, **line["fields"]}

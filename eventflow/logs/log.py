@@ -1,10 +1,18 @@
-"""Logs: one line per thing that happened, with the ids of the run it happened in; pretty on a terminal, JSON lines elsewhere.
+"""Log lines: one per thing that happened, with the ids of the run it happened in.
 
-Everybody logs through `get_logger(name)`. The executor says what is executing by setting `where`, once per flow and once per
-attempt: every line made there carries its ids, and the user's lines (of ours, warnings and worse) go to the run's store too.
-Guaranteed for every line: registered secrets are gone from it, tracebacks included, and logging neither blocks nor raises.
-Embedded in someone's program nothing of theirs is touched: lines go to the host's `logging`. `serve`, `dev`, `run` and tests
-call `configure` of the next room, capture.py, which puts an `Output` (output.py) in place.
+Everybody logs through `get_logger(name)` and declares its events in a module constant `LOG_EVENTS`
+(event name `noun.verb_past` to one sentence; tests/logs/test_log.py compares both). The engine sets
+`log_context` once per flow and once per attempt: each line made there carries its ids, and lines of
+the user's code, and eventflow's warnings and errors, also go to the log store of the run.
+
+Guaranteed for every line: registered secrets are removed, tracebacks included, and logging neither
+blocks nor raises. Embedded in a program, eventflow changes nothing of its logging: lines go to the
+host's `logging`. `serve`, `dev`, `run` and tests call `configure` (capture.py), which puts a
+`LogOutput` (output.py) in place.
+
+A line does not pass structlog's processor chain: that costs twice as much per line before any
+redaction, and the engine logs several lines per run. structlog renders pretty lines (output.py),
+and the user's own structlog loggers are connected in capture.py.
 """
 
 import logging
@@ -22,15 +30,15 @@ import structlog
 
 from eventflow.core.clock import SECOND, SystemClock, to_datetime
 from eventflow.events.event import format_id
-from eventflow.logs.redaction import SECRETS, Redactor, clean
+from eventflow.logs.redaction import SECRETS, Redactor, escape_controls
 
 LOGGER: Final = logging.getLogger("eventflow")
 
-# --------------------------------------------------------------------------- where a line is made
+# --------------------------------------------------------------------------- context of a line
 
 
-class Line(msgspec.Struct, gc=False):
-    """One line of a run, redacted and ready to store. `fields` is a JSON object, or None; `at` in microseconds."""
+class LogLine(msgspec.Struct, gc=False):
+    """One line of a run, redacted. `fields`: a JSON object, or None; `at` in microseconds."""
 
     run: int
     at: int
@@ -42,19 +50,22 @@ class Line(msgspec.Struct, gc=False):
     attempt: int = 0
 
 
-class Sink(Protocol):
-    """Where a run's lines are kept (`store/logs.py`)."""
+class LogSink(Protocol):
+    """Where the lines of runs are stored (`LogStore` of store.py; a list in tests)."""
 
-    def post(self, line: Line) -> None:
-        """Takes a line, from any thread. Never blocks, never raises; what it cannot keep it counts."""
+    def post(self, line: LogLine) -> None:
+        """Queue a line, from any thread. Never blocks or raises; lines it cannot store are
+        counted.
+        """
         ...
 
 
-class Where(msgspec.Struct):
-    """What is executing: a flow's body, or with `task` one attempt. Made once, set into `where`, closed when it ends.
+class LogContext(msgspec.Struct):
+    """What executes now: a flow body or, with `task`, one attempt. Closed when that ends.
 
-    `event` is the ledger id. `replaying` tells whether the flow's body only repeats what it did before: its lines are then
-    tagged `replay` and not stored again. The last two fields belong to this file.
+    `event` is the ledger id. `replaying` returns whether the flow body repeats what it did before:
+    its lines are then tagged `replay` and not stored again. The last two fields are private to
+    this package: the ids of a line, and text printed without a newline at its end, by stream.
     """
 
     run: int
@@ -63,126 +74,143 @@ class Where(msgspec.Struct):
     trigger: str = ""
     task: str = ""
     attempt: int = 0
-    sink: Sink | None = None
+    sink: LogSink | None = None
     replaying: Callable[[], bool] | None = None
-    known: dict[str, Any] | None = None
-    tails: dict[Callable[["Where", str], None], str] | None = None
+    cached_ids: dict[str, Any] | None = None
+    partial_lines: dict[Callable[["LogContext", str], None], str] | None = None
 
     def ids(self) -> dict[str, Any]:
-        """What every line made here carries: `run`, `flow`, `ledger_id`, `trigger`, `task`, `attempt`, those there are."""
-        if self.known is None:
-            known: dict[str, Any] = {"run": format_id(self.run), "flow": self.flow}
+        """The fields of each line: `run`, `flow`, and `ledger_id`, `trigger`, `task`, `attempt` if
+        set.
+        """
+        if self.cached_ids is None:
+            ids: dict[str, Any] = {"run": format_id(self.run), "flow": self.flow}
             if self.event is not None:
-                known["ledger_id"] = format_id(self.event)
+                ids["ledger_id"] = format_id(self.event)
             if self.trigger:
-                known["trigger"] = self.trigger
+                ids["trigger"] = self.trigger
             if self.task:
-                known["task"], known["attempt"] = self.task, self.attempt
-            self.known = known
-        return self.known
+                ids["task"] = self.task
+                ids["attempt"] = self.attempt
+            self.cached_ids = ids
+        return self.cached_ids
 
-    def during(self, task: str, attempt: int) -> "Where":
-        """The same run, inside an attempt of `task`. A body never replays."""
-        return Where(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink)
+    def for_attempt(self, task: str, attempt: int) -> "LogContext":
+        """The context of an attempt of this run. A task body never replays."""
+        return LogContext(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink)
 
     def close(self) -> None:
-        """Logs what was printed here without a newline at its end."""
-        if self.tails:
-            tails, self.tails = self.tails, None
-            for say, text in tails.items():
+        """Log what was printed without a newline at its end."""
+        if self.partial_lines:
+            partial_lines, self.partial_lines = self.partial_lines, None
+            for log_line, text in partial_lines.items():
                 if text:
-                    say(self, text)
+                    log_line(self, text)
 
 
-where: ContextVar[Where | None] = ContextVar("eventflow_where", default=None)
-"""What is executing here, or None outside of any run."""
+log_context: ContextVar[LogContext | None] = ContextVar("eventflow_log_context", default=None)
+"""What executes in this context, or None outside of any run."""
 
 
-# --------------------------------------------------------------------------- who logs
+# --------------------------------------------------------------------------- loggers
 
 
-class Straight(logging.Handler):
-    """A handler that takes eventflow's lines past the records of `logging`, which would double their cost."""
+class DirectHandler(logging.Handler):
+    """A handler that takes eventflow's lines without a `LogRecord`, which would double
+    their cost.
+    """
 
-    def line(
-        self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None
+    def write_line(
+        self,
+        level: int,
+        logger: str,
+        event: str,
+        fields: Mapping[str, Any],
+        context: LogContext | None,
     ) -> None:
         raise NotImplementedError
 
 
 class Log(structlog.BoundLoggerBase):
-    """A structlog logger of fixed shape: `log.info("noun.verb_past", field=value)`, `log.bind(field=value)`.
+    """A structlog logger: `log.info("noun.verb_past", field=value)`, `log.bind(field=value)`.
 
-    With a `Straight` handler in place lines go to it; without one, to the host's `logging`, whose levels then hold.
+    Lines go to the `DirectHandler` if `configure` has installed one, else to the host's `logging`,
+    whose levels then apply.
     """
 
     _logger: logging.Logger
     _context: dict[str, Any]
 
     def debug(self, event: str, *args: Any, **fields: Any) -> None:
-        self._say(logging.DEBUG, event, args, fields)
+        self._log(logging.DEBUG, event, args, fields)
 
     def info(self, event: str, *args: Any, **fields: Any) -> None:
-        self._say(logging.INFO, event, args, fields)
+        self._log(logging.INFO, event, args, fields)
 
     def warning(self, event: str, *args: Any, **fields: Any) -> None:
-        self._say(logging.WARNING, event, args, fields)
+        self._log(logging.WARNING, event, args, fields)
 
     def error(self, event: str, *args: Any, **fields: Any) -> None:
-        self._say(logging.ERROR, event, args, fields)
+        self._log(logging.ERROR, event, args, fields)
 
     def critical(self, event: str, *args: Any, **fields: Any) -> None:
-        self._say(logging.CRITICAL, event, args, fields)
+        self._log(logging.CRITICAL, event, args, fields)
 
     def exception(self, event: str, *args: Any, **fields: Any) -> None:
         """`error` with the traceback of the exception being handled, or of `exc_info=error`."""
-        self._say(logging.ERROR, event, args, {"exc_info": True, **fields})
+        self._log(logging.ERROR, event, args, {"exc_info": True, **fields})
 
-    def _say(self, level: int, event: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
+    def _log(self, level: int, event: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
         handlers = LOGGER.handlers
-        straight = handlers[0] if handlers and isinstance(handlers[0], Straight) else None
-        if level < straight.level if straight is not None else not self._logger.isEnabledFor(level):
+        direct = handlers[0] if handlers and isinstance(handlers[0], DirectHandler) else None
+        if level < direct.level if direct is not None else not self._logger.isEnabledFor(level):
             return
         if self._context:
             fields = {**self._context, **fields}
         if args:
             event = event % args
-        if straight is not None:
-            straight.line(level, self._logger.name, event, fields, where.get())
+        if direct is not None:
+            direct.write_line(level, self._logger.name, event, fields, log_context.get())
         else:
-            _tell_host(self._logger, level, event, fields)
+            _log_to_host(self._logger, level, event, fields)
 
 
 def get_logger(name: str) -> Log:
-    """A logger by name. Names that begin with "eventflow" or "triggers" are ours; every other is the user's."""
+    """A logger. Names that begin with "eventflow" or "triggers" are eventflow's, others the
+    user's.
+    """
     return Log(logging.getLogger(name), (), {})
 
 
-def ours(name: str) -> bool:
+def is_own_logger(name: str) -> bool:
     return name.startswith(("eventflow", "triggers"))
 
 
-class Told(logging.LogRecord):
-    """A record made from a line that is already where it belongs, for the host's handlers alone."""
+class HostLogRecord(logging.LogRecord):
+    """A record for the host's handlers only: `LogOutput` ignores it, the line is stored already."""
 
 
-def _tell_host(logger: logging.Logger, level: int, event: str, fields: dict[str, Any]) -> None:
-    """Embedded: the line as a record of `logging`, `event key=value`, its fields as `record.fields`.
+def _log_to_host(logger: logging.Logger, level: int, event: str, fields: dict[str, Any]) -> None:
+    """Embedded: a record with the message `event key=value` and the fields as `record.fields`.
 
-    The traceback goes along redacted, as `exc_text`: with `exc_info` set, the host's formatter would print the raw one.
+    The redacted traceback is set as `exc_text`; with `exc_info` set, the host's formatter would
+    print the raw one.
     """
-    line = compose(level, logger.name, event, fields, SystemClock().now(), SECRETS, where.get())
-    data = cast(dict[str, Any], orjson.loads(line))
-    text, trace = data["event"], data.pop("exception", None)
-    rest = {key: value for key, value in data.items() if key not in _BASE}
-    words = (
-        f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}"
-        for key, value in rest.items()
+    line = render_line(
+        level, logger.name, event, fields, SystemClock().now(), SECRETS, log_context.get()
     )
-    told = Told(logger.name, level, "(eventflow)", 0, clean(" ".join((text, *words))), (), None)
-    told.exc_text = trace
-    told.fields = rest
-    logger.handle(told)
+    data = cast(dict[str, Any], orjson.loads(line))
+    trace = data.pop("exception", None)
+    extra = {key: value for key, value in data.items() if key not in _BASE}
+    pairs = (
+        f"{key}={value if isinstance(value, str) else orjson.dumps(value).decode()}"
+        for key, value in extra.items()
+    )
+    message = escape_controls(" ".join((data["event"], *pairs)))
+    record = HostLogRecord(logger.name, level, "(eventflow)", 0, message, (), None)
+    record.exc_text = trace
+    record.fields = extra
+    logger.handle(record)
 
 
 # --------------------------------------------------------------------------- from a call to a line
@@ -190,65 +218,68 @@ def _tell_host(logger: logging.Logger, level: int, event: str, fields: dict[str,
 _LEVELS: Final = {10: "debug", 20: "info", 30: "warning", 40: "error", 50: "critical"}
 _BASE: Final = frozenset({"timestamp", "level", "event", "logger"})
 _RESERVED: Final = _BASE | {"run", "flow", "ledger_id", "trigger", "task", "attempt", "replay"}
-_DEEPEST: Final = 20
-_SHORT: Final = reprlib.Repr()
-_SHORT.maxother = _SHORT.maxstring = _SHORT.maxlong = 2000
+_MAX_DEPTH: Final = 20
+_REPR: Final = reprlib.Repr()
+_REPR.maxother = _REPR.maxstring = _REPR.maxlong = 2000
 
 
-def compose(
+def render_line(
     level: int,
     logger: str,
     event: str,
     fields: Mapping[str, Any],
     now: int,
     secrets: Redactor,
-    here: Where | None,
+    context: LogContext | None,
 ) -> bytes:
-    """The line as JSON with a newline, redacted. A line of the user's, or a warning, goes to the store of the run `here`."""
+    """The redacted line as JSON with a newline.
+
+    Lines of the user's code, warnings and errors are also posted to the log sink of `context`.
+    """
     data: dict[str, Any] = {
-        "timestamp": timestamp(now),
-        "level": level_word(level),
+        "timestamp": format_timestamp(now),
+        "level": level_name(level),
         "event": event,
         "logger": logger,
     }
-    replay = False
-    own = ours(logger)
-    if here is not None:
-        data.update(here.ids())
-        if here.replaying is not None and here.replaying():
-            data["replay"] = replay = True
+    is_replay = False
+    is_own = is_own_logger(logger)
+    if context is not None:
+        data.update(context.ids())
+        if context.replaying is not None and context.replaying():
+            data["replay"] = is_replay = True
     if fields:
-        _add(data, fields)
-    line = dump(data)
+        _add_fields(data, fields)
+    line = to_json_line(data)
     if (
         "exception" in data
-        or not secrets.harmless(fields)
-        or not (own or secrets.harmless({"event": event}))
+        or not secrets.is_clean(fields)
+        or not (is_own or secrets.is_clean({"event": event}))
     ):
-        line = dump(secrets.data(orjson.loads(line)))
+        line = to_json_line(secrets.redact_data(orjson.loads(line)))
     if (
-        here is not None
-        and here.sink is not None
-        and not replay
-        and (not own or level >= logging.WARNING)
+        context is not None
+        and context.sink is not None
+        and not is_replay
+        and (not is_own or level >= logging.WARNING)
     ):
-        here.sink.post(_kept(here, level, logger, now, line))
+        context.sink.post(_stored_line(context, level, logger, now, line))
     return line
 
 
-def _add(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
-    """Fields follow the ids; one that would take the place of something else gets an underscore."""
+def _add_fields(data: dict[str, Any], fields: Mapping[str, Any]) -> None:
+    """Add the fields after the ids; a field that would replace an id gets an underscore."""
     if not _RESERVED.isdisjoint(fields):
         fields = {
             f"{key}_" if key in data and data[key] != value else key: value
             for key, value in fields.items()
         }
     data.update(fields)
-    if "exc_info" in fields and (error := _error(data.pop("exc_info"))) is not None:
+    if "exc_info" in fields and (error := _exception_of(data.pop("exc_info"))) is not None:
         data["exception"] = "".join(traceback.format_exception(error)).rstrip()
 
 
-def _error(exc_info: Any) -> BaseException | None:
+def _exception_of(exc_info: Any) -> BaseException | None:
     match exc_info:
         case BaseException() as error:
             return error
@@ -258,73 +289,76 @@ def _error(exc_info: Any) -> BaseException | None:
             return sys.exception() if exc_info else None
 
 
-def _kept(here: Where, level: int, logger: str, now: int, line: bytes) -> Line:
+def _stored_line(context: LogContext, level: int, logger: str, now: int, line: bytes) -> LogLine:
     data = cast(dict[str, Any], orjson.loads(line))
-    rest = {key: value for key, value in data.items() if key not in _RESERVED}
-    return Line(
-        here.run,
+    fields = {key: value for key, value in data.items() if key not in _RESERVED}
+    return LogLine(
+        context.run,
         now,
         level,
         logger,
         data["event"],
-        orjson.dumps(rest) if rest else None,
-        here.task,
-        here.attempt,
+        orjson.dumps(fields) if fields else None,
+        context.task,
+        context.attempt,
     )
 
 
-def timestamp(us: int) -> str:
+def format_timestamp(us: int) -> str:
     """RFC 3339 in UTC with microseconds."""
-    whole, rest = divmod(us, SECOND)
-    return f"{_to_the_second(whole)}.{rest:06d}Z"
+    seconds, rest = divmod(us, SECOND)
+    return f"{_format_seconds(seconds)}.{rest:06d}Z"
 
 
 @lru_cache(maxsize=8)
-def _to_the_second(whole: int) -> str:
-    return to_datetime(whole * SECOND).strftime("%Y-%m-%dT%H:%M:%S")
+def _format_seconds(seconds: int) -> str:
+    return to_datetime(seconds * SECOND).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def level_word(level: int) -> str:
+def level_name(level: int) -> str:
     return _LEVELS.get(level) or logging.getLevelName(level).lower()
 
 
-def dump(data: dict[str, Any]) -> bytes:
-    """`data` as one line of JSON, whatever is in it: what has no JSON form goes by its `repr`, cut at 2,000 characters."""
+def to_json_line(data: dict[str, Any]) -> bytes:
+    """`data` as one line of JSON. A value without a JSON form becomes its `repr`, cut at 2,000
+    characters.
+    """
     try:
-        return orjson.dumps(data, default=_shown, option=orjson.OPT_APPEND_NEWLINE)
-    except (
-        TypeError
-    ):  # a lone surrogate, an integer over 64 bits, a key that is no string, a circle
-        return orjson.dumps(_plain(data, 0), default=_shown, option=orjson.OPT_APPEND_NEWLINE)
+        return orjson.dumps(data, default=_json_default, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:
+        # A lone surrogate, an integer over 64 bits, a key that is not a string, a cycle.
+        return orjson.dumps(
+            _to_json_data(data, 0), default=_json_default, option=orjson.OPT_APPEND_NEWLINE
+        )
 
 
-def _shown(value: object) -> Any:
-    return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else show_value(value)
+def _json_default(value: object) -> Any:
+    return msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else short_repr(value)
 
 
-def show_value(value: object) -> str:
-    """`repr`, cut at 2,000 characters; a `__repr__` that raises is survived."""
-    return _text(_SHORT.repr(value))
+def short_repr(value: object) -> str:
+    """`repr`, cut at 2,000 characters; a `__repr__` that raises is handled."""
+    return _escape_surrogates(_REPR.repr(value))
 
 
-def _plain(value: Any, depth: int) -> Any:
+def _to_json_data(value: Any, depth: int) -> Any:
     match value:
         case str():
-            return _text(value)
+            return _escape_surrogates(value)
         case bool() | float() | None:
             return value
         case int():
-            return value if -(1 << 63) <= value < 1 << 64 else show_value(value)
-        case dict() if depth < _DEEPEST:
+            return value if -(1 << 63) <= value < 1 << 64 else short_repr(value)
+        case dict() if depth < _MAX_DEPTH:
             return {
-                _text(str(key)): _plain(held, depth + 1)
-                for key, held in cast(dict[Any, Any], value).items()
+                _escape_surrogates(str(key)): _to_json_data(item, depth + 1)
+                for key, item in cast(dict[Any, Any], value).items()
             }
-        case list() | tuple() | set() | frozenset() if depth < _DEEPEST:
-            return [_plain(held, depth + 1) for held in cast(list[Any], value)]
+        case list() | tuple() | set() | frozenset() if depth < _MAX_DEPTH:
+            return [_to_json_data(item, depth + 1) for item in cast(list[Any], value)]
         case _:
-            return show_value(value)
+            return short_repr(value)
 
 
-def _text(text: str) -> str:
+def _escape_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,9 +1,10 @@
-"""Where lines leave the process: JSON lines into a file or pipe, pretty ones onto a terminal.
+"""Writes log lines to a stream: JSON lines to a file or pipe, pretty ones to a terminal.
 
-`capture.configure` puts one `Output` in place; loggers of `log.py`, the records of `logging` and the user's structlog all end
-here. A line is appended to a list, and a thread of the Output's own writes it at most `LINGER` later (a warning or a pretty
-line at once), so that a slow disk or a stuffed pipe never holds an event loop. A stream that takes nothing for long loses
-lines, and then says how many.
+`capture.configure` installs one `LogOutput`; the loggers of log.py, the records of `logging` and
+the user's structlog all end here. A line is appended to a list, which a thread of the output writes
+at most `FLUSH_INTERVAL_SECONDS` later (a warning or a pretty line at once), so that a slow disk or
+a full pipe never blocks an event loop. If the stream takes nothing for long, lines are dropped and
+counted.
 """
 
 import io
@@ -20,21 +21,39 @@ import orjson
 from structlog.dev import ConsoleRenderer, plain_traceback
 
 from eventflow.core.clock import Clock
-from eventflow.logs.log import Straight, Told, Where, compose, show_value, where
-from eventflow.logs.redaction import Redactor, clean, clean_lines, escape_json
+from eventflow.logs.log import (
+    DirectHandler,
+    HostLogRecord,
+    LogContext,
+    log_context,
+    render_line,
+    short_repr,
+)
+from eventflow.logs.redaction import (
+    Redactor,
+    escape_controls,
+    escape_controls_by_line,
+    escape_json_controls,
+)
 
-LINGER: Final = 0.1
-"""Seconds a line may wait in memory: what a kill -9 may take from the stream. One write for some thousand lines."""
+FLUSH_INTERVAL_SECONDS: Final = 0.1
+"""How long a line may wait in memory, and what a kill -9 may lose of the stream. One write carries
+some thousand lines.
+"""
 
-MOST: Final = 8 << 20
-"""Bytes that may wait for a stream that is stuck: some 30,000 lines."""
+MAX_QUEUED_BYTES: Final = 8 << 20
+"""Bytes that may wait for a stuck stream: some 30,000 lines."""
 
-_STANDARD: Final = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"})
-"""What every LogRecord has; the rest of its attributes came by `extra=`."""
+_RECORD_ATTRIBUTES: Final = frozenset(
+    {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
+)
+"""What every LogRecord has; its other attributes were given by `extra=`."""
 
 
-class Output(Straight):
-    """One stream and how lines look on it. `stream=None`: lines only go to their run's store (capture without a stream)."""
+class LogOutput(DirectHandler):
+    """One stream and the format of its lines. `stream=None`: lines go only to the log store of
+    their run.
+    """
 
     def __init__(
         self,
@@ -46,118 +65,123 @@ class Output(Straight):
         clock: Clock,
     ) -> None:
         super().__init__(level)
-        self._redactor, self._clock = redactor, clock
-        self._write = None if stream is None else writer(stream)
-        self._pretty = pretty if pretty is not None else stream is not None and stream.isatty()
-        self._renderer = (
-            renderer(None if stream is not None and stream.isatty() else False)
-            if self._pretty
-            else None
-        )
-        self._lines: list[bytes] = []
-        self._waiting = self._lost = 0
-        self._turn = threading.Lock()
-        self._some, self._now, self._closing = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
-        )
+        self._redactor = redactor
+        self._clock = clock
+        self._write: Callable[[bytes], None] | None = None
+        self._console: ConsoleRenderer | None = None  # pretty lines
+        self._queue: list[bytes] = []
+        self._queued_bytes = 0
+        self._dropped = 0
+        self._write_lock = threading.Lock()
+        self._has_lines = threading.Event()
+        self._flush_now = threading.Event()
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        if self._write is not None:
-            self._thread = threading.Thread(
-                target=self._run, name="eventflow-log-output", daemon=True
-            )
-            self._thread.start()
-            if hasattr(os, "register_at_fork"):
-                again = weakref.WeakMethod(self._after_fork)
-                os.register_at_fork(after_in_child=lambda: (method := again()) and method())
+        if stream is None:
+            return
+        self._write = make_writer(stream)
+        if pretty if pretty is not None else stream.isatty():
+            self._console = make_renderer(None if stream.isatty() else False)
+        self._thread = threading.Thread(target=self._run, name="eventflow-log-output", daemon=True)
+        self._thread.start()
+        if hasattr(os, "register_at_fork"):
+            after_fork = weakref.WeakMethod(self._after_fork)
+            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
 
-    def line(
-        self, level: int, logger: str, event: str, fields: Mapping[str, Any], here: Where | None
+    def write_line(
+        self,
+        level: int,
+        logger: str,
+        event: str,
+        fields: Mapping[str, Any],
+        context: LogContext | None,
     ) -> None:
-        line = compose(level, logger, event, fields, self._clock.now(), self._redactor, here)
+        line = render_line(level, logger, event, fields, self._clock.now(), self._redactor, context)
         if self._write is None:
             return
-        if self._waiting > MOST:
-            self._lost += 1
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            self._dropped += 1
             return
-        line = self._show(line) if self._renderer is not None else escape_json(line)
-        self._lines.append(line)
-        self._waiting += len(line)
-        if not self._some.is_set():
-            self._some.set()
-        if level >= logging.WARNING or self._renderer is not None:
-            self._now.set()
+        line = self._format(line) if self._console is not None else escape_json_controls(line)
+        self._queue.append(line)
+        self._queued_bytes += len(line)
+        if not self._has_lines.is_set():
+            self._has_lines.set()
+        if level >= logging.WARNING or self._console is not None:
+            self._flush_now.set()
         if self._thread is None:
             self.flush()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A record of `logging`, from the user's code or a library; fields given as `extra=` come along."""
-        if isinstance(record, Told):
+        """Log a record of `logging`, from the user's code or a library, with its `extra=`
+        fields.
+        """
+        if isinstance(record, HostLogRecord):
             return
-        fields = {key: value for key, value in vars(record).items() if key not in _STANDARD}
+        fields = {
+            key: value for key, value in vars(record).items() if key not in _RECORD_ATTRIBUTES
+        }
         if record.exc_info:
             fields["exc_info"] = record.exc_info
         if record.stack_info:
             fields["stack"] = record.stack_info
-        said: object = record.msg
-        if isinstance(said, dict):  # structlog's way of handing its fields to logging
-            fields = {**fields, **cast(dict[str, Any], said)}
+        message: object = record.msg
+        if isinstance(message, dict):  # structlog passes its fields to logging this way
+            fields = {**fields, **cast(dict[str, Any], message)}
             event = str(fields.pop("event", ""))
         else:
-            event = message(record)
-        self.line(record.levelno, record.name, event, fields, where.get())
+            event = record_message(record)
+        self.write_line(record.levelno, record.name, event, fields, log_context.get())
 
-    # ----------------------------------------------------------------------- pretty
+    def _format(self, line: bytes) -> bytes:
+        console = cast(ConsoleRenderer, self._console)
+        return format_line(cast(dict[str, Any], orjson.loads(line)), console).encode() + b"\n"
 
-    def _show(self, line: bytes) -> bytes:
-        return (
-            show(
-                cast(dict[str, Any], orjson.loads(line)), cast(ConsoleRenderer, self._renderer)
-            ).encode()
-            + b"\n"
-        )
-
-    # ----------------------------------------------------------------------- the stream
+    # ----------------------------------------------------------------------- writing
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._some.wait()
-            self._now.wait(LINGER)
-            self._some.clear()
-            self._now.clear()
+            self._has_lines.wait()
+            self._flush_now.wait(FLUSH_INTERVAL_SECONDS)
+            self._has_lines.clear()
+            self._flush_now.clear()
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits. A stream that fails loses it: logs stop no run."""
-        if self._write is None or not self._turn.acquire(timeout=5.0):
+        """Write the queued lines. If the stream fails they are lost: logging stops no run."""
+        if self._write is None or not self._write_lock.acquire(timeout=5.0):
             return
         try:
-            count = len(self._lines)
-            chunk = b"".join(self._lines[:count])
-            del self._lines[:count]
-            self._waiting = 0
-            if self._lost:
-                lost, self._lost = self._lost, 0
-                chunk += self._dropped(lost)
+            count = len(self._queue)
+            chunk = b"".join(self._queue[:count])
+            del self._queue[:count]
+            self._queued_bytes = 0
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                chunk += self._dropped_line(dropped)
             if chunk:
                 self._write(chunk)
         except (OSError, ValueError):
-            pass
+            pass  # the disk is full, or the stream is closed
         finally:
-            self._turn.release()
+            self._write_lock.release()
 
-    def _dropped(self, lines: int) -> bytes:
-        fields, now = {"lines": lines}, self._clock.now()
-        line = compose(
-            logging.WARNING, "eventflow.output", "log.dropped", fields, now, self._redactor, None
+    def _dropped_line(self, dropped: int) -> bytes:
+        line = render_line(
+            logging.WARNING,
+            "eventflow.output",
+            "log.dropped",
+            {"lines": dropped},
+            self._clock.now(),
+            self._redactor,
+            None,
         )
-        return self._show(line) if self._renderer is not None else line
+        return self._format(line) if self._console is not None else line
 
     def close(self) -> None:
         self._closing.set()
-        self._now.set()
-        self._some.set()
+        self._flush_now.set()
+        self._has_lines.set()
         if self._thread is not None:
             self._thread.join(5.0)
             self._thread = None
@@ -165,44 +189,47 @@ class Output(Straight):
         super().close()
 
     def _after_fork(self) -> None:
-        """A forked child has no thread and shares no lock: it writes each line itself, and none of its parent's."""
-        self._turn, self._thread = threading.Lock(), None
-        self._lines, self._waiting = [], 0
+        """In a forked child: it has no thread and writes each line itself, without those of its
+        parent.
+        """
+        self._write_lock = threading.Lock()
+        self._thread = None
+        self._queue = []
+        self._queued_bytes = 0
 
 
-def message(record: logging.LogRecord) -> str:
-    """What the caller meant, also when the arguments do not fit the text."""
-    with suppress(
-        Exception
-    ):  # a user's __str__ may raise anything, and logging must not end the run that logs
+def record_message(record: logging.LogRecord) -> str:
+    """The message of a record, also when its arguments do not fit the text."""
+    # A user's __str__ may raise anything, and logging must not end the run that logs.
+    with suppress(Exception):
         return record.getMessage()
-    return f"{show_value(record.msg)} (with arguments that do not fit: {show_value(record.args)})"
+    return f"{short_repr(record.msg)} (with arguments that do not fit: {short_repr(record.args)})"
 
 
-def writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
-    """Writes all of some bytes to a text, buffered or raw stream, and flushes it."""
+def make_writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
+    """A function that writes bytes completely to a text, buffered or raw stream, and flushes it."""
     target: Any = getattr(stream, "buffer", stream)
-    text = isinstance(stream, io.TextIOBase) and target is stream  # a StringIO, a notebook's stream
+    is_text = isinstance(stream, io.TextIOBase) and target is stream  # a StringIO, a notebook
 
     def write(chunk: bytes) -> None:
-        if text:
+        if is_text:
             target.write(chunk.decode())
         else:
-            left = memoryview(chunk)
-            while (
-                left
-            ):  # under python -u, sys.stderr.buffer is a raw file, which may take a part only
-                left = left[target.write(left) or 0 :]
+            rest = memoryview(chunk)
+            while rest:  # under python -u, sys.stderr.buffer is raw and may take only a part
+                rest = rest[target.write(rest) or 0 :]
         target.flush()
 
     return write
 
 
-# --------------------------------------------------------------------------- how a pretty line looks
+# --------------------------------------------------------------------------- pretty lines
 
 
-def renderer(colors: bool | None = None) -> ConsoleRenderer:
-    """structlog's console lines; for `None`, a terminal, `NO_COLOR` (https://no-color.org) and TERM=dumb are heard."""
+def make_renderer(colors: bool | None = None) -> ConsoleRenderer:
+    """structlog's console lines. `None`: a terminal, so `NO_COLOR` (https://no-color.org) and
+    TERM=dumb apply.
+    """
     if colors is None:
         colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return ConsoleRenderer(
@@ -210,16 +237,22 @@ def renderer(colors: bool | None = None) -> ConsoleRenderer:
     )
 
 
-def show(data: dict[str, Any], console: ConsoleRenderer) -> str:
-    """One line's fields as a person reads them: local time, no controls. `eventflow logs` shows stored lines with it too."""
+def format_line(data: dict[str, Any], console: ConsoleRenderer) -> str:
+    """A line for people: local time, no control characters. `eventflow logs` formats stored lines
+    with it.
+    """
     moment = datetime.fromisoformat(data["timestamp"]).astimezone()
-    fields = {key: _shown(key, value) for key, value in data.items()}
+    fields = {key: _without_controls(key, value) for key, value in data.items()}
     fields["timestamp"] = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"
     return console(None, data["level"], fields)
 
 
-def _shown(key: str, value: Any) -> Any:
-    """Texts without controls; what is nested the console shows by `repr`, which lets none pass either."""
+def _without_controls(key: str, value: Any) -> Any:
+    """A text without control characters. Nested values are shown by `repr`, which escapes them
+    itself.
+    """
     if not isinstance(value, str):
         return value
-    return clean_lines(value) if key in ("exception", "stack") else clean(value)
+    return (
+        escape_controls_by_line(value) if key in ("exception", "stack") else escape_controls(value)
+    )

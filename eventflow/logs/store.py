@@ -1,9 +1,12 @@
-"""What runs logged, in a file beside the store, so that no flood, full quota or damaged page of it ever touches a journal.
+"""The log store: what runs logged, in a file beside the ledger, so that no flood of lines touches a
+journal.
 
-`log.py` posts lines from any thread; one thread here writes them, some thousand per transaction, and alone may write the file
-(logfile.py). The doors read with `read` and `follow`. Kept are at most `per_second` lines a second and `per_run` lines of a
-run, and `quota_bytes` in all (the oldest runs' lines go first); what was not kept is counted, and the count is a line of the
-run. When the disk is short or the file fails, lines are dropped, counted and warned about.
+log.py posts lines from any thread; one thread here writes them, some thousand per transaction, and
+only that thread writes the file (file.py). The API and the CLI use `read` and `follow`. Each run
+may store `per_second` lines a second and `per_run` lines, and all runs together `quota_bytes` (the
+lines of the oldest runs are removed first). What was not stored is counted, and the count is a line
+of the run. If the disk is full or the file fails, lines are dropped, counted, and a warning is
+logged.
 """
 
 import asyncio
@@ -11,7 +14,7 @@ import os
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from logging import WARNING
 from pathlib import Path
@@ -22,8 +25,8 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import Clock
-from eventflow.logs.file import LogFile, damaged, read_lines
-from eventflow.logs.log import Line, get_logger
+from eventflow.logs.file import LogFile, is_damage, read_lines
+from eventflow.logs.log import LogLine, get_logger
 
 LOG_EVENTS = {
     "log.dropped": (
@@ -32,26 +35,101 @@ LOG_EVENTS = {
     "log.failed": "The log store cannot write; lines are dropped and counted, runs continue.",
 }
 
-LINGER: Final = 0.05
-"""Seconds the writer waits for company: at most twenty transactions a second."""
+WRITE_DELAY_SECONDS: Final = 0.05
+"""How long the writer collects lines: at most twenty transactions a second."""
 
-QUEUE: Final = 20_000
-QUEUE_BYTES: Final = 16 << 20
-"""Lines and bytes that may wait for the writer."""
+MAX_QUEUED_LINES: Final = 20_000
+MAX_QUEUED_BYTES: Final = 16 << 20
+"""What may wait for the writer."""
 
-RUNS: Final = 20_000
-"""Runs whose budgets are in memory; the one that was silent longest is forgotten first, and then begins with a full one."""
+MAX_RUN_QUOTAS: Final = 20_000
+"""Quotas in memory. The run that was silent longest is forgotten first, and then starts with a full
+one.
+"""
+
+WARNING_INTERVAL_SECONDS: Final = 60.0
+"""Between two `log.failed` lines."""
 
 
-class Budget(msgspec.Struct):
-    """What one run may still log. `lines` and `size` are the writer thread's; -1 until it asked the file."""
+class LogQuota(msgspec.Struct):
+    """What one run may still log. `lines` and `size` belong to the writer thread; -1: not yet read
+    from the file.
+    """
 
-    credit: float
-    seen: float
-    dropped: int = 0
-    noted: float = float("-inf")
+    tokens: float  # lines that may come at once
+    refilled_at: float
+    dropped: int = 0  # since the last note
+    noted_at: float = float("-inf")
     lines: int = -1
     size: int = 0
+
+
+class RunQuotas:
+    """The quotas of all runs. Every method is called with the lock of the `LogStore`."""
+
+    def __init__(self, clock: Clock, *, per_second: int, per_run: int, per_run_bytes: int) -> None:
+        self.dropped = 0  # lines of all runs
+        self.dropping: set[int] = set()  # runs with dropped lines that are not noted yet
+        self._clock = clock
+        self._per_second = per_second
+        self._per_run = per_run
+        self._per_run_bytes = per_run_bytes
+        self._quotas: OrderedDict[int, LogQuota] = OrderedDict()
+
+    def of(self, run: int) -> LogQuota:
+        quota = self._quotas.get(run)
+        if quota is not None:
+            self._quotas.move_to_end(run)
+            return quota
+        quota = self._quotas[run] = LogQuota(self._per_second, self._clock.monotonic())
+        if len(self._quotas) > MAX_RUN_QUOTAS:
+            oldest, _ = self._quotas.popitem(last=False)
+            self.dropping.discard(oldest)
+        return quota
+
+    def take_token(self, run: int) -> bool:
+        """Whether the rate of the run permits a line now."""
+        quota = self.of(run)
+        now = self._clock.monotonic()
+        refill = (now - quota.refilled_at) * self._per_second
+        quota.tokens = min(self._per_second, quota.tokens + refill)
+        quota.refilled_at = now
+        if quota.tokens < 1:
+            return False
+        quota.tokens -= 1
+        return True
+
+    def is_full(self, quota: LogQuota, level: int) -> bool:
+        """Whether the run has stored all it may. Warnings may take a tenth more: the last lines of
+        a noisy run show why it failed.
+        """
+        tenths = 11 if level >= WARNING else 10
+        return (
+            10 * quota.lines >= self._per_run * tenths
+            or 10 * quota.size >= self._per_run_bytes * tenths
+        )
+
+    def drop(self, run: int) -> None:
+        self.of(run).dropped += 1
+        self.dropped += 1
+        self.dropping.add(run)
+
+    def notes_due(self, *, now: float | None) -> list[tuple[int, int]]:
+        """(run, dropped lines) of each run whose last note is a second old; of all runs for
+        None.
+        """
+        return [
+            (run, quota.dropped)
+            for run in self.dropping
+            if (quota := self._quotas.get(run)) and (now is None or now - quota.noted_at >= 1.0)
+        ]
+
+    def noted(self, run: int, dropped: int) -> None:
+        quota = self.of(run)
+        quota.noted_at = self._clock.monotonic()
+        quota.dropped = max(0, quota.dropped - dropped)
+        if not quota.dropped:
+            self.dropping.discard(run)
 
 
 class LogStore:
@@ -69,31 +147,39 @@ class LogStore:
         keep_seconds: float = 30 * 86_400,
         floor_bytes: int = 64 << 20,
     ) -> None:
-        self.file = LogFile(Path(path), quota_bytes, floor_bytes)
-        self.dropped = 0
-        self._clock, self._keep = clock, keep_seconds
-        self._per_run, self._per_run_bytes, self._per_second = per_run, per_run_bytes, per_second
-        self._written = threading.Condition()
-        self._queue: list[Line] = []
-        self._size = self._posted = self._done = 0
-        self._budgets: OrderedDict[int, Budget] = OrderedDict()
-        self._dropping: set[int] = set()
-        self._some, self._hurry, self._closing = (
-            threading.Event(),
-            threading.Event(),
-            threading.Event(),
+        self.file = LogFile(
+            Path(path), clock, quota=quota_bytes, keep_seconds=keep_seconds, floor=floor_bytes
         )
+        self._clock = clock
+        self._quotas = RunQuotas(
+            clock, per_second=per_second, per_run=per_run, per_run_bytes=per_run_bytes
+        )
+        self._written = threading.Condition()  # also the lock of all that follows
+        self._queue: list[LogLine] = []
+        self._queued_bytes = 0
+        self._posted = 0  # lines ever queued
+        self._done = 0  # of these, written or dropped
+        self._has_work = threading.Event()
+        self._write_now = threading.Event()
+        self._closing = threading.Event()
         self._followers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
-        self._tidy_at = self._warn_at = float("-inf")
+        self._next_warning_at = float("-inf")
         self._thread: threading.Thread | None = None
 
+    @property
+    def dropped(self) -> int:
+        """How many lines were not stored since the start."""
+        return self._quotas.dropped
+
     def open(self) -> None:
-        """Starts the writer. The file is opened, or made, with the first line; trouble with it is never raised."""
+        """Start the writer. It creates the file with the first line; errors of the file are never
+        raised.
+        """
         self._thread = threading.Thread(target=self._run, name="eventflow-log-store", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Writes what was posted. Idempotent."""
+        """Write what was posted. Idempotent."""
         self._closing.set()
         self._wake()
         if self._thread is not None:
@@ -102,77 +188,62 @@ class LogStore:
 
     # ----------------------------------------------------------------------- writing
 
-    def post(self, line: Line) -> None:
-        """Queues a line, or counts it as dropped when its run is over its rate or the queue is full. Never blocks or raises."""
-        size = len(line.event) + (len(line.fields) if line.fields else 0) + 100
+    def post(self, line: LogLine) -> None:
+        """Queue a line; it is dropped if its run is over its rate or the queue is full. Never
+        blocks or raises.
+        """
+        size = _size(line) + 100
         with self._written:
-            budget = self._budget(line.run)
-            now = self._clock.monotonic()
-            budget.credit = min(
-                self._per_second, budget.credit + (now - budget.seen) * self._per_second
-            )
-            budget.seen = now
             if (
-                budget.credit < 1
-                or len(self._queue) >= QUEUE
-                or self._size + size > QUEUE_BYTES
+                not self._quotas.take_token(line.run)
+                or len(self._queue) >= MAX_QUEUED_LINES
+                or self._queued_bytes + size > MAX_QUEUED_BYTES
                 or self._closing.is_set()
             ):
-                self._drop(line.run, budget)
+                self._quotas.drop(line.run)
             else:
-                budget.credit -= 1
                 self._queue.append(line)
-                self._size += size
+                self._queued_bytes += size
                 self._posted += 1
-        if not self._some.is_set():
-            self._some.set()
+        if not self._has_work.is_set():
+            self._has_work.set()
 
-    def _budget(self, run: int) -> Budget:
-        budget = self._budgets.get(run)
-        if budget is None:
-            budget = self._budgets[run] = Budget(self._per_second, self._clock.monotonic())
-            if len(self._budgets) > RUNS:
-                oldest, _ = self._budgets.popitem(last=False)
-                self._dropping.discard(oldest)
-        else:
-            self._budgets.move_to_end(run)
-        return budget
-
-    def _drop(self, run: int, budget: Budget) -> None:
-        budget.dropped += 1
-        self.dropped += 1
-        self._dropping.add(run)
-
-    def flush(self, within: float = 5.0) -> bool:
-        """Waits until everything posted before is in the file, or dropped; False when that took longer."""
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until everything posted before is written or dropped. False after `timeout`
+        seconds.
+        """
         with self._written:
             posted = self._posted
             self._wake()
             return self._thread is None or self._written.wait_for(
-                lambda: self._done >= posted, within
+                lambda: self._done >= posted, timeout
             )
 
     def _wake(self) -> None:
-        self._hurry.set()
-        self._some.set()
+        self._write_now.set()
+        self._has_work.set()
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            self._some.wait(1.0 if self._dropping else 60.0)
-            self._hurry.wait(LINGER)
-            self._hurry.clear()
-            self._some.clear()
-            self._pass()
-        self._pass()
+            self._has_work.wait(1.0 if self._quotas.dropping else 60.0)
+            self._write_now.wait(WRITE_DELAY_SECONDS)
+            self._write_now.clear()
+            self._has_work.clear()
+            self._write_queued()
+        self._write_queued()
         self.file.close()
 
-    def _pass(self) -> None:
-        """One turn of the writer: lines and notes of what was dropped in one transaction, then the quota."""
+    def _write_queued(self) -> None:
+        """Write the queued lines and notes of dropped ones in one transaction, then apply the quota
+        of the file.
+        """
         with self._written:
-            lines, self._queue, self._size = self._queue, [], 0
+            lines, self._queue = self._queue, []
+            self._queued_bytes = 0
         try:
             self._write(lines)
-            self._tidy()
+            if not self.file.tidy():
+                self._has_work.set()
         except (sqlite3.Error, OSError) as error:
             self._warn(error)
         with self._written:
@@ -180,94 +251,52 @@ class LogStore:
             self._written.notify_all()
             followers = list(self._followers)
         for loop, event in followers:
-            with suppress(RuntimeError):  # that loop is closed, and nobody follows any more
+            with suppress(RuntimeError):  # that loop is closed, and with it its follower
                 loop.call_soon_threadsafe(event.set)
 
-    def _write(self, lines: Sequence[Line]) -> None:
-        kept: list[Line] = []
+    def _write(self, lines: Sequence[LogLine]) -> None:
+        accepted: list[LogLine] = []
         try:
             if lines:
-                self.file.check_room()
-            kept = [line for line in lines if self._within(line)]
-            notes = self._notes()
-            if kept or notes:
-                self.file.write([*kept, *(note for note, _ in notes)])
-                self._noted(notes)
+                self.file.check_free_space()
+            accepted = [line for line in lines if self._accepts(line)]
+            now = None if self._closing.is_set() else self._clock.monotonic()
+            with self._written:
+                notes = self._quotas.notes_due(now=now)
+            if accepted or notes:
+                self.file.write([*accepted, *(self._note(run, count) for run, count in notes)])
+            with self._written:
+                for run, count in notes:
+                    self._quotas.noted(run, count)
         except (sqlite3.Error, OSError):
             with self._written:
-                for line in kept or lines:
-                    self._drop(line.run, self._budget(line.run))
+                for line in accepted or lines:
+                    self._quotas.drop(line.run)
             raise
 
-    def _within(self, line: Line) -> bool:
-        """Whether the run may keep another line. Warnings may take a tenth more: the end of a noisy run tells why it failed."""
+    def _accepts(self, line: LogLine) -> bool:
+        """Count the line in the quota of its run, or drop it if that is full."""
         with self._written:
-            budget = self._budget(line.run)
-        if budget.lines < 0:
-            budget.lines, budget.size = self.file.weight(line.run)
-        tenths = 11 if line.level >= WARNING else 10
-        if (
-            10 * budget.lines >= self._per_run * tenths
-            or 10 * budget.size >= self._per_run_bytes * tenths
-        ):
+            quota = self._quotas.of(line.run)
+        if quota.lines < 0:
+            quota.lines, quota.size = self.file.stored_size(line.run)
+        if self._quotas.is_full(quota, line.level):
             with self._written:
-                self._drop(line.run, budget)
+                self._quotas.drop(line.run)
             return False
-        budget.lines += 1
-        budget.size += len(line.event) + (len(line.fields) if line.fields else 0)
+        quota.lines += 1
+        quota.size += _size(line)
         return True
 
-    def _notes(self) -> list[tuple[Line, int]]:
-        """A line for each run that lost some, at most one a second: how many since the last one."""
-        now, at = self._clock.monotonic(), self._clock.now()
-        with self._written:
-            lost = [(run, budget) for run in self._dropping if (budget := self._budgets.get(run))]
-            due = [
-                (run, budget.dropped)
-                for run, budget in lost
-                if self._closing.is_set() or now - budget.noted >= 1.0
-            ]
-        return [
-            (
-                Line(
-                    run,
-                    at,
-                    WARNING,
-                    "eventflow.store.logs",
-                    "log.dropped",
-                    orjson.dumps({"lines": count}),
-                ),
-                count,
-            )
-            for run, count in due
-        ]
-
-    def _noted(self, notes: Iterable[tuple[Line, int]]) -> None:
-        now = self._clock.monotonic()
-        with self._written:
-            for note, count in notes:
-                budget = self._budget(note.run)
-                budget.noted = now
-                budget.dropped = max(0, budget.dropped - count)
-                if not budget.dropped:
-                    self._dropping.discard(note.run)
-
-    def _tidy(self) -> None:
-        """Removes what is over the quota, and once a minute what is too old, in small steps; the rest waits its turn."""
-        now = self._clock.monotonic()
-        if now >= self._tidy_at:
-            old = (
-                max(0, int(self._clock.now() / 1000 - self._keep * 1000)) << 20
-            )  # run ids begin with their milliseconds
-            if not self.file.remove(old):
-                self._tidy_at = now + 60.0
-        if not self.file.shrink():
-            self._some.set()
+    def _note(self, run: int, dropped: int) -> LogLine:
+        fields = orjson.dumps({"lines": dropped})
+        at = self._clock.now()
+        return LogLine(run, at, WARNING, "eventflow.store.logs", "log.dropped", fields)
 
     def _warn(self, error: Exception) -> None:
         now = self._clock.monotonic()
-        if now >= self._warn_at:
-            self._warn_at = now + 60.0
+        if now >= self._next_warning_at:
+            self._next_warning_at = now + WARNING_INTERVAL_SECONDS
             get_logger("eventflow.store.logs").warning(
                 "log.failed", path=str(self.file.path), error=str(error), dropped=self.dropped
             )
@@ -275,8 +304,12 @@ class LogStore:
     # ----------------------------------------------------------------------- reading
 
     async def read(self, run: int, after: int = 0, limit: int = 1000) -> list[dict[str, Any]]:
-        """The run's lines with `seq > after`, oldest first, at most `limit`; what was posted before is among them. Each has
-        `seq`, `at` (microseconds), `level`, `logger`, `event`, `fields`, `task`, `attempt`."""
+        """The lines of a run with `seq > after`, oldest first, at most `limit`, including those
+        just posted.
+
+        Each has `seq`, `at` (microseconds), `level`, `logger`, `event`, `fields`, `task`,
+        `attempt`.
+        """
         return await anyio.to_thread.run_sync(self._read, run, after, limit)
 
     def _read(self, run: int, after: int, limit: int) -> list[dict[str, Any]]:
@@ -284,8 +317,8 @@ class LogStore:
         try:
             return read_lines(self.file.path, run, after, limit)
         except sqlite3.DatabaseError as error:
-            if damaged(error):
-                self.file.suspect = True
+            if is_damage(error):
+                self.file.damage_reported = True
                 self._wake()
             self._warn(error)
             return []
@@ -293,7 +326,9 @@ class LogStore:
     async def follow(
         self, run: int, after: int = 0, *, settled: Callable[[], Awaitable[bool]]
     ) -> AsyncIterator[dict[str, Any]]:
-        """`read`, and then each line as it comes, until the run is `settled` and its last line was given."""
+        """Yield the lines of `read`, then each new line, until the run is `settled` and its last
+        line was yielded.
+        """
         wake = asyncio.Event()
         follower = (asyncio.get_running_loop(), wake)
         with self._written:
@@ -301,19 +336,22 @@ class LogStore:
         try:
             while True:
                 wake.clear()
-                last = await settled()
+                is_last = await settled()
                 lines = await self.read(run, after)
                 for line in lines:
                     after = line["seq"]
                     yield line
-                if last and not lines:
+                if is_last and not lines:
                     return
                 if not lines:
+                    # Nothing wakes this when the run settles without a line.
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(
-                            1.0
-                        ):  # nobody wakes us when the run settles without a word
+                        async with asyncio.timeout(1.0):
                             await wake.wait()
         finally:
             with self._written:
                 self._followers.discard(follower)
+
+
+def _size(line: LogLine) -> int:
+    return len(line.event) + (len(line.fields) if line.fields else 0)

@@ -18,8 +18,8 @@ import pytest
 import structlog
 
 from eventflow.core.clock import SystemClock
-from eventflow.logs.capture import Configured, configure
-from eventflow.logs.log import Line, Where, dump, get_logger, timestamp, where
+from eventflow.logs.capture import LogConfiguration, configure
+from eventflow.logs.log import LogLine, LogContext, to_json_line, get_logger, format_timestamp, log_context
 from eventflow.logs.redaction import Redactor
 from eventflow.runs.run import format_id
 from tests.logs import events
@@ -32,9 +32,9 @@ class Kept:
     """A sink that remembers."""
 
     def __init__(self) -> None:
-        self.lines: list[Line] = []
+        self.lines: list[LogLine] = []
 
-    def post(self, line: Line) -> None:
+    def post(self, line: LogLine) -> None:
         self.lines.append(line)
 
     @property
@@ -54,21 +54,21 @@ def stream(tmp_path: Path) -> Iterator[io.BufferedWriter]:
 
 
 @pytest.fixture
-def configured(stream: io.BufferedWriter) -> Iterator[Configured]:
+def configured(stream: io.BufferedWriter) -> Iterator[LogConfiguration]:
     """For tests that do not print: pytest puts its own sys.stdout in place between a fixture and its test."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as held:
         yield held
 
 
 @pytest.fixture
-def here(kept: Kept) -> Iterator[Where]:
-    made = Where(RUN, "handle", event=RUN + 1, trigger="orders", sink=kept)
-    token = where.set(made)
+def here(kept: Kept) -> Iterator[LogContext]:
+    made = LogContext(RUN, "handle", event=RUN + 1, trigger="orders", sink=kept)
+    token = log_context.set(made)
     yield made
-    where.reset(token)
+    log_context.reset(token)
 
 
-def lines(configured: Configured, stream: io.BufferedWriter) -> list[dict[str, Any]]:
+def lines(configured: LogConfiguration, stream: io.BufferedWriter) -> list[dict[str, Any]]:
     configured.flush()
     return [json.loads(line) for line in Path(stream.name).read_text().splitlines()]
 
@@ -76,7 +76,7 @@ def lines(configured: Configured, stream: io.BufferedWriter) -> list[dict[str, A
 # --------------------------------------------------------------------------- the line
 
 
-def test_a_line_is_one_json_object(configured: Configured, stream: io.BufferedWriter):
+def test_a_line_is_one_json_object(configured: LogConfiguration, stream: io.BufferedWriter):
     """A line has timestamp (UTC, microseconds), level, event, logger and its fields, in that order."""
     get_logger("eventflow.worker").info("run.claimed", run="0abc", wait=0.5)
     [line] = lines(configured, stream)
@@ -93,12 +93,12 @@ def test_a_line_is_one_json_object(configured: Configured, stream: io.BufferedWr
 
 def test_timestamps_are_exact():
     """Microseconds are neither rounded nor lost at the edge of a second."""
-    assert timestamp(0) == "1970-01-01T00:00:00.000000Z"
-    assert timestamp(1_763_800_000_999_999) == "2025-11-22T08:26:40.999999Z"
+    assert format_timestamp(0) == "1970-01-01T00:00:00.000000Z"
+    assert format_timestamp(1_763_800_000_999_999) == "2025-11-22T08:26:40.999999Z"
 
 
 @pytest.mark.parametrize("how", ["eventflow", "structlog", "logging", "print"])
-def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Where, how: str):
+def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: LogContext, how: str):
     """Run, flow, event and trigger are bound once and stand in each line made there; in an attempt, task and number too."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
 
@@ -114,9 +114,9 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Wh
                     print("hello")
 
         say()
-        token = where.set(here.during("score", 2))
+        token = log_context.set(here.for_attempt("score", 2))
         say()
-        where.reset(token)
+        log_context.reset(token)
         flow, attempt = lines(configured, stream)
         ids = {
             "run": format_id(RUN),
@@ -130,7 +130,7 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Wh
 
 
 def test_a_field_cannot_pose_as_an_id(
-    configured: Configured, stream: io.BufferedWriter, here: Where
+    configured: LogConfiguration, stream: io.BufferedWriter, here: LogContext
 ):
     """A user's field named like an id or like a part of the line stands beside it, with an underscore, never in its place."""
     get_logger("shop").info("hello", run="another", level="fatal", timestamp="never", flow="handle")
@@ -140,7 +140,7 @@ def test_a_field_cannot_pose_as_an_id(
     assert "flow_" not in line
 
 
-def test_bound_fields_and_levels(configured: Configured, stream: io.BufferedWriter):
+def test_bound_fields_and_levels(configured: LogConfiguration, stream: io.BufferedWriter):
     """`bind` makes a logger whose every line has the field; each method is its level; `%` arguments are filled in."""
     log = get_logger("eventflow.trigger").bind(trigger="orders")
     for name in ("debug", "info", "warning", "error", "critical"):
@@ -151,7 +151,7 @@ def test_bound_fields_and_levels(configured: Configured, stream: io.BufferedWrit
     assert {line["trigger"] for line in lines(configured, stream)} == {"orders"}
 
 
-def test_lines_below_the_level_are_not_made(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_lines_below_the_level_are_not_made(stream: io.BufferedWriter, here: LogContext, kept: Kept):
     """At level warning, info lines reach neither the stream nor the run's store, whoever logs them."""
     with configure(stream=stream, level="warning", redactor=Redactor()) as held:
         get_logger("shop").info("no")
@@ -169,7 +169,7 @@ class Rude:
     __str__ = __repr__
 
 
-def test_nothing_logged_raises(configured: Configured, stream: io.BufferedWriter):
+def test_nothing_logged_raises(configured: LogConfiguration, stream: io.BufferedWriter):
     """Objects without JSON form, broken reprs, circles, huge integers and odd keys make a line, not an error."""
     circle: list[Any] = []
     circle.append(circle)
@@ -202,14 +202,14 @@ def test_deep_data_is_cut():
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"a": deep}
-    assert len(dump({"deep": deep})) < 5000
+    assert len(to_json_line({"deep": deep})) < 5000
 
 
 # --------------------------------------------------------------------------- secrets and forgery
 
 
 def test_secrets_are_gone_from_the_rendered_line(
-    stream: io.BufferedWriter, here: Where, kept: Kept
+    stream: io.BufferedWriter, here: LogContext, kept: Kept
 ):
     """A registered value is gone from events, fields, nested data, structs, tracebacks, prints and stored lines."""
     redactor, secret = Redactor(), "hunter2-hunter2"
@@ -220,7 +220,7 @@ def test_secrets_are_gone_from_the_rendered_line(
             f"using {secret}",
             url=f"https://x?{secret}",
             deep={"a": [secret], secret: 1},
-            line=Line(1, 2, 3, "a", secret),
+            line=LogLine(1, 2, 3, "a", secret),
         )
         print("printed", secret)
         logging.getLogger("lib").warning("%s", secret, extra={"e": secret})
@@ -242,7 +242,7 @@ def test_secrets_are_gone_from_the_rendered_line(
     )
 
 
-def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: LogContext, kept: Kept):
     """A password, header or URL with a password is hidden although nobody registered it."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         get_logger("shop").info(
@@ -257,7 +257,7 @@ def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: Wher
         )
 
 
-def test_a_line_cannot_be_forged(configured: Configured, stream: io.BufferedWriter):
+def test_a_line_cannot_be_forged(configured: LogConfiguration, stream: io.BufferedWriter):
     """A line break or control in a text starts no second line and reaches no terminal."""
     get_logger("shop").info('x\n{"level":"error"}\r\x1b[2J\u202e\x9b', field="a\nb\x1b")
     configured.flush()
@@ -271,7 +271,7 @@ def test_a_line_cannot_be_forged(configured: Configured, stream: io.BufferedWrit
 
 
 def test_the_users_lines_are_kept_ours_only_when_they_matter(
-    configured: Configured, here: Where, kept: Kept
+    configured: LogConfiguration, here: LogContext, kept: Kept
 ):
     """Of eventflow's own lines a run keeps warnings and worse: the ledger knows the rest."""
     ours = get_logger("eventflow.worker")
@@ -286,16 +286,16 @@ def test_the_users_lines_are_kept_ours_only_when_they_matter(
 
 
 def test_a_replayed_line_is_tagged_and_not_kept_again(
-    stream: io.BufferedWriter, here: Where, kept: Kept
+    stream: io.BufferedWriter, here: LogContext, kept: Kept
 ):
     """While the flow's body only repeats itself its lines say `replay` and are not stored; an attempt's lines are."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         here.replaying = lambda: True
         get_logger("shop").info("again")
         print("again")
-        token = where.set(here.during("score", 1))
+        token = log_context.set(here.for_attempt("score", 1))
         get_logger("shop").info("new")
-        where.reset(token)
+        log_context.reset(token)
         here.replaying = lambda: False
         get_logger("shop").info("new")
         assert [line.get("replay") for line in lines(configured, stream)] == [
@@ -308,13 +308,13 @@ def test_a_replayed_line_is_tagged_and_not_kept_again(
 
 
 def test_attempts_side_by_side_keep_their_lines_apart(
-    stream: io.BufferedWriter, here: Where, kept: Kept
+    stream: io.BufferedWriter, here: LogContext, kept: Kept
 ):
     """Coroutines and threads that run at once each log under their own task and attempt."""
     with configure(stream=stream, redactor=Redactor()):
 
         async def body(n: int) -> None:
-            where.set(here.during(f"t{n}", n))
+            log_context.set(here.for_attempt(f"t{n}", n))
             print("coroutine")
             await asyncio.sleep(0)
             await asyncio.to_thread(print, "thread")
@@ -333,7 +333,7 @@ def test_attempts_side_by_side_keep_their_lines_apart(
 # --------------------------------------------------------------------------- prints
 
 
-def test_prints_become_lines(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_prints_become_lines(stream: io.BufferedWriter, here: LogContext, kept: Kept):
     """Each printed line is a line; a tail comes at `close`; of a progress bar the last state counts."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         print("one\ntwo", "three", 4)
@@ -355,7 +355,7 @@ def test_prints_become_lines(stream: io.BufferedWriter, here: Where, kept: Kept)
         ]
 
 
-def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: LogContext, kept: Kept):
     """Text without any newline becomes lines before it fills the memory."""
     with configure(stream=stream, level="debug", redactor=Redactor()):
         for _ in range(100):
@@ -365,7 +365,7 @@ def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: Where, 
 
 
 def test_prints_outside_a_run_pass_through(
-    configured: Configured,
+    configured: LogConfiguration,
     stream: io.BufferedWriter,
     kept: Kept,
     capsys: pytest.CaptureFixture[str],
@@ -378,7 +378,7 @@ def test_prints_outside_a_run_pass_through(
     assert capsys.readouterr() == ("plain\n", "plain\n")
 
 
-def test_the_stand_in_is_a_stream(stream: io.BufferedWriter, here: Where, kept: Kept):
+def test_the_stand_in_is_a_stream(stream: io.BufferedWriter, here: LogContext, kept: Kept):
     """`sys.stdout` keeps what programs ask of it: encoding, isatty, flush, writelines."""
     with configure(stream=stream, redactor=Redactor()):
         assert sys.stdout.encoding and sys.stdout.isatty() is False
@@ -425,7 +425,7 @@ def test_embedded_nothing_is_touched():
 
 
 def test_embedded_lines_go_to_the_hosts_logging(
-    caplog: pytest.LogCaptureFixture, here: Where, kept: Kept
+    caplog: pytest.LogCaptureFixture, here: LogContext, kept: Kept
 ):
     """Without `configure` a line is a record of `logging`, redacted, at the host's level; in a run it is kept all the same."""
     log = get_logger("eventflow.worker")
@@ -444,7 +444,7 @@ def test_embedded_lines_go_to_the_hosts_logging(
 
 
 def test_capture_without_a_stream(
-    kept: Kept, here: Where, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    kept: Kept, here: LogContext, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ):
     """For tests: lines of a run are kept once, nothing is written, prints still show, and the host's handlers still hear; also
     after `capture_logs`, which leaves structlog configured."""
@@ -460,7 +460,7 @@ def test_capture_without_a_stream(
     assert [record.getMessage().split()[0] for record in caplog.records] == ["recorded", "logged"]
 
 
-def test_a_hosts_dictconfig_does_not_silence_us(configured: Configured, stream: io.BufferedWriter):
+def test_a_hosts_dictconfig_does_not_silence_us(configured: LogConfiguration, stream: io.BufferedWriter):
     """`logging.config.dictConfig` disables loggers it does not know; eventflow's own lines are written all the same."""
     log = get_logger("eventflow.worker")
     log.info("run.claimed")
@@ -499,7 +499,7 @@ def package(module: str) -> str:
 
 
 def test_context_is_not_shared_with_other_threads(
-    stream: io.BufferedWriter, here: Where, kept: Kept
+    stream: io.BufferedWriter, here: LogContext, kept: Kept
 ):
     """A thread that a task starts by itself has no context, and its prints pass through; a copied context helps."""
     with configure(stream=stream, level="debug", redactor=Redactor()):
@@ -515,12 +515,12 @@ def test_a_line_costs_microseconds(tmp_path: Path):
     """Two to four lines a run at thousands of runs a second: a line in a run stays far below 60 µs even on a loaded machine."""
     clock = SystemClock()
     with open(tmp_path / "log", "wb") as file, configure(stream=file, redactor=Redactor()):
-        token = where.set(Where(RUN, "handle"))
+        token = log_context.set(LogContext(RUN, "handle"))
         log, best = get_logger("eventflow.worker"), float("inf")
         for _ in range(5):
             start = clock.monotonic()
             for n in range(1000):
                 log.info("run.completed", ms=1.5, tasks=n)
             best = min(best, (clock.monotonic() - start) / 1000)
-        where.reset(token)
+        log_context.reset(token)
     assert best < 60e-6

@@ -16,7 +16,7 @@ import pytest
 
 from eventflow.logs.capture import configure
 from eventflow.logs.log import get_logger
-from eventflow.logs.output import MOST, renderer, show
+from eventflow.logs.output import MAX_QUEUED_BYTES, make_renderer, format_line
 from eventflow.logs.redaction import Redactor
 from tests.conftest import wait_until
 
@@ -191,7 +191,7 @@ def test_a_stuck_stream_holds_nobody(tmp_path: Path):
     file = os.fdopen(written, "wb")
     held = configure(stream=file, redactor=Redactor())
     text = "x" * 10_000
-    total = MOST // 10_000 + 500
+    total = MAX_QUEUED_BYTES // 10_000 + 500
     start = time.monotonic()
     for n in range(total):
         get_logger("x").info("x.y", n=n, text=text)
@@ -280,5 +280,5 @@ def test_a_stored_line_is_shown_like_a_live_one():
         "n": 1,
         "d": {"k": "\x1b"},
     }
-    shown = show(line, renderer(colors=False))
+    shown = format_line(line, make_renderer(colors=False))
     assert "a\\x1b[31m" in shown and "n=1" in shown and "\x1b" not in shown

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import orjson
 import pytest
 
-from eventflow.logs.redaction import MASK, SECRETS, Redactor, clean, clean_lines, escape_json
+from eventflow.logs.redaction import MASK, SECRETS, Redactor, escape_controls, escape_controls_by_line, escape_json_controls
 
 SECRET = 'p@ss/wörd+"quoted\\'
 
@@ -37,7 +37,7 @@ def redactor() -> Redactor:
 )
 def test_a_registered_value_is_hidden_in_every_spelling(redactor: Redactor, text: str):
     """A value is gone whether it stands plain, escaped, URL-encoded, in base64 or in hexadecimal."""
-    hidden = redactor.text(text)
+    hidden = redactor.redact_text(text)
     assert MASK in hidden
     for part in (
         "wörd",
@@ -54,8 +54,8 @@ def test_a_registered_value_is_hidden_in_every_spelling(redactor: Redactor, text
 def test_a_value_inside_a_longer_base64_text_is_hidden(redactor: Redactor, before: str):
     """Basic credentials are `user:secret` in base64: the secret's part goes, whatever precedes it."""
     encoded = base64.b64encode(f"{before}{SECRET}".encode()).decode()
-    assert MASK in redactor.text(encoded)
-    assert len(redactor.text(encoded).replace(MASK, "")) <= len(before) * 4 / 3 + 6
+    assert MASK in redactor.redact_text(encoded)
+    assert len(redactor.redact_text(encoded).replace(MASK, "")) <= len(before) * 4 / 3 + 6
 
 
 @pytest.mark.parametrize("secret", ["", " ", "\n", "abc", "12345", "     1", b"", b"short"])
@@ -63,7 +63,7 @@ def test_short_and_empty_values_are_not_registered(secret: str | bytes):
     """The empty string and what is under six characters would blot out ordinary text: it is refused, and nothing changes."""
     redactor = Redactor()
     assert not redactor.register(secret)
-    assert redactor.text("an ordinary text, 12345 abc short") == "an ordinary text, 12345 abc short"
+    assert redactor.redact_text("an ordinary text, 12345 abc short") == "an ordinary text, 12345 abc short"
 
 
 def test_each_line_of_a_long_key_is_hidden():
@@ -73,8 +73,8 @@ def test_each_line_of_a_long_key_is_hidden():
     redactor.register(
         "\n".join(["-----BEGIN PRIVATE KEY-----", *body, "-----END PRIVATE KEY-----"])
     )
-    assert redactor.text(f"found {body[1]} here") == f"found {MASK} here"
-    assert redactor.text("-----BEGIN PRIVATE KEY-----") == "-----BEGIN PRIVATE KEY-----"
+    assert redactor.redact_text(f"found {body[1]} here") == f"found {MASK} here"
+    assert redactor.redact_text("-----BEGIN PRIVATE KEY-----") == "-----BEGIN PRIVATE KEY-----"
 
 
 def test_many_values_at_once():
@@ -84,7 +84,7 @@ def test_many_values_at_once():
     for value in values:
         redactor.register(value)
     for value in values:
-        assert redactor.text(f"<{value}>") == f"<{MASK}>"
+        assert redactor.redact_text(f"<{value}>") == f"<{MASK}>"
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_many_values_at_once():
 )  # fmt: skip
 def test_values_under_telling_names_are_hidden(key: str):
     """A field named like a secret shows no value, at any depth and of any type."""
-    found = Redactor().data({key: "v4lue", "deep": [{key: {"a": "v4lue"}}, {key: ["v4lue"]}]})
+    found = Redactor().redact_data({key: "v4lue", "deep": [{key: {"a": "v4lue"}}, {key: ["v4lue"]}]})
     assert "v4lue" not in json.dumps(found)
     assert found[key] == MASK
 
@@ -103,7 +103,7 @@ def test_ordinary_fields_stay():
     """Counts of tokens, keys of objects and lanes, flags and nulls are no secrets."""
     fields = {"max_tokens": 4096, "token": 7, "tokens": [1, 2], "idempotency_key": "order-7", "key": "in/a.csv", "author": "me",
               "secret": None, "password": False, "flow": "tokenize", "n": 1.5, "monkey": "see", "empty": {}}  # fmt: skip
-    assert Redactor().data(fields) == fields
+    assert Redactor().redact_data(fields) == fields
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_ordinary_fields_stay():
 )
 def test_texts_give_no_secret_away(text: str, hidden: str):
     """`name=value`, headers and passwords in URLs are hidden in plain text too."""
-    assert Redactor().text(text) == hidden
+    assert Redactor().redact_text(text) == hidden
 
 
 @pytest.mark.parametrize(
@@ -140,51 +140,51 @@ def test_texts_give_no_secret_away(text: str, hidden: str):
 )
 def test_ordinary_texts_stay(text: str):
     """Text that only resembles a secret is left as it was."""
-    assert Redactor().text(text) == text
+    assert Redactor().redact_text(text) == text
 
 
 def test_a_number_that_is_a_secret_is_hidden():
     """A secret of digits is hidden where it stands as a number, and the line is still JSON."""
     redactor = Redactor()
     redactor.register("20458817")
-    assert not redactor.harmless({"pin": 20458817})
-    assert redactor.data({"pin": 20458817, "n": 2}) == {"pin": MASK, "n": 2}
+    assert not redactor.is_clean({"pin": 20458817})
+    assert redactor.redact_data({"pin": 20458817, "n": 2}) == {"pin": MASK, "n": 2}
 
 
 def test_harmless_forgets_when_a_secret_is_registered():
     """A text that was fine is looked at again once a new value is registered."""
     redactor = Redactor()
-    assert redactor.harmless({"flow": "hunter2-flow"})
-    assert redactor.harmless({"flow": "hunter2-flow"})
+    assert redactor.is_clean({"flow": "hunter2-flow"})
+    assert redactor.is_clean({"flow": "hunter2-flow"})
     redactor.register("hunter2-flow")
-    assert not redactor.harmless({"flow": "hunter2-flow"})
+    assert not redactor.is_clean({"flow": "hunter2-flow"})
 
 
 def test_harmless_is_never_rash():
     """Nested data, bytes and other objects always get the close look."""
     for value in ({"password": "x"}, ["x"], b"x", object(), ("x",)):
-        assert not Redactor().harmless({"value": value})
+        assert not Redactor().is_clean({"value": value})
 
 
 def test_controls_do_not_reach_a_terminal():
     """ESC, C1, bidirectional and invisible controls and line breaks become visible text; other scripts stay."""
     dirty = "a\x1b[31mb\x9b2Jc\u202ed\u2066e\u200bf\x07g\nh\ri\u2028j\U000e0041k\x7fl\tm"
-    assert clean(dirty) == (
+    assert escape_controls(dirty) == (
         "a\\x1b[31mb\\x9b2Jc\\u202ed\\u2066e\\u200bf\\x07g\\nh\\ri\\u2028j\\U000e0041k\\x7fl\tm"
     )
-    assert clean("Grüße, мир, 世界, مرحبا 🎉") == "Grüße, мир, 世界, مرحبا 🎉"
-    assert clean_lines("one\n\x1b[2Jtwo") == "one\n\\x1b[2Jtwo"
+    assert escape_controls("Grüße, мир, 世界, مرحبا 🎉") == "Grüße, мир, 世界, مرحبا 🎉"
+    assert escape_controls_by_line("one\n\x1b[2Jtwo") == "one\n\\x1b[2Jtwo"
 
 
 def test_json_lines_carry_no_control_and_mean_the_same():
     """Controls that JSON would let pass are escaped, so that `cat` of a log is safe; what the line says is unchanged."""
     said = "a\x1b\x9b\u202e\x7f\u2028é\U000e0041\u200b"
-    line = escape_json(orjson.dumps(said))
+    line = escape_json_controls(orjson.dumps(said))
     assert orjson.loads(line) == said
-    assert clean(line.decode()) == line.decode()
+    assert escape_controls(line.decode()) == line.decode()
 
 
 def test_the_process_has_one_registry():
     """A secret read at import, before any App exists, is hidden everywhere."""
     SECRETS.register("registered-at-import")
-    assert SECRETS.text("x registered-at-import x") == f"x {MASK} x"
+    assert SECRETS.redact_text("x registered-at-import x") == f"x {MASK} x"

@@ -18,8 +18,8 @@ import pytest
 
 from eventflow.core.clock import SystemClock
 from eventflow.logs import store as log_store
-from eventflow.logs.file import LogFile, flat, read_lines
-from eventflow.logs.log import Line, Where, get_logger, where
+from eventflow.logs.file import LogFile, as_stream_line, read_lines
+from eventflow.logs.log import LogLine, LogContext, get_logger, log_context
 from eventflow.logs.store import LogStore
 from eventflow.runs.run import Ids
 from tests.conftest import eventually, wait_until
@@ -34,8 +34,8 @@ def new_run() -> int:
     return IDS.next(CLOCK.now())
 
 
-def line(run: int, event: str = "hello", *, level: int = 20, fields: bytes | None = None) -> Line:
-    return Line(run, CLOCK.now(), level, "shop", event, fields, "score", 1)
+def line(run: int, event: str = "hello", *, level: int = 20, fields: bytes | None = None) -> LogLine:
+    return LogLine(run, CLOCK.now(), level, "shop", event, fields, "score", 1)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_what_is_posted_is_read(opened: Open):
     store, run, other = opened(), new_run(), new_run()
     store.post(line(run, "one", fields=b'{"n":1,"deep":{"a":[1,null]}}'))
     store.post(line(other, "theirs"))
-    store.post(Line(run, 7, 40, "lib", "two"))
+    store.post(LogLine(run, 7, 40, "lib", "two"))
     one, two = read(store, run)
     assert (
         one.items()
@@ -163,11 +163,11 @@ def test_long_lines_are_cut(opened: Open):
 def test_a_logger_in_a_run_reaches_the_store(opened: Open):
     """The whole way: a logger, the place in a run, the store, and the line in the shape it has on the stream."""
     store, run = opened(), new_run()
-    token = where.set(Where(run, "handle", sink=store).during("score", 2))
+    token = log_context.set(LogContext(run, "handle", sink=store).for_attempt("score", 2))
     get_logger("shop").warning("slow", seconds=3.5, password="x")
-    where.reset(token)
+    log_context.reset(token)
     [row] = read(store, run)
-    shown = flat(row)
+    shown = as_stream_line(row)
     assert shown.pop("timestamp").endswith("Z")
     assert shown == {
         "level": "warning",
@@ -238,7 +238,7 @@ def test_posting_never_waits_for_the_disk(opened: Open, path: Path):
     holder = sqlite3.connect(path, isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     slowest = 0.0
-    for _ in range(3 * log_store.QUEUE):
+    for _ in range(3 * log_store.MAX_QUEUED_LINES):
         start = time.monotonic()
         store.post(line(1))
         slowest = max(slowest, time.monotonic() - start)
@@ -364,10 +364,10 @@ def test_a_file_removed_by_hand_is_made_anew(opened: Open, path: Path):
 def test_kill_9_keeps_what_was_written(path: Path):
     """A killed process leaves a file that opens, with all lines it had flushed, in order."""
     code = (
-        "from eventflow.core.clock import SystemClock\nfrom eventflow.logs.log import Line\nfrom eventflow.logs.store import LogStore\n"
+        "from eventflow.core.clock import SystemClock\nfrom eventflow.logs.log import LogLine\nfrom eventflow.logs.store import LogStore\n"
         f"clock = SystemClock()\nstore = LogStore({str(path)!r}, clock=clock, per_second=10**6, per_run=10**6)\nstore.open()\n"
         "for n in range(10**9):\n"
-        "    store.post(Line(1 << 61, clock.now(), 20, 'x', str(n)))\n"
+        "    store.post(LogLine(1 << 61, clock.now(), 20, 'x', str(n)))\n"
         "    if n % 100 == 99 and store.flush(): print(n, flush=True)\n"
     )
     child = subprocess.Popen(
@@ -414,14 +414,14 @@ def test_after_close_lines_are_counted(opened: Open):
 
 def test_memory_is_bounded(opened: Open, monkeypatch: pytest.MonkeyPatch):
     """However many runs log, budgets are kept for the last ones only."""
-    monkeypatch.setattr(log_store, "RUNS", 100)
+    monkeypatch.setattr(log_store, "MAX_RUN_QUOTAS", 100)
     store = opened(per_second=1)
     for run in range(1 << 61, (1 << 61) + 1000):
         store.post(line(run))
         store.post(line(run))
     assert store.flush()
     assert store.dropped == 1000
-    assert len(store._budgets) <= 101 and len(store._dropping) <= 101
+    assert len(store._quotas._quotas) <= 101 and len(store._quotas.dropping) <= 101
 
 
 # --------------------------------------------------------------------------- follow
@@ -474,7 +474,7 @@ def test_follow_of_a_settled_run_ends(opened: Open):
 
 def test_the_schema_is_todays(path: Path):
     """A file written today opens tomorrow: its table and version are what this test says."""
-    file = LogFile(path, 1 << 30, 0)
+    file = LogFile(path, SystemClock(), quota=1 << 30, keep_seconds=1e9, floor=0)
     file.write([line(1)])
     file.close()
     with sqlite3.connect(path) as db:
