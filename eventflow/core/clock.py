@@ -1,8 +1,8 @@
-"""The only file that reads time.
+"""Time. This is the only file that reads it; all other code gets a `Clock`.
 
-Everything else is handed a `Clock`. Instants are integers: microseconds since 1970-01-01 UTC (`_us` in names, `_at` in
-stored columns). Durations are `float` seconds, or `timedelta` where a user writes one. `SystemClock` reads the machine;
-`eventflow.testing.VirtualClock` stands still until a test moves it.
+Instants are integers: microseconds since 1970-01-01 UTC (`_us` in names, `_at` in stored columns).
+Durations are `float` seconds, or `timedelta` where a user writes one. `SystemClock` reads the
+machine's clock; `eventflow.testing.VirtualClock` advances only when a test moves it.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 SECOND = 1_000_000
+"""Microseconds per second."""
 
 Duration = float | int | timedelta
 
@@ -29,7 +30,7 @@ def microseconds(duration: Duration) -> int:
 
 
 def in_seconds(us: int) -> float:
-    """A duration as seconds; whole ones are an int, as a person writes them."""
+    """Microseconds as seconds; an int if they are whole."""
     return us / SECOND if us % SECOND else us // SECOND
 
 
@@ -39,7 +40,7 @@ def to_datetime(us: int) -> datetime:
 
 
 def to_us(moment: datetime) -> int:
-    """An aware datetime as an instant; a naive one is refused with `ValueError`."""
+    """An aware datetime as an instant. Raises ValueError for a naive one."""
     if moment.tzinfo is None:
         raise ValueError(
             f"expected an aware datetime, got the naive {moment.isoformat()}; add tzinfo=UTC"
@@ -55,20 +56,20 @@ class Timer(Protocol):
 
 
 class Clock(Protocol):
-    """Where instants come from and how a wait for one is armed."""
+    """A source of instants and of timers."""
 
     def now(self) -> int:
         """Wall clock, microseconds since the epoch. May step back or forward."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds that never step back; only differences mean anything."""
+        """Seconds that never step back; only differences are meaningful."""
         ...
 
     def timer(
         self, loop: asyncio.AbstractEventLoop, due_us: int, call: Callable[[], None]
     ) -> Timer:
-        """Calls `call` on `loop` once `now() >= due_us`: never before, at once if that is past."""
+        """Call `call` on `loop` once `now() >= due_us`: never before, at once if that is past."""
         ...
 
 
@@ -85,8 +86,8 @@ async def sleep_until(clock: Clock, due_us: int) -> None:
 async def sleep_for(clock: Clock, duration: Duration, wake: asyncio.Event | None = None) -> None:
     """Wait for `duration`, or until `wake` is set; sets `wake` when it ends.
 
-    The timer is one of `clock`, so that a test with `VirtualClock` decides when it fires. Should the wall clock be set back,
-    the loop's own timer ends the wait one second after `duration`.
+    The timer is one of `clock`, so a `VirtualClock` controls it. If the wall clock is set back, a
+    timer of the event loop ends the wait one second after `duration`.
     """
     wake = wake or asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -102,11 +103,11 @@ async def sleep_for(clock: Clock, duration: Duration, wake: asyncio.Event | None
 class SystemClock:
     """The machine's clock.
 
-    A wait is armed in steps of at most `STEP` seconds, each of which reads the wall clock again, so that a suspended
-    machine or a stepped clock delays a timer by no more than one step and never fires it early.
+    A timer waits in steps of at most `STEP_SECONDS` and reads the wall clock after each, so that a
+    suspended machine or a stepped clock delays it by at most one step and never fires it early.
     """
 
-    STEP = 30.0
+    STEP_SECONDS = 30.0
 
     def now(self) -> int:
         return time.time_ns() // 1000
@@ -130,7 +131,10 @@ class _SteppedTimer:
         due_us: int,
         call: Callable[[], None],
     ) -> None:
-        self._clock, self._loop, self._due_us, self._call = clock, loop, due_us, call
+        self._clock: SystemClock = clock
+        self._loop: asyncio.AbstractEventLoop = loop
+        self._due_us: int = due_us
+        self._call: Callable[[], None] = call
         self._handle: asyncio.Handle = loop.call_soon(self._step)
 
     def _step(self) -> None:
@@ -138,7 +142,7 @@ class _SteppedTimer:
         if left <= 0:
             self._call()
         else:
-            self._handle = self._loop.call_later(min(left, self._clock.STEP), self._step)
+            self._handle = self._loop.call_later(min(left, self._clock.STEP_SECONDS), self._step)
 
     def cancel(self) -> None:
         self._handle.cancel()

@@ -1,33 +1,35 @@
-"""Everything eventflow raises on its own account. The user's exceptions pass through unchanged.
+"""The exceptions that eventflow raises. Exceptions of user code pass through unchanged.
 
     EventflowError
-    ├── UsageError                  the program or its configuration must change
-    │   ├── AppNotFound             TARGET cannot be imported                                    exit 3
-    │   ├── MissingExtra            an optional package is not installed                         exit 3
-    │   ├── EmptySecret             a secret was given but is empty or unset                     exit 3
-    │   ├── NotAsync                @flow on a plain function
-    │   └── LineageLost             a task was called where the journal cannot tell who calls
-    ├── RunError                    a run, or something in it, did not end well                  exit 1
-    │   ├── TaskFailed              a recorded error whose class cannot be rebuilt
-    │   ├── TaskTimedOut            an attempt outlived its timeout
-    │   ├── ArgumentsChanged        a recorded call came back with other arguments
-    │   ├── NotStorable             a value has no lossless encoding
-    │   │   └── ResultTooLarge      its JSON is over 64 MiB
-    │   ├── ResultsUnavailable      the place of large results does not answer; it is tried again
-    │   ├── CheckpointFailed        a checkpoint cannot be written; the one before stands
-    │   ├── BindingError            an event does not carry what a flow's signature asks for
-    │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead      what `run.result()` raises
-    │   └── DepthExceeded           an event was emitted 20 hops deep
-    ├── SourceError                 an event source misbehaves; its listener is reopened
-    └── StoreError                  the store cannot be used                                     exit 69…75
-        ├── StoreFailed             storage failed in use; nothing more is acknowledged          exit 74
-        ├── StoreLocked             another process holds the store                              exit 75
-        ├── StoreUnwritable         cannot create or write the store                             exit 73
-        ├── StoreCorrupt            a checksum or the high-water mark does not hold              exit 65
-        ├── StoreFull               a bound of the commit queue, the ledger or free space is reached
-        └── NotFound                no such event, run or trigger                                exit 5
+    ├── UsageError             the program or its configuration must change             exit 2
+    │   ├── AppNotFound        TARGET cannot be imported                                exit 3
+    │   ├── MissingExtra       an optional package is not installed                     exit 3
+    │   ├── EmptySecret        a secret was given but is empty or unset                 exit 3
+    │   ├── NotAsync           @flow on a plain function
+    │   └── OutsideFlowError   a task was called outside the coroutines of its flow
+    ├── RunError               a run, or something in it, failed                        exit 1
+    │   ├── TaskFailed         a recorded error whose class cannot be rebuilt
+    │   ├── TaskTimedOut       an attempt exceeded its timeout
+    │   ├── ArgumentsChanged   a recorded call was repeated with other arguments
+    │   ├── NotStorable        a value has no lossless encoding
+    │   │   └── ResultTooLarge     its JSON is over 64 MiB
+    │   ├── ResultsUnavailable the store of large results does not respond; retried
+    │   ├── CheckpointFailed   a checkpoint cannot be written; the previous one is intact
+    │   ├── BindingError       an event lacks what a flow's signature needs
+    │   ├── RunFailed, RunCancelled, RunTimedOut, RunHeld, RunDead    raised by `run.result()`
+    │   └── DepthExceeded      an event was emitted more than 20 hops deep
+    ├── SourceError            an event source fails; its listener is restarted
+    └── StoreError             the store cannot be used                                 exit 69…75
+        ├── StoreFailed        storage failed in use; nothing more is acknowledged      exit 74
+        ├── StoreLocked        another process holds the store                          exit 75
+        ├── StoreUnwritable    the store cannot be created or written                   exit 73
+        ├── StoreCorrupt       a checksum or the high-water mark does not match         exit 65
+        ├── StoreFull          the commit queue, the ledger or the disk is full
+        └── NotFound           no such event, run or trigger                            exit 5
 
-A message says what was expected, what was found, and what to do. `exit_code` is what the command line returns.
+A message says what was expected, what was found, and what to do. `exit_code` is the exit status of
+the command line. Recorded errors are rebuilt from the class and `args`, so constructors keep their
+positional parameters.
 """
 
 from collections.abc import Callable
@@ -38,13 +40,13 @@ T = TypeVar("T")
 
 
 class EventflowError(Exception):
-    """The root of this tree."""
+    """The base class of all errors of eventflow."""
 
     exit_code: ClassVar[int] = 1
 
 
 class UsageError(EventflowError):
-    """The program or its configuration must change before this can work."""
+    """The program or its configuration must change; trying again does not help."""
 
     exit_code = 2
 
@@ -97,97 +99,115 @@ class OutsideFlowError(UsageError):
 
 
 class RunError(EventflowError):
-    """A run, or something in it, did not end well."""
+    """A run, or something in it, failed."""
 
 
 class TaskFailed(RunError):
-    """Stands for a recorded error whose class is not imported here or does not rebuild from its arguments."""
+    """Replaces a recorded error whose class is not imported, or not rebuilt from its arguments."""
 
     def __init__(self, error_type: str, message: str) -> None:
         super().__init__(error_type, message)
-        self.error_type, self.message = error_type, message
+        self.error_type = error_type
+        self.message = message
 
     def __str__(self) -> str:
         return f"{self.error_type}: {self.message}"
 
 
 class TaskTimedOut(RunError, TimeoutError):
-    """One attempt outlived its timeout. Retried like any other failure."""
+    """One attempt exceeded its timeout. Retried like any other failure."""
 
     def __init__(self, task: str, seconds: float) -> None:
         super().__init__(task, seconds)
-        self.task, self.seconds = task, seconds
+        self.task = task
+        self.seconds = seconds
 
     def __str__(self) -> str:
         return f"task {self.task!r} ran longer than its timeout of {self.seconds:g} s"
 
 
 class ArgumentsChanged(RunError):
-    """A recorded call came back with other arguments; the flow or its input changed under a run in flight."""
+    """A recorded call was repeated with other arguments: the code changed during the run."""
 
     def __init__(self, call_key: str, diff: str) -> None:
         super().__init__(call_key, diff)
-        self.call_key, self.diff = call_key, diff
+        self.call_key = call_key
+        self.diff = diff
 
     def __str__(self) -> str:
         return (
             f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code "
-            "that recorded it, or give the task "
-            'on_changed="rerun" or on_changed="accept", then retry the run'
+            'that recorded it, or give the task on_changed="rerun" or on_changed="accept", then '
+            "retry the run"
         )
 
 
 class NotStorable(RunError):
-    """A value has no lossless encoding. Never retried: the next attempt would return the same type."""
+    """A value has no lossless encoding. Never retried: another attempt returns the same type."""
 
     def __init__(self, path: str, found: str) -> None:
         super().__init__(path, found)
-        self.path, self.found = path, found
+        self.path = path
+        self.found = found
 
     def __str__(self) -> str:
         return (
             f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, "
-            "or annotate the return type "
-            "with a dataclass, a msgspec.Struct or a pydantic model"
+            "or annotate the return type with a dataclass, a msgspec.Struct or a pydantic model"
         )
 
 
 class ResultTooLarge(NotStorable):
-    """A result whose JSON is larger than the journal takes. Never retried."""
+    """The JSON of a result is over the journal's limit. Never retried."""
 
     def __init__(self, path: str, size: int, limit: int) -> None:
         RunError.__init__(self, path, size, limit)
-        self.path, self.size, self.limit = path, size, limit
+        self.path = path
+        self.size = size
+        self.limit = limit
 
     def __str__(self) -> str:
         return (
             f"{self.path} is {self.size / 2**20:.0f} MiB of JSON, expected at most "
-            f"{self.limit / 2**20:.0f}; return bytes, or "
-            "write it to a file or object store and return its name"
+            f"{self.limit / 2**20:.0f}; return bytes, or write it to a file or object store and "
+            "return its name"
         )
 
 
 class ResultsUnavailable(RunError):
-    """The place that `results=` names refuses, or does not answer. Nothing is lost: the attempt, or the run, is tried again."""
+    """The store of large results (`results=`) refuses or does not respond.
+
+    Nothing is lost: the attempt or the run is tried again.
+    """
 
     def __init__(self, what: str, where: str, why: str) -> None:
         super().__init__(what, where, why)
-        self.what, self.where, self.why = what, where, why
+        self.what = what
+        self.where = where
+        self.why = why
 
     def __str__(self) -> str:
-        return f"cannot {self.what} the result {self.where}: {self.why}; is the bucket there, and may it be read and written?"
+        return (
+            f"cannot {self.what} the result {self.where}: {self.why}; is the bucket there, and may "
+            "it be read and written?"
+        )
 
 
 class CheckpointFailed(RunError):
-    """A checkpoint is too large, the disk refuses it, or its attempt is over. The one before stands."""
+    """A checkpoint cannot be saved: too large, disk full, or its attempt is over.
+
+    The previous checkpoint is intact.
+    """
 
 
 class BindingError(RunError):
-    """An event does not carry what a flow's signature asks for."""
+    """An event lacks what a flow's signature needs."""
 
     def __init__(self, flow: str, field: str, reason: str) -> None:
         super().__init__(flow, field, reason)
-        self.flow, self.field, self.reason = flow, field, reason
+        self.flow = flow
+        self.field = field
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"flow {self.flow!r} cannot bind parameter {self.field!r}: {self.reason}"
@@ -202,28 +222,30 @@ class RunCancelled(RunError):
 
 
 class RunTimedOut(RunError, TimeoutError):
-    """A run outlived its flow's timeout."""
+    """A run exceeded its flow's timeout."""
 
     def __init__(self, flow: str, seconds: float) -> None:
         super().__init__(flow, seconds)
-        self.flow, self.seconds = flow, seconds
+        self.flow = flow
+        self.seconds = seconds
 
     def __str__(self) -> str:
         return f"flow {self.flow!r} ran longer than its timeout of {self.seconds:g} s"
 
 
 class RunHeld(RunError):
-    """`run.result()` of a run that waits for a person."""
+    """`run.result()` of a run in state held: it needs attention and a retry or a cancel."""
 
 
 class RunDead(RunError):
-    """`run.result()` of a run that was quarantined after it took the process down with it."""
+    """`run.result()` of a run that was quarantined after it crashed the process repeatedly."""
 
 
 class DepthExceeded(RunError):
     def __init__(self, event_type: str, depth: int) -> None:
         super().__init__(event_type, depth)
-        self.event_type, self.depth = event_type, depth
+        self.event_type = event_type
+        self.depth = depth
 
     def __str__(self) -> str:
         found = f"event {self.event_type!r} was emitted at depth {self.depth}"
@@ -231,7 +253,7 @@ class DepthExceeded(RunError):
 
 
 class SourceError(EventflowError):
-    """An event source misbehaves. The reactor logs it and reopens the listener with backoff."""
+    """An event source fails. The reactor logs it and restarts the listener with backoff."""
 
 
 class StoreError(EventflowError):
@@ -241,7 +263,10 @@ class StoreError(EventflowError):
 
 
 class StoreFailed(StoreError):
-    """Storage failed in use. Nothing more is acknowledged; a commit under way is unknown, never refused."""
+    """Storage failed in use. Nothing more is acknowledged.
+
+    Whether a commit in progress took effect is unknown.
+    """
 
     exit_code = 74
 
@@ -273,10 +298,10 @@ class StoreCorrupt(StoreError):
 
 
 class StoreFull(StoreError):
-    """A bound of the commit queue, the ledger or free disk space is reached: nothing was recorded, sources slow down.
+    """The commit queue, the ledger or the disk is full: nothing was recorded, sources slow down.
 
-    `retry_after`: seconds after which to try again. `disk`: the bound is that of free space. `closing`: the intake is shutting
-    down, so no room will come (`wait_for_room` does not wait).
+    `retry_after`: seconds after which to try again. `disk`: free space is below its limit.
+    `closing`: the intake is shutting down, so waiting does not help.
     """
 
     def __init__(
@@ -307,12 +332,12 @@ def error_summary(error: BaseException) -> dict[str, Any]:
 def call_catching(
     call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 ) -> tuple[T | None, Exception | None]:
-    """`(what the call returned, None)` or `(None, what it raised)`.
+    """`(value, None)` if the call returns, `(None, error)` if it raises an Exception.
 
-    For code that is not ours and whose exception is a fact to record, not a reason to stop: a filter, a key, the constructor
-    or `__str__` of a user's error.
+    For user code whose exception is recorded and does not stop the caller: a filter, a key, the
+    constructor or `__str__` of a user's error.
     """
     try:
         return call(*args, **kwargs), None
-    except Exception as error:  # whatever it raises is the answer
+    except Exception as error:  # user code: any exception is a result
         return None, error

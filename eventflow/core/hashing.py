@@ -1,4 +1,7 @@
-"""Digests of several parts: no two lists of parts have the same. On the way of every event; routing.py and results.py call."""
+"""Digests of lists of byte strings, for event identities and fingerprints.
+
+Called for every event by routing/router.py and by serialization/codecs.py.
+"""
 
 import hashlib
 from functools import lru_cache
@@ -12,7 +15,7 @@ def digest(*parts: bytes, size: int = 16) -> bytes:
 
 
 def digest_text(first: tuple[str, ...], last: bytes, size: int = 16) -> bytes:
-    """`digest` of texts that many calls share, and of one more part."""
+    """`digest` of the texts `first`, which many calls share and which are cached, and of `last`."""
     data = b"%b%b%b" % (_sized(first), len(last).to_bytes(8, "big"), last)
     return hashlib.blake2b(data, digest_size=size).digest()
 

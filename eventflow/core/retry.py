@@ -1,8 +1,9 @@
 """When something that failed is tried again: `Retry` for tasks, `Backoff` for connections.
 
-`Retry` is a policy without state: the engine calls `Retry.delay_after` once per failed attempt and journals the delay
-before the wait. A task influences it by raising `RetryAfter` or `Permanent`. `Backoff` is an iterator of delays for a loop
-that reconnects: listeners of triggers, sinks, large results. Neither of them waits; see `clock.sleep_for`.
+`Retry` is a policy without state: the engine calls `Retry.delay_after` once per failed attempt and
+journals the delay before the wait. A task influences it by raising `RetryAfter` or `Permanent`.
+`Backoff` is an iterator of delays for a loop that reconnects: listeners of triggers, sinks, stores
+of large results. Neither of them waits; see `clock.sleep_for`.
 """
 
 import random
@@ -16,7 +17,7 @@ from eventflow.core.errors import NotStorable, UsageError
 
 
 class RetryAfter(Exception):
-    """Raise in a task: this attempt failed, try again in `delay` seconds. Counts as an attempt."""
+    """Raise in a task: this attempt failed, retry it after `delay`. Counts as an attempt."""
 
     def __init__(self, delay: Duration, message: str = "") -> None:
         super().__init__(seconds(delay), message)
@@ -27,16 +28,19 @@ class RetryAfter(Exception):
 
 
 class Permanent(Exception):
-    """Raise in a task: trying again cannot help."""
+    """Raise in a task, a sink or a decoder: trying again does not help."""
 
 
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
-    """How often and how long apart a task is tried.
+    """How many times a task is tried, and the delays between attempts.
 
-    After the n-th failure (n counts from 1) the wait is `min(max_delay, delay * factor ** (n - 1))` seconds; with `jitter` a
-    uniform draw from [0, that] ("full jitter", https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/).
-    `attempts` counts all tries: 1 means no retry. `delays` lists the waits instead: attempts = len(delays) + 1, no jitter.
-    `on` names what is retried, `give_up_on` what is not even then; `Permanent` and `NotStorable` never are.
+    After the n-th failure (n counts from 1) the delay in seconds is
+    `min(max_delay, delay * factor ** (n - 1))`; with `jitter`, a uniform draw from [0, that]
+    ("full jitter",
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). `attempts` counts
+    all tries: 1 means no retry. `delays` lists the delays instead: attempts = len(delays) + 1, no
+    jitter. Errors of `on` are retried, except those of `give_up_on`; `Permanent` and `NotStorable`
+    never are.
     """
 
     attempts: int = 4
@@ -60,7 +64,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError("Retry: delay, factor, max_delay and delays must not be negative")
 
     def delay_after(self, attempt: int, error: BaseException, draw: random.Random) -> float | None:
-        """Seconds to wait after attempt number `attempt` failed with `error`; None when it was the last."""
+        """Seconds to wait after attempt `attempt` (from 1) failed; None: do not retry."""
         if attempt >= self.attempts or isinstance(error, Permanent | NotStorable):
             return None
         if isinstance(error, RetryAfter):
@@ -77,28 +81,30 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Backoff(Iterator[float]):
-    """The delays between tries of something that must work in the end: an endless iterator of seconds.
+    """An endless iterator of delays in seconds, for a loop that reconnects.
 
         backoff = Backoff(delay=0.5, max_delay=30.0)
         while True:
             try:
                 connection = await connect()
-                backoff.reset()                         # it works again: the next failure starts from `delay`
+                backoff.reset()  # it works: after the next failure, start again from `delay`
                 await consume(connection, intake)
             except OSError as error:
                 retry_in = next(backoff)
                 intake.log.warning("source.disconnected", error=str(error), retry_in=retry_in)
                 await asyncio.sleep(retry_in)
 
-    The n-th delay since the start or the last `reset` (n counts from 1) is drawn uniformly from
-    `[(1 - jitter) * ceiling, ceiling]` seconds, where `ceiling = min(max_delay, delay * factor ** (n - 1))`.
-    Defaults: 0.5 s doubling to 60 s with full jitter (`jitter=1`, so a delay may be close to 0); `jitter=0` gives the
-    ceilings themselves. `rng` makes the draws repeatable; by default they come from a generator of this object alone.
-    Raises UsageError for a negative delay, a factor below 1 or a jitter outside [0, 1].
+    The n-th delay since the start or the last `reset` (n counts from 1) is a uniform draw from `[(1
+    - jitter) * ceiling, ceiling]`, with `ceiling = min(max_delay, delay * factor ** (n - 1))`. By
+    default that is 0.5 s, doubling up to 60 s, with full jitter (`jitter=1`), so a delay may be
+    close to 0; with `jitter=0` the delays are the ceilings. Pass `rng` to make the draws
+    repeatable; by default each object has its own generator. Raises UsageError for a negative
+    delay, a factor below 1 or a jitter outside [0, 1].
 
-    Not promised: an end (it never stops iterating; count tries where they are bounded), a reset by time (call `reset`),
-    thread safety (one loop, one Backoff), or a wait: `await asyncio.sleep(next(backoff))`, or where a clock is at hand
-    `await sleep_for(clock, next(backoff))`, which a test drives with `eventflow.testing.VirtualClock`.
+    Not promised: an end (count the tries where they are bounded), a reset after some time (call
+    `reset`), thread safety, and a wait: use `await asyncio.sleep(next(backoff))`, or with a clock
+    `await eventflow.core.clock.sleep_for(clock, next(backoff))`, which a test controls with
+    `eventflow.testing.VirtualClock`.
     """
 
     __slots__ = ("_ceiling", "_delay", "_factor", "_jitter", "_max_delay", "_rng")
@@ -140,7 +146,8 @@ NO_RETRY = Retry(attempts=1)
 
 
 def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
-    """`retries=` in any of its forms: a `Retry`, a number of *re*tries, a list of delays, or None for none."""
+    """The `Retry` of `retries=`: a `Retry`, a number of retries, a list of delays, None for none.
+    """
     match given:
         case None:
             return NO_RETRY

@@ -1,11 +1,16 @@
-"""The dry run of a time: its events are read from the ledger, and told by a `Rehearsal` what they would have started.
+"""Dry run over recorded events: which runs they would start with the subscriptions as they are now.
 
-`eventflow replay --since … --dry-run` calls `foresee`, in a server (web/foresee.py) or beside one (cli/foreseeing.py: the
-changed program, over a file that a server may have open). Triggers that make events by rules of their own (`Foreseeing`:
-thresholds of drift) are asked which they would have made instead of those on record. The ledger is read in pages and nothing is
-written; memory holds a page, what is open, and the runs that are shown.
+`eventflow replay --since … --dry-run` calls `dry_run`, in the server (web/dry_run.py) or in the
+command line's own process (cli/dry_run.py: changed code, on a ledger file that a server may have
+open). The events are read from the ledger in pages and passed to a `DryRunSimulator`. A trigger
+that derives its events from others (`Simulatable`: drift monitors) computes the events that it
+would have sent, which replace the recorded ones.
+
+Nothing is written. Memory holds one page of events, the open windows and patterns, and the runs
+that are listed.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -29,20 +34,24 @@ from eventflow.events.event import (
     Trigger,
     format_id,
 )
-from eventflow.logs.log import timestamp
+from eventflow.logs.log import format_timestamp
 from eventflow.routing.pattern_runner import ABSENT_TYPE
 from eventflow.routing.subscriptions import Subscription
 
 PAGE_EVENTS = 200
-"""Events read at a time: a few milliseconds of matching between two looks at the loop."""
+"""Events per page. The event loop runs between two pages, after a few milliseconds of matching."""
 
 DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10_000
-"""Runs, and events of triggers' own making, that an answer lists if nothing is said, and at most."""
+"""Listed runs, and listed simulated events, per dry run."""
 
 
 class DryRunQuery(msgspec.Struct, frozen=True):
-    """Which time, [since, until) in microseconds, of which events (`type`), for which flow or subscription (`to`)."""
+    """The events of [since, until), in microseconds; `since` None: from the first one.
+
+    `type` selects events, `to` a subscription or flow by its name. `limit`: runs and simulated
+    events that the result lists; all are counted.
+    """
 
     until: int
     since: int | None = None
@@ -52,7 +61,7 @@ class DryRunQuery(msgspec.Struct, frozen=True):
 
 
 class Ledger(Protocol):
-    """What is read: a part of the store's verbs."""
+    """The read methods of a store that a dry run needs. See store/queries.py."""
 
     async def past(
         self,
@@ -74,184 +83,204 @@ async def dry_run(
     triggers: Iterable[Trigger],
     query: DryRunQuery,
 ) -> dict[str, Any]:
-    """The runs that would have started, as JSON. UsageError when `to` names nothing."""
+    """The runs that would have started, as a JSON object (docs/reference/http.md).
+
+    Raises UsageError when `to` names no subscription and no flow.
+    """
     wanted = [each for each in subscriptions if query.to in (None, each.name, each.flow.name)]
     if query.to is not None and not wanted:
         known = ", ".join(sorted({each.name for each in subscriptions})) or "none"
         raise UsageError(f"no subscription or flow {query.to!r}; there are: {known}")
-    places = {
-        place
-        for each in wanted
-        for place in ((each.trigger,) if each.pattern is None else each.pattern.places)
-    }
-    asked = [each for each in triggers if isinstance(each, Simulatable) and each.name in places]
-    view = _DryRun(ledger, wanted, asked, query)
-    await view.read(sorted(places))
-    return view.told()
+    trigger_names: set[str] = set()
+    for each in wanted:
+        trigger_names |= {each.trigger} if each.pattern is None else each.pattern.trigger_names
+    simulatable = [
+        each for each in triggers if isinstance(each, Simulatable) and each.name in trigger_names
+    ]
+    run = _DryRun(ledger, wanted, simulatable, query)
+    await run.read(sorted(trigger_names))
+    return run.to_json()
 
 
 class _DryRun:
-    """One question on its way to its answer."""
+    """One dry run in progress."""
 
     def __init__(
         self,
         ledger: Ledger,
         wanted: Sequence[Subscription],
         triggers: Sequence[Simulatable],
-        question: DryRunQuery,
+        query: DryRunQuery,
     ) -> None:
-        self._ledger, self._triggers, self._question = ledger, triggers, question
-        self._rehearsal = DryRunSimulator(wanted, question.limit)
-        self._sights: dict[str, Simulation] = {}
-        self._began: int | None = None
-        self._looked = self._gone = self._dead = 0
-        self._foretold: list[dict[str, Any]] = []
-        self._counts: dict[str, list[int]] = {}
-        self._labels: dict[int, str] = {}
+        self._ledger: Ledger = ledger
+        self._triggers: Sequence[Simulatable] = triggers
+        self._query: DryRunQuery = query
+        self._simulator = DryRunSimulator(wanted, query.limit)
+        self._simulations: dict[str, Simulation] = {}  # by trigger name
+        self._start: int | None = None  # the first instant; None: not known yet
+        self._event_count: int = 0
+        self._past_retention: int = 0
+        self._dead_letter_count: int = 0
+        self._simulated: list[dict[str, Any]] = []  # the listed simulated events, as JSON
+        self._replaced: Counter[str] = Counter()  # by trigger name: recorded events left out
+        self._sent: Counter[str] = Counter()  # by trigger name: simulated events
+        self._labels: dict[int, str] = {}  # by id: the names of listed simulated events
 
-    async def read(self, places: Sequence[str]) -> None:
-        question, after, more = self._question, 0, True
-        kind = (
-            None if self._triggers else question.type
-        )  # what a trigger makes its events of is of any type
-        await self._look_ahead()
+    async def read(self, trigger_names: Sequence[str]) -> None:
+        """Read the ledger and simulate all events of these triggers."""
+        query, after, more = self._query, 0, True
+        # A simulatable trigger may derive its events from events of any type.
+        event_type = None if self._triggers else query.type
+        await self._start_simulations()
         while more:
             rows, last = await self._ledger.past(
-                triggers=places, type=kind, since=question.since or 0, until=question.until, after=after, limit=PAGE_EVENTS
-            )  # fmt: skip
+                triggers=trigger_names,
+                type=event_type,
+                since=query.since or 0,
+                until=query.until,
+                after=after,
+                limit=PAGE_EVENTS,
+            )
             for row in rows:
-                await self._take(row)
+                await self._replay_event(row)
             after, more = last or after, last is not None
-        await self._pass_to(question.until)
-        self._rehearsal.pass_to(question.until)
-        self._note_silences()
+        await self._advance_to(query.until)
+        self._simulator.advance_to(query.until)
+        self._add_absences()
 
-    async def _look_ahead(self) -> None:
-        first, until = self._question.since, to_datetime(self._question.until)
+    async def _start_simulations(self) -> None:
+        first, until = self._query.since, to_datetime(self._query.until)
         since = None if first is None else to_datetime(first)
         for trigger in self._triggers:
-            self._sights[trigger.name] = trigger.simulate(
+            self._simulations[trigger.name] = trigger.simulate(
                 await self._ledger.cursor(trigger.name), since, until
             )
-            self._counts[trigger.name] = [0, 0]
         if first is not None:
             self._begin(first)
 
     def _begin(self, at: int) -> None:
-        self._began = at
-        self._rehearsal.begin(at)
+        self._start = at
+        self._simulator.begin(at)
 
-    async def _take(self, row: Mapping[str, Any]) -> None:
+    async def _replay_event(self, row: Mapping[str, Any]) -> None:
         """One event of the ledger."""
         trigger, at = row["trigger"], row["received_at"]
-        self._looked += 1
+        self._event_count += 1
         if row["body"] is None:
-            self._gone += 1
+            self._past_retention += 1
             return
-        if any(
-            name == "" for name, *_ in row["verdicts"]
-        ):  # nobody was asked: it is no event, or one too deep
-            self._dead += 1
+        if any(name == "" for name, *_ in row["verdicts"]):  # a dead letter of no subscription
+            self._dead_letter_count += 1
             return
         event = Event.from_recorded(row["body"])
-        await self._pass_to(at, trigger, event)
-        sight = self._sights.get(trigger)
-        if sight is not None and sight.replaces(event, to_datetime(at)):
-            self._counts[trigger][0] += 1
-        elif self._wants(event) and not (
-            event.type == ABSENT_TYPE and event.source == "/patterns"
-        ):  # those are told anew
-            self._rehearsal.hear(trigger, event, at, row["id"])
-            self._note_silences()
+        await self._advance_to(at, trigger, event)
+        simulation = self._simulations.get(trigger)
+        is_absence = event.type == ABSENT_TYPE and event.source == "/patterns"
+        if simulation is not None and simulation.replaces(event, to_datetime(at)):
+            self._replaced[trigger] += 1
+        elif self._wants(event) and not is_absence:  # absences are simulated
+            self._simulator.receive(trigger, event, at, row["id"])
+            self._add_absences()
 
     def _wants(self, event: Event) -> bool:
-        return self._question.type in (None, event.type)
+        return self._query.type in (None, event.type)
 
-    # ------------------------------------------------------------------------- what triggers would have made
+    # ------------------------------------------------------------------------- simulated events
 
-    async def _pass_to(
+    async def _advance_to(
         self, at: int, trigger: str | None = None, event: Event | None = None
     ) -> None:
-        """What the triggers would have sent by then, in the order of time; one of them then recorded an event."""
+        """Simulate what the triggers would have sent by `at`, in order of time.
+
+        `event` of `trigger` was recorded at that instant.
+        """
         when = to_datetime(at)
-        told: list[tuple[SimulatedEvent, str]] = []
-        for name, sight in self._sights.items():
-            own = (
-                event
-                if name == trigger and event is not None and not sight.replaces(event, when)
-                else None
+        sent: list[tuple[SimulatedEvent, str]] = []
+        for name, simulation in self._simulations.items():
+            is_input = (
+                name == trigger and event is not None and not simulation.replaces(event, when)
             )
-            told += [(each, name) for each in await sight.advance(when, own)]
-        told.sort(key=lambda pair: pair[0].at)
-        if self._began is None:
-            self._begin(to_us(told[0][0].at) if told else at)
-        for each, name in told:
-            self._counts[name][1] += 1
+            sent += [
+                (each, name) for each in await simulation.advance(when, event if is_input else None)
+            ]
+        sent.sort(key=lambda pair: pair[0].at)
+        if self._start is None:
+            self._begin(to_us(sent[0][0].at) if sent else at)
+        for each, name in sent:
+            self._sent[name] += 1
             if self._wants(each.event):
-                ident = self._rehearsal.hear(name, each.event, to_us(each.at))
-                self._note_silences()
-                self._foretell(name, ident, to_us(each.at), each.event, each.summary)
+                ident = self._simulator.receive(name, each.event, to_us(each.at))
+                self._add_absences()
+                self._add_simulated(name, ident, to_us(each.at), each.event, each.summary)
 
-    def _note_silences(self) -> None:
-        silences = self._rehearsal.silences
-        for name, ident, event in silences:
+    def _add_absences(self) -> None:
+        absences = self._simulator.absences
+        for name, ident, event in absences:
             due = to_us(event.time) if event.time is not None else 0
-            self._foretell(name, ident, due, event, "did not come by then")
-        silences.clear()
+            self._add_simulated(name, ident, due, event, "did not come by then")
+        absences.clear()
 
-    def _foretell(self, trigger: str, ident: int, at: int, event: Event, said: str) -> None:
-        if len(self._foretold) >= self._question.limit:
+    def _add_simulated(self, trigger: str, ident: int, at: int, event: Event, summary: str) -> None:
+        if len(self._simulated) >= self._query.limit:
             return
-        label = self._labels[ident] = f"foretold-{len(self._foretold) + 1}"
-        self._foretold.append({
-            "id": label, "trigger": trigger, "at": timestamp(at), "type": event.type, "subject": event.subject, "said": said,
-            "event": orjson.loads(event.to_json()),
-        })  # fmt: skip
+        label = self._labels[ident] = f"simulated-{len(self._simulated) + 1}"
+        self._simulated.append(
+            {
+                "id": label,
+                "trigger": trigger,
+                "at": format_timestamp(at),
+                "type": event.type,
+                "subject": event.subject,
+                "summary": summary,
+                "event": orjson.loads(event.to_json()),
+            }
+        )
 
-    # ------------------------------------------------------------------------- the answer
+    # ------------------------------------------------------------------------- the result
 
-    def told(self) -> dict[str, Any]:
-        question, rehearsal = self._question, self._rehearsal
+    def to_json(self) -> dict[str, Any]:
+        query, simulator = self._query, self._simulator
         return {
-            "since": timestamp(self._began or 0),
-            "until": timestamp(question.until),
-            "type": question.type,
-            "to": question.to,
-            "events": self._looked,
-            "past_retention": self._gone,
-            "dead": self._dead,
-            "would_start": rehearsal.started,
-            "at_least": rehearsal.is_least,
-            "runs": [self._run(each) for each in rehearsal.runs],
-            "subscriptions": [self._tally(each) for each in rehearsal.tallies.values()],
-            "foretold": self._foretold,
+            "since": format_timestamp(self._start or 0),
+            "until": format_timestamp(query.until),
+            "type": query.type,
+            "to": query.to,
+            "events": self._event_count,
+            "past_retention": self._past_retention,
+            "dead": self._dead_letter_count,
+            "would_start": simulator.started,
+            "at_least": simulator.is_least,
+            "runs": [self._run_json(each) for each in simulator.runs],
+            "subscriptions": [self._counts_json(each) for each in simulator.counts.values()],
+            "simulated": self._simulated,
             "triggers": [
                 {
                     "name": name,
-                    "on_record": self._counts[name][0],
-                    "foretold": self._counts[name][1],
-                    "notes": list(sight.notes),
+                    "recorded": self._replaced[name],
+                    "simulated": self._sent[name],
+                    "notes": list(simulation.notes),
                 }
-                for name, sight in self._sights.items()
+                for name, simulation in self._simulations.items()
             ],
         }
 
-    def _run(self, run: SimulatedRun) -> dict[str, Any]:
-        shown = cast(dict[str, Any], msgspec.to_builtins(run))
+    def _run_json(self, run: SimulatedRun) -> dict[str, Any]:
+        fields = cast(dict[str, Any], msgspec.to_builtins(run))
         return {
-            **shown,
-            "at": timestamp(run.at),
+            **fields,
+            "at": format_timestamp(run.at),
             "events": [self._label(each) for each in sorted(run.events)],
         }
 
-    def _tally(self, tally: SubscriptionCounts) -> dict[str, Any]:
+    def _counts_json(self, counts: SubscriptionCounts) -> dict[str, Any]:
         reasons = [
-            {"fate": fate, "reason": reason, "events": count, "first": self._label(first)}
-            for (fate, reason), (count, first) in tally.reasons.items()
+            {"outcome": outcome, "reason": reason, "events": count, "first": self._label(first)}
+            for (outcome, reason), (count, first) in counts.reasons.items()
         ]
-        return {**msgspec.structs.asdict(tally), "reasons": reasons}
+        return {**msgspec.structs.asdict(counts), "reasons": reasons}
 
     def _label(self, ident: int) -> str:
-        return (
-            format_id(ident) if ident < FIRST_SIMULATED_ID else self._labels.get(ident, "foretold")
-        )
+        """The id of a recorded event, or the name of a simulated one."""
+        if ident < FIRST_SIMULATED_ID:
+            return format_id(ident)
+        return self._labels.get(ident, "simulated")

@@ -1,9 +1,13 @@
-"""Past events through the subscriptions as they are now, in memory: which runs they would have started.
+"""Simulates past events against the current subscriptions, in memory: which runs would start.
 
-foresight.py feeds a `Rehearsal` the events of a time, oldest first. What decides is what decides live: the `Router` matches,
-its patterns are moved on by the same machines at the instants they are due, windows fill and close by the same `Gather`. Only
-the rows are missing: what is open is kept in dicts here, as if the app had begun at the first instant with nothing open. Nobody
-knows how long the runs would have taken, so of modes that wait for their end the count is a least.
+replay.py passes a `DryRunSimulator` the events of a period, oldest first. Every decision is made by
+the code that makes it live: the `Router` matches, the same state machines advance patterns at the
+instants when they are due, the same `BatchPolicy` fills and closes windows. Open windows and
+patterns are in dicts, as if the app had started at the first instant with nothing open.
+
+How long runs take is unknown, so for modes that wait for the end of a run the count is a lower
+bound. A temporary real store was considered and rejected: its windows close when a worker takes
+their runs, so it would need a simulated worker, and it would write every event a second time.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,27 +19,30 @@ import orjson
 
 from eventflow.core.clock import SystemClock
 from eventflow.events.event import Event
-from eventflow.routing.filters import condition
+from eventflow.routing.filters import condition_of
 from eventflow.routing.pattern_machine import NEVER
 from eventflow.routing.router import Router
 from eventflow.routing.subscriptions import Subscription
 from eventflow.runs.run import Ids, Run
-from eventflow.store.protocol import Arrival, Fact, Gather
+from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent
 
 FIRST_SIMULATED_ID = 1 << 62
-"""Ids from here on are of events that no ledger has: one in use is milliseconds << 20, less until the year 2109."""
+"""Smallest id of a simulated event. Ids in a ledger, milliseconds << 20, are less until 2109."""
 
 MAX_LISTED_EVENTS = 100
-"""Events that a run names; it counts all."""
+"""Events listed per run; all are counted."""
 
 MAX_REASONS = 20
-"""Reasons that a tally tells apart; what comes with others is counted under `OTHER`."""
+"""Distinct reasons per subscription; events with further ones are counted under `OTHER`."""
 OTHER = "other reasons"
 
 
 class SimulatedRun(msgspec.Struct):
-    """A run that would have started, and when. `events`: the first of them; `size`: all. `is_least`: the first of several,
-    perhaps, for only that one run at a time would have been begun is known."""
+    """A run that would have started at `at` (microseconds).
+
+    `events`: the ids of its first events; `size`: how many it has in all. `is_least`: more runs may
+    have started instead of this one, since they would have executed one at a time.
+    """
 
     number: int
     subscription: str
@@ -49,190 +56,212 @@ class SimulatedRun(msgspec.Struct):
 
 
 class SubscriptionCounts(msgspec.Struct):
-    """What became of the events that a subscription heard of: `events` are in runs, `waiting` in a pattern at the end.
+    """The deliveries to one subscription, by outcome.
 
-    `reasons` of the others, each with how many and the first of them.
+    Of the `received` events, `events` are in runs and `waiting` are open in a pattern at the end;
+    the others were `filtered`, `invalid` or `expired`. `reasons` maps (outcome, reason) to
+    [number of events, id of the first].
     """
 
     subscription: str
-    heard: int = 0
+    received: int = 0
     runs: int = 0
     events: int = 0
     filtered: int = 0
     invalid: int = 0
-    lapsed: int = 0
+    expired: int = 0
     waiting: int = 0
     reasons: dict[tuple[str, str], list[int]] = {}
 
-    def note(self, fate: str, reason: str, event: int) -> None:
-        setattr(self, fate, getattr(self, fate) + 1)
-        if (fate, reason) not in self.reasons and len(self.reasons) >= MAX_REASONS:
+    def add(self, outcome: str, reason: str, event: int) -> None:
+        """Count an event that is in no run: `outcome` names the field."""
+        setattr(self, outcome, getattr(self, outcome) + 1)
+        if (outcome, reason) not in self.reasons and len(self.reasons) >= MAX_REASONS:
             reason = OTHER
-        self.reasons.setdefault((fate, reason), [0, event])[0] += 1
+        self.reasons.setdefault((outcome, reason), [0, event])[0] += 1
 
 
-class _Strand(msgspec.Struct):
-    """A pattern's state for one key. `queued`: when it is looked at next."""
+class _PatternInstance(msgspec.Struct):
+    """A pattern's state for one key. `next_check`: its earliest entry in the queue."""
 
     state: Any = None
     due: int = NEVER
-    queued: int = NEVER
+    next_check: int = NEVER
 
 
 class _Window(msgspec.Struct):
-    """A run that has not begun, and that events may join."""
+    """A run that has not started and may take more events."""
 
     run: SimulatedRun
-    gather: Gather
+    batch_policy: BatchPolicy
     opened: int
     due: int
 
     def is_open(self, now: int) -> bool:
-        return self.run.size < self.gather.size and (not self.gather.wait or self.due > now)
+        policy = self.batch_policy
+        return self.run.size < policy.size and (not policy.wait or self.due > now)
 
 
-class _Then(SystemClock):
-    """The time it was."""
+class _SimulatedClock(SystemClock):
+    """A clock that reads the simulated instant."""
 
     def __init__(self) -> None:
-        self.at = 0
+        self.at: int = 0
 
     def now(self) -> int:
         return self.at
 
 
 class DryRunSimulator:
-    """One time, from its beginning on. `limit`: runs that are kept to be shown; all are counted."""
+    """A period, simulated from its start on.
+
+    `limit`: runs to list in `runs`; `started` counts all. Call `begin`, then `receive` for each
+    event in order of time, then `advance_to` the end of the period.
+    """
 
     def __init__(self, subscriptions: Iterable[Subscription], limit: int) -> None:
-        self._clock = _Then()
+        self._clock = _SimulatedClock()
         self._router = Router(subscriptions, Ids(FIRST_SIMULATED_ID), self._clock)
-        self._limit = limit
-        self._strands: dict[tuple[str, str], _Strand] = {}
-        self._queue: list[tuple[int, str, str]] = []
+        self._limit: int = limit
+        # by subscription and join key
+        self._patterns: dict[tuple[str, str], _PatternInstance] = {}
+        self._queue: list[tuple[int, str, str]] = []  # heap of (due, subscription, join key)
+        # by subscription and ordering key
         self._windows: dict[tuple[str, str], _Window] = {}
-        self._many = 1024
-        self.tallies = {
+        self._cleanup_size: int = 1024  # windows; beyond it closed ones are dropped
+        self.counts = {
             each.name: SubscriptionCounts(each.name) for each in self._router.subscriptions
         }
         self.runs: list[SimulatedRun] = []
-        self.started = 0
-        self.is_least = False
-        self.silences: list[tuple[str, int, Event]] = []
-        """For each pattern that matched what did not come: its subscription, the id of the event made of it, and that."""
+        self.started: int = 0
+        self.is_least: bool = False  # whether `started` is a lower bound
+        self.absences: list[tuple[str, int, Event]] = []
+        """Absences that matched: (subscription, id of its event, event). The caller clears it."""
 
     def begin(self, at: int) -> None:
+        """Start the period at `at`, with nothing open."""
         self._clock.at = at
-        for name in self._router.armed():
-            self._weave(name, "")
+        for name in self._router.time_driven():
+            self._advance_pattern(name, "")
 
-    def pass_to(self, at: int) -> None:
-        """Lets time go by: what patterns wait for happens, in the order it is due."""
+    def advance_to(self, at: int) -> None:
+        """Let time pass until `at`: patterns that are due by then advance, in order of due time."""
         while self._queue and self._queue[0][0] <= at:
             due, name, key = heappop(self._queue)
-            strand = self._strands.get((name, key))
-            if strand is None or strand.queued != due:
+            instance = self._patterns.get((name, key))
+            if instance is None or instance.next_check != due:
                 continue
-            strand.queued = NEVER
-            if strand.due <= due:
+            instance.next_check = NEVER
+            if instance.due <= due:
                 self._clock.at = max(self._clock.at, due)
-                self._weave(name, key)
+                self._advance_pattern(name, key)
             else:
-                self._enqueue(strand, name, key)
+                self._enqueue(instance, name, key)
         self._clock.at = max(self._clock.at, at)
 
-    def hear(self, trigger: str, event: Event, at: int, ident: int | None = None) -> int:
-        """An event comes. Returns its id: the ledger's, or one of its own if that has none."""
-        self.pass_to(at)
+    def receive(self, trigger: str, event: Event, at: int, ident: int | None = None) -> int:
+        """Process an event of `trigger`. Returns its id: `ident`, or a simulated one if None."""
+        self.advance_to(at)
         arrival = self._router.route(trigger, event, ledger_id=ident)
-        for name, fate, detail in orjson.loads(arrival.verdicts):
-            self.tallies[name].heard += 1
-            if fate in ("filtered", "invalid"):
-                self.tallies[name].note(
-                    fate, condition(detail) if fate == "filtered" else detail, arrival.id
-                )
-        self._start(arrival)
-        for fact in arrival.facts:
-            self.tallies[fact.subscription].waiting += 1
-            self._weave(fact.subscription, fact.key, fact, arrival.id, len(arrival.body))
+        for name, outcome, detail in orjson.loads(arrival.verdicts):
+            self.counts[name].received += 1
+            if outcome == "filtered":
+                self.counts[name].add(outcome, condition_of(detail), arrival.id)
+            elif outcome == "invalid":
+                self.counts[name].add(outcome, detail, arrival.id)
+        self._start_runs(arrival)
+        for each in arrival.pattern_events:
+            self.counts[each.subscription].waiting += 1
+            self._advance_pattern(each.subscription, each.key, each, arrival.id, len(arrival.body))
         return arrival.id
 
     # ------------------------------------------------------------------------- patterns
 
-    def _weave(
-        self, name: str, key: str, fact: Fact | None = None, event: int = 0, size: int = 0
+    def _advance_pattern(
+        self,
+        name: str,
+        key: str,
+        pattern_event: PatternEvent | None = None,
+        event: int = 0,
+        size: int = 0,
     ) -> None:
-        strand = self._strands.setdefault((name, key), _Strand())
-        woven = self._router.weave(name, key, strand.state, self._clock.at, fact, event, size)
-        if woven is None:
+        instance = self._patterns.setdefault((name, key), _PatternInstance())
+        update = self._router.advance(
+            name, key, instance.state, self._clock.at, pattern_event, event, size
+        )
+        if update is None:
             return
-        strand.state, strand.due = woven.state, woven.due
-        if woven.state is None:
-            del self._strands[name, key]
+        instance.state = update.state
+        instance.due = update.due
+        if update.state is None:
+            del self._patterns[name, key]
         else:
-            self._enqueue(strand, name, key)
-        tally = self.tallies[name]
-        for lapsed, reason in woven.lapsed:
-            tally.note("lapsed", reason, lapsed)
-        tally.waiting -= len(woven.lapsed) + sum(len(match.events) for match in woven.matches)
-        for match in woven.matches:
-            self._place(match.run, match.gather, match.events, key or None)
-        for silence in woven.silences:
-            self.silences.append((name, silence.id, Event.from_recorded(silence.body)))
-            self._start(silence)
+            self._enqueue(instance, name, key)
+        counts = self.counts[name]
+        for expired, reason in update.expired:
+            counts.add("expired", reason, expired)
+        counts.waiting -= len(update.expired) + sum(len(match.events) for match in update.matches)
+        for match in update.matches:
+            self._add_to_run(match.run, match.batch_policy, match.events, key or None)
+        for absence in update.absences:
+            self.absences.append((name, absence.id, Event.from_recorded(absence.body)))
+            self._start_runs(absence)
 
-    def _enqueue(self, strand: _Strand, name: str, key: str) -> None:
-        """Once per strand, for it is looked at again if it is due later by then."""
-        if strand.due < strand.queued:
-            strand.queued = strand.due
-            heappush(self._queue, (strand.due, name, key))
+    def _enqueue(self, instance: _PatternInstance, name: str, key: str) -> None:
+        """Queue the next check. A check that comes before the due time queues the next one."""
+        if instance.due < instance.next_check:
+            instance.next_check = instance.due
+            heappush(self._queue, (instance.due, name, key))
 
-    # ------------------------------------------------------------------------- runs and their windows
+    # ------------------------------------------------------------------------- runs and windows
 
-    def _start(self, arrival: Arrival) -> None:
+    def _start_runs(self, arrival: Arrival) -> None:
         for run in arrival.runs:
-            self._place(run, arrival.gathers.get(run.id), [arrival.id], run.lane)
+            policy = arrival.batch_policies.get(run.id)
+            self._add_to_run(run, policy, [arrival.id], run.ordering_key)
 
-    def _place(
-        self, run: Run, gather: Gather | None, events: Sequence[int], key: str | None
+    def _add_to_run(
+        self, run: Run, batch_policy: BatchPolicy | None, events: Sequence[int], key: str | None
     ) -> None:
-        """A run of its own, or events for the one that is open."""
-        tally = self.tallies[run.subscription]
-        tally.events += len(events)
-        name, now = (run.subscription, run.lane or ""), self._clock.at
-        window = None if gather is None else self._windows.get(name)
+        """Add events to the open window, or start a run of their own."""
+        counts = self.counts[run.subscription]
+        counts.events += len(events)
+        name, now = (run.subscription, run.ordering_key or ""), self._clock.at
+        window = None if batch_policy is None else self._windows.get(name)
         if window is not None and window.is_open(now):
             for event in events:
-                self._join(window, event, now)
+                self._extend(window, event, now)
             return
         self.started += 1
-        tally.runs += 1
+        counts.runs += 1
         made = SimulatedRun(
             self.started, run.subscription, run.flow, run.mode or "each", key, run.due_at, 0, []
         )
         if len(self.runs) < self._limit:
             self.runs.append(made)
-        made.size, made.events = len(events), list(events[:MAX_LISTED_EVENTS])
-        if gather is not None:
-            if not gather.wait:
-                made.is_least = self.is_least = gather.size > 1
-                made.key = None if run.lane == run.subscription else key
-            self._windows[name] = _Window(made, gather, now, run.due_at)
-            self._forget(now)
+        made.size = len(events)
+        made.events = list(events[:MAX_LISTED_EVENTS])
+        if batch_policy is not None:
+            if not batch_policy.wait:
+                made.is_least = batch_policy.size > 1
+                self.is_least = made.is_least
+                made.key = None if run.ordering_key == run.subscription else key
+            self._windows[name] = _Window(made, batch_policy, now, run.due_at)
+            self._drop_closed_windows(now)
 
-    def _join(self, window: _Window, event: int, now: int) -> None:
+    def _extend(self, window: _Window, event: int, now: int) -> None:
         made = window.run
         made.size += 1
         if len(made.events) < MAX_LISTED_EVENTS:
             made.events.append(event)
-        window.due = window.gather.due(made.size, window.opened, window.due, now)
-        if window.gather.wait:
+        window.due = window.batch_policy.due(made.size, window.opened, window.due, now)
+        if window.batch_policy.wait:
             made.at = window.due or now
 
-    def _forget(self, now: int) -> None:
-        """Windows that are over go, now and then."""
-        if len(self._windows) > self._many:
+    def _drop_closed_windows(self, now: int) -> None:
+        """Free the memory of closed windows once their number has doubled."""
+        if len(self._windows) > self._cleanup_size:
             self._windows = {
                 name: window for name, window in self._windows.items() if window.is_open(now)
             }
-            self._many = max(1024, 2 * len(self._windows))
+            self._cleanup_size = max(1024, 2 * len(self._windows))

@@ -1,9 +1,10 @@
-"""CloudEvents 1.0 over HTTP, and the strict JSON that every body from outside must be.
+"""CloudEvents 1.0 over HTTP, and strict JSON for all bodies from outside.
 
-`parse_cloudevents` reads the three content modes: binary (`ce-*` headers, the body is the data), structured
-(`application/cloudevents+json`) and batch (`application/cloudevents-batch+json`, all events or none). `read_json` refuses what
-two readers could understand differently (a key twice, NaN) and what is made to cost more than it weighs (depth, key count).
-Webhooks and `POST /api/events` call both; everything refused is a ValueError that names the field. Next room: `event.py`.
+`parse_cloudevents` reads the three content modes: binary (`ce-*` headers, the body is the data),
+structured (`application/cloudevents+json`) and batch (`application/cloudevents-batch+json`, all
+events or none). `read_json` rejects JSON that two parsers may read differently (a repeated key,
+NaN) and JSON that is expensive to process for its size (depth, number of keys). Every rejection is
+a ValueError that names the field. Called by HTTP triggers and by `POST /api/events`.
 """
 
 import json
@@ -22,13 +23,14 @@ BATCH = "application/cloudevents-batch+json"
 MAX_JSON_DEPTH = 64
 MAX_JSON_KEYS = 10_000
 MAX_ATTRIBUTES = 64 * 1024
-"""Characters of all attributes together; the specification asks intermediaries to forward 64 KiB."""
+"""Characters of all attributes together. The specification asks to forward at least 64 KiB."""
 
 
 def parse_cloudevents(headers: Mapping[str, str], body: bytes) -> list[Event]:
-    """The events of one HTTP message. `headers` by lower-case name, values as latin-1 text, as ASGI has them.
+    """The events of one HTTP message.
 
-    A batch may be empty. Raises ValueError naming the field, in a batch with its place: `[2].id: ...`; then none is valid.
+    `headers`: lower-case names, values decoded as latin-1. A batch may be empty. Raises ValueError
+    naming the field, in a batch with the index of the event: `[2].id: …`.
     """
     match media_type(headers):
         case "application/cloudevents+json":
@@ -48,29 +50,31 @@ def parse_cloudevents(headers: Mapping[str, str], body: bytes) -> list[Event]:
 
 
 def is_cloudevent(headers: Mapping[str, str]) -> bool:
-    """Whether a message says that it carries CloudEvents, in any mode."""
+    """Whether a message is declared as CloudEvents, in any mode."""
     return "ce-specversion" in headers or media_type(headers) in (STRUCTURED, BATCH)
 
 
 def media_type(headers: Mapping[str, str]) -> str:
-    """The media type without its parameters, in lower case; empty when none is given."""
+    """The media type without its parameters, in lower case; empty if there is none."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def is_json(media: str) -> bool:
-    """Whether a media type's bodies are JSON. No type at all counts: many senders leave it out."""
+    """Whether a media type is JSON. An empty one is: many senders leave it out."""
     return media in ("application/json", "text/json", "") or media.endswith("+json")
 
 
-def _structured(fields: Any, place: str) -> Event:
+def _structured(fields: Any, prefix: str) -> Event:
     try:
         if not isinstance(fields, dict):
             raise ValueError(f"body: expected a JSON object, found {_kind(fields)}")
         attributes = cast(dict[str, Any], fields)
-        _bounded(value for name, value in attributes.items() if name not in ("data", "data_base64"))
+        _check_attribute_size(
+            value for name, value in attributes.items() if name not in ("data", "data_base64")
+        )
         return Event.from_dict(attributes)
     except ValueError as error:
-        raise ValueError(f"{place}{error}") from None
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def _binary(headers: Mapping[str, str], body: bytes) -> Event:
@@ -82,9 +86,10 @@ def _binary(headers: Mapping[str, str], body: bytes) -> Event:
     for name in ("data", "data_base64", "datacontenttype"):
         if name in fields:
             raise ValueError(
-                f"ce-{name}: expected no such header; in binary mode the body is the data and Content-Type its type"
+                f"ce-{name}: expected no such header; in binary mode the body is the data and "
+                "Content-Type its type"
             )
-    _bounded(fields.values())
+    _check_attribute_size(fields.values())
     if "content-type" in headers:
         fields["datacontenttype"] = headers["content-type"]
     if body:
@@ -93,7 +98,8 @@ def _binary(headers: Mapping[str, str], body: bytes) -> Event:
 
 
 def _header_text(name: str, value: str) -> str:
-    """An attribute from its header: quotes off first, then one round of percent-decoding, as UTF-8 (HTTP binding 3.1.3.2)."""
+    """An attribute from its header (HTTP binding 3.1.3.2): unquoted, then percent-decoded as UTF-8.
+    """
     if len(value) >= 2 and value[0] == value[-1] == '"':
         value = re.sub(r"\\(.)", r"\1", value[1:-1])
     try:
@@ -102,7 +108,7 @@ def _header_text(name: str, value: str) -> str:
         raise ValueError(f"{name}: expected percent-encoded UTF-8, found other bytes") from None
 
 
-def _bounded(values: Any) -> None:
+def _check_attribute_size(values: Any) -> None:
     if sum(len(value) for value in values if isinstance(value, str)) > MAX_ATTRIBUTES:
         raise ValueError(f"attributes: expected at most {MAX_ATTRIBUTES} characters in all")
 
@@ -122,24 +128,31 @@ def _kind(value: object) -> str:
 
 
 def read_json(body: bytes) -> Any:
-    """The value of a JSON text in UTF-8. ValueError for anything else, and for a key that stands twice in one object, NaN, a
-    lone surrogate, more than `MAX_JSON_DEPTH` levels or `MAX_JSON_KEYS` keys.
+    """The value of a JSON text in UTF-8.
+
+    Raises ValueError for anything else, and for a key twice in one object, NaN, a lone surrogate,
+    more than `MAX_JSON_DEPTH` levels or `MAX_JSON_KEYS` keys.
     """
     value = orjson.loads(body)
-    keys = _measure(value)
+    keys = _count_keys(value)
     if keys != body.count(b'":') or _SPACED.search(body):
-        # Not proven by counting: strings with quoted colons, blanks before colons, or indeed a key given twice.
-        json.loads(body.decode(), object_pairs_hook=_once, parse_int=str, parse_float=str)
+        # Counting proves nothing: a string has a quoted colon, a blank precedes a colon, or a key
+        # is indeed repeated. The slow parser decides.
+        json.loads(
+            body.decode(), object_pairs_hook=_refuse_duplicate_keys, parse_int=str, parse_float=str
+        )
     return value
 
 
 _SPACED = re.compile(rb"[ \t\r\n]:")
-"""Without it, each colon of the grammar follows a quote, so `":` is found at least once per key written; the parsed value has
-one per *different* key. If the two numbers agree, no key was written twice: two scans in C instead of a second parse."""
+"""Without a blank before a colon, the text has `":` at least once per key, and the parsed value has
+one key per *distinct* key. If both numbers are equal, no key is repeated: two scans in C instead of
+a second parse.
+"""
 
 
-def _measure(value: Any) -> int:
-    """How many keys a parsed value has. ValueError above the bounds."""
+def _count_keys(value: Any) -> int:
+    """The number of keys in a parsed value. Raises ValueError above the limits."""
     keys = depth = 0
     level: list[Any] = [value]
     while level:
@@ -154,7 +167,8 @@ def _measure(value: Any) -> int:
                 below += [child for child in node if child.__class__ in _CONTAINERS]
         if depth > MAX_JSON_DEPTH or keys > MAX_JSON_KEYS:
             raise ValueError(
-                f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found more"
+                f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found "
+                "more"
             )
         level = below
     return keys
@@ -163,7 +177,7 @@ def _measure(value: Any) -> int:
 _CONTAINERS = frozenset((dict, list))
 
 
-def _once(pairs: list[tuple[str, Any]]) -> None:
+def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
     seen: set[str] = set()
     for name, _ in pairs:
         if name in seen:

@@ -1,7 +1,12 @@
-"""The words of the way in: `Event`, what a trigger may hand over, and the two protocols between a source and the ledger.
+"""Events, and the protocols between eventflow and its sources and sinks.
 
-`triggers/` imports this file and its floor, nothing else of eventflow. A trigger makes `Event`s (CloudEvents 1.0 attributes)
-or, for bytes it cannot read, `Undecodable`s; `Intake.accept` returns when they are durable; then the trigger acknowledges.
+`Trigger` and `Intake` are the way in: a trigger makes `Event`s (CloudEvents 1.0), or `Undecodable`s
+for bytes that it cannot read; `Intake.accept` returns when they are durable; then the trigger
+acknowledges to its source. `EventSink` and `OutboxMessage` are the way out. The other protocols are
+optional features of a trigger: `Scheduled`, `Simulatable`, `HasGauges`; `LedgerTrigger` is for
+events that the ledger records by itself.
+
+The package `triggers` imports only this layer of eventflow. docs/guides/library.md shows a trigger.
 """
 
 import base64
@@ -15,14 +20,15 @@ import orjson
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
 MAX_DEPTH = 20
-"""Hops an emitted event may be away from one that came from outside."""
+"""Emits between an event and the outside event that caused it, at most."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One CloudEvents 1.0 event.
 
-    `(trigger, source, id)` is its identity: a second one starts nothing. `data` is JSON (as Python values) or `bytes`.
-    `extensions` holds further CloudEvents attributes (lower-case letters and digits; str, int or bool).
+    `(trigger, source, id)` is its identity: a second event with it starts nothing. `data` is JSON,
+    as Python values, or `bytes`. `extensions` holds further CloudEvents attributes: names of
+    lower-case letters and digits, values str, int or bool.
     """
 
     id: str
@@ -37,11 +43,14 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def depth(self) -> int:
-        """How many emits lie between this event and one from outside."""
+        """The number of emits between this event and the outside event that caused it."""
         return int(self.extensions.get("eventflowdepth", 0))
 
     def to_json(self) -> bytes:
-        """The CloudEvents JSON form; `bytes` data as `data_base64`. Big integers and NaN are refused with TypeError."""
+        """The CloudEvents JSON form; `bytes` data as `data_base64`.
+
+        Raises TypeError for data without a JSON form, such as integers beyond 64 bits.
+        """
         fields: dict[str, Any] = {
             "specversion": "1.0",
             "id": self.id,
@@ -66,7 +75,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_json(cls, body: bytes) -> "Event":
-        """The event that `to_json` wrote, or any structured-mode CloudEvent. Raises ValueError naming what is wrong."""
+        """An event from structured-mode CloudEvents JSON, such as `to_json` writes.
+
+        Raises ValueError naming the field.
+        """
         fields = orjson.loads(body)
         if not isinstance(fields, dict):
             raise ValueError(f"a CloudEvent is a JSON object, found {type(fields).__name__}")
@@ -74,26 +86,29 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def from_recorded(cls, body: bytes) -> "Event":
-        """The event that `to_json` wrote, taken at its word: the ledger's own bytes need no second check."""
+        """An event from JSON of `to_json`, without the checks of `from_json`."""
         left: dict[str, Any] = orjson.loads(body)
         del left["specversion"]
-        take = left.pop
-        encoded, moment = take("data_base64", None), take("time", None)
+        pop = left.pop
+        encoded, moment = pop("data_base64", None), pop("time", None)
         return cls(
-            id=take("id"),
-            source=take("source"),
-            type=take("type"),
-            data=take("data", None) if encoded is None else base64.b64decode(encoded),
-            subject=take("subject", None),
+            id=pop("id"),
+            source=pop("source"),
+            type=pop("type"),
+            data=pop("data", None) if encoded is None else base64.b64decode(encoded),
+            subject=pop("subject", None),
             time=None if moment is None else datetime.fromisoformat(moment),
-            datacontenttype=take("datacontenttype", None),
-            dataschema=take("dataschema", None),
+            datacontenttype=pop("datacontenttype", None),
+            dataschema=pop("dataschema", None),
             extensions=left,
         )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Event":
-        """An event from its CloudEvents attributes; null attributes count as absent."""
+        """An event from its CloudEvents attributes; null attributes count as absent.
+
+        Raises ValueError naming the attribute.
+        """
         left = {name: value for name, value in fields.items() if value is not None}
         version = left.pop("specversion", None)
         if version != "1.0":
@@ -119,7 +134,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
                 value, str | int | bool
             ):
                 raise ValueError(
-                    f"extension {name!r}: expected a lower-case alphanumeric name and a string, integer or boolean"
+                    f"extension {name!r}: expected a lower-case alphanumeric name and a string, "
+                    "integer or boolean"
                 )
         return cls(data=data, extensions=left, **known)
 
@@ -137,7 +153,7 @@ def _decoded(text: object) -> bytes:
 
 
 def parse_time(text: str) -> datetime:
-    """An RFC 3339 timestamp with its zone; ValueError otherwise."""
+    """An aware datetime from RFC 3339. Raises ValueError, for one without a time zone too."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -148,7 +164,7 @@ def parse_time(text: str) -> datetime:
 
 
 class Undecodable(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes from a real sender that are no event: kept as a dead letter with the reason, never dropped."""
+    """Bytes from a source that are no event. Recorded as a dead letter with the reason `error`."""
 
     id: str
     source: str
@@ -159,11 +175,12 @@ class Undecodable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What became of one accepted item.
+    """The result of one accepted item.
 
-    `ledger_id` is its id in the ledger, or for a duplicate the first one's. `conflict`: the same identity came with other
-    content; the first one stands and this one was not recorded, and `digests` holds the first content's digest and this one's,
-    in hex. `matched` counts the runs it started.
+    `ledger_id` is its id in the ledger; for a duplicate, that of the first one. `conflict`: an
+    event with this identity and other content was recorded before, so this one was not; `digests`
+    are the hex digests of the recorded and of this content. `matched`: the number of runs it
+    started.
     """
 
     ledger_id: int
@@ -175,7 +192,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
     @property
     def id_text(self) -> str:
-        """The ledger id as people and the API see it."""
+        """The ledger id as text, as in the API and the command line."""
         return format_id(self.ledger_id)
 
 
@@ -184,16 +201,17 @@ _PAIRS = tuple(first + second for first in ALPHABET for second in ALPHABET)
 
 
 def format_id(ident: int) -> str:
-    """An id as its 13 letters of Crockford's base 32; sorts as the number does."""
-    pairs = _PAIRS  # ten bits at a time: this is on the way of every run
+    """An id as 13 characters of Crockford's base 32. The text sorts like the number."""
+    pairs = _PAIRS  # ten bits at a time, since every run needs it
     return (
-        f"{ALPHABET[ident >> 60 & 31]}{pairs[ident >> 50 & 1023]}{pairs[ident >> 40 & 1023]}{pairs[ident >> 30 & 1023]}"
-        f"{pairs[ident >> 20 & 1023]}{pairs[ident >> 10 & 1023]}{pairs[ident & 1023]}"
+        f"{ALPHABET[ident >> 60 & 31]}{pairs[ident >> 50 & 1023]}{pairs[ident >> 40 & 1023]}"
+        f"{pairs[ident >> 30 & 1023]}{pairs[ident >> 20 & 1023]}{pairs[ident >> 10 & 1023]}"
+        f"{pairs[ident & 1023]}"
     )
 
 
 class Intake(Protocol):
-    """The way into the ledger, bound to one trigger's name."""
+    """What a trigger records its events with. Bound to the trigger's name."""
 
     async def accept(
         self,
@@ -201,12 +219,15 @@ class Intake(Protocol):
         cursor: Mapping[str, Json] | None = None,
         max_wait: float | None = None,
     ) -> list[Receipt]:
-        """Records items and cursor in one transaction; durable when it returns. One receipt per item, in order.
+        """Record items and cursor in one transaction; durable when it returns.
 
-        `cursor` upserts values by key (a partition, a path); None deletes a key. Zero items are legal. Concurrent calls
-        share group commits. Waits while there is no room for the items: `max_wait` in seconds, None for as long as it takes,
-        0 for not at all; a cancel during this wait ends it with nothing recorded. Raises `StoreFull` after `max_wait`, or at
-        once with `closing` set while the server drains (nothing was recorded), and `StoreFailed` (unknown, not refused).
+        Returns one receipt per item, in order. `cursor` sets values by key (a partition, a path); a
+        value of None deletes the key. Zero items are allowed. Concurrent calls share group commits.
+
+        While the ledger is full, the call waits for room: for `max_wait` seconds at most, 0: not at
+        all, None: as long as it takes. A cancel during this wait leaves nothing recorded. Raises
+        `StoreFull` after `max_wait`, and at once (with `closing` set) while the server drains;
+        nothing was recorded then. Raises `StoreFailed` if the outcome is unknown.
         """
         ...
 
@@ -216,18 +237,21 @@ class Intake(Protocol):
 
     @property
     def log(self) -> Any:
-        """A structlog logger bound to the trigger."""
+        """A structlog logger, bound to the trigger's name."""
         ...
 
 
 @runtime_checkable
 class Trigger(Protocol):
-    """A source of events. It acknowledges in plain code order, after `accept` returns.
+    """A source of events. It acknowledges to the source after `accept` has returned.
 
-    `name` is stable: cursors and the ledger are keyed by it. `listen` runs until it is cancelled (a poll under way may
-    finish under a shield of at most 10 s); what it raises is logged, and the reactor opens it again with backoff. A
-    trigger that serves HTTP also has `routes`, a list of Starlette routes; one whose events are of several types may have
-    `heard`, the types that a subscription without `types=` hears of.
+    `name` is stable: cursors and events in the ledger are stored under it. `listen` runs until it
+    is cancelled; a poll in progress may finish, shielded, within 10 s. When `listen` raises or
+    returns, the reactor logs it and calls it again, with backoff. A poller needs no loop for a full
+    ledger: `accept` waits, and a `StoreFull` while the server drains may leave `listen`.
+
+    A trigger that serves HTTP also has `routes`, a list of Starlette routes. A trigger with events
+    of several types may have `default_types`: those that a subscription without `types=` accepts.
     """
 
     @property
@@ -237,7 +261,10 @@ class Trigger(Protocol):
 
 
 class LateSpec(msgspec.Struct, frozen=True):
-    """Runs of `flow` (`*` for any part) that have not ended `after` microseconds after they were due to begin."""
+    """Runs of `flow` that have not ended `after` microseconds after their due time.
+
+    In `flow`, `*` is a wildcard.
+    """
 
     flow: str
     after: int
@@ -245,9 +272,10 @@ class LateSpec(msgspec.Struct, frozen=True):
 
 @runtime_checkable
 class LedgerTrigger(Protocol):
-    """Events that the ledger records by itself, where a trigger may stand: nothing listens, `types` and `pattern` choose.
+    """A trigger without a listener, for events that the ledger records by itself (run states).
 
-    `late`: the runs that are looked out for, so that there are such events at all.
+    `types` and `pattern` select the events. `late`: the runs to monitor for lateness, so that there
+    are late-run events to select.
     """
 
     @property
@@ -255,7 +283,7 @@ class LedgerTrigger(Protocol):
 
     @property
     def pattern(self) -> Mapping[str, Any]:
-        """A filter over the data, in EventBridge's grammar."""
+        """A filter in EventBridge's grammar, as `where=` takes it."""
         ...
 
     @property
@@ -264,26 +292,36 @@ class LedgerTrigger(Protocol):
 
 @runtime_checkable
 class Scheduled(Protocol):
-    """A trigger whose events are known beforehand: what `eventflow backfill` asks. Datetimes are aware unless it says so."""
+    """A trigger whose events follow from a schedule. Used by `eventflow backfill`.
+
+    Datetimes are aware unless stated otherwise.
+    """
 
     @property
     def name(self) -> str: ...
 
     def occurrences(self, since: datetime, until: datetime) -> Iterable[datetime]:
-        """The nominal times in [since, until), in order. A naive bound is a time on the schedule's own wall clock."""
+        """The nominal times in [since, until), in order.
+
+        A naive bound is a wall-clock time in the schedule's time zone.
+        """
         ...
 
     def occurrence(self, at: datetime) -> Event:
-        """The event of a nominal time, with the id it has when the schedule fires it. ValueError when there is none then."""
+        """The event of a nominal time, with the id that it has when the schedule fires it.
+
+        Raises ValueError when the schedule has no such time.
+        """
         ...
 
     def settled(self, cursor: Mapping[str, Json]) -> datetime | None:
-        """The last nominal time that the schedule is through with, by its cursor; later ones are its own to fire."""
+        """The last nominal time that is done according to `cursor`; the schedule fires later ones.
+        """
         ...
 
 
 class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """An event that a trigger would have sent, when, and what it is in a line."""
+    """An event that a trigger would have sent at `at`. `summary`: one line about it."""
 
     at: datetime
     event: Event
@@ -291,25 +329,28 @@ class SimulatedEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Simulation(Protocol):
-    """A past time by the rules that a trigger has now. Asked once for each instant, in their order; keeps nothing anywhere."""
+    """A past period, simulated with a trigger's current settings. Writes nothing.
+
+    The dry run calls `replaces` and `advance` for each recorded event, in order of time.
+    """
 
     @property
     def notes(self) -> Sequence[str]:
-        """What a person should know of it, such as what is not known of that time; complete at the end."""
+        """Remarks for the user, such as what is unknown of the period. Complete at the end."""
         ...
 
     def replaces(self, event: Event, at: datetime) -> bool:
-        """Whether this event on record is the trigger's own making, and whatever `advance` tells stands in its place."""
+        """Whether the trigger itself made this recorded event: `advance` simulates it again."""
         ...
 
     async def advance(self, at: datetime, event: Event | None = None) -> Sequence[SimulatedEvent]:
-        """What it would have sent up to this instant, at which it then recorded `event`."""
+        """The events it would have sent up to `at`. Then it receives `event`, if given."""
         ...
 
 
 @runtime_checkable
 class Simulatable(Protocol):
-    """A trigger that makes its events of others, by thresholds and windows: what `eventflow replay --dry-run` asks."""
+    """A trigger that derives its events from others. Used by `eventflow replay --dry-run`."""
 
     @property
     def name(self) -> str: ...
@@ -317,16 +358,20 @@ class Simulatable(Protocol):
     def simulate(
         self, cursor: Mapping[str, Json], since: datetime | None, until: datetime
     ) -> Simulation:
-        """As if it had begun at `since` (None: with what is known), as it is set now. `cursor`: its own in the ledger."""
+        """A simulation with the current settings that starts at `since` (None: as early as known).
+
+        `cursor`: the trigger's cursor in the ledger.
+        """
         ...
 
 
 class OutboxMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sink is given: an event that was emitted, or a dead letter.
+    """A message for a sink: an emitted event or a dead letter.
 
-    A letter may come twice: know it by its event's source and id; `number` is only its place in the outbox. Of a dead letter,
-    `reason` says why it is one and `subscription` for whom; bytes that never were an event are the `data` of one with type
-    `eventflow.undecodable`. `headers` came with it, `trigger` and `ledger_id` tell where it is in the ledger.
+    A message may be sent twice: identify it by its event's source and id. `number` is its position
+    in the outbox. A dead letter has a `reason` and the `subscription` that it was for; bytes that
+    are no event are the `data` of an event of type `eventflow.undecodable`. `headers` are those
+    that came with the event. `trigger` and `ledger_id` locate it in the ledger.
     """
 
     number: int
@@ -340,10 +385,12 @@ class OutboxMessage(msgspec.Struct, frozen=True, kw_only=True):
 
 @runtime_checkable
 class EventSink(Protocol):
-    """A place that emitted events and dead letters are sent to. At least once, in the order of recording, one call at a time.
+    """A destination of emitted events and dead letters.
 
-    `send` returns when the other side has all of them. When it raises, the same letters come again after a while; `Permanent`
-    says that waiting will not help, and what it is raised for alone becomes a dead letter. `close` is called once, at the end.
+    Messages are sent at least once, in the order of recording, one call at a time. `send` returns
+    when the destination has all of them. When it raises, the same messages are sent again later; a
+    message for which `send` alone raises `Permanent` becomes a dead letter. `close` is called once,
+    at the end.
     """
 
     @property
@@ -355,11 +402,11 @@ class EventSink(Protocol):
 
 
 class Gauge(msgspec.Struct, frozen=True):
-    """A number that a trigger tells about its source, as it is now.
+    """A current measurement of a trigger's source.
 
-    `name` is in snake_case and says its unit, where it has one (`lag_seconds`); `/metrics` shows it as
-    `eventflow_trigger_<name>`. Every gauge of one name has the same `labels` (a partition, a queue); `total` says what the
-    values of one name come to together.
+    `name` is in snake_case with its unit (`lag_seconds`); `/metrics` lists it as
+    `eventflow_trigger_<name>`. All gauges of one name have the same label names (a partition, a
+    queue). `total`: how the values of one name are aggregated.
     """
 
     name: str
@@ -370,21 +417,22 @@ class Gauge(msgspec.Struct, frozen=True):
 
 @runtime_checkable
 class HasGauges(Protocol):
-    """A trigger that tells how its source fares. Optional; shown by `/metrics`, `/api/triggers` and `eventflow ls triggers`.
+    """A trigger that reports the health of its source.
 
-    Both are read on the loop of the way in, whenever somebody looks: they answer from memory and never raise.
+    Shown by `/metrics`, `/api/triggers` and `eventflow ls triggers`. Both are read on the intake's
+    event loop at any time; they must return at once, from memory, and must not raise.
     """
 
     @property
     def condition(self) -> str | None:
-        """What keeps the source from its work, in a line ("connecting: no broker at kafka:9092"); None while nothing does."""
+        """What is wrong ("connecting: no broker at kafka:9092"), in one line; None: nothing is."""
         ...
 
     def gauges(self) -> Sequence[Gauge]: ...
 
 
-def totals(gauges: Sequence[Gauge]) -> dict[str, float]:
-    """One number for each name: the sum or the largest, as its gauges say."""
+def gauge_totals(gauges: Sequence[Gauge]) -> dict[str, float]:
+    """One value per gauge name: the sum or the maximum, as `Gauge.total` says."""
     found: dict[str, float] = {}
     for gauge in gauges:
         before = found.get(gauge.name)

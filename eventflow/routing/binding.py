@@ -1,21 +1,23 @@
-"""From an event, or a JSON object of parameters, to the arguments of a flow: what its signature asks for.
+"""Computes the arguments of a flow from an event, or from a JSON object of parameters.
 
-`Binder` is built once per flow. routing.py asks it on the way in, so that what cannot be bound becomes a dead letter with the
-field and the reason; the executor asks it again when the run starts. The rules, in order:
+A `Binder` is built once per flow. The router uses it when an event arrives, so that an event that
+cannot be bound becomes a dead letter with the field and the reason; the engine uses it again when
+the run starts. The rules, in order:
 
 1. A parameter annotated `Event` gets the event.
-2. The others are filled by name from `event.data`, validated by their annotations (msgspec, strict, as from JSON; pydantic
-   models by pydantic). Missing ones keep their defaults; `**kwargs` gets the rest; what no parameter names is left out.
-3. A flow with exactly one parameter besides rule 1 gets the *whole* data in it when it cannot be filled by name and either
-   it is annotated with a record (Struct, dataclass, TypedDict, pydantic model) or a mapping, or the data is no object. So
-   `handle(order: Order)` takes both `{"order": {…}}` and the order itself.
-4. No parameters: any event will do.
+2. The others are filled by name from `event.data` and validated by their annotations (msgspec,
+   strict, as from JSON; pydantic models by pydantic). Missing ones keep their defaults; `**kwargs`
+   gets the rest; fields without a parameter are ignored.
+3. If a flow has exactly one parameter besides rule 1, and it cannot be filled by name, it gets the
+   *whole* data, provided that it is annotated with a record (Struct, dataclass, TypedDict, pydantic
+   model) or a mapping, or the data is no object. So `handle(order: Order)` takes both
+   `{"order": {…}}` and the order itself.
+4. A flow without parameters accepts any event.
 
-A run may be made of several events (delivery.py). Then a parameter annotated `list[Event]` gets all of them, and so does a
-flow's only other parameter when it is a list: `handle(orders: list[Order])` gets the data of each. Everything else comes from
-the newest one. (`list[Event]` works for a single event too.)
-
-Next room: the flow itself.
+A run may have several events (delivery.py). Then a parameter annotated `list[Event]` gets all of
+them, and so does a flow's only other parameter if it is a list: `handle(orders: list[Order])` gets
+the data of each. Everything else comes from the newest event. (`list[Event]` works for a single
+event too.)
 """
 
 import inspect
@@ -31,28 +33,39 @@ import orjson
 
 from eventflow.core.errors import BindingError, NotStorable, UsageError
 from eventflow.events.event import Event
-from eventflow.serialization.tagged_json import is_plain, same, type_name
+from eventflow.serialization.tagged_json import deep_equal, is_plain, type_name
 
 _UNSET = msgspec.UNSET
 _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
 
 
 class Binder:
-    """How one flow's arguments are made. Raises UsageError for a signature that no event can fill."""
+    """Binds the arguments of one flow. Raises UsageError for a signature that no event can fill."""
 
     __slots__ = (
-        "_adapters", "_event_lists", "_event_parameters", "_flow", "_data_parameters", "_has_fast_path", "_convert_record", "_record", "_required", "_var_keyword", "_signature",
-        "_single", "_takes_whole_data",
-    )  # fmt: skip
+        "_adapters",
+        "_convert_record",
+        "_data_parameters",
+        "_event_lists",
+        "_event_parameters",
+        "_flow",
+        "_has_fast_path",
+        "_record",
+        "_required",
+        "_signature",
+        "_single",
+        "_takes_whole_data",
+        "_var_keyword",
+    )
 
     def __init__(self, fn: Callable[..., Any], flow_name: str) -> None:
         self._flow = flow_name
         self._signature = inspect.signature(fn)
         hints = _hints(fn, flow_name)
         self._event_parameters: list[tuple[str, bool]] = []
-        self._event_lists: list[str] = []
-        self._var_keyword: str | None = None
-        self._adapters: dict[str, Any] = {}
+        self._event_lists: list[str] = []  # parameters annotated list[Event]
+        self._var_keyword: str | None = None  # the name of **kwargs
+        self._adapters: dict[str, Any] = {}  # pydantic's readers, by parameter
         self._required: list[str] = []
         fields: list[Any] = []
         for parameter in self._signature.parameters.values():
@@ -75,6 +88,7 @@ class Binder:
         self._convert_record: Callable[[Any], msgspec.Struct] = partial(
             msgspec.convert, type=self._record, str_keys=True, dec_hook=_read_model
         )
+        # the only parameter that data can fill, if there is exactly one
         self._single: str | None = (
             self._data_parameters[0] if len(fields) == 1 and self._var_keyword is None else None
         )
@@ -98,7 +112,7 @@ class Binder:
         return arguments
 
     def bind_events(self, events: Sequence[Event]) -> dict[str, Any]:
-        """The arguments for the events of one run, oldest first. Raises BindingError naming the field and the reason."""
+        """The arguments for the events of one run, oldest first. Raises BindingError."""
         if self._single is not None and _is_list(self._record.__annotations__[self._single]):
             arguments = self._convert({self._single: [event.data for event in events]})
             for name, _ in self._event_parameters:
@@ -110,7 +124,10 @@ class Binder:
         return arguments
 
     def bind_params(self, params: Mapping[str, Any], event: Event | None = None) -> dict[str, Any]:
-        """The arguments for a JSON object of parameters; a name that is no parameter is refused."""
+        """The arguments from a JSON object of parameters.
+
+        Raises BindingError, also for a name that is no parameter.
+        """
         arguments = self._bind(params, strict=True)
         for name in self._event_lists:
             arguments[name] = [] if event is None else [event]
@@ -128,13 +145,13 @@ class Binder:
         return arguments
 
     def unpack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes:
-        """The JSON object of a direct call's arguments, from which `bind_params` makes equal ones.
+        """The arguments of a direct call as a JSON object; `bind_params` restores equal arguments.
 
-        Raises TypeError as the call itself would, and NotStorable for what JSON and the annotation together cannot carry.
+        Raises TypeError as the call would, and NotStorable for a value that JSON and the annotation
+        together cannot represent.
         """
-        if (
-            args or not kwargs.keys() <= self._signature.parameters.keys()
-        ):  # binding costs 4 µs, and names need none
+        # Names alone need no binding, which costs 4 µs.
+        if args or not kwargs.keys() <= self._signature.parameters.keys():
             bound = self._signature.bind_partial(*args, **kwargs).arguments
             if self._var_keyword is not None:
                 bound |= bound.pop(self._var_keyword, {})
@@ -149,7 +166,7 @@ class Binder:
     # --------------------------------------------------------------------------- by name
 
     def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
-        """The common case, on the way of every event: each parameter is there and fits. None: it needs a closer look."""
+        """The fast path for an event in which every parameter is present and valid; else None."""
         try:
             arguments = msgspec.structs.asdict(self._convert_record(fields))
         except msgspec.ValidationError:
@@ -192,7 +209,7 @@ class Binder:
         try:
             arguments = self._convert(fields)
         except BindingError:
-            # `order: Order` where an Order has a field `order` of its own: the data is the order itself, if it fits.
+            # `order: Order`, and an Order has a field `order`: the data may be the order itself.
             if not self._takes_whole_data or self._single is None or self._single not in fields:
                 raise
             try:
@@ -250,7 +267,7 @@ class Binder:
             raise BindingError(self._flow, name, str(error)) from error
 
     def _pack(self, name: str, value: Any) -> bytes:
-        """The JSON of one argument, read back once unless it is plain beyond doubt."""
+        """The JSON of one argument. Decodes it again to compare, unless it is certainly plain."""
         try:
             if is_plain(value):
                 data = orjson.dumps(value)
@@ -265,7 +282,7 @@ class Binder:
                     if name in self._data_parameters
                     else orjson.loads(data)
                 )
-                if back == value or same(back, value):
+                if back == value or deep_equal(back, value):
                     return data
         except (TypeError, ValueError, OverflowError, RecursionError, BindingError):
             pass
@@ -282,7 +299,10 @@ class Binder:
             )
 
     def _msgspec_type(self, name: str, annotation: Any) -> Any:
-        """The annotation, if msgspec can read it; `Any` when pydantic must, afterwards; UsageError when nobody can."""
+        """The annotation if msgspec can read it, or `Any` if pydantic reads it afterwards.
+
+        Raises UsageError if neither can.
+        """
         try:
             msgspec.json.Decoder(annotation, dec_hook=_read_model)
         except _UNREADABLE as error:
@@ -334,7 +354,7 @@ def _takes_object(annotation: Any) -> bool:
 
 
 def _adapter(annotation: Any, where: str) -> Any:
-    """pydantic's reader for what msgspec cannot read, such as a union of models; if the program uses pydantic."""
+    """pydantic's reader for an annotation that msgspec cannot read, such as a union of models."""
     pydantic: Any = sys.modules["pydantic"]
     try:
         return pydantic.TypeAdapter(annotation)
@@ -343,7 +363,7 @@ def _adapter(annotation: Any, where: str) -> Any:
 
 
 def _read_model(wanted: type, value: Any) -> Any:
-    """msgspec's hook: pydantic models, read as from JSON, so that a strict one still takes dates from strings."""
+    """msgspec's hook for pydantic models: reads JSON, so a strict model accepts date strings."""
     if hasattr(wanted, "model_validate_json"):
         return cast(Any, wanted).model_validate_json(orjson.dumps(value))
     raise TypeError(f"expected a {wanted.__qualname__}, which no JSON value is")

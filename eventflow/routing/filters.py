@@ -1,14 +1,19 @@
-"""`where=`: which events a subscription wants. EventBridge's pattern grammar over `data`, or the author's own callable.
+"""`where=`: which events a subscription accepts. EventBridge's pattern grammar, or a callable.
 
-`compile_filter` runs once, at registration, and refuses bad grammar there (`UsageError` naming the path); `Filter.failed`
-runs for every event and says which condition did not hold, so that `eventflow explain` can. A pattern is a JSON object: its
-keys are fields of `data`, or `@type`, `@subject`, `@source`, `@id`, `@time` and `@extension` for attributes; its values are
-lists of which one must match, or objects for nested fields:
+`compile_filter` runs once, at registration, and raises UsageError, naming the path, for a malformed
+pattern. `Filter.mismatch` runs for every event and returns the condition that did not hold, which
+`eventflow explain` shows. A pattern is a JSON object. Its keys are fields of `data`, or `@type`,
+`@subject`, `@source`, `@id`, `@time` and `@extension` for attributes; its values are lists of
+alternatives, or objects for nested fields:
 
-    {"@type": [{"prefix": "order."}], "total": [{"numeric": [">", 0]}], "customer": {"country": ["DE", "AT"]}}
+    {"@type": [{"prefix": "order."}],
+     "total": [{"numeric": [">", 0]}],
+     "customer": {"country": ["DE", "AT"]}}
 
-As in EventBridge, an array in the event matches when any of its elements does, `exists` looks at leaves only, and an empty
-array is no leaf. No expression language, no regular expressions, nothing slower than linear. Next room: `routing.py`.
+As in EventBridge, an array in the event matches when any of its elements does, `exists` tests
+leaves only, and an empty array is no leaf. There is no expression language and no regular
+expression: a filter takes linear time. Called by subscriptions.py and patterns.py; router.py
+applies the filters.
 """
 
 import inspect
@@ -48,12 +53,15 @@ class Filter(Protocol):
     """A compiled `where=`."""
 
     def mismatch(self, event: Event) -> str | None:
-        """None when the event is wanted; else the condition that did not hold, for people. A callable may raise."""
+        """None if the event matches, else the condition that did not hold, as text.
+
+        A filter made of a user's callable raises what that raises.
+        """
         ...
 
 
 def compile_filter(where: Where) -> Filter | None:
-    """The filter for `where=`; None for none. Raises UsageError for bad grammar and for an `async` callable."""
+    """The filter of `where=`. Raises UsageError for a malformed pattern and an `async` callable."""
     if where is None:
         return None
     if isinstance(where, Mapping):
@@ -70,7 +78,7 @@ def compile_filter(where: Where) -> Filter | None:
 
 
 class CallableFilter:
-    """The author's own predicate over the event."""
+    """A user's predicate over the event."""
 
     __slots__ = ("_call", "_name")
 
@@ -98,7 +106,7 @@ class PatternFilter:
         self._attributes = [
             (name[1:], _compile_leaf(value, name)) for name, value in attributes.items()
         ]
-        # An alternative of a top-level $or may speak of attributes too, so it is a filter of its own.
+        # An alternative of a top-level $or may contain attributes, so it is a filter of its own.
         alternatives = data.pop("$or", None)
         self._data: list[Callable[[Event], str | None]] = []
         if data:
@@ -144,7 +152,7 @@ Check: TypeAlias = Callable[[Any], str | None]
 
 
 def _compile_object(pattern: Pattern, path: str) -> Check:
-    """A check of all fields of one object. On an array: of any element that is an object."""
+    """A check of all fields of an object. An array passes if one of its objects does."""
     if not pattern:
         raise UsageError(f"where: {path or 'the pattern'} is empty; expected at least one field")
     checks: list[tuple[str | None, Check]] = []
@@ -208,7 +216,10 @@ def _object(value: Any, path: str) -> Pattern:
 
 
 def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
-    """`{"total": {"numeric": [">", 0]}}` says nested field `numeric`; it nearly always lacks its list."""
+    """Reject an operator without its list, such as `{"total": {"numeric": [">", 0]}}`.
+
+    By the grammar that is a nested field `numeric`, which is nearly always a mistake.
+    """
     if len(pattern) != 1:
         return
     ((name, operand),) = pattern.items()
@@ -224,7 +235,7 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
 
 
 def _compile_leaf(value: Any, path: str) -> Check:
-    """A check of one value: any of the listed alternatives holds for it, or for any element when it is an array."""
+    """A check of a value: one of the alternatives holds, for any element if it is an array."""
     if isinstance(value, Mapping):
         raise UsageError(f"where: {path} expected a list; write [{_format(value)}]")
     alternatives: list[Any] = (
@@ -261,7 +272,7 @@ _FOUND, _MISSING_TEXT = " (found ", " (absent)"
 
 
 def condition_of(reason: str) -> str:
-    """The condition that failed, of a reason that `failed` gave: without what was found instead."""
+    """The condition in a text of `Filter.mismatch`, without the value that was found."""
     return reason.partition(_FOUND)[0].removesuffix(_MISSING_TEXT)
 
 
@@ -308,7 +319,7 @@ def _compile_test(one: Any, path: str) -> Test:
 
 
 def _equals(wanted: Any, path: str) -> Test:
-    """Equality as JSON has it: 1 is 1.0, but true is not 1."""
+    """JSON equality: 1 equals 1.0, but true does not equal 1."""
     if wanted is None or isinstance(wanted, bool):
         return lambda found: found is wanted
     if isinstance(wanted, str):
@@ -331,7 +342,7 @@ def _affix(name: str, operand: Any, path: str) -> Test:
 
 
 def _anything_but(operand: Any, path: str) -> Test:
-    """The value is there, and none of the named ones."""
+    """The field exists, and its value is none of these."""
     listed: list[Any] = cast(list[Any], operand) if isinstance(operand, list) else [operand]
     if not listed:
         raise UsageError(
@@ -382,7 +393,10 @@ def _number(value: Any) -> bool:
 
 
 def wildcard(pattern: str, path: str) -> Test:
-    r"""A glob with `*` only; `\*` and `\\` stand for themselves. Linear: the pieces between stars are found left to right."""
+    r"""A test for a glob with `*` as its only wildcard; `\*` and `\\` are literal.
+
+    Linear: the pieces between the stars are searched from left to right.
+    """
     pieces = _split_wildcard(pattern, path)
     first, last, middle = pieces[0], pieces[-1], pieces[1:-1]
 
@@ -437,7 +451,7 @@ def _expect_string(operand: Any, name: str, path: str) -> str:
     return operand
 
 
-# --------------------------------------------------------------------------- for people
+# --------------------------------------------------------------------------- texts
 
 
 def _condition(path: str, alternatives: Sequence[Any]) -> str:

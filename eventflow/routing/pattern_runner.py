@@ -78,7 +78,7 @@ class PatternRunner:
             return None
         owner, pattern = self._patterns[subscription]
         machine, is_reset = pattern.machine, False
-        # The state object changes in place, so it leaves the cache whether or not the commit succeeds.
+        # The state changes in place, so it leaves the cache whether or not the commit succeeds.
         cached_bytes, cached_state = self._cache.pop((subscription, key), (None, None))
         if isinstance(state, bytes) and state == cached_bytes:
             state = cached_state

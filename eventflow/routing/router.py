@@ -291,7 +291,7 @@ def run_ended_event(run: RunEnded) -> Event:
         error = orjson.loads(run.error)
         data["error"] = {
             "type": error.get("type"),
-            "message": SECRETS.text(str(error.get("message"))),
+            "message": SECRETS.redact_text(str(error.get("message"))),
         }
     return Event(
         id=f"{run_id}/{state}/{run.token}",

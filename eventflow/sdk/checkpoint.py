@@ -28,10 +28,10 @@ from eventflow.sdk.checkpoint_files import (
     decode,
     encode,
     encode_path,
-    seal,
+    write_manifest,
     step_of,
-    sync,
-    unsealed,
+    fsync_path,
+    read_verified,
 )
 from eventflow.sdk.task import TaskContext, task_context
 from eventflow.serialization.codecs import fingerprint_diff
@@ -42,6 +42,20 @@ MIN_FREE_BYTES = 256 << 20
 """Bytes that a checkpoint leaves free, or 2 % of the disk if that is less: the ledger needs them (store/guard.py)."""
 
 log = get_logger("eventflow.checkpoint")
+LOG_EVENTS = {
+    "checkpoint.damaged": (
+        "The checksums of a checkpoint do not match; the previous checkpoint is tried."
+    ),
+    "checkpoint.ignored": (
+        "A checkpoint was saved with other task arguments; the task starts from the beginning."
+    ),
+    "checkpoint.loaded": "An attempt continues from `step`, saved by an earlier attempt.",
+    "checkpoint.not_removed": (
+        "An obsolete checkpoint could not be removed; a later sweep removes it."
+    ),
+    "checkpoint.saved": "A checkpoint is durable (debug).",
+    "checkpoint.unavailable": "A task runs outside of a run, where checkpoints are not stored.",
+}
 
 
 class LastCheckpoint(NamedTuple):
@@ -58,30 +72,35 @@ class CheckpointStore:
         self.directory = directory
         self.lock = threading.Lock()
         """Held while a checkpoint comes into its place: whoever has had it since an attempt was over sees no more of it."""
-        self.used: dict[str, set[str]] = {}
+        self._used: dict[str, set[str]] = {}
         """By run, the calls of it that may have some; of an earlier process's only those that were loaded since."""
 
-    def folder(self, key: str) -> Path:
+    def call_directory(self, key: str) -> Path:
         """Where the call with this idempotency key keeps its own. Names are ours: none comes from an event (S16)."""
         run, _, claim = key.partition("/")
         return self.directory / run / digest(claim.encode()).hex()
 
-    def use(self, key: str) -> None:
+    def mark_used(self, key: str) -> None:
         run, _, claim = key.partition("/")
         with self.lock:
-            self.used.setdefault(run, set()).add(claim)
+            self._used.setdefault(run, set()).add(claim)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any run has a checkpoint."""
+        return bool(self._used)
 
     def forget(self, run: str, claim: str | None = None) -> Callable[[], None] | None:
         """The call's value is durable, or with no claim all of the run's: what removes its checkpoints, if it has any."""
         with self.lock:
-            calls = self.used.get(run)
+            calls = self._used.get(run)
             if calls is None or (claim is not None and claim not in calls):
                 return None
             if claim is None:
-                del self.used[run]
+                del self._used[run]
             else:
                 calls.discard(claim)
-        gone = self.directory / run if claim is None else self.folder(f"{run}/{claim}")
+        gone = self.directory / run if claim is None else self.call_directory(f"{run}/{claim}")
         return lambda: self.remove(gone)
 
     def remove(self, folder: Path) -> None:
@@ -94,7 +113,7 @@ class CheckpointStore:
         except OSError as error:
             log.warning("checkpoint.not_removed", folder=str(folder), error=str(error))
 
-    def runs(self) -> list[str]:
+    def run_ids(self) -> list[str]:
         """The runs that something is kept for, as ids are shown."""
         if not self.directory.is_dir():
             return []
@@ -104,23 +123,25 @@ class CheckpointStore:
         """What an earlier process left: its runs are remembered, and what it was removing goes. Call before the first run."""
         for left in self.directory.glob(".gone-*"):
             shutil.rmtree(left, ignore_errors=True)
-        self.used.update((run, set[str]()) for run in self.runs())
+        self._used.update((run, set[str]()) for run in self.run_ids())
 
 
-_place: ContextVar[CheckpointStore | None] = ContextVar("eventflow_checkpoints", default=None)
+_store: ContextVar[CheckpointStore | None] = ContextVar("eventflow_checkpoints", default=None)
 
 
-_further: ContextVar[Callable[[], None] | None] = ContextVar("eventflow_further", default=None)
+_progress_callback: ContextVar[Callable[[], None] | None] = ContextVar(
+    "eventflow_further", default=None
+)
 
 
-def enter_checkpoints(place: CheckpointStore, further: Callable[[], None] | None) -> None:
+def enter_checkpoints(store: CheckpointStore, on_progress: Callable[[], None] | None) -> None:
     """Makes `place` the one that a body of this contextvars context keeps its own in.
 
     `further` is called, from any thread, when it has saved a step beyond all that were saved before it began.
     """
-    _place.set(place)
-    if further is not None:
-        _further.set(further)
+    _store.set(store)
+    if on_progress is not None:
+        _progress_callback.set(on_progress)
 
 
 def checkpoint(
@@ -142,16 +163,17 @@ def checkpoint(
     """
     if flow_loop("checkpoint") is not None:
         raise UsageError(
-            "checkpoint(): expected to be called in a @task body, found a flow; a flow's tasks are recorded anyway"
+            "checkpoint(): expected to be called in a @task body, found a flow; a flow's tasks are "
+            "recorded anyway"
         )
     if keep < 1 or max_bytes < 1:
         raise UsageError(
             f"checkpoint(keep=, max_bytes=) expected at least 1, found {keep} and {max_bytes}"
         )
-    place, context = _place.get(), task_context()
+    place, context = _store.get(), task_context()
     if place is None or context is None or not context.run_id:
         return Checkpoint(None, context, Path(), keep, max_bytes)
-    folder = place.folder(context.idempotency_key)
+    folder = place.call_directory(context.idempotency_key)
     return Checkpoint(
         place, context, folder / digest(name.encode()).hex() if name else folder, keep, max_bytes
     )
@@ -166,28 +188,28 @@ class Checkpoint:
 
     def __init__(
         self,
-        place: CheckpointStore | None,
+        store: CheckpointStore | None,
         context: TaskContext | None,
         folder: Path,
         keep: int,
-        largest: int,
+        max_bytes: int,
     ) -> None:
-        self._place, self._context, self._folder, self._keep, self._largest = (
-            place,
+        self._store, self._context, self._folder, self._keep, self._max_bytes = (
+            store,
             context,
             folder,
             keep,
-            largest,
+            max_bytes,
         )
-        self._one = threading.Lock()  # two threads of one body save one after the other
-        self._told = self._cleared = self._saved = False
-        self._further = None if place is None else _further.get()
-        self._reached = -1
+        self._save_lock = threading.Lock()  # two threads of one body save one after the other
+        self._has_logged = self._cleared = self._saved = False
+        self._on_progress = None if store is None else _progress_callback.get()
+        self._highest_step = -1
 
     @property
     def is_kept(self) -> bool:
         """Whether anything is kept: false outside a run."""
-        return self._place is not None
+        return self._store is not None
 
     def save(self, state: Any, step: int) -> None:
         """Keeps `state` as what was reached with `step`. Durable when it returns; the one before is gone then, unless `keep=`.
@@ -207,55 +229,55 @@ class Checkpoint:
 
         One whose sums do not hold is logged and left out; one that was saved under other arguments does not count.
         """
-        if self._place is None or self._context is None:
+        if self._store is None or self._context is None:
             return None
-        with self._place.lock:
+        with self._store.lock:
             pass  # what an earlier attempt was about to put in its place is there now, or never will be
         self._clear_drafts()
-        for folder in reversed(self._whole()):
+        for folder in reversed(self._complete()):
             try:
-                head = unsealed(folder)
+                head = read_verified(folder)
             except (OSError, ValueError) as damage:
                 log.error("checkpoint.damaged", folder=str(folder), error=str(damage))
                 continue
-            if not self._fits(head):
+            if not self._has_same_arguments(head):
                 return None
-            self._place.use(self._context.idempotency_key)
+            self._store.mark_used(self._context.idempotency_key)
             log.info("checkpoint.loaded", step=head.step, saved_by=head.attempt)
             return LastCheckpoint(decode(folder, head), head.step)
         return None
 
     def clear(self) -> None:
         """Forgets what was saved: the next attempt begins at the beginning."""
-        if self._place is not None:
-            for folder in self._whole():
-                self._place.remove(folder)
+        if self._store is not None:
+            for folder in self._complete():
+                self._store.remove(folder)
 
     # ----------------------------------------------------------------- writing
 
     def _save(self, step: int, write: Callable[[Path, "Callable[[int], None]"], Manifest]) -> None:
-        place, context = self._place, self._context
+        place, context = self._store, self._context
         if place is None or context is None:
-            if not self._told:
-                self._told = True
-                log.info("checkpoint.not_kept", reason="outside a run nothing is kept")
+            if not self._has_logged:
+                self._has_logged = True
+                log.info("checkpoint.unavailable", reason="outside a run nothing is kept")
             return
-        with self._one:
+        with self._save_lock:
             self._refuse_if_over(context)
             try:
                 self._clear_drafts()
                 self._make_folder(place)
-                place.use(context.idempotency_key)
+                place.mark_used(context.idempotency_key)
                 draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._folder))
                 try:
-                    head = write(draft, self._make_room)
+                    head = write(draft, self._check_size)
                     head.step, head.attempt, head.arguments = (
                         step,
                         context.attempt,
-                        _text(context.arguments),
+                        _text(context.arguments_fingerprint),
                     )
-                    seal(draft, head)
-                    self._put(place, context, draft, step)
+                    write_manifest(draft, head)
+                    self._publish(place, context, draft, step)
                 except BaseException:
                     shutil.rmtree(draft, ignore_errors=True)
                     raise
@@ -265,36 +287,38 @@ class Checkpoint:
                 ) from error
         log.debug("checkpoint.saved", step=step)
 
-    def _make_folder(self, place: CheckpointStore) -> None:
+    def _make_folder(self, store: CheckpointStore) -> None:
         above = [
-            folder for folder in self._folder.parents if folder.is_relative_to(place.directory)
+            folder for folder in self._folder.parents if folder.is_relative_to(store.directory)
         ]
         for folder in (*reversed(above), self._folder):
             folder.mkdir(exist_ok=True, mode=0o700)
 
-    def _put(self, place: CheckpointStore, context: TaskContext, draft: Path, step: int) -> None:
+    def _publish(
+        self, store: CheckpointStore, context: TaskContext, draft: Path, step: int
+    ) -> None:
         """The moment in which it is there: before it the last one stands, after it this one."""
-        with place.lock:
+        with store.lock:
             self._refuse_if_over(context)
-            known = self._whole()
+            known = self._complete()
             if not self._saved:
-                self._reached = max(map(step_of, known), default=-1)
+                self._highest_step = max(map(step_of, known), default=-1)
             number = int(known[-1].name) + 1 if known else 1
             draft.rename(self._folder / f"{number:08}")
-        self._sync(place)
-        if self._further is not None and step > self._reached:
-            self._further()
-            self._further = None
+        self._sync(store)
+        if self._on_progress is not None and step > self._highest_step:
+            self._on_progress()
+            self._on_progress = None
         for older in known[: len(known) + 1 - self._keep]:
-            place.remove(older)
+            store.remove(older)
 
-    def _sync(self, place: CheckpointStore) -> None:
-        sync(self._folder)
+    def _sync(self, store: CheckpointStore) -> None:
+        fsync_path(self._folder)
         if not self._saved:  # its own folder, and those above it, may be new
             self._saved, above = True, self._folder
-            while above != place.directory.parent:
+            while above != store.directory.parent:
                 above = above.parent
-                sync(above)
+                fsync_path(above)
 
     def _refuse_if_over(self, context: TaskContext) -> None:
         if context.is_over:
@@ -302,10 +326,10 @@ class Checkpoint:
                 f"attempt {context.attempt} of {context.task!r} is over; it can save no more"
             )
 
-    def _make_room(self, size: int) -> None:
+    def _check_size(self, size: int) -> None:
         """Asked with the bytes to come, before any is written."""
-        if size > self._largest:
-            shown = f"{size / 2**20:.1f} MiB, expected at most {self._largest / 2**20:.1f}"
+        if size > self._max_bytes:
+            shown = f"{size / 2**20:.1f} MiB, expected at most {self._max_bytes / 2**20:.1f}"
             raise CheckpointFailed(
                 f"the state is {shown}; keep less of it, or raise checkpoint(max_bytes=)"
             )
@@ -320,7 +344,7 @@ class Checkpoint:
 
     # ----------------------------------------------------------------- what is there
 
-    def _whole(self) -> list[Path]:
+    def _complete(self) -> list[Path]:
         """Those that were saved, oldest first."""
         return sorted(self._folder.glob("[0-9]" * 8)) if self._folder.is_dir() else []
 
@@ -331,12 +355,12 @@ class Checkpoint:
             for draft in self._folder.glob(".draft-*"):
                 shutil.rmtree(draft, ignore_errors=True)
 
-    def _fits(self, head: Manifest) -> bool:
-        mine = self._context.arguments if self._context is not None else None
+    def _has_same_arguments(self, head: Manifest) -> bool:
+        mine = self._context.arguments_fingerprint if self._context is not None else None
         saved = None if head.arguments is None else head.arguments.encode()
         diff = fingerprint_diff(saved, mine)
         if diff:
-            log.warning("checkpoint.passed_over", step=head.step, changed=diff)
+            log.warning("checkpoint.ignored", step=head.step, changed=diff)
         return not diff
 
 

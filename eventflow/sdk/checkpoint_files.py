@@ -56,9 +56,9 @@ def encode(state: Any, folder: Path, room: SizeCheck) -> Manifest:
         room(len(state))
         (folder / "state").write_bytes(state)
         return Manifest("bytes")
-    split = _Split()
+    split = _Extractor()
     try:
-        tree = split.take(state, STATE_PATH)
+        tree = split.extract(state, STATE_PATH)
     except RecursionError:
         raise NotStorable(STATE_PATH, f"{type_name(state)} nested too deep") from None
     form, data = encode_plain(tree, STATE_PATH)
@@ -81,38 +81,38 @@ def decode(folder: Path, head: Manifest) -> Any:
     tree = orjson.loads(data) if head.form == "json" else decode_tagged(data)
     if not head.leaves:
         return tree
-    return _Join(head.leaves, _arrays(folder), _tensors(folder)).put(tree)
+    return _Restorer(head.leaves, _arrays(folder), _tensors(folder)).restore(tree)
 
 
-class _Split:
+class _Extractor:
     """Takes a state apart: the plain tree, with None where an array or tensor was, and those in the order met."""
 
     def __init__(self) -> None:
         self.arrays: list[Any] = []
         self.tensors: list[Any] = []
         self.leaves: dict[int, str] = {}
-        self.size = self._met = 0
+        self.size = self._count = 0
         self._numpy: Any = sys.modules.get("numpy")  # a state with arrays in it has imported it
         self._torch: Any = sys.modules.get("torch")
 
-    def take(self, value: Any, path: str) -> Any:
+    def extract(self, value: Any, path: str) -> Any:
         kind = _type_of(value)
         if kind is dict or kind is OrderedDict:
             return {
-                key: self.take(member, f"{path}[{key!r}]")
+                key: self.extract(member, f"{path}[{key!r}]")
                 for key, member in cast(dict[Any, Any], value).items()
             }
         if kind is list or kind is tuple:
             return kind(
-                self.take(member, f"{path}[{index}]")
+                self.extract(member, f"{path}[{index}]")
                 for index, member in enumerate(cast(list[Any], value))
             )
-        number, self._met = self._met, self._met + 1
+        number, self._count = self._count, self._count + 1
         numpy, torch = self._numpy, self._torch
         if numpy is not None and (
             kind is numpy.ndarray or isinstance(value, numpy.generic | numpy.memmap)
         ):
-            return self._take_array(number, value, path)
+            return self._extract_array(number, value, path)
         if torch is not None and isinstance(value, torch.Tensor):
             self.leaves[number] = "tensor"
             self.size += value.numel() * value.element_size()
@@ -122,7 +122,7 @@ class _Split:
             return None
         return value
 
-    def _take_array(self, number: int, value: Any, path: str) -> None:
+    def _extract_array(self, number: int, value: Any, path: str) -> None:
         if value.dtype.hasobject:
             raise NotStorable(path, "numpy array of Python objects")
         self.leaves[number] = "scalar" if isinstance(value, self._numpy.generic) else "array"
@@ -130,21 +130,23 @@ class _Split:
         self.arrays.append(value)
 
 
-class _Join:
+class _Restorer:
     """Puts back what `_Split` took out, walking as it walked."""
 
     def __init__(self, leaves: dict[int, str], arrays: Any, tensors: Any) -> None:
-        self._leaves, self._met = leaves, 0
+        self._leaves, self._count = leaves, 0
         self._sources: dict[str, Any] = {"array": iter(arrays), "tensor": iter(tensors)}
 
-    def put(self, value: Any) -> Any:
+    def restore(self, value: Any) -> Any:
         kind = _type_of(value)
         if kind is dict:
-            return {key: self.put(member) for key, member in cast(dict[Any, Any], value).items()}
+            return {
+                key: self.restore(member) for key, member in cast(dict[Any, Any], value).items()
+            }
         if kind is list or kind is tuple:
-            return kind(self.put(member) for member in cast(list[Any], value))
-        found = self._leaves.get(self._met)
-        self._met += 1
+            return kind(self.restore(member) for member in cast(list[Any], value))
+        found = self._leaves.get(self._count)
+        self._count += 1
         if found is None:
             return value
         return next(self._sources["array"])[()] if found == "scalar" else next(self._sources[found])
@@ -182,7 +184,8 @@ def encode_path(path: Path, folder: Path, room: SizeCheck) -> Manifest:
     name = path.resolve().name
     if not name or not (path.is_dir() or path.is_file()):
         raise UsageError(
-            f"save_file({str(path)!r}): expected a file or a folder, found {'no such' if path.exists() else 'none'}"
+            f"save_file({str(path)!r}): expected a file or a folder, found "
+            f"{'no such' if path.exists() else 'none'}"
         )
     room(sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()))
     target = folder / "files" / name
@@ -197,27 +200,27 @@ def encode_path(path: Path, folder: Path, room: SizeCheck) -> Manifest:
 # --------------------------------------------------------------------------- sums
 
 
-def seal(folder: Path, head: Manifest) -> None:
+def write_manifest(folder: Path, head: Manifest) -> None:
     """Makes the folder durable and writes its head."""
     head.files = {}
     for where, _, names in os.walk(folder):
         for name in names:
             path = Path(where, name)
-            head.files[str(path.relative_to(folder))] = (path.stat().st_size, _sum(path))
+            head.files[str(path.relative_to(folder))] = (path.stat().st_size, _digest(path))
     # The standard library's: a file may have a name that is no UTF-8.
     (folder / "head").write_text(json.dumps(msgspec.to_builtins(head, str_keys=True)))
     for where, _, names in os.walk(folder, topdown=False):
         for name in names:
-            sync(Path(where, name))
-        sync(Path(where))
+            fsync_path(Path(where, name))
+        fsync_path(Path(where))
 
 
-def unsealed(folder: Path) -> Manifest:
+def read_verified(folder: Path) -> Manifest:
     """The head of a checkpoint whose files are those that were saved; ValueError or OSError says what is wrong."""
     head = msgspec.convert(json.loads((folder / "head").read_text()), Manifest, strict=False)
     for name, (size, digest) in head.files.items():
         path = folder / name
-        if path.stat().st_size != size or _sum(path) != digest:
+        if path.stat().st_size != size or _digest(path) != digest:
             raise ValueError(f"{name} is not as it was saved")
     return head
 
@@ -230,12 +233,12 @@ def step_of(folder: Path) -> int:
         return -1
 
 
-def _sum(path: Path) -> str:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """fsync of a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -61,6 +61,12 @@ MAX_NAMED_ROWS = 5
 """Offending rows that a result names; it counts all of them."""
 
 log = get_logger("eventflow.checks")
+LOG_EVENTS = {
+    "check.failed": (
+        "A check of data or of a metric failed; the line names the column and counts the rows."
+    ),
+    "check.passed": "A check of data or of a metric passed.",
+}
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -108,23 +114,25 @@ def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Resu
     extra = [name for name in names if name not in types] if exact else []
     if (missing or extra) and (names or count_of(data)):
         found = [f"no {name!r}" for name in missing] + [f"also {name!r}" for name in extra]
-        return _settle(
+        return _report(
             _result("schema", False, _names(types), ", ".join(found), column=(missing + extra)[0])
         )
     for name, wanted in types.items():
-        fits = _fitting(wanted)
+        fits = _type_test(wanted)
         bad = [(place, value) for place, value in enumerate(column(data, name)) if not fits(value)]
         if bad:
             kinds = ", ".join(
                 sorted({"null" if is_null(value) else type(value).__name__ for _, value in bad})
             )
-            return _settle(_rows("schema", name, _type_text(wanted), bad, count_of(data), kinds))
-    return _settle(_result("schema", True, _names(types), "the same", total=count_of(data)))
+            return _report(
+                _rows_result("schema", name, _type_text(wanted), bad, count_of(data), kinds)
+            )
+    return _report(_result("schema", True, _names(types), "the same", total=count_of(data)))
 
 
 def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
     """No more than a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
-    return _each(
+    return _check_values(
         data,
         names,
         "not_null",
@@ -152,7 +160,9 @@ def within(
             return True
 
     expected = _range(at_least, at_most)
-    return _each(data, (name,), "within", expected, lambda values: map(bad, values), outside)
+    return _check_values(
+        data, (name,), "within", expected, lambda values: map(bad, values), outside
+    )
 
 
 def unique(data: Data, *names: str) -> Result:
@@ -166,8 +176,8 @@ def unique(data: Data, *names: str) -> Result:
         if key in seen:
             bad.append((place, values[0] if len(names) == 1 else list(values)))
         seen.add(key)
-    return _settle(
-        _rows(
+    return _report(
+        _rows_result(
             "unique", "+".join(names), "no value twice", bad, count_of(data), f"{len(bad)} repeated"
         )
     )
@@ -183,14 +193,14 @@ def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float 
     def bad(values: Iterable[Any]) -> Iterable[bool]:
         return (not is_null(value) and hashable(value) not in known for value in values)
 
-    return _each(data, (name,), "categories", expected, bad, outside)
+    return _check_values(data, (name,), "categories", expected, bad, outside)
 
 
 def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> Result:
     """The number of rows lies in [at_least, at_most]."""
     count = count_of(data)
     passed = count >= at_least and (at_most is None or count <= at_most)
-    return _settle(
+    return _report(
         _result("row_count", passed, f"rows {_range(at_least, at_most)}", str(count), total=count)
     )
 
@@ -212,7 +222,7 @@ def distribution(
     known = reference if isinstance(reference, Profile) else profile(reference, bins)
     value = psi(known, known.shares_of(column(data, name)))
     expected = f"PSI of at most {at_most:.4g}"
-    return _settle(
+    return _report(
         _result(
             "distribution",
             value <= at_most,
@@ -233,8 +243,8 @@ def finite(**values: Any) -> Result:
         bad = not_finite(value)
         if bad:
             kinds = ", ".join(sorted({repr(float(number)) for _, number in bad[:1000]}))
-            return _settle(_rows("finite", name, "finite numbers", bad, None, kinds))
-    return _settle(_result("finite", True, "finite numbers", ", ".join(values)))
+            return _report(_rows_result("finite", name, "finite numbers", bad, None, kinds))
+    return _report(_result("finite", True, "finite numbers", ", ".join(values)))
 
 
 def gate(
@@ -248,7 +258,7 @@ def gate(
         and (at_most is None or value <= at_most)
         and not math.isnan(value)
     )
-    return _settle(
+    return _report(
         _result("gate", passed, _range(at_least, at_most), f"{value:.6g}", column=metric)
     )
 
@@ -267,7 +277,7 @@ def better(
     `lower`: less is better, as for an error. With no champion (None, or NaN) any finite challenger passes.
     """
     if champion is None or math.isnan(champion):
-        return _settle(
+        return _report(
             _result(
                 "better",
                 math.isfinite(challenger),
@@ -280,7 +290,7 @@ def better(
     gain = champion - challenger if lower else challenger - champion
     bound = champion - margin if lower else champion + margin
     expected = f"{'less' if lower else 'more'} than {bound:.6g} (champion: {champion:.6g})"
-    return _settle(_result("better", gain > margin, expected, f"{challenger:.6g}", column=metric))
+    return _report(_result("better", gain > margin, expected, f"{challenger:.6g}", column=metric))
 
 
 # --------------------------------------------------------------------------- several at once
@@ -312,12 +322,12 @@ def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[Chec
     finally:
         _collected.reset(marks[0])
         _telling.reset(marks[1])
-    _tell(results, emit_passed, raises)
+    _emit_results(results, emit_passed, raises)
     if raises and results.failed:
         raise CheckFailed(results.failed)
 
 
-def _settle(result: Result) -> Result:
+def _report(result: Result) -> Result:
     """Logs a result; then it is collected, or told and raised if it fails."""
     fields = {
         "check": result.check,
@@ -332,13 +342,13 @@ def _settle(result: Result) -> Result:
     if (collected := _collected.get()) is not None:
         collected.append(result)
         return result
-    _tell([result], False, True)
+    _emit_results([result], False, True)
     if not result.passed:
         raise CheckFailed([result])
     return result
 
 
-def _tell(results: Iterable[Result], passed_too: bool, raised: bool) -> None:
+def _emit_results(results: Iterable[Result], passed_too: bool, raised: bool) -> None:
     """Makes events of results, in a task of a run: of a failure with the task's failure, which it is about to bring about."""
     body = task_context()
     if body is None or not body.run_id:
@@ -362,7 +372,7 @@ def _result(check: str, passed: bool, expected: str, found: str, **more: Any) ->
     return Result(check=check, passed=passed, expected=expected, found=found, **more)
 
 
-def _rows(
+def _rows_result(
     check: str,
     name: str,
     expected: str,
@@ -384,7 +394,7 @@ def _rows(
     )
 
 
-def _each(
+def _check_values(
     data: Data,
     names: Sequence[str],
     check: str,
@@ -402,8 +412,8 @@ def _each(
         if len(found) > allowed * total:
             kinds = Counter(repr(json_or_text(value)) for _, value in found)
             text = ", ".join(kind for kind, _ in kinds.most_common(3))
-            return _settle(_rows(check, name, expected, found, total, text))
-    return _settle(
+            return _report(_rows_result(check, name, expected, found, total, text))
+    return _report(
         _result(
             check,
             True,
@@ -425,7 +435,7 @@ _KINDS: Mapping[Any, type] = {float: Real, int: Integral, None: type(None), Any:
 """What counts as a type that a schema names: an int is a float too, and numpy's numbers are numbers."""
 
 
-def _fitting(wanted: Any) -> Callable[[Any], bool]:
+def _type_test(wanted: Any) -> Callable[[Any], bool]:
     members: tuple[Any, ...] = (
         get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
     )

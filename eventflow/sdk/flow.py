@@ -1,8 +1,9 @@
-"""`@flow`: an async function whose execution is a durable run, and the words flow code uses: `current_run`, `sleep`, `timeout`,
-`emit`, `restart_with`.
+"""`@flow` makes an async function whose execution is a durable run; and the functions of flow code:
+`current_run`, `sleep`, `timeout`, `emit`, `restart_with`.
 
-A flow is started by an event (routing.py), by a door (`app.start`, the API), or by another flow, whose child it then is. The
-executor runs it. Called outside a run and outside an App it is just its function.
+A run of a flow is started by an event (routing/router.py), by `app.start` or the API, or by another
+flow as its child. The engine executes it and is called from here through `FlowCallPerformer`.
+Outside a run, calling a flow calls its function.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 
 class FlowOptions(msgspec.Struct, frozen=True):
-    """What `@flow(...)` was given. Durations are seconds."""
+    """The options of `@flow(...)`. Durations in seconds."""
 
     name: str
     timeout: float | None = None
@@ -44,11 +45,12 @@ class FlowOptions(msgspec.Struct, frozen=True):
 
 
 class RunContext:
-    """What `current_run()` tells a flow (and its task bodies).
+    """The current run, as `current_run()` returns it in a flow and in its task bodies.
 
-    `id` and `event` say what is running and why; of a run that gathered several, `events` are all, `event` the newest. `now` is
-    the time of the last thing the journal delivered, `random` a generator seeded by the run: both replay alike in the flow. A
-    task body has a generator of its own, which does not. `state` is what the App's lifespan yielded.
+    `event` started the run; of several `events`, it is the newest. `now` is the time of the last
+    value that the journal delivered, `random` a generator seeded by the run: in the flow, both give
+    the same values when it is replayed. A task body has a separate generator, which does not.
+    `state` is what the App's lifespan yielded.
     """
 
     __slots__ = ("_body_random", "_events", "_flow_random", "_now", "_seed", "flow", "id", "state")
@@ -62,22 +64,23 @@ class RunContext:
         state: Any,
         generation: int = 0,
     ) -> None:
-        self.id, self.flow, self.state = ident, flow, state
-        self._events, self._now = events, now
-        self._seed = f"{ident}~{generation}" if generation else ident
+        self.id: str = ident
+        self.flow: str = flow
+        self.state: Any = state
+        self._events: Callable[[], list[Event]] = events
+        self._now: Callable[[], int] = now
+        self._seed: str = f"{ident}~{generation}" if generation else ident
         self._flow_random: random.Random | None = None
         self._body_random: random.Random | None = None
 
     @property
     def log(self) -> Log:
-        """A logger named like the flow, for the user's own lines."""
+        """A logger for user code, named like the flow."""
         return get_logger(self.flow)
 
     @property
     def random(self) -> random.Random:
-        if (
-            task_context() is not None
-        ):  # a body draws when it happens to run: it must not move what the flow draws next
+        if task_context() is not None:  # draws of a task body must not change those of the flow
             self._body_random = self._body_random or random.Random()
             return self._body_random
         self._flow_random = self._flow_random or random.Random(self._seed)
@@ -85,13 +88,16 @@ class RunContext:
 
     @property
     def event(self) -> Event | None:
-        """The event that started the run, the newest if there are several; None for a child run."""
+        """The event that started the run, the newest of several; None for a child run."""
         events = self._events()
         return events[-1] if events else None
 
     @property
     def events(self) -> list[Event]:
-        """All events of the run, in the order recorded: one, several (`app.on(deliver=)`), or none for a child run."""
+        """The events of the run, in the order recorded.
+
+        One, or several with `app.on(deliver=)`, or none for a child run.
+        """
         return list(self._events())
 
     @property
@@ -103,7 +109,7 @@ _run: ContextVar[RunContext | None] = ContextVar("eventflow_run", default=None)
 
 
 def current_run() -> RunContext:
-    """The run this code belongs to. Raises UsageError outside one."""
+    """The run that this code is executed in. Raises UsageError outside a run."""
     context = _run.get()
     if context is None:
         raise UsageError(
@@ -113,12 +119,12 @@ def current_run() -> RunContext:
 
 
 def enter_run(context: RunContext) -> None:
-    """Makes `context` the current one of this contextvars context."""
+    """Set `current_run()` in this contextvars context."""
     _run.set(context)
 
 
 class FlowCallPerformer(CallPerformer, Protocol):
-    """The executor, as flow code sees it."""
+    """What flow code needs of the engine; implemented by `engine.execution.Execution`."""
 
     def perform_flow(
         self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,7 +151,9 @@ class Flow(Generic[P, T]):
 
     @property
     def binder(self) -> Binder:
-        """How events and parameters become arguments; built at first use, so that forward references resolve."""
+        """How events and parameters become arguments; built at first use, so that forward
+        references resolve.
+        """
         if self._binder is None:
             self._binder = Binder(self.fn, self.name)
         return self._binder
@@ -167,33 +175,33 @@ class Flow(Generic[P, T]):
 
 
 def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
-    """The flows that this one's code names, itself or in the functions of its package that it names: those it may start as
-    children.
+    """The flows that this flow's code refers to, and may therefore start as children.
 
-    A child that a crash left in flight is claimed before its parent has called it again; its flow must be known by then.
+    Includes references in functions of its package that it refers to. Needed because a child run
+    that a crash interrupted may be claimed before its parent has called the child flow again.
     """
     found: list[Flow[..., Any]] = []
     functions: list[Any] = [flow.fn]
     for function in functions:  # grows as it goes
-        for value in _named(function):
+        for value in _referenced_values(function):
             if isinstance(value, Flow):
                 found.append(cast("Flow[..., Any]", value))
                 functions += [value.fn] if value.fn not in functions else []
             elif (
                 inspect.isfunction(value)
                 and value not in functions
-                and _package(value) == _package(function)
+                and _top_package(value) == _top_package(function)
             ):
                 functions.append(value)
     return found
 
 
-def _package(function: Any) -> str:
+def _top_package(function: Any) -> str:
     return function.__module__.partition(".")[0]
 
 
-def _named(function: Any) -> list[Any]:
-    """What the names in a function's code stand for: globals, attributes of modules, and what it closes over."""
+def _referenced_values(function: Any) -> list[Any]:
+    """The values of names in a function's code: globals, module attributes and closure cells."""
     codes = [function.__code__]
     values: list[Any] = []
     for cell in function.__closure__ or ():
@@ -229,12 +237,15 @@ def flow(
     on_failure: Hook | None = None,
 ) -> "FlowDecorator": ...
 def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
-    """Makes an `async def` function a flow.
+    """Make an `async def` function a flow.
 
-    - `timeout`: seconds a run may take from its first start, waits included (`timeout_counts="running"` leaves out the time it
-      is suspended). `grace`: how long `finally` blocks may work after a cancel or a timeout.
-    - `concurrency`: how many runs of it execute at once; the rest wait. `priority`: higher first, within this flow.
-    - `on_success(run, value)`, `on_failure(run, error)`: called after the outcome is recorded, best effort.
+    - `timeout`: seconds that a run may take from its first start, waits included; with
+      `timeout_counts="running"`, without the time in which it is suspended. `grace`: seconds for
+      `finally` blocks after a cancel or a timeout.
+    - `concurrency`: the number of its runs that execute at once; the others wait. `priority`: runs
+      with a higher one start first, within this flow.
+    - `on_success(run, value)`, `on_failure(run, error)`: called after the outcome is recorded, best
+      effort.
     """
 
     def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
@@ -257,12 +268,18 @@ class FlowDecorator(Protocol):
 
 
 async def sleep(delay: Duration) -> None:
-    """Waits. In a flow it is durable: it survives a crash, and a wait of a minute or more holds no memory."""
+    """Wait for `delay`. In a flow, the wait is durable.
+
+    It survives a crash, and a run that waits for a minute or more is not kept in memory.
+    """
     await asyncio.sleep(seconds(delay))
 
 
 def timeout(delay: Duration | None) -> asyncio.Timeout:
-    """`async with timeout(30):` cancels the block when time is up and raises TimeoutError. Durable in a flow."""
+    """`async with timeout(30):` cancels the block after 30 s and raises TimeoutError.
+
+    Durable in a flow.
+    """
     return asyncio.timeout(None if delay is None else seconds(delay))
 
 
@@ -273,10 +290,10 @@ async def emit(
     subject: str | None = None,
     **extensions: str | int | bool,
 ) -> str:
-    """Publishes an event; `app.on(event_type, flow)` subscribes to it. Returns its id.
+    """Emit an event; `app.on(event_type, flow)` subscribes to it. Returns its id.
 
-    In a flow: a journal entry, published by the commit that records it, never twice, never undone. In a task body:
-    published with the task's success, and not at all if it fails.
+    In a flow, it is a journal entry: published by the commit that records it, exactly once, and
+    never undone. In a task body, it is published with the task's success, and not if it fails.
     """
     fields: dict[str, Any] = {"data": data, "subject": subject, "extensions": extensions}
     loop = flow_loop("emit")
@@ -285,17 +302,18 @@ async def emit(
     body = task_context()
     if body is None or not body.run_id:
         raise UsageError(
-            "emit(): expected to be called in a flow or a task of a run; outside, use `await app.emit(...)`"
+            "emit(): expected to be called in a flow or a task of a run; outside, use `await "
+            "app.emit(...)`"
         )
     return body.emit(event_type, fields)
 
 
 async def restart_with(**params: Any) -> NoReturn:
-    """Ends this life of the run and begins it afresh under the same id, with these parameters and an empty journal.
+    """Restart the run under the same id, with these parameters and an empty journal.
 
-    For flows that go on for ever: `await restart_with(cursor=cursor)` every few thousand steps keeps the journal short.
-    Everything still under way is cancelled, child runs included; code after it does not run. Effects of the new life have new
-    idempotency keys.
+    For flows that never end: `await restart_with(cursor=cursor)` every few thousand steps keeps the
+    journal short. Pending calls are cancelled, child runs included; the code after it does not run.
+    Task calls after the restart have new idempotency keys.
     """
     loop = flow_loop("restart_with")
     if loop is None:

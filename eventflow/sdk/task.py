@@ -1,8 +1,9 @@
-"""`@task`: a function whose calls inside a flow are journaled, retried and bounded in time.
+"""`@task` makes a function whose calls in a flow are journaled, retried and limited in time.
 
-Called in a flow, a task claims its place in the journal and hands the call to the executor through `Caller`. Called anywhere
-else, it is just its function, with the same retries and timeout. An `async def` body runs on the worker's loop; a plain `def`
-body runs in a bounded thread pool. Both are awaited: `await score(order)`. `score.fn` is the undecorated function.
+Called in a flow, a task takes the next call key of its scope and passes the call to the engine
+through `CallPerformer`. Called anywhere else, it calls its function, with the same retries and
+timeout. An `async def` body runs on the worker's event loop, a plain `def` body in a bounded thread
+pool. Both are awaited: `await score(order)`. `score.fn` is the undecorated function.
 """
 
 import asyncio
@@ -41,7 +42,7 @@ Hook = Callable[..., Any]
 
 
 class TaskOptions(msgspec.Struct, frozen=True):
-    """What `@task(...)` was given. Durations are seconds."""
+    """The options of `@task(...)`. Durations in seconds."""
 
     name: str
     retries: Retry
@@ -55,11 +56,11 @@ class TaskOptions(msgspec.Struct, frozen=True):
 
 
 class TaskContext(msgspec.Struct, gc=False):
-    """What `current_task()` tells a task body.
+    """The current attempt of a task, as `current_task()` returns it in the body.
 
-    `attempt` counts from 1. `idempotency_key` is the same for every attempt of this call, across restarts: hand it to whatever
-    the body writes to, since a body runs at least once. `log` is bound to run, task and attempt. Outside a run, `run_id` and
-    `idempotency_key` are empty.
+    `attempt` counts from 1. `idempotency_key` is the same for every attempt of this call, across
+    restarts: pass it to the systems that the body writes to, since a body runs at least once. `log`
+    is bound to run, task and attempt. Outside a run, `run_id` and `idempotency_key` are empty.
     """
 
     run_id: str
@@ -67,21 +68,22 @@ class TaskContext(msgspec.Struct, gc=False):
     attempt: int
     idempotency_key: str
     success_events: list[tuple[str, str, dict[str, Any]]] | None = None
-    arguments: bytes | None = None
-    """Their fingerprint."""
+    arguments_fingerprint: bytes | None = None
     is_over: bool = False
-    """The attempt has ended, or was given up: what its body still does counts for nothing."""
-
+    """Whether the attempt has ended or was abandoned; what its body still does has no effect."""
     failure_events: list[tuple[str, str, dict[str, Any]]] | None = None
-    """Events to publish when this attempt fails and is the last."""
+    """(id, type, fields) of the events to publish if this attempt fails and is the last."""
 
     @property
     def log(self) -> Any:
         return get_logger(self.task)
 
     def emit(self, event_type: str, fields: dict[str, Any], *, with_failure: bool = False) -> str:
-        """Publishes an event with the success of the task, or with its failure. Returns its id. `emit()` is for users."""
-        if with_failure:  # after a retry by hand it may fail again, of something else
+        """Publish an event with the success or the failure of the task. Returns its id.
+
+        User code calls `emit()` instead.
+        """
+        if with_failure:  # numbered by attempt: after a manual retry the task may fail again
             self.failure_events = self.failure_events or []
             ident = f"{self.idempotency_key}/failed#{self.attempt}.{len(self.failure_events)}"
             self.failure_events.append((ident, event_type, fields))
@@ -96,7 +98,7 @@ _current: ContextVar[TaskContext | None] = ContextVar("eventflow_task", default=
 
 
 def current_task() -> TaskContext:
-    """The call whose body is running. Raises UsageError outside a task body."""
+    """The attempt whose body is running. Raises UsageError outside a task body."""
     context = _current.get()
     if context is None:
         raise UsageError(
@@ -111,48 +113,57 @@ def task_context() -> TaskContext | None:
 
 
 def enter_task(context: TaskContext) -> None:
-    """Makes `context` the current one of this contextvars context."""
+    """Set `current_task()` in this contextvars context."""
     _current.set(context)
 
 
 class TaskCall:
-    """One call of a task in a flow: its claim, its arguments, and the future that the flow awaits."""
+    """One call of a task in a flow. The engine keeps its progress here."""
 
     __slots__ = (
-        "args", "attempt", "body", "call_key", "context", "fingerprint", "future", "handle", "kwargs", "running", "spent", "task",
+        "args",
+        "attempt",
+        "body",
+        "call_key",
+        "context",
+        "fingerprint",
+        "future",
+        "handle",
+        "kwargs",
+        "running",
+        "spent",
+        "task",
         "thread",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
         task: "Task[..., Any]",
-        claim: str,
+        call_key: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        print_: bytes | None,
+        fingerprint: bytes | None,
     ) -> None:
-        self.task, self.call_key, self.args, self.kwargs, self.fingerprint = (
-            task,
-            claim,
-            args,
-            kwargs,
-            print_,
-        )
-        self.future: asyncio.Future[Any] | None = None
-        self.handle: Any = None  # the attempt's asyncio task, or the timer that waits for the next
+        self.task: Task[..., Any] = task
+        self.call_key: str = call_key
+        self.args: tuple[Any, ...] = args
+        self.kwargs: dict[str, Any] = kwargs
+        self.fingerprint: bytes | None = fingerprint  # of the arguments; None: not verified
+        self.future: asyncio.Future[Any] | None = None  # what the flow awaits
+        self.handle: Any = None  # the attempt's asyncio task, or the timer of the next attempt
         self.context: Any = None
-        self.body: TaskContext | None = None  # of the attempt under way, or the last one
-        self.attempt = 0  # the attempt under way, or the last one
-        self.spent = 0  # failures since the last retry by hand: what the Retry's budget counts
-        self.running = False  # a body of it is under way
+        self.body: TaskContext | None = None  # of the current attempt, or the last one
+        self.attempt: int = 0  # the number of the current attempt, or the last one
+        self.spent: int = 0  # failed attempts since the last manual retry, for Retry.attempts
+        self.running: bool = False  # whether a body is executing
         self.thread: Any = None  # where a plain `def` body runs
 
 
 class CallPerformer(LoopHost, Protocol):
-    """The executor, as a task call sees it."""
+    """What a task call needs of the engine; implemented by `engine.execution.Execution`."""
 
     async def perform(self, call: TaskCall) -> Any:
-        """The recorded value of `call`, or the value of running it. Claimed already; starts when awaited."""
+        """The value of `call`: recorded, or returned by its body. Starts when awaited."""
         ...
 
     def perform_all(
@@ -161,7 +172,7 @@ class CallPerformer(LoopHost, Protocol):
 
 
 class Task(Generic[P, R]):
-    """A task, made by `@task`. Calling it gives a coroutine; awaiting that gives the body's return value."""
+    """A task, made by `@task`. Calling it returns a coroutine; awaiting that, the body's value."""
 
     def __init__(
         self, fn: Callable[..., Any], options: TaskOptions, codec: str | None = None
@@ -181,7 +192,7 @@ class Task(Generic[P, R]):
 
     @property
     def result(self) -> ResultCodec:
-        """How values of this task are stored; built from the return annotation at first use."""
+        """The codec of this task's values; built from the return annotation at first use."""
         if self._result is None:
             self._result = ResultCodec(
                 return_annotation(self.fn), f"task {self.name!r} result", self._codec_name
@@ -190,7 +201,7 @@ class Task(Generic[P, R]):
 
     def options_with(self, **changes: Any) -> "Task[P, R]":
         """The same task with other options: `score.options_with(retries=1)(order)`."""
-        given = _normal(changes)
+        given = _normalized_options(changes)
         return Task(self.fn, msgspec.structs.replace(self.options, **given), self._codec_name)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
@@ -215,11 +226,12 @@ class Task(Generic[P, R]):
         limit: int = 1000,
         return_exceptions: bool = False,
     ) -> Coroutine[Any, Any, list[R]]:
-        """One call per item, at most `limit` at a time; the values in input order.
+        """One call per item, at most `limit` at a time; returns the values in input order.
 
-        The first item whose attempts are exhausted stops new ones; running ones end; then an ExceptionGroup of all errors is
-        raised. `return_exceptions=True` runs everything and puts errors in the list. `key` names each call by its item, so
-        that a recorded value is found again when the list has changed. Outside a run the items are plain calls.
+        When an item fails after its last attempt, no new calls start, running ones end, and an
+        ExceptionGroup of all errors is raised. With `return_exceptions=True`, all items run and the
+        list contains the errors. `key` computes a call's name from its item, so that a recorded
+        value is found again after the list has changed. Outside a run, the items are plain calls.
         """
         if limit < 1:
             raise UsageError(f"{self.name}.map(limit=) expected at least 1, found {limit}")
@@ -238,46 +250,44 @@ class Task(Generic[P, R]):
     ) -> Iterable[TaskCall]:
         seen: set[str] = set()
         for ordinal, item in enumerate(items):
-            claim = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
-            if key and claim in seen:
+            call_key = f"{path}[{key(item)}]" if key else f"{path}#{ordinal}"
+            if key and call_key in seen:
                 raise UsageError(
                     f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ"
                 )
-            seen.add(claim)
-            yield TaskCall(self, claim, (item,), {}, self._fingerprint((item,), {}))
+            seen.add(call_key)
+            yield TaskCall(self, call_key, (item,), {}, self._fingerprint((item,), {}))
 
     def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
-        if self._signature is not None:  # *args: the slow, general way
+        if self._signature is not None:  # *args need the slow, general way
             try:
                 bound = self._signature.bind(*args, **kwargs)
             except TypeError:
-                return None  # as below
+                return None  # the call of the body raises it
             bound.apply_defaults()
             return fingerprint((), (), bound.arguments, {})
         if len(args) > len(self._names):
-            return None  # the body will raise the TypeError that says so
+            return None  # the call of the body raises a TypeError
         return fingerprint(self._names, args, kwargs, self._defaults)
 
     # ----------------------------------------------------------------- outside a run
 
     async def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        retry, attempt, draw = self.options.retries, 1, random.Random()
+        retry, attempt, rng = self.options.retries, 1, random.Random()
         while True:
             enclosing = task_context()
             if enclosing is None or not enclosing.run_id:
                 enter_task(TaskContext("", self.name, attempt, ""))
             try:
                 return await self._plain_attempt(args, kwargs)
-            except (
-                Exception
-            ) as error:  # around an attempt: whatever user code raises is asked of its Retry
-                wait = retry.delay_after(attempt, error, draw)
-                if wait is None:
+            except Exception as error:  # around an attempt: the Retry decides
+                delay = retry.delay_after(attempt, error, rng)
+                if delay is None:
                     raise
             finally:
                 _current.set(enclosing)
             attempt += 1
-            await asyncio.sleep(wait)
+            await asyncio.sleep(delay)
 
     async def _plain_attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         work: Coroutine[Any, Any, Any]
@@ -311,7 +321,7 @@ class Task(Generic[P, R]):
 
 
 def settle_map(name: str, results: Sequence[Any], return_exceptions: bool) -> list[Any]:
-    """The list, or an ExceptionGroup of the errors in it."""
+    """The results as a list. Raises an ExceptionGroup of the errors among them, if asked to."""
     errors = [result for result in results if isinstance(result, Exception)]
     if errors and not return_exceptions:
         raise ExceptionGroup(f"{len(errors)} items of {name}.map failed", errors)
@@ -319,7 +329,7 @@ def settle_map(name: str, results: Sequence[Any], return_exceptions: bool) -> li
 
 
 def return_annotation(fn: Callable[..., Any]) -> Any:
-    """The resolved return annotation of a function; Any when there is none."""
+    """The resolved return annotation of a function; Any if there is none."""
     if "return" not in getattr(fn, "__annotations__", {}):
         return Any
     try:
@@ -330,8 +340,8 @@ def return_annotation(fn: Callable[..., Any]) -> Any:
         ) from None
 
 
-def _normal(given: dict[str, Any]) -> dict[str, Any]:
-    """Options as users write them, as `TaskOptions` holds them."""
+def _normalized_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of `@task`, checked and converted for `TaskOptions`."""
     if "retries" in given:
         given["retries"] = as_retry(given["retries"])
     if given.get("timeout") is not None:
@@ -373,22 +383,27 @@ def task(
     codec: str | None = None,
     **given: Any,
 ) -> Any:
-    """Makes a function a task.
+    """Make a function a task.
 
-    - `retries`: a `Retry`, a number of retries, or a list of delays; default none. `timeout`: seconds one attempt may take,
-      from the start of its body.
-    - `concurrency`: how many bodies of it run at once in this process.
-    - `on_changed`: what to do when a recorded call comes back with other arguments: `"error"` holds the run with a field diff,
-      `"rerun"` runs it again, `"accept"` takes the recorded value.
-    - `key`: a callable of the arguments; its text names the call in the journal instead of its ordinal.
-    - `codec`: `"pickle"` stores what plain data cannot (read by workers only); default by the return annotation.
-    - `on_success(value)`, `on_failure(error)`, `on_retry(error, delay)`: called after the fact on the worker's loop; plain or
-      async. Best effort: a crash may skip or repeat one, and what it raises is logged.
+    - `retries`: a `Retry`, a number of retries, or a list of delays; default: none. `timeout`:
+      seconds that one attempt may take, from the start of its body.
+    - `concurrency`: the number of its bodies that execute at once in this process.
+    - `on_changed`: what happens when a recorded call is repeated with other arguments: `"error"`
+      holds the run, with a field diff; `"rerun"` runs the call again; `"accept"` uses the recorded
+      value.
+    - `key`: a callable of the arguments; its text replaces the ordinal in the call's journal key.
+    - `codec`: `"pickle"` stores values that plain data cannot represent; only workers read them.
+      Default: by the return annotation.
+    - `on_success(value)`, `on_failure(error)`, `on_retry(error, delay)`: called afterwards on the
+      worker's event loop; plain or async. Best effort: a crash may skip or repeat a call, and an
+      exception is logged.
     """
 
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:
         options = TaskOptions(
-            name or function.__name__, as_retry(given.pop("retries", None)), **_normal(given)
+            name or function.__name__,
+            as_retry(given.pop("retries", None)),
+            **_normalized_options(given),
         )
         return Task(function, options, codec)
 

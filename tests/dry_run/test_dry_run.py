@@ -89,10 +89,10 @@ async def test_the_same_code_tells_what_happened(seed: int) -> None:
         )
         counts = await app.store.counts()
         tallies = told["subscriptions"]
-        assert sum(each["lapsed"] + each["filtered"] for each in tallies) == counts["suppressed"]
+        assert sum(each["expired"] + each["filtered"] for each in tallies) == counts["suppressed"]
         assert sum(each["events"] for each in tallies) == counts["completed"]
         assert all(
-            each["heard"] == each["events"] + each["lapsed"] + each["waiting"] for each in tallies
+            each["received"] == each["events"] + each["expired"] + each["waiting"] for each in tallies
         )
 
 
@@ -118,7 +118,7 @@ async def test_windows_are_those_of_the_ledger(mode: Any) -> None:
         assert sorted(run[2] for run in foreseen(told)) == sorted(run[2] for run in real)
         (tally,) = told["subscriptions"]
         assert (
-            tally["heard"] == 60 == tally["events"] + tally["filtered"]
+            tally["received"] == 60 == tally["events"] + tally["filtered"]
             and tally["runs"] == len(real) == told["would_start"]
         )
 
@@ -159,7 +159,7 @@ async def test_deadlines_inside_the_time_are_told_and_later_ones_not() -> None:
             "unshipped",
             to_datetime(began + 3600_000_001).isoformat(),
         )
-        daily = [each for each in told["foretold"] if each["trigger"] == "daily"]
+        daily = [each for each in told["simulated"] if each["trigger"] == "daily"]
         assert [each["event"]["type"] for each in daily] == ["eventflow.absent"] * 2
         assert {parse_time(each["at"]).hour for each in daily} <= {4, 5}
         assert sorted(run[:2] for run in foreseen(told)) == sorted(
@@ -188,7 +188,7 @@ async def test_what_starts_nothing_says_why() -> None:
         (tally,) = (await asked(app))["subscriptions"]
         assert (tally["runs"], tally["filtered"], tally["invalid"]) == (1, 2, 1)
         filtered, invalid = tally["reasons"]
-        assert (filtered["fate"], filtered["events"]) == ("filtered", 2) and "total" in filtered[
+        assert (filtered["outcome"], filtered["events"]) == ("filtered", 2) and "total" in filtered[
             "reason"
         ]
         assert (
@@ -265,7 +265,7 @@ async def test_what_is_no_event_and_what_is_gone_is_counted() -> None:
         await clock.advance(timedelta(days=40))
         month = 30 * 86_400 * 1_000_000
         while await app.store.prune(
-            bodies_before=clock.now() - month, identities_before=clock.now() - 3 * month
+            payloads_before=clock.now() - month, identities_before=clock.now() - 3 * month
         ):
             pass
         await orders.send(Undecodable(id="u", source="/o", body=b"{", error="cut off"))
@@ -287,14 +287,14 @@ async def test_over_http() -> None:
         await orders.send(data={}, id="a")
         transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
-            told = (await client.get("/api/foresight", params={"to": "act"})).json()
+            told = (await client.get("/api/dry-run", params={"to": "act"})).json()
             assert (
                 told["would_start"] == 1 and to_us(parse_time(told["until"])) == app.clock.now() + 1
             )
             assert (
-                await client.get("/api/foresight", params={"since": "yesterday"})
+                await client.get("/api/dry-run", params={"since": "yesterday"})
             ).status_code == 400
-            wrong = await client.get("/api/foresight", params={"to": "nobody"})
+            wrong = await client.get("/api/dry-run", params={"to": "nobody"})
             assert wrong.status_code == 409 and "orders/act" in wrong.json()["detail"]
 
 
@@ -305,14 +305,14 @@ async def test_memory_holds_what_is_open() -> None:
     rehearsal = DryRunSimulator(app.subscriptions, limit=10)
     for number in range(5000):
         for _ in range(2):
-            rehearsal.hear(
+            rehearsal.receive(
                 "events",
                 Event(id=str(number), source="/", type="a", data={"k": str(number)}),
                 number * 20_000_000,
             )
     assert len(rehearsal.runs) == 10 and rehearsal.started == 5000
     assert (
-        max(len(rehearsal._strands), len(rehearsal._queue)) < 10 and len(rehearsal._windows) < 3000
+        max(len(rehearsal._patterns), len(rehearsal._queue)) < 10 and len(rehearsal._windows) < 3000
     )
 
 
