@@ -21,10 +21,8 @@ from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.apply import deliver
 from eventflow.store.migrate import migrations
-from eventflow.store.patterns import know_patterns, weave
 from eventflow.store.protocol import Arrival
 from eventflow.store.transaction import TOTALS, Transaction
-from eventflow.store.windows import gathered, know_windows
 
 FIGURES = (
     Figure(key="machine", what="count: the machine alone", unit="/s", floor=50_000, goal=200_000, combine=alone),
@@ -81,9 +79,9 @@ def writer(app: App, events: int) -> float:
             at=now,
             now=now,
             totals=totals,
-            handover=None,
+            receiver=None,
             running={},
-            herald=router,
+            advancer=router.patterns,
         )
         connection.execute("BEGIN")
         began = time.process_time()
@@ -91,20 +89,20 @@ def writer(app: App, events: int) -> float:
         tx.flush()
         spent += time.process_time() - began
         connection.execute("COMMIT")
-        totals = tx.totals
+        totals = tx.commit.totals
     assert totals["runs"] == events // SIZE, totals
     return events / spent
 
 
 def record(tx: Transaction, step: Sequence[Arrival]) -> None:
-    """What ops.py does with events that are new, but for their own rows."""
-    know_windows(tx, step)
-    know_patterns(tx, step)
+    """What apply.py does with events that are new, but for their own rows."""
+    tx.windows.load(step)
+    tx.patterns.load(step)
     for arrival in step:
-        if arrival.gathers:
-            arrival = gathered(tx, arrival, arrival.id)
-        if arrival.facts:
-            arrival = weave(tx, arrival, arrival.id)
+        if arrival.batch_policies:
+            arrival = tx.windows.assign(arrival, arrival.id)
+        if arrival.pattern_events:
+            arrival = tx.patterns.advance(arrival, arrival.id)
         deliver(tx, arrival, arrival.id)
 
 
@@ -130,7 +128,7 @@ def feed(
     counted = compile_pattern(count("click", size, within=3600, by="k")).machine
     for n in range(first, first + events):
         now, key = n * 1000, n % keys
-        state = states.get(key) or counted.fresh(now)
+        state = states.get(key) or counted.initial_state(now)
         counted.advance(state, now, 0, PatternItem(now, now, (n,), 100))
         counted.due(state)
         if counted.is_open(state):

@@ -1,13 +1,16 @@
-"""The rooms of one open App: store, router, worker, reactor, put together, opened in order, closed in reverse.
+"""The parts of one open App: store, router, worker, reactor, relay; built and opened in order,
+closed in reverse order.
 
-Made by `App.open`. The way in lives on the loop that opens it; flows live there too, or (`own_loop`) on a loop and thread of
-their own, so that a flow that blocks cannot stop intake or HTTP. The lifespan begins and ends in one task, on the flows' loop.
+`App.open` makes one `Runtime`. Intake runs on the loop that opens it. Flows run there too, or
+(`own_loop`) on a loop and thread of their own, so that a flow that blocks its loop cannot stop
+intake or HTTP. The lifespan is entered and left in one asyncio task on the flow loop. Read on in
+intake/reactor.py (events in), engine/worker.py (runs), sinks/relay.py (events out).
 """
 
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,103 +19,146 @@ import msgspec
 
 from eventflow.core.clock import SECOND, Clock
 from eventflow.core.errors import NotFound, RunDead, StoreError, StoreFailed
-from eventflow.engine.late_runs import Lookout
-from eventflow.engine.worker import Worker
+from eventflow.engine.late_runs import LateRunMonitor
+from eventflow.engine.worker import Worker, WorkerOptions
 from eventflow.events.event import Trigger
 from eventflow.intake.reactor import Reactor
-from eventflow.logs.log import Sink, get_logger
+from eventflow.logs.log import LogSink, get_logger
 from eventflow.routing.router import Router
-from eventflow.routing.subscriptions import Outlet, Subscription
-from eventflow.runs.run import Cancelled, Completed, Failed, Held, Ids, Outcome, show_id
-from eventflow.sdk.checkpoint import Checkpoints
+from eventflow.routing.subscriptions import SinkSubscription, Subscription
+from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
+from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
-from eventflow.serialization.s3_blobs import Bucket
-from eventflow.sinks.dispatcher import Relay
+from eventflow.serialization.s3_blobs import S3BlobStore
+from eventflow.sinks.relay import OutboxRelay
 from eventflow.store import open_store
-from eventflow.store.key_files import secret_beside
+from eventflow.store.key_files import load_or_create_secret
+from eventflow.store.sqlite import SqliteStore
 
 T = TypeVar("T")
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
+OutcomeWaiter = tuple[asyncio.AbstractEventLoop, asyncio.Future[Outcome]]
 
-SWEEP = 3600 * SECOND
-"""Microseconds between two sweeps for blobs that no row names; younger ones are left to the row that is about to."""
-
-RETAIN_AFTER = 10.0
-"""Seconds of a life before the first step of retention: what another life left in flight has the writer to itself."""
+SWEEP_INTERVAL = 3600 * SECOND
+"""Microseconds between two sweeps for blobs that no row names; younger blobs are kept, for their
+row may not be written yet.
+"""
+RETENTION_START_DELAY_SECONDS = 10.0
+"""From opening to the first step of retention: until then, the runs left in flight by the last
+process have the writer.
+"""
+RETENTION_STEP_DELAY_SECONDS = 0.05
+RETENTION_INTERVAL_SECONDS = 60.0
+"""Between two steps while rows are removed; after a step that found none."""
 
 log = get_logger("eventflow.app")
+LOG_EVENTS = {
+    "app.draining": (
+        "A stop was requested: no new events, no new runs; running attempts may finish."
+    ),
+    "app.started": "The app accepts events and executes flows.",
+    "app.stopped": "The app is stopped; unfinished attempts are recorded as interrupted.",
+    "store.prune_failed": "A retention step failed; it is tried again in a minute.",
+}
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """What an App says there is. Instants and durations in microseconds."""
+class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What an App declares. Durations in microseconds; the collections grow until the App opens.
+
+    `concurrency`: runs that work at once. `threads`: plain `def` tasks at once. `retention`: of
+    bodies, journals and settled runs; `identities`: of event ids. `results`: `s3://bucket/prefix`
+    for large results, None for files beside the store.
+    """
 
     name: str
     clock: Clock
-    flows: dict[str, Flow[..., Any]]
-    triggers: Sequence[Trigger]
-    subscriptions: Sequence[Subscription]
-    lifespan: Lifespan | None
-    concurrency: int
-    threads: int
+    lifespan: Lifespan | None = None
+    concurrency: int = 1000
+    threads: int = 32
     retention: int
     identities: int
-    store_options: Mapping[str, Any]
-    outlets: Sequence[Outlet] = ()
     results: str | None = None
+    store_options: Mapping[str, Any] = {}
+    flows: dict[str, Flow[..., Any]] = {}
+    triggers: list[Trigger] = []
+    subscriptions: list[Subscription] = []
+    sink_subscriptions: list[SinkSubscription] = []
 
 
-class House:
-    """The rooms of one open App."""
+class Runtime:
+    """The running parts of one open App. `open` and `close` are called on the intake loop, once
+    each.
+    """
 
-    def __init__(self, plan: Plan, url: str, sink: Sink | None) -> None:
-        self.plan = plan
-        self.store = open_store(url, plan.clock, **plan.store_options)
+    router: Router
+    worker: Worker
+    reactor: Reactor
+    relay: OutboxRelay
+    late_run_monitor: LateRunMonitor
+
+    def __init__(self, config: AppConfig, url: str, sink: LogSink | None) -> None:
+        self.config = config
+        self.store = open_store(url, config.clock, **config.store_options)
         self.ids = Ids()
-        self.sink = sink
+        self.sink = sink  # where log lines of runs are stored
         self.blobs = Blobs(
-            Path(f"{self.store.path}.blobs"), Bucket(plan.results) if plan.results else None
+            Path(f"{self.store.path}.blobs"),
+            S3BlobStore(config.results) if config.results else None,
         )
-        self.checkpoints = Checkpoints(Path(f"{self.store.path}.checkpoints"))
+        self.retention = Retention(config, self.store, self.blobs)
         self.own_loop: FlowThread | None = None
-        self.closing = False
-        self._stop_lifespan: asyncio.Event | None = None
-        self._lifespan_task: asyncio.Task[Any] | None = None
-        self._chores: set[asyncio.Task[Any]] = set()
-        self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Future[Outcome]]] = set()
-        self._sweep_at = 0
+        self.closing: bool = False
+        self._lifespan = LifespanTask()
+        self._outcome_waiters: set[OutcomeWaiter] = set()
 
     async def open(self, own_loop: bool, listen: bool, passive: bool) -> None:
-        plan = self.plan
-        self.router = Router(plan.subscriptions, self.ids, plan.clock, plan.outlets)
-        self.store.attach_herald(self.router)
+        """Opens the store, then starts the worker, the relay and (with `listen`) the listeners;
+        `passive` opens the store only.
+        """
+        config = self.config
+        self.router = Router(
+            config.subscriptions, self.ids, config.clock, config.sink_subscriptions
+        )
+        self.store.attach_run_events(self.router)
+        self.store.attach_patterns(self.router.patterns)
         await asyncio.to_thread(self.store.open)
         try:
-            self.store.on_failure(self._tell_waiting)
+            self.store.on_failure(self._fail_outcome_waiters)
             self.worker = Worker(
-                self.store, plan.clock, self.router, plan.flows, self.blobs, self.checkpoints, concurrency=plan.concurrency,
-                threads=plan.threads, sink=self.sink, secret=secret_beside(self.store.path, "key").encode(),
-            )  # fmt: skip
-            self.reactor = Reactor(
-                self.store, self.router, plan.clock, plan.triggers, random.Random()
+                self.store,
+                config.clock,
+                self.router,
+                config.flows,
+                self.blobs,
+                self.retention.checkpoints,
+                WorkerOptions(
+                    concurrency=config.concurrency,
+                    threads=config.threads,
+                    sink=self.sink,
+                    secret=load_or_create_secret(self.store.path, "key").encode(),
+                ),
             )
-            self.relay = Relay(self.store, plan.outlets, random.Random())
-            self.lookout = Lookout(
-                self.store, plan.clock, [late for each in plan.subscriptions for late in each.late]
+            self.reactor = Reactor(
+                self.store, self.router, config.clock, config.triggers, random.Random()
+            )
+            self.relay = OutboxRelay(self.store, config.sink_subscriptions, random.Random())
+            self.late_run_monitor = LateRunMonitor(
+                self.store,
+                config.clock,
+                [late for each in config.subscriptions for late in each.late],
             )
             if passive:
                 return
-            await asyncio.to_thread(self.checkpoints.recall)
+            await asyncio.to_thread(self.retention.checkpoints.load_index)
             self.own_loop = FlowThread() if own_loop else None
-            await self.on_flow_loop(self._open_worker())
+            await self.on_flow_loop(self._start_worker())
             self.relay.start()
             if listen:
-                self.reactor.start(await self.store.paused())
-                await asyncio.sleep(
-                    0
-                )  # each listener takes its first step: a webhook has its intake when this returns
-            self.lookout.start()
-            self._chores.add(asyncio.create_task(self._retain(), name="retention"))
+                self.reactor.start(await self.store.paused_triggers())
+                await asyncio.sleep(0)  # to each listener's first wait: webhooks have their intake
+            self.late_run_monitor.start()
+            self.retention.start()
         except BaseException:
             await asyncio.to_thread(self.store.close)
             if self.own_loop is not None:
@@ -120,136 +166,80 @@ class House:
             raise
         log.info(
             "app.started",
-            app=plan.name,
+            app=config.name,
             store=self.store.location,
-            flows=len(plan.flows),
-            triggers=len(plan.triggers),
+            flows=len(config.flows),
+            triggers=len(config.triggers),
         )
 
     async def close(self, grace: float) -> None:
-        log.info("app.draining", app=self.plan.name, grace=grace)
+        """Stops intake, gives attempts up to `grace` seconds to end, then closes everything."""
+        log.info("app.draining", app=self.config.name, grace=grace)
         self.reactor.draining = True
-        for chore in self._chores:
-            chore.cancel()
-        await self.lookout.stop()
-        await asyncio.gather(
-            self.reactor.stop(), self.on_flow_loop(self._close_worker(grace))
-        )  # a slow poll takes no grace
+        await self.retention.stop()
+        await self.late_run_monitor.stop()
+        # Together: a trigger that finishes a slow poll uses up none of the grace.
+        await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._stop_worker(grace)))
         await self.relay.stop()
         if self.own_loop is not None:
             await asyncio.to_thread(self.own_loop.stop)
         await asyncio.to_thread(self.store.close)
-        log.info("app.stopped", app=self.plan.name)
+        log.info("app.stopped", app=self.config.name)
 
-    async def on_flow_loop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine where flows run."""
-        return await work if self.own_loop is None else await self.own_loop.call(work)
-
-    @property
-    def flow_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
-        """The loop that flows run on, and the ident of its thread; for code on the loop of the way in."""
-        if self.own_loop is None:
-            return asyncio.get_running_loop(), threading.get_ident()
-        return self.own_loop.loop, self.own_loop.thread.ident or 0
-
-    # ----------------------------------------------------------------- the lifespan: it must end in the task it began in
-
-    async def _open_worker(self) -> None:
-        state = None
-        if self.plan.lifespan is not None:
-            self._stop_lifespan = asyncio.Event()
-            entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-            self._lifespan_task = asyncio.create_task(self._live(self.plan.lifespan, entered))
-            state = await entered
+    async def _start_worker(self) -> None:
+        state = await self._lifespan.enter(self.config.lifespan)
         self.worker.start(state)
 
-    async def _live(self, lifespan: Lifespan, entered: asyncio.Future[Any]) -> None:
-        assert self._stop_lifespan is not None
-        try:
-            async with lifespan() as state:
-                entered.set_result(state)
-                await self._stop_lifespan.wait()
-        except Exception as error:
-            if entered.done():
-                raise
-            entered.set_exception(error)
-
-    async def _close_worker(self, grace: float) -> None:
+    async def _stop_worker(self, grace: float) -> None:
         if self.store.failed is not None:
             self.worker.abandon()
         else:
             await self.worker.drain(grace)
-        if self._stop_lifespan is not None and self._lifespan_task is not None:
-            self._stop_lifespan.set()
-            await self._lifespan_task
+        await self._lifespan.leave()
+
+    async def on_flow_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine on the flow loop."""
+        return await work if self.own_loop is None else await self.own_loop.call(work)
+
+    @property
+    def flow_loop(self) -> tuple[asyncio.AbstractEventLoop, int]:
+        """The flow loop and the ident of its thread; for callers on the intake loop."""
+        if self.own_loop is None:
+            return asyncio.get_running_loop(), threading.get_ident()
+        return self.own_loop.loop, self.own_loop.thread.ident or 0
 
     # ----------------------------------------------------------------- waiting for a run
 
     async def outcome(self, run: int) -> Outcome:
-        """How a run ended, once it has; StoreFailed when nobody can tell any more."""
+        """How a run ended, once it has. Raises StoreFailed when the store fails before that."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
 
-        def tell(outcome: Outcome) -> None:
-            _from_any_thread(loop, future, outcome)
+        def resolve(outcome: Outcome) -> None:
+            _resolve_threadsafe(loop, future, outcome)
 
         flows, _ = self.flow_loop
-        flows.call_soon_threadsafe(self.worker.outcomes.watch, run, tell)
-        self._waiting.add((loop, future))
+        flows.call_soon_threadsafe(self.worker.outcomes.add_watcher, run, resolve)
+        self._outcome_waiters.add((loop, future))
         try:
             if self.store.failed is not None:
                 raise self.store.failed
             known = settled_outcome(await self.store.run(run))
             return known if known is not None else await future
         finally:
-            self._waiting.discard((loop, future))
-            flows.call_soon_threadsafe(self.worker.outcomes.unwatch, run, tell)
+            self._outcome_waiters.discard((loop, future))
+            flows.call_soon_threadsafe(self.worker.outcomes.remove_watcher, run, resolve)
 
-    def _tell_waiting(self, error: StoreError) -> None:
-        """The store failed: those who wait for a result must not wait for ever. Writer thread."""
-        for loop, future in list(self._waiting):
-            _from_any_thread(loop, future, StoreFailed(str(error)))
-
-    # ----------------------------------------------------------------- chores
-
-    async def _retain(self) -> None:
-        """Retention, in small steps, now and then. A step that fails is logged and tried again later."""
-        await asyncio.sleep(RETAIN_AFTER)
-        while True:
-            try:
-                removed = await self._prune()
-            except StoreError as error:
-                log.error("store.prune_failed", error=str(error))
-                removed = 0
-            await asyncio.sleep(0.05 if removed else 60.0)
-
-    async def _prune(self) -> int:
-        now = self.plan.clock.now()
-        removed = await self.store.prune(
-            bodies_before=now - self.plan.retention, identities_before=now - self.plan.identities
-        )
-        if not removed and now >= self._sweep_at:
-            self._sweep_at = now + SWEEP
-            named = await self.store.blob_references()
-            await asyncio.to_thread(self.blobs.prune, named, before=now - SWEEP)
-            await self._sweep_checkpoints()
-        return removed
-
-    async def _sweep_checkpoints(self) -> None:
-        """Those of runs that completed or that retention took; a failed or cancelled run may be retried and wants its own."""
-        for run in await asyncio.to_thread(self.checkpoints.runs):
-            try:
-                over = (await self.store.run(run))["state"] == "completed"
-            except NotFound:
-                over = True
-            if over:
-                await asyncio.to_thread(self.checkpoints.remove, self.checkpoints.directory / run)
+    def _fail_outcome_waiters(self, error: StoreError) -> None:
+        """The store failed, so no outcome will come. Called on the writer thread."""
+        for loop, future in list(self._outcome_waiters):
+            _resolve_threadsafe(loop, future, StoreFailed(str(error)))
 
 
-def _from_any_thread(
+def _resolve_threadsafe(
     loop: asyncio.AbstractEventLoop, future: asyncio.Future[Outcome], result: Outcome | StoreFailed
 ) -> None:
-    def give() -> None:
+    def resolve() -> None:
         if future.done():
             return
         if isinstance(result, StoreFailed):
@@ -257,12 +247,12 @@ def _from_any_thread(
         else:
             future.set_result(result)
 
-    with suppress(RuntimeError):  # the loop that waited is closed, and its waiting with it
-        loop.call_soon_threadsafe(give)
+    with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+        loop.call_soon_threadsafe(resolve)
 
 
 def settled_outcome(row: Mapping[str, Any]) -> Outcome | None:
-    """The outcome that a run's row tells of; None while it is live. RunDead is raised."""
+    """The outcome of a run by its row in the ledger; None while it is live. Raises RunDead."""
     match row["state"]:
         case "completed":
             return Completed(row["result"], row["codec"] or "json")
@@ -271,18 +261,119 @@ def settled_outcome(row: Mapping[str, Any]) -> Outcome | None:
         case "cancelled":
             return Cancelled(row["reason"] or "")
         case "held":
-            return Held(row["reason"] or "")
+            return NeedsAttention(row["reason"] or "")
         case "dead":
-            raise RunDead(f"run {show_id(row['id'])} is dead: {row['reason']}")
+            raise RunDead(f"run {format_id(row['id'])} is dead: {row['reason']}")
         case _:
             return None
 
 
-class FlowThread:
-    """A thread with an event loop of its own, so that a flow that blocks cannot stop intake or HTTP."""
+class LifespanTask:
+    """The user's lifespan, entered and left in one asyncio task, as async context managers require."""
 
     def __init__(self) -> None:
-        self.loop: asyncio.AbstractEventLoop = _new_loop()
+        self._end: asyncio.Event | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def enter(self, lifespan: Lifespan | None) -> Any:
+        """What it yields; None without a lifespan. Raises what it raises."""
+        if lifespan is None:
+            return None
+        self._end = asyncio.Event()
+        entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._run(lifespan, entered, self._end))
+        return await entered
+
+    async def _run(
+        self, lifespan: Lifespan, entered: asyncio.Future[Any], end: asyncio.Event
+    ) -> None:
+        try:
+            async with lifespan() as state:
+                entered.set_result(state)
+                await end.wait()
+        except Exception as error:  # the user's code: whoever opens the App gets it
+            if entered.done():
+                raise
+            entered.set_exception(error)
+
+    async def leave(self) -> None:
+        """Leaves it and waits for its end. Raises what it raises."""
+        if self._end is not None and self._task is not None:
+            self._end.set()
+            await self._task
+
+
+class Retention:
+    """The task that removes what is older than the App keeps: rows in small steps, then blobs and
+    checkpoints.
+    """
+
+    def __init__(self, config: AppConfig, store: SqliteStore, blobs: Blobs) -> None:
+        self.checkpoints = CheckpointStore(Path(f"{store.path}.checkpoints"))
+        self._config = config
+        self._store = store
+        self._blobs = blobs
+        self._next_sweep_at: int = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="retention")
+
+    async def stop(self) -> None:
+        """Cancels the task; idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _run(self) -> None:
+        await asyncio.sleep(RETENTION_START_DELAY_SECONDS)
+        while True:
+            try:
+                removed = await self._step()
+            except StoreError as error:  # tried again later; nothing else depends on retention
+                log.error("store.prune_failed", error=str(error))
+                removed = 0
+            await asyncio.sleep(
+                RETENTION_STEP_DELAY_SECONDS if removed else RETENTION_INTERVAL_SECONDS
+            )
+
+    async def _step(self) -> int:
+        """Removes some rows; with none left, sweeps the files once per SWEEP_INTERVAL. Returns how
+        many rows it removed.
+        """
+        now = self._config.clock.now()
+        removed = await self._store.prune(
+            payloads_before=now - self._config.retention,
+            identities_before=now - self._config.identities,
+        )
+        if not removed and now >= self._next_sweep_at:
+            self._next_sweep_at = now + SWEEP_INTERVAL
+            named = await self._store.blob_references()
+            await asyncio.to_thread(self._blobs.prune, named, before=now - SWEEP_INTERVAL)
+            await self.sweep_checkpoints()
+        return removed
+
+    async def sweep_checkpoints(self) -> None:
+        """Removes the checkpoints of runs that completed or are gone; a failed or cancelled run
+        keeps its own for a retry.
+        """
+        for run in await asyncio.to_thread(self.checkpoints.run_ids):
+            try:
+                is_over = (await self._store.run(run))["state"] == "completed"
+            except NotFound:
+                is_over = True
+            if is_over:
+                await asyncio.to_thread(self.checkpoints.remove, self.checkpoints.directory / run)
+
+
+class FlowThread:
+    """A thread with an event loop of its own, so that a flow that blocks cannot stop intake or
+    HTTP.
+    """
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop = new_event_loop()
         self.thread = threading.Thread(target=self._run, name="eventflow-flows", daemon=True)
         self.thread.start()
 
@@ -298,7 +389,8 @@ class FlowThread:
         self.thread.join(timeout=5.0)
 
 
-def _new_loop() -> asyncio.AbstractEventLoop:
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """A uvloop event loop, or asyncio's own where uvloop is not built."""
     try:
         import uvloop
     except ImportError:  # not built for this platform; asyncio's own loop does

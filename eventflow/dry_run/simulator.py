@@ -141,7 +141,7 @@ class DryRunSimulator:
     def begin(self, at: int) -> None:
         """Start the period at `at`, with nothing open."""
         self._clock.at = at
-        for name in self._router.time_driven():
+        for name in self._router.patterns.time_driven():
             self._advance_pattern(name, "")
 
     def advance_to(self, at: int) -> None:
@@ -186,7 +186,7 @@ class DryRunSimulator:
         size: int = 0,
     ) -> None:
         instance = self._patterns.setdefault((name, key), _PatternInstance())
-        update = self._router.advance(
+        update = self._router.patterns.advance(
             name, key, instance.state, self._clock.at, pattern_event, event, size
         )
         if update is None:

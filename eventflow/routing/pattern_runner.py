@@ -1,7 +1,7 @@
 """Advances patterns for the store and makes runs of their matches.
 
-`Router` owns a `PatternRunner` and passes the store's calls on to it (`RunEventSource` in
-store/protocol.py), on the writer thread and inside its transaction. Nothing here waits or writes:
+`Router.patterns` is the `PatternRunner` of an app. The store calls it (`PatternAdvancer` in
+store/protocol.py) on the writer thread, inside its transaction. Nothing here waits or writes:
 states are returned as values; the store gives them back as they were, or as the bytes of
 `encode_state`.
 """
@@ -65,9 +65,9 @@ class PatternRunner:
         key: str,
         state: PatternState | bytes | None,
         now: int,
-        pattern_event: PatternEvent | None,
-        event: int,
-        size: int,
+        pattern_event: PatternEvent | None = None,
+        event: int = 0,
+        size: int = 0,
     ) -> PatternUpdate | None:
         """Advance a pattern to `now` and pass it `item_event`, event id `event` of `size` bytes.
 

@@ -10,7 +10,7 @@ Nothing here waits or writes. The content of an event never raises: user code (`
 `key=`) that raises is the verdict *invalid*.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -34,7 +34,7 @@ from eventflow.routing.subscriptions import (
 )
 from eventflow.runs.run import Ids, Run, State, format_id
 from eventflow.serialization.tagged_json import encode_plain
-from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent, PatternUpdate
+from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent
 from eventflow.store.run_events import LateRun, RunEnded
 
 MAX_RESULT_BYTES = 64 * 1024
@@ -62,7 +62,7 @@ class Router:
         )
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
-        self._patterns = PatternRunner(self.subscriptions, ids, self._absence_arrival)
+        self.patterns = PatternRunner(self.subscriptions, ids, self._absence_arrival)
         for subscription in self.subscriptions:
             _ = subscription.flow.binder  # raises for a signature that no event can fill
             pattern = subscription.pattern
@@ -130,7 +130,7 @@ class Router:
             )
         return self._match(EMITTED, event, self._by_trigger.get(EMITTED, ()), depth=hops)
 
-    # ----------------------------------------------------------------- RunEventSource: run states
+    # ----------------------------------------------------------------- RunEventSource
     # called by the store, on the writer thread
 
     def raise_floor(self, last_id: int) -> None:
@@ -150,27 +150,6 @@ class Router:
         if arrival.runs or arrival.dead_letters or arrival.outbox or arrival.pattern_events:
             return arrival
         return None
-
-    # ----------------------------------------------------------------- RunEventSource: patterns
-    # called by the store, on the writer thread; see PatternRunner
-
-    def advance(
-        self,
-        subscription: str,
-        key: str,
-        state: Any,
-        now: int,
-        pattern_event: PatternEvent | None = None,
-        event: int = 0,
-        size: int = 0,
-    ) -> PatternUpdate | None:
-        return self._patterns.advance(subscription, key, state, now, pattern_event, event, size)
-
-    def encode_state(self, subscription: str, key: str, state: Any) -> bytes:
-        return self._patterns.encode_state(subscription, key, state)
-
-    def time_driven(self) -> Sequence[str]:
-        return self._patterns.time_driven()
 
     def _absence_arrival(self, subscription: Subscription, event: Event) -> Arrival:
         """The event of an absence, and the run that it starts."""

@@ -1,10 +1,10 @@
-"""The verbs a person asks for: retry, cancel, redrive, replay, hold; and what the store asks of itself at start: recover.
+"""The verbs of administration: retry, cancel, redrive, replay, pausing a trigger; and recovery when the store opens.
 
-Each runs in a transaction of its own, in the writer's thread; sqlite.py calls them. A state moves by `Transaction.move` here as
-in ops.py, so the sum of P9 and the lanes hold whoever asks.
+Each runs in a transaction of its own, in the writer's thread; sqlite.py calls them. A state changes by `RunRows.move` here as in
+apply.py, so that the sum of P9 and the order of each ordering key hold whoever asks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import orjson
@@ -14,14 +14,13 @@ from eventflow.events.event import Receipt
 from eventflow.runs.journal import RESTARTED, RUNNING_TIME, TIMEOUT, Entry, Kind, restart_entry
 from eventflow.runs.run import MAX_CRASHES, Run, State, format_id
 from eventflow.store import rows
-from eventflow.store.apply import answer, deliver, drop_journal
+from eventflow.store.apply import answer_parent, deliver, drop_journal
 from eventflow.store.late_runs import note_retry
 from eventflow.store.load import load_journal
-from eventflow.store.patterns import arm, know_patterns, weave
+from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
 from eventflow.store.rows import RunRow
 from eventflow.store.transaction import Transaction
-from eventflow.store.windows import gathered, know_windows
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
 
@@ -29,40 +28,43 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD
 # --------------------------------------------------------------------------- retry
 
 
-def retry(tx: Transaction, run: int, *, fresh: bool) -> Callable[[], Run]:
-    row = tx.need(run)
+def retry(tx: Transaction, run: int, *, discard_journal: bool) -> Callable[[], Run]:
+    """Makes the run PENDING, due now. Returns how to read it once its rows are written."""
+    row = tx.runs.need(run)
     if row.state not in RETRYABLE:
         raise UsageError(
-            f"run {format_id(run)} is {row.state.label}; only a failed, cancelled, paused, held or dead run can be retried"
+            f"run {format_id(run)} is {row.state.label}; "
+            "only a failed, cancelled, paused, held or dead run can be retried"
         )
-    _make_pending(tx, row, fresh=fresh)
+    _make_pending(tx, row, discard_journal=discard_journal)
     return lambda: _load_run(tx, row)
 
 
 def _load_run(tx: Transaction, row: RunRow) -> Run:
-    for run in tx.load([row]):
+    for run in tx.runs.load([row]):
         return run
     raise StoreCorrupt(row.reason or "")
 
 
-def _make_pending(tx: Transaction, row: RunRow, *, fresh: bool) -> None:
-    """PENDING, due now. Children whose error the flow is to ask for again are retried with it: their answer must come anew."""
+def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:
+    """Children whose error was cleared from the journal are retried too: the run calls them again."""
     if not row.state.live:
         note_retry(tx, row.id)
-    forgiven = _forget(tx, row.id) if fresh else _clear_errors(tx, row.id)
+    cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
     row.crash_count = row.crash_suspect = row.cancel_requested = 0
-    row.started_at = None  # a person gives it another life: its timeout counts anew
+    row.started_at = None  # its timeout counts from the next start
     row.reason = row.result = row.codec = row.error = row.unclaimed_entries = None
-    tx.wake(row)
+    tx.runs.wake(row)
     for child, call_key, state in _children(tx, row.id):
-        if call_key in forgiven and State(state) in RETRYABLE:
-            _make_pending(tx, tx.need(child), fresh=fresh)
-        elif call_key in forgiven and State(state) is State.COMPLETED:
-            _answer_again(tx, tx.need(child))
+        if call_key in cleared and State(state) in RETRYABLE:
+            _make_pending(tx, tx.runs.need(child), discard_journal=discard_journal)
+        elif call_key in cleared and State(state) is State.COMPLETED:
+            _answer_with_result(tx, tx.runs.need(child))
 
 
 def _clear_errors(tx: Transaction, run: int) -> set[str]:
-    """ERROR entries become FORGIVEN; what ended the old life (its cancel, its timeout) is dropped. Returns the claims."""
+    """ERROR entries become CLEARED; the entries of a cancel, a timeout and the running time are deleted. Returns the call keys
+    of the errors."""
     entries = load_journal(tx.connection, run)
     tx.connection.execute(
         "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR call_key IN (?, ?))",
@@ -72,36 +74,31 @@ def _clear_errors(tx: Transaction, run: int) -> set[str]:
     errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
         entry.kind = Kind.CLEARED
-    fresh = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
-    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in fresh])
+    new = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
+    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in new])
     return {entry.call_key for entry in errors}
 
 
-def _answer_again(tx: Transaction, child: RunRow) -> None:
-    """A child that was retried by hand and completed while its parent still held the old error."""
+def _answer_with_result(tx: Transaction, child: RunRow) -> None:
+    """A child was retried and completed while its parent still had the old error."""
     result, codec = tx.connection.execute(
         "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
     ).fetchone()
-    answer(
-        tx,
-        child,
-        Entry(
-            call_key=child.parent_call_key or "", kind=Kind.VALUE, attempt=1, codec=codec, value=result
-        ),
+    key = child.parent_call_key or ""
+    answer_parent(
+        tx, child, Entry(call_key=key, kind=Kind.VALUE, attempt=1, codec=codec, value=result)
     )
 
 
-def _forget(tx: Transaction, run: int) -> set[str]:
-    """Drops the journal and ends what the old life started."""
+def _discard_journal(tx: Transaction, run: int) -> set[str]:
+    """Deletes the journal and cancels the child runs that it started. What the run emits and starts from now on is new."""
     for child, _, _ in _children(tx, run):
-        cancel(tx, child, "its parent was begun afresh")
-    lives = tx.connection.execute(
+        cancel(tx, child, "its parent was retried from scratch")
+    (restarts,) = tx.connection.execute(
         "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED)
     ).fetchone()
     drop_journal(tx, run)
-    tx.add_entry(
-        run, restart_entry((lives[0] or 0) + 1)
-    )  # what it emits and starts from here on is new
+    tx.journal.add(run, restart_entry((restarts or 0) + 1))
     return set()
 
 
@@ -115,17 +112,18 @@ def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
 
 
 def cancel(tx: Transaction, run: int, reason: str) -> State:
-    """Ends a run that is not running, asks one that is; its children likewise."""
-    row = tx.need(run)
+    """Cancels a run that is not running at once, requests the cancel of one that is; its children likewise. Returns the state
+    that it was in."""
+    row = tx.runs.need(run)
     before = row.state
     if before is State.RUNNING:
         row.cancel_requested = 1
         row.reason = reason
-        tx.change(row)
-        tx.cancels.append(run)
+        tx.runs.change(row)
+        tx.commit.cancels.append(run)
     elif before.live:
         row.reason = reason
-        tx.move(row, State.CANCELLED)
+        tx.runs.move(row, State.CANCELLED)
         notify_parent(tx, row, "RunCancelled", reason)
     if before.live:
         for child, _, _ in _children(tx, run):
@@ -134,14 +132,12 @@ def cancel(tx: Transaction, run: int, reason: str) -> State:
 
 
 def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -> None:
-    """The parent hears of an end that no worker settled, as an ERROR of its call."""
+    """A run ended without a worker: the parent gets an ERROR of its call."""
     if row.parent is None or row.parent_call_key is None:
         return
-    name = (row.parent, row.parent_call_key)
-    for text in rows.finals.read(tx.connection, [name]):
-        tx.finals.update(rows.decode_pairs(text))
+    tx.journal.load_finals([(row.parent, row.parent_call_key)])
     error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
-    answer(
+    answer_parent(
         tx,
         row,
         Entry(call_key=row.parent_call_key, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)),
@@ -151,30 +147,36 @@ def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -
 # --------------------------------------------------------------------------- redrive, replay
 
 
-def redrive(tx: Transaction, dead: int, arrival: Arrival) -> Receipt:
-    """The dead letter's delivery is tried once more: dead - 1, and whatever the new arrival's tally says."""
+def redrive(tx: Transaction, dead_letter: int, arrival: Arrival) -> Receipt:
+    """Delivers a dead letter again, once: its delivery leaves the sum of P9, and the new arrival's deliveries are added."""
     found = tx.connection.execute(
-        "SELECT event, redriven_at FROM dead_letters WHERE id = ?", (dead,)
+        "SELECT event, redriven_at FROM dead_letters WHERE id = ?", (dead_letter,)
     ).fetchone()
     if found is None:
-        raise NotFound("dead letter", str(dead))
+        raise NotFound("dead letter", str(dead_letter))
     event, redriven_at = found
     if redriven_at is not None:
         raise UsageError(
-            f"dead letter {dead} was redriven already; replay its event {format_id(event)} to run it once more"
+            f"dead letter {dead_letter} was redriven already; "
+            f"replay its event {format_id(event)} to run it once more"
         )
-    tx.count("dead", -1)
-    tx.count("accepted", -1)
-    tx.connection.execute("UPDATE dead_letters SET redriven_at = ? WHERE id = ?", (tx.at, dead))
-    return _add_to_event(tx, event, arrival, dead)
+    tx.commit.count("dead", -1)
+    tx.commit.count("accepted", -1)
+    tx.connection.execute(
+        "UPDATE dead_letters SET redriven_at = ? WHERE id = ?", (tx.commit.at, dead_letter)
+    )
+    return _add_to_event(tx, event, arrival, dead_letter)
 
 
 def replay(tx: Transaction, event: int, arrival: Arrival) -> Receipt:
+    """Delivers a recorded event again."""
     return _add_to_event(tx, event, arrival, None)
 
 
-def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | None) -> Receipt:
-    """New runs on a recorded event. A redrive may bring a mended body: the runs need it, the dead letter keeps the first."""
+def _add_to_event(
+    tx: Transaction, event: int, arrival: Arrival, dead_letter: int | None
+) -> Receipt:
+    """New runs on a recorded event. A redrive may bring a corrected body: the runs get it, the dead letter keeps the first."""
     asked = "SELECT key, digest, trigger, event_id, verdicts, headers, body, kept FROM events WHERE id = ?"
     found = tx.connection.execute(asked, (event,)).fetchone()
     if found is None:
@@ -184,37 +186,39 @@ def _add_to_event(tx: Transaction, event: int, arrival: Arrival, dead: int | Non
         raise UsageError(
             f"event {format_id(event)} is past its retention: its body is gone; send it again under a new id"
         )
-    if dead is not None and body != arrival.body:
-        tx.connection.execute("UPDATE dead_letters SET body = ? WHERE id = ?", (body, dead))
+    if dead_letter is not None and body != arrival.body:
+        tx.connection.execute("UPDATE dead_letters SET body = ? WHERE id = ?", (body, dead_letter))
         body = arrival.body
     if arrival.batch_policies:
-        tx.replayed.add(event)
-        know_windows(tx, [arrival])
-        arrival = gathered(tx, arrival, event)
+        tx.windows.load([arrival])
+        arrival = tx.windows.assign(arrival, event, is_replay=True)
     if arrival.pattern_events:
-        know_patterns(tx, [arrival])
-        arrival = weave(tx, arrival, event, known=True)
-    told = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
-    crc = rows.event_crc(event, key, digest, trigger, event_id, told, headers, body)
+        tx.patterns.load([arrival])
+        arrival = tx.patterns.advance(arrival, event, is_replay=True)
+    verdicts = orjson.dumps([*orjson.loads(verdicts), *orjson.loads(arrival.verdicts)])
+    crc = rows.event_crc(event, key, digest, trigger, event_id, verdicts, headers, body)
     tx.connection.execute(
         "UPDATE events SET verdicts = ?, body = ?, crc = ?, matched = matched + ? WHERE id = ?",
-        (told, body, crc, len(arrival.runs), event),
+        (verdicts, body, crc, len(arrival.runs), event),
     )
     deliver(tx, msgspec.structs.replace(arrival, body=body), event)
     return Receipt(event, event_id, matched=len(arrival.runs))
 
 
-# --------------------------------------------------------------------------- hold
+# --------------------------------------------------------------------------- pause, resume
 
 
 def set_paused(tx: Transaction, trigger: str, paused: bool) -> None:
+    """Pauses a trigger, or resumes it and its paused runs."""
     if paused:
         tx.connection.execute(
-            "INSERT OR IGNORE INTO paused_triggers (trigger, at) VALUES (?, ?)", (trigger, tx.at)
+            "INSERT OR IGNORE INTO paused_triggers (trigger, at) VALUES (?, ?)",
+            (trigger, tx.commit.at),
         )
     else:
         tx.connection.execute("DELETE FROM paused_triggers WHERE trigger = ?", (trigger,))
-        tx.more |= tx.connection.execute(_RELEASE, (trigger,)).rowcount > 0
+        released = tx.connection.execute(_RELEASE, (trigger,)).rowcount
+        tx.commit.has_due |= released > 0
 
 
 _RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
@@ -222,30 +226,32 @@ _RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
         SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1)
     AND state = -1
     AND EXISTS (SELECT 1 FROM events e WHERE e.id = runs.event AND e.trigger = ?)"""
-"""Makes the paused runs of a trigger PENDING. Both states count as pending in P9's sum and a lane keeps its order, so no other
-column changes."""
+"""Makes the paused runs of a trigger PENDING. Both states count as pending in P9's sum and the order of an ordering key stays, so
+no other column changes."""
 
 
 # --------------------------------------------------------------------------- at start
 
-
-def recover(tx: Transaction) -> None:
-    """A new epoch: what an older one left RUNNING is PENDING again and suspect; what died three times is quarantined."""
-    tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
-    if tx.herald is not None:
-        arm(tx, tx.herald)
-    died = [
-        ident
-        for (ident,) in tx.connection.execute(
-            f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND crash_count >= ?", (MAX_CRASHES,)
-        )
-    ]
-    tx.connection.execute(f"UPDATE runs SET state = 0, due_at = 0, crash_suspect = 1 WHERE {_IN_FLIGHT}")
-    for ident in died:
-        row = tx.need(ident)
-        row.reason = f"the process died {row.crash_count} times while this run was starting an attempt; retry it once mended"
-        tx.move(row, State.DEAD)
-        notify_parent(tx, row, "RunDead", row.reason)
-
-
 _IN_FLIGHT = "state < 4 AND blocked = 0 AND state = 1"
+
+
+def recover(tx: Transaction, time_driven: Sequence[str] | None) -> None:
+    """Begins a new epoch. Runs that an older one left RUNNING become PENDING and crash suspects; those that crashed
+    `MAX_CRASHES` times become DEAD. `time_driven`: the app's patterns that time alone may make match; None without an app."""
+    tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
+    if time_driven is not None:
+        make_due(tx.connection, time_driven)
+    crashed = tx.connection.execute(
+        f"SELECT id FROM runs WHERE {_IN_FLIGHT} AND crash_count >= ?", (MAX_CRASHES,)
+    ).fetchall()
+    tx.connection.execute(
+        f"UPDATE runs SET state = 0, due_at = 0, crash_suspect = 1 WHERE {_IN_FLIGHT}"
+    )
+    for (ident,) in crashed:
+        row = tx.runs.need(ident)
+        row.reason = (
+            f"the process died {row.crash_count} times while this run was starting an attempt; "
+            "retry it once mended"
+        )
+        tx.runs.move(row, State.DEAD)
+        notify_parent(tx, row, "RunDead", row.reason)

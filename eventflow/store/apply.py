@@ -1,10 +1,11 @@
-"""What each posted op does to a transaction, and what it answers.
+"""What each queued operation decides in a transaction, and its reply.
 
-The writer calls `prefetch` once per batch and `apply` for each op in the order posted. Nothing here writes: a decision is a row
-in the transaction, which `Transaction.flush` writes. Claims come last in a batch; they are in claim.py.
+`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Nothing here writes: a decision is a
+row in a table of the transaction, which `Transaction.flush` writes. Claims come last in a batch; they are in claim.py. Admin
+verbs (admin.py) use `deliver` and `answer_parent` too.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, assert_never
 
 from eventflow.events.event import Receipt
@@ -13,8 +14,8 @@ from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    NeedsAttention,
     Interrupted,
+    NeedsAttention,
     Outcome,
     Restarted,
     Run,
@@ -23,168 +24,164 @@ from eventflow.runs.run import (
     format_id,
 )
 from eventflow.store import rows
-from eventflow.store.patterns import know_patterns, weave
 from eventflow.store.protocol import (
     Append,
     Appended,
     Arrival,
-    RunEnded,
-    RunEventSource,
+    Fenced,
     MarkStarted,
     RecordEvents,
-    Fenced,
+    RunEnded,
+    RunEventSource,
     Settle,
     Settled,
-)  # fmt: skip
-from eventflow.store.rows import KnownEvent, RunRow
+)
+from eventflow.store.rows import RunRow
 from eventflow.store.transaction import Transaction
-from eventflow.store.windows import gathered, know_windows
 
 WriteOp = RecordEvents | Append | MarkStarted | Settle
 
 
-def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, probe: bool) -> None:
-    """Reads what `apply` will ask for, in one statement each. `probe` also looks for journal entries that already exist."""
-    wanted: list[int] = []
+def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> None:
+    """Reads what `apply` needs, in one statement each. `must_probe`: journal entries may be recorded already; look for them."""
+    runs: list[int] = []
     arrivals: list[Arrival] = []
     children: list[Run] = []
     answers: list[tuple[int, str]] = []
+    suspensions: list[tuple[int, int, int]] = []
     for op in ops:
         if not isinstance(op, RecordEvents):
-            wanted.append(op.run)
+            runs.append(op.run)
         if isinstance(op, RecordEvents | Append):
             arrivals.extend(op.arrivals)
         if isinstance(op, Append):
             children.extend(op.children)
-        if isinstance(op, Settle) and op.parent is not None and op.answer is not None:
-            wanted.append(op.parent)
-            answers.append((op.parent, op.answer.call_key))
-    know_events(tx, arrivals)
-    know_windows(tx, arrivals)
-    know_patterns(tx, arrivals)
-    tx.fetch(wanted)
-    asked = [(run.parent, run.parent_call_key) for run in children]
-    for text in rows.known_children.read(tx.connection, asked):
-        tx.children.update(rows.decode_pairs(text))
-    for text in rows.finals.read(tx.connection, answers):
-        tx.finals.update(rows.decode_pairs(text))
-    _fetch_later(tx, [op for op in ops if isinstance(op, Settle)])
-    tx.probe = probe
+        if isinstance(op, Settle):
+            if op.parent is not None and op.answer is not None:
+                runs.append(op.parent)
+                answers.append((op.parent, op.answer.call_key))
+            if isinstance(op.outcome, Suspended):
+                suspensions.append((op.run, op.outcome.seen_batch, op.outcome.entries))
+    load_arrivals(tx, arrivals)
+    tx.runs.fetch(runs)
+    tx.journal.load_children(children)
+    tx.journal.load_finals(answers)
+    tx.journal.load_unseen(suspensions)
+    tx.journal.must_probe = must_probe
 
 
-def know_events(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
-    """Finds which of these events are already in the ledger."""
-    for text in rows.known_events.read(
-        tx.connection, [(arrival.event_id, arrival.key) for arrival in arrivals]
-    ):
-        tx.known.update((bytes.fromhex(known.key), known) for known in rows.decode_known(text))
-
-
-def _fetch_later(tx: Transaction, settles: Iterable[Settle]) -> None:
-    """Which suspending runs have entries that their flow has not seen."""
-    asked = [
-        (op.run, op.outcome.seen_batch, op.outcome.entries)
-        for op in settles
-        if isinstance(op.outcome, Suspended)
-    ]
-    for text in rows.later_entries.read(tx.connection, asked):
-        tx.appended.update(rows.decode_ids(text))
+def load_arrivals(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
+    """Reads what `record_arrival` needs of these."""
+    tx.events.load_known(arrivals)
+    if batched := [arrival for arrival in arrivals if arrival.batch_policies]:
+        tx.windows.load(batched)
+    if wanted := [arrival for arrival in arrivals if arrival.pattern_events]:
+        tx.patterns.load(wanted)
 
 
 def apply(tx: Transaction, op: WriteOp) -> Any:
-    """Decides one op; returns its reply."""
+    """Decides one operation; returns its reply."""
     match op:
         case RecordEvents():
             return _record(tx, op)
         case Append():
             return _append(tx, op)
         case MarkStarted():
-            return _mark(tx, op)
+            return _mark_started(tx, op)
         case Settle():
             return _settle(tx, op)
         case _:
             assert_never(op)
 
 
-# --------------------------------------------------------------------------- way in
+# --------------------------------------------------------------------------- events
 
 
 def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
     if op.cursor:
-        tx.put_cursors(op.trigger, op.cursor)
-    return [arrive(tx, arrival) for arrival in op.arrivals]
+        tx.events.put_cursors(op.trigger, op.cursor)
+    return [record_arrival(tx, arrival) for arrival in op.arrivals]
 
 
-def arrive(tx: Transaction, arrival: Arrival) -> Receipt:
-    """One event: recorded with all that is its, or counted on the first of its identity."""
-    first = tx.known.get(arrival.key)
-    if first is None and (earlier := tx.arrived.get(arrival.key)) is not None:
-        first = KnownEvent(earlier.id, earlier.key.hex(), earlier.digest.hex(), len(earlier.runs))
-    if first is not None:
+def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
+    """Records an event with its verdicts, runs and dead letters, or counts it as a duplicate of the first of its identity."""
+    events = tx.events
+    if (first := events.first_of(arrival)) is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
         conflict = digests[0] != digests[1]
-        tx.bump(first.id, conflict=conflict)
+        events.count_duplicate(first.id, conflict=conflict)
         return Receipt(
-            first.id, arrival.event_id, duplicate=not conflict, conflict=conflict, matched=first.matched,
+            first.id,
+            arrival.event_id,
+            duplicate=not conflict,
+            conflict=conflict,
+            matched=first.matched,
             digests=digests if conflict else None,
-        )  # fmt: skip
-    tx.arrived[arrival.key] = arrival
+        )
+    events.reserve(arrival)
     if arrival.batch_policies:
-        arrival = gathered(tx, arrival, arrival.id)
+        arrival = tx.windows.assign(arrival, arrival.id)
     if arrival.pattern_events:
-        arrival = weave(tx, arrival, arrival.id)
-    tx.add_event(rows.event_row(arrival))
-    tx.count("events")
+        arrival = tx.patterns.advance(arrival, arrival.id)
+    events.add(arrival)
     deliver(tx, arrival, arrival.id)
     return Receipt(arrival.id, arrival.event_id, matched=len(arrival.runs))
 
 
-def record_run_events(tx: Transaction, herald: RunEventSource) -> None:
-    """Records the events that tell of the runs which this transaction ends (or holds), and of what did not come, or is late."""
-    ended, tx.ended = tx.ended, []
-    arrivals, tx.silences = tx.silences, []
-    for row in ended:
-        if row.state not in herald.wanted_states:
-            continue
-        told = RunEnded(
-            row.id, row.flow, row.state, row.token, row.depth, row.event, row.started_at, tx.at, row.reason, row.result,
-            row.codec, row.error,
-        )  # fmt: skip
-        if (arrival := herald.route_ended(told)) is not None:
-            arrivals.append(arrival)
-    if arrivals:
-        know_events(tx, arrivals)
-        know_windows(tx, arrivals)
-        know_patterns(tx, arrivals)
-        for arrival in arrivals:
-            arrive(tx, arrival)
-    if tx.silences:
-        record_run_events(tx, herald)
-
-
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
-    """The runs, dead letters, letters and tally of an arrival, on the event with this ledger id."""
+    """Adds the runs, dead letters, outbox messages and counts of an arrival, for the event with this ledger id."""
     for run in arrival.runs:
         if run.id in arrival.matches:
-            continue  # weaving.py has seen to it
+            continue  # added by Patterns.advance
         run.event = event
         if run.id in arrival.batch_policies:
-            tx.open_window(run, arrival.body, arrival.received_at)
+            tx.windows.open(run, arrival.body, arrival.received_at)
         else:
-            tx.add_run(run, arrival.body)
+            tx.runs.add(run, arrival.body)
     for subscription, reason in arrival.dead_letters:
-        tx.add_dead(event, subscription, reason)
-    for outlet, subscription in arrival.outbox:
-        tx.add_letter(outlet, event, subscription)
-    tx.tally(arrival.counts)
+        tx.events.add_dead_letter(event, subscription, reason)
+    for sink, subscription in arrival.outbox:
+        tx.events.add_message(sink, event, subscription)
+    tx.commit.add_deliveries(arrival.counts)
 
 
-# --------------------------------------------------------------------------- way through
+def record_run_events(tx: Transaction, source: RunEventSource) -> None:
+    """Records the events of the runs that this transaction ends (or holds), and the events that the ledger itself makes."""
+    ended, tx.runs.ended = tx.runs.ended, []
+    arrivals, tx.commit.own_events = tx.commit.own_events, []
+    for row in ended:
+        if row.state not in source.wanted_states:
+            continue
+        run = RunEnded(
+            run=row.id,
+            flow=row.flow,
+            state=row.state,
+            token=row.token,
+            depth=row.depth,
+            event=row.event,
+            started_at=row.started_at,
+            at=tx.commit.at,
+            reason=row.reason,
+            result=row.result,
+            codec=row.codec,
+            error=row.error,
+        )
+        if (arrival := source.route_ended(run)) is not None:
+            arrivals.append(arrival)
+    if arrivals:
+        load_arrivals(tx, arrivals)
+        for arrival in arrivals:
+            record_arrival(tx, arrival)
+    if tx.commit.own_events:
+        record_run_events(tx, source)
 
 
-def _fenced(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenced:
-    """The run if this op's token still owns it (P7)."""
-    row = tx.row(op.run)
+# --------------------------------------------------------------------------- runs
+
+
+def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenced:
+    """The run, if the operation's token still owns it (P7)."""
+    row = tx.runs.get(op.run)
     if row is None:
         return Fenced(f"run {format_id(op.run)} is not in the store")
     if row.state is not State.RUNNING:
@@ -196,31 +193,30 @@ def _fenced(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenc
     return row
 
 
+def _is_recorded(tx: Transaction, op: Append | Settle) -> bool:
+    return tx.journal.must_probe and tx.journal.has_any(op.run, op.entries)
+
+
+def _recorded_already(op: Append | Settle) -> Fenced:
+    return Fenced(
+        f"run {format_id(op.run)} has an entry of the same call key, attempt and kind already"
+    )
+
+
 def _append(tx: Transaction, op: Append) -> Appended | Fenced:
-    row = _fenced(tx, op)
+    row = _owned(tx, op)
     if isinstance(row, Fenced):
         return row
-    if tx.probe and _recorded(tx, op):
-        return _again(op)
-    entries = [tx.add_entry(op.run, entry) for entry in op.entries]
-    receipts = [arrive(tx, arrival) for arrival in op.arrivals]
+    if _is_recorded(tx, op):
+        return _recorded_already(op)
+    entries = [tx.journal.add(op.run, entry) for entry in op.entries]
+    receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
     for child in op.children:
         _start_child(tx, child)
     if op.clears_suspicion and (row.crash_suspect or row.crash_count):
         row.crash_suspect = row.crash_count = 0
-        tx.change(row)
-    return Appended(tx.batch, tx.at, entries, receipts)
-
-
-def _recorded(tx: Transaction, op: Append | Settle) -> bool:
-    asked = [(op.run, entry.call_key, entry.attempt, int(entry.kind)) for entry in op.entries]
-    return len(set(asked)) < len(asked) or any(rows.known_entries.read(tx.connection, asked))
-
-
-def _again(op: Append | Settle) -> Fenced:
-    return Fenced(
-        f"run {format_id(op.run)} has an entry of the same call key, attempt and kind already"
-    )
+        tx.runs.change(row)
+    return Appended(tx.commit.batch, tx.commit.at, entries, receipts)
 
 
 def _start_child(tx: Transaction, child: Run) -> None:
@@ -228,74 +224,79 @@ def _start_child(tx: Transaction, child: Run) -> None:
         raise ValueError(
             f"child run {format_id(child.id)}: expected a parent and its call key, found none"
         )
-    name = (child.parent, child.parent_call_key)
-    if name not in tx.children:
-        tx.children.add(name)
-        tx.add_run(child, None)
+    call = (child.parent, child.parent_call_key)
+    if call not in tx.journal.children:
+        tx.journal.children.add(call)
+        tx.runs.add(child, None)
 
 
-def _mark(tx: Transaction, op: MarkStarted) -> Appended | Fenced:
-    row = _fenced(tx, op)
+def _mark_started(tx: Transaction, op: MarkStarted) -> Appended | Fenced:
+    row = _owned(tx, op)
     if isinstance(row, Fenced):
         return row
     row.crash_count += 1
-    tx.change(row)
-    return Appended(tx.batch, tx.at)
+    tx.runs.change(row)
+    return Appended(tx.commit.batch, tx.commit.at)
 
 
 def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
-    row = _fenced(tx, op)
+    row = _owned(tx, op)
     if isinstance(row, Fenced):
         return row
-    if op.entries and tx.probe and _recorded(tx, op):
-        return _again(op)
+    if op.entries and _is_recorded(tx, op):
+        return _recorded_already(op)
     for entry in op.entries:
-        tx.add_entry(op.run, entry)
+        tx.journal.add(op.run, entry)
     _end_claim(tx, row, op.outcome)
-    taken = (
-        answer(tx, row, op.answer) if op.answer is not None and op.parent == row.parent else None
-    )
-    return Settled(tx.batch, tx.at, taken)
+    answer = None
+    if op.answer is not None and op.parent == row.parent:
+        answer = answer_parent(tx, row, op.answer)
+    return Settled(tx.commit.batch, tx.commit.at, answer)
 
 
 def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
     """The one place where an outcome becomes a state."""
     match outcome:
         case Completed(value, codec, unclaimed_entries):
-            row.result, row.codec, row.unclaimed_entries, row.reason = value, codec, unclaimed_entries, None
-            tx.move(row, State.COMPLETED)
+            row.result = value
+            row.codec = codec
+            row.unclaimed_entries = unclaimed_entries
+            row.reason = None
+            tx.runs.move(row, State.COMPLETED)
         case Failed(error):
-            row.error, row.reason = error, None
-            tx.move(row, State.FAILED)
+            row.error = error
+            row.reason = None
+            tx.runs.move(row, State.FAILED)
         case Cancelled(reason):
             row.reason = reason
-            tx.move(row, State.CANCELLED)
+            tx.runs.move(row, State.CANCELLED)
         case NeedsAttention(reason):
             row.reason = reason
-            tx.move(row, State.HELD)
+            tx.runs.move(row, State.HELD)
         case Suspended(until):
-            if row.cancel_requested or row.id in tx.appended:
-                tx.wake(row)
+            if row.cancel_requested or row.id in tx.journal.unseen:
+                tx.runs.wake(row)
             else:
-                tx.sleep(row, until)
+                tx.runs.sleep(row, until)
         case Interrupted():
             row.crash_suspect = row.crash_count = 0
-            tx.wake(row)
+            tx.runs.wake(row)
         case Restarted(params, first):
-            _begin_afresh(tx, row, params)
-            tx.add_entry(row.id, first)
+            _restart(tx, row, params)
+            tx.journal.add(row.id, first)
         case _:
             assert_never(outcome)
 
 
-def _begin_afresh(tx: Transaction, row: RunRow, params: bytes) -> None:
-    """The same run with other parameters and no past."""
+def _restart(tx: Transaction, row: RunRow, params: bytes) -> None:
+    """The same run with other parameters, an empty journal and no start time."""
     drop_journal(tx, row.id)
-    asked = "SELECT subscription, params FROM runs WHERE id = ?"
-    subscription, before = tx.connection.execute(asked, (row.id,)).fetchone()
+    subscription, before = tx.connection.execute(
+        "SELECT subscription, params FROM runs WHERE id = ?", (row.id,)
+    ).fetchone()
     grown = len(params) - len(before or b"")
     row.size += grown
-    tx.count("pending_bytes", grown)
+    tx.commit.count("pending_bytes", grown)
     crc = rows.run_crc(row.id, row.flow, subscription, row.event, row.ordering_key, params)
     tx.connection.execute(
         "UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?",
@@ -303,32 +304,33 @@ def _begin_afresh(tx: Transaction, row: RunRow, params: bytes) -> None:
     )
     row.crash_suspect = row.crash_count = 0
     row.started_at = None
-    tx.wake(row)
+    tx.runs.wake(row)
 
 
 def drop_journal(tx: Transaction, run: int) -> None:
-    """Drops the journal, also what this batch added to it, and lets go of the children: the new life starts its own."""
+    """Deletes the run's journal, also what this batch added to it, and releases its children: the run starts new ones."""
     tx.flush()
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
-    tx.disown(run)
+    tx.journal.forget_calls(run)
+    tx.runs.release_children(run)
 
 
-def answer(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
-    """Writes a child's end into its parent's journal and wakes the parent; None when the parent has heard already."""
+def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
+    """Writes a child's end into its parent's journal and wakes the parent. None when the call has an end already."""
     if (
         child.parent is None
         or child.parent_call_key != entry.call_key
         or entry.kind not in (Kind.VALUE, Kind.ERROR)
     ):
         return None
-    parent = tx.row(child.parent)
-    name = (child.parent, entry.call_key)
-    if parent is None or name in tx.finals:
+    parent = tx.runs.get(child.parent)
+    call = (child.parent, entry.call_key)
+    if parent is None or call in tx.journal.finals:
         return None
-    tx.finals.add(name)
-    tx.add_entry(parent.id, entry)
+    tx.journal.finals.add(call)
+    tx.journal.add(parent.id, entry)
     if parent.state is State.WAITING:
-        tx.wake(parent)
+        tx.runs.wake(parent)
     elif parent.state is State.RUNNING:
-        tx.answers.append((parent.id, entry))
+        tx.commit.answers.append((parent.id, entry))
     return entry

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from eventflow.core.clock import Clock
 from eventflow.store import rows
 from eventflow.store.change_log import WEIGHED, Move
+from eventflow.store.commit import COLUMN
 from eventflow.store.load import corrupt
-from eventflow.store.readers import dicts
-from eventflow.store.transaction import COLUMN
+from eventflow.store.readers import fetch_dicts
 
 SLICE = 0.5
 """Seconds of one slice: a quarter of what a read transaction may take, for machines that have more to do."""
@@ -51,7 +51,7 @@ def audit(connection: sqlite3.Connection) -> list[str]:
 
 def ledger(connection: sqlite3.Connection) -> dict[str, Any]:
     """The ledger's one row."""
-    return dicts(connection, "SELECT * FROM ledger", ())[0]
+    return fetch_dicts(connection, "SELECT * FROM ledger", ())[0]
 
 
 class Audit:

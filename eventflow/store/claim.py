@@ -1,7 +1,8 @@
-"""Which due runs a worker gets: lane heads, round-robin over flows, priority then age within one, caps per flow.
+"""Which due runs a worker gets: round-robin over flows, by priority then age within a flow, at most a flow's cap.
 
-The writer calls `claim` at the end of a batch, after its other ops are written. One statement walks the index of live runs by
-its groups (state, flow, priority) and takes only the head of each, so a backlog of a million costs what one of a hundred does.
+The writer calls `claim` at the end of a batch, after its other operations are written. Of an ordering key only the head (the run
+that is not blocked) can be claimed. One statement walks the index of live runs by its groups (state, flow, priority) and reads
+only the first runs of each group, so that the cost does not depend on the backlog.
 """
 
 import sqlite3
@@ -11,7 +12,7 @@ import msgspec
 import orjson
 
 from eventflow.runs.run import Run, State
-from eventflow.store.patterns import next_due, wake
+from eventflow.store.patterns import next_due
 from eventflow.store.protocol import Claim, Claimed
 from eventflow.store.rows import NEVER
 from eventflow.store.transaction import Transaction
@@ -41,13 +42,13 @@ _GROUPS = f"""
         flow, priority,
         (SELECT min(due_at) FROM runs
             WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority AND due_at > :now),
-        json(CASE WHEN h.flow IN (SELECT value FROM json_each(:tight))
+        json(CASE WHEN h.flow IN (SELECT value FROM json_each(:capped))
             THEN ({_FIRST.format(":few")}) ELSE ({_FIRST.format(":most")}) END)))
     FROM heads h WHERE h.priority IS NOT NULL"""
 
 
 class Group(msgspec.Struct, array_like=True):
-    """Of one flow, state and priority: who is due, and when the next one is."""
+    """Of one flow, state and priority: the due runs as (due_at, id), and when the next one is due."""
 
     flow: str
     priority: int
@@ -59,32 +60,36 @@ _decode = msgspec.json.Decoder(list[Group]).decode
 
 
 def claim(tx: Transaction, op: Claim) -> Claimed:
-    """Takes up to `op.limit` due runs for the caller: each becomes RUNNING under a new token."""
-    if tx.herald is not None:
-        wake(tx, tx.herald)
-    groups = look(tx.connection, tx.now, op)
-    queues, more = _queues(groups, op)
+    """Gives up to `op.limit` due runs to the caller: each becomes RUNNING under a new token."""
+    if tx.patterns.advance_due():
+        tx.flush()
+    groups = due_groups(tx.connection, tx.commit.now, op)
+    queues, has_more = _queues(groups, op)
     chosen = _round_robin(queues, op.limit)
-    more = more or sum(map(len, queues)) > len(chosen)
+    has_more = has_more or sum(map(len, queues)) > len(chosen)
     due = [
         group.next_due for group in groups if group.next_due is not None and group.next_due != NEVER
     ]
-    if (pattern := next_due(tx)) is not None:
-        due.append(pattern)
-    return Claimed(_start(tx, chosen), more, min(due, default=None))
+    if (pattern_due := next_due(tx.connection)) is not None:
+        due.append(pattern_due)
+    return Claimed(_start(tx, chosen), has_more, min(due, default=None))
 
 
-def look(connection: sqlite3.Connection, now: int, op: Claim) -> list[Group]:
-    """What is due, by flow and priority. Of a flow that may begin few, few are read: its backlog may be long, and each run of
-    it that ends claims anew."""
-    tight = {flow: cap for flow, cap in op.caps.items() if cap < op.limit}
-    few = max(tight.values(), default=0) + 1
-    asked = {"now": now, "most": op.limit + 1, "few": few, "tight": orjson.dumps([*tight]).decode()}
-    return _decode(connection.execute(_GROUPS, asked).fetchone()[0])
+def due_groups(connection: sqlite3.Connection, now: int, op: Claim) -> list[Group]:
+    """What is due, by flow and priority. Of a flow with a small cap few runs are read: its backlog may be long, and the end of
+    each of its runs leads to another claim."""
+    capped = {flow: cap for flow, cap in op.caps.items() if cap < op.limit}
+    parameters = {
+        "now": now,
+        "most": op.limit + 1,
+        "few": max(capped.values(), default=0) + 1,
+        "capped": orjson.dumps([*capped]).decode(),
+    }
+    return _decode(connection.execute(_GROUPS, parameters).fetchone()[0])
 
 
 def _queues(groups: Sequence[Group], op: Claim) -> tuple[list[list[int]], bool]:
-    """Per flow its due runs, best first, cut at its cap; and whether a cap or the limit cut any."""
+    """By flow its due runs, best first, cut at its cap; and whether a cap or the limit cut any."""
     flows: dict[str, list[tuple[int, int, int]]] = {}
     for group in groups:
         flows.setdefault(group.flow, []).extend(
@@ -110,12 +115,12 @@ def _round_robin(queues: Sequence[Sequence[int]], limit: int) -> list[int]:
 
 
 def _start(tx: Transaction, chosen: Sequence[int]) -> list[Run]:
-    tx.fetch(chosen)
-    rows = [tx.need(ident) for ident in chosen]
+    tx.runs.fetch(chosen)
+    rows = [tx.runs.need(ident) for ident in chosen]
     for row in rows:
         row.token += 1
-        row.started_at = row.started_at or tx.at
-        tx.move(row, State.RUNNING)
-    runs = tx.load(rows)
+        row.started_at = row.started_at or tx.commit.at
+        tx.runs.move(row, State.RUNNING)
+    runs = tx.runs.load(rows)
     tx.flush()
     return runs

@@ -25,7 +25,7 @@ class Lock:
         self._store, self._path = path, f"{path}.lock"
         self._fd: int | None = None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Raises StoreLocked naming the holder's pid."""
         fd = os.open(self._path, _FLAGS, _MODE)
         try:
@@ -61,7 +61,7 @@ def _release_in_forks(lock: Lock) -> None:
     os.register_at_fork(after_in_child=let_go)
 
 
-def holder_of(path: str) -> int | None:
+def lock_holder_pid(path: str) -> int | None:
     """The pid that holds a lock on this file, from /proc/locks where there is one."""
     try:
         found = os.stat(path)
@@ -126,7 +126,7 @@ class HighWater:
             self._fd = None
 
 
-class Space:
+class DiskSpaceGuard:
     """The free-space floor: below it the ledger takes nothing more, and runs in flight finish on the ballast."""
 
     def __init__(self, path: str, clock: Clock, floor: int | None, ballast: int) -> None:
@@ -163,7 +163,7 @@ class Space:
         )
         return disk.f_bavail * disk.f_frsize, floor
 
-    def load(self) -> None:
+    def reserve_ballast(self) -> None:
         """Sets the ballast aside, if there is room for it twice over; it is no reason not to start."""
         free, floor = self._free()
         if not self._size or free < floor + 2 * self._size or os.path.exists(self._ballast):
@@ -178,13 +178,13 @@ class Space:
         finally:
             os.close(fd)
 
-    def reload(self) -> None:
+    def restore_ballast(self) -> None:
         """Sets a spent ballast aside again once there is room."""
         if self._spent and self.full() is None:
             self._spent = False
-            self.load()
+            self.reserve_ballast()
 
-    def release(self) -> bool:
+    def release_ballast(self) -> bool:
         """Gives the ballast's space back, so that what is in flight can finish. False: there was none left."""
         self._asked_at, self._spent = float("-inf"), True
         try:

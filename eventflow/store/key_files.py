@@ -11,7 +11,7 @@ from pathlib import Path
 from eventflow.core.errors import StoreUnwritable
 
 
-def secret_beside(store_path: str, kind: str) -> str:
+def load_or_create_secret(store_path: str, kind: str) -> str:
     """The 43-letter secret in `STORE.kind` (256 bits, URL-safe), made if there is none."""
     path = Path(f"{store_path}.{kind}")
     try:

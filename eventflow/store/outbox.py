@@ -60,8 +60,8 @@ def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) ->
         asked = "SELECT sink, event, subscription FROM outbox WHERE id = ?"
         found = tx.connection.execute(asked, (number,)).fetchone()
         if found is not None and found[2] is None:
-            tx.add_dead(found[1], found[0], reason)
-            tx.tally({"dead": 1})
+            tx.events.add_dead_letter(found[1], found[0], reason)
+            tx.commit.add_deliveries({"dead": 1})
     tx.connection.execute(
         "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(letters)),)
     )

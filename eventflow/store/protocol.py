@@ -18,8 +18,8 @@ from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Outcome, Run, State
-from eventflow.store.batching import PatternEvent, BatchPolicy, PatternMatch
-from eventflow.store.run_events import RunEnded, LateRuns, LateRun
+from eventflow.store.batching import BatchPolicy, PatternEvent, PatternMatch
+from eventflow.store.run_events import LateRun, LateRuns, RunEnded
 
 # --------------------------------------------------------------------------- what goes in
 
@@ -196,9 +196,9 @@ class PatternUpdate(msgspec.Struct):
 
 
 class RunEventSource(Protocol):
-    """Who makes events of runs that ended or are late, and runs of patterns: the router, seen from the writer thread.
+    """Makes the events of runs that ended or are late. The router implements it.
 
-    Quick; must not raise.
+    Called in the writer thread, within the transaction. Must be quick and must not raise.
     """
 
     def raise_floor(self, last_id: int) -> None:
@@ -207,16 +207,24 @@ class RunEventSource(Protocol):
 
     @property
     def wanted_states(self) -> Collection[State]:
-        """The ends, HELD among them, that somebody hears of."""
+        """The states, of those that end a run or hold it, that some subscription asks for."""
         ...
 
     def route_ended(self, run: RunEnded) -> Arrival | None:
-        """The event that tells of an end that is `heard`, matched and ready to record; None when nobody wants this one."""
+        """The event of a run that came to a wanted state, ready to record; None when no subscription matches it."""
         ...
 
     def route_late(self, run: LateRun) -> Arrival | None:
-        """The same, of a run that is late."""
+        """The event of a late run, ready to record; None when no subscription matches it."""
         ...
+
+
+class PatternAdvancer(Protocol):
+    """Advances the state machines of patterns. `PatternRunner` (routing/pattern_runner.py) implements it.
+
+    Called in the writer thread, within the transaction. Must be quick and must not raise. States are values that the store only
+    passes on.
+    """
 
     def advance(
         self,
@@ -224,16 +232,16 @@ class RunEventSource(Protocol):
         key: str,
         state: Any,
         now: int,
-        fact: PatternEvent | None = None,
+        pattern_event: PatternEvent | None = None,
         event: int = 0,
         size: int = 0,
     ) -> PatternUpdate | None:
-        """Moves a pattern on to `now`, and gives it an event. `state`: as before, or as kept (bytes). None: there is no such
-        pattern any more."""
+        """Advances a pattern to `now`, with an event (its ledger id and bytes) if there is one. `state`: as the last update had
+        it, or as `encode_state` made it. None: there is no pattern of this name."""
         ...
 
     def encode_state(self, subscription: str, key: str, state: Any) -> bytes:
-        """What a store keeps of a state."""
+        """The stored form of a state."""
         ...
 
     def time_driven(self) -> Sequence[str]:
@@ -246,7 +254,7 @@ class OutboxListener(Protocol):
 
     loop: asyncio.AbstractEventLoop
 
-    def notify(self, outlets: Sequence[str]) -> None:
+    def notify(self, names: Sequence[str]) -> None:
         """Called on `loop`, after the commit: there is more to send for these."""
         ...
 
@@ -289,8 +297,12 @@ class Store(Protocol):
         """Whom fresh runs are handed to; None: nobody."""
         ...
 
-    def attach_run_events(self, herald: RunEventSource) -> None:
-        """Who makes events of ended runs, recorded in the transactions that end them. Before `open`."""
+    def attach_run_events(self, source: RunEventSource) -> None:
+        """Sets what makes the events of ended runs, recorded in the transactions that end them. Before `open`."""
+        ...
+
+    def attach_patterns(self, advancer: PatternAdvancer) -> None:
+        """Sets what advances patterns. Before `open`."""
         ...
 
     def attach_outbox_listener(self, relay: OutboxListener | None) -> None:

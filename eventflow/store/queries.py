@@ -13,10 +13,10 @@ import orjson
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.events.event import Json
 from eventflow.logs.log import get_logger
-from eventflow.runs.run import State, parse_id, format_id
+from eventflow.runs.run import State, format_id, parse_id
 from eventflow.store import rows
 from eventflow.store.load import corrupt
-from eventflow.store.readers import dicts
+from eventflow.store.readers import fetch_dicts
 
 log = get_logger("eventflow.store")
 LOG_EVENTS = {
@@ -30,10 +30,10 @@ COUNTS = (
     "runs",
 )  # fmt: skip
 
-SLICE = 50_000
+MAX_SCANNED_EVENTS = 50_000
 """Events that one look for some of the past walks over."""
 
-FEW = 50_000
+MAX_INDEXED_RUNS = 50_000
 """Live runs in one state up to which a list of them starts from their index; of more, the newest are soon found by walking."""
 
 _EVENT = (
@@ -85,13 +85,13 @@ def events(
     where, values = _where(("trigger = ?", trigger), ("type = ?", type), ("id >= ?", first), ("received_at >= ?", since),
                            ("received_at < ?", until), ("id < ?", after))  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id DESC LIMIT ?"
-    found = dicts(
+    found = fetch_dicts(
         connection,
         f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id DESC",
         (*values, limit),
     )
     return [
-        _event_without_body(row) for row in found if _event_holds(row) or _left_out("events", row)
+        _event_without_body(row) for row in found if _is_event_intact(row) or _log_corrupt("events", row)
     ]
 
 
@@ -105,37 +105,37 @@ def past(
     """
     first = max(after + 1, since // 1000 << 20)  # an id is never older than its event (run.Ids)
     cut = "SELECT id FROM events INDEXED BY events_scan WHERE id >= ? ORDER BY id LIMIT 1 OFFSET ?"
-    (end,) = connection.execute(cut, (first, SLICE)).fetchone() or (None,)
+    (end,) = connection.execute(cut, (first, MAX_SCANNED_EVENTS)).fetchone() or (None,)
     where, values = _where(("id >= ?", first), ("id < ?", end), ("received_at >= ?", since), ("received_at < ?", until),
                            ("type = ?", type), ("trigger IN (SELECT value FROM json_each(?))", orjson.dumps(triggers).decode()),
                            )  # fmt: skip
     ids = f"SELECT id FROM events INDEXED BY events_scan {where} ORDER BY id LIMIT ?"
-    found = dicts(
+    found = fetch_dicts(
         connection, f"SELECT {_EVENT} FROM events WHERE id IN ({ids}) ORDER BY id", (*values, limit)
     )
     last = found[-1]["id"] if len(found) == limit else None if end is None else end - 1
     return [
-        _plain_event(row) for row in found if _event_holds(row) or _left_out("events", row)
+        _decode_event(row) for row in found if _is_event_intact(row) or _log_corrupt("events", row)
     ], last
 
 
 def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     """With body, headers, its runs, its dead letters, and what is still to be sent of it."""
     number = _event_id(connection, ident)
-    found = dicts(connection, f"SELECT {_EVENT} FROM events WHERE id = ?", (number,))
+    found = fetch_dicts(connection, f"SELECT {_EVENT} FROM events WHERE id = ?", (number,))
     if not found:
         raise NotFound("event", str(ident))
-    if not _event_holds(found[0]):
+    if not _is_event_intact(found[0]):
         raise StoreCorrupt(corrupt("events", number))
-    row = _plain_event(found[0])
-    row["runs"] = [*runs(connection, event=number, limit=1000), *_joined(connection, number)]
-    row["verdicts"] = [_since(connection, row, said) for said in row["verdicts"]]
-    row["dead"] = dicts(
+    row = _decode_event(found[0])
+    row["runs"] = [*runs(connection, event=number, limit=1000), *_joined_runs(connection, number)]
+    row["verdicts"] = [_current_verdict(connection, row, said) for said in row["verdicts"]]
+    row["dead"] = fetch_dicts(
         connection,
         "SELECT id, subscription, reason, at, redriven_at FROM dead_letters WHERE event = ?",
         (number,),
     )
-    row["outbox"] = dicts(
+    row["outbox"] = fetch_dicts(
         connection,
         "SELECT sink, subscription, at FROM outbox WHERE event = ? ORDER BY id",
         (number,),
@@ -143,7 +143,7 @@ def event(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     return row
 
 
-def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
+def _joined_runs(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
     """The runs of other events that this one joined."""
     asked = "SELECT run FROM run_events WHERE event = ? ORDER BY run DESC LIMIT 1000"
     return [
@@ -152,7 +152,7 @@ def _joined(connection: sqlite3.Connection, event: int) -> list[dict[str, Any]]:
     ]
 
 
-def _since(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any]) -> list[Any]:
+def _current_verdict(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any]) -> list[Any]:
     """What has become of an event that waited in a pattern when it was recorded."""
     name, fate, _ = said
     if fate != "waiting":
@@ -165,18 +165,18 @@ def _since(connection: sqlite3.Connection, row: dict[str, Any], said: list[Any])
     return [name, "batched", runs[0]] if runs else [name, "matched", "its run is past its retention"]
 
 
-def _event_holds(row: dict[str, Any]) -> bool:
+def _is_event_intact(row: dict[str, Any]) -> bool:
     names = ("id", "key", "digest", "trigger", "event_id", "verdicts", "headers", "body")
     return row["crc"] is None or row["crc"] == rows.event_crc(*(row[name] for name in names))
 
 
 def _event_without_body(row: dict[str, Any]) -> dict[str, Any]:
-    row = _plain_event(row)
+    row = _decode_event(row)
     del row["body"], row["headers"]
     return row
 
 
-def _plain_event(row: dict[str, Any]) -> dict[str, Any]:
+def _decode_event(row: dict[str, Any]) -> dict[str, Any]:
     del row["crc"], row["key"], row["digest"]
     row["kept"] = bool(row["kept"])
     row["verdicts"] = [
@@ -193,14 +193,14 @@ _RENAMED_VERDICTS = {"held": "paused", "joined": "batched", "lapsed": "expired",
 def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
     if isinstance(ident, int):
         return ident
-    number = _exact(connection, "events", ident)
+    number = _find_exact(connection, "events", ident)
     if number is not None:
         return number
     begun = "substr(event_id, 1, 16) = substr(?, 1, 16)"  # what the index begins with
     # The + keeps SQLite from writing the id for event_id in `begun` too, after which it would not know the index again.
     asked = f"SELECT id FROM events INDEXED BY events_key WHERE {begun} AND +event_id = ? ORDER BY id DESC LIMIT 2"
     found = [number for (number,) in connection.execute(asked, (ident, ident))]
-    return _only(found, ident, "event") if found else _by_part(connection, "events", ident, "event")
+    return _single(found, ident, "event") if found else _find_by_part(connection, "events", ident, "event")
 
 
 # --------------------------------------------------------------------------- runs
@@ -213,23 +213,23 @@ def runs(
     """Without parameters and results."""
     where, values = _where(("event = ?", event), ("flow = ?", flow), ("state = ?", state), ("parent = ?", parent),
                            ("id < ?", after))  # fmt: skip
-    where += _hint(state)
+    where += _index_condition(state)
     if state is not None and state.live and event is None and parent is None:
-        ids, asked = _living(flow, state)
-        (n,) = connection.execute(f"SELECT count(*) FROM ({ids} LIMIT {FEW + 1})", asked).fetchone()
-        if n <= FEW:
+        ids, asked = _live_run_ids(flow, state)
+        (n,) = connection.execute(f"SELECT count(*) FROM ({ids} LIMIT {MAX_INDEXED_RUNS + 1})", asked).fetchone()
+        if n <= MAX_INDEXED_RUNS:
             where, values = f"{where} AND id IN ({ids})", [*values, *asked]
-    found = dicts(
+    found = fetch_dicts(
         connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit)
     )
     return [
-        _without(_plain_run(row), "params", "result")
+        _without(_decode_run(row), "params", "result")
         for row in found
-        if _run_holds(row) or _left_out("runs", row)
+        if _is_run_intact(row) or _log_corrupt("runs", row)
     ]
 
 
-def _living(flow: str | None, state: State) -> tuple[str, list[Any]]:
+def _live_run_ids(flow: str | None, state: State) -> tuple[str, list[Any]]:
     """The ids of a state's live runs, and of those that wait in a lane, whose state is not in their index."""
     which, values = _where(("flow = ?", flow))
     which = which.replace("WHERE", "AND")
@@ -240,27 +240,27 @@ def _living(flow: str | None, state: State) -> tuple[str, list[Any]]:
     return ids, [int(state), *values, *values]
 
 
-def _hint(state: State | None) -> str:
+def _index_condition(state: State | None) -> str:
     """Says again what the partial indexes say, for SQLite matches their conditions word by word."""
     return " AND state > 4" if state is not None and state > State.COMPLETED else ""
 
 
 def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
-    number = ident if isinstance(ident, int) else _exact(connection, "runs", ident)
+    number = ident if isinstance(ident, int) else _find_exact(connection, "runs", ident)
     if number is None:
-        number = _by_part(connection, "runs", str(ident), "run")
-    found = dicts(connection, f"SELECT {_RUN} FROM runs WHERE id = ?", (number,))
+        number = _find_by_part(connection, "runs", str(ident), "run")
+    found = fetch_dicts(connection, f"SELECT {_RUN} FROM runs WHERE id = ?", (number,))
     if not found:
         raise NotFound("run", str(ident))
-    if not _run_holds(found[0]):
+    if not _is_run_intact(found[0]):
         raise StoreCorrupt(corrupt("runs", number))
-    row = _plain_run(found[0])
+    row = _decode_run(found[0])
     asked = "SELECT event FROM run_events WHERE run = ? ORDER BY event LIMIT 1000"
     row["joined"] = [event for (event,) in connection.execute(asked, (number,))]
     return row
 
 
-def _run_holds(row: dict[str, Any]) -> bool:
+def _is_run_intact(row: dict[str, Any]) -> bool:
     fine = row["crc"] == rows.run_crc(
         *(row[name] for name in ("id", "flow", "subscription", "event", "ordering_key", "params"))
     )
@@ -271,7 +271,7 @@ def _run_holds(row: dict[str, Any]) -> bool:
     )
 
 
-def _plain_run(row: dict[str, Any]) -> dict[str, Any]:
+def _decode_run(row: dict[str, Any]) -> dict[str, Any]:
     del row["crc"], row["outcome_crc"]
     row["state"] = State(row["state"]).label
     row["due_at"] = None if row["due_at"] == rows.NEVER else row["due_at"] or row["created_at"]
@@ -287,12 +287,12 @@ def dead(connection: sqlite3.Connection, *, limit: int, after: int | None) -> li
     """Open ones, without bodies."""
     where, values = _where(("d.id < ?", after))
     asked = f"SELECT {_DEAD} {where} {'AND' if where else 'WHERE'} d.redriven_at IS NULL ORDER BY d.id DESC LIMIT ?"
-    return [_without(row, "body", "headers") for row in dicts(connection, asked, (*values, limit))]
+    return [_without(row, "body", "headers") for row in fetch_dicts(connection, asked, (*values, limit))]
 
 
 def dead_letter(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
-    number = _number(str(ident))
-    found = [] if number is None else dicts(connection, f"SELECT {_DEAD} WHERE d.id = ?", (number,))
+    number = _parse_number(str(ident))
+    found = [] if number is None else fetch_dicts(connection, f"SELECT {_DEAD} WHERE d.id = ?", (number,))
     if not found:
         raise NotFound("dead letter", str(ident))
     return found[0]
@@ -308,7 +308,7 @@ def _where(*conditions: tuple[str, Any]) -> tuple[str, list[Any]]:
     ]
 
 
-def _left_out(table: str, row: dict[str, Any]) -> bool:
+def _log_corrupt(table: str, row: dict[str, Any]) -> bool:
     """False, having said so: the row is there, its content is not what was recorded."""
     log.error("store.row_corrupt", table=table, row=format_id(row["id"]))
     return False
@@ -318,25 +318,25 @@ def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names}
 
 
-def _exact(connection: sqlite3.Connection, table: str, ident: str) -> int | None:
+def _find_exact(connection: sqlite3.Connection, table: str, ident: str) -> int | None:
     """A whole id, in base 32 or as a number."""
-    for number in (parse_id(ident), _number(ident)):
+    for number in (parse_id(ident), _parse_number(ident)):
         known = f"SELECT 1 FROM {table} WHERE id = ?"
         if number is not None and connection.execute(known, (number,)).fetchone():
             return number
     return None
 
 
-def _number(text: str) -> int | None:
+def _parse_number(text: str) -> int | None:
     """A whole number that SQLite can hold."""
     number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
     return None if number is None or number >= 1 << 63 else number
 
 
-_SMALL = {"events": "events_scan", "runs": "runs_flow"}
+_SMALL_INDEXES = {"events": "events_scan", "runs": "runs_flow"}
 
 
-def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -> int:
+def _find_by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -> int:
     """The one id that begins or ends with these letters."""
     low, high = parse_id(part.ljust(13, "0")), parse_id(part.ljust(13, "z")) or (1 << 63) - 1
     if len(part) > 12 or not part or parse_id(part.rjust(13, "0")) is None:
@@ -353,14 +353,14 @@ def _by_part(connection: sqlite3.Connection, table: str, part: str, noun: str) -
         len(found) < 2
     ):  # the end of an id is looked for by walking: over the smaller index, for rows may be long
         tail, bits = parse_id(part.rjust(13, "0")), (1 << 5 * len(part)) - 1
-        asked = f"SELECT id FROM {table} INDEXED BY {_SMALL[table]} WHERE id & ? = ? LIMIT 2"
+        asked = f"SELECT id FROM {table} INDEXED BY {_SMALL_INDEXES[table]} WHERE id & ? = ? LIMIT 2"
         found.update(n for (n,) in connection.execute(asked, (bits, tail)))
     if not found:
         raise NotFound(noun, part)
-    return _only(sorted(found), part, noun)
+    return _single(sorted(found), part, noun)
 
 
-def _only(found: Sequence[int], ident: str, noun: str) -> int:
+def _single(found: Sequence[int], ident: str, noun: str) -> int:
     if len(found) > 1:
         raise UsageError(
             f"several {noun}s match {ident!r}: {', '.join(format_id(n) for n in found)}, …; give more letters"

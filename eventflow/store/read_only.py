@@ -17,7 +17,7 @@ from eventflow.store import queries
 from eventflow.store.readers import Readers
 
 
-class Beside:
+class ReadOnlyLedger:
     """Two of the store's verbs, on the file."""
 
     def __init__(self, readers: Readers) -> None:
@@ -49,10 +49,10 @@ class Beside:
 
 
 @asynccontextmanager
-async def beside(path: str, clock: Clock) -> AsyncGenerator[Beside]:
+async def open_read_only(path: str, clock: Clock) -> AsyncGenerator[ReadOnlyLedger]:
     """The ledger in this file, for as long as the block."""
     readers = Readers(path, clock)
     try:
-        yield Beside(readers)
+        yield ReadOnlyLedger(readers)
     finally:
         await asyncio.to_thread(readers.close)

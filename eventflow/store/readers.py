@@ -18,11 +18,11 @@ from eventflow.core.errors import StoreError
 
 T = TypeVar("T")
 
-THREADS = 2
-BUDGET = 2.0
+READER_THREADS = 2
+QUERY_TIMEOUT_SECONDS = 2.0
 """Seconds one look may take."""
 
-_STEPS = 20_000  # of SQLite's virtual machine between two looks at the clock: about 1 ms
+_INSTRUCTIONS_PER_CHECK = 20_000  # of SQLite's virtual machine between two looks at the clock: about 1 ms
 
 
 class Readers:
@@ -30,20 +30,20 @@ class Readers:
 
     def __init__(self, path: str, clock: Clock) -> None:
         self._path, self._clock = path, clock
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="eventflow-read")
+        self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="eventflow-read")
         self._idle: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._opened: list[sqlite3.Connection] = []
 
-    async def read(self, look: Callable[[sqlite3.Connection], T], budget: float = BUDGET) -> T:
+    async def read(self, look: Callable[[sqlite3.Connection], T], budget: float = QUERY_TIMEOUT_SECONDS) -> T:
         """`look(connection)` in a reader's thread, in one read transaction. Raises StoreError when it takes too long."""
         return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._look, look, budget
+            self._pool, self._run, look, budget
         )
 
-    def _look(self, look: Callable[[sqlite3.Connection], T], budget: float) -> T:
+    def _run(self, look: Callable[[sqlite3.Connection], T], budget: float) -> T:
         connection = self._borrow()
         until = self._clock.monotonic() + budget
-        connection.set_progress_handler(lambda: self._clock.monotonic() > until, _STEPS)
+        connection.set_progress_handler(lambda: self._clock.monotonic() > until, _INSTRUCTIONS_PER_CHECK)
         try:
             connection.execute("BEGIN")
             return look(connection)
@@ -97,7 +97,7 @@ def last_batch(path: str) -> int:
         connection.close()
 
 
-def dicts(
+def fetch_dicts(
     connection: sqlite3.Connection, query: str, values: Sequence[Any]
 ) -> list[dict[str, Any]]:
     cursor = connection.execute(query, values)

@@ -73,9 +73,9 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
             break
         entries += journaled
         gone.append(ident)
-        tx.count("pruned_runs")
+        tx.commit.count("pruned_runs")
         if parent is None:
-            tx.count(_PRUNED[State(state)], deliveries)
+            tx.commit.count(_PRUNED[State(state)], deliveries)
     _delete(tx, "journal", "run", gone)
     _delete(tx, "run_events", "run", gone)
     _delete(tx, "windows", "run", gone)
@@ -102,7 +102,7 @@ def _prune_identities(tx: Transaction, before: int, step: int) -> int:
     _delete(tx, "dead_letters", "event", gone)
     _delete(tx, "pattern_events", "event", gone)
     _delete(tx, "events", "id", gone)
-    tx.count("pruned_events", len(gone))
+    tx.commit.count("pruned_events", len(gone))
     return len(gone)
 
 

@@ -130,13 +130,13 @@ known_events = BulkStatement(
     2,
     "v CROSS JOIN events e ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
 )
-bump_duplicates = BulkStatement(
+count_duplicates = BulkStatement(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
     " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
     4,
     "WHERE events.id = column1",
 )
-insert_dead = insert("dead_letters", ("event", "subscription", "reason", "at"))
+insert_dead_letters = insert("dead_letters", ("event", "subscription", "reason", "at"))
 insert_outbox = insert("outbox", ("sink", "event", "subscription", "at"))
 
 # --------------------------------------------------------------------------- runs
@@ -194,7 +194,7 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     unclaimed_entries: int | None = None
 
 
-def fresh_row(run: Run, due_at: int, size: int) -> RunRow:
+def new_run_row(run: Run, due_at: int, size: int) -> RunRow:
     """The row of a run that this transaction inserts."""
     return RunRow(
         run.id, run.flow, run.ordering_key, run.event, run.parent, run.parent_call_key, size, run.state, due_at, run.started_at,
@@ -217,7 +217,7 @@ update_runs = BulkStatement(
 )
 
 
-def change_row(row: RunRow) -> Values:
+def run_changes(row: RunRow) -> Values:
     crc = (
         None
         if row.result is None and row.error is None
@@ -227,7 +227,7 @@ def change_row(row: RunRow) -> Values:
             row.crash_count, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.unclaimed_entries, crc)  # fmt: skip
 
 
-insert_members = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
+insert_run_events = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
 grow_runs = BulkStatement(
     "UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM",
     4,
@@ -269,20 +269,20 @@ put_patterns = insert(
     "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
     " state = excluded.state",
 )
-drop_patterns = BulkStatement("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
-insert_facts = insert(
+delete_patterns = BulkStatement("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
+insert_pattern_events = insert(
     "pattern_events",
     ("event", "subscription", "key", "size"),
     "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, expired = NULL",
 )
-drop_facts = BulkStatement("DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
-lapse_facts = BulkStatement(
+delete_pattern_events = BulkStatement("DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
+expire_pattern_events = BulkStatement(
     "UPDATE pattern_events SET expired = column3 FROM",
     3,
     "WHERE pattern_events.event = column1 AND pattern_events.subscription = column2",
 )
 
-open_lanes = BulkStatement(
+unblock_heads = BulkStatement(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
     " WHERE flow = column1 AND ordering_key = column2 AND blocked = 1 AND ordering_key IS NOT NULL AND state < 4) FROM",
     2,
@@ -367,4 +367,4 @@ put_cursors = insert(
     ("trigger", "key", "value"),
     "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value",
 )
-drop_cursors = BulkStatement("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")
+delete_cursors = BulkStatement("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")

@@ -21,14 +21,34 @@ from eventflow.store import admin, audit, late_runs, outbox, queries, retention
 from eventflow.store.audit import SLICE, Audit
 from eventflow.store.backup import back_up
 from eventflow.store.change_log import Moves
-from eventflow.store.file_guards import HighWater, Lock, Space, holder_of, sync_folder
-from eventflow.store.load import load_payloads, load_journal
+from eventflow.store.file_guards import (
+    DiskSpaceGuard,
+    HighWater,
+    Lock,
+    lock_holder_pid,
+    sync_folder,
+)
+from eventflow.store.load import load_journal, load_payloads
 from eventflow.store.migrate import migrate, migrations
-from eventflow.store.protocol import Arrival, RunReceiver, RunEventSource, Op, OutboxListener, RecordEvents
-from eventflow.store.readers import BUDGET, Readers, last_batch
+from eventflow.store.protocol import (
+    Arrival,
+    Op,
+    OutboxListener,
+    PatternAdvancer,
+    RecordEvents,
+    RunEventSource,
+    RunReceiver,
+)
+from eventflow.store.readers import QUERY_TIMEOUT_SECONDS, Readers, last_batch
 from eventflow.store.run_events import LateRuns
 from eventflow.store.transaction import Transaction
-from eventflow.store.writer import TransactionCall, ConnectionJob, QueuedOperation, Writer
+from eventflow.store.writer import (
+    ConnectionJob,
+    Listeners,
+    QueuedOperation,
+    TransactionCall,
+    Writer,
+)
 
 T = TypeVar("T")
 
@@ -90,25 +110,31 @@ class SqliteStore:
         accept_loss: bool = False,
     ) -> None:
         self.path = os.path.abspath(path)
-        self.location = f"sqlite:///{self.path}"
         self.last_id = 0
-        self._clock, self._synchronous, self._accept_loss = clock, synchronous, accept_loss
-        self._max_pending, self._max_pending_bytes = max_pending, max_pending_bytes
+        self._clock = clock
+        self._synchronous = synchronous
+        self._accept_loss = accept_loss
+        self._max_pending = max_pending
+        self._max_pending_bytes = max_pending_bytes
         self._lock = Lock(self.path)
         self._high_water = HighWater(self.path)
-        self._space = Space(self.path, clock, free_floor, ballast)
+        self._space = DiskSpaceGuard(self.path, clock, free_floor, ballast)
+        self._listeners = Listeners()
         self._writer: Writer | None = None
-        self._herald: RunEventSource | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
-        self._bare = 0  # the event that retention has come to
+        self._pruned_up_to = 0  # the last event whose payload retention looked at
+
+    @property
+    def location(self) -> str:
+        return f"sqlite:///{self.path}"
 
     # ------------------------------------------------------------------- open and close
 
     def open(self) -> None:
         try:
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            self._lock.take()
+            self._lock.acquire()
         except OSError as error:
             raise StoreUnwritable(self.path, error.strerror or str(error)) from error
         try:
@@ -124,7 +150,7 @@ class SqliteStore:
             raise
 
     def _open(self) -> None:
-        lost = self._check_high_water()
+        last_acknowledged = self._check_high_water()
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = self._connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -132,15 +158,19 @@ class SqliteStore:
         for pragma in (*_PRAGMAS, f"PRAGMA synchronous = {self._synchronous}"):
             connection.execute(pragma)
         migrate(connection, self.path, migrations())
-        writer = Writer(connection, self.path, self._clock, self._marks(), self._space)
-        writer.batch = max(writer.batch, lost)
+        listeners = self._listeners
+        writer = Writer(
+            connection, self.path, self._clock, self._marks(), self._space, listeners
+        )
+        writer.last.batch = max(writer.last.batch, last_acknowledged)
         (self.last_id,) = connection.execute(_LAST_ID).fetchone()
-        if (herald := self._herald) is not None:
-            herald.raise_floor(self.last_id)
-            writer.herald = herald
-        writer.apply(admin.recover)
+        if listeners.run_events is not None:
+            listeners.run_events.raise_floor(self.last_id)
+        patterns = listeners.patterns
+        time_driven = None if patterns is None else patterns.time_driven()
+        writer.apply(lambda tx: admin.recover(tx, time_driven))
         sync_folder(self.path)
-        self._space.load()
+        self._space.reserve_ballast()
         self._readers = Readers(self.path, self._clock)
         self._writer = writer
         writer.start()
@@ -164,6 +194,7 @@ class SqliteStore:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.stop()
+        self._listeners.detach()
         sound = self._readers is not None and self.failed is None
         if self._readers is not None:
             self._readers.close()
@@ -178,7 +209,7 @@ class SqliteStore:
             self._connection = None
         self._high_water.close()
         if self._lock.held:
-            self._space.release()  # a store at rest keeps no space that others could use
+            self._space.release_ballast()  # a store at rest keeps no space that others could use
         self._lock.release()
 
     # ------------------------------------------------------------------- the hot path
@@ -195,23 +226,26 @@ class SqliteStore:
     def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
         self._open_writer().post(QueuedOperation(op, reply, loop))
 
-    def attach_worker(self, handover: RunReceiver | None) -> None:
-        self._open_writer().handover = handover
+    def attach_run_events(self, source: RunEventSource) -> None:
+        self._listeners.run_events = source
 
-    def attach_run_events(self, herald: RunEventSource) -> None:
-        self._herald = herald
+    def attach_patterns(self, advancer: PatternAdvancer) -> None:
+        self._listeners.patterns = advancer
 
-    def attach_outbox_listener(self, relay: OutboxListener | None) -> None:
-        self._open_writer().relay = relay
+    def attach_worker(self, receiver: RunReceiver | None) -> None:
+        self._listeners.receiver = receiver
 
-    def on_new_runs(self, heard: Callable[[bool], None] | None) -> None:
-        self._open_writer().lookout = heard
+    def attach_outbox_listener(self, listener: OutboxListener | None) -> None:
+        self._listeners.outbox = listener
+
+    def on_new_runs(self, call: Callable[[bool], None] | None) -> None:
+        self._listeners.new_runs = call
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
         self._open_writer().on_failure(call)
 
     def capacity(self) -> StoreFull | None:
-        totals = self._open_writer().totals
+        totals = self._open_writer().last.totals
         if totals["pending"] >= self._max_pending:
             return StoreFull(
                 f"{totals['pending']} deliveries are pending, the bound is {self._max_pending}", 5.0
@@ -228,7 +262,7 @@ class SqliteStore:
             raise StoreError(f"the store {self.path} is not open")
         return self._writer
 
-    async def _do(self, op: Op | TransactionCall | ConnectionJob) -> Any:
+    async def _submit(self, op: Op | TransactionCall | ConnectionJob) -> Any:
         """A posted op, awaited. Cancelling the wait does not reach the transaction."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
@@ -243,14 +277,14 @@ class SqliteStore:
             raise value
         return value
 
-    async def _call(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:
+    async def _transact(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:
         def make(tx: Transaction) -> T:
             return verb(tx, *args, **options)
 
-        return cast(T, await self._do(TransactionCall(make)))
+        return cast(T, await self._submit(TransactionCall(make)))
 
-    async def _look(
-        self, look: Callable[..., T], *args: Any, budget: float = BUDGET, **options: Any
+    async def _read(
+        self, look: Callable[..., T], *args: Any, budget: float = QUERY_TIMEOUT_SECONDS, **options: Any
     ) -> T:
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
@@ -265,79 +299,79 @@ class SqliteStore:
         trigger: str = "",
         cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
-        return await self._do(RecordEvents(arrivals, trigger, cursor))
+        return await self._submit(RecordEvents(arrivals, trigger, cursor))
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
-        return await self._look(queries.cursor, trigger, budget=REQUIRED_READ_SECONDS)
+        return await self._read(queries.cursor, trigger, budget=REQUIRED_READ_SECONDS)
 
     async def load(self, run: int) -> list[Entry]:
-        return await self._look(load_journal, run, budget=REQUIRED_READ_SECONDS)
+        return await self._read(load_journal, run, budget=REQUIRED_READ_SECONDS)
 
     async def payloads(self, run: int) -> list[bytes]:
-        return await self._look(load_payloads, run, budget=REQUIRED_READ_SECONDS)
+        return await self._read(load_payloads, run, budget=REQUIRED_READ_SECONDS)
 
     async def outbox(self, outlet: str, limit: int) -> list[OutboxMessage]:
-        return await self._look(outbox.unsent, outlet, limit)
+        return await self._read(outbox.unsent, outlet, limit)
 
     async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
-        await self._call(outbox.sent, letters, refused)
+        await self._transact(outbox.sent, letters, refused)
 
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
-        return await self._look(outbox.depths)
+        return await self._read(outbox.depths)
 
     async def late_runs(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> LateRuns:
-        return await self._look(late_runs.find, wanted, now, budget=SCAN_SECONDS)
+        return await self._read(late_runs.find, wanted, now, budget=SCAN_SECONDS)
 
     async def record_late_runs(self, runs: Sequence[int], after: int) -> int:
-        return await self._call(late_runs.record, runs, after)
+        return await self._transact(late_runs.record, runs, after, self._listeners.run_events)
 
     # ------------------------------------------------------------------- doors
 
     async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
-        retried = cast(Run, await self._call(admin.retry, run, fresh=discard_journal))
-        if (lookout := self._open_writer().lookout) is not None:
-            lookout(True)
+        retried = cast(Run, await self._transact(admin.retry, run, discard_journal=discard_journal))
+        if self._listeners.new_runs is not None:
+            self._listeners.new_runs(True)
         return retried
 
     async def cancel(self, run: int, reason: str) -> State:
-        return await self._call(admin.cancel, run, reason)
+        return await self._transact(admin.cancel, run, reason)
 
     async def set_paused(self, trigger: str, paused: bool) -> None:
-        await self._call(admin.set_paused, trigger, paused)
+        await self._transact(admin.set_paused, trigger, paused)
 
     async def paused_triggers(self) -> set[str]:
-        return await self._look(queries.paused)
+        return await self._read(queries.paused)
 
     async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
-        return await self._call(admin.redrive, dead, arrival)
+        return await self._transact(admin.redrive, dead, arrival)
 
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
-        return await self._call(admin.replay, event, arrival)
+        return await self._transact(admin.replay, event, arrival)
 
     async def prune(self, *, payloads_before: int, identities_before: int, step: int = 500) -> int:
-        removed = await self._call(
+        removed = await self._transact(
             retention.prune, bodies_before=payloads_before, identities_before=identities_before, step=step
         )  # fmt: skip
         if removed:
             return removed
         found = await self._old_bodies(payloads_before, step)
-        return await self._call(retention.drop_bodies, found, payloads_before) if found else 0
+        return await self._transact(retention.drop_bodies, found, payloads_before) if found else 0
 
     async def _old_bodies(self, before: int, step: int) -> list[int]:
         """Goes on where the last step ended; once there is no more, the next one begins in front again."""
-        found: list[int] = await self._look(
-            retention.bodies, before=before, after=self._bare, step=step, budget=SCAN_SECONDS
+        found: list[int] = await self._read(
+            retention.bodies, before=before, after=self._pruned_up_to, step=step, budget=SCAN_SECONDS
         )
-        if not found and self._bare:
-            found = await self._look(
+        if not found and self._pruned_up_to:
+            found = await self._read(
                 retention.bodies, before=before, after=0, step=step, budget=SCAN_SECONDS
             )
-        self._bare = found[-1] if found else 0
+        self._pruned_up_to = found[-1] if found else 0
         return found
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()
-        await self._do(ConnectionJob(lambda connection: back_up(connection, path, writer.between)))
+        await self._submit(ConnectionJob(lambda connection: back_up(connection, path, writer.serve_others)))
 
     async def check(self, *, slice: float = SLICE) -> list[str]:
         """Everything that does not hold in the ledger, pages and checksums included, for `eventflow doctor`. It may take long,
@@ -345,13 +379,13 @@ class SqliteStore:
         """
         look, moves, loop = Audit(), Moves(), asyncio.get_running_loop()
         wrong = await self._check_pages()
-        await self._do(ConnectionJob(moves.follow))
+        await self._submit(ConnectionJob(moves.follow))
         try:
             more = True
             while more:
-                more = await self._look(look.within, self._clock, slice, budget=SCAN_SECONDS)
-                look.heed(await self._do(ConnectionJob(moves.take)))
-            moved, row = await self._do(
+                more = await self._read(look.within, self._clock, slice, budget=SCAN_SECONDS)
+                look.heed(await self._submit(ConnectionJob(moves.take)))
+            moved, row = await self._submit(
                 ConnectionJob(lambda connection: (moves.take(connection), audit.ledger(connection)))
             )
             look.heed(moved)
@@ -361,13 +395,13 @@ class SqliteStore:
 
     async def _check_pages(self) -> list[str]:
         """SQLite's look at its pages cannot be sliced: beside a worker each table has `PAGES` seconds, else it has its time."""
-        if self._open_writer().handover is None:
-            return await self._look(audit.pages, 600.0, budget=600.0) or []
-        if (wrong := await self._look(audit.pages, PAGE_CHECK_SECONDS)) is not None:
+        if self._listeners.receiver is None:
+            return await self._read(audit.pages, 600.0, budget=600.0) or []
+        if (wrong := await self._read(audit.pages, PAGE_CHECK_SECONDS)) is not None:
             return wrong
         found = {
-            table: await self._look(audit.pages, PAGE_CHECK_SECONDS, table)
-            for table in await self._look(audit.tables)
+            table: await self._read(audit.pages, PAGE_CHECK_SECONDS, table)
+            for table in await self._read(audit.tables)
         }
         if unchecked := [table for table, wrong in found.items() if wrong is None]:
             log.warning("store.pages_unchecked", tables=unchecked)
@@ -375,19 +409,19 @@ class SqliteStore:
 
     async def blob_references(self) -> set[str]:
         """The blobs that a journal entry or a result names."""
-        return await self._look(queries.blob_references, budget=60.0)
+        return await self._read(queries.blob_references, budget=60.0)
 
     # ------------------------------------------------------------------- looking
 
     async def counts(self) -> dict[str, int]:
-        totals = self._open_writer().totals
+        totals = self._open_writer().last.totals
         return {name: totals[name] for name in queries.COUNTS}
 
     async def events(
         self, *, trigger: str | None = None, type: str | None = None, since: int | None = None, until: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(
+        return await self._read(
             queries.events,
             trigger=trigger,
             type=type,
@@ -407,18 +441,18 @@ class SqliteStore:
         after: int,
         limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
-        return await self._look(
+        return await self._read(
             queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
         )  # fmt: skip
 
     async def event(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(queries.event, ident)
+        return await self._read(queries.event, ident)
 
     async def runs(
         self, *, event: int | None = None, flow: str | None = None, state: State | None = None, parent: int | None = None,
         limit: int = 50, after: int | None = None,
     ) -> list[dict[str, Any]]:  # fmt: skip
-        return await self._look(
+        return await self._read(
             queries.runs,
             event=event,
             flow=flow,
@@ -429,13 +463,13 @@ class SqliteStore:
         )
 
     async def run(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(queries.run, ident)
+        return await self._read(queries.run, ident)
 
     async def dead_letters(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
-        return await self._look(queries.dead, limit=limit, after=after)
+        return await self._read(queries.dead, limit=limit, after=after)
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]:
-        return await self._look(queries.dead_letter, ident)
+        return await self._read(queries.dead_letter, ident)
 
 
 def _why_not(path: str, error: sqlite3.Error) -> StoreError:
@@ -444,7 +478,7 @@ def _why_not(path: str, error: sqlite3.Error) -> StoreError:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreCorrupt(f"the store {path} is damaged ({error}); restore a backup")
     if code == sqlite3.SQLITE_BUSY:
-        return StoreLocked(path, holder_of(path))
+        return StoreLocked(path, lock_holder_pid(path))
     if code in (
         sqlite3.SQLITE_READONLY,
         sqlite3.SQLITE_CANTOPEN,

@@ -1,7 +1,8 @@
-"""The windows of delivery modes: which run an event joins, or that a new one is opened. Called by ops.py, doors.py, weaving.py.
+"""Delivery windows in a transaction: which recorded run an event joins, or that it opens a new window.
 
-A window is a run that is recorded and has not begun (delivery.py says which modes there are). Events join it in the transaction
-that records them. How the rows are written is in transaction.py.
+A window is a run that is recorded and has not begun (routing/delivery.py has the modes); events join it in the transaction that
+records them. `Transaction` makes a `Windows` for the first event that needs one; a plain event never comes here. Called by
+apply.py, admin.py and patterns.py.
 """
 
 from collections.abc import Collection, Iterable
@@ -11,94 +12,166 @@ import orjson
 
 from eventflow.runs.run import Run, State
 from eventflow.store import rows
+from eventflow.store.commit import Commit
 from eventflow.store.protocol import Arrival, BatchPolicy, PatternMatch
-from eventflow.store.rows import RunRow, WindowRow
-from eventflow.store.transaction import Transaction
+from eventflow.store.rows import RunRow, Values, WindowRow
+from eventflow.store.run_rows import RunRows
+
+WindowName = tuple[str, str]
+"""Subscription and ordering key ('' without one)."""
+
+_IS_IN_RUN = "SELECT 1 FROM run_events WHERE run = ? AND event = ?"
 
 
-def know_windows(tx: Transaction, arrivals: Iterable[Arrival]) -> None:
-    """Finds the windows that these events may join, and their runs."""
-    names = {
-        (run.subscription, run.ordering_key or "") for arrival in arrivals if arrival.batch_policies for run in arrival.runs
-        if run.id in arrival.batch_policies
-    }  # fmt: skip
-    know(tx, names)
+class Windows:
+    """The windows of one transaction."""
 
+    def __init__(self, commit: Commit, runs: RunRows) -> None:
+        self._commit = commit
+        self._runs = runs
+        self._windows: dict[WindowName, WindowRow] = {}
+        self._changed: set[WindowName] = set()
+        self._grown: dict[int, RunRow] = {}  # runs that events have joined
+        self._run_events: list[Values] = []
 
-def know(tx: Transaction, names: Collection[tuple[str, str]]) -> None:
-    """Finds these windows, by subscription and lane. Of those that it knows, the transaction knows more than the file."""
-    missing = [name for name in names if name not in tx.windows]
-    if not missing:
-        return
-    for text in rows.known_windows.read(tx.connection, missing):
-        found = rows.decode_windows(text)
-        tx.windows.update(((window.subscription, window.ordering_key), window) for window in found)
-        tx.fetch([window.run for window in found])
+    # ------------------------------------------------------------------- reading
 
-
-def gathered(tx: Transaction, arrival: Arrival, event: int) -> Arrival:
-    """The arrival as it is once its event has joined the windows that are open, with what it then starts and tells."""
-    joined: dict[int, int] = {}
-    runs: list[Run] = []
-    for run in arrival.runs:
-        gather = arrival.batch_policies.get(run.id)
-        window = None if gather is None else tx.windows.get((run.subscription, run.ordering_key or ""))
-        row = None if window is None else tx.row(window.run)
-        if (
-            gather is None
-            or window is None
-            or row is None
-            or not is_open(gather, window, row)
-            or _is_in(tx, row, event)
-        ):
-            runs.append(run)
-            continue
-        joined[run.id] = row.id
-        tx.join(
-            window, row, event, len(arrival.body), _due(gather, window, row, arrival.received_at)
+    def load(self, arrivals: Iterable[Arrival]) -> None:
+        """Reads the windows that these events may join, and their runs."""
+        self._load(
+            {
+                _name(run)
+                for arrival in arrivals
+                for run in arrival.runs
+                if run.id in arrival.batch_policies
+            }
         )
-    verdicts = arrival.verdicts
-    if joined:
-        told = [[name, "batched", joined[what]] if what in joined else [name, fate, what]
-                for name, fate, what in orjson.loads(verdicts)]  # fmt: skip
-        verdicts = orjson.dumps(told)
-    return msgspec.structs.replace(arrival, runs=runs, verdicts=verdicts)
+
+    def _load(self, names: Collection[WindowName]) -> None:
+        missing = [name for name in names if name not in self._windows]
+        if not missing:
+            return
+        for text in rows.known_windows.read(self._commit.connection, missing):
+            found = rows.decode_windows(text)
+            self._windows.update(
+                ((window.subscription, window.ordering_key), window) for window in found
+            )
+            self._runs.fetch([window.run for window in found])
+
+    # ------------------------------------------------------------------- deciding
+
+    def assign(self, arrival: Arrival, event: int, *, is_replay: bool = False) -> Arrival:
+        """Adds the event to the windows that are open. Returns the arrival with the runs that are left to start and with the
+        verdicts `batched`. `is_replay`: the event may be in an open window already; then it opens one of its own."""
+        batched: dict[int, int] = {}
+        runs: list[Run] = []
+        for run in arrival.runs:
+            policy = arrival.batch_policies.get(run.id)
+            found = None if policy is None else self._open_window(run, policy)
+            if policy is None or found is None or self._is_in(found[1], event, is_replay):
+                runs.append(run)
+                continue
+            window, row = found
+            due_at = policy.due(
+                window.count + 1, window.opened_at, row.due_at, arrival.received_at
+            )
+            self._join(window, row, event, len(arrival.body), due_at)
+            batched[run.id] = row.id
+        verdicts = arrival.verdicts
+        if batched:
+            verdicts = orjson.dumps(
+                [
+                    [name, "batched", batched[detail]]
+                    if detail in batched
+                    else [name, outcome, detail]
+                    for name, outcome, detail in orjson.loads(verdicts)
+                ]
+            )
+        return msgspec.structs.replace(arrival, runs=runs, verdicts=verdicts)
+
+    def open(self, run: Run, payload: bytes, at: int) -> None:
+        """Adds a run that further events may join until it begins."""
+        self._runs.add_growing(run, payload)
+        self._put(run, 1, at)
+
+    def place_match(self, match: PatternMatch, now: int) -> int:
+        """Adds the run of a pattern, or all its events to the window that is open. Returns the run that has the events."""
+        run, policy = match.run, match.batch_policy
+        if policy is not None:
+            self._load([_name(run)])
+            if (found := self._open_window(run, policy)) is not None:
+                window, row = found
+                for event in match.events:
+                    due_at = policy.due(window.count + 1, window.opened_at, row.due_at, now)
+                    self._join(window, row, event, 0, due_at)
+                row.size += match.size  # counted in the backlog since the events arrived
+                return row.id
+        self._add_match(match, now)
+        return run.id
+
+    def _add_match(self, match: PatternMatch, now: int) -> None:
+        """Its deliveries are pending, and its bytes counted, since the events arrived."""
+        run, events = match.run, match.events
+        run.deliveries = len(events)
+        row = self._runs.add_growing(run, None)
+        row.deliveries = len(events)
+        row.size = match.size
+        self._grown[run.id] = row
+        self._run_events += [(run.id, event) for event in events if event != run.event]
+        if match.batch_policy is not None:
+            self._put(run, len(events), now)
+
+    def _open_window(self, run: Run, policy: BatchPolicy) -> tuple[WindowRow, RunRow] | None:
+        """The window of this run's name with its run, if that has neither begun nor ended and is not full."""
+        window = self._windows.get(_name(run))
+        row = None if window is None else self._runs.get(window.run)
+        if window is None or row is None:
+            return None
+        is_open = row.token == 0 and row.state in (State.PENDING, State.PAUSED)
+        return (window, row) if is_open and window.count < policy.size else None
+
+    def _is_in(self, row: RunRow, event: int, is_replay: bool) -> bool:
+        if row.event == event:
+            return True
+        if not is_replay:
+            return False
+        found = self._commit.connection.execute(_IS_IN_RUN, (row.id, event)).fetchone()
+        return found is not None
+
+    def _join(self, window: WindowRow, row: RunRow, event: int, size: int, due_at: int) -> None:
+        """The event, of so many bytes, joins a run, which is due at `due_at` now."""
+        commit = self._commit
+        window.count += 1
+        row.deliveries += 1
+        row.size += size
+        row.due_at = commit.due(due_at)
+        commit.totals["pending_bytes"] += size
+        commit.note_due(row.due_at)
+        self._run_events.append((row.id, event))
+        self._grown[row.id] = row
+        self._changed.add((window.subscription, window.ordering_key))
+
+    def _put(self, run: Run, count: int, at: int) -> None:
+        name = _name(run)
+        self._windows[name] = WindowRow(*name, run.id, count, at)
+        self._changed.add(name)
+
+    # ------------------------------------------------------------------- writing
+
+    def flush(self) -> None:
+        """After the runs that were added are written."""
+        if not self._changed and not self._grown:
+            return
+        connection = self._commit.connection
+        grown = [(row.id, row.deliveries, row.due_at, row.size) for row in self._grown.values()]
+        rows.grow_runs.run(connection, grown)
+        rows.insert_run_events.run(connection, self._run_events)
+        windows = [msgspec.structs.astuple(self._windows[name]) for name in self._changed]
+        rows.put_windows.run(connection, windows)
+        self._grown.clear()
+        self._run_events.clear()
+        self._changed.clear()
 
 
-def is_open(gather: BatchPolicy, window: WindowRow, row: RunRow) -> bool:
-    """Whether the window's run has neither begun nor ended, and has room."""
-    return (
-        row.token == 0 and row.state in (State.PENDING, State.PAUSED) and window.count < gather.size
-    )
-
-
-def _is_in(tx: Transaction, row: RunRow, event: int) -> bool:
-    """Whether the event is in this run already: it is replayed, and then begins a window of its own."""
-    asked = "SELECT 1 FROM run_events WHERE run = ? AND event = ?"
-    return row.event == event or (
-        event in tx.replayed
-        and tx.connection.execute(asked, (row.id, event)).fetchone() is not None
-    )
-
-
-def _due(gather: BatchPolicy, window: WindowRow, row: RunRow, now: int) -> int:
-    """When the run is due, now that another event is in it."""
-    return gather.due(window.count + 1, window.opened_at, row.due_at, now)
-
-
-def place(tx: Transaction, match: PatternMatch, now: int) -> int:
-    """A pattern's run is added, or all its events join the window that is open. Returns the run that they are in."""
-    run, gather = match.run, match.batch_policy
-    if gather is not None:
-        name = (run.subscription, run.ordering_key or "")
-        if name not in tx.windows:
-            know(tx, [name])
-        window = tx.windows.get(name)
-        row = None if window is None else tx.row(window.run)
-        if window is not None and row is not None and is_open(gather, window, row):
-            for event in match.events:
-                tx.join(window, row, event, 0, _due(gather, window, row, now))
-            row.size += match.size  # counted in the backlog already
-            return row.id
-    tx.add_match(match, now)
-    return run.id
+def _name(run: Run) -> WindowName:
+    return run.subscription, run.ordering_key or ""

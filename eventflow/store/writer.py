@@ -2,9 +2,10 @@
 
     post ──► queue ──► BEGIN IMMEDIATE ─► read what is needed ─► decide ─► write ─► COMMIT (one fsync) ──► one wake-up per loop
 
-Everything queued when a transaction begins shares it, up to `MOST` ops; the fsync of one batch is the time the next one gathers
-in. Called by sqlite.py. Guarantees: ops are applied in the order posted; every reply runs, also when the batch failed; an op
-that cannot be applied fails alone; a storage error is final (P10). What ops do is in ops.py, claim.py and doors.py.
+Everything queued when a transaction begins shares it, up to `MAX_BATCH_OPERATIONS`; while one batch is synced the next one is
+queued. Called by sqlite.py. Guarantees: operations are applied in the order posted; every reply runs, also when the batch failed;
+an operation that cannot be applied fails alone; a storage error is final (P10). What operations do is in apply.py, claim.py and
+admin.py.
 """
 
 import asyncio
@@ -17,57 +18,187 @@ import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.apply import record_run_events, apply, prefetch
+from eventflow.store.apply import apply, prefetch, record_run_events
 from eventflow.store.claim import claim
-from eventflow.store.file_guards import HighWater, Space, holder_of
-from eventflow.store.protocol import Claim, RunReceiver, RunEventSource, Op, OutboxListener, RecordEvents
+from eventflow.store.commit import TOTALS, Commit
+from eventflow.store.file_guards import DiskSpaceGuard, HighWater, lock_holder_pid
+from eventflow.store.protocol import (
+    Claim,
+    Op,
+    OutboxListener,
+    PatternAdvancer,
+    RecordEvents,
+    RunEventSource,
+    RunReceiver,
+)
 from eventflow.store.rows import NEVER, RunRow
-from eventflow.store.transaction import TOTALS, Transaction
+from eventflow.store.transaction import Transaction
 
 MAX_BATCH_OPERATIONS = 4096
-"""Ops in one transaction: bounds the wait of the first one for the last one's rows, not throughput."""
+"""Operations in one transaction: bounds the wait of the first one for the rows of the last one, not throughput."""
 
-_HIGH_WATER_EVERY = 0.1
-"""Seconds between two high-water marks: what a torn WAL may lose unseen, against a second fsync for each batch."""
+_HIGH_WATER_INTERVAL_SECONDS = 0.1
+"""Between two high-water marks: what a torn WAL may lose unseen, against a second fsync for each batch."""
 
 _BAD_INPUT = (
     sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError,
     TypeError, ValueError, AttributeError, LookupError, OverflowError,
 )  # fmt: skip
-"""What an op with wrong content raises; anything else from SQLite is the storage's own failure."""
+"""What an operation with wrong content raises; anything else from SQLite is a failure of the storage."""
+
+_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class TransactionCall:
-    """A door's verb: `make` runs in a transaction of its own. The reply is its value; if that is callable, what it returns once
-    the rows are written."""
+    """A verb with a transaction of its own (admin.py, retention.py …). The reply is the value of `call`; if that is callable, the
+    value that it returns once the rows are written."""
 
-    __slots__ = ("make",)
+    __slots__ = ("call",)
 
-    def __init__(self, make: Callable[[Transaction], Any]) -> None:
-        self.make = make
+    def __init__(self, call: Callable[[Transaction], Any]) -> None:
+        self.call = call
 
 
 class ConnectionJob:
-    """Work on the writer's connection outside any transaction: a backup, a checkpoint."""
+    """Work on the writer's connection outside of any transaction: a backup, a checkpoint."""
 
-    __slots__ = ("make",)
+    __slots__ = ("call",)
 
-    def __init__(self, make: Callable[[sqlite3.Connection], Any]) -> None:
-        self.make = make
+    def __init__(self, call: Callable[[sqlite3.Connection], Any]) -> None:
+        self.call = call
 
 
 class QueuedOperation(msgspec.Struct, gc=False):
+    """An operation, and the callback that gets its reply on a loop."""
+
     op: "Op | TransactionCall | ConnectionJob"
     reply: Callable[[Any], None]
     loop: asyncio.AbstractEventLoop
 
+    def replied(self, value: Any) -> "LoopCallback":
+        return LoopCallback(self.loop, self.reply, (value,))
+
 
 class LoopCallback(msgspec.Struct, gc=False):
-    """Something to call on a loop once a batch is over."""
+    """A call to make on a loop once a batch is over."""
 
     loop: asyncio.AbstractEventLoop
     call: Callable[..., None]
     args: tuple[Any, ...]
+
+
+class Listeners:
+    """What is attached to the store, or None. `run_events` and `patterns` stay attached when the store is closed."""
+
+    def __init__(self) -> None:
+        self.run_events: RunEventSource | None = None
+        self.patterns: PatternAdvancer | None = None
+        self.receiver: RunReceiver | None = None
+        self.outbox: OutboxListener | None = None
+        self.new_runs: Callable[[bool], None] | None = None
+
+    def detach(self) -> None:
+        self.receiver = self.outbox = self.new_runs = None
+
+
+class LastCommit:
+    """What the last commit left: its number, its time (microseconds), the counts, and the rows of running runs.
+
+    Nobody else writes the rows of running runs, so that they need no reading. `reported_due`: the next due time that the worker
+    was given.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        columns = ",".join(TOTALS)
+        row = connection.execute(f"SELECT batch, at, {columns} FROM ledger").fetchone()
+        self.batch: int = row[0]
+        self.at: int = row[1]
+        self.totals: dict[str, int] = dict(zip(TOTALS, row[2:], strict=True))
+        self.running: dict[int, RunRow] = {}
+        self.reported_due: int | None = None
+
+
+class HighWaterSchedule:
+    """Writes high-water marks, `_HIGH_WATER_INTERVAL_SECONDS` apart at least, off the path of any reply."""
+
+    def __init__(self, high_water: HighWater | None, clock: Clock, batch: int) -> None:
+        self.marked = batch
+        self._high_water = high_water
+        self._clock = clock
+        self._marked_at = float("-inf")
+
+    def is_stale(self, batch: int) -> bool:
+        return self._high_water is not None and self.marked < batch
+
+    @property
+    def is_due(self) -> bool:
+        return self._clock.monotonic() - self._marked_at >= _HIGH_WATER_INTERVAL_SECONDS
+
+    def mark(self, batch: int) -> bool:
+        """Returns whether a mark was needed."""
+        if self._high_water is None or self.marked >= batch:
+            return False
+        self._high_water.write(batch)
+        self.marked = batch
+        self._marked_at = self._clock.monotonic()
+        return True
+
+
+class OperationQueue:
+    """Operations on their way from any thread to the writer thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._items: list[QueuedOperation] = []
+        self._posted = threading.Event()
+        self._is_closed = False
+
+    def post(self, item: QueuedOperation) -> bool:
+        """False: the queue is closed."""
+        with self._lock:
+            if self._is_closed:
+                return False
+            self._items.append(item)
+        # `set` takes a lock each time, and a busy writer is posted to thousands of times.
+        if not self._posted.is_set():
+            self._posted.set()
+        return True
+
+    def wait(self, timeout: float | None) -> bool:
+        """Waits for an operation, or for `close`."""
+        return self._posted.wait(timeout)
+
+    def take(self) -> list[QueuedOperation]:
+        """What is queued now, at most `MAX_BATCH_OPERATIONS`."""
+        with self._lock:
+            items = self._items[:MAX_BATCH_OPERATIONS]
+            self._items = self._items[MAX_BATCH_OPERATIONS:]
+        return items
+
+    def put_first(self, items: Sequence[QueuedOperation]) -> None:
+        """Before everything that is queued."""
+        with self._lock:
+            self._items[:0] = items
+
+    def rest(self) -> bool:
+        """Called when nothing is left to do. False: the queue is closed and empty, so that the thread may end."""
+        with self._lock:
+            if self._items:
+                return True
+            self._posted.clear()
+            return not self._is_closed
+
+    def close(self) -> list[QueuedOperation]:
+        """No operation is taken from now on. Returns what is queued; it stays queued."""
+        with self._lock:
+            self._is_closed = True
+            items = list(self._items)
+        self._posted.set()
+        return items
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items = []
 
 
 class Writer:
@@ -79,31 +210,22 @@ class Writer:
         path: str,
         clock: Clock,
         high_water: HighWater | None,
-        space: Space,
+        space: DiskSpaceGuard,
+        listeners: Listeners,
     ) -> None:
-        self.connection, self._path, self._clock = connection, path, clock
-        self._high_water, self._space = high_water, space
-        self.batch, self.at, *counted = connection.execute(
-            f"SELECT batch, at, {','.join(TOTALS)} FROM ledger"
-        ).fetchone()
-        self.totals: dict[str, int] = dict(zip(TOTALS, counted, strict=True))
-        self.handover: RunReceiver | None = None
-        self.relay: OutboxListener | None = None
-        self.herald: RunEventSource | None = None
-        self.lookout: Callable[[bool], None] | None = None
+        self.connection = connection
+        self.last = LastCommit(connection)
+        self.listeners = listeners
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
+        self.high_water = HighWaterSchedule(high_water, clock, self.last.batch)
+        self._path = path
+        self._clock = clock
+        self._space = space
+        self._queue = OperationQueue()
         self._on_failure: list[Callable[[StoreError], None]] = []
-        self._running: dict[
-            int, RunRow
-        ] = {}  # the rows of running runs: nobody else writes them, so they need no reading
-        self._told_due: int | None = None
-        self._lock = threading.Lock()
-        self._queue: list[QueuedOperation] = []
-        self._posted = threading.Event()
-        self._stopping = False
-        self._held_back: list[QueuedOperation] = []
-        self._marked, self._marked_at = self.batch, float("-inf")
+        self._failure_lock = threading.Lock()
+        self._waiting_for_lock: list[QueuedOperation] = []
         self._thread = threading.Thread(target=self._work, name="eventflow-store", daemon=True)
 
     # ------------------------------------------------------------------- any thread
@@ -113,35 +235,18 @@ class Writer:
 
     def stop(self) -> None:
         """Commits what was posted and ends the thread."""
-        with self._lock:
-            self._stopping = True
-        self._posted.set()
+        self._queue.close()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
     def post(self, item: QueuedOperation) -> None:
-        with self._lock:
-            closed = self._stopping or self.failed is not None
-            if not closed:
-                self._queue.append(item)
-        if not closed:
-            if (
-                not self._posted.is_set()
-            ):  # `set` takes a lock each time, and a busy writer is posted to thousands of times
-                self._posted.set()
-        else:
-            _send(
-                [
-                    LoopCallback(
-                        item.loop,
-                        item.reply,
-                        (self.failed or StoreError(f"the store {self._path} is closed"),),
-                    )
-                ]
-            )
+        if not self._queue.post(item):
+            closed = self.failed or StoreError(f"the store {self._path} is closed")
+            _call_back([item.replied(closed)])
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
-        with self._lock:
+        """`call` runs once, when storage fails; at once if it has."""
+        with self._failure_lock:
             failed = self.failed
             if failed is None:
                 self._on_failure.append(call)
@@ -152,130 +257,115 @@ class Writer:
 
     def _work(self) -> None:
         try:
-            while self._turn():
+            while self._step():
                 pass
-        except (
-            Exception
-        ) as error:  # whatever broke, callers who wait must hear of it rather than hang
+        except Exception as error:  # whatever broke, callers who wait get an answer and do not hang
             self._fail(error, ())
 
-    def _turn(self) -> bool:
-        """Waits for work and does it. False: stopped and nothing left."""
-        stale = self._high_water is not None and self._marked < self.batch
-        if not self._posted.wait(_HIGH_WATER_EVERY if stale else None):
+    def _step(self) -> bool:
+        """Waits for operations and commits them. False: stopped, and nothing is left."""
+        stale = self.high_water.is_stale(self.last.batch)
+        if not self._queue.wait(_HIGH_WATER_INTERVAL_SECONDS if stale else None):
             self._mark()
             return True
         self.commit_queued()
-        if self._clock.monotonic() - self._marked_at >= _HIGH_WATER_EVERY:
+        if self.high_water.is_due:
             self._mark()
-        with self._lock:
-            if self._queue:
-                return True
-            self._posted.clear()
-            if not self._stopping:
-                return True
+        if self._queue.rest():
+            return True
         if self.failed is None:
             self._mark()
         return False
 
+    def _mark(self) -> None:
+        if self.high_water.mark(self.last.batch):
+            self._space.restore_ballast()
+
     def commit_queued(self) -> None:
-        """Commits what is queued now, in order; a door's verb has a transaction of its own."""
-        with self._lock:
-            items, self._queue = self._queue[:MAX_BATCH_OPERATIONS], self._queue[MAX_BATCH_OPERATIONS:]
+        """Commits what is queued now, in order; a `TransactionCall` has a transaction of its own."""
+        items = self._queue.take()
         while items:
             n = 1
             if not isinstance(items[0].op, TransactionCall | ConnectionJob):
                 n = next(
-                    (n for n, item in enumerate(items) if isinstance(item.op, TransactionCall | ConnectionJob)),
+                    (
+                        n
+                        for n, item in enumerate(items)
+                        if isinstance(item.op, TransactionCall | ConnectionJob)
+                    ),
                     len(items),
                 )
-            if isinstance(items[0].op, ConnectionJob):  # what came after it is served between its steps
-                with self._lock:
-                    self._queue[:0] = items[1:]
+            if isinstance(items[0].op, ConnectionJob):
+                self._queue.put_first(items[1:])  # served between the steps of the job
                 self._serve(items[:1])
                 return
             self._serve(items[:n])
             items = items[n:]
-            if self._held_back:  # the file is locked: these go first, once it is free
-                with self._lock:
-                    self._queue[:0] = [*self._held_back, *items]
-                self._held_back = []
+            if self._waiting_for_lock:  # the file is locked: these go first, once it is free
+                self._queue.put_first([*self._waiting_for_lock, *items])
+                self._waiting_for_lock = []
                 return
 
-    def between(self) -> None:
-        """Between two steps of an errand: others are served; a failure ends the errand."""
+    def serve_others(self) -> None:
+        """Between two steps of a ConnectionJob: commits what is queued. Raises if storage failed, which ends the job."""
         self.commit_queued()
         if self.failed is not None:
             raise self.failed
 
     def _serve(self, items: Sequence[QueuedOperation]) -> None:
-        """One transaction, and its replies; on bad input one transaction for each op."""
+        """One transaction, and its replies; on bad input one transaction for each operation."""
         if self.failed is not None:
-            _send([_word(item, self.failed) for item in items])
+            _call_back([item.replied(self.failed) for item in items])
             return
         began = self._clock.monotonic()
         try:
-            _send(self._do(items))
-            self._measure(len(items), began)
+            _call_back(self._transact(items))
+            self.commits["batches"] += 1
+            self.commits["ops"] += len(items)
+            self.commits["seconds"] += self._clock.monotonic() - began
         except _BAD_INPUT as error:
             if len(items) == 1:
-                self._refuse(items[0], error)
+                self._reject(items[0], error)
             else:
                 for n, item in enumerate(items, 1):
                     self._serve([item])
-                    if self._held_back:
-                        self._held_back.extend(items[n:])
+                    if self._waiting_for_lock:
+                        self._waiting_for_lock.extend(items[n:])
                         break
         except sqlite3.Error as error:
             self._storage_error(error, items)
-        except OSError as error:
+        except OSError as error:  # the high-water mark or the ballast: a failure of the disk
             self._fail(error, items)
 
-    def _measure(self, ops: int, began: float) -> None:
-        commits = self.commits
-        commits["batches"] += 1
-        commits["ops"] += ops
-        commits["seconds"] += self._clock.monotonic() - began
-
-    def _refuse(self, item: QueuedOperation, error: BaseException) -> None:
-        """One op, tried alone, cannot be applied. It may be that a journal entry exists: then it is answered as refused."""
+    def _reject(self, item: QueuedOperation, error: BaseException) -> None:
+        """One operation, tried alone, cannot be applied. A journal entry may exist already: then the reply is `Fenced`."""
         try:
-            _send(self._do([item], probe=True))
+            _call_back(self._transact([item], must_probe=True))
         except _BAD_INPUT:
-            refusal = StoreError(f"{type(item.op).__name__} was not recorded: {error}")
-            refusal.__cause__ = error
-            _send([_word(item, refusal)])
+            rejection = StoreError(f"{type(item.op).__name__} was not recorded: {error}")
+            rejection.__cause__ = error
+            _call_back([item.replied(rejection)])
 
-    def _do(self, items: Sequence[QueuedOperation], *, probe: bool = False) -> list[LoopCallback]:
-        """The transaction itself; returns what is to be said once it is durable."""
-        if isinstance(errand := items[0].op, ConnectionJob):
-            return [_word(items[0], self._run_errand(errand))]
+    # ------------------------------------------------------------------- one transaction
+
+    def _transact(
+        self, items: Sequence[QueuedOperation], *, must_probe: bool = False
+    ) -> list[LoopCallback]:
+        """The transaction itself; returns the replies and reports, to be delivered now that it is durable."""
+        if isinstance(job := items[0].op, ConnectionJob):
+            return [items[0].replied(_run_job(self.connection, job))]
         tx = self._begin()
         try:
-            words = self._decide(tx, items, probe=probe)
+            replies = self._decide(tx, items, must_probe=must_probe)
             self._finish(tx)
             self.connection.execute("COMMIT")
-        except EventflowError as error:  # a door's verb said no: NotFound, UsageError
+        except EventflowError as error:  # the verb refused: NotFound, UsageError
             self._undo(tx)
-            return [_word(item, error) for item in items]
+            return [item.replied(error) for item in items]
         except BaseException:
             self._undo(tx)
             raise
-        return words + self._committed(tx)
-
-    def _begin(self) -> Transaction:
-        self.connection.execute("BEGIN IMMEDIATE")
-        now = self._clock.now()
-        return Transaction(
-            self.connection,
-            batch=self.batch + 1,
-            at=max(now, self.at),
-            now=now,
-            totals=self.totals,
-            handover=self.handover,
-            running=self._running,
-            herald=self.herald,
-        )
+        return replies + self._committed(tx)
 
     def apply(self, verb: Callable[[Transaction], None]) -> None:
         """One verb in a transaction of its own, in the caller's thread: before `start` only."""
@@ -285,144 +375,146 @@ class Writer:
         self.connection.execute("COMMIT")
         self._committed(tx)
 
-    def _finish(self, tx: Transaction) -> None:
-        if self.herald is not None and (tx.ended or tx.silences):
-            record_run_events(tx, self.herald)
-        tx.finish()
+    def _begin(self) -> Transaction:
+        self.connection.execute("BEGIN IMMEDIATE")
+        now = self._clock.now()
+        return Transaction(
+            self.connection,
+            batch=self.last.batch + 1,
+            at=max(now, self.last.at),
+            now=now,
+            totals=self.last.totals,
+            receiver=self.listeners.receiver,
+            running=self.last.running,
+            advancer=self.listeners.patterns,
+        )
 
-    def _run_errand(self, errand: ConnectionJob) -> Any:
-        try:
-            return errand.make(self.connection)
-        except EventflowError as error:
-            return error
-        except (
-            sqlite3.Error,
-            OSError,
-        ) as error:  # the errand's own files: the store itself is not touched
-            return StoreError(str(error))
-
-    def _decide(self, tx: Transaction, items: Sequence[QueuedOperation], *, probe: bool) -> list[LoopCallback]:
-        if isinstance(call := items[0].op, TransactionCall):
-            value = call.make(tx)
+    def _decide(
+        self, tx: Transaction, items: Sequence[QueuedOperation], *, must_probe: bool
+    ) -> list[LoopCallback]:
+        if isinstance(verb := items[0].op, TransactionCall):
+            value = verb.call(tx)
             tx.flush()
-            return [_word(items[0], value() if callable(value) else value)]
+            return [items[0].replied(value() if callable(value) else value)]
         writes = [
-            (item, item.op) for item in items if not isinstance(item.op, Claim | TransactionCall | ConnectionJob)
+            (item, item.op)
+            for item in items
+            if not isinstance(item.op, Claim | TransactionCall | ConnectionJob)
         ]
-        prefetch(tx, [op for _, op in writes], probe=probe)
-        words = [_word(item, apply(tx, op)) for item, op in writes]
+        prefetch(tx, [op for _, op in writes], must_probe=must_probe)
+        replies = [item.replied(apply(tx, op)) for item, op in writes]
         claims = [(item, item.op) for item in items if isinstance(item.op, Claim)]
         if claims:
             tx.flush()
         for item, op in claims:
             claimed = claim(tx, op)
-            self._told_due = claimed.next_due
-            words.append(_word(item, claimed))
-        return words
+            self.last.reported_due = claimed.next_due
+            replies.append(item.replied(claimed))
+        return replies
+
+    def _finish(self, tx: Transaction) -> None:
+        source = self.listeners.run_events
+        if source is not None and (tx.runs.ended or tx.commit.own_events):
+            record_run_events(tx, source)
+        tx.finish()
 
     def _undo(self, tx: Transaction) -> None:
-        tx.undo()
+        tx.runs.undo()
         if self.connection.in_transaction:
             self.connection.execute("ROLLBACK")
 
     def _committed(self, tx: Transaction) -> list[LoopCallback]:
-        """Takes over the new numbers; returns what the worker and the relay must hear."""
-        if self.lookout is not None and (
-            tx.taken or tx.more or tx.totals["runs"] > self.totals["runs"]
-        ):
-            self.lookout(False)
-        self.batch, self.at, self.totals = tx.batch, tx.at, tx.totals
-        tx.remember()
-        if tx.soonest < (self._told_due or NEVER):
-            self._told_due, tx.more = tx.soonest, True
-        words: list[LoopCallback] = []
-        if tx.outlets and (relay := self.relay) is not None:
-            words.append(LoopCallback(relay.loop, relay.notify, (tuple(tx.outlets),)))
-        handover = tx.handover
-        if handover is None:
-            return words
-        if tx.taken or tx.more or tx.cancels:
-            words.append(LoopCallback(handover.loop, handover.receive_runs, (tx.taken, tx.more, tx.cancels)))
-        if tx.answers:
-            words.append(LoopCallback(handover.loop, handover.receive_answers, (tx.answers,)))
-        return words
-
-    def _mark(self) -> None:
-        """Writes the high-water mark, after the fact and off the path of any reply."""
-        if self._high_water is not None and self._marked < self.batch:
-            self._high_water.write(self.batch)
-            self._marked, self._marked_at = self.batch, self._clock.monotonic()
-            self._space.reload()
+        """Takes over what the commit left; returns the reports to the worker and the outbox's listener."""
+        commit, last = tx.commit, self.last
+        has_new_runs = commit.totals["runs"] > last.totals["runs"]
+        last.batch = commit.batch
+        last.at = commit.at
+        last.totals = commit.totals
+        tx.runs.remember()
+        new_runs = self.listeners.new_runs
+        if new_runs is not None and (commit.reserved or commit.has_due or has_new_runs):
+            new_runs(False)
+        if commit.next_due < (last.reported_due or NEVER):
+            last.reported_due = commit.next_due
+            commit.has_due = True
+        return _reports(commit, self.listeners)
 
     # ------------------------------------------------------------------- when storage fails
 
     def _storage_error(self, error: sqlite3.Error, items: Sequence[QueuedOperation]) -> None:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL and self._space.release():
+        if code == sqlite3.SQLITE_FULL and self._space.release_ballast():
             self._serve(items)
         elif code == sqlite3.SQLITE_BUSY:
-            self._wait_for_lock(items)
+            # Another process holds the file. Intake slows down; what the worker posted waits, nothing of it is lost.
+            pid = lock_holder_pid(self._path)
+            holder = f"process {pid}" if pid else "another process"
+            full = StoreFull(f"the store {self._path} is locked by {holder}", 2.0)
+            refused = (RecordEvents, TransactionCall)
+            _call_back([item.replied(full) for item in items if isinstance(item.op, refused)])
+            self._waiting_for_lock = [item for item in items if not isinstance(item.op, refused)]
         else:
             self._fail(error, items)
 
-    def _wait_for_lock(self, items: Sequence[QueuedOperation]) -> None:
-        """Another process holds the store's file. Intake slows down; the way through waits, nothing of it is lost."""
-        holder = holder_of(self._path)
-        full = StoreFull(
-            f"the store {self._path} is locked by {f'process {holder}' if holder else 'another process'}",
-            2.0,
-        )
-        _send([_word(item, full) for item in items if isinstance(item.op, RecordEvents | TransactionCall)])
-        self._held_back = [item for item in items if not isinstance(item.op, RecordEvents | TransactionCall)]
-
     def _fail(self, error: BaseException, items: Sequence[QueuedOperation]) -> None:
-        """Fail-stop: this batch is unknown, nothing later is done, everyone who waits is told."""
-        kind = (
-            StoreCorrupt
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
-            else StoreFailed
-        )
-        failed = kind(
-            f"the store {self._path} failed ({_name(error)}); what was being committed is unknown, nothing more is"
+        """Fail-stop: this batch is unknown, nothing later is done, every caller that waits gets the failure."""
+        is_corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+        what = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
+        failed = (StoreCorrupt if is_corrupt else StoreFailed)(
+            f"the store {self._path} failed ({what}); what was being committed is unknown, nothing more is"
         )
         failed.__cause__ = error
-        with self._lock:
+        with self._failure_lock:
             self.failed = failed
-            left, self._queue = self._queue, []
             calls, self._on_failure = self._on_failure, []
-        _send([_word(item, failed) for item in (*items, *left)])
+        left = self._queue.close()
+        self._queue.clear()
+        _call_back([item.replied(failed) for item in (*items, *left)])
         for call in calls:
             call(failed)
 
 
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+def _run_job(connection: sqlite3.Connection, job: ConnectionJob) -> Any:
+    try:
+        return job.call(connection)
+    except EventflowError as error:
+        return error
+    except (sqlite3.Error, OSError) as error:  # of the job's own files: the store is intact
+        return StoreError(str(error))
 
 
-def _name(error: BaseException) -> str:
-    return f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
+def _reports(commit: Commit, listeners: Listeners) -> list[LoopCallback]:
+    """What the worker and the outbox's listener get to know of a commit."""
+    reports: list[LoopCallback] = []
+    if commit.sinks and (outbox := listeners.outbox) is not None:
+        reports.append(LoopCallback(outbox.loop, outbox.notify, (tuple(commit.sinks),)))
+    if (receiver := listeners.receiver) is None:
+        return reports
+    if commit.reserved or commit.has_due or commit.cancels:
+        runs = (commit.reserved, commit.has_due, commit.cancels)
+        reports.append(LoopCallback(receiver.loop, receiver.receive_runs, runs))
+    if commit.answers:
+        reports.append(LoopCallback(receiver.loop, receiver.receive_answers, (commit.answers,)))
+    return reports
 
 
-def _word(item: QueuedOperation, value: Any) -> LoopCallback:
-    return LoopCallback(item.loop, item.reply, (value,))
-
-
-def _send(words: Sequence[LoopCallback]) -> None:
-    """One wake-up per loop, whatever the number of words for it. A loop that is gone needs none."""
+def _call_back(callbacks: Sequence[LoopCallback]) -> None:
+    """One wake-up per loop, whatever the number of callbacks for it. A loop that is closed needs none."""
     by_loop: dict[asyncio.AbstractEventLoop, list[LoopCallback]] = {}
-    for word in words:
-        by_loop.setdefault(word.loop, []).append(word)
-    for loop, said in by_loop.items():
+    for callback in callbacks:
+        by_loop.setdefault(callback.loop, []).append(callback)
+    for loop, its_callbacks in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_run, said)
+            loop.call_soon_threadsafe(_run_callbacks, its_callbacks)
         except RuntimeError:
             continue  # closed: its callers went with it, what they posted is durable all the same
 
 
-def _run(words: Sequence[LoopCallback]) -> None:
-    """On the loop: every word runs, whatever one of them raises."""
-    for at, word in enumerate(words):
+def _run_callbacks(callbacks: Sequence[LoopCallback]) -> None:
+    """On the loop: every callback runs, whatever one of them raises."""
+    for n, callback in enumerate(callbacks):
         try:
-            word.call(*word.args)
+            callback.call(*callback.args)
         except BaseException:
-            word.loop.call_soon(_run, words[at + 1 :])
+            callback.loop.call_soon(_run_callbacks, callbacks[n + 1 :])
             raise

@@ -465,16 +465,16 @@ def test_p2_what_did_not_become_durable_did_not_happen() -> None:
     router = Router(Bench(count("a", 3, within=60)).app().subscriptions, Ids(), VirtualClock())
 
     def weave(state: Any, event: int) -> Any:
-        return router.advance("watch", "", state, event, PatternEvent("watch", "", 0, event), event, 1)
+        return router.patterns.advance("watch", "", state, event, PatternEvent("watch", "", 0, event), event, 1)
 
     first = weave(None, 1)
-    kept = router.encode_state("watch", "", first.state)
+    kept = router.patterns.encode_state("watch", "", first.state)
     for _ in range(3):
         failed = weave(kept, 2)
         assert failed.matches == [] and weave(failed.state, 3).matches != []
     again = weave(kept, 2)
-    assert router.encode_state("watch", "", again.state) != kept
-    assert [match.events for match in weave(router.encode_state("watch", "", again.state), 4).matches] == [
+    assert router.patterns.encode_state("watch", "", again.state) != kept
+    assert [match.events for match in weave(router.patterns.encode_state("watch", "", again.state), 4).matches] == [
         (1, 2, 4)
     ]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from eventflow.runs.run import Completed, Failed, NeedsAttention, Run, Suspended
-from eventflow.store.claim import look
+from eventflow.store.claim import due_groups
 from eventflow.store.protocol import Claim, Claimed
 from tests.store.ledger import SECOND, Ledger, Reopen
 
@@ -180,5 +180,5 @@ async def test_a_long_backlog_of_a_capped_flow_is_not_read_at_each_claim(ledger:
         *(ledger.run("capped") for _ in range(50)), *(ledger.run("free") for _ in range(5))
     )
     op = Claim(20, {"capped": 1, "free": 1 << 30})
-    found = await ledger.store._look(look, ledger.clock.now(), op)  # pyright: ignore[reportPrivateUsage]
+    found = await ledger.store._read(due_groups, ledger.clock.now(), op)  # pyright: ignore[reportPrivateUsage]
     assert {group.flow: len(group.due) for group in found} == {"capped": 2, "free": 5}

@@ -82,7 +82,7 @@ async def caller(numbers):
 async def main():
     store.attach_worker(Worker())
     store.on_failure(lambda error: say("failure", type(error).__name__))
-    say("ready", store._writer.batch)
+    say("ready", store._writer.last.batch)
     numbers = iter(range(10**9))
     try:
         await asyncio.gather(*[caller(numbers) for _ in range(5)])
@@ -186,7 +186,7 @@ def test_p1_row_1_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path):
     for life, last in _last_acked(acked).items():
         reached = asyncio.run(store.cursor("t"))[life]
         assert isinstance(reached, int) and reached >= last - 5
-    assert store._writer is not None and store._writer.batch > batch
+    assert store._writer is not None and store._writer.last.batch > batch
     store.close()
 
 

@@ -20,7 +20,7 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.store import open_store
-from eventflow.store.file_guards import HighWater, Space
+from eventflow.store.file_guards import HighWater, DiskSpaceGuard
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
@@ -216,11 +216,11 @@ async def test_row_12_a_wal_that_lost_its_tail_is_refused(
     writer = ledger.store._writer
     assert writer is not None
     kept = os.path.getsize(f"{path}-wal")
-    first = writer.batch
+    first = writer.last.batch
     for _ in range(5):
         await ledger.recorded(ledger.run())
-    last = writer.batch
-    await eventually(lambda: writer._marked == last, "the high-water mark is written")
+    last = writer.last.batch
+    await eventually(lambda: writer.high_water.marked == last, "the high-water mark is written")
     copy = tmp_path / "after the power cut"
     copy.mkdir()
     for name in ("", "-wal", ".hwm"):
@@ -234,7 +234,7 @@ async def test_row_12_a_wal_that_lost_its_tail_is_refused(
     store = SqliteStore(copy / "a.db", clock=HandClock(), accept_loss=True)
     store.open()
     assert (await store.counts())["events"] == 1
-    assert store._writer is not None and store._writer.batch > last
+    assert store._writer is not None and store._writer.last.batch > last
     store.close()
     store = SqliteStore(copy / "a.db", clock=HandClock())
     store.open()
@@ -250,7 +250,7 @@ async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(
         await ledger.recorded(ledger.run())
     writer = ledger.store._writer
     assert writer is not None
-    await eventually(lambda: writer._marked == writer.batch, "the high-water mark is written")
+    await eventually(lambda: writer.high_water.marked == writer.last.batch, "the high-water mark is written")
     for name in ("", "-wal", ".hwm"):
         shutil.copy(f"{path}{name}", tmp_path / f"a.db{name}")
     wal = bytearray((tmp_path / "a.db-wal").read_bytes())
@@ -331,12 +331,12 @@ async def test_row_8_below_the_floor_intake_is_full_and_runs_go_on(path: str):
 
 def test_the_ballast_is_real_space_and_is_given_back(tmp_path: Path):
     """Set aside at open where there is room for it, released once, and set aside again later."""
-    space = Space(str(tmp_path / "a.db"), HandClock(), 0, 1 << 20)
-    assert not space.release()
-    space.load()
+    space = DiskSpaceGuard(str(tmp_path / "a.db"), HandClock(), 0, 1 << 20)
+    assert not space.release_ballast()
+    space.reserve_ballast()
     assert (tmp_path / "a.db.ballast").stat().st_blocks * 512 >= 1 << 20
-    assert space.release() and not space.release()
-    space.reload()
+    assert space.release_ballast() and not space.release_ballast()
+    space.restore_ballast()
     assert (tmp_path / "a.db.ballast").exists()
 
 
@@ -425,11 +425,11 @@ async def test_ids_and_batches_go_on_over_restarts(ledger: Ledger, reopen: Reope
     (run,) = await ledger.recorded(ledger.run())
     writer = ledger.store._writer
     assert writer is not None
-    before = writer.batch
+    before = writer.last.batch
     ledger = reopen()
     assert ledger.store.last_id == run.event
     writer = ledger.store._writer
-    assert writer is not None and writer.batch == before + 1
+    assert writer is not None and writer.last.batch == before + 1
 
 
 def test_a_closed_store_says_so(path: str):

@@ -25,7 +25,7 @@ def hand(ledger: Ledger, room: int = 1_000_000) -> Hand:
 def commits(ledger: Ledger) -> int:
     writer = ledger.store._writer
     assert writer is not None
-    return writer.batch
+    return writer.last.batch
 
 
 async def test_concurrent_calls_share_commits(ledger: Ledger):
@@ -49,7 +49,7 @@ async def test_ops_of_a_loop_are_applied_in_order(ledger: Ledger):
         )
     ]  # fmt: skip
     replies = await ledger.together(*ops)
-    assert [type(reply).__name__ for reply in replies] == ["Appended", "Settled", "Refused"] * 200
+    assert [type(reply).__name__ for reply in replies] == ["Appended", "Settled", "Fenced"] * 200
 
 
 async def test_cancelling_the_wait_does_not_reach_the_transaction(ledger: Ledger):
