@@ -35,7 +35,7 @@ class DemoFailed(EventflowError):
     """A step of the demo did not happen."""
 
 
-class ServerProcess:
+class DemoServer:
     """`eventflow serve shop.py`, ready when constructed. DemoFailed when it does not start."""
 
     def __init__(self, folder: Path, env: dict[str, str], port: int, log: Path) -> None:
@@ -101,10 +101,10 @@ class DemoEnvironment:
         self._env["DEMO_SECRET"] = "whsec_" + base64.b64encode(self._key).decode()
         self._http = httpx2.Client(timeout=TIMEOUT_SECONDS)
         self._url = ""
-        self._server: ServerProcess | None = None
+        self._server: DemoServer | None = None
 
-    def start(self, port: int = 0) -> ServerProcess:
-        self._server = ServerProcess(self.folder, self._env, port, self.log)
+    def start(self, port: int = 0) -> DemoServer:
+        self._server = DemoServer(self.folder, self._env, port, self.log)
         self._url = self._server.url
         return self._server
 

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from eventflow.core.clock import SECOND, Clock, SystemClock
-from eventflow.demo.environment import SHOP, DemoEnvironment, DemoFailed, ServerProcess
+from eventflow.demo.environment import SHOP, DemoEnvironment, DemoFailed, DemoServer
 from eventflow.demo.report import Report, statuses_text
 from eventflow.demo.verification import KillRecord, Verification, parse_instant
 
@@ -97,7 +97,7 @@ class Scenario:
         report.heading("eventflow demo")
         report.write(f"a shop in {environment.folder}: shop.py, its ledger shop.db, and landing/\n")
 
-    def run(self, port: int) -> ServerProcess:
+    def run(self, port: int) -> DemoServer:
         first = self.start(port)
         self.orders_and_an_alert()
         self.await_recovery()
@@ -110,7 +110,7 @@ class Scenario:
         self.await_settled()
         return second
 
-    def start(self, port: int) -> ServerProcess:
+    def start(self, port: int) -> DemoServer:
         self.timeline(
             "start", f"eventflow serve shop.py --port {port}{'' if port else ' (any free one)'}"
         )
@@ -196,7 +196,7 @@ class Scenario:
 
     # ----------------------------------------------------------------- the kill
 
-    def kill(self, server: ServerProcess) -> KillRecord:
+    def kill(self, server: DemoServer) -> KillRecord:
         in_flight = [run["id"] for run in self.environment.runs(state="running")]
         server.kill()
         self.timeline(
@@ -214,7 +214,7 @@ class Scenario:
 
     # ----------------------------------------------------------------- the second server
 
-    def await_resume(self, server: ServerProcess) -> None:
+    def await_resume(self, server: DemoServer) -> None:
         def resumed() -> bool:
             here = {
                 body["key"].partition("/")[0]
@@ -263,7 +263,7 @@ def program_name() -> str:
     return "eventflow" if shutil.which("eventflow") == called else called
 
 
-def stay_up(environment: DemoEnvironment, report: Report, server: ServerProcess) -> None:
+def stay_up(environment: DemoEnvironment, report: Report, server: DemoServer) -> None:
     """Print commands to try, and wait for Ctrl-C or SIGTERM."""
     report.heading(f"The server stays up at {server.url} until Ctrl-C. In another terminal:")
     eventflow = program_name()
