@@ -4,7 +4,7 @@
     from eventflow import flow, task
     from triggers import Webhook
 
-The words are explained in docs/concepts.md. Importing this package starts nothing and touches nothing.
+docs/concepts.md defines the terms. Importing this package has no side effects.
 """
 
 from eventflow.app import App, RunHandle

@@ -87,7 +87,10 @@ class NotAsync(UsageError):
 
 
 class OutsideFlowError(UsageError):
-    """A task was called from where the journal cannot tell which part of the flow is calling."""
+    """A task was called outside the coroutines of its flow, such as in a thread.
+
+    The journal could not identify such a call when the run is replayed.
+    """
 
     def __init__(self, task: str, found: str) -> None:
         super().__init__(

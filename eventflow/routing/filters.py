@@ -422,26 +422,26 @@ def wildcard(pattern: str, path: str) -> Test:
 
 def _split_wildcard(pattern: str, path: str) -> list[str]:
     pieces = [""]
-    letters = iter(pattern)
+    characters = iter(pattern)
     before = ""
-    for letter in letters:
-        if letter == "\\":
-            escaped = next(letters, "")
+    for character in characters:
+        if character == "\\":
+            escaped = next(characters, "")
             if escaped not in ("*", "\\"):
                 raise UsageError(
                     f"where: {path}.wildcard: a backslash stands before * or \\ only, found "
                     f"{_format(pattern)}"
                 )
             pieces[-1] += escaped
-        elif letter == "*":
+        elif character == "*":
             if before == "*":
                 raise UsageError(
                     f"where: {path}.wildcard: expected single stars, found {_format(pattern)}"
                 )
             pieces.append("")
         else:
-            pieces[-1] += letter
-        before = letter
+            pieces[-1] += character
+        before = character
     return pieces
 
 

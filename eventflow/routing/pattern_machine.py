@@ -30,8 +30,8 @@ class PatternItem(msgspec.Struct, array_like=True, order=True, frozen=True, gc=F
     """An event, or a match of an inner pattern.
 
     `time` is when it happened, `at` when the machine received it, both in microseconds. `events`
-    are the ids of its events, `size` their bytes. `held` is the id of one that came while its
-    trigger was paused, or 0. `depth` is the largest emit depth among them.
+    are the ids of its events, `size` their bytes. `paused_event` is the id of one that came while
+    its trigger was paused, or 0. `depth` is the largest emit depth among them.
     """
 
     time: int

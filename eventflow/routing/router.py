@@ -4,7 +4,7 @@ The reactor (intake/) calls `Router.route` for every accepted item, the engine `
 events that flows emit, `app.start` and the API `route_to_flow` for a run that a person starts. Each
 returns an `Arrival`: the event with one verdict per subscription, its runs and its dead letters,
 encoded for the store to insert in one transaction (store/protocol.py). The store in turn calls the
-router for run-state events and patterns, as its `RunEventSource`.
+router for run-state events (`RunEventSource`) and its `patterns` to advance patterns.
 
 Nothing here waits or writes. The content of an event never raises: user code (`where=`, `params=`,
 `key=`) that raises is the verdict *invalid*.
@@ -122,7 +122,7 @@ class Router:
             codec, _ = encode_plain(event.data, f"data of emitted event {event.type!r}")
             if codec != "json":
                 raise NotStorable(
-                    f"data of emitted event {event.type!r}", "value that JSON cannot say exactly"
+                    f"data of emitted event {event.type!r}", "value that JSON cannot represent exactly"
                 )
         if hops > MAX_DEPTH:
             return self._dead_letter(
@@ -411,7 +411,7 @@ class _ArrivalBuilder:
             if error is not None:
                 self._reject(name, error)
             elif part.key is not None and key is None:
-                self._add_verdict(name, "filtered", "it has no key to be joined by", "suppressed")
+                self._add_verdict(name, "filtered", "it has no join key", "suppressed")
             else:
                 time = event_time_us(event, self._now)
                 self._pattern_events.append(

@@ -83,10 +83,12 @@ class Subscription(msgspec.Struct, frozen=True, kw_only=True):
     """A flow's subscription to a trigger or a pattern. Made by `subscribe`, `subscribe_pattern`.
 
     - `types`: accepted event types, `*` is a wildcard as in filters; empty: all.
-    - `key`: computes the lane of an event. Runs of one lane of a flow execute one after another.
-    - `on_failure="block"`: a failed run blocks its lane until it is retried or cancelled.
+    - `key`: computes the ordering key of an event. Runs of a flow with equal ordering keys execute
+      one after another.
+    - `on_failure="block"`: a failed run blocks the later runs of its ordering key until it is
+      retried or cancelled.
     - `batch_policy`: how several events make one run; None: one run per event.
-    - `lane`: the lane of events without a key; None: such events have no lane.
+    - `default_ordering_key`: that of events without a key; None: their runs are not ordered.
     - `pattern`: the pattern whose matches make the runs; `trigger` is empty then.
     - `late`: the runs whose lateness is an event of this subscription.
     """

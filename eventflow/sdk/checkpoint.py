@@ -1,12 +1,14 @@
-"""`checkpoint()`: what a task body keeps of its work, so that the next attempt goes on where this one was.
+"""`checkpoint()`: the saved progress of a task body, from which the next attempt continues.
 
-    STORE.checkpoints/RUN/CALL/00000007/        one checkpoint: `head` (step, sums, form) and its files; whole, or not there
-    STORE.checkpoints/RUN/CALL/.draft-…         one that is being written, or that a crash left half written
+    STORE.checkpoints/RUN/CALL/00000007/   one checkpoint: `head` (its manifest) and its files
+    STORE.checkpoints/RUN/CALL/.draft-…    one that is being written, or was interrupted by a crash
 
-A body calls `save` and `load`. A checkpoint is written aside, fsynced and renamed, and belongs to the call (its idempotency key
-and arguments), not to the attempt: retries, restarts of the process and a retry by hand find it. An attempt that is over can
-save no more. The executor forgets a call's checkpoints once its value is durable; the house sweeps what is left over
-(`Checkpoints`). Blocking, for any thread. Next room: `saved.py`, how states become files.
+A body calls `save` and `load`. A checkpoint is written to a draft directory, fsynced and renamed,
+so it is complete or does not exist. It belongs to the call (idempotency key and arguments), not to
+the attempt: retries, restarts of the process and manual retries find it. An attempt that is over
+cannot save. The engine removes a call's checkpoints once its value is durable; `runtime.py` removes
+those that are left over (`CheckpointStore`). Blocking; for any thread. checkpoint_files.py has the
+file format.
 """
 
 import os
@@ -25,21 +27,22 @@ from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import flow_loop
 from eventflow.sdk.checkpoint_files import (
     Manifest,
+    SizeCheck,
     decode,
     encode,
     encode_path,
-    write_manifest,
-    step_of,
     fsync_path,
     read_verified,
+    step_of,
+    write_manifest,
 )
 from eventflow.sdk.task import TaskContext, task_context
 from eventflow.serialization.codecs import fingerprint_diff
 
 DEFAULT_MAX_BYTES = 4 << 30
-"""Bytes of one checkpoint, if `largest=` says nothing: a mistake is refused before it fills the disk."""
+"""Default limit of one checkpoint: a mistake is rejected before it fills the disk."""
 MIN_FREE_BYTES = 256 << 20
-"""Bytes that a checkpoint leaves free, or 2 % of the disk if that is less: the ledger needs them (store/guard.py)."""
+"""A checkpoint leaves this much free, or 2 % of a small disk: the ledger needs it."""
 
 log = get_logger("eventflow.checkpoint")
 LOG_EVENTS = {
@@ -59,52 +62,64 @@ LOG_EVENTS = {
 
 
 class LastCheckpoint(NamedTuple):
-    """What `load` gives back."""
+    """The result of `Checkpoint.load`."""
 
     state: Any
     step: int
 
 
 class CheckpointStore:
-    """The checkpoints of one App, in a folder beside its store. From any thread."""
+    """The checkpoints of one App, in a directory next to its store. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.lock = threading.Lock()
-        """Held while a checkpoint comes into its place: whoever has had it since an attempt was over sees no more of it."""
+        self.directory: Path = directory
+        self.lock: threading.Lock = threading.Lock()
+        """Held while a checkpoint is published. After an attempt is over, whoever acquires and
+        releases it sees no further checkpoint of that attempt.
+        """
         self._used: dict[str, set[str]] = {}
-        """By run, the calls of it that may have some; of an earlier process's only those that were loaded since."""
+        """By run: the calls that may have checkpoints. Calls of an earlier process are listed only
+        once they have been loaded.
+        """
 
     def call_directory(self, key: str) -> Path:
-        """Where the call with this idempotency key keeps its own. Names are ours: none comes from an event (S16)."""
-        run, _, claim = key.partition("/")
-        return self.directory / run / digest(claim.encode()).hex()
+        """The directory of the call with this idempotency key.
+
+        No part of the name comes from an event (S16).
+        """
+        run, _, call_key = key.partition("/")
+        return self.directory / run / digest(call_key.encode()).hex()
 
     def mark_used(self, key: str) -> None:
-        run, _, claim = key.partition("/")
+        """Note that the call with this idempotency key has checkpoints."""
+        run, _, call_key = key.partition("/")
         with self.lock:
-            self._used.setdefault(run, set()).add(claim)
+            self._used.setdefault(run, set()).add(call_key)
 
     @property
     def is_used(self) -> bool:
         """Whether any run has a checkpoint."""
         return bool(self._used)
 
-    def forget(self, run: str, claim: str | None = None) -> Callable[[], None] | None:
-        """The call's value is durable, or with no claim all of the run's: what removes its checkpoints, if it has any."""
+    def forget(self, run: str, call_key: str | None = None) -> Callable[[], None] | None:
+        """Forget the checkpoints of a call, or of a whole run, that are no longer needed.
+
+        Returns the function that removes their files, or None if there are none.
+        """
         with self.lock:
             calls = self._used.get(run)
-            if calls is None or (claim is not None and claim not in calls):
+            if calls is None or (call_key is not None and call_key not in calls):
                 return None
-            if claim is None:
+            if call_key is None:
                 del self._used[run]
+                obsolete = self.directory / run
             else:
-                calls.discard(claim)
-        gone = self.directory / run if claim is None else self.call_directory(f"{run}/{claim}")
-        return lambda: self.remove(gone)
+                calls.discard(call_key)
+                obsolete = self.call_directory(f"{run}/{call_key}")
+        return lambda: self.remove(obsolete)
 
     def remove(self, folder: Path) -> None:
-        """Takes a folder away, at once to those who look."""
+        """Remove a directory. It is renamed first, so readers never see a part of it."""
         try:
             aside = Path(tempfile.mkdtemp(prefix=".gone-", dir=self.directory))
             with self.lock, suppress(FileNotFoundError):
@@ -114,30 +129,32 @@ class CheckpointStore:
             log.warning("checkpoint.not_removed", folder=str(folder), error=str(error))
 
     def run_ids(self) -> list[str]:
-        """The runs that something is kept for, as ids are shown."""
+        """The ids, as text, of the runs with a directory."""
         if not self.directory.is_dir():
             return []
         return [each.name for each in self.directory.iterdir() if not each.name.startswith(".")]
 
     def load_index(self) -> None:
-        """What an earlier process left: its runs are remembered, and what it was removing goes. Call before the first run."""
-        for left in self.directory.glob(".gone-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        """Read which runs have checkpoints of an earlier process, and finish its removals.
+
+        Call it before the first run.
+        """
+        for removed in self.directory.glob(".gone-*"):
+            shutil.rmtree(removed, ignore_errors=True)
         self._used.update((run, set[str]()) for run in self.run_ids())
 
 
 _store: ContextVar[CheckpointStore | None] = ContextVar("eventflow_checkpoints", default=None)
-
-
 _progress_callback: ContextVar[Callable[[], None] | None] = ContextVar(
-    "eventflow_further", default=None
+    "eventflow_checkpoint_progress", default=None
 )
 
 
 def enter_checkpoints(store: CheckpointStore, on_progress: Callable[[], None] | None) -> None:
-    """Makes `place` the one that a body of this contextvars context keeps its own in.
+    """Set where `checkpoint()` saves in this contextvars context.
 
-    `further` is called, from any thread, when it has saved a step beyond all that were saved before it began.
+    `on_progress` is called once, from any thread, when the body has saved a higher step than any
+    attempt before it.
     """
     _store.set(store)
     if on_progress is not None:
@@ -147,19 +164,20 @@ def enter_checkpoints(store: CheckpointStore, on_progress: Callable[[], None] | 
 def checkpoint(
     name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> "Checkpoint":
-    """What this call of a task keeps between its attempts. For the body of a `@task`, `async def` or plain.
+    """The saved progress of this call of a task. For the body of a `@task`, async or plain.
 
-        kept = checkpoint()
-        model, first = kept.load() or (Model(), 0)
+        progress = checkpoint()
+        model, first = progress.load() or (Model(), 0)
         for epoch in range(first, 20):
             model.train()
-            kept.save(model.state(), step=epoch + 1)
+            progress.save(model.state(), step=epoch + 1)
 
     - `name`: several in one body need different names.
-    - `keep`: how many of the last are kept on disk; `load` gives the last whole one.
-    - `largest`: bytes that one may have.
+    - `keep`: the number of checkpoints on disk; `load` returns the last intact one.
+    - `max_bytes`: the limit of one checkpoint.
 
-    Outside a run (the task is then its plain function) nothing is kept: `load` gives None, and `save` says so once in the log.
+    Outside a run nothing is saved: `load` returns None, and the first `save` logs
+    `checkpoint.unavailable`.
     """
     if flow_loop("checkpoint") is not None:
         raise UsageError(
@@ -170,20 +188,20 @@ def checkpoint(
         raise UsageError(
             f"checkpoint(keep=, max_bytes=) expected at least 1, found {keep} and {max_bytes}"
         )
-    place, context = _store.get(), task_context()
-    if place is None or context is None or not context.run_id:
+    store, context = _store.get(), task_context()
+    if store is None or context is None or not context.run_id:
         return Checkpoint(None, context, Path(), keep, max_bytes)
-    folder = place.call_directory(context.idempotency_key)
+    folder = store.call_directory(context.idempotency_key)
     return Checkpoint(
-        place, context, folder / digest(name.encode()).hex() if name else folder, keep, max_bytes
+        store, context, folder / digest(name.encode()).hex() if name else folder, keep, max_bytes
     )
 
 
 class Checkpoint:
-    """The checkpoints of one call: `save` them, `load` the last. Made by `checkpoint()`.
+    """The checkpoints of one call of a task. Made by `checkpoint()`.
 
-    Everything blocks while the disk writes: in an `async def` body use `await asyncio.to_thread(kept.save, state, step)`,
-    unless the state is small.
+    All methods block until the disk has written: in an `async def` body use
+    `await asyncio.to_thread(progress.save, state, step)`, unless the state is small.
     """
 
     def __init__(
@@ -194,96 +212,100 @@ class Checkpoint:
         keep: int,
         max_bytes: int,
     ) -> None:
-        self._store, self._context, self._folder, self._keep, self._max_bytes = (
-            store,
-            context,
-            folder,
-            keep,
-            max_bytes,
+        self._store: CheckpointStore | None = store  # None: outside a run
+        self._context: TaskContext | None = context
+        self._folder: Path = folder
+        self._keep: int = keep
+        self._max_bytes: int = max_bytes
+        self._save_lock: threading.Lock = threading.Lock()  # for two threads of one body
+        self._has_logged: bool = False  # that nothing is saved outside a run
+        self._has_cleared_drafts: bool = False
+        self._has_saved: bool = False
+        self._on_progress: Callable[[], None] | None = (
+            None if store is None else _progress_callback.get()
         )
-        self._save_lock = threading.Lock()  # two threads of one body save one after the other
-        self._has_logged = self._cleared = self._saved = False
-        self._on_progress = None if store is None else _progress_callback.get()
-        self._highest_step = -1
+        self._highest_step: int = -1  # of the attempts before this one
 
     @property
     def is_kept(self) -> bool:
-        """Whether anything is kept: false outside a run."""
+        """Whether `save` saves anything: false outside a run."""
         return self._store is not None
 
     def save(self, state: Any, step: int) -> None:
-        """Keeps `state` as what was reached with `step`. Durable when it returns; the one before is gone then, unless `keep=`.
+        """Save `state` as the state after `step`. Durable when it returns.
 
-        A state is plain data (what a task may return without an annotation: dicts, lists, tuples, dates, bytes …) in which
-        numpy arrays and torch tensors may stand anywhere, or `bytes`. Raises NotStorable naming what it cannot keep, and
-        CheckpointFailed when it is too large, the disk is full, or this attempt is over.
+        The previous checkpoint is removed then, unless `keep` is larger than 1. A state is `bytes`,
+        or plain data (as a task may return it without an annotation: dicts, lists, tuples, dates …)
+        with numpy arrays and torch tensors anywhere in it. Raises NotStorable, naming the path to a
+        value that cannot be stored, and CheckpointFailed if it is too large, the disk is full, or
+        this attempt is over.
         """
-        self._save(step, lambda draft, room: encode(state, draft, room))
+        self._save(step, lambda draft, check_size: encode(state, draft, check_size))
 
     def save_file(self, path: str | os.PathLike[str], step: int) -> None:
-        """Keeps a copy of a file, or of a folder with all in it; `load` then gives the Path of that copy, to be read only."""
-        self._save(step, lambda draft, room: encode_path(Path(path), draft, room))
+        """Save a copy of a file or directory. `load` returns the Path of the copy: only read it."""
+        self._save(step, lambda draft, check_size: encode_path(Path(path), draft, check_size))
 
     def load(self) -> LastCheckpoint | None:
-        """The last `(state, step)` saved by any attempt of this call; None when there is none.
+        """The last `(state, step)` that any attempt of this call saved; None if there is none.
 
-        One whose sums do not hold is logged and left out; one that was saved under other arguments does not count.
+        Skips, and logs, a checkpoint with wrong checksums. Returns None for one that was saved with
+        other arguments.
         """
         if self._store is None or self._context is None:
             return None
         with self._store.lock:
-            pass  # what an earlier attempt was about to put in its place is there now, or never will be
+            pass  # an earlier attempt has published its checkpoint by now, or never will
         self._clear_drafts()
         for folder in reversed(self._complete()):
             try:
-                head = read_verified(folder)
+                manifest = read_verified(folder)
             except (OSError, ValueError) as damage:
                 log.error("checkpoint.damaged", folder=str(folder), error=str(damage))
                 continue
-            if not self._has_same_arguments(head):
+            if not self._has_same_arguments(manifest):
                 return None
             self._store.mark_used(self._context.idempotency_key)
-            log.info("checkpoint.loaded", step=head.step, saved_by=head.attempt)
-            return LastCheckpoint(decode(folder, head), head.step)
+            log.info("checkpoint.loaded", step=manifest.step, saved_by=manifest.attempt)
+            return LastCheckpoint(decode(folder, manifest), manifest.step)
         return None
 
     def clear(self) -> None:
-        """Forgets what was saved: the next attempt begins at the beginning."""
+        """Remove the saved checkpoints: the next attempt starts from the beginning."""
         if self._store is not None:
             for folder in self._complete():
                 self._store.remove(folder)
 
     # ----------------------------------------------------------------- writing
 
-    def _save(self, step: int, write: Callable[[Path, "Callable[[int], None]"], Manifest]) -> None:
-        place, context = self._store, self._context
-        if place is None or context is None:
+    def _save(self, step: int, write: Callable[[Path, SizeCheck], Manifest]) -> None:
+        store, context = self._store, self._context
+        if store is None or context is None:
             if not self._has_logged:
                 self._has_logged = True
-                log.info("checkpoint.unavailable", reason="outside a run nothing is kept")
+                log.info("checkpoint.unavailable", reason="nothing is saved outside a run")
             return
         with self._save_lock:
             self._refuse_if_over(context)
             try:
                 self._clear_drafts()
-                self._make_folder(place)
-                place.mark_used(context.idempotency_key)
+                self._make_folder(store)
+                store.mark_used(context.idempotency_key)
                 draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self._folder))
                 try:
-                    head = write(draft, self._check_size)
-                    head.step, head.attempt, head.arguments = (
-                        step,
-                        context.attempt,
-                        _text(context.arguments_fingerprint),
-                    )
-                    write_manifest(draft, head)
-                    self._publish(place, context, draft, step)
+                    manifest = write(draft, self._check_size)
+                    manifest.step = step
+                    manifest.attempt = context.attempt
+                    if context.arguments_fingerprint is not None:
+                        manifest.arguments = context.arguments_fingerprint.decode()
+                    write_manifest(draft, manifest)
+                    self._publish(store, context, draft, step)
                 except BaseException:
                     shutil.rmtree(draft, ignore_errors=True)
                     raise
             except OSError as error:
                 raise CheckpointFailed(
-                    f"cannot write to {self._folder}: {error}; the checkpoint before stands"
+                    f"cannot write to {self._folder}: {error}; the previous checkpoint is intact"
                 ) from error
         log.debug("checkpoint.saved", step=step)
 
@@ -297,25 +319,26 @@ class Checkpoint:
     def _publish(
         self, store: CheckpointStore, context: TaskContext, draft: Path, step: int
     ) -> None:
-        """The moment in which it is there: before it the last one stands, after it this one."""
+        """Rename the draft, so that it becomes the last checkpoint."""
         with store.lock:
             self._refuse_if_over(context)
-            known = self._complete()
-            if not self._saved:
-                self._highest_step = max(map(step_of, known), default=-1)
-            number = int(known[-1].name) + 1 if known else 1
+            complete = self._complete()
+            if not self._has_saved:
+                self._highest_step = max(map(step_of, complete), default=-1)
+            number = int(complete[-1].name) + 1 if complete else 1
             draft.rename(self._folder / f"{number:08}")
         self._sync(store)
         if self._on_progress is not None and step > self._highest_step:
             self._on_progress()
             self._on_progress = None
-        for older in known[: len(known) + 1 - self._keep]:
+        for older in complete[: len(complete) + 1 - self._keep]:
             store.remove(older)
 
     def _sync(self, store: CheckpointStore) -> None:
         fsync_path(self._folder)
-        if not self._saved:  # its own folder, and those above it, may be new
-            self._saved, above = True, self._folder
+        if not self._has_saved:  # the directory and those above it may be new
+            self._has_saved = True
+            above = self._folder
             while above != store.directory.parent:
                 above = above.parent
                 fsync_path(above)
@@ -323,46 +346,43 @@ class Checkpoint:
     def _refuse_if_over(self, context: TaskContext) -> None:
         if context.is_over:
             raise CheckpointFailed(
-                f"attempt {context.attempt} of {context.task!r} is over; it can save no more"
+                f"attempt {context.attempt} of {context.task!r} is over; it cannot save"
             )
 
     def _check_size(self, size: int) -> None:
-        """Asked with the bytes to come, before any is written."""
+        """Raise CheckpointFailed if `size` bytes are too many. Called before any is written."""
         if size > self._max_bytes:
-            shown = f"{size / 2**20:.1f} MiB, expected at most {self._max_bytes / 2**20:.1f}"
             raise CheckpointFailed(
-                f"the state is {shown}; keep less of it, or raise checkpoint(max_bytes=)"
+                f"the state is {size / 2**20:.1f} MiB, expected at most "
+                f"{self._max_bytes / 2**20:.1f}; keep less of it, or raise checkpoint(max_bytes=)"
             )
         disk = os.statvfs(self._folder)
-        free, floor = (
-            disk.f_bavail * disk.f_frsize,
-            min(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50),
-        )
-        if free < size + floor:
-            shown = f"{free >> 20} MiB free in {self._folder}, expected {(size + floor) / 2**20:.1f} MiB"
-            raise CheckpointFailed(f"{shown}; free some space, the checkpoint before stands")
+        free = disk.f_bavail * disk.f_frsize
+        reserve = min(MIN_FREE_BYTES, disk.f_blocks * disk.f_frsize // 50)
+        if free < size + reserve:
+            raise CheckpointFailed(
+                f"{free >> 20} MiB free in {self._folder}, expected "
+                f"{(size + reserve) / 2**20:.1f} MiB; free some space, the previous checkpoint is "
+                "intact"
+            )
 
-    # ----------------------------------------------------------------- what is there
+    # ----------------------------------------------------------------- directory contents
 
     def _complete(self) -> list[Path]:
-        """Those that were saved, oldest first."""
+        """The directories of complete checkpoints, oldest first."""
         return sorted(self._folder.glob("[0-9]" * 8)) if self._folder.is_dir() else []
 
     def _clear_drafts(self) -> None:
-        """What an attempt before this one left half written."""
-        if not self._cleared:
-            self._cleared = True
+        """Remove drafts that an earlier attempt did not complete."""
+        if not self._has_cleared_drafts:
+            self._has_cleared_drafts = True
             for draft in self._folder.glob(".draft-*"):
                 shutil.rmtree(draft, ignore_errors=True)
 
-    def _has_same_arguments(self, head: Manifest) -> bool:
+    def _has_same_arguments(self, manifest: Manifest) -> bool:
         mine = self._context.arguments_fingerprint if self._context is not None else None
-        saved = None if head.arguments is None else head.arguments.encode()
+        saved = None if manifest.arguments is None else manifest.arguments.encode()
         diff = fingerprint_diff(saved, mine)
         if diff:
-            log.warning("checkpoint.ignored", step=head.step, changed=diff)
+            log.warning("checkpoint.ignored", step=manifest.step, changed=diff)
         return not diff
-
-
-def _text(fingerprint: bytes | None) -> str | None:
-    return None if fingerprint is None else fingerprint.decode()

@@ -1,13 +1,13 @@
-"""A checkpoint as files: states of plain data with arrays and tensors in them, copies of files and folders, and their sums.
+"""The file format of a checkpoint, which is a directory.
 
-    head         JSON: step, attempt, form, and size and sum of every other file; written last
-    state        the plain part (plain.py), each array or tensor in it left out; or bytes as they are
-    arrays.npz   numpy arrays, in the order met; read without pickle
+    head         the manifest, JSON: step, attempt, form, size and checksum of every other file
+    state        the state without its arrays and tensors (tagged JSON), or bytes as they are
+    arrays.npz   numpy arrays, in the order of traversal; read without pickle
     tensors.pt   torch tensors, by torch.save; read with weights_only
-    files/NAME   a copy of a file or folder
+    files/NAME   a copy of a file or directory
 
-`checkpoint.py` decides where and when. numpy and torch are used only when the user's own state brings them in; nothing that is
-read here can run code. Next room: `plain.py`.
+`head` is written last. Called by checkpoint.py, which decides where and when. numpy and torch are
+imported only if the state contains their objects. Reading a checkpoint cannot execute code.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from eventflow.core.errors import NotStorable, UsageError
 from eventflow.serialization.tagged_json import decode_tagged, encode_plain, type_name
 
 SizeCheck = Callable[[int], None]
-"""Asked with the bytes to come, before any is written; raises when they are too many."""
+"""Called with the number of bytes before any is written; raises if they are too many."""
 
 STATE_PATH = "checkpoint: state"
 
@@ -36,7 +36,12 @@ _type_of: Callable[[Any], Callable[[Any], Any]] = type  # typed, where `type(val
 
 
 class Manifest(msgspec.Struct):
-    """What a checkpoint says of itself. `leaves`: by their number among all that is no container, what stands there."""
+    """The content of the file `head`. Its field names are part of the file format.
+
+    `form`: how the file `state` is encoded. `leaves`: the position of each array, scalar or tensor
+    among the values that are no containers, and which of the three it is. `name`: of a copied file.
+    `files`: size and checksum by relative path.
+    """
 
     form: str
     step: int = 0
@@ -50,10 +55,10 @@ class Manifest(msgspec.Struct):
 # --------------------------------------------------------------------------- states
 
 
-def encode(state: Any, folder: Path, room: SizeCheck) -> Manifest:
-    """Writes a state into an empty folder. NotStorable names the path to what cannot be kept."""
+def encode(state: Any, folder: Path, check_size: SizeCheck) -> Manifest:
+    """Write a state into an empty directory. NotStorable names the path to what has no encoding."""
     if type(state) is bytes:
-        room(len(state))
+        check_size(len(state))
         (folder / "state").write_bytes(state)
         return Manifest("bytes")
     split = _Extractor()
@@ -62,7 +67,7 @@ def encode(state: Any, folder: Path, room: SizeCheck) -> Manifest:
     except RecursionError:
         raise NotStorable(STATE_PATH, f"{type_name(state)} nested too deep") from None
     form, data = encode_plain(tree, STATE_PATH)
-    room(len(data) + split.size)
+    check_size(len(data) + split.byte_count)
     (folder / "state").write_bytes(data)
     if split.arrays:
         importlib.import_module("numpy").savez(folder / "arrays.npz", *split.arrays)
@@ -71,28 +76,29 @@ def encode(state: Any, folder: Path, room: SizeCheck) -> Manifest:
     return Manifest(form, leaves=split.leaves)
 
 
-def decode(folder: Path, head: Manifest) -> Any:
-    """The state of `encode`, or the Path that `encode_path` copied to."""
-    if head.form == "path":
-        return folder / "files" / head.name
+def decode(folder: Path, manifest: Manifest) -> Any:
+    """The state that `encode` wrote, or the Path of the copy that `encode_path` made."""
+    if manifest.form == "path":
+        return folder / "files" / manifest.name
     data = (folder / "state").read_bytes()
-    if head.form == "bytes":
+    if manifest.form == "bytes":
         return data
-    tree = orjson.loads(data) if head.form == "json" else decode_tagged(data)
-    if not head.leaves:
+    tree = orjson.loads(data) if manifest.form == "json" else decode_tagged(data)
+    if not manifest.leaves:
         return tree
-    return _Restorer(head.leaves, _arrays(folder), _tensors(folder)).restore(tree)
+    return _Restorer(manifest.leaves, _arrays(folder), _tensors(folder)).restore(tree)
 
 
 class _Extractor:
-    """Takes a state apart: the plain tree, with None where an array or tensor was, and those in the order met."""
+    """Separates the arrays and tensors of a state from the rest, in which they become None."""
 
     def __init__(self) -> None:
         self.arrays: list[Any] = []
         self.tensors: list[Any] = []
         self.leaves: dict[int, str] = {}
-        self.size = self._count = 0
-        self._numpy: Any = sys.modules.get("numpy")  # a state with arrays in it has imported it
+        self.byte_count: int = 0  # of the arrays and tensors
+        self._count: int = 0  # values met that are no containers
+        self._numpy: Any = sys.modules.get("numpy")  # imported if a state has arrays
         self._torch: Any = sys.modules.get("torch")
 
     def extract(self, value: Any, path: str) -> Any:
@@ -115,10 +121,9 @@ class _Extractor:
             return self._extract_array(number, value, path)
         if torch is not None and isinstance(value, torch.Tensor):
             self.leaves[number] = "tensor"
-            self.size += value.numel() * value.element_size()
-            self.tensors.append(
-                value.detach().clone()
-            )  # of a view torch.save would keep all that it looks at
+            self.byte_count += value.numel() * value.element_size()
+            # torch.save would store the whole storage of a view
+            self.tensors.append(value.detach().clone())
             return None
         return value
 
@@ -126,15 +131,16 @@ class _Extractor:
         if value.dtype.hasobject:
             raise NotStorable(path, "numpy array of Python objects")
         self.leaves[number] = "scalar" if isinstance(value, self._numpy.generic) else "array"
-        self.size += value.nbytes
+        self.byte_count += value.nbytes
         self.arrays.append(value)
 
 
 class _Restorer:
-    """Puts back what `_Split` took out, walking as it walked."""
+    """Puts the arrays and tensors back, in the order of `_Extractor`'s traversal."""
 
     def __init__(self, leaves: dict[int, str], arrays: Any, tensors: Any) -> None:
-        self._leaves, self._count = leaves, 0
+        self._leaves: dict[int, str] = leaves
+        self._count: int = 0
         self._sources: dict[str, Any] = {"array": iter(arrays), "tensor": iter(tensors)}
 
     def restore(self, value: Any) -> Any:
@@ -176,18 +182,18 @@ def _library(name: str) -> Any:
         ) from None
 
 
-# --------------------------------------------------------------------------- files and folders
+# --------------------------------------------------------------------------- copied files
 
 
-def encode_path(path: Path, folder: Path, room: SizeCheck) -> Manifest:
-    """Copies a file, or a folder with all in it, links followed."""
+def encode_path(path: Path, folder: Path, check_size: SizeCheck) -> Manifest:
+    """Copy a file or directory into `folder`, following links."""
     name = path.resolve().name
     if not name or not (path.is_dir() or path.is_file()):
         raise UsageError(
             f"save_file({str(path)!r}): expected a file or a folder, found "
             f"{'no such' if path.exists() else 'none'}"
         )
-    room(sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()))
+    check_size(sum(each.stat().st_size for each in [path, *path.rglob("*")] if each.is_file()))
     target = folder / "files" / name
     target.parent.mkdir()
     if path.is_dir():
@@ -197,18 +203,18 @@ def encode_path(path: Path, folder: Path, room: SizeCheck) -> Manifest:
     return Manifest("path", name=name)
 
 
-# --------------------------------------------------------------------------- sums
+# --------------------------------------------------------------------------- manifests
 
 
-def write_manifest(folder: Path, head: Manifest) -> None:
-    """Makes the folder durable and writes its head."""
-    head.files = {}
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest of a directory and fsync all of it."""
+    manifest.files = {}
     for where, _, names in os.walk(folder):
         for name in names:
             path = Path(where, name)
-            head.files[str(path.relative_to(folder))] = (path.stat().st_size, _digest(path))
-    # The standard library's: a file may have a name that is no UTF-8.
-    (folder / "head").write_text(json.dumps(msgspec.to_builtins(head, str_keys=True)))
+            manifest.files[str(path.relative_to(folder))] = (path.stat().st_size, _digest(path))
+    # json, not orjson: a file name may be no UTF-8.
+    (folder / "head").write_text(json.dumps(msgspec.to_builtins(manifest, str_keys=True)))
     for where, _, names in os.walk(folder, topdown=False):
         for name in names:
             fsync_path(Path(where, name))
@@ -216,17 +222,17 @@ def write_manifest(folder: Path, head: Manifest) -> None:
 
 
 def read_verified(folder: Path) -> Manifest:
-    """The head of a checkpoint whose files are those that were saved; ValueError or OSError says what is wrong."""
-    head = msgspec.convert(json.loads((folder / "head").read_text()), Manifest, strict=False)
-    for name, (size, digest) in head.files.items():
+    """The manifest of a checkpoint whose files match it. Raises ValueError or OSError if not."""
+    manifest = msgspec.convert(json.loads((folder / "head").read_text()), Manifest, strict=False)
+    for name, (size, digest) in manifest.files.items():
         path = folder / name
         if path.stat().st_size != size or _digest(path) != digest:
             raise ValueError(f"{name} is not as it was saved")
-    return head
+    return manifest
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint, whatever its sums; -1 if even that cannot be read."""
+    """The step of a checkpoint without verifying its files; -1 if it cannot be read."""
     try:
         return int(json.loads((folder / "head").read_text())["step"])
     except (OSError, ValueError, LookupError):
@@ -239,7 +245,7 @@ def _digest(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """fsync of a file or folder."""
+    """fsync a file or directory."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,12 +1,14 @@
-"""Checks of data, losses and metrics, for the body of a task: what does not hold raises `CheckFailed`, which is Permanent.
+"""Checks of data, losses and metrics, for task bodies. A failed check raises `CheckFailed`.
 
     checks.schema(rows, {"region": str, "amount": float})
     checks.within(rows, "amount", at_least=0)
     checks.gate("auc", auc, at_least=0.8)
 
-Each returns its `Result` when it holds. Data are rows (a list of dicts), columns (a dict of lists), or a frame of pandas,
-polars or pyarrow; nothing of those is needed or imported. A result is logged; one that fails is an event `check.failed`,
-recorded with the failure of its task. `collect()` gathers several and raises them together. Next room: `tables.py`.
+Each check returns its `Result` if it passes. Data are rows (a list of dicts), columns (a dict of
+lists), or a frame of pandas, polars or pyarrow, none of which is required or imported (columns.py).
+Every result is logged. A failed check is also an event `check.failed`, recorded with the failure of
+its task. `CheckFailed` is Permanent, so the task is not retried. `collect()` runs several checks
+and raises their failures together.
 """
 
 import math
@@ -58,7 +60,7 @@ __all__ = [
 ]
 
 MAX_NAMED_ROWS = 5
-"""Offending rows that a result names; it counts all of them."""
+"""Offending rows that a result lists; all are counted."""
 
 log = get_logger("eventflow.checks")
 LOG_EVENTS = {
@@ -70,7 +72,11 @@ LOG_EVENTS = {
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a check came to. `rows`: the first offending ones, as [place counted from 0, value as JSON or text]."""
+    """The result of a check.
+
+    `rows`: the first offending rows, each as [index from 0, value as JSON or text]; `offending`:
+    how many there are; `total`: the number of rows checked.
+    """
 
     check: str
     passed: bool
@@ -83,13 +89,14 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         what = f"{self.check} of {self.column!r}" if self.column is not None else self.check
-        where = ", ".join(f"row {place}: {value!r}" for place, value in self.rows)
+        where = ", ".join(f"row {index}: {value!r}" for index, value in self.rows)
         more = ", …" if self.offending > len(self.rows) > 0 else ""
-        return f"{what}: expected {self.expected}, found {self.found}{f' ({where}{more})' if where else ''}"
+        rows = f" ({where}{more})" if where else ""
+        return f"{what}: expected {self.expected}, found {self.found}{rows}"
 
 
 class CheckFailed(Permanent):
-    """One or several checks do not hold. `results` are those; trying again cannot help, unless the data change."""
+    """One or more checks failed. `results` are those. Never retried."""
 
     def __init__(self, results: Sequence[Any]) -> None:
         self.results: list[Result] = [msgspec.convert(each, Result) for each in results]
@@ -105,9 +112,10 @@ class CheckFailed(Permanent):
 
 
 def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Result:
-    """Every column of `types` is there, and every value is of its type: `{"amount": float, "note": str | None}`.
+    """Check that each column exists and has values of its type: `{"amount": float, "note": str}`.
 
-    An int is a float, a bool is neither; null (None, NaN, NaT) needs `| None`. `exact`: there are no other columns.
+    An int counts as a float, a bool as neither; null (None, NaN, NaT) needs `| None`. `exact`:
+    there are no other columns.
     """
     names = columns_of(data)
     missing = [name for name in types if name not in names]
@@ -119,7 +127,7 @@ def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Resu
         )
     for name, wanted in types.items():
         fits = _type_test(wanted)
-        bad = [(place, value) for place, value in enumerate(column(data, name)) if not fits(value)]
+        bad = [(index, value) for index, value in enumerate(column(data, name)) if not fits(value)]
         if bad:
             kinds = ", ".join(
                 sorted({"null" if is_null(value) else type(value).__name__ for _, value in bad})
@@ -131,7 +139,7 @@ def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Resu
 
 
 def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
-    """No more than a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
+    """Check that at most a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
     return _check_values(
         data,
         names,
@@ -145,7 +153,10 @@ def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
 def within(
     data: Data, name: str, *, at_least: Any = None, at_most: Any = None, outside: float = 0.0
 ) -> Result:
-    """Every value of a column lies in [at_least, at_most], but for a share `outside`. Nulls are `not_null`'s."""
+    """Check that the values of a column are in [at_least, at_most], except a share `outside`.
+
+    Nulls are not counted; see `not_null`.
+    """
     if at_least is None and at_most is None:
         raise UsageError(f"checks.within({name!r}): expected at_least= or at_most=, found neither")
 
@@ -166,15 +177,15 @@ def within(
 
 
 def unique(data: Data, *names: str) -> Result:
-    """No two rows are equal in these columns together. The second and later ones offend."""
+    """Check that no two rows are equal in these columns. The second and later ones offend."""
     if not names:
         raise UsageError("checks.unique(): expected one column or several, found none")
     seen: set[Any] = set()
     bad: list[tuple[int, Any]] = []
-    for place, values in enumerate(zip(*(column(data, name) for name in names), strict=True)):
+    for index, values in enumerate(zip(*(column(data, name) for name in names), strict=True)):
         key = tuple(map(hashable, values))
         if key in seen:
-            bad.append((place, values[0] if len(names) == 1 else list(values)))
+            bad.append((index, values[0] if len(names) == 1 else list(values)))
         seen.add(key)
     return _report(
         _rows_result(
@@ -184,7 +195,10 @@ def unique(data: Data, *names: str) -> Result:
 
 
 def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float = 0.0) -> Result:
-    """Every value of a column is one of `allowed`, but for a share `outside`. Nulls are `not_null`'s."""
+    """Check that the values of a column are among `allowed`, except a share `outside`.
+
+    Nulls are not counted; see `not_null`.
+    """
     known = set(allowed)
     expected = (
         "one of " + ", ".join(sorted(map(repr, known))[:10]) + (", …" if len(known) > 10 else "")
@@ -197,7 +211,7 @@ def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float 
 
 
 def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> Result:
-    """The number of rows lies in [at_least, at_most]."""
+    """Check that the number of rows is in [at_least, at_most]."""
     count = count_of(data)
     passed = count >= at_least and (at_most is None or count <= at_most)
     return _report(
@@ -213,11 +227,12 @@ def distribution(
     at_most: float = 0.2,
     bins: int = 10,
 ) -> Result:
-    """The column's population stability index against the reference is at most `at_most`.
+    """Check that a column's population stability index (PSI) is at most `at_most`.
 
-    `reference`: earlier values, or their `profile(values)`, which is small and may be stored as JSON beside the model. Numbers
-    are binned at the reference's quantiles, anything else by value; nulls are a bin of their own. PSI = Σ (p - q) · ln(p / q),
-    a share of zero counted as 1e-4. Below 0.1 is usually called stable, above 0.25 shifted; it takes a few hundred rows.
+    `reference`: earlier values, or their `profile(values)`, which is small and can be stored as
+    JSON with the model. Numbers are binned at the reference's quantiles, other values by value;
+    nulls are a separate bin. PSI = Σ (p - q) · ln(p / q), where a share of zero counts as 1e-4.
+    Below 0.1 is usually called stable, above 0.25 shifted. It needs a few hundred rows.
     """
     known = reference if isinstance(reference, Profile) else profile(reference, bins)
     value = psi(known, known.shares_of(column(data, name)))
@@ -238,7 +253,10 @@ def distribution(
 
 
 def finite(**values: Any) -> Result:
-    """All these numbers are finite: `finite(loss=loss, gradient=grad)`. Lists, arrays and tensors are looked through."""
+    """Check that all numbers are finite: `finite(loss=loss, gradient=grad)`.
+
+    Includes the elements of lists, arrays and tensors.
+    """
     for name, value in values.items():
         bad = not_finite(value)
         if bad:
@@ -250,7 +268,10 @@ def finite(**values: Any) -> Result:
 def gate(
     metric: str, value: float, *, at_least: float | None = None, at_most: float | None = None
 ) -> Result:
-    """A metric lies in [at_least, at_most]; NaN never does. `gate("auc", auc, at_least=0.8)`."""
+    """Check that a metric is in [at_least, at_most]: `gate("auc", auc, at_least=0.8)`.
+
+    NaN always fails.
+    """
     if at_least is None and at_most is None:
         raise UsageError(f"checks.gate({metric!r}): expected at_least= or at_most=, found neither")
     passed = (
@@ -272,9 +293,10 @@ def better(
     by_share: float = 0.0,
     lower: bool = False,
 ) -> Result:
-    """The challenger's metric beats the champion's, by more than `by` and by more than `by_share` of the champion's.
+    """Check that the challenger's metric is better than the champion's.
 
-    `lower`: less is better, as for an error. With no champion (None, or NaN) any finite challenger passes.
+    The difference must exceed `by` and the share `by_share` of the champion's value. `lower`: lower
+    is better, as for an error. Without a champion (None or NaN), any finite challenger passes.
     """
     if champion is None or math.isnan(champion):
         return _report(
@@ -297,7 +319,7 @@ def better(
 
 
 class CheckResults(list[Result]):
-    """The results of a `collect()` block, in order."""
+    """The results of a `collect()` block, in order. `failed`: those that did not pass."""
 
     @property
     def failed(self) -> list[Result]:
@@ -305,30 +327,29 @@ class CheckResults(list[Result]):
 
 
 _collected: ContextVar[CheckResults | None] = ContextVar("eventflow_checks", default=None)
-_telling: ContextVar[bool] = ContextVar("eventflow_checks_telling", default=False)
 
 
 @contextmanager
 def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[CheckResults]:
-    """Checks inside do not raise; at the end of the block all that failed are raised together as one CheckFailed.
+    """Run all checks of the block, then raise one CheckFailed for those that failed.
 
-    `raises=False` leaves it at the results (and to you: `results.failed`); the events of failures are then published with the
-    task's success. `emit_passed` makes an event `check.passed` of each that holds.
+    With `raises=False` nothing is raised (see `results.failed`), and the events of failures are
+    published with the task's success. With `emit_passed`, each passed check is an event
+    `check.passed`.
     """
     results = CheckResults()
-    marks = _collected.set(results), _telling.set(emit_passed)
+    token = _collected.set(results)
     try:
         yield results
     finally:
-        _collected.reset(marks[0])
-        _telling.reset(marks[1])
+        _collected.reset(token)
     _emit_results(results, emit_passed, raises)
     if raises and results.failed:
         raise CheckFailed(results.failed)
 
 
 def _report(result: Result) -> Result:
-    """Logs a result; then it is collected, or told and raised if it fails."""
+    """Log a result; then collect it, or emit and raise it if it failed."""
     fields = {
         "check": result.check,
         "column": result.column,
@@ -349,7 +370,10 @@ def _report(result: Result) -> Result:
 
 
 def _emit_results(results: Iterable[Result], passed_too: bool, raised: bool) -> None:
-    """Makes events of results, in a task of a run: of a failure with the task's failure, which it is about to bring about."""
+    """Emit events of results, in a task of a run.
+
+    `raised`: the failures are about to be raised, so their events belong to the task's failure.
+    """
     body = task_context()
     if body is None or not body.run_id:
         return
@@ -380,7 +404,7 @@ def _rows_result(
     total: int | None,
     found: str,
 ) -> Result:
-    first = [[place, json_or_text(value)] for place, value in bad[:MAX_NAMED_ROWS]]
+    first = [[index, json_or_text(value)] for index, value in bad[:MAX_NAMED_ROWS]]
     of = f" in {len(bad)} of {total} rows" if bad and total is not None else ""
     return _result(
         check,
@@ -402,13 +426,16 @@ def _check_values(
     bad: Callable[[Iterable[Any]], Iterable[bool]],
     allowed: float,
 ) -> Result:
-    """A check of every value of some columns: the first column with too many offending ones fails it."""
+    """Check every value of some columns.
+
+    Fails for the first column with too many offending ones.
+    """
     if not names:
         raise UsageError(f"checks.{check}(): expected one column or several, found none")
     total = count_of(data)
     for name in names:
         values = column(data, name)
-        found = [(place, values[place]) for place, wrong in enumerate(bad(values)) if wrong]
+        found = [(index, values[index]) for index, wrong in enumerate(bad(values)) if wrong]
         if len(found) > allowed * total:
             kinds = Counter(repr(json_or_text(value)) for _, value in found)
             text = ", ".join(kind for kind, _ in kinds.most_common(3))
@@ -432,7 +459,7 @@ def _range(at_least: Any, at_most: Any) -> str:
 
 
 _KINDS: Mapping[Any, type] = {float: Real, int: Integral, None: type(None), Any: object}
-"""What counts as a type that a schema names: an int is a float too, and numpy's numbers are numbers."""
+"""The type to test for a type in a schema: an int is a float too, numpy numbers are numbers."""
 
 
 def _type_test(wanted: Any) -> Callable[[Any], bool]:

@@ -1,7 +1,8 @@
-"""Data as columns, for checks: rows, columns or a frame, what counts as null, and how values are distributed.
+"""Tabular data for checks: columns of rows or frames, nulls, and the distribution of values.
 
-Known by what they can do, so that no frame library is needed: a list of dicts, a dict of sequences, and what has columns that
-give themselves as a list (pandas, polars, pyarrow). Pure functions; `checks.py` calls them.
+Data are a list of dicts, a dict of sequences, or a frame whose columns convert to lists (pandas,
+polars, pyarrow). Frames are recognised by their methods, so that no frame library is needed. Pure
+functions, called by checks.py.
 """
 
 import math
@@ -18,14 +19,14 @@ from eventflow.core.errors import UsageError
 from eventflow.serialization.tagged_json import type_name
 
 Data: TypeAlias = Any
-"""Rows, columns or a frame; what else it is, is refused with UsageError."""
+"""Rows, columns or a frame; anything else raises UsageError."""
 
 EMPTY_BIN_SHARE = 1e-4
-"""The share that an empty bin counts as: PSI has no value for zero."""
+"""The share that an empty bin counts as, since PSI is undefined for zero."""
 MAX_CATEGORIES = 100
-"""Categories that a profile tells apart; the rarer ones are one bin."""
+"""Categories per profile; the rarer ones share one bin."""
 
-_NULLS = frozenset({"NAType", "NaTType"})  # pandas' words for null; comparing them tells nothing
+_NULLS = frozenset({"NAType", "NaTType"})  # pandas' nulls, which compare as unknown
 
 
 def is_null(value: Any) -> bool:
@@ -40,7 +41,7 @@ def is_null(value: Any) -> bool:
 
 
 def hashable(value: Any) -> Any:
-    """What tells a value from others in a set; of a list or dict, its text."""
+    """The value itself, or for a list or dict a text that represents it in a set."""
     try:
         hash(value)
     except TypeError:
@@ -52,7 +53,7 @@ def hashable(value: Any) -> Any:
 
 
 def columns_of(data: Data) -> list[str]:
-    """The names of the columns; of rows, all that any row has."""
+    """The names of the columns; for rows, all keys of any row."""
     if isinstance(data, Mapping):
         return list(cast(Mapping[str, Any], data))
     if _is_frame(data):
@@ -64,7 +65,10 @@ def columns_of(data: Data) -> list[str]:
 
 
 def column(data: Data, name: str) -> Sequence[Any]:
-    """The values of one column, in order; None for a row that lacks it. UsageError when there is no such column."""
+    """The values of a column, in order; None for a row without it.
+
+    Raises UsageError if there is no such column.
+    """
     if _is_frame(data) or isinstance(data, Mapping):
         if name not in columns_of(data):
             raise UsageError(
@@ -80,7 +84,7 @@ def column(data: Data, name: str) -> Sequence[Any]:
 
 
 def count_of(data: Data) -> int:
-    """The number of rows; of columns, that of the longest."""
+    """The number of rows; for a dict of sequences, the longest length."""
     if isinstance(data, Mapping):
         return max((len(values) for values in cast(Mapping[str, Any], data).values()), default=0)
     return len(data) if _is_frame(data) else len(_rows_of(data))
@@ -108,7 +112,7 @@ def _as_list(values: Any) -> Sequence[Any]:
 
 
 def json_or_text(value: Any) -> Any:
-    """A value as JSON, or as text, to name it in a result."""
+    """A value as JSON data if possible, else as text, for a result."""
     if isinstance(value, list):
         return [json_or_text(each) for each in cast(list[Any], value)]
     if value is None or isinstance(value, bool) or (type(value) is int and abs(value) < 1 << 53):
@@ -123,17 +127,16 @@ def json_or_text(value: Any) -> Any:
 
 
 def not_finite(value: Any) -> list[tuple[int, Any]]:
-    """The numbers in `value` that are NaN or infinite, each with its place in it."""
+    """The numbers in `value` that are NaN or infinite, each with its index."""
     numpy: Any = sys.modules.get("numpy")
-    if (
-        numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "fc"
-    ):  # weights may be many
+    # Vectorised, since a model may have many weights.
+    if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "fc":
         flat = value.ravel()
         return [
-            (int(place), flat[place].item()) for place in numpy.flatnonzero(~numpy.isfinite(flat))
+            (int(index), flat[index].item()) for index in numpy.flatnonzero(~numpy.isfinite(flat))
         ]
     return [
-        (place, number) for place, number in enumerate(_flat(value)) if not math.isfinite(number)
+        (index, number) for index, number in enumerate(_flat(value)) if not math.isfinite(number)
     ]
 
 
@@ -151,9 +154,10 @@ def _flat(value: Any) -> Iterable[float]:
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """How values are distributed, as JSON can say it. Numbers: `edges` between bins; others: `values`, each a bin.
+    """The distribution of values, as JSON data.
 
-    `shares` are of the bins in order, and two more: all that is in none, and nulls.
+    Numbers have `edges` between bins; other values have `values`, one per bin. `shares`: of the
+    bins in order, then of values in no bin, then of nulls.
     """
 
     shares: Sequence[float]
@@ -162,14 +166,14 @@ class Profile(msgspec.Struct, frozen=True):
 
     def shares_of(self, values: Iterable[Any]) -> list[float]:
         """The shares of other values in these bins."""
-        places: Mapping[Any, int] = {value: place for place, value in enumerate(self.values or ())}
+        indexes: Mapping[Any, int] = {value: index for index, value in enumerate(self.values or ())}
         size = len(self.shares)
         counts = [0] * size
         for value in values:
             if is_null(value):
                 counts[size - 1] += 1
             elif self.edges is None:
-                counts[places.get(hashable(value), size - 2)] += 1
+                counts[indexes.get(hashable(value), size - 2)] += 1
             else:
                 counts[
                     bisect_right(self.edges, value) if isinstance(value, Real) else size - 2
@@ -179,7 +183,10 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 def profile(values: Iterable[Any], bins: int = 10) -> Profile:
-    """The profile of reference values, for `distribution`. Numbers go into `bins` of about equal share."""
+    """The profile of reference values, for `distribution`.
+
+    Numbers are put into `bins` bins of about equal share.
+    """
     listed = list(_as_list(values))
     known = [value for value in listed if not is_null(value)]
     if not known:
@@ -199,7 +206,7 @@ def _is_number(value: Any) -> bool:
 
 
 def psi(reference: Profile, shares: Sequence[float]) -> float:
-    """The population stability index: Σ (p - q) · ln(p / q) over the bins. No rows at all are as far as can be."""
+    """The population stability index, Σ (p - q) · ln(p / q) over the bins; infinite for no rows."""
     if not any(shares):
         return math.inf
     pairs = [

@@ -332,7 +332,7 @@ async def test_parts_are_triggers_run_states_and_filters() -> None:
         await drain(app)
         assert given == [["memory", "eventflow.run.completed"]]
         assert (await verdict(app, "1"))[0] == "filtered"
-        assert await verdict(app, "3") == ("filtered", "it has no key to be joined by")
+        assert await verdict(app, "3") == ("filtered", "it has no join key")
         await sound(app)
 
 
@@ -355,6 +355,54 @@ async def test_what_a_pause_holds_is_held() -> None:
         await app.store.set_paused("two", False)
         await drain(app)
         assert given == [2]
+        await sound(app)
+
+
+async def test_a_match_after_the_resume_is_not_paused() -> None:
+    """An event arrives while its trigger is paused, and matches once the trigger is resumed: its run starts."""
+    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    given: list[int] = []
+
+    @flow
+    async def act(events: list[Event]) -> None:
+        given.append(len(events))
+
+    app.on(all_of(one, two, within=60), act)
+    async with running(app):
+        app.runtime.reactor.pause("two", True)
+        await app.store.set_paused("two", True)
+        await two.send(data=2)
+        app.runtime.reactor.pause("two", False)
+        await app.store.set_paused("two", False)
+        await one.send(data=1)
+        await drain(app)
+        assert given == [2]
+        await sound(app)
+
+
+async def test_a_match_is_paused_while_one_of_its_triggers_is() -> None:
+    """Of two triggers that were paused one is resumed: the run waits for the other."""
+    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+
+    @flow
+    async def act(events: list[Event]) -> None:
+        pass
+
+    async def pause(trigger: str, paused: bool) -> None:
+        app.runtime.reactor.pause(trigger, paused)
+        await app.store.set_paused(trigger, paused)
+
+    app.on(all_of(one, two, "three", within=60), act)
+    async with running(app):
+        for trigger, source in (("one", one), ("two", two)):
+            await pause(trigger, True)
+            await source.send(data=1)
+        await pause("two", False)
+        await app.emit("three", {})
+        assert [run["state"] for run in await app.store.runs()] == ["paused"]
+        await pause("one", False)
+        await drain(app)
+        assert [run["state"] for run in await app.store.runs()] == ["completed"]
         await sound(app)
 
 

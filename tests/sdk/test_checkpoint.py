@@ -41,7 +41,7 @@ def attempt(
     return Checkpoint(
         place,
         context,
-        place.folder("01run/train#0"),
+        place.call_directory("01run/train#0"),
         given.get("keep", 1),
         given.get("max_bytes", 1 << 20),
     )
@@ -224,7 +224,7 @@ def test_a_damaged_one_is_passed_over_and_said(
 def test_drafts_of_the_dead_are_cleared(place: CheckpointStore):
     """What a killed attempt left half written is no checkpoint, and goes with the next one's first word."""
     attempt(place).save({"epoch": 1}, step=1)
-    draft = place.folder("01run/train#0") / ".draft-dead"
+    draft = place.call_directory("01run/train#0") / ".draft-dead"
     draft.mkdir()
     (draft / "state").write_text("half")
     assert attempt(place, 2).load() == ({"epoch": 1}, 1)
@@ -234,7 +234,7 @@ def test_drafts_of_the_dead_are_cleared(place: CheckpointStore):
 def test_it_is_private(place: CheckpointStore):
     """Nobody but the owner gets into the folder."""
     attempt(place).save({}, step=1)
-    folder = place.folder("01run/train#0")
+    folder = place.call_directory("01run/train#0")
     assert {each.stat().st_mode & 0o77 for each in (folder, folder.parent, place.directory)} == {0}
 
 
@@ -298,7 +298,7 @@ def test_a_write_that_breaks_off_leaves_the_one_before(place: CheckpointStore):
         cwd=ROOT,
         check=True,
     )
-    assert done.stdout.count("File too large; the checkpoint before stands") == 3
+    assert done.stdout.count("File too large; the previous checkpoint is intact") == 3
     assert attempt(place).load() == ({"epoch": 1}, 1)
     assert len(files(place.directory)) == 2
 
@@ -436,7 +436,7 @@ async def test_begun_afresh_begins_at_the_beginning(tmp_path: Path):
         handle = await app.start(alone)
         await drain(app)
         ident = (await handle.row())["id"]
-        await app.store.retry(ident, fresh=True)
+        await app.store.retry(ident, discard_journal=True)
         await drain(app)
         await app.store.retry(ident)
         await drain(app)
@@ -489,13 +489,13 @@ async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
     async with running(app, store=tmp_path / "store.db"):
         done, failed = await app.start(noop, fail=False), await app.start(noop, fail=True)
         await drain(app)
-        place = app.runtime.checkpoints  # pyright: ignore
+        place = app.runtime.retention.checkpoints
         for run in (done.id, failed.id, "0" * 13):
             context = TaskContext(run, "t", 1, f"{run}/t#0")
-            Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
+            Checkpoint(place, context, place.call_directory(context.idempotency_key), 1, 1 << 20).save(
                 {}, step=1
             )
-        await app.runtime._sweep_checkpoints()  # pyright: ignore
+        await app.runtime.retention.sweep_checkpoints()
         assert kept_runs(app) == [failed.id]
 
 
@@ -528,7 +528,7 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
     place = CheckpointStore(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
-    Checkpoint(place, context, place.folder(context.idempotency_key), 1, 1 << 20).save(
+    Checkpoint(place, context, place.call_directory(context.idempotency_key), 1, 1 << 20).save(
         {"epoch": 1}, step=1
     )
     (place.directory / ".gone-dead").mkdir()
@@ -560,7 +560,7 @@ async def test_outside_a_run_nothing_is_kept(
 
     caplog.set_level("INFO")
     assert await work() is False and work.fn() is False
-    assert caplog.text.count("checkpoint.not_kept") == 2
+    assert caplog.text.count("checkpoint.unavailable") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -582,7 +582,7 @@ def test_names_keep_apart(place: CheckpointStore):
     """Checkpoints of one body with different names do not touch each other, and go together."""
     attempt(place).save("plain", step=1)
     context = TaskContext("01run", "train", 1, "01run/train#0")
-    named = Checkpoint(place, context, place.folder("01run/train#0") / "name", 1, 1 << 20)
+    named = Checkpoint(place, context, place.call_directory("01run/train#0") / "name", 1, 1 << 20)
     named.save("named", step=2)
     assert attempt(place).load() == ("plain", 1) and named.load() == ("named", 2)
     attempt(place).clear()
