@@ -1,313 +1,322 @@
-"""Attempts: the bodies of one run's calls on the worker's loop, bounded in time and number, and what is recorded of each.
+"""Attempts: the bodies of one run's task calls, bounded in time and number, and their results.
 
-    launch     a copy of the call's context, an asyncio task of its own
-    bounded    the task's concurrency, the gate for suspects of a crash, the attempt's timeout
-    ended      value → VALUE · error → FAILED with the next due time, or ERROR when it was the last · abandoned → nothing
+    launch     a copy of the call's context, an asyncio task on the worker's loop
+    limits     the task's concurrency, the gate for crash suspects, the attempt's timeout
+    end        a value → RecordValue · an error → AppendEntry, FAILED with the next due time or ERROR
+               abandoned → nothing
 
-The executor launches a call's attempt once its claim is not in the journal. What an abandoned body still returns is refused. A
-body that ignores its cancel is asked `ASKS` times and then left behind; a thread cannot be stopped at all and keeps its slot
-until it ends. What is recorded comes back to the executor by its commit.
+`Execution` launches an attempt when a call is not in the journal; results come back to it as
+actions. The late result of an abandoned body is refused. A body that ignores its cancellation gets
+`CANCEL_ATTEMPTS` of them and is then left behind; a thread cannot be stopped and keeps its
+concurrency slot until it ends.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future as ThreadFuture
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from eventflow.core.clock import Clock, microseconds
-from eventflow.core.errors import StoreError, TaskTimedOut, call_catching
-from eventflow.engine.worker_services import Pool
-from eventflow.logs.log import Where, get_logger, where
+from eventflow.core.errors import TaskTimedOut, call_catching
+from eventflow.engine.actions import (
+    Action,
+    AppendEntry,
+    EndRun,
+    RecordValue,
+    ReportFault,
+    ReportFenced,
+)
+from eventflow.engine.journal_writer import JournalWriter
+from eventflow.engine.run_end import RunEnd
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.flow_loop import leave_flow
 from eventflow.runs.journal import Entry, Kind
-from eventflow.runs.run import DEATHS, Run
+from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
 from eventflow.sdk.task import TaskCall, TaskContext, enter_task, task_context
-from eventflow.serialization.blobs import LARGE, offload
+from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
 from eventflow.serialization.codecs import encode_error
-from eventflow.store.protocol import Append, Appended, Arrival, Mark, Refused
+from eventflow.store.protocol import Appended, Arrival
 
-ASKS = 3
-"""Times a body is asked to stop, `ASK_EVERY` seconds apart, before it is left behind."""
-ASK_EVERY = 1.0
+CANCEL_ATTEMPTS = 3
+"""Times a body is cancelled, `CANCEL_INTERVAL` seconds apart, before it is left behind."""
+CANCEL_INTERVAL = 1.0
 
 log = get_logger("eventflow.attempt")
-
-
-class Host(Protocol):
-    """What attempts need of their run's execution."""
-
-    pool: Pool
-    run: Run
-    name: str
-    here: Where
-    working: int
-    """Bodies and appends under way: while there are any, the run is not idle."""
-
-    def takes(self) -> bool:
-        """Whether what an attempt comes to may still be recorded."""
-        ...
-
-    def append(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None: ...
-
-    def came(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None:
-        """`append` for a body's value, and the events that its success publishes."""
-        ...
-
-    def safely(self, step: Callable[..., None], *args: Any) -> None:
-        """Calls `step`; what it raises is a fault that holds the run."""
-        ...
-
-    def lost(self, reply: Refused | StoreError) -> None:
-        """The store refuses: nothing more may be written."""
-        ...
-
-    def interrupt(self) -> None:
-        """Stop without an outcome."""
-        ...
+LOG_EVENTS = {
+    "task.abandoned": (
+        "An attempt did not end after its cancel; it keeps its slot, and its late result is "
+        "refused."
+    ),
+    "task.attempt_failed": (
+        "An attempt of a task failed; `retry_in` is the delay before the next one, if any."
+    ),
+    "task.hook_failed": (
+        "An on_success or on_failure hook raised an exception; the outcome does not change."
+    ),
+}
 
 
 class Attempts:
-    """Launches and ends the attempts of one run. Everything here runs on the worker's loop."""
+    """Launches and ends the attempts of one run. Everything here runs on the worker's loop.
 
-    __slots__ = ("_host", "_marking")
+    `act` carries out an action. `end` tells whether the run still records anything. `running`
+    counts bodies: while there are any, the run is not idle.
+    """
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
-        self._marking: asyncio.Future[Any] | None = None
+    __slots__ = ("_act", "_end", "_log_context", "_services", "_writer", "name", "run", "running")
 
-    @property
-    def marked(self) -> bool:
-        """Whether a start was journaled in this life: then what is recorded from here on must clear it."""
-        return self._marking is not None
+    def __init__(
+        self,
+        services: WorkerServices,
+        run: Run,
+        name: str,
+        log_context: LogContext,
+        writer: JournalWriter,
+        end: RunEnd,
+        act: Callable[[Action], None],
+    ) -> None:
+        self._services = services
+        self.run = run
+        self.name = name
+        self._log_context = log_context
+        self._writer = writer
+        self._end = end
+        self._act = act
+        self.running = 0
 
     def launch(self, call: TaskCall) -> None:
         """Starts the next attempt of a call; its body takes its first step in the loop's next turn."""
-        host = self._host
         call.attempt += 1
-        call.running, call.thread = True, None
-        host.working += 1
+        call.running = True
+        call.thread = None
+        self.running += 1
         # What a body sets in its context, the next attempt's must not see.
-        context: Context = (
-            call.context.copy() if call.task.options.retries.attempts > 1 else call.context
-        )
+        may_retry = call.task.options.retries.attempts > 1
+        context: Context = call.context.copy() if may_retry else call.context
         context.run(self._enter, call)
-        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own step.
-        call.handle = asyncio.Task(self._attempt(call), loop=host.pool.loop, context=context)
+        # Not loop.create_task: an eager task factory would run the body here, inside the flow's own
+        # step.
+        call.handle = asyncio.Task(self._attempt(call), loop=self._services.loop, context=context)
+
+    def _enter(self, call: TaskCall) -> None:
+        name = call.task.name
+        leave_flow()
+        log_context.set(self._log_context.for_attempt(name, call.attempt))
+        call.body = TaskContext(
+            self.name,
+            name,
+            call.attempt,
+            f"{self.name}/{call.call_key}",
+            None,
+            call.fingerprint,
+        )
+        enter_task(call.body)
+        on_progress = self._on_checkpoint_progress if self.run.crash_suspect else None
+        enter_checkpoints(self._services.checkpoints, on_progress)
 
     def abandon(self, call: TaskCall) -> None:
-        """The call is given up: its body is cancelled, nothing of it is recorded from here on."""
+        """Cancels the call's body, or the timer of its next attempt; nothing of it is recorded from
+        here on.
+        """
         handle = call.handle
         if handle is not None:
             handle.cancel()
-            if self._ended(call):
-                self._let_go(handle)
-
-    def _enter(self, call: TaskCall) -> None:
-        host, name = self._host, call.task.name
-        leave_flow()
-        where.set(host.here.during(name, call.attempt))
-        call.body = TaskContext(
-            host.name, name, call.attempt, f"{host.name}/{call.call_key}", None, call.fingerprint
-        )
-        enter_task(call.body)
-        enter_checkpoints(host.pool.checkpoints, self._came_further if host.run.suspect else None)
+            if self._mark_ended(call):
+                self._keep_reference(handle)
 
     async def _attempt(self, call: TaskCall) -> None:
-        """Runs one body and records what came of it. Whatever it raises ends here."""
+        """Runs one body and reports what came of it. Whatever the body raises ends here."""
         me: asyncio.Task[Any] = call.handle
-        host = self._host
+        services = self._services
         try:
             value = await self._body(call)
-            codec, data = call.task.result.encode(value, key=host.pool.secret)
-            if len(data) > LARGE:
-                codec, data = await offload(
-                    host.pool.blobs, codec, data, log.bind(run=host.name, task=call.task.name)
-                )
+            codec, data = call.task.result.encode(value, key=services.secret)
+            if len(data) > OFFLOAD_BYTES:
+                bound = log.bind(run=self.name, task=call.task.name)
+                codec, data = await offload(services.blobs, codec, data, bound)
             context = task_context()
             emitted = context.success_events if context is not None else None
-            arrivals = (
-                [host.pool.emitted(host.run, *fields) for fields in emitted] if emitted else ()
-            )
+            arrivals = [services.derived.event(self.run, *fields) for fields in emitted or ()]
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except (
             BaseException
-        ) as error:  # around an attempt: its failure is recorded, and retried if its Retry says so
-            if call.handle is not me or not host.takes():
-                pass  # Abandoned (cancelled by the flow, by a drain, or left behind): it is nobody's any more.
+        ) as error:  # around an attempt: recorded, and retried if its Retry allows
+            if call.handle is not me or not self._end.is_open:
+                pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif isinstance(error, asyncio.CancelledError) and me.cancelling():
-                host.interrupt()  # Neither the flow nor a timeout asked: the loop itself is being taken down.
+                # Neither the flow nor a timeout cancelled it: the loop itself is being closed.
+                self._act(EndRun(Interrupted()))
             else:
-                host.safely(self._failed, call, error)
+                self._guarded(self._on_failure, call, error)
         else:
-            if call.handle is me and host.takes():
-                host.safely(self._succeeded, call, value, codec, data, arrivals)
+            if call.handle is me and self._end.is_open:
+                self._guarded(self._on_success, call, value, codec, data, arrivals)
         finally:
-            if (here := where.get()) is not None and here.tails:
-                here.close()
+            if (context := log_context.get()) is not None and context.partial_lines:
+                context.close()
 
-    # ----------------------------------------------------------------- bounds
+    def _guarded(self, step: Callable[..., None], *args: Any) -> None:
+        try:
+            step(*args)
+        except Exception as fault:  # ours, or of a callable that the app gave its Retry
+            self._act(ReportFault(fault))
+
+    # ----------------------------------------------------------------- limits
 
     def _body(self, call: TaskCall) -> Awaitable[Any]:
-        """The body within the limits set for it."""
-        slots = self._host.pool.slots(call)
-        if slots is None and not self._host.run.suspect:
+        limit = self._services.limits.for_task(call.task)
+        if limit is None and not self.run.crash_suspect:
             return self._timed(call)
-        return self._bounded(call, slots)
+        return self._limited(call, limit)
 
-    async def _bounded(self, call: TaskCall, slots: asyncio.Semaphore | None) -> Any:
-        if slots is None:
+    async def _limited(self, call: TaskCall, limit: asyncio.Semaphore | None) -> Any:
+        """The body within its task's concurrency limit."""
+        if limit is None:
             return await self._gated(call)
-        await slots.acquire()
+        await limit.acquire()
         try:
             return await self._gated(call)
         finally:
             if call.thread is None:
-                slots.release()
-            else:  # also when it ended long ago
-                release = partial(_tell, self._host.pool.loop, slots.release)
-                call.thread.add_done_callback(lambda _: release())  # pyright: ignore[reportUnknownLambdaType]
+                limit.release()
+            else:  # also when the thread ended long ago
+                release = partial(_call_on_loop, self._services.loop, limit.release)
+                call.thread.add_done_callback(lambda _: release())  # pyright: ignore
 
     async def _gated(self, call: TaskCall) -> Any:
-        """Those suspected of killing the process run few at a time, with their start on record; a death from the end, alone."""
-        run, gate = self._host.run, self._host.pool.suspects
-        if not run.suspect:
+        """The body of a crash suspect: few at a time, with a journaled start; one crash from
+        quarantine, exclusively.
+        """
+        run = self.run
+        gate = self._services.limits.suspects
+        if not run.crash_suspect:
             return await self._timed(call)
-        async with gate.exclusive() if run.deaths >= DEATHS - 1 else gate:
-            if run.suspect:  # not cleared while it waited here, by another of its calls
-                await self._mark()
+        async with gate.exclusive() if run.crash_count >= MAX_CRASHES - 1 else gate:
+            if run.crash_suspect:  # not cleared meanwhile by another of its calls
+                reply = await self._writer.mark_start()
+                if not isinstance(reply, Appended):
+                    self._act(ReportFenced(reply))
+                    raise asyncio.CancelledError("lost the lease")
             return await self._timed(call)
 
-    async def _mark(self) -> None:
-        """Makes the start of a suspect's attempts durable before any body: a death from here on counts against it, once."""
-        host = self._host
-        if self._marking is None:
-            self._marking = host.pool.loop.create_future()
-            host.pool.store.post(
-                Mark(host.run.id, host.run.token), self._marking.set_result, host.pool.loop
-            )
-        reply = await asyncio.shield(self._marking)
-        if not isinstance(reply, Appended):
-            host.lost(reply)
-            raise asyncio.CancelledError("lost the lease")
+    def _on_checkpoint_progress(self) -> None:
+        """A suspect's body saved more than any before it: the crashes so far were not its doing.
+        From any thread.
+        """
+        _call_on_loop(self._services.loop, self._clear_suspicion)
 
-    def _came_further(self) -> None:
-        """A suspect's body saved more than any before it did: the deaths so far were not its doing. From any thread."""
-        _tell(self._host.pool.loop, self._clear)
-
-    def _clear(self) -> None:
-        host = self._host
-        if host.run.suspect and host.takes():
-            host.pool.store.post(
-                Append(host.run.id, host.run.token, (), proof=True), self._cleared, host.pool.loop
-            )
-
-    def _cleared(self, reply: Appended | Refused | StoreError) -> None:
-        if isinstance(reply, Appended):
-            self._host.run.suspect = False
-        elif self._host.takes():
-            self._host.lost(reply)
+    def _clear_suspicion(self) -> None:
+        if self.run.crash_suspect and self._end.is_open:
+            self._writer.clear_suspicion()
 
     def _timed(self, call: TaskCall) -> Awaitable[Any]:
-        pool, timeout = self._host.pool, call.task.options.timeout
+        timeout = call.task.options.timeout
         if timeout is not None:
-            return _within(call, timeout, pool, partial(self._deaf, call, call.attempt))
+            on_unresponsive = partial(self._on_unresponsive, call, call.attempt)
+            return _within(call, timeout, self._services, on_unresponsive)
         if call.task.is_async:
             return call.task.fn(*call.args, **call.kwargs)
-        return _in_thread(call, pool)
+        return _in_thread(call, self._services)
 
-    def _deaf(self, call: TaskCall, attempt: int) -> None:
-        """A body did not listen when its time was up: record the timeout, leave it behind, refuse what it still returns."""
-        if call.running and call.attempt == attempt and self._host.takes():
-            log.error("task.abandoned", run=self._host.name, task=call.task.name, attempt=attempt)
-            handle = call.handle
-            self._host.safely(
-                self._failed, call, TaskTimedOut(call.task.name, call.task.options.timeout or 0.0)
-            )
-            self._let_go(handle)
+    def _on_unresponsive(self, call: TaskCall, attempt: int) -> None:
+        """A body ignored its timeout: record it, leave the body behind, refuse its late result."""
+        if call.running and call.attempt == attempt and self._end.is_open:
+            task, handle = call.task, call.handle
+            log.error("task.abandoned", run=self.name, task=task.name, attempt=attempt)
+            error = TaskTimedOut(task.name, task.options.timeout or 0.0)
+            self._guarded(self._on_failure, call, error)
+            self._keep_reference(handle)
 
-    def _let_go(self, handle: asyncio.Task[Any]) -> None:
-        """The loop holds its tasks weakly: somebody must hold this one until it has ended."""
-        pool = self._host.pool
-        pool.loop.call_soon(pool.spawn, _outlast(handle), context=Context())
+    def _keep_reference(self, handle: asyncio.Task[Any]) -> None:
+        """Holds a task until it has ended: the loop holds its tasks weakly."""
+        services = self._services
+        services.loop.call_soon(services.spawn, _outlast(handle), context=Context())
 
-    # ----------------------------------------------------------------- what came of it
+    # ----------------------------------------------------------------- the end of an attempt
 
-    def _ended(self, call: TaskCall) -> bool:
+    def _mark_ended(self, call: TaskCall) -> bool:
+        """Whether a body was running."""
         if not call.running:
             return False
         call.running = False
         call.handle = None
         if call.body is not None:
             call.body.is_over = True
-        self._host.working -= 1
+        self.running -= 1
         return True
 
-    def _succeeded(
-        self, call: TaskCall, value: Any, codec: str, data: bytes, arrivals: Iterable[Arrival]
+    def _on_success(
+        self, call: TaskCall, value: Any, codec: str, data: bytes, arrivals: Sequence[Arrival]
     ) -> None:
-        self._ended(call)
+        self._mark_ended(call)
         entry = Entry(
-            claim=call.call_key,
+            call_key=call.call_key,
             kind=Kind.VALUE,
             attempt=call.attempt,
             fingerprint=call.fingerprint,
             codec=codec,
             value=data,
         )
-        self._host.came(entry, arrivals)
+        self._act(RecordValue(entry, arrivals))
         if call.task.options.on_success is not None:
             self._run_hook(call.task.options.on_success, value)
 
-    def _failed(self, call: TaskCall, error: BaseException) -> None:
-        self._ended(call)
-        host, options = self._host, call.task.options
+    def _on_failure(self, call: TaskCall, error: BaseException) -> None:
+        self._mark_ended(call)
+        services = self._services
+        options = call.task.options
         call.spent += 1
-        delay = options.retries.delay_after(call.spent, error, host.pool.draw)
+        delay = options.retries.delay_after(call.spent, error, services.rng)
         text, _ = call_catching(str, error)
         log.warning(
-            "task.attempt_failed", run=host.name, task=call.task.name, attempt=call.attempt, retry_in=_shown(delay),
+            "task.attempt_failed",
+            run=self.name,
+            task=call.task.name,
+            attempt=call.attempt,
+            retry_in=None if delay is None else round(delay, 3),
             error=f"{type(error).__name__}: {text}",
-        )  # fmt: skip
+        )
         entry = Entry(
-            claim=call.call_key, kind=Kind.ERROR if delay is None else Kind.FAILED, attempt=call.attempt,
-            fingerprint=call.fingerprint, error=encode_error(error),
-        )  # fmt: skip
+            call_key=call.call_key,
+            kind=Kind.ERROR if delay is None else Kind.FAILED,
+            attempt=call.attempt,
+            fingerprint=call.fingerprint,
+            error=encode_error(error),
+        )
         arrivals: list[Arrival] = []
         if delay is None:
             for fields in (call.body and call.body.failure_events) or ():
-                arrival, _ = call_catching(host.pool.emitted, host.run, *fields)
-                arrivals += (
-                    [arrival] if arrival is not None else []
-                )  # refused: the chain of events is too long already
+                arrival, _ = call_catching(services.derived.event, self.run, *fields)
+                if arrival is not None:  # else refused: the chain of events is too long already
+                    arrivals.append(arrival)
             self._run_hook(options.on_failure, error)
         else:
-            entry.due_at = host.pool.clock.now() + microseconds(delay)
+            entry.due_at = services.clock.now() + microseconds(delay)
             self._run_hook(options.on_retry, error, delay)
-        host.append(entry, arrivals)
-        if delay == 0 and not host.pool.draining:
+        self._act(AppendEntry(entry, arrivals))
+        if delay == 0 and not services.draining:
             self.launch(call)
 
     def _run_hook(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         if hook is not None:
-            self._host.pool.spawn(run_hook(self._host.name, hook, *args))
-
-
-def _shown(delay: float | None) -> float | None:
-    return None if delay is None else round(delay, 3)
+            self._services.spawn(run_hook(self.name, hook, *args))
 
 
 async def run_hook(run: str, hook: Callable[..., Any], *args: Any) -> None:
-    """Calls a user's hook after the fact, in the order of nothing else; plain or async. It changes nothing."""
+    """Calls a user's hook, plain or async, after the fact. Its order is not defined, and it changes
+    nothing.
+    """
     try:
         result = hook(*args)
         if asyncio.iscoroutine(result):
             await result
-    except Exception as error:  # around a hook: what it is told of has happened already
+    except Exception as error:  # around a hook: what it reports has happened already
         log.error("task.hook_failed", run=run, hook=getattr(hook, "__name__", "?"), exc_info=error)
 
 
@@ -318,24 +327,37 @@ async def _outlast(task: asyncio.Task[Any]) -> None:
 # --------------------------------------------------------------------------- time
 
 
-class Deadline:
-    """Cancels an attempt's asyncio task when its timeout has passed, and again while it does not listen.
+class AttemptDeadline:
+    """Cancels an attempt's asyncio task when its timeout has passed, and again while it ignores
+    that.
 
-    `on_deaf` is called when it was asked in vain: the attempt then counts as timed out and its late result is refused.
+    `on_unresponsive` is called after `CANCEL_ATTEMPTS`: the attempt then counts as timed out, its
+    late result is refused.
     """
 
-    __slots__ = ("_asked", "_clock", "_loop", "_on_deaf", "_task", "_timeout", "_timer", "expired")
+    __slots__ = (
+        "_cancels",
+        "_clock",
+        "_loop",
+        "_on_unresponsive",
+        "_task",
+        "_timeout",
+        "_timer",
+        "expired",
+    )
 
-    def __init__(self, clock: Clock, timeout: float, on_deaf: Callable[[], None]) -> None:
+    def __init__(self, clock: Clock, timeout: float, on_unresponsive: Callable[[], None]) -> None:
         self.expired = False
-        self._asked = 0
-        self._clock, self._timeout, self._on_deaf = clock, timeout, on_deaf
+        self._cancels = 0
+        self._clock = clock
+        self._timeout = timeout
+        self._on_unresponsive = on_unresponsive
         self._loop = asyncio.get_running_loop()
         self._task: asyncio.Task[Any] | None = asyncio.current_task()
         self._timer: Any = None
 
     def start(self) -> None:
-        """The body starts now. A call after `cancel` does nothing."""
+        """Starts the timeout. Does nothing after `cancel`."""
         if self._task is not None:
             self._timer = self._clock.timer(
                 self._loop, self._clock.now() + microseconds(self._timeout), self._expire
@@ -343,20 +365,22 @@ class Deadline:
 
     def _expire(self) -> None:
         self.expired = True
-        if self._asked == ASKS:
-            self._on_deaf()
+        if self._cancels == CANCEL_ATTEMPTS:
+            self._on_unresponsive()
             return
-        self._asked += 1
+        self._cancels += 1
         if self._task is not None:
             self._task.cancel()
         self._timer = self._clock.timer(
-            self._loop, self._clock.now() + microseconds(ASK_EVERY), self._expire
+            self._loop, self._clock.now() + microseconds(CANCEL_INTERVAL), self._expire
         )
 
     def absorb(self) -> None:
-        """The cancels were ours and become a timeout: outer code must not see them."""
+        """Takes back the cancellations made here: they become a timeout, and outer code must not
+        see them.
+        """
         if self._task is not None:
-            for _ in range(self._asked):
+            for _ in range(self._cancels):
                 self._task.uncancel()
 
     def cancel(self) -> None:
@@ -365,12 +389,14 @@ class Deadline:
             self._timer.cancel()
 
 
-async def _within(call: TaskCall, timeout: float, pool: Pool, on_deaf: Callable[[], None]) -> Any:
-    """The body's return value, or its exception; TaskTimedOut when it outlived its timeout."""
-    deadline = Deadline(pool.clock, timeout, on_deaf)
+async def _within(
+    call: TaskCall, timeout: float, services: WorkerServices, on_unresponsive: Callable[[], None]
+) -> Any:
+    """The body's return value, or its exception; TaskTimedOut when it took longer than its timeout."""
+    deadline = AttemptDeadline(services.clock, timeout, on_unresponsive)
     try:
         if not call.task.is_async:
-            return await _in_thread(call, pool, deadline.start)
+            return await _in_thread(call, services, deadline.start)
         deadline.start()
         return await call.task.fn(*call.args, **call.kwargs)
     except asyncio.CancelledError:
@@ -386,15 +412,15 @@ async def _within(call: TaskCall, timeout: float, pool: Pool, on_deaf: Callable[
 
 
 def _in_thread(
-    call: TaskCall, pool: Pool, started: Callable[[], None] | None = None
+    call: TaskCall, services: WorkerServices, on_start: Callable[[], None] | None = None
 ) -> Coroutine[Any, Any, Any]:
-    """A plain `def` body in the pool's threads. `started` is told on the loop when a thread takes it up."""
-    begun = None if started is None else partial(_tell, pool.loop, started)
-    call.thread = pool.threads.submit(_work, copy_context(), call, begun)
-    return _result(call.thread)
+    """Runs a plain `def` body in a thread. `on_start` is called on the loop when the thread begins."""
+    begun = None if on_start is None else partial(_call_on_loop, services.loop, on_start)
+    call.thread = services.threads.submit(_work, copy_context(), call, begun)
+    return _thread_result(call.thread)
 
 
-async def _result(thread: ThreadFuture[Any]) -> Any:
+async def _thread_result(thread: ThreadFuture[Any]) -> Any:
     return await asyncio.wrap_future(thread)
 
 
@@ -407,6 +433,6 @@ def _work(context: Context, call: TaskCall, begun: Callable[[], None] | None) ->
         raise RuntimeError(f"task {call.task.name!r} raised StopIteration") from stop
 
 
-def _tell(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-    with suppress(RuntimeError):  # The loop is closed: nobody waits for this any more.
+def _call_on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody waits for this any more
         loop.call_soon_threadsafe(call)

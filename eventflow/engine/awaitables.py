@@ -1,7 +1,7 @@
-"""What a flow can wait for, each with its claim: a task's call (`task.Call`), a child run, an emitted event, a timer
-(`lineage.FlowTimer`), and what is told to the run from outside.
+"""What a flow can wait for, each with its call key: `TaskCall` (sdk/task.py), `ChildCall`,
+`EmitCall`, `FlowTimer` (loop/flow_loop.py) and `ControlSignal`.
 
-The executor keeps them by claim until an entry answers them. Values only; what becomes of them is the executor's.
+`PendingCalls` keeps them by call key until a journal entry answers them.
 """
 
 import asyncio
@@ -16,12 +16,14 @@ from eventflow.serialization.codecs import fingerprint
 
 
 class ChildCall:
-    """A call of a flow in a flow."""
+    """A call of a flow in a flow. `params` is a JSON object."""
 
     __slots__ = ("call_key", "fingerprint", "flow", "future", "params")
 
-    def __init__(self, flow: Flow[..., Any], claim: str, params: bytes) -> None:
-        self.flow, self.call_key, self.params = flow, claim, params
+    def __init__(self, flow: Flow[..., Any], call_key: str, params: bytes) -> None:
+        self.flow = flow
+        self.call_key = call_key
+        self.params = params
         self.fingerprint = fingerprint(("params",), (orjson.loads(params),), {}, {})
         self.future: asyncio.Future[Any] | None = None
 
@@ -31,20 +33,28 @@ class EmitCall:
 
     __slots__ = ("call_key", "fields", "fingerprint", "future", "type")
 
-    def __init__(self, claim: str, event_type: str, fields: dict[str, Any]) -> None:
-        self.call_key, self.type, self.fields = claim, event_type, fields
+    def __init__(self, call_key: str, event_type: str, fields: dict[str, Any]) -> None:
+        self.call_key = call_key
+        self.type = event_type
+        self.fields = fields
         self.fingerprint: bytes | None = None
         self.future: asyncio.Future[Any] | None = None
 
 
 class ControlSignal:
-    """Something told to the run from outside, delivered in its turn: a cancel, or its own timeout."""
+    """A cancel or the run's own timeout, recorded and then delivered in its turn. `due`:
+    microseconds, for a timeout.
+    """
 
     __slots__ = ("call_key", "due", "handle")
 
-    def __init__(self, claim: str, due: int | None = None) -> None:
-        self.call_key, self.due = claim, due
-        self.handle: Any = None
+    def __init__(self, call_key: str, due: int | None = None) -> None:
+        self.call_key = call_key
+        self.due = due
+        self.handle: Any = None  # the timer, for a timeout
 
 
-Target: TypeAlias = TaskCall | ChildCall | EmitCall | FlowTimer | ControlSignal
+Call: TypeAlias = TaskCall | ChildCall | EmitCall
+"""What flow code awaits through a future."""
+
+Pending: TypeAlias = Call | FlowTimer | ControlSignal

@@ -1,227 +1,178 @@
-"""The executor: one run in memory, from its claim to its one outcome.
+"""One run in memory, from its claim to its one outcome.
 
-    begin    bind the arguments, make the flow's first task on a FlowLoop of its own
-    perform  a call of the flow claims its place in the journal and waits (claims.py)
-    parked   the flow can go no further: deliver the next batch, else start what is new, else rest
-    settle   the flow ended, or every branch waits for long, or somebody said stop: one Outcome, one transaction
+    begin        bind the arguments; make the flow's first task on a FlowLoop; step it
+    on_parked    no step is ready: deliver the next batch, else start what is new, else rest
+    carry_out    what the run's objects decided (actions.py) takes effect, in this one place
+    _settle      close the run, post its outcome; `Worker` detaches it when the store has replied
 
-The worker makes an Execution per claimed run and is told when it settles. Everything here runs on the worker's loop. Between
-two deliveries nothing outside touches the flow, live or replaying: that is the whole of determinism (lineage.py says why). The
-next rooms are claims.py and attempt.py, then the store.
+`Worker` makes an Execution per claimed run. Everything here runs on the worker's loop. Between two
+deliveries nothing outside reaches the flow, live or replaying: that makes it deterministic
+(loop/flow_loop.py). The parts of a run can be read alone: flow_calls.py (what flow code calls),
+pending_calls.py (what the run waits for), journal_writer.py (what it records), attempts.py (task
+bodies), suspension.py (when it leaves memory), run_end.py (how it ends).
 """
 
-import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, assert_never
 
 import orjson
 
-from eventflow.core.clock import SECOND, microseconds
-from eventflow.core.errors import RunCancelled, RunTimedOut, StoreError, call_catching
-from eventflow.engine.attempts import run_hook
-from eventflow.engine.awaitables import ChildCall, EmitCall, ControlSignal, Target
-from eventflow.engine.flow_result import Returned
-from eventflow.engine.pending_calls import Claims
-from eventflow.engine.task_map import Window
-from eventflow.engine.worker_services import Pool
-from eventflow.events.event import Event
-from eventflow.logs.log import Where, get_logger, where
-from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, FlowTask, FlowTimer
-from eventflow.runs.journal import CANCEL, RAN, TIMEOUT, Entry, Journal, Kind, begun_afresh
-from eventflow.runs.run import (
-    Cancelled,
-    Completed,
-    Failed,
-    Held,
-    Interrupted,
-    Outcome,
-    Restarted,
-    Run,
-    Suspended,
-    format_id,
+from eventflow.core.errors import StoreError, call_catching
+from eventflow.engine.actions import (
+    AbandonAttempt,
+    Action,
+    AppendEntry,
+    CancelChild,
+    CancelTimer,
+    EndRun,
+    PublishEvent,
+    RecordValue,
+    ReportFault,
+    ReportFenced,
+    SetTimer,
+    StartAttempt,
+    StartChild,
 )
-from eventflow.sdk.flow import Flow, RunContext, enter_run
+from eventflow.engine.answers import answer
+from eventflow.engine.attempts import Attempts
+from eventflow.engine.awaitables import ControlSignal
+from eventflow.engine.flow_calls import FlowCalls
+from eventflow.engine.journal_writer import JournalWriter, Reply
+from eventflow.engine.pending_calls import PendingCalls, RecordedAnswer
+from eventflow.engine.run_end import RunEnd, answer_to_parent
+from eventflow.engine.suspension import Suspension
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.logs.log import LogContext, get_logger
+from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, FlowTask, FlowTimer
+from eventflow.runs.journal import CANCEL_KEY, Entry, Journal, Kind
+from eventflow.runs.run import Failed, Interrupted, NeedsAttention, Outcome, Run, format_id
+from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import encode_error
-from eventflow.store.protocol import Refused, Settle
+from eventflow.store.protocol import Appended, Arrival, Fenced, Settle, Settled
 
-SUSPEND_AFTER = 60 * SECOND
-"""A run leaves memory when every branch of it waits at least this long."""
-FEW = 16
-"""Waiting branches that are looked through at every park; more are looked through once a second."""
+LONG_JOURNAL = 10_000
+"""Entries at which a warning asks for `restart_with`: every resume reads all of them."""
+
+MAX_UNWIND_ROUNDS = 3
+"""Times that the unfinished tasks of a flow are cancelled before their coroutines are closed."""
 
 log = get_logger("eventflow.executor")
+LOG_EVENTS = {
+    "flow.busy_loop": "A flow polls without waiting; a replay may see results in another order.",
+    "flow.callback_failed": (
+        "A callback that flow code scheduled on its event loop raised an exception."
+    ),
+    "run.fenced": "The store refused a write for a run: another claim owns it, or storage failed.",
+    "run.internal_error": (
+        "A defect in eventflow or in an object of the app stopped a run; the run is held."
+    ),
+    "journal.long": "The journal of a run has 10,000 entries; every resume reads all of it.",
+}
 
 
-class Execution:
-    """One run in memory. `begin` it, `pump` it when told, `interrupt` it on drain; it settles itself."""
+OnSettled = Callable[["Execution", Outcome, Settled | Fenced | StoreError], None]
 
-    def __init__(self, pool: Pool, run: Run, flow: Flow[..., Any], journal: Journal) -> None:
-        self.pool, self.run, self.flow, self.journal = pool, run, flow, journal
+
+class Execution(FlowCalls):
+    """One run in memory. It settles itself, and then calls `on_settled` with the store's reply."""
+
+    def __init__(
+        self,
+        services: WorkerServices,
+        run: Run,
+        flow: Flow[..., Any],
+        journal: Journal,
+        on_settled: OnSettled,
+    ) -> None:
+        began_at = services.clock.now()
+        self.services = services
+        self.run = run
+        self.flow = flow
         self.name = format_id(run.id)
-        self.is_idle = self.settling = self.dirty = False
-        self.replaying = journal.last_own > 0
-        self.working = 0
-        self.here = Where(
-            run.id, flow.name, run.event, sink=pool.sink, replaying=self._is_replaying
+        self.end = RunEnd(services, flow)
+        self.loop = FlowLoop(self, services.loop, run.id)
+        self.log_context = LogContext(
+            run.id, flow.name, run.event, sink=services.sink, replaying=self._is_replaying
         )
-        self.loop = FlowLoop(self, pool.loop, run.id)
-        self.claims = Claims(self, journal)
-        self.read_now = self.claims.read_now
-        self.append, self.came = self.claims.append, self.claims.came
+        self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
+        self.writer = JournalWriter(services, run, self._on_appended)
+        self.attempts = Attempts(
+            services, run, self.name, self.log_context, self.writer, self.end, self.carry_out
+        )
+        self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
+        self._on_settled = on_settled
         self._root: FlowTask | None = None
-        self._ending: Outcome | None = None
-        self._returned: Returned | None = None
-        self._unwound = 0
-        self._cancelled: str | None = None
-        self._timed_out = False
-        self._grace: Any = None
-        self._idle_since = 0
-        self._check: Any = None
-        self._checking = self._spun = self._counted = False
-        self._events: list[Event] | None = None
 
-    # ----------------------------------------------------------------- begin
+    # ----------------------------------------------------------------- stepping the flow (LoopHost)
 
     def begin(self) -> None:
-        """Binds the arguments and takes the flow's first steps. Call from a plain callback on the worker's loop."""
+        """Binds the arguments and takes the flow's first steps.
+
+        Call it from a plain callback on the worker's loop.
+        """
         context = copy_context()
-        context.run(self._enter)
-        coro, error = call_catching(context.run, self._coroutine)
+        coro, error = self.make_coroutine(context, self.services.state)
         if coro is None:
             assert error is not None
             self._settle(Failed(encode_error(error)))
             return
-        generation = self.journal.generation
-        self._root = self.loop.create_root_task(coro, context, f"~{generation}/" if generation else "")
-        self._listen_for_orders()
-        self.pump()
-
-    def _enter(self) -> None:
-        where.set(self.here)
-        pool, generation = self.pool, self.journal.generation
-        enter_run(
-            RunContext(
-                self.name, self.flow.name, self._read_events, self._tell_now, pool.state, generation
-            )
-        )
-
-    def _read_events(self) -> list[Event]:
-        if self._events is None:
-            run = self.run
-            self._events = [
-                Event.from_recorded(body)
-                for body in run.bodies or ((run.body,) if run.body is not None else ())
-            ]
-        return self._events
-
-    def _coroutine(self) -> Coroutine[Any, Any, Any]:
-        events, binder = self._read_events(), self.flow.binder
-        if self.run.params is not None:
-            arguments = binder.bind_params(
-                orjson.loads(self.run.params), events[-1] if events else None
-            )
-        elif self.run.mode is not None:
-            arguments = binder.bind_events(events)
-        else:
-            arguments = binder.bind_event(events[0]) if events else {}
-        return self.flow.fn(**arguments)
-
-    def _listen_for_orders(self) -> None:
-        options = self.flow.options
-        if CANCEL in self.journal.finals:
-            self.claims.want(ControlSignal(CANCEL))
-        if options.timeout is not None:
-            started = self.run.started_at or self.claims.began_at
-            if options.timeout_counts == "running":
-                started = self.claims.began_at - self.journal.ran
-            self.claims.want(ControlSignal(TIMEOUT, started + microseconds(options.timeout)))
+        journal = self.pending.journal
+        path = f"~{journal.generation}/" if journal.generation else ""
+        self._root = self.loop.create_root_task(coro, context, path)
+        for signal in self.end.initial_signals(self.run, journal, self.suspension.began_at):
+            self._request(signal)
         if self.run.cancel_requested:
             self.cancel("cancel requested")
+        self.step()
 
-    def _tell_now(self) -> int:
-        if self.settling or self.loop.is_current():
-            return self.read_now()
-        return self.claims.now  # what a body asks, nothing will depend on
-
-    def _is_replaying(self) -> bool:
-        return self.replaying
-
-    # ----------------------------------------------------------------- calls, as flow code makes them
-
-    async def perform(self, call: TaskCall | ChildCall | EmitCall) -> Any:
-        """Waits for a call (task.Caller); its claim is taken already."""
-        if self._ending is not None and not self.settling:
-            await asyncio.sleep(
-                0
-            )  # it will be refused; a flow that tries for ever must not do so in one step
-        future = self._request(call)
-        try:
-            return await future
-        except BaseException:
-            self.claims.give_up(call)
-            raise
-
-    def _request(self, call: TaskCall | ChildCall | EmitCall) -> asyncio.Future[Any]:
-        if not self.takes():
-            raise asyncio.CancelledError(self._ending)
-        if type(call) is TaskCall:
-            call.context = copy_context()
-        return self.claims.request(call, self.loop)
-
-    def perform_all(
-        self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
-    ) -> Coroutine[Any, Any, list[Any]]:
-        return Window(name, calls, self._request, self.claims.give_up, patient=patient).run(limit)
-
-    def perform_flow(
-        self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Coroutine[Any, Any, Any]:
-        """A child run and its result (flow.FlowCaller)."""
-        return self.perform(
-            ChildCall(flow, self.loop.current_scope().call_key(flow.name), flow.binder.unpack(args, kwargs))
-        )
-
-    def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
-        return self.perform(
-            EmitCall(self.loop.current_scope().call_key(f"emit:{event_type}"), event_type, fields)
-        )
-
-    async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
-        self._end(
-            Restarted(
-                self.flow.binder.unpack((), params), begun_afresh(self.journal.generation + 1)
-            )
-        )
-        while True:  # until the unwinding's cancel
-            await asyncio.Future(loop=self.loop)
-
-    # ----------------------------------------------------------------- the host of a FlowLoop
-
-    def pump(self) -> None:
-        """Lets the flow take every step it can."""
-        if not self.settling:
-            self.safely(self.loop.run_ready)
-
-    def safely(self, step: Callable[..., None], *args: Any) -> None:
-        """Calls `step`; what it raises holds this run and says so, hangs nothing, and harms no other run."""
-        try:
-            step(*args)
-        except (
-            Exception
-        ) as fault:  # around a run: the flow's and the bodies' own exceptions do not come this way
-            log.error("run.broken", run=self.name, flow=self.flow.name, exc_info=fault)
-            if not self.settling:
-                self._settle(
-                    Held(
-                        f"a fault in eventflow, or in what the app gave it: {type(fault).__name__}: {fault}"
-                    )
-                )
+    def step(self) -> None:
+        """Takes every step that the flow can take now."""
+        if not self.end.is_closed:
+            self._guarded(self.loop.run_ready)
 
     def wake(self) -> None:
-        self.pool.soon(self)
+        """Steps in the loop's next turn: by then every reply of the batch under way was given."""
+        self.services.next_turn.schedule(self.step)
+
+    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+        """Calls `call`; an exception holds this run and harms no other."""
+        try:
+            call(*args)
+        except (
+            Exception
+        ) as fault:  # around a run: exceptions of the flow and of bodies end elsewhere
+            self.carry_out(ReportFault(fault))
+
+    def on_parked(self) -> bool:
+        """The one place where the outside reaches the flow. True: it has steps to take again."""
+        end, root = self.end, self._root
+        if end.outcome is None and root is not None and root.done():
+            journal = self.pending.journal
+            end.outcome = end.flow_outcome(root, self.name, journal, self.wake)
+            if end.outcome is None:  # a large result is being stored, which may take a while
+                self.writer.commit_uncommitted()
+                return False
+        if end.outcome is not None:
+            return self._unwind(end.outcome)
+        if recorded := self.pending.next_batch():
+            for each in recorded:
+                self._deliver(each)
+            return True
+        self.pending.is_replaying = False
+        self._start_new()
+        self._rest()
+        return False
+
+    def on_busy_loop(self) -> None:
+        if not self.loop.has_busy_looped:
+            log.warning("flow.busy_loop", run=self.name, flow=self.flow.name)
+        if self.end.outcome is not None or self.pending.has_answers:
+            self.on_parked()
+        else:
+            self._start_new()
 
     def on_callback_error(self, context: dict[str, Any]) -> None:
         log.error(
@@ -231,300 +182,237 @@ class Execution:
             exc_info=context.get("exception"),
         )
 
-    def on_parked(self) -> bool:
-        """Nothing is ready: the one place where the outside reaches the flow."""
-        root = self._root
-        if self._ending is not None:
-            return not self.settling and self._unwind()
-        if root is not None and root.done():
-            self._ending = self._verdict(root)
-            if self._ending is not None:
-                return self._unwind()
-            self.claims.commit_ahead()  # a large result is on its way out; that may take a while
-            return False
-        if self.claims.due:
-            self.claims.deliver()
-            return True
-        self.replaying = False
-        self.claims.start_all()
-        self.rest()
-        return False
+    def _deliver(self, recorded: RecordedAnswer) -> None:
+        target, entry = recorded.target, recorded.entry
+        if isinstance(target, FlowTimer):
+            target.fire()
+        elif not isinstance(target, ControlSignal):
+            outcome = answer(target, entry, self.services, self.pending.journal)
+            if outcome is not None:
+                self.end_run(outcome)
+        elif self._root is not None:
+            self.end.apply_signal(entry, self._root, self.end_run)
 
-    def on_busy_loop(self) -> None:
-        if not self._spun:
-            self._spun = True
-            log.warning("flow.spun", run=self.name, flow=self.flow.name)
-        if self._ending is not None or self.claims.due:
-            self.on_parked()
-        else:
-            self.claims.start_all()
+    def _start_new(self) -> None:
+        """Starts new calls, unless the worker drains.
 
-    def takes(self) -> bool:
-        """Whether anything may still be recorded."""
-        return self._ending is None and not self.settling
+        A value that the flow has before its commit is made durable first.
+        """
+        if self.writer.uncommitted is not None:
+            self.writer.commit_uncommitted()
+        elif not self.services.draining:
+            for action in self.pending.start_new(self.services.clock.now):
+                self.carry_out(action)
 
-    def final(self) -> bool:
-        return self._ending is None or isinstance(
-            self._ending, Completed | Failed | Cancelled | Restarted
-        )
+    def _rest(self, recheck: bool = False) -> None:
+        """Parked, with nothing to deliver and nothing to start: an idle run gives up its slot, and
+        in time its memory. `recheck`: called by a timer of `Suspension`.
+        """
+        suspension, draining = self.suspension, self.services.draining
+        if recheck and (not self.end.is_open or self.loop.is_ready()):
+            return
+        idle = not (self.attempts.running or self.writer.in_flight or self.end.is_storing)
+        if idle is not suspension.is_idle:
+            suspension.set_idle(idle)
+            if idle and draining:
+                self.end_run(Interrupted())
+        if (
+            idle
+            and not draining
+            and not self.loop.unjournaled_awaits
+            and not self.pending.has_answers
+            and not self.end.in_grace
+            and (action := suspension.decide(scan_all=recheck)) is not None
+        ):
+            self.carry_out(action)
 
-    def recorded(self, entry: Entry) -> None:
+    # ----------------------------------------------------------------- carrying out
+
+    def carry_out(self, action: Action) -> None:
+        services, run = self.services, self.run
+        match action:
+            case StartAttempt(call):
+                self.attempts.launch(call)
+            case RecordValue(entry, arrivals):
+                self._record_value(entry, arrivals)
+            case AppendEntry(entry, arrivals):
+                self.writer.append(entry, arrivals)
+            case SetTimer(target, due):
+                fire = partial(self._on_timer, target)
+                target.handle = services.clock.timer(services.loop, due, fire)
+            case CancelTimer(handle):
+                handle.cancel()
+            case AbandonAttempt(call):
+                self.attempts.abandon(call)
+            case PublishEvent(call):
+                ident = f"{self.name}/{call.call_key}"
+                arrival, error = call_catching(
+                    services.derived.event, run, ident, call.type, call.fields
+                )
+                if arrival is not None:
+                    entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
+                    self.writer.append(entry, (arrival,))
+                elif error is not None:
+                    attempt = self.pending.journal.attempts(call.call_key)[0] + 1
+                    entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
+                    entry.error = encode_error(error)
+                    self.writer.append(entry)
+            case StartChild(call):
+                child = services.derived.child_run(run, call.call_key, call.flow, call.params)
+                entry = Entry(call_key=call.call_key, kind=Kind.CHILD, value=b"%d" % child.id)
+                entry.fingerprint = call.fingerprint
+                self.writer.append(entry, children=(child,))
+            case CancelChild(started):
+                if not self.end.will_resume:  # else a later execution makes the call again
+                    reason = f"the call in {self.name} was cancelled"
+                    services.cancel_child(started, reason)
+            case EndRun(outcome):
+                self.end_run(outcome)
+            case ReportFenced(reply):
+                reason = str(getattr(reply, "reason", reply))
+                log.warning("run.fenced", run=self.name, reason=reason)
+                if isinstance(reply, Fenced) or services.store.failed is None:
+                    # If the lease is gone, the outcome is refused too; else a person must look.
+                    self.end_run(NeedsAttention(f"the store refused an entry: {reason}"))
+                elif not self.end.is_closed:
+                    self.abandon()
+                    self._on_settled(self, Interrupted(), reply)
+            case ReportFault(fault):
+                log.error("run.internal_error", run=self.name, flow=run.flow, exc_info=fault)
+                if not self.end.is_closed:
+                    what = f"{type(fault).__name__}: {fault}"
+                    self._settle(
+                        NeedsAttention(f"a fault in eventflow, or in what the app gave it: {what}")
+                    )
+            case _:
+                assert_never(action)
+
+    def _record_value(self, entry: Entry, arrivals: Sequence[Arrival]) -> None:
+        """Records a body's value; delivers it before its commit if a replay will deliver it alone.
+
+        That is so if it will be alone in its commit: nothing else of the run is under way.
+        """
+        if (
+            arrivals
+            or self.attempts.running
+            or self.services.draining
+            or not self.pending.is_only(entry.call_key)
+            or not self.writer.defer(entry)
+        ):
+            self.writer.append(entry, arrivals)
+            return
+        # The flow's time from here on, so the store keeps it.
+        entry.at = max(self.pending.now, self.services.clock.now())
+        self.pending.deliver_uncommitted(entry)
+        self.wake()
+
+    def _on_timer(self, target: TaskCall | FlowTimer | ControlSignal) -> None:
+        if target.call_key not in self.pending.waiting:
+            return
+        if not isinstance(target, TaskCall):
+            self.writer.append(Entry(call_key=target.call_key, kind=Kind.TIMER, due_at=target.due))
+        elif self.end.is_open and not self.services.draining:
+            self.attempts.launch(target)
+            self._rest()
+
+    # ----------------------------------------------------------------- from the store and the
+    # worker
+
+    def _on_appended(self, reply: Reply) -> None:
+        if isinstance(reply, Appended):
+            for entry in reply.entries:
+                self._guarded(self._on_durable, entry)
+        elif not self.end.is_closed:
+            self.carry_out(ReportFenced(reply))
+
+    def on_child_settled(self, recorded: Entry) -> None:
         """A child of this run settled in this process, and its answer is durable."""
-        self.safely(self.claims.recorded, entry)
+        self._guarded(self._on_durable, recorded)
 
-    def set_timer(self, timer: FlowTimer) -> None:
-        if self.takes():
-            self.claims.want(timer)
-
-    def cancel_timer(self, timer: FlowTimer) -> None:
-        self.claims.disarm(timer)
-
-    # ----------------------------------------------------------------- orders from outside
+    def _on_durable(self, entry: Entry) -> None:
+        pending = self.pending
+        if pending.has_recorded(entry):
+            return
+        action = pending.record(entry)
+        if pending.journal.count == LONG_JOURNAL:
+            log.warning("journal.long", run=self.name, entries=LONG_JOURNAL)
+        if entry.kind is Kind.VALUE and self.services.checkpoints.is_used:
+            self.services.forget_checkpoints(self.name, entry.call_key)
+        if action is not None:
+            self.carry_out(action)
+        self.wake()
 
     def cancel(self, reason: str) -> None:
-        """A door asks to cancel: recorded, then delivered in its turn."""
-        if self.takes() and CANCEL not in self.journal.finals and CANCEL not in self.claims.waiting:
-            self.claims.waiting[CANCEL] = ControlSignal(CANCEL)
-            self.append(Entry(claim=CANCEL, kind=Kind.CANCEL, value=orjson.dumps(reason)))
-
-    def obey(self, entry: Entry, order: ControlSignal) -> None:
-        root = self._root
-        if root is None or root.done():
-            return
-        if order.call_key == CANCEL:
-            self._cancelled = orjson.loads(entry.value or b'""')
-        else:
-            self._timed_out = True
-        root.cancel()
-        if self._grace is None:
-            due = self.pool.clock.now() + microseconds(self.flow.options.grace)
-            self._grace = self.pool.clock.timer(self.pool.loop, due, self._grace_is_over)
-
-    def _grace_is_over(self) -> None:
-        self.stop(self._stopped())
-
-    def interrupt(self) -> None:
-        """Drain: bodies under way are cancelled, nothing is recorded of them, the run goes back to pending."""
-        self.stop(Interrupted())
-
-    def abandon(self) -> None:
-        """The store is gone: cancel everything, record nothing, tell nobody."""
-        if not self.settling:
-            self._finish_up()
-
-    def lost(self, reply: Refused | StoreError) -> None:
-        """The store refuses an entry. If the lease is gone it refuses the outcome too; else a person must look."""
-        reason = str(getattr(reply, "reason", reply))
-        log.warning("run.lost", run=self.name, reason=reason)
-        if isinstance(reply, Refused) or self.pool.store.failed is None:
-            self.stop(Held(f"the store refused an entry: {reason}"))
-        elif not self.settling:
-            self._finish_up()
-            self.pool.settled(self, Interrupted(), reply)
-
-    def hold(self, reason: str) -> None:
-        """A person must look."""
-        self.stop(Held(reason))
-
-    def stop(self, outcome: Outcome) -> None:
-        if self.takes():
-            self._end(outcome)
-
-    # ----------------------------------------------------------------- waiting for long
-
-    def rest(self) -> None:
-        """Parked with nothing to do now: idle runs give up their slot, long sleepers their memory."""
-        idle = self.working == 0
-        if idle is not self.is_idle:
-            self.is_idle = idle
-            self._idle_since = self.pool.clock.now() if idle else 0
-            self.pool.idle(self, idle)
+        """Records a cancel, which is then delivered in its turn."""
+        pending = self.pending
         if (
-            not idle
-            or self.loop.unjournaled_awaits
-            or self.claims.due
-            or self._grace is not None
-            or self.pool.draining
+            self.end.is_open
+            and CANCEL_KEY not in pending.journal.finals
+            and CANCEL_KEY not in pending.waiting
         ):
-            return
-        if not self.claims.waiting or (
-            self.journal.orphans and self.claims.waiting.keys() <= {TIMEOUT}
-        ):
-            self._stuck()
-        elif len(self.claims.waiting) <= FEW:
-            self._consider_suspending()
-        else:
-            self._check_at(self.pool.clock.now() + SECOND)
+            pending.expect(ControlSignal(CANCEL_KEY))
+            self.writer.append(Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason)))
 
-    def _awaits_child(self) -> bool:
-        return any(type(target) is ChildCall for target in self.claims.waiting.values())
+    # ----------------------------------------------------------------- the end
 
-    def _check_at(self, due: int) -> None:
-        if not self._checking:
-            self._checking = True
-            self._check = self.pool.clock.timer(self.pool.loop, due, self._check_later)
+    def end_run(self, outcome: Outcome) -> None:
+        """Ends the run, unless it is ending already: its flow unwinds, then it settles.
 
-    def _check_later(self) -> None:
-        self._checking = False
-        if (
-            self.takes()
-            and self.is_idle
-            and not self.claims.due
-            and self.working == 0
-            and not self.loop.is_ready()
-        ):
-            self._consider_suspending()
-
-    def _consider_suspending(self) -> None:
-        due = min(
-            (d for t in self.claims.waiting.values() if (d := self._due(t)) is not None),
-            default=None,
-        )
-        now = self.pool.clock.now()
-        if due is not None and due - now < SUSPEND_AFTER:
-            return
-        if (
-            self._awaits_child()
-            and not self.pool.is_crowded
-            and now < self._idle_since + SUSPEND_AFTER
-        ):
-            self._check_at(
-                self._idle_since + SUSPEND_AFTER
-            )  # most children are quick: coming back would cost a replay
-            return
-        if self._counts_memory() and not self._counted:
-            self._counted = True
-            self._note_time_in_memory()  # its commit brings us back here
-        else:
-            self._end(Suspended(due, self.journal.last_batch, self.journal.count))
-
-    def _due(self, target: Target) -> int | None:
-        match target:
-            case FlowTimer():
-                return target.due
-            case ControlSignal():
-                return None if self._counts_memory() else target.due
-            case TaskCall():
-                return self.journal.attempts(target.call_key)[2]
-            case _:
-                return None
-
-    def _counts_memory(self) -> bool:
-        return (
-            self.flow.options.timeout_counts == "running" and self.flow.options.timeout is not None
-        )
-
-    def _note_time_in_memory(self) -> None:
-        ran = self.journal.ran + self.pool.clock.now() - self.claims.began_at
-        self.append(
-            Entry(claim=RAN, kind=Kind.NOTE, attempt=self.journal.ran_notes + 1, due_at=ran)
-        )
-
-    def _stuck(self) -> None:
-        orphans = sorted(self.journal.orphans)
-        if orphans:
-            shown = ", ".join(orphans[:5]) + (" …" if len(orphans) > 5 else "")
-            what = f"diverged: the flow no longer makes the recorded calls {shown}"
-            self.hold(f"{what}; deploy the code that made them, or retry afresh")
-        else:
-            self.hold(
-                "the flow waits for something that no task, sleep or child run of it will bring about"
-            )
-
-    # ----------------------------------------------------------------- settling
-
-    def _end(self, outcome: Outcome) -> None:
-        if self._ending is None:
-            self._ending = outcome
-            self.replaying = self.replaying or not isinstance(
-                outcome, Completed | Failed | Cancelled | Restarted
-            )
+        With `Interrupted` (a drain) it goes back to pending, and nothing of running bodies is kept.
+        """
+        if self.end.is_open:
+            self.end.outcome = outcome
             self.wake()
 
-    def _verdict(self, root: FlowTask) -> Outcome | None:
-        """What the flow's own end means; None while its result is on its way out."""
-        if root.cancelled():
-            return self._stopped()
-        error = root.exception()
-        if error is None:
-            outcome, error = call_catching(self._return, root.result())
-            if error is None:
-                return outcome
-        return Failed(encode_error(error))
-
-    def _return(self, value: Any) -> Outcome | None:
-        if self._returned is None:
-            self._returned = Returned(self, *self.flow.result.encode(value))
-        return self._returned.outcome
-
-    def _stopped(self) -> Outcome:
-        if self._timed_out:
-            return Failed(
-                encode_error(RunTimedOut(self.flow.name, self.flow.options.timeout or 0.0))
-            )
-        return Cancelled(self._cancelled or "the flow cancelled itself")
-
-    def _unwind(self) -> bool:
-        """Cancels what is left of the flow, a few times, then closes it; then settles. Journaled calls re-raise meanwhile."""
-        left = self.loop.unfinished_tasks()
-        if left and self._unwound < 3:
-            self._unwound += 1
-            for task in left:
+    def _unwind(self, outcome: Outcome) -> bool:
+        """Cancels the flow's unfinished tasks, a few times, then settles. Journaled calls in their
+        `finally` blocks raise CancelledError again.
+        """
+        if self.end.is_closed:
+            return False
+        unfinished = self.loop.unfinished_tasks()
+        if unfinished and self.end.unwind_rounds < MAX_UNWIND_ROUNDS:
+            self.end.unwind_rounds += 1
+            for task in unfinished:
                 task.cancel()
             return True
-        outcome = self._ending
-        assert outcome is not None
         self._settle(outcome)
         return False
 
     def _settle(self, outcome: Outcome) -> None:
-        self._ending = outcome
-        ahead = self.claims.take_ahead()
-        if isinstance(outcome, Interrupted) and self._counts_memory() and not self._counted:
-            self._note_time_in_memory()
-        self._finish_up()
-        run = self.run
-        op = Settle(run.id, run.token, outcome, self._parents_entry(outcome), run.parent, ahead)
-        self.pool.store.post(op, partial(self.pool.settled, self, outcome), self.pool.loop)
+        """Closes the run and posts its outcome, in one commit with an uncommitted value."""
+        run, services = self.run, self.services
+        self.end.outcome = outcome
+        uncommitted = self.writer.pop_uncommitted()
+        if isinstance(outcome, Interrupted) and (note := self.suspension.record_time()) is not None:
+            self.carry_out(note)
+        self._close()
+        to_parent = answer_to_parent(run, self.name, outcome)
+        op = Settle(run.id, run.token, outcome, to_parent, run.parent, uncommitted)
+        services.store.post(op, partial(self._on_settled, self, outcome), services.loop)
 
-    def _finish_up(self) -> None:
-        """Nothing more is taken in: bodies are cancelled, timers disarmed, the loop closed, the slot given back."""
-        self.settling = True
-        self.claims.close()
-        for timer in (self._grace, self._check):
-            if timer is not None:
-                timer.cancel()
+    def abandon(self) -> None:
+        """The store failed: cancels everything, records nothing."""
+        if not self.end.is_closed:
+            self.end.outcome = self.end.outcome or Interrupted()
+            self._close()
+
+    def _close(self) -> None:
+        """Cancels bodies and timers, closes the flow's coroutines, releases the slot."""
+        self.end.close()
+        for action in self.pending.close():
+            self.carry_out(action)
+        self.suspension.close()
         self.loop.close()
-        self.here.close()
-        self.pool.ending(self)
+        self.log_context.close()
+        self.services.limits.slots.begin_commit(holds_slot=not self.suspension.is_idle)
 
-    def part(self) -> None:
-        """The run has left memory: lets go of all that points back here, so that it is freed at once and the garbage collector
-        finds nothing of it. Bodies that were left behind may still ask for the time."""
-        now = self.claims.now
-        self.read_now = lambda: now
+    def detach(self) -> None:
+        """Breaks reference cycles, so that the run is freed without the garbage collector.
+
+        Abandoned task bodies may still read the clock: `pending` stays.
+        """
         self.loop.host = DETACHED_HOST
-        self.here.replaying = None
-        self._root = self._grace = self._check = None
-        del self.claims, self.append, self.came
-
-    def hook(self, hook: Callable[..., Any], *args: Any) -> Coroutine[Any, Any, None]:
-        """A hook of the flow, to be told of the outcome by the worker."""
-        return run_hook(self.name, hook, *args)
-
-    def _parents_entry(self, outcome: Outcome) -> Entry | None:
-        claim, attempt = self.run.parent_claim, self.run.token
-        if self.run.parent is None or claim is None:
-            return None
-        match outcome:
-            case Completed(value, codec):
-                return Entry(
-                    claim=claim, kind=Kind.VALUE, attempt=attempt, codec=codec, value=value
-                )
-            case Failed(error):
-                return Entry(claim=claim, kind=Kind.ERROR, attempt=attempt, error=error)
-            case Cancelled(reason):
-                error = encode_error(RunCancelled(f"child run {self.name} was cancelled: {reason}"))
-                return Entry(claim=claim, kind=Kind.ERROR, attempt=attempt, error=error)
-            case _:
-                return None
+        self.log_context.replaying = None
+        self._root = None
+        del self.writer, self.attempts, self.suspension

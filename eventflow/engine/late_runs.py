@@ -1,12 +1,14 @@
-"""The lookout: tells of runs that are late, once each, when their time has come.
+"""The monitor of late runs: records an event for each run that has not ended in time, once.
 
-    timer ─► Store.late (a reader) ─► Store.tell_late ─► events and their runs, like any other
+timer ─► Store.late_runs (a reader) ─► Store.record_late_runs ─► events and their runs, like any
+other
 
-`RunState(flow, "late", after=)` asks for it (event.Late); without one it does nothing and nothing is done for it. It sleeps
-until the first live run may be late. While there is none it has no timer, and the writer says when there is one again: a run
-that comes after a look, or a window that is full before its time, is late no sooner than the shortest `after` from that look.
-After a retry, and at start for what became late while nothing ran, it looks at once. Runs on the loop of the way in; the room
-below is the store's own late.py.
+`RunState(flow, "late", after=)` subscribes to these events (event.LateSpec); without a subscription
+the monitor does nothing. It sleeps until the first live run may be late. While there is no live run
+it has no timer, and the store's writer calls it when there is one: a run that is recorded after a
+scan, or a window that is full before its time, is late no sooner than the shortest `after` from
+that scan. After a retry, and at start, it scans at once. It runs on the intake loop; the queries
+are in store/late_runs.py.
 """
 
 import asyncio
@@ -19,126 +21,151 @@ from eventflow.events.event import LateSpec
 from eventflow.logs.log import get_logger
 from eventflow.routing.filters import wildcard
 from eventflow.store.protocol import Store
-from eventflow.store.run_events import Lateness
+from eventflow.store.run_events import LateRuns
 
-AT_ONCE = 256
-"""Runs that one transaction tells of."""
+RECORD_BATCH_SIZE = 256
+"""Late runs recorded in one transaction."""
 
-PAUSE = 1.0
-"""Seconds between two looks where many runs become late one by one; a sixtieth of the shortest `after` if that is less."""
+SCAN_INTERVAL = 1.0
+"""Seconds between two scans while runs become late one by one; a sixtieth of the shortest `after`
+if that is less.
+"""
 
-SHARE = 20
-"""A look that takes long, because very many runs are live, is not repeated before so many times its length."""
+MIN_REST_FACTOR = 20
+"""After a scan that took long, because very many runs are live, the next one waits so many times as
+long.
+"""
 
-AGAIN = 5.0
-"""Seconds after which a look that failed is tried again."""
+RETRY_AFTER_SECONDS = 5.0
+"""The delay after a failed scan."""
 
 log = get_logger("eventflow.late")
+LOG_EVENTS = {
+    "late_runs.recorded": (
+        "Events were recorded for `runs` runs that had not ended `after` seconds after they "
+        "were due."
+    ),
+    "late_runs.scan_failed": (
+        "The scan for late runs failed or the ledger is full; it is tried again."
+    ),
+}
 
 
 class LateRunMonitor:
-    """Looks for the runs that `lates` name. `start` and `stop` it on the loop of the way in."""
+    """Scans for the runs that `specs` name. Call `start` and `stop` on the intake loop."""
 
-    def __init__(self, store: Store, clock: Clock, lates: Sequence[LateSpec]) -> None:
-        self._store, self._clock = store, clock
-        self._lates = [(each, wildcard(each.flow, "RunState")) for each in dict.fromkeys(lates)]
-        self._shortest = min((each.after for each in lates), default=0)
-        self._pause = self._rest = min(microseconds(PAUSE), self._shortest // 60)
+    def __init__(self, store: Store, clock: Clock, specs: Sequence[LateSpec]) -> None:
+        self._store = store
+        self._clock = clock
+        self._specs = [(spec, wildcard(spec.flow, "RunState")) for spec in dict.fromkeys(specs)]
+        self._shortest_after = min((spec.after for spec in specs), default=0)
+        self._min_interval = min(microseconds(SCAN_INTERVAL), self._shortest_after // 60)
+        self._interval = self._min_interval  # longer where a scan takes long
         self.is_idle = True
         """Whether it does nothing before its timer fires or there are new runs."""
-        self._looked_at = 0
-        self._listens = False
+        self._scanned_at = 0
+        self._wants_new_runs = False
         self._due: int | None = None
         self._timer: Timer | None = None
-        self._rung = asyncio.Event()
+        self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        if self._lates:
+        if self._specs:
             self._loop = asyncio.get_running_loop()
             self.is_idle = False
-            self._store.attach_lookout(self._heard)
-            self._task = asyncio.create_task(self._look_out(), name="lookout")
+            self._store.on_new_runs(self._on_new_runs)
+            self._task = asyncio.create_task(self._run(), name="late-runs")
 
     async def stop(self) -> None:
-        """What is being recorded is recorded; nothing more is."""
+        """A transaction under way is still recorded; no further one begins."""
         if self._task is None:
             return
-        self._store.attach_lookout(None)
+        self._store.on_new_runs(None)
         self._task.cancel()
         await asyncio.wait([self._task])
-        self._disarm()
+        self._cancel_timer()
         self.is_idle = True
 
-    # ----------------------------------------------------------------- when to look
+    # ----------------------------------------------------------------- when to scan
 
-    async def _look_out(self) -> None:
+    async def _run(self) -> None:
         while True:
-            self._disarm()
-            self._looked_at, self._listens = (
-                self._clock.now(),
-                True,
-            )  # first: what is recorded while it looks is new
+            self._cancel_timer()
+            # Before the scan: runs recorded during it are new.
+            self._scanned_at = self._clock.now()
+            self._wants_new_runs = True
             try:
-                again = await self._look()
+                next_scan = await self._scan()
             except StoreFailed:
                 self.is_idle = True
-                return  # the root stops the process, and says why once
+                return  # the server stops the process and logs the reason once
             except StoreError as error:
-                log.warning("lookout.failed", error=str(error), again_in=AGAIN)
-                again = self._clock.now() + microseconds(AGAIN)
-            if again is not None:
-                self._arm(max(again, self._looked_at + self._rest))
-            self.is_idle = not self._rung.is_set()
-            await self._rung.wait()
-            self._rung.clear()
+                log.warning("late_runs.scan_failed", error=str(error), retry_in=RETRY_AFTER_SECONDS)
+                next_scan = self._clock.now() + microseconds(RETRY_AFTER_SECONDS)
+            if next_scan is not None:
+                self._set_timer(max(next_scan, self._scanned_at + self._interval))
+            self.is_idle = not self._wake.is_set()
+            await self._wake.wait()
+            self._wake.clear()
 
-    def _heard(self, lives_again: bool) -> None:
-        """There is something new (any thread). Once after each look that matters: it may be the next to be late."""
-        if self._listens or lives_again:
-            self._listens = False
+    def _on_new_runs(self, is_retry: bool) -> None:
+        """A run is new, due earlier, or (`is_retry`) live again. From any thread.
+
+        Only the first call after each scan matters: that run may be the next to be late.
+        """
+        if self._wants_new_runs or is_retry:
+            self._wants_new_runs = False
             with suppress(RuntimeError):  # the loop is closed, and the app with it
-                self._loop.call_soon_threadsafe(self._arm_for_new, lives_again)
+                self._loop.call_soon_threadsafe(self._set_timer_for_new, is_retry)
 
-    def _arm_for_new(self, lives_again: bool) -> None:
+    def _set_timer_for_new(self, is_retry: bool) -> None:
         if self._task is not None and not self._task.done():
-            self._arm(self._clock.now() if lives_again else self._looked_at + self._shortest)
+            due = self._clock.now() if is_retry else self._scanned_at + self._shortest_after
+            self._set_timer(due)
 
-    def _arm(self, due: int) -> None:
-        """Rings at `due`, or when it would have rung anyway if that is earlier."""
+    def _set_timer(self, due: int) -> None:
+        """Wakes the scan at `due`, or at the time already set if that is earlier."""
         if self._due is None or due < self._due:
-            self._disarm()
+            self._cancel_timer()
             self._due = due
-            self._timer = self._clock.timer(self._loop, due, self._ring)
+            self._timer = self._clock.timer(self._loop, due, self._on_timer)
 
-    def _disarm(self) -> None:
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._due = None
+        self._timer = None
+        self._due = None
 
-    def _ring(self) -> None:
+    def _on_timer(self) -> None:
         self.is_idle = False
-        self._rung.set()
+        self._wake.set()
 
-    # ----------------------------------------------------------------- a look
+    # ----------------------------------------------------------------- a scan
 
-    async def _look(self) -> int | None:
-        """Tells of what is late. Returns when to look again; None: once there are new runs."""
+    async def _scan(self) -> int | None:
+        """Records events of the runs that are late. Returns when to scan next; None: once there are
+        new runs.
+        """
         began = self._clock.monotonic()
-        found: Lateness = await self._store.late(self._wanted, self._looked_at)
-        self._rest = max(self._pause, microseconds((self._clock.monotonic() - began) * SHARE))
+        found: LateRuns = await self._store.late_runs(self._wanted, self._scanned_at)
+        took = self._clock.monotonic() - began
+        self._interval = max(self._min_interval, microseconds(took * MIN_REST_FACTOR))
         for after, runs in found.runs.items():
-            for first in range(0, len(runs), AT_ONCE):
-                if (full := self._store.room()) is not None:
+            for first in range(0, len(runs), RECORD_BATCH_SIZE):
+                if (full := self._store.capacity()) is not None:
                     raise full
-                told = await self._store.tell_late(runs[first : first + AT_ONCE], after)
-                log.info("lookout.told", runs=told, after=in_seconds(after))
-        return found.again
+                batch = runs[first : first + RECORD_BATCH_SIZE]
+                recorded = await self._store.record_late_runs(batch, after)
+                log.info("late_runs.recorded", runs=recorded, after=in_seconds(after))
+        return found.next_scan_at
 
     def _wanted(self, flow: str) -> Mapping[int, bool]:
-        """After how long somebody wants to hear of runs of this flow; whether he named it."""
+        """The `after` of each spec that covers this flow, in microseconds, and whether one of them
+        names it.
+        """
         wanted: dict[int, bool] = {}
-        for late, stands_for in self._lates:
-            if stands_for(flow):
-                wanted[late.after] = wanted.get(late.after, False) or late.flow == flow
+        for spec, covers in self._specs:
+            if covers(flow):
+                wanted[spec.after] = wanted.get(spec.after, False) or spec.flow == flow
         return wanted

@@ -1,9 +1,11 @@
-"""What follows an outcome in this process once it is durable: its log line, the flow's hooks, and whoever waits for the result.
+"""What follows an outcome once it is durable: its log line, the flow's hooks, and the callbacks of
+those who wait for it.
 
-The worker calls `follow` when a run's Settle has come back. Nothing here changes what was recorded. On the worker's loop.
+`Worker` calls `on_settled` when the Settle of a run was answered. Nothing here changes what was
+recorded. On the worker's loop.
 """
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -12,13 +14,14 @@ from eventflow.core.clock import SECOND
 from eventflow.core.errors import call_catching
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
-from eventflow.logs.log import get_logger, where
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.logs.log import get_logger, log_context
 from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    Held,
     Interrupted,
+    NeedsAttention,
     Outcome,
     Restarted,
     Suspended,
@@ -26,63 +29,65 @@ from eventflow.runs.run import (
 from eventflow.serialization.codecs import decode_error
 
 log = get_logger("eventflow.worker")
+LOG_EVENTS = {
+    "run.cancelled": "A run was cancelled.",
+    "run.completed": "A run ended with a result.",
+    "run.failed": "A run ended with an error.",
+    "run.held": "A run needs a person; `reason` says why.",
+    "run.interrupted": "A drain or crash interrupted a run; it continues at the next start.",
+    "run.suspended": "A run waits durably and left memory.",
+}
 
 
 class Outcomes:
-    """`spawn` runs a hook as a task that the worker owns."""
-
-    def __init__(self, spawn: Callable[[Coroutine[Any, Any, Any]], None]) -> None:
-        self._spawn = spawn
+    def __init__(self, services: WorkerServices) -> None:
+        self._services = services
         self._watchers: dict[int, list[Callable[[Outcome], None]]] = {}
 
     def on_settled(self, execution: Execution, outcome: Outcome, at: int) -> None:
-        """`at`: when it was recorded, microseconds."""
-        token = where.set(execution.here)
+        """`at`: when the outcome was recorded, microseconds."""
+        token = log_context.set(execution.log_context)
         _log(execution, outcome, at)
-        where.reset(token)
+        log_context.reset(token)
         options = execution.flow.options
-        if (options.on_success or options.on_failure) is not None:
+        if options.on_success is not None or options.on_failure is not None:
             self._run_hook(execution, outcome)
         if self._watchers and not isinstance(outcome, Suspended | Interrupted | Restarted):
             self.notify(execution.run.id, outcome)
 
     def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
-        options = execution.flow.options
+        name, options = execution.name, execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
             value, error = call_catching(self._value, execution, outcome)
             if error is None:
-                self._spawn(run_hook(execution.name, options.on_success, execution.name, value))
+                self._services.spawn(run_hook(name, options.on_success, name, value))
         elif isinstance(outcome, Failed) and options.on_failure is not None:
-            self._spawn(
-                run_hook(
-                    execution.name, options.on_failure, execution.name, decode_error(outcome.error)
-                )
-            )
+            error = decode_error(outcome.error)
+            self._services.spawn(run_hook(name, options.on_failure, name, error))
 
     def _value(self, execution: Execution, outcome: Completed) -> Any:
-        name, data = execution.pool.blobs.fetch(outcome.codec, outcome.value)
-        return execution.flow.result.decode(name, data)
+        codec, data = self._services.blobs.fetch(outcome.codec, outcome.value)
+        return execution.flow.result.decode(codec, data)
 
-    # ----------------------------------------------------------------- who waits
+    # ----------------------------------------------------------------- watchers
 
     def notify(self, run: int, outcome: Outcome) -> None:
-        """The run has come to this: everybody who watches it hears so."""
-        for tell in self._watchers.pop(run, ()):
-            tell(outcome)
+        """Calls and removes the run's watchers."""
+        for call in self._watchers.pop(run, ()):
+            call(outcome)
 
-    def add_watcher(self, run: int, tell: Callable[[Outcome], None]) -> None:
-        """`tell(outcome)` when this run settles, or is held, here."""
-        self._watchers.setdefault(run, []).append(tell)
+    def add_watcher(self, run: int, call: Callable[[Outcome], None]) -> None:
+        """`call(outcome)` when this run settles, or is held, in this process."""
+        self._watchers.setdefault(run, []).append(call)
 
-    def remove_watcher(self, run: int, tell: Callable[[Outcome], None]) -> None:
-        """Nobody waits with this `tell` any more."""
-        left = [other for other in self._watchers.pop(run, ()) if other is not tell]
+    def remove_watcher(self, run: int, call: Callable[[Outcome], None]) -> None:
+        left = [other for other in self._watchers.pop(run, ()) if other is not call]
         if left:
             self._watchers[run] = left
 
 
 def _log(execution: Execution, outcome: Outcome, at: int) -> None:
-    """Called where the run's ids are known to every line."""
+    """Call it with the run's log context set: that adds the run's ids to the line."""
     match outcome:
         case Completed():
             log.info("run.completed", seconds=(at - execution.run.created_at) / SECOND)
@@ -93,7 +98,7 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
             log.info("run.suspended", until=outcome.until)
         case Cancelled():
             log.info("run.cancelled", reason=outcome.reason)
-        case Held():
+        case NeedsAttention():
             log.error("run.held", reason=outcome.reason)
         case Interrupted() | Restarted():
             log.info("run.interrupted", afresh=isinstance(outcome, Restarted))

@@ -1,399 +1,264 @@
-"""Claims meet entries: what one run waits for, what its journal answers, and what is started because it does not.
+"""What one run waits for, what its journal answers, and what must be started because it does not.
 
-    want     recorded → queued for delivery; new → queued to start
-    deliver  the next batch, whole, in its order, into the futures the flow awaits
-    start    bodies, timers, children, emissions: once the flow is parked and nothing is left to deliver
-    append   something ended: posted to the store; `recorded` when its commit comes back, and queued for delivery
-    came     the one value that the flow waits for: delivered at once, and recorded with what follows from it
+    request       recorded → queued for delivery; new → queued to start
+    next_batch    the recorded answers to deliver next: one commit, whole, in its order
+    start_new     what to start, once the flow is parked and nothing is left to deliver
+    record        an entry became durable: queued for delivery
+    give_up       the flow no longer waits
 
-The executor makes one per run and says when. Deliveries come in the order of commits, live and replaying alike. A value that
-came alone will have a commit of its own, so the flow may go on with it before: it gets what a replay will give it. Until that
-commit is durable nothing is started and nothing else recorded; if the flow ends meanwhile, value and outcome are one commit.
+No I/O and no clock here: the methods answer with actions (actions.py), which `Execution` carries
+out. Deliveries come in the order of commits, live and replaying alike.
 """
 
-import asyncio
 import heapq
-from collections.abc import Iterable
-from contextvars import Context
-from functools import partial
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
-from eventflow.core.errors import ArgumentsChanged, ResultsUnavailable, StoreError, call_catching
-from eventflow.engine.attempts import Attempts, Host
-from eventflow.engine.awaitables import ChildCall, EmitCall, ControlSignal, Target
-from eventflow.engine.flow_result import later
-from eventflow.logs.log import get_logger
+from eventflow.core.errors import ArgumentsChanged
+from eventflow.engine.actions import (
+    AbandonAttempt,
+    Action,
+    AppendEntry,
+    CancelChild,
+    CancelTimer,
+    EndRun,
+    PublishEvent,
+    SetTimer,
+    StartAttempt,
+    StartChild,
+)
+from eventflow.engine.awaitables import ChildCall, ControlSignal, EmitCall, Pending
 from eventflow.loop.flow_loop import FlowTimer
-from eventflow.runs.journal import START, TIMEOUT, Entry, Journal, Kind
-from eventflow.runs.run import Outcome, Run
+from eventflow.runs.journal import STARTED_NOTE, TIMEOUT_KEY, Entry, Journal, Kind
+from eventflow.runs.run import NeedsAttention
 from eventflow.sdk.task import TaskCall
-from eventflow.serialization.codecs import decode_error, encode_error, fingerprint_diff
-from eventflow.store.protocol import Append, Appended, Arrival, Refused
-
-LONG_JOURNAL = 10_000
-"""Entries over which a run is told to begin afresh."""
-
-log = get_logger("eventflow.executor")
+from eventflow.serialization.codecs import fingerprint_diff
 
 
-class Master(Host, Protocol):
-    """What claims need of their run's execution."""
+class RecordedAnswer(NamedTuple):
+    """A durable entry, to be delivered to what waits for it. Ordered by commit, then by place in
+    it.
+    """
 
-    settling: bool
-    replaying: bool
-
-    def hold(self, reason: str) -> None:
-        """A person must look."""
-        ...
-
-    def stop(self, outcome: Outcome) -> None:
-        """End with this, unless it is ending already."""
-        ...
-
-    def obey(self, entry: Entry, order: ControlSignal) -> None: ...
-
-    def rest(self) -> None:
-        """Something began or ended while the flow was parked."""
-        ...
-
-    def final(self) -> bool:
-        """Whether the run goes on or ends for good, not only leaves memory: nobody asks for its children again."""
-        ...
-
-    def wake(self) -> None: ...
+    batch: int
+    position: int
+    entry: Entry
+    target: Pending
 
 
-class Claims:
-    """What one run waits for, by claim. `now` is the time as its flow sees it: that of the last delivery."""
+class PendingCalls:
+    """The pending calls of one run, by call key. `now` is the flow's time, that of the last
+    delivery, in microseconds.
+    """
 
-    def __init__(self, master: Master, journal: Journal) -> None:
-        self._master, self.journal = master, journal
-        self.pool = master.pool
-        self.attempts = Attempts(master)
-        self.waiting: dict[str, Target] = {}
-        self.due: list[
-            tuple[int, int, Entry, Target]
-        ] = []  # a heap by (batch, pos): recorded, and to be delivered
-        self._starting: list[Target] = []
-        self._ahead: Entry | None = (
-            None  # delivered before its commit; `_behind` waits until that has come back
-        )
-        self._ahead_posted = False
-        self._behind: list[Append] = []
-        self.began_at = self.pool.clock.now()
-        self.now = journal.started_at or journal.first_at or self.began_at
-        self._noted = journal.started_at is not None
-        # A crash may have come before the lines that followed the last delivery were stored; a suspension came after them.
-        self._told = journal.last_own - master.run.suspect
+    __slots__ = (
+        "_last_logged_batch",
+        "_new",
+        "_now_is_recorded",
+        "_recorded",
+        "is_replaying",
+        "journal",
+        "now",
+        "waiting",
+    )
 
-    def read_now(self) -> int:
-        """`now`, to the flow. Before the first delivery it is the start, which then must be the same after a crash."""
-        if not self._noted:
-            self._noted = True
-            self.append(Entry(claim=START, kind=Kind.NOTE, due_at=self.now))
-        return self.now
+    def __init__(self, journal: Journal, began_at: int, *, is_suspect: bool) -> None:
+        self.journal = journal
+        self.waiting: dict[str, Pending] = {}
+        self._recorded: list[RecordedAnswer] = []  # a heap by (batch, pos)
+        self._new: list[Pending] = []
+        self.now = journal.started_at or journal.first_at or began_at
+        self._now_is_recorded = journal.started_at is not None
+        self.is_replaying = journal.last_own_batch > 0
+        # Log lines that followed the last delivery may be lost after a crash; they are stored
+        # before a suspension.
+        self._last_logged_batch = journal.last_own_batch - is_suspect
 
-    # ----------------------------------------------------------------- wanting
+    def record_start(self) -> AppendEntry | None:
+        """To be called when the flow reads `now`: before the first delivery that is the start,
+        which must survive a crash.
+        """
+        if self._now_is_recorded:
+            return None
+        self._now_is_recorded = True
+        return AppendEntry(Entry(call_key=STARTED_NOTE, kind=Kind.NOTE, due_at=self.now))
 
-    def request(
-        self, call: TaskCall | ChildCall | EmitCall, loop: asyncio.AbstractEventLoop
-    ) -> asyncio.Future[Any]:
-        """Wants a call; the future is the flow's."""
-        future: asyncio.Future[Any] = asyncio.Future(loop=loop)
-        call.future = future
-        self.want(call)
-        return future
+    # ----------------------------------------------------------------- requests
 
-    def want(self, target: Target) -> None:
-        journal, claim = self.journal, target.call_key
-        if type(target) is ChildCall and (started := journal.children.get(claim)) is not None:
-            self._fits(started, target)
-        if (entry := journal.finals.get(claim)) is not None:
-            journal.orphans.discard(claim)
-            if self._fits(entry, target):
-                heapq.heappush(self.due, (entry.batch, entry.pos, entry, target))
-                return
-        self.waiting[claim] = target
-        self._starting.append(target)
+    def request(self, target: Pending) -> EndRun | None:
+        """Adds a pending call. EndRun: its arguments are not those recorded, and its task does not
+        allow that.
+        """
+        journal = self.journal
+        call_key = target.call_key
+        mismatch: EndRun | None = None
+        if type(target) is ChildCall and (started := journal.children.get(call_key)) is not None:
+            _, mismatch = self._compare(started, target)
+        if (entry := journal.finals.get(call_key)) is not None:
+            journal.unclaimed.discard(call_key)
+            accepted, changed = self._compare(entry, target)
+            mismatch = mismatch or changed
+            if accepted:
+                heapq.heappush(
+                    self._recorded, RecordedAnswer(entry.batch, entry.position, entry, target)
+                )
+                return mismatch
+        self.waiting[call_key] = target
+        self._new.append(target)
+        return mismatch
 
-    def _fits(self, entry: Entry, target: Target) -> bool:
-        """Whether the recorded entry answers this call: its arguments are those of then, or its policy takes it anyway."""
+    def _compare(self, entry: Entry, target: Pending) -> tuple[bool, EndRun | None]:
+        """Whether the recorded entry answers this call, by its arguments or by its task's policy."""
         mine: bytes | None = getattr(target, "fingerprint", None)
         if mine is None or entry.fingerprint is None or mine == entry.fingerprint:
-            return True
+            return True, None
         diff = fingerprint_diff(entry.fingerprint, mine)
         if not diff:
-            return True
+            return True, None
         policy = target.task.options.on_changed if type(target) is TaskCall else "error"
         if policy == "error":
-            self._master.hold(str(ArgumentsChanged(target.call_key, diff)))
-        return policy == "accept"
+            return False, EndRun(NeedsAttention(str(ArgumentsChanged(target.call_key, diff))))
+        return policy == "accept", None
 
-    def give_up(self, call: TaskCall | ChildCall | EmitCall) -> None:
-        """Flow code does not wait for this call any more: nothing of it is recorded from here on."""
-        if self.waiting.pop(call.call_key, None) is not None:
-            self._drop(call)
+    def expect(self, signal: ControlSignal) -> None:
+        """Adds a signal whose entry is about to be recorded."""
+        self.waiting[signal.call_key] = signal
 
-    def disarm(self, timer: FlowTimer) -> None:
-        if self.waiting.pop(timer.call_key, None) is not None:
-            self._drop(timer)
+    def give_up(self, target: Pending) -> Action | None:
+        """Flow code no longer waits for this: nothing of it is recorded from here on."""
+        if self.waiting.pop(target.call_key, None) is None:
+            return None
+        return self._drop(target)
 
-    def close(self) -> None:
-        """Nothing more is taken in: bodies are cancelled, timers disarmed."""
+    def close(self) -> list[Action]:
+        """Gives up everything."""
+        self._new.clear()
+        self._recorded.clear()
+        if not self.waiting:
+            return []
         waiting, self.waiting = self.waiting, {}
-        for target in waiting.values():
-            self._drop(target)
-        self._starting.clear()
-        self.due.clear()
+        drops = [self._drop(target) for target in waiting.values()]
+        return [action for action in drops if action is not None]
 
-    def _drop(self, target: Target) -> None:
+    def _drop(self, target: Pending) -> Action | None:
         if type(target) is TaskCall:
-            self.attempts.abandon(target)
-        elif type(target) is ChildCall:
-            if (started := self.journal.children.get(target.call_key)) is not None:
-                self._cancel_child(started)
-        elif (handle := getattr(target, "handle", None)) is not None:
-            handle.cancel()
+            return AbandonAttempt(target)
+        if type(target) is ChildCall:
+            started = self.journal.children.get(target.call_key)
+            return None if started is None else CancelChild(started)
+        handle = getattr(target, "handle", None)
+        return None if handle is None else CancelTimer(handle)
 
-    def _cancel_child(self, started: Entry) -> None:
-        """Cancel goes down, unless this run only leaves memory: its next life asks for the child again."""
-        if self._master.final():
-            work = self.pool.store.cancel(
-                int(started.value or b"0"), f"the call in {self._master.name} was cancelled"
-            )
-            self.pool.loop.call_soon(
-                self.pool.spawn, work, context=Context()
-            )  # not in the flow's step, nor in its context
+    # ----------------------------------------------------------------- answers
 
-    # ----------------------------------------------------------------- delivering
+    @property
+    def has_answers(self) -> bool:
+        """Whether anything is left to deliver."""
+        return bool(self._recorded)
 
-    def deliver(self) -> None:
-        """Hands the flow the next batch, whole, in its order."""
-        due, batch = self.due, self.due[0][0]
-        if batch > self._told:
-            self._master.replaying = False
-        while due and due[0][0] == batch:
-            _, _, entry, target = heapq.heappop(due)
-            if entry.at > self.now or not self._noted:
-                self.now, self._noted = entry.at, True
-            if isinstance(target, FlowTimer):
-                target.fire()
-            elif isinstance(target, ControlSignal):
-                self._master.obey(entry, target)
-            elif target.future is not None and not target.future.done():
-                self._answer(entry, target, target.future)
+    def next_batch(self) -> list[RecordedAnswer]:
+        """The answers that the next commit holds, whole, in its order; empty if there is none."""
+        recorded = self._recorded
+        if not recorded:
+            return []
+        batch = recorded[0].batch
+        if batch > self._last_logged_batch:
+            self.is_replaying = False
+        answers: list[RecordedAnswer] = []
+        while recorded and recorded[0].batch == batch:
+            answer = heapq.heappop(recorded)
+            at = answer.entry.at
+            if at > self.now or not self._now_is_recorded:
+                self.now = at
+                self._now_is_recorded = True
+            answers.append(answer)
+        return answers
 
-    def _answer(
-        self, entry: Entry, target: TaskCall | ChildCall | EmitCall, future: asyncio.Future[Any]
-    ) -> None:
-        if entry.kind is Kind.ERROR:
-            future.set_exception(decode_error(entry.error or b"{}"))
-            future._log_traceback = False  # pyright: ignore  (recorded: nobody needs to hear that nobody looked)
-        elif isinstance(target, EmitCall):
-            future.set_result((entry.value or b"").decode())
-        else:
-            value, error = call_catching(self._decode, entry, target)
-            if error is None:
-                future.set_result(value)
-            elif isinstance(error, ResultsUnavailable):
-                self._master.stop(later(self.pool, self.journal))
-            else:  # What was stored no longer reads as what the code says it is: a person must look, the value stays.
-                self._master.hold(
-                    f"{target.call_key}: the recorded value cannot be read back: {error}"
-                )
+    def is_only(self, call_key: str) -> bool:
+        """Whether the run waits for this call alone (its timeout aside), with nothing left to
+        deliver or to start.
+        """
+        waiting = self.waiting
+        return (
+            not self._recorded
+            and not self._new
+            and call_key in waiting
+            and len(waiting) - (TIMEOUT_KEY in waiting) == 1
+        )
 
-    def _decode(self, entry: Entry, target: TaskCall | ChildCall) -> Any:
-        codec = target.task.result if isinstance(target, TaskCall) else target.flow.result
-        name, data = entry.codec or "json", entry.value or b"null"
-        if name.endswith("@blob"):
-            name, data = self.pool.blobs.fetch(name, data)
-        return codec.decode(name, data, allow_pickle=True, key=self.pool.secret)
+    def deliver_uncommitted(self, entry: Entry) -> None:
+        """Queues the value of the only pending call for delivery before its commit, which will hold
+        nothing else.
+        """
+        target = self.waiting.pop(entry.call_key)
+        answer = RecordedAnswer(self.journal.last_batch + 1, 0, entry, target)
+        heapq.heappush(self._recorded, answer)
 
-    # ----------------------------------------------------------------- starting
+    # ----------------------------------------------------------------- starts
 
-    def start_all(self) -> None:
-        """Starts what is new, unless the worker drains; what the flow had of it ahead of its commit is made durable first."""
-        if self._ahead is not None:
-            self.commit_ahead()
-        elif self._starting and not self.pool.draining:
-            starting, self._starting = self._starting, []
-            for target in starting:
-                if target.call_key in self.waiting:
-                    self._start(target)
+    def start_new(self, now: Callable[[], int]) -> list[Action]:
+        """How to start what was requested and is not recorded, in the order of the requests.
 
-    def _start(self, target: Target) -> None:
+        `now` reads the wall clock.
+        """
+        if not self._new:
+            return []
+        new, self._new = self._new, []
+        actions: list[Action] = []
+        for target in new:
+            if target.call_key in self.waiting:
+                action = self._start(target, now)
+                if action is not None:
+                    actions.append(action)
+        return actions
+
+    def _start(self, target: Pending, now: Callable[[], int]) -> Action | None:
         match target:
             case TaskCall():
-                self._start_call(target)
+                if self.journal.count and (due := self._continue_attempts(target)) is not None:
+                    return SetTimer(target, due) if due > now() else StartAttempt(target)
+                return StartAttempt(target)
             case FlowTimer() | ControlSignal():
-                if target.due is not None:
-                    target.handle = self.pool.clock.timer(
-                        self.pool.loop, target.due, partial(self._fired, target.call_key)
-                    )
+                return None if target.due is None else SetTimer(target, target.due)
             case EmitCall():
-                self._start_emission(target)
+                return PublishEvent(target)
             case ChildCall():
-                self._start_child(target)
+                started = target.call_key in self.journal.children  # its answer is on its way
+                return None if started else StartChild(target)
 
-    def _start_call(self, call: TaskCall) -> None:
+    def _continue_attempts(self, call: TaskCall) -> int | None:
+        """Counts the call's recorded attempts; when its next one is due, if that is recorded."""
         journal = self.journal
-        due: int | None = None
-        if journal.count:
-            call.attempt, call.spent, due = journal.attempts(call.call_key)
-            if (replaced := journal.finals.get(call.call_key)) is not None:  # on_changed="rerun"
-                call.attempt = max(call.attempt, replaced.attempt)
-        if due is not None and due > self.pool.clock.now():
-            self._wait_to_launch(call, due)
-        else:
-            self.attempts.launch(call)
+        call.attempt, call.spent, due = journal.attempts(call.call_key)
+        if (replaced := journal.finals.get(call.call_key)) is not None:  # on_changed="rerun"
+            call.attempt = max(call.attempt, replaced.attempt)
+        return due
 
-    def _start_emission(self, target: EmitCall) -> None:
-        ident = f"{self._master.name}/{target.call_key}"
-        arrival, error = call_catching(
-            self.pool.emitted, self._master.run, ident, target.type, target.fields
-        )
-        if arrival is not None:
-            self.append(
-                Entry(claim=target.call_key, kind=Kind.EMIT, value=ident.encode()), arrivals=(arrival,)
-            )
-        elif error is not None:
-            attempt = self.journal.attempts(target.call_key)[0] + 1
-            self.append(
-                Entry(
-                    claim=target.call_key, kind=Kind.ERROR, attempt=attempt, error=encode_error(error)
+    # ----------------------------------------------------------------- durable entries
+
+    def has_recorded(self, entry: Entry) -> bool:
+        """Whether `record` got this very entry before: the answer of a child run may arrive twice."""
+        known = self.journal.finals.get(entry.call_key)
+        return known is not None and (known.batch, known.position) == (entry.batch, entry.position)
+
+    def record(self, entry: Entry) -> Action | None:
+        """Takes in an entry of this run that is durable, its own or a child's answer."""
+        call_key = entry.call_key
+        self.journal.add(entry)
+        if entry.kind is Kind.VALUE or entry.kind.is_final:
+            if (target := self.waiting.pop(call_key, None)) is not None:
+                heapq.heappush(
+                    self._recorded, RecordedAnswer(entry.batch, entry.position, entry, target)
                 )
-            )
-
-    def _start_child(self, target: ChildCall) -> None:
-        if target.call_key not in self.journal.children:  # else its answer is on its way
-            child = self.pool.child(self._master.run, target.call_key, target.flow, target.params)
-            entry = Entry(
-                claim=target.call_key,
-                kind=Kind.CHILD,
-                value=str(child.id).encode(),
-                fingerprint=target.fingerprint,
-            )
-            self.append(entry, children=(child,))
-
-    def _fired(self, claim: str) -> None:
-        target = self.waiting.get(claim)
-        if isinstance(target, FlowTimer | ControlSignal):
-            self.append(Entry(claim=claim, kind=Kind.TIMER, due_at=target.due))
-
-    def _wait_to_launch(self, call: TaskCall, due: int) -> None:
-        call.handle = self.pool.clock.timer(self.pool.loop, due, partial(self._launch_due, call))
-
-    def _launch_due(self, call: TaskCall) -> None:
-        if call.call_key in self.waiting and self._master.takes() and not self.pool.draining:
-            self.attempts.launch(call)
-            self._master.rest()
-
-    # ----------------------------------------------------------------- ahead of the commit
-
-    def came(self, entry: Entry, arrivals: Iterable[Arrival] = ()) -> None:
-        """Records a body's value, after the flow went on with it if that is all it waits for."""
-        if arrivals or not self._is_alone(entry.claim):
-            self.append(entry, arrivals)
-            return
-        entry.at = max(
-            self.now, self.pool.clock.now()
-        )  # the flow's time from here on, so the store keeps it
-        self._ahead = entry
-        heapq.heappush(
-            self.due, (self.journal.last_batch + 1, 0, entry, self.waiting.pop(entry.claim))
-        )
-        self._master.wake()
-
-    def _is_alone(self, claim: str) -> bool:
-        """Whether this call is all that goes on in the run, so that its entry can share its commit with no other of the run."""
-        master, waiting = self._master, self.waiting
-        if self.due or self._starting or master.working or self._ahead is not None:
-            return False
-        others = len(waiting) - (TIMEOUT in waiting)
-        return (
-            others == 1
-            and claim in waiting
-            and not (master.run.suspect or self.attempts.marked or self.pool.draining)
-        )
-
-    def take_ahead(self) -> tuple[Entry, ...]:
-        """What the flow had ahead of its commit, to be recorded with its outcome; nothing if it is on its way already."""
-        if self._ahead is None or self._ahead_posted:
-            return ()
-        entry, self._ahead = self._ahead, None
-        return (entry,)
-
-    def commit_ahead(self) -> None:
-        """Makes durable what the flow had ahead of its commit, if there is such a thing and it is not on its way."""
-        if self._ahead is not None and not self._ahead_posted:
-            self._ahead_posted = True
-            run = self._master.run
-            self._master.working += 1
-            self.pool.store.post(
-                Append(run.id, run.token, (self._ahead,)), self._caught_up, self.pool.loop
-            )
-
-    def _caught_up(self, reply: Appended | Refused | StoreError) -> None:
-        self._ahead, self._ahead_posted = None, False
-        behind, self._behind = self._behind, []
-        for op in behind:
-            self.pool.store.post(op, self._appended, self.pool.loop)
-        self._appended(reply)
-
-    # ----------------------------------------------------------------- recording
-
-    def append(
-        self, entry: Entry, arrivals: Iterable[Arrival] = (), children: Iterable[Run] = ()
-    ) -> None:
-        """Records `entry`, with the events and child runs that come of it."""
-        self._master.working += 1
-        run = self._master.run
-        op = Append(
-            run.id,
-            run.token,
-            (entry,),
-            tuple(arrivals),
-            tuple(children),
-            run.suspect or self.attempts.marked,
-        )
-        if self._ahead is not None:
-            self._behind.append(op)
-        else:
-            self.pool.store.post(op, self._appended, self.pool.loop)
-
-    def _appended(self, reply: Appended | Refused | StoreError) -> None:
-        master = self._master
-        master.working -= 1
-        if isinstance(reply, Appended):
-            master.run.suspect = False
-            for entry in reply.entries:
-                master.safely(self.recorded, entry)
-        elif not master.settling:
-            master.lost(reply)
-
-    def recorded(self, entry: Entry) -> None:
-        """An entry of this run is durable (its own, or a child's answer, perhaps told twice): queue it for delivery."""
-        journal = self.journal
-        known = journal.finals.get(entry.claim)
-        if known is not None and (known.batch, known.pos) == (entry.batch, entry.pos):
-            return
-        journal.add(entry)
-        if journal.count == LONG_JOURNAL:
-            log.warning("journal.long", run=self._master.name, entries=LONG_JOURNAL)
-        if entry.kind is Kind.VALUE or entry.kind.final:
-            if entry.kind is Kind.VALUE and self.pool.checkpoints.used:
-                self.pool.forget(self._master.name, entry.claim)
-            if (target := self.waiting.pop(entry.claim, None)) is not None:
-                heapq.heappush(self.due, (entry.batch, entry.pos, entry, target))
         elif entry.kind is Kind.FAILED:
-            call = self.waiting.get(entry.claim)
+            call = self.waiting.get(call_key)
             if (
                 isinstance(call, TaskCall)
                 and call.attempt == entry.attempt
                 and not call.running
                 and entry.due_at is not None
             ):
-                self._wait_to_launch(call, entry.due_at)
-        elif entry.kind is Kind.CHILD and entry.claim not in self.waiting:
-            self._cancel_child(entry)  # given up while its start was being recorded
-        self._master.wake()
+                return SetTimer(call, entry.due_at)
+        elif entry.kind is Kind.CHILD and call_key not in self.waiting:
+            return CancelChild(entry)  # given up while its start was being recorded
+        return None

@@ -1,7 +1,8 @@
-"""`task.map`: a window of calls that moves over the items, without an asyncio task for each.
+"""`task.map`: calls for many items, a bounded number at a time, without an asyncio task for each.
 
-The executor makes one per map and awaits `run`. Up to `limit` calls are out at a time. The first exhausted item stops new ones,
-unless the caller is patient; those that run, end. Memory and time are linear in the number of items.
+`Execution.perform_all` makes one `TaskMap` per map and awaits `run`. The first item whose attempts
+are exhausted stops new ones, unless exceptions are to be returned; those that run, end. Memory and
+time are linear in the number of items.
 """
 
 import asyncio
@@ -13,19 +14,21 @@ from typing import Any
 from eventflow.sdk.task import TaskCall, settle_map
 
 
-class Window:
-    """One map under way. `request` wants a call of the journal, `abandon` gives one up."""
+class TaskMap:
+    """One map. `request` makes a call pending and returns its future, `give_up` ends the wait for
+    it.
+    """
 
     __slots__ = (
-        "_abandon",
+        "_calls",
         "_failed",
-        "_more",
+        "_give_up",
         "_name",
-        "_out",
         "_patient",
+        "_progress",
         "_request",
         "_results",
-        "_source",
+        "_running",
     )
 
     def __init__(
@@ -33,48 +36,52 @@ class Window:
         name: str,
         calls: Iterable[TaskCall],
         request: Callable[[TaskCall], asyncio.Future[Any]],
-        abandon: Callable[[TaskCall], None],
+        give_up: Callable[[TaskCall], None],
         *,
         patient: bool,
     ) -> None:
-        self._name, self._source, self._request, self._abandon, self._patient = (
-            name,
-            iter(calls),
-            request,
-            abandon,
-            patient,
-        )
+        self._name = name
+        self._calls = iter(calls)
+        self._request = request
+        self._give_up = give_up
+        self._patient = patient
         self._results: list[Any] = []
-        self._out: dict[int, TaskCall] = {}
+        self._running: dict[int, TaskCall] = {}
         self._failed = False
-        self._more = asyncio.Event()
+        self._progress = asyncio.Event()
 
     async def run(self, limit: int) -> list[Any]:
-        """The values in the order of the items. An ExceptionGroup of what failed; if patient, the errors among the values."""
+        """The values in the order of the items. Raises an ExceptionGroup of all errors; if patient,
+        they are among the values.
+        """
         try:
             while True:
                 if not self._failed or self._patient:
-                    for call in islice(self._source, limit - len(self._out)):
-                        self._send(call)
-                if not self._out:
+                    for call in islice(self._calls, limit - len(self._running)):
+                        self._start(call)
+                if not self._running:
                     return settle_map(self._name, self._results, self._patient)
-                self._more.clear()
-                await self._more.wait()
+                self._progress.clear()
+                await self._progress.wait()
         except BaseException:
-            for call in self._out.values():
-                self._abandon(call)
+            for call in self._running.values():
+                self._give_up(call)
             raise
 
-    def _send(self, call: TaskCall) -> None:
-        place = len(self._results)
-        self._results.append(None)
-        self._out[place] = call
-        self._request(call).add_done_callback(partial(self._take, place))
+    # The label of the asyncio task that a flow may make of it (loop/scopes.py): stored journals
+    # depend on it.
+    run.__qualname__ = "Window.run"
 
-    def _take(self, place: int, future: asyncio.Future[Any]) -> None:
-        self._out.pop(place, None)
+    def _start(self, call: TaskCall) -> None:
+        index = len(self._results)
+        self._results.append(None)
+        self._running[index] = call
+        self._request(call).add_done_callback(partial(self._on_done, index))
+
+    def _on_done(self, index: int, future: asyncio.Future[Any]) -> None:
+        self._running.pop(index, None)
         if not future.cancelled():
             error = future.exception()
-            self._results[place] = future.result() if error is None else error
+            self._results[index] = future.result() if error is None else error
             self._failed = self._failed or error is not None
-        self._more.set()
+        self._progress.set()

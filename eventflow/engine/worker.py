@@ -1,332 +1,278 @@
-"""The way through: claims due runs, gives each an Execution, bounds how many work at once, and drains.
+"""The worker: takes due runs, gives each an Execution, bounds how many work at once, and drains.
 
-Fresh runs come by hand from the store's writer (`take`, `ready`) and are never read back; what did not fit in memory, what fell
-due, and what another life left behind comes by `Claim`. Slots count runs that work: one whose every branch waits holds none, so
-parents waiting on children cannot deadlock, and neither does one whose outcome is on its way to the disk. Flows take turns.
-Everything but `take` and `put_back` runs on the worker's loop. The next room is the executor; outcomes leave through the store.
+New runs are handed over in memory by the store's writer (`reserve`, `receive_runs`) and are never
+read back; runs that did not fit in memory, that fell due, or that an earlier process left are
+claimed (claimer.py). A run whose every branch waits holds no slot, so that parents which wait for
+children cannot deadlock (limits.py). Flows take turns (run_queues.py). Everything except `reserve`
+and `release` runs on the worker's loop. An outcome is recorded by the store and then followed up by
+outcomes.py.
 """
 
 import asyncio
 import random
-import threading
-from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError
+from eventflow.engine.claimer import Claimer
 from eventflow.engine.execution import Execution
+from eventflow.engine.limits import WorkerLimits
 from eventflow.engine.outcomes import Outcomes
-from eventflow.engine.worker_services import CrashSuspectGate
-from eventflow.events.event import Event
-from eventflow.logs.log import Sink, get_logger
+from eventflow.engine.run_queues import RunQueues
+from eventflow.engine.worker_services import DerivedWork, WorkerServices
+from eventflow.logs.log import LogSink, get_logger
 from eventflow.routing.router import Router
 from eventflow.runs.journal import Entry, Journal
-from eventflow.runs.run import Completed, Held, Interrupted, Outcome, Run, Suspended, format_id
+from eventflow.runs.run import (
+    Completed,
+    Interrupted,
+    NeedsAttention,
+    Outcome,
+    Run,
+    Suspended,
+    format_id,
+)
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow, referenced_flows
-from eventflow.sdk.task import TaskCall
 from eventflow.serialization.blobs import Blobs
-from eventflow.store.protocol import Arrival, Claim, Claimed, Refused, Settle, Settled, Store
+from eventflow.store.protocol import Fenced, Settle, Settled, Store
 
-CLAIM = 500
-"""Runs asked for in one claim: enough to share a commit, few enough to stay fair."""
-BEGIN = 100
-"""Runs begun before the loop may do something else."""
-SUSPECTS = 4
-"""Suspects of a crash whose attempts run at once."""
-CALM = 3.0
-"""Seconds the process must have lived before a run that is one death from quarantine is tried again: longer than the lives of
-a process that somebody keeps killing, well within the 10 s in which everything in flight goes on."""
-UNBOUNDED = 1 << 30
+START_BATCH_SIZE = 100
+"""Runs started before the loop may do something else."""
+
+QUARANTINE_RETRY_DELAY = 3.0
+"""Seconds the process must have lived before it retries a run that is one crash from quarantine:
+longer than the lives of a process that is killed repeatedly, well within the 10 s in which
+everything in flight resumes.
+"""
+
+UNWIND_TIMEOUT = 2.0
+"""Seconds that interrupted runs get at the end of a drain."""
 
 log = get_logger("eventflow.worker")
+LOG_EVENTS = {
+    "run.resumed": "A waiting or interrupted run continues; `entries` counts its journal entries.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """`concurrency` bounds the runs that work at once, `max_in_memory` those held in memory
+    (working, waiting for a slot, or in a short sleep); the rest waits in the store. `threads`
+    bounds plain `def` task bodies. `secret` signs pickled values; `seed` is that of the retries'
+    jitter.
+    """
+
+    concurrency: int = 1000
+    max_in_memory: int = 20_000
+    threads: int = 32
+    sink: LogSink | None = None
+    secret: bytes = b""
+    seed: int | None = None
 
 
 class Worker:
-    """The one worker of a process. `start` it on the loop it is to live on; `drain` it there too.
+    """The one worker of a process. Call `start` and `drain` on the loop that flows run on."""
 
-    `concurrency` bounds the runs that work at once, `window` those held in memory (working, waiting for a slot, or in a short
-    sleep); the rest waits in the ledger. `threads` bounds plain `def` task bodies.
-    """
+    loop: asyncio.AbstractEventLoop
 
     def __init__(
-        self, store: Store, clock: Clock, router: Router, flows: dict[str, Flow[..., Any]], blobs: Blobs,
-        checkpoints: CheckpointStore, *, concurrency: int = 1000, window: int = 20_000, threads: int = 32, sink: Sink | None = None,
-        secret: bytes = b"", seed: int | None = None,
-    ) -> None:  # fmt: skip
-        self.store, self.clock, self.router, self.blobs, self.checkpoints = (
-            store,
-            clock,
-            router,
-            blobs,
-            checkpoints,
+        self,
+        store: Store,
+        clock: Clock,
+        router: Router,
+        flows: dict[str, Flow[..., Any]],
+        blobs: Blobs,
+        checkpoints: CheckpointStore,
+        options: WorkerOptions = WorkerOptions(),
+    ) -> None:
+        self._services = WorkerServices(
+            store=store,
+            clock=clock,
+            derived=DerivedWork(router, clock, flows),
+            blobs=blobs,
+            checkpoints=checkpoints,
+            limits=WorkerLimits(options.concurrency, options.max_in_memory),
+            threads=ThreadPoolExecutor(options.threads, thread_name_prefix="eventflow-task"),
+            rng=random.Random(options.seed),
+            secret=options.secret,
+            sink=options.sink,
         )
-        self.flows: Mapping[str, Flow[..., Any]] = flows
+        self._limits = self._services.limits
+        self._limits.slots.on_release = self._begin_soon
         self._flows = flows
-        self.rng = random.Random(seed)
-        self.threads = ThreadPoolExecutor(threads, thread_name_prefix="eventflow-task")
-        self.state: Any = None
-        self.sink, self.secret = sink, secret
-        self.draining = self._taking = False
-        self.pause_reason = ""  # why nothing new is begun
         self.executions: dict[int, Execution] = {}
-        self._concurrency = concurrency
-        self._lock = threading.Lock()
-        self._room = window  # what may still be taken into memory; the writer thread takes, this loop gives back
-        self._backlog = True  # the ledger holds due runs that are not in memory
-        self._queues: dict[str, deque[Run]] = {}
-        self._turns: deque[str] = deque()
-        self._busy = self._ending = (
-            0  # runs that work; runs whose outcome is on its way to the disk
-        )
-        self._in_memory: dict[str, int] = {}
-        self._resuming: dict[
-            int, tuple[Run, list[Entry]]
-        ] = {}  # their journals are being read; what is answered meanwhile
-        self._claiming = self._asked_meanwhile = self._beginning = False
-        self._due_timer: Any = None
-        self._dirty: list[Execution] = []
-        self._limits: dict[str, asyncio.Semaphore] = {}
-        self._owned: set[asyncio.Task[Any]] = set()
-        self.outcomes = Outcomes(self.spawn)
-        self._empty = asyncio.Event()
+        self._queues = RunQueues()
+        self._claimer = Claimer(self._services, flows, self._queues.in_memory, self._on_claimed)
+        # Runs whose journals are being read, with the answers of children that arrive meanwhile.
+        self._loading: dict[int, tuple[Run, list[Entry]]] = {}
+        self.outcomes = Outcomes(self._services)
+        self.pause_reason = ""
+        """Why no run is started; empty while runs are started."""
+        self._is_taking = False
+        self._begin_is_scheduled = False
+        self._has_settled = asyncio.Event()
 
     # ----------------------------------------------------------------- life
 
     def start(self, state: Any = None) -> None:
-        """Begins taking runs. Call on the loop that flows are to run on."""
+        """Begins to take runs. `state` is what the App's lifespan yielded."""
+        services = self._services
         self.loop = asyncio.get_running_loop()
-        self.suspects = CrashSuspectGate(SUSPECTS, self.loop.time() + CALM)
-        self.state = state
+        services.start(self.loop)
+        services.state = state
+        self._limits.suspects.exclusive_from = self.loop.time() + QUARANTINE_RETRY_DELAY
         for flow in list(self._flows.values()):
             for child in referenced_flows(flow):
                 self._flows.setdefault(child.name, child)
-        self._taking = True
-        self._backlog = True
-        self.store.attach(self)
-        self._claim()
+        self._is_taking = True
+        services.store.attach_worker(self)
+        self._claimer.claim_due()
 
     async def drain(self, grace: float) -> None:
-        """Takes nothing new, lets bodies under way end for up to `grace` seconds, then interrupts what is left.
+        """Takes nothing new, lets running bodies end for up to `grace` seconds, then interrupts
+        what is left.
 
         Interrupted runs go back to pending as they were. Returns when every run has left memory.
         """
-        self._taking, self.draining = False, True
-        self.store.attach(None)
-        self._return_unbegun()
+        services = self._services
+        self._is_taking = False
+        services.draining = True
+        services.store.attach_worker(None)
+        for run in self._queues.clear():
+            self._put_back(run)
         for execution in list(self.executions.values()):
-            if execution.is_idle:
-                execution.interrupt()
+            if execution.suspension.is_idle:
+                execution.end_run(Interrupted())
         await self._wait_empty(grace)
         for execution in list(self.executions.values()):
-            execution.interrupt()
-        await self._wait_empty(2.0)
-        if self._due_timer is not None:
-            self._due_timer.cancel()
-        for task in list(self._owned):
+            execution.end_run(Interrupted())
+        await self._wait_empty(UNWIND_TIMEOUT)
+        self._claimer.close()
+        for task in list(services.owned_tasks):
             task.cancel()
-        self.threads.shutdown(wait=False, cancel_futures=True)
+        services.threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _wait_empty(self, limit: float) -> None:
-        with suppress(TimeoutError):  # the caller decides what happens to those that did not end
-            async with asyncio.timeout(limit):
-                while self.executions and self.store.failed is None:
-                    self._empty.clear()
-                    await self._empty.wait()
-
-    def _return_unbegun(self) -> None:
-        for queue in self._queues.values():
-            for run in queue:
-                self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
-            queue.clear()
+    async def _wait_empty(self, timeout: float) -> None:
+        with suppress(TimeoutError):  # the caller decides what happens to the runs that are left
+            async with asyncio.timeout(timeout):
+                while self.executions and self._services.store.failed is None:
+                    self._has_settled.clear()
+                    await self._has_settled.wait()
 
     def abandon(self) -> None:
-        """The store failed: nothing can be written any more. Bodies are cancelled, nothing is recorded."""
-        self._taking, self.draining = False, True
+        """The store failed: bodies are cancelled, nothing is recorded."""
+        self._is_taking = False
+        self._services.draining = True
         for execution in list(self.executions.values()):
             execution.abandon()
-        self._empty.set()
+        self._has_settled.set()
 
-    # ----------------------------------------------------------------- hand-over (store.base.Handover)
+    def set_pause_reason(self, reason: str) -> None:
+        """While there is a reason no run is taken, claimed or started. Those that work continue;
+        those that wait leave memory.
+        """
+        if bool(reason) != bool(self.pause_reason):
+            self._limits.capacity.set_blocked(bool(reason))
+        self.pause_reason = reason
+        if not reason and not self._services.draining:
+            self._claimer.claim_due()
+            self._begin_some()
 
-    def take(self, run: Run) -> bool:
-        """Whether a run just recorded goes straight to memory. Writer thread."""
-        flow = self.flows.get(run.flow)
-        if (
-            not self._taking
-            or self._backlog
-            or flow is None
-            or flow.options.concurrency is not None
-        ):
-            return False
-        with self._lock:
-            if self._room <= 0:
-                return False
-            self._room -= 1
-        return True
+    # ----------------------------------------------------------------- runs from the store
+    # (store.protocol.RunReceiver)
 
-    def put_back(self, runs: Sequence[Run]) -> None:
-        """The commit failed. Writer thread."""
-        self._give_room(len(runs))
+    def reserve(self, run: Run) -> bool:
+        """Whether a run that is being recorded goes straight to memory. Writer thread."""
+        flow = self._flows.get(run.flow)
+        return (
+            self._is_taking
+            and not self._claimer.has_backlog
+            and flow is not None
+            and flow.options.concurrency is None
+            and self._limits.capacity.reserve()
+        )
 
-    def ready(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
-        """Runs to begin, news that the ledger holds more, and runs that a door asked to cancel."""
-        if self.draining:
+    def release(self, runs: Sequence[Run]) -> None:
+        """The commit of reserved runs failed. Writer thread."""
+        self._limits.capacity.release(len(runs))
+
+    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+        """Runs to start, whether the store holds more, and runs for which a cancel was requested."""
+        if self._services.draining:
             for run in runs:
-                self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
+                self._put_back(run)
             return
         for run in runs:
-            self._enqueue(run)
+            self._queues.add(run)
         for ident in cancels:
             self._cancel(ident)
         if more:
-            self._backlog = True
-            self._claim()
+            self._claimer.claim_due()
         self._begin_some()
 
-    def answered(self, answers: Sequence[tuple[int, Entry]]) -> None:
-        """Children settled: parents in memory hear of it."""
+    def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
+        """Children settled: `(parent, entry)`."""
         for parent, entry in answers:
             if (execution := self.executions.get(parent)) is not None:
-                execution.recorded(entry)
-            elif parent in self._resuming:
-                self._resuming[parent][1].append(entry)
+                execution.on_child_settled(entry)
+            elif parent in self._loading:
+                self._loading[parent][1].append(entry)
 
-    def _cancel(self, ident: int) -> None:
-        execution = self.executions.get(ident)
-        if execution is not None:
-            execution.cancel("cancel requested")
-            return
-        if ident in self._resuming:
-            self._resuming[ident][0].cancel_requested = True
-            return
-        for queue in self._queues.values():
-            for run in queue:
-                if run.id == ident:
-                    run.cancel_requested = True
-
-    def _give_room(self, count: int) -> None:
-        with self._lock:
-            self._room += count
-
-    def set_pause_reason(self, reason: str) -> None:
-        """Takes, claims and begins nothing while there is a reason: no room is left. What works goes on, who waits leaves."""
-        if bool(reason) != bool(self.pause_reason):
-            self._give_room(-UNBOUNDED if reason else UNBOUNDED)
-        self.pause_reason = reason
-        if not reason and not self.draining:
-            self._due()
-            self._begin_some()
-
-    # ----------------------------------------------------------------- claiming
-
-    def _claim(self) -> None:
-        """Asks the ledger for due runs, when there may be some and there is room for them."""
-        self._asked_meanwhile = self._claiming
-        if self._claiming or self.draining or not self._backlog:
-            return
-        limit = min(self._room, CLAIM)
-        if limit < min(CLAIM // 4, 1 + self._room):
-            return
-        with self._lock:
-            self._room -= limit
-        self._claiming = True
-        caps = {name: self._cap(flow) for name, flow in self.flows.items()}
-        self.store.post(Claim(limit, caps), lambda reply: self._claimed(limit, reply), self.loop)
-
-    def _cap(self, flow: Flow[..., Any]) -> int:
-        bound = flow.options.concurrency
-        return UNBOUNDED if bound is None else max(0, bound - self._in_memory.get(flow.name, 0))
-
-    def _claimed(self, limit: int, reply: Claimed | StoreError) -> None:
-        self._claiming = False
-        if isinstance(reply, StoreError):
-            return
-        self._give_room(limit - len(reply.runs))
-        self._backlog = reply.more
-        for run in reply.runs:
-            self._enqueue(run)
-        self._wake_when_due(reply.next_due)
-        if (
-            reply.runs or self._asked_meanwhile
-        ):  # a run that settled meanwhile may have made room below its flow's cap
-            self._begin_some()
-            self._claim()
-
-    def _wake_when_due(self, due: int | None) -> None:
-        if self._due_timer is not None:
-            self._due_timer.cancel()
-            self._due_timer = None
-        if due is not None:
-            self._due_timer = self.clock.timer(self.loop, due, self._due)
-
-    def _due(self) -> None:
-        self._backlog = True
-        self._claim()
-
-    # ----------------------------------------------------------------- beginning
-
-    def _enqueue(self, run: Run) -> None:
-        queue = self._queues.get(run.flow)
-        if queue is None:
-            queue = self._queues[run.flow] = deque()
-        if not queue:
-            self._turns.append(run.flow)
-        queue.append(run)
-        self._in_memory[run.flow] = self._in_memory.get(run.flow, 0) + 1
-
-    def _begin_some(self) -> None:
-        """Begins queued runs while there are slots, one per flow in turn."""
-        if self._beginning:
-            return
-        begun, turns = 0, self._turns
-        while turns and self._has_slot():
-            if begun == BEGIN:
-                self._begin_soon()
-                return
-            flow = turns.popleft()
-            queue = self._queues[flow]
-            if not queue:
-                continue
-            run = queue.popleft()
-            if queue:
-                turns.append(flow)
-            self._begin(run)
-            begun += 1
-
-    def _has_slot(self) -> bool:
-        """Besides those that work as many again may wait for their commit: on a disk that hangs memory stays bounded."""
-        return not self.pause_reason and self._busy < min(
-            self._concurrency, 2 * self._concurrency - self._ending
-        )
-
-    def _begin_soon(self) -> None:
-        if self._turns and not self._beginning:
-            self._beginning = True
-            self.loop.call_soon(self._begin_more)
-
-    def _begin_more(self) -> None:
-        self._beginning = False
+    def _on_claimed(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            self._queues.add(run)
         self._begin_some()
 
-    def _begin(self, run: Run) -> None:
-        self._busy += 1
-        if run.token == 1 and not run.suspect and run.mode is None:
-            self._execute(run, Journal())
-        else:
-            self.spawn(self._resume(run))
+    def _cancel(self, ident: int) -> None:
+        if (execution := self.executions.get(ident)) is not None:
+            execution.cancel("cancel requested")
+        elif ident in self._loading:
+            self._loading[ident][0].cancel_requested = True
+        elif (run := self._queues.find(ident)) is not None:
+            run.cancel_requested = True
 
-    async def _resume(self, run: Run) -> None:
-        self._resuming[run.id] = (run, [])
+    # ----------------------------------------------------------------- starting
+
+    def _begin_some(self) -> None:
+        """Starts queued runs while there are slots."""
+        if self._begin_is_scheduled:
+            return
+        for _ in range(START_BATCH_SIZE):
+            if self.pause_reason or not self._limits.slots.is_free:
+                return
+            if (run := self._queues.pop()) is None:
+                return
+            self._limits.slots.acquire()
+            if run.token == 1 and not run.crash_suspect and run.mode is None:
+                self._execute(run, Journal())
+            else:
+                self._services.spawn(self._load(run))
+        self._begin_soon()
+
+    def _begin_soon(self) -> None:
+        if self._queues.turns and not self._begin_is_scheduled:
+            self._begin_is_scheduled = True
+            self.loop.call_soon(self._begin_scheduled)
+
+    def _begin_scheduled(self) -> None:
+        self._begin_is_scheduled = False
+        self._begin_some()
+
+    async def _load(self, run: Run) -> None:
+        """Reads the run's journal, and the events of a run that has several."""
+        self._loading[run.id] = (run, [])
+        store = self._services.store
         try:
-            entries = await self.store.load(run.id) if run.token > 1 or run.suspect else ()
+            entries = await store.load(run.id) if run.token > 1 or run.crash_suspect else ()
             if run.mode is not None:
-                run.bodies = await self.store.bodies(run.id)
+                run.payloads = await store.payloads(run.id)
         except StoreCorrupt as damage:
-            del self._resuming[run.id]
+            del self._loading[run.id]
             self._hold(run, f"what is stored of it cannot be read: {damage}")
             return
         if entries or run.token > 1:
@@ -335,166 +281,96 @@ class Worker:
                 run=format_id(run.id),
                 flow=run.flow,
                 entries=len(entries),
-                suspect=run.suspect,
+                suspect=run.crash_suspect,
             )
         self.loop.call_soon(self._execute, run, Journal(entries))
 
     def _execute(self, run: Run, journal: Journal) -> None:
-        _, late = self._resuming.pop(run.id, (run, ()))
-        if self.draining:
-            self._busy -= 1
-            self.store.post(Settle(run.id, run.token, Interrupted()), lambda _: None, self.loop)
+        _, answers = self._loading.pop(run.id, (run, ()))
+        if self._services.draining:
+            self._limits.slots.release()
+            self._put_back(run)
             return
-        flow = self.flows.get(run.flow)
+        flow = self._flows.get(run.flow)
         if flow is None:
             missing = f"the app has no flow named {run.flow!r}"
             self._hold(
                 run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
             )
             return
-        execution = Execution(self, run, flow, journal)
+        execution = Execution(self._services, run, flow, journal, self._on_settled)
         self.executions[run.id] = execution
         execution.begin()
-        for entry in late:
-            execution.recorded(entry)
+        for entry in answers:
+            execution.on_child_settled(entry)
+
+    def _put_back(self, run: Run) -> None:
+        """A run that was not started goes back to pending."""
+        op = Settle(run.id, run.token, Interrupted())
+        self._services.store.post(op, lambda _: None, self.loop)
 
     def _hold(self, run: Run, reason: str) -> None:
-        """A run that cannot be begun: a person must look."""
-        held = Held(reason)
+        """A run that cannot be started: a person must look."""
+        outcome = NeedsAttention(reason)
         log.error("run.held", run=format_id(run.id), flow=run.flow, reason=reason)
-        self.store.post(
-            Settle(run.id, run.token, held), lambda _: self.outcomes.notify(run.id, held), self.loop
-        )
-        self._busy -= 1
-        self._in_memory[run.flow] -= 1
-        self._give_room(1)
-        self.loop.call_soon(self._due)
-        self._begin_soon()
+        op = Settle(run.id, run.token, outcome)
+        self._services.store.post(op, lambda _: self.outcomes.notify(run.id, outcome), self.loop)
+        self._queues.in_memory[run.flow] -= 1
+        self._limits.capacity.release()
+        self.loop.call_soon(self._claimer.claim_due)
+        self._limits.slots.release()
 
-    # ----------------------------------------------------------------- what executions ask (executor.Pool)
+    # ----------------------------------------------------------------- the end of an execution
 
-    def soon(self, execution: Execution) -> None:
-        """Pumps it in the next turn of the loop: by then every reply of the batch under way has been given."""
-        if execution.dirty:
-            return
-        execution.dirty = True
-        if not self._dirty:
-            self.loop.call_soon(self._pump_dirty)
-        self._dirty.append(execution)
-
-    def _pump_dirty(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for execution in dirty:
-            execution.dirty = False
-            execution.pump()
-
-    def idle(self, execution: Execution, idle: bool) -> None:
-        if idle:
-            self._busy -= 1
-            if self.draining:
-                execution.interrupt()
-            else:
-                self._begin_soon()
-        else:
-            self._busy += 1
-
-    def ending(self, execution: Execution) -> None:
-        self._ending += 1
-        if not execution.is_idle:
-            self.idle(execution, True)
-
-    def slots(self, call: TaskCall) -> asyncio.Semaphore | None:
-        bound = call.task.options.concurrency
-        if bound is None:
-            return None
-        return self._limits.setdefault(call.task.name, asyncio.Semaphore(bound))
-
-    def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
-        extensions = {
-            **fields["extensions"],
-            "eventflowdepth": run.depth + 1,
-            "eventflowcause": format_id(run.id),
-        }
-        return self.router.route_emitted(
-            Event(id=ident, source=f"/flows/{run.flow}", type=event_type, data=fields["data"], subject=fields["subject"],
-                  extensions=extensions)
-        )  # fmt: skip
-
-    def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
-        now = self.clock.now()
-        self._flows.setdefault(flow.name, flow)
-        return Run(
-            id=self.router.ids.next(now), flow=flow.name, created_at=now, due_at=now, parent=run.id, parent_claim=claim,
-            depth=run.depth, params=params, priority=flow.priority,
-        )  # fmt: skip
-
-    def forget(self, run: str, claim: str | None = None) -> None:
-        if (remove := self.checkpoints.forget(run, claim)) is not None:
-            self.loop.run_in_executor(None, remove)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        task = self.loop.create_task(work)
-        self._owned.add(task)
-        task.add_done_callback(self._disown)
-
-    def _disown(self, task: asyncio.Task[Any]) -> None:
-        self._owned.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("worker.task_failed", exc_info=error)
-
-    # ----------------------------------------------------------------- settling
-
-    def settled(
-        self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError
+    def _on_settled(
+        self, execution: Execution, outcome: Outcome, reply: Settled | Fenced | StoreError
     ) -> None:
-        run = execution.run
+        run, services = execution.run, self._services
         self.executions.pop(run.id, None)
-        self._ending -= 1
-        self._in_memory[run.flow] -= 1
-        self._give_room(1)
-        execution.part()  # first: a run that is at rest replays no more, and its last line must not say so
+        self._limits.slots.committing -= 1
+        self._queues.in_memory[run.flow] -= 1
+        self._limits.capacity.release()
+        # First of all: the last log line must not be tagged as a replay.
+        execution.detach()
         if isinstance(reply, Settled):
             self.outcomes.on_settled(execution, outcome, reply.at)
-            if self.checkpoints.used and isinstance(outcome, Completed):
-                self.forget(execution.name)
+            if services.checkpoints.is_used and isinstance(outcome, Completed):
+                services.forget_checkpoints(execution.name)
         if not self.executions:
-            self._empty.set()
-        if self.draining:
+            self._has_settled.set()
+        if services.draining:
             return
-        if self._backlog:
-            self._claim()
-        elif self.flows[run.flow].options.concurrency is not None or isinstance(outcome, Suspended):
-            self._due()
+        if self._claimer.has_backlog:
+            self._claimer.claim()
+        elif execution.flow.options.concurrency is not None or isinstance(outcome, Suspended):
+            self._claimer.claim_due()
         self._begin_soon()
 
-    @property
-    def memory_is_tight(self) -> bool:
-        """Memory is nearly full: who only waits should leave it."""
-        return self._room < CLAIM
+    # ----------------------------------------------------------------- status
 
     @property
     def is_idle(self) -> bool:
-        """Nothing goes on until time passes or something arrives: no run works or is about to. On this worker's loop."""
-        busy = (
-            self._busy
-            or self._ending
-            or self._claiming
-            or self._beginning
-            or self._dirty
-            or self._owned
-        )
+        """Whether nothing happens until time passes or something arrives: no run works or is about
+        to. On this worker's loop.
+        """
+        slots, services = self._limits.slots, self._services
         return not (
-            busy
-            or any(self._queues.values())
+            slots.working
+            or slots.committing
+            or self._claimer.is_claiming
+            or self._begin_is_scheduled
+            or not services.next_turn.is_empty
+            or services.owned_tasks
+            or self._queues.turns
             or any(each.loop.unjournaled_awaits for each in self.executions.values())
         )
 
     @property
     def load(self) -> dict[str, int]:
-        """How many runs work, sit in memory, and wait for a slot there."""
-        waiting = sum(len(queue) for queue in self._queues.values())
+        """How many runs work, are in memory, and wait there for a slot."""
+        queued = len(self._queues)
         return {
-            "working": self._busy,
-            "in_memory": len(self.executions) + waiting,
-            "queued": waiting,
+            "working": self._limits.slots.working,
+            "in_memory": len(self.executions) + queued,
+            "queued": queued,
         }

@@ -26,7 +26,7 @@ import sys
 import zlib
 from asyncio import events
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, Protocol, cast
 
@@ -276,8 +276,8 @@ class FlowLoop(asyncio.AbstractEventLoop):
                 self._rounds += 1
                 if self._rounds >= BUSY_LOOP_ROUNDS:
                     self._rounds = 0
-                    self.has_busy_looped = True
                     self.host.on_busy_loop()
+                    self.has_busy_looped = True
             self._rounds = 0
             if not self.host.on_parked():
                 return
@@ -307,7 +307,8 @@ class FlowLoop(asyncio.AbstractEventLoop):
 
     def unfinished_tasks(self) -> list[FlowTask]:
         """Tasks made by flow code that have not ended."""
-        return [task for task in self._tasks if not task.done()]
+        self._tasks = [task for task in self._tasks if not task.done()]
+        return self._tasks
 
     def close(self) -> None:
         """Ends the loop and closes suspended coroutines. Idempotent."""
@@ -315,9 +316,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
             return
         self._ready.clear()
         self._unordered.clear()
-        unfinished = self.unfinished_tasks()
-        if unfinished:
-            self._as_running(lambda: _close_all(unfinished))
+        if self._tasks and (unfinished := self.unfinished_tasks()):
+            left = tuple(unfinished)  # closing them may make new tasks
+            self._as_running(lambda: _close_all(left))
         self._closed = True
         self._ready.clear()
         self._tasks = []
@@ -340,7 +341,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
         if self._closed:
             if inspect.iscoroutine(coro):
                 coro.close()
-            raise OutsideFlowError(getattr(coro, "__qualname__", "?"), "a run that is already settled")
+            raise OutsideFlowError(
+                getattr(coro, "__qualname__", "?"), "a run that is already settled"
+            )
         if not from_unordered_iteration():
             return self._adopt(
                 FlowTask(
@@ -363,8 +366,7 @@ class FlowLoop(asyncio.AbstractEventLoop):
         """
         self._tasks.append(task)
         if len(self._tasks) >= self._sweep_at:
-            self._tasks = self.unfinished_tasks()
-            self._sweep_at = 64 + 2 * len(self._tasks)
+            self._sweep_at = 64 + 2 * len(self.unfinished_tasks())
         return task
 
     def create_future(self) -> FlowFuture:
@@ -551,7 +553,7 @@ def _copy(done: asyncio.Future[Any], mine: asyncio.Future[Any]) -> None:
         mine.set_result(done.result())
 
 
-def _close_all(tasks: list[FlowTask]) -> None:
+def _close_all(tasks: Sequence[FlowTask]) -> None:
     for task in tasks:
         task._log_destroy_pending = False  # pyright: ignore
         coro = task.get_coro()

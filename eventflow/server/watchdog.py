@@ -1,9 +1,10 @@
-"""Who keeps a loop from turning: a thread that notices within a second and logs the line of user code that does it.
+"""The watchdog: a thread that notices a blocked event loop and logs the line of user code that
+blocks it.
 
-server.py starts one over the loop of the way in and the loop of flows. A blocked flow loop does not stop intake or HTTP, but
-it stops every other run; the log line says which function to move into a plain `def` task, which runs in a thread. Once per
-episode a warning, after ten seconds an error. Code that holds the interpreter lock for long (some C extensions) stops this
-thread too.
+server.py starts one for the intake loop and the flow loop. A blocked flow loop does not stop intake
+or HTTP, but it stops every other run; the log line shows which function belongs into a plain `def`
+task, which runs in a thread. Per episode one warning after a second and one error after ten. Code
+that holds the GIL for long (some C extensions) stops this thread too.
 """
 
 import asyncio
@@ -15,14 +16,19 @@ from pathlib import Path
 from types import FrameType
 
 from eventflow.core.clock import Clock
+from eventflow.engine.attempts import Attempts
 from eventflow.engine.execution import Execution
 from eventflow.logs.log import get_logger
 
-EVERY = 0.25
-WARN, ALARM = 1.0, 10.0
-"""Seconds without a turn."""
+CHECK_INTERVAL_SECONDS = 0.25
+WARN_AFTER_SECONDS = 1.0
+ERROR_AFTER_SECONDS = 10.0
+"""Without a turn of the loop."""
 
 log = get_logger("eventflow.watchdog")
+LOG_EVENTS = {
+    "loop.blocked": "Code blocked an event loop for a second or more; `stack` shows where.",
+}
 
 _OURS = str(Path(__file__).parent.parent)
 _LIBRARIES = tuple(
@@ -30,24 +36,30 @@ _LIBRARIES = tuple(
 )
 
 
-class Watched:
-    """A loop, its thread, and when it last turned."""
+class LoopProbe:
+    """A loop, the ident of its thread, and when it last ran a callback."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, thread: int, now: float) -> None:
-        self.loop, self.thread = loop, thread
-        self.turned, self.asked = now, False
-        self.told = 0
+        self.loop = loop
+        self.thread = thread
+        self.last_turn_at: float = now
+        self.is_pending: bool = False  # a callback of ours waits on the loop
+        self.logged_level: int = 0  # of this episode: 1 warning, 2 error
 
 
 class Watchdog:
-    """`start`, and `stop` before the loops are closed. `loops` maps a name to a loop and the ident of its thread."""
+    """`start` it, and `stop` it before the loops are closed. `loops`: name → loop and ident of its
+    thread.
+    """
 
     def __init__(
         self, loops: Mapping[str, tuple[asyncio.AbstractEventLoop, int]], clock: Clock
     ) -> None:
         self._clock = clock
         now = clock.monotonic()
-        self._watched = {name: Watched(loop, thread, now) for name, (loop, thread) in loops.items()}
+        self._probes = {
+            name: LoopProbe(loop, thread, now) for name, (loop, thread) in loops.items()
+        }
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="eventflow-watchdog", daemon=True)
 
@@ -62,60 +74,68 @@ class Watchdog:
 
     def _run(self) -> None:
         last = self._clock.monotonic()
-        while not self._stopping.wait(EVERY):
+        while not self._stopping.wait(CHECK_INTERVAL_SECONDS):
             now = self._clock.monotonic()
-            paused = (
-                now - last - EVERY
-            )  # the whole process stood still (SIGSTOP, a suspended machine): nobody's fault
-            for name, watched in self._watched.items():
-                if paused > WARN / 2:
-                    watched.turned += paused
-                self._look(name, watched, now)
+            # The whole process was stopped for so long (SIGSTOP, a suspended machine): no loop is
+            # to blame.
+            stopped = now - last - CHECK_INTERVAL_SECONDS
+            for name, probe in self._probes.items():
+                if stopped > WARN_AFTER_SECONDS / 2:
+                    probe.last_turn_at += stopped
+                self._check(name, probe, now)
             last = now
 
-    def _look(self, name: str, watched: Watched, now: float) -> None:
-        if not watched.asked:
-            watched.turned, watched.asked, watched.told = now, True, 0
+    def _check(self, name: str, probe: LoopProbe, now: float) -> None:
+        if not probe.is_pending:
+            probe.last_turn_at = now
+            probe.is_pending = True
+            probe.logged_level = 0
             try:
-                watched.loop.call_soon_threadsafe(self._turned, watched)
-            except RuntimeError:  # that loop is closed; the process is on its way out
+                probe.loop.call_soon_threadsafe(self._on_turn, probe)
+            except RuntimeError:  # that loop is closed: the process ends
                 self._stopping.set()
             return
-        still = now - watched.turned
-        if still >= ALARM and watched.told < 2:
-            watched.told = 2
-            log.error("loop.blocked", loop=name, seconds=round(still, 1), **blame(watched.thread))
-        elif still >= WARN and watched.told < 1:
-            watched.told = 1
-            log.warning("loop.blocked", loop=name, seconds=round(still, 1), **blame(watched.thread))
+        blocked_for = now - probe.last_turn_at
+        if blocked_for >= ERROR_AFTER_SECONDS and probe.logged_level < 2:
+            probe.logged_level = 2
+            log.error(
+                "loop.blocked", loop=name, seconds=round(blocked_for, 1), **locate(probe.thread)
+            )
+        elif blocked_for >= WARN_AFTER_SECONDS and probe.logged_level < 1:
+            probe.logged_level = 1
+            log.warning(
+                "loop.blocked", loop=name, seconds=round(blocked_for, 1), **locate(probe.thread)
+            )
 
     @staticmethod
-    def _turned(watched: Watched) -> None:
-        watched.asked = False
+    def _on_turn(probe: LoopProbe) -> None:
+        probe.is_pending = False
 
 
-def blame(thread: int) -> dict[str, str]:
-    """Where a thread is: `stack` (file:line function, the innermost line of user code), and `run` and `flow` where known."""
+def locate(thread: int) -> dict[str, str]:
+    """Where a thread is: `stack` (`file:line function`, the innermost line of user code), and its
+    `run` and `flow` if known.
+    """
     frames = list(_frames(sys._current_frames().get(thread)))  # pyright: ignore[reportPrivateUsage]
     if not frames:
         return {"stack": "unknown"}
-    user = next((frame for frame in frames if not _library(frame)), frames[0])
-    blamed = {"stack": f"{user.f_code.co_filename}:{user.f_lineno} {user.f_code.co_qualname}"}
+    user = next((frame for frame in frames if not _is_library(frame)), frames[0])
+    location = {"stack": f"{user.f_code.co_filename}:{user.f_lineno} {user.f_code.co_qualname}"}
     for frame in frames:
         known = frame.f_locals if frame.f_code.co_filename.startswith(_OURS) else {}
-        for owner in (known.get("self"), known.get("host")):  # of the flow's steps; of an attempt's
-            if isinstance(owner, Execution):
-                return {**blamed, "run": owner.name, "flow": owner.flow.name}
-    return blamed
+        owner = known.get("self")
+        if isinstance(owner, Execution | Attempts):  # of the flow's steps; of a task body's
+            return {**location, "run": owner.name, "flow": owner.run.flow}
+    return location
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """From the innermost outwards."""
+    """A frame and its callers, innermost first."""
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-def _library(frame: FrameType) -> bool:
+def _is_library(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
     return name.startswith((_OURS, *_LIBRARIES, "<frozen"))

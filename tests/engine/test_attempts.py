@@ -416,4 +416,4 @@ def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
 
     world.eager = eager
     assert world.done(runs).value == [1, 2, 3]
-    assert [row.state.word for row in world.rows.values()] == ["completed", "cancelled"]
+    assert [row.state.label for row in world.rows.values()] == ["completed", "cancelled"]

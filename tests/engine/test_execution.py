@@ -11,7 +11,7 @@ import pytest
 from eventflow.core.errors import RunCancelled, RunTimedOut
 from eventflow.core.retry import Permanent, Retry
 from eventflow.runs.journal import Kind
-from eventflow.runs.run import Cancelled, Held, State, Suspended
+from eventflow.runs.run import Cancelled, Interrupted, NeedsAttention, State, Suspended
 from eventflow.sdk.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.sdk.task import current_task, task
 from tests.engine.replay_check.world import BORN, DAY, SECOND, Row, World, at_every_commit
@@ -99,7 +99,7 @@ def test_p4_a_recorded_value_is_never_computed_again() -> None:
             int(e.value or b"0") // 2
             for r in world.rows.values()
             for e in r.journal
-            if e.claim.startswith("step#0")
+            if e.call_key.startswith("step#0")
         ]
         done = {f"step {number}" for number in values if number == 1}
         assert world.commits < 100
@@ -241,7 +241,7 @@ def test_a_timeout_that_counts_running_time_leaves_out_suspensions() -> None:
     assert world.done(works, hours=2).value == "done"
     row = world.done(works, hours=4)
     assert isinstance(row.error, RunTimedOut)
-    ran = [entry for entry in row.journal if entry.claim == "@ran"]
+    ran = [entry for entry in row.journal if entry.call_key == "@ran"]
     assert [entry.attempt for entry in ran] == [1, 2]
 
 
@@ -528,11 +528,11 @@ def test_an_answer_told_twice_is_one_answer() -> None:
 
     def again(w: World) -> None:
         execution = w.executions[row.run.id]
-        known.append(execution.journal.count)
+        known.append(execution.pending.journal.count)
         for entry in row.journal:
             if entry.kind is Kind.VALUE:
-                execution.recorded(entry)
-        known.append(execution.journal.count)
+                execution.on_child_settled(entry)
+        known.append(execution.pending.journal.count)
 
     world.live(then=again)
     assert row.value == [4, None]
@@ -603,7 +603,7 @@ def test_restart_with_begins_afresh_under_the_same_run() -> None:
     assert row.value == 3
     assert keys == [f"{name}/note#0", f"{name}/~1/note#0", f"{name}/~2/note#0"]
     assert len({ident for ident, _ in world.published}) == 3
-    assert [entry.claim for entry in row.journal] == ["@afresh", "~2/note#0", "~2/emit:page#0"]
+    assert [entry.call_key for entry in row.journal] == ["@afresh", "~2/note#0", "~2/emit:page#0"]
     at_every_commit(lambda w: w.add(forever, cursor=1))
 
 
@@ -650,7 +650,7 @@ def test_a_drain_records_nothing_and_loses_nothing() -> None:
     def drain(w: World) -> None:
         w.draining = True
         for execution in list(w.executions.values()):
-            execution.interrupt()
+            execution.end_run(Interrupted())
 
     row = world.add(works)
     world.live(until=BORN + SECOND, then=drain)
@@ -732,7 +732,7 @@ def test_an_entry_that_cannot_be_written_holds_the_run() -> None:
     world = World()
     world.refuse = lambda op: StoreError("no such thing") if isinstance(op, Append) else None
     row = world.done(several, first=1)
-    assert isinstance(row.outcome, Held) and "no such thing" in row.reason
+    assert isinstance(row.outcome, NeedsAttention) and "no such thing" in row.reason
 
 
 def test_what_a_crash_left_in_flight_marks_its_start_until_it_has_shown_a_sign_of_life() -> None:

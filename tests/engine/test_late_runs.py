@@ -252,7 +252,7 @@ async def test_a_run_that_was_retried_is_not_told_again(clock: VirtualClock, hea
         await clock.advance(3 * HOUR)
         assert heard.runs == [slow.id]
         for run in (slow, quick):
-            await app.store.retry(run.number, fresh=True)
+            await app.store.retry(run.number, discard_journal=True)
         await clock.advance(10)
         assert (await quick.row())["state"] == "waiting"
         await clock.advance(10 * HOUR)
@@ -280,14 +280,14 @@ async def test_retention_takes_what_was_kept_of_it(clock: VirtualClock, heard: H
         await clock.advance(3 * HOUR)
         assert await _kept(app) == [(HOUR * 1e6,)]
         later = clock.now() + 1
-        while await app.store.prune(bodies_before=later, identities_before=0):
+        while await app.store.prune(payloads_before=later, identities_before=0):
             pass
         assert await _kept(app) == []
 
 
 async def _kept(app: App) -> list[Any]:
     return await app.store._look(
-        lambda connection: connection.execute("SELECT after FROM late").fetchall()
+        lambda connection: connection.execute("SELECT after FROM late_runs").fetchall()
     )  # pyright: ignore[reportPrivateUsage]
 
 

@@ -10,7 +10,7 @@ import pytest
 from eventflow.core.errors import NotStorable, UsageError
 from eventflow.core.retry import Permanent
 from eventflow.runs.journal import Kind
-from eventflow.runs.run import Completed, Held, Interrupted, State
+from eventflow.runs.run import Completed, Interrupted, NeedsAttention, State
 from eventflow.sdk.flow import flow, sleep
 from eventflow.sdk.task import Task, task
 from eventflow.store.protocol import Append, Appended
@@ -78,7 +78,7 @@ def changed(policy: Any) -> tuple[Row, list[Any]]:
 def test_a_recorded_call_that_comes_back_with_other_arguments_holds_the_run_with_a_diff() -> None:
     """Policy "error": the run is held, the reason names the field and both values, nothing runs."""
     row, bodies = changed("error")
-    assert isinstance(row.outcome, Held)
+    assert isinstance(row.outcome, NeedsAttention)
     assert "takes#0" in row.reason and "number: 1 -> 2" in row.reason
     assert bodies == [1] and RAN["after"] == 0
 
@@ -89,7 +89,7 @@ def test_accept_takes_the_recorded_value_and_rerun_computes_it_anew() -> None:
     assert row.value[0] == 10 and bodies == [1]
     row, bodies = changed("rerun")
     assert row.value[0] == 20 and bodies == [1, 2]
-    assert [(e.attempt, e.value) for e in row.journal if e.claim == "takes#0"] == [
+    assert [(e.attempt, e.value) for e in row.journal if e.call_key == "takes#0"] == [
         (1, b"10"),
         (2, b"20"),
     ]
@@ -174,7 +174,7 @@ def test_a_call_removed_leaves_an_orphan_that_is_counted() -> None:
 
     _world, row = upgrade(old, new, 2)
     assert row.value == ["a0", "b0"]
-    assert isinstance(row.outcome, Completed) and row.outcome.orphans == 1
+    assert isinstance(row.outcome, Completed) and row.outcome.unclaimed_entries == 1
     assert "ask#0" in row.claims()
 
 
@@ -190,7 +190,7 @@ def test_reordered_calls_of_one_task_hold_the_run() -> None:
         return [await step("b"), await step("a"), await ask("end")]
 
     _world, row = upgrade(old, new, 2)
-    assert isinstance(row.outcome, Held) and '"a" -> "b"' in row.reason
+    assert isinstance(row.outcome, NeedsAttention) and '"a" -> "b"' in row.reason
 
 
 def test_reordered_calls_with_keys_find_their_values() -> None:
@@ -242,7 +242,7 @@ def test_a_flow_that_waits_while_recorded_calls_are_never_made_is_held_as_diverg
     world.live(crash_after=2)
     diverged[0] = True
     world.live()
-    assert isinstance(row.outcome, Held)
+    assert isinstance(row.outcome, NeedsAttention)
     assert "diverged" in row.reason and "step#0, step#1" in row.reason
     diverged[0] = False
     world.retry(row)
@@ -278,7 +278,7 @@ def test_a_value_that_no_longer_reads_holds_the_run_and_stays() -> None:
         return calls
 
     world, row = upgrade(made(Point), made(Other), 1)
-    assert isinstance(row.outcome, Held) and "cannot be read back" in row.reason
+    assert isinstance(row.outcome, NeedsAttention) and "cannot be read back" in row.reason
     row.flow = made(Point)
     world.retry(row)
     world.live()
@@ -303,7 +303,7 @@ def test_a_child_called_with_other_parameters_holds_the_parent() -> None:
     world.live(until=BORN + 1_000_000)
     number[0] = 2
     world.live()
-    assert isinstance(row.outcome, Held) and "child#0" in row.reason
+    assert isinstance(row.outcome, NeedsAttention) and "child#0" in row.reason
 
 
 # --------------------------------------------------------------------------- map
@@ -477,14 +477,14 @@ def test_a_fault_of_ours_holds_that_run_and_no_other(caplog: pytest.LogCaptureFi
         world = World()
         other, row = world.add(calls, how="well"), world.add(calls, how=how)
         if how == "start":
-            world.child = None  # type: ignore[method-assign, assignment]
+            world.child_run = None  # type: ignore[method-assign, assignment]
         else:  # the store's reply names an entry that cannot be taken in
             world.refuse = lambda op, row=row: Appended(1, 1, [None]) if _of(op, row) else None  # type: ignore[list-item]
         caplog.clear()
         world.live()
         assert other.value == ["well0", "well0"], how
-        assert isinstance(row.outcome, Held) and "a fault in eventflow" in row.reason, how
-        assert "run.broken" in caplog.text
+        assert isinstance(row.outcome, NeedsAttention) and "a fault in eventflow" in row.reason, how
+        assert "run.internal_error" in caplog.text
         assert not world.in_memory_at_end
 
 
@@ -515,7 +515,7 @@ def test_interrupted_before_it_began_is_interrupted() -> None:
     def drain(w: World) -> None:
         w.draining = True
         for execution in list(w.executions.values()):
-            execution.interrupt()
+            execution.end_run(Interrupted())
 
     world.refuse = lambda op: drain(world) if not world.draining else None
     world.live()

@@ -6,11 +6,12 @@ from typing import Any
 import orjson
 import pytest
 
-from eventflow.runs.journal import CANCEL, Kind
-from eventflow.runs.run import Cancelled, State
+from eventflow.engine.execution import Execution
+from eventflow.runs.journal import CANCEL_KEY, Kind
+from eventflow.runs.run import Cancelled, Interrupted, State
 from eventflow.sdk.flow import current_run, flow, timeout
 from eventflow.sdk.task import task
-from eventflow.store.protocol import Append, Refused, Settle
+from eventflow.store.protocol import Append, Fenced, Settle
 from tests.engine.replay_check.world import SECOND, Row, World
 
 DRAWN: list[int] = []
@@ -63,12 +64,12 @@ def test_p4_nothing_is_started_with_a_value_that_is_not_durable() -> None:
         row = world.add(chain)
         world.live(crash_after=cut)
         recorded = [
-            int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")
+            int(entry.value or b"0") for entry in row.journal if entry.call_key.startswith("draw")
         ]
         assert set(TAKEN) <= set(recorded), (cut, TAKEN, recorded)
         world.live()
         values = [
-            int(entry.value or b"0") for entry in row.journal if entry.claim.startswith("draw")
+            int(entry.value or b"0") for entry in row.journal if entry.call_key.startswith("draw")
         ]
         assert set(TAKEN) == set(values) and row.value == sum(values), cut
         DRAWN.clear()
@@ -84,7 +85,7 @@ class Ordered(World):
         self.seen: list[str] = []
 
     def post(self, op: Any, reply: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self.seen.append(type(op).__name__ + "".join(f" {entry.claim}" for entry in op.entries))
+        self.seen.append(type(op).__name__ + "".join(f" {entry.call_key}" for entry in op.entries))
         super().post(op, reply, loop)
         if self.then is not None:
             then, self.then = self.then, None
@@ -103,9 +104,9 @@ def test_what_comes_from_outside_waits_for_the_value_that_is_ahead() -> None:
     """A cancel that arrives between a value's delivery and its commit is recorded in a later batch: a replay that found both in
     one would give the flow both at once."""
     world, row = cancelled_while_it_commits()
-    assert world.seen[:2] == ["Append draw#0", f"Append {CANCEL}"]
-    batches = {entry.claim: entry.batch for entry in row.journal}
-    assert batches["draw#0"] < batches[CANCEL]
+    assert world.seen[:2] == ["Append draw#0", f"Append {CANCEL_KEY}"]
+    batches = {entry.call_key: entry.batch for entry in row.journal}
+    assert batches["draw#0"] < batches[CANCEL_KEY]
     assert row.outcome == Cancelled("enough")
     assert (
         orjson.loads(next(entry.value for entry in row.journal if entry.kind is Kind.CANCEL) or b"")
@@ -151,23 +152,22 @@ def test_a_flow_that_awaits_something_foreign_has_its_value_recorded_meanwhile()
     assert world.seen == ["Append draw#0", "Settle"] and row.value == 2
 
 
-def test_a_drain_records_the_value_with_the_interruption() -> None:
+def test_a_drain_records_the_value_with_the_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the value and its commit the worker drains: the value is not computed again in the next life."""
     world = World()
     row = world.add(chain)
+    original = Execution.wake
 
-    original = World.soon
+    def wake(execution: Execution) -> None:
+        original(execution)
+        if DRAWN and not world.draining:
+            world.draining = True
+            execution.end_run(Interrupted())
 
-    def soon(self: World, execution: Any) -> None:
-        original(self, execution)
-        if DRAWN and not self.draining:
-            self.draining = True
-            execution.interrupt()
-
-    world.soon = soon.__get__(world)  # type: ignore[method-assign]
-    world.live()
+    with monkeypatch.context() as patch:
+        patch.setattr(Execution, "wake", wake)
+        world.live()
     assert row.state is State.PENDING and row.claims() == ["draw#0"]
-    del world.soon  # type: ignore[attr-defined]
     world.live()
     assert row.state is State.COMPLETED and DRAWN == [1, 2]
 
@@ -176,7 +176,7 @@ def test_p7_a_refused_settlement_records_nothing() -> None:
     """A worker that lost its lease had the flow go on; neither value nor outcome is written."""
     world = World()
     row = world.add(one)
-    world.refuse = lambda op: Refused("stale") if isinstance(op, Settle | Append) else None
+    world.refuse = lambda op: Fenced("stale") if isinstance(op, Settle | Append) else None
     world.live()
     assert row.journal == [] and row.state is State.RUNNING
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, flow
-from eventflow.store.writer import Errand
+from eventflow.store.writer import ConnectionJob
 from eventflow.testing import MemoryTrigger, running
 from tests.conftest import eventually
 
@@ -34,7 +34,7 @@ async def test_runs_that_end_at_once_make_room_below_their_cap() -> None:
 async def test_a_run_whose_outcome_is_on_its_way_to_the_disk_holds_no_slot() -> None:
     """A slow commit must not keep the next run waiting, but on a disk that hangs only as many again may begin."""
     disk, loop, begun = threading.Event(), asyncio.get_running_loop(), list[str]()
-    stall: Any = Errand(lambda _: disk.wait(10))
+    stall: Any = ConnectionJob(lambda _: disk.wait(10))
 
     @flow
     async def quick(event: Event) -> None:

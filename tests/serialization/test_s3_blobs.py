@@ -10,16 +10,16 @@ import pytest
 
 from eventflow import App, Retry, flow, task
 from eventflow.core.errors import ResultsUnavailable, StoreCorrupt, UsageError
-from eventflow.serialization.blobs import LARGE, Blobs
-from eventflow.serialization.s3_blobs import Bucket as Place
-from eventflow.web.responses import answer_to
+from eventflow.serialization.blobs import OFFLOAD_BYTES, Blobs
+from eventflow.serialization.s3_blobs import S3BlobStore as Place
+from eventflow.web.responses import error_response
 from tests.aws import Aws, Bucket, ministack, moto
 from tests.conftest import eventually
 from tests.faults import DENIED, HANG_UP, SLOW_DOWN, Proxy, proxied
 
 __all__ = ["ministack", "moto"]
 
-BIG = LARGE + 1
+BIG = OFFLOAD_BYTES + 1
 
 
 @pytest.fixture(params=["ministack", "moto"])
@@ -159,7 +159,7 @@ def test_what_is_refused_says_what_to_do(ministack: Aws, monkeypatch: pytest.Mon
 
 def test_a_door_answers_503_while_results_cannot_be_read():
     """Whoever asks for a result that cannot be read now is told to come back, not that it was wrong to ask."""
-    answer = answer_to(ResultsUnavailable("read", "s3://bucket/x", "SlowDown"))
+    answer = error_response(ResultsUnavailable("read", "s3://bucket/x", "SlowDown"))
     assert answer.status_code == 503 and "retry-after" in answer.headers
 
 
@@ -271,7 +271,7 @@ def test_a_flow_whose_result_cannot_be_stored_is_put_off(
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("eventflow.serialization.blobs.PAUSES", (0.01,))
-    monkeypatch.setattr("eventflow.engine.flow_result.PUT_OFF", 200_000)
+    monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)
 
     async def main(proxy: Proxy) -> None:
         rule = proxy.fail(putting, DENIED, times=4)
@@ -293,7 +293,7 @@ def test_a_replay_reads_it_back_on_another_machine(
     the run off; it completes when it can be read, and the body does not run again."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("eventflow.engine.flow_result.PUT_OFF", 200_000)
+    monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)
     gate = asyncio.Event()
 
     @task

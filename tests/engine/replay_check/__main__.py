@@ -31,7 +31,7 @@ def record(first: int, how_many: int, path: str) -> None:
         bench = Bench(seed)
         outcome = play(bench)
         assert isinstance(outcome, Completed), (seed, outcome)
-        assert outcome.orphans == 0, seed
+        assert outcome.unclaimed_entries == 0, seed
         rows.append((seed, bench.kept, outcome.value))
     with open(path, "wb") as file:
         pickle.dump(rows, file)
@@ -51,18 +51,18 @@ def resume(seed: int, journal: list[Entry], value: bytes) -> None:
     last = journal[-1].batch
     cut = draw.randint(0, last)
     kept = copies([entry for entry in journal if entry.batch <= cut])
-    done = {entry.claim for entry in kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
+    done = {entry.call_key for entry in kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
     again = Bench(seed + 1, kept, copies(journal), crash_after=draw.randint(0, max(0, last - cut)))
     outcome = play(again)
     check_bodies(seed, again.bodies, done)
     if outcome is None:
-        done = {entry.claim for entry in again.kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
+        done = {entry.call_key for entry in again.kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
         again = Bench(seed + 2, copies(again.kept), copies(journal))
         outcome = play(again)
         check_bodies(seed, again.bodies, done)
     assert isinstance(outcome, Completed), (seed, cut, outcome)
     assert outcome.value == value, (seed, cut, outcome.value, value)
-    assert outcome.orphans == 0, (seed, cut)
+    assert outcome.unclaimed_entries == 0, (seed, cut)
 
 
 def check_bodies(seed: int, bodies: Counter[str], done: set[str]) -> None:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 from eventflow.engine.execution import Execution
-from eventflow.engine.worker_services import CrashSuspectGate
+from eventflow.engine.limits import WorkerLimits
+from eventflow.engine.worker_services import WorkerServices
 from eventflow.runs.journal import Entry, Journal
 from eventflow.runs.run import Outcome, Run
 from eventflow.sdk.checkpoint import CheckpointStore
@@ -42,15 +43,9 @@ class _Timer:
 class Bench:
     """Pool, clock and store of one run. `play` runs it to its outcome, or to the crash after `crash_after` commits."""
 
-    draining = False
-    is_crowded = False
     failed = None
-    secret = b""
-    sink = None
-    state = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
     checkpoints = CheckpointStore(Path("/nonexistent"))  # nor saves anything
-    flows: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -60,7 +55,6 @@ class Bench:
         crash_after: int | None = None,
     ) -> None:
         self.draw = random.Random(seed)
-        self.store = self.clock = self
         self.kept = list(kept)
         self.batch = max((entry.batch for entry in kept), default=0)
         self.time = max((entry.at for entry in kept), default=BORN)
@@ -71,8 +65,6 @@ class Bench:
         self._events: list[tuple[int, int, _Timer]] = []
         self._order = count()
         self._posted: list[tuple[Any, Callable[[Any], None]]] = []
-        self._dirty: list[Execution] = []
-        self.threads = ThreadPoolExecutor(1)
 
     def play(self, flow: Flow[..., Any]) -> Outcome | None:
         """The run's outcome; None after a crash."""
@@ -80,22 +72,34 @@ class Bench:
 
     async def _play(self, flow: Flow[..., Any]) -> Outcome | None:
         self.loop = asyncio.get_running_loop()
-        self.suspects = CrashSuspectGate(4)
+        services = WorkerServices(
+            store=cast(Any, self),
+            clock=self,
+            derived=cast(Any, None),  # nothing is emitted here, and no child runs
+            blobs=self.blobs,
+            checkpoints=self.checkpoints,
+            limits=WorkerLimits(),
+            threads=ThreadPoolExecutor(1),
+            rng=self.draw,
+            secret=b"",
+        )
+        services.start(self.loop)
         run = Run(id=7, flow=flow.name, created_at=BORN, due_at=BORN, started_at=BORN, token=1)
-        self.execution = Execution(self, run, flow, Journal(self.kept))  # type: ignore[arg-type]
+        journal = Journal(self.kept)
+        self.execution = Execution(services, run, flow, journal, self._on_settled)
         self.loop.call_soon(self.execution.begin)
         try:
             while self.outcome is None:
                 await self._settle_loop()
                 if self.outcome is None and not self._step():
-                    waiting = list(self.execution.claims.waiting)
+                    waiting = list(self.execution.pending.waiting)
                     raise AssertionError(
                         f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}"
                     )
         except Crash:
             pass
         finally:
-            self.execution.settling = True
+            self.execution.end.is_closed = True
             self.execution.loop.close()
         for task in asyncio.all_tasks(self.loop):
             if task is not asyncio.current_task():
@@ -163,7 +167,7 @@ class Bench:
             if self.crash_after < 0:
                 raise Crash
         for pos, entry in enumerate(entries):
-            entry.batch, entry.pos, entry.at = self.batch, pos, entry.at or self.time
+            entry.batch, entry.position, entry.at = self.batch, pos, entry.at or self.time
             self.kept.append(entry)
         for op, reply in chosen:
             reply(Appended(self.batch, self.time, op.entries))
@@ -172,7 +176,7 @@ class Bench:
     def _next_guided(self) -> list[tuple[Append, Callable[[Any], None]]]:
         _, at, wanted = self.guide[0]
         posted = {
-            (entry.claim, entry.kind, entry.attempt): pair
+            (entry.call_key, entry.kind, entry.attempt): pair
             for pair in self._posted
             for entry in pair[0].entries
         }
@@ -185,31 +189,8 @@ class Bench:
                 chosen.append(posted[identity])
         return chosen
 
-    # ----------------------------------------------------------------- pool
-
-    def slots(self, call: Any) -> None:
-        return None
-
-    def soon(self, execution: Execution) -> None:
-        if not self._dirty:
-            self.loop.call_soon(self._pump)
-            self._dirty.append(execution)
-
-    def _pump(self) -> None:
-        self._dirty.clear()
-        self.execution.pump()
-
-    def idle(self, execution: Execution, idle: bool) -> None:
-        pass
-
-    def ending(self, execution: Execution) -> None:
-        pass
-
-    def settled(self, execution: Execution, outcome: Outcome, reply: Any) -> None:
+    def _on_settled(self, execution: Execution, outcome: Outcome, reply: Any) -> None:
         raise AssertionError(f"the bench does not answer a Settle: {outcome}")
-
-    def spawn(self, work: Any) -> None:
-        self.loop.create_task(work)
 
 
 def _by_batch(
@@ -220,5 +201,5 @@ def _by_batch(
     for entry in entries:
         if entry.batch > after:
             row = batches.setdefault(entry.batch, (entry.batch, entry.at, []))
-            row[2].append((entry.claim, entry.kind, entry.attempt))
+            row[2].append((entry.call_key, entry.kind, entry.attempt))
     return [batches[batch] for batch in sorted(batches)]

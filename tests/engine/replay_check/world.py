@@ -12,21 +12,22 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgspec
 import orjson
 
 from eventflow.core.errors import NotStorable, StoreError
 from eventflow.engine.execution import Execution
-from eventflow.engine.worker_services import CrashSuspectGate
+from eventflow.engine.limits import CrashSuspectGate, WorkerLimits
+from eventflow.engine.worker_services import WorkerServices
 from eventflow.runs.journal import Entry, Journal, Kind
 from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    Held,
     Interrupted,
+    NeedsAttention,
     Outcome,
     Restarted,
     Run,
@@ -37,7 +38,7 @@ from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.codecs import decode_error
-from eventflow.store.protocol import Append, Appended, Arrival, Mark, Refused, Settle, Settled
+from eventflow.store.protocol import Append, Appended, Arrival, Fenced, MarkStarted, Settle, Settled
 from tests.engine.replay_check.bench import BORN, Crash
 
 SECOND = 1_000_000
@@ -68,11 +69,11 @@ class Row(msgspec.Struct):
 
     @property
     def reason(self) -> str:
-        assert isinstance(self.outcome, Held | Cancelled), self.outcome
+        assert isinstance(self.outcome, NeedsAttention | Cancelled), self.outcome
         return self.outcome.reason
 
     def claims(self, kind: Kind = Kind.VALUE) -> list[str]:
-        return [entry.claim for entry in self.journal if entry.kind is kind]
+        return [entry.call_key for entry in self.journal if entry.kind is kind]
 
 
 class Timer:
@@ -101,9 +102,6 @@ class Threads(ThreadPoolExecutor):
 class World:
     """Ledger, clock, store and pool."""
 
-    secret = b"k"
-    sink = None
-    state: Any = None
     flows: ClassVar[dict[str, Any]] = {}
     failed: StoreError | None = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
@@ -118,16 +116,14 @@ class World:
         self.marks: list[int] = []
         self.faults: list[dict[str, Any]] = []
         self.refuse: Callable[[Any], Any] | None = None
-        self.limits: dict[str, asyncio.Semaphore] = {}
-        self.draining = False
-        self.is_crowded = True
+        self.limits = WorkerLimits(max_in_memory=0)  # memory is full: runs that only wait leave it
         self.eager = False
         """The worker's loop has an eager task factory, as the host program may have set."""
         self.threads_may_block = False
         """Do not wait for threads before time goes on: one of them waits for that."""
         self.in_memory_at_end: set[int] = set()
         self._ids = count(100)
-        self.store = self.clock = self
+        self.services: WorkerServices
 
     # ----------------------------------------------------------------- what a test does
 
@@ -156,16 +152,25 @@ class World:
         self.crash_after = None if crash_after is None else self.commits + crash_after
         for row in self.rows.values():
             if row.state is State.RUNNING:
-                row.state, row.due, row.run.suspect = State.PENDING, self.time, True
-        self.draw = random.Random(1)
-        self.draining = False
+                row.state, row.due, row.run.crash_suspect = State.PENDING, self.time, True
+        self.services = WorkerServices(
+            store=cast(Any, self),
+            clock=self,
+            derived=cast(Any, self),
+            blobs=self.blobs,
+            checkpoints=self.checkpoints,
+            limits=self.limits,
+            threads=cast(Any, None),
+            rng=random.Random(1),
+            secret=b"k",
+        )
         self.executions: dict[int, Execution] = {}
         self._events: list[tuple[int, int, Timer]] = []
         self._order = count()
         self._posted: list[tuple[Any, Callable[[Any], None]]] = []
-        self._dirty: list[Execution] = []
         self._then = then
         with Threads(2) as self.threads:
+            self.services.threads = self.threads
             try:
                 return asyncio.run(self._live(until))
             finally:
@@ -180,23 +185,23 @@ class World:
     def retry(self, row: Row) -> None:
         """`store.retry`: values stay, errors are forgiven, the old life's orders are dropped; children likewise."""
         assert row.state in (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
-        forgiven = {entry.claim for entry in row.journal if entry.kind is Kind.ERROR}
+        forgiven = {entry.call_key for entry in row.journal if entry.kind is Kind.ERROR}
         kept = [
             entry
             for entry in row.journal
-            if entry.kind is not Kind.CANCEL and entry.claim != "@timeout"
+            if entry.kind is not Kind.CANCEL and entry.call_key != "@timeout"
         ]
         row.journal = [
-            msgspec.structs.replace(e, kind=Kind.FORGIVEN) if e.kind is Kind.ERROR else e
+            msgspec.structs.replace(e, kind=Kind.CLEARED) if e.kind is Kind.ERROR else e
             for e in kept
         ]
-        row.known = {(entry.claim, entry.attempt, entry.kind) for entry in row.journal}
+        row.known = {(entry.call_key, entry.attempt, entry.kind) for entry in row.journal}
         row.state, row.due, row.outcome, row.run.started_at = State.PENDING, self.time, None, None
         row.run.cancel_requested = False
         for child in list(self.rows.values()):
             if (
                 child.run.parent == row.run.id
-                and child.run.parent_claim in forgiven
+                and child.run.parent_call_key in forgiven
                 and child.state is not State.COMPLETED
             ):
                 self.retry(child)
@@ -211,7 +216,8 @@ class World:
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
         if self.eager:
             self.loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
-        self.suspects = CrashSuspectGate(4)
+        self.services.start(self.loop)
+        self.limits.suspects = CrashSuspectGate()
         try:
             while await self._turn(until):
                 pass
@@ -221,7 +227,7 @@ class World:
         assert not self.faults, self.faults
         self.in_memory_at_end = set(self.executions)
         for execution in self.executions.values():
-            execution.settling = True
+            execution.end.is_closed = True
             execution.loop.close()
         return alive
 
@@ -265,7 +271,9 @@ class World:
             await asyncio.sleep(0)
             turns += 1
             threads = self.threads.busy and not self.threads_may_block
-            busy = threads or any(execution.loop.unjournaled_awaits for execution in self.executions.values())
+            busy = threads or any(
+                execution.loop.unjournaled_awaits for execution in self.executions.values()
+            )
             if busy:
                 turns = 0
                 await asyncio.sleep(0.001)
@@ -284,7 +292,8 @@ class World:
             row.run.started_at = row.run.started_at or self.time
             run = msgspec.structs.replace(row.run)
             journal = Journal([msgspec.structs.replace(entry) for entry in row.journal])
-            execution = self.executions[run.id] = Execution(self, run, row.flow, journal)  # type: ignore[arg-type]
+            execution = Execution(self.services, run, row.flow, journal, self._on_settled)
+            self.executions[run.id] = execution
             self.loop.call_soon(execution.begin)
         return bool(found)
 
@@ -331,39 +340,39 @@ class World:
         for reply, answer in replies:
             reply(answer)
 
-    def _apply(self, op: Append | Mark | Settle) -> Any:
+    def _apply(self, op: Append | MarkStarted | Settle) -> Any:
         row = self.rows[op.run]
         if self.refuse is not None and (refusal := self.refuse(op)) is not None:
             return refusal
         if row.state is not State.RUNNING or row.run.token != op.token:
-            return Refused(f"token {op.token} is stale")
+            return Fenced(f"token {op.token} is stale")
         match op:
             case Append():
                 return self._append(row, op)
-            case Mark():
+            case MarkStarted():
                 self.marks.append(op.run)
                 return Appended(self.batch, self.time)
             case Settle():
                 return self._settle(row, op)
 
-    def _append(self, row: Row, op: Append) -> Appended | Refused:
-        if any((entry.claim, entry.attempt, entry.kind) in row.known for entry in op.entries):
-            return Refused("has an entry of the same claim, attempt and kind already")
+    def _append(self, row: Row, op: Append) -> Appended | Fenced:
+        if any((entry.call_key, entry.attempt, entry.kind) in row.known for entry in op.entries):
+            return Fenced("has an entry of the same claim, attempt and kind already")
         for entry in op.entries:
             self._add(row, entry)
         self.published += [(arrival.event_id, arrival.type) for arrival in op.arrivals]
-        children = {(other.run.parent, other.run.parent_claim) for other in self.rows.values()}
+        children = {(other.run.parent, other.run.parent_call_key) for other in self.rows.values()}
         for child in op.children:
-            if (child.parent, child.parent_claim) not in children:
+            if (child.parent, child.parent_call_key) not in children:
                 self.rows[child.id] = Row(child, self.flows[child.flow], due=self.time)
-        row.run.suspect = row.run.suspect and not op.proof
+        row.run.crash_suspect = row.run.crash_suspect and not op.clears_suspicion
         return Appended(self.batch, self.time, op.entries)
 
     def _add(self, row: Row, entry: Entry) -> None:
-        entry.batch, entry.pos, entry.at = self.batch, self._pos, entry.at or self.time
+        entry.batch, entry.position, entry.at = self.batch, self._pos, entry.at or self.time
         self._pos += 1
         row.journal.append(msgspec.structs.replace(entry))
-        row.known.add((entry.claim, entry.attempt, entry.kind))
+        row.known.add((entry.call_key, entry.attempt, entry.kind))
 
     def _settle(self, row: Row, op: Settle) -> Settled:
         for entry in op.entries:
@@ -373,7 +382,7 @@ class World:
             case Suspended(until, seen):
                 self._suspend(row, until, seen)
             case Interrupted():
-                row.state, row.due, row.run.suspect = State.PENDING, self.time, False
+                row.state, row.due, row.run.crash_suspect = State.PENDING, self.time, False
             case Restarted(params, first):
                 row.state, row.due, row.journal, row.run.params = (
                     State.PENDING,
@@ -383,7 +392,7 @@ class World:
                 )
                 row.run.started_at, row.known = None, set()
                 self._add(row, first)
-            case Held():
+            case NeedsAttention():
                 row.state = State.HELD
             case Completed():
                 row.state = State.COMPLETED
@@ -406,7 +415,7 @@ class World:
         row.state, row.due = (State.PENDING, self.time) if late else (State.WAITING, until)
 
     def _answer(self, parent: Row, entry: Entry) -> bool:
-        if any(known.claim == entry.claim and known.kind.final for known in parent.journal):
+        if any(known.call_key == entry.call_key and known.kind.is_final for known in parent.journal):
             return False
         self._add(parent, entry)
         if parent.state is State.WAITING:
@@ -420,66 +429,45 @@ class World:
             row.run.cancel_requested = True
             if run in self.executions:
                 self.executions[run].cancel(reason)
-        elif before.live:
+        elif before.is_live:
             row.state, row.outcome = State.CANCELLED, Cancelled(reason)
         for child in list(self.rows.values()):
-            if child.run.parent == run and before.live:
+            if child.run.parent == run and before.is_live:
                 await self.cancel(child.run.id, reason)
         return before
 
-    # ----------------------------------------------------------------- pool
+    # ----------------------------------------------------------------- worker
 
-    def slots(self, call: Any) -> asyncio.Semaphore | None:
-        bound = call.task.options.concurrency
-        return (
-            None
-            if bound is None
-            else self.limits.setdefault(call.task.name, asyncio.Semaphore(bound))
-        )
+    @property
+    def draining(self) -> bool:
+        return self.services.draining
 
-    def soon(self, execution: Execution) -> None:
-        if not self._dirty:
-            self.loop.call_soon(self._pump)
-        if execution not in self._dirty:
-            self._dirty.append(execution)
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self.services.draining = draining
 
-    def _pump(self) -> None:
-        dirty, self._dirty = self._dirty, []
-        for execution in dirty:
-            execution.pump()
-
-    def idle(self, execution: Execution, idle: bool) -> None:
-        if idle and self.draining:
-            execution.interrupt()
-
-    def ending(self, execution: Execution) -> None:
-        pass  # there are no slots here
-
-    def settled(
-        self, execution: Execution, outcome: Outcome, reply: Settled | Refused | StoreError
+    def _on_settled(
+        self, execution: Execution, outcome: Outcome, reply: Settled | Fenced | StoreError
     ) -> None:
         assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
         parent = execution.run.parent
         if isinstance(reply, Settled) and reply.answer is not None and parent in self.executions:
-            self.executions[parent].recorded(reply.answer)
+            self.executions[parent].on_child_settled(reply.answer)
 
-    def emitted(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
+    def event(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
         if isinstance(fields["data"], set):
             raise NotStorable("data", "set")
         return Arrival(
             id=0, trigger="emit", key=b"", digest=b"", event_id=ident, source="", type=event_type, body=b"", verdicts=b"",
-            received_at=0, tally={},
+            received_at=0, counts={},
         )  # fmt: skip
 
-    def child(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
+    def child_run(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
         self.flows[flow.name] = flow
         return Run(
-            id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, parent=run.id, parent_claim=claim,
+            id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, parent=run.id, parent_call_key=claim,
             params=params,
         )  # fmt: skip
-
-    def spawn(self, work: Any) -> None:
-        self.loop.create_task(work)
 
 
 def at_every_commit(

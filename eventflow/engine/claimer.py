@@ -1,0 +1,85 @@
+"""Claims due runs from the store, while there may be some and there is capacity for them.
+
+`Worker` calls `claim_due` when something may have become due and `claim` when capacity was freed.
+One claim is under way at a time. On the worker's loop.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from eventflow.core.clock import Timer
+from eventflow.core.errors import StoreError
+from eventflow.engine.limits import CLAIM_BATCH_SIZE, UNBOUNDED
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.runs.run import Run
+from eventflow.sdk.flow import Flow
+from eventflow.store.protocol import Claim, Claimed
+
+
+class Claimer:
+    """`in_memory` counts the runs of each flow in memory; `receive` gets the claimed runs, also
+    when there are none.
+    """
+
+    def __init__(
+        self,
+        services: WorkerServices,
+        flows: Mapping[str, Flow[..., object]],
+        in_memory: Mapping[str, int],
+        receive: Callable[[Sequence[Run]], None],
+    ) -> None:
+        self._services = services
+        self._flows = flows
+        self._in_memory = in_memory
+        self._receive = receive
+        self.has_backlog = True
+        """The store may hold due runs that are not in memory."""
+        self.is_claiming = False
+        self._claim_again = False  # asked for while a claim was under way
+        self._due_timer: Timer | None = None
+
+    def claim_due(self) -> None:
+        """Something may be due in the store."""
+        self.has_backlog = True
+        self.claim()
+
+    def claim(self) -> None:
+        self._claim_again = self.is_claiming
+        services = self._services
+        if self.is_claiming or services.draining or not self.has_backlog:
+            return
+        capacity = services.limits.capacity
+        limit = min(capacity.free, CLAIM_BATCH_SIZE)
+        if limit < CLAIM_BATCH_SIZE // 4 or not capacity.reserve(limit):
+            return
+        self.is_claiming = True
+        caps = {name: self._cap(flow) for name, flow in self._flows.items()}
+        services.store.post(Claim(limit, caps), partial(self._on_claimed, limit), services.loop)
+
+    def _cap(self, flow: Flow[..., object]) -> int:
+        """How many more runs of this flow may be claimed, by its `concurrency`."""
+        limit = flow.options.concurrency
+        return UNBOUNDED if limit is None else max(0, limit - self._in_memory[flow.name])
+
+    def _on_claimed(self, limit: int, reply: Claimed | StoreError) -> None:
+        self.is_claiming = False
+        if isinstance(reply, StoreError):
+            return
+        self._services.limits.capacity.release(limit - len(reply.runs))
+        self.has_backlog = reply.has_more
+        self._set_due_timer(reply.next_due)
+        again = bool(reply.runs) or self._claim_again
+        self._receive(reply.runs)
+        if again:  # a run that settled meanwhile may have freed a place below its flow's cap
+            self.claim()
+
+    def _set_due_timer(self, due: int | None) -> None:
+        self.close()
+        if due is not None:
+            services = self._services
+            self._due_timer = services.clock.timer(services.loop, due, self.claim_due)
+
+    def close(self) -> None:
+        if self._due_timer is not None:
+            self._due_timer.cancel()
+            self._due_timer = None

@@ -1,0 +1,166 @@
+"""The run as its flow code sees it: calls, timers, time. The other half of `Execution`.
+
+The sdk (`sdk.flow.FlowCallPerformer`) and the `FlowLoop` call these methods, inside a step of the
+flow: their effect must be the same in a replay. Each call takes its key from the scope of the
+current task before its coroutine exists.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Coroutine, Iterable
+from contextvars import Context, copy_context
+from typing import Any, NoReturn
+
+import orjson
+
+from eventflow.core.errors import call_catching
+from eventflow.engine.actions import Action, EndRun
+from eventflow.engine.awaitables import Call, ChildCall, EmitCall, Pending
+from eventflow.engine.pending_calls import PendingCalls
+from eventflow.engine.run_end import RunEnd
+from eventflow.engine.task_map import TaskMap
+from eventflow.events.event import Event
+from eventflow.logs.log import LogContext, log_context
+from eventflow.loop.flow_loop import FlowLoop, FlowTimer
+from eventflow.runs.journal import restart_entry
+from eventflow.runs.run import Restarted, Run
+from eventflow.sdk.flow import Flow, RunContext, enter_run
+from eventflow.sdk.task import TaskCall
+
+
+class FlowCalls(ABC):
+    """Turns what flow code asks for into pending calls. `carry_out` does what these answer."""
+
+    run: Run
+    flow: Flow[..., Any]
+    name: str
+    end: RunEnd
+    loop: FlowLoop
+    pending: PendingCalls
+    log_context: LogContext
+
+    @abstractmethod
+    def carry_out(self, action: Action) -> None: ...
+
+    def make_coroutine(
+        self, context: Context, state: Any
+    ) -> tuple[Coroutine[Any, Any, Any] | None, Exception | None]:
+        """The flow's coroutine, with its arguments bound; or the error of binding them.
+
+        `context` gets the run's context variables. `state` is what the App's lifespan yielded.
+        """
+        return call_catching(context.run, self._make_coroutine, state)
+
+    def _make_coroutine(self, state: Any) -> Coroutine[Any, Any, Any]:
+        log_context.set(self.log_context)
+        run, binder = self.run, self.flow.binder
+        events = RunEvents(run)
+        generation = self.pending.journal.generation
+        enter_run(
+            RunContext(
+                self.name, self.flow.name, events, self._read_context_time, state, generation
+            )
+        )
+        received = events()
+        if run.params is not None:
+            event = received[-1] if received else None
+            arguments = binder.bind_params(orjson.loads(run.params), event)
+        elif run.mode is not None:
+            arguments = binder.bind_events(received)
+        else:
+            arguments = binder.bind_event(received[0]) if received else {}
+        return self.flow.fn(**arguments)
+
+    # ----------------------------------------------------------------- calls
+
+    async def perform(self, call: Call) -> Any:
+        """The call's recorded or new result. Its call key is taken already."""
+        if self.end.outcome is not None and not self.end.is_closed:
+            # It is refused below; a flow that retries for ever must not do so in one step.
+            await asyncio.sleep(0)
+        future = self._await_call(call)
+        try:
+            return await future
+        except BaseException:
+            self._give_up(call)
+            raise
+
+    def _await_call(self, call: Call) -> asyncio.Future[Any]:
+        if not self.end.is_open:
+            raise asyncio.CancelledError(self.end.outcome)
+        if type(call) is TaskCall:
+            call.context = copy_context()
+        call.future = future = asyncio.Future[Any](loop=self.loop)
+        self._request(call)
+        return future
+
+    def _request(self, target: Pending) -> None:
+        if (action := self.pending.request(target)) is not None:
+            self.carry_out(action)
+
+    def _give_up(self, target: Pending) -> None:
+        if (action := self.pending.give_up(target)) is not None:
+            self.carry_out(action)
+
+    def perform_all(
+        self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
+    ) -> Coroutine[Any, Any, list[Any]]:
+        return TaskMap(name, calls, self._await_call, self._give_up, patient=patient).run(limit)
+
+    def perform_flow(
+        self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Coroutine[Any, Any, Any]:
+        call_key = self.loop.current_scope().call_key(flow.name)
+        return self.perform(ChildCall(flow, call_key, flow.binder.unpack(args, kwargs)))
+
+    def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
+        call_key = self.loop.current_scope().call_key(f"emit:{event_type}")
+        return self.perform(EmitCall(call_key, event_type, fields))
+
+    async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
+        first = restart_entry(self.pending.journal.generation + 1)
+        self.carry_out(EndRun(Restarted(self.flow.binder.unpack((), params), first)))
+        while True:  # until the unwinding cancels it
+            await asyncio.Future(loop=self.loop)
+
+    # ----------------------------------------------------------------- time
+
+    def read_now(self) -> int:
+        """The flow's time. Before the first delivery it is the start, which is then recorded."""
+        if (start := self.pending.record_start()) is not None:
+            self.carry_out(start)
+        return self.pending.now
+
+    def _read_context_time(self) -> int:
+        """`current_run().now`. No replay depends on what a task body reads."""
+        return self.read_now() if self.loop.is_current() else self.pending.now
+
+    def set_timer(self, timer: FlowTimer) -> None:
+        if self.end.is_open:
+            self._request(timer)
+
+    def cancel_timer(self, timer: FlowTimer) -> None:
+        self._give_up(timer)
+
+    def _is_replaying(self) -> bool:
+        """Whether the flow's log lines repeat those of an earlier execution, or will be repeated by
+        a later one.
+        """
+        return self.pending.is_replaying or self.end.will_resume
+
+
+class RunEvents:
+    """The events of a run, in the order recorded; parsed once, when first asked for."""
+
+    __slots__ = ("_events", "_run")
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._events: list[Event] | None = None
+
+    def __call__(self) -> list[Event]:
+        if self._events is None:
+            run = self._run
+            payloads = run.payloads or ((run.payload,) if run.payload is not None else ())
+            self._events = [Event.from_recorded(payload) for payload in payloads]
+        return self._events

@@ -1,0 +1,171 @@
+"""How a run ends: by its flow's result or error, a cancel, its timeout, or from outside.
+
+A run is *open*, then *ending* (it has an outcome, and its flow unwinds), then *closed* (the outcome
+is posted to the store). A cancel and the timeout are journaled and delivered in their turn, like
+any answer, so that a replay cancels the flow at the same step; the flow may then clean up for its
+`grace`. `Execution` makes one `RunEnd` per run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from eventflow.core.clock import Timer, microseconds
+from eventflow.core.errors import RunCancelled, RunTimedOut, call_catching
+from eventflow.engine.awaitables import ControlSignal
+from eventflow.engine.large_result import LargeResult
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.loop.flow_loop import FlowTask
+from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
+from eventflow.runs.run import Cancelled, Completed, Failed, Outcome, Restarted, Run
+from eventflow.sdk.flow import Flow
+from eventflow.serialization.blobs import OFFLOAD_BYTES
+from eventflow.serialization.codecs import encode_error
+
+
+class RunEnd:
+    """`outcome` is set when the run is ending, `is_closed` when nothing of it is accepted any more."""
+
+    __slots__ = (
+        "_cancel_reason",
+        "_flow",
+        "_grace_timer",
+        "_large_result",
+        "_services",
+        "_timed_out",
+        "is_closed",
+        "outcome",
+        "unwind_rounds",
+    )
+
+    def __init__(self, services: WorkerServices, flow: Flow[..., Any]) -> None:
+        self._services = services
+        self._flow = flow
+        self.outcome: Outcome | None = None
+        self.is_closed = False
+        self.unwind_rounds = 0
+        """How often the flow's unfinished tasks were cancelled."""
+        self._cancel_reason: str | None = None
+        self._timed_out = False
+        self._grace_timer: Timer | None = None
+        self._large_result: LargeResult | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything may still be recorded."""
+        return self.outcome is None and not self.is_closed
+
+    @property
+    def will_resume(self) -> bool:
+        """Whether the run only leaves memory: a later execution makes its calls again."""
+        return self.outcome is not None and not isinstance(
+            self.outcome, Completed | Failed | Cancelled | Restarted
+        )
+
+    # ----------------------------------------------------------------- cancel and timeout
+
+    def initial_signals(self, run: Run, journal: Journal, began_at: int) -> list[ControlSignal]:
+        """What the run waits for from its start: a cancel that is recorded, and its timeout."""
+        signals: list[ControlSignal] = []
+        options = self._flow.options
+        if CANCEL_KEY in journal.finals:
+            signals.append(ControlSignal(CANCEL_KEY))
+        if options.timeout is not None:
+            started = run.started_at or began_at
+            if options.timeout_counts == "running":
+                started = began_at - journal.running_time
+            signals.append(ControlSignal(TIMEOUT_KEY, started + microseconds(options.timeout)))
+        return signals
+
+    def apply_signal(
+        self, entry: Entry, root: FlowTask, on_grace_over: Callable[[Outcome], None]
+    ) -> None:
+        """Cancels the flow; `on_grace_over` gets the outcome if the flow runs on after its grace
+        period.
+        """
+        if root.done():
+            return
+        if entry.call_key == CANCEL_KEY:
+            self._cancel_reason = orjson.loads(entry.value or b'""')
+        else:
+            self._timed_out = True
+        root.cancel()
+        if self._grace_timer is None:
+            services = self._services
+            due = services.clock.now() + microseconds(self._flow.options.grace)
+            self._grace_timer = services.clock.timer(
+                services.loop, due, lambda: on_grace_over(self._signal_outcome())
+            )
+
+    @property
+    def in_grace(self) -> bool:
+        """Whether a signal was delivered and the flow cleans up."""
+        return self._grace_timer is not None
+
+    def _signal_outcome(self) -> Outcome:
+        if self._timed_out:
+            timeout = self._flow.options.timeout or 0.0
+            return Failed(encode_error(RunTimedOut(self._flow.name, timeout)))
+        return Cancelled(self._cancel_reason or "the flow cancelled itself")
+
+    # ----------------------------------------------------------------- the flow's own end
+
+    def flow_outcome(
+        self, root: FlowTask, name: str, journal: Journal, on_stored: Callable[[], None]
+    ) -> Outcome | None:
+        """What the end of the flow's first task means; None while a large result is being stored.
+
+        `on_stored` is called when it is. `name` is the run's, for the log.
+        """
+        if root.cancelled():
+            return self._signal_outcome()
+        error = root.exception()
+        if error is None:
+            outcome, error = call_catching(self._complete, root.result(), name, journal, on_stored)
+            if error is None:
+                return outcome
+        return Failed(encode_error(error))
+
+    def _complete(
+        self, value: Any, name: str, journal: Journal, on_stored: Callable[[], None]
+    ) -> Outcome | None:
+        if self._large_result is None:
+            codec, data = self._flow.result.encode(value)
+            if len(data) <= OFFLOAD_BYTES:
+                return Completed(data, codec, len(journal.unclaimed))
+            self._large_result = LargeResult(self._services, name, journal, on_stored)
+            self._large_result.store(codec, data)
+        return self._large_result.outcome
+
+    @property
+    def is_storing(self) -> bool:
+        """Whether a large result is being stored."""
+        return self._large_result is not None and self._large_result.outcome is None
+
+    def close(self) -> None:
+        self.is_closed = True
+        if self._grace_timer is not None:
+            self._grace_timer.cancel()
+            self._grace_timer = None
+
+
+def answer_to_parent(run: Run, name: str, outcome: Outcome) -> Entry | None:
+    """The journal entry of the parent that the outcome of a child run is; None where the parent
+    waits on.
+    """
+    call_key = run.parent_call_key
+    if run.parent is None or call_key is None:
+        return None
+    match outcome:
+        case Completed(value, codec):
+            return Entry(
+                call_key=call_key, kind=Kind.VALUE, attempt=run.token, codec=codec, value=value
+            )
+        case Failed(error):
+            return Entry(call_key=call_key, kind=Kind.ERROR, attempt=run.token, error=error)
+        case Cancelled(reason):
+            error = encode_error(RunCancelled(f"child run {name} was cancelled: {reason}"))
+            return Entry(call_key=call_key, kind=Kind.ERROR, attempt=run.token, error=error)
+        case _:
+            return None

@@ -1,0 +1,158 @@
+"""When an idle run leaves memory.
+
+A run is idle when no body of it runs and nothing of it is being recorded. It leaves memory when
+every branch of it waits durably for `SUSPEND_AFTER` or longer, and is replayed when the first of
+them is due. `Execution` makes one per run and asks it when the flow is parked.
+"""
+
+from collections.abc import Callable
+
+from eventflow.core.clock import SECOND, Timer
+from eventflow.engine.actions import AppendEntry, EndRun
+from eventflow.engine.awaitables import ChildCall, ControlSignal, Pending
+from eventflow.engine.pending_calls import PendingCalls
+from eventflow.engine.worker_services import WorkerServices
+from eventflow.loop.flow_loop import FlowTimer
+from eventflow.runs.journal import RUNNING_TIME_NOTE, TIMEOUT_KEY, Entry, Journal, Kind
+from eventflow.runs.run import NeedsAttention, Suspended
+from eventflow.sdk.flow import FlowOptions
+from eventflow.sdk.task import TaskCall
+
+SUSPEND_AFTER = 60 * SECOND
+"""A run leaves memory when every branch of it waits at least this long."""
+
+MAX_SCANNED = 16
+"""Waiting branches that are examined each time the flow parks; more are examined once a second."""
+
+
+class Suspension:
+    """`began_at`: when this execution began; `on_recheck(True)` is called when `decide` is
+    due again, with `scan_all`."""
+
+    __slots__ = (
+        "_flow",
+        "_on_recheck",
+        "_pending",
+        "_recheck_timer",
+        "_services",
+        "_time_is_recorded",
+        "began_at",
+        "idle_since",
+        "is_idle",
+    )
+
+    def __init__(
+        self,
+        services: WorkerServices,
+        flow: FlowOptions,
+        pending: PendingCalls,
+        began_at: int,
+        on_recheck: Callable[[bool], None],
+    ) -> None:
+        self._services = services
+        self._flow = flow
+        self._pending = pending
+        self._on_recheck = on_recheck
+        self.began_at = began_at
+        self.is_idle = False
+        self.idle_since = 0
+        self._time_is_recorded = False
+        self._recheck_timer: Timer | None = None
+
+    def set_idle(self, idle: bool) -> None:
+        """An idle run gives up its slot, and takes one when it works again."""
+        self.is_idle = idle
+        slots = self._services.limits.slots
+        if idle:
+            self.idle_since = self._services.clock.now()
+            slots.release()
+        else:
+            slots.acquire()
+
+    def decide(self, *, scan_all: bool) -> EndRun | AppendEntry | None:
+        """What an idle run does when its flow has parked: stay (None), leave memory, or be held
+        because nothing will come.
+
+        Without `scan_all` a run with many waiting branches stays, and is examined a second later.
+        """
+        waiting, journal = self._pending.waiting, self._pending.journal
+        if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
+            return EndRun(NeedsAttention(_stuck_reason(journal)))
+        now = self._services.clock.now()
+        if len(waiting) > MAX_SCANNED and not scan_all:
+            self._recheck_at(now + SECOND)
+            return None
+        targets = waiting.values()
+        due_times = [due for target in targets if (due := self._due(target)) is not None]
+        due = min(due_times, default=None)
+        if due is not None and due - now < SUSPEND_AFTER:
+            return None
+        if any(type(target) is ChildCall for target in targets):
+            # Most children are quick, and coming back costs a replay.
+            stays_until = self.idle_since + SUSPEND_AFTER
+            if now < stays_until and not self._services.limits.capacity.is_tight:
+                self._recheck_at(stays_until)
+                return None
+        # Its commit makes the flow park again, and the decision comes back here.
+        return self.record_time() or EndRun(Suspended(due, journal.last_batch, journal.count))
+
+    def _due(self, target: Pending) -> int | None:
+        match target:
+            case FlowTimer():
+                return target.due
+            case ControlSignal():
+                return None if self._counts_running_time else target.due
+            case TaskCall():
+                return self._pending.journal.attempts(target.call_key)[2]
+            case _:
+                return None
+
+    def _recheck_at(self, due: int) -> None:
+        if self._recheck_timer is None:
+            self._recheck_timer = self._services.clock.timer(
+                self._services.loop, due, self._recheck
+            )
+
+    def _recheck(self) -> None:
+        self._recheck_timer = None
+        self._on_recheck(True)
+
+    @property
+    def _counts_running_time(self) -> bool:
+        return self._flow.timeout_counts == "running" and self._flow.timeout is not None
+
+    def record_time(self) -> AppendEntry | None:
+        """The time this run has spent in memory, once per execution; None unless its timeout counts
+        only that.
+        """
+        if self._time_is_recorded or not self._counts_running_time:
+            return None
+        self._time_is_recorded = True
+        journal = self._pending.journal
+        ran = journal.running_time + self._services.clock.now() - self.began_at
+        return AppendEntry(
+            Entry(
+                call_key=RUNNING_TIME_NOTE,
+                kind=Kind.NOTE,
+                attempt=journal.running_time_notes + 1,
+                due_at=ran,
+            )
+        )
+
+    def close(self) -> None:
+        if self._recheck_timer is not None:
+            self._recheck_timer.cancel()
+            self._recheck_timer = None
+
+
+def _stuck_reason(journal: Journal) -> str:
+    unclaimed = sorted(journal.unclaimed)
+    if not unclaimed:
+        return (
+            "the flow waits for something that no task, sleep or child run of it will bring about"
+        )
+    shown = ", ".join(unclaimed[:5]) + (" …" if len(unclaimed) > 5 else "")
+    return (
+        f"diverged: the flow no longer makes the recorded calls {shown}; "
+        "deploy the code that made them, or retry afresh"
+    )
