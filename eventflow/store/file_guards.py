@@ -1,7 +1,8 @@
-"""What stands around the store's file: the lock, the high-water mark, the free-space floor and its ballast.
+"""What stands around the store's file: the lock, the high-water mark, the free-space floor and its
+ballast.
 
-Used by sqlite.py and writer.py. Their files lie beside the store: `STORE.lock`, `STORE.hwm`, `STORE.ballast`, mode 0600. An
-empty or zeroed one, as a power cut leaves it, counts as absent.
+Used by sqlite.py and writer.py. Their files lie beside the store: `STORE.lock`, `STORE.hwm`,
+`STORE.ballast`, mode 0600. An empty or zeroed one, as a power cut leaves it, counts as absent.
 """
 
 import fcntl
@@ -18,8 +19,9 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 class Lock:
-    """One process per store. `flock` on a file of its own: SQLite's locks on the store's file vanish when any handle of this
-    process on it is closed."""
+    """One process per store. `flock` on a file of its own: SQLite's locks on the store's file
+    vanish when any handle of this process on it is closed.
+    """
 
     def __init__(self, path: str) -> None:
         self._store, self._path = path, f"{path}.lock"
@@ -50,7 +52,9 @@ class Lock:
 
 
 def _release_in_forks(lock: Lock) -> None:
-    """A forked child shares the lock and would keep it after its parent's death; it lets go of its handle."""
+    """A forked child shares the lock and would keep it after its parent's death; it lets go of its
+    handle.
+    """
     held = weakref.ref(lock)
 
     def let_go() -> None:
@@ -85,9 +89,11 @@ def sync_folder(path: str) -> None:
 
 
 class HighWater:
-    """The last committed batch, kept outside the store: a WAL that lost its tail shows fewer batches than this.
+    """The last committed batch, kept outside the store: a WAL that lost its tail shows fewer
+    batches than this.
 
-    Two slots of 16 bytes (batch, CRC), written in turn, so that a torn write spoils only the newer one.
+    Two slots of 16 bytes (batch, CRC), written in turn, so that a torn write spoils only the newer
+    one.
     """
 
     _SLOT = struct.Struct("<QI4x")
@@ -127,7 +133,9 @@ class HighWater:
 
 
 class DiskSpaceGuard:
-    """The free-space floor: below it the ledger takes nothing more, and runs in flight finish on the ballast."""
+    """The free-space floor: below it the ledger takes nothing more, and runs in flight finish on
+    the ballast.
+    """
 
     def __init__(self, path: str, clock: Clock, floor: int | None, ballast: int) -> None:
         self._folder, self._clock, self._floor = os.path.dirname(path) or ".", clock, floor
@@ -149,10 +157,23 @@ class DiskSpaceGuard:
         if free >= floor:
             return None
         return StoreFull(
-            f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; free some space",
+            f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; free some "
+            "space",
             10.0,
             disk=True,
         )
+
+    def check_copy(self, size: int) -> None:
+        """Raises StoreFull if a copy of `size` bytes would leave less than the floor."""
+        free, floor = self._free()
+        if free < size + floor:
+            raise StoreFull(
+                f"{free >> 20} MiB free in {self._folder}, expected {(size + floor) >> 20} MiB: "
+                "beside a worker a copy of the ledger is checked; free some space, or stop the "
+                "server and run `eventflow doctor`",
+                60.0,
+                disk=True,
+            )
 
     def _free(self) -> tuple[int, int]:
         disk = os.statvfs(self._folder)
@@ -164,7 +185,9 @@ class DiskSpaceGuard:
         return disk.f_bavail * disk.f_frsize, floor
 
     def reserve_ballast(self) -> None:
-        """Sets the ballast aside, if there is room for it twice over; it is no reason not to start."""
+        """Sets the ballast aside, if there is room for it twice over; it is no reason not
+        to start.
+        """
         free, floor = self._free()
         if not self._size or free < floor + 2 * self._size or os.path.exists(self._ballast):
             return
@@ -185,7 +208,9 @@ class DiskSpaceGuard:
             self.reserve_ballast()
 
     def release_ballast(self) -> bool:
-        """Gives the ballast's space back, so that what is in flight can finish. False: there was none left."""
+        """Gives the ballast's space back, so that what is in flight can finish. False: there was
+        none left.
+        """
         self._asked_at, self._spent = float("-inf"), True
         try:
             os.unlink(self._ballast)

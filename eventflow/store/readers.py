@@ -1,7 +1,9 @@
-"""Everything that only looks: lists, one event, one run, journals. Read-only connections in two threads.
+"""Read-only connections to the ledger, in two threads: lists, one event, one run, journals.
 
-A reader never writes, never checkpoints, and gives up after two seconds, so that no read transaction keeps the WAL from being
-reset for longer. Rows are plain dicts of what is stored: instants in microseconds, ids as integers, bytes as bytes.
+`SqliteStore` and `ReadOnlyLedger` run the functions of queries.py, load.py and audit.py here. A
+reader never writes or checkpoints, and gives up after two seconds, so that no read transaction
+keeps the WAL from being reset for longer. Rows are dicts of what is stored: instants in
+microseconds, ids as integers, bytes as bytes.
 """
 
 import asyncio
@@ -9,6 +11,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from queue import SimpleQueue
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -20,37 +23,70 @@ T = TypeVar("T")
 
 READER_THREADS = 2
 QUERY_TIMEOUT_SECONDS = 2.0
-"""Seconds one look may take."""
+"""Of one query, unless its caller sets another."""
 
-_INSTRUCTIONS_PER_CHECK = 20_000  # of SQLite's virtual machine between two looks at the clock: about 1 ms
+_INSTRUCTIONS_PER_CHECK = (
+    20_000  # of SQLite's virtual machine between two timeout checks: about 1 ms
+)
 
 
 class Readers:
     """A few read-only connections and the threads that use them."""
 
     def __init__(self, path: str, clock: Clock) -> None:
-        self._path, self._clock = path, clock
+        self._path = path
+        self._clock = clock
         self._pool = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="eventflow-read")
         self._idle: SimpleQueue[sqlite3.Connection] = SimpleQueue()
         self._opened: list[sqlite3.Connection] = []
+        self._copies: set[sqlite3.Connection] = set()
 
-    async def read(self, look: Callable[[sqlite3.Connection], T], budget: float = QUERY_TIMEOUT_SECONDS) -> T:
-        """`look(connection)` in a reader's thread, in one read transaction. Raises StoreError when it takes too long."""
+    async def read(
+        self,
+        query: Callable[[sqlite3.Connection], T],
+        timeout: float = QUERY_TIMEOUT_SECONDS,
+    ) -> T:
+        """`query(connection)` in a reader's thread, in one read transaction. StoreError after
+        `timeout` seconds.
+        """
         return await asyncio.get_running_loop().run_in_executor(
-            self._pool, self._run, look, budget
+            self._pool, self._run, query, timeout
         )
 
-    def _run(self, look: Callable[[sqlite3.Connection], T], budget: float) -> T:
+    async def read_copy(
+        self, copy: sqlite3.Connection, query: Callable[[sqlite3.Connection], T]
+    ) -> T:
+        """`query(copy)` in a thread of its own, without a timeout, and close the copy. StoreError
+        if `close` interrupts it.
+        """
+
+        def run() -> T:
+            with closing(copy):
+                return query(copy)
+
+        self._copies.add(copy)
+        try:
+            return await asyncio.to_thread(run)
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"cannot read the copy of {self._path}: {error}") from error
+        finally:
+            self._copies.discard(copy)
+            _interrupt(copy)  # the caller was cancelled
+
+    def _run(self, query: Callable[[sqlite3.Connection], T], timeout: float) -> T:
         connection = self._borrow()
-        until = self._clock.monotonic() + budget
-        connection.set_progress_handler(lambda: self._clock.monotonic() > until, _INSTRUCTIONS_PER_CHECK)
+        deadline = self._clock.monotonic() + timeout
+        connection.set_progress_handler(
+            lambda: self._clock.monotonic() > deadline, _INSTRUCTIONS_PER_CHECK
+        )
         try:
             connection.execute("BEGIN")
-            return look(connection)
+            return query(connection)
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT:
                 raise StoreError(
-                    f"the query took longer than {budget:g} s; narrow it by trigger, type, flow or time"
+                    f"the query took longer than {timeout:g} s; narrow it by trigger, type, flow "
+                    "or time"
                 ) from None
             raise StoreError(f"cannot read the store {self._path}: {error}") from error
         except sqlite3.DatabaseError as error:
@@ -69,7 +105,9 @@ class Readers:
         return connection
 
     def close(self) -> None:
-        """Waits for looks under way. Idempotent."""
+        """Wait for running queries; interrupt those on copies. Idempotent."""
+        for copy in list(self._copies):
+            _interrupt(copy)
         self._pool.shutdown()
         for connection in self._opened:
             connection.close()
@@ -82,19 +120,22 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 def last_batch(path: str) -> int:
-    """The number of the last commit in the file and its WAL; 0 where there is no ledger yet."""
+    """The number of the last commit in the file and its WAL; 0 if there is no ledger yet."""
     if not os.path.exists(path) or not os.path.getsize(path):
         return 0
-    if os.path.exists(
-        f"{path}-journal"
-    ):  # the first start was killed on its way to WAL; who may write rolls that back
-        return 0
+    if os.path.exists(f"{path}-journal"):
+        return 0  # the first start was killed before WAL mode; the writer rolls it back
     connection = _connect(path)
     try:
         known = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'ledger'").fetchone()
         return connection.execute("SELECT batch FROM ledger").fetchone()[0] if known else 0
     finally:
         connection.close()
+
+
+def _interrupt(connection: sqlite3.Connection) -> None:
+    with suppress(sqlite3.ProgrammingError):  # it is closed already
+        connection.interrupt()
 
 
 def fetch_dicts(

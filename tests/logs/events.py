@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "_log"}
+LEVELS = {"debug", "info", "warning", "error", "exception", "critical", "log", "_log"}
 NAME = re.compile(r"[a-z_]+\.[a-z_]+")
 
 
@@ -36,8 +36,7 @@ def logged() -> set[tuple[str, str]]:
         for module, tree in modules()
         for call in ast.walk(tree)
         if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Attribute)
-        and call.func.attr in LEVELS
+        and ast.unparse(call.func).rpartition(".")[2] in LEVELS
         for argument in call.args[:1]
         for text in ast.walk(argument)
         if isinstance(text, ast.Constant)

@@ -1,10 +1,10 @@
-"""`check` beside a writer: short read transactions, sums of one commit, every slice looked at. Slices of no length are the most
-there can be: one row each, with commits between any two.
+"""`check` beside a writer: a copy is audited, so the sums are of one commit and the WAL can be
+reset. With steps of one page there are commits between any two pages of the copy.
 """
 
 import asyncio
+import glob
 import os
-import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, count, flow
+from eventflow.core.errors import StoreError, StoreFull
 from eventflow.runs.run import Completed, Failed, State, format_id
-from eventflow.store import audit
+from eventflow.store import backup
+from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
-from tests.store.ledger import Hand, Ledger, value
+from tests.store.ledger import Hand, HandClock, Ledger, value
 
 pytestmark = pytest.mark.anyio
 
@@ -53,16 +55,21 @@ async def filled(ledger: Ledger, events: int, body: bytes = b"{}") -> None:
         await ledger.settle(run, Failed(b"{}") if n % 3 == 0 else Completed(b"1"))
 
 
-async def test_the_sums_are_of_one_commit(ledger: Ledger):
-    """With a commit between any two rows of the walk, and every kind of row moving, the sums are exact: nothing is reported,
-    one byte too many is, and nothing is left on the writer's connection.
+async def test_the_sums_are_of_one_commit(
+    ledger: Ledger, path: str, monkeypatch: pytest.MonkeyPatch
+):
+    """With a commit between any two pages of the copy, and changes in every table, the sums are
+    exact: nothing is reported, one byte too many is, and no copy is left.
     """
+    monkeypatch.setattr(backup, "PAGES_PER_STEP", 1)
     await filled(ledger, 60)
+    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
     failed = [row["id"] for row in await ledger.store.runs(state=State.FAILED, limit=1000)]
 
     async def write(n: int) -> None:
         await ledger.store.record(
-            [ledger.arrival(f"new-{n}", ledger.run(ordering_key="a"), dead=[("s", "why")])], trigger="t"
+            [ledger.arrival(f"new-{n}", ledger.run(ordering_key="a"), dead=[("s", "why")])],
+            trigger="t",
         )
         await ledger.store.record(
             [ledger.arrival(f"old-{n % 60}", body=b"{}" if n % 2 else b"[]")], trigger="t"
@@ -80,10 +87,8 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
         )
 
     async with going_on(write) as done:
-        for _ in range(3):
-            before = len(done)
-            assert await ledger.store.check(slice=0.0) == []
-            assert len(done) > before + 5
+        while len(done) < 20:
+            assert await ledger.store.check() == []
     counts = await ledger.store.counts()
     assert (
         min(
@@ -100,17 +105,18 @@ async def test_the_sums_are_of_one_commit(ledger: Ledger):
     async with going_on(
         lambda n: ledger.store.record([ledger.arrival(f"more-{n}", ledger.run())], trigger="t")
     ):
-        assert [found.split()[0] for found in await ledger.store.check(slice=0.0)] == [
-            "pending_bytes"
-        ]
+        assert [found.split()[0] for found in await ledger.store.check()] == ["pending_bytes"]
     connection.execute("UPDATE runs SET size = size - 1 WHERE id = ?", (first,))
     assert await ledger.store.check() == []
-    await ledger.store.record([])
-    assert connection.execute("SELECT count(*) FROM sqlite_temp_schema").fetchone() == (0,)
+    assert not copies(path)
+    ledger.store.attach_worker(None)
 
 
-async def test_the_sums_know_what_waits_in_a_pattern(tmp_path: Path):
-    """Events that come to wait in a pattern and leave it while the tables are walked are counted once each."""
+async def test_the_sums_count_events_that_wait_in_a_pattern(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Events that enter and leave a pattern during the copy are counted once each."""
+    monkeypatch.setattr(backup, "PAGES_PER_STEP", 1)
 
     @flow
     async def act(events: list[Event]) -> int:
@@ -129,29 +135,16 @@ async def test_the_sums_know_what_waits_in_a_pattern(tmp_path: Path):
                 lambda enough=enough: len(done) > enough, "events wait, and leave", within=60
             )
             before = len(done)
-            assert await app.store.check(slice=0.0) == []
+            assert await app.store.check() == []
             assert len(done) > before
     assert await app.store.check() == []
     await app.close()
 
 
-async def test_no_slice_walks_a_table(ledger: Ledger, path: str):
-    """Each slice begins where the last one ended: no query of the walk scans or sorts, however far it has come."""
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    for walk in audit._WALKS:
-        plan = connection.execute(
-            f"EXPLAIN QUERY PLAN {walk.query}", (0,) * walk.query.count("?")
-        ).fetchall()
-        steps = [step for *_, step in plan]
-        assert not [step for step in steps if step.startswith(("SCAN", "USE TEMP"))], (
-            walk.table,
-            steps,
-        )
-    connection.close()
-
-
 async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str):
-    """Beside a check the WAL is copied home and begun anew: of the 64 MiB written meanwhile it keeps less than 48."""
+    """During a check the WAL is checkpointed and reset: of 64 MiB written meanwhile it has less
+    than 48.
+    """
     ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
     await filled(ledger, 200)
     body, sizes = os.urandom(1 << 20), [0]
@@ -164,15 +157,18 @@ async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str)
     async with going_on(write) as done:
         while longest < 64:
             before = len(done)
-            assert await ledger.store.check(slice=0.0) == []
+            assert await ledger.store.check() == []
             longest = max(longest, len(done) - before)
     assert max(sizes) < 48 << 20
     ledger.store.attach_worker(None)
 
 
-async def test_damage_in_any_slice_is_found(ledger: Ledger):
-    """Damaged rows, the first, one in the middle and the last of each table, are found while others are written."""
+async def test_damage_in_any_row_is_found(ledger: Ledger):
+    """Damaged rows, the first, one in the middle and the last of each table, are found while others
+    are written.
+    """
     await filled(ledger, 30)
+    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
     connection = ledger.store._connection
     assert connection is not None
     harmed: list[tuple[str, str, str, int]] = []
@@ -196,19 +192,56 @@ async def test_damage_in_any_slice_is_found(ledger: Ledger):
             f"UPDATE {table} SET {column} = CAST({column} || ' ' AS BLOB) WHERE {key} = ?", (ident,)
         )
     async with going_on(lambda n: ledger.recorded(ledger.run())):
-        found = await ledger.store.check(slice=0.0)
+        found = await ledger.store.check()
     for table, column, key, ident in harmed:
         assert any(said.startswith(f"{table} row {format_id(ident)}") for said in found), found
         cut = f"CAST(substr({column}, 1, length({column}) - 1) AS BLOB)"
         connection.execute(f"UPDATE {table} SET {column} = {cut} WHERE {key} = ?", (ident,))
     assert len(found) == len(harmed)
+    ledger.store.attach_worker(None)
 
 
-async def test_pages_are_looked_at_for_a_while(ledger: Ledger, path: str):
-    """SQLite's look at the pages is broken off when its time is over, and the connection is as good as before."""
-    await filled(ledger, 40, os.urandom(1 << 20))
-    connection = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
-    assert audit.pages(connection, 0.001) is None
-    assert audit.pages(connection, 60.0) == [] == audit.pages(connection, 60.0, "runs")
-    assert {"events", "runs", "journal"} <= set(audit.tables(connection))
-    connection.close()
+async def test_a_check_says_what_space_it_needs(ledger: Ledger, path: str):
+    """Without disk space for the copy the check is refused, with both numbers, and the store works
+    on.
+    """
+    await filled(ledger, 5)
+    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    space = ledger.store._space
+    floor, space._floor = space._floor, 1 << 60
+    with pytest.raises(StoreFull, match=r"\d+ MiB free in .*, expected 1099511627776 MiB: .* copy"):
+        await ledger.store.check()
+    space._floor = floor
+    assert await ledger.store.check() == []
+    assert not copies(path)
+    ledger.store.attach_worker(None)
+
+
+async def test_closing_the_store_ends_a_check(tmp_path: Path, clock: HandClock):
+    """A store that is closed does not wait for the audit of a large copy."""
+    store = SqliteStore(tmp_path / "large.db", clock=clock)
+    store.open()
+    ledger = Ledger(store, clock)
+    store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    await filled(ledger, 200, os.urandom(1 << 20))
+    check = asyncio.create_task(store.check())
+    readers = store._readers
+    assert readers is not None
+    await eventually(lambda: readers._copies or check.done(), "the copy is audited")
+    store.close()
+    with pytest.raises(StoreError, match="interrupted"):
+        await check
+    assert not copies(store.path)
+
+
+async def test_a_killed_check_leaves_no_copy(ledger: Ledger, path: str):
+    """A copy that a killed process left is removed when the store is opened."""
+    ledger.store.close()
+    left = Path(f"{path}.check-abc")
+    left.write_bytes(b"a part of the ledger")
+    ledger.store.open()
+    assert not left.exists()
+
+
+def copies(path: str) -> list[str]:
+    return glob.glob(f"{glob.escape(path)}.check-*")
