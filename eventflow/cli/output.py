@@ -29,7 +29,7 @@ _COLOURS = {
     "paused": "magenta",
     "pending": "yellow",
     "published": "green",
-    "reopening": "yellow",
+    "restarting": "yellow",
     "retrying": "yellow",
     "running": "cyan",
     "waiting": "cyan",

@@ -1,7 +1,9 @@
-"""The wait for room: repeats a write to the ledger for as long as the ledger refuses it with `StoreFull`.
+"""The wait for room: repeats a write to the ledger for as long as the ledger refuses it with
+`StoreFull`.
 
-`intake/reactor.py` waits this way for every caller of `Intake.accept`; an intake that wraps another one (drift monitors, the
-test ledger of the trigger contract) uses the same function. A trigger does not: it awaits `accept`.
+`intake/reactor.py` waits this way for every caller of `Intake.accept`; an intake that wraps another
+one (drift monitors, the test ledger of the trigger contract) uses the same function. A trigger does
+not: it awaits `accept`.
 """
 
 import asyncio
@@ -15,14 +17,17 @@ T = TypeVar("T")
 
 FIRST_DELAY_SECONDS = 0.05
 MAX_DELAY_SECONDS = 0.5
-"""Between two tries, growing by half each time. The longest one bounds how late a waiter notices room, or a shutdown."""
+"""Between two tries, growing by half each time. The longest one bounds how late a waiter notices
+room, or a shutdown.
+"""
 
 
 async def wait_for_room(write: Callable[[], Awaitable[T]], max_wait: float | None) -> T:
     """The result of `write`, tried at once and then again until it no longer raises StoreFull.
 
-    `max_wait` in seconds; 0 tries once, None waits as long as it takes. Raises the last StoreFull once `max_wait` is over, and
-    at once one that says `closing`: no room will come. A cancel between two tries ends the wait with nothing written.
+    `max_wait` in seconds; 0 tries once, None waits as long as it takes. Raises the last StoreFull
+    once `max_wait` is over, and at once one that says `closing`: no room will come. A cancel
+    between two tries ends the wait with nothing written.
     """
     loop = asyncio.get_running_loop()
     deadline = None if max_wait is None else loop.time() + max_wait

@@ -1,45 +1,72 @@
-"""The way in: one supervised listener per trigger, and the intake that makes their events durable.
+"""The reactor: one supervised listener per trigger, and the intake that makes their events durable.
 
-    Trigger.listen ─► TriggerIntake.accept ─► Router.arrive ─► Store.record ─► receipts ─► the trigger acknowledges
+    Trigger.listen ─► TriggerIntake.accept ─► Router.route ─► Store.post ─► receipts ─► trigger acks
 
-A listener that raises is logged and opened again with jittered backoff; the others never notice. Back-pressure has two bounds:
-events on their way to a commit, and the ledger itself; at either `accept` raises StoreFull at once, and the source slows down
-in its own way (a partition pauses, a webhook waits a little and answers 503). Nothing is dropped here. A trigger that floods
-leaves room for the others: on their way to a commit it has at most SHARE times what stays free, so one alone takes two thirds,
-two 40 % each, and there is always some left for who comes anew. A call that finds nothing on its way may be of any size. The
-next rooms are routing, then the store.
+`Runtime` starts and stops it on the intake loop. A listener that raises is logged and restarted
+with jittered backoff; the others are not affected. Back-pressure has two bounds: events in the
+commit queue (here) and the ledger (`Store.room`). At either, `accept` waits for room
+(core/backpressure.py); no event is dropped. A trigger that floods leaves room for the others: in
+the commit queue it may have FAIR_SHARE_FACTOR times what stays free, so one alone takes two thirds,
+two take 40 % each, and a newcomer always finds some. A call that finds the queue empty may be of
+any size. Read on in routing/router.py, then store/writer.py.
 """
 
 import asyncio
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
+from eventflow.core.backpressure import wait_for_room
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, StoreFailed, StoreFull
+from eventflow.core.retry import Backoff
 from eventflow.events.event import Event, Json, Receipt, Trigger, Undecodable
 from eventflow.logs.log import get_logger
 from eventflow.routing.router import Router
-from eventflow.store.protocol import Arrival, Record, Store
+from eventflow.store.protocol import Arrival, RecordEvents, Store
 
 MAX_EVENTS = 4096
-"""Events on their way to a commit."""
+"""Events in the commit queue: posted to the store, not yet committed."""
 MAX_BYTES = 64 << 20
-"""Their bytes."""
-SHARE = 2
-"""How much a trigger may have there, in events and in bytes, for each that stays free: n that flood have 2 / (1 + 2n) each."""
-BACKOFF = (0.5, 60.0)
-"""Seconds before a listener is opened again: first and longest; full jitter between."""
-SETTLED = 60.0
-"""A listener that lived this long begins its backoff anew."""
+"""Bytes of their bodies."""
+MAX_WAITING_BYTES = 64 << 20
+"""Bytes of the calls of one trigger that wait for room with a `max_wait` (HTTP requests): beyond
+them StoreFull comes at once.
+"""
+FAIR_SHARE_FACTOR = 2
+"""How much a trigger may have in the queue, in events and in bytes, for each one free: n that flood
+have 2 / (1 + 2n) each.
+"""
+STABLE_AFTER_SECONDS = 60.0
+"""A listener that ran this long starts its backoff from the first delay again."""
+STOP_TIMEOUT_SECONDS = 12.0
+"""For all listeners to end after their cancel; a trigger may shield a poll for 10 s."""
+BACKPRESSURE_LOG_INTERVAL_SECONDS = 30.0
+"""Between two `trigger.backpressure` lines of one trigger: a ledger at its bound is full again
+after every commit.
+"""
 
 log = get_logger("eventflow.reactor")
+LOG_EVENTS = {
+    "event.conflicted": "A known event arrived with other content; the first one is kept.",
+    "event.dead_lettered": "A delivery became a dead letter, with its bytes and its reason.",
+    "event.recorded": "An event and its runs are durable in the ledger (debug).",
+    "trigger.backpressure": "The ledger or the commit queue is full: events of a trigger wait.",
+    "trigger.restarted": (
+        "The listener of a trigger ended and was started again; `error` says why it ended."
+    ),
+    "trigger.started": "A trigger listens.",
+}
 
 
-class Health(msgspec.Struct):
-    """How a trigger fares; instants in microseconds. `state`: starting, listening, reopening, paused, stopped."""
+class TriggerHealth(msgspec.Struct):
+    """The state of one trigger. Instants in microseconds.
+
+    `state`: starting, listening, restarting or stopped. `backpressure`: why calls wait for room
+    now, None while none does.
+    """
 
     name: str
     kind: str
@@ -51,30 +78,41 @@ class Health(msgspec.Struct):
     last_event_at: int | None = None
     last_error: str | None = None
     paused: bool = False
+    backpressure: str | None = None
 
 
-class Underway(msgspec.Struct):
-    """What a trigger has on its way to a commit."""
+class InFlight(msgspec.Struct):
+    """What one trigger has in the commit queue, and what waits to get there. Sizes in bytes."""
 
     events: int = 0
     size: int = 0
+    waiting_calls: int = 0
+    waiting_size: int = 0
+    backpressure_logged_at: float = float("-inf")
 
 
 class TriggerIntake:
-    """The way into the ledger, bound to one trigger (event.Intake)."""
+    """The intake of one trigger (implements `events.event.Intake`)."""
 
-    def __init__(self, reactor: "Reactor", trigger: str, health: Health) -> None:
-        self._reactor, self._trigger, self._health = reactor, trigger, health
+    def __init__(self, reactor: "Reactor", trigger: str, health: TriggerHealth) -> None:
+        self._reactor = reactor
+        self._trigger = trigger
+        self._health = health
         self.log = get_logger("eventflow.trigger").bind(trigger=trigger)
 
     async def accept(
-        self, *items: Event | Undecodable, cursor: Mapping[str, Json] | None = None
+        self,
+        *items: Event | Undecodable,
+        cursor: Mapping[str, Json] | None = None,
+        max_wait: float | None = None,
     ) -> list[Receipt]:
-        reactor = self._reactor
-        arrivals = [
-            reactor.router.arrive(self._trigger, item, self._health.paused) for item in items
-        ]
-        receipts = await reactor.record(arrivals, self._trigger, cursor)
+        reactor, trigger, health = self._reactor, self._trigger, self._health
+
+        def route() -> list[Arrival]:
+            # Again after each wait: the trigger may have been paused or resumed meanwhile.
+            return [reactor.router.route(trigger, item, health.paused) for item in items]
+
+        receipts = await reactor.record(route, trigger, cursor, max_wait=max_wait)
         self._count(items, receipts)
         return receipts
 
@@ -103,7 +141,7 @@ class TriggerIntake:
 
 
 class Reactor:
-    """Runs the listeners. `start` it on the loop of the way in, `stop` it there."""
+    """Runs the listeners and records events. Everything here is called on the intake loop."""
 
     def __init__(
         self,
@@ -111,24 +149,25 @@ class Reactor:
         router: Router,
         clock: Clock,
         triggers: Sequence[Trigger],
-        draw: random.Random,
+        rng: random.Random,
     ) -> None:
-        self.store, self.router, self.clock = store, router, clock
-        self.health = {
-            trigger.name: Health(trigger.name, type(trigger).__name__) for trigger in triggers
+        self.store = store
+        self.router = router
+        self.clock = clock
+        self.health: dict[str, TriggerHealth] = {
+            trigger.name: TriggerHealth(trigger.name, type(trigger).__name__)
+            for trigger in triggers
         }
-        self.draining = False
+        self.draining: bool = False  # also set by the server's signal handler
         self._triggers = triggers
-        self._draw = draw
+        self._rng = rng
         self._listeners: list[asyncio.Task[None]] = []
-        self._events = 0
-        self._bytes = 0
-        self._underway: defaultdict[str, Underway] = defaultdict(
-            Underway
-        )  # by trigger, of which an app has few
+        self._events: int = 0  # in the commit queue
+        self._bytes: int = 0
+        self._in_flight: defaultdict[str, InFlight] = defaultdict(InFlight)  # by trigger
 
     def start(self, paused: set[str]) -> None:
-        """Opens every listener."""
+        """Starts every listener. `paused`: names of the triggers that are paused."""
         self.draining = False
         for trigger in self._triggers:
             self.health[trigger.name].paused = trigger.name in paused
@@ -137,12 +176,14 @@ class Reactor:
             )
 
     async def stop(self) -> None:
-        """Accepts nothing more; listeners end what they have under way (they are given 10 s)."""
+        """Accepts no more events and cancels the listeners; a poll under way may finish for up to
+        10 s.
+        """
         self.draining = True
         for listener in self._listeners:
             listener.cancel()
         if self._listeners:
-            await asyncio.wait(self._listeners, timeout=12.0)
+            await asyncio.wait(self._listeners, timeout=STOP_TIMEOUT_SECONDS)
         self._listeners.clear()
 
     # ----------------------------------------------------------------- listeners
@@ -150,54 +191,115 @@ class Reactor:
     async def _keep_listening(self, trigger: Trigger) -> None:
         health = self.health[trigger.name]
         intake = TriggerIntake(self, trigger.name, health)
-        wait = BACKOFF[0]
-        while True:
-            opened = self.clock.monotonic()
-            health.state = "listening"
-            log.info("trigger.opened", trigger=trigger.name, kind=health.kind)
-            try:
-                await trigger.listen(intake)
-                error: Exception | None = None
-            except Exception as raised:  # around a listener: a source may fail in any way; the others must not notice
-                error = raised
-            if self.clock.monotonic() - opened > SETTLED:
-                wait = BACKOFF[0]
-            self._note_end(health, error)
-            await asyncio.sleep(self._draw.uniform(0, wait))
-            wait = min(wait * 2, BACKOFF[1])
+        backoff = Backoff(rng=self._rng)
+        try:
+            while True:
+                started = self.clock.monotonic()
+                health.state = "listening"
+                log.info("trigger.started", trigger=trigger.name, kind=health.kind)
+                try:
+                    await trigger.listen(intake)
+                    error: Exception | None = None
+                except (
+                    Exception
+                ) as raised:  # a source may fail in any way; the others are unaffected
+                    error = raised
+                if self.draining and isinstance(error, StoreFull):
+                    return  # its wait for room ended with the drain; its cancel is about to come
+                if self.clock.monotonic() - started > STABLE_AFTER_SECONDS:
+                    backoff.reset()
+                retry_in = next(backoff)
+                self._note_end(health, error, retry_in)
+                await asyncio.sleep(retry_in)
+        finally:
+            health.state = "stopped"
 
-    def _note_end(self, health: Health, error: Exception | None) -> None:
-        health.state = "reopening"
+    def _note_end(self, health: TriggerHealth, error: Exception | None, retry_in: float) -> None:
+        health.state = "restarting"
         health.failures += 1
         health.last_error = (
             "the listener returned" if error is None else f"{type(error).__name__}: {error}"
         )
         if isinstance(error, StoreFailed):
-            return  # The root stops the process, and says why once.
+            return  # the server stops the process and logs the reason once
         log.warning(
-            "trigger.reopened",
+            "trigger.restarted",
             trigger=health.name,
             error=health.last_error,
             failures=health.failures,
+            retry_in=round(retry_in, 3),
         )
 
     def pause(self, trigger: str, paused: bool) -> None:
-        """While paused, events are recorded and their runs held."""
+        """While paused, events are recorded and their runs are paused."""
         self.health[trigger].paused = paused
 
     # ----------------------------------------------------------------- recording
 
     async def record(
         self,
-        arrivals: Sequence[Arrival],
+        route: Callable[[], Sequence[Arrival]],
         trigger: str = "",
         cursor: Mapping[str, Json] | None = None,
+        *,
+        max_wait: float | None = 0.0,
     ) -> list[Receipt]:
-        """Durable when it returns. Raises StoreFull when there is no room, StoreFailed when the outcome is unknown."""
+        """Records what `route` returns, in one transaction; durable when it returns.
+
+        `route` is called before each try. While there is no room it waits for up to `max_wait`
+        seconds, None for as long as it takes. Raises StoreFull then, and at once while draining;
+        StoreFailed when the outcome is unknown.
+        """
+        try:
+            return await self._record_once(route(), trigger, cursor)
+        except StoreFull as full:  # nothing was recorded
+            if not full.closing:
+                self._log_backpressure(trigger, full)
+            if full.closing or max_wait == 0:
+                raise
+            return await self._record_later(route, trigger, cursor, max_wait, full)
+
+    async def _record_later(
+        self,
+        route: Callable[[], Sequence[Arrival]],
+        trigger: str,
+        cursor: Mapping[str, Json] | None,
+        max_wait: float | None,
+        full: StoreFull,
+    ) -> list[Receipt]:
+        own, health = self._in_flight[trigger], self.health.get(trigger)
+        size = 0 if max_wait is None else sum(len(arrival.body) for arrival in route())
+        if own.waiting_size + size > MAX_WAITING_BYTES:
+            raise full
+        own.waiting_calls += 1
+        own.waiting_size += size
+        if health is not None:
+            health.backpressure = str(full)
+        try:
+            return await wait_for_room(
+                lambda: self._record_once(route(), trigger, cursor), max_wait
+            )
+        finally:
+            own.waiting_calls -= 1
+            own.waiting_size -= size
+            if health is not None and not own.waiting_calls:
+                health.backpressure = None
+
+    def _log_backpressure(self, trigger: str, full: StoreFull) -> None:
+        own, now = self._in_flight[trigger], self.clock.monotonic()
+        if trigger in self.health and (
+            now - own.backpressure_logged_at >= BACKPRESSURE_LOG_INTERVAL_SECONDS
+        ):
+            own.backpressure_logged_at = now
+            log.warning("trigger.backpressure", trigger=trigger, reason=str(full))
+
+    async def _record_once(
+        self, arrivals: Sequence[Arrival], trigger: str, cursor: Mapping[str, Json] | None
+    ) -> list[Receipt]:
         size = 0
         for arrival in arrivals:
             size += len(arrival.body)
-        own = self._underway[trigger]
+        own = self._in_flight[trigger]
         if arrivals and (full := self._full(own, len(arrivals), size)) is not None:
             raise full
         self._events += len(arrivals)
@@ -205,20 +307,20 @@ class Reactor:
         own.events += len(arrivals)
         own.size += size
         try:
-            return await self._post(Record(arrivals, trigger, cursor))
+            return await self._post(RecordEvents(arrivals, trigger, cursor))
         finally:
             self._events -= len(arrivals)
             self._bytes -= size
             own.events -= len(arrivals)
             own.size -= size
 
-    def _post(self, op: Record) -> asyncio.Future[list[Receipt]]:
+    def _post(self, op: RecordEvents) -> asyncio.Future[list[Receipt]]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[list[Receipt]] = loop.create_future()
 
         def reply(result: list[Receipt] | StoreError) -> None:
             if future.done():
-                return  # The caller was cancelled; the transaction was not.
+                return  # the caller was cancelled; the transaction was not
             if isinstance(result, StoreError):
                 future.set_exception(result)
             else:
@@ -227,15 +329,20 @@ class Reactor:
         self.store.post(op, reply, loop)
         return future
 
-    def _full(self, own: Underway, events: int, size: int) -> StoreFull | None:
+    def _full(self, own: InFlight, events: int, size: int) -> StoreFull | None:
         if self.draining:
-            return StoreFull("the server is stopping", 5.0)
+            return StoreFull("the server is stopping", 5.0, closing=True)
         if self._events:
-            # Of a full queue less than nothing is free, so the share bounds the sum too.
-            free, free_bytes = MAX_EVENTS - self._events - events, MAX_BYTES - self._bytes - size
-            if own.events + events > SHARE * free or own.size + size > SHARE * free_bytes:
+            # In a full queue the free share is negative, so the share bounds the sum too.
+            free = MAX_EVENTS - self._events - events
+            free_bytes = MAX_BYTES - self._bytes - size
+            if (
+                own.events + events > FAIR_SHARE_FACTOR * free
+                or own.size + size > FAIR_SHARE_FACTOR * free_bytes
+            ):
                 return StoreFull(
-                    f"{self._events} events wait for their commit, {own.events} from the same trigger",
+                    f"{self._events} events wait for their commit,"
+                    f" {own.events} from the same trigger",
                     1.0,
                 )
-        return self.store.room()
+        return self.store.capacity()

@@ -1,8 +1,10 @@
-"""Limits for a process whose tasks leak: over the soft one no runs are begun, over the hard one the process is replaced.
+"""Memory limits for a process whose tasks leak: at the soft limit it starts no runs, at the hard it
+restarts.
 
-server.py starts a `MemoryWatch` when `--memory-soft` or `--memory-hard` is given, and does what it asks for. A limit acts only
-once memory was below it in this life: a process that begins above its limit would be replaced for ever. Read is the resident
-set of this process, from /proc/self/statm, so limits need Linux; processes that tasks start are not counted.
+server.py starts a `MemoryMonitor` when `--memory-soft` or `--memory-hard` is given. A limit is
+enforced only once memory was below it in this process: a process that starts above its limit would
+restart forever. Measured is the resident set of this process, from /proc/self/statm, so limits need
+Linux; child processes are not counted.
 """
 
 import asyncio
@@ -11,18 +13,22 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
+from eventflow.engine.worker import Worker
 from eventflow.logs.log import get_logger
 
-EVERY = 0.25
-"""Seconds between two looks: a task that takes a GB per second passes its limit by 250 MB."""
-BACK = 0.95
-"""Of the soft limit: below this the worker goes on. The room between keeps it from going on and off with each run."""
-IDLE = 5.0
-"""Seconds over the soft limit with nothing at work after which waiting is vain: what leaked does not come back."""
+CHECK_INTERVAL_SECONDS = 0.25
+"""Between two checks: a task that allocates 1 GB per second exceeds its limit by 250 MB."""
+RESUME_FRACTION = 0.95
+"""Of the soft limit: below it the worker starts runs again. The gap prevents a switch with every
+run.
+"""
+STUCK_AFTER_SECONDS = 5.0
+"""Above the soft limit with no run at work: leaked memory does not come back, so the process
+restarts.
+"""
 
 _STATM = Path("/proc/self/statm")
 _UNITS = {
@@ -38,10 +44,25 @@ _UNITS = {
 }
 
 log = get_logger("eventflow.memory")
+LOG_EVENTS = {
+    "memory.hard_limit_exceeded": (
+        "A hard memory limit is exceeded: the server drains and re-executes itself; `reason` "
+        "says why."
+    ),
+    "memory.limit_too_low": (
+        "The process started above a memory limit; it applies once memory was below it."
+    ),
+    "memory.recovered": "Memory is below the soft limit: runs start again.",
+    "memory.soft_limit_exceeded": (
+        "The soft memory limit is exceeded: no runs start, events wait in the ledger."
+    ),
+}
 
 
 def parse_size(name: str, text: str) -> int:
-    """`2GB`, `2G` (10⁹ each), `1.5GiB`, `512Mi` (2³⁰, 2²⁰), or plain bytes. UsageError says which option `name` is wrong."""
+    """`2GB`, `2G` (10⁹ each), `1.5GiB`, `512Mi` (2³⁰, 2²⁰), or plain bytes. UsageError says which
+    option `name` is wrong.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
     if found is None or found[2] not in _UNITS:
         raise UsageError(f"{name} expected a size such as 2GB, 1.5GiB or 512Mi, found {text!r}")
@@ -49,17 +70,20 @@ def parse_size(name: str, text: str) -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now. OSError where there is no /proc."""
+    """Resident bytes of this process. OSError where there is no /proc."""
     return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def check_limits(soft: int | None, hard: int | None) -> None:
-    """UsageError for limits that cannot be kept: the program alone takes more, or nobody can tell."""
+    """UsageError for limits that cannot be enforced: the program alone takes more, or there is no
+    /proc.
+    """
     if soft is None and hard is None:
         return
     if soft is not None and hard is not None and soft >= hard:
         raise UsageError(
-            f"--memory-soft expected less than --memory-hard, found {_shown(soft)} and {_shown(hard)}"
+            "--memory-soft expected less than --memory-hard,"
+            f" found {_megabytes(soft)} and {_megabytes(hard)}"
         )
     try:
         taken = resident()
@@ -70,92 +94,93 @@ def check_limits(soft: int | None, hard: int | None) -> None:
     for name, limit in (("soft", soft), ("hard", hard)):
         if limit is not None and limit <= taken:
             raise UsageError(
-                f"--memory-{name} {_shown(limit)}: the program alone takes {_shown(taken)}; give it more"
+                f"--memory-{name} {_megabytes(limit)}: the program alone takes {_megabytes(taken)};"
+                " give it more"
             )
 
 
-def _shown(size: int) -> str:
+def _megabytes(size: int) -> str:
     return f"{size / 10**6:.0f}MB"
 
 
-class Held(Protocol):
-    """The worker, as the watch sees it: `hold_back` is called on the flows' loop."""
+class MemoryMonitor:
+    """Checks the process's memory until cancelled.
 
-    @property
-    def load(self) -> dict[str, int]: ...
-
-    def hold_back(self, reason: str) -> None: ...
-
-
-class MemoryWatch:
-    """Looks at the process's memory until cancelled. `recycle(reason)` is called once at most, on the loop of `watch`."""
+    `soft`, `hard`: limits in bytes. The worker is paused through `flow_loop`, where it lives.
+    `restart(reason)` is called at most once, on the loop of `run`.
+    """
 
     def __init__(
-        self, soft: int | None, hard: int | None, worker: Held, flows: asyncio.AbstractEventLoop, clock: Clock,
-        recycle: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self._limits = {"soft": soft, "hard": hard}
-        self._worker, self._flows, self._clock, self._recycle = worker, flows, clock, recycle
-        self._armed: set[str] = set()
-        self._told = False
-        self._held = False
+        self,
+        soft: int | None,
+        hard: int | None,
+        worker: Worker,
+        flow_loop: asyncio.AbstractEventLoop,
+        clock: Clock,
+        restart: Callable[[str], None],
+    ) -> None:
+        self._limits: dict[str, int | None] = {"soft": soft, "hard": hard}
+        self._worker = worker
+        self._flow_loop = flow_loop
+        self._clock = clock
+        self._restart = restart
+        self._armed: set[str] = set()  # limits that memory was below once
+        self._low_limit_logged: bool = False
+        self._paused: bool = False
         self._idle_since: float | None = None
 
-    async def watch(self) -> None:
+    async def run(self) -> None:
         while True:
-            if self._look(resident()):
+            if self._check(resident()):
                 return
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(CHECK_INTERVAL_SECONDS)
 
-    def _look(self, taken: int) -> bool:
-        """True: the process is to be replaced."""
-        self._arm(taken)
-        reason = self._over("hard", taken)
-        if reason is None and self._held and self._is_stuck(taken):
+    def _check(self, size: int) -> bool:
+        """Whether the process has to restart. `size`: resident bytes."""
+        self._arm(size)
+        reason = self._excess("hard", size)
+        if reason is None and self._paused and self._is_stuck(size):
             reason = (
-                f"{_shown(taken)} are taken and nothing is at work: what leaked does not come back"
+                f"{_megabytes(size)} are taken and nothing is at work:"
+                " what leaked does not come back"
             )
         if reason is not None:
-            log.error("memory.exceeded", taken=taken, **self._limits, reason=reason)
-            self._recycle(f"memory: {reason}")
+            log.error("memory.hard_limit_exceeded", resident=size, **self._limits, reason=reason)
+            self._restart(f"memory: {reason}")
             return True
-        if not self._held and self._over("soft", taken) is not None:
-            gc.collect()  # the collector is kept calm (server.py): what it could free is no leak
-            if (reason := self._over("soft", resident())) is not None:
-                self._hold_back(f"short of memory: {reason}")
-                log.warning("memory.short", taken=taken, **self._limits)
-        elif self._held and taken < BACK * (self._limits["soft"] or 0):
-            self._hold_back("")
-            log.info("memory.recovered", taken=taken, **self._limits)
+        if not self._paused and self._excess("soft", size) is not None:
+            gc.collect()  # it runs rarely (server.py): what it can free is no leak
+            if (reason := self._excess("soft", resident())) is not None:
+                self._set_pause(f"short of memory: {reason}")
+                log.warning("memory.soft_limit_exceeded", resident=size, **self._limits)
+        elif self._paused and size < RESUME_FRACTION * (self._limits["soft"] or 0):
+            self._set_pause("")
+            log.info("memory.recovered", resident=size, **self._limits)
         return False
 
-    def _arm(self, taken: int) -> None:
-        self._armed |= {
-            name for name, limit in self._limits.items() if limit is not None and taken < limit
-        }
-        unarmed = [
-            name
-            for name, limit in self._limits.items()
-            if limit is not None and name not in self._armed
-        ]
-        if unarmed and not self._told:
-            self._told = True
-            log.error("memory.limit_too_low", taken=taken, **self._limits)
+    def _arm(self, size: int) -> None:
+        limits = {name: limit for name, limit in self._limits.items() if limit is not None}
+        self._armed |= {name for name, limit in limits.items() if size < limit}
+        if limits.keys() - self._armed and not self._low_limit_logged:
+            self._low_limit_logged = True
+            log.error("memory.limit_too_low", resident=size, **self._limits)
 
-    def _over(self, name: str, taken: int) -> str | None:
+    def _excess(self, name: str, size: int) -> str | None:
         limit = self._limits[name]
-        if limit is None or taken < limit or name not in self._armed:
+        if limit is None or size < limit or name not in self._armed:
             return None
-        return f"{_shown(taken)} are taken, --memory-{name} is {_shown(limit)}"
+        return f"{_megabytes(size)} are taken, --memory-{name} is {_megabytes(limit)}"
 
-    def _hold_back(self, reason: str) -> None:
-        self._held, self._idle_since = bool(reason), None
-        self._flows.call_soon_threadsafe(self._worker.hold_back, reason)
+    def _set_pause(self, reason: str) -> None:
+        self._paused = bool(reason)
+        self._idle_since = None
+        self._flow_loop.call_soon_threadsafe(self._worker.set_pause_reason, reason)
 
-    def _is_stuck(self, taken: int) -> bool:
+    def _is_stuck(self, size: int) -> bool:
         if self._worker.load["working"]:
             self._idle_since = None
             return False
         now = self._clock.monotonic()
         self._idle_since = self._idle_since or now
-        return now - self._idle_since >= IDLE and taken >= BACK * (self._limits["soft"] or 0)
+        is_above = size >= RESUME_FRACTION * (self._limits["soft"] or 0)
+        return is_above and now - self._idle_since >= STUCK_AFTER_SECONDS

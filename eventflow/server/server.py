@@ -1,11 +1,12 @@
-"""`eventflow serve`: one App as one process. It owns the signals, the socket, the logs, and the process's exit.
+"""`eventflow serve`: one App as one process. Owns the signals, the socket, the logs and the exit.
 
-    bind ─► open the store, the flows' loop, the listeners ─► listen ─► the ready line ─► … ─► SIGTERM: drain ─► exit 0
+    bind ─► open store, flow loop, listeners ─► listen ─► ready line ─► … ─► SIGTERM: drain ─► exit 0
 
-`App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within `grace` + 5 s of SIGTERM
-whatever flows do; within 1 s of a storage error, with its code; at once on a second signal. Intake and HTTP have this thread's
-loop, flows their own. Over a memory limit it drains too, and begins anew (memory.py, succession.py). Next rooms: web/ for
-requests, app.py for the rest.
+`App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within
+`grace` + 5 s of SIGTERM, whatever flows do; within 1 s of a storage error, with its exit code; at
+once on a second signal. Intake and HTTP run on this thread's loop, flows on their own. When a
+memory limit is exceeded, the process drains and re-executes itself (memory_limits.py, reexec.py).
+Requests are handled in web/.
 """
 
 import asyncio
@@ -26,45 +27,57 @@ import msgspec
 import orjson
 import uvicorn
 
+from eventflow.app import App
 from eventflow.core.errors import EventflowError, StoreError, StoreLocked, UsageError
-from eventflow.logs.capture import Configured, Level, configure
+from eventflow.logs.capture import Level, LogConfiguration, configure
 from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
-from eventflow.server.memory_limits import MemoryWatch, check_limits
-from eventflow.server.reexec import bequeath, inherited, succeed
+from eventflow.runtime import new_event_loop
+from eventflow.server.memory_limits import MemoryMonitor, check_limits
+from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
 from eventflow.store import open_store
 from eventflow.store.file_guards import Lock
-from eventflow.store.key_files import secret_beside
+from eventflow.store.key_files import load_or_create_secret
 from eventflow.web.api import make_asgi
 from eventflow.web.auth import host_name
-from eventflow.web.http_protocol import Connections, bounded
-from eventflow.web.served import Served
+from eventflow.web.http_protocol import ConnectionLimiter, limited_protocol
 
-LAST_CALL = 4.0
-"""Seconds after `grace` at which the process ends, whatever still runs: the promise is 5."""
-FAREWELL = 0.4
-"""Seconds between a storage error and the exit, in which requests under way get their 503: the promise is 1 in all."""
+FORCED_EXIT_MARGIN_SECONDS = 4.0
+"""After `grace`, before the process is ended whatever still runs: the promise is 5 s."""
+FAIL_STOP_DELAY_SECONDS = 0.4
+"""Between a storage error and the exit, for requests under way to get their 503: the promise is 1 s
+in all.
+"""
 BACKLOG = 2048
-TURN = 0.0005
-"""Seconds for which a thread may keep the interpreter while others wait for it; Python's own is ten times that. For one webhook
-it is taken some fifteen times from a flow that computes: for the request, each statement of the commit, and the answer."""
+"""Connections that the kernel queues before they are accepted."""
+THREAD_SWITCH_INTERVAL_SECONDS = 0.0005
+"""For which a thread may keep the GIL while others wait; Python's default is ten times that. One
+webhook takes it some fifteen times from a flow that computes: for the request, for each statement
+of the commit, for the response.
+"""
 
 log = get_logger("eventflow.server")
+LOG_EVENTS = {
+    "server.stopping": "The server starts to stop; `reason` names the signal.",
+    "store.failed": "Storage failed: nothing more is acknowledged (P10).",
+}
 
 
-class Unavailable(EventflowError):
-    """What the server needs is taken: its port."""
+class PortInUse(EventflowError):
+    """The server's port is taken or cannot be bound."""
 
     exit_code: ClassVar[int] = 69
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to serve. `fd`: a listening socket handed over; else `host` and `port` (0 picks one). `grace` in seconds.
+    """How to serve. `fd`: an inherited listening socket; else `host` and `port` (0 picks one).
 
-    `log`: "json", "pretty", or "auto" (pretty on a terminal). `allow_hosts`: names besides the loopback ones under which the
-    API is reached. `memory_soft`, `memory_hard`: bytes; over them the worker begins no more runs, the process is replaced.
+    `grace`: seconds that attempts may take to end at a stop. `log`: "json", "pretty", or "auto"
+    (pretty on a terminal). `allow_hosts`: host names of the API besides the loopback ones.
+    `memory_soft`, `memory_hard`: bytes; over the first the worker starts no runs, over the second
+    the process restarts.
     """
 
     store: str | None = None
@@ -85,7 +98,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Level = "info"
 
 
-def run_app(app: Served, *, ready_stream: TextIO | None = None, **options: Any) -> NoReturn:
+def run_app(app: App, *, ready_stream: TextIO | None = None, **options: Any) -> NoReturn:
     """`App.run()`: serves, then exits the process. The options are those of `Settings`."""
     try:
         code = serve(app, Settings(**options), ready_stream)
@@ -95,44 +108,48 @@ def run_app(app: Served, *, ready_stream: TextIO | None = None, **options: Any) 
     sys.exit(code)
 
 
-def serve(app: Served, settings: Settings, ready_stream: TextIO | None = None) -> int:
-    """Serves until a signal; returns the exit code. Raises EventflowError when it cannot start. Main thread only."""
+def serve(app: App, settings: Settings, ready_stream: TextIO | None = None) -> int:
+    """Serves until a signal; returns the exit code. Main thread only.
+
+    Raises EventflowError when it cannot start.
+    """
     check(settings)
     path = open_store(settings.store or app.url, app.clock).path
     pretty = {"json": False, "pretty": True}.get(settings.log)
     ready = ready_stream or sys.stdout
-    sock = _listening(settings, path)
+    sock = _open_socket(settings, path)
     with (
         sock,
         configure(
             stream=sys.stderr, pretty=pretty, level=settings.log_level, clock=app.clock
         ) as output,
     ):
-        root = Root(app, settings, path, sock, output, ready)
+        process = ServerProcess(app, settings, path, sock, output, ready)
         tune_interpreter()
-        with _signals(root), asyncio.Runner(loop_factory=_new_loop) as runner:
-            code = runner.run(root.main())
-    root.succeed_if_asked()
+        with _signal_handlers(process), asyncio.Runner(loop_factory=new_event_loop) as runner:
+            code = runner.run(process.main())
+    process.reexec_if_requested()
     return code
 
 
 def tune_interpreter() -> None:
-    """What a process that serves wants of Python, and a host that embeds us may not: fewer collections, quicker turns.
+    """Interpreter settings for a server process: fewer garbage collections, a shorter switch
+    interval.
 
-    By default the garbage collector walks over every run in memory each few dozen runs, and finds nothing: a settled run
-    leaves no cycles. Threads take turns every `TURN` seconds instead of 5 ms.
+    By default the collector walks over every run in memory each few dozen runs and finds nothing,
+    since a settled run leaves no cycles. An embedding program keeps its own settings.
     """
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-    sys.setswitchinterval(TURN)
+    sys.setswitchinterval(THREAD_SWITCH_INTERVAL_SECONDS)
 
 
-# --------------------------------------------------------------------------- may it start so
+# --------------------------------------------------------------------------- checks
 
 
 def check(settings: Settings) -> None:
-    """UsageError for what would expose the API by accident (threat S1)."""
+    """UsageError for settings that would expose the API by accident (threat S1) or cannot work."""
     if (settings.tls_cert is None) != (settings.tls_key is None):
         raise UsageError("--tls-cert and --tls-key go together")
     for name in filter(None, (settings.tls_cert, settings.tls_key)):
@@ -141,7 +158,8 @@ def check(settings: Settings) -> None:
     for name in settings.allow_hosts:
         if not name or name.lower() not in (host_name(name), host_name(f"[{name}]")):
             raise UsageError(
-                f"--allow-host expected a name as in a Host header, without scheme and port, found {name!r}"
+                "--allow-host expected a name as in a Host header, without scheme and port,"
+                f" found {name!r}"
             )
     check_limits(settings.memory_soft, settings.memory_hard)
     if settings.fd is None:
@@ -155,8 +173,8 @@ def check_bind(settings: Settings, host: str) -> None:
         raise UsageError(f"--no-auth is for loopback addresses only, found --host {host}")
     if not (settings.tls_cert or settings.behind_proxy or settings.insecure_http):
         raise UsageError(
-            f"--host {host} can be reached from other machines: give --tls-cert and --tls-key, or --behind-proxy when a proxy "
-            "does TLS, or --insecure-http if you mean it"
+            f"--host {host} can be reached from other machines: give --tls-cert and --tls-key,"
+            " or --behind-proxy when a proxy does TLS, or --insecure-http if you mean it"
         )
 
 
@@ -169,18 +187,19 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _listening(settings: Settings, store: str) -> socket.socket:
-    """The socket, bound but not listening yet: a taken port shows before any flow starts."""
-    if (fd := inherited()) is not None:
-        return _handed_over(settings, fd)
+def _open_socket(settings: Settings, store: str) -> socket.socket:
+    """The socket, bound but not listening yet: a taken port is found before any flow starts."""
+    if (fd := take_inherited_fd()) is not None:
+        return _adopt_socket(settings, fd)
     if settings.fd is not None:
-        return _handed_over(settings, settings.fd)
+        return _adopt_socket(settings, settings.fd)
     return bind_socket(settings, store)
 
 
 def bind_socket(settings: Settings, store: str = "") -> socket.socket:
-    """A socket on the settings' host and port. Raises Unavailable, or StoreLocked when the holder of the port has the store
-    too.
+    """A socket on the settings' host and port.
+
+    Raises PortInUse, or StoreLocked when the process on that port has the store open too.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(
@@ -199,27 +218,28 @@ def bind_socket(settings: Settings, store: str = "") -> socket.socket:
 
 
 def _cannot_bind(settings: Settings, store: str, error: OSError) -> EventflowError:
-    """The port is taken; by another eventflow on the same store, that says more."""
+    """The error for a failed bind: StoreLocked says more than PortInUse when both hold."""
     if error.errno == errno.EADDRINUSE and Path(f"{store}.lock").exists():
         lock = Lock(store)
         try:
-            lock.take()
+            lock.acquire()
             lock.release()
         except StoreLocked as locked:
             return locked
         except OSError:
-            pass
+            pass  # the lock tells nothing; the port is taken all the same
     why = (
         "is taken by another process"
         if error.errno == errno.EADDRINUSE
         else f"cannot be bound: {error.strerror}"
     )
-    return Unavailable(
-        f"port {settings.port} on {settings.host} {why}; choose another with --port (0 picks a free one)"
+    return PortInUse(
+        f"port {settings.port} on {settings.host} {why};"
+        " choose another with --port (0 picks a free one)"
     )
 
 
-def _handed_over(settings: Settings, fd: int) -> socket.socket:
+def _adopt_socket(settings: Settings, fd: int) -> socket.socket:
     try:
         sock = socket.socket(fileno=fd)
         name: Any = sock.getsockname()
@@ -230,31 +250,35 @@ def _handed_over(settings: Settings, fd: int) -> socket.socket:
     return sock
 
 
-# --------------------------------------------------------------------------- the root
+# --------------------------------------------------------------------------- the process
 
 
-class Root:
-    """One served App, from its opening to the exit code."""
+class ServerProcess:
+    """One served App, from its opening to the exit code. `path`: of the store's file."""
 
     def __init__(
         self,
-        app: Served,
+        app: App,
         settings: Settings,
         path: str,
         sock: socket.socket,
-        output: Configured,
+        output: LogConfiguration,
         ready: TextIO,
     ) -> None:
-        self.app, self.settings, self.path = app, settings, path
-        self._sock, self._output, self._ready = sock, output, ready
+        self.app = app
+        self.settings = settings
+        self.path = path
+        self.stopping: bool = False
+        self._sock = sock
+        self._output = output
+        self._ready_stream = ready
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
-        self._serving: asyncio.Task[None] | None = None
-        self._sidecar = Path(f"{path}.server")
-        self.stopping = False
-        self._signal = ""
-        self._heir: int | None = None  # the socket of the next life, once there is to be one
+        self._stop_reason: str = ""
+        self._next_socket: int | None = None  # descriptor for the re-executed process, if requested
+        self._address_file = Path(f"{path}.server")  # where the command line finds the server
         self._server = _Server(self._uvicorn_config())
+        self._serving: asyncio.Task[None] | None = None
 
     async def main(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -271,52 +295,53 @@ class Root:
     async def _serve(self) -> None:
         loops = {
             "intake": (asyncio.get_running_loop(), threading.get_ident()),
-            "flows": self.app.house.flow_loop,
+            "flows": self.app.runtime.flow_loop,
         }
         watchdog = Watchdog(loops, self.app.clock)
         watchdog.start()
         memory = asyncio.create_task(self._watch_memory(), name="memory")
         try:
             self._listen()
-            self._make_token()
+            self._ensure_token()
             await self._serve_http()
         finally:
             self.stopping = True
             memory.cancel()
-            self._arm_last_call()
+            self._schedule_forced_exit()
             await self.app.close(self.settings.grace)
             watchdog.stop()
             await asyncio.gather(memory, return_exceptions=True)
             await self._stop_http()
-            self._sidecar.unlink(missing_ok=True)
+            self._address_file.unlink(missing_ok=True)
 
     async def _watch_memory(self) -> None:
         soft, hard = self.settings.memory_soft, self.settings.memory_hard
         if soft is not None or hard is not None:
-            house = self.app.house
-            await MemoryWatch(
-                soft, hard, house.worker, house.flow_loop[0], self.app.clock, self._recycle
-            ).watch()
+            runtime = self.app.runtime
+            flow_loop, _ = runtime.flow_loop
+            await MemoryMonitor(
+                soft, hard, runtime.worker, flow_loop, self.app.clock, self._restart
+            ).run()
 
     def _listen(self) -> None:
         try:
             self._sock.listen(BACKLOG)
         except OSError as error:
-            raise Unavailable(
+            raise PortInUse(
                 f"port {self.settings.port}: {error.strerror}; choose another with --port"
             ) from None
 
     async def _serve_http(self) -> None:
-        """Until a signal. HTTP goes on answering during the drain: 503 to what comes in, and who looks sees how it goes."""
+        """Serves until a signal. HTTP stays up during the drain: 503 to new work, and reads work."""
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._sock]), name="http")
         listening = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait([self._serving, listening], return_when=asyncio.FIRST_COMPLETED)
         listening.cancel()
-        self._say_ready()
+        self._write_ready_line()
         stopped = asyncio.create_task(self._stop.wait(), name="signal")
         await asyncio.wait([stopped, self._serving], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
-        log.info("server.stopping", reason=self._signal or "the HTTP server ended")
+        log.info("server.stopping", reason=self._stop_reason or "the HTTP server ended")
 
     async def _stop_http(self) -> None:
         self._server.should_exit = True
@@ -330,15 +355,33 @@ class Root:
             *([settings.host] if settings.host not in ("0.0.0.0", "::") else []),
         ]
         asgi = make_asgi(
-            self.app, auth=not settings.no_auth, allowed_hosts=hosts, open_metrics=settings.open_metrics, manage=False,
+            self.app,
+            auth=not settings.no_auth,
+            allowed_hosts=hosts,
+            open_metrics=settings.open_metrics,
+            manage=False,
             draining=lambda: self.stopping,
-        )  # fmt: skip
+        )
         return uvicorn.Config(
-            asgi, loop="none", http=bounded(Connections()), ws="none", lifespan="off", log_config=None, log_level="critical",
-            access_log=False, server_header=False, proxy_headers=settings.behind_proxy, backlog=BACKLOG, timeout_keep_alive=30,
-            timeout_graceful_shutdown=1, ssl_certfile=settings.tls_cert, ssl_keyfile=settings.tls_key,
-            headers=[("strict-transport-security", "max-age=31536000")] if settings.tls_cert else None,
-        )  # fmt: skip
+            asgi,
+            loop="none",
+            http=limited_protocol(ConnectionLimiter()),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=settings.behind_proxy,
+            backlog=BACKLOG,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=1,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
+            headers=[("strict-transport-security", "max-age=31536000")]
+            if settings.tls_cert
+            else None,
+        )
 
     # ----------------------------------------------------------------- ready
 
@@ -351,103 +394,107 @@ class Root:
         scheme = "https" if self.settings.tls_cert else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{name[1]}"
 
-    def _say_ready(self) -> None:
-        """The one line on stdout, and the same beside the store for the command line."""
+    def _write_ready_line(self) -> None:
+        """Writes the ready line to stdout, and the address to a file beside the store."""
         line = {
             "ready": True,
             "url": self.url,
             "pid": os.getpid(),
             "store": self.app.store.location,
         }
-        fresh = self._sidecar.with_name(f"{self._sidecar.name}.{os.getpid()}")
+        fresh = self._address_file.with_name(f"{self._address_file.name}.{os.getpid()}")
         fresh.touch(mode=0o600)
         fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
-        fresh.rename(self._sidecar)
-        with suppress(OSError, ValueError):  # nobody reads stdout: no reason not to serve
-            self._ready.write(orjson.dumps(line).decode() + "\n")
-            self._ready.flush()
+        fresh.rename(self._address_file)
+        with suppress(OSError, ValueError):  # stdout is closed: serving needs no reader
+            self._ready_stream.write(orjson.dumps(line).decode() + "\n")
+            self._ready_stream.flush()
 
-    def _make_token(self) -> None:
-        """At the very first start there is none yet: a person at a terminal is shown it once, a log file never."""
+    def _ensure_token(self) -> None:
+        """Makes the token at the first start. It is shown once on a terminal, never in a log file."""
         if self.settings.no_auth:
             return
         fresh = not Path(f"{self.path}.token").exists()
-        token = secret_beside(self.path, "token")
+        token = load_or_create_secret(self.path, "token")
         SECRETS.register(token)
         if fresh:
             shown = token if sys.stderr.isatty() else f"$(cat {self.path}.token)"
             sys.stderr.write(
-                f"eventflow: the API's token was made. Authorization: Bearer {shown}\n"
+                f"eventflow: the API token was created. Authorization: Bearer {shown}\n"
             )
 
-    # ----------------------------------------------------------------- the ends
+    # ----------------------------------------------------------------- stop, restart, exit
 
-    def signalled(self, number: int, _frame: Any) -> None:
-        """First signal: drain. It is said here and now, not on a loop that somebody may block. Second: out."""
-        if self._heir is not None:  # it drains already, but not to end
-            os.close(self._heir)
-            self._heir = None
+    def on_signal(self, number: int, _frame: Any) -> None:
+        """First signal: drain. Set here and not on a loop, which a flow may block. Second: exit."""
+        if self._next_socket is not None:  # it drains for a restart: now it ends instead
+            os.close(self._next_socket)
+            self._next_socket = None
             return
         if self.stopping:
             os.write(2, b"eventflow: second signal, not waiting\n")
-            self._sidecar.unlink(missing_ok=True)
+            self._address_file.unlink(missing_ok=True)
             os._exit(128 + number)
         self._drain(signal.Signals(number).name)
 
     def _drain(self, reason: str) -> None:
-        self.stopping, self._signal = True, reason
+        self.stopping = True
+        self._stop_reason = reason
         if self.app.is_open:
-            self.app.house.reactor.draining = True
-        self._arm_last_call()
+            self.app.runtime.reactor.draining = True
+        self._schedule_forced_exit()
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
 
-    def _recycle(self, reason: str) -> None:
-        """Drains as for a signal, and then begins anew in this process. A signal meanwhile makes a plain end of it."""
+    def _restart(self, reason: str) -> None:
+        """Drains, then re-executes the program. A signal during this drain makes it a normal
+        shutdown.
+        """
         if not self.stopping:
-            self._heir = bequeath(self._sock)
+            self._next_socket = inheritable_copy(self._sock)
             self._drain(reason)
 
-    def succeed_if_asked(self) -> None:
-        """Does not return when a next life is due."""
-        if self._heir is not None:
-            succeed(self._heir)
+    def reexec_if_requested(self) -> None:
+        """Re-executes the program if `_restart` was called; then it does not return."""
+        if self._next_socket is not None:
+            reexec(self._next_socket)
 
     def reload_tls(self, _number: int, _frame: Any) -> None:
-        """SIGHUP: a renewed certificate, for connections from now on."""
+        """SIGHUP: load a renewed certificate for new connections."""
         config = self._server.config
         if config.ssl is not None and self.settings.tls_cert:
             config.ssl.load_cert_chain(self.settings.tls_cert, self.settings.tls_key)
 
-    def _arm_last_call(self) -> None:
-        if not any(thread.name == "eventflow-last-call" for thread in threading.enumerate()):
-            self._leave_in(self.settings.grace + LAST_CALL, 0, "eventflow-last-call")
+    def _schedule_forced_exit(self) -> None:
+        name = "eventflow-forced-exit"
+        if not any(thread.name == name for thread in threading.enumerate()):
+            self._exit_after(self.settings.grace + FORCED_EXIT_MARGIN_SECONDS, 0, name)
 
     def _fail_stop(self, error: StoreError) -> None:
-        """The store failed: nothing is acknowledged any more. Called in the store's own thread."""
+        """The store failed: nothing is acknowledged any more. Called on the writer thread."""
         if not self.stopping:
             log.error("store.failed", error=str(error), exit_code=error.exit_code)
         self.stopping = True
-        self._leave_in(FAREWELL, error.exit_code, "eventflow-fail-stop")
+        self._exit_after(FAIL_STOP_DELAY_SECONDS, error.exit_code, "eventflow-fail-stop")
 
-    def _leave_in(self, seconds: float, code: int, name: str) -> None:
-        """A thread that ends the process, whatever the loops and other threads do."""
+    def _exit_after(self, seconds: float, code: int, name: str) -> None:
+        """Ends the process from a new thread, whatever the loops and other threads do."""
 
-        def leave() -> None:
+        def exit_process() -> None:
             threading.Event().wait(seconds)
             flush = threading.Thread(target=self._output.flush, daemon=True)
             flush.start()
             flush.join(0.3)
-            self._sidecar.unlink(missing_ok=True)
+            self._address_file.unlink(missing_ok=True)
             if code == 0:
-                self.succeed_if_asked()
+                self.reexec_if_requested()
             os._exit(code)
 
-        threading.Thread(target=leave, name=name, daemon=True).start()
+        threading.Thread(target=exit_process, name=name, daemon=True).start()
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which the root has, and saying when it listens."""
+    """uvicorn without its signal handlers; `listening` is set once it accepts connections."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -463,11 +510,11 @@ class _Server(uvicorn.Server):
 
 
 @contextmanager
-def _signals(root: Root) -> Generator[None]:
+def _signal_handlers(process: ServerProcess) -> Generator[None]:
     handlers = {
-        signal.SIGTERM: root.signalled,
-        signal.SIGINT: root.signalled,
-        signal.SIGHUP: root.reload_tls,
+        signal.SIGTERM: process.on_signal,
+        signal.SIGINT: process.on_signal,
+        signal.SIGHUP: process.reload_tls,
     }
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
@@ -475,11 +522,3 @@ def _signals(root: Root) -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _new_loop() -> asyncio.AbstractEventLoop:
-    try:
-        import uvloop
-    except ImportError:  # not built for this platform
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()

@@ -1,10 +1,11 @@
-"""The one layer that every request passes before any route is looked at: deny by default, over HTTP and WebSocket alike.
+"""The access check for every HTTP and WebSocket request, before routing: deny by default.
 
-`make_asgi` (api.py) wraps the whole app in a `Guard`. Open are exactly: GET or HEAD of `/healthz` and `/readyz`; `/metrics`
-when the operator said so; and the paths of the triggers' own routes, which verify their senders themselves. Everything else,
-known path or not, needs a Host on the allow-list (421), then the token (401), then for a change a request that no foreign page
-made (403). Only below `/hooks/`, where senders have no such token, a path that no trigger has is told as one (404). While the
-server drains, the way in is answered 503 here, without asking anybody further in.
+`make_asgi` (api.py) wraps the whole app in a `Guard`. Without a token are reachable: GET or HEAD of
+`/healthz` and `/readyz`; `/metrics` with `--open-metrics`; and the triggers' own routes, which
+verify their senders themselves. Every other path, known or not, requires a Host on the allow-list
+(421), then the token (401), then for a change a same-site request (403). Only below `/hooks/`,
+where senders have no token, an unknown path is answered 404. While the server drains, requests that
+bring new work are answered 503 here.
 """
 
 import asyncio
@@ -16,24 +17,25 @@ from urllib.parse import urlsplit
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from eventflow.web.responses import problem, unavailable
+from eventflow.web.responses import error_json, unavailable
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/healthz", "/readyz")
-SAFE = ("GET", "HEAD")
-WAYS_IN = ("/api/events", "/api/runs")
-"""Besides the triggers' own routes: what takes new work when it is POSTed to."""
+OPEN_PATHS = ("/healthz", "/readyz")
+SAFE_METHODS = ("GET", "HEAD")
+INTAKE_PATHS = ("/api/events", "/api/runs")
+"""Where a POST brings new work, besides the triggers' own routes."""
 
-WRONG = 5
-"""Wrong tokens a minute and address after which the answer takes `SLOWLY` seconds (threat S27)."""
-SLOWLY = 2.0
+FREE_FAILURES = 5
+"""Wrong tokens per minute and address that are answered without delay (threat S27)."""
+FAILURE_DELAY_SECONDS = 2.0
+"""Before the answer to each further one."""
 
 
 class Guard:
     """ASGI in, ASGI out.
 
-    `token` gives the token, or None when none is asked for; it is called once the app is open. `hosts` are names without ports.
-    `draining` tells whether a stop was asked for.
+    `token` returns the required token, None for none. `hosts`: names without ports. `draining`
+    returns True once a stop was requested. `clock`: monotonic seconds.
     """
 
     def __init__(
@@ -47,10 +49,13 @@ class Guard:
         draining: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
-        self._app, self._routes, self._draining = app, routes, draining
-        self._token, self._hosts = token, frozenset(host.lower() for host in (*LOOPBACK, *hosts))
-        self._open = frozenset((*OPEN, *open_paths))
-        self._wrong = Wrong(clock)
+        self._app = app
+        self._routes = routes
+        self._token = token
+        self._hosts: frozenset[str] = frozenset(host.lower() for host in (*LOOPBACK, *hosts))
+        self._open_paths: frozenset[str] = frozenset((*OPEN_PATHS, *open_paths))
+        self._draining = draining
+        self._failed_logins = FailedLogins(clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -58,107 +63,117 @@ class Guard:
             return
         if scope["type"] not in ("http", "websocket"):
             return
-        answer = await self._answer(scope)
-        if answer is None:
+        rejection = await self._reject(scope)
+        if rejection is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await answer(scope, receive, send)
+            await rejection(scope, receive, send)
 
-    async def _answer(self, scope: Scope) -> ASGIApp | None:
-        """What the request is answered here; None: it may pass."""
+    async def _reject(self, scope: Scope) -> ASGIApp | None:
+        """The response of a rejected request; None if it may pass."""
         path, method = route_path(scope), str(scope.get("method", ""))
-        hook = any(_leads(route, scope) for route in self._routes)
-        if self._draining() and (hook or (method == "POST" and path in WAYS_IN)):
-            return unavailable("the server is stopping; come back later", hang_up=True)
-        if hook or (scope["type"] == "http" and method in SAFE and path in self._open):
+        hook = any(_matches(route, scope) for route in self._routes)
+        if self._draining() and (hook or (method == "POST" and path in INTAKE_PATHS)):
+            return unavailable("the server is stopping; come back later", close_connection=True)
+        if hook or (
+            scope["type"] == "http" and method in SAFE_METHODS and path in self._open_paths
+        ):
             return None
         if path.startswith("/hooks/"):
-            detail = f"no webhook takes {method} {path}; `eventflow ls triggers --json` lists their paths"
-            return problem(404, "not_found", detail)
+            detail = (
+                f"no webhook takes {method} {path};"
+                " `eventflow ls triggers --json` lists their paths"
+            )
+            return error_json(404, "not_found", detail)
         headers = first_headers(scope)
         if host_name(headers.get("host", "")) not in self._hosts:
-            return problem(
+            return error_json(
                 421, "wrong_host", "this host name is not served; allow it with --allow-host NAME"
             )
-        if not await self._knows(headers, scope):
+        if not await self._is_authorized(headers, scope):
             detail = "expected Authorization: Bearer TOKEN; the token is in STORE.token"
-            return problem(401, "unauthorized", detail, www_authenticate="Bearer")
-        if (method not in SAFE or scope["type"] == "websocket") and not _same_site(headers):
-            return problem(403, "cross_site", "a page of another site may not do this")
+            return error_json(401, "unauthorized", detail, www_authenticate="Bearer")
+        if (method not in SAFE_METHODS or scope["type"] == "websocket") and not _same_site(headers):
+            return error_json(403, "cross_site", "a page of another site may not do this")
         return None
 
-    async def _knows(self, headers: Mapping[str, str], scope: Scope) -> bool:
-        wanted = self._token()
-        if wanted is None:
+    async def _is_authorized(self, headers: Mapping[str, str], scope: Scope) -> bool:
+        required = self._token()
+        if required is None:
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and same(given.strip(), wanted):
+        if scheme.lower() == "bearer" and constant_time_equal(given.strip(), required):
             return True
         if given:
-            await self._wrong.note((scope.get("client") or ("",))[0])
+            await self._failed_logins.note((scope.get("client") or ("",))[0])
         return False
 
 
-class Wrong:
-    """Wrong tokens by address, over the last minute; whoever tries often waits for the answer."""
+class FailedLogins:
+    """Counts wrong tokens by address, per minute, and delays the answer to many."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock, self._began, self._count = clock, 0.0, dict[str, int]()
+        self._clock = clock
+        self._minute_start: float = 0.0
+        self._count: dict[str, int] = {}
 
     async def note(self, address: str) -> None:
         now = self._clock()
-        if now - self._began > 60 or len(self._count) > 10_000:
-            self._began, self._count = now, {}
+        if now - self._minute_start > 60 or len(self._count) > 10_000:
+            self._minute_start = now
+            self._count = {}
         self._count[address] = self._count.get(address, 0) + 1
-        if self._count[address] > WRONG:
-            await asyncio.sleep(SLOWLY)
+        if self._count[address] > FREE_FAILURES:
+            await asyncio.sleep(FAILURE_DELAY_SECONDS)
 
 
-def same(given: str, wanted: str) -> bool:
-    """In a time that tells nothing, of lengths neither."""
-    digests = (sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, wanted))
+def constant_time_equal(given: str, required: str) -> bool:
+    """Compared in a time that depends neither on the contents nor on the lengths."""
+    digests = (sha256(text.encode("utf-8", "surrogatepass")).digest() for text in (given, required))
     return hmac.compare_digest(*digests)
 
 
 def route_path(scope: Scope) -> str:
-    """The path below where this app is mounted."""
+    """The path relative to where this app is mounted."""
     path, root = str(scope["path"]), str(scope.get("root_path", ""))
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def first_headers(scope: Scope) -> dict[str, str]:
-    """Headers by lower-case name. One that came twice is not there: two readers could take different ones."""
+    """Headers by lower-case name, without a repeated Host, Authorization or Origin: proxies and
+    servers may read different ones of them.
+    """
     headers: dict[str, str] = {}
-    twice: set[str] = set()
+    repeated: set[str] = set()
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
         if key in headers:
-            twice.add(key)
+            repeated.add(key)
         headers[key] = value.decode("latin-1")
     return {
         key: value
         for key, value in headers.items()
-        if key not in twice or key not in ("host", "authorization", "origin")
+        if key not in repeated or key not in ("host", "authorization", "origin")
     }
 
 
 def host_name(host: str) -> str:
-    """`example.org:8710` → `example.org`, `[::1]:8710` → `::1`; empty for what is no host."""
+    """`example.org:8710` → `example.org`, `[::1]:8710` → `::1`; empty if it is not a host."""
     try:
         return urlsplit(f"//{host}").hostname or "" if "@" not in host and "/" not in host else ""
     except ValueError:
         return ""
 
 
-def _leads(route: BaseRoute, scope: Scope) -> bool:
+def _matches(route: BaseRoute, scope: Scope) -> bool:
     return scope["type"] == "http" and route.matches(scope)[0] is Match.FULL
 
 
 def _same_site(headers: Mapping[str, str]) -> bool:
-    """A browser says where a request came from; programs say nothing."""
+    """Whether no other site's page sent it. Browsers send the origin of a request, programs do not."""
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")

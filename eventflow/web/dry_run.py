@@ -1,46 +1,52 @@
-"""`GET /api/foresight`: which runs the events of a time would start with the code as it is now; starts none.
+"""`GET /api/dry-run`: which runs past events would start with the current code; starts none.
 
-One request for the whole time, behind `eventflow replay --since … --dry-run`. foresight.py does it; here is what a request
-asks, and that nobody goes on for a client who has left. api.py lists the route.
+The server side of `eventflow replay --since … --dry-run`, one request for the whole period. It
+parses the query, calls dry_run/replay.py and stops when the client disconnects. api.py lists the
+route.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from eventflow.dry_run.replay import LIMIT, MOST, Question, foresee
+from eventflow.app import App
+from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import Json as JsonValue
-from eventflow.web.responses import Json, instant, whole_number
-from eventflow.web.served import Served
+from eventflow.web.responses import Endpoint, Json, instant, whole_number
 
 
-class Foresee:
-    """The handler, over the App that `opened` returns."""
+class DryRun:
+    """The handler. `opened` returns the App."""
 
-    def __init__(self, opened: Callable[[], Served]) -> None:
+    def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
-        return [("GET", "/api/foresight", self.foresight)]
+    def table(self) -> list[Endpoint]:
+        return [("GET", "/api/dry-run", self.dry_run)]
 
-    async def foresight(self, request: Request) -> Response:
+    async def dry_run(self, request: Request) -> Response:
         """`?since=&until=&type=&to=&limit=`, all optional."""
-        app, asked = self._opened(), request.query_params
-        end = app.clock.now() + 1  # itself not included, but what has just come is
-        question = Question(
-            until=min(instant(request, "until") or end, end), since=instant(request, "since"), type=asked.get("type"),
-            to=asked.get("to"), limit=min(whole_number(request, "limit", LIMIT), MOST),
-        )  # fmt: skip
-        return Json(await foresee(_Asked(app, request), app.subscriptions, app.triggers, question))
+        app, params = self._opened(), request.query_params
+        end = app.clock.now() + 1  # exclusive: includes an event that was received just now
+        query = DryRunQuery(
+            until=min(instant(request, "until") or end, end),
+            since=instant(request, "since"),
+            type=params.get("type"),
+            to=params.get("to"),
+            limit=min(whole_number(request, "limit", DEFAULT_LIMIT), MAX_LIMIT),
+        )
+        ledger = _RequestLedger(app, request)
+        return Json(await dry_run(ledger, app.subscriptions, app.triggers, query))
 
 
-class _Asked:
-    """The ledger, for as long as somebody waits for the answer."""
+class _RequestLedger:
+    """The ledger, readable while the client is connected; then ClientDisconnect."""
 
-    def __init__(self, app: Served, request: Request) -> None:
-        self._store, self._request = app.store, request
+    def __init__(self, app: App, request: Request) -> None:
+        self._store = app.store
+        self._request = request
 
     async def past(
         self,

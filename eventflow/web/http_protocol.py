@@ -1,8 +1,8 @@
-"""HTTP/1.1 on the wire, with bounds: uvicorn's protocol that does not wait for slow heads, and takes no more than its
-connections.
+"""uvicorn's HTTP/1.1 protocol with limits on slow request heads and on connections.
 
-server.py hands the class to uvicorn. A request's head must be whole within 10 s and 64 KiB; connections are capped in all and
-per address, loopback (a proxy, the tests) excepted. Bodies are bounded by who reads them. Next: the Guard (auth.py).
+server/server.py passes the class to uvicorn. A request's head must be complete within 10 s and 64
+KiB. Connections are limited in total and per address, loopback addresses excepted. Bodies are
+limited where they are read (responses.py). The next check of a request is the Guard (auth.py).
 """
 
 import asyncio
@@ -11,31 +11,31 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_SECONDS = 10.0
-HEAD_BYTES = 64 * 1024
-CONNECTIONS = 10_000
-PER_ADDRESS = 1_000
-SPARE_FILES = 256
+HEAD_TIMEOUT_SECONDS = 10.0
+MAX_HEAD_BYTES = 64 * 1024
+MAX_CONNECTIONS = 10_000
+MAX_CONNECTIONS_PER_ADDRESS = 1_000
+RESERVED_FILES = 256
 """File descriptors left for the store, logs, blobs and what flows open."""
 
 
-class Connections:
-    """How many there are, and from where."""
+class ConnectionLimiter:
+    """Counts connections in total and by address."""
 
     def __init__(self) -> None:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most = max(16, min(CONNECTIONS, soft - SPARE_FILES))
-        self.total = 0
+        self.limit: int = max(16, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
+        self.total: int = 0
         self._by_address: dict[str, int] = {}
 
     def enter(self, address: str) -> bool:
-        """Counts one more; False when it is one too many."""
-        crowd = self._by_address.get(address, 0)
-        near = address in ("", "127.0.0.1", "::1")
-        if self.total >= self.most or (crowd >= PER_ADDRESS and not near):
+        """Counts one more; False if that is over a limit."""
+        count = self._by_address.get(address, 0)
+        is_local = address in ("", "127.0.0.1", "::1")
+        if self.total >= self.limit or (count >= MAX_CONNECTIONS_PER_ADDRESS and not is_local):
             return False
         self.total += 1
-        self._by_address[address] = crowd + 1
+        self._by_address[address] = count + 1
         return True
 
     def leave(self, address: str) -> None:
@@ -47,13 +47,13 @@ class Connections:
             del self._by_address[address]
 
 
-def bounded(connections: Connections) -> type[HttpToolsProtocol]:
-    """The protocol class, counting in `connections`."""
-    return type("Bounded", (_Bounded,), {"crowd": connections})
+def limited_protocol(limiter: ConnectionLimiter) -> type[HttpToolsProtocol]:
+    """The protocol class, counting in `limiter`."""
+    return type("LimitedProtocol", (_LimitedProtocol,), {"limiter": limiter})
 
 
-class _Bounded(HttpToolsProtocol):
-    crowd: Connections
+class _LimitedProtocol(HttpToolsProtocol):
+    limiter: ConnectionLimiter
     _counted: str | None = None
     _reading = True
     _head = 0
@@ -62,16 +62,16 @@ class _Bounded(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         address = self.client[0] if self.client else ""
-        if not self.crowd.enter(address):
+        if not self.limiter.enter(address):
             self._refuse(b"503 Service Unavailable", b"too many connections")
             return
         self._counted = address
-        self._arm()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
+        self._stop_head_timer()
         if self._counted is not None:
-            self.crowd.leave(self._counted)
+            self.limiter.leave(self._counted)
             self._counted = None
         super().connection_lost(exc)
 
@@ -80,37 +80,42 @@ class _Bounded(HttpToolsProtocol):
             self._head += len(data)
         super().data_received(data)
         if not self._reading:
-            self._disarm()
-        elif self._head > HEAD_BYTES:
+            self._stop_head_timer()
+        elif self._head > MAX_HEAD_BYTES:
             self._refuse(
                 b"431 Request Header Fields Too Large", b"the head of the request is over 64 KiB"
             )
         elif self._head and self._deadline is None:
-            self._arm()
+            self._start_head_timer()
 
     def on_message_begin(self) -> None:
-        self._reading, self._head = True, self._head or 1
+        self._reading = True
+        self._head = self._head or 1
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self._reading, self._head = False, 0
+        self._reading = False
+        self._head = 0
         super().on_headers_complete()
 
-    def _arm(self) -> None:
-        self._deadline = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+    def _start_head_timer(self) -> None:
+        self._deadline = self.loop.call_later(HEAD_TIMEOUT_SECONDS, self._on_head_timeout)
 
-    def _disarm(self) -> None:
+    def _stop_head_timer(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _too_slow(self) -> None:
+    def _on_head_timeout(self) -> None:
         self._deadline = None
         self._refuse(b"408 Request Timeout", b"the head of the request did not arrive in time")
 
     def _refuse(self, status: bytes, detail: bytes) -> None:
         body = b'{"error":"refused","detail":"%s"}' % detail
-        head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        head = (
+            b"HTTP/1.1 %s\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n"
+        )
         transport = cast(Any, self.transport)
         if transport is not None and not transport.is_closing():
             transport.write(head % (status, len(body)) + body)

@@ -1,23 +1,24 @@
-"""The API's own description, OpenAPI 3.1, for `/openapi.json` (behind the token, as everything else).
+"""The description of the API, OpenAPI 3.1, for `/openapi.json` (behind the token, as everything).
 
-One table, read by people in docs/reference and by the test that compares it with the routes.
+One table: method, path, summary, statuses. docs/reference/http.md has the same rows, and tests
+compare both with the routes.
 """
 
 from typing import Any
 
 from starlette.routing import Route
 
-from eventflow.web.served import Served
+from eventflow.app import App
 
-TABLE: tuple[tuple[str, str, str, str], ...] = (
-    ("get", "/healthz", "The process lives.", "200"),
-    ("get", "/readyz", "It takes events.", "200 503"),
-    ("get", "/metrics", "Prometheus' text format.", "200"),
-    ("get", "/openapi.json", "This.", "200"),
+OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
+    ("get", "/healthz", "The process is alive.", "200"),
+    ("get", "/readyz", "Events are accepted.", "200 503"),
+    ("get", "/metrics", "Metrics in Prometheus' text format.", "200"),
+    ("get", "/openapi.json", "This description.", "200"),
     (
         "post",
         "/api/events",
-        "Records CloudEvents: binary, structured or batch.",
+        "Record CloudEvents: binary, structured or batch.",
         "200 202 400 409 413 415 503 507",
     ),
     (
@@ -35,19 +36,19 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (
         "post",
         "/api/events/{id}/replay",
-        "Matches it once more: {to, own, dry_run}.",
+        "Match it again: {to, own, dry_run}.",
         "200 202 404 409",
     ),
     (
         "get",
-        "/api/foresight",
-        "Which runs a time's events would start: since, until, type, to, limit.",
+        "/api/dry-run",
+        "Runs that past events would start: since, until, type, to, limit.",
         "200 400 409",
     ),
     (
         "post",
         "/api/runs",
-        "Starts a run: {flow, params, idempotency_key}.",
+        "Start a run: {flow, params, idempotency_key}.",
         "200 202 400 404 409 503 507",
     ),
     (
@@ -57,27 +58,40 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
         "200 400",
     ),
     ("get", "/api/runs/{id}", "One run with its tasks, result and error.", "200 404"),
-    ("get", "/api/runs/{id}/logs", "What it logged: after, limit.", "200 404"),
+    ("get", "/api/runs/{id}/logs", "Its log lines: after, limit.", "200 404"),
     (
         "post",
         "/api/runs/{id}/retry",
-        "Lets a failed, cancelled, held or dead run go again: {fresh}.",
+        "Retry a failed, cancelled, paused, held or dead run: {from_scratch}.",
         "202 404 409",
     ),
-    ("post", "/api/runs/{id}/cancel", "Ends a run: {reason}.", "202 404 409"),
-    ("get", "/api/dead", "Open dead letters, newest first: limit, after.", "200"),
-    ("get", "/api/dead/{id}", "One dead letter with its bytes.", "200 404"),
+    ("post", "/api/runs/{id}/cancel", "Cancel a run: {reason}.", "202 404 409"),
+    ("get", "/api/dead-letters", "Open dead letters, newest first: limit, after.", "200"),
+    ("get", "/api/dead-letters/{id}", "One dead letter with its bytes.", "200 404"),
+    (
+        "post",
+        "/api/dead-letters/{id}/redrive",
+        "Redrive it: as recorded, {data}, or {event}.",
+        "202 404 409",
+    ),
+    ("get", "/api/dead", "The same as /api/dead-letters.", "200"),
+    ("get", "/api/dead/{id}", "The same as /api/dead-letters/{id}.", "200 404"),
     (
         "post",
         "/api/dead/{id}/redrive",
-        "Tries it once more: as it stands, {data}, or {event}.",
+        "The same as /api/dead-letters/{id}/redrive.",
         "202 404 409",
     ),
     ("get", "/api/flows", "The flows and their subscriptions.", "200"),
-    ("get", "/api/triggers", "The triggers and how they fare.", "200"),
-    ("get", "/api/outlets", "What is sent to sinks, and what waits to be.", "200"),
-    ("post", "/api/triggers/{name}/pause", "Records its events, holds their runs.", "200 404"),
-    ("post", "/api/triggers/{name}/resume", "Lets held runs go on.", "200 404"),
+    ("get", "/api/triggers", "The triggers and their health.", "200"),
+    ("get", "/api/sinks", "The sink subscriptions, their health and backlog.", "200"),
+    (
+        "post",
+        "/api/triggers/{name}/pause",
+        "Pause a trigger: events are recorded, their runs paused.",
+        "200 404",
+    ),
+    ("post", "/api/triggers/{name}/resume", "Resume a trigger and its paused runs.", "200 404"),
     (
         "get",
         "/api/triggers/{name}/occurrences",
@@ -87,11 +101,11 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
     (
         "post",
         "/api/triggers/{name}/backfill",
-        "Runs past occurrences for a flow: {flow, at, again, dry_run}.",
+        "Run past occurrences for a flow: {flow, at, rerun, dry_run}.",
         "200 202 400 404 409",
     ),
-    ("get", "/api/counts", "The sum of all deliveries.", "200"),
-    ("get", "/api/check", "What does not hold in the ledger; reads all of it.", "200"),
+    ("get", "/api/counts", "Deliveries by state.", "200"),
+    ("get", "/api/check", "Violated invariants of the ledger; reads all of it.", "200"),
     (
         "post",
         "/api/backup",
@@ -101,9 +115,9 @@ TABLE: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-def describe_api(app: Served) -> dict[str, Any]:
+def describe_api(app: App) -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
-    for method, path, summary, answers in TABLE:
+    for method, path, summary, answers in OPERATIONS:
         paths.setdefault(path, {})[method] = _operation(path, summary, answers.split())
     for trigger in app.triggers:
         for route in getattr(trigger, "routes", ()):
@@ -135,9 +149,9 @@ def describe_api(app: Served) -> dict[str, Any]:
 def _operation(path: str, summary: str, answers: list[str]) -> dict[str, Any]:
     wrong = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     responses = {
-        status: {"description": "well"}
+        status: {"description": "success"}
         if status < "300"
-        else {"description": "not well", "content": wrong}
+        else {"description": "error", "content": wrong}
         for status in answers
     }
     operation: dict[str, Any] = {"summary": summary, "responses": responses}

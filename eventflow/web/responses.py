@@ -1,11 +1,10 @@
-"""Answers of the doors: JSON out, `{"error", "detail"}` for what went wrong, and a request's body in, bounded in size and
-time.
+"""Responses and request parsing for all handlers: JSON, errors as `{"error", "detail"}`, bounded
+bodies.
 
-`answering` wraps every handler: what eventflow itself raises becomes its status, anything else a 500 with an id that the log
-has too; a client never sees a traceback (threat S26).
+`with_error_responses` wraps every handler: an error of eventflow becomes its HTTP status; any other
+becomes a 500 with an id that the log has too. A client never sees a traceback (threat S26).
 """
 
-import asyncio
 import math
 import secrets
 from collections.abc import Awaitable, Callable
@@ -27,22 +26,31 @@ from eventflow.core.errors import (
     StoreFull,
     UsageError,
 )
+from eventflow.core.http_body import BodyRejected, ClientDisconnected, read_http_body
 from eventflow.events.cloudevents import read_json
 from eventflow.logs.log import get_logger
 
-MAX_BODY = 1 << 20
-"""Bytes of a body of one event, of a run's parameters; of a batch, `MAX_BATCH`."""
-MAX_BATCH = 16 << 20
-PATIENCE, LONGEST, MIN_RATE = 10.0, 30.0, 1024
-"""Seconds any body may take, seconds the largest may, and bytes per second between (fault 27)."""
+MAX_BODY_BYTES = 1 << 20
+"""Bytes of a body: one event, a run's parameters."""
+MAX_BATCH_BYTES = 16 << 20
+"""Bytes of a batch of events."""
+MAX_BODY_SECONDS = 30.0
+"""For the largest body (fault 27); see core/http_body.py."""
 
 Handler = Callable[[Request], Awaitable[Response]]
+Endpoint = tuple[str, str, Handler]
+"""Method, path and handler."""
 
 log = get_logger("eventflow.web")
+LOG_EVENTS = {
+    "http.failed": "An HTTP request failed with an internal error; the response has the same id.",
+}
 
 
 class Json(Response):
-    """JSON, never sniffed, never kept by a cache."""
+    """A JSON response, never cached, never content-sniffed. Header names are given with `_` for
+    `-`.
+    """
 
     media_type = "application/json"
 
@@ -58,64 +66,70 @@ class Json(Response):
         return orjson.dumps(content, default=str)
 
 
-class Refused(Exception):
-    """The request ends here with this answer."""
+class HttpError(Exception):
+    """Raised by a handler: ends the request with this response."""
 
-    def __init__(self, answer: Response) -> None:
-        super().__init__(answer.status_code)
-        self.answer = answer
+    def __init__(self, response: Response) -> None:
+        super().__init__(response.status_code)
+        self.response = response
 
 
-def problem(status: int, error: str, detail: str, *, hang_up: bool = False, **headers: str) -> Json:
-    if hang_up:
+def error_json(
+    status: int, error: str, detail: str, *, close_connection: bool = False, **headers: str
+) -> Json:
+    if close_connection:
         headers["connection"] = "close"
     return Json({"error": error, "detail": detail}, status, **headers)
 
 
-def refuse(status: int, error: str, detail: str, **options: Any) -> Refused:
-    return Refused(problem(status, error, detail, **options))
+def http_error(status: int, error: str, detail: str, **options: Any) -> HttpError:
+    return HttpError(error_json(status, error, detail, **options))
 
 
-def unavailable(detail: str, *, hang_up: bool = False) -> Json:
-    """503, to come back after a few seconds: spread, so that not all come at once."""
-    return problem(
-        503, "unavailable", detail, hang_up=hang_up, retry_after=str(1 + secrets.randbelow(5))
+def unavailable(detail: str, *, close_connection: bool = False) -> Json:
+    """503 with a random Retry-After of 1 to 5 s, so that senders do not all come back at once."""
+    return error_json(
+        503,
+        "unavailable",
+        detail,
+        close_connection=close_connection,
+        retry_after=str(1 + secrets.randbelow(5)),
     )
 
 
-# --------------------------------------------------------------------------- from errors to answers
+# --------------------------------------------------------------------------- errors
 
 
-def answering(handler: Handler) -> Handler:
-    """The handler, with its errors as answers."""
+def with_error_responses(handler: Handler) -> Handler:
+    """The handler, with its errors as responses."""
 
-    async def answer(request: Request) -> Response:
+    async def handle(request: Request) -> Response:
         try:
             return await handler(request)
-        except Refused as refused:
-            return refused.answer
+        except HttpError as refused:
+            return refused.response
         except EventflowError as error:
-            return answer_to(error)
-        except ClientDisconnect:
+            return error_response(error)
+        except (ClientDisconnect, ClientDisconnected):  # nobody reads the response
             return Response(status_code=499)
 
-    return answer
+    return handle
 
 
-def answer_to(error: EventflowError) -> Json:
-    """Which status says what."""
+def error_response(error: EventflowError) -> Json:
+    """The response for an error of eventflow."""
     match error:
         case NotFound():
-            return problem(404, "not_found", str(error))
+            return error_json(404, "not_found", str(error))
         case BindingError() | NotStorable():
-            return problem(400, "invalid", str(error))
+            return error_json(400, "invalid", str(error))
         case ResultsUnavailable():
             return unavailable(str(error))
         case UsageError() | RunError():
-            return problem(409, "refused", str(error))
+            return error_json(409, "refused", str(error))
         case StoreFull():
             status, name = (507, "disk_full") if error.disk else (503, "overloaded")
-            return problem(
+            return error_json(
                 status, name, str(error), retry_after=str(max(1, math.ceil(error.retry_after)))
             )
         case _:
@@ -123,42 +137,32 @@ def answer_to(error: EventflowError) -> Json:
             return unavailable(str(error))
 
 
-async def crashed(request: Request, error: Exception) -> Response:
-    """A defect of ours: the traceback goes to the log, its number to the client."""
-    number = secrets.token_hex(6)
-    log.error(
-        "http.failed", id=number, method=request.method, path=request.url.path, exc_info=error
-    )
-    return problem(500, "internal", f"something went wrong here; the log has it as {number}")
+async def internal_error(request: Request, error: Exception) -> Response:
+    """A defect of eventflow: the traceback goes to the log, its id to the client."""
+    ident = secrets.token_hex(6)
+    log.error("http.failed", id=ident, method=request.method, path=request.url.path, exc_info=error)
+    return error_json(500, "internal", f"internal error; the log has it under id {ident}")
 
 
 # --------------------------------------------------------------------------- bodies
 
 
-async def read_body(request: Request, limit: int = MAX_BODY) -> bytes:
-    """The body; Refused with 413 as soon as its size shows, 408 when it trickles, 415 when it is packed."""
+async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
+    """The body. HttpError 413 when it is over `limit` bytes, 408 when too slow, 415 when compressed."""
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         detail = "expected Content-Encoding identity"
-        raise refuse(415, "unsupported_encoding", detail, hang_up=True, accept_encoding="identity")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and (len(declared) > 15 or int(declared) > limit):
-        raise _too_large(limit)
-    body = bytearray()
-    start = asyncio.get_running_loop().time()
+        raise http_error(
+            415, "unsupported_encoding", detail, close_connection=True, accept_encoding="identity"
+        )
+    length = request.headers.get("content-length", "")
     try:
-        async with asyncio.timeout_at(start + PATIENCE) as deadline:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise _too_large(limit)
-                deadline.reschedule(start + min(LONGEST, PATIENCE + len(body) / MIN_RATE))
-    except TimeoutError:
-        raise refuse(408, "timeout", "the body did not arrive in time", hang_up=True) from None
-    return bytes(body)
-
-
-def _too_large(limit: int) -> Refused:
-    return refuse(413, "too_large", f"expected a body of at most {limit} bytes", hang_up=True)
+        return await read_http_body(
+            request.receive, length, max_bytes=limit, max_seconds=MAX_BODY_SECONDS
+        )
+    except BodyRejected as rejected:
+        raise http_error(
+            rejected.status, rejected.error, rejected.detail, close_connection=True
+        ) from None
 
 
 async def read_object(request: Request) -> dict[str, Any]:
@@ -167,34 +171,40 @@ async def read_object(request: Request) -> dict[str, Any]:
     try:
         value: Any = read_json(body) if body.strip() else {}
     except ValueError as error:
-        raise refuse(400, "unreadable", str(error)) from None
+        raise http_error(400, "unreadable", str(error)) from None
     if not isinstance(value, dict):
-        raise refuse(400, "unreadable", "body: expected a JSON object")
+        raise http_error(400, "unreadable", "body: expected a JSON object")
     return cast(dict[str, Any], value)
 
 
-# --------------------------------------------------------------------------- queries
+# --------------------------------------------------------------------------- request parameters
+
+
+def caller(request: Request) -> str:
+    """Who sends the request, as far as a shared token can tell: address and user agent."""
+    address = request.client.host if request.client else "here"
+    return f"{address} {request.headers.get('user-agent', '')[:80]}".strip()
 
 
 def whole_number(request: Request, name: str, default: Any) -> Any:
-    """A whole number of the query."""
+    """A query parameter that is a whole number; `default` without it."""
     text = request.query_params.get(name)
     if text is None:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise refuse(400, "invalid", f"{name}: expected a whole number, found {text!r}")
+        raise http_error(400, "invalid", f"{name}: expected a whole number, found {text!r}")
     return int(text)
 
 
 def instant(request: Request, name: str) -> int | None:
-    """An instant of the query, in microseconds."""
+    """A query parameter that is an instant, in microseconds; None without it."""
     text = request.query_params.get(name)
     if text is None:
         return None
     try:
         return to_us(datetime.fromisoformat(text.replace(" ", "+")))
     except ValueError:
-        raise refuse(
+        raise http_error(
             400,
             "invalid",
             f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}",

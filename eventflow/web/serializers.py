@@ -13,7 +13,7 @@ import msgspec
 import orjson
 
 from eventflow.events.event import HasGauges, Trigger, gauge_totals
-from eventflow.logs.log import timestamp
+from eventflow.logs.log import format_timestamp
 from eventflow.logs.redaction import SECRETS
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import format_id
@@ -23,7 +23,7 @@ MAX_RESULT_BYTES = 64 * 1024
 
 
 def instant(us: int | None) -> str | None:
-    return None if us is None else timestamp(us)
+    return None if us is None else format_timestamp(us)
 
 
 def ident(number: int | None) -> str | None:
@@ -185,7 +185,7 @@ def error(data: bytes | str | None, *, traceback: bool = True) -> dict[str, Any]
         return None
     stored = cast(dict[str, Any], orjson.loads(data))
     names = ("type", "message", "traceback") if traceback else ("type", "message")
-    return {name: SECRETS.text(str(stored[name])) for name in names if stored.get(name)}
+    return {name: SECRETS.redact_text(str(stored[name])) for name in names if stored.get(name)}
 
 
 # --------------------------------------------------------------------------- a run's journal
@@ -243,13 +243,13 @@ def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
             call["state"] = "signalled"
 
 
-# --------------------------------------------------------------------------- dead letters, triggers, sinks, logs
+# --------------------------------------------------------------------------- everything else
 
 
 def dead_letter(row: Mapping[str, Any]) -> dict[str, Any]:
     """A dead letter with the columns of its event that the query returned."""
     shown = {name: value for name, value in row.items() if name not in ("body", "headers")}
-    shown["reason"] = SECRETS.text(row["reason"])
+    shown["reason"] = SECRETS.redact_text(row["reason"])
     for name in ("at", "redriven_at"):
         shown[name] = instant(row[name])
     if "event" in row:

@@ -1,6 +1,7 @@
-"""The commit queue: what one trigger may have in it, so that a flood of one keeps nobody else out (threat S11).
+"""The reactor: the commit queue, which a flood of one trigger leaves open to others (threat S11),
+and the wait for room (P8).
 
-The store is the real one, behind a gate: while it is shut, nothing that was posted reaches the writer.
+The store is the real one, behind a gate: while it is shut, no posted operation reaches the writer.
 """
 
 import asyncio
@@ -17,7 +18,14 @@ import pytest
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreFull
 from eventflow.events.event import Event, Receipt
-from eventflow.intake.reactor import MAX_BYTES, MAX_EVENTS, SHARE, Reactor
+from eventflow.intake.reactor import (
+    FAIR_SHARE_FACTOR,
+    MAX_BYTES,
+    MAX_EVENTS,
+    Reactor,
+    TriggerHealth,
+    TriggerIntake,
+)
 from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
 from eventflow.store.protocol import Op
@@ -28,7 +36,7 @@ from triggers.webhook import Webhook
 
 
 class Gated(SqliteStore):
-    """The real store; `shut` keeps what is posted waiting until `open_gate`."""
+    """The real store; `shut` holds posted operations back until `open_gate`."""
 
     shut = False
 
@@ -50,7 +58,7 @@ class Gated(SqliteStore):
 
 
 class Flooded:
-    """A reactor whose store stands still, and what its triggers have under way."""
+    """A reactor whose store does not commit, and the calls of its triggers."""
 
     def __init__(self, store: Gated, reactor: Reactor) -> None:
         self.store, self.reactor = store, reactor
@@ -58,10 +66,12 @@ class Flooded:
         self._numbers = iter(range(1_000_000))
 
     async def offer(self, trigger: str, events: int, size: int = 0) -> bool:
-        """One call with so many events, `size` bytes of data in all; whether it is on its way to a commit."""
+        """One call with so many events, `size` bytes of data in all; whether it is on its way to a
+        commit.
+        """
         waiting = len(self.store.waiting)
         arrivals = [self._arrival(trigger, size // events) for _ in range(events)]
-        call = asyncio.create_task(self.reactor.record(arrivals, trigger))
+        call = asyncio.create_task(self.reactor.record(lambda: arrivals, trigger))
         self.calls.append(call)
         await eventually(
             lambda: call.done() or len(self.store.waiting) > waiting,
@@ -86,9 +96,13 @@ class Flooded:
         self.store.open_gate()
         return sum(map(len, await asyncio.gather(*self.calls)))
 
+    def intake(self, trigger: str) -> tuple[TriggerIntake, TriggerHealth]:
+        health = self.reactor.health[trigger]
+        return TriggerIntake(self.reactor, trigger, health), health
+
     def _arrival(self, trigger: str, size: int) -> Any:
         data = "x" * size
-        return self.reactor.router.arrive(
+        return self.reactor.router.route(
             trigger, Event(id=str(next(self._numbers)), source="/s", type="t", data=data), False
         )
 
@@ -112,12 +126,14 @@ async def flooded(path: Path, *triggers: Webhook) -> AsyncIterator[Flooded]:
 
 
 def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
-    """A trigger alone has at most two thirds of the commit queue; a second one that floods gets in, and then a third."""
+    """A trigger alone has at most two thirds of the commit queue; a second one that floods gets in,
+    and then a third.
+    """
 
     async def main() -> None:
         async with flooded(tmp_path) as queue:
             assert await queue.flood("first", 50) * 50 == pytest.approx(
-                MAX_EVENTS * SHARE / (1 + SHARE), abs=50
+                MAX_EVENTS * FAIR_SHARE_FACTOR / (1 + FAIR_SHARE_FACTOR), abs=50
             )
             assert await queue.flood("second", 50) * 50 >= MAX_EVENTS // 5
             assert await queue.offer("third", 50)
@@ -142,19 +158,25 @@ def test_s11_room_comes_back_with_each_commit(tmp_path: Path):
 
 
 def test_s11_shares_are_counted_in_bytes_too(tmp_path: Path):
-    """Few but large events are a flood as well: a trigger has at most two thirds of the queue's bytes."""
+    """Few but large events are a flood as well: a trigger has at most two thirds of the queue's
+    bytes.
+    """
 
     async def main() -> None:
         async with flooded(tmp_path) as queue:
             calls = await queue.flood("first", 1, 1 << 20)
-            assert calls << 20 == pytest.approx(MAX_BYTES * SHARE / (1 + SHARE), abs=2 << 20)
+            assert calls << 20 == pytest.approx(
+                MAX_BYTES * FAIR_SHARE_FACTOR / (1 + FAIR_SHARE_FACTOR), abs=2 << 20
+            )
             assert await queue.offer("second", 1, 8 << 20)
 
     asyncio.run(main())
 
 
 def test_s11_a_large_call_is_let_in_when_nothing_waits(tmp_path: Path):
-    """A call larger than any share, or than the whole queue, is recorded when it comes to an empty one, and only then."""
+    """A call larger than any share, or than the whole queue, is recorded when it comes to an empty
+    one, and only then.
+    """
 
     async def main() -> None:
         async with flooded(tmp_path) as queue:
@@ -170,7 +192,9 @@ def test_s11_a_large_call_is_let_in_when_nothing_waits(tmp_path: Path):
 
 
 def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
-    """Over HTTP: when a webhook's batches have its share and the next are told to come back, another one's event is let in."""
+    """Over HTTP: when a webhook's batches have its share and the next are told to come back,
+    another one's event is let in.
+    """
     batch = {"content-type": "application/cloudevents-batch+json"}
 
     def body(number: int) -> bytes:
@@ -205,5 +229,150 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
             queue.store.open_gate()
             assert (await answer).status_code == 202
             assert sorted([(await task).status_code for task in flood]) == [202] * 5 + [503] * 3
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- the wait for room
+
+
+async def full_queue(queue: Flooded) -> None:
+    """Fills the commit queue, so that the trigger `loud` has no room."""
+    await queue.flood("loud", 100)
+    await queue.flood("loud")
+
+
+def an_event(ident: str = "e-1", size: int = 0) -> Event:
+    return Event(id=ident, source="/s", type="t", data="x" * size)
+
+
+def test_p8_accept_waits_until_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Without `max_wait`, accept waits for as long as it takes; meanwhile the trigger shows why,
+    and the log has one line.
+    """
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, health = queue.intake("loud")
+            calls = [asyncio.create_task(intake.accept(an_event(f"e-{n}"))) for n in range(3)]
+            await eventually(lambda: health.backpressure is not None, "the wait is shown")
+            assert not any(call.done() for call in calls)
+            await queue.finish()
+            receipts = [await call for call in calls]
+            assert all(not receipt.duplicate for (receipt,) in receipts)
+            assert health.backpressure is None and health.events == 3
+            logged = [each for each in caplog.messages if "trigger.backpressure" in each]
+            assert len(logged) == 1
+
+    asyncio.run(main())
+
+
+def test_p8_accept_raises_after_max_wait(tmp_path: Path):
+    """With `max_wait`, accept raises StoreFull once it is over, with 0 at once; nothing was
+    recorded.
+    """
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, health = queue.intake("loud")
+            loop = asyncio.get_running_loop()
+            start, posted = loop.time(), len(queue.store.waiting)
+            with pytest.raises(StoreFull):
+                await intake.accept(an_event(), max_wait=0)
+            assert loop.time() - start < 0.2
+            with pytest.raises(StoreFull):
+                await intake.accept(an_event(), max_wait=0.3)
+            assert loop.time() - start >= 0.3
+            assert len(queue.store.waiting) == posted and health.backpressure is None
+
+    asyncio.run(main())
+
+
+def test_p8_zero_items_never_wait_for_room(tmp_path: Path):
+    """A cursor alone is recorded although the queue is full."""
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, _ = queue.intake("loud")
+            call = asyncio.create_task(intake.accept(cursor={"last": 7}, max_wait=0))
+            await asyncio.sleep(0)
+            await queue.finish()
+            assert await call == []
+            assert await intake.cursor() == {"last": 7}
+
+    asyncio.run(main())
+
+
+def test_p8_draining_and_cancelling_end_the_wait(tmp_path: Path):
+    """A drain ends the wait with StoreFull that is `closing`, a cancel with CancelledError; nothing
+    was recorded.
+    """
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, health = queue.intake("loud")
+            posted = len(queue.store.waiting)
+            cancelled, drained = (
+                asyncio.create_task(intake.accept(an_event(ident))) for ident in ("e-1", "e-2")
+            )
+            await eventually(lambda: health.backpressure is not None, "both wait")
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            queue.reactor.draining = True
+            with pytest.raises(StoreFull) as full:
+                await drained
+            assert full.value.closing and len(queue.store.waiting) == posted
+
+    asyncio.run(main())
+
+
+def test_p8_waiting_requests_hold_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls with a `max_wait` wait with at most MAX_WAITING_BYTES per trigger; the next one is
+    refused at once.
+    """
+    monkeypatch.setattr("eventflow.intake.reactor.MAX_WAITING_BYTES", 10_000)
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, health = queue.intake("loud")
+            first = asyncio.create_task(intake.accept(an_event("e-1", 8_000), max_wait=60.0))
+            await eventually(lambda: health.backpressure is not None, "the first waits")
+            start = asyncio.get_running_loop().time()
+            with pytest.raises(StoreFull):
+                await intake.accept(an_event("e-2", 8_000), max_wait=60.0)
+            assert asyncio.get_running_loop().time() - start < 5
+            await queue.finish()
+            await first
+
+    asyncio.run(main())
+
+
+def test_p8_an_event_that_waited_is_routed_as_its_trigger_is_then(tmp_path: Path):
+    """An event that waits for room while its trigger is paused is recorded with a paused delivery."""
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await full_queue(queue)
+            intake, health = queue.intake("loud")
+            paused: list[bool] = []
+            route = queue.reactor.router.route
+
+            def routed(trigger: str, item: Any, paused_now: bool, **options: Any) -> Any:
+                paused.append(paused_now)
+                return route(trigger, item, paused_now, **options)
+
+            queue.reactor.router.route = routed  # type: ignore[method-assign]
+            call = asyncio.create_task(intake.accept(an_event()))
+            await eventually(lambda: health.backpressure is not None, "it waits")
+            queue.reactor.pause("loud", True)
+            await queue.finish()
+            await call
+            assert paused[0] is False and paused[-1] is True
 
     asyncio.run(main())

@@ -1,5 +1,5 @@
-"""Memory limits, on a server whose tasks really take memory: over the soft one it begins no runs, over the hard one it replaces
-itself, and nothing is lost.
+"""Memory limits, on a server whose tasks really take memory: over the soft one it starts no runs,
+over the hard one it re-executes itself, on the same socket.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from eventflow.core.errors import UsageError
 from eventflow.server.memory_limits import check_limits, parse_size, resident
 from tests.conftest import wait_until
-from tests.server_process import Served, eventflow, serving
+from tests.server_process import ServerProcess, eventflow, serving
 
 LEAKING = """
 import asyncio
@@ -35,9 +35,9 @@ def note(text):
 async def hoard(mb: int) -> str:
     taken = [b"%d" % n * (1 << 19) for n in range(10, 10 + mb)]
     note("hoarding")
-    while not (HERE / "let go").exists():
+    while not (HERE / "release").exists():
         await asyncio.sleep(0.05)
-    return f"{len(taken)} let go"
+    return f"{len(taken)} released"
 
 @task
 async def leak(number: int, mb: int) -> int:
@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def lines(served: Served, event: str) -> list[dict[str, Any]]:
+def lines(served: ServerProcess, event: str) -> list[dict[str, Any]]:
     return [
         found
         for line in served.log.splitlines()
@@ -79,18 +79,24 @@ def lines(served: Served, event: str) -> list[dict[str, Any]]:
     ]
 
 
-def ready_again(served: Served) -> None:
-    """Waits for the life after this one."""
-    wait_until(lambda: len(lines(served, "app.started")) > 1, "the next life has begun", within=60)
+def ready_again(served: ServerProcess) -> None:
+    """Waits for the re-executed process."""
+    wait_until(
+        lambda: len(lines(served, "app.started")) > 1,
+        "the re-executed process has started",
+        within=60,
+    )
 
 
-def send(served: Served, number: int, mb: int) -> None:
-    """As a sender does: again, until it is told that the event is recorded. A connection is never refused."""
+def send(served: ServerProcess, number: int, mb: int) -> None:
+    """Sends as a sender does: repeatedly, until the event is recorded. A connection is never
+    refused.
+    """
 
     def sent() -> bool:
         with suppress(
             httpx2.ReadError, httpx2.RemoteProtocolError, httpx2.ReadTimeout
-        ):  # a connection of the life before
+        ):  # a connection of the process before
             return served.post("/hooks/orders", {"number": number, "mb": mb}).status_code in (
                 200,
                 202,
@@ -100,7 +106,7 @@ def send(served: Served, number: int, mb: int) -> None:
     wait_until(sent, f"order {number} is recorded", within=60)
 
 
-def asked(served: Served, path: str) -> dict[str, Any]:
+def get(served: ServerProcess, path: str) -> dict[str, Any]:
     """The answer of whichever life gives one."""
     answers: list[dict[str, Any]] = []
 
@@ -114,39 +120,39 @@ def asked(served: Served, path: str) -> dict[str, Any]:
     return answers[0]
 
 
-def completed(served: Served) -> int:
-    return asked(served, "/api/counts")["completed"]
+def completed(served: ServerProcess) -> int:
+    return get(served, "/api/counts")["completed"]
 
 
-def test_row_35_over_the_soft_limit_no_runs_are_begun(folder: Path):
-    """Over --memory-soft events are recorded and their runs wait, which readyz, metrics, ls and the log say; once memory is
-    back below it they are begun.
+def test_row_35_over_the_soft_limit_no_runs_start(folder: Path):
+    """Over --memory-soft events are recorded and their runs wait, as readyz, metrics, ls and the
+    log show; once memory is back below it, they run.
     """
     with serving(folder, "--memory-soft", "260MB", "--log", "json") as served:
         hoarder = served.start("hoarding", mb=250)
         wait_until(lambda: "hoarding" in served.diary, "memory is taken")
-        wait_until(lambda: lines(served, "memory.short"), "the server says so")
+        wait_until(lambda: lines(served, "memory.soft_limit_exceeded"), "the server logs it")
         send(served, 1, 0)
         assert "--memory-soft is 260MB" in served.get("/readyz")["worker"]
         metrics = served.client.get("/metrics").text
         assert (
-            "eventflow_worker_held_back 1.0" in metrics
-            and "process_resident_memory_bytes" in metrics
+            "eventflow_worker_paused 1.0" in metrics and "process_resident_memory_bytes" in metrics
         )
         (run,) = served.get("/api/events/1")["runs"]
         assert run["state"] == "pending"
         assert "short of memory" in eventflow(folder, "ls", "--state", "pending").stdout
-        (folder / "let go").touch()
-        assert served.wait_for(hoarder, "completed")["result"] == "250 let go"
+        (folder / "release").touch()
+        assert served.wait_for(hoarder, "completed")["result"] == "250 released"
         served.wait_for(run["id"], "completed")
-        wait_until(lambda: lines(served, "memory.recovered"), "the server says so")
+        wait_until(lambda: lines(served, "memory.recovered"), "the server logs it")
         assert served.get("/readyz") == {"ready": True}
         assert len(lines(served, "app.started")) == 1
 
 
-def test_row_35_over_the_hard_limit_the_process_begins_anew(folder: Path):
-    """Over --memory-hard the server drains and replaces itself: same pid, same socket, no connection refused. The run that
-    leaks goes on where it was, in as many lives as it takes; only what was cut off is done again, once in each.
+def test_row_35_over_the_hard_limit_the_process_re_executes_itself(folder: Path):
+    """Over --memory-hard the server drains and re-executes itself: same pid, same socket, no
+    connection refused. The leaking run resumes after each re-exec; only an attempt that was cut off
+    is repeated, once per process.
     """
     with serving(folder, "--memory-hard", "240MB", "--grace", "0.1", "--log", "json") as served:
         run = served.start("leaking", leaks=60)  # 480 MB in all
@@ -155,21 +161,21 @@ def test_row_35_over_the_hard_limit_the_process_begins_anew(folder: Path):
         ready_again(served)
         assert (
             served.process.stdout is not None
-            and json.loads(served.process.stdout.readline()) == served.ready
+            and json.loads(served.process.stdout.readline()) == served.ready_line
         )
         wait_until(lambda: completed(served) == 21, "everything is done", within=90)
-        assert asked(served, f"/api/runs/{run}")["result"] == sum(range(60))
-        assert asked(served, "/api/counts")["accepted"] == 21
-        lives = len(lines(served, "app.started"))
-        assert lives >= 3 and len(lines(served, "memory.exceeded")) >= lives - 1
-        assert 80 <= len(served.diary) <= 80 + lives
+        assert get(served, f"/api/runs/{run}")["result"] == sum(range(60))
+        assert get(served, "/api/counts")["accepted"] == 21
+        processes = len(lines(served, "app.started"))
+        assert processes >= 3 and len(lines(served, "memory.hard_limit_exceeded")) >= processes - 1
+        assert 80 <= len(served.diary) <= 80 + processes
         assert served.process.poll() is None and Path(f"{served.store}.lock").exists()
         assert served.stop() == 0
 
 
-def test_row_35_what_leaked_does_not_come_back(folder: Path):
-    """Over --memory-soft with nothing left to do the process is replaced: waiting would be for ever. Each run is done once. A
-    socket that was handed over by --fd is kept: nobody else has it.
+def test_row_35_a_stuck_process_re_executes_itself(folder: Path):
+    """Over --memory-soft with no run left at work the process re-executes itself, since it would
+    wait forever. Each run is done once.
     """
     sock = socket.create_server(("127.0.0.1", 0))
     options = ("--memory-soft", "240MB", "--log", "json", "--fd", str(sock.fileno()))
@@ -182,8 +188,8 @@ def test_row_35_what_leaked_does_not_come_back(folder: Path):
         assert sorted(served.diary) == sorted(f"leak {number}" for number in range(16))
 
 
-def test_row_35_a_signal_ends_a_process_that_is_replacing_itself(folder: Path):
-    """SIGTERM while it drains for want of memory is a stop: it ends with 0 and does not begin anew."""
+def test_row_35_a_signal_ends_a_process_that_drains_for_memory(folder: Path):
+    """SIGTERM during a drain for memory ends the process with 0; it does not re-execute itself."""
     with serving(folder, "--memory-hard", "240MB", "--grace", "3", "--log", "json") as served:
         served.start("hoarding", mb=250)
         wait_until(lambda: lines(served, "server.stopping"), "it drains")
@@ -191,8 +197,10 @@ def test_row_35_a_signal_ends_a_process_that_is_replacing_itself(folder: Path):
         assert len(lines(served, "app.started")) == 1
 
 
-def test_a_limit_below_what_the_app_takes_is_told_not_kept(folder: Path):
-    """An app whose lifespan takes more than the limits would be replaced for ever: an error says so, and its runs are begun."""
+def test_a_limit_below_the_size_of_the_app_is_not_enforced(folder: Path):
+    """An app whose lifespan takes more than the limits would restart forever: an error is logged,
+    and its runs start.
+    """
     model = """
 from contextlib import asynccontextmanager
 
@@ -206,14 +214,16 @@ app = App("leaky", lifespan=model)
     with serving(
         folder, "--memory-soft", "220MB", "--memory-hard", "240MB", "--log", "json"
     ) as served:
-        wait_until(lambda: lines(served, "memory.limit_too_low"), "the server says so")
+        wait_until(lambda: lines(served, "memory.limit_too_low"), "the server logs it")
         send(served, 1, 0)
         wait_until(lambda: completed(served) == 1, "its run is begun")
-        assert not lines(served, "memory.short") and not lines(served, "memory.exceeded")
+        assert not lines(served, "memory.soft_limit_exceeded") and not lines(
+            served, "memory.hard_limit_exceeded"
+        )
 
 
 def test_sizes() -> None:
-    """Sizes are what people write; anything else is refused, and says what was expected."""
+    """Sizes are parsed as people write them; anything else raises and names what was expected."""
     assert [parse_size("x", text) for text in ("2GB", "2g", "1.5 GiB", "512Mi", "1024", "3kB")] == [
         2 * 10**9, 2 * 10**9, 3 << 29, 512 << 20, 1024, 3000
     ]  # fmt: skip
@@ -222,8 +232,10 @@ def test_sizes() -> None:
             parse_size("--memory-soft", text)
 
 
-def test_limits_that_cannot_be_kept(folder: Path) -> None:
-    """A limit under what the program takes by itself, or a soft one over the hard one, is refused at the start with 2."""
+def test_limits_that_cannot_be_enforced(folder: Path) -> None:
+    """A limit below what the program alone takes, or a soft one above the hard one, exits 2 at the
+    start.
+    """
     assert resident() > 10_000_000
     check_limits(resident() * 2, resident() * 3)
     with pytest.raises(UsageError, match="less than --memory-hard"):

@@ -1,4 +1,6 @@
-"""`eventflow serve` from outside: its ready line, its ends; neither a blocked flow nor a slow client stops the way in."""
+"""`eventflow serve` from outside: its ready line, its shutdowns; neither a blocked flow nor a slow
+client stops intake.
+"""
 
 import json
 import os
@@ -22,23 +24,27 @@ FREE_PORT = ("--port", "0")
 
 
 def test_ready_line(tmp_path: Path):
-    """One JSON line on stdout says where it is, once it answers there; token and sidecar lie beside the store, for us."""
+    """One JSON line on stdout has the URL, once the server answers there; token and address file
+    lie beside the store, mode 0600.
+    """
     with serving(tmp_path) as served:
-        assert set(served.ready) == {"ready", "url", "pid", "store"}
-        assert served.ready["ready"] is True and served.ready["pid"] == served.process.pid
+        assert set(served.ready_line) == {"ready", "url", "pid", "store"}
+        assert served.ready_line["ready"] is True and served.ready_line["pid"] == served.process.pid
         assert served.store == tmp_path / ".eventflow" / "shop.db"
         assert served.client.get("/readyz").status_code == 200
         token, sidecar = Path(f"{served.store}.token"), Path(f"{served.store}.server")
         assert token.stat().st_mode & 0o777 == sidecar.stat().st_mode & 0o777 == 0o600
         assert json.loads(sidecar.read_text()) == {"url": served.url, "pid": served.process.pid}
-        assert "token was made" in served.log and served.token not in served.log
+        assert "token was created" in served.log and served.token not in served.log
         assert served.stop() == 0
         assert not sidecar.exists() and token.exists()
         assert served.process.stdout is not None and served.process.stdout.read() == ""
 
 
 def test_webhook_to_result(tmp_path: Path):
-    """A webhook's 202 names the event; its run, its task and its result are there by the API; a repetition starts nothing."""
+    """A webhook's 202 names the event; the API shows its run, task and result; a repeated event
+    starts nothing.
+    """
     with serving(tmp_path) as served:
         first = served.post("/hooks/orders", {"id": "o-1", "total": 5})
         assert first.status_code == 202
@@ -67,14 +73,12 @@ def test_webhook_to_result(tmp_path: Path):
 
 
 def test_sigterm_lets_attempts_finish(tmp_path: Path):
-    """SIGTERM: nothing new comes in, attempts under way end and are recorded, exit 0."""
+    """SIGTERM: new events are refused, running attempts end and are recorded, exit 0."""
     with serving(tmp_path) as served:
         run = served.start("sleepy", seconds=1.5)
         wait_until(lambda: "resting" in served.diary, "the body runs")
         served.signal(signal.SIGTERM)
-        wait_until(
-            lambda: served.client.get("/readyz").status_code == 503, "it says that it drains"
-        )
+        wait_until(lambda: served.client.get("/readyz").status_code == 503, "it drains")
         refused = served.post("/hooks/orders", {"id": "late", "total": 1})
         assert refused.status_code == 503
         assert refused.headers["connection"] == "close" and int(refused.headers["retry-after"]) > 0
@@ -90,7 +94,9 @@ def test_sigterm_lets_attempts_finish(tmp_path: Path):
 
 
 def test_sigterm_interrupts_what_outlasts_the_grace(tmp_path: Path):
-    """What does not end within --grace is put back as interrupted, not failed; the next start goes on with it."""
+    """An attempt that outlasts --grace is recorded as interrupted, not failed; the next process
+    resumes its run.
+    """
     with serving(tmp_path, "--grace", "0.3") as served:
         run = served.start("sleepy", seconds=5)
         wait_until(lambda: "resting" in served.diary, "the body runs")
@@ -116,7 +122,7 @@ def test_sigterm_with_a_blocked_flow_loop(tmp_path: Path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_second_signal(tmp_path: Path, number: int, code: int):
-    """A second signal skips the wait."""
+    """A second signal ends the process at once."""
     with serving(tmp_path) as served:
         served.start("sleepy", seconds=60)
         wait_until(lambda: "resting" in served.diary, "the body runs")
@@ -129,11 +135,13 @@ def test_second_signal(tmp_path: Path, number: int, code: int):
 
 
 def test_kill_and_restart(tmp_path: Path):
-    """After kill -9 the next start goes on with what was in flight; what was recorded is not computed again."""
+    """After kill -9 the next process resumes the runs in flight; recorded values are not computed
+    again.
+    """
     served = start(tmp_path)
     run = served.start("sleepy", seconds=0.5)
     wait_until(lambda: "resting" in served.diary, "the body runs")
-    served.end()
+    served.kill()
     with serving(tmp_path) as again:
         found = again.wait_for(run, "completed")
         assert found["attempts"] == 2 and found["result"] == "rested"
@@ -142,7 +150,9 @@ def test_kill_and_restart(tmp_path: Path):
 
 
 def test_storage_error_stops_the_process(tmp_path: Path):
-    """When the store cannot be written any more: no 2xx, one line that says why, exit 74 (here: the file may not grow)."""
+    """When the store cannot be written: no 2xx, one line with the reason, exit 74 (here: the file
+    may not grow).
+    """
 
     def little() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -167,7 +177,7 @@ def test_storage_error_stops_the_process(tmp_path: Path):
 
 
 def test_port_taken(tmp_path: Path):
-    """A taken port is told in one line, with 69, before the store is touched."""
+    """A taken port is reported in one line, with 69, before the store is opened."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -183,7 +193,9 @@ def test_port_taken(tmp_path: Path):
 
 
 def test_store_locked(tmp_path: Path):
-    """A second process on one store exits 75 and names the first one's pid, on another port and on the same one."""
+    """A second process on one store exits 75 and names the first pid, on another port and on the
+    same one.
+    """
     with serving(tmp_path) as served:
         port = served.url.rpartition(":")[2]
         for args in (FREE_PORT, ("--port", port)):
@@ -194,7 +206,7 @@ def test_store_locked(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "said"),
+    ("args", "code", "message"),
     [
         (("--host", "0.0.0.0"), 2, "--insecure-http"),
         (("--host", "0.0.0.0", "--insecure-http", "--no-auth"), 2, "loopback"),
@@ -204,16 +216,18 @@ def test_store_locked(tmp_path: Path):
         (("--fd", "77"), 2, "expected a socket"),
     ],
 )
-def test_refuses_to_start(tmp_path: Path, args: tuple[str, ...], code: int, said: str):
-    """What would expose the API, or cannot work, is refused in one line with its code."""
+def test_refuses_to_start(tmp_path: Path, args: tuple[str, ...], code: int, message: str):
+    """Settings that would expose the API, or cannot work, are refused in one line with their exit
+    code.
+    """
     (tmp_path / "app.py").write_text("from eventflow import App\napp = App('a')\n")
     done = eventflow(tmp_path, "serve", "app.py", *FREE_PORT, *args)
-    assert done.returncode == code and said in done.stderr, done.stderr
+    assert done.returncode == code and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
 def test_read_only_directory(tmp_path: Path):
-    """A store in a directory nobody may write is told with 73."""
+    """A store in a directory that cannot be written exits 73."""
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "app.py").write_text("from eventflow import App\napp = App('a')\n")
@@ -223,7 +237,9 @@ def test_read_only_directory(tmp_path: Path):
 
 
 def test_no_auth_and_wide_bind(tmp_path: Path):
-    """--no-auth on loopback asks for no token; --insecure-http lets other addresses reach it, with one."""
+    """--no-auth on loopback requires no token; --insecure-http allows other addresses, with a
+    token.
+    """
     with serving(tmp_path, "--no-auth", "--open-metrics") as served:
         assert httpx2.get(f"{served.url}/api/counts", trust_env=False).status_code == 200
         assert "eventflow_deliveries" in httpx2.get(f"{served.url}/metrics", trust_env=False).text
@@ -234,8 +250,10 @@ def test_no_auth_and_wide_bind(tmp_path: Path):
         assert served.get("/api/counts")
 
 
-def test_socket_handed_over(tmp_path: Path):
-    """--fd takes a listening socket of the caller's: what connects before the server is up is answered, not refused."""
+def test_inherited_socket(tmp_path: Path):
+    """--fd takes an inherited listening socket: connections made before the server is up are
+    answered.
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
@@ -255,8 +273,10 @@ def test_socket_handed_over(tmp_path: Path):
 # --------------------------------------------------------------------------- nobody holds up the others
 
 
-def test_a_blocked_flow_stops_nobody_at_the_door(tmp_path: Path):
-    """While a flow blocks its loop, webhooks and /healthz answer within 250 ms, and the log names the blocking line."""
+def test_a_blocked_flow_does_not_stop_intake(tmp_path: Path):
+    """While a flow blocks its loop, webhooks and /healthz answer within 250 ms, and the log names
+    the blocking line.
+    """
     with serving(tmp_path) as served:
         run = served.start("blocking", seconds=3)
         wait_until(lambda: served.get(f"/api/runs/{run}")["state"] == "running", "it blocks")
@@ -278,9 +298,10 @@ def test_a_blocked_flow_stops_nobody_at_the_door(tmp_path: Path):
         served.wait_for(run, "completed")
 
 
-def test_a_flow_that_computes_gives_the_interpreter_up_in_time(tmp_path: Path):
-    """While a flow computes in plain Python a webhook is answered within 35 ms, but for the machine's pauses; with Python's
-    own turns of 5 ms it would take 50."""
+def test_a_computing_flow_gives_up_the_interpreter_in_time(tmp_path: Path):
+    """While a flow computes in plain Python a webhook is answered within 35 ms, apart from the
+    machine's pauses; with Python's own switch interval of 5 ms it would take 50.
+    """
     with serving(tmp_path) as served:
         run = served.start("computing", seconds=5)
         wait_until(lambda: served.get(f"/api/runs/{run}")["state"] == "running", "it computes")
@@ -295,8 +316,8 @@ def test_a_flow_that_computes_gives_the_interpreter_up_in_time(tmp_path: Path):
         assert len(spans) >= 20 and sorted(spans)[len(spans) // 4] < 0.035
 
 
-def test_a_stopped_process_is_nobodys_fault(tmp_path: Path):
-    """After SIGSTOP and SIGCONT no loop is accused of having blocked, and everything goes on."""
+def test_a_stopped_process_is_no_blocked_loop(tmp_path: Path):
+    """After SIGSTOP and SIGCONT no loop is logged as blocked, and work continues."""
     with serving(tmp_path) as served:
         served.signal(signal.SIGSTOP)
         done = threading.Event()
@@ -308,7 +329,7 @@ def test_a_stopped_process_is_nobodys_fault(tmp_path: Path):
 
 
 def test_slow_heads_and_large_heads_are_cut_off(tmp_path: Path):
-    """A head that never ends is cut off at 64 KiB or 10 s; meanwhile others are served."""
+    """A request head that never ends is cut off at 64 KiB or 10 s; meanwhile others are served."""
     with serving(tmp_path) as served:
         host, port = served.url.removeprefix("http://").split(":")
         there = (host, int(port))
@@ -327,11 +348,11 @@ def test_slow_heads_and_large_heads_are_cut_off(tmp_path: Path):
 
 
 def test_tls(tmp_path: Path):
-    """With a certificate it speaks HTTPS, and asks browsers to stay with it."""
+    """With a certificate the server speaks HTTPS, with Strict-Transport-Security."""
     if shutil.which("openssl") is None:
         pytest.skip("makes its certificate with openssl")
-    asked = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem".split()
-    subprocess.run(["openssl", *asked], cwd=tmp_path, check=True, capture_output=True)
+    arguments = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem".split()
+    subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)
     with serving(tmp_path, "--tls-cert", "cert.pem", "--tls-key", "key.pem") as served:
         answer = served.client.get("/healthz")
         assert served.url.startswith("https://") and answer.status_code == 200

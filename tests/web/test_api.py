@@ -1,4 +1,4 @@
-"""The JSON API over a real app and its store: what each path takes, answers and refuses."""
+"""The JSON API over a real app and its store: the requests, responses and errors of each path."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +21,7 @@ BATCH = {"content-type": "application/cloudevents-batch+json"}
 
 
 class Switch:
-    """Whether `fragile` works yet."""
+    """Whether `fragile` succeeds yet."""
 
     broken = True
 
@@ -122,7 +122,7 @@ def event(ident: str = "e1", **changes: Any) -> dict[str, Any]:
 
 
 def test_cloudevents_in_three_modes(tmp_path: Path):
-    """Structured, binary and batch events are recorded, and start what hears of their type."""
+    """Structured, binary and batch events are recorded and start the subscriptions on their type."""
 
     async def work(client: Client) -> None:
         structured = await client.post("/api/events", json=event("s"), headers=STRUCTURED)
@@ -145,8 +145,10 @@ def test_cloudevents_in_three_modes(tmp_path: Path):
     over(tmp_path, work)
 
 
-def test_event_answers(tmp_path: Path):
-    """202, then 200 for the same again, 409 for the same id with other content; 400, 413, 415 for what is no event."""
+def test_responses_to_events(tmp_path: Path):
+    """202; 200 for a repeated event; 409 for the same id with other content; 400, 413, 415 for
+    invalid requests.
+    """
 
     async def work(client: Client) -> None:
         async def post(body: Any, headers: dict[str, str] = STRUCTURED) -> httpx2.Response:
@@ -184,8 +186,8 @@ def test_event_answers(tmp_path: Path):
     over(tmp_path, work)
 
 
-def test_one_bad_event_refuses_the_batch(tmp_path: Path):
-    """A batch is recorded whole or not at all; the answer says which one is wrong."""
+def test_one_invalid_event_rejects_the_batch(tmp_path: Path):
+    """A batch is recorded completely or not at all; the response names the invalid event."""
 
     async def work(client: Client) -> None:
         answer = await client.post(
@@ -198,23 +200,25 @@ def test_one_bad_event_refuses_the_batch(tmp_path: Path):
 
 
 def test_event_with_its_verdicts(tmp_path: Path):
-    """One event tells what became of each delivery: the run and its state, or the condition that failed, or why it is dead."""
+    """An event shows the outcome of each delivery: its run and state, the filter condition that
+    failed, or why it is dead.
+    """
 
     async def work(client: Client) -> None:
         for number, total in (("good", 5), ("small", -1), ("odd", "many")):
             await client.post("/hooks/orders", json={"id": number, "total": total})
         good = (await client.get("/api/events/good")).json()
-        (said,) = good["verdicts"]
+        (verdict,) = good["verdicts"]
         assert (
-            said["fate"] == "run"
-            and said["run"] == good["runs"][0]["id"]
-            and said["subscription"] == "webhook-orders/order"
+            verdict["outcome"] == "run"
+            and verdict["run"] == good["runs"][0]["id"]
+            and verdict["subscription"] == "webhook-orders/order"
         )
         assert good["event"]["data"] == {"id": "good", "total": 5}
-        (said,) = (await client.get("/api/events/small")).json()["verdicts"]
-        assert said["fate"] == "filtered" and "total" in said["reason"]
-        (said,) = (await client.get("/api/events/odd")).json()["verdicts"]
-        assert said["fate"] == "filtered"
+        (verdict,) = (await client.get("/api/events/small")).json()["verdicts"]
+        assert verdict["outcome"] == "filtered" and "total" in verdict["reason"]
+        (verdict,) = (await client.get("/api/events/odd")).json()["verdicts"]
+        assert verdict["outcome"] == "filtered"
         assert (await client.get("/api/events/nope")).status_code == 404
         assert good["received_at"].endswith("Z") and len(good["id"]) == 13
 
@@ -222,7 +226,7 @@ def test_event_with_its_verdicts(tmp_path: Path):
 
 
 def test_event_ids_with_slashes(tmp_path: Path):
-    """A sender's id may hold anything; it is found all the same, and so is its replay."""
+    """A sender's id may contain any characters; the event and its replay are found by it."""
 
     async def work(client: Client) -> None:
         await client.post("/api/events", json=event("a/b?c"), headers=STRUCTURED)
@@ -233,7 +237,9 @@ def test_event_ids_with_slashes(tmp_path: Path):
 
 
 def test_lists_and_their_pages(tmp_path: Path):
-    """Lists are newest first; `next` leads through all of them, once each; filters narrow them; nonsense is 400."""
+    """Lists are newest first; `next` pages through each row once; filters narrow them; invalid
+    values are 400.
+    """
 
     async def work(client: Client) -> None:
         await client.post("/api/events", json=[event(str(n)) for n in range(5)], headers=BATCH)
@@ -272,13 +278,17 @@ def test_lists_and_their_pages(tmp_path: Path):
 
 
 def test_replay(tmp_path: Path):
-    """A replay starts new runs on the recorded event; to one flow if asked; a dry run tells and does nothing."""
+    """A replay starts new runs of the recorded event, for one flow if requested; a dry run starts
+    none.
+    """
 
     async def work(client: Client) -> None:
         await client.post("/hooks/orders", json={"id": "r", "total": 5})
         dry = await client.post("/api/events/r/replay", json={"dry_run": True})
         assert dry.status_code == 200
-        assert dry.json()["verdicts"] == [{"subscription": "webhook-orders/order", "fate": "run"}]
+        assert dry.json()["verdicts"] == [
+            {"subscription": "webhook-orders/order", "outcome": "run"}
+        ]
         assert len((await client.get("/api/events/r")).json()["runs"]) == 1
         done = await client.post("/api/events/r/replay", json={"to": "order"})
         assert done.status_code == 202
@@ -297,7 +307,9 @@ def test_replay(tmp_path: Path):
 
 
 def test_run_by_name(tmp_path: Path):
-    """A run is started by its flow's name, once per idempotency key; wrong names and parameters are told apart."""
+    """A run starts by its flow's name, once per idempotency key; errors distinguish wrong names
+    from wrong parameters.
+    """
 
     async def work(client: Client) -> None:
         body = {"flow": "order", "params": {"total": 2}, "idempotency_key": "k"}
@@ -313,20 +325,22 @@ def test_run_by_name(tmp_path: Path):
             and found["params"] == {"total": 2}
             and len(found["result_digest"]) == 16
         )
-        for wrong, status, said in (
+        for wrong, status, detail in (
             ({"flow": "nope"}, 404, "nope"), ({}, 400, "flow"), ({"flow": "order", "params": []}, 400, "params"),
             ({"flow": "order"}, 400, "total"), ({"flow": "order", "params": {"total": "x"}}, 400, "total"),
             ({"flow": 1}, 400, "flow"),
         ):  # fmt: skip
             answer = await client.post("/api/runs", json=wrong)
-            assert answer.status_code == status and said in answer.json()["detail"], wrong
+            assert answer.status_code == status and detail in answer.json()["detail"], wrong
         assert (await client.post("/api/runs", content=b"[]")).status_code == 400
 
     over(tmp_path, work)
 
 
 def test_run_with_its_tasks_and_error(tmp_path: Path):
-    """A failed run shows its tasks, their attempts and errors; `retry` keeps what was recorded and completes it."""
+    """A failed run shows its tasks, attempts and errors; `retry` keeps recorded values and
+    completes it.
+    """
 
     async def work(client: Client) -> None:
         run = await start(client, "brittle")
@@ -353,7 +367,7 @@ def test_run_with_its_tasks_and_error(tmp_path: Path):
 
 
 def test_cancel(tmp_path: Path):
-    """A waiting run is cancelled with its reason; one that has ended is not."""
+    """A waiting run is cancelled with its reason; a run that has ended is not."""
 
     async def work(client: Client) -> None:
         run = await start(client, "long")
@@ -367,7 +381,7 @@ def test_cancel(tmp_path: Path):
 
 
 def test_large_results_are_not_shown(tmp_path: Path):
-    """Over 64 KiB a result is told by size and digest."""
+    """Of a result over 64 KiB only size and digest are returned."""
 
     async def work(client: Client) -> None:
         found = await settled(client, await start(client, "large"), "completed")
@@ -379,8 +393,8 @@ def test_large_results_are_not_shown(tmp_path: Path):
 # --------------------------------------------------------------------------- dead letters, triggers
 
 
-def test_redrive_mended(tmp_path: Path):
-    """A dead letter is shown with its bytes, and redriven once, mended; the sum stays right."""
+def test_redrive_with_a_correction(tmp_path: Path):
+    """A dead letter shows its bytes, and is redriven once, corrected; the sum of counts holds."""
 
     async def work(client: Client) -> None:
         await client.post("/api/events", json=event("d", data={"totl": 3}), headers=STRUCTURED)
@@ -403,7 +417,7 @@ def test_redrive_mended(tmp_path: Path):
 
 
 def test_undecodable_bytes_are_redriven_with_data(tmp_path: Path):
-    """Bytes that never were an event cannot be redriven as they stand; with data in their place they can."""
+    """Undecodable bytes cannot be redriven as recorded, but with data in their place."""
 
     async def work(client: Client) -> None:
         assert (
@@ -419,7 +433,9 @@ def test_undecodable_bytes_are_redriven_with_data(tmp_path: Path):
 
 
 def test_pause_and_resume(tmp_path: Path):
-    """A paused trigger's events are recorded and their runs held, through a restart; resuming lets exactly those go on."""
+    """Events of a paused trigger are recorded with paused runs, through a restart; resume releases
+    exactly those.
+    """
 
     async def first() -> str:
         async with client_of(shop(tmp_path)) as client:
@@ -431,7 +447,7 @@ def test_pause_and_resume(tmp_path: Path):
                 await client.post("/hooks/orders", json={"id": "p1", "total": 1})
             ).status_code == 202
             (run,) = (await client.get("/api/events/p1")).json()["runs"]
-            assert run["state"] == "held"
+            assert run["state"] == "paused"
             return run["id"]
 
     async def second(run: str) -> None:
@@ -443,7 +459,7 @@ def test_pause_and_resume(tmp_path: Path):
                 and row["paths"] == ["/hooks/orders"]
             )
             await client.post("/hooks/orders", json={"id": "p2", "total": 2})
-            assert (await client.get("/api/events/p2")).json()["verdicts"][0]["fate"] == "held"
+            assert (await client.get("/api/events/p2")).json()["verdicts"][0]["outcome"] == "paused"
             assert (await client.post("/api/triggers/webhook-orders/resume")).json()[
                 "paused"
             ] is False
@@ -462,8 +478,10 @@ def test_pause_and_resume(tmp_path: Path):
 # --------------------------------------------------------------------------- the rest
 
 
-def test_errors_tell_no_secrets(tmp_path: Path):
-    """Unknown paths and wrong methods are JSON; a defect of ours gives a number, no traceback."""
+def test_errors_reveal_no_secrets(tmp_path: Path):
+    """Unknown paths and wrong methods are answered in JSON; an internal error has an id and no
+    traceback.
+    """
 
     async def go() -> None:
         app = shop(tmp_path)
@@ -484,7 +502,7 @@ def test_errors_tell_no_secrets(tmp_path: Path):
 
 
 def test_metrics(tmp_path: Path):
-    """/metrics carries the sum of deliveries, the triggers and the loops."""
+    """/metrics has the deliveries by state, the triggers and the loops."""
 
     async def work(client: Client) -> None:
         await client.post("/hooks/orders", json={"id": "m", "total": 5})
@@ -501,7 +519,7 @@ def test_metrics(tmp_path: Path):
 
 
 def test_backup(tmp_path: Path):
-    """A backup is a whole store; it never replaces a file."""
+    """A backup is a complete store; it never overwrites a file."""
 
     async def work(client: Client) -> None:
         await client.post("/hooks/orders", json={"id": "m", "total": 5})
@@ -522,7 +540,7 @@ def test_backup(tmp_path: Path):
 
 @pytest.mark.parametrize("full", [1])
 def test_a_full_ledger_slows_senders_down(tmp_path: Path, full: int):
-    """When the ledger is full a POST waits two seconds, then is told to come back."""
+    """While the ledger is full a POST waits two seconds, then is answered 503 with Retry-After."""
 
     async def go() -> None:
         app = App("shop", store=f"sqlite:///{tmp_path}/shop.db", max_pending=full)

@@ -1,4 +1,6 @@
-"""The layer before every route: what is open, and that everything else is shut, whatever the path looks like."""
+"""The access check before routing: what is reachable without a token, and that nothing else is,
+however its path is spelt.
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,8 +13,8 @@ from starlette.routing import Route
 
 from eventflow import App, flow
 from eventflow.web.api import Api, make_asgi
-from eventflow.web.auth import host_name, same
-from eventflow.web.openapi import TABLE
+from eventflow.web.auth import constant_time_equal, host_name
+from eventflow.web.openapi import OPERATIONS
 from triggers import Webhook
 
 Client = httpx2.AsyncClient
@@ -48,11 +50,11 @@ def token(folder: Path) -> dict[str, str]:
     return {"authorization": f"Bearer {(folder / 'shop.db.token').read_text().strip()}"}
 
 
-def test_every_route_of_the_api_is_shut(tmp_path: Path):
-    """Without the token every described path answers 401, in every method, but the two probes."""
+def test_every_api_route_requires_the_token(tmp_path: Path):
+    """Without the token every described path answers 401 for every method, except the two probes."""
 
     async def work(app: App, client: Client) -> None:
-        for _, path, _, _ in TABLE:
+        for _, path, _, _ in OPERATIONS:
             for method in ("GET", "POST", "DELETE", "PUT", "OPTIONS", "HEAD"):
                 is_probe = path in ("/healthz", "/readyz") and method in ("GET", "HEAD")
                 answer = await client.request(
@@ -68,9 +70,10 @@ def test_every_route_of_the_api_is_shut(tmp_path: Path):
     ["/nothing", "/", "/api", "/healthz/", "//healthz", "/healthz/../api/runs", "/api/runs;/healthz", "/HEALTHZ", "/hooks",
      "/hooks/other", "/hooks/orders/", "/metrics", "/openapi.json", "/api/%2e%2e/healthz", "/healthz%00"],
 )  # fmt: skip
-def test_what_only_looks_open_is_shut(tmp_path: Path, path: str):
-    """Only exact paths are open: no prefix, no trailing slash, no trick of spelling. Below /hooks/ the answer is
-    that nothing is there, for a sender has no token of ours and needs none."""
+def test_paths_that_resemble_open_ones_are_closed(tmp_path: Path, path: str):
+    """Only exact paths are open: no prefix, no trailing slash, no encoding trick. An unknown path
+    below /hooks/ is 404, since its senders have no token.
+    """
 
     async def work(app: App, client: Client) -> None:
         shut = 404 if path.startswith("/hooks/") else 401
@@ -83,32 +86,34 @@ def test_what_only_looks_open_is_shut(tmp_path: Path, path: str):
     with_client(tmp_path, work)
 
 
-def test_websockets_are_shut(tmp_path: Path):
-    """A WebSocket is closed before any route sees it, on an open path too."""
+def test_websockets_are_closed(tmp_path: Path):
+    """A WebSocket is closed before routing, on an open path too."""
 
     async def work(app: App, client: Client) -> None:
-        asgi, said = make_asgi(app, manage=False), list[Any]()
+        asgi, sent = make_asgi(app, manage=False), list[Any]()
 
         async def receive() -> Any:
             return {"type": "websocket.connect"}
 
         async def send(message: Any) -> None:
-            said.append(message)
+            sent.append(message)
 
         for path in ("/api/runs", "/healthz", "/hooks/orders"):
-            said.clear()
+            sent.clear()
             await asgi(
                 {"type": "websocket", "path": path, "headers": [(b"host", b"localhost")]},
                 receive,
                 send,
             )
-            assert [message["type"] for message in said] == ["websocket.close"]
+            assert [message["type"] for message in sent] == ["websocket.close"]
 
     with_client(tmp_path, work)
 
 
 def test_token(tmp_path: Path):
-    """The token opens; a wrong, empty, doubled or differently named one does not, and nothing tells how near it was."""
+    """Only the right token is accepted: not a wrong, empty, doubled or renamed one; responses do
+    not tell how close it was.
+    """
 
     async def work(app: App, client: Client) -> None:
         await client.get("/api/counts")  # makes the token
@@ -135,13 +140,13 @@ def test_token(tmp_path: Path):
     with_client(tmp_path, work)
 
 
-def test_same_in_constant_form():
-    """Tokens compare equal only when they are; odd characters are no error."""
+def test_tokens_are_compared_in_constant_time():
+    """Tokens compare equal only if they are; unusual characters raise no error."""
     assert (
-        same("abc", "abc")
-        and not same("abc", "abcd")
-        and not same("", "abc")
-        and not same("\udcff", "abc")
+        constant_time_equal("abc", "abc")
+        and not constant_time_equal("abc", "abcd")
+        and not constant_time_equal("", "abc")
+        and not constant_time_equal("\udcff", "abc")
     )
 
 
@@ -152,7 +157,9 @@ def test_same_in_constant_form():
      ("", False), ("localhost/x", False), ("[::1", False)],
 )  # fmt: skip
 def test_host_allow_list(tmp_path: Path, host: str, served: bool):
-    """A name that is not allowed gets 421 before its token is looked at; probes and hooks answer under any."""
+    """A Host that is not allowed is 421 before its token is checked; probes and hooks answer under
+    any Host.
+    """
 
     async def work(app: App, client: Client) -> None:
         await client.get("/api/counts")
@@ -168,7 +175,7 @@ def test_host_allow_list(tmp_path: Path, host: str, served: bool):
 
 
 def test_host_name():
-    """Ports and brackets come off; what is no host is none."""
+    """Ports and brackets are removed; an invalid host is empty."""
     assert [host_name(each) for each in ("a:1", "[::1]:2", "A", "a@b", "x/y", "[")] == [
         "a",
         "::1",
@@ -180,7 +187,7 @@ def test_host_name():
 
 
 def test_cross_site_requests(tmp_path: Path):
-    """What a foreign page makes a browser send changes nothing, though it had the token."""
+    """A request from another site's page changes nothing, even with the token."""
 
     async def work(app: App, client: Client) -> None:
         await client.get("/api/counts")
@@ -206,7 +213,7 @@ def test_cross_site_requests(tmp_path: Path):
 
 
 def test_guessing_is_slowed_down(tmp_path: Path):
-    """After five wrong tokens in a minute an address waits for its answers."""
+    """After five wrong tokens in a minute the responses to an address are delayed."""
 
     async def work(app: App, client: Client) -> None:
         begun = asyncio.get_running_loop().time()
@@ -219,7 +226,7 @@ def test_guessing_is_slowed_down(tmp_path: Path):
     with_client(tmp_path, work)
 
 
-def test_metrics_open_only_when_said(tmp_path: Path):
+def test_metrics_are_open_only_on_request(tmp_path: Path):
     """/metrics needs the token, unless --open-metrics."""
 
     async def shut(app: App, client: Client) -> None:
@@ -234,7 +241,7 @@ def test_metrics_open_only_when_said(tmp_path: Path):
 
 
 def test_no_auth(tmp_path: Path):
-    """Without auth the Host is still looked at."""
+    """Without auth the Host is still checked."""
 
     async def work(app: App, client: Client) -> None:
         assert (await client.get("/api/counts")).status_code == 200
@@ -245,11 +252,13 @@ def test_no_auth(tmp_path: Path):
     with_client(tmp_path, work, auth=False)
 
 
-def test_draining_shuts_the_way_in(tmp_path: Path):
-    """While it drains, the way in answers 503 and hangs up, before anybody is asked for a token; looking goes on."""
+def test_draining_rejects_new_work(tmp_path: Path):
+    """While draining, new work is answered 503 with a closed connection, before the token check;
+    reads work.
+    """
 
     async def work(app: App, client: Client) -> None:
-        app.house.reactor.draining = True
+        app.runtime.reactor.draining = True
         for path in ("/hooks/orders", "/api/events", "/api/runs"):
             answer = await client.post(path, json={})
             assert (
@@ -265,7 +274,7 @@ def test_draining_shuts_the_way_in(tmp_path: Path):
 
 def test_the_description_names_every_route(tmp_path: Path):
     """/openapi.json and the routes are the same list."""
-    described = {(method.upper(), path) for method, path, _, _ in TABLE}
+    described = {(method.upper(), path) for method, path, _, _ in OPERATIONS}
     routes = {
         (method, route.path.replace(":path", ""))
         for route in Api(shop(tmp_path), lambda: False).routes()
@@ -276,7 +285,7 @@ def test_the_description_names_every_route(tmp_path: Path):
 
 
 def test_mounted(tmp_path: Path):
-    """Mounted below a path in another app, what is open and what is shut stay so."""
+    """Mounted below a path in another app, open and closed paths stay so."""
     from starlette.applications import Starlette
     from starlette.routing import Mount
 
@@ -298,7 +307,9 @@ def test_mounted(tmp_path: Path):
 
 
 def test_lifespan_opens_and_closes(tmp_path: Path):
-    """`app.asgi()` as a server's app: its lifespan opens the store and closes it; before, the API is not there."""
+    """`app.asgi()` as a whole server app: its lifespan opens and closes the store; before, the API
+    is unavailable.
+    """
 
     async def go() -> None:
         app = shop(tmp_path)
@@ -315,7 +326,7 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
                 assert (
                     await client.get("/api/runs", headers={"authorization": f"Bearer {guess}"})
                 ).status_code == 401
-            life = asyncio.create_task(
+            lifespan = asyncio.create_task(
                 asgi({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send)
             )
             inbox.put_nowait({"type": "lifespan.startup"})
@@ -324,7 +335,7 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
                     await asyncio.sleep(0.01)
             assert app.is_open and (await client.get("/readyz")).status_code == 200
             inbox.put_nowait({"type": "lifespan.shutdown"})
-            await life
+            await lifespan
             assert not app.is_open
 
     asyncio.run(go())

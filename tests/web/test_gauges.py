@@ -1,4 +1,4 @@
-"""What a trigger tells about its source reaches every place where somebody looks: the API, /metrics, `ls triggers`."""
+"""The gauges of a trigger appear in the API, in /metrics and in `ls triggers`."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from eventflow import App, Intake, flow
 from eventflow.cli import cli
-from eventflow.events.event import Gauge, totals
+from eventflow.events.event import Gauge, gauge_totals
 from eventflow.web.api import make_asgi
 
 APP = """
@@ -42,7 +42,9 @@ async def drawn() -> None: ...
 
 
 def test_gauges_are_shown_with_their_labels(tmp_path: Path):
-    """The API lists each gauge, their totals and the condition; /metrics has one sample per set of labels."""
+    """The API lists each gauge, the totals and the condition; /metrics has one sample per set of
+    labels.
+    """
 
     async def go() -> None:
         app = App("well", store=f"sqlite:///{tmp_path}/well.db")
@@ -63,7 +65,7 @@ def test_gauges_are_shown_with_their_labels(tmp_path: Path):
     asyncio.run(go())
 
 
-def test_ls_triggers_tells_of_the_source(tmp_path: Path):
+def test_ls_triggers_shows_gauges_and_condition(tmp_path: Path):
     """`ls triggers` shows the totals of the gauges, and the condition."""
 
     async def make_store() -> None:
@@ -79,6 +81,6 @@ def test_ls_triggers_tells_of_the_source(tmp_path: Path):
 
 
 def test_totals_are_sums_or_maxima():
-    """Lag in messages adds up; lag in seconds is that of the latest."""
-    assert totals(Well().gauges()) == {"lag_messages": 7, "lag_seconds": 2.0}
-    assert totals([]) == {}
+    """Lag in messages is summed; lag in seconds is the maximum."""
+    assert gauge_totals(Well().gauges()) == {"lag_messages": 7, "lag_seconds": 2.0}
+    assert gauge_totals([]) == {}

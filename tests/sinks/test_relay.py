@@ -1,4 +1,6 @@
-"""The way out: letters recorded with their events, sent at least once in order, whatever the sink does and whenever we die."""
+"""The outbox: messages recorded with their events, sent at least once and in order, through failing
+sinks and crashes.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,42 +13,42 @@ import pytest
 
 from eventflow import App, Event, Permanent, emit, flow, task
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Letter, Undecodable
+from eventflow.events.event import OutboxMessage, Undecodable
 from eventflow.web.api import make_asgi
 from tests.conftest import eventually
 
 pytestmark = pytest.mark.anyio
 
 
-class Shelf:
-    """A sink in this process: keeps what it takes, and fails as told."""
+class ListSink:
+    """A sink in this process: keeps what it receives, and fails on demand."""
 
     def __init__(self, name: str = "shelf") -> None:
         self.name = name
-        self.taken: list[Letter] = []
+        self.received: list[OutboxMessage] = []
         self.failures: list[Exception] = []
-        self.refuses: set[str] = set()
+        self.rejects: set[str] = set()
         self.calls = 0
         self.closed = False
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def send(self, *letters: Letter) -> None:
+    async def send(self, *messages: OutboxMessage) -> None:
         self.calls += 1
         await self.gate.wait()
         if self.failures:
             raise self.failures.pop(0)
-        for letter in letters:
-            if letter.event.id in self.refuses:
-                raise Permanent(f"too large: {letter.event.id}")
-            self.taken.append(letter)
+        for message in messages:
+            if message.event.id in self.rejects:
+                raise Permanent(f"too large: {message.event.id}")
+            self.received.append(message)
 
     async def close(self) -> None:
         self.closed = True
 
     @property
     def ids(self) -> list[str]:
-        return [letter.event.id for letter in self.taken]
+        return [message.event.id for message in self.received]
 
 
 @task
@@ -63,7 +65,7 @@ async def orders(n: int) -> None:
 
 @asynccontextmanager
 async def opened(
-    folder: Path, *sends: tuple[str, Shelf], dead: Shelf | None = None, where: Any = None
+    folder: Path, *sends: tuple[str, ListSink], dead: ListSink | None = None, where: Any = None
 ) -> AsyncIterator[App]:
     app = App("out", store=f"sqlite:///{folder / 'out.db'}", ballast=0, free_floor=0)
     app.on("order.placed", orders)
@@ -77,7 +79,8 @@ async def opened(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eventflow.sinks.dispatcher.BACKOFF", (0.02, 0.1))
+    monkeypatch.setattr("eventflow.sinks.relay.RETRY_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("eventflow.sinks.relay.MAX_RETRY_DELAY_SECONDS", 0.1)
 
 
 async def is_empty(app: App) -> bool:
@@ -85,20 +88,23 @@ async def is_empty(app: App) -> bool:
 
 
 async def test_p2_what_flows_and_tasks_emit_reaches_its_sinks_once_in_order(tmp_path: Path) -> None:
-    """Each emitted event goes to every outlet whose types it fits, in the order of recording, and then is out of the outbox."""
-    scored, everything = Shelf("scored"), Shelf("everything")
+    """An emitted event goes to every sink subscription whose types match, in the order of
+    recording, then leaves the outbox.
+    """
+    scored, everything = ListSink("scored"), ListSink("everything")
     async with opened(tmp_path, ("order.scored", scored), ("order.*", everything)) as app:
         for n in range(20):
             await app.emit("order.placed", {"n": n}, id=f"o-{n}")
         await eventually(
-            lambda: len(scored.taken) == 20 and len(everything.taken) == 60, "all letters arrive"
+            lambda: len(scored.received) == 20 and len(everything.received) == 60,
+            "all messages arrive",
         )
         await eventually(lambda: is_empty(app), "the outbox is empty")
-    assert {letter.event.type for letter in scored.taken} == {"order.scored"}
+    assert {message.event.type for message in scored.received} == {"order.scored"}
     assert len(set(everything.ids)) == 60
-    ledger = [letter.number for letter in everything.taken]
-    assert ledger == sorted(ledger)
-    (done,) = [letter.event for letter in everything.taken if letter.event.subject == "order/7"]
+    numbers = [message.number for message in everything.received]
+    assert numbers == sorted(numbers)
+    (done,) = [each.event for each in everything.received if each.event.subject == "order/7"]
     assert (
         done.type == "order.done"
         and done.data == {"n": 7}
@@ -108,12 +114,14 @@ async def test_p2_what_flows_and_tasks_emit_reaches_its_sinks_once_in_order(tmp_
     assert scored.closed and everything.closed
 
 
-async def test_p3_the_event_tells_which_outlets_it_went_to(tmp_path: Path) -> None:
-    """An outlet that an event fits has a verdict, also when its filter does not want it; while it waits, the event says so."""
-    shelf = Shelf()
-    shelf.gate.clear()
+async def test_p3_an_event_lists_the_sinks_it_went_to(tmp_path: Path) -> None:
+    """A sink subscription on the type has a verdict, also when its filter excludes the event; an
+    unsent message is listed.
+    """
+    sink = ListSink()
+    sink.gate.clear()
     async with opened(
-        tmp_path, ("order.placed", shelf), where={"n": [{"numeric": [">", 5]}]}
+        tmp_path, ("order.placed", sink), where={"n": [{"numeric": [">", 5]}]}
     ) as app:
         wanted, unwanted = (
             await app.emit("order.placed", {"n": 6}),
@@ -121,26 +129,28 @@ async def test_p3_the_event_tells_which_outlets_it_went_to(tmp_path: Path) -> No
         )
         row = await app.store.event(wanted.ledger_id)
         assert ["events/shelf", "outbox", "for sink shelf"] in row["verdicts"]
-        assert [letter["outlet"] for letter in row["outbox"]] == ["events/shelf"]
+        assert [each["sink"] for each in row["outbox"]] == ["events/shelf"]
         verdicts = (await app.store.event(unwanted.ledger_id))["verdicts"]
-        assert [said[:2] for said in verdicts if said[0] == "events/shelf"] == [
+        assert [each[:2] for each in verdicts if each[0] == "events/shelf"] == [
             ["events/shelf", "filtered"]
         ]
-        shelf.gate.set()
-        await eventually(lambda: len(shelf.taken) == 1, "the wanted one arrives")
+        sink.gate.set()
+        await eventually(lambda: len(sink.received) == 1, "the wanted one arrives")
 
 
 @pytest.mark.usefixtures("quick")
-async def test_row_41_a_sink_that_is_down_delays_nobody_and_loses_nothing(tmp_path: Path) -> None:
-    """While a sink fails, runs complete and another sink gets its letters; when it is back, it gets all, in order."""
-    down, up = Shelf("down"), Shelf("up")
+async def test_row_41_a_failing_sink_delays_no_run_and_loses_nothing(tmp_path: Path) -> None:
+    """While a sink fails, runs complete and another sink receives its messages; after recovery it
+    receives all, in order.
+    """
+    down, up = ListSink("down"), ListSink("up")
     down.failures = [OSError("no route to host")] * 5
     async with opened(tmp_path, ("order.done", down), ("order.done", up)) as app:
         for n in range(10):
             await app.emit("order.placed", {"n": n})
-        await eventually(lambda: len(up.taken) == 10, "the other sink has its letters")
-        health = app.house.relay.health["events/down"]
-        await eventually(lambda: health.state == "failing" or down.taken, "the failure shows")
+        await eventually(lambda: len(up.received) == 10, "the other sink has its messages")
+        health = app.runtime.relay.health["events/down"]
+        await eventually(lambda: health.state == "failing" or down.received, "the failure shows")
         await eventually(lambda: health.sent == 10, "the sink that was down has them too")
         assert (
             down.ids == up.ids
@@ -151,28 +161,34 @@ async def test_row_41_a_sink_that_is_down_delays_nobody_and_loses_nothing(tmp_pa
         assert (await app.store.counts())["completed"] == 10
 
 
-async def test_p2_letters_survive_the_process_and_go_first_in_the_next_life(tmp_path: Path) -> None:
-    """What was recorded and not sent is sent by the next life; what a sink took before its row was deleted comes again."""
-    stuck = Shelf()
+async def test_p2_messages_survive_the_process_and_are_sent_first_by_the_next(
+    tmp_path: Path,
+) -> None:
+    """Unsent messages are sent by the next process; one that a sink received before its row was
+    deleted is sent again.
+    """
+    stuck = ListSink()
     stuck.gate.clear()
     async with opened(tmp_path, ("order.placed", stuck)) as app:
         for n in range(5):
             await app.emit("order.placed", {"n": n}, id=f"o-{n}")
-        await eventually(lambda: stuck.calls == 1, "the sink is asked")
-    shelf = Shelf()
-    async with opened(tmp_path, ("order.placed", shelf)) as app:
+        await eventually(lambda: stuck.calls == 1, "the sink is called")
+    sink = ListSink()
+    async with opened(tmp_path, ("order.placed", sink)) as app:
         await app.emit("order.placed", {"n": 5}, id="o-5")
-        await eventually(lambda: len(shelf.taken) >= 6, "all six arrive")
-    assert list(dict.fromkeys(shelf.ids)) == [f"o-{n}" for n in range(6)]
+        await eventually(lambda: len(sink.received) >= 6, "all six arrive")
+    assert list(dict.fromkeys(sink.ids)) == [f"o-{n}" for n in range(6)]
 
 
-async def test_p9_what_a_sink_can_never_take_is_a_dead_letter_and_can_be_redriven(
+async def test_p9_a_message_rejected_by_its_sink_is_a_dead_letter_and_can_be_redriven(
     tmp_path: Path,
 ) -> None:
-    """`Permanent` for one letter among many: that one is dead, with its reason; the others arrive; a redrive sends it again."""
-    shelf = Shelf()
-    shelf.refuses = {"o-3"}
-    async with opened(tmp_path, ("order.placed", shelf)) as app:
+    """`Permanent` for one of many messages: it becomes a dead letter with its reason, the others
+    arrive; a redrive resends it.
+    """
+    sink = ListSink()
+    sink.rejects = {"o-3"}
+    async with opened(tmp_path, ("order.placed", sink)) as app:
         await app.accept(
             *[
                 Event(id=f"o-{n}", source="/test", type="order.placed", data={"n": n})
@@ -181,40 +197,44 @@ async def test_p9_what_a_sink_can_never_take_is_a_dead_letter_and_can_be_redrive
         )
 
         async def dead() -> list[dict[str, Any]]:
-            return await app.store.dead()
+            return await app.store.dead_letters()
 
-        await eventually(dead, "the refused one is a dead letter")
+        await eventually(dead, "the rejected one is a dead letter")
         (letter,) = await dead()
         assert (letter["subscription"], letter["reason"], letter["event_id"]) == (
             "events/shelf",
             "too large: o-3",
             "o-3",
         )
-        await eventually(lambda: {"o-4", "o-5"} <= set(shelf.ids), "the ones behind it arrive")
+        await eventually(lambda: {"o-4", "o-5"} <= set(sink.ids), "the ones behind it arrive")
         counts = await app.store.counts()
         parts = ("completed", "failed", "dead", "cancelled", "suppressed", "pending")
         assert counts["accepted"] == sum(counts[name] for name in parts) and counts["dead"] == 1
-        shelf.refuses.clear()
+        sink.rejects.clear()
         event = Event.from_json((await app.store.dead_letter(letter["id"]))["body"])
-        arrival = app.house.router.arrive(
+        arrival = app.runtime.router.route(
             letter["trigger"], event, ledger_id=letter["event"], only=letter["subscription"]
         )
         await app.store.redrive(letter["id"], arrival)
-        await eventually(lambda: "o-3" in shelf.ids, "the redriven one arrives")
+        await eventually(lambda: "o-3" in sink.ids, "the redriven one arrives")
         assert await dead() == [] and (await app.store.counts())["dead"] == 0
 
 
 async def test_p9_dead_letters_go_to_their_sink_with_their_bytes_and_reason(tmp_path: Path) -> None:
-    """What cannot be decoded and what cannot be bound both arrive: bytes, reason, subscription, headers."""
-    shelf = Shelf()
-    async with opened(tmp_path, dead=shelf) as app:
+    """Undecodable bytes and an event that cannot be bound both arrive: with bytes, reason,
+    subscription and headers.
+    """
+    sink = ListSink()
+    async with opened(tmp_path, dead=sink) as app:
         await app.emit("order.placed", {"wrong": 1}, id="unbound")
         junk = Undecodable(
             id="junk", source="/test", body=b"\x00\xff", error="not JSON", headers={"x-key": "7"}
         )
-        await app.house.reactor.record([app.house.router.arrive("somewhere", junk)], "somewhere")
-        await eventually(lambda: len(shelf.taken) == 2, "both arrive")
-        unbound, raw = shelf.taken
+        await app.runtime.reactor.record(
+            lambda: [app.runtime.router.route("somewhere", junk)], "somewhere"
+        )
+        await eventually(lambda: len(sink.received) == 2, "both arrive")
+        unbound, raw = sink.received
         assert (unbound.event.id, unbound.event.data, unbound.subscription) == (
             "unbound",
             {"wrong": 1},
@@ -232,39 +252,45 @@ async def test_p9_dead_letters_go_to_their_sink_with_their_bytes_and_reason(tmp_
             and raw.trigger == "somewhere"
             and raw.subscription == ""
         )
-        assert len(await app.store.dead()) == 2
+        assert len(await app.store.dead_letters()) == 2
 
 
 async def test_retention_keeps_what_is_not_sent(tmp_path: Path) -> None:
-    """An event that an outlet has not sent keeps its body, however old it is; once sent, it goes."""
-    shelf = Shelf()
-    shelf.gate.clear()
-    async with opened(tmp_path, ("note", shelf)) as app:
+    """An event with an unsent message keeps its payload, however old; once sent, retention removes
+    it.
+    """
+    sink = ListSink()
+    sink.gate.clear()
+    async with opened(tmp_path, ("note", sink)) as app:
         await app.emit("note", {"n": 1})
         later = app.clock.now() + 10**12
-        assert await app.store.prune(bodies_before=later, identities_before=0) == 0
-        shelf.gate.set()
+        assert await app.store.prune(payloads_before=later, identities_before=0) == 0
+        sink.gate.set()
         await eventually(lambda: is_empty(app), "it is sent")
-        assert shelf.taken[0].event.data == {"n": 1}
-        assert await app.store.prune(bodies_before=later, identities_before=0) == 1
+        assert sink.received[0].event.data == {"n": 1}
+        assert await app.store.prune(payloads_before=later, identities_before=0) == 1
 
 
-async def test_the_doors_tell_how_outlets_fare(tmp_path: Path) -> None:
-    """`/api/outlets` and `/metrics` name each outlet with what it sent and what waits, and the last error while it fails."""
-    shelf = Shelf()
-    shelf.failures = [OSError("gone")] * 10_000
+async def test_the_api_and_metrics_show_the_state_of_sinks(tmp_path: Path) -> None:
+    """`/api/sinks` and `/metrics` show each sink subscription: sent, waiting, and the last error
+    while it fails.
+    """
+    sink = ListSink()
+    sink.failures = [OSError("gone")] * 10_000
     app = App("out", store=f"sqlite:///{tmp_path / 'out.db'}", ballast=0, free_floor=0)
-    app.send("note", shelf)
+    app.send("note", sink)
     transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
     async with app, httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
         await app.emit("note", {"n": 1})
 
         async def failing() -> Any:
-            (row,) = (await client.get("/api/outlets")).json()["outlets"]
+            (row,) = (await client.get("/api/sinks")).json()["sinks"]
             return row["state"] == "failing" and row
 
-        await eventually(failing, "the outlet shows its failure")
+        await eventually(failing, "the failure is shown")
         row = await failing()
+        (old,) = (await client.get("/api/outlets")).json()["outlets"]  # the old path
+        assert old.keys() == row.keys() and old["name"] == row["name"]
         assert (row["name"], row["sink"], row["waiting"], row["last_error"]) == (
             "events/shelf",
             "shelf",
@@ -273,15 +299,20 @@ async def test_the_doors_tell_how_outlets_fare(tmp_path: Path) -> None:
         )
         assert row["oldest_at"] is not None
         page = (await client.get("/metrics")).text
-        assert 'eventflow_outbox_letters{outlet="events/shelf"} 1.0' in page
+        assert 'eventflow_outbox_messages{sink="events/shelf"} 1.0' in page
 
 
-async def test_what_is_no_sink_is_said_at_once(tmp_path: Path) -> None:
-    """`send` to something that has no name, send() and close() is a UsageError; two outlets to one sink have two names."""
+async def test_send_to_an_object_that_is_no_sink_is_a_usage_error(tmp_path: Path) -> None:
+    """`send` to an object without name, send() and close() raises; two subscriptions of one sink
+    have two names.
+    """
     app = App("out")
     with pytest.raises(UsageError, match="expected a sink"):
         app.send("x", "kafka://scored")  # type: ignore[arg-type]
-    shelf = Shelf()
-    app.send("a", shelf)
-    app.send("b", shelf)
-    assert [outlet.name for outlet in app._outlets] == ["events/shelf", "events/shelf#2"]
+    sink = ListSink()
+    app.send("a", sink)
+    app.send("b", sink)
+    assert [each.name for each in app._config.sink_subscriptions] == [
+        "events/shelf",
+        "events/shelf#2",
+    ]
