@@ -7,7 +7,6 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import re
 import signal
 import sqlite3
@@ -29,89 +28,44 @@ import pytest
 from tests.aws import Aws, Bucket, ministack
 from tests.brokers import some_broker
 from tests.conftest import wait_until
+from tests.server_process import ROOT, ServerProcess, environment
 
 __all__ = ["ministack"]
 
-ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 EVENTFLOW = [sys.executable, "-m", "eventflow"]
 KEY = b"shop-example-secret"
 SECRET = f"whsec_{base64.b64encode(KEY).decode()}"
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    return {
-        **os.environ,
-        "EVENTFLOW_STORE": f"sqlite:///{folder}/store.db",
-        "PYTHONUNBUFFERED": "1",
-        **more,
-    }
+def example_environment(folder: Path, **more: str) -> dict[str, str]:
+    return {"EVENTFLOW_STORE": f"sqlite:///{folder}/store.db", "PYTHONUNBUFFERED": "1", **more}
 
 
-class Served:
-    """One `eventflow serve EXAMPLE`, and the client that a reader's `curl` would be."""
+class ExampleServer(ServerProcess):
+    """`eventflow serve EXAMPLE`, and what a reader would ask with curl."""
 
-    def __init__(self, example: str, folder: Path, **env: str) -> None:
-        self.errors = (folder / "serve.log").open("ab")
-        command = [*EVENTFLOW, "serve", str(ROOT / "examples" / example), "--port", "0"]
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment(folder, **env),
-            stdout=subprocess.PIPE,
-            stderr=self.errors,
-            text=True,
-        )
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.kill()
-            pytest.fail(f"no ready line from {example}:\n{(folder / 'serve.log').read_text()}")
-        token = Path(f"{folder}/store.db.token").read_text().strip()
-        self.http = httpx2.Client(
-            base_url=json.loads(line)["url"],
-            headers={"authorization": f"Bearer {token}"},
-            timeout=20,
-        )
+    def runs(self, **params: str) -> list[dict[str, Any]]:
+        return self.get("/api/runs", **params)["runs"]
 
-    def get(self, path: str) -> Any:
-        return self.http.get(path).raise_for_status().json()
-
-    def runs(self, **asked: str) -> list[dict[str, Any]]:
-        return self.http.get("/api/runs", params=asked).raise_for_status().json()["runs"]
-
-    def states(self, **asked: str) -> list[str]:
-        return sorted(run["state"] for run in self.runs(**asked))
+    def states(self, **params: str) -> list[str]:
+        return sorted(run["state"] for run in self.runs(**params))
 
     def emit(self, type: str, id: str, data: Any) -> httpx2.Response:
         headers = {"ce-specversion": "1.0", "ce-id": id, "ce-source": "/tests", "ce-type": type}
-        return self.http.post("/api/events", json=data, headers=headers)
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.close()
-
-    def stop(self) -> None:
-        """A stop in good order."""
-        self.process.terminate()
-        assert self.process.wait(30) == 0
-        self.close()
-
-    def close(self) -> None:
-        self.errors.close()
-        assert self.process.stdout
-        self.process.stdout.close()
+        return self.post("/api/events", data, **headers)
 
 
 @contextmanager
-def served(example: str, folder: Path, **env: str) -> Iterator[Served]:
-    server = Served(example, folder, **env)
+def served(example: str, folder: Path, **env: str) -> Iterator[ExampleServer]:
+    """The example, ready; at the end it is stopped, and exits with 0, unless the test killed it."""
+    path = str(ROOT / "examples" / example)
+    server = ExampleServer(folder, path, env=example_environment(folder, **env))
     try:
-        with server.http:
-            yield server
+        assert server.wait_ready(), server.log
+        yield server
         if server.process.poll() is None:
-            server.stop()
+            assert server.stop() == 0
     finally:
         server.kill()
 
@@ -138,7 +92,7 @@ def test_examples_use_the_public_surface(path: Path):
     """
     found = re.findall(r"(?:from|import) ((?:eventflow|triggers)\S*)", path.read_text())
     assert set(found) <= {"eventflow", "triggers"}
-    assert not re.search(r"\w\._\w|\.house\b|\.store\b", path.read_text())
+    assert not re.search(r"\w\._\w|\.runtime\b|\.store\b", path.read_text())
 
 
 # --------------------------------------------------------------------------- daily report
@@ -169,7 +123,7 @@ def test_daily_report(tmp_path: Path):
             done = subprocess.run(
                 [*EVENTFLOW, "backfill", "report", *window],
                 cwd=tmp_path,
-                env=environment(tmp_path),
+                env=environment(**example_environment(tmp_path)),
                 capture_output=True,
                 check=False,
             )
@@ -230,7 +184,7 @@ def scorer() -> Iterator[tuple[str, dict[str, int]]]:
     server.server_close()
 
 
-def order(server: Served, ident: str, data: Any) -> httpx2.Response:
+def order(server: ExampleServer, ident: str, data: Any) -> httpx2.Response:
     """A Standard Webhooks sender, by hand."""
     body, now = json.dumps(data), int(time.time())
     sign = base64.b64encode(
@@ -241,7 +195,7 @@ def order(server: Served, ident: str, data: Any) -> httpx2.Response:
         "webhook-timestamp": str(now),
         "webhook-signature": f"v1,{sign}",
     }
-    return server.http.post(
+    return server.client.post(
         "/hooks/orders", content=body, headers={**headers, "content-type": "application/json"}
     )
 
@@ -261,7 +215,7 @@ def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str
             "webhook-signature": "v1,AAAA",
         }
         assert (
-            server.http.post(
+            server.client.post(
                 "/hooks/orders", json={"id": "o9", "total": 9}, headers=forged
             ).status_code
             == 401
@@ -277,7 +231,7 @@ def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str
             ("score", 3),
             ("file_score", 1),
         ]
-        assert [verdict["fate"] for verdict in server.get("/api/events/m2")["verdicts"]] == [
+        assert [verdict["outcome"] for verdict in server.get("/api/events/m2")["verdicts"]] == [
             "filtered"
         ]
     (line,) = (tmp_path / "scores.jsonl").read_text().splitlines()
@@ -293,7 +247,7 @@ def test_the_orders_docstring_sends_an_order(tmp_path: Path, scorer: tuple[str, 
         "orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=scorer[0]
     ) as server:
         shell = send.replace("http://", "").replace(
-            "localhost:8710", str(server.http.base_url).rstrip("/")
+            "localhost:8710", str(server.client.base_url).rstrip("/")
         )
         reply = subprocess.run(
             ["bash", "-c", shell], capture_output=True, text=True, check=True
@@ -394,7 +348,7 @@ def fastapi(folder: Path) -> Iterator[tuple[httpx2.Client, subprocess.Popen[str]
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(folder),
+        env=environment(**example_environment(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -447,7 +401,7 @@ def fan_out(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command,
         cwd=folder,
-        env=environment(folder),
+        env=environment(**example_environment(folder)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -484,9 +438,11 @@ def test_fan_out_killed_half_way_repeats_nothing_recorded(tmp_path: Path):
 # --------------------------------------------------------------------------- drift
 
 
-def alert(server: Served, feature: str, since: str = "2026-07-01T00:00:00Z") -> httpx2.Response:
+def alert(
+    server: ExampleServer, feature: str, since: str = "2026-07-01T00:00:00Z"
+) -> httpx2.Response:
     told = {"model": "digits", "feature": feature, "statistic": 0.31, "starts_at": since}
-    return server.http.post("/hooks/drift", json=told, headers={"authorization": "Bearer secret"})
+    return server.client.post("/hooks/drift", json=told, headers={"authorization": "Bearer secret"})
 
 
 def arrive(count: int, folder: Path) -> None:
@@ -552,9 +508,9 @@ def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
     assert not list((tmp_path / "models/digits").glob("*.part"))
 
 
-def drifts(server: Served) -> list[dict[str, Any]]:
+def drifts(server: ExampleServer) -> list[dict[str, Any]]:
     found = (
-        server.http.get("/api/events", params={"type": "drift.detected"})
+        server.client.get("/api/events", params={"type": "drift.detected"})
         .raise_for_status()
         .json()["events"]
     )
@@ -570,7 +526,7 @@ def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
     arrive(900, tmp_path)
     send = head[head.index("    curl") : head.index("Watch")].replace("\\\\\n", "\\\n")
     with served("drift_retrain.py", tmp_path, DRIFT_TOKEN="secret") as server:
-        where = str(server.http.base_url).rstrip("/")
+        where = str(server.client.base_url).rstrip("/")
         subprocess.run(
             ["bash", "-c", f"set -e; {send.replace('localhost:8710', where)}"],
             check=True,
@@ -582,7 +538,7 @@ def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
     assert f"champion: {registered(tmp_path)[0].stem}" in told and "'accuracy': 0.9" in told
 
 
-def are_judged(server: Served, models: int) -> bool:
+def are_judged(server: ExampleServer, models: int) -> bool:
     return server.states(flow="retrain") == ["completed"] * models == server.states(flow="announce")
 
 
@@ -600,7 +556,9 @@ def test_a_model_that_is_no_better_is_rejected(tmp_path: Path):
             wait_until(partial(are_judged, server, number), f"model {number} is judged", within=60)
             newest = max(server.runs(flow="retrain"), key=lambda run: run["id"])
             assert server.get(f"/api/runs/{newest['id']}")["result"].startswith(verdict)
-        (failed,) = server.http.get("/api/events", params={"type": "check.failed"}).json()["events"]
+        (failed,) = server.client.get("/api/events", params={"type": "check.failed"}).json()[
+            "events"
+        ]
         data = server.get(f"/api/events/{failed['id']}")["event"]["data"]
         assert data["check"] == "better" and data["column"] == "accuracy"
     versions = registered(tmp_path)
@@ -633,7 +591,7 @@ def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
                 lambda: server.get("/api/counts")["completed"] == 60, "all orders are scored"
             )
             wait_until(
-                lambda: all(not row["waiting"] for row in server.get("/api/outlets")["outlets"]),
+                lambda: all(not row["waiting"] for row in server.get("/api/sinks")["sinks"]),
                 "all is sent",
             )
             assert server.get("/api/counts")["dead"] == 1

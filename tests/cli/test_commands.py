@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.server_process import (
     SHOP,
-    RunningServer,
-    command,
-    environment,
+    ServerProcess,
     eventflow,
     serving,
     start,
@@ -24,7 +21,7 @@ from tests.server_process import (
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with three orders: one done, one filtered, one dead; and a failed run."""
     with serving(tmp_path_factory.mktemp("shop")) as served:
         served.post("/hooks/orders", {"id": "good", "total": 5})
@@ -35,17 +32,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
         yield served
 
 
-def run_of(served: RunningServer, event: str) -> str:
+def run_of(served: ServerProcess, event: str) -> str:
     return served.get(f"/api/events/{event}")["runs"][0]["id"]
 
 
-def failed_run(served: RunningServer) -> str:
+def failed_run(served: ServerProcess) -> str:
     run = served.start("failing", message="no such luck")
     served.wait_for(run, "failed")
     return run
 
 
-def asked(served: RunningServer, *args: str) -> Any:
+def asked(served: ServerProcess, *args: str) -> Any:
     done = eventflow(served.folder, *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -54,7 +51,7 @@ def asked(served: RunningServer, *args: str) -> Any:
 # --------------------------------------------------------------------------- looking
 
 
-def test_ls(shop: RunningServer):
+def test_ls(shop: ServerProcess):
     """`ls` lists each kind, aligned for people, whole for programs."""
     text = eventflow(shop.folder, "ls").stdout.splitlines()
     assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(
@@ -75,7 +72,7 @@ def test_ls(shop: RunningServer):
     assert "\x1b[" not in "\n".join(text)
 
 
-def test_explain(shop: RunningServer):
+def test_explain(shop: ServerProcess):
     """`explain` says for each subscription what became of an event, by our id or the sender's, and
     how often it came.
     """
@@ -88,7 +85,7 @@ def test_explain(shop: RunningServer):
     assert asked(shop, "explain", "good")["verdicts"][0]["outcome"] == "run"
 
 
-def test_show(shop: RunningServer):
+def test_show(shop: ServerProcess):
     """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part
     of the id serves.
     """
@@ -101,7 +98,7 @@ def test_show(shop: RunningServer):
     assert asked(shop, "show", "small")["event_id"] == "small"
 
 
-def test_logs(shop: RunningServer):
+def test_logs(shop: ServerProcess):
     """`logs` shows what a run printed, `-f` until it has ended; as JSON one line each."""
     run = run_of(shop, "good")
     assert "handling 5.0" in eventflow(shop.folder, "logs", run, "-f").stdout
@@ -113,7 +110,7 @@ def test_logs(shop: RunningServer):
 # --------------------------------------------------------------------------- doing
 
 
-def test_emit(shop: RunningServer):
+def test_emit(shop: ServerProcess):
     """`emit` records an event for what hears of its type; with the same id, once."""
     args = ("emit", "thing.made", "-d", '{"total": 4}', "--id", "thing-1")
     first, again = asked(shop, *args), asked(shop, *args)
@@ -124,7 +121,7 @@ def test_emit(shop: RunningServer):
     assert "recorded" in eventflow(shop.folder, "emit", "thing.made", "-d", "@data.json").stdout
 
 
-def test_retry_and_cancel(shop: RunningServer):
+def test_retry_and_cancel(shop: ServerProcess):
     """`retry` lets a failed run go again, `cancel` ends one that runs."""
     run = failed_run(shop)
     assert "pending again" in eventflow(shop.folder, "retry", run).stdout
@@ -136,7 +133,7 @@ def test_retry_and_cancel(shop: RunningServer):
     assert shop.wait_for(long, "cancelled")["reason"]
 
 
-def test_replay(shop: RunningServer):
+def test_replay(shop: ServerProcess):
     """`replay` runs an event again, or all of a time; `--dry-run` only tells."""
     before = len(shop.get("/api/events/good")["runs"])
     assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
@@ -151,7 +148,7 @@ def test_replay(shop: RunningServer):
     assert tally["runs"] >= 1 and tally["filtered"] >= 1
 
 
-def test_redrive(shop: RunningServer):
+def test_redrive(shop: ServerProcess):
     """`redrive` tries a dead letter once more with mended data."""
     shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
     letter = asked(shop, "ls", "dead-letters")["dead"][0]
@@ -161,7 +158,7 @@ def test_redrive(shop: RunningServer):
     assert again.returncode == 2 and "already" in again.stderr
 
 
-def test_pause_and_resume(shop: RunningServer):
+def test_pause_and_resume(shop: ServerProcess):
     """The runs of a paused trigger wait until `resume`."""
     assert "paused" in eventflow(shop.folder, "pause", "webhook-orders").stdout
     shop.post("/hooks/orders", {"id": "while-paused", "total": 1})
@@ -171,7 +168,7 @@ def test_pause_and_resume(shop: RunningServer):
     shop.wait_for(run, "completed")
 
 
-def test_doctor_and_backup(shop: RunningServer):
+def test_doctor_and_backup(shop: ServerProcess):
     """`doctor` finds a running server's ledger sound; `backup` copies it, never over a file."""
     found = {row["check"]: row for row in asked(shop, "doctor", "--app", "shop.py")["findings"]}
     assert found["ledger"]["ok"] and shop.url in found["server"]["detail"]
@@ -184,7 +181,7 @@ def test_doctor_and_backup(shop: RunningServer):
     assert eventflow(shop.folder, "backup", copy.name).returncode == 2
 
 
-def test_run_by_the_server(shop: RunningServer):
+def test_run_by_the_server(shop: ServerProcess):
     """`run` sends to the server that has the store, waits, and prints the result."""
     done = eventflow(shop.folder, "run", "shop.py:handle", "-p", "total=8")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 16.0})
@@ -196,7 +193,7 @@ def test_run_by_the_server(shop: RunningServer):
     )
 
 
-def test_another_place(shop: RunningServer):
+def test_another_place(shop: ServerProcess):
     """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is told with 4."""
     elsewhere = shop.folder / "elsewhere"
     elsewhere.mkdir()
@@ -246,7 +243,7 @@ def test_run_and_task_here(tmp_path: Path):
     """`run` without a server works in this process, with parameters or an event, and leaves a run;
     `task` leaves none.
     """
-    start(tmp_path).end()
+    start(tmp_path).kill()
     done = eventflow(tmp_path, "run", "shop.py:handle", "--params", '{"total": 3}')
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 6.0}), done.stderr
     (tmp_path / "e.json").write_text('{"total": 4}')
@@ -267,23 +264,24 @@ def test_run_and_task_here(tmp_path: Path):
     assert [row["state"] for row in rows] == ["failed", "completed", "completed"]
 
 
+class DevServer(ServerProcess):
+    """`eventflow dev`."""
+
+    command_name = "dev"
+
+
 @contextmanager
-def developing(folder: Path, app: str = SHOP) -> Iterator[RunningServer]:
-    """`eventflow dev`, ready; it is asked to end by Ctrl-C, and does."""
+def developing(folder: Path, app: str = SHOP) -> Iterator[DevServer]:
+    """`eventflow dev`, ready; at the end Ctrl-C stops it."""
     (folder / "app.py").write_text(app)
-    with (folder / "dev.log").open("w") as errors:
-        dev = subprocess.Popen(
-            command("dev", "app.py", "--port", "0"), cwd=folder, env=environment(NO_COLOR=""), stdout=subprocess.PIPE,
-            stderr=errors, text=True,
-        )  # fmt: skip
-    assert dev.stdout is not None
-    served = RunningServer(folder, dev, json.loads(dev.stdout.readline()), folder / "dev.log")
+    server = DevServer(folder, "app.py", env={"NO_COLOR": ""})
     try:
-        yield served
-        dev.send_signal(signal.SIGINT)
-        assert served.wait() == 0
+        assert server.wait_ready(), server.log
+        yield server
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0
     finally:
-        served.end()
+        server.kill()
 
 
 def test_dev_begins_anew(tmp_path: Path):
@@ -312,10 +310,10 @@ def test_dev_outlives_its_server(tmp_path: Path):
     with developing(tmp_path) as served:
         run = served.start("sleepy", seconds=0.5)
         wait_until(lambda: "resting" in served.diary, "the task is under way")
-        os.kill(served.ready["pid"], signal.SIGKILL)
+        os.kill(served.ready_line["pid"], signal.SIGKILL)
         assert served.process.stdout is not None
         again = json.loads(served.process.stdout.readline())
-        assert again["url"] == served.url and again["pid"] != served.ready["pid"]
+        assert again["url"] == served.url and again["pid"] != served.ready_line["pid"]
         assert served.wait_for(run, "completed")["result"] == "rested"
         assert "ended by SIGKILL, restarting" in served.log and "\x1b[" not in served.log
     done = eventflow(tmp_path, "dev", "none.py")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from eventflow import App, flow, task
-from triggers._kafka import session
+from triggers._kafka import committing, fetching, session
 from triggers.kafka import Kafka
 
 GROUP = "kill"
@@ -61,11 +61,10 @@ class Fuse:
 
 def lay(fuse: Fuse) -> None:
     """Puts the fuse into the session: around what it fetches, records, commits and takes up."""
-    fetch, record, commit, take = (
-        getattr(session.Session, name) for name in ("_fetch", "_record", "_commit", "_start_partitions")
-    )  # fmt: skip
+    fetch, commit = fetching.Fetcher.fetch, committing.GroupCommitter.commit
+    record, start = (getattr(session.Session, name) for name in ("_record", "_start_partitions"))
 
-    async def _fetch(self: session.Session, *args: Any) -> Any:
+    async def _fetch(self: fetching.Fetcher, *args: Any) -> Any:
         fetched = await fetch(self, *args)
         if fetched:
             fuse.met("fetched")
@@ -76,23 +75,23 @@ def lay(fuse: Fuse) -> None:
         await record(self, batch)
         fuse.met("recorded")
 
-    async def _commit(self: session.Session) -> None:
+    async def _commit(self: committing.GroupCommitter) -> None:
         asyncio.get_running_loop().call_later(0.0002, fuse.met, "committing")
         await commit(self)
         fuse.met("committed")
 
     async def _start_partitions(self: session.Session, assigned: Any) -> None:
-        await take(self, assigned)
+        await start(self, assigned)
         fuse.met("assigned")
 
-    for name, wrapped in {
-        "_fetch": _fetch,
-        "_record": _record,
-        "_commit": _commit,
-        "_start_partitions": _start_partitions,
-    }.items():
-        setattr(session.Session, name, wrapped)
-    session.COMMIT_INTERVAL_SECONDS = 0.03
+    for owner, name, wrapped in (
+        (fetching.Fetcher, "fetch", _fetch),
+        (committing.GroupCommitter, "commit", _commit),
+        (session.Session, "_record", _record),
+        (session.Session, "_start_partitions", _start_partitions),
+    ):
+        setattr(owner, name, wrapped)
+    committing.COMMIT_INTERVAL_SECONDS = 0.03
 
 
 async def main(folder: Path, server: str, topic: str, broker: str, seam: str, count: int) -> None:

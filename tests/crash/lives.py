@@ -29,7 +29,7 @@ class Lives:
         self.boots += 1
         env = {"GATE": gate, "CRASH_THREADS": str(self.folder / "threads"), **more}
         self.server = Server(APP, self.folder, self.boots, options=options, env=env)
-        assert self.server.ready(), self.server.log_tail
+        assert self.server.wait_ready(), self.server.log_tail
         return self.server
 
     def end(self) -> None:

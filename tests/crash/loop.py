@@ -129,8 +129,8 @@ class Sender(threading.Thread):
             try:
                 if not url:
                     raise NoAnswer("no server")
-                status, body, _ = client.request(
-                    url, "POST", "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident}
+                status, body, _ = client.post(
+                    url, "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident}
                 )
             except NoAnswer:
                 world.said["lost"] += bool(url)
@@ -206,7 +206,7 @@ class Loop:
             self.world.url = ""
 
     def _note_ready(self, server: Server, within: float) -> bool:
-        if not server.ready(within):
+        if not server.wait_ready(within):
             return False
         assert server.ready_after is not None
         self.world.url = server.url

@@ -145,7 +145,7 @@ class Loop:
             if way == "in start":
                 time.sleep(self.draw.random() * 0.8)  # not a wait: the moment to die at
                 return
-            if not server.ready(30):
+            if not server.wait_ready(30):
                 self.wrong.append(f"boot {self._boot} did not become ready: {server.log_tail}")
                 return
             time.sleep(0.1 + self.draw.random() * 0.7)
@@ -195,7 +195,7 @@ class Loop:
     def _rest(self) -> None:
         """Lets the last server take in and run everything, stops it in good order, and looks."""
         server = self._start()
-        if not server.ready(30):
+        if not server.wait_ready(30):
             self.wrong.append(f"the last boot did not become ready: {server.log_tail}")
             return
         deadline = time.monotonic() + 180

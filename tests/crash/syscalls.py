@@ -96,7 +96,7 @@ class Scenario:
         server = self.boot(traced if self.phase in ("first start", "restart") else ())
         tracer = None
         try:
-            if not server.ready():
+            if not server.wait_ready():
                 return True
             if self.phase == "serve":
                 tracer = attach(
@@ -126,8 +126,8 @@ class Scenario:
     def _send_one(self, server: Server, ident: str) -> None:
         client = Client()
         try:
-            status, body, _ = client.request(
-                server.url, "POST", "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident}
+            status, body, _ = client.post(
+                server.url, "/hooks/orders", {"n": self.sent[ident]}, {"webhook-id": ident}
             )
         except NoAnswer:
             return
@@ -142,7 +142,7 @@ class Scenario:
         """
         server = self.boot()
         try:
-            if not server.ready():
+            if not server.wait_ready():
                 return [f"not ready after the kill: {server.log_tail}"]
             self.send(server)
             if not _rest(server):
@@ -190,7 +190,7 @@ def prepared(folder: Path, phase: str) -> Path:
     if phase == "restart":
         scenario = Scenario(folder, phase)
         server = scenario.boot()
-        assert server.ready(), server.log_tail
+        assert server.wait_ready(), server.log_tail
         scenario.send(server)
         effects = folder / "effects"
         wait_until(

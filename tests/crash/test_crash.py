@@ -43,7 +43,7 @@ def test_the_invariants_see_what_is_wrong(tmp_path: Path):
     named.
     """
     server = Server(HERE / "app.py", tmp_path)
-    assert server.ready(), server.log_tail
+    assert server.wait_ready(), server.log_tail
     sent = {"a": 1, "b": 2}
     acked = {ident: server.send(ident, {"n": n})[1]["id"] for ident, n in sent.items()}
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "everything is at rest")

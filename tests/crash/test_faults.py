@@ -218,7 +218,7 @@ def test_row_11_a_second_process_is_refused_and_told_by_whom(lives: Lives):
     """
     server = lives.boot()
     second = Server(APP, lives.folder)
-    assert not second.ready()
+    assert not second.wait_ready()
     assert second.wait() == 75
     assert str(server.process.pid) in second.log_tail
     assert server.send(EVENT, DATA, "steps")[0] == 202

@@ -51,7 +51,7 @@ def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path,
         else:
             proxy.fail(action("DeleteMessageBatch"), delay=30.0)
         server = Server(HERE / "s3_app.py", tmp_path, env={**env, "AWS_ENDPOINT_URL": proxy.url})
-        assert server.ready(), server.log_tail
+        assert server.wait_ready(), server.log_tail
         bucket.put("in/a")
         wait_until(lambda: queue.visible == 0, "the messages are given out")
         if seam == "recorded":
@@ -61,7 +61,7 @@ def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path,
         server.kill()
     assert queue.left >= 1
     server = Server(HERE / "s3_app.py", tmp_path, 1, env=env)
-    assert server.ready(), server.log_tail
+    assert server.wait_ready(), server.log_tail
     wait_until(lambda: queue.left == 0, "the queue is empty")
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "all is at rest")
     counts = server.get("/api/counts")

@@ -21,7 +21,7 @@ from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import NoAnswer, Server
-from tests.server_process import RunningServer, serving
+from tests.server_process import ServerProcess, serving
 
 # --------------------------------------------------------------------------- before the commit
 
@@ -176,9 +176,9 @@ def test_row_2_k9_a_death_counts_when_its_start_was_journaled_and_is_forgiven(li
         _killed_starts(lives, 2)
         server = lives.boot("body runs")
         _body_began(lives, deaths + 1)
-        assert _run(server)["deaths"] == deaths
+        assert _run(server)["crash_count"] == deaths
     server = lives.boot()
-    assert one_fate(server)["deaths"] == 0
+    assert one_fate(server)["crash_count"] == 0
     assert lives.ran() == {"first": 4, "second": 1}
 
 
@@ -199,7 +199,7 @@ def _killed_starts(lives: Lives, times: int) -> None:
     for n in range(times):
         lives.boots += 1
         server = Server(APP, lives.folder, lives.boots, env={"GATE": "body runs"})
-        server.ready(0.2 + 0.1 * n)
+        server.wait_ready(0.2 + 0.1 * n)
         server.kill()
 
 
@@ -262,8 +262,8 @@ def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
         assert first == again != other
 
 
-def _waiting(server: RunningServer) -> int:
-    (outlet,) = server.get("/api/outlets")["outlets"]
+def _waiting(server: ServerProcess) -> int:
+    (outlet,) = server.get("/api/sinks")["sinks"]
     return outlet["waiting"]
 
 
