@@ -2,7 +2,7 @@
 
     launch     a copy of the call's context, an asyncio task on the worker's loop
     limits     the task's concurrency, the gate for crash suspects, the attempt's timeout
-    end        a value → RecordValue · an error → AppendEntry, FAILED with the next due time or ERROR
+    end        a value → RecordValue · an error → AppendEntry (FAILED with a due time, or ERROR)
                abandoned → nothing
 
 `Execution` launches an attempt when a call is not in the journal; results come back to it as
@@ -90,7 +90,9 @@ class Attempts:
         self.running = 0
 
     def launch(self, call: TaskCall) -> None:
-        """Starts the next attempt of a call; its body takes its first step in the loop's next turn."""
+        """Starts the next attempt of a call; its body takes its first step in the loop's
+        next turn.
+        """
         call.attempt += 1
         call.running = True
         call.thread = None
@@ -392,7 +394,9 @@ class AttemptDeadline:
 async def _within(
     call: TaskCall, timeout: float, services: WorkerServices, on_unresponsive: Callable[[], None]
 ) -> Any:
-    """The body's return value, or its exception; TaskTimedOut when it took longer than its timeout."""
+    """The body's return value, or its exception; TaskTimedOut when it took longer than
+    its timeout.
+    """
     deadline = AttemptDeadline(services.clock, timeout, on_unresponsive)
     try:
         if not call.task.is_async:
@@ -414,7 +418,9 @@ async def _within(
 def _in_thread(
     call: TaskCall, services: WorkerServices, on_start: Callable[[], None] | None = None
 ) -> Coroutine[Any, Any, Any]:
-    """Runs a plain `def` body in a thread. `on_start` is called on the loop when the thread begins."""
+    """Runs a plain `def` body in a thread. `on_start` is called on the loop when the
+    thread begins.
+    """
     begun = None if on_start is None else partial(_call_on_loop, services.loop, on_start)
     call.thread = services.threads.submit(_work, copy_context(), call, begun)
     return _thread_result(call.thread)

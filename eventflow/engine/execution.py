@@ -351,7 +351,9 @@ class Execution(FlowCalls):
             and CANCEL_KEY not in pending.waiting
         ):
             pending.expect(ControlSignal(CANCEL_KEY))
-            self.writer.append(Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason)))
+            self.writer.append(
+                Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason))
+            )
 
     # ----------------------------------------------------------------- the end
 

@@ -133,7 +133,9 @@ class WorkerLimits:
         self._tasks: dict[str, asyncio.Semaphore] = {}
 
     def for_task(self, task: Task[..., Any]) -> asyncio.Semaphore | None:
-        """The limit `@task(concurrency=)`, shared by all calls of the task's name in this process."""
+        """The limit `@task(concurrency=)`, shared by all calls of the task's name in this
+        process.
+        """
         limit = task.options.concurrency
         if limit is None:
             return None

@@ -108,7 +108,9 @@ class PendingCalls:
         return mismatch
 
     def _compare(self, entry: Entry, target: Pending) -> tuple[bool, EndRun | None]:
-        """Whether the recorded entry answers this call, by its arguments or by its task's policy."""
+        """Whether the recorded entry answers this call, by its arguments or by its task's
+        policy.
+        """
         mine: bytes | None = getattr(target, "fingerprint", None)
         if mine is None or entry.fingerprint is None or mine == entry.fingerprint:
             return True, None
@@ -237,7 +239,9 @@ class PendingCalls:
     # ----------------------------------------------------------------- durable entries
 
     def has_recorded(self, entry: Entry) -> bool:
-        """Whether `record` got this very entry before: the answer of a child run may arrive twice."""
+        """Whether `record` got this very entry before: the answer of a child run may
+        arrive twice.
+        """
         known = self.journal.finals.get(entry.call_key)
         return known is not None and (known.batch, known.position) == (entry.batch, entry.position)
 

@@ -25,7 +25,9 @@ from eventflow.serialization.codecs import encode_error
 
 
 class RunEnd:
-    """`outcome` is set when the run is ending, `is_closed` when nothing of it is accepted any more."""
+    """`outcome` is set when the run is ending, `is_closed` when nothing of it is accepted
+    any more.
+    """
 
     __slots__ = (
         "_cancel_reason",

@@ -201,8 +201,10 @@ class Worker:
         """The commit of reserved runs failed. Writer thread."""
         self._limits.capacity.release(len(runs))
 
-    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
-        """Runs to start, whether the store holds more, and runs for which a cancel was requested."""
+    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
+        """Runs to start, whether the store holds more, and runs for which a cancel was
+        requested.
+        """
         if self._services.draining:
             for run in runs:
                 self._put_back(run)
@@ -211,7 +213,7 @@ class Worker:
             self._queues.add(run)
         for ident in cancels:
             self._cancel(ident)
-        if more:
+        if has_due:
             self._claimer.claim_due()
         self._begin_some()
 

@@ -293,7 +293,9 @@ class FlowLoop(asyncio.AbstractEventLoop):
                     continue
 
     def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
-        """Closes an async generator that flow code dropped half-way, in the step that dropped it."""
+        """Closes an async generator that flow code dropped half-way, in the step that
+        dropped it.
+        """
         if self.is_current():
             self.create_task(dropped.aclose())
 

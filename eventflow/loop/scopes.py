@@ -50,7 +50,9 @@ class Scope:
         return self.path + keyed
 
     def child_path(self, label: str) -> str:
-        """The path of a new scope below this one. Equal labels get an ordinal, in creation order."""
+        """The path of a new scope below this one. Equal labels get an ordinal, in
+        creation order.
+        """
         ordinal = self.counts.get(label, 0)
         self.counts[label] = ordinal + 1
         return f"{self.path}{label}.{ordinal}/" if ordinal else f"{self.path}{label}/"

@@ -12,14 +12,14 @@ from eventflow.core.retry import Permanent, Retry, RetryAfter
 from eventflow.runs.journal import Kind
 from eventflow.sdk.flow import current_run, flow, sleep
 from eventflow.sdk.task import current_task, task
-from tests.engine.replay_check.world import BORN, SECOND, World
+from tests.engine.replay_check.simulation import SECOND, START_TIME, Simulation
 
-HERE: list[World] = []
+HERE: list[Simulation] = []
 
 
 @pytest.fixture(autouse=True)
-def world() -> Iterator[World]:
-    HERE[:] = [World()]
+def sim() -> Iterator[Simulation]:
+    HERE[:] = [Simulation()]
     yield HERE[0]
 
 
@@ -27,13 +27,15 @@ async def spend(seconds: float) -> None:
     await HERE[0].spend(seconds)
 
 
-def test_retries_wait_as_told_and_count_from_one(world: World) -> None:
-    """Each failure and its next due time are journaled; RetryAfter sets its own delay; the value carries its attempt."""
+def test_retries_wait_as_configured_and_count_from_one(sim: Simulation) -> None:
+    """Each failure and its next due time are journaled; RetryAfter sets its own delay; the value
+    carries its attempt.
+    """
     begun: list[tuple[int, float]] = []
 
     @task(retries=[10, 20, 30])
     async def flaky() -> int:
-        begun.append((current_task().attempt, round((world.now() - BORN) / SECOND)))
+        begun.append((current_task().attempt, round((sim.now() - START_TIME) / SECOND)))
         if len(begun) == 1:
             raise ValueError("first")
         if len(begun) == 2:
@@ -44,18 +46,20 @@ def test_retries_wait_as_told_and_count_from_one(world: World) -> None:
     async def runs() -> int:
         return await flaky()
 
-    row = world.done(runs)
+    row = sim.done(runs)
     assert row.value == 3
     assert begun == [(1, 0), (2, 10), (3, 15)]
     failed = [entry for entry in row.journal if entry.kind is Kind.FAILED]
-    assert [(entry.attempt, round(((entry.due_at or 0) - BORN) / SECOND)) for entry in failed] == [
+    assert [
+        (entry.attempt, round(((entry.due_at or 0) - START_TIME) / SECOND)) for entry in failed
+    ] == [
         (1, 10),
         (2, 15),
     ]
     assert row.journal[-1].attempt == 3
 
 
-def test_a_retry_without_delay_does_not_wait_for_the_commit(world: World) -> None:
+def test_a_retry_without_delay_does_not_wait_for_the_commit(sim: Simulation) -> None:
     """With delay 0 the failure and the next attempt's value share a commit."""
 
     @task(retries=[0, 0])
@@ -68,13 +72,15 @@ def test_a_retry_without_delay_does_not_wait_for_the_commit(world: World) -> Non
     async def runs() -> int:
         return await flaky()
 
-    row = world.done(runs)
+    row = sim.done(runs)
     assert [entry.kind for entry in row.journal] == [Kind.FAILED, Kind.FAILED, Kind.VALUE]
     assert len({entry.batch for entry in row.journal}) == 1
 
 
-def test_permanent_and_unstorable_are_not_retried_and_errors_come_rebuilt(world: World) -> None:
-    """The flow receives the error of its class and arguments where that can be rebuilt, TaskFailed where not."""
+def test_permanent_and_unstorable_are_not_retried_and_errors_come_rebuilt(sim: Simulation) -> None:
+    """The flow receives the error of its class and arguments where that can be rebuilt, TaskFailed
+    where not.
+    """
     tries: list[str] = []
 
     @task(retries=5)
@@ -118,7 +124,7 @@ def test_permanent_and_unstorable_are_not_retried_and_errors_come_rebuilt(world:
                     assert isinstance(error, TaskFailed) and error.message == "mine"
         return seen
 
-    assert world.done(runs).value == [
+    assert sim.done(runs).value == [
         "Permanent",
         NotStorable.__name__,
         "TaskFailed",
@@ -128,8 +134,8 @@ def test_permanent_and_unstorable_are_not_retried_and_errors_come_rebuilt(world:
     assert tries == ["permanent", "unstorable"]
 
 
-def test_an_exception_that_is_no_exception_class_fails_the_attempt(world: World) -> None:
-    """A BaseException of a library's own, or sys.exit() in a body, is a failed attempt, not a lost one."""
+def test_a_base_exception_fails_the_attempt(sim: Simulation) -> None:
+    """A BaseException of a library, or sys.exit() in a body, is a failed attempt."""
 
     class Stop(BaseException):
         pass
@@ -152,12 +158,14 @@ def test_an_exception_that_is_no_exception_class_fails_the_attempt(world: World)
                 seen.append(error.error_type.rpartition(".")[2])
         return seen
 
-    value = world.done(runs).value
+    value = sim.done(runs).value
     assert value[0] == "Stop" and value[1].endswith("SystemExit")
 
 
-def test_a_timeout_counts_from_the_bodys_start_and_is_a_failed_attempt(world: World) -> None:
-    """A body that outlives its timeout is cancelled and retried; waiting for a slot does not count."""
+def test_a_timeout_counts_from_the_bodys_start_and_is_a_failed_attempt(sim: Simulation) -> None:
+    """A body that exceeds its timeout is cancelled and retried; waiting for a slot does
+    not count.
+    """
 
     @task(timeout=5, concurrency=1, retries=Retry(attempts=2, delay=0))
     async def works(seconds: float) -> int:
@@ -166,15 +174,17 @@ def test_a_timeout_counts_from_the_bodys_start_and_is_a_failed_attempt(world: Wo
 
     @flow
     async def runs() -> list[int]:
-        return await asyncio.gather(works(4), works(4), works(4), works(9))  # pyright: ignore[reportReturnType]
+        return await asyncio.gather(works(4), works(4), works(4), works(9))  # pyright: ignore
 
-    assert world.done(runs).value == [1, 1, 1, 2]
+    assert sim.done(runs).value == [1, 1, 1, 2]
 
 
 def test_a_body_that_ignores_its_timeout_is_left_behind_and_its_late_result_refused(
-    world: World,
+    sim: Simulation,
 ) -> None:
-    """Asked three times in vain, the attempt is recorded as timed out; what the body returns later is not."""
+    """After three ignored cancellations the attempt is recorded as timed out; what the body returns
+    later is not.
+    """
     ended: list[str] = []
 
     @task(timeout=5)
@@ -196,13 +206,15 @@ def test_a_body_that_ignores_its_timeout_is_left_behind_and_its_late_result_refu
             await sleep(50)
             return str(error)
 
-    row = world.done(runs)
+    row = sim.done(runs)
     assert "timeout of 5 s" in row.value
     assert ended == ["late"] and row.claims() == []
 
 
-def test_what_the_flow_gives_up_is_cancelled_and_records_nothing(world: World) -> None:
-    """A call whose awaiting task is cancelled leaves no entry, whether its body runs, waits for a retry or has not begun."""
+def test_a_call_that_the_flow_gives_up_is_cancelled_and_records_nothing(sim: Simulation) -> None:
+    """A call whose awaiting task is cancelled leaves no entry, whether its body runs, waits for a
+    retry or has not begun.
+    """
     stopped: list[str] = []
 
     @task(retries=[10])
@@ -231,16 +243,18 @@ def test_what_the_flow_gives_up_is_cancelled_and_records_nothing(world: World) -
         await sleep(300)
         return "done"
 
-    row = world.done(runs)
+    row = sim.done(runs)
     assert row.value == "done"
     assert stopped == ["runs"]
     assert row.claims() == ["quick#0"] and len(row.suspensions) == 1
 
 
 def test_concurrency_bounds_the_bodies_and_a_thread_keeps_its_slot_until_it_ends(
-    world: World,
+    sim: Simulation,
 ) -> None:
-    """`concurrency=n` bounds bodies at work; a thread that was given up still counts, since it cannot be stopped."""
+    """`concurrency=n` bounds running bodies; a thread that was given up still counts, since it
+    cannot be stopped.
+    """
     at_once: list[int] = []
     working = [0]
 
@@ -280,14 +294,16 @@ def test_concurrency_bounds_the_bodies_and_a_thread_keeps_its_slot_until_it_ends
         await lets_go()
         return await second
 
-    world.threads_may_block = True
-    assert world.done(runs).value == "second"
+    sim.threads_may_block = True
+    assert sim.done(runs).value == "second"
     assert max(at_once) == 2
     assert order.index("first ends") < order.index("second begins")
 
 
-def test_plain_functions_run_in_threads_where_current_task_works(world: World) -> None:
-    """A plain `def` body runs in a thread, sees its task and run, may emit, and its errors are like any other's."""
+def test_plain_functions_run_in_threads_where_current_task_works(sim: Simulation) -> None:
+    """A plain `def` body runs in a thread, sees its task and run, may emit, and its errors are like
+    any other's.
+    """
     threads: list[bool] = []
 
     @task(retries=1, timeout=60)
@@ -311,24 +327,26 @@ def test_plain_functions_run_in_threads_where_current_task_works(world: World) -
             return [*first, str(error)]
         return []
 
-    assert world.done(runs).value == [2, "works#0", "task 'stops' raised StopIteration"]
+    assert sim.done(runs).value == [2, "works#0", "task 'stops' raised StopIteration"]
     assert not any(threads)
 
 
-def test_hooks_are_told_after_the_fact_and_change_nothing(
-    world: World, caplog: pytest.LogCaptureFixture
+def test_hooks_are_called_after_the_fact_and_change_nothing(
+    sim: Simulation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """on_retry, on_failure and on_success hear of it, plain or async; one that raises is logged."""
-    told: list[tuple[str, Any]] = []
+    """on_retry, on_failure and on_success are called, plain or async; one that raises is logged."""
+    hooks: list[tuple[str, Any]] = []
 
     async def succeeded(value: int) -> None:
-        told.append(("success", value))
+        hooks.append(("success", value))
         raise RuntimeError("hook")
 
     @task(
-        retries=[0], on_success=succeeded, on_failure=lambda error: told.append(("failure", str(error))),
-        on_retry=lambda error, delay: told.append(("retry", delay)),
-    )  # fmt: skip
+        retries=[0],
+        on_success=succeeded,
+        on_failure=lambda error: hooks.append(("failure", str(error))),
+        on_retry=lambda error, delay: hooks.append(("retry", delay)),
+    )
     async def works(fails: int) -> int:
         if current_task().attempt <= fails:
             raise ValueError(f"no {current_task().attempt}")
@@ -343,13 +361,13 @@ def test_hooks_are_told_after_the_fact_and_change_nothing(
             return value
         return 0
 
-    assert world.done(runs).value == 5
-    assert told == [("retry", 0.0), ("success", 5), ("retry", 0.0), ("failure", "no 2")]
+    assert sim.done(runs).value == 5
+    assert hooks == [("retry", 0.0), ("success", 5), ("retry", 0.0), ("failure", "no 2")]
     assert "task.hook_failed" in caplog.text
 
 
 def test_outside_a_run_current_task_has_no_run_and_emit_is_refused() -> None:
-    """A plain call tells its attempt, and no run id."""
+    """A plain call has an attempt number, and no run id."""
 
     @task
     async def plain() -> list[Any]:
@@ -365,8 +383,10 @@ def test_outside_a_run_current_task_has_no_run_and_emit_is_refused() -> None:
         current_task()
 
 
-def test_a_loop_that_is_taken_down_interrupts_and_fails_nothing(world: World) -> None:
-    """When somebody else cancels every task of the loop, attempts are not failures: the run goes back to pending."""
+def test_a_loop_that_is_closed_interrupts_and_fails_nothing(sim: Simulation) -> None:
+    """When every task of the loop is cancelled from outside, attempts are not failures: the run
+    goes back to pending.
+    """
 
     @task
     async def works() -> int:
@@ -377,23 +397,25 @@ def test_a_loop_that_is_taken_down_interrupts_and_fails_nothing(world: World) ->
     async def runs() -> int:
         return await works()
 
-    row = world.add(runs)
+    row = sim.add(runs)
 
-    def take_down(w: World) -> None:
+    def take_down(w: Simulation) -> None:
         for other in asyncio.all_tasks(w.loop):
             if other is not asyncio.current_task(w.loop):
                 other.cancel()
 
-    world.live(then=take_down)
+    sim.run_process(then=take_down)
     assert row.value == 1
     assert [entry.kind for entry in row.journal] == [Kind.VALUE]
 
 
 @pytest.mark.parametrize("eager", [False, True])
 def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
-    world: World, eager: bool
+    sim: Simulation, eager: bool
 ) -> None:
-    """Bodies and doors are never stepped inside the flow's own step, whatever factory the host program has set."""
+    """Bodies and store calls are never stepped inside the flow's own step, whatever factory the
+    host program has set.
+    """
     if eager and not hasattr(asyncio, "eager_task_factory"):
         pytest.skip("eager tasks came with Python 3.12")
 
@@ -414,6 +436,6 @@ def test_an_eager_task_factory_on_the_workers_loop_changes_nothing(
         call.cancel()
         return [first, *await works.map([2, 3])]
 
-    world.eager = eager
-    assert world.done(runs).value == [1, 2, 3]
-    assert [row.state.label for row in world.rows.values()] == ["completed", "cancelled"]
+    sim.eager = eager
+    assert sim.done(runs).value == [1, 2, 3]
+    assert [row.state.label for row in sim.rows.values()] == ["completed", "cancelled"]

@@ -1,4 +1,6 @@
-"""Late runs as events: told once for each run and `after`, never early, whatever the run does, in this life or the next."""
+"""Late runs as events: recorded once for each run and `after`, never early, in any live state, also
+after a restart.
+"""
 
 import asyncio
 from datetime import datetime, timedelta
@@ -39,7 +41,7 @@ async def train(seconds: float, fail: bool = False) -> float:
     return seconds
 
 
-class Heard:
+class Received:
     """A flow that notes which events started it, and when."""
 
     def __init__(self, clock: VirtualClock, name: str = "alert") -> None:
@@ -65,42 +67,46 @@ def clock() -> VirtualClock:
 
 
 @pytest.fixture
-def heard(clock: VirtualClock) -> Heard:
-    return Heard(clock)
+def received(clock: VirtualClock) -> Received:
+    return Received(clock)
 
 
-def watching(heard: Heard, *states: Any, after: Any = HOUR) -> App:
+def app_with_alerts(received: Received, *states: Any, after: Any = HOUR) -> App:
     app = App("late")
     app.add(train)
-    app.on(RunState("train", *(states or ("late",)), after=after), heard.flow)
+    app.on(RunState("train", *(states or ("late",)), after=after), received.flow)
     return app
 
 
-# --------------------------------------------------------------------------- when, and what it tells
+# --------------------------------------------------------------------------- time and content
 
 
-async def test_p6_told_when_the_time_has_come_and_not_before(
-    clock: VirtualClock, heard: Heard
+async def test_p6_recorded_at_its_time_and_not_before(
+    clock: VirtualClock, received: Received
 ) -> None:
-    """A run that has not ended an hour after it was recorded is an event at that very moment; one that has ended is none."""
-    async with running(watching(heard), clock=clock) as app:
+    """A run that has not ended an hour after it was recorded causes an event at that moment; one
+    that ended in time does not.
+    """
+    async with running(app_with_alerts(received), clock=clock) as app:
         await app.start(train, seconds=HOUR - 1)
         slow = await app.start(train, seconds=3 * HOUR)
         await clock.advance(HOUR - 0.001)
-        assert heard.events == []
+        assert received.events == []
         await clock.advance(0.001)
-        assert heard.runs == [slow.id] and heard.at == [HOUR]
+        assert received.runs == [slow.id] and received.at == [HOUR]
         await clock.advance(24 * HOUR)
-        assert heard.runs == [slow.id]
+        assert received.runs == [slow.id]
 
 
-async def test_what_a_late_run_tells(clock: VirtualClock, heard: Heard) -> None:
-    """The event names the run, how late it is, when it was due and what it does; it has the time at which the run was late."""
+async def test_the_event_of_a_late_run(clock: VirtualClock, received: Received) -> None:
+    """The event names the run, how late it is, when it was due and its state; its time is that at
+    which the run became late.
+    """
     began = clock.now()
-    async with running(watching(heard, after=timedelta(minutes=90)), clock=clock) as app:
+    async with running(app_with_alerts(received, after=timedelta(minutes=90)), clock=clock) as app:
         run = await app.start(train, seconds=6 * HOUR)
         await clock.advance(5400)
-    (event,) = heard.events
+    (event,) = received.events
     assert (event.type, event.subject, event.source) == (
         "eventflow.run.late",
         run.id,
@@ -110,13 +116,21 @@ async def test_what_a_late_run_tells(clock: VirtualClock, heard: Heard) -> None:
     assert event.extensions["eventflowcause"] == run.id and event.depth == 1
     assert to_us(datetime.fromisoformat(event.data.pop("due"))) == began
     assert event.data == {
-        "run": run.id, "flow": "train", "state": "late", "attempts": 1, "seconds": 5400.0, "reason": None, "result": None,
-        "error": None, "after": 5400, "run_state": "waiting",
-    }  # fmt: skip
+        "run": run.id,
+        "flow": "train",
+        "state": "late",
+        "attempts": 1,
+        "seconds": 5400.0,
+        "reason": None,
+        "result": None,
+        "error": None,
+        "after": 5400,
+        "run_state": "waiting",
+    }
 
 
-async def test_whatever_the_run_does(clock: VirtualClock, heard: Heard) -> None:
-    """Running, pending in a queue, behind another in its lane, waiting, paused: late is late."""
+async def test_late_in_any_live_state(clock: VirtualClock, received: Received) -> None:
+    """A running, queued, blocked, waiting or paused run is late alike."""
     go_on = asyncio.Event()
     trigger, paused = MemoryTrigger("work"), MemoryTrigger("paused")
 
@@ -128,11 +142,11 @@ async def test_whatever_the_run_does(clock: VirtualClock, heard: Heard) -> None:
     async def busy() -> None:
         await work()
 
-    app = watching(heard)
+    app = app_with_alerts(received)
     app.on(trigger, train, key="lane")
     app.on(paused, train, name="paused")
     for each in (busy, train):
-        app.on(RunState(each, "late", after=60), heard.flow)
+        app.on(RunState(each, "late", after=60), received.flow)
     async with running(app, clock=clock):
         app.runtime.reactor.pause("paused", True)
         await paused.send(data={"seconds": 1})
@@ -140,142 +154,172 @@ async def test_whatever_the_run_does(clock: VirtualClock, heard: Heard) -> None:
             await app.start(busy)
             await trigger.send(data={"seconds": HOUR / 2, "lane": "one"})
         await clock.advance(60)
-        assert sorted((event.data["flow"], event.data["run_state"]) for event in heard.events) == [
-            ("busy", "pending"), ("busy", "running"), ("train", "paused"), ("train", "pending"), ("train", "waiting"),
-        ]  # fmt: skip
+        assert sorted(
+            (event.data["flow"], event.data["run_state"]) for event in received.events
+        ) == [
+            ("busy", "pending"),
+            ("busy", "running"),
+            ("train", "paused"),
+            ("train", "pending"),
+            ("train", "waiting"),
+        ]
         go_on.set()
         await drain(app, advance=False)
 
 
-async def test_several_afters_each_hear_their_own(clock: VirtualClock, heard: Heard) -> None:
-    """Subscriptions with different `after`s hear each its own, whatever others were told; ends reach who asked for them."""
-    patient = Heard(clock, "patient")
-    app = watching(heard, "late", "completed", after=60)
+async def test_several_afters_each_get_their_own_event(
+    clock: VirtualClock, received: Received
+) -> None:
+    """Subscriptions with different `after`s each get their own event; ends are reported
+    as before.
+    """
+    patient = Received(clock, "patient")
+    app = app_with_alerts(received, "late", "completed", after=60)
     app.on(RunState(train, "late", after=HOUR), patient.flow)
     async with running(app, clock=clock):
         run = await app.start(train, seconds=2 * HOUR)
         await clock.advance(3 * HOUR)
-        assert [event.type for event in heard.events] == [
+        assert [event.type for event in received.events] == [
             "eventflow.run.late",
             "eventflow.run.completed",
         ]
-        assert heard.at == [60, 2 * HOUR] and heard.events[0].data["after"] == 60
+        assert received.at == [60, 2 * HOUR] and received.events[0].data["after"] == 60
         assert patient.runs == [run.id] and patient.at == [HOUR]
         assert (await app.store.counts())["events"] == 1 + 3
 
 
-async def test_runs_one_by_one_are_told_one_by_one(clock: VirtualClock, heard: Heard) -> None:
-    """Each of many runs is told at its own time: the lookout sleeps until then, and misses none that come meanwhile."""
-    async with running(watching(heard, after=600), clock=clock) as app:
+async def test_runs_that_become_late_one_by_one_are_recorded_one_by_one(
+    clock: VirtualClock, received: Received
+) -> None:
+    """Each of many runs is recorded at its own time: the monitor sleeps until then, and misses no
+    run that arrives meanwhile.
+    """
+    async with running(app_with_alerts(received, after=600), clock=clock) as app:
         for _ in range(8):
             await app.start(train, seconds=HOUR)
             await clock.advance(97)
         await clock.advance(HOUR)
-    assert heard.at == [600 + 97 * n for n in range(8)]
+    assert received.at == [600 + 97 * n for n in range(8)]
 
 
 # --------------------------------------------------------------------------- windows
 
 
-async def test_an_open_window_is_not_late(clock: VirtualClock, heard: Heard) -> None:
-    """A run that gathers events counts from the close of its window; meanwhile others are told in their time."""
-    app, trigger = watching(heard), MemoryTrigger("work")
+async def test_an_open_window_is_not_late(clock: VirtualClock, received: Received) -> None:
+    """A run that gathers events counts from the close of its window; other runs are recorded in the
+    meantime.
+    """
+    app, trigger = app_with_alerts(received), MemoryTrigger("work")
 
     @flow
     async def nightly(events: list[Event]) -> None:
         await eventflow.sleep(24 * HOUR)
 
     app.on(trigger, nightly, deliver=Debounce(10 * HOUR, max_wait=12 * HOUR))
-    app.on(RunState("nightly", "late", after=HOUR), heard.flow)
+    app.on(RunState("nightly", "late", after=HOUR), received.flow)
     async with running(app, clock=clock):
         await trigger.send(data={})
         await clock.advance(1)
         other = await app.start(train, seconds=2 * HOUR)
         await clock.advance(9 * HOUR - 1)
-        assert heard.runs == [other.id] and heard.at == [HOUR + 1]
+        assert received.runs == [other.id] and received.at == [HOUR + 1]
         await trigger.send(data={})  # puts its close off to 12 h, its longest
         await clock.advance(4 * HOUR - 1)
-        assert len(heard.events) == 1
+        assert len(received.events) == 1
         await clock.advance(1)
-        assert heard.at[1:] == [13 * HOUR] and heard.events[1].data["run_state"] == "waiting"
+        assert received.at[1:] == [13 * HOUR] and received.events[1].data["run_state"] == "waiting"
 
 
-async def test_a_window_that_is_full_is_due_at_once(clock: VirtualClock, heard: Heard) -> None:
-    """A batch counts from the event that filled it, also if the lookout had seen it open."""
-    app, trigger = watching(heard), MemoryTrigger("work")
+async def test_a_window_that_is_full_is_due_at_once(
+    clock: VirtualClock, received: Received
+) -> None:
+    """A batch counts from the event that filled it, also if the monitor had seen it open."""
+    app, trigger = app_with_alerts(received), MemoryTrigger("work")
 
     @flow(concurrency=1)
     async def load(events: list[Event]) -> None:
         await eventflow.sleep(24 * HOUR)
 
     app.on(trigger, load, deliver=Batch(2, within=10 * HOUR))
-    app.on(RunState("load", "late", after=600), heard.flow)
+    app.on(RunState("load", "late", after=600), received.flow)
     async with running(app, clock=clock):
         for _ in range(2):  # the second batch waits until the first has ended: full, and not begun
             await trigger.send(data={})
             await clock.advance(1000)
             await trigger.send(data={})
             await clock.advance(599)
-            assert len(heard.events) in (0, 1)
+            assert len(received.events) in (0, 1)
             await clock.advance(1)
-        assert heard.at == [1600, 3200]
+        assert received.at == [1600, 3200]
 
 
 # --------------------------------------------------------------------------- once
 
 
-async def test_p6_told_at_once_after_a_restart_and_once(
-    clock: VirtualClock, heard: Heard, tmp_path: Path
+async def test_p6_recorded_at_once_after_a_restart_and_only_once(
+    clock: VirtualClock, received: Received, tmp_path: Path
 ) -> None:
-    """What became late while nothing ran is told when it runs again, and in no later life a second time."""
-    async with running(watching(heard), clock=clock, store=tmp_path / "late.db") as app:
+    """A run that became late while no process ran is recorded at the next start, and by no later
+    process again.
+    """
+    async with running(app_with_alerts(received), clock=clock, store=tmp_path / "late.db") as app:
         run = await app.start(train, seconds=100 * HOUR)
         ended = await app.start(train, seconds=10)
         await clock.advance(HOUR / 2)
     await clock.advance(HOUR)
-    assert heard.events == []
+    assert received.events == []
     for life in range(2):
-        async with running(watching(heard), clock=clock, store=tmp_path / "late.db") as app:
+        async with running(
+            app_with_alerts(received), clock=clock, store=tmp_path / "late.db"
+        ) as app:
             await clock.advance(life)
-            assert heard.runs == [run.id] and ended.id not in heard.runs
+            assert received.runs == [run.id] and ended.id not in received.runs
             await clock.advance(HOUR)
             assert len(await app.store.events(type="eventflow.run.late")) == 1
 
 
-async def test_a_run_that_was_retried_is_not_told_again(clock: VirtualClock, heard: Heard) -> None:
-    """Told once, however often it is retried; and what had ended in time is not late when it lives again later."""
-    async with running(watching(heard), clock=clock) as app:
+async def test_a_run_that_was_retried_is_not_recorded_again(
+    clock: VirtualClock, received: Received
+) -> None:
+    """A run is recorded once, however often it is retried; a run that had ended in time is not late
+    once it is retried.
+    """
+    async with running(app_with_alerts(received), clock=clock) as app:
         slow = await app.start(train, seconds=2 * HOUR, fail=True)
         quick = await app.start(train, seconds=50 * HOUR)
         await clock.advance(60)
         await quick.cancel()
         await clock.advance(3 * HOUR)
-        assert heard.runs == [slow.id]
+        assert received.runs == [slow.id]
         for run in (slow, quick):
             await app.store.retry(run.number, discard_journal=True)
         await clock.advance(10)
         assert (await quick.row())["state"] == "waiting"
         await clock.advance(10 * HOUR)
-        assert heard.runs == [slow.id]
+        assert received.runs == [slow.id]
 
 
-async def test_a_run_retried_in_time_may_still_be_late(clock: VirtualClock, heard: Heard) -> None:
-    """A run that ended, was retried, and has not ended when its time comes, is late like any other, and told in time."""
-    async with running(watching(heard), clock=clock) as app:
+async def test_a_run_retried_in_time_may_still_be_late(
+    clock: VirtualClock, received: Received
+) -> None:
+    """A run that ended, was retried, and has not ended at its time, is late like any other, and
+    recorded in time.
+    """
+    async with running(app_with_alerts(received), clock=clock) as app:
         other = await app.start(train, seconds=10 * HOUR)
         await clock.advance(HOUR / 2)
         run = await app.start(train, seconds=10 * HOUR)
         await run.cancel()
         await clock.advance(HOUR / 2)
-        assert heard.runs == [other.id]
+        assert received.runs == [other.id]
         await app.store.retry(run.number)
         await clock.advance(HOUR / 2)
-        assert heard.runs == [other.id, run.id] and heard.at == [HOUR, 1.5 * HOUR]
+        assert received.runs == [other.id, run.id] and received.at == [HOUR, 1.5 * HOUR]
 
 
-async def test_retention_takes_what_was_kept_of_it(clock: VirtualClock, heard: Heard) -> None:
-    """A run that retention takes leaves nothing behind of its lateness."""
-    async with running(watching(heard), clock=clock) as app:
+async def test_retention_removes_its_rows(clock: VirtualClock, received: Received) -> None:
+    """Retention of a run removes the rows of its lateness too."""
+    async with running(app_with_alerts(received), clock=clock) as app:
         await app.start(train, seconds=2 * HOUR)
         await clock.advance(3 * HOUR)
         assert await _kept(app) == [(HOUR * 1e6,)]
@@ -294,8 +338,10 @@ async def _kept(app: App) -> list[Any]:
 # --------------------------------------------------------------------------- who asks
 
 
-async def test_a_wildcard_hears_of_all_flows_but_its_own_alerts(clock: VirtualClock) -> None:
-    """`*` means every flow, but not the runs that a late event started, which would be late in turn; a name means those too."""
+async def test_a_wildcard_covers_all_flows_but_its_own_alerts(clock: VirtualClock) -> None:
+    """`*` means every flow, but not the runs that a late event started, which would be late in
+    turn; a name means those too.
+    """
     asked: list[str] = []
 
     @flow(name="alert")
@@ -303,7 +349,7 @@ async def test_a_wildcard_hears_of_all_flows_but_its_own_alerts(clock: VirtualCl
         asked.append(run)
         await eventflow.sleep(10 * HOUR)
 
-    about, app = Heard(clock, "about"), App("late")
+    about, app = Received(clock, "about"), App("late")
     app.add(train)
     app.on(RunState("*", "late", after=60), alert)
     async with running(app, clock=clock):
@@ -317,39 +363,45 @@ async def test_a_wildcard_hears_of_all_flows_but_its_own_alerts(clock: VirtualCl
         assert {event.data["flow"] for event in about.events} == {"alert"}
 
 
-async def test_a_part_of_a_pattern(clock: VirtualClock, heard: Heard) -> None:
-    """A late run stands in a pattern as other run states do; a deliver= gathers alerts."""
+async def test_a_late_run_as_part_of_a_pattern(clock: VirtualClock, received: Received) -> None:
+    """A late run can be part of a pattern like other run states; `deliver=` gathers alerts."""
     app = App("late")
     app.add(train)
     app.on(
         any_of(RunState("train", "late", after=60), "drift.detected"),
-        heard.flow,
+        received.flow,
         deliver=Batch(2, within=10),
     )
     async with running(app, clock=clock):
         runs = [await app.start(train, seconds=HOUR) for _ in range(2)]
         await clock.advance(60)
-        assert sorted(map(str, heard.runs)) == sorted(run.id for run in runs)
+        assert sorted(map(str, received.runs)) == sorted(run.id for run in runs)
         assert len(await app.store.runs(flow="alert")) == 1
 
 
-async def test_where_narrows_it(clock: VirtualClock, heard: Heard) -> None:
-    """With `where=` only what it wants starts a run; the others are not asked about again and again."""
+async def test_where_narrows_the_subscription(clock: VirtualClock, received: Received) -> None:
+    """With `where=` only matching events start a run; the others are not examined again and leave
+    no event.
+    """
     app = App("late")
     app.add(train)
-    app.on(RunState("train", "late", after=60), heard.flow, where={"run_state": ["paused"]})
+    app.on(RunState("train", "late", after=60), received.flow, where={"run_state": ["paused"]})
     async with running(app, clock=clock):
         await app.start(train, seconds=HOUR)
         await clock.advance(61)
-        assert heard.events == [] and await app.store.events(type="eventflow.run.late") == []
+        assert received.events == [] and await app.store.events(type="eventflow.run.late") == []
         assert clock.next_due is not None and to_us(clock.next_due) > clock.now() + 1_000_000
 
 
-async def test_nobody_asks_and_nothing_looks(clock: VirtualClock, heard: Heard) -> None:
-    """Without a subscription that says `late` nobody looks: no timer, no row, no event, also not for the type alone."""
+async def test_without_a_subscription_nothing_scans(
+    clock: VirtualClock, received: Received
+) -> None:
+    """Without a subscription to `late` there is no scan, no timer, no row and no event, also not
+    with a subscription to the event type alone.
+    """
     app = App("late")
     app.add(train)
-    app.on("eventflow.run.late", heard.flow)
+    app.on("eventflow.run.late", received.flow)
     trigger = MemoryTrigger("work")
     app.on(trigger, train, where={"seconds": [1]})
     async with running(app, clock=clock):
@@ -357,12 +409,14 @@ async def test_nobody_asks_and_nothing_looks(clock: VirtualClock, heard: Heard) 
         await trigger.send(data={"seconds": 1})
         assert clock.next_due is None
         await clock.advance(100 * HOUR)
-        assert heard.events == [] and await _kept(app) == []
+        assert received.events == [] and await _kept(app) == []
 
 
-async def test_with_no_run_alive_no_timer_is_armed(clock: VirtualClock, heard: Heard) -> None:
-    """The lookout sleeps without a timer until there is a run; so an app whose runs wait for the outside comes to rest."""
-    async with running(watching(heard), clock=clock) as app:
+async def test_without_a_live_run_no_timer_is_set(clock: VirtualClock, received: Received) -> None:
+    """The monitor sleeps without a timer until there is a run; so an app whose runs wait for events
+    comes to rest.
+    """
+    async with running(app_with_alerts(received), clock=clock) as app:
         await clock.advance(0)
         assert clock.next_due is None
         await app.start(train, seconds=1)
@@ -373,7 +427,7 @@ async def test_with_no_run_alive_no_timer_is_armed(clock: VirtualClock, heard: H
 
 
 @pytest.mark.parametrize(
-    ("states", "after", "says"),
+    ("states", "after", "message"),
     [
         (["late"], None, "how late is late"),
         (["failed"], 60, 'goes with the state "late"'),
@@ -382,41 +436,47 @@ async def test_with_no_run_alive_no_timer_is_armed(clock: VirtualClock, heard: H
         (["overdue"], None, "expected states among"),
     ],
 )
-def test_what_does_not_fit_is_said(states: list[str], after: float | None, says: str) -> None:
-    """`late` without `after`, `after` without `late`, and an `after` of nothing are mistakes that are said at once."""
-    with pytest.raises(UsageError, match=says):
+def test_options_that_do_not_fit_are_refused(
+    states: list[str], after: float | None, message: str
+) -> None:
+    """`late` without `after`, `after` without `late`, and an `after` of zero are refused
+    at once.
+    """
+    with pytest.raises(UsageError, match=message):
         RunState("train", *states, after=after)
 
 
 # --------------------------------------------------------------------------- a full ledger
 
 
-async def test_p8_a_full_ledger_puts_it_off(clock: VirtualClock, heard: Heard) -> None:
-    """While the ledger has no room, late runs are not told of; once it has, they are, and the sum holds."""
+async def test_p8_a_full_ledger_delays_it(clock: VirtualClock, received: Received) -> None:
+    """While the ledger is full, late runs are not recorded; once it has room they are, and the sum
+    of P9 holds.
+    """
     app = App("late", max_pending=2)
     app.add(train)
-    app.on(RunState("train", "late", after=60), heard.flow)
+    app.on(RunState("train", "late", after=60), received.flow)
     async with running(app, clock=clock):
         runs = [await app.start(train, seconds=HOUR) for _ in range(2)]
         await clock.advance(120)
-        assert heard.events == []
+        assert received.events == []
         await runs[0].cancel()
         await clock.advance(5)
-        assert heard.runs == [runs[1].id]
+        assert received.runs == [runs[1].id]
         assert await app.store._look(audit) == []  # pyright: ignore[reportPrivateUsage]
 
 
 # --------------------------------------------------------------------------- on the real clock
 
 
-async def test_on_the_machines_own_clock(tmp_path: Path) -> None:
-    """With real time it is told too, of an app whose flows have a loop of their own."""
-    told: list[str | None] = []
+async def test_with_the_system_clock(tmp_path: Path) -> None:
+    """It works with real time too, for an app whose flows have a separate loop."""
+    subjects: list[str | None] = []
 
     @flow(name="alert")
     async def alert() -> None:
         event = current_run().event
-        told.append(event.subject if event else None)
+        subjects.append(event.subject if event else None)
 
     app = App("late", store=f"sqlite:///{tmp_path}/late.db", ballast=0, free_floor=0)
     app.add(train)
@@ -424,6 +484,6 @@ async def test_on_the_machines_own_clock(tmp_path: Path) -> None:
     await app.open(own_loop=True)
     try:
         run = await app.start(train, seconds=HOUR)
-        await eventually(lambda: told == [run.id], "the run is told of")
+        await eventually(lambda: subjects == [run.id], "the event of the run is received")
     finally:
         await app.close(grace=1.0)

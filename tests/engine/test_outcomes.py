@@ -1,4 +1,4 @@
-"""The line that tells what became of a run: the ids of its other lines, and nothing of how it came there."""
+"""The log line of an outcome: it has the ids of the run's other lines, and no replay tag."""
 
 import asyncio
 import io
@@ -45,20 +45,22 @@ async def long() -> None:
 ENDS = {"good": "run.completed", "bad": "run.failed", "stuck": "run.held", "long": "run.suspended"}
 
 
-async def test_the_line_of_an_end_has_the_runs_ids_and_is_no_replay() -> None:
-    """However a claim ends, its line names run, flow and event, and is not tagged as one that was told before."""
+async def test_the_line_of_an_outcome_has_the_runs_ids_and_no_replay_tag() -> None:
+    """However a claim ends, its line names run, flow and event, and is not tagged as a replay."""
     stream = io.BytesIO()
     with configure(stream=stream, pretty=False) as logs:
         async with running(App("ends", clock=VirtualClock())) as app:
             runs = {each.name: await app.start(each) for each in (good, bad, stuck, long)}
 
-            def told() -> dict[str, dict[str, object]]:
+            def outcome_lines() -> dict[str, dict[str, object]]:
                 logs.flush()
                 lines = map(json.loads, stream.getvalue().splitlines())
                 return {line["flow"]: line for line in lines if line["event"] in ENDS.values()}
 
-            await eventually(lambda: told().keys() == ENDS.keys(), "each of them has a line")
-            for name, line in told().items():
+            await eventually(
+                lambda: outcome_lines().keys() == ENDS.keys(), "each of them has a line"
+            )
+            for name, line in outcome_lines().items():
                 assert line["event"] == ENDS[name]
                 assert (
                     line["run"] == format_id(runs[name].number)

@@ -1,4 +1,6 @@
-"""Claims meet entries: changed arguments, changed code, keys, maps, faults (P4, fault 43)."""
+"""Pending calls and their journal entries: changed arguments, changed code, keys, maps, faults (P4,
+fault 43).
+"""
 
 import asyncio
 import tracemalloc
@@ -14,7 +16,12 @@ from eventflow.runs.run import Completed, Interrupted, NeedsAttention, State
 from eventflow.sdk.flow import flow, sleep
 from eventflow.sdk.task import Task, task
 from eventflow.store.protocol import Append, Appended
-from tests.engine.replay_check.world import BORN, Row, World, at_every_commit
+from tests.engine.replay_check.simulation import (
+    START_TIME,
+    Row,
+    Simulation,
+    crash_after_every_commit,
+)
 
 RAN: Counter[str] = Counter()
 
@@ -32,21 +39,21 @@ async def step(name: str, number: int = 0) -> str:
 
 @task
 async def ask(name: str) -> str:
-    """Ends the first life: a test crashes here."""
+    """The end of the first process: a test crashes here."""
     RAN[name] += 1
     return name
 
 
-def upgrade(before: Any, after: Any, commits: int, **params: Any) -> tuple[World, Row]:
-    """Lives `commits` commits with the old code, then to the end with the new."""
-    world = World()
-    row = world.add(before, **params)
-    world.live(crash_after=commits)
+def upgrade(before: Any, after: Any, commits: int, **params: Any) -> tuple[Simulation, Row]:
+    """Executes the old code for `commits` commits, then the new code to the end."""
+    sim = Simulation()
+    row = sim.add(before, **params)
+    sim.run_process(crash_after=commits)
     assert row.state is State.RUNNING
     row.flow = after
     RAN.clear()
-    world.live()
-    return world, row
+    sim.run_process()
+    return sim, row
 
 
 # --------------------------------------------------------------------------- arguments
@@ -66,12 +73,12 @@ def changed(policy: Any) -> tuple[Row, list[Any]]:
         first = await takes(argument[0])
         return [first, await step("after")]
 
-    world = World()
-    row = world.add(calls)
-    world.live(crash_after=1)
+    sim = Simulation()
+    row = sim.add(calls)
+    sim.run_process(crash_after=1)
     RAN.clear()
     argument[0] = 2
-    world.live()
+    sim.run_process()
     return row, bodies
 
 
@@ -83,8 +90,10 @@ def test_a_recorded_call_that_comes_back_with_other_arguments_holds_the_run_with
     assert bodies == [1] and RAN["after"] == 0
 
 
-def test_accept_takes_the_recorded_value_and_rerun_computes_it_anew() -> None:
-    """Policies "accept" and "rerun"; the new value has an attempt number of its own and replays from then on."""
+def test_accept_takes_the_recorded_value_and_rerun_computes_it_again() -> None:
+    """Policies "accept" and "rerun"; the new value has another attempt number and replays from then
+    on.
+    """
     row, bodies = changed("accept")
     assert row.value[0] == 10 and bodies == [1]
     row, bodies = changed("rerun")
@@ -96,7 +105,7 @@ def test_accept_takes_the_recorded_value_and_rerun_computes_it_anew() -> None:
 
 
 def test_a_rerun_value_replays() -> None:
-    """After a rerun, later lives take the newer of the two values."""
+    """After a rerun, later processes take the newer of the two values."""
     argument = [1]
     bodies: list[int] = []
 
@@ -110,18 +119,20 @@ def test_a_rerun_value_replays() -> None:
         first = await takes(argument[0])
         return [first, await step("a"), await step("b")]
 
-    world = World()
-    row = world.add(calls)
-    world.live(crash_after=2)
+    sim = Simulation()
+    row = sim.add(calls)
+    sim.run_process(crash_after=2)
     argument[0] = 2
-    world.live(crash_after=2)
-    world.live()
+    sim.run_process(crash_after=2)
+    sim.run_process()
     assert row.value == [20, "a0", "b0"]
     assert bodies == [1, 2] and RAN["a"] == 1
 
 
 def test_equal_arguments_however_written_are_equal() -> None:
-    """`f(1)`, `f(number=1)` and a default that is spelled out are the same call; what cannot be compared is not compared."""
+    """`f(1)`, `f(number=1)` and a default that is spelled out are the same call; values that cannot
+    be compared are not.
+    """
     spelled = [False]
 
     @task
@@ -134,11 +145,11 @@ def test_equal_arguments_however_written_are_equal() -> None:
             await step("end")
         )
 
-    world = World()
-    row = world.add(calls)
-    world.live(crash_after=1)
+    sim = Simulation()
+    row = sim.add(calls)
+    sim.run_process(crash_after=1)
     spelled[0] = True
-    world.live()
+    sim.run_process()
     assert row.value == 5
 
 
@@ -161,7 +172,7 @@ def test_a_call_inserted_between_recorded_ones_runs_and_the_rest_replays() -> No
     assert RAN == {"new": 1, "end": 1}
 
 
-def test_a_call_removed_leaves_an_orphan_that_is_counted() -> None:
+def test_a_call_removed_leaves_an_unclaimed_entry_that_is_counted() -> None:
     """New code without a recorded call completes; the entry is kept and counted."""
 
     @flow
@@ -179,7 +190,9 @@ def test_a_call_removed_leaves_an_orphan_that_is_counted() -> None:
 
 
 def test_reordered_calls_of_one_task_hold_the_run() -> None:
-    """Two calls of one task that changed places come back with each other's arguments: held, not silently swapped."""
+    """Two calls of one task that changed places come back with each other's arguments: held, not
+    silently swapped.
+    """
 
     @flow
     async def old() -> list[str]:
@@ -194,7 +207,7 @@ def test_reordered_calls_of_one_task_hold_the_run() -> None:
 
 
 def test_reordered_calls_with_keys_find_their_values() -> None:
-    """`key=` names a call by its meaning: order does not matter then."""
+    """`key=` names a call by its arguments: the order does not matter then."""
     keyed = step.options_with(key=lambda name, number=0: name)
 
     @flow
@@ -222,13 +235,15 @@ def test_a_key_names_one_call() -> None:
     async def twice() -> list[str]:
         return [await keyed("a"), *await asyncio.gather(part(1), part(2)), await keyed("a")]
 
-    error = World().done(twice).error
+    error = Simulation().done(twice).error
     assert isinstance(error, UsageError) and "step[a]" in str(error)
     assert RAN["a"] == 3
 
 
 def test_a_flow_that_waits_while_recorded_calls_are_never_made_is_held_as_diverged() -> None:
-    """Parked with nothing to come and entries unclaimed: a person is told which; deploying the old code and a retry go on."""
+    """Parked with nothing to come and entries unclaimed: the reason names them; the old code and a
+    retry complete it.
+    """
     diverged = [False]
 
     @flow(timeout=7200)
@@ -237,21 +252,23 @@ def test_a_flow_that_waits_while_recorded_calls_are_never_made_is_held_as_diverg
             await asyncio.Event().wait()
         return [await step("a"), await step("b"), await ask("end")]
 
-    world = World()
-    row = world.add(calls)
-    world.live(crash_after=2)
+    sim = Simulation()
+    row = sim.add(calls)
+    sim.run_process(crash_after=2)
     diverged[0] = True
-    world.live()
+    sim.run_process()
     assert isinstance(row.outcome, NeedsAttention)
     assert "diverged" in row.reason and "step#0, step#1" in row.reason
     diverged[0] = False
-    world.retry(row)
-    world.live()
+    sim.retry(row)
+    sim.run_process()
     assert row.value == ["a0", "b0", "end"] and RAN["a"] == 1
 
 
-def test_a_value_that_no_longer_reads_holds_the_run_and_stays() -> None:
-    """A recorded value that the new return annotation cannot read: held with the reason; the entry is untouched."""
+def test_a_value_that_cannot_be_read_back_holds_the_run_and_stays() -> None:
+    """A recorded value that the new return annotation cannot read: held with the reason; the entry
+    is untouched.
+    """
     from dataclasses import dataclass
 
     @dataclass
@@ -277,11 +294,11 @@ def test_a_value_that_no_longer_reads_holds_the_run_and_stays() -> None:
 
         return calls
 
-    world, row = upgrade(made(Point), made(Other), 1)
+    sim, row = upgrade(made(Point), made(Other), 1)
     assert isinstance(row.outcome, NeedsAttention) and "cannot be read back" in row.reason
     row.flow = made(Point)
-    world.retry(row)
-    world.live()
+    sim.retry(row)
+    sim.run_process()
     assert row.value == ["Point", "end"] and RAN["point"] == 0
 
 
@@ -298,21 +315,21 @@ def test_a_child_called_with_other_parameters_holds_the_parent() -> None:
     async def parent() -> str:
         return await child(number[0])
 
-    world = World()
-    row = world.add(parent)
-    world.live(until=BORN + 1_000_000)
+    sim = Simulation()
+    row = sim.add(parent)
+    sim.run_process(until=START_TIME + 1_000_000)
     number[0] = 2
-    world.live()
+    sim.run_process()
     assert isinstance(row.outcome, NeedsAttention) and "child#0" in row.reason
 
 
 # --------------------------------------------------------------------------- map
 
 
-def test_map_returns_in_input_order_within_its_window() -> None:
+def test_map_returns_in_input_order_within_its_limit() -> None:
     """At most `limit` bodies at once; values in the order of the items, after any crash."""
-    world = World()
-    here = [world]
+    sim = Simulation()
+    here = [sim]
     working = [0, 0]
 
     @task
@@ -327,27 +344,29 @@ def test_map_returns_in_input_order_within_its_window() -> None:
     async def maps() -> list[int]:
         return await works.map(range(20), limit=4)
 
-    def make(other: World) -> Row:
+    def make(other: Simulation) -> Row:
         here[0] = other
         working[:] = [0, 0]
         return other.add(maps)
 
-    row = make(world)
-    world.live()
+    row = make(sim)
+    sim.run_process()
     assert row.value == [n * 2 for n in range(20)] and working[1] == 4
-    assert at_every_commit(make) > 10
+    assert crash_after_every_commit(make) > 10
 
 
 def test_the_first_exhausted_item_stops_new_ones_and_running_ones_end() -> None:
-    """Then an ExceptionGroup named by the task; with return_exceptions all run, and errors stand in the list."""
-    world = World()
+    """Then an ExceptionGroup named by the task; with return_exceptions all run, and errors are in
+    the list.
+    """
+    sim = Simulation()
     begun: list[int] = []
     ended: list[int] = []
 
     @task
     async def works(number: int) -> int:
         begun.append(number)
-        await world.spend(1 if number == 1 else 5)
+        await sim.spend(1 if number == 1 else 5)
         ended.append(number)
         if number in (1, 2):
             raise Permanent(f"no {number}")
@@ -361,16 +380,17 @@ def test_the_first_exhausted_item_stops_new_ones_and_running_ones_end() -> None:
         except ExceptionGroup as group:
             return [str(group), *(str(error) for error in group.exceptions)]
 
-    row = world.done(maps, patient=False)
+    row = sim.done(maps, patient=False)
     assert row.value == ["2 items of works.map failed (2 sub-exceptions)", "no 1", "no 2"]
     assert begun == [0, 1, 2] and sorted(ended) == [0, 1, 2]
-    row = world.done(maps, patient=True)
+    row = sim.done(maps, patient=True)
     assert row.value == ["0", "no 1", "no 2", *map(str, range(3, 10))]
 
 
 def test_map_by_key_finds_values_when_the_list_has_changed() -> None:
-    """With `key=` (of the map, or of the task) a recorded item is found again wherever it stands; equal keys are refused, and
-    what was running then is given up."""
+    """With `key=` (of the map, or of the task) a recorded item is found at any position; equal keys
+    are refused, and what was running then is given up.
+    """
     items = ["a", "b"]
     by_task = step.options_with(key=lambda name, number=0: name)
 
@@ -379,12 +399,12 @@ def test_map_by_key_finds_values_when_the_list_has_changed() -> None:
         first = await step.map(items, key=str)
         return [*first, *await by_task.map(items), await ask("end")]
 
-    world = World()
-    row = world.add(maps)
-    world.live(crash_after=2)
+    sim = Simulation()
+    row = sim.add(maps)
+    sim.run_process(crash_after=2)
     items[:] = ["c", "b", "a"]
     RAN.clear()
-    world.live()
+    sim.run_process()
     assert row.value == ["c0", "b0", "a0"] * 2 + ["end"]
     assert RAN == {"c": 2, "end": 1}
 
@@ -392,24 +412,26 @@ def test_map_by_key_finds_values_when_the_list_has_changed() -> None:
     async def doubles() -> None:
         await step.map(["x", "x"], key=str)
 
-    row = world.done(doubles)
+    row = sim.done(doubles)
     assert isinstance(row.error, UsageError) and "two items" in str(row.error)
-    assert row.claims() == [] and not world.in_memory_at_end
+    assert row.claims() == [] and not sim.in_memory_at_end
 
 
-def test_map_refuses_an_empty_window() -> None:
+def test_map_refuses_a_limit_of_zero() -> None:
     """limit=0 is an error, not an empty list."""
     with pytest.raises(UsageError, match="limit"):
         step.map(["a"], limit=0)  # pyright: ignore[reportUnusedCoroutine]
 
 
 def test_a_map_that_is_cancelled_gives_up_its_calls() -> None:
-    """A timeout around a map stops it: nothing more is recorded of its items, and the run can leave memory."""
-    world = World()
+    """A timeout around a map stops it: nothing more is recorded of its items, and the run can leave
+    memory.
+    """
+    sim = Simulation()
 
     @task
     async def works(number: int) -> int:
-        await world.spend(100)
+        await sim.spend(100)
         return number
 
     @flow
@@ -421,12 +443,12 @@ def test_a_map_that_is_cancelled_gives_up_its_calls() -> None:
             await sleep(3600)
         return "late"
 
-    row = world.done(maps)
+    row = sim.done(maps)
     assert row.value == "late" and row.claims() == [] and len(row.suspensions) == 1
 
 
-def test_ten_times_the_items_cost_each_what_one_tenth_did() -> None:
-    """Memory per item of a map does not grow with their number."""
+def test_memory_per_item_does_not_grow_with_the_items() -> None:
+    """A map of ten times the items takes about ten times the memory."""
 
     @task
     async def works(number: int) -> int:
@@ -438,9 +460,9 @@ def test_ten_times_the_items_cost_each_what_one_tenth_did() -> None:
 
     peaks: list[float] = []
     for count in (500, 5_000):
-        world = World()
+        sim = Simulation()
         tracemalloc.start()
-        assert world.done(maps, count=count).value == sum(range(count))
+        assert sim.done(maps, count=count).value == sum(range(count))
         peaks.append(tracemalloc.get_traced_memory()[1] / count)
         tracemalloc.stop()
     assert peaks[1] < peaks[0] * 1.5
@@ -449,20 +471,24 @@ def test_ten_times_the_items_cost_each_what_one_tenth_did() -> None:
 # --------------------------------------------------------------------------- results and faults
 
 
-def test_what_a_flow_returns_must_be_storable() -> None:
-    """A result without a lossless form fails the run, naming the type; so does an encoder that raises."""
+def test_the_result_of_a_flow_must_be_storable() -> None:
+    """A result without a lossless form fails the run, naming the type; so does an encoder that
+    raises.
+    """
 
     @flow
     async def returns() -> Any:
         await step("a")
         return {"tool": object()}
 
-    error = World().done(returns).error
+    error = Simulation().done(returns).error
     assert isinstance(error, NotStorable) and "object" in str(error)
 
 
-def test_a_fault_of_ours_holds_that_run_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
-    """Whatever raises inside the executor's own callbacks: a log line, the run held, every other run as if nothing was."""
+def test_an_internal_error_holds_that_run_and_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in the engine's own callbacks is logged and holds the run; every other run is
+    not affected.
+    """
 
     @flow
     async def calls(how: str) -> list[str]:
@@ -474,18 +500,18 @@ def test_a_fault_of_ours_holds_that_run_and_no_other(caplog: pytest.LogCaptureFi
     async def broken_child() -> None: ...
 
     for how in ("start", "record"):
-        world = World()
-        other, row = world.add(calls, how="well"), world.add(calls, how=how)
+        sim = Simulation()
+        other, row = sim.add(calls, how="well"), sim.add(calls, how=how)
         if how == "start":
-            world.child_run = None  # type: ignore[method-assign, assignment]
+            sim.child_run = None  # type: ignore[method-assign, assignment]
         else:  # the store's reply names an entry that cannot be taken in
-            world.refuse = lambda op, row=row: Appended(1, 1, [None]) if _of(op, row) else None  # type: ignore[list-item]
+            sim.refuse = lambda op, row=row: Appended(1, 1, [None]) if _of(op, row) else None  # type: ignore
         caplog.clear()
-        world.live()
+        sim.run_process()
         assert other.value == ["well0", "well0"], how
         assert isinstance(row.outcome, NeedsAttention) and "a fault in eventflow" in row.reason, how
         assert "run.internal_error" in caplog.text
-        assert not world.in_memory_at_end
+        assert not sim.in_memory_at_end
 
 
 def _of(op: Any, row: Row) -> bool:
@@ -498,30 +524,30 @@ def test_arguments_that_do_not_bind_fail_the_run_with_the_field() -> None:
     @flow
     async def takes(number: int) -> None: ...
 
-    row = World().done(takes, number="many")
+    row = Simulation().done(takes, number="many")
     assert "number" in str(row.error)
 
 
 def test_interrupted_before_it_began_is_interrupted() -> None:
-    """A drain right after a claim puts the run back."""
+    """A drain right after a claim returns the run to pending."""
 
     @flow
     async def calls() -> str:
         return await step("a")
 
-    world = World()
-    row = world.add(calls)
+    sim = Simulation()
+    row = sim.add(calls)
 
-    def drain(w: World) -> None:
+    def drain(w: Simulation) -> None:
         w.draining = True
         for execution in list(w.executions.values()):
             execution.end_run(Interrupted())
 
-    world.refuse = lambda op: drain(world) if not world.draining else None
-    world.live()
+    sim.refuse = lambda op: drain(sim) if not sim.draining else None
+    sim.run_process()
     assert isinstance(row.outcome, Interrupted | Completed)
-    world.refuse = None
-    world.live()
+    sim.refuse = None
+    sim.run_process()
     assert row.value == "a0"
 
 
@@ -533,9 +559,9 @@ def test_many_runs_of_one_flow_do_not_slow_each_other() -> None:
         await sleep(5)
         return await step("a", number)
 
-    world = World()
-    rows = [world.add(calls, number=n) for n in range(300)]
-    world.live()
+    sim = Simulation()
+    rows = [sim.add(calls, number=n) for n in range(300)]
+    sim.run_process()
     assert [row.value for row in rows] == [f"a{n}" for n in range(300)]
-    assert not world.in_memory_at_end
+    assert not sim.in_memory_at_end
     assert Kind.TIMER in {entry.kind for entry in rows[0].journal}

@@ -1,4 +1,4 @@
-"""The journal kernel under seeded crashes: what a resumed run comes to is what the uncrashed one came to (P4, P5)."""
+"""Replay under seeded crashes: a resumed run returns what the uncrashed one returned (P4, P5)."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ SEEDS = int(os.environ.get("EVENTFLOW_SEEDS", "1000"))
 ROOT = Path(__file__).parents[2]
 
 
-def kernel(hash_seed: str, *args: str) -> str:
+def replay_check(hash_seed: str, *args: str) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.replay_check", *args],
         cwd=ROOT,
@@ -27,14 +27,16 @@ def kernel(hash_seed: str, *args: str) -> str:
 def test_p5_seeded_crashes_replay_to_the_uncrashed_result_in_another_process(
     tmp_path: Path,
 ) -> None:
-    """A flow woven of every asyncio construct, crashed after any commits and resumed in a process with other hashes, gives the
-    uncrashed run's result; every entry is claimed, and no recorded body runs again."""
+    """A flow of every asyncio construct, crashed after any commit and resumed in a process with
+    other hashes, gives the uncrashed run's result; every entry is claimed, and no recorded body
+    runs again.
+    """
     chunk = -(-SEEDS // 4)
 
     def both(first: int) -> int:
         journal = str(tmp_path / f"{first}.journal")
-        kernel("1", "record", str(first), str(chunk), journal)
-        return int(kernel("2", "replay", journal))
+        replay_check("1", "record", str(first), str(chunk), journal)
+        return int(replay_check("2", "replay", journal))
 
     with ThreadPoolExecutor(2) as pool:
         replayed = sum(pool.map(both, range(0, SEEDS, chunk)))

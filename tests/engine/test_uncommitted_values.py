@@ -1,4 +1,6 @@
-"""A value that came alone is delivered before its commit: what that must not change, and what it saves."""
+"""A value that is alone in its commit is delivered before it: what that must not change, and what
+it saves.
+"""
 
 import asyncio
 from typing import Any
@@ -12,7 +14,7 @@ from eventflow.runs.run import Cancelled, Interrupted, State
 from eventflow.sdk.flow import current_run, flow, timeout
 from eventflow.sdk.task import task
 from eventflow.store.protocol import Append, Fenced, Settle
-from tests.engine.replay_check.world import SECOND, Row, World
+from tests.engine.replay_check.simulation import SECOND, Row, Simulation
 
 DRAWN: list[int] = []
 TAKEN: list[int] = []
@@ -26,7 +28,7 @@ def fresh() -> None:
 
 @task
 async def draw() -> int:
-    """Another value each time its body runs."""
+    """Returns another value each time its body runs."""
     DRAWN.append(len(DRAWN) + 1)
     return DRAWN[-1]
 
@@ -48,26 +50,28 @@ async def chain() -> int:
 
 
 def test_a_value_and_the_outcome_that_follows_are_one_commit() -> None:
-    """A run of one task commits once, its value still in the journal; a chain of n tasks commits n times."""
-    world = World()
-    row = world.done(one)
-    assert (world.commits, row.value, row.claims()) == (1, 1, ["draw#0"])
-    world = World()
-    row = world.done(chain)
-    assert (world.commits, row.state, len(row.claims())) == (4, State.COMPLETED, 4)
+    """A run of one task commits once, its value still in the journal; a chain of n tasks commits n
+    times.
+    """
+    sim = Simulation()
+    row = sim.done(one)
+    assert (sim.commits, row.value, row.claims()) == (1, 1, ["draw#0"])
+    sim = Simulation()
+    row = sim.done(chain)
+    assert (sim.commits, row.state, len(row.claims())) == (4, State.COMPLETED, 4)
 
 
 def test_p4_nothing_is_started_with_a_value_that_is_not_durable() -> None:
-    """Whatever commit a crash follows: a body is only ever given what the journal holds."""
+    """After a crash at any commit: a body only ever gets values that the journal holds."""
     for cut in range(6):
-        world = World()
-        row = world.add(chain)
-        world.live(crash_after=cut)
+        sim = Simulation()
+        row = sim.add(chain)
+        sim.run_process(crash_after=cut)
         recorded = [
             int(entry.value or b"0") for entry in row.journal if entry.call_key.startswith("draw")
         ]
         assert set(TAKEN) <= set(recorded), (cut, TAKEN, recorded)
-        world.live()
+        sim.run_process()
         values = [
             int(entry.value or b"0") for entry in row.journal if entry.call_key.startswith("draw")
         ]
@@ -76,8 +80,8 @@ def test_p4_nothing_is_started_with_a_value_that_is_not_durable() -> None:
         TAKEN.clear()
 
 
-class Ordered(World):
-    """Looks at what is posted, in order; may do something the moment a value's commit is asked for."""
+class Ordered(Simulation):
+    """Notes what is posted, in order; may call `then` the moment a value's commit is posted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,18 +97,19 @@ class Ordered(World):
 
 
 def cancelled_while_it_commits() -> tuple[Ordered, Row]:
-    world = Ordered()
-    row = world.add(chain)
-    world.then = lambda world: next(iter(world.executions.values())).cancel("enough")
-    world.live()
-    return world, row
+    sim = Ordered()
+    row = sim.add(chain)
+    sim.then = lambda sim: next(iter(sim.executions.values())).cancel("enough")
+    sim.run_process()
+    return sim, row
 
 
-def test_what_comes_from_outside_waits_for_the_value_that_is_ahead() -> None:
-    """A cancel that arrives between a value's delivery and its commit is recorded in a later batch: a replay that found both in
-    one would give the flow both at once."""
-    world, row = cancelled_while_it_commits()
-    assert world.seen[:2] == ["Append draw#0", f"Append {CANCEL_KEY}"]
+def test_a_cancel_waits_for_the_uncommitted_value() -> None:
+    """A cancel that arrives between a value's delivery and its commit is recorded in a later batch:
+    a replay that found both in one would give the flow both at once.
+    """
+    sim, row = cancelled_while_it_commits()
+    assert sim.seen[:2] == ["Append draw#0", f"Append {CANCEL_KEY}"]
     batches = {entry.call_key: entry.batch for entry in row.journal}
     assert batches["draw#0"] < batches[CANCEL_KEY]
     assert row.outcome == Cancelled("enough")
@@ -114,75 +119,83 @@ def test_what_comes_from_outside_waits_for_the_value_that_is_ahead() -> None:
     )
 
 
-def test_a_timeout_of_the_run_does_not_stand_in_the_way() -> None:
-    """A run with a timeout commits as often as one without: the order to stop is not a thing the flow waits for."""
+def test_a_timeout_of_the_run_does_not_prevent_it() -> None:
+    """A run with a timeout commits as often as one without: the flow does not wait for
+    its timeout.
+    """
 
     @flow(timeout=60)
     async def bounded() -> int:
         return await draw()
 
-    world = World()
-    assert world.done(bounded).value == 1
-    assert world.commits == 1
+    sim = Simulation()
+    assert sim.done(bounded).value == 1
+    assert sim.commits == 1
 
 
-def test_a_timer_of_the_flow_stands_in_the_way() -> None:
-    """A value that races a timer is recorded first, then delivered: both may fall into one batch."""
+def test_a_timer_of_the_flow_prevents_it() -> None:
+    """A value that races a timer is recorded first, then delivered: both may fall into
+    one batch.
+    """
 
     @flow
     async def raced() -> int:
         async with timeout(60):
             return await draw()
 
-    world = Ordered()
-    row = world.done(raced)
-    assert world.seen == ["Append @start", "Append draw#0", "Settle"] and row.value == 1
+    sim = Ordered()
+    row = sim.done(raced)
+    assert sim.seen == ["Append @start", "Append draw#0", "Settle"] and row.value == 1
 
 
-def test_a_flow_that_awaits_something_foreign_has_its_value_recorded_meanwhile() -> None:
-    """What the flow had ahead is made durable as soon as the flow waits for anything, also for what no journal knows."""
+def test_a_flow_that_awaits_a_thread_has_its_value_recorded_meanwhile() -> None:
+    """The uncommitted value is made durable as soon as the flow waits for anything, also for
+    something not journaled.
+    """
 
     @flow
     async def foreign() -> int:
         value = await draw()
         return value + await asyncio.to_thread(lambda: 1)
 
-    world = Ordered()
-    row = world.done(foreign)
-    assert world.seen == ["Append draw#0", "Settle"] and row.value == 2
+    sim = Ordered()
+    row = sim.done(foreign)
+    assert sim.seen == ["Append draw#0", "Settle"] and row.value == 2
 
 
 def test_a_drain_records_the_value_with_the_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the value and its commit the worker drains: the value is not computed again in the next life."""
-    world = World()
-    row = world.add(chain)
+    """Between the value and its commit the worker drains: the value is not computed again in the
+    next process.
+    """
+    sim = Simulation()
+    row = sim.add(chain)
     original = Execution.wake
 
     def wake(execution: Execution) -> None:
         original(execution)
-        if DRAWN and not world.draining:
-            world.draining = True
+        if DRAWN and not sim.draining:
+            sim.draining = True
             execution.end_run(Interrupted())
 
     with monkeypatch.context() as patch:
         patch.setattr(Execution, "wake", wake)
-        world.live()
+        sim.run_process()
     assert row.state is State.PENDING and row.claims() == ["draw#0"]
-    world.live()
+    sim.run_process()
     assert row.state is State.COMPLETED and DRAWN == [1, 2]
 
 
 def test_p7_a_refused_settlement_records_nothing() -> None:
-    """A worker that lost its lease had the flow go on; neither value nor outcome is written."""
-    world = World()
-    row = world.add(one)
-    world.refuse = lambda op: Fenced("stale") if isinstance(op, Settle | Append) else None
-    world.live()
+    """A worker that lost its lease let the flow continue; neither value nor outcome is written."""
+    sim = Simulation()
+    row = sim.add(one)
+    sim.refuse = lambda op: Fenced("stale") if isinstance(op, Settle | Append) else None
+    sim.run_process()
     assert row.journal == [] and row.state is State.RUNNING
 
 
-def test_the_flows_time_is_that_of_the_value_in_every_life() -> None:
-    """`now` after a value that was ahead is what its entry says, live and replaying."""
+def test_the_flows_time_is_that_of_the_value_in_every_process() -> None:
+    """`now` after an uncommitted value is the time of its entry, live and replaying."""
     times: list[Any] = []
 
     @flow
@@ -191,9 +204,9 @@ def test_the_flows_time_is_that_of_the_value_in_every_life() -> None:
         times.append(current_run().now)
         await take(1)
 
-    world = World()
-    row = world.add(timed)
-    world.live(crash_after=1)
-    world.advance(SECOND)
-    world.live()
+    sim = Simulation()
+    row = sim.add(timed)
+    sim.run_process(crash_after=1)
+    sim.advance(SECOND)
+    sim.run_process()
     assert row.state is State.COMPLETED and len(times) == 2 and times[0] == times[1]

@@ -1,4 +1,4 @@
-"""The way through: what waits in the ledger gets its turn."""
+"""The worker: runs that wait in the ledger get their turn."""
 
 import asyncio
 import threading
@@ -14,8 +14,10 @@ from tests.conftest import eventually
 pytestmark = pytest.mark.anyio
 
 
-async def test_runs_that_end_at_once_make_room_below_their_cap() -> None:
-    """A run that settles while a claim is under way frees its place for the next one: none waits for another event."""
+async def test_runs_that_end_at_once_free_their_flows_cap() -> None:
+    """A run that settles while a claim is under way frees its place for the next one: none waits
+    for another event.
+    """
 
     @flow(concurrency=1)
     async def quick() -> None: ...
@@ -31,8 +33,10 @@ async def test_runs_that_end_at_once_make_room_below_their_cap() -> None:
         await eventually(done, "all thirty have run")
 
 
-async def test_a_run_whose_outcome_is_on_its_way_to_the_disk_holds_no_slot() -> None:
-    """A slow commit must not keep the next run waiting, but on a disk that hangs only as many again may begin."""
+async def test_a_run_whose_outcome_is_being_committed_holds_no_slot() -> None:
+    """A slow commit must not keep the next run waiting, but on a disk that hangs only as many again
+    may begin.
+    """
     disk, loop, begun = threading.Event(), asyncio.get_running_loop(), list[str]()
     stall: Any = ConnectionJob(lambda _: disk.wait(10))
 

@@ -1,4 +1,6 @@
-"""Who calls: identity, order and time of plain asyncio inside a run, and the places where identity is lost (P5)."""
+"""Identity, order and time of plain asyncio inside a run, and the places where identity is lost
+(P5).
+"""
 
 import asyncio
 import contextvars
@@ -10,12 +12,12 @@ from typing import Any
 import anyio
 import pytest
 
-from eventflow.core.errors import LineageLost, UsageError
+from eventflow.core.errors import OutsideFlowError, UsageError
 from eventflow.loop.flow_loop import FlowLoop
-from eventflow.runs.run import Held
+from eventflow.runs.run import NeedsAttention
 from eventflow.sdk.flow import current_run, flow, sleep, timeout
 from eventflow.sdk.task import current_task, task
-from tests.engine.replay_check.world import BORN, World
+from tests.engine.replay_check.simulation import START_TIME, Simulation
 
 
 @task
@@ -26,17 +28,19 @@ async def double(number: int) -> int:
 # --------------------------------------------------------------------------- identity
 
 
-def test_claims_follow_lineage_not_the_order_of_calls() -> None:
-    """A call is named by the branch that makes it: two branches that call one task take each their own claims."""
+def test_call_keys_follow_lineage_not_the_order_of_calls() -> None:
+    """A call is named by the branch that makes it: two branches that call one task have separate
+    call keys.
+    """
 
     async def branch(name: str) -> int:
         return await double(1) + await double(2)
 
     @flow
     async def forks() -> list[int]:
-        return await asyncio.gather(branch("a"), branch("b"), branch("b"), double(3))  # pyright: ignore[reportReturnType]
+        return await asyncio.gather(branch("a"), branch("b"), branch("b"), double(3))  # pyright: ignore
 
-    claims = World().done(forks).claims()
+    claims = Simulation().done(forks).claims()
     assert len(claims) == len(set(claims)) == 7
     scopes = {claim.rpartition("/")[0] for claim in claims}
     a, b, b2 = sorted(
@@ -48,8 +52,10 @@ def test_claims_follow_lineage_not_the_order_of_calls() -> None:
     assert "double#0" in claims  # claimed where it was called, though gather made a task of it
 
 
-def test_a_label_is_the_same_whatever_was_left_out_of_arguments() -> None:
-    """Arguments without a JSON form do not count, those with one do, closures do not; a growing closure costs nothing."""
+def test_a_label_does_not_depend_on_arguments_without_a_json_form() -> None:
+    """Arguments without a JSON form do not count, those with one do, closures do not; a growing
+    closure costs nothing.
+    """
     results: list[int] = []
 
     async def one(number: int, tool: object) -> None:
@@ -60,8 +66,8 @@ def test_a_label_is_the_same_whatever_was_left_out_of_arguments() -> None:
         await asyncio.gather(*(one(n, object()) for n in range(3)))
         return len(results)
 
-    first = World().done(forks).claims()
-    second = World().done(forks).claims()
+    first = Simulation().done(forks).claims()
+    second = Simulation().done(forks).claims()
     assert len(results) == 6
     assert first == second and len({claim.rpartition("/")[0] for claim in first}) == 3
 
@@ -77,27 +83,29 @@ def test_sets_of_tasks_and_futures_iterate_alike_in_every_process() -> None:
         seen.append([*map(hash, tasks), hash(future)])
         await asyncio.gather(*tasks)
 
-    world = World()
-    world.done(hashes)
-    world.done(hashes)
-    World().done(hashes)
+    sim = Simulation()
+    sim.done(hashes)
+    sim.done(hashes)
+    Simulation().done(hashes)
     assert seen[0] == seen[2] and seen[0][:3] != seen[1][:3]
     assert len(set(seen[0])) == 4
 
 
-def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_life() -> None:
-    """`current_run().now` and `.random`, the loop's time, and what bodies do with either of them, replay alike."""
+def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_process() -> None:
+    """`current_run().now` and `.random`, the loop's time, and what bodies do with either of them,
+    replay alike.
+    """
 
     @task
     async def draws() -> bool:
         current_run().random.random()  # does not move the flow's generator
         return current_run().now is not None
 
-    lives: list[list[Any]] = []
+    processes: list[list[Any]] = []
 
     @flow
     async def reads(early: bool) -> None:
-        lives.append(seen := [])
+        processes.append(seen := [])
         if early:
             seen += [current_run().now, current_run().random.random()]
         await draws()
@@ -113,22 +121,24 @@ def test_a_flow_reads_the_same_time_and_draws_the_same_numbers_in_every_life() -
 
     for early in (True, False):
         for cut in range(3):
-            world = World()
-            row = world.add(reads, early=early)
-            lives.clear()
-            assert not world.live(crash_after=cut)
-            answers = sum(entry.kind.final for entry in row.journal)
+            sim = Simulation()
+            row = sim.add(reads, early=early)
+            processes.clear()
+            assert not sim.run_process(crash_after=cut)
+            answers = sum(entry.kind.is_final for entry in row.journal)
             durable = sum((2 * early, 3, 2, 1)[: answers + 1])
-            world.advance(3600_000_000)
-            world.live()
-            first, second = lives
-            assert early or "@start" not in [entry.claim for entry in row.journal]
-            # What follows an answer that was not yet durable may begin anew, and so may the start.
+            sim.advance(3600_000_000)
+            sim.run_process()
+            first, second = processes
+            assert early or "@start" not in [entry.call_key for entry in row.journal]
+            # What follows an answer that was not durable may differ, and so may the start.
             assert cut == 0 or first[:durable] == second[:durable], (early, cut)
 
 
 def test_as_completed_starts_its_coroutines_in_the_same_order_in_every_process() -> None:
-    """Though `as_completed` walks a set of coroutines, their first steps come in the order of their names."""
+    """Although `as_completed` iterates a set of coroutines, their first steps come in the order of
+    their names.
+    """
     orders: set[tuple[str, ...]] = set()
     bodies: list[str] = []
 
@@ -155,12 +165,14 @@ def test_as_completed_starts_its_coroutines_in_the_same_order_in_every_process()
     keep: list[Any] = []
     for n in range(20):
         keep.append([object() for _ in range(n * 7)])  # other addresses, other set orders
-        World().done(walks)
+        Simulation().done(walks)
     assert len(orders) == 1
 
 
-def test_timers_are_named_by_their_use() -> None:
-    """A timeout put before a sleep by a later deployment does not take the sleep's recorded firing for its own."""
+def test_timers_are_named_by_their_purpose() -> None:
+    """A timeout put before a sleep by a later deployment does not get the sleep's
+    recorded firing.
+    """
     guarded = [False]
 
     @flow
@@ -172,12 +184,12 @@ def test_timers_are_named_by_their_use() -> None:
         await double(2)
         return "in time"
 
-    world = World()
-    row = world.add(waits)
-    world.live(until=BORN + 11_000_000, crash_after=2)
-    assert "sleep#0" in [entry.claim for entry in row.journal]
+    sim = Simulation()
+    row = sim.add(waits)
+    sim.run_process(until=START_TIME + 11_000_000, crash_after=2)
+    assert "sleep#0" in [entry.call_key for entry in row.journal]
     guarded[0] = True
-    world.live()
+    sim.run_process()
     assert row.value == "in time"
 
 
@@ -185,7 +197,9 @@ def test_timers_are_named_by_their_use() -> None:
 
 
 def test_p5_a_commit_is_delivered_whole() -> None:
-    """What one commit recorded reaches the flow before it takes its next step, live and replaying."""
+    """All entries of one commit reach the flow before it takes its next step, live and
+    replaying.
+    """
 
     @flow
     async def waits() -> list[int]:
@@ -193,27 +207,29 @@ def test_p5_a_commit_is_delivered_whole() -> None:
         done, left = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
         return [len(done), len(left), await double(4)]
 
-    assert World().done(waits).value == [3, 0, 8]
-    world = World()
-    row = world.add(waits)
-    world.live(crash_after=1)
-    world.live()
+    assert Simulation().done(waits).value == [3, 0, 8]
+    sim = Simulation()
+    row = sim.add(waits)
+    sim.run_process(crash_after=1)
+    sim.run_process()
     assert row.value == [3, 0, 8]
 
 
-def test_a_wide_gather_is_neither_spinning_nor_held(caplog: pytest.LogCaptureFixture) -> None:
-    """20,000 branches at once take more steps than one pump does; they park like any other flow."""
+def test_a_wide_gather_is_neither_a_busy_loop_nor_held(caplog: pytest.LogCaptureFixture) -> None:
+    """20,000 branches at once take more steps than one `run_ready`; they park like any
+    other flow.
+    """
 
     @flow
     async def wide() -> int:
         return sum(await asyncio.gather(*(double(1) for _ in range(20_000))))
 
-    assert World().done(wide).value == 40_000
-    assert "flow.spun" not in caplog.text
+    assert Simulation().done(wide).value == 40_000
+    assert "flow.busy_loop" not in caplog.text
 
 
-def test_a_flow_that_computes_for_long_is_not_taken_for_stuck() -> None:
-    """A flow that yields thousands of times between its calls is not held."""
+def test_a_flow_that_computes_for_long_is_not_held() -> None:
+    """A flow that yields thousands of times between its calls completes."""
 
     @flow
     async def computes() -> int:
@@ -221,10 +237,10 @@ def test_a_flow_that_computes_for_long_is_not_taken_for_stuck() -> None:
             await asyncio.sleep(0)
         return await double(1)
 
-    assert World().done(computes).value == 2
+    assert Simulation().done(computes).value == 2
 
 
-def test_a_polling_flow_is_served_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_polling_flow_gets_its_values_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A flow that polls instead of waiting still gets its values; it is logged once."""
 
     @flow
@@ -235,12 +251,14 @@ def test_a_polling_flow_is_served_and_tagged(caplog: pytest.LogCaptureFixture) -
                 await asyncio.sleep(0)
         return sum(call.result() for call in calls)
 
-    assert World().done(polls).value == 6
-    assert caplog.text.count("flow.spun") == 1
+    assert Simulation().done(polls).value == 6
+    assert caplog.text.count("flow.busy_loop") == 1
 
 
 def test_a_dropped_async_generator_is_closed_inside_the_run() -> None:
-    """`break` out of an `async for`: the generator's `finally` runs on the run's own loop, and may call tasks."""
+    """`break` out of an `async for`: the generator's `finally` runs on the run's own loop, and may
+    call tasks.
+    """
     closed: list[int] = []
 
     async def pages() -> AsyncIterator[int]:
@@ -259,16 +277,16 @@ def test_a_dropped_async_generator_is_closed_inside_the_run() -> None:
         await sleep(1)
         return [*first, *closed]
 
-    def clean(world: World) -> Any:
+    def clean(sim: Simulation) -> Any:
         closed.clear()
-        return world.add(reads)
+        return sim.add(reads)
 
-    assert World().done(reads).value == [2, 6]
+    assert Simulation().done(reads).value == [2, 6]
     closed.clear()
-    row = clean(world := World())
-    world.live(crash_after=2)
+    row = clean(sim := Simulation())
+    sim.run_process(crash_after=2)
     closed.clear()
-    world.live()
+    sim.run_process()
     assert row.value == [2, 6]
 
 
@@ -285,9 +303,9 @@ def test_sys_exit_in_a_flow_fails_the_run_not_the_worker() -> None:
         sys.exit(3)
 
     for deep in (False, True):
-        world = World()
-        other = world.add(gathers_later)
-        row = world.done(leaves, deep=deep)
+        sim = Simulation()
+        other = sim.add(gathers_later)
+        row = sim.done(leaves, deep=deep)
         assert "SystemExit" in str(row.error)
         assert other.value == 2
 
@@ -299,7 +317,9 @@ async def gathers_later() -> int:
 
 
 def test_work_left_behind_is_cancelled_when_the_flow_returns() -> None:
-    """As in asyncio.run: background tasks are cancelled, may swallow it, and nothing of them is recorded."""
+    """As in asyncio.run: background tasks are cancelled, may ignore that, and nothing of them is
+    recorded.
+    """
     ends: list[str] = []
 
     @flow
@@ -317,7 +337,7 @@ def test_work_left_behind_is_cancelled_when_the_flow_returns() -> None:
         await asyncio.sleep(0)
         return "left" if not keep.done() else ""
 
-    row = World().done(leaves)
+    row = Simulation().done(leaves)
     assert row.value == "left" and ends == ["cancelled"]
     assert row.claims() == ["double#0"]
 
@@ -338,34 +358,34 @@ def test_infinite_and_zero_waits() -> None:
         await asyncio.sleep(float("inf"))
         return "never"
 
-    world = World()
-    row = world.add(waits)
-    world.live(until=BORN + 1_000_000)
+    sim = Simulation()
+    row = sim.add(waits)
+    sim.run_process(until=START_TIME + 1_000_000)
     assert row.suspensions
 
 
 def test_io_on_the_runs_loop_is_refused_with_advice() -> None:
-    """Sockets in a flow body raise UsageError that says where they belong."""
+    """Sockets in a flow body raise a UsageError that names the place for them."""
 
     @flow
     async def connects() -> None:
         await asyncio.open_connection("localhost", 1)
 
-    error = World().done(connects).error
+    error = Simulation().done(connects).error
     assert isinstance(error, UsageError) and "@task" in str(error)
 
 
 def test_a_callback_that_raises_is_logged_and_harms_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As on any loop: `call_soon(broken)` is reported, the run goes on."""
+    """As on any loop: `call_soon(broken)` is reported, the run continues."""
 
     @flow
     async def schedules() -> int:
         asyncio.get_running_loop().call_soon(lambda: 1 / 0)
         return await double(1)
 
-    assert World().done(schedules).value == 2
+    assert Simulation().done(schedules).value == 2
     assert "flow.callback_failed" in caplog.text
 
 
@@ -373,7 +393,9 @@ def test_a_callback_that_raises_is_logged_and_harms_nothing(
 
 
 def test_to_thread_in_a_flow_body_works_and_keeps_the_run_in_memory() -> None:
-    """What the journal does not know of is awaited all the same: the run is neither held nor suspended meanwhile."""
+    """A result that is not journaled is awaited: the run is neither held nor suspended
+    meanwhile.
+    """
 
     @flow
     async def threads() -> list[Any]:
@@ -384,12 +406,14 @@ def test_to_thread_in_a_flow_body_works_and_keeps_the_run_in_memory() -> None:
             return [first, await double(2)]
         return []
 
-    assert World().done(threads).value == [3, 4]
+    assert Simulation().done(threads).value == [3, 4]
 
 
 @pytest.mark.parametrize("how", ["to_thread", "executor", "own loop"])
-def test_a_task_called_where_nobody_can_tell_who_calls_raises_lineage_lost(how: str) -> None:
-    """From a thread with the flow's context, or from another loop in it, a task call says how to mend it."""
+def test_a_task_called_outside_the_flow_raises_outside_flow_error(how: str) -> None:
+    """From a thread with the flow's context, or from another loop in it, the error of a task call
+    names the remedy.
+    """
 
     def plain_thread() -> None:
         double(1)  # pyright: ignore[reportUnusedCoroutine]
@@ -407,30 +431,32 @@ def test_a_task_called_where_nobody_can_tell_who_calls_raises_lineage_lost(how: 
                     pool.submit(contextvars.copy_context().run, plain_thread).result()
             else:
                 await asyncio.to_thread(asyncio.run, elsewhere())
-        except LineageLost as lost:
+        except OutsideFlowError as lost:
             return str(lost)
         return "called"
 
-    said = World().done(strays).value
+    said = Simulation().done(strays).value
     assert ("another event loop" if how == "own loop" else "a thread") in said
     assert "double.fn(...)" in said
 
 
-def test_a_task_called_for_a_settled_run_raises_lineage_lost() -> None:
-    """A context that outlived its run cannot call tasks."""
+def test_a_task_called_for_a_settled_run_raises_outside_flow_error() -> None:
+    """A context that is used after its run has settled cannot call tasks."""
     kept: list[contextvars.Context] = []
 
     @flow
     async def leaks() -> None:
         kept.append(contextvars.copy_context())
 
-    World().done(leaks)
-    with pytest.raises(LineageLost, match="already settled"):
+    Simulation().done(leaks)
+    with pytest.raises(OutsideFlowError, match="already settled"):
         kept[0].run(double, 1)  # pyright: ignore[reportUnusedCoroutine]
 
 
 def test_in_a_task_body_and_outside_of_runs_a_task_is_a_plain_call() -> None:
-    """Calls in a body are not journaled; outside a run a task is its function with its retries and timeout."""
+    """Calls in a body are not journaled; outside a run a task is its function with its retries and
+    timeout.
+    """
     tries: list[int] = []
 
     @task(retries=2, timeout=5)
@@ -448,7 +474,7 @@ def test_in_a_task_body_and_outside_of_runs_a_task_is_a_plain_call() -> None:
     async def runs() -> int:
         return await outer()
 
-    row = World().done(runs)
+    row = Simulation().done(runs)
     assert row.value == 10 and row.claims() == ["outer#0"]
     quick = flaky.options_with(retries=[0, 0])
     assert asyncio.run(quick()) == 7  # type: ignore[arg-type]
@@ -458,19 +484,21 @@ def test_in_a_task_body_and_outside_of_runs_a_task_is_a_plain_call() -> None:
 
 
 def test_a_flow_that_waits_for_nothing_is_held() -> None:
-    """A run that nothing can ever wake is shown to a person, not kept for ever."""
+    """A run that nothing can wake is held with a reason, not kept in memory for ever."""
 
     @flow
     async def waits() -> None:
         await double(1)
         await asyncio.Event().wait()
 
-    row = World().done(waits)
-    assert isinstance(row.outcome, Held) and "waits for something" in row.reason
+    row = Simulation().done(waits)
+    assert isinstance(row.outcome, NeedsAttention) and "waits for something" in row.reason
 
 
-def test_what_flow_code_does_while_its_loop_is_torn_down_runs_on_that_loop() -> None:
-    """A flow that ignores every cancel is closed at last: a task it calls then is refused, never run as a plain function."""
+def test_flow_code_that_runs_while_its_loop_closes_runs_on_that_loop() -> None:
+    """A flow that ignores every cancel is closed at last: a task it calls then is refused, never
+    run as a plain function.
+    """
     calls: list[str] = []
 
     @task
@@ -494,5 +522,5 @@ def test_what_flow_code_does_while_its_loop_is_torn_down_runs_on_that_loop() -> 
         await asyncio.sleep(0)
         return "left" if keep else ""
 
-    assert World().done(clings).value == "left"
+    assert Simulation().done(clings).value == "left"
     assert calls and set(calls) == {FlowLoop.__name__}

@@ -1,5 +1,8 @@
-"""Two processes of the crash test: `record FIRST COUNT FILE` plays seeds and writes their journals; `replay FILE` resumes each
-from a seeded crash and compares. Run by test_kernel.py under different hash seeds."""
+"""The two commands of the replay check, run by test_replay.py under different hash seeds.
+
+record FIRST COUNT FILE    play COUNT seeds and write their journals
+replay FILE                resume each from a seeded crash, and compare the results
+"""
 
 import logging
 import pickle
@@ -12,13 +15,13 @@ import msgspec
 
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed
-from tests.engine.replay_check.bench import Bench
-from tests.engine.replay_check.weave import NOW, weave
+from tests.engine.replay_check.scenario import CURRENT, scenario
+from tests.engine.replay_check.seeded_run import SeededRun
 
 
-def play(bench: Bench) -> Any:
-    NOW[:] = [bench]
-    return bench.play(weave)
+def play(seeded_run: SeededRun) -> Any:
+    CURRENT[:] = [seeded_run]
+    return seeded_run.play(scenario)
 
 
 def copies(entries: list[Entry]) -> list[Entry]:
@@ -28,11 +31,11 @@ def copies(entries: list[Entry]) -> list[Entry]:
 def record(first: int, how_many: int, path: str) -> None:
     rows: list[tuple[int, list[Entry], bytes]] = []
     for seed in range(first, first + how_many):
-        bench = Bench(seed)
-        outcome = play(bench)
+        seeded_run = SeededRun(seed)
+        outcome = play(seeded_run)
         assert isinstance(outcome, Completed), (seed, outcome)
         assert outcome.unclaimed_entries == 0, seed
-        rows.append((seed, bench.kept, outcome.value))
+        rows.append((seed, seeded_run.kept, outcome.value))
     with open(path, "wb") as file:
         pickle.dump(rows, file)
 
@@ -46,18 +49,22 @@ def replay(path: str) -> None:
 
 
 def resume(seed: int, journal: list[Entry], value: bytes) -> None:
-    """Crashes after a seeded commit, resumes, crashes again, resumes; the value must be the uncrashed run's."""
-    draw = random.Random(seed)
+    """Crashes after a seeded commit, resumes, crashes again, resumes; the value must equal the
+    uncrashed run's.
+    """
+    rng = random.Random(seed)
     last = journal[-1].batch
-    cut = draw.randint(0, last)
+    cut = rng.randint(0, last)
     kept = copies([entry for entry in journal if entry.batch <= cut])
     done = {entry.call_key for entry in kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
-    again = Bench(seed + 1, kept, copies(journal), crash_after=draw.randint(0, max(0, last - cut)))
+    again = SeededRun(
+        seed + 1, kept, copies(journal), crash_after=rng.randint(0, max(0, last - cut))
+    )
     outcome = play(again)
     check_bodies(seed, again.bodies, done)
     if outcome is None:
         done = {entry.call_key for entry in again.kept if entry.kind in (Kind.VALUE, Kind.ERROR)}
-        again = Bench(seed + 2, copies(again.kept), copies(journal))
+        again = SeededRun(seed + 2, copies(again.kept), copies(journal))
         outcome = play(again)
         check_bodies(seed, again.bodies, done)
     assert isinstance(outcome, Completed), (seed, cut, outcome)

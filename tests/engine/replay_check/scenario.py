@@ -1,4 +1,6 @@
-"""The flow the kernel is tortured with: every way plain asyncio weaves tasks together, each with journaled calls in it."""
+"""The flow of the replay check: every construct of plain asyncio, each with journaled
+calls in it.
+"""
 
 import asyncio
 from typing import Any
@@ -8,19 +10,19 @@ import anyio
 from eventflow.core.retry import Retry
 from eventflow.sdk.flow import current_run, flow, sleep
 from eventflow.sdk.task import Task, task
-from tests.engine.replay_check.bench import Bench
+from tests.engine.replay_check.seeded_run import SeededRun
 
-NOW: list[Bench] = []
-"""The bench under way: bodies spend its time and are counted there."""
+CURRENT: list[SeededRun] = []
+"""The run that is played: bodies take its time and are counted there."""
 
 
 async def _work(name: str, value: Any) -> None:
-    bench = NOW[-1]
+    seeded_run = CURRENT[-1]
     from eventflow.sdk.task import current_task
 
     key = current_task().idempotency_key.split("/", 1)[1]
-    bench.bodies[key] += 1
-    await bench.spend()
+    seeded_run.bodies[key] += 1
+    await seeded_run.spend()
 
 
 @task
@@ -53,9 +55,9 @@ async def doomed(value: int) -> int:
 
 @task
 async def slow(value: int) -> int:
-    NOW[-1].bodies["slow"] += 1
+    CURRENT[-1].bodies["slow"] += 1
     for _ in range(20):
-        await NOW[-1].spend(6.0)
+        await CURRENT[-1].spend(6.0)
     return value
 
 
@@ -149,8 +151,8 @@ async def with_anyio(seen: list[Any]) -> None:
 
 
 @flow
-async def weave() -> list[Any]:
-    """Everything at once; its result tells in which order everything came."""
+async def scenario() -> list[Any]:
+    """All constructs at once; the result shows the order of their answers."""
     seen: list[Any] = [current_run().random.random()]
     async with asyncio.TaskGroup() as group:
         group.create_task(first_of(seen))

@@ -1,8 +1,9 @@
-"""The bench with many runs and several lives: parents and children, emits, suspensions, drains, crashes, retries by hand.
+"""Many runs over several processes: parents and children, emits, suspensions, drains, crashes,
+retries by hand.
 
-A `World` is what one ledger remembers and one virtual clock shows; `live()` is one life of a process over it. What the
-executor asks of its pool is decided here the way the store and the worker decide it, one commit at a time: a test can end
-a life after any commit and look at exactly what was durable then.
+A `Simulation` is a ledger and a virtual clock; `run_process()` is one process that works on it. It
+decides as the store and the worker do, one commit at a time, so that a test can end a process after
+any commit and examine exactly what was durable.
 """
 
 import asyncio
@@ -33,13 +34,13 @@ from eventflow.runs.run import (
     Run,
     State,
     Suspended,
-)  # fmt: skip
+)
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.codecs import decode_error
 from eventflow.store.protocol import Append, Appended, Arrival, Fenced, MarkStarted, Settle, Settled
-from tests.engine.replay_check.bench import BORN, Crash
+from tests.engine.replay_check.seeded_run import START_TIME, Crash
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
@@ -52,7 +53,7 @@ class Row(msgspec.Struct):
     flow: Flow[..., Any]
     journal: list[Entry] = []
     state: State = State.PENDING
-    due: int | None = BORN
+    due: int | None = START_TIME
     outcome: Outcome | None = None
     suspensions: list[int | None] = []
     known: set[tuple[str, int, Kind]] = set()
@@ -85,7 +86,7 @@ class Timer:
 
 
 class Threads(ThreadPoolExecutor):
-    """Knows how many of its bodies have not ended."""
+    """Counts the bodies that have not ended."""
 
     busy = 0
 
@@ -99,8 +100,8 @@ class Threads(ThreadPoolExecutor):
         self.busy -= 1
 
 
-class World:
-    """Ledger, clock, store and pool."""
+class Simulation:
+    """Ledger, clock and store; it claims what is due."""
 
     flows: ClassVar[dict[str, Any]] = {}
     failed: StoreError | None = None
@@ -109,7 +110,7 @@ class World:
 
     def __init__(self) -> None:
         self.rows: dict[int, Row] = {}
-        self.time = BORN
+        self.time = START_TIME
         self.batch = 0
         self.commits = 0
         self.published: list[tuple[str, str]] = []
@@ -120,7 +121,7 @@ class World:
         self.eager = False
         """The worker's loop has an eager task factory, as the host program may have set."""
         self.threads_may_block = False
-        """Do not wait for threads before time goes on: one of them waits for that."""
+        """Time advances while a thread works: the thread waits for that."""
         self.in_memory_at_end: set[int] = set()
         self._ids = count(100)
         self.services: WorkerServices
@@ -138,16 +139,17 @@ class World:
         row = self.rows[run.id] = Row(run, flow, due=self.time)
         return row
 
-    def live(
+    def run_process(
         self,
         *,
         until: int | None = None,
         crash_after: int | None = None,
-        then: Callable[["World"], None] | None = None,
+        then: Callable[["Simulation"], None] | None = None,
     ) -> bool:
-        """One life: until nothing happens by itself any more, or `until`, or the crash after so many commits (False).
+        """Runs until nothing is left to do, or `until`, or a crash after so many commits (returns
+        False).
 
-        `then` is called once when all is quiet, before the life goes on.
+        `then` is called once when all is quiet, before the process continues.
         """
         self.crash_after = None if crash_after is None else self.commits + crash_after
         for row in self.rows.values():
@@ -172,18 +174,20 @@ class World:
         with Threads(2) as self.threads:
             self.services.threads = self.threads
             try:
-                return asyncio.run(self._live(until))
+                return asyncio.run(self._run_process(until))
             finally:
                 self.executions.clear()
 
     def done(self, flow: Flow[..., Any], **params: Any) -> Row:
-        """A new run, lived until nothing happens any more."""
+        """A new run, executed until nothing is left to do."""
         row = self.add(flow, **params)
-        self.live()
+        self.run_process()
         return row
 
     def retry(self, row: Row) -> None:
-        """`store.retry`: values stay, errors are forgiven, the old life's orders are dropped; children likewise."""
+        """As `Store.retry`: values stay, errors are cleared, recorded cancels and timeouts dropped;
+        children too.
+        """
         assert row.state in (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
         forgiven = {entry.call_key for entry in row.journal if entry.kind is Kind.ERROR}
         kept = [
@@ -209,9 +213,9 @@ class World:
     def advance(self, microseconds: int) -> None:
         self.time += microseconds
 
-    # ----------------------------------------------------------------- a life
+    # ----------------------------------------------------------------- one process
 
-    async def _live(self, until: int | None) -> bool:
+    async def _run_process(self, until: int | None) -> bool:
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
         if self.eager:
@@ -265,7 +269,7 @@ class World:
         return True
 
     async def _quiet(self) -> None:
-        """Until the loop has nothing ready and no thread works, or a flow keeps it busy by polling."""
+        """Waits until the loop has nothing ready and no thread works, or a flow polls."""
         idle = turns = 0
         while idle < 2 and turns < 500:
             await asyncio.sleep(0)
@@ -281,9 +285,12 @@ class World:
 
     def _claim(self) -> bool:
         found = [
-            row for row in self.rows.values()
-            if row.state in (State.PENDING, State.WAITING) and row.due is not None and row.due <= self.time
-        ]  # fmt: skip
+            row
+            for row in self.rows.values()
+            if row.state in (State.PENDING, State.WAITING)
+            and row.due is not None
+            and row.due <= self.time
+        ]
         if self.draining:
             return False
         for row in found:
@@ -313,7 +320,7 @@ class World:
         return timer
 
     async def spend(self, seconds: float) -> None:
-        """A body's work: some virtual time."""
+        """Takes some virtual time, as the work of a task body."""
         done: asyncio.Future[None] = self.loop.create_future()
         self.timer(
             self.loop,
@@ -328,7 +335,7 @@ class World:
         self._posted.append((op, reply))
 
     def _commit(self) -> None:
-        """One group commit of all that is posted."""
+        """One group commit of everything posted."""
         if self.crash_after is not None and self.commits >= self.crash_after:
             raise Crash
         posted, self._posted = self._posted, []
@@ -415,7 +422,9 @@ class World:
         row.state, row.due = (State.PENDING, self.time) if late else (State.WAITING, until)
 
     def _answer(self, parent: Row, entry: Entry) -> bool:
-        if any(known.call_key == entry.call_key and known.kind.is_final for known in parent.journal):
+        if any(
+            known.call_key == entry.call_key and known.kind.is_final for known in parent.journal
+        ):
             return False
         self._add(parent, entry)
         if parent.state is State.WAITING:
@@ -458,34 +467,51 @@ class World:
         if isinstance(fields["data"], set):
             raise NotStorable("data", "set")
         return Arrival(
-            id=0, trigger="emit", key=b"", digest=b"", event_id=ident, source="", type=event_type, body=b"", verdicts=b"",
-            received_at=0, counts={},
-        )  # fmt: skip
+            id=0,
+            trigger="emit",
+            key=b"",
+            digest=b"",
+            event_id=ident,
+            source="",
+            type=event_type,
+            body=b"",
+            verdicts=b"",
+            received_at=0,
+            counts={},
+        )
 
     def child_run(self, run: Run, claim: str, flow: Flow[..., Any], params: bytes) -> Run:
         self.flows[flow.name] = flow
         return Run(
-            id=next(self._ids), flow=flow.name, created_at=self.time, due_at=self.time, parent=run.id, parent_call_key=claim,
+            id=next(self._ids),
+            flow=flow.name,
+            created_at=self.time,
+            due_at=self.time,
+            parent=run.id,
+            parent_call_key=claim,
             params=params,
-        )  # fmt: skip
+        )
 
 
-def at_every_commit(
-    make: Callable[[World], Row], check: Callable[[World, Row], None] | None = None
+def crash_after_every_commit(
+    make: Callable[[Simulation], Row], check: Callable[[Simulation, Row], None] | None = None
 ) -> int:
-    """Lives a run once undisturbed; then again with a crash after each commit, and a second one after the next; each time its
-    outcome must be the same. Returns how many commits there were."""
-    world = World()
-    row = make(world)
-    assert world.live()
+    """Executes a run without a crash, then again with a crash after each commit and a second one
+    after the next commit.
+
+    Its outcome must be the same each time. Returns the number of commits.
+    """
+    sim = Simulation()
+    row = make(sim)
+    assert sim.run_process()
     assert row.state is State.COMPLETED, row.outcome
-    for cut in range(world.commits):
-        other = World()
+    for cut in range(sim.commits):
+        other = Simulation()
         again = make(other)
-        assert not other.live(crash_after=cut), cut
-        other.live(crash_after=1)
-        other.live()
+        assert not other.run_process(crash_after=cut), cut
+        other.run_process(crash_after=1)
+        other.run_process()
         assert again.outcome == row.outcome, (cut, again.outcome, row.outcome)
         if check is not None:
             check(other, again)
-    return world.commits
+    return sim.commits

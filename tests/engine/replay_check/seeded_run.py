@@ -1,8 +1,10 @@
-"""A discrete-event bench for the journal kernel: one flow, seeded delays, commits at seeded times, a crash at any of them.
+"""One run under a discrete-event simulation: seeded delays, commits at seeded times, a crash after
+any of them.
 
-The bench is the executor's pool, clock and store at once. Bodies and commits take virtual time drawn from a seed: each seed is
-another interleaving. `guide` is a journal recorded before: the bench then commits only what that journal holds, batch by batch
-in its order, so that a resumed run must come to the very result of the uncrashed one.
+A `SeededRun` is clock and store of the run's Execution. Bodies and commits take virtual time drawn
+from a seed, so that each seed is another interleaving. `recorded` is the journal of an earlier
+play: then only what that journal holds is committed, batch by batch in its order, and a resumed run
+must return the same result as the uncrashed one.
 """
 
 import asyncio
@@ -25,11 +27,11 @@ from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.store.protocol import Append, Appended, Settle
 
-BORN = 1_700_000_000_000_000
+START_TIME = 1_700_000_000_000_000
 
 
 class Crash(Exception):
-    """The process is gone."""
+    """The simulated process crashed."""
 
 
 class _Timer:
@@ -40,25 +42,29 @@ class _Timer:
         self.call = None
 
 
-class Bench:
-    """Pool, clock and store of one run. `play` runs it to its outcome, or to the crash after `crash_after` commits."""
+class SeededRun:
+    """Clock and store of one run. `play` runs it to its outcome, or to a crash after `crash_after`
+    commits.
+
+    `kept` is the journal so far; it grows with each commit.
+    """
 
     failed = None
     blobs = Blobs(Path("/nonexistent"))  # nothing here is large
-    checkpoints = CheckpointStore(Path("/nonexistent"))  # nor saves anything
+    checkpoints = CheckpointStore(Path("/nonexistent"))  # no checkpoints either
 
     def __init__(
         self,
         seed: int,
         kept: Sequence[Entry] = (),
-        guide: Sequence[Entry] = (),
+        recorded: Sequence[Entry] = (),
         crash_after: int | None = None,
     ) -> None:
-        self.draw = random.Random(seed)
+        self.rng = random.Random(seed)
         self.kept = list(kept)
         self.batch = max((entry.batch for entry in kept), default=0)
-        self.time = max((entry.at for entry in kept), default=BORN)
-        self.guide = _by_batch(guide, after=self.batch)
+        self.time = max((entry.at for entry in kept), default=START_TIME)
+        self.recorded = _by_batch(recorded, after=self.batch)
         self.crash_after = crash_after
         self.bodies: Counter[str] = Counter()
         self.outcome: Outcome | None = None
@@ -80,11 +86,18 @@ class Bench:
             checkpoints=self.checkpoints,
             limits=WorkerLimits(),
             threads=ThreadPoolExecutor(1),
-            rng=self.draw,
+            rng=self.rng,
             secret=b"",
         )
         services.start(self.loop)
-        run = Run(id=7, flow=flow.name, created_at=BORN, due_at=BORN, started_at=BORN, token=1)
+        run = Run(
+            id=7,
+            flow=flow.name,
+            created_at=START_TIME,
+            due_at=START_TIME,
+            started_at=START_TIME,
+            token=1,
+        )
         journal = Journal(self.kept)
         self.execution = Execution(services, run, flow, journal, self._on_settled)
         self.loop.call_soon(self.execution.begin)
@@ -94,7 +107,8 @@ class Bench:
                 if self.outcome is None and not self._step():
                     waiting = list(self.execution.pending.waiting)
                     raise AssertionError(
-                        f"stuck: {self.guide[:1]} wanted, posted {self._posted}, waiting {waiting}"
+                        f"stuck: {self.recorded[:1]} wanted, posted {self._posted}, waiting "
+                        f"{waiting}"
                     )
         except Crash:
             pass
@@ -107,7 +121,7 @@ class Bench:
         return self.outcome
 
     async def _settle_loop(self) -> None:
-        """Lets the loop run until nothing is ready but us."""
+        """Runs the loop until nothing is ready."""
         while True:
             await asyncio.sleep(0)
             if not self.loop._ready:  # type: ignore[attr-defined]
@@ -138,9 +152,9 @@ class Bench:
         return timer
 
     async def spend(self, longest: float = 3.0) -> None:
-        """A body's work: some virtual time."""
+        """Takes some virtual time, as the work of a task body."""
         done = self.loop.create_future()
-        due = self.time + int(self.draw.random() * longest * 1e6)
+        due = self.time + int(self.rng.random() * longest * 1e6)
         self.timer(self.loop, due, lambda: None if done.done() else done.set_result(None))
         await done
 
@@ -152,15 +166,17 @@ class Bench:
             self.outcome = op.outcome
             return
         self._posted.append((op, reply))
-        self.timer(self.loop, self.time + int(self.draw.expovariate(1.0) * 4e5), self._commit)  # pyright: ignore[reportArgumentType]
+        self.timer(self.loop, self.time + int(self.rng.expovariate(1.0) * 4e5), self._commit)  # pyright: ignore
 
     def _commit(self) -> bool:
-        """One group commit of all that is posted (or of what the guide has next, once all of it is posted)."""
-        chosen = self._next_guided() if self.guide else self._posted
+        """One group commit of everything posted, or of the next recorded batch once all of it is
+        posted.
+        """
+        chosen = self._next_recorded() if self.recorded else self._posted
         if not chosen:
             return False
         self._posted = [pair for pair in self._posted if pair not in chosen]
-        self.batch = self.guide.pop(0)[0] if self.guide else self.batch + 1
+        self.batch = self.recorded.pop(0)[0] if self.recorded else self.batch + 1
         entries = [entry for op, _ in chosen for entry in op.entries]
         if self.crash_after is not None:
             self.crash_after -= 1
@@ -173,8 +189,8 @@ class Bench:
             reply(Appended(self.batch, self.time, op.entries))
         return True
 
-    def _next_guided(self) -> list[tuple[Append, Callable[[Any], None]]]:
-        _, at, wanted = self.guide[0]
+    def _next_recorded(self) -> list[tuple[Append, Callable[[Any], None]]]:
+        _, at, wanted = self.recorded[0]
         posted = {
             (entry.call_key, entry.kind, entry.attempt): pair
             for pair in self._posted
@@ -190,13 +206,13 @@ class Bench:
         return chosen
 
     def _on_settled(self, execution: Execution, outcome: Outcome, reply: Any) -> None:
-        raise AssertionError(f"the bench does not answer a Settle: {outcome}")
+        raise AssertionError(f"expected no reply to a Settle here, found one to {outcome}")
 
 
 def _by_batch(
     entries: Sequence[Entry], after: int
 ) -> list[tuple[int, int, list[tuple[str, int, int]]]]:
-    """`(batch, time, identities)` of what is to be committed still, in order."""
+    """`(batch, time, identities)` of what is left to commit, in order."""
     batches: dict[int, tuple[int, int, list[tuple[str, int, int]]]] = {}
     for entry in entries:
         if entry.batch > after:
