@@ -146,8 +146,7 @@ NO_RETRY = Retry(attempts=1)
 
 
 def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
-    """The `Retry` of `retries=`: a `Retry`, a number of retries, a list of delays, None for none.
-    """
+    """The `Retry` of `retries=`: a Retry, a number of retries, a list of delays, or None."""
     match given:
         case None:
             return NO_RETRY

@@ -98,8 +98,7 @@ def _binary(headers: Mapping[str, str], body: bytes) -> Event:
 
 
 def _header_text(name: str, value: str) -> str:
-    """An attribute from its header (HTTP binding 3.1.3.2): unquoted, then percent-decoded as UTF-8.
-    """
+    """An attribute from its header: unquoted, percent-decoded, UTF-8 (HTTP binding 3.1.3.2)."""
     if len(value) >= 2 and value[0] == value[-1] == '"':
         value = re.sub(r"\\(.)", r"\1", value[1:-1])
     try:

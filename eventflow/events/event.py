@@ -315,8 +315,7 @@ class Scheduled(Protocol):
         ...
 
     def settled(self, cursor: Mapping[str, Json]) -> datetime | None:
-        """The last nominal time that is done according to `cursor`; the schedule fires later ones.
-        """
+        """The last nominal time that is done by `cursor`; the schedule itself fires later ones."""
         ...
 
 

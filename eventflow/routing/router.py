@@ -122,7 +122,8 @@ class Router:
             codec, _ = encode_plain(event.data, f"data of emitted event {event.type!r}")
             if codec != "json":
                 raise NotStorable(
-                    f"data of emitted event {event.type!r}", "value that JSON cannot represent exactly"
+                    f"data of emitted event {event.type!r}",
+                    "value that JSON cannot represent exactly",
                 )
         if hops > MAX_DEPTH:
             return self._dead_letter(

@@ -1,4 +1,6 @@
-"""Backoff: the delays between tries, and the waits that a virtual clock drives (core/retry.py, core/clock.py)."""
+"""Backoff: the delays between tries, and the waits that a virtual clock drives (core/retry.py,
+core/clock.py).
+"""
 
 import asyncio
 import random
@@ -59,7 +61,9 @@ def test_a_setting_that_cannot_work_is_refused(given: dict[str, Any]):
 
 
 async def test_a_virtual_clock_drives_the_waits():
-    """`sleep_for` and `sleep_until` wait on the clock they are given: never before, at once when the time has passed."""
+    """`sleep_for` and `sleep_until` wait on the clock they are given: never before, at once when
+    the time has passed.
+    """
     clock, backoff = VirtualClock(), Backoff(20, jitter=0)
     due = clock.now() + 60 * SECOND
     first = asyncio.create_task(sleep_for(clock, next(backoff)))

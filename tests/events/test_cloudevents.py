@@ -1,4 +1,6 @@
-"""CloudEvents over HTTP: the three modes against the specification's own SDK, and refusals that name the field."""
+"""CloudEvents over HTTP: the three modes against the specification's own SDK; rejections name the
+field.
+"""
 
 import json
 from datetime import UTC, datetime
@@ -22,32 +24,46 @@ BINARY = {"ce-specversion": "1.0", "ce-id": "1", "ce-source": "/s", "ce-type": "
 
 def sdk_event(data: Any) -> CloudEvent:
     attributes: dict[str, Any] = {
-        "id": "id with a space, é and %", "source": "/shop/ünïcode", "type": "order.placed", "subject": "日本", "tenant": "t 1",
-        "time": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC), "datacontenttype": "application/json", "dataschema": "urn:schema:1",
-    }  # fmt: skip
+        "id": "id with a space, é and %",
+        "source": "/shop/ünïcode",
+        "type": "order.placed",
+        "subject": "日本",
+        "tenant": "t 1",
+        "time": datetime(2026, 1, 2, 3, 4, 5, 678000, UTC),
+        "datacontenttype": "application/json",
+        "dataschema": "urn:schema:1",
+    }
     return CloudEvent(attributes=attributes, data=data)
 
 
 def expected(data: Any) -> Event:
     return Event(
-        id="id with a space, é and %", source="/shop/ünïcode", type="order.placed", subject="日本", data=data,
-        time=datetime(2026, 1, 2, 3, 4, 5, 678000, UTC), datacontenttype="application/json", dataschema="urn:schema:1",
+        id="id with a space, é and %",
+        source="/shop/ünïcode",
+        type="order.placed",
+        subject="日本",
+        data=data,
+        time=datetime(2026, 1, 2, 3, 4, 5, 678000, UTC),
+        datacontenttype="application/json",
+        dataschema="urn:schema:1",
         extensions={"tenant": "t 1"},
-    )  # fmt: skip
+    )
 
 
-def latin(headers: dict[str, str]) -> dict[str, str]:
-    """As ASGI has them: lower-case names, bytes read as latin-1."""
+def asgi_headers(headers: dict[str, str]) -> dict[str, str]:
+    """Headers as ASGI has them: lower-case names, values read as latin-1."""
     return {name.lower(): value.encode().decode("latin-1") for name, value in headers.items()}
 
 
 @pytest.mark.parametrize("mode", [to_binary, to_structured], ids=["binary", "structured"])
 @pytest.mark.parametrize("data", [{"total": 5, "items": ["é", None]}, {}])
 def test_what_the_sdk_writes_is_read(mode: Any, data: Any):
-    """A message written by the CloudEvents SDK reads as the same event, in binary and in structured mode."""
+    """A message written by the CloudEvents SDK reads as the same event, in binary and in structured
+    mode.
+    """
     message = mode(sdk_event(data), JSONFormat())
-    assert is_cloudevent(latin(message.headers))
-    assert parse_cloudevents(latin(message.headers), message.body) == [expected(data)]
+    assert is_cloudevent(asgi_headers(message.headers))
+    assert parse_cloudevents(asgi_headers(message.headers), message.body) == [expected(data)]
 
 
 def test_what_we_write_the_sdk_reads():
@@ -59,7 +75,7 @@ def test_what_we_write_the_sdk_reads():
 
 def test_batch():
     """A batch is a list of structured events, and may be empty."""
-    second = {**MINIMAL, "id": "2", "data_base64": "AAH/", "n": 5, "flag": True, "gone": None}
+    second = {**MINIMAL, "id": "2", "data_base64": "AAH/", "n": 5, "flag": True, "absent": None}
     events = parse_cloudevents(BATCH, json.dumps([MINIMAL, second]).encode())
     assert [event.id for event in events] == ["1", "2"]
     assert events[1].data == b"\x00\x01\xff" and events[1].extensions == {"n": 5, "flag": True}
@@ -104,8 +120,8 @@ WRONG: list[tuple[dict[str, str], Any, str]] = [
 
 
 @pytest.mark.parametrize(("headers", "body", "message"), WRONG)
-def test_refusals_name_the_field(headers: dict[str, str], body: Any, message: str):
-    """What is wrong is named, in a batch with its place."""
+def test_rejections_name_the_field(headers: dict[str, str], body: Any, message: str):
+    """The invalid field is named, in a batch with the index of its event."""
     with pytest.raises(ValueError, match=f"^{message}"):
         parse_cloudevents(headers, json.dumps(body).encode())
 
@@ -122,14 +138,14 @@ def test_missing_headers_are_named(name: str):
 
 
 @pytest.mark.parametrize("name", ["data", "data_base64", "datacontenttype"])
-def test_headers_that_would_be_data_are_refused(name: str):
-    """The data and its type cannot come twice."""
+def test_headers_that_would_be_data_are_rejected(name: str):
+    """The data and its type cannot be given twice."""
     with pytest.raises(ValueError, match=f"^ce-{name}"):
         parse_cloudevents({**BINARY, f"ce-{name}": "x"}, b"{}")
 
 
 def test_headers_must_be_utf8():
-    """Percent-encoded bytes that are no UTF-8 are refused."""
+    """Percent-encoded bytes that are no UTF-8 are rejected."""
     with pytest.raises(ValueError, match=r"^ce-subject"):
         parse_cloudevents({**BINARY, "ce-subject": "%FF"}, b"")
 
@@ -159,13 +175,17 @@ TREES = st.recursive(
 def test_all_json_without_repeated_keys_is_read(
     tree: Any, indent: int | None, separators: tuple[str, str]
 ):
-    """However it is spaced and quoted, JSON whose keys stand once is read as the standard library reads it."""
+    """JSON without repeated keys, however it is spaced and quoted, reads as with the standard
+    library.
+    """
     body = json.dumps(tree, indent=indent, separators=separators).encode()
     assert read_json(body) == json.loads(body)
 
 
 def repeated(tree: Any, picks: list[int]) -> Any:
-    """The tree with the key of one of its objects written twice, as pairs; None if it has no object with a key."""
+    """The tree with the key of one of its objects written twice, as pairs; None if it has no object
+    with a key.
+    """
     objects: list[dict[str, Any]] = []
     stack = [tree]
     while stack:
@@ -204,7 +224,9 @@ class Marked(str):
     st.sampled_from([(",", ":"), (", ", ": "), (",", " :")]),
 )
 def test_no_repeated_key_is_read(tree: Any, picks: list[int], separators: tuple[str, str]):
-    """Wherever a key stands twice in one object, the text is refused: the count that skips the second parse is sound."""
+    """A text with a key twice in one object, at any depth, is rejected: the count that skips the
+    second parse is sound.
+    """
     twice = repeated(tree, picks)
     if twice is not None:
         body = json.dumps(twice, separators=separators).encode()

@@ -1,4 +1,4 @@
-"""The flow's signature says what it wants of an event; what it cannot get is named."""
+"""A flow's arguments are bound from an event by its signature; what cannot be bound is named."""
 
 import dataclasses
 import datetime as dt
@@ -58,7 +58,7 @@ class Dog(pydantic.BaseModel):
 
 
 class Invoice(msgspec.Struct):
-    """Has a field called like the parameter that takes it."""
+    """Has a field with the name of the parameter that takes it."""
 
     invoice: int
     total: float
@@ -163,12 +163,16 @@ async def strict(strict: Strict) -> None: ...
     ],
 )
 def test_an_event_becomes_arguments(fn, data, arguments):
-    """Parameters are filled by name, or a single one by the whole data, and validated by their annotations."""
+    """Parameters are filled by name, or a single one by the whole data, and validated by their
+    annotations.
+    """
     assert bind(fn, data) == arguments
 
 
 def test_an_event_parameter_gets_the_event():
-    """A parameter annotated Event gets the event itself and does not count for the whole-data rule."""
+    """A parameter annotated Event gets the event itself and does not count for the whole-data
+    rule.
+    """
     got = event({"id": 7})
     assert Binder(order_and_event, "f").bind_event(got) == {"order": Order(7), "event": got}
     assert Binder(maybe_event, "f").bind_event(got) == {"event": got}
@@ -205,8 +209,8 @@ def test_an_event_parameter_gets_the_event():
         (pets, {"pet": {"kind": "cow"}}, "pet", "'cow' found using 'kind'"),
     ],
 )
-def test_p9_what_cannot_be_bound_is_named(fn, data, field, reason):
-    """A BindingError says which flow, which field and why."""
+def test_p9_binding_errors_name_flow_and_field(fn, data, field, reason):
+    """A BindingError has the flow, the field and the reason."""
     with pytest.raises(BindingError) as raised:
         bind(fn, data)
     assert (raised.value.flow, raised.value.field) == ("handle", field)
@@ -220,15 +224,17 @@ def test_p9_what_cannot_be_bound_is_named(fn, data, field, reason):
         (nothing, {"a": 1}),
     ],
 )
-def test_an_unknown_parameter_is_refused(fn, data):
-    """A misspelt parameter of a direct start is an error; in an event's data it is data nobody asked for."""
+def test_an_unknown_parameter_is_rejected(fn, data):
+    """A misspelt parameter of a direct start is an error; in an event's data it is ignored."""
     with pytest.raises(BindingError, match="no such parameter"):
         Binder(fn, "f").bind_params(data)
     Binder(fn, "f").bind_event(event(data))
 
 
 def test_params_may_come_with_an_event():
-    """bind_params takes an Event parameter from the event at hand, or from its JSON among the parameters."""
+    """bind_params takes an Event parameter from the given event, or from its JSON among the
+    parameters.
+    """
     binder, got = Binder(order_and_event, "f"), event({"x": 1})
     assert binder.bind_params({"order": {"id": 1}}, got) == {"order": Order(1), "event": got}
     packed = orjson.loads(binder.unpack((Order(1), got), {}))
@@ -264,7 +270,7 @@ def test_params_may_come_with_an_event():
     ],
 )
 def test_a_direct_call_goes_through_json(fn, args, kwargs, arguments):
-    """unpack and bind_params together give back the arguments of the call."""
+    """unpack and bind_params together restore the arguments of the call."""
     binder = Binder(fn, "f")
     assert binder.bind_params(orjson.loads(binder.unpack(args, kwargs))) == arguments
 
@@ -288,8 +294,10 @@ def test_a_call_packs_the_same_however_it_is_written():
         (one_int, "\ud800"),
     ],
 )
-def test_an_argument_that_json_would_change_is_refused(fn, value):
-    """What JSON and the annotation cannot carry together is NotStorable, named by flow and parameter."""
+def test_an_argument_that_json_would_change_is_rejected(fn, value):
+    """An argument that JSON and the annotation cannot represent is NotStorable, named by flow and
+    parameter.
+    """
     with pytest.raises(NotStorable, match="f: argument"):
         Binder(fn, "f").unpack((value,), {})
 
@@ -314,7 +322,7 @@ async def unresolved(order: "Nowhere") -> None: ...  # noqa: F821  # pyright: ig
         (unresolved, "cannot resolve its annotations: name 'Nowhere'"),
     ],
 )
-def test_a_signature_no_event_can_fill_is_refused(fn, message):
-    """A signature that cannot be filled by name is a UsageError when the Binder is made."""
+def test_a_signature_no_event_can_fill_is_rejected(fn, message):
+    """A signature that cannot be filled by name raises UsageError when the Binder is made."""
     with pytest.raises(UsageError, match=message):
         Binder(fn, "f")

@@ -1,4 +1,6 @@
-"""Delivery modes: which events make which run, when it begins, what it gets, and that a crash changes none of it."""
+"""Delivery modes: which events make a run, when it starts, what it gets; a crash changes none of
+it.
+"""
 
 import asyncio
 from pathlib import Path
@@ -31,7 +33,7 @@ class Order(msgspec.Struct):
 
 
 class Bench:
-    """An app with one trigger, and a flow that notes what each of its runs was given and when."""
+    """An app with one trigger and a flow that notes the events of each run and when it started."""
 
     def __init__(self, deliver: Any, *, key: str | None = None, lasts: float = 0.0) -> None:
         self.given: list[tuple[float, list[int]]] = []
@@ -71,13 +73,15 @@ async def clock_sleep(clock: VirtualClock, seconds: float) -> None:
     await done
 
 
-async def sound(app: App) -> None:
-    """The ledger's sum and rows agree."""
+async def assert_consistent(app: App) -> None:
+    """The ledger's counts and rows agree."""
     assert await app.store._look(audit) == []
 
 
-async def test_batch_closes_when_full_or_when_its_time_is_up() -> None:
-    """A run for every three events at once; what is left runs when `within` after its first event is over, not before."""
+async def test_batch_closes_when_full_or_when_its_time_is_over() -> None:
+    """A run for every three events at once; the rest run `within` after the first of them, not
+    before.
+    """
     bench = Bench(Batch(3, within=10))
     async with running(bench.app, clock=bench.clock):
         await bench.send(1, 2, 3, 4)
@@ -88,11 +92,13 @@ async def test_batch_closes_when_full_or_when_its_time_is_up() -> None:
         assert bench.given[1] == (10.0, [4, 5])
         counts = await drain(bench.app)
         assert (counts["completed"], counts["accepted"], counts["runs"]) == (5, 5, 2)
-        await sound(bench.app)
+        await assert_consistent(bench.app)
 
 
 async def test_debounce_waits_for_quiet_but_not_for_ever() -> None:
-    """Under constant traffic a run begins `max_wait` after the first event with all of them; else `quiet` after the last."""
+    """Under constant traffic a run starts `max_wait` after the first event with all of them, else
+    `quiet` after the last.
+    """
     bench = Bench(Debounce(5, max_wait=30))
     async with running(bench.app, clock=bench.clock):
         for n in range(35):
@@ -103,8 +109,8 @@ async def test_debounce_waits_for_quiet_but_not_for_ever() -> None:
     assert bench.groups == [list(range(30)), list(range(30, 35))]
 
 
-async def test_windows_are_kept_per_key() -> None:
-    """With `key=` each key's window opens and closes by itself."""
+async def test_windows_are_per_key() -> None:
+    """With `key=`, each key's window opens and closes independently."""
     bench = Bench(Batch(2, within=60), key="k")
     async with running(bench.app, clock=bench.clock):
         await bench.send(1, k="a")
@@ -115,8 +121,8 @@ async def test_windows_are_kept_per_key() -> None:
 
 
 @pytest.mark.parametrize("mode", [Singleflight(), Latest()])
-async def test_one_at_a_time_gathers_what_comes_meanwhile(mode: Any) -> None:
-    """While a run works, all that comes makes one successor; the sum counts each event."""
+async def test_one_run_at_a_time_collects_events_for_a_successor(mode: Any) -> None:
+    """All events that come during a run make one successor; each event is counted."""
     bench = Bench(mode, lasts=100)
     async with running(bench.app, clock=bench.clock):
         await bench.send(1)
@@ -128,11 +134,13 @@ async def test_one_at_a_time_gathers_what_comes_meanwhile(mode: Any) -> None:
         assert bench.groups == [[1], [2, 3, 4]]
         await bench.clock.advance(200)
         assert (await bench.app.store.counts())["completed"] == 4
-        await sound(bench.app)
+        await assert_consistent(bench.app)
 
 
-async def test_the_newest_event_is_what_binds_by_name() -> None:
-    """A flow that asks for fields gets the newest event's; one that asks for a list gets every event's data, converted."""
+async def test_the_newest_event_is_bound_by_name() -> None:
+    """A flow with named parameters gets the newest event's fields; one with a list gets the data of
+    every event, converted.
+    """
     seen: list[Any] = []
 
     @flow
@@ -151,10 +159,13 @@ async def test_the_newest_event_is_what_binds_by_name() -> None:
         await trigger.send(data={"n": "wrong"}, id="bad")
         await trigger.send(data={"n": 2}, id="b")
         await drain(app)
-        assert [letter["event_id"] for letter in await app.store.dead_letters()] == ["bad", "bad"]
+        assert [dead_letter["event_id"] for dead_letter in await app.store.dead_letters()] == [
+            "bad",
+            "bad",
+        ]
         verdicts = (await app.store.event("b"))["verdicts"]
         runs = {run["id"]: run for run in (await app.store.event("b"))["runs"]}
-        assert {fate for _, fate, _ in verdicts} == {"batched"} and {
+        assert {outcome for _, outcome, _ in verdicts} == {"batched"} and {
             run for _, _, run in verdicts
         } == set(runs)
         assert {run["event"] for run in runs.values()} == {first.ledger_id}
@@ -163,8 +174,8 @@ async def test_the_newest_event_is_what_binds_by_name() -> None:
     assert (n, ident, all_of, event.id) == (2, "b", ["a", "b"], "b")
 
 
-async def test_a_duplicate_joins_nothing() -> None:
-    """P2: an event that is known is not in a window twice."""
+async def test_a_duplicate_is_not_added() -> None:
+    """P2: a known event is not in a window twice."""
     bench = Bench(Batch(3, within=5))
     async with running(bench.app, clock=bench.clock):
         await bench.send(1, 1, 1, 2)
@@ -172,8 +183,8 @@ async def test_a_duplicate_joins_nothing() -> None:
     assert bench.groups == [[1, 2]]
 
 
-async def test_p6_windows_outlive_the_process(tmp_path: Path) -> None:
-    """A life ends with a window open: the next one goes on with it, and it closes when it would have."""
+async def test_p6_windows_survive_the_process(tmp_path: Path) -> None:
+    """A process ends with an open window: the next one continues it, and it closes at its time."""
     clock, store = VirtualClock(), tmp_path / "modes.db"
     given: list[tuple[float, list[int]]] = []
     began = clock.now()
@@ -201,8 +212,8 @@ async def test_p6_windows_outlive_the_process(tmp_path: Path) -> None:
     assert [numbers for _, numbers in given] == [list(range(15))] and given[0][0] == 12.0
 
 
-async def test_a_cancelled_window_lets_the_next_event_begin_anew() -> None:
-    """Whoever cancels a run that still gathers ends its window; its events count as cancelled."""
+async def test_after_a_cancelled_window_the_next_event_opens_a_new_one() -> None:
+    """Cancelling a run whose window is open closes it; its events count as cancelled."""
     bench = Bench(Batch(10, within=60))
     async with running(bench.app, clock=bench.clock):
         await bench.send(1, 2)
@@ -213,12 +224,14 @@ async def test_a_cancelled_window_lets_the_next_event_begin_anew() -> None:
         await bench.clock.advance(60)
         counts = await bench.app.store.counts()
         assert (counts["cancelled"], counts["completed"]) == (2, 1)
-        await sound(bench.app)
+        await assert_consistent(bench.app)
     assert bench.groups == [[3]]
 
 
-async def test_retention_forgets_a_run_with_all_its_events() -> None:
-    """The events of a gathered run keep their bodies while it is there, and go after it; the sum holds throughout."""
+async def test_retention_removes_a_run_with_all_its_events() -> None:
+    """The events of a batched run keep their bodies while it exists, and are removed after it; the
+    counts agree throughout.
+    """
     bench = Bench(Batch(3, within=5))
     async with running(bench.app, clock=bench.clock):
         await bench.send(1, 2, 3)
@@ -228,11 +241,13 @@ async def test_retention_forgets_a_run_with_all_its_events() -> None:
         while step := await bench.app.store.prune(payloads_before=later, identities_before=0):
             removed.append(step)
         assert removed == [1, 3]
-        await sound(bench.app)
+        await assert_consistent(bench.app)
 
 
-async def test_a_paused_trigger_gathers_too() -> None:
-    """While paused, events join a run that is paused; resumed, it begins with all of them."""
+async def test_a_paused_trigger_opens_windows_too() -> None:
+    """While paused, events are added to a paused run; after the resume it starts with all of
+    them.
+    """
     bench = Bench(Singleflight())
     async with running(bench.app, clock=bench.clock):
         bench.app.runtime.reactor.pause("orders", True)
@@ -245,14 +260,14 @@ async def test_a_paused_trigger_gathers_too() -> None:
     assert bench.groups == [[1, 2, 3]]
 
 
-def test_mistakes_are_said_at_once() -> None:
-    """Sizes and durations that make no sense, `params=` beside a mode, and what is no mode."""
+def test_invalid_modes_are_rejected_at_once() -> None:
+    """Invalid sizes and durations, `params=` together with a mode, and what is no mode raise."""
     app, trigger = App("modes"), MemoryTrigger("orders")
 
     @flow
     async def handle(events: list[Event]) -> None: ...
 
-    for make, said in (
+    for make, message in (
         (lambda: Batch(0, within=5), "size expected from 1"),
         (lambda: Batch(5, within=0), "within expected a positive duration"),
         (lambda: Debounce(5, max_wait=1), "max_wait expected at least quiet"),
@@ -262,7 +277,7 @@ def test_mistakes_are_said_at_once() -> None:
             "params= makes one event's",
         ),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             make()
     app.on(trigger, handle, deliver=Each())
     assert app.subscriptions[-1].batch_policy is None

@@ -1,4 +1,6 @@
-"""`where=` follows EventBridge's pattern grammar, says which condition failed, and refuses bad grammar at registration."""
+"""`where=` follows EventBridge's pattern grammar, names the condition that failed, and rejects bad
+grammar at registration.
+"""
 
 import time
 from datetime import UTC, datetime
@@ -103,7 +105,7 @@ def test_documented_patterns(pattern, wanted):
 @pytest.mark.parametrize(
     ("pattern", "data", "wanted"),
     [
-        # `exists` looks at leaves: an object is none, an array of values is one, an empty array is not.
+        # `exists` tests leaves: an array of values is one, an object or an empty array is not.
         ({"c": [{"exists": False}]}, {"c": {"c1": 100}}, True),
         ({"c": [{"exists": True}]}, {"c": {"c1": 100}}, False),
         ({"c": [{"exists": True}]}, {"c": [1]}, True),
@@ -163,7 +165,7 @@ def test_documented_patterns(pattern, wanted):
     ],
 )
 def test_the_grammar_at_its_edges(pattern, data, wanted):
-    """Leaves, null, numbers, arrays, globs and short forms behave as the documentation of the grammar says."""
+    """Leaves, null, numbers, arrays, globs and short forms behave as the grammar documents."""
     assert matches(pattern, data) is wanted
 
 
@@ -201,8 +203,10 @@ def test_the_grammar_at_its_edges(pattern, data, wanted):
         ({"meta": {"@type": ["Order"]}}, True),
     ],
 )
-def test_attributes_are_asked_for_with_an_at(pattern, wanted):
-    """`@type`, `@subject`, `@source`, `@id`, `@time` and extensions are conditions like fields; deeper down `@` is data."""
+def test_attributes_have_an_at_sign(pattern, wanted):
+    """`@type`, `@subject`, `@source`, `@id`, `@time` and extensions are conditions like fields; in
+    nested objects `@` is data.
+    """
     found = event(
         {"total": 9, "meta": {"@type": "Order"}},
         id="e1",
@@ -239,8 +243,10 @@ def test_attributes_are_asked_for_with_an_at(pattern, wanted):
         ({"@type": ["x"]}, {}, '@type = "x" (found "order.created")'),
     ],
 )
-def test_p3_a_filter_says_which_condition_failed(pattern, data, reason):
-    """The first condition that does not hold is named with its path, operator and what was found."""
+def test_p3_a_filter_names_the_condition_that_failed(pattern, data, reason):
+    """The first condition that does not hold is named with its path, operator and the value
+    found.
+    """
     compiled = compile_filter(pattern)
     assert compiled is not None
     assert compiled.mismatch(event(data)) == reason
@@ -285,8 +291,10 @@ def test_p3_a_filter_says_which_condition_failed(pattern, data, reason):
         ("total > 0", "expected a pattern or a callable"),
     ],
 )
-def test_s13_bad_grammar_is_refused_at_registration(pattern, message):
-    """A pattern outside the grammar is a UsageError that names the path and what is allowed; an empty one takes everything."""
+def test_s13_bad_grammar_is_rejected_at_registration(pattern, message):
+    """A malformed pattern raises UsageError with the path and what is allowed; an empty one matches
+    everything.
+    """
     if message is None:
         assert matches(pattern, {})
     else:
@@ -295,7 +303,9 @@ def test_s13_bad_grammar_is_refused_at_registration(pattern, message):
 
 
 def test_s14_a_glob_is_linear():
-    """The worst glob over the worst text takes time in proportion to both, not to their product of powers."""
+    """The worst glob over the worst text takes time in proportion to both, not to their product of
+    powers.
+    """
     compiled = compile_filter({"a": [{"wildcard": "a*" * 50 + "b"}]})
     assert compiled is not None
     started = time.perf_counter()
@@ -308,7 +318,9 @@ def large(event: Event) -> bool:
 
 
 def test_a_callable_decides():
-    """A callable gets the event; its name stands in the verdict, what it raises is for the caller to judge."""
+    """A callable gets the event; its name is in the verdict, and what it raises reaches the
+    caller.
+    """
     compiled = compile_filter(large)
     assert compiled is not None
     assert compiled.mismatch(event({"total": 101})) is None
@@ -327,13 +339,13 @@ async def later(event: Event) -> bool:
 
 
 @pytest.mark.parametrize("where", [later, Later()])
-def test_an_async_callable_is_refused(where):
-    """`where=` is plain and quick: an async one is refused at registration."""
+def test_an_async_callable_is_rejected(where):
+    """`where=` is plain and quick: an async one raises at registration."""
     with pytest.raises(UsageError, match="expected a plain function"):
         compile_filter(where)
 
 
-def test_a_hidden_coroutine_is_not_taken_for_true():
+def test_a_returned_coroutine_is_not_true():
     """A lambda that returns a coroutine raises instead of matching everything."""
     compiled = compile_filter(lambda found: later(event(found.data)))  # pyright: ignore[reportArgumentType]
     assert compiled is not None
@@ -342,7 +354,7 @@ def test_a_hidden_coroutine_is_not_taken_for_true():
 
 
 def test_no_filter_is_none():
-    """Without `where=` there is nothing to ask."""
+    """Without `where=` there is no filter."""
     assert compile_filter(None) is None
 
 
@@ -350,8 +362,8 @@ def test_no_filter_is_none():
     ("data", "reason"),
     [({"total": 3}, "total.numeric[> 5] (found 3)"), ({}, "total.numeric[> 5] (absent)")],
 )
-def test_a_reason_begins_with_its_condition(data: dict[str, int], reason: str):
-    """Whoever counts reasons counts conditions, whatever was found instead."""
+def test_a_reason_starts_with_its_condition(data: dict[str, int], reason: str):
+    """The condition can be extracted from a reason, whatever value was found."""
     compiled = compile_filter({"total": [{"numeric": [">", 5]}]})
     assert compiled is not None
     assert compiled.mismatch(Event(id="1", source="/s", type="t", data=data)) == reason

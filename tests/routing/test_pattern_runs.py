@@ -1,4 +1,6 @@
-"""Patterns in an app: which runs they start, with which events, what the ledger says of the rest; no crash changes it."""
+"""Patterns in an app: which runs they start, with which events, and the verdicts of the others; no
+crash changes them.
+"""
 
 import random
 from datetime import UTC, datetime, timedelta
@@ -32,14 +34,16 @@ from eventflow.runs.run import Ids
 from eventflow.store.audit import audit
 from eventflow.store.protocol import PatternEvent
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
-from tests.routing.test_patterns import PATTERNS, Life, S
+from tests.routing.test_patterns import PATTERNS, S, SimulatedLife
 from triggers import RunState
 
 pytestmark = pytest.mark.anyio
 
 
 class Bench:
-    """An app on one clock and file, opened again and again, with a flow that notes which events each run got, and when."""
+    """An app on one clock and file, opened repeatedly, with a flow that notes the events of each
+    run and when it started.
+    """
 
     def __init__(self, pattern: Pattern, path: Path | None = None, **more: Any) -> None:
         self.clock, self.path, self.pattern, self.more = VirtualClock(), path, pattern, more
@@ -67,7 +71,7 @@ class Bench:
         return running(self.app(), clock=self.clock, store=self.path)
 
     async def send(self, app: App, *ids: str, key: str = "k", ago: float = 0.0) -> None:
-        """Events whose type is their id's first letter."""
+        """Send events whose type is the first letter of their id."""
         for ident in ids:
             time = to_datetime(self.clock.now()) - timedelta(seconds=ago)
             await app.accept(
@@ -79,26 +83,28 @@ class Bench:
         return [ids for _, ids in self.given]
 
 
-async def sound(app: App) -> dict[str, int]:
-    """The ledger's sum and rows agree. Returns the counts."""
+async def consistent_counts(app: App) -> dict[str, int]:
+    """The ledger's counts, after checking that its rows agree with them."""
     assert await app.store._look(audit) == []
     return await app.store.counts()
 
 
 async def verdict(app: App, event: str) -> tuple[str, Any]:
-    """What `explain` says of this event and the pattern."""
-    ((_, fate, detail),) = (await app.store.event(event))["verdicts"]
-    return fate, detail
+    """The verdict of the pattern for this event, as `explain` shows it."""
+    ((_, outcome, detail),) = (await app.store.event(event))["verdicts"]
+    return outcome, detail
 
 
 async def test_all_of_starts_one_run_with_all_events() -> None:
-    """One event of each part, in any order and of the same key: one run; each event says which; what is left lapses."""
+    """One event of each part, in any order and with the same key, make one run; each event names
+    it; the others expire.
+    """
     bench = Bench(all_of("a", "b", within=60, by="k"))
     async with bench.running() as app:
         await bench.send(app, "b1", key="x")
         await bench.send(app, "a1", "a2", key="y")
         assert (await verdict(app, "b1"))[0] == "waiting"
-        assert (await sound(app))["pending"] == 3
+        assert (await consistent_counts(app))["pending"] == 3
         await bench.clock.advance(10)
         await bench.send(app, "a3", key="x")
         await drain(app)
@@ -112,7 +118,7 @@ async def test_all_of_starts_one_run_with_all_events() -> None:
         assert (await verdict(app, "a3")) == ("batched", run["id"])
         await bench.clock.advance(51)
         assert await verdict(app, "a1") == ("expired", "all_of: not each of a, b within 60 s")
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (
             counts["accepted"],
             counts["completed"],
@@ -122,30 +128,32 @@ async def test_all_of_starts_one_run_with_all_events() -> None:
 
 
 async def test_a_duplicate_counts_once() -> None:
-    """P2: an event that is known is not given to a pattern again."""
+    """P2: a known event is not passed to a pattern again."""
     bench = Bench(count("a", 3, within=60))
     async with bench.running() as app:
         await bench.send(app, "a1", "a1", "a2", "a1")
         assert bench.groups == []
         await bench.send(app, "a3")
         await drain(app)
-        await sound(app)
+        await consistent_counts(app)
     assert bench.groups == [["a1", "a2", "a3"]]
 
 
 async def test_any_of_runs_at_once() -> None:
-    """Each event of any part is a run of its own."""
+    """Each event of any part is a run."""
     bench = Bench(any_of("a", "b"))
     async with bench.running() as app:
         await bench.send(app, "a1", "b1", "c1")
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["suppressed"]) == (2, 1)
     assert sorted(bench.groups) == [["a1"], ["b1"]]  # runs without a key begin in any order
 
 
-async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
-    """With a lateness, an ending event that comes late but happened between still ends it."""
+async def test_a_sequence_is_evaluated_in_order_of_event_time() -> None:
+    """With a lateness, an ending event that arrives late but happened in between still ends the
+    sequence.
+    """
     bench = Bench(sequence("a", then="b", unless="c", within=60, lateness=5))
     async with bench.running() as app:
         await bench.send(app, "a1")
@@ -163,11 +171,13 @@ async def test_a_sequence_is_decided_in_the_order_things_happened() -> None:
         assert bench.groups == []
         await bench.clock.advance(0.2)
         assert bench.groups == [["a2", "b2"]] and bench.given[0][0] == 18.0
-        assert (await sound(app))["pending"] == 0
+        assert (await consistent_counts(app))["pending"] == 0
 
 
 async def test_p6_absence_fires_when_it_is_due() -> None:
-    """No b within 30 s of an a: one run with the a, then, not before; a b in time means none."""
+    """No b within 30 s of an a: one run with the a, then and not before; with a b in time, no
+    run.
+    """
     bench = Bench(absent("b", 30, after="a", by="k"))
     async with bench.running() as app:
         await bench.send(app, "a1", key="x")
@@ -183,63 +193,71 @@ async def test_p6_absence_fires_when_it_is_due() -> None:
             "expired",
             "absent: b came 20 s after it",
         )
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1, 2, 0)
 
 
-async def test_p6_patterns_outlive_the_process(tmp_path: Path) -> None:
-    """A life ends in the middle of each window: the next goes on with it; what fell due meanwhile is decided at once."""
+async def test_p6_patterns_survive_the_process(tmp_path: Path) -> None:
+    """A process ends in the middle of each window: the next one continues it; what became due
+    meanwhile is evaluated at once.
+    """
     bench = Bench(
         any_of(
-            all_of("a", "b", within=60), count("c", 3, within=60), sequence("d", then="e", within=60),
+            all_of("a", "b", within=60),
+            count("c", 3, within=60),
+            sequence("d", then="e", within=60),
             absent("f", 30),
         ),
         tmp_path / "patterns.db",
-    )  # fmt: skip
+    )
     for step in (["a1", "c1", "d1", "f1"], ["c2", "f2"], ["b1", "c3", "e1"]):
         async with bench.running() as app:
             await bench.send(app, *step)
             await bench.clock.advance(5)
-            await sound(app)
+            await consistent_counts(app)
     assert sorted(bench.groups) == [["a1", "b1"], ["c1", "c2", "c3"], ["d1", "e1"]]
     bench.clock._now += 1_000_000 * 600
     async with bench.running() as app:
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
     assert bench.groups[3:] == [["f2"]]
     assert (counts["completed"], counts["suppressed"], counts["pending"]) == (8, 1, 0)
 
 
-async def test_many_that_are_due_at_once_are_all_decided() -> None:
-    """A thousand keys lapse in the same moment, and later a thousand fall silent: none is left behind."""
+async def test_many_keys_that_are_due_at_once_are_all_evaluated() -> None:
+    """A thousand keys expire at the same moment, and later a thousand absences match at once; none
+    is left.
+    """
     bench = Bench(any_of(absent("a", 60), all_of("b", "c", within=30), by="k"))
     async with bench.running() as app:
         await app.accept(
             *(Event(id=f"b{n}", source="/test", type="b", data={"k": str(n)}) for n in range(1000))
         )
-        assert (await sound(app))["pending"] == 1000
+        assert (await consistent_counts(app))["pending"] == 1000
         await bench.clock.advance(31)
-        assert (await sound(app))["suppressed"] == 1000
+        assert (await consistent_counts(app))["suppressed"] == 1000
         await app.accept(
             *(Event(id=f"a{n}", source="/test", type="a", data={"k": str(n)}) for n in range(1000))
         )
         await bench.clock.advance(61)
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["suppressed"], counts["pending"]) == (1000, 1000, 0)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("seed", range(2))
 async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_path: Path) -> None:
-    """Random events, late and repeated, of two keys, in several lives: the runs are the machine's, the sum holds throughout."""
+    """Random events, late and repeated, of two keys, in several processes: the runs are those of
+    the machine, and the counts agree throughout.
+    """
     draw = random.Random(seed)
     pattern = msgspec.structs.replace(
         PATTERNS[name](draw.randint(2, 9), draw.choice([0, 2])), by="k"
     )
     bench = Bench(pattern, tmp_path / "story.db")
-    plain = {key: Life(compile_pattern(pattern).machine) for key in "xy"}
-    kinds = [leaf.label for leaf in pattern.flat_parts]
+    plain = {key: SimulatedLife(compile_pattern(pattern).machine) for key in "xy"}
+    kinds = [part.label for part in pattern.flat_parts]
     sent: list[tuple[str, str, float]] = []
     for _ in range(3):
         async with bench.running() as app:
@@ -262,10 +280,10 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
                 )
                 sent.append((ident, key, ago))
             await drain(app, advance=False)
-            await sound(app)
+            await consistent_counts(app)
     async with bench.running() as app:
         await bench.clock.advance(100)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert counts["pending"] == 0 and counts["accepted"] == len(sent)
     for life in plain.values():
         life.advance(bench.clock.now())
@@ -277,8 +295,10 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
     assert sorted(bench.groups) == expected
 
 
-async def test_a_deadline_that_is_missed_is_an_event(tmp_path: Path) -> None:
-    """absent(by=): nobody sends anything, so what did not come is told by an event of its own; once, also across lives."""
+async def test_a_missed_deadline_is_an_event(tmp_path: Path) -> None:
+    """absent(by=): when no event comes, the absence is recorded as an event, once, also across
+    restarts.
+    """
     bench = Bench(absent("a", by="06:00"), tmp_path / "patterns.db")
     midnight = datetime(2030, 1, 1, tzinfo=UTC)
     async with bench.running() as app:
@@ -292,12 +312,14 @@ async def test_a_deadline_that_is_missed_is_an_event(tmp_path: Path) -> None:
         assert event["event_id"] == f"watch//{(midnight + timedelta(hours=30)).isoformat()}"
     async with bench.running() as app:
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
     assert len(bench.groups) == 1 and (counts["completed"], counts["suppressed"]) == (1, 1)
 
 
 async def test_parts_are_triggers_run_states_and_filters() -> None:
-    """A trigger with a filter, and the end of a run, joined by a key that each has in its own place."""
+    """A trigger with a filter and a run state are joined by a key that each part has at its own
+    path.
+    """
     given: list[list[str]] = []
 
     @flow
@@ -333,11 +355,13 @@ async def test_parts_are_triggers_run_states_and_filters() -> None:
         assert given == [["memory", "eventflow.run.completed"]]
         assert (await verdict(app, "1"))[0] == "filtered"
         assert await verdict(app, "3") == ("filtered", "it has no join key")
-        await sound(app)
+        await consistent_counts(app)
 
 
-async def test_what_a_pause_holds_is_held() -> None:
-    """A match with an event that came while its trigger was paused is a paused run, until it is resumed."""
+async def test_a_match_with_an_event_of_a_paused_trigger_is_paused() -> None:
+    """A match with an event that came while its trigger was paused is a paused run, until the
+    trigger is resumed.
+    """
     app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
     given: list[int] = []
 
@@ -355,11 +379,13 @@ async def test_what_a_pause_holds_is_held() -> None:
         await app.store.set_paused("two", False)
         await drain(app)
         assert given == [2]
-        await sound(app)
+        await consistent_counts(app)
 
 
 async def test_a_match_after_the_resume_is_not_paused() -> None:
-    """An event arrives while its trigger is paused, and matches once the trigger is resumed: its run starts."""
+    """An event arrives while its trigger is paused, and matches once the trigger is resumed: its
+    run starts.
+    """
     app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
     given: list[int] = []
 
@@ -377,7 +403,7 @@ async def test_a_match_after_the_resume_is_not_paused() -> None:
         await one.send(data=1)
         await drain(app)
         assert given == [2]
-        await sound(app)
+        await consistent_counts(app)
 
 
 async def test_a_match_is_paused_while_one_of_its_triggers_is() -> None:
@@ -403,17 +429,19 @@ async def test_a_match_is_paused_while_one_of_its_triggers_is() -> None:
         await pause("one", False)
         await drain(app)
         assert [run["state"] for run in await app.store.runs()] == ["completed"]
-        await sound(app)
+        await consistent_counts(app)
 
 
-async def test_a_pattern_that_is_changed_lets_go_of_what_was_open(tmp_path: Path) -> None:
-    """Its events lapse and say so; without the code at all they wait until it is back."""
+async def test_a_changed_pattern_discards_its_open_state(tmp_path: Path) -> None:
+    """Its open events expire with that reason; while the code is missing, they wait until it is
+    back.
+    """
     bench = Bench(all_of("a", "b", within=60), tmp_path / "patterns.db")
     async with bench.running() as app:
         await bench.send(app, "a1")
     async with running(App("patterns"), clock=bench.clock, store=bench.path) as app:
         await bench.clock.advance(100)
-        assert (await sound(app))["pending"] == 1
+        assert (await consistent_counts(app))["pending"] == 1
     async with bench.running() as app:
         await bench.clock.advance(1)
         assert (await verdict(app, "a1"))[0] == "expired"
@@ -422,13 +450,13 @@ async def test_a_pattern_that_is_changed_lets_go_of_what_was_open(tmp_path: Path
     async with bench.running() as app:
         await bench.send(app, "b2")
         assert await verdict(app, "a2") == ("expired", "its pattern was changed")
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["suppressed"], counts["pending"]) == (2, 1)
     assert bench.groups == []
 
 
-async def test_retention_keeps_what_waits() -> None:
-    """Bodies of events that wait in a pattern stay; those of events that lapsed go."""
+async def test_retention_keeps_waiting_events() -> None:
+    """The bodies of events that wait in a pattern stay; those of expired events are removed."""
     bench = Bench(all_of("a", "b", within=10**7))
     async with bench.running() as app:
         await bench.send(app, "a1", "c1")
@@ -437,12 +465,14 @@ async def test_retention_keeps_what_waits() -> None:
             pass
         await bench.send(app, "b1")
         await drain(app)
-        await sound(app)
+        await consistent_counts(app)
     assert bench.groups == [["a1", "b1"]]
 
 
-async def test_a_replay_gives_the_event_again() -> None:
-    """An event in a run of the pattern may be replayed into it; one that still waits there is not there twice."""
+async def test_a_replay_passes_the_event_again() -> None:
+    """An event in a run of the pattern may be replayed into it; one that still waits there is not
+    added twice.
+    """
     bench = Bench(count("a", 2, within=600))
     async with bench.running() as app:
         await bench.send(app, "a1")
@@ -455,20 +485,22 @@ async def test_a_replay_gives_the_event_again() -> None:
             )
 
         await replay("a1")
-        assert (await sound(app))["pending"] == 1
+        assert (await consistent_counts(app))["pending"] == 1
         await bench.send(app, "a2")
         await drain(app)
         await replay("a1")
-        assert (await sound(app))["pending"] == 1
+        assert (await consistent_counts(app))["pending"] == 1
         await replay("a2")
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["pending"], counts["suppressed"]) == (4, 0, 1)
     assert bench.groups == [["a1", "a2"], ["a1", "a2"]]
 
 
 async def test_p6_matches_make_one_run_at_a_time(tmp_path: Path) -> None:
-    """With Singleflight, what matches while a run works makes one successor, that has the events of all; also across lives."""
+    """With Singleflight, matches during a run make one successor with the events of all, also
+    across restarts.
+    """
     bench = Bench(count("a", 2, within=600), tmp_path / "patterns.db", deliver=Singleflight())
     bench.lasts = 100
     async with bench.running() as app:
@@ -479,19 +511,22 @@ async def test_p6_matches_make_one_run_at_a_time(tmp_path: Path) -> None:
         assert bench.groups == [["a1", "a2"]]
         first, second = sorted(run["id"] for run in await app.store.runs())
         assert [await verdict(app, f"a{n}") for n in (1, 4, 5, 6)] == [
-            ("batched", first), ("batched", second), ("batched", second), ("batched", second)
-        ]  # fmt: skip
-        assert (await sound(app))["pending"] == 7
+            ("batched", first),
+            ("batched", second),
+            ("batched", second),
+            ("batched", second),
+        ]
+        assert (await consistent_counts(app))["pending"] == 7
     async with bench.running() as app:
         await bench.send(app, "a8")
         await drain(app)
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["pending"], counts["runs"]) == (8, 0, 2)
     assert bench.groups[-1] == ["a3", "a4", "a5", "a6", "a7", "a8"]
 
 
-async def test_windows_of_matches_are_of_one_key() -> None:
-    """With Batch and by=, each key has a window of its own; one that lapses in time is not in it."""
+async def test_windows_of_matches_are_per_key() -> None:
+    """With Batch and by=, each key has its own window; a match of another key is not in it."""
     bench = Bench(all_of("a", "b", within=5, by="k"), deliver=Batch(4, within=60))
     async with bench.running() as app:
         await bench.send(app, "a1", "b1", key="x")
@@ -504,31 +539,36 @@ async def test_windows_of_matches_are_of_one_key() -> None:
         assert bench.given == [(10.0, ["a1", "b1", "a4", "b4"])]
         await bench.clock.advance(60)
         assert bench.given[1] == (60.0, ["a2", "b2"])
-        counts = await sound(app)
+        counts = await consistent_counts(app)
         assert (counts["completed"], counts["suppressed"], counts["pending"]) == (6, 1, 0)
 
 
-def test_p2_what_did_not_become_durable_did_not_happen() -> None:
-    """A state that a failed transaction moved on is not gone on with: what is kept decides, also right after it was kept."""
+def test_p2_a_state_of_a_failed_transaction_is_not_used() -> None:
+    """A state that a failed transaction changed is discarded: the stored state counts, also right
+    after it was stored.
+    """
     router = Router(Bench(count("a", 3, within=60)).app().subscriptions, Ids(), VirtualClock())
 
-    def weave(state: Any, event: int) -> Any:
-        return router.patterns.advance("watch", "", state, event, PatternEvent("watch", "", 0, event), event, 1)
+    def advance(state: Any, event: int) -> Any:
+        return router.patterns.advance(
+            "watch", "", state, event, PatternEvent("watch", "", 0, event), event, 1
+        )
 
-    first = weave(None, 1)
+    first = advance(None, 1)
     kept = router.patterns.encode_state("watch", "", first.state)
     for _ in range(3):
-        failed = weave(kept, 2)
-        assert failed.matches == [] and weave(failed.state, 3).matches != []
-    again = weave(kept, 2)
+        failed = advance(kept, 2)
+        assert failed.matches == [] and advance(failed.state, 3).matches != []
+    again = advance(kept, 2)
     assert router.patterns.encode_state("watch", "", again.state) != kept
-    assert [match.events for match in weave(router.patterns.encode_state("watch", "", again.state), 4).matches] == [
-        (1, 2, 4)
-    ]
+    assert [
+        match.events
+        for match in advance(router.patterns.encode_state("watch", "", again.state), 4).matches
+    ] == [(1, 2, 4)]
 
 
-def test_what_a_pattern_does_not_take() -> None:
-    """Options that belong to one event are refused."""
+def test_options_that_a_pattern_rejects() -> None:
+    """Options that belong to one event raise."""
 
     @flow
     async def act(events: list[Event]) -> None: ...

@@ -1,6 +1,7 @@
-"""The machine behind patterns against an oracle that looks at a whole history at once, by brute force.
+"""The state machine of patterns against an oracle that evaluates a whole history by brute force.
 
-`PATTERN_HISTORIES=2000 pytest tests/routing/test_patterns.py` checks as many histories of each pattern; CI checks 200.
+`PATTERN_HISTORIES=2000 pytest tests/routing/test_patterns.py` checks 2000 histories per pattern; CI
+checks 200.
 """
 
 import os
@@ -37,27 +38,27 @@ S = 1_000_000
 
 
 class Given(NamedTuple):
-    """An item that a part gave its pattern. `order`: when, and of equals after what; timers come before arrivals."""
+    """An item that a part gives its pattern. `order`: time, then rank; timers precede arrivals."""
 
     order: tuple[int, ...]
     role: int
     item: PatternItem
 
 
-class Told(NamedTuple):
-    """What the oracle says of a history."""
+class Expected(NamedTuple):
+    """The result that the oracle expects for a history."""
 
     matches: list[Given]
-    lapsed: list[int]
+    expired: list[int]
 
 
 class Oracle:
-    """Reads a pattern as its guide does, from a history as a whole."""
+    """Evaluates a pattern as its guide defines it, on a whole history."""
 
     def __init__(self, arrivals: list[tuple[int, PatternItem]]) -> None:
         self._arrivals = arrivals
-        self._leaf = self._node = -1
-        self.lapsed: list[int] = []
+        self._part = self._node = -1
+        self.expired: list[int] = []
 
     def matches(self, pattern: Pattern, lateness: int = 0) -> list[Given]:
         self._node += 1
@@ -67,24 +68,24 @@ class Oracle:
             if isinstance(each, Pattern):
                 given += [Given(order, role, item) for order, _, item in self.matches(each, late)]
             else:
-                self._leaf += 1
-                leaf = self._leaf
+                self._part += 1
+                part_number = self._part
                 given += [
                     Given((item.at, 1, n), role, item)
                     for n, (to, item) in enumerate(self._arrivals)
-                    if to == leaf
+                    if to == part_number
                 ]
         given.sort(key=lambda each: each.order)
-        rule = {"any_of": self._any, "all_of": self._gathered, "count": self._gathered}.get(
-            pattern.kind, self._waits
+        rule = {"any_of": self._any, "all_of": self._pooled, "count": self._pooled}.get(
+            pattern.kind, self._timed
         )
         return sorted(rule(pattern, late, given, node), key=lambda each: each.order)
 
     def _any(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
         return given
 
-    def _gathered(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
-        """all_of and count: every choice of items that are there is looked at, the earliest is taken."""
+    def _pooled(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
+        """all_of and count: every choice of open items is tried, the earliest is taken."""
         free: list[Given] = []
         found: list[Given] = []
         for new in given:
@@ -106,7 +107,7 @@ class Oracle:
             )
             free = [old for old in free if not any(old is each for each in best)]
             found.append(_match(new.order, best, max(each.item.time for each in best), new.item.at))
-        self.lapsed += [event for old in free for event in old.item.events]
+        self.expired += [event for old in free for event in old.item.events]
         return found
 
     def _choices(self, pattern: Pattern, there: list[Given], new: Given) -> Iterator[list[Given]]:
@@ -120,16 +121,18 @@ class Oracle:
             ]
             yield from ([*chosen] for chosen in product(*parts))
 
-    def _waits(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
-        """sequence and absent: items in the order in which they are taken; each opening's fate is looked up in what follows."""
+    def _timed(self, pattern: Pattern, late: int, given: list[Given], node: int) -> list[Given]:
+        """sequence and absent: items in the order in which they are processed; the outcome of each
+        opening is looked up in the items after it.
+        """
         within = pattern.within
-        taken = sorted((_Taken(each, late, node) for each in given), key=lambda each: each.key)
+        taken = sorted((_Processed(each, late, node) for each in given), key=lambda each: each.key)
         used: set[int] = set()
         found: list[Given] = []
-        openings: list[tuple[int, _Taken]] = []
+        openings: list[tuple[int, _Processed]] = []
 
-        def fate(n: int, opening: _Taken, before: int) -> "tuple[str, _Taken | None]":
-            """Of an opening, as it stands when item `before` is taken."""
+        def outcome(n: int, opening: _Processed, before: int) -> "tuple[str, _Processed | None]":
+            """The outcome of an opening, before item number `before` is processed."""
             clock = taken[before].at if before < len(taken) else 1 << 62
             for other in taken[n + 1 : before]:
                 if opening.at + within + 1 <= other.at:
@@ -142,7 +145,9 @@ class Oracle:
             return ("up" if opening.at + within + 1 <= clock else "open"), None
 
         for n, each in enumerate(taken):
-            now_open = [(m, o) for m, o in openings if m not in used and fate(m, o, n)[0] == "open"]
+            now_open = [
+                (m, o) for m, o in openings if m not in used and outcome(m, o, n)[0] == "open"
+            ]
             if each.role == 0:
                 openings.append((n, each))
             elif each.role == 1:
@@ -152,24 +157,24 @@ class Oracle:
                     if 0 <= each.item.time - o.item.time <= within
                 ]
                 if not fits:
-                    self.lapsed += each.item.events
+                    self.expired += each.item.events
                     continue
                 _, m, o = min(fits, key=lambda one: one[0])
                 used.add(m)
                 found.append(_match(each.order, [o.given, each.given], each.item.time, each.at))
             elif each.role == 2:
-                self.lapsed += each.item.events
+                self.expired += each.item.events
             elif any(0 < o.item.time - each.item.time <= within for _, o in now_open):
-                self.lapsed += each.item.events
+                self.expired += each.item.events
                 taken[n] = each.silent()
             else:
                 openings.append((n, each))
         for m, o in openings:
             if m in used:
                 continue
-            ending, by = fate(m, o, len(taken))
+            ending, by = outcome(m, o, len(taken))
             if pattern.kind == "sequence" or ending == "ended":
-                self.lapsed += o.item.events
+                self.expired += o.item.events
             else:
                 up = o.at + within + 1
                 order, at = ((up, 0, node, 0), up) if by is None else (by.order, by.at)
@@ -177,8 +182,10 @@ class Oracle:
         return found
 
 
-class _Taken:
-    """An item that waits its turn: `lateness` after it happened, or at once if that is past."""
+class _Processed:
+    """An item with the time at which it is processed: `lateness` after it happened, or on
+    arrival.
+    """
 
     def __init__(self, given: Given, late: int, node: int) -> None:
         self.given, self.item, self.role = given, given.item, given.role
@@ -187,7 +194,7 @@ class _Taken:
         self.key = (self.at, 1, given.order) if at_once else (self.at, 0, given.item)
         self.order = given.order if at_once else (self.at, 0, node, 1)
 
-    def silent(self) -> "_Taken":
+    def silent(self) -> "_Processed":
         self.role = -1
         return self
 
@@ -210,48 +217,60 @@ def _match(order: tuple[int, ...], chosen: list[Given], time: int, at: int) -> G
 
 
 class Sent(NamedTuple):
-    """One event of a history: which leaf's, when it happened, how late it came."""
+    """One event of a history: its part, when it happened, how late it arrives."""
 
-    leaf: int
+    part_number: int
     time: int
     late: int
     twice: bool
 
 
-def histories(leaves: int, *, most: int) -> st.SearchStrategy[list[Sent]]:
-    """Events of few seconds and leaves, so that windows meet, touch, and miss by little; some late, some sent twice."""
+def histories(part_count: int, *, most: int) -> st.SearchStrategy[list[Sent]]:
+    """Events of few seconds and parts, so that windows meet, overlap, and miss by little; some are
+    late, some are sent twice.
+    """
     late = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 15))
-    sent = st.builds(Sent, st.integers(0, leaves - 1), st.integers(0, 30), late, st.booleans())
+    sent = st.builds(Sent, st.integers(0, part_count - 1), st.integers(0, 30), late, st.booleans())
     return st.lists(sent, max_size=most)
 
 
 def arrivals(history: list[Sent]) -> list[tuple[int, PatternItem]]:
-    """In the order of arrival, numbered as the ledger would; one sent twice is one event."""
+    """The history in order of arrival, numbered as the ledger does; a repeated event is one
+    event.
+    """
     ordered = sorted(history, key=lambda sent: sent.time + sent.late)
     return [
-        (sent.leaf, PatternItem(sent.time * S, (sent.time + sent.late) * S, (n,)))
+        (sent.part_number, PatternItem(sent.time * S, (sent.time + sent.late) * S, (n,)))
         for n, sent in enumerate(ordered, 1)
     ]
 
 
-class Life:
-    """A machine in use: its state through bytes when it restarts, dropped when nothing is open, asked at odd times."""
+class SimulatedLife:
+    """A machine in use: its state is encoded at restarts, dropped when nothing is open, and
+    advanced at odd times.
+    """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.state: PatternState | None = None
         self.matches: list[PatternItem] = []
-        self.lapsed: list[int] = []
+        self.expired: list[int] = []
         self.known: set[int] = set()
 
-    def advance(self, now: int, leaf: int | None = None, item: PatternItem | None = None) -> None:
+    def advance(
+        self, now: int, part_number: int | None = None, item: PatternItem | None = None
+    ) -> None:
         state = self.machine.initial_state(now) if self.state is None else self.state
-        step = self.machine.advance(state, now, leaf, item)
+        step = self.machine.advance(state, now, part_number, item)
         self.matches += step.matches
-        self.lapsed += [event for event, reason in step.expired if reason]
+        self.expired += [event for event, reason in step.expired if reason]
         self.state = state if self.machine.is_open(state) else None
         accounted = sorted(
-            [*self.lapsed, *(event for match in self.matches for event in match.events), *self.open]
+            [
+                *self.expired,
+                *(event for match in self.matches for event in match.events),
+                *self.open,
+            ]
         )
         assert accounted == sorted(self.known | set(item.events if item else ())), (
             "an event is lost, or is twice"
@@ -262,10 +281,10 @@ class Life:
     def open(self) -> list[int]:
         return [] if self.state is None else self.machine.events(self.state)
 
-    def receive(self, leaf: int, item: PatternItem, twice: bool) -> None:
+    def receive(self, part_number: int, item: PatternItem, twice: bool) -> None:
         for _ in range(1 + twice):
             if not self.known.issuperset(item.events):  # as the ledger does
-                self.advance(item.at, leaf, item)
+                self.advance(item.at, part_number, item)
                 self.known.update(item.events)
 
     def restart(self) -> None:
@@ -292,73 +311,81 @@ PATTERNS: dict[str, Callable[[float, float], Pattern]] = {
     "three in a row": lambda within, late: sequence(
         sequence("a", then="b", within=within), then="c", within=within, lateness=late
     ),
-    "silence between": lambda within, late: sequence(
+    "absence between": lambda within, late: sequence(
         "a",
         then=absent("b", 4, after="c"),
         unless=count("d", 2, within=5, lateness=1),
         within=within + 6,
         lateness=late,
     ),
-    "all silent": lambda within, late: all_of(
+    "all absent": lambda within, late: all_of(
         absent("a", within, lateness=late), absent("b", within + 1), within=10, lateness=late
     ),
 }
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_what_matches_is_what_the_oracle_says(name: str) -> None:
-    """Late, repeated and disordered events, restarts anywhere, timers asked late: the same matches, and all else lapses."""
+def test_matches_are_those_of_the_oracle(name: str) -> None:
+    """Late, repeated and disordered events, restarts at any time, late timers: the matches are the
+    same, and all other events expire.
+    """
     make = PATTERNS[name]
-    leaves = len(make(5, 0).flat_parts)
+    part_count = len(make(5, 0).flat_parts)
 
     @settings(
         max_examples=HISTORIES,
         deadline=None,
         suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
     )
-    @given(st.data(), histories(leaves, most=14), st.integers(1, 10), st.sampled_from([0, 0, 2, 5]))
+    @given(
+        st.data(), histories(part_count, most=14), st.integers(1, 10), st.sampled_from([0, 0, 2, 5])
+    )
     def check(data: st.DataObject, history: list[Sent], within: int, late: int) -> None:
         pattern = make(within, late)
-        came = arrivals(history)
+        arrived = arrivals(history)
         twice = [sent.twice for sent in sorted(history, key=lambda sent: sent.time + sent.late)]
-        life = Life(compile_pattern(pattern).machine)
-        for (leaf, item), again in zip(came, twice, strict=True):
+        life = SimulatedLife(compile_pattern(pattern).machine)
+        for (part_number, item), again in zip(arrived, twice, strict=True):
             if data.draw(st.booleans(), "restart"):
                 life.restart()
-            if data.draw(st.booleans(), "asked before") and life.state is not None:
+            if data.draw(st.booleans(), "advanced before") and life.state is not None:
                 life.advance(max(item.at - data.draw(st.integers(0, 3)) * S, 0))
-            life.receive(leaf, item, again)
+            life.receive(part_number, item, again)
         life.restart()
         life.advance(1000 * S)
-        oracle = Oracle(came)
+        oracle = Oracle(arrived)
         expected = [each.item for each in oracle.matches(pattern)]
         assert [(match.time, match.at, match.events) for match in life.matches] == [
             (match.time, match.at, match.events) for match in expected
         ]
-        assert sorted(life.lapsed) == sorted(oracle.lapsed)
+        assert sorted(life.expired) == sorted(oracle.expired)
         assert life.state is None
 
     check()
 
 
-# --------------------------------------------------------------------------- what the oracle does not say
+# --------------------------------------------------------------------------- without the oracle
 
 
 def at(text: str) -> int:
     return to_us(datetime.fromisoformat(text))
 
 
-def told(pattern: Pattern, start: str, *came: str, until: str, asked: bool = True) -> list[str]:
-    """The deadlines missed, when events came at these times; asked each hour, or only at the end."""
-    life = Life(compile_pattern(pattern).machine)
+def missed_deadlines(
+    pattern: Pattern, start: str, *arrived: str, until: str, advanced: bool = True
+) -> list[str]:
+    """The deadlines missed when events come at these times; advanced each hour, or only at the
+    end.
+    """
+    life = SimulatedLife(compile_pattern(pattern).machine)
     now, end = at(start), at(until)
     life.advance(now)
-    for n, moment in enumerate(sorted(map(at, came)), 1):
-        while asked and now < moment - 3600 * S:
+    for n, moment in enumerate(sorted(map(at, arrived)), 1):
+        while advanced and now < moment - 3600 * S:
             now += 3600 * S
             life.advance(now)
         life.receive(0, PatternItem(moment, moment, (n,)), twice=False)
-    while asked and (now := now + 3600 * S) < end:
+    while advanced and (now := now + 3600 * S) < end:
         life.advance(now)
     life.restart()
     life.advance(end)
@@ -366,9 +393,11 @@ def told(pattern: Pattern, start: str, *came: str, until: str, asked: bool = Tru
 
 
 def test_a_daily_deadline_is_missed_once_a_day() -> None:
-    """absent(by=): each local day at that time, if nothing came since the day before; over a change of clocks too."""
+    """absent(by=): a match each local day at that time if no event arrived since the day before,
+    also over a change of clocks.
+    """
     pattern = absent("file.landed", by="06:00", tz="Europe/Berlin")
-    missed = told(
+    missed = missed_deadlines(
         pattern,
         "2030-03-29T12:00Z",
         "2030-03-30T04:59Z",
@@ -378,38 +407,44 @@ def test_a_daily_deadline_is_missed_once_a_day() -> None:
     assert missed == ["2030-03-31 04:00+00:00", "2030-04-02 04:00+00:00", "2030-04-03 04:00+00:00"]
 
 
-def test_deadlines_that_passed_while_nothing_ran_are_one() -> None:
-    """After ten days away only the last deadline is told of, and at once."""
+def test_of_deadlines_that_passed_while_stopped_only_the_last_matches() -> None:
+    """After ten days without a process, only the last deadline matches, at once."""
     pattern = absent("file.landed", by="06:00")
-    missed = told(pattern, "2030-03-01T12:00Z", until="2030-03-11T12:00Z", asked=False)
+    missed = missed_deadlines(
+        pattern, "2030-03-01T12:00Z", until="2030-03-11T12:00Z", advanced=False
+    )
     assert missed == ["2030-03-11 06:00+00:00"]
 
 
-def test_time_is_the_senders_but_not_the_future() -> None:
-    """An event happened when it says; without a time, or with one to come, when it arrived."""
+def test_event_time_is_the_senders_unless_in_the_future() -> None:
+    """The event time is that of the event; without one, or with one in the future, it is the
+    arrival.
+    """
     now = at("2030-01-01T00:00Z")
-    for said, expected in (
+    for given_time, expected in (
         (None, now),
         ("2029-12-31T23:00Z", now - 3600 * S),
         ("2031-01-01T00:00Z", now),
     ):
-        time = None if said is None else datetime.fromisoformat(said)
+        time = None if given_time is None else datetime.fromisoformat(given_time)
         assert event_time_us(Event(id="1", source="/s", type="t", time=time), now) == expected
 
 
-def test_reasons_name_what_was_missing() -> None:
-    """Whoever explains an event that matched nothing learns which part did not come, or came first."""
+def test_reasons_name_the_missing_part() -> None:
+    """The reason of an event that matched nothing names the part that was missing, or arrived
+    first.
+    """
 
-    def reasons(pattern: Pattern, *came: tuple[int, int]) -> dict[int, str]:
+    def reasons(pattern: Pattern, *arrived: tuple[int, int]) -> dict[int, str]:
         machine = compile_pattern(pattern).machine
-        state, lapsed = machine.initial_state(0), {}
-        for n, (leaf, second) in enumerate(came):
-            lapsed.update(
+        state, expired = machine.initial_state(0), {}
+        for n, (part_number, second) in enumerate(arrived):
+            expired.update(
                 machine.advance(
-                    state, second * S, leaf, PatternItem(second * S, second * S, (n,))
+                    state, second * S, part_number, PatternItem(second * S, second * S, (n,))
                 ).expired
             )
-        return {**lapsed, **dict(machine.advance(state, 1000 * S).expired)}
+        return {**expired, **dict(machine.advance(state, 1000 * S).expired)}
 
     assert reasons(all_of("a", "b", "c", within=10), (0, 0), (2, 1)) == {
         0: "all_of: not each of a, b, c within 10 s",
@@ -427,19 +462,21 @@ def test_reasons_name_what_was_missing() -> None:
     assert reasons(absent("beat", 10), (0, 0), (0, 4))[0] == "absent: beat came 4 s after it"
 
 
-def test_what_is_open_is_bounded() -> None:
-    """Ten thousand items wait at most, per key and part; the oldest lapse, and say why."""
+def test_open_items_are_bounded() -> None:
+    """At most ten thousand items wait per key and part; the oldest expire, with a reason."""
     machine = compile_pattern(all_of("a", "b", within=3600)).machine
     state = machine.initial_state(0)
-    lapsed = [machine.advance(state, n, 0, PatternItem(n, n, (n,))).expired for n in range(10_003)]
+    expired = [machine.advance(state, n, 0, PatternItem(n, n, (n,))).expired for n in range(10_003)]
     assert len(machine.events(state)) == 10_000
-    assert [each for step in lapsed for each in step] == [
+    assert [each for step in expired for each in step] == [
         (n, "a: more than 10,000 wait") for n in range(3)
     ]
 
 
 def test_parts_and_keys() -> None:
-    """A part is a trigger, a type, a pair with a filter, or a pattern; `by` is one path for all, or one for each by name."""
+    """A part is a trigger, a type, a pair with a filter, or a pattern; `by` is one path for all
+    parts or one for each by name.
+    """
     orders, paid = MemoryTrigger("orders"), "payment.*"
     pattern = all_of(
         (orders, {"total": [{"numeric": [">", 5]}]}),
@@ -449,19 +486,21 @@ def test_parts_and_keys() -> None:
     )
     made = compile_pattern(pattern)
     assert pattern.triggers == [orders] and made.trigger_names == {"orders", "events"}
-    assert [made.parts_for(place, "payment.made") for place in ("orders", "events", "else")] == [
+    assert [
+        made.parts_for(trigger, "payment.made") for trigger in ("orders", "events", "else")
+    ] == [
         [0],
         [1],
         [],
     ]
     event = Event(id="1", source="/s", type="payment.made", data={"order": {"id": 7}})
-    (key,) = [leaf.key for leaf in made.parts if leaf.trigger_name == "events"]
+    (key,) = [part.key for part in made.parts if part.trigger_name == "events"]
     assert key is not None and key(event) == "7"
 
 
-def test_mistakes_are_said_when_a_pattern_is_written() -> None:
-    """What makes no sense is refused at once, with what was expected."""
-    for make, said in (
+def test_invalid_patterns_are_rejected_at_once() -> None:
+    """An invalid pattern raises when it is made, naming what was expected."""
+    for make, message in (
         (lambda: all_of("a", within=5), "two parts or more"),
         (lambda: all_of("a", "a", within=5), "in it twice"),
         (lambda: all_of("a", "b", within=0), "positive duration"),
@@ -478,5 +517,5 @@ def test_mistakes_are_said_when_a_pattern_is_written() -> None:
         (lambda: part(5), "a trigger, an event type"),  # type: ignore[arg-type]
         (lambda: part("a", where={"x": [{"bogus": 1}]}), "bogus"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             make()

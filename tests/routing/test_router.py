@@ -1,4 +1,4 @@
-"""Every event has a verdict for each subscription, and every delivery is counted once."""
+"""Every event has a verdict per subscription, and every delivery is counted once."""
 
 import inspect
 from typing import Any
@@ -46,7 +46,7 @@ def router(*subscriptions: Any) -> Router:
 
 
 def verdicts(arrival: Any) -> list[tuple[str, str]]:
-    return [(name, fate) for name, fate, _ in orjson.loads(arrival.verdicts)]
+    return [(name, outcome) for name, outcome, _ in orjson.loads(arrival.verdicts)]
 
 
 def reasons(arrival: Any) -> list[Any]:
@@ -57,7 +57,9 @@ ORDER = {"id": 7, "total": 9.5}
 
 
 def test_a_match_is_a_run():
-    """A wanted event starts one run per subscription, due now, carrying the event's body and the flow's priority."""
+    """A matching event starts one run per subscription, due now, with the event's body and the
+    flow's priority.
+    """
     arrival = router(subscribe("orders", handle), subscribe("orders", audit)).route(
         "orders", event(ORDER)
     )
@@ -83,7 +85,9 @@ def test_a_match_is_a_run():
 
 
 def test_p3_each_subscription_has_its_verdict():
-    """Run, filtered and invalid stand side by side, in order, each with its reason; only the trigger's own are asked."""
+    """Run, filtered and invalid are listed in order, each with its reason; only the trigger's
+    subscriptions have one.
+    """
     arrival = router(
         subscribe("orders", audit),
         subscribe("orders", handle, where={"total": [{"numeric": [">", 10]}]}),
@@ -92,25 +96,31 @@ def test_p3_each_subscription_has_its_verdict():
         subscribe("other", audit),
     ).route("orders", event(ORDER))
     assert verdicts(arrival) == [
-        ("orders/audit", "run"), ("orders/handle", "filtered"), ("orders/count", "invalid"), ("broken", "invalid")
-    ]  # fmt: skip
+        ("orders/audit", "run"),
+        ("orders/handle", "filtered"),
+        ("orders/count", "invalid"),
+        ("broken", "invalid"),
+    ]
     assert reasons(arrival)[1:] == [
         "total.numeric[> 10] (found 9.5)",
         "flow 'count' cannot bind parameter 'n': missing; the data has id, total",
         "KeyError: 'nope'",
     ]
     assert arrival.counts == {"pending": 1, "suppressed": 1, "dead": 2}
-    assert arrival.dead_letters == [("orders/count", reasons(arrival)[2]), ("broken", "KeyError: 'nope'")]
+    assert arrival.dead_letters == [
+        ("orders/count", reasons(arrival)[2]),
+        ("broken", "KeyError: 'nope'"),
+    ]
 
 
-def test_p9_an_event_nobody_wants_is_one_suppressed_delivery():
-    """An event without a subscriber is recorded with no verdict and counted as suppressed."""
+def test_p9_an_event_without_subscription_is_one_suppressed_delivery():
+    """An event without a subscription is recorded with no verdict and counted as suppressed."""
     arrival = router().route("orders", event(ORDER))
     assert (arrival.verdicts, arrival.counts, list(arrival.runs)) == (b"[]", {"suppressed": 1}, [])
 
 
 def test_p9_undecodable_bytes_are_one_dead_letter():
-    """Bytes that are no event are kept as they came, with the reason and the headers."""
+    """Bytes that are no event are recorded unchanged, with the reason and the headers."""
     item = Undecodable(
         id="x", source="/shop", body=b"\xff\x00", error="not JSON", headers={"content-type": "a/b"}
     )
@@ -126,18 +136,22 @@ def test_p9_undecodable_bytes_are_one_dead_letter():
 
 
 def test_data_that_is_no_json_is_a_dead_letter():
-    """An event whose data a trigger left unencodable is not lost: its attributes are kept with the reason."""
+    """An event whose data has no JSON form is not lost: its attributes are recorded with the
+    reason.
+    """
     arrival = router(subscribe("orders", audit)).route("orders", event({"x": object()}))
     assert arrival.counts == {"dead": 1}
     assert "cannot be written as JSON" in arrival.dead_letters[0][1]
     assert Event.from_json(arrival.body).id == "e1"
 
 
-def test_a_paused_trigger_holds_its_runs():
-    """While a trigger is paused its runs are recorded in PAUSED, count as pending, and filters still apply."""
+def test_runs_of_a_paused_trigger_are_paused():
+    """While a trigger is paused its runs are recorded in PAUSED, count as pending, and filters
+    still apply.
+    """
     arrival = router(
         subscribe("orders", audit), subscribe("orders", handle, where={"total": [0]})
-    ).route("orders", event(ORDER), paused=True)  # fmt: skip
+    ).route("orders", event(ORDER), paused=True)
     assert verdicts(arrival) == [("orders/audit", "paused"), ("orders/handle", "filtered")]
     assert [run.state for run in arrival.runs] == [State.PAUSED]
     assert arrival.counts == {"pending": 1, "suppressed": 1}
@@ -152,7 +166,7 @@ def test_p2_identity_is_trigger_source_and_id(a, b, c, d, e, f):
     assert identity(*left) == identity(*left)
 
 
-def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
+def test_p2_the_content_digest_distinguishes_duplicate_and_conflict():
     """Another time stamp is the same content; another type or other data is not."""
     base = event(ORDER)
     stamped = msgspec.structs.replace(base, time=None, subject="s")
@@ -175,7 +189,7 @@ def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
 
 
 @pytest.mark.parametrize(
-    ("key", "lane"),
+    ("key", "ordering_key"),
     [
         (None, None),
         ("id", "7"),
@@ -189,15 +203,17 @@ def test_p2_the_content_digest_tells_a_duplicate_from_a_conflict():
         (lambda found: f"k{found.data['id']}", "k7"),
     ],
 )
-def test_a_key_is_a_lane(key, lane):
-    """`key=` names the lane by a path into the data, an attribute, the record's key or a callable; nothing there, no lane."""
+def test_key_computes_the_ordering_key(key, ordering_key):
+    """`key=` takes the ordering key from a path into the data, an attribute, the record's key or a
+    callable; without a value, there is none.
+    """
     found = event(
         ORDER | {"customer": {"name": "Ada"}},
         subject="s/1",
         extensions={"partitionkey": "pk", "shard": 3},
     )
     (run,) = router(subscribe("orders", audit, key=key)).route("orders", found).runs
-    assert run.ordering_key == lane
+    assert run.ordering_key == ordering_key
 
 
 def test_record_falls_back_to_the_subject():
@@ -209,7 +225,9 @@ def test_record_falls_back_to_the_subject():
 
 
 def test_a_key_that_fails_is_invalid():
-    """A key callable that raises, or returns something else than text, is a dead letter and not a run out of order."""
+    """A key callable that raises, or returns something else than text, makes a dead letter and no
+    unordered run.
+    """
     arrival = router(
         subscribe("orders", audit, key=lambda found: found.data["x"]),
         subscribe("orders", audit, key=lambda found: 5, name="five"),  # pyright: ignore[reportArgumentType]
@@ -222,7 +240,9 @@ def test_a_key_that_fails_is_invalid():
 
 
 def test_params_override_the_binding():
-    """`params=` makes the arguments; they travel with the run, and are checked against the signature on the way in."""
+    """`params=` makes the arguments; they are stored with the run, and checked against the
+    signature on arrival.
+    """
     (run,) = (
         router(subscribe("o", count, params=lambda found: {"n": found.data["id"]}))
         .route("o", event(ORDER))
@@ -235,13 +255,15 @@ def test_params_override_the_binding():
         subscribe("o", count, params=lambda found: {}, name="missing"),
         subscribe("o", count, params=lambda found: {"n": 1, "label": object()}, name="json"),
     ).route("o", event(ORDER))
-    assert {fate for _, fate in verdicts(arrival)} == {"invalid"}
+    assert {outcome for _, outcome in verdicts(arrival)} == {"invalid"}
     assert len(arrival.dead_letters) == arrival.counts["dead"] == 4
     assert "Expected `int`, got `str`" in reasons(arrival)[0]
 
 
-def test_types_say_what_a_subscription_hears():
-    """An event of another type is no delivery to a subscription with `types`, and gets no verdict from it."""
+def test_types_select_the_accepted_event_types():
+    """An event of another type is no delivery to a subscription with `types`, and has no verdict
+    from it.
+    """
     made = router(
         subscribe(EMITTED, audit, types=("order.created",)),
         subscribe(EMITTED, audit, types=("order.*",), name="glob"),
@@ -251,8 +273,10 @@ def test_types_say_what_a_subscription_hears():
     assert made.route_emitted(event(ORDER, type="nobody")).counts == {"suppressed": 1}
 
 
-def test_an_emitted_event_knows_its_depth():
-    """Runs of emitted events carry the depth; beyond 20 hops the event is a dead letter that says so."""
+def test_an_emitted_event_has_its_depth():
+    """Runs of emitted events carry the depth; beyond 20 hops the event is a dead letter with that
+    reason.
+    """
     made = router(subscribe(EMITTED, audit))
     (run,) = made.route_emitted(event(ORDER), 20).runs
     assert run.depth == 20
@@ -264,7 +288,7 @@ def test_an_emitted_event_knows_its_depth():
 
 
 def test_an_outside_event_has_no_depth():
-    """A depth that a sender claims is not believed."""
+    """A depth sent from outside is ignored."""
     (run,) = (
         router(subscribe("o", audit))
         .route("o", event(ORDER, extensions={"eventflowdepth": "19"}))
@@ -275,17 +299,24 @@ def test_an_outside_event_has_no_depth():
 
 @pytest.mark.parametrize("data", [float("nan"), (1, 2), {"x": object()}, 2**70])
 def test_emitted_data_must_be_json(data):
-    """What a flow emits and JSON cannot say exactly is refused to the flow."""
+    """Emitting data that JSON cannot represent exactly raises in the flow."""
     with pytest.raises(NotStorable):
         router().route_emitted(event(data))
 
 
 def test_a_flow_can_be_started_without_a_subscription():
-    """One delivery to one flow, with given parameters or from the event; what does not bind raises to the caller."""
+    """One delivery to one flow, with given parameters or from the event; a binding error raises to
+    the caller.
+    """
     made = router()
     arrival = made.route_to_flow(count, event(), params=b'{"n":5}', trigger="api", ordering_key="l")
     (run,) = arrival.runs
-    assert (run.flow, run.params, run.ordering_key, run.event) == ("count", b'{"n":5}', "l", arrival.id)
+    assert (run.flow, run.params, run.ordering_key, run.event) == (
+        "count",
+        b'{"n":5}',
+        "l",
+        arrival.id,
+    )
     assert (arrival.trigger, arrival.counts) == ("api", {"pending": 1})
     assert made.route_to_flow(handle, event(ORDER)).runs[0].params is None
     with pytest.raises(BindingError):
@@ -295,7 +326,9 @@ def test_a_flow_can_be_started_without_a_subscription():
 
 
 def test_a_replay_is_for_the_recorded_event():
-    """A replayed event keeps its ledger id in its runs, and may be for one flow or subscription only, of any trigger."""
+    """A replayed event keeps its ledger id in its runs, and may be for one flow or subscription
+    only, of any trigger.
+    """
     made = router(
         subscribe("orders", audit),
         subscribe("orders", handle),
@@ -307,7 +340,7 @@ def test_a_replay_is_for_the_recorded_event():
     assert verdicts(made.route("orders", event({"n": 1}), only="later")) == [("later", "run")]
 
 
-def test_names_are_told_apart():
+def test_subscription_names_are_unique():
     """A second subscription of the same flow to the same trigger is #2, a third #3."""
     names: list[str] = []
     for _ in range(3):
@@ -329,8 +362,8 @@ def test_priority_is_the_flows_unless_given():
         ({"types": ("a**",)}, "single stars"),
     ],
 )
-def test_a_wrong_subscription_is_refused_at_once(given, message):
-    """What a subscription gets wrong is a UsageError when it is made."""
+def test_an_invalid_subscription_is_rejected_at_once(given, message):
+    """An invalid option of a subscription raises UsageError when it is made."""
     with pytest.raises(UsageError, match=message):
         subscribe("orders", audit, **given)
 
@@ -351,8 +384,8 @@ FIELDS = st.dictionaries(
 
 
 @given(FIELDS, st.booleans())
-def test_p9_the_tally_is_the_verdicts(data, paused):
-    """Whatever an event carries, each subscription has one verdict, and the tally adds up to their number."""
+def test_p9_the_counts_are_those_of_the_verdicts(data, paused):
+    """For any event, each subscription has one verdict, and the counts add up to their number."""
     made = router(
         subscribe("o", handle),
         subscribe("o", count, where={"n": [{"exists": True}]}),

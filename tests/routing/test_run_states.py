@@ -1,4 +1,4 @@
-"""Ended runs as events: recorded with the end itself, once for each end, by whoever brought it about."""
+"""Run states as events: recorded with the end of the run, once per end, whatever caused it."""
 
 from typing import Any
 
@@ -42,7 +42,9 @@ async def note(run: str, state: str, result: Any, error: Any) -> None:
 
 
 async def test_p2_an_end_and_its_event_are_one_transaction() -> None:
-    """A completed run is an event with its result, a failed one with its error; each once, with a run of its own."""
+    """A completed run is an event with its result, a failed one with its error; each once, with a
+    run of its own.
+    """
     app = App("states")
     app.add(train)
     app.on(RunState(train, "completed", "failed"), note)
@@ -61,8 +63,10 @@ async def test_p2_an_end_and_its_event_are_one_transaction() -> None:
     assert by_state["failed"]["run"] == bad.id and by_state["failed"]["error"]["message"] == "no -1"
 
 
-async def test_whoever_ends_a_run_its_event_is_there() -> None:
-    """A run that a person cancels before it began is told of like any other; and a retried one ends a second time."""
+async def test_every_end_of_a_run_has_its_event() -> None:
+    """A run that is cancelled before it started has its event like any other; a retried run ends a
+    second time.
+    """
     app, trigger = App("states"), MemoryTrigger("work")
     app.on(trigger, train, deliver=Debounce(60, max_wait=60))
     app.on(RunState("tra*"), note)
@@ -80,8 +84,10 @@ async def test_whoever_ends_a_run_its_event_is_there() -> None:
     assert len(failed) == 2 and {seen["run"] for seen in failed} == {bad.id}
 
 
-async def test_nobody_hears_of_it_unasked() -> None:
-    """Without a subscription that names it there is no such event, also not for one that asks for everything."""
+async def test_without_a_subscription_there_is_no_event() -> None:
+    """Without a subscription that names the type there is no such event; one to all types does not
+    name it.
+    """
     app = App("states")
     app.add(train)
     app.on("*", note)
@@ -91,8 +97,10 @@ async def test_nobody_hears_of_it_unasked() -> None:
         assert await app.store.events(type="eventflow.run.completed") == [] and SEEN == []
 
 
-async def test_a_chain_that_bites_its_tail_ends() -> None:
-    """A flow that hears of its own ends is stopped at depth 20, with a dead letter that says so."""
+async def test_a_flow_triggered_by_its_own_ends_stops() -> None:
+    """A flow triggered by the ends of its own runs is stopped at depth 20, with a dead letter that
+    has the reason.
+    """
 
     @flow
     async def again(run: str) -> None: ...
@@ -107,8 +115,8 @@ async def test_a_chain_that_bites_its_tail_ends() -> None:
         assert "20" in dead["reason"] and len(await app.store.runs(limit=100)) <= 22
 
 
-async def test_where_narrows_it_further() -> None:
-    """`where=` goes together with the state and the flow; the same field twice is said to be a mistake."""
+async def test_where_is_combined_with_state_and_flow() -> None:
+    """`where=` is combined with the state and the flow; the same field twice raises."""
     app = App("states")
     app.add(train)
     app.on(RunState(train, "completed"), note, where={"result": {"n": [{"numeric": [">", 5]}]}})

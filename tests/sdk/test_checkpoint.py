@@ -1,4 +1,6 @@
-"""Checkpoints: what an attempt saved is what the next one loads, whoever was killed when, and nothing else is left."""
+"""Checkpoints: what one attempt saved, the next one loads, whatever was killed when; nothing else
+is left.
+"""
 
 import asyncio
 import os
@@ -29,19 +31,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> CheckpointStore:
+def checkpoints(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints")
 
 
 def attempt(
-    place: CheckpointStore, number: int = 1, *, arguments: bytes | None = None, **given: Any
+    checkpoints: CheckpointStore, number: int = 1, *, arguments: bytes | None = None, **given: Any
 ) -> Checkpoint:
-    """What a body's `checkpoint()` gives in attempt `number` of one call."""
+    """The result of `checkpoint()` in the body of attempt `number` of one call."""
     context = TaskContext("01run", "train", number, "01run/train#0", None, arguments)
     return Checkpoint(
-        place,
+        checkpoints,
         context,
-        place.call_directory("01run/train#0"),
+        checkpoints.call_directory("01run/train#0"),
         given.get("keep", 1),
         given.get("max_bytes", 1 << 20),
     )
@@ -71,27 +73,33 @@ STATES: list[Any] = [
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: str(state)[:24])
-def test_plain_data_comes_back_as_it_was(place: CheckpointStore, state: Any):
-    """A state of plain data is loaded equal to the last type, by another attempt."""
-    attempt(place).save(state, step=4)
-    saved = attempt(place, 2).load()
+def test_plain_data_is_restored(checkpoints: CheckpointStore, state: Any):
+    """A state of plain data is loaded equal down to the types, by another attempt."""
+    attempt(checkpoints).save(state, step=4)
+    saved = attempt(checkpoints, 2).load()
     assert saved is not None and saved.step == 4
     assert repr(saved.state) == repr(state)
 
 
-def test_arrays_come_back_wherever_they_stand(place: CheckpointStore):
-    """numpy arrays and scalars in dicts, lists and tuples come back with their types, beside plain data; no pickle is used."""
+def test_arrays_are_restored_anywhere_in_a_state(checkpoints: CheckpointStore):
+    """numpy arrays and scalars in dicts, lists and tuples are restored with their types, next to
+    plain data, without pickle.
+    """
     weights = numpy.arange(6, dtype=numpy.float32).reshape(2, 3)
     state = OrderedDict(
         layers=[{"w": weights, "b": numpy.zeros(2, dtype=numpy.int8)}, None],
-        best=numpy.float64(0.5), pair=(numpy.array(7), None, "x"), days=numpy.array(["2026-07-01"], dtype="datetime64[D]"),
-        empty=[], none=None,
-    )  # fmt: skip
-    attempt(place).save(state, step=1)
-    assert not any(
-        b"pickle" in path.read_bytes() or path.suffix == ".pkl" for path in files(place.directory)
+        best=numpy.float64(0.5),
+        pair=(numpy.array(7), None, "x"),
+        days=numpy.array(["2026-07-01"], dtype="datetime64[D]"),
+        empty=[],
+        none=None,
     )
-    saved = attempt(place).load()
+    attempt(checkpoints).save(state, step=1)
+    assert not any(
+        b"pickle" in path.read_bytes() or path.suffix == ".pkl"
+        for path in files(checkpoints.directory)
+    )
+    saved = attempt(checkpoints).load()
     assert saved is not None
     got = saved.state
     assert (
@@ -111,16 +119,18 @@ def test_arrays_come_back_wherever_they_stand(place: CheckpointStore):
     assert got["days"].dtype == numpy.dtype("datetime64[D]")
 
 
-def test_an_array_alone_is_a_state(place: CheckpointStore):
+def test_an_array_alone_is_a_state(checkpoints: CheckpointStore):
     """The state may be one array, not only a dict of them."""
-    attempt(place).save(numpy.eye(3), step=1)
-    saved = attempt(place).load()
+    attempt(checkpoints).save(numpy.eye(3), step=1)
+    saved = attempt(checkpoints).load()
     assert saved is not None and numpy.array_equal(saved.state, numpy.eye(3))
 
 
-def test_what_cannot_be_kept_is_named(place: CheckpointStore):
-    """A state that would need pickle is refused when it is saved, with the path to the culprit; the one before stands."""
-    kept = attempt(place)
+def test_a_value_that_cannot_be_stored_is_named(checkpoints: CheckpointStore):
+    """A state that would need pickle raises when it is saved, with the path to the value; the
+    previous checkpoint is intact.
+    """
+    kept = attempt(checkpoints)
     kept.save({"epoch": 1}, step=1)
     for state, path in [
         ({"model": [object()]}, r"state\['model'\]\[0\] is a object"),
@@ -132,18 +142,20 @@ def test_what_cannot_be_kept_is_named(place: CheckpointStore):
     ]:
         with pytest.raises(NotStorable, match=path):
             kept.save(state, step=2)
-    saved = attempt(place).load()
+    saved = attempt(checkpoints).load()
     assert saved == ({"epoch": 1}, 1)
-    assert not list(place.directory.rglob(".draft*"))
+    assert not list(checkpoints.directory.rglob(".draft*"))
 
 
-def test_files_and_folders_are_copied(place: CheckpointStore, tmp_path: Path):
-    """`save_file` keeps a file or a folder as it was then; `load` gives the Path of the copy, under its own name."""
+def test_files_and_directories_are_copied(checkpoints: CheckpointStore, tmp_path: Path):
+    """`save_file` copies a file or directory; `load` returns the Path of the copy, with the same
+    name.
+    """
     model = tmp_path / "model.bin"
     model.write_bytes(b"one")
-    attempt(place).save_file(model, step=1)
+    attempt(checkpoints).save_file(model, step=1)
     model.write_bytes(b"two")
-    saved = attempt(place).load()
+    saved = attempt(checkpoints).load()
     assert (
         saved is not None and saved.state.name == "model.bin" and saved.state.read_bytes() == b"one"
     )
@@ -152,8 +164,8 @@ def test_files_and_folders_are_copied(place: CheckpointStore, tmp_path: Path):
     (tree / "head").write_text("not ours")
     (tree / os.fsdecode(b"caf\xe9")).write_text("no UTF-8")
     (tree / "deep" / "link").symlink_to(model)
-    attempt(place).save_file(tree, step=2)
-    saved = attempt(place).load()
+    attempt(checkpoints).save_file(tree, step=2)
+    saved = attempt(checkpoints).load()
     assert saved is not None and saved.step == 2
     assert (saved.state / "deep" / "link").read_bytes() == b"two" and not (
         saved.state / "deep" / "link"
@@ -162,11 +174,11 @@ def test_files_and_folders_are_copied(place: CheckpointStore, tmp_path: Path):
         saved.state / os.fsdecode(b"caf\xe9")
     ).exists()
     with pytest.raises(UsageError, match="expected a file or a folder, found none"):
-        attempt(place).save_file(tmp_path / "missing", step=3)
+        attempt(checkpoints).save_file(tmp_path / "missing", step=3)
 
 
-def test_tensors_come_back(place: CheckpointStore):
-    """A torch state dict comes back with its types, on the CPU; nothing but tensors is ever unpickled."""
+def test_tensors_are_restored(checkpoints: CheckpointStore):
+    """A torch state dict is restored with its types, on the CPU; only tensors are unpickled."""
     torch = pytest.importorskip(
         "torch", reason="torch is no dependency; this runs where it is installed"
     )
@@ -174,10 +186,15 @@ def test_tensors_come_back(place: CheckpointStore):
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "half": torch.ones(2, dtype=torch.bfloat16),
-             "array": numpy.ones(2), "epoch": 3}  # fmt: skip
-    attempt(place).save(state, step=3)
-    saved = attempt(place).load()
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "array": numpy.ones(2),
+        "epoch": 3,
+    }
+    attempt(checkpoints).save(state, step=3)
+    saved = attempt(checkpoints).load()
     assert saved is not None
     again = torch.nn.Linear(3, 2)
     again.load_state_dict(saved.state["model"])
@@ -192,55 +209,63 @@ def test_tensors_come_back(place: CheckpointStore):
 # --------------------------------------------------------------------------- what is on disk
 
 
-def test_the_last_ones_are_kept(place: CheckpointStore):
-    """By default one checkpoint is on disk, with `keep` as many, and the newest is loaded whatever its step says."""
+def test_the_last_ones_are_kept(checkpoints: CheckpointStore):
+    """By default one checkpoint is on disk, with `keep` as many; the newest is loaded, whatever its
+    step.
+    """
     for step in (5, 6, 2):
-        attempt(place).save({"step": step}, step)
-    assert len(list(place.directory.rglob("head"))) == 1
+        attempt(checkpoints).save({"step": step}, step)
+    assert len(list(checkpoints.directory.rglob("head"))) == 1
     for step in range(5):
-        attempt(place, keep=3).save({"step": step}, step)
-    assert len(list(place.directory.rglob("head"))) == 3
-    assert attempt(place).load() == ({"step": 4}, 4)
+        attempt(checkpoints, keep=3).save({"step": step}, step)
+    assert len(list(checkpoints.directory.rglob("head"))) == 3
+    assert attempt(checkpoints).load() == ({"step": 4}, 4)
 
 
-def test_a_damaged_one_is_passed_over_and_said(
-    place: CheckpointStore, caplog: pytest.LogCaptureFixture
+def test_a_damaged_checkpoint_is_skipped_and_logged(
+    checkpoints: CheckpointStore, caplog: pytest.LogCaptureFixture
 ):
-    """A checkpoint whose bytes changed is never loaded: the one before it is, or none, and the log says so."""
-    kept = attempt(place, keep=2)
+    """A checkpoint whose bytes changed is never loaded: the previous one is, or none, and the log
+    names it.
+    """
+    kept = attempt(checkpoints, keep=2)
     kept.save({"epoch": 1}, step=1)
     kept.save({"epoch": 2}, step=2)
-    newest = sorted(place.directory.rglob("0000*"))[-1]
+    newest = sorted(checkpoints.directory.rglob("0000*"))[-1]
     (newest / "state").write_bytes(b'{"epoch":9}')
-    assert attempt(place).load() == ({"epoch": 1}, 1)
+    assert attempt(checkpoints).load() == ({"epoch": 1}, 1)
     assert "checkpoint.damaged" in caplog.text
     (newest / "head").write_bytes(b"")  # as a power cut leaves it
-    assert attempt(place).load() == ({"epoch": 1}, 1)
+    assert attempt(checkpoints).load() == ({"epoch": 1}, 1)
     (newest / "state").unlink()
     (newest.parent / "00000001" / "state").unlink()
-    assert attempt(place).load() is None
+    assert attempt(checkpoints).load() is None
 
 
-def test_drafts_of_the_dead_are_cleared(place: CheckpointStore):
-    """What a killed attempt left half written is no checkpoint, and goes with the next one's first word."""
-    attempt(place).save({"epoch": 1}, step=1)
-    draft = place.call_directory("01run/train#0") / ".draft-dead"
+def test_drafts_of_killed_attempts_are_removed(checkpoints: CheckpointStore):
+    """What a killed attempt did not complete is no checkpoint; the next attempt removes it."""
+    attempt(checkpoints).save({"epoch": 1}, step=1)
+    draft = checkpoints.call_directory("01run/train#0") / ".draft-dead"
     draft.mkdir()
     (draft / "state").write_text("half")
-    assert attempt(place, 2).load() == ({"epoch": 1}, 1)
+    assert attempt(checkpoints, 2).load() == ({"epoch": 1}, 1)
     assert not draft.exists()
 
 
-def test_it_is_private(place: CheckpointStore):
-    """Nobody but the owner gets into the folder."""
-    attempt(place).save({}, step=1)
-    folder = place.call_directory("01run/train#0")
-    assert {each.stat().st_mode & 0o77 for each in (folder, folder.parent, place.directory)} == {0}
+def test_the_directory_is_private(checkpoints: CheckpointStore):
+    """Only the owner can read the directory."""
+    attempt(checkpoints).save({}, step=1)
+    folder = checkpoints.call_directory("01run/train#0")
+    assert {
+        each.stat().st_mode & 0o77 for each in (folder, folder.parent, checkpoints.directory)
+    } == {0}
 
 
-def test_bounds_are_said_before_anything_is_written(place: CheckpointStore, tmp_path: Path):
-    """Too large a state or file is refused with both sizes, and the checkpoint before stands."""
-    attempt(place).save({"epoch": 1}, step=1)
+def test_limits_are_checked_before_anything_is_written(
+    checkpoints: CheckpointStore, tmp_path: Path
+):
+    """Too large a state or file raises with both sizes, and the previous checkpoint is intact."""
+    attempt(checkpoints).save({"epoch": 1}, step=1)
     large = tmp_path / "large"
     large.write_bytes(bytes(3 << 20))
     for save in (
@@ -249,10 +274,10 @@ def test_bounds_are_said_before_anything_is_written(place: CheckpointStore, tmp_
         lambda kept: kept.save_file(large, step=2),
     ):
         with pytest.raises(CheckpointFailed, match=r"\d\.\d MiB, expected at most 1\.0"):
-            save(attempt(place))
+            save(attempt(checkpoints))
     with pytest.raises(CheckpointFailed, match=r"MiB free in .*, expected"):
-        attempt(place, max_bytes=1 << 62).save_file(_sparse(tmp_path, 1 << 42), step=2)
-    assert attempt(place).load() == ({"epoch": 1}, 1)
+        attempt(checkpoints, max_bytes=1 << 62).save_file(_sparse(tmp_path, 1 << 42), step=2)
+    assert attempt(checkpoints).load() == ({"epoch": 1}, 1)
 
 
 def _sparse(folder: Path, size: int) -> Path:
@@ -262,8 +287,8 @@ def _sparse(folder: Path, size: int) -> Path:
     return path
 
 
-def test_a_disk_that_refuses_is_said(tmp_path: Path):
-    """An operating system error is CheckpointFailed, which names the place."""
+def test_an_operating_system_error_is_reported(tmp_path: Path):
+    """An operating system error is CheckpointFailed, which names the path."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointFailed, match=r"cannot write to .*file"):
         attempt(CheckpointStore(tmp_path / "file")).save({}, step=1)
@@ -277,8 +302,9 @@ from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.core.errors import CheckpointFailed
 from eventflow.sdk.task import TaskContext
 
-place = CheckpointStore(Path(sys.argv[1]))
-kept = Checkpoint(place, TaskContext("01run", "train", 1, "01run/train#0"), place.folder("01run/train#0"), 1, 1 << 30)
+store = CheckpointStore(Path(sys.argv[1]))
+context = TaskContext("01run", "train", 1, "01run/train#0")
+kept = Checkpoint(store, context, store.call_directory("01run/train#0"), 1, 1 << 30)
 kept.save({"epoch": 1}, step=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 for state in (numpy.ones(1 << 20), bytes(1 << 20), "x" * (1 << 20)):
@@ -289,40 +315,44 @@ for state in (numpy.ones(1 << 20), bytes(1 << 20), "x" * (1 << 20)):
 """
 
 
-def test_a_write_that_breaks_off_leaves_the_one_before(place: CheckpointStore):
-    """When the system refuses to write on in the middle of a state, the error says so and nothing of it is left."""
+def test_an_interrupted_write_leaves_the_previous_checkpoint(checkpoints: CheckpointStore):
+    """When the system rejects a write in the middle of a state, the error has the cause and nothing
+    of it is left.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", FULL, str(place.directory)],
+        [sys.executable, "-c", FULL, str(checkpoints.directory)],
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=True,
     )
     assert done.stdout.count("File too large; the previous checkpoint is intact") == 3
-    assert attempt(place).load() == ({"epoch": 1}, 1)
-    assert len(files(place.directory)) == 2
+    assert attempt(checkpoints).load() == ({"epoch": 1}, 1)
+    assert len(files(checkpoints.directory)) == 2
 
 
 # --------------------------------------------------------------------------- whose they are
 
 
-def test_p7_an_attempt_that_is_over_saves_no_more(place: CheckpointStore):
-    """A body that was given up cannot put its state over its successor's."""
-    late = attempt(place)
+def test_p7_an_attempt_that_is_over_cannot_save(checkpoints: CheckpointStore):
+    """An abandoned body cannot replace its successor's state."""
+    late = attempt(checkpoints)
     late.save({"by": 1}, step=1)
     assert late._context is not None
     late._context.is_over = True
-    attempt(place, 2).save({"by": 2}, step=2)
+    attempt(checkpoints, 2).save({"by": 2}, step=2)
     with pytest.raises(CheckpointFailed, match="attempt 1 of 'train' is over"):
         late.save({"by": 1}, step=9)
-    assert attempt(place, 2).load() == ({"by": 2}, 2)
+    assert attempt(checkpoints, 2).load() == ({"by": 2}, 2)
 
 
-def test_other_arguments_begin_anew(place: CheckpointStore, caplog: pytest.LogCaptureFixture):
-    """What was saved for other arguments of the call is not loaded; the log names what changed."""
-    attempt(place, arguments=b'{"rate":0.1,"x":"?"}').save({"epoch": 1}, step=1)
-    assert attempt(place, arguments=b'{"rate":0.1,"x":"?"}').load() is not None
-    assert attempt(place, arguments=b'{"rate":0.2,"x":"?"}').load() is None
+def test_other_arguments_start_from_the_beginning(
+    checkpoints: CheckpointStore, caplog: pytest.LogCaptureFixture
+):
+    """What was saved with other arguments of the call is not loaded; the log names what changed."""
+    attempt(checkpoints, arguments=b'{"rate":0.1,"x":"?"}').save({"epoch": 1}, step=1)
+    assert attempt(checkpoints, arguments=b'{"rate":0.1,"x":"?"}').load() is not None
+    assert attempt(checkpoints, arguments=b'{"rate":0.2,"x":"?"}').load() is None
     assert "rate: 0.1 -> 0.2" in caplog.text
 
 
@@ -334,8 +364,10 @@ def kept_runs(app: App) -> list[str]:
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_a_retry_goes_on_where_the_attempt_was(tmp_path: Path, is_async: bool):
-    """Attempt 2 loads what attempt 1 saved, in a thread and on the loop; after success nothing is left on disk."""
+async def test_a_retry_continues_from_the_last_checkpoint(tmp_path: Path, is_async: bool):
+    """Attempt 2 loads what attempt 1 saved, in a thread and on the loop; after success nothing is
+    left on disk.
+    """
     done: list[tuple[int, int]] = []
 
     def steps(kept: Checkpoint) -> Any:
@@ -374,9 +406,10 @@ async def test_a_retry_goes_on_where_the_attempt_was(tmp_path: Path, is_async: b
     assert not files(tmp_path / "store.db.checkpoints")
 
 
-async def test_success_of_one_call_forgets_only_its_own(tmp_path: Path):
-    """While the run goes on, a finished call's checkpoints are gone and the others stay; a failed run keeps its own for a retry
-    by hand, which goes on from them."""
+async def test_success_of_one_call_removes_only_its_own(tmp_path: Path):
+    """During the run, a finished call's checkpoints are removed and the others stay; a failed run
+    keeps its own, and a manual retry continues from them.
+    """
     seen: list[Any] = []
     broken = [True]
 
@@ -414,8 +447,8 @@ async def test_success_of_one_call_forgets_only_its_own(tmp_path: Path):
         await eventually(lambda: not kept_runs(app), "the run is completed, and nothing of it kept")
 
 
-async def test_begun_afresh_begins_at_the_beginning(tmp_path: Path):
-    """A retry that drops the journal drops the checkpoints with it."""
+async def test_a_retry_from_scratch_starts_from_the_beginning(tmp_path: Path):
+    """A retry that discards the journal removes the checkpoints too."""
     seen: list[Any] = []
 
     @task
@@ -443,8 +476,8 @@ async def test_begun_afresh_begins_at_the_beginning(tmp_path: Path):
         assert seen == [None, None, ([2], 2)]
 
 
-async def test_p7_a_thread_that_timed_out_saves_no_more(tmp_path: Path):
-    """A thread cannot be stopped; what it still wants to save after its timeout is refused."""
+async def test_p7_a_thread_that_timed_out_cannot_save(tmp_path: Path):
+    """A thread cannot be stopped; what it tries to save after its timeout raises."""
     release, tried, refused = threading.Event(), threading.Event(), []
 
     @task(timeout=0.3, retries=[0])
@@ -476,8 +509,10 @@ async def test_p7_a_thread_that_timed_out_saves_no_more(tmp_path: Path):
     assert "attempt 1 of 'work' is over" in refused[0]
 
 
-async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
-    """Checkpoints of runs that completed, or that the ledger does not know, go with the sweep; those of a failed run stay."""
+async def test_the_runtime_removes_what_a_crash_left(tmp_path: Path):
+    """Checkpoints of completed runs, and of runs that the ledger does not know, are removed; those
+    of a failed run stay.
+    """
 
     @flow
     async def noop(fail: bool) -> None:
@@ -489,18 +524,24 @@ async def test_the_house_sweeps_what_a_crash_left(tmp_path: Path):
     async with running(app, store=tmp_path / "store.db"):
         done, failed = await app.start(noop, fail=False), await app.start(noop, fail=True)
         await drain(app)
-        place = app.runtime.retention.checkpoints
+        checkpoints = app.runtime.retention.checkpoints
         for run in (done.id, failed.id, "0" * 13):
             context = TaskContext(run, "t", 1, f"{run}/t#0")
-            Checkpoint(place, context, place.call_directory(context.idempotency_key), 1, 1 << 20).save(
-                {}, step=1
-            )
+            Checkpoint(
+                checkpoints,
+                context,
+                checkpoints.call_directory(context.idempotency_key),
+                1,
+                1 << 20,
+            ).save({}, step=1)
         await app.runtime.retention.sweep_checkpoints()
         assert kept_runs(app) == [failed.id]
 
 
-async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
-    """A value that was durable before its checkpoints were removed: the next process removes them when the run completes."""
+async def test_a_restart_completes_a_removal(tmp_path: Path):
+    """A value became durable before its checkpoints were removed: the next process removes them
+    when the run completes.
+    """
     held_up = [True]
 
     @task
@@ -526,27 +567,27 @@ async def test_a_restart_forgets_what_was_to_be_forgotten(tmp_path: Path):
         run = await app.start(both)
         await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "something is kept")
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
-    place = CheckpointStore(tmp_path / "store.db.checkpoints")
+    store = CheckpointStore(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
-    Checkpoint(place, context, place.call_directory(context.idempotency_key), 1, 1 << 20).save(
-        {"epoch": 1}, step=1
-    )
-    (place.directory / ".gone-dead").mkdir()
+    Checkpoint(
+        checkpoints, context, checkpoints.call_directory(context.idempotency_key), 1, 1 << 20
+    ).save({"epoch": 1}, step=1)
+    (checkpoints.directory / ".gone-dead").mkdir()
     held_up.clear()
     async with running(app, store=store):
         await drain(app)
         assert (await run.row())["state"] == "completed"
-        await eventually(lambda: not files(place.directory), "what was left is removed")
-        assert not (place.directory / ".gone-dead").exists()
+        await eventually(lambda: not files(checkpoints.directory), "what was left is removed")
+        assert not (checkpoints.directory / ".gone-dead").exists()
 
 
-# --------------------------------------------------------------------------- outside a run, and wrong uses
+# --------------------------------------------------------------------------- outside a run; errors
 
 
-async def test_outside_a_run_nothing_is_kept(
+async def test_outside_a_run_nothing_is_saved(
     caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A task called as its function loads nothing, keeps nothing, and says so once."""
+    """A task called as its function loads nothing, saves nothing, and logs that once."""
     monkeypatch.chdir(tmp_path)
 
     @task
@@ -564,8 +605,8 @@ async def test_outside_a_run_nothing_is_kept(
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_flow_needs_no_checkpoint():
-    """In a flow's own body it is refused: a replay would run past it."""
+async def test_a_flow_cannot_checkpoint():
+    """In a flow's body it raises, since a replay would skip it."""
 
     @flow
     async def wrong() -> None:
@@ -578,24 +619,26 @@ async def test_a_flow_needs_no_checkpoint():
             await result_of(app, wrong)
 
 
-def test_names_keep_apart(place: CheckpointStore):
-    """Checkpoints of one body with different names do not touch each other, and go together."""
-    attempt(place).save("plain", step=1)
+def test_names_separate_checkpoints(checkpoints: CheckpointStore):
+    """Checkpoints of one body with different names are independent, and are removed together."""
+    attempt(checkpoints).save("plain", step=1)
     context = TaskContext("01run", "train", 1, "01run/train#0")
-    named = Checkpoint(place, context, place.call_directory("01run/train#0") / "name", 1, 1 << 20)
+    named = Checkpoint(
+        checkpoints, context, checkpoints.call_directory("01run/train#0") / "name", 1, 1 << 20
+    )
     named.save("named", step=2)
-    assert attempt(place).load() == ("plain", 1) and named.load() == ("named", 2)
-    attempt(place).clear()
-    assert attempt(place).load() is None and named.load() == ("named", 2)
-    remove = place.forget("01run", "train#0")
+    assert attempt(checkpoints).load() == ("plain", 1) and named.load() == ("named", 2)
+    attempt(checkpoints).clear()
+    assert attempt(checkpoints).load() is None and named.load() == ("named", 2)
+    remove = checkpoints.forget("01run", "train#0")
     assert remove is not None
     remove()
     assert named.load() is None
 
 
 @pytest.mark.parametrize("given", [{"keep": 0}, {"max_bytes": 0}])
-def test_bounds_must_be_bounds(given: dict[str, Any]):
-    """Neither none nor less can be kept."""
+def test_limits_must_be_positive(given: dict[str, Any]):
+    """Limits below 1 raise."""
     with pytest.raises(UsageError, match="expected at least 1"):
         checkpoint(**given)
 
@@ -636,21 +679,25 @@ asyncio.run(main())
 
 
 def lives(folder: Path, how: str) -> tuple[list[list[str]], str]:
-    """What each life of TRAINING printed until one ended by itself, and that one's last error line."""
-    told: list[list[str]] = []
-    while len(told) < 10:
+    """What each process of TRAINING printed until one ended by itself, and that one's last error
+    line.
+    """
+    printed: list[list[str]] = []
+    while len(printed) < 10:
         command = [sys.executable, "-c", TRAINING, f"sqlite:///{folder}/store.db", how]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        told.append(done.stdout.split("\n")[:-1])
+        printed.append(done.stdout.split("\n")[:-1])
         if done.returncode != 9:
-            return told, done.stderr.strip().split("\n")[-1]
-    pytest.fail(f"it never ended: {told}")
+            return printed, done.stderr.strip().split("\n")[-1]
+    pytest.fail(f"it never ended: {printed}")
 
 
-def test_a_training_that_comes_further_in_each_life_is_not_quarantined(tmp_path: Path):
-    """Five deaths of the process under one attempt do not condemn it: each life saved more than the one before."""
-    told, _ = lives(tmp_path, "healthy")
-    assert told == [
+def test_a_training_that_progresses_in_each_process_is_not_quarantined(tmp_path: Path):
+    """Five crashes during one attempt do not quarantine the run: each process saved a higher step
+    than the one before.
+    """
+    printed, _ = lives(tmp_path, "healthy")
+    assert printed == [
         ["1", "2"],
         ["3", "4"],
         ["5", "6"],
@@ -660,10 +707,12 @@ def test_a_training_that_comes_further_in_each_life_is_not_quarantined(tmp_path:
     ]
 
 
-def test_a_training_that_comes_no_further_is_quarantined(tmp_path: Path):
-    """Saving the same step again in each life is no sign of life: what kills the process three times is dead."""
-    told, error = lives(tmp_path, "stuck")
-    assert len(told) == 5 and "RunDead" in error
+def test_a_training_without_progress_is_quarantined(tmp_path: Path):
+    """Saving the same step again in each process is no progress: after three crashes the run is
+    dead.
+    """
+    printed, error = lives(tmp_path, "stuck")
+    assert len(printed) == 5 and "RunDead" in error
 
 
 VICTIM = """
@@ -673,8 +722,9 @@ import numpy
 from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.sdk.task import TaskContext
 
-place = CheckpointStore(Path(sys.argv[1]))
-kept = Checkpoint(place, TaskContext("01run", "train", 1, "01run/train#0"), place.folder("01run/train#0"), 1, 1 << 30)
+store = CheckpointStore(Path(sys.argv[1]))
+context = TaskContext("01run", "train", 1, "01run/train#0")
+kept = Checkpoint(store, context, store.call_directory("01run/train#0"), 1, 1 << 30)
 saved = kept.load()
 step = saved.step if saved else 0
 print(step, flush=True)
@@ -685,9 +735,11 @@ while True:
 """
 
 
-def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
-    """Killed with -9 a dozen times while it saves, a body finds the last one it was told of, or the one after, whole."""
-    told = 0
+def test_a_kill_at_any_moment_leaves_a_complete_checkpoint(tmp_path: Path):
+    """Killed with -9 a dozen times while it saves, a body finds the last checkpoint that it saw
+    saved, or the one after, complete.
+    """
+    last_printed = 0
     for life in range(12):
         process = subprocess.Popen(
             [sys.executable, "-c", VICTIM, str(tmp_path / "kept")],
@@ -697,9 +749,9 @@ def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
         )
         assert process.stdout
         found = int(process.stdout.readline())
-        assert told <= found <= told + 1
+        assert last_printed <= found <= last_printed + 1
         for _ in range(life % 4):
-            told = int(process.stdout.readline())
+            last_printed = int(process.stdout.readline())
         if life % 2:
             os.sched_yield()
             threading.Event().wait(life / 1000)  # somewhere in the middle of the next one
@@ -707,8 +759,8 @@ def test_kill_at_any_moment_leaves_a_whole_one(tmp_path: Path):
         rest = process.stdout.read().split("\n")
         process.wait()
         process.stdout.close()
-        told = max([told, found, *(int(line) for line in rest[:-1] if line)])
-    assert told > 10
+        last_printed = max([last_printed, found, *(int(line) for line in rest[:-1] if line)])
+    assert last_printed > 10
     saved = attempt(CheckpointStore(tmp_path / "kept")).load()
     assert (
         saved is not None

@@ -1,4 +1,4 @@
-"""Checks: what holds, what does not, what the failure names, and where it is told."""
+"""Checks: what passes, what fails, what a failure names, and where it is recorded."""
 
 import json
 import math
@@ -64,8 +64,8 @@ HOLD: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("check", "args", "given"), HOLD, ids=lambda value: getattr(value, "__name__", "")
 )
-def test_what_holds_gives_its_result(form: str, check: Any, args: Any, given: Any):
-    """A check that holds returns a result that says so, for rows and for columns alike."""
+def test_a_passed_check_returns_its_result(form: str, check: Any, args: Any, given: Any):
+    """A check that passes returns its result, for rows and for columns alike."""
     result = check(ROWS if form == "rows" else COLUMNS, *args, **given)
     assert result.passed and result.check == check.__name__ and not result.rows
 
@@ -112,10 +112,10 @@ FAIL: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any], str, list[Any]]] = [
 
 
 @pytest.mark.parametrize(("check", "data", "args", "given", "column", "rows"), FAIL)
-def test_what_fails_names_column_and_rows(
+def test_a_failure_names_column_and_rows(
     check: Any, data: Any, args: Any, given: Any, column: str, rows: Any
 ):
-    """A failure is Permanent, and names check, column, the offending rows and how many they are."""
+    """A failure is Permanent, and names check, column, the offending rows and their number."""
     result = failed(check, data, *args, **given)
     assert (result.check, result.column, result.rows) == (
         check.__name__,
@@ -126,7 +126,7 @@ def test_what_fails_names_column_and_rows(
     assert issubclass(CheckFailed, Permanent)
 
 
-def test_rows_are_counted_and_the_first_shown():
+def test_rows_are_counted_and_the_first_listed():
     """Of many offending rows the message has the first five and the number of all."""
     with pytest.raises(CheckFailed) as caught:
         checks.within([{"x": -n} for n in range(100)], "x", at_least=0)
@@ -137,15 +137,17 @@ def test_rows_are_counted_and_the_first_shown():
 
 
 def test_no_rows_fail_the_count_only():
-    """Empty data have every schema and range, and no row count; an empty window is no reference's equal."""
+    """Empty data pass every schema and range, and fail the row count and a distribution."""
     checks.schema([], {"a": int})
     checks.within([], "a", at_least=0)
     assert failed(checks.row_count, []).found == "0"
     assert failed(checks.distribution, {"a": []}, "a", [1, 2, 3]).found == "inf"
 
 
-def test_wrong_uses_say_what_was_expected():
-    """A mistyped column, no bounds, or data of another kind are errors of the program, not of the data."""
+def test_wrong_uses_raise_usage_errors():
+    """A misspelt column, no bounds, or data of another kind are errors of the program, not of the
+    data.
+    """
     with pytest.raises(
         UsageError, match="expected a column 'amont', found id, region, amount, note"
     ):
@@ -165,8 +167,8 @@ def test_wrong_uses_say_what_was_expected():
 
 
 @pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow"])
-def test_frames_are_known_by_what_they_can_do(library: str):
-    """Frames of pandas, polars and pyarrow are checked as rows are, their nulls included."""
+def test_frames_are_recognised_by_their_methods(library: str):
+    """Frames of pandas, polars and pyarrow are checked like rows, their nulls included."""
     module = pytest.importorskip(library, reason="no dependency; this runs where it is installed")
     frame = (
         module.table(COLUMNS)
@@ -184,7 +186,7 @@ def test_frames_are_known_by_what_they_can_do(library: str):
 
 
 def test_numpy_columns_are_columns():
-    """A dict of arrays, such as a feature matrix taken apart, is data."""
+    """A dict of arrays, such as the columns of a feature matrix, is data."""
     data = {"x": numpy.array([1.0, numpy.nan, 3.0]), "n": numpy.array([1, 2, 3])}
     assert failed(checks.not_null, data, "x").offending == 1
     checks.schema(data, {"x": float | None, "n": int})
@@ -200,8 +202,8 @@ def test_numpy_columns_are_columns():
 # --------------------------------------------------------------------------- distributions
 
 
-def test_psi_is_as_the_formula_says():
-    """PSI of known shares is Σ (p - q) · ln(p / q), nulls and unknown values being bins."""
+def test_psi_follows_its_formula():
+    """PSI of known shares is Σ (p - q) · ln(p / q); nulls and unknown values are bins."""
     reference = checks.profile(["a"] * 50 + ["b"] * 50)
     found = failed(checks.distribution, {"x": ["a"] * 80 + ["b"] * 20}, "x", reference)
     expected = (0.8 - 0.5) * math.log(0.8 / 0.5) + (0.2 - 0.5) * math.log(0.2 / 0.5)
@@ -212,7 +214,9 @@ def test_psi_is_as_the_formula_says():
 
 
 def test_the_same_distribution_is_stable_and_a_shifted_one_is_not():
-    """2,000 values of the reference's distribution stay under 0.1, for 50 seeds; half a sigma of shift is over it each time."""
+    """2,000 values of the reference's distribution stay under 0.1, for 50 seeds; half a sigma of
+    shift is over it each time.
+    """
     draw = random.Random(7)
     reference = checks.profile([draw.gauss(0, 1) for _ in range(5000)])
     for _ in range(50):
@@ -229,7 +233,7 @@ def test_the_same_distribution_is_stable_and_a_shifted_one_is_not():
 
 
 def test_a_profile_is_json():
-    """A reference's profile goes through JSON and judges as before."""
+    """A reference's profile can be stored as JSON and gives the same results."""
     for values in ([1.0, 2.0, 2.0, 5.0], ["a", "b", None]):
         known = checks.profile(values, bins=4)
         again = checks.Profile(
@@ -253,8 +257,10 @@ def test_a_profile_is_json():
         [[-math.inf]],
     ],
 )
-def test_what_is_not_finite_is_found(value: Any):
-    """NaN and infinities are found in numbers, lists, arrays and scalars; the failure names which value and where."""
+def test_non_finite_numbers_are_found(value: Any):
+    """NaN and infinities are found in numbers, lists, arrays and scalars; the failure names the
+    value and its index.
+    """
     result = failed(checks.finite, loss=0.5, gradient=value)
     assert result.column == "gradient" and result.offending == 1
 
@@ -274,7 +280,9 @@ def test_gates():
 
 
 def test_a_challenger_must_be_better():
-    """An equal challenger loses; margins are absolute or a share; without a champion any finite one wins."""
+    """An equal challenger fails; margins are absolute or a share; without a champion any finite one
+    passes.
+    """
     assert checks.better("auc", 0.9, 0.8).passed
     failed(checks.better, "auc", 0.8, 0.8)
     failed(checks.better, "auc", 0.805, 0.8, by=0.01)
@@ -285,11 +293,13 @@ def test_a_challenger_must_be_better():
     failed(checks.better, "auc", math.nan, None)
 
 
-# --------------------------------------------------------------------------- together, told, rebuilt
+# --------------------------------------------------------------------------- several at once
 
 
 def test_collected_checks_are_raised_together():
-    """In a `collect` block all run; what failed is raised at its end; an error of the block's own goes first."""
+    """In a `collect` block all checks run; failures are raised at its end; another error of the
+    block takes precedence.
+    """
     with pytest.raises(CheckFailed) as caught, checks.collect() as results:
         checks.row_count(ROWS, at_least=10)
         checks.unique(ROWS, "id")
@@ -306,7 +316,7 @@ def test_collected_checks_are_raised_together():
 
 
 def test_a_failure_is_rebuilt_from_the_journal():
-    """What the flow catches has the results, after a restart too."""
+    """The error that the flow catches has the results, after a restart too."""
     with pytest.raises(CheckFailed) as caught:
         checks.within(bad(amount=object()), "id", at_most=2)
     again = decode_error(encode_error(caught.value))
@@ -318,7 +328,9 @@ def test_a_failure_is_rebuilt_from_the_journal():
 
 
 async def test_a_failed_check_is_an_event_recorded_with_the_failure():
-    """In a run `check.failed` is published with the task's failure, which is final at once, and again after a retry by hand."""
+    """In a run, `check.failed` is published with the task's failure, which is final at once, and
+    again after a manual retry.
+    """
     calls: list[int] = []
 
     @task(retries=5)
@@ -369,8 +381,10 @@ async def test_a_failed_check_is_an_event_recorded_with_the_failure():
         ]
 
 
-async def test_a_patient_task_tells_with_its_success():
-    """With `raises=False` the task succeeds and its failures are events, with `emit_passed` the rest too."""
+async def test_without_raising_events_are_published_with_the_success():
+    """With `raises=False` the task succeeds and its failures are events; with `emit_passed` the
+    passed ones too.
+    """
 
     @task
     async def validate() -> int:
@@ -401,8 +415,10 @@ async def test_a_patient_task_tells_with_its_success():
         ]
 
 
-async def test_outside_a_run_a_check_just_raises(caplog: pytest.LogCaptureFixture):
-    """In plain code, and in a task called as its function, checks raise and log and need nothing else."""
+async def test_outside_a_run_a_check_only_raises(caplog: pytest.LogCaptureFixture):
+    """In plain code, and in a task called as its function, checks raise and log, and need nothing
+    else.
+    """
 
     @task
     def validate() -> None:
@@ -418,7 +434,11 @@ async def test_outside_a_run_a_check_just_raises(caplog: pytest.LogCaptureFixtur
 
 def test_checks_need_no_library():
     """Importing eventflow with its checks imports neither numpy nor a frame library."""
-    code = "import sys, eventflow.sdk.checks; print(*[name for name in ('numpy', 'pandas', 'torch') if name in sys.modules])"
+    names = "('numpy', 'pandas', 'torch')"
+    code = (
+        "import sys, eventflow.sdk.checks; "
+        f"print(*[name for name in {names} if name in sys.modules])"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
