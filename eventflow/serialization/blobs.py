@@ -1,8 +1,10 @@
-"""Files beside the store for values too large for a row, named by their content; or objects elsewhere, with files as a cache.
+"""Blobs: values too large for a row, as files beside the store; or in a remote store, with files as
+a cache.
 
-The executor calls `offload` on what it journals and `fetch` on what it replays, in a thread: everything here blocks. A blob
-is complete and durable before `put` returns, hence before any row names it; `get` verifies what it reads. `prune` removes what
-no row names any more. Next rooms: `bucket.py` for the place elsewhere, `store/`, which carries the references.
+The engine calls `offload` for what it journals and `fetch` for what it replays, in threads:
+everything here blocks. A blob is complete and durable before `put` returns, so before any row
+references it; `get` verifies what it reads. `prune` removes blobs without a reference. Read on in
+s3_blobs.py (the remote store) and store/ (the references).
 """
 
 import asyncio
@@ -12,10 +14,12 @@ import os
 import re
 import tempfile
 from collections.abc import Collection
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from eventflow.core.errors import ResultsUnavailable, StoreCorrupt, StoreFailed
+from eventflow.core.retry import Backoff
 
 LOG_EVENTS = {
     "result.not_stored": (
@@ -24,60 +28,69 @@ LOG_EVENTS = {
     ),
 }
 
-LARGE = 256 * 1024
-"""Bytes of one value above which it goes to a file: the rows of a journal stay quick to read past (fault 36)."""
+OFFLOAD_BYTES = 256 * 1024
+"""Size of a value above which it becomes a blob, so that a journal is quick to read (fault 36)."""
 
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-"""Seconds between the tries to put a result that is computed already; after them the attempt, or the run's end, failed."""
+OFFLOAD_RETRIES = 7
+"""After the first try to store a computed result; with the delays of `offload` about a minute. Then
+the attempt, or the end of the run, fails.
+"""
 
 _REF = re.compile(r"[0-9a-f]{64}\Z")
 
 
-class Place(Protocol):
-    """Where blobs are kept for good, if not beside the store. Blocking, called from threads; all raise ResultsUnavailable."""
+class BlobStore(Protocol):
+    """A remote store of blobs (`S3BlobStore`). Blocking, called from threads; all raise
+    ResultsUnavailable.
+    """
 
     def put(self, ref: str, data: bytes) -> None:
         """Durable when it returns."""
         ...
 
     def get(self, ref: str) -> bytes | None:
-        """The bytes as they are there, None when they are not."""
+        """The bytes, unverified, or None if there are none."""
         ...
 
     def has(self, ref: str) -> bool: ...
 
 
 class Blobs:
-    """Content-addressed files beside the store: `directory/ab/cd/abcd…`, named by SHA-256, mode 0600, fsynced. Blocking.
+    """Content-addressed files beside the store: `directory/ab/cd/abcd…`, named by SHA-256, mode
+    0600, fsynced. Blocking.
 
-    A blob is durable before `put` returns, hence before any row that names it. `get` verifies the content. With a `place`, that
-    is where blobs are, and the files are a cache of it (and whatever was here before it was given, until `prune` moves it).
+    A blob is durable before `put` returns. `get` verifies the content. With a `remote` store the
+    blobs are there, and the files are its cache; files from before `remote` was set are moved by
+    `prune`.
     """
 
-    def __init__(self, directory: Path, place: Place | None = None) -> None:
-        self._directory, self._place = directory, place
+    def __init__(self, directory: Path, remote: BlobStore | None = None) -> None:
+        self._directory = directory
+        self._remote = remote
 
     @property
-    def is_far(self) -> bool:
-        """Whether putting may take long."""
-        return self._place is not None
+    def is_remote(self) -> bool:
+        """Whether `put` may take long."""
+        return self._remote is not None
 
     def put(self, data: bytes) -> str:
-        """The reference of `data`, durable. Raises StoreFailed if the disk refuses, ResultsUnavailable if the place does."""
+        """Store `data`; its reference. Raises StoreFailed if the disk refuses, ResultsUnavailable
+        if the remote store does.
+        """
         ref = hashlib.sha256(data).hexdigest()
-        if self._place is None:
-            self._put_here(ref, data)
+        if self._remote is None:
+            self._put_file(ref, data)
         else:
-            self._place.put(ref, data)
-            with contextlib.suppress(StoreFailed):  # a cache may be refused
-                self._put_here(ref, data)
+            self._remote.put(ref, data)
+            with contextlib.suppress(StoreFailed):  # the cache is not needed
+                self._put_file(ref, data)
         return ref
 
-    def _put_here(self, ref: str, data: bytes) -> None:
+    def _put_file(self, ref: str, data: bytes) -> None:
         path = self._path(ref)
         try:
             if path.exists() and path.stat().st_size == len(data):
-                os.utime(path)  # young again: `prune` leaves it to the row that is about to name it
+                os.utime(path)  # `prune` must leave it for the row that is about to reference it
             else:
                 self._write(path, data)
         except OSError as error:
@@ -86,17 +99,20 @@ class Blobs:
             ) from error
 
     def get(self, ref: str) -> bytes:
-        """The bytes of a reference; StoreCorrupt when they are missing or are not those, here and in the place."""
-        path, wrong = self._path(ref), "is missing"
+        """The bytes of a reference. Raises StoreCorrupt if they are missing or damaged, also in the
+        remote store.
+        """
+        path = self._path(ref)
+        wrong = "is missing"
         with contextlib.suppress(FileNotFoundError):
             data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() == ref:
                 return data
             wrong = "does not match its name"
-        if self._place is not None and (data := self._place.get(ref)) is not None:
+        if self._remote is not None and (data := self._remote.get(ref)) is not None:
             if hashlib.sha256(data).hexdigest() == ref:
                 with contextlib.suppress(StoreFailed):
-                    self._put_here(ref, data)
+                    self._put_file(ref, data)
                 return data
             wrong = "does not match its name in the bucket either"
         raise StoreCorrupt(
@@ -104,11 +120,17 @@ class Blobs:
         )
 
     def offload(self, codec: str, data: bytes) -> tuple[str, bytes]:
-        """`(codec + "@blob", reference)` of a value larger than LARGE; a smaller one as it is."""
-        return (codec, data) if len(data) <= LARGE else (f"{codec}@blob", self.put(data).encode())
+        """`(codec + "@blob", reference)` of a value larger than OFFLOAD_BYTES; a smaller one
+        unchanged.
+        """
+        return (
+            (codec, data)
+            if len(data) <= OFFLOAD_BYTES
+            else (f"{codec}@blob", self.put(data).encode())
+        )
 
     def fetch(self, codec: str, data: bytes) -> tuple[str, bytes]:
-        """Undoes `offload`."""
+        """The inverse of `offload`."""
         return (
             (codec.removesuffix("@blob"), self.get(data.decode("latin-1")))
             if codec.endswith("@blob")
@@ -116,33 +138,36 @@ class Blobs:
         )
 
     def prune(self, keep: Collection[str], *, before: int) -> int:
-        """Removes blobs not in `keep` and last put before the instant `before` (microseconds). Returns how many.
+        """Remove blobs that are not in `keep` and were last put before `before` (microseconds).
+        Returns how many.
 
-        Leave an hour: a blob is on disk before the row that names it. With a place, files that are named are removed too, once
-        they are there.
+        Leave an hour: a blob is on disk before the row that references it. With a remote store,
+        referenced files are removed too, once they are there.
         """
         removed = 0
         for path in self._directory.glob("??/??/*"):
             if path.stat().st_mtime_ns // 1000 < before and (
-                path.name not in keep or self._is_kept_elsewhere(path)
+                path.name not in keep or self._is_in_remote(path)
             ):
                 path.unlink(missing_ok=True)
                 removed += 1
         return removed
 
-    def _is_kept_elsewhere(self, path: Path) -> bool:
-        """Whether the place has this blob; what was here before there was a place is moved to it."""
-        if self._place is None:
+    def _is_in_remote(self, path: Path) -> bool:
+        """Whether the remote store has this blob. A file from before there was one is moved
+        to it.
+        """
+        if self._remote is None:
             return False
         try:
-            if not self._place.has(path.name):
-                self._place.put(path.name, self.get(path.name))
+            if not self._remote.has(path.name):
+                self._remote.put(path.name, self.get(path.name))
         except (ResultsUnavailable, StoreCorrupt):
-            return False  # the file stays, and is looked at again
+            return False  # the file stays; the next `prune` tries again
         return True
 
     def _path(self, ref: str) -> Path:
-        if not _REF.match(ref):  # S16: a reference read from a row never leads out of the directory
+        if not _REF.match(ref):  # S16: a reference from a row must not leave the directory
             raise StoreCorrupt(f"expected a blob reference of 64 hex digits, found {ref[:80]!r}")
         return self._directory / ref[:2] / ref[2:4] / ref
 
@@ -163,13 +188,15 @@ class Blobs:
 
 
 async def offload(blobs: Blobs, codec: str, data: bytes, log: Any) -> tuple[str, bytes]:
-    """`Blobs.offload` off the loop. A place that does not answer is asked again for about a minute."""
-    for pause in PAUSES:
+    """`Blobs.offload` in a thread. A remote store that does not answer is tried again for about a
+    minute.
+    """
+    for retry_in in islice(Backoff(0.5, max_delay=30.0, jitter=0.0), OFFLOAD_RETRIES):
         try:
             return await asyncio.to_thread(blobs.offload, codec, data)
         except ResultsUnavailable as error:
-            log.warning("result.not_stored", error=str(error), retry_in=pause)
-        await asyncio.sleep(pause)
+            log.warning("result.not_stored", error=str(error), retry_in=retry_in)
+        await asyncio.sleep(retry_in)
     return await asyncio.to_thread(blobs.offload, codec, data)
 
 

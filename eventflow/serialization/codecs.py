@@ -1,10 +1,11 @@
-"""What a run remembers as bytes: results, errors, and fingerprints of arguments.
+"""Codecs: results, errors, and fingerprints of arguments as bytes.
 
-The executor encodes what a task returned and hands the flow what it decodes, live and replaying alike, so that a value is
-either given back equal or refused (`NotStorable`) when it is made. A codec is a word beside the bytes: `json`, `tagged` (see
-`plain.py`), `bytes`, `typed` and `typed-tagged` (by the return annotation), `pickle` (only where a task asked for it, signed,
-and never read by the server); `@blob` after it means that the bytes are a reference (see `blobs.py`). No class is ever imported
-by name. Pure functions, all on the hot path. Next room: `store/`.
+The engine encodes the result of a task and gives the flow the decoded value, live and in a replay,
+so a value either comes back equal or is refused (`NotStorable`) when it is made. The name of a
+codec is stored beside the bytes: `json`, `tagged` (tagged_json.py), `bytes`, `typed` and
+`typed-tagged` (by the return annotation), `pickle` (only if the task asks for it; signed, and never
+read by the server). With `@blob` after it, the bytes are a reference (blobs.py). No class is ever
+imported by name. Pure functions, all on the hot path. The rows that hold the bytes are in store/.
 """
 
 import contextlib
@@ -37,10 +38,10 @@ from eventflow.serialization.tagged_json import (
     SCALARS,
     TAGGED_TYPES,
     decode_tagged,
+    deep_equal,
     encode_plain,
     encode_tagged,
     is_plain,
-    same,
     type_name,
 )
 
@@ -49,7 +50,7 @@ MAX_JSON = 64 * 1024 * 1024
 
 _NULL = ("json", b"null")
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
-# What msgspec raises while it makes sense of an annotation: unsupported, unresolved or circular.
+# What msgspec raises for an annotation that is unsupported, unresolved or circular.
 _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
 
 
@@ -57,10 +58,10 @@ _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
 
 
 class ResultCodec:
-    """How one task's or flow's results become bytes. Built once per function, from its return annotation.
+    """Encodes the results of one task or flow. Built once per function, from its return annotation.
 
-    The value is what counts: one that does not fit its annotation is stored as what it is, or refused. `codec="pickle"` is
-    for what has no other form; `key` signs it (HMAC-SHA256) and comes from outside the store.
+    A value that does not fit the annotation is stored by its own type, or refused. `codec="pickle"`
+    is for values without another form; `key` signs them (HMAC-SHA256) and is not in the store.
     """
 
     __slots__ = ("_annotation", "_members", "_name", "_number", "_pickled", "_plain", "_reader")
@@ -70,13 +71,15 @@ class ResultCodec:
             raise UsageError(f'{name}: codec= expected None or "pickle", found {codec!r}')
         self._annotation, self._name = annotation, name
         self._pickled = codec == "pickle"
-        self._plain = _all_plain(annotation)
+        self._plain = _is_json_annotation(annotation)
         self._number: type | None = annotation if annotation in (int, float) else None
         self._reader: msgspec.json.Decoder[Any] | None = None
         self._members: dict[str, ResultCodec] = {}
 
     def encode(self, value: Any, *, key: bytes = b"") -> tuple[str, bytes]:
-        """`(codec, bytes)`; `decode` gives an equal value back. Raises NotStorable, naming the path and type of the culprit."""
+        """`(codec, bytes)`, which `decode` turns into an equal value. Raises NotStorable with the
+        path and type of the part.
+        """
         if value is None:
             return _NULL
         if self._pickled:
@@ -95,7 +98,9 @@ class ResultCodec:
     def decode(
         self, codec: str, data: bytes, *, allow_pickle: bool = False, key: bytes = b""
     ) -> Any:
-        """The value that `encode` was given. UsageError when the annotation has changed so that it no longer reads it."""
+        """The inverse of `encode`. Raises UsageError if the changed annotation cannot read the
+        bytes.
+        """
         match codec:
             case "json":
                 return orjson.loads(data)
@@ -107,13 +112,14 @@ class ResultCodec:
                 return pickle.loads(_verified(data, key, self._name))
             case "pickle":
                 raise UsageError(
-                    f"{self._name}: this result is pickled, and pickles are only read where flows run"
+                    f"{self._name}: this result is pickled, and pickles are only read where flows "
+                    "run"
                 )
             case _:
                 return self._decode_typed(codec, data)
 
     def _encode_typed(self, value: Any) -> tuple[str, bytes] | None:
-        """By the annotation; None when the value would not come back equal that way."""
+        """Encode by the annotation; None if the decoded value would not be equal."""
         reader = self._build()
         if reader is None:
             member = self._members.get(type(value).__qualname__)
@@ -122,7 +128,7 @@ class ResultCodec:
         with contextlib.suppress(*_UNENCODABLE):
             data = _WRITER.encode(value)
             back = reader.decode(data)
-            if back == value or same(back, value):
+            if back == value or deep_equal(back, value):
                 return "typed", data
         # NaN and integers beyond 64 bits inside a typed value: builtins first, then tags.
         with contextlib.suppress(*_UNENCODABLE, NotStorable):
@@ -130,7 +136,7 @@ class ResultCodec:
                 msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=_encode_hook),
                 self._name,
             )
-            if same(self._convert(data), value):
+            if deep_equal(self._convert(data), value):
                 return "typed-tagged", data
         return None
 
@@ -141,26 +147,31 @@ class ResultCodec:
             return self._members[member]._decode_typed(form, data)
         if member or reader is None or form not in ("typed", "typed-tagged"):
             raise UsageError(
-                f"{self._name}: a result was recorded as {codec!r}, which its return annotation {self._annotation!r} cannot "
-                "read; deploy the code that recorded it, or retry the run afresh"
+                f"{self._name}: a result was recorded as {codec!r}, which its return annotation "
+                f"{self._annotation!r} cannot read; deploy the code that recorded it, or retry the "
+                "run afresh"
             )
         try:
             return reader.decode(data) if form == "typed" else self._convert(data)
         except msgspec.ValidationError as error:
             raise UsageError(
-                f"{self._name}: a recorded result does not fit its return annotation any more: {error}"
+                f"{self._name}: a recorded result does not fit its return annotation any more: "
+                f"{error}"
             ) from error
 
     def _convert(self, data: bytes) -> Any:
         return msgspec.convert(decode_tagged(data), self._annotation, dec_hook=_decode_hook)
 
     def _build(self) -> "msgspec.json.Decoder[Any] | None":
-        """The annotation's decoder, made when first needed: at decoration a class it names may not be defined yet."""
+        """The decoder of the annotation, made at first use: a class it names may be defined after
+        the task.
+        """
         if self._reader is None and not self._members and not self._plain:
             try:
                 self._reader = msgspec.json.Decoder(self._annotation, dec_hook=_decode_hook)
             except _UNREADABLE:
-                # msgspec refuses a union of untagged classes; the class's name beside the codec tells them apart.
+                # msgspec refuses a union of untagged classes; the class name beside the codec
+                # distinguishes them.
                 members = typing.get_args(self._annotation)
                 if typing.get_origin(self._annotation) in (typing.Union, types.UnionType):
                     self._members = {
@@ -172,8 +183,10 @@ class ResultCodec:
         return self._reader
 
 
-def show(codec: str, data: bytes) -> Any:
-    """A stored result as JSON for people: typed values as their fields, sets as lists, bytes by their size. Never unpickles."""
+def to_readable(codec: str, data: bytes) -> Any:
+    """A stored result as JSON data for people: typed values as fields, sets as lists, bytes as
+    their size. Never unpickles.
+    """
     form = codec.partition(":")[0]
     if form in ("json", "typed"):
         return msgspec.json.decode(data)
@@ -186,8 +199,10 @@ _PLAIN_TYPES: frozenset[Any] = SCALARS | {None, Any, object, dict, list, typing.
 _PLAIN_ORIGINS: frozenset[Any] = frozenset({dict, list, typing.Union, types.UnionType})
 
 
-def _all_plain(annotation: Any) -> bool:
-    """Whether the annotation tells no more than the value does: JSON types, nothing, or something unresolved."""
+def _is_json_annotation(annotation: Any) -> bool:
+    """Whether the annotation adds nothing to the value: JSON types, no annotation, or an unresolved
+    one.
+    """
     try:
         if annotation in _PLAIN_TYPES:
             return True
@@ -196,11 +211,11 @@ def _all_plain(annotation: Any) -> bool:
     origin = typing.get_origin(annotation)
     if origin is None:
         return isinstance(annotation, str) or getattr(annotation, "__name__", "") == "_empty"
-    return origin in _PLAIN_ORIGINS and all(map(_all_plain, typing.get_args(annotation)))
+    return origin in _PLAIN_ORIGINS and all(map(_is_json_annotation, typing.get_args(annotation)))
 
 
 def _as_number(value: Any, wanted: type) -> Any:
-    """A numpy scalar under `-> float` or `-> int` is that number."""
+    """The number of a numpy scalar under `-> float` or `-> int`."""
     if isinstance(value, Integral if wanted is int else Real):
         number = wanted(cast(Any, value))
         if number == value or value != value:
@@ -209,7 +224,7 @@ def _as_number(value: Any, wanted: type) -> Any:
 
 
 def _encode_hook(value: Any) -> Any:
-    """pydantic models, wherever they stand in a typed value."""
+    """msgspec's hook: pydantic models anywhere in a typed value."""
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json", by_alias=True, warnings=False)
     raise TypeError(type_name(value))
@@ -230,10 +245,11 @@ def _sign(data: bytes, key: bytes) -> bytes:
 
 
 def _verified(data: bytes, key: bytes, name: str) -> bytes:
-    """S12: a pickle is only opened when this installation's key signed it."""
+    """S12: a pickle is read only if the key of this installation signed it."""
     if not hmac.compare_digest(data[:32], hmac.digest(key, data[32:], "sha256")):
         raise StoreCorrupt(
-            f"{name}: the signature of a pickled result does not hold; it was altered, or the key has changed"
+            f"{name}: the signature of a pickled result does not match; it was altered, or the key has "
+            "changed"
         )
     return data[32:]
 
@@ -241,16 +257,18 @@ def _verified(data: bytes, key: bytes, name: str) -> bytes:
 # --------------------------------------------------------------------------- errors
 
 MAX_TRACEBACK = 16 * 1024
-"""Characters of one error's rendered traceback that are kept, counted from its end, where the fault is."""
+"""Characters of the traceback of an error that are stored, from its end, where the error is."""
 
 _OWN_FILES = str(Path(__file__).parent.parent) + os.sep
 _REMOTE = "recorded traceback:\n"
 
 
 def encode_error(error: BaseException) -> bytes:
-    """JSON `{"type": "module:Qual.Name", "message", "args", "traceback"}`, and for a group its `"exceptions"`.
+    """JSON `{"type": "module:Qual.Name", "message", "args", "traceback"}`, and `"exceptions"` of a
+    group.
 
-    `args` are null when they are no JSON; then, as when the class does not rebuild from them, the flow gets a TaskFailed.
+    `args` is null if it is not JSON; then, or if the class cannot be rebuilt from it, the flow gets
+    a TaskFailed.
     """
     return orjson.dumps(_describe(error, MAX_TRACEBACK))
 
@@ -258,8 +276,8 @@ def encode_error(error: BaseException) -> bytes:
 def decode_error(data: bytes) -> BaseException:
     """The recorded error, with the recorded traceback as its note.
 
-    Its class is looked up among modules already imported, never imported by name; it must rebuild from its arguments to the
-    same type and text. Otherwise: TaskFailed(type, message).
+    Its class is looked up in modules already imported, and must rebuild from its arguments with the
+    same type and text. Otherwise the result is TaskFailed(type, message).
     """
     return _rebuild(orjson.loads(data))
 
@@ -272,7 +290,7 @@ def _describe(error: BaseException, room: int) -> dict[str, Any]:
     if members:
         share = max(512, room // len(members))
         fields["exceptions"] = [_describe(member, share) for member in members]
-    if type(error) is TaskFailed:  # stands for another error: record that one again
+    if type(error) is TaskFailed:  # replaces another error: record that one again
         known = {
             "type": error.error_type,
             "message": error.message,
@@ -322,8 +340,10 @@ def _utf8(text: str) -> str:
 
 
 def _render(error: BaseException) -> str:
-    """The traceback as Python prints it, less the frames of eventflow's own files, and without `traceback`'s parsing of every
-    line for carets: a failing task must not cost ten times a succeeding one."""
+    """The traceback as Python prints it, without the frames of eventflow's own files and without
+    carets: parsing each line for carets makes a failing task ten times as expensive as a succeeding
+    one.
+    """
     parts: list[str] = []
     seen: set[int] = set()
     link: BaseException | None = error
@@ -361,13 +381,13 @@ def _render_frames(error: BaseException) -> str:
             ).strip():
                 lines.append(f"    {source}\n")
         step = step.tb_next
-    if len(lines) > 120:  # a runaway recursion: both ends tell all
+    if len(lines) > 120:  # infinite recursion: both ends suffice
         lines[60:-60] = ["  ...\n"]
     return "Traceback (most recent call last):\n" + "".join(lines) if lines else ""
 
 
 def _rebuild(fields: dict[str, Any]) -> BaseException:
-    kind = _find(fields["type"])
+    kind = _find_error_class(fields["type"])
     error = _instance(kind, fields) if kind is not None else None
     if error is None:
         error = TaskFailed(fields["type"], fields["message"])
@@ -383,11 +403,11 @@ _MOVED_MODULES = {
     "eventflow.retry": "eventflow.core.retry",
 }
 _RENAMED_CLASSES = {"LineageLost": "OutsideFlowError"}
-"""Where the classes are now whose names a ledger of an earlier version recorded."""
+"""New names of classes that a ledger of an earlier version recorded."""
 
 
-def _find(name: str) -> type[Exception] | None:
-    """The class `module:Qual.Name`, if its module is imported already (S12)."""
+def _find_error_class(name: str) -> type[Exception] | None:
+    """The class `module:Qual.Name`, if its module is already imported (S12)."""
     module, _, path = name.partition(":")
     if module in _MOVED_MODULES:
         module, path = _MOVED_MODULES[module], _RENAMED_CLASSES.get(path, path)
@@ -398,7 +418,7 @@ def _find(name: str) -> type[Exception] | None:
 
 
 def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None:
-    """The error made again, or None when its class makes another one of these arguments."""
+    """The rebuilt error, or None if its class makes another error from these arguments."""
     if "exceptions" in fields:
         args = [fields["message"], [_rebuild(member) for member in fields["exceptions"]]]
     elif fields["args"] is None:
@@ -415,8 +435,8 @@ def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None
 
 # --------------------------------------------------------------------------- fingerprints
 
-_LITERAL = 1024  # a fingerprint's whole size up to which it is kept literal: one diff line's worth, cheap in every row
-_SMALL = 64  # of a long fingerprint, the fields kept literal: the size of their hash with its quotes, or less
+_MAX_LITERAL = 1024  # size of a fingerprint without hashes: one line of a diff, cheap in every row
+_MAX_LITERAL_FIELD = 64  # in a longer one, size of a field without a hash: a hash is not shorter
 _UNVERIFIED = b'"?"'
 
 
@@ -428,8 +448,9 @@ def fingerprint(
 ) -> bytes | None:
     """Canonical JSON of bound arguments: `f(1)`, `f(x=1)` and a default of 1 are the same.
 
-    `names` are the positional parameters in order. Longer than 1 KiB, long fields are `"#" + blake2b`; a value without a JSON
-    form is `"?"`, which is never compared. None: there is nothing to compare.
+    `names` are the positional parameters in order. In a fingerprint over 1 KiB, long fields are
+    `"#" + blake2b`. A value without a JSON form is `"?"`, which is never compared. None: nothing
+    can be compared.
     """
     bound: dict[str, Any] = dict(defaults) if defaults else {}
     bound.update(zip(names, args))  # noqa: B905  (fewer arguments than names is the normal case)
@@ -438,8 +459,8 @@ def fingerprint(
     if kwargs:
         bound.update(kwargs)
     try:
-        data = orjson.dumps(bound, _plainer, orjson.OPT_SORT_KEYS)
-        if len(data) <= _LITERAL:
+        data = orjson.dumps(bound, _json_hook, orjson.OPT_SORT_KEYS)
+        if len(data) <= _MAX_LITERAL:
             return data
     except TypeError:  # JSONEncodeError is one; some field is not comparable
         pass
@@ -447,13 +468,13 @@ def fingerprint(
 
 
 def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
-    """Field by field: what is long by its hash, what has no JSON form as "?"."""
+    """Field by field: hashes of long ones, "?" for those without a JSON form."""
     fields = {name: _field(value) for name, value in bound.items()}
     if bound and all(field == _UNVERIFIED for field in fields.values()):
         return None
-    if sum(map(len, fields.values())) > _LITERAL:
+    if sum(map(len, fields.values())) > _MAX_LITERAL:
         fields = {
-            name: field if len(field) <= _SMALL else _hashed(field)
+            name: field if len(field) <= _MAX_LITERAL_FIELD else _hashed(field)
             for name, field in fields.items()
         }
     return orjson.dumps(
@@ -464,13 +485,12 @@ def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
 
 def _field(value: Any) -> bytes:
     try:
-        return orjson.dumps(value, _plainer, orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(value, _json_hook, orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
     except (TypeError, RecursionError):
         pass
     try:
-        return _SORTER.encode(
-            value
-        )  # integers beyond 64 bits, which orjson refuses without asking its hook
+        # Integers over 64 bits, which orjson refuses without calling its hook.
+        return _SORTER.encode(value)
     except _UNENCODABLE:
         return _UNVERIFIED
 
@@ -479,22 +499,27 @@ def _hashed(field: bytes) -> bytes:
     return b'"#' + hashlib.blake2b(field, digest_size=16).hexdigest().encode() + b'"'
 
 
-def _plainer(value: Any) -> Any:
-    """orjson's hook: the JSON of a codec value that orjson does not know. Big bytes are hashed before they are base64."""
+def _json_hook(value: Any) -> Any:
+    """orjson's hook: the JSON of a value that orjson does not know. Long bytes are hashed instead
+    of encoded.
+    """
     if isinstance(value, bytes | bytearray):
-        return f"bytes:{value.hex() if len(value) <= _SMALL else digest(bytes(value)).hex()}"
+        content = value if len(value) <= _MAX_LITERAL_FIELD else digest(bytes(value))
+        return f"bytes:{content.hex()}"
     if isinstance(value, set | frozenset):
-        return sorted(cast(set[Any], value), key=lambda item: orjson.dumps(item, _plainer))
+        return sorted(cast(set[Any], value), key=lambda item: orjson.dumps(item, _json_hook))
     return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode_hook)
 
 
 def fingerprint_diff(old: bytes | None, new: bytes | None) -> str:
-    """The fields that changed, with both values: `x: 1 -> 2, y: absent -> 3`; "" when nothing comparable did."""
+    """The changed fields with both values: `x: 1 -> 2, y: absent -> 3`; "" if nothing comparable
+    changed.
+    """
     if old is None or new is None or old == new:
         return ""
     before, after = msgspec.json.decode(old), msgspec.json.decode(new)
     changed = [
-        f"{name}: {_short(before, name)} -> {_short(after, name)}"
+        f"{name}: {_field_text(before, name)} -> {_field_text(after, name)}"
         for name in sorted(before.keys() | after.keys())
         if _differs(before, after, name)
     ]
@@ -509,7 +534,7 @@ def _differs(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
         return False
     if left == right:
         return False
-    # The same field may be literal on one side and hashed on the other, because the other fields grew.
+    # A field may be literal on one side and a hash on the other, because other fields grew.
     return all(_as_hash(one) != other for one, other in ((left, right), (right, left)))
 
 
@@ -517,7 +542,7 @@ def _as_hash(value: Any) -> str:
     return orjson.loads(_hashed(_field(value)))
 
 
-def _short(fields: Mapping[str, Any], name: str) -> str:
+def _field_text(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
         return "absent"
     text = msgspec.json.encode(fields[name]).decode()

@@ -1,8 +1,9 @@
 """Large results in S3: `App(results="s3://bucket/prefix")`, each an object named by its SHA-256.
 
-House makes a `Bucket` from the URL and hands it to `Blobs`, which calls it from threads: everything here blocks. `put` returns
-when the object is durable, hence before any row names it; what S3 refuses or does not answer is ResultsUnavailable, and is
-tried again by whoever called. Nothing is ever deleted here: several stores may share a prefix. Next room: `blobs.py`.
+`Runtime` makes an `S3BlobStore` from the URL for `Blobs` (blobs.py), which calls it from threads:
+everything here blocks. `put` returns when the object is durable, so before any row references it.
+An error or a missing answer of S3 is ResultsUnavailable, and the caller tries again. Nothing is
+ever deleted: several stores may share a prefix.
 """
 
 import os
@@ -15,10 +16,11 @@ from eventflow.core.errors import MissingExtra, ResultsUnavailable, UsageError
 _OPTIONS = {"endpoint_url": "endpoint_url", "region": "region_name"}
 
 
-class Bucket:
-    """A prefix of a bucket (blobs.Place). `s3://bucket/prefix?endpoint_url=…&region=…`; credentials from the usual AWS places.
+class S3BlobStore:
+    """A prefix of a bucket (`blobs.BlobStore`): `s3://bucket/prefix?endpoint_url=…&region=…`.
 
-    The client is made at first use, once, and serves all threads.
+    Credentials come from AWS's usual sources. The client is made once, at first use, and is shared
+    by all threads.
     """
 
     def __init__(self, url: str) -> None:
@@ -40,23 +42,25 @@ class Bucket:
         self._lock = threading.Lock()
 
     def put(self, ref: str, data: bytes) -> None:
-        """Durable when it returns; the same content again is the same object, and young again for lifecycle rules."""
-        self._ask("store", ref, "put_object", Body=data)
+        """Durable when it returns. The same content again replaces its object, which renews it for
+        lifecycle rules.
+        """
+        self._request("store", ref, "put_object", Body=data)
 
     def get(self, ref: str) -> bytes | None:
-        """The bytes, or None when there is no such object."""
-        answer = self._ask("read", ref, "get_object")
+        """The bytes, or None if there is no such object."""
+        answer = self._request("read", ref, "get_object")
         return None if answer is None else answer["Body"]
 
     def has(self, ref: str) -> bool:
-        return self._ask("look for", ref, "head_object") is not None
+        return self._request("look for", ref, "head_object") is not None
 
-    def _ask(self, what: str, ref: str, method: str, **more: Any) -> dict[str, Any] | None:
+    def _request(self, what: str, ref: str, method: str, **more: Any) -> dict[str, Any] | None:
         from botocore.exceptions import BotoCoreError, ClientError  # pyright: ignore[reportMissingTypeStubs]
 
         key = self._prefix + ref
         try:
-            answer: dict[str, Any] = getattr(self._opened(), method)(
+            answer: dict[str, Any] = getattr(self._open_client(), method)(
                 Bucket=self._bucket, Key=key, **more
             )
             return {**answer, "Body": answer["Body"].read()} if "Body" in answer else answer
@@ -70,7 +74,7 @@ class Bucket:
                 what, f"s3://{self._bucket}/{key}", f"{type(error).__name__}: {error}"
             ) from error
 
-    def _opened(self) -> Any:
+    def _open_client(self) -> Any:
         with self._lock:
             if self._client is None:
                 self._client = _client(self._options)
@@ -78,7 +82,9 @@ class Bucket:
 
 
 def _check_installed() -> None:
-    """MissingExtra without the client library; told when the app opens, not when the first large result is there."""
+    """Raises MissingExtra without the client library: at the start of the app, not at the first
+    large result.
+    """
     try:
         import botocore.session  # noqa: F401  # pyright: ignore[reportMissingTypeStubs, reportUnusedImport]
     except ModuleNotFoundError:
@@ -86,14 +92,19 @@ def _check_installed() -> None:
 
 
 def _client(options: dict[str, str]) -> Any:
-    """Quick to give up: callers try again. For stores that are not AWS, what they understand."""
+    """Few retries: callers try again. With an endpoint that is not AWS, options that such stores
+    understand.
+    """
     from botocore.config import Config  # pyright: ignore[reportMissingTypeStubs]
     from botocore.session import Session  # pyright: ignore[reportMissingTypeStubs]
 
     config: dict[str, Any] = {
-        "retries": {"mode": "standard", "total_max_attempts": 3}, "connect_timeout": 5, "read_timeout": 30,
-        "max_pool_connections": 32, "tcp_keepalive": True,
-    }  # fmt: skip
+        "retries": {"mode": "standard", "total_max_attempts": 3},
+        "connect_timeout": 5,
+        "read_timeout": 30,
+        "max_pool_connections": 32,
+        "tcp_keepalive": True,
+    }
     if (
         "endpoint_url" in options
         or os.environ.get("AWS_ENDPOINT_URL")
@@ -101,7 +112,8 @@ def _client(options: dict[str, str]) -> Any:
     ):
         config |= {
             "s3": {"addressing_style": "path"},
-            "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
-        }  # fmt: skip
+            "request_checksum_calculation": "when_required",
+            "response_checksum_validation": "when_required",
+        }
     make = cast(Any, Session)().create_client
     return make("s3", config=cast(Any, Config)(**config), **options)

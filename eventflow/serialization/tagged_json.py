@@ -1,9 +1,10 @@
-"""Plain data to JSON and back, with nothing lost on the way.
+"""Lossless JSON of plain data.
 
-`results.py` calls it for values without a telling annotation. What JSON says exactly goes out as JSON (codec `json`). The
-rest of a closed list (tuple, set, bytes, dates, Decimal, UUID, paths, big integers, NaN, keys that are no strings) goes out
-as JSON with one-key tags such as `{"$tuple": [1, 2]}` (codec `tagged`). Everything else is refused with `NotStorable`, which
-names the path to the culprit: nothing is ever turned into its `repr`, and nothing here imports a class by name.
+codecs.py calls it for values whose annotation does not define their form. What JSON represents
+exactly becomes JSON (codec `json`). The rest of a closed list (tuple, set, bytes, dates, Decimal,
+UUID, paths, big integers, NaN, keys that are not strings) becomes JSON with one-key tags such as
+`{"$tuple": [1, 2]}` (codec `tagged`). Everything else is refused with `NotStorable`, which names
+the path to the value: nothing is replaced by its `repr`, and no class is imported by name.
 """
 
 import base64
@@ -27,40 +28,41 @@ _STR: frozenset[type] = frozenset({str})
 
 
 def encode_plain(value: Any, where: str) -> tuple[str, bytes]:
-    """`(codec, bytes)` of a value that `decode_plain` gives back equal; NotStorable when there is no such form."""
+    """`(codec, bytes)` of a value that decodes to an equal one. Raises NotStorable if there is no
+    such form.
+    """
     try:
         if is_plain(value):
             data = orjson.dumps(value)
-            # orjson writes NaN and Infinity as null; a null in the text is the only trace they leave.
+            # orjson writes NaN and Infinity as null: only a text with a null can have lost one.
             if b"null" not in data or orjson.loads(data) == value:
                 return "json", data
     except TypeError:
-        pass  # an integer beyond 64 bits, a lone surrogate, nesting beyond orjson's 254: the tags carry or name it
+        pass  # an integer over 64 bits, a lone surrogate, nesting over 254: the tags carry or name it
     except RecursionError:
         raise NotStorable(where, f"{type_name(value)} nested too deep") from None
     return "tagged", encode_tagged(value, where)
 
 
 def encode_tagged(value: Any, where: str) -> bytes:
-    """JSON with tags for what JSON has no word for."""
+    """JSON with tags for what JSON cannot represent."""
     try:
         return orjson.dumps(_tag(value, where))
-    except (
-        RecursionError,
-        TypeError,
-    ):  # all leaves are sound by now, so depth is all that orjson can refuse
+    except (RecursionError, TypeError):
+        # All leaves are valid by now, so depth is all that orjson can refuse.
         raise NotStorable(where, f"{type_name(value)} nested too deep") from None
 
 
 def decode_tagged(data: bytes) -> Any:
-    """What `encode_tagged` was given."""
+    """The inverse of `encode_tagged`."""
     return _untag(orjson.loads(data))
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON says this value exactly, NaN and sizes aside: exact built-in types, string keys.
+    """Whether JSON represents the value exactly, except NaN and sizes: exact built-in types, string
+    keys.
 
-    Subclasses are not plain: JSON would give back an IntEnum as an int, an OrderedDict as a dict.
+    Subclasses are not plain: an IntEnum would be decoded as an int, an OrderedDict as a dict.
     """
     kind = _type_of(value)
     if kind in SCALARS:
@@ -94,7 +96,7 @@ def type_name(value: Any) -> str:
 def _tag(value: Any, path: str) -> Any:
     kind = _type_of(value)
     if kind is str:
-        return _sound(value, path)
+        return _check_encodable(value, path)
     if value is None or kind is bool:
         return value
     if kind is int:
@@ -114,9 +116,9 @@ def _tag(value: Any, path: str) -> Any:
         }
     writer = _WRITERS.get(kind)
     if writer is None:
-        raise _culprit(value, path) or NotStorable(path, type_name(value))
+        raise _unstorable_part(value, path) or NotStorable(path, type_name(value))
     name, write = writer
-    return {name: _sound(write(value), path)}
+    return {name: _check_encodable(write(value), path)}
 
 
 def _tag_dict(value: dict[Any, Any], path: str) -> Any:
@@ -131,7 +133,7 @@ def _tag_dict(value: dict[Any, Any], path: str) -> Any:
     return {"$dict": [(key, member) for _, key, member in tagged]}
 
 
-def _sound(text: str, path: str) -> str:
+def _check_encodable(text: str, path: str) -> str:
     if not text.isascii():
         try:
             text.encode()
@@ -140,13 +142,15 @@ def _sound(text: str, path: str) -> str:
     return text
 
 
-def _culprit(value: Any, path: str) -> NotStorable | None:
-    """The innermost part of `value` that no annotation could carry; None when an annotation would do for all of it."""
+def _unstorable_part(value: Any, path: str) -> NotStorable | None:
+    """The innermost part of `value` that cannot be stored even with an annotation; None if there is
+    none.
+    """
     fields: Iterable[str] = getattr(value, "__struct_fields__", None) or getattr(
         value, "__dataclass_fields__", ()
     )
     if fields or isinstance(value, Enum):
-        parts = (_culprit(getattr(value, name, None), f"{path}.{name}") for name in fields)
+        parts = (_unstorable_part(getattr(value, name, None), f"{path}.{name}") for name in fields)
         return next((part for part in parts if part is not None), None)
     if type(value) not in _TAGGABLE:
         return NotStorable(path, type_name(value))
@@ -181,7 +185,7 @@ _WRITERS: Mapping[type, tuple[str, Callable[[Any], str]]] = {
 }
 
 TAGGED_TYPES: tuple[type, ...] = (bytes, datetime, date, time, timedelta, Decimal, uuid.UUID)
-"""What msgspec would write as text and the tags write as themselves."""
+"""Types that msgspec would write as text; tags keep their type."""
 
 _TAGGABLE: frozenset[type] = SCALARS | _CONTAINERS | {tuple, set, frozenset} | frozenset(_WRITERS)
 
@@ -224,18 +228,20 @@ def _untag(value: Any) -> Any:
     return {name: _untag(member) for name, member in fields.items()}
 
 
-def same(left: Any, right: Any) -> bool:
-    """Equality to the last type, in which NaN equals NaN and classes without `__eq__` compare by their fields."""
+def deep_equal(left: Any, right: Any) -> bool:
+    """Equality of values and types. NaN equals NaN; classes without `__eq__` are compared by their
+    fields.
+    """
     kind = _type_of(left)
     if kind is not type(right):
         return False
     if kind is float:
         return left == right or (left != left and right != right)
     if kind is list or kind is tuple:
-        return len(left) == len(right) and all(map(same, left, right))
+        return len(left) == len(right) and all(map(deep_equal, left, right))
     if kind is dict:
         return left.keys() == right.keys() and all(
-            same(member, right[key]) for key, member in left.items()
+            deep_equal(member, right[key]) for key, member in left.items()
         )
     if kind is Decimal:
         return str(left) == str(right)
@@ -243,7 +249,9 @@ def same(left: Any, right: Any) -> bool:
         kind, "__dataclass_fields__", ()
     )
     if fields:
-        return all(same(getattr(left, name, None), getattr(right, name, None)) for name in fields)
+        return all(
+            deep_equal(getattr(left, name, None), getattr(right, name, None)) for name in fields
+        )
     if hasattr(kind, "model_dump"):
-        return same(left.__dict__, right.__dict__)
+        return deep_equal(left.__dict__, right.__dict__)
     return bool(left == right)

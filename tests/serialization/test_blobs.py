@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from eventflow.core.errors import StoreCorrupt, StoreFailed
-from eventflow.serialization.blobs import LARGE, Blobs
+from eventflow.serialization.blobs import OFFLOAD_BYTES, Blobs
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_reference_never_leads_out(blobs, ref):
 
 def test_only_large_values_are_offloaded(blobs):
     """Up to LARGE bytes stay in the row; more become a reference, marked in the codec, and come back through `fetch`."""
-    small, large = b"x" * LARGE, b"x" * (LARGE + 1)
+    small, large = b"x" * OFFLOAD_BYTES, b"x" * (OFFLOAD_BYTES + 1)
     assert blobs.offload("json", small) == ("json", small)
     codec, ref = blobs.offload("json", large)
     assert codec == "json@blob"

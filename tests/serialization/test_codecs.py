@@ -39,9 +39,9 @@ from eventflow.serialization.codecs import (
     encode_error,
     fingerprint,
     fingerprint_diff,
-    show,
+    to_readable,
 )
-from eventflow.serialization.tagged_json import same
+from eventflow.serialization.tagged_json import deep_equal
 
 
 class Colour(enum.Enum):
@@ -137,7 +137,7 @@ def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
     """Each value under each annotation decodes to an equal one of the same type, whether or not the annotation holds."""
     word, decoded = round_trip(value, annotation)
     assert word == codec
-    assert same(decoded, value)
+    assert deep_equal(decoded, value)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_pickle_is_only_where_asked_for_and_only_where_flows_run():
         codec.decode(word, data, allow_pickle=True, key=b"other")
     with pytest.raises(StoreCorrupt, match="signature"):
         codec.decode(word, data[:-1] + b"!", allow_pickle=True, key=b"k")
-    assert show(word, data) == f"<pickle, {len(data)} bytes>"
+    assert to_readable(word, data) == f"<pickle, {len(data)} bytes>"
     with pytest.raises(UsageError, match="codec="):
         ResultCodec(None, "job", "yaml")
 
@@ -245,7 +245,10 @@ def test_an_annotation_may_be_resolved_late_or_never():
 )
 def test_a_result_is_shown_as_json(value, annotation, shown):
     """Doors show any stored result as JSON without the class that made it."""
-    assert orjson.loads(orjson.dumps(show(*ResultCodec(annotation, "job").encode(value)))) == shown
+    assert (
+        orjson.loads(orjson.dumps(to_readable(*ResultCodec(annotation, "job").encode(value))))
+        == shown
+    )
 
 
 # --------------------------------------------------------------------------- errors

@@ -237,7 +237,7 @@ def test_an_attempt_that_cannot_store_its_result_fails_and_is_retried(
     """When the bucket does not answer for longer than it is asked, the attempt failed; the next one stores its result."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("eventflow.serialization.blobs.PAUSES", (0.01,))
+    monkeypatch.setattr("eventflow.serialization.blobs.OFFLOAD_RETRIES", 1)
     ran: list[str] = []
 
     @task(retries=Retry(attempts=2, delay=0.05))
@@ -270,7 +270,7 @@ def test_a_flow_whose_result_cannot_be_stored_is_put_off(
     """When nobody takes a flow's own result, the run waits, and is tried again: neither failed nor lost."""
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("eventflow.serialization.blobs.PAUSES", (0.01,))
+    monkeypatch.setattr("eventflow.serialization.blobs.OFFLOAD_RETRIES", 1)
     monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)
 
     async def main(proxy: Proxy) -> None:
