@@ -138,7 +138,7 @@ def retry(run: str, from_scratch: bool, as_json: bool, location: LedgerLocation)
 
     Values that its tasks recorded are kept and not computed again; recorded errors are dropped.
     """
-    body = {"fresh": from_scratch}
+    body = {"from_scratch": from_scratch}
     done = _call_api(location, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", body))
     write_result(done, as_json, f"run {done['id']} is pending again")
 
@@ -294,7 +294,8 @@ def redrive(
         api.require_flows("redrive")
         idents = await _open_dead_letters(api) if dead_letter == "all" else [dead_letter]
         return [
-            await api.post(f"/api/dead/{quoted(str(ident))}/redrive", corrected) for ident in idents
+            await api.post(f"/api/dead-letters/{quoted(str(ident))}/redrive", corrected)
+            for ident in idents
         ]
 
     done = _call_api(location, work)
@@ -309,8 +310,8 @@ async def _open_dead_letters(api: ApiClient) -> list[int]:
     found: list[int] = []
     after: int | None = None
     while True:
-        page = await api.get("/api/dead", limit=1000, after=after)
-        found += [row["id"] for row in page["dead"]]
+        page = await api.get("/api/dead-letters", limit=1000, after=after)
+        found += [row["id"] for row in page["dead_letters"]]
         after = page["next"]
         if after is None:
             return found[::-1]

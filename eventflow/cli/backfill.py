@@ -146,7 +146,7 @@ class _BackfillClient:
     def __init__(self, api: ApiClient, trigger: str, flow: str, label: str | None) -> None:
         self._api = api
         self._path = f"/api/triggers/{quoted(trigger)}/backfill"
-        self._body = {"flow": flow, "again": label}
+        self._body = {"flow": flow, "rerun": label}
 
     async def post(self, at: Sequence[str], *, dry_run: bool = False) -> list[dict[str, Any]]:
         """The verdicts on the occurrences `at`. Waits while the ledger is full."""

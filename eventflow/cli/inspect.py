@@ -102,11 +102,10 @@ def ls(
         if (wanted := _FILTERED_KIND[name]) != kind:
             raise UsageError(f"--{name} filters {wanted}; leave it out, or: eventflow ls {wanted}")
     check_order(filters["since"], filters["until"])
-    api_name = _API_NAMES.get(kind, kind)
     params = {"limit": limit, "after": after, **given}
-    page = asyncio.run(_get(location, f"/api/{api_name}", **params))
+    page = asyncio.run(_get(location, f"/api/{kind}", **params))
     detail = _trigger_detail if kind == "triggers" else _run_detail
-    rows = [{**row, **detail(row)} for row in page[api_name]]
+    rows = [{**row, **detail(row)} for row in page[kind.replace("-", "_")]]
     empty = f"no {kind.replace('-', ' ')}"
     write_result(page, as_json, table(rows, COLUMNS[kind].split(), empty))
 
@@ -172,7 +171,8 @@ def run_text(run: dict[str, Any]) -> str:
         [
             ("run", run["id"]),
             *((name, run[name]) for name in ("flow", "state", "reason")),
-            *((name, run[name]) for name in ("event", "subscription", "parent", "lane")),
+            *((name, run[name]) for name in ("event", "subscription", "parent")),
+            ("ordering key", run["ordering_key"]),
             *((name, run[f"{name}_at"]) for name in ("created", "started", "finished")),
             ("due", run["due_at"] if run["state"] in ("pending", "waiting") else None),
             *((name, run[name]) for name in ("params", "result")),

@@ -110,11 +110,12 @@ async def _start(request: RunRequest, app: App) -> RunHandle:
     if pending:
         note(f"{pending} deliveries of this store were pending; they run here too")
     if request.params is not None:
-        return await app.start_with(
+        number, duplicate = await app.runtime.start_run(
             request.flow, orjson.dumps(request.params), request.idempotency_key
         )
+        return RunHandle(app, number, request.flow, duplicate)
     arrival = app.runtime.router.route_to_flow(request.flow, _event(request.event))
-    (receipt,) = await app.runtime.reactor.record([arrival], "api")
+    (receipt,) = await app.runtime.reactor.record(lambda: [arrival], "api")
     runs = await app.store.runs(event=receipt.ledger_id, limit=1)
     return RunHandle(app, runs[0]["id"], request.flow, receipt.duplicate)
 
@@ -122,10 +123,11 @@ async def _start(request: RunRequest, app: App) -> RunHandle:
 async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
     """Wait for the run and print its result as the flow's codec encoded it. The exit code."""
     note(f"run {run.id}")
-    outcome = await app.outcome(run.number)
+    outcome = await app.runtime.outcome(run.number)
     match outcome:
         case Completed():
-            _print((await asyncio.to_thread(app.blobs.fetch, outcome.codec, outcome.value))[1])
+            fetch = app.runtime.blobs.fetch
+            _print((await asyncio.to_thread(fetch, outcome.codec, outcome.value))[1])
             return 0
         case Failed():
             return _report_failure(run.id, orjson.loads(outcome.error), as_json)

@@ -119,7 +119,7 @@ class Verification:
             f"the order of nothing was filtered: {empty.get('reason')}",
             f"{empty}",
         )
-        dead_letters = self.environment.get("/api/dead")["dead"]
+        dead_letters = self.environment.get("/api/dead-letters")["dead_letters"]
         why = dead_letters[0]["reason"].rpartition(": ")[2] if dead_letters else "none"
         is_odd = [dead["event_id"] for dead in dead_letters] == ["msg-odd"]
         check(is_odd, f"the order without an id is a dead letter: {why}", f"{dead_letters}")

@@ -20,7 +20,7 @@ class JournalCall(msgspec.Struct, frozen=True):
 
     `name`: the task or flow called, `sleep`, `timer` or `emit:TYPE`; `call_key`: its key in
     the journal. `state`: `completed`, `failed`, `retrying`, `started` (a child run), `fired` (a
-    timer), `published` (an event), `requested` (a cancel). `attempts`: of a task. `value`: the
+    timer), `published` (an event), `signalled` (a cancel). `attempts`: of a task. `value`: the
     recorded JSON, or bytes of another codec. `error`: the message of the last error.
     """
 
@@ -87,7 +87,7 @@ _STATES = {
     Kind.TIMER: "fired",
     Kind.EMIT: "published",
     Kind.CHILD: "started",
-    Kind.CANCEL: "requested",
+    Kind.CANCEL: "signalled",
 }
 
 
@@ -105,6 +105,6 @@ def _changes(app: App, entry: Entry, known: JournalCall) -> dict[str, Any]:
     if entry.error is not None:
         changes["error"] = orjson.loads(entry.error).get("message")
     if entry.kind is Kind.VALUE:
-        codec, data = app.blobs.fetch(entry.codec or "json", entry.value or b"null")
+        codec, data = app.runtime.blobs.fetch(entry.codec or "json", entry.value or b"null")
         changes["value"] = orjson.loads(data) if codec == "json" else data
     return changes

@@ -151,7 +151,7 @@ def test_replay(shop: ServerProcess):
 def test_redrive(shop: ServerProcess):
     """`redrive` tries a dead letter once more with mended data."""
     shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
-    letter = asked(shop, "ls", "dead-letters")["dead"][0]
+    letter = asked(shop, "ls", "dead-letters")["dead_letters"][0]
     done = asked(shop, "redrive", str(letter["id"]), "-d", '{"total": 7}')
     assert done["verdicts"][0]["outcome"] == "run"
     again = eventflow(shop.folder, "redrive", str(letter["id"]))

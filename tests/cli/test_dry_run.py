@@ -183,7 +183,7 @@ def test_a_replay_of_a_time_is_for_those_who_heard_of_it(tmp_path: Path):
         served.client.post("/api/events", content=json.dumps(unheard), headers=CLOUDEVENT)
         done = eventflow(tmp_path, "replay", "--since", "7d", "--to", "handle")
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 run started"
-        assert "no subscription or flow 'handle' hears of nobody.hears" in done.stderr
+        assert "no subscription or flow 'handle' accepts nobody.hears" in done.stderr
         assert len(served.get("/api/runs")["runs"]) == 2
 
 

@@ -11,7 +11,7 @@ import pytest
 from eventflow import App, Event, Permanent, RunHandle, Undecodable, emit, flow, sleep, task
 from eventflow.core.clock import SECOND, SystemClock, to_us
 from eventflow.core.errors import RunHeld, TaskTimedOut, UsageError
-from eventflow.logs.log import Line, get_logger
+from eventflow.logs.log import LogLine, get_logger
 from eventflow.testing import (
     MemoryTrigger,
     Stuck,
@@ -302,7 +302,7 @@ async def test_a_memory_trigger_is_a_trigger_like_any_other() -> None:
 
 async def test_sending_to_a_closed_app_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """`send` waits for the app to listen, but not for ever."""
-    monkeypatch.setattr("eventflow.testing.apps.OPEN_WITHIN", 0.05)
+    monkeypatch.setattr("eventflow.testing.apps.OPEN_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(UsageError, match="open app"):
         await MemoryTrigger("nobody").send(data=1)
 
@@ -350,7 +350,7 @@ async def test_lines_that_flows_and_tasks_log_and_print_are_collected() -> None:
     async def talk() -> None:
         await speak()
 
-    app, lines = App("talk"), list[Line]()
+    app, lines = App("talk"), list[LogLine]()
     async with running(app, lines=lines):
         handle = await app.start(talk)
         await handle.result()
