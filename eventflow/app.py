@@ -16,30 +16,28 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
+import msgspec
 
 from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.core.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
 from eventflow.events.event import Event, EventSink, Json, LateSpec, LedgerTrigger, Receipt, Trigger
 from eventflow.logs.log import LogSink
 from eventflow.routing.delivery import Delivery
-from eventflow.routing.filters import Where
+from eventflow.routing.filters import FilterSpec
 from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.subscriptions import (
     EMITTED,
     Key,
     Params,
-    SinkSubscription,
     Subscription,
     combine_filters,
     subscribe,
     subscribe_pattern,
     subscribe_sink,
 )
-from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, Outcome, format_id
+from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, format_id
 from eventflow.runtime import AppConfig, Lifespan, Runtime
 from eventflow.sdk.flow import Flow
-from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.codecs import decode_error, to_readable
 from eventflow.store.sqlite import SqliteStore
 
@@ -66,13 +64,15 @@ class RunHandle:
         Raises the flow's own error as a replay would see it, RunCancelled, RunHeld, RunDead, or
         StoreFailed.
         """
-        outcome = await self._app.outcome(self.number)
+        outcome = await self._app.runtime.outcome(self.number)
         match outcome:
             case Completed():
                 name, data = outcome.codec, outcome.value
                 if name.endswith("@blob"):  # a file or an object in S3
-                    name, data = await asyncio.to_thread(self._app.blobs.fetch, name, data)
-                return self._flow.result.decode(name, data) if self._flow else to_readable(name, data)
+                    name, data = await asyncio.to_thread(self._app.runtime.blobs.fetch, name, data)
+                if self._flow is None:
+                    return to_readable(name, data)
+                return self._flow.result.decode(name, data)
             case Failed():
                 raise decode_error(outcome.error)
             case Cancelled():
@@ -133,7 +133,6 @@ class App:
         self.triggers: list[Trigger] = self._config.triggers
         self.subscriptions: Sequence[Subscription] = self._config.subscriptions
         self._url = store
-        self._names: set[str] = set()  # of subscriptions, those of sinks included
         self._runtime: Runtime | None = None
 
     # ----------------------------------------------------------------- declaration
@@ -143,7 +142,7 @@ class App:
         trigger: Trigger | LedgerTrigger | Pattern | str,
         flow: Flow[..., Any],
         *,
-        where: Where = None,
+        where: FilterSpec = None,
         params: Params = None,
         key: Key = None,
         priority: int | None = None,
@@ -168,19 +167,35 @@ class App:
                     f"{trigger.label}: where and by belong to its parts;"
                     " it takes priority=, deliver= and name="
                 )
-            self._on_pattern(trigger, flow, priority, deliver, name)
+            for each in trigger.triggers:
+                self._config.add_trigger(each)
+            self.add(flow)
+            self._config.subscriptions.append(
+                subscribe_pattern(
+                    compile_pattern(trigger),
+                    flow,
+                    priority=priority,
+                    deliver=deliver,
+                    name=name,
+                    used_names=self._config.subscription_names(),
+                    late=trigger.late,
+                )
+            )
             return
         late: LateSpec | None = None
+        source = EMITTED
         if isinstance(trigger, str):
-            types, source = (trigger, *types), EMITTED
+            types = (trigger, *types)
         elif isinstance(trigger, LedgerTrigger):
-            types, source, late = trigger.types, EMITTED, trigger.late
+            types = trigger.types
+            late = trigger.late
             where = combine_filters(trigger.pattern, where)
         else:
-            self._add_trigger(trigger)
-            types, source = types or getattr(trigger, "default_types", ()), trigger.name
+            self._config.add_trigger(trigger)
+            types = types or getattr(trigger, "default_types", ())
+            source = trigger.name
         self.add(flow)
-        self._subscribe(
+        self._config.subscriptions.append(
             subscribe(
                 source,
                 flow,
@@ -192,44 +207,17 @@ class App:
                 types=types,
                 deliver=deliver,
                 name=name,
-                used_names=self._names,
+                used_names=self._config.subscription_names(),
                 late=late,
             )
         )
-
-    def _on_pattern(
-        self,
-        pattern: Pattern,
-        flow: Flow[..., Any],
-        priority: int | None,
-        deliver: Delivery | None,
-        name: str | None,
-    ) -> None:
-        for each in pattern.triggers:
-            self._add_trigger(each)
-        self.add(flow)
-        self._subscribe(
-            subscribe_pattern(
-                compile_pattern(pattern),
-                flow,
-                priority=priority,
-                deliver=deliver,
-                name=name,
-                used_names=self._names,
-                late=pattern.late,
-            )
-        )
-
-    def _subscribe(self, subscription: Subscription) -> None:
-        self._names.add(subscription.name)
-        self._config.subscriptions.append(subscription)
 
     def send(
         self,
         types: str | Sequence[str],
         to: EventSink,
         *,
-        where: Where = None,
+        where: FilterSpec = None,
         name: str | None = None,
     ) -> None:
         """Sends emitted events of these types (`*` matches any part) to a sink: at least once, in
@@ -240,42 +228,30 @@ class App:
         this sink subscription. `where`: as for `on`.
         """
         kinds = [types] if isinstance(types, str) else types
-        self._subscribe_sink(
-            subscribe_sink(to, types=kinds, where=where, name=name, used_names=self._names)
+        self._config.sink_subscriptions.append(
+            subscribe_sink(
+                to,
+                types=kinds,
+                where=where,
+                name=name,
+                used_names=self._config.subscription_names(),
+            )
         )
 
     def send_dead_letters(self, to: EventSink, *, name: str | None = None) -> None:
         """Sends a copy of every new dead letter to a sink; the ledger keeps the original."""
-        self._subscribe_sink(
-            subscribe_sink(to, dead_letters=True, name=name, used_names=self._names)
+        self._config.sink_subscriptions.append(
+            subscribe_sink(
+                to, dead_letters=True, name=name, used_names=self._config.subscription_names()
+            )
         )
-
-    def _subscribe_sink(self, subscription: SinkSubscription) -> None:
-        self._names.add(subscription.name)
-        self._config.sink_subscriptions.append(subscription)
 
     def add(self, *flows: Flow[..., Any]) -> None:
         """Registers flows by name, so that they can be started by name and their unfinished runs
         resume.
         """
         for flow in flows:
-            if not isinstance(flow, Flow):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise UsageError(
-                    f"expected a flow, found {flow!r}; decorate the function with @flow"
-                )
-            if self.flows.setdefault(flow.name, flow) is not flow:
-                raise UsageError(
-                    f"two flows are named {flow.name!r}; give one of them @flow(name=...)"
-                )
-
-    def _add_trigger(self, trigger: Trigger) -> None:
-        if any(trigger is known for known in self.triggers):
-            return
-        if not isinstance(trigger, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"expected a trigger (with a name and listen()), found {trigger!r}")
-        if any(trigger.name == known.name for known in self.triggers):
-            raise UsageError(f"two triggers are named {trigger.name!r}; give one of them name=...")
-        self.triggers.append(trigger)
+            self._config.add_flow(flow)
 
     # ----------------------------------------------------------------- open and close
 
@@ -304,7 +280,8 @@ class App:
         """
         if self._runtime is not None:
             raise UsageError(f"the app {self.name!r} is open already")
-        runtime = Runtime(self._config, store or self.url, sink)
+        config = msgspec.structs.replace(self._config, clock=self.clock)  # tests may set it
+        runtime = Runtime(config, store or self.url, sink)
         await runtime.open(own_loop, listen and not passive, passive)
         self._runtime = runtime
 
@@ -348,10 +325,6 @@ class App:
     def store(self) -> SqliteStore:
         return self.runtime.store
 
-    @property
-    def blobs(self) -> Blobs:
-        return self.runtime.blobs
-
     # ----------------------------------------------------------------- runs and events
 
     async def start(
@@ -365,39 +338,8 @@ class App:
         """
         known = self.flow(flow)
         body = known.binder.unpack((), params)
-        return await self.start_with(known, body, idempotency_key)
-
-    async def start_with(
-        self,
-        flow: Flow[..., Any],
-        params: bytes,
-        idempotency_key: str | None = None,
-        *,
-        max_wait: float | None = 0.0,
-    ) -> RunHandle:
-        """`start` with the parameters as a JSON object. Waits for room for up to `max_wait`
-        seconds.
-        """
-        runtime = self.runtime
-        ident = idempotency_key or format_id(runtime.ids.next(self.clock.now()))
-        event = Event(
-            id=ident,
-            source=f"/flows/{flow.name}",
-            type="eventflow.run.requested",
-            data=orjson.loads(params),
-        )
-        arrival = runtime.router.route_to_flow(flow, event, params=params)
-        (receipt,) = await runtime.reactor.record(lambda: [arrival], "api", max_wait=max_wait)
-        if receipt.conflict:
-            raise UsageError(
-                f"idempotency key {ident!r} is known with other parameters;"
-                " the first run stands, use another key"
-            )
-        run = arrival.runs[0].id
-        if receipt.duplicate:
-            (first,) = await self.store.runs(event=receipt.ledger_id, limit=1)
-            run = first["id"]
-        return RunHandle(self, run, flow, receipt.duplicate)
+        number, duplicate = await self.runtime.start_run(known, body, idempotency_key)
+        return RunHandle(self, number, known, duplicate)
 
     def flow(self, flow: Flow[..., Any] | str) -> Flow[..., Any]:
         """A flow by its name, or itself."""
@@ -446,10 +388,6 @@ class App:
         """A handle for a run, by its id or a unique prefix or suffix of it."""
         row = await self.store.run(run)
         return RunHandle(self, row["id"], self.flows.get(row["flow"]), False)
-
-    async def outcome(self, run: int) -> Outcome:
-        """How a run ended, once it has (or is held)."""
-        return await self.runtime.outcome(run)
 
     # ----------------------------------------------------------------- as a server
 

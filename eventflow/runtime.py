@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import orjson
 
 from eventflow.core.clock import SECOND, Clock
-from eventflow.core.errors import NotFound, RunDead, StoreError, StoreFailed
+from eventflow.core.errors import NotFound, RunDead, StoreError, StoreFailed, UsageError
 from eventflow.engine.late_runs import LateRunMonitor
 from eventflow.engine.worker import Worker, WorkerOptions
-from eventflow.events.event import Trigger
+from eventflow.events.event import Event, Trigger
 from eventflow.intake.reactor import Reactor
 from eventflow.logs.log import LogSink, get_logger
 from eventflow.routing.router import Router
@@ -84,6 +85,27 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
     triggers: list[Trigger] = []
     subscriptions: list[Subscription] = []
     sink_subscriptions: list[SinkSubscription] = []
+
+    def add_flow(self, flow: Flow[..., Any]) -> None:
+        """UsageError for another object, or another flow of the same name."""
+        if not isinstance(flow, Flow):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"expected a flow, found {flow!r}; decorate the function with @flow")
+        if self.flows.setdefault(flow.name, flow) is not flow:
+            raise UsageError(f"two flows are named {flow.name!r}; give one of them @flow(name=...)")
+
+    def add_trigger(self, trigger: Trigger) -> None:
+        """UsageError for another object, or another trigger of the same name."""
+        if any(trigger is known for known in self.triggers):
+            return
+        if not isinstance(trigger, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"expected a trigger (with a name and listen()), found {trigger!r}")
+        if any(trigger.name == known.name for known in self.triggers):
+            raise UsageError(f"two triggers are named {trigger.name!r}; give one of them name=...")
+        self.triggers.append(trigger)
+
+    def subscription_names(self) -> set[str]:
+        """Of subscriptions of flows and of sinks: they share one namespace."""
+        return {each.name for each in (*self.subscriptions, *self.sink_subscriptions)}
 
 
 class Runtime:
@@ -208,7 +230,39 @@ class Runtime:
             return asyncio.get_running_loop(), threading.get_ident()
         return self.own_loop.loop, self.own_loop.thread.ident or 0
 
-    # ----------------------------------------------------------------- waiting for a run
+    # ----------------------------------------------------------------- runs
+
+    async def start_run(
+        self,
+        flow: Flow[..., Any],
+        params: bytes,
+        idempotency_key: str | None = None,
+        *,
+        max_wait: float | None = 0.0,
+    ) -> tuple[int, bool]:
+        """Starts a run of `params`, a JSON object. Returns its number, and whether the key was known.
+
+        Waits for room for up to `max_wait` seconds. Raises UsageError for a known key with other
+        parameters.
+        """
+        ident = idempotency_key or format_id(self.ids.next(self.config.clock.now()))
+        event = Event(
+            id=ident,
+            source=f"/flows/{flow.name}",
+            type="eventflow.run.requested",
+            data=orjson.loads(params),
+        )
+        arrival = self.router.route_to_flow(flow, event, params=params)
+        (receipt,) = await self.reactor.record(lambda: [arrival], "api", max_wait=max_wait)
+        if receipt.conflict:
+            raise UsageError(
+                f"idempotency key {ident!r} is known with other parameters;"
+                " the first run stands, use another key"
+            )
+        if receipt.duplicate:
+            (first,) = await self.store.runs(event=receipt.ledger_id, limit=1)
+            return first["id"], True
+        return arrival.runs[0].id, False
 
     async def outcome(self, run: int) -> Outcome:
         """How a run ended, once it has. Raises StoreFailed when the store fails before that."""

@@ -10,6 +10,8 @@ from os import PathLike, fspath
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from msgspec.structs import replace
+
 from eventflow.app import App
 from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
@@ -58,12 +60,14 @@ class MemoryTrigger:
         id: str | None = None,
         subject: str | None = None,
         cursor: Mapping[str, Json] | None = None,
+        max_wait: float | None = 0.0,
     ) -> list[Receipt]:
         """Send events, or one made of `data`, and return their receipts when they and the `cursor`
         are durable.
 
-        Waits until the app listens. Without an `id` the event gets a unique one. Raises the errors
-        of `Intake.accept`.
+        Waits until the app listens, and for room in the ledger for up to `max_wait` seconds (None:
+        as long as it takes). Without an `id` the event gets a unique one. Raises the errors of
+        `Intake.accept`.
         """
         if data is not _NoData:
             made = Event(
@@ -74,7 +78,7 @@ class MemoryTrigger:
                 subject=subject,
             )
             items = (*items, made)
-        return await (await self._listening()).accept(*items, cursor=cursor)
+        return await (await self._listening()).accept(*items, cursor=cursor, max_wait=max_wait)
 
     async def cursor(self) -> Mapping[str, Json]:
         """The cursors as last committed."""
@@ -111,12 +115,14 @@ async def running(
     in a temporary folder. `lines` collects what flows and tasks log and print. `own_loop` runs
     flows on an event loop in another thread, as `eventflow serve` does.
     """
-    before, options = app.clock, app._store_options  # pyright: ignore[reportPrivateUsage]
+    before = app.clock
+    config = app._config  # pyright: ignore[reportPrivateUsage]
+    options = {"ballast": 0, "free_floor": 0, **config.store_options}
     app.clock = clock or (before if isinstance(before, VirtualClock) else VirtualClock())
-    app._store_options = {"ballast": 0, "free_floor": 0, **options}  # pyright: ignore[reportPrivateUsage]
+    app._config = replace(config, store_options=options)  # pyright: ignore[reportPrivateUsage]
     with ExitStack() as undo:
         undo.callback(setattr, app, "clock", before)
-        undo.callback(setattr, app, "_store_options", options)
+        undo.callback(setattr, app, "_config", config)
         clock_users = [trigger for trigger in app.triggers if _set_clock(app.clock, trigger, undo)]
         sink = None if lines is None else _LineCollector(lines)
         if lines is not None:

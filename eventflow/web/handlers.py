@@ -140,11 +140,12 @@ class RunHandlers:
             raise http_error(400, "invalid", "flow: expected the name of a flow, found none")
         if not isinstance(params, dict):
             raise http_error(400, "invalid", "params: expected a JSON object")
-        run = await app.start_with(
+        number, duplicate = await app.runtime.start_run(
             app.flow(name), orjson.dumps(params), key, max_wait=FULL_WAIT_SECONDS
         )
         return Json(
-            {"id": run.id, "flow": name, "duplicate": run.duplicate}, 200 if run.duplicate else 202
+            {"id": format_id(number), "flow": name, "duplicate": duplicate},
+            200 if duplicate else 202,
         )
 
     async def runs(self, request: Request) -> Response:
@@ -167,7 +168,9 @@ class RunHandlers:
         app = self._opened()
         row = await app.store.run(request.path_params["id"])
         journal = await app.store.load(row["id"])
-        return Json(await asyncio.to_thread(serializers.run_details, row, journal, app.blobs.fetch))
+        return Json(
+            await asyncio.to_thread(serializers.run_details, row, journal, app.runtime.blobs.fetch)
+        )
 
     async def logs(self, request: Request) -> Response:
         """`?after=SEQ&limit=N`: lines in order; `settled`: no more lines will follow."""
