@@ -239,7 +239,7 @@ class Ledger:
             self.events = {
                 row["event_id"]: row for row in connection.execute("SELECT * FROM events")
             }
-            self.journal = list(connection.execute("SELECT * FROM journal ORDER BY batch, pos"))
+            self.journal = list(connection.execute("SELECT * FROM journal ORDER BY batch, position"))
             self.totals = dict(connection.execute("SELECT * FROM ledger").fetchone())
             self.dead = list(connection.execute("SELECT * FROM dead_letters"))
             self.cursors = {

@@ -1,7 +1,8 @@
-"""What a run remembers: entries, each claimed by the place in the flow that made it.
+"""The journal of a run: what its calls came to, by call key.
 
-A claim is text, `scope/task#ordinal` (see `lineage.py`); an entry is what became of it. The executor appends entries, the
-store gives each commit a batch number and a time, and `Journal` hands a resumed run its entries back by claim.
+A call key is text, `scope/task#ordinal`, that names a call by its place in the flow
+(loop/scopes.py). An `Entry` records what happened to a call. engine/execution.py appends entries,
+the store numbers them by commit, and a run that is resumed gets them back as a `Journal`.
 """
 
 from collections.abc import Iterable
@@ -17,16 +18,18 @@ class Kind(IntEnum):
     ERROR = 1  # the call ended with an error that the flow receives
     FAILED = 2  # one attempt failed; the next is due at `due_at`
     CLEARED = (
-        3  # an ERROR that `retry` dropped: attempt numbers continue from it, the budget begins anew
+        3  # an ERROR that `retry` dropped: attempt numbers continue, the retry budget restarts
     )
     TIMER = 4  # a sleep or timeout fired
     EMIT = 5  # an event was emitted; `value` is its ledger id
-    CHILD = 6  # a child run was started; `value` is its id (its result comes as VALUE or ERROR of attempt 1)
-    CANCEL = 7  # a cancel was asked for; `value` is the reason as JSON
-    NOTE = 8  # what the executor must know of earlier lives: see START, RAN, AFRESH
+    CHILD = (
+        6  # a child run was started; `value` is its id; its result is a VALUE or ERROR of attempt 1
+    )
+    CANCEL = 7  # a cancel was requested; `value` is the reason as JSON
+    NOTE = 8  # state of the run between its claims: see the notes below
 
     @property
-    def final(self) -> bool:
+    def is_final(self) -> bool:
         """Whether the flow receives this entry as the end of its call."""
         return self in _FINAL
 
@@ -35,10 +38,12 @@ _FINAL = {Kind.VALUE, Kind.ERROR, Kind.TIMER, Kind.EMIT, Kind.CANCEL}
 
 
 class Entry(msgspec.Struct, kw_only=True, gc=False):
-    """One journal row. `batch`, `pos` and `at` are the store's: group commit, place in it, its time in microseconds.
+    """One row of the journal.
 
-    `(run, claim, attempt, kind)` is unique. `fingerprint` is the JSON of the call's arguments (long ones hashed), or None
-    where they cannot be compared. `error` is JSON `{"type", "message", "args", "traceback"}`.
+    The store sets `batch` (the group commit), `position` (in the batch) and `at` (its time,
+    microseconds). `(run, call_key, attempt, kind)` is unique. `fingerprint` is the JSON of the
+    call's arguments (long ones hashed), or None where they cannot be compared. `error` is JSON
+    `{"type", "message", "args", "traceback"}`.
     """
 
     call_key: str
@@ -54,31 +59,45 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     error: bytes | None = None
 
 
-STARTED, RUNNING_TIME, RESTARTED = "@start", "@ran", "@afresh"
-"""Claims of the notes. START: the instant the run first started, in `due_at`, kept when a wait or a clock reading counts from
-it. RAN: microseconds spent in memory before the attempt-th suspension, in `due_at`, for timeouts that count only those. AFRESH:
-the journal before this one was dropped, for the attempt-th time; it is the first entry of the new one."""
+STARTED_NOTE = "@start"
+"""Call key of a note: the instant at which the run first started, in `due_at`.
 
-CANCEL, TIMEOUT = "@cancel", "@timeout"
-"""Claims of the orders that reach a run from outside."""
+Recorded when a wait or a clock reading counts from it.
+"""
+
+RUNNING_TIME_NOTE = "@ran"
+"""Call key of a note: microseconds in memory before the attempt-th suspension, in `due_at`, for
+timeouts that count running time only.
+"""
+
+RESTARTED_NOTE = "@afresh"
+"""Call key of the first entry of a journal that replaced another one, for the attempt-th time."""
+
+CANCEL_KEY = "@cancel"
+TIMEOUT_KEY = "@timeout"
+"""Call keys of the signals that reach a run from outside."""
 
 
 def restart_entry(generation: int) -> Entry:
     """The first entry of a journal that replaces another of the same run."""
-    return Entry(call_key=RESTARTED, kind=Kind.NOTE, attempt=generation)
+    return Entry(call_key=RESTARTED_NOTE, kind=Kind.NOTE, attempt=generation)
 
 
 class Journal:
-    """A run's entries by claim. Built once per resume from `Store.load`, or empty; grows as commits come back.
+    """A run's entries by call key.
 
-    `last_batch` is the last commit known here, `last_own` the last one with an answer that is no child run's: what a run that
-    was suspended has certainly been given; `first_at` is the time of the first answer. `generation` counts how often the run
-    was begun afresh.
+    Built from `Store.load` when a run is resumed, or empty; grows with its commits.
+
+    `last_batch` is the last commit known here. `last_own_batch` is the last one with the end of a
+    call that is no child run: a run that was suspended has received it. `first_at` is the time of
+    the first end, `generation` the number of restarts, `running_time` the microseconds of
+    `RUNNING_TIME_NOTE`. `unclaimed`: recorded calls that the flow has not made since it was
+    resumed.
     """
 
     __slots__ = (
-        "children", "count", "failures", "finals", "first_at", "generation", "last_batch", "last_own_batch", "unclaimed", "running_time",
-        "running_time_notes", "started_at",
+        "children", "count", "failures", "finals", "first_at", "generation", "last_batch",
+        "last_own_batch", "running_time", "running_time_notes", "started_at", "unclaimed",
     )  # fmt: skip
 
     def __init__(self, entries: Iterable[Entry] = (), *, started_at: int | None = None) -> None:
@@ -86,19 +105,24 @@ class Journal:
         self.failures: dict[str, list[Entry]] = {}
         self.children: dict[str, Entry] = {}
         self.started_at = started_at
-        self.last_batch = self.last_own_batch = 0
-        self.first_at = self.count = self.generation = self.running_time = self.running_time_notes = 0
+        self.last_batch = 0
+        self.last_own_batch = 0
+        self.first_at = 0
+        self.count = 0
+        self.generation = 0
+        self.running_time = 0
+        self.running_time_notes = 0
         for entry in entries:
             self.add(entry)
         self.unclaimed = set(self.finals)
 
     def add(self, entry: Entry) -> None:
-        """Takes in one committed entry."""
+        """Adds one committed entry."""
         self.count += 1
         if entry.batch > self.last_batch:
             self.last_batch = entry.batch
         kind = entry.kind
-        if kind is Kind.VALUE or kind.final:
+        if kind is Kind.VALUE or kind.is_final:
             known = self.finals.get(entry.call_key)
             if known is None or known.attempt <= entry.attempt:
                 self.finals[entry.call_key] = entry
@@ -113,16 +137,18 @@ class Journal:
             self.failures.setdefault(entry.call_key, []).append(entry)
 
     def _note(self, entry: Entry) -> None:
-        if entry.call_key == STARTED:
+        if entry.call_key == STARTED_NOTE:
             self.started_at = entry.due_at
-        elif entry.call_key == RUNNING_TIME:
+        elif entry.call_key == RUNNING_TIME_NOTE:
             self.running_time_notes = max(self.running_time_notes, entry.attempt)
             self.running_time = max(self.running_time, entry.due_at or 0)
-        elif entry.call_key == RESTARTED:
+        elif entry.call_key == RESTARTED_NOTE:
             self.generation = entry.attempt
 
     def attempts(self, call_key: str) -> tuple[int, int, int | None]:
-        """`(last attempt number, attempts since the last retry by hand, due_at of the next)` of an unfinished call."""
+        """`(last attempt, attempts since the last manual retry, due_at of the next)` of a call
+        without an end.
+        """
         rows = self.failures.get(call_key)
         if not rows:
             return 0, 0, None

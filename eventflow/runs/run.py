@@ -1,18 +1,19 @@
-"""A run: one durable execution of a flow, its states, its outcomes, and the ids everything in the ledger is known by.
+"""A run, one durable execution of a flow: its states, its outcomes, and the ids of the ledger.
 
                       ┌──────────── retry (keeps values, drops errors) ───────────────┐
                       ▼                                                               │
     record ──► PENDING ──claim──► RUNNING ──Completed──► COMPLETED                    │
                  ▲ ▲                │ ├──Failed──────► FAILED ────────────────────────┤
                  │ │                │ ├──Cancelled───► CANCELLED ─────────────────────┤
-                 │ └─due / woken────┤ └──third death─► DEAD ──────────────────────────┤
+                 │ └─due / woken────┤ └──third crash─► DEAD ──────────────────────────┤
                  │     WAITING ◄──Suspended(until)                                    │
-                 │                  └──Held(reason)──► HELD ──────────────────────────┘
-                 ├── interrupted (drain, crash: the next start's epoch reclaims it), Restarted (journal dropped)
+                 │                  └──NeedsAttention─► HELD ───────────────────────┘
+                 ├── interrupted (drain; a crash: the next start makes it PENDING), Restarted
                  └── resume, retry ── PAUSED ◄── record, while the event's trigger is paused
 
-`cancel` moves PENDING, WAITING, PAUSED and HELD to CANCELLED at once. A RUNNING run is notified and ends in the outcome that it
-reaches. Each arrow is one store method. Leaving RUNNING needs the token of the claim: a stale token writes nothing.
+`cancel` moves PENDING, WAITING, PAUSED and HELD to CANCELLED at once. A RUNNING run is notified and
+ends in the outcome that it reaches. Each arrow is one method of the store (store/protocol.py).
+Leaving RUNNING needs the token of the claim: a stale token writes nothing.
 """
 
 import threading
@@ -23,17 +24,18 @@ from typing import TypeAlias
 import msgspec
 
 from eventflow.events.event import ALPHABET
-from eventflow.events.event import format_id as format_id  # noqa: PLC0414  (its readers know it from here)
+from eventflow.events.event import format_id as format_id  # noqa: PLC0414  (re-exported beside parse_id)
 from eventflow.runs.journal import Entry
 
 MAX_CRASHES = 3
-"""Journaled attempt starts that nothing followed, before a run is quarantined."""
+"""Attempt starts in the journal that no entry followed, before a run becomes DEAD."""
 
 
 class State(IntEnum):
     """The state of a run. The first five are live: the run has not ended.
 
-    The numbers are stored, and the partial indexes of live runs are `state < 4`; PAUSED was added last, so it is negative.
+    The numbers are stored. The partial indexes of live runs say `state < 4`, so PAUSED, which was
+    added last, is negative.
     """
 
     PENDING = 0
@@ -51,18 +53,20 @@ class State(IntEnum):
         return self.name.lower()
 
     @property
-    def live(self) -> bool:
+    def is_live(self) -> bool:
         return self < State.COMPLETED
 
 
 class Run(msgspec.Struct, kw_only=True):
     """One row of `runs`, as the worker holds it. Instants are microseconds.
 
-    `params` is a JSON object of bound arguments, or None: bind from the event, whose CloudEvents JSON is `body`.
-    `token` fences: it grows with every claim. `suspect`: a crash left it in flight; `deaths` counts journaled attempt
-    starts of it after which nothing was recorded. `parent` and `parent_claim` name the run and journal claim a child answers.
-    `mode` is the delivery mode that gathered its events, None for one event, one run; it has `deliveries` of them, and while it
-    runs their `bodies` in the order recorded.
+    `params` is a JSON object of bound arguments, or None: bind from the event, whose CloudEvents
+    JSON is `payload`. `token` grows with every claim and fences writes of earlier claims.
+    `crash_suspect`: a crash left the run in flight; `crash_count` counts its attempt starts in the
+    journal after which nothing was recorded. `parent` and `parent_call_key` name the run and the
+    call that a child run answers. `mode` is the delivery mode that batched its events, None for one
+    event per run; the run has `deliveries` events, and while it runs their `payloads` in the order
+    recorded.
     """
 
     id: int
@@ -104,15 +108,16 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Suspended(msgspec.Struct, frozen=True):
-    """Every branch waits durably: out of memory until `until` (None: until something wakes it).
+    """Every branch waits durably: out of memory until `until` (None: until an answer wakes it).
 
-    `seen_batch` is the last batch the run knows of: if the journal holds a later one, the run is due at once.
+    `seen_batch` is the last batch and `entries` the number of journal entries that the run knows
+    of. With a later batch or more entries in the journal the run is due at once: the answer of a
+    child may commit before an entry of the run itself without being delivered to it.
     """
 
     until: int | None
     seen_batch: int
     entries: int = 0
-    """How many journal entries the run knows of. An answer may commit before one of its own and be told to nobody."""
 
 
 class Cancelled(msgspec.Struct, frozen=True):
@@ -120,32 +125,37 @@ class Cancelled(msgspec.Struct, frozen=True):
 
 
 class NeedsAttention(msgspec.Struct, frozen=True):
-    """A person must look; `reason` says at what."""
+    """The run becomes HELD: a person must look; `reason` says at what."""
 
     reason: str
 
 
 class Interrupted(msgspec.Struct, frozen=True):
-    """No outcome: the run goes back to PENDING as it was (drain)."""
+    """No outcome: the run becomes PENDING again, with its journal (drain)."""
 
 
 class Restarted(msgspec.Struct, frozen=True):
-    """`restart_with`: the run begins afresh under its id, PENDING and due now, with these parameters.
+    """`restart_with`: the run starts again under its id, PENDING and due now, with these
+    parameters.
 
-    Its journal is replaced by the one entry `first`; its old children keep no claim on it; it counts as never started.
+    Its journal is replaced by the one entry `first`; its children answer no call any more; its
+    start time is cleared.
     """
 
     params: bytes
     first: Entry
 
 
-Outcome: TypeAlias = Completed | Failed | Suspended | Cancelled | NeedsAttention | Interrupted | Restarted
+Outcome: TypeAlias = (
+    Completed | Failed | Suspended | Cancelled | NeedsAttention | Interrupted | Restarted
+)
 
 
 class Ids:
-    """63-bit ids that only grow: milliseconds << 20 | counter, from any thread.
+    """63-bit ids that only grow: milliseconds << 20 | counter. Thread-safe.
 
-    `floor` is the largest id that may already be in use (read from the store at open), so that a clock set back repeats none.
+    `floor` is the largest id that may be in use (read from the store at open), so that no id
+    repeats when the clock is set back.
     """
 
     def __init__(self, floor: int = 0) -> None:
@@ -170,7 +180,7 @@ _VALUE = {letter: value for value, letter in enumerate(ALPHABET)}
 
 
 def parse_id(text: str) -> int | None:
-    """The id that `show_id` wrote; None when `text` is not 13 of its letters."""
+    """The id that `format_id` wrote; None when `text` is not 13 of its letters."""
     if len(text) != 13:
         return None
     number = 0

@@ -1,6 +1,7 @@
-"""Memory: what was recorded stays recorded. `base.py` says the verbs, `sqlite.py` keeps them.
+"""The store: events, runs, journals. protocol.py declares its verbs, sqlite.py implements them on
+one SQLite file.
 
-`open_store` is the one place where a store's URL becomes a store; app.py and the command line call it.
+`open_store` turns a URL into a store; app.py and the command line call it.
 """
 
 import os
@@ -12,7 +13,9 @@ from eventflow.store.sqlite import SqliteStore
 
 
 def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
-    """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or `sqlite:////absolute/path.db`."""
+    """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or
+    `sqlite:////absolute/path.db`.
+    """
     scheme, mark, path = url.partition(":///")
     if scheme != "sqlite" or not mark or not path:
         raise UsageError(

@@ -1,7 +1,9 @@
-"""The verbs of administration: retry, cancel, redrive, replay, pausing a trigger; and recovery when the store opens.
+"""The verbs of administration: retry, cancel, redrive, replay, pausing a trigger; and recovery when
+the store opens.
 
-Each runs in a transaction of its own, in the writer's thread; sqlite.py calls them. A state changes by `RunRows.move` here as in
-apply.py, so that the sum of P9 and the order of each ordering key hold whoever asks.
+Each runs in a transaction of its own, in the writer's thread; sqlite.py calls them. A state changes
+by `RunRows.move` here as in apply.py, so that the sum of P9 and the order of each ordering key hold
+whoever asks.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +13,14 @@ import orjson
 
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.events.event import Receipt
-from eventflow.runs.journal import RESTARTED, RUNNING_TIME, TIMEOUT, Entry, Kind, restart_entry
+from eventflow.runs.journal import (
+    RESTARTED_NOTE,
+    RUNNING_TIME_NOTE,
+    TIMEOUT_KEY,
+    Entry,
+    Kind,
+    restart_entry,
+)
 from eventflow.runs.run import MAX_CRASHES, Run, State, format_id
 from eventflow.store import rows
 from eventflow.store.apply import answer_parent, deliver, drop_journal
@@ -48,7 +57,7 @@ def _load_run(tx: Transaction, row: RunRow) -> Run:
 
 def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:
     """Children whose error was cleared from the journal are retried too: the run calls them again."""
-    if not row.state.live:
+    if not row.state.is_live:
         note_retry(tx, row.id)
     cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
     row.crash_count = row.crash_suspect = row.cancel_requested = 0
@@ -63,19 +72,20 @@ def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> Non
 
 
 def _clear_errors(tx: Transaction, run: int) -> set[str]:
-    """ERROR entries become CLEARED; the entries of a cancel, a timeout and the running time are deleted. Returns the call keys
-    of the errors."""
+    """ERROR entries become CLEARED; the entries of a cancel, a timeout and the running time are
+    deleted. Returns the call keys of the errors.
+    """
     entries = load_journal(tx.connection, run)
     tx.connection.execute(
         "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR call_key IN (?, ?))",
-        (run, TIMEOUT, RUNNING_TIME),
+        (run, TIMEOUT_KEY, RUNNING_TIME_NOTE),
     )
     before = {(entry.call_key, entry.attempt) for entry in entries if entry.kind is Kind.CLEARED}
     errors = [entry for entry in entries if entry.kind is Kind.ERROR]
     for entry in errors:
         entry.kind = Kind.CLEARED
     new = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
-    rows.insert_entries.run(tx.connection, [rows.entry_row(run, entry) for entry in new])
+    rows.insert_entries.execute(tx.connection, [rows.entry_row(run, entry) for entry in new])
     return {entry.call_key for entry in errors}
 
 
@@ -91,11 +101,14 @@ def _answer_with_result(tx: Transaction, child: RunRow) -> None:
 
 
 def _discard_journal(tx: Transaction, run: int) -> set[str]:
-    """Deletes the journal and cancels the child runs that it started. What the run emits and starts from now on is new."""
+    """Deletes the journal and cancels the child runs that it started.
+
+    What the run emits and starts from now on is new.
+    """
     for child, _, _ in _children(tx, run):
         cancel(tx, child, "its parent was retried from scratch")
     (restarts,) = tx.connection.execute(
-        "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED)
+        "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED_NOTE)
     ).fetchone()
     drop_journal(tx, run)
     tx.journal.add(run, restart_entry((restarts or 0) + 1))
@@ -112,8 +125,9 @@ def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
 
 
 def cancel(tx: Transaction, run: int, reason: str) -> State:
-    """Cancels a run that is not running at once, requests the cancel of one that is; its children likewise. Returns the state
-    that it was in."""
+    """Cancels a run that is not running at once, requests the cancel of one that is; its children
+    likewise. Returns the state that it was in.
+    """
     row = tx.runs.need(run)
     before = row.state
     if before is State.RUNNING:
@@ -121,11 +135,11 @@ def cancel(tx: Transaction, run: int, reason: str) -> State:
         row.reason = reason
         tx.runs.change(row)
         tx.commit.cancels.append(run)
-    elif before.live:
+    elif before.is_live:
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)
         notify_parent(tx, row, "RunCancelled", reason)
-    if before.live:
+    if before.is_live:
         for child, _, _ in _children(tx, run):
             cancel(tx, child, reason)
     return before
@@ -148,7 +162,9 @@ def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -
 
 
 def redrive(tx: Transaction, dead_letter: int, arrival: Arrival) -> Receipt:
-    """Delivers a dead letter again, once: its delivery leaves the sum of P9, and the new arrival's deliveries are added."""
+    """Delivers a dead letter again, once: its delivery leaves the sum of P9, and the new arrival's
+    deliveries are added.
+    """
     found = tx.connection.execute(
         "SELECT event, redriven_at FROM dead_letters WHERE id = ?", (dead_letter,)
     ).fetchone()
@@ -176,7 +192,10 @@ def replay(tx: Transaction, event: int, arrival: Arrival) -> Receipt:
 def _add_to_event(
     tx: Transaction, event: int, arrival: Arrival, dead_letter: int | None
 ) -> Receipt:
-    """New runs on a recorded event. A redrive may bring a corrected body: the runs get it, the dead letter keeps the first."""
+    """New runs on a recorded event.
+
+    A redrive may bring a corrected body: the runs get it, the dead letter keeps the first.
+    """
     asked = "SELECT key, digest, trigger, event_id, verdicts, headers, body, kept FROM events WHERE id = ?"
     found = tx.connection.execute(asked, (event,)).fetchone()
     if found is None:
@@ -226,8 +245,11 @@ _RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
         SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1)
     AND state = -1
     AND EXISTS (SELECT 1 FROM events e WHERE e.id = runs.event AND e.trigger = ?)"""
-"""Makes the paused runs of a trigger PENDING. Both states count as pending in P9's sum and the order of an ordering key stays, so
-no other column changes."""
+"""Makes the paused runs of a trigger PENDING.
+
+Both states count as pending in P9's sum and the order of an ordering key stays, so no other column
+changes.
+"""
 
 
 # --------------------------------------------------------------------------- at start
@@ -236,8 +258,12 @@ _IN_FLIGHT = "state < 4 AND blocked = 0 AND state = 1"
 
 
 def recover(tx: Transaction, time_driven: Sequence[str] | None) -> None:
-    """Begins a new epoch. Runs that an older one left RUNNING become PENDING and crash suspects; those that crashed
-    `MAX_CRASHES` times become DEAD. `time_driven`: the app's patterns that time alone may make match; None without an app."""
+    """Begins a new epoch.
+
+    Runs that an older one left RUNNING become PENDING and crash suspects; those that crashed
+    `MAX_CRASHES` times become DEAD. `time_driven`: the app's patterns that time alone may make
+    match; None without an app.
+    """
     tx.connection.execute("UPDATE ledger SET epoch = epoch + 1")
     if time_driven is not None:
         make_due(tx.connection, time_driven)

@@ -1,8 +1,9 @@
 """What each queued operation decides in a transaction, and its reply.
 
-`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Nothing here writes: a decision is a
-row in a table of the transaction, which `Transaction.flush` writes. Claims come last in a batch; they are in claim.py. Admin
-verbs (admin.py) use `deliver` and `answer_parent` too.
+`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Nothing
+here writes: a decision is a row in a table of the transaction, which `Transaction.flush` writes.
+Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` and
+`answer_parent` too.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,10 @@ WriteOp = RecordEvents | Append | MarkStarted | Settle
 
 
 def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> None:
-    """Reads what `apply` needs, in one statement each. `must_probe`: journal entries may be recorded already; look for them."""
+    """Reads what `apply` needs, in one statement each.
+
+    `must_probe`: journal entries may be recorded already; look for them.
+    """
     runs: list[int] = []
     arrivals: list[Arrival] = []
     children: list[Run] = []
@@ -104,7 +108,9 @@ def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
 
 
 def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
-    """Records an event with its verdicts, runs and dead letters, or counts it as a duplicate of the first of its identity."""
+    """Records an event with its verdicts, runs and dead letters, or counts it as a duplicate of the
+    first of its identity.
+    """
     events = tx.events
     if (first := events.first_of(arrival)) is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
@@ -129,7 +135,9 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
-    """Adds the runs, dead letters, outbox messages and counts of an arrival, for the event with this ledger id."""
+    """Adds the runs, dead letters, outbox messages and counts of an arrival, for the event with
+    this ledger id.
+    """
     for run in arrival.runs:
         if run.id in arrival.matches:
             continue  # added by Patterns.advance
@@ -146,7 +154,9 @@ def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
 
 
 def record_run_events(tx: Transaction, source: RunEventSource) -> None:
-    """Records the events of the runs that this transaction ends (or holds), and the events that the ledger itself makes."""
+    """Records the events of the runs that this transaction ends (or holds), and the events that the
+    ledger itself makes.
+    """
     ended, tx.runs.ended = tx.runs.ended, []
     arrivals, tx.commit.own_events = tx.commit.own_events, []
     for row in ended:
@@ -308,7 +318,9 @@ def _restart(tx: Transaction, row: RunRow, params: bytes) -> None:
 
 
 def drop_journal(tx: Transaction, run: int) -> None:
-    """Deletes the run's journal, also what this batch added to it, and releases its children: the run starts new ones."""
+    """Deletes the run's journal, also what this batch added to it, and releases its children: the
+    run starts new ones.
+    """
     tx.flush()
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
     tx.journal.forget_calls(run)
@@ -316,7 +328,10 @@ def drop_journal(tx: Transaction, run: int) -> None:
 
 
 def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
-    """Writes a child's end into its parent's journal and wakes the parent. None when the call has an end already."""
+    """Writes a child's end into its parent's journal and wakes the parent.
+
+    None when the call has an end already.
+    """
     if (
         child.parent is None
         or child.parent_call_key != entry.call_key

@@ -1,6 +1,8 @@
-"""Values of several events that belong to one run: how an event joins a window, what a pattern is given, what it came to.
+"""Values for runs of several events: how an event joins a delivery window, an event of a pattern, a
+match.
 
-Part of what goes through the store's verbs (base.py); routing.py and weaver.py make them, ops.py reads them.
+Part of the store's interface (protocol.py). routing/router.py and routing/pattern_runner.py make
+them; windows.py and patterns.py read them.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,13 @@ from eventflow.runs.run import Run
 
 
 class BatchPolicy(msgspec.Struct, frozen=True):
-    """How an event may join a run that is recorded and has not begun (delivery.py). Durations in microseconds.
+    """How an event may join a run that is recorded and has not begun (routing/delivery.py).
 
-    The run of the first event is due `wait` later; with `renewed` each further event puts that off, to at most `longest` after
-    the first. With `size` events it is due at once, and full.
+    Durations in microseconds.
+
+    The run of the first event is due `wait` later. With `is_extended` each further event postpones
+    that, to at most `max_wait` after the first. With `size` events the run is due at once, and
+    full.
     """
 
     mode: str
@@ -24,14 +29,17 @@ class BatchPolicy(msgspec.Struct, frozen=True):
     is_extended: bool = False
 
     def due(self, count: int, opened_at: int, due_at: int, now: int) -> int:
-        """When a run is due that was due at `due_at`, and gets its `count`-th event now."""
+        """When a run is due that was due at `due_at` and now gets its `count`-th event."""
         if count >= self.size:
             return 0
         return min(now + self.wait, opened_at + self.max_wait) if self.is_extended else due_at
 
 
 class PatternEvent(msgspec.Struct, frozen=True):
-    """An event for a pattern: which part it is of, under which key, and when it happened. `held`: its trigger is paused."""
+    """An event for a pattern: its part (a number), its key, and when it happened (microseconds).
+
+    `is_paused`: its trigger is paused.
+    """
 
     subscription: str
     key: str
@@ -42,7 +50,10 @@ class PatternEvent(msgspec.Struct, frozen=True):
 
 
 class PatternMatch(msgspec.Struct, frozen=True):
-    """The run of a pattern that has matched, the events it is of, and their bytes; `gather`: they may join another's run."""
+    """The run of a pattern that matched, its events, and their size in bytes.
+
+    `batch_policy`: the events may join an open window.
+    """
 
     run: Run
     events: Sequence[int]

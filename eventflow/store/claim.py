@@ -1,8 +1,10 @@
-"""Which due runs a worker gets: round-robin over flows, by priority then age within a flow, at most a flow's cap.
+"""Which due runs a worker gets: round-robin over flows, by priority then age within a flow, at most
+a flow's cap.
 
-The writer calls `claim` at the end of a batch, after its other operations are written. Of an ordering key only the head (the run
-that is not blocked) can be claimed. One statement walks the index of live runs by its groups (state, flow, priority) and reads
-only the first runs of each group, so that the cost does not depend on the backlog.
+The writer calls `claim` at the end of a batch, after its other operations are written. Of an
+ordering key only the head (the run that is not blocked) can be claimed. One statement walks the
+index of live runs by its groups (state, flow, priority) and reads only the first runs of each
+group, so that the cost does not depend on the backlog.
 """
 
 import sqlite3
@@ -76,8 +78,11 @@ def claim(tx: Transaction, op: Claim) -> Claimed:
 
 
 def due_groups(connection: sqlite3.Connection, now: int, op: Claim) -> list[Group]:
-    """What is due, by flow and priority. Of a flow with a small cap few runs are read: its backlog may be long, and the end of
-    each of its runs leads to another claim."""
+    """What is due, by flow and priority.
+
+    Of a flow with a small cap few runs are read: its backlog may be long, and the end of each of
+    its runs leads to another claim.
+    """
     capped = {flow: cap for flow, cap in op.caps.items() if cap < op.limit}
     parameters = {
         "now": now,

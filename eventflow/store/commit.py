@@ -1,7 +1,9 @@
-"""What the parts of one transaction share: its number and times, the counts of the ledger, and what to report after it.
+"""What the parts of one transaction share: its number and times, the counts of the ledger, and what
+to report after it.
 
-`Transaction` (transaction.py) makes one for each commit and gives it to the tables: event_rows.py, run_rows.py, journal_rows.py,
-windows.py, patterns.py. The writer reads the reports once the commit is durable.
+`Transaction` (transaction.py) makes one for each commit and gives it to the tables: event_rows.py,
+run_rows.py, journal_rows.py, windows.py, patterns.py. The writer reads the reports once the commit
+is durable.
 """
 
 import sqlite3
@@ -33,7 +35,10 @@ COLUMN: Mapping[int, str] = {
 
 
 class Commit:
-    """One commit in preparation. `now` is the wall clock, which may be behind `at`; instants are microseconds."""
+    """One commit in preparation.
+
+    `now` is the wall clock, which may be behind `at`; instants are microseconds.
+    """
 
     def __init__(
         self,

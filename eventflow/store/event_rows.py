@@ -1,7 +1,8 @@
-"""Events in a transaction: the identities that are known, and the rows of events, dead letters, outbox and cursors to write.
+"""Events in a transaction: the identities that are known, and the rows of events, dead letters,
+outbox and cursors to write.
 
-Called by apply.py and admin.py; `Transaction.flush` writes. Every event of a batch is looked up by identity in one statement
-(`load_known`), so that a duplicate is found also within the batch.
+Called by apply.py and admin.py; `Transaction.flush` writes. Every event of a batch is looked up by
+identity in one statement (`load_known`), so that a duplicate is found also within the batch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -80,10 +81,10 @@ class EventRows:
             (rows.insert_outbox, self._outbox),
         ):
             if values:
-                statement.run(connection, values)
+                statement.execute(connection, values)
                 values.clear()
         if self._duplicates:
-            rows.count_duplicates.run(
+            rows.count_duplicates.execute(
                 connection,
                 [(event, n, c, at if n else None) for event, (n, c) in self._duplicates.items()],
             )
@@ -91,6 +92,6 @@ class EventRows:
         if self._cursors:
             kept = [(*name, value) for name, value in self._cursors.items() if value is not None]
             deleted = [name for name, value in self._cursors.items() if value is None]
-            rows.put_cursors.run(connection, kept)
-            rows.delete_cursors.run(connection, deleted)
+            rows.put_cursors.execute(connection, kept)
+            rows.delete_cursors.execute(connection, deleted)
             self._cursors.clear()

@@ -1,7 +1,7 @@
-"""What stands around the store's file: the lock, the high-water mark, the free-space floor and its
+"""Guards of the store's file: the lock, the high-water mark, and the free-space floor with its
 ballast.
 
-Used by sqlite.py and writer.py. Their files lie beside the store: `STORE.lock`, `STORE.hwm`,
+sqlite.py and writer.py use them. Their files are beside the store: `STORE.lock`, `STORE.hwm`,
 `STORE.ballast`, mode 0600. An empty or zeroed one, as a power cut leaves it, counts as absent.
 """
 
@@ -19,12 +19,13 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
 
 class Lock:
-    """One process per store. `flock` on a file of its own: SQLite's locks on the store's file
-    vanish when any handle of this process on it is closed.
+    """One process per store, by `flock` on a separate file: SQLite's locks on the store's file are
+    lost when this process closes any handle of it.
     """
 
     def __init__(self, path: str) -> None:
-        self._store, self._path = path, f"{path}.lock"
+        self._store = path
+        self._path = f"{path}.lock"
         self._fd: int | None = None
 
     def acquire(self) -> None:
@@ -52,35 +53,34 @@ class Lock:
 
 
 def _release_in_forks(lock: Lock) -> None:
-    """A forked child shares the lock and would keep it after its parent's death; it lets go of its
-    handle.
-    """
-    held = weakref.ref(lock)
+    """Close the handle of a forked child, which would keep the lock after its parent's death."""
+    reference = weakref.ref(lock)
 
-    def let_go() -> None:
-        lock = held()
+    def release() -> None:
+        lock = reference()
         if lock is not None:
             lock.release()
 
-    os.register_at_fork(after_in_child=let_go)
+    os.register_at_fork(after_in_child=release)
 
 
 def lock_holder_pid(path: str) -> int | None:
-    """The pid that holds a lock on this file, from /proc/locks where there is one."""
+    """The pid that holds a lock on this file, by /proc/locks; None if unknown."""
     try:
         found = os.stat(path)
         with open("/proc/locks") as locks:
             for line in locks:
-                words = line.split()
-                if words[5].endswith(f":{found.st_ino}") and int(words[4]) not in (os.getpid(), -1):
-                    return int(words[4])
+                fields = line.split()
+                pid = int(fields[4])
+                if fields[5].endswith(f":{found.st_ino}") and pid not in (os.getpid(), -1):
+                    return pid
     except (OSError, ValueError, IndexError):
-        pass  # no /proc, or one of another shape: the message goes without a pid
+        pass  # no /proc, or another format of it: the message has no pid
     return None
 
 
 def sync_folder(path: str) -> None:
-    """Makes the names of files beside `path` as durable as their content."""
+    """Make the names in the folder of `path` durable."""
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(folder)
@@ -89,11 +89,10 @@ def sync_folder(path: str) -> None:
 
 
 class HighWater:
-    """The last committed batch, kept outside the store: a WAL that lost its tail shows fewer
-    batches than this.
+    """The number of the last commit, outside of the store: a WAL that lost its tail ends before it.
 
-    Two slots of 16 bytes (batch, CRC), written in turn, so that a torn write spoils only the newer
-    one.
+    Two slots of 16 bytes (batch, CRC), written alternately, so that a torn write damages only the
+    newer one.
     """
 
     _SLOT = struct.Struct("<QI4x")
@@ -101,14 +100,14 @@ class HighWater:
     def __init__(self, path: str) -> None:
         self._path = f"{path}.hwm"
         self._fd: int | None = None
-        self._turn = 0
+        self._next_slot = 0
 
     def open(self) -> int:
-        """The batch on record; 0 when there is none."""
+        """The stored batch; 0 if there is none."""
         self._fd = os.open(self._path, _FLAGS, _MODE)
         raw = os.pread(self._fd, 2 * self._SLOT.size, 0)
         marks = [self._read(raw[at : at + self._SLOT.size]) for at in (0, self._SLOT.size)]
-        self._turn = int(marks[0] >= marks[1])
+        self._next_slot = int(marks[0] >= marks[1])
         return max(marks)
 
     def _read(self, slot: bytes) -> int:
@@ -122,9 +121,10 @@ class HighWater:
         if self._fd is None:
             return
         number = batch.to_bytes(8, "little")
-        os.pwrite(self._fd, self._SLOT.pack(batch, crc32(number)), self._turn * self._SLOT.size)
+        slot = self._SLOT.pack(batch, crc32(number))
+        os.pwrite(self._fd, slot, self._next_slot * self._SLOT.size)
         os.fdatasync(self._fd)
-        self._turn ^= 1
+        self._next_slot ^= 1
 
     def close(self) -> None:
         if self._fd is not None:
@@ -133,35 +133,37 @@ class HighWater:
 
 
 class DiskSpaceGuard:
-    """The free-space floor: below it the ledger takes nothing more, and runs in flight finish on
-    the ballast.
+    """The free-space floor: below it the ledger accepts nothing more, and running work is completed
+    in the space of the ballast.
     """
 
     def __init__(self, path: str, clock: Clock, floor: int | None, ballast: int) -> None:
-        self._folder, self._clock, self._floor = os.path.dirname(path) or ".", clock, floor
-        self._ballast, self._size = f"{path}.ballast", ballast
-        self._asked_at = float("-inf")
+        self._folder = os.path.dirname(path) or "."
+        self._clock = clock
+        self._floor = floor  # bytes; None: 256 MiB or 2 % of the disk, whichever is less
+        self._ballast_path = f"{path}.ballast"
+        self._ballast_size = ballast  # bytes
+        self._ballast_released = False
         self._full: StoreFull | None = None
-        self._spent = False
+        self._checked_at = float("-inf")  # when `_full` was determined
 
     def full(self) -> StoreFull | None:
-        """Why the disk takes no more. Asks the file system at most once a second."""
+        """The error if the free space is below the floor, else None. Checked at most once a
+        second.
+        """
         now = self._clock.monotonic()
-        if now - self._asked_at >= 1:
-            self._asked_at = now
-            self._full = self._ask()
+        if now - self._checked_at >= 1:
+            self._checked_at = now
+            free, floor = self._free()
+            self._full = None
+            if free < floor:
+                self._full = StoreFull(
+                    f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; "
+                    "free some space",
+                    10.0,
+                    disk=True,
+                )
         return self._full
-
-    def _ask(self) -> StoreFull | None:
-        free, floor = self._free()
-        if free >= floor:
-            return None
-        return StoreFull(
-            f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; free some "
-            "space",
-            10.0,
-            disk=True,
-        )
 
     def check_copy(self, size: int) -> None:
         """Raises StoreFull if a copy of `size` bytes would leave less than the floor."""
@@ -176,6 +178,7 @@ class DiskSpaceGuard:
             )
 
     def _free(self) -> tuple[int, int]:
+        """The free space and the floor, in bytes."""
         disk = os.statvfs(self._folder)
         floor = (
             min(256 << 20, disk.f_blocks * disk.f_frsize // 50)
@@ -185,35 +188,33 @@ class DiskSpaceGuard:
         return disk.f_bavail * disk.f_frsize, floor
 
     def reserve_ballast(self) -> None:
-        """Sets the ballast aside, if there is room for it twice over; it is no reason not
-        to start.
-        """
+        """Create the ballast if there is space for twice its size. The store works without it."""
         free, floor = self._free()
-        if not self._size or free < floor + 2 * self._size or os.path.exists(self._ballast):
+        size = self._ballast_size
+        if not size or free < floor + 2 * size or os.path.exists(self._ballast_path):
             return
-        fd = os.open(self._ballast, _FLAGS, _MODE)
+        fd = os.open(self._ballast_path, _FLAGS, _MODE)
         try:
-            os.posix_fallocate(fd, 0, self._size)
+            os.posix_fallocate(fd, 0, size)
         except OSError:
-            os.unlink(
-                self._ballast
-            )  # a file system that cannot reserve space: the floor alone must do
+            os.unlink(self._ballast_path)  # this file system cannot reserve space
         finally:
             os.close(fd)
 
     def restore_ballast(self) -> None:
-        """Sets a spent ballast aside again once there is room."""
-        if self._spent and self.full() is None:
-            self._spent = False
+        """Create a released ballast again once there is space."""
+        if self._ballast_released and self.full() is None:
+            self._ballast_released = False
             self.reserve_ballast()
 
     def release_ballast(self) -> bool:
-        """Gives the ballast's space back, so that what is in flight can finish. False: there was
+        """Delete the ballast, so that running work can be completed. False if there was
         none left.
         """
-        self._asked_at, self._spent = float("-inf"), True
+        self._checked_at = float("-inf")
+        self._ballast_released = True
         try:
-            os.unlink(self._ballast)
+            os.unlink(self._ballast_path)
         except FileNotFoundError:
             return False
         return True

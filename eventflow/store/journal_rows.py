@@ -1,6 +1,8 @@
-"""Journal entries in a transaction: which calls have an end or a child run already, and the entries to write.
+"""Journal entries in a transaction: which calls have an end or a child run already, and the entries
+to write.
 
-Called by apply.py and admin.py; `Transaction.flush` writes. An entry gets its batch, position and time here.
+Called by apply.py and admin.py; `Transaction.flush` writes. An entry gets its batch, position and
+time here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +18,10 @@ CallName = tuple[int, str]
 
 
 class JournalRows:
-    """The journal entries of one transaction. `finals`: calls that have an end; `children`: calls that have a child run."""
+    """The journal entries of one transaction.
+
+    `finals`: calls that have an end; `children`: calls that have a child run.
+    """
 
     def __init__(self, commit: Commit) -> None:
         self.finals: set[CallName] = set()
@@ -50,7 +55,9 @@ class JournalRows:
             self.finals.update(rows.decode_pairs(text))
 
     def load_unseen(self, suspensions: Sequence[tuple[int, int, int]]) -> None:
-        """Reads which runs have entries after the batch, or more entries, than the run has seen: (run, batch, entries)."""
+        """Reads which runs have entries after the batch, or more entries, than the run has seen:
+        (run, batch, entries).
+        """
         for text in rows.later_entries.read(self._commit.connection, suspensions):
             self.unseen.update(rows.decode_ids(text))
 
@@ -68,5 +75,5 @@ class JournalRows:
 
     def flush(self) -> None:
         if self._entries:
-            rows.insert_entries.run(self._commit.connection, self._entries)
+            rows.insert_entries.execute(self._commit.connection, self._entries)
             self._entries.clear()

@@ -1,8 +1,9 @@
 """Late runs: which ones there are, and the transaction that marks them and records their events.
 
-The monitor (engine/late_runs.py) calls `find` in a reader's thread, then `record` in the writer's. Being late is no state: it
-is a live run whose time has come, so nothing is written for a run before it is late. Then its row in `late_runs` and the event
-are one commit, once for each `after`. admin.py calls `note_retry`; retention.py drops the rows with the runs.
+The monitor (engine/late_runs.py) calls `find` in a reader's thread, then `record` in the writer's.
+Being late is no state: it is a live run whose time has come, so nothing is written for a run before
+it is late. Then its row in `late_runs` and the event are one commit, once for each `after`.
+admin.py calls `note_retry`; retention.py drops the rows with the runs.
 """
 
 import sqlite3
@@ -20,7 +21,9 @@ LATE_EVENT_TYPE = "eventflow.run.late"
 """The type of their events."""
 
 Wanted = Callable[[str], Mapping[int, bool]]
-"""By a flow's name: after how many microseconds its runs are late, and whether the flow was named or only matched by a `*`."""
+"""By a flow's name: after how many microseconds its runs are late, and whether the flow was named
+or only matched by a `*`.
+"""
 
 _FLOWS = """
     WITH RECURSIVE live (state, flow) AS (
@@ -67,7 +70,8 @@ _LATE_NOW = f"""
 def find(connection: sqlite3.Connection, wanted: Wanted, now: int) -> LateRuns:
     """The late runs that are not marked, and when the next one may be late.
 
-    Walks the index of live runs of each such flow, and reads the rows of those old enough to be late.
+    Walks the index of live runs of each such flow, and reads the rows of those old enough to be
+    late.
     """
     found: dict[int, list[int]] = {}
     next_scan: list[int] = []
@@ -99,13 +103,16 @@ def _find_in_flow(
         next_scan.append((following >> 20) * 1000 + after)
     if len(rows) > MAX_RUNS_PER_SCAN:
         next_scan.append(now)
-    return [run for run, late_at in rows[:MAX_RUNS_PER_SCAN] if late_at <= now], min(next_scan, default=None)
+    return [run for run, late_at in rows[:MAX_RUNS_PER_SCAN] if late_at <= now], min(
+        next_scan, default=None
+    )
 
 
-def record(
-    tx: Transaction, runs: Sequence[int], after: int, source: RunEventSource | None
-) -> int:
-    """Marks these runs as late, with their events, unless they have ended or are marked. Returns how many it marked."""
+def record(tx: Transaction, runs: Sequence[int], after: int, source: RunEventSource | None) -> int:
+    """Marks these runs as late, with their events, unless they have ended or are marked.
+
+    Returns how many it marked.
+    """
     commit = tx.commit
     asked = {"runs": str(list(runs)), "after": after, "now": commit.now}
     found = tx.connection.execute(_LATE_NOW, asked).fetchall()

@@ -1,4 +1,7 @@
-"""Reading runs and journals back whole, checksums verified. Called by the writer's transaction and by the readers."""
+"""Reads whole runs and journals, and verifies their checksums.
+
+Called by transactions (run_rows.py, admin.py) and by the readers.
+"""
 
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,9 @@ _JOURNAL = """
 def load_runs(
     connection: sqlite3.Connection, idents: Sequence[int]
 ) -> Iterator[tuple[Run, str | None]]:
-    """The runs with their events' bodies, in the order asked for; with the reason when a checksum does not hold."""
+    """The runs with their events' payloads, in the order asked for; each with the reason if a
+    checksum does not match.
+    """
     found = {row[0]: row for row in connection.execute(_RUNS, (str(list(idents)),)).fetchall()}
     for ident in idents:
         if ident in found:
@@ -47,8 +52,11 @@ def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
 
 
 def load_payloads(connection: sqlite3.Connection, run: int) -> list[bytes]:
-    """The events of a run, in the order recorded; StoreCorrupt names one whose checksum does not hold."""
-    asked = f"""SELECT {", ".join(_PROVEN)} FROM events e WHERE id = (SELECT event FROM runs WHERE id = :run)
+    """The events of a run, in the order recorded.
+
+    StoreCorrupt names one whose checksum does not match.
+    """
+    asked = f"""SELECT {", ".join(_CHECKED_COLUMNS)} FROM events e WHERE id = (SELECT event FROM runs WHERE id = :run)
         OR id IN (SELECT event FROM run_events WHERE run = :run) ORDER BY id"""
     bodies: list[bytes] = []
     for *payload, crc in connection.execute(asked, {"run": run}):
@@ -58,7 +66,7 @@ def load_payloads(connection: sqlite3.Connection, run: int) -> list[bytes]:
     return bodies
 
 
-_PROVEN = (
+_CHECKED_COLUMNS = (
     "e.id",
     "e.key",
     "e.digest",
@@ -72,10 +80,26 @@ _PROVEN = (
 
 
 def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
-    """The run's journal in (batch, pos) order; StoreCorrupt names the row whose checksum does not hold."""
+    """The run's journal in (batch, position) order.
+
+    StoreCorrupt names the row whose checksum does not match.
+    """
     entries: list[Entry] = []
     for row in connection.execute(_JOURNAL, (run,)):
-        call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error, crc = row
+        (
+            call_key,
+            attempt,
+            kind,
+            batch,
+            position,
+            at,
+            due_at,
+            codec,
+            fingerprint,
+            value,
+            error,
+            crc,
+        ) = row
         entry = Entry(
             call_key=call_key, kind=Kind(kind), attempt=attempt, batch=batch, position=position, at=at, due_at=due_at, fingerprint=fingerprint,
             codec=codec, value=value, error=error,

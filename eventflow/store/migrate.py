@@ -1,7 +1,8 @@
 """The schema, by numbered files: `schema/001.sql` and on. Called once by the store's `open`.
 
-The number of the last file applied is SQLite's `user_version`. All missing files are applied in one transaction, so a store is
-either as it was or as it should be; one that holds data is copied beside itself first.
+The number of the last file applied is SQLite's `user_version`. All missing files are applied in one
+transaction, so a migration is complete or has changed nothing. A store with data is copied first,
+to `PATH.schema-N.bak`.
 """
 
 import os
@@ -24,7 +25,10 @@ def migrations() -> list[tuple[int, str]]:
 
 
 def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int, str]]) -> None:
-    """Brings the store at `path` to the newest schema known. Raises StoreError for one that a newer eventflow wrote."""
+    """Brings the store at `path` to the newest schema known.
+
+    Raises StoreError for one that a newer eventflow wrote.
+    """
     newest = known[-1][0]
     found: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if found > newest:
@@ -47,6 +51,6 @@ def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int
 
 
 def _keep_old(connection: sqlite3.Connection, path: str) -> None:
-    """The copy to go back to; one from an upgrade that did not finish holds the same and stays."""
+    """Copies the store. A copy that exists is from a migration that failed and holds the same."""
     if not os.path.exists(path):
         back_up(connection, path, lambda: None)

@@ -1,6 +1,7 @@
-"""The outbox: what an outlet has still to send, and what becomes of it. Called by sqlite.py for the relay.
+"""The outbox: messages that sinks have still to send. Called by sqlite.py for sinks/relay.py.
 
-Rows are written by ops.py, with the events they stand on. `waiting` and `depths` only read; `sent` is a transaction.
+Rows are written with their events, by event_rows.py. `unsent` and `depths` only read; `remove_sent`
+runs in a transaction.
 """
 
 import sqlite3
@@ -18,7 +19,7 @@ from eventflow.store.transaction import Transaction
 
 log = get_logger("eventflow.store")
 
-_WAITING = """
+_UNSENT = """
     SELECT o.id, o.subscription, d.reason, d.body,
            e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc, e.source, e.type
     FROM outbox o JOIN events e ON e.id = o.event
@@ -26,21 +27,21 @@ _WAITING = """
     WHERE o.sink = ? ORDER BY o.id LIMIT ?"""
 
 
-def unsent(connection: sqlite3.Connection, outlet: str, limit: int) -> list[OutboxMessage]:
-    """The first letters of an outlet, oldest first."""
+def unsent(connection: sqlite3.Connection, sink: str, limit: int) -> list[OutboxMessage]:
+    """The first messages of a sink, oldest first."""
     return [
-        letter
-        for row in connection.execute(_WAITING, (outlet, limit))
-        if (letter := _letter(row)) is not None
+        message
+        for row in connection.execute(_UNSENT, (sink, limit))
+        if (message := _message(row)) is not None
     ]
 
 
-def _letter(row: Sequence[Any]) -> OutboxMessage | None:
+def _message(row: Sequence[Any]) -> OutboxMessage | None:
     number, subscription, reason, first_body, ident, *kept = row
     key, digest, trigger, event_id, verdicts, headers, body, crc, source, event_type = kept
     if crc != rows.event_crc(ident, key, digest, trigger, event_id, verdicts, headers, body):
         log.error("store.row_corrupt", table="events", row=format_id(ident))
-        return None  # `eventflow doctor` finds it again; the letters behind it go on
+        return None  # `eventflow doctor` reports it too; the other messages are sent
     body = first_body if subscription is not None and first_body is not None else body
     event, _ = call_catching(Event.from_json, body)
     return OutboxMessage(
@@ -54,21 +55,21 @@ def _letter(row: Sequence[Any]) -> OutboxMessage | None:
     )
 
 
-def sent(tx: Transaction, letters: Sequence[int], refused: Mapping[int, str]) -> None:
-    """These need no more sending; the refused become dead letters of their outlet."""
-    for number, reason in refused.items():
+def remove_sent(tx: Transaction, numbers: Sequence[int], rejected: Mapping[int, str]) -> None:
+    """Removes these messages; the rejected become dead letters of their sink."""
+    for number, reason in rejected.items():
         asked = "SELECT sink, event, subscription FROM outbox WHERE id = ?"
         found = tx.connection.execute(asked, (number,)).fetchone()
         if found is not None and found[2] is None:
             tx.events.add_dead_letter(found[1], found[0], reason)
             tx.commit.add_deliveries({"dead": 1})
     tx.connection.execute(
-        "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(letters)),)
+        "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(numbers)),)
     )
 
 
 def depths(connection: sqlite3.Connection) -> dict[str, tuple[int, int]]:
-    """By outlet: letters that wait, and the time of the oldest."""
+    """By sink: how many messages wait, and the time of the oldest (microseconds)."""
     oldest = "SELECT at FROM outbox first WHERE first.sink = o.sink ORDER BY id LIMIT 1"
     found = connection.execute(f"SELECT sink, count(*), ({oldest}) FROM outbox o GROUP BY sink")
-    return {outlet: (count, oldest) for outlet, count, oldest in found}
+    return {sink: (count, oldest) for sink, count, oldest in found}

@@ -1,9 +1,11 @@
-"""Patterns in a transaction: their states are read, advanced by the router's machines, and written with the event.
+"""Patterns in a transaction: their states are read, advanced by the router's machines, and written
+with the event.
 
-`Transaction` makes a `Patterns` for the first event that a pattern wants, and claim.py for patterns that are due; a plain event
-never comes here. An event that waits in a pattern is a pending delivery without a run, one row of `pattern_events`. With a match
-the delivery is a run's; when the event expires it is suppressed, with the reason in its row. So the sum of P9 holds at every
-commit, and audit.py proves it by the rows.
+`Transaction` makes a `Patterns` for the first event that a pattern wants, and claim.py for patterns
+that are due; a plain event never comes here. An event that waits in a pattern is a pending delivery
+without a run, one row of `pattern_events`. With a match the delivery is a run's; when the event
+expires it is suppressed, with the reason in its row. So the sum of P9 holds at every commit, and
+audit.py proves it by the rows.
 """
 
 import sqlite3
@@ -13,6 +15,7 @@ from typing import Any
 import msgspec
 import orjson
 
+from eventflow.runs.run import State
 from eventflow.store import rows
 from eventflow.store.commit import Commit
 from eventflow.store.protocol import Arrival, PatternAdvancer, PatternMatch, PatternUpdate
@@ -29,12 +32,18 @@ _NEXT_DUE = "SELECT min(due_at) FROM patterns INDEXED BY patterns_due WHERE due_
 
 _WAITING_IN = "SELECT subscription FROM pattern_events WHERE event = ? AND expired IS NULL"
 
-_WAITING = "SELECT event, size FROM pattern_events WHERE subscription = ? AND key = ? AND expired IS NULL"
+_PAUSED = """SELECT e.id FROM events e JOIN paused_triggers t ON t.trigger = e.trigger
+    WHERE e.id IN (SELECT value FROM json_each(?)) ORDER BY e.id LIMIT 1"""
+
+_WAITING = (
+    "SELECT event, size FROM pattern_events WHERE subscription = ? AND key = ? AND expired IS NULL"
+)
 
 
 class PatternInstance(msgspec.Struct):
-    """What is open of one pattern under one key: its state (bytes as stored, or as the router made it), when it is due, and how
-    many events wait in it."""
+    """What is open of one pattern under one key: its state (bytes as stored, or as the router made
+    it), when it is due, and how many events wait in it.
+    """
 
     subscription: str
     key: str
@@ -75,7 +84,10 @@ class Patterns:
     def _from_row(
         self, subscription: str, key: str, due: int, waiting: int, crc: int, state: str
     ) -> PatternInstance:
-        """`state` in hexadecimal. If its checksum does not match, the events that wait in it expire."""
+        """`state` in hexadecimal.
+
+        If its checksum does not match, the events that wait in it expire.
+        """
         stored = bytes.fromhex(state) or None
         instance = self._instances[subscription, key] = PatternInstance(
             subscription, key, stored, due, waiting, is_stored=True
@@ -88,8 +100,11 @@ class Patterns:
     # ------------------------------------------------------------------- deciding
 
     def advance(self, arrival: Arrival, event: int, *, is_replay: bool = False) -> Arrival:
-        """Gives the event to its patterns. Returns the arrival with the runs of what matched and with the verdicts.
-        `is_replay`: the event may wait in a pattern already; it is not there twice."""
+        """Gives the event to its patterns.
+
+        Returns the arrival with the runs of what matched and with the verdicts. `is_replay`: the
+        event may wait in a pattern already; it is not there twice.
+        """
         verdicts: dict[str, list[Any]] = {}
         matches: list[PatternMatch] = []
         waits_in: set[str] = set()
@@ -109,6 +124,7 @@ class Patterns:
                 continue
             self._reset_if_changed(instance, update)
             self._add_event(instance, event, len(arrival.body))
+            self._resume_matches(update)
             self._apply(instance, update)
             placed = {
                 match.run.id: self._windows.place_match(match, now) for match in update.matches
@@ -125,8 +141,11 @@ class Patterns:
         )
 
     def advance_due(self) -> bool:
-        """Advances the first patterns that are due, at most `DUE_BATCH_SIZE`. Returns whether there were any. A pattern that the
-        app does not have is left until it has it."""
+        """Advances the first patterns that are due, at most `DUE_BATCH_SIZE`.
+
+        Returns whether there were any. A pattern that the app does not have is left until it has
+        it.
+        """
         commit, advancer = self._commit, self._advancer
         if advancer is None:
             return False
@@ -140,6 +159,7 @@ class Patterns:
                 self._put(instance, instance.state, NEVER)
                 continue
             self._reset_if_changed(instance, update)
+            self._resume_matches(update)
             self._apply(instance, update)
             for match in update.matches:
                 self._windows.place_match(match, commit.now)
@@ -149,6 +169,20 @@ class Patterns:
         if update.is_reset:
             self._expire_all(instance, "its pattern was changed")
 
+    def _resume_matches(self, update: PatternUpdate) -> None:
+        """A match of events that arrived while their trigger was paused is PENDING if the trigger
+        was resumed meanwhile. Else its run is of an event whose trigger is paused, so that
+        `resume` finds it.
+        """
+        for match in update.matches:
+            run = match.run
+            if run.state is not State.PAUSED or (run.event, run.subscription) in self._added:
+                continue
+            paused = self._commit.connection.execute(_PAUSED, (str(list(match.events)),)).fetchone()
+            if paused is None:
+                run.state = State.PENDING
+            run.event = match.events[0] if paused is None else paused[0]
+
     def _add_event(self, instance: PatternInstance, event: int, size: int) -> None:
         """The event waits in the pattern; its delivery is pending, as its arrival counts it."""
         instance.waiting += 1
@@ -157,14 +191,18 @@ class Patterns:
         self._commit.totals["pending_bytes"] += size
 
     def _end_event(self, instance: PatternInstance, event: int, reason: str | None = None) -> None:
-        """The event waits no more: it matched, or it expired for this reason. Of one that this transaction added nothing is
-        written."""
+        """The event waits no more: it matched, or it expired for this reason.
+
+        Of one that this transaction added nothing is written.
+        """
         instance.waiting -= 1
         if self._added.pop((event, instance.subscription), None) is None:
             self._ended.append((event, instance.subscription, reason))
 
     def _expire_all(self, instance: PatternInstance, reason: str) -> None:
-        """All events of the instance expire, by their rows: its state cannot be read, or is of another pattern."""
+        """All events of the instance expire, by their rows: its state cannot be read, or is of
+        another pattern.
+        """
         waiting = self._commit.connection.execute(_WAITING, (instance.subscription, instance.key))
         for event, size in waiting.fetchall():
             self._end_event(instance, event, reason)
@@ -201,11 +239,11 @@ class Patterns:
         over = [
             name for name, each in self._changed.items() if each.state is None and each.is_stored
         ]
-        rows.insert_pattern_events.run(connection, list(self._added.values()))
-        rows.delete_pattern_events.run(connection, matched)
-        rows.expire_pattern_events.run(connection, expired)
-        rows.put_patterns.run(connection, stored)
-        rows.delete_patterns.run(connection, over)
+        rows.insert_pattern_events.execute(connection, list(self._added.values()))
+        rows.delete_pattern_events.execute(connection, matched)
+        rows.expire_pattern_events.execute(connection, expired)
+        rows.put_patterns.execute(connection, stored)
+        rows.delete_patterns.execute(connection, over)
         for instance in self._changed.values():
             instance.is_stored = instance.state is not None
         self._added.clear()
@@ -239,7 +277,9 @@ def next_due(connection: sqlite3.Connection) -> int | None:
 
 
 def make_due(connection: sqlite3.Connection, time_driven: Sequence[str]) -> None:
-    """At start: patterns that time alone may make match are due at once, and so are those that the app did not have."""
+    """At start: patterns that time alone may make match are due at once, and so are those that the
+    app did not have.
+    """
     connection.execute("UPDATE patterns SET due_at = 0 WHERE due_at = ?", (NEVER,))
     for name in time_driven:
         connection.execute(

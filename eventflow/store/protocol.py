@@ -1,11 +1,13 @@
-"""The store's verbs, and the values that go through them. `sqlite.py` is the first house behind them.
+"""The interface of the store: its verbs, and the values that they take and return.
 
-Each verb is one transaction. Verbs on the hot path are posted: `post(op, reply)` returns at once, concurrent ops share one
-transaction and one fsync (a *batch*, numbered), and the replies of a batch reach each event loop in one wake-up. The awaited
-form is the posted form plus a wait. Everything an op carries is already encoded: the writer only inserts.
+Each verb is one transaction. Verbs on the hot path are posted: `post(op, reply)` returns at once,
+concurrent operations share one transaction and one fsync (a *batch*, numbered), and the replies of
+a batch reach each event loop in one wake-up. The awaited form is the posted form plus a wait.
+Everything in an operation is encoded already: the writer only inserts.
 
-Who calls: the reactor posts `Record`; the executor posts `Append`, `Mark` and `Settle`; the worker posts `Claim`; the doors
-call the awaited verbs and the readers. Nothing here knows asyncio tasks, flows or triggers.
+Callers: intake/reactor.py posts `RecordEvents`; engine/execution.py posts `Append`, `MarkStarted`
+and `Settle`; engine/worker.py posts `Claim`; the API and the command line use the awaited verbs and
+the queries. Nothing here knows asyncio tasks, flows or triggers. sqlite.py implements it.
 """
 
 import asyncio
@@ -21,20 +23,22 @@ from eventflow.runs.run import Outcome, Run, State
 from eventflow.store.batching import BatchPolicy, PatternEvent, PatternMatch
 from eventflow.store.run_events import LateRun, LateRuns, RunEnded
 
-# --------------------------------------------------------------------------- what goes in
+# --------------------------------------------------------------------------- operations
 
 
 class Arrival(msgspec.Struct, gc=False):
     """One event (or dead letter) with all its verdicts and runs, ready to insert.
 
-    `key`: 16-byte digest of (trigger, source, id), unique in the ledger. `digest`: 8-byte digest of the content, to tell a
-    duplicate from a conflict. `body`: CloudEvents JSON; for a dead letter, the raw bytes. `verdicts`: JSON list of
-    `[subscription, fate, reason or run id]`. `tally`: deliveries by P9 column, e.g. `{"pending": 1, "suppressed": 2}`; their
-    sum is what this event adds to `accepted`. `dead`: `(subscription, reason)` pairs, each a dead-letter row over `body`.
-    `gathers`: of those runs (by id) that are only begun if there is no open window, and whose event else joins that.
-    `facts`: of the patterns it is for, each a verdict `waits` and a pending delivery, until the store knows better; `matches`:
-    the runs (by id) that are of several events already.
-    `outbox`: `(outlet, None)` for the event itself, `(outlet, subscription)` for its dead letter of that subscription.
+    `key`: 16-byte digest of (trigger, source, id), unique in the ledger. `digest`: 8-byte digest of
+    the content, which tells a duplicate from a conflict. `body`: CloudEvents JSON; for a dead
+    letter, the raw bytes. `verdicts`: JSON list of `[subscription, outcome, reason or run id]`.
+    `counts`: deliveries by their term of P9's sum, e.g. `{"pending": 1, "suppressed": 2}`; their
+    sum is what this event adds to `accepted`. `dead_letters`: `(subscription, reason)` pairs, each
+    a row over `body`. `batch_policies`: by run id, of the runs that start only if there is no open
+    window; else the event joins that. `pattern_events`: one for each pattern that wants the event,
+    with the verdict `waiting` and a pending delivery; the store changes both when the pattern
+    matches. `matches`: by id, the runs of patterns. `outbox`: `(sink, None)` for the event itself,
+    `(sink, subscription)` for its dead letter of that subscription.
     """
 
     id: int
@@ -59,7 +63,7 @@ class Arrival(msgspec.Struct, gc=False):
 
 
 class RecordEvents(msgspec.Struct):
-    """Way in: events, their runs and the trigger's cursors. Reply: `list[Receipt]`, in order."""
+    """Events, their runs and the trigger's cursors. Reply: `list[Receipt]`, in order."""
 
     arrivals: Sequence[Arrival]
     trigger: str = ""
@@ -67,11 +71,13 @@ class RecordEvents(msgspec.Struct):
 
 
 class Append(msgspec.Struct):
-    """Way through: journal entries of one run, with events they emit (`arrivals`) and child runs they start (`children`).
+    """Journal entries of one run, with the events that they emit (`arrivals`) and the child runs
+    that they start (`children`).
 
-    Reply: `Appended`, or `Refused` when the token is stale (nothing was written, the arrivals neither) or an entry of
-    the same identity is already there. The entries come back with `batch`, `pos` and `at` set (an `at` that is given stays).
-    Appending to a run clears its `suspect` and `deaths` when `proof` is true (the run was a suspect).
+    Reply: `Appended`, or `Fenced` when the token is stale or an entry of the same identity is
+    recorded already (then nothing is written, the arrivals neither). The entries are returned with
+    `batch`, `position` and `at` set (an `at` that is given stays). `clears_suspicion`: the run was
+    a crash suspect, and these entries show progress; its `crash_count` becomes 0.
     """
 
     run: int
@@ -83,18 +89,20 @@ class Append(msgspec.Struct):
 
 
 class MarkStarted(msgspec.Struct):
-    """The start of a suspect's attempt, durable before its body: `deaths += 1`. Reply: `Appended` (no entries) or `Refused`."""
+    """The start of a crash suspect's attempt, durable before its body: `crash_count += 1`. Reply:
+    `Appended` (no entries) or `Fenced`.
+    """
 
     run: int
     token: int
 
 
 class Settle(msgspec.Struct):
-    """The end of one claim of a run, by its one outcome. Reply: `Settled` or `Refused`.
+    """The end of one claim of a run, with its outcome. Reply: `Settled` or `Fenced`.
 
-    For a child with a parent, the same transaction writes the parent's journal entry: `answer`, an unnumbered VALUE or ERROR
-    entry for `parent_claim` of run `parent`. A WAITING parent becomes PENDING, due now. `entries` are the run's own, recorded
-    just before the outcome.
+    For a child run the same transaction writes the parent's journal entry: `answer`, an unnumbered
+    VALUE or ERROR entry for `parent_call_key` of run `parent`. A WAITING parent becomes PENDING,
+    due now. `entries` are the run's own, recorded just before the outcome.
     """
 
     run: int
@@ -106,10 +114,11 @@ class Settle(msgspec.Struct):
 
 
 class Claim(msgspec.Struct):
-    """Give me up to `limit` due PENDING runs: lane heads only, `caps[flow]` of a flow at most (absent: no cap; 0: none),
-    round-robin over flows, priority (higher first) then age within one. Each becomes RUNNING, token + 1.
+    """Asks for up to `limit` due runs: heads of their ordering keys only, at most `caps[flow]` of a
+    flow (absent: no cap; 0: none), round-robin over flows, by priority (higher first) then age
+    within one. Each becomes RUNNING, token + 1.
 
-    Reply: `Claimed`. The runs carry `body` of their event.
+    Reply: `Claimed`. The runs carry the payload of their event.
     """
 
     limit: int
@@ -118,7 +127,7 @@ class Claim(msgspec.Struct):
 
 Op: TypeAlias = RecordEvents | Append | MarkStarted | Settle | Claim
 
-# --------------------------------------------------------------------------- what comes back
+# --------------------------------------------------------------------------- replies
 
 
 class Appended(msgspec.Struct):
@@ -129,7 +138,9 @@ class Appended(msgspec.Struct):
 
 
 class Settled(msgspec.Struct):
-    """`answer` is the parent's entry, numbered, when `Settle` carried one and the parent took it."""
+    """`answer` is the parent's entry, numbered, if `Settle` carried one and the call had no end
+    before.
+    """
 
     batch: int
     at: int
@@ -137,17 +148,23 @@ class Settled(msgspec.Struct):
 
 
 class Fenced(msgspec.Struct):
-    """The token is stale or the entry exists: the run belongs to somebody else now. Nothing was written."""
+    """The token is stale or the entry exists: another claim owns the run now.
+
+    Nothing was written.
+    """
 
     reason: str
 
 
 class Claimed(msgspec.Struct):
-    """`more`: due runs were left behind because of `limit` or `caps`. `next_due`: when the earliest PENDING or WAITING run
-    that is not due yet will be, microseconds, or None."""
+    """`has_more`: due runs were left because of `limit` or `caps`.
+
+    `next_due`: when the earliest PENDING or WAITING run (or pattern) that is not due yet will be,
+    microseconds, or None.
+    """
 
     runs: Sequence[Run]
-    more: bool
+    has_more: bool
     next_due: int | None
 
 
@@ -155,10 +172,12 @@ Reply: TypeAlias = "list[Receipt] | Appended | Settled | Fenced | Claimed | Stor
 
 
 class RunReceiver(Protocol):
-    """The worker, seen from the writer thread: takes fresh runs in memory so that the hot path reads nothing back.
+    """The worker, seen from the writer thread: it reserves new runs in memory, so that the hot path
+    reads nothing back.
 
-    When a run is recorded (or a parent woken) the writer asks `take(run)`; True means the run is inserted as RUNNING with
-    token 1 and goes to `ready` with the batch's replies; False leaves it PENDING and `ready` is told `more=True`.
+    When a run is recorded (or a parent woken) the writer calls `reserve(run)`. With True the run is
+    inserted as RUNNING with token 1 and passed to `receive_runs` after the commit. With False it
+    stays PENDING, and `receive_runs` gets `has_due=True`.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -167,23 +186,33 @@ class RunReceiver(Protocol):
         """Called in the writer thread, before the commit. Must be quick and must not raise."""
         ...
 
-    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
-        """Called on `loop`, after the commit. `cancels`: RUNNING runs that a door asked to cancel."""
+    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
+        """Called on `loop`, after the commit.
+
+        `has_due`: runs are due that were not reserved. `cancels`: RUNNING runs whose cancel was
+        requested.
+        """
         ...
 
     def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
-        """Called on `loop`, after the commit: what children of RUNNING runs came to, by parent, numbered."""
+        """Called on `loop`, after the commit: numbered entries of ended child runs, by their
+        RUNNING parent.
+        """
         ...
 
     def release(self, runs: Sequence[Run]) -> None:
-        """Called in the writer thread when the commit failed after `take`."""
+        """Called in the writer thread when the commit failed after `reserve`."""
         ...
 
 
 class PatternUpdate(msgspec.Struct):
-    """What a pattern came to. `state`: what is open, for the next time and for `Herald.keep`; None: nothing is. `due`: when it
-    must be asked again. `silences`: matches of no event, told by one of their own. `lapsed`: events that matched nothing, with
-    the reason; `freed`: their bytes. `is_anew`: the state given was of another pattern, and everything open in it is void.
+    """What advancing a pattern led to.
+
+    `state`: what is open now, for the next call and for `encode_state`; None: nothing is. `due`:
+    when it must be advanced if no event comes. `absences`: matches without an event, as arrivals of
+    an event of their own. `expired`: events that matched nothing, with the reason; `freed_bytes`:
+    their size. `is_reset`: the state given was of another definition of the pattern, and everything
+    open in it is void.
     """
 
     state: Any
@@ -211,7 +240,9 @@ class RunEventSource(Protocol):
         ...
 
     def route_ended(self, run: RunEnded) -> Arrival | None:
-        """The event of a run that came to a wanted state, ready to record; None when no subscription matches it."""
+        """The event of a run that came to a wanted state, ready to record; None when no
+        subscription matches it.
+        """
         ...
 
     def route_late(self, run: LateRun) -> Arrival | None:
@@ -220,10 +251,12 @@ class RunEventSource(Protocol):
 
 
 class PatternAdvancer(Protocol):
-    """Advances the state machines of patterns. `PatternRunner` (routing/pattern_runner.py) implements it.
+    """Advances the state machines of patterns.
 
-    Called in the writer thread, within the transaction. Must be quick and must not raise. States are values that the store only
-    passes on.
+    `PatternRunner` (routing/pattern_runner.py) implements it.
+
+    Called in the writer thread, within the transaction. Must be quick and must not raise. States
+    are values that the store only passes on.
     """
 
     def advance(
@@ -236,8 +269,11 @@ class PatternAdvancer(Protocol):
         event: int = 0,
         size: int = 0,
     ) -> PatternUpdate | None:
-        """Advances a pattern to `now`, with an event (its ledger id and bytes) if there is one. `state`: as the last update had
-        it, or as `encode_state` made it. None: there is no pattern of this name."""
+        """Advances a pattern to `now`, with an event (its ledger id and bytes) if there is one.
+
+        `state`: as the last update had it, or as `encode_state` made it. None: there is no pattern
+        of this name.
+        """
         ...
 
     def encode_state(self, subscription: str, key: str, state: Any) -> bytes:
@@ -250,12 +286,12 @@ class PatternAdvancer(Protocol):
 
 
 class OutboxListener(Protocol):
-    """The relay, seen from the writer thread."""
+    """What sends the outbox, seen from the writer thread."""
 
     loop: asyncio.AbstractEventLoop
 
     def notify(self, names: Sequence[str]) -> None:
-        """Called on `loop`, after the commit: there is more to send for these."""
+        """Called on `loop`, after the commit: the sinks of these names have new messages."""
         ...
 
 
@@ -263,13 +299,17 @@ class OutboxListener(Protocol):
 
 
 class Store(Protocol):
-    """Events, verdicts, runs, journals, cursors, dead letters: durable when a reply says so."""
+    """Events, verdicts, runs, journals, cursors, dead letters: durable when a reply says so.
+
+    SqliteStore is the only implementation today. The protocol stays because a second one (Postgres)
+    is planned, and because it is the list of what the rest of eventflow may use of a store.
+    """
 
     location: str
     """What `--store` names, for messages and the ready line."""
 
     path: str
-    """The store's file; what lies beside it (token, blobs, logs) is named after it."""
+    """The store's file; the files beside it (token, blobs, logs) are named after it."""
 
     last_id: int
     """After `open`: the largest id in the ledger, the floor for new ones."""
@@ -280,8 +320,10 @@ class Store(Protocol):
         ...
 
     def open(self) -> None:
-        """Takes the lock, checks checksums and the high-water mark, migrates, makes RUNNING rows of older epochs PENDING
-        suspects. Raises StoreLocked, StoreUnwritable or StoreCorrupt. Blocking; call it before any loop needs the store."""
+        """Takes the lock, checks checksums and the high-water mark, migrates, makes RUNNING rows of
+        older epochs PENDING suspects. Raises StoreLocked, StoreUnwritable or StoreCorrupt.
+        Blocking; call it before any loop needs the store.
+        """
         ...
 
     def close(self) -> None:
@@ -289,28 +331,35 @@ class Store(Protocol):
         ...
 
     def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
-        """Queues `op`; `reply(result)` runs on `loop` after its batch is durable. Result: the op's reply, or a StoreError
-        *value* when the batch failed. Ops of one loop are applied in the order posted."""
+        """Queues `op`; `reply(result)` runs on `loop` after its batch is durable. Result: the op's
+        reply, or a StoreError *value* when the batch failed. Ops of one loop are applied in the
+        order posted.
+        """
         ...
 
-    def attach_worker(self, handover: RunReceiver | None) -> None:
-        """Whom fresh runs are handed to; None: nobody."""
+    def attach_worker(self, receiver: RunReceiver | None) -> None:
+        """Sets the worker that new runs are offered to, or None."""
         ...
 
     def attach_run_events(self, source: RunEventSource) -> None:
-        """Sets what makes the events of ended runs, recorded in the transactions that end them. Before `open`."""
+        """Sets what makes the events of ended runs, recorded in the transactions that end them.
+
+        Before `open`.
+        """
         ...
 
     def attach_patterns(self, advancer: PatternAdvancer) -> None:
         """Sets what advances patterns. Before `open`."""
         ...
 
-    def attach_outbox_listener(self, relay: OutboxListener | None) -> None:
-        """Who hears of new rows in the outbox; None: nobody."""
+    def attach_outbox_listener(self, listener: OutboxListener | None) -> None:
+        """Sets what is notified of new messages in the outbox, or None."""
         ...
 
-    def on_new_runs(self, heard: Callable[[bool], None] | None) -> None:
-        """Whom to call, from any thread, once a run is there that is new, or due earlier, or (True) lives again. Quick."""
+    def on_new_runs(self, call: Callable[[bool], None] | None) -> None:
+        """Sets what is called, from any thread, when a run is recorded or due earlier, or (True)
+        was retried. Must be quick.
+        """
         ...
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
@@ -318,11 +367,12 @@ class Store(Protocol):
         ...
 
     def capacity(self) -> StoreFull | None:
-        """None while the ledger takes more; else why not (`max_pending`, pending bytes, the free-space floor) and for how
-        long to wait. Cheap: called for every accept."""
+        """None while the store accepts events; else why not (`max_pending`, pending bytes, the
+        free-space floor) and for how long to wait. Cheap: called for every accept.
+        """
         ...
 
-    # way in ------------------------------------------------------------------------------
+    # events ------------------------------------------------------------------------------
     async def record(
         self,
         arrivals: Sequence[Arrival],
@@ -330,82 +380,107 @@ class Store(Protocol):
         trigger: str = "",
         cursor: Mapping[str, Json] | None = None,
     ) -> list[Receipt]:
-        """`Record`, awaited. The caller's cancellation does not reach the transaction."""
+        """`RecordEvents`, awaited. A cancel of the caller does not reach the transaction."""
         ...
 
     async def cursor(self, trigger: str) -> dict[str, Json]: ...
 
-    # way through -------------------------------------------------------------------------
+    # runs -------------------------------------------------------------------------
     async def load(self, run: int) -> list[Entry]:
-        """The run's whole journal, in (batch, pos) order; checksums verified (StoreCorrupt names the row)."""
+        """The run's whole journal, in (batch, position) order; checksums verified (StoreCorrupt
+        names the row).
+        """
         ...
 
-    # way out -----------------------------------------------------------------------------
-    async def outbox(self, outlet: str, limit: int) -> list[OutboxMessage]:
-        """The first letters that this outlet has not sent yet. One whose checksum does not hold is set apart and logged."""
+    # outbox -----------------------------------------------------------------------------
+    async def unsent_messages(self, sink: str, limit: int) -> list[OutboxMessage]:
+        """The first messages of a sink's outbox.
+
+        One whose checksum does not match is left out and logged.
+        """
         ...
 
-    async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
-        """These letters (by number) need no more sending. The refused ones become dead letters of their outlet, each with its
-        reason; a dead letter that a sink refuses stays the one it is."""
+    async def remove_sent(self, numbers: Sequence[int], rejected: Mapping[int, str]) -> None:
+        """Removes these messages from the outbox.
+
+        The rejected ones become dead letters of their sink, each with its reason; a rejected dead
+        letter stays the one it is.
+        """
         ...
 
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
-        """By outlet, how many letters wait, and since when the oldest does (microseconds)."""
+        """By sink, how many messages wait, and since when the oldest does (microseconds)."""
         ...
 
     async def payloads(self, run: int) -> list[bytes]:
-        """The events of a run that gathered them, as recorded, in order; StoreCorrupt names a row that is damaged."""
+        """The events of a run, as recorded, in order; StoreCorrupt names a row whose checksum does
+        not match.
+        """
         ...
 
-    # lookout -----------------------------------------------------------------------------
+    # late runs -----------------------------------------------------------------------------
     async def late_runs(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> LateRuns:
-        """The late runs that nobody was told of. `wanted`: by a flow's name, after how many microseconds it is asked for;
-        False: only by a wildcard, which leaves out the runs that such an event started. StoreError when it takes too long."""
+        """The late runs that are not recorded as late.
+
+        `wanted`: by a flow's name, after how many microseconds its runs are late; False: asked for
+        by a wildcard only, which leaves out runs that a late-run event started. StoreError when it
+        takes too long.
+        """
         ...
 
     async def record_late_runs(self, runs: Sequence[int], after: int) -> int:
-        """Records the events that tell of these runs, unless they have ended or were told of; returns of how many."""
+        """Records the late-run events of these runs, unless they have ended or were recorded;
+        returns how many it recorded.
+        """
         ...
 
-    # doors -------------------------------------------------------------------------------
+    # administration -------------------------------------------------------------------------------
     async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
-        """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING, due now: values kept, ERROR entries become FORGIVEN, `deaths` 0.
-        `fresh` drops the whole journal. Raises NotFound, or UsageError from any other state."""
+        """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING, due now: values are kept, ERROR
+        entries become CLEARED, `crash_count` 0. `discard_journal` drops the whole journal.
+        Raises NotFound, or UsageError from any other state.
+        """
         ...
 
     async def cancel(self, run: int, reason: str) -> State:
-        """PENDING, WAITING, PAUSED, HELD → CANCELLED now (with `Settle`'s answer to a parent: an ERROR entry), live children too;
-        RUNNING → `cancel_requested`, and the worker hears of it by `Handover.ready`. Returns the state it was in."""
+        """PENDING, WAITING, PAUSED, HELD → CANCELLED now (with an ERROR entry for a parent), live
+        children too; RUNNING → `cancel_requested`, and the worker gets it by
+        `RunReceiver.receive_runs`. Returns the state that the run was in.
+        """
         ...
 
     async def set_paused(self, trigger: str, paused: bool) -> None:
-        """Pauses or resumes a trigger, durably. `await paused()` tells which are."""
+        """Pauses or resumes a trigger, durably. Resuming makes its paused runs PENDING."""
         ...
 
     async def paused_triggers(self) -> set[str]: ...
 
-    async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
-        """Marks dead letter `dead` redriven (once; UsageError the second time) and records `arrival`'s runs on its event."""
+    async def redrive(self, dead_letter: int, arrival: Arrival) -> Receipt:
+        """Marks the dead letter redriven (once; UsageError the second time) and records `arrival`'s
+        runs on its event.
+        """
         ...
 
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
-        """Adds `arrival`'s runs, verdicts and tally to an event that is already recorded."""
+        """Adds `arrival`'s runs, verdicts and counts to an event that is recorded already."""
         ...
 
     async def prune(self, *, payloads_before: int, identities_before: int, step: int = 500) -> int:
-        """One small step of retention: settled runs, journals and bodies older than `bodies_before`, identities older than
-        `identities_before` (microseconds). Returns rows removed; call again until 0. Live runs and open dead letters stay."""
+        """One small step of retention: ended runs, journals and payloads older than
+        `payloads_before`, identities older than `identities_before` (microseconds). Returns rows
+        removed; call again until 0. Live runs and open dead letters stay.
+        """
         ...
 
     async def backup(self, path: str) -> None:
         """A consistent copy while running. Refuses to overwrite."""
         ...
 
-    # readers -----------------------------------------------------------------------------
+    # queries -----------------------------------------------------------------------------
     async def counts(self) -> dict[str, int]:
-        """`accepted, completed, failed, dead, cancelled, suppressed, pending` (deliveries; the first is the sum of the rest),
-        and `events, duplicates, conflicts, runs`."""
+        """`accepted, completed, failed, dead, cancelled, suppressed, pending` (deliveries; the
+        first is the sum of the rest), and `events, duplicates, conflicts, runs`.
+        """
         ...
 
     async def events(
@@ -429,8 +504,9 @@ class Store(Protocol):
         after: int,
         limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
-        """Events of these triggers received in [since, until), oldest first, with bodies; and what to give as `after` for the
-        next of them, None at the end."""
+        """Events of these triggers received in [since, until), oldest first, with bodies; and the
+        `after` of the next call, None at the end.
+        """
         ...
 
     async def event(self, ident: str | int) -> dict[str, Any]:
@@ -449,17 +525,24 @@ class Store(Protocol):
     ) -> list[dict[str, Any]]: ...
 
     async def run(self, ident: str | int) -> dict[str, Any]:
-        """One run with its outcome (`result` and `codec`, or `error`, or `reason`), by id, unique prefix or suffix."""
+        """One run with its outcome (`result` and `codec`, or `error`, or `reason`), by id, unique
+        prefix or suffix.
+        """
         ...
 
-    async def dead_letters(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]: ...
+    async def dead_letters(
+        self, *, limit: int = 50, after: int | None = None
+    ) -> list[dict[str, Any]]: ...
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]: ...
 
     async def check(self) -> list[str]:
-        """What does not hold in the ledger: pages, checksums, the sum of P9, lanes. Empty: sound. May take long."""
+        """Every inconsistency of the store: pages, checksums, the sum of P9, ordering keys.
+
+        Empty: sound. May take long.
+        """
         ...
 
     async def blob_references(self) -> set[str]:
-        """The blobs that a journal entry or a result names; the others may be swept."""
+        """The blobs that a journal entry or a result names; the others may be deleted."""
         ...

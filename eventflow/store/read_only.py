@@ -1,8 +1,8 @@
-"""A ledger to look at while another process may have it open: read-only, without its lock, nothing but what a dry run asks.
+"""A read-only ledger, also while another process has it open: without its lock, for dry runs.
 
-cli/foreseeing.py reads through it, so that changed code can be tried on the ledger of a server that goes on. A reader never
-writes and never checkpoints (readers.py), so the single writer stays the only one. A ledger of another version of eventflow may
-have other columns: that is a StoreError.
+cli/dry_run.py uses it, so that changed code can be tried on the ledger of a running server. Readers
+never write or checkpoint (readers.py), so there is still one writer. The ledger of another version
+of eventflow may have other columns: that is a StoreError.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from eventflow.store.readers import Readers
 
 
 class ReadOnlyLedger:
-    """Two of the store's verbs, on the file."""
+    """The two methods of `Store` that a dry run needs."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
@@ -33,7 +33,7 @@ class ReadOnlyLedger:
         after: int,
         limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
-        asked = partial(
+        query = partial(
             queries.past,
             triggers=triggers,
             type=type,
@@ -42,7 +42,7 @@ class ReadOnlyLedger:
             after=after,
             limit=limit,
         )
-        return await self._readers.read(asked)
+        return await self._readers.read(query)
 
     async def cursor(self, trigger: str) -> Mapping[str, Json]:
         return await self._readers.read(partial(queries.cursor, trigger=trigger))
@@ -50,7 +50,7 @@ class ReadOnlyLedger:
 
 @asynccontextmanager
 async def open_read_only(path: str, clock: Clock) -> AsyncGenerator[ReadOnlyLedger]:
-    """The ledger in this file, for as long as the block."""
+    """The ledger in this file, until the end of the block."""
     readers = Readers(path, clock)
     try:
         yield ReadOnlyLedger(readers)

@@ -1,8 +1,9 @@
-"""What the ledger forgets, and when: settled runs with their journals first, then bodies, identities last.
+"""Retention: deletes ended runs with their journals first, then payloads of events, identities
+last.
 
-A step is `prune`, and when that finds nothing `drop_bodies`: a small transaction of the writer's each, oldest first; the app
-asks again until there is nothing to do. Live runs, dead runs, open dead letters, unsent letters, and the events they stand on
-stay, however old.
+A step is `prune`, and when that finds nothing `drop_payloads`: each a small transaction, oldest
+rows first. The app repeats it until there is nothing to do (sqlite.py: `prune`). Live runs, dead
+runs, open dead letters, unsent messages, and the events that they need stay, however old.
 """
 
 import sqlite3
@@ -11,8 +12,9 @@ from collections.abc import Sequence
 from eventflow.runs.run import State
 from eventflow.store.transaction import Transaction
 
-_ENTRIES = 20_000
-"""Journal rows one step may delete (beyond one run's): some 50 ms of the writer's time."""
+_MAX_ENTRIES_PER_STEP = 20_000
+"""Journal rows that one step may delete (beyond those of one run): some 50 ms of the writer's time.
+"""
 
 _PRUNED = {
     State.COMPLETED: "pruned_completed",
@@ -20,14 +22,14 @@ _PRUNED = {
     State.CANCELLED: "pruned_cancelled",
 }
 
-# An id begins with the millisecond it was made in, so everything old has a small id and the search starts where the old is.
-_SETTLED = """
+# An id begins with the millisecond that it was made in, so old rows have small ids and the search starts with them.
+_ENDED = """
     SELECT id, state, parent, deliveries, (SELECT count(*) FROM journal WHERE run = r.id) FROM runs r NOT INDEXED
     WHERE id < :ceiling AND state BETWEEN 4 AND 6 AND finished_at < :before
       AND NOT EXISTS (SELECT 1 FROM runs p WHERE p.id = r.parent AND p.state < 4)
     ORDER BY id LIMIT :step"""
 
-_FREE = """
+_UNNEEDED = """
     received_at < :before AND kept = 1
       AND NOT EXISTS (SELECT 1 FROM runs WHERE event = e.id)
       AND NOT EXISTS (SELECT 1 FROM run_events WHERE event = e.id)
@@ -35,12 +37,12 @@ _FREE = """
       AND NOT EXISTS (SELECT 1 FROM dead_letters WHERE event = e.id AND redriven_at IS NULL)
       AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)"""
 
-_BODIES = f"""
-    SELECT id FROM events e INDEXED BY events_scan WHERE id > :after AND id < :ceiling AND {_FREE} ORDER BY id LIMIT :step"""
+_PAYLOADS = f"""
+    SELECT id FROM events e INDEXED BY events_scan WHERE id > :after AND id < :ceiling AND {_UNNEEDED} ORDER BY id LIMIT :step"""
 
-_FORGET = f"""
+_DROP = f"""
     UPDATE events AS e SET kept = 0, body = NULL, headers = NULL, crc = NULL
-    WHERE id IN (SELECT value FROM json_each(:events)) AND {_FREE}"""
+    WHERE id IN (SELECT value FROM json_each(:events)) AND {_UNNEEDED}"""
 
 _IDENTITIES = """
     SELECT id FROM events INDEXED BY events_scan
@@ -56,10 +58,12 @@ def _old(before: int, step: int) -> dict[str, int]:
     }
 
 
-def prune(tx: Transaction, *, bodies_before: int, identities_before: int, step: int) -> int:
-    """Runs older than `bodies_before`; when there are none, identities older than `identities_before` that have no body."""
-    return _prune_runs(tx, bodies_before, step) or _prune_identities(
-        tx, min(identities_before, bodies_before), step
+def prune(tx: Transaction, *, payloads_before: int, identities_before: int, step: int) -> int:
+    """Runs older than `bodies_before`; when there are none, identities older than
+    `identities_before` without a payload.
+    """
+    return _prune_runs(tx, payloads_before, step) or _prune_identities(
+        tx, min(identities_before, payloads_before), step
     )
 
 
@@ -67,9 +71,9 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     gone: list[int] = []
     entries = 0
     for ident, state, parent, deliveries, journaled in tx.connection.execute(
-        _SETTLED, _old(before, step)
+        _ENDED, _old(before, step)
     ).fetchall():
-        if gone and entries + journaled > _ENTRIES:
+        if gone and entries + journaled > _MAX_ENTRIES_PER_STEP:
             break
         entries += journaled
         gone.append(ident)
@@ -84,17 +88,22 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     return len(gone)
 
 
-def bodies(connection: sqlite3.Connection, *, before: int, after: int, step: int) -> list[int]:
-    """The next events whose bodies are not needed. For a reader: it walks over every identity whose body is gone already, so
-    the writer is only given what was found."""
+def unneeded_payloads(
+    connection: sqlite3.Connection, *, before: int, after: int, step: int
+) -> list[int]:
+    """The next events whose payloads are not needed.
+
+    For a reader, since it walks over every identity without a payload; the writer gets only what
+    was found.
+    """
     return [
-        ident for (ident,) in connection.execute(_BODIES, {**_old(before, step), "after": after})
+        ident for (ident,) in connection.execute(_PAYLOADS, {**_old(before, step), "after": after})
     ]
 
 
-def drop_bodies(tx: Transaction, events: Sequence[int], before: int) -> int:
-    """Of those that were found, the ones that are not needed still."""
-    return tx.connection.execute(_FORGET, {"events": str(list(events)), "before": before}).rowcount
+def drop_payloads(tx: Transaction, events: Sequence[int], before: int) -> int:
+    """Drops those of the found payloads that are still not needed."""
+    return tx.connection.execute(_DROP, {"events": str(list(events)), "before": before}).rowcount
 
 
 def _prune_identities(tx: Transaction, before: int, step: int) -> int:

@@ -1,8 +1,10 @@
-"""The rows of the SQLite ledger: their shapes, their checksums, and how many of them go into one statement.
+"""Rows of the SQLite store: their shapes, their checksums, and the statements that read and write
+many at once.
 
-Called by transaction.py, claim.py and readers.py. Python's sqlite3 lets go of the GIL at every step of a statement, and taking
-it back from a busy event loop may cost 5 ms. So rows go in as multi-row VALUES, a batch in a few statements, and come back as
-one row of JSON. What a batch decides is in ops.py; when it is written is in transaction.py.
+Called by the tables of a transaction (transaction.py) and by load.py, queries.py and audit.py.
+Python's sqlite3 releases the GIL at every step of a statement, and taking it back from a busy event
+loop may cost 5 ms. So rows are written as multi-row VALUES, a batch in a few statements, and read
+as one row of JSON.
 """
 
 import sqlite3
@@ -18,53 +20,48 @@ from eventflow.runs.run import Run, State
 from eventflow.store.protocol import Arrival
 
 NEVER = (1 << 63) - 1
-"""`due_at` of a run that waits for something else than time."""
+"""`due_at` of a run that waits for something other than time."""
 
 Value: TypeAlias = "int | str | bytes | None"
 Values: TypeAlias = "Sequence[Value]"
 
-_SIZES = (
-    1,
-    2,
-    4,
-    8,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-)  # each text is prepared once; the rest of a size is NULL rows
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Rows in one statement.
+
+Each text is prepared once; a batch is padded with NULL rows to the next size.
+"""
+
+_MAX_VARIABLES = 32_766
+"""SQLite's limit of variables in a statement."""
 
 
 class BulkStatement:
-    """One statement over many rows: `head (VALUES …) tail`, where rows with a NULL first column are padding.
+    """One statement over many rows: `head (VALUES …) tail`. Rows with a NULL first column are
+    padding.
 
-    Never `(a, b) IN (VALUES …)`, for which SQLite walks the whole table: a CROSS JOIN looks each row up in the index, and so
-    does `IN (SELECT * FROM (VALUES …))`, though perhaps by the first column only.
+    Never `(a, b) IN (VALUES …)`, for which SQLite walks the whole table: a CROSS JOIN looks each
+    row up in the index, and so does `IN (SELECT * FROM (VALUES …))`, though perhaps by the first
+    column only.
     """
 
     def __init__(self, head: str, width: int, tail: str) -> None:
-        self._head, self._width, self._tail = head, width, tail
+        self._head = head
+        self._width = width
+        self._tail = tail
         self._texts: dict[int, str] = {}
-        self._most = max(
-            size for size in _SIZES if size * width <= 32_766
-        )  # SQLite's limit of variables
+        self._max_rows = max(size for size in _SIZES if size * width <= _MAX_VARIABLES)
 
-    def run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
-        """Executes it over all rows; returns how many rows changed."""
+    def execute(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
+        """Executes the statement over all rows; returns how many rows changed."""
         changed = 0
-        for first in range(0, len(rows), self._most):
-            changed += self._run(connection, rows[first : first + self._most]).rowcount
+        for first in range(0, len(rows), self._max_rows):
+            changed += self._run(connection, rows[first : first + self._max_rows]).rowcount
         return changed
 
     def read(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> Iterable[Any]:
         """Executes a query whose result is one JSON text; yields it once per chunk."""
-        for first in range(0, len(rows), self._most):
-            yield self._run(connection, rows[first : first + self._most]).fetchone()[0]
+        for first in range(0, len(rows), self._max_rows):
+            yield self._run(connection, rows[first : first + self._max_rows]).fetchone()[0]
 
     def _run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> sqlite3.Cursor:
         size = next(size for size in _SIZES if size >= len(rows))
@@ -98,11 +95,11 @@ def checksum(*payload: Value) -> int:
 
 # --------------------------------------------------------------------------- events
 
-EVENT = (
+EVENT_COLUMNS = (
     "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at", "matched", "crc", "verdicts",
     "headers", "body",
 )  # fmt: skip
-insert_events = insert("events", EVENT)
+insert_events = insert("events", EVENT_COLUMNS)
 
 
 def event_row(a: Arrival) -> Values:
@@ -141,11 +138,11 @@ insert_outbox = insert("outbox", ("sink", "event", "subscription", "at"))
 
 # --------------------------------------------------------------------------- runs
 
-RUN = (
+RUN_COLUMNS = (
     "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "ordering_key", "blocked",
     "priority", "parent", "parent_call_key", "depth", "crash_suspect", "crash_count", "cancel_requested", "size", "crc", "params", "mode",
 )  # fmt: skip
-insert_runs = insert("runs", RUN)
+insert_runs = insert("runs", RUN_COLUMNS)
 
 
 def run_row(run: Run, due_at: int, size: int) -> Values:
@@ -167,7 +164,9 @@ def run_crc(
 
 
 class RunRow(msgspec.Struct, array_like=True, gc=False):
-    """What a transaction knows and may change of one run; the last four are written, never read."""
+    """The columns of a run that a transaction reads and may change; the last four are written,
+    never read.
+    """
 
     id: int
     flow: str
@@ -233,11 +232,11 @@ grow_runs = BulkStatement(
     4,
     "WHERE runs.id = column1",
 )
-"""Runs that further events joined."""
+"""For runs that further events have joined."""
 
 
 class WindowRow(msgspec.Struct, array_like=True, gc=False):
-    """The last window of a subscription and lane."""
+    """The last window of a subscription and ordering key."""
 
     subscription: str
     ordering_key: str
@@ -269,13 +268,17 @@ put_patterns = insert(
     "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
     " state = excluded.state",
 )
-delete_patterns = BulkStatement("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
+delete_patterns = BulkStatement(
+    "DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")"
+)
 insert_pattern_events = insert(
     "pattern_events",
     ("event", "subscription", "key", "size"),
     "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, expired = NULL",
 )
-delete_pattern_events = BulkStatement("DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")")
+delete_pattern_events = BulkStatement(
+    "DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")"
+)
 expire_pattern_events = BulkStatement(
     "UPDATE pattern_events SET expired = column3 FROM",
     3,
@@ -289,7 +292,9 @@ unblock_heads = BulkStatement(
     "WHERE column1 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs"
     " WHERE flow = column1 AND ordering_key = column2 AND blocked = 0 AND ordering_key IS NOT NULL AND state < 4))",
 )
-"""Each lane has exactly one live run that is not blocked: where there is none, the oldest becomes it."""
+"""Each ordering key has exactly one live run that is not blocked, its head: where there is none,
+the oldest live run becomes it.
+"""
 
 known_children = BulkStatement(
     "SELECT json_group_array(json_array(parent, parent_call_key)) FROM",
@@ -299,7 +304,7 @@ known_children = BulkStatement(
 
 # --------------------------------------------------------------------------- journal
 
-ENTRY = (
+ENTRY_COLUMNS = (
     "run",
     "call_key",
     "attempt",
@@ -314,7 +319,7 @@ ENTRY = (
     "value",
     "error",
 )
-insert_entries = insert("journal", ENTRY)
+insert_entries = insert("journal", ENTRY_COLUMNS)
 
 
 def entry_row(run: int, e: Entry) -> Values:
@@ -348,7 +353,7 @@ finals = BulkStatement(
     2,
     "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2 AND j.kind IN (0, 1)",
 )
-"""Calls that already have an end, VALUE or ERROR: an answer that comes after it is not taken."""
+"""Calls that have an end, VALUE or ERROR: a later answer is ignored."""
 
 later_entries = BulkStatement(
     "SELECT json_group_array(v.column1) FROM",

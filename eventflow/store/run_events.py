@@ -1,6 +1,7 @@
-"""Values of what the ledger tells of by itself: runs that ended, runs that are late. The store's verbs take them (base.py).
+"""Values for the events that the store makes itself: runs that ended, runs that are late.
 
-ops.py and late.py make them in the writer's thread; routing.py makes events of them (base.Herald).
+Part of the store's interface (protocol.py). apply.py and late_runs.py make them in the writer
+thread; the router makes events of them (`RunEventSource`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from eventflow.runs.run import State
 
 
 class RunEnded(msgspec.Struct, frozen=True):
-    """A run that came to a state in which nothing more happens by itself, as the transaction leaves it."""
+    """A run that ended or is held, as the transaction leaves it. Instants are microseconds."""
 
     run: int
     flow: str
@@ -28,7 +29,9 @@ class RunEnded(msgspec.Struct, frozen=True):
 
 
 class LateRun(msgspec.Struct, frozen=True):
-    """A run that has not ended `after` microseconds after it was due to begin (`due_at`), as `at` finds it."""
+    """A run that has not ended `after` microseconds after it was due to begin (`due_at`), as of
+    `at`.
+    """
 
     run: int
     flow: str
@@ -43,9 +46,11 @@ class LateRun(msgspec.Struct, frozen=True):
 
 
 class LateRuns(msgspec.Struct, frozen=True):
-    """What a look for late runs found: those to be told of, by `after`, first who was late first; and when to look again.
+    """The result of a scan for late runs: runs that are not recorded as late, by `after`, in the
+    order in which they became late.
 
-    `again`: microseconds, perhaps earlier than a run is late and never later; None: not before there are other live runs.
+    `next_scan_at` (microseconds) may be earlier than the next run is late, never later. None: not
+    before there are new runs.
     """
 
     runs: Mapping[int, Sequence[int]]

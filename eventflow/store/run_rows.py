@@ -1,7 +1,8 @@
 """Runs in a transaction: rows that were read or added, their states, and what to write of them.
 
-Called by apply.py, admin.py, claim.py, windows.py and patterns.py; `Transaction.flush` writes. A row is read once and changed in
-memory. Every change of a run's state goes through `move`, so that the sum of P9, the backlog and the ordering key follow.
+Called by apply.py, admin.py, claim.py, windows.py and patterns.py; `Transaction.flush` writes. A
+row is read once and changed in memory. Every change of a run's state goes through `move`, so that
+the sum of P9, the backlog and the ordering key follow.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,10 @@ from eventflow.store.rows import NEVER, RunRow, Values
 
 
 class RunRows:
-    """The runs of one transaction. `running` are the rows that the writer remembers of running runs, shared by all commits."""
+    """The runs of one transaction.
+
+    `running` are the rows that the writer remembers of running runs, shared by all commits.
+    """
 
     def __init__(
         self, commit: Commit, receiver: RunReceiver | None, running: dict[int, RunRow]
@@ -29,7 +33,9 @@ class RunRows:
         self._added: list[Values] = []
         self._changed: dict[int, RunRow] = {}
         self._woken: set[int] = set()
-        self._ordering: set[tuple[str, str]] = set()  # flows and ordering keys whose head may change
+        self._ordering: set[tuple[str, str]] = (
+            set()
+        )  # flows and ordering keys whose head may change
 
     # ------------------------------------------------------------------- reading
 
@@ -59,8 +65,10 @@ class RunRows:
         return row
 
     def load(self, wanted: Sequence[RunRow]) -> list[Run]:
-        """These runs with their events' payloads, as this transaction leaves them. A run whose checksum does not match becomes
-        HELD and is left out."""
+        """These runs with their events' payloads, as this transaction leaves them.
+
+        A run whose checksum does not match becomes HELD and is left out.
+        """
         found: list[Run] = []
         for run, corrupt in load_runs(self._commit.connection, [row.id for row in wanted]):
             row = self.need(run.id)
@@ -80,7 +88,9 @@ class RunRows:
     # ------------------------------------------------------------------- deciding
 
     def add(self, run: Run, payload: bytes | None) -> None:
-        """A new run: RUNNING at once if the worker reserves it, else in its own state. With an ordering key it starts blocked."""
+        """A new run: RUNNING at once if the worker reserves it, else in its own state. With an
+        ordering key it starts blocked.
+        """
         commit = self._commit
         size = len(run.params or b"") + len(payload or b"")
         due_at = commit.due(run.due_at)
@@ -95,7 +105,10 @@ class RunRows:
         commit.totals["pending_bytes"] += size
 
     def add_growing(self, run: Run, payload: bytes | None) -> RunRow:
-        """A new run that further events may join. Returns its row; windows.py writes what grows of it."""
+        """A new run that further events may join.
+
+        Returns its row; windows.py writes what grows of it.
+        """
         self.add(run, payload)
         row = self._rows.get(run.id)
         if row is None:
@@ -125,7 +138,9 @@ class RunRows:
         self._changed[row.id] = row
 
     def move(self, row: RunRow, state: State, due_at: int | None = None) -> None:
-        """Changes the run's state, and with it the sum of P9, the backlog and the head of its ordering key."""
+        """Changes the run's state, and with it the sum of P9, the backlog and the head of its
+        ordering key.
+        """
         before, row.state = row.state, state
         totals = self._commit.totals
         if due_at is not None:
@@ -168,25 +183,29 @@ class RunRows:
 
     def flush_added(self) -> None:
         if self._added:
-            rows.insert_runs.run(self._commit.connection, self._added)
+            rows.insert_runs.execute(self._commit.connection, self._added)
             self._added.clear()
 
     def flush_changed(self) -> None:
-        """After everything that was added: woken runs are offered to the worker as the file has them."""
+        """After everything that was added: woken runs are offered to the worker as the file has
+        them.
+        """
         connection = self._commit.connection
         if self._woken:
             self._offer_woken()
         if self._changed:
             changes = [rows.run_changes(row) for row in self._changed.values()]
-            rows.update_runs.run(connection, changes)
+            rows.update_runs.execute(connection, changes)
             self._changed.clear()
         if self._ordering:
-            unblocked = rows.unblock_heads.run(connection, list(self._ordering))
+            unblocked = rows.unblock_heads.execute(connection, list(self._ordering))
             self._commit.has_due |= unblocked > 0
             self._ordering.clear()
 
     def _offer_woken(self) -> None:
-        """Runs that became PENDING go to the worker at once if it reserves them; with an ordering key, only its head."""
+        """Runs that became PENDING go to the worker at once if it reserves them; with an ordering
+        key, only its head.
+        """
         ready = [
             row
             for row in map(self.get, self._woken)
@@ -204,7 +223,9 @@ class RunRows:
                     row.started_at = run.started_at
 
     def remember(self) -> None:
-        """The commit is durable: what the writer knows of running runs is what this transaction left."""
+        """The commit is durable: what the writer knows of running runs is what this transaction
+        left.
+        """
         running = self._running
         for ident, row in self._rows.items():
             if row is not None and row.state is State.RUNNING:
@@ -213,7 +234,9 @@ class RunRows:
                 running.pop(ident, None)
 
     def undo(self) -> None:
-        """The commit failed: runs that the worker reserved go back as they were, remembered rows are forgotten."""
+        """The commit failed: runs that the worker reserved go back as they were, remembered rows
+        are forgotten.
+        """
         self._running.clear()
         reserved, self._commit.reserved = self._commit.reserved, []
         if reserved and self._receiver is not None:

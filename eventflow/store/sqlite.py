@@ -1,26 +1,26 @@
 """The ledger in one SQLite file: the verbs of base.py.
 
-`open` takes the lock, proves the file, migrates and recovers; then one thread writes (writer.py) and two read (readers.py).
-The hot path posts; the doors await. Where a verb is decided: ops.py (record, append, mark, settle), claim.py, admin.py,
-queries.py (lists), retention.py. Everything here is about putting these together, nothing decides.
+`open` takes the lock, proves the file, migrates and recovers; then one thread writes (writer.py)
+and two read (readers.py). The hot path posts; the doors await. Where a verb is decided: ops.py
+(record, append, mark, settle), claim.py, admin.py, queries.py (lists), retention.py. Everything
+here is about putting these together, nothing decides.
 """
 
 import asyncio
+import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
 from eventflow.events.event import Json, OutboxMessage, Receipt
-from eventflow.logs.log import get_logger
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, State
-from eventflow.store import admin, audit, late_runs, outbox, queries, retention
-from eventflow.store.audit import SLICE, Audit
-from eventflow.store.backup import back_up
-from eventflow.store.change_log import Moves
+from eventflow.store import admin, late_runs, outbox, queries, retention
+from eventflow.store.audit import audit
+from eventflow.store.backup import back_up, remove_temporary_copies, temporary_copy
 from eventflow.store.file_guards import (
     DiskSpaceGuard,
     HighWater,
@@ -53,8 +53,9 @@ from eventflow.store.writer import (
 T = TypeVar("T")
 
 _CHECKPOINT = 4000
-"""Pages in the WAL before the writer copies them home (16 MiB): rarely enough to pay one fsync of the file for thousands of
-runs, often enough that a restart reads it in well under a second."""
+"""Pages in the WAL at which the writer checkpoints it (16 MiB): rare enough that thousands of runs
+share one fsync of the file, often enough that a restart reads the WAL in well under a second.
+"""
 
 _PRAGMAS = (
     "PRAGMA busy_timeout = 5000",
@@ -66,35 +67,34 @@ _PRAGMAS = (
     "PRAGMA secure_delete = FAST",
 )
 
-PAGE_CHECK_SECONDS = 1.5
-"""Seconds that SQLite may look at its pages at a time while runs are worked on."""
-
 SCAN_SECONDS = 20.0
-"""Seconds that looks may take which walk a million rows by their nature: late runs, what retention may drop."""
+"""Time limit of reads that walk up to a million rows: late runs, payloads that retention may drop.
+"""
 
 REQUIRED_READ_SECONDS = 600.0
-"""Seconds for what a trigger cannot begin without, or a run not go on: its cursor, its journal, its events. Giving up sooner
-would help nobody."""
+"""Time limit of reads that a trigger needs to start, or a run to continue: its cursor, its journal,
+its events.
+"""
 
 _LAST_ID = (
     "SELECT max(ifnull((SELECT max(id) FROM events), 0), ifnull((SELECT max(id) FROM runs), 0))"
 )
 
-log = get_logger("eventflow.store")
-LOG_EVENTS = {
-    "store.pages_unchecked": (
-        "Checking the pages of `tables` would take too long beside a worker; their rows were "
-        "read."
-    ),
-}
+_SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+
+
+class _Limits(NamedTuple):
+    pending: int
+    pending_bytes: int
 
 
 class SqliteStore:
     """One process, one file. See `base.Store` for what each verb promises.
 
-    `synchronous="NORMAL"` is faster on slow disks and may lose the last commits in a power cut, though never tear them.
-    `max_pending` and `max_pending_bytes` bound the backlog; `free_floor` (bytes; default 256 MiB or 2 % of the disk, whichever
-    is less) is what the ledger leaves free; `accept_loss` opens a store that lost commits it had acknowledged.
+    `synchronous="NORMAL"` is faster on slow disks and may lose the last commits in a power cut,
+    though never tear them. `max_pending` and `max_pending_bytes` bound the backlog; `free_floor`
+    (bytes; default 256 MiB or 2 % of the disk, whichever is less) is what the ledger leaves free;
+    `accept_loss` opens a store that lost commits it had acknowledged.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class SqliteStore:
         accept_loss: bool = False,
     ) -> None:
         self.path = os.path.abspath(path)
+        self.location = f"sqlite:///{self.path}"
         self.last_id = 0
         self._clock = clock
         self._synchronous = synchronous
         self._accept_loss = accept_loss
-        self._max_pending = max_pending
-        self._max_pending_bytes = max_pending_bytes
+        self._limits = _Limits(max_pending, max_pending_bytes)
         self._lock = Lock(self.path)
         self._high_water = HighWater(self.path)
         self._space = DiskSpaceGuard(self.path, clock, free_floor, ballast)
@@ -124,10 +124,6 @@ class SqliteStore:
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
         self._pruned_up_to = 0  # the last event whose payload retention looked at
-
-    @property
-    def location(self) -> str:
-        return f"sqlite:///{self.path}"
 
     # ------------------------------------------------------------------- open and close
 
@@ -144,13 +140,14 @@ class SqliteStore:
             raise StoreUnwritable(self.path, error.strerror or str(error)) from error
         except sqlite3.Error as error:
             self.close()
-            raise _why_not(self.path, error) from error
+            raise _open_error(self.path, error) from error
         except BaseException:
             self.close()
             raise
 
     def _open(self) -> None:
         last_acknowledged = self._check_high_water()
+        remove_temporary_copies(self.path)
         os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = self._connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, cached_statements=256
@@ -159,9 +156,7 @@ class SqliteStore:
             connection.execute(pragma)
         migrate(connection, self.path, migrations())
         listeners = self._listeners
-        writer = Writer(
-            connection, self.path, self._clock, self._marks(), self._space, listeners
-        )
+        writer = Writer(connection, self.path, self._clock, self._marks(), self._space, listeners)
         writer.last.batch = max(writer.last.batch, last_acknowledged)
         (self.last_id,) = connection.execute(_LAST_ID).fetchone()
         if listeners.run_events is not None:
@@ -176,11 +171,16 @@ class SqliteStore:
         writer.start()
 
     def _marks(self) -> HighWater | None:
-        """Without FULL a power cut may take commits back, so a mark would accuse an honest file."""
+        """Without FULL a power cut may lose commits, so a mark would report a sound file as
+        damaged.
+        """
         return self._high_water if self._synchronous.upper() in ("FULL", "EXTRA") else None
 
     def _check_high_water(self) -> int:
-        """The last batch that was ever acknowledged. Looks with a read-only connection: what it refuses it must not change."""
+        """The last batch that was acknowledged.
+
+        Reads with a read-only connection: a store that is refused must not be changed.
+        """
         marked = self._high_water.open()
         found = last_batch(self.path)
         if marked > found and not self._accept_loss:
@@ -209,7 +209,7 @@ class SqliteStore:
             self._connection = None
         self._high_water.close()
         if self._lock.held:
-            self._space.release_ballast()  # a store at rest keeps no space that others could use
+            self._space.release_ballast()  # a closed store reserves no space
         self._lock.release()
 
     # ------------------------------------------------------------------- the hot path
@@ -220,7 +220,7 @@ class SqliteStore:
 
     @property
     def commits(self) -> dict[str, float]:
-        """Since the start: group commits, the ops in them, and the seconds they took."""
+        """Since the start: group commits, their operations, and their seconds."""
         return dict(self._open_writer().commits)
 
     def post(self, op: Op, reply: Callable[[Any], None], loop: asyncio.AbstractEventLoop) -> None:
@@ -246,13 +246,13 @@ class SqliteStore:
 
     def capacity(self) -> StoreFull | None:
         totals = self._open_writer().last.totals
-        if totals["pending"] >= self._max_pending:
+        if totals["pending"] >= self._limits.pending:
             return StoreFull(
-                f"{totals['pending']} deliveries are pending, the bound is {self._max_pending}", 5.0
+                f"{totals['pending']} deliveries are pending, the bound is {self._limits.pending}", 5.0
             )
-        if totals["pending_bytes"] >= self._max_pending_bytes:
+        if totals["pending_bytes"] >= self._limits.pending_bytes:
             return StoreFull(
-                f"{totals['pending_bytes']} bytes are pending, the bound is {self._max_pending_bytes}",
+                f"{totals['pending_bytes']} bytes are pending, the bound is {self._limits.pending_bytes}",
                 5.0,
             )
         return self._space.full()
@@ -263,7 +263,7 @@ class SqliteStore:
         return self._writer
 
     async def _submit(self, op: Op | TransactionCall | ConnectionJob) -> Any:
-        """A posted op, awaited. Cancelling the wait does not reach the transaction."""
+        """A posted operation, awaited. A cancel of the caller does not reach the transaction."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
 
@@ -278,18 +278,22 @@ class SqliteStore:
         return value
 
     async def _transact(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:
-        def make(tx: Transaction) -> T:
+        def call(tx: Transaction) -> T:
             return verb(tx, *args, **options)
 
-        return cast(T, await self._submit(TransactionCall(make)))
+        return cast(T, await self._submit(TransactionCall(call)))
 
     async def _read(
-        self, look: Callable[..., T], *args: Any, budget: float = QUERY_TIMEOUT_SECONDS, **options: Any
+        self,
+        query: Callable[..., T],
+        *args: Any,
+        budget: float = QUERY_TIMEOUT_SECONDS,
+        **options: Any,
     ) -> T:
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
         return await self._readers.read(
-            lambda connection: look(connection, *args, **options), budget
+            lambda connection: query(connection, *args, **options), budget
         )
 
     async def record(
@@ -310,11 +314,11 @@ class SqliteStore:
     async def payloads(self, run: int) -> list[bytes]:
         return await self._read(load_payloads, run, budget=REQUIRED_READ_SECONDS)
 
-    async def outbox(self, outlet: str, limit: int) -> list[OutboxMessage]:
-        return await self._read(outbox.unsent, outlet, limit)
+    async def unsent_messages(self, sink: str, limit: int) -> list[OutboxMessage]:
+        return await self._read(outbox.unsent, sink, limit)
 
-    async def sent(self, letters: Sequence[int], refused: Mapping[int, str]) -> None:
-        await self._transact(outbox.sent, letters, refused)
+    async def remove_sent(self, numbers: Sequence[int], rejected: Mapping[int, str]) -> None:
+        await self._transact(outbox.remove_sent, numbers, rejected)
 
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         return await self._read(outbox.depths)
@@ -325,7 +329,7 @@ class SqliteStore:
     async def record_late_runs(self, runs: Sequence[int], after: int) -> int:
         return await self._transact(late_runs.record, runs, after, self._listeners.run_events)
 
-    # ------------------------------------------------------------------- doors
+    # ------------------------------------------------------------------- administration
 
     async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
         retried = cast(Run, await self._transact(admin.retry, run, discard_journal=discard_journal))
@@ -342,76 +346,73 @@ class SqliteStore:
     async def paused_triggers(self) -> set[str]:
         return await self._read(queries.paused)
 
-    async def redrive(self, dead: int, arrival: Arrival) -> Receipt:
-        return await self._transact(admin.redrive, dead, arrival)
+    async def redrive(self, dead_letter: int, arrival: Arrival) -> Receipt:
+        return await self._transact(admin.redrive, dead_letter, arrival)
 
     async def replay(self, event: int, arrival: Arrival) -> Receipt:
         return await self._transact(admin.replay, event, arrival)
 
     async def prune(self, *, payloads_before: int, identities_before: int, step: int = 500) -> int:
         removed = await self._transact(
-            retention.prune, bodies_before=payloads_before, identities_before=identities_before, step=step
-        )  # fmt: skip
+            retention.prune,
+            payloads_before=payloads_before,
+            identities_before=identities_before,
+            step=step,
+        )
         if removed:
             return removed
-        found = await self._old_bodies(payloads_before, step)
-        return await self._transact(retention.drop_bodies, found, payloads_before) if found else 0
+        found = await self._unneeded_payloads(payloads_before, step)
+        return await self._transact(retention.drop_payloads, found, payloads_before) if found else 0
 
-    async def _old_bodies(self, before: int, step: int) -> list[int]:
-        """Goes on where the last step ended; once there is no more, the next one begins in front again."""
+    async def _unneeded_payloads(self, before: int, step: int) -> list[int]:
+        """The next ones after those of the last step, or from the beginning when there are no more."""
         found: list[int] = await self._read(
-            retention.bodies, before=before, after=self._pruned_up_to, step=step, budget=SCAN_SECONDS
+            retention.unneeded_payloads,
+            before=before,
+            after=self._pruned_up_to,
+            step=step,
+            budget=SCAN_SECONDS,
         )
         if not found and self._pruned_up_to:
             found = await self._read(
-                retention.bodies, before=before, after=0, step=step, budget=SCAN_SECONDS
+                retention.unneeded_payloads, before=before, after=0, step=step, budget=SCAN_SECONDS
             )
         self._pruned_up_to = found[-1] if found else 0
         return found
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()
-        await self._submit(ConnectionJob(lambda connection: back_up(connection, path, writer.serve_others)))
+        await self._submit(
+            ConnectionJob(lambda connection: back_up(connection, path, writer.serve_others))
+        )
 
-    async def check(self, *, slice: float = SLICE) -> list[str]:
-        """Everything that does not hold in the ledger, pages and checksums included, for `eventflow doctor`. It may take long,
-        but in read transactions of `slice` seconds; the sums are of one commit all the same, the last one.
+    async def check(self) -> list[str]:
+        """What is wrong in the ledger, pages and checksums included, for `eventflow doctor`.
+
+        While a worker is attached, a copy is checked, so that no read transaction keeps the WAL
+        from being reset. Raises StoreFull if the disk has no space for the copy.
         """
-        look, moves, loop = Audit(), Moves(), asyncio.get_running_loop()
-        wrong = await self._check_pages()
-        await self._submit(ConnectionJob(moves.follow))
-        try:
-            more = True
-            while more:
-                more = await self._read(look.within, self._clock, slice, budget=SCAN_SECONDS)
-                look.heed(await self._submit(ConnectionJob(moves.take)))
-            moved, row = await self._submit(
-                ConnectionJob(lambda connection: (moves.take(connection), audit.ledger(connection)))
-            )
-            look.heed(moved)
-        finally:  # not awaited: nobody may come between
-            self._open_writer().post(QueuedOperation(ConnectionJob(moves.forget), lambda _: None, loop))
-        return wrong + look.conclude(row)
+        writer = self._open_writer()
+        if self._readers is None or self._listeners.receiver is None:
+            return await self._read(audit, budget=math.inf)
 
-    async def _check_pages(self) -> list[str]:
-        """SQLite's look at its pages cannot be sliced: beside a worker each table has `PAGES` seconds, else it has its time."""
-        if self._listeners.receiver is None:
-            return await self._read(audit.pages, 600.0, budget=600.0) or []
-        if (wrong := await self._read(audit.pages, PAGE_CHECK_SECONDS)) is not None:
-            return wrong
-        found = {
-            table: await self._read(audit.pages, PAGE_CHECK_SECONDS, table)
-            for table in await self._read(audit.tables)
-        }
-        if unchecked := [table for table, wrong in found.items() if wrong is None]:
-            log.warning("store.pages_unchecked", tables=unchecked)
-        return [sentence for wrong in found.values() for sentence in wrong or ()]
+        def serve_others() -> None:
+            writer.serve_others()
+            self._space.check_copy(0)  # the ledger grows meanwhile, and the copy with it
+
+        def copy_ledger(connection: sqlite3.Connection) -> sqlite3.Connection:
+            (size,) = connection.execute(_SIZE).fetchone()
+            self._space.check_copy(size)
+            return temporary_copy(connection, self.path, serve_others)
+
+        copy = await self._submit(ConnectionJob(copy_ledger))
+        return await self._readers.read_copy(copy, audit)
 
     async def blob_references(self) -> set[str]:
         """The blobs that a journal entry or a result names."""
         return await self._read(queries.blob_references, budget=60.0)
 
-    # ------------------------------------------------------------------- looking
+    # ------------------------------------------------------------------- queries
 
     async def counts(self) -> dict[str, int]:
         totals = self._open_writer().last.totals
@@ -465,15 +466,17 @@ class SqliteStore:
     async def run(self, ident: str | int) -> dict[str, Any]:
         return await self._read(queries.run, ident)
 
-    async def dead_letters(self, *, limit: int = 50, after: int | None = None) -> list[dict[str, Any]]:
+    async def dead_letters(
+        self, *, limit: int = 50, after: int | None = None
+    ) -> list[dict[str, Any]]:
         return await self._read(queries.dead, limit=limit, after=after)
 
     async def dead_letter(self, ident: str | int) -> dict[str, Any]:
         return await self._read(queries.dead_letter, ident)
 
 
-def _why_not(path: str, error: sqlite3.Error) -> StoreError:
-    """What an error at open means for whoever starts the program."""
+def _open_error(path: str, error: sqlite3.Error) -> StoreError:
+    """The error to raise for an SQLite error at open."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreCorrupt(f"the store {path} is damaged ({error}); restore a backup")

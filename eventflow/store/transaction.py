@@ -1,9 +1,10 @@
 """One write transaction: the tables it reads and changes, and how they are written.
 
-`Writer` begins it; apply.py, claim.py and admin.py decide in it; `flush` writes the decisions in a few statements; `Writer`
-commits. Rows are read once and changed in memory, so the operations of a batch see each other's changes; nothing reaches the
-file before `flush`. A decision is a row in one of the tables, never a statement on its way; the few statements that
-administration executes itself are in admin.py and retention.py.
+`Writer` begins it; apply.py, claim.py and admin.py decide in it; `flush` writes the decisions in a
+few statements; `Writer` commits. Rows are read once and changed in memory, so the operations of a
+batch see each other's changes; nothing reaches the file before `flush`. A decision is a row in one
+of the tables, never a statement on its way; the few statements that administration executes itself
+are in admin.py and retention.py.
 """
 
 import sqlite3
@@ -24,7 +25,10 @@ _UPDATE_LEDGER = (
 
 
 class Transaction:
-    """`commit`: number, times, counts, and what to report. Windows and patterns exist once an operation asks for them."""
+    """`commit`: number, times, counts, and what to report.
+
+    Windows and patterns exist once an operation asks for them.
+    """
 
     def __init__(
         self,
@@ -74,6 +78,4 @@ class Transaction:
         """Writes the rest and the ledger's row; the writer commits."""
         self.flush()
         commit = self.commit
-        self.connection.execute(
-            _UPDATE_LEDGER, (commit.batch, commit.at, *commit.totals.values())
-        )
+        self.connection.execute(_UPDATE_LEDGER, (commit.batch, commit.at, *commit.totals.values()))

@@ -1,8 +1,9 @@
-"""Delivery windows in a transaction: which recorded run an event joins, or that it opens a new window.
+"""Delivery windows in a transaction: which recorded run an event joins, or that it opens a new
+window.
 
-A window is a run that is recorded and has not begun (routing/delivery.py has the modes); events join it in the transaction that
-records them. `Transaction` makes a `Windows` for the first event that needs one; a plain event never comes here. Called by
-apply.py, admin.py and patterns.py.
+A window is a run that is recorded and has not begun (routing/delivery.py has the modes); events
+join it in the transaction that records them. `Transaction` makes a `Windows` for the first event
+that needs one; a plain event never comes here. Called by apply.py, admin.py and patterns.py.
 """
 
 from collections.abc import Collection, Iterable
@@ -61,8 +62,11 @@ class Windows:
     # ------------------------------------------------------------------- deciding
 
     def assign(self, arrival: Arrival, event: int, *, is_replay: bool = False) -> Arrival:
-        """Adds the event to the windows that are open. Returns the arrival with the runs that are left to start and with the
-        verdicts `batched`. `is_replay`: the event may be in an open window already; then it opens one of its own."""
+        """Adds the event to the windows that are open.
+
+        Returns the arrival with the runs that are left to start and with the verdicts `batched`.
+        `is_replay`: the event may be in an open window already; then it opens one of its own.
+        """
         batched: dict[int, int] = {}
         runs: list[Run] = []
         for run in arrival.runs:
@@ -72,9 +76,7 @@ class Windows:
                 runs.append(run)
                 continue
             window, row = found
-            due_at = policy.due(
-                window.count + 1, window.opened_at, row.due_at, arrival.received_at
-            )
+            due_at = policy.due(window.count + 1, window.opened_at, row.due_at, arrival.received_at)
             self._join(window, row, event, len(arrival.body), due_at)
             batched[run.id] = row.id
         verdicts = arrival.verdicts
@@ -95,7 +97,10 @@ class Windows:
         self._put(run, 1, at)
 
     def place_match(self, match: PatternMatch, now: int) -> int:
-        """Adds the run of a pattern, or all its events to the window that is open. Returns the run that has the events."""
+        """Adds the run of a pattern, or all its events to the window that is open.
+
+        Returns the run that has the events.
+        """
         run, policy = match.run, match.batch_policy
         if policy is not None:
             self._load([_name(run)])
@@ -122,7 +127,9 @@ class Windows:
             self._put(run, len(events), now)
 
     def _open_window(self, run: Run, policy: BatchPolicy) -> tuple[WindowRow, RunRow] | None:
-        """The window of this run's name with its run, if that has neither begun nor ended and is not full."""
+        """The window of this run's name with its run, if that has neither begun nor ended and is
+        not full.
+        """
         window = self._windows.get(_name(run))
         row = None if window is None else self._runs.get(window.run)
         if window is None or row is None:
@@ -164,10 +171,10 @@ class Windows:
             return
         connection = self._commit.connection
         grown = [(row.id, row.deliveries, row.due_at, row.size) for row in self._grown.values()]
-        rows.grow_runs.run(connection, grown)
-        rows.insert_run_events.run(connection, self._run_events)
+        rows.grow_runs.execute(connection, grown)
+        rows.insert_run_events.execute(connection, self._run_events)
         windows = [msgspec.structs.astuple(self._windows[name]) for name in self._changed]
-        rows.put_windows.run(connection, windows)
+        rows.put_windows.execute(connection, windows)
         self._grown.clear()
         self._run_events.clear()
         self._changed.clear()

@@ -2,9 +2,10 @@
 
     post ──► queue ──► BEGIN IMMEDIATE ─► read what is needed ─► decide ─► write ─► COMMIT (one fsync) ──► one wake-up per loop
 
-Everything queued when a transaction begins shares it, up to `MAX_BATCH_OPERATIONS`; while one batch is synced the next one is
-queued. Called by sqlite.py. Guarantees: operations are applied in the order posted; every reply runs, also when the batch failed;
-an operation that cannot be applied fails alone; a storage error is final (P10). What operations do is in apply.py, claim.py and
+Everything queued when a transaction begins shares it, up to `MAX_BATCH_OPERATIONS`; while one batch
+is synced the next one is queued. Called by sqlite.py. Guarantees: operations are applied in the
+order posted; every reply runs, also when the batch failed; an operation that cannot be applied
+fails alone; a storage error is final (P10). What operations do is in apply.py, claim.py and
 admin.py.
 """
 
@@ -35,23 +36,32 @@ from eventflow.store.rows import NEVER, RunRow
 from eventflow.store.transaction import Transaction
 
 MAX_BATCH_OPERATIONS = 4096
-"""Operations in one transaction: bounds the wait of the first one for the rows of the last one, not throughput."""
+"""Operations in one transaction: bounds the wait of the first one for the rows of the last one, not
+throughput.
+"""
 
 _HIGH_WATER_INTERVAL_SECONDS = 0.1
-"""Between two high-water marks: what a torn WAL may lose unseen, against a second fsync for each batch."""
+"""Between two high-water marks: what a torn WAL may lose unseen, against a second fsync for each
+batch.
+"""
 
 _BAD_INPUT = (
     sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError,
     TypeError, ValueError, AttributeError, LookupError, OverflowError,
 )  # fmt: skip
-"""What an operation with wrong content raises; anything else from SQLite is a failure of the storage."""
+"""What an operation with wrong content raises; anything else from SQLite is a failure of the
+storage.
+"""
 
 _CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class TransactionCall:
-    """A verb with a transaction of its own (admin.py, retention.py …). The reply is the value of `call`; if that is callable, the
-    value that it returns once the rows are written."""
+    """A verb with a transaction of its own (admin.py, retention.py …).
+
+    The reply is the value of `call`; if that is callable, the value that it returns once the rows
+    are written.
+    """
 
     __slots__ = ("call",)
 
@@ -88,7 +98,10 @@ class LoopCallback(msgspec.Struct, gc=False):
 
 
 class Listeners:
-    """What is attached to the store, or None. `run_events` and `patterns` stay attached when the store is closed."""
+    """What is attached to the store, or None.
+
+    `run_events` and `patterns` stay attached when the store is closed.
+    """
 
     def __init__(self) -> None:
         self.run_events: RunEventSource | None = None
@@ -102,10 +115,11 @@ class Listeners:
 
 
 class LastCommit:
-    """What the last commit left: its number, its time (microseconds), the counts, and the rows of running runs.
+    """What the last commit left: its number, its time (microseconds), the counts, and the rows of
+    running runs.
 
-    Nobody else writes the rows of running runs, so that they need no reading. `reported_due`: the next due time that the worker
-    was given.
+    Nobody else writes the rows of running runs, so that they need no reading. `reported_due`: the
+    next due time that the worker was given.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -119,7 +133,9 @@ class LastCommit:
 
 
 class HighWaterSchedule:
-    """Writes high-water marks, `_HIGH_WATER_INTERVAL_SECONDS` apart at least, off the path of any reply."""
+    """Writes high-water marks, `_HIGH_WATER_INTERVAL_SECONDS` apart at least, off the path of any
+    reply.
+    """
 
     def __init__(self, high_water: HighWater | None, clock: Clock, batch: int) -> None:
         self.marked = batch
@@ -181,7 +197,10 @@ class OperationQueue:
             self._items[:0] = items
 
     def rest(self) -> bool:
-        """Called when nothing is left to do. False: the queue is closed and empty, so that the thread may end."""
+        """Called when nothing is left to do.
+
+        False: the queue is closed and empty, so that the thread may end.
+        """
         with self._lock:
             if self._items:
                 return True
@@ -307,7 +326,10 @@ class Writer:
                 return
 
     def serve_others(self) -> None:
-        """Between two steps of a ConnectionJob: commits what is queued. Raises if storage failed, which ends the job."""
+        """Between two steps of a ConnectionJob: commits what is queued.
+
+        Raises if storage failed, which ends the job.
+        """
         self.commit_queued()
         if self.failed is not None:
             raise self.failed
@@ -338,7 +360,10 @@ class Writer:
             self._fail(error, items)
 
     def _reject(self, item: QueuedOperation, error: BaseException) -> None:
-        """One operation, tried alone, cannot be applied. A journal entry may exist already: then the reply is `Fenced`."""
+        """One operation, tried alone, cannot be applied.
+
+        A journal entry may exist already: then the reply is `Fenced`.
+        """
         try:
             _call_back(self._transact([item], must_probe=True))
         except _BAD_INPUT:
@@ -351,7 +376,9 @@ class Writer:
     def _transact(
         self, items: Sequence[QueuedOperation], *, must_probe: bool = False
     ) -> list[LoopCallback]:
-        """The transaction itself; returns the replies and reports, to be delivered now that it is durable."""
+        """The transaction itself; returns the replies and reports, to be delivered now that it is
+        durable.
+        """
         if isinstance(job := items[0].op, ConnectionJob):
             return [items[0].replied(_run_job(self.connection, job))]
         tx = self._begin()
@@ -424,7 +451,9 @@ class Writer:
             self.connection.execute("ROLLBACK")
 
     def _committed(self, tx: Transaction) -> list[LoopCallback]:
-        """Takes over what the commit left; returns the reports to the worker and the outbox's listener."""
+        """Takes over what the commit left; returns the reports to the worker and the outbox's
+        listener.
+        """
         commit, last = tx.commit, self.last
         has_new_runs = commit.totals["runs"] > last.totals["runs"]
         last.batch = commit.batch
@@ -457,7 +486,9 @@ class Writer:
             self._fail(error, items)
 
     def _fail(self, error: BaseException, items: Sequence[QueuedOperation]) -> None:
-        """Fail-stop: this batch is unknown, nothing later is done, every caller that waits gets the failure."""
+        """Fail-stop: this batch is unknown, nothing later is done, every caller that waits gets the
+        failure.
+        """
         is_corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
         what = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
         failed = (StoreCorrupt if is_corrupt else StoreFailed)(
@@ -499,7 +530,10 @@ def _reports(commit: Commit, listeners: Listeners) -> list[LoopCallback]:
 
 
 def _call_back(callbacks: Sequence[LoopCallback]) -> None:
-    """One wake-up per loop, whatever the number of callbacks for it. A loop that is closed needs none."""
+    """One wake-up per loop, whatever the number of callbacks for it.
+
+    A loop that is closed needs none.
+    """
     by_loop: dict[asyncio.AbstractEventLoop, list[LoopCallback]] = {}
     for callback in callbacks:
         by_loop.setdefault(callback.loop, []).append(callback)

@@ -330,7 +330,7 @@ async def test_retention_removes_its_rows(clock: VirtualClock, received: Receive
 
 
 async def _kept(app: App) -> list[Any]:
-    return await app.store._look(
+    return await app.store._read(
         lambda connection: connection.execute("SELECT after FROM late_runs").fetchall()
     )  # pyright: ignore[reportPrivateUsage]
 
@@ -463,7 +463,7 @@ async def test_p8_a_full_ledger_delays_it(clock: VirtualClock, received: Receive
         await runs[0].cancel()
         await clock.advance(5)
         assert received.runs == [runs[1].id]
-        assert await app.store._look(audit) == []  # pyright: ignore[reportPrivateUsage]
+        assert await app.store._read(audit) == []  # pyright: ignore[reportPrivateUsage]
 
 
 # --------------------------------------------------------------------------- on the real clock

@@ -39,7 +39,8 @@ class Bench:
         self.given: list[tuple[float, list[int]]] = []
         self.clock = clock = VirtualClock()
         self.began = clock.now()
-        self.app, self.trigger = App("modes"), MemoryTrigger("orders")
+        self.app = App("modes")
+        self.trigger = MemoryTrigger("orders")
 
         @task
         async def work(seconds: float) -> None:
@@ -75,7 +76,7 @@ async def clock_sleep(clock: VirtualClock, seconds: float) -> None:
 
 async def assert_consistent(app: App) -> None:
     """The ledger's counts and rows agree."""
-    assert await app.store._look(audit) == []
+    assert await app.store._read(audit) == []
 
 
 async def test_batch_closes_when_full_or_when_its_time_is_over() -> None:
@@ -151,7 +152,8 @@ async def test_the_newest_event_is_bound_by_name() -> None:
     async def every(orders: list[Order]) -> None:
         seen.append(orders)
 
-    app, trigger = App("modes"), MemoryTrigger("orders")
+    app = App("modes")
+    trigger = MemoryTrigger("orders")
     app.on(trigger, newest, deliver=Batch(2, within=5))
     app.on(trigger, every, deliver=Batch(2, within=5))
     async with running(app):
@@ -185,7 +187,8 @@ async def test_a_duplicate_is_not_added() -> None:
 
 async def test_p6_windows_survive_the_process(tmp_path: Path) -> None:
     """A process ends with an open window: the next one continues it, and it closes at its time."""
-    clock, store = VirtualClock(), tmp_path / "modes.db"
+    clock = VirtualClock()
+    store = tmp_path / "modes.db"
     given: list[tuple[float, list[int]]] = []
     began = clock.now()
 
@@ -194,7 +197,8 @@ async def test_p6_windows_survive_the_process(tmp_path: Path) -> None:
         async def handle(events: list[Event]) -> None:
             given.append(((clock.now() - began) / 1e6, [event.data["n"] for event in events]))
 
-        made, trigger = App("modes"), MemoryTrigger("orders")
+        made = App("modes")
+        trigger = MemoryTrigger("orders")
         made.on(trigger, handle, deliver=Debounce(5, max_wait=30))
         return made, trigger
 
@@ -262,7 +266,8 @@ async def test_a_paused_trigger_opens_windows_too() -> None:
 
 def test_invalid_modes_are_rejected_at_once() -> None:
     """Invalid sizes and durations, `params=` together with a mode, and what is no mode raise."""
-    app, trigger = App("modes"), MemoryTrigger("orders")
+    app = App("modes")
+    trigger = MemoryTrigger("orders")
 
     @flow
     async def handle(events: list[Event]) -> None: ...

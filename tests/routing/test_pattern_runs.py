@@ -46,7 +46,10 @@ class Bench:
     """
 
     def __init__(self, pattern: Pattern, path: Path | None = None, **more: Any) -> None:
-        self.clock, self.path, self.pattern, self.more = VirtualClock(), path, pattern, more
+        self.clock = VirtualClock()
+        self.path = path
+        self.pattern = pattern
+        self.more = more
         self.began = self.clock.now()
         self.given: list[tuple[float, list[str]]] = []
         self.lasts = 0.0
@@ -85,7 +88,7 @@ class Bench:
 
 async def consistent_counts(app: App) -> dict[str, int]:
     """The ledger's counts, after checking that its rows agree with them."""
-    assert await app.store._look(audit) == []
+    assert await app.store._read(audit) == []
     return await app.store.counts()
 
 
@@ -266,11 +269,9 @@ async def test_the_ledger_does_what_the_machine_does(name: str, seed: int, tmp_p
                 if sent and draw.random() < 0.2:
                     await bench.send(app, draw.choice(sent)[0])
                     continue
-                ident, key, ago = (
-                    f"{draw.choice(kinds)}{len(sent) + 1}",
-                    draw.choice("xy"),
-                    draw.choice([0, 0, 1, 3, 8]),
-                )
+                ident = f"{draw.choice(kinds)}{len(sent) + 1}"
+                key = draw.choice("xy")
+                ago = draw.choice([0, 0, 1, 3, 8])
                 await bench.send(app, ident, key=key, ago=ago)
                 now = bench.clock.now()
                 plain[key].receive(
@@ -331,7 +332,8 @@ async def test_parts_are_triggers_run_states_and_filters() -> None:
         given.append([event.type for event in events])
         assert current_run().event is not None
 
-    app, orders = App("patterns"), MemoryTrigger("orders")
+    app = App("patterns")
+    orders = MemoryTrigger("orders")
     app.on("shipment", ship)
     paid = part(orders, where={"paid": [True]})
     app.on(
@@ -362,7 +364,9 @@ async def test_a_match_with_an_event_of_a_paused_trigger_is_paused() -> None:
     """A match with an event that came while its trigger was paused is a paused run, until the
     trigger is resumed.
     """
-    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    app = App("patterns")
+    one = MemoryTrigger("one")
+    two = MemoryTrigger("two")
     given: list[int] = []
 
     @flow
@@ -386,7 +390,9 @@ async def test_a_match_after_the_resume_is_not_paused() -> None:
     """An event arrives while its trigger is paused, and matches once the trigger is resumed: its
     run starts.
     """
-    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    app = App("patterns")
+    one = MemoryTrigger("one")
+    two = MemoryTrigger("two")
     given: list[int] = []
 
     @flow
@@ -408,7 +414,9 @@ async def test_a_match_after_the_resume_is_not_paused() -> None:
 
 async def test_a_match_is_paused_while_one_of_its_triggers_is() -> None:
     """Of two triggers that were paused one is resumed: the run waits for the other."""
-    app, one, two = App("patterns"), MemoryTrigger("one"), MemoryTrigger("two")
+    app = App("patterns")
+    one = MemoryTrigger("one")
+    two = MemoryTrigger("two")
 
     @flow
     async def act(events: list[Event]) -> None:

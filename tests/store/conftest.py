@@ -22,7 +22,9 @@ def path(tmp_path: Path) -> str:
 
 @pytest.fixture
 def reopen(path: str, clock: HandClock) -> Iterator[Reopen]:
-    """Opens the test's store, closing it first when it is open; at the end the ledger must be sound."""
+    """Opens the test's store, closing it first when it is open; at the end the ledger must be
+    sound.
+    """
     opened: list[SqliteStore] = []
 
     def again() -> Ledger:

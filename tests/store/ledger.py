@@ -1,7 +1,8 @@
-"""What the store's tests say things with: arrivals, runs, a clock that is set by hand, and a worker that takes by hand.
+"""What the store's tests say things with: arrivals, runs, a clock that is set by hand, and a worker
+that takes by hand.
 
-All on a real SqliteStore in a real file. `Ledger` posts ops and awaits them; the fixture in conftest.py audits the ledger after
-every test.
+All on a real SqliteStore in a real file. `Ledger` posts ops and awaits them; the fixture in
+conftest.py audits the ledger after every test.
 """
 
 import asyncio
@@ -13,7 +14,16 @@ from eventflow.core.clock import SystemClock
 from eventflow.events.event import Json
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, Ids, Outcome, Run
-from eventflow.store.protocol import Append, Arrival, Claim, Claimed, MarkStarted, Op, RecordEvents, Settle
+from eventflow.store.protocol import (
+    Append,
+    Arrival,
+    Claim,
+    Claimed,
+    MarkStarted,
+    Op,
+    RecordEvents,
+    Settle,
+)
 from eventflow.store.sqlite import SqliteStore
 
 SECOND = 1_000_000
@@ -50,10 +60,10 @@ class Hand:
     def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         self.answers.extend(answers)
 
-    def receive_runs(self, runs: Sequence[Run], more: bool, cancels: Sequence[int]) -> None:
+    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
         self.runs += runs
         self.cancels += cancels
-        self.mores += more
+        self.mores += has_due
 
     def release(self, runs: Sequence[Run]) -> None:
         self.returned += runs

@@ -1,4 +1,6 @@
-"""The verbs a person asks for, and what they may look at: cancel and retry are in test_arrows.py, the rest is here."""
+"""The verbs a person asks for, and what they may look at: cancel and retry are in test_arrows.py,
+the rest is here.
+"""
 
 import asyncio
 import os
@@ -37,7 +39,9 @@ async def test_p9_a_dead_letter_keeps_its_bytes_and_its_reason(ledger: Ledger):
 
 
 async def test_p9_a_dead_letter_is_redriven_once(ledger: Ledger, reopen: Reopen):
-    """Its runs start on its event with the mended body, it leaves the list, dead becomes pending; a second time is refused."""
+    """Its runs start on its event with the mended body, it leaves the list, dead becomes pending; a
+    second time is refused.
+    """
     number = await dead_letter(ledger)
     event = (await ledger.store.event("bad"))["id"]
     mended = ledger.arrival("bad", ledger.run(), body=b'{"mended":1}')
@@ -77,7 +81,9 @@ async def test_redrive_of_nothing(ledger: Ledger):
 
 
 async def test_replay_adds_runs_to_an_event(ledger: Ledger):
-    """New runs, verdicts and deliveries on the event that is there; its identity and body stay the first one's."""
+    """New runs, verdicts and deliveries on the event that is there; its identity and body stay the
+    first one's.
+    """
     first = ledger.arrival("a", ledger.run(), body=b'{"first":1}')
     first.verdicts = b'[["a","filtered","one"]]'
     await ledger.store.record([first])
@@ -124,7 +130,9 @@ async def prune_all(
 
 
 async def test_retention_forgets_runs_then_bodies_then_identities(ledger: Ledger):
-    """After 30 days runs, journals and bodies are gone and the identity still makes duplicates; after 90 it is forgotten."""
+    """After 30 days runs, journals and bodies are gone and the identity still makes duplicates;
+    after 90 it is forgotten.
+    """
     run = await ledger.running()
     await ledger.append(run, value())
     await ledger.settle(run)
@@ -155,7 +163,9 @@ async def test_retention_forgets_runs_then_bodies_then_identities(ledger: Ledger
 
 
 async def test_retention_leaves_what_is_not_done(ledger: Ledger, reopen: Reopen):
-    """Live runs, dead runs, open dead letters, children of live parents, and the events under them stay, however old."""
+    """Live runs, dead runs, open dead letters, children of live parents, and the events under them
+    stay, however old.
+    """
     waiting = await ledger.running()
     child = ledger.run("child", parent=waiting.id, parent_call_key="c#1")
     await ledger.append(waiting, children=[child])
@@ -193,7 +203,9 @@ async def test_retention_goes_in_small_steps(ledger: Ledger):
 
 
 async def test_backup_while_writing(ledger: Ledger, tmp_path: Path):
-    """The copy is whole and sound, holds all that was acknowledged before it began, and callers are served meanwhile."""
+    """The copy is whole and sound, holds all that was acknowledged before it began, and callers are
+    served meanwhile.
+    """
     first = [ledger.arrival(f"a{n}", ledger.run(), body=b"x" * 4000) for n in range(2000)]
     await ledger.store.record(first)
     target = str(tmp_path / "copy.db")
@@ -211,7 +223,9 @@ async def test_backup_while_writing(ledger: Ledger, tmp_path: Path):
 
 
 async def test_row_45_a_restored_backup_dedups_what_comes_again(ledger: Ledger, tmp_path: Path):
-    """What a source redelivers after a restore is a duplicate where the backup had it, and recorded where it had not."""
+    """What a source redelivers after a restore is a duplicate where the backup had it, and recorded
+    where it had not.
+    """
     await ledger.recorded(ledger.run(), name="before")
     await ledger.store.backup(str(tmp_path / "copy.db"))
     await ledger.recorded(ledger.run(), name="after")
@@ -225,7 +239,9 @@ async def test_row_45_a_restored_backup_dedups_what_comes_again(ledger: Ledger, 
 
 
 async def test_backup_overwrites_nothing(ledger: Ledger, tmp_path: Path):
-    """An existing file is refused and left as it is; a place that cannot be written is an error, not a failed store."""
+    """An existing file is refused and left as it is; a place that cannot be written is an error,
+    not a failed store.
+    """
     target = tmp_path / "there"
     target.write_text("mine")
     with pytest.raises(UsageError, match="exists"):
@@ -241,7 +257,9 @@ async def test_backup_overwrites_nothing(ledger: Ledger, tmp_path: Path):
 
 
 async def test_an_event_is_found_by_any_of_its_names(ledger: Ledger):
-    """By number, by base 32, by a unique beginning or end of it, by the sender's id; what is not there is NotFound."""
+    """By number, by base 32, by a unique beginning or end of it, by the sender's id; what is not
+    there is NotFound.
+    """
     arrival = ledger.arrival("order-17", ledger.run())
     await ledger.store.record([arrival])
     shown = format_id(arrival.id)
@@ -306,7 +324,9 @@ async def test_lists_are_newest_first_in_pages(ledger: Ledger):
 
 
 async def test_a_damaged_row_is_named_or_left_out(ledger: Ledger):
-    """Asked for alone it raises StoreCorrupt with table and id; in a list it is missing; the audit finds it."""
+    """Asked for alone it raises StoreCorrupt with table and id; in a list it is missing; the audit
+    finds it.
+    """
     run = await ledger.running()
     await ledger.append(run, value())
     await ledger.settle(run, Completed(b"[1,2]"))

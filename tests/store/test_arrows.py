@@ -1,4 +1,6 @@
-"""Each arrow of the state machine in the head of run.py, by the store method that is that arrow; and the fence (P7)."""
+"""Each arrow of the state machine in the head of run.py, by the store method that is that arrow;
+and the fence (P7).
+"""
 
 import pytest
 
@@ -51,7 +53,9 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
     ],
 )
 async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word: str, column: str):
-    """RUNNING → COMPLETED, FAILED, CANCELLED or HELD, with what the outcome says; the delivery moves in P9's sum."""
+    """RUNNING → COMPLETED, FAILED, CANCELLED or HELD, with what the outcome says; the delivery
+    moves in P9's sum.
+    """
     run = await ledger.running()
     assert isinstance(await ledger.settle(run, outcome), Settled)
     row = await ledger.store.run(run.id)
@@ -68,7 +72,9 @@ async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word:
 
 
 async def test_suspended_until_an_instant(ledger: Ledger):
-    """RUNNING → WAITING → PENDING: not claimable before its instant, claimable from it on, by a later token (P6)."""
+    """RUNNING → WAITING → PENDING: not claimable before its instant, claimable from it on, by a
+    later token (P6).
+    """
     run = await ledger.running()
     await ledger.settle(run, Suspended(ledger.clock.now() + 60 * SECOND, 0))
     assert await ledger.state(run) == "waiting"
@@ -118,7 +124,9 @@ async def test_suspended_with_a_cancel_pending_is_due_at_once(ledger: Ledger):
 
 
 async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
-    """RUNNING → PENDING by a drain: due now, no suspicion, and the token goes on so that the old one is stale (P7)."""
+    """RUNNING → PENDING by a drain: due now, no suspicion, and the token goes on so that the old
+    one is stale (P7).
+    """
     run = await ledger.running()
     await ledger.mark(run)
     await ledger.settle(run, Interrupted())
@@ -128,7 +136,9 @@ async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
 
 
 async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
-    """RUNNING → PENDING with other parameters: the journal is the one entry given, start and children are let go."""
+    """RUNNING → PENDING with other parameters: the journal is the one entry given, start and
+    children are let go.
+    """
     run = await ledger.running(params=b'{"old":1}')
     child = ledger.run("child", parent=run.id, parent_call_key="c#1")
     await ledger.append(run, value(), children=[child])
@@ -158,7 +168,9 @@ async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
 
 
 async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
-    """RUNNING → PENDING by the next epoch, at once and without waiting for a lease; a second crash changes nothing more."""
+    """RUNNING → PENDING by the next epoch, at once and without waiting for a lease; a second crash
+    changes nothing more.
+    """
     run = await ledger.running()
     parked = await ledger.running()
     await ledger.settle(parked, Suspended(None, 0))
@@ -170,7 +182,9 @@ async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
 
 
 async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
-    """RUNNING → DEAD when three attempts were started and nothing was recorded after: the run counts as dead, others go on."""
+    """RUNNING → DEAD when three attempts were started and nothing was recorded after: the run
+    counts as dead, others go on.
+    """
     run = await ledger.running()
     for deaths in (1, 2):
         await ledger.mark(run)
@@ -200,7 +214,9 @@ async def test_an_entry_with_proof_clears_suspicion(ledger: Ledger, reopen: Reop
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "held", "dead"])
 async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str):
-    """FAILED, CANCELLED, HELD, DEAD → PENDING: values stay, errors become FORGIVEN, the outcome and the deaths are cleared."""
+    """FAILED, CANCELLED, HELD, DEAD → PENDING: values stay, errors become FORGIVEN, the outcome and
+    the deaths are cleared.
+    """
     run = await ledger.running()
     await ledger.append(run, value("a#1"), error("b#1", attempt=2))
     if state == "dead":
@@ -216,7 +232,12 @@ async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str
         await ledger.settle(run, outcomes[state])
     assert await ledger.state(run) == state
     again = await ledger.store.retry(run.id)
-    assert (again.id, again.state, again.crash_count, again.crash_suspect) == (run.id, State.PENDING, 0, False)
+    assert (again.id, again.state, again.crash_count, again.crash_suspect) == (
+        run.id,
+        State.PENDING,
+        0,
+        False,
+    )
     row = await ledger.store.run(run.id)
     assert (row["reason"], row["error"], row["finished_at"]) == (None, None, None)
     entries = {entry.call_key: entry for entry in await ledger.store.load(run.id)}
@@ -257,7 +278,9 @@ async def test_cancel_ends_what_does_not_run(ledger: Ledger):
 
 
 async def test_a_paused_run_waits_for_its_trigger(ledger: Ledger, reopen: Reopen):
-    """Recorded as PAUSED it is pending in P9's sum, is not claimed, also after a restart; `resume` → PENDING, due now."""
+    """Recorded as PAUSED it is pending in P9's sum, is not claimed, also after a restart; `resume`
+    → PENDING, due now.
+    """
     await ledger.store.set_paused("t", True)
     (paused,) = await ledger.recorded(ledger.run(state=State.PAUSED))
     assert await ledger.claimed() == [] and await ledger.state(paused) == "paused"
@@ -271,11 +294,14 @@ async def test_a_paused_run_waits_for_its_trigger(ledger: Ledger, reopen: Reopen
 
 
 async def test_resume_releases_paused_runs_alone(ledger: Ledger):
-    """Those of its own trigger, in their lane's order; a run that a person must look at stays HELD, whatever it was before."""
+    """Those of its own trigger, in their lane's order; a run that a person must look at stays HELD,
+    whatever it was before.
+    """
     other = ledger.run(state=State.PAUSED)
     await ledger.store.record([ledger.arrival("other", other, trigger="u")], trigger="u")
     first, second = await ledger.recorded(
-        ledger.run(ordering_key="x", state=State.PAUSED), ledger.run(ordering_key="x", state=State.PAUSED)
+        ledger.run(ordering_key="x", state=State.PAUSED),
+        ledger.run(ordering_key="x", state=State.PAUSED),
     )
     diverged = await ledger.store.retry(first.id)
     (diverged,) = await ledger.claimed()
@@ -310,7 +336,9 @@ async def test_cancel_of_a_settled_run_changes_nothing(ledger: Ledger):
 
 @pytest.mark.parametrize("word", ["stale token", "settled", "unknown"])
 async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, word: str):
-    """Append with its arrivals and children, Mark and Settle are refused whole when the token does not own the run."""
+    """Append with its arrivals and children, Mark and Settle are refused whole when the token does
+    not own the run.
+    """
     run = await ledger.running()
     if word == "stale token":
         ledger = reopen()
@@ -331,7 +359,9 @@ async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, w
 
 
 async def test_p7_nothing_follows_a_settle(ledger: Ledger):
-    """Ops of one batch see each other: after Settle, an Append and a second Settle of the same claim are refused."""
+    """Ops of one batch see each other: after Settle, an Append and a second Settle of the same
+    claim are refused.
+    """
     run = await ledger.running()
     first, second, third = await ledger.together(
         Settle(run.id, run.token, Completed(b"1")),
@@ -343,7 +373,9 @@ async def test_p7_nothing_follows_a_settle(ledger: Ledger):
 
 
 async def test_p4_an_entry_is_recorded_once(ledger: Ledger):
-    """The same claim, attempt and kind again is refused whole, with the events it would emit; the first value stays."""
+    """The same claim, attempt and kind again is refused whole, with the events it would emit; the
+    first value stays.
+    """
     run = await ledger.running()
     await ledger.append(run, value(data=b"1"))
     refused = await ledger.append(
@@ -370,7 +402,9 @@ async def test_p4_a_refused_entry_does_not_harm_its_batch(ledger: Ledger):
 
 
 async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen):
-    """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow over restarts."""
+    """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow
+    over restarts.
+    """
     run = await ledger.running()
     given = [
         Entry(

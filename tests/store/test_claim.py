@@ -1,4 +1,6 @@
-"""Which due runs a claim gives: fair between flows, by priority then age within one, lane heads only, within caps."""
+"""Which due runs a claim gives: fair between flows, by priority then age within one, lane heads
+only, within caps.
+"""
 
 import pytest
 
@@ -37,30 +39,36 @@ async def test_a_waiting_run_that_is_due_takes_its_turn(ledger: Ledger):
 
 
 async def test_caps_bound_a_flow(ledger: Ledger):
-    """`caps` bounds how many of a flow one claim gives; 0 gives none, absent means no bound; `more` tells of the rest."""
+    """`caps` bounds how many of a flow one claim gives; 0 gives none, absent means no bound; `more`
+    tells of the rest.
+    """
     await ledger.recorded(*[ledger.run(flow) for flow in "aaabbbccc"])
     reply: Claimed = await ledger.do(Claim(100, {"a": 1, "b": 0}))
-    assert sorted(run.flow for run in reply.runs) == ["a", "c", "c", "c"] and reply.more
+    assert sorted(run.flow for run in reply.runs) == ["a", "c", "c", "c"] and reply.has_more
     reply = await ledger.do(Claim(100, {}))
-    assert sorted(run.flow for run in reply.runs) == ["a", "a", "b", "b", "b"] and not reply.more
+    assert (
+        sorted(run.flow for run in reply.runs) == ["a", "a", "b", "b", "b"] and not reply.has_more
+    )
 
 
 async def test_more_and_next_due(ledger: Ledger):
-    """`more` when the limit left due runs behind; `next_due` is the earliest instant at which another run becomes due."""
+    """`more` when the limit left due runs behind; `next_due` is the earliest instant at which
+    another run becomes due.
+    """
     now = ledger.clock.now()
     await ledger.recorded(ledger.run(), ledger.run(), ledger.run("g", due_at=now + 9 * SECOND))
     reply: Claimed = await ledger.do(Claim(1, {}))
-    assert (reply.more, reply.next_due) == (True, now + 9 * SECOND)
+    assert (reply.has_more, reply.next_due) == (True, now + 9 * SECOND)
     (run,) = await ledger.claimed()
     await ledger.settle(run, Suspended(now + 5 * SECOND, 10**9))
     reply = await ledger.do(Claim(5, {}))
-    assert (reply.more, reply.next_due) == (False, now + 5 * SECOND)
+    assert (reply.has_more, reply.next_due) == (False, now + 5 * SECOND)
     ledger.clock.forward(5)
     assert len(await ledger.claimed()) == 1
     ledger.clock.forward(4)
     reply = await ledger.do(Claim(5, {}))
     assert [run.flow for run in reply.runs] == ["g"]
-    assert (reply.more, reply.next_due) == (False, None)
+    assert (reply.has_more, reply.next_due) == (False, None)
 
 
 async def test_p6_not_before_it_is_due(ledger: Ledger):
@@ -78,7 +86,8 @@ async def test_p6_not_before_it_is_due(ledger: Ledger):
 async def test_a_lane_moves_when_its_run_settles(ledger: Ledger):
     """Of a lane one run at a time, in order; other lanes and other flows are not held up."""
     a1, a2, b1, _, other = await ledger.recorded(
-        *(ledger.run(ordering_key=lane) for lane in ("a", "a", "b", "b")), ledger.run("g", ordering_key="a")
+        *(ledger.run(ordering_key=lane) for lane in ("a", "a", "b", "b")),
+        ledger.run("g", ordering_key="a"),
     )
     first = await ledger.claimed()
     assert {run.id for run in first} == {a1.id, b1.id, other.id}
@@ -118,7 +127,9 @@ async def test_cancelling_one_that_waits_for_its_lane(ledger: Ledger):
 
 
 async def test_a_retried_run_gets_back_in_line(ledger: Ledger):
-    """A run retried into a busy lane waits for the one that runs, then goes before the younger ones."""
+    """A run retried into a busy lane waits for the one that runs, then goes before the younger
+    ones.
+    """
     old, _, young = await ledger.recorded(*(ledger.run(ordering_key="a") for _ in range(3)))
     (head,) = await ledger.claimed()
     await ledger.settle(head, Failed(b"{}"))
@@ -141,7 +152,9 @@ async def test_lanes_survive_a_crash(ledger: Ledger, reopen: Reopen):
 
 
 async def test_recording_late_into_a_lane_does_not_run_two(ledger: Ledger):
-    """A run with a smaller id that arrives later (made earlier, committed later) waits for the one under way."""
+    """A run with a smaller id that arrives later (made earlier, committed later) waits for the one
+    under way.
+    """
     early = ledger.run(ordering_key="a")
     late = ledger.run(ordering_key="a")
     await ledger.recorded(late)
@@ -151,7 +164,9 @@ async def test_recording_late_into_a_lane_does_not_run_two(ledger: Ledger):
 
 
 async def test_a_long_lane_costs_what_a_short_one_does(ledger: Ledger):
-    """Claims of other runs do not walk through what waits in a lane: the plan looks at claimable runs only."""
+    """Claims of other runs do not walk through what waits in a lane: the plan looks at claimable
+    runs only.
+    """
     runs: list[Run] = [ledger.run(ordering_key="a") for _ in range(3000)]
     await ledger.recorded(*runs, ledger.run("g"))
     assert {run.flow for run in await ledger.claimed(10)} == {"f", "g"}
@@ -159,7 +174,9 @@ async def test_a_long_lane_costs_what_a_short_one_does(ledger: Ledger):
 
 
 async def test_a_corrupt_run_is_held_not_run(ledger: Ledger, path: str):
-    """A run whose event does not match its checksum is set aside with the reason; the others are given."""
+    """A run whose event does not match its checksum is set aside with the reason; the others are
+    given.
+    """
     bad, good = (
         ledger.arrival("bad", ledger.run(), body=b'{"n":1}'),
         ledger.arrival("good", ledger.run()),
@@ -175,7 +192,9 @@ async def test_a_corrupt_run_is_held_not_run(ledger: Ledger, path: str):
 
 
 async def test_a_long_backlog_of_a_capped_flow_is_not_read_at_each_claim(ledger: Ledger):
-    """Of a flow that may begin one run, a claim reads two, however many wait; of the others as many as it may take."""
+    """Of a flow that may begin one run, a claim reads two, however many wait; of the others as many
+    as it may take.
+    """
     await ledger.recorded(
         *(ledger.run("capped") for _ in range(50)), *(ledger.run("free") for _ in range(5))
     )

@@ -1,4 +1,6 @@
-"""Children answer their parents through the ledger: starting, answering, waking, cancelling, retrying."""
+"""Children answer their parents through the ledger: starting, answering, waking, cancelling,
+retrying.
+"""
 
 import asyncio
 
@@ -28,7 +30,9 @@ async def claim_only(ledger: Ledger, run: Run) -> Run:
 
 
 async def test_a_child_is_started_once(ledger: Ledger):
-    """A second child for the same claim of the same parent is not inserted, in the same batch or later."""
+    """A second child for the same claim of the same parent is not inserted, in the same batch or
+    later.
+    """
     parent = await ledger.running()
     first = ledger.run("child", parent=parent.id, parent_call_key="c#1")
     twin, late = (ledger.run("child", parent=parent.id, parent_call_key="c#1") for _ in range(2))
@@ -42,7 +46,9 @@ async def test_a_child_is_started_once(ledger: Ledger):
 
 
 async def test_a_child_is_no_delivery(ledger: Ledger):
-    """P9 counts what events asked for: a child adds to `runs`, to nothing else, whatever becomes of it."""
+    """P9 counts what events asked for: a child adds to `runs`, to nothing else, whatever becomes of
+    it.
+    """
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     await ledger.settle(child, Failed(b"{}"))
@@ -51,7 +57,9 @@ async def test_a_child_is_no_delivery(ledger: Ledger):
 
 
 async def test_the_answer_wakes_a_waiting_parent(ledger: Ledger):
-    """One transaction settles the child, writes the parent's entry and makes the WAITING parent PENDING, due now."""
+    """One transaction settles the child, writes the parent's entry and makes the WAITING parent
+    PENDING, due now.
+    """
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     await ledger.settle(parent, Suspended(None, 10**9))
@@ -89,7 +97,9 @@ async def test_an_answer_and_the_parents_sleep_in_one_batch(ledger: Ledger):
 
 
 async def test_only_the_first_answer_counts(ledger: Ledger):
-    """A child that is retried after its parent took its error cannot change what the parent heard (P4)."""
+    """A child that is retried after its parent took its error cannot change what the parent heard
+    (P4).
+    """
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     await ledger.settle(child, Failed(b"{}"), answer=error("c#1"), parent=parent.id)
@@ -122,7 +132,9 @@ async def test_a_parent_that_failed_hears_of_it_when_it_is_retried(ledger: Ledge
 
 
 async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
-    """The dropped error must be asked for again, so the child it came from is due again too; any number of times."""
+    """The dropped error must be asked for again, so the child it came from is due again too; any
+    number of times.
+    """
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     for _ in range(3):
@@ -155,7 +167,9 @@ async def test_retry_of_a_parent_takes_what_its_child_did_meanwhile(ledger: Ledg
 
 
 async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
-    """`fresh` drops the journal, cancels live children and lets go of all: the same claim may start a new child."""
+    """`fresh` drops the journal, cancels live children and lets go of all: the same claim may start
+    a new child.
+    """
     parent = await ledger.running()
     old = await start_child(ledger, parent)
     await ledger.append(parent, value("a#1"))
@@ -169,7 +183,9 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
 
 
 async def test_cancel_goes_down(ledger: Ledger):
-    """Children and grandchildren end with the run, running ones are asked; the parent in between hears of none twice."""
+    """Children and grandchildren end with the run, running ones are asked; the parent in between
+    hears of none twice.
+    """
     hand = Hand(asyncio.get_running_loop(), room=0)
     ledger.store.attach_worker(hand)
     parent = await ledger.running()
@@ -215,7 +231,9 @@ async def test_a_dead_child_tells_its_parent(ledger: Ledger, reopen: Reopen):
 
 
 async def test_emitted_events_are_recorded_with_the_entry(ledger: Ledger):
-    """An Append's arrivals commit with its entries and report their receipts; a known identity is a duplicate."""
+    """An Append's arrivals commit with its entries and report their receipts; a known identity is a
+    duplicate.
+    """
     run = await ledger.running()
     arrivals = [
         ledger.arrival("emitted", ledger.run("g")),

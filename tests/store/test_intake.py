@@ -5,6 +5,7 @@ import pytest
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
 from eventflow.store.protocol import Arrival, RecordEvents
+from eventflow.store.sqlite import _Limits  # pyright: ignore[reportPrivateUsage]
 from tests.store.ledger import Ledger, Reopen
 
 pytestmark = pytest.mark.anyio
@@ -23,7 +24,9 @@ async def test_p1_a_receipt_means_that_it_is_in_the_file(ledger: Ledger, reopen:
 
 
 async def test_p2_a_duplicate_starts_nothing_and_is_counted_on_the_first(ledger: Ledger):
-    """The second of an identity records no run, no dead letter and no delivery; it returns the first one's ledger id."""
+    """The second of an identity records no run, no dead letter and no delivery; it returns the
+    first one's ledger id.
+    """
     first = ledger.arrival("a", ledger.run())
     await ledger.store.record([first])
     ledger.clock.forward(5)
@@ -54,7 +57,9 @@ async def test_p2_duplicates_inside_one_batch(ledger: Ledger):
 
 
 async def test_the_same_identity_with_other_content_is_a_conflict(ledger: Ledger):
-    """The first stands; the second is counted as a conflict, names both digests, and nothing of it is recorded."""
+    """The first stands; the second is counted as a conflict, names both digests, and nothing of it
+    is recorded.
+    """
     first = ledger.arrival("a", ledger.run(), body=b"1")
     second = ledger.arrival("a", ledger.run(), body=b"2")
     await ledger.store.record([first])
@@ -110,7 +115,9 @@ async def test_batches_of_any_size(ledger: Ledger, size: int):
 
 
 async def test_p9_the_sum_counts_deliveries(ledger: Ledger):
-    """Each subscription's delivery is counted once: pending, dead or suppressed, and accepted is their sum."""
+    """Each subscription's delivery is counted once: pending, dead or suppressed, and accepted is
+    their sum.
+    """
     await ledger.store.record([
         ledger.arrival("a", ledger.run(), ledger.run()),
         ledger.arrival("b", ledger.run(), dead=[("s", "cannot bind")]),
@@ -123,14 +130,16 @@ async def test_p9_the_sum_counts_deliveries(ledger: Ledger):
 
 
 async def test_p8_the_backlog_is_bounded_by_number_and_bytes(path: str, ledger: Ledger):
-    """`room` says no at `max_pending` deliveries and at `max_pending_bytes`, and yes again when runs are settled."""
+    """`capacity` refuses at `max_pending` deliveries and at `max_pending_bytes`, and accepts again when
+    runs are settled.
+    """
     bounded = ledger.store
-    bounded._max_pending = 2
+    bounded._limits = _Limits(2, 1 << 30)
     assert bounded.capacity() is None
     await ledger.recorded(ledger.run(), ledger.run())
     full = bounded.capacity()
     assert full is not None and "2" in str(full) and full.retry_after > 0 and not full.disk
-    bounded._max_pending, bounded._max_pending_bytes = 1000, 10
+    bounded._limits = _Limits(1000, 10)
     assert bounded.capacity() is not None
     for run in await ledger.claimed():
         await ledger.settle(run)
@@ -151,14 +160,18 @@ async def test_strange_text_is_kept_as_it_is(ledger: Ledger):
 
 
 async def test_what_cannot_be_stored_fails_alone(ledger: Ledger):
-    """A call with content SQLite refuses gets a StoreError; the calls that shared its transaction are recorded."""
+    """A call with content SQLite refuses gets a StoreError; the calls that shared its transaction
+    are recorded.
+    """
     bad = ledger.arrival("bad", ledger.run())
     bad.body = object()  # type: ignore[assignment]
     good: list[Arrival] = [
         ledger.arrival("good", ledger.run()),
         ledger.arrival("also", ledger.run()),
     ]
-    first, failed, last = await ledger.together(RecordEvents([good[0]]), RecordEvents([bad]), RecordEvents([good[1]]))
+    first, failed, last = await ledger.together(
+        RecordEvents([good[0]]), RecordEvents([bad]), RecordEvents([good[1]])
+    )
     assert isinstance(failed, StoreError) and ledger.store.failed is None
     assert (first[0].ledger_id, last[0].ledger_id) == (good[0].id, good[1].id)
     assert (await ledger.store.counts())["events"] == 2

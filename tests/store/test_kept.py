@@ -253,11 +253,6 @@ async def test_log_lines_can_be_read(store: Path):
 # --------------------------------------------------------------------------- what goes on
 
 
-MOVED = pytest.mark.xfail(
-    reason="errors are recorded as eventflow.retry:Permanent, eventflow.errors:TaskTimedOut ...;"
-    " these modules have moved, and the class is not found under its old name",
-)
-
 GO_ON: dict[str, Any] = {
     "codecs": "wrong: [], nan",
     "retrying": "went on after {'step': 2, 'at': ('a', 1)}",
@@ -285,7 +280,6 @@ async def test_waiting_runs_go_on_from_their_journals(store: Path):
     assert computed_again() == set()
 
 
-@MOVED
 async def test_recorded_errors_are_caught_by_their_class(store: Path):
     """A flow that caught an error of eventflow's own catches the recorded one as well."""
     async with living(store) as life:
@@ -298,7 +292,6 @@ async def test_recorded_errors_are_caught_by_their_class(store: Path):
     assert computed_again() == set()
 
 
-@MOVED
 async def test_failures_are_raised_as_they_were(store: Path):
     """Whoever asks for the result of a failed run gets the error of then, of the same class."""
     async with living(store, passive=True) as life:

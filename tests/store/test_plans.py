@@ -76,10 +76,12 @@ async def test_p2_any_id_is_known_again(ledger: Ledger, ident: str):
 
 @pytest.mark.parametrize(
     ("name", "columns"),
-    [("drop_cursors", "trigger=? AND key=?"), ("drop_patterns", "subscription=? AND key=?")],
+    [("delete_cursors", "trigger=? AND key=?"), ("delete_patterns", "subscription=? AND key=?")],
 )
 def test_a_row_is_dropped_by_its_whole_key(empty: sqlite3.Connection, name: str, columns: str):
-    """A trigger with a hundred thousand keys in its cursor forgets one without a look at the others."""
+    """A trigger with a hundred thousand keys in its cursor forgets one without a look at the
+    others.
+    """
     text = BULKS[name].text(2)
     plan = [step for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}", [None] * 4)]
     assert any(step.startswith("SEARCH") and columns in step for step in plan), plan
@@ -88,14 +90,15 @@ def test_a_row_is_dropped_by_its_whole_key(empty: sqlite3.Connection, name: str,
 # --------------------------------------------------------------------------- every other statement
 
 FULL = {
-    "cursors", "dead", "events", "facts", "journal", "late", "members", "outbox", "patterns", "runs", "windows",
+    "cursors", "dead_letters", "events", "journal", "late_runs", "outbox", "pattern_events", "patterns", "run_events", "runs",
+    "windows",
 }  # fmt: skip
 """Tables that grow with what happens."""
 
 ALIASES = {
-    "d": "dead",
+    "d": "dead_letters",
     "e": "events",
-    "m": "members",
+    "m": "run_events",
     "o": "outbox",
     "p": "patterns",
     "r": "runs",
@@ -103,8 +106,9 @@ ALIASES = {
 }
 
 
-PARTS = ("runs_lane", "runs_blobs", "journal_blobs", "dead_open")
-"""Indexes of what is asked for and nothing else: live runs with a lane, blobs, open dead letters."""
+PARTS = ("runs_ordering", "runs_blobs", "journal_blobs", "dead_letters_open")
+"""Indexes of what is asked for and nothing else: live runs with an ordering key, blobs, open dead letters.
+"""
 
 
 class Shelf:
@@ -138,7 +142,10 @@ class Lived:
     def walks(self, empty: sqlite3.Connection) -> dict[str, str]:
         """Steps of their plans that walk a table, each with a statement that does."""
         found: dict[str, str] = {}
+        schema = "".join(script for _, script in migrations())
         for text in self.statements:
+            if text.strip().rstrip(";") in schema:
+                continue  # a migration: it ran on the columns of before
             if not text.lstrip().startswith(
                 ("SELECT", "INSERT INTO", "INSERT OR", "UPDATE", "DELETE", "WITH")
             ):
@@ -163,14 +170,17 @@ def lived(monkeypatch: pytest.MonkeyPatch) -> Lived:
 async def test_no_verb_of_the_writer_walks_a_table(
     empty: sqlite3.Connection, lived: Lived, reopen: Reopen
 ):
-    """Whatever a person asks for, and the start of a store, costs what it changes, not what the ledger holds."""
+    """Whatever a person asks for, and the start of a store, costs what it changes, not what the
+    ledger holds.
+    """
     ledger = reopen()
     parent = await ledger.running()
     child = ledger.run(parent=parent.id, parent_call_key="c#1")
     await ledger.append(parent, children=[child])
     await ledger.mark((await ledger.claimed())[0])
     held, _ = await ledger.recorded(
-        ledger.run(ordering_key="x", state=State.PAUSED), ledger.run(ordering_key="x", state=State.PAUSED)
+        ledger.run(ordering_key="x", state=State.PAUSED),
+        ledger.run(ordering_key="x", state=State.PAUSED),
     )
     await ledger.store.set_paused("t", True)
     await ledger.store.set_paused("t", False)
@@ -201,11 +211,14 @@ async def test_no_verb_of_the_writer_walks_a_table(
 async def test_the_writer_never_looks_for_bodies_to_drop(
     empty: sqlite3.Connection, lived: Lived, ledger: Ledger
 ):
-    """What has lost its body already is walked over by a reader; the writer is given ids, and looks those up."""
+    """What has lost its body already is walked over by a reader; the writer is given ids, and looks
+    those up.
+    """
     await ledger.store.record([ledger.arrival(f"e{n}") for n in range(5)])
     later = ledger.clock.now() + 1_000 * SECOND
     steps = [
-        await ledger.store.prune(payloads_before=later, identities_before=0, step=2) for _ in range(4)
+        await ledger.store.prune(payloads_before=later, identities_before=0, step=2)
+        for _ in range(4)
     ]
     assert steps == [2, 2, 1, 0]
     await ledger.store.record([ledger.arrival("one more")])
@@ -221,7 +234,9 @@ async def test_the_writer_never_looks_for_bodies_to_drop(
 
 @pytest.mark.anyio
 async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: Lived):
-    """Lanes, windows, patterns, children, letters and late runs are found by indexes, at every step of theirs."""
+    """Lanes, windows, patterns, children, letters and late runs are found by indexes, at every step
+    of theirs.
+    """
 
     @flow
     async def child(n: int) -> int:
@@ -264,8 +279,10 @@ async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: 
 def test_lists_of_runs_are_read_from_an_index(
     empty: sqlite3.Connection, state: State | None, asked: dict[str, Any]
 ):
-    """A flow that is rare, a state that few runs are in, the children of one: nobody walks over a million others to find them.
-    Only the newest of all, or of those that completed, are read in order until the page is full."""
+    """A flow that is rare, a state that few runs are in, the children of one: nobody walks over a
+    million others to find them. Only the newest of all, or of those that completed, are read in
+    order until the page is full.
+    """
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
     queries.runs(empty, state=state, **asked)
@@ -282,7 +299,9 @@ def test_lists_of_runs_are_read_from_an_index(
 
 
 def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connection):
-    """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those minutes."""
+    """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those
+    minutes.
+    """
     lived: list[str] = []
     empty.set_trace_callback(lived.append)
     queries.events(
@@ -311,7 +330,9 @@ class Racing(HandClock):
 
 @pytest.mark.anyio
 async def test_what_work_needs_is_read_however_long_it_takes(path: str):
-    """A trigger with a million keys must come up, a run with a long journal go on: only a list is refused after two seconds."""
+    """A trigger with a million keys must come up, a run with a long journal go on: only a list is
+    refused after two seconds.
+    """
     clock = Racing()
     store = SqliteStore(path, clock=clock, ballast=0, free_floor=0)
     store.open()

@@ -4,7 +4,7 @@ import pytest
 
 from eventflow import App, flow, sleep
 from eventflow.core.errors import RunTimedOut
-from eventflow.runs.journal import RESTARTED, TIMEOUT, Entry, Kind
+from eventflow.runs.journal import RESTARTED_NOTE, TIMEOUT_KEY, Entry, Kind
 from eventflow.runs.run import Failed, State, Suspended
 from eventflow.testing import VirtualClock, drain, running
 from tests.store.ledger import Ledger, value
@@ -13,9 +13,11 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_retry_gives_a_timed_out_run_its_time_anew(ledger: Ledger):
-    """The recorded timeout is dropped with the error, and the clock of the timeout starts with the new claim."""
+    """The recorded timeout is dropped with the error, and the clock of the timeout starts with the
+    new claim.
+    """
     run = await ledger.running()
-    await ledger.append(run, value(), Entry(call_key=TIMEOUT, kind=Kind.TIMER))
+    await ledger.append(run, value(), Entry(call_key=TIMEOUT_KEY, kind=Kind.TIMER))
     await ledger.settle(run, Failed(b'{"type":"RunTimedOut"}'))
     ledger.clock.forward(3600)
     await ledger.store.retry(run.id)
@@ -25,7 +27,9 @@ async def test_a_retry_gives_a_timed_out_run_its_time_anew(ledger: Ledger):
 
 
 async def test_a_fresh_retry_is_another_generation(ledger: Ledger):
-    """Its first entry counts the lives, so that what it emits is not taken for what the old life emitted."""
+    """Its first entry counts the lives, so that what it emits is not taken for what the old life
+    emitted.
+    """
     run = await ledger.running()
     for life in (1, 2):
         await ledger.append(run, value())
@@ -33,11 +37,13 @@ async def test_a_fresh_retry_is_another_generation(ledger: Ledger):
         await ledger.store.retry(run.id, discard_journal=True)
         (run,) = await ledger.claimed()
         entries = await ledger.store.load(run.id)
-        assert [(entry.call_key, entry.attempt) for entry in entries] == [(RESTARTED, life)]
+        assert [(entry.call_key, entry.attempt) for entry in entries] == [(RESTARTED_NOTE, life)]
 
 
 async def test_p6_a_suspended_run_with_an_entry_it_does_not_know_is_due_at_once(ledger: Ledger):
-    """An answer may commit before one of the run's own entries and be told to nobody: the count gives it away."""
+    """An answer may commit before one of the run's own entries and be told to nobody: the count
+    gives it away.
+    """
     run = await ledger.running()
     await ledger.append(run, value("child#0"))
     own = await ledger.append(run, value("own#0"))
@@ -56,7 +62,9 @@ async def patient(naps: int) -> str:
 
 
 async def test_p6_a_run_that_timed_out_completes_when_it_is_retried():
-    """Retried, a run whose flow took too long goes on from its journal with its whole timeout before it."""
+    """Retried, a run whose flow took too long goes on from its journal with its whole timeout
+    before it.
+    """
     async with running(App("naps", clock=VirtualClock())) as app:
         handle = await app.start(patient, naps=2)
         await drain(app)

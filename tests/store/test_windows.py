@@ -1,4 +1,6 @@
-"""Windows in the store: whatever comes, is claimed, cancelled or lost to a crash, events and runs agree with a plain model."""
+"""Windows in the store: whatever comes, is claimed, cancelled or lost to a crash, events and runs
+agree with a plain model.
+"""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +17,9 @@ pytestmark = pytest.mark.anyio
 
 MODES = {
     "batch": BatchPolicy("batch", size=3, wait=10 * SECOND, max_wait=10 * SECOND),
-    "debounce": BatchPolicy("debounce", size=50, wait=4 * SECOND, max_wait=9 * SECOND, is_extended=True),
+    "debounce": BatchPolicy(
+        "debounce", size=50, wait=4 * SECOND, max_wait=9 * SECOND, is_extended=True
+    ),
     "singleflight": BatchPolicy("singleflight", size=50),
 }
 
@@ -172,5 +176,7 @@ class Story:
 async def test_p2_p9_windows_agree_with_a_plain_model(
     ledger: Ledger, reopen: Reopen, mode: str, seed: int
 ) -> None:
-    """Any order of events, claims, ends, cancels and crashes: each event is in the run that the model says, counted once."""
+    """Any order of events, claims, ends, cancels and crashes: each event is in the run that the
+    model says, counted once.
+    """
     await Story(ledger, reopen, mode, seed).tell(40)

@@ -1,4 +1,6 @@
-"""The one thread that writes: group commit, order, the hand-over to the worker, and callers who went away."""
+"""The one thread that writes: group commit, order, the hand-over to the worker, and callers who
+went away.
+"""
 
 import asyncio
 import threading
@@ -53,7 +55,9 @@ async def test_ops_of_a_loop_are_applied_in_order(ledger: Ledger):
 
 
 async def test_cancelling_the_wait_does_not_reach_the_transaction(ledger: Ledger):
-    """The caller may go; what it posted is recorded all the same, and a second attempt is a duplicate."""
+    """The caller may go; what it posted is recorded all the same, and a second attempt is a
+    duplicate.
+    """
     arrival = ledger.arrival("a", ledger.run())
     waiting = asyncio.create_task(ledger.store.record([arrival]))
     await asyncio.sleep(0)
@@ -105,7 +109,9 @@ def test_a_closed_loop_hurts_nobody(ledger: Ledger):
     gone = asyncio.new_event_loop()
     gone.close()
     for n in range(3):
-        ledger.store.post(RecordEvents([ledger.arrival(f"gone{n}", ledger.run())]), lambda _: None, gone)
+        ledger.store.post(
+            RecordEvents([ledger.arrival(f"gone{n}", ledger.run())]), lambda _: None, gone
+        )
     asyncio.run(ledger.store.record([ledger.arrival("here", ledger.run())]))
     assert asyncio.run(ledger.store.counts())["events"] == 4
 
@@ -132,7 +138,9 @@ def test_two_loops_are_served(ledger: Ledger):
 
 
 async def test_closing_commits_what_was_posted(ledger: Ledger, reopen: Reopen):
-    """`close` loses nothing that was posted before it; what is posted after is answered with an error."""
+    """`close` loses nothing that was posted before it; what is posted after is answered with an
+    error.
+    """
     loop = asyncio.get_running_loop()
     replies: list[Any] = []
     for n in range(300):
@@ -151,7 +159,9 @@ async def test_closing_commits_what_was_posted(ledger: Ledger, reopen: Reopen):
 
 
 async def test_a_fresh_run_is_handed_over_running(ledger: Ledger):
-    """What the worker takes is RUNNING under token 1 in the file and in its hands, body and all; no claim gives it again."""
+    """What the worker takes is RUNNING under token 1 in the file and in its hands, body and all; no
+    claim gives it again.
+    """
     taker = hand(ledger)
     (run,) = await ledger.recorded(ledger.run(params=b"{}"))
     await eventually(lambda: taker.runs, "the run is handed over")
@@ -179,7 +189,9 @@ async def test_what_the_worker_does_not_take_stays_pending(ledger: Ledger):
 
 
 async def test_later_runs_and_lanes_are_not_handed_over(ledger: Ledger):
-    """A run due later, or one with a lane, is for a claim; the worker is told to ask when it is due."""
+    """A run due later, or one with a lane, is for a claim; the worker is told to ask when it is
+    due.
+    """
     taker = hand(ledger)
     await ledger.recorded(ledger.run(due_at=ledger.clock.now() + SECOND))
     await eventually(lambda: taker.mores == 1, "a due time is news")
@@ -227,7 +239,9 @@ async def test_a_retried_run_is_handed_over(ledger: Ledger):
 
 
 async def test_a_running_run_hears_of_its_cancel(ledger: Ledger):
-    """The worker is told which of its runs a door asked to cancel; a claim after a crash carries the flag."""
+    """The worker is told which of its runs a door asked to cancel; a claim after a crash carries
+    the flag.
+    """
     taker = hand(ledger)
     (run,) = await ledger.recorded(ledger.run())
     await ledger.store.cancel(run.id, "stop")
@@ -237,7 +251,9 @@ async def test_a_running_run_hears_of_its_cancel(ledger: Ledger):
 
 
 async def test_what_was_taken_goes_back_when_the_batch_fails(ledger: Ledger):
-    """Bad content in one op undoes the shared transaction: the runs taken go back, and are recorded and given again."""
+    """Bad content in one op undoes the shared transaction: the runs taken go back, and are recorded
+    and given again.
+    """
     taker = hand(ledger)
     bad = ledger.arrival("bad", ledger.run())
     bad.body = object()  # type: ignore[assignment]

@@ -2,6 +2,10 @@
 
 UPDATE runs SET state = -1 WHERE state < 4 AND state = 3 AND token = 0 AND reason IS NULL;
 
+-- A pattern could match after its trigger was resumed, and its run was left behind.
+UPDATE runs SET state = 0, due_at = 0 WHERE state < 4 AND state = -1
+    AND NOT EXISTS (SELECT 1 FROM events e JOIN holds h ON h.trigger = e.trigger WHERE e.id = runs.event);
+
 -- Standard terms for tables and columns.
 
 ALTER TABLE ledger RENAME COLUMN one TO id;
