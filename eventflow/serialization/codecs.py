@@ -248,8 +248,8 @@ def _verified(data: bytes, key: bytes, name: str) -> bytes:
     """S12: a pickle is read only if the key of this installation signed it."""
     if not hmac.compare_digest(data[:32], hmac.digest(key, data[32:], "sha256")):
         raise StoreCorrupt(
-            f"{name}: the signature of a pickled result does not match; it was altered, or the key has "
-            "changed"
+            f"{name}: the signature of a pickled result does not match; it was altered, or the key "
+            "has changed"
         )
     return data[32:]
 

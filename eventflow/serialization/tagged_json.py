@@ -38,7 +38,7 @@ def encode_plain(value: Any, where: str) -> tuple[str, bytes]:
             if b"null" not in data or orjson.loads(data) == value:
                 return "json", data
     except TypeError:
-        pass  # an integer over 64 bits, a lone surrogate, nesting over 254: the tags carry or name it
+        pass  # an integer over 64 bits, a lone surrogate, nesting over 254: tags carry or name it
     except RecursionError:
         raise NotStorable(where, f"{type_name(value)} nested too deep") from None
     return "tagged", encode_tagged(value, where)

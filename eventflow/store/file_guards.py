@@ -43,7 +43,7 @@ class Lock:
         _release_in_forks(self)
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         return self._fd is not None
 
     def release(self) -> None:
@@ -158,8 +158,8 @@ class DiskSpaceGuard:
             self._full = None
             if free < floor:
                 self._full = StoreFull(
-                    f"{free >> 20} MiB free in {self._folder}, expected at least {floor >> 20} MiB; "
-                    "free some space",
+                    f"{free >> 20} MiB free in {self._folder}, expected at least "
+                    f"{floor >> 20} MiB; free some space",
                     10.0,
                     disk=True,
                 )

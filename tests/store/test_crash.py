@@ -357,7 +357,7 @@ async def main():
 
 
 def clock_tick():
-    store._space._asked_at -= 1
+    store._space._checked_at -= 1
 
 
 asyncio.run(main())
