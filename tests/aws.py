@@ -1,8 +1,9 @@
-"""S3, SQS, SNS and EventBridge over HTTP on this machine: the stand-ins that the tests of `S3` run against.
+"""S3, SQS, SNS and EventBridge over HTTP on this machine: the servers that the tests of `S3` use.
 
-`ministack` behaves most like AWS, `moto` is the sloppy one: no sequencers, other spellings, two notices for one upload. Both
-live in an environment of their own (`make .venv-aws/.made`), since they pin botocore. `fixtures` beside the tests start them on
-free ports, one of each per test process. With EVENTFLOW_TEST_S3=http://host:port the same tests use that server instead of
+`ministack` behaves most like AWS, `moto` is the sloppy one: no sequencers, other spellings, two
+notifications for one upload. Both are installed in another environment (`make .venv-aws/.made`),
+since they pin botocore. `fixtures` beside the tests start them on free ports, one of each per test
+process. With EVENTFLOW_TEST_S3=http://host:port the same tests use that server instead of
 ministack, with the credentials of the environment; what it does not offer is skipped.
 """
 
@@ -60,7 +61,7 @@ class Aws:
 
     @property
     def env(self) -> dict[str, str]:
-        """The same for a program of its own."""
+        """The same for another process."""
         keys = {name.upper(): value for name, value in KEYS.items()}
         return {
             **keys,
@@ -85,7 +86,7 @@ class Aws:
 
 
 class Bucket:
-    """A new bucket; `queue()` gives it a queue that hears of its objects."""
+    """A new bucket; `queue()` makes a queue with its notifications."""
 
     def __init__(self, aws: Aws, *, versioned: bool = False) -> None:
         self.aws, self.name = aws, f"test-{uuid.uuid4().hex[:12]}"
@@ -135,7 +136,9 @@ class Bucket:
         fifo: bool = False,
         events: Sequence[str] = ("s3:ObjectCreated:*",),
     ) -> "Queue":
-        """A new queue with this bucket's notifications: straight, through "sns" or through "eventbridge"."""
+        """A new queue with this bucket's notifications: straight, through "sns" or through
+        "eventbridge".
+        """
         queue = Queue(self.aws, fifo=fifo)
         configuration: dict[str, Any] = {}
         match through:
@@ -164,7 +167,9 @@ class Bucket:
         return queue
 
     def record(self, name: str, key: str, **more: Any) -> dict[str, Any]:
-        """A record as S3 writes it, for what no stand-in sends by itself. `key` as it is on the wire."""
+        """A record as S3 writes it, for what no test server sends. `key` as it is on the
+        wire.
+        """
         thing = {"key": key, "size": 4, "eTag": "8d777f385d3dfec8815d20f7496026dc", **more}
         time = "2026-11-22T10:00:00.000Z"
         s3 = {"s3SchemaVersion": "1.0", "bucket": {"name": self.name}, "object": thing}
@@ -228,12 +233,14 @@ class Queue:
         return int(self.attributes("All")["ApproximateNumberOfMessages"])
 
 
-# --------------------------------------------------------------------------- starting them
+# ------------------------------------------------------------------ starting them
 
 
 @contextmanager
 def serving(kind: str, folder: Path) -> Iterator[Aws]:
-    """One of the stand-ins, on a free port; or, in ministack's place, the server that was named."""
+    """One of the servers, on a free port; or, instead of ministack, the server in
+    EVENTFLOW_TEST_S3.
+    """
     if kind == "ministack" and GIVEN:
         aws = Aws("given", GIVEN)
         yield aws
@@ -268,7 +275,7 @@ def _command(kind: str, port: int) -> list[str]:
 
 
 def _environment(port: int) -> dict[str, str]:
-    """Loopback only, and none of the services that open ports of their own."""
+    """Loopback only, and none of the services that open more ports."""
     ministack = {
         "BIND_HOST": "127.0.0.1",
         "GATEWAY_PORT": str(port),

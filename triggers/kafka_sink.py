@@ -3,9 +3,10 @@
     app.send("order.scored", KafkaSink("scored-orders", bootstrap_servers="kafka:9092"))
     app.send_dead_letters(KafkaSink("dead-orders", bootstrap_servers="kafka:9092"))
 
-The relay (eventflow/sinks/dispatcher.py) calls `send` with letters in the order of recording. All of them are acknowledged by all in-sync
-replicas before it returns; the producer is idempotent, so its own retries neither repeat nor reorder. A letter may come twice
-after a crash: a consumer knows it by `ce_source` and `ce_id`. Needs the extra `kafka`.
+The outbox relay (eventflow/sinks/relay.py) calls `send` with messages in the order of recording.
+All of them are acknowledged by all in-sync replicas before it returns; the producer is idempotent,
+so its own retries neither repeat nor reorder. A message may be sent twice after a crash: consumers
+deduplicate by `ce_source` and `ce_id`. Needs the extra `kafka`.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import orjson
 
 from eventflow.core.errors import UsageError
 from eventflow.core.retry import Permanent
-from eventflow.events.event import Event, Letter, show_id
+from eventflow.events.event import Event, OutboxMessage, format_id
 from eventflow.logs.redaction import SECRETS
 from triggers._kafka.producer import (
     MessageSizeTooLargeError,
@@ -31,22 +32,23 @@ from triggers.signatures import Secret
 Mode: TypeAlias = Literal["binary", "structured"]
 Key: TypeAlias = Callable[[Event], "str | bytes | None"]
 
-_OURS: Final[Mapping[str, Any]] = {"acks": "all", "enable_idempotence": True}
-_UNSAID: Final = ("value_serializer", "key_serializer", "transactional_id")
-"""Options of the producer that the sink has its own words for, or no use."""
+_FIXED_OPTIONS: Final[Mapping[str, Any]] = {"acks": "all", "enable_idempotence": True}
+_UNSUPPORTED_OPTIONS: Final = ("value_serializer", "key_serializer", "transactional_id")
+"""Producer options that the sink sets in another way, or does not support."""
 
 Headers: TypeAlias = list[tuple[str, bytes]]
 
 
 class KafkaSink:
-    """Sends letters to `topic`, in the Kafka binding of CloudEvents 1.0.
+    """Sends messages to `topic`, in the Kafka binding of CloudEvents 1.0.
 
-    `mode="binary"`: the data as the value (JSON, or bytes as they are), the attributes as `ce_` headers. `mode="structured"`:
-    the whole event as JSON. `key`: a callable of the event; by default its `partitionkey`, else its subject. The rest goes to
-    aiokafka's AIOKafkaProducer (`sasl_plain_password` may be a secret from `env(...)`). UsageError for what does not fit.
+    `mode="binary"`: the data as the value (JSON, or bytes as they are), the attributes as `ce_`
+    headers. `mode="structured"`: the whole event as JSON. `key`: a callable of the event; by
+    default its `partitionkey`, else its subject. The rest goes to aiokafka's AIOKafkaProducer
+    (`sasl_plain_password` may be a secret from `env(...)`). UsageError for what does not fit.
 
-    A dead letter has its own bytes as the value, its sender's headers, and `eventflow.error.*`: reason, subscription, trigger,
-    source, id, ledger_id.
+    A dead letter has its own bytes as the value, its sender's headers, and `eventflow.error.*`:
+    reason, subscription, trigger, source, id, ledger_id.
     """
 
     def __init__(
@@ -65,14 +67,21 @@ class KafkaSink:
             raise UsageError(f'KafkaSink: mode= expected "binary" or "structured", found {mode!r}')
         self.name = name or f"kafka:{topic}"
         self.topic = topic
-        self._mode, self._key = mode, key or _partition_key
-        ours = {"bootstrap_servers": bootstrap_servers, **_OURS}
-        self._options = {"client_id": f"eventflow-{self.name}", **_checked(client), **ours}
+        self._mode: Mode = mode
+        self._key: Key = key or _partition_key
+        self._options: dict[str, Any] = {
+            "client_id": f"eventflow-{self.name}",
+            **_check_options(client),
+            "bootstrap_servers": bootstrap_servers,
+            **_FIXED_OPTIONS,
+        }
         self._producer: Producer | None = None
 
-    async def send(self, *letters: Letter) -> None:
-        """Returns when the brokers have all of them. Permanent for one above `max_request_size` or the topic's bound."""
-        records = [self._record(letter) for letter in letters]
+    async def send(self, *messages: OutboxMessage) -> None:
+        """Returns when the brokers have all of them. Permanent for one above `max_request_size` or
+        the topic's limit.
+        """
+        records = [self._record(message) for message in messages]
         producer = await self._started()
         try:
             sent = [
@@ -87,12 +96,13 @@ class KafkaSink:
                 raise Permanent(f"too large for topic {self.topic}: {failure}") from failure
         for failure in done:
             if isinstance(failure, BaseException):
-                await self.close()  # after a failed batch the producer's sequence is broken; the next try has a new one
+                await self.close()  # its sequence is broken: the next try makes a new producer
                 raise failure
 
     async def close(self) -> None:
-        """Idempotent; a later `send` begins anew."""
-        producer, self._producer = self._producer, None
+        """Idempotent; a later `send` makes a new producer."""
+        producer = self._producer
+        self._producer = None
         if producer is not None:
             await close(producer)
 
@@ -100,33 +110,34 @@ class KafkaSink:
         if self._producer is None:
             try:
                 producer = make_producer(self._options)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError) as error:  # aiokafka checks the values
                 raise UsageError(f"KafkaSink: the client refuses its options: {error}") from error
             try:
                 await producer.start()
-            except BaseException:
+            except BaseException:  # a cancel too: no connection stays open
                 await close(producer)
                 raise
             self._producer = producer
         return self._producer
 
-    # ----------------------------------------------------------------- from a letter to a record
-
-    def _record(self, letter: Letter) -> tuple[bytes | None, bytes | None, int | None, Headers]:
-        event = letter.event
+    def _record(
+        self, message: OutboxMessage
+    ) -> tuple[bytes | None, bytes | None, int | None, Headers]:
+        """Value, key, timestamp in milliseconds, and headers."""
+        event = message.event
         key = self._key(event)
         at = None if event.time is None else round(event.time.timestamp() * 1000)
-        if letter.reason is not None:
-            value, headers = _dead(letter)
+        if message.reason is not None:
+            value, headers = _dead_letter_record(message)
         elif self._mode == "structured":
             value, headers = (
                 event.to_json(),
                 [("content-type", b"application/cloudevents+json; charset=UTF-8")],
             )
         else:
-            value, headers = _binary(event)
+            value, headers = _binary_record(event)
         if value is None and key is None:
-            value = b""  # a record has one of them
+            value = b""  # a record needs a key or a value
         return value, key.encode() if isinstance(key, str) else key, at, headers
 
 
@@ -144,7 +155,7 @@ def _value(event: Event) -> tuple[bytes | None, str | None]:
     return orjson.dumps(event.data), event.datacontenttype or "application/json"
 
 
-def _binary(event: Event) -> tuple[bytes | None, Headers]:
+def _binary_record(event: Event) -> tuple[bytes | None, Headers]:
     """https://github.com/cloudevents/spec/blob/v1.0.2/cloudevents/bindings/kafka-protocol-binding.md#32-binary-content-mode"""
     value, content_type = _value(event)
     attributes: dict[str, Any] = {
@@ -156,25 +167,36 @@ def _binary(event: Event) -> tuple[bytes | None, Headers]:
     attributes |= {"subject": event.subject, "dataschema": event.dataschema}
     attributes["time"] = None if event.time is None else event.time.isoformat()
     attributes |= event.extensions
-    headers = [(f"ce_{name}", _text(said)) for name, said in attributes.items() if said is not None]
+    headers = [
+        (f"ce_{name}", _attribute_bytes(attribute))
+        for name, attribute in attributes.items()
+        if attribute is not None
+    ]
     if content_type is not None:
         headers.append(("content-type", content_type.encode()))
     return value, headers
 
 
-def _dead(letter: Letter) -> tuple[bytes | None, Headers]:
-    value, _ = _value(letter.event)
-    told = {
-        "reason": letter.reason, "subscription": letter.subscription, "trigger": letter.trigger,
-        "source": letter.event.source, "id": letter.event.id, "ledger_id": show_id(letter.ledger_id),
-    }  # fmt: skip
-    headers = [(name, _text(said)) for name, said in letter.headers.items()]
-    return value, headers + [
-        (f"eventflow.error.{name}", _text(said)) for name, said in told.items() if said is not None
+def _dead_letter_record(message: OutboxMessage) -> tuple[bytes | None, Headers]:
+    value, _ = _value(message.event)
+    details = {
+        "reason": message.reason,
+        "subscription": message.subscription,
+        "trigger": message.trigger,
+        "source": message.event.source,
+        "id": message.event.id,
+        "ledger_id": format_id(message.ledger_id),
+    }
+    headers = [(name, _attribute_bytes(text)) for name, text in message.headers.items()]
+    headers += [
+        (f"eventflow.error.{name}", _attribute_bytes(detail))
+        for name, detail in details.items()
+        if detail is not None
     ]
+    return value, headers
 
 
-def _text(value: Any) -> bytes:
+def _attribute_bytes(value: Any) -> bytes:
     """The canonical text of a CloudEvents attribute."""
     return (str(value).lower() if isinstance(value, bool) else str(value)).encode()
 
@@ -182,12 +204,13 @@ def _text(value: Any) -> bytes:
 # --------------------------------------------------------------------------- the client's options
 
 
-def _checked(client: Mapping[str, Any]) -> dict[str, Any]:
+def _check_options(client: Mapping[str, Any]) -> dict[str, Any]:
     known = option_names()
     for option in client:
-        if option in _OURS or option in _UNSAID:
+        if option in _FIXED_OPTIONS or option in _UNSUPPORTED_OPTIONS:
             raise UsageError(
-                f"KafkaSink: {option}= cannot be set: what is sent is acknowledged by all replicas, and is bytes"
+                f"KafkaSink: {option}= cannot be set: records are bytes, "
+                "and acknowledged by all replicas"
             )
         if option not in known:
             near = get_close_matches(option, known, n=1)
@@ -197,10 +220,10 @@ def _checked(client: Mapping[str, Any]) -> dict[str, Any]:
                 else "it takes those of aiokafka's AIOKafkaProducer"
             )
             raise UsageError(f"KafkaSink: no option {option}=; {hint}")
-    return {option: _revealed(value) for option, value in client.items()}
+    return {option: _reveal_secret(value) for option, value in client.items()}
 
 
-def _revealed(value: Any) -> Any:
+def _reveal_secret(value: Any) -> Any:
     if not isinstance(value, Secret):
         return value
     SECRETS.register(value.reveal())

@@ -1,15 +1,16 @@
-"""Objects that arrive in a bucket, each version as one event: `app.on(S3("lake", prefix="in/", queue="arrivals"), handle)`.
+"""Objects that arrive in a bucket, each version as one event: `app.on(S3("lake", prefix="in/",
+queue="arrivals"), handle)`.
 
-Two ways in, alone or together, and one shape of event. From an SQS queue of notifications (plain, through SNS or EventBridge),
-whose messages are deleted only after their events are durable; or by sweeping the listing, whose cursor commits with the
-events. With `reconcile=` a sweep finds what the notifications missed, and both start one run per version between them. MinIO's
-webhook is a `Webhook` with this file's `minio_id` and `minio_object`.
+Two sources, alone or together, and one shape of event: an SQS queue of notifications (S3's own,
+through SNS or through EventBridge), whose messages are deleted only after their events are durable;
+and scans of the listing, whose cursor commits with the events. With `reconcile=` a scan finds what
+the notifications missed, and both start one run per version between them. For MinIO's webhook, use
+a `Webhook` with `minio_id` and `minio_object`.
 
-This file is the public face; `_s3/queue.py` and `_s3/sweep.py` are the loops and show the way of an object through the rooms.
+This file is the public class. Read on in `_s3/queue.py` and `_s3/listing.py`, the two loops.
 """
 
 import asyncio
-import os
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -18,15 +19,21 @@ from typing import Any, Literal
 from eventflow.core.clock import Clock, SystemClock
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Gauge, Intake
-from triggers._s3.clients import Caller, Place
-from triggers._s3.intake import Desk, Options
-from triggers._s3.key_filter import Selection
-from triggers._s3.known_objects import Seen
-from triggers._s3.listing import Sweep
-from triggers._s3.notifications import Notice, identity, read_notices, shape
-from triggers._s3.prefixes import Folders
-from triggers._s3.queue import Queue, Tally
-from triggers.concurrency import together
+from triggers._s3.clients import RetryingCaller, S3Endpoint
+from triggers._s3.intake import LedgerIntake, S3Options
+from triggers._s3.key_filter import KeyFilter
+from triggers._s3.known_objects import KnownObjects
+from triggers._s3.listing import ListingScan
+from triggers._s3.notifications import Notification, event_data, event_id, read_notifications
+from triggers._s3.prefixes import FolderEvents
+from triggers._s3.queue import QueueStats, SqsPoller
+from triggers.concurrency import run_until_first_ends
+
+LOG_EVENTS = {
+    "bucket.opened": (
+        "An S3 trigger listens; `queue` names its queue, `known` counts the objects in its cursor."
+    ),
+}
 
 __all__ = ["S3", "minio_id", "minio_object"]
 
@@ -34,29 +41,38 @@ __all__ = ["S3", "minio_id", "minio_object"]
 class S3:
     """A bucket whose objects are events.
 
-    Types are `io.eventflow.s3.object.created` (any new version, overwrites too), with `deleted=True` `.removed`, and with a
-    folder marker `io.eventflow.s3.folder.completed`. `data`: `bucket`, `key` (decoded), `size`, `etag`, `version`, `sequencer`;
-    None is what the way in does not tell. The subject is the key, the time is the store's. Extensions: `s3reason` (`Put`,
-    `CompleteMultipartUpload`, `Listed`…), and `superseded` on a notice that a later one of its key overtook.
+    Types are `io.eventflow.s3.object.created` (any new version, overwrites too), with
+    `deleted=True` `.removed`, and with a folder marker `io.eventflow.s3.folder.completed`. `data`:
+    `bucket`, `key` (decoded), `size`, `etag`, `version`, `sequencer`; None for what its source does
+    not report. The subject is the key, the time is the store's. Extensions: `s3reason` (`Put`,
+    `CompleteMultipartUpload`, `Listed`…), and `superseded` if a later notification of the key
+    arrived before.
 
     Args:
-        bucket: its name; None takes whatever buckets the queue tells of.
-        queue: the SQS queue (URL, ARN or name) that the bucket's notifications go to. Without one the bucket is polled.
-        prefix, suffix, pattern: which keys. Globs are over the key without the prefix, as in `Directory`; `[]`-lists mean any.
-        poll: seconds between sweeps of the listing, when there is no queue.
-        reconcile: seconds between sweeps beside the queue; None for none.
-        settle: seconds that a listed object must stay the same. S3's writes are atomic: for stores and mounts that append.
-        existing: objects present at the very first sweep `"fire"`, or are `"skip"`ped (their later versions fire).
-        marker: `"{name}.done"` or `"{stem}.ok"`: an object fires once this key is there (sweeps only). `"_SUCCESS"`: the folder
-            fires when this key lands, with `folder`, `objects` and `truncated` in the data.
+        bucket: its name; None takes all buckets in the queue's notifications.
+        queue: the SQS queue (URL, ARN or name) that the bucket's notifications go to. Without one
+            the bucket is polled.
+        prefix, suffix, pattern: which keys. Globs are over the key without the prefix, as in
+            `Directory`; `[]`-lists mean any.
+        poll: seconds between scans of the listing when there is no queue.
+        reconcile: seconds between scans beside the queue; None for no scans.
+        settle: seconds that a listed object must not change. S3's writes are atomic: for stores and
+            mounts that append.
+        existing: whether objects present at the first scan `"fire"`, or `"skip"` them (their later
+            versions fire).
+        marker: `"{name}.done"` or `"{stem}.ok"`: an object fires once this key exists (scans only).
+            `"_SUCCESS"`: the folder fires when this key arrives, with `folder`, `objects` and
+            `truncated` in the data.
         touch: `"skip"`: the same content listed with another time is no event. `"fire"`: it is.
-        deleted: removals are events too.
-        endpoint_url, region: of any S3-compatible store; by default those of the environment. `session`: an aiobotocore or
-            aioboto3 session; `client_options`: handed to the clients as they are. Credentials come from the usual AWS places.
-        wait: seconds of one long poll. `visibility`: seconds for which a received message is kept from others, extended while
-            recording takes longer. `pollers`: loops on the queue.
-        page: keys asked for at a time.
-        name: the trigger's name, by which its cursor is kept; by default made of bucket, prefix and queue.
+        deleted: whether removals are events too.
+        endpoint_url, region: of any S3-compatible store; by default those of the environment.
+            `session`: an aiobotocore or aioboto3 session; `client_options`: passed to the clients.
+            Credentials come from the usual AWS sources.
+        wait: seconds of one long poll. `visibility`: the visibility timeout in seconds, extended
+            while recording takes longer. `pollers`: loops on the queue.
+        page: keys per request of the listing.
+        name: the trigger's name, the key of its cursor; by default made of bucket, prefix and
+            queue.
     """
 
     def __init__(
@@ -84,100 +100,118 @@ class S3:
         page: int = 1000,
         name: str | None = None,
         clock: Clock | None = None,
-        entropy: Callable[[int], bytes] = os.urandom,
+        rng: random.Random | None = None,
     ) -> None:
-        _check(bucket, queue, poll, reconcile, settle, wait, visibility, pollers, page)
-        selection = Selection(prefix, suffix, pattern, marker)
-        if queue is not None and selection.per_object:
+        _check_source(bucket, queue, reconcile)
+        _check_numbers(poll, reconcile, settle, wait, visibility, pollers, page)
+        key_filter = KeyFilter(prefix, suffix, pattern, marker)
+        if queue is not None and key_filter.marker_per_object:
             raise UsageError(
-                f'S3(queue=, marker={marker!r}): expected a folder marker such as "_SUCCESS", or no queue'
+                f"S3(queue=, marker={marker!r}): "
+                'expected a folder marker such as "_SUCCESS", or no queue'
             )
-        self.name = name or _name(bucket, prefix, queue)
-        self._place = Place(endpoint_url, region, session, client_options or {})
-        self._options = Options(
-            bucket=bucket, queue=queue, selection=selection, every=reconcile if queue is not None else poll, settle=settle,
-            skip_existing=existing == "skip", touch=touch == "fire", deleted=deleted, wait=wait, visibility=visibility,
-            pollers=pollers, page=page, clock=clock or SystemClock(),
-        )  # fmt: skip
-        self._draw = random.Random(entropy(8))
-        self._tally = Tally()
-        self._caller: Caller | None = None
-        self._desk: Desk | None = None
-        self._sweep: Sweep | None = None
+        self.name = name or _default_name(bucket, prefix, queue)
+        self._endpoint = S3Endpoint(endpoint_url, region, session, client_options or {})
+        self._options = S3Options(
+            bucket=bucket,
+            queue=queue,
+            key_filter=key_filter,
+            scan_interval=reconcile if queue is not None else poll,
+            settle=settle,
+            skip_existing=existing == "skip",
+            touch=touch == "fire",
+            deleted=deleted,
+            wait=wait,
+            visibility=visibility,
+            pollers=pollers,
+            page=page,
+            clock=clock or SystemClock(),
+        )
+        self._rng = rng or random.Random()
+        self._queue_stats = QueueStats()
+        self._caller: RetryingCaller | None = None
+        self._scan: ListingScan | None = None
 
     def __repr__(self) -> str:
         return f"S3({self._options.bucket!r}, name={self.name!r})"
 
     async def listen(self, intake: Intake) -> None:
-        """Takes in until cancelled. Everything known comes from the cursor, so it may be opened again at any time."""
+        """Until cancelled. May be restarted at any time: all it knows comes from the cursor."""
         options = self._options
-        caller = self._caller = Caller(options.clock, self._draw, intake.log)
-        desk = self._desk = Desk(intake, caller)
+        caller = RetryingCaller(options.clock, self._rng, intake.log)
+        self._caller = caller
+        ledger = LedgerIntake(intake, caller)
         async with AsyncExitStack() as stack:
-            client = await self._place.open(stack, "s3")
-            folders = Folders(client, options.selection, caller)
-            seen, loops = None, list[Coroutine[Any, Any, None]]()
-            if options.every is not None:
+            client = await self._endpoint.open_client(stack, "s3")
+            folders = FolderEvents(client, options.key_filter, caller)
+            known: KnownObjects | None = None
+            loops: list[Coroutine[Any, Any, None]] = []
+            if options.scan_interval is not None:
                 assert options.bucket is not None
                 cursor = await intake.cursor()
-                seen = await asyncio.to_thread(
-                    Seen, options.bucket, cursor, touch=options.touch
+                known = await asyncio.to_thread(
+                    KnownObjects, options.bucket, cursor, touch=options.touch
                 )  # a million keys take a second
-                self._sweep = Sweep(client, options.bucket, options, desk, caller, seen, folders)
-                loops.append(self._sweep.run())
+                self._scan = ListingScan(client, options, ledger, caller, known, folders)
+                loops.append(self._scan.run())
             if options.queue is not None:
-                sqs = await self._place.open(stack, "sqs")
-                url = await _url(sqs, options.queue, caller)
-                queue = Queue(sqs, url, options, desk, caller, seen, folders, self._tally)
-                loops += [queue.run() for _ in range(options.pollers)] + [queue.look()]
+                sqs = await self._endpoint.open_client(stack, "sqs")
+                url = await _queue_url(sqs, options.queue, caller)
+                queue = SqsPoller(
+                    sqs, url, options, ledger, caller, known, folders, self._queue_stats
+                )
+                loops += [queue.run() for _ in range(options.pollers)] + [queue.watch_depth()]
             intake.log.info(
-                "bucket.opened", bucket=options.bucket, queue=options.queue, known=len(seen or ())
+                "bucket.opened", bucket=options.bucket, queue=options.queue, known=len(known or ())
             )
-            await together(*loops)
+            await run_until_first_ends(*loops)
 
-    # ------------------------------------------------------------------------- how it fares
+    # ------------------------------------------------------------------------- health
 
     @property
     def condition(self) -> str | None:
-        """What keeps the source from its work; None while nothing does."""
+        """The error that is being retried; None while the source works."""
         failing = self._caller.failing if self._caller is not None else {}
-        return next(iter(failing.values()), self._desk.full if self._desk is not None else None)
+        return next(iter(failing.values()), None)
 
     @property
     def last_test_event(self) -> str | None:
-        """The bucket whose notification settings S3 last told of with a test message, since the start."""
-        return self._tally.tested
+        """The bucket of the last test message from S3 since the start; None without one."""
+        return self._queue_stats.last_tested_bucket
 
     def gauges(self) -> Sequence[Gauge]:
-        found = self._tally.gauges() if self._options.queue is not None else []
-        return [*found, *(self._sweep.gauges() if self._sweep is not None else [])]
+        gauges: list[Gauge] = []
+        if self._options.queue is not None:
+            gauges += self._queue_stats.gauges()
+        if self._scan is not None:
+            gauges += self._scan.gauges()
+        return gauges
 
 
-async def _url(sqs: Any, queue: str, caller: Caller) -> str:
-    """The queue's URL, from any of its names."""
+async def _queue_url(sqs: Any, queue: str, caller: RetryingCaller) -> str:
+    """The queue's URL, from its URL, ARN or name."""
     if "://" in queue:
         return queue
     parts = queue.split(":")
-    asked = {"QueueName": parts[-1]} | (
+    request = {"QueueName": parts[-1]} | (
         {"QueueOwnerAWSAccountId": parts[4]} if queue.startswith("arn:") else {}
     )
-    answer = await caller.ask(f"looking up the queue {queue}", lambda: sqs.get_queue_url(**asked))
+    answer = await caller.call(
+        f"looking up the queue {queue}", lambda: sqs.get_queue_url(**request)
+    )
     return (answer or {"QueueUrl": queue})["QueueUrl"]
 
 
-def _name(bucket: str | None, prefix: str, queue: str | None) -> str:
-    place = (
+def _default_name(bucket: str | None, prefix: str, queue: str | None) -> str:
+    source = (
         f"{bucket}/{prefix}"
         if bucket is not None
         else (queue or "").rstrip("/").replace("/", ":").rpartition(":")[2]
     )
-    return f"s3:{place.rstrip('/')}"
+    return f"s3:{source.rstrip('/')}"
 
 
-def _check(
-    bucket: str | None, queue: str | None, poll: float, reconcile: float | None, settle: float, wait: float,
-    visibility: float, pollers: int, page: int,
-) -> None:  # fmt: skip
+def _check_source(bucket: str | None, queue: str | None, reconcile: float | None) -> None:
     if bucket is None and (queue is None or reconcile is not None):
         raise UsageError(
             "S3: expected a bucket; only a queue without reconcile= may go without one"
@@ -188,11 +222,23 @@ def _check(
         )
     if queue is None and reconcile is not None:
         raise UsageError(
-            "S3(reconcile=): expected a queue beside it; without one, poll= says how often the bucket is swept"
+            "S3(reconcile=): expected queue= too; without a queue, poll= sets the scan interval"
         )
+
+
+def _check_numbers(
+    poll: float,
+    reconcile: float | None,
+    settle: float,
+    wait: float,
+    visibility: float,
+    pollers: int,
+    page: int,
+) -> None:
     if min(poll, reconcile or 1.0) <= 0 or settle < 0 or not 1 <= page <= 1000 or pollers < 1:
         raise UsageError(
-            "S3: poll, reconcile and pollers must be positive, settle not negative, page from 1 to 1,000"
+            "S3: poll, reconcile and pollers must be positive, settle not negative, "
+            "page from 1 to 1,000"
         )
     if not 0 <= wait <= 20 or not 1 <= visibility <= 43_200:
         raise UsageError("S3: wait must be from 0 to 20 seconds, visibility from 1 to 43,200")
@@ -202,32 +248,38 @@ def _check(
 
 
 def minio_id(headers: Mapping[str, str], body: bytes) -> str | None:
-    """For `Webhook(id=minio_id)`: the identity of the object's version, so that MinIO's second try starts nothing."""
-    found = _notices(body)
-    return identity(found[0]) if found else None
+    """For `Webhook(id=minio_id)`: the id of the object's version, so that MinIO's retry is a
+    duplicate.
+    """
+    found = _notifications(body)
+    return event_id(found[0]) if found else None
 
 
 def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
-    """For `app.on(Webhook(...), flow, params=minio_object("bucket", "key"))`: what an `S3` event has, from MinIO's message.
+    """For `app.on(Webhook(...), flow, params=minio_object("bucket", "key"))`: the data of an `S3`
+    event, from MinIO's message.
 
-    `fields` are those that the flow takes, of `bucket`, `key`, `size`, `etag`, `version`, `sequencer`; none means all six.
+    `fields`: those that the flow takes, of `bucket`, `key`, `size`, `etag`, `version`, `sequencer`;
+    none means all six.
     """
-    if unknown := set(fields) - set(shape(Notice(action="created", bucket="", key=""))):
+    if unknown := set(fields) - set(event_data(Notification(action="created", bucket="", key=""))):
         raise UsageError(
             f"minio_object: expected fields of an S3 event, found {', '.join(sorted(unknown))}"
         )
 
     def params(event: Event) -> dict[str, Any]:
-        found = _notices(event.data)
+        found = _notifications(event.data)
         if not found:
             raise ValueError("expected a record of an object, found none")
         return {
-            name: value for name, value in shape(found[0]).items() if not fields or name in fields
+            name: value
+            for name, value in event_data(found[0]).items()
+            if not fields or name in fields
         }
 
     return params
 
 
-def _notices(found: Any) -> list[Notice]:
-    read = read_notices(found)
+def _notifications(found: Any) -> list[Notification]:
+    read = read_notifications(found)
     return read if isinstance(read, list) else []

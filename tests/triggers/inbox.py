@@ -1,4 +1,6 @@
-"""A landing directory under watch, for tests: real files, a `Directory` listening, the contract's ledger on the far side."""
+"""A landing directory under watch, for tests: real files, a `Directory` listening, the contract's
+ledger on the far side.
+"""
 
 import asyncio
 import os
@@ -7,18 +9,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, Watched, listening
+from tests.triggers.observed import ObservedTrigger
 from triggers.files import Directory
 
 QUICK: dict[str, Any] = {"settle": 0.05, "zero_byte_grace": 0.3, "rescan": 30.0, "poll": 0.1}
-"""Options that make tests quick; rescan is long, so that what arrives soon arrived by a notification."""
+"""Options that make tests quick; rescan is long, so that what arrives soon arrived by a
+notification.
+"""
 
 
-class Inbox(Watched):
+class Inbox(ObservedTrigger):
     """The directory `root`, watched."""
 
-    def __init__(self, root: Path, ledger: Ledger, **options: Any) -> None:
+    def __init__(self, root: Path, ledger: ContractLedger, **options: Any) -> None:
         super().__init__(ledger)
         self.root = root
         self.trigger = Directory(root, **{**QUICK, "name": "inbox", **options})
@@ -39,7 +44,9 @@ class Inbox(Watched):
         )
 
     async def goes_quiet(self) -> None:
-        """Waits until a file written now, after whatever went before, is an event: the trigger has looked since."""
+        """Waits until a file written now, after whatever went before, is an event: the trigger has
+        looked since.
+        """
         probe = self.root / f"probe{len(list(self.root.glob('probe*')))}"
         await asyncio.sleep(0.1)  # so that the probe's wait ends after that of anything before it
         probe.write_text("probe")
@@ -54,14 +61,15 @@ class Inbox(Watched):
 
 @asynccontextmanager
 async def watched(
-    root: Path, ledger: Ledger | None = None, *, opened: bool = True, **options: Any
+    root: Path, ledger: ContractLedger | None = None, *, opened: bool = True, **options: Any
 ) -> AsyncIterator[Inbox]:
     """An inbox whose trigger listens, and (`opened`) has looked at the tree once."""
-    inbox = Inbox(root, ledger or Ledger(), **options)
+    inbox = Inbox(root, ledger or ContractLedger(), **options)
     async with listening(inbox.trigger, inbox.ledger) as task:
         if opened:
             await eventually(
-                lambda: task.done() or inbox.said("directory.walked"), "the first walk is over"
+                lambda: task.done() or inbox.logged("directory.initial_scan_completed"),
+                "the first walk is over",
             )
         yield inbox
 

@@ -1,4 +1,6 @@
-"""Between Kafka clients and a broker, for tests: it counts connections, damages what passes, and withholds answers."""
+"""Between Kafka clients and a broker, for tests: it counts connections, damages what passes, and
+withholds answers.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -8,9 +10,10 @@ from tests.brokers import Broker, free_port, tansu
 
 
 class Proxy:
-    """`damage` is applied to everything that passes. `answers`: how many more of the broker's are let through; None, all.
+    """`damage` is applied to everything that passes. `answers`: how many more of the broker's are
+    let through; None, all.
 
-    `withheld` tells whether one waits here; `open` how many connections clients have.
+    `withheld`: whether one is held back; `open` how many connections clients have.
     """
 
     def __init__(self, port: int, target: int) -> None:
@@ -76,7 +79,9 @@ async def _close(sink: asyncio.StreamWriter) -> None:
 
 @contextmanager
 def behind_a_proxy() -> Iterator[tuple[Broker, Proxy]]:
-    """A broker that clients reach through a proxy only; the proxy is to be opened on the test's loop."""
+    """A broker that clients reach through a proxy only; the proxy is to be opened on the test's
+    loop.
+    """
     port = free_port()
     with tansu(advertised=port) as broker:
         proxy = Proxy(port, int(broker.server.rpartition(":")[2]))

@@ -1,14 +1,17 @@
-"""A topic on a real broker and a `Kafka` trigger on it, for tests, with the contract's ledger on the far side."""
+"""A topic on a real broker and a `Kafka` trigger on it, for tests, with the contract's ledger on
+the far side.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from eventflow.events.event import Event, Undecodable, totals
+from eventflow.events.event import Event, Undecodable, gauge_totals
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.brokers import Broker
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, Watched, listening
+from tests.triggers.observed import ObservedTrigger
 from triggers.kafka import Kafka
 
 QUICK: dict[str, Any] = {
@@ -21,11 +24,11 @@ QUICK: dict[str, Any] = {
 """Options that make tests quick."""
 
 
-class Topic(Watched):
+class Topic(ObservedTrigger):
     """A topic, its group, and what triggers made of it."""
 
     def __init__(self, broker: Broker, name: str, partitions: int = 1, **options: Any) -> None:
-        super().__init__(Ledger())
+        super().__init__(ContractLedger())
         self.broker, self.name, self.partitions = broker, name, partitions
         self.group = f"group-{name}"
         self.options = {**QUICK, **options}
@@ -57,11 +60,11 @@ class Topic(Watched):
         self, *, joined: bool = True, within: float = 40.0, **options: Any
     ) -> AsyncIterator[asyncio.Task[None]]:
         """The trigger at work; `joined`, once it has its partitions."""
-        before = len(self.said("kafka.assigned"))
+        before = len(self.logged("kafka.assigned"))
         async with listening(self.make(**options), self.ledger) as task:
             if joined:
                 await eventually(
-                    lambda: task.done() or len(self.said("kafka.assigned")) > before,
+                    lambda: task.done() or len(self.logged("kafka.assigned")) > before,
                     "partitions are assigned",
                     within=within,
                 )
@@ -73,9 +76,9 @@ class Topic(Watched):
     async def has(self, count: int, within: float = 40.0) -> None:
         """Waits until so many items are recorded; more are an error."""
         await eventually(
-            lambda: len(self.ledger.kept) >= count, f"{count} items are recorded", within=within
+            lambda: len(self.ledger.recorded) >= count, f"{count} items are recorded", within=within
         )
-        assert len(self.ledger.kept) == count, list(self.ledger.kept.values())
+        assert len(self.ledger.recorded) == count, list(self.ledger.recorded.values())
 
     async def committed(self, *offsets: int | None) -> None:
         """Waits until the group has these offsets, by partition."""
@@ -91,7 +94,7 @@ class Topic(Watched):
         return found[0]
 
     def totals(self) -> dict[str, float]:
-        return totals(self.trigger.gauges())
+        return gauge_totals(self.trigger.gauges())
 
 
 async def make_topic(broker: Broker, partitions: int = 1, **options: Any) -> Topic:

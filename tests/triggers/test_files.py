@@ -1,4 +1,6 @@
-"""Landing files, on a real file system with real notifications: what is an event, when, and that none is lost or made twice."""
+"""Landing files, on a real file system with real notifications: what is an event, when, and that
+none is lost or made twice.
+"""
 
 import asyncio
 import base64
@@ -14,16 +16,22 @@ from urllib.parse import unquote
 import pytest
 
 from eventflow.core.errors import StoreFull, UsageError
-from eventflow.events.event import Json, Trigger
+from eventflow.events.event import Json
+from eventflow.testing.trigger_contract import (
+    CONTRACT,
+    ContractLedger,
+    Item,
+    Promise,
+    TriggerHarness,
+)
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from tests.triggers.inbox import Inbox, run, touch, watched
 from triggers.files import Directory, move
 
-# --------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------ the contract
 
 
-class FilesHarness:
+class FilesHarness(TriggerHarness):
     """A directory; an item is a file, acknowledged when the cursor holds it."""
 
     def __init__(self, root: Path, **options: Any) -> None:
@@ -34,21 +42,21 @@ class FilesHarness:
         self.root.mkdir()
         yield
 
-    def trigger(self) -> Trigger:
+    def trigger(self) -> Directory:
         return Directory(self.root, settle=0.05, poll=0.1, name="inbox", **self.options)
 
     async def offer(self, keys: Sequence[str]) -> None:
         for key in keys:
             (self.root / key).write_text(key)
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
         for key in keys:
             del ledger.cursors[key]
 
     def key(self, item: Item) -> str:
         return item.data["relpath"]  # type: ignore[union-attr]
 
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
+    async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         return {key for key in ledger.cursors if not key.startswith("/")}
 
 
@@ -58,34 +66,37 @@ class MovingHarness(FilesHarness):
     def __init__(self, root: Path) -> None:
         super().__init__(root, after=move(root.parent / "done"))
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
         for key in keys:
             os.rename(self.root.parent / "done" / key, self.root / key)
 
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
+    async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         done = self.root.parent / "done"
         return {path.name for path in done.glob("*") if not (self.root / path.name).exists()}
 
 
-@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
+@pytest.mark.parametrize("promise", CONTRACT)
 @pytest.mark.parametrize("how", ["native", "poll", "move"])
 def test_contract(promise: Promise, how: str, tmp_path: Path):
-    """A directory keeps the promises of every trigger, with notifications, by polling, and when it moves what landed."""
+    """A directory keeps the promises of every trigger, with notifications, by polling, and when it
+    moves what landed.
+    """
     root = tmp_path / "in"
     asyncio.run(promise(MovingHarness(root) if how == "move" else FilesHarness(root, watch=how)))
 
 
 def test_name_is_stable(tmp_path: Path):
     """The name comes from the root as given, or is given."""
-    is_stable_name(Directory(tmp_path), Directory(tmp_path))
     assert Directory("inbox").name == "files:inbox" and Directory("inbox", name="x").name == "x"
 
 
-# --------------------------------------------------------------------------- what an event says
+# ------------------------------------------------------------------ events
 
 
 def test_event_of_a_file(tmp_path: Path):
-    """An event names the file, its size and times, and its version; `sha256` only when asked for."""
+    """An event names the file, its size and times, and its version; `sha256` only when asked
+    for.
+    """
 
     async def test(inbox: Inbox) -> None:
         path = inbox.write("sub dir/a.csv", "1,2\n")
@@ -97,9 +108,15 @@ def test_event_of_a_file(tmp_path: Path):
             str(inbox.root)
         )
         assert event.data == {
-            "path": str(path), "relpath": "sub dir/a.csv", "name": "a.csv", "size": 4, "mtime_ns": stat.st_mtime_ns,
-            "mtime": event.data["mtime"], "inode": stat.st_ino, "sha256": hashlib.sha256(b"1,2\n").hexdigest(),
-        }  # fmt: skip
+            "path": str(path),
+            "relpath": "sub dir/a.csv",
+            "name": "a.csv",
+            "size": 4,
+            "mtime_ns": stat.st_mtime_ns,
+            "mtime": event.data["mtime"],
+            "inode": stat.st_ino,
+            "sha256": hashlib.sha256(b"1,2\n").hexdigest(),
+        }
         assert abs(datetime.fromisoformat(event.data["mtime"]).timestamp() - stat.st_mtime) < 1e-3
         assert event.time is not None and event.time >= datetime.fromisoformat(
             str(event.extensions["firstseen"])
@@ -131,7 +148,9 @@ NAMES = [
 
 
 def test_odd_names(tmp_path: Path):
-    """Newlines, emoji, right-to-left, 255 bytes, a leading dash: one event each, with the path that opens the file."""
+    """Newlines, emoji, right-to-left, 255 bytes, a leading dash: one event each, with the path that
+    opens the file.
+    """
 
     async def test(inbox: Inbox) -> None:
         for name in NAMES:
@@ -147,14 +166,15 @@ def test_odd_names(tmp_path: Path):
 
 
 def test_names_that_are_not_utf8(tmp_path: Path):
-    """A name that is not UTF-8 is one event, with its bytes in `path_b64`; it is known again after a restart, and so are others
-    that land once it has killed the notifier."""
+    """A name that is not UTF-8 is one event, with its bytes in `path_b64`; it is known again after
+    a restart, and so are others that land once it has killed the notifier.
+    """
     root = tmp_path / "in"
     root.mkdir()
     odd = os.fsencode(root) + b"/caf\xe9.csv"
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with watched(root, ledger) as inbox:
             Path(os.fsdecode(odd)).write_text("x")
             await inbox.has(r"caf\xe9.csv")
@@ -162,7 +182,9 @@ def test_names_that_are_not_utf8(tmp_path: Path):
             inbox.write("next.csv")
             await inbox.has(r"caf\xe9.csv", "next.csv")
             Path(os.fsdecode(odd) + "2").write_text("y")
-            await eventually(lambda: inbox.said("directory.polled_instead"), "polling takes over")
+            await eventually(
+                lambda: inbox.logged("directory.polling_fallback"), "polling takes over"
+            )
             inbox.write("polled.csv")
             await inbox.has(r"caf\xe9.csv", r"caf\xe9.csv2", "next.csv", "polled.csv")
         async with watched(root, ledger) as inbox:
@@ -172,11 +194,13 @@ def test_names_that_are_not_utf8(tmp_path: Path):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- when a file fires
+# ------------------------------------------------------------------ when a file fires
 
 
 def test_a_file_fires_when_it_holds_still(tmp_path: Path):
-    """While a file grows it is no event; one event comes when it has held still for `settle`, with the final size."""
+    """While a file grows it is no event; one event comes when it has held still for `settle`, with
+    the final size.
+    """
 
     async def test(inbox: Inbox) -> None:
         with open(inbox.root / "slow.csv", "w") as file:
@@ -192,7 +216,9 @@ def test_a_file_fires_when_it_holds_still(tmp_path: Path):
 
 
 def test_temporary_names_are_ignored(tmp_path: Path):
-    """A file written under a dotted or `.part` name and renamed is one event, under its final name."""
+    """A file written under a dotted or `.part` name and renamed is one event, under its final
+    name.
+    """
 
     async def test(inbox: Inbox) -> None:
         for hidden, name in ((".x.tmp", "x.csv"), ("y.csv.part", "y.csv"), ("~$z.csv", "z.csv")):
@@ -206,7 +232,9 @@ def test_temporary_names_are_ignored(tmp_path: Path):
 
 
 def test_patterns(tmp_path: Path):
-    """Only what a pattern takes is an event: without a slash at any depth, with one on the whole path."""
+    """Only what a pattern takes is an event: without a slash at any depth, with one on the whole
+    path.
+    """
 
     async def test(inbox: Inbox) -> None:
         for name in (
@@ -259,7 +287,9 @@ def test_mkdir_and_file_at_once(tmp_path: Path):
 
 
 def test_ten_thousand_at_once(tmp_path: Path):
-    """10,000 files present at once are one event each, at most 500 in one accept, oldest first within what ripened together."""
+    """10,000 files present at once are one event each, at most 500 in one accept, oldest first
+    within what ripened together.
+    """
     root = tmp_path / "in"
     root.mkdir()
     for number in range(10_000):
@@ -284,11 +314,13 @@ def test_ten_thousand_at_once(tmp_path: Path):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- versions
+# ------------------------------------------------------------------ versions
 
 
 def test_overwrite_is_a_new_event(tmp_path: Path):
-    """Another content is another event: of another size, of the same size in place, and of the same size and time by rename."""
+    """Another content is another event: of another size, of the same size in place, and of the same
+    size and time by rename.
+    """
 
     async def test(inbox: Inbox) -> None:
         path = inbox.write("x.csv", "one")
@@ -309,12 +341,14 @@ def test_overwrite_is_a_new_event(tmp_path: Path):
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
 def test_touch_is_no_event(tmp_path: Path, size: int):
-    """New times on the same content are no event, now or after a restart; with `touch="fire"` they are."""
+    """New times on the same content are no event, now or after a restart; with `touch="fire"` they
+    are.
+    """
     root = tmp_path / "in"
     root.mkdir()
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with watched(root, ledger) as inbox:
             path = inbox.write("x.csv", "x" * size)
             await inbox.has("x.csv")
@@ -335,7 +369,9 @@ def test_touch_is_no_event(tmp_path: Path, size: int):
 
 
 def test_empty_files_wait_longer(tmp_path: Path):
-    """An empty file fires once: with its final size if it is filled within the grace, else empty, after the grace."""
+    """An empty file fires once: with its final size if it is filled within the grace, else empty,
+    after the grace.
+    """
 
     async def test(inbox: Inbox) -> None:
         never, filled = inbox.write("never", ""), inbox.write("filled", "")
@@ -358,7 +394,9 @@ def test_empty_files_wait_longer(tmp_path: Path):
     [("{name}.done", "x.csv.done"), ("{stem}.ok", "x.ok"), ("_SUCCESS", "_SUCCESS")],
 )
 def test_marker(tmp_path: Path, template: str, name: str, marker_first: bool):
-    """With `marker`, a file fires once, after its marker is there, whichever came first; the marker is no event."""
+    """With `marker`, a file fires once, after its marker is there, whichever came first; the marker
+    is no event.
+    """
 
     async def test(inbox: Inbox) -> None:
         order = [name, "x.csv"] if marker_first else ["x.csv", name]
@@ -374,13 +412,14 @@ def test_marker(tmp_path: Path, template: str, name: str, marker_first: bool):
 
 
 def test_deletions(tmp_path: Path):
-    """With `deleted=True` a file that is gone is an event; without, only its cursor entry goes. Both find what went while
-    nobody watched, and a file that comes back is created anew."""
+    """With `deleted=True` a file that is gone is an event; without, only its cursor entry goes.
+    Both find what was removed while nothing watched, and a file that comes back is a created file again.
+    """
     root = tmp_path / "in"
     root.mkdir()
 
     async def main(deleted: bool) -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with watched(root, ledger, deleted=deleted) as inbox:
             for name in ("a", "b", "d/c"):
                 inbox.write(name)
@@ -402,19 +441,21 @@ def test_deletions(tmp_path: Path):
     asyncio.run(main(False))
 
 
-# --------------------------------------------------------------------------- starts and restarts
+# ------------------------------------------------------------------ starts and restarts
 
 
 def test_existing_files_fire_or_are_skipped_once(tmp_path: Path):
-    """`existing="skip"` leaves alone what is there at the very first start, and nothing else: its later versions, what lands
-    while the process is down, and what lands in the middle of the start are events."""
+    """`existing="skip"` leaves alone what is there at the very first start, and nothing else: its
+    later versions, what lands while the process is down, and what lands in the middle of the start
+    are events.
+    """
     root = tmp_path / "in"
     root.mkdir()
     for name in ("old", "older"):
         (root / name).write_text(name)
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         asked, answer, cursor = asyncio.Event(), asyncio.Event(), ledger.cursor
 
         async def slowly() -> Mapping[str, Json]:
@@ -435,7 +476,7 @@ def test_existing_files_fire_or_are_skipped_once(tmp_path: Path):
         (root / "meanwhile").write_text("x")
         async with watched(root, ledger, existing="skip") as inbox:
             await inbox.has("new", "old", "meanwhile")
-        async with watched(root, Ledger()) as inbox:
+        async with watched(root, ContractLedger()) as inbox:
             await inbox.has("new", "old", "older", "meanwhile")
 
     asyncio.run(main())
@@ -447,7 +488,7 @@ def test_restart_makes_nothing_twice(tmp_path: Path):
     root.mkdir()
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         for _ in range(3):
             async with watched(root, ledger) as inbox:
                 inbox.write("a")
@@ -458,14 +499,16 @@ def test_restart_makes_nothing_twice(tmp_path: Path):
 
 
 def test_a_full_ledger_is_waited_for(tmp_path: Path):
-    """While the ledger is full nothing is marked as seen; what grew meanwhile fires with the size it has when there is room."""
+    """While the ledger is full nothing is marked as seen; a file that grew meanwhile fires with its
+    final size.
+    """
 
     async def test(inbox: Inbox) -> None:
-        inbox.ledger.failing = StoreFull("full", 0.05)
+        inbox.ledger.error = StoreFull("full", 0.05)
         inbox.write("a")
-        await eventually(lambda: inbox.ledger.refusals > 3, "it is offered several times")
-        assert "a" not in inbox.ledger.cursors and inbox.said("directory.slowed")
-        inbox.ledger.failing = None
+        await eventually(lambda: inbox.ledger.refused_calls > 3, "it is offered several times")
+        assert "a" not in inbox.ledger.cursors
+        inbox.ledger.error = None
         await inbox.has("a")
 
     run(test, tmp_path / "in")

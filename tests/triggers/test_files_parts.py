@@ -1,4 +1,4 @@
-"""The parts of the files trigger that decide without looking: names, the settling machine, what is known."""
+"""The parts of the files trigger without I/O: names, the settling machine, known files."""
 
 import asyncio
 import tracemalloc
@@ -10,13 +10,22 @@ from hypothesis import strategies as st
 
 from eventflow.events.event import Json
 from tests.conftest import eventually
-from triggers._files.events import SAMPLED, Desk, Fate
-from triggers._files.names import IGNORED, Names, from_key, printable, to_key
-from triggers._files.notifications import Hints
-from triggers._files.settling import WINDOW, Known, Ripe, Settling, Sight, is_owed, mark, same_file
+from triggers._files.events import SAMPLE_WHOLE_BYTES, Disposition, FileClassifier
+from triggers._files.names import IGNORED, NameFilter, from_key, printable, to_key
+from triggers._files.notifications import FsNotifications
+from triggers._files.settling import (
+    MAX_PENDING_FILES,
+    FileStat,
+    KnownFiles,
+    SettledFile,
+    SettlingFiles,
+    is_removal_pending,
+    is_same_version,
+    pack_mark,
+)
 from triggers._files.tree import Tree, Walk
 
-# --------------------------------------------------------------------------- names
+# ------------------------------------------------------------------ names
 
 
 @pytest.mark.parametrize(
@@ -37,23 +46,29 @@ from triggers._files.tree import Tree, Walk
     ],
 )
 def test_globs(glob: str, taken: list[str], left: list[str]):
-    """A glob takes what it says and nothing else; anything but `* ? [ ]` stands for itself."""
-    names = Names(glob, (), None)
-    assert [name for name in taken + left if names.wants(name.encode())] == taken
+    """A glob matches its names and nothing else; characters other than `* ? [ ]` match
+    themselves.
+    """
+    names = NameFilter(glob, (), None)
+    assert [name for name in taken + left if names.matches(name.encode())] == taken
 
 
 def test_ignored_by_default():
     """Incomplete files and dotfiles are left alone, and dot directories not entered, by default."""
-    names = Names("**/*", IGNORED, None)
+    names = NameFilter("**/*", IGNORED, None)
     assert not any(
         map(
-            names.wants,
+            names.matches,
             [b".x", b"a.tmp", b"d/a.part", b"a.crdownload", b"~$a.xlsx", b".nfs0001", b"a.swp"],
         )
     )
-    assert all(map(names.wants, [b"a", b"a.tmp.csv", b"part", b"d/a~"]))
+    assert all(map(names.matches, [b"a", b"a.tmp.csv", b"part", b"d/a~"]))
     assert not names.enters(b".git") and names.enters(b"git")
-    assert not names.admits(b".git/a") and not names.admits(b"a.tmp/b") and names.admits(b"git/a")
+    assert (
+        not names.matches_path(b".git/a")
+        and not names.matches_path(b"a.tmp/b")
+        and names.matches_path(b"git/a")
+    )
 
 
 @given(st.binary(min_size=1).filter(lambda name: b"\0" not in name and not name.startswith(b"/")))
@@ -74,117 +89,130 @@ def test_keys_differ(one: bytes, other: bytes):
     )
 
 
-# --------------------------------------------------------------------------- settling
+# ------------------------------------------------------------------ settling
 
-STILL = Sight(10, 1, 7)
-OTHER = Sight(11, 2, 7)
-
-
-def look(settling: Settling, at: float, sight: Sight | None, path: bytes = b"x") -> list[bytes]:
-    """One look that takes no time; what is ripe after it."""
-    settling.see(path, sight, before=at, after=at, now_us=int(at * 1e6))
-    return [each.path for each in settling.ripe([path])]
+STILL = FileStat(10, 1, 7)
+OTHER = FileStat(11, 2, 7)
 
 
-def settling(known: Known | None = None) -> Settling:
-    return Settling(known or Known(), settle=2.0, zero_byte_grace=30.0)
+def stat_at(
+    settling: SettlingFiles, at: float, stat: FileStat | None, path: bytes = b"x"
+) -> list[bytes]:
+    """One stat that takes no time; the settled paths after it."""
+    settling.observe(path, stat, before=at, after=at, now_us=int(at * 1e6))
+    return [each.path for each in settling.settled([path])]
 
 
-def test_ripe_after_two_looks_settle_apart():
-    """A file is ripe when a look at least `settle` after the first one finds it unchanged; never by the passing of time."""
+def settling(known: KnownFiles | None = None) -> SettlingFiles:
+    return SettlingFiles(known or KnownFiles(), settle=2.0, zero_byte_grace=30.0)
+
+
+def test_settled_after_two_stats_settle_apart():
+    """A file settles when a stat at least `settle` after the first one is the same; never by time
+    alone.
+    """
     it = settling()
-    assert look(it, 0, STILL) == [] and it.next_due() == 2.0
+    assert stat_at(it, 0, STILL) == [] and it.next_due() == 2.0
     assert it.due(1.9) == [] and it.due(2.0) == [b"x"]
-    assert it.ripe([b"x"]) == []
-    assert look(it, 1.9, STILL) == []
-    assert look(it, 2.0, STILL) == [b"x"]
+    assert it.settled([b"x"]) == []
+    assert stat_at(it, 1.9, STILL) == []
+    assert stat_at(it, 2.0, STILL) == [b"x"]
 
 
-def test_any_change_begins_the_wait_anew():
-    """Another size, mtime or inode, or a moment's absence, begins the wait anew."""
-    for change in (Sight(11, 1, 7), Sight(10, 2, 7), Sight(10, 1, 8)):
+def test_any_change_restarts_the_wait():
+    """Another size, mtime or inode, or a moment's absence, restarts the wait."""
+    for change in (FileStat(11, 1, 7), FileStat(10, 2, 7), FileStat(10, 1, 8)):
         it = settling()
-        look(it, 0, STILL)
+        stat_at(it, 0, STILL)
         assert (
-            look(it, 2, change) == []
-            and look(it, 3.9, change) == []
-            and look(it, 4, change) == [b"x"]
+            stat_at(it, 2, change) == []
+            and stat_at(it, 3.9, change) == []
+            and stat_at(it, 4, change) == [b"x"]
         )
     it = settling()
-    look(it, 0, STILL)
+    stat_at(it, 0, STILL)
     assert (
-        look(it, 1, None) == []
+        stat_at(it, 1, None) == []
         and len(it) == 0
-        and look(it, 2, STILL) == []
-        and look(it, 4, STILL) == [b"x"]
+        and stat_at(it, 2, STILL) == []
+        and stat_at(it, 4, STILL) == [b"x"]
     )
 
 
-def test_slow_looks_shorten_no_wait():
-    """The wait counts from the end of the first look to the beginning of the last one."""
+def test_slow_stats_shorten_no_wait():
+    """The wait counts from the end of the first stat to the beginning of the last one."""
     it = settling()
-    it.see(b"x", STILL, before=0, after=5, now_us=0)
-    it.see(b"x", STILL, before=6, after=9, now_us=0)
-    assert it.ripe([b"x"]) == []
-    it.see(b"x", STILL, before=7, after=9, now_us=0)
-    assert it.ripe([b"x"])
+    it.observe(b"x", STILL, before=0, after=5, now_us=0)
+    it.observe(b"x", STILL, before=6, after=9, now_us=0)
+    assert it.settled([b"x"]) == []
+    it.observe(b"x", STILL, before=7, after=9, now_us=0)
+    assert it.settled([b"x"])
 
 
-def test_a_known_file_gone_is_ripe_as_gone():
-    """A known file missing at two looks `settle` apart is ripe as gone; one that comes back unchanged is nothing."""
-    known = Known()
-    known.add(b"x", mark(STILL, 1))
+def test_a_known_file_that_is_missing_settles_as_missing():
+    """A known file missing at two stats `settle` apart settles as missing; one that returns
+    unchanged does not.
+    """
+    known = KnownFiles()
+    known.add(b"x", pack_mark(STILL, 1))
     it = settling(known)
-    assert look(it, 0, STILL) == [] and len(it) == 0
-    look(it, 1, None)
-    look(it, 2, STILL)
+    assert stat_at(it, 0, STILL) == [] and len(it) == 0
+    stat_at(it, 1, None)
+    stat_at(it, 2, STILL)
     assert len(it) == 0
-    look(it, 3, None)
-    assert look(it, 5, None) == [b"x"] and it.ripe([b"x"])[0].sight is None
+    stat_at(it, 3, None)
+    assert stat_at(it, 5, None) == [b"x"] and it.settled([b"x"])[0].stat is None
 
 
 def test_known_marks():
-    """A mark knows its own version, its own content, and whether a removal is owed, through the cursor and back."""
-    known = Known()
+    """A mark knows its own version, its own content, and whether a removal is pending, through the
+    cursor and back.
+    """
+    known = KnownFiles()
     cursor: dict[str, Json] = {
         "/began": "now",
         "d/x": [10, 1, 7, 99, 1],
         "//" + "/w==": [0, 0, 0, None, 0],
     }
     known.load(cursor)
-    assert len(known) == 2 and b"d/x" in known and b"\xff" in known and known.owes(b"d/x")
     assert (
-        known.unchanged(b"d/x", STILL)
-        and not known.unchanged(b"d/x", OTHER)
-        and not known.unchanged(b"x", STILL)
+        len(known) == 2 and b"d/x" in known and b"\xff" in known and known.removal_pending(b"d/x")
     )
-    assert known.only_touched(b"d/x", Sight(10, 5, 7), 99)
-    for sight, sample in (
-        (Sight(10, 5, 7), 98),
-        (Sight(10, 5, 8), 99),
-        (Sight(11, 5, 7), 99),
-        (Sight(10, 5, 7), None),
+    assert (
+        known.is_unchanged(b"d/x", STILL)
+        and not known.is_unchanged(b"d/x", OTHER)
+        and not known.is_unchanged(b"x", STILL)
+    )
+    assert known.is_only_touched(b"d/x", FileStat(10, 5, 7), 99)
+    for stat, sample in (
+        (FileStat(10, 5, 7), 98),
+        (FileStat(10, 5, 8), 99),
+        (FileStat(11, 5, 7), 99),
+        (FileStat(10, 5, 7), None),
     ):
-        assert not known.only_touched(b"d/x", sight, sample)
+        assert not known.is_only_touched(b"d/x", stat, sample)
     known.forget(b"d/x")
     assert b"d/x" not in known and known.within(b"d") == {}
 
 
 @given(st.tuples(*[st.integers(0, 1 << 63)] * 3), st.integers(0, 1 << 48), st.booleans())
-def test_marks_hold_their_halves(version: tuple[int, int, int], sample: int, owed: bool):
-    """Packing a mark into one integer loses neither the version nor the debt."""
-    value = mark(Sight(*version), sample, owed)
-    assert same_file(value, Sight(*version)) and is_owed(value) is owed
+def test_marks_hold_their_halves(version: tuple[int, int, int], sample: int, removal_pending: bool):
+    """Packing a mark into one integer loses neither the version nor the pending removal."""
+    value = pack_mark(FileStat(*version), sample, removal_pending)
+    assert (
+        is_same_version(value, FileStat(*version)) and is_removal_pending(value) is removal_pending
+    )
 
 
 def test_known_is_small():
     """A known file takes at most 200 bytes of memory, name included."""
     tracemalloc.start()
     try:
-        known = Known()
+        known = KnownFiles()
         for number in range(100_000):
             known.add(
-                b"some/where/data-%08d.csv" % number, mark(Sight(number, number, number), number)
+                b"some/where/data-%08d.csv" % number,
+                pack_mark(FileStat(number, number, number), number),
             )
         assert tracemalloc.get_traced_memory()[0] / 100_000 <= 200
     finally:
@@ -192,22 +220,34 @@ def test_known_is_small():
 
 
 def test_the_window_is_bounded():
-    """There is no room for more than WINDOW pending files, so that a walk over a flood pauses."""
+    """At most MAX_PENDING_FILES files are pending, so that a walk over a flood pauses."""
     it = settling()
-    for number in range(WINDOW):
-        assert it.room == WINDOW - number
-        look(it, 0, STILL, b"%d" % number)
-    assert it.room == 0
+    for number in range(MAX_PENDING_FILES):
+        assert it.capacity == MAX_PENDING_FILES - number
+        stat_at(it, 0, STILL, b"%d" % number)
+    assert it.capacity == 0
 
 
-# --------------------------------------------------------------------------- sampling and walking
+# ------------------------------------------------------------------ sampling and walking
 
 
-@pytest.mark.parametrize("size", [0, 1, SAMPLED - 1, SAMPLED, SAMPLED + 1, 10 * SAMPLED])
+@pytest.mark.parametrize(
+    "size",
+    [
+        0,
+        1,
+        SAMPLE_WHOLE_BYTES - 1,
+        SAMPLE_WHOLE_BYTES,
+        SAMPLE_WHOLE_BYTES + 1,
+        10 * SAMPLE_WHOLE_BYTES,
+    ],
+)
 def test_samples_tell_contents_apart(tmp_path: Path, size: int):
-    """Equal contents have equal samples; a change at the beginning or the end changes it, whatever the size."""
-    tree = Tree(bytes(tmp_path), Names("**/*", (), None))
-    desk = Desk(tree, Known(), None, sha256=False, touch=False)
+    """Equal contents have equal samples; a change at the beginning or the end changes it, whatever
+    the size.
+    """
+    tree = Tree(bytes(tmp_path), NameFilter("**/*", (), None))
+    classifier = FileClassifier(tree, KnownFiles(), None, sha256=False, touch=False)
     content = bytes(range(256)) * (size // 256 + 1)
     for name, data in (
         ("a", content[:size]),
@@ -216,53 +256,67 @@ def test_samples_tell_contents_apart(tmp_path: Path, size: int):
         ("d", content[: size - 1] + b"~"),
     ):
         (tmp_path / name).write_bytes(data if size else b"")
-    a, b, c, d = desk.samples([b"a", b"b", b"c", b"d"])
+    a, b, c, d = classifier.samples([b"a", b"b", b"c", b"d"])
     assert a == b and (size == 0 or len({a, c, d}) == (2 if size == 1 else 3))
 
 
-def test_a_file_that_moves_under_the_last_look(tmp_path: Path):
-    """What is no longer the version that held still is no event: it has changed, and is looked at again."""
-    tree = Tree(bytes(tmp_path), Names("**/*", (), None))
-    desk = Desk(tree, Known(), None, sha256=True, touch=False)
+def test_a_file_that_changes_during_the_last_stat(tmp_path: Path):
+    """A file that is no longer the settled version is no event: it has changed, and stays
+    pending.
+    """
+    tree = Tree(bytes(tmp_path), NameFilter("**/*", (), None))
+    classifier = FileClassifier(tree, KnownFiles(), None, sha256=True, touch=False)
     (tmp_path / "a").write_text("now longer")
-    (still,) = desk.prepare([Ripe(b"a", tree.look(b"a"), 0)], 0)
-    changed, gone = desk.prepare([Ripe(b"a", Sight(3, 1, 1), 0), Ripe(b"b", Sight(3, 1, 1), 0)], 0)
-    assert (still.fate, changed.fate, gone.fate) == (Fate.CREATED, Fate.CHANGED, Fate.CHANGED)
+    (still,) = classifier.classify([SettledFile(b"a", tree.file_stat(b"a"), 0)], 0)
+    changed, gone = classifier.classify(
+        [SettledFile(b"a", FileStat(3, 1, 1), 0), SettledFile(b"b", FileStat(3, 1, 1), 0)], 0
+    )
+    assert (still.disposition, changed.disposition, gone.disposition) == (
+        Disposition.CREATED,
+        Disposition.CHANGED,
+        Disposition.CHANGED,
+    )
 
 
-def test_hints_say_what_they_did_not_watch_before(tmp_path: Path):
-    """`cover` names the directories that were not watched until now, so that they are walked once more; again none."""
+def test_watch_returns_what_was_not_watched_before(tmp_path: Path):
+    """`watch` returns the directories that were not watched before, which need another walk; then
+    none.
+    """
 
     async def main() -> None:
-        hints = Hints(bytes(tmp_path), lambda: None)
+        notifications = FsNotifications(bytes(tmp_path), lambda: None)
         (tmp_path / "d").mkdir()
-        assert await hints.cover({b"": 1}) == [b""]
-        assert await hints.cover({b"": 1, b"d": 2}) == [b"d"]
-        assert await hints.cover({b"": 1, b"d": 2}) == []
-        assert await hints.cover({b"": 1, b"d": 3}) == [b"d"]
+        assert await notifications.watch({b"": 1}) == [b""]
+        assert await notifications.watch({b"": 1, b"d": 2}) == [b"d"]
+        assert await notifications.watch({b"": 1, b"d": 2}) == []
+        assert await notifications.watch({b"": 1, b"d": 3}) == [b"d"]
         (tmp_path / "d/a").touch()
-        await eventually(lambda: bytes(tmp_path / "d/a") in hints.take(), "the file is hinted")
-        await hints.close()
+        await eventually(
+            lambda: bytes(tmp_path / "d/a") in notifications.drain(), "the change is reported"
+        )
+        await notifications.close()
 
     asyncio.run(main())
 
 
 def test_walk_goes_in_steps(tmp_path: Path):
-    """A walk over many files comes in bounded steps, sees each file once, and enters what is added meanwhile."""
+    """A walk over many files comes in bounded steps, sees each file once, and enters what is added
+    meanwhile.
+    """
     for number in range(5_000):
         (tmp_path / f"{number}").touch()
     (tmp_path / "d/e").mkdir(parents=True)
-    walk = Walk(Tree(bytes(tmp_path), Names("**/*", (), None)), Known(), whole=True)
+    walk = Walk(Tree(bytes(tmp_path), NameFilter("**/*", (), None)), KnownFiles(), whole=True)
     seen: list[bytes] = []
     steps = 0
     while True:
         step = walk.step()
         steps += 1
-        seen += [path for path, _ in step.seen]
-        assert len(step.seen) <= 2_000
+        seen += [path for path, _ in step.observations]
+        assert len(step.observations) <= 2_000
         if steps == 1:
             (tmp_path / "d/e/late").touch()
-            walk.into([b"d"])
+            walk.add_directories([b"d"])
         if step.done:
             break
     assert (

@@ -1,4 +1,4 @@
-"""What becomes of a file once its event is recorded: moved or deleted, whatever crashes in between, and never lost."""
+"""Files after their event is recorded: moved or deleted, in spite of crashes, and never lost."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ import pytest
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreFull
 from eventflow.store.sqlite import SqliteStore
+from eventflow.testing.trigger_contract import ContractLedger
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger
 from tests.triggers.inbox import Inbox, run, touch, watched
 from triggers._files import post_actions
 from triggers.files import delete, move
@@ -34,11 +34,13 @@ async def leaves(inbox: Inbox, *names: str) -> None:
     )
 
 
-# --------------------------------------------------------------------------- move and delete
+# ------------------------------------------------------------------ move and delete
 
 
-def test_moved_file_is_where_the_event_says(tmp_path: Path):
-    """`after=move(...)` moves each file to its path below the target, which `data["path"]` names; the cursor forgets it."""
+def test_moved_file_is_at_the_path_of_its_event(tmp_path: Path):
+    """`after=move(...)` moves each file to its path below the target, which `data["path"]` names;
+    the cursor forgets it.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("a.csv", "a")
@@ -58,24 +60,27 @@ def test_moved_file_is_where_the_event_says(tmp_path: Path):
 
 
 def test_the_path_holds_before_the_event_is_recorded(tmp_path: Path):
-    """From the moment the event is offered the file is at `data["path"]`, so that a flow may start at once; and while it is not
-    recorded the file keeps its landing name."""
+    """From the moment the event is offered the file is at `data["path"]`, so that a flow may start
+    at once; and while it is not recorded the file keeps its landing name.
+    """
 
     async def test(inbox: Inbox) -> None:
-        inbox.ledger.failing = StoreFull("full", 0.05)
+        inbox.ledger.error = StoreFull("full", 0.05)
         inbox.write("a")
-        await eventually(lambda: inbox.ledger.refusals > 1, "it is offered")
+        await eventually(lambda: inbox.ledger.refused_calls > 1, "it is offered")
         assert (inbox.root / "a").exists()
         offered = {item.data["path"] for item in inbox.ledger.offered}  # type: ignore[union-attr]
         assert offered == {str(tmp_path / "done/a")} and (tmp_path / "done/a").read_text() == "data"
-        inbox.ledger.failing = None
+        inbox.ledger.error = None
         await leaves(inbox, "a")
 
     run(test, tmp_path / "in", after=move(tmp_path / "done"))
 
 
 def test_move_below_the_root(tmp_path: Path):
-    """A relative target lies below the root, and what was moved there does not fire again, however often it is walked past."""
+    """A relative target lies below the root, and what was moved there does not fire again, however
+    often it is walked past.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("a")
@@ -88,7 +93,9 @@ def test_move_below_the_root(tmp_path: Path):
 
 
 def test_a_taken_name_gets_a_suffix(tmp_path: Path):
-    """A file whose name is taken at the target is moved under another one, which its event names; nothing is overwritten."""
+    """A file whose name is taken at the target is moved under another one, which its event names;
+    nothing is overwritten.
+    """
 
     async def test(inbox: Inbox) -> None:
         for text in ("one", "two", "three"):
@@ -105,7 +112,9 @@ def test_a_taken_name_gets_a_suffix(tmp_path: Path):
 
 
 def test_move_to_another_device(tmp_path: Path):
-    """Across devices the file is copied whole, with its times, before it leaves; no partial file bears the final name."""
+    """Across devices the file is copied whole, with its times, before it leaves; no partial file
+    bears the final name.
+    """
     shm = Path("/dev/shm")
     if not shm.is_dir() or shm.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("no second device here")
@@ -136,7 +145,9 @@ def test_move_to_another_device(tmp_path: Path):
 
 
 def test_a_target_that_cannot_be_written(tmp_path: Path):
-    """While a file cannot be put where its event would say, it stays, is warned about, and holds up no other; then it goes."""
+    """While a file cannot be placed at its final path, it stays, is logged, and delays no other;
+    then it is moved.
+    """
     done = tmp_path / "done"
     done.mkdir()
     (done / "sub").write_text("in the way")
@@ -145,7 +156,7 @@ def test_a_target_that_cannot_be_written(tmp_path: Path):
         inbox.write("sub/a")
         inbox.write("b")
         await leaves(inbox, "b")
-        await eventually(lambda: inbox.said("file.not_placed"), "it is warned about")
+        await eventually(lambda: inbox.logged("file.move_failed"), "it is warned about")
         assert (inbox.root / "sub/a").exists() and inbox.names() == ["b"]
         (done / "sub").unlink()
         await leaves(inbox, "sub/a")
@@ -154,28 +165,32 @@ def test_a_target_that_cannot_be_written(tmp_path: Path):
     run(test, tmp_path / "in", after=move(done))
 
 
-def test_move_into_the_landing_place_by_another_name(tmp_path: Path):
-    """A target that is the landing directory under another name (a symlink) loses no file: it is refused, and said."""
+def test_move_into_the_landing_directory_by_another_name(tmp_path: Path):
+    """A target that is the landing directory under another name (a symlink) loses no file: it is
+    refused, and logged.
+    """
     (tmp_path / "in").mkdir()
     (tmp_path / "alias").symlink_to(tmp_path / "in")
 
     async def test(inbox: Inbox) -> None:
         inbox.write("a")
-        await eventually(lambda: inbox.said("file.not_placed"), "it is refused")
+        await eventually(lambda: inbox.logged("file.move_failed"), "it is refused")
         assert (inbox.root / "a").read_text() == "data" and not inbox.events
 
     run(test, tmp_path / "in", after=move(tmp_path / "alias"))
 
 
 def test_delete(tmp_path: Path):
-    """`after=delete()` deletes a file once its event is recorded, and not before; that is no deletion event."""
+    """`after=delete()` deletes a file once its event is recorded, and not before; that is no
+    deletion event.
+    """
 
     async def test(inbox: Inbox) -> None:
-        inbox.ledger.open.clear()
+        inbox.ledger.block()
         inbox.write("go")
         await eventually(lambda: inbox.ledger.offered, "it is offered")
         assert (inbox.root / "go").exists()
-        inbox.ledger.open.set()
+        inbox.ledger.unblock()
         await leaves(inbox, "go")
         await inbox.goes_quiet()
         assert inbox.without_probes() == ["go"]
@@ -184,7 +199,9 @@ def test_delete(tmp_path: Path):
 
 
 def test_a_per_file_marker_leaves_with_its_file(tmp_path: Path):
-    """The marker goes with its file, so that the next file of that name waits for a marker of its own."""
+    """The marker goes with its file, so that the next file of that name waits for its own
+    marker.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("x.csv.done", "")
@@ -201,16 +218,18 @@ def test_a_per_file_marker_leaves_with_its_file(tmp_path: Path):
 
 
 def test_a_version_that_lands_meanwhile_is_not_removed(tmp_path: Path):
-    """What replaces a file between its recording and its removal stays, fires as an event of its own, and then leaves."""
+    """A file that replaces another between its recording and its removal stays, fires as one more
+    event, and is then moved.
+    """
 
     async def test(inbox: Inbox) -> None:
-        inbox.ledger.open.clear()
+        inbox.ledger.block()
         inbox.write("x", "first")
         await eventually(lambda: inbox.ledger.offered, "the first is offered")
         new = tmp_path / "new"
         new.write_text("second")
         os.rename(new, inbox.root / "x")
-        inbox.ledger.open.set()
+        inbox.ledger.unblock()
         await eventually(lambda: len(inbox.events) == 2, "both are events")
         await leaves(inbox, "x")
         assert [Path(event.data["path"]).read_text() for event in inbox.events] == [
@@ -222,13 +241,15 @@ def test_a_version_that_lands_meanwhile_is_not_removed(tmp_path: Path):
 
 
 def test_skipped_and_older_files_are_not_moved(tmp_path: Path):
-    """Files that fired before `after` was set, or were skipped at the first start, stay where they are."""
+    """Files that fired before `after` was set, or were skipped at the first start, stay where they
+    are.
+    """
     root = tmp_path / "in"
     root.mkdir()
     (root / "skipped").write_text("x")
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with watched(root, ledger, existing="skip") as inbox:
             inbox.write("kept")
             await inbox.has("kept")
@@ -242,8 +263,10 @@ def test_skipped_and_older_files_are_not_moved(tmp_path: Path):
 
 
 def test_a_removal_that_somebody_else_made(tmp_path: Path):
-    """A recorded file whose removal was owed, and that is gone already, is forgotten without a deletion event."""
-    ledger = Ledger()
+    """A recorded file whose removal was pending, and that is missing, is forgotten without a
+    deletion event.
+    """
+    ledger = ContractLedger()
     ledger.cursors["x"] = [4, 1, 1, 1, 1]
 
     async def main() -> None:
@@ -254,14 +277,14 @@ def test_a_removal_that_somebody_else_made(tmp_path: Path):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- crashes
+# ------------------------------------------------------------------ crashes
 
 KILLED = """
     import asyncio, os, signal, sys
     from pathlib import Path
     from eventflow import App
     from eventflow import flow
-    from triggers._files import listener
+    from triggers._files import recorder
     from triggers._files import events
     from triggers.files import Directory, move
 
@@ -273,7 +296,7 @@ KILLED = """
     if seam == "before accept":
         events.sync_directories = die
     if seam == "after accept":
-        listener._remove_all = die
+        recorder.remove_sources = die
 
     @flow
     async def take(path: str, relpath: str) -> str:
@@ -295,8 +318,9 @@ KILLED = """
 
 @pytest.mark.parametrize("device", ["same", "other"])
 def test_killed_between_any_two_steps(tmp_path: Path, device: str):
-    """Killed before the event is recorded, or between that and the removal: on restart each file has one event, one run that
-    read it, and one place; nothing is left in the landing directory."""
+    """Killed before the event is recorded, or between that and the removal: on restart each file
+    has one event, one run that read it, and one place; nothing is left in the landing directory.
+    """
     root, store = tmp_path / "in", tmp_path / "store.db"
     target = (
         tmp_path / "done"
@@ -344,6 +368,6 @@ def test_an_interrupted_copy_leaves_nothing_under_the_final_name(tmp_path: Path)
     stop.set()
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_text("data")
-    with pytest.raises(post_actions.Stopped):
+    with pytest.raises(post_actions.ListenerStopped):
         post_actions._copy(os.fsencode(source), os.fsencode(target), stop)
     assert files(tmp_path) == ["a"]

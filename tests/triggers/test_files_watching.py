@@ -1,4 +1,6 @@
-"""What notifications miss, and what stands in a walk's way: overflow, lost roots, limits, symlinks, unreadable directories."""
+"""What notifications miss, and obstacles of a walk: overflow, lost roots, limits, symlinks,
+unreadable directories.
+"""
 
 import asyncio
 import os
@@ -15,15 +17,15 @@ import anyio.to_thread
 import pytest
 
 from eventflow.core.clock import SystemClock
+from eventflow.testing.trigger_contract import ContractLedger
 from tests.conftest import eventually, wait_until
-from tests.triggers.contract import Ledger
 from tests.triggers.inbox import Inbox, run, watched
 from triggers._files.mounts import file_system, is_remote
 from triggers.files import Directory
 
 
 def child(script: str, *args: object, **options: Any) -> subprocess.Popen[str]:
-    """A Python program of its own."""
+    """A Python program in another process."""
     command = [sys.executable, "-c", textwrap.dedent(script), *map(str, args)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
@@ -36,7 +38,7 @@ def finish(program: subprocess.Popen[str]) -> str:
     return out
 
 
-# --------------------------------------------------------------------------- what notifications miss
+# ------------------------------------------------------------------ what notifications miss
 
 WATCH = """
     import asyncio, sys
@@ -54,7 +56,9 @@ WATCH = """
 
 
 def test_queue_overflow(tmp_path: Path):
-    """20,000 files created while the process is stopped overflow the kernel's queue, and are 20,000 events once it goes on."""
+    """20,000 files created while the process is stopped overflow the kernel's queue, and are 20,000
+    events once it resumes.
+    """
     program = child(WATCH, tmp_path, 20_000)
     try:
         assert program.stdout is not None and program.stdout.readline() == "ready\n"
@@ -68,15 +72,17 @@ def test_queue_overflow(tmp_path: Path):
 
 
 @pytest.mark.parametrize("watch", ["native", "poll"])
-def test_root_removed_and_made_anew(tmp_path: Path, watch: str):
-    """A root that is missing at start, or removed and made anew later, is waited for and then watched again."""
+def test_root_removed_and_recreated(tmp_path: Path, watch: str):
+    """A root that is missing at start, or removed and recreated later, is waited for and then
+    watched again.
+    """
     root = tmp_path / "in"
 
     async def main() -> None:
         async with watched(root, opened=False, watch=watch) as inbox:
             await eventually(
-                lambda: inbox.said("directory.root_missing"),
-                "the trigger says that the root is missing",
+                lambda: inbox.logged("directory.root_missing"),
+                "the missing root is logged",
             )
             inbox.write("first")
             await inbox.has("first", within=10)
@@ -99,15 +105,17 @@ def test_root_removed_and_made_anew(tmp_path: Path, watch: str):
                     "it is watched",
                     within=10,
                 )
-            assert len(inbox.said("directory.root_found")) == len(
-                inbox.said("directory.root_missing")
+            assert len(inbox.logged("directory.root_found")) == len(
+                inbox.logged("directory.root_missing")
             )
 
     asyncio.run(main())
 
 
 def test_root_replaced_by_another(tmp_path: Path):
-    """When another directory takes the root's place by rename, what is in it and what lands in it fires."""
+    """When another directory takes the root's place by rename, what is in it and what lands in it
+    fires.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("a")
@@ -134,7 +142,7 @@ def test_a_vanished_root_deletes_nothing(tmp_path: Path):
         inbox.write("a")
         await inbox.has("a")
         os.rename(inbox.root, tmp_path / "away")
-        await eventually(lambda: inbox.said("directory.root_missing"), "the root is missed")
+        await eventually(lambda: inbox.logged("directory.root_missing"), "the root is missed")
         await asyncio.sleep(0.5)
         os.rename(tmp_path / "away", inbox.root)
         await inbox.goes_quiet()
@@ -144,13 +152,15 @@ def test_a_vanished_root_deletes_nothing(tmp_path: Path):
 
 
 def test_files_are_not_deleted_before_the_root_is_back(tmp_path: Path):
-    """When the root is removed with all that is in it, deletions are events once there is a root again to tell."""
+    """When the root is removed with all that is in it, deletions are events once the root exists
+    again.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("a")
         await inbox.has("a")
         shutil.rmtree(inbox.root)
-        await eventually(lambda: inbox.said("directory.root_missing"), "the root is missed")
+        await eventually(lambda: inbox.logged("directory.root_missing"), "the root is missed")
         await asyncio.sleep(1.5)
         assert inbox.names("deleted") == []
         inbox.root.mkdir()
@@ -159,8 +169,10 @@ def test_files_are_not_deleted_before_the_root_is_back(tmp_path: Path):
     run(test, tmp_path / "in", deleted=True)
 
 
-def test_subdirectory_made_anew_or_moved_out(tmp_path: Path):
-    """A subdirectory that is removed and made anew is watched again; one that was moved out is not."""
+def test_subdirectory_recreated_or_moved_out(tmp_path: Path):
+    """A subdirectory that is removed and recreated is watched again; one that was moved out is
+    not.
+    """
 
     async def test(inbox: Inbox) -> None:
         inbox.write("sub/a")
@@ -182,7 +194,9 @@ def test_subdirectory_made_anew_or_moved_out(tmp_path: Path):
 
 
 def test_a_clock_set_back_stops_nothing(tmp_path: Path):
-    """A wall clock that jumps a day back, or a year on, neither stops the trigger nor makes a growing file fire early."""
+    """A wall clock that jumps a day back, or a year on, neither stops the trigger nor makes a
+    growing file fire early.
+    """
 
     class Jumping(SystemClock):
         offset = 0
@@ -208,7 +222,7 @@ def test_a_clock_set_back_stops_nothing(tmp_path: Path):
     run(test, tmp_path / "in", settle=0.5, clock=clock, poll=0.2)
 
 
-# --------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------ limits
 
 LIMITED = """
     import asyncio, os, sys
@@ -221,7 +235,7 @@ LIMITED = """
         async with watched(root) as inbox:
             inbox.write("a/x")
             await inbox.has("a/x", within=10)
-            print(inbox.said("directory.polled_instead")[0]["reason"])
+            print(inbox.logged("directory.polling_fallback")[0]["reason"])
     if sys.argv[2] == "max_inotify_instances":
         import ctypes
         taken = [ctypes.CDLL(None).inotify_init() for _ in range(2)]
@@ -231,7 +245,9 @@ LIMITED = """
 
 @pytest.mark.parametrize("limit", ["max_inotify_watches", "max_inotify_instances"])
 def test_no_watches_left(tmp_path: Path, limit: str):
-    """With the kernel's watches or instances used up the root is polled, and the log names the sysctl to raise."""
+    """With the kernel's watches or instances used up the root is polled, and the log names the
+    sysctl to raise.
+    """
     for name in "abcd":
         (tmp_path / name).mkdir()
     command = ["unshare", "--user", "--map-root-user"]
@@ -255,10 +271,12 @@ def test_no_watches_left(tmp_path: Path, limit: str):
 
 
 def test_the_threads_of_others_are_not_taken(tmp_path: Path):
-    """More directories under watch than anyio has thread tokens leave `to_thread` free for everybody else."""
+    """More directories under watch than anyio has thread tokens leave `to_thread` free for
+    everybody else.
+    """
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with asyncio.TaskGroup() as group:
             tasks = [
                 group.create_task(Directory(tmp_path, name=f"d{n}", settle=0.05).listen(ledger))
@@ -296,7 +314,7 @@ def test_nothing_is_left_running(tmp_path: Path):
     )
 
 
-# --------------------------------------------------------------------------- what stands in a walk's way
+# ------------------------------------------------------------------ obstacles of a walk
 
 UNPRIVILEGED = """
     import asyncio, os, sys
@@ -308,7 +326,8 @@ UNPRIVILEGED = """
             inbox.write("open/b")
             await inbox.has("open/a", "open/b", within=10)
             await asyncio.sleep(1)
-            print([entry["path"] for entry in inbox.said("directory.denied")], inbox.said("directory.polled_instead"))
+            denied = [entry["path"] for entry in inbox.logged("directory.permission_denied")]
+            print(denied, inbox.logged("directory.polling_fallback"))
     import encodings.idna, concurrent.futures.thread, anyio._backends._asyncio, watchfiles
     os.setgid(65534)
     os.setuid(65534)
@@ -318,9 +337,11 @@ UNPRIVILEGED = """
 
 @pytest.mark.parametrize("watch", ["native", "poll"])
 def test_unreadable_subdirectory(tmp_path: Path, watch: str):
-    """A subdirectory that may not be read is warned about once, however often it is met; the rest works, natively too."""
+    """A subdirectory that may not be read is warned about once, however often it is met; the rest
+    works, natively too.
+    """
     if os.getuid() != 0:
-        pytest.skip("needs root, to become somebody else")
+        pytest.skip("needs root, to become another user")
     for name in ("open", "closed"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text("a")
@@ -333,7 +354,9 @@ def test_unreadable_subdirectory(tmp_path: Path, watch: str):
 
 @pytest.mark.parametrize("watch", ["native", "poll"])
 def test_symlinks_are_not_followed(tmp_path: Path, watch: str):
-    """Links to files and directories, loops and dangling ones are no events, however often they are met."""
+    """Links to files and directories, loops and dangling ones are no events, however often they are
+    met.
+    """
     (tmp_path / "out").mkdir()
     (tmp_path / "out/secret").write_text("x")
 
@@ -353,7 +376,9 @@ def test_symlinks_are_not_followed(tmp_path: Path, watch: str):
 
 
 def test_symlinks_are_followed_inside_the_root(tmp_path: Path):
-    """With `follow_symlinks` links inside the root count, each directory once; those leading out of it never do."""
+    """With `follow_symlinks` links inside the root count, each directory once; those leading out of
+    it never do.
+    """
     (tmp_path / "out").mkdir()
     (tmp_path / "out/secret").write_text("x")
 
@@ -397,7 +422,7 @@ def test_special_files(tmp_path: Path):
     run(test, tmp_path / "in")
 
 
-# --------------------------------------------------------------------------- network file systems
+# ------------------------------------------------------------------ network file systems
 
 MOUNTINFO = rb"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 30 22 0:25 / /data rw - nfs4 server:/export rw
@@ -411,10 +436,16 @@ MOUNTINFO = rb"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
 @pytest.mark.parametrize(
     "path,kind,remote",
     [
-        ("/data", "nfs4", True), ("/data/in", "nfs4", True), ("/data/local disk/in", "xfs", False), ("/data2/in", "cifs", True),
-        ("/data3", "ext4", False), ("/mnt/s3/in", "fuse.s3fs", True), ("/mnt/usb", "fuseblk", False), ("/", "ext4", False),
+        ("/data", "nfs4", True),
+        ("/data/in", "nfs4", True),
+        ("/data/local disk/in", "xfs", False),
+        ("/data2/in", "cifs", True),
+        ("/data3", "ext4", False),
+        ("/mnt/s3/in", "fuse.s3fs", True),
+        ("/mnt/usb", "fuseblk", False),
+        ("/", "ext4", False),
     ],
-)  # fmt: skip
+)
 def test_network_file_systems(tmp_path: Path, path: str, kind: str, remote: bool):
     """The type of the innermost mount decides whether others can write behind the kernel's back."""
     (tmp_path / "mountinfo").write_bytes(MOUNTINFO)
@@ -423,5 +454,5 @@ def test_network_file_systems(tmp_path: Path, path: str, kind: str, remote: bool
 
 
 def test_this_machine_s_mounts():
-    """/proc is what the kernel says it is."""
+    """/proc has the type that the kernel reports."""
     assert file_system(b"/proc/self") == "proc" and file_system(b"/", "/no/such/file") == ""

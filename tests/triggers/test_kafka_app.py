@@ -1,4 +1,4 @@
-"""Kafka in a whole app: records to runs, lanes by key, dead letters, a ledger that is full, and what the pages show of it."""
+"""Kafka in a whole app: records to runs, lanes by key, dead letters, a full ledger, and the API."""
 
 import asyncio
 import re
@@ -29,11 +29,11 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 class Shop:
-    """An app with one trigger on a topic; `doors` are what its flows may wait for."""
+    """An app with one trigger on a topic; `gates` are what its flows may wait for."""
 
     def __init__(self, broker: Broker, topic: str, folder: Path, **options: Any) -> None:
         self.broker, self.topic = broker, topic
-        self.doors: dict[str, threading.Event] = {}
+        self.gates: dict[str, threading.Event] = {}
         self.app = App("shop", store=f"sqlite:///{folder}/shop.db", **options)
         self.trigger = Kafka(
             topic, bootstrap_servers=broker.server, group_id=f"g-{topic}", name="kafka", **QUICK
@@ -60,9 +60,9 @@ class Shop:
             )
 
 
-async def passed(door: threading.Event) -> None:
-    """Flows may run on a loop of their own, so a door is one of threads."""
-    while not door.is_set():
+async def passed(gate: threading.Event) -> None:
+    """Flows may run on another loop, so a gate is a thread event."""
+    while not gate.is_set():
         await asyncio.sleep(0.01)
 
 
@@ -87,7 +87,9 @@ def run(
 
 
 def test_c1_records_become_runs_once(broker: Broker, tmp_path: Path):
-    """C1: each record starts one run; a CloudEvent that comes again starts none and is counted; a second life starts none."""
+    """C1: each record starts one run; a CloudEvent that comes again starts none and is counted; a
+    second life starts none.
+    """
     topic = asyncio.run(broker.create())
     headers = [
         ("ce_specversion", b"1.0"),
@@ -131,18 +133,19 @@ def test_c1_records_become_runs_once(broker: Broker, tmp_path: Path):
 
 
 def test_c14_records_of_one_key_run_in_order(broker: Broker, tmp_path: Path):
-    """C14: with key="record" the second of a key waits while the first is slow, and another key's runs at once; keys that are
-    no text are keys too."""
+    """C14: with key="record" the second of a key waits while the first is slow, and another key's
+    runs at once; keys that are no text are keys too.
+    """
     started: list[str] = []
 
     def prepare(shop: Shop) -> None:
-        shop.doors["a1"] = threading.Event()
+        shop.gates["a1"] = threading.Event()
 
         @flow
         async def handle(event: Event) -> None:
             started.append(event.data)
-            if event.data in shop.doors:
-                await passed(shop.doors[event.data])
+            if event.data in shop.gates:
+                await passed(shop.gates[event.data])
 
         shop.app.on(shop.trigger, handle, key="record")
 
@@ -153,7 +156,7 @@ def test_c14_records_of_one_key_run_in_order(broker: Broker, tmp_path: Path):
         await broker.send(shop.topic, "none")
         await shop.counts(completed=2)
         assert sorted(started) == ["a1", "b1", "none"]
-        shop.doors["a1"].set()
+        shop.gates["a1"].set()
         await shop.counts(completed=4, pending=0)
         assert started.index("a2") > started.index("a1")
 
@@ -161,7 +164,9 @@ def test_c14_records_of_one_key_run_in_order(broker: Broker, tmp_path: Path):
 
 
 def test_a_bad_record_is_a_dead_letter_with_its_bytes(broker: Broker, tmp_path: Path):
-    """P9: a record that cannot be decoded and one that cannot be bound are dead letters; bytes, headers and place are shown."""
+    """P9: a record that cannot be decoded and one that cannot be bound are dead letters; with
+    bytes, headers and coordinates.
+    """
 
     def prepare(shop: Shop) -> None:
         @flow
@@ -174,11 +179,13 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(broker: Broker, tmp_path: 
         await broker.send(shop.topic, b"{broken", headers=[("tenant", b"blue")])
         await broker.send(shop.topic, {"totl": 3}, {"total": 3})
         await shop.counts(completed=1, dead=2, pending=0)
-        letters = {
-            letter["subscription"]: letter for letter in (await shop.get("/api/dead"))["dead"]
+        dead_letters = {
+            each["subscription"]: each for each in (await shop.get("/api/dead"))["dead"]
         }
-        whole = await shop.get(f"/api/dead/{letters['']['id']}")
-        assert whole["body"] == "{broken" and letters["kafka/handle"]["reason"].find("total") >= 0
+        whole = await shop.get(f"/api/dead/{dead_letters['']['id']}")
+        assert (
+            whole["body"] == "{broken" and dead_letters["kafka/handle"]["reason"].find("total") >= 0
+        )
         rows = (await shop.get("/api/events"))["events"]
         assert {row["trigger"] for row in rows} == {"kafka"} and len(rows) == 3
 
@@ -186,7 +193,9 @@ def test_a_bad_record_is_a_dead_letter_with_its_bytes(broker: Broker, tmp_path: 
 
 
 def test_lag_is_shown(broker: Broker, tmp_path: Path):
-    """/metrics has the lag of each partition in messages and seconds, the API its sum, and both say what holds it up."""
+    """/metrics has the lag of each partition in messages and seconds, the API its sum, and both
+    show why it grows.
+    """
 
     def prepare(shop: Shop) -> None:
         @flow
@@ -216,15 +225,17 @@ def test_lag_is_shown(broker: Broker, tmp_path: Path):
 
 
 def test_c10_a_flood_fills_the_ledger_and_no_further(broker: Broker, tmp_path: Path):
-    """C10, P8: 5,000 records and room for 500: the partitions pause, nothing is dropped, and in the end all have run."""
-    doors: list[threading.Event] = []
+    """C10, P8: 5,000 records and room for 500: the partitions pause, nothing is dropped, and in the
+    end all have run.
+    """
+    gates: list[threading.Event] = []
 
     def prepare(shop: Shop) -> None:
-        doors.append(threading.Event())
+        gates.append(threading.Event())
 
         @flow
         async def handle(event: Event) -> None:
-            await passed(doors[0])
+            await passed(gates[0])
 
         shop.trigger = Kafka(
             shop.topic,
@@ -245,7 +256,7 @@ def test_c10_a_flood_fills_the_ledger_and_no_further(broker: Broker, tmp_path: P
         assert 500 <= counts["pending"] <= 600
         lag = sum(gauge.value for gauge in shop.trigger.gauges() if gauge.name == "lag_messages")
         assert lag == 5_000 - counts["events"]
-        doors[0].set()
+        gates[0].set()
         await shop.counts(completed=5_000, pending=0, duplicates=0)
 
     run(broker, tmp_path, prepare, work, max_pending=500)
@@ -253,36 +264,42 @@ def test_c10_a_flood_fills_the_ledger_and_no_further(broker: Broker, tmp_path: P
 
 def test_long_flows_cause_no_rebalance(broker: Broker, tmp_path: Path):
     """Flows that run longer than the poll interval do not cost the member its group."""
-    door: list[threading.Event] = []
+    gate: list[threading.Event] = []
 
     def prepare(shop: Shop) -> None:
-        door.append(threading.Event())
+        gate.append(threading.Event())
 
         @flow
         async def handle(event: Event) -> None:
-            await passed(door[0])
+            await passed(gate[0])
 
         shop.trigger = Kafka(
-            shop.topic, bootstrap_servers=broker.server, group_id=f"g-{shop.topic}", name="kafka", max_poll_interval_ms=2_000,
+            shop.topic,
+            bootstrap_servers=broker.server,
+            group_id=f"g-{shop.topic}",
+            name="kafka",
+            max_poll_interval_ms=2_000,
             **QUICK,
-        )  # fmt: skip
+        )
         shop.app.on(shop.trigger, handle)
 
     async def work(shop: Shop) -> None:
         await broker.send(shop.topic, *range(3))
         await shop.counts(pending=3)
         session = shop.trigger._sessions[0]
-        epoch = session._epoch
+        epoch = session.partitions.epoch
         await asyncio.sleep(6)
-        assert session._epoch == epoch and shop.trigger._sessions == [session]
-        door[0].set()
+        assert session.partitions.epoch == epoch and shop.trigger._sessions == [session]
+        gate[0].set()
         await shop.counts(completed=3, pending=0)
 
     run(broker, tmp_path, prepare, work)
 
 
 def test_c11_a_source_that_is_away_leaves_the_others_alone(broker: Broker, tmp_path: Path):
-    """C11: while one trigger finds no broker, another one's records run, and the page says which is which."""
+    """C11: while one trigger finds no broker, another one's records run, and the API shows both
+    states.
+    """
 
     def prepare(shop: Shop) -> None:
         @flow
@@ -296,21 +313,22 @@ def test_c11_a_source_that_is_away_leaves_the_others_alone(broker: Broker, tmp_p
         await broker.send(shop.topic, *range(3))
         await shop.counts(completed=3, pending=0)
 
-        async def told() -> bool:
+        async def reported() -> bool:
             rows = {row["name"]: row for row in (await shop.get("/api/triggers"))["triggers"]}
             return (
                 "connecting: KafkaConnectionError" in (rows["away"]["condition"] or "")
                 and rows["kafka"]["condition"] is None
             )
 
-        await eventually(told, "the page tells them apart")
+        await eventually(reported, "the page shows the difference")
 
     run(broker, tmp_path, prepare, work)
 
 
 def test_memory_is_flat_behind_a_full_ledger():
-    """While records wait in a topic behind a ledger that is full, the process does not grow. The whole measure is
-    `python -m benchmarks.kafka waiting`."""
+    """While records wait in a topic behind a ledger that is full, the process does not grow. The
+    whole measure is `python -m benchmarks.kafka waiting`.
+    """
     sizes = ["--records", "30000", "--max-pending", "2000", "--seconds", "5"]
     command = [sys.executable, "-m", "benchmarks.kafka", "waiting", *sizes]
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""Batches that cannot be read: damaged on the way, or compressed with a codec that is not installed. One partition stops."""
+"""Batches that cannot be read: damaged on the way, or compressed with a codec that is not
+installed. One partition stops.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,9 +11,9 @@ from tests.brokers import Broker, noida
 from tests.conftest import eventually
 from tests.triggers.kafka_proxy import Proxy, behind_a_proxy
 from tests.triggers.kafka_topic import Topic, make_topic
-from triggers._kafka import session
+from triggers._kafka import fetching
 from triggers._kafka.client import RecordTooLargeError, TopicPartition
-from triggers._kafka.errors import too_large, unreadable
+from triggers._kafka.errors import oversized_record, unreadable_reason
 
 POISON = b"poison-poison"
 
@@ -28,9 +30,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pytest.MonkeyPatch):
-    """A batch whose checksum does not hold stops its partition, behind what came before it; the others go on, and it is read
-    when it arrives whole."""
-    monkeypatch.setattr(session, "AGAIN", 3.0)
+    """A batch whose checksum does not hold stops its partition, behind what came before it; the
+    others are read, and it is read again when it arrives whole.
+    """
+    monkeypatch.setattr(fetching, "PARTITION_RETRY_SECONDS", 3.0)
 
     async def work(broker: Broker, proxy: Proxy) -> None:
         async with proxy.listening():
@@ -43,7 +46,7 @@ def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pyte
                 await topic.send("other", partition=1)
                 await topic.has(2)
                 await eventually(
-                    lambda: topic.said("kafka.partition_stopped"), "the partition stopped"
+                    lambda: topic.logged("kafka.partition_stopped"), "the partition stopped"
                 )
                 assert f"{topic.name}/0 is stopped: offset 1 cannot be read: CorruptRecord" in (
                     topic.trigger.condition or ""
@@ -58,14 +61,16 @@ def test_a_damaged_batch_stops_its_partition_until_it_is_whole(monkeypatch: pyte
                 POISON,
                 b'"after"',
             ]
-            assert len(topic.said("kafka.partition_stopped")) == 1
+            assert len(topic.logged("kafka.partition_stopped")) == 1
 
     with behind_a_proxy() as (broker, proxy):
         asyncio.run(work(broker, proxy))
 
 
 def test_a_damaged_batch_may_be_skipped():
-    """With skip_corrupt=True a damaged record is a dead letter with its coordinates, and its partition goes on."""
+    """With skip_corrupt=True a damaged record is a dead letter with its coordinates, and its
+    partition is read on.
+    """
 
     async def work(broker: Broker, proxy: Proxy) -> None:
         async with proxy.listening():
@@ -77,16 +82,20 @@ def test_a_damaged_batch_may_be_skipped():
             async with topic.read(decode="bytes", skip_corrupt=True):
                 await topic.has(3)
                 await topic.committed(3)
-            (letter,) = topic.dead
+            (dead_letter,) = topic.dead_letters
             assert topic.data == [b'"before"', b'"after"']
-            assert letter.headers["kafka-offset"] == "1" and "CorruptRecord" in letter.error
+            assert (
+                dead_letter.headers["kafka-offset"] == "1" and "CorruptRecord" in dead_letter.error
+            )
 
     with behind_a_proxy() as (broker, proxy):
         asyncio.run(work(broker, proxy))
 
 
 def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.MonkeyPatch):
-    """K7: without the codecs' package the start warns; a record that needs one stops its partition, with what to install."""
+    """K7: without the codecs' package the start warns; a record that needs one stops its partition,
+    with what to install.
+    """
 
     async def work() -> Topic:
         topic = await make_topic(broker, 2)
@@ -97,11 +106,13 @@ def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.Mo
         async with topic.read():
             await topic.send("other", partition=1)
             await topic.has(2)
-            await eventually(lambda: topic.said("kafka.partition_stopped"), "the partition stopped")
+            await eventually(
+                lambda: topic.logged("kafka.partition_stopped"), "the partition stopped"
+            )
             assert "pip install 'eventflow-reactor[kafka]'" in (topic.trigger.condition or "")
             await topic.committed(1, 1)
-        assert topic.said("kafka.codecs_missing")[0]["codecs"] == ["snappy", "lz4", "zstd"]
-        assert len(topic.said("kafka.partition_stopped")) == 1 and sorted(topic.data) == [
+        assert topic.logged("kafka.codecs_missing")[0]["codecs"] == ["snappy", "lz4", "zstd"]
+        assert len(topic.logged("kafka.partition_stopped")) == 1 and sorted(topic.data) == [
             "other",
             "plain",
         ]
@@ -115,11 +126,11 @@ def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.Mo
 
 
 def test_a_record_that_an_old_broker_does_not_send():
-    """aiokafka's word for it names partition and offset, and the reason names the option that mends it."""
+    """aiokafka's error names partition and offset, and the reason names the option to change."""
     tp = TopicPartition("orders", 2)
     error = RecordTooLargeError("There are some messages at %s=%s larger than %s", tp, 7, 1024)
-    assert too_large(error) == (tp, 7)
+    assert oversized_record(error) == (tp, 7)
     assert (
-        unreadable(error, 7)
+        unreadable_reason(error, 7)
         == "offset 7 cannot be read: it is larger than max_partition_fetch_bytes=1024"
     )

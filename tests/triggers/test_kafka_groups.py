@@ -1,4 +1,6 @@
-"""Members that come, go and die; a full ledger; brokers that are away (faults 17 and 18): nothing twice, nothing lost."""
+"""Members that come, go and die; a full ledger; brokers that are away (faults 17 and 18): nothing
+twice, nothing lost.
+"""
 
 import asyncio
 import os
@@ -24,9 +26,18 @@ import asyncio, sys
 from aiokafka import AIOKafkaConsumer
 
 async def main(server, group, topic):
-    options = {"session_timeout_ms": 1000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 1000}
+    options = {
+        "session_timeout_ms": 1000,
+        "heartbeat_interval_ms": 200,
+        "rebalance_timeout_ms": 1000,
+    }
     async with AIOKafkaConsumer(
-        topic, bootstrap_servers=server, group_id=group, enable_auto_commit=False, auto_offset_reset="earliest", **options
+        topic,
+        bootstrap_servers=server,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+        **options,
     ) as consumer:
         print("joined", len(consumer.assignment()), flush=True)
         while True:
@@ -37,7 +48,9 @@ asyncio.run(main(*sys.argv[1:]))
 
 
 MEMBERS = {"session_timeout_ms": 2_000, "heartbeat_interval_ms": 200, "rebalance_timeout_ms": 2_000}
-"""Tansu lets members join together for half of the rebalance timeout; a dead one is evicted after its session."""
+"""Tansu lets members join together for half of the rebalance timeout; a dead one is evicted after
+its session.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +77,7 @@ def run(
 def once_each(topic: Topic, count: int) -> None:
     """Every offset is recorded exactly once, in the order of its partition."""
     found: dict[str, list[int]] = {}
-    for item in topic.ledger.kept.values():
+    for item in topic.ledger.recorded.values():
         partition, offset, _ = item.id.split(":")
         found.setdefault(partition, []).append(int(offset))
     assert sum(map(len, found.values())) == count
@@ -72,11 +85,13 @@ def once_each(topic: Topic, count: int) -> None:
         assert offsets == list(range(len(offsets)))
 
 
-# ----------------------------------------------------------------------------- members
+# ------------------------------------------------------------------ members
 
 
 def test_two_members_share_the_partitions(other: Broker):
-    """Two listeners of one group have each partition once; when one leaves, the other goes on exactly behind it."""
+    """Two listeners of one group have each partition once; when one leaves, the other reads on
+    exactly behind it.
+    """
 
     async def work(topic: Topic) -> None:
         async with AsyncExitStack() as first:
@@ -106,22 +121,24 @@ def test_two_members_share_the_partitions(other: Broker):
 
 
 def test_k18_a_rebalance_in_mid_batch(other: Broker):
-    """K18: a batch under way when partitions are revoked is recorded and committed before another member has them."""
+    """K18: the current batch when partitions are revoked is recorded and committed before another
+    member has them.
+    """
 
     async def work(topic: Topic) -> None:
         async with topic.read():
-            topic.ledger.open.clear()
+            topic.ledger.block()
             await topic.send(*range(5), partition=0)
             await topic.send(*range(5), partition=1)
-            await eventually(lambda: topic.ledger.offered, "a batch is under way")
+            await eventually(lambda: topic.ledger.offered, "a batch is offered")
             async with topic.read(joined=False):
-                await asyncio.sleep(1.5)  # time enough for the first member to hear of the second
-                assert len(topic.said("kafka.assigned")) == 1
-                topic.ledger.open.set()
+                await asyncio.sleep(1.5)  # long enough for the group to see the second member
+                assert len(topic.logged("kafka.assigned")) == 1
+                topic.ledger.unblock()
                 await topic.committed(5, 5)
                 await topic.has(10)
                 await eventually(
-                    lambda: len(topic.said("kafka.assigned")) == 3, "both have a partition"
+                    lambda: len(topic.logged("kafka.assigned")) == 3, "both have a partition"
                 )
                 await topic.send(5, partition=0)
                 await topic.send(5, partition=1)
@@ -133,19 +150,21 @@ def test_k18_a_rebalance_in_mid_batch(other: Broker):
 
 
 def test_k19_a_batch_that_outlives_its_assignment(other: Broker, monkeypatch: pytest.MonkeyPatch):
-    """K19: a batch that takes longer than a revocation may wait moves nothing of the next assignment; nothing runs twice."""
-    monkeypatch.setattr(session, "REVOKING", 0.3)
+    """K19: a batch that takes longer than a revocation may wait moves nothing of the next
+    assignment; nothing runs twice.
+    """
+    monkeypatch.setattr(session, "REVOKE_TIMEOUT_SECONDS", 0.3)
 
     async def work(topic: Topic) -> None:
         async with topic.read():
-            topic.ledger.open.clear()
+            topic.ledger.block()
             await topic.send(*range(5), partition=0)
-            await eventually(lambda: topic.ledger.offered, "a batch is under way")
+            await eventually(lambda: topic.ledger.offered, "a batch is offered")
             async with topic.read():
                 await eventually(
                     lambda: len(topic.ledger.offered) >= 5, "the other member may read it too"
                 )
-                topic.ledger.open.set()
+                topic.ledger.unblock()
                 await topic.has(5)
                 await topic.send(5, partition=0)
                 await topic.has(6)
@@ -156,7 +175,9 @@ def test_k19_a_batch_that_outlives_its_assignment(other: Broker, monkeypatch: py
 
 
 def test_k16_a_member_that_is_killed(other: Broker):
-    """K16: when a member of the group dies, its partitions come over within its session timeout and 10 s; nothing is lost."""
+    """K16: when a member of the group dies, its partitions come over within its session timeout and
+    10 s; nothing is lost.
+    """
 
     async def work(topic: Topic) -> None:
         command = [sys.executable, "-c", STRANGER, other.server, topic.group, topic.name]
@@ -167,13 +188,13 @@ def test_k16_a_member_that_is_killed(other: Broker):
         try:
             assert await asyncio.to_thread(stranger.stdout.readline) == "joined 4\n"
             async with topic.read(within=60):
-                before = len(topic.said("kafka.assigned"))
+                before = len(topic.logged("kafka.assigned"))
                 for partition in range(4):
                     await topic.send(*range(3), partition=partition)
                 stranger.kill()
                 killed = time.monotonic()
                 await eventually(
-                    lambda: len(topic.said("kafka.assigned")) > before,
+                    lambda: len(topic.logged("kafka.assigned")) > before,
                     "all partitions come over",
                     within=60,
                 )
@@ -189,26 +210,30 @@ def test_k16_a_member_that_is_killed(other: Broker):
 
 
 def test_static_members_come_back_without_a_rebalance(broker: Broker):
-    """group_instance_id= passes through: a member that is back within its session has its partitions; others keep theirs."""
+    """group_instance_id= passes through: a member that is back within its session has its
+    partitions; others keep theirs.
+    """
 
     async def work(topic: Topic) -> None:
         async with topic.read(group_instance_id="one"):
             async with topic.read(group_instance_id="two"):
                 await eventually(
-                    lambda: len(topic.said("kafka.assigned")) == 3, "each has a partition"
+                    lambda: len(topic.logged("kafka.assigned")) == 3, "each has a partition"
                 )
             async with topic.read(group_instance_id="two"):
                 await topic.send(0, partition=0)
                 await topic.send(0, partition=1)
                 await topic.has(2)
-            assert len(topic.said("kafka.assigned")) == 4
+            assert len(topic.logged("kafka.assigned")) == 4
         once_each(topic, 2)
 
     run(broker, work, partitions=2)
 
 
 def test_ending_in_the_middle_of_a_join(other: Broker):
-    """A member that ends while its group still gathers does not wait for it, and leaves nothing behind that would heartbeat."""
+    """A member that ends while its group still gathers does not wait for it, and leaves nothing
+    behind that would heartbeat.
+    """
 
     async def work(topic: Topic) -> None:
         before = asyncio.all_tasks()
@@ -231,20 +256,22 @@ def test_k25_a_loop_that_is_blocked_for_a_while(broker: Broker):
             await topic.send(0)
             await topic.has(1)
             await topic.committed(1)
-        assert len(topic.said("kafka.assigned")) == 1
+        assert len(topic.logged("kafka.assigned")) == 1
 
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- a full ledger
+# ------------------------------------------------------------------ a full ledger
 
 
 def test_a_full_ledger_pauses_the_partitions_and_never_leaves_the_group(broker: Broker):
-    """P8: while the ledger is full, longer than the poll interval, the member stays, says so, and then goes on with all."""
+    """P8: while the ledger is full, longer than the poll interval, the member stays, reports it,
+    and then records all.
+    """
 
     async def work(topic: Topic) -> None:
         async with topic.read(max_poll_interval_ms=4_500):
-            topic.ledger.failing = StoreFull("10,000 events are pending", 0.5)
+            topic.ledger.error = StoreFull("10,000 events are pending", 0.5)
             await topic.send(*range(20))
             await eventually(topic.trigger._sessions[0].consumer.paused, "the partition is paused")
             began = time.monotonic()
@@ -254,11 +281,11 @@ def test_a_full_ledger_pauses_the_partitions_and_never_leaves_the_group(broker: 
             )
             assert await broker.committed(topic.group, topic.name) == [0]
             offered = len(topic.ledger.offered)
-            topic.ledger.failing = None
+            topic.ledger.error = None
             await topic.has(20)
             await topic.committed(20)
             assert topic.trigger.condition is None
-        assert len(topic.said("kafka.assigned")) == 1 and len(topic.said("kafka.slowed")) == 1
+        assert len(topic.logged("kafka.assigned")) == 1
         assert offered < 1_000
         once_each(topic, 20)
 
@@ -266,12 +293,14 @@ def test_a_full_ledger_pauses_the_partitions_and_never_leaves_the_group(broker: 
 
 
 def test_k24_a_rebalance_while_the_ledger_is_full(other: Broker, monkeypatch: pytest.MonkeyPatch):
-    """K24: partitions paused for a full ledger are paused after a rebalance too, and go on when there is room."""
-    monkeypatch.setattr(session, "PATIENCE", 0.2)
+    """K24: partitions paused for a full ledger are paused after a rebalance too, and resume when
+    there is room.
+    """
+    monkeypatch.setattr(session, "PAUSE_AFTER_SECONDS", 0.2)
 
     async def work(topic: Topic) -> None:
         async with topic.read():
-            topic.ledger.failing = StoreFull("full", 30.0)
+            topic.ledger.error = StoreFull("full", 30.0)
             await topic.send(*range(5), partition=0)
             await topic.send(*range(5), partition=1)
             consumer = topic.trigger._sessions[0].consumer
@@ -284,10 +313,10 @@ def test_k24_a_rebalance_while_the_ledger_is_full(other: Broker, monkeypatch: py
                     lambda: consumer.paused() == consumer.assignment(),
                     "the one that is left is paused",
                 )
-                assert not topic.ledger.kept
-                topic.ledger.failing = None
+                assert not topic.ledger.recorded
+                topic.ledger.error = None
                 for trigger in topic.triggers:
-                    trigger._sessions[0]._try_at = 0.0
+                    trigger._sessions[0]._retry_at = 0.0
                 await topic.has(10)
                 await topic.committed(5, 5)
         once_each(topic, 10)
@@ -295,18 +324,20 @@ def test_k24_a_rebalance_while_the_ledger_is_full(other: Broker, monkeypatch: py
     run(other, work, partitions=2, **MEMBERS)
 
 
-# ----------------------------------------------------------------------------- brokers that are away
+# ------------------------------------------------------------------ brokers that are away
 
 
 def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
-    """K27: without a broker the trigger says that it is connecting, and why; when one is there it reads."""
+    """K27: without a broker the trigger reports that it is connecting, and why; once one answers it
+    reads.
+    """
 
     async def work(broker: OwnBroker) -> None:
         topic = await make_topic(broker)
         await topic.send(0)
         broker.kill()
         async with topic.read(joined=False):
-            await eventually(lambda: topic.said("kafka.lost"), "it noticed")
+            await eventually(lambda: topic.logged("kafka.disconnected"), "it noticed")
             assert (
                 "connecting: " in (topic.trigger.condition or "") and topic.trigger.gauges() == []
             )
@@ -321,7 +352,9 @@ def test_k27_a_broker_that_is_away_at_the_start(tmp_path: Path):
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL], ids=["stopped", "killed"])
 def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
-    """K28: a broker that is away for some seconds costs nothing: reading goes on by itself within 30 s of its return."""
+    """K28: a broker outage of some seconds loses nothing: reading resumes within 30 s of its
+    return.
+    """
 
     async def work(broker: OwnBroker) -> None:
         topic = await make_topic(broker)
@@ -345,7 +378,9 @@ def test_k28_a_broker_that_restarts(tmp_path: Path, how: int):
 
 
 def test_a_broker_that_hangs(tmp_path: Path):
-    """A broker that stops answering for longer than a session delays, and loses and repeats nothing."""
+    """A broker that stops answering for longer than a session delays, and loses and repeats
+    nothing.
+    """
 
     async def work(broker: OwnBroker) -> None:
         topic = await make_topic(broker, request_timeout_ms=2_000)

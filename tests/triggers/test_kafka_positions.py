@@ -1,4 +1,6 @@
-"""Where reading begins and goes on: start=, the group's offset, and offsets that the broker has no more (fault 19)."""
+"""Where reading starts and resumes: start=, the group's offset, and offsets that the broker no
+longer has (fault 19).
+"""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,19 +32,21 @@ def run(
 
 
 def gaps(topic: Topic) -> list[tuple[str, str]]:
-    """First offset missing and next one read, of each gap's dead letter."""
+    """First missing offset and next offset read, of each gap's dead letter."""
     return [
         (each.headers["kafka-offset"], each.headers["kafka-next"])
-        for each in topic.dead
+        for each in topic.dead_letters
         if each.type == "io.eventflow.kafka.gap"
     ]
 
 
-# ----------------------------------------------------------------------------- the first start
+# ------------------------------------------------------------------ the first start
 
 
 def test_start_latest(broker: Broker):
-    """start="latest" reads what is written after the first start, even while nothing runs; it is applied once."""
+    """start="latest" reads what is written after the first start, even while nothing runs; it is
+    applied once.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send("old")
@@ -57,7 +61,9 @@ def test_start_latest(broker: Broker):
 
 
 def test_k30_start_at_a_time(broker: Broker):
-    """K30: a datetime begins at the first record of that time or later; past the end it waits for new ones."""
+    """K30: a datetime begins at the first record of that time or later; past the end it waits for
+    new ones.
+    """
     at = now_ms()
 
     async def work(topic: Topic) -> None:
@@ -79,8 +85,10 @@ def test_k30_start_at_a_time(broker: Broker):
     run(broker, later)
 
 
-def test_a_group_that_exists_goes_on_at_its_offset(broker: Broker):
-    """A ledger that knows nothing begins at the group's offset, as any other consumer of the group would."""
+def test_an_existing_group_resumes_at_its_offset(broker: Broker):
+    """A ledger that knows nothing begins at the group's offset, as any other consumer of the group
+    would.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0, 1, 2)
@@ -94,7 +102,9 @@ def test_a_group_that_exists_goes_on_at_its_offset(broker: Broker):
 
 
 def test_the_larger_of_cursor_and_group(broker: Broker):
-    """The cursor counts where the group is behind; where an operator moved the group ahead, the group does."""
+    """The cursor counts where the group is behind; where an operator moved the group ahead, the
+    group does.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0, 1)
@@ -110,13 +120,15 @@ def test_the_larger_of_cursor_and_group(broker: Broker):
         await broker.commit(topic.group, topic.name, 4)
         async with topic.read():
             await topic.has(3)
-        assert topic.data == [0, 1, 4] and len(topic.said("kafka.moved_on")) == 1
+        assert topic.data == [0, 1, 4] and len(topic.logged("kafka.group_offset_ahead")) == 1
 
     run(broker, work)
 
 
 def test_a_ledger_that_lost_its_end_reads_it_again(broker: Broker):
-    """A ledger put back from a backup is behind the offsets that it had committed itself: it reads on at its own cursor."""
+    """A ledger put back from a backup is behind the offsets that it had committed itself: it reads
+    on at its own cursor.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0, 1)
@@ -129,19 +141,21 @@ def test_a_ledger_that_lost_its_end_reads_it_again(broker: Broker):
             await topic.committed(4)
         topic.ledger.cursors = backup
         for item in topic.events[2:]:
-            del topic.ledger.kept[(item.source, item.id)]
+            del topic.ledger.recorded[(item.source, item.id)]
         async with topic.read():
             await topic.has(4)
-        assert topic.data == [0, 1, 2, 3] and len(topic.said("kafka.rewound")) == 1
+        assert topic.data == [0, 1, 2, 3] and len(topic.logged("kafka.rewound")) == 1
 
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- gaps
+# ------------------------------------------------------------------ gaps
 
 
 def test_k15_records_that_expired(broker: Broker):
-    """K15: a cursor below the log's start goes on there; an error in the log and a dead letter tell the offsets lost."""
+    """K15: a cursor below the log's start resumes there; an error in the log and a dead letter name
+    the lost offsets.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0, 1)
@@ -154,7 +168,7 @@ def test_k15_records_that_expired(broker: Broker):
             await topic.has(4)
             await topic.committed(6)
         assert topic.data == [0, 1, 5] and gaps(topic) == [("2", "5")]
-        assert "3 records, offsets 2 to 4" in topic.said("kafka.gap_met")[0]["reason"]
+        assert "3 records, offsets 2 to 4" in topic.logged("kafka.offsets_missing")[0]["reason"]
         async with topic.read():
             await topic.send(6)
             await topic.has(5)
@@ -164,18 +178,20 @@ def test_k15_records_that_expired(broker: Broker):
 
 
 def test_records_that_expire_under_a_reader(broker: Broker):
-    """Records deleted ahead of a reader that is held up are a gap too, found when the fetch fails."""
+    """Records deleted ahead of a reader that is held up are a gap too, found when the fetch
+    fails.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0)
         async with topic.read(max_poll_records=1):
             await topic.has(1)
-            topic.ledger.open.clear()
+            topic.ledger.block()
             await topic.send(1)
-            await eventually(lambda: len(topic.ledger.offered) == 2, "record 1 is under way")
+            await eventually(lambda: len(topic.ledger.offered) == 2, "record 1 is offered")
             await topic.send(*range(2, 8))
             await broker.delete_records(topic.name, before=6)
-            topic.ledger.open.set()
+            topic.ledger.unblock()
             await eventually(lambda: 7 in topic.data, "the last is recorded")
         missing = set(range(8)) - set(topic.data)
         assert missing <= set(range(2, 6)) and {0, 1, 6, 7} <= set(topic.data)
@@ -187,7 +203,9 @@ def test_records_that_expire_under_a_reader(broker: Broker):
 
 
 def test_gaps_may_stop_a_partition(broker: Broker):
-    """on_gap="stop": the partition stands still and says why; the others go on, and nothing is passed over."""
+    """on_gap="stop": the partition stops and reports why; the others are read, and nothing is
+    skipped.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(0)
@@ -201,7 +219,7 @@ def test_gaps_may_stop_a_partition(broker: Broker):
             assert f"{topic.name}/0 is stopped: 1 records, offsets 1 to 1" in (
                 topic.trigger.condition or ""
             )
-        assert topic.cursor(0) == 1 and topic.data == [0, "other"] and topic.dead == []
+        assert topic.cursor(0) == 1 and topic.data == [0, "other"] and topic.dead_letters == []
         async with topic.read(on_gap="latest"):
             await topic.send(3)
             await topic.has(4)
@@ -211,8 +229,10 @@ def test_gaps_may_stop_a_partition(broker: Broker):
 
 
 @pytest.mark.parametrize("fresh", [1, 3, 5], ids=lambda n: f"{n} new")
-def test_k13_a_topic_made_anew(broker: Broker, fresh: int):
-    """K13: behind a topic's deletion and new creation all its new records are read, be they fewer than before or more."""
+def test_k13_a_recreated_topic(broker: Broker, fresh: int):
+    """K13: behind a topic's deletion and new creation all its new records are read, be they fewer
+    than before or more.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(*(f"old {n}" for n in range(3)))
@@ -220,24 +240,29 @@ def test_k13_a_topic_made_anew(broker: Broker, fresh: int):
             await topic.has(3)
             await topic.committed(3)
         await broker.delete(topic.name)
-        await asyncio.sleep(0.01)  # so that the new records have timestamps of their own
+        await asyncio.sleep(0.01)  # so that the new records have other timestamps
         await broker.create(topic.name)
         await topic.send(*(f"new {n}" for n in range(fresh)))
         async with topic.read():
             await topic.has(3 + fresh + 1)
             await topic.committed(fresh)
         assert topic.data[3:] == [f"new {n}" for n in range(fresh)]
-        assert len(gaps(topic)) == 1 and "made anew" in topic.said("kafka.gap_met")[0]["reason"]
+        assert (
+            len(gaps(topic)) == 1
+            and "recreated" in topic.logged("kafka.offsets_missing")[0]["reason"]
+        )
         async with topic.read():
             await topic.send("last")
-            await eventually(lambda: "last" in topic.data, "reading goes on")
+            await eventually(lambda: "last" in topic.data, "reading resumes")
         assert len(gaps(topic)) == 1
 
     run(broker, work)
 
 
-def test_a_topic_made_anew_under_a_reader(broker: Broker):
-    """A topic deleted and made anew while it is read: the trigger goes on with the new records, and says what happened."""
+def test_a_topic_recreated_while_it_is_read(broker: Broker):
+    """A topic recreated while it is read: the trigger reads the new records, and records what
+    happened.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(*(f"old {n}" for n in range(3)))
@@ -270,7 +295,9 @@ def test_a_deleted_topic(broker: Broker):
 
 
 def test_a_broker_that_lost_its_tail(tmp_path: Path):
-    """A broker that loses records it had acknowledged gives their offsets to others: those are recorded as well."""
+    """A broker that loses records it had acknowledged gives their offsets to others: those are
+    recorded as well.
+    """
 
     async def work(broker: OwnBroker) -> None:
         topic = await make_topic(broker)
@@ -294,11 +321,13 @@ def test_a_broker_that_lost_its_tail(tmp_path: Path):
         asyncio.run(work(broker))
 
 
-# ----------------------------------------------------------------------------- partitions and transactions
+# ------------------------------------------------------------------ partitions and transactions
 
 
 def test_new_partitions_are_read_from_their_beginning(broker: Broker):
-    """Partitions added later are found and read from their first record on, even with start="latest"."""
+    """Partitions added later are found and read from their first record on, even with
+    start="latest".
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send("old")
@@ -331,13 +360,15 @@ def test_a_pattern_finds_topics_that_come_later(broker: Broker):
 
 
 def test_k22_transactions(broker: Broker):
-    """K22: records of committed transactions are events, those of aborted ones are not; behind the markers nothing lags."""
+    """K22: records of committed transactions are events, those of aborted ones are not; behind the
+    markers nothing lags.
+    """
 
     async def work(topic: Topic) -> None:
         async with topic.read():
             for n in range(
                 3
-            ):  # each with a producer of its own: noida names old aborted ones again, which hides theirs
+            ):  # each with its own producer: noida names old aborted ones again, which hides theirs
                 async with broker.producer(transactional_id=f"{topic.name}-{n}") as producer:
                     await producer.begin_transaction()
                     await producer.send_and_wait(topic.name, str(n).encode(), partition=0)
@@ -363,9 +394,9 @@ def test_lag(broker: Broker):
             await eventually(
                 lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags"
             )
-            topic.ledger.open.clear()
+            topic.ledger.block()
             await topic.send(*range(1, 6))
-            await eventually(lambda: len(topic.ledger.offered) > 1, "more is under way")
+            await eventually(lambda: len(topic.ledger.offered) > 1, "more is offered")
             await eventually(
                 lambda: topic.totals()["lag_messages"] == 5, "5 records lag", within=60
             )
@@ -374,7 +405,7 @@ def test_lag(broker: Broker):
             assert 0 < first < 60
             gauge = topic.trigger.gauges()[0]
             assert gauge == Gauge("lag_messages", 5, {"topic": topic.name, "partition": "0"})
-            topic.ledger.open.set()
+            topic.ledger.unblock()
             await topic.has(6)
             await eventually(
                 lambda: topic.totals() == {"lag_messages": 0, "lag_seconds": 0}, "nothing lags"

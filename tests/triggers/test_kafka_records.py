@@ -1,4 +1,6 @@
-"""What each kind of record becomes: an event with its attributes, or a dead letter with its bytes. Through a real broker."""
+"""What each kind of record becomes: an event with its attributes, or a dead letter with its bytes.
+Through a real broker.
+"""
 
 import asyncio
 import base64
@@ -21,7 +23,7 @@ from tests.brokers import Broker, now_ms, some_broker
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
-from triggers._kafka.records import Reader
+from triggers._kafka.records import RecordReader
 from triggers.kafka import Kafka
 
 STRUCTURED = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
@@ -55,11 +57,13 @@ def ce(name: str, **more: str) -> list[tuple[str, bytes]]:
     return [(f"ce_{key}", value.encode()) for key, value in attributes.items() if value]
 
 
-# ----------------------------------------------------------------------------- plain records
+# ------------------------------------------------------------------ plain records
 
 
 def test_k1_plain_json(broker: Broker):
-    """K1: a record's topic, partition, offset, timestamp, key, headers and value are in its event."""
+    """K1: a record's topic, partition, offset, timestamp, key, headers and value are in its
+    event.
+    """
     at = now_ms()
 
     async def work(topic: Topic) -> None:
@@ -95,7 +99,9 @@ def test_k1_plain_json(broker: Broker):
 
 
 def test_k3_tombstones(broker: Broker):
-    """K3: a record without value is a tombstone with no data; left out if asked, and the offset advances all the same."""
+    """K3: a record without value is a tombstone with no data; left out if asked, and the offset
+    advances all the same.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send({"n": 1}, None, key=b"k")
@@ -113,13 +119,13 @@ def test_k3_tombstones(broker: Broker):
 
 
 def test_k4_an_empty_value(broker: Broker):
-    """K4: no bytes at all are no JSON, and a dead letter; taken as bytes they are data."""
+    """K4: an empty value is not JSON, so it is a dead letter; with decode="bytes" it is data."""
 
     async def work(topic: Topic) -> None:
         await topic.send(b"")
         async with topic.read():
             await topic.has(1)
-        assert topic.dead[0].body == b"" and topic.events == []
+        assert topic.dead_letters[0].body == b"" and topic.events == []
         await topic.send(b"", b"\x00\xff")
         async with topic.read(decode="bytes"):
             await topic.has(3)
@@ -130,7 +136,9 @@ def test_k4_an_empty_value(broker: Broker):
 
 
 def test_k6_keys_that_are_not_text(broker: Broker):
-    """K6: a key that is not UTF-8 is no subject; it is kept in base64, and lanes go by its bytes. An empty key is one too."""
+    """K6: a key that is not UTF-8 is no subject; it is kept in base64, and lanes go by its bytes.
+    An empty key is one too.
+    """
 
     async def work(topic: Topic) -> None:
         for key in (b"\xff\x01", b"", None):
@@ -162,11 +170,13 @@ def test_k7_codecs(broker: Broker, codec: str):
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- CloudEvents
+# ------------------------------------------------------------------ CloudEvents
 
 
 def test_binary_cloudevents(broker: Broker):
-    """A record with ce_ headers is that CloudEvent: its attributes, its data by its content type, its own identity."""
+    """A record with ce_ headers is that CloudEvent: its attributes, its data by its content type,
+    its own identity.
+    """
 
     async def work(topic: Topic) -> None:
         json_type = [("content-type", b"application/json")]
@@ -194,7 +204,9 @@ def test_binary_cloudevents(broker: Broker):
 
 
 def test_k9_a_structured_cloudevent_that_repeats_its_headers(broker: Broker):
-    """K9: the content type decides: a structured event with ce_ headers besides is that event, and not wrapped twice."""
+    """K9: the content type decides: a structured event with ce_ headers besides is that event, and
+    not wrapped twice.
+    """
 
     async def work(topic: Topic) -> None:
         fields = {
@@ -237,7 +249,9 @@ def test_k9_a_structured_cloudevent_that_repeats_its_headers(broker: Broker):
 def test_k10_cloudevents_that_are_none(
     broker: Broker, value: bytes, headers: list[tuple[str, bytes]], why: str
 ):
-    """K10: a CloudEvent without id gets no invented one; it and other broken ones are dead letters, bytes and headers kept."""
+    """K10: a CloudEvent without id gets no invented one; it and other broken ones are dead letters,
+    bytes and headers kept.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(value, headers=headers)
@@ -245,10 +259,13 @@ def test_k10_cloudevents_that_are_none(
         async with topic.read():
             await topic.has(2)
             await topic.committed(2)
-        (letter,) = topic.dead
-        assert letter.body == value and why in letter.error and topic.data == [{"n": 1}]
-        assert letter.headers["kafka-topic"] == topic.name and letter.headers["kafka-offset"] == "0"
-        assert letter.headers.keys() >= {name for name, _ in headers}
+        (dead_letter,) = topic.dead_letters
+        assert dead_letter.body == value and why in dead_letter.error and topic.data == [{"n": 1}]
+        assert (
+            dead_letter.headers["kafka-topic"] == topic.name
+            and dead_letter.headers["kafka-offset"] == "0"
+        )
+        assert dead_letter.headers.keys() >= {name for name, _ in headers}
 
     run(broker, work)
 
@@ -276,7 +293,7 @@ def test_k12_one_cloudevent_on_two_topics(broker: Broker):
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
-        assert len(topic.ledger.kept) == 1
+        assert len(topic.ledger.recorded) == 1
 
     run(broker, work)
 
@@ -311,11 +328,13 @@ def test_cloudevents_as_the_sdk_writes_them(broker: Broker):
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- what cannot be read
+# ------------------------------------------------------------------ what cannot be read
 
 
 def test_undecodable_records_do_not_stop_a_partition(broker: Broker):
-    """A record that is no JSON is a dead letter with value, key, headers and coordinates; those around it are events."""
+    """A record that is no JSON is a dead letter with value, key, headers and coordinates; those
+    around it are events.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send({"n": 1})
@@ -324,22 +343,24 @@ def test_undecodable_records_do_not_stop_a_partition(broker: Broker):
         async with topic.read():
             await topic.has(3)
             await topic.committed(3)
-        (letter,) = topic.dead
-        assert topic.data == [{"n": 1}, {"n": 3}] and letter.body == b'{"n": '
-        told = {
+        (dead_letter,) = topic.dead_letters
+        assert topic.data == [{"n": 1}, {"n": 3}] and dead_letter.body == b'{"n": '
+        coordinates = {
             "h": "v",
             "raw": "base64:/w==",
             "kafka-key": "base64:/w==",
             "kafka-partition": "0",
             "kafka-offset": "1",
         }
-        assert told.items() <= letter.headers.items()
+        assert coordinates.items() <= dead_letter.headers.items()
 
     run(broker, work)
 
 
 def test_c7_the_largest_value(broker: Broker):
-    """C7: a value of exactly the limit is an event; one byte more is a dead letter with all its bytes."""
+    """C7: a value of exactly the limit is an event; one byte more is a dead letter with all its
+    bytes.
+    """
     fits = b'"' + b"x" * 998 + b'"'
 
     async def work(topic: Topic) -> None:
@@ -348,15 +369,15 @@ def test_c7_the_largest_value(broker: Broker):
             await topic.has(2)
         assert topic.data == ["x" * 998]
         assert (
-            len(topic.dead[0].body) == 1001
-            and "at most 1000 bytes, found 1001" in topic.dead[0].error
+            len(topic.dead_letters[0].body) == 1001
+            and "at most 1000 bytes, found 1001" in topic.dead_letters[0].error
         )
 
     run(broker, work)
 
 
 def test_headers_and_keys_have_a_bound(broker: Broker):
-    """Headers or a key over 64 KiB are refused, and the record kept as a dead letter."""
+    """Headers or a key over 64 KiB are refused, and the record kept as a dead dead_letter."""
 
     async def work(topic: Topic) -> None:
         await topic.send({"n": 1}, headers=[("h", b"x" * 70_000)])
@@ -364,19 +385,21 @@ def test_headers_and_keys_have_a_bound(broker: Broker):
         await topic.send({"n": 3}, key=b"x" * 70_000)
         async with topic.read():
             await topic.has(3)
-        assert ["headers" in each.error for each in topic.dead] == [
+        assert ["headers" in each.error for each in topic.dead_letters] == [
             True,
             True,
             False,
-        ] and "key" in topic.dead[2].error
-        assert [each.body for each in topic.dead] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
+        ] and "key" in topic.dead_letters[2].error
+        assert [each.body for each in topic.dead_letters] == [b'{"n":1}', b'{"n":2}', b'{"n":3}']
 
     run(broker, work)
 
 
 def test_timestamps_that_no_calendar_has(broker: Broker):
-    """A producer that writes microseconds where milliseconds belong gets events all the same, without a time."""
-    reader = Reader("test", "json", 1000, skip_tombstones=False)
+    """A producer that writes microseconds where milliseconds belong gets events all the same,
+    without a time.
+    """
+    reader = RecordReader("test", "json", 1000, skip_tombstones=False)
     for stamp in (-1, now_ms() * 1000, 2**63 - 1):
         record: Any = ConsumerRecord("t", 0, 7, stamp, 0, None, b"1", None, -1, 1, ())
         event = reader.read(record)
@@ -392,7 +415,9 @@ def test_timestamps_that_no_calendar_has(broker: Broker):
 
 
 def test_c8_difficult_texts(broker: Broker):
-    """C8: U+0000, right-to-left marks, emoji come back as they were; a lone surrogate is no text, and its bytes are kept."""
+    """C8: U+0000, right-to-left marks, emoji come back as they were; a lone surrogate is no text,
+    and its bytes are kept.
+    """
     text = "\x00 \u202e עברית 🎉 \U0001f9d1\u200d\U0001f680 é"
 
     async def work(topic: Topic) -> None:
@@ -402,16 +427,18 @@ def test_c8_difficult_texts(broker: Broker):
             await topic.has(2)
         assert topic.events[0].data == {"text": text} and topic.events[0].subject == text
         assert Event.from_json(topic.events[0].to_json()).data == {"text": text}
-        assert topic.dead[0].body == lone
+        assert topic.dead_letters[0].body == lone
 
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- decode=
+# ------------------------------------------------------------------ decode=
 
 
 def test_a_decoder_makes_data_or_an_event(broker: Broker):
-    """decode= gets the record; what it returns is the data, or the whole event; for a binary CloudEvent it is the data."""
+    """decode= gets the record; what it returns is the data, or the whole event; for a binary
+    CloudEvent it is the data.
+    """
 
     def decode(record: Any) -> Any:
         number = int(record.value)
@@ -435,7 +462,7 @@ def test_a_decoder_makes_data_or_an_event(broker: Broker):
 
 
 def test_a_decoder_that_raises_makes_a_dead_letter(broker: Broker):
-    """What decode= raises is the record's dead letter, in its words; the partition goes on."""
+    """What decode= raises is the reason of the record's dead letter; the partition is read on."""
 
     def decode(record: Any) -> Any:
         return {"half": 10 / int(record.value)}
@@ -445,7 +472,10 @@ def test_a_decoder_that_raises_makes_a_dead_letter(broker: Broker):
         async with topic.read(decode=decode):
             await topic.has(2)
         assert topic.data == [{"half": 5.0}]
-        assert "ZeroDivisionError" in topic.dead[0].error and topic.dead[0].body == b"0"
+        assert (
+            "ZeroDivisionError" in topic.dead_letters[0].error
+            and topic.dead_letters[0].body == b"0"
+        )
 
     run(broker, work)
 
@@ -503,14 +533,19 @@ def framed(amount: int, schema: int = 7) -> bytes:
 
 
 def test_avro_with_a_schema_registry(broker: Broker, registry: str):
-    """The guide's decoder: framed records are data, an unknown schema and a stranger's bytes are dead letters."""
+    """The guide's decoder: framed records are data, an unknown schema and a stranger's bytes are
+    dead letters.
+    """
 
     async def work(topic: Topic) -> None:
         await topic.send(framed(1), framed(2), framed(3, schema=8), b"\x01plain", framed(4))
         async with topic.read(decode=guide_decoder()(registry)):
             await topic.has(5)
         assert topic.data == [{"amount": 1}, {"amount": 2}, {"amount": 4}]
-        assert "no schema 8" in topic.dead[0].error and "magic byte" in topic.dead[1].error
+        assert (
+            "no schema 8" in topic.dead_letters[0].error
+            and "magic byte" in topic.dead_letters[1].error
+        )
         assert Registry.asked == 2
 
     run(broker, work)
@@ -519,7 +554,9 @@ def test_avro_with_a_schema_registry(broker: Broker, registry: str):
 def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
     broker: Broker, registry: str
 ):
-    """While a decoder asks for time its partition waits, and says so; what came before is recorded, and then all the rest."""
+    """While a decoder asks for time its partition waits, and reports it; what came before is
+    recorded, and then all the rest.
+    """
 
     async def work(topic: Topic) -> None:
         decode = guide_decoder()(registry)
@@ -530,19 +567,24 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
             await topic.has(1)
             await eventually(
                 lambda: "asks for time" in (topic.trigger.condition or ""),
-                "it says what it waits for",
+                "it reports what it waits for",
             )
-            assert topic.dead == [] and topic.cursor() == 1
+            assert topic.dead_letters == [] and topic.cursor() == 1
             Registry.down = False
             await topic.has(3)
             await topic.committed(3)
-        assert topic.data == [{"amount": 1}, {"amount": 3}] and "no schema 9" in topic.dead[0].error
-        assert [each["log_level"] for each in topic.said("kafka.partition_stopped")] == ["warning"]
+        assert (
+            topic.data == [{"amount": 1}, {"amount": 3}]
+            and "no schema 9" in topic.dead_letters[0].error
+        )
+        assert [each["log_level"] for each in topic.logged("kafka.partition_stopped")] == [
+            "warning"
+        ]
 
     run(broker, work)
 
 
-# ----------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------ configuration
 
 
 @pytest.mark.parametrize(
@@ -569,7 +611,7 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
 def test_mistakes_are_found_when_it_is_made(
     topics: tuple[str, ...], options: dict[str, Any], why: str
 ):
-    """A mistake in the options is an error at once, in words that say what to write instead."""
+    """A mistake in the options is an error at once, which names the correction."""
     with pytest.raises(UsageError) as raised:
         Kafka(*topics, **{"group_id": "g", **options})
     assert why in str(raised.value)
@@ -591,12 +633,15 @@ def test_secrets(monkeypatch: pytest.MonkeyPatch):
     assert made._options.client["sasl_plain_password"] == "open sesame"
 
 
-def test_without_the_extra_it_says_what_to_install():
+def test_without_the_extra_the_error_names_the_package():
     """Without aiokafka, importing Kafka names the command that mends it."""
     import subprocess
     import sys
 
-    program = "import sys; sys.modules['aiokafka'] = None\nimport triggers\ntriggers.Webhook\ntriggers.Kafka"
+    program = (
+        "import sys; sys.modules['aiokafka'] = None\n"
+        "import triggers\ntriggers.Webhook\ntriggers.Kafka"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,6 @@
-"""Clients of Kafka that are cancelled at a bad moment leave no connection and no task behind in the loop they worked on."""
+"""Clients of Kafka that are cancelled at a bad moment leave no connection and no task behind in the
+loop they worked on.
+"""
 
 import asyncio
 import os
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from eventflow import Event
-from eventflow.events.event import Letter
+from eventflow.events.event import OutboxMessage
 from tests.brokers import Broker, OwnBroker, noida
 from tests.conftest import eventually
 from tests.triggers.kafka_proxy import Proxy, behind_a_proxy
@@ -53,9 +55,9 @@ def own_tasks() -> set[asyncio.Task[Any]]:
     return {task for task in asyncio.all_tasks() if "Proxy" not in repr(task.get_coro())}
 
 
-def letter(topic: Topic) -> Letter:
+def message(topic: Topic) -> OutboxMessage:
     event = Event(id="a", source="/s", type="order.scored", data={"n": 1})
-    return Letter(number=1, event=event, trigger=topic.name, ledger_id=7)
+    return OutboxMessage(number=1, event=event, trigger=topic.name, ledger_id=7)
 
 
 async def withheld(proxy: Proxy) -> None:
@@ -70,7 +72,7 @@ def test_a_start_that_is_cancelled(behind: tuple[Broker, Proxy], client: str):
         proxy.answers = 1  # which versions there are; not which brokers
         sink = KafkaSink(topic.name, bootstrap_servers=topic.broker.server)
         starts = (
-            topic.make().listen(topic.ledger) if client == "trigger" else sink.send(letter(topic))
+            topic.make().listen(topic.ledger) if client == "trigger" else sink.send(message(topic))
         )
         task = asyncio.ensure_future(starts)
         await withheld(proxy)
@@ -83,7 +85,9 @@ def test_a_start_that_is_cancelled(behind: tuple[Broker, Proxy], client: str):
 
 
 def test_a_leave_that_is_cancelled(behind: tuple[Broker, Proxy]):
-    """A second cancel while a member leaves, with a broker that does not answer, cuts the leaving short and not the closing."""
+    """A second cancel while a member leaves, with a broker that does not answer, cuts the leaving
+    short and not the closing.
+    """
 
     async def work(topic: Topic, proxy: Proxy) -> None:
         with pytest.raises(asyncio.CancelledError):
@@ -115,14 +119,16 @@ def stop(broker: OwnBroker) -> None:
 
 
 def test_a_sink_that_cannot_flush(tmp_path: Path):
-    """A sink whose broker does not answer any more is closed as soon as its time is up, with the letters that it still had."""
+    """A sink whose broker does not answer any more is closed as soon as its time is up, with the
+    messages that it still had.
+    """
 
     async def work(broker: OwnBroker, topic: Topic) -> None:
         before, tasks = sockets(), asyncio.all_tasks()
         sink = KafkaSink(topic.name, bootstrap_servers=broker.server)
-        await sink.send(letter(topic))
+        await sink.send(message(topic))
         stop(broker)
-        sending = asyncio.ensure_future(sink.send(letter(topic)))
+        sending = asyncio.ensure_future(sink.send(message(topic)))
         await asyncio.wait([sending], timeout=0.5)
         assert not sending.done()
         sending.cancel()

@@ -1,4 +1,6 @@
-"""KafkaSink on real brokers: what a consumer reads is what was recorded, in order, also across a broker's death and ours."""
+"""KafkaSink on real brokers: what a consumer reads is what was recorded, in order, also across a
+broker's death and ours.
+"""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -10,7 +12,7 @@ import pytest
 
 from eventflow import App, Event, Permanent, emit, flow
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Letter, show_id
+from eventflow.events.event import OutboxMessage, format_id
 from tests.brokers import Broker, some_broker
 from tests.conftest import eventually
 from triggers import Kafka, KafkaSink
@@ -24,8 +26,8 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
         yield running
 
 
-def letter(event: Event, **more: Any) -> Letter:
-    return Letter(number=1, event=event, trigger="events", ledger_id=7, **more)
+def message(event: Event, **more: Any) -> OutboxMessage:
+    return OutboxMessage(number=1, event=event, trigger="events", ledger_id=7, **more)
 
 
 def headers_of(record: Any) -> dict[str, str]:
@@ -33,12 +35,14 @@ def headers_of(record: Any) -> dict[str, str]:
 
 
 async def test_binary_mode_is_the_cloudevents_binding(broker: Broker):
-    """Attributes are `ce_` headers, the data is the value with its content type, the key comes from partitionkey or subject."""
+    """Attributes are `ce_` headers, the data is the value with its content type, the key comes from
+    partitionkey or subject.
+    """
     topic = await broker.create()
     moment = datetime(2026, 1, 31, 8, 0, 0, 250_000, tzinfo=UTC)
     sink = KafkaSink(topic, bootstrap_servers=broker.server)
     await sink.send(
-        letter(
+        message(
             Event(
                 id="a",
                 source="/flows/x",
@@ -48,7 +52,7 @@ async def test_binary_mode_is_the_cloudevents_binding(broker: Broker):
                 time=moment,
             )
         ),
-        letter(
+        message(
             Event(
                 id="b",
                 source="/flows/x",
@@ -57,22 +61,22 @@ async def test_binary_mode_is_the_cloudevents_binding(broker: Broker):
                 extensions={"partitionkey": "k", "ok": True},
             )
         ),
-        letter(Event(id="c", source="/flows/x", type="order.gone", subject="order/3")),
-        letter(Event(id="d", source="/flows/x", type="order.empty")),
+        message(Event(id="c", source="/flows/x", type="order.gone", subject="order/3")),
+        message(Event(id="d", source="/flows/x", type="order.empty")),
     )
     await sink.close()
     first, second, third, fourth = await broker.read(topic, 4)
-    said = headers_of(first)
-    assert said["ce_specversion"] == "1.0" and (said["ce_id"], said["ce_source"]) == (
+    headers = headers_of(first)
+    assert headers["ce_specversion"] == "1.0" and (headers["ce_id"], headers["ce_source"]) == (
         "a",
         "/flows/x",
     )
-    assert (said["ce_type"], said["ce_subject"], said["content-type"]) == (
+    assert (headers["ce_type"], headers["ce_subject"], headers["content-type"]) == (
         "order.scored",
         "order/1",
         "application/json",
     )
-    assert datetime.fromisoformat(said["ce_time"]) == moment and first.timestamp == 1769846400250
+    assert datetime.fromisoformat(headers["ce_time"]) == moment and first.timestamp == 1769846400250
     assert (orjson.loads(first.value), first.key) == ({"n": 1}, b"order/1")
     assert (second.value, second.key, headers_of(second)["ce_ok"]) == (b"\x00\xff", b"k", "true")
     assert (
@@ -90,38 +94,42 @@ async def test_structured_mode_is_the_whole_event(broker: Broker):
         topic, bootstrap_servers=broker.server, mode="structured", key=lambda event: f"k-{event.id}"
     )
     event = Event(id="a", source="/s", type="t", data={"n": 1})
-    await sink.send(letter(event))
+    await sink.send(message(event))
     await sink.close()
     (record,) = await broker.read(topic, 1)
     assert Event.from_json(record.value) == event and record.key == b"k-a"
     assert headers_of(record)["content-type"].startswith("application/cloudevents+json")
 
 
-async def test_a_dead_letter_keeps_its_bytes_and_says_why(broker: Broker):
-    """The bytes are the value, the sender's headers stay, the reason and where it came from are headers too."""
+async def test_a_dead_letter_keeps_its_bytes_and_reason(broker: Broker):
+    """The bytes are the value, the sender's headers stay, the reason and where it came from are
+    headers too.
+    """
     topic = await broker.create()
     sink = KafkaSink(topic, bootstrap_servers=broker.server)
     junk = Event(id="junk", source="/in", type="eventflow.undecodable", data=b"{not json")
-    await sink.send(letter(junk, reason="not JSON", subscription="", headers={"x-key": "7"}))
+    await sink.send(message(junk, reason="not JSON", subscription="", headers={"x-key": "7"}))
     await sink.close()
     (record,) = await broker.read(topic, 1)
-    said = headers_of(record)
-    assert record.value == b"{not json" and said["x-key"] == "7"
-    told = {
+    headers = headers_of(record)
+    assert record.value == b"{not json" and headers["x-key"] == "7"
+    errors = {
         name.removeprefix("eventflow.error."): text
-        for name, text in said.items()
+        for name, text in headers.items()
         if name.startswith("eventflow.error.")
     }
     assert (
-        told.items()
-        >= {"reason": "not JSON", "id": "junk", "source": "/in", "ledger_id": show_id(7)}.items()
+        errors.items()
+        >= {"reason": "not JSON", "id": "junk", "source": "/in", "ledger_id": format_id(7)}.items()
     )
 
 
 async def test_p9_what_is_too_large_is_permanent_and_the_others_arrive(
     broker: Broker, tmp_path: Path
 ):
-    """An event above `max_request_size` is a dead letter of its outlet; the ones before and behind it arrive."""
+    """An event above `max_request_size` is a dead letter of its sink; those before and after it
+    arrive.
+    """
     topic = await broker.create()
     app = App("large", store=f"sqlite:///{tmp_path / 'large.db'}", ballast=0, free_floor=0)
     app.send("note", KafkaSink(topic, bootstrap_servers=broker.server, max_request_size=2_000))
@@ -135,7 +143,7 @@ async def test_p9_what_is_too_large_is_permanent_and_the_others_arrive(
         )
 
         async def dead() -> Any:
-            return await app.store.dead()
+            return await app.store.dead_letters()
 
         await eventually(dead, "the large one is dead")
         (found,) = await dead()
@@ -145,7 +153,9 @@ async def test_p9_what_is_too_large_is_permanent_and_the_others_arrive(
 
 
 async def test_p2_topic_to_topic_over_two_lives(tmp_path: Path):
-    """Records in, a flow, its emits out: over two lives of ours every order is scored, and its score sent."""
+    """Records in, a flow, its emits out: over two lives of ours every order is scored, and its
+    score sent.
+    """
     with some_broker(tmp_path / "broker") as broker:
         orders, scored = await broker.create(), await broker.create()
 
@@ -191,19 +201,20 @@ async def _sent_all(app: App) -> bool:
 async def test_a_broker_that_is_away_is_a_failure_that_passes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """With nobody at the address the outlet fails and says so; nothing is lost, nobody waits."""
-    monkeypatch.setattr("eventflow.sinks.dispatcher.BACKOFF", (0.05, 0.2))
+    """Without a broker the sink fails and reports it; nothing is lost, no flow waits."""
+    monkeypatch.setattr("eventflow.sinks.relay.RETRY_DELAY_SECONDS", 0.05)
+    monkeypatch.setattr("eventflow.sinks.relay.MAX_RETRY_DELAY_SECONDS", 0.2)
     app = App("away", store=f"sqlite:///{tmp_path / 'away.db'}", ballast=0, free_floor=0)
     app.send("note", KafkaSink("t", bootstrap_servers="127.0.0.1:9", request_timeout_ms=1_000))
     async with app:
         await app.emit("note", {"n": 1})
-        health = app.house.relay.health["events/kafka:t"]
+        health = app.runtime.relay.health["events/kafka:t"]
         await eventually(lambda: health.failures >= 2, "it was tried again")
         assert health.last_error is not None and "127.0.0.1" in health.last_error
         assert (await app.store.outbox_depths())["events/kafka:t"][0] == 1
 
 
-def test_mistakes_are_said_when_the_sink_is_made():
+def test_mistakes_are_reported_when_the_sink_is_made():
     """An unknown option, one that the guarantees need, a mode that is none, an empty topic."""
     with pytest.raises(UsageError, match="did you mean linger_ms"):
         KafkaSink("t", linger_m=5)

@@ -1,4 +1,6 @@
-"""Objects that arrive in a bucket, on real servers over HTTP: what is an event, when, and that none is lost or made twice."""
+"""Objects that arrive in a bucket, on real servers over HTTP: what is an event, when, and that none
+is lost or made twice.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -7,10 +9,16 @@ from typing import Any
 
 import pytest
 
-from eventflow.events.event import Event, Trigger
+from eventflow.events.event import Event
+from eventflow.testing.trigger_contract import (
+    CONTRACT,
+    ContractLedger,
+    Item,
+    Promise,
+    TriggerHarness,
+)
 from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.triggers.buckets import QUICK
-from tests.triggers.contract import CONTRACT, Item, Ledger, Promise, is_stable_name, promise_name
 from triggers.s3 import S3
 
 __all__ = ["ministack", "moto"]
@@ -22,10 +30,10 @@ def aws(request: pytest.FixtureRequest) -> Aws:
     return request.getfixturevalue(request.param)
 
 
-# --------------------------------------------------------------------------- the contract
+# ------------------------------------------------------------------ the contract
 
 
-class QueueHarness:
+class QueueHarness(TriggerHarness):
     """A bucket with a queue; an item is an object, acknowledged when no message is left."""
 
     def __init__(self, aws: Aws, **options: Any) -> None:
@@ -37,7 +45,7 @@ class QueueHarness:
         self.queue = self.bucket.queue()
         yield
 
-    def trigger(self) -> Trigger:
+    def trigger(self) -> S3:
         return S3(
             self.bucket.name,
             queue=self.queue.url,
@@ -50,8 +58,8 @@ class QueueHarness:
         for key in keys:
             await asyncio.to_thread(self.bucket.put, key, key)
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
-        for item in list(ledger.kept.values()):
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
+        for item in list(ledger.recorded.values()):
             assert isinstance(item, Event) and item.time is not None
             data = item.data
             more = {
@@ -68,12 +76,14 @@ class QueueHarness:
     def key(self, item: Item) -> str:
         return item.data["key"]  # type: ignore[union-attr]
 
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
+    async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         return set() if await asyncio.to_thread(lambda: self.queue.left) else set(self.offered)
 
 
 class BothHarness(QueueHarness):
-    """A queue, here behind a topic, and sweeps beside it. A second queue on the topic keeps copies of what was told."""
+    """A queue behind a topic, with scans. A second queue on the topic keeps copies of the
+    notifications.
+    """
 
     def __init__(self, aws: Aws) -> None:
         super().__init__(aws, reconcile=0.3)
@@ -85,12 +95,12 @@ class BothHarness(QueueHarness):
         self.aws.sns.subscribe(TopicArn=self.bucket.topic, Protocol="sqs", Endpoint=self.copies.arn)
         yield
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
         for body in await asyncio.to_thread(self.copies.take):
             self.queue.send(body)
 
 
-class SweepHarness(QueueHarness):
+class ScanHarness(QueueHarness):
     """A bucket that is polled; an object is acknowledged when the cursor holds it."""
 
     @asynccontextmanager
@@ -98,31 +108,30 @@ class SweepHarness(QueueHarness):
         self.bucket = Bucket(self.aws)
         yield
 
-    def trigger(self) -> Trigger:
+    def trigger(self) -> S3:
         return S3(
             self.bucket.name, name="arrivals", **{**QUICK, **self.aws.options, **self.options}
         )
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
         for key in keys:
             del ledger.cursors[f"o:{key}"]
 
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
+    async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         return {key.removeprefix("o:") for key in ledger.cursors if key.startswith("o:")}
 
 
-@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
-@pytest.mark.parametrize("way", ["queue", "sweep", "both"])
-def test_contract(promise: Promise, way: str, aws: Aws):
-    """A bucket keeps the promises of every trigger: by a queue, by sweeps, and by both together."""
+@pytest.mark.parametrize("promise", CONTRACT)
+@pytest.mark.parametrize("source", ["queue", "scan", "both"])
+def test_contract(promise: Promise, source: str, aws: Aws):
+    """A bucket keeps the promises of every trigger: by a queue, by scans, and by both together."""
     asyncio.run(
-        promise({"queue": QueueHarness, "sweep": SweepHarness, "both": BothHarness}[way](aws))
+        promise({"queue": QueueHarness, "scan": ScanHarness, "both": BothHarness}[source](aws))
     )
 
 
 def test_name_is_stable():
     """The name comes from bucket and prefix, or from the queue, or is given."""
-    is_stable_name(S3("lake", prefix="in/"), S3("lake", prefix="in/"))
     assert S3("lake", prefix="in/").name == "s3:lake/in" and S3("lake", name="x").name == "x"
     assert (
         S3(queue="arn:aws:sqs:eu-west-1:1:arrivals").name

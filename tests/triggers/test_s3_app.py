@@ -1,4 +1,6 @@
-"""Objects to runs, through a whole app on its real store: what a user of `S3` and a `Webhook` for MinIO gets."""
+"""Objects to runs, through a whole app on its real store: what a user of `S3` and a `Webhook` for
+MinIO gets.
+"""
 
 import asyncio
 import json
@@ -13,12 +15,12 @@ import pytest
 
 from eventflow import App, flow
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Gauged, Trigger
+from eventflow.events.event import HasGauges, Trigger
 from eventflow.runs.run import State
+from eventflow.testing.trigger_contract import listening
 from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.conftest import eventually
 from tests.triggers.buckets import QUICK, Landing
-from tests.triggers.contract import listening
 from tests.triggers.serving import serving
 from tests.triggers.test_s3_notifications import MINIO
 from tests.triggers.test_s3_queue import ODD
@@ -62,11 +64,13 @@ async def ran(app: App, expected: Sequence[str], within: float = 20.0) -> None:
     await eventually(as_expected, f"{sorted(expected)} have run", within=within)
 
 
-# --------------------------------------------------------------------------- acceptance
+# ------------------------------------------------------------------ acceptance
 
 
 def test_an_object_starts_a_run_within_two_seconds_by_queue(ministack: Aws, tmp_path: Path):
-    """Single and multi-part, with spaces, plus and unicode in the key: one run with the right key, in under 2 s by SQS."""
+    """Single and multi-part, with spaces, plus and unicode in the key: one run with the right key,
+    in under 2 s by SQS.
+    """
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -100,7 +104,7 @@ async def _has_run(app: App, key: str) -> bool:
 
 
 def test_an_object_starts_a_run_within_one_poll(aws: Aws, tmp_path: Path):
-    """The same by listing: what was put before a sweep has run after it, once."""
+    """The same by listing: what was put before a scan has run after it, once."""
     keys = ["plain.csv", ODD, "multi part+é.bin"]
 
     async def main() -> None:
@@ -115,32 +119,40 @@ def test_an_object_starts_a_run_within_one_poll(aws: Aws, tmp_path: Path):
 
 
 @pytest.mark.timeout(240)
-def test_ten_thousand_objects_are_found_in_one_sweep(ministack: Aws, tmp_path: Path):
-    """10,000 objects in one prefix: ten pages, one sweep, each object offered once, and the next sweep brings nothing."""
+def test_ten_thousand_objects_are_found_in_one_scan(ministack: Aws, tmp_path: Path):
+    """10,000 objects in one prefix: ten pages, one scan, each object is accepted once, and the next
+    scan finds nothing.
+    """
 
     async def main() -> None:
         bucket = Bucket(ministack)
         await asyncio.to_thread(bucket.fill, [f"in/{n:05d}.csv" for n in range(10_000)])
         here = Landing(ministack, bucket.name, prefix="in/", poll=600.0)
         async with listening(here.trigger, here.ledger):
-            await eventually(lambda: here.said("bucket.swept"), "a sweep is over", within=60)
+            await eventually(
+                lambda: here.logged("bucket.initial_scan_completed"), "a scan is over", within=60
+            )
         assert (
             here.keys == [f"in/{n:05d}.csv" for n in range(10_000)]
             and len(here.ledger.offered) == 10_000
         )
         again = Landing(ministack, bucket.name, here.ledger, prefix="in/", poll=600.0)
         async with listening(again.trigger, again.ledger):
-            await eventually(lambda: again.said("bucket.swept"), "another is over", within=60)
+            await eventually(
+                lambda: again.logged("bucket.initial_scan_completed"), "another is over", within=60
+            )
         assert len(here.ledger.offered) == 10_000
 
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- common cases
+# ------------------------------------------------------------------ common cases
 
 
 def test_c1_a_duplicate_is_counted_on_the_first(ministack: Aws, tmp_path: Path):
-    """The same notice in two messages: one run, one duplicate on the event's own row, both messages deleted."""
+    """The same notification in two messages: one run, one duplicate on the event's own row, both
+    messages deleted.
+    """
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
@@ -159,7 +171,7 @@ def test_c1_a_duplicate_is_counted_on_the_first(ministack: Aws, tmp_path: Path):
 
 
 def test_c11_s30_a_missing_bucket_leaves_other_triggers_alone(ministack: Aws, tmp_path: Path):
-    """A bucket that is not there: its listener is opened again and again, and says why; the other one runs."""
+    """A missing bucket: its listener is restarted, and reports why; the other trigger works."""
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -167,7 +179,7 @@ def test_c11_s30_a_missing_bucket_leaves_other_triggers_alone(ministack: Aws, tm
         async with opened(tmp_path, missing, S3(bucket.name, **QUICK, **ministack.options)) as app:
             bucket.put("a")
             await ran(app, ["a"])
-            health = app.house.reactor.health
+            health = app.runtime.reactor.health
             await eventually(lambda: health[missing.name].failures >= 1, "it was opened again")
             assert "NoSuchBucket" in (health[missing.name].last_error or "")
             assert health[f"s3:{bucket.name}"].failures == 0
@@ -176,7 +188,7 @@ def test_c11_s30_a_missing_bucket_leaves_other_triggers_alone(ministack: Aws, tm
 
 
 def test_c13_two_triggers_of_one_name_are_refused():
-    """Two triggers that would share cursor and identity are a mistake, told before anything starts."""
+    """Two triggers that would share cursor and identity are an error before anything starts."""
     app = App("landing")
     app.on(S3("lake", prefix="in/"), land)
     with pytest.raises(UsageError, match="s3:lake/in"):
@@ -184,7 +196,9 @@ def test_c13_two_triggers_of_one_name_are_refused():
 
 
 def test_c14_events_of_one_key_run_in_order(ministack: Aws, tmp_path: Path):
-    """key="@subject": the versions of one key run one after another, in the order of their notices."""
+    """key="@subject": the versions of one key run one after another, in the order of their
+    notifications.
+    """
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
@@ -197,8 +211,10 @@ def test_c14_events_of_one_key_run_in_order(ministack: Aws, tmp_path: Path):
     asyncio.run(main())
 
 
-def test_superseded_notices_can_be_left_out(ministack: Aws, tmp_path: Path):
-    """A flow that wants the latest only filters on `superseded`, and the ledger says which condition failed."""
+def test_superseded_notifications_can_be_left_out(ministack: Aws, tmp_path: Path):
+    """A flow that wants the latest only filters on `superseded`, and the ledger shows which
+    condition failed.
+    """
 
     async def main() -> None:
         bucket, queue = Bucket(ministack), Queue(ministack)
@@ -216,18 +232,23 @@ def test_superseded_notices_can_be_left_out(ministack: Aws, tmp_path: Path):
     asyncio.run(main())
 
 
-def test_it_tells_how_it_fares():
+def test_condition_and_gauges():
     """`/metrics`, `/api/triggers` and `ls triggers` read gauges and a condition from it."""
     trigger = S3("lake", queue="arrivals", reconcile=60)
-    assert isinstance(trigger, Gauged) and trigger.condition is None
-    assert {gauge.name for gauge in trigger.gauges()} >= {"in_hand_messages", "filtered_notices"}
+    assert isinstance(trigger, HasGauges) and trigger.condition is None
+    assert {gauge.name for gauge in trigger.gauges()} >= {
+        "in_flight_messages",
+        "filtered_notifications",
+    }
 
 
-# --------------------------------------------------------------------------- MinIO's webhook
+# ------------------------------------------------------------------ MinIO's webhook
 
 
 def test_minios_webhook_starts_one_run_per_version(tmp_path: Path):
-    """MinIO's message, posted to a `Webhook` with the two helpers: one run with the key decoded; its second try is known."""
+    """MinIO's message, posted to a `Webhook` with the two helpers: one run with the key decoded;
+    its second try is known.
+    """
 
     async def main() -> None:
         hook = Webhook(
@@ -248,8 +269,11 @@ def test_minios_webhook_starts_one_run_per_version(tmp_path: Path):
             async with httpx2.AsyncClient(
                 base_url=f"http://127.0.0.1:{port}", headers=headers
             ) as client:
-                removed = {**MINIO, "EventName": "s3:ObjectRemoved:Delete", "Records": [
-                    {**MINIO["Records"][0], "eventName": "s3:ObjectRemoved:Delete"}]}  # fmt: skip
+                removed = {
+                    **MINIO,
+                    "EventName": "s3:ObjectRemoved:Delete",
+                    "Records": [{**MINIO["Records"][0], "eventName": "s3:ObjectRemoved:Delete"}],
+                }
                 codes = [
                     (await client.post("/hooks/minio", content=json.dumps(body))).status_code
                     for body in (MINIO, MINIO, removed)

@@ -1,4 +1,6 @@
-"""Sweeps of a bucket's listing, alone and beside a queue: what is new, what is not, pages, markers, and faults in between."""
+"""Scans of a bucket's listing, alone and beside a queue: new and known versions, pages, markers,
+and faults.
+"""
 
 import asyncio
 from typing import Any
@@ -6,12 +8,12 @@ from typing import Any
 import pytest
 
 from eventflow.core.errors import SourceError, UsageError
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.aws import Aws, Bucket, ministack, moto
 from tests.conftest import eventually
 from tests.faults import DENIED, HANG_UP, SLOW_DOWN, Proxy, action, listing, proxied
 from tests.triggers.buckets import Landing, landing
-from tests.triggers.contract import Ledger, listening
-from triggers._s3.known_objects import OWED_FOR, Seen
+from triggers._s3.known_objects import PENDING_EXPIRY_US, KnownObjects
 from triggers.s3 import S3
 
 __all__ = ["ministack", "moto"]
@@ -28,11 +30,11 @@ def pages(proxy: Proxy) -> int:
     return sum(listing(*asked) for asked in proxy.seen)
 
 
-# --------------------------------------------------------------------------- what is found
+# ------------------------------------------------------------------ what is found
 
 
 def test_event_of_a_listed_object(aws: Aws):
-    """A listed object has the shape of a notified one; what a listing does not tell is null."""
+    """A listed object has the shape of a notified one; what a listing does not contain is null."""
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -44,8 +46,14 @@ def test_event_of_a_listed_object(aws: Aws):
                 "s3reason": "Listed"
             }
             etag = "5d41402abc4b2a76b9719d911017c592"
-            assert event.data == {"bucket": bucket.name, "key": "in/a b+c é.csv", "size": 5, "etag": etag, "version": None,
-                                  "sequencer": None}  # fmt: skip
+            assert event.data == {
+                "bucket": bucket.name,
+                "key": "in/a b+c é.csv",
+                "size": 5,
+                "etag": etag,
+                "version": None,
+                "sequencer": None,
+            }
             assert event.time is not None and event.time.tzinfo is not None
 
     asyncio.run(main())
@@ -66,7 +74,9 @@ def test_s26_keys_with_control_characters(ministack: Aws):
 
 
 def test_selection_by_prefix_suffix_and_globs(aws: Aws):
-    """Prefix, suffix and globs select; globs are over the key without the prefix; folders that consoles draw never count."""
+    """Prefix, suffix and globs select; globs are over the key without the prefix; folders that
+    consoles draw never count.
+    """
     there = [
         "in/a.csv",
         "in/b.txt",
@@ -80,7 +90,9 @@ def test_selection_by_prefix_suffix_and_globs(aws: Aws):
     async def found(*expected: str, **options: Any) -> None:
         async with landing(aws, bucket.name, **options) as here:
             await here.has(*expected)
-            await eventually(lambda: here.said("bucket.swept"), "a whole sweep is over")
+            await eventually(
+                lambda: here.logged("bucket.initial_scan_completed"), "a whole scan is over"
+            )
             assert sorted(here.keys) == sorted(expected)
 
     async def main() -> None:
@@ -95,8 +107,10 @@ def test_selection_by_prefix_suffix_and_globs(aws: Aws):
     asyncio.run(main())
 
 
-def test_s21_pages_are_walked_and_a_second_sweep_finds_nothing(aws: Aws):
-    """A prefix of 250 keys in pages of 100 is three pages a sweep; every key is one event, and later sweeps bring none."""
+def test_s21_pages_are_walked_and_a_second_scan_finds_nothing(aws: Aws):
+    """A prefix of 250 keys in pages of 100 is three pages a scan; every key is one event, and later
+    scans bring none.
+    """
     keys = [f"in/{n:04d}" for n in range(250)]
 
     async def main() -> None:
@@ -107,13 +121,17 @@ def test_s21_pages_are_walked_and_a_second_sweep_finds_nothing(aws: Aws):
             async with landing(
                 aws, bucket.name, endpoint_url=proxy.url, page=100, poll=600
             ) as here:
-                await eventually(lambda: here.said("bucket.swept"), "a whole sweep is over")
+                await eventually(
+                    lambda: here.logged("bucket.initial_scan_completed"), "a whole scan is over"
+                )
                 assert pages(proxy) == 3
                 assert here.keys == keys
             async with landing(
                 aws, bucket.name, here.ledger, page=100, endpoint_url=proxy.url, poll=600
             ) as again:
-                await eventually(lambda: again.said("bucket.swept"), "a whole sweep is over")
+                await eventually(
+                    lambda: again.logged("bucket.initial_scan_completed"), "a whole scan is over"
+                )
                 assert pages(proxy) == 6
         assert len(here.ledger.offered) == 250
 
@@ -121,7 +139,9 @@ def test_s21_pages_are_walked_and_a_second_sweep_finds_nothing(aws: Aws):
 
 
 def test_late_keys_are_found(aws: Aws):
-    """A key that sorts before others, or is put after a later one, is found: nothing is a watermark."""
+    """A key that sorts before others, or is put after a later one, is found: nothing is a
+    watermark.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -135,7 +155,9 @@ def test_late_keys_are_found(aws: Aws):
 
 
 def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
-    """An overwrite with other content is an event, also back to an earlier one; the same again only with touch="fire"."""
+    """An overwrite with other content is an event, also back to an earlier one; the same again only
+    with touch="fire".
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -155,7 +177,7 @@ def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
             seen = len(eager.keys)
             bucket.put("a", "A")
             await eventually(lambda: len(eager.keys) > seen, "the eager one takes it for new")
-            await here.swept()
+            await here.scanned()
             assert here.keys.count("a") == 3 and len({event.id for event in here.events}) == len(
                 here.events
             )
@@ -164,14 +186,18 @@ def test_s23_another_content_is_an_event_and_the_same_only_when_asked(aws: Aws):
 
 
 def test_existing_objects_can_be_skipped(aws: Aws):
-    """existing="skip": what is there at the very first start starts nothing, its later versions and what lands then do."""
+    """existing="skip": what is there at the very first start starts nothing, its later versions and
+    what lands then do.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
         bucket.put("old", "1")
         await asyncio.sleep(1.1)  # the server's clock has whole seconds
         async with landing(aws, bucket.name, existing="skip") as here:
-            await eventually(lambda: here.said("bucket.swept"), "the first sweep is over")
+            await eventually(
+                lambda: here.logged("bucket.initial_scan_completed"), "the first scan is over"
+            )
             assert here.keys == []
             bucket.put("new")
             bucket.put("old", "2")
@@ -183,8 +209,10 @@ def test_existing_objects_can_be_skipped(aws: Aws):
     asyncio.run(main())
 
 
-def test_removals_need_two_sweeps(aws: Aws):
-    """deleted=True: a key that two sweeps did not show is a removal, once; put again, it is created again."""
+def test_removals_need_two_scans(aws: Aws):
+    """deleted=True: a key that two scans did not show is a removal, once; put again, it is created
+    again.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -220,11 +248,13 @@ def test_settle_waits_until_an_object_stays_the_same(ministack: Aws):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- markers
+# ------------------------------------------------------------------ markers
 
 
 def test_a_marker_per_object(aws: Aws):
-    """marker="{name}.done": an object is an event once its marker is there, whichever came first; markers are none."""
+    """marker="{name}.done": an object is an event once its marker is there, whichever came first;
+    markers are none.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -239,9 +269,11 @@ def test_a_marker_per_object(aws: Aws):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("way", ["sweep", "queue"])
+@pytest.mark.parametrize("way", ["scan", "queue"])
 def test_s27_a_folder_is_complete_when_its_marker_lands(aws: Aws, way: str):
-    """marker="_SUCCESS": the folder is one event with the objects that are there; a marker written again is a new one."""
+    """marker="_SUCCESS": the folder is one event with the objects that are there; a marker written
+    again is a new one.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -270,11 +302,13 @@ def test_s27_a_folder_is_complete_when_its_marker_lands(aws: Aws, way: str):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- beside a queue
+# ------------------------------------------------------------------ beside a queue
 
 
-def test_a_sweep_finds_what_no_notice_told(aws: Aws):
-    """reconcile: an object whose notification was lost is found, and a notified one is not found again."""
+def test_a_scan_finds_what_no_notification_reported(aws: Aws):
+    """reconcile: an object whose notification was lost is found, and a notified one is not found
+    again.
+    """
 
     async def main() -> None:
         bucket = Bucket(aws)
@@ -282,23 +316,25 @@ def test_a_sweep_finds_what_no_notice_told(aws: Aws):
         queue = bucket.queue()
         async with landing(aws, bucket.name, queue=queue.url, reconcile=0.3) as here:
             await here.has("silent")
-            bucket.put("told")
-            await here.has("silent", "told")
+            bucket.put("notified")
+            await here.has("silent", "notified")
             await here.emptied(queue)
             queue.aws.s3.put_bucket_notification_configuration(
                 Bucket=bucket.name, NotificationConfiguration={}
             )
             bucket.put("silent-2")
-            await here.has("silent", "told", "silent-2")
+            await here.has("silent", "notified", "silent-2")
 
     asyncio.run(main())
 
 
-def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
-    """Sweeps find A, B and A again before any notice comes; then all notices come, twice: each version is one event."""
+def test_versions_that_a_scan_found_first_run_once(ministack: Aws):
+    """Scans find A, B and A again before any notification comes; then all notifications come,
+    twice: each version is one event.
+    """
 
     async def main() -> None:
-        bucket, ledger = Bucket(ministack), Ledger()
+        bucket, ledger = Bucket(ministack), ContractLedger()
         queue = bucket.queue()
         with proxied(ministack.url) as proxy:
             proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
@@ -312,13 +348,17 @@ def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
                 for n, body in enumerate(("A", "B", "A"), 1):
                     bucket.put("a", body)
                     await eventually(lambda n=n: len(here.keys) == n, f"{n} versions are found")
-                bodies = [message["Body"] for message in queue.aws.sqs.receive_message(
-                    QueueUrl=queue.url, MaxNumberOfMessages=10, VisibilityTimeout=0)["Messages"]]  # fmt: skip
+                bodies = [
+                    message["Body"]
+                    for message in queue.aws.sqs.receive_message(
+                        QueueUrl=queue.url, MaxNumberOfMessages=10, VisibilityTimeout=0
+                    )["Messages"]
+                ]
                 for body in bodies:
                     queue.send(body)
                 proxy.mend()
                 await here.emptied(queue)
-                await here.swept()
+                await here.scanned()
                 await here.emptied(queue)
                 assert here.keys.count("a") == 3
                 bucket.put("a", "C")
@@ -328,8 +368,10 @@ def test_versions_that_a_sweep_found_first_run_once(ministack: Aws):
     asyncio.run(main())
 
 
-def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
-    """Sweeps find that a key is gone before its notice comes: when it comes, twice, the removal is still one event."""
+def test_a_removal_that_a_scan_found_first_is_one_event(ministack: Aws):
+    """Scans find a key removed before its notification comes: when it comes, twice, the removal is
+    still one event.
+    """
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -348,7 +390,7 @@ def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
                 await here.emptied(queue)
                 proxy.fail(action("ReceiveMessage"), SLOW_DOWN)
                 await eventually(
-                    lambda: here.said("bucket.unreachable"), "the queue does not answer"
+                    lambda: here.logged("bucket.unreachable"), "the queue does not answer"
                 )
                 bucket.delete("a")
                 await here.has("a", "a")
@@ -358,7 +400,7 @@ def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
                     queue.send(message["Body"])
                 proxy.mend()
                 await here.emptied(queue)
-                await here.swept()
+                await here.scanned()
                 assert [event.type.rpartition(".")[2] for event in here.events] == [
                     "created",
                     "removed",
@@ -369,8 +411,10 @@ def test_a_removal_that_a_sweep_found_first_is_one_event(ministack: Aws):
     asyncio.run(main())
 
 
-def test_a_late_notice_of_an_older_version_does_not_repeat_the_newer(ministack: Aws):
-    """The notice of an overwritten version comes after a sweep took the newer one: an event of its own, and only that."""
+def test_a_late_notification_of_an_older_version_does_not_repeat_the_newer(ministack: Aws):
+    """The notification of an overwritten version comes after a scan took the newer one: one more
+    event, and no other.
+    """
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -390,14 +434,16 @@ def test_a_late_notice_of_an_older_version_does_not_repeat_the_newer(ministack: 
                 proxy.mend()
                 await here.has("a", "a")
                 await here.emptied(queue)
-                await here.swept()
+                await here.scanned()
                 assert here.keys.count("a") == 2
 
     asyncio.run(main())
 
 
-def test_a_page_that_a_notice_overtook_starts_nothing(ministack: Aws):
-    """A page is on its way while its object is overwritten and the notice of that recorded: the page says nothing new."""
+def test_a_page_that_a_notification_overtook_starts_nothing(ministack: Aws):
+    """A page is on its way while its object is overwritten and the notification of that recorded:
+    the page changes nothing.
+    """
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -405,7 +451,7 @@ def test_a_page_that_a_notice_overtook_starts_nothing(ministack: Aws):
         with proxied(ministack.url) as proxy:
             proxy.fail(
                 listing, SLOW_DOWN
-            )  # so that the queue tells of the first version, not a sweep
+            )  # so that the queue reports the first version, not a scan
             options: dict[str, Any] = {
                 "queue": queue.url,
                 "reconcile": 0.2,
@@ -416,24 +462,25 @@ def test_a_page_that_a_notice_overtook_starts_nothing(ministack: Aws):
                 await here.emptied(queue)
                 proxy.mend()
                 rule = proxy.fail(listing, after=3.0, times=1)
-                await eventually(lambda: rule.hits, "a page is asked for")
-                await asyncio.sleep(
-                    0.5
-                )  # so that the server has answered the proxy; should it not have, the test is only easier
+                await eventually(lambda: rule.hits, "a page is requested")
+                # The server answers the proxy meanwhile; if it does not, the test is only easier.
+                await asyncio.sleep(0.5)
                 bucket.put("a", "B")
                 await here.emptied(queue)
-                await here.swept()
+                await here.scanned()
                 assert here.keys.count("a") == 2
 
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------ faults
 
 
 @pytest.mark.parametrize("fault", [SLOW_DOWN, HANG_UP], ids=["503", "hang up"])
-def test_fault_23_a_listing_goes_on_where_it_failed(ministack: Aws, fault: tuple[int, str]):
-    """A page that fails in the middle of a sweep is asked for again where the listing stood: none before it, none skipped."""
+def test_fault_23_a_listing_resumes_where_it_failed(ministack: Aws, fault: tuple[int, str]):
+    """A page that fails in the middle of a scan is requested again from the same position: no page
+    is repeated or skipped.
+    """
     keys = [f"{n:04d}" for n in range(50)]
 
     async def main() -> None:
@@ -447,9 +494,11 @@ def test_fault_23_a_listing_goes_on_where_it_failed(ministack: Aws, fault: tuple
             async with landing(
                 ministack, bucket.name, endpoint_url=proxy.url, page=10, poll=600
             ) as here:
-                await eventually(lambda: here.said("bucket.swept"), "the sweep is over")
+                await eventually(
+                    lambda: here.logged("bucket.initial_scan_completed"), "the scan is over"
+                )
                 assert here.keys == keys and rule.hits == 6
-                assert pages(proxy) == 5 + 6 and here.said("bucket.unreachable")
+                assert pages(proxy) == 5 + 6 and here.logged("bucket.unreachable")
 
     asyncio.run(main())
 
@@ -459,18 +508,20 @@ def test_s30_refused_and_missing_buckets_say_what_to_do(aws: Aws):
 
     async def main() -> None:
         with pytest.raises(SourceError, match=r"NoSuchBucket.*create the bucket"):
-            await Landing(aws, "no-such-bucket-here").trigger.listen(Ledger())
+            await Landing(aws, "no-such-bucket-here").trigger.listen(ContractLedger())
         bucket = Bucket(aws)
         with proxied(aws.url) as proxy:
             proxy.fail(listing, DENIED)
             with pytest.raises(SourceError, match=r"AccessDenied.*grant s3:ListBucket"):
-                await Landing(aws, bucket.name, endpoint_url=proxy.url).trigger.listen(Ledger())
+                await Landing(aws, bucket.name, endpoint_url=proxy.url).trigger.listen(
+                    ContractLedger()
+                )
 
     asyncio.run(main())
 
 
 def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws):
-    """Without the right to list, reconcile says so and tries again; the queue goes on."""
+    """Without permission to list, reconcile reports it and tries again; the queue works."""
 
     async def main() -> None:
         bucket = Bucket(ministack)
@@ -483,7 +534,7 @@ def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws
                 "endpoint_url": proxy.url,
             }
             async with landing(ministack, bucket.name, **options) as here:
-                await eventually(lambda: here.said("bucket.unreachable"), "it is said")
+                await eventually(lambda: here.logged("bucket.unreachable"), "it is logged")
                 bucket.put("a")
                 await here.has("a")
                 assert "AccessDenied" in (here.trigger.condition or "")
@@ -492,16 +543,18 @@ def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws
 
 
 def test_s24_a_listener_that_ends_before_the_cursor_moved_repeats_nothing(ministack: Aws):
-    """Ended between listing and record, the next sweep offers the same identities; each object is recorded once."""
+    """Ended between listing and record, the next scan offers the same identities; each object is
+    recorded once.
+    """
 
     async def main() -> None:
-        bucket, ledger = Bucket(ministack), Ledger()
+        bucket, ledger = Bucket(ministack), ContractLedger()
         for n in range(5):
             bucket.put(f"k{n}")
-        ledger.open.clear()
+        ledger.block()
         async with landing(ministack, bucket.name, ledger):
             await eventually(lambda: ledger.offered, "they are offered")
-        ledger.open.set()
+        ledger.unblock()
         async with landing(ministack, bucket.name, ledger) as here:
             await here.has(*(f"k{n}" for n in range(5)))
         assert len({(item.source, item.id) for item in ledger.offered}) == 5
@@ -524,17 +577,25 @@ def test_a_session_of_ones_own(ministack: Aws):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------ mistakes
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"bucket": "b", "reconcile": 5}, {"bucket": "b/in"}, {"bucket": "b", "poll": 0}, {"bucket": "b", "page": 1001},
-        {"queue": "q", "reconcile": 5}, {"queue": "q", "wait": 21}, {"queue": "q", "visibility": 0},
-        {"bucket": "b", "queue": "q", "marker": "{name}.done"}, {"queue": "q", "pollers": 0}, {"bucket": "b", "settle": -1},
+        {},
+        {"bucket": "b", "reconcile": 5},
+        {"bucket": "b/in"},
+        {"bucket": "b", "poll": 0},
+        {"bucket": "b", "page": 1001},
+        {"queue": "q", "reconcile": 5},
+        {"queue": "q", "wait": 21},
+        {"queue": "q", "visibility": 0},
+        {"bucket": "b", "queue": "q", "marker": "{name}.done"},
+        {"queue": "q", "pollers": 0},
+        {"bucket": "b", "settle": -1},
     ],
-)  # fmt: skip
+)
 def test_mistakes_are_found_when_it_is_made(options: dict[str, Any]):
     """Options that cannot work are refused at once, with what was expected."""
     with pytest.raises(UsageError, match="S3"):
@@ -558,10 +619,12 @@ def test_the_listener_can_be_opened_again(ministack: Aws):
     asyncio.run(main())
 
 
-def test_a_key_that_is_gone_is_kept_in_mind_while_its_notice_is_owed():
-    """Also when the object itself was told of by a notice, so that nothing else is owed of the key."""
-    seen = Seen("b", {"o:a": ["etag", 1, None, "01", []]}, touch=False)
-    mark = seen.gone("a", "removed-1", now=1_000, owes=True)
-    assert not seen.is_done("a", mark, 1_000)
-    assert seen.is_done("a", mark, 1_000 + OWED_FOR)
-    assert seen.is_done("a", seen.gone("a", "removed-1", now=1_000, owes=False), 1_000)
+def test_a_removed_key_is_known_while_its_notification_is_pending():
+    """Also when the object came by a notification, so that none is pending for the key."""
+    seen = KnownObjects("b", {"o:a": ["etag", 1, None, "01", []]}, touch=False)
+    mark = seen.mark_removed("a", "removed-1", now=1_000, expect_notification=True)
+    assert not seen.can_forget("a", mark, 1_000)
+    assert seen.can_forget("a", mark, 1_000 + PENDING_EXPIRY_US)
+    assert seen.can_forget(
+        "a", seen.mark_removed("a", "removed-1", now=1_000, expect_notification=False), 1_000
+    )

@@ -1,8 +1,8 @@
-"""From a file that holds still to an event: the last look at it, its content's sample, its final path, its identity.
+"""From a settled file to its event: the last stat, a sample of its content, its final path, its id.
 
-`Desk.prepare` runs in a worker thread, just before `accept`; it decides for each ripe path what it is (a `Landed` event, only
-touched, gone, still waiting) and does the part of `after=move` that must come first. Files that changed under it go back to
-settling. `to_event` makes the CloudEvent. Both are called by `listener.py`.
+`FileRecorder` calls `FileClassifier.classify` in a worker thread just before `accept`. It decides
+what each settled path is (an event, only touched, missing, still waiting), and does the first half
+of `after=move`. Files that change meanwhile stay pending. `to_event` builds the CloudEvent.
 """
 
 import base64
@@ -18,116 +18,144 @@ from eventflow.core.clock import to_datetime
 from eventflow.core.errors import SourceError
 from eventflow.events.event import Event, Json
 from triggers._files.names import is_utf8, printable
-from triggers._files.post_actions import BLOCK, Stopped, place, sync_directories, unlink
-from triggers._files.settling import Known, Ripe, Sight
+from triggers._files.post_actions import (
+    BLOCK_BYTES,
+    ListenerStopped,
+    link_or_copy,
+    sync_directories,
+    unlink_if_present,
+)
+from triggers._files.settling import FileStat, KnownFiles, SettledFile
 from triggers._files.tree import Tree
 
-SAMPLED, PIECES = 256 * 1024, 16
-"""A file is sampled whole up to SAMPLED bytes, beyond that in PIECES equal pieces from its beginning to its end."""
+SAMPLE_WHOLE_BYTES = 256 * 1024
+"""Up to this size the sample is the whole content."""
+
+SAMPLE_PIECES = 16
+"""Above it, so many equal pieces from the beginning to the end."""
 
 
-class Fate(Enum):
-    """What a ripe path turned out to be."""
+class Disposition(Enum):
+    """What a settled path is."""
 
     CREATED = "created"
     MODIFIED = "modified"
     DELETED = "deleted"
     TOUCHED = "touched"  # other times, same size and content
     WAITING = "waiting"  # its marker is missing, or the root is
-    CHANGED = "changed"  # it moved again under the last look
+    CHANGED = "changed"  # it changed during the last stat
 
 
 @dataclass(frozen=True, slots=True)
-class Landed:
-    """A ripe path, judged.
+class LandedFile:
+    """A settled path and its disposition.
 
-    `place` is where the file will be found; `sample` tells a touch from a rewrite; `problem` says why a WAITING one waits when
-    that is nothing ordinary.
+    `final_path`: where the flow finds the file. `sample` distinguishes a touch from a rewrite.
+    `problem`: the error for which a WAITING one waits.
     """
 
     path: bytes
-    sight: Sight | None
-    first_at: int
-    fate: Fate
-    ident: str = ""
-    place: bytes = b""
+    stat: FileStat | None
+    first_seen_at: int  # microseconds
+    disposition: Disposition
+    event_id: str = ""
+    final_path: bytes = b""
     sample: int | None = None
     sha256: str | None = None
     problem: str | None = None
 
     @property
     def is_file(self) -> bool:
-        """Whether there is an event about a file that is there."""
-        return self.fate in (Fate.CREATED, Fate.MODIFIED)
+        """Whether it is an event about an existing file."""
+        return self.disposition in (Disposition.CREATED, Disposition.MODIFIED)
 
 
-class Desk:
-    """Judges ripe files, in a worker thread. `stop` ends long reads and copies."""
+class FileClassifier:
+    """Classifies settled files, in a worker thread. `stop` ends long reads and copies."""
 
     def __init__(
-        self, tree: Tree, known: Known, move_to: bytes | None, *, sha256: bool, touch: bool
+        self, tree: Tree, known: KnownFiles, move_to: bytes | None, *, sha256: bool, touch: bool
     ) -> None:
-        self._tree, self._known, self._move_to = tree, known, move_to
-        self._sha256, self._touch = sha256, touch
+        self._tree: Tree = tree
+        self._known: KnownFiles = known
+        self._move_to: bytes | None = move_to
+        self._sha256: bool = sha256
+        self._touch: bool = touch
         self.stop = threading.Event()
 
-    def prepare(self, ripe: Sequence[Ripe], now_us: int) -> list[Landed]:
-        """Judges each; what `after=move` placed has a durable name when it returns."""
-        landed = [self._judge(each, now_us) for each in ripe]
+    def classify(self, settled: Sequence[SettledFile], now_us: int) -> list[LandedFile]:
+        """Classifies each file. The names that `after=move` gives are durable when it returns."""
+        landed = [self._classify_one(each, now_us) for each in settled]
         if self._move_to is not None:
-            sync_directories([each.place for each in landed if each.is_file], self._move_to)
+            sync_directories([each.final_path for each in landed if each.is_file], self._move_to)
         return landed
 
-    def _judge(self, ripe: Ripe, now_us: int) -> Landed:
-        path, sight, first_at = ripe
-        if sight is None:
-            fate = Fate.WAITING if self._tree.identity() is None else Fate.DELETED
-            return Landed(path, None, first_at, fate, digest(path, now_us), self._tree.full(path))
+    def _classify_one(self, settled: SettledFile, now_us: int) -> LandedFile:
+        path, stat, first_seen_at = settled
+        if stat is None:
+            disposition = (
+                Disposition.WAITING if self._tree.identity() is None else Disposition.DELETED
+            )
+            return LandedFile(
+                path,
+                None,
+                first_seen_at,
+                disposition,
+                version_id(path, now_us),
+                self._tree.full(path),
+            )
         marker = self._tree.names.marker(path)
         if marker is not None and not os.path.exists(self._tree.full(marker)):
-            return Landed(path, sight, first_at, Fate.WAITING)
+            return LandedFile(path, stat, first_seen_at, Disposition.WAITING)
         sample, sha256 = self._read(path)
-        if not self._still(path, sight):
-            return Landed(path, sight, first_at, Fate.CHANGED)
-        if not self._touch and self._known.only_touched(path, sight, sample):
-            return Landed(path, sight, first_at, Fate.TOUCHED, sample=sample)
-        fate = Fate.MODIFIED if path in self._known else Fate.CREATED
-        judged = Landed(
-            path, sight, first_at, fate, digest(path, *sight), self._tree.full(path), sample, sha256
+        if not self._is_unchanged(path, stat):
+            return LandedFile(path, stat, first_seen_at, Disposition.CHANGED)
+        if not self._touch and self._known.is_only_touched(path, stat, sample):
+            return LandedFile(path, stat, first_seen_at, Disposition.TOUCHED, sample=sample)
+        disposition = Disposition.MODIFIED if path in self._known else Disposition.CREATED
+        landed = LandedFile(
+            path,
+            stat,
+            first_seen_at,
+            disposition,
+            version_id(path, *stat),
+            self._tree.full(path),
+            sample,
+            sha256,
         )
-        return judged if self._move_to is None else self._placed(judged, sight, self._move_to)
+        return landed if self._move_to is None else self._move(landed, stat, self._move_to)
 
-    def _placed(self, judged: Landed, sight: Sight, directory: bytes) -> Landed:
-        """The same, found below `directory`; it waits when it cannot be put there."""
+    def _move(self, landed: LandedFile, stat: FileStat, directory: bytes) -> LandedFile:
+        """Places the file below `directory`; it waits when that fails."""
         try:
-            found, new = place(
-                self._tree.full(judged.path), directory, judged.path, judged.ident, self.stop
+            final_path, is_new = link_or_copy(
+                self._tree.full(landed.path), directory, landed.path, landed.event_id, self.stop
             )
-        except (OSError, SourceError) as error:
-            return replace(judged, fate=Fate.WAITING, problem=str(error))
-        if self._still(judged.path, sight):
-            return replace(judged, place=found)
-        if new:
-            unlink(found)
-        return replace(judged, fate=Fate.CHANGED)
+        except (OSError, SourceError) as error:  # tried again: the target may become writable
+            return replace(landed, disposition=Disposition.WAITING, problem=str(error))
+        if self._is_unchanged(landed.path, stat):
+            return replace(landed, final_path=final_path)
+        if is_new:
+            unlink_if_present(final_path)
+        return replace(landed, disposition=Disposition.CHANGED)
 
-    def _still(self, path: bytes, sight: Sight) -> bool:
+    def _is_unchanged(self, path: bytes, stat: FileStat) -> bool:
         try:
-            return self._tree.look(path) == sight
-        except OSError:
+            return self._tree.file_stat(path) == stat
+        except OSError:  # unreadable: not the settled version any more
             return False
 
     def samples(self, paths: Sequence[bytes]) -> list[int | None]:
-        """What tells a later touch of these files from a rewrite."""
+        """The sample of each file's content, for `LandedFile.sample`."""
         return [self._read(path)[0] for path in paths]
 
     def _read(self, path: bytes) -> tuple[int | None, str | None]:
-        """`(sample, sha256)` of the content as far as they are asked for; None when it cannot be read."""
+        """`(sample, sha256)` of the content; None for what is not requested or cannot be read."""
         if self._touch and not self._sha256:
             return None, None
         try:
             handle = os.open(self._tree.full(path), os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:
+        except OSError:  # removed or unreadable: the next stat decides
             return None, None
         with open(handle, "rb", buffering=0) as file:
             try:
@@ -140,61 +168,64 @@ class Desk:
 
     def _hash(self, file: FileIO) -> str:
         found = hashlib.sha256()
-        while block := file.read(BLOCK):
+        while block := file.read(BLOCK_BYTES):
             if self.stop.is_set():
-                raise Stopped
+                raise ListenerStopped
             found.update(block)
         return found.hexdigest()
 
 
 def _sample(file: FileIO) -> int:
-    """48 bits of the content (a JSON number keeps them): all of a small file, PIECES of a large one."""
+    """48 bits (exact in a JSON number) over a small file, or over SAMPLE_PIECES of a large one."""
     size = os.fstat(file.fileno()).st_size
     found = hashlib.blake2b(digest_size=6)
-    if size <= SAMPLED:
-        found.update(file.read(SAMPLED))
+    if size <= SAMPLE_WHOLE_BYTES:
+        found.update(file.read(SAMPLE_WHOLE_BYTES))
     else:
-        length = SAMPLED // PIECES
-        for piece in range(PIECES):
-            found.update(os.pread(file.fileno(), length, piece * (size - length) // (PIECES - 1)))
+        length = SAMPLE_WHOLE_BYTES // SAMPLE_PIECES
+        for piece in range(SAMPLE_PIECES):
+            found.update(
+                os.pread(file.fileno(), length, piece * (size - length) // (SAMPLE_PIECES - 1))
+            )
     return int.from_bytes(found.digest())
 
 
-def digest(path: bytes, *version: int) -> str:
-    """An event id: 128 bits over the relative path and what makes its version."""
+def version_id(path: bytes, *version: int) -> str:
+    """An event id: 128 bits over the relative path and its version."""
     return hashlib.blake2b(
         path + b"\0" + ":".join(map(str, version)).encode(), digest_size=16
     ).hexdigest()
 
 
-def to_event(landed: Landed, source: str, now_us: int) -> Event:
+def to_event(landed: LandedFile, source: str, now_us: int) -> Event:
     """The CloudEvent about one landed (or deleted) file.
 
-    `data` depends on the version alone, so that the same version offered again is a duplicate and no conflict; when it was
-    looked at stands beside it: `time` is when it was found still, the extension `firstseen` when it was first seen.
+    `data` depends only on the version, so that the same version accepted again is a duplicate and
+    not a conflict. The times are attributes: `time` is when it had settled, the extension
+    `firstseen` when it was first seen.
     """
     data: dict[str, Json] = {
-        "path": printable(landed.place),
+        "path": printable(landed.final_path),
         "relpath": printable(landed.path),
         "name": printable(landed.path.rpartition(b"/")[2]),
     }
-    if (sight := landed.sight) is not None:
+    if (stat := landed.stat) is not None:
         data |= {
-            "size": sight.size,
-            "mtime": to_datetime(sight.mtime_ns // 1000).isoformat(),
-            "mtime_ns": sight.mtime_ns,
-            "inode": sight.inode or None,
+            "size": stat.size,
+            "mtime": to_datetime(stat.mtime_ns // 1000).isoformat(),
+            "mtime_ns": stat.mtime_ns,
+            "inode": stat.inode or None,
         }
     if landed.sha256 is not None:
         data["sha256"] = landed.sha256
-    if not is_utf8(landed.place):
-        data["path_b64"] = base64.b64encode(landed.place).decode()
+    if not is_utf8(landed.final_path):
+        data["path_b64"] = base64.b64encode(landed.final_path).decode()
     return Event(
-        id=landed.ident,
+        id=landed.event_id,
         source=source,
-        type=f"io.eventflow.file.{landed.fate.value}",
+        type=f"io.eventflow.file.{landed.disposition.value}",
         subject=printable(landed.path),
         time=to_datetime(now_us),
         data=data,
-        extensions={"firstseen": to_datetime(landed.first_at).isoformat()},
+        extensions={"firstseen": to_datetime(landed.first_seen_at).isoformat()},
     )

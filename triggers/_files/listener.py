@@ -1,442 +1,245 @@
-"""One opened landing directory: the loop that looks, waits and lands.
+"""One opened `Directory`: the loop over notifications, walks and settled files.
 
-    hints.py ─► look: hints, walk, settle, land ─► landing.py (judge, place) ─► Intake.accept ─► afterwards.py (remove)
-    tree.py (walk) ─► settling.py (pending, known) ──┘
+    FsNotifications ─┐
+                     ├─► SettlingFiles ─► FileRecorder ─► Intake.accept ─► move or delete
+    TreeWalks ───────┘
 
-`Directory.listen` opens one and drives it. One coroutine does everything in turn, so nothing here is locked; what blocks goes
-to a thread, one call at a time. Everything known comes from the cursor at `open`, and changes only after `accept` returned.
+`Directory.listen` opens a `Listener` and calls `run_once` and `wait` in turn. One coroutine does
+everything in sequence, so nothing is locked; what blocks runs in a thread, one call at a time. All
+knowledge comes from the cursor at `open`, and changes only after `accept` has returned. Read on in
+settling.py (the state machine), walks.py and recorder.py.
 """
 
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Mapping
 from urllib.parse import quote
 
 import anyio
 import anyio.to_thread
 
-from eventflow.core.clock import SECOND, Clock, microseconds, to_datetime
-from eventflow.core.errors import StoreFull
-from eventflow.events.event import Event, Intake, Json
-from triggers._files.events import Desk, Fate, Landed, to_event
+from eventflow.core.clock import sleep_for
+from eventflow.events.event import Intake, Json
+from triggers._files.context import DirectoryContext, DirectoryOptions
 from triggers._files.mounts import CHANGING_INODES, file_system, is_remote
-from triggers._files.names import Names, printable, to_key
-from triggers._files.notifications import Hints
-from triggers._files.post_actions import remove
-from triggers._files.settling import Known, Settling, Sight, mark
-from triggers._files.tree import RootMissing, Step, Tree, Walk
+from triggers._files.names import printable
+from triggers._files.notifications import FsNotifications
+from triggers._files.recorder import FIRST_WALK_DONE_KEY, FileRecorder
+from triggers._files.settling import KnownFiles, SettlingFiles
+from triggers._files.tree import RootMissing, Tree
+from triggers._files.walks import TreeWalks
 
-T = TypeVar("T")
+LOG_EVENTS = {
+    "directory.opened": "A directory is watched; `watch` is native or poll.",
+    "directory.polling_fallback": (
+        "Kernel notifications are not available; the directory is polled from now on."
+    ),
+    "directory.root_found": "A watched directory that was missing exists again.",
+    "directory.root_missing": (
+        "A watched directory is missing. No file counts as deleted; the trigger waits for it."
+    ),
+}
 
-BATCH = 500
-"""Events in one `accept`, so that a flood streams and never fills the commit queue (4,096)."""
 
-PATIENCE = 3_600.0
-"""Seconds after which a file that never held still is warned about."""
+class RootMonitor:
+    """Checks, without inotify, whether the root is missing or has been replaced."""
 
-BEGAN = "/began"
-"""The cursor's note that the first walk is over; no relative path begins with a slash."""
+    INTERVAL_SECONDS = 5.0
+    """Between checks; a fifth of that while the root is missing or not watched."""
 
+    def __init__(self, context: DirectoryContext) -> None:
+        self._context: DirectoryContext = context
+        self._identity: tuple[int, int] | None = None  # device and inode at the last check
+        self._is_missing: bool = False
+        self.check_at: float = context.clock.monotonic()
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What `Directory` was given, ready for use: `root` and `move_to` absolute, `leaves` whether files go once recorded."""
+    def check_soon(self, *, short: bool) -> None:
+        seconds = self.INTERVAL_SECONDS / 5 if short else self.INTERVAL_SECONDS
+        self.check_at = self._context.clock.monotonic() + seconds
 
-    root: bytes
-    names: Names
-    leaves: bool
-    move_to: bytes | None
-    skip_existing: bool
-    watch: str
-    rescan: float
-    poll: float
-    settle: float
-    zero_byte_grace: float
-    recursive: bool
-    follow_symlinks: bool
-    deleted: bool
-    touch: bool
-    sha256: bool
-    clock: Clock
+    def set_found(self, identity: tuple[int, int]) -> bool:
+        """Whether it is another directory than at the last check."""
+        if self._is_missing:
+            self._is_missing = False
+            root = printable(self._context.tree.root)
+            self._context.log.info("directory.root_found", root=root)
+        is_new = identity != self._identity
+        self._identity = identity
+        return is_new
+
+    def set_missing(self, reason: str) -> None:
+        if not self._is_missing:
+            self._is_missing = True
+            root = printable(self._context.tree.root)
+            self._context.log.warning("directory.root_missing", root=root, reason=reason)
+        self._identity = None
+        self.check_soon(short=True)
 
 
 class Listener:
-    """One `listen`: what it knows, what it waits for, and when it looks next."""
-
-    ROOT_CHECK = 5.0
-    """Seconds between looks at which directory the root is; a fifth of that while it is missing or not watched."""
+    """The state of one `listen`. `file_system_type` is the name in /proc/self/mountinfo."""
 
     def __init__(
         self,
-        options: Options,
+        options: DirectoryOptions,
         intake: Intake,
         cursor: Mapping[str, Json],
-        kind: str,
+        file_system_type: str,
         opened_ns: int,
     ) -> None:
-        self._options, self._intake, self._log, self._clock = (
-            options,
-            intake,
-            intake.log,
-            options.clock,
-        )
-        remote = is_remote(kind)
-        self._source = _source(options.root, remote)
-        self._native = options.watch == "native" or (options.watch == "auto" and not remote)
-        inodes = not remote and kind not in CHANGING_INODES
+        remote = is_remote(file_system_type)
         move_to = options.move_to
-        apart = _below(options.root, move_to) if move_to is not None else None
-        self._tree = Tree(
-            options.root, options.names, options.recursive, options.follow_symlinks, inodes, apart
+        tree = Tree(
+            options.root,
+            options.names,
+            options.recursive,
+            options.follow_symlinks,
+            inodes=not remote and file_system_type not in CHANGING_INODES,
+            excluded=None if move_to is None else relative_to(options.root, move_to),
         )
-        self._known = Known()
-        self._known.load(cursor)
-        self._settling = Settling(self._known, options.settle, options.zero_byte_grace)
-        self._desk = Desk(
-            self._tree, self._known, move_to, sha256=options.sha256, touch=options.touch
+        known = KnownFiles()
+        known.load(cursor)
+        settling = SettlingFiles(known, options.settle, options.zero_byte_grace)
+        context = DirectoryContext(
+            options, tree, known, settling, intake.log, anyio.CapacityLimiter(1)
         )
+        first_walk_done = FIRST_WALK_DONE_KEY in cursor
+        skip_until = None
+        if options.skip_existing and not first_walk_done:
+            # The clock of another host stamps remote files: there, every file of the first walk is
+            # skipped.
+            skip_until = 1 << 63 if remote else opened_ns
+        self._context: DirectoryContext = context
+        self._recorder = FileRecorder(context, intake, _source(options.root, remote))
+        self._walks = TreeWalks(
+            context, self._recorder, first_walk_done=first_walk_done, skip_until=skip_until
+        )
+        self._root = RootMonitor(context)
         self._wake = asyncio.Event()
-        self._hints = Hints(options.root, self._wake.set)
-        self._limiter = anyio.CapacityLimiter(1)
-        self._began, self._walked = BEGAN in cursor, False
-        self._skip_until: int | None = None
-        if options.skip_existing and not self._began:
-            self._skip_until = (
-                1 << 63 if remote else opened_ns
-            )  # another host's clock stamps remote files: skip all of them
-        self._walk: Walk | None = None
-        self._walk_took = 0.0
-        self._walk_at = self._clock.monotonic()
-        self._into: list[bytes] = []
-        self._directories: dict[bytes, int] = {}
-        self._root_at = self._clock.monotonic()
-        self._root: tuple[int, int] | None = None
-        self._root_missing = False
-        self._notes: dict[str, Json] = {}
-        self._warned: set[bytes] = set()
+        self._notifications = FsNotifications(options.root, self._wake.set)
+        self._native: bool = options.watch == "native" or (options.watch == "auto" and not remote)
 
     @classmethod
-    async def open(cls, options: Options, intake: Intake) -> "Listener":
+    async def open(cls, options: DirectoryOptions, intake: Intake) -> "Listener":
         opened_ns = _file_clock()
         kind = await anyio.to_thread.run_sync(
             file_system, options.root, limiter=anyio.CapacityLimiter(1)
         )
         listener = cls(options, intake, await intake.cursor(), kind, opened_ns)
-        watch = "native" if listener._native else "poll"
-        listener._log.info(
+        listener._context.log.info(
             "directory.opened",
             root=printable(options.root),
-            watch=watch,
+            watch="native" if listener._native else "poll",
             file_system=kind,
-            known=len(listener._known),
+            known=len(listener._context.known),
         )
         return listener
 
     async def close(self) -> None:
-        self._desk.stop.set()
-        await self._hints.close()
+        self._recorder.stop()
+        await self._notifications.close()
 
-    async def look(self) -> None:
-        """Does what there is to do now: one round of everything, each part bounded."""
+    async def run_once(self) -> None:
+        """One round of all work that is due; each part is bounded."""
         await self._check_root()
-        await self._take_hints()
-        await self._walk_on()
-        await self._land_ripe()
-        if self._notes.keys() - {BEGAN}:
-            await self._offer([], {})
+        await self._process_notifications()
+        await self._walk()
+        await self._recorder.record_settled()
+        await self._recorder.flush()
 
-    # ------------------------------------------------------------------------- when
-
-    async def rest(self) -> None:
-        """Waits until there is something to do: a hint, a file that may be ripe, a walk."""
-        now = self._clock.monotonic()
-        if not self._wake.is_set() and (delay := self._next_at() - now) > 0:
-            await self._sleep(delay, self._wake)
+    async def wait(self) -> None:
+        """Waits for a notification, or until a settle time, a walk or a root check is due."""
+        delay = self._next_at() - self._context.clock.monotonic()
+        if not self._wake.is_set() and delay > 0:
+            await sleep_for(self._context.clock, delay, self._wake)
         self._wake.clear()
 
     def _next_at(self) -> float:
-        if self._settling.room and (self._walk is not None or self._into):
+        if self._walks.has_work:
             return 0.0
-        ripe_at = self._settling.next_due()
-        walk_at = self._walk_at if self._walk is None else self._root_at
-        return min(self._root_at, walk_at, self._root_at if ripe_at is None else ripe_at)
-
-    async def _sleep(self, seconds: float, wake: asyncio.Event) -> None:
-        """Until `wake`, at most `seconds`. The timer follows the wall clock; should that be set back, the loop's own wakes."""
-        loop = asyncio.get_running_loop()
-        timer = self._clock.timer(loop, self._clock.now() + microseconds(seconds), wake.set)
-        backstop = loop.call_later(seconds + 1, wake.set)
-        try:
-            await wake.wait()
-        finally:
-            timer.cancel()
-            backstop.cancel()
-
-    async def _blocking(self, call: Callable[..., T], *args: Any) -> T:
-        return await anyio.to_thread.run_sync(
-            call, *args, limiter=self._limiter, abandon_on_cancel=True
-        )
-
-    # ------------------------------------------------------------------------- looking
+        times = [self._root.check_at]
+        if not self._walks.is_running:
+            times.append(self._walks.next_at)
+        settles_at = self._context.settling.next_due()
+        if settles_at is not None:
+            times.append(settles_at)
+        return min(times)
 
     async def _check_root(self) -> None:
-        """Finds out, without inotify's help, that the root was replaced or has come back."""
-        now = self._clock.monotonic()
-        if now < self._root_at:
+        if self._context.clock.monotonic() < self._root.check_at:
             return
-        root = await self._blocking(self._tree.identity)
-        if root is None:
-            self._lose_root("it is not there, or is no directory")
+        identity = await self._context.run_blocking(self._context.tree.identity)
+        if identity is None:
+            self._on_root_missing("it is not there, or is no directory")
             return
-        if self._root_missing:
-            self._root_missing = False
-            self._log.info("directory.root_found", root=printable(self._tree.root))
-        deaf = self._native and bool(self._directories) and not self._hints.covers(b"")
-        if root != self._root or deaf:
-            self._walk_soon()
-        self._root = root
-        self._root_at = now + (self.ROOT_CHECK / 5 if deaf else self.ROOT_CHECK)
-
-    async def _take_hints(self) -> None:
-        hints = self._hints
-        if hints.refused is not None and self._native:
-            self._native = False
-            self._log.warning(
-                "directory.polled_instead", root=printable(self._tree.root), reason=hints.refused
-            )
-        if hints.gap:
-            hints.gap = False
-            self._walk_soon()
-        taken = hints.take()
-        if taken and not hints.covers(b""):
-            self._root_at = self._clock.monotonic()
-        hinted = [path for full in taken if (path := self._tree.relative(full)) is not None]
-        if not hinted:
-            return
-        for path in hinted:
-            if not hints.covers(path):
-                self._directories.pop(path, None)
-        before = self._clock.monotonic()
-        files, directories = await self._blocking(self._tree.examine, hinted)
-        self._see(files, before)
-        self._into += directories
-
-    def _see(self, observations: Sequence[tuple[bytes, Sight | None]], before: float) -> None:
-        after, now_us = self._clock.monotonic(), self._clock.now()
-        for path, sight in observations:
-            self._settling.see(path, sight, before=before, after=after, now_us=now_us)
-
-    def _walk_soon(self) -> None:
-        self._walk_at = min(self._walk_at, self._clock.monotonic())
-
-    async def _walk_on(self) -> None:
-        """One step of the walk under way, or of the next one that is due."""
-        if not self._settling.room:
-            return
-        walk = self._walk = self._walk or self._next_walk()
-        if walk is None:
-            return
-        walk.into(self._into)
-        self._into = []
-        before = self._clock.monotonic()
-        try:
-            step = await self._blocking(walk.step)
-        except RootMissing as error:
-            self._lose_root(str(error))
-            return
-        self._see(step.seen, before)
-        await self._take_step(step)
-        self._walk_took += self._clock.monotonic() - before
-        if step.done:
-            self._walk = None
-            await self._end_walk(walk)
-
-    def _next_walk(self) -> Walk | None:
-        whole = self._clock.monotonic() >= self._walk_at
-        if not whole and not self._into:
-            return None
-        if whole:
-            self._walk_at, self._walk_took = float("inf"), 0.0
-        return Walk(self._tree, self._known, whole=whole, skip_until=self._skip_until)
-
-    async def _take_step(self, step: Step) -> None:
-        for path, why in step.denied:
-            if path not in self._warned:
-                self._warned.add(path)
-                self._log.warning(
-                    "directory.denied", path=printable(self._tree.full(path)), reason=why
-                )
-        if step.old:
-            samples = await self._blocking(self._desk.samples, [path for path, _ in step.old])
-            skipped = [
-                (path, sight, sample)
-                for (path, sight), sample in zip(step.old, samples, strict=True)
-            ]
-            await self._offer(
-                [], {to_key(path): [*sight, sample, 0] for path, sight, sample in skipped}
-            )
-            for path, sight, sample in skipped:
-                self._known.add(path, mark(sight, sample))
-        if step.owed and self._options.leaves:
-            await self._remove(step.owed)
-
-    async def _end_walk(self, walk: Walk) -> None:
-        if walk.whole:
-            now = self._clock.monotonic()
-            interval = self._options.rescan if self._native else self._options.poll
-            self._walk_at = min(self._walk_at, now + max(interval, 4 * self._walk_took))
-            self._directories = walk.directories
-            await self._note_beginning()
-            self._warn_of_restless()
-        else:
-            self._directories |= walk.directories
-        if self._native:
-            self._into += await self._hints.cover(self._directories)
-        if not self._walked:
-            self._walked = True
-            self._log.info(
-                "directory.walked", root=printable(self._tree.root), directories=len(self._directories),
-                known=len(self._known), pending=len(self._settling),
-            )  # fmt: skip
-
-    async def _note_beginning(self) -> None:
-        """From now on everything new fires. Unless something was skipped, the note may ride with the first event."""
-        if not self._began:
-            self._notes[BEGAN] = to_datetime(self._clock.now()).isoformat()
-            if self._skip_until is not None:
-                await self._offer([], {})
-            self._began, self._skip_until = True, None
-
-    def _warn_of_restless(self) -> None:
-        for path in self._settling.older_than(self._clock.now() - int(PATIENCE * SECOND)):
-            if path not in self._warned:
-                self._warned.add(path)
-                self._log.warning(
-                    "file.unsettled", path=printable(self._tree.full(path)), seconds=PATIENCE
-                )
-
-    def _lose_root(self, why: str) -> None:
-        """Nothing counts as deleted; `_check_root` finds the root when it is back."""
-        if not self._root_missing:
-            self._root_missing = True
-            self._log.warning("directory.root_missing", root=printable(self._tree.root), reason=why)
-        self._walk, self._walk_at, self._root = None, float("inf"), None
-        self._root_at = self._clock.monotonic() + self.ROOT_CHECK / 5
-
-    # ------------------------------------------------------------------------- landing
-
-    async def _land_ripe(self) -> None:
-        due = self._settling.due(self._clock.monotonic())
-        for start in range(0, len(due), BATCH):
-            before = self._clock.monotonic()
-            self._see(
-                await self._blocking(self._tree.look_again, due[start : start + BATCH]), before
-            )
-        ripe = self._settling.ripe(due)
-        for start in range(0, len(ripe), BATCH):
-            now_us = self._clock.now()
-            await self._land(
-                await self._blocking(self._desk.prepare, ripe[start : start + BATCH], now_us),
-                now_us,
-            )
-
-    async def _land(self, judged: Sequence[Landed], now_us: int) -> None:
-        """Records what landed, with its cursor, in one transaction; then remembers it, then lets it go."""
-        events: list[Event] = []
-        cursor: dict[str, Json] = {}
-        settled: list[tuple[Landed, bool]] = []
-        for each in judged:
-            if each.fate in (Fate.WAITING, Fate.CHANGED):
-                self._wait(each)
-                continue
-            owed = self._known.owes(each.path) if each.fate is not Fate.CREATED else False
-            if each.is_file or (each.fate is Fate.DELETED and self._options.deleted and not owed):
-                events.append(to_event(each, self._source, now_us))
-            owed = self._options.leaves if each.is_file else owed
-            cursor[to_key(each.path)] = (
-                None if each.sight is None else [*each.sight, each.sample, int(owed)]
-            )
-            settled.append((each, owed))
-        if cursor:
-            await self._offer(events, cursor)
-        self._remember(settled)
-        if leaving := [
-            (each.path, each.sight) for each, owed in settled if owed and each.sight is not None
-        ]:
-            await self._remove(leaving)
-
-    def _wait(self, each: Landed) -> None:
-        now = self._clock.monotonic()
-        if each.fate is Fate.CHANGED:
-            self._settling.postpone(each.path, now)
-            return
-        if each.problem is not None:
-            self._log.warning(
-                "file.not_placed", path=printable(self._tree.full(each.path)), reason=each.problem
-            )
-        self._settling.postpone(
-            each.path,
-            now + (self._options.poll if each.problem else max(self._options.settle, 1.0)),
+        is_unwatched = (
+            self._native
+            and bool(self._walks.directories)
+            and not self._notifications.is_watched(b"")
         )
+        if self._root.set_found(identity) or is_unwatched:
+            self._walks.request()
+        self._root.check_soon(short=is_unwatched)
 
-    def _remember(self, settled: Sequence[tuple[Landed, bool]]) -> None:
-        for each, owed in settled:
-            self._settling.done(each.path)
-            if each.sight is None:
-                self._known.forget(each.path)
-            else:
-                self._known.add(each.path, mark(each.sight, each.sample, owed))
+    def _on_root_missing(self, reason: str) -> None:
+        """No file counts as deleted; `_check_root` notices when the root is back."""
+        self._root.set_missing(reason)
+        self._walks.suspend()
 
-    async def _offer(self, events: Sequence[Event], cursor: Mapping[str, Json]) -> None:
-        """Durable when it returns. While the ledger is full it waits, and nothing counts as seen."""
-        merged = {**self._notes, **cursor}
-        while True:
-            try:
-                await self._intake.accept(*events, cursor=merged)
-            except StoreFull as full:
-                self._log.warning(
-                    "directory.slowed",
-                    root=printable(self._tree.root),
-                    reason=str(full),
-                    wait=full.retry_after,
-                )
-                await self._sleep(full.retry_after, asyncio.Event())
-            else:
-                self._notes = {}
-                return
+    async def _process_notifications(self) -> None:
+        """Stats the files that notifications named, and queues the directories for a walk."""
+        notifications = self._notifications
+        context = self._context
+        if notifications.unavailable_reason is not None and self._native:
+            self._native = False
+            context.log.warning(
+                "directory.polling_fallback",
+                root=printable(context.tree.root),
+                reason=notifications.unavailable_reason,
+            )
+        if notifications.may_have_missed:
+            notifications.may_have_missed = False
+            self._walks.request()
+        changed = notifications.drain()
+        if changed and not notifications.is_watched(b""):
+            self._root.check_at = context.clock.monotonic()
+        paths = [path for full in changed if (path := context.tree.relative(full)) is not None]
+        if not paths:
+            return
+        for path in paths:
+            if not notifications.is_watched(path):
+                self._walks.directories.pop(path, None)
+        started_at = context.clock.monotonic()
+        files, directories = await context.run_blocking(context.tree.sort_paths, paths)
+        context.observe(files, started_at)
+        self._walks.enqueue(directories)
 
-    async def _remove(self, files: Sequence[tuple[bytes, Sight]]) -> None:
-        """The second half of `after`: each file whose event is recorded loses its landing name, and its place in the cursor."""
-        for path, outcome in await self._blocking(_remove_all, self._tree, files):
-            if outcome is True:
-                self._known.forget(path)
-                self._notes[to_key(path)] = None
-            elif outcome is not False:
-                self._log.warning(
-                    "file.not_removed", path=printable(self._tree.full(path)), reason=outcome
-                )
-
-
-def _remove_all(tree: Tree, files: Sequence[tuple[bytes, Sight]]) -> list[tuple[bytes, bool | str]]:
-    outcomes: list[tuple[bytes, bool | str]] = []
-    for path, sight in files:
+    async def _walk(self) -> None:
+        """One step of a walk; after the last one, the walked directories are the watched ones."""
+        options = self._context.options
+        walks = self._walks
         try:
-            outcomes.append((path, remove(tree, path, sight)))
-        except OSError as error:
-            outcomes.append((path, str(error)))
-    return outcomes
+            has_ended = await walks.step(options.rescan if self._native else options.poll)
+        except RootMissing as error:  # checked again soon
+            self._on_root_missing(str(error))
+            return
+        if has_ended:
+            if self._native:
+                walks.enqueue(await self._notifications.watch(walks.directories))
+            walks.log_first()
 
 
-def _below(root: bytes, directory: bytes) -> bytes | None:
+def relative_to(root: bytes, directory: bytes) -> bytes | None:
+    """The path of `directory` below `root`; None when it is elsewhere."""
     prefix = root.rstrip(b"/") + b"/"
     return directory[len(prefix) :] if directory.startswith(prefix) else None
 
 
 def _file_clock() -> int:
-    """Now, in nanoseconds of the clock that stamps local files, which is a little behind any other: a new pipe carries it."""
+    """Now, in nanoseconds of the clock that stamps local files, which lags behind other clocks: the
+    ctime of a new pipe.
+    """
     ends = os.pipe()
     try:
         return os.fstat(ends[0]).st_ctime_ns

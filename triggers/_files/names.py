@@ -1,7 +1,8 @@
-"""Which names in a landing directory count: globs, ignore patterns, markers, and how a name is written in JSON.
+"""Which names in a landing directory are selected: globs, ignore patterns, markers; and how a name
+is written in JSON.
 
-Pure questions on relative POSIX paths as bytes (a file name on Linux is bytes); `tree.py` asks them while it walks,
-`landing.py` when it makes an event. Globs are those of `globs.py`.
+Pure functions of relative POSIX paths as bytes (a file name on Linux is bytes). tree.py calls them
+during a walk, events.py for events. Globs are those of `globs.py`.
 """
 
 import base64
@@ -11,41 +12,43 @@ from collections.abc import Sequence
 from triggers.globs import compile_globs
 
 IGNORED = (".*", "*.tmp", "*.part", "*.partial", "*.filepart", "*.crdownload", "*.swp", "~$*")
-"""What writers call a file that is not complete yet, and names that are nobody's data."""
+"""Usual names of incomplete files, and dotfiles."""
 
 
-class Names:
-    """The selection of one `Directory`: what it takes, what it enters, and the marker a file waits for."""
+class NameFilter:
+    """The selection of one `Directory`: files, directories to enter, and the marker that a file
+    waits for.
+    """
 
     def __init__(
         self, pattern: str | Sequence[str], ignore: Sequence[str], marker: str | None
     ) -> None:
-        self._take = compile_globs([pattern] if isinstance(pattern, str) else pattern)
+        self._patterns = compile_globs([pattern] if isinstance(pattern, str) else pattern)
         self._ignore = compile_globs(ignore)
         self._marker = marker
         self._markers = compile_globs([_marker_glob(marker)] if marker else [])
 
     def enters(self, directory: bytes) -> bool:
-        """Whether a directory is walked into; its parents are taken to have been asked."""
+        """Whether a directory is entered; assumes that its parents are."""
         return not self._ignore.fullmatch(_text(directory))
 
-    def wants(self, path: bytes) -> bool:
-        """Whether a file is data: taken by a pattern, not ignored, not itself a marker."""
+    def matches(self, path: bytes) -> bool:
+        """Whether a file is data: it matches a pattern, is not ignored, and is not a marker."""
         text = _text(path)
         if self._ignore.fullmatch(text) or self._markers.fullmatch(text):
             return False
-        return self._take.fullmatch(text) is not None
+        return self._patterns.fullmatch(text) is not None
 
-    def admits(self, path: bytes, *, directory: bool = False) -> bool:
-        """`wants` (or `enters`) for a path whose parents nobody has asked about yet."""
+    def matches_path(self, path: bytes, *, directory: bool = False) -> bool:
+        """`matches` (or `enters`, for a directory), with all its parents."""
         parts = path.split(b"/")
         parents = (b"/".join(parts[:depth]) for depth in range(1, len(parts)))
         return all(map(self.enters, parents)) and (
-            self.enters(path) if directory else self.wants(path)
+            self.enters(path) if directory else self.matches(path)
         )
 
     def marker(self, path: bytes) -> bytes | None:
-        """The path of the marker that says `path` is complete, or None when none is asked for."""
+        """The path of the marker that completes `path`; None without markers."""
         if self._marker is None:
             return None
         directory, slash, name = path.rpartition(b"/")
@@ -74,7 +77,7 @@ def _text(path: bytes) -> str:
 
 
 def printable(path: bytes) -> str:
-    """A path for people and JSON; bytes that are not UTF-8 show as `\\xNN`."""
+    """A path for people and JSON; bytes that are not UTF-8 become `\\xNN`."""
     return path.decode("utf-8", "backslashreplace")
 
 
@@ -87,10 +90,12 @@ def is_utf8(path: bytes) -> bool:
 
 
 def to_key(path: bytes) -> str:
-    """A relative path as a cursor key: itself, or, when it is not UTF-8, `//` (no relative path begins so) and base64."""
+    """A relative path as a cursor key: itself, or, when it is not UTF-8, `//` and base64. No
+    relative path begins so.
+    """
     return path.decode() if is_utf8(path) else "//" + base64.b64encode(path).decode()
 
 
 def from_key(key: str) -> bytes:
-    """The path that `to_key` wrote."""
+    """The path of a key from `to_key`."""
     return base64.b64decode(key[2:]) if key.startswith("//") else key.encode()

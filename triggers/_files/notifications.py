@@ -1,10 +1,11 @@
-"""What the kernel says has changed: the fast but forgetful half of the files trigger.
+"""File system notifications from the kernel: the fast but unreliable source of the files trigger.
 
-inotify (through watchfiles' Rust notifier) loses events when its queue overflows, says nothing of files made right after
-their directory, and falls silent when the root is replaced; so a hint only ever says where to look, and `gap` says to look
-everywhere. `listener.py` gives it the list of directories after each walk: watching them one by one, not recursively, makes the
-watches ours to account for (nothing ignored, moved away or behind a symlink is watched) and keeps the notifier from walking
-1,000,000 files with the interpreter lock held. The thread comes from a limiter of its own, so that it starves nobody.
+inotify (through watchfiles' Rust notifier) loses events when its queue overflows, does not report
+files made right after their directory, and stops when the root is replaced. So a notification only
+says which path to stat, and `may_have_missed` requests a whole walk. After each walk, listener.py
+passes the list of directories. They are watched one by one, not recursively: so no ignored, moved
+or linked directory is watched, and the notifier does not walk 1,000,000 files with the interpreter
+lock held. Its thread has a limiter of its own.
 """
 
 import asyncio
@@ -21,81 +22,87 @@ from watchfiles._rust_notify import RustNotify
 
 from triggers._files.names import is_utf8
 
-QUIET_MS, BATCH_MS = 50, 400
-"""A batch of hints ends after this much quiet, or at this age."""
+DEBOUNCE_MS = 50
+"""Without a change, after which a batch of changes ends."""
 
-MANY = 2_000
-"""A batch larger than this may have overflowed the kernel's queue (16,384 by default): look everywhere instead."""
+MAX_BATCH_MS = 400
+"""After which a batch of changes ends in any case."""
 
-FAILURES = 2
-"""Deaths of the notifier before polling takes over for good (a name that is not UTF-8 kills it every time)."""
+MAX_BATCH_PATHS = 2_000
+"""A larger batch may have overflowed the kernel's queue (16,384 by default): a whole walk follows.
+"""
 
-_FAULTS = (OSError, RuntimeError)
-"""What the notifier raises; RuntimeError is the base of whatever its Rust side cannot name better."""
+MAX_FAILURES = 2
+"""Of the notifier, before the trigger polls for good (a name that is not UTF-8 stops it each time).
+"""
+
+_NOTIFIER_ERRORS = (OSError, RuntimeError)
+"""The notifier's errors; RuntimeError is the base of unclassified errors of its Rust code."""
 
 
 @dataclass(eq=False)
-class _Watch:
-    """One notifier and the task that reads it. A retired one ends after the batch it is gathering."""
+class _Watcher:
+    """One notifier. A retired one ends after its current batch."""
 
     notifier: Any
     limiter: anyio.CapacityLimiter
     retired: bool = False
 
 
-class Hints:
-    """Paths that may have changed since they were last taken. Lives on one loop; `close` it."""
+class FsNotifications:
+    """Paths that may have changed since the last `drain`. Belongs to one loop; call `close`."""
 
     def __init__(self, root: bytes, wake: Callable[[], None]) -> None:
-        self._root, self._wake = root, wake
+        self._root: bytes = root
+        self._wake: Callable[[], None] = wake
         self._paths: set[str] = set()
-        self._covered: dict[bytes, int] = {}
-        self._tasks: dict[_Watch, asyncio.Task[None]] = {}
-        self._failures = 0
-        self.gap = False
-        """Whether something may have been missed."""
-        self.refused: str | None = None
-        """Why this root cannot be watched; polling must do."""
+        self._watched: dict[bytes, int] = {}
+        self._tasks: dict[_Watcher, asyncio.Task[None]] = {}
+        self._failures: int = 0
+        self.may_have_missed: bool = False
+        self.unavailable_reason: str | None = None  # why this root has to be polled
 
-    def take(self) -> list[bytes]:
-        """The hinted paths, absolute; forgets them."""
-        taken = [os.fsencode(path) for path in self._paths]
+    def drain(self) -> list[bytes]:
+        """The changed paths, absolute; removes them here."""
+        changed = [os.fsencode(path) for path in self._paths]
         self._paths.clear()
-        return taken
+        return changed
 
-    def covers(self, directory: bytes) -> bool:
-        return directory in self._covered
+    def is_watched(self, directory: bytes) -> bool:
+        return directory in self._watched
 
-    async def cover(self, directories: Mapping[bytes, int]) -> list[bytes]:
-        """Watches exactly these (path below the root → inode), and returns those not watched before: walk them once more.
+    async def watch(self, directories: Mapping[bytes, int]) -> list[bytes]:
+        """Watches exactly these (path below the root → inode). Returns those not watched before,
+        which need another walk.
 
-        The new watch stands before the old one retires, so nothing falls between. On failure nothing is watched: `gap`, and
-        after a failure that will not heal, `refused`.
+        The new notifier starts before the old one retires, so no change is lost in between. After a
+        failure nothing is watched: `may_have_missed` is set, and after a permanent failure
+        `unavailable_reason`.
         """
         wanted = {
             path: inode
             for path, inode in directories.items()
             if is_utf8(os.path.join(self._root, path))
         }
-        if self.refused is not None or wanted == self._covered:
+        if self.unavailable_reason is not None or wanted == self._watched:
             return []
-        fresh = [path for path, inode in wanted.items() if self._covered.get(path) != inode]
+        added = [path for path, inode in wanted.items() if self._watched.get(path) != inode]
         limiter = anyio.CapacityLimiter(1)
         try:
             notifier = await anyio.to_thread.run_sync(
                 partial(self._open, list(wanted)), limiter=limiter
             )
-        except _FAULTS as error:
-            self._failed(error)
+        except _NOTIFIER_ERRORS as error:
+            self._on_failure(error)
             return []
         for old in self._tasks:
             old.retired = True
-        self._covered = wanted
-        watch = _Watch(notifier, limiter)
+        self._watched = wanted
+        watch = _Watcher(notifier, limiter)
         self._tasks[watch] = asyncio.get_running_loop().create_task(
             self._follow(watch), name="eventflow files watch"
         )
-        return fresh
+        return added
 
     def _open(self, directories: list[bytes]) -> Any:
         paths = [
@@ -106,9 +113,9 @@ class Hints:
             paths, False, False, 0, False, False
         )  # debug, polling, its interval, recursive, errors ignored
 
-    async def _follow(self, watch: _Watch) -> None:
+    async def _follow(self, watch: _Watcher) -> None:
         stop = threading.Event()
-        wait = partial(watch.notifier.watch, BATCH_MS, QUIET_MS, 1_000, stop)
+        wait = partial(watch.notifier.watch, MAX_BATCH_MS, DEBOUNCE_MS, 1_000, stop)
         try:
             while not watch.retired:
                 found = await anyio.to_thread.run_sync(
@@ -116,45 +123,52 @@ class Hints:
                 )
                 if isinstance(found, set):
                     self._add(cast("set[tuple[int, str]]", found))
-        except _FAULTS as error:
+        except _NOTIFIER_ERRORS as error:  # the retired one's are of no interest
             if not watch.retired:
-                self._failed(error)
+                self._on_failure(error)
         finally:
-            stop.set()  # the thread looks at it every 50 ms
+            stop.set()  # the thread checks it every 50 ms
             del self._tasks[watch]
 
     def _add(self, found: set[tuple[int, str]]) -> None:
         prefix = len(self._root.rstrip(b"/")) + 1
         for change, path in found:
-            if (
-                change != Change.modified
-            ):  # a directory that was deleted, moved or made anew is not watched any more
-                self._covered.pop(os.fsencode(path)[prefix:], None)
-        if len(found) > MANY or len(self._paths) > 10 * MANY:
-            self.gap = True
+            if change != Change.modified:  # a directory made, moved or deleted: not watched now
+                self._watched.pop(os.fsencode(path)[prefix:], None)
+        if len(found) > MAX_BATCH_PATHS or len(self._paths) > 10 * MAX_BATCH_PATHS:
+            self.may_have_missed = True
             self._paths.clear()
         else:
             self._paths.update(path for _, path in found)
         self._wake()
 
-    def _failed(self, error: Exception) -> None:
-        """Nothing is watched now. A directory that vanished heals with the next walk; the rest is counted."""
-        self._covered, self.gap = {}, True
+    def _on_failure(self, error: Exception) -> None:
+        """Nothing is watched now. A removed directory is no longer watched after the next walk;
+        other errors are counted.
+        """
+        self._watched = {}
+        self.may_have_missed = True
         for watch in self._tasks:
             watch.retired = True
         reason = str(error)
         self._failures += not isinstance(error, FileNotFoundError)
         if "watch limit" in reason or "No space left" in reason:
-            self.refused = f"the kernel's limit of watches is reached ({reason}); raise the sysctl fs.inotify.max_user_watches"
+            self.unavailable_reason = (
+                f"the kernel's limit of watches is reached ({reason}); "
+                "raise the sysctl fs.inotify.max_user_watches"
+            )
         elif "os error 24" in reason:
-            self.refused = f"no inotify instance is left ({reason}); raise the sysctl fs.inotify.max_user_instances"
-        elif self._failures >= FAILURES:
-            self.refused = reason
+            self.unavailable_reason = (
+                f"no inotify instance is left ({reason}); "
+                "raise the sysctl fs.inotify.max_user_instances"
+            )
+        elif self._failures >= MAX_FAILURES:
+            self.unavailable_reason = reason
         self._wake()
 
     async def close(self) -> None:
-        """Stops watching. What was hinted stays."""
-        self._covered = {}
+        """Stops watching. `drain` still returns the changes before."""
+        self._watched = {}
         if tasks := list(self._tasks.values()):
             for task in tasks:
                 task.cancel()

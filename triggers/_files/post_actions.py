@@ -1,10 +1,11 @@
-"""What becomes of a landed file once its event is recorded: `move` it or `delete` it.
+"""What happens to a landed file once its event is recorded: `move` or `delete`.
 
-A move has two halves. `place` gives the file its final name (a hard link; across devices a copy, fsynced and renamed) before
-the event is recorded, since the event names that path and its flow may start at once. `remove` takes the landing name away
-after `accept` has returned, and only if it is still the very version that was recorded. A kill between the two leaves both
-names; the cursor knows that the removal is owed, and the next walk does it. Both are idempotent. `landing.py` calls `place`,
-`listener.py` calls `remove`, each in a worker thread.
+A move has two halves. `link_or_copy` gives the file its final name (a hard link; across devices a
+copy, fsynced and renamed) before the event is recorded, since the event has that path and its flow
+may start at once. `remove_source` removes the landing name after `accept` has returned, and only if
+it is still the recorded version. A crash between the two leaves both names; the cursor knows that
+the removal is pending, and the next walk does it. Both are idempotent. events.py calls
+`link_or_copy`, recorder.py calls `remove_source`, each in a worker thread.
 """
 
 import contextlib
@@ -16,66 +17,73 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eventflow.core.errors import SourceError
-from triggers._files.settling import Sight
+from triggers._files.settling import FileStat
 from triggers._files.tree import Tree
 
-BLOCK = 1 << 20
-"""Bytes copied or hashed between two looks at `stop`."""
+BLOCK_BYTES = 1 << 20
+"""Copied or hashed between two checks of `stop`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """Moves to `to`, keeping the path below the root. A relative `to` is below the root, and then not part of it."""
+class MoveAction:
+    """Moves to `to`, with the path below the root. A relative `to` is below the root, and excluded
+    from the tree.
+    """
 
     to: str
 
 
 @dataclass(frozen=True, slots=True)
-class Delete:
-    """Deletes."""
+class DeleteAction:
+    """Deletes the file."""
 
 
-def move(to: str | os.PathLike[str]) -> Move:
-    """`after=move("processed")`: each file goes to that directory, keeping its path below the root.
+def move(to: str | os.PathLike[str]) -> MoveAction:
+    """`after=move("processed")`: moves each file to that directory, with its path below the root.
 
-    A name that is taken gets eight letters of the event's id before its suffix: `x.csv` → `x.1f0c9a2e.csv`.
+    If the name exists, eight letters of the event's id are added before the suffix: `x.csv` →
+    `x.1f0c9a2e.csv`.
     """
-    return Move(os.fspath(to))
+    return MoveAction(os.fspath(to))
 
 
-def delete() -> Delete:
-    """`after=delete()`: the file goes as soon as its event is recorded, before its flow can read it.
+def delete() -> DeleteAction:
+    """`after=delete()`: deletes the file once its event is recorded, before its flow can read it.
 
     For signals and markers; a flow that reads the file deletes it itself.
     """
-    return Delete()
+    return DeleteAction()
 
 
-class Stopped(Exception):
-    """The listener ended while a file was being copied or hashed; nothing was decided."""
+class ListenerStopped(Exception):
+    """The listener ended while a file was copied or hashed."""
 
 
-def place(
-    source: bytes, directory: bytes, path: bytes, ident: str, stop: threading.Event
+def link_or_copy(
+    source: bytes, directory: bytes, path: bytes, event_id: str, stop: threading.Event
 ) -> tuple[bytes, bool]:
-    """Gives the file a name below `directory` as well: that name, and whether it is new.
+    """Gives the file a name below `directory` as well. Returns that name, and whether it is new.
 
-    Raises OSError, and SourceError if every name it might have is taken by another file.
+    Raises OSError, and SourceError if another file has each of its possible names.
     """
-    for target in _candidates(os.path.join(directory, path), ident):
+    for target in _candidate_names(os.path.join(directory, path), event_id):
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if _link(source, target) or _copy(source, target, stop):
             return target, True
-        if _same(source, target, stop):
+        if _is_same_file(source, target, stop):
             return target, False
     raise SourceError(
-        f"no free name for {os.fsdecode(path)!r} in {os.fsdecode(directory)!r}; clear the names it would take"
+        f"no free name for {os.fsdecode(path)!r} in {os.fsdecode(directory)!r}; "
+        "clear the names it would take"
     )
 
 
-def _candidates(target: bytes, ident: str) -> list[bytes]:
+def _candidate_names(target: bytes, event_id: str) -> list[bytes]:
     stem, suffix = os.path.splitext(target)
-    return [target, *(stem + b"." + ident[:length].encode() + suffix for length in (8, len(ident)))]
+    return [
+        target,
+        *(stem + b"." + event_id[:length].encode() + suffix for length in (8, len(event_id))),
+    ]
 
 
 def _link(source: bytes, target: bytes) -> bool:
@@ -84,13 +92,13 @@ def _link(source: bytes, target: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        if error.errno in _NO_LINK:
+        if error.errno in _LINK_UNSUPPORTED:
             return False
         raise
     return True
 
 
-_NO_LINK = {
+_LINK_UNSUPPORTED = {
     errno.EXDEV,
     errno.EPERM,
     errno.EACCES,
@@ -99,52 +107,62 @@ _NO_LINK = {
     errno.EMLINK,
     errno.EINVAL,
 }
-"""Another device, a file system without hard links, or the kernel's fs.protected_hardlinks: copy instead."""
+"""Another device, a file system without hard links, or fs.protected_hardlinks: then the file is
+copied.
+"""
 
 
-def _same(source: bytes, target: bytes, stop: threading.Event) -> bool:
-    """Whether `target` is this file already, linked or copied before a crash. Equal times alone do not make it so."""
+def _is_same_file(source: bytes, target: bytes, stop: threading.Event) -> bool:
+    """Whether `target` is this file, linked or copied before a crash. Equal times alone are not
+    enough.
+    """
     if os.path.realpath(target) == os.path.realpath(source):
         raise SourceError(
-            f"{os.fsdecode(target)!r} is the landing place itself; move to another directory"
+            f"{os.fsdecode(target)!r} is the landed file itself; move to another directory"
         )
-    there, here = os.stat(target), os.stat(source)
-    if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
+    target_stat = os.stat(target)
+    source_stat = os.stat(source)
+    if (target_stat.st_dev, target_stat.st_ino) == (source_stat.st_dev, source_stat.st_ino):
         return True
-    if (there.st_size, there.st_mtime_ns) != (here.st_size, here.st_mtime_ns):
+    if (target_stat.st_size, target_stat.st_mtime_ns) != (
+        source_stat.st_size,
+        source_stat.st_mtime_ns,
+    ):
         return False
     with open(source, "rb") as one, open(target, "rb") as other:
-        while (block := one.read(BLOCK)) == other.read(BLOCK):
+        while (block := one.read(BLOCK_BYTES)) == other.read(BLOCK_BYTES):
             if stop.is_set():
-                raise Stopped
+                raise ListenerStopped
             if not block:
                 return True
     return False
 
 
 def _copy(source: bytes, target: bytes, stop: threading.Event) -> bool:
-    """Copies content, times and mode under a hidden name, fsyncs, then takes the name; False when it is taken."""
+    """Copies content, times and mode to a hidden name, fsyncs, then renames it; False when `target`
+    exists.
+    """
     if os.path.lexists(target):
         return False
     hidden = os.path.join(os.path.dirname(target), b"." + os.path.basename(target)[:200] + b".part")
     try:
         with open(source, "rb") as reader, open(hidden, "wb") as writer:
-            while block := reader.read(BLOCK):
+            while block := reader.read(BLOCK_BYTES):
                 if stop.is_set():
-                    raise Stopped
+                    raise ListenerStopped
                 writer.write(block)
             writer.flush()
             shutil.copystat(source, hidden)
             os.fsync(writer.fileno())
         os.rename(hidden, target)
-    except BaseException:
-        unlink(hidden)
+    except BaseException:  # a cancel too: no partial copy stays
+        unlink_if_present(hidden)
         raise
     return True
 
 
 def sync_directories(files: Iterable[bytes], top: bytes) -> None:
-    """Makes the names of placed files durable: their directories up to `top`, each once."""
+    """Makes new names durable: fsyncs their directories up to `top`, each once."""
     found: set[bytes] = set()
     for file in files:
         directory = os.path.dirname(file)
@@ -159,22 +177,23 @@ def sync_directories(files: Iterable[bytes], top: bytes) -> None:
             os.close(handle)
 
 
-def remove(tree: Tree, path: bytes, sight: Sight) -> bool:
-    """Takes the landing name of a recorded version away, and its marker's. False when another version has landed since.
+def remove_source(tree: Tree, path: bytes, stat: FileStat) -> bool:
+    """Removes the landing name of a recorded version, and its marker. False when another version
+    has landed since.
 
-    Raises OSError when it is there and cannot be removed.
+    Raises OSError when it exists and cannot be removed.
     """
-    now = tree.look(path)
-    if now is not None and now != sight:
+    now = tree.file_stat(path)
+    if now is not None and now != stat:
         return False
-    unlink(tree.full(path))
+    unlink_if_present(tree.full(path))
     marker = tree.names.marker(path)
     if marker is not None and tree.names.marker_is_per_file:
-        unlink(tree.full(marker))
+        unlink_if_present(tree.full(marker))
     return True
 
 
-def unlink(full: bytes) -> None:
-    """Takes a name away; it may be gone already."""
+def unlink_if_present(full: bytes) -> None:
+    """Removes a name, if it exists."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(full)

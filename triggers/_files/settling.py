@@ -1,13 +1,16 @@
-"""What is known of a landing directory and what still moves in it: the state machine between a sighting and an event.
+"""Known and pending files of a landing directory: the state machine between a file's first stat and
+its event.
 
-                     ┌──────── another size, mtime or inode: the wait begins anew ───────┐
-                     ▼                                                                   │
-    see(new) ──► PENDING ── looked at again, the same, `settle` later ──► ripe ── accepted ──► KNOWN ── see(other) ──┘
-                     │                                                     ▲
-    see(gone) ───────┴── a known file missing for `settle` ────────────────┘ (forgotten, or a deletion)
+                       ┌──────── another size, mtime or inode: the wait restarts ────────┐
+                       ▼                                                                 │
+    observe(new) ──► PENDING ── same stat again, `settle` later ──► SETTLED ── accepted ──► KNOWN
+                       │                                               ▲
+    observe(gone) ─────┴── a known file missing for `settle` ──────────┘ (forgotten, or a deletion)
 
-No I/O and no clock: whoever looked says what was there and when. `listener.py` drives it; `tree.py` reads `Known` as it walks.
-`Known` is the trigger's cursor in memory: 1,000,000 files take about 140 MB, so a mark is one integer, not a tuple.
+No I/O and no clock: the caller passes what a stat found and when. walks.py and listener.py call
+`observe`, recorder.py takes the settled files; tree.py reads `KnownFiles` during a walk.
+`KnownFiles` is the trigger's cursor in memory: 1,000,000 files take about 140 MB, so a mark is one
+integer and not a tuple.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,12 +20,16 @@ from typing import NamedTuple, cast
 from eventflow.events.event import Json
 from triggers._files.names import from_key
 
-WINDOW = 20_000
-"""Pending files held at once (about 8 MB); a walk pauses while the window is full, so a flood streams at WINDOW / settle."""
+MAX_PENDING_FILES = 20_000
+"""At the same time (about 8 MB). A walk pauses at the limit, so that a flood streams at
+MAX_PENDING_FILES / settle.
+"""
 
 
-class Sight(NamedTuple):
-    """A regular file as one stat showed it. `inode` is 0 where inodes mean nothing (network file systems)."""
+class FileStat(NamedTuple):
+    """The version of a regular file. `inode` is 0 where it does not identify a file (network file
+    systems).
+    """
 
     size: int
     mtime_ns: int
@@ -31,34 +38,45 @@ class Sight(NamedTuple):
 
 # --------------------------------------------------------------------------- known
 
-_HALF = (1 << 60) - 1  # four 30-bit digits hold two halves: the integer stays at 44 bytes
-_OWED = 1 << 120
+_HALF_MASK = (1 << 60) - 1  # two halves in four 30-bit digits: the integer has 44 bytes
+_REMOVAL_PENDING = 1 << 120
 
 
-def mark(sight: Sight, sample: int | None, owed: bool = False) -> int:
-    """A known version of a file in one integer: who it is, what is in it, and whether its move or removal is still owed."""
-    return _OWED * owed | (hash(sight) & _HALF) << 60 | _content(sight, sample)
+def pack_mark(stat: FileStat, sample: int | None, removal_pending: bool = False) -> int:
+    """A known version in one integer: hashes of the stat and of the content, and whether its source
+    is to be removed.
+    """
+    return (
+        _REMOVAL_PENDING * removal_pending
+        | (hash(stat) & _HALF_MASK) << 60
+        | _content(stat, sample)
+    )
 
 
-def _content(sight: Sight, sample: int | None) -> int:
-    return 0 if sample is None else hash((sight.size, sight.inode, sample)) & _HALF
+def _content(stat: FileStat, sample: int | None) -> int:
+    return 0 if sample is None else hash((stat.size, stat.inode, sample)) & _HALF_MASK
 
 
-class Known:
-    """Every file whose last version is in the ledger, by directory and name. Changes only after a commit."""
+class KnownFiles:
+    """The files whose last version is recorded, by directory and name. Changes after commits."""
 
     def __init__(self) -> None:
         self._marks: dict[bytes, dict[bytes, int]] = {}
 
     def load(self, cursor: Mapping[str, Json]) -> None:
-        """Takes in the cursor: `{relative path: [size, mtime_ns, inode, sample, owed]}`."""
+        """Reads the cursor: `{relative path: [size, mtime_ns, inode, sample, removal pending (0 or
+        1)]}`.
+        """
         for key, value in cursor.items():
             if key.startswith("/") and not key.startswith("//"):
-                continue  # the trigger's own notes, not a path
-            size, mtime_ns, inode, sample, owed = cast(
+                continue  # a key of the trigger, not a path
+            size, mtime_ns, inode, sample, removal_pending = cast(
                 "tuple[int, int, int, int | None, int]", value
             )
-            self.add(from_key(key), mark(Sight(size, mtime_ns, inode), sample, bool(owed)))
+            self.add(
+                from_key(key),
+                pack_mark(FileStat(size, mtime_ns, inode), sample, bool(removal_pending)),
+            )
 
     def __contains__(self, path: bytes) -> bool:
         directory, _, name = path.rpartition(b"/")
@@ -71,7 +89,7 @@ class Known:
         return list(self._marks)
 
     def within(self, directory: bytes) -> dict[bytes, int]:
-        """The marks of one directory by name. Read only."""
+        """The marks of one directory by file name. Read only."""
         return self._marks.get(directory) or {}
 
     def add(self, path: bytes, value: int) -> None:
@@ -89,57 +107,67 @@ class Known:
         directory, _, name = path.rpartition(b"/")
         return self.within(directory).get(name)
 
-    def unchanged(self, path: bytes, sight: Sight) -> bool:
+    def is_unchanged(self, path: bytes, stat: FileStat) -> bool:
         value = self._mark(path)
-        return value is not None and same_file(value, sight)
+        return value is not None and is_same_version(value, stat)
 
-    def only_touched(self, path: bytes, sight: Sight, sample: int | None) -> bool:
-        """Whether the known version had this size, inode and content, so that at most its times differ."""
+    def is_only_touched(self, path: bytes, stat: FileStat, sample: int | None) -> bool:
+        """Whether the known version has this size, inode and content, so that only its times
+        differ.
+        """
         value = self._mark(path)
-        return value is not None and sample is not None and value & _HALF == _content(sight, sample)
+        return (
+            value is not None
+            and sample is not None
+            and value & _HALF_MASK == _content(stat, sample)
+        )
 
-    def owes(self, path: bytes) -> bool:
+    def removal_pending(self, path: bytes) -> bool:
         value = self._mark(path)
-        return value is not None and is_owed(value)
+        return value is not None and is_removal_pending(value)
 
 
-def same_file(value: int, sight: Sight) -> bool:
-    return value >> 60 & _HALF == hash(sight) & _HALF
+def is_same_version(value: int, stat: FileStat) -> bool:
+    return value >> 60 & _HALF_MASK == hash(stat) & _HALF_MASK
 
 
-def is_owed(value: int) -> bool:
-    return value >= _OWED
+def is_removal_pending(value: int) -> bool:
+    return value >= _REMOVAL_PENDING
 
 
 # --------------------------------------------------------------------------- pending
 
 
 @dataclass(slots=True)
-class _Pending:
-    sight: Sight | None  # None: a known file is gone
-    first_at: int  # microseconds, wall clock
-    due: float  # monotonic: still at or after this, it is ripe
-    last: float  # monotonic: a moment before the latest look that found `sight`
+class _PendingFile:
+    stat: FileStat | None  # None: a known file is missing
+    first_seen_at: int  # microseconds, wall clock
+    settles_at: float  # monotonic: settled if unchanged at or after this
+    confirmed_at: float  # monotonic: just before the last stat that found `stat`
 
 
-class Ripe(NamedTuple):
-    """A path that held still long enough. `sight` None: a known file that is gone. `first_at`: microseconds."""
+class SettledFile(NamedTuple):
+    """A path that did not change for long enough. `stat` None: a known file that is missing.
+    `first_seen_at`: microseconds.
+    """
 
     path: bytes
-    sight: Sight | None
-    first_at: int
+    stat: FileStat | None
+    first_seen_at: int
 
 
-class Settling:
-    """The files that still move, and when each will have held still."""
+class SettlingFiles:
+    """The pending files, and when each one settles. Durations in seconds."""
 
-    def __init__(self, known: Known, settle: float, zero_byte_grace: float) -> None:
-        self._known, self._settle, self._grace = known, settle, max(settle, zero_byte_grace)
-        self._pending: dict[bytes, _Pending] = {}
+    def __init__(self, known: KnownFiles, settle: float, zero_byte_grace: float) -> None:
+        self._known: KnownFiles = known
+        self._settle: float = settle
+        self._grace: float = max(settle, zero_byte_grace)  # for empty files
+        self._pending: dict[bytes, _PendingFile] = {}
 
     @property
-    def room(self) -> int:
-        return max(0, WINDOW - len(self._pending))
+    def capacity(self) -> int:
+        return max(0, MAX_PENDING_FILES - len(self._pending))
 
     def __len__(self) -> int:
         return len(self._pending)
@@ -147,52 +175,55 @@ class Settling:
     def __contains__(self, path: bytes) -> bool:
         return path in self._pending
 
-    def see(
-        self, path: bytes, sight: Sight | None, *, before: float, after: float, now_us: int
+    def observe(
+        self, path: bytes, stat: FileStat | None, *, before: float, after: float, now_us: int
     ) -> None:
-        """Takes in one look at `path`, made between the monotonic instants `before` and `after`.
+        """Takes in one stat of `path`, made between the monotonic instants `before` and `after`.
 
-        The wait of a new sight counts from `after`, its confirmation from `before`: slowness never shortens it.
+        The wait for a new stat counts from `after`, its confirmation from `before`: a slow stat
+            never shortens the wait.
         """
-        held = self._pending.get(path)
-        if held is not None and held.sight == sight:
-            held.last = before
-        elif (path not in self._known) if sight is None else self._known.unchanged(path, sight):
+        pending = self._pending.get(path)
+        if pending is not None and pending.stat == stat:
+            pending.confirmed_at = before
+        elif (path not in self._known) if stat is None else self._known.is_unchanged(path, stat):
             self._pending.pop(path, None)
         else:
-            first_at = held.first_at if held is not None else now_us
-            self._pending[path] = _Pending(sight, first_at, after + self._needed(sight), before)
+            first_seen_at = pending.first_seen_at if pending is not None else now_us
+            self._pending[path] = _PendingFile(
+                stat, first_seen_at, after + self._settle_seconds(stat), before
+            )
 
-    def _needed(self, sight: Sight | None) -> float:
-        return self._grace if sight is not None and sight.size == 0 else self._settle
+    def _settle_seconds(self, stat: FileStat | None) -> float:
+        return self._grace if stat is not None and stat.size == 0 else self._settle
 
     def due(self, now: float) -> list[bytes]:
-        """The paths to look at once more: if nothing has changed, they are ripe."""
-        return [path for path, held in self._pending.items() if held.due <= now]
+        """The paths to stat again: those that did not change are settled."""
+        return [path for path, file in self._pending.items() if file.settles_at <= now]
 
     def older_than(self, instant_us: int) -> list[bytes]:
-        """The paths first seen before an instant and still not ripe."""
-        return [path for path, held in self._pending.items() if held.first_at < instant_us]
+        """The pending paths first seen before an instant."""
+        return [path for path, file in self._pending.items() if file.first_seen_at < instant_us]
 
     def next_due(self) -> float | None:
-        return min((held.due for held in self._pending.values()), default=None)
+        return min((file.settles_at for file in self._pending.values()), default=None)
 
-    def ripe(self, paths: Iterable[bytes]) -> list[Ripe]:
-        """Those of `paths` whose latest look came at or after their due time, oldest file first."""
-        found = list(self._ripe(paths))
-        found.sort(key=lambda each: (each.sight.mtime_ns if each.sight else 0, each.path))
+    def settled(self, paths: Iterable[bytes]) -> list[SettledFile]:
+        """Those of `paths` that were unchanged at or after their settle time, oldest file first."""
+        found = list(self._settled(paths))
+        found.sort(key=lambda each: (each.stat.mtime_ns if each.stat else 0, each.path))
         return found
 
-    def _ripe(self, paths: Iterable[bytes]) -> Iterator[Ripe]:
+    def _settled(self, paths: Iterable[bytes]) -> Iterator[SettledFile]:
         for path in paths:
-            held = self._pending.get(path)
-            if held is not None and held.last >= held.due:
-                yield Ripe(path, held.sight, held.first_at)
+            pending = self._pending.get(path)
+            if pending is not None and pending.confirmed_at >= pending.settles_at:
+                yield SettledFile(path, pending.stat, pending.first_seen_at)
 
     def postpone(self, path: bytes, until: float) -> None:
-        """Leaves a ripe path pending (its marker is missing); it is looked at again at `until`."""
-        if (held := self._pending.get(path)) is not None:
-            held.due = until
+        """Leaves a settled path pending until `until` (its marker is missing, for example)."""
+        if (pending := self._pending.get(path)) is not None:
+            pending.settles_at = until
 
-    def done(self, path: bytes) -> None:
+    def remove(self, path: bytes) -> None:
         self._pending.pop(path, None)

@@ -1,9 +1,10 @@
-"""The directory as it is: looks at paths and walks the tree, on bytes, in steps small enough for a thread.
+"""Stats paths and walks the tree, on bytes, in steps that are short enough for a worker thread.
 
-`Tree` answers for single paths (what a hint named, what is about to ripen); `Walk` reconciles a whole tree, or parts of it,
-with `Known`, and reports only what differs. Called by `listener.py` in a worker thread, one call at a time, never on the loop.
-Promises: symlinks are not followed unless asked, and never out of the root; a directory that cannot be read makes nothing in
-it count as gone. Does not promise a snapshot: what moves during a walk is found by the next one.
+`Tree` stats single paths (from notifications, or about to settle). `Walk` compares a whole tree, or
+parts of it, with `KnownFiles` and reports only the differences. Called in a worker thread, one call
+at a time. Promises: symlinks are not followed unless requested, and never out of the root; in an
+unreadable directory no file counts as deleted. A walk is not a snapshot: the next one finds what
+changed meanwhile.
 """
 
 import os
@@ -13,89 +14,97 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeAlias
 
-from triggers._files.names import Names
-from triggers._files.settling import Known, Sight, is_owed, same_file
+from triggers._files.names import NameFilter
+from triggers._files.settling import FileStat, KnownFiles, is_removal_pending, is_same_version
 
-STEP = 2_000
-"""Directory entries looked at in one step: about 10 ms in the thread."""
+ENTRIES_PER_STEP = 2_000
+"""About 10 ms in the thread."""
 
-Observation: TypeAlias = tuple[bytes, Sight | None]
+Observation: TypeAlias = tuple[bytes, FileStat | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A root and what counts in it. Paths are relative to the root; the root itself is `b""`."""
+    """A root directory and the selection of its files. Paths are relative to the root, which is
+    `b""`.
+    """
 
     root: bytes
-    names: Names
+    names: NameFilter
     recursive: bool = True
     follow_symlinks: bool = False
     inodes: bool = True
-    apart: bytes | None = None
-    """A directory below the root that is not part of it (where `move` puts things)."""
+    excluded: bytes | None = None
+    """A directory below the root that is not part of the tree (the target of `move`)."""
 
     def full(self, path: bytes) -> bytes:
         return os.path.join(self.root, path) if path else self.root
 
     def relative(self, full: bytes) -> bytes | None:
-        """The path of `full` below the root; None when it is elsewhere or apart."""
+        """The path of `full` below the root; None when it is elsewhere or excluded."""
         prefix = self.root.rstrip(b"/") + b"/"
         path = full[len(prefix) :] if full.startswith(prefix) else None
-        return None if path is None or self._is_apart(path) else path
+        return None if path is None or self._is_excluded(path) else path
 
-    def _is_apart(self, path: bytes) -> bool:
-        return self.apart is not None and (path + b"/").startswith(self.apart + b"/")
+    def _is_excluded(self, path: bytes) -> bool:
+        return self.excluded is not None and (path + b"/").startswith(self.excluded + b"/")
 
-    def sight(self, found: os.stat_result) -> Sight:
-        return Sight(found.st_size, found.st_mtime_ns, found.st_ino if self.inodes else 0)
+    def to_file_stat(self, found: os.stat_result) -> FileStat:
+        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino if self.inodes else 0)
 
-    def stat(self, path: bytes) -> os.stat_result | None:
-        """What is at `path`, following only links that may be followed; None when nothing is. Raises other OSErrors."""
+    def os_stat(self, path: bytes) -> os.stat_result | None:
+        """The stat of `path`, following only permitted links; None when it does not exist. Raises
+        other OSErrors.
+        """
         full = self.full(path)
         try:
             found = os.lstat(full)
             if stat.S_ISLNK(found.st_mode):
-                return os.stat(full) if self.follow_symlinks and self.holds(full) else None
+                return os.stat(full) if self.follow_symlinks and self.contains(full) else None
         except (FileNotFoundError, NotADirectoryError):
             return None
         return found
 
-    def look(self, path: bytes) -> Sight | None:
-        """The regular file at `path`, or None when there is none. Raises OSError when that cannot be told."""
-        found = self.stat(path)
-        return self.sight(found) if found is not None and stat.S_ISREG(found.st_mode) else None
+    def file_stat(self, path: bytes) -> FileStat | None:
+        """The regular file at `path`; None when there is none. Raises OSError when it cannot be
+        read.
+        """
+        found = self.os_stat(path)
+        return (
+            self.to_file_stat(found) if found is not None and stat.S_ISREG(found.st_mode) else None
+        )
 
-    def holds(self, full: bytes) -> bool:
-        """Whether a link leads to something below the root."""
+    def contains(self, full: bytes) -> bool:
+        """Whether a link leads to a path below the root."""
         return os.path.realpath(full).startswith(os.path.realpath(self.root).rstrip(b"/") + b"/")
 
-    def look_again(self, paths: Iterable[bytes]) -> list[Observation]:
-        """One look at each path; those of which nothing can be told are left out."""
+    def file_stats(self, paths: Iterable[bytes]) -> list[Observation]:
+        """The stat of each path; unreadable ones are left out."""
         found: list[Observation] = []
         for path in paths:
             try:
-                found.append((path, self.look(path)))
+                found.append((path, self.file_stat(path)))
             except OSError:
-                continue  # not gone, not there: unreadable for now
+                continue  # unreadable: neither missing nor present
         return found
 
-    def examine(self, hinted: Iterable[bytes]) -> tuple[list[Observation], list[bytes]]:
-        """What hinted paths are now: files (or nothing) among those that count, and directories to walk into."""
+    def sort_paths(self, paths: Iterable[bytes]) -> tuple[list[Observation], list[bytes]]:
+        """Selected files (or None for missing ones), and directories to walk, among these paths."""
         files: list[Observation] = []
         directories: list[bytes] = []
-        for path in hinted:
+        for path in paths:
             try:
-                found = self.stat(path)
+                found = self.os_stat(path)
             except OSError:
                 continue
             if found is not None and stat.S_ISDIR(found.st_mode):
-                if self.recursive and self.names.admits(path, directory=True):
+                if self.recursive and self.names.matches_path(path, directory=True):
                     directories.append(path)
-            elif self.names.admits(path):
+            elif self.names.matches_path(path):
                 files.append(
                     (
                         path,
-                        self.sight(found)
+                        self.to_file_stat(found)
                         if found is not None and stat.S_ISREG(found.st_mode)
                         else None,
                     )
@@ -103,72 +112,79 @@ class Tree:
         return files, directories
 
     def identity(self) -> tuple[int, int] | None:
-        """Which directory the root is right now; None when it is none, or is not there."""
+        """Device and inode of the root; None when it is missing or not a directory."""
         try:
             found = os.stat(self.root)
-        except OSError:
+        except OSError:  # missing or unreadable
             return None
         return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
 
 
 class RootMissing(Exception):
-    """The root is not there, or is no directory. Says nothing about the files that were in it."""
+    """The root is missing or not a directory. Its files do not count as deleted."""
 
 
 @dataclass(slots=True)
-class Step:
-    """What one step of a walk found. `old`: files from before the walk's `skip_until`. `owed`: known, and due for removal."""
+class WalkStep:
+    """The results of one step. `preexisting`: files up to the walk's `skip_until`.
+    `pending_removal`: known files.
+    """
 
-    seen: list[Observation] = field(default_factory=list[Observation])
-    old: list[tuple[bytes, Sight]] = field(default_factory=list[tuple[bytes, Sight]])
-    owed: list[tuple[bytes, Sight]] = field(default_factory=list[tuple[bytes, Sight]])
+    observations: list[Observation] = field(default_factory=list[Observation])
+    preexisting: list[tuple[bytes, FileStat]] = field(default_factory=list[tuple[bytes, FileStat]])
+    pending_removal: list[tuple[bytes, FileStat]] = field(
+        default_factory=list[tuple[bytes, FileStat]]
+    )
     denied: list[tuple[bytes, str]] = field(default_factory=list[tuple[bytes, str]])
     done: bool = False
 
 
 class Walk:
-    """One pass over the tree (`whole`) or over the directories given with `into`, in steps.
+    """One pass over the tree (`whole`) or over the directories from `add_directories`, in steps.
 
-    `directories` maps each directory entered to its inode. A whole walk also reports, as `(path, None)`, known files that
-    are not there any more. `skip_until` (nanoseconds of the file system's clock) sorts out what was there before.
+    `directories` maps each entered directory to its inode. A whole walk also reports missing known
+    files, as `(path, None)`. `skip_until` (nanoseconds of the file system's clock): files up to
+    then are `preexisting`.
     """
 
     def __init__(
-        self, tree: Tree, known: Known, *, whole: bool, skip_until: int | None = None
+        self, tree: Tree, known: KnownFiles, *, whole: bool, skip_until: int | None = None
     ) -> None:
-        self.whole = whole
+        self.whole: bool = whole
         self.directories: dict[bytes, int] = {}
-        self._tree, self._known, self._skip_until = tree, known, skip_until
+        self._tree: Tree = tree
+        self._known: KnownFiles = known
+        self._skip_until: int | None = skip_until
         self._stack: list[bytes] = [b""] if whole else []
         self._denied: list[bytes] = []
-        self._reals: set[bytes] = set()
-        self._now = Step()
+        self._real_paths: set[bytes] = set()
+        self._current = WalkStep()
         self._entries = self._run()
 
-    def into(self, directories: Iterable[bytes]) -> None:
-        """Adds directories to be walked next, again if they were walked already."""
+    def add_directories(self, directories: Iterable[bytes]) -> None:
+        """Walks these directories next, also those that were walked already."""
         for directory in directories:
             self.directories.pop(directory, None)
             self._stack.append(directory)
 
-    def step(self) -> Step:
-        """The next STEP entries. Raises RootMissing. Blocking."""
-        self._now = Step()
-        looked = sum(1 for _ in islice(self._entries, STEP))
-        self._now.done = looked < STEP
-        return self._now
+    def step(self) -> WalkStep:
+        """Visits the next ENTRIES_PER_STEP entries. Raises RootMissing. Blocks."""
+        self._current = WalkStep()
+        visited = sum(1 for _ in islice(self._entries, ENTRIES_PER_STEP))
+        self._current.done = visited < ENTRIES_PER_STEP
+        return self._current
 
     def _run(self) -> Iterator[None]:
         yield from self._stacked()
         if self.whole:
             yield from self._unvisited()
-        yield from self._stacked()  # what `into` added meanwhile
+        yield from self._stacked()  # added meanwhile
 
     def _stacked(self) -> Iterator[None]:
         while self._stack:
             directory = self._stack.pop()
             if directory not in self.directories:
-                yield  # an empty directory is work too
+                yield  # an empty directory counts as an entry
                 yield from self._directory(directory)
 
     def _directory(self, directory: bytes) -> Iterator[None]:
@@ -185,19 +201,19 @@ class Walk:
                 raise RootMissing(str(error)) from error
             self.directories.pop(directory, None)
             return
-        except OSError as error:
+        except OSError as error:  # its files do not count as deleted
             self._deny(directory, error.strerror or str(error))
             return
         if known_here < known_before:
             yield from self._missing(directory)
 
-    def _deny(self, directory: bytes, why: str) -> None:
+    def _deny(self, directory: bytes, reason: str) -> None:
         self.directories.pop(directory, None)
         self._denied.append(directory)
-        self._now.denied.append((directory, why))
+        self._current.denied.append((directory, reason))
 
     def _entry(self, directory: bytes, entry: os.DirEntry[bytes]) -> bool:
-        """Looks at one entry; whether it is a known file."""
+        """Visits one entry; whether it is a known file."""
         path = directory + b"/" + entry.name if directory else entry.name
         try:
             if entry.is_dir(follow_symlinks=self._tree.follow_symlinks):
@@ -207,7 +223,7 @@ class Walk:
                 directory, path, entry
             )
         except OSError:
-            return False  # vanished since it was listed, or a link in a loop
+            return False  # removed since it was listed, or a loop of links
 
     def _enter(self, path: bytes, entry: os.DirEntry[bytes]) -> None:
         tree = self._tree
@@ -219,46 +235,46 @@ class Walk:
             return
         if tree.follow_symlinks:
             real = os.path.realpath(entry.path)
-            if real in self._reals:
+            if real in self._real_paths:
                 return
-            if entry.is_symlink() and not tree.holds(entry.path):
+            if entry.is_symlink() and not tree.contains(entry.path):
                 return self._deny(path, "the link leads out of the root")
-            self._reals.add(real)
+            self._real_paths.add(real)
         self._stack.append(path)
 
     def _file(self, directory: bytes, path: bytes, entry: os.DirEntry[bytes]) -> bool:
         tree = self._tree
-        if entry.is_symlink() and not tree.holds(entry.path):
+        if entry.is_symlink() and not tree.contains(entry.path):
             return False
         value = self._known.within(directory).get(entry.name)
         found = entry.stat(follow_symlinks=tree.follow_symlinks)
-        sight = tree.sight(found)
-        if value is not None and same_file(value, sight):
-            if is_owed(value):
-                self._now.owed.append((path, sight))
-        elif tree.names.wants(path):
+        file_stat = tree.to_file_stat(found)
+        if value is not None and is_same_version(value, file_stat):
+            if is_removal_pending(value):
+                self._current.pending_removal.append((path, file_stat))
+        elif tree.names.matches(path):
             if self._skip_until is not None and found.st_ctime_ns <= self._skip_until:
-                self._now.old.append((path, sight))
+                self._current.preexisting.append((path, file_stat))
             else:
-                self._now.seen.append((path, sight))
+                self._current.observations.append((path, file_stat))
         return value is not None
 
     def _missing(self, directory: bytes) -> Iterator[None]:
         prefix = directory + b"/" if directory else b""
         for name in list(self._known.within(directory)):
-            for path, sight in self._tree.look_again([prefix + name]):
-                if sight is None:
-                    self._now.seen.append((path, None))
+            for path, file_stat in self._tree.file_stats([prefix + name]):
+                if file_stat is None:
+                    self._current.observations.append((path, None))
             yield
 
     def _unvisited(self) -> Iterator[None]:
-        """Known files of directories that are no longer there. An unreadable directory keeps what is below it."""
+        """Known files of missing directories. Files below an unreadable directory are left out."""
         for directory in self._known.directories():
             if directory not in self.directories and not any(
-                _below(directory, denied) for denied in self._denied
+                _is_below(directory, denied) for denied in self._denied
             ):
                 yield from self._missing(directory)
 
 
-def _below(path: bytes, ancestor: bytes) -> bool:
+def _is_below(path: bytes, ancestor: bytes) -> bool:
     return not ancestor or (path + b"/").startswith(ancestor + b"/")

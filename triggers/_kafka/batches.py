@@ -1,76 +1,94 @@
-"""What one poll brought, read and ready to be recorded: events, dead letters, and how far each partition is then.
+"""Decodes the records of one fetch into a batch that can be recorded: events, dead letters and new
+positions.
 
-session.py calls `read_batch`, in a thread when a decoder of the user's takes part; nothing here touches the consumer. Records
-of a partition keep their order. Next room: records.py.
+`Session` calls `decode_batch`, in a thread when the user's decoder may block; nothing here touches
+the consumer. Records of a partition keep their order. Read on in records.py (one record).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eventflow.events.event import Event, Undecodable
-from triggers._kafka.client import Record, TopicPartition
-from triggers._kafka.errors import Stopped
-from triggers._kafka.lag import Level
-from triggers._kafka.positions import Place
-from triggers._kafka.records import Later, Reader
+from triggers._kafka.client import KafkaRecord, TopicPartition
+from triggers._kafka.errors import PartitionStop
+from triggers._kafka.lag import Lag
+from triggers._kafka.positions import PartitionPosition
+from triggers._kafka.records import RecordReader, RetryLater
 
 
 @dataclass(slots=True)
-class Partition:
-    """One assigned partition. `place` is what is recorded, `committed` the group's offset; `stopped` says why it is not read.
+class AssignedPartition:
+    """The state of one assigned partition.
 
-    `overlap` is the offset of the last record that was recorded before this assignment: it is read once more, to see that it
-    is still the same one; -1 when there is nothing to check. `moved_at`: when it last got on (monotonic).
+    `recheck_offset`: the last record recorded before this assignment is fetched once more, to check
+    that it is still the same one; -1 when there is nothing to check.
     """
 
     tp: TopicPartition
-    place: Place
-    moved_at: float
-    overlap: int = -1
-    committed: int = -1
-    stopped: Stopped | None = None
-    complaint: str = ""
-    level: Level = field(default_factory=Level)
+    position: PartitionPosition  # recorded in the ledger
+    progressed_at: float  # monotonic: of the last new record
+    recheck_offset: int = -1
+    group_offset: int = -1  # as committed by this session
+    stopped: PartitionStop | None = None
+    logged_reason: str = ""  # of the last `kafka.partition_stopped`
+    lag: Lag = field(default_factory=Lag)
 
 
 @dataclass(slots=True)
-class Batch:
-    """`places` are the partitions' once it is recorded. `passed`: those that go on behind a gap; `changed`: whose overlap holds
-    another record than before; `later`: whose decoder asked for time, at the offset in `places`."""
+class DecodedBatch:
+    """What one transaction is to record.
+
+    `positions`: of the partitions once it is recorded. `past_gap`: partitions to resume behind a
+    gap. `changed`: partitions whose last recorded offset now holds another record. `retry_later`:
+    partitions whose decoder asked for time, at the offset in `positions`.
+    """
 
     epoch: int
     items: list[Event | Undecodable] = field(default_factory=list[Event | Undecodable])
-    places: dict[TopicPartition, Place] = field(default_factory=dict[TopicPartition, Place])
-    passed: set[TopicPartition] = field(default_factory=set[TopicPartition])
+    positions: dict[TopicPartition, PartitionPosition] = field(
+        default_factory=dict[TopicPartition, PartitionPosition]
+    )
+    past_gap: set[TopicPartition] = field(default_factory=set[TopicPartition])
     changed: list[TopicPartition] = field(default_factory=list[TopicPartition])
-    later: dict[TopicPartition, Later] = field(default_factory=dict[TopicPartition, Later])
+    retry_later: dict[TopicPartition, RetryLater] = field(
+        default_factory=dict[TopicPartition, RetryLater]
+    )
 
 
-def read_batch(
-    reader: Reader,
-    fetched: Iterable[tuple[Partition, Sequence[Record]]],
-    positions: Mapping[TopicPartition, int],
+def decode_batch(
+    reader: RecordReader,
+    fetched: Iterable[tuple[AssignedPartition, Sequence[KafkaRecord]]],
+    fetch_positions: Mapping[TopicPartition, int],
     epoch: int,
-) -> Batch:
-    """Reads the records. `positions`: where the consumer stands, which may be past records that nobody is shown."""
-    batch = Batch(epoch)
+) -> DecodedBatch:
+    """Decodes the records.
+
+    `fetch_positions`: the consumer's next offsets, which may be past offsets that hold no records
+    for a consumer.
+    """
+    batch = DecodedBatch(epoch)
     for partition, records in fetched:
         tp = partition.tp
         first = records[0]
-        if first.offset == partition.overlap:
-            if first.timestamp != partition.place.stamp:
+        if first.offset == partition.recheck_offset:
+            if first.timestamp != partition.position.last_timestamp:
                 batch.changed.append(tp)
                 continue
             records = records[1:]
-        partition.overlap = -1
-        _read_partition(reader, partition, records, positions[tp], batch)
+        partition.recheck_offset = -1
+        _decode_partition(reader, partition, records, fetch_positions[tp], batch)
     return batch
 
 
-def _read_partition(
-    reader: Reader, partition: Partition, records: Sequence[Record], position: int, batch: Batch
+def _decode_partition(
+    reader: RecordReader,
+    partition: AssignedPartition,
+    records: Sequence[KafkaRecord],
+    position: int,
+    batch: DecodedBatch,
 ) -> None:
-    read, items = reader.read, batch.items
+    read = reader.read
+    items = batch.items
     last = None
     try:
         for record in records:
@@ -78,12 +96,12 @@ def _read_partition(
             if item is not None:
                 items.append(item)
             last = record
-    except Later as later:
-        batch.later[partition.tp] = later
-        position = partition.place.offset if last is None else last.offset + 1
-    place = partition.place
-    batch.places[partition.tp] = Place(
+    except RetryLater as later:  # the records before this one are recorded
+        batch.retry_later[partition.tp] = later
+        position = partition.position.offset if last is None else last.offset + 1
+    recorded = partition.position
+    batch.positions[partition.tp] = PartitionPosition(
         position,
-        place.last if last is None else last.offset,
-        place.stamp if last is None else last.timestamp,
+        recorded.last_offset if last is None else last.offset,
+        recorded.last_timestamp if last is None else last.timestamp,
     )

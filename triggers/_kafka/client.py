@@ -1,9 +1,12 @@
-"""What is used of aiokafka, with types, which it does not ship: the one file that imports it.
+"""The part of aiokafka's consumer that `Kafka` uses, typed (aiokafka ships no types). Only this
+file and producer.py import it.
 
-The other rooms see a `Consumer`. Without the extra, importing this says which `pip install` mends it.
+The other files see a `Consumer`. Without the extra, the import raises MissingExtra, which names the
+`pip install`.
 """
 
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 import asyncio
 import inspect
@@ -11,7 +14,11 @@ from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 from eventflow.core.errors import MissingExtra
-from triggers._kafka.shutdown import ends, hang_up, with_whole_bootstrap
+from triggers._kafka.shutdown import (
+    close_connections,
+    finish_bootstrap_despite_cancel,
+    wait_or_cancel,
+)
 
 try:
     from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
@@ -29,29 +36,31 @@ except ImportError as error:
 
 __all__ = [
     "CODECS",
-    "Committed",
     "Consumer",
     "ConsumerRebalanceListener",
     "CorruptRecordException",
+    "GroupOffset",
     "KafkaError",
+    "KafkaRecord",
     "NoOffsetForPartitionError",
     "OffsetOutOfRangeError",
-    "Record",
     "RecordTooLargeError",
     "TopicPartition",
     "UnsupportedCodecError",
     "close",
-    "committed",
+    "group_offsets",
     "make_consumer",
     "option_names",
 ]
 
 CODECS: Mapping[str, Callable[[], bool]] = {"snappy": has_snappy, "lz4": has_lz4, "zstd": has_zstd}
-"""Whether records compressed with these can be read here; gzip always can."""
+"""Whether each codec is installed; gzip always is."""
 
 
-class Record(Protocol):
-    """What a ConsumerRecord has. `timestamp` is in milliseconds, below 0 when unknown; a tombstone has no value."""
+class KafkaRecord(Protocol):
+    """aiokafka's ConsumerRecord. `timestamp`: milliseconds, below 0 when unknown. A tombstone has
+    no value.
+    """
 
     topic: str
     partition: int
@@ -62,14 +71,14 @@ class Record(Protocol):
     headers: Sequence[tuple[str, bytes | None]]
 
 
-class Committed(NamedTuple):
-    """What the group has of a partition: the next offset to read, and what its committer wrote beside it."""
+class GroupOffset(NamedTuple):
+    """A committed offset: the next one to read, and the committer's metadata."""
 
     offset: int
     metadata: str
 
 
-class Time(Protocol):
+class OffsetAndTimestamp(Protocol):
     offset: int
     timestamp: int
 
@@ -98,60 +107,66 @@ class Consumer(Protocol):
     async def end_offsets(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]: ...
     async def offsets_for_times(
         self, times: dict[TopicPartition, int]
-    ) -> dict[TopicPartition, Time | None]: ...
+    ) -> dict[TopicPartition, OffsetAndTimestamp | None]: ...
     async def getmany(
         self, *tps: TopicPartition, timeout_ms: int, max_records: int | None = None
-    ) -> dict[TopicPartition, list[Record]]: ...
+    ) -> dict[TopicPartition, list[KafkaRecord]]: ...
 
 
 def make_consumer(options: Mapping[str, Any]) -> Consumer:
-    """A consumer, not started, on the running loop. TypeError or ValueError for options that it refuses."""
+    """A consumer, not started, on the running loop. TypeError or ValueError for options that it
+    refuses.
+    """
     consumer: Any = AIOKafkaConsumer(**options)
-    with_whole_bootstrap(consumer._client)
+    finish_bootstrap_despite_cancel(consumer._client)
     return cast(Consumer, consumer)
 
 
 async def close(consumer: Consumer, seconds: float) -> None:
-    """Leaves the group and closes every connection; raises nothing. May take `seconds`, and a few more when cut short.
+    """Leaves the group and closes all connections; raises nothing. Takes up to `seconds`, and a few
+    more after a timeout.
 
-    aiokafka's `stop` waits for a join under way, which may take as long as a rebalance, and may let a cancel of its own tasks
-    out; then what it did not come to is done here. A heartbeat left behind would keep the partitions of a member that is gone.
+    aiokafka's `stop` waits for a join in progress, which may take as long as a rebalance, and may
+    raise the cancel of its own tasks; then this function does the rest. A heartbeat left running
+    would keep the partitions of a closed member.
     """
     raw = cast(Any, consumer)
     try:
-        if await _ends(raw.stop(), seconds):
+        if await _finishes(raw.stop(), seconds):
             return
         if (coordinator := raw._coordinator) is not None and hasattr(
             coordinator, "_stop_heartbeat_task"
         ):
-            await _ends(coordinator._stop_heartbeat_task(), 1.0)
-            await _ends(coordinator._stop_commit_offsets_refresh_task(), 1.0)
-            await _ends(coordinator._maybe_leave_group(), 1.0)
+            await _finishes(coordinator._stop_heartbeat_task(), 1.0)
+            await _finishes(coordinator._stop_commit_offsets_refresh_task(), 1.0)
+            await _finishes(coordinator._maybe_leave_group(), 1.0)
         if raw._fetcher is not None:
-            await _ends(raw._fetcher.close(), 1.0)
-        await _ends(raw._client.close(), 1.0)
+            await _finishes(raw._fetcher.close(), 1.0)
+        await _finishes(raw._client.close(), 1.0)
     finally:
-        hang_up(raw._client)
+        close_connections(raw._client)
 
 
-async def _ends(work: Coroutine[Any, Any, None], seconds: float) -> bool:
-    return await ends(asyncio.ensure_future(work), seconds)
+async def _finishes(work: Coroutine[Any, Any, None], seconds: float) -> bool:
+    return await wait_or_cancel(asyncio.ensure_future(work), seconds)
 
 
-async def committed(
+async def group_offsets(
     consumer: Consumer, tps: Collection[TopicPartition]
-) -> dict[TopicPartition, Committed]:
-    """What the group has. The public `committed()` leaves out the metadata, and asks for one partition at a time."""
+) -> dict[TopicPartition, GroupOffset]:
+    """The group's committed offsets. aiokafka's public `committed()` omits the metadata, and asks
+    per partition.
+    """
     coordinator: Any = cast(Any, consumer)._coordinator
     fetched = await coordinator.fetch_committed_offsets(list(tps))
     return {
-        tp: Committed(each.offset, each.metadata)
+        tp: GroupOffset(each.offset, each.metadata)
         for tp, each in fetched.items()
         if each.offset >= 0
     }
 
 
 def option_names() -> list[str]:
-    """The options that this version's consumer knows."""
+    """The options of the installed version's consumer."""
     parameters = inspect.signature(cast(Any, AIOKafkaConsumer).__init__).parameters
     return [name for name in parameters if name not in ("self", "topics", "loop", "api_version")]

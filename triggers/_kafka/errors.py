@@ -1,6 +1,8 @@
-"""What getmany may raise, and whom it concerns: one partition, which then stops alone, or the whole consumer.
+"""The errors of `getmany`, and what each one concerns: one partition, which then stops alone, or
+the whole consumer.
 
-session.py asks; nothing here waits. An error that is not listed is the consumer's: it is made anew.
+`Fetcher` (fetching.py) asks; nothing here waits. After an error that is not listed here the
+consumer is replaced.
 """
 
 from collections.abc import Collection
@@ -17,54 +19,59 @@ from triggers._kafka.client import (
     UnsupportedCodecError,
 )
 
-UNREADABLE = (CorruptRecordException, UnsupportedCodecError)
-"""A batch that cannot be read. Neither says which partition it is."""
+UNREADABLE_ERRORS = (CorruptRecordException, UnsupportedCodecError)
+"""A batch that cannot be read. Neither error names the partition."""
 
-TOO_LARGE = RecordTooLargeError
-"""An old broker does not send a record that is larger than `max_partition_fetch_bytes`; aiokafka has passed over it already."""
+TOO_LARGE_ERROR = RecordTooLargeError
+"""An old broker does not send a record larger than `max_partition_fetch_bytes`; aiokafka has
+already skipped it.
+"""
 
-MISPLACED = (OffsetOutOfRangeError, NoOffsetForPartitionError)
-"""The broker has no such offset."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """Why nothing is read from a partition, and when (on the monotonic clock) it is tried again."""
-
-    why: str
-    until: float
+OFFSET_ERRORS = (OffsetOutOfRangeError, NoOffsetForPartitionError)
+"""The broker does not have the offset."""
 
 
 @dataclass(frozen=True, slots=True)
-class Missing:
-    """Offsets from `first` up to `after` that are passed over, and why."""
+class PartitionStop:
+    """Why a partition is not read. `retry_at` is monotonic."""
+
+    reason: str
+    retry_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class MissingOffsets:
+    """Offsets that are skipped: from `first` up to, not including, `end`."""
 
     first: int
-    after: int
-    why: str
+    end: int
+    reason: str
 
 
-def misplaced(error: KafkaError) -> Collection[TopicPartition]:
-    """The partitions that an error of MISPLACED is about: it carries a mapping by partition, or a partition."""
-    about: Any = error.args[0] if error.args else ()
+def partitions_without_offset(error: KafkaError) -> Collection[TopicPartition]:
+    """The partitions that an OFFSET_ERRORS error names: it carries a mapping by partition, or one
+    partition.
+    """
+    named: Any = error.args[0] if error.args else ()
     return (
-        [about]
-        if isinstance(about, TopicPartition)
-        else cast("dict[TopicPartition, int]", dict(about))
+        [named]
+        if isinstance(named, TopicPartition)
+        else cast("dict[TopicPartition, int]", dict(named))
     )
 
 
-def too_large(error: KafkaError) -> tuple[TopicPartition, int]:
-    """The partition and offset that an error of TOO_LARGE is about."""
+def oversized_record(error: KafkaError) -> tuple[TopicPartition, int]:
+    """The partition and offset that a TOO_LARGE_ERROR names."""
     _, tp, offset, *_ = cast("tuple[str, TopicPartition, int, int]", error.args)
     return tp, offset
 
 
-def unreadable(error: KafkaError, offset: int) -> str:
-    """What to do about a record that cannot be had."""
-    if isinstance(error, TOO_LARGE):
-        return f"offset {offset} cannot be read: it is larger than max_partition_fetch_bytes={error.args[3]}"
+def unreadable_reason(error: KafkaError, offset: int) -> str:
+    """The error for people, with what to do about it."""
+    if isinstance(error, TOO_LARGE_ERROR):
+        limit = f"max_partition_fetch_bytes={error.args[3]}"
+        return f"offset {offset} cannot be read: it is larger than {limit}"
     found = f"offset {offset} cannot be read: {type(error).__name__}: {error}"
     if isinstance(error, UnsupportedCodecError):
         return f"{found}; run: pip install 'eventflow-reactor[kafka]'"
-    return f"{found}; skip_corrupt=True leaves such records to the dead letters and goes on"
+    return f"{found}; skip_corrupt=True makes such records dead letters and reads on"

@@ -1,8 +1,10 @@
-"""How far a partition is behind, in messages and in seconds, from what the session knows anyway.
+"""The lag of a partition, in messages and in seconds, computed from what the session knows without
+a request.
 
-`kafka.py` asks `gauges` whenever somebody looks. Lag counts what is not recorded yet, so it grows while the ledger is full. Its
-seconds are the age of the oldest record that waits, as an upper bound: it came after the last recorded one, and after the last
-moment at which nothing waited. A number that is not known yet is left out.
+`Kafka.gauges` calls `lag_gauges`. Lag counts what is not recorded yet, so it grows while the ledger
+is full. Its seconds are an upper bound of the age of the oldest waiting record: that record came
+after the last recorded one, and after the last moment without lag. A number that is not known yet
+is left out.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,34 +13,37 @@ from dataclasses import dataclass
 from eventflow.core.clock import SECOND
 from eventflow.events.event import Gauge
 from triggers._kafka.client import Consumer, TopicPartition
-from triggers._kafka.positions import Place
+from triggers._kafka.positions import PartitionPosition
 
 
 @dataclass(slots=True)
-class Level:
-    """What is known of a partition's end. `end`: the next offset to be written, -1 when unknown; `at`: the last moment when
-    nothing waited, in microseconds, 0 when unknown."""
+class Lag:
+    """What is known of the end of a partition."""
 
-    end: int = -1
-    at: int = 0
+    end_offset: int = -1  # the next one to be written; -1: unknown
+    caught_up_at: int = 0  # microseconds: the last moment without lag; 0: unknown
 
-    def look(self, consumer: Consumer, tp: TopicPartition) -> None:
-        """Takes what the last fetch told: the end of what may be read, so without open transactions where that is known."""
+    def update(self, consumer: Consumer, tp: TopicPartition) -> None:
+        """Reads the end offset of the last fetch: that of the readable records, without open
+        transactions, if known.
+        """
         stable, written = consumer.last_stable_offset(tp), consumer.highwater(tp)
-        told = written if stable is None or stable < 0 else stable
-        if told is not None and told > self.end:
-            self.end = told
+        end = written if stable is None or stable < 0 else stable
+        if end is not None and end > self.end_offset:
+            self.end_offset = end
 
 
-def gauges(partitions: Iterable[tuple[TopicPartition, Place, Level]], now: int) -> Iterator[Gauge]:
+def lag_gauges(
+    partitions: Iterable[tuple[TopicPartition, PartitionPosition, Lag]], now: int
+) -> Iterator[Gauge]:
     """`lag_messages` and `lag_seconds` for each partition. `now` in microseconds."""
-    for tp, place, level in partitions:
-        if level.end < 0:
+    for tp, position, lag in partitions:
+        if lag.end_offset < 0:
             continue
         labels = {"topic": tp.topic, "partition": str(tp.partition)}
-        behind = max(0, level.end - place.offset)
+        behind = max(0, lag.end_offset - position.offset)
         yield Gauge("lag_messages", behind, labels)
-        since = max(place.stamp * 1000, level.at)
+        since = max(position.last_timestamp * 1000, lag.caught_up_at)
         if not behind or since > 0:
             yield Gauge(
                 "lag_seconds",

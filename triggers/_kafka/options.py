@@ -1,7 +1,9 @@
-"""What `Kafka` was given, checked and ready for use: our own words, and the client's options, which pass through untouched.
+"""The options of `Kafka`, checked: its own, and those of aiokafka's consumer, which pass through
+unchanged.
 
-Names of client options are checked when the trigger is made, so that a slip is an error at start and no reconnect loop. The
-options that carry the guarantees (who commits, where a partition without position begins, raw bytes) cannot be given.
+`Kafka.__init__` calls `client_options`. Names of client options are checked there, so that a typing
+error is an error at start and not an endless reconnect. The options that carry the guarantees (who
+commits, where a partition without a position begins, raw bytes) cannot be set.
 """
 
 from collections.abc import Mapping
@@ -14,58 +16,62 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import EmptySecret, UsageError
 from eventflow.logs.redaction import SECRETS
 from triggers._kafka.client import CODECS, Consumer, make_consumer, option_names
-from triggers._kafka.records import Reader
+from triggers._kafka.records import RecordReader
 from triggers.signatures import Secret
 
 Start: TypeAlias = "Literal['earliest', 'latest'] | datetime"
 OnGap: TypeAlias = "Literal['earliest', 'latest', 'stop']"
 
-DEFAULTS: dict[str, Any] = {
-    "isolation_level": "read_committed",  # a run for a record of an aborted transaction would be a phantom
-    "session_timeout_ms": 45_000,  # the clients' own since Kafka 3.0; aiokafka's 10 s dies of one long garbage collection
+DEFAULT_OPTIONS: dict[str, Any] = {
+    "isolation_level": "read_committed",  # no runs for records of aborted transactions
+    "session_timeout_ms": 45_000,  # as in Kafka 3.0; a long pause exceeds aiokafka's 10 s
     "heartbeat_interval_ms": 3_000,
-    "rebalance_timeout_ms": 60_000,  # longer than the 10 s that a revocation may wait for a record under way
+    "rebalance_timeout_ms": 60_000,  # longer than REVOKE_TIMEOUT_SECONDS
     "max_poll_interval_ms": 300_000,
     "metadata_max_age_ms": 30_000,  # how soon new partitions are found
-    "max_poll_records": 1_000,  # events in one transaction, and held in memory while the ledger is full
+    "max_poll_records": 1_000,  # in one transaction, and in memory while the ledger is full
     "fetch_max_bytes": 16 << 20,
 }
 
-OURS: dict[str, Any] = {
-    "enable_auto_commit": False,  # the group's offset follows the record (P1)
-    "auto_offset_reset": "none",  # positions come from the ledger; a reset in silence would be loss in silence
-    "value_deserializer": None,  # one bad record would block its batch for ever
+FIXED_OPTIONS: dict[str, Any] = {
+    "enable_auto_commit": False,  # the group's offset follows the ledger (P1)
+    "auto_offset_reset": "none",  # positions are the ledger's; a silent reset loses records
+    "value_deserializer": None,  # one bad record would block its batch forever
     "key_deserializer": None,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """`client` is for aiokafka's consumer; `topics` or `pattern`, never both."""
+class KafkaOptions:
+    """The checked options of a `Kafka`. `client`: for aiokafka's consumer. `topics` or `pattern`,
+    never both.
+    """
 
     topics: tuple[str, ...]
     pattern: str | None
     start: Start
     on_gap: OnGap
     skip_corrupt: bool
-    reader: Reader
+    reader: RecordReader
     client: Mapping[str, Any]
     clock: Clock
 
-    def consumer(self) -> Consumer:
-        """A new client, not started; its values are checked here. To be made on the loop that it works on."""
+    def create_consumer(self) -> Consumer:
+        """A new consumer, not started, on the running loop. UsageError for refused values."""
         try:
             return make_consumer(self.client)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:  # aiokafka checks the values
             raise UsageError(f"Kafka: the client refuses its options: {error}") from error
 
 
-def client_options(given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The client's options: ours for certain, then the user's, then defaults that differ from aiokafka's."""
+def client_options(requested: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The consumer's options: the fixed ones, then the user's, then our defaults. UsageError for
+    unknown or fixed names.
+    """
     known = option_names()
-    for option in given:
-        if option in OURS:
-            raise UsageError(f"Kafka: {option}= cannot be set: {_INSTEAD[option]}")
+    for option in requested:
+        if option in FIXED_OPTIONS:
+            raise UsageError(f"Kafka: {option}= cannot be set: {_FIXED_OPTION_HINTS[option]}")
         if option not in known:
             near = get_close_matches(option, known, n=1)
             hint = (
@@ -74,22 +80,22 @@ def client_options(given: Mapping[str, Any], name: str) -> dict[str, Any]:
                 else "it takes those of aiokafka's AIOKafkaConsumer"
             )
             raise UsageError(f"Kafka: no option {option}=; {hint}")
-    _check_security(given)
-    revealed = {option: _revealed(option, value) for option, value in given.items()}
-    options = {"client_id": f"eventflow-{name}", **DEFAULTS, **revealed, **OURS}
-    return {option: value for option, value in options.items() if option in known}
+    _check_security(requested)
+    revealed = {option: _reveal_password(option, value) for option, value in requested.items()}
+    merged = {"client_id": f"eventflow-{name}", **DEFAULT_OPTIONS, **revealed, **FIXED_OPTIONS}
+    return {option: value for option, value in merged.items() if option in known}
 
 
-_INSTEAD = {
+_FIXED_OPTION_HINTS = {
     "enable_auto_commit": "the group's offset is committed once the ledger has the records",
     "auto_offset_reset": "use start= for the first start and on_gap= for offsets that are gone",
-    "value_deserializer": "use decode=, so that a bad record becomes a dead letter and the partition goes on",
+    "value_deserializer": "use decode=: there a bad record becomes a dead letter",
     "key_deserializer": "the key reaches decode= as bytes, in record.key",
 }
 
 
-def _revealed(option: str, value: Any) -> Any:
-    """A secret's text; from then on the log hides it."""
+def _reveal_password(option: str, value: Any) -> Any:
+    """The text of a secret option, which the log redacts from then on; other options unchanged."""
     if option != "sasl_plain_password":
         return value
     secret = value if isinstance(value, Secret) else Secret(value or "")
@@ -99,19 +105,21 @@ def _revealed(option: str, value: Any) -> Any:
     return secret.reveal().decode()
 
 
-def _check_security(given: Mapping[str, Any]) -> None:
-    protocol = cast(str, given.get("security_protocol", "PLAINTEXT"))
-    sasl = sorted(option for option in given if option.startswith("sasl_"))
+def _check_security(options: Mapping[str, Any]) -> None:
+    protocol = cast(str, options.get("security_protocol", "PLAINTEXT"))
+    sasl = sorted(option for option in options if option.startswith("sasl_"))
     if sasl and not protocol.startswith("SASL_"):
         raise UsageError(
-            f"Kafka: {sasl[0]}= needs security_protocol='SASL_SSL' (or 'SASL_PLAINTEXT'), found {protocol!r}"
+            f"Kafka: {sasl[0]}= needs security_protocol='SASL_SSL' (or 'SASL_PLAINTEXT'), "
+            f"found {protocol!r}"
         )
-    if protocol.endswith("SSL") and given.get("ssl_context") is None:
+    if protocol.endswith("SSL") and options.get("ssl_context") is None:
         raise UsageError(
-            f"Kafka: security_protocol={protocol!r} needs ssl_context=aiokafka.helpers.create_ssl_context(...)"
+            f"Kafka: security_protocol={protocol!r} needs "
+            "ssl_context=aiokafka.helpers.create_ssl_context(...)"
         )
 
 
 def missing_codecs() -> list[str]:
-    """The compression codecs whose records could not be read here."""
+    """The compression codecs whose packages are not installed."""
     return [name for name, present in CODECS.items() if not present()]

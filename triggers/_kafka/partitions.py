@@ -1,158 +1,217 @@
-"""The partitions that are assigned: which are read, which are held and why, and what is passed over.
+"""The assigned partitions of one session: which are read, which are paused and why, and which
+offsets are skipped.
 
-session.py asks and tells. A partition is held while it is *stopped* (it cannot be read for a while), *doubtful* (its offset is
-to be looked at), in a *gap* (offsets are gone, and a dead letter that says so is to be recorded first), or while the ledger is
-*full*. Nothing is ever passed over in silence.
+`Session` and its parts call it. A partition is paused while it is *stopped* (unreadable, tried
+again later), *uncertain* (its offset is checked with the broker), has a *gap* (offsets are missing,
+and a dead letter about them is recorded first), or while the ledger is *full*. No offset is skipped
+without a dead letter.
 """
 
 from typing import Any
 
-from triggers._kafka.batches import Batch, Partition
+from eventflow.core.errors import StoreFull
+from triggers._kafka.batches import AssignedPartition, DecodedBatch
 from triggers._kafka.client import Consumer, TopicPartition
-from triggers._kafka.errors import Missing, Stopped
-from triggers._kafka.options import Options
-from triggers._kafka.positions import Place, Standing, key
+from triggers._kafka.errors import MissingOffsets, PartitionStop
+from triggers._kafka.options import KafkaOptions
+from triggers._kafka.positions import OffsetBounds, PartitionPosition, partition_name
+
+LOG_EVENTS = {
+    "kafka.offsets_missing": (
+        "The broker no longer has offsets of a partition; a dead letter names them, or the "
+        "partition stopped."
+    ),
+    "kafka.partition_stopped": (
+        "A partition is not readable; the others continue. It is tried again."
+    ),
+}
 
 
-class Partitions(dict[TopicPartition, Partition]):
-    """The assigned partitions by name. `full`: none is read."""
+class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
+    """By topic and partition.
 
-    def __init__(self, options: Options, consumer: Consumer, log: Any) -> None:
+    `epoch` changes with each rebalance: what began in another epoch is dropped. `uncertain`:
+    partitions to check, and whether their last record changed. `gaps`: offsets to skip.
+    `store_full`: why nothing is read; None while the ledger has room.
+    """
+
+    def __init__(self, options: KafkaOptions, consumer: Consumer, log: Any) -> None:
         super().__init__()
-        self._options, self._consumer, self._log, self._clock = (
-            options,
-            consumer,
-            log,
-            options.clock,
-        )
-        self.doubtful: dict[TopicPartition, bool] = {}
-        self.gaps: dict[TopicPartition, Missing] = {}
-        self.full = False
+        self._options: KafkaOptions = options
+        self._consumer: Consumer = consumer
+        self._log: Any = log
+        self.epoch: int = 0
+        self.uncertain: dict[TopicPartition, bool] = {}
+        self.gaps: dict[TopicPartition, MissingOffsets] = {}
+        self.store_full: StoreFull | None = None
 
-    def take(self, tp: TopicPartition, standing: Standing) -> None:
-        """A partition just assigned, and paused: reads it from where it stands, or meets the gap there.
+    def assign(self, tp: TopicPartition, bounds: OffsetBounds) -> None:
+        """Adds a partition that was just assigned, and is paused: reads it from its position, or
+        handles the gap there.
 
-        An end below that place is not taken at its word (a broker may be behind): the fetch tells.
+        A broker may lag behind: an end offset below the position is not a gap until a fetch fails
+            there.
         """
-        partition = self[tp] = Partition(tp, standing.place, self._clock.monotonic())
-        partition.level.end = standing.end
-        if standing.place.offset < standing.begin:
-            self.meet_gap(partition, standing)
+        partition = AssignedPartition(tp, bounds.position, self._now())
+        self[tp] = partition
+        partition.lag.end_offset = bounds.end
+        if bounds.position.offset < bounds.begin:
+            self.handle_gap(partition, bounds)
         else:
-            self.read_on(partition, standing.begin)
+            self.seek_and_resume(partition, bounds.begin)
 
-    def forget(self) -> None:
-        """They are somebody else's now."""
+    def revoke_all(self) -> None:
         self.clear()
-        self.doubtful.clear()
+        self.uncertain.clear()
         self.gaps.clear()
 
-    def settle(self, batch: Batch) -> None:
-        """Remembers what is recorded; only from here on may it be committed."""
-        for tp, place in batch.places.items():
+    def mark_recorded(self, batch: DecodedBatch) -> None:
+        """Takes over the positions of a recorded batch; only now may they be committed."""
+        for tp, position in batch.positions.items():
             if (partition := self.get(tp)) is not None:
-                if place.offset > partition.place.offset and partition.stopped is None:
-                    partition.complaint = ""
-                partition.place, partition.moved_at = place, self._clock.monotonic()
-                if tp in batch.passed:
-                    self.read_on(partition)
+                if position.offset > partition.position.offset and partition.stopped is None:
+                    partition.logged_reason = ""
+                partition.position = position
+                partition.progressed_at = self._now()
+                if tp in batch.past_gap:
+                    self.seek_and_resume(partition)
 
-    # ------------------------------------------------------------------ holding and going on
+    def _now(self) -> float:
+        return self._options.clock.monotonic()
 
-    def is_held(self, tp: TopicPartition) -> bool:
-        return self.full or self[tp].stopped is not None or tp in self.doubtful or tp in self.gaps
+    # ------------------------------------------------------------------ pausing and resuming
 
-    def hold_all(self) -> None:
+    def is_paused(self, tp: TopicPartition) -> bool:
+        return (
+            self.store_full is not None
+            or self[tp].stopped is not None
+            or tp in self.uncertain
+            or tp in self.gaps
+        )
+
+    def pause_all(self) -> None:
         self._consumer.pause(*self._consumer.assignment())
 
-    def go_on(self) -> None:
-        """Reads again what was held by a ledger that was full, or for a time that is over."""
-        now, was_full = self._clock.monotonic(), self.full
-        self.full = False
+    def resume_due(self) -> None:
+        """Resumes what a full ledger paused, and the stopped partitions whose time has come."""
+        now, was_full = self._now(), self.store_full is not None
+        self.store_full = None
         for partition in self.values():
-            over = partition.stopped is not None and partition.stopped.until <= now
-            if over:
+            is_due = partition.stopped is not None and partition.stopped.retry_at <= now
+            if is_due:
                 partition.stopped = None
-            if over or was_full:
+            if is_due or was_full:
                 self._resume(partition)
 
-    def read_on(self, partition: Partition, begin: int = 0) -> None:
-        """Reads from its place, and the last record before it once more: it must still be the same one."""
-        place = partition.place
-        partition.overlap = place.last if place.last >= begin else -1
+    def seek_and_resume(self, partition: AssignedPartition, begin: int = 0) -> None:
+        """Reads from its position, and once more the last record before it, to check that it is
+        still the same one.
+
+        `begin`: the broker's first offset; a last record below it cannot be checked.
+        """
+        position = partition.position
+        partition.recheck_offset = position.last_offset if position.last_offset >= begin else -1
         self._consumer.seek(
-            partition.tp, place.offset if partition.overlap < 0 else partition.overlap
+            partition.tp,
+            position.offset if partition.recheck_offset < 0 else partition.recheck_offset,
         )
         self._resume(partition)
 
-    def _resume(self, partition: Partition) -> None:
-        if not self.is_held(partition.tp) and partition.tp in self._consumer.assignment():
+    def _resume(self, partition: AssignedPartition) -> None:
+        if not self.is_paused(partition.tp) and partition.tp in self._consumer.assignment():
             self._consumer.resume(partition.tp)
 
     def stop(
-        self, tp: TopicPartition, why: str, seconds: float, offset: int, *, passing: bool = False
+        self,
+        tp: TopicPartition,
+        reason: str,
+        seconds: float,
+        offset: int,
+        *,
+        temporary: bool = False,
     ) -> None:
-        """Reads no more from a partition for a while, and then from `offset`; the others go on. `passing`: it mends itself."""
+        """Stops one partition for that time, then reads it from `offset`. `temporary`: a warning,
+        not an error, in the log.
+        """
         partition = self[tp]
-        if partition.complaint != why:  # said once, however often it is tried again
-            partition.complaint = why
-            if passing:
-                self._log.warning("kafka.partition_stopped", partition=key(tp), reason=why)
-            else:
-                self._log.error("kafka.partition_stopped", partition=key(tp), reason=why)
-        partition.stopped = Stopped(why, self._clock.monotonic() + seconds)
+        if partition.logged_reason != reason:  # one line, however often it is tried
+            partition.logged_reason = reason
+            log = self._log.warning if temporary else self._log.error
+            log("kafka.partition_stopped", partition=partition_name(tp), reason=reason)
+        partition.stopped = PartitionStop(reason, self._now() + seconds)
         self._consumer.pause(tp)
         self._consumer.seek(tp, offset)
 
-    def skip(self, tp: TopicPartition, offset: int, why: str) -> None:
-        """Passes over one record."""
+    def skip_record(self, tp: TopicPartition, offset: int, reason: str) -> None:
+        """Skips one record, with a dead letter."""
         self._consumer.pause(tp)
-        self.gaps[tp] = Missing(offset, offset + 1, why)
+        self.gaps[tp] = MissingOffsets(offset, offset + 1, reason)
 
     # ------------------------------------------------------------------ gaps
 
-    def doubt(self, tp: TopicPartition, *, changed: bool = False) -> None:
-        """Something is wrong with where a partition is read; nothing is read until it was looked at."""
+    def mark_uncertain(self, tp: TopicPartition, *, changed: bool = False) -> None:
+        """Pauses a partition until its position is checked. `changed`: its last recorded offset
+        holds another record.
+        """
         if tp in self and tp in self._consumer.assignment():
             self._consumer.pause(tp)
-            self.doubtful[tp] = changed
+            self.uncertain[tp] = changed
 
-    def meet_gap(self, partition: Partition, found: Standing) -> None:
-        """A line in the log; then a dead letter, or a partition that stands still."""
-        tp, on_gap = partition.tp, self._options.on_gap
+    def handle_gap(self, partition: AssignedPartition, bounds: OffsetBounds) -> None:
+        """Logs an error; then, as `on_gap` says, prepares a dead letter or stops the partition for
+        good.
+        """
+        tp = partition.tp
+        on_gap = self._options.on_gap
+        reason = bounds.gap_reason
         if on_gap == "stop":
-            self.stop(tp, f"{found.why}; on_gap= says to stop", float("inf"), found.begin)
+            self.stop(tp, f"{reason}; on_gap= says to stop", float("inf"), bounds.begin)
             return
-        self._log.error("kafka.gap_met", partition=key(tp), reason=found.why, reading_from=on_gap)
-        after = found.begin if on_gap == "earliest" else found.end
-        self.gaps[tp] = Missing(found.place.offset, after, found.why)
+        name = partition_name(tp)
+        self._log.error("kafka.offsets_missing", partition=name, reason=reason, reading_from=on_gap)
+        end = bounds.begin if on_gap == "earliest" else bounds.end
+        self.gaps[tp] = MissingOffsets(bounds.position.offset, end, reason)
 
-    def pass_gaps(self, epoch: int) -> Batch:
-        """Dead letters for the offsets passed over; the partitions are read on once they are recorded."""
-        batch, gaps = Batch(epoch), self.gaps
+    def skip_gaps(self) -> DecodedBatch:
+        """A batch of dead letters about the gaps; once it is recorded, their partitions are read
+        behind them.
+        """
+        batch = DecodedBatch(self.epoch)
+        gaps = self.gaps
         self.gaps = {}
         for tp, missing in gaps.items():
             partition = self[tp]
-            partition.overlap = -1
+            partition.recheck_offset = -1
+            last_timestamp = partition.position.last_timestamp
             batch.items.append(
-                self._options.reader.gap(tp.topic, tp.partition, missing, partition.place.stamp)
+                self._options.reader.gap_dead_letter(
+                    tp.topic, tp.partition, missing, last_timestamp
+                )
             )
-            batch.places[tp] = Place(missing.after)
-            batch.passed.add(tp)
+            batch.positions[tp] = PartitionPosition(missing.end)
+            batch.past_gap.add(tp)
         return batch
 
-    # ------------------------------------------------------------------ with nothing to read
+    # ------------------------------------------------------------------ without records
 
-    async def catch_up(self, epoch: int, now: int) -> Batch | None:
-        """Notes what is level, and moves cursors past offsets that hold no records (the markers of transactions)."""
-        batch = Batch(epoch)
+    async def advance_idle(self) -> DecodedBatch | None:
+        """A batch of positions behind offsets without records (transaction markers); None when no
+        position moved.
+
+        Called when a fetch returned nothing: partitions whose end is reached are marked as caught
+            up.
+        """
+        batch, now = DecodedBatch(self.epoch), self._options.clock.now()
         for tp, partition in self.items():
-            if self.is_held(tp) or tp not in self._consumer.assignment():
+            if self.is_paused(tp) or tp not in self._consumer.assignment():
                 continue
-            position = await self._consumer.position(tp)
-            if position > partition.place.offset:
-                batch.places[tp] = Place(position, partition.place.last, partition.place.stamp)
-            partition.level.look(self._consumer, tp)
-            if 0 <= partition.level.end <= position:
-                partition.level.at = now
-        return batch if batch.places else None
+            fetched = await self._consumer.position(tp)
+            recorded = partition.position
+            if fetched > recorded.offset:
+                batch.positions[tp] = PartitionPosition(
+                    fetched, recorded.last_offset, recorded.last_timestamp
+                )
+            partition.lag.update(self._consumer, tp)
+            if 0 <= partition.lag.end_offset <= fetched:
+                partition.lag.caught_up_at = now
+        return batch if batch.positions else None

@@ -1,6 +1,9 @@
-"""aiokafka's producer, with types, which it does not ship; client.py is the same for the consumer."""
+"""The part of aiokafka's producer that `KafkaSink` uses, typed; client.py is the same for the
+consumer.
+"""
 
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false
 
 import asyncio
 import inspect
@@ -8,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from eventflow.core.errors import MissingExtra
-from triggers._kafka.shutdown import hang_up, with_whole_bootstrap
+from triggers._kafka.shutdown import close_connections, finish_bootstrap_despite_cancel
 
 try:
     from aiokafka import AIOKafkaProducer
@@ -39,33 +42,40 @@ class Producer(Protocol):
         timestamp_ms: int | None,
         headers: Sequence[tuple[str, bytes]],
     ) -> asyncio.Future[Any]:
-        """Queues a record; the future is done when the brokers have it. MessageSizeTooLargeError before anything is queued."""
+        """Queues a record; the future is done when the brokers have it. Raises
+        MessageSizeTooLargeError without queueing.
+        """
         ...  # fmt: skip
 
 
 def make_producer(options: Mapping[str, Any]) -> Producer:
-    """A producer, not started, on the running loop. TypeError or ValueError for options that it refuses."""
+    """A producer, not started, on the running loop. TypeError or ValueError for options that it
+    refuses.
+    """
     producer: Any = AIOKafkaProducer(**options)
-    with_whole_bootstrap(producer.client)
+    finish_bootstrap_despite_cancel(producer.client)
     return cast(Producer, producer)
 
 
 async def close(producer: Producer) -> None:
-    """Flushes, then closes every connection. Cancelled, as when no broker is there to flush to, it lets the records go: their
-    futures have an error, and nothing of it goes on."""
+    """Flushes, then closes all connections.
+
+    A cancel (when no broker answers the flush) fails the futures of the queued records, and no task
+    stays behind.
+    """
     raw = cast(Any, producer)
     try:
         await raw.stop()
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # the flush may never end
         raw._message_accumulator.fail_all(KafkaError("closed before it was sent"))
         if raw._sender is not None and raw._sender.sender_task is not None:
             raw._sender.sender_task.cancel()
         raise
     finally:
-        hang_up(raw.client)
+        close_connections(raw.client)
 
 
 def option_names() -> list[str]:
-    """The options that this version's producer knows."""
+    """The options of the installed version's producer."""
     parameters = inspect.signature(cast(Any, AIOKafkaProducer).__init__).parameters
     return [name for name in parameters if name not in ("self", "loop", "api_version")]

@@ -1,9 +1,10 @@
-"""A Kafka record as an event, or as a dead letter that says why it is none.
+"""Decodes a Kafka record into an event, or into a dead letter with the reason.
 
-session.py hands over what it fetched; nothing here waits. A record with `ce_` headers or an `application/cloudevents` content
-type is read as the CloudEvents Kafka binding says, with its own source and id. Any other gets an id of partition, offset *and
-timestamp*: offsets are used again when a topic is made anew or a broker lost its tail. Bytes are never lost: what cannot be
-read becomes an `Undecodable` with its headers and coordinates. Next rooms: `eventflow/events/cloudevents.py`, then the intake.
+`decode_batch` (batches.py) calls `RecordReader.read`; nothing here waits. A record with `ce_`
+headers or an `application/cloudevents` content type follows the CloudEvents Kafka binding, with its
+own source and id. The id of any other record is partition, offset *and timestamp*, since offsets
+are used again when a topic is recreated or a broker loses its tail. No bytes are lost: what cannot
+be read becomes an `Undecodable` with its headers and coordinates.
 """
 
 import base64
@@ -14,26 +15,27 @@ from typing import Any, Literal, TypeAlias, cast
 import orjson
 
 from eventflow.core.clock import to_datetime
-from eventflow.core.errors import caught
+from eventflow.core.errors import call_catching
 from eventflow.core.retry import RetryAfter
 from eventflow.events.cloudevents import is_json, media_type, read_json
 from eventflow.events.event import Event, Undecodable
-from triggers._kafka.client import Record
-from triggers._kafka.errors import Missing
+from triggers._kafka.client import KafkaRecord
+from triggers._kafka.errors import MissingOffsets
 
-TYPE = "io.eventflow.kafka.record"
+RECORD_TYPE = "io.eventflow.kafka.record"
 
-MAX_ATTRIBUTES = 64 * 1024
-"""Bytes of all headers together; the specification asks intermediaries to forward 64 KiB of attributes."""
+MAX_ATTRIBUTE_BYTES = 64 * 1024
+"""Of all headers together: the specification asks intermediaries to forward 64 KiB of attributes.
+"""
 
-MAX_REASON = 500
-"""Characters of why a record cannot be read; the reason may quote it."""
+MAX_REASON_CHARACTERS = 500
+"""Of the reason in a dead letter, which may quote the record."""
 
-END_OF_TIME = 253_402_300_800_000
-"""Milliseconds until the year 10,000, which `datetime` does not know."""
+YEAR_10000_MILLISECONDS = 253_402_300_800_000
+"""The first instant that `datetime` cannot represent."""
 
-TRACE = ("traceparent", "tracestate")
-"""Headers that are extensions of their own in CloudEvents."""
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""Headers that become CloudEvents extensions of the same name."""
 
 Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
 
@@ -41,31 +43,31 @@ Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
 Decode: TypeAlias = "Literal['json', 'bytes'] | Callable[[Any], Any]"
 
 
-class Later(Exception):
-    """A decoder asked for time (a schema registry does not answer): the record is to be read again after `seconds`."""
+class RetryLater(Exception):
+    """The decoder asked for time (a schema registry does not answer): read the record again after
+    `seconds`.
+    """
 
-    def __init__(self, seconds: float, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, seconds: float, reason: str) -> None:
+        super().__init__(reason)
         self.seconds = seconds
 
 
-class Reader:
-    """Reads records one by one. `cluster` stands in the source of plain records: `kafka://<cluster>/<topic>`."""
+class RecordReader:
+    """Decodes records one by one. The source of a plain record is `kafka://<cluster>/<topic>`."""
 
     def __init__(
         self, cluster: str, decode: Decode, max_body: int, *, skip_tombstones: bool
     ) -> None:
-        self._cluster, self._decode, self._max_body, self._skip = (
-            cluster,
-            decode,
-            max_body,
-            skip_tombstones,
-        )
-        self._sources: dict[str, str] = {}
+        self._cluster: str = cluster
+        self._decode: Decode = decode
+        self._max_body: int = max_body
+        self._skip_tombstones: bool = skip_tombstones
+        self._sources: dict[str, str] = {}  # by topic
 
     @property
-    def calls_user(self) -> bool:
-        """Whether reading runs a decoder of the user's, which may look up a schema and so block."""
+    def runs_user_code(self) -> bool:
+        """Whether `read` calls the user's decoder, which may block."""
         return callable(self._decode)
 
     def source(self, topic: str) -> str:
@@ -74,10 +76,12 @@ class Reader:
             found = self._sources[topic] = f"kafka://{self._cluster}/{topic}"
         return found
 
-    def read(self, record: Record) -> Event | Undecodable | None:
-        """The record's event; None for a tombstone that is to be skipped. Raises Later when its decoder asks for time."""
+    def read(self, record: KafkaRecord) -> Event | Undecodable | None:
+        """The record's event or dead letter; None for a skipped tombstone. Raises RetryLater when
+        the decoder asks for time.
+        """
         value = record.value
-        if value is None and self._skip:
+        if value is None and self._skip_tombstones:
             return None
         if value is not None and len(value) > self._max_body:
             return self.undecodable(
@@ -85,16 +89,16 @@ class Reader:
             )
         try:
             if record.headers:
-                _check_size(record)
+                _check_header_size(record)
                 if _is_cloudevent(record):
                     return self._cloudevent(record)
             return self._plain(record)
-        except ValueError as error:  # of our own making, or orjson's
+        except ValueError as error:  # raised in this file, or by orjson
             return self.undecodable(record, str(error))
 
     # ------------------------------------------------------------------ plain records
 
-    def _plain(self, record: Record) -> Event:
+    def _plain(self, record: KafkaRecord) -> Event:
         value, key, headers = record.value, record.key, record.headers
         extensions: dict[str, str | int | bool] = {
             "kafkatopic": record.topic,
@@ -103,13 +107,15 @@ class Reader:
         }
         subject = None
         if key is not None:
-            if len(key) > MAX_ATTRIBUTES:
-                raise ValueError(f"key: expected at most {MAX_ATTRIBUTES} bytes, found {len(key)}")
+            if len(key) > MAX_ATTRIBUTE_BYTES:
+                raise ValueError(
+                    f"key: expected at most {MAX_ATTRIBUTE_BYTES} bytes, found {len(key)}"
+                )
             subject = _key_text(key)
             if subject is None:
-                extensions["partitionkey"] = _key_in_base64(key)
+                extensions["partitionkey"] = _key_base64(key)
         if headers:
-            _put_headers(extensions, headers)
+            _add_headers(extensions, headers)
         data, content_type = None, None
         if value is None:
             extensions["kafkatombstone"] = True
@@ -118,9 +124,9 @@ class Reader:
             if type(data) is Event:
                 return data
         return Event(
-            id=ident(record),
+            id=record_id(record),
             source=self.source(record.topic),
-            type=TYPE,
+            type=RECORD_TYPE,
             subject=subject,
             time=_time(record.timestamp),
             datacontenttype=content_type,
@@ -128,43 +134,46 @@ class Reader:
             extensions=extensions,
         )
 
-    def _value(self, record: Record, value: bytes) -> tuple[Any, str | None]:
+    def _value(self, record: KafkaRecord, value: bytes) -> tuple[Any, str | None]:
         """The data and its media type."""
         if self._decode == "json":
             return read_json(value), "application/json"
         if self._decode == "bytes":
             return value, _content_type(record.headers) or "application/octet-stream"
-        return self._decoded(record), None
+        return self._call_decoder(record), None
 
-    def _decoded(self, record: Record) -> Any:
-        """What the user's decoder makes of it. ValueError for whatever it raises, but Later where trying again can help."""
-        data, error = caught(cast(Callable[[Any], Any], self._decode), record)
+    def _call_decoder(self, record: KafkaRecord) -> Any:
+        """The decoder's result. ValueError for what it raises; RetryLater where another try can
+        help.
+        """
+        data, error = call_catching(cast(Callable[[Any], Any], self._decode), record)
         match error:
             case None:
                 return data
             case RetryAfter():
-                raise Later(error.delay, str(error)) from error
+                raise RetryLater(error.delay, str(error)) from error
             case ConnectionError() | TimeoutError():
-                raise Later(1.0, f"{type(error).__name__}: {error}") from error
+                raise RetryLater(1.0, f"{type(error).__name__}: {error}") from error
             case _:
                 raise ValueError(f"decode= raised {type(error).__name__}: {error}") from error
 
     # ------------------------------------------------------------------ CloudEvents
 
-    def _cloudevent(self, record: Record) -> Event:
+    def _cloudevent(self, record: KafkaRecord) -> Event:
         content_type = (_content_type(record.headers) or "").lower()
         if content_type.startswith("application/cloudevents-batch"):
             raise ValueError(
-                "content-type: expected one CloudEvent, found a batch, which the Kafka binding does not have"
+                "content-type: expected one CloudEvent, found a batch, "
+                "which the Kafka binding does not have"
             )
         if content_type.startswith("application/cloudevents"):
             fields = read_json(record.value or b"")
             if not isinstance(fields, dict):
                 raise ValueError(f"value: expected a JSON object, found {type(fields).__name__}")
-            return Event.from_dict(_keyed(cast(dict[str, Any], fields), record.key))
+            return Event.from_dict(_with_partition_key(cast(dict[str, Any], fields), record.key))
         return self._binary(record)
 
-    def _binary(self, record: Record) -> Event:
+    def _binary(self, record: KafkaRecord) -> Event:
         fields: dict[str, Any] = {}
         for name, raw in record.headers:
             if name[:3].lower() == "ce_" and raw is not None:
@@ -181,87 +190,94 @@ class Reader:
         if value is None:
             fields["kafkatombstone"] = True
         elif callable(self._decode):
-            fields["data"] = self._decoded(record)
+            fields["data"] = self._call_decoder(record)
         elif is_json(media_type({"content-type": content_type or ""})):
             fields["data"] = read_json(value)
         else:
             fields["data"] = value
-        return Event.from_dict(_keyed(fields, record.key))
+        return Event.from_dict(_with_partition_key(fields, record.key))
 
     # ------------------------------------------------------------------ dead letters
 
-    def undecodable(self, record: Record, why: str) -> Undecodable:
-        """The record as it came, with its coordinates, kept as a dead letter."""
-        headers = {name: _shown(raw) for name, raw in record.headers}
+    def undecodable(self, record: KafkaRecord, reason: str) -> Undecodable:
+        """The dead letter of a record: its bytes, headers and coordinates."""
+        headers = {name: _bytes_to_text(raw) for name, raw in record.headers}
         headers |= {
             f"kafka-{name}": str(getattr(record, name))
             for name in ("topic", "partition", "offset", "timestamp")
         }
         if record.key is not None:
-            headers["kafka-key"] = _shown(record.key)
+            headers["kafka-key"] = _bytes_to_text(record.key)
         return Undecodable(
-            id=ident(record),
+            id=record_id(record),
             source=self.source(record.topic),
             body=record.value or b"",
-            error=why[:MAX_REASON],
+            error=reason[:MAX_REASON_CHARACTERS],
             headers=headers,
         )
 
-    def gap(self, topic: str, partition: int, missing: Missing, stamp: int) -> Undecodable:
-        """The note that offsets were passed over. `stamp`, of the last record before, tells one such event from another."""
-        first, after = missing.first, missing.after
+    def gap_dead_letter(
+        self, topic: str, partition: int, missing: MissingOffsets, last_timestamp: int
+    ) -> Undecodable:
+        """The dead letter about skipped offsets. `last_timestamp`, of the record before them, makes
+        its id unique.
+        """
+        first, end = missing.first, missing.end
         return Undecodable(
-            id=f"gap:{partition}:{first}:{after}:{stamp}",
+            id=f"gap:{partition}:{first}:{end}:{last_timestamp}",
             source=self.source(topic),
             type="io.eventflow.kafka.gap",
             body=b"",
-            error=missing.why[:MAX_REASON],
+            error=missing.reason[:MAX_REASON_CHARACTERS],
             headers={
-                "kafka-topic": topic, "kafka-partition": str(partition), "kafka-offset": str(first), "kafka-next": str(after),
+                "kafka-topic": topic,
+                "kafka-partition": str(partition),
+                "kafka-offset": str(first),
+                "kafka-next": str(end),
             },
-        )  # fmt: skip
+        )
 
 
-def ident(record: Record) -> str:
+def record_id(record: KafkaRecord) -> str:
     return f"{record.partition}:{record.offset}:{record.timestamp}"
 
 
 def record_headers(event: Event) -> list[tuple[str, bytes | None]]:
-    """The headers of the record that an event was read from, in order, with duplicates; empty for a CloudEvent."""
+    """The headers of an event's record, in order, with duplicates; empty for a CloudEvent."""
     stored = event.extensions.get("kafkaheaders")
     if not isinstance(stored, str):
         return []
     pairs = cast("list[tuple[str, str | dict[str, str] | None]]", orjson.loads(stored))
-    return [(name, _original(value)) for name, value in pairs]
+    return [(name, _header_bytes(value)) for name, value in pairs]
 
 
-def _original(value: str | dict[str, str] | None) -> bytes | None:
+def _header_bytes(value: str | dict[str, str] | None) -> bytes | None:
     if value is None:
         return None
     return value.encode() if isinstance(value, str) else base64.b64decode(value["base64"])
 
 
-def _check_size(record: Record) -> None:
-    if sum(len(name) + len(raw or b"") for name, raw in record.headers) > MAX_ATTRIBUTES:
-        raise ValueError(f"headers: expected at most {MAX_ATTRIBUTES} bytes in all")
+def _check_header_size(record: KafkaRecord) -> None:
+    if sum(len(name) + len(raw or b"") for name, raw in record.headers) > MAX_ATTRIBUTE_BYTES:
+        raise ValueError(f"headers: expected at most {MAX_ATTRIBUTE_BYTES} bytes in all")
 
 
-def _put_headers(extensions: dict[str, str | int | bool], headers: Headers) -> None:
-    pairs = [(name, None if raw is None else _as_json(raw)) for name, raw in headers]
+def _add_headers(extensions: dict[str, str | int | bool], headers: Headers) -> None:
+    pairs = [(name, None if raw is None else _header_json(raw)) for name, raw in headers]
     extensions["kafkaheaders"] = orjson.dumps(pairs).decode()
     for name, value in pairs:
-        if name in TRACE and isinstance(value, str) and value:
+        if name in TRACE_HEADERS and isinstance(value, str) and value:
             extensions[name] = value
 
 
-def _as_json(raw: bytes) -> str | dict[str, str]:
+def _header_json(raw: bytes) -> str | dict[str, str]:
     try:
         return raw.decode()
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(raw).decode()}
 
 
-def _is_cloudevent(record: Record) -> bool:
+def _is_cloudevent(record: KafkaRecord) -> bool:
     for name, raw in record.headers:
         low = name.lower()
         if low[:3] == "ce_":
@@ -273,7 +289,7 @@ def _is_cloudevent(record: Record) -> bool:
         ):
             return (
                 record.value is not None
-            )  # without a value it is a tombstone, and no structured event
+            )  # without a value it is a tombstone, not a structured event
     return False
 
 
@@ -291,21 +307,23 @@ def _utf8(raw: bytes, name: str) -> str:
         raise ValueError(f"{name}: expected UTF-8, found other bytes") from None
 
 
-def _shown(raw: bytes | None) -> str:
-    """Bytes as text that can be read back: UTF-8 where they are, base64 else."""
+def _bytes_to_text(raw: bytes | None) -> str:
+    """UTF-8 text, or `base64:…` for other bytes."""
     if raw is None:
         return ""
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        return _key_in_base64(raw)
+        return _key_base64(raw)
 
 
-def _keyed(fields: Mapping[str, Any], key: bytes | None) -> Mapping[str, Any]:
-    """A CloudEvent's attributes with the record's key as its `partitionkey`, unless it brings one: lanes go by it."""
+def _with_partition_key(fields: Mapping[str, Any], key: bytes | None) -> Mapping[str, Any]:
+    """A CloudEvent's attributes with the record's key as `partitionkey`, unless it has one:
+    `key="record"` reads it.
+    """
     if key is None or fields.get("partitionkey") is not None:
         return fields
-    return {**fields, "partitionkey": _key_text(key) or _key_in_base64(key)}
+    return {**fields, "partitionkey": _key_text(key) or _key_base64(key)}
 
 
 def _key_text(key: bytes) -> str | None:
@@ -316,10 +334,12 @@ def _key_text(key: bytes) -> str | None:
         return None
 
 
-def _key_in_base64(key: bytes) -> str:
+def _key_base64(key: bytes) -> str:
     return f"base64:{base64.b64encode(key).decode()}"
 
 
 def _time(milliseconds: int) -> datetime | None:
-    """None for a timestamp that is unknown, or that no calendar has: producers write what they like."""
-    return to_datetime(milliseconds * 1000) if 0 <= milliseconds < END_OF_TIME else None
+    """None for an unknown timestamp, or one that `datetime` cannot represent: producers write any
+    number.
+    """
+    return to_datetime(milliseconds * 1000) if 0 <= milliseconds < YEAR_10000_MILLISECONDS else None

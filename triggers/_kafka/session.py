@@ -1,425 +1,297 @@
-"""One member of the consumer group, from joining to leaving: the loop that reads, records, and then commits.
+"""One member of the consumer group, from joining to leaving: the loop that fetches, records, and
+then commits.
 
-    assigned ─► _take_up (positions.py: cursor, group, bounds) ─► seek, resume
-    getmany ─► _fetch (faults.py: a partition that cannot be read stops alone) ─► batches.py ─► Intake.accept ─► _settle
-                                                                               StoreFull ─► hold the batch, pause, poll on
-    every second ─► commit what is recorded        revoked ─► let the batch under way end, commit, forget
+    assigned ─► Positions.resolve (cursor, group, bounds) ─► seek, resume
+    Fetcher.fetch ─► decode_batch ─► Intake.accept ─► mark_recorded ─► GroupCommitter.commit
+                                     StoreFull ─► keep the batch, pause, continue to poll
+    revoked ─► the current batch ends, its offsets are committed, the partitions are forgotten
 
-The loop does everything in turn; beside it run only the committer, the probe and the client's own tasks, whose two callbacks
-set a flag (assigned) or wait for the batch under way (revoked). The group's offset never leads the ledger's cursor: it is
-committed after `accept` returned. getmany is called whatever happens, for that is what keeps a member in its group, and it is
-never cancelled but to end. A consumer that raised is not used again, unless the error is one partition's.
+`Kafka.listen` runs a session until the consumer fails, then makes a new one. The loop does
+everything in sequence; beside it run the committer (committing.py), the probe (probe.py) and the
+client's own tasks, whose two callbacks set a flag (assigned) or wait for the current batch
+(revoked). The group's offset never leads the ledger's cursor: it is committed after `accept` has
+returned. The loop polls also while the ledger is full, since a member that does not poll leaves its
+group; a poll is cancelled only at the end.
 """
 
 import asyncio
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 
 import anyio.to_thread
 
 from eventflow.core.errors import SourceError, StoreFull
 from eventflow.events.event import Intake
-from triggers._kafka.batches import Batch, read_batch
-from triggers._kafka.client import (
-    Consumer,
-    ConsumerRebalanceListener,
-    KafkaError,
-    Record,
-    TopicPartition,
-    close,
-)
-from triggers._kafka.errors import (
-    MISPLACED,
-    TOO_LARGE,
-    UNREADABLE,
-    misplaced,
-    too_large,
-    unreadable,
-)
-from triggers._kafka.lag import Level
-from triggers._kafka.options import Options
-from triggers._kafka.partitions import Partitions
-from triggers._kafka.positions import Place, Positions, Standing, key
-from triggers._kafka.shutdown import to_its_end
+from triggers._kafka.batches import DecodedBatch, decode_batch
+from triggers._kafka.client import Consumer, ConsumerRebalanceListener, TopicPartition, close
+from triggers._kafka.committing import GroupCommitter
+from triggers._kafka.fetching import POLL_TIMEOUT_SECONDS, Fetched, Fetcher
+from triggers._kafka.lag import Lag
+from triggers._kafka.options import KafkaOptions
+from triggers._kafka.partitions import AssignedPartitions
+from triggers._kafka.positions import OffsetBounds, PartitionPosition, Positions, partition_name
+from triggers._kafka.probe import BrokerProbe
+from triggers._kafka.shutdown import finish_despite_cancel
 
-Fetched = Mapping[TopicPartition, Sequence[Record]]
+LOG_EVENTS = {
+    "kafka.assigned": "A consumer has its partitions and starts reading.",
+}
 
-POLL = 0.5
-"""Seconds that getmany waits for records."""
+REQUEST_TIMEOUT_SECONDS = 30.0
+"""For the brokers' answers about positions; later the consumer is replaced."""
 
-COMMIT_EVERY = 1.0
-"""Seconds between commits of the group's offset, which serves lag displays and other stores; the cursor is the truth."""
+REVOKE_TIMEOUT_SECONDS = 10.0
+"""For the current batch when its partitions are revoked. Later it is dropped, and read again by
+their next owner.
+"""
 
-PROBE_EVERY = 15.0
-"""Seconds between looks at what the brokers have: lag of paused partitions, topics that are gone, a reader that stalled."""
+LEAVE_TIMEOUT_SECONDS = 4.0
+"""For the last commit, and again for leaving the group."""
 
-STALLED = 180.0
-"""Seconds without a record, while there are some to read, after which the consumer is made anew."""
+CLOSE_TIMEOUT_SECONDS = 10.0
+"""For the whole end of a cancelled session."""
 
-ASKING = 30.0
-"""Seconds that the brokers have for an answer before they count as away."""
-
-REVOKING = 10.0
-"""Seconds that a batch under way may take when its partitions are revoked; later it is dropped, and read again elsewhere."""
-
-ENDING = 4.0
-"""Seconds that the last commit, and then leaving the group, may take."""
-
-LEAVING = 10.0
-"""Seconds that all of it may take once it is cancelled."""
-
-PATIENCE = 3.0
-"""Seconds that a full ledger is waited for before partitions are paused: a pause throws away what was fetched ahead."""
-
-AGAIN = 60.0
-"""Seconds after which a partition that could not be read is tried again, and a full ledger is spoken of again."""
-
-CAREFUL = 1_000
-"""Records of a partition in one careful round."""
+PAUSE_AFTER_SECONDS = 3.0
+"""That the ledger is full before the partitions are paused: a pause drops what was fetched ahead.
+"""
 
 
 class Session(ConsumerRebalanceListener):
-    """`run` it once. What it tells about itself (`partitions`, `condition`) may be read at any time on its loop."""
+    """`run` it once. `partitions` and `condition` may be read at any time on its loop; `joined`: it
+    had an assignment.
+    """
 
-    def __init__(self, options: Options, intake: Intake, draw: random.Random) -> None:
-        self._options, self._intake, self._log, self._clock = (
-            options,
-            intake,
-            intake.log,
-            options.clock,
+    def __init__(self, options: KafkaOptions, intake: Intake, rng: random.Random) -> None:
+        self._options: KafkaOptions = options
+        self._intake: Intake = intake
+        self.consumer: Consumer = options.create_consumer()
+        self.partitions = AssignedPartitions(options, self.consumer, intake.log)
+        self._positions = Positions(options, intake, self.consumer, rng)
+        self._fetcher = Fetcher(self.consumer, self.partitions, skip_corrupt=options.skip_corrupt)
+        self._committer = GroupCommitter(
+            self.consumer, self.partitions, self._positions, intake.log
         )
-        self.consumer: Consumer = options.consumer()
-        self.partitions = Partitions(options, self.consumer, intake.log)
-        self._positions = Positions(options, intake, self.consumer, draw)
-        self._epoch = 0
-        self._revoked = False
-        self._assigned: Collection[TopicPartition] | None = None
-        self._batch: Batch | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._full: StoreFull | None = None
-        self._full_since, self._try_at = 0.0, float("-inf")
-        self.joined = False
-        self._away: str | None = None
+        self._probe = BrokerProbe(self.partitions, self._positions, options.clock)
+        self._is_revoked: bool = False
+        self._assigned: Collection[TopicPartition] | None = None  # not started yet
+        self._batch: DecodedBatch | None = None  # not recorded yet
+        self._not_recording = asyncio.Event()  # set while no accept is in progress
+        self._not_recording.set()
+        self._full_since: float = 0.0  # monotonic
+        self._retry_at: float = float("-inf")  # monotonic: when a full ledger is tried again
+        self.joined: bool = False
 
     @property
     def condition(self) -> str | None:
-        """What keeps it from its work; None while nothing does."""
+        """What prevents reading, in one line; None if nothing does."""
         if not self.joined:
             return "joining the group"
-        if self._full is not None:
-            return f"paused: {self._full}"
-        stopped = [
-            f"{key(tp)} is stopped: {each.stopped.why}"
-            for tp, each in self.partitions.items()
-            if each.stopped
-        ]
-        missing = [
+        if self.partitions.store_full is not None:
+            return f"paused: {self.partitions.store_full}"
+        problems = [self._probe.problem] if self._probe.problem else []
+        problems += [
             f"no topic {topic!r}"
             for topic in self._options.topics
             if not self.consumer.partitions_for_topic(topic)
         ]
-        return "; ".join([*([self._away] if self._away else []), *missing, *stopped]) or None
+        problems += [
+            f"{partition_name(tp)} is stopped: {each.stopped.reason}"
+            for tp, each in self.partitions.items()
+            if each.stopped
+        ]
+        return "; ".join(problems) or None
 
-    def standing(self) -> Iterator[tuple[TopicPartition, Place, Level]]:
-        """Each partition, how far it is recorded, and what is known of its end by now."""
+    def lag_states(self) -> Iterator[tuple[TopicPartition, PartitionPosition, Lag]]:
+        """Each partition, its recorded position, and its end as known now."""
         for tp, partition in self.partitions.items():
             if tp in self.consumer.assignment():
-                partition.level.look(self.consumer, tp)
-            yield tp, partition.place, partition.level
+                partition.lag.update(self.consumer, tp)
+            yield tp, partition.position, partition.lag
 
     async def run(self) -> None:
-        """Until cancelled, or until the consumer or the ledger cannot go on."""
-        topics, pattern = list(self._options.topics), self._options.pattern
-        self.consumer.subscribe(topics, pattern=pattern, listener=self)
-        beside: list[asyncio.Task[None]] = []
+        """Until cancelled, or until the consumer or the ledger fails."""
+        options = self._options
+        self.consumer.subscribe(list(options.topics), pattern=options.pattern, listener=self)
+        helpers: list[asyncio.Task[None]] = []
         try:
             await self._start()
-            beside = [
-                asyncio.create_task(self._commit_now_and_then()),
-                asyncio.create_task(self._probe()),
+            helpers = [
+                asyncio.create_task(self._committer.run()),
+                asyncio.create_task(self._probe.run()),
             ]
             while True:
-                for task in beside:
+                for task in helpers:
                     if task.done():
                         task.result()
-                await self._turn()
+                await self._step()
         finally:
-            await to_its_end(self._end(beside), LEAVING)
+            await finish_despite_cancel(self._end(helpers), CLOSE_TIMEOUT_SECONDS)
 
     async def _start(self) -> None:
         try:
             await self.consumer.start()
-        except (
-            KeyError,
-            IndexError,
-            ValueError,
-        ) as error:  # how aiokafka says that a login was refused
+        except (KeyError, IndexError, ValueError) as error:  # aiokafka's errors for a refused login
             raise SourceError(
                 f"authentication or handshake failed: {type(error).__name__}: {error}"
             ) from error
 
-    async def _end(self, beside: Sequence[asyncio.Task[None]]) -> None:
-        for task in beside:
+    async def _end(self, helpers: Sequence[asyncio.Task[None]]) -> None:
+        for task in helpers:
             task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
+        await asyncio.gather(*helpers, return_exceptions=True)
         with suppress(TimeoutError):
-            async with asyncio.timeout(ENDING):
-                await self._commit()
-        await close(self.consumer, ENDING)
+            async with asyncio.timeout(LEAVE_TIMEOUT_SECONDS):
+                await self._committer.commit()
+        await close(self.consumer, LEAVE_TIMEOUT_SECONDS)
 
     # ------------------------------------------------------------------ the loop
 
-    async def _turn(self) -> None:
-        """The next thing there is to do."""
-        if self._revoked:
-            await self._fetch()  # which waits for the assignment
-        elif self._clock.monotonic() < self._try_at:
+    async def _step(self) -> None:
+        """The next piece of work, in order of urgency."""
+        partitions = self.partitions
+        if self._is_revoked:
+            await self._fetcher.fetch()  # waits for the assignment
+        elif self._options.clock.monotonic() < self._retry_at:
             await self._wait_for_room()
         elif self._assigned is not None:
-            await self._take_up(self._assigned)
+            await self._start_partitions(self._assigned)
         elif self._batch is not None:
             await self._record(self._batch)
-        elif self.partitions.doubtful:
-            await self._examine(*self.partitions.doubtful.popitem())
-        elif self.partitions.gaps:
-            self._batch = self.partitions.pass_gaps(self._epoch)
+        elif partitions.uncertain:
+            await self._check_position(*partitions.uncertain.popitem())
+        elif partitions.gaps:
+            self._batch = partitions.skip_gaps()
         else:
-            self._full = None
-            self.partitions.go_on()
-            fetched = await self._fetch()
-            now = self._clock.now()
+            partitions.resume_due()
+            fetched = await self._fetcher.fetch()
             self._batch = (
-                await self._read(fetched)
-                if fetched
-                else await self.partitions.catch_up(self._epoch, now)
+                await self._decode(fetched) if fetched else await partitions.advance_idle()
             )
 
-    async def _read(self, fetched: Fetched) -> Batch | None:
-        """What was fetched, as a batch; None when its partitions were taken away meanwhile."""
-        epoch, reader = self._epoch, self._options.reader
-        known = [
-            (self.partitions[tp], records)
-            for tp, records in fetched.items()
-            if tp in self.partitions
-        ]
+    async def _decode(self, fetched: Fetched) -> DecodedBatch | None:
+        """The fetched records as a batch; None when their partitions were revoked meanwhile."""
+        partitions = self.partitions
+        reader = self._options.reader
+        epoch = partitions.epoch
+        known = [(partitions[tp], records) for tp, records in fetched.items() if tp in partitions]
         positions = {each.tp: await self.consumer.position(each.tp) for each, _ in known}
-        if not reader.calls_user:
-            batch = read_batch(reader, known, positions, epoch)
-        else:  # a decoder may ask a schema registry: not on the loop that heartbeats are sent from
-            batch = await anyio.to_thread.run_sync(read_batch, reader, known, positions, epoch)
-        if epoch != self._epoch:
+        if reader.runs_user_code:  # it may ask a schema registry: not on the loop of the heartbeats
+            batch = await anyio.to_thread.run_sync(decode_batch, reader, known, positions, epoch)
+        else:
+            batch = decode_batch(reader, known, positions, epoch)
+        if epoch != partitions.epoch:
             return None
-        for tp, later in batch.later.items():
-            why, offset = f"the decoder asks for time: {later}", batch.places[tp].offset
-            self.partitions.stop(tp, why, later.seconds, offset, passing=True)
+        for tp, later in batch.retry_later.items():
+            partitions.stop(
+                tp,
+                f"the decoder asks for time: {later}",
+                later.seconds,
+                batch.positions[tp].offset,
+                temporary=True,
+            )
         for tp in batch.changed:
-            self.partitions.doubt(tp, changed=True)
-        return batch if batch.places else None
+            partitions.mark_uncertain(tp, changed=True)
+        return batch if batch.positions else None
 
-    async def _record(self, batch: Batch) -> None:
-        """Events and cursors in one transaction. With no room for them the batch is held, and tried again."""
-        if batch.epoch != self._epoch:
+    async def _record(self, batch: DecodedBatch) -> None:
+        """Records events and cursors in one transaction. While the ledger is full, the batch is
+        kept and tried again.
+        """
+        if batch.epoch != self.partitions.epoch:
             self._batch = None
             return
-        cursor = {
-            key(tp): place.cursor() for tp, place in batch.places.items()
-        } | self._positions.notes
-        self._idle.clear()
+        cursor = {partition_name(tp): each.to_cursor() for tp, each in batch.positions.items()}
+        self._not_recording.clear()
         try:
-            await self._intake.accept(*batch.items, cursor=cursor)
-        except StoreFull as full:
-            self._slow_down(full)
+            await self._intake.accept(
+                *batch.items, cursor=cursor | self._positions.unrecorded_keys, max_wait=0
+            )
+        except StoreFull as full:  # nothing was recorded
+            self._on_store_full(full)
             return
         finally:
-            self._idle.set()
-        self._batch, self._positions.notes = None, {}
-        self.partitions.settle(batch)
+            self._not_recording.set()
+        self._batch = None
+        self._positions.unrecorded_keys = {}
+        self.partitions.mark_recorded(batch)
 
     # ------------------------------------------------------------------ back-pressure
 
-    def _slow_down(self, full: StoreFull) -> None:
-        now = self._clock.monotonic()
-        if self._full is None:
+    def _on_store_full(self, full: StoreFull) -> None:
+        if full.closing:
+            raise full
+        now = self._options.clock.monotonic()
+        if self.partitions.store_full is None:
             self._full_since = now
-            if (
-                now > self._try_at + AGAIN
-            ):  # a ledger at its bound is full again after every batch: once says it
-                self._log.warning("kafka.slowed", reason=str(full))
-        self._full, self._try_at = full, now + full.retry_after
-        self.partitions.full = True
+        self.partitions.store_full = full
+        self._retry_at = now + full.retry_after
 
     async def _wait_for_room(self) -> None:
-        """Waits a little, and stays in the group while it does."""
-        now = self._clock.monotonic()
-        seconds = min(POLL, max(0.0, self._try_at - now))
-        if now - self._full_since < PATIENCE:
+        """Waits a part of the time until the next try, and stays in the group."""
+        now = self._options.clock.monotonic()
+        seconds = min(POLL_TIMEOUT_SECONDS, max(0.0, self._retry_at - now))
+        if now - self._full_since < PAUSE_AFTER_SECONDS:
             await asyncio.sleep(seconds)
             return
-        self.partitions.hold_all()
-        for tp, records in (
-            await self._fetch(seconds)
-        ).items():  # what nobody can take now is read again
-            self.consumer.seek(tp, records[0].offset)
+        self.partitions.pause_all()
+        for tp, records in (await self._fetcher.fetch(seconds)).items():
+            self.consumer.seek(tp, records[0].offset)  # fetched before the pause: read again later
 
-    # ------------------------------------------------------------------ fetching
+    # ------------------------------------------------------------------ positions and membership
 
-    async def _fetch(self, seconds: float = POLL) -> Fetched:
-        try:
-            return await self.consumer.getmany(timeout_ms=max(1, int(seconds * 1000)))
-        except MISPLACED as error:
-            for tp in misplaced(error):
-                self.partitions.doubt(tp)
-        except TOO_LARGE as error:
-            self._meet_unreadable(*too_large(error), error)
-        except UNREADABLE:
-            return await self._fetch_with_care()
-        return {}
-
-    async def _fetch_with_care(self) -> Fetched:
-        """Record by record, partition by partition, to find what cannot be read. What came before it is returned."""
-        epoch, found = self._epoch, dict[TopicPartition, Sequence[Record]]()
-        for tp in self.consumer.assignment() - self.consumer.paused():
-            records: list[Record] = []
-            position = await self.consumer.position(tp)
-            if (self.consumer.highwater(tp) or position + 1) <= position:
-                continue
-            try:
-                self.consumer.seek(tp, position)  # forgets what was fetched and half read
-                while len(records) < CAREFUL and (
-                    got := await self.consumer.getmany(tp, timeout_ms=500, max_records=1)
-                ):
-                    records += got[tp]
-            except UNREADABLE as error:
-                if epoch == self._epoch:
-                    self._meet_unreadable(tp, await self.consumer.position(tp), error)
-            if epoch != self._epoch:
-                return {}
-            if records:
-                found[tp] = records
-        return found
-
-    def _meet_unreadable(self, tp: TopicPartition, offset: int, error: KafkaError) -> None:
-        why = unreadable(error, offset)
-        if tp not in self.partitions:
-            return
-        if self._options.skip_corrupt:
-            self.partitions.skip(tp, offset, why)
-        else:
-            self.partitions.stop(tp, why, AGAIN, offset)
-
-    # ------------------------------------------------------------------ gaps
-
-    async def _examine(self, tp: TopicPartition, changed: bool) -> None:
-        epoch = self._epoch
-        async with asyncio.timeout(ASKING):
+    async def _check_position(self, tp: TopicPartition, changed: bool) -> None:
+        epoch = self.partitions.epoch
+        async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             begin, end = await self._positions.bounds(tp)
-        if epoch != self._epoch:
+        if epoch != self.partitions.epoch:
             return
         partition = self.partitions[tp]
-        standing = Standing(partition.place, begin, end)
-        if changed or standing.is_gap:
-            self.partitions.meet_gap(partition, standing)
+        bounds = OffsetBounds(partition.position, begin, end)
+        if changed or bounds.is_gap:
+            self.partitions.handle_gap(partition, bounds)
         else:
-            self.partitions.read_on(partition, begin)
-
-    # ------------------------------------------------------------------ membership
+            self.partitions.seek_and_resume(partition, begin)
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Collection[TopicPartition]
     ) -> None:
-        """Called by the client, while it heartbeats: lets the batch under way end, and commits it. Waits for nothing else."""
-        self._epoch += 1
-        self._revoked, self._assigned = True, None
+        """Called by the client, which heartbeats meanwhile. Waits for the current batch, and
+        commits it.
+        """
+        self.partitions.epoch += 1
+        self._is_revoked = True
+        self._assigned = None
         with suppress(TimeoutError):
-            async with asyncio.timeout(REVOKING):
-                await self._idle.wait()
+            async with asyncio.timeout(REVOKE_TIMEOUT_SECONDS):
+                await self._not_recording.wait()
         with suppress(TimeoutError):
-            async with asyncio.timeout(ENDING):
-                await self._commit()
-        self.partitions.forget()
+            async with asyncio.timeout(LEAVE_TIMEOUT_SECONDS):
+                await self._committer.commit()
+        self.partitions.revoke_all()
         self._batch = None
 
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        """Called by the client. Nothing is read before the loop knows where to begin."""
+        """Called by the client. The partitions stay paused until `_start_partitions`."""
         self.consumer.pause(*assigned)
-        self._epoch += 1
-        self._revoked, self._assigned = False, assigned
+        self.partitions.epoch += 1
+        self._is_revoked = False
+        self._assigned = assigned
 
-    async def _take_up(self, assigned: Collection[TopicPartition]) -> None:
-        """Finds where to read each partition on, and begins there."""
-        epoch = self._epoch
+    async def _start_partitions(self, assigned: Collection[TopicPartition]) -> None:
+        """Resolves the position of each partition, and starts to read there."""
+        epoch = self.partitions.epoch
         try:
-            async with asyncio.timeout(ASKING):
-                found = await self._positions.find(assigned)
-        except StoreFull as full:
-            self._slow_down(full)
+            async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
+                resolved = await self._positions.resolve(assigned)
+        except StoreFull as full:  # the start position was not recorded: again later
+            self._on_store_full(full)
             return
-        if epoch != self._epoch:
+        if epoch != self.partitions.epoch:
             return
-        for tp, standing in found.items():
-            self.partitions.take(tp, standing)
-        self._assigned, self.joined = None, True
-        self._log.info("kafka.assigned", partitions=sorted(key(tp) for tp in assigned))
-
-    # ------------------------------------------------------------------ beside the loop
-
-    async def _commit_now_and_then(self) -> None:
-        while True:
-            await asyncio.sleep(COMMIT_EVERY)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(ASKING):
-                    await self._commit()
-
-    async def _commit(self) -> None:
-        """Tells the group what is recorded, with the ledger's name. Never a bare commit: that takes what is not recorded."""
-        assigned = self.consumer.assignment()
-        due = {
-            tp: each.place.offset
-            for tp, each in self.partitions.items()
-            if each.place.offset != each.committed
-        }
-        offsets = {
-            tp: (offset, self._positions.ledger) for tp, offset in due.items() if tp in assigned
-        }
-        if not offsets:
-            return
-        try:
-            await self.consumer.commit(offsets)
-        except (
-            KafkaError
-        ) as error:  # a rebalance was quicker, or the broker is away: the cursor knows
-            self._log.debug("kafka.commit_failed", error=f"{type(error).__name__}: {error}")
-            return
-        for tp in offsets:
-            if tp in self.partitions:
-                self.partitions[tp].committed = due[tp]
-
-    async def _probe(self) -> None:
-        while True:
-            await asyncio.sleep(PROBE_EVERY)
-            tps = list(self.partitions)
-            try:
-                async with asyncio.timeout(ASKING):
-                    end = await self._positions.ends(tps)
-            except (KafkaError, TimeoutError) as error:
-                self._away = f"the brokers do not answer: {type(error).__name__}: {error}"
-                continue
-            self._away = None
-            for tp, offset in end.items():
-                self._take_end(tp, offset)
-
-    def _take_end(self, tp: TopicPartition, end: int) -> None:
-        if (partition := self.partitions.get(tp)) is None:
-            return
-        partition.level.end = end
-        if end < partition.place.offset and not self.partitions.is_held(tp):
-            self.partitions.read_on(partition)
-        waiting = end > partition.place.offset and partition.stopped is None and self._full is None
-        if not waiting:
-            partition.moved_at = self._clock.monotonic()
-        elif self._clock.monotonic() - partition.moved_at > STALLED:
-            raise SourceError(
-                f"{key(tp)}: {end - partition.place.offset} records wait, and none came in {STALLED:g} s"
-            )
+        for tp, bounds in resolved.items():
+            self.partitions.assign(tp, bounds)
+        self._assigned = None
+        self.joined = True
+        names = sorted(partition_name(tp) for tp in assigned)
+        self._intake.log.info("kafka.assigned", partitions=names)

@@ -1,29 +1,33 @@
-"""What aiokafka leaves open when it is cut short, and how it is closed all the same. For client.py and producer.py.
+"""Closes what aiokafka leaves open when it is cancelled. Used by client.py, producer.py and
+session.py.
 
-Its `bootstrap` drops its connection when it is cancelled, its `stop` skips the connections when it is. So here a cancel waits a
-little for what is under way, and `hang_up` closes whatever is left, without waiting for anybody.
+aiokafka's `bootstrap` drops its connection when it is cancelled, and its `stop` then skips the
+connections. So here a cancel waits a short time for the current work, and `close_connections`
+closes the rest without waiting.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
-BOOTSTRAP = 3.0
-"""Seconds a cancel waits for the first answer of a broker. Later the connection is left to the garbage collector."""
+BOOTSTRAP_TIMEOUT_SECONDS = 3.0
+"""That a cancel waits for the first answer of a broker. After it, the garbage collector closes the
+connection.
+"""
 
 
-async def to_its_end(work: Coroutine[Any, Any, None], seconds: float) -> None:
-    """Runs it also when cancelled meanwhile, for `seconds` more at most; then the cancel goes on."""
+async def finish_despite_cancel(work: Coroutine[Any, Any, None], seconds: float) -> None:
+    """Runs `work`. A cancel waits up to `seconds` for it to finish, then is raised."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await ends(task, seconds)
+    except asyncio.CancelledError:  # raised again once the work has finished
+        await wait_or_cancel(task, seconds)
         raise
 
 
-async def ends(task: asyncio.Future[None], seconds: float) -> bool:
-    """Whether it ended well, and in time; if not in time, it is cancelled."""
+async def wait_or_cancel(task: asyncio.Future[None], seconds: float) -> bool:
+    """Whether the task returned within `seconds`; after that it is cancelled."""
     await asyncio.wait([task], timeout=seconds)
     if not task.done():
         task.cancel()
@@ -31,18 +35,18 @@ async def ends(task: asyncio.Future[None], seconds: float) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None
 
 
-def with_whole_bootstrap(client: Any) -> None:
-    """From here on the client's first connection is closed also when its start is cancelled."""
+def finish_bootstrap_despite_cancel(client: Any) -> None:
+    """Makes the client close its first connection also when its start is cancelled."""
     bootstrap: Callable[[], Coroutine[Any, Any, None]] = client.bootstrap
 
     def whole() -> Awaitable[None]:
-        return to_its_end(bootstrap(), BOOTSTRAP)
+        return finish_despite_cancel(bootstrap(), BOOTSTRAP_TIMEOUT_SECONDS)
 
     client.bootstrap = whole
 
 
-def hang_up(client: Any) -> None:
-    """Ends the client's own task and closes its connections; what waits for an answer gets an error."""
+def close_connections(client: Any) -> None:
+    """Cancels the client's own task and closes its connections; pending requests get an error."""
     if client._sync_task is not None:
         client._sync_task.cancel()
     for connection in client._conns.values():

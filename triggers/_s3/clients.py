@@ -1,8 +1,9 @@
-"""The one place that knows aiobotocore: opening clients, and what their errors mean.
+"""Opens aiobotocore clients, and classifies their errors. No other file imports aiobotocore.
 
-`S3.listen` opens a `Clients` each time it is opened and closes it in the same task, so that fresh credentials are read; the
-session behind it is kept, since its first client costs a fifth of a second of reading service models (done in a thread here).
-aiobotocore comes with aioboto3 (extra `s3`) or alone (extra `s3-modern`); either serves.
+`S3.listen` opens clients from an `S3Endpoint` each time it starts and closes them in the same task,
+so that fresh credentials are read. The session behind them is kept: its first client reads service
+models for a fifth of a second (in a thread here). aiobotocore is installed with aioboto3 (extra
+`s3`) or alone (extra `s3-modern`).
 """
 
 import asyncio
@@ -12,8 +13,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from typing import Any, TypeVar, cast
 
-from eventflow.core.clock import Clock, microseconds
+from eventflow.core.clock import Clock, sleep_for
 from eventflow.core.errors import MissingExtra, SourceError
+from eventflow.core.retry import Backoff
 
 try:
     from aiobotocore.config import AioConfig  # pyright: ignore[reportMissingTypeStubs]
@@ -28,42 +30,54 @@ try:
 except ModuleNotFoundError:
     raise MissingExtra("S3", "aiobotocore", "s3") from None
 
+LOG_EVENTS = {
+    "bucket.unreachable": (
+        "A bucket or queue returns errors; the next request follows in `retry_in` seconds."
+    ),
+}
+
 T = TypeVar("T")
 
-FAILURES = (ClientError, BotoCoreError, HttpError, OSError)
-"""What a call of a client raises."""
+CLIENT_ERRORS = (ClientError, BotoCoreError, HttpError, OSError)
+"""The errors of a client's calls."""
 
-BACKOFF = (0.5, 30.0)
-"""Seconds before a failed call is tried again, first and longest, with full jitter; after the client's own three tries."""
+MAX_RETRY_DELAY_SECONDS = 30.0
+"""Between two tries of a failed call, each of which includes the client's own three tries."""
 
-_MODELS = ("service-2", "endpoint-rule-set-1")
+_SERVICE_MODEL_FILES = ("service-2", "endpoint-rule-set-1")
 
-_PASSING = frozenset({
-    "Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "RequestThrottledException", "SlowDown",
-    "TooManyRequestsException", "RequestLimitExceeded", "BandwidthLimitExceeded", "OverLimit", "RequestTimeout",
-    "InternalError", "InternalFailure", "ServiceUnavailable", "ServiceFailure", "PriorRequestNotComplete", "KmsThrottled",
-})  # fmt: skip
-"""Error codes that say: later. So do HTTP 429 and 5xx."""
+_RETRYABLE_CODES = frozenset(
+    (
+        "Throttling ThrottlingException ThrottledException RequestThrottled SlowDown "
+        "RequestThrottledException TooManyRequestsException RequestLimitExceeded OverLimit "
+        "BandwidthLimitExceeded RequestTimeout InternalError InternalFailure ServiceUnavailable "
+        "ServiceFailure PriorRequestNotComplete KmsThrottled"
+    ).split()
+)
+"""Error codes of temporary failures, as are HTTP 429 and 5xx."""
 
-_DEFECTS = (NoCredentialsError, PartialCredentialsError)
+_CREDENTIAL_ERRORS = (NoCredentialsError, PartialCredentialsError)
 
 
-class Place:
-    """Where the buckets and queues are, and how to reach them; made once, opens clients as often as asked."""
+class S3Endpoint:
+    """The address of buckets and queues, and the session that opens clients."""
 
     def __init__(
         self, endpoint_url: str | None, region: str | None, session: Any, options: Mapping[str, Any]
     ) -> None:
-        self._endpoint_url, self._region, self._options = endpoint_url, region, dict(options)
-        self._session, self._ours = session, False
+        self._endpoint_url: str | None = endpoint_url
+        self._region: str | None = region
+        self._options: dict[str, Any] = dict(options)
+        self._session: Any = session
+        self._session_is_ours: bool = False
 
-    async def open(self, stack: AsyncExitStack, service: str) -> Any:
-        """A client of `s3` or `sqs`, closed with the stack."""
+    async def open_client(self, stack: AsyncExitStack, service: str) -> Any:
+        """A client for `service` (`s3` or `sqs`), closed with the stack."""
         if self._session is None:
             self._session = cast(Any, AioSession)()
-            self._ours = True
-        if self._ours:
-            await asyncio.to_thread(_read_models, self._session, service)
+            self._session_is_ours = True
+        if self._session_is_ours:
+            await asyncio.to_thread(_load_service_models, self._session, service)
         options = {**self._options}
         if self._region is not None:
             options["region_name"] = self._region
@@ -73,15 +87,20 @@ class Place:
         options["config"] = config.merge(options["config"]) if "config" in options else config
         made = (
             getattr(self._session, "create_client", None) or self._session.client
-        )  # aioboto3's session says `client`
+        )  # aioboto3's session has `client`
         return await stack.enter_async_context(made(service, **options))
 
     def _config(self, service: str) -> Any:
-        """Three tries with backoff, quick to notice a dead peer; and for stores that are not AWS, what they understand."""
+        """Three tries with backoff and short timeouts; and for other stores than AWS, the options
+        that they support.
+        """
         config: dict[str, Any] = {
-            "retries": {"mode": "standard", "total_max_attempts": 3}, "connect_timeout": 5, "read_timeout": 40,
-            "max_pool_connections": 20, "tcp_keepalive": True,
-        }  # fmt: skip
+            "retries": {"mode": "standard", "total_max_attempts": 3},
+            "connect_timeout": 5,
+            "read_timeout": 40,
+            "max_pool_connections": 20,
+            "tcp_keepalive": True,
+        }
         if (
             self._endpoint_url
             or os.environ.get("AWS_ENDPOINT_URL")
@@ -89,25 +108,28 @@ class Place:
         ):
             config |= {
                 "s3": {"addressing_style": "path"},
-                "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
-            }  # fmt: skip
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+            }
         return cast(Any, AioConfig)(**config)
 
 
-def _read_models(session: Any, service: str) -> None:
-    """Fills the session's cache of models, which is most of what its first client costs, off the loop."""
+def _load_service_models(session: Any, service: str) -> None:
+    """Loads service models into the session's cache: most of the time that its first client takes.
+    Blocks.
+    """
     loader = session.get_component("data_loader")
     loader.load_data("endpoints")
     loader.load_data("partitions")
-    for name in _MODELS:
+    for name in _SERVICE_MODEL_FILES:
         loader.load_service_model(service, name)
 
 
-# --------------------------------------------------------------------------- what errors mean
+# --------------------------------------------------------------------------- errors
 
 
-def code_of(error: BaseException) -> str:
-    """The service's own word for an error; its class where there is none."""
+def error_code(error: BaseException) -> str:
+    """The service's error code; the class name of other errors."""
     return (
         str(cast(Any, error).response.get("Error", {}).get("Code", ""))
         if isinstance(error, ClientError)
@@ -115,88 +137,115 @@ def code_of(error: BaseException) -> str:
     )
 
 
-def is_passing(error: BaseException) -> bool:
-    """Whether trying again, with the same credentials and names, can help."""
+def is_retryable(error: BaseException) -> bool:
+    """Whether another try with the same credentials and names can succeed."""
     if isinstance(error, ClientError):
         status = cast(Any, error).response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return code_of(error) in _PASSING or status == 429 or status >= 500
-    return not isinstance(error, _DEFECTS)
+        return error_code(error) in _RETRYABLE_CODES or status == 429 or status >= 500
+    return not isinstance(error, _CREDENTIAL_ERRORS)
 
 
-def explained(what: str, error: BaseException) -> SourceError:
-    """The error for people: what was asked of whom, what came back, what to look at."""
-    code = code_of(error)
-    hint = next((hint for words, hint in _HINTS if code in words), "see the source's own logs")
-    return SourceError(f"{what}: {code}: {error}; {hint}")
+def source_error(operation: str, error: BaseException) -> SourceError:
+    """The error for people: the operation, the code, and what to check."""
+    code = error_code(error)
+    hint = next((hint for codes, hint in _HINTS if code in codes), "see the source's own logs")
+    return SourceError(f"{operation}: {code}: {error}; {hint}")
 
 
 _HINTS = (
-    (("NoSuchBucket", "404"), "create the bucket, or mend its name, `region` or `endpoint_url`"),
-    (("NonExistentQueue", "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"), "create the queue, or mend `queue`"),
-    (("AccessDenied", "403", "AccessDeniedException"), "grant s3:ListBucket on the bucket, sqs:ReceiveMessage, "
-     "sqs:DeleteMessage and sqs:ChangeMessageVisibility on the queue"),
-    (("ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidClientTokenId",
-      "RequestExpired", "UnrecognizedClientException"), "renew the credentials; they are read again at each attempt"),
-    (("NoCredentialsError", "PartialCredentialsError"), "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"),
-)  # fmt: skip
+    (
+        ("NoSuchBucket", "404"),
+        "create the bucket, or correct its name, `region` or `endpoint_url`",
+    ),
+    (
+        ("NonExistentQueue", "AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"),
+        "create the queue, or correct `queue`",
+    ),
+    (
+        ("AccessDenied", "403", "AccessDeniedException"),
+        "grant s3:ListBucket on the bucket, sqs:ReceiveMessage, sqs:DeleteMessage and "
+        "sqs:ChangeMessageVisibility on the queue",
+    ),
+    (
+        (
+            "ExpiredToken",
+            "ExpiredTokenException",
+            "InvalidAccessKeyId",
+            "SignatureDoesNotMatch",
+            "InvalidClientTokenId",
+            "RequestExpired",
+            "UnrecognizedClientException",
+        ),
+        "renew the credentials; they are read again at each attempt",
+    ),
+    (
+        ("NoCredentialsError", "PartialCredentialsError"),
+        "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role",
+    ),
+)
 
 
-class Caller:
-    """Calls that go on until they succeed, for one listener: passing failures wait here, others raise SourceError.
+class RetryingCaller:
+    """Repeats calls until they succeed, for one listener: temporary errors are retried, others
+    raise SourceError.
 
-    `failing` says what is being waited out, by what was asked.
+    `failing`: the current error of each operation that is being retried, by its description.
     """
 
-    def __init__(self, clock: Clock, draw: random.Random, log: Any) -> None:
-        self._clock, self._draw, self._log = clock, draw, log
-        self._resting: set[asyncio.Event] = set()
-        self.stopping = False
+    def __init__(self, clock: Clock, rng: random.Random, log: Any) -> None:
+        self._clock: Clock = clock
+        self._rng: random.Random = rng
+        self._log: Any = log
+        self._sleepers: set[asyncio.Event] = set()
+        self.stopping: bool = False
         self.failing: dict[str, str] = {}
-        self.failures = 0
 
-    async def ask(
-        self, what: str, call: Callable[[], Awaitable[T]], *, patient: bool = False
+    async def call(
+        self,
+        operation: str,
+        request: Callable[[], Awaitable[T]],
+        *,
+        retry_all: bool = False,
     ) -> T | None:
-        """What the call returns; None when it failed and the listener is stopping. `patient`: all errors are waited out."""
-        wait = BACKOFF[0]
+        """The result of `request`; None when it failed and the listener is stopping.
+
+        `operation` describes it, for errors. `retry_all`: also errors that are not temporary are
+            retried.
+        """
+        backoff = Backoff(max_delay=MAX_RETRY_DELAY_SECONDS, jitter=0.75, rng=self._rng)
         while True:
             try:
-                answer = await call()
-            except FAILURES as error:
-                if not patient and not is_passing(error):
-                    raise explained(what, error) from error
+                answer = await request()
+            except CLIENT_ERRORS as error:
+                if not retry_all and not is_retryable(error):
+                    raise source_error(operation, error) from error
                 if self.stopping:
                     return None
-                pause = self._draw.uniform(wait / 4, wait)
-                self._note(what, explained(what, error), pause)
-                await self.rest(pause)
-                wait = min(wait * 2, BACKOFF[1])
+                retry_in = next(backoff)
+                self._log_failure(operation, source_error(operation, error), retry_in)
+                await self.sleep(retry_in)
             else:
-                self.failing.pop(what, None)
+                self.failing.pop(operation, None)
                 return answer
         return None
 
-    def _note(self, what: str, error: SourceError, pause: float) -> None:
-        self.failures += 1
-        self.failing[what] = str(error)
-        self._log.warning("bucket.unreachable", error=str(error), retry_in=round(pause, 2))
+    def _log_failure(self, operation: str, error: SourceError, retry_in: float) -> None:
+        self.failing[operation] = str(error)
+        self._log.warning("bucket.unreachable", error=str(error), retry_in=round(retry_in, 2))
 
     def stop(self) -> None:
-        """Ends all rests, and whatever waits to be tried again."""
+        """Ends all sleeps, and all retries after the current try."""
         self.stopping = True
-        for over in self._resting:
-            over.set()
+        for wake in self._sleepers:
+            wake.set()
 
-    async def rest(self, seconds: float) -> None:
-        """Waits that long, or until `stop`. The timer follows the wall clock; should that be set back, the loop's own wakes."""
-        loop, over = asyncio.get_running_loop(), asyncio.Event()
-        timer = self._clock.timer(loop, self._clock.now() + microseconds(seconds), over.set)
-        backstop = loop.call_later(seconds + 1, over.set)
-        self._resting.add(over)
+    async def sleep(self, seconds: float) -> None:
+        """Waits that long, or until `stop`."""
+        if self.stopping:
+            return
+        wake = asyncio.Event()
+        self._sleepers.add(wake)
         try:
-            if not self.stopping:
-                await over.wait()
+            await sleep_for(self._clock, seconds, wake)
         finally:
-            self._resting.discard(over)
-            timer.cancel()
-            backstop.cancel()
+            self._sleepers.discard(wake)

@@ -1,7 +1,7 @@
-"""Where both ways in hand over: what `S3` was given, ready for use, and the one call of `accept`.
+"""The options of `S3`, and its one call of `Intake.accept`.
 
-queue.py and sweep.py call `Desk.offer`. It waits while the ledger is full, so that a queue keeps its messages and a sweep
-stands still (P8); it returns when everything is durable (P1), or says that the listener is stopping and nothing was recorded.
+The queue's poller (queue.py) and the listing's scan (listing.py) call `LedgerIntake.accept`. It
+returns when everything is durable (P1), or when the listener is stopping and nothing was recorded.
 """
 
 import asyncio
@@ -12,18 +12,18 @@ from typing import Any
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreFull
 from eventflow.events.event import Event, Intake, Json, Undecodable
-from triggers._s3.clients import Caller
-from triggers._s3.key_filter import Selection
+from triggers._s3.clients import RetryingCaller
+from triggers._s3.key_filter import KeyFilter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What `S3` was given. `every`: seconds between sweeps, None for none. Durations in seconds."""
+class S3Options:
+    """The checked options of an `S3`. Durations are in seconds; `scan_interval` None: no scans."""
 
     bucket: str | None
     queue: str | None
-    selection: Selection
-    every: float | None
+    key_filter: KeyFilter
+    scan_interval: float | None
     settle: float
     skip_existing: bool
     touch: bool
@@ -35,39 +35,33 @@ class Options:
     clock: Clock
 
 
-class Desk:
-    """The way to the ledger of one opened `S3`. `lock` is held by whoever decides, from what is seen to what is recorded."""
+class LedgerIntake:
+    """`accept` for the poller and the scan of one `S3`, which may be stopping.
 
-    def __init__(self, intake: Intake, caller: Caller) -> None:
-        self._intake, self._caller, self.log = intake, caller, intake.log
+    `lock` is held from reading the known objects until the result is recorded.
+    """
+
+    def __init__(self, intake: Intake, caller: RetryingCaller) -> None:
+        self._intake: Intake = intake
+        self._caller: RetryingCaller = caller
+        self.log: Any = intake.log
         self.lock = asyncio.Lock()
-        self.full: str | None = None
 
-    async def offer(
+    async def accept(
         self, items: Sequence[Event | Undecodable], cursor: Mapping[str, Json] | None = None
     ) -> bool:
-        """Durable when it returns True. False: the listener is stopping, and nothing was recorded."""
+        """Durable when it returns True. False: the listener is stopping, and nothing was recorded.
+
+        Waits while the ledger is full, so that a queue keeps its messages and a scan makes no
+        progress (P8).
+        """
         while True:
             try:
-                await self._intake.accept(*items, cursor=cursor)
-            except StoreFull as full:
-                if self._caller.stopping:
+                await self._intake.accept(*items, cursor=cursor, max_wait=1.0)
+            except (
+                StoreFull
+            ) as full:  # nothing was recorded: again, unless the listener is stopping
+                if full.closing or self._caller.stopping:
                     return False
-                self._note(full)
-                await self._caller.rest(full.retry_after)
             else:
-                self.full = None
                 return True
-
-    def _note(self, full: StoreFull) -> None:
-        if self.full is None:
-            self.log.warning("bucket.slowed", reason=str(full), wait=full.retry_after)
-        self.full = f"the ledger is full: {full}"
-
-    async def cursor(self) -> Mapping[str, Json]:
-        return await self._intake.cursor()
-
-
-def shown(count: int, what: str) -> dict[str, Any]:
-    """A count for a log line, if there is one."""
-    return {what: count} if count else {}

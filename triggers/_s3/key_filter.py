@@ -1,7 +1,8 @@
-"""Which keys of a bucket count: prefix, suffix, globs, markers.
+"""Which keys of a bucket are selected: prefix, suffix, globs, markers.
 
-Pure questions on keys; queue.py asks them of notices, sweep.py of listings. Globs are those of `globs.py`, over the key without
-the prefix. Keys that end with a slash are the folders that consoles draw, not objects, and never count.
+Pure functions of keys; queue.py asks for notifications, listing.py for listings. Globs are those of
+`globs.py`, over the key without the prefix. Keys that end with a slash are the folders that
+consoles create: they are never selected.
 """
 
 import os
@@ -11,27 +12,30 @@ from collections.abc import Sequence
 from triggers.globs import compile_globs
 
 
-class Selection:
-    """What one `S3` takes. With a folder marker (a plain name) only markers count; `holds` then says what they complete."""
+class KeyFilter:
+    """The selection of one `S3`. With a folder marker (a plain name) only markers match; `is_data`
+    selects their objects.
+    """
 
     def __init__(
         self, prefix: str, suffix: str, pattern: str | Sequence[str], marker: str | None
     ) -> None:
         globs = [pattern] if isinstance(pattern, str) else list(pattern)
-        self.prefix, self.marker = prefix, marker
-        self.per_object = marker is not None and "{" in marker
-        self.per_folder = marker is not None and not self.per_object
-        self._suffix = suffix
+        self.prefix: str = prefix
+        self.marker: str | None = marker
+        self.marker_per_object: bool = marker is not None and "{" in marker
+        self.marker_per_folder: bool = marker is not None and not self.marker_per_object
+        self._suffix: str = suffix
         self._globs = compile_globs(globs)
         self._markers = compile_globs([_marker_glob(marker)] if marker else [])
-        self.listed = prefix + _literal(globs)
+        self.list_prefix: str = prefix + _common_prefix(globs)
 
-    def wants(self, key: str) -> bool:
-        """Whether an object of this key is an event."""
-        return self._is_marker(key) if self.per_folder else self.holds(key)
+    def matches(self, key: str) -> bool:
+        """Whether an object with this key is an event."""
+        return self._is_marker(key) if self.marker_per_folder else self.is_data(key)
 
-    def holds(self, key: str) -> bool:
-        """Whether a key is data: below the prefix, taken by suffix and globs, no folder, and no marker itself."""
+    def is_data(self, key: str) -> bool:
+        """Whether a key matches prefix, suffix and globs, and is neither a folder nor a marker."""
         if (
             not key.startswith(self.prefix)
             or not key.endswith(self._suffix)
@@ -47,8 +51,8 @@ class Selection:
             and self._markers.fullmatch(key[len(self.prefix) :]) is not None
         )
 
-    def marker_of(self, key: str) -> str:
-        """The key that says `key` is complete; only for markers per object."""
+    def marker_for(self, key: str) -> str:
+        """The marker key that completes `key`; only for markers per object."""
         assert self.marker is not None
         folder, slash, name = key.rpartition("/")
         stem = name.rpartition(".")[0] or name
@@ -56,7 +60,7 @@ class Selection:
 
 
 def folder_of(key: str) -> str:
-    """`a/b/` of `a/b/c`; nothing at the top."""
+    """`a/b/` for `a/b/c`; empty at the top level."""
     return key[: key.rfind("/") + 1]
 
 
@@ -65,9 +69,9 @@ def _marker_glob(marker: str) -> str:
     return "*".join(re.sub(r"([*?\[])", r"[\1]", part) for part in parts)
 
 
-def _literal(globs: Sequence[str]) -> str:
-    """What every key that the globs take begins with, so that a listing need not begin before it."""
+def _common_prefix(globs: Sequence[str]) -> str:
+    """The common beginning of all keys that match the globs, for the listing's prefix."""
     if not all("/" in glob for glob in globs):
         return ""
     plain = [re.split(r"[*?\[]", glob.removeprefix("/"))[0] for glob in globs]
-    return os.path.commonprefix(plain)  # noqa: RUF071  # characters are what a listing's prefix is made of
+    return os.path.commonprefix(plain)  # noqa: RUF071  # a listing's prefix consists of characters

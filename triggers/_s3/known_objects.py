@@ -1,8 +1,10 @@
-"""What of a bucket is in the ledger already: the trigger's cursor, read at open and changed only after `accept` returned.
+"""The objects of a bucket that are recorded: the trigger's cursor, read when it starts and changed
+only after `accept` has returned.
 
-One entry per key: the version last recorded, whichever way it came, so that the sweep of a listing and the notices of a queue
-start one run per version between them. A version that a sweep found first is *owed* its notice for a while: when the notice
-comes, it is taken for the same event and counts as a duplicate. sweep.py and queue.py ask; nothing here waits.
+One mark per key: the version recorded last, by either way, so that the scan of a listing and the
+notifications of a queue start one run per version between them. A version that a scan found first
+has a *pending* notification for a while: when that notification arrives, it becomes the same event,
+and counts as a duplicate. listing.py and queue.py ask; nothing here waits.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,61 +13,72 @@ import msgspec
 
 from eventflow.core.clock import SECOND, to_us
 from eventflow.events.event import Json
-from triggers._s3.notifications import Listed, Notice, is_older, listed_identity
+from triggers._s3.notifications import ListedObject, Notification, is_older, listed_event_id
 
-OWED = 64
-"""Versions of one key, found by sweeps first, whose notices are known or awaited; the oldest are let go first."""
+MAX_PENDING_PER_KEY = 64
+"""Versions of a key found by scans first whose notifications are tracked; the oldest are dropped
+first.
+"""
 
-OWED_FOR = 14 * 24 * 3600 * SECOND
-"""Microseconds a notice is awaited: the longest that a queue keeps a message."""
+PENDING_EXPIRY_US = 14 * 24 * 3600 * SECOND
+"""A notification is expected for so long: SQS keeps a message for at most 14 days."""
 
-SKEW = 60 * SECOND
-"""Microseconds that the clocks of the store and of this machine may differ when a notice is held against a sweep."""
+MAX_CLOCK_SKEW_US = 60 * SECOND
+"""Between the clocks of the store and of this machine, when a notification is compared with a scan.
+"""
 
-GONE = ("", -1)
+REMOVED_VERSION = ("", -1)
 """ETag and size of a key that was removed."""
 
-_OBJECT = "o:"
-BEGAN = "began"
-"""The cursor's note that the first sweep is over."""
-OPENED = "opened"
-"""Until then: when it first began, in microseconds of the store's clock; what is older was there already."""
+_OBJECT_KEY_PREFIX = "o:"
+"""Cursor keys of objects."""
+
+FIRST_SCAN_DONE_KEY = "began"
+"""Cursor key: when the first scan was over."""
+
+FIRST_SCAN_STARTED_KEY = "opened"
+"""Cursor key until then: when the first scan began, in microseconds of the store's clock. Older
+objects existed before.
+"""
 
 
-class Owed(msgspec.Struct, frozen=True, array_like=True):
-    """What a sweep recorded as event `ident` at `at`, and, once its notice came, that notice's sequencer."""
-
-    etag: str
-    size: int
-    ident: str
-    at: int
-    sequencer: str | None = None
-
-
-class Mark(msgspec.Struct, frozen=True, array_like=True):
-    """The last recorded version of a key. `modified` is as listed, None until one showed it. Removed: etag "", size -1."""
+class PendingNotification(msgspec.Struct, frozen=True, array_like=True):
+    """A version that a scan recorded first. `sequencer`: of its notification, once that has
+    arrived. Stored as an array.
+    """
 
     etag: str
     size: int
-    modified: int | None = None
+    event_id: str
+    recorded_at: int  # microseconds
     sequencer: str | None = None
-    owed: tuple[Owed, ...] = ()
 
 
-class Seen:
-    """The marks of all keys, and which keys notices changed since a page was asked for."""
+class ObjectMark(msgspec.Struct, frozen=True, array_like=True):
+    """The last recorded version of a key. Stored as an array. Removed: etag "", size -1."""
+
+    etag: str
+    size: int
+    modified: int | None = None  # microseconds, as listed; None: not listed yet
+    sequencer: str | None = None
+    pending: tuple[PendingNotification, ...] = ()
+
+
+class KnownObjects:
+    """The marks of all keys, and the keys with a notification since a page was requested."""
 
     def __init__(self, bucket: str, cursor: Mapping[str, Json], *, touch: bool) -> None:
-        self.bucket, self._touch = bucket, touch
-        self.began = BEGAN in cursor
-        opened = cursor.get(OPENED)
-        self.opened = opened if isinstance(opened, int) else None
-        self._marks = {
-            key.removeprefix(_OBJECT): msgspec.convert(value, Mark)
+        self.bucket: str = bucket
+        self._touch: bool = touch
+        self.first_scan_done: bool = FIRST_SCAN_DONE_KEY in cursor
+        started_at = cursor.get(FIRST_SCAN_STARTED_KEY)
+        self.first_scan_started_at: int | None = started_at if isinstance(started_at, int) else None
+        self._marks: dict[str, ObjectMark] = {
+            key.removeprefix(_OBJECT_KEY_PREFIX): msgspec.convert(value, ObjectMark)
             for key, value in cursor.items()
-            if key.startswith(_OBJECT)
+            if key.startswith(_OBJECT_KEY_PREFIX)
         }
-        self._changed: set[str] = set()
+        self._notified: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._marks)
@@ -73,27 +86,29 @@ class Seen:
     def __iter__(self) -> Iterator[str]:
         return iter(self._marks)
 
-    def mark(self, key: str) -> Mark | None:
+    def mark(self, key: str) -> ObjectMark | None:
         return self._marks.get(key)
 
-    def remember(self, marks: Mapping[str, Mark | None]) -> None:
-        """Takes over what `accept` made durable."""
+    def update(self, marks: Mapping[str, ObjectMark | None]) -> None:
+        """Takes over marks that `accept` has made durable; None removes one."""
         for key, mark in marks.items():
             if mark is None:
                 self._marks.pop(key, None)
             else:
                 self._marks[key] = mark
 
-    # ------------------------------------------------------------------------- what a sweep asks
+    # ------------------------------------------------------------------------- for a scan
 
-    def page_asked(self) -> None:
-        """From here on a notice is news to the page that is on its way."""
-        self._changed.clear()
+    def start_page(self) -> None:
+        """A page is requested: it may be older than the notifications that arrive from now on."""
+        self._notified.clear()
 
-    def is_new(self, found: Listed, *, touch: bool = False) -> bool:
-        """Whether a listed version is to be an event. One that a notice overtook is left to the next sweep."""
+    def is_new(self, found: ListedObject, *, touch: bool = False) -> bool:
+        """Whether a listed version is not recorded. A key with a notification since `start_page`
+        waits for the next scan.
+        """
         mark = self._marks.get(found.key)
-        if found.key in self._changed:
+        if found.key in self._notified:
             return False
         if mark is None or mark.etag != found.etag or mark.size != found.size:
             return True
@@ -102,89 +117,133 @@ class Seen:
             found.modified,
         )
 
-    def is_stale(self, found: Listed) -> bool:
-        """Whether the mark of a known version is to learn when it was modified."""
+    def lacks_modified(self, found: ListedObject) -> bool:
+        """Whether the mark of a known version has no, or another, modification time."""
         mark = self._marks.get(found.key)
         return (
-            mark is not None and mark.modified != found.modified and found.key not in self._changed
+            mark is not None and mark.modified != found.modified and found.key not in self._notified
         )
 
-    def listed(self, found: Listed, *, now: int, owes: bool) -> Mark:
-        """The mark of a version that the sweep records now. `owes`: a queue will tell of it too."""
+    def mark_listed(
+        self, found: ListedObject, *, now: int, expect_notification: bool
+    ) -> ObjectMark:
+        """The mark of a version that a scan records now. `expect_notification`: the queue will
+        report it too.
+        """
         mark = self._marks.get(found.key)
-        owed = tuple(each for each in mark.owed if each.at > now - OWED_FOR) if mark else ()
-        if owes:
-            owed = (*owed, Owed(found.etag, found.size, listed_identity(self.bucket, found), now))[
-                -OWED:
-            ]
-        return Mark(found.etag, found.size, found.modified, None, owed)
+        pending = (
+            tuple(each for each in mark.pending if each.recorded_at > now - PENDING_EXPIRY_US)
+            if mark
+            else ()
+        )
+        if expect_notification:
+            pending = (
+                *pending,
+                PendingNotification(
+                    found.etag, found.size, listed_event_id(self.bucket, found), now
+                ),
+            )[-MAX_PENDING_PER_KEY:]
+        return ObjectMark(found.etag, found.size, found.modified, None, pending)
 
-    def gone(self, key: str, ident: str, *, now: int, owes: bool) -> Mark:
-        """The mark of a key that the sweep finds removed, as event `ident`."""
+    def mark_removed(
+        self, key: str, event_id: str, *, now: int, expect_notification: bool
+    ) -> ObjectMark:
+        """The mark of a key whose removal a scan records as event `event_id`."""
         mark = self._marks[key]
-        owed = (*mark.owed, Owed(*GONE, ident, now))[-OWED:] if owes else mark.owed
-        return Mark(*GONE, None, mark.sequencer, owed)
+        pending = (
+            (*mark.pending, PendingNotification(*REMOVED_VERSION, event_id, now))[
+                -MAX_PENDING_PER_KEY:
+            ]
+            if expect_notification
+            else mark.pending
+        )
+        return ObjectMark(*REMOVED_VERSION, None, mark.sequencer, pending)
 
-    def adopted(self, found: Listed) -> Mark:
-        """The mark of a known version, now that a listing showed its time."""
+    def with_modified(self, found: ListedObject) -> ObjectMark:
+        """The mark of a known version with its listed modification time."""
         return msgspec.structs.replace(self._marks[found.key], modified=found.modified)
 
-    def is_done(self, key: str, mark: Mark, now: int) -> bool:
-        """Whether nothing more is awaited of a key that is gone, now that `mark` is what is known of it."""
-        return key not in self._changed and all(each.at <= now - OWED_FOR for each in mark.owed)
+    def can_forget(self, key: str, mark: ObjectMark, now: int) -> bool:
+        """Whether a removed key with this mark has no pending notification any more."""
+        return key not in self._notified and all(
+            each.recorded_at <= now - PENDING_EXPIRY_US for each in mark.pending
+        )
 
-    def note(self, marks: Mapping[str, Mark | None]) -> None:
-        """Notices changed these keys, and it is durable."""
-        self._changed.update(marks)
-        self.remember(marks)
+    def update_notified(self, marks: Mapping[str, ObjectMark | None]) -> None:
+        """Takes over marks from notifications that are durable."""
+        self._notified.update(marks)
+        self.update(marks)
 
 
-# --------------------------------------------------------------------------- what a notice asks
+# --------------------------------------------------------------------------- for a notification
 
 
-def owed_to(mark: Mark | None, notice: Notice) -> Owed | None:
-    """What a sweep recorded before its notice, a version or a removal, when this is that notice or a copy of it."""
-    told = GONE if notice.action == "removed" else (notice.etag, notice.size)
-    for each in mark.owed if mark else ():
-        if (each.etag, each.size) == told and _is_its_notice(each, notice):
+def find_pending(mark: ObjectMark | None, notification: Notification) -> PendingNotification | None:
+    """The version or removal that a scan recorded first, if this is its notification or a copy of
+    it.
+    """
+    version = (
+        REMOVED_VERSION
+        if notification.action == "removed"
+        else (notification.etag, notification.size)
+    )
+    for each in mark.pending if mark else ():
+        if (each.etag, each.size) == version and _is_notification_of(each, notification):
             return each
     return None
 
 
-def marked_by(mark: Mark | None, notice: Notice, owed: Owed | None) -> Mark:
-    """The mark after a notice; `owed` is what `owed_to` found."""
-    if mark is not None and owed is not None:
-        told = msgspec.structs.replace(owed, sequencer=notice.sequencer)
-        left = tuple(told if each is owed else each for each in mark.owed)
-        latest = mark.etag == owed.etag and mark.sequencer is None
+def mark_notified(
+    mark: ObjectMark | None, notification: Notification, pending: PendingNotification | None
+) -> ObjectMark:
+    """The mark after a notification; `pending` is the result of `find_pending`."""
+    if mark is not None and pending is not None:
+        arrived = msgspec.structs.replace(pending, sequencer=notification.sequencer)
+        all_pending = tuple(arrived if each is pending else each for each in mark.pending)
+        is_latest = mark.etag == pending.etag and mark.sequencer is None
         return msgspec.structs.replace(
-            mark, owed=left, sequencer=notice.sequencer if latest else mark.sequencer
+            mark,
+            pending=all_pending,
+            sequencer=notification.sequencer if is_latest else mark.sequencer,
         )
     if mark is not None and (
-        is_older(notice.sequencer, mark.sequencer) or _was_before(notice, mark)
+        is_older(notification.sequencer, mark.sequencer) or _happened_before(notification, mark)
     ):
         return mark
-    kept = mark.owed if mark is not None else ()
-    if notice.action == "removed":
-        return Mark(*GONE, None, notice.sequencer, kept)
-    return Mark(notice.etag or "", notice.size or 0, None, notice.sequencer, kept)
+    pending_before = mark.pending if mark is not None else ()
+    if notification.action == "removed":
+        return ObjectMark(*REMOVED_VERSION, None, notification.sequencer, pending_before)
+    return ObjectMark(
+        notification.etag or "",
+        notification.size or 0,
+        None,
+        notification.sequencer,
+        pending_before,
+    )
 
 
-def _is_its_notice(owed: Owed, notice: Notice) -> bool:
-    """A notice belongs to a version that was seen after it happened; a copy of it has the same sequencer."""
-    if owed.sequencer is not None:
-        return owed.sequencer == notice.sequencer
-    return notice.time is None or to_us(notice.time) <= owed.at + SKEW
+def _is_notification_of(pending: PendingNotification, notification: Notification) -> bool:
+    """A notification belongs to a version that was listed after it happened; its copies have the
+    same sequencer.
+    """
+    if pending.sequencer is not None:
+        return pending.sequencer == notification.sequencer
+    return (
+        notification.time is None
+        or to_us(notification.time) <= pending.recorded_at + MAX_CLOCK_SKEW_US
+    )
 
 
-def _was_before(notice: Notice, mark: Mark) -> bool:
-    """Whether a listed version, whose sequencer is unknown, is younger by the store's own clock."""
+def _happened_before(notification: Notification, mark: ObjectMark) -> bool:
+    """Whether the marked version, if it has no sequencer, is later by the store's own clock."""
     listed = mark.modified if mark.sequencer is None else None
-    return listed is not None and notice.time is not None and to_us(notice.time) < listed
+    return (
+        listed is not None and notification.time is not None and to_us(notification.time) < listed
+    )
 
 
-def to_cursor(marks: Mapping[str, Mark | None]) -> dict[str, Json]:
+def to_cursor(marks: Mapping[str, ObjectMark | None]) -> dict[str, Json]:
     return {
-        _OBJECT + key: None if mark is None else msgspec.to_builtins(mark)
+        _OBJECT_KEY_PREFIX + key: None if mark is None else msgspec.to_builtins(mark)
         for key, mark in marks.items()
     }

@@ -1,10 +1,12 @@
-"""A bucket's listing held against what the ledger has: whatever is new becomes an event, each page in transactions of its own.
+"""Compares a bucket's listing with the known objects: new versions become events, each page in its
+own transactions.
 
-    list_objects_v2 (a page) ─► selection.py ─► seen.py (known?) ─► settle, markers ─► Desk.offer with the cursor ─► seen.py
+    list_objects_v2 ─► KeyFilter ─► KnownObjects.is_new ─► settle, markers ─► LedgerIntake.accept
 
-`S3.listen` runs one `Sweep`: every `poll` seconds when it is the only way in, every `reconcile` seconds beside a queue. Late
-keys are found because every sweep looks at every key; no time and no key is a watermark. A page that fails is asked for again
-where the listing stood. What no page shows in two whole sweeps is gone.
+`S3.listen` runs one `ListingScan`: every `poll` seconds when there is no queue, every `reconcile`
+seconds beside one. A scan looks at every key, so late keys are found; no time and no key is a
+watermark. A page that fails is requested again. A key that two whole scans do not list counts as
+removed.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,257 +15,319 @@ from typing import Any
 
 from eventflow.core.clock import to_datetime, to_us
 from eventflow.events.event import Event, Gauge, Json
-from triggers._s3.clients import Caller
-from triggers._s3.intake import Desk, Options
-from triggers._s3.known_objects import BEGAN, GONE, OPENED, Mark, Seen, to_cursor
-from triggers._s3.notifications import Listed, Notice, digest, listed_identity, to_event, to_listed
-from triggers._s3.prefixes import Folders
+from triggers._s3.clients import RetryingCaller
+from triggers._s3.intake import LedgerIntake, S3Options
+from triggers._s3.known_objects import (
+    FIRST_SCAN_DONE_KEY,
+    FIRST_SCAN_STARTED_KEY,
+    REMOVED_VERSION,
+    KnownObjects,
+    ObjectMark,
+    to_cursor,
+)
+from triggers._s3.notifications import (
+    ListedObject,
+    Notification,
+    listed_event_id,
+    stable_id,
+    to_event,
+    to_listed_object,
+)
+from triggers._s3.prefixes import FolderEvents
 
-BATCH = 500
-"""Events in one `accept`, so that a flood streams and never fills the commit queue (4,096)."""
+LOG_EVENTS = {
+    "bucket.initial_scan_completed": (
+        "The first listing of a bucket is complete; `known` counts its objects."
+    ),
+}
+
+EVENTS_PER_ACCEPT = 500
+"""Bounds one transaction, so that a flood streams and never fills the commit queue (4,096 events).
+"""
 
 
-class Sweep:
-    """The sweeps of one opened bucket."""
+class ListingScan:
+    """The scans of one bucket."""
 
     def __init__(
         self,
         client: Any,
-        bucket: str,
-        options: Options,
-        desk: Desk,
-        caller: Caller,
-        seen: Seen,
-        folders: Folders,
+        options: S3Options,
+        ledger: LedgerIntake,
+        caller: RetryingCaller,
+        known: KnownObjects,
+        folders: FolderEvents,
     ) -> None:
-        self._client, self._bucket, self._options = client, bucket, options
-        self._desk, self._caller, self._seen, self._folders = desk, caller, seen, folders
-        self._clock, self._selection = options.clock, options.selection
-        self._beside_queue = options.queue is not None
-        self._unsettled: dict[str, tuple[Listed, float]] = {}
-        self._unmarked: dict[str, Listed] = {}
-        self._markers: set[str] = set()
-        self._absent: set[str] = set()
-        self._told = False
-        self.took, self.count = 0.0, 0
+        self._client: Any = client
+        self._options: S3Options = options
+        self._ledger: LedgerIntake = ledger
+        self._caller: RetryingCaller = caller
+        self._known: KnownObjects = known
+        self._folders: FolderEvents = folders
+        self._unsettled: dict[str, tuple[ListedObject, float]] = {}  # by key; since (monotonic)
+        self._unmarked: dict[str, ListedObject] = {}  # by key: of this scan, without a marker yet
+        self._markers: set[str] = set()  # keys of this scan
+        self._missing_once: set[str] = set()  # known keys that the last scan did not list
+        self._first_scan_logged: bool = False
+        self.last_scan_seconds: float = 0.0
+        self.completed_scans: int = 0
+
+    @property
+    def _has_queue(self) -> bool:
+        return self._options.queue is not None
 
     async def run(self) -> None:
-        """Sweeps until cancelled. A long sweep leaves the store alone for at least as long as it took."""
-        every = self._options.every
-        assert every is not None
+        """Scans until cancelled. The pause after a scan is at least as long as the scan, up to the
+        interval.
+        """
+        interval = self._options.scan_interval
+        assert interval is not None
         while not self._caller.stopping:
-            began = self._clock.monotonic()
-            await self.once()
-            self.took = self._clock.monotonic() - began
-            pause = max(every - self.took, min(self.took, every))
-            await self._caller.rest(min(pause, self._settled_in()) if self._unsettled else pause)
+            started_at = self._options.clock.monotonic()
+            await self.scan_once()
+            self.last_scan_seconds = self._options.clock.monotonic() - started_at
+            pause = max(interval - self.last_scan_seconds, min(self.last_scan_seconds, interval))
+            await self._caller.sleep(
+                min(pause, self._seconds_until_settled()) if self._unsettled else pause
+            )
 
-    async def once(self) -> None:
-        """One whole sweep."""
-        unsighted = set(self._seen)
-        self._unmarked, self._markers = {}, set()
-        place: dict[str, Any] = {}
+    async def scan_once(self) -> None:
+        """One scan of the whole listing."""
+        missing = set(self._known)
+        self._unmarked = {}
+        self._markers = set()
+        position: dict[str, Any] = {}
         while True:
-            self._seen.page_asked()
-            page = await self._page(place)
+            self._known.start_page()
+            page = await self._list_page(position)
             if page is None:
                 return
-            found = [to_listed(entry) for entry in page.get("Contents") or ()]
-            unsighted.difference_update(each.key for each in found)
-            async with self._desk.lock:
-                if not await self._take(found, page):
+            found = [to_listed_object(entry) for entry in page.get("Contents") or ()]
+            missing.difference_update(each.key for each in found)
+            async with self._ledger.lock:
+                if not await self._process_page(found, page):
                     return
             if not page.get("IsTruncated") or not found:
                 break
             token = page.get("NextContinuationToken")
-            place = {"ContinuationToken": token} if token else {"StartAfter": found[-1].key}
-        async with self._desk.lock:
-            await self._end(unsighted)
-        self.count += 1
+            position = {"ContinuationToken": token} if token else {"StartAfter": found[-1].key}
+        async with self._ledger.lock:
+            await self._finish_scan(missing)
+        self.completed_scans += 1
 
-    async def _page(self, place: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Asked for until it comes; beside a queue no error may stop the queue. None: the listener is stopping."""
-        prefix = self._selection.listed
-        return await self._caller.ask(
-            f"listing s3://{self._bucket}/{prefix}",
+    async def _list_page(self, position: Mapping[str, Any]) -> dict[str, Any] | None:
+        """One page, retried until it succeeds. None: the listener is stopping.
+
+        Beside a queue every error is retried, so that a listing that fails does not stop the queue.
+        """
+        prefix = self._options.key_filter.list_prefix
+        return await self._caller.call(
+            f"listing s3://{self._known.bucket}/{prefix}",
             lambda: self._client.list_objects_v2(
-                Bucket=self._bucket, Prefix=prefix, MaxKeys=self._options.page, **place
+                Bucket=self._known.bucket, Prefix=prefix, MaxKeys=self._options.page, **position
             ),
-            patient=self._beside_queue,
+            retry_all=self._has_queue,
         )
 
     # ------------------------------------------------------------------------- one page
 
-    async def _take(self, found: Sequence[Listed], page: Mapping[str, Any]) -> bool:
-        """Whether everything new on the page is durable."""
-        if self._options.skip_existing and not self._seen.began and self._seen.opened is None:
-            await self._note_opening(page)
-        now = self._clock.now()
-        known: dict[str, Mark | None] = {}
-        ready: list[Listed] = []
-        for each in self._new(found, known):
-            if self._was_there(each):
-                known[each.key] = self._seen.listed(each, now=now, owes=False)
+    async def _process_page(self, found: Sequence[ListedObject], page: Mapping[str, Any]) -> bool:
+        """Records the new objects of a page; False when the listener is stopping."""
+        if (
+            self._options.skip_existing
+            and not self._known.first_scan_done
+            and self._known.first_scan_started_at is None
+        ):
+            await self._record_scan_start(page)
+        now = self._options.clock.now()
+        marks: dict[str, ObjectMark | None] = {}
+        ready: list[ListedObject] = []
+        for each in self._new_objects(found, marks):
+            if self._is_preexisting(each):
+                marks[each.key] = self._known.mark_listed(each, now=now, expect_notification=False)
             elif self._is_settled(each):
                 ready.append(each)
-        if self._selection.per_object:
-            ready = self._complete(ready)
-        if known and not await self._offer([], known):
+        if self._options.key_filter.marker_per_object:
+            ready = self._with_marker(ready)
+        if marks and not await self._accept([], marks):
             return False
-        return await self._land(ready, now)
+        return await self._record_objects(ready, now)
 
-    def _new(self, found: Sequence[Listed], known: dict[str, Mark | None]) -> Iterator[Listed]:
-        """What is to be an event. Of known versions, `known` learns the time."""
-        selection = self._selection
+    def _new_objects(
+        self, found: Sequence[ListedObject], marks: dict[str, ObjectMark | None]
+    ) -> Iterator[ListedObject]:
+        """The objects that are new. `marks` gets the marks of known versions whose time was not
+        known.
+        """
+        selection = self._options.key_filter
         for each in found:
-            if not selection.wants(each.key):
-                if selection.per_object:
+            if not selection.matches(each.key):
+                if selection.marker_per_object:
                     self._markers.add(each.key)
-            elif self._seen.is_new(each, touch=selection.per_folder):
+            elif self._known.is_new(each, touch=selection.marker_per_folder):
                 yield each
-            elif self._seen.is_stale(each):
-                known[each.key] = self._seen.adopted(each)
+            elif self._known.lacks_modified(each):
+                marks[each.key] = self._known.with_modified(each)
 
-    def _was_there(self, found: Listed) -> bool:
-        """Whether it is older than the very first start, and such are to be skipped."""
-        opened = self._seen.opened
+    def _is_preexisting(self, found: ListedObject) -> bool:
+        """Whether `existing="skip"` leaves it out: it is older than the first scan."""
+        started_at = self._known.first_scan_started_at
         return (
-            not self._seen.began
-            and opened is not None
-            and found.modified < opened
+            not self._known.first_scan_done
+            and started_at is not None
+            and found.modified < started_at
             and self._options.skip_existing
         )
 
-    def _is_settled(self, found: Listed) -> bool:
-        """Whether it was the same for `settle` seconds of looking."""
+    def _is_settled(self, found: ListedObject) -> bool:
+        """Whether scans have listed the same version for `settle` seconds."""
         if not self._options.settle:
             return True
-        now = self._clock.monotonic()
+        now = self._options.clock.monotonic()
         before, since = self._unsettled.get(found.key, (None, now))
         if before != found:
-            before, since = found, now
+            before = found
+            since = now
         if now - since < self._options.settle:
             self._unsettled[found.key] = found, since
             return False
         return True
 
-    def _settled_in(self) -> float:
-        now = self._clock.monotonic()
+    def _seconds_until_settled(self) -> float:
+        now = self._options.clock.monotonic()
         return max(
             0.05, min(since + self._options.settle - now for _, since in self._unsettled.values())
         )
 
-    def _complete(self, fresh: Sequence[Listed]) -> list[Listed]:
-        """Those, of this sweep, whose marker was listed too. Markers may come before or after what they complete."""
+    def _with_marker(self, fresh: Sequence[ListedObject]) -> list[ListedObject]:
+        """The new objects of this scan whose marker is listed too; a marker may be listed before or
+        after them.
+        """
         self._unmarked |= {each.key: each for each in fresh}
         ready = [
             each
             for each in self._unmarked.values()
-            if self._selection.marker_of(each.key) in self._markers
+            if self._options.key_filter.marker_for(each.key) in self._markers
         ]
         for each in ready:
             del self._unmarked[each.key]
         return ready
 
-    async def _land(self, ready: Sequence[Listed], now: int) -> bool:
-        for start in range(0, len(ready), BATCH):
-            batch = ready[start : start + BATCH]
-            events = [await self._folders.complete(self._to_event(each)) for each in batch]
+    async def _record_objects(self, ready: Sequence[ListedObject], now: int) -> bool:
+        for start in range(0, len(ready), EVENTS_PER_ACCEPT):
+            batch = ready[start : start + EVENTS_PER_ACCEPT]
+            events = [await self._folders.expand(self._to_event(each)) for each in batch]
             marks = {
-                each.key: self._seen.listed(each, now=now, owes=self._beside_queue)
+                each.key: self._known.mark_listed(
+                    each, now=now, expect_notification=self._has_queue
+                )
                 for each in batch
             }
-            if not await self._offer(events, marks):
+            if not await self._accept(events, marks):
                 return False
             for each in batch:
                 self._unsettled.pop(each.key, None)
         return True
 
-    def _to_event(self, found: Listed) -> Event:
-        notice = Notice(
-            action="created", bucket=self._bucket, key=found.key, size=found.size, etag=found.etag or None,
-            time=to_datetime(found.modified), reason="Listed",
-        )  # fmt: skip
-        return to_event(notice, ident=listed_identity(self._bucket, found))
-
-    async def _offer(
-        self,
-        events: Sequence[Event],
-        marks: Mapping[str, Mark | None],
-        notes: Mapping[str, Json] | None = None,
-    ) -> bool:
-        recorded = await self._desk.offer(events, {**to_cursor(marks), **(notes or {})})
-        if recorded:
-            self._seen.remember(marks)
-        return recorded
-
-    # ------------------------------------------------------------------------- the first sweep, and the end of each
-
-    async def _note_opening(self, page: Mapping[str, Any]) -> None:
-        """When, by the store's clock, the very first sweep began: durable at once, so that a restart skips no more."""
-        told = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
-        try:
-            opened = to_us(parsedate_to_datetime(told))
-        except (TypeError, ValueError):
-            opened = self._clock.now()
-        if await self._offer([], {}, {OPENED: opened}):
-            self._seen.opened = opened
-
-    async def _end(self, unsighted: set[str]) -> None:
-        """What two whole sweeps did not show is gone: one listing may be late, or miss what is there."""
-        self._unsettled = {
-            key: value for key, value in self._unsettled.items() if key not in unsighted
-        }
-        gone = [key for key in unsighted & self._absent if self._seen.mark(key) is not None]
-        self._absent = unsighted.difference(gone)
-        for start in range(0, len(gone), BATCH):
-            await self._forget(gone[start : start + BATCH])
-        if not self._seen.began:
-            notes: dict[str, Json] = {
-                BEGAN: to_datetime(self._clock.now()).isoformat(),
-                OPENED: None,
-            }
-            self._seen.began = await self._offer([], {}, notes)
-        if not self._told:
-            self._told = True
-            self._desk.log.info("bucket.swept", bucket=self._bucket, prefix=self._selection.listed, known=len(self._seen),
-                                unsettled=len(self._unsettled))  # fmt: skip
-
-    async def _forget(self, gone: Sequence[str]) -> None:
-        marks: dict[str, Mark | None] = {}
-        events: list[Event] = []
-        for key in gone:
-            mark = self._seen.mark(key)
-            assert mark is not None
-            if (mark.etag, mark.size) != GONE:
-                removed = self._removed(key, mark)
-                if self._options.deleted:
-                    events.append(removed)
-                owes = self._options.deleted and self._beside_queue
-                mark = marks[key] = self._seen.gone(
-                    key, removed.id, now=self._clock.now(), owes=owes
-                )
-            if self._seen.is_done(key, mark, self._clock.now()):
-                marks[key] = None
-        if marks:
-            await self._offer(events, marks)
-
-    def _removed(self, key: str, mark: Mark) -> Event:
-        notice = Notice(
-            action="removed",
-            bucket=self._bucket,
-            key=key,
-            time=to_datetime(self._clock.now()),
+    def _to_event(self, found: ListedObject) -> Event:
+        notification = Notification(
+            action="created",
+            bucket=self._known.bucket,
+            key=found.key,
+            size=found.size,
+            etag=found.etag or None,
+            time=to_datetime(found.modified),
             reason="Listed",
         )
-        ident = digest(
-            self._bucket, key, "gone", mark.etag, mark.size, mark.modified, mark.sequencer
+        return to_event(notification, ident=listed_event_id(self._known.bucket, found))
+
+    async def _accept(
+        self,
+        events: Sequence[Event],
+        marks: Mapping[str, ObjectMark | None],
+        keys: Mapping[str, Json] | None = None,
+    ) -> bool:
+        recorded = await self._ledger.accept(events, {**to_cursor(marks), **(keys or {})})
+        if recorded:
+            self._known.update(marks)
+        return recorded
+
+    # ------------------------------------------------------------------ start and end of a scan
+
+    async def _record_scan_start(self, page: Mapping[str, Any]) -> None:
+        """Records when the first scan began, by the store's clock, so that a restart does not skip
+        later objects.
+        """
+        date = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+        try:
+            started_at = to_us(parsedate_to_datetime(date))
+        except (TypeError, ValueError):  # no such header: this machine's clock will do
+            started_at = self._options.clock.now()
+        if await self._accept([], {}, {FIRST_SCAN_STARTED_KEY: started_at}):
+            self._known.first_scan_started_at = started_at
+
+    async def _finish_scan(self, missing: set[str]) -> None:
+        """Handles keys that two whole scans did not list: a single listing may be stale or
+        incomplete.
+        """
+        self._unsettled = {
+            key: value for key, value in self._unsettled.items() if key not in missing
+        }
+        gone = [key for key in missing & self._missing_once if self._known.mark(key) is not None]
+        self._missing_once = missing.difference(gone)
+        for start in range(0, len(gone), EVENTS_PER_ACCEPT):
+            await self._record_removed(gone[start : start + EVENTS_PER_ACCEPT])
+        if not self._known.first_scan_done:
+            notes: dict[str, Json] = {
+                FIRST_SCAN_DONE_KEY: to_datetime(self._options.clock.now()).isoformat(),
+                FIRST_SCAN_STARTED_KEY: None,
+            }
+            self._known.first_scan_done = await self._accept([], {}, notes)
+        if not self._first_scan_logged:
+            self._first_scan_logged = True
+            self._ledger.log.info(
+                "bucket.initial_scan_completed",
+                bucket=self._known.bucket,
+                prefix=self._options.key_filter.list_prefix,
+                known=len(self._known),
+                unsettled=len(self._unsettled),
+            )
+
+    async def _record_removed(self, gone: Sequence[str]) -> None:
+        marks: dict[str, ObjectMark | None] = {}
+        events: list[Event] = []
+        for key in gone:
+            mark = self._known.mark(key)
+            assert mark is not None
+            if (mark.etag, mark.size) != REMOVED_VERSION:
+                removed = self._removal_event(key, mark)
+                if self._options.deleted:
+                    events.append(removed)
+                expect = self._options.deleted and self._has_queue
+                mark = marks[key] = self._known.mark_removed(
+                    key, removed.id, now=self._options.clock.now(), expect_notification=expect
+                )
+            if self._known.can_forget(key, mark, self._options.clock.now()):
+                marks[key] = None
+        if marks:
+            await self._accept(events, marks)
+
+    def _removal_event(self, key: str, mark: ObjectMark) -> Event:
+        notification = Notification(
+            action="removed",
+            bucket=self._known.bucket,
+            key=key,
+            time=to_datetime(self._options.clock.now()),
+            reason="Listed",
         )
-        return to_event(notice, ident=ident)
+        ident = stable_id(
+            self._known.bucket, key, "gone", mark.etag, mark.size, mark.modified, mark.sequencer
+        )
+        return to_event(notification, ident=ident)
 
     def gauges(self) -> list[Gauge]:
         return [
-            Gauge("known_objects", len(self._seen)),
-            Gauge("whole_sweeps", self.count),
-            Gauge("sweep_seconds", self.took, total="max"),
+            Gauge("known_objects", len(self._known)),
+            Gauge("completed_scans", self.completed_scans),
+            Gauge("scan_seconds", self.last_scan_seconds, total="max"),
         ]

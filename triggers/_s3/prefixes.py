@@ -1,42 +1,48 @@
-"""Whole folders: the event of a marker such as `_SUCCESS`, with the objects that lie beside and below it.
+"""Folder events: the event of a marker such as `_SUCCESS`, with the objects beside and below it.
 
-queue.py and sweep.py pass every event through `Folders.complete` on its way to the ledger; without a folder marker it is
-returned as it is. The list is what is there when the event is made: a file that the writer adds later is not in it, and a
-marker written again is an event of its own.
+listing.py and queue.py pass every event through `FolderEvents.expand`; without a folder marker it
+is returned unchanged. The list shows the objects at the time of the event: a file that the writer
+adds later is not in it, and a marker written again is another event.
 """
 
 from typing import Any
 
 from eventflow.core.errors import SourceError
 from eventflow.events.event import Event
-from triggers._s3.clients import Caller
-from triggers._s3.key_filter import Selection, folder_of
-from triggers._s3.notifications import CREATED, Listed, folder_event, to_listed
+from triggers._s3.clients import RetryingCaller
+from triggers._s3.key_filter import KeyFilter, folder_of
+from triggers._s3.notifications import CREATED, ListedObject, folder_event, to_listed_object
 
-OBJECTS = 1000
-"""Objects that a folder's event lists at most: one page of a listing, some 150 KiB."""
+MAX_FOLDER_OBJECTS = 1000
+"""In a folder's event: one page of a listing, about 150 KiB."""
 
 
-class Folders:
-    """The folders of one opened `S3`."""
+class FolderEvents:
+    """Lists the folders of one opened `S3`."""
 
-    def __init__(self, client: Any, selection: Selection, caller: Caller) -> None:
-        self._client, self._selection, self._caller = client, selection, caller
+    def __init__(self, client: Any, key_filter: KeyFilter, caller: RetryingCaller) -> None:
+        self._client: Any = client
+        self._key_filter: KeyFilter = key_filter
+        self._caller: RetryingCaller = caller
 
-    async def complete(self, event: Event) -> Event:
-        """A marker's event as its folder's; any other as it is."""
-        if not self._selection.per_folder or event.type != CREATED:
+    async def expand(self, event: Event) -> Event:
+        """The folder's event for a marker's; any other event unchanged. SourceError when the
+        listener is stopping.
+        """
+        if not self._key_filter.marker_per_folder or event.type != CREATED:
             return event
         bucket, folder = event.data["bucket"], folder_of(event.data["key"])
-        answer = await self._caller.ask(
+        answer = await self._caller.call(
             f"listing s3://{bucket}/{folder}",
-            lambda: self._client.list_objects_v2(Bucket=bucket, Prefix=folder, MaxKeys=OBJECTS),
+            lambda: self._client.list_objects_v2(
+                Bucket=bucket, Prefix=folder, MaxKeys=MAX_FOLDER_OBJECTS
+            ),
         )
-        if (
-            answer is None
-        ):  # the listener is stopping: its marker is told again, and then with its folder
+        if answer is None:  # stopping: the marker's notification is delivered again
             raise SourceError(f"s3://{bucket}/{folder} could not be listed before the stop")
         page: dict[str, Any] = answer
-        there: list[Listed] = [to_listed(each) for each in page.get("Contents") or ()]
-        data = [each for each in there if self._selection.holds(each.key)]
+        objects: list[ListedObject] = [
+            to_listed_object(each) for each in page.get("Contents") or ()
+        ]
+        data = [each for each in objects if self._key_filter.is_data(each.key)]
         return folder_event(event, folder, data, bool(page.get("IsTruncated")))

@@ -1,11 +1,13 @@
-"""A queue of notices: receive, record, delete, in this order (P1). `S3.listen` runs a few loops of one `Queue`.
+"""An SQS queue of notifications: receive, record, delete, in this order (P1). `S3.listen` runs
+`pollers` loops of one `SqsPoller`.
 
-    receive (long poll) ─► notices.py ─► seen.py (has a sweep been here?) ─► Desk.offer ─► delete
-                                    messages are kept from others meanwhile ─┘
+    receive (long poll) ─► read_notifications ─► KnownObjects ─► LedgerIntake.accept ─► delete
+                           the visibility timeout is extended meanwhile ─┘
 
-A message is deleted only after everything in it is durable; a kill in between makes it visible again, and the ledger knows it.
-A batch is recorded in one transaction and in the queue's order, which is all that FIFO queues need: SQS itself gives out no
-more of a group while one of its messages is in hand. A message that is no notice becomes a dead letter with its bytes.
+A message is deleted only after everything in it is durable; after a crash in between SQS delivers
+it again, and the ledger finds the duplicate. A batch is recorded in one transaction and in the
+queue's order, which suffices for FIFO queues: SQS delivers no more of a message group while one of
+its messages is in flight. A message that is not a notification becomes a dead letter.
 """
 
 import asyncio
@@ -18,105 +20,142 @@ import msgspec
 
 from eventflow.core.clock import SECOND
 from eventflow.events.event import Event, Gauge, Undecodable
-from triggers._s3.clients import FAILURES, Caller
-from triggers._s3.intake import Desk, Options
-from triggers._s3.known_objects import Mark, Owed, Seen, marked_by, owed_to, to_cursor
-from triggers._s3.notifications import Notice, SettingsSaved, is_older, read_notices, to_event
-from triggers._s3.prefixes import Folders
+from triggers._s3.clients import CLIENT_ERRORS, RetryingCaller
+from triggers._s3.intake import LedgerIntake, S3Options
+from triggers._s3.known_objects import (
+    KnownObjects,
+    ObjectMark,
+    PendingNotification,
+    find_pending,
+    mark_notified,
+    to_cursor,
+)
+from triggers._s3.notifications import (
+    Notification,
+    S3TestEvent,
+    is_older,
+    read_notifications,
+    to_event,
+)
+from triggers._s3.prefixes import FolderEvents
 
-BATCH = 10
-"""Messages that SQS gives out, takes back or deletes in one call."""
+LOG_EVENTS = {
+    "bucket.test_notification_received": (
+        "S3 sent its test message: the notification settings of a bucket were saved."
+    ),
+    "message.delete_failed": (
+        "A recorded message could not be deleted from its queue; it arrives again, as a duplicate."
+    ),
+    "message.visibility_extension_failed": (
+        "The visibility timeout of a message was not extended; a second delivery is a duplicate."
+    ),
+    "notification.filtered": (
+        "Notifications of objects excluded by the trigger's prefix, suffix or pattern (debug)."
+    ),
+}
 
-PATIENCE = 10.0
-"""Seconds that a poll or a record under way may take after a cancel."""
+SQS_BATCH_SIZE = 10
+"""Messages that SQS accepts in one call."""
 
-ORDERED = 10_000
-"""Keys whose latest sequencer is remembered, to tell a notice that was overtaken."""
+STOP_TIMEOUT_SECONDS = 10.0
+"""For the current poll or transaction after a cancel."""
 
-LOOK = 15.0
-"""Seconds between looks at how many messages wait."""
+MAX_TRACKED_KEYS = 10_000
+"""Keys whose latest sequencer is kept, to mark superseded notifications."""
 
-TRIES = 3
-"""Times a message is deleted before it is left to come again, which the ledger will call a duplicate."""
+DEPTH_CHECK_INTERVAL_SECONDS = 15.0
+"""Between two requests for the number of queued messages."""
+
+DELETE_ATTEMPTS = 3
+"""After these, the message is delivered again, as a duplicate."""
 
 
-class Tally:
-    """What the loops of one trigger counted; kept over reopenings."""
+class QueueStats:
+    """The counts of one trigger; kept when its listener restarts."""
 
     def __init__(self) -> None:
-        self.waiting: int | None = None
-        self.delay: float | None = None
-        self.in_hand = 0
-        self.filtered = 0
-        self.tested: str | None = None
+        self.queued_messages: int | None = None  # None: unknown
+        self.delay_seconds: float | None = None  # of the last message
+        self.in_flight: int = 0
+        self.filtered: int = 0
+        self.last_tested_bucket: str | None = None
 
     def gauges(self) -> list[Gauge]:
-        found = [Gauge("in_hand_messages", self.in_hand), Gauge("filtered_notices", self.filtered)]
-        if self.waiting is not None:
-            found.append(Gauge("lag_messages", self.waiting))
-        if self.delay is not None:
-            found.append(Gauge("lag_seconds", self.delay, total="max"))
+        found = [
+            Gauge("in_flight_messages", self.in_flight),
+            Gauge("filtered_notifications", self.filtered),
+        ]
+        if self.queued_messages is not None:
+            found.append(Gauge("lag_messages", self.queued_messages))
+        if self.delay_seconds is not None:
+            found.append(Gauge("lag_seconds", self.delay_seconds, total="max"))
         return found
 
 
-class Queue:
-    """One queue. `run` is one loop on it; several may run at the same time."""
+class SqsPoller:
+    """Receives from one queue. `run` is one loop; several may run at the same time."""
 
     def __init__(
         self,
         client: Any,
         url: str,
-        options: Options,
-        desk: Desk,
-        caller: Caller,
-        seen: Seen | None,
-        folders: Folders,
-        tally: Tally,
+        options: S3Options,
+        ledger: LedgerIntake,
+        caller: RetryingCaller,
+        known: KnownObjects | None,
+        folders: FolderEvents,
+        stats: QueueStats,
     ) -> None:
-        self._client, self._url, self._options = client, url, options
-        self._desk, self._caller, self._seen, self._folders, self._tally = (
-            desk,
-            caller,
-            seen,
-            folders,
-            tally,
-        )
-        self._clock, self._log = options.clock, desk.log
-        self._latest: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._client: Any = client
+        self._url: str = url
+        self._options: S3Options = options
+        self._ledger: LedgerIntake = ledger
+        self._caller: RetryingCaller = caller
+        self._known: KnownObjects | None = known  # None: nothing scans the listing
+        self._folders: FolderEvents = folders
+        self._stats: QueueStats = stats
+        self._log: Any = ledger.log
+        self._latest_sequencers: OrderedDict[tuple[str, str], str] = OrderedDict()
 
     async def run(self) -> None:
-        """Until cancelled. A step under way then ends: what it records it deletes, what it only received it gives back."""
+        """Until cancelled. The current step then ends: recorded messages are deleted, the others
+        become visible.
+        """
         step = asyncio.create_task(self._step())
         try:
             while True:
                 await asyncio.shield(step)
                 step = asyncio.create_task(self._step())
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # raised again once the current step has ended
             self._caller.stop()
-            await asyncio.wait({step}, timeout=PATIENCE)
+            await asyncio.wait({step}, timeout=STOP_TIMEOUT_SECONDS)
             raise
         finally:
             step.cancel()
             await asyncio.gather(step, return_exceptions=True)
 
     async def _step(self) -> None:
-        began = self._clock.monotonic()
-        messages = await self._caller.ask(f"receiving from {self._url}", self._receive)
+        started_at = self._options.clock.monotonic()
+        messages = await self._caller.call(f"receiving from {self._url}", self._receive)
         if not messages:
-            if self._clock.monotonic() - began < 0.2:
-                await self._caller.rest(0.5)  # it was not asked to wait, or does not
+            if self._options.clock.monotonic() - started_at < 0.2:
+                await self._caller.sleep(0.5)  # a queue without long polling
             return
-        self._tally.in_hand += len(messages)
+        self._stats.in_flight += len(messages)
         try:
             await self._handle(messages)
         finally:
-            self._tally.in_hand -= len(messages)
+            self._stats.in_flight -= len(messages)
 
     async def _receive(self) -> list[dict[str, Any]]:
         answer = await self._client.receive_message(
-            QueueUrl=self._url, MaxNumberOfMessages=BATCH, WaitTimeSeconds=round(self._options.wait),
-            VisibilityTimeout=round(self._options.visibility), AttributeNames=["All"], MessageAttributeNames=["All"],
-        )  # fmt: skip
+            QueueUrl=self._url,
+            MaxNumberOfMessages=SQS_BATCH_SIZE,
+            WaitTimeSeconds=round(self._options.wait),
+            VisibilityTimeout=round(self._options.visibility),
+            AttributeNames=["All"],
+            MessageAttributeNames=["All"],
+        )
         return answer.get("Messages") or []
 
     # ------------------------------------------------------------------------- one batch
@@ -125,118 +164,148 @@ class Queue:
         if self._caller.stopping:
             await self._set_visibility(messages, 0)
             return
-        keeper = asyncio.create_task(self._keep(messages))
+        visibility_extender = asyncio.create_task(self._extend_visibility(messages))
         try:
             recorded = await self._record(messages)
         finally:
-            keeper.cancel()
-            await asyncio.gather(keeper, return_exceptions=True)
+            visibility_extender.cancel()
+            await asyncio.gather(visibility_extender, return_exceptions=True)
         if recorded:
             await self._delete(messages)
         else:
             await self._set_visibility(messages, 0)
 
     async def _record(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether everything in the messages is durable. Whoever also sweeps decides and records under one lock."""
+        """Whether everything in the messages is durable. Beside a scan, it reads and records under
+        one lock.
+        """
         read = [self._read(message) for message in messages]
-        if self._seen is None:
-            return await self._offer(read, None)
-        async with self._desk.lock:
-            return await self._offer(read, self._seen)
+        if self._known is None:
+            return await self._accept(read, None)
+        async with self._ledger.lock:
+            return await self._accept(read, self._known)
 
-    async def _offer(self, read: Sequence[Undecodable | list[Notice]], seen: Seen | None) -> bool:
+    async def _accept(
+        self, read: Sequence[Undecodable | list[Notification]], known: KnownObjects | None
+    ) -> bool:
         items: list[Event | Undecodable] = []
-        marks: dict[str, Mark] = {}
+        marks: dict[str, ObjectMark] = {}
         for found in read:
             if isinstance(found, Undecodable):
                 items.append(found)
                 continue
-            for notice in found:
-                owed = self._mark(notice, seen, marks)
-                if notice.action == "created" or self._options.deleted:
-                    items.append(await self._to_event(notice, owed))
+            for notification in found:
+                pending = self._mark(notification, known, marks)
+                if notification.action == "created" or self._options.deleted:
+                    items.append(await self._to_event(notification, pending))
         if not items and not marks:
             return True
-        recorded = await self._desk.offer(items, to_cursor(marks))
-        if recorded and seen is not None:
-            seen.note(marks)
+        recorded = await self._ledger.accept(items, to_cursor(marks))
+        if recorded and known is not None:
+            known.update_notified(marks)
         return recorded
 
-    def _mark(self, notice: Notice, seen: Seen | None, marks: dict[str, Mark]) -> Owed | None:
-        """Notes what the cursor will say of the key. Returns what a sweep recorded before this notice came."""
-        if seen is None:
+    def _mark(
+        self, notification: Notification, known: KnownObjects | None, marks: dict[str, ObjectMark]
+    ) -> PendingNotification | None:
+        """Adds the key's new mark. Returns the pending notification of a version that a scan
+        recorded first.
+        """
+        if known is None:
             return None
-        mark = marks.get(notice.key) or seen.mark(notice.key)
-        owed = owed_to(mark, notice)
-        marks[notice.key] = marked_by(mark, notice, owed)
-        return owed
+        mark = marks.get(notification.key) or known.mark(notification.key)
+        pending = find_pending(mark, notification)
+        marks[notification.key] = mark_notified(mark, notification, pending)
+        return pending
 
-    def _read(self, message: dict[str, Any]) -> Undecodable | list[Notice]:
+    def _read(self, message: dict[str, Any]) -> Undecodable | list[Notification]:
         body: str = message["Body"]
-        self._note_delay(message)
+        self._measure_delay(message)
         try:
-            found = read_notices(body)
+            found = read_notifications(body)
         except ValueError as error:
             raw = body.encode("utf-8", "surrogatepass")
             return Undecodable(
                 id=message["MessageId"], source=self._url, body=raw, error=str(error)
             )
-        if isinstance(found, SettingsSaved):
-            self._tally.tested = found.bucket
-            self._log.info("bucket.tested", bucket=found.bucket, queue=self._url)
+        if isinstance(found, S3TestEvent):
+            self._stats.last_tested_bucket = found.bucket
+            self._log.info(
+                "bucket.test_notification_received", bucket=found.bucket, queue=self._url
+            )
             return []
-        wanted = [notice for notice in found if self._wants(notice)]
-        self._tally.filtered += len(found) - len(wanted)
+        wanted = [notification for notification in found if self._matches(notification)]
+        self._stats.filtered += len(found) - len(wanted)
         if len(found) > len(wanted):
-            self._log.debug("notice.filtered", count=len(found) - len(wanted), key=found[0].key)
+            self._log.debug(
+                "notification.filtered", count=len(found) - len(wanted), key=found[0].key
+            )
         return wanted
 
-    def _wants(self, notice: Notice) -> bool:
+    def _matches(self, notification: Notification) -> bool:
         options = self._options
-        if notice.action == "other" or (
-            notice.action == "removed" and not options.deleted and self._seen is None
+        if notification.action == "other" or (
+            notification.action == "removed" and not options.deleted and self._known is None
         ):
             return False
-        return options.bucket in (None, notice.bucket) and options.selection.wants(notice.key)
+        return options.bucket in (None, notification.bucket) and options.key_filter.matches(
+            notification.key
+        )
 
-    async def _to_event(self, notice: Notice, owed: Owed | None) -> Event:
-        """The notice's event; or, when a sweep was here first, that sweep's once more: a duplicate."""
-        superseded = self._is_superseded(notice)
-        if owed is None:
-            return await self._folders.complete(to_event(notice, superseded=superseded))
-        known = Notice(action=notice.action, bucket=notice.bucket, key=notice.key, time=notice.time)
-        if notice.action == "created":
-            known = msgspec.structs.replace(known, size=owed.size, etag=owed.etag or None)
-        return await self._folders.complete(to_event(known, ident=owed.ident))
+    async def _to_event(
+        self, notification: Notification, pending: PendingNotification | None
+    ) -> Event:
+        """The notification's event; or the event of the scan that found the version first, which is
+        then a duplicate.
+        """
+        superseded = self._is_superseded(notification)
+        if pending is None:
+            return await self._folders.expand(to_event(notification, superseded=superseded))
+        known = Notification(
+            action=notification.action,
+            bucket=notification.bucket,
+            key=notification.key,
+            time=notification.time,
+        )
+        if notification.action == "created":
+            known = msgspec.structs.replace(known, size=pending.size, etag=pending.etag or None)
+        return await self._folders.expand(to_event(known, ident=pending.event_id))
 
-    def _is_superseded(self, notice: Notice) -> bool:
-        place, latest = (notice.bucket, notice.key), self._latest.get((notice.bucket, notice.key))
-        if is_older(notice.sequencer, latest):
+    def _is_superseded(self, notification: Notification) -> bool:
+        object_key, latest = (
+            (notification.bucket, notification.key),
+            self._latest_sequencers.get((notification.bucket, notification.key)),
+        )
+        if is_older(notification.sequencer, latest):
             return True
-        if notice.sequencer:
-            self._latest[place] = notice.sequencer
-            self._latest.move_to_end(place)
-            if len(self._latest) > ORDERED:
-                self._latest.popitem(last=False)
+        if notification.sequencer:
+            self._latest_sequencers[object_key] = notification.sequencer
+            self._latest_sequencers.move_to_end(object_key)
+            if len(self._latest_sequencers) > MAX_TRACKED_KEYS:
+                self._latest_sequencers.popitem(last=False)
         return False
 
-    def _note_delay(self, message: dict[str, Any]) -> None:
+    def _measure_delay(self, message: dict[str, Any]) -> None:
         sent = str(message.get("Attributes", {}).get("SentTimestamp", ""))
         if sent.isdecimal():
-            self._tally.delay = max(0.0, (self._clock.now() - int(sent) * 1000) / SECOND)
+            self._stats.delay_seconds = max(
+                0.0, (self._options.clock.now() - int(sent) * 1000) / SECOND
+            )
 
-    # ------------------------------------------------------------------------- what becomes of the messages
+    # ------------------------------------------------------------------ visibility and deletion
 
-    async def _keep(self, messages: Sequence[dict[str, Any]]) -> None:
-        """Keeps messages from others for as long as recording takes. SQS allows 12 hours; after them a copy is a duplicate."""
+    async def _extend_visibility(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Extends the visibility timeout while the messages are recorded. After SQS's limit of 12
+        hours a copy is a duplicate.
+        """
         while True:
-            await self._caller.rest(self._options.visibility / 2)
+            await self._caller.sleep(self._options.visibility / 2)
             if self._caller.stopping:
                 return
             await self._set_visibility(messages, self._options.visibility)
 
     async def _set_visibility(self, messages: Sequence[dict[str, Any]], seconds: float) -> None:
-        """At 0, others may have them at once. A failure loses nothing: the messages come again by themselves."""
+        """0 makes them visible at once. A failure loses nothing: SQS delivers them again."""
         entries = [
             {
                 "Id": str(n),
@@ -249,24 +318,28 @@ class Queue:
             answer = await self._client.change_message_visibility_batch(
                 QueueUrl=self._url, Entries=entries
             )
-        except FAILURES as error:
-            self._log.warning("message.not_extended", count=len(messages), error=str(error))
+        except CLIENT_ERRORS as error:  # SQS delivers the messages again
+            self._log.warning(
+                "message.visibility_extension_failed", count=len(messages), error=str(error)
+            )
             return
         if failed := answer.get("Failed"):
             self._log.warning(
-                "message.not_extended",
+                "message.visibility_extension_failed",
                 count=len(failed),
                 error=failed[0].get("Message") or failed[0].get("Code"),
             )
 
     async def _delete(self, messages: Sequence[dict[str, Any]]) -> None:
-        """A partial success is tried again for the rest; what stays is received again, and is a duplicate."""
+        """Deletes the messages, with retries for those that failed; the rest is delivered again, as
+        duplicates.
+        """
         left = [
             {"Id": str(n), "ReceiptHandle": message["ReceiptHandle"]}
             for n, message in enumerate(messages)
         ]
-        for _ in range(TRIES):
-            answer = await self._caller.ask(
+        for _ in range(DELETE_ATTEMPTS):
+            answer = await self._caller.call(
                 f"deleting from {self._url}", partial(self._delete_batch, left)
             )
             failed = {each["Id"]: each for each in (answer or {}).get("Failed") or ()}
@@ -278,28 +351,32 @@ class Queue:
             for ident, each in failed.items():
                 if each.get("SenderFault"):
                     self._log.warning(
-                        "message.not_deleted",
+                        "message.delete_failed",
                         message=messages[int(ident)]["MessageId"],
                         error=each.get("Code"),
                     )
             if not left:
                 return
-        self._log.warning("message.not_deleted", count=len(left), error="the queue refuses for now")
+        self._log.warning(
+            "message.delete_failed", count=len(left), error="the queue does not delete them now"
+        )
 
     async def _delete_batch(self, entries: list[dict[str, str]]) -> dict[str, Any]:
         return await self._client.delete_message_batch(QueueUrl=self._url, Entries=entries)
 
-    # ------------------------------------------------------------------------- how it fares
+    # ------------------------------------------------------------------------- queue depth
 
-    async def look(self) -> None:
-        """Asks now and then how many messages wait. Without the right to ask, nothing is known of it."""
+    async def watch_depth(self) -> None:
+        """Reads the number of queued messages periodically; unknown without the permission."""
         while not self._caller.stopping:
             try:
                 names = ["ApproximateNumberOfMessages"]
                 answer = await self._client.get_queue_attributes(
                     QueueUrl=self._url, AttributeNames=names
                 )
-                self._tally.waiting = int(answer["Attributes"]["ApproximateNumberOfMessages"])
-            except FAILURES:
-                self._tally.waiting = None
-            await self._caller.rest(LOOK)
+                self._stats.queued_messages = int(
+                    answer["Attributes"]["ApproximateNumberOfMessages"]
+                )
+            except CLIENT_ERRORS:  # no permission, or the queue is not reachable
+                self._stats.queued_messages = None
+            await self._caller.sleep(DEPTH_CHECK_INTERVAL_SECONDS)

@@ -1,0 +1,82 @@
+"""What the parts of one opened `Directory` share: options, tree, known and pending files, and one
+worker thread.
+
+`Listener` builds one `DirectoryContext`; `RootMonitor`, `TreeWalks` and `FileRecorder` read it.
+Only the listener's coroutine uses it, so nothing here is locked; everything that blocks runs in the
+worker thread, one call at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from eventflow.core.clock import Clock
+from triggers._files.names import NameFilter
+from triggers._files.settling import FileStat, KnownFiles, SettlingFiles
+from triggers._files.tree import Tree
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DirectoryOptions:
+    """The checked options of a `Directory`. `root` and `move_to` are absolute; durations are in
+    seconds.
+
+    `removes_source`: whether a recorded file loses its landing name (`after=move(...)` or
+    `after=delete()`).
+    """
+
+    root: bytes
+    names: NameFilter
+    removes_source: bool
+    move_to: bytes | None
+    skip_existing: bool
+    watch: str
+    rescan: float
+    poll: float
+    settle: float
+    zero_byte_grace: float
+    recursive: bool
+    follow_symlinks: bool
+    deleted: bool
+    touch: bool
+    sha256: bool
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryContext:
+    """`limiter` admits one thread at a time."""
+
+    options: DirectoryOptions
+    tree: Tree
+    known: KnownFiles
+    settling: SettlingFiles
+    log: Any
+    limiter: anyio.CapacityLimiter
+
+    @property
+    def clock(self) -> Clock:
+        return self.options.clock
+
+    async def run_blocking(self, call: Callable[..., T], *args: Any) -> T:
+        """The result of `call(*args)` from the worker thread. A cancel does not wait for the
+        thread.
+        """
+        return await anyio.to_thread.run_sync(
+            call, *args, limiter=self.limiter, abandon_on_cancel=True
+        )
+
+    def observe(
+        self, observations: Sequence[tuple[bytes, FileStat | None]], started_at: float
+    ) -> None:
+        """Passes stats to the settling files. `started_at`: monotonic instant before the first of
+        them was taken.
+        """
+        ended_at, now_us = self.clock.monotonic(), self.clock.now()
+        for path, stat in observations:
+            self.settling.observe(path, stat, before=started_at, after=ended_at, now_us=now_us)
