@@ -128,7 +128,9 @@ class _DryRun:
 
     async def read(self, trigger_names: Sequence[str]) -> None:
         """Read the ledger and simulate all events of these triggers."""
-        query, after, more = self._query, 0, True
+        query = self._query
+        after = 0
+        more = True
         # A simulatable trigger may derive its events from events of any type.
         event_type = None if self._triggers else query.type
         await self._start_simulations()
@@ -143,13 +145,15 @@ class _DryRun:
             )
             for row in rows:
                 await self._replay_event(row)
-            after, more = last or after, last is not None
+            after = last or after
+            more = last is not None
         await self._advance_to(query.until)
         self._simulator.advance_to(query.until)
         self._add_absences()
 
     async def _start_simulations(self) -> None:
-        first, until = self._query.since, to_datetime(self._query.until)
+        first = self._query.since
+        until = to_datetime(self._query.until)
         since = None if first is None else to_datetime(first)
         for trigger in self._triggers:
             self._simulations[trigger.name] = trigger.simulate(
@@ -164,7 +168,8 @@ class _DryRun:
 
     async def _replay_event(self, row: Mapping[str, Any]) -> None:
         """One event of the ledger."""
-        trigger, at = row["trigger"], row["received_at"]
+        trigger = row["trigger"]
+        at = row["received_at"]
         self._event_count += 1
         if row["body"] is None:
             self._past_retention += 1
@@ -239,7 +244,8 @@ class _DryRun:
     # ------------------------------------------------------------------------- the result
 
     def to_json(self) -> dict[str, Any]:
-        query, simulator = self._query, self._simulator
+        query = self._query
+        simulator = self._simulator
         return {
             "since": format_timestamp(self._start or 0),
             "until": format_timestamp(query.until),

@@ -226,7 +226,8 @@ class DryRunSimulator:
         """Add events to the open window, or start a run of their own."""
         counts = self.counts[run.subscription]
         counts.events += len(events)
-        name, now = (run.subscription, run.ordering_key or ""), self._clock.at
+        name = (run.subscription, run.ordering_key or "")
+        now = self._clock.at
         window = None if batch_policy is None else self._windows.get(name)
         if window is not None and window.is_open(now):
             for event in events:

@@ -90,7 +90,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         left: dict[str, Any] = orjson.loads(body)
         del left["specversion"]
         pop = left.pop
-        encoded, moment = pop("data_base64", None), pop("time", None)
+        encoded = pop("data_base64", None)
+        moment = pop("time", None)
         return cls(
             id=pop("id"),
             source=pop("source"),

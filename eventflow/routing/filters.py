@@ -26,7 +26,7 @@ from eventflow.core.errors import UsageError
 from eventflow.events.event import Event
 
 Pattern: TypeAlias = Mapping[str, Any]
-Where: TypeAlias = Pattern | Callable[[Event], bool] | None
+FilterSpec: TypeAlias = Pattern | Callable[[Event], bool] | None
 Test: TypeAlias = Callable[[Any], bool]
 
 OPERATORS = (
@@ -60,7 +60,7 @@ class Filter(Protocol):
         ...
 
 
-def compile_filter(where: Where) -> Filter | None:
+def compile_filter(where: FilterSpec) -> Filter | None:
     """The filter of `where=`. Raises UsageError for a malformed pattern and an `async` callable."""
     if where is None:
         return None
@@ -250,7 +250,8 @@ def _compile_leaf(value: Any, path: str) -> Check:
     for one in alternatives:
         if isinstance(one, Mapping) and "exists" in one:
             wanted = _exists(cast(Pattern, one), path)
-            if_present, if_absent = if_present or wanted, if_absent or not wanted
+            if_present = if_present or wanted
+            if_absent = if_absent or not wanted
         else:
             tests.append(_compile_test(one, path))
     text = _condition(path, alternatives)
@@ -268,7 +269,8 @@ def _compile_leaf(value: Any, path: str) -> Check:
     return check
 
 
-_FOUND, _MISSING_TEXT = " (found ", " (absent)"
+_FOUND = " (found "
+_MISSING_TEXT = " (absent)"
 
 
 def condition_of(reason: str) -> str:
@@ -398,7 +400,9 @@ def wildcard(pattern: str, path: str) -> Test:
     Linear: the pieces between the stars are searched from left to right.
     """
     pieces = _split_wildcard(pattern, path)
-    first, last, middle = pieces[0], pieces[-1], pieces[1:-1]
+    first = pieces[0]
+    last = pieces[-1]
+    middle = pieces[1:-1]
 
     def test(found: Any) -> bool:
         if not isinstance(found, str):
@@ -409,7 +413,8 @@ def wildcard(pattern: str, path: str) -> Test:
             found.startswith(first) and found.endswith(last)
         ):
             return False
-        at, end = len(first), len(found) - len(last)
+        at = len(first)
+        end = len(found) - len(last)
         for piece in middle:
             at = found.find(piece, at, end)
             if at < 0:

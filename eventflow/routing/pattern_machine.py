@@ -144,7 +144,8 @@ class Advance(msgspec.Struct):
 
 def merge_items(items: Sequence[PatternItem], time: int, at: int) -> PatternItem:
     events = tuple(sorted(event for item in items for event in item.events))
-    size, held = sum(item.size for item in items), max(item.paused_event for item in items)
+    size = sum(item.size for item in items)
+    held = max(item.paused_event for item in items)
     return PatternItem(time, at, events, size, held, max(item.depth for item in items))
 
 
@@ -292,17 +293,16 @@ class CountNode(PooledNode):
     def choose(
         self, pools: list[list[PatternItem]], role: int, item: PatternItem
     ) -> "list[tuple[int, PatternItem]] | None":
-        pool, others = pools[0], self.n - 1
+        pool = pools[0]
+        others = self.n - 1
         if len(pool) < others:
             return None
         position = len(pool) if not others or item >= pool[-1] else bisect_left(pool, item)
         for first in range(max(0, position - others), min(position, len(pool) - others) + 1):
             if not others:
                 return []
-            low, high = (
-                min(pool[first].time, item.time),
-                max(pool[first + others - 1].time, item.time),
-            )
+            low = min(pool[first].time, item.time)
+            high = max(pool[first + others - 1].time, item.time)
             if high - low <= self.within:
                 return [(0, other) for other in pool[first : first + others]]
         return None

@@ -77,7 +77,8 @@ class PatternRunner:
         if subscription not in self._patterns:
             return None
         owner, pattern = self._patterns[subscription]
-        machine, is_reset = pattern.machine, False
+        machine = pattern.machine
+        is_reset = False
         # The state changes in place, so it leaves the cache whether or not the commit succeeds.
         cached_bytes, cached_state = self._cache.pop((subscription, key), (None, None))
         if isinstance(state, bytes) and state == cached_bytes:

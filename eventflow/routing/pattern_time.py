@@ -50,7 +50,8 @@ class TimedNode(Node):
 
     def run_due(self, advance: Advance, now: int) -> None:
         state = self.own_state(advance)
-        opened, waiting = state.pools[0], state.waiting
+        opened = state.pools[0]
+        waiting = state.waiting
         while (due := self.due(state)) <= now:
             if opened and self._deadline(opened[0]) == due:
                 self._time_out(advance, opened.pop(0), due)

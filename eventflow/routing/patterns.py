@@ -26,7 +26,7 @@ from eventflow.core.clock import Duration, microseconds, to_datetime, to_us
 from eventflow.core.errors import UsageError
 from eventflow.core.hashing import digest
 from eventflow.events.event import Event, LateSpec, LedgerTrigger, Trigger
-from eventflow.routing.filters import Where, compile_filter
+from eventflow.routing.filters import FilterSpec, compile_filter
 from eventflow.routing.pattern_machine import (
     MAX_OPEN_ITEMS,
     AllOfNode,
@@ -52,7 +52,7 @@ class Part(msgspec.Struct, frozen=True):
     """Events of one source, narrowed by `where`. Made by `part`. `by`: its own join key."""
 
     source: "Trigger | LedgerTrigger | str"
-    where: Where = None
+    where: FilterSpec = None
     by: Key = None
 
     @property
@@ -77,7 +77,7 @@ class Part(msgspec.Struct, frozen=True):
         )
 
     @property
-    def combined_where(self) -> Where:
+    def combined_where(self) -> FilterSpec:
         """`where`, together with the filter of a trigger that has one."""
         if isinstance(self.source, LedgerTrigger):
             return combine_filters(self.source.pattern, self.where)
@@ -141,12 +141,13 @@ class Pattern(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-Source: TypeAlias = (
-    "Trigger | LedgerTrigger | str | tuple[Trigger | LedgerTrigger | str, Where] | Part | Pattern"
-)
+EventSource: TypeAlias = "Trigger | LedgerTrigger | str"
+Source: TypeAlias = "EventSource | tuple[EventSource, FilterSpec] | Part | Pattern"
 
 
-def part(source: Trigger | LedgerTrigger | str, *, where: Where = None, by: Key = None) -> Part:
+def part(
+    source: Trigger | LedgerTrigger | str, *, where: FilterSpec = None, by: Key = None
+) -> Part:
     """One part of a pattern: a source, narrowed by `where`.
 
     `by`: where the join key is in events of this part, if not where the pattern's `by=` says.
@@ -331,7 +332,8 @@ def _add_nodes(
     for each, role in zip(pattern.parts, pattern.roles, strict=True):
         if isinstance(each, Pattern):
             inner = _add_nodes(each, late, nodes, parts)
-            inner.parent, inner.role = node, role
+            inner.parent = node
+            inner.role = role
         else:
             parts.append((node, role))
     return node

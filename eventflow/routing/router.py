@@ -254,7 +254,9 @@ class Router:
 
 def run_ended_event(run: RunEnded) -> Event:
     """The event of a run that ended. Its id has the token: a retried run may end again."""
-    run_id, since, state = format_id(run.run), run.started_at or run.at, run.state.label
+    run_id = format_id(run.run)
+    since = run.started_at or run.at
+    state = run.state.label
     data: dict[str, Any] = {
         "run": run_id,
         "flow": run.flow,
@@ -289,7 +291,9 @@ def late_run_event(run: LateRun) -> Event:
 
     Its id is made of the run and its allowed time, so it is recorded once for each of them.
     """
-    run_id, since, after = format_id(run.run), run.started_at or run.at, in_seconds(run.after)
+    run_id = format_id(run.run)
+    since = run.started_at or run.at
+    after = in_seconds(run.after)
     data: dict[str, Any] = {
         "run": run_id,
         "flow": run.flow,
@@ -400,7 +404,8 @@ class _ArrivalBuilder:
         self, name: str, pattern: CompiledPattern, trigger: str, paused: bool
     ) -> None:
         """Match a pattern: the event goes to the first part that accepts it."""
-        mismatch, event = None, self._event
+        mismatch = None
+        event = self._event
         for number in pattern.parts_for(trigger, event.type):
             part = pattern.parts[number]
             mismatch, error = _apply_filter(part.filter, event)

@@ -16,7 +16,7 @@ from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, EventSink, LateSpec
 from eventflow.routing.binding import Binder
 from eventflow.routing.delivery import Delivery, Each
-from eventflow.routing.filters import Filter, Where, compile_filter, wildcard
+from eventflow.routing.filters import Filter, FilterSpec, compile_filter, wildcard
 from eventflow.routing.pattern_machine import Machine
 from eventflow.store.protocol import BatchPolicy
 
@@ -156,7 +156,7 @@ def subscribe(
     trigger: str,
     flow: FlowLike,
     *,
-    where: Where = None,
+    where: FilterSpec = None,
     params: Params = None,
     key: Key = None,
     priority: int | None = None,
@@ -231,7 +231,7 @@ def subscribe_sink(
     sink: EventSink,
     *,
     types: Iterable[str] = (),
-    where: Where = None,
+    where: FilterSpec = None,
     dead_letters: bool = False,
     name: str | None = None,
     used_names: Collection[str] = (),
@@ -267,7 +267,8 @@ def _delivery_mode(deliver: Delivery | None) -> Delivery:
 
 def unique_name(name: str, used_names: Collection[str]) -> str:
     """`name`, or `name#2`, `name#3` … whichever is the first not among `used_names`."""
-    number, unique = 1, name
+    number = 1
+    unique = name
     while unique in used_names:
         number += 1
         unique = f"{name}#{number}"
@@ -320,7 +321,7 @@ def _key_text(value: Any) -> str | None:
     )
 
 
-def combine_filters(pattern: Mapping[str, Any], where: Where) -> Where:
+def combine_filters(pattern: Mapping[str, Any], where: FilterSpec) -> FilterSpec:
     """A `where=` that holds if `pattern`, which is the trigger's own, and `where` both hold."""
     if where is None:
         return pattern

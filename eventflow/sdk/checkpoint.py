@@ -188,7 +188,8 @@ def checkpoint(
         raise UsageError(
             f"checkpoint(keep=, max_bytes=) expected at least 1, found {keep} and {max_bytes}"
         )
-    store, context = _store.get(), task_context()
+    store = _store.get()
+    context = task_context()
     if store is None or context is None or not context.run_id:
         return Checkpoint(None, context, Path(), keep, max_bytes)
     folder = store.call_directory(context.idempotency_key)
@@ -279,7 +280,8 @@ class Checkpoint:
     # ----------------------------------------------------------------- writing
 
     def _save(self, step: int, write: Callable[[Path, SizeCheck], Manifest]) -> None:
-        store, context = self._store, self._context
+        store = self._store
+        context = self._context
         if store is None or context is None:
             if not self._has_logged:
                 self._has_logged = True

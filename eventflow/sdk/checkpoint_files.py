@@ -113,8 +113,10 @@ class _Extractor:
                 self.extract(member, f"{path}[{index}]")
                 for index, member in enumerate(cast(list[Any], value))
             )
-        number, self._count = self._count, self._count + 1
-        numpy, torch = self._numpy, self._torch
+        number = self._count
+        self._count = self._count + 1
+        numpy = self._numpy
+        torch = self._torch
         if numpy is not None and (
             kind is numpy.ndarray or isinstance(value, numpy.generic | numpy.memmap)
         ):

@@ -273,7 +273,9 @@ class Task(Generic[P, R]):
     # ----------------------------------------------------------------- outside a run
 
     async def _plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        retry, attempt, rng = self.options.retries, 1, random.Random()
+        retry = self.options.retries
+        attempt = 1
+        rng = random.Random()
         while True:
             enclosing = task_context()
             if enclosing is None or not enclosing.run_id:

@@ -57,12 +57,14 @@ class Oracle:
 
     def __init__(self, arrivals: list[tuple[int, PatternItem]]) -> None:
         self._arrivals = arrivals
-        self._part = self._node = -1
+        self._part: int = -1
+        self._node: int = -1
         self.expired: list[int] = []
 
     def matches(self, pattern: Pattern, lateness: int = 0) -> list[Given]:
         self._node += 1
-        node, late = self._node, lateness if pattern.lateness is None else pattern.lateness
+        node = self._node
+        late = lateness if pattern.lateness is None else pattern.lateness
         given: list[Given] = []
         for each, role in zip(pattern.parts, pattern.roles, strict=True):
             if isinstance(each, Pattern):
@@ -188,7 +190,9 @@ class _Processed:
     """
 
     def __init__(self, given: Given, late: int, node: int) -> None:
-        self.given, self.item, self.role = given, given.item, given.role
+        self.given = given
+        self.item = given.item
+        self.role = given.role
         self.at = max(given.item.at, given.item.time + late)
         at_once = self.at == given.item.at
         self.key = (self.at, 1, given.order) if at_once else (self.at, 0, given.item)
@@ -378,7 +382,8 @@ def missed_deadlines(
     end.
     """
     life = SimulatedLife(compile_pattern(pattern).machine)
-    now, end = at(start), at(until)
+    now = at(start)
+    end = at(until)
     life.advance(now)
     for n, moment in enumerate(sorted(map(at, arrived)), 1):
         while advanced and now < moment - 3600 * S:
@@ -437,7 +442,8 @@ def test_reasons_name_the_missing_part() -> None:
 
     def reasons(pattern: Pattern, *arrived: tuple[int, int]) -> dict[int, str]:
         machine = compile_pattern(pattern).machine
-        state, expired = machine.initial_state(0), {}
+        state = machine.initial_state(0)
+        expired = {}
         for n, (part_number, second) in enumerate(arrived):
             expired.update(
                 machine.advance(
@@ -477,7 +483,8 @@ def test_parts_and_keys() -> None:
     """A part is a trigger, a type, a pair with a filter, or a pattern; `by` is one path for all
     parts or one for each by name.
     """
-    orders, paid = MemoryTrigger("orders"), "payment.*"
+    orders = MemoryTrigger("orders")
+    paid = "payment.*"
     pattern = all_of(
         (orders, {"total": [{"numeric": [">", 5]}]}),
         paid,

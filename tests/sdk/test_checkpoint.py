@@ -360,7 +360,7 @@ def test_other_arguments_start_from_the_beginning(
 
 
 def kept_runs(app: App) -> list[str]:
-    return app.runtime.checkpoints.runs()  # pyright: ignore
+    return app.runtime.retention.checkpoints.run_ids()
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -565,9 +565,9 @@ async def test_a_restart_completes_a_removal(tmp_path: Path):
     store = tmp_path / "store.db"
     async with running(app, store=store):
         run = await app.start(both)
-        await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "something is kept")
+        await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "a checkpoint is saved")
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
-    store = CheckpointStore(tmp_path / "store.db.checkpoints")
+    checkpoints = CheckpointStore(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
     Checkpoint(
         checkpoints, context, checkpoints.call_directory(context.idempotency_key), 1, 1 << 20
