@@ -1,12 +1,11 @@
-"""Handwritten digits of scikit-learn and a classifier for them: what examples/drift_retrain.py
-trains, epoch by epoch.
+"""Handwritten digits of scikit-learn, and the classifier that examples/drift_retrain.py trains.
 
     python examples/digits_model.py 900
     python examples/digits_model.py 1797
 
-Watch: so many digits "have arrived" in data/digits.npz, and ten epochs of SGD on them, with loss,
-gradient and accuracy. From number 900 on the scanner is askew (every picture is a pixel to the
-right): a model trained before that is bad at the rest.
+Watch: data/digits.npz with that many digits, and ten epochs of SGD on them, with loss, gradient and
+accuracy. From number 900 on every picture is a pixel further right, so a model trained on the first
+900 is bad at the rest.
 """
 
 import sys
@@ -23,18 +22,16 @@ Model = dict[str, np.ndarray]
 
 
 def arrive(count: int) -> None:
-    """The first `count` digits are there, as whoever collects them would write them."""
+    """Write the first `count` digits, as a collector would."""
     pictures, labels = load_digits(return_X_y=True)
     pictures[ASKEW:] = np.roll(pictures[ASKEW:].reshape(-1, 8, 8), 1, axis=2).reshape(-1, 64)
     DATA.parent.mkdir(exist_ok=True)
     np.savez(DATA.with_suffix(".part.npz"), x=pictures[:count] / 16, y=labels[:count])
-    DATA.with_suffix(".part.npz").replace(DATA)  # whole, or not at all: a training may be reading
+    DATA.with_suffix(".part.npz").replace(DATA)  # atomic: a training may read it
 
 
 def arrived(*, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Every fifth of the newest 600 digits is held out, the others of all that came are trained
-    on.
-    """
+    """The digits to train on, or every fifth of the newest 600, which are held out."""
     with np.load(DATA) as data:
         x, y = data["x"], data["y"]
     number = np.arange(len(y))
@@ -49,16 +46,13 @@ def fresh() -> Model:
 def train_epoch(
     model: Model, x: np.ndarray, y: np.ndarray, epoch: int, rate: float = 0.5
 ) -> tuple[Model, float, float]:
-    """The model after one epoch of softmax regression by SGD, the mean loss, and the largest norm
-    of a gradient.
-
-    The same epoch on the same data gives the same model, so that a training that was killed ends as
-    one that was not.
+    """The model after one epoch of softmax regression by SGD, the mean loss and the largest norm of
+    a gradient. The same for the same arguments, so that a killed training ends as any other.
     """
-    w, b, losses, norms = model["w"].copy(), model["b"].copy(), [], []
-    for batch in np.array_split(
-        np.random.default_rng(epoch).permutation(len(y)), max(1, len(y) // 32)
-    ):
+    w, b = model["w"].copy(), model["b"].copy()
+    losses, norms = [], []
+    order = np.random.default_rng(epoch).permutation(len(y))
+    for batch in np.array_split(order, max(1, len(y) // 32)):
         scores = x[batch] @ w + b
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
@@ -79,6 +73,5 @@ if __name__ == "__main__":
     model = fresh()
     for epoch in range(1, 11):
         model, loss, norm = train_epoch(model, *arrived(held_out=False), epoch)
-        print(
-            f"epoch {epoch}: loss {loss:.3f}, gradient {norm:.2f}, accuracy {accuracy(model, *arrived(held_out=True)):.3f}"
-        )
+        score = accuracy(model, *arrived(held_out=True))
+        print(f"epoch {epoch}: loss {loss:.3f}, gradient {norm:.2f}, accuracy {score:.3f}")

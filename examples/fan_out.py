@@ -1,13 +1,12 @@
-"""A fan-out over 10,000 items: kill it half-way, start it again, and it finishes without computing
-a recorded item twice.
+"""A fan-out over 10,000 items, killed half-way: started again, it computes no recorded item twice.
 
-    timeout -s KILL 2 python examples/fan_out.py     # dies in the middle, as pods and laptops do
-    python examples/fan_out.py                       # goes on where the journal ends
-    python examples/fan_out.py                       # only prints: the run is done, its result is recorded
+    timeout -s KILL 2 python examples/fan_out.py  # killed in the middle
+    python examples/fan_out.py                    # continues from the journal
+    python examples/fan_out.py                    # prints the recorded result
 
-The chore: the value at risk of 10,000 positions, each simulated on its own. Watch the last line of
-each start: "computed here" counts what was not recorded before. `python examples/fan_out.py
-2026-08-01` is another day, so another run.
+The example computes the value at risk of 10,000 positions, each simulated independently. Watch the
+last line of each start: "computed here" counts what was not recorded before. `python
+examples/fan_out.py 2026-08-01` is another day, and so another run.
 """
 
 import asyncio
@@ -18,7 +17,8 @@ from random import Random
 
 from eventflow import App, current_run, flow, task
 
-POSITIONS, DAYS = 10_000, 200
+POSITIONS = 10_000
+DAYS = 200
 
 
 @task

@@ -1,18 +1,20 @@
-"""Orders come from one Kafka topic, are enriched and scored, and their scores go to another. Each order is scored once.
+"""Orders arrive in a Kafka topic and are scored once; their scores go to another topic.
 
     docker compose up -d kafka
     KAFKA_BOOTSTRAP_SERVERS=localhost:9094 eventflow serve examples/kafka_orders.py
 
-Send a few from another terminal, and read what comes of them:
+Send a few from another terminal, and read the scores:
 
-    for n in 1 2 3; do echo "c-$n:{\\"id\\": \\"o-$n\\", \\"customer\\": \\"c-$n\\", \\"total\\": $n}"; done |
-        kcat -b localhost:9094 -t orders -P -K :
+    for n in 1 2 3; do
+        echo "c-$n:{\\"id\\": \\"o-$n\\", \\"customer\\": \\"c-$n\\", \\"total\\": $n}"
+    done | kcat -b localhost:9094 -t orders -P -K :
     kcat -b localhost:9094 -t scores -C -f '%k %s %h\\n'
 
-Watch: orders of one customer are scored one after another, different ones at the same time. Kill the server with -9 in the
-middle and start it again: it goes on behind the last order it has recorded. A record that is no JSON, or no order, is in the
-topic `dead-orders`, and in `eventflow ls dead`. `eventflow ls triggers` tells the lag, `eventflow ls outlets` what is still to
-be sent. A score may come twice after a kill, with the same `ce_id`.
+Watch: orders of one customer are scored one after another, of different ones at the same time. Kill
+the server with -9 and start it again: it continues after the last recorded order. A record that is
+no JSON or no order goes to the topic `dead-orders`, and to `eventflow ls dead-letters`. `eventflow
+ls triggers` shows the lag, `eventflow ls sinks` what is still to be sent. A score may come twice
+after a kill, with the same `ce_id`.
 """
 
 import asyncio
@@ -35,7 +37,7 @@ class Order(msgspec.Struct):
 
 @task(retries=Retry(attempts=5, delay=0.2), timeout=10)
 async def segment_of(customer: str) -> str:
-    """Asks the customer database; here it is a dictionary that takes its time."""
+    """Ask the customer database; here it is a dictionary."""
     await asyncio.sleep(0.01)
     return SEGMENTS.get(customer, "new")
 
@@ -49,17 +51,14 @@ def score(order: Order, segment: str) -> float:
 async def handle(order: Order) -> float:
     segment = await segment_of(order.customer)
     value = await score(order, segment)
-    await emit(
-        "order.scored",
-        {"order": order.id, "segment": segment, "score": value},
-        subject=order.customer,
-    )
+    scored = {"order": order.id, "segment": segment, "score": value}
+    await emit("order.scored", scored, subject=order.customer)
     return value
 
 
 app = App("kafka-orders")
-# A member with a name of its own comes back after a kill at once; others wait until the group has
-# given up the dead one.
+# A member with a fixed name rejoins at once after a kill; without one, the group first waits until
+# the session of the old member has timed out.
 orders = Kafka(
     "orders", bootstrap_servers=BROKER, group_id="kafka-orders", group_instance_id="server-1"
 )

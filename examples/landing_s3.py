@@ -1,13 +1,13 @@
-"""Partners drop CSV files of sales in a bucket; each becomes a report of totals per region, there too. Bad files fail loudly.
+"""Partners drop CSV files of sales in a bucket; each becomes a report in it. Bad files fail.
 
-    docker compose up -d minio        # or any S3: then leave S3_ENDPOINT_URL out, and set SALES_QUEUE to its SQS queue
-    export S3_ENDPOINT_URL=http://127.0.0.1:9000 AWS_ACCESS_KEY_ID=eventflow AWS_SECRET_ACCESS_KEY=eventflow-local
-    alias s3="aws --endpoint-url $S3_ENDPOINT_URL s3" && s3 mb s3://sales && eventflow serve examples/landing_s3.py
+    docker compose up -d minio
+    export S3_ENDPOINT_URL=http://127.0.0.1:9000 AWS_ACCESS_KEY_ID=eventflow
+    export AWS_SECRET_ACCESS_KEY=eventflow-local; alias s3="aws --endpoint-url $S3_ENDPOINT_URL s3"
+    s3 mb s3://sales && eventflow serve examples/landing_s3.py
     printf 'region,amount\\nnorth,10\\nsouth,x\\nnorth,5.5\\n' | s3 cp - s3://sales/in/monday.csv
 
-Watch: within a poll (or at once, with a queue) reports/monday.csv.json is in the bucket. Drop a file without an `amount`
-column: no report, but a failed run, in `eventflow ls runs` with its reason; mend it, drop it again, and that version is an
-event of its own. What lands while nothing runs is found at the next start. Needs: pip install 'eventflow-reactor[s3]'.
+Watch: after a poll (at once with an SQS queue, $SALES_QUEUE) reports/monday.csv.json is in the
+bucket. A file without an `amount` column makes a failed run; a corrected version is a new event.
 """
 
 import csv
@@ -24,31 +24,23 @@ from eventflow import App, Permanent, Retry, current_run, flow, task
 from triggers import S3
 
 BUCKET, QUEUE = os.environ.get("SALES_BUCKET", "sales"), os.environ.get("SALES_QUEUE") or None
-PLACE = {
-    "endpoint_url": os.environ.get("S3_ENDPOINT_URL"),
-    "region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1"),
-}
+ENDPOINT = os.environ.get("S3_ENDPOINT_URL")
+REGION = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
 
 
 @task(retries=Retry(attempts=5, give_up_on=(UnicodeDecodeError,)))
 async def validate(key: str, etag: str) -> tuple[list[tuple[str, float]], int]:
-    """Reads the version that the event is about: its sales, and how many rows are none. Some files
-    are nobody's sales.
-    """
+    """Read the version of the event: its sales, and the number of bad rows."""
     s3 = current_run().state
     try:
         found = await s3.get_object(Bucket=BUCKET, Key=key, IfMatch=etag)
     except s3.exceptions.ClientError as error:
         if error.response["Error"]["Code"] in ("NoSuchKey", "PreconditionFailed"):
-            raise Permanent(
-                f"{key}: this version is gone; a newer one has a run of its own"
-            ) from error
+            raise Permanent(f"{key}: this version is gone; a newer one has its run") from error
         raise
     reader = csv.DictReader(io.StringIO((await found["Body"].read()).decode()))
     if missing := {"region", "amount"} - set(reader.fieldnames or ()):
-        raise Permanent(
-            f"{key}: expected columns region and amount, missing {', '.join(sorted(missing))}"
-        )
+        raise Permanent(f"{key}: missing {' and '.join(sorted(missing))}")
     sales, bad = [], 0
     for row in reader:
         try:
@@ -60,10 +52,10 @@ async def validate(key: str, etag: str) -> tuple[list[tuple[str, float]], int]:
 
 @task(retries=Retry(attempts=5))
 async def report(key: str, totals: dict[str, float], bad: int) -> str:
-    """Whole or not at all, and the same when written twice: a put is both."""
+    """A put is atomic and idempotent, as a body that may run again needs it."""
     name = f"reports/{key.removeprefix('in/')}.json"
-    body = json.dumps({"totals": totals, "rejected_rows": bad}, indent=2)
-    await current_run().state.put_object(Bucket=BUCKET, Key=name, Body=body.encode())
+    body = json.dumps({"totals": totals, "rejected_rows": bad}).encode()
+    await current_run().state.put_object(Bucket=BUCKET, Key=name, Body=body)
     return f"s3://{BUCKET}/{name}"
 
 
@@ -79,11 +71,10 @@ async def land(key: str, etag: str) -> str:
 @asynccontextmanager
 async def client() -> AsyncIterator[Any]:
     """One client for all tasks, on the loop that flows run on."""
-    async with AioSession().create_client(
-        "s3", PLACE["region"], endpoint_url=PLACE["endpoint_url"]
-    ) as s3:
+    async with AioSession().create_client("s3", REGION, endpoint_url=ENDPOINT) as s3:
         yield s3
 
 
 app = App("landing-s3", lifespan=client)
-app.on(S3(BUCKET, prefix="in/", suffix=".csv", queue=QUEUE, poll=5, **PLACE), land)
+sales = S3(BUCKET, prefix="in/", suffix=".csv", queue=QUEUE, endpoint_url=ENDPOINT, region=REGION)
+app.on(sales, land)

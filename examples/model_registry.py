@@ -1,11 +1,10 @@
-"""A model registry in a folder, and in MLflow when MLFLOW_TRACKING_URI is set: where
-examples/drift_retrain.py registers.
+"""A model registry in a folder, and in MLflow when MLFLOW_TRACKING_URI is set, for
+examples/drift_retrain.py.
 
     python examples/model_registry.py digits
 
-Watch: the versions in models/digits/, and which of them is the champion. A model is registered
-under a key, and the same key again is the same version: a task that is killed between registering
-and being recorded registers nothing twice.
+Watch: the versions in models/digits/ and the champion among them. The same key registers the same
+version, so a task that is killed after it registered a model and runs again registers it once.
 """
 
 import hashlib
@@ -21,16 +20,13 @@ MODELS = Path("models")
 
 
 def register(name: str, model: Any, scores: dict[str, float], key: str) -> str:
-    """Registers a version and makes it the champion; returns its name. Again with the same key: the
-    same version.
-    """
+    """Register a version, make it the champion, and return its name. Idempotent by `key`."""
     version = hashlib.sha256(key.encode()).hexdigest()[:12]
     folder = MODELS / Path(name).name
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / f"{version}.json").exists():
-        _write(
-            folder / f"{version}.json", json.dumps({"model": model, "scores": scores, "key": key})
-        )
+        text = json.dumps({"model": model, "scores": scores, "key": key})
+        _write(folder / f"{version}.json", text)
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         _to_mlflow(uri, name, version, folder / f"{version}.json", scores)
     _write(folder / "champion", version)
@@ -38,7 +34,7 @@ def register(name: str, model: Any, scores: dict[str, float], key: str) -> str:
 
 
 def champion(name: str) -> Any:
-    """The model in service; None when there is none yet."""
+    """The model in use; None if there is none yet."""
     folder = MODELS / Path(name).name
     if not (folder / "champion").exists():
         return None
@@ -46,7 +42,7 @@ def champion(name: str) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    """The file comes into its place whole and durable, or not at all."""
+    """Write atomically and durably."""
     with path.with_suffix(".part").open("w") as file:
         file.write(text)
         file.flush()
@@ -55,42 +51,24 @@ def _write(path: Path, text: str) -> None:
 
 
 def _to_mlflow(uri: str, name: str, version: str, file: Path, scores: dict[str, float]) -> None:
-    """A run with the scores and the file, and a model version tagged with ours, which is how it is
-    known again.
-    """
-    tags = [{"key": "eventflow.version", "value": version}]
+    """A run with the scores and the file, and a model version that carries ours as a tag."""
+    tag = {"key": "eventflow.version", "value": version}
     with httpx2.Client(base_url=f"{uri}/api/2.0/mlflow", timeout=30) as api:
-        known = (
-            api.get("/model-versions/search", params={"filter": f"name='{name}'"})
-            .raise_for_status()
-            .json()
-        )
-        if any(
-            tag in each.get("tags", []) for each in known.get("model_versions", []) for tag in tags
-        ):
+        found = api.get("/model-versions/search", params={"filter": f"name='{name}'"})
+        versions = found.raise_for_status().json().get("model_versions", [])
+        if any(tag in each.get("tags", []) for each in versions):
             return
-        api.post("/registered-models/create", json={"name": name})  # 400 when it is there already
-        run = (
-            api.post("/runs/create", json={"experiment_id": "0", "tags": tags})
-            .raise_for_status()
-            .json()["run"]["info"]
-        )
-        metrics = [
-            {"key": metric, "value": value, "timestamp": 0, "step": 0}
-            for metric, value in scores.items()
-        ]
-        api.post(
-            "/runs/log-batch", json={"run_id": run["run_id"], "metrics": metrics}
-        ).raise_for_status()
-        place = f"{uri}/api/2.0/mlflow-artifacts/artifacts/0/{run['run_id']}/artifacts/{file.name}"
-        api.put(place, content=file.read_bytes()).raise_for_status()
-        made = {
-            "name": name,
-            "source": f"{run['artifact_uri']}/{file.name}",
-            "run_id": run["run_id"],
-            "tags": tags,
-        }
-        api.post("/model-versions/create", json=made).raise_for_status()
+        api.post("/registered-models/create", json={"name": name})  # 400 when it exists
+        made = api.post("/runs/create", json={"experiment_id": "0", "tags": [tag]})
+        run = made.raise_for_status().json()["run"]["info"]
+        ident, folder = run["run_id"], run["artifact_uri"]
+        metrics = [{"key": k, "value": v, "timestamp": 0, "step": 0} for k, v in scores.items()]
+        batch = {"run_id": ident, "metrics": metrics}
+        api.post("/runs/log-batch", json=batch).raise_for_status()
+        url = f"{uri}/api/2.0/mlflow-artifacts/artifacts/0/{ident}/artifacts/{file.name}"
+        api.put(url, content=file.read_bytes()).raise_for_status()
+        model = {"name": name, "source": f"{folder}/{file.name}", "run_id": ident, "tags": [tag]}
+        api.post("/model-versions/create", json=model).raise_for_status()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
-"""Orders come by signed webhook; each is scored by a model server that has bad moments. None is lost, none is filed twice.
+"""Orders arrive by signed webhook and are scored by a model server that sometimes fails. None is
+lost, and none is filed twice.
 
     export ORDERS_SECRET=whsec_c2hvcC1leGFtcGxlLXNlY3JldA==
     eventflow serve examples/orders_webhook.py
 
-Send it one from another terminal, the way every Standard Webhooks sender does:
+Send one from another terminal, as any Standard Webhooks sender does:
 
-    key=$(echo c2hvcC1leGFtcGxlLXNlY3JldA== | base64 -d)  body='{"id": "o-1", "total": 99.5}'  now=$(date +%s)
+    key=$(echo c2hvcC1leGFtcGxlLXNlY3JldA== | base64 -d)
+    body='{"id": "o-1", "total": 99.5}'  now=$(date +%s)
     sign=$(printf %s "msg-1.$now.$body" | openssl dgst -sha256 -hmac "$key" -binary | base64)
     curl localhost:8710/hooks/orders -H "webhook-id: msg-1" -H "webhook-timestamp: $now" \
         -H "webhook-signature: v1,$sign" -H "content-type: application/json" -d "$body"
 
-Watch: the 202 comes at once, although nobody scores yet: the run waits and tries again. Start the scorer, for instance
-`uvicorn examples.fastapi_scoring:api --port 8000`, and the score lands in scores.jsonl. Send the same again: 200, "duplicate".
-An order of nothing (`"total": 0`) starts no run; `eventflow explain msg-1` says what became of each.
+Watch: the 202 comes at once, and the run retries until a scorer runs, for instance `uvicorn
+examples.fastapi_scoring:api --port 8000`; then scores.jsonl has the score. The same order again is
+answered with 200 and "duplicate". An order with `"total": 0` starts no run: `eventflow explain`.
 """
 
 import json
@@ -38,15 +40,11 @@ class Order(msgspec.Struct):
 
 @task(retries=Retry(attempts=8, delay=0.2, max_delay=60), timeout=10)
 async def score(order: Order) -> float:
-    """Asks the model server. Busy: when it says. Refused: never again. Anything else: with growing,
-    random pauses.
-    """
+    """Ask the model server; wait as long as it says when busy, give up when it refuses."""
     client: httpx2.AsyncClient = current_run().state
     reply = await client.post(SCORER, json=msgspec.to_builtins(order))
     if reply.status_code in (429, 503):
-        raise RetryAfter(
-            float(reply.headers.get("retry-after", 1)), f"the scorer is busy ({reply.status_code})"
-        )
+        raise RetryAfter(float(reply.headers.get("retry-after", 1)), "the scorer is busy")
     if reply.status_code == 422:
         raise Permanent(f"the scorer refuses order {order.id}: {reply.text}")
     return float(reply.raise_for_status().json()["score"])
@@ -54,14 +52,10 @@ async def score(order: Order) -> float:
 
 @task
 def file_score(order: Order, value: float) -> None:
-    """Appends one line. A body runs at least once, so the line carries a key by which a reader
-    drops a second one.
-    """
+    """Append a line. The body may run again after a crash; readers drop a line with a known key."""
+    line = {"order": order.id, "score": value, "key": current_task().idempotency_key}
     with SCORES.open("a") as file:
-        file.write(
-            json.dumps({"order": order.id, "score": value, "key": current_task().idempotency_key})
-            + "\n"
-        )
+        file.write(json.dumps(line) + "\n")
 
 
 @flow(timeout=3600)
@@ -78,11 +72,8 @@ async def lifespan() -> AsyncIterator[httpx2.AsyncClient]:
 
 
 app = App("orders", lifespan=lifespan)
-app.on(
-    Webhook("/orders", verify=StandardWebhooks(secret=env("ORDERS_SECRET"))),
-    handle,
-    where={"total": [{"numeric": [">", 0]}]},
-)
+orders = Webhook("/orders", verify=StandardWebhooks(secret=env("ORDERS_SECRET")))
+app.on(orders, handle, where={"total": [{"numeric": [">", 0]}]})
 
 if __name__ == "__main__":
     app.run()
