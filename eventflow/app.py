@@ -24,7 +24,7 @@ from eventflow.events.event import Event, EventSink, Json, LateSpec, LedgerTrigg
 from eventflow.logs.log import LogSink
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
-from eventflow.routing.patterns import Pattern, compile_pattern
+from eventflow.routing.patterns import Pattern
 from eventflow.routing.subscriptions import (
     EMITTED,
     Key,
@@ -32,7 +32,6 @@ from eventflow.routing.subscriptions import (
     Subscription,
     combine_filters,
     subscribe,
-    subscribe_pattern,
     subscribe_sink,
 )
 from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, format_id
@@ -67,7 +66,8 @@ class RunHandle:
         outcome = await self._app.runtime.outcome(self.number)
         match outcome:
             case Completed():
-                name, data = outcome.codec, outcome.value
+                name = outcome.codec
+                data = outcome.value
                 if name.endswith("@blob"):  # a file or an object in S3
                     name, data = await asyncio.to_thread(self._app.runtime.blobs.fetch, name, data)
                 if self._flow is None:
@@ -167,20 +167,8 @@ class App:
                     f"{trigger.label}: where and by belong to its parts;"
                     " it takes priority=, deliver= and name="
                 )
-            for each in trigger.triggers:
-                self._config.add_trigger(each)
             self.add(flow)
-            self._config.subscriptions.append(
-                subscribe_pattern(
-                    compile_pattern(trigger),
-                    flow,
-                    priority=priority,
-                    deliver=deliver,
-                    name=name,
-                    used_names=self._config.subscription_names(),
-                    late=trigger.late,
-                )
-            )
+            self._config.add_pattern(trigger, flow, priority, deliver, name)
             return
         late: LateSpec | None = None
         source = EMITTED

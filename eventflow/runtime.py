@@ -25,8 +25,10 @@ from eventflow.engine.worker import Worker, WorkerOptions
 from eventflow.events.event import Event, Trigger
 from eventflow.intake.reactor import Reactor
 from eventflow.logs.log import LogSink, get_logger
+from eventflow.routing.delivery import Delivery
+from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.router import Router
-from eventflow.routing.subscriptions import SinkSubscription, Subscription
+from eventflow.routing.subscriptions import SinkSubscription, Subscription, subscribe_pattern
 from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
@@ -102,6 +104,29 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
         if any(trigger.name == known.name for known in self.triggers):
             raise UsageError(f"two triggers are named {trigger.name!r}; give one of them name=...")
         self.triggers.append(trigger)
+
+    def add_pattern(
+        self,
+        pattern: Pattern,
+        flow: Flow[..., Any],
+        priority: int | None,
+        deliver: Delivery | None,
+        name: str | None,
+    ) -> None:
+        """Subscribes a flow to a pattern, whose triggers are added too."""
+        for trigger in pattern.triggers:
+            self.add_trigger(trigger)
+        self.subscriptions.append(
+            subscribe_pattern(
+                compile_pattern(pattern),
+                flow,
+                priority=priority,
+                deliver=deliver,
+                name=name,
+                used_names=self.subscription_names(),
+                late=pattern.late,
+            )
+        )
 
     def subscription_names(self) -> set[str]:
         """Of subscriptions of flows and of sinks: they share one namespace."""
@@ -240,7 +265,8 @@ class Runtime:
         *,
         max_wait: float | None = 0.0,
     ) -> tuple[int, bool]:
-        """Starts a run of `params`, a JSON object. Returns its number, and whether the key was known.
+        """Starts a run of `params`, a JSON object. Returns its number, and whether the key was
+        known.
 
         Waits for room for up to `max_wait` seconds. Raises UsageError for a known key with other
         parameters.
@@ -323,7 +349,7 @@ def settled_outcome(row: Mapping[str, Any]) -> Outcome | None:
 
 
 class LifespanTask:
-    """The user's lifespan, entered and left in one asyncio task, as async context managers require."""
+    """The user's lifespan, entered and left in one task, as async context managers require."""
 
     def __init__(self) -> None:
         self._end: asyncio.Event | None = None

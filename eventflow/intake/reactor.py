@@ -106,7 +106,9 @@ class TriggerIntake:
         cursor: Mapping[str, Json] | None = None,
         max_wait: float | None = None,
     ) -> list[Receipt]:
-        reactor, trigger, health = self._reactor, self._trigger, self._health
+        reactor = self._reactor
+        trigger = self._trigger
+        health = self._health
 
         def route() -> list[Arrival]:
             # Again after each wait: the trigger may have been paused or resumed meanwhile.
@@ -267,7 +269,8 @@ class Reactor:
         max_wait: float | None,
         full: StoreFull,
     ) -> list[Receipt]:
-        own, health = self._in_flight[trigger], self.health.get(trigger)
+        own = self._in_flight[trigger]
+        health = self.health.get(trigger)
         size = 0 if max_wait is None else sum(len(arrival.body) for arrival in route())
         if own.waiting_size + size > MAX_WAITING_BYTES:
             raise full
@@ -286,7 +289,8 @@ class Reactor:
                 health.backpressure = None
 
     def _log_backpressure(self, trigger: str, full: StoreFull) -> None:
-        own, now = self._in_flight[trigger], self.clock.monotonic()
+        own = self._in_flight[trigger]
+        now = self.clock.monotonic()
         if trigger in self.health and (
             now - own.backpressure_logged_at >= BACKPRESSURE_LOG_INTERVAL_SECONDS
         ):

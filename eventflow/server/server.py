@@ -1,6 +1,6 @@
 """`eventflow serve`: one App as one process. Owns the signals, the socket, the logs and the exit.
 
-    bind ─► open store, flow loop, listeners ─► listen ─► ready line ─► … ─► SIGTERM: drain ─► exit 0
+    bind ─► open store, flow loop, listeners ─► listen ─► ready line ─► SIGTERM: drain ─► exit 0
 
 `App.run()` calls `run_app`, the command line calls `serve`. Guaranteed: the process ends within
 `grace` + 5 s of SIGTERM, whatever flows do; within 1 s of a storage error, with its exit code; at
@@ -315,7 +315,8 @@ class ServerProcess:
             self._address_file.unlink(missing_ok=True)
 
     async def _watch_memory(self) -> None:
-        soft, hard = self.settings.memory_soft, self.settings.memory_hard
+        soft = self.settings.memory_soft
+        hard = self.settings.memory_hard
         if soft is not None or hard is not None:
             runtime = self.app.runtime
             flow_loop, _ = runtime.flow_loop
@@ -332,7 +333,7 @@ class ServerProcess:
             ) from None
 
     async def _serve_http(self) -> None:
-        """Serves until a signal. HTTP stays up during the drain: 503 to new work, and reads work."""
+        """Serves until a signal. During the drain HTTP answers reads, and 503 to new work."""
         self._serving = asyncio.create_task(self._server.serve(sockets=[self._sock]), name="http")
         listening = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait([self._serving, listening], return_when=asyncio.FIRST_COMPLETED)
@@ -411,7 +412,7 @@ class ServerProcess:
             self._ready_stream.flush()
 
     def _ensure_token(self) -> None:
-        """Makes the token at the first start. It is shown once on a terminal, never in a log file."""
+        """Makes the token at the first start. It is shown on a terminal, never in a log file."""
         if self.settings.no_auth:
             return
         fresh = not Path(f"{self.path}.token").exists()

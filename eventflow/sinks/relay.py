@@ -1,6 +1,6 @@
 """The outbox relay: sends emitted events and dead letters to the sinks that subscribe to them.
 
-    the commit that records it ─► outbox row ─► SinkSender ─► EventSink.send ─► (returns) ─► row deleted
+    commit of the event ─► outbox row ─► SinkSender ─► EventSink.send ─► returns ─► row deleted
 
 A sink subscription (routing/subscriptions.py) says which events a sink wants. The outbox row is
 written in the transaction that records the event, so neither exists without the other. One

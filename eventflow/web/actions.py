@@ -32,11 +32,12 @@ LOG_EVENTS = {
 async def replay(
     app: App, ident: str, only: str | None, *, dry: bool, by: str, own: bool = False
 ) -> tuple[int, Verdicts]:
-    """Matches a recorded event again and starts new runs. Returns the event's id and the new verdicts.
+    """Matches a recorded event again and starts new runs. Returns the event's id and the new
+    verdicts.
 
-    For all subscriptions, or for `only` one (by its name or its flow's); `own`: only for those on the
-    event's own trigger. `dry` starts nothing. Raises NotFound, and UsageError when the event's payload
-    is gone or no subscription accepts it.
+    For all subscriptions, or for `only` one (by its name or its flow's); `own`: only for those on
+    the event's own trigger. `dry` starts nothing. Raises NotFound, and UsageError when the event's
+    payload is gone or no subscription accepts it.
     """
     row = await app.store.event(ident)
     if row["body"] is None:
@@ -86,8 +87,8 @@ def _with_window(arrival: Arrival, verdict: list[Any], at: int) -> list[Any]:
 async def redrive(
     app: App, ident: str, correction: Mapping[str, Any], *, by: str
 ) -> tuple[Receipt, Verdicts]:
-    """Redrives a dead letter: as recorded, with `correction` `{"data": …}` and `{"type": …}`, or with a
-    whole CloudEvent `{"event": {…}}`. Raises UsageError when it was redriven before.
+    """Redrives a dead letter: as recorded, with `correction` `{"data": …}` and `{"type": …}`, or
+    with a whole CloudEvent `{"event": {…}}`. Raises UsageError when it was redriven before.
     """
     letter = await app.store.dead_letter(ident)
     if letter["redriven_at"] is not None:
@@ -133,7 +134,9 @@ def _read_event(body: bytes) -> Event:
 
 
 def _corrected_event(letter: Mapping[str, Any], correction: Mapping[str, Any]) -> Event:
-    """The event of a dead letter. Undecodable bytes get the dead letter's attributes around the data."""
+    """The event of a dead letter. Undecodable bytes get the dead letter's attributes around the
+    data.
+    """
     if "event" in correction:
         try:
             return Event.from_dict(correction["event"])
@@ -156,7 +159,8 @@ async def retry(app: App, ident: str, *, from_scratch: bool, by: str) -> int:
 
 
 async def cancel(app: App, ident: str, reason: str, *, by: str) -> tuple[int, State]:
-    """Cancels a run: at once, or by a request if it is running. Returns its id and its state before.
+    """Cancels a run: at once, or by a request if it is running. Returns its id and its state
+    before.
 
     Raises UsageError when it has ended already.
     """

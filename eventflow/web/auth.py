@@ -74,7 +74,8 @@ class Guard:
 
     async def _reject(self, scope: Scope) -> ASGIApp | None:
         """The response of a rejected request; None if it may pass."""
-        path, method = route_path(scope), str(scope.get("method", ""))
+        path = route_path(scope)
+        method = str(scope.get("method", ""))
         hook = any(_matches(route, scope) for route in self._routes)
         if self._draining() and (hook or (method == "POST" and path in INTAKE_PATHS)):
             return unavailable("the server is stopping; come back later", close_connection=True)
@@ -138,7 +139,8 @@ def constant_time_equal(given: str, required: str) -> bool:
 
 def route_path(scope: Scope) -> str:
     """The path relative to where this app is mounted."""
-    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    path = str(scope["path"])
+    root = str(scope.get("root_path", ""))
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
@@ -173,7 +175,7 @@ def _matches(route: BaseRoute, scope: Scope) -> bool:
 
 
 def _same_site(headers: Mapping[str, str]) -> bool:
-    """Whether no other site's page sent it. Browsers send the origin of a request, programs do not."""
+    """Whether no other site's page sent it. Browsers send the origin, programs do not."""
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")

@@ -57,7 +57,8 @@ class Backfill:
         """`?since=&until=`: the nominal times in [since, until) up to the cursor, oldest first."""
         app = self._opened()
         schedule = _schedule(app, request.path_params["name"])
-        since, until = _query_time(request, "since"), _query_time(request, "until")
+        since = _query_time(request, "since")
+        until = _query_time(request, "until")
         past = await _last_settled(app, schedule)
         found = list(islice(schedule.occurrences(since, until), PAGE_SIZE + 1))
         page = [at for at in found[:PAGE_SIZE] if at <= past]
@@ -73,9 +74,11 @@ class Backfill:
 
     async def backfill(self, request: Request) -> Response:
         """`{"flow", "at": [instant, …], "rerun": label, "dry_run": bool}`."""
-        app, params = self._opened(), await read_object(request)
+        app = self._opened()
+        params = await read_object(request)
         schedule = _schedule(app, request.path_params["name"])
-        dry, requested = bool(params.get("dry_run", False)), _requested(schedule, params)
+        dry = bool(params.get("dry_run", False))
+        requested = _requested(schedule, params)
         names = _subscriptions(app, schedule.name, params.get("flow"))
         await _check_due(app, schedule, max(at for at, _ in requested))
         async with self._lock:
@@ -178,7 +181,7 @@ def _schedule(app: App, name: str) -> Scheduled:
 
 
 async def _last_settled(app: App, schedule: Scheduled) -> datetime:
-    """The last instant that may be backfilled: the schedule's cursor, or now if it never listened."""
+    """The last instant to backfill: the schedule's cursor, or now if it never listened."""
     return schedule.settled(await app.store.cursor(schedule.name)) or to_datetime(app.clock.now())
 
 
@@ -214,7 +217,8 @@ def _subscriptions(app: App, trigger: str, flow: Any) -> list[str]:
 
 def _requested(schedule: Scheduled, params: dict[str, Any]) -> list[tuple[datetime, Event]]:
     """The requested occurrences with their events. `again`: the former name of `rerun`."""
-    at, label = params.get("at"), params.get("rerun", params.get("again"))
+    at = params.get("at")
+    label = params.get("rerun", params.get("again"))
     if not isinstance(at, list) or not 1 <= len(cast(list[Any], at)) <= MAX_OCCURRENCES:
         raise http_error(400, "invalid", f"at: expected a list of 1 to {MAX_OCCURRENCES} instants")
     if label is not None and not (isinstance(label, str) and 0 < len(label) <= MAX_LABEL_LENGTH):

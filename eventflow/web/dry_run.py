@@ -28,7 +28,8 @@ class DryRun:
 
     async def dry_run(self, request: Request) -> Response:
         """`?since=&until=&type=&to=&limit=`, all optional."""
-        app, params = self._opened(), request.query_params
+        app = self._opened()
+        params = request.query_params
         end = app.clock.now() + 1  # exclusive: includes an event that was received just now
         query = DryRunQuery(
             until=min(instant(request, "until") or end, end),

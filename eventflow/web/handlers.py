@@ -134,7 +134,8 @@ class RunHandlers:
         """`{"flow", "params", "idempotency_key"}`."""
         app = self._opened()
         fields = await read_object(request)
-        name, key = _text(fields, "flow"), _text(fields, "idempotency_key")
+        name = _text(fields, "flow")
+        key = _text(fields, "idempotency_key")
         params = fields.get("params", {})
         if not name:
             raise http_error(400, "invalid", "flow: expected the name of a flow, found none")
@@ -149,8 +150,11 @@ class RunHandlers:
         )
 
     async def runs(self, request: Request) -> Response:
-        app, query = self._opened(), request.query_params
-        store, event, parent = app.store, query.get("event"), query.get("parent")
+        app = self._opened()
+        query = request.query_params
+        store = app.store
+        event = query.get("event")
+        parent = query.get("parent")
         rows = await store.runs(
             event=(await store.event(event))["id"] if event else None,
             parent=(await store.run(parent))["id"] if parent else None,
@@ -177,7 +181,8 @@ class RunHandlers:
         app = self._opened()
         row = await app.store.run(request.path_params["id"])
         sink = app.runtime.sink
-        after, limit = whole_number(request, "after", 0), _limit(request)
+        after = whole_number(request, "after", 0)
+        limit = _limit(request)
         lines = await sink.read(row["id"], after, limit) if isinstance(sink, LogStore) else []
         return Json(
             {
@@ -188,7 +193,7 @@ class RunHandlers:
         )
 
     async def retry(self, request: Request) -> Response:
-        """`{"from_scratch": true}` (or `fresh`) drops recorded values too; by default only errors."""
+        """`{"from_scratch": true}` (or `fresh`) drops recorded values, not only errors."""
         fields = await read_object(request)
         number = await actions.retry(
             self._opened(),
@@ -247,7 +252,7 @@ class DeadLetterHandlers:
         )
 
     async def redrive(self, request: Request) -> Response:
-        """`{}`, `{"data", "type"}` or `{"event"}`: as recorded, corrected, or a whole CloudEvent."""
+        """`{}`: as recorded; `{"data", "type"}`: corrected; `{"event"}`: a whole CloudEvent."""
         correction = await read_object(request)
         receipt, verdicts = await actions.redrive(
             self._opened(), request.path_params["id"], correction, by=caller(request)

@@ -119,10 +119,8 @@ def _sources(app: App) -> Iterator[Metric]:
     metrics: dict[str, GaugeMetricFamily] = {}
     for trigger in app.triggers:
         for gauge in trigger.gauges() if isinstance(trigger, HasGauges) else ():
-            name, labels = (
-                f"eventflow_trigger_{gauge.name}",
-                {"trigger": trigger.name, **gauge.labels},
-            )
+            name = f"eventflow_trigger_{gauge.name}"
+            labels = {"trigger": trigger.name, **gauge.labels}
             if name not in metrics:
                 help_text = (
                     f"{gauge.name.replace('_', ' ').capitalize()}, as the trigger reports it."
@@ -145,7 +143,8 @@ async def _sinks(app: App) -> list[Metric]:
         )
         for name in ("sent", "rejected", "failures")
     }
-    health, depths = app.runtime.relay.health, await app.store.outbox_depths()
+    health = app.runtime.relay.health
+    depths = await app.store.outbox_depths()
     now = app.clock.now()
     for name in sorted(health.keys() | depths.keys()):
         count, since = depths.get(name, (0, now))
@@ -171,7 +170,8 @@ async def _loop_lag(app: App) -> Metric:
 async def _turn_seconds(
     here: asyncio.AbstractEventLoop, loop: asyncio.AbstractEventLoop, clock: Clock
 ) -> float:
-    start, turned = clock.monotonic(), asyncio.Event()
+    start = clock.monotonic()
+    turned = asyncio.Event()
     loop.call_soon_threadsafe(lambda: here.call_soon_threadsafe(turned.set))
     try:
         async with asyncio.timeout(LOOP_TIMEOUT_SECONDS):

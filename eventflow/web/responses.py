@@ -148,7 +148,9 @@ async def internal_error(request: Request, error: Exception) -> Response:
 
 
 async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The body. HttpError 413 when it is over `limit` bytes, 408 when too slow, 415 when compressed."""
+    """The body. HttpError 413 when it is over `limit` bytes, 408 when too slow, 415 when
+    compressed.
+    """
     if request.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
         detail = "expected Content-Encoding identity"
         raise http_error(

@@ -222,10 +222,12 @@ def _call(entry: Entry) -> dict[str, Any]:
 def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
     """Updates a call by its next entry."""
     call["attempts"] = max(call["attempts"], entry.attempt)
-    call["at"], call["next_at"] = instant(entry.at), None
+    call["at"] = instant(entry.at)
+    call["next_at"] = None
     match entry.kind:
         case Kind.VALUE:
-            call["state"], call["result_digest"] = "completed", digest(entry.value)
+            call["state"] = "completed"
+            call["result_digest"] = digest(entry.value)
         case Kind.ERROR | Kind.FAILED | Kind.CLEARED:
             call["state"] = "failed" if entry.kind is Kind.ERROR else "retrying"
             call["next_at"] = instant(entry.due_at) if entry.kind is Kind.FAILED else None

@@ -61,7 +61,8 @@ class Flooded:
     """A reactor whose store does not commit, and the calls of its triggers."""
 
     def __init__(self, store: Gated, reactor: Reactor) -> None:
-        self.store, self.reactor = store, reactor
+        self.store = store
+        self.reactor = reactor
         self.calls: list[asyncio.Task[list[Receipt]]] = []
         self._numbers = iter(range(1_000_000))
 
@@ -143,7 +144,7 @@ def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
 
 
 def test_s11_room_comes_back_with_each_commit(tmp_path: Path):
-    """What is committed, or whose caller left, counts no more: the same flood gets as much again."""
+    """Committed events, and those of cancelled calls, free their share of the queue."""
 
     async def main() -> None:
         async with flooded(tmp_path) as queue:
@@ -204,7 +205,8 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
         )
 
     async def main() -> None:
-        loud, quiet = Webhook("/loud", verify="none"), Webhook("/quiet", verify="none")
+        loud = Webhook("/loud", verify="none")
+        quiet = Webhook("/quiet", verify="none")
         async with (
             flooded(tmp_path, loud, quiet) as queue,
             serving([*loud.routes, *quiet.routes]) as port,
@@ -278,7 +280,8 @@ def test_p8_accept_raises_after_max_wait(tmp_path: Path):
             await full_queue(queue)
             intake, health = queue.intake("loud")
             loop = asyncio.get_running_loop()
-            start, posted = loop.time(), len(queue.store.waiting)
+            start = loop.time()
+            posted = len(queue.store.waiting)
             with pytest.raises(StoreFull):
                 await intake.accept(an_event(), max_wait=0)
             assert loop.time() - start < 0.2
@@ -354,7 +357,7 @@ def test_p8_waiting_requests_hold_bounded_memory(tmp_path: Path, monkeypatch: py
 
 
 def test_p8_an_event_that_waited_is_routed_as_its_trigger_is_then(tmp_path: Path):
-    """An event that waits for room while its trigger is paused is recorded with a paused delivery."""
+    """An event that waits for room while its trigger is paused gets a paused delivery."""
 
     async def main() -> None:
         async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:

@@ -225,8 +225,13 @@ app = App("leaky", lifespan=model)
 def test_sizes() -> None:
     """Sizes are parsed as people write them; anything else raises and names what was expected."""
     assert [parse_size("x", text) for text in ("2GB", "2g", "1.5 GiB", "512Mi", "1024", "3kB")] == [
-        2 * 10**9, 2 * 10**9, 3 << 29, 512 << 20, 1024, 3000
-    ]  # fmt: skip
+        2 * 10**9,
+        2 * 10**9,
+        3 << 29,
+        512 << 20,
+        1024,
+        3000,
+    ]
     for text in ("", "GB", "2X", "-1GB", "2 GB RAM", "i"):
         with pytest.raises(UsageError, match=r"--memory-soft expected a size such as 2GB"):
             parse_size("--memory-soft", text)

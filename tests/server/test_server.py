@@ -32,7 +32,8 @@ def test_ready_line(tmp_path: Path):
         assert served.ready_line["ready"] is True and served.ready_line["pid"] == served.process.pid
         assert served.store == tmp_path / ".eventflow" / "shop.db"
         assert served.client.get("/readyz").status_code == 200
-        token, sidecar = Path(f"{served.store}.token"), Path(f"{served.store}.server")
+        token = Path(f"{served.store}.token")
+        sidecar = Path(f"{served.store}.server")
         assert token.stat().st_mode & 0o777 == sidecar.stat().st_mode & 0o777 == 0o600
         assert json.loads(sidecar.read_text()) == {"url": served.url, "pid": served.process.pid}
         assert "token was created" in served.log and served.token not in served.log
@@ -270,7 +271,7 @@ def test_inherited_socket(tmp_path: Path):
             assert served.url == url and answers == [200]
 
 
-# --------------------------------------------------------------------------- nobody holds up the others
+# --------------------------------------------------------------------------- isolation
 
 
 def test_a_blocked_flow_does_not_stop_intake(tmp_path: Path):
@@ -351,7 +352,10 @@ def test_tls(tmp_path: Path):
     """With a certificate the server speaks HTTPS, with Strict-Transport-Security."""
     if shutil.which("openssl") is None:
         pytest.skip("makes its certificate with openssl")
-    arguments = "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost -keyout key.pem -out cert.pem".split()
+    arguments = (
+        "req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+        " -keyout key.pem -out cert.pem"
+    ).split()
     subprocess.run(["openssl", *arguments], cwd=tmp_path, check=True, capture_output=True)
     with serving(tmp_path, "--tls-cert", "cert.pem", "--tls-key", "key.pem") as served:
         answer = served.client.get("/healthz")

@@ -91,7 +91,8 @@ async def test_p2_what_flows_and_tasks_emit_reaches_its_sinks_once_in_order(tmp_
     """An emitted event goes to every sink subscription whose types match, in the order of
     recording, then leaves the outbox.
     """
-    scored, everything = ListSink("scored"), ListSink("everything")
+    scored = ListSink("scored")
+    everything = ListSink("everything")
     async with opened(tmp_path, ("order.scored", scored), ("order.*", everything)) as app:
         for n in range(20):
             await app.emit("order.placed", {"n": n}, id=f"o-{n}")
@@ -123,10 +124,8 @@ async def test_p3_an_event_lists_the_sinks_it_went_to(tmp_path: Path) -> None:
     async with opened(
         tmp_path, ("order.placed", sink), where={"n": [{"numeric": [">", 5]}]}
     ) as app:
-        wanted, unwanted = (
-            await app.emit("order.placed", {"n": 6}),
-            await app.emit("order.placed", {"n": 1}),
-        )
+        wanted = await app.emit("order.placed", {"n": 6})
+        unwanted = await app.emit("order.placed", {"n": 1})
         row = await app.store.event(wanted.ledger_id)
         assert ["events/shelf", "outbox", "for sink shelf"] in row["verdicts"]
         assert [each["sink"] for each in row["outbox"]] == ["events/shelf"]
@@ -143,7 +142,8 @@ async def test_row_41_a_failing_sink_delays_no_run_and_loses_nothing(tmp_path: P
     """While a sink fails, runs complete and another sink receives its messages; after recovery it
     receives all, in order.
     """
-    down, up = ListSink("down"), ListSink("up")
+    down = ListSink("down")
+    up = ListSink("up")
     down.failures = [OSError("no route to host")] * 5
     async with opened(tmp_path, ("order.done", down), ("order.done", up)) as app:
         for n in range(10):

@@ -122,7 +122,7 @@ def event(ident: str = "e1", **changes: Any) -> dict[str, Any]:
 
 
 def test_cloudevents_in_three_modes(tmp_path: Path):
-    """Structured, binary and batch events are recorded and start the subscriptions on their type."""
+    """Structured, binary and batch events start the subscriptions on their type."""
 
     async def work(client: Client) -> None:
         structured = await client.post("/api/events", json=event("s"), headers=STRUCTURED)
@@ -326,10 +326,13 @@ def test_run_by_name(tmp_path: Path):
             and len(found["result_digest"]) == 16
         )
         for wrong, status, detail in (
-            ({"flow": "nope"}, 404, "nope"), ({}, 400, "flow"), ({"flow": "order", "params": []}, 400, "params"),
-            ({"flow": "order"}, 400, "total"), ({"flow": "order", "params": {"total": "x"}}, 400, "total"),
+            ({"flow": "nope"}, 404, "nope"),
+            ({}, 400, "flow"),
+            ({"flow": "order", "params": []}, 400, "params"),
+            ({"flow": "order"}, 400, "total"),
+            ({"flow": "order", "params": {"total": "x"}}, 400, "total"),
             ({"flow": 1}, 400, "flow"),
-        ):  # fmt: skip
+        ):
             answer = await client.post("/api/runs", json=wrong)
             assert answer.status_code == status and detail in answer.json()["detail"], wrong
         assert (await client.post("/api/runs", content=b"[]")).status_code == 400
@@ -510,9 +513,12 @@ def test_metrics(tmp_path: Path):
         await settled(client, run["id"], "completed")
         text = (await client.get("/metrics")).text
         for line in (
-            'eventflow_deliveries{state="completed"} 1.0', "eventflow_events_total 1.0", "eventflow_duplicates_total 0.0",
-            'eventflow_trigger_up{kind="Webhook",trigger="webhook-orders"} 1.0', 'eventflow_loop_lag_seconds{loop="intake"}',
-        ):  # fmt: skip
+            'eventflow_deliveries{state="completed"} 1.0',
+            "eventflow_events_total 1.0",
+            "eventflow_duplicates_total 0.0",
+            'eventflow_trigger_up{kind="Webhook",trigger="webhook-orders"} 1.0',
+            'eventflow_loop_lag_seconds{loop="intake"}',
+        ):
             assert line in text
 
     over(tmp_path, work)

@@ -51,7 +51,7 @@ def token(folder: Path) -> dict[str, str]:
 
 
 def test_every_api_route_requires_the_token(tmp_path: Path):
-    """Without the token every described path answers 401 for every method, except the two probes."""
+    """Without the token every described path is 401 for every method, except the two probes."""
 
     async def work(app: App, client: Client) -> None:
         for _, path, _, _ in OPERATIONS:
@@ -67,9 +67,24 @@ def test_every_api_route_requires_the_token(tmp_path: Path):
 
 @pytest.mark.parametrize(
     "path",
-    ["/nothing", "/", "/api", "/healthz/", "//healthz", "/healthz/../api/runs", "/api/runs;/healthz", "/HEALTHZ", "/hooks",
-     "/hooks/other", "/hooks/orders/", "/metrics", "/openapi.json", "/api/%2e%2e/healthz", "/healthz%00"],
-)  # fmt: skip
+    [
+        "/nothing",
+        "/",
+        "/api",
+        "/healthz/",
+        "//healthz",
+        "/healthz/../api/runs",
+        "/api/runs;/healthz",
+        "/HEALTHZ",
+        "/hooks",
+        "/hooks/other",
+        "/hooks/orders/",
+        "/metrics",
+        "/openapi.json",
+        "/api/%2e%2e/healthz",
+        "/healthz%00",
+    ],
+)
 def test_paths_that_resemble_open_ones_are_closed(tmp_path: Path, path: str):
     """Only exact paths are open: no prefix, no trailing slash, no encoding trick. An unknown path
     below /hooks/ is 404, since its senders have no token.
@@ -90,7 +105,8 @@ def test_websockets_are_closed(tmp_path: Path):
     """A WebSocket is closed before routing, on an open path too."""
 
     async def work(app: App, client: Client) -> None:
-        asgi, sent = make_asgi(app, manage=False), list[Any]()
+        asgi = make_asgi(app, manage=False)
+        sent = list[Any]()
 
         async def receive() -> Any:
             return {"type": "websocket.connect"}
@@ -152,10 +168,21 @@ def test_tokens_are_compared_in_constant_time():
 
 @pytest.mark.parametrize(
     ("host", "served"),
-    [("localhost", True), ("localhost:8710", True), ("127.0.0.1:1", True), ("[::1]:8710", True), ("shop.example", True),
-     ("SHOP.example:443", True), ("evil.example", False), ("localhost.evil.example", False), ("evil@localhost", False),
-     ("", False), ("localhost/x", False), ("[::1", False)],
-)  # fmt: skip
+    [
+        ("localhost", True),
+        ("localhost:8710", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8710", True),
+        ("shop.example", True),
+        ("SHOP.example:443", True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("evil@localhost", False),
+        ("", False),
+        ("localhost/x", False),
+        ("[::1", False),
+    ],
+)
 def test_host_allow_list(tmp_path: Path, host: str, served: bool):
     """A Host that is not allowed is 421 before its token is checked; probes and hooks answer under
     any Host.
@@ -313,7 +340,8 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
 
     async def go() -> None:
         app = shop(tmp_path)
-        asgi, sent = app.asgi(), list[str]()
+        asgi = app.asgi()
+        sent = list[str]()
         inbox: asyncio.Queue[Any] = asyncio.Queue()
 
         async def send(message: Any) -> None:
