@@ -1,8 +1,9 @@
-"""triggers: the event sources. Each is one file; a missing extra breaks only its own.
+"""The event sources. Each is one module; a missing extra affects only its own.
 
     from triggers import Directory, StandardWebhooks, Webhook, env
 
-Names are imported at first use, so that nobody pays for a source they do not have.
+A name is imported at its first use, so that unused sources cost nothing. How to write another
+trigger: docs/guides/write-a-trigger.md.
 """
 
 from importlib import import_module
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     )
     from triggers.webhook import Webhook
 
-_HOMES = {
+_MODULES = {
     "triggers.drift": ("Drift", "DriftAlert"),
     "triggers.drift_monitor": ("Categorical", "DriftMonitor", "Numeric", "file_rows"),
     "triggers.files": ("Directory", "delete", "move"),
@@ -42,11 +43,12 @@ _HOMES = {
     "triggers.s3": ("S3", "minio_id", "minio_object"),
     "triggers.schedule": ("At", "Cron", "Every"),
     "triggers.signatures": (
-        "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks", "Stripe", "Token", "env",
+        "HMAC", "Bearer", "GitHub", "GitLab", "MLflow", "Shopify", "Slack", "StandardWebhooks",
+        "Stripe", "Token", "env",
     ),
     "triggers.webhook": ("Webhook",),
 }  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "HMAC",
@@ -84,8 +86,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(
             f"module 'triggers' has no attribute {name!r}; it has {', '.join(__all__)}"
         )
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

@@ -1,11 +1,11 @@
-"""Drift as events: what other monitors send (`DriftAlert`), and what a monitor of our own finds in a stream (`DriftMonitor`).
+"""`DriftAlert`: the alerts of other drift monitors as events.
 
     app.on(DriftAlert("/drift", verify=Bearer(env("DRIFT_TOKEN"))), retrain)
 
-Both make one shape of event, `Drift` (_drift/shape.py), of type `drift.detected`, `drift.resolved` or `drift.nodata`, and a
-flow that names no types hears of `drift.detected` alone: an alert that fires, repeats and resolves starts one run.
-
-This file is the public face. `_drift/senders.py` reads what comes in.
+`DriftMonitor` (drift_monitor.py) makes events of the same shape, `Drift` (_drift/schema.py), of
+type `drift.detected`, `drift.escalated`, `drift.resolved` or `drift.nodata`. A subscription without
+`types=` gets `drift.detected` only: an alert that fires, repeats and resolves starts one run.
+`_drift/senders.py` reads the bodies.
 """
 
 import hashlib
@@ -21,42 +21,62 @@ from eventflow.core.errors import UsageError
 from eventflow.events.cloudevents import is_json, media_type
 from eventflow.events.event import Event, Undecodable
 from triggers._drift.generic import FIELDS
-from triggers._drift.schema import DETECTED, Bin, Drift, Finding, Window, digest_json, to_event
-from triggers._drift.senders import Broken, Handshake, Reading, read
+from triggers._drift.schema import (
+    DETECTED,
+    Bin,
+    Drift,
+    DriftFinding,
+    DriftWindow,
+    short_json_hash,
+    to_event,
+)
+from triggers._drift.senders import ParsedBody, SnsConfirmation, UnreadableAlert, parse_body
 from triggers._drift.sns import may_confirm
-from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers
-from triggers.http_request import Refused, Reply
+from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers, RequestLimits
+from triggers.http_request import Reply, RequestRejected
 from triggers.signatures import Verify
 
-__all__ = ["Bin", "Drift", "DriftAlert", "Finding", "Window"]
+LOG_EVENTS = {
+    "alert.ignored": "A request to a drift alert webhook is not an alert; `reason` says why.",
+    "alert.truncated": (
+        "Alertmanager left `count` alerts out of a message (its `max_alerts` setting)."
+    ),
+    "sns.confirmation_failed": "An SNS subscription could not be confirmed; SNS asks again.",
+}
 
-MAX_REASON = 500
-"""Characters of why an alert cannot be read; the reason may quote it."""
+__all__ = ["Bin", "Drift", "DriftAlert", "DriftFinding", "DriftWindow"]
 
-CONFIRMING = 5.0
-"""Seconds that SNS's confirmation may take; SNS itself waits 15."""
+MAX_REASON_LENGTH = 500
+"""Characters of the reason why an alert cannot be read; it may quote the alert."""
+
+CONFIRM_TIMEOUT_SECONDS = 5.0
+"""For a confirmation to SNS, which waits 15 s for the response."""
 
 
 class DriftAlert(Endpoint):
     """A trigger for `POST /hooks/PATH`: alerts of any known sender, each as one event.
 
-    Senders are known by the shape of what they send: Prometheus Alertmanager and Grafana (each alert of a group by itself),
-    Evidently and NannyML (a report posted by your job), CloudWatch alarms such as SageMaker Model Monitor's (through SNS or
-    EventBridge), MLflow (the tag `drift` of a model version), and our own schema, `Drift` as JSON. An alert told again is a
-    duplicate, also when its value has changed since: the first one stands. What cannot be read is a dead letter.
+    A sender is recognised by the shape of its body: Prometheus Alertmanager and Grafana (each alert
+    of a group is an event), Evidently and NannyML (a report posted by your job), CloudWatch alarms
+    such as SageMaker Model Monitor's (through SNS or EventBridge), MLflow (the tag `drift` of a
+    model version), and this project's own schema, `Drift` as JSON. A repeated alert is a duplicate,
+    also when its value has changed: the first one is kept. An unreadable alert is a dead letter.
 
     Args:
-        verify: how a sender proves itself: `Bearer`, `HMAC`, `MLflow` … or "none", written out.
-        fields: names of `Drift`'s fields, each with a JSON pointer into the alert: for another sender's shape, or over a known
-            sender's. A pointer that ends in `?` may lead nowhere; any other that does makes a dead letter that names it.
-        alerts: a JSON pointer to the list of alerts, where one body has several; `fields` then point into each.
-        topics: ARNs of the SNS topics whose `SubscriptionConfirmation` is answered; none are by default.
-        sns: where SNS is, if it is not Amazon's, such as `http://localhost:4566`.
-        name: the trigger's name; by default made from the path.
-        max_rate: requests per second from one address, five seconds' worth at once; more are answered 429; None for any number.
+        path: below `/hooks`, such as "/drift".
+        verify: a preset (`Bearer`, `HMAC`, `MLflow` …), or "none", written out.
+        fields: names of `Drift`'s fields, each with a JSON pointer into the alert: for the shape of
+            an unknown sender, or to override a known one. A pointer that ends in `?` may be absent;
+            any other absent one makes a dead letter that names it.
+        alerts: a JSON pointer to the list of alerts, where one body has several; `fields` then
+            point into each.
+        topics: ARNs of the SNS topics whose `SubscriptionConfirmation` is answered; by default none.
+        sns: the URL of an SNS other than Amazon's, such as `http://localhost:4566`.
+        name: the name in the ledger; by default made from the path.
+        max_body, gzip, max_rate, body_timeout: as for `Webhook`.
     """
 
-    heard = (DETECTED,)
+    default_types = (DETECTED,)
 
     def __init__(
         self,
@@ -73,103 +93,120 @@ class DriftAlert(Endpoint):
         max_rate: float | None = 1000.0,
         body_timeout: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
-        entropy: Callable[[int], bytes] = os.urandom,
+        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         if unknown := set(fields or ()) - FIELDS:
             raise UsageError(
-                f"DriftAlert({path!r}, fields=): expected {', '.join(sorted(FIELDS))}, found {', '.join(unknown)}"
+                f"DriftAlert({path!r}, fields=): expected {', '.join(sorted(FIELDS))}, "
+                f"found {', '.join(unknown)}"
             )
         if alerts is not None and not fields:
             raise UsageError(
-                f"DriftAlert({path!r}, alerts=): expected fields= beside it, to say what each alert holds"
+                f"DriftAlert({path!r}, alerts=): expected fields= as well, "
+                "to say what each alert holds"
             )
         super().__init__(
-            path, verify=verify, name=name or "drift" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
-            max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
-        )  # fmt: skip
-        self._fields, self._alerts, self._topics, self._sns = (
-            dict(fields or {}),
-            alerts,
-            frozenset(topics),
-            sns,
+            path,
+            verify=verify,
+            name=name or "drift" + path.replace("/", "-"),
+            limits=RequestLimits(max_body, gzip, max_rate, body_timeout),
+            clock=clock,
+            random_bytes=random_bytes,
         )
+        self._fields: dict[str, str] = dict(fields or {})
+        self._alerts: str | None = alerts
+        self._topics: frozenset[str] = frozenset(topics)
+        self._sns: str | None = sns
 
-    async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
-        if not (
-            is_json(media_type(headers)) or media_type(headers) == "text/plain"
-        ):  # SNS calls its JSON plain text
-            raise self._refused(
-                Refused(415, "unsupported_type", "expected Content-Type application/json"),
+    async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
+        # SNS calls its JSON plain text.
+        if not (is_json(media_type(headers)) or media_type(headers) == "text/plain"):
+            raise self._log_rejection(
+                RequestRejected(415, "unsupported_type", "expected Content-Type application/json"),
                 "content type",
             )
         try:
-            reading = read(body, self._fields, self._alerts)
+            parsed = parse_body(body, self._fields, self._alerts)
         except ValueError as error:
-            raise await self._dead(
-                _body_id(body), self.path, headers, body, str(error)[:MAX_REASON]
+            raise await self._dead_letter(
+                _body_id(body), self.path, headers, body, str(error)[:MAX_REASON_LENGTH]
             ) from None
-        if reading.handshake is not None:
-            return await self._confirm(reading.handshake)
-        return await self._record(reading, body, self._verify.signed_id(headers))
+        if parsed.confirmation is not None:
+            return await self._confirm(parsed.confirmation)
+        return await self._record(parsed, body, self._verify.signed_id(headers))
 
-    async def _record(self, reading: Reading, body: bytes, signed: str | None) -> Reply:
-        self._tell(reading)
+    async def _record(self, parsed: ParsedBody, body: bytes, signed_id: str | None) -> Reply:
+        if parsed.ignored_reason:
+            self._log("alert.ignored", reason=parsed.ignored_reason)
+        if parsed.truncated_count:
+            self._log("alert.truncated", count=parsed.truncated_count)
         items: list[Event | Undecodable] = []
         items += [
-            to_event(each, self.path, ident=_ident(each, body, signed)) for each in reading.drifts
+            to_event(each, self.path, ident=_event_id(each, body, signed_id))
+            for each in parsed.drifts
         ]
-        items += [self._broken(each) for each in reading.broken]
-        receipts = await self._accept(items, len(body)) if items else []
+        items += [self._unreadable_item(each) for each in parsed.unreadable]
+        receipts = await self._accept(items) if items else []
         rows = [
-            {"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate or one.conflict}
+            {
+                "id": one.id_text,
+                "event_id": one.event_id,
+                "duplicate": one.duplicate or one.conflict,
+            }
             for one in receipts
         ]
         known = not items or all(one.duplicate or one.conflict for one in receipts)
         return Reply(200 if known else 202, orjson.dumps(rows))
 
-    def _broken(self, broken: Broken) -> Undecodable:
-        body = orjson.dumps(broken.alert)
+    def _unreadable_item(self, unreadable: UnreadableAlert) -> Undecodable:
         return Undecodable(
-            id=f"undecodable-{digest_json(broken.alert)}",
+            id=f"undecodable-{short_json_hash(unreadable.alert)}",
             source=self.path,
-            body=body,
-            error=broken.reason,
+            body=orjson.dumps(unreadable.alert),
+            error=unreadable.reason,
         )
 
-    def _tell(self, reading: Reading) -> None:
-        if reading.aside:
-            self._log("alert.ignored", reason=reading.aside)
-        if reading.cut:
-            self._log("alert.truncated", count=reading.cut)
-
-    async def _confirm(self, asked: Handshake) -> Reply:
-        """Says yes to SNS, for a topic that the app names and at SNS's own address only; anybody may write any URL here."""
-        if asked.topic not in self._topics:
-            why = f"the topic {asked.topic} is not among topics="
-        elif not may_confirm(asked.url, self._sns):
-            why = "SubscribeURL does not lead to SNS"
+    async def _confirm(self, confirmation: SnsConfirmation) -> Reply:
+        """Confirms a subscription to a topic of the app, at SNS's own address only: the body's URL
+        may be anything.
+        """
+        if confirmation.topic not in self._topics:
+            reason = f"the topic {confirmation.topic} is not among topics="
+        elif not may_confirm(confirmation.url, self._sns):
+            reason = "SubscribeURL does not lead to SNS"
         else:
-            return await self._visit(asked)
-        raise self._refused(
-            Refused(403, "not_subscribed", "this topic is not one that the application takes"), why
+            return await self._visit_confirmation_url(confirmation)
+        raise self._log_rejection(
+            RequestRejected(
+                403, "not_subscribed", "this topic is not one that the application takes"
+            ),
+            reason,
         )
 
-    async def _visit(self, asked: Handshake) -> Reply:
+    async def _visit_confirmation_url(self, confirmation: SnsConfirmation) -> Reply:
         try:
-            async with httpx2.AsyncClient(follow_redirects=False, timeout=CONFIRMING) as client:
-                status = (await client.get(asked.url)).status_code
+            async with httpx2.AsyncClient(
+                follow_redirects=False, timeout=CONFIRM_TIMEOUT_SECONDS
+            ) as client:
+                status = (await client.get(confirmation.url)).status_code
         except httpx2.HTTPError as error:
             status = type(error).__name__
         if status != 200:
-            self._log("alert.unconfirmed", topic=asked.topic, error=f"SNS answered {status}")
+            self._log(
+                "sns.confirmation_failed",
+                topic=confirmation.topic,
+                error=f"SNS answered {status}",
+            )
             raise self._unavailable()
-        return Reply(200, orjson.dumps({"confirmed": asked.topic}))
+        return Reply(200, orjson.dumps({"confirmed": confirmation.topic}))
 
 
-def _ident(drift: Drift, body: bytes, signed: str | None) -> str | None:
-    """Where an alert has no identity of its own: MLflow's is its delivery's, that of a report without a time its content's."""
+def _event_id(drift: Drift, body: bytes, signed_id: str | None) -> str | None:
+    """The id of an alert without an identity: MLflow's is the delivery's, that of a report without
+    a time is the hash of the body. Else None.
+    """
     if drift.sender == "mlflow":
-        return signed
+        return signed_id
     return _body_id(body) if drift.sender == "evidently" and drift.starts_at is None else None
 
 
@@ -178,8 +215,11 @@ def _body_id(body: bytes) -> str:
 
 
 def parse_alerts(body: bytes, fields: Mapping[str, str] | None = None) -> Sequence[Drift]:
-    """The drifts in an alert's body: for `Webhook(content="raw")`, a Kafka record, a file. ValueError says what was missing."""
-    reading = read(body, fields)
-    if reading.broken:
-        raise ValueError(reading.broken[0].reason)
-    return reading.drifts
+    """The drifts in an alert's body, as from `Webhook(content="raw")`, a Kafka record or a file.
+
+    ValueError says what is missing.
+    """
+    parsed = parse_body(body, fields)
+    if parsed.unreadable:
+        raise ValueError(parsed.unreadable[0].reason)
+    return parsed.drifts

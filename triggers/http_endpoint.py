@@ -1,10 +1,11 @@
-"""What every trigger that is a `POST /hooks/PATH` does alike: the request's way in, the wait for the ledger, the replies.
+"""The base of the triggers that serve `POST /hooks/PATH`: request, verification, ledger, response.
 
-`webhook.py` and `drift.py` build on it; each says in `_take` what a verified body is. The app mounts `routes` and runs
-`listen`, which binds the intake; without one (not started yet, draining) the answer is 503. A request goes method → pace →
-encoding → size → body → signature → `_take` → `_accept` → 2xx; whatever is wrong with it is a 4xx, never a 500, and never a
-word of why to an unknown sender. An address that floods (pace.py) is told so before any of its body is read. The 2xx follows
-the record (P1).
+`webhook.py` and `drift.py` build on it and implement `_handle`, which makes events of a verified
+body. The app mounts `routes` and runs `listen`, which binds the intake; without one (not started,
+draining) the response is 503. A request passes method → rate limit → encoding → size → body →
+signature → `_handle` → `_accept` → 2xx. An invalid request is answered 4xx, never 500, and an
+unknown sender never learns the reason. A request over the rate limit (rate_limit.py) is answered
+before its body is read. The 2xx follows the record (P1).
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from starlette.routing import Route
@@ -19,40 +21,55 @@ from starlette.types import Receive, Scope, Send
 
 from eventflow.core.clock import SECOND, Clock, SystemClock
 from eventflow.core.errors import StoreError, StoreFull, UsageError
+from eventflow.core.http_body import ClientDisconnected
 from eventflow.events.event import Event, Gauge, Intake, Receipt, Undecodable
 from triggers.http_request import (
-    Gone,
-    Refused,
     Reply,
+    RequestRejected,
     encoding,
     gunzip,
     read_body,
     read_headers,
     send_reply,
 )
-from triggers.rate_limit import LONGEST, Pace
-from triggers.signatures import NOBODY, Verify
+from triggers.rate_limit import MAX_ADDRESS_LENGTH, RateLimiter
+from triggers.signatures import NO_VERIFICATION, Verify
+
+LOG_EVENTS = {
+    "webhook.refused": (
+        "A request to a webhook was refused: signature, size, type, timestamp or rate; see "
+        "`reason`."
+    ),
+}
 
 Headers = Mapping[str, str]
 
-FULL_PATIENCE = 2.0
-"""Seconds a request waits for a full ledger before it is told to come back: under Slack's timeout of 3 s."""
+FULL_WAIT_SECONDS = 2.0
+"""While the ledger is full, a request waits this long for its 503; Slack's timeout is 3 s."""
 
-MAX_WAITING = 64 * 1024 * 1024
-"""Bytes of bodies that may wait for a full ledger at one webhook; beyond them 503 comes at once, and memory stays flat."""
-
-KEPT_HEADERS = ("content-type", "content-encoding", "user-agent")
-"""What a dead letter keeps of the request. An allow-list: headers carry credentials under names nobody foresees."""
+DEAD_LETTER_HEADERS = ("content-type", "content-encoding", "user-agent")
+"""The headers stored with a dead letter. An allow-list: others may carry credentials."""
 
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 SYSTEM_CLOCK = SystemClock()
 
 
-class Endpoint:
-    """A trigger for `POST /hooks/PATH`; its kinds differ in `_take`.
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Limits of one endpoint.
 
-    `max_body` in bytes, durations in seconds, `max_rate` in requests per second from one address.
+    `max_body` in bytes, before and after unpacking; `gzip`: whether bodies may be packed;
+    `max_rate` in requests per second from one address; `body_timeout` in seconds.
     """
+
+    max_body: int
+    gzip: bool
+    max_rate: float | None
+    body_timeout: float
+
+
+class Endpoint:
+    """A trigger for `POST /hooks/PATH`; its subclasses implement `_handle`."""
 
     def __init__(
         self,
@@ -60,219 +77,199 @@ class Endpoint:
         *,
         verify: Verify | Literal["none"],
         name: str,
-        max_body: int = 1 << 20,
-        gzip: bool = False,
-        max_rate: float | None = 1000.0,
-        body_timeout: float = 30.0,
+        limits: RequestLimits,
         clock: Clock = SYSTEM_CLOCK,
-        entropy: Callable[[int], bytes] = os.urandom,
+        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         kind = type(self).__name__
         if not _PATH.fullmatch(path):
             raise UsageError(
-                f'{kind}({path!r}): expected a path such as "/orders" of letters, digits and . _ ~ -'
+                f'{kind}({path!r}): expected a path such as "/orders" '
+                "of letters, digits and . _ ~ -"
             )
+        max_rate = limits.max_rate
         if max_rate is not None and not 0 < max_rate < math.inf:
             raise UsageError(
-                f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, found {max_rate!r}"
+                f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, "
+                f"found {max_rate!r}"
             )
-        self._verify = _verifier(f"{kind}({path!r}", verify)
-        self.name, self.path = name, "/hooks" + path
-        self.verified = self._verify is not NOBODY
-        self._max_body, self._gzip, self._body_timeout = max_body, gzip, body_timeout
-        self._pace = None if max_rate is None else Pace(max_rate)
-        self._clock, self._entropy = clock, entropy
-        self._intake: Intake | None = None
-        self._waiting = 0
-        self._quiet_until, self._unlogged = 0.0, 0
+        self.name: str = name
+        self.path: str = "/hooks" + path
+        self._verify: Verify = _verifier(f"{kind}({path!r}", verify)
+        self.verified: bool = self._verify is not NO_VERIFICATION
+        self._limits: RequestLimits = limits
+        self._rate_limiter = None if max_rate is None else RateLimiter(max_rate)
+        self._clock: Clock = clock
+        self._random_bytes: Callable[[int], bytes] = random_bytes
+        self._intake: Intake | None = None  # while it listens
+        self._next_log_at: float = 0.0  # monotonic
+        self._rejections_unlogged: int = 0
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.path.removeprefix('/hooks')!r}, verify={self._verify!r})"
         )
 
-    async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
-        """What becomes of a verified body; Refused where it is none of ours."""
+    async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
+        """Records what a verified body holds. Raises RequestRejected if it is not acceptable."""
         raise NotImplementedError
 
     @property
     def routes(self) -> list[Route]:
-        """What the app mounts, at the root of its paths. All methods come here: the wrong ones are answered here too."""
+        """What the app mounts at its root. For all methods: others than POST are answered here."""
         return [Route(self.path, self, name=self.name, include_in_schema=False)]
 
     async def listen(self, intake: Intake) -> None:
-        """Takes requests into `intake` until cancelled. What was being recorded then is still answered as it ends."""
+        """Accepts requests until cancelled. Requests that are being recorded then are answered."""
         self._intake = intake
         try:
             await asyncio.get_running_loop().create_future()
         finally:
             self._intake = None
 
-    # ------------------------------------------------------------------------- how it fares
+    # ------------------------------------------------------------------------- health
 
     @property
     def condition(self) -> str | None:
-        """Nothing keeps senders from sending."""
+        """Always None: the trigger does not depend on a source that could fail."""
         return None
 
     def gauges(self) -> Sequence[Gauge]:
-        """How many requests were refused because their address sent too many, since the start."""
-        return [] if self._pace is None else [Gauge("requests_throttled", self._pace.refused)]
+        """The number of requests rejected by the rate limit since the start."""
+        if self._rate_limiter is None:
+            return []
+        return [Gauge("requests_throttled", self._rate_limiter.rejected)]
 
     # ------------------------------------------------------------------------- one request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The ASGI way in."""
+        """The ASGI application."""
         try:
-            reply = await self._answer(scope, receive)
-        except Refused as refused:
-            reply = refused.reply
-        except Gone:
+            reply = await self._respond(scope, receive)
+        except RequestRejected as rejected:
+            reply = rejected.reply
+        except ClientDisconnected:
             return
         await send_reply(reply, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
+    async def _respond(self, scope: Scope, receive: Receive) -> Reply:
         if scope["method"] != "POST":
-            raise Refused(405, "method_not_allowed", "expected POST", allow="POST")
-        self._hold_back(scope)
+            raise RequestRejected(405, "method_not_allowed", "expected POST", allow="POST")
+        self._enforce_rate_limit(scope)
         if self._intake is None:
-            raise self._unavailable(unread=True)
+            raise self._unavailable(body_unread=True)
         headers, repeated = read_headers(scope["headers"])
-        return await self._take(headers, repeated, await self._read(receive, headers, repeated))
+        body = await self._read_body(receive, headers, repeated)
+        return await self._handle(headers, repeated, body)
 
-    def _hold_back(self, scope: Scope) -> None:
-        """Refused (429) when the address that the server names (behind a proxy: that the proxy names) sends too fast.
+    def _enforce_rate_limit(self, scope: Scope) -> None:
+        """Rejects (429) when the client's address sends too fast. Behind a proxy, the address is
+        the one that the proxy names.
 
-        The connection stays: what is left of the body is dropped as it comes, and a new connection would cost us more.
+        The connection stays open: the rest of the body is dropped as it arrives, which costs less
+        than a new connection.
         """
         client: tuple[str, int] | None = scope.get("client")
-        if self._pace is None or client is None:
+        if self._rate_limiter is None or client is None:
             return
-        if wait := self._pace.wait(client[0], self._clock.monotonic()):
-            rate = f"{self._pace.rate:g} requests a second from one address"
-            refused = Refused(
+        if delay := self._rate_limiter.reserve(client[0], self._clock.monotonic()):
+            rate = f"{self._rate_limiter.rate:g} requests a second from one address"
+            rejected = RequestRejected(
                 429,
                 "too_many_requests",
                 f"expected at most {rate}",
-                retry_after=str(math.ceil(wait)),
+                retry_after=str(math.ceil(delay)),
             )
-            raise self._refused(refused, f"more than {rate}", address=client[0][:LONGEST])
+            address = client[0][:MAX_ADDRESS_LENGTH]
+            raise self._log_rejection(rejected, f"more than {rate}", address=address)
 
-    async def _read(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
-        """The verified body. A signature may be over the bytes sent, or over what they unpack to: senders do either."""
-        packed = encoding(headers, self._gzip)
-        wire = await read_body(receive, headers, self._max_body, self._body_timeout)
-        body = gunzip(wire, self._max_body) if packed else wire
+    async def _read_body(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
+        """The verified body. Senders sign either the bytes sent or the unpacked ones."""
+        limits = self._limits
+        is_packed = encoding(headers, limits.gzip)
+        wire = await read_body(receive, headers, limits.max_body, limits.body_timeout)
+        body = gunzip(wire, limits.max_body) if is_packed else wire
         now = self._clock.now() // SECOND
-        why = self._verify.reason_to_refuse(headers, repeated, wire, now)
-        if why and packed:
-            why = self._verify.reason_to_refuse(headers, repeated, body, now)
-        if why:
-            asked = (
-                {"www_authenticate": self._verify.challenge}
-                if self._verify.challenge
-                else dict[str, str]()
-            )
-            raise self._refused(_unauthorized(asked), why)
+        reason = self._verify.reason_to_refuse(headers, repeated, wire, now)
+        if reason and is_packed:
+            reason = self._verify.reason_to_refuse(headers, repeated, body, now)
+        if reason:
+            challenge = self._verify.challenge
+            extra: dict[str, Any] = {"www_authenticate": challenge} if challenge else {}
+            # One response, whatever was wrong with the proof.
+            detail = "the request could not be verified"
+            rejected = RequestRejected(401, "unauthorized", detail, **extra)
+            raise self._log_rejection(rejected, reason)
         return body
 
-    # ------------------------------------------------------------------------- into the ledger
+    # ------------------------------------------------------------------------- the ledger
 
-    async def _accept(self, items: Sequence[Event | Undecodable], weight: int) -> list[Receipt]:
-        """Durable when it returns. Waits for a full ledger, a little; Refused (503, 507) when it stays full or has failed."""
-        try:
-            return await self._offer(items)
-        except StoreFull as full:
-            if self._waiting + weight > MAX_WAITING:
-                raise _full(full) from None
-        self._waiting += weight
-        try:
-            return await self._offer_again(items)
-        finally:
-            self._waiting -= weight
+    async def _accept(self, items: Sequence[Event | Undecodable]) -> list[Receipt]:
+        """Durable when it returns. Waits FULL_WAIT_SECONDS while the ledger is full.
 
-    async def _offer(self, items: Sequence[Event | Undecodable]) -> list[Receipt]:
+        Raises RequestRejected (503, 507) when it stays full, and when the store failed.
+        """
         if self._intake is None:
             raise self._unavailable()
         try:
-            return await self._intake.accept(*items)
-        except StoreFull:
-            raise
-        except (
-            StoreError
-        ):  # unknown, not refused: the sender tries again, and its id tells whether it was recorded
+            return await self._intake.accept(*items, max_wait=FULL_WAIT_SECONDS)
+        except StoreFull as full:
+            raise (self._unavailable() if full.closing else _overloaded(full)) from None
+        except StoreError:  # the outcome is unknown: the sender tries again with the same id
             raise self._unavailable() from None
 
-    async def _offer_again(self, items: Sequence[Event | Undecodable]) -> list[Receipt]:
-        deadline = self._clock.monotonic() + FULL_PATIENCE
-        pause = 0.05
-        while True:
-            await asyncio.sleep(min(pause, max(0.0, deadline - self._clock.monotonic())))
-            try:
-                return await self._offer(items)
-            except StoreFull as full:
-                if self._clock.monotonic() >= deadline:
-                    raise _full(full) from None
-            pause *= 1.5
-
-    async def _dead(
+    async def _dead_letter(
         self, ident: str, source: str, headers: Headers, body: bytes, error: str
-    ) -> Refused:
-        """Keeps what a real sender sent and nobody can read; the answer for it."""
-        kept = {name: headers[name] for name in KEPT_HEADERS if name in headers}
-        item = Undecodable(id=ident, source=source, body=body, error=error, headers=kept)
-        await self._accept([item], len(body))
-        return self._refused(Refused(400, "unreadable", error), error)
+    ) -> RequestRejected:
+        """Records what a verified sender sent and cannot be read; the response to it."""
+        stored = {name: headers[name] for name in DEAD_LETTER_HEADERS if name in headers}
+        await self._accept(
+            [Undecodable(id=ident, source=source, body=body, error=error, headers=stored)]
+        )
+        return self._log_rejection(RequestRejected(400, "unreadable", error), error)
 
-    def _fresh_id(self) -> str:
-        return self._entropy(16).hex()
+    def _new_id(self) -> str:
+        return self._random_bytes(16).hex()
 
-    # ------------------------------------------------------------------------- out again
+    # ------------------------------------------------------------------------- rejections
 
-    def _unavailable(self, *, unread: bool = False) -> Refused:
-        seconds = (
-            1 + self._entropy(1)[0] % 5
-        )  # spread, so that waiting senders do not all come back at once
-        detail = "not taking events now; come back later"
-        return Refused(
-            503, "unavailable", detail, hang_up=True, unread=unread, retry_after=str(seconds)
+    def _unavailable(self, *, body_unread: bool = False) -> RequestRejected:
+        seconds = 1 + self._random_bytes(1)[0] % 5  # spread: not all senders retry at once
+        return RequestRejected(
+            503,
+            "unavailable",
+            "not taking events now; come back later",
+            close_connection=True,
+            body_unread=body_unread,
+            retry_after=str(seconds),
         )
 
-    def _refused(self, refused: Refused, reason: str, **fields: str) -> Refused:
-        """Says why in the log, at most once a second: whoever floods us with forgeries must not fill the disk."""
+    def _log_rejection(
+        self, rejected: RequestRejected, reason: str, **fields: str
+    ) -> RequestRejected:
+        """Logs the reason, at most once a second: a flood of forgeries must not fill the disk."""
         now = self._clock.monotonic()
-        self._unlogged += 1
-        if now >= self._quiet_until:
+        self._rejections_unlogged += 1
+        if now >= self._next_log_at:
             self._log(
                 "webhook.refused",
                 reason=reason,
-                status=refused.reply.status,
-                count=self._unlogged,
+                status=rejected.reply.status,
+                count=self._rejections_unlogged,
                 **fields,
             )
-            self._quiet_until, self._unlogged = now + 1.0, 0
-        return refused
+            self._next_log_at = now + 1.0
+            self._rejections_unlogged = 0
+        return rejected
 
     def _log(self, event: str, **fields: Any) -> None:
         if self._intake is not None:
             self._intake.log.warning(event, path=self.path, **fields)
 
 
-def _unauthorized(asked: Mapping[str, str]) -> Refused:
-    """One answer, whatever was wrong with the proof."""
-    return Refused(
-        401,
-        "unauthorized",
-        "the request could not be verified",
-        hang_up=False,
-        unread=False,
-        **asked,
-    )
-
-
-def _full(full: StoreFull) -> Refused:
+def _overloaded(full: StoreFull) -> RequestRejected:
     status, error = (507, "disk_full") if full.disk else (503, "overloaded")
-    return Refused(
+    return RequestRejected(
         status,
         error,
         "the ledger is full; come back later",
@@ -284,7 +281,8 @@ def _verifier(where: str, verify: Verify | Literal["none"]) -> Verify:
     if isinstance(verify, Verify):
         return verify
     if verify == "none":
-        return NOBODY
+        return NO_VERIFICATION
     raise UsageError(
-        f'{where}, verify=): expected a preset such as GitHub(secret=env("NAME")), or "none" written out'
+        f'{where}, verify=): expected a preset such as GitHub(secret=env("NAME")), '
+        'or "none" written out'
     )

@@ -1,11 +1,12 @@
-"""`RunState`: what became of runs, as events: chaining, alerts, clean-up, deadlines.
+"""`RunState`: ends of runs as events, for chaining, alerts, clean-up and deadlines.
 
     app.on(RunState("train", "completed"), promote)
     app.on(RunState("*", "failed", "dead", "held"), alert)
     app.on(RunState("train", "late", after=3600), alert)
 
-The event is recorded in the transaction that ends the run, so it is there exactly when the run has ended so. Nothing listens:
-the App subscribes to the types and the pattern that this names, and looks out for the runs that would be late (event.Recorded).
+The event is recorded in the transaction that ends the run: it exists exactly if the run ended so.
+Nothing listens: the App subscribes to `types` and `pattern`, and monitors the runs that may be late
+(`events.event.LedgerTrigger`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,16 +21,21 @@ LATE: Final = "late"
 
 
 class RunState:
-    """Runs of `flow` (by name, or the flow itself; `*` matches any part) that come to one of `states`.
+    """Runs of `flow` (by name, or the flow itself; `*` matches any part) that reach one of
+    `states`.
 
-    The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`, `state`, `attempts`, `seconds`,
-    `reason`, `error` (`type`, `message`) and `result` (JSON of at most 64 KiB, else null). Without `states`: every end.
+    The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`,
+    `state`, `attempts`, `seconds`, `reason`, `error` (`type`, `message`) and `result` (JSON of at
+    most 64 KiB, else null). Without `states`: every end.
 
-    `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due to begin, whatever it does then:
-    pending, running, waiting, paused or held. A run is due when it is recorded; one that gathers events (`Batch`, `Debounce`), when its
-    window closes. Told once for each run and `after`, never early, at once after a restart; not of a run that had ended by then
-    and was retried. Its data also has `after`, `due` (when the run was due) and `run_state` (what it does). A `*` leaves out
-    runs that such events started. UsageError for an unknown state, `"late"` without `after`, `after` without `"late"`.
+    `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due, whatever
+    its state: pending, running, waiting, paused or held. A run is due when it is recorded; the run
+    of a window (`Batch`, `Debounce`), when the window closes. One event for each run and `after`:
+    never early, at once after a restart, none for a run that had ended by then and was retried. Its
+    data also has `after`, `due` (when the run was due) and `run_state`. A `*` excludes runs that
+    such events started.
+
+    UsageError for an unknown state, `"late"` without `after`, `after` without `"late"`.
     """
 
     def __init__(self, flow: Any = "*", *states: str, after: Duration | None = None) -> None:
@@ -41,8 +47,9 @@ class RunState:
                 raise UsageError(
                     f"RunState: expected states among {', '.join((*STATES, LATE))}, found {state!r}"
                 )
-        self._flow, self._states = name, states or STATES
-        self._after = _checked(after, LATE in states)
+        self._flow: str = name
+        self._states: Sequence[str] = states or STATES
+        self._after: int | None = _checked_after(after, LATE in states)  # microseconds
 
     @property
     def types(self) -> Sequence[str]:
@@ -52,8 +59,8 @@ class RunState:
     def pattern(self) -> Mapping[str, Any]:
         wanted: dict[str, Any] = {} if self._flow == "*" else {"flow": [{"wildcard": self._flow}]}
         if self._after is not None:
-            ours = {"numeric": ["=", in_seconds(self._after)]}
-            wanted["after"] = [ours] if set(self._states) == {LATE} else [ours, {"exists": False}]
+            same = {"numeric": ["=", in_seconds(self._after)]}
+            wanted["after"] = [same] if set(self._states) == {LATE} else [same, {"exists": False}]
         return wanted
 
     @property
@@ -61,11 +68,12 @@ class RunState:
         return None if self._after is None else LateSpec(self._flow, self._after)
 
 
-def _checked(after: Duration | None, is_late: bool) -> int | None:
+def _checked_after(after: Duration | None, is_late: bool) -> int | None:
     """Microseconds."""
     if after is None and is_late:
         raise UsageError(
-            'RunState: "late" expected after= (seconds, or a timedelta), found none: how late is late?'
+            'RunState: "late" expected after= (seconds, or a timedelta), found none: '
+            "how late is late?"
         )
     if after is not None and not is_late:
         raise UsageError(

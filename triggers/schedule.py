@@ -1,13 +1,16 @@
-"""Events at certain times: `app.on(Cron("0 6 * * MON-FRI", tz="Europe/Berlin"), report)`, `Every(minutes=15)`, `At(moment)`.
+"""`Cron`, `Every` and `At`: events at given times.
 
-Each nominal time is one event, its id made of the schedule's name and that time: however many processes and restarts there
-are, it is recorded once. The cursor holds the last nominal time that is settled (fired or skipped); nothing at or before it
-fires again, whatever becomes of the clock. Times that passed while nothing listened are treated as `misfire` says, and those
-that are skipped are counted.
+    app.on(Cron("0 6 * * MON-FRI", tz="Europe/Berlin"), report)
 
-    _schedule/cron.py, times.py (when) ─► missed.py (what is due, what is skipped) ─► the loop here ─► Intake.accept
+Each nominal time is one event. Its id is made of the schedule's name and that time, so it is
+recorded once, however many processes and restarts there are. The cursor holds the last settled
+nominal time (fired or skipped); nothing at or before it fires again, even if the clock is set back.
+Times that passed while nothing listened are treated by the `misfire` policy; skipped ones are
+counted.
 
-This file is the public face and the loop; `Schedule` is what the three kinds share. zones.py reads wall clocks.
+    _schedule/cron.py, times.py (times) ─► misfire.py (due, skipped) ─► Schedule.listen ─► accept
+
+`Schedule` is the common base. _schedule/zones.py converts wall clock times.
 """
 
 import asyncio
@@ -24,26 +27,42 @@ from eventflow.core.clock import (
     Duration,
     SystemClock,
     microseconds,
+    sleep_until,
     to_datetime,
     to_us,
 )
-from eventflow.core.errors import StoreFull, UsageError
+from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Gauge, Intake, Json, parse_time
 from triggers._schedule.cron import CronTimes
-from triggers._schedule.misfire import Due, Misfire, Policy, due
-from triggers._schedule.times import AtTimes, EveryTimes, Times, newest, shown
-from triggers._schedule.zones import instant, zone
+from triggers._schedule.misfire import DueOccurrences, Misfire, MisfirePolicy, due_occurrences
+from triggers._schedule.times import AtTimes, EveryTimes, Times, format_instant, newest
+from triggers._schedule.zones import instant_at, time_zone
 
-FIRED = "io.eventflow.schedule.fired"
-BATCH = 500
-"""Events in one `accept`, so that a long catch-up never fills the commit queue (4,096)."""
-MOST = 10_000
+LOG_EVENTS = {
+    "schedule.changed": (
+        "The rule of a schedule changed; occurrences missed under the old rule are not made up."
+    ),
+    "schedule.cursor_in_future": (
+        "The cursor of a schedule is ahead of the clock; nothing fires until `last` is past. "
+        "Check the clock."
+    ),
+    "schedule.ended": "A schedule has no further occurrence; it waits for an edit.",
+    "schedule.opened": "A schedule waits; `next` is its next occurrence.",
+    "schedule.skipped": (
+        "Missed occurrences do not fire (misfire policy); without `exact` there were more."
+    ),
+}
+
+FIRED_TYPE = "io.eventflow.schedule.fired"
+BATCH_SIZE = 500
+"""Events in one `accept`: a long catch-up never fills the commit queue (4,096)."""
+MAX_LIMIT = 10_000
 """The largest `limit=`."""
-SAMPLE = 200
+JITTER_SAMPLE = 200
 """Gaps between occurrences that jitter is compared with."""
 
 
-class Options(TypedDict, total=False):
+class ScheduleOptions(TypedDict, total=False):
     """What every schedule takes; see `Schedule`."""
 
     name: str
@@ -56,151 +75,176 @@ class Options(TypedDict, total=False):
 
 
 class Schedule:
-    """What `Cron`, `Every` and `At` share: their options, their events, and the loop that waits.
+    """The common base of `Cron`, `Every` and `At`: options, events, and the loop that waits.
 
-    Events have the type `io.eventflow.schedule.fired`. `data`: `schedule` (the name), `scheduled_at` (the nominal time, UTC),
-    `local_time` (the same on the schedule's wall clock). The event's `time` is when it really fired. Extensions: `catchup`
-    (true) when it was later than the grace; `skipped`, how many occurrences before it were given up, and `skippedmore` (true)
-    when there were more than are counted; `backfill` (true) when `eventflow backfill` made it.
+    Events have the type `io.eventflow.schedule.fired`. `data`: `schedule` (the name),
+    `scheduled_at` (the nominal time, UTC), `local_time` (the same on the schedule's wall clock).
+    The event's `time` is when it fired. Extensions: `catchup` (true) if it fired later than the
+    grace; `skipped`, the number of skipped occurrences before it, and `skippedmore` (true) if there
+    were more than are counted; `backfill` (true) if `eventflow backfill` made it.
 
     Options:
-        name: the schedule's name, by which its cursor is kept and its occurrences are known; by default made of its rule. With
-            a name of its own, a schedule's rule can be edited: occurrences before the edit are not made up for.
-        jitter: puts each firing off by 0 up to this much, the same for an occurrence each time; its id stays as it is.
-        misfire: what becomes of occurrences that passed while nothing fired them. `"last"` (the default): the newest one fires.
-            `"all"`: the newest `limit` (100) fire, in order. `"skip"`: the newest one, if it is not later than the grace.
+        name: the key of the cursor and the ids; by default made of the rule. With a name, the rule
+            can be edited; occurrences before the edit are not made up for.
+        jitter: delays each firing by 0 up to this much, an occurrence always by the same; its id
+            does not change.
+        misfire: which of the occurrences fire that passed while nothing listened. `"last"` (the
+            default): the newest one. `"all"`: the newest `limit` (100), in order. `"skip"`: the
+            newest one, if it is not later than the grace.
         grace: seconds after which an occurrence counts as missed, 300 by default.
-        start: at the very first start, occurrences from then on count as passed; without it, the past is past.
+        start: at the very first start, occurrences from this time on count as passed; without it
+            only those after the start fire.
     """
 
-    def __init__(self, times: Times, where: tzinfo, name: str, options: Options) -> None:
-        self.name = options.get("name") or name
+    def __init__(self, times: Times, zone: tzinfo, name: str, options: ScheduleOptions) -> None:
+        self.name: str = options.get("name") or name
         self.clock: Clock = options.get("clock") or SystemClock()
-        self._times, self._zone = times, where
-        self._jitter = microseconds(options.get("jitter", 0))
-        self._policy = self._checked(options)
+        self._times: Times = times
+        self._zone: tzinfo = zone
+        self._jitter: int = microseconds(options.get("jitter", 0))
+        self._policy: MisfirePolicy = self._checked_policy(options)
         start = options.get("start")
-        self._start = None if start is None else _moment(start, where)
-        self._skipped = 0
-        self._last: int | None = None
+        self._start: int | None = None if start is None else _to_instant(start, zone)
+        self._skipped: int = 0  # occurrences, since the start of this process
+        self._last: int | None = None  # the last settled nominal time, while it listens
 
-    def _checked(self, options: Options) -> Policy:
-        misfire, limit = options.get("misfire", "last"), options.get("limit", 100)
+    def _checked_policy(self, options: ScheduleOptions) -> MisfirePolicy:
+        misfire = options.get("misfire", "last")
+        limit = options.get("limit", 100)
         grace = microseconds(options.get("grace", 300))
         kind = type(self).__name__
         if misfire not in ("skip", "last", "all"):
             raise UsageError(
                 f'{kind}: misfire= expected "skip", "last" or "all", found {misfire!r}'
             )
-        if not 1 <= limit <= MOST:
-            raise UsageError(f"{kind}: limit= expected 1 to {MOST:,}, found {limit}")
+        if not 1 <= limit <= MAX_LIMIT:
+            raise UsageError(f"{kind}: limit= expected 1 to {MAX_LIMIT:,}, found {limit}")
         if grace < 0 or self._jitter < 0:
             raise UsageError(f"{kind}: grace= and jitter= must not be negative")
-        known = list(islice(self._times.after(0), SAMPLE if self._jitter else 0))
-        gap = min((later - sooner for sooner, later in pairwise(known)), default=self._jitter + 1)
+        sample = list(islice(self._times.after(0), JITTER_SAMPLE if self._jitter else 0))
+        gap = min((later - sooner for sooner, later in pairwise(sample)), default=self._jitter + 1)
         if self._jitter >= gap:
             raise UsageError(
-                f"{kind}: jitter= must be shorter than the {gap / SECOND:g} s between two occurrences"
+                f"{kind}: jitter= must be shorter than the {gap / SECOND:g} s "
+                "between two occurrences"
             )
-        return Policy(misfire, grace, limit, self._delay)
+        return MisfirePolicy(misfire, grace, limit, self._delay)
 
-    # ----------------------------------------------------------------- what it is about to do
+    # ----------------------------------------------------------------- nominal times
 
     def occurrences(self, since: datetime, until: datetime) -> Iterator[datetime]:
-        """The nominal times in [since, until), in order, with no regard to what fired. Naive: on the schedule's wall clock."""
-        end = _moment(until, self._zone)
-        for at in self._times.after(_moment(since, self._zone) - 1):
+        """The nominal times in [since, until), in order, fired or not. A naive bound is a time on
+        the schedule's wall clock.
+        """
+        end = _to_instant(until, self._zone)
+        for at in self._times.after(_to_instant(since, self._zone) - 1):
             if at >= end:
                 return
             yield to_datetime(at)
 
     def occurrence(self, at: datetime) -> Event:
-        """The event of a nominal time, marked as made by a backfill. ValueError when the schedule has none then."""
+        """The event of a nominal time, marked as a backfill. ValueError if it is no
+        nominal time.
+        """
         if newest(self._times, to_us(at) - 1, to_us(at), 1) != [to_us(at)]:
             raise ValueError(
-                f"{self.name} has no occurrence at {shown(to_us(at))}; it is: {self._times.text}"
+                f"{self.name} has no occurrence at {format_instant(to_us(at))}; "
+                f"it is: {self._times.text}"
             )
         return self._event(to_us(at), backfill=True)
 
     def settled(self, cursor: Mapping[str, Json]) -> datetime | None:
-        """The last nominal time that the schedule is through with; later ones are still its own to fire."""
-        last = _instant(cursor.get("last"))
+        """The last settled nominal time, by a cursor; later ones may still fire."""
+        last = _cursor_instant(cursor.get("last"))
         return None if last is None else to_datetime(last)
 
     @property
     def is_open(self) -> bool:
-        """Whether it has read its cursor, and waits."""
+        """Whether it has read its cursor and waits."""
         return self._last is not None
 
     @property
     def condition(self) -> str | None:
-        """That the clock was set back behind the cursor, while it is."""
+        """Whether the clock was set back to before the cursor."""
         begins = None if self._start is None else self._start - 1
         if self._last is None or self._last <= self.clock.now() or self._last == begins:
             return None
-        return f"the clock is behind the last occurrence; nothing fires until it passes {shown(self._last)}"
+        return (
+            "the clock is behind the last occurrence; "
+            f"nothing fires until it passes {format_instant(self._last)}"
+        )
 
     def gauges(self) -> Sequence[Gauge]:
-        """When it fires next, and how many occurrences were given up since the start."""
-        coming = None if self._last is None else next(self._times.after(self._last), None)
-        due_at = (
-            []
-            if coming is None
-            else [Gauge("next_timestamp_seconds", (coming + self._delay(coming)) / SECOND)]
-        )
-        return [*due_at, Gauge("skipped_occurrences", self._skipped)]
+        """The next time it fires, and the number of skipped occurrences since the start."""
+        gauges = [Gauge("skipped_occurrences", self._skipped)]
+        following = None if self._last is None else next(self._times.after(self._last), None)
+        if following is not None:
+            due = (following + self._delay(following)) / SECOND
+            gauges.insert(0, Gauge("next_timestamp_seconds", due))
+        return gauges
 
     # ----------------------------------------------------------------- the loop
 
     async def listen(self, intake: Intake) -> None:
-        """Waits for one occurrence after the other until cancelled. All it knows comes from the cursor."""
+        """Waits for one occurrence after the other until cancelled. All its state is in
+        the cursor.
+        """
         try:
-            self._last = await self._open(intake)
+            self._last = await self._read_cursor(intake)
             while True:
                 self._last = await self._step(intake, self._last)
         finally:
             self._last = None
 
     async def _step(self, intake: Intake, last: int) -> int:
-        """Fires what is due, or waits for what comes. The last nominal time that is settled then."""
+        """Fires what is due, or waits for the next occurrence. Returns the last settled time."""
         now = self.clock.now()
-        found = due(self._times, last, now, self._policy)
+        found = due_occurrences(self._times, last, now, self._policy)
         if found is not None:
             await self._fire(intake, found, now)
             return found.through
-        coming = next(self._times.after(last), None)
-        if coming is None:
-            intake.log.info("schedule.ended", schedule=self._times.text, last=shown(last))
+        following = next(self._times.after(last), None)
+        if following is None:
+            intake.log.info("schedule.ended", schedule=self._times.text, last=format_instant(last))
             await asyncio.get_running_loop().create_future()
         else:
-            await self._until(coming + self._delay(coming))
+            await sleep_until(self.clock, following + self._delay(following))
         return last
 
-    async def _open(self, intake: Intake) -> int:
-        """The last nominal time that is settled. Without a cursor, and after an edit, that is now, and is noted at once."""
-        cursor, now = await intake.cursor(), self.clock.now()
-        last, before = _instant(cursor.get("last")), cursor.get("schedule")
+    async def _read_cursor(self, intake: Intake) -> int:
+        """The last settled nominal time. Without a cursor, and after an edit, now; recorded at
+        once.
+        """
+        cursor = await intake.cursor()
+        now = self.clock.now()
+        last = _cursor_instant(cursor.get("last"))
+        before = cursor.get("schedule")
         if last is None and self._start is not None:
             last = self._start - 1
         elif last is None or before != self._times.text:
             if last is not None:
                 intake.log.warning(
-                    "schedule.changed", schedule=self._times.text, before=before, last=shown(last)
+                    "schedule.changed",
+                    schedule=self._times.text,
+                    before=before,
+                    last=format_instant(last),
                 )
             last = now
             await self._accept(intake, [], last)
         elif last > now:
-            intake.log.warning("schedule.ahead", last=shown(last), now=shown(now))
-        coming = next(self._times.after(last), None)
+            intake.log.warning(
+                "schedule.cursor_in_future", last=format_instant(last), now=format_instant(now)
+            )
+        following = next(self._times.after(last), None)
         intake.log.info(
             "schedule.opened",
             schedule=self._times.text,
-            next=None if coming is None else shown(coming),
+            next=None if following is None else format_instant(following),
         )
         return last
 
-    async def _fire(self, intake: Intake, found: Due, now: int) -> None:
-        """Records what is to fire, and the cursor with it; a long catch-up in several transactions, each with its own."""
+    async def _fire(self, intake: Intake, found: DueOccurrences, now: int) -> None:
+        """Records the events and the cursor; a long catch-up in several transactions."""
         events = [self._event(at, now, catchup=late) for at, late in found.fire]
         if found.skipped:
             self._skipped += found.skipped
@@ -208,7 +252,7 @@ class Schedule:
                 "schedule.skipped",
                 count=found.skipped,
                 exact=found.exact,
-                through=shown(found.through),
+                through=format_instant(found.through),
                 fired=len(events),
             )
             if events:
@@ -216,36 +260,17 @@ class Schedule:
                     found.fire[0][0], now, catchup=found.fire[0][1], skipped=found
                 )
         ends = [at for at, _ in found.fire]
-        for start in range(0, len(events), BATCH):
-            await self._accept(
-                intake, events[start : start + BATCH], ends[min(start + BATCH, len(ends)) - 1]
-            )
+        for start in range(0, len(events), BATCH_SIZE):
+            batch = events[start : start + BATCH_SIZE]
+            await self._accept(intake, batch, ends[start + len(batch) - 1])
         if not events:
             await self._accept(intake, [], found.through)
 
     async def _accept(self, intake: Intake, events: Sequence[Event], last: int) -> None:
-        """Durable when it returns. While the ledger is full it waits: a schedule is no reason to drop anything."""
-        while True:
-            try:
-                await intake.accept(
-                    *events, cursor={"last": shown(last), "schedule": self._times.text}
-                )
-            except StoreFull as full:
-                intake.log.warning("schedule.slowed", reason=str(full), wait=full.retry_after)
-                await self._until(self.clock.now() + microseconds(full.retry_after))
-            else:
-                return
+        cursor = {"last": format_instant(last), "schedule": self._times.text}
+        await intake.accept(*events, cursor=cursor)
 
-    async def _until(self, due_us: int) -> None:
-        """Until the wall clock says so: the clock reads it anew at least every 30 s, so a step or a suspend is noticed."""
-        come = asyncio.Event()
-        timer = self.clock.timer(asyncio.get_running_loop(), due_us, come.set)
-        try:
-            await come.wait()
-        finally:
-            timer.cancel()
-
-    # ----------------------------------------------------------------- its events
+    # ----------------------------------------------------------------- events
 
     def _event(
         self,
@@ -253,108 +278,125 @@ class Schedule:
         now: int | None = None,
         *,
         catchup: bool = False,
-        skipped: Due | None = None,
+        skipped: DueOccurrences | None = None,
         backfill: bool = False,
     ) -> Event:
-        """The data is the same whoever makes it, so that a second one is a duplicate and no conflict."""
+        """The data depends on `at` only, so that a second event is a duplicate and no conflict."""
         extensions: dict[str, str | int | bool] = {"catchup": True} if catchup else {}
         if skipped is not None:
-            extensions["skipped"] = min(
-                skipped.skipped, (1 << 31) - 1
-            )  # a CloudEvents integer has 32 bits
+            # A CloudEvents integer has 32 bits.
+            extensions["skipped"] = min(skipped.skipped, (1 << 31) - 1)
             if not skipped.exact:
                 extensions["skippedmore"] = True
         if backfill:
             extensions["backfill"] = True
         return Event(
-            id=self._id(at),
+            id=self._event_id(at),
             source=f"/schedules/{quote(self.name, safe='')}",
-            type=FIRED,
+            type=FIRED_TYPE,
             time=to_datetime(self.clock.now() if now is None else now),
             data={
                 "schedule": self.name,
-                "scheduled_at": shown(at),
+                "scheduled_at": format_instant(at),
                 "local_time": to_datetime(at).astimezone(self._zone).isoformat(),
             },
             extensions=extensions,
         )
 
-    def _id(self, at: int) -> str:
-        return f"{self.name}@{shown(at)}"
+    def _event_id(self, at: int) -> str:
+        return f"{self.name}@{format_instant(at)}"
 
     def _delay(self, at: int) -> int:
-        """0 ≤ delay ≤ jitter, drawn from the occurrence's id."""
+        """0 ≤ delay ≤ jitter, a hash of the event's id."""
         if not self._jitter:
             return 0
-        drawn = int.from_bytes(hashlib.blake2b(self._id(at).encode(), digest_size=8).digest())
-        return drawn % (self._jitter + 1)
+        digest = hashlib.blake2b(self._event_id(at).encode(), digest_size=8).digest()
+        return int.from_bytes(digest) % (self._jitter + 1)
 
 
 class Cron(Schedule):
-    """A cron expression in a time zone: `Cron("0 6 * * MON-FRI", tz="Europe/Berlin", name="report")`.
+    """A cron expression in a time zone: `Cron("0 6 * * MON-FRI", tz="Europe/Berlin")`.
 
-    Five fields (minute, hour, day of month, month, day of week), or six with **seconds first** (Quartz and croniter differ), or
-    `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly`, `@yearly`. `*`, `1-5`, `*/15`, `1,3`, names, `L` (the month's last
-    day), `LW` (its last weekday), `MON#1`, `5L`. Day of month and day of week, both restricted, mean either (as in Debian).
+    Five fields (minute, hour, day of month, month, day of week), or six with **seconds first**
+    (Quartz and croniter differ), or `@hourly`, `@daily`, `@midnight`, `@weekly`, `@monthly`,
+    `@yearly`. `*`, `1-5`, `*/15`, `1,3`, names, `L` (the month's last day), `LW` (its last
+    weekday), `MON#1`, `5L`. Where day of month and day of week are both restricted, either matches
+    (as in Debian).
 
-    `tz` is an IANA name. When clocks change, a fixed time (minute and hour without `*`) fires once: after the gap that swallows
-    it, and the first time of two. Anything else follows real time. Further options: see `Schedule`.
-    """
-
-    def __init__(self, expression: str, *, tz: str = "UTC", **options: Unpack[Options]) -> None:
-        where = zone(tz, f"Cron({expression!r})")
-        name = f"cron:{' '.join(expression.split())}"
-        times = CronTimes(expression, where, tz)
-        super().__init__(times, where, name if where is UTC else f"{name} {tz}", options)
-
-
-class Every(Schedule):
-    """A fixed interval: `Every(minutes=15)`, `Every(timedelta(days=1), anchor=datetime(2026, 1, 1, 3, tzinfo=UTC))`.
-
-    Its times are `anchor + k * period`, absolute: no restart, slow run or change of clocks moves them. The anchor is midnight
-    UTC of 1970-01-01 unless given, so `minutes=15` means the quarters of each hour. Further options: see `Schedule`.
+    `tz` is an IANA name. When clocks change, a fixed time (minute and hour without `*`) fires once:
+    after the gap that skips it, and the first time of two. Anything else follows real time. Further
+    options: see `Schedule`.
     """
 
     def __init__(
-        self, period: Duration | None = None, *, seconds: float = 0, minutes: float = 0, hours: float = 0, days: float = 0,
-        anchor: datetime | None = None, **options: Unpack[Options],
-    ) -> None:  # fmt: skip
+        self, expression: str, *, tz: str = "UTC", **options: Unpack[ScheduleOptions]
+    ) -> None:
+        zone = time_zone(tz, f"Cron({expression!r})")
+        name = f"cron:{' '.join(expression.split())}"
+        times = CronTimes(expression, zone, tz)
+        super().__init__(times, zone, name if zone is UTC else f"{name} {tz}", options)
+
+
+class Every(Schedule):
+    """A fixed interval: `Every(minutes=15)`, `Every(timedelta(days=1),
+    anchor=three_in_the_morning)`.
+
+    Its times are `anchor + k * period`, absolute: no restart, slow run or change of clocks moves
+    them. The anchor is midnight UTC of 1970-01-01 unless given, so `minutes=15` means the quarters
+    of each hour. Further options: see `Schedule`.
+    """
+
+    def __init__(
+        self,
+        period: Duration | None = None,
+        *,
+        seconds: float = 0,
+        minutes: float = 0,
+        hours: float = 0,
+        days: float = 0,
+        anchor: datetime | None = None,
+        **options: Unpack[ScheduleOptions],
+    ) -> None:
         whole = microseconds(timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days))
         us = microseconds(period or 0) + whole
         if us < SECOND:
             raise UsageError(
-                f"Every: expected a period of at least one second, such as minutes=15; found {us / SECOND:g} s"
+                "Every: expected a period of at least one second, such as minutes=15; "
+                f"found {us / SECOND:g} s"
             )
-        from_us = 0 if anchor is None else _moment(anchor, None)
+        from_us = 0 if anchor is None else _to_instant(anchor, None)
         super().__init__(EveryTimes(us, from_us), UTC, f"every:{us / SECOND:g}s", options)
 
 
 class At(Schedule):
     """Given moments, each once: `At(datetime(2026, 12, 31, 18, tzinfo=UTC))`.
 
-    With `tz` the moments may be naive: wall clock times of that zone. One that is past at the very first start does not fire,
-    unless `start=` is before it. Further options: see `Schedule`.
+    With `tz` the moments may be naive: wall clock times of that zone. One that is past at the very
+    first start does not fire, unless `start=` is before it. Further options: see `Schedule`.
     """
 
     def __init__(
-        self, *moments: datetime, tz: str | None = None, **options: Unpack[Options]
+        self, *moments: datetime, tz: str | None = None, **options: Unpack[ScheduleOptions]
     ) -> None:
         if not moments:
             raise UsageError("At: expected at least one datetime, found none")
-        where = None if tz is None else zone(tz, "At")
-        instants = [_moment(moment, where) for moment in moments]
-        super().__init__(AtTimes(instants), where or UTC, f"at:{shown(min(instants))}", options)
+        zone = None if tz is None else time_zone(tz, "At")
+        instants = [_to_instant(moment, zone) for moment in moments]
+        name = f"at:{format_instant(min(instants))}"
+        super().__init__(AtTimes(instants), zone or UTC, name, options)
 
 
-def _moment(given: datetime, where: tzinfo | None) -> int:
-    if given.tzinfo is not None:
-        return to_us(given)
-    if where is None:
+def _to_instant(moment: datetime, zone: tzinfo | None) -> int:
+    """Microseconds. A naive `moment` is a time on the wall clock of `zone`."""
+    if moment.tzinfo is not None:
+        return to_us(moment)
+    if zone is None:
         raise UsageError(
-            f"expected a datetime with a time zone, found the naive {given.isoformat()}; add tzinfo=UTC"
+            f"expected a datetime with a time zone, found the naive {moment.isoformat()}; "
+            "add tzinfo=UTC"
         )
-    return instant(given, where)
+    return instant_at(moment, zone)
 
 
-def _instant(text: Json) -> int | None:
+def _cursor_instant(text: Json) -> int | None:
     return to_us(parse_time(cast(Any, text))) if isinstance(text, str) else None

@@ -1,12 +1,15 @@
-"""How senders prove who they are: one table of the ways, one function that checks them.
+"""Verification of webhook senders: a table of signing schemes, and one function that checks them.
 
-`webhook.py` calls `Verify.reason_to_refuse` once per request with the raw bytes, before anything is parsed. Whatever the
-headers hold, the answer is a reason (for the log; the sender gets one fixed 401) or None, never an exception. Digests and
-tokens are compared in constant time. Every preset takes one secret or several (rotation: any of them will do); an empty or
-unset one raises EmptySecret when the preset is made. Secrets never show in a repr.
+`http_endpoint.py` calls `Verify.reason_to_refuse` once per request with the raw bytes, before
+anything is parsed. It returns a reason (for the log; the sender gets one fixed 401) or None, and
+never raises, whatever the headers hold. Digests and tokens are compared in constant time. Each
+preset takes one secret or several (for rotation: any of them is accepted); an empty or unset one
+raises EmptySecret when the preset is made. Secrets never show in a repr.
 
-    StandardWebhooks  GitHub  Stripe  Slack  GitLab  Shopify  MLflow        vendors
-    HMAC  Bearer  Token                                                     anybody else; `verify="none"` is written out
+    StandardWebhooks  GitHub  Stripe  Slack  GitLab  Shopify  MLflow     vendors
+    HMAC  Bearer  Token                                                  other senders
+
+`verify="none"`, written out, means no verification.
 """
 
 import binascii
@@ -22,22 +25,23 @@ import msgspec
 from eventflow.core.errors import EmptySecret, UsageError
 from eventflow.logs.redaction import SECRETS
 
-TOLERANCE = 300
-"""Seconds a signed timestamp may be off, both ways, as Standard Webhooks asks."""
+TOLERANCE_SECONDS = 300
+"""How far a signed timestamp may be off, both ways, as Standard Webhooks specifies."""
 
 MAX_SIGNATURES = 20
-"""Signatures one header may list: rotation needs two, and each costs a comparison."""
+"""In one header. Rotation needs two, and each costs a comparison."""
 
 # --------------------------------------------------------------------------- secrets
 
 
 class Secret:
-    """A secret and where it came from. It shows the place, never the value."""
+    """A secret and its origin. The repr shows the origin, never the value."""
 
     __slots__ = ("_value", "source")
 
     def __init__(self, value: str | bytes, source: str = "the given value") -> None:
-        self._value, self.source = value, source
+        self._value: str | bytes = value
+        self.source: str = source
 
     def reveal(self) -> bytes:
         return self._value.encode() if isinstance(self._value, str) else self._value
@@ -50,24 +54,26 @@ Secrets: TypeAlias = str | bytes | Secret | Sequence[str | bytes | Secret]
 
 
 def env(name: str) -> Secret:
-    """The secret in an environment variable. If it is unset or empty, the preset that takes it raises EmptySecret naming it."""
+    """The secret in an environment variable. If unset or empty, the preset raises EmptySecret."""
     return Secret(os.environ.get(name, ""), f"${name}")
 
 
-def _revealed(given: Secrets, where: str) -> tuple[bytes, ...]:
+def _secret_bytes(given: Secrets, option: str) -> tuple[bytes, ...]:
     listed: Sequence[str | bytes | Secret] = (
         [given] if isinstance(given, str | bytes | Secret) else list(given or ())
     )
     secrets = [one if isinstance(one, Secret) else Secret(one or b"") for one in listed]
     for secret in secrets or [Secret(b"", "an empty list")]:
         if not secret.reveal().strip():
-            raise EmptySecret(where, secret.source)
-        SECRETS.register(secret.reveal())  # whoever prints it, the log hides it
+            raise EmptySecret(option, secret.source)
+        SECRETS.register(secret.reveal())  # logs redact it
     return tuple(secret.reveal() for secret in secrets)
 
 
 def _standard_key(secret: bytes) -> bytes:
-    """`whsec_` + base64, with or without padding. Stripe writes the same prefix before plain text: not the same key."""
+    """The key of `whsec_` + base64, with or without padding. (Stripe's `whsec_` keys are plain
+    text.)
+    """
     encoded = secret.removeprefix(b"whsec_")
     try:
         key = binascii.a2b_base64(encoded + b"=" * (-len(encoded) % 4), strict_mode=True)
@@ -75,8 +81,8 @@ def _standard_key(secret: bytes) -> bytes:
         key = b""
     if not key:
         raise UsageError(
-            'StandardWebhooks: expected a secret of the form "whsec_" + base64, found another (whsk_ and whpk_ keys '
-            "of ed25519 are not supported)"
+            'StandardWebhooks: expected a secret of the form "whsec_" + base64, found another '
+            "(whsk_ and whpk_ keys of ed25519 are not supported)"
         )
     return key
 
@@ -84,12 +90,13 @@ def _standard_key(secret: bytes) -> bytes:
 # --------------------------------------------------------------------------- the table
 
 
-class Way(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to prove a request, as the sender's documentation has it.
+class SigningScheme(msgspec.Struct, frozen=True, kw_only=True):
+    """How a sender signs a request, as its documentation says.
 
-    `header` holds the signatures: split at `separator` (empty: one), each begins with `prefix`, others are ignored. `signed` is
-    what the digest is over: literal text, `{body}`, `{id}` (from `id_header`) and `{timestamp}` (from `timestamp_header`, or
-    from the entry of `header` that begins with `timestamp_prefix`). An empty `signed`: the header carries the secret itself.
+    `header` holds the signatures, split at `separator` (empty: one); those that do not begin with
+    `prefix` are ignored. `signed` is the text under the digest: literal text, `{body}`, `{id}`
+    (from `id_header`) and `{timestamp}` (from `timestamp_header`, or from the entry of `header`
+    that begins with `timestamp_prefix`). An empty `signed`: the header holds the secret itself.
     """
 
     header: str
@@ -104,16 +111,17 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def headers(self) -> list[str]:
-        """All it reads. One of them given twice is refused: two readers might take different ones."""
+        """All that it reads. A repeated one is refused: two readers might use different values."""
         return [name for name in (self.header, self.id_header, self.timestamp_header) if name]
 
 
 class Vendor(msgspec.Struct, frozen=True, kw_only=True):
-    """What a sender's events are known by and called. Fields are paths into the JSON body, such as `event.type`.
+    """Ids and types of a sender's events. Fields are paths into the JSON body: `event.type`.
 
-    The event id is a signed one, else the first of `id_headers` that is there, else `id_field`. The type is `type_prefix` and
-    what `type_header` holds, or the first of `type_fields` that is there (`a+b` joins two). `cloudevents`: its requests may
-    carry CloudEvents. `challenge`: it asks for its `url_verification` challenge back.
+    The event id is a signed one, else the first present one of `id_headers`, else `id_field`. The
+    type is `type_prefix` and the value of `type_header`, or of the first present one of
+    `type_fields` (`a+b` joins two). `cloudevents`: requests may hold CloudEvents. `challenge`: the
+    sender expects its `url_verification` challenge in the response.
     """
 
     name: str
@@ -126,56 +134,66 @@ class Vendor(msgspec.Struct, frozen=True, kw_only=True):
     challenge: bool = False
 
 
-def _standard(family: str) -> Way:
-    return Way(
-        header=f"{family}-signature", id_header=f"{family}-id", timestamp_header=f"{family}-timestamp",
-        signed="{id}.{timestamp}.{body}", separator=" ", prefix="v1,", encoding="base64",
-    )  # fmt: skip
+def _standard(family: str) -> SigningScheme:
+    return SigningScheme(
+        header=f"{family}-signature",
+        id_header=f"{family}-id",
+        timestamp_header=f"{family}-timestamp",
+        signed="{id}.{timestamp}.{body}",
+        separator=" ",
+        prefix="v1,",
+        encoding="base64",
+    )
 
 
 STANDARD = (_standard("webhook"), _standard("svix"))
-GITHUB = Way(header="x-hub-signature-256", prefix="sha256=")
-STRIPE = Way(
+GITHUB = SigningScheme(header="x-hub-signature-256", prefix="sha256=")
+STRIPE = SigningScheme(
     header="stripe-signature",
     separator=",",
     prefix="v1=",
     timestamp_prefix="t=",
     signed="{timestamp}.{body}",
 )
-SLACK = Way(
+SLACK = SigningScheme(
     header="x-slack-signature",
     timestamp_header="x-slack-request-timestamp",
     prefix="v0=",
     signed="v0:{timestamp}:{body}",
 )
-GITLAB = Way(header="x-gitlab-token", signed="")
-SHOPIFY = Way(header="x-shopify-hmac-sha256", encoding="base64")
-MLFLOW = Way(
-    header="x-mlflow-signature", id_header="x-mlflow-delivery-id", timestamp_header="x-mlflow-timestamp",
-    signed="{id}.{timestamp}.{body}", separator=" ", prefix="v1,", encoding="base64",
-)  # fmt: skip
-BEARER = Way(header="authorization", prefix="Bearer ", signed="")
+GITLAB = SigningScheme(header="x-gitlab-token", signed="")
+SHOPIFY = SigningScheme(header="x-shopify-hmac-sha256", encoding="base64")
+MLFLOW = SigningScheme(
+    header="x-mlflow-signature",
+    id_header="x-mlflow-delivery-id",
+    timestamp_header="x-mlflow-timestamp",
+    signed="{id}.{timestamp}.{body}",
+    separator=" ",
+    prefix="v1,",
+    encoding="base64",
+)
+BEARER = SigningScheme(header="authorization", prefix="Bearer ", signed="")
 
 # --------------------------------------------------------------------------- checking
 
 
-class Check(msgspec.Struct, frozen=True):
-    """One proof a request must give: any of `ways`, with any of `keys`."""
+class RequiredProof(msgspec.Struct, frozen=True):
+    """One proof that a request must have: by any of `schemes`, with any of `keys`."""
 
-    ways: tuple[Way, ...]
+    schemes: tuple[SigningScheme, ...]
     keys: tuple[bytes, ...]
 
 
 class Verify:
-    """How the requests of one webhook are verified: every check must hold. `vendor` says what its events are called."""
+    """The verification of one webhook: a request must have every proof."""
 
-    __slots__ = ("_checks", "vendor")
+    __slots__ = ("_proofs", "vendor")
 
-    def __init__(self, vendor: Vendor, *checks: Check) -> None:
+    def __init__(self, vendor: Vendor, *proofs: RequiredProof) -> None:
         self.vendor = vendor
-        self._checks = tuple(
-            (check.keys, tuple((way, _template(way.signed)) for way in check.ways))
-            for check in checks
+        self._proofs = tuple(
+            (proof.keys, tuple((scheme, _template(scheme.signed)) for scheme in proof.schemes))
+            for proof in proofs
         )
 
     def __repr__(self) -> str:
@@ -183,114 +201,124 @@ class Verify:
 
     @property
     def signed_headers(self) -> list[str]:
-        """Every header that proves something; none of them is ever stored."""
-        return [name for _, ways in self._checks for way, _ in ways for name in way.headers]
+        """The headers of all proofs; none of them is ever stored."""
+        return [
+            name for _, schemes in self._proofs for scheme, _ in schemes for name in scheme.headers
+        ]
 
     @property
     def challenge(self) -> str | None:
-        """What a 401 asks for (RFC 9110): `Basic` or `Bearer`, where the proof is that. Some senders wait for it."""
-        schemes = [
-            way.prefix.strip()
-            for _, ways in self._checks
-            for way, _ in ways
-            if way.header == "authorization"
+        """The `WWW-Authenticate` of a 401 (RFC 9110) for `Basic` and `Bearer`; some senders need
+        it.
+        """
+        names = [
+            scheme.prefix.strip()
+            for _, schemes in self._proofs
+            for scheme, _ in schemes
+            if scheme.header == "authorization"
         ]
-        return f'{schemes[0]} realm="hooks"' if schemes and schemes[0] else None
+        return f'{names[0]} realm="hooks"' if names and names[0] else None
 
     def signed_id(self, headers: Mapping[str, str]) -> str | None:
-        """The id that the signature covers. Ask after `reason_to_refuse`: another family's id header may be forged."""
-        for _, ways in self._checks:
-            way, _ = _offered(ways, headers)
-            if way.id_header:
-                return headers.get(way.id_header)
+        """The id that the signature covers, of a request that `reason_to_refuse` has accepted."""
+        for _, schemes in self._proofs:
+            scheme, _ = _scheme_of(schemes, headers)
+            if scheme.id_header:
+                return headers.get(scheme.id_header)
         return None
 
     def reason_to_refuse(
         self, headers: Mapping[str, str], repeated: Iterable[str], body: bytes, now: int
     ) -> str | None:
-        """None for a request from a real sender, else the reason, for the log alone.
+        """None for a request with valid proofs, else the reason, for the log only.
 
-        `headers` by lower-case name as latin-1 text; `repeated` are those given more than once; `now` in seconds.
+        `headers` by lower-case name as latin-1 text; `repeated`: names that occur more than once;
+        `now` in seconds.
         """
-        for keys, ways in self._checks:
-            way, template = _offered(ways, headers)
-            if repeated and any(name in repeated for name in way.headers):
+        for keys, schemes in self._proofs:
+            scheme, template = _scheme_of(schemes, headers)
+            if repeated and any(name in repeated for name in scheme.headers):
                 return "repeated header"
-            if why := _fault(way, template, keys, headers, body, now):
-                return why
+            if reason := _rejection_reason(scheme, template, keys, headers, body, now):
+                return reason
         return None
 
 
 _Template: TypeAlias = tuple[str | bytes, ...]
 
 
-def _offered(
-    ways: Sequence[tuple[Way, _Template]], headers: Mapping[str, str]
-) -> tuple[Way, _Template]:
-    """The first way whose signature is there."""
-    for pair in ways:
+def _scheme_of(
+    schemes: Sequence[tuple[SigningScheme, _Template]], headers: Mapping[str, str]
+) -> tuple[SigningScheme, _Template]:
+    """The first scheme whose signature is present."""
+    for pair in schemes:
         if pair[0].header in headers:
             return pair
-    return ways[0]
+    return schemes[0]
 
 
 def _template(signed: str) -> _Template:
-    """Literal bytes, and the names `id`, `timestamp`, `body` for what stands in their place."""
+    """Literal bytes, and the names `id`, `timestamp`, `body` as text."""
     parts = re.split(r"\{(id|timestamp|body)\}", signed)
-    return tuple(part if place % 2 else part.encode() for place, part in enumerate(parts) if part)
+    return tuple(part if index % 2 else part.encode() for index, part in enumerate(parts) if part)
 
 
-def _fault(
-    way: Way,
+def _rejection_reason(
+    scheme: SigningScheme,
     template: _Template,
     keys: Sequence[bytes],
     headers: Mapping[str, str],
     body: bytes,
     now: int,
 ) -> str | None:
-    text = headers.get(way.header)
+    text = headers.get(scheme.header)
     if text is None:
         return "missing header"
     if not template:
-        return None if _is_token(way, text, keys) else "wrong token"
-    entries = text.split(way.separator) if way.separator else [text]
+        return None if _is_token(scheme, text, keys) else "wrong token"
+    entries = text.split(scheme.separator) if scheme.separator else [text]
     if len(entries) > MAX_SIGNATURES:
         return "too many signatures"
     values: dict[str | bytes, bytes] = {"body": body}
-    if way.timestamp_header or way.timestamp_prefix:
-        timestamp = _timestamp(way, headers, entries)
-        if not _recent(timestamp, now):
+    if scheme.timestamp_header or scheme.timestamp_prefix:
+        timestamp = _timestamp(scheme, headers, entries)
+        if not _is_recent(timestamp, now):
             return "timestamp missing, malformed or outside the window"
         values["timestamp"] = timestamp.encode()
-    if way.id_header:
-        if not headers.get(way.id_header):
+    if scheme.id_header:
+        if not headers.get(scheme.id_header):
             return "missing id"
-        values["id"] = headers[way.id_header].encode("latin-1")
+        values["id"] = headers[scheme.id_header].encode("latin-1")
     message = b"".join([values[part] if isinstance(part, str) else part for part in template])
-    return None if _is_signed(way, entries, keys, message) else "no signature matches"
+    return None if _is_signed(scheme, entries, keys, message) else "no signature matches"
 
 
-def _timestamp(way: Way, headers: Mapping[str, str], entries: Sequence[str]) -> str:
-    if way.timestamp_header:
-        return headers.get(way.timestamp_header, "")
-    stamps = [entry for entry in entries if entry.startswith(way.timestamp_prefix)]
-    return stamps[0][len(way.timestamp_prefix) :] if len(stamps) == 1 else ""
+def _timestamp(scheme: SigningScheme, headers: Mapping[str, str], entries: Sequence[str]) -> str:
+    if scheme.timestamp_header:
+        return headers.get(scheme.timestamp_header, "")
+    stamps = [entry for entry in entries if entry.startswith(scheme.timestamp_prefix)]
+    return stamps[0][len(scheme.timestamp_prefix) :] if len(stamps) == 1 else ""
 
 
 _TIMESTAMP = re.compile(r"[0-9]{1,12}")
 
 
-def _recent(timestamp: str, now: int) -> bool:
-    return _TIMESTAMP.fullmatch(timestamp) is not None and abs(int(timestamp) - now) <= TOLERANCE
+def _is_recent(timestamp: str, now: int) -> bool:
+    return (
+        _TIMESTAMP.fullmatch(timestamp) is not None
+        and abs(int(timestamp) - now) <= TOLERANCE_SECONDS
+    )
 
 
-def _is_signed(way: Way, entries: Sequence[str], keys: Sequence[bytes], message: bytes) -> bool:
-    digests = [hmac.digest(key, message, way.algorithm) for key in keys]
+def _is_signed(
+    scheme: SigningScheme, entries: Sequence[str], keys: Sequence[bytes], message: bytes
+) -> bool:
+    digests = [hmac.digest(key, message, scheme.algorithm) for key in keys]
     found = False
     for entry in entries:
         offered = (
-            _decoded(entry[len(way.prefix) :], way.encoding)
-            if entry.startswith(way.prefix)
+            _decoded(entry[len(scheme.prefix) :], scheme.encoding)
+            if entry.startswith(scheme.prefix)
             else b""
         )
         for digest in digests:
@@ -299,7 +327,7 @@ def _is_signed(way: Way, entries: Sequence[str], keys: Sequence[bytes], message:
 
 
 def _decoded(text: str, encoding: str) -> bytes:
-    """The digest a header offers; empty, which matches nothing, when it is not written strictly."""
+    """The digest in a header; empty, which matches nothing, if it is not strictly encoded."""
     try:
         return (
             binascii.unhexlify(text)
@@ -310,11 +338,13 @@ def _decoded(text: str, encoding: str) -> bytes:
         return b""
 
 
-def _is_token(way: Way, text: str, keys: Sequence[bytes]) -> bool:
-    """Both sides are hashed first, so that not even the length shows in the time. Schemes are matched in any case."""
-    if text[: len(way.prefix)].lower() != way.prefix.lower():
+def _is_token(scheme: SigningScheme, text: str, keys: Sequence[bytes]) -> bool:
+    """Compares hashes, so that the time does not show the length. The prefix matches in
+    any case.
+    """
+    if text[: len(scheme.prefix)].lower() != scheme.prefix.lower():
         return False
-    offered = hashlib.sha256(text[len(way.prefix) :].encode("latin-1")).digest()
+    offered = hashlib.sha256(text[len(scheme.prefix) :].encode("latin-1")).digest()
     found = False
     for key in keys:
         found |= hmac.compare_digest(offered, hashlib.sha256(key).digest())
@@ -325,32 +355,42 @@ def _is_token(way: Way, text: str, keys: Sequence[bytes]) -> bool:
 
 
 def StandardWebhooks(secret: Secrets) -> Verify:
-    """Standard Webhooks v1, with `webhook-*` or `svix-*` headers. Secrets are `whsec_` + base64. The id is `webhook-id`."""
+    """Standard Webhooks v1, with `webhook-*` or `svix-*` headers; the id is `webhook-id`.
+
+    Secrets are `whsec_` + base64.
+    """
     vendor = Vendor(name="StandardWebhooks", type_fields=("type",), cloudevents=True)
-    return Verify(vendor, Check(STANDARD, _standard_keys(secret, "StandardWebhooks(secret=)")))
+    return Verify(
+        vendor, RequiredProof(STANDARD, _standard_keys(secret, "StandardWebhooks(secret=)"))
+    )
 
 
 def _standard_keys(secret: Secrets, where: str) -> tuple[bytes, ...]:
-    return tuple(_standard_key(one) for one in _revealed(secret, where))
+    return tuple(_standard_key(one) for one in _secret_bytes(secret, where))
 
 
 def GitHub(secret: Secrets) -> Verify:
-    """`X-Hub-Signature-256`. Types are `com.github.push`…; the id is `X-GitHub-Delivery`, the same on redelivery."""
+    """`X-Hub-Signature-256`. Types are `com.github.push`…; the id is `X-GitHub-Delivery`."""
     ids = ("x-github-delivery",)
     vendor = Vendor(
         name="GitHub", id_headers=ids, type_prefix="com.github.", type_header="x-github-event"
     )
-    return Verify(vendor, Check((GITHUB,), _revealed(secret, "GitHub(secret=)")))
+    return Verify(vendor, RequiredProof((GITHUB,), _secret_bytes(secret, "GitHub(secret=)")))
 
 
 def Stripe(secret: Secrets) -> Verify:
-    """`Stripe-Signature`; the key is the whole `whsec_…` string as text. Types are `com.stripe.…`; the id is `id`."""
+    """`Stripe-Signature`; the key is the whole text `whsec_…`. Types are `com.stripe.…`; the id is
+    `id`.
+    """
     vendor = Vendor(name="Stripe", id_field="id", type_prefix="com.stripe.", type_fields=("type",))
-    return Verify(vendor, Check((STRIPE,), _revealed(secret, "Stripe(secret=)")))
+    return Verify(vendor, RequiredProof((STRIPE,), _secret_bytes(secret, "Stripe(secret=)")))
 
 
 def Slack(secret: Secrets) -> Verify:
-    """`X-Slack-Signature`; answers the `url_verification` challenge. Types are `com.slack.message`…; the id is `event_id`."""
+    """`X-Slack-Signature`; answers the `url_verification` challenge.
+
+    Types are `com.slack.message`…; the id is `event_id`.
+    """
     types = ("event.type", "type")
     vendor = Vendor(
         name="Slack",
@@ -359,39 +399,44 @@ def Slack(secret: Secrets) -> Verify:
         type_fields=types,
         challenge=True,
     )
-    return Verify(vendor, Check((SLACK,), _revealed(secret, "Slack(secret=)")))
+    return Verify(vendor, RequiredProof((SLACK,), _secret_bytes(secret, "Slack(secret=)")))
 
 
 def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> Verify:
-    """The secret token (`X-Gitlab-Token`), the signing token (Standard Webhooks), or both: then both must hold.
+    """The secret token (`X-Gitlab-Token`), the signing token (Standard Webhooks), or both of them.
 
-    Types are `com.gitlab.push`…; the id is the signed `webhook-id`, else `Idempotency-Key` or `X-Gitlab-Event-UUID`.
+    Types are `com.gitlab.push`…; the id is the signed `webhook-id`, else `Idempotency-Key` or
+    `X-Gitlab-Event-UUID`.
     """
     ids = ("idempotency-key", "x-gitlab-event-uuid")
     vendor = Vendor(
         name="GitLab", id_headers=ids, type_prefix="com.gitlab.", type_fields=("object_kind",)
     )
-    checks: list[Check] = []
+    proofs: list[RequiredProof] = []
     if token is not None or signing is None:
-        checks.append(Check((GITLAB,), _revealed(token or "", "GitLab(token=)")))
+        proofs.append(RequiredProof((GITLAB,), _secret_bytes(token or "", "GitLab(token=)")))
     if signing is not None:
-        checks.append(Check(STANDARD[:1], _standard_keys(signing, "GitLab(signing=)")))
-    return Verify(vendor, *checks)
+        proofs.append(RequiredProof(STANDARD[:1], _standard_keys(signing, "GitLab(signing=)")))
+    return Verify(vendor, *proofs)
 
 
 def Shopify(secret: Secrets) -> Verify:
-    """`X-Shopify-Hmac-Sha256`. Types are `com.shopify.orders.create`…; the id is `X-Shopify-Event-Id`."""
+    """`X-Shopify-Hmac-Sha256`. Types are `com.shopify.orders.create`…; the id is
+    `X-Shopify-Event-Id`.
+    """
     ids = ("x-shopify-event-id", "x-shopify-webhook-id")
     vendor = Vendor(
         name="Shopify", id_headers=ids, type_prefix="com.shopify.", type_header="x-shopify-topic"
     )
-    return Verify(vendor, Check((SHOPIFY,), _revealed(secret, "Shopify(secret=)")))
+    return Verify(vendor, RequiredProof((SHOPIFY,), _secret_bytes(secret, "Shopify(secret=)")))
 
 
 def MLflow(secret: Secrets) -> Verify:
-    """`X-MLflow-Signature`. Types are `org.mlflow.model_version.created`…; the id is `X-MLflow-Delivery-Id`."""
+    """`X-MLflow-Signature`. Types are `org.mlflow.model_version.created`…; the id is
+    `X-MLflow-Delivery-Id`.
+    """
     vendor = Vendor(name="MLflow", type_prefix="org.mlflow.", type_fields=("entity+action",))
-    return Verify(vendor, Check((MLFLOW,), _revealed(secret, "MLflow(secret=)")))
+    return Verify(vendor, RequiredProof((MLFLOW,), _secret_bytes(secret, "MLflow(secret=)")))
 
 
 def HMAC(
@@ -407,8 +452,9 @@ def HMAC(
 ) -> Verify:
     """A digest of the body in `header`, after `prefix`.
 
-    `signed` is what the digest is over, from `{body}`, `{timestamp}` and `{id}`; by default `{timestamp}.{body}` when there is
-    a `timestamp_header` (seconds, 300 either way), else `{body}`. What is not signed proves nothing and is refused here.
+    `signed` is the text under the digest, of `{body}`, `{timestamp}` and `{id}`; by default
+    `{timestamp}.{body}` if there is a `timestamp_header` (seconds, 300 either way), else `{body}`.
+    UsageError for a timestamp or id that is not signed.
     """
     signed = signed or ("{timestamp}.{body}" if timestamp_header else "{body}")
     for field, given in (
@@ -418,35 +464,43 @@ def HMAC(
     ):
         if (field in signed) != bool(given):
             raise UsageError(
-                f"HMAC(signed={signed!r}): expected {field} to be signed and its header to be named, found one of the two"
+                f"HMAC(signed={signed!r}): expected {field} to be signed "
+                "and its header to be named, found one of the two"
             )
     if algorithm not in ("sha256", "sha384", "sha512", "sha1") or encoding not in ("hex", "base64"):
         raise UsageError(
-            f"HMAC: expected sha256, sha384, sha512 or sha1 in hex or base64, found {algorithm} in {encoding}"
+            "HMAC: expected sha256, sha384, sha512 or sha1 in hex or base64, "
+            f"found {algorithm} in {encoding}"
         )
-    way = Way(
-        header=header.lower(), algorithm=algorithm, encoding=encoding, prefix=prefix, signed=signed,
-        timestamp_header=timestamp_header.lower(), id_header=id_header.lower(),
-    )  # fmt: skip
+    scheme = SigningScheme(
+        header=header.lower(),
+        algorithm=algorithm,
+        encoding=encoding,
+        prefix=prefix,
+        signed=signed,
+        timestamp_header=timestamp_header.lower(),
+        id_header=id_header.lower(),
+    )
     vendor = Vendor(name="HMAC", cloudevents=True)
-    return Verify(vendor, Check((way,), _revealed(secret, "HMAC(secret=)")))
+    return Verify(vendor, RequiredProof((scheme,), _secret_bytes(secret, "HMAC(secret=)")))
 
 
 def Bearer(token: Secrets) -> Verify:
     """`Authorization: Bearer TOKEN`."""
     return Verify(
         Vendor(name="Bearer", cloudevents=True),
-        Check((BEARER,), _revealed(token, "Bearer(token=)")),
+        RequiredProof((BEARER,), _secret_bytes(token, "Bearer(token=)")),
     )
 
 
 def Token(token: Secrets, *, header: str, prefix: str = "") -> Verify:
     """`header` equals the token, after `prefix`."""
-    way = Way(header=header.lower(), prefix=prefix, signed="")
+    scheme = SigningScheme(header=header.lower(), prefix=prefix, signed="")
     return Verify(
-        Vendor(name="Token", cloudevents=True), Check((way,), _revealed(token, "Token(token=)"))
+        Vendor(name="Token", cloudevents=True),
+        RequiredProof((scheme,), _secret_bytes(token, "Token(token=)")),
     )
 
 
-NOBODY = Verify(Vendor(name="none", cloudevents=True))
-"""What `verify="none"` stands for: nothing is checked."""
+NO_VERIFICATION = Verify(Vendor(name="none", cloudevents=True))
+"""`verify="none"`: nothing is checked."""

@@ -1,8 +1,8 @@
-"""Webhooks: `POST /hooks/PATH` becomes an event, and the 2xx follows the record (P1).
+"""`Webhook`: `POST /hooks/PATH` becomes an event; the 2xx follows the record (P1).
 
-`endpoint.py` has the request's way in, up to the verified body, and the way out. Here the body becomes events: type → JSON or
-CloudEvents (eventflow/events/cloudevents.py) → id → `accept` → 202. A body that a real sender signed but nobody can read is kept as a
-dead letter and answered 400.
+`http_endpoint.py` reads and verifies the request and sends the response. Here the body becomes
+events: content type → JSON or CloudEvents (eventflow/events/cloudevents.py) → id → `accept` → 202.
+A verified body that cannot be read becomes a dead letter and is answered 400.
 """
 
 import os
@@ -25,18 +25,18 @@ from eventflow.events.cloudevents import (
     read_json,
 )
 from eventflow.events.event import Event, Receipt
-from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers
-from triggers.http_request import Refused, Reply
+from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers, RequestLimits
+from triggers.http_request import Reply, RequestRejected
 from triggers.signatures import Vendor, Verify
 
-MAX_ID = 1024
+MAX_ID_LENGTH = 1024
 """Characters of an event id."""
 
-MAX_REASON = 500
-"""Characters of why a body cannot be read; the reason may quote it."""
+MAX_REASON_LENGTH = 500
+"""Characters of the reason why a body cannot be read; it may quote the body."""
 
 ID_HEADERS = ("webhook-id", "ce-id", "x-github-delivery", "idempotency-key")
-NEVER_KEPT = frozenset(
+CREDENTIAL_HEADERS = frozenset(
     {"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
 )
 
@@ -46,17 +46,27 @@ _TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,254}")
 class Webhook(Endpoint):
     """A trigger for `POST /hooks/PATH`.
 
-    `verify`: a preset (`StandardWebhooks(secret=env("NAME"))`, `GitHub`, `HMAC`, `Bearer`…), or "none", written out. `id`: a
-    path into the JSON body (`"order.id"`), or a function of the headers (lower-case names) and the raw body; by default the
-    preset's own, else the first of `webhook-id`, `ce-id`, `X-GitHub-Delivery`, `Idempotency-Key`; without any, each POST is an
-    event of its own. A known id starts nothing and is answered 200; with another body, 409. `type`: the event's type, by
-    default the preset's, such as `com.github.push`, else `webhook.received`; `source`: by default `/hooks/PATH`. CloudEvents
-    keep theirs.
-
-    `content`: "json"; "form" (fields as an object); "raw" (any bytes). `max_body` in bytes, also of what `gzip` unpacks to.
-    `max_rate`: requests per second from one address, five seconds' worth at once; more are answered 429; None for any number.
-    `keep`: headers that become extensions, dashes dropped; only such as are the same on a retry, or it looks like a conflict.
-    Durations in seconds. `name` is by default made from the path, and what the ledger knows this webhook by.
+    Args:
+        path: below `/hooks`, such as "/orders".
+        verify: a preset (`StandardWebhooks(secret=env("NAME"))`, `GitHub`, `HMAC`, `Bearer` …), or
+            "none", written out.
+        name: the name in the ledger; by default made from the path.
+        id: a path into the JSON body (`"order.id"`), or a function of the headers (lower-case
+            names) and the raw body; by default the preset's own, else the first of `webhook-id`,
+            `ce-id`, `X-GitHub-Delivery`, `Idempotency-Key`; without any, each POST is a new event.
+            A known id starts nothing and is answered 200; with another body, 409.
+        type: the event's type; by default the preset's, such as `com.github.push`, else
+            `webhook.received`. CloudEvents keep their own type and source.
+        source: the event's source, by default `/hooks/PATH`.
+        content: "json"; "form" (fields as an object); "raw" (any bytes).
+        max_body: in bytes, before and after unpacking.
+        gzip: whether bodies may be gzipped.
+        max_rate: requests per second from one address, in bursts of up to five seconds' worth; more
+            are answered 429. None: no limit.
+        keep: headers that become extensions, without their dashes. Choose headers that are the same
+            in a repeated request; others make it look like a conflict.
+        success_status: of the response to a new event.
+        body_timeout: seconds that a body may take to arrive.
     """
 
     def __init__(
@@ -76,7 +86,7 @@ class Webhook(Endpoint):
         success_status: int = 202,
         body_timeout: float = 30.0,
         clock: Clock = SYSTEM_CLOCK,
-        entropy: Callable[[int], bytes] = os.urandom,
+        random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         if content not in ("json", "form", "raw"):
             raise UsageError(
@@ -87,41 +97,46 @@ class Webhook(Endpoint):
                 f"Webhook({path!r}, id={id!r}): expected a function, since a raw body has no fields"
             )
         super().__init__(
-            path, verify=verify, name=name or "webhook" + path.replace("/", "-"), max_body=max_body, gzip=gzip,
-            max_rate=max_rate, body_timeout=body_timeout, clock=clock, entropy=entropy,
-        )  # fmt: skip
-        self._keep = _kept(path, keep, self._verify)
-        self._source = source or self.path
-        self._id, self._type, self._content = id, type, content
-        self._success_status = success_status
+            path,
+            verify=verify,
+            name=name or "webhook" + path.replace("/", "-"),
+            limits=RequestLimits(max_body, gzip, max_rate, body_timeout),
+            clock=clock,
+            random_bytes=random_bytes,
+        )
+        self._keep: tuple[tuple[str, str], ...] = _kept_headers(path, keep, self._verify)
+        self._source: str = source or self.path
+        self._id: str | Callable[[Headers, bytes], str | None] | None = id
+        self._type: str | None = type
+        self._content: Literal["json", "form", "raw"] = content
+        self._success_status: int = success_status
 
-    async def _take(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
+    async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
         if not _is_acceptable(self._content, headers):
-            raise self._refused(
-                Refused(415, "unsupported_type", _EXPECTED[self._content]), "content type"
+            raise self._log_rejection(
+                RequestRejected(415, "unsupported_type", _EXPECTED[self._content]), "content type"
             )
         try:
             events = self._events(headers, repeated, body)
         except ValueError as error:
-            ident = self._dead_id(headers, repeated)
-            raise await self._dead(
-                ident, self._source, headers, body, str(error)[:MAX_REASON]
+            ident = self._dead_letter_id(headers, repeated)
+            raise await self._dead_letter(
+                ident, self._source, headers, body, str(error)[:MAX_REASON_LENGTH]
             ) from None
         if isinstance(events, Reply):
             return events
-        receipts = await self._accept(events, len(body)) if events else []
-        return self._receipted(receipts, batch=media_type(headers) == BATCH)
+        receipts = await self._accept(events) if events else []
+        return self._reply_to(receipts, batch=media_type(headers) == BATCH)
 
     def _events(self, headers: Headers, repeated: set[str], body: bytes) -> list[Event] | Reply:
-        """What the body says; ValueError if it cannot be read, a Reply if it is only a handshake."""
+        """The events of a body, or the reply to a handshake. ValueError if it cannot be read."""
         vendor = self._verify.vendor
         if self._content == "json" and vendor.cloudevents and is_cloudevent(headers):
             return self._cloudevents(headers, repeated, body)
-        data = _parsed(self._content, headers, body)
-        if vendor.challenge and _field(data, "type") == "url_verification":
-            return Reply(
-                200, str(_field(data, "challenge")).encode(), media=b"text/plain; charset=utf-8"
-            )
+        data = _parse_body(self._content, headers, body)
+        if vendor.challenge and _field_at(data, "type") == "url_verification":
+            challenge = str(_field_at(data, "challenge")).encode()
+            return Reply(200, challenge, media_type=b"text/plain; charset=utf-8")
         event = Event(
             id=self._event_id(headers, repeated, data, body),
             source=self._source,
@@ -134,7 +149,7 @@ class Webhook(Endpoint):
         return [event]
 
     def _cloudevents(self, headers: Headers, repeated: set[str], body: bytes) -> list[Event]:
-        """CloudEvents as sent. In binary mode the id is an unsigned header, so that a signed one goes before it."""
+        """CloudEvents as sent; in binary mode a signed id replaces theirs, an unsigned header."""
         if twice := next(
             (name for name in repeated if name.startswith("ce-") or name == "content-type"), None
         ):
@@ -145,70 +160,68 @@ class Webhook(Endpoint):
             return [msgspec.structs.replace(events[0], id=signed)]
         return events
 
-    # ------------------------------------------------------------------------- its id
+    # ------------------------------------------------------------------------- ids
 
     def _event_id(self, headers: Headers, repeated: set[str], data: Any, body: bytes) -> str:
-        given = self._own_id(headers, data, body) if self._id is not None else None
-        ident = given or self._sender_id(headers, repeated, data) or self._fresh_id()
-        if len(ident) > MAX_ID:
-            raise ValueError(f"id: expected at most {MAX_ID} characters, found {len(ident)}")
+        configured = self._configured_id(headers, data, body) if self._id is not None else None
+        ident = configured or self._sender_id(headers, repeated, data) or self._new_id()
+        if len(ident) > MAX_ID_LENGTH:
+            raise ValueError(f"id: expected at most {MAX_ID_LENGTH} characters, found {len(ident)}")
         return ident
 
-    def _own_id(self, headers: Headers, data: Any, body: bytes) -> str | None:
-        """What the app's `id=` says. Its exceptions make the event unreadable, not the server fail."""
+    def _configured_id(self, headers: Headers, data: Any, body: bytes) -> str | None:
+        """The id by the app's `id=`."""
         if isinstance(self._id, str):
-            return _plain(_field(data, self._id))
+            return _id_text(_field_at(data, self._id))
         assert self._id is not None
         try:
-            ident = _plain(self._id(headers, body))
+            ident = _id_text(self._id(headers, body))
             (ident or "").encode()  # a lone surrogate cannot be stored
             return ident
-        except Exception as error:
+        except Exception as error:  # around the user's function: the event is unreadable
             raise ValueError(f"id: {error.__class__.__name__}: {error}") from error
 
     def _sender_id(self, headers: Headers, repeated: set[str], data: Any) -> str | None:
         vendor = self._verify.vendor
         if signed := self._verify.signed_id(headers):
             return signed
-        own = _first(vendor.id_headers, headers, repeated)
+        own = _first_header(vendor.id_headers, headers, repeated)
         if own is None and vendor.id_field:
-            own = _plain(_field(data, vendor.id_field))
-        return own or _first(ID_HEADERS, headers, repeated)
+            own = _id_text(_field_at(data, vendor.id_field))
+        return own or _first_header(ID_HEADERS, headers, repeated)
 
-    def _dead_id(self, headers: Headers, repeated: set[str]) -> str:
-        """An id for what cannot be read: the sender's, if it gave one."""
+    def _dead_letter_id(self, headers: Headers, repeated: set[str]) -> str:
+        """The id of a body that cannot be read: the sender's, if there is one."""
         try:
-            return (self._sender_id(headers, repeated, None) or self._fresh_id())[:MAX_ID]
+            return (self._sender_id(headers, repeated, None) or self._new_id())[:MAX_ID_LENGTH]
         except ValueError:
-            return self._fresh_id()
+            return self._new_id()
 
-    # ------------------------------------------------------------------------- out again
+    # ------------------------------------------------------------------------- responses
 
-    def _receipted(self, receipts: Sequence[Receipt], *, batch: bool) -> Reply:
+    def _reply_to(self, receipts: Sequence[Receipt], *, batch: bool) -> Reply:
         if any(receipt.conflict for receipt in receipts):
             return self._conflict([receipt for receipt in receipts if receipt.conflict])
         rows = [
-            {"id": one.shown, "event_id": one.event_id, "duplicate": one.duplicate}
+            {"id": one.id_text, "event_id": one.event_id, "duplicate": one.duplicate}
             for one in receipts
         ]
-        known = all(receipt.duplicate for receipt in receipts)
-        return Reply(
-            200 if known else self._success_status, orjson.dumps(rows if batch else rows[0])
-        )
+        status = 200 if all(one.duplicate for one in receipts) else self._success_status
+        return Reply(status, orjson.dumps(rows if batch else rows[0]))
 
     def _conflict(self, receipts: Sequence[Receipt]) -> Reply:
-        """The first stands. A person must look: either an id is used twice, or a sender changes what it sends again."""
+        """The first one is kept. Either an id was used twice, or a sender changed a repetition."""
         for receipt in receipts:
             first, this = receipt.digests or (None, None)
             known = {"event_id": receipt.event_id, "first_digest": first, "this_digest": this}
             self._log("webhook.refused", reason="known id with other content", status=409, **known)
         ids = ", ".join(receipt.event_id for receipt in receipts[:3])
-        return Refused(
+        return RequestRejected(
             409, "conflict", f"{ids}: already received with other content; the first one stands"
         ).reply
 
 
-# ----------------------------------------------------------------------------- pure questions
+# ----------------------------------------------------------------------------- parsing
 
 _EXPECTED = {
     "json": "expected Content-Type application/json",
@@ -218,7 +231,7 @@ _EXPECTED = {
 
 
 def _is_acceptable(content: str, headers: Headers) -> bool:
-    """Whether the media type is one that `content` can be read from."""
+    """Whether the media type matches the option `content`."""
     match content:
         case "json":
             return is_json(media_type(headers)) or "ce-specversion" in headers
@@ -228,7 +241,7 @@ def _is_acceptable(content: str, headers: Headers) -> bool:
             return True
 
 
-def _parsed(content: str, headers: Headers, body: bytes) -> Any:
+def _parse_body(content: str, headers: Headers, body: bytes) -> Any:
     match content:
         case "json":
             return read_json(body)
@@ -243,8 +256,8 @@ def _parsed(content: str, headers: Headers, body: bytes) -> Any:
             return body
 
 
-def _field(data: Any, path: str) -> Any:
-    """What stands at `a.b.c` in nested objects; None when nothing does."""
+def _field_at(data: Any, path: str) -> Any:
+    """The value at `a.b.c` in nested objects, else None."""
     for name in path.split("."):
         if not isinstance(data, dict):
             return None
@@ -252,14 +265,14 @@ def _field(data: Any, path: str) -> Any:
     return data
 
 
-def _plain(value: object) -> str | None:
+def _id_text(value: object) -> str | None:
     """An id from text or a whole number; None from anything else."""
     if isinstance(value, str):
         return value or None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _first(names: Sequence[str], headers: Headers, repeated: set[str]) -> str | None:
+def _first_header(names: Sequence[str], headers: Headers, repeated: set[str]) -> str | None:
     for name in names:
         if value := headers.get(name):
             if name in repeated:
@@ -269,21 +282,21 @@ def _first(names: Sequence[str], headers: Headers, repeated: set[str]) -> str | 
 
 
 def _vendor_type(vendor: Vendor, headers: Headers, data: Any) -> str | None:
-    """The vendor's own word for the event, if it is fit to be a type."""
-    word = headers.get(vendor.type_header) if vendor.type_header else None
+    """The vendor's own event type, if it is a valid one."""
+    name = headers.get(vendor.type_header) if vendor.type_header else None
     for path in vendor.type_fields:
-        parts = [_plain(_field(data, part)) for part in path.split("+")]
-        if word is None and all(parts):
-            word = ".".join(part for part in parts if part)
-    word = (word or "").replace("/", ".")
-    return vendor.type_prefix + word if _TYPE.fullmatch(word) else None
+        parts = [_id_text(_field_at(data, part)) for part in path.split("+")]
+        if name is None and all(parts):
+            name = ".".join(part for part in parts if part)
+    name = (name or "").replace("/", ".")
+    return vendor.type_prefix + name if _TYPE.fullmatch(name) else None
 
 
-def _kept(path: str, keep: Sequence[str], verify: Verify) -> tuple[tuple[str, str], ...]:
-    """(header, extension) pairs. What proves who the sender is never becomes part of an event."""
+def _kept_headers(path: str, keep: Sequence[str], verify: Verify) -> tuple[tuple[str, str], ...]:
+    """(header, extension) pairs. A credential never becomes part of an event."""
     pairs = tuple((header.lower(), re.sub(r"[^a-z0-9]", "", header.lower())) for header in keep)
     for header, name in pairs:
-        if header in NEVER_KEPT or header in verify.signed_headers or not name:
+        if header in CREDENTIAL_HEADERS or header in verify.signed_headers or not name:
             raise UsageError(
                 f"Webhook({path!r}, keep=): expected headers without credentials, found {header!r}"
             )

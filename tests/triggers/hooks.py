@@ -11,8 +11,8 @@ from typing import Any
 import httpx2
 from starlette.routing import Mount
 
-from eventflow.events.event import Event, Trigger, Undecodable
-from tests.triggers.contract import Item, Ledger, listening
+from eventflow.events.event import Event, Undecodable
+from eventflow.testing.trigger_contract import ContractLedger, Item, TriggerHarness, listening
 from tests.triggers.serving import serving
 from triggers.http_endpoint import Endpoint
 from triggers.webhook import Webhook
@@ -21,8 +21,13 @@ from triggers.webhook import Webhook
 class Hook:
     """A served trigger, its ledger, and a client."""
 
-    def __init__(self, path: str, port: int, ledger: Ledger, client: httpx2.AsyncClient) -> None:
-        self.path, self.port, self.ledger, self.client = path, port, ledger, client
+    def __init__(
+        self, path: str, port: int, ledger: ContractLedger, client: httpx2.AsyncClient
+    ) -> None:
+        self.path = path
+        self.port = port
+        self.ledger = ledger
+        self.client = client
 
     async def post(self, body: Any, /, **headers: str) -> httpx2.Response:
         """Bytes and text as they are, anything else as JSON; `x_tenant="a"` is the header `x-tenant`."""
@@ -34,29 +39,29 @@ class Hook:
         return await self.client.post(self.path, content=content, headers=named)
 
     @property
-    def kept(self) -> list[Item]:
-        return list(self.ledger.kept.values())
+    def recorded(self) -> list[Item]:
+        return list(self.ledger.recorded.values())
 
     @property
     def events(self) -> list[Event]:
         return self.ledger.events
 
     @property
-    def dead(self) -> list[Undecodable]:
-        return self.ledger.dead
+    def dead_letters(self) -> list[Undecodable]:
+        return self.ledger.dead_letters
 
     @property
     def event(self) -> Event:
         """The only one."""
-        (event,) = self.kept
+        (event,) = self.recorded
         assert isinstance(event, Event)
         return event
 
 
 @asynccontextmanager
-async def hooked(trigger: Endpoint) -> AsyncIterator[Hook]:
+async def serving_hook(trigger: Endpoint) -> AsyncIterator[Hook]:
     """The trigger, served and listening."""
-    ledger = Ledger()
+    ledger = ContractLedger()
     async with (
         serving(trigger.routes) as port,
         listening(trigger, ledger),
@@ -69,7 +74,7 @@ def posting(trigger: Endpoint, test: Callable[[Hook], Awaitable[None]]) -> None:
     """A test with the trigger's hook, on a loop of its own."""
 
     async def main() -> None:
-        async with hooked(trigger) as hook:
+        async with serving_hook(trigger) as hook:
             await test(hook)
 
     asyncio.run(main())
@@ -80,25 +85,26 @@ def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
     posting(Webhook("/orders", **{"verify": "none", **options}), test)
 
 
-class Senders:
-    """The contract's harness for what `make` makes: senders that post until they get a 2xx, as real ones do.
+class HttpHarness(TriggerHarness):
+    """Senders that post to `endpoint` until they are answered 2xx, as real ones do after a 5xx.
 
-    `body` is what is posted for a key, which is its `idempotency-key` too. Only 5xx makes a real one try again.
+    `trigger` of a subclass makes `endpoint`. An item's key is its `idempotency-key`.
     """
 
-    def __init__(
-        self, make: Callable[[], Endpoint], body: Callable[[str], Any] = lambda key: {"key": key}
-    ) -> None:
-        self._make, self._body = make, body
-        self._current: Endpoint | None = None
+    endpoint: Endpoint
+
+    def __init__(self) -> None:
         self._acknowledged: set[str] = set()
         self._senders: set[asyncio.Task[None]] = set()
+
+    def body(self, key: str) -> Any:
+        """What is posted for a key."""
+        return {"key": key}
 
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:
         async def dispatch(scope: Any, receive: Any, send: Any) -> None:
-            assert self._current is not None
-            await self._current(scope, receive, send)
+            await self.endpoint(scope, receive, send)
 
         async with (
             serving([Mount("/", dispatch)]) as port,
@@ -111,32 +117,30 @@ class Senders:
                     sender.cancel()
                 await asyncio.gather(*self._senders, return_exceptions=True)
 
-    def trigger(self) -> Trigger:
-        self._current = self._make()
-        return self._current
-
     async def offer(self, keys: Sequence[str]) -> None:
         self._senders |= {asyncio.create_task(self._send(key)) for key in keys}
 
-    async def offer_again(self, keys: Sequence[str], ledger: Ledger) -> None:
+    async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
         self._acknowledged -= set(keys)
         await self.offer(keys)
 
     async def _send(self, key: str) -> None:
-        assert self._current is not None
-        path = self._current.path
+        path, headers = self.endpoint.path, {"idempotency-key": key}
         while True:
-            answer = await self._client.post(
-                path, json=self._body(key), headers={"idempotency-key": key}
-            )
-            if answer.is_success:
+            response = await self._client.post(path, json=self.body(key), headers=headers)
+            if response.is_success:
                 self._acknowledged.add(key)
                 return
-            assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+            assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
             await asyncio.sleep(0.02)
 
-    def key(self, item: Item) -> str:
-        return item.id
-
-    async def acknowledged(self, ledger: Ledger) -> set[str]:
+    async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         return set(self._acknowledged)
+
+
+class WebhookHarness(HttpHarness):
+    """Senders of JSON to a webhook."""
+
+    def trigger(self) -> Webhook:
+        self.endpoint = webhook = Webhook("/orders", verify="none")
+        return webhook

@@ -25,13 +25,13 @@ from eventflow import App, flow
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event
 from eventflow.testing import drain, running
+from eventflow.testing.trigger_contract import CONTRACT, Item, Promise
 from tests.conftest import eventually
-from tests.triggers.contract import CONTRACT, Item, Promise, is_stable_name, promise_name
-from tests.triggers.hooks import Hook, Senders, hooked, posting
+from tests.triggers.hooks import Hook, HttpHarness, posting, serving_hook
 from tests.triggers.serving import digest, now, serving
 from triggers import Drift, DriftAlert, MLflow, Token
 from triggers._drift.schema import to_event
-from triggers._drift.senders import read
+from triggers._drift.senders import parse_body
 from triggers.drift import parse_alerts
 
 REPORTS = Path(__file__).parent / "drift_reports"
@@ -81,28 +81,25 @@ def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
 # --------------------------------------------------------------------------- the contract
 
 
-class AlertHarness(Senders):
+class AlertHarness(HttpHarness):
     """Alertmanagers, whose alerts are known by their feature."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            lambda: DriftAlert("/drift", verify="none"), lambda key: group(alert(feature=key))
-        )
+    def trigger(self) -> DriftAlert:
+        self.endpoint = alerts = DriftAlert("/drift", verify="none")
+        return alerts
+
+    def body(self, key: str) -> Any:
+        return group(alert(feature=key))
 
     def key(self, item: Item) -> str:
         assert isinstance(item, Event)
         return item.data["feature"]
 
 
-@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
+@pytest.mark.parametrize("promise", CONTRACT)
 def test_contract(promise: Promise):
     """What holds for every trigger."""
     asyncio.run(promise(AlertHarness()))
-
-
-def test_name_is_stable():
-    """Two made the same way are one trigger to the ledger."""
-    is_stable_name(DriftAlert("/drift", verify="none"), DriftAlert("/drift", verify="none"))
 
 
 # --------------------------------------------------------------------------- Alertmanager, Grafana
@@ -166,7 +163,7 @@ def test_one_broken_alert_takes_no_other_with_it():
         del broken["startsAt"]
         assert (await hook.post(group(alert(), broken))).status_code == 202
         assert drift_of(hook).feature == "amount"
-        (dead,) = hook.dead
+        (dead,) = hook.dead_letters
         assert "alerts/1/startsAt" in dead.error and json.loads(dead.body) == broken
 
     over_http(test)
@@ -387,7 +384,9 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
     async def main() -> None:
         async with serving([Route("/", confirmed)]) as port:
             aws = f"http://127.0.0.1:{port}"
-            async with hooked(DriftAlert("/drift", verify="none", topics=[TOPIC], sns=aws)) as hook:
+            async with serving_hook(
+                DriftAlert("/drift", verify="none", topics=[TOPIC], sns=aws)
+            ) as hook:
                 asked = sns(
                     "SubscriptionConfirmation",
                     "…",
@@ -399,7 +398,7 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
                 assert (
                     await hook.post(asked | {"SubscribeURL": f"http://localhost:{port}/?Token=t"})
                 ).status_code == 403
-            async with hooked(
+            async with serving_hook(
                 DriftAlert("/drift", verify="none", topics=[TOPIC])
             ) as hook:  # at Amazon: nothing else will do
                 for url in (aws, "https://sns.eu-west-1.amazonaws.com.evil.example/", "https://sns.x@evil.example/",
@@ -408,7 +407,7 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
                         sns("SubscriptionConfirmation", "…", SubscribeURL=url)
                     )
                     assert refused.status_code == 403
-                assert hook.ledger.kept == {}
+                assert hook.ledger.recorded == {}
         assert len(visited) == 1
 
     asyncio.run(main())
@@ -466,7 +465,7 @@ def test_mlflow_tags():
         assert await send("d4", "model_version_tag", "deleted", **tag) == 202
         first, second = (msgspec.convert(event.data, Drift) for event in hook.events)
         assert (first.model, first.statistic, first.labels) == ("prices", 0.31, {"version": "7"})
-        assert second.status == "resolved" and hook.dead == []
+        assert second.status == "resolved" and hook.dead_letters == []
 
     over_http(test, verify=MLflow(secret))
 
@@ -521,7 +520,7 @@ def test_d17_another_shape_by_pointers():
         )
         answer = await hook.post(ARIZE | {"event": {"kind": "drift", "model": {}, "dims": []}})
         assert answer.status_code == 400
-        (dead,) = hook.dead
+        (dead,) = hook.dead_letters
         assert "/event/model/id" in dead.error and "model" in dead.error
         assert json.loads(dead.body)["event"]["model"] == {}
 
@@ -536,7 +535,7 @@ def test_several_in_one_body_by_pointers():
             await hook.post({"found": {"items": [{"f": "a"}, {"f": "b"}, {}]}})
         ).status_code == 202
         assert [event.data["feature"] for event in hook.events] == ["a", "b"]
-        assert "'/f'" in hook.dead[0].error
+        assert "'/f'" in hook.dead_letters[0].error
 
     over_http(test, fields={"feature": "/f"}, alerts="/found/items")
 
@@ -566,9 +565,9 @@ def test_unknown_shapes_are_dead_letters(body: bytes, named: str):
     async def test(hook: Hook) -> None:
         for _ in range(2):
             assert (await hook.post(body)).status_code in (400, 202, 200)
-        assert hook.events == [] and len(hook.dead) in (1, 2)
-        assert named in hook.dead[0].error
-        assert len(hook.ledger.kept) == len(hook.dead)
+        assert hook.events == [] and len(hook.dead_letters) in (1, 2)
+        assert named in hook.dead_letters[0].error
+        assert len(hook.ledger.recorded) == len(hook.dead_letters)
 
     over_http(test)
 
@@ -625,7 +624,7 @@ def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
     for _ in range(data.draw(st.integers(1, 3))):
         body = bent(body, data.draw(st.sampled_from(places(body))), data.draw(ODD))
     try:
-        reading = read(json.dumps(body).encode())
+        reading = parse_body(json.dumps(body).encode())
     except ValueError:
         return
     for drift in reading.drifts:

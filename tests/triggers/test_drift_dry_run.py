@@ -13,9 +13,9 @@ import orjson
 import pytest
 
 from eventflow import App, Singleflight, count, flow
-from eventflow.dry_run.replay import Question, foresee
-from eventflow.events.event import Event, Foreseeing
-from eventflow.logs.log import timestamp
+from eventflow.dry_run.replay import DryRunQuery, dry_run
+from eventflow.events.event import Event, Simulatable
+from eventflow.logs.log import format_timestamp
 from eventflow.testing import MemoryTrigger, VirtualClock, running
 from triggers import Drift, DriftMonitor, Numeric
 
@@ -86,10 +86,10 @@ async def on_record(app: App) -> list[tuple[Any, ...]]:
     """The monitor's events in the ledger, oldest first."""
     found = await app.store.events(trigger="drift:rows", limit=1000)
     events = [
-        (row["received_at"], Event.recorded((await app.store.event(row["id"]))["body"]))
+        (row["received_at"], Event.from_recorded((await app.store.event(row["id"]))["body"]))
         for row in reversed(found)
     ]
-    return [essence(timestamp(at), event.to_json()) for at, event in events if event.type != "rows"]
+    return [essence(format_timestamp(at), event.to_json()) for at, event in events if event.type != "rows"]
 
 
 def essence(at: str, body: bytes) -> tuple[Any, ...]:
@@ -118,10 +118,10 @@ async def foretold(
 ) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
     """What another app's monitor would have told, over this one's ledger; and the whole answer."""
     other, until = by or app, question.pop("until", app.clock.now() + 1)
-    told = await foresee(
-        app.store, other.subscriptions, other.triggers, Question(until=until, **question)
+    told = await dry_run(
+        app.store, other.subscriptions, other.triggers, DryRunQuery(until=until, **question)
     )
-    return [essence(each["at"], orjson.dumps(each["event"])) for each in told["foretold"]], told
+    return [essence(each["at"], orjson.dumps(each["event"])) for each in told["simulated"]], told
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -132,7 +132,7 @@ CHANGES: list[dict[str, Any]] = [
     {"clear": 1},
     {"cooldown": 0},
     {"cooldown": timedelta(hours=3)},
-    {"tell": "alert"},
+    {"min_severity": "alert"},
     {"alpha": 0.2},
     {"per": "feature", "confirm": 1},
     {},
@@ -152,7 +152,7 @@ def test_other_thresholds_tell_what_they_would_have_told(metric: str, change: di
             told, answer = await foretold(app, app_of(metric=metric, **change))
             assert told == expected and len(told) >= 2
             (trigger,) = answer["triggers"]
-            assert (trigger["on_record"], trigger["foretold"]) == (len(before), len(told))
+            assert (trigger["recorded"], trigger["simulated"]) == (len(before), len(told))
             assert "60 windows" in trigger["notes"][0]
             assert answer["would_start"] == len(told) and await on_record(app) == before
 
@@ -190,11 +190,11 @@ def test_windows_of_another_kind_are_not_guessed_at():
         async with fed(app_of()) as app:
             _, answer = await foretold(app, app_of(window=500))
             (trigger,) = answer["triggers"]
-            assert (trigger["on_record"], trigger["foretold"], answer["foretold"]) == (0, 0, [])
+            assert (trigger["recorded"], trigger["simulated"], answer["simulated"]) == (0, 0, [])
             assert "other features, reference or window" in trigger["notes"][0]
             assert answer["would_start"] == len(await on_record(app))
             _, answer = await foretold(app, app_of(record=True))
-            assert "its own events stand" in answer["triggers"][0]["notes"][0]
+            assert "its own events stay" in answer["triggers"][0]["notes"][0]
             assert answer["would_start"] == len(await on_record(app))
 
     asyncio.run(main())
@@ -216,7 +216,7 @@ def test_what_is_known_begins_with_the_history():
             _, none = await foretold(
                 app, until=int((BEGAN + timedelta(seconds=39 * 600)).timestamp() * 1e6)
             )
-            assert none["triggers"][0]["on_record"] == 0 and none["would_start"] == len(stand)
+            assert none["triggers"][0]["recorded"] == 0 and none["would_start"] == len(stand)
 
     asyncio.run(main())
 
@@ -245,7 +245,7 @@ def test_a_filter_and_a_pattern_hear_of_what_is_foretold():
             assert runs["three"] == len(detected) // 3 and runs["once"] == 1
             (three, *_) = (run for run in answer["runs"] if run["subscription"] == "three")
             assert three["key"] == "prices" and all(
-                label.startswith("foretold-") for label in three["events"]
+                label.startswith("simulated-") for label in three["events"]
             )
             assert await foretold(app, changed, type="drift.escalated") != (told, answer)
 
@@ -311,7 +311,7 @@ def test_silence_is_retold_from_rows():
             told, _ = await foretold(old)
             silence = [each for each in told if each[6] == "nodata"]
             assert [each[2] for each in silence] == ["nodata", "resolved"]
-            assert silence[0][0] == timestamp(
+            assert silence[0][0] == format_timestamp(
                 int((BEGAN + timedelta(seconds=59 * 600, hours=3)).timestamp() * 1e6)
             )
             patient, _ = await foretold(old, app(nodata=timedelta(days=2)))
@@ -335,4 +335,4 @@ def test_only_a_monitor_foresees():
     """`Foreseeing` is what eventflow asks by; a plain trigger is not asked."""
     (monitor,) = app_of().triggers
     plain: Any = MemoryTrigger("rows")
-    assert isinstance(monitor, Foreseeing) and not isinstance(plain, Foreseeing)
+    assert isinstance(monitor, Simulatable) and not isinstance(plain, Simulatable)

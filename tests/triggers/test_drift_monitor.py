@@ -15,18 +15,11 @@ import pytest
 
 from eventflow import App, flow
 from eventflow.core.errors import StoreFailed, UsageError
-from eventflow.events.event import Event, Json, Receipt, Trigger, Undecodable
+from eventflow.events.event import Event, Json, Receipt, Undecodable
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
+from eventflow.testing.trigger_contract import CONTRACT, ContractLedger, Promise, listening
 from tests.conftest import eventually
-from tests.triggers.contract import (
-    CONTRACT,
-    Ledger,
-    Promise,
-    is_stable_name,
-    listening,
-    promise_name,
-)
-from tests.triggers.hooks import Senders
+from tests.triggers.hooks import HttpHarness
 from tests.world import image
 from triggers import Categorical, Directory, Drift, DriftMonitor, Numeric, Webhook, file_rows
 
@@ -51,7 +44,9 @@ class Watching:
     """A monitor on a trigger fed by hand, in an app on a real store."""
 
     def __init__(self, app: App, source: MemoryTrigger, monitor: DriftMonitor) -> None:
-        self.app, self.source, self.monitor = app, source, monitor
+        self.app = app
+        self.source = source
+        self.monitor = monitor
         self._sent = 0
 
     async def send(
@@ -230,7 +225,7 @@ def test_d14_silence_is_no_data_and_not_resolved():
             "nodata",
             "nodata",
         ) and silent.fingerprint != detected.fingerprint
-        assert seen.monitor.condition == "no data comes"
+        assert seen.monitor.condition == "no data arrives"
         await seen.clock.advance(20 * HOUR)
         await seen.send(normal(rng, 10, 1.0))
         assert [drift.status for drift in await seen.told()] == ["detected", "nodata", "resolved"]
@@ -489,14 +484,14 @@ def test_references_and_batches_are_read_from_files(kind: str, tmp_path: Path):
             rows=file_rows,
             confirm=1,
         )
-        ledger = Ledger()
+        ledger = ContractLedger()
         async with listening(monitor, ledger):
             write(inbox / f"a.{kind}", 0.0)
             (inbox / f"b.{kind}").write_bytes(b"\xff\xfe broken")
-            await eventually(lambda: len(ledger.kept) == 1, "the broken file is a dead letter")
+            await eventually(lambda: len(ledger.recorded) == 1, "the broken file is a dead letter")
             write(inbox / f"c.{kind}", 1.0)
-            await eventually(lambda: len(ledger.kept) == 2, "the drifted file is told")
-        dead, event = ledger.kept.values()
+            await eventually(lambda: len(ledger.recorded) == 2, "the drifted file is told")
+        dead, event = ledger.recorded.values()
         assert isinstance(dead, Undecodable) and "rows:" in dead.error
         assert isinstance(event, Event) and event.data["features"] == ["x"]
 
@@ -524,21 +519,31 @@ def test_what_does_not_fit_is_said_when_the_monitor_is_made(tmp_path: Path):
 
 
 class Flaky:
-    """A ledger of unknown outcomes: it raises before or after a commit, as the draw says. Cursors are bytes, as on disk."""
+    """A ledger of unknown outcomes: at random it raises before or after a commit.
 
-    def __init__(self, inner: Ledger, draw: random.Random, share: float = 0.3) -> None:
-        self.inner, self.draw, self.share, self.log = inner, draw, share, inner.log
+    Cursors are stored as JSON, as on disk.
+    """
+
+    def __init__(self, inner: ContractLedger, rng: random.Random, share: float = 0.3) -> None:
+        self.inner = inner
+        self.rng = rng
+        self.share = share
+        self.log = inner.log
         self.failures = 0
 
-    async def accept(self, *items: Any, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
-        fate = self.draw.random() if cursor else 1.0
-        if fate < self.share / 2:
+    async def accept(
+        self,
+        *items: Any,
+        cursor: Mapping[str, Json] | None = None,
+        max_wait: float | None = None,
+    ) -> list[Receipt]:
+        drawn = self.rng.random() if cursor else 1.0
+        if drawn < self.share / 2:
             self.failures += 1
             raise StoreFailed("not written")
-        receipts = await self.inner.accept(
-            *items, cursor=msgspec.json.decode(msgspec.json.encode(cursor))
-        )
-        if fate < self.share:
+        stored = msgspec.json.decode(msgspec.json.encode(cursor))
+        receipts = await self.inner.accept(*items, cursor=stored, max_wait=max_wait)
+        if drawn < self.share:
             self.failures += 1
             raise StoreFailed("written, and nobody knows")
         return receipts
@@ -553,7 +558,8 @@ class Log:
     name = "log"
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows, self.until = rows, len(rows)
+        self.rows = rows
+        self.until = len(rows)
 
     async def listen(self, intake: Any) -> None:
         position = (await intake.cursor()).get("position", 0)
@@ -577,11 +583,11 @@ def stream() -> list[Row]:
     return [row for block in blocks for row in block]
 
 
-def told(ledger: Ledger) -> list[tuple[str, Any]]:
+def told(ledger: ContractLedger) -> list[tuple[str, Any]]:
     """The drifts without what the clock says."""
     return [
         (item.id, {key: value for key, value in item.data.items() if key != "starts_at"})
-        for item in ledger.kept.values()
+        for item in ledger.recorded.values()
         if isinstance(item, Event)
     ]
 
@@ -596,7 +602,7 @@ def log_monitor(**options: Any) -> DriftMonitor:
     return DriftMonitor(Log(stream()), **options)
 
 
-async def to_the_end(monitor: DriftMonitor, ledger: Any, until: int, kept: Ledger) -> None:
+async def to_the_end(monitor: DriftMonitor, ledger: Any, until: int, kept: ContractLedger) -> None:
     """Opened again and again, as the reactor does, until the source has come so far."""
     while True:
         try:
@@ -612,8 +618,8 @@ async def to_the_end(monitor: DriftMonitor, ledger: Any, until: int, kept: Ledge
             continue
 
 
-def uninterrupted(**options: Any) -> Ledger:
-    ledger = Ledger()
+def uninterrupted(**options: Any) -> ContractLedger:
+    ledger = ContractLedger()
     asyncio.run(
         to_the_end(
             log_monitor(**options), Flaky(ledger, random.Random(0), 0.0), len(stream()), ledger
@@ -629,7 +635,7 @@ def test_d11_unknown_outcomes_and_restarts_change_nothing(metric: Any):
     expected = uninterrupted(**options)
     assert [data["status"] for _, data in told(expected)] == ["detected", "resolved"]
     for seed in range(3):
-        ledger, draw = Ledger(), random.Random(seed)
+        ledger, draw = ContractLedger(), random.Random(seed)
         flaky = Flaky(ledger, draw)
         asyncio.run(to_the_end(log_monitor(**options), flaky, len(stream()), ledger))
         assert flaky.failures > 10
@@ -711,17 +717,21 @@ def test_concurrent_callers_share_a_commit():
     """A hundred rows posted at once are all counted, in far fewer transactions than there are rows."""
 
     async def main() -> None:
-        ledger = Ledger()
+        ledger = ContractLedger()
         source = MemoryTrigger("rows")
         monitor = DriftMonitor(source, features=["x"], reference=reference(), window=100)
         writes = 0
         accept = ledger.accept
 
-        async def counting(*items: Any, cursor: Mapping[str, Json] | None = None) -> list[Receipt]:
+        async def counting(
+            *items: Any,
+            cursor: Mapping[str, Json] | None = None,
+            max_wait: float | None = None,
+        ) -> list[Receipt]:
             nonlocal writes
             writes += bool(cursor)
             await asyncio.sleep(0.01)
-            return await accept(*items, cursor=cursor)
+            return await accept(*items, cursor=cursor, max_wait=max_wait)
 
         ledger.accept = counting  # pyright: ignore[reportAttributeAccessIssue]
         async with listening(monitor, ledger):
@@ -737,7 +747,7 @@ def test_the_state_is_bounded_and_a_row_rewrites_little():
 
     async def main() -> None:
         names = [f"f{number}" for number in range(20)]
-        source, ledger, rng = MemoryTrigger("rows"), Ledger(), np.random.default_rng(29)
+        source, ledger, rng = MemoryTrigger("rows"), ContractLedger(), np.random.default_rng(29)
         monitor = DriftMonitor(
             source,
             features={name: Numeric(metric="ks") for name in names},
@@ -776,26 +786,24 @@ def test_the_state_is_bounded_and_a_row_rewrites_little():
 # --------------------------------------------------------------------------- over other triggers
 
 
-class MonitoredSenders(Senders):
-    """They post to a webhook under a monitor that records what it counts."""
+class MonitorHarness(HttpHarness):
+    """Senders to a webhook under a monitor that also records the events it counts."""
 
-    def trigger(self) -> Trigger:
-        super().trigger()
-        assert isinstance(self._current, Webhook)
-        return DriftMonitor(self._current, features=["total"], record=True)
+    def trigger(self) -> DriftMonitor:
+        self.endpoint = webhook = Webhook("/orders", verify="none")
+        return DriftMonitor(webhook, features=["total"], record=True)
 
 
-@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
+@pytest.mark.parametrize("promise", CONTRACT)
 def test_contract(promise: Promise):
     """What holds for every trigger holds for one under a monitor."""
-    asyncio.run(promise(MonitoredSenders(lambda: Webhook("/orders", verify="none"))))
+    asyncio.run(promise(MonitorHarness()))
 
 
 def test_name_and_routes_are_the_sources():
     """A monitor is known by its source, serves its routes and says whether its senders are verified."""
     hook = Webhook("/orders", verify="none")
     monitor = DriftMonitor(hook, features=["total"])
-    is_stable_name(monitor, DriftMonitor(Webhook("/orders", verify="none"), features=["total"]))
     assert (
         monitor.routes == hook.routes
         and monitor.verified is False
@@ -837,7 +845,7 @@ def test_unreadable_rows_are_dead_letters():
             id="g", source="/rows", type="rows", data=normal(np.random.default_rng(30), 1000)
         )
         await seen.source.send(bad, odd, good)
-        errors = [letter["reason"] for letter in await seen.app.store.dead()]
+        errors = [letter["reason"] for letter in await seen.app.store.dead_letters()]
         assert any("no JSON" in str(error) for error in errors) and any(
             "rows=" in str(error) for error in errors
         )

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from tests.conftest import wait_until
-from tests.server_process import Served, start
+from tests.server_process import ServerProcess, start
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("prometheus", "prometheus-alertmanager")
@@ -104,7 +104,7 @@ def prometheus(folder: Path, target: str, alerts: int) -> Iterator[int]:
         yield port
 
 
-def events(server: Served) -> list[dict[str, Any]]:
+def events(server: ServerProcess) -> list[dict[str, Any]]:
     """What the alerts' endpoint recorded, the oldest first."""
     return [
         each
@@ -113,7 +113,7 @@ def events(server: Served) -> list[dict[str, Any]]:
     ]
 
 
-def runs(server: Served, flow: str) -> list[dict[str, Any]]:
+def runs(server: ServerProcess, flow: str) -> list[dict[str, Any]]:
     return server.get("/api/runs", flow=flow)["runs"]
 
 
@@ -164,7 +164,7 @@ def test_an_alert_that_fires_repeats_and_resolves_retrains_once(
         )
         assert told["statistic"] > told["threshold"] == 0.2
     finally:
-        server.end()
+        server.kill()
 
 
 def ready(api: str) -> bool:

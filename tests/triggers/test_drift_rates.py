@@ -21,7 +21,7 @@ def engine(rng: np.random.Generator, metric: str, confirm: int) -> Engine:
         MemoryTrigger("rows"), features={name: Numeric(metric=metric) for name in NAMES},  # pyright: ignore
         reference={name: rng.normal(size=2000) for name in NAMES}, window=WINDOW, alpha=ALPHA, confirm=confirm, cooldown=0,
     )  # fmt: skip
-    return Engine(monitor._setting, {}, 0)
+    return Engine(monitor._config, {}, 0)
 
 
 def window(rng: np.random.Generator, shift: float = 0.0) -> Sample:
@@ -44,10 +44,10 @@ def test_d6_false_alarms_keep_to_the_stated_rate(metric: str, capsys: pytest.Cap
         rng = np.random.default_rng(seed)
         found = engine(rng, metric, confirm=1)
         for _ in range(PER_REFERENCE):
-            found.take([window(rng)], 1)
-            assert len(found.verdicts) == FEATURES
-            bare += any(arrays.holm([verdict.p_value for verdict in found.verdicts], ALPHA))
-            alarms += any(verdict.level for verdict in found.verdicts)
+            found.add_samples([window(rng)], 1)
+            assert len(found.results) == FEATURES
+            bare += any(arrays.holm([verdict.p_value for verdict in found.results], ALPHA))
+            alarms += any(verdict.level for verdict in found.results)
     with capsys.disabled():
         print(
             f"\n{metric}: {bare} of {REFERENCES * PER_REFERENCE} undrifted windows x {FEATURES} features significant "
@@ -65,10 +65,10 @@ def test_a_shift_of_half_a_sigma_is_found_in_time(metric: str, capsys: pytest.Ca
         rng = np.random.default_rng(1000 + seed)
         found = engine(rng, metric, confirm=2)
         for _ in range(3):
-            assert found.take([window(rng)], 1) == []
+            assert found.add_samples([window(rng)], 1) == []
         told, rows = list[str](), 0
         while "f0" not in told:
-            told += [str(each.drift.feature) for each in found.take([window(rng, 0.5)], 1)]
+            told += [str(each.drift.feature) for each in found.add_samples([window(rng, 0.5)], 1)]
             rows += WINDOW
             assert rows <= 5 * WINDOW, "not found at all"
         needed.append(rows)
@@ -90,10 +90,10 @@ def test_a_streaming_detector_finds_half_a_sigma_sooner(capsys: pytest.CaptureFi
             reference={"x": rng.normal(size=2000)},
             window=10_000,
         )
-        found = Engine(monitor._setting, {}, 0)
-        assert found.take([Sample(rng.normal(size=(20_000, 1)).tolist(), 1)], 1) == []
+        found = Engine(monitor._config, {}, 0)
+        assert found.add_samples([Sample(rng.normal(size=(20_000, 1)).tolist(), 1)], 1) == []
         rows = 0
-        while not found.take([Sample(rng.normal(0.5, 1, size=(10, 1)).tolist(), 1)], 1):
+        while not found.add_samples([Sample(rng.normal(0.5, 1, size=(10, 1)).tolist(), 1)], 1):
             rows += 10
             assert rows <= 2000, "not found at all"
         needed.append(rows + 10)

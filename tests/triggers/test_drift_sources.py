@@ -15,10 +15,10 @@ from starlette.routing import Mount
 from eventflow import App, flow, task
 from eventflow.events.event import Event
 from eventflow.testing import MemoryTrigger, drain, running
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.aws import Aws, Bucket, ministack
 from tests.brokers import Broker, some_broker
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, listening
 from tests.triggers.kafka_topic import Topic
 from tests.triggers.serving import serving
 from triggers import S3, Drift, DriftAlert, DriftMonitor
@@ -40,22 +40,23 @@ def reference() -> Mapping[str, Sequence[float]]:
     return {"x": [row["x"] for row in rows(0, 3000)]}
 
 
-def memory(ledger: Ledger) -> dict[str, Any]:
+def memory(ledger: ContractLedger) -> dict[str, Any]:
     found = ledger.cursors.get("drift:meta", {})
     assert isinstance(found, dict)
     return found
 
 
-def counted(ledger: Ledger) -> int:
+def counted(ledger: ContractLedger) -> int:
     """Rows in the open windows, as stored."""
     return sum(value[0] for key, value in ledger.cursors.items() if key.startswith("drift:w/"))  # pyright: ignore
 
 
-class Stored(Ledger):
-    """Cursors as bytes, as on disk: what the monitor goes on changing is not what was stored."""
+class JsonLedger(ContractLedger):
+    """Cursors as JSON, as on disk: later changes of the monitor's own objects do not reach them."""
 
-    async def accept(self, *items: Any, cursor: Any = None) -> Any:
-        return await super().accept(*items, cursor=msgspec.json.decode(msgspec.json.encode(cursor)))
+    async def accept(self, *items: Any, cursor: Any = None, max_wait: float | None = None) -> Any:
+        stored = msgspec.json.decode(msgspec.json.encode(cursor))
+        return await super().accept(*items, cursor=stored, max_wait=max_wait)
 
     async def cursor(self) -> Any:
         return msgspec.json.decode(msgspec.json.encode(self.cursors))
@@ -66,7 +67,7 @@ def test_a_topic_is_watched_over_restarts_and_rewinds(broker: Broker):
 
     async def main() -> None:
         topic = Topic(broker, "scores")
-        ledger = Stored()
+        ledger = JsonLedger()
         sent = [orjson.dumps(row) for row in rows(1, 700)] + [
             orjson.dumps(row) for row in rows(2, 1100, 1.0)
         ]
@@ -94,7 +95,7 @@ def test_a_topic_is_watched_over_restarts_and_rewinds(broker: Broker):
                 "1,800 rows count",
                 within=60,
             )
-        (event,) = ledger.kept.values()
+        (event,) = ledger.recorded.values()
         assert isinstance(event, Event) and event.type == "drift.detected"
         assert any(key.startswith("source:") for key in ledger.cursors)
 
@@ -105,7 +106,7 @@ def test_objects_that_arrive_are_batches(ministack: Aws):
     """Each object under a prefix is a window; its rows come from an async `rows=` from a client of the user's own."""
 
     async def main() -> None:
-        bucket, ledger = Bucket(ministack), Stored()
+        bucket, ledger = Bucket(ministack), JsonLedger()
 
         async def read(event: Event) -> list[dict[str, float]]:
             return orjson.loads(await asyncio.to_thread(bucket.read, event.data["key"]))
@@ -120,8 +121,8 @@ def test_objects_that_arrive_are_batches(ministack: Aws):
                 lambda: memory(ledger).get("judged") == 1, "the first object is judged", within=60
             )
             await asyncio.to_thread(bucket.put, "in/b.json", orjson.dumps(rows(4, 800, 1.0)))
-            await eventually(lambda: ledger.kept, "the drifted one is told", within=60)
-        assert memory(ledger)["judged"] == 2 and len(ledger.kept) == 1
+            await eventually(lambda: ledger.recorded, "the drifted one is told", within=60)
+        assert memory(ledger)["judged"] == 2 and len(ledger.recorded) == 1
 
     asyncio.run(main())
 
@@ -139,7 +140,7 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
             for name in ("ours", "theirs")
         ]
         sns = ministack.url.replace("127.0.0.1", "localhost")  # as it calls itself
-        trigger, ledger = DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns), Ledger()
+        trigger, ledger = DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns), ContractLedger()
         asked = list[int]()
 
         async def counting(scope: Any, receive: Any, send: Any) -> None:
@@ -161,8 +162,8 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
                 await asyncio.to_thread(
                     ministack.sns.publish, TopicArn=topic, Message=json.dumps(alarm)
                 )
-            await eventually(lambda: ledger.kept, "the alarm is an event")
-        (event,) = ledger.kept.values()
+            await eventually(lambda: ledger.recorded, "the alarm is an event")
+        (event,) = ledger.recorded.values()
         assert (
             isinstance(event, Event)
             and event.data["sender"] == "sagemaker"

@@ -13,8 +13,8 @@ from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
 from triggers._drift import arrays
-from triggers._drift.bins import make_bins, sort_out
-from triggers._drift.features import Categorical, Numeric, watch
+from triggers._drift.bins import make_bins, to_column
+from triggers._drift.features import Categorical, Numeric, feature_specs
 from triggers._drift.streaming import Adwin, PageHinkley
 
 EXACT = 1e-9
@@ -69,7 +69,7 @@ def test_wasserstein_is_evidentlys():
     for one, other, expected in zip(
         before, after, (1.1799603668677907, 0.08173655497736874), strict=True
     ):
-        _, deviation = arrays.spread(one)
+        _, deviation = arrays.mean_and_deviation(one)
         assert arrays.wasserstein(one, other) / deviation == pytest.approx(expected, abs=EXACT)
 
 
@@ -123,19 +123,19 @@ def test_holm_is_the_step_down_procedure():
 
 def test_every_value_has_a_bin():
     """Values beyond the reference and infinities are in the outer bins; missing, invalid and unseen ones in their own."""
-    (number,) = watch({"x": Numeric(bins=4)}, {})
-    bins = make_bins(number, sort_out(number, [float(each) for each in range(100)]))
+    (number,) = feature_specs({"x": Numeric(bins=4)}, {})
+    bins = make_bins(number, to_column(number, [float(each) for each in range(100)]))
     counts = bins.count(
-        sort_out(
+        to_column(
             number,
             [-1e9, float("-inf"), 1e9, float("inf"), 50, True, None, float("nan"), "text", {}],
         )
     )
     assert sum(counts) == 10 and counts[0] == 3 and counts[-3] == 2 and counts[-2:] == [2, 2]
-    (category,) = watch({"c": Categorical(top=2)}, {})
-    bins = make_bins(category, sort_out(category, ["a"] * 5 + ["b"] * 3 + ["c"]))
+    (category,) = feature_specs({"c": Categorical(top=2)}, {})
+    bins = make_bins(category, to_column(category, ["a"] * 5 + ["b"] * 3 + ["c"]))
     assert bins.categories == ["a", "b"]
-    assert bins.count(sort_out(category, ["a", "c", "new", 1, None, []])) == [1, 0, 3, 1, 1]
+    assert bins.count(to_column(category, ["a", "c", "new", 1, None, []])) == [1, 0, 3, 1, 1]
 
 
 def test_the_extra_is_named():

@@ -9,13 +9,14 @@ import pytest
 
 from eventflow.core.errors import UsageError
 from eventflow.testing import VirtualClock
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.server_process import serving as server
-from tests.triggers.contract import Ledger, Watched, listening
 from tests.triggers.hooks import Hook, over_http, posting
+from tests.triggers.observed import ObservedTrigger
 from tests.triggers.serving import post, raw, serving
 from triggers.drift import DriftAlert
 from triggers.http_endpoint import Endpoint
-from triggers.rate_limit import MOST, Pace, known_as
+from triggers.rate_limit import MAX_ADDRESSES, RateLimiter, bucket_key
 from triggers.signatures import Bearer
 from triggers.webhook import Webhook
 
@@ -113,18 +114,18 @@ def test_s11_loopback_is_never_held_back():
 def test_s11_the_default_is_out_of_the_way_of_honest_senders():
     """Unless told otherwise, an address may send 5,000 requests at once and 1,000 in each second after."""
     clock, trigger = VirtualClock(), Webhook("/orders", verify="none")
-    pace = trigger._pace
+    pace = trigger._rate_limiter
     assert pace is not None and pace.rate == 1000
-    assert [pace.wait(HERE, clock.monotonic()) > 0 for _ in range(5001)] == [False] * 5000 + [True]
-    assert [pace.wait(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [False] * 1000 + [
+    assert [pace.reserve(HERE, clock.monotonic()) > 0 for _ in range(5001)] == [False] * 5000 + [True]
+    assert [pace.reserve(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [False] * 1000 + [
         True
     ]
 
 
 def test_s11_a_flood_is_one_line_a_second_and_a_gauge():
     """The log names the address once a second and counts the rest; the trigger's gauge counts all."""
-    clock, ledger = VirtualClock(), Ledger()
-    watched = Watched(ledger)
+    clock, ledger = VirtualClock(), ContractLedger()
+    watched = ObservedTrigger(ledger)
     trigger = Webhook("/orders", verify="none", max_rate=1, clock=clock)
 
     async def main() -> None:
@@ -139,7 +140,7 @@ def test_s11_a_flood_is_one_line_a_second_and_a_gauge():
             assert (await burst(hook, 4, HERE)).count(429) == 3
 
     asyncio.run(main())
-    first, second = watched.said("webhook.refused")
+    first, second = watched.logged("webhook.refused")
     assert first["status"] == 429 and first["address"] == HERE and first["log_level"] == "warning"
     assert first["reason"] == "more than 1 requests a second from one address"
     assert (first["count"], second["count"]) == (1, 10)
@@ -182,16 +183,16 @@ def test_s11_behind_a_proxy_the_senders_address_counts(tmp_path: Path):
 
 def test_s11_memory_is_bounded():
     """Whatever number of addresses sends, few are remembered; who owes most is forgotten last."""
-    pace = Pace(1.0)
-    while not pace.wait(HERE, 0.0):
+    pace = RateLimiter(1.0)
+    while not pace.reserve(HERE, 0.0):
         pass
-    for number in range(3 * MOST):
+    for number in range(3 * MAX_ADDRESSES):
         assert (
-            pace.wait(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.1 * number / MOST)
+            pace.reserve(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.1 * number / MAX_ADDRESSES)
             == 0.0
         )
-        assert len(pace) <= MOST
-    assert pace.wait(HERE, 0.3) > 0
+        assert len(pace) <= MAX_ADDRESSES
+    assert pace.reserve(HERE, 0.3) > 0
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_s11_memory_is_bounded():
 )
 def test_s11_what_an_address_is(address: str, same: str, other: str):
     """IPv4 counts by address, however it is written, IPv6 by /64, and any other word by itself and in few bytes."""
-    assert known_as(address) == known_as(same) != known_as(other)
-    assert len(str(known_as(other))) <= 64
+    assert bucket_key(address) == bucket_key(same) != bucket_key(other)
+    assert len(str(bucket_key(other))) <= 64
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_s11_what_an_address_is(address: str, same: str, other: str):
 )
 def test_s11_loopback_has_no_bucket(address: str):
     """Every way to write this machine's own address is known as such."""
-    assert known_as(address) is None
+    assert bucket_key(address) is None
 
 
 @pytest.mark.parametrize("rate", [0, -1.0, float("inf"), float("nan")])

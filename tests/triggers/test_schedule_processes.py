@@ -71,9 +71,9 @@ class Ticks:
             self.folder,
             env={"SCHEDULE": schedule, "BOOT": str(self._boots), **env},
         )
-        if not self.server.ready():
+        if not self.server.wait_ready():
             self.server.kill()
-            pytest.fail(self.server.complaint)
+            pytest.fail(self.server.log_tail)
         return self.server
 
     def kill(self) -> None:

@@ -15,9 +15,9 @@ from eventflow.core.clock import SECOND, to_datetime, to_us
 from eventflow.core.errors import UsageError
 from triggers import At, Cron, Every
 from triggers._schedule.cron import CronTimes
-from triggers._schedule.misfire import COUNTED, Policy, due
+from triggers._schedule.misfire import MAX_COUNTED, MisfirePolicy, due_occurrences
 from triggers._schedule.times import EveryTimes, newest
-from triggers._schedule.zones import zone
+from triggers._schedule.zones import time_zone
 
 BERLIN = "Europe/Berlin"
 SPRING, AUTUMN = datetime(2026, 3, 29, tzinfo=UTC), datetime(2026, 10, 25, tzinfo=UTC)
@@ -42,7 +42,7 @@ CHANGES = {
 
 
 def times(expression: str, tz: str = "UTC") -> CronTimes:
-    return CronTimes(expression, zone(tz, "here"), tz)
+    return CronTimes(expression, time_zone(tz, "here"), tz)
 
 
 def local(expression: str, tz: str, since: datetime, many: int) -> list[str]:
@@ -352,13 +352,13 @@ def test_what_is_due_is_bounded_however_long_the_stop():
                 looked += 1
                 yield at
 
-    schedule = Counting("* * * * * *", zone(BERLIN, "here"), BERLIN)
-    found = due(schedule, now - year, now, Policy("all", 0, 100, lambda at: 0))
+    schedule = Counting("* * * * * *", time_zone(BERLIN, "here"), BERLIN)
+    found = due_occurrences(schedule, now - year, now, MisfirePolicy("all", 0, 100, lambda at: 0))
     assert found is not None
     assert [at for at, _ in found.fire] == [now - k * SECOND for k in reversed(range(100))]
-    assert (found.skipped, found.exact, found.through) == (COUNTED, False, now)
-    assert looked < 2 * COUNTED
-    exact = due(EveryTimes(SECOND, 0), now - year, now, Policy("last", 0, 100, lambda at: 0))
+    assert (found.skipped, found.exact, found.through) == (MAX_COUNTED, False, now)
+    assert looked < 2 * MAX_COUNTED
+    exact = due_occurrences(EveryTimes(SECOND, 0), now - year, now, MisfirePolicy("last", 0, 100, lambda at: 0))
     assert exact is not None and (exact.skipped, exact.exact) == (365 * 86_400 - 1, True)
 
 
@@ -377,7 +377,7 @@ def test_every_occurrence_is_fired_or_counted(
     def delay(at: int) -> int:
         return at // (60 * SECOND) * 7919 % (jitter + 1) * SECOND
 
-    found = due(minute, last, now, Policy(misfire, grace * SECOND, limit, delay))
+    found = due_occurrences(minute, last, now, MisfirePolicy(misfire, grace * SECOND, limit, delay))
     come = [at for at in range(last + 60 * SECOND, now + 1, 60 * SECOND) if at + delay(at) <= now]
     assert (found is None) == (not come)
     if found is not None:

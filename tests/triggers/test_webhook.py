@@ -12,16 +12,9 @@ from starlette.routing import Mount
 
 from eventflow.core.errors import StoreFailed, StoreFull, UsageError
 from eventflow.events.event import Event, Trigger, Undecodable
+from eventflow.testing.trigger_contract import CONTRACT, ContractLedger, Promise, listening
 from tests.conftest import eventually
-from tests.triggers.contract import (
-    CONTRACT,
-    Ledger,
-    Promise,
-    is_stable_name,
-    listening,
-    promise_name,
-)
-from tests.triggers.hooks import Hook, Senders, over_http
+from tests.triggers.hooks import Hook, WebhookHarness, over_http
 from tests.triggers.serving import digest, now, post, raw, serving
 from triggers.signatures import (
     HMAC,
@@ -41,15 +34,14 @@ SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
 # --------------------------------------------------------------------------- the contract
 
 
-@pytest.mark.parametrize("promise", CONTRACT, ids=promise_name)
-def test_webhook_keeps_the_contract(promise: Promise):
+@pytest.mark.parametrize("promise", CONTRACT)
+def test_contract(promise: Promise):
     """What holds for every trigger holds for webhooks."""
-    asyncio.run(promise(Senders(lambda: Webhook("/orders", verify="none"))))
+    asyncio.run(promise(WebhookHarness()))
 
 
 def test_name_is_stable():
     """The name follows from the path alone, and may be given."""
-    is_stable_name(Webhook("/a/b", verify="none"), Webhook("/a/b", verify="none"))
     assert Webhook("/a/b", verify="none").name == "webhook-a-b"
     assert Webhook("/a/b", verify="none", name="orders").name == "orders"
     assert isinstance(Webhook("/a", verify="none"), Trigger)
@@ -85,7 +77,7 @@ def test_known_event_is_200_with_the_first_ids():
         again = await hook.post({"total": 5}, idempotency_key="k1")
         assert again.status_code == 200
         assert again.json() == {**first, "duplicate": True}
-        assert len(hook.kept) == 1
+        assert len(hook.recorded) == 1
 
     over_http(check)
 
@@ -133,7 +125,7 @@ def test_concurrent_deliveries_are_one_event():
         )
         assert sorted(answer.status_code for answer in answers) == [200, 200, 202]
         assert {answer.json()["id"] for answer in answers} == {"0000000000001"}
-        assert len(hook.kept) == 1
+        assert len(hook.recorded) == 1
 
     over_http(check)
 
@@ -164,7 +156,7 @@ def test_p10_not_listening_is_503(when: str):
     """Before the trigger listens and after its stop the answer is 503 with Retry-After, and the connection closes."""
 
     async def main() -> None:
-        trigger, ledger = Webhook("/orders", verify="none"), Ledger()
+        trigger, ledger = Webhook("/orders", verify="none"), ContractLedger()
         async with serving(trigger.routes) as port:
             if when == "after":
                 async with listening(trigger, ledger):
@@ -187,7 +179,7 @@ def test_p10_store_failure_is_503():
     """A failed store is answered 503: unknown, so the sender tries again and its id tells."""
 
     async def check(hook: Hook) -> None:
-        hook.ledger.failing = StoreFailed("disk I/O error")
+        hook.ledger.error = StoreFailed("disk I/O error")
         answer = await hook.post({})
         assert answer.status_code == 503 and "retry-after" in answer.headers
         assert "I/O" not in answer.text
@@ -202,7 +194,7 @@ def test_p8_full_ledger_is_waited_for_then_refused(disk: bool, status: int, erro
     """A ledger that stays full is waited for 2 s; then the answer is 503 (507 for the disk) with the ledger's Retry-After."""
 
     async def check(hook: Hook) -> None:
-        hook.ledger.failing = StoreFull("full", 6.2, disk=disk)
+        hook.ledger.error = StoreFull("full", 6.2, disk=disk)
         started = asyncio.get_running_loop().time()
         answer = await hook.post({})
         assert asyncio.get_running_loop().time() - started >= 2.0
@@ -219,27 +211,26 @@ def test_p8_room_within_the_wait_is_taken():
     """When there is room again within 2 s, the waiting request is recorded and answered 202."""
 
     async def check(hook: Hook) -> None:
-        hook.ledger.failing = StoreFull("full", 5)
+        hook.ledger.error = StoreFull("full", 5)
         waiting = asyncio.create_task(hook.post({}))
-        await eventually(lambda: hook.ledger.refusals >= 2, "the request has tried twice")
-        hook.ledger.failing = None
+        await eventually(lambda: hook.ledger.refused_calls >= 2, "the request has tried twice")
+        hook.ledger.error = None
         assert (await waiting).status_code == 202
 
     over_http(check)
 
 
-def test_p8_few_bytes_wait_for_room(monkeypatch: pytest.MonkeyPatch):
-    """What may wait for a full ledger is bounded: beyond the bound the answer is 503 at once, and memory stays flat."""
-    monkeypatch.setattr("triggers.http_endpoint.MAX_WAITING", 10)
+def test_p8_a_drain_ends_the_wait():
+    """A request that waits for a full ledger is answered 503 at once when the server drains."""
 
     async def check(hook: Hook) -> None:
-        hook.ledger.failing = StoreFull("full", 5)
-        assert (await hook.post({"pad": "x" * 10})).status_code == 503
-        assert hook.ledger.refusals == 1
+        hook.ledger.error = StoreFull("full", 5)
         waiting = asyncio.create_task(hook.post({}))
-        await eventually(lambda: hook.ledger.refusals >= 3, "the small one waits and tries again")
-        hook.ledger.failing = None
-        assert (await waiting).status_code == 202
+        await eventually(lambda: hook.ledger.refused_calls >= 2, "the request has tried twice")
+        hook.ledger.error = StoreFull("the server is stopping", 5, closing=True)
+        response = await waiting
+        assert response.status_code == 503 and response.json()["error"] == "unavailable"
+        assert int(response.headers["retry-after"]) >= 1 and hook.ledger.recorded == {}
 
     over_http(check)
 
@@ -258,11 +249,11 @@ def test_mounted_elsewhere():
     """The same routes under another app's prefix serve the same events with the same source."""
 
     async def main() -> None:
-        trigger, ledger = Webhook("/orders", verify="none"), Ledger()
+        trigger, ledger = Webhook("/orders", verify="none"), ContractLedger()
         mounted = [Mount("/inner", app=Starlette(routes=trigger.routes))]
         async with serving(mounted) as port, listening(trigger, ledger):  # type: ignore[arg-type]
             assert (await raw(port, post("/inner/hooks/orders", b"{}")))[0] == 202
-        ((source, _),) = ledger.kept
+        ((source, _),) = ledger.recorded
         assert source == "/hooks/orders"
 
     asyncio.run(main())
@@ -335,7 +326,7 @@ def test_p9_a_failing_id_function_is_a_dead_letter(ident: Any):
     async def check(hook: Hook) -> None:
         answer = await hook.post(b'{"total": 5}')
         assert answer.status_code == 400 and answer.json()["detail"].startswith("id: ")
-        (item,) = hook.kept
+        (item,) = hook.recorded
         assert isinstance(item, Undecodable) and item.body == b'{"total": 5}'
 
     over_http(check, id=ident)
@@ -575,7 +566,7 @@ def test_cloudevents_binary_without_id_is_400():
             {"a": 1}, **{"ce-specversion": "1.0", "ce-source": "/s", "ce-type": "t"}
         )
         assert answer.status_code == 400 and answer.json()["detail"].startswith("id: ")
-        assert isinstance(hook.kept[0], Undecodable)
+        assert isinstance(hook.recorded[0], Undecodable)
 
     over_http(check)
 
@@ -591,7 +582,7 @@ def test_cloudevents_batch_is_atomic():
         broken = json.dumps([*events[:2], {**events[2], "id": ""}]).encode()
         refused = await hook.post(broken, content_type=content_type)
         assert refused.status_code == 400 and refused.json()["detail"].startswith("[2].id")
-        assert not [item for item in hook.kept if isinstance(item, Event)]
+        assert not [item for item in hook.recorded if isinstance(item, Event)]
         answer = await hook.post(json.dumps(events).encode(), content_type=content_type)
         assert answer.status_code == 202 and [row["event_id"] for row in answer.json()] == [
             "0",

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eventflow.events.event import Event, Undecodable
+from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.conftest import eventually
-from tests.triggers.contract import Ledger, listening
 from tests.triggers.hooks import Hook, over_http
 from tests.triggers.serving import digest, post, raw, serving
 from triggers.signatures import GitHub
@@ -96,8 +96,8 @@ def test_slow_bodies_are_408_and_hold_up_nobody():
 
 def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.MonkeyPatch):
     """Beyond the first seconds a body must keep up a rate: one that does is recorded, one that drips is 408."""
-    monkeypatch.setattr("triggers.http_request.PATIENCE", 0.4)
-    monkeypatch.setattr("triggers.http_request.MIN_RATE", 100_000)
+    monkeypatch.setattr("eventflow.core.http_body.GRACE_SECONDS", 0.4)
+    monkeypatch.setattr("eventflow.core.http_body.MIN_BYTES_PER_SECOND", 100_000)
 
     async def check(hook: Hook) -> None:
         head = post("/hooks/orders", b"", JSON, ("Content-Length", "400010"), length=False)
@@ -130,13 +130,13 @@ def test_p1_hanging_up_after_the_record_still_counts():
     """A sender that goes away while its event is being recorded has delivered it."""
 
     async def check(hook: Hook) -> None:
-        hook.ledger.open.clear()
+        hook.ledger.block()
         _, writer = await asyncio.open_connection("127.0.0.1", hook.port)
         writer.write(post("/hooks/orders", b"{}", JSON))
         await eventually(lambda: hook.ledger.offered, "it is offered")
         writer.close()
-        hook.ledger.open.set()
-        await eventually(lambda: hook.kept, "it is recorded")
+        hook.ledger.unblock()
+        await eventually(lambda: hook.recorded, "it is recorded")
 
     over_http(check)
 
@@ -272,7 +272,7 @@ def test_p9_unreadable_json_is_400_and_kept(body: bytes):
             body, **headers, authorization="Basic eA==", user_agent="GitHub-Hookshot"
         )
         assert answer.status_code == 400 and answer.json()["error"] == "unreadable"
-        (item,) = hook.kept
+        (item,) = hook.recorded
         assert isinstance(item, Undecodable)
         assert (item.id, item.source, item.body) == ("g1", "/hooks/orders", body)
         assert item.error == answer.json()["detail"]
@@ -403,7 +403,7 @@ def test_never_500_on_input():
     async def main() -> None:
         trigger, ledger = (
             Webhook("/orders", verify="none", gzip=True, keep=["X-Tenant"], id="id"),
-            Ledger(),
+            ContractLedger(),
         )
         loop = asyncio.get_running_loop()
         async with serving(trigger.routes) as port, listening(trigger, ledger):

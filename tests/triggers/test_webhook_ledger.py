@@ -89,7 +89,7 @@ def test_p9_unreadable_is_a_dead_letter_in_the_ledger(tmp_path: Path):
                 headers={"webhook-id": "w1", "cookie": "session=topsecret"},
             )
             assert refused.status_code == 400
-            (letter,) = await store.dead()
+            (letter,) = await store.dead_letters()
             whole = await store.dead_letter(letter["id"])
             assert "twice" in str(whole)
         assert not any(

@@ -15,7 +15,7 @@ from eventflow.logs.redaction import SECRETS
 from tests.triggers.serving import digest
 from triggers.signatures import (
     HMAC,
-    NOBODY,
+    NO_VERIFICATION,
     Bearer,
     GitHub,
     GitLab,
@@ -249,7 +249,7 @@ def test_bearer_scheme_in_any_case():
 
 def test_none_refuses_nothing():
     """`verify="none"` stands for a table without checks."""
-    assert ok(NOBODY, {})
+    assert ok(NO_VERIFICATION, {})
 
 
 # --------------------------------------------------------------------------- what does not
@@ -396,7 +396,7 @@ def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
 def test_secrets_are_hidden_in_logs():
     """Making a preset is enough: from then on no log line shows the secret, whoever prints it."""
     Bearer("a-token-nobody-else-has")
-    assert "nobody-else" not in SECRETS.text("the sender sent a-token-nobody-else-has")
+    assert "nobody-else" not in SECRETS.redact_text("the sender sent a-token-nobody-else-has")
 
 
 def test_ed25519_keys_are_named():

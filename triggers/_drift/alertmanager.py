@@ -1,7 +1,9 @@
-"""Prometheus Alertmanager's webhook (version 4) and Grafana's, which has the same bones: one `Drift` per alert of the group.
+"""Prometheus Alertmanager's webhook (version 4) and Grafana's, which has the same bones: one
+`Drift` per alert of the group.
 
-A group mixes firing and resolved alerts; it is sent again every `repeat_interval`. What drifted stands in labels and
-annotations by convention (`MODEL` … below); `fields=` of `DriftAlert` says where else.
+A group mixes firing and resolved alerts; it is sent again every `repeat_interval`. What drifted
+stands in labels and annotations by convention (`MODEL` … below); `fields=` of `DriftAlert` says
+where else.
 """
 
 from collections.abc import Mapping
@@ -9,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 from triggers._drift.json_fields import first, moment, number, status, table, text, texts
-from triggers._drift.schema import Drift, digest_json
+from triggers._drift.schema import Drift, short_json_hash
 
 MODEL = ("model", "model_name", "model_id")
 FEATURE = ("feature", "feature_name", "column")
@@ -32,7 +34,7 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
         else status(alert.get("status"), f"{where}/status"),
         sender=sender,
         name=text(labels.get("alertname"), f"{where}/labels/alertname"),
-        fingerprint=str(alert.get("fingerprint") or digest_json(labels)),
+        fingerprint=str(alert.get("fingerprint") or short_json_hash(labels)),
         model=first(labels, MODEL),
         feature=feature,
         features=(feature,) if feature else (),

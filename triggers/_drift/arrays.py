@@ -1,11 +1,12 @@
-"""What is used of numpy and scipy, with types: the one file that imports them.
+"""The statistics that use numpy and scipy, with types: the one module that imports them.
 
-`import scipy.stats` takes about a second and only Kolmogorov-Smirnov's p-value needs it: `ks_p_value` fetches it when first
-asked, and `warm_up` beforehand, so that no event loop waits for it.
+`import scipy.stats` takes about a second, and only the p-value of Kolmogorov-Smirnov needs it:
+`ks_p_value` imports it at its first call, and `warm_up` beforehand, outside of any event loop.
 """
 
-# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingImports=false
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingImports=false
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -27,7 +28,9 @@ def floats(values: Sequence[float] | Array) -> Array:
 
 
 def edges_of(values: Array, bins: int) -> list[float]:
-    """Inner edges at the quantiles of finite values; equal ones merged, so that there may be fewer than `bins` bins."""
+    """Inner edges at the quantiles of finite values; equal ones merged, so that there may be fewer
+    than `bins` bins.
+    """
     finite = values[np.isfinite(values)]
     if not len(finite):
         return []
@@ -35,14 +38,18 @@ def edges_of(values: Array, bins: int) -> list[float]:
     return [float(edge) for edge in np.unique(quantiles)]
 
 
-def tally(values: Array, edges: Sequence[float]) -> list[int]:
-    """How many values are in each bin: below the first edge, from each edge to the next, from the last on. No NaN, please."""
+def bin_counts(values: Array, edges: Sequence[float]) -> list[int]:
+    """How many values are in each bin: below the first edge, from each edge to the next, from the
+    last on. No NaN, please.
+    """
     places = np.searchsorted(floats(edges), values, side="right")
     return [int(count) for count in np.bincount(places, minlength=len(edges) + 1)]
 
 
-def spread(values: Array) -> tuple[float, float]:
-    """Mean and standard deviation of finite values; a deviation of 0 becomes 1, so that it can be divided by."""
+def mean_and_deviation(values: Array) -> tuple[float, float]:
+    """Mean and standard deviation of finite values; a deviation of 0 becomes 1, so that it can be
+    divided by.
+    """
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 0.0, 1.0
@@ -57,11 +64,14 @@ def thinned(values: Array, limit: int) -> list[float]:
     return [float(value) for value in values[kept]]
 
 
-# --------------------------------------------------------------------------- statistics of histograms
+# --------------------------------------------------------------------------- statistics of
+# histograms
 
 
 def shares(counts: Sequence[float], pseudo: float = 0.5) -> Array:
-    """Counts as shares, with a pseudo-count in each bin: an empty one then weighs little, where a clamp would rule the sum."""
+    """Counts as shares, with a pseudo-count in each bin: an empty one then weighs little, where a
+    clamp would rule the sum.
+    """
     found = floats(counts) + pseudo
     return found / found.sum()
 
@@ -72,7 +82,9 @@ def psi(reference: Array, current: Array) -> float:
 
 
 def js(reference: Array, current: Array) -> float:
-    """Jensen-Shannon distance, base 2: the root of the divergence, from 0 to 1, as scipy's `jensenshannon(base=2)`."""
+    """Jensen-Shannon distance, base 2: the root of the divergence, from 0 to 1, as scipy's
+    `jensenshannon(base=2)`.
+    """
     middle = (reference + current) / 2
     bits = special.rel_entr(reference, middle).sum() + special.rel_entr(current, middle).sum()
     return float(np.sqrt(max(bits, 0.0) / 2 / np.log(2)))
@@ -84,9 +96,11 @@ def tv(reference: Array, current: Array) -> float:
 
 
 def homogeneity(reference: Sequence[int], current: Sequence[int]) -> tuple[float, float]:
-    """Pearson's χ² of two rows of counts and its p-value, as scipy's `chi2_contingency(correction=False)`.
+    """Pearson's χ² of two rows of counts and its p-value, as scipy's
+    `chi2_contingency(correction=False)`.
 
-    Bins in which fewer than ten samples are together are taken for one: the test's p-value needs that many.
+    Bins in which fewer than ten samples are together are taken for one: the test's p-value needs
+    that many.
     """
     table = np.array([reference, current], dtype=float)
     total = table.sum(axis=0)
@@ -106,15 +120,19 @@ def homogeneity(reference: Sequence[int], current: Sequence[int]) -> tuple[float
 
 
 def ks(reference: Array, current: Array) -> float:
-    """The two-sample Kolmogorov-Smirnov statistic: the largest distance of the two empirical distributions."""
-    one, other = np.sort(reference), np.sort(current)
+    """The two-sample Kolmogorov-Smirnov statistic: the largest distance of the two empirical
+    distributions.
+    """
+    one = np.sort(reference)
+    other = np.sort(current)
     both = np.concatenate([one, other])
     return float(np.abs(_below(one, both) - _below(other, both)).max())
 
 
 def wasserstein(reference: Array, current: Array) -> float:
     """The first Wasserstein distance: the area between the two empirical distributions."""
-    one, other = np.sort(reference), np.sort(current)
+    one = np.sort(reference)
+    other = np.sort(current)
     both = np.sort(np.concatenate([one, other]))
     return float((np.abs(_below(one, both[:-1]) - _below(other, both[:-1])) * np.diff(both)).sum())
 
@@ -136,7 +154,9 @@ def warm_up() -> Any:
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
-    """Which of several tests are significant together: the chance of any false one stays at `alpha` (Holm 1979)."""
+    """Which of several tests are significant together: the chance of any false one stays at `alpha`
+    (Holm 1979).
+    """
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     found = [False] * len(p_values)
     for rank, place in enumerate(order):

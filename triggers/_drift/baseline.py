@@ -1,8 +1,8 @@
 """The reference: what of it each feature keeps, `Baseline`, and where it is read from.
 
-A baseline is bins, counts, mean and deviation, and for metrics that need values at most `SAMPLE` of them: its size is bounded,
-whatever the reference's. It comes from a file, a table in memory, or the first N rows of the stream (then it is kept with the
-cursor).
+A baseline is bins, counts, mean and deviation, and for metrics that need values at most `SAMPLE` of
+them: its size is bounded, whatever the reference's. It comes from a file, a table in memory, or the
+first N rows of the stream (then it is kept with the cursor).
 """
 
 import csv
@@ -16,11 +16,13 @@ import orjson
 
 from eventflow.core.errors import UsageError
 from triggers._drift import arrays
-from triggers._drift.bins import Bins, make_bins, sort_out
-from triggers._drift.features import VALUE_ONLY, Watched
+from triggers._drift.bins import Bins, make_bins, to_column
+from triggers._drift.features import VALUE_ONLY, FeatureSpec
 
-SAMPLE = 1500
-"""Values kept of a reference, and of a window, so that both stay under 64 KiB for each feature: enough to see 0.15 sigma."""
+SAMPLE_SIZE = 1500
+"""Values kept of a reference, and of a window, so that both stay under 64 KiB for each feature:
+enough to see 0.15 sigma.
+"""
 
 Table: TypeAlias = Mapping[str, Sequence[Any]]
 """Columns by name."""
@@ -42,24 +44,24 @@ class Baseline(msgspec.Struct, frozen=True):
         return sum(self.counts)
 
 
-def make_baseline(watched: Watched, raw: Sequence[Any]) -> Baseline:
+def make_baseline(spec: FeatureSpec, raw: Sequence[Any]) -> Baseline:
     """What a feature keeps of a reference's column."""
-    column = sort_out(watched, raw)
-    bins = make_bins(watched, column)
+    column = to_column(spec, raw)
+    bins = make_bins(spec, column)
     counts = bins.count(column)
-    if not watched.numeric:
+    if not spec.numeric:
         return Baseline(bins, counts)
-    mean, deviation = arrays.spread(column.values)
-    sample = arrays.thinned(column.values, SAMPLE) if watched.metric in VALUE_ONLY else []
+    mean, deviation = arrays.mean_and_deviation(column.values)
+    sample = arrays.thinned(column.values, SAMPLE_SIZE) if spec.metric in VALUE_ONLY else []
     return Baseline(bins, counts, mean, deviation, sample)
 
 
-def check(watched: Watched, baseline: Baseline, least: int) -> None:
+def check_baseline(spec: FeatureSpec, baseline: Baseline, least: int) -> None:
     """UsageError for a reference that nothing can be compared with."""
     found = baseline.samples - sum(baseline.counts[-2:])
     if found < least:
         raise UsageError(
-            f"DriftMonitor(reference=): expected at least {least} values of {watched.name!r} (at {watched.at!r}), "
+            f"DriftMonitor(reference=): expected at least {least} values of {spec.name!r} (at {spec.at!r}), "
             f"found {found} among {baseline.samples} rows"
         )
 
@@ -68,7 +70,9 @@ def check(watched: Watched, baseline: Baseline, least: int) -> None:
 
 
 def read_table(reference: str | os.PathLike[str] | Mapping[str, Any]) -> Table:
-    """A reference's columns: of a CSV, JSON Lines or Parquet file, or a mapping of lists or arrays. UsageError otherwise."""
+    """A reference's columns: of a CSV, JSON Lines or Parquet file, or a mapping of lists or arrays.
+    UsageError otherwise.
+    """
     if isinstance(reference, Mapping):
         return {name: _listed(column) for name, column in reference.items()}
     if hasattr(reference, "to_dict") and hasattr(
@@ -93,7 +97,9 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file by its suffix: `.csv`, `.jsonl`, `.ndjson`, `.json` (a list), `.parquet`. ValueError for others."""
+    """The rows of a file by its suffix: `.csv`, `.jsonl`, `.ndjson`, `.json` (a list), `.parquet`.
+    ValueError for others.
+    """
     match path.suffix.lower():
         case ".csv":
             with path.open(newline="", encoding="utf-8") as file:

@@ -1,8 +1,9 @@
-"""Where a value belongs: the bins of one feature, made of its reference, and what of a column is a value at all.
+"""Where a value belongs: the bins of one feature, made of its reference, and what of a column is a
+value at all.
 
-Numbers go to quantiles of the reference, the outer bins open-ended; categories to the most frequent ones, else to `other`.
-Missing values (null, NaN, absent) and invalid ones (another type) have bins of their own and take part: a jump of the null rate
-is drift.
+Numbers go to quantiles of the reference, the outer bins open-ended; categories to the most frequent
+ones, else to `other`. Missing values (null, NaN, absent) and invalid ones (another type) have bins
+of their own and take part: a jump of the null rate is drift.
 """
 
 from collections import Counter
@@ -12,20 +13,26 @@ from typing import Any
 import msgspec
 
 from triggers._drift import arrays
-from triggers._drift.features import Categorical, Numeric, Watched
+from triggers._drift.features import Categorical, FeatureSpec, Numeric
 from triggers._drift.schema import Bin
 
-MISSING, INVALID, OTHER = "missing", "invalid", "other"
+MISSING = "missing"
+INVALID = "invalid"
+OTHER = "other"
 
-MAX_LABEL = 64
+MAX_LABEL_LENGTH = 64
 """Characters of a category that are kept."""
 
 MAX_UNSEEN = 32
-"""Categories unknown to the reference that a window counts by name; the rest are `other` without one."""
+"""Categories unknown to the reference that a window counts by name; the rest are `other` without
+one.
+"""
 
 
 class Column(msgspec.Struct):
-    """Values of one feature, sorted out: `values` is an array of floats or a list of category names."""
+    """Values of one feature, sorted out: `values` is an array of floats or a list of category
+    names.
+    """
 
     values: Any
     missing: int = 0
@@ -36,9 +43,9 @@ class Column(msgspec.Struct):
         return len(self.values) + self.missing + self.invalid
 
 
-def sort_out(watched: Watched, raw: Sequence[Any]) -> Column:
+def to_column(spec: FeatureSpec, raw: Sequence[Any]) -> Column:
     """A column as it came to a `Column`; the order of its values stays."""
-    return _numbers(raw) if watched.numeric else _categories(raw)
+    return _numbers(raw) if spec.numeric else _categories(raw)
 
 
 def _numbers(raw: Sequence[Any]) -> Column:
@@ -46,7 +53,9 @@ def _numbers(raw: Sequence[Any]) -> Column:
         found = arrays.floats(raw)
         kept = found[found == found]  # NaN is not itself
         return Column(kept, missing=len(found) - len(kept))
-    values, missing, invalid = list[float](), 0, 0
+    values = list[float]()
+    missing = 0
+    invalid = 0
     for value in raw:
         if value is None or value != value:
             missing += 1
@@ -58,10 +67,12 @@ def _numbers(raw: Sequence[Any]) -> Column:
 
 
 def _categories(raw: Sequence[Any]) -> Column:
-    values, missing, invalid = list[str](), 0, 0
+    values = list[str]()
+    missing = 0
+    invalid = 0
     for value in raw:
         if isinstance(value, str):
-            values.append(value[:MAX_LABEL])
+            values.append(value[:MAX_LABEL_LENGTH])
         elif value is None or value != value:
             missing += 1
         elif isinstance(value, bool | int | float):
@@ -72,7 +83,9 @@ def _categories(raw: Sequence[Any]) -> Column:
 
 
 class Bins(msgspec.Struct, frozen=True):
-    """The bins of a feature: `edges` between those of numbers, or `categories`. The last two are missing and invalid."""
+    """The bins of a feature: `edges` between those of numbers, or `categories`. The last two are
+    missing and invalid.
+    """
 
     edges: Sequence[float] = ()
     categories: Sequence[str] | None = None
@@ -80,18 +93,19 @@ class Bins(msgspec.Struct, frozen=True):
     @property
     def labels(self) -> list[str]:
         if self.categories is not None:
-            named = [*map(shown, self.categories), OTHER]
+            named = [*map(printable, self.categories), OTHER]
         elif not self.edges:
             named = ["any"]
         else:
-            low, high = f"< {self.edges[0]:g}", f">= {self.edges[-1]:g}"
+            low = f"< {self.edges[0]:g}"
+            high = f">= {self.edges[-1]:g}"
             pairs = zip(self.edges[:-1], self.edges[1:], strict=True)
             named = [low, *(f"[{one:g}, {other:g})" for one, other in pairs), high]
         return [*named, MISSING, INVALID]
 
     def count(self, column: Column) -> list[int]:
         if self.categories is None:
-            found = arrays.tally(column.values, self.edges)
+            found = arrays.bin_counts(column.values, self.edges)
         else:
             counted = Counter[str](column.values)
             found = [counted.pop(category, 0) for category in self.categories]
@@ -99,19 +113,22 @@ class Bins(msgspec.Struct, frozen=True):
         return [*found, column.missing, column.invalid]
 
     def unseen(self, column: Column, before: Mapping[str, int]) -> dict[str, int]:
-        """Counts of categories that the reference has not, at most MAX_UNSEEN of them, added to those of before."""
+        """Counts of categories that the reference has not, at most MAX_UNSEEN of them, added to
+        those of before.
+        """
         if self.categories is None:
             return {}
-        found, known = dict(before), set(self.categories)
+        found = dict(before)
+        known = set(self.categories)
         for category, count in Counter[str](column.values).items():
             if category not in known and (category in found or len(found) < MAX_UNSEEN):
                 found[category] = found.get(category, 0) + count
         return found
 
 
-def make_bins(watched: Watched, column: Column) -> Bins:
+def make_bins(spec: FeatureSpec, column: Column) -> Bins:
     """The bins that a reference gives."""
-    match watched.feature:
+    match spec.feature:
         case Numeric(bins=bins):
             return Bins(edges=arrays.edges_of(column.values, bins))
         case Categorical(top=top):
@@ -124,13 +141,15 @@ def make_bins(watched: Watched, column: Column) -> Bins:
 def histogram(
     bins: Bins, counts: Sequence[int], unseen: Mapping[str, int] | None = None
 ) -> list[Bin]:
-    """Bars for people, unseen categories with a bar of their own; empty `other`, missing and invalid are left out."""
+    """Bars for people, unseen categories with a bar of their own; empty `other`, missing and
+    invalid are left out.
+    """
     total = max(sum(counts), 1)
     bars = list(zip(bins.labels, counts, strict=True))
     if unseen and bins.categories is not None:
         place = len(bins.categories)
         named = [
-            (shown(name), count)
+            (printable(name), count)
             for name, count in sorted(unseen.items(), key=lambda each: -each[1])
         ]
         rest = (OTHER, counts[place] - sum(unseen.values()))
@@ -142,7 +161,7 @@ def histogram(
     ]
 
 
-def shown(text: str) -> str:
+def printable(text: str) -> str:
     """A category as a label: what does not print is escaped."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()

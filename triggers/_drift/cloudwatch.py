@@ -1,19 +1,37 @@
-"""CloudWatch alarms, SageMaker Model Monitor's among them: through SNS, or as EventBridge sends them.
+"""CloudWatch alarms, SageMaker Model Monitor's among them: through SNS, or as EventBridge sends
+them.
 
-Model Monitor writes a metric `feature_baseline_drift_<feature>` with the dimensions `Endpoint` and `MonitoringSchedule`; an
-alarm on it is the drift. ALARM is detected, OK resolved, INSUFFICIENT_DATA no data.
+Model Monitor writes a metric `feature_baseline_drift_<feature>` with the dimensions `Endpoint` and
+`MonitoringSchedule`; an alarm on it is the drift. ALARM is detected, OK resolved, INSUFFICIENT_DATA
+no data.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
 from triggers._drift.json_fields import listed, moment, number, point, status, table, text, texts
-from triggers._drift.schema import Drift, digest
+from triggers._drift.schema import Drift, short_hash
 
 PREFIX = "feature_baseline_drift_"
+
+
+class _Alarm(NamedTuple):
+    """A change of an alarm's state, as either way of delivery reports it."""
+
+    name: str
+    arn: str
+    state: Any
+    since: Any
+    metric: str
+    dimensions: Mapping[str, str]
+    statistic: float | None
+    threshold: float | None
+    reason: str
+
+
 _DATAPOINT = re.compile(r"\[([-+0-9.eE]{1,40}) ")
 
 
@@ -28,16 +46,18 @@ def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
         )
     reason = str(message.get("NewStateReason") or "")
     found = _DATAPOINT.search(reason)
-    return _drift(
-        name=text(message.get("AlarmName"), "AlarmName"),
-        arn=str(message.get("AlarmArn") or message.get("AWSAccountId") or ""),
-        state=message.get("NewStateValue"),
-        since=point(message, "/StateChangeTime", "the alarm"),
-        metric=str(trigger.get("MetricName") or ""),
-        dimensions=texts(dimensions, "Trigger/Dimensions"),
-        statistic=number(found[1]) if found else None,
-        threshold=number(trigger.get("Threshold")),
-        reason=reason,
+    return _drift_of(
+        _Alarm(
+            name=text(message.get("AlarmName"), "AlarmName"),
+            arn=str(message.get("AlarmArn") or message.get("AWSAccountId") or ""),
+            state=message.get("NewStateValue"),
+            since=point(message, "/StateChangeTime", "the alarm"),
+            metric=str(trigger.get("MetricName") or ""),
+            dimensions=texts(dimensions, "Trigger/Dimensions"),
+            statistic=number(found[1]) if found else None,
+            threshold=number(trigger.get("Threshold")),
+            reason=reason,
+        )
     )
 
 
@@ -48,18 +68,21 @@ def read_eventbridge(message: Mapping[str, Any]) -> Drift:
     metric = _first_metric(detail)
     data = _reason_data(state)
     recent = listed(data.get("recentDatapoints") or [], "detail/state/reasonData/recentDatapoints")
-    return _drift(
-        name=text(detail.get("alarmName"), "detail/alarmName"),
-        arn=str(next(iter(listed(message.get("resources") or [], "resources")), "")),
-        state=point(detail, "/state/value", "detail"),
-        since=state.get("timestamp") or point(message, "/time"),
-        metric=str(metric.get("name") or ""),
-        dimensions=texts(
-            metric.get("dimensions"), "detail/configuration/metrics/0/metricStat/metric/dimensions"
-        ),
-        statistic=number(recent[-1]) if recent else None,
-        threshold=number(data.get("threshold")),
-        reason=str(state.get("reason") or ""),
+    return _drift_of(
+        _Alarm(
+            name=text(detail.get("alarmName"), "detail/alarmName"),
+            arn=str(next(iter(listed(message.get("resources") or [], "resources")), "")),
+            state=point(detail, "/state/value", "detail"),
+            since=state.get("timestamp") or point(message, "/time"),
+            metric=str(metric.get("name") or ""),
+            dimensions=texts(
+                metric.get("dimensions"),
+                "detail/configuration/metrics/0/metricStat/metric/dimensions",
+            ),
+            statistic=number(recent[-1]) if recent else None,
+            threshold=number(data.get("threshold")),
+            reason=str(state.get("reason") or ""),
+        )
     )
 
 
@@ -78,26 +101,24 @@ def _reason_data(state: Mapping[str, Any]) -> Mapping[str, Any]:
         return {}
 
 
-def _drift(
-    *, name: str, arn: str, state: Any, since: Any, metric: str, dimensions: Mapping[str, str], statistic: float | None,
-    threshold: float | None, reason: str,
-) -> Drift:  # fmt: skip
-    at = moment(since, "the time of the state's change")
-    found = status(state, "the alarm's state")
-    feature = metric.removeprefix(PREFIX) if metric.startswith(PREFIX) else None
+def _drift_of(alarm: _Alarm) -> Drift:
+    at = moment(alarm.since, "the time of the state's change")
+    found = status(alarm.state, "the alarm's state")
+    feature = alarm.metric.removeprefix(PREFIX) if alarm.metric.startswith(PREFIX) else None
+    is_sagemaker = feature or "MonitoringSchedule" in alarm.dimensions
     return Drift(
         status=found,
-        sender="sagemaker" if feature or "MonitoringSchedule" in dimensions else "cloudwatch",
-        name=name,
-        fingerprint=digest(arn, name),
-        model=dimensions.get("Endpoint"),
+        sender="sagemaker" if is_sagemaker else "cloudwatch",
+        name=alarm.name,
+        fingerprint=short_hash(alarm.arn, alarm.name),
+        model=alarm.dimensions.get("Endpoint"),
         feature=feature,
         features=(feature,) if feature else (),
-        metric=metric or None,
-        statistic=statistic,
-        threshold=threshold,
+        metric=alarm.metric or None,
+        statistic=alarm.statistic,
+        threshold=alarm.threshold,
         starts_at=at,
         ends_at=at if found == "resolved" else None,
-        labels=dimensions,
-        annotations={"reason": reason} if reason else {},
+        labels=alarm.dimensions,
+        annotations={"reason": alarm.reason} if alarm.reason else {},
     )

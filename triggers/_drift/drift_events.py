@@ -1,104 +1,113 @@
-"""A monitor's findings as `Drift`s: which features, how badly, with the histograms of before and after.
+"""The events of a monitor, as `Drift` values: which features drifted, how far, with histograms.
 
-The engine calls `tell` for a move of an episode and `tell_silence` when samples cease and come again. Ids are made of the
-episode's number, never of the time, so that a batch that is taken again tells the same.
+evaluator.py calls `episode_event` for a move of an episode, engine.py `nodata_event` when samples
+cease and arrive again. Ids are made of the episode's number, never of the time: a batch that is
+counted again makes the same events.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from eventflow.core.clock import to_datetime
-from triggers._drift.episodes import Move
-from triggers._drift.evaluation import Verdict, finding
-from triggers._drift.schema import Drift, Status, digest
-from triggers._drift.window import Judged, Window
-
-if TYPE_CHECKING:
-    from triggers._drift.engine import Engine
+from triggers._drift.baseline import Baseline
+from triggers._drift.config import MonitorConfig
+from triggers._drift.episodes import Episode, Move
+from triggers._drift.evaluation import MetricResult, make_finding
+from triggers._drift.schema import Drift, Status, short_hash
+from triggers._drift.window import EvaluatedWindow, OpenWindow
 
 SEVERITIES = ("none", "warning", "alert")
 
 MAX_FINDINGS = 20
-"""Features whose histograms one event carries; the names of all are in `features`."""
+"""Features whose histograms one event carries; `features` names all of them."""
 
 
-class Told(NamedTuple):
+class DriftEvent(NamedTuple):
     """A drift, and the id of its event."""
 
     drift: Drift
     ident: str
 
 
-def tell(
-    engine: "Engine", unit: int, move: Move, verdicts: Sequence[Verdict], window: Window | Judged
-) -> Told:
-    """What an episode's move is in words."""
-    setting, episode = engine.setting, engine.memory.episodes[unit]
+def episode_event(
+    config: MonitorConfig,
+    baselines: Sequence[Baseline],
+    version: int,
+    unit: int,
+    episode: Episode,
+    move: Move,
+    results: Sequence[MetricResult],
+    window: OpenWindow | EvaluatedWindow,
+) -> DriftEvent:
+    """The event of an episode's move; notes the drifted features in `episode.features`.
+
+    `version`: number of the reference. `unit`: index of the episode's feature, 0 without one.
+    """
     worst = _worst_first(
-        verdicts if move == "resolved" else [each for each in verdicts if each.level]
+        results if move == "resolved" else [each for each in results if each.level]
     )
-    shown = [
-        finding(each, window, setting.watched, engine.baselines) for each in worst[:MAX_FINDINGS]
+    findings = [
+        make_finding(each, window, config.features, baselines) for each in worst[:MAX_FINDINGS]
     ]
     if move != "resolved":
-        episode.features = [setting.watched[each.place].name for each in worst]
+        episode.features = [config.features[each.feature_index].name for each in worst]
     top = next(
-        (each for each in shown if each.feature in episode.features), shown[0] if shown else None
+        (each for each in findings if each.feature in episode.features),
+        findings[0] if findings else None,
     )
-    name = setting.watched[unit].name if setting.per_feature else ""
-    fingerprint = digest(setting.name, engine.memory.version, name, episode.number)
+    feature = config.features[unit].name if config.per_feature else ""
+    fingerprint = short_hash(config.name, version, feature, episode.number)
+    drifted = {each.feature_index for each in results if each.level}
     drift = Drift(
         status=move,
         sender="eventflow",
-        name=setting.name,
+        name=config.name,
         fingerprint=fingerprint,
-        model=setting.model,
+        model=config.model,
         feature=next(iter(episode.features), None),
         features=list(episode.features),
         metric=top.metric if top else None,
         statistic=top.statistic if top else None,
         threshold=top.threshold if top else None,
         p_value=top.p_value if top else None,
-        share=round(len({each.place for each in verdicts if each.level}) / len(setting.watched), 6),
-        severity=SEVERITIES[episode.told],
-        segment=setting.segment,
+        share=round(len(drifted) / len(config.features), 6),
+        severity=SEVERITIES[episode.reported_level],
+        segment=config.segment,
         starts_at=None if episode.since is None else to_datetime(episode.since),
         ends_at=None if move != "resolved" or window.end is None else to_datetime(window.end),
         baseline=top.baseline if top else None,
         current=top.current if top else None,
-        findings=[] if move == "resolved" else shown,
-        labels={"reference": str(engine.memory.version)},
+        findings=[] if move == "resolved" else findings,
+        labels={"reference": str(version)},
     )
-    return Told(drift, f"{fingerprint}/{move}/{drift.severity}")
+    return DriftEvent(drift, f"{fingerprint}/{move}/{drift.severity}")
 
 
-def _worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """One verdict of each feature."""
-    found: dict[int, Verdict] = {}
-    for each in sorted(
-        verdicts, key=lambda verdict: (verdict.level, verdict.badness), reverse=True
-    ):
-        found.setdefault(each.place, each)
+def _worst_first(results: Sequence[MetricResult]) -> list[MetricResult]:
+    """One result of each feature."""
+    found: dict[int, MetricResult] = {}
+    for each in sorted(results, key=lambda result: (result.level, result.severity), reverse=True):
+        found.setdefault(each.feature_index, each)
     return list(found.values())
 
 
-def tell_silence(engine: "Engine", now: int, *, over: bool) -> Told:
-    """No samples come; or (`over`) they do again."""
-    setting, since = engine.setting, engine.memory.silent
-    assert since is not None
-    status: Status = "resolved" if over else "nodata"
-    fingerprint = digest(setting.name, engine.memory.version, "nodata", since)
+def nodata_event(
+    config: MonitorConfig, version: int, since: int, *, ended_at: int | None = None
+) -> DriftEvent:
+    """No samples have arrived since `since`; with `ended_at`, they do again. Microseconds."""
+    status: Status = "nodata" if ended_at is None else "resolved"
+    fingerprint = short_hash(config.name, version, "nodata", since)
     drift = Drift(
         status=status,
         sender="eventflow",
-        name=setting.name,
+        name=config.name,
         fingerprint=fingerprint,
-        model=setting.model,
+        model=config.model,
         metric="nodata",
         severity="alert",
-        segment=setting.segment,
+        segment=config.segment,
         starts_at=to_datetime(since),
-        ends_at=to_datetime(now) if over else None,
-        labels={"reference": str(engine.memory.version)},
+        ends_at=None if ended_at is None else to_datetime(ended_at),
+        labels={"reference": str(version)},
     )
-    return Told(drift, f"{fingerprint}/{status}")
+    return DriftEvent(drift, f"{fingerprint}/{status}")

@@ -1,444 +1,279 @@
-"""The monitor without its source: rows go in, drifts come out, and what must be remembered between is told in parts.
+"""Counts the rows of a monitor: rows go in, drift events come out, changed parts go to the cursor.
 
-    take ─► reference (given, or the first N) ─► window ─► over? judge ─► episode ─► Drift
+add_samples ─► reference (given, or the first rows) ─► open window ─► closed ─► Evaluator ─► events
 
-Deterministic in rows and clock: the same state and the same rows give the same drifts under the same ids, however the rows are
-batched, so that a batch whose transaction failed is simply taken again. `desk.py` calls it, one call at a time; `telling.py`
-words the drifts.
+`counting_intake.py` and `dry_run.py` call it, one call at a time. Deterministic in rows and clock:
+the same state and the same rows give the same events with the same ids, however the rows are
+batched, so a batch whose transaction failed is counted again. What happens to a closed window is in
+evaluator.py.
 """
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import msgspec
 
 from eventflow.events.event import Json
 from triggers._drift.baseline import Baseline, make_baseline
-from triggers._drift.config import Sample, Setting
-from triggers._drift.drift_events import Told, tell, tell_silence
-from triggers._drift.episodes import Episode, Move
-from triggers._drift.evaluation import Verdict, judge, measure, measured_then
-from triggers._drift.features import STREAMING
+from triggers._drift.config import MonitorConfig, Sample
+from triggers._drift.drift_events import DriftEvent, nodata_event
+from triggers._drift.evaluation import MetricResult
+from triggers._drift.evaluator import Evaluator, MonitorState, new_episodes
 from triggers._drift.history import History
-from triggers._drift.streaming import Adwin, Detector, PageHinkley
-from triggers._drift.window import Judged, Rows, Window
-
-FIRST_LOOK = 16
-"""Rows after a change from which on their mean is looked at; a power of two, as all later looks are."""
-
-AGAIN = 64
-"""Rows after which a change is another one: a detector tells the same change several times while it adapts."""
-
-
-class Memory(msgspec.Struct):
-    """The small part that every batch writes. Times in microseconds.
-
-    `learned`: the reference is in the parts; `own`: it is to be learned, whatever the app gives. `opened`: the first window
-    that still takes rows. `watermark`: the latest time seen. `silent`: since when no sample came, once that was told. `late`
-    counts rows, `insufficient` and `judged` windows.
-    """
-
-    digest: str
-    version: int = 1
-    learned: bool = False
-    own: bool = False
-    opened: int = 0
-    windows: list[int] = []
-    watermark: int | None = None
-    last_at: int | None = None
-    silent: int | None = None
-    late: int = 0
-    insufficient: int = 0
-    judged: int = 0
-    episodes: list[Episode] = []
+from triggers._drift.window import OpenWindow, Rows
 
 
 class Engine:
-    """All that a monitor knows. `parts` are what earlier calls of `changes` said; `since` is when it began to listen."""
+    """The state of a monitor, in memory.
 
-    def __init__(self, setting: Setting, parts: Mapping[str, Any], since: int) -> None:
-        self.setting, self.since = setting, since
-        self.baselines: list[Baseline] = list(setting.given)
-        self.learning = Rows("drift:l/")
-        self.windows: dict[int, Window] = {}
-        self.verdicts: Sequence[Verdict] = ()
-        self._history, self._measured_by = History(setting.history, parts), setting.measured()
+    `parts`: the cursor that earlier calls of `changes` have written. `since`: when it began to
+    listen, in microseconds.
+    """
+
+    def __init__(self, config: MonitorConfig, parts: Mapping[str, Any], since: int) -> None:
+        self.config: MonitorConfig = config
+        self.since: int = since
+        self.state: MonitorState = MonitorState(config.state_hash(), episodes=new_episodes(config))
+        self.baselines: list[Baseline] = list(config.baselines)  # empty while it learns them
+        self.learning: Rows = Rows("drift:l/")
+        self.windows: dict[int, OpenWindow] = {}
+        self._history = History(config.history, parts)
         self._changed: dict[str, Json] = {}
-        self.memory = Memory(setting.digest(), episodes=self._episodes())
-        self._detectors = self._new_detectors()
         if "drift:meta" in parts:
             self._load(parts)
-
-    def _episodes(self) -> list[Episode]:
-        return [Episode() for _ in (self.setting.watched if self.setting.per_feature else [None])]
+        self._evaluator = self._new_evaluator()
+        self._evaluator.load(parts)
 
     # ------------------------------------------------------------------------- parts
 
     def _load(self, parts: Mapping[str, Any]) -> None:
-        memory = msgspec.convert(parts["drift:meta"], Memory)
-        if (
-            memory.digest != self.memory.digest
-        ):  # other features, reference or windows: what was counted is void
-            self._changed = {
-                key: None for key in parts if key.startswith("drift:") and key[6] in "lrwxs"
-            }
-            self.memory.version = memory.version + 1
+        state = msgspec.convert(parts["drift:meta"], MonitorState)
+        if state.config_hash != self.state.config_hash:
+            # Other features, reference or windows: earlier counts cannot be compared with new ones.
+            outdated = [key for key in parts if key.startswith("drift:") and key[6] in "lrwxs"]
+            self._changed = dict.fromkeys(outdated)
+            self.state.version = state.version + 1
             return
-        self.memory = memory
+        self.state = state
         self.learning = Rows.loaded("drift:l/", parts)
-        if memory.own:
+        if state.learns:
             self.baselines = []
-        if memory.learned:
-            places = range(len(self.setting.watched))
+        if state.learned:
             self.baselines = [
-                msgspec.convert(parts[f"drift:r/{place}"], Baseline) for place in places
+                msgspec.convert(parts[f"drift:r/{index}"], Baseline)
+                for index in range(len(self.config.features))
             ]
         self.windows = {
-            number: Window.loaded(number, self.setting.watched, parts) for number in memory.windows
+            number: OpenWindow.loaded(number, self.config.features, parts)
+            for number in state.windows
         }
-        self._detectors = self._new_detectors()
-        for place, detector in self._detectors.items():
-            if (state := parts.get(f"drift:s/{place}")) is not None:
-                detector.load(state)
 
     def changes(self) -> dict[str, Json]:
-        """The parts that have another value than at the last call; None takes one out."""
-        found, self._changed = self._changed, {}
+        """The cursor's parts that changed since the last call; None deletes one."""
+        found = self._changed
+        self._changed = {}
         found.update(self.learning.changes())
         for window in self.windows.values():
             found.update(window.changes())
-        for place, detector in self._detectors.items():
-            found[f"drift:s/{place}"] = detector.state()
+        found.update(self._evaluator.changes())
         found.update(self._history.changes())
-        self.memory.windows = list(self.windows)
-        found["drift:meta"] = msgspec.to_builtins(self.memory)
+        self.state.windows = list(self.windows)
+        found["drift:meta"] = msgspec.to_builtins(self.state)
         return found
 
-    # ------------------------------------------------------------------------- rows in
+    @property
+    def results(self) -> Sequence[MetricResult]:
+        """Those of the last evaluated window, for gauges."""
+        return self._evaluator.results
 
-    def take(self, samples: Sequence[Sample], now: int) -> list[Told]:
-        """Counts the rows of these events, in order; what is to be told of them."""
+    def _new_evaluator(self) -> Evaluator:
+        return Evaluator(self.config, self.state, self.baselines, self._history)
+
+    # ------------------------------------------------------------------------- rows
+
+    def add_samples(self, samples: Sequence[Sample], now: int) -> list[DriftEvent]:
+        """Counts the rows of these events, in order."""
         if not samples:
             return []
-        told = self._heard(now)
-        if self.setting.window == "batch":
+        events = self._end_nodata(now)
+        if self.config.window == "batch":
             for sample in samples:
-                told += self._whole(sample, now)
-            return told
+                events += self._add_batch(sample, now)
+            return events
         rows = [row for sample in samples for row in sample.rows]
-        times = [
-            min(sample.at, now) for sample in samples for _ in sample.rows
-        ]  # a clock ahead would make all others late
+        # A sender's clock that is ahead would make all other rows late.
+        times = [min(sample.at, now) for sample in samples for _ in sample.rows]
         first = self._learn(rows) if not self.baselines else 0
-        if self.setting.span:
-            return told + self._by_time(rows[first:], times[first:], now)
-        return told + self._by_count(rows[first:], times[first:], now)
+        if self.config.span:
+            return events + self._add_by_time(rows[first:], times[first:], now)
+        return events + self._add_by_count(rows[first:], times[first:], now)
 
-    def _heard(self, now: int) -> list[Told]:
-        """A sample came: if it was silent, it no longer is."""
-        told = [tell_silence(self, now, over=True)] if self.memory.silent is not None else []
-        self.memory.silent, self.memory.last_at = None, now
-        return told
+    def _end_nodata(self, now: int) -> list[DriftEvent]:
+        """A sample has arrived, which ends a time without data."""
+        since = self.state.nodata_since
+        self.state.nodata_since = None
+        self.state.last_at = now
+        if since is None:
+            return []
+        return [nodata_event(self.config, self.state.version, since, ended_at=now)]
 
     def _learn(self, rows: Sequence[Sequence[Any]], *, whole: bool = False) -> int:
-        """Adds to the reference to be; how many rows it took."""
-        taken = len(rows) if whole else min(self.setting.learn - len(self.learning), len(rows))
-        self.learning.extend(rows[:taken])
-        if len(self.learning) >= self.setting.learn:
-            columns = list(zip(*self.learning.rows, strict=True))
-            pairs = zip(self.setting.watched, columns, strict=True)
-            self.baselines = [make_baseline(watched, column) for watched, column in pairs]
-            self.memory.learned = True
-            self._changed |= {
-                f"drift:r/{place}": msgspec.to_builtins(each)
-                for place, each in enumerate(self.baselines)
-            }
+        """Adds rows to the reference that is being learned; how many it used."""
+        used = len(rows)
+        if not whole:
+            used = min(self.config.learn_rows - len(self.learning), used)
+        self.learning.extend(rows[:used])
+        if len(self.learning) >= self.config.learn_rows:
+            columns = zip(*self.learning.rows, strict=True)
+            pairs = zip(self.config.features, columns, strict=True)
+            self.baselines = [make_baseline(spec, column) for spec, column in pairs]
+            self.state.learned = True
+            for index, baseline in enumerate(self.baselines):
+                self._changed[f"drift:r/{index}"] = msgspec.to_builtins(baseline)
             self.learning.clear()
-            self._detectors = self._new_detectors()
-        return taken
+            self._evaluator = self._new_evaluator()
+        return used
 
     def relearn(self) -> None:
-        """Forgets the reference and what was compared with it: the next rows are the new one."""
-        self._changed |= {f"drift:r/{place}": None for place in range(len(self.setting.watched))}
+        """Forgets the reference and the open windows: the next rows are the new reference."""
+        for index in range(len(self.config.features)):
+            self._changed[f"drift:r/{index}"] = None
         for window in self.windows.values():
             self._changed.update(window.removal())
-        self.windows, self.baselines, self.verdicts = {}, [], ()
-        for episode in self.memory.episodes:
+        self.windows = {}
+        self.baselines = []
+        for episode in self.state.episodes:
             episode.reset()
-        self.memory.version += 1
-        self.memory.learned, self.memory.own = False, True
-        self._detectors = self._new_detectors()
+        self.state.version += 1
+        self.state.learned = False
+        self.state.learns = True
+        self._evaluator = self._new_evaluator()
 
     # ------------------------------------------------------------------------- windows
 
-    def _whole(self, sample: Sample, now: int) -> list[Told]:
-        """A batch is a window."""
+    def _add_batch(self, sample: Sample, now: int) -> list[DriftEvent]:
+        """The rows of one event are a window."""
         if not self.baselines:
             self._learn(sample.rows, whole=True)
             return []
         if not sample.rows:
             return []
-        window = self._window(self.memory.opened)
-        told = self._add(window, sample.rows, [min(sample.at, now)] * len(sample.rows), now)
-        return told + self._close(window, now)
+        window = self._window(self.state.first_open)
+        times = [min(sample.at, now)] * len(sample.rows)
+        return self._add_to_window(window, sample.rows, times, now) + self._close(window, now)
 
-    def _by_count(
+    def _add_by_count(
         self, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int
-    ) -> list[Told]:
-        told, first, size = list[Told](), 0, self.setting.window
+    ) -> list[DriftEvent]:
+        events = list[DriftEvent]()
+        first = 0
+        size = self.config.window
         assert isinstance(size, int)
         while first < len(rows):
-            window = self._window(self.memory.opened)
+            window = self._window(self.state.first_open)
             last = first + size - window.n
-            told += self._add(window, rows[first:last], times[first:last], now)
+            events += self._add_to_window(window, rows[first:last], times[first:last], now)
             first = last
             if window.n == size:
-                told += self._close(window, now)
-        return told
+                events += self._close(window, now)
+        return events
 
-    def _by_time(self, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int) -> list[Told]:
-        """Row by row, so that what is late does not hang on how rows are batched; added to windows in runs."""
-        told, memory = list[Told](), self.memory
-        waiting: dict[int, tuple[list[Sequence[Any]], list[int]]] = {}
+    def _add_by_time(
+        self, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int
+    ) -> list[DriftEvent]:
+        """Row by row, so that batching does not decide what is late; added to windows in runs."""
+        events = list[DriftEvent]()
+        state = self.state
+        waiting: dict[int, tuple[list[Sequence[Any]], list[int]]] = {}  # by window number
         for row, at in zip(rows, times, strict=True):
-            number = at // self.setting.span
-            if number < memory.opened:
-                memory.late += 1
+            number = at // self.config.span
+            if number < state.first_open:
+                state.late_rows += 1
                 continue
-            kept = waiting.setdefault(number, ([], []))
-            kept[0].append(row)
-            kept[1].append(at)
-            if memory.watermark is None or at > memory.watermark:
-                memory.watermark = at
-                over = (at - self.setting.lateness) // self.setting.span
-                if over > memory.opened:
-                    told += self._flush(waiting, now) + self._close_before(over, now)
-        return told + self._flush(waiting, now)
+            run = waiting.setdefault(number, ([], []))
+            run[0].append(row)
+            run[1].append(at)
+            if state.watermark is None or at > state.watermark:
+                state.watermark = at
+                oldest = (at - self.config.lateness) // self.config.span
+                if oldest > state.first_open:
+                    events += self._flush(waiting, now) + self._close_before(oldest, now)
+        return events + self._flush(waiting, now)
 
     def _flush(
         self, waiting: dict[int, tuple[list[Sequence[Any]], list[int]]], now: int
-    ) -> list[Told]:
-        told = [
-            each
-            for number in sorted(waiting)
-            for each in self._add(self._window(number), *waiting[number], now)
-        ]
+    ) -> list[DriftEvent]:
+        events = list[DriftEvent]()
+        for number in sorted(waiting):
+            events += self._add_to_window(self._window(number), *waiting[number], now)
         waiting.clear()
-        return told
+        return events
 
-    def _close_before(self, number: int, now: int) -> list[Told]:
-        told = [each for window in self._before(number) for each in self._close(window, now)]
-        self.memory.opened = max(self.memory.opened, number)
-        return told
-
-    def _before(self, number: int) -> list[Window]:
-        return [self.windows[each] for each in sorted(self.windows) if each < number]
-
-    def _window(self, number: int) -> Window:
-        window = self.windows.get(number)
-        if window is None:
-            window = self.windows[number] = Window(number, self.setting.watched)
-        return window
-
-    def _close(self, window: Window, now: int) -> list[Told]:
-        """The window is over: judged, unless it is too small, and gone."""
-        told = self._judge(window, now)
-        del self.windows[window.number]
-        self._changed.update(window.removal())
-        self.memory.opened = max(self.memory.opened, window.number + 1)
-        return told
-
-    def _judge(self, window: Window, now: int) -> list[Told]:
-        if window.n < self.setting.min_samples:
-            self.memory.insufficient += 1
-            return []
-        changed = [
-            place in self._detectors and self._detectors[place].changed
-            for place in range(len(self.setting.watched))
-        ]
-        measured = measure(window, self.setting.watched, self.baselines, changed)
-        self._keep(measured, window, now)
-        return self._decide(measured, window, now)
-
-    def again(self, judged: Judged) -> list[Told]:
-        """A window that was measured before, by the thresholds and rules of now."""
-        measured = measured_then(judged, self.setting.watched)
-        if judged.midway:
-            told = [self._spring(each, judged, judged.at) for each in measured]
-            return [each for each in told if each is not None]
-        return (
-            self._decide(measured, judged, judged.at)
-            if judged.n >= self.setting.min_samples
-            else []
-        )
-
-    def _keep(
-        self, measured: Sequence[Verdict], window: Window, now: int, *, midway: bool = False
-    ) -> None:
-        found = [
-            (each.place, each.metric, each.statistic, each.p_value)
-            for each in measured
-            if isfinite(each.statistic)
-        ]
-        self._history.add(
-            Judged(self._measured_by, now, window.n, window.start, window.end, found, midway)
-        )
-
-    def _decide(self, measured: Sequence[Verdict], window: Window | Judged, now: int) -> list[Told]:
-        self.verdicts = judge(measured, self.setting.alpha)
-        self.memory.judged += 1
-        told = [self._step(unit, window, now) for unit in range(len(self.memory.episodes))]
-        return [each for each in told if each is not None]
-
-    def _step(self, unit: int, window: Window | Judged, now: int) -> Told | None:
-        verdicts = self.of_unit(unit)
-        move = self.memory.episodes[unit].step(verdicts, self.setting.rules, now)
-        if not self.memory.episodes[unit].level:
-            self._forget_changes(verdicts)
-        return tell(self, unit, move, verdicts, window) if move else None
-
-    def _forget_changes(self, verdicts: Sequence[Verdict]) -> None:
-        """All is well: a change that did not matter, or no longer does, is none."""
-        for verdict in verdicts:
-            if verdict.metric in STREAMING and verdict.clean:
-                self._detectors[verdict.place].changed = False
-
-    def of_unit(self, unit: int) -> list[Verdict]:
-        """The last window's verdicts that an episode is about."""
-        return [
-            verdict
-            for verdict in self.verdicts
-            if not self.setting.per_feature or verdict.place == unit
-        ]
-
-    # ------------------------------------------------------------------------- streaming detectors
-
-    def _new_detectors(self) -> "dict[int, _Watch]":
-        """One for each feature that has one, on the reference as if it had gone before."""
-        watched = [
-            (place, each)
-            for place, each in enumerate(self.setting.watched)
-            if each.metric in STREAMING
-        ]
-        delta = self.setting.alpha / max(len(watched), 1)
-        return {
-            place: _Watch(each.metric, delta, self.baselines[place] if self.baselines else None)
-            for place, each in watched
-        }
-
-    def _add(
-        self, window: Window, rows: Sequence[Sequence[Any]], times: Sequence[int], now: int
-    ) -> list[Told]:
-        """Adds rows to a window; up to each change that a detector sees first, so that it is told as it stood then."""
-        told, first = list[Told](), 0
-        for place, row in enumerate(rows) if self._detectors else ():
-            seen = [each for each, detector in self._detectors.items() if detector.look(row[each])]
-            if seen:
-                window.add(rows[first : place + 1], times[first : place + 1], self.baselines)
-                first = place + 1
-                told += [
-                    each
-                    for feature in seen
-                    if (each := self._burst(feature, window, now)) is not None
-                ]
+    def _add_to_window(
+        self,
+        window: OpenWindow,
+        rows: Sequence[Sequence[Any]],
+        times: Sequence[int],
+        now: int,
+    ) -> list[DriftEvent]:
+        """Adds rows. At a change that a detector sees, the rows up to it first: the event shows
+        the window as it was then.
+        """
+        events = list[DriftEvent]()
+        first = 0
+        for position, changed in self._evaluator.changes_in(rows):
+            last = position + 1
+            window.add(rows[first:last], times[first:last], self.baselines)
+            first = last
+            events += self._evaluator.report_changes(changed, window, now)
         if first < len(rows):
             window.add(rows[first:], times[first:], self.baselines)
-        return told
+        return events
 
-    def _burst(self, place: int, window: Window, now: int) -> Told | None:
-        """A change in the middle of a window, told at once if it is large enough to matter."""
-        ((metric, warn, alert), *_) = self.setting.watched[place].checks
-        seen = Verdict(place, metric, self._detectors[place].shift, 0.0, warn, alert)
-        self._keep([seen], window, now, midway=True)
-        return self._spring(seen, window, now)
+    def _window(self, number: int) -> OpenWindow:
+        window = self.windows.get(number)
+        if window is None:
+            window = self.windows[number] = OpenWindow(number, self.config.features)
+        return window
 
-    def _spring(self, seen: Verdict, window: Window | Judged, now: int) -> Told | None:
-        place, level = (
-            seen.place,
-            2 if seen.statistic >= seen.alert else 1 if seen.statistic >= seen.warn else 0,
-        )
-        verdict = msgspec.structs.replace(seen, level=level, clean=level == 0)
-        unit = place if self.setting.per_feature else 0
-        move: Move | None = self.memory.episodes[unit].burst(verdict, self.setting.rules, now)
-        return tell(self, unit, move, [verdict], window) if move else None
+    def _close(self, window: OpenWindow, now: int) -> list[DriftEvent]:
+        """Evaluates a complete window, unless it is too small, and removes it."""
+        events = self._evaluator.evaluate_window(window, now)
+        del self.windows[window.number]
+        self._changed.update(window.removal())
+        self.state.first_open = max(self.state.first_open, window.number + 1)
+        return events
 
-    # ------------------------------------------------------------------------- time alone
+    def _close_before(self, number: int, now: int) -> list[DriftEvent]:
+        events = list[DriftEvent]()
+        for each in sorted(each for each in self.windows if each < number):
+            events += self._close(self.windows[each], now)
+        self.state.first_open = max(self.state.first_open, number)
+        return events
+
+    # ------------------------------------------------------------------------- time
 
     @property
     def due(self) -> int | None:
-        """When `tick` has something to do, if no sample comes before."""
-        setting, last = self.setting, max(self.memory.last_at or 0, self.since)
-        waits = [setting.span + setting.lateness] if setting.span and self.windows else []
-        waits += (
-            [setting.nodata] if setting.nodata is not None and self.memory.silent is None else []
-        )
+        """When `tick` has something to do, if no sample arrives before."""
+        config = self.config
+        last = max(self.state.last_at or 0, self.since)
+        waits = list[int]()
+        if config.span and self.windows:
+            waits.append(config.span + config.lateness)
+        if config.nodata_after is not None and self.state.nodata_since is None:
+            waits.append(config.nodata_after)
         return last + min(waits) if waits else None
 
-    def tick(self, now: int) -> list[Told]:
-        """What the passing of time does: windows of time that nothing more will end, and silence."""
-        last = max(self.memory.last_at or 0, self.since)
-        told = list[Told]()
-        if self.setting.span and now - last >= self.setting.span + self.setting.lateness:
-            told += (
-                self._close_before((now - self.setting.lateness) // self.setting.span, now)
-                if self.windows
-                else []
-            )
-        if (
-            self.setting.nodata is not None
-            and self.memory.silent is None
-            and now - last >= self.setting.nodata
-        ):
-            self.memory.silent = last
-            told.append(tell_silence(self, now, over=False))
-        return told
-
-
-class _Watch:
-    """A streaming detector on one feature, in standard deviations of its reference.
-
-    A change that was seen may be small, or nothing. The rows after it tell: `look` says when there are twice as many of them as
-    at the last look, and `shift` how far their mean is from the reference's.
-    """
-
-    def __init__(self, metric: str, delta: float, baseline: Baseline | None) -> None:
-        self._metric, self._delta, self._baseline = metric, delta, baseline
-        self._detector = self._make(None)
-        self.changed = False
-        self.rows, self.sum = 0, 0.0
-        for value in baseline.sample if baseline else ():
-            self._detector.update(self._scaled(value))
-
-    def _make(self, state: Any) -> Detector:
-        return Adwin(self._delta, state) if self._metric == "adwin" else PageHinkley(state=state)
-
-    def _scaled(self, value: float) -> float:
-        assert self._baseline is not None
-        return (value - self._baseline.mean) / self._baseline.deviation
-
-    def load(self, state: Any) -> None:
-        self.changed, self.rows, self.sum, inner = state
-        self._detector = self._make(inner)
-
-    def state(self) -> list[Any]:
-        return [self.changed, self.rows, self.sum, self._detector.state()]
-
-    @property
-    def shift(self) -> float:
-        """From the reference's mean to that of the rows since the change; 0 while four standard errors could explain it."""
-        found = abs(self.sum / self.rows)
-        return found if found >= 4 / self.rows**0.5 else 0.0
-
-    def look(self, value: Any) -> bool:
-        """Takes a value; whether now is the time to see how far the mean has moved."""
-        if self._baseline is None or not isinstance(value, int | float):
-            return False
-        scaled = self._scaled(value)
-        if self._detector.update(scaled) and (not self.changed or self.rows >= AGAIN):
-            self.changed, self.rows, self.sum = True, 0, 0.0
-        if not self.changed:
-            return False
-        self.rows += 1
-        self.sum += scaled
-        return self.rows >= FIRST_LOOK and self.rows & (self.rows - 1) == 0
+    def tick(self, now: int) -> list[DriftEvent]:
+        """Closes time windows that no later row closes, and notices that no data arrives."""
+        config = self.config
+        last = max(self.state.last_at or 0, self.since)
+        events = list[DriftEvent]()
+        if config.span and self.windows and now - last >= config.span + config.lateness:
+            events += self._close_before((now - config.lateness) // config.span, now)
+        is_due = config.nodata_after is not None and now - last >= config.nodata_after
+        if is_due and self.state.nodata_since is None:
+            self.state.nodata_since = last
+            events.append(nodata_event(config, self.state.version, last))
+        return events

@@ -1,4 +1,6 @@
-"""What is watched: `Numeric` and `Categorical` features, their metrics and thresholds, and where a value stands in a row."""
+"""What is watched: `Numeric` and `Categorical` features, their metrics and thresholds, and where a
+value stands in a row.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeAlias
@@ -6,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 import msgspec
 
 from eventflow.core.errors import UsageError
-from triggers._drift.json_fields import Absent, point
+from triggers._drift.json_fields import MissingField, point
 
 NumericMetric: TypeAlias = Literal[
     "psi", "js", "tv", "ks", "wasserstein", "adwin", "page-hinkley", "missing"
@@ -37,9 +39,10 @@ VALUE_ONLY = SAMPLED | STREAMING
 class Numeric(msgspec.Struct, frozen=True):
     """A feature of numbers.
 
-    `at`: the field in a row, or a JSON pointer (`"/order/total"`); by default the feature's own name. `metric`: how the window
-    is compared with the reference. `warn` and `alert` are its thresholds; see the table in the guide for each metric's own.
-    `bins`: quantiles of the reference, for PSI, JS and TV and for the histograms in the event.
+    `at`: the field in a row, or a JSON pointer (`"/order/total"`); by default the feature's own
+    name. `metric`: how the window is compared with the reference. `warn` and `alert` are its
+    thresholds; see the table in the guide for each metric's own. `bins`: quantiles of the
+    reference, for PSI, JS and TV and for the histograms in the event.
     """
 
     at: str | None = None
@@ -50,7 +53,9 @@ class Numeric(msgspec.Struct, frozen=True):
 
 
 class Categorical(msgspec.Struct, frozen=True):
-    """A feature of categories (texts, whole numbers, booleans). `top`: how many of the reference have a bin of their own."""
+    """A feature of categories (texts, whole numbers, booleans). `top`: how many of the reference
+    have a bin of their own.
+    """
 
     at: str | None = None
     metric: CategoricalMetric = "psi"
@@ -62,7 +67,7 @@ class Categorical(msgspec.Struct, frozen=True):
 Feature: TypeAlias = Numeric | Categorical
 
 
-class Watched(msgspec.Struct, frozen=True):
+class FeatureSpec(msgspec.Struct, frozen=True):
     """A feature with its name, and the metrics it is judged by, each with its thresholds."""
 
     name: str
@@ -84,14 +89,16 @@ class Watched(msgspec.Struct, frozen=True):
             return row[self.at]  # pyright: ignore[reportUnknownVariableType]
         try:
             return point(row, self.at)
-        except Absent:
+        except MissingField:
             return None
 
 
-def watch(
+def feature_specs(
     features: Sequence[str] | Mapping[str, Feature], kinds: Mapping[str, type[Feature]]
-) -> tuple[Watched, ...]:
-    """The features of a monitor; of bare names, `kinds` says what they are. UsageError says what does not fit."""
+) -> tuple[FeatureSpec, ...]:
+    """The features of a monitor; of bare names, `kinds` says what they are. UsageError says what
+    does not fit.
+    """
     named = (
         features
         if isinstance(features, Mapping)
@@ -101,10 +108,10 @@ def watch(
         raise UsageError(
             f"DriftMonitor(features=): expected names, or a mapping to Numeric and Categorical, found {features!r}"
         )
-    return tuple(_watched(name, feature) for name, feature in named.items())
+    return tuple(_feature_spec(name, feature) for name, feature in named.items())
 
 
-def _watched(name: str, feature: Feature) -> Watched:
+def _feature_spec(name: str, feature: Feature) -> FeatureSpec:
     where = f"DriftMonitor(features=): {name!r}"
     metrics = NumericMetric if isinstance(feature, Numeric) else CategoricalMetric
     if not isinstance(feature, Numeric | Categorical):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -131,11 +138,15 @@ def _watched(name: str, feature: Feature) -> Watched:
     checks = [(feature.metric, warn, alert)]
     if feature.metric in VALUE_ONLY:
         checks.append(("missing", *THRESHOLDS["missing"]))
-    return Watched(name, feature.at or name, feature, tuple(checks))
+    return FeatureSpec(name, feature.at or name, feature, tuple(checks))
 
 
-def kinds(table: Mapping[str, Sequence[Any]], names: Sequence[str]) -> dict[str, type[Feature]]:
-    """What bare names are: categories where the reference has texts or truth values, else numbers."""
+def infer_kinds(
+    table: Mapping[str, Sequence[Any]], names: Sequence[str]
+) -> dict[str, type[Feature]]:
+    """What bare names are: categories where the reference has texts or truth values, else
+    numbers.
+    """
     return {
         name: Categorical
         if any(isinstance(value, str | bool) for value in table.get(name, ()))

@@ -1,6 +1,8 @@
-"""Everybody else: our own schema, JSON pointers from any other (`DriftAlert(fields=…)`), and MLflow's tags.
+"""Everybody else: our own schema, JSON pointers from any other (`DriftAlert(fields=…)`), and
+MLflow's tags.
 
-Our schema is `Drift` itself, with everything optional but something to know it by: a `model`, a `feature` or a `fingerprint`.
+Our schema is `Drift` itself, with everything optional but something to know it by: a `model`, a
+`feature` or a `fingerprint`.
 """
 
 from collections.abc import Mapping
@@ -8,8 +10,17 @@ from typing import Any
 
 import msgspec
 
-from triggers._drift.json_fields import Absent, moment, number, point, status, table, text, texts
-from triggers._drift.schema import Drift, digest, digest_json
+from triggers._drift.json_fields import (
+    MissingField,
+    moment,
+    number,
+    point,
+    status,
+    table,
+    text,
+    texts,
+)
+from triggers._drift.schema import Drift, short_hash, short_json_hash
 
 TAG = "drift"
 """The tag on a model version by which an MLflow user tells of drift."""
@@ -47,7 +58,7 @@ def mapped(body: Any, fields: Mapping[str, str], over: Drift | None = None) -> D
     for name, pointer in fields.items():
         try:
             value = point(body, pointer.removesuffix("?"))
-        except Absent:
+        except MissingField:
             if pointer.endswith("?"):
                 continue
             raise ValueError(f"{name}: expected something at {pointer!r}, found nothing") from None
@@ -75,7 +86,8 @@ def _fit(name: str, value: Any) -> Any:
 
 def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
     """Fills what follows from the rest. Without a beginning, the same content is the same alert."""
-    model, feature = known.get("model"), known.get("feature")
+    model = known.get("model")
+    feature = known.get("feature")
     known["sender"] = sender
     known.setdefault(
         "name",
@@ -83,8 +95,8 @@ def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
         or str(known.get("fingerprint") or sender),
     )
     if not known.get("fingerprint"):
-        since = () if known.get("starts_at") else (digest_json(body),)
-        known["fingerprint"] = digest(
+        since = () if known.get("starts_at") else (short_json_hash(body),)
+        known["fingerprint"] = short_hash(
             known["name"], model, feature, known.get("segment"), known.get("metric"), *since
         )
     known["severity"] = str(known.get("severity") or "warning").lower()
@@ -100,7 +112,8 @@ def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
 
 
 def read_mlflow(body: Mapping[str, Any]) -> Drift | str:
-    """MLflow knows no drift, but tags: `drift` set on a model version is one, its value a status or the statistic.
+    """MLflow knows no drift, but tags: `drift` set on a model version is one, its value a status or
+    the statistic.
 
     Every other event of its registry is not about drift; the answer then says what it is.
     """
@@ -108,7 +121,8 @@ def read_mlflow(body: Mapping[str, Any]) -> Drift | str:
     data = table(point(body, "/data"), "data")
     if kind not in ("model_version_tag.set", "model_version_tag.deleted") or data.get("key") != TAG:
         return f"{kind} {data.get('key', '')}".strip() + f", no tag {TAG!r}"
-    name, version = text(data.get("name"), "data/name"), str(data.get("version") or "")
+    name = text(data.get("name"), "data/name")
+    version = str(data.get("version") or "")
     value = str(data.get("value") or "")
     at = moment(body.get("timestamp"), "timestamp")
     over = kind.endswith("deleted")
@@ -120,7 +134,7 @@ def read_mlflow(body: Mapping[str, Any]) -> Drift | str:
         else status(value, "data/value"),
         sender="mlflow",
         name=f"{name}/{version}",
-        fingerprint=digest("mlflow", name, version),
+        fingerprint=short_hash("mlflow", name, version),
         model=name,
         statistic=number(value),
         starts_at=at,

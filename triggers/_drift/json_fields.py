@@ -1,6 +1,7 @@
 """How the senders' rooms read JSON: pointers, and fields whose absence is told by name.
 
-Everything raises ValueError with what was expected and where; the endpoint makes a dead letter of it.
+Everything raises ValueError with what was expected and where; the endpoint makes a dead letter of
+it.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, cast
 from eventflow.events.event import parse_time
 from triggers._drift.schema import Status
 
-NEVER = "0001-01-01T00:00:00Z"
+ZERO_TIME = "0001-01-01T00:00:00Z"
 """Alertmanager's word for an alert that has not ended."""
 
 _STATUS: Mapping[str, Status] = {
@@ -22,7 +23,7 @@ _STATUS: Mapping[str, Status] = {
 }  # fmt: skip
 
 
-class Absent(ValueError):
+class MissingField(ValueError):
     """A pointer that leads nowhere."""
 
     def __init__(self, pointer: str, where: str) -> None:
@@ -30,7 +31,9 @@ class Absent(ValueError):
 
 
 def point(value: Any, pointer: str, where: str = "the body") -> Any:
-    """What a JSON pointer (RFC 6901) leads to; Absent names the pointer. A name without a slash is a field of the top level."""
+    """What a JSON pointer (RFC 6901) leads to; Absent names the pointer. A name without a slash is
+    a field of the top level.
+    """
     found = value
     for raw in pointer.lstrip("/").split("/") if pointer else ():
         step = raw.replace("~1", "/").replace("~0", "~")
@@ -41,7 +44,7 @@ def point(value: Any, pointer: str, where: str = "the body") -> Any:
         ):
             found = cast(list[Any], found)[int(step)]
         else:
-            raise Absent(pointer, where)
+            raise MissingField(pointer, where)
     return found
 
 
@@ -74,7 +77,9 @@ def texts(value: Any, where: str) -> dict[str, str]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also one written as text; None from anything else: senders put words where values are unknown."""
+    """A finite number, also one written as text; None from anything else: senders put words where
+    values are unknown.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -86,7 +91,7 @@ def number(value: Any) -> float | None:
 
 def moment(value: Any, where: str) -> datetime | None:
     """An RFC 3339 time, in UTC; None for an absent one and for Alertmanager's zero."""
-    if value is None or value in ("", NEVER):
+    if value is None or value in ("", ZERO_TIME):
         return None
     if not isinstance(value, str):
         raise ValueError(f"{where}: expected an RFC 3339 time, found {value!r}")

@@ -1,7 +1,9 @@
-"""Reports of the libraries that compute drift in a batch job, posted by that job: Evidently's and NannyML's.
+"""Reports of the libraries that compute drift in a batch job, posted by that job: Evidently's and
+NannyML's.
 
-Neither sends webhooks of its own: `httpx.post(url, content=report.run(current, reference).json())` is the whole client. One
-report is one drift: its worst feature on top, every drifted one in `findings`. One without drift resolves the last.
+Neither sends webhooks of its own: `httpx.post(url, content=report.run(current, reference).json())`
+is the whole client. One report is one drift: its worst feature on top, every drifted one in
+`findings`. One without drift resolves the last.
 """
 
 import re
@@ -11,7 +13,7 @@ from typing import Any
 import msgspec
 
 from triggers._drift.json_fields import listed, moment, number, point, table, text
-from triggers._drift.schema import Drift, Finding, Window, digest
+from triggers._drift.schema import Drift, DriftFinding, DriftWindow, short_hash
 
 DRIFT_SHARE = 0.5
 """Evidently's own: the share of drifted columns from which the data set has drifted."""
@@ -20,7 +22,7 @@ METHODS = ("kolmogorov_smirnov", "jensen_shannon", "wasserstein", "hellinger", "
 """NannyML's univariate methods, by which its column names end."""
 
 
-class Judged(Finding, frozen=True, kw_only=True):
+class ColumnResult(DriftFinding, frozen=True, kw_only=True):
     """A finding, and whether it is one."""
 
     drifted: bool
@@ -30,7 +32,9 @@ class Judged(Finding, frozen=True, kw_only=True):
 
 
 def read_evidently(report: Mapping[str, Any]) -> Drift:
-    """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to 0.6 (`metric`, `result`)."""
+    """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to
+    0.6 (`metric`, `result`).
+    """
     metrics = [table(each, "metrics") for each in listed(report["metrics"], "metrics")]
     share, limit, columns = (
         _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
@@ -39,14 +43,20 @@ def read_evidently(report: Mapping[str, Any]) -> Drift:
         raise ValueError(
             "metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither"
         )
-    findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
+    findings = sorted(
+        (each for each in columns if each.drifted), key=_relative_excess, reverse=True
+    )
     if share is None:
         share = len(findings) / len(columns)
     return _report("evidently", report, findings, share, detected=share >= limit and bool(findings))
 
 
-def _current(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[Judged]]:
-    share, limit, columns = None, DRIFT_SHARE, list[Judged]()
+def _current(
+    metrics: Sequence[Mapping[str, Any]],
+) -> tuple[float | None, float, list[ColumnResult]]:
+    share = None
+    limit = DRIFT_SHARE
+    columns = list[ColumnResult]()
     for metric in metrics:
         config = table(metric.get("config") or {}, "metrics/config")
         kind = str(config.get("type") or metric.get("metric_name") or "")
@@ -58,15 +68,18 @@ def _current(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float,
     return share, limit, columns
 
 
-def _value_drift(metric: Mapping[str, Any], config: Mapping[str, Any]) -> Judged:
-    found, method = number(point(metric, "/value", "ValueDrift")), str(config.get("method") or "")
+def _value_drift(metric: Mapping[str, Any], config: Mapping[str, Any]) -> ColumnResult:
+    found = number(point(metric, "/value", "ValueDrift"))
+    method = str(config.get("method") or "")
     threshold = number(config.get("threshold"))
     column = text(config.get("column"), "ValueDrift/config/column")
-    return _judged(column, method, found, threshold, None)
+    return _column_result(column, method, found, threshold, None)
 
 
-def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[Judged]]:
-    share, limit, columns = None, DRIFT_SHARE, dict[str, Judged]()
+def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[ColumnResult]]:
+    share = None
+    limit = DRIFT_SHARE
+    columns = dict[str, ColumnResult]()
     for metric in metrics:
         result = table(metric.get("result") or {}, "metrics/result")
         if "share_of_drifted_columns" in result:
@@ -74,8 +87,9 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
             limit = number(result.get("drift_share")) or limit
         for column, each in table(result.get("drift_by_columns") or {}, "drift_by_columns").items():
             one = table(each, f"drift_by_columns/{column}")
-            score, threshold = number(one.get("drift_score")), number(one.get("stattest_threshold"))
-            columns[column] = _judged(
+            score = number(one.get("drift_score"))
+            threshold = number(one.get("stattest_threshold"))
+            columns[column] = _column_result(
                 column,
                 str(one.get("stattest_name") or ""),
                 score,
@@ -85,9 +99,9 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
     return share, limit, list(columns.values())
 
 
-def _judged(
-    column: str, method: str, found: float | None, threshold: float | None, said: Any
-) -> Judged:
+def _column_result(
+    column: str, method: str, found: float | None, threshold: float | None, drift_detected: Any
+) -> ColumnResult:
     """A p value drifts below its threshold, a distance at or above it."""
     p = found if method.endswith("p_value") else None
     below = (
@@ -95,13 +109,13 @@ def _judged(
         and threshold is not None
         and (found < threshold if p is not None else found >= threshold)
     )
-    return Judged(
+    return ColumnResult(
         feature=column, metric=method or None, statistic=found, threshold=threshold, p_value=p,
-        drifted=below if said is None else bool(said),
+        drifted=below if drift_detected is None else bool(drift_detected),
     )  # fmt: skip
 
 
-def _excess(finding: Finding) -> float:
+def _relative_excess(finding: DriftFinding) -> float:
     """How far beyond its threshold, so that the worst comes first."""
     if finding.statistic is None or not finding.threshold:
         return 0.0
@@ -114,7 +128,9 @@ def _excess(finding: Finding) -> float:
 
 
 def read_nannyml(body: Any) -> list[Drift]:
-    """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`. One drift per chunk."""
+    """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`.
+    One drift per chunk.
+    """
     report: Mapping[str, Any] = {"chunks": body} if isinstance(body, list) else body
     rows = [table(row, "chunks") for row in listed(report["chunks"], "chunks")]
     return [
@@ -131,8 +147,10 @@ def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
         raise ValueError(
             f"chunk {name}: expected columns such as age_jensen_shannon_alert, found {', '.join(list(row)[:8])}"
         )
-    findings = sorted((each for each in columns if each.drifted), key=_excess, reverse=True)
-    window = Window(
+    findings = sorted(
+        (each for each in columns if each.drifted), key=_relative_excess, reverse=True
+    )
+    window = DriftWindow(
         start=moment(_dated(row.get("chunk_start_date")), "chunk_start_date"),
         end=moment(_dated(row.get("chunk_end_date")), "chunk_end_date"),
     )
@@ -141,16 +159,21 @@ def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
     )
     return msgspec.structs.replace(
         drift, current=window, labels={"chunk": name}, segment=drift.segment or name, starts_at=window.end or drift.starts_at,
-        fingerprint=digest(drift.fingerprint, name),
+        fingerprint=short_hash(drift.fingerprint, name),
     )  # fmt: skip
 
 
-def _worst(columns: Iterable[Judged]) -> Iterable[Judged]:
-    """One of each feature, where several methods judged it: a drifted one before others, the farthest beyond its threshold."""
-    found: dict[str, Judged] = {}
+def _worst(columns: Iterable[ColumnResult]) -> Iterable[ColumnResult]:
+    """One of each feature, where several methods judged it: a drifted one before others, the
+    farthest beyond its threshold.
+    """
+    found: dict[str, ColumnResult] = {}
     for each in columns:
         before = found.get(each.feature)
-        if before is None or (each.drifted, _excess(each)) > (before.drifted, _excess(before)):
+        if before is None or (each.drifted, _relative_excess(each)) > (
+            before.drifted,
+            _relative_excess(before),
+        ):
             found[each.feature] = each
     return found.values()
 
@@ -162,16 +185,14 @@ def _dated(value: Any) -> Any:
     return value
 
 
-def _columns(row: Mapping[str, Any]) -> Iterator[Judged]:
+def _columns(row: Mapping[str, Any]) -> Iterator[ColumnResult]:
     for name, alert in row.items():
         stem = name.removesuffix("_alert")
         method = next((method for method in METHODS if stem.endswith(f"_{method}")), None)
         if stem != name and method is not None:
-            upper, lower = (
-                number(row.get(f"{stem}_upper_threshold")),
-                number(row.get(f"{stem}_lower_threshold")),
-            )
-            yield Judged(
+            upper = number(row.get(f"{stem}_upper_threshold"))
+            lower = number(row.get(f"{stem}_lower_threshold"))
+            yield ColumnResult(
                 feature=stem.removesuffix(f"_{method}"), metric=method, statistic=number(row.get(f"{stem}_value")),
                 threshold=lower if upper is None else upper, drifted=bool(alert),
             )  # fmt: skip
@@ -183,12 +204,14 @@ def _columns(row: Mapping[str, Any]) -> Iterator[Judged]:
 def _report(
     sender: str,
     report: Mapping[str, Any],
-    findings: Sequence[Judged],
+    findings: Sequence[ColumnResult],
     share: float,
     *,
     detected: bool,
 ) -> Drift:
-    """What a job may write beside the report is taken too: `model`, `segment`, `name`, `timestamp`."""
+    """What a job may write beside the report is taken too: `model`, `segment`, `name`,
+    `timestamp`.
+    """
     model, segment = (str(report[key]) if report.get(key) else None for key in ("model", "segment"))
     worst = findings[0] if findings else None
     at = moment(_dated(report.get("timestamp")), "timestamp")
@@ -196,7 +219,7 @@ def _report(
         status="detected" if detected else "resolved",
         sender=sender,
         name=str(report.get("name") or f"{sender} report"),
-        fingerprint=digest(sender, model, segment, report.get("name")),
+        fingerprint=short_hash(sender, model, segment, report.get("name")),
         model=model,
         feature=worst.feature if worst else None,
         features=[each.feature for each in findings],
@@ -212,5 +235,5 @@ def _report(
     )
 
 
-def _finding(judged: Judged) -> Finding:
-    return Finding(**{name: getattr(judged, name) for name in Finding.__struct_fields__})
+def _finding(judged: ColumnResult) -> DriftFinding:
+    return DriftFinding(**{name: getattr(judged, name) for name in DriftFinding.__struct_fields__})

@@ -1,6 +1,7 @@
-"""From an event to what the engine counts: its rows, read as `rows=` says, each the values of the features.
+"""From an event to what the engine counts: its rows, each as the values of the features.
 
-desk.py reads what comes, foresight.py what came. Large events are worked on in a thread, so that the loop stays free.
+counting_intake.py reads events as they arrive, dry_run.py recorded ones. Large events are worked on
+in a thread, so that the event loop is not blocked.
 """
 
 import asyncio
@@ -10,39 +11,41 @@ from typing import Any, TypeAlias
 
 from eventflow.core.clock import to_us
 from eventflow.events.event import Event
-from triggers._drift.config import Sample, compact
-from triggers._drift.drift_events import Told
+from triggers._drift.config import Sample, stored_value
+from triggers._drift.drift_events import DriftEvent
 from triggers._drift.engine import Engine
-from triggers._drift.features import Watched
+from triggers._drift.features import FeatureSpec
 
 Row: TypeAlias = Mapping[str, Any]
 RowsOf: TypeAlias = Callable[[Event], Iterable[Row] | Awaitable[Iterable[Row]]]
 
-MANY = 2000
-"""Rows from which on work goes to a thread."""
+THREAD_ROWS = 2000
+"""From this many rows on, work is done in a thread."""
 
 UNREADABLE = (ValueError, TypeError, LookupError, OSError)
-"""What `sample` raises of an event whose rows cannot be read."""
+"""What `read_sample` raises for an event whose rows cannot be read."""
 
 
-async def sample(event: Event, rows_of: RowsOf, watched: Sequence[Watched], now: int) -> Sample:
-    """The rows of an event; without a time of its own it happened now."""
+async def read_sample(
+    event: Event, rows_of: RowsOf, features: Sequence[FeatureSpec], now: int
+) -> Sample:
+    """The rows of an event. `now` (microseconds) is its time where it has none."""
     found = rows_of(event)
     rows = list(await found if isawaitable(found) else found)
     values = (
-        _values(rows, watched)
-        if len(rows) < MANY
-        else await asyncio.to_thread(_values, rows, watched)
+        _values(rows, features)
+        if len(rows) < THREAD_ROWS
+        else await asyncio.to_thread(_values, rows, features)
     )
     return Sample(values, now if event.time is None else to_us(event.time))
 
 
-def _values(rows: Sequence[Row], watched: Sequence[Watched]) -> list[list[Any]]:
-    return [[compact(each, each.value(row)) for each in watched] for row in rows]
+def _values(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> list[list[Any]]:
+    return [[stored_value(spec, spec.value(row)) for spec in features] for row in rows]
 
 
-async def take(engine: Engine, samples: Sequence[Sample], now: int) -> list[Told]:
-    """Counts them; what is to be told."""
-    if sum(len(each.rows) for each in samples) < MANY:
-        return engine.take(samples, now)
-    return await asyncio.to_thread(engine.take, samples, now)
+async def count_samples(engine: Engine, samples: Sequence[Sample], now: int) -> list[DriftEvent]:
+    """`engine.add_samples`, in a thread if there are many rows."""
+    if sum(len(each.rows) for each in samples) < THREAD_ROWS:
+        return engine.add_samples(samples, now)
+    return await asyncio.to_thread(engine.add_samples, samples, now)

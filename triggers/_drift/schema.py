@@ -1,8 +1,9 @@
 """The one shape of a drift event: `Drift`, whoever noticed the drift, and the event made of it.
 
-Every sender's room ends here (senders.py knows them), and so does the monitor's state machine. A flow takes it whole,
-`async def retrain(drift: Drift)`, or field by field. The event's id is what the drift is about and since when, not when it was
-told of, so that a sender's repeats are duplicates.
+Every sender's room ends here (senders.py knows them), and so does the monitor's state machine. A
+flow takes it whole, `async def retrain(drift: Drift)`, or field by field. The event's id is what
+the drift is about and since when, not when it was told of, so that a sender's repeats are
+duplicates.
 """
 
 import hashlib
@@ -28,20 +29,24 @@ TYPES: Mapping[Status, str] = {
     "nodata": NODATA,
 }
 
-MAX_TEXT = 200
+MAX_ID_LENGTH = 200
 """Characters of an id that is made of a sender's own words; a longer one becomes its digest."""
 
 
 class Bin(msgspec.Struct, frozen=True):
-    """One bar of a histogram: `label` (`"[10.0, 12.5)"`, a category, `"missing"`), the samples in it, and their share."""
+    """One bar of a histogram: `label` (`"[10.0, 12.5)"`, a category, `"missing"`), the samples in
+    it, and their share.
+    """
 
     label: str
     count: int
     share: float
 
 
-class Window(msgspec.Struct, frozen=True, kw_only=True):
-    """The samples that one side of a comparison is made of; what the sender does not tell is None or empty."""
+class DriftWindow(msgspec.Struct, frozen=True, kw_only=True):
+    """The samples that one side of a comparison is made of; what the sender does not tell is None
+    or empty.
+    """
 
     start: datetime | None = None
     end: datetime | None = None
@@ -49,7 +54,7 @@ class Window(msgspec.Struct, frozen=True, kw_only=True):
     histogram: Sequence[Bin] = ()
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class DriftFinding(msgspec.Struct, frozen=True, kw_only=True):
     """One drifted feature."""
 
     feature: str
@@ -57,17 +62,18 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     statistic: float | None = None
     threshold: float | None = None
     p_value: float | None = None
-    baseline: Window | None = None
-    current: Window | None = None
+    baseline: DriftWindow | None = None
+    current: DriftWindow | None = None
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """A drift that was detected, has become worse or resolved, or can no longer be judged because no data come.
+    """A drift that was detected, has become worse or resolved, or can no longer be judged because
+    no data come.
 
-    `feature`, `metric`, `statistic`, `threshold`, `p_value`, `baseline` and `current` are those of the worst feature;
-    `findings` has every drifted one where the sender tells of several, and `share` their part of all. `severity` is the
-    sender's word in lower case. `fingerprint` stays the same from detection to resolution. `labels` and `annotations` are the
-    sender's.
+    `feature`, `metric`, `statistic`, `threshold`, `p_value`, `baseline` and `current` are those of
+    the worst feature; `findings` has every drifted one where the sender tells of several, and
+    `share` their part of all. `severity` is the sender's word in lower case. `fingerprint` stays
+    the same from detection to resolution. `labels` and `annotations` are the sender's.
     """
 
     status: Status
@@ -86,16 +92,18 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
     segment: str | None = None
     starts_at: datetime | None = None
     ends_at: datetime | None = None
-    baseline: Window | None = None
-    current: Window | None = None
-    findings: Sequence[Finding] = ()
+    baseline: DriftWindow | None = None
+    current: DriftWindow | None = None
+    findings: Sequence[DriftFinding] = ()
     labels: Mapping[str, str] = {}
     annotations: Mapping[str, str] = {}
     url: str | None = None
 
 
 def to_event(drift: Drift, source: str, *, ident: str | None = None) -> Event:
-    """The event of a drift; `ident` where fingerprint, beginning and status do not tell it from others."""
+    """The event of a drift; `ident` where fingerprint, beginning and status do not tell it from
+    others.
+    """
     return Event(
         id=ident or identity(drift),
         source=source,
@@ -111,15 +119,15 @@ def identity(drift: Drift) -> str:
     """What is known of one alert's one state: the same for every repeat of it."""
     since = drift.starts_at.isoformat() if drift.starts_at else ""
     text = f"{drift.fingerprint}@{since}/{drift.status}"
-    return text if len(text) <= MAX_TEXT else digest(text)
+    return text if len(text) <= MAX_ID_LENGTH else short_hash(text)
 
 
-def digest(*parts: object) -> str:
+def short_hash(*parts: object) -> str:
     """A short stable id of these parts."""
     return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).hexdigest()
 
 
-def digest_json(value: Any) -> str:
+def short_json_hash(value: Any) -> str:
     """A short stable id of a JSON value, whatever the order of its keys."""
     return hashlib.blake2b(
         orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=8

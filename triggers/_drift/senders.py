@@ -1,7 +1,7 @@
 """Who sent this alert, told by its shape, and what it says: any body to `Drift`s.
 
-`drift.py` calls `read`. Each sender's room reads its own; this one only tells them apart. Nothing here waits. A shape that
-nobody knows is a ValueError that says what was found.
+`drift.py` calls `read`. Each sender's room reads its own; this one only tells them apart. Nothing
+here waits. A shape that nobody knows is a ValueError that says what was found.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,76 +22,84 @@ MAX_ALERTS = 10_000
 """Alerts of one body."""
 
 
-class Broken(msgspec.Struct, frozen=True):
+class UnreadableAlert(msgspec.Struct, frozen=True):
     """One alert of a body that cannot be read, and why."""
 
     alert: Any
     reason: str
 
 
-class Handshake(msgspec.Struct, frozen=True):
+class SnsConfirmation(msgspec.Struct, frozen=True):
     """SNS asks whether we want this topic; `url` is what says yes."""
 
     topic: str
     url: str
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body says. `aside`: why a body of a known sender is no drift. `cut`: alerts the sender left out."""
+class ParsedBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What a body says. `aside`: why a body of a known sender is no drift. `cut`: alerts the sender
+    left out.
+    """
 
     drifts: Sequence[Drift] = ()
-    broken: Sequence[Broken] = ()
-    aside: str = ""
-    cut: int = 0
-    handshake: Handshake | None = None
+    unreadable: Sequence[UnreadableAlert] = ()
+    ignored_reason: str = ""
+    truncated_count: int = 0
+    confirmation: SnsConfirmation | None = None
 
 
-def read(
+def parse_body(
     body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None
-) -> Reading:
-    """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`. ValueError: nobody sends that."""
-    return _read(read_json(body), fields or {}, alerts)
+) -> ParsedBody:
+    """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`.
+    ValueError: nobody sends that.
+    """
+    return _parse(read_json(body), fields or {}, alerts)
 
 
-def _read(body: Any, fields: Mapping[str, str], alerts: str | None) -> Reading:
+def _parse(body: Any, fields: Mapping[str, str], alerts: str | None) -> ParsedBody:
     if alerts is not None:
-        return _each(listed(point(body, alerts), alerts), lambda alert, _: mapped(alert, fields))
+        return _parse_each(
+            listed(point(body, alerts), alerts), lambda alert, _: mapped(alert, fields)
+        )
     if isinstance(body, dict):
         message = cast(dict[str, Any], body)
         if "Type" in message and "TopicArn" in message:
-            return _sns(message, fields)
+            return _parse_sns(message, fields)
         if isinstance(message.get("alerts"), list) and (
             "groupKey" in message or "receiver" in message
         ):
-            return _group(message, fields)
+            return _parse_group(message, fields)
     if fields and not _is_known(body):
-        return Reading(drifts=[mapped(body, fields)])
-    return _known(body, fields)
+        return ParsedBody(drifts=[mapped(body, fields)])
+    return _parse_known(body, fields)
 
 
 def _is_known(body: Any) -> bool:
-    return isinstance(body, dict) and any(mark(cast(dict[str, Any], body)) for mark, _ in KNOWN)
+    return isinstance(body, dict) and any(
+        mark(cast(dict[str, Any], body)) for mark, _ in KNOWN_SHAPES
+    )
 
 
-def _known(body: Any, fields: Mapping[str, str]) -> Reading:
+def _parse_known(body: Any, fields: Mapping[str, str]) -> ParsedBody:
     if isinstance(body, list):
         return (
-            _each(cast(list[Any], body), None)
+            _parse_each(cast(list[Any], body), None)
             if not _is_chunks(body)
-            else Reading(drifts=read_nannyml(body))
+            else ParsedBody(drifts=read_nannyml(body))
         )
     message = table(body, "the body")
-    for mark, reader in KNOWN:
+    for mark, reader in KNOWN_SHAPES:
         if mark(message):
             found = reader(message)
             if isinstance(found, str):
-                return Reading(aside=found)
+                return ParsedBody(ignored_reason=found)
             drifts = found if isinstance(found, list) else [found]
-            return Reading(
+            return ParsedBody(
                 drifts=[mapped(message, fields, drift) if fields else drift for drift in drifts]
             )
     try:
-        return Reading(drifts=[read_generic(message)])
+        return ParsedBody(drifts=[read_generic(message)])
     except ValueError as error:
         raise ValueError(
             f"no known sender's shape (fields {', '.join(list(message)[:8]) or 'none'}); {error}"
@@ -100,7 +108,7 @@ def _known(body: Any, fields: Mapping[str, str]) -> Reading:
 
 _Reader = Callable[[Mapping[str, Any]], "Drift | list[Drift] | str"]
 
-KNOWN: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
+KNOWN_SHAPES: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
     (lambda body: "detail-type" in body and "detail" in body, read_eventbridge),
     (lambda body: "AlarmName" in body and "NewStateValue" in body, read_sns_alarm),
     (lambda body: "entity" in body and "action" in body and "data" in body, read_mlflow),
@@ -121,7 +129,7 @@ def _is_chunks(body: Any) -> bool:
 # --------------------------------------------------------------------------- several in one body
 
 
-def _group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
+def _parse_group(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
     """Alertmanager's group. Grafana's has an `orgId` beside it."""
     sender = "grafana" if "orgId" in message else "alertmanager"
     if sender == "alertmanager" and message.get("version") != "4":
@@ -132,17 +140,18 @@ def _group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
         return mapped(alert, fields, found) if fields else found
 
     cut = message.get("truncatedAlerts")
-    reading = _each(cast(list[Any], message["alerts"]), one, "alerts")
-    return msgspec.structs.replace(reading, cut=cut if isinstance(cut, int) else 0)
+    reading = _parse_each(cast(list[Any], message["alerts"]), one, "alerts")
+    return msgspec.structs.replace(reading, truncated_count=cut if isinstance(cut, int) else 0)
 
 
-def _each(
+def _parse_each(
     alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert"
-) -> Reading:
+) -> ParsedBody:
     """Every alert on its own: one that cannot be read takes no other with it."""
     if len(alerts) > MAX_ALERTS:
         raise ValueError(f"expected at most {MAX_ALERTS} alerts, found {len(alerts)}")
-    drifts, broken = list[Drift](), list[Broken]()
+    drifts = list[Drift]()
+    broken = list[UnreadableAlert]()
     for place, alert in enumerate(alerts):
         try:
             drifts.append(
@@ -151,20 +160,25 @@ def _each(
                 else read_generic(table(alert, f"{where}/{place}"))
             )
         except ValueError as error:
-            broken.append(Broken(alert, str(error)))
-    return Reading(drifts=drifts, broken=broken)
+            broken.append(UnreadableAlert(alert, str(error)))
+    return ParsedBody(drifts=drifts, unreadable=broken)
 
 
 # --------------------------------------------------------------------------- SNS
 
 
-def _sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
-    """The envelope: a notification with the alert inside as text, or the question whether we want the topic."""
-    kind, topic = message["Type"], str(message["TopicArn"])
+def _parse_sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
+    """The envelope: a notification with the alert inside as text, or the question whether we want
+    the topic.
+    """
+    kind = message["Type"]
+    topic = str(message["TopicArn"])
     if kind == "SubscriptionConfirmation":
-        return Reading(handshake=Handshake(topic, str(message.get("SubscribeURL") or "")))
+        return ParsedBody(
+            confirmation=SnsConfirmation(topic, str(message.get("SubscribeURL") or ""))
+        )
     if kind == "UnsubscribeConfirmation":
-        return Reading(aside=f"SNS no longer sends {topic}")
+        return ParsedBody(ignored_reason=f"SNS no longer sends {topic}")
     inner = message.get("Message")
     try:
         found: Any = orjson.loads(inner) if isinstance(inner, str) else None
@@ -174,4 +188,4 @@ def _sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> Reading:
         raise ValueError(
             f"Message: expected the JSON of an alarm inside SNS's notification, found {str(inner)[:80]!r}"
         )
-    return _read(found, fields, None)
+    return _parse(found, fields, None)

@@ -1,7 +1,8 @@
-"""Detectors that look at every sample: ADWIN and Page-Hinkley. Pure Python; their state is plain data and small.
+"""Detectors that look at every sample: ADWIN and Page-Hinkley. Pure Python; their state is plain
+data and small.
 
-They are fed values in standard deviations of the reference. Both follow the published algorithms in the form that the library
-river gives them, with which ADWIN agrees sample by sample.
+They are fed values in standard deviations of the reference. Both follow the published algorithms in
+the form that the library river gives them, with which ADWIN agrees sample by sample.
 
     Bifet, Gavaldà: Learning from Time-Changing Data with Adaptive Windowing, 2007.
     Page: Continuous Inspection Schemes, 1954.
@@ -10,10 +11,12 @@ river gives them, with which ADWIN agrees sample by sample.
 import math
 from typing import Any, Protocol
 
+from triggers._drift.baseline import Baseline
+
 MAX_BUCKETS = 5
 MIN_SIDE = 5
-CLOCK = 32
-GRACE = 10
+CHECK_EVERY = 32
+MIN_WIDTH = 10
 
 
 class Detector(Protocol):
@@ -27,17 +30,22 @@ class Detector(Protocol):
 
 
 class Adwin:
-    """Adaptive windowing: keeps the longest window whose halves have one mean, at the confidence `delta`.
+    """Adaptive windowing: keeps the longest window whose halves have one mean, at the confidence
+    `delta`.
 
-    The window is an exponential histogram: in row r, buckets of 2^r values each, at most five, as (total, variance). Memory is
-    logarithmic in the number of values. Looks every 32 values.
+    The window is an exponential histogram: in row r, buckets of 2^r values each, at most five, as
+    (total, variance). Memory is logarithmic in the number of values. Looks every 32 values.
     """
 
     def __init__(self, delta: float = 0.002, state: Any = None) -> None:
-        self.delta = delta
         rows: list[list[list[float]]] = [[]]
-        self.rows, width, total, variance, tick = state or (rows, 0.0, 0.0, 0.0, 0)
-        self.width, self.total, self.variance, self.tick = width, total, variance, tick
+        self.delta: float = delta
+        start: Any = state or (rows, 0.0, 0.0, 0.0, 0)
+        self.rows: list[list[list[float]]] = start[0]
+        self.width: float = start[1]
+        self.total: float = start[2]
+        self.variance: float = start[3]
+        self.tick: int = start[4]
 
     def state(self) -> Any:
         return [self.rows, self.width, self.total, self.variance, self.tick]
@@ -49,7 +57,7 @@ class Adwin:
     def update(self, value: float) -> bool:
         self._insert(value)
         self.tick += 1
-        if self.tick % CLOCK or self.width <= GRACE:
+        if self.tick % CHECK_EVERY or self.width <= MIN_WIDTH:
             return False
         changed = False
         while self._cut():
@@ -70,7 +78,8 @@ class Adwin:
         for place, row in enumerate(self.rows):
             if len(row) <= MAX_BUCKETS:
                 return
-            (one, v1), (other, v2) = row[0], row[1]
+            (one, v1) = row[0]
+            (other, v2) = row[1]
             size = 2.0**place
             merged = [one + other, v1 + v2 + size / 2 * ((one - other) / size) ** 2]
             del row[:2]
@@ -79,10 +88,16 @@ class Adwin:
             self.rows[place + 1].append(merged)
 
     def _cut(self) -> bool:
-        """Looks at every border between buckets, the oldest first; drops the oldest bucket if one parts two means."""
-        n0, u0, n1, u1 = 0.0, 0.0, self.width, self.total
+        """Looks at every border between buckets, the oldest first; drops the oldest bucket if one
+        parts two means.
+        """
+        n0 = 0.0
+        u0 = 0.0
+        n1 = self.width
+        u1 = self.total
         for place in range(len(self.rows) - 1, -1, -1):
-            row, size = self.rows[place], 2.0**place
+            row = self.rows[place]
+            size = 2.0**place
             for total, _ in row[:-1] if place == 0 else row:
                 n0, u0, n1, u1 = n0 + size, u0 + total, n1 - size, u1 - total
                 if n0 >= MIN_SIDE and n1 >= MIN_SIDE and self._differ(n0, n1, u0 / n0 - u1 / n1):
@@ -113,9 +128,10 @@ class Adwin:
 
 
 class PageHinkley:
-    """The cumulative sum of deviations from the running mean, up and down; a change when it has come `threshold` off its bound.
+    """The cumulative sum of deviations from the running mean, upwards and downwards.
 
-    A magnitude of `delta` is tolerated. Begins anew after each change.
+    A sum that is `threshold` away from its bound is a change; it restarts the sums. Deviations of
+    `delta` are tolerated.
     """
 
     def __init__(
@@ -125,15 +141,16 @@ class PageHinkley:
         alpha: float = 0.9999,
         state: Any = None,
     ) -> None:
-        self.threshold, self.delta, self.alpha = threshold, delta, alpha
-        self.n, self.mean, self.up, self.low, self.down, self.high = state or (
-            0,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-        )
+        self.threshold: float = threshold
+        self.delta: float = delta
+        self.alpha: float = alpha
+        start: Any = state or (0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        self.n: int = start[0]
+        self.mean: float = start[1]
+        self.up: float = start[2]
+        self.low: float = start[3]
+        self.down: float = start[4]
+        self.high: float = start[5]
 
     def state(self) -> Any:
         return [self.n, self.mean, self.up, self.low, self.down, self.high]
@@ -143,10 +160,85 @@ class PageHinkley:
         self.mean += (value - self.mean) / self.n
         self.up = self.alpha * self.up + value - self.mean - self.delta
         self.down = self.alpha * self.down + value - self.mean + self.delta
-        self.low, self.high = min(self.low, self.up), max(self.high, self.down)
+        self.low = min(self.low, self.up)
+        self.high = max(self.high, self.down)
         if self.n < 30 or (
             self.up - self.low <= self.threshold and self.high - self.down <= self.threshold
         ):
             return False
-        self.n, self.mean, self.up, self.low, self.down, self.high = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        self.n = 0
+        self.mean = 0.0
+        self.up = 0.0
+        self.low = 0.0
+        self.down = 0.0
+        self.high = 0.0
         return True
+
+
+MIN_ROWS_AFTER_CHANGE = 16
+"""Rows after a change from which on their mean is looked at; a power of two, as all later looks."""
+
+SAME_CHANGE_ROWS = 64
+"""Rows after which a change is another one: a detector that adapts reports one change
+repeatedly.
+"""
+
+
+class FeatureDetector:
+    """A streaming detector on one feature, in standard deviations of its reference.
+
+    A detected change may be small, or chance: the rows after it decide. `update` is true when there
+    are twice as many of them as the last time, and `shift` is how far their mean is from the
+    reference's.
+    """
+
+    def __init__(self, metric: str, delta: float, baseline: Baseline | None) -> None:
+        self.changed: bool = False
+        self.rows: int = 0  # since the change
+        self.sum: float = 0.0  # of their values
+        self._metric: str = metric
+        self._delta: float = delta
+        self._baseline: Baseline | None = baseline
+        self._detector: Detector = self._new_detector(None)
+        for value in baseline.sample if baseline else ():
+            self._detector.update(self._scaled(value))
+
+    def _new_detector(self, state: Any) -> Detector:
+        return Adwin(self._delta, state) if self._metric == "adwin" else PageHinkley(state=state)
+
+    def _scaled(self, value: float) -> float:
+        assert self._baseline is not None
+        return (value - self._baseline.mean) / self._baseline.deviation
+
+    def load(self, state: Any) -> None:
+        self.changed = state[0]
+        self.rows = state[1]
+        self.sum = state[2]
+        self._detector = self._new_detector(state[3])
+
+    def state(self) -> list[Any]:
+        return [self.changed, self.rows, self.sum, self._detector.state()]
+
+    @property
+    def shift(self) -> float:
+        """From the reference's mean to that of the rows since the change; 0 while four standard
+        errors could explain it.
+        """
+        found = abs(self.sum / self.rows)
+        return found if found >= 4 / self.rows**0.5 else 0.0
+
+    def update(self, value: Any) -> bool:
+        """Adds a value; whether it is time to look at `shift`."""
+        if self._baseline is None or not isinstance(value, int | float):
+            return False
+        scaled = self._scaled(value)
+        is_change = self._detector.update(scaled)
+        if is_change and (not self.changed or self.rows >= SAME_CHANGE_ROWS):
+            self.changed = True
+            self.rows = 0
+            self.sum = 0.0
+        if not self.changed:
+            return False
+        self.rows += 1
+        self.sum += scaled
+        return self.rows >= MIN_ROWS_AFTER_CHANGE and self.rows & (self.rows - 1) == 0

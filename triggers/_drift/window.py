@@ -1,8 +1,10 @@
-"""The current window: counts per bin, sums, and for metrics that need values an even sample of the rows. Bounded.
+"""An open window: counts per bin, sums, and an even sample of the rows for metrics that need
+values. Its size is bounded.
 
-`engine.py` adds rows and asks for `changes()`: only what a batch touched, so that a commit rewrites little. Rows are kept in
-chunks of `CHUNK`, one part each; over `SAMPLE` rows every second one goes and only every second more is kept, again and again.
-What is left of a window that is over is a `Judged`, its statistics; history.py keeps the last ones.
+engine.py adds rows and takes `changes()`: only the parts that a batch touched, so that a commit
+writes little. Sampled rows are stored in parts of ROWS_PER_PART; beyond SAMPLE_SIZE rows every
+second one is dropped, and from then on only every second new one is added, repeatedly. A closed
+window is an `EvaluatedWindow`, its statistics; history.py stores the last ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,19 +13,20 @@ from typing import Any
 import msgspec
 
 from eventflow.events.event import Json
-from triggers._drift.baseline import SAMPLE, Baseline
-from triggers._drift.bins import sort_out
-from triggers._drift.features import Watched
+from triggers._drift.baseline import SAMPLE_SIZE, Baseline
+from triggers._drift.bins import to_column
+from triggers._drift.features import FeatureSpec
 
-CHUNK = 32
-"""Rows of one part: a single new row rewrites 16 rows on average."""
+ROWS_PER_PART = 32
+"""A single new row rewrites 16 rows on average."""
 
 
-class Judged(msgspec.Struct, array_like=True, frozen=True):
-    """A window as it was measured, whatever came of it. Times in microseconds, `at`: when it was judged.
+class EvaluatedWindow(msgspec.Struct, array_like=True, frozen=True):
+    """The statistics of a closed window. Stored as an array. Times in microseconds.
 
-    `by`: features, reference and kind of window that it was measured by (`Setting.measured`). `measured`: place, metric,
-    statistic and p-value of each check. `midway`: what a streaming detector saw in the middle of it.
+    `by`: `MonitorConfig.measurement_hash` of the features, reference and window length. `at`: when
+    it was evaluated. `measured`: feature index, metric, statistic and p-value of each check.
+    `is_burst`: it is a change in the middle of a window, seen by a streaming detector.
     """
 
     by: str
@@ -32,17 +35,17 @@ class Judged(msgspec.Struct, array_like=True, frozen=True):
     start: int | None
     end: int | None
     measured: list[tuple[int, str, float, float]]
-    midway: bool = False
+    is_burst: bool = False
 
 
 class Rows:
-    """Rows of values, in parts: full chunks are written once."""
+    """Rows of values, stored in parts: a full part is written once."""
 
     def __init__(self, prefix: str, rows: Sequence[Sequence[Any]] = ()) -> None:
         self.prefix = prefix
         self.rows: list[Sequence[Any]] = list(rows)
         self._saved = len(self.rows)
-        self._parts = -(-len(self.rows) // CHUNK)
+        self._parts = -(-len(self.rows) // ROWS_PER_PART)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +54,7 @@ class Rows:
         self.rows += rows
 
     def halve(self) -> None:
-        """Every second row goes."""
+        """Drops every second row."""
         self.rows = self.rows[::2]
         self._saved = 0
 
@@ -60,16 +63,17 @@ class Rows:
         self._saved = 0
 
     def changes(self) -> Iterator[tuple[str, Json]]:
-        first = self._saved // CHUNK
-        parts = -(-len(self.rows) // CHUNK)
+        first = self._saved // ROWS_PER_PART
+        parts = -(-len(self.rows) // ROWS_PER_PART)
         for part in range(first, parts):
             yield (
                 f"{self.prefix}{part}",
-                [list(row) for row in self.rows[part * CHUNK : (part + 1) * CHUNK]],
+                [list(row) for row in self.rows[part * ROWS_PER_PART : (part + 1) * ROWS_PER_PART]],
             )
         for part in range(parts, self._parts):
             yield f"{self.prefix}{part}", None
-        self._saved, self._parts = len(self.rows), parts
+        self._saved = len(self.rows)
+        self._parts = parts
 
     @classmethod
     def loaded(cls, prefix: str, parts: Mapping[str, Any]) -> "Rows":
@@ -81,11 +85,14 @@ class Rows:
         return cls(prefix, rows)
 
 
-class Window:
-    """One window, open. `number` is its place in the stream, or for windows of time the periods since 1970."""
+class OpenWindow:
+    """One window, open. `number` is its place in the stream, or for windows of time the periods
+    since 1970.
+    """
 
-    def __init__(self, number: int, watched: Sequence[Watched]) -> None:
-        self.number, self._watched = number, watched
+    def __init__(self, number: int, watched: Sequence[FeatureSpec]) -> None:
+        self.number = number
+        self._watched = watched
         self._kept = [
             place for place, each in enumerate(watched) if each.metric in ("ks", "wasserstein")
         ]
@@ -106,7 +113,7 @@ class Window:
         self.start = min(times) if self.start is None else min(self.start, *times)
         self.end = max(times) if self.end is None else max(self.end, *times)
         for place, (watched, baseline) in enumerate(zip(self._watched, baselines, strict=True)):
-            column = sort_out(watched, [row[place] for row in rows])
+            column = to_column(watched, [row[place] for row in rows])
             found = baseline.bins.count(column)
             before = self.counts[place]
             self.counts[place] = (
@@ -126,7 +133,7 @@ class Window:
         self.rows.extend(
             [[row[place] for place in self._kept] for row in rows[offset :: self.stride]]
         )
-        while len(self.rows) > SAMPLE:
+        while len(self.rows) > SAMPLE_SIZE:
             self.rows.halve()
             self.stride *= 2
 
@@ -163,12 +170,18 @@ class Window:
         yield from self.rows.changes()
 
     @classmethod
-    def loaded(cls, number: int, watched: Sequence[Watched], parts: Mapping[str, Any]) -> "Window":
-        window = cls(number, watched)
-        window.n, window.start, window.end, window.counts, unseen, window.sums, window.stride = (
-            parts[window.key]
-        )
-        for place, each in unseen.items():
-            window.unseen[int(place)] = each
+    def loaded(
+        cls, number: int, specs: Sequence[FeatureSpec], parts: Mapping[str, Any]
+    ) -> "OpenWindow":
+        window = cls(number, specs)
+        stored = parts[window.key]
+        window.n = stored[0]
+        window.start = stored[1]
+        window.end = stored[2]
+        window.counts = stored[3]
+        for index, each in stored[4].items():
+            window.unseen[int(index)] = each
+        window.sums = stored[5]
+        window.stride = stored[6]
         window.rows = Rows.loaded(window.rows.prefix, parts)
         return window

@@ -1,7 +1,8 @@
-"""Time zones by their IANA names, and the instant that a wall clock's reading means in one.
+"""Time zones by their IANA names, and conversion of wall clock times to instants.
 
-The schedules ask at load time, so that a missing zone or a missing time zone database is an error before anything runs. A
-reading that a zone skips (spring) means the first instant after the gap; one that it shows twice (autumn) the first of the two.
+Schedules look up their zone when they are made: a missing zone or database is an error before
+anything runs. A wall clock time that a zone skips (spring) means the first instant after the gap;
+one that it shows twice (autumn) means the first of the two.
 """
 
 import zoneinfo
@@ -14,40 +15,40 @@ from eventflow.core.errors import UsageError
 MINUTE = timedelta(minutes=1)
 
 
-def zone(name: str, where: str) -> tzinfo:
-    """The zone of this name; UsageError says what is missing. UTC needs no database."""
+def time_zone(name: str, caller: str) -> tzinfo:
+    """The zone of this name. UTC needs no database. UsageError, for `caller`, says what
+    is missing.
+    """
     if name.upper() == "UTC":
         return UTC
     try:
         return zoneinfo.ZoneInfo(name)
-    except (
-        zoneinfo.ZoneInfoNotFoundError,
-        ValueError,
-        OSError,
-    ):  # what a name may run into: absent, a path, a directory
-        pass
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+        pass  # no such zone; the name is a path; it is a directory
     known = zoneinfo.available_timezones()
     if not known:
         raise UsageError(
-            f"{where}: tz={name!r} needs the time zone database, and this machine has none; run: pip install tzdata"
+            f"{caller}: tz={name!r} needs the time zone database, and this machine has none; "
+            "run: pip install tzdata"
         )
     near = get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(
-        f"{where}: tz= expected an IANA zone such as 'Europe/Berlin', found {name!r}{hint}"
+        f"{caller}: tz= expected an IANA zone such as 'Europe/Berlin', found {name!r}{hint}"
     )
 
 
-def instant(wall: datetime, where: tzinfo) -> int:
+def instant_at(wall: datetime, zone: tzinfo) -> int:
     """The instant, in microseconds, at which clocks of a zone show `wall` (naive)."""
-    moment = wall.replace(tzinfo=where, fold=0)
-    if _shown(moment) != wall:
+    moment = wall.replace(tzinfo=zone, fold=0)
+    if _wall_clock(moment) != wall:
         wall = wall.replace(second=0, microsecond=0)
-        while _shown(moment) != wall:  # a gap is an hour as a rule, a day at most (Samoa, 2011)
+        # A gap is an hour as a rule, a day at most (Samoa, 2011).
+        while _wall_clock(moment) != wall:
             wall += MINUTE
-            moment = wall.replace(tzinfo=where, fold=0)
+            moment = wall.replace(tzinfo=zone, fold=0)
     return to_us(moment.astimezone(UTC))
 
 
-def _shown(moment: datetime) -> datetime:
+def _wall_clock(moment: datetime) -> datetime:
     return moment.astimezone(UTC).astimezone(moment.tzinfo).replace(tzinfo=None, fold=0)
