@@ -41,7 +41,8 @@ def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal)
 
 def _decode(call: TaskCall | ChildCall, entry: Entry, services: WorkerServices) -> Any:
     result = call.task.result if isinstance(call, TaskCall) else call.flow.result
-    codec, data = entry.codec or "json", entry.value or b"null"
+    codec = entry.codec or "json"
+    data = entry.value or b"null"
     if codec.endswith("@blob"):
         codec, data = services.blobs.fetch(codec, data)
     return result.decode(codec, data, allow_pickle=True, key=services.secret)

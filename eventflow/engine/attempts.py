@@ -46,7 +46,7 @@ CANCEL_ATTEMPTS = 3
 """Times a body is cancelled, `CANCEL_INTERVAL` seconds apart, before it is left behind."""
 CANCEL_INTERVAL = 1.0
 
-log = get_logger("eventflow.attempt")
+log = get_logger("eventflow.attempts")
 LOG_EVENTS = {
     "task.abandoned": (
         "An attempt did not end after its cancel; it keeps its slot, and its late result is "
@@ -94,7 +94,7 @@ class Attempts:
         next turn.
         """
         call.attempt += 1
-        call.running = True
+        call.is_running = True
         call.thread = None
         self.running += 1
         # What a body sets in its context, the next attempt's must not see.
@@ -143,7 +143,9 @@ class Attempts:
                 codec, data = await offload(services.blobs, codec, data, bound)
             context = task_context()
             emitted = context.success_events if context is not None else None
-            arrivals = [services.derived.event(self.run, *fields) for fields in emitted or ()]
+            arrivals: Sequence[Arrival] = ()
+            if emitted:
+                arrivals = [services.derived.event(self.run, *fields) for fields in emitted]
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except (
@@ -228,8 +230,9 @@ class Attempts:
 
     def _on_unresponsive(self, call: TaskCall, attempt: int) -> None:
         """A body ignored its timeout: record it, leave the body behind, refuse its late result."""
-        if call.running and call.attempt == attempt and self._end.is_open:
-            task, handle = call.task, call.handle
+        if call.is_running and call.attempt == attempt and self._end.is_open:
+            task = call.task
+            handle = call.handle
             log.error("task.abandoned", run=self.name, task=task.name, attempt=attempt)
             error = TaskTimedOut(task.name, task.options.timeout or 0.0)
             self._guarded(self._on_failure, call, error)
@@ -244,9 +247,9 @@ class Attempts:
 
     def _mark_ended(self, call: TaskCall) -> bool:
         """Whether a body was running."""
-        if not call.running:
+        if not call.is_running:
             return False
-        call.running = False
+        call.is_running = False
         call.handle = None
         if call.body is not None:
             call.body.is_over = True
@@ -273,8 +276,8 @@ class Attempts:
         self._mark_ended(call)
         services = self._services
         options = call.task.options
-        call.spent += 1
-        delay = options.retries.delay_after(call.spent, error, services.rng)
+        call.failed_attempts += 1
+        delay = options.retries.delay_after(call.failed_attempts, error, services.rng)
         text, _ = call_catching(str, error)
         log.warning(
             "task.attempt_failed",

@@ -35,12 +35,11 @@ from eventflow.engine.actions import (
     StartAttempt,
     StartChild,
 )
-from eventflow.engine.answers import answer
 from eventflow.engine.attempts import Attempts
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.flow_calls import FlowCalls
 from eventflow.engine.journal_writer import JournalWriter, Reply
-from eventflow.engine.pending_calls import PendingCalls, RecordedAnswer
+from eventflow.engine.pending_calls import PendingCalls
 from eventflow.engine.run_end import RunEnd, answer_to_parent
 from eventflow.engine.suspension import Suspension
 from eventflow.engine.worker_services import WorkerServices
@@ -59,12 +58,9 @@ LONG_JOURNAL = 10_000
 MAX_UNWIND_ROUNDS = 3
 """Times that the unfinished tasks of a flow are cancelled before their coroutines are closed."""
 
-log = get_logger("eventflow.executor")
+log = get_logger("eventflow.execution")
 LOG_EVENTS = {
     "flow.busy_loop": "A flow polls without waiting; a replay may see results in another order.",
-    "flow.callback_failed": (
-        "A callback that flow code scheduled on its event loop raised an exception."
-    ),
     "run.fenced": "The store refused a write for a run: another claim owns it, or storage failed.",
     "run.internal_error": (
         "A defect in eventflow or in an object of the app stopped a run; the run is held."
@@ -104,7 +100,7 @@ class Execution(FlowCalls):
         )
         self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
         self._on_settled = on_settled
-        self._root: FlowTask | None = None
+        self.root: FlowTask | None = None
 
     # ----------------------------------------------------------------- stepping the flow (LoopHost)
 
@@ -114,14 +110,14 @@ class Execution(FlowCalls):
         Call it from a plain callback on the worker's loop.
         """
         context = copy_context()
-        coro, error = self.make_coroutine(context, self.services.state)
+        coro, error = call_catching(context.run, self.make_coroutine)
         if coro is None:
             assert error is not None
             self._settle(Failed(encode_error(error)))
             return
         journal = self.pending.journal
         path = f"~{journal.generation}/" if journal.generation else ""
-        self._root = self.loop.create_root_task(coro, context, path)
+        self.root = self.loop.create_root_task(coro, context, path)
         for signal in self.end.initial_signals(self.run, journal, self.suspension.began_at):
             self._request(signal)
         if self.run.cancel_requested:
@@ -131,13 +127,13 @@ class Execution(FlowCalls):
     def step(self) -> None:
         """Takes every step that the flow can take now."""
         if not self.end.is_closed:
-            self._guarded(self.loop.run_ready)
+            self.guarded(self.loop.run_ready)
 
     def wake(self) -> None:
         """Steps in the loop's next turn: by then every reply of the batch under way was given."""
         self.services.next_turn.schedule(self.step)
 
-    def _guarded(self, call: Callable[..., None], *args: Any) -> None:
+    def guarded(self, call: Callable[..., None], *args: Any) -> None:
         """Calls `call`; an exception holds this run and harms no other."""
         try:
             call(*args)
@@ -148,7 +144,8 @@ class Execution(FlowCalls):
 
     def on_parked(self) -> bool:
         """The one place where the outside reaches the flow. True: it has steps to take again."""
-        end, root = self.end, self._root
+        end = self.end
+        root = self.root
         if end.outcome is None and root is not None and root.done():
             journal = self.pending.journal
             end.outcome = end.flow_outcome(root, self.name, journal, self.wake)
@@ -157,9 +154,9 @@ class Execution(FlowCalls):
                 return False
         if end.outcome is not None:
             return self._unwind(end.outcome)
-        if recorded := self.pending.next_batch():
-            for each in recorded:
-                self._deliver(each)
+        if self.pending.answers:
+            for _, _, entry, target in self.pending.next_batch():
+                self.deliver(entry, target)
             return True
         self.pending.is_replaying = False
         self._start_new()
@@ -169,29 +166,10 @@ class Execution(FlowCalls):
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:
             log.warning("flow.busy_loop", run=self.name, flow=self.flow.name)
-        if self.end.outcome is not None or self.pending.has_answers:
+        if self.end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
             self._start_new()
-
-    def on_callback_error(self, context: dict[str, Any]) -> None:
-        log.error(
-            "flow.callback_failed",
-            run=self.name,
-            problem=context.get("message"),
-            exc_info=context.get("exception"),
-        )
-
-    def _deliver(self, recorded: RecordedAnswer) -> None:
-        target, entry = recorded.target, recorded.entry
-        if isinstance(target, FlowTimer):
-            target.fire()
-        elif not isinstance(target, ControlSignal):
-            outcome = answer(target, entry, self.services, self.pending.journal)
-            if outcome is not None:
-                self.end_run(outcome)
-        elif self._root is not None:
-            self.end.apply_signal(entry, self._root, self.end_run)
 
     def _start_new(self) -> None:
         """Starts new calls, unless the worker drains.
@@ -200,7 +178,7 @@ class Execution(FlowCalls):
         """
         if self.writer.uncommitted is not None:
             self.writer.commit_uncommitted()
-        elif not self.services.draining:
+        elif self.pending.unstarted and not self.services.draining:
             for action in self.pending.start_new(self.services.clock.now):
                 self.carry_out(action)
 
@@ -208,7 +186,8 @@ class Execution(FlowCalls):
         """Parked, with nothing to deliver and nothing to start: an idle run gives up its slot, and
         in time its memory. `recheck`: called by a timer of `Suspension`.
         """
-        suspension, draining = self.suspension, self.services.draining
+        suspension = self.suspension
+        draining = self.services.draining
         if recheck and (not self.end.is_open or self.loop.is_ready()):
             return
         idle = not (self.attempts.running or self.writer.in_flight or self.end.is_storing)
@@ -220,7 +199,7 @@ class Execution(FlowCalls):
             idle
             and not draining
             and not self.loop.unjournaled_awaits
-            and not self.pending.has_answers
+            and not self.pending.answers
             and not self.end.in_grace
             and (action := suspension.decide(scan_all=recheck)) is not None
         ):
@@ -229,14 +208,14 @@ class Execution(FlowCalls):
     # ----------------------------------------------------------------- carrying out
 
     def carry_out(self, action: Action) -> None:
-        services, run = self.services, self.run
+        services = self.services
         match action:
-            case StartAttempt(call):
-                self.attempts.launch(call)
-            case RecordValue(entry, arrivals):
-                self._record_value(entry, arrivals)
-            case AppendEntry(entry, arrivals):
-                self.writer.append(entry, arrivals)
+            case StartAttempt():
+                self.attempts.launch(action.call)
+            case RecordValue():
+                self._record_value(action.entry, action.arrivals)
+            case AppendEntry():
+                self.writer.append(action.entry, action.arrivals)
             case SetTimer(target, due):
                 fire = partial(self._on_timer, target)
                 target.handle = services.clock.timer(services.loop, due, fire)
@@ -247,7 +226,7 @@ class Execution(FlowCalls):
             case PublishEvent(call):
                 ident = f"{self.name}/{call.call_key}"
                 arrival, error = call_catching(
-                    services.derived.event, run, ident, call.type, call.fields
+                    services.derived.event, self.run, ident, call.type, call.fields
                 )
                 if arrival is not None:
                     entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
@@ -258,7 +237,7 @@ class Execution(FlowCalls):
                     entry.error = encode_error(error)
                     self.writer.append(entry)
             case StartChild(call):
-                child = services.derived.child_run(run, call.call_key, call.flow, call.params)
+                child = services.derived.child_run(self.run, call.call_key, call.flow, call.params)
                 entry = Entry(call_key=call.call_key, kind=Kind.CHILD, value=b"%d" % child.id)
                 entry.fingerprint = call.fingerprint
                 self.writer.append(entry, children=(child,))
@@ -275,10 +254,10 @@ class Execution(FlowCalls):
                     # If the lease is gone, the outcome is refused too; else a person must look.
                     self.end_run(NeedsAttention(f"the store refused an entry: {reason}"))
                 elif not self.end.is_closed:
-                    self.abandon()
+                    self.close()
                     self._on_settled(self, Interrupted(), reply)
             case ReportFault(fault):
-                log.error("run.internal_error", run=self.name, flow=run.flow, exc_info=fault)
+                log.error("run.internal_error", run=self.name, flow=self.flow.name, exc_info=fault)
                 if not self.end.is_closed:
                     what = f"{type(fault).__name__}: {fault}"
                     self._settle(
@@ -321,18 +300,13 @@ class Execution(FlowCalls):
     def _on_appended(self, reply: Reply) -> None:
         if isinstance(reply, Appended):
             for entry in reply.entries:
-                self._guarded(self._on_durable, entry)
+                self.guarded(self.on_durable, entry)
         elif not self.end.is_closed:
             self.carry_out(ReportFenced(reply))
 
-    def on_child_settled(self, recorded: Entry) -> None:
-        """A child of this run settled in this process, and its answer is durable."""
-        self._guarded(self._on_durable, recorded)
-
-    def _on_durable(self, entry: Entry) -> None:
+    def on_durable(self, entry: Entry) -> None:
+        """An entry of this run is durable: its own, or the answer of a child that settled here."""
         pending = self.pending
-        if pending.has_recorded(entry):
-            return
         action = pending.record(entry)
         if pending.journal.count == LONG_JOURNAL:
             log.warning("journal.long", run=self.name, entries=LONG_JOURNAL)
@@ -383,24 +357,25 @@ class Execution(FlowCalls):
 
     def _settle(self, outcome: Outcome) -> None:
         """Closes the run and posts its outcome, in one commit with an uncommitted value."""
-        run, services = self.run, self.services
+        run = self.run
+        services = self.services
         self.end.outcome = outcome
         uncommitted = self.writer.pop_uncommitted()
         if isinstance(outcome, Interrupted) and (note := self.suspension.record_time()) is not None:
             self.carry_out(note)
-        self._close()
+        self.close()
         to_parent = answer_to_parent(run, self.name, outcome)
         op = Settle(run.id, run.token, outcome, to_parent, run.parent, uncommitted)
         services.store.post(op, partial(self._on_settled, self, outcome), services.loop)
 
-    def abandon(self) -> None:
-        """The store failed: cancels everything, records nothing."""
-        if not self.end.is_closed:
-            self.end.outcome = self.end.outcome or Interrupted()
-            self._close()
+    def close(self) -> None:
+        """Cancels bodies and timers, closes the flow's coroutines, releases the slot. Idempotent.
 
-    def _close(self) -> None:
-        """Cancels bodies and timers, closes the flow's coroutines, releases the slot."""
+        The worker calls it when the store failed: then nothing is recorded.
+        """
+        if self.end.is_closed:
+            return
+        self.end.outcome = self.end.outcome or Interrupted()
         self.end.close()
         for action in self.pending.close():
             self.carry_out(action)
@@ -416,5 +391,5 @@ class Execution(FlowCalls):
         """
         self.loop.host = DETACHED_HOST
         self.log_context.replaying = None
-        self._root = None
+        self.root = None
         del self.writer, self.attempts, self.suspension

@@ -8,29 +8,38 @@ current task before its coroutine exists.
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterable
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from typing import Any, NoReturn
 
 import orjson
 
-from eventflow.core.errors import call_catching
 from eventflow.engine.actions import Action, EndRun
-from eventflow.engine.awaitables import Call, ChildCall, EmitCall, Pending
+from eventflow.engine.answers import answer
+from eventflow.engine.awaitables import Call, ChildCall, ControlSignal, EmitCall, Pending
 from eventflow.engine.pending_calls import PendingCalls
 from eventflow.engine.run_end import RunEnd
 from eventflow.engine.task_map import TaskMap
+from eventflow.engine.worker_services import WorkerServices
 from eventflow.events.event import Event
-from eventflow.logs.log import LogContext, log_context
-from eventflow.loop.flow_loop import FlowLoop, FlowTimer
-from eventflow.runs.journal import restart_entry
-from eventflow.runs.run import Restarted, Run
+from eventflow.logs.log import LogContext, get_logger, log_context
+from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
+from eventflow.runs.journal import Entry, restart_entry
+from eventflow.runs.run import Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
+
+log = get_logger("eventflow.execution")
+LOG_EVENTS = {
+    "flow.callback_failed": (
+        "A callback that flow code scheduled on its event loop raised an exception."
+    ),
+}
 
 
 class FlowCalls(ABC):
     """Turns what flow code asks for into pending calls. `carry_out` does what these answer."""
 
+    services: WorkerServices
     run: Run
     flow: Flow[..., Any]
     name: str
@@ -38,27 +47,30 @@ class FlowCalls(ABC):
     loop: FlowLoop
     pending: PendingCalls
     log_context: LogContext
+    root: FlowTask | None
+    """The flow's first task, once it exists."""
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...
 
-    def make_coroutine(
-        self, context: Context, state: Any
-    ) -> tuple[Coroutine[Any, Any, Any] | None, Exception | None]:
-        """The flow's coroutine, with its arguments bound; or the error of binding them.
+    def make_coroutine(self) -> Coroutine[Any, Any, Any]:
+        """The flow's coroutine, with its arguments bound. Sets the run's context variables.
 
-        `context` gets the run's context variables. `state` is what the App's lifespan yielded.
+        Raises what binding the arguments raises.
         """
-        return call_catching(context.run, self._make_coroutine, state)
-
-    def _make_coroutine(self, state: Any) -> Coroutine[Any, Any, Any]:
         log_context.set(self.log_context)
-        run, binder = self.run, self.flow.binder
+        run = self.run
+        binder = self.flow.binder
         events = RunEvents(run)
         generation = self.pending.journal.generation
         enter_run(
             RunContext(
-                self.name, self.flow.name, events, self._read_context_time, state, generation
+                self.name,
+                self.flow.name,
+                events,
+                self._read_context_time,
+                self.services.state,
+                generation,
             )
         )
         received = events()
@@ -123,6 +135,22 @@ class FlowCalls(ABC):
         while True:  # until the unwinding cancels it
             await asyncio.Future(loop=self.loop)
 
+    # ----------------------------------------------------------------- answers
+
+    def deliver(self, entry: Entry, target: Pending) -> None:
+        """Gives the flow a recorded answer, firing or signal."""
+        if isinstance(target, FlowTimer):
+            target.fire()
+        elif not isinstance(target, ControlSignal):
+            outcome = answer(target, entry, self.services, self.pending.journal)
+            if outcome is not None:
+                self.carry_out(EndRun(outcome))
+        elif self.root is not None:
+            self.end.apply_signal(entry, self.root, self._on_grace_over)
+
+    def _on_grace_over(self, outcome: Outcome) -> None:
+        self.carry_out(EndRun(outcome))
+
     # ----------------------------------------------------------------- time
 
     def read_now(self) -> int:
@@ -141,6 +169,14 @@ class FlowCalls(ABC):
 
     def cancel_timer(self, timer: FlowTimer) -> None:
         self._give_up(timer)
+
+    def on_callback_error(self, context: dict[str, Any]) -> None:
+        log.error(
+            "flow.callback_failed",
+            run=self.name,
+            problem=context.get("message"),
+            exc_info=context.get("exception"),
+        )
 
     def _is_replaying(self) -> bool:
         """Whether the flow's log lines repeat those of an earlier execution, or will be repeated by

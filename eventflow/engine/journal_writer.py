@@ -95,7 +95,8 @@ class JournalWriter:
     def _on_uncommitted_appended(self, reply: Reply) -> None:
         self.uncommitted = None
         self._uncommitted_is_posted = False
-        behind, self._behind = self._behind, []
+        behind = self._behind
+        self._behind = []
         for op in behind:
             self._services.store.post(op, self._on_appended, self._services.loop)
         self._on_appended(reply)

@@ -17,7 +17,7 @@ from eventflow.serialization.blobs import offload
 RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
 
-log = get_logger("eventflow.executor")
+log = get_logger("eventflow.execution")
 
 
 class LargeResult:

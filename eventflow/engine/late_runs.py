@@ -39,7 +39,7 @@ long.
 RETRY_AFTER_SECONDS = 5.0
 """The delay after a failed scan."""
 
-log = get_logger("eventflow.late")
+log = get_logger("eventflow.late_runs")
 LOG_EVENTS = {
     "late_runs.recorded": (
         "Events were recorded for `runs` runs that had not ended `after` seconds after they "

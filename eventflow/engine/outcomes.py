@@ -56,7 +56,8 @@ class Outcomes:
             self.notify(execution.run.id, outcome)
 
     def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
-        name, options = execution.name, execution.flow.options
+        name = execution.name
+        options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
             value, error = call_catching(self._value, execution, outcome)
             if error is None:
@@ -101,4 +102,4 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
         case NeedsAttention():
             log.error("run.held", reason=outcome.reason)
         case Interrupted() | Restarted():
-            log.info("run.interrupted", afresh=isinstance(outcome, Restarted))
+            log.info("run.interrupted", restarted=isinstance(outcome, Restarted))

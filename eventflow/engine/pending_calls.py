@@ -12,7 +12,7 @@ out. Deliveries come in the order of commits, live and replaying alike.
 
 import heapq
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TypeAlias
 
 from eventflow.core.errors import ArgumentsChanged
 from eventflow.engine.actions import (
@@ -34,16 +34,8 @@ from eventflow.runs.run import NeedsAttention
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import fingerprint_diff
 
-
-class RecordedAnswer(NamedTuple):
-    """A durable entry, to be delivered to what waits for it. Ordered by commit, then by place in
-    it.
-    """
-
-    batch: int
-    position: int
-    entry: Entry
-    target: Pending
+Answer: TypeAlias = tuple[int, int, Entry, Pending]
+"""A durable entry and what waits for it: `(batch, position, entry, target)`."""
 
 
 class PendingCalls:
@@ -53,20 +45,22 @@ class PendingCalls:
 
     __slots__ = (
         "_last_logged_batch",
-        "_new",
         "_now_is_recorded",
-        "_recorded",
+        "answers",
         "is_replaying",
         "journal",
         "now",
+        "unstarted",
         "waiting",
     )
 
     def __init__(self, journal: Journal, began_at: int, *, is_suspect: bool) -> None:
         self.journal = journal
         self.waiting: dict[str, Pending] = {}
-        self._recorded: list[RecordedAnswer] = []  # a heap by (batch, pos)
-        self._new: list[Pending] = []
+        self.answers: list[Answer] = []
+        """Recorded, and to be delivered: a heap."""
+        self.unstarted: list[Pending] = []
+        """Neither recorded nor started."""
         self.now = journal.started_at or journal.first_at or began_at
         self._now_is_recorded = journal.started_at is not None
         self.is_replaying = journal.last_own_batch > 0
@@ -99,12 +93,10 @@ class PendingCalls:
             accepted, changed = self._compare(entry, target)
             mismatch = mismatch or changed
             if accepted:
-                heapq.heappush(
-                    self._recorded, RecordedAnswer(entry.batch, entry.position, entry, target)
-                )
+                heapq.heappush(self.answers, (entry.batch, entry.position, entry, target))
                 return mismatch
         self.waiting[call_key] = target
-        self._new.append(target)
+        self.unstarted.append(target)
         return mismatch
 
     def _compare(self, entry: Entry, target: Pending) -> tuple[bool, EndRun | None]:
@@ -134,12 +126,12 @@ class PendingCalls:
 
     def close(self) -> list[Action]:
         """Gives up everything."""
-        self._new.clear()
-        self._recorded.clear()
+        self.unstarted.clear()
+        self.answers.clear()
         if not self.waiting:
             return []
-        waiting, self.waiting = self.waiting, {}
-        drops = [self._drop(target) for target in waiting.values()]
+        drops = [self._drop(target) for target in self.waiting.values()]
+        self.waiting = {}
         return [action for action in drops if action is not None]
 
     def _drop(self, target: Pending) -> Action | None:
@@ -153,28 +145,24 @@ class PendingCalls:
 
     # ----------------------------------------------------------------- answers
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether anything is left to deliver."""
-        return bool(self._recorded)
+    def next_batch(self) -> list[Answer]:
+        """Removes and returns the answers that the next commit holds, whole, in its order.
 
-    def next_batch(self) -> list[RecordedAnswer]:
-        """The answers that the next commit holds, whole, in its order; empty if there is none."""
-        recorded = self._recorded
-        if not recorded:
-            return []
-        batch = recorded[0].batch
+        There must be `answers`.
+        """
+        answers = self.answers
+        batch = answers[0][0]
         if batch > self._last_logged_batch:
             self.is_replaying = False
-        answers: list[RecordedAnswer] = []
-        while recorded and recorded[0].batch == batch:
-            answer = heapq.heappop(recorded)
-            at = answer.entry.at
+        taken: list[Answer] = []
+        while answers and answers[0][0] == batch:
+            answer = heapq.heappop(answers)
+            at = answer[2].at
             if at > self.now or not self._now_is_recorded:
                 self.now = at
                 self._now_is_recorded = True
-            answers.append(answer)
-        return answers
+            taken.append(answer)
+        return taken
 
     def is_only(self, call_key: str) -> bool:
         """Whether the run waits for this call alone (its timeout aside), with nothing left to
@@ -182,8 +170,8 @@ class PendingCalls:
         """
         waiting = self.waiting
         return (
-            not self._recorded
-            and not self._new
+            not self.answers
+            and not self.unstarted
             and call_key in waiting
             and len(waiting) - (TIMEOUT_KEY in waiting) == 1
         )
@@ -193,8 +181,7 @@ class PendingCalls:
         nothing else.
         """
         target = self.waiting.pop(entry.call_key)
-        answer = RecordedAnswer(self.journal.last_batch + 1, 0, entry, target)
-        heapq.heappush(self._recorded, answer)
+        heapq.heappush(self.answers, (self.journal.last_batch + 1, 0, entry, target))
 
     # ----------------------------------------------------------------- starts
 
@@ -203,9 +190,8 @@ class PendingCalls:
 
         `now` reads the wall clock.
         """
-        if not self._new:
-            return []
-        new, self._new = self._new, []
+        new = self.unstarted
+        self.unstarted = []
         actions: list[Action] = []
         for target in new:
             if target.call_key in self.waiting:
@@ -231,35 +217,31 @@ class PendingCalls:
     def _continue_attempts(self, call: TaskCall) -> int | None:
         """Counts the call's recorded attempts; when its next one is due, if that is recorded."""
         journal = self.journal
-        call.attempt, call.spent, due = journal.attempts(call.call_key)
+        attempt, spent, due = journal.attempts(call.call_key)
+        call.attempt = attempt
+        call.failed_attempts = spent
         if (replaced := journal.finals.get(call.call_key)) is not None:  # on_changed="rerun"
             call.attempt = max(call.attempt, replaced.attempt)
         return due
 
     # ----------------------------------------------------------------- durable entries
 
-    def has_recorded(self, entry: Entry) -> bool:
-        """Whether `record` got this very entry before: the answer of a child run may
-        arrive twice.
-        """
-        known = self.journal.finals.get(entry.call_key)
-        return known is not None and (known.batch, known.position) == (entry.batch, entry.position)
-
     def record(self, entry: Entry) -> Action | None:
         """Takes in an entry of this run that is durable, its own or a child's answer."""
         call_key = entry.call_key
+        known = self.journal.finals.get(call_key)
+        if known is not None and (known.batch, known.position) == (entry.batch, entry.position):
+            return None  # the answer of a child run may arrive twice
         self.journal.add(entry)
         if entry.kind is Kind.VALUE or entry.kind.is_final:
             if (target := self.waiting.pop(call_key, None)) is not None:
-                heapq.heappush(
-                    self._recorded, RecordedAnswer(entry.batch, entry.position, entry, target)
-                )
+                heapq.heappush(self.answers, (entry.batch, entry.position, entry, target))
         elif entry.kind is Kind.FAILED:
             call = self.waiting.get(call_key)
             if (
                 isinstance(call, TaskCall)
                 and call.attempt == entry.attempt
-                and not call.running
+                and not call.is_running
                 and entry.due_at is not None
             ):
                 return SetTimer(call, entry.due_at)

@@ -75,7 +75,8 @@ class Suspension:
 
         Without `scan_all` a run with many waiting branches stays, and is examined a second later.
         """
-        waiting, journal = self._pending.waiting, self._pending.journal
+        waiting = self._pending.waiting
+        journal = self._pending.journal
         if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
             return EndRun(NeedsAttention(_stuck_reason(journal)))
         now = self._services.clock.now()

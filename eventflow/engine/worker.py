@@ -107,7 +107,7 @@ class Worker:
         self._flows = flows
         self.executions: dict[int, Execution] = {}
         self._queues = RunQueues()
-        self._claimer = Claimer(self._services, flows, self._queues.in_memory, self._on_claimed)
+        self._claimer = Claimer(self._services, flows, self._queues.in_memory, self.receive_runs)
         # Runs whose journals are being read, with the answers of children that arrive meanwhile.
         self._loading: dict[int, tuple[Run, list[Entry]]] = {}
         self.outcomes = Outcomes(self._services)
@@ -169,7 +169,7 @@ class Worker:
         self._is_taking = False
         self._services.draining = True
         for execution in list(self.executions.values()):
-            execution.abandon()
+            execution.close()
         self._has_settled.set()
 
     def set_pause_reason(self, reason: str) -> None:
@@ -201,10 +201,10 @@ class Worker:
         """The commit of reserved runs failed. Writer thread."""
         self._limits.capacity.release(len(runs))
 
-    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
-        """Runs to start, whether the store holds more, and runs for which a cancel was
-        requested.
-        """
+    def receive_runs(
+        self, runs: Sequence[Run], has_due: bool = False, cancels: Sequence[int] = ()
+    ) -> None:
+        """Runs to start, whether the store has more due runs, and the ids of runs to cancel."""
         if self._services.draining:
             for run in runs:
                 self._put_back(run)
@@ -221,14 +221,9 @@ class Worker:
         """Children settled: `(parent, entry)`."""
         for parent, entry in answers:
             if (execution := self.executions.get(parent)) is not None:
-                execution.on_child_settled(entry)
+                execution.guarded(execution.on_durable, entry)
             elif parent in self._loading:
                 self._loading[parent][1].append(entry)
-
-    def _on_claimed(self, runs: Sequence[Run]) -> None:
-        for run in runs:
-            self._queues.add(run)
-        self._begin_some()
 
     def _cancel(self, ident: int) -> None:
         if (execution := self.executions.get(ident)) is not None:
@@ -240,10 +235,11 @@ class Worker:
 
     # ----------------------------------------------------------------- starting
 
-    def _begin_some(self) -> None:
-        """Starts queued runs while there are slots."""
-        if self._begin_is_scheduled:
+    def _begin_some(self, scheduled: bool = False) -> None:
+        """Starts queued runs while there are slots. `scheduled`: called by `_begin_soon`."""
+        if self._begin_is_scheduled and not scheduled:
             return
+        self._begin_is_scheduled = False
         for _ in range(START_BATCH_SIZE):
             if self.pause_reason or not self._limits.slots.is_free:
                 return
@@ -259,11 +255,7 @@ class Worker:
     def _begin_soon(self) -> None:
         if self._queues.turns and not self._begin_is_scheduled:
             self._begin_is_scheduled = True
-            self.loop.call_soon(self._begin_scheduled)
-
-    def _begin_scheduled(self) -> None:
-        self._begin_is_scheduled = False
-        self._begin_some()
+            self.loop.call_soon(self._begin_some, True)
 
     async def _load(self, run: Run) -> None:
         """Reads the run's journal, and the events of a run that has several."""
@@ -304,7 +296,7 @@ class Worker:
         self.executions[run.id] = execution
         execution.begin()
         for entry in answers:
-            execution.on_child_settled(entry)
+            execution.guarded(execution.on_durable, entry)
 
     def _put_back(self, run: Run) -> None:
         """A run that was not started goes back to pending."""
@@ -327,7 +319,8 @@ class Worker:
     def _on_settled(
         self, execution: Execution, outcome: Outcome, reply: Settled | Fenced | StoreError
     ) -> None:
-        run, services = execution.run, self._services
+        run = execution.run
+        services = self._services
         self.executions.pop(run.id, None)
         self._limits.slots.committing -= 1
         self._queues.in_memory[run.flow] -= 1
@@ -355,7 +348,8 @@ class Worker:
         """Whether nothing happens until time passes or something arrives: no run works or is about
         to. On this worker's loop.
         """
-        slots, services = self._limits.slots, self._services
+        slots = self._limits.slots
+        services = self._services
         return not (
             slots.working
             or slots.committing

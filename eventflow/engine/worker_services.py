@@ -96,7 +96,8 @@ class NextTurn:
         return not self._calls
 
     def _run(self) -> None:
-        calls, self._calls = self._calls, {}
+        calls = self._calls
+        self._calls = {}
         for call in calls:
             call()
 

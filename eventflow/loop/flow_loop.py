@@ -161,7 +161,7 @@ class FlowHandle(asyncio.Handle):
     __slots__ = ()
 
     def __init__(
-        self, callback: Any, args: Any, loop: "FlowLoop", context: contextvars.Context | None
+        self, callback: Any, args: Any, loop: "HostedLoop", context: contextvars.Context | None
     ) -> None:  # pyright: ignore[reportMissingSuperCall]
         self._context = context if context is not None else contextvars.copy_context()
         self._loop = loop
@@ -182,7 +182,7 @@ class FlowTimer(asyncio.TimerHandle):
     __slots__ = ("call_key", "due", "handle")
 
     def __init__(
-        self, call_key: str, due: int, callback: Any, args: Any, loop: "FlowLoop", context: Any
+        self, call_key: str, due: int, callback: Any, args: Any, loop: "HostedLoop", context: Any
     ) -> None:
         super().__init__(due / SECOND, callback, args, loop, context)
         self.call_key = call_key
@@ -191,20 +191,134 @@ class FlowTimer(asyncio.TimerHandle):
 
     def fire(self) -> None:
         """Queues the callback; call this once the firing is recorded."""
-        loop = cast("FlowLoop", self._loop)  # pyright: ignore
+        loop = cast("HostedLoop", self._loop)  # pyright: ignore
         if not self.cancelled():
             loop.enqueue(self)
 
 
-class FlowLoop(asyncio.AbstractEventLoop):
+class HostedLoop(asyncio.AbstractEventLoop):
+    """The side of a FlowLoop that faces its host and other threads: time, timers, executors.
+
+    The methods for I/O raise UsageError.
+    """
+
+    def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
+        self.host = host
+        self._outer = outer
+        self.unjournaled_awaits = 0
+        """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
+
+    def current_scope(self) -> Scope:
+        raise NotImplementedError
+
+    def enqueue(self, handle: asyncio.Handle) -> None:
+        raise NotImplementedError
+
+    def time(self) -> float:
+        return self.host.read_now() / SECOND
+
+    def call_later(  # type: ignore[override]
+        self,
+        delay: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        return self._set(self.host.read_now() + _us(delay), callback, args, context)
+
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., Any],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> asyncio.Handle:
+        return self._set(_us(when), callback, args, context)
+
+    def _set(
+        self, due: int, callback: Callable[..., Any], args: Any, context: Any
+    ) -> asyncio.Handle:
+        # Named by purpose, so that a timeout added in front of a sleep does not get the sleep's
+        # recorded firing.
+        name = _TIMERS.get(getattr(callback, "__qualname__", ""), "timer")
+        timer = FlowTimer(
+            self.current_scope().call_key(name), min(due, MAX_DUE), callback, args, self, context
+        )
+        if due <= self.host.read_now():
+            self.enqueue(timer)
+        else:
+            self.host.set_timer(timer)
+        return timer
+
+    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
+        self.host.cancel_timer(cast(FlowTimer, handle))
+
+    # ----------------------------------------------------------------- threads
+
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.Handle:
+        self._outer.call_soon_threadsafe(
+            self.enqueue, handle := FlowHandle(callback, args, self, context)
+        )
+        return handle
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        """Works, but the result is not journaled: a replay computes it again. A `@task` is the
+        durable form.
+        """
+        mine = self.create_future()
+        self.unjournaled_awaits += 1
+        theirs = self._outer.run_in_executor(executor, func, *args)
+
+        def finish(done: asyncio.Future[Any]) -> None:
+            self.unjournaled_awaits -= 1
+            self.call_soon(_copy, done, mine)
+
+        asyncio.ensure_future(theirs, loop=self._outer).add_done_callback(finish)
+        return mine
+
+    def get_debug(self) -> bool:
+        return False
+
+    def get_task_factory(self) -> None:
+        return None
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        self.host.on_callback_error(context)
+
+
+def _no_io(name: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UsageError(
+            f"loop.{name}() in a flow body: expected I/O in a @task, where its result is "
+            "journaled and retried"
+        )
+
+    return refuse
+
+
+for _name in (
+    "add_reader add_writer add_signal_handler connect_accepted_socket connect_read_pipe "
+    "connect_write_pipe create_connection create_datagram_endpoint create_server "
+    "create_unix_connection create_unix_server getaddrinfo getnameinfo remove_reader "
+    "remove_writer run_forever run_until_complete sendfile set_debug set_task_factory "
+    "sock_accept sock_connect sock_recv sock_recv_into sock_recvfrom sock_recvfrom_into "
+    "sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec subprocess_shell"
+).split():
+    setattr(HostedLoop, _name, _no_io(_name))
+
+
+class FlowLoop(HostedLoop):
     """The deterministic loop of one run. `run_ready` steps it; it never blocks and never waits."""
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
-        self.host: LoopHost = host
+        super().__init__(host, outer)
         # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them
         # in one set.
         self.seed = zlib.crc32(run.to_bytes(8, "big"))
-        self._outer = outer
         self._ready: deque[asyncio.Handle] = deque()
         self._unordered: list[tuple[str, asyncio.Handle]] = []
         self._sorting: str | None = None
@@ -215,8 +329,6 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._rounds = 0
         self._pumping = False
         self._closed = False
-        self.unjournaled_awaits = 0
-        """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
         self.has_busy_looped = False
         """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
 
@@ -405,116 +517,17 @@ class FlowLoop(asyncio.AbstractEventLoop):
         self._ready.extend(handle for _, handle in self._unordered)
         self._unordered.clear()
 
-    def time(self) -> float:
-        return self.host.read_now() / SECOND
-
-    def call_later(  # type: ignore[override]
-        self,
-        delay: float,
-        callback: Callable[..., Any],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> asyncio.Handle:
-        return self._set(self.host.read_now() + _us(delay), callback, args, context)
-
-    def call_at(  # type: ignore[override]
-        self,
-        when: float,
-        callback: Callable[..., Any],
-        *args: Any,
-        context: contextvars.Context | None = None,
-    ) -> asyncio.Handle:
-        return self._set(_us(when), callback, args, context)
-
-    def _set(
-        self, due: int, callback: Callable[..., Any], args: Any, context: Any
-    ) -> asyncio.Handle:
-        # Named by purpose, so that a timeout added in front of a sleep does not get the sleep's
-        # recorded firing.
-        name = _TIMERS.get(getattr(callback, "__qualname__", ""), "timer")
-        timer = FlowTimer(
-            self.current_scope().call_key(name), min(due, MAX_DUE), callback, args, self, context
-        )
-        if due <= self.host.read_now():
-            self.enqueue(timer)
-        else:
-            self.host.set_timer(timer)
-        return timer
-
-    def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        self.host.cancel_timer(cast(FlowTimer, handle))
-
-    # ----------------------------------------------------------------- threads
-
-    def call_soon_threadsafe(  # type: ignore[override]
-        self, callback: Callable[..., Any], *args: Any, context: contextvars.Context | None = None
-    ) -> asyncio.Handle:
-        self._outer.call_soon_threadsafe(
-            self.enqueue, handle := FlowHandle(callback, args, self, context)
-        )
-        return handle
-
-    def run_in_executor(  # type: ignore[override]
-        self, executor: Any, func: Callable[..., Any], *args: Any
-    ) -> FlowFuture:
-        """Works, but the result is not journaled: a replay computes it again. A `@task` is the
-        durable form.
-        """
-        mine = self.create_future()
-        self.unjournaled_awaits += 1
-        theirs = self._outer.run_in_executor(executor, func, *args)
-
-        def finish(done: asyncio.Future[Any]) -> None:
-            self.unjournaled_awaits -= 1
-            self.call_soon(_copy, done, mine)
-
-        asyncio.ensure_future(theirs, loop=self._outer).add_done_callback(finish)
-        return mine
-
-    # ----------------------------------------------------------------- the rest of asyncio's
-    # interface
-
-    def get_debug(self) -> bool:
-        return False
-
     def is_running(self) -> bool:
         return self._pumping
 
     def is_closed(self) -> bool:
         return self._closed
 
-    def get_task_factory(self) -> None:
-        return None
-
-    def call_exception_handler(self, context: dict[str, Any]) -> None:
-        self.host.on_callback_error(context)
-
-
-def _no_io(name: str) -> Callable[..., NoReturn]:
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise UsageError(
-            f"loop.{name}() in a flow body: expected I/O in a @task, where its result is "
-            "journaled and retried"
-        )
-
-    return refuse
-
-
-for _name in (
-    "add_reader add_writer add_signal_handler connect_accepted_socket connect_read_pipe "
-    "connect_write_pipe create_connection create_datagram_endpoint create_server "
-    "create_unix_connection create_unix_server getaddrinfo getnameinfo remove_reader "
-    "remove_writer run_forever run_until_complete sendfile set_debug set_task_factory "
-    "sock_accept sock_connect sock_recv sock_recv_into sock_recvfrom sock_recvfrom_into "
-    "sock_sendall sock_sendfile sock_sendto start_tls stop subprocess_exec subprocess_shell"
-).split():
-    setattr(FlowLoop, _name, _no_io(_name))
-
 
 def flow_loop(task_name: str) -> FlowLoop | None:
     """The FlowLoop that the caller runs on; None outside a run and in task bodies.
 
-    Raises LineageLost in a thread, on another event loop and after the run has settled.
+    Raises OutsideFlowError in a thread, on another event loop and after the run has settled.
     """
     loop = events._get_running_loop()
     if type(loop) is FlowLoop:

@@ -13,7 +13,7 @@ import pytest
 from eventflow.core.errors import RunCancelled, RunTimedOut
 from eventflow.core.retry import Permanent, Retry
 from eventflow.runs.journal import Kind
-from eventflow.runs.run import Cancelled, Interrupted, NeedsAttention, State, Suspended
+from eventflow.runs.run import Cancelled, Interrupted, NeedsAttention, State, Suspended, format_id
 from eventflow.sdk.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.sdk.task import current_task, task
 from tests.engine.replay_check.simulation import (
@@ -89,8 +89,6 @@ def test_p5_a_crash_after_any_commit_twice_over_comes_to_the_same_result() -> No
 
 
 def run_name(row: Row) -> str:
-    from eventflow.runs.run import format_id
-
     return format_id(row.run.id)
 
 
@@ -154,7 +152,8 @@ def test_p6_a_day_long_wait_survives_crashes_and_fires_at_its_due_time(
         sim.run_process(until=START_TIME + hour * 3600 * SECOND)
         assert row.state is State.WAITING
         assert not sim.in_memory_at_end
-        row.state, row.due = State.RUNNING, None  # as if the crash came just after a claim
+        row.state = State.RUNNING
+        row.due = None
     sim.run_process(until=START_TIME + DAY - 5 * SECOND)
     assert row.state is State.WAITING
     sim.run_process(until=START_TIME + DAY + 5 * SECOND)
@@ -398,7 +397,8 @@ def test_p4_a_recorded_error_is_replayed_until_a_retry_which_keeps_values_and_co
     sim = Simulation()
     row = sim.done(pays)
     assert isinstance(row.error, ValueError) and attempts == [1, 2]
-    row.state, row.outcome = State.PENDING, None  # replayed without a retry
+    row.state = State.PENDING
+    row.outcome = None
     sim.run_process()
     assert isinstance(row.error, ValueError) and attempts == [1, 2]
     sim.retry(row)
@@ -562,7 +562,7 @@ def test_an_answer_received_twice_is_one_answer() -> None:
         known.append(execution.pending.journal.count)
         for entry in row.journal:
             if entry.kind is Kind.VALUE:
-                execution.on_child_settled(entry)
+                execution.guarded(execution.on_durable, entry)
         known.append(execution.pending.journal.count)
 
     sim.run_process(then=again)
@@ -582,7 +582,7 @@ def test_an_emit_is_published_once_by_the_commit_that_records_it_and_a_bodys_wit
     """
 
     @task(retries=1)
-    async def tells() -> None:
+    async def emits() -> None:
         await emit("from.body", 1)
         await emit("from.body", 2)
         if current_task().attempt == 1:
@@ -591,7 +591,7 @@ def test_an_emit_is_published_once_by_the_commit_that_records_it_and_a_bodys_wit
     @flow
     async def speaks() -> str:
         await emit("from.flow")
-        await tells()
+        await emits()
         try:
             await emit("bad", {1, 2})  # type: ignore[arg-type]
         except Exception as error:
@@ -602,8 +602,8 @@ def test_an_emit_is_published_once_by_the_commit_that_records_it_and_a_bodys_wit
         name = run_name(row)
         assert sim.published == [
             (f"{name}/emit:from.flow#0", "from.flow"),
-            (f"{name}/tells#0/emit#0", "from.body"),
-            (f"{name}/tells#0/emit#1", "from.body"),
+            (f"{name}/emits#0/emit#0", "from.body"),
+            (f"{name}/emits#0/emit#1", "from.body"),
         ]
         assert row.value == "NotStorable"
 

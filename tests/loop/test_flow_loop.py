@@ -435,9 +435,9 @@ def test_a_task_called_outside_the_flow_raises_outside_flow_error(how: str) -> N
             return str(lost)
         return "called"
 
-    said = Simulation().done(strays).value
-    assert ("another event loop" if how == "own loop" else "a thread") in said
-    assert "double.fn(...)" in said
+    message = Simulation().done(strays).value
+    assert ("another event loop" if how == "own loop" else "a thread") in message
+    assert "double.fn(...)" in message
 
 
 def test_a_task_called_for_a_settled_run_raises_outside_flow_error() -> None:

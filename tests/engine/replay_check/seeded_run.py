@@ -183,7 +183,9 @@ class SeededRun:
             if self.crash_after < 0:
                 raise Crash
         for pos, entry in enumerate(entries):
-            entry.batch, entry.position, entry.at = self.batch, pos, entry.at or self.time
+            entry.batch = self.batch
+            entry.position = pos
+            entry.at = entry.at or self.time
             self.kept.append(entry)
         for op, reply in chosen:
             reply(Appended(self.batch, self.time, op.entries))

@@ -154,7 +154,9 @@ class Simulation:
         self.crash_after = None if crash_after is None else self.commits + crash_after
         for row in self.rows.values():
             if row.state is State.RUNNING:
-                row.state, row.due, row.run.crash_suspect = State.PENDING, self.time, True
+                row.state = State.PENDING
+                row.due = self.time
+                row.run.crash_suspect = True
         self.services = WorkerServices(
             store=cast(Any, self),
             clock=self,
@@ -189,7 +191,7 @@ class Simulation:
         children too.
         """
         assert row.state in (State.FAILED, State.CANCELLED, State.HELD, State.DEAD)
-        forgiven = {entry.call_key for entry in row.journal if entry.kind is Kind.ERROR}
+        failed_calls = {entry.call_key for entry in row.journal if entry.kind is Kind.ERROR}
         kept = [
             entry
             for entry in row.journal
@@ -200,12 +202,15 @@ class Simulation:
             for e in kept
         ]
         row.known = {(entry.call_key, entry.attempt, entry.kind) for entry in row.journal}
-        row.state, row.due, row.outcome, row.run.started_at = State.PENDING, self.time, None, None
+        row.state = State.PENDING
+        row.due = self.time
+        row.outcome = None
+        row.run.started_at = None
         row.run.cancel_requested = False
         for child in list(self.rows.values()):
             if (
                 child.run.parent == row.run.id
-                and child.run.parent_call_key in forgiven
+                and child.run.parent_call_key in failed_calls
                 and child.state is not State.COMPLETED
             ):
                 self.retry(child)
@@ -376,7 +381,9 @@ class Simulation:
         return Appended(self.batch, self.time, op.entries)
 
     def _add(self, row: Row, entry: Entry) -> None:
-        entry.batch, entry.position, entry.at = self.batch, self._pos, entry.at or self.time
+        entry.batch = self.batch
+        entry.position = self._pos
+        entry.at = entry.at or self.time
         self._pos += 1
         row.journal.append(msgspec.structs.replace(entry))
         row.known.add((entry.call_key, entry.attempt, entry.kind))
@@ -389,15 +396,16 @@ class Simulation:
             case Suspended(until, seen):
                 self._suspend(row, until, seen)
             case Interrupted():
-                row.state, row.due, row.run.crash_suspect = State.PENDING, self.time, False
+                row.state = State.PENDING
+                row.due = self.time
+                row.run.crash_suspect = False
             case Restarted(params, first):
-                row.state, row.due, row.journal, row.run.params = (
-                    State.PENDING,
-                    self.time,
-                    [],
-                    params,
-                )
-                row.run.started_at, row.known = None, set()
+                row.state = State.PENDING
+                row.due = self.time
+                row.journal = []
+                row.run.params = params
+                row.run.started_at = None
+                row.known = set()
                 self._add(row, first)
             case NeedsAttention():
                 row.state = State.HELD
@@ -419,7 +427,8 @@ class Simulation:
     def _suspend(self, row: Row, until: int | None, seen: int) -> None:
         row.suspensions.append(until)
         late = any(entry.batch > seen for entry in row.journal)
-        row.state, row.due = (State.PENDING, self.time) if late else (State.WAITING, until)
+        row.state = State.PENDING if late else State.WAITING
+        row.due = self.time if late else until
 
     def _answer(self, parent: Row, entry: Entry) -> bool:
         if any(
@@ -428,7 +437,8 @@ class Simulation:
             return False
         self._add(parent, entry)
         if parent.state is State.WAITING:
-            parent.state, parent.due = State.PENDING, self.time
+            parent.state = State.PENDING
+            parent.due = self.time
         return True
 
     async def cancel(self, run: int, reason: str) -> State:
@@ -439,7 +449,8 @@ class Simulation:
             if run in self.executions:
                 self.executions[run].cancel(reason)
         elif before.is_live:
-            row.state, row.outcome = State.CANCELLED, Cancelled(reason)
+            row.state = State.CANCELLED
+            row.outcome = Cancelled(reason)
         for child in list(self.rows.values()):
             if child.run.parent == run and before.is_live:
                 await self.cancel(child.run.id, reason)
@@ -461,7 +472,8 @@ class Simulation:
         assert self.executions.pop(execution.run.id, None) is execution, "settled twice"
         parent = execution.run.parent
         if isinstance(reply, Settled) and reply.answer is not None and parent in self.executions:
-            self.executions[parent].on_child_settled(reply.answer)
+            execution = self.executions[parent]
+            execution.guarded(execution.on_durable, reply.answer)
 
     def event(self, run: Run, ident: str, event_type: str, fields: dict[str, Any]) -> Arrival:
         if isinstance(fields["data"], set):
