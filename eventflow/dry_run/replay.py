@@ -244,6 +244,7 @@ class _DryRun:
     # ------------------------------------------------------------------------- the result
 
     def to_json(self) -> dict[str, Any]:
+        """The result, after `read`."""
         query = self._query
         simulator = self._simulator
         return {

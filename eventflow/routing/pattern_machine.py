@@ -143,6 +143,7 @@ class Advance(msgspec.Struct):
 
 
 def merge_items(items: Sequence[PatternItem], time: int, at: int) -> PatternItem:
+    """The match of these items, which happened at `time` and is found at `at`."""
     events = tuple(sorted(event for item in items for event in item.events))
     size = sum(item.size for item in items)
     held = max(item.paused_event for item in items)

@@ -80,6 +80,7 @@ class RunContext:
 
     @property
     def random(self) -> random.Random:
+        """In the flow a generator seeded by the run; in a task body one that is not replayed."""
         if task_context() is not None:  # draws of a task body must not change those of the flow
             self._body_random = self._body_random or random.Random()
             return self._body_random
@@ -102,6 +103,7 @@ class RunContext:
 
     @property
     def now(self) -> datetime:
+        """The time of the last value that the journal delivered: the same in a replay."""
         return to_datetime(self._now())
 
 

@@ -126,12 +126,12 @@ class TaskCall:
         "body",
         "call_key",
         "context",
+        "failed_attempts",
         "fingerprint",
         "future",
         "handle",
+        "is_running",
         "kwargs",
-        "running",
-        "spent",
         "task",
         "thread",
     )
@@ -154,8 +154,8 @@ class TaskCall:
         self.context: Any = None
         self.body: TaskContext | None = None  # of the current attempt, or the last one
         self.attempt: int = 0  # the number of the current attempt, or the last one
-        self.spent: int = 0  # failed attempts since the last manual retry, for Retry.attempts
-        self.running: bool = False  # whether a body is executing
+        self.failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
+        self.is_running: bool = False  # whether a body is executing
         self.thread: Any = None  # where a plain `def` body runs
 
 
