@@ -1,4 +1,4 @@
-# eventflow with its Kafka, S3 and Postgres extras, as a user without rights. compose.yaml builds it.
+# eventflow with its Kafka, S3 and Postgres extras, run by an unprivileged user. compose.yaml builds it.
 FROM python:3.12-slim
 
 RUN useradd --create-home --uid 1000 eventflow && mkdir /data && chown eventflow /data

@@ -55,7 +55,9 @@ class Connection(asyncio.Protocol):
     def __init__(
         self, requests: Iterator[bytes], statuses: Counter[int], done: asyncio.Future[None]
     ) -> None:
-        self.requests, self.statuses, self.done = requests, statuses, done
+        self.requests = requests
+        self.statuses = statuses
+        self.done = done
         self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -96,7 +98,10 @@ def requests(path: str, count: int) -> Iterator[bytes]:
     known by.
     """
     for number, body in enumerate(load.bodies(count)):
-        head = f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\nwebhook-id: m-{number}\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+            f"webhook-id: m-{number}\r\n"
+        )
         yield f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
 
 
@@ -207,7 +212,8 @@ def main() -> None:
         )
     else:
         print(
-            f"echo: {rate(args.events):,.0f} answers/s ({args.connections} connections, uvloop, httptools)"
+            f"echo: {rate(args.events):,.0f} answers/s ({args.connections} connections, "
+            "uvloop, httptools)"
         )
 
 

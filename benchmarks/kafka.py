@@ -74,12 +74,17 @@ async def bare(quick: bool) -> dict[str, float]:
             rows = sqlite3.connect(f"{folder}/bare.db", isolation_level=None)
             rows.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             rows.execute(
-                "CREATE TABLE records (topic, partition, offset, at, key, value, PRIMARY KEY (topic, partition, offset))"
+                "CREATE TABLE records (topic, partition, offset, at, key, value, PRIMARY KEY "
+                "(topic, partition, offset))"
             )
             consumer = AIOKafkaConsumer(
-                topic, bootstrap_servers=broker.server, group_id="bare", enable_auto_commit=False, auto_offset_reset="earliest",
+                topic,
+                bootstrap_servers=broker.server,
+                group_id="bare",
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
                 **MEMBER,
-            )  # fmt: skip
+            )
             await consumer.start()
             began, seen = time.perf_counter(), 0
             while seen < count:
@@ -177,7 +182,8 @@ def main() -> int:
     options = parser.parse_args()
     first, most, lag = asyncio.run(waiting(options.records, options.max_pending, options.seconds))
     print(
-        f"{lag:,} records wait; {first:.0f} MB resident when the ledger became full, {most:.0f} MB at most since"
+        f"{lag:,} records wait; {first:.0f} MB resident when the ledger became full, {most:.0f} MB "
+        "at most since"
     )
     return int(most > first * 1.5)
 

@@ -49,7 +49,8 @@ class Limit:
         self.db.executescript(SCHEMA)
         self.log = (folder / "limit.log").open("ab", buffering=1 << 20)
         self.task = task
-        self.finished = self.last_id = 0
+        self.finished = 0
+        self.last_id = 0
         self.ticking = False
         self.running: set[asyncio.Task[None]] = set()
         self.fresh: list[tuple[int, str, bytes, Any]] = []
@@ -78,7 +79,10 @@ class Limit:
     def tick(self) -> None:
         """One commit of all that is ready, then what follows from it."""
         fresh, waiters, results, ends = self.fresh, self.waiters, self.results, self.ends
-        self.fresh, self.waiters, self.results, self.ends = [], [], [], []
+        self.fresh = []
+        self.waiters = []
+        self.results = []
+        self.ends = []
         self.ticking = False
         self.db.execute("BEGIN IMMEDIATE")
         self.insert("INSERT INTO events VALUES ", "(?,?,?)", [row[:3] for row in fresh])
@@ -94,8 +98,8 @@ class Limit:
             task.add_done_callback(self.running.discard)
         self.ends += [row[:1] for row in results]
         self.finished += len(ends)
-        self.say("run.claimed", fresh)
-        self.say("run.completed", ends)
+        self.write_log("run.claimed", fresh)
+        self.write_log("run.completed", ends)
         if self.ends:
             self.wake()
 
@@ -110,7 +114,7 @@ class Limit:
         self.results.append((ident, "score", orjson.dumps(await self.task(data))))
         self.wake()
 
-    def say(self, event: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def write_log(self, event: str, rows: Sequence[tuple[Any, ...]]) -> None:
         lines = [
             orjson.dumps(
                 {"event": event, "run": row[0], "level": "info", "at": time.time_ns() // 1000},

@@ -34,7 +34,8 @@ class Ours:
     """An open App, and the way into it."""
 
     def __init__(self, app: App, intake: Intake) -> None:
-        self.app, self.intake = app, intake
+        self.app = app
+        self.intake = intake
 
     async def accept(self, *bodies: bytes) -> None:
         """What a trigger does: makes events of bytes, hands them in, returns when they are

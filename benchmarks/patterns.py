@@ -26,8 +26,10 @@ from eventflow.store.transaction import TOTALS, Transaction
 
 FIGURES = (
     Figure(key="machine", what="count: the machine alone", unit="/s", floor=50_000, goal=200_000, combine=alone),
-    Figure(key="count", what="count: events/s per core in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
-    Figure(key="batch", what="Batch: events/s per core in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
+    Figure(key="count", what="count: events/s per core "
+                             "in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
+    Figure(key="batch", what="Batch: events/s per core "
+                             "in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
     Figure(key="key", what="count: memory of an open key", unit="kB", floor=4, goal=2, combine=alone, lower_is_better=True),
     Figure(key="growth", what="count: growth by ten times the events", unit="MB", floor=4, goal=1,
            combine=alone, lower_is_better=True),

@@ -13,7 +13,8 @@ from benchmarks.measure import Figure, alone
 
 FIGURES = (
     Figure(key="import", what="import eventflow", unit="ms", floor=1.4, goal=1.1, lower_is_better=True),
-    Figure(key="first_run", what="start of a script → first run done", unit="ms", floor=600, goal=300,
+    Figure(key="first_run", what="start of a script → "
+                                 "first run done", unit="ms", floor=600, goal=300,
            combine=alone, lower_is_better=True),
 )  # fmt: skip
 
@@ -78,7 +79,8 @@ def first_run() -> float:
         took = time.perf_counter() - began
         if script.wait() or answer != "42\n":
             raise RuntimeError(
-                f"expected the script to print 42 and exit 0, found {answer!r} and {script.returncode}"
+                f"expected the script to print 42 and exit 0, found {answer!r} and "
+                f"{script.returncode}"
             )
         return took * 1e3
 

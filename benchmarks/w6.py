@@ -17,9 +17,11 @@ from benchmarks.measure import Figure, alone
 from eventflow import flow, task
 
 FIGURES = (
-    Figure(key="ready", what="kill -9 with 10,000 runs in flight: ready again", unit="s", floor=2, goal=0.7,
+    Figure(key="ready", what="kill -9 with 10,000 runs in "
+                             "flight: ready again", unit="s", floor=2, goal=0.7,
            combine=alone, lower_is_better=True),
-    Figure(key="claimed", what="kill -9 with 10,000 runs in flight: all claimed again", unit="s", floor=10, goal=3,
+    Figure(key="claimed", what="kill -9 with 10,000 runs in flight: all "
+                               "claimed again", unit="s", floor=10, goal=3,
            combine=alone, lower_is_better=True),
 )  # fmt: skip
 
@@ -44,18 +46,18 @@ def spent(store: Path, runs: int, events: int) -> dict[str, float]:
     assert process.stdout is not None
     try:
         return {
-            expect(word, process.stdout.readline()): time.perf_counter() - began
-            for word in ("ready", "claimed")
+            expect(line_wanted, process.stdout.readline()): time.perf_counter() - began
+            for line_wanted in ("ready", "claimed")
         }
     finally:
         process.kill()
         process.wait()
 
 
-def expect(word: str, line: str) -> str:
-    if line.strip() != word:
-        raise RuntimeError(f"expected {word!r}, found {line!r}")
-    return word
+def expect(line_wanted: str, line: str) -> str:
+    if line.strip() != line_wanted:
+        raise RuntimeError(f"expected {line_wanted!r}, found {line!r}")
+    return line_wanted
 
 
 async def hold(store: Path, runs: int, events: int) -> None:

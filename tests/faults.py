@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of a real server that can be told to fail: throttle, refuse, hang up, be
+"""An HTTP proxy in front of a real server that can be made to fail: throttle, refuse, hang up, be
 slow.
 
 Tests put it between `S3` and its server. `fail` takes a rule: which requests, how often, and what
@@ -26,12 +26,13 @@ THROTTLED = (
 )
 EXPIRED = (
     400,
-    '{"__type": "com.amazonaws.sqs#ExpiredToken", "message": "The security token included is expired"}',
+    '{"__type": "com.amazonaws.sqs#ExpiredToken", "message": "The security token included '
+    'is expired"}',
 )
 DENIED = (403, "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
 HANG_UP = (0, "")
 
-Asked = Callable[[str, str, Mapping[str, str]], bool]
+RequestFilter = Callable[[str, str, Mapping[str, str]], bool]
 """Which requests: method, path with query, headers (lower-case names)."""
 
 
@@ -42,7 +43,7 @@ class Rule:
     Without one they go through, `delay` seconds late; their answer comes `after` seconds late.
     """
 
-    which: Asked
+    which: RequestFilter
     answer: tuple[int, str] | None
     times: int | None
     delay: float
@@ -60,9 +61,14 @@ class Proxy:
     seen: list[tuple[str, str, Mapping[str, str]]] = field(default_factory=list)
 
     def fail(
-        self, which: Asked, answer: tuple[int, str] | None = None, *, times: int | None = None, delay: float = 0.0,
+        self,
+        which: RequestFilter,
+        answer: tuple[int, str] | None = None,
+        *,
+        times: int | None = None,
+        delay: float = 0.0,
         after: float = 0.0,
-    ) -> Rule:  # fmt: skip
+    ) -> Rule:
         self.rules.append(Rule(which, answer, times, delay, after))
         return self.rules[-1]
 
@@ -78,7 +84,7 @@ class Proxy:
         return None
 
 
-def action(name: str) -> Asked:
+def action(name: str) -> RequestFilter:
     """SQS calls of this name."""
     return lambda method, path, headers: headers.get("x-amz-target", "").endswith(f".{name}")
 

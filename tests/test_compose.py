@@ -48,7 +48,7 @@ def test_nothing_is_published_beyond_loopback(compose: dict[str, Any]):
         assert {address for address, _, _ in published(service)} == {"127.0.0.1"}, name
 
 
-def test_every_service_says_when_it_is_healthy(compose: dict[str, Any]):
+def test_every_service_has_a_health_check(compose: dict[str, Any]):
     """Every service has a health check, and the app waits for those of its parts."""
     services = compose["services"]
     assert all(service["healthcheck"]["test"][0] == "CMD" for service in services.values())
@@ -57,7 +57,7 @@ def test_every_service_says_when_it_is_healthy(compose: dict[str, Any]):
 
 
 @pytest.mark.parametrize("name", ADDRESSES)
-def test_the_app_is_told_where_its_parts_are(compose: dict[str, Any], name: str):
+def test_the_app_gets_the_addresses_of_its_services(compose: dict[str, Any], name: str):
     """Each address in the app's environment names a service of the file, at a port that the service
     listens on.
     """

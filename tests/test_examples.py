@@ -26,7 +26,7 @@ import httpx2
 import pytest
 
 from tests.aws import Aws, Bucket, ministack
-from tests.brokers import some_broker
+from tests.brokers import given_or_noida
 from tests.conftest import wait_until
 from tests.server_process import ROOT, ServerProcess, environment
 
@@ -74,7 +74,7 @@ def served(example: str, folder: Path, **env: str) -> Iterator[ExampleServer]:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_examples_stay_short_and_say_how_to_run_them(path: Path):
+def test_examples_stay_short_and_explain_how_to_run_them(path: Path):
     """An example is 40 to 80 lines, and opens with the commands that run it and with what to
     watch.
     """
@@ -202,7 +202,7 @@ def order(server: ExampleServer, ident: str, data: Any) -> httpx2.Response:
 
 def test_orders_are_scored_through_bad_moments(tmp_path: Path, scorer: tuple[str, dict[str, int]]):
     """An order is scored although the scorer fails twice; a duplicate, forged, empty and refused
-    one are told apart.
+    one are distinguished.
     """
     url, asked = scorer
     with served("orders_webhook.py", tmp_path, ORDERS_SECRET=SECRET, SCORER_URL=url) as server:
@@ -442,7 +442,7 @@ def alert(
     server: ExampleServer, feature: str, since: str = "2026-07-01T00:00:00Z"
 ) -> httpx2.Response:
     alert_data = {"model": "digits", "feature": feature, "statistic": 0.31, "starts_at": since}
-    return server.client.post("/hooks/drift", json=alert_data, headers={"authorization": "Bearer secret"})
+    return server.post("/hooks/drift", alert_data, authorization="Bearer secret")
 
 
 def arrive(count: int, folder: Path) -> None:
@@ -471,7 +471,7 @@ def test_drift_retrains_on_from_the_epoch_it_was_killed_in(tmp_path: Path):
         wait_until(
             lambda: (5, 780) in epochs(tmp_path), "the training is well under way", within=60
         )
-        assert alert(server, "pixels").status_code == 200  # told again: a duplicate
+        assert alert(server, "pixels").status_code == 200  # sent again: a duplicate
         assert alert(server, "labels").status_code == 202
         wait_until(lambda: (7, 780) in epochs(tmp_path), "epoch 7 is under way", within=60)
         server.kill()
@@ -533,9 +533,9 @@ def test_the_drift_docstring_sends_an_alert(tmp_path: Path):
             capture_output=True,
         )
         wait_until(partial(are_judged, server, 1), "the model is judged", within=60)
-    shown = [sys.executable, str(ROOT / "examples/model_registry.py"), "digits"]
-    shown_text = subprocess.run(shown, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert f"champion: {registered(tmp_path)[0].stem}" in shown_text and "'accuracy': 0.9" in shown_text
+    show = [sys.executable, str(ROOT / "examples/model_registry.py"), "digits"]
+    text = subprocess.run(show, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert f"champion: {registered(tmp_path)[0].stem}" in text and "'accuracy': 0.9" in text
 
 
 def are_judged(server: ExampleServer, models: int) -> bool:
@@ -577,7 +577,7 @@ def test_kafka_orders_are_scored_once_over_a_kill(tmp_path: Path):
     """Orders in one topic, scores in another, junk in a third: a kill -9 half-way loses nothing and
     scores nothing twice.
     """
-    with some_broker(tmp_path / "broker") as broker:
+    with given_or_noida(tmp_path / "broker") as broker:
         for topic in ("orders", "scores", "dead-orders"):
             asyncio.run(broker.create(topic))
         orders = [{"id": f"o-{n}", "customer": f"c-{n % 7}", "total": n} for n in range(60)]

@@ -266,7 +266,9 @@ async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
     assert len(images) > 3
     assert await replayed(app, live, handle.number) == value
     for left in images.values():
-        recorded = {f"{format_id(entry['run'])}/{entry['call_key']}" for entry in Ledger(left).journal}
+        recorded = {
+            f"{format_id(entry['run'])}/{entry['call_key']}" for entry in Ledger(left).journal
+        }
         bodies.clear()
         async with running(app, store=left):
             value = await (await app.run_handle(handle.number)).result()
@@ -281,7 +283,8 @@ async def replayed(app: App, store: Path, run: int) -> Any:
     copy = Path(shutil.copyfile(store, store.with_suffix(".again.db")))
     connection = sqlite3.connect(copy)
     connection.execute(
-        "UPDATE runs SET state = 0, result = NULL, codec = NULL, outcome_crc = NULL, finished_at = NULL"
+        "UPDATE runs SET state = 0, result = NULL, codec = NULL, outcome_crc = NULL, "
+        "finished_at = NULL"
     )
     connection.execute("UPDATE ledger SET completed = completed - 1, pending = pending + 1")
     connection.commit()
@@ -515,7 +518,9 @@ async def test_p10_fail_stop(tmp_path: Path) -> None:
         )
         await posted(
             app,
-            ConnectionJob(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()),
+            ConnectionJob(
+                lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchone()
+            ),
         )
         began = SystemClock().monotonic()
         with pytest.raises(StoreFailed, match="SQLITE_FULL"):

@@ -26,10 +26,10 @@ from eventflow.events.event import Event
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, Failed, State, Suspended
 from eventflow.store.admin import MAX_CRASHES, RETRYABLE
-from eventflow.store.protocol import Append, MarkStarted, Fenced, Settle
+from eventflow.store.protocol import Append, Fenced, MarkStarted, Settle
 from eventflow.testing import drain
 from eventflow.web import actions
-from tests.world import Ledger, Plan, World, expected
+from tests.world import Ledger, StepPlan, World, expected
 
 T = TypeVar("T")
 
@@ -106,11 +106,11 @@ class Promises(RuleBasedStateMachine):
         return Event(id=f"e{len(self.sent)}", source="/s", type="t", data={"ok": ok, "plan": plan})
 
     @rule(plan=plans)
-    def send_event(self, plan: Plan) -> None:
+    def send_event(self, plan: StepPlan) -> None:
         self.send(self.event(plan), "paused" if self.paused else "run")
 
     @rule(plan=plans)
-    def send_filtered(self, plan: Plan) -> None:
+    def send_filtered(self, plan: StepPlan) -> None:
         self.send(self.event(plan, ok=False), "filtered")
 
     @rule()
@@ -135,7 +135,7 @@ class Promises(RuleBasedStateMachine):
         )
 
     @rule(key=st.sampled_from(["k1", "k2", "k3"]), plan=plans)
-    def start(self, key: str, plan: Plan) -> None:
+    def start(self, key: str, plan: StepPlan) -> None:
         work = self.world.app.flow("work")
         try:
             handle = self.do(self.world.app.start(work, idempotency_key=key, plan=plan))
@@ -180,9 +180,9 @@ class Promises(RuleBasedStateMachine):
             return
         run = list(ledger.runs)[which % len(ledger.runs)]
         before = self.do(self.world.app.store.cancel(run, "no longer wanted"))
-        if before.live:
+        if before.is_live:
             self.cancelled |= ledger.family(run)
-        if before.live and before is not State.RUNNING:
+        if before.is_live and before is not State.RUNNING:
             assert self.world.look().state(run) is State.CANCELLED
         self.do(self.world.rest())
         assert self.world.look().state(run) not in (State.PENDING, State.WAITING, State.RUNNING)
@@ -205,7 +205,7 @@ class Promises(RuleBasedStateMachine):
             self.revived |= ledger.family(run)
 
     @rule(which=some, plan=plans)
-    def redrive(self, which: int, plan: Plan) -> None:
+    def redrive(self, which: int, plan: StepPlan) -> None:
         letters = self.world.look().dead
         if not letters:
             return
@@ -240,7 +240,7 @@ class Promises(RuleBasedStateMachine):
         self.do(self.world.rest())
 
     @rule(plans=st.lists(plans, min_size=1, max_size=3), moment=moments)
-    def crash_while_events_come(self, plans: list[Plan], moment: int) -> None:
+    def crash_while_events_come(self, plans: list[StepPlan], moment: int) -> None:
         sends: list[Coroutine[Any, Any, None]] = []
         for plan in plans:
             sends.append(
@@ -397,7 +397,9 @@ class Promises(RuleBasedStateMachine):
                 assert self._end(ledger, ident) == known
         self.revived.clear()
         self.ended = {
-            ident: self._end(ledger, ident) for ident in ledger.runs if not ledger.state(ident).live
+            ident: self._end(ledger, ident)
+            for ident in ledger.runs
+            if not ledger.state(ident).is_live
         }
         assert not ledger.in_state(State.HELD)
         assert self.world.crashes >= MAX_CRASHES or not ledger.in_state(State.DEAD)

@@ -23,15 +23,15 @@ from eventflow.testing import MemoryTrigger, VirtualClock
 from eventflow.testing.idle import wait_until_idle
 
 Step: TypeAlias = list[Any]
-Plan: TypeAlias = list[Step]
+StepPlan: TypeAlias = list[Step]
 """What a flow does, one step after another: `["value", 3]`, `["sleep", 60]`, `["child", [...]]` …
 see `World._flows`.
 """
 
-PATIENCE = 0.02
+TIMEOUT_SECONDS = 0.02
 
 
-def expected(plan: Plan) -> list[Any]:
+def expected(plan: StepPlan) -> list[Any]:
     """What a run of this plan returns, whatever happens to it on the way, once everything is
     mended.
     """
@@ -71,7 +71,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.clock = VirtualClock(busy_timeout=PATIENCE)
+        self.clock = VirtualClock(busy_timeout=TIMEOUT_SECONDS)
         self.gate = asyncio.Event()
         self.gate.set()
         self.mended = False
@@ -90,14 +90,14 @@ class World:
         self.app = App(
             "world", clock=self.clock, store=f"sqlite:///{self.path}", ballast=0, free_floor=0
         )
-        work, heard = self._flows(self.life)
+        work, forward = self._flows(self.life)
         self.app.on(self.source, work, where={"ok": [True]})
-        self.app.on("made", heard)
+        self.app.on("made", forward)
         await self.app.open()
         self.clock.attach(self.app)
 
     async def rest(self) -> None:
-        await wait_until_idle(self.app, PATIENCE)
+        await wait_until_idle(self.app, TIMEOUT_SECONDS)
 
     async def restart(self) -> None:
         """A clean stop, with little patience for bodies under way, and a start."""
@@ -130,7 +130,8 @@ class World:
             call = current_task()
             if call.idempotency_key in world.recorded:
                 world.wrong.append(
-                    f"{call.idempotency_key} runs again, attempt {call.attempt}: its value is recorded"
+                    f"{call.idempotency_key} runs again, attempt {call.attempt}: its "
+                    "value is recorded"
                 )
             world.bodies[call.idempotency_key] += 1
             world.started.append((call.idempotency_key, call.attempt, world.clock.now()))
@@ -214,10 +215,10 @@ class World:
             return [await take(step) for step in plan]
 
         @flow(name="heard")
-        async def heard(plan: list[Any]) -> list[Any]:
+        async def forward(plan: list[Any]) -> list[Any]:
             return [await take(step) for step in plan]
 
-        return work, heard
+        return work, forward
 
     # ----------------------------------------------------------------- what is in the ledger
 
@@ -239,7 +240,9 @@ class Ledger:
             self.events = {
                 row["event_id"]: row for row in connection.execute("SELECT * FROM events")
             }
-            self.journal = list(connection.execute("SELECT * FROM journal ORDER BY batch, position"))
+            self.journal = list(
+                connection.execute("SELECT * FROM journal ORDER BY batch, position")
+            )
             self.totals = dict(connection.execute("SELECT * FROM ledger").fetchone())
             self.dead = list(connection.execute("SELECT * FROM dead_letters"))
             self.cursors = {
@@ -259,7 +262,7 @@ class Ledger:
         """The idempotency key of the call that an entry belongs to."""
         return f"{format_id(entry['run'])}/{entry['call_key']}"
 
-    def plan(self, run: int) -> Plan:
+    def plan(self, run: int) -> StepPlan:
         row = self.runs[run]
         if row["params"] is not None:
             return orjson.loads(row["params"])["plan"]

@@ -99,7 +99,8 @@ def _subscription_lines(counts: Mapping[str, Any]) -> list[str]:
     """The runs and events of a subscription, and the reasons why events start no run."""
     name = click.style(counts["subscription"], bold=True)
     waiting = f", {counts['waiting']} still wait at the end" if counts["waiting"] else ""
-    runs, events = plural(counts["runs"], "run"), plural(counts["events"], "event")
+    runs = plural(counts["runs"], "run")
+    events = plural(counts["events"], "event")
     lines = [f"{name}: {runs} of {events}; {counts['received']} received{waiting}"]
     for each in sorted(counts["reasons"], key=lambda reason: -reason["events"]):
         reason = escape_controls(each["reason"])

@@ -16,7 +16,7 @@ from eventflow.events.event import parse_time
 
 _UNITS: Final = {"w": "weeks", "d": "days", "h": "hours", "m": "minutes", "s": "seconds"}
 _AGE: Final = re.compile(
-    "".join(rf"(?:(?P<{word}>\d+){letter})?" for letter, word in _UNITS.items())
+    "".join(rf"(?:(?P<{unit}>\d+){letter})?" for letter, unit in _UNITS.items())
 )
 
 
@@ -47,4 +47,4 @@ def _parse_age(text: str) -> timedelta | None:
     found = _AGE.fullmatch(text)
     if found is None or not text:
         return None
-    return timedelta(**{word: int(number) for word, number in found.groupdict(default="0").items()})
+    return timedelta(**{unit: int(number) for unit, number in found.groupdict(default="0").items()})

@@ -44,8 +44,8 @@ class Report:
     def timeline(self, kind: str, text: str, at_us: int | None = None) -> None:
         """Write one line of the timeline, with the time `at_us` or now."""
         seconds = self.seconds if at_us is None else (at_us - self._started_us) / SECOND
-        word = click.style(f"{kind:<10}", fg=COLOURS.get(kind, "cyan"), bold=kind == "kill -9")
-        self.write(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {word} {text}")
+        label = click.style(f"{kind:<10}", fg=COLOURS.get(kind, "cyan"), bold=kind == "kill -9")
+        self.write(f"{click.style(f'{seconds:6.2f} s', dim=True)}  {label} {text}")
 
     def heading(self, text: str) -> None:
         self.write()

@@ -44,7 +44,8 @@ def demo(serve: bool, port: int) -> int:
     checked. The exit code is 1 when a check fails.
     """
     clock = SystemClock()
-    environment, report = DemoEnvironment(clock), Report(sys.stdout, clock)
+    environment = DemoEnvironment(clock)
+    report = Report(sys.stdout, clock)
     passed = False
     try:
         passed = run_scenario(environment, report, clock, serve, port)
@@ -169,8 +170,8 @@ class Scenario:
             kind = error["type"].rpartition(":")[2]
             text = f"score(order-3), attempt {error['attempt']}: {kind}: {error['message']}"
             lines.append((error["at"], "failed", text))
-        for at, word, text in sorted(lines):
-            self.timeline(word, text, parse_instant(at))
+        for at, kind, text in sorted(lines):
+            self.timeline(kind, text, parse_instant(at))
 
     def rush(self) -> None:
         """Start a price list and a dozen orders at once, and wait until they are half done."""

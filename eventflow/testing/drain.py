@@ -41,7 +41,7 @@ async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> A
 
     async def ended() -> bool:
         state = State[(await handle.row())["state"].upper()]
-        return not state.live or state in (State.PAUSED, State.HELD)
+        return not state.is_live or state in (State.PAUSED, State.HELD)
 
     await _run_until(app, True, DEFAULT_TIMEOUT_SECONDS, ended)
     if not await ended():

@@ -115,7 +115,7 @@ def _pending_reasons(execution: Execution) -> Iterator[str]:
         if isinstance(target, TaskCall):
             yield (
                 f"the body of {call_key}, attempt {target.attempt}"
-                if target.running
+                if target.is_running
                 else f"the next attempt of {call_key}"
             )
         elif isinstance(target, FlowTimer):

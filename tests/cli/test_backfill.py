@@ -125,17 +125,18 @@ def sound(served: ServerProcess) -> None:
 
 def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: ServerProcess):
     """Every occurrence of the window gets one run, at most --limit at a time, in order of their
-    times; given again, the command starts nothing. The count is said before anything starts.
+    times; given again, the command starts nothing. The count is answer before anything starts.
     """
-    code, said, told = backfill(reports, "report", *MAY, "--limit", "3", "--yes")
-    assert code == 0 and said["states"] == {"completed": 15}
-    assert (said["occurrences"], said["started"], said["known"]) == (15, 15, 0)
-    assert told.startswith(
-        "eventflow: 15 occurrences of daily, 2026-05-01T04:00:00Z to 2026-05-15T04:00:00Z, for flow report"
+    code, answer, errors = backfill(reports, "report", *MAY, "--limit", "3", "--yes")
+    assert code == 0 and answer["states"] == {"completed": 15}
+    assert (answer["occurrences"], answer["started"], answer["known"]) == (15, 15, 0)
+    assert errors.startswith(
+        "eventflow: 15 occurrences of daily, 2026-05-01T04:00:00Z to 2026-05-15T04:00:00Z, "
+        "for flow report"
     )
     assert sorted(days(reports)) == EACH and most_at_once(reports) <= 3
-    code, said, _ = backfill(reports, "report", *MAY, "--yes")
-    assert code == 0 and (said["started"], said["known"], said["states"]) == (
+    code, answer, _ = backfill(reports, "report", *MAY, "--yes")
+    assert code == 0 and (answer["started"], answer["known"], answer["states"]) == (
         0,
         15,
         {"completed": 15},
@@ -147,14 +148,14 @@ def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: ServerProcess):
     sound(reports)
 
 
-def test_it_tells_how_far_it_is(reports: ServerProcess):
+def test_it_reports_progress(reports: ServerProcess):
     """While it runs it says on stderr, now and then, how many are begun, alive and ended."""
-    code, said, told = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
-    assert code == 0 and said["started"] == 15 and most_at_once(reports) == 1
-    assert re.search(r"^eventflow: \d+ of 15 started, 1 live; \d+ completed$", told, re.MULTILINE)
+    code, answer, errors = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
+    assert code == 0 and answer["started"] == 15 and most_at_once(reports) == 1
+    assert re.search(r"^eventflow: \d+ of 15 started, 1 live; \d+ completed$", errors, re.MULTILINE)
 
 
-def test_a_dry_run_tells_and_starts_nothing(idle: ServerProcess):
+def test_a_dry_run_reports_and_starts_nothing(idle: ServerProcess):
     """--dry-run lists the occurrences with what would become of each, and records nothing."""
     done = eventflow(idle.folder, "backfill", "report", *MAY, "--dry-run")
     assert done.returncode == 0
@@ -167,8 +168,8 @@ def test_without_a_terminal_it_wants_yes(idle: ServerProcess):
     """When nobody can be asked, it says how many there are, and that --yes is missing; nothing
     starts.
     """
-    code, _, told = backfill(idle, "report", *MAY)
-    assert code == 2 and "15 occurrences" in told and "--yes" in told
+    code, _, errors = backfill(idle, "report", *MAY)
+    assert code == 2 and "15 occurrences" in errors and "--yes" in errors
     assert days(idle) == []
 
 
@@ -187,12 +188,12 @@ def test_it_asks(reports: ServerProcess, answer: bytes, started: int):
             text=True,
         )
         os.write(ours, answer)
-        _, told = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
     finally:
         os.close(ours)
         os.close(theirs)
     assert process.returncode == 0
-    assert "15 occurrences" in told and re.search(r"Start them\? \[y/N\]", told)
+    assert "15 occurrences" in errors and re.search(r"Start them\? \[y/N\]", errors)
     assert len(days(reports)) == started
 
 
@@ -224,11 +225,11 @@ def test_killed_and_given_again_each_runs_once(reports: ServerProcess):
     wait_until(lambda: len(days(reports)) >= 8, "eight are done")
     reports.signal(signal.SIGKILL)
     reports.wait()
-    _, told = second.communicate(timeout=DEADLINE)
-    assert second.returncode == 4 and b"no server answers" in told
+    _, errors = second.communicate(timeout=DEADLINE)
+    assert second.returncode == 4 and b"no server answers" in errors
     with serving(reports.folder, file="reports.py") as served:
-        code, said, _ = backfill(served, "report", *MAY, "--limit", "2", "--yes")
-        assert code == 0 and said["states"] == {"completed": 15} and said["known"] >= 8
+        code, answer, _ = backfill(served, "report", *MAY, "--limit", "2", "--yes")
+        assert code == 0 and answer["states"] == {"completed": 15} and answer["known"] >= 8
         runs = served.get("/api/runs", flow="report", limit=1000)["runs"]
         assert len(runs) == 15 and len({run["event"] for run in runs}) == 15
         ended = Counter(
@@ -253,8 +254,8 @@ def test_what_the_schedule_fired_does_not_run_again(reports: ServerProcess):
     first = datetime.fromisoformat(min(event["event_id"] for event in fired).partition("@")[2])
     since, until = (f"{first + timedelta(hours=hours):%Y-%m-%dT%H:%M}" for hours in (-3, 2))
     window = ("--trigger", "hours", "--from", since, "--to", until, "--yes")
-    code, said, _ = backfill(reports, "hourly", *window)
-    assert code == 0 and (said["started"], said["known"]) == (3, 2)
+    code, answer, _ = backfill(reports, "hourly", *window)
+    assert code == 0 and (answer["started"], answer["known"]) == (3, 2)
     (reports.folder / "new").touch()
     assert reports.stop() == 0
     with serving(reports.folder, file="reports.py") as served:
@@ -262,7 +263,7 @@ def test_what_the_schedule_fired_does_not_run_again(reports: ServerProcess):
         assert backfill(served, "later", *window)[1]["started"] == 0
         assert backfill(served, "hourly", *window)[1]["started"] == 0
         again = [backfill(served, "later", *window, "--rerun", "corrected")[1] for _ in range(2)]
-        assert [(said["started"], said["known"]) for said in again] == [(5, 0), (0, 5)]
+        assert [(answer["started"], answer["known"]) for answer in again] == [(5, 0), (0, 5)]
         assert len([line for line in served.diary if line.startswith("later")]) == 10
         assert set(
             Counter(line for line in served.diary if line.startswith("hourly")).values()
@@ -274,7 +275,7 @@ def test_what_the_schedule_fired_does_not_run_again(reports: ServerProcess):
         sound(served)
 
 
-def test_a_failed_run_is_said(reports: ServerProcess):
+def test_a_failed_run_is_reported(reports: ServerProcess):
     """When a run does not complete, the exit code is 1, and the command that shows it is
     printed.
     """
@@ -290,13 +291,23 @@ def test_a_failed_run_is_said(reports: ServerProcess):
 
 
 def test_what_is_to_come_is_the_schedules_own(idle: ServerProcess):
-    """Occurrences that the schedule has not come to are left to it, and that is said; asked for by
+    """Occurrences that the schedule has not come to are left to it, and that is answer; asked for by
     name they are refused.
     """
     tomorrow = datetime.now(UTC) + timedelta(days=3)
     since = f"{datetime.now(UTC) - timedelta(days=2):%Y-%m-%d}"
-    done = eventflow(idle.folder, "backfill", "report", "--trigger", "daily", "--from", since, "--to",
-                     f"{tomorrow:%Y-%m-%d}", "--dry-run")  # fmt: skip
+    done = eventflow(
+        idle.folder,
+        "backfill",
+        "report",
+        "--trigger",
+        "daily",
+        "--from",
+        since,
+        "--to",
+        f"{tomorrow:%Y-%m-%d}",
+        "--dry-run",
+    )
     assert done.returncode == 0 and "for the schedule to fire" in done.stderr
     assert re.search(r"^[23] occurrences", done.stdout.splitlines()[-1])
     coming = datetime.fromisoformat(re.findall(r"(\S+) and later", done.stderr)[0])
@@ -309,14 +320,14 @@ def test_what_is_to_come_is_the_schedules_own(idle: ServerProcess):
 def test_a_paused_schedule_is_not_backfilled(reports: ServerProcess):
     """Runs of a paused trigger would be paused, so it is refused until the trigger is resumed."""
     assert eventflow(reports.folder, "pause", "daily").returncode == 0
-    code, _, told = backfill(reports, "report", *MAY, "--yes")
-    assert code == 2 and "paused" in told
+    code, _, errors = backfill(reports, "report", *MAY, "--yes")
+    assert code == 2 and "paused" in errors
     assert eventflow(reports.folder, "resume", "daily").returncode == 0
     assert backfill(reports, "report", *MAY, "--yes", "--limit", "15")[0] == 0
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "told"),
+    ("args", "code", "errors"),
     [
         (("nope", *MAY), 5, "no flow matches 'nope'"),
         (("report", "--trigger", "nope", *MAY[2:]), 5, "no trigger matches 'nope'"),
@@ -331,7 +342,7 @@ def test_a_paused_schedule_is_not_backfilled(reports: ServerProcess):
         (("report", *MAY[:4]), 2, "--to"),
     ],
 )
-def test_mistakes_are_said(idle: ServerProcess, args: tuple[str, ...], code: int, told: str):
+def test_mistakes_are_reported(idle: ServerProcess, args: tuple[str, ...], code: int, errors: str):
     """What does not fit is one line on stderr and its exit code; nothing starts."""
     if "webhook:/orders" in args:
         (name,) = [
@@ -339,7 +350,7 @@ def test_mistakes_are_said(idle: ServerProcess, args: tuple[str, ...], code: int
         ]
         args = tuple(name if each == "webhook:/orders" else each for each in args)
     found, _, error = backfill(idle, *args, "--yes")
-    assert found == code and told in error
+    assert found == code and errors in error
     assert days(idle) == []
 
 
@@ -360,12 +371,12 @@ def test_without_a_server_it_only_looks(reports: ServerProcess):
         assert refused.returncode == 4 and "no server" in refused.stderr
 
 
-def test_the_api_says_what_is_wrong_with_a_request(reports: ServerProcess):
+def test_the_api_explains_what_is_wrong_with_a_request(reports: ServerProcess):
     """`POST …/backfill` refuses instants that are no occurrences, none, too many, and no label;
     bounds are required.
     """
     path = "/api/triggers/daily/backfill"
-    for body, told in (
+    for body, errors in (
         ({"flow": "report", "at": ["2026-05-01T05:00:00Z"]}, "no occurrence"),
         ({"flow": "report", "at": ["2026-05-01"]}, "time zone"),
         ({"flow": "report", "at": [7]}, "at:"),
@@ -376,7 +387,7 @@ def test_the_api_says_what_is_wrong_with_a_request(reports: ServerProcess):
         ({"at": ["2026-05-01T04:00:00Z"]}, "flow:"),
     ):
         answer = reports.post(path, body)
-        assert answer.status_code == 400 and told in answer.json()["detail"], answer.text
+        assert answer.status_code == 400 and errors in answer.json()["detail"], answer.text
     assert (
         reports.client.get(
             "/api/triggers/daily/occurrences", params={"since": "2026-05-01"}
@@ -390,5 +401,5 @@ def test_the_api_says_what_is_wrong_with_a_request(reports: ServerProcess):
 def test_a_long_window_comes_in_pages(idle: ServerProcess):
     """A window of more than a thousand occurrences is listed whole, each once."""
     window = ("--trigger", "daily", "--from", "2020-01-01", "--to", "2026-01-01", "--dry-run")
-    _, said, _ = backfill(idle, "report", *window)
-    assert len({row["at"] for row in said["occurrences"]}) == len(said["occurrences"]) == 2192
+    _, answer, _ = backfill(idle, "report", *window)
+    assert len({row["at"] for row in answer["occurrences"]}) == len(answer["occurrences"]) == 2192

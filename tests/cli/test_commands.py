@@ -76,11 +76,11 @@ def test_explain(shop: ServerProcess):
     """`explain` says for each subscription what became of an event, by our id or the sender's, and
     how often it came.
     """
-    said = eventflow(shop.folder, "explain", "good").stdout
-    assert "run started" in said and "completed" in said and run_of(shop, "good") in said
-    assert "1, last" in said.partition("duplicates")[2].splitlines()[0]
-    said = eventflow(shop.folder, "explain", "small").stdout
-    assert "filtered" in said and "total" in said
+    text = eventflow(shop.folder, "explain", "good").stdout
+    assert "run started" in text and "completed" in text and run_of(shop, "good") in text
+    assert "1, last" in text.partition("duplicates")[2].splitlines()[0]
+    text = eventflow(shop.folder, "explain", "small").stdout
+    assert "filtered" in text and "total" in text
     assert "dead" in eventflow(shop.folder, "explain", "broken").stdout
     assert asked(shop, "explain", "good")["verdicts"][0]["outcome"] == "run"
 
@@ -89,11 +89,11 @@ def test_show(shop: ServerProcess):
     """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part
     of the id serves.
     """
-    said = eventflow(shop.folder, "show", run_of(shop, "good")).stdout
-    assert "completed" in said and "double#0" in said and '{"score":10.0}' in said
+    text = eventflow(shop.folder, "show", run_of(shop, "good")).stdout
+    assert "completed" in text and "double#0" in text and '{"score":10.0}' in text
     run = failed_run(shop)
-    said = eventflow(shop.folder, "show", run).stdout
-    assert "fail#0" in said and "no such luck" in said and "ValueError" in said
+    text = eventflow(shop.folder, "show", run).stdout
+    assert "fail#0" in text and "no such luck" in text and "ValueError" in text
     assert asked(shop, "show", run)["tasks"][0]["attempts"] == 2
     assert asked(shop, "show", "small")["event_id"] == "small"
 
@@ -142,10 +142,10 @@ def test_replay(shop: ServerProcess):
     done = asked(
         shop, "replay", "--since", "2020-01-01T00:00:00Z", "--type", "webhook.received", "--dry-run"
     )
-    (tally,) = [
+    (failures,) = [
         each for each in done["subscriptions"] if each["subscription"] == "webhook-orders/handle"
     ]
-    assert tally["runs"] >= 1 and tally["filtered"] >= 1
+    assert failures["runs"] >= 1 and failures["filtered"] >= 1
 
 
 def test_redrive(shop: ServerProcess):
@@ -284,15 +284,18 @@ def developing(folder: Path, app: str = SHOP) -> Iterator[DevServer]:
         server.kill()
 
 
-def test_dev_begins_anew(tmp_path: Path):
+def test_dev_restarts_on_a_change(tmp_path: Path):
     """`dev` serves the new code after a file changes, on the same port; a syntax error waits for
     the next change.
     """
-    app = "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = App('dev')\napp.add(f)\n"
+    app = (
+        "from eventflow import App, flow\n@flow\nasync def f() -> int:\n    return {}\napp = "
+        "App('dev')\napp.add(f)\n"
+    )
     with developing(tmp_path, app.format(1)) as served:
         assert served.wait_for(served.start("f"), "completed")["result"] == 1
         (tmp_path / "app.py").write_text("def broken(:\n")
-        wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the mistake is told")
+        wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the error is logged")
         wait_until(
             lambda: "it restarts when a *.py file changes" in served.log, "the log says what to do"
         )
@@ -305,7 +308,7 @@ def test_dev_begins_anew(tmp_path: Path):
 
 def test_dev_outlives_its_server(tmp_path: Path):
     """A server that is killed under `dev` begins anew on the same socket and takes its runs up; its
-    log has no colours in a file; a target that is not there is told at once, with 3.
+    log has no colours in a file; a target that is not there fails at once, with 3.
     """
     with developing(tmp_path) as served:
         run = served.start("sleepy", seconds=0.5)

@@ -103,16 +103,17 @@ def ids(served: ServerProcess) -> dict[str, str]:
     return {row["event_id"]: row["id"] for row in served.get("/api/events", limit=1000)["events"]}
 
 
-def test_the_server_tells_what_its_code_would_start(shop: ServerProcess):
+def test_the_server_shows_what_its_code_would_start(shop: ServerProcess):
     """A filter, a count, a sequence and an absence over the last seven days, each run with its key
     and events; none starts.
     """
     before, known = shop.get("/api/counts"), ids(shop)
-    told = dry(shop.folder)
+    answer = dry(shop.folder)
     assert (
-        started(told) == {"large": 1, "brute": 0, "paid": 1, "unshipped": 1} and told["events"] == 8
+        started(answer) == {"large": 1, "brute": 0, "paid": 1, "unshipped": 1}
+        and answer["events"] == 8
     )
-    runs = {run["subscription"]: run for run in told["runs"]}
+    runs = {run["subscription"]: run for run in answer["runs"]}
     assert runs["large"]["events"] == [known["total-500"]]
     assert (runs["paid"]["key"], runs["paid"]["events"]) == ("o-1", [known["e4"], known["e5"]])
     assert (runs["unshipped"]["mode"], runs["unshipped"]["events"]) == ("pattern", [known["e5"]])
@@ -130,9 +131,9 @@ def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: ServerPro
     """With --app the program in that file is asked, while the server that has the store goes on
     with its own.
     """
-    told = dry(shop.folder, "--app", "changed.py")
-    assert started(told) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
-    (brute,) = (run for run in told["runs"] if run["subscription"] == "brute")
+    answer = dry(shop.folder, "--app", "changed.py")
+    assert started(answer) == {"large": 2, "brute": 1, "paid": 1, "unshipped": 1}
+    (brute,) = (run for run in answer["runs"] if run["subscription"] == "brute")
     known = ids(shop)
     assert brute["key"] == "ada" and brute["events"] == [known["e0"], known["e1"], known["e2"]]
     assert started(
@@ -165,7 +166,7 @@ def test_without_a_server(tmp_path: Path):
     assert alone.returncode == 4 and "--app" in alone.stderr
 
 
-def test_a_replay_of_a_time_is_for_those_who_heard_of_it(tmp_path: Path):
+def test_a_replay_of_a_time_starts_the_subscriptions_to_the_trigger(tmp_path: Path):
     """A replay of many events gives each to the subscriptions on its own trigger, and passes over
     what nobody hears of.
     """
@@ -207,8 +208,8 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
             assert sent.status_code == 202, sent.text
         (trigger,) = served.get("/api/triggers")["triggers"]
         assert trigger["totals"]["drift_windows_judged"] == 8
-        told = dry(tmp_path)
-        assert (told["would_start"], told["simulated"]) == (0, [])
+        answer = dry(tmp_path)
+        assert (answer["would_start"], answer["simulated"]) == (0, [])
         again = dry(tmp_path, "--app", "changed.py", "--to", "retrain")
         assert again["would_start"] == 3
         text = eventflow(

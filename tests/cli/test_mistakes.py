@@ -29,11 +29,13 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
     "exits": ("raise SystemExit(0)\n", "app.py", 3, "app.py:1: SystemExit"),
     "sync flow": (APP + "@flow\ndef f(): pass\n", "app.py", 2, "must be `async def`"),
     "empty secret": (
-        APP + "from triggers import Webhook, GitHub, env\nWebhook('/x', verify=GitHub(secret=env('NOT_SET')))\n",
+        APP + "from triggers import Webhook, GitHub, env\nWebhook('/x', "
+              "verify=GitHub(secret=env('NOT_SET')))\n",
         "app.py", 3, "$NOT_SET empty or unset",
     ),
     "bad filter": (
-        APP + "@flow\nasync def f(): pass\napp = App('a')\napp.on('x', f, where={'a': [{'nope': 1}]})\n", "app.py", 2, "nope",
+        APP + "@flow\nasync def f(): pass\napp = App('a')\napp.on('x', f, where={'a': "
+              "[{'nope': 1}]})\n", "app.py", 2, "nope",
     ),
 }  # fmt: skip
 
@@ -41,13 +43,13 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
 @pytest.mark.parametrize("case", TARGETS)
 def test_targets(tmp_path: Path, case: str):
     """A target that cannot be loaded is told by the user's own file and line, not by ours."""
-    code, target, exit_code, said = TARGETS[case]
+    code, target, exit_code, message = TARGETS[case]
     if code:
         (tmp_path / "app.py").write_text(code)
     done = eventflow(tmp_path, "serve", target, "--port", "0")
     assert done.returncode == exit_code, done.stderr
     assert (
-        said in done.stderr
+        message in done.stderr
         and "Traceback" not in done.stderr
         and len(done.stderr.splitlines()) == 1
     ), done.stderr
@@ -69,7 +71,7 @@ def test_errors_as_json(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (("serv",), "did you mean 'serve'"),
         (("serve", "app.py", "--prot", "1"), "--port"),
@@ -109,22 +111,23 @@ def test_errors_as_json(tmp_path: Path):
         (("doctor", "--accept-loss", "--url", "http://127.0.0.1:9"), "leave --url out"),
     ],
 )
-def test_usage(tmp_path: Path, args: tuple[str, ...], said: str):
+def test_usage(tmp_path: Path, args: tuple[str, ...], message: str):
     """A mistyped command, option or parameter exits 2 and says what was meant."""
     (tmp_path / "app.py").write_text(
         APP
-        + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\napp = App('a')\n"
+        + "@task\nasync def t(x: int): return x\n@flow\nasync def f(x: int): return await t(x)\n"
+        "app = App('a')\n"
     )
     done = eventflow(tmp_path, *args)
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_task_from_a_thread(tmp_path: Path):
     """A task called from a thread fails its run and says how to call it; exit 1."""
     (tmp_path / "app.py").write_text(
-        APP
-        + "import asyncio\n@task\nasync def t(): return 1\n@flow\nasync def f(): return await asyncio.to_thread(t)\n"
+        APP + "import asyncio\n@task\nasync def t(): return 1\n@flow\nasync def f(): return await "
+        "asyncio.to_thread(t)\n"
     )
     done = eventflow(tmp_path, "run", "app.py:f")
     assert (
@@ -198,7 +201,8 @@ def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
     """
     (tmp_path / "app.py").write_text(
         APP
-        + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def other(): return 1\n"
+        + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def "
+        "other(): return 1\n"
     )
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
     for kind in ("unheard", "unheard", "heard"):
@@ -226,8 +230,8 @@ def test_doctor_knows_every_extra(tmp_path: Path):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ].keys()
-    (said,) = [row["detail"] for row in asked(tmp_path, "doctor") if row["check"] == "extras"]
-    assert [extra for extra in extras - {"dev", "s3-modern"} if extra not in said] == []
+    (message,) = [row["detail"] for row in asked(tmp_path, "doctor") if row["check"] == "extras"]
+    assert [extra for extra in extras - {"dev", "s3-modern"} if extra not in message] == []
 
 
 def asked(folder: Path, *args: str) -> list[dict[str, str]]:

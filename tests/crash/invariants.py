@@ -20,7 +20,7 @@ from eventflow.store.sqlite import SqliteStore
 from tests.crash.app import expected
 
 
-class Told(NamedTuple):
+class SenderLog(NamedTuple):
     """What senders know: the number each id they sent carried, and the ledger id of each that was
     acknowledged.
     """
@@ -29,7 +29,7 @@ class Told(NamedTuple):
     acked: Mapping[str, str]
 
 
-class Tally(NamedTuple):
+class CheckCounts(NamedTuple):
     """How much there was to get wrong."""
 
     events: int
@@ -40,7 +40,7 @@ class Tally(NamedTuple):
     """Bodies that ran once more because a kill came before their value was recorded."""
 
 
-def check(folder: Path, told: Told) -> tuple[list[str], Tally]:
+def check(folder: Path, sender_log: SenderLog) -> tuple[list[str], CheckCounts]:
     """What does not hold, one sentence each."""
     path = folder / "store.db"
     store = SqliteStore(path, clock=SystemClock(), ballast=0, free_floor=0)
@@ -51,8 +51,8 @@ def check(folder: Path, told: Told) -> tuple[list[str], Tally]:
         rows = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
         wrong += [
             *_sum(counts),
-            *_events(rows, told),
-            *_handled(rows, told),
+            *_events(rows, sender_log),
+            *_handled(rows, sender_log),
             *_children(rows),
             *_emitted(rows),
         ]
@@ -63,7 +63,7 @@ def check(folder: Path, told: Told) -> tuple[list[str], Tally]:
     finally:
         store.close()
     repeated = len(bodies) - len({(key, attempt) for key, attempt, _, _ in bodies})
-    return wrong, Tally(counts["events"], counts["runs"], entries, len(bodies), repeated)
+    return wrong, CheckCounts(counts["events"], counts["runs"], entries, len(bodies), repeated)
 
 
 def _sum(counts: Mapping[str, int]) -> Iterator[str]:
@@ -76,12 +76,16 @@ def _sum(counts: Mapping[str, int]) -> Iterator[str]:
         yield f"accepted {counts['accepted']}, expected all of them completed, found {parts}"
 
 
-def _events(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
+def _events(rows: sqlite3.Connection, sender_log: SenderLog) -> Iterator[str]:
     """No acknowledged event is lost, none is there twice, none was made up."""
-    found = {ident: (n, format_id(first)) for ident, n, first in rows.execute(
-        "SELECT event_id, count(*), min(id) FROM events WHERE trigger = 'orders' GROUP BY event_id"
-    )}  # fmt: skip
-    for ident, ledger_id in told.acked.items():
+    found = {
+        ident: (n, format_id(first))
+        for ident, n, first in rows.execute(
+            "SELECT event_id, count(*), min(id) FROM events WHERE trigger = 'orders' "
+            "GROUP BY event_id"
+        )
+    }
+    for ident, ledger_id in sender_log.acked.items():
         if ident not in found:
             yield f"event {ident} was acknowledged as {ledger_id} and is lost"
         elif found[ident][1] != ledger_id:
@@ -89,26 +93,32 @@ def _events(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
     yield from (
         f"event {ident} is {n} times in the ledger" for ident, (n, _) in found.items() if n != 1
     )
-    yield from (f"event {ident} was never sent" for ident in found.keys() - told.sent.keys())
+    yield from (f"event {ident} was never sent" for ident in found.keys() - sender_log.sent.keys())
 
 
-def _handled(rows: sqlite3.Connection, told: Told) -> Iterator[str]:
+def _handled(rows: sqlite3.Connection, sender_log: SenderLog) -> Iterator[str]:
     """One run of `handle` per event, completed, with the right result."""
     runs: Counter[str] = Counter()
-    asked = "SELECT e.event_id, r.id, r.state, r.result, r.reason, r.crash_count FROM events e LEFT JOIN runs r ON r.event = e.id"
+    asked = (
+        "SELECT e.event_id, r.id, r.state, r.result, r.reason, r.crash_count FROM events e "
+        "LEFT JOIN runs r ON r.event = e.id"
+    )
     for ident, run, state, result, reason, crash_count in rows.execute(
         f"{asked} WHERE e.trigger = 'orders'"
     ):
         runs[ident] += run is not None
         if run is not None and (
-            state != State.COMPLETED or json.loads(result) != expected(told.sent[ident])
+            state != State.COMPLETED or json.loads(result) != expected(sender_log.sent[ident])
         ):
             yield f"run {format_id(run)} of event {ident}: {State(state).label} ({reason}, {crash_count} crashes) with {result}"
     yield from (f"event {ident} has {n} runs, expected one" for ident, n in runs.items() if n != 1)
 
 
 def _children(rows: sqlite3.Connection) -> Iterator[str]:
-    asked = "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON c.parent = p.id WHERE p.flow = 'handle'"
+    asked = (
+        "SELECT p.id, count(c.id), total(c.state = 4) FROM runs p LEFT JOIN runs c ON "
+        "c.parent = p.id WHERE p.flow = 'handle'"
+    )
     for parent, n, completed in rows.execute(f"{asked} GROUP BY p.id"):
         if (n, completed) != (1, 1):
             yield f"run {format_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
@@ -117,7 +127,10 @@ def _children(rows: sqlite3.Connection) -> Iterator[str]:
 def _emitted(rows: sqlite3.Connection) -> Iterator[str]:
     """Each `handle` published one event, which started one `account`, which completed."""
     handled = rows.execute("SELECT count(*) FROM runs WHERE flow = 'handle'").fetchone()[0]
-    asked = "SELECT e.event_id, count(r.id), total(r.state = 4) FROM events e LEFT JOIN runs r ON r.event = e.id"
+    asked = (
+        "SELECT e.event_id, count(r.id), total(r.state = 4) FROM events e LEFT JOIN runs r ON "
+        "r.event = e.id"
+    )
     published = list(rows.execute(f"{asked} WHERE e.type = 'order.handled' GROUP BY e.event_id"))
     if len(published) != handled:
         yield f"{handled} runs of handle published {len(published)} events, expected one each"

@@ -45,7 +45,8 @@ class Pair:
             Kafka(topic, bootstrap_servers=server, group_id=GROUP, name=self.name, **OPTIONS)
             for _ in range(2)
         ]
-        self._every, self._draw = every, draw
+        self._every = every
+        self._draw = draw
         self._leaving = asyncio.Lock()
         self.calm = asyncio.Event()
         self.stays = 0
@@ -101,8 +102,11 @@ async def churn(
                 break
             await asyncio.sleep(0.1)
     wrong, duplicates = await asyncio.to_thread(look, folder, source.sent)
-    told = f"{pair.stays} stays, {sum(source.sent)} records, each recorded once and run once; {duplicates} offered again"
-    return wrong, told
+    summary = (
+        f"{pair.stays} stays, {sum(source.sent)} records, each recorded once and run once; "
+        f"{duplicates} offered again"
+    )
+    return wrong, summary
 
 
 def main() -> int:
@@ -113,10 +117,10 @@ def main() -> int:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kafka-churn-"))
     with tansu() as broker:
-        wrong, told = asyncio.run(
+        wrong, summary = asyncio.run(
             churn(folder, broker, options.seconds, options.every, options.seed)
         )
-    print(told)
+    print(summary)
     again = f"--seconds {options.seconds:g} --every {options.every:g} --seed {options.seed}"
     return verdict(wrong, folder, f"tests.crash.kafka_churn {again}")
 

@@ -74,7 +74,9 @@ class Producer:
     """
 
     def __init__(self, broker: Broker, topic: str, draw: random.Random) -> None:
-        self.broker, self.topic, self.draw = broker, topic, draw
+        self.broker = broker
+        self.topic = topic
+        self.draw = draw
         self.sent = [0] * PARTITIONS
         self.over = asyncio.Event()
 
@@ -93,12 +95,16 @@ class Loop:
     """`run` returns what went wrong, one sentence each."""
 
     def __init__(self, folder: Path, broker: Broker, kind: str, seed: int) -> None:
-        self.folder, self.broker, self.kind, self.draw = folder, broker, kind, random.Random(seed)
+        self.folder = folder
+        self.broker = broker
+        self.kind = kind
+        self.draw = random.Random(seed)
         self.topic = ""
         self.sent = [0] * PARTITIONS
         self.ends: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.duplicates = self.behind = 0
+        self.duplicates = 0
+        self.behind = 0
 
     async def run(self, cycles: int, progress: bool = False) -> list[str]:
         self.topic = await self.broker.create(partitions=PARTITIONS)
@@ -142,7 +148,8 @@ class Loop:
         self.ends[seam if victim.poll() is not None else "at random"] += 1
         if victim.poll() not in (None, -9):
             self.wrong.append(
-                f"a victim ended with {victim.poll()}: {(self.folder / 'victim.log').read_text()[-2000:]}"
+                f"a victim ended with {victim.poll()}: "
+                f"{(self.folder / 'victim.log').read_text()[-2000:]}"
             )
         victim.kill()
         victim.wait()
@@ -156,7 +163,8 @@ class Loop:
             self.behind += (offset or 0) < recorded
             if (offset or 0) > recorded:
                 self.wrong.append(
-                    f"the group committed {offset} of partition {partition}, the ledger has {recorded}"
+                    f"the group committed {offset} of partition {partition}, the ledger "
+                    f"has {recorded}"
                 )
 
     def _cursor(self) -> dict[str, int]:
@@ -189,10 +197,12 @@ class Loop:
         await self._compare()
 
     def report(self) -> str:
-        said = ", ".join(f"{n} {seam}" for seam, n in sorted(self.ends.items()))
+        ends_text = ", ".join(f"{n} {seam}" for seam, n in sorted(self.ends.items()))
         return (
-            f"{sum(self.ends.values())} kills ({said}); {sum(self.sent)} records, each recorded once and run once; "
-            f"{self.duplicates} offered again; the group was behind the ledger {self.behind} times and never ahead of it"
+            f"{sum(self.ends.values())} kills ({ends_text}); {sum(self.sent)} records, each "
+            "recorded once and run once; "
+            f"{self.duplicates} offered again; the group was behind the ledger {self.behind} times "
+            "and never ahead of it"
         )
 
 

@@ -50,7 +50,8 @@ class Fuse:
     """Ends this process when its seam was met often enough."""
 
     def __init__(self, seam: str, left: int) -> None:
-        self.seam, self.left = seam, left
+        self.seam = seam
+        self.left = left
 
     def met(self, seam: str) -> None:
         if seam == self.seam:

@@ -38,7 +38,7 @@ class Lives:
             self.server = None
 
     @property
-    def said(self) -> list[str]:
+    def reached(self) -> list[str]:
         path = self.folder / "reached"
         return path.read_text().splitlines() if path.exists() else []
 

@@ -22,16 +22,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.crash.invariants import Tally, Told, check
+from tests.crash.invariants import CheckCounts, SenderLog, check
 from tests.crash.verdict import a_seed, verdict
 from tests.crash.victim import HERE, Client, NoAnswer, Server
 
 SENDERS = 5
-PAUSE = 0.08
+MAX_PAUSE_SECONDS = 0.08
 """Seconds between two events of a sender, at most: some 120 events a second in all."""
-AGAIN = 0.2
+RESEND_SHARE = 0.2
 """The part of events that is sent twice."""
-READY = 2.0
+MAX_READY_SECONDS = 2.0
 """Seconds in which a restart is to be ready."""
 
 
@@ -48,7 +48,7 @@ class World:
         self.sent: dict[str, int] = {}
         self.acked: dict[str, str] = {}
         self.wrong: list[str] = []
-        self.said: Counter[str] = Counter()
+        self.answer_counts: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def fresh(self) -> str:
@@ -65,7 +65,7 @@ class World:
         with self._lock:
             ledger_id = str(body.get("id"))
             first = self.acked.setdefault(ident, ledger_id)
-            self.said["duplicates" if body.get("duplicate") else "accepted"] += 1
+            self.answer_counts["duplicates" if body.get("duplicate") else "accepted"] += 1
             if first != ledger_id:
                 self.wrong.append(f"event {ident} was acknowledged as {first}, then as {ledger_id}")
             if known and not body.get("duplicate"):
@@ -79,11 +79,9 @@ class Sender(threading.Thread):
 
     def __init__(self, world: World, number: int) -> None:
         super().__init__(name=f"sender-{number}", daemon=True)
-        self.world, self.draw, self.client = (
-            world,
-            random.Random(world.seed * 100 + number),
-            Client(),
-        )
+        self.world = world
+        self.draw = random.Random(world.seed * 100 + number)
+        self.client = Client()
         self.at_rest = threading.Event()
 
     def run(self) -> None:
@@ -94,20 +92,20 @@ class Sender(threading.Thread):
                 continue
             self.at_rest.clear()
             self._one()
-            self.world.over.wait(self.draw.random() * PAUSE)
+            self.world.over.wait(self.draw.random() * MAX_PAUSE_SECONDS)
         self.client.close()
 
     def _one(self) -> None:
         """A new event, sent once or twice; or after it an earlier one again."""
         ident, dice = self.world.fresh(), self.draw.random()
-        if dice < AGAIN / 4:
+        if dice < RESEND_SHARE / 4:
             self._deliver_at_once(ident)
             return
         self._deliver(ident, self.client)
-        if dice < AGAIN:
+        if dice < RESEND_SHARE:
             earlier = f"{self.world.seed}-{self.draw.randrange(len(self.world.sent))}"
             self._deliver(
-                earlier if earlier in self.world.acked and dice < AGAIN * 5 / 8 else ident,
+                earlier if earlier in self.world.acked and dice < RESEND_SHARE * 5 / 8 else ident,
                 self.client,
             )
 
@@ -133,13 +131,13 @@ class Sender(threading.Thread):
                     url, "/hooks/orders", {"n": world.sent[ident]}, {"webhook-id": ident}
                 )
             except NoAnswer:
-                world.said["lost"] += bool(url)
+                world.answer_counts["lost"] += bool(url)
                 time.sleep(0.005)  # the sender's own back-off
                 continue
             if status in (200, 202):
                 world.answered(ident, known, status, body)
                 return
-            world.said[str(status)] += 1
+            world.answer_counts[str(status)] += 1
             if status != 503:
                 world.wrong.append(f"event {ident} was answered {status} {body}")
                 return
@@ -149,12 +147,14 @@ class Sender(threading.Thread):
 class Loop:
     """The killer. `run` returns what went wrong."""
 
-    def __init__(self, folder: Path, seed: int, *, ready_limit: float = READY) -> None:
-        self.folder, self.draw, self.world = folder, random.Random(seed), World(seed)
+    def __init__(self, folder: Path, seed: int, *, ready_limit: float = MAX_READY_SECONDS) -> None:
+        self.folder = folder
+        self.draw = random.Random(seed)
+        self.world = World(seed)
         self.senders = [Sender(self.world, n) for n in range(SENDERS)]
         self.ready: list[float] = []
         self.ways: Counter[str] = Counter()
-        self.tally: Tally | None = None
+        self.check_counts: CheckCounts | None = None
         self._ready_limit = ready_limit
         self._boot = 0
 
@@ -165,9 +165,9 @@ class Loop:
             for cycle in range(1, cycles + 1):
                 self._cycle()
                 if cycle % check_every == 0 or cycle == cycles:
-                    self._look(cycle)
+                    self._check(cycle)
                     print(
-                        f"  {cycle} cycles, {len(self.world.acked)} events: {self.tally}",
+                        f"  {cycle} cycles, {len(self.world.acked)} events: {self.check_counts}",
                         flush=True,
                     )
                 if self.world.wrong:
@@ -215,7 +215,7 @@ class Loop:
             self.world.wrong.append(f"boot {self._boot} was ready after {server.ready_after:.2f} s")
         return True
 
-    def _look(self, cycle: int) -> None:
+    def _check(self, cycle: int) -> None:
         """Lets everything come to rest, stops in good order, and checks."""
         wrong = self.world.wrong
         server = self._start()
@@ -228,12 +228,15 @@ class Loop:
                 wrong.append(f"{sender.name} was not answered for 60 s")
         if not _rests(server):
             wrong.append(
-                f"not at rest after 60 s: {server.get('/api/counts')} {server.get('/api/runs?state=held&limit=3')}"
+                f"not at rest after 60 s: {server.get('/api/counts')} "
+                f"{server.get('/api/runs?state=held&limit=3')}"
             )
         self.world.url = ""
         if (code := server.stop()) != 0:
             wrong.append(f"exit code {code} after SIGTERM, expected 0")
-        found, self.tally = check(self.folder, Told(dict(self.world.sent), dict(self.world.acked)))
+        found, self.check_counts = check(
+            self.folder, SenderLog(dict(self.world.sent), dict(self.world.acked))
+        )
         wrong += found
         if not wrong:
             for sender in self.senders:
@@ -241,15 +244,18 @@ class Loop:
             self.world.quiet.clear()
 
     def report(self, cycles: int) -> str:
-        ready, said = sorted(self.ready), self.world.said
+        ready, answer_counts = sorted(self.ready), self.world.answer_counts
         ways = ", ".join(f"{n} {way}" for way, n in self.ways.most_common())
         return (
             f"{cycles} cycles (killed: {ways}), seed {self.world.seed}\n"
-            f"  {len(self.world.acked)} events acknowledged, {said['duplicates']} duplicates answered, "
-            f"{said['lost']} requests without an answer, {said['503']} answered 503\n"
-            f"  ready after {ready[len(ready) // 2]:.2f} s (median), {ready[-1]:.2f} s (longest of {len(ready)}), "
-            f"{sum(one > READY for one in ready)} over {READY:g} s\n"
-            f"  {self.tally}"
+            f"  {len(self.world.acked)} events acknowledged, {answer_counts['duplicates']} "
+            "duplicates answered, "
+            f"{answer_counts['lost']} requests without an answer, {answer_counts['503']} "
+            "answered 503\n"
+            f"  ready after {ready[len(ready) // 2]:.2f} s (median), {ready[-1]:.2f} s (longest of "
+            f"{len(ready)}), "
+            f"{sum(one > MAX_READY_SECONDS for one in ready)} over {MAX_READY_SECONDS:g} s\n"
+            f"  {self.check_counts}"
         )
 
 
@@ -270,7 +276,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, printed")
     parser.add_argument("--check-every", type=int, default=100)
     parser.add_argument(
-        "--ready-limit", type=float, default=READY, help="seconds in which a restart must be ready"
+        "--ready-limit",
+        type=float,
+        default=MAX_READY_SECONDS,
+        help="seconds in which a restart must be ready",
     )
     options = parser.parse_args()
     seed = a_seed(options.seed)

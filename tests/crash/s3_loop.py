@@ -48,11 +48,14 @@ class Writers:
     """
 
     def __init__(self, bucket: Bucket, queue: Queue | None, seed: int) -> None:
-        self.bucket, self.queue, self.seed = bucket, queue, seed
+        self.bucket = bucket
+        self.queue = queue
+        self.seed = seed
         self.sent: set[str] = set()
         self.again = 0
         self.lock = threading.Lock()
-        self.over, self.quiet = threading.Event(), threading.Event()
+        self.over = threading.Event()
+        self.quiet = threading.Event()
         self._threads = [
             threading.Thread(target=self._write, args=(n,), daemon=True) for n in range(2)
         ]
@@ -105,7 +108,11 @@ class Loop:
     """Starts, kills, and looks. `wrong` is what does not hold, one sentence each."""
 
     def __init__(self, folder: Path, aws: Aws, proxy: Proxy, way: str, seed: int) -> None:
-        self.folder, self.aws, self.proxy, self.way, self.seed = folder, aws, proxy, way, seed
+        self.folder = folder
+        self.aws = aws
+        self.proxy = proxy
+        self.way = way
+        self.seed = seed
         self.draw = random.Random(seed)
         self.bucket = Bucket(aws)
         self.queue = None if way == "sweep" else self.bucket.queue()
@@ -163,7 +170,7 @@ class Loop:
         if self.queue is None:
             return
         with self.writers.lock:
-            sent, left = len(self.writers.sent), self.queue.left
+            sent, left = len(self.writers.sent), self.queue.remaining
             there = {result for result, _ in self._recorded()}
         if left > BACKLOG:  # killed so often, a server takes in less than is put: let it catch up
             self.writers.quiet.set()
@@ -171,7 +178,8 @@ class Loop:
             self.writers.quiet.clear()
         if sent - left > len(there):
             self.wrong.append(
-                f"after boot {self._boot}: {sent} versions put, {left} messages left, {len(there)} in the ledger"
+                f"after boot {self._boot}: {sent} versions put, {left} messages left, {len(there)} "
+                "in the ledger"
             )
 
     def _recorded(self) -> list[tuple[str, int]]:
@@ -201,7 +209,7 @@ class Loop:
         deadline = time.monotonic() + 180
         while not self._at_rest(server):
             if time.monotonic() > deadline:
-                left = self.queue.left if self.queue else "?"
+                left = self.queue.remaining if self.queue else "?"
                 self.wrong.append(
                     f"not at rest after 180 s: {left} messages left, {server.get('/api/counts')}"
                 )
@@ -216,7 +224,7 @@ class Loop:
         counts: dict[str, Any] = server.get("/api/counts")
         if counts["pending"] or counts["events"] < len(self.writers.sent):
             return False
-        return self.queue is None or self.queue.left == 0
+        return self.queue is None or self.queue.remaining == 0
 
     def _one_run_each(self) -> None:
         found: Counter[str] = Counter()
@@ -240,7 +248,8 @@ class Loop:
         return (
             f"{cycles} cycles by {self.way} (killed: {ways}), seed {self.seed}\n"
             f"  {len(self.writers.sent)} versions put, {self.writers.again} messages sent again, "
-            f"{self.counts.get('events')} events, {self.counts.get('duplicates')} duplicates, {self.counts.get('runs')} runs"
+            f"{self.counts.get('events')} events, {self.counts.get('duplicates')} duplicates, "
+            f"{self.counts.get('runs')} runs"
         )
 
 

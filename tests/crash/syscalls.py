@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.conftest import wait_until
-from tests.crash.invariants import Told, check
+from tests.crash.invariants import SenderLog, check
 from tests.crash.victim import HERE, Client, NoAnswer, Server
 
 EVENTS = 12
@@ -75,7 +75,8 @@ class Scenario:
     """One pass over the scenario in a folder of its own, traced in one phase."""
 
     def __init__(self, folder: Path, phase: str) -> None:
-        self.folder, self.phase = folder, phase
+        self.folder = folder
+        self.phase = phase
         self.sent = {f"event-{n}": n for n in range(EVENTS)}
         self.acked: dict[str, str] = {}
         self._boot = 0
@@ -151,7 +152,7 @@ class Scenario:
                 return [f"exit code {code}"]
         finally:
             server.kill()
-        return check(self.folder, Told(self.sent, self.acked))[0]
+        return check(self.folder, SenderLog(self.sent, self.acked))[0]
 
 
 def attach(server: Server, trace: Sequence[str], number: int) -> subprocess.Popen[bytes]:
@@ -335,7 +336,8 @@ def main() -> int:
         print(f"{n:6} {name}")
     print(*(f"did not come: {point}" for point in found.missed), sep="\n")
     print(
-        f"{found.points} calls listed, {found.tried} tried, {found.tried - len(found.missed)} killed at"
+        f"{found.points} calls listed, {found.tried} tried, "
+        f"{found.tried - len(found.missed)} killed at"
     )
     print("\n".join(found.wrong) or "everything held")
     if not found.wrong:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_until
-from tests.crash.invariants import Told, check
+from tests.crash.invariants import SenderLog, check
 from tests.crash.loop import Loop
 from tests.crash.victim import HERE, ROOT, Server
 
@@ -32,9 +32,14 @@ def test_p1_p2_p4_row_1_row_2_kill_9_at_random_moments(tmp_path: Path):
     wrong = loop.run(CYCLES, check_every=CYCLES)
     print(loop.report(CYCLES))
     assert wrong == [], (
-        f"the store is kept in {tmp_path}; again: python -m tests.crash.loop --cycles {CYCLES} --seed {SEED}"
+        f"the store is kept in {tmp_path}; again: python -m tests.crash.loop --cycles {CYCLES} "
+        f"--seed {SEED}"
     )
-    assert loop.tally is not None and loop.tally.repeated > 0 and loop.world.said["duplicates"] > 50
+    assert (
+        loop.check_counts is not None
+        and loop.check_counts.repeated > 0
+        and loop.world.answer_counts["duplicates"] > 50
+    )
     shutil.rmtree(tmp_path)
 
 
@@ -48,24 +53,26 @@ def test_the_invariants_see_what_is_wrong(tmp_path: Path):
     acked = {ident: server.send(ident, {"n": n})[1]["id"] for ident, n in sent.items()}
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "everything is at rest")
     assert server.stop() == 0
-    assert check(tmp_path, Told(sent, acked))[0] == []
+    assert check(tmp_path, SenderLog(sent, acked))[0] == []
     assert any(
         "is lost" in found
-        for found in check(tmp_path, Told({**sent, "c": 3}, {**acked, "c": "0"}))[0]
+        for found in check(tmp_path, SenderLog({**sent, "c": 3}, {**acked, "c": "0"}))[0]
     )
     assert any(
         "was acknowledged as 0" in found
-        for found in check(tmp_path, Told(sent, acked | {"b": "0"}))[0]
+        for found in check(tmp_path, SenderLog(sent, acked | {"b": "0"}))[0]
     )
     assert any(
         "of event b: completed" in found
-        for found in check(tmp_path, Told(sent | {"b": 3}, acked))[0]
+        for found in check(tmp_path, SenderLog(sent | {"b": 3}, acked))[0]
     )
     effects = tmp_path / "effects"
     key, attempt, boot, _ = effects.read_text().splitlines()[0].split()
     with effects.open("a") as file:
         file.write(f"{key} {attempt} {boot} 9999999999999999\n")
-    assert any("after it was recorded" in found for found in check(tmp_path, Told(sent, acked))[0])
+    assert any(
+        "after it was recorded" in found for found in check(tmp_path, SenderLog(sent, acked))[0]
+    )
 
 
 def test_the_page_names_tests_that_are_there():

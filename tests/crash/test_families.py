@@ -17,12 +17,12 @@ def _killed_family(lives: Lives) -> str:
     """The store of a parent and a child that were both in memory when the process was killed."""
     server = lives.boot("child")
     assert server.send(EVENT, {"n": 4}, "parent")[0] == 202
-    wait_until(lambda: "child" in lives.said, "the child is under way")
+    wait_until(lambda: "child" in lives.reached, "the child is under way")
     lives.end()
     return f"sqlite:///{server.store}"
 
 
-def test_row_1_a_parent_hears_what_its_child_answers_while_its_journal_is_read(
+def test_row_1_a_parent_gets_an_answer_given_while_its_journal_is_read(
     lives: Lives, monkeypatch: pytest.MonkeyPatch
 ):
     """The child ends between the reading of its parent's journal and the parent's first step: the

@@ -74,7 +74,7 @@ def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
     """
     server = lives.boot("deaf", "--grace", "1")
     server.send(EVENT, DATA, "stubborn")
-    wait_until(lambda: "deaf" in lives.said, "the body runs")
+    wait_until(lambda: "deaf" in lives.reached, "the body runs")
     began = time.monotonic()
     assert server.stop() == 0
     assert time.monotonic() - began < 6.0
@@ -84,13 +84,13 @@ def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
     assert first[:2] == again[:2]
 
 
-def test_row_33_a_blocked_flow_loop_stops_neither_intake_nor_doors(lives: Lives):
+def test_row_33_a_blocked_flow_loop_stops_neither_intake_nor_api(lives: Lives):
     """Flow code blocks its thread for good: webhooks are still acknowledged, the API answers, the
     log names the flow; kill -9 and everything that was acknowledged runs.
     """
     server = lives.boot("blocked")
     server.send("stuck", DATA, "blocking")
-    wait_until(lambda: "blocked" in lives.said, "the flow blocks")
+    wait_until(lambda: "blocked" in lives.reached, "the flow blocks")
     began = time.monotonic()
     for n in range(20):
         assert server.send(f"e-{n}", DATA, "steps")[0] == 202
@@ -113,10 +113,17 @@ def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
     server.signal(signal.SIGSTOP)
     began = time.monotonic()
     sender = subprocess.Popen(
-        ["python3", "-c", "import sys, urllib.request as u; print(u.urlopen(u.Request(sys.argv[1], b'{\"n\": 1}', "
-         "{'content-type': 'application/json', 'webhook-id': 'meanwhile'})).status)", f"{server.url}/hooks/steps"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            "python3",
+            "-c",
+            "import sys, urllib.request as u; print(u.urlopen(u.Request(sys.argv[1], "
+            "b'{\"n\": 1}', "
+            "{'content-type': 'application/json', 'webhook-id': 'meanwhile'})).status)",
+            f"{server.url}/hooks/steps",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     time.sleep(3.0)  # not a wait: the length of the freeze
     server.signal(signal.SIGCONT)
     assert sender.communicate(timeout=10)[0].strip() == "202"
@@ -212,7 +219,7 @@ def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
 # --------------------------------------------------------------------------- two of them
 
 
-def test_row_11_a_second_process_is_refused_and_told_by_whom(lives: Lives):
+def test_row_11_a_second_process_is_refused_and_shown_by_whom(lives: Lives):
     """The second server on a store exits with 75 and names the first one's pid; the first does not
     notice.
     """

@@ -30,6 +30,6 @@ def test_p1_p2_kafka_kill_9_between_poll_record_and_commit(tmp_path: Path):
 def test_row_18_members_that_join_and_leave(tmp_path: Path):
     """Two members that come and go: no duplicate run, no gap (fault 18)."""
     with tansu() as broker:
-        wrong, told = asyncio.run(churn(tmp_path, broker, seconds=12, every=3, seed=3))
-    assert wrong == [], told
-    assert int(told.split()[0]) >= 4
+        wrong, summary = asyncio.run(churn(tmp_path, broker, seconds=12, every=3, seed=3))
+    assert wrong == [], summary
+    assert int(summary.split()[0]) >= 4

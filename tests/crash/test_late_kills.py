@@ -1,4 +1,4 @@
-"""kill -9 while runs become late: each is told of once for each `after`, before the kill or in the
+"""kill -9 while runs become late: each is expected_alerts of once for each `after`, before the kill or in the
 next life.
 """
 
@@ -40,7 +40,7 @@ RUNS, LIVES = 40, 6
 
 
 def test_p2_p6_row_1_late_runs_survive_kill_9(tmp_path: Path):
-    """Whatever was killed when, each run is told of once for 0.2 s and once for 0.6 s, by one event
+    """Whatever was killed when, each run is expected_alerts of once for 0.2 s and once for 0.6 s, by one event
     with one run of its own.
     """
     (tmp_path / "kills.py").write_text(APP)
@@ -73,8 +73,8 @@ def _start(server: ServerProcess) -> set[str]:
 def _prove(server: ServerProcess, started: set[str]) -> None:
     lived = {run["id"] for run in server.get("/api/runs", flow="train", limit=1000)["runs"]}
     assert started and started <= lived
-    told = 2 * len(lived)
-    wait_until(lambda: _ended(server) >= told, f"{told} alerts have run")
+    expected_alerts = 2 * len(lived)
+    wait_until(lambda: _ended(server) >= expected_alerts, f"{expected_alerts} alerts have run")
     events = server.get("/api/events", type="eventflow.run.late", limit=1000)["events"]
     assert Counter(event["subject"] for event in events) == dict.fromkeys(lived, 2)
     assert {event["duplicates"] for event in events} == {0}

@@ -59,10 +59,10 @@ def test_c2_s12_a_kill_at_either_seam_is_one_run(ministack: Aws, tmp_path: Path,
         else:
             assert server.get("/api/counts")["events"] == 0
         server.kill()
-    assert queue.left >= 1
+    assert queue.remaining >= 1
     server = Server(HERE / "s3_app.py", tmp_path, 1, env=env)
     assert server.wait_ready(), server.log_tail
-    wait_until(lambda: queue.left == 0, "the queue is empty")
+    wait_until(lambda: queue.remaining == 0, "the queue is empty")
     wait_until(lambda: server.get("/api/counts")["pending"] == 0, "all is at rest")
     counts = server.get("/api/counts")
     assert (counts["events"], counts["runs"], counts["completed"]) == (1, 1, 1)

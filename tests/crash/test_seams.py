@@ -32,7 +32,8 @@ def test_p1_k1_a_kill_in_mid_request_leaves_nothing(lives: Lives):
     parts = urlsplit(server.url)
     with socket.create_connection((parts.hostname, parts.port)) as sock:
         sock.sendall(
-            b"POST /hooks/steps HTTP/1.1\r\nhost: localhost\r\nwebhook-id: e-1\r\ncontent-length: 8\r\n\r\n{"
+            b"POST /hooks/steps HTTP/1.1\r\nhost: localhost\r\nwebhook-id: e-1\r\n"
+            b"content-length: 8\r\n\r\n{"
         )
         server = lives.boot()
     assert server.get("/api/counts")["events"] == 0
@@ -59,11 +60,19 @@ def _send_and_kill(lives: Lives, server: Server, gate: str) -> None:
     cannot come.
     """
     sender = subprocess.Popen(
-        ["python3", "-c", "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], sys.argv[2].encode(), "
-         "{'content-type': 'application/json', 'webhook-id': sys.argv[3]}))",
-         f"{server.url}/hooks/steps", json.dumps(DATA), EVENT], stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    wait_until(lambda: gate in lives.said, f"the gate {gate!r} is reached")
+        [
+            "python3",
+            "-c",
+            "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], "
+            "sys.argv[2].encode(), "
+            "{'content-type': 'application/json', 'webhook-id': sys.argv[3]}))",
+            f"{server.url}/hooks/steps",
+            json.dumps(DATA),
+            EVENT,
+        ],
+        stderr=subprocess.DEVNULL,
+    )
+    wait_until(lambda: gate in lives.reached, f"the gate {gate!r} is reached")
     server.kill()
     if sender.wait(10) != 0:
         raise NoAnswer("no answer")
@@ -152,11 +161,11 @@ def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
     gate, ran, effects = GATES[seam]
     server = lives.boot(gate)
     assert server.send(EVENT, DATA, "steps")[0] == 202
-    wait_until(lambda: gate in lives.said, f"the gate {gate!r} is reached")
+    wait_until(lambda: gate in lives.reached, f"the gate {gate!r} is reached")
     server = lives.boot()
     whole = one_fate(server)
     assert lives.ran() == ran
-    assert [word for word in lives.said if word.startswith("did ")] == [
+    assert [line for line in lives.reached if line.startswith("did ")] == [
         f"did {whole['id']}/first#0"
     ] * effects
     assert {attempt for _, attempt, _ in lives.bodies()} == {1}
@@ -164,7 +173,7 @@ def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
     assert emitted["runs_started"] == 1
 
 
-def test_row_2_k9_a_death_counts_when_its_start_was_journaled_and_is_forgiven(lives: Lives):
+def test_row_2_k9_a_crash_counts_when_its_start_was_journaled_and_is_cleared(lives: Lives):
     """K9: the first death of a body is nobody's fault. From the second life on its start is on
     record, and each death counts, once; lives that end in their own start count nothing. One
     recorded value forgives them all.
@@ -184,7 +193,8 @@ def test_row_2_k9_a_death_counts_when_its_start_was_journaled_and_is_forgiven(li
 
 def _body_began(lives: Lives, times: int) -> None:
     wait_until(
-        lambda: lives.said.count("body runs") == times, f"the body of `first` began {times} times"
+        lambda: lives.reached.count("body runs") == times,
+        f"the body of `first` began {times} times",
     )
 
 
@@ -241,7 +251,7 @@ app.send("made", Notebook())
 """
 
 
-def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
+def test_p2_k16_a_kill_after_a_sink_has_a_message(tmp_path: Path):
     """K16: the sink has it, the outbox does not know. It is sent once more, under the same id, and
     then no more.
     """
@@ -263,8 +273,8 @@ def test_p2_k16_a_kill_after_a_sink_has_a_letter(tmp_path: Path):
 
 
 def _waiting(server: ServerProcess) -> int:
-    (outlet,) = server.get("/api/sinks")["sinks"]
-    return outlet["waiting"]
+    (sink,) = server.get("/api/sinks")["sinks"]
+    return sink["waiting"]
 
 
 @pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")

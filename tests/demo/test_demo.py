@@ -26,9 +26,13 @@ def playing(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
     """The demo as a process of its own; its folders are made in `folder`."""
     command = [sys.executable, "-m", "eventflow", "demo", *options]
     process = subprocess.Popen(
-        command, env={**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        command,
+        env={**os.environ, "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout
     with process.stdout:
         try:
@@ -68,16 +72,16 @@ def test_the_demo_holds_in_twenty_seconds(tmp_path: Path):
     assert out.count("  ok      ") == 14
     (first, second) = servers([out])
     assert first[0] == second[0] and first[1] != second[1]
-    for told in (
+    for line_pattern in (
         r"score\(order-3\), attempt 2: ConnectionError",
         r"recovered +score\(order-3\), attempt 3",
         r"kill -9 .* runs were",
     ):
-        assert re.search(told, out)
+        assert re.search(line_pattern, out)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
+def test_the_demo_stays_up_until_it_is_stopped(tmp_path: Path):
     """With --serve the second life answers after the demo, also to the commands that it shows;
     SIGTERM ends both with exit code 0, nothing is left behind.
     """
@@ -91,10 +95,10 @@ def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
             "PATH": "/usr/bin:/bin",
         }  # as in a terminal where no virtual environment is active
         command = ["bash", "-ec", "".join(line.strip() + "\n" for line in lines[shown + 1 :])]
-        said = subprocess.run(
+        output = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=60, check=True
         ).stdout
-        assert "handle_order" in said and "msg-odd" in said and "recorded" in said, said
+        assert "handle_order" in output and "msg-odd" in output and "recorded" in output, output
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
@@ -102,7 +106,7 @@ def test_the_demo_stays_up_until_it_is_told(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_demo_that_breaks_says_so(tmp_path: Path):
+def test_a_demo_that_breaks_reports_it(tmp_path: Path):
     """A server that dies by another hand breaks the demo: exit code 1, its last words, and the
     folder is kept to look at.
     """
@@ -116,7 +120,7 @@ def test_a_demo_that_breaks_says_so(tmp_path: Path):
     assert (folder / "shop.py").is_file()
 
 
-def test_a_taken_port_is_told(tmp_path: Path):
+def test_a_taken_port_is_reported(tmp_path: Path):
     """When the server cannot start, the demo repeats why, and ends with exit code 1."""
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,

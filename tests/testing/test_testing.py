@@ -176,7 +176,7 @@ async def test_drain_waits_for_bodies_that_are_busy_for_real() -> None:
         assert await handle.result() == 3
 
 
-async def test_drain_says_what_is_stuck() -> None:
+async def test_drain_lists_what_is_stuck() -> None:
     """After its deadline `drain` raises a table: each live run with what it waits for."""
 
     @task
@@ -300,7 +300,7 @@ async def test_a_memory_trigger_is_a_trigger_like_any_other() -> None:
     )
 
 
-async def test_sending_to_a_closed_app_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_sending_to_a_closed_app_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """`send` waits for the app to listen, but not for ever."""
     monkeypatch.setattr("eventflow.testing.apps.OPEN_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(UsageError, match="open app"):
