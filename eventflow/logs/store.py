@@ -30,7 +30,7 @@ from eventflow.logs.log import LogLine, get_logger
 
 LOG_EVENTS = {
     "log.dropped": (
-        "`lines` log lines were dropped: a quota was exceeded, or the disk or log file failed."
+        "Log lines were dropped (`lines`): a quota was exceeded, or the disk or log file failed."
     ),
     "log.failed": "The log store cannot write; lines are dropped and counted, runs continue.",
 }

@@ -1,5 +1,6 @@
-"""The log events of the packages, read from the source: those declared in `LOG_EVENTS` and those given
-to a logger. test_log.py compares the two, tests/test_docs.py the first with docs/reference/events.md.
+"""The log events of the packages, read from the source: those declared in `LOG_EVENTS` and those
+given to a logger. test_log.py compares the two, tests/test_docs.py the first with
+docs/reference/events.md.
 """
 
 import ast
@@ -30,13 +31,14 @@ def declared() -> list[tuple[str, str, str]]:
 
 
 def logged() -> set[tuple[str, str]]:
-    """(event, module) of each literal that is the first argument of a logger's method, or a branch of it."""
+    """(event, module) of each literal that is the first argument of a logger's method, or a branch
+    of it.
+    """
     return {
         (text.value, module)
         for module, tree in modules()
         for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        and ast.unparse(call.func).rpartition(".")[2] in LEVELS
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] in LEVELS
         for argument in call.args[:1]
         for text in ast.walk(argument)
         if isinstance(text, ast.Constant)

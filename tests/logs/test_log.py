@@ -1,4 +1,6 @@
-"""Logs: the ids a line carries, where it goes, what it must not say, and that nothing of the host's is touched unasked."""
+"""Log lines: their ids, where they go, what they must not contain, and that the host's logging is
+untouched.
+"""
 
 import asyncio
 import contextvars
@@ -19,7 +21,14 @@ import structlog
 
 from eventflow.core.clock import SystemClock
 from eventflow.logs.capture import LogConfiguration, configure
-from eventflow.logs.log import LogLine, LogContext, to_json_line, get_logger, format_timestamp, log_context
+from eventflow.logs.log import (
+    LogContext,
+    LogLine,
+    format_timestamp,
+    get_logger,
+    log_context,
+    to_json_line,
+)
 from eventflow.logs.redaction import Redactor
 from eventflow.runs.run import format_id
 from tests.logs import events
@@ -28,8 +37,8 @@ ROOT = Path(__file__).parents[2]
 RUN = 1_763_800_000_000 << 20
 
 
-class Kept:
-    """A sink that remembers."""
+class RecordingSink:
+    """A log sink that keeps its lines in a list."""
 
     def __init__(self) -> None:
         self.lines: list[LogLine] = []
@@ -43,8 +52,8 @@ class Kept:
 
 
 @pytest.fixture
-def kept() -> Kept:
-    return Kept()
+def sink() -> RecordingSink:
+    return RecordingSink()
 
 
 @pytest.fixture
@@ -55,14 +64,16 @@ def stream(tmp_path: Path) -> Iterator[io.BufferedWriter]:
 
 @pytest.fixture
 def configured(stream: io.BufferedWriter) -> Iterator[LogConfiguration]:
-    """For tests that do not print: pytest puts its own sys.stdout in place between a fixture and its test."""
+    """For tests that do not print: pytest puts its own sys.stdout in place between a fixture and
+    its test.
+    """
     with configure(stream=stream, level="debug", redactor=Redactor()) as held:
         yield held
 
 
 @pytest.fixture
-def here(kept: Kept) -> Iterator[LogContext]:
-    made = LogContext(RUN, "handle", event=RUN + 1, trigger="orders", sink=kept)
+def context(sink: RecordingSink) -> Iterator[LogContext]:
+    made = LogContext(RUN, "handle", event=RUN + 1, trigger="orders", sink=sink)
     token = log_context.set(made)
     yield made
     log_context.reset(token)
@@ -77,7 +88,9 @@ def lines(configured: LogConfiguration, stream: io.BufferedWriter) -> list[dict[
 
 
 def test_a_line_is_one_json_object(configured: LogConfiguration, stream: io.BufferedWriter):
-    """A line has timestamp (UTC, microseconds), level, event, logger and its fields, in that order."""
+    """A line has timestamp (UTC, microseconds), level, event, logger and its fields, in
+    that order.
+    """
     get_logger("eventflow.worker").info("run.claimed", run="0abc", wait=0.5)
     [line] = lines(configured, stream)
     assert list(line) == ["timestamp", "level", "event", "logger", "run", "wait"]
@@ -98,8 +111,12 @@ def test_timestamps_are_exact():
 
 
 @pytest.mark.parametrize("how", ["eventflow", "structlog", "logging", "print"])
-def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: LogContext, how: str):
-    """Run, flow, event and trigger are bound once and stand in each line made there; in an attempt, task and number too."""
+def test_every_line_in_a_run_carries_its_ids(
+    stream: io.BufferedWriter, context: LogContext, how: str
+):
+    """Run, flow, event and trigger are in each line; in an attempt also the task and the attempt
+    number.
+    """
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
 
         def say() -> None:
@@ -114,7 +131,7 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Lo
                     print("hello")
 
         say()
-        token = log_context.set(here.for_attempt("score", 2))
+        token = log_context.set(context.for_attempt("score", 2))
         say()
         log_context.reset(token)
         flow, attempt = lines(configured, stream)
@@ -130,9 +147,11 @@ def test_every_line_in_a_run_carries_its_ids(stream: io.BufferedWriter, here: Lo
 
 
 def test_a_field_cannot_pose_as_an_id(
-    configured: LogConfiguration, stream: io.BufferedWriter, here: LogContext
+    configured: LogConfiguration, stream: io.BufferedWriter, context: LogContext
 ):
-    """A user's field named like an id or like a part of the line stands beside it, with an underscore, never in its place."""
+    """A user's field with the name of an id or of a part of the line gets an underscore and
+    replaces nothing.
+    """
     get_logger("shop").info("hello", run="another", level="fatal", timestamp="never", flow="handle")
     [line] = lines(configured, stream)
     assert line["run"] == format_id(RUN) and line["run_"] == "another"
@@ -141,7 +160,9 @@ def test_a_field_cannot_pose_as_an_id(
 
 
 def test_bound_fields_and_levels(configured: LogConfiguration, stream: io.BufferedWriter):
-    """`bind` makes a logger whose every line has the field; each method is its level; `%` arguments are filled in."""
+    """`bind` makes a logger whose every line has the field; each method is its level; `%` arguments
+    are filled in.
+    """
     log = get_logger("eventflow.trigger").bind(trigger="orders")
     for name in ("debug", "info", "warning", "error", "critical"):
         getattr(log, name)("x.%s", name)
@@ -151,15 +172,17 @@ def test_bound_fields_and_levels(configured: LogConfiguration, stream: io.Buffer
     assert {line["trigger"] for line in lines(configured, stream)} == {"orders"}
 
 
-def test_lines_below_the_level_are_not_made(stream: io.BufferedWriter, here: LogContext, kept: Kept):
-    """At level warning, info lines reach neither the stream nor the run's store, whoever logs them."""
+def test_lines_below_the_level_are_not_made(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+):
+    """At level warning, info lines reach neither the stream nor the log store."""
     with configure(stream=stream, level="warning", redactor=Redactor()) as held:
         get_logger("shop").info("no")
         structlog.get_logger().info("no")
         logging.getLogger("shop").info("no")
         print("no")
         get_logger("shop").warning("yes")
-        assert [line["event"] for line in lines(held, stream)] == ["yes"] == kept.events
+        assert [line["event"] for line in lines(held, stream)] == ["yes"] == sink.events
 
 
 class Rude:
@@ -170,7 +193,9 @@ class Rude:
 
 
 def test_nothing_logged_raises(configured: LogConfiguration, stream: io.BufferedWriter):
-    """Objects without JSON form, broken reprs, circles, huge integers and odd keys make a line, not an error."""
+    """Objects without JSON form, broken reprs, circles, huge integers and odd keys make a line, not
+    an error.
+    """
     circle: list[Any] = []
     circle.append(circle)
     odd = {
@@ -198,7 +223,7 @@ def test_nothing_logged_raises(configured: LogConfiguration, stream: io.Buffered
 
 
 def test_deep_data_is_cut():
-    """Data nested beyond what JSON writers take is shown to a depth, not refused."""
+    """Data nested deeper than JSON writers permit is cut, not refused."""
     deep: dict[str, Any] = {}
     for _ in range(5000):
         deep = {"a": deep}
@@ -209,9 +234,11 @@ def test_deep_data_is_cut():
 
 
 def test_secrets_are_gone_from_the_rendered_line(
-    stream: io.BufferedWriter, here: LogContext, kept: Kept
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
 ):
-    """A registered value is gone from events, fields, nested data, structs, tracebacks, prints and stored lines."""
+    """A registered value is removed from events, fields, nested data, structs, tracebacks, prints
+    and stored lines.
+    """
     redactor, secret = Redactor(), "hunter2-hunter2"
     redactor.register(secret)
     with configure(stream=stream, redactor=redactor) as held:
@@ -233,16 +260,18 @@ def test_secrets_are_gone_from_the_rendered_line(
             logging.getLogger("lib").exception("failed")
             structlog.get_logger().exception("failed")
         found = lines(held, stream)
-    assert len(found) == 8 == len(kept.lines)
+    assert len(found) == 8 == len(sink.lines)
     assert "hunter2" not in json.dumps(found)
-    assert "hunter2" not in repr(kept.lines)
+    assert "hunter2" not in repr(sink.lines)
     assert all(
         "ValueError: ***" in line["exception"] and "KeyError" in line["exception"]
         for line in found[4:]
     )
 
 
-def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: LogContext, kept: Kept):
+def test_fields_named_like_secrets_are_hidden(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+):
     """A password, header or URL with a password is hidden although nobody registered it."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         get_logger("shop").info(
@@ -251,7 +280,7 @@ def test_telling_names_are_hidden_in_lines(stream: io.BufferedWriter, here: LogC
             headers={"Authorization": "Bearer abcdefghij"},
         )
         print("password=abcdefghij")
-        text = json.dumps(lines(configured, stream)) + repr(kept.lines)
+        text = json.dumps(lines(configured, stream)) + repr(sink.lines)
         assert (
             "pw123456" not in text and "abcdefghij" not in text and "postgresql://u:***@h/d" in text
         )
@@ -270,33 +299,37 @@ def test_a_line_cannot_be_forged(configured: LogConfiguration, stream: io.Buffer
 # --------------------------------------------------------------------------- the run's store
 
 
-def test_the_users_lines_are_kept_ours_only_when_they_matter(
-    configured: LogConfiguration, here: LogContext, kept: Kept
+def test_stored_are_the_users_lines_and_own_warnings(
+    configured: LogConfiguration, context: LogContext, sink: RecordingSink
 ):
-    """Of eventflow's own lines a run keeps warnings and worse: the ledger knows the rest."""
+    """Of eventflow's own lines only warnings and errors are stored with a run: the ledger has the
+    rest.
+    """
     ours = get_logger("eventflow.worker")
     ours.info("run.claimed")
     ours.warning("task.attempt_failed", error="ValueError")
     get_logger("shop").debug("mine", order=7)
-    assert [(line.event, line.level, line.logger) for line in kept.lines] == [
+    assert [(line.event, line.level, line.logger) for line in sink.lines] == [
         ("task.attempt_failed", 30, "eventflow.worker"),
         ("mine", 10, "shop"),
     ]
-    assert kept.lines[1].run == RUN and orjson.loads(kept.lines[1].fields or b"") == {"order": 7}
+    assert sink.lines[1].run == RUN and orjson.loads(sink.lines[1].fields or b"") == {"order": 7}
 
 
-def test_a_replayed_line_is_tagged_and_not_kept_again(
-    stream: io.BufferedWriter, here: LogContext, kept: Kept
+def test_a_replayed_line_is_tagged_and_not_stored_again(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
 ):
-    """While the flow's body only repeats itself its lines say `replay` and are not stored; an attempt's lines are."""
+    """During a replay the lines of the flow body are tagged `replay` and not stored; those of
+    attempts are.
+    """
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
-        here.replaying = lambda: True
+        context.replaying = lambda: True
         get_logger("shop").info("again")
         print("again")
-        token = log_context.set(here.for_attempt("score", 1))
+        token = log_context.set(context.for_attempt("score", 1))
         get_logger("shop").info("new")
         log_context.reset(token)
-        here.replaying = lambda: False
+        context.replaying = lambda: False
         get_logger("shop").info("new")
         assert [line.get("replay") for line in lines(configured, stream)] == [
             True,
@@ -304,17 +337,17 @@ def test_a_replayed_line_is_tagged_and_not_kept_again(
             None,
             None,
         ]
-        assert kept.events == ["new", "new"]
+        assert sink.events == ["new", "new"]
 
 
-def test_attempts_side_by_side_keep_their_lines_apart(
-    stream: io.BufferedWriter, here: LogContext, kept: Kept
+def test_concurrent_attempts_log_under_their_own_ids(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
 ):
     """Coroutines and threads that run at once each log under their own task and attempt."""
     with configure(stream=stream, redactor=Redactor()):
 
         async def body(n: int) -> None:
-            log_context.set(here.for_attempt(f"t{n}", n))
+            log_context.set(context.for_attempt(f"t{n}", n))
             print("coroutine")
             await asyncio.sleep(0)
             await asyncio.to_thread(print, "thread")
@@ -324,7 +357,7 @@ def test_attempts_side_by_side_keep_their_lines_apart(
             await asyncio.gather(*(body(n) for n in range(1, 20)))
 
         asyncio.run(main())
-        found = sorted((line.task, line.attempt, line.event) for line in kept.lines)
+        found = sorted((line.task, line.attempt, line.event) for line in sink.lines)
         assert found == sorted(
             (f"t{n}", n, word) for n in range(1, 20) for word in ("coroutine", "thread", "logging")
         )
@@ -333,8 +366,10 @@ def test_attempts_side_by_side_keep_their_lines_apart(
 # --------------------------------------------------------------------------- prints
 
 
-def test_prints_become_lines(stream: io.BufferedWriter, here: LogContext, kept: Kept):
-    """Each printed line is a line; a tail comes at `close`; of a progress bar the last state counts."""
+def test_prints_become_lines(stream: io.BufferedWriter, context: LogContext, sink: RecordingSink):
+    """Each printed line is a line; the rest is logged at `close`; of a progress bar only the last
+    state.
+    """
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
         print("one\ntwo", "three", 4)
         print("warn", file=sys.stderr)
@@ -342,10 +377,10 @@ def test_prints_become_lines(stream: io.BufferedWriter, here: LogContext, kept: 
         print("\r10 %\r20 %", end="")
         print("\r99 %", end="\r100 %\n")
         print("tail", end="")
-        assert kept.events == ["one", "two three 4", "warn", "100 %"]
-        here.close()
-        here.close()
-        assert kept.events[4:] == ["tail"]
+        assert sink.events == ["one", "two three 4", "warn", "100 %"]
+        context.close()
+        context.close()
+        assert sink.events[4:] == ["tail"]
         assert [line["logger"] for line in lines(configured, stream)] == [
             "stdout",
             "stdout",
@@ -355,22 +390,24 @@ def test_prints_become_lines(stream: io.BufferedWriter, here: LogContext, kept: 
         ]
 
 
-def test_a_print_without_end_is_bounded(stream: io.BufferedWriter, here: LogContext, kept: Kept):
+def test_a_print_without_end_is_bounded(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+):
     """Text without any newline becomes lines before it fills the memory."""
     with configure(stream=stream, level="debug", redactor=Redactor()):
         for _ in range(100):
             print("x" * 1000, end="")
-        assert len(kept.lines) == 11
-        assert sum(len(line.event) for line in kept.lines) == 99_000
+        assert len(sink.lines) == 11
+        assert sum(len(line.event) for line in sink.lines) == 99_000
 
 
 def test_prints_outside_a_run_pass_through(
     configured: LogConfiguration,
     stream: io.BufferedWriter,
-    kept: Kept,
+    sink: RecordingSink,
     capsys: pytest.CaptureFixture[str],
 ):
-    """What is printed outside of any run goes where it always went, and becomes no line."""
+    """Text printed outside of a run is printed as before and is not a line."""
     with configure(stream=stream, redactor=Redactor()) as held:
         print("plain")
         print("plain", file=sys.stderr)
@@ -378,13 +415,15 @@ def test_prints_outside_a_run_pass_through(
     assert capsys.readouterr() == ("plain\n", "plain\n")
 
 
-def test_the_stand_in_is_a_stream(stream: io.BufferedWriter, here: LogContext, kept: Kept):
-    """`sys.stdout` keeps what programs ask of it: encoding, isatty, flush, writelines."""
+def test_the_captured_stream_is_a_stream(
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+):
+    """`sys.stdout` still has encoding, isatty, flush and writelines."""
     with configure(stream=stream, redactor=Redactor()):
         assert sys.stdout.encoding and sys.stdout.isatty() is False
         sys.stdout.writelines(["a\n", "b\n"])
         sys.stdout.flush()
-    assert kept.events == ["a", "b"]
+    assert sink.events == ["a", "b"]
 
 
 # --------------------------------------------------------------------------- what is the host's
@@ -392,13 +431,24 @@ def test_the_stand_in_is_a_stream(stream: io.BufferedWriter, here: LogContext, k
 
 def state() -> tuple[Any, ...]:
     root, own = logging.getLogger(), logging.getLogger("eventflow")
-    return (root.handlers[:], root.level, own.handlers[:], own.propagate, own.level, sys.stdout, sys.stderr,
-            structlog.is_configured(), structlog.get_config())  # fmt: skip
+    return (
+        root.handlers[:],
+        root.level,
+        own.handlers[:],
+        own.propagate,
+        own.level,
+        sys.stdout,
+        sys.stderr,
+        structlog.is_configured(),
+        structlog.get_config(),
+    )
 
 
 @pytest.mark.parametrize("to_stream", [True, False])
-def test_everything_is_put_back(stream: io.BufferedWriter, to_stream: bool):
-    """`close` leaves logging, structlog and sys.stdout as they were before `configure`; twice is once."""
+def test_close_restores_everything(stream: io.BufferedWriter, to_stream: bool):
+    """`close` leaves logging, structlog and sys.stdout as they were before `configure`, also if
+    called twice.
+    """
     before = state()
     held = configure(stream=stream if to_stream else None)
     assert state() != before
@@ -408,10 +458,13 @@ def test_everything_is_put_back(stream: io.BufferedWriter, to_stream: bool):
 
 
 def test_embedded_nothing_is_touched():
-    """Importing eventflow and logging with it leaves the host's logging, structlog and streams alone."""
+    """Importing eventflow and logging with it leaves the host's logging, structlog and streams
+    alone.
+    """
     code = (
         "import logging, sys, structlog\n"
-        "def state(): return (logging.getLogger().handlers, logging.getLogger().level, logging.getLogger('eventflow').handlers,"
+        "def state(): return (logging.getLogger().handlers, logging.getLogger().level, "
+        "logging.getLogger('eventflow').handlers,"
         " structlog.is_configured(), sys.stdout is sys.__stdout__)\n"
         "before = state()\n"
         "import eventflow, eventflow.logs.log\n"
@@ -425,9 +478,11 @@ def test_embedded_nothing_is_touched():
 
 
 def test_embedded_lines_go_to_the_hosts_logging(
-    caplog: pytest.LogCaptureFixture, here: LogContext, kept: Kept
+    caplog: pytest.LogCaptureFixture, context: LogContext, sink: RecordingSink
 ):
-    """Without `configure` a line is a record of `logging`, redacted, at the host's level; in a run it is kept all the same."""
+    """Without `configure` a line is a record of `logging`, redacted, at the host's level; in a run
+    it is stored too.
+    """
     log = get_logger("eventflow.worker")
     with caplog.at_level(logging.WARNING):
         log.info("run.claimed")
@@ -440,14 +495,18 @@ def test_embedded_lines_go_to_the_hosts_logging(
     assert record.getMessage().startswith(f"run.failed run={format_id(RUN)} flow=handle")
     assert "text=a\\nb" in record.getMessage()
     assert "ValueError: password=***" in caplog.text and "hunter2" not in caplog.text
-    assert kept.events == ["run.failed"]
+    assert sink.events == ["run.failed"]
 
 
 def test_capture_without_a_stream(
-    kept: Kept, here: LogContext, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    sink: RecordingSink,
+    context: LogContext,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ):
-    """For tests: lines of a run are kept once, nothing is written, prints still show, and the host's handlers still hear; also
-    after `capture_logs`, which leaves structlog configured."""
+    """For tests: lines of a run are stored once, nothing is written, prints are printed, and the
+    host's handlers get records; also after `capture_logs`, which leaves structlog configured.
+    """
     with structlog.testing.capture_logs():
         pass
     with configure(stream=None), caplog.at_level(logging.INFO):
@@ -455,13 +514,17 @@ def test_capture_without_a_stream(
         structlog.get_logger().info("bound")
         logging.getLogger("lib").info("recorded")
         get_logger("shop").info("logged")
-    assert kept.events == ["printed", "bound", "recorded", "logged"]
+    assert sink.events == ["printed", "bound", "recorded", "logged"]
     assert capsys.readouterr().out == "printed\n"
     assert [record.getMessage().split()[0] for record in caplog.records] == ["recorded", "logged"]
 
 
-def test_a_hosts_dictconfig_does_not_silence_us(configured: LogConfiguration, stream: io.BufferedWriter):
-    """`logging.config.dictConfig` disables loggers it does not know; eventflow's own lines are written all the same."""
+def test_a_hosts_dictconfig_does_not_disable_own_loggers(
+    configured: LogConfiguration, stream: io.BufferedWriter
+):
+    """`logging.config.dictConfig` disables loggers it does not know; eventflow's own lines are
+    still written.
+    """
     log = get_logger("eventflow.worker")
     log.info("run.claimed")
     logging.getLogger("eventflow.worker").disabled = logging.getLogger("eventflow").disabled = True
@@ -478,8 +541,8 @@ def test_a_hosts_dictconfig_does_not_silence_us(configured: LogConfiguration, st
 
 
 def test_each_log_event_is_declared_once_where_it_is_logged():
-    """Each event is declared once, in the package that logs it, as `noun.verb_past` with a sentence;
-    nothing is declared that is not logged.
+    """Each event is declared once, in the package that logs it, as `noun.verb_past` with a
+    sentence; nothing is declared that is not logged.
     """
     logged = {(event, package(module)) for event, module in events.logged()}
     # Written without a logger: the output and the store count what they drop.
@@ -499,20 +562,24 @@ def package(module: str) -> str:
 
 
 def test_context_is_not_shared_with_other_threads(
-    stream: io.BufferedWriter, here: LogContext, kept: Kept
+    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
 ):
-    """A thread that a task starts by itself has no context, and its prints pass through; a copied context helps."""
+    """A thread that a task starts has no context, so its prints pass through; with a copied context
+    they do not.
+    """
     with configure(stream=stream, level="debug", redactor=Redactor()):
         bare = threading.Thread(target=print, args=("bare",))
         copied = threading.Thread(target=contextvars.copy_context().run, args=(print, "copied"))
         for thread in (bare, copied):
             thread.start()
             thread.join()
-        assert kept.events == ["copied"]
+        assert sink.events == ["copied"]
 
 
 def test_a_line_costs_microseconds(tmp_path: Path):
-    """Two to four lines a run at thousands of runs a second: a line in a run stays far below 60 µs even on a loaded machine."""
+    """Two to four lines a run at thousands of runs a second: a line in a run stays far below 60 µs
+    even on a loaded machine.
+    """
     clock = SystemClock()
     with open(tmp_path / "log", "wb") as file, configure(stream=file, redactor=Redactor()):
         token = log_context.set(LogContext(RUN, "handle"))

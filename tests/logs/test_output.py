@@ -1,4 +1,6 @@
-"""The stream: pretty on a terminal, JSON elsewhere; complete after any end but a kill; never in the way of who logs."""
+"""The stream: pretty on a terminal, JSON elsewhere; complete after any end except a kill; never
+blocking.
+"""
 
 import io
 import json
@@ -16,7 +18,7 @@ import pytest
 
 from eventflow.logs.capture import configure
 from eventflow.logs.log import get_logger
-from eventflow.logs.output import MAX_QUEUED_BYTES, make_renderer, format_line
+from eventflow.logs.output import MAX_QUEUED_BYTES, format_line, make_renderer
 from eventflow.logs.redaction import Redactor
 from tests.conftest import wait_until
 
@@ -70,7 +72,8 @@ def on_a_terminal(code: str, **env: str) -> str:
 def test_json_into_a_pipe():
     """Where stderr is no terminal each line is one JSON object, and stdout stays free for data."""
     done = program(
-        "configure(stream=sys.stderr)\nget_logger('eventflow.app').info('app.started', port=8710)\nprint('data')"
+        "configure(stream=sys.stderr)\nget_logger('eventflow.app').info('app.started', "
+        "port=8710)\nprint('data')"
     )
     assert done.stdout == "data\n"
     assert (
@@ -80,7 +83,9 @@ def test_json_into_a_pipe():
 
 
 def test_pretty_on_a_terminal():
-    """On a terminal a line is for people: local time, level, event, fields, in colour; no control of a message gets through."""
+    """On a terminal a line is for people: local time, level, event, fields, in colour; no control
+    of a message gets through.
+    """
     seen = on_a_terminal(
         "configure(stream=sys.stderr)\nget_logger('eventflow.app').info('app.started', port=8710)\n"
         "get_logger('shop').info('x\\x1b]0;title\\x07\\u202e\\nforged', field='\\x1b[2J')"
@@ -96,26 +101,27 @@ def test_pretty_on_a_terminal():
     assert "\\x1b]0;title\\x07\\u202e\\nforged" in plain
 
 
-def test_no_colour_when_asked():
-    """NO_COLOR is heard."""
+def test_no_color_turns_colours_off():
+    """NO_COLOR turns colours off."""
     assert "\x1b" not in on_a_terminal(
         "configure(stream=sys.stderr)\nget_logger('x').info('app.started')", NO_COLOR="1"
     )
 
 
 def test_pretty_tracebacks_keep_their_lines():
-    """An error's traceback is shown in full under its line, each of its lines without controls."""
+    """A traceback is written completely below its line, without control characters."""
     seen = on_a_terminal(
         "configure(stream=sys.stderr)\n"
-        "try: raise ValueError('bad\\x1b[2J')\nexcept ValueError: get_logger('x').exception('run.failed')",
+        "try: raise ValueError('bad\\x1b[2J')\nexcept ValueError: "
+        "get_logger('x').exception('run.failed')",
         NO_COLOR="1",
     )
     assert "Traceback (most recent call last):\r\n" in seen and "ValueError: bad\\x1b[2J" in seen
 
 
 @pytest.mark.parametrize("pretty", [True, False])
-def test_pretty_is_what_one_says(tmp_path: Path, pretty: bool):
-    """`pretty=` wins over what the stream is."""
+def test_pretty_overrides_the_kind_of_stream(tmp_path: Path, pretty: bool):
+    """`pretty=` overrides whether the stream is a terminal."""
     with (
         open(tmp_path / "log", "wb") as file,
         configure(stream=file, pretty=pretty, redactor=Redactor()),
@@ -130,22 +136,28 @@ def test_pretty_is_what_one_says(tmp_path: Path, pretty: bool):
         "",
         "sys.exit(0)",
         "raise SystemExit",
-        "held.close()",
-        "held.flush(); os._exit(0)",
+        "configuration.close()",
+        "configuration.flush(); os._exit(0)",
         "logging.shutdown()",
     ],
 )
 def test_no_line_is_lost_at_the_end(end: str):
-    """Whatever way the program ends, short of a kill, all its lines are written."""
-    code = "held = configure(stream=sys.stderr)\nfor n in range(5000): get_logger('x').info('x.y', n=n)\n"
+    """All lines are written at any end of the program except a kill."""
+    code = (
+        "configuration = configure(stream=sys.stderr)\n"
+        "for n in range(5000): get_logger('x').info('x.y', n=n)\n"
+    )
     done = program(code + end)
     assert [json.loads(line)["n"] for line in done.stderr.splitlines()] == list(range(5000))
 
 
 def test_lines_come_while_the_program_runs(tmp_path: Path):
-    """A line waits in memory for a fraction of a second only: a kill -9 takes no more than that."""
+    """A line waits in memory for a fraction of a second; a kill -9 loses no more."""
     path = tmp_path / "log"
-    code = f"configure(stream=open({str(path)!r}, 'wb'))\nget_logger('x').info('app.started')\nthreading.Event().wait()"
+    code = (
+        f"configure(stream=open({str(path)!r}, 'wb'))\n"
+        "get_logger('x').info('app.started')\nthreading.Event().wait()"
+    )
     child = subprocess.Popen([sys.executable, "-c", HEAD + code], cwd=ROOT)
     try:
         wait_until(
@@ -157,9 +169,12 @@ def test_lines_come_while_the_program_runs(tmp_path: Path):
 
 
 def test_python_unbuffered():
-    """Under `python -u`, as containers run it, whole lines come in order although the raw stream may take a part only."""
+    """Under `python -u`, as containers run it, whole lines come in order although the raw stream
+    may take a part only.
+    """
     done = program(
-        "configure(stream=sys.stderr)\nfor n in range(2000): get_logger('x').info('x.y', n=n, text='t' * 500)",
+        "configure(stream=sys.stderr)\nfor n in range(2000): get_logger('x').info('x.y', n=n, "
+        "text='t' * 500)",
         "-u",
     )
     assert [json.loads(line)["n"] for line in done.stderr.splitlines()] == list(range(2000))
@@ -185,11 +200,13 @@ def test_lines_of_many_threads_stay_whole(tmp_path: Path):
     ] * 8
 
 
-def test_a_stuck_stream_holds_nobody(tmp_path: Path):
-    """A pipe that nobody reads does not stop who logs; when it is read again the lost lines are counted."""
+def test_a_stuck_stream_blocks_nobody(tmp_path: Path):
+    """A pipe that nobody reads does not block logging; once it is read again, the dropped lines are
+    counted.
+    """
     reader, written = os.pipe()
     file = os.fdopen(written, "wb")
-    held = configure(stream=file, redactor=Redactor())
+    configuration = configure(stream=file, redactor=Redactor())
     text = "x" * 10_000
     total = MAX_QUEUED_BYTES // 10_000 + 500
     start = time.monotonic()
@@ -204,7 +221,7 @@ def test_a_stuck_stream_holds_nobody(tmp_path: Path):
 
     thread = threading.Thread(target=drain)
     thread.start()
-    held.close()
+    configuration.close()
     file.close()
     thread.join()
     os.close(reader)
@@ -217,16 +234,16 @@ def test_a_stuck_stream_holds_nobody(tmp_path: Path):
 def test_a_closed_stream_stops_nobody(tmp_path: Path):
     """When the stream is gone (a closed file, a full disk) lines are lost and nothing is raised."""
     file = open(tmp_path / "log", "wb")  # noqa: SIM115
-    with configure(stream=file, redactor=Redactor()) as held:
+    with configure(stream=file, redactor=Redactor()) as configuration:
         file.close()
         get_logger("x").error("run.failed")
-        held.flush()
+        configuration.flush()
     with (
         open("/dev/full", "wb", buffering=0) as full,
-        configure(stream=full, redactor=Redactor()) as held,
+        configure(stream=full, redactor=Redactor()) as configuration,
     ):
         get_logger("x").error("run.failed")
-        held.flush()
+        configuration.flush()
 
 
 def test_a_text_stream_serves_too():
@@ -238,9 +255,10 @@ def test_a_text_stream_serves_too():
 
 
 def test_a_forked_child_writes_its_own_lines_once():
-    """A fork has no thread of ours: it writes at once, and repeats nothing of its parent's."""
+    """A forked child has no writer thread: it writes at once, and repeats no line of its parent."""
     code = (
-        "held = configure(stream=sys.stderr)\nlog = get_logger('x')\nlog.info('x.parent')\n"
+        "configuration = configure(stream=sys.stderr)\nlog = "
+        "get_logger('x')\nlog.info('x.parent')\n"
         "child = os.fork()\n"
         "if not child: log.info('x.child'); os._exit(0)\n"
         "os.waitpid(child, 0)\nlog.info('x.parent')"
@@ -254,7 +272,9 @@ def test_a_forked_child_writes_its_own_lines_once():
 
 
 def test_a_signal_handler_may_log():
-    """A handler that interrupts a line being made logs its own line, and nothing hangs or is torn."""
+    """A handler that interrupts a line being made logs its own line, and nothing hangs or
+    is torn.
+    """
     code = (
         "import signal\nheld = configure(stream=sys.stderr)\nlog = get_logger('x')\n"
         "signal.signal(signal.SIGALRM, lambda *_: log.warning('x.signal'))\n"
@@ -270,8 +290,10 @@ def test_a_signal_handler_may_log():
     assert any(line["event"] == "x.signal" for line in found)
 
 
-def test_a_stored_line_is_shown_like_a_live_one():
-    """`show` renders a line's fields for a person, from the stream or the store, without controls."""
+def test_a_stored_line_is_formatted_like_a_live_one():
+    """`format_line` formats the fields of a line, from the stream or the log store, without
+    controls.
+    """
     line = {
         "timestamp": "2025-11-22T08:26:40.999999Z",
         "level": "info",
@@ -280,5 +302,5 @@ def test_a_stored_line_is_shown_like_a_live_one():
         "n": 1,
         "d": {"k": "\x1b"},
     }
-    shown = format_line(line, make_renderer(colors=False))
-    assert "a\\x1b[31m" in shown and "n=1" in shown and "\x1b" not in shown
+    text = format_line(line, make_renderer(colors=False))
+    assert "a\\x1b[31m" in text and "n=1" in text and "\x1b" not in text

@@ -1,4 +1,6 @@
-"""Redaction: what a registered value, a telling name or a URL must never leave behind, and what must stay as it was."""
+"""Redaction of registered values, of fields named like secrets, and of URLs; other text stays
+unchanged.
+"""
 
 import base64
 import json
@@ -7,7 +9,14 @@ from urllib.parse import quote
 import orjson
 import pytest
 
-from eventflow.logs.redaction import MASK, SECRETS, Redactor, escape_controls, escape_controls_by_line, escape_json_controls
+from eventflow.logs.redaction import (
+    MASK,
+    SECRETS,
+    Redactor,
+    escape_controls,
+    escape_controls_by_line,
+    escape_json_controls,
+)
 
 SECRET = 'p@ss/wörd+"quoted\\'
 
@@ -35,8 +44,8 @@ def redactor() -> Redactor:
         f"{SECRET.encode()!r}",
     ],
 )
-def test_a_registered_value_is_hidden_in_every_spelling(redactor: Redactor, text: str):
-    """A value is gone whether it stands plain, escaped, URL-encoded, in base64 or in hexadecimal."""
+def test_a_registered_value_is_hidden_in_every_encoding(redactor: Redactor, text: str):
+    """A value is removed if it is plain, escaped, URL-encoded, in base64 or in hexadecimal."""
     hidden = redactor.redact_text(text)
     assert MASK in hidden
     for part in (
@@ -52,7 +61,9 @@ def test_a_registered_value_is_hidden_in_every_spelling(redactor: Redactor, text
 
 @pytest.mark.parametrize("before", ["", "u", "us", "user:", "some.longer@user.example:"])
 def test_a_value_inside_a_longer_base64_text_is_hidden(redactor: Redactor, before: str):
-    """Basic credentials are `user:secret` in base64: the secret's part goes, whatever precedes it."""
+    """Basic credentials are `user:secret` in base64: the secret's part goes, whatever
+    precedes it.
+    """
     encoded = base64.b64encode(f"{before}{SECRET}".encode()).decode()
     assert MASK in redactor.redact_text(encoded)
     assert len(redactor.redact_text(encoded).replace(MASK, "")) <= len(before) * 4 / 3 + 6
@@ -60,14 +71,21 @@ def test_a_value_inside_a_longer_base64_text_is_hidden(redactor: Redactor, befor
 
 @pytest.mark.parametrize("secret", ["", " ", "\n", "abc", "12345", "     1", b"", b"short"])
 def test_short_and_empty_values_are_not_registered(secret: str | bytes):
-    """The empty string and what is under six characters would blot out ordinary text: it is refused, and nothing changes."""
+    """Values under six characters would remove ordinary text: they are refused, and nothing
+    changes.
+    """
     redactor = Redactor()
     assert not redactor.register(secret)
-    assert redactor.redact_text("an ordinary text, 12345 abc short") == "an ordinary text, 12345 abc short"
+    assert (
+        redactor.redact_text("an ordinary text, 12345 abc short")
+        == "an ordinary text, 12345 abc short"
+    )
 
 
 def test_each_line_of_a_long_key_is_hidden():
-    """A key of several lines is hidden line by line, as a program prints it; its BEGIN and END lines are ordinary text."""
+    """A key of several lines is hidden line by line, as a program prints it; its BEGIN and END
+    lines are ordinary text.
+    """
     body = [base64.b64encode(bytes([n]) * 48).decode() for n in range(3)]
     redactor = Redactor()
     redactor.register(
@@ -88,21 +106,29 @@ def test_many_values_at_once():
 
 
 @pytest.mark.parametrize(
-    "key", ["password", "db_password", "DB-Passwd", "clientSecret", "secret_key", "access_token", "idToken", "X-Auth-Token",
-            "token", "Authorization", "proxy-authorization", "api_key", "X-Api-Key", "apikey", "Cookie", "set-cookie",
-            "credentials", "private_key", "aws_secret_access_key", "passphrase", "pwd", "auth"]
+    "key", [
+        "password", "db_password", "DB-Passwd", "clientSecret", "secret_key", "access_token",
+        "idToken", "X-Auth-Token", "token", "Authorization", "proxy-authorization", "api_key", "X-Api-Key",
+        "apikey", "Cookie", "set-cookie", "credentials", "private_key", "aws_secret_access_key",
+        "passphrase", "pwd", "auth",
+    ]
 )  # fmt: skip
-def test_values_under_telling_names_are_hidden(key: str):
+def test_values_in_fields_named_like_secrets_are_hidden(key: str):
     """A field named like a secret shows no value, at any depth and of any type."""
-    found = Redactor().redact_data({key: "v4lue", "deep": [{key: {"a": "v4lue"}}, {key: ["v4lue"]}]})
+    found = Redactor().redact_data(
+        {key: "v4lue", "deep": [{key: {"a": "v4lue"}}, {key: ["v4lue"]}]}
+    )
     assert "v4lue" not in json.dumps(found)
     assert found[key] == MASK
 
 
 def test_ordinary_fields_stay():
-    """Counts of tokens, keys of objects and lanes, flags and nulls are no secrets."""
-    fields = {"max_tokens": 4096, "token": 7, "tokens": [1, 2], "idempotency_key": "order-7", "key": "in/a.csv", "author": "me",
-              "secret": None, "password": False, "flow": "tokenize", "n": 1.5, "monkey": "see", "empty": {}}  # fmt: skip
+    """Counts of tokens, keys of objects, ordering keys, flags and nulls are not secrets."""
+    fields = {
+        "max_tokens": 4096, "token": 7, "tokens": [1, 2], "idempotency_key": "order-7",
+        "key": "in/a.csv", "author": "me", "secret": None, "password": False, "flow": "tokenize",
+        "n": 1.5, "monkey": "see", "empty": {},
+    }  # fmt: skip
     assert Redactor().redact_data(fields) == fields
 
 
@@ -122,7 +148,7 @@ def test_ordinary_fields_stay():
         ("amqp://u:p@ss@h", "amqp://u:***@h"),
     ],
 )
-def test_texts_give_no_secret_away(text: str, hidden: str):
+def test_secrets_in_texts_are_hidden(text: str, hidden: str):
     """`name=value`, headers and passwords in URLs are hidden in plain text too."""
     assert Redactor().redact_text(text) == hidden
 
@@ -144,15 +170,15 @@ def test_ordinary_texts_stay(text: str):
 
 
 def test_a_number_that_is_a_secret_is_hidden():
-    """A secret of digits is hidden where it stands as a number, and the line is still JSON."""
+    """A secret of digits is hidden also as a JSON number, and the line is still JSON."""
     redactor = Redactor()
     redactor.register("20458817")
     assert not redactor.is_clean({"pin": 20458817})
     assert redactor.redact_data({"pin": 20458817, "n": 2}) == {"pin": MASK, "n": 2}
 
 
-def test_harmless_forgets_when_a_secret_is_registered():
-    """A text that was fine is looked at again once a new value is registered."""
+def test_a_new_secret_clears_the_cache_of_clean_texts():
+    """A text that was clean is checked again after a new value is registered."""
     redactor = Redactor()
     assert redactor.is_clean({"flow": "hunter2-flow"})
     assert redactor.is_clean({"flow": "hunter2-flow"})
@@ -160,14 +186,16 @@ def test_harmless_forgets_when_a_secret_is_registered():
     assert not redactor.is_clean({"flow": "hunter2-flow"})
 
 
-def test_harmless_is_never_rash():
-    """Nested data, bytes and other objects always get the close look."""
+def test_nested_data_is_never_clean():
+    """Nested data, bytes and other objects are always redacted."""
     for value in ({"password": "x"}, ["x"], b"x", object(), ("x",)):
         assert not Redactor().is_clean({"value": value})
 
 
 def test_controls_do_not_reach_a_terminal():
-    """ESC, C1, bidirectional and invisible controls and line breaks become visible text; other scripts stay."""
+    """ESC, C1, bidirectional and invisible controls and line breaks become visible text; other
+    scripts stay.
+    """
     dirty = "a\x1b[31mb\x9b2Jc\u202ed\u2066e\u200bf\x07g\nh\ri\u2028j\U000e0041k\x7fl\tm"
     assert escape_controls(dirty) == (
         "a\\x1b[31mb\\x9b2Jc\\u202ed\\u2066e\\u200bf\\x07g\\nh\\ri\\u2028j\\U000e0041k\\x7fl\tm"
@@ -176,11 +204,13 @@ def test_controls_do_not_reach_a_terminal():
     assert escape_controls_by_line("one\n\x1b[2Jtwo") == "one\n\\x1b[2Jtwo"
 
 
-def test_json_lines_carry_no_control_and_mean_the_same():
-    """Controls that JSON would let pass are escaped, so that `cat` of a log is safe; what the line says is unchanged."""
-    said = "a\x1b\x9b\u202e\x7f\u2028é\U000e0041\u200b"
-    line = escape_json_controls(orjson.dumps(said))
-    assert orjson.loads(line) == said
+def test_json_lines_contain_no_controls_and_keep_their_value():
+    """Controls that JSON permits are escaped, so that `cat` of a log is safe; the value of the line
+    is unchanged.
+    """
+    value = "a\x1b\x9b\u202e\x7f\u2028é\U000e0041\u200b"
+    line = escape_json_controls(orjson.dumps(value))
+    assert orjson.loads(line) == value
     assert escape_controls(line.decode()) == line.decode()
 
 

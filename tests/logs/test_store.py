@@ -1,4 +1,4 @@
-"""The log store: what is posted is read, floods and full disks are counted and hurt nobody, damage costs old lines only."""
+"""The log store: posted lines are read, dropped ones are counted, damage costs old lines only."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ import pytest
 from eventflow.core.clock import SystemClock
 from eventflow.logs import store as log_store
 from eventflow.logs.file import LogFile, as_stream_line, read_lines
-from eventflow.logs.log import LogLine, LogContext, get_logger, log_context
+from eventflow.logs.log import LogContext, LogLine, get_logger, log_context
 from eventflow.logs.store import LogStore
 from eventflow.runs.run import Ids
 from tests.conftest import eventually, wait_until
@@ -34,7 +34,9 @@ def new_run() -> int:
     return IDS.next(CLOCK.now())
 
 
-def line(run: int, event: str = "hello", *, level: int = 20, fields: bytes | None = None) -> LogLine:
+def line(
+    run: int, event: str = "hello", *, level: int = 20, fields: bytes | None = None
+) -> LogLine:
     return LogLine(run, CLOCK.now(), level, "shop", event, fields, "score", 1)
 
 
@@ -66,7 +68,9 @@ def read(store: LogStore, run: int, **options: Any) -> list[dict[str, Any]]:
 
 
 def test_what_is_posted_is_read(opened: Open):
-    """A line comes back with all it said, at once after it was posted, in order of posting; other runs' lines stay apart."""
+    """A line is read with all its fields right after it was posted, in order, without lines of
+    other runs.
+    """
     store, run, other = opened(), new_run(), new_run()
     store.post(line(run, "one", fields=b'{"n":1,"deep":{"a":[1,null]}}'))
     store.post(line(other, "theirs"))
@@ -110,7 +114,9 @@ def test_reading_goes_on_where_it_stopped(opened: Open):
 
 
 def test_lines_survive_a_restart(opened: Open, path: Path):
-    """Lines are there for the next process, before a store is opened too, and what follows comes after them."""
+    """Lines are there for the next process, before a store is opened too, and what follows comes
+    after them.
+    """
     store, run = opened(), new_run()
     store.post(line(run, "before"))
     store.close()
@@ -130,7 +136,9 @@ def test_no_file_no_lines(opened: Open, path: Path):
 
 
 def test_the_file_is_private(opened: Open, path: Path):
-    """Logs may hold customers' data: the file and its companions are readable by their owner only."""
+    """Logs may hold customers' data: the file and its companions are readable by their
+    owner only.
+    """
     store = opened()
     store.post(line(new_run()))
     assert store.flush()
@@ -139,7 +147,9 @@ def test_the_file_is_private(opened: Open, path: Path):
 
 
 def test_odd_texts_are_kept(opened: Open):
-    """Emoji, quotes, line breaks, controls and a NUL in the middle come back; the NUL as a replacement sign."""
+    """Emoji, quotes, line breaks, controls and a NUL in the middle come back; the NUL as a
+    replacement sign.
+    """
     store, run = opened(), new_run()
     text = 'a"b\\c\n\x1b[31m🎉\x00z'
     store.post(line(run, text, fields=json.dumps({"t": text}).encode()))
@@ -161,15 +171,17 @@ def test_long_lines_are_cut(opened: Open):
 
 
 def test_a_logger_in_a_run_reaches_the_store(opened: Open):
-    """The whole way: a logger, the place in a run, the store, and the line in the shape it has on the stream."""
+    """The whole way: a logger, the place in a run, the store, and the line in the shape it has on
+    the stream.
+    """
     store, run = opened(), new_run()
     token = log_context.set(LogContext(run, "handle", sink=store).for_attempt("score", 2))
     get_logger("shop").warning("slow", seconds=3.5, password="x")
     log_context.reset(token)
     [row] = read(store, run)
-    shown = as_stream_line(row)
-    assert shown.pop("timestamp").endswith("Z")
-    assert shown == {
+    stream_line = as_stream_line(row)
+    assert stream_line.pop("timestamp").endswith("Z")
+    assert stream_line == {
         "level": "warning",
         "event": "slow",
         "logger": "shop",
@@ -184,18 +196,20 @@ def test_a_logger_in_a_run_reaches_the_store(opened: Open):
 
 
 def test_a_flood_is_capped_and_counted(opened: Open):
-    """A run that logs faster than its rate keeps the first lines; each lost one is counted, in the run's own lines too."""
+    """A run that logs faster than its rate keeps the first lines; each lost one is counted, in the
+    run's own lines too.
+    """
     store, run, calm = opened(per_second=100), new_run(), new_run()
     for n in range(5000):
         store.post(line(run, str(n)))
     store.post(line(calm))
 
-    def told() -> int:
+    def counted() -> int:
         rows = read_lines(store.file.path, run, limit=10_000)
         kept = sum(row["event"] != "log.dropped" for row in rows)
         return kept + sum(row["fields"]["lines"] for row in rows if row["event"] == "log.dropped")
 
-    wait_until(lambda: told() == 5000, "kept and counted lines are all there were")
+    wait_until(lambda: counted() == 5000, "stored and counted lines are all of them")
     rows = read(store, run, limit=10_000)
     assert [row["event"] for row in rows[:100]] == [str(n) for n in range(100)]
     assert (
@@ -207,7 +221,9 @@ def test_a_flood_is_capped_and_counted(opened: Open):
 
 
 def test_a_run_has_a_size_and_warnings_a_tenth_more(opened: Open):
-    """Beyond `per_run` lines only warnings are kept, for a tenth more; a restart does not begin the count anew."""
+    """Beyond `per_run` lines only warnings are stored, for a tenth more; a restart does not reset
+    the count.
+    """
     store, run = opened(per_run=100), new_run()
     for _ in range(2):
         for n in range(150):
@@ -218,8 +234,8 @@ def test_a_run_has_a_size_and_warnings_a_tenth_more(opened: Open):
     for _ in range(50):
         store.post(line(run, "warning", level=30))
     store.close()
-    words = [row["event"].split()[0] for row in read_lines(store.file.path, run, limit=1000)]
-    assert (words.count("info"), words.count("warning")) == (100, 10)
+    levels = [row["event"].split()[0] for row in read_lines(store.file.path, run, limit=1000)]
+    assert (levels.count("info"), levels.count("warning")) == (100, 10)
 
 
 def test_a_run_has_a_size_in_bytes(opened: Open):
@@ -231,7 +247,9 @@ def test_a_run_has_a_size_in_bytes(opened: Open):
 
 
 def test_posting_never_waits_for_the_disk(opened: Open, path: Path):
-    """While another connection holds the file, posting goes on; the bounded queue counts what it cannot take."""
+    """While another connection locks the file, lines are still posted; those over the bound of the
+    queue are counted.
+    """
     store = opened(per_second=10**6)
     store.post(line(new_run()))
     assert store.flush()
@@ -249,7 +267,9 @@ def test_posting_never_waits_for_the_disk(opened: Open, path: Path):
 
 
 def test_the_quota_removes_the_oldest_runs(opened: Open, path: Path):
-    """The file stays at its quota however much is logged; the oldest runs' lines go first, the newest stay."""
+    """The file stays at its quota however much is logged; the oldest runs' lines go first, the
+    newest stay.
+    """
     quota = 4 << 20
     store = opened(quota_bytes=quota, per_second=10**6)
     runs = [new_run() for _ in range(300)]
@@ -289,7 +309,9 @@ def test_old_lines_go(opened: Open):
 def test_a_damaged_file_is_set_aside(
     opened: Open, path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ):
-    """Damage costs the old lines only: the file is kept aside for inspection, a new one begun, and a warning says so."""
+    """Damage costs the old lines only: the file is kept aside for inspection, a new one begun, and
+    a warning says so.
+    """
     store, run = opened(), new_run()
     for _ in range(500):
         store.post(line(run, "x" * 200))
@@ -324,7 +346,9 @@ def test_a_damaged_file_is_set_aside(
 def test_a_file_that_cannot_be_written_stops_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """With its directory gone the store drops and counts, warns once, and writes again when it can."""
+    """With its directory gone the store drops and counts, warns once, and writes again when
+    it can.
+    """
     folder = tmp_path / "gone"
     store = LogStore(folder / "store.db", clock=CLOCK)
     store.open()
@@ -350,8 +374,10 @@ def test_a_short_disk_is_left_to_the_journal(opened: Open):
     assert store.dropped == 1 and not store.file.path.exists()
 
 
-def test_a_file_removed_by_hand_is_made_anew(opened: Open, path: Path):
-    """Someone who makes room by deleting the log file loses what was in it, and nothing that follows."""
+def test_a_file_removed_by_hand_is_created_again(opened: Open, path: Path):
+    """Someone who makes room by deleting the log file loses what was in it, and nothing that
+    follows.
+    """
     store, run = opened(), new_run()
     store.post(line(run, "before"))
     assert store.flush()
@@ -364,8 +390,10 @@ def test_a_file_removed_by_hand_is_made_anew(opened: Open, path: Path):
 def test_kill_9_keeps_what_was_written(path: Path):
     """A killed process leaves a file that opens, with all lines it had flushed, in order."""
     code = (
-        "from eventflow.core.clock import SystemClock\nfrom eventflow.logs.log import LogLine\nfrom eventflow.logs.store import LogStore\n"
-        f"clock = SystemClock()\nstore = LogStore({str(path)!r}, clock=clock, per_second=10**6, per_run=10**6)\nstore.open()\n"
+        "from eventflow.core.clock import SystemClock\nfrom eventflow.logs.log import "
+        "LogLine\nfrom eventflow.logs.store import LogStore\n"
+        f"clock = SystemClock()\nstore = LogStore({str(path)!r}, clock=clock, per_second=10**6, "
+        "per_run=10**6)\nstore.open()\n"
         "for n in range(10**9):\n"
         "    store.post(LogLine(1 << 61, clock.now(), 20, 'x', str(n)))\n"
         "    if n % 100 == 99 and store.flush(): print(n, flush=True)\n"
@@ -377,12 +405,12 @@ def test_kill_9_keeps_what_was_written(path: Path):
         cwd=Path(__file__).parents[2],
     )
     assert child.stdout is not None
-    told = [int(child.stdout.readline()) for _ in range(5)]
+    flushed = [int(child.stdout.readline()) for _ in range(5)]
     child.kill()
     child.wait()
     child.stdout.close()
     rows = [row["event"] for row in read_lines(path, 1 << 61, limit=10**6)]
-    assert rows[: told[-1] + 1] == [str(n) for n in range(told[-1] + 1)]
+    assert rows[: flushed[-1] + 1] == [str(n) for n in range(flushed[-1] + 1)]
     assert rows == [str(n) for n in range(len(rows))]
 
 
@@ -428,7 +456,9 @@ def test_memory_is_bounded(opened: Open, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_follow_gives_each_line_once_until_the_run_is_settled(opened: Open):
-    """Lines written before and while one follows come in order, once, soon; and the last ones before it ends."""
+    """Lines written before and while one follows come in order, once, soon; and the last ones
+    before it ends.
+    """
     store, run = opened(), new_run()
     done = False
 

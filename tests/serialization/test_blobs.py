@@ -1,4 +1,4 @@
-"""What is too large for a row is on disk before the row names it, and is verified when read."""
+"""Blobs: on disk before a row references them, and verified when they are read."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ def path_of(blobs, ref):
 
 
 def test_a_blob_comes_back(blobs):
-    """What was put is got, under the SHA-256 of its content."""
+    """`get` returns what was put, under the SHA-256 of its content."""
     ref = blobs.put(b"abc")
     assert ref == hashlib.sha256(b"abc").hexdigest()
     assert blobs.get(ref) == b"abc"
@@ -42,7 +42,7 @@ def test_the_same_content_is_written_once(blobs):
     assert path_of(blobs, ref).stat().st_ino == before
 
 
-def test_a_torn_blob_is_written_anew(blobs):
+def test_a_torn_blob_is_written_again(blobs):
     """A file that a power cut left empty is replaced by the next put of its content."""
     ref = blobs.put(b"abc")
     path_of(blobs, ref).write_bytes(b"")
@@ -70,7 +70,9 @@ def test_a_reference_never_leads_out(blobs, ref):
 
 
 def test_only_large_values_are_offloaded(blobs):
-    """Up to LARGE bytes stay in the row; more become a reference, marked in the codec, and come back through `fetch`."""
+    """Up to OFFLOAD_BYTES stay in the row; more become a reference, marked in the codec, and come
+    back through `fetch`.
+    """
     small, large = b"x" * OFFLOAD_BYTES, b"x" * (OFFLOAD_BYTES + 1)
     assert blobs.offload("json", small) == ("json", small)
     codec, ref = blobs.offload("json", large)
@@ -81,7 +83,9 @@ def test_only_large_values_are_offloaded(blobs):
 
 
 def test_prune_leaves_what_is_named_or_young(blobs):
-    """Prune removes old blobs that no row names, and nothing else; putting content again makes it young."""
+    """Prune removes old blobs that no row names, and nothing else; putting content again makes it
+    young.
+    """
     kept, old, again = blobs.put(b"kept"), blobs.put(b"old"), blobs.put(b"again")
     for ref in (kept, old, again):
         os.utime(path_of(blobs, ref), (1, 1))

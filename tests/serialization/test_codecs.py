@@ -1,4 +1,6 @@
-"""Results, errors and fingerprints: what the flow gets from the journal is what the task gave, or a clear refusal."""
+"""Results, errors and fingerprints: the journal returns what the task returned, or an error says
+why not.
+"""
 
 import dataclasses
 import datetime as dt
@@ -134,7 +136,9 @@ def round_trip(value, annotation=None, codec=None):
     ],
 )
 def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
-    """Each value under each annotation decodes to an equal one of the same type, whether or not the annotation holds."""
+    """Each value under each annotation decodes to an equal one of the same type, whether or not the
+    annotation holds.
+    """
     word, decoded = round_trip(value, annotation)
     assert word == codec
     assert deep_equal(decoded, value)
@@ -159,7 +163,9 @@ def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
     ],
 )
 def test_what_cannot_come_back_equal_is_refused(value, annotation, message):
-    """A value with no lossless form raises NotStorable with path and type; never its repr, never a pickle (fault 37)."""
+    """A value with no lossless form raises NotStorable with path and type; never its repr, never a
+    pickle (fault 37).
+    """
     with pytest.raises(NotStorable, match=message):
         ResultCodec(annotation, "job").encode(value)
 
@@ -178,14 +184,18 @@ class Float32:
 
 
 def test_a_numeric_scalar_under_float_is_that_number():
-    """A number of another library is stored as the `float` its annotation says, and refused without one."""
+    """A number of another library is stored as the `float` its annotation says, and refused without
+    one.
+    """
     assert round_trip(Float32(), float) == ("json", 0.25)
     with pytest.raises(NotStorable):
         round_trip(Float32())
 
 
 def test_json_above_the_limit_is_refused(monkeypatch):
-    """JSON over MAX_JSON is a NotStorable that names its size; bytes have no such limit (fault 36)."""
+    """JSON over MAX_JSON is a NotStorable that names its size; bytes have no such limit
+    (fault 36).
+    """
     monkeypatch.setattr(codecs, "MAX_JSON", 1000)
     with pytest.raises(ResultTooLarge, match="expected at most"):
         ResultCodec(None, "job").encode(["x" * 1000])
@@ -197,8 +207,10 @@ class Local:
         self.x = x
 
 
-def test_pickle_is_only_where_asked_for_and_only_where_flows_run():
-    """A pickle is made only with codec="pickle", read only with allow_pickle, and only under the key that signed it (S12)."""
+def test_pickle_needs_the_codec_the_key_and_a_flow():
+    """A pickle is made only with codec="pickle", read only with allow_pickle, and only under the
+    key that signed it (S12).
+    """
     codec = ResultCodec(None, "job", "pickle")
     word, data = codec.encode(Local(1), key=b"k")
     assert word == "pickle"
@@ -214,8 +226,10 @@ def test_pickle_is_only_where_asked_for_and_only_where_flows_run():
         ResultCodec(None, "job", "yaml")
 
 
-def test_a_changed_annotation_is_told():
-    """A recorded result that the new annotation cannot read raises UsageError that names the task."""
+def test_a_changed_annotation_raises_usage_error():
+    """A recorded result that the new annotation cannot read raises UsageError that names
+    the task.
+    """
     word, data = ResultCodec(Metrics, "job").encode(Metrics(0.5))
     with pytest.raises(UsageError, match="job: a recorded result does not fit"):
         ResultCodec(Order, "job").decode(word, data)
@@ -230,7 +244,7 @@ def test_an_annotation_may_be_resolved_late_or_never():
 
 
 @pytest.mark.parametrize(
-    ("value", "annotation", "shown"),
+    ("value", "annotation", "readable"),
     [
         ({"a": 1}, None, {"a": 1}),
         ((1, {2}), None, [1, [2]]),
@@ -243,11 +257,11 @@ def test_an_annotation_may_be_resolved_late_or_never():
         (b"abc", None, "<bytes, 3 bytes>"),
     ],
 )
-def test_a_result_is_shown_as_json(value, annotation, shown):
-    """Doors show any stored result as JSON without the class that made it."""
+def test_a_result_is_readable_as_json(value, annotation, readable):
+    """Any stored result is readable as JSON without the class that made it."""
     assert (
         orjson.loads(orjson.dumps(to_readable(*ResultCodec(annotation, "job").encode(value))))
-        == shown
+        == readable
     )
 
 
@@ -266,7 +280,7 @@ class Coded(Exception):
 
 class Silent(Exception):
     def __str__(self) -> str:
-        raise RuntimeError("no words")
+        raise RuntimeError("no text")
 
 
 class Outer:
@@ -305,7 +319,9 @@ def without_traceback(fields: dict[str, Any]) -> dict[str, Any]:
     ids=repr,
 )
 def test_p4_an_error_is_rebuilt_from_its_class(error):
-    """An error whose class is imported comes back with its type, text and arguments, and encodes to the same record again."""
+    """An error whose class is imported comes back with its type, text and arguments, and encodes to
+    the same record again.
+    """
     data = encode_error(raised(error))
     rebuilt = decode_error(data)
     assert type(rebuilt) is type(error)
@@ -331,7 +347,9 @@ def test_p4_an_error_is_rebuilt_from_its_class(error):
     ids=lambda value: type(value).__name__,
 )
 def test_an_error_that_does_not_rebuild_becomes_a_task_failed(error, message):
-    """An error that its class does not make again from JSON arguments is a TaskFailed of its type and text, and stays one."""
+    """An error that its class cannot rebuild from JSON arguments becomes a TaskFailed of its type
+    and text, and stays one.
+    """
     data = encode_error(raised(error))
     rebuilt = decode_error(data)
     assert isinstance(rebuilt, TaskFailed)
@@ -342,7 +360,7 @@ def test_an_error_that_does_not_rebuild_becomes_a_task_failed(error, message):
     )
 
 
-def test_an_error_without_words_is_recorded():
+def test_an_error_without_a_text_is_recorded():
     """A `__str__` that raises costs the text, not the record."""
     data = encode_error(raised(Silent()))
     assert orjson.loads(data)["message"] == "<Silent.__str__ raised RuntimeError>"
@@ -359,14 +377,16 @@ def test_an_error_without_words_is_recorded():
     ],
 )
 def test_an_error_recorded_before_its_module_moved_is_rebuilt(name, args, kind):
-    """Class names that an earlier version recorded lead to the classes of today."""
+    """Class names that an earlier version recorded refer to the classes of today."""
     message = str(kind(*args))
     data = orjson.dumps({"type": name, "message": message, "args": args, "traceback": ""})
     assert type(decode_error(data)) is kind
 
 
 def test_s12_no_module_is_imported_to_rebuild_an_error():
-    """An error of a module that is not imported is a TaskFailed, and the module stays unimported."""
+    """An error of a module that is not imported is a TaskFailed, and the module stays
+    unimported.
+    """
     fields = {"type": "this:Zen", "message": "m", "args": ["m"], "traceback": ""}
     assert "this" not in sys.modules
     assert isinstance(decode_error(orjson.dumps(fields)), TaskFailed)
@@ -384,7 +404,9 @@ def test_s12_only_exception_classes_are_called(name):
 
 
 def test_a_record_keeps_where_it_happened():
-    """The rebuilt error carries the recorded traceback as its note, causes included, and keeps it when recorded again."""
+    """The rebuilt error carries the recorded traceback as its note, causes included, and keeps it
+    when recorded again.
+    """
 
     def inner() -> None:
         raise KeyError("deep")
@@ -415,8 +437,10 @@ def test_the_traceback_is_the_users():
     assert len(long) == MAX_TRACEBACK
 
 
-def test_a_circle_of_causes_ends():
-    """An error that is its own cause, a lone surrogate in a message, and a deep recursion are all recorded."""
+def test_a_cycle_of_causes_ends():
+    """An error that is its own cause, a lone surrogate in a message, and a deep recursion are all
+    recorded.
+    """
     first, second = ValueError("a \ud800"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
 
@@ -453,13 +477,16 @@ def test_a_call_has_one_fingerprint_however_it_is_written():
 @pytest.mark.parametrize(
     "value",
     [
-        NOW, Decimal("1.1"), b"abc", Colour.RED, Order(1, [Line("x", Decimal(1))], NOW), Metrics(1.0), {1, 2}, {3: "x"}, 2**80,
+        NOW, Decimal("1.1"), b"abc", Colour.RED, Order(1, [Line("x", Decimal(1))], NOW),
+        Metrics(1.0), {1, 2}, {3: "x"}, 2**80,
         Customer(name="A", born=dt.date(2000, 1, 1)), (1, 2), {"deep": [Order(1)]},
     ],
     ids=repr,
 )  # fmt: skip
 def test_codec_values_are_compared_by_their_json(value):
-    """Values of the known types are part of the fingerprint, and another value is another fingerprint."""
+    """Values of the known types are part of the fingerprint, and another value is another
+    fingerprint.
+    """
     made = fingerprint(("x",), (value,), {}, {})
     assert made is not None
     assert made == fingerprint(("x",), (value,), {}, {})
@@ -467,7 +494,9 @@ def test_codec_values_are_compared_by_their_json(value):
 
 
 def test_what_has_no_json_is_never_compared():
-    """An argument without a JSON form is "?", equal to anything; with none but such there is no fingerprint."""
+    """An argument without a JSON form is "?", equal to anything; with none but such there is no
+    fingerprint.
+    """
     one = fingerprint(("model", "n"), (threading.Lock(), 1), {}, {})
     two = fingerprint(("model", "n"), (threading.Lock(), 2), {}, {})
     assert one == b'{"model":"?","n":1}'
@@ -478,7 +507,9 @@ def test_what_has_no_json_is_never_compared():
 
 
 def test_a_long_argument_is_its_hash():
-    """Over 1 KiB the long fields are hashed, the small ones stay to be read, and a change is still found."""
+    """Over 1 KiB the long fields are hashed, the small ones stay to be read, and a change is still
+    found.
+    """
     long = fingerprint(("text", "n"), ("x" * 5000, 1), {}, {})
     assert long is not None
     assert len(long) < 120
@@ -495,13 +526,13 @@ def test_a_field_is_the_same_literal_or_hashed():
     assert fingerprint_diff(short, grown).startswith("b: ")
 
 
-def test_big_integers_are_told_apart():
-    """Integers that no float tells apart are different arguments, and the diff says so."""
+def test_big_integers_are_different():
+    """Integers that are equal as floats are different arguments, and the diff shows both."""
     old, new = fingerprint(("n",), (2**80,), {}, {}), fingerprint(("n",), (2**80 + 1,), {}, {})
     assert fingerprint_diff(old, new).startswith("n: ")
 
 
-def test_a_diff_names_what_came_and_went():
+def test_a_diff_lists_added_and_removed_fields():
     """The diff lists changed, added and removed fields with both values, shortened."""
     old = fingerprint(("a", "b"), (1, "y" * 300), {}, {})
     new = fingerprint(("a", "c"), (2, 3), {}, {})
@@ -512,6 +543,6 @@ def test_a_diff_names_what_came_and_went():
 
 
 @given(st.lists(st.binary(max_size=4), max_size=4), st.lists(st.binary(max_size=4), max_size=4))
-def test_a_digest_knows_where_its_parts_end(left, right):
+def test_a_digest_depends_on_the_ends_of_its_parts(left, right):
     """Different parts have different digests, also when their concatenation is the same."""
     assert (digest(*left) == digest(*right)) == (left == right)

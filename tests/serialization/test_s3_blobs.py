@@ -1,4 +1,6 @@
-"""Large results in a bucket, on a real server: durable before any row names them, read back by a replay, never lost."""
+"""Large results in a bucket of a real server: durable before a row references them, read by a
+replay, never lost.
+"""
 
 import asyncio
 import hashlib
@@ -77,7 +79,9 @@ def app_at(folder: Path, results: str) -> App:
 
 
 def test_a_blob_is_an_object_named_by_its_content(aws: Aws, tmp_path: Path):
-    """What was put is an object under its SHA-256, got again on a machine that has no copy, and put again without harm."""
+    """What was put is an object under its SHA-256, got again on a machine that has no copy, and put
+    again without harm.
+    """
     bucket = Bucket(aws)
     ref = Blobs(tmp_path / "one", Place(url(aws, bucket))).put(b"abc")
     assert ref == hashlib.sha256(b"abc").hexdigest() and keys(bucket) == [f"results/{ref}"]
@@ -87,7 +91,9 @@ def test_a_blob_is_an_object_named_by_its_content(aws: Aws, tmp_path: Path):
 
 
 def test_what_is_missing_or_altered_is_refused(aws: Aws, tmp_path: Path):
-    """An object that is gone, or is not what its name says, is StoreCorrupt and never another value."""
+    """An object that is gone, or is not what its name says, is StoreCorrupt and never another
+    value.
+    """
     bucket = Bucket(aws)
     ref = Blobs(tmp_path / "one", Place(url(aws, bucket))).put(b"abc")
     bucket.put(f"results/{ref}", b"abd")
@@ -99,7 +105,7 @@ def test_what_is_missing_or_altered_is_refused(aws: Aws, tmp_path: Path):
 
 
 def test_a_torn_copy_is_read_from_the_bucket(aws: Aws, tmp_path: Path):
-    """A copy beside the store that a power cut emptied is read from the bucket, and mended."""
+    """A file beside the store that a power cut emptied is replaced from the bucket."""
     bucket = Bucket(aws)
     blobs = Blobs(tmp_path, Place(url(aws, bucket)))
     ref = blobs.put(b"abc")
@@ -108,9 +114,10 @@ def test_a_torn_copy_is_read_from_the_bucket(aws: Aws, tmp_path: Path):
     assert blobs.get(ref) == b"abc" and copy.read_bytes() == b"abc"
 
 
-def test_pruning_keeps_what_is_only_here_by_moving_it(aws: Aws, tmp_path: Path):
-    """Copies go once they are old; what was here before there was a bucket is moved to it first; named or not, nothing is
-    deleted there."""
+def test_pruning_moves_local_blobs_to_the_bucket(aws: Aws, tmp_path: Path):
+    """Copies go once they are old; what was here before there was a bucket is moved to it first;
+    named or not, nothing is deleted there.
+    """
     bucket = Bucket(aws)
     before = Blobs(tmp_path).put(b"before the bucket")
     blobs = Blobs(tmp_path, Place(url(aws, bucket)))
@@ -141,8 +148,10 @@ def test_s29_a_store_that_rejects_checksum_headers(ministack: Aws, monkeypatch: 
         assert place.get("a" * 64) == b"abc" and place.has("a" * 64) and not place.has("b" * 64)
 
 
-def test_what_is_refused_says_what_to_do(ministack: Aws, monkeypatch: pytest.MonkeyPatch):
-    """A missing bucket, refused access and a server that is not there are one error, which says where and why."""
+def test_errors_say_what_to_do(ministack: Aws, monkeypatch: pytest.MonkeyPatch):
+    """A missing bucket, refused access and a missing server are one error with the place and the
+    reason.
+    """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
@@ -157,8 +166,8 @@ def test_what_is_refused_says_what_to_do(ministack: Aws, monkeypatch: pytest.Mon
         Place("s3://bucket?endpoint_url=http://127.0.0.1:9").get("a" * 64)
 
 
-def test_a_door_answers_503_while_results_cannot_be_read():
-    """Whoever asks for a result that cannot be read now is told to come back, not that it was wrong to ask."""
+def test_the_api_answers_503_while_results_cannot_be_read():
+    """A result that cannot be read now is a temporary error, not an error of the request."""
     answer = error_response(ResultsUnavailable("read", "s3://bucket/x", "SlowDown"))
     assert answer.status_code == 503 and "retry-after" in answer.headers
 
@@ -166,8 +175,10 @@ def test_a_door_answers_503_while_results_cannot_be_read():
 @pytest.mark.parametrize(
     "wrong", ["file:///x", "s3://", "bucket/prefix", "s3://bucket?secret=x", "s3://bucket/p#x"]
 )
-def test_other_places_are_refused(wrong: str):
-    """`results=` takes s3:// with endpoint_url and region, nothing else: no secret belongs in it."""
+def test_other_urls_are_refused(wrong: str):
+    """`results=` takes s3:// with endpoint_url and region, nothing else: no secret belongs
+    in it.
+    """
     with pytest.raises(UsageError, match="s3://bucket/prefix"):
         Place(wrong)
 
@@ -176,7 +187,9 @@ def test_other_places_are_refused(wrong: str):
 
 
 def test_results_of_tasks_and_flows_are_there_before_the_row(aws: Aws, tmp_path: Path):
-    """A large result of a task and of a flow is in the bucket; the journal holds its name only, and the value comes back."""
+    """A large result of a task and of a flow is in the bucket; the journal holds its name only, and
+    the value comes back.
+    """
 
     async def main() -> None:
         async with app_at(tmp_path, url(aws, bucket)) as app:
@@ -202,7 +215,9 @@ def test_results_of_tasks_and_flows_are_there_before_the_row(aws: Aws, tmp_path:
 def test_an_outage_on_put_loses_no_result(
     ministack: Aws, tmp_path: Path, fault: Any, monkeypatch: pytest.MonkeyPatch
 ):
-    """While the bucket does not take a task's result it is put again; then the run completes, and the body ran once."""
+    """While the bucket does not take a task's result it is put again; then the run completes, and
+    the body ran once.
+    """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     ran: list[str] = []
@@ -234,7 +249,9 @@ def test_an_outage_on_put_loses_no_result(
 def test_an_attempt_that_cannot_store_its_result_fails_and_is_retried(
     ministack: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """When the bucket does not answer for longer than it is asked, the attempt failed; the next one stores its result."""
+    """If the bucket does not answer for all retries, the attempt fails; the next one stores its
+    result.
+    """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("eventflow.serialization.blobs.OFFLOAD_RETRIES", 1)
@@ -267,7 +284,9 @@ def test_an_attempt_that_cannot_store_its_result_fails_and_is_retried(
 def test_a_flow_whose_result_cannot_be_stored_is_put_off(
     ministack: Aws, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """When nobody takes a flow's own result, the run waits, and is tried again: neither failed nor lost."""
+    """If the result of a flow cannot be stored, the run waits and is tried again; it neither fails
+    nor is lost.
+    """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("eventflow.serialization.blobs.OFFLOAD_RETRIES", 1)
@@ -289,8 +308,10 @@ def test_a_flow_whose_result_cannot_be_stored_is_put_off(
 def test_a_replay_reads_it_back_on_another_machine(
     ministack: Aws, tmp_path: Path, faults: int, monkeypatch: pytest.MonkeyPatch
 ):
-    """A run goes on where no copy of its large value is: it comes from the bucket. One that the bucket does not give now puts
-    the run off; it completes when it can be read, and the body does not run again."""
+    """A run continues without a local copy of its large value: it comes from the bucket. One that
+    the bucket does not give now puts the run off; it completes when it can be read, and the body
+    does not run again.
+    """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventflow.core.errors import NotStorable
-from eventflow.serialization.tagged_json import decode_tagged, encode_plain, is_plain, deep_equal
+from eventflow.serialization.tagged_json import decode_tagged, deep_equal, encode_plain, is_plain
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
@@ -50,8 +50,10 @@ def back(value):
 
 
 @given(VALUES)
-def test_whatever_is_taken_comes_back_the_same(value):
-    """NaN, big integers, tuples, sets, dates and keys that look like tags survive encoding, nested in any way."""
+def test_what_is_accepted_decodes_to_the_same(value):
+    """NaN, big integers, tuples, sets, dates and keys that look like tags survive encoding, nested
+    in any way.
+    """
     assert deep_equal(back(value), value)
 
 
@@ -60,8 +62,10 @@ def test_whatever_is_taken_comes_back_the_same(value):
         LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4)
     )
 )
-def test_what_json_says_exactly_is_json(value):
-    """Data of JSON's own types is stored as plain JSON, unless a number in it is one that JSON lacks."""
+def test_what_json_represents_exactly_is_json(value):
+    """Data of JSON's own types is stored as plain JSON, unless a number in it is one that JSON
+    lacks.
+    """
     codec, data = encode_plain(value, "value")
     assert is_plain(value)
     if codec == "json":
@@ -103,13 +107,15 @@ class Word(str):
     ],
 )
 def test_what_cannot_come_back_is_refused_by_name(value, path, found):
-    """A value without a lossless form raises NotStorable that names the path to the culprit and its type (fault 37)."""
+    """A value without a lossless form raises NotStorable with the path and type of the part (fault
+    37).
+    """
     with pytest.raises(NotStorable) as raised:
         encode_plain(value, "v")
     assert (raised.value.path, raised.value.found.removeprefix("tests.")) == (path, found)
 
 
-def test_depth_and_circles_are_refused():
+def test_depth_and_cycles_are_refused():
     """Nesting that no reader would follow is refused, not a crash."""
     circle: list[object] = []
     circle.append(circle)
@@ -127,8 +133,8 @@ def test_paths_and_ids_come_back_as_what_they_were():
     assert deep_equal(back(value), value)
 
 
-def test_same_tells_types_apart():
-    """`same` takes NaN for NaN, and 1, 1.0 and True for three things."""
+def test_deep_equal_compares_types():
+    """`deep_equal`: NaN equals NaN, and 1, 1.0 and True are different."""
     assert deep_equal({"a": [math.nan]}, {"a": [math.nan]})
     assert not deep_equal(1, True)
     assert not deep_equal(1, 1.0)

@@ -24,22 +24,22 @@ pytestmark = pytest.mark.anyio
 
 
 @asynccontextmanager
-async def going_on(write: Callable[[int], Awaitable[Any]]) -> AsyncIterator[list[int]]:
-    """Writes again and again meanwhile; the list has the number of each write that is done."""
+async def writing(write: Callable[[int], Awaitable[Any]]) -> AsyncIterator[list[int]]:
+    """Call `write` repeatedly meanwhile; the list has the number of each completed call."""
     done: list[int] = []
-    enough = asyncio.Event()
+    stop = asyncio.Event()
 
-    async def go_on() -> None:
-        while not enough.is_set():
+    async def write_repeatedly() -> None:
+        while not stop.is_set():
             await write(len(done))
             done.append(len(done))
 
     async with asyncio.TaskGroup() as group:
-        group.create_task(go_on())
+        group.create_task(write_repeatedly())
         try:
             yield done
         finally:
-            enough.set()
+            stop.set()
 
 
 async def filled(ledger: Ledger, events: int, body: bytes = b"{}") -> None:
@@ -79,14 +79,16 @@ async def test_the_sums_are_of_one_commit(
             await ledger.settle(run, Completed(b"1") if n % 2 else Failed(b"{}"))
         if failed:
             await ledger.store.retry(failed.pop())
-        for letter in await ledger.store.dead_letters(limit=1):
-            await ledger.store.redrive(letter["id"], ledger.arrival(f"again-{n}", ledger.run()))
+        for dead_letter in await ledger.store.dead_letters(limit=1):
+            await ledger.store.redrive(
+                dead_letter["id"], ledger.arrival(f"again-{n}", ledger.run())
+            )
         ledger.clock.forward(1)
         await ledger.store.prune(
             payloads_before=ledger.clock.now() - 20_000_000, identities_before=0, step=5
         )
 
-    async with going_on(write) as done:
+    async with writing(write) as done:
         while len(done) < 20:
             assert await ledger.store.check() == []
     counts = await ledger.store.counts()
@@ -102,7 +104,7 @@ async def test_the_sums_are_of_one_commit(
     assert connection is not None
     (first,) = connection.execute("SELECT min(id) FROM runs WHERE state < 4").fetchone()
     connection.execute("UPDATE runs SET size = size + 1 WHERE id = ?", (first,))
-    async with going_on(
+    async with writing(
         lambda n: ledger.store.record([ledger.arrival(f"more-{n}", ledger.run())], trigger="t")
     ):
         assert [found.split()[0] for found in await ledger.store.check()] == ["pending_bytes"]
@@ -129,7 +131,7 @@ async def test_the_sums_count_events_that_wait_in_a_pattern(
         await app.accept(Event(id=str(n), source="/test", type="a", data={"k": n % 7}))
 
     await app.open(store=f"sqlite:///{tmp_path}/patterns.db")
-    async with going_on(write) as done:
+    async with writing(write) as done:
         for enough in (50, 150, 300):
             await eventually(
                 lambda enough=enough: len(done) > enough, "events wait, and leave", within=60
@@ -154,7 +156,7 @@ async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str)
         sizes.append(os.stat(f"{path}-wal").st_size)
 
     longest = 0
-    async with going_on(write) as done:
+    async with writing(write) as done:
         while longest < 64:
             before = len(done)
             assert await ledger.store.check() == []
@@ -171,7 +173,7 @@ async def test_damage_in_any_row_is_found(ledger: Ledger):
     ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
     connection = ledger.store._connection
     assert connection is not None
-    harmed: list[tuple[str, str, str, int]] = []
+    damaged: list[tuple[str, str, str, int]] = []
     for table, column, key in (
         ("events", "body", "id"),
         ("runs", "result", "id"),
@@ -183,25 +185,25 @@ async def test_damage_in_any_row_is_found(ledger: Ledger):
                 f"SELECT {key} FROM {table} WHERE {column} IS NOT NULL ORDER BY {key}"
             )
         ]
-        harmed += [
+        damaged += [
             (table, column, key, ident)
             for ident in (idents[0], idents[len(idents) // 2], idents[-1])
         ]
-    for table, column, key, ident in harmed:
+    for table, column, key, ident in damaged:
         connection.execute(
             f"UPDATE {table} SET {column} = CAST({column} || ' ' AS BLOB) WHERE {key} = ?", (ident,)
         )
-    async with going_on(lambda n: ledger.recorded(ledger.run())):
+    async with writing(lambda n: ledger.recorded(ledger.run())):
         found = await ledger.store.check()
-    for table, column, key, ident in harmed:
-        assert any(said.startswith(f"{table} row {format_id(ident)}") for said in found), found
+    for table, column, key, ident in damaged:
+        assert any(text.startswith(f"{table} row {format_id(ident)}") for text in found), found
         cut = f"CAST(substr({column}, 1, length({column}) - 1) AS BLOB)"
         connection.execute(f"UPDATE {table} SET {column} = {cut} WHERE {key} = ?", (ident,))
-    assert len(found) == len(harmed)
+    assert len(found) == len(damaged)
     ledger.store.attach_worker(None)
 
 
-async def test_a_check_says_what_space_it_needs(ledger: Ledger, path: str):
+async def test_a_check_without_space_for_the_copy_is_refused(ledger: Ledger, path: str):
     """Without disk space for the copy the check is refused, with both numbers, and the store works
     on.
     """

@@ -1,4 +1,6 @@
-"""Storage that fails under way: kill -9 at any moment, a disk that returns errors, a disk that fills up. All of it real."""
+"""Storage failures, all of them real: kill -9 at any moment, a disk that returns errors, a full
+disk.
+"""
 
 import asyncio
 import json
@@ -36,8 +38,8 @@ ids = Ids(store.last_id)
 body = b"x" * 500
 
 
-def say(*words):
-    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+def write(*fields):
+    os.write(1, (" ".join(map(str, fields)) + "\\n").encode())
 
 
 def arrival(n):
@@ -45,8 +47,11 @@ def arrival(n):
     ident = ids.next(now)
     run = Run(id=ids.next(now), flow="f", created_at=now, due_at=now, event=ident)
     name = f"{life}-{n}"
-    return Arrival(id=ident, trigger="t", key=hashlib.sha256(name.encode()).digest()[:16], digest=b"12345678", event_id=name,
-                   source="/s", type="x", body=body, verdicts=b"[]", received_at=now, counts={"pending": 1}, runs=[run])
+    key = hashlib.sha256(name.encode()).digest()[:16]
+    return Arrival(
+        id=ident, trigger="t", key=key, digest=b"12345678", event_id=name, source="/s", type="x",
+        body=body, verdicts=b"[]", received_at=now, counts={"pending": 1}, runs=[run],
+    )
 
 
 class Worker:
@@ -65,39 +70,40 @@ class Worker:
                 continue
             entry = Entry(call_key="a#1", kind=Kind.VALUE, attempt=1, codec="json", value=b"1")
             store.post(Append(run.id, run.token, [entry]), lambda reply: None, self.loop)
-            store.post(Settle(run.id, run.token, Completed(b"1")), lambda reply, run=run: self.settled(run, reply), self.loop)
+            settle = Settle(run.id, run.token, Completed(b"1"))
+            store.post(settle, lambda reply, run=run: self.settled(run, reply), self.loop)
 
     def settled(self, run, reply):
         if isinstance(reply, Settled):
-            say("settled", run.id)
+            write("settled", run.id)
 
 
 async def caller(numbers):
     for n in numbers:
-        say("trying", f"{life}-{n}")
+        write("trying", f"{life}-{n}")
         await store.record([arrival(n)], trigger="t", cursor={life: n})
-        say("acked", f"{life}-{n}")
+        write("acked", f"{life}-{n}")
 
 
 async def main():
     store.attach_worker(Worker())
-    store.on_failure(lambda error: say("failure", type(error).__name__))
-    say("ready", store._writer.last.batch)
+    store.on_failure(lambda error: write("failure", type(error).__name__))
+    write("ready", store._writer.last.batch)
     numbers = iter(range(10**9))
     try:
         await asyncio.gather(*[caller(numbers) for _ in range(5)])
     except StoreError as error:
-        say("raised", type(error).__name__, error.exit_code)
+        write("raised", type(error).__name__, error.exit_code)
     try:
         await store.record([arrival(-1)])
     except StoreError as error:
-        say("again", type(error).__name__)
+        write("again", type(error).__name__)
     try:
-        say("reads", len(await store.events()))
+        write("reads", len(await store.events()))
     except StoreError as error:
-        say("reads", error)
+        write("reads", error)
     store.close()
-    say("closed")
+    write("closed")
 
 
 asyncio.run(main())
@@ -105,7 +111,9 @@ asyncio.run(main())
 
 
 class Victim:
-    """A process that records and settles as fast as it can, and says each thing once it is acknowledged."""
+    """A process that records and settles as fast as it can, and writes a line for each
+    acknowledgement.
+    """
 
     def __init__(self, path: str, life: str, *before: str, **options: Any) -> None:
         command = [
@@ -120,28 +128,28 @@ class Victim:
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self.said: list[list[str]] = []
+        self.output: list[list[str]] = []
 
     def lines(self) -> Iterator[list[str]]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.endswith("\n"):
-                self.said.append(line.split())
-                yield self.said[-1]
+                self.output.append(line.split())
+                yield self.output[-1]
 
-    def all(self, word: str) -> list[str]:
-        return [words[1] for words in self.said if words[0] == word]
+    def all(self, name: str) -> list[str]:
+        return [fields[1] for fields in self.output if fields[0] == name]
 
     def end(self) -> str:
-        """Reads to the end, and returns what it said on stderr."""
+        """Read its output to the end, and return its stderr."""
         for _ in self.lines():
             pass
         assert self.process.stderr is not None and self.process.stdout is not None
-        complaint = self.process.stderr.read()
+        stderr = self.process.stderr.read()
         self.process.wait()
         self.process.stderr.close()
         self.process.stdout.close()
-        return complaint
+        return stderr
 
 
 def opened(path: str) -> SqliteStore:
@@ -155,9 +163,11 @@ async def names(store: SqliteStore) -> set[str]:
 
 
 def test_p1_row_1_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path):
-    """Thirty lives, each killed after a random number of acks, the recovery included: every ack is in the ledger, once, its
-    cursor with it, every settle too, and the sums hold."""
-    draw = random.Random(11)
+    """Thirty processes are killed after a random number of acks, some during recovery: every
+    acknowledged event is in the ledger once, with its cursor and each settled run, and the sums are
+    right.
+    """
+    rng = random.Random(11)
     path = str(tmp_path / "a.db")
     acked: set[str] = set()
     tried: set[str] = set()
@@ -165,9 +175,9 @@ def test_p1_row_1_kill_9_loses_nothing_that_was_acknowledged(tmp_path: Path):
     batch = 0
     for life in range(30):
         victim = Victim(path, str(life))
-        patience = draw.randrange(0, 400) if life % 5 else 0
+        line_limit = rng.randrange(0, 400) if life % 5 else 0
         for n, _ in enumerate(victim.lines()):
-            if n >= patience:
+            if n >= line_limit:
                 break
         victim.process.kill()
         assert victim.end() == ""
@@ -198,8 +208,10 @@ def _last_acked(acked: set[str]) -> dict[str, int]:
     return last
 
 
-def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
-    """Processes killed while they open, again and again, change nothing but the epoch: deaths rise only by journaled starts."""
+def test_row_2_a_kill_during_recovery_changes_nothing(tmp_path: Path):
+    """Processes killed while they open the store change nothing but the epoch: only journaled
+    starts count as crashes.
+    """
     path = str(tmp_path / "a.db")
     victim = Victim(path, "0")
     for n, _ in enumerate(victim.lines()):
@@ -210,16 +222,23 @@ def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
     before = opened(path)
     counts = asyncio.run(before.counts())
     before.close()
-    code = "import sys\nfrom eventflow.core.clock import SystemClock\nfrom eventflow.store.sqlite import SqliteStore\n"
-    code += "print(1, flush=True)\nSqliteStore(sys.argv[1], clock=SystemClock()).open()\nprint(2, flush=True)\nsys.stdin.read()"
-    draw = random.Random(3)
+    code = """
+import sys
+from eventflow.core.clock import SystemClock
+from eventflow.store.sqlite import SqliteStore
+print(1, flush=True)
+SqliteStore(sys.argv[1], clock=SystemClock()).open()
+print(2, flush=True)
+sys.stdin.read()
+"""
+    rng = random.Random(3)
     for _ in range(8):
         opener = subprocess.Popen(
             [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert opener.stdout is not None and opener.stdin is not None
         opener.stdout.readline()
-        time.sleep(draw.random() * 0.03)  # not a wait: a moment to die at
+        time.sleep(rng.random() * 0.03)  # not a wait: the moment of the kill
         opener.kill()
         opener.wait()
         opener.stdout.close()
@@ -234,19 +253,21 @@ def test_row_2_a_kill_in_recovery_is_recovered_from(tmp_path: Path):
 # --------------------------------------------------------------------------- errors from the disk
 
 
-def stopped(victim: Victim) -> None:
-    """P10: who waited was told, nothing later was acknowledged, readers still read, the process could go on and close."""
-    complaint = victim.end()
-    words = [words[0] for words in victim.said]
-    assert ["raised", "StoreFailed", "74"] in victim.said, (victim.said[-5:], complaint)
-    assert ["failure", "StoreFailed"] in victim.said and ["again", "StoreFailed"] in victim.said
-    after = words[words.index("raised") :]
+def assert_stopped(victim: Victim) -> None:
+    """P10: waiting callers got the error, nothing later was acknowledged, readers still read, and
+    the store closed.
+    """
+    stderr = victim.end()
+    names = [fields[0] for fields in victim.output]
+    assert ["raised", "StoreFailed", "74"] in victim.output, (victim.output[-5:], stderr)
+    assert ["failure", "StoreFailed"] in victim.output and ["again", "StoreFailed"] in victim.output
+    after = names[names.index("raised") :]
     assert "acked" not in after and "settled" not in after
-    assert victim.said[-1] == ["closed"] and int(victim.all("reads")[0]) > 0
+    assert victim.output[-1] == ["closed"] and int(victim.all("reads")[0]) > 0
 
 
-def sound_after(path: str, victim: Victim) -> None:
-    """Present or absent, never twice, and nothing acknowledged is missing."""
+def assert_recovered(path: str, victim: Victim) -> None:
+    """Each event is present once or absent, and no acknowledged one is missing."""
     store = opened(path)
     found = asyncio.run(names(store))
     assert set(victim.all("acked")) <= found <= set(victim.all("trying"))
@@ -255,12 +276,15 @@ def sound_after(path: str, victim: Victim) -> None:
 
 
 def test_p10_row_7_a_write_error_stops_acknowledging(tmp_path: Path):
-    """The file may not grow any further: the commit fails, and that is the end of acknowledgements."""
+    """The file cannot grow any more: the commit fails, and nothing is acknowledged after it."""
     path = str(tmp_path / "a.db")
-    limit = "import os, resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (3 << 20,) * 2); os.execv(sys.argv[1], sys.argv[1:])"
+    limit = (
+        "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3 << 20,) * 2); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     victim = Victim(path, "0", sys.executable, "-c", limit)
-    stopped(victim)
-    sound_after(path, victim)
+    assert_stopped(victim)
+    assert_recovered(path, victim)
 
 
 def can_trace() -> bool:
@@ -271,26 +295,28 @@ def can_trace() -> bool:
     )
 
 
-@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+@pytest.mark.skipif(not can_trace(), reason="strace is missing, or may not trace")
 @pytest.mark.parametrize("when", [40, 41, 42])
 def test_p10_row_7_an_fsync_error_stops_acknowledging(tmp_path: Path, when: int):
-    """fsync says EIO once: what it was for is unknown and never acknowledged; after reopening it is there or not, once."""
+    """fsync returns EIO once: that commit is unknown and never acknowledged; a reopened store has
+    it once or not at all.
+    """
     path = str(tmp_path / "a.db")
     inject = f"inject=fdatasync,fsync:error=EIO:when={when}"
     victim = Victim(path, "0", "strace", "-f", "-o", os.devnull, "-e", inject)
-    stopped(victim)
-    sound_after(path, victim)
+    assert_stopped(victim)
+    assert_recovered(path, victim)
 
 
-@pytest.mark.skipif(not can_trace(), reason="strace is not here, or may not trace")
+@pytest.mark.skipif(not can_trace(), reason="strace is missing, or may not trace")
 def test_p1_every_commit_is_synced(tmp_path: Path):
-    """FULL means what it says: five callers share a commit at most, and each commit has an fdatasync of its own."""
+    """With FULL each commit has its own fdatasync, and at most five callers share a commit."""
     log = tmp_path / "strace"
     victim = Victim(
         str(tmp_path / "a.db"), "0", "strace", "-f", "-o", str(log), "-e", "trace=fdatasync"
     )
     for _ in victim.lines():
-        if len(victim.said) > 400:
+        if len(victim.output) > 400:
             break
     os.kill(int(victim.all("pid")[0]), signal.SIGKILL)
     victim.end()
@@ -314,24 +340,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_row_8_a_full_disk_releases_the_ballast_before_it_fails(small_disk: Path):
-    """The first ENOSPC costs the ballast, nothing else; only the next one stops the store, with every ack in the file."""
+    """The first ENOSPC releases the ballast; only the next one stops the store, with every
+    acknowledged event in the file.
+    """
     path = str(small_disk / "a.db")
     victim = Victim(path, "0", ballast=2 << 20)
-    for words in victim.lines():
-        if words[0] == "ready":
+    for name, *_ in victim.lines():
+        if name == "ready":
             assert os.path.exists(f"{path}.ballast")
-        if words[0] == "failure":
+        if name == "failure":
             assert not os.path.exists(f"{path}.ballast")
-    stopped(victim)
+    assert_stopped(victim)
     copy = small_disk.parent / "copy.db"
     for name in ("", "-wal", ".hwm"):
         if os.path.exists(f"{path}{name}"):
             shutil.copy(f"{path}{name}", f"{copy}{name}")
-    sound_after(str(copy), victim)
+    assert_recovered(str(copy), victim)
 
 
 def test_row_8_the_floor_keeps_the_disk_from_filling(small_disk: Path):
-    """A caller that asks `room` never sees the disk full: it is told to slow down first, and welcome when space returns."""
+    """A caller that checks `capacity` never fills the disk: it is refused at the floor, and
+    accepted when space is free again.
+    """
     path, hog = str(small_disk / "a.db"), str(small_disk / "hog")
     code = f"""
 import asyncio, json, os, sys
@@ -362,8 +392,8 @@ def clock_tick():
 
 asyncio.run(main())
 """
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    told = json.loads(said.splitlines()[-1])
-    assert told["n"] > 100 and told["disk"] and told["failed"] == "None"
+    result = json.loads(output.splitlines()[-1])
+    assert result["n"] > 100 and result["disk"] and result["failed"] == "None"

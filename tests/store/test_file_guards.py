@@ -1,4 +1,6 @@
-"""Around the file: the lock, the high-water mark, damage, the free-space floor, migrations. Real files, real processes."""
+"""The lock, the high-water mark, damage, the free-space floor, migrations. Real files, real
+processes.
+"""
 
 import asyncio
 import os
@@ -20,7 +22,7 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.store import open_store
-from eventflow.store.file_guards import HighWater, DiskSpaceGuard
+from eventflow.store.file_guards import DiskSpaceGuard, HighWater
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
@@ -50,8 +52,10 @@ def opening(path: str) -> StoreError:
 # --------------------------------------------------------------------------- the lock
 
 
-def test_row_11_the_second_process_is_told_who_holds_the_store(tmp_path: Path):
-    """StoreLocked names the pid and exits 75; when the holder is gone the store opens, whatever the lock file says."""
+def test_row_11_a_second_process_gets_the_pid_of_the_holder(tmp_path: Path):
+    """StoreLocked names the pid and exits 75; after its end the store opens, whatever the lock file
+    contains.
+    """
     path = str(tmp_path / "a.db")
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -71,7 +75,9 @@ def test_row_11_the_second_process_is_told_who_holds_the_store(tmp_path: Path):
 
 
 def test_one_process_opens_a_store_once(ledger: Ledger, path: str):
-    """A second store object on the same file in the same process is refused too, and does not break the first one's lock."""
+    """A second store object on the same file in the same process is refused too, and does not break
+    the first one's lock.
+    """
     for _ in range(2):
         error = opening(path)
         assert isinstance(error, StoreLocked) and error.pid == os.getpid()
@@ -85,7 +91,9 @@ SqliteStore({path!r}, clock=SystemClock()).open()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
-    """A process pool's worker that outlives its parent holds nothing: the store opens at once."""
+    """A worker of a process pool that outlives its parent does not hold the lock: the store
+    opens.
+    """
     path = str(tmp_path / "a.db")
     code = """
 import os, sys, time
@@ -105,8 +113,8 @@ sys.stdin.read()
         [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert parent.stdout is not None and parent.stdin is not None
-    said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
-    (child,) = said - {"forked"}
+    output = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+    (child,) = output - {"forked"}
     parent.kill()
     parent.wait()
     store = SqliteStore(path, clock=HandClock())
@@ -121,7 +129,9 @@ sys.stdin.read()
 async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(
     ledger: Ledger, path: str
 ):
-    """While somebody else holds SQLite's lock, records are told to come again, settles wait; both succeed once it is free."""
+    """While another process holds SQLite's lock, records are refused and settles wait; both succeed
+    afterwards.
+    """
     run = await ledger.running()
     connection = ledger.store._connection
     assert connection is not None
@@ -141,7 +151,7 @@ async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(
     await ledger.recorded(ledger.run(), name="a")
 
 
-# --------------------------------------------------------------------------- who may read and write
+# --------------------------------------------------------------------------- permissions
 
 
 @pytest.mark.anyio
@@ -159,7 +169,9 @@ async def test_files_are_private(tmp_path: Path):
 
 
 def test_row_9_a_folder_that_cannot_be_written(tmp_path: Path):
-    """StoreUnwritable, exit 73, in one line that names the store; for a read-only store file too."""
+    """StoreUnwritable, exit 73, in one line that names the store; for a read-only store
+    file too.
+    """
     code = """
 import os, sys
 from eventflow.core.clock import SystemClock
@@ -181,12 +193,12 @@ except StoreError as error:
     readonly.parent.chmod(0o777)
     readonly.touch(0o444)
     for path in (closed / "a.db", closed / "new" / "a.db", readonly):
-        said = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
         assert (
-            said.stdout.startswith("73 ")
-            and str(path) in said.stdout
-            and said.stdout.count("\n") == 1
-        ), said
+            result.stdout.startswith("73 ")
+            and str(path) in result.stdout
+            and result.stdout.count("\n") == 1
+        ), result
 
 
 def test_a_path_that_is_no_path(tmp_path: Path):
@@ -195,7 +207,7 @@ def test_a_path_that_is_no_path(tmp_path: Path):
     assert isinstance(opening(str(tmp_path / "file" / "a.db")), StoreUnwritable)
 
 
-# --------------------------------------------------------------------------- what the file says
+# --------------------------------------------------------------------------- damage
 
 
 def test_not_a_store(tmp_path: Path):
@@ -211,7 +223,9 @@ def test_not_a_store(tmp_path: Path):
 async def test_row_12_a_wal_that_lost_its_tail_is_refused(
     ledger: Ledger, path: str, tmp_path: Path
 ):
-    """Fewer commits than were acknowledged: exit 65 with the missing range, nothing is changed; `accept_loss` goes on."""
+    """Fewer commits than were acknowledged: exit 65 with the missing range, nothing is changed;
+    `accept_loss` opens it.
+    """
     await ledger.recorded(ledger.run())
     writer = ledger.store._writer
     assert writer is not None
@@ -245,12 +259,14 @@ async def test_row_12_a_wal_that_lost_its_tail_is_refused(
 async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(
     ledger: Ledger, path: str, tmp_path: Path
 ):
-    """SQLite drops the commits behind a damaged frame in silence; the mark beside the store does not."""
+    """SQLite silently drops the commits after a damaged frame; the high-water mark reveals it."""
     for _ in range(6):
         await ledger.recorded(ledger.run())
     writer = ledger.store._writer
     assert writer is not None
-    await eventually(lambda: writer.high_water.marked == writer.last.batch, "the high-water mark is written")
+    await eventually(
+        lambda: writer.high_water.marked == writer.last.batch, "the high-water mark is written"
+    )
     for name in ("", "-wal", ".hwm"):
         shutil.copy(f"{path}{name}", tmp_path / f"a.db{name}")
     wal = bytearray((tmp_path / "a.db-wal").read_bytes())
@@ -260,8 +276,10 @@ async def test_row_12_a_flipped_byte_in_the_wal_is_noticed(
 
 
 @pytest.mark.parametrize("harm", ["empty", "zeroed", "gone", "one slot torn"])
-def test_a_spoiled_high_water_mark_is_no_obstacle(reopen: Reopen, path: str, harm: str):
-    """A power cut may leave the sidecar empty or zeroed, or one of its two slots torn: the store opens."""
+def test_a_damaged_high_water_mark_is_ignored(reopen: Reopen, path: str, harm: str):
+    """A power cut may leave the sidecar empty or zeroed, or one of its two slots torn: the store
+    opens.
+    """
     reopen().store.close()
     mark = Path(f"{path}.hwm")
     match harm:
@@ -277,7 +295,7 @@ def test_a_spoiled_high_water_mark_is_no_obstacle(reopen: Reopen, path: str, har
 
 
 def test_the_high_water_mark_is_the_higher_slot(tmp_path: Path):
-    """Slots are written in turn; a torn newer one leaves the older one standing."""
+    """Slots are written alternately; if the newer one is torn, the older one counts."""
     mark = HighWater(str(tmp_path / "a"))
     assert mark.open() == 0
     for batch in (5, 6, 7):
@@ -296,7 +314,9 @@ def test_the_high_water_mark_is_the_higher_slot(tmp_path: Path):
 
 @pytest.mark.anyio
 async def test_row_13_a_damaged_page_is_found(reopen: Reopen, path: str, tmp_path: Path):
-    """A byte flipped in the file on disk: the row is named by its checksum, and `check` reports it."""
+    """A byte flipped in the file on disk: the row is named by its checksum, and `check`
+    reports it.
+    """
     ledger = reopen()
     for n in range(50):
         await ledger.store.record([ledger.arrival(f"e{n}", body=b"needle-%d-" % n + b"x" * 200)])
@@ -316,8 +336,8 @@ async def test_row_13_a_damaged_page_is_found(reopen: Reopen, path: str, tmp_pat
 
 
 @pytest.mark.anyio
-async def test_row_8_below_the_floor_intake_is_full_and_runs_go_on(path: str):
-    """Less free than the floor: `room` says the disk is full and for how long; what is in flight still settles."""
+async def test_row_8_below_the_floor_intake_is_full_and_runs_continue(path: str):
+    """Below the floor `capacity` returns the error with a delay; a running run still settles."""
     store = SqliteStore(path, clock=HandClock(), free_floor=1 << 60)
     store.open()
     ledger = Ledger(store, HandClock())
@@ -329,8 +349,8 @@ async def test_row_8_below_the_floor_intake_is_full_and_runs_go_on(path: str):
     store.close()
 
 
-def test_the_ballast_is_real_space_and_is_given_back(tmp_path: Path):
-    """Set aside at open where there is room for it, released once, and set aside again later."""
+def test_the_ballast_reserves_space_and_is_released(tmp_path: Path):
+    """It is created if there is space, released once, and created again later."""
     space = DiskSpaceGuard(str(tmp_path / "a.db"), HandClock(), 0, 1 << 20)
     assert not space.release_ballast()
     space.reserve_ballast()
@@ -340,8 +360,8 @@ def test_the_ballast_is_real_space_and_is_given_back(tmp_path: Path):
     assert (tmp_path / "a.db.ballast").exists()
 
 
-def test_a_store_at_rest_keeps_no_ballast(path: str):
-    """Closing gives the space back, and a refused second opener does not take it from the first."""
+def test_a_closed_store_has_no_ballast(path: str):
+    """Closing releases the ballast; a second process whose open fails does not."""
     store = SqliteStore(path, clock=HandClock(), ballast=1 << 20, free_floor=0)
     store.open()
     opening(path)
@@ -351,7 +371,7 @@ def test_a_store_at_rest_keeps_no_ballast(path: str):
 
 
 def test_row_10_a_locked_file_at_open_names_its_holder(reopen: Reopen, path: str):
-    """A process that is no eventflow holds SQLite's lock: opening waits a while, then says who it is, exit 75."""
+    """Another program holds SQLite's lock: opening waits, then fails with its pid, exit 75."""
     reopen().store.close()
     code = """
 import sqlite3, sys
@@ -378,7 +398,7 @@ sys.stdin.read()
 
 
 def test_row_43_a_newer_schema_is_refused(reopen: Reopen, path: str):
-    """A store that a newer version wrote is left alone, and the message says so."""
+    """A store of a newer version is refused unchanged, and the message names the reason."""
     reopen().store.close()
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA user_version = 999")
@@ -390,7 +410,7 @@ def test_row_43_a_newer_schema_is_refused(reopen: Reopen, path: str):
 
 
 def test_row_43_an_upgrade_is_atomic_and_keeps_a_copy(tmp_path: Path):
-    """A migration that fails leaves schema and rows as they were, beside a copy of them; one that works commits whole."""
+    """A failed migration changes nothing and leaves a copy; a successful one commits completely."""
     path = str(tmp_path / "a.db")
     connection = sqlite3.connect(path, isolation_level=None)
     migrate(connection, path, migrations())
@@ -409,8 +429,10 @@ def test_row_43_an_upgrade_is_atomic_and_keeps_a_copy(tmp_path: Path):
     copy.close()
 
 
-def test_the_url_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Three slashes are relative, four absolute; anything else is a usage error that shows the form."""
+def test_the_url_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Three slashes are relative, four absolute; anything else is a usage error that shows the
+    expected form.
+    """
     monkeypatch.chdir(tmp_path)
     assert open_store("sqlite:///x/a.db", HandClock()).path == str(tmp_path / "x" / "a.db")
     assert open_store(f"sqlite:///{tmp_path}/a.db", HandClock()).path == str(tmp_path / "a.db")
@@ -420,7 +442,7 @@ def test_the_url_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.anyio
-async def test_ids_and_batches_go_on_over_restarts(ledger: Ledger, reopen: Reopen):
+async def test_ids_and_batches_continue_after_a_restart(ledger: Ledger, reopen: Reopen):
     """`last_id` is the largest id in the file, and commit numbers never repeat."""
     (run,) = await ledger.recorded(ledger.run())
     writer = ledger.store._writer
@@ -432,8 +454,8 @@ async def test_ids_and_batches_go_on_over_restarts(ledger: Ledger, reopen: Reope
     assert writer is not None and writer.last.batch == before + 1
 
 
-def test_a_closed_store_says_so(path: str):
-    """Verbs before `open` raise StoreError, not AttributeError."""
+def test_methods_before_open_raise_store_error(path: str):
+    """A store that is not open raises StoreError, not AttributeError."""
     store = SqliteStore(path, clock=HandClock())
     with pytest.raises(StoreError, match="not open"):
         store.capacity()
