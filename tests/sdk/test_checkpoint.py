@@ -565,7 +565,9 @@ async def test_a_restart_completes_a_removal(tmp_path: Path):
     store = tmp_path / "store.db"
     async with running(app, store=store):
         run = await app.start(both)
-        await eventually((tmp_path / "store.db.checkpoints" / run.id).exists, "a checkpoint is saved")
+        await eventually(
+            (tmp_path / "store.db.checkpoints" / run.id).exists, "a checkpoint is saved"
+        )
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
     checkpoints = CheckpointStore(tmp_path / "store.db.checkpoints")
     context = TaskContext(run.id, "train", 1, f"{run.id}/train#0")
