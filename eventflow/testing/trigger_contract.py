@@ -89,7 +89,7 @@ class TriggerHarness:
     async def offer(self, keys: Sequence[str]) -> None:
         """Puts one new item for each key into the source. Does not wait until they are recorded.
 
-        A source that pushes (an HTTP sender) keeps sending, in tasks of its own, until it has an
+        A source that pushes (an HTTP sender) keeps sending, in its own tasks, until it has an
         answer: a real sender repeats a request that was answered 5xx.
         """
         raise NotImplementedError
@@ -197,7 +197,7 @@ class ContractLedger:
 
 
 def content_of(item: Item) -> bytes:
-    """What the ledger compares to tell a duplicate from a conflict: type and data, not the time."""
+    """What distinguishes a conflict from a duplicate in the ledger: type and data, not the time."""
     body = item.data if isinstance(item, Event) else item.body
     return item.type.encode() + (body if isinstance(body, bytes) else orjson.dumps(body))
 
@@ -513,7 +513,7 @@ def _expect_health(trigger: Trigger) -> None:
         raise ContractBroken(
             "`condition` to be a line of text or None",
             repr(condition),
-            "return None when all is well",
+            "return None while the source works",
         )
     labels: dict[str, set[str]] = {}
     for gauge in gauges:

@@ -1,5 +1,5 @@
-"""A trigger that is posted to, for tests: served over real HTTP, with the contract's ledger on its far side, and senders who do
-not give up.
+"""HTTP triggers under test: served over real HTTP, with a ContractLedger as their intake, and
+senders that try again.
 """
 
 import asyncio
@@ -30,7 +30,9 @@ class Hook:
         self.client = client
 
     async def post(self, body: Any, /, **headers: str) -> httpx2.Response:
-        """Bytes and text as they are, anything else as JSON; `x_tenant="a"` is the header `x-tenant`."""
+        """Bytes and text as they are, anything else as JSON; `x_tenant="a"` is the header
+        `x-tenant`.
+        """
         content = body if isinstance(body, bytes | str) else json.dumps(body).encode()
         named = {
             "content-type": "application/json",
@@ -71,7 +73,7 @@ async def serving_hook(trigger: Endpoint) -> AsyncIterator[Hook]:
 
 
 def posting(trigger: Endpoint, test: Callable[[Hook], Awaitable[None]]) -> None:
-    """A test with the trigger's hook, on a loop of its own."""
+    """Runs a test with the trigger's hook."""
 
     async def main() -> None:
         async with serving_hook(trigger) as hook:
@@ -81,7 +83,7 @@ def posting(trigger: Endpoint, test: Callable[[Hook], Awaitable[None]]) -> None:
 
 
 def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
-    """The same with a webhook at `/hooks/orders`, which verifies nobody if not told otherwise."""
+    """The same with a webhook at `/hooks/orders`, by default without verification."""
     posting(Webhook("/orders", **{"verify": "none", **options}), test)
 
 

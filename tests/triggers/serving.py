@@ -1,5 +1,6 @@
-"""A webhook behind a real server: uvicorn on a port of its own, on the test's loop, with the app's routes mounted as the app
-does. Tests talk to it over TCP, with a client or by hand (`raw`) where a client would be too well-behaved.
+"""A webhook behind a real server: uvicorn on a free port, on the test's loop, with the app's
+routes mounted as the app does. Tests talk to it over TCP, with a client or by hand (`raw`) where a
+client would be too well-behaved.
 """
 
 import asyncio
@@ -46,7 +47,9 @@ Response = tuple[int, dict[str, str], bytes]
 async def raw(
     port: int, request: bytes, *, chunks: Sequence[bytes] = (), pause: float = 0.0
 ) -> Response:
-    """One request exactly as written, further chunks after pauses. Returns status, headers and body."""
+    """One request exactly as written, further chunks after pauses. Returns status, headers and
+    body.
+    """
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     answer = asyncio.create_task(
         _response(reader)

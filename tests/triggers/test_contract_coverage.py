@@ -23,7 +23,7 @@ def trigger_classes() -> Iterator[type]:
 
 
 def modules_with_contract() -> Iterator[ModuleType]:
-    """The test modules beside this one in which a test runs over the whole of CONTRACT."""
+    """The test modules of this folder that run all of CONTRACT."""
     for path in sorted(HERE.glob("test_*.py")):
         if "CONTRACT" not in path.read_text() or path == Path(__file__):
             continue
@@ -41,19 +41,25 @@ def runs_contract(test: object) -> bool:
 
 
 def harnessed_classes(module: ModuleType) -> Iterator[type]:
-    """What `trigger` of each harness of the module, or of one that it imports, is annotated to return."""
+    """What `trigger` of each harness of the module, or of one that it imports, is annotated to
+    return.
+    """
     for public in vars(module).values():
         if isinstance(public, type) and issubclass(public, TriggerHarness):
             yield typing.get_type_hints(public.trigger)["return"]
 
 
 def test_every_trigger_runs_the_contract():
-    """Each trigger class in `triggers.__all__` has a TriggerHarness whose `trigger` returns it, in a module that runs CONTRACT."""
+    """Each trigger class in `triggers.__all__` has a TriggerHarness whose `trigger` returns it, in
+    a module that runs CONTRACT.
+    """
     known = {kind for module in modules_with_contract() for kind in harnessed_classes(module)}
     missing = [kind.__name__ for kind in trigger_classes() if kind not in known]
     assert not missing, (
-        f"expected a TriggerHarness with `def trigger(self) -> {missing[0]}` in tests/triggers/, and a test over "
-        f"CONTRACT beside it; found none for {', '.join(missing)}; see docs/guides/write-a-trigger.md"
+        f"expected a TriggerHarness with `def trigger(self) -> {missing[0]}` in tests/triggers/, "
+        "and a test over "
+        f"CONTRACT beside it; found none for {', '.join(missing)}; see "
+        "docs/guides/write-a-trigger.md"
     )
 
 

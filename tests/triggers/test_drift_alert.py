@@ -1,8 +1,11 @@
-"""Alerts of other monitors over real HTTP: one typed event each, repeats as duplicates, and what cannot be read kept with why.
+"""Alerts of other monitors over real HTTP: one typed event each, repeats as duplicates, and what
+cannot be read kept with why.
 
-`drift_reports/` holds what evidently 0.7.23 and nannyml 0.13.1 really wrote: `Report([DataDriftPreset()]).run(current,
-reference).json()` over 500 rows, with and without a shift of one sigma in `amount` and other shares of `country`; and
-`UnivariateDriftCalculator(...).calculate(...).to_df(multilevel=False).to_json(orient="records", date_format="iso")`.
+`drift_reports/` holds what evidently 0.7.23 and nannyml 0.13.1 really wrote:
+`Report([DataDriftPreset()]).run(current, reference).json()` over 500 rows, with and without a shift
+of one sigma in `amount` and other shares of `country`; and
+`UnivariateDriftCalculator(...).calculate(...).to_df(multilevel=False).to_json(orient="records",
+date_format="iso")`.
 """
 
 import asyncio
@@ -62,14 +65,21 @@ def alert(
 
 def group(*alerts: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
-        "version": "4", "groupKey": '{}:{alertname="FeatureDrift"}', "truncatedAlerts": 0, "status": "firing",
-        "receiver": "eventflow", "groupLabels": {}, "commonLabels": {}, "commonAnnotations": {},
-        "externalURL": "http://alertmanager:9093", "alerts": list(alerts),
-    } | more  # fmt: skip
+        "version": "4",
+        "groupKey": '{}:{alertname="FeatureDrift"}',
+        "truncatedAlerts": 0,
+        "status": "firing",
+        "receiver": "eventflow",
+        "groupLabels": {},
+        "commonLabels": {},
+        "commonAnnotations": {},
+        "externalURL": "http://alertmanager:9093",
+        "alerts": list(alerts),
+    } | more
 
 
 def drift_of(hook: Hook) -> Drift:
-    """The data of the only event there is; dead letters may be beside it."""
+    """The data of the only event; there may be dead letters as well."""
     (event,) = hook.events
     return msgspec.convert(event.data, Drift)
 
@@ -106,7 +116,9 @@ def test_contract(promise: Promise):
 
 
 def test_each_alert_of_a_group_is_one_event():
-    """A group with firing and resolved alerts becomes one typed event for each, by their fingerprints."""
+    """A group with firing and resolved alerts becomes one typed event for each, by their
+    fingerprints.
+    """
 
     async def test(hook: Hook) -> None:
         answer = await hook.post(group(alert(), alert("resolved", feature="age", segment="eu")))
@@ -136,7 +148,9 @@ def test_each_alert_of_a_group_is_one_event():
 
 
 def test_a_repeat_is_a_duplicate_even_with_another_value():
-    """What Alertmanager sends again is answered 200 and recorded once; a new start is a new alert, its end another event."""
+    """What Alertmanager sends again is answered 200 and recorded once; a new start is a new alert,
+    its end another event.
+    """
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(group(alert()))).status_code == 202
@@ -156,7 +170,9 @@ def test_a_repeat_is_a_duplicate_even_with_another_value():
 
 
 def test_one_broken_alert_takes_no_other_with_it():
-    """Of a group, what can be read is events and what cannot is a dead letter that says what is missing where."""
+    """The readable alerts of a group are events; an unreadable one is a dead letter that names what
+    is missing.
+    """
 
     async def test(hook: Hook) -> None:
         broken = alert(feature="age")
@@ -197,7 +213,9 @@ def test_grafana():
 
 
 def test_pointers_over_a_known_sender():
-    """`fields=` reads from elsewhere in each alert, and leaves the rest as the sender's room reads it."""
+    """`fields=` reads from elsewhere in each alert, and leaves the other fields to the sender's
+    parser.
+    """
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(group(alert(feature="amount", column="total")))).status_code == 202
@@ -214,7 +232,9 @@ def test_pointers_over_a_known_sender():
 
 
 def test_an_evidently_report():
-    """A real report of DataDriftPreset is one event: the worst column on top, each drifted one in the findings."""
+    """A real report of DataDriftPreset is one event: the worst column on top, each drifted one in
+    the findings.
+    """
 
     async def test(hook: Hook) -> None:
         body = {"model": "prices"} | json.loads((REPORTS / "evidently_drifted.json").read_text())
@@ -233,8 +253,9 @@ def test_an_evidently_report():
         )
         assert drift.p_value == pytest.approx(1.2558247997667371e-64)
         assert [(each.feature, each.metric) for each in drift.findings] == [
-            ("country", "chi-square p_value"), ("amount", "K-S p_value"),
-        ]  # fmt: skip
+            ("country", "chi-square p_value"),
+            ("amount", "K-S p_value"),
+        ]
         assert (await hook.post(body)).status_code == 200
         stable = (REPORTS / "evidently_stable.json").read_bytes()
         assert (await hook.post(stable)).status_code == 202
@@ -244,7 +265,7 @@ def test_an_evidently_report():
 
 
 def test_a_report_of_evidently_before_0_7():
-    """The older form, with `drift_by_columns`, says the same."""
+    """The older form, with `drift_by_columns`, gives the same drift."""
     column = {
         "column_name": "age",
         "stattest_name": "Wasserstein distance (normed)",
@@ -273,7 +294,9 @@ def test_a_report_of_evidently_before_0_7():
 
 
 def test_nannyml_chunks():
-    """Real rows of NannyML are one event per chunk of the analysis; posting them all again starts nothing."""
+    """Real rows of NannyML are one event per chunk of the analysis; posting them all again starts
+    nothing.
+    """
 
     async def test(hook: Hook) -> None:
         rows = json.loads((REPORTS / "nannyml_chunks.json").read_text())
@@ -303,15 +326,23 @@ def test_nannyml_chunks():
 
 def cloudwatch(state: str = "ALARM") -> dict[str, Any]:
     return {
-        "AlarmName": "prices-amount-drift", "AlarmArn": "arn:aws:cloudwatch:eu-west-1:123456789012:alarm:prices-amount-drift",
-        "NewStateValue": state, "OldStateValue": "OK", "StateChangeTime": "2026-11-22T10:00:00.000+0000",
-        "NewStateReason": "Threshold Crossed: 1 datapoint [0.31 (22/11/26 09:59:00)] was greater than the threshold (0.2).",
+        "AlarmName": "prices-amount-drift",
+        "AlarmArn": "arn:aws:cloudwatch:eu-west-1:123456789012:alarm:prices-amount-drift",
+        "NewStateValue": state,
+        "OldStateValue": "OK",
+        "StateChangeTime": "2026-11-22T10:00:00.000+0000",
+        "NewStateReason": "Threshold Crossed: 1 datapoint [0.31 (22/11/26 09:59:00)] was greater "
+        "than the threshold (0.2).",
         "Trigger": {
-            "MetricName": "feature_baseline_drift_amount", "Namespace": "aws/sagemaker/Endpoints/data-metrics",
-            "Dimensions": [{"name": "Endpoint", "value": "prices"}, {"name": "MonitoringSchedule", "value": "daily"}],
+            "MetricName": "feature_baseline_drift_amount",
+            "Namespace": "aws/sagemaker/Endpoints/data-metrics",
+            "Dimensions": [
+                {"name": "Endpoint", "value": "prices"},
+                {"name": "MonitoringSchedule", "value": "daily"},
+            ],
             "Threshold": 0.2,
         },
-    }  # fmt: skip
+    }
 
 
 def sns(kind: str, message: str, **more: str) -> dict[str, Any]:
@@ -325,18 +356,22 @@ def sns(kind: str, message: str, **more: str) -> dict[str, Any]:
 
 
 def test_sagemaker_through_sns():
-    """Model Monitor's alarm inside a notification of SNS, which calls its JSON plain text, is the drift of one feature."""
+    """Model Monitor's alarm inside a notification of SNS, which calls its JSON plain text, is the
+    drift of one feature.
+    """
 
     async def test(hook: Hook) -> None:
-        told = sns("Notification", json.dumps(cloudwatch()))
-        assert (await hook.post(told, content_type="text/plain; charset=UTF-8")).status_code == 202
+        notification = sns("Notification", json.dumps(cloudwatch()))
+        assert (
+            await hook.post(notification, content_type="text/plain; charset=UTF-8")
+        ).status_code == 202
         assert (drift_of(hook).sender, drift_of(hook).model, drift_of(hook).feature) == (
             "sagemaker",
             "prices",
             "amount",
         )
         assert (drift_of(hook).statistic, drift_of(hook).threshold) == (0.31, 0.2)
-        assert (await hook.post(told | {"MessageId": "m-2"})).status_code == 200
+        assert (await hook.post(notification | {"MessageId": "m-2"})).status_code == 200
         assert (
             await hook.post(sns("Notification", json.dumps(cloudwatch("INSUFFICIENT_DATA"))))
         ).status_code == 202
@@ -355,14 +390,24 @@ def test_sagemaker_through_eventbridge():
         }
     }
     state = {
-        "value": "ALARM", "timestamp": "2026-11-22T10:00:00.000+0000", "reason": "Threshold Crossed",
+        "value": "ALARM",
+        "timestamp": "2026-11-22T10:00:00.000+0000",
+        "reason": "Threshold Crossed",
         "reasonData": json.dumps({"recentDatapoints": [0.1, 0.31], "threshold": 0.2}),
-    }  # fmt: skip
+    }
     body = {
-        "version": "0", "id": "e-1", "detail-type": "CloudWatch Alarm State Change", "source": "aws.cloudwatch",
-        "time": "2026-11-22T10:00:00Z", "resources": ["arn:aws:cloudwatch:eu-west-1:123456789012:alarm:prices"],
-        "detail": {"alarmName": "prices", "state": state, "configuration": {"metrics": [{"id": "a", "metricStat": metric}]}},
-    }  # fmt: skip
+        "version": "0",
+        "id": "e-1",
+        "detail-type": "CloudWatch Alarm State Change",
+        "source": "aws.cloudwatch",
+        "time": "2026-11-22T10:00:00Z",
+        "resources": ["arn:aws:cloudwatch:eu-west-1:123456789012:alarm:prices"],
+        "detail": {
+            "alarmName": "prices",
+            "state": state,
+            "configuration": {"metrics": [{"id": "a", "metricStat": metric}]},
+        },
+    }
     (drift,) = parse_alerts(json.dumps(body).encode())
     assert (drift.status, drift.sender, drift.model, drift.feature) == (
         "detected",
@@ -374,7 +419,9 @@ def test_sagemaker_through_eventbridge():
 
 
 def test_sns_asks_and_is_answered_for_known_topics_only():
-    """The handshake visits SubscribeURL for a topic the app names, at SNS's own address alone; anything else is refused."""
+    """The handshake visits SubscribeURL for a topic the app names, at SNS's own address alone;
+    anything else is refused.
+    """
     visited: list[str] = []
 
     async def confirmed(request: Request) -> Response:
@@ -401,8 +448,13 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
             async with serving_hook(
                 DriftAlert("/drift", verify="none", topics=[TOPIC])
             ) as hook:  # at Amazon: nothing else will do
-                for url in (aws, "https://sns.eu-west-1.amazonaws.com.evil.example/", "https://sns.x@evil.example/",
-                            "http://sns.eu-west-1.amazonaws.com/", "https://sns.eu-west-1.amazonaws.com:8080/"):  # fmt: skip
+                for url in (
+                    aws,
+                    "https://sns.eu-west-1.amazonaws.com.evil.example/",
+                    "https://sns.x@evil.example/",
+                    "http://sns.eu-west-1.amazonaws.com/",
+                    "https://sns.eu-west-1.amazonaws.com:8080/",
+                ):
                     refused = await hook.post(
                         sns("SubscriptionConfirmation", "…", SubscribeURL=url)
                     )
@@ -418,13 +470,13 @@ def test_sns_is_asked_for_its_password():
     password = base64.b64encode(b"sns:s3cret").decode()
 
     async def test(hook: Hook) -> None:
-        told = sns("Notification", json.dumps(cloudwatch()))
-        refused = await hook.post(told)
+        notification = sns("Notification", json.dumps(cloudwatch()))
+        refused = await hook.post(notification)
         assert (refused.status_code, refused.headers["www-authenticate"]) == (
             401,
             'Basic realm="hooks"',
         )
-        assert (await hook.post(told, authorization=f"Basic {password}")).status_code == 202
+        assert (await hook.post(notification, authorization=f"Basic {password}")).status_code == 202
 
     over_http(test, verify=Token(password, header="authorization", prefix="Basic "))
 
@@ -433,7 +485,9 @@ def test_sns_is_asked_for_its_password():
 
 
 def test_mlflow_tags():
-    """The tag `drift` on a model version, in a signed delivery, is a drift; what else the registry tells is set aside."""
+    """The tag `drift` on a model version, in a signed delivery, is a drift; what else the registry
+    tells is set aside.
+    """
     secret = "s3cret"
 
     async def test(hook: Hook) -> None:
@@ -471,7 +525,9 @@ def test_mlflow_tags():
 
 
 def test_our_own_schema():
-    """What has a model, a feature or a fingerprint is a drift as it stands; the same again is a duplicate."""
+    """A body with a model, a feature or a fingerprint is a drift; the same again is a
+    duplicate.
+    """
 
     async def test(hook: Hook) -> None:
         body = {
@@ -503,13 +559,18 @@ ARIZE = {
     "state": "triggered",
 }
 POINTERS = {
-    "status": "/state", "model": "/event/model/id", "feature": "/event/dims/0/feature", "statistic": "/event/psi",
+    "status": "/state",
+    "model": "/event/model/id",
+    "feature": "/event/dims/0/feature",
+    "statistic": "/event/psi",
     "segment": "/event/segment?",
-}  # fmt: skip
+}
 
 
 def test_d17_another_shape_by_pointers():
-    """A sender of any shape is normalised by JSON pointers; a pointer that leads nowhere makes a dead letter that names it."""
+    """A sender of any shape is normalised by JSON pointers; an absent field makes a
+    dead letter that names it.
+    """
 
     async def test(hook: Hook) -> None:
         assert (await hook.post(ARIZE)).status_code == 202
@@ -550,7 +611,8 @@ def test_several_in_one_body_by_pointers():
         (b"not json", "line 1 column 1"),
         (b'{"metrics": []}', "DataDriftPreset"),
         (
-            b'{"entity": "model_version_tag", "action": "set", "data": {"key": "drift", "name": "m", "value": "maybe"}}',
+            b'{"entity": "model_version_tag", "action": "set", '
+            b'"data": {"key": "drift", "name": "m", "value": "maybe"}}',
             "maybe",
         ),
         (b'{"AlarmName": "a", "NewStateValue": "ALARM"}', "/Trigger"),
@@ -560,7 +622,9 @@ def test_several_in_one_body_by_pointers():
     ],
 )
 def test_unknown_shapes_are_dead_letters(body: bytes, named: str):
-    """What nobody knows how to read is kept with a reason that says what was missing; the same again is the same one."""
+    """An unknown shape is a dead letter whose reason names what is missing; the same
+    again is the same one.
+    """
 
     async def test(hook: Hook) -> None:
         for _ in range(2):
@@ -573,7 +637,7 @@ def test_unknown_shapes_are_dead_letters(body: bytes, named: str):
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something stands in a JSON value."""
+    """A JSON pointer into a value."""
     inside = (
         value.items()
         if isinstance(value, dict)
@@ -596,20 +660,51 @@ KNOWN: list[Any] = [
     group(alert(), alert("resolved")),
     group(alert() | {"values": {"B": 1}}, orgId=1),
     json.loads((REPORTS / "evidently_drifted.json").read_text()),
-    {"metrics": [{"metric": "T", "result": {"drift_share": 0.5, "drift_by_columns": {"a": {"drift_score": 1}}}}]},
+    {
+        "metrics": [
+            {
+                "metric": "T",
+                "result": {"drift_share": 0.5, "drift_by_columns": {"a": {"drift_score": 1}}},
+            }
+        ]
+    },
     {"model": "m", "chunks": json.loads((REPORTS / "nannyml_chunks.json").read_text())[:1]},
     cloudwatch(),
     sns("Notification", json.dumps(cloudwatch())),
-    {"detail-type": "t", "detail": {"alarmName": "a", "state": {"value": "OK", "reasonData": '{"recentDatapoints": [1]}'}},
-     "resources": ["r"], "time": "2026-11-22T10:00:00Z"},
-    {"entity": "model_version_tag", "action": "set", "data": {"key": "drift", "name": "m", "value": "0.3"}},
-    {"model": "m", "labels": {"a": "b"}, "findings": [{"feature": "f"}], "starts_at": "2026-11-22T10:00:00Z"},
-]  # fmt: skip
+    {
+        "detail-type": "t",
+        "detail": {
+            "alarmName": "a",
+            "state": {"value": "OK", "reasonData": '{"recentDatapoints": [1]}'},
+        },
+        "resources": ["r"],
+        "time": "2026-11-22T10:00:00Z",
+    },
+    {
+        "entity": "model_version_tag",
+        "action": "set",
+        "data": {"key": "drift", "name": "m", "value": "0.3"},
+    },
+    {
+        "model": "m",
+        "labels": {"a": "b"},
+        "findings": [{"feature": "f"}],
+        "starts_at": "2026-11-22T10:00:00Z",
+    },
+]
 ODD = st.one_of(
-    st.none(), st.booleans(), st.integers(-(2**53), 2**53), st.floats(allow_nan=False), st.text(max_size=5), st.just([]),
-    st.just({}), st.just([1]), st.just({"a": [None]}), st.just("0001-01-01T00:00:00+14:00"),
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**53), 2**53),
+    st.floats(allow_nan=False),
+    st.text(max_size=5),
+    st.just([]),
+    st.just({}),
+    st.just([1]),
+    st.just({"a": [None]}),
+    st.just("0001-01-01T00:00:00+14:00"),
     st.just("9999-12-31T23:59:59-14:00"),
-)  # fmt: skip
+)
 
 
 @settings(
@@ -618,8 +713,10 @@ ODD = st.one_of(
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large),
 )
 @given(st.data())
-def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
-    """A known body with anything in any place of it is drifts that can be recorded, or a ValueError: never another error."""
+def test_any_body_is_parsed_or_rejected_with_a_reason(data: st.DataObject):
+    """A known body with anything in any place of it is drifts that can be recorded, or a
+    ValueError: never another error.
+    """
     body = data.draw(st.sampled_from(KNOWN))
     for _ in range(data.draw(st.integers(1, 3))):
         body = bent(body, data.draw(st.sampled_from(places(body))), data.draw(ODD))
@@ -633,7 +730,9 @@ def test_whatever_is_sent_is_read_or_told_why_not(data: st.DataObject):
 
 
 def test_options_that_do_not_fit():
-    """A pointer for a field that Drift has not, and alerts= without fields=, are refused when the trigger is made."""
+    """A pointer for a field that Drift has not, and alerts= without fields=, are refused when the
+    trigger is made.
+    """
     with pytest.raises(UsageError, match="colour"):
         DriftAlert("/drift", verify="none", fields={"colour": "/c"})
     with pytest.raises(UsageError, match="fields="):
@@ -644,7 +743,7 @@ def test_options_that_do_not_fit():
 
 
 def test_an_alert_that_fires_repeats_and_resolves_starts_one_run():
-    """A flow hears of `drift.detected` alone unless it asks for more, and takes the drift whole."""
+    """A flow without `types=` gets `drift.detected` only, and takes the drift whole."""
 
     @flow
     async def retrain(drift: Drift) -> str:

@@ -1,4 +1,6 @@
-"""What a monitor says it would have told of a time, with other thresholds, against one that ran with these at that time."""
+"""Dry runs of a monitor: the events of a past time with other thresholds, compared with one that
+ran with these at that time.
+"""
 
 import asyncio
 import random
@@ -20,7 +22,7 @@ from eventflow.testing import MemoryTrigger, VirtualClock, running
 from triggers import Drift, DriftMonitor, Numeric
 
 Row = dict[str, Any]
-BEGAN = datetime(2026, 1, 5, tzinfo=UTC)
+START = datetime(2026, 1, 5, tzinfo=UTC)
 
 
 @flow
@@ -29,7 +31,9 @@ async def retrain(drift: Drift) -> str:
 
 
 def rows(seed: int = 3) -> list[list[Row]]:
-    """Sixty batches of 200: two features that drift little, then much, then not, one after the other, with a hole in one."""
+    """Sixty batches of 200: two features that drift little, then much, then not, one after the
+    other, with a hole in one.
+    """
     rng, found = np.random.default_rng(seed), list[list[Row]]()
     for number in range(60):
         x = 0.3 if 8 <= number < 16 else 1.0 if 24 <= number < 34 else 0.0
@@ -72,7 +76,7 @@ async def fed(app: App, store: Path | None = None) -> AsyncIterator[App]:
     """The app, after all batches, one every ten minutes."""
     (monitor,) = app.triggers
     assert isinstance(monitor, DriftMonitor) and isinstance(monitor._source, MemoryTrigger)
-    clock = VirtualClock(BEGAN)
+    clock = VirtualClock(START)
     async with running(app, clock=clock, store=store):
         for number, batch in enumerate(rows()):
             await monitor._source.send(
@@ -89,7 +93,11 @@ async def on_record(app: App) -> list[tuple[Any, ...]]:
         (row["received_at"], Event.from_recorded((await app.store.event(row["id"]))["body"]))
         for row in reversed(found)
     ]
-    return [essence(format_timestamp(at), event.to_json()) for at, event in events if event.type != "rows"]
+    return [
+        essence(format_timestamp(at), event.to_json())
+        for at, event in events
+        if event.type != "rows"
+    ]
 
 
 def essence(at: str, body: bytes) -> tuple[Any, ...]:
@@ -113,15 +121,19 @@ def essence(at: str, body: bytes) -> tuple[Any, ...]:
     )
 
 
-async def foretold(
+async def simulated(
     app: App, by: App | None = None, **question: Any
 ) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
-    """What another app's monitor would have told, over this one's ledger; and the whole answer."""
+    """What another app's monitor would have reported, over this one's ledger; and the
+    whole answer.
+    """
     other, until = by or app, question.pop("until", app.clock.now() + 1)
-    told = await dry_run(
+    reported = await dry_run(
         app.store, other.subscriptions, other.triggers, DryRunQuery(until=until, **question)
     )
-    return [essence(each["at"], orjson.dumps(each["event"])) for each in told["simulated"]], told
+    return [
+        essence(each["at"], orjson.dumps(each["event"])) for each in reported["simulated"]
+    ], reported
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -141,20 +153,22 @@ CHANGES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("metric", ["psi", "ks"])
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_other_thresholds_tell_what_they_would_have_told(metric: str, change: dict[str, Any]):
-    """From the statistics of past windows: the events of a monitor that ran with these thresholds, rules and cool-down."""
+def test_other_thresholds_give_the_events_they_would_have_made(metric: str, change: dict[str, Any]):
+    """From the statistics of past windows: the events of a monitor that ran with these thresholds,
+    rules and cool-down.
+    """
 
     async def main() -> None:
         async with fed(app_of(metric=metric, **change)) as other:
             expected = await on_record(other)
         async with fed(app_of(metric=metric)) as app:
             before = await on_record(app)
-            told, answer = await foretold(app, app_of(metric=metric, **change))
-            assert told == expected and len(told) >= 2
+            reported, answer = await simulated(app, app_of(metric=metric, **change))
+            assert reported == expected and len(reported) >= 2
             (trigger,) = answer["triggers"]
-            assert (trigger["recorded"], trigger["simulated"]) == (len(before), len(told))
+            assert (trigger["recorded"], trigger["simulated"]) == (len(before), len(reported))
             assert "60 windows" in trigger["notes"][0]
-            assert answer["would_start"] == len(told) and await on_record(app) == before
+            assert answer["would_start"] == len(reported) and await on_record(app) == before
 
     asyncio.run(main())
 
@@ -170,30 +184,34 @@ def test_other_thresholds_tell_what_they_would_have_told(metric: str, change: di
     ids=str,
 )
 def test_recorded_rows_are_counted_again(change: dict[str, Any]):
-    """With record=True anything may change, windows and metrics too: the events are those of a monitor that ran so."""
+    """With record=True anything may change, windows and metrics too: the events are those of a
+    monitor that ran so.
+    """
 
     async def main() -> None:
         async with fed(app_of(record=True, **change)) as other:
             expected = await on_record(other)
         async with fed(app_of(record=True)) as app:
-            told, answer = await foretold(app, app_of(record=True, **change))
-            assert told == expected and len(told) >= 2
+            reported, answer = await simulated(app, app_of(record=True, **change))
+            assert reported == expected and len(reported) >= 2
             assert answer["triggers"][0]["notes"] == ["60 recorded events counted again"]
 
     asyncio.run(main())
 
 
 def test_windows_of_another_kind_are_not_guessed_at():
-    """A changed window over statistics of the old one is not known: the events on record stand, and it is said why."""
+    """Statistics of another window length cannot be evaluated: the recorded events stay, with a
+    note.
+    """
 
     async def main() -> None:
         async with fed(app_of()) as app:
-            _, answer = await foretold(app, app_of(window=500))
+            _, answer = await simulated(app, app_of(window=500))
             (trigger,) = answer["triggers"]
             assert (trigger["recorded"], trigger["simulated"], answer["simulated"]) == (0, 0, [])
             assert "other features, reference or window" in trigger["notes"][0]
             assert answer["would_start"] == len(await on_record(app))
-            _, answer = await foretold(app, app_of(record=True))
+            _, answer = await simulated(app, app_of(record=True))
             assert "its own events stay" in answer["triggers"][0]["notes"][0]
             assert answer["would_start"] == len(await on_record(app))
 
@@ -201,28 +219,30 @@ def test_windows_of_another_kind_are_not_guessed_at():
 
 
 def test_what_is_known_begins_with_the_history():
-    """Of more windows than are kept only the last ones are told anew; what is on record from before them stands."""
+    """Only the stored windows are evaluated again; recorded events from before them stay."""
 
     async def main() -> None:
         async with fed(app_of(history=20)) as app:
             cursor = await app.store.cursor("drift:rows")
             assert sum(key.startswith("drift:h/") for key in cursor) == 20
             recorded = await on_record(app)
-            told, answer = await foretold(app)
-            first = BEGAN + timedelta(seconds=40 * 600)
-            stand = [each for each in recorded if datetime.fromisoformat(each[0]) < first]
-            assert stand and answer["would_start"] == len(stand) + len(told)
+            reported, answer = await simulated(app)
+            first = START + timedelta(seconds=40 * 600)
+            earlier = [each for each in recorded if datetime.fromisoformat(each[0]) < first]
+            assert earlier and answer["would_start"] == len(earlier) + len(reported)
             assert f"20 windows from {first:%Y-%m-%d %H:%M:%S}" in answer["triggers"][0]["notes"][0]
-            _, none = await foretold(
-                app, until=int((BEGAN + timedelta(seconds=39 * 600)).timestamp() * 1e6)
+            _, none = await simulated(
+                app, until=int((START + timedelta(seconds=39 * 600)).timestamp() * 1e6)
             )
-            assert none["triggers"][0]["recorded"] == 0 and none["would_start"] == len(stand)
+            assert none["triggers"][0]["recorded"] == 0 and none["would_start"] == len(earlier)
 
     asyncio.run(main())
 
 
-def test_a_filter_and_a_pattern_hear_of_what_is_foretold():
-    """Foretold events go the way of any event: through `where`, into a count by model, into the window of a delivery mode."""
+def test_filters_and_patterns_match_simulated_events():
+    """Foretold events go the way of any event: through `where`, into a count by model, into the
+    window of a delivery mode.
+    """
 
     async def main() -> None:
         async with fed(app_of()) as app:
@@ -235,9 +255,9 @@ def test_a_filter_and_a_pattern_hear_of_what_is_foretold():
                 name="three",
             )
             changed.on(monitor, retrain, name="once", deliver=Singleflight())
-            told, answer = await foretold(app, changed)
+            reported, answer = await simulated(app, changed)
             runs = {each["subscription"]: each["runs"] for each in answer["subscriptions"]}
-            detected = [each for each in told if each[2] == "detected"]
+            detected = [each for each in reported if each[2] == "detected"]
             assert (
                 runs["alerts"] == sum(each[3] == "alert" for each in detected)
                 and len(detected) >= 3
@@ -247,29 +267,35 @@ def test_a_filter_and_a_pattern_hear_of_what_is_foretold():
             assert three["key"] == "prices" and all(
                 label.startswith("simulated-") for label in three["events"]
             )
-            assert await foretold(app, changed, type="drift.escalated") != (told, answer)
+            assert await simulated(app, changed, type="drift.escalated") != (reported, answer)
 
     asyncio.run(main())
 
 
 def test_a_learned_reference_is_the_one_it_learned():
-    """With record=True and other thresholds the reference stays; other features learn from the first rows of the time."""
+    """With record=True and other thresholds the reference stays; other features learn from the
+    first rows of the time.
+    """
 
     async def main() -> None:
         async with fed(app_of(record=True, reference=1000)) as app:
             since = app.clock.now() - 40 * 600 * 1_000_000
-            told, answer = await foretold(
+            reported, answer = await simulated(
                 app, app_of(record=True, reference=1000, confirm=1), since=since
             )
-            assert told and answer["triggers"][0]["notes"] == ["40 recorded events counted again"]
-            _, answer = await foretold(app, app_of(record=True, reference=1200), since=since)
+            assert reported and answer["triggers"][0]["notes"] == [
+                "40 recorded events counted again"
+            ]
+            _, answer = await simulated(app, app_of(record=True, reference=1200), since=since)
             assert "the first 1200 rows" in answer["triggers"][0]["notes"][1]
 
     asyncio.run(main())
 
 
 def test_changed_thresholds_keep_what_was_learned(tmp_path: Path):
-    """A monitor that comes up with other thresholds has its reference and its windows still; with other features it has not."""
+    """A monitor that comes up with other thresholds has its reference and its windows still; with
+    other features it has not.
+    """
 
     async def main() -> None:
         async with fed(app_of(reference=1000, warn=0.5), tmp_path / "a.db"):
@@ -277,7 +303,7 @@ def test_changed_thresholds_keep_what_was_learned(tmp_path: Path):
         for options, learned in (({"warn": 0.4}, True), ({"metric": "js"}, False)):
             again = app_of(reference=1000, **options)
             async with running(
-                again, store=tmp_path / "a.db", clock=VirtualClock(BEGAN + timedelta(days=1))
+                again, store=tmp_path / "a.db", clock=VirtualClock(START + timedelta(days=1))
             ):
                 (monitor,) = again.triggers
                 assert isinstance(monitor, DriftMonitor)
@@ -295,8 +321,10 @@ async def send(monitor: DriftMonitor, *batch: Row) -> None:
     )
 
 
-def test_silence_is_retold_from_rows():
-    """`nodata` and the end of windows of time happen at their own instants, as a monitor's timer would have it."""
+def test_nodata_is_simulated_from_rows():
+    """`nodata` and the end of windows of time happen at their own instants, as a monitor's timer
+    would have it.
+    """
 
     def app(**options: Any) -> App:
         return app_of(window=timedelta(hours=1), record=True, min_samples=200, **options)
@@ -308,25 +336,27 @@ def test_silence_is_retold_from_rows():
             assert isinstance(monitor, DriftMonitor) and isinstance(old.clock, VirtualClock)
             await old.clock.advance(timedelta(hours=12))
             await send(monitor, {"x": 0.0, "y": 0.0})
-            told, _ = await foretold(old)
-            silence = [each for each in told if each[6] == "nodata"]
-            assert [each[2] for each in silence] == ["nodata", "resolved"]
-            assert silence[0][0] == format_timestamp(
-                int((BEGAN + timedelta(seconds=59 * 600, hours=3)).timestamp() * 1e6)
+            reported, _ = await simulated(old)
+            nodata_events = [each for each in reported if each[6] == "nodata"]
+            assert [each[2] for each in nodata_events] == ["nodata", "resolved"]
+            assert nodata_events[0][0] == format_timestamp(
+                int((START + timedelta(seconds=59 * 600, hours=3)).timestamp() * 1e6)
             )
-            patient, _ = await foretold(old, app(nodata=timedelta(days=2)))
+            patient, _ = await simulated(old, app(nodata=timedelta(days=2)))
             assert [each for each in patient if each[6] == "nodata"] == []
 
     asyncio.run(main())
 
 
-def test_what_a_streaming_detector_saw_is_told_again():
-    """ADWIN's changes in the middle of windows are kept like windows: with the same thresholds they tell the same."""
+def test_changes_of_a_streaming_detector_are_simulated():
+    """ADWIN's changes in the middle of windows are stored like windows: the same thresholds give
+    the same events.
+    """
 
     async def main() -> None:
         async with fed(app_of(metric="adwin", window=1000)) as app:
-            told, _ = await foretold(app)
-            assert told == await on_record(app) and told[0][6] == "adwin"
+            reported, _ = await simulated(app)
+            assert reported == await on_record(app) and reported[0][6] == "adwin"
 
     asyncio.run(main())
 

@@ -1,4 +1,6 @@
-"""A drift starts one retraining and not a hundred: a real server, a statistic that swings round its threshold, and kills."""
+"""A drift starts one retraining and not a hundred: a real server, a statistic that swings round its
+threshold, and kills.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,15 @@ async def may_end() -> bool:
 async def retrain(drift: Drift) -> dict:
     while not await may_end():
         await sleep(0.3)
-    return {"newest": drift.feature, "all": [event.data["feature"] for event in current_run().events]}
+    features = [event.data["feature"] for event in current_run().events]
+    return {"newest": drift.feature, "all": features}
 
 app = App("drift")
 rows = Webhook("/rows", verify="none", max_body=1 << 20)
 features = {name: Numeric(warn=0.15, alert=9) for name in "xyz"}
-monitor = DriftMonitor(rows, features=features, reference=REFERENCE, window=200, per="feature", name="drift")
+monitor = DriftMonitor(
+    rows, features=features, reference=REFERENCE, window=200, per="feature", name="drift"
+)
 app.on(monitor, retrain, deliver=Singleflight())
 """
 
@@ -52,7 +57,9 @@ def batch(rng: np.random.Generator, number: int) -> list[dict[str, float]]:
 
 
 def send(server: ServerProcess, number: int, rows: list[dict[str, float]]) -> None:
-    """As a sender does who wants it to arrive: again, under the same id, until it is acknowledged."""
+    """As a sender does who wants it to arrive: again, under the same id, until it is
+    acknowledged.
+    """
 
     def acknowledged() -> bool:
         try:
@@ -70,8 +77,9 @@ def runs(server: ServerProcess, state: str | None = None) -> list[dict[str, Any]
 
 
 def test_a_swinging_metric_starts_one_run_and_what_comes_meanwhile_one_more(tmp_path: Path):
-    """1,000 samples round the threshold are one detection; drifts found during its run are gathered into one successor, which
-    sees the newest; three `kill -9`s in between change nothing."""
+    """1,000 samples round the threshold are one detection; drifts found during its run are gathered
+    into one successor, which sees the newest; three `kill -9`s in between change nothing.
+    """
     (tmp_path / "app.py").write_text(APP)
     rng, over, first = np.random.default_rng(16), 0, 0
     for end in (*KILLED_AT, SAMPLES):

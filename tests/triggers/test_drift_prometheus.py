@@ -1,4 +1,6 @@
-"""Debian's Prometheus and Alertmanager, a rule on a metric of the example, and one retraining: acceptance on the real thing."""
+"""Debian's Prometheus and Alertmanager, a rule on a metric of the example, and one retraining:
+acceptance on the real thing.
+"""
 
 import json
 import random
@@ -18,7 +20,7 @@ from tests.server_process import ServerProcess, start
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("prometheus", "prometheus-alertmanager")
-PATIENCE = 60.0
+TIMEOUT_SECONDS = 60.0
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, NEEDED)),
@@ -33,7 +35,10 @@ groups:
         expr: eventflow_trigger_drift_statistic{metric="psi"} > 0.2
         for: 1s
         labels: {model: prices, severity: critical}
-        annotations: {value: "{{ $value }}", threshold: "0.2", summary: "{{ $labels.feature }} has drifted"}
+        annotations:
+          value: "{{ $value }}"
+          threshold: "0.2"
+          summary: "{{ $labels.feature }} has drifted"
 """
 
 
@@ -65,17 +70,36 @@ def alertmanager(folder: Path, hook: str) -> Iterator[int]:
     (folder / "alertmanager.yml").write_text(
         json.dumps(
             {
-                "route": {"receiver": "retrain", "group_by": ["alertname"], "group_wait": "0s", "group_interval": "1s",
-                          "repeat_interval": "1s"},
-                "receivers": [{"name": "retrain", "webhook_configs": [
-                    {"url": hook, "send_resolved": True, "http_config": {"authorization": {"credentials": "secret"}}}]}],
+                "route": {
+                    "receiver": "retrain",
+                    "group_by": ["alertname"],
+                    "group_wait": "0s",
+                    "group_interval": "1s",
+                    "repeat_interval": "1s",
+                },
+                "receivers": [
+                    {
+                        "name": "retrain",
+                        "webhook_configs": [
+                            {
+                                "url": hook,
+                                "send_resolved": True,
+                                "http_config": {"authorization": {"credentials": "secret"}},
+                            }
+                        ],
+                    }
+                ],
             }
-        )
-    )  # fmt: skip
+        ),
+    )
     with daemon(
-        folder, "prometheus-alertmanager", "--config.file=alertmanager.yml", f"--storage.path={folder}/alerts",
-        f"--web.listen-address=127.0.0.1:{port}", "--cluster.listen-address=",
-    ):  # fmt: skip
+        folder,
+        "prometheus-alertmanager",
+        "--config.file=alertmanager.yml",
+        f"--storage.path={folder}/alerts",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--cluster.listen-address=",
+    ):
         yield port
 
 
@@ -98,9 +122,12 @@ def prometheus(folder: Path, target: str, alerts: int) -> Iterator[int]:
         )
     )
     with daemon(
-        folder, "prometheus", "--config.file=prometheus.yml", f"--storage.tsdb.path={folder}/tsdb",
+        folder,
+        "prometheus",
+        "--config.file=prometheus.yml",
+        f"--storage.tsdb.path={folder}/tsdb",
         f"--web.listen-address=127.0.0.1:{port}",
-    ):  # fmt: skip
+    ):
         yield port
 
 
@@ -121,7 +148,9 @@ def runs(server: ServerProcess, flow: str) -> list[dict[str, Any]]:
 def test_an_alert_that_fires_repeats_and_resolves_retrains_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """A real rule on the example's drifting metric fires, is repeated by Alertmanager and resolves: one retraining run."""
+    """A real rule on the example's drifting metric fires, is repeated by Alertmanager and resolves:
+    one retraining run.
+    """
     monkeypatch.setenv("DRIFT_TOKEN", "secret")
     shutil.copy(ROOT / "examples" / "drift_alerts.py", tmp_path)
     draw = random.Random(1)
@@ -140,29 +169,36 @@ def test_an_alert_that_fires_repeats_and_resolves_retrains_once(
         ):
             api = f"http://127.0.0.1:{port}"
             score(400 + 200, 10.0)
-            wait_until(lambda: ready(api), "Prometheus has the metric", within=PATIENCE)
+            wait_until(lambda: ready(api), "Prometheus has the metric", within=TIMEOUT_SECONDS)
             assert events(server) == []
             score(200, 12.0)
-            wait_until(lambda: events(server), "the alert has come", within=PATIENCE)
+            wait_until(lambda: events(server), "the alert has come", within=TIMEOUT_SECONDS)
             wait_until(
                 lambda: events(server)[0]["duplicates"] >= 2,
                 "Alertmanager has repeated it",
-                within=PATIENCE,
+                within=TIMEOUT_SECONDS,
             )
             score(200, 10.0)
-            wait_until(lambda: len(events(server)) == 2, "the alert has resolved", within=PATIENCE)
+            wait_until(
+                lambda: len(events(server)) == 2, "the alert has resolved", within=TIMEOUT_SECONDS
+            )
         detected, resolved = events(server)
         assert (detected["type"], resolved["type"]) == ("drift.detected", "drift.resolved")
         (run,) = runs(server, "retrain")
         assert server.wait_for(run["id"], "completed")["state"] == "completed"
-        told = server.get(f"/api/events/{detected['id']}")["event"]["data"]
-        assert (told["model"], told["feature"], told["metric"], told["severity"]) == (
+        reported = server.get(f"/api/events/{detected['id']}")["event"]["data"]
+        assert (
+            reported["model"],
+            reported["feature"],
+            reported["metric"],
+            reported["severity"],
+        ) == (
             "prices",
             "amount",
             "psi",
             "critical",
         )
-        assert told["statistic"] > told["threshold"] == 0.2
+        assert reported["statistic"] > reported["threshold"] == 0.2
     finally:
         server.kill()
 

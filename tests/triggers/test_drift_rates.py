@@ -1,4 +1,6 @@
-"""How often a monitor cries wolf, and how soon it sees one: measured with fixed seeds, printed, held to what it states."""
+"""How often a monitor cries wolf, and how soon it sees one: measured with fixed seeds, printed,
+held to what it states.
+"""
 
 import numpy as np
 import pytest
@@ -18,9 +20,14 @@ NAMES = [f"f{number}" for number in range(FEATURES)]
 def engine(rng: np.random.Generator, metric: str, confirm: int) -> Engine:
     """A monitor's whole inside, without a source, on a reference of 2,000 rows."""
     monitor = DriftMonitor(
-        MemoryTrigger("rows"), features={name: Numeric(metric=metric) for name in NAMES},  # pyright: ignore
-        reference={name: rng.normal(size=2000) for name in NAMES}, window=WINDOW, alpha=ALPHA, confirm=confirm, cooldown=0,
-    )  # fmt: skip
+        MemoryTrigger("rows"),
+        features={name: Numeric(metric=metric) for name in NAMES},  # pyright: ignore
+        reference={name: rng.normal(size=2000) for name in NAMES},
+        window=WINDOW,
+        alpha=ALPHA,
+        confirm=confirm,
+        cooldown=0,
+    )
     return Engine(monitor._config, {}, 0)
 
 
@@ -34,7 +41,8 @@ def window(rng: np.random.Generator, shift: float = 0.0) -> Sample:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("metric", ["psi", "ks"])
 def test_d6_false_alarms_keep_to_the_stated_rate(metric: str, capsys: pytest.CaptureFixture[str]):
-    """Of 1,000 undrifted windows of 20 features, those with a significant one are inside the 99.9 % bound of `alpha`.
+    """Of 1,000 undrifted windows of 20 features, those with a significant one are inside the 99.9 %
+    bound of `alpha`.
 
     Significance alone is the hardest measure: the thresholds and `confirm` only make alarms rarer.
     """
@@ -50,7 +58,8 @@ def test_d6_false_alarms_keep_to_the_stated_rate(metric: str, capsys: pytest.Cap
             alarms += any(verdict.level for verdict in found.results)
     with capsys.disabled():
         print(
-            f"\n{metric}: {bare} of {REFERENCES * PER_REFERENCE} undrifted windows x {FEATURES} features significant "
+            f"\n{metric}: {bare} of {REFERENCES * PER_REFERENCE} undrifted windows x {FEATURES} "
+            "features significant "
             f"(stated rate {ALPHA:.0%}, 99.9 % bound {bound}); {alarms} with the thresholds"
         )
     assert bare <= bound
@@ -59,28 +68,35 @@ def test_d6_false_alarms_keep_to_the_stated_rate(metric: str, capsys: pytest.Cap
 
 @pytest.mark.parametrize("metric", ["psi", "ks", "js", "wasserstein", "tv"])
 def test_a_shift_of_half_a_sigma_is_found_in_time(metric: str, capsys: pytest.CaptureFixture[str]):
-    """A shift of 0.5 sigma in one of 20 features is detected within `confirm` windows: 2,000 rows, in each of 20 seeds."""
+    """A shift of 0.5 sigma in one of 20 features is detected within `confirm` windows: 2,000 rows,
+    in each of 20 seeds.
+    """
     needed = list[int]()
     for seed in range(20):
         rng = np.random.default_rng(1000 + seed)
         found = engine(rng, metric, confirm=2)
         for _ in range(3):
             assert found.add_samples([window(rng)], 1) == []
-        told, rows = list[str](), 0
-        while "f0" not in told:
-            told += [str(each.drift.feature) for each in found.add_samples([window(rng, 0.5)], 1)]
+        reported, rows = list[str](), 0
+        while "f0" not in reported:
+            reported += [
+                str(each.drift.feature) for each in found.add_samples([window(rng, 0.5)], 1)
+            ]
             rows += WINDOW
             assert rows <= 5 * WINDOW, "not found at all"
         needed.append(rows)
     with capsys.disabled():
         print(
-            f"\n{metric}: 0.5 sigma found after at most {max(needed)} rows (stated: {2 * WINDOW}) in {len(needed)} seeds"
+            f"\n{metric}: 0.5 sigma found after at most {max(needed)} rows (stated: {2 * WINDOW}) "
+            f"in {len(needed)} seeds"
         )
     assert max(needed) <= 2 * WINDOW
 
 
 def test_a_streaming_detector_finds_half_a_sigma_sooner(capsys: pytest.CaptureFixture[str]):
-    """ADWIN tells a shift of 0.5 sigma within 500 rows, in the middle of a window, and nothing in 20,000 rows before."""
+    """ADWIN detects a shift of 0.5 sigma within 500 rows, in the middle of a window, and nothing in
+    20,000 rows before.
+    """
     needed = list[int]()
     for seed in range(10):
         rng = np.random.default_rng(2000 + seed)
@@ -99,6 +115,7 @@ def test_a_streaming_detector_finds_half_a_sigma_sooner(capsys: pytest.CaptureFi
         needed.append(rows + 10)
     with capsys.disabled():
         print(
-            f"\nadwin: 0.5 sigma found after {min(needed)} to {max(needed)} rows (stated: 500) in {len(needed)} seeds"
+            f"\nadwin: 0.5 sigma found after {min(needed)} to {max(needed)} rows (stated: 500) in "
+            f"{len(needed)} seeds"
         )
     assert max(needed) <= 500

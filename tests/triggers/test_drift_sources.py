@@ -1,4 +1,6 @@
-"""A monitor over other triggers: a Kafka topic on a real broker, objects in a real S3; and a flow that resets the reference."""
+"""A monitor over other triggers: a Kafka topic on a real broker, objects in a real S3; and a flow
+that resets the reference.
+"""
 
 import asyncio
 import json
@@ -17,7 +19,7 @@ from eventflow.events.event import Event
 from eventflow.testing import MemoryTrigger, drain, running
 from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.aws import Aws, Bucket, ministack
-from tests.brokers import Broker, some_broker
+from tests.brokers import Broker, given_or_noida
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic
 from tests.triggers.serving import serving
@@ -28,7 +30,7 @@ __all__ = ["ministack"]
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with some_broker(tmp_path_factory.mktemp("broker")) as running_broker:
+    with given_or_noida(tmp_path_factory.mktemp("broker")) as running_broker:
         yield running_broker
 
 
@@ -63,7 +65,9 @@ class JsonLedger(ContractLedger):
 
 
 def test_a_topic_is_watched_over_restarts_and_rewinds(broker: Broker):
-    """Each record counts once: over a restart in mid-window, and when the topic is read again from the beginning."""
+    """Each record counts once: over a restart in mid-window, and when the topic is read again from
+    the beginning.
+    """
 
     async def main() -> None:
         topic = Topic(broker, "scores")
@@ -103,7 +107,9 @@ def test_a_topic_is_watched_over_restarts_and_rewinds(broker: Broker):
 
 
 def test_objects_that_arrive_are_batches(ministack: Aws):
-    """Each object under a prefix is a window; its rows come from an async `rows=` from a client of the user's own."""
+    """Each object under a prefix is a window; its rows come from an async `rows=` from a client of
+    the user's own.
+    """
 
     async def main() -> None:
         bucket, ledger = Bucket(ministack), JsonLedger()
@@ -118,21 +124,31 @@ def test_objects_that_arrive_are_batches(ministack: Aws):
         async with listening(monitor, ledger):
             await asyncio.to_thread(bucket.put, "in/a.json", orjson.dumps(rows(3, 800)))
             await eventually(
-                lambda: memory(ledger).get("judged") == 1, "the first object is judged", within=60
+                lambda: memory(ledger).get("judged") == 1,
+                "the first object is evaluated",
+                within=60,
             )
             await asyncio.to_thread(bucket.put, "in/b.json", orjson.dumps(rows(4, 800, 1.0)))
-            await eventually(lambda: ledger.recorded, "the drifted one is told", within=60)
+            await eventually(lambda: ledger.recorded, "the drifted one is reported", within=60)
         assert memory(ledger)["judged"] == 2 and len(ledger.recorded) == 1
 
     asyncio.run(main())
 
 
 def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
-    """A topic that is subscribed over HTTP asks, is told yes, and its alarm is one event; one of another topic is refused."""
+    """A topic that is subscribed over HTTP asks, is reported yes, and its alarm is one event; one
+    of another topic is refused.
+    """
     alarm = {
-        "AlarmName": "prices", "NewStateValue": "ALARM", "StateChangeTime": "2026-11-22T10:00:00.000+0000",
-        "Trigger": {"MetricName": "feature_baseline_drift_amount", "Dimensions": [], "Threshold": 0.2},
-    }  # fmt: skip
+        "AlarmName": "prices",
+        "NewStateValue": "ALARM",
+        "StateChangeTime": "2026-11-22T10:00:00.000+0000",
+        "Trigger": {
+            "MetricName": "feature_baseline_drift_amount",
+            "Dimensions": [],
+            "Threshold": 0.2,
+        },
+    }
 
     async def main() -> None:
         topics = [
@@ -140,7 +156,10 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
             for name in ("ours", "theirs")
         ]
         sns = ministack.url.replace("127.0.0.1", "localhost")  # as it calls itself
-        trigger, ledger = DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns), ContractLedger()
+        trigger, ledger = (
+            DriftAlert("/drift", verify="none", topics=topics[:1], sns=sns),
+            ContractLedger(),
+        )
         asked = list[int]()
 
         async def counting(scope: Any, receive: Any, send: Any) -> None:
@@ -174,7 +193,9 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
 
 
 def test_a_flow_on_its_own_loop_makes_a_new_reference(tmp_path: Path):
-    """A retraining ends with `relearn`: from another thread's loop, durable, and what was drift is the reference then."""
+    """A retraining ends with `relearn`: from another thread's loop, durable, and what was drift is
+    the reference then.
+    """
     source = MemoryTrigger("rows")
     monitor = DriftMonitor(source, features=["x"], reference=500, window=500, confirm=1, cooldown=0)
 

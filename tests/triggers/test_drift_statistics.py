@@ -1,4 +1,6 @@
-"""The statistics against independent ones: scipy's for histograms and samples, river's for the streaming detectors (D18)."""
+"""The statistics against independent ones: scipy's for histograms and samples, river's for the
+streaming detectors (D18).
+"""
 
 import random
 import subprocess
@@ -42,7 +44,9 @@ def test_d18_histograms_agree_with_scipy():
 
 
 def test_samples_agree_with_scipy():
-    """Kolmogorov-Smirnov, its p-value and Wasserstein's distance of random samples, with ties, are scipy's to 1e-9."""
+    """Kolmogorov-Smirnov, its p-value and Wasserstein's distance of random samples, with ties, are
+    scipy's to 1e-9.
+    """
     rng = np.random.default_rng(19)
     for number in range(200):
         one = rng.normal(size=int(rng.integers(20, 800)))
@@ -62,7 +66,9 @@ def test_samples_agree_with_scipy():
 
 
 def test_wasserstein_is_evidentlys():
-    """In standard deviations of the reference it is what evidently 0.7.23 wrote for these data (`num_method="wasserstein"`)."""
+    """In standard deviations of the reference it is what evidently 0.7.23 wrote for these data
+    (`num_method="wasserstein"`).
+    """
     rng = np.random.default_rng(7)
     before = [rng.normal(10, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
     after = [rng.normal(12, 2, 500).round(3), rng.normal(40, 8, 500).round(3)]
@@ -74,7 +80,9 @@ def test_wasserstein_is_evidentlys():
 
 
 def test_d18_adwin_agrees_with_river():
-    """On 20 seeded streams with changes, ADWIN sees the changes that river's sees, at the same sample."""
+    """On 20 seeded streams with changes, ADWIN sees the changes that river's sees, at the same
+    sample.
+    """
     for seed in range(20):
         draw = random.Random(seed)
         theirs, ours = ADWIN(), Adwin()
@@ -86,7 +94,7 @@ def test_d18_adwin_agrees_with_river():
                 expected.append(place)
             if ours.update(value):
                 found.append(place)
-                ours = Adwin()  # river begins anew after a change; we keep the window's newer half
+                ours = Adwin()  # river starts over after a change; we keep the window's newer half
         assert found == expected and ours.mean == pytest.approx(theirs.estimation, abs=EXACT)
 
 
@@ -102,7 +110,7 @@ def test_page_hinkley_agrees_with_river():
 
 
 def test_detectors_go_on_from_their_state():
-    """A detector made from the plain data of another goes on as that one would have."""
+    """A detector made from the plain data of another continues as that one would have."""
     for make in (lambda state: Adwin(state=state), lambda state: PageHinkley(state=state)):
         draw = random.Random(3)
         whole, broken = make(None), make(None)
@@ -115,14 +123,18 @@ def test_detectors_go_on_from_their_state():
 
 
 def test_holm_is_the_step_down_procedure():
-    """Significant are the smallest p-values as long as each is below alpha over the number of tests that are left."""
+    """Significant are the smallest p-values as long as each is below alpha over the number of tests
+    that are left.
+    """
     assert arrays.holm([0.004, 0.03, 0.011, 0.6], 0.05) == [True, False, True, False]
     assert arrays.holm([0.02, 0.02, 0.02], 0.05) == [False, False, False]
     assert arrays.holm([], 0.05) == []
 
 
 def test_every_value_has_a_bin():
-    """Values beyond the reference and infinities are in the outer bins; missing, invalid and unseen ones in their own."""
+    """Values beyond the reference and infinities are in the outer bins; missing, invalid and unseen
+    ones in their own.
+    """
     (number,) = feature_specs({"x": Numeric(bins=4)}, {})
     bins = make_bins(number, to_column(number, [float(each) for each in range(100)]))
     counts = bins.count(
@@ -139,7 +151,9 @@ def test_every_value_has_a_bin():
 
 
 def test_the_extra_is_named():
-    """Without numpy, DriftMonitor says which pip install mends it; DriftAlert needs none."""
+    """Without numpy, the error of DriftMonitor names the package to install; DriftAlert
+    needs none.
+    """
     code = """
 import sys
 sys.modules["numpy"] = None
@@ -150,7 +164,7 @@ try:
 except Exception as error:
     print(error)
 """
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert "pip install 'eventflow-reactor[drift]'" in said
+    assert "pip install 'eventflow-reactor[drift]'" in output

@@ -1,4 +1,6 @@
-"""Floods of one sender over real HTTP: who is held back, who never is, and what that costs (threat S11)."""
+"""Floods of one sender over real HTTP: who is held back, who never is, and what that costs (threat
+S11).
+"""
 
 import asyncio
 import json
@@ -32,7 +34,9 @@ async def burst(hook: Hook, number: int, address: str, **headers: str) -> list[i
 
 @pytest.mark.parametrize("make", [Webhook, DriftAlert])
 def test_s11_a_sender_that_floods_is_429(make: type[Endpoint]):
-    """Five seconds' worth may come at once; then 429 with Retry-After, for that address alone, until time has passed."""
+    """Five seconds' worth may come at once; then 429 with Retry-After, for that address alone,
+    until time has passed.
+    """
     clock = VirtualClock()
 
     async def check(hook: Hook) -> None:
@@ -52,7 +56,9 @@ def test_s11_a_sender_that_floods_is_429(make: type[Endpoint]):
 
 
 def test_s11_a_429_comes_before_the_body_and_the_signature():
-    """Whoever sends too fast is told so with none of the body there and with any signature: its flood costs no digest."""
+    """A sender that is too fast is answered before its body and signature are read: its
+    flood costs no digest.
+    """
 
     async def check(hook: Hook) -> None:
         forged = {"authorization": "Bearer forged"}
@@ -77,7 +83,9 @@ def test_s11_a_429_comes_before_the_body_and_the_signature():
 
 
 def test_s11_the_connection_of_a_429_lives_on():
-    """The rest of a refused body is dropped, and the next request on the same connection is read as one."""
+    """The rest of a refused body is dropped, and the next request on the same connection is read as
+    one.
+    """
 
     async def check(hook: Hook) -> None:
         assert await burst(hook, 5, HERE) == [202] * 5
@@ -98,7 +106,9 @@ def test_s11_the_connection_of_a_429_lives_on():
 
 
 def test_s11_loopback_is_never_held_back():
-    """A sender on this machine may be a proxy for thousands: it is never refused. Nor is anybody with `max_rate=None`."""
+    """A sender on this machine may be a proxy for thousands: it is never refused. Nor is anybody
+    with `max_rate=None`.
+    """
 
     async def check(hook: Hook) -> None:
         assert {(await hook.post({})).status_code for _ in range(20)} == {202}
@@ -112,18 +122,24 @@ def test_s11_loopback_is_never_held_back():
 
 
 def test_s11_the_default_is_out_of_the_way_of_honest_senders():
-    """Unless told otherwise, an address may send 5,000 requests at once and 1,000 in each second after."""
+    """By default an address may send 5,000 requests at once and 1,000 in each second
+    after.
+    """
     clock, trigger = VirtualClock(), Webhook("/orders", verify="none")
     pace = trigger._rate_limiter
     assert pace is not None and pace.rate == 1000
-    assert [pace.reserve(HERE, clock.monotonic()) > 0 for _ in range(5001)] == [False] * 5000 + [True]
-    assert [pace.reserve(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [False] * 1000 + [
+    assert [pace.reserve(HERE, clock.monotonic()) > 0 for _ in range(5001)] == [False] * 5000 + [
         True
     ]
+    assert [pace.reserve(HERE, clock.monotonic() + 1) > 0 for _ in range(1001)] == [
+        False
+    ] * 1000 + [True]
 
 
 def test_s11_a_flood_is_one_line_a_second_and_a_gauge():
-    """The log names the address once a second and counts the rest; the trigger's gauge counts all."""
+    """The log names the address once a second and counts the rest; the trigger's gauge
+    counts all.
+    """
     clock, ledger = VirtualClock(), ContractLedger()
     watched = ObservedTrigger(ledger)
     trigger = Webhook("/orders", verify="none", max_rate=1, clock=clock)
@@ -162,7 +178,9 @@ app.on(Webhook("/orders", verify="none", max_rate=0.001), handle)
 
 
 def test_s11_behind_a_proxy_the_senders_address_counts(tmp_path: Path):
-    """With --behind-proxy it is the forwarded address that is held back; without it that header is anybody's to write."""
+    """With --behind-proxy it is the forwarded address that is held back; without it that header is
+    anybody's to write.
+    """
     (tmp_path / "shop.py").write_text(SHOP)
     for option, expected in ((["--behind-proxy"], [202] + [429] * 5), ([], [202] * 6)):
         with server(tmp_path, *option) as served:
@@ -177,7 +195,8 @@ def test_s11_behind_a_proxy_the_senders_address_counts(tmp_path: Path):
                 ).status_code
                 == 202
             )
-            metric = f'eventflow_trigger_requests_throttled{{trigger="webhook-orders"}} {expected.count(429)}.0'
+            name = 'eventflow_trigger_requests_throttled{trigger="webhook-orders"}'
+            metric = f"{name} {expected.count(429)}.0"
             assert metric in served.client.get("/metrics").text
 
 
@@ -188,7 +207,10 @@ def test_s11_memory_is_bounded():
         pass
     for number in range(3 * MAX_ADDRESSES):
         assert (
-            pace.reserve(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 0.1 * number / MAX_ADDRESSES)
+            pace.reserve(
+                f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}",
+                0.1 * number / MAX_ADDRESSES,
+            )
             == 0.0
         )
         assert len(pace) <= MAX_ADDRESSES
@@ -205,7 +227,9 @@ def test_s11_memory_is_bounded():
     ],
 )
 def test_s11_what_an_address_is(address: str, same: str, other: str):
-    """IPv4 counts by address, however it is written, IPv6 by /64, and any other word by itself and in few bytes."""
+    """IPv4 counts by address, however it is written, IPv6 by /64, and any other word by itself and
+    in few bytes.
+    """
     assert bucket_key(address) == bucket_key(same) != bucket_key(other)
     assert len(str(bucket_key(other))) <= 64
 

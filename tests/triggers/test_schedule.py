@@ -1,4 +1,6 @@
-"""Schedules at work: every trigger's contract, and real apps whose time a test moves: stops, steps, edits, pauses, jitter."""
+"""Schedules at work: every trigger's contract, and real apps whose time a test moves: stops, steps,
+edits, pauses, jitter.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -38,7 +40,9 @@ MIDNIGHT = datetime(2026, 5, 1, tzinfo=UTC)
 
 
 class ScheduleHarness(TriggerHarness):
-    """A schedule of whole hours. The keys "a", "b" … are the hours after START; to offer one is to let its hour come."""
+    """A schedule of whole hours. The keys "a", "b" … are the hours after START; to offer one is to
+    let its hour come.
+    """
 
     def __init__(self) -> None:
         self.clock = VirtualClock(START)
@@ -51,7 +55,7 @@ class ScheduleHarness(TriggerHarness):
 
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:
-        """Time that also passes by itself, a little: the schedule's wait for a ledger with room ends."""
+        """Time also passes slowly by itself, for schedules that wait."""
 
         async def pass_by() -> None:
             while True:
@@ -126,7 +130,8 @@ def test_names_are_stable():
     assert Cron("@daily", name="nightly").name == "nightly"
 
 
-# --------------------------------------------------------------------------- an app whose time a test moves
+# --------------------------------------------------------------------------- an app whose time a
+# test moves
 
 
 class Kept:
@@ -177,8 +182,10 @@ async def go_to(clock: VirtualClock, moment: datetime) -> None:
     await clock.advance(moment - to_datetime(clock.now()))
 
 
-def test_an_occurrence_says_what_it_is(tmp_path: Path):
-    """An event has its nominal time, the same on the schedule's wall clock, when it really fired, and starts its run."""
+def test_the_data_of_an_occurrence(tmp_path: Path):
+    """An event has its nominal time, the same on the schedule's wall clock, when it really fired,
+    and starts its run.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(datetime(2026, 3, 28, tzinfo=UTC)))
@@ -196,8 +203,10 @@ def test_an_occurrence_says_what_it_is(tmp_path: Path):
                 "io.eventflow.schedule.fired",
             )
             assert second.data == {
-                "schedule": "report", "scheduled_at": "2026-03-29T04:00:00Z", "local_time": "2026-03-29T06:00:00+02:00",
-            }  # fmt: skip
+                "schedule": "report",
+                "scheduled_at": "2026-03-29T04:00:00Z",
+                "local_time": "2026-03-29T06:00:00+02:00",
+            }
             assert second.time is not None
             assert (
                 timedelta(0)
@@ -211,7 +220,9 @@ def test_an_occurrence_says_what_it_is(tmp_path: Path):
 
 
 def test_t2_the_hour_that_comes_twice_fires_four_times(tmp_path: Path):
-    """T2: `*/30 * * * *` in the night with two 02:00s fires 02:00, 02:30, 02:00, 02:30, four occurrences with four ids."""
+    """T2: `*/30 * * * *` in the night with two 02:00s fires 02:00, 02:30, 02:00, 02:30, four
+    occurrences with four ids.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(datetime(2026, 10, 24, 23, 59, tzinfo=UTC)))
@@ -219,8 +230,11 @@ def test_t2_the_hour_that_comes_twice_fires_four_times(tmp_path: Path):
             await kept.clock.advance(2 * HOUR)
             events = await kept.fired(app)
             assert [event.data["local_time"][11:] for event in events] == [
-                "02:00:00+02:00", "02:30:00+02:00", "02:00:00+01:00", "02:30:00+01:00",
-            ]  # fmt: skip
+                "02:00:00+02:00",
+                "02:30:00+02:00",
+                "02:00:00+01:00",
+                "02:30:00+01:00",
+            ]
             assert len({event.id for event in events}) == 4
 
     asyncio.run(main())
@@ -228,7 +242,9 @@ def test_t2_the_hour_that_comes_twice_fires_four_times(tmp_path: Path):
 
 @pytest.mark.parametrize("month", [3, 10])
 def test_t3_an_interval_fires_each_real_hour(month: int, tmp_path: Path):
-    """T3: Every(hours=1) fires 24 times in 24 real hours, whichever way the clocks change meanwhile."""
+    """T3: Every(hours=1) fires 24 times in 24 real hours, whichever way the clocks change
+    meanwhile.
+    """
 
     async def main() -> None:
         kept = Kept(
@@ -242,7 +258,9 @@ def test_t3_an_interval_fires_each_real_hour(month: int, tmp_path: Path):
 
 
 def test_a_month_of_cron_passes_in_a_test(tmp_path: Path):
-    """A month of working days is one `advance`: every occurrence fires at its own time, none is late."""
+    """A month of working days is one `advance`: every occurrence fires at its own time, none is
+    late.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(datetime(2026, 3, 1, tzinfo=UTC)))
@@ -256,7 +274,9 @@ def test_a_month_of_cron_passes_in_a_test(tmp_path: Path):
 
 
 def test_schedules_of_an_app_under_test_follow_its_clock(tmp_path: Path):
-    """`running` lends its clock to schedules that were made without one, and gives back their own."""
+    """`running` lends its clock to schedules that were made without one, and gives back
+    their own.
+    """
 
     async def main() -> None:
         schedule = Every(hours=1)
@@ -278,14 +298,18 @@ NIGHTS = {
     "spring": (datetime(2026, 3, 29, 0, 10, tzinfo=UTC), ["01:30", "03:30", "04:30"], ["03:00"]),
     "autumn": (datetime(2026, 10, 24, 23, 10, tzinfo=UTC), ["01:30", "02:30", "02:30"], ["02:15"]),
 }
-"""When a process goes down for three hours, and what `30 * * * *` and `15 2 * * *` have in that time on Berlin's clocks."""
+"""When a process goes down for three hours, and what `30 * * * *` and `15 2 * * *` have in that
+time on Berlin's clocks.
+"""
 
 
 @pytest.mark.parametrize("misfire", ["skip", "last", "all"])
 @pytest.mark.parametrize("night", NIGHTS)
 def test_e_down_for_three_hours_over_a_change_of_clocks(misfire: Any, night: str, tmp_path: Path):
-    """Down for the three real hours around either change of clocks, an hourly and a daily schedule do what their policy says
-    with the occurrences of that time: a fixed time has one, whichever way the clocks went, the hourly one each real hour's."""
+    """Down for the three real hours around either change of clocks, an hourly and a daily schedule
+    do what their policy says with the occurrences of that time: a fixed time has one, whichever way
+    the clocks went, the hourly one each real hour's.
+    """
 
     async def main() -> None:
         down, hours, daily = NIGHTS[night]
@@ -325,8 +349,10 @@ def test_e_down_for_three_hours_over_a_change_of_clocks(misfire: Any, night: str
 def test_t6_down_for_ten_hours(
     options: dict[str, Any], expected: list[str], skipped: int, tmp_path: Path
 ):
-    """T6: hourly, down for ten hours: skip fires none, or one inside the grace; last one; all ten; all with a limit of five the
-    newest five. What is skipped is counted on the first that fires, and in the gauge. Then it goes on as ever."""
+    """T6: hourly, down for ten hours: skip fires none, or one inside the grace; last one; all ten;
+    all with a limit of five the newest five. What is skipped is counted on the first that fires,
+    and in the gauge. Then it continues.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0, 30)))
@@ -359,7 +385,9 @@ def test_t6_down_for_ten_hours(
 
 
 def test_p6_a_missed_occurrence_fires_at_once_on_restart_and_once(tmp_path: Path):
-    """P6: an occurrence whose time passed while the process was down fires at the next start, once, however often it starts."""
+    """P6: an occurrence whose time passed while the process was down fires at the next start, once,
+    however often it starts.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(5)))
@@ -376,8 +404,9 @@ def test_p6_a_missed_occurrence_fires_at_once_on_restart_and_once(tmp_path: Path
 
 
 def test_a_year_down_starts_quickly(tmp_path: Path):
-    """Fault 15: a schedule of seconds that was down for a year is up within moments, fires as its policy says, and says that it
-    did not count to the end."""
+    """Fault 15: a schedule of seconds that was down for a year is up within moments, fires as its
+    policy says; `skippedmore` says that the count is not complete.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(MIDNIGHT))
@@ -421,10 +450,12 @@ def test_a_long_catch_up_is_recorded_in_pieces(tmp_path: Path):
 # --------------------------------------------------------------------------- clocks that are set
 
 
-class Set(SystemClock):
-    """The machine's clock with an offset that a test changes, as an operator sets the time; waits look at it often."""
+class SettableClock(SystemClock):
+    """The machine's clock with an offset that a test changes, as an operator sets the time; waits
+    look at it often.
+    """
 
-    STEP = 0.02
+    STEP_SECONDS = 0.02
 
     def __init__(self, start: datetime) -> None:
         self._offset = 0
@@ -438,15 +469,17 @@ class Set(SystemClock):
 
 
 def test_t8_a_clock_set_back_fires_nothing_again():
-    """T8: after the clock is set back by an hour its nominal time passes again, and nothing fires; the next one does."""
+    """T8: after the clock is set back by an hour its nominal time passes again, and nothing fires;
+    the next one does.
+    """
 
     async def main() -> None:
-        clock, ledger = Set(at(10, 59) + timedelta(seconds=59)), ContractLedger()
+        clock, ledger = SettableClock(at(10, 59) + timedelta(seconds=59)), ContractLedger()
         async with listening(Every(hours=1, clock=clock), ledger):
             await eventually(lambda: len(ledger.offered) == 1, "eleven o'clock has come")
             clock.set(at(10, 59) + timedelta(seconds=59.8))
             await eventually(
-                lambda: clock.now() > to_us(at(11)) + SECOND // 2, "eleven o'clock has come again"
+                lambda: clock.now() > to_us(at(11)) + SECOND // 2, "it is eleven o'clock again"
             )
             assert len(ledger.offered) == 1
             clock.set(at(11, 59) + timedelta(seconds=59.8))
@@ -467,7 +500,7 @@ def test_t8_a_clock_set_forward_is_a_misfire(misfire: Any, expected: list[str]):
     """T8: a step of the clock over three occurrences is treated as the misfire policy says."""
 
     async def main() -> None:
-        clock, ledger = Set(at(10, 10)), ContractLedger()
+        clock, ledger = SettableClock(at(10, 10)), ContractLedger()
         async with listening(Every(hours=1, misfire=misfire, clock=clock), ledger):
             await eventually(lambda: "last" in ledger.cursors, "it has begun")
             clock.set(at(13, 10))
@@ -480,7 +513,9 @@ def test_t8_a_clock_set_forward_is_a_misfire(misfire: Any, expected: list[str]):
 
 
 def test_t8_a_restart_with_an_earlier_clock_fires_nothing_again(tmp_path: Path):
-    """T8: restarted with a clock that is an hour behind, a schedule is silent until it passes its cursor, and says so."""
+    """T8: restarted with a clock that is an hour behind, a schedule fires nothing until it passes
+    its cursor, and logs it.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(9, 30)))
@@ -499,8 +534,10 @@ def test_t8_a_restart_with_an_earlier_clock_fires_nothing_again(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_a_cursor_ahead_of_the_clock_is_said():
-    """A schedule whose cursor is in the future says so when it begins, for it will be silent until then."""
+def test_a_cursor_ahead_of_the_clock_is_logged():
+    """A schedule whose cursor is in the future logs it at the start, since it fires nothing until
+    then.
+    """
 
     async def main() -> None:
         capture, ledger = LogCapture(), ContractLedger()
@@ -514,10 +551,10 @@ def test_a_cursor_ahead_of_the_clock_is_said():
                 lambda: [e for e in capture.entries if e["event"] == "schedule.opened"],
                 "it is open",
             )
-        (said,) = [
+        (line,) = [
             entry for entry in capture.entries if entry["event"] == "schedule.cursor_in_future"
         ]
-        assert said["last"] == "2038-01-19T00:00:00Z" and ledger.offered == []
+        assert line["last"] == "2038-01-19T00:00:00Z" and ledger.offered == []
 
     asyncio.run(main())
 
@@ -526,8 +563,9 @@ def test_a_cursor_ahead_of_the_clock_is_said():
 
 
 def test_p6_any_number_of_processes_fire_an_occurrence_once():
-    """Three listeners of one schedule on one ledger offer the same identities with the same content: each is recorded once, and
-    none is a conflict."""
+    """Three listeners of one schedule on one ledger offer the same identities with the same
+    content: each is recorded once, and none is a conflict.
+    """
 
     async def main() -> None:
         clock, ledger = VirtualClock(at(0, 30)), ContractLedger()
@@ -554,8 +592,9 @@ def test_p6_any_number_of_processes_fire_an_occurrence_once():
 
 
 def test_t12_jitter_spreads_and_stays(tmp_path: Path):
-    """T12: a hundred schedules at 00:00 with a jitter of 60 s fire spread over the minute, each at the same instant after a
-    restart, with the ids of 00:00."""
+    """T12: a hundred schedules at 00:00 with a jitter of 60 s fire spread over the minute, each at
+    the same instant after a restart, with the ids of 00:00.
+    """
 
     async def main(folder: Path) -> dict[str, datetime | None]:
         folder.mkdir()
@@ -573,7 +612,9 @@ def test_t12_jitter_spreads_and_stays(tmp_path: Path):
 
 
 def test_jitter_does_not_reorder(tmp_path: Path):
-    """With jitter just shorter than the period, occurrences still fire in order, each once and none early."""
+    """With jitter just shorter than the period, occurrences still fire in order, each once and none
+    early.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0)))
@@ -593,11 +634,14 @@ def test_jitter_does_not_reorder(tmp_path: Path):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- begun, edited, paused, over
+# --------------------------------------------------------------------------- begun, edited, paused,
+# over
 
 
 def test_the_past_is_past_at_the_first_start(tmp_path: Path):
-    """At its very first start a schedule fires nothing that is past; with `start=`, what passed since counts as missed."""
+    """At its very first start a schedule fires nothing that is past; with `start=`, what passed
+    since counts as missed.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(10, 30)))
@@ -616,7 +660,9 @@ def test_the_past_is_past_at_the_first_start(tmp_path: Path):
 
 
 def test_an_edit_is_not_back_filled(tmp_path: Path):
-    """A schedule whose rule was edited while it was down fires nothing of the time before, and from then on by the new rule."""
+    """A schedule whose rule was edited while it was down fires nothing of the time before, and from
+    then on by the new rule.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0, 30)))
@@ -634,7 +680,9 @@ def test_an_edit_is_not_back_filled(tmp_path: Path):
 
 
 def test_a_paused_schedule_records_and_holds(tmp_path: Path):
-    """While a schedule is paused its occurrences are recorded at their times and their runs held; resumed, all of them run."""
+    """While a schedule is paused its occurrences are recorded at their times and their runs held;
+    resumed, all of them run.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0, 30)))
@@ -650,7 +698,9 @@ def test_a_paused_schedule_records_and_holds(tmp_path: Path):
 
 
 def test_at_fires_each_moment_once_and_is_over(tmp_path: Path):
-    """At fires each of its moments, wall times of its zone too, then waits for nothing; moments that are past do not fire."""
+    """At fires each of its moments, wall times of its zone too, then waits for nothing; moments
+    that are past do not fire.
+    """
 
     async def main() -> None:
         kept = Kept(tmp_path, VirtualClock(at(0)))
@@ -665,8 +715,10 @@ def test_at_fires_each_moment_once_and_is_over(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_what_it_tells_of_itself():
-    """A schedule tells when it fires next, jitter included, and which occurrences it has; it is what a backfill asks."""
+def test_health_and_gauges():
+    """A schedule shows when it fires next, jitter included, and its occurrences; it is
+    what a backfill asks.
+    """
 
     async def main() -> None:
         schedule = Cron("0 6 * * *", tz="Europe/Berlin", clock=VirtualClock(at(0)))

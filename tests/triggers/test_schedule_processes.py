@@ -1,4 +1,6 @@
-"""Schedules in processes of their own: killed before and after firing and at any moment, stopped, and under another clock."""
+"""Schedules in separate processes: killed before and after firing and at any moment, stopped,
+and under another clock.
+"""
 
 import random
 import signal
@@ -39,7 +41,8 @@ async def tick(scheduled_at: datetime) -> str:
 app = App("ticks")
 match os.environ["SCHEDULE"]:
     case "once":
-        moment = datetime.fromisoformat(os.environ["AT"])  # with start=, a slow boot does not miss it
+        # with start=, a slow boot does not miss it
+        moment = datetime.fromisoformat(os.environ["AT"])
         app.on(At(moment, name="once", start=moment), tick, where=before)
     case "all":
         app.on(Every(seconds=1, name="seconds", misfire="all", limit=1000), tick)
@@ -47,7 +50,8 @@ match os.environ["SCHEDULE"]:
         app.on(Every(seconds=1, name="seconds", grace=0.9), tick)
     case "night":
         since = datetime.fromisoformat("2026-10-24T23:59:00Z")
-        app.on(Cron("*/30 * * * *", tz="Europe/Berlin", name="night", misfire="all", start=since), tick)
+        night = Cron("*/30 * * * *", tz="Europe/Berlin", name="night", misfire="all", start=since)
+        app.on(night, tick)
         app.on(Every(seconds=1, name="probe" + os.environ["BOOT"]), tick)
 """
 
@@ -108,16 +112,18 @@ def extensions(server: Server, event: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("gate", ["before", "after"])
 def test_t5_a_kill_just_before_or_after_firing_leaves_one_run(ticks: Ticks, gate: str):
-    """T5: killed with the occurrence come but not recorded, or recorded and its run begun: after the restart there is one event
-    and one run, completed, with the nominal time."""
+    """T5: killed with the occurrence come but not recorded, or recorded and its run begun: after
+    the restart there is one event and one run, completed, with the nominal time.
+    """
     moment = datetime.now(UTC) + timedelta(seconds=4)
     ticks.boot("once", AT=moment.isoformat(), GATE=gate)
-    wait_until(lambda: ticks.reached, f"it stands {gate} firing")
+    wait_until(lambda: ticks.reached, f"it waits {gate} firing")
     for _ in range(2):
         server = ticks.boot("once", AT=moment.isoformat())
         wait_until(
-            lambda: [run["state"] for run in runs(server)] == ["completed"], "the run is completed"
-        )  # noqa: B023
+            lambda: [run["state"] for run in runs(server)] == ["completed"],  # noqa: B023
+            "the run is completed",
+        )
         (event,) = events(server, "once")
         assert event["event_id"] == f"once@{moment.isoformat().replace('+00:00', 'Z')}"
         assert server.get("/api/counts")["runs"] == 1
@@ -126,14 +132,15 @@ def test_t5_a_kill_just_before_or_after_firing_leaves_one_run(ticks: Ticks, gate
 
 
 def test_t5_killed_at_any_moment_every_occurrence_has_one_run(ticks: Ticks):
-    """T5: a schedule of seconds, killed eight times at random moments: each second from the first to the last was fired once,
-    and its run completed once."""
+    """T5: a schedule of seconds, killed eight times at random moments: each second from the first
+    to the last was fired once, and its run completed once.
+    """
     draw = random.Random(20261122)
     for _ in range(8):
         ticks.boot("all")
         time.sleep(draw.uniform(0.2, 1.6))  # a moment of no meaning to kill at, not a wait
     server = ticks.boot("all")
-    wait_until(lambda: len(events(server, "seconds")) >= 5, "it goes on")
+    wait_until(lambda: len(events(server, "seconds")) >= 5, "it continues")
     wait_until(
         lambda: {run["state"] for run in runs(server)} == {"completed"},
         "all its runs are completed",
@@ -149,8 +156,9 @@ def test_t5_killed_at_any_moment_every_occurrence_has_one_run(ticks: Ticks):
 
 
 def test_t9_after_a_suspend_it_fires_by_its_policy(ticks: Ticks):
-    """T9: stopped for four seconds, a schedule of seconds fires the newest soon after it is let go on, as a catch-up or in its
-    time, and counts those it skipped."""
+    """T9: stopped for four seconds, a schedule of seconds fires the newest soon after it is let go
+    on, as a catch-up or in its time, and counts those it skipped.
+    """
     server = ticks.boot("last")
     wait_until(lambda: events(server, "seconds"), "it fires")
     stopped = datetime.now(UTC)
@@ -160,11 +168,11 @@ def test_t9_after_a_suspend_it_fires_by_its_policy(ticks: Ticks):
     resumed = datetime.now(UTC)
 
     def skipped() -> list[dict[str, Any]]:
-        told = [extensions(server, event) for event in events(server, "seconds")]
+        fired = [extensions(server, event) for event in events(server, "seconds")]
         since = stopped + timedelta(seconds=3)
         return [
             each
-            for each in told
+            for each in fired
             if each.get("skipped", 0) >= 2 and datetime.fromisoformat(each["time"]) > since
         ]
 
@@ -183,8 +191,10 @@ def faketime() -> Path | None:
     faketime() is None, reason="libfaketime is not here: apt-get install libfaketime"
 )
 def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
-    """T2, T8 in real processes whose clock is another: the night with two 02:00s fires both, what passed between two boots once
-    as a catch-up, and a boot with the clock set back by an hour fires nothing again."""
+    """T2, T8 in real processes whose clock is another: the night with two 02:00s fires both, what
+    passed between two boots once as a catch-up, and a boot with the clock set back by an hour fires
+    nothing again.
+    """
     fake = {"LD_PRELOAD": f"{faketime()}", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
 
     def ids(server: Server) -> list[str]:
@@ -195,13 +205,13 @@ def test_t2_t8_a_night_under_another_clock(ticks: Ticks):
     server = ticks.boot("night", FAKETIME="@2026-10-25 00:59:57", **fake)
     both = [f"night@2026-10-25T{utc}Z" for utc in ("00:00:00", "00:30:00", "01:00:00")]
     wait_until(lambda: ids(server) == both, "02:30, late, and the second 02:00 have fired")
-    told = [extensions(server, event) for event in events(server, "night")]
-    assert [each["data"]["local_time"][11:] for each in told] == [
+    fired = [extensions(server, event) for event in events(server, "night")]
+    assert [each["data"]["local_time"][11:] for each in fired] == [
         "02:00:00+02:00",
         "02:30:00+02:00",
         "02:00:00+01:00",
     ]
-    assert [each.get("catchup", False) for each in told] == [False, True, False]
+    assert [each.get("catchup", False) for each in fired] == [False, True, False]
     server = ticks.boot("night", FAKETIME="@2026-10-24 23:59:57", **fake)
     wait_until(lambda: len(events(server, "probe3")) >= 6, "the clock has passed 00:00 again")
     assert ids(server) == both and server.get("/api/counts")["duplicates"] == 0

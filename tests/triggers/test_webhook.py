@@ -1,4 +1,6 @@
-"""The webhook trigger over real HTTP: what it answers, what it records, and that the answer follows the record."""
+"""The webhook trigger over real HTTP: what it answers, what it records, and that the answer follows
+the record.
+"""
 
 import asyncio
 import base64
@@ -51,7 +53,9 @@ def test_name_is_stable():
 
 
 def test_p1_new_event_is_202_with_ids():
-    """A new event is answered 202 with its ledger id and the sender's, and stands in the ledger as sent."""
+    """A new event is answered 202 with its ledger id and the sender's, and is in the ledger as
+    sent.
+    """
 
     async def check(hook: Hook) -> None:
         answer = await hook.post({"total": 5}, idempotency_key="k1")
@@ -83,7 +87,7 @@ def test_known_event_is_200_with_the_first_ids():
 
 
 def test_known_id_with_another_body_is_409():
-    """The same id with another body is answered 409; the first one stands."""
+    """The same id with another body is answered 409; the first one is kept."""
 
     async def check(hook: Hook) -> None:
         await hook.post({"total": 5}, idempotency_key="k1")
@@ -99,7 +103,7 @@ def test_known_id_with_another_body_is_409():
 
 
 def test_conflict_logs_both_digests():
-    """A conflict is logged with the digest of what stands and of what came."""
+    """A conflict is logged with the digests of both contents."""
     with structlog.testing.capture_logs() as lines:
 
         async def check(hook: Hook) -> None:
@@ -117,7 +121,9 @@ def test_conflict_logs_both_digests():
 
 
 def test_concurrent_deliveries_are_one_event():
-    """The same delivery three times at once starts one event, and all answers are 2xx with the same ids."""
+    """The same delivery three times at once starts one event, and all answers are 2xx with the same
+    ids.
+    """
 
     async def check(hook: Hook) -> None:
         answers = await asyncio.gather(
@@ -131,7 +137,7 @@ def test_concurrent_deliveries_are_one_event():
 
 
 def test_success_status_is_the_apps():
-    """For senders that want a 200, `success_status` says so."""
+    """`success_status` is the status of the response to a new event, for senders that need 200."""
 
     async def check(hook: Hook) -> None:
         assert (await hook.post({})).status_code == 200
@@ -153,7 +159,9 @@ def test_other_methods_are_405(method: str):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_p10_not_listening_is_503(when: str):
-    """Before the trigger listens and after its stop the answer is 503 with Retry-After, and the connection closes."""
+    """Before the trigger listens and after its stop the answer is 503 with Retry-After, and the
+    connection closes.
+    """
 
     async def main() -> None:
         trigger, ledger = Webhook("/orders", verify="none"), ContractLedger()
@@ -176,7 +184,9 @@ def test_p10_not_listening_is_503(when: str):
 
 
 def test_p10_store_failure_is_503():
-    """A failed store is answered 503: unknown, so the sender tries again and its id tells."""
+    """A failed store is answered 503: the outcome is unknown, the sender tries again with the same
+    id.
+    """
 
     async def check(hook: Hook) -> None:
         hook.ledger.error = StoreFailed("disk I/O error")
@@ -191,7 +201,9 @@ def test_p10_store_failure_is_503():
     ("disk", "status", "error"), [(False, 503, "overloaded"), (True, 507, "disk_full")]
 )
 def test_p8_full_ledger_is_waited_for_then_refused(disk: bool, status: int, error: str):
-    """A ledger that stays full is waited for 2 s; then the answer is 503 (507 for the disk) with the ledger's Retry-After."""
+    """A ledger that stays full is waited for 2 s; then the answer is 503 (507 for the disk) with
+    the ledger's Retry-After.
+    """
 
     async def check(hook: Hook) -> None:
         hook.ledger.error = StoreFull("full", 6.2, disk=disk)
@@ -208,7 +220,7 @@ def test_p8_full_ledger_is_waited_for_then_refused(disk: bool, status: int, erro
 
 
 def test_p8_room_within_the_wait_is_taken():
-    """When there is room again within 2 s, the waiting request is recorded and answered 202."""
+    """When the ledger has room within 2 s, the waiting request is recorded and answered 202."""
 
     async def check(hook: Hook) -> None:
         hook.ledger.error = StoreFull("full", 5)
@@ -236,7 +248,7 @@ def test_p8_a_drain_ends_the_wait():
 
 
 def test_unknown_path_is_404():
-    """Paths nobody serves are 404, and one with a slash too many is not redirected."""
+    """Unknown paths are 404, and one with a slash too many is not redirected."""
 
     async def check(hook: Hook) -> None:
         for path in ("/hooks/other", "/hooks/orders/", "/orders"):
@@ -301,7 +313,9 @@ def test_without_an_id_each_post_is_an_event():
     ],
 )
 def test_id_from_the_app(ident: Any, expected: str):
-    """`id=` takes a path into the body or a function of headers and raw body; None falls back to the headers."""
+    """`id=` takes a path into the body or a function of headers and raw body; None falls back to
+    the headers.
+    """
 
     async def check(hook: Hook) -> None:
         body = b'{"order": {"id": "o-7"}, "number": 12}'
@@ -343,7 +357,9 @@ def test_repeated_id_headers_are_refused():
 
 
 def test_type_source_and_kept_headers():
-    """`type=`, `source=` and `keep=` shape the event; kept headers become lower-case alphanumeric extensions."""
+    """`type=`, `source=` and `keep=` shape the event; kept headers become lower-case alphanumeric
+    extensions.
+    """
 
     async def check(hook: Hook) -> None:
         await hook.post({}, X_Tenant_Id="t1", cookie="session=1")
@@ -398,9 +414,8 @@ def slack(body: bytes) -> dict[str, str]:
 
 def stripe(body: bytes) -> dict[str, str]:
     stamp = str(now())
-    return {
-        "stripe-signature": f"t={stamp},v1={digest(b's3cret', stamp.encode(), b'.', body).hex()},v0=00"
-    }
+    signature = digest(b"s3cret", stamp.encode(), b".", body)
+    return {"stripe-signature": f"t={stamp},v1={signature.hex()},v0=00"}
 
 
 def mlflow(body: bytes) -> dict[str, str]:
@@ -470,7 +485,9 @@ def shopify(body: bytes) -> dict[str, str]:
     ],
 )
 def test_vendors_over_http(verify: Any, sign: Any, body: dict[str, Any], ident: str, kind: str):
-    """Each vendor's signed request becomes an event with the vendor's id and type; one flipped byte makes it a 401."""
+    """Each vendor's signed request becomes an event with the vendor's id and type; one flipped byte
+    makes it a 401.
+    """
     content = json.dumps(body).encode()
 
     async def check(hook: Hook) -> None:
@@ -489,7 +506,9 @@ def test_vendors_over_http(verify: Any, sign: Any, body: dict[str, Any], ident: 
 
 
 def test_slack_challenge_is_answered():
-    """Slack's url_verification, signed, is answered with its challenge and records nothing; unsigned it is a 401."""
+    """Slack's url_verification, signed, is answered with its challenge and records nothing;
+    unsigned it is a 401.
+    """
     body = b'{"type": "url_verification", "challenge": "3eZbrw1aB"}'
 
     async def check(hook: Hook) -> None:
@@ -516,7 +535,9 @@ def test_forged_id_of_another_family_changes_nothing():
 
 
 def test_refusals_are_logged_with_the_reason_once_a_second():
-    """The log says why a sender was turned away; a flood of forgeries is one line a second, with a count."""
+    """The log has the reason of a rejection; a flood of forgeries is one line a second, with a
+    count.
+    """
     with structlog.testing.capture_logs() as lines:
 
         async def check(hook: Hook) -> None:

@@ -1,4 +1,6 @@
-"""Bodies made to do harm, over real sockets: too large, too slow, packed, nested, ambiguous. Always a 4xx, never a 500."""
+"""Bodies made to do harm, over real sockets: too large, too slow, packed, nested, ambiguous. Always
+a 4xx, never a 500.
+"""
 
 import asyncio
 import gzip
@@ -55,7 +57,9 @@ def test_size_at_the_limit_passes_and_one_more_is_413(chunked: bool):
 
 
 def test_declared_size_is_refused_before_the_body():
-    """A Content-Length over the limit is answered at once, without waiting for a byte of the body."""
+    """A Content-Length over the limit is answered at once, without waiting for a byte of
+    the body.
+    """
 
     async def check(hook: Hook) -> None:
         for length in ("1048577", "9" * 15):
@@ -79,8 +83,8 @@ def test_a_large_body_is_refused_without_being_kept():
     over_http(check)
 
 
-def test_slow_bodies_are_408_and_hold_up_nobody():
-    """Senders that drip their body are told 408 in time, while others are served."""
+def test_slow_bodies_are_408_and_delay_no_others():
+    """Senders that trickle are answered 408 in time, while others are served."""
 
     async def check(hook: Hook) -> None:
         head = post("/hooks/orders", b'{"a"', JSON, ("Content-Length", "9"), length=False)
@@ -95,7 +99,9 @@ def test_slow_bodies_are_408_and_hold_up_nobody():
 
 
 def test_a_steady_body_may_take_longer_than_a_dripping_one(monkeypatch: pytest.MonkeyPatch):
-    """Beyond the first seconds a body must keep up a rate: one that does is recorded, one that drips is 408."""
+    """Beyond the first seconds a body must keep up a rate: one that does is recorded, one that
+    drips is 408.
+    """
     monkeypatch.setattr("eventflow.core.http_body.GRACE_SECONDS", 0.4)
     monkeypatch.setattr("eventflow.core.http_body.MIN_BYTES_PER_SECOND", 100_000)
 
@@ -158,7 +164,9 @@ def test_encodings_are_refused_unless_taken(encoding: str):
 
 
 def test_gzip_when_taken():
-    """With `gzip=True` one layer is unpacked; identity still passes, two layers and other encodings do not."""
+    """With `gzip=True` one layer is unpacked; identity still passes, two layers and other encodings
+    do not.
+    """
 
     async def check(hook: Hook) -> None:
         assert (
@@ -261,7 +269,9 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("body", UNREADABLE.values(), ids=UNREADABLE.keys())
 def test_p9_unreadable_json_is_400_and_kept(body: bytes):
-    """Signed JSON that cannot be read, or could be read two ways, is 400, and a dead letter with its id and bytes."""
+    """Signed JSON that cannot be read, or could be read two ways, is 400, and a dead letter with
+    its id and bytes.
+    """
 
     async def check(hook: Hook) -> None:
         headers = {
@@ -295,7 +305,7 @@ READABLE = {
 
 @pytest.mark.parametrize("body", READABLE.values(), ids=READABLE.keys())
 def test_readable_json_is_recorded_as_it_means(body: bytes):
-    """Whatever JSON says within the bounds is recorded with exactly that meaning."""
+    """Any JSON within the limits is recorded with exactly its meaning."""
 
     async def check(hook: Hook) -> None:
         assert (await hook.post(body)).status_code == 202
@@ -310,7 +320,9 @@ def test_readable_json_is_recorded_as_it_means(body: bytes):
     ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "a"],
 )
 def test_other_types_are_415(media: str):
-    """Only JSON is read unless the app says otherwise; the answer says what is expected. No type at all counts as JSON."""
+    """By default only JSON is accepted; the response names what is expected. No type at
+    all counts as JSON.
+    """
 
     async def check(hook: Hook) -> None:
         answer = await hook.post(b'{"a": 1}', content_type=media)
@@ -324,7 +336,9 @@ def test_other_types_are_415(media: str):
 
 
 def test_forms():
-    """With content="form" the fields come as an object; a field given twice is unreadable, JSON is 415."""
+    """With content="form" the fields come as an object; a field given twice is unreadable, JSON is
+    415.
+    """
 
     async def check(hook: Hook) -> None:
         form = "application/x-www-form-urlencoded"
@@ -340,7 +354,7 @@ def test_forms():
 
 
 def test_raw_bytes():
-    """With content="raw" any bytes are the data, byte for byte, under the type they came with."""
+    """With content="raw" any bytes are the data, with their content type."""
     body = bytes(range(256))
 
     async def check(hook: Hook) -> None:
@@ -356,8 +370,10 @@ HEADER_TEXT = st.text(
     st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=30
 ).map(str.strip)
 NAMES = st.sampled_from(
-    "webhook-id webhook-timestamp webhook-signature ce-id ce-source ce-type ce-specversion ce-time ce-data ce-data_base64 ce-é "
-    "ce-datacontenttype ce-x content-type content-encoding idempotency-key authorization x-tenant cookie accept".split()
+    "webhook-id webhook-timestamp webhook-signature ce-id ce-source ce-type ce-specversion ce-time "
+    "ce-data ce-data_base64 ce-é "
+    "ce-datacontenttype ce-x content-type content-encoding idempotency-key authorization "
+    "x-tenant cookie accept".split()
 )
 MEDIA = st.sampled_from(
     [
@@ -398,7 +414,9 @@ BODIES = st.binary(max_size=30) | (VALUES | EVENTS | st.lists(EVENTS, max_size=3
 
 
 def test_never_500_on_input():
-    """Whatever a sender sends, the answer is a 2xx or a 4xx, and what is handed to the ledger can be written."""
+    """Whatever a sender sends, the answer is a 2xx or a 4xx, and what is handed to the ledger can
+    be written.
+    """
 
     async def main() -> None:
         trigger, ledger = (

@@ -1,4 +1,6 @@
-"""Webhooks into the real ledger: store, router, reactor and HTTP together, and what a restart remembers."""
+"""Webhooks into the real ledger: store, router, reactor and HTTP together, and what a restart
+remembers.
+"""
 
 import asyncio
 import random
@@ -47,7 +49,9 @@ async def served(path: Path) -> AsyncIterator[tuple[httpx2.AsyncClient, SqliteSt
 
 
 def test_p2_one_fate_across_restarts(tmp_path: Path):
-    """A 202 is a row in the ledger; the same id is a duplicate of it after a restart too, and another body a conflict."""
+    """A 202 is a row in the ledger; the same id is a duplicate of it after a restart too, and
+    another body a conflict.
+    """
 
     async def main() -> None:
         async with served(tmp_path / "a.db") as (client, store):
@@ -78,7 +82,9 @@ def test_p2_one_fate_across_restarts(tmp_path: Path):
 
 
 def test_p9_unreadable_is_a_dead_letter_in_the_ledger(tmp_path: Path):
-    """What a real sender sent and nobody can read is in the dead letters with its bytes; no credential is in the file."""
+    """A verified body that cannot be read is a dead letter with its bytes; no
+    credential is in the file.
+    """
     body = b'{"total": 5, "total": 6}'
 
     async def main() -> None:
@@ -93,9 +99,9 @@ def test_p9_unreadable_is_a_dead_letter_in_the_ledger(tmp_path: Path):
             whole = await store.dead_letter(letter["id"])
             assert "twice" in str(whole)
         assert not any(
-            word in file.read_bytes()
+            secret in file.read_bytes()
             for file in tmp_path.iterdir()
-            for word in (b"s3cret-token", b"topsecret")
+            for secret in (b"s3cret-token", b"topsecret")
         )
         assert any(body in file.read_bytes() for file in tmp_path.iterdir())
 

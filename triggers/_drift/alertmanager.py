@@ -1,9 +1,8 @@
-"""Prometheus Alertmanager's webhook (version 4) and Grafana's, which has the same bones: one
-`Drift` per alert of the group.
+"""Alerts of Prometheus Alertmanager's webhook (version 4) and of Grafana's, which has its shape.
 
-A group mixes firing and resolved alerts; it is sent again every `repeat_interval`. What drifted
-stands in labels and annotations by convention (`MODEL` … below); `fields=` of `DriftAlert` says
-where else.
+Each alert of a group is one `Drift`. A group mixes firing and resolved alerts and is repeated every
+`repeat_interval`. Model, feature and so on are in labels and annotations of conventional names
+(`MODEL` … below), or where `fields=` of `DriftAlert` says.
 """
 
 from collections.abc import Mapping
@@ -52,7 +51,7 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
 
 
 def _end(alert: Mapping[str, Any], where: str) -> datetime | None:
-    """When it resolved. Of a firing alert, endsAt is only when Prometheus would give it up."""
+    """When it was resolved. (The endsAt of a firing alert is when Prometheus would drop it.)"""
     return (
         moment(alert.get("endsAt"), f"{where}/endsAt")
         if alert.get("status") == "resolved"
@@ -61,7 +60,7 @@ def _end(alert: Mapping[str, Any], where: str) -> datetime | None:
 
 
 def _statistic(alert: Mapping[str, Any], both: Mapping[str, str]) -> float | None:
-    """Named by a label or annotation; else Grafana's own value, if the alert has just one."""
+    """By a label or annotation; else Grafana's own value, if the alert has only one."""
     named = number(first(both, STATISTIC))
     values = table(alert.get("values") or {}, "values")
     return number(next(iter(values.values()))) if named is None and len(values) == 1 else named

@@ -42,8 +42,8 @@ def bin_counts(values: Array, edges: Sequence[float]) -> list[int]:
     """How many values are in each bin: below the first edge, from each edge to the next, from the
     last on. No NaN, please.
     """
-    places = np.searchsorted(floats(edges), values, side="right")
-    return [int(count) for count in np.bincount(places, minlength=len(edges) + 1)]
+    positions = np.searchsorted(floats(edges), values, side="right")
+    return [int(count) for count in np.bincount(positions, minlength=len(edges) + 1)]
 
 
 def mean_and_deviation(values: Array) -> tuple[float, float]:
@@ -157,10 +157,10 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
     """Which of several tests are significant together: the chance of any false one stays at `alpha`
     (Holm 1979).
     """
-    order = sorted(range(len(p_values)), key=lambda place: p_values[place])
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     found = [False] * len(p_values)
-    for rank, place in enumerate(order):
-        if p_values[place] > alpha / (len(p_values) - rank):
+    for rank, index in enumerate(order):
+        if p_values[index] > alpha / (len(p_values) - rank):
             break
-        found[place] = True
+        found[index] = True
     return found

@@ -1,8 +1,8 @@
-"""The reference: what of it each feature keeps, `Baseline`, and where it is read from.
+"""`Baseline`: what a monitor stores of the reference for each feature; and the reference's sources.
 
-A baseline is bins, counts, mean and deviation, and for metrics that need values at most `SAMPLE` of
-them: its size is bounded, whatever the reference's. It comes from a file, a table in memory, or the
-first N rows of the stream (then it is kept with the cursor).
+A baseline has bins, counts, mean and deviation, and SAMPLE_SIZE values for metrics that need them:
+its size is bounded, whatever the reference's. The reference is a file, a table in memory, or the
+first rows of the stream (then the baseline is stored with the cursor).
 """
 
 import csv
@@ -20,8 +20,8 @@ from triggers._drift.bins import Bins, make_bins, to_column
 from triggers._drift.features import VALUE_ONLY, FeatureSpec
 
 SAMPLE_SIZE = 1500
-"""Values kept of a reference, and of a window, so that both stay under 64 KiB for each feature:
-enough to see 0.15 sigma.
+"""Values of a reference, and of a window: under 64 KiB for each feature, enough to see a shift of
+0.15 sigma.
 """
 
 Table: TypeAlias = Mapping[str, Sequence[Any]]
@@ -45,7 +45,7 @@ class Baseline(msgspec.Struct, frozen=True):
 
 
 def make_baseline(spec: FeatureSpec, raw: Sequence[Any]) -> Baseline:
-    """What a feature keeps of a reference's column."""
+    """The baseline of a reference's column."""
     column = to_column(spec, raw)
     bins = make_bins(spec, column)
     counts = bins.count(column)
@@ -57,12 +57,12 @@ def make_baseline(spec: FeatureSpec, raw: Sequence[Any]) -> Baseline:
 
 
 def check_baseline(spec: FeatureSpec, baseline: Baseline, least: int) -> None:
-    """UsageError for a reference that nothing can be compared with."""
+    """UsageError for a reference with fewer than `least` values."""
     found = baseline.samples - sum(baseline.counts[-2:])
     if found < least:
         raise UsageError(
-            f"DriftMonitor(reference=): expected at least {least} values of {spec.name!r} (at {spec.at!r}), "
-            f"found {found} among {baseline.samples} rows"
+            f"DriftMonitor(reference=): expected at least {least} values of {spec.name!r} "
+            f"(at {spec.at!r}), found {found} among {baseline.samples} rows"
         )
 
 

@@ -1,9 +1,8 @@
-"""Where a value belongs: the bins of one feature, made of its reference, and what of a column is a
-value at all.
+"""`Bins`: the histogram of one feature, made from its reference; and `Column`, its sorted values.
 
-Numbers go to quantiles of the reference, the outer bins open-ended; categories to the most frequent
-ones, else to `other`. Missing values (null, NaN, absent) and invalid ones (another type) have bins
-of their own and take part: a jump of the null rate is drift.
+The bins of numbers are quantiles of the reference, the outer ones open-ended; those of categories
+are the most frequent ones and `other`. Missing values (null, NaN, absent) and invalid ones (another
+type) have a bin each: a jump of the null rate is drift.
 """
 
 from collections import Counter
@@ -21,17 +20,15 @@ INVALID = "invalid"
 OTHER = "other"
 
 MAX_LABEL_LENGTH = 64
-"""Characters of a category that are kept."""
+"""In characters; longer categories are cut."""
 
 MAX_UNSEEN = 32
-"""Categories unknown to the reference that a window counts by name; the rest are `other` without
-one.
-"""
+"""Categories absent from the reference that a window counts by name; the rest count as `other`."""
 
 
 class Column(msgspec.Struct):
-    """Values of one feature, sorted out: `values` is an array of floats or a list of category
-    names.
+    """The valid values of one feature (an array of floats, or a list of categories), and the number
+    of others.
     """
 
     values: Any
@@ -44,7 +41,7 @@ class Column(msgspec.Struct):
 
 
 def to_column(spec: FeatureSpec, raw: Sequence[Any]) -> Column:
-    """A column as it came to a `Column`; the order of its values stays."""
+    """Sorts raw values into valid, missing and invalid ones; keeps the order of the valid ones."""
     return _numbers(raw) if spec.numeric else _categories(raw)
 
 
@@ -141,19 +138,19 @@ def make_bins(spec: FeatureSpec, column: Column) -> Bins:
 def histogram(
     bins: Bins, counts: Sequence[int], unseen: Mapping[str, int] | None = None
 ) -> list[Bin]:
-    """Bars for people, unseen categories with a bar of their own; empty `other`, missing and
+    """The bars of a histogram, with one for each unseen category; empty `other`, missing and
     invalid are left out.
     """
     total = max(sum(counts), 1)
     bars = list(zip(bins.labels, counts, strict=True))
     if unseen and bins.categories is not None:
-        place = len(bins.categories)
+        index = len(bins.categories)
         named = [
             (printable(name), count)
             for name, count in sorted(unseen.items(), key=lambda each: -each[1])
         ]
-        rest = (OTHER, counts[place] - sum(unseen.values()))
-        bars[place : place + 1] = [*named, rest]
+        rest = (OTHER, counts[index] - sum(unseen.values()))
+        bars[index : index + 1] = [*named, rest]
     return [
         Bin(label, count, round(count / total, 6))
         for label, count in bars

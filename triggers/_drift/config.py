@@ -1,6 +1,4 @@
-"""What a monitor was asked to do, `Setting`, and what it is fed: the rows of an event as
-`Sample`.
-"""
+"""`MonitorConfig`: the options of a monitor; `Sample`: the rows of one event."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -18,8 +16,10 @@ WindowKind: TypeAlias = int | timedelta | Literal["batch"]
 
 
 class MonitorConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A monitor's options, checked. Durations in microseconds; `span` is that of windows of time,
-    else 0.
+    """A monitor's validated options. Durations in microseconds.
+
+    `baselines`: of a given reference; empty if it is learned. `span`: length of time windows, else
+    0. `nodata_after`: time without samples until `drift.nodata`. `history`: stored windows.
     """
 
     name: str
@@ -70,9 +70,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 def stored_value(spec: FeatureSpec, value: Any) -> Any:
-    """What is kept of a value: it may be of any size, and JSON has no infinity. An empty list
-    stands for the invalid.
-    """
+    """A value as it is stored: bounded in size, valid JSON. An empty list means an invalid one."""
     if value is None or value != value:
         return None
     if spec.numeric:

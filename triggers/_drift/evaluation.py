@@ -1,10 +1,9 @@
-"""A window against the reference: each feature's statistic, whether it can be chance, and how bad
-it is.
+"""Compares a window with the reference: statistics, significance, levels. Used by evaluator.py.
 
 A feature has drifted when its statistic is beyond a threshold (the shift is large enough to matter)
-*and* the difference is significant (the samples are enough to tell): thresholds alone cry wolf on
-small windows, p-values alone on large ones. The chance that any feature of an undrifted window is
-significant is at most `alpha`, by Holm's correction.
+*and* the difference is significant (there are enough samples): thresholds alone raise false alarms
+on small windows, p-values alone on large ones. The chance that any feature of an undrifted window
+is significant is at most `alpha`, by Holm's correction.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,23 +11,19 @@ from typing import Any
 
 import msgspec
 
+from eventflow.core.clock import to_datetime
 from triggers._drift import arrays
 from triggers._drift.baseline import Baseline
 from triggers._drift.bins import histogram
 from triggers._drift.features import BINNED, STREAMING, FeatureSpec
-from triggers._drift.schema import DriftFinding
-from triggers._drift.schema import DriftWindow as Shown
+from triggers._drift.schema import DriftFinding, DriftWindow
 from triggers._drift.window import EvaluatedWindow, OpenWindow
 
-from eventflow.core.clock import to_datetime  # isort: skip
-
 CLEAN_SHARE = 0.8
-"""The lower threshold of the hysteresis: a window is clean when every statistic is below this share
-of the warning's.
-"""
+"""The hysteresis: a window is clean if every statistic is below this share of its warning."""
 
 MIN_VALUES = 20
-"""Values that a feature must have in a window to be judged at all."""
+"""Values that a feature must have in a window to be evaluated."""
 
 _BINNED: dict[str, Callable[[Any, Any], float]] = {
     "psi": arrays.psi,
@@ -38,8 +33,9 @@ _BINNED: dict[str, Callable[[Any, Any], float]] = {
 
 
 class MetricResult(msgspec.Struct, frozen=True):
-    """One metric of one feature. `level`: 0 nothing, 1 warning, 2 alert. `clean`: below the lower
-    threshold, or chance.
+    """One metric of one feature.
+
+    `level`: 0 none, 1 warning, 2 alert. `clean`: below the lower threshold, or not significant.
     """
 
     feature_index: int
@@ -53,9 +49,7 @@ class MetricResult(msgspec.Struct, frozen=True):
 
     @property
     def severity(self) -> float:
-        """The statistic in units of its warning threshold: what makes one feature worse than
-        another.
-        """
+        """The statistic in units of its warning threshold, to compare features."""
         return self.statistic / self.warn if self.warn else self.statistic
 
 
@@ -65,29 +59,29 @@ def measure(
     baselines: Sequence[Baseline],
     changed: Sequence[bool],
 ) -> list[MetricResult]:
-    """The statistics of a whole window. `changed`: which streaming detectors have seen a change
-    since all was well.
+    """The statistics of a complete window. `changed`: by feature, whether a streaming detector has
+    seen a change since the last episode.
     """
     return [
-        MetricResult(place, metric, statistic, p, warn, alert)
-        for place, each in enumerate(features)
+        MetricResult(index, metric, statistic, p, warn, alert)
+        for index, each in enumerate(features)
         for metric, warn, alert in each.checks
-        if (measured := _measure(metric, place, window, baselines[place], changed[place]))
+        if (measured := _measure(metric, index, window, baselines[index], changed[index]))
         is not None
         for statistic, p in (measured,)
     ]
 
 
 def remeasure(evaluated: EvaluatedWindow, features: Sequence[FeatureSpec]) -> list[MetricResult]:
-    """The statistics of a window that is over, with the thresholds of now."""
+    """The statistics of a past window, with the present thresholds."""
     bounds = {
-        (place, metric): (warn, alert)
-        for place, each in enumerate(features)
+        (index, metric): (warn, alert)
+        for index, each in enumerate(features)
         for metric, warn, alert in each.checks
     }
     return [
-        MetricResult(place, metric, statistic, p, *bounds[place, metric])
-        for place, metric, statistic, p in evaluated.measured
+        MetricResult(index, metric, statistic, p, *bounds[index, metric])
+        for index, metric, statistic, p in evaluated.measured
     ]
 
 
@@ -117,10 +111,10 @@ def level_of(result: MetricResult) -> int:
 
 
 def _measure(
-    metric: str, place: int, window: OpenWindow, baseline: Baseline, changed: bool
+    metric: str, index: int, window: OpenWindow, baseline: Baseline, changed: bool
 ) -> tuple[float, float] | None:
-    """Statistic and p-value; None where there is too little to judge by."""
-    counts = window.counts[place]
+    """Statistic and p-value; None if there are too few values."""
+    counts = window.counts[index]
     if metric in BINNED:
         chi2, p = arrays.homogeneity(baseline.counts, counts)
         if metric == "chi2":
@@ -133,9 +127,9 @@ def _measure(
     if sum(counts[:-2]) < MIN_VALUES:
         return None
     if metric in STREAMING:
-        return shift(window.mean(place), baseline), 0.0 if changed else 1.0
+        return shift(window.mean(index), baseline), 0.0 if changed else 1.0
     return _of_values(
-        metric, baseline, arrays.floats([each for each in window.values(place) if _is_number(each)])
+        metric, baseline, arrays.floats([each for each in window.values(index) if _is_number(each)])
     )
 
 
@@ -144,23 +138,23 @@ def _is_number(value: Any) -> bool:
 
 
 def _missing(reference: Sequence[int], current: Sequence[int]) -> tuple[float, float] | None:
-    """The difference of the shares of what is no value, and the p-value of the two by two table;
-    None if all are values.
+    """The difference of the shares of missing and invalid values, and the p-value of the two by two
+    table; None if there are none.
     """
-    gone = sum(reference[-2:])
-    now = sum(current[-2:])
-    if not gone and not now:
+    missing_before = sum(reference[-2:])
+    missing_now = sum(current[-2:])
+    if not missing_before and not missing_now:
         return None
-    there = sum(reference) - gone
-    here = sum(current) - now
-    _, p = arrays.homogeneity([there, gone], [here, now])
-    return abs(gone / max(there + gone, 1) - now / max(here + now, 1)), p
+    before = sum(reference)
+    now = sum(current)
+    _, p = arrays.homogeneity(
+        [before - missing_before, missing_before], [now - missing_now, missing_now]
+    )
+    return abs(missing_before / max(before, 1) - missing_now / max(now, 1)), p
 
 
 def _of_values(metric: str, baseline: Baseline, values: Any) -> tuple[float, float] | None:
-    """Wasserstein's distance has no p-value of its own: the Kolmogorov-Smirnov test of the same
-    samples guards it.
-    """
+    """Wasserstein's distance has no p-value; that of Kolmogorov-Smirnov is used."""
     sample = arrays.floats(baseline.sample)
     if len(values) < MIN_VALUES or not len(sample):
         return None
@@ -177,34 +171,32 @@ def shift(mean: float | None, baseline: Baseline) -> float:
 
 
 def make_finding(
-    verdict: MetricResult,
+    result: MetricResult,
     window: OpenWindow | EvaluatedWindow,
     features: Sequence[FeatureSpec],
     baselines: Sequence[Baseline],
 ) -> DriftFinding:
-    """A verdict for people, with the histograms of before and after where the window still has its
-    counts.
-    """
-    place = verdict.feature_index
+    """A result for the event, with histograms if the window still has its counts."""
+    index = result.feature_index
     before = None
-    after = Shown(
+    after = DriftWindow(
         start=None if window.start is None else to_datetime(window.start),
         end=None if window.end is None else to_datetime(window.end),
         samples=window.n,
     )
     if isinstance(window, OpenWindow):
-        baseline = baselines[place]
-        before = Shown(
+        baseline = baselines[index]
+        before = DriftWindow(
             samples=baseline.samples, histogram=histogram(baseline.bins, baseline.counts)
         )
-        bars = histogram(baseline.bins, window.counts[place], window.unseen[place])
+        bars = histogram(baseline.bins, window.counts[index], window.unseen[index])
         after = msgspec.structs.replace(after, histogram=bars)
     return DriftFinding(
-        feature=features[place].name,
-        metric=verdict.metric,
-        statistic=verdict.statistic,
-        threshold=verdict.alert if verdict.level == 2 else verdict.warn,
-        p_value=None if verdict.metric in STREAMING else verdict.p_value,
+        feature=features[index].name,
+        metric=result.metric,
+        statistic=result.statistic,
+        threshold=result.alert if result.level == 2 else result.warn,
+        p_value=None if result.metric in STREAMING else result.p_value,
         baseline=before,
         current=after,
     )

@@ -1,5 +1,6 @@
-"""What is watched: `Numeric` and `Categorical` features, their metrics and thresholds, and where a
-value stands in a row.
+"""`Numeric` and `Categorical` features: metrics, thresholds, and the field of a row.
+
+drift_monitor.py makes `FeatureSpec`s of the user's `features=`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +27,14 @@ THRESHOLDS: Mapping[str, tuple[float, float]] = {
     "page-hinkley": (0.2, 0.4),
     "missing": (0.05, 0.1),  # difference of the shares of missing or invalid values
 }
-"""For each metric: from where on it is a warning, and an alert."""
+"""Thresholds of a warning and of an alert, by metric."""
 
 BINNED = frozenset({"psi", "js", "tv", "chi2"})
 SAMPLED = frozenset({"ks", "wasserstein"})
-"""What needs the values themselves."""
+"""Metrics of values, not of bins."""
 STREAMING = frozenset({"adwin", "page-hinkley"})
 VALUE_ONLY = SAMPLED | STREAMING
-"""Blind to missing values, so that their share is judged beside."""
+"""Metrics that ignore missing values: their share is checked separately."""
 
 
 class Numeric(msgspec.Struct, frozen=True):
@@ -68,7 +69,7 @@ Feature: TypeAlias = Numeric | Categorical
 
 
 class FeatureSpec(msgspec.Struct, frozen=True):
-    """A feature with its name, and the metrics it is judged by, each with its thresholds."""
+    """A feature with its name, and its metrics with their thresholds: (metric, warn, alert)."""
 
     name: str
     at: str
@@ -84,7 +85,7 @@ class FeatureSpec(msgspec.Struct, frozen=True):
         return self.feature.metric
 
     def value(self, row: Any) -> Any:
-        """What stands there; None when nothing does."""
+        """The value in this row, else None."""
         if isinstance(row, dict) and self.at in row:
             return row[self.at]  # pyright: ignore[reportUnknownVariableType]
         try:
@@ -96,9 +97,7 @@ class FeatureSpec(msgspec.Struct, frozen=True):
 def feature_specs(
     features: Sequence[str] | Mapping[str, Feature], kinds: Mapping[str, type[Feature]]
 ) -> tuple[FeatureSpec, ...]:
-    """The features of a monitor; of bare names, `kinds` says what they are. UsageError says what
-    does not fit.
-    """
+    """The features of a monitor. `kinds`: those of bare names. UsageError for invalid options."""
     named = (
         features
         if isinstance(features, Mapping)
@@ -106,7 +105,8 @@ def feature_specs(
     )
     if not named or isinstance(features, str):
         raise UsageError(
-            f"DriftMonitor(features=): expected names, or a mapping to Numeric and Categorical, found {features!r}"
+            "DriftMonitor(features=): expected names, or a mapping to Numeric and Categorical, "
+            f"found {features!r}"
         )
     return tuple(_feature_spec(name, feature) for name, feature in named.items())
 

@@ -1,8 +1,7 @@
-"""Everybody else: our own schema, JSON pointers from any other (`DriftAlert(fields=…)`), and
-MLflow's tags.
+"""Alerts in the project's own schema, by JSON pointers (`DriftAlert(fields=…)`), and MLflow's tags.
 
-Our schema is `Drift` itself, with everything optional but something to know it by: a `model`, a
-`feature` or a `fingerprint`.
+The own schema is `Drift`. All fields are optional, but one of `model`, `feature` and `fingerprint`
+must be present.
 """
 
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from triggers._drift.json_fields import (
 from triggers._drift.schema import Drift, short_hash, short_json_hash
 
 TAG = "drift"
-"""The tag on a model version by which an MLflow user tells of drift."""
+"""The tag on a model version by which an MLflow user reports drift."""
 
 NUMBERS = frozenset({"statistic", "threshold", "p_value", "share"})
 TIMES = frozenset({"starts_at", "ends_at"})
@@ -35,11 +34,11 @@ FIELDS = frozenset(Drift.__struct_fields__) - {
     "current",
     "sender",
 }
-"""What a pointer may fill."""
+"""The fields that a pointer may fill."""
 
 
 def read_generic(body: Mapping[str, Any]) -> Drift:
-    """Our own schema; ValueError names what does not fit. Unknown fields are left aside."""
+    """The own schema. Unknown fields are ignored; ValueError names an invalid one."""
     known = {name: body[name] for name in Drift.__struct_fields__ if body.get(name) is not None}
     if not any(known.get(name) for name in ("model", "feature", "fingerprint")):
         raise ValueError('expected "model", "feature" or "fingerprint", found none of them')
@@ -50,9 +49,9 @@ def read_generic(body: Mapping[str, Any]) -> Drift:
 
 
 def mapped(body: Any, fields: Mapping[str, str], over: Drift | None = None) -> Drift:
-    """A drift from pointers into the body, or a known sender's with some fields from elsewhere.
+    """A drift by pointers into the body; or `over`, a known sender's, with some fields replaced.
 
-    A pointer that ends in `?` may lead nowhere; any other that does raises ValueError, naming it.
+    A pointer that ends in `?` may be absent; any other absent one raises ValueError, naming it.
     """
     found: dict[str, Any] = {}
     for name, pointer in fields.items():
@@ -85,7 +84,7 @@ def _fit(name: str, value: Any) -> Any:
 
 
 def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
-    """Fills what follows from the rest. Without a beginning, the same content is the same alert."""
+    """Derives missing fields. Without a start time, the same content is the same alert."""
     model = known.get("model")
     feature = known.get("feature")
     known["sender"] = sender
@@ -112,10 +111,9 @@ def _complete(known: dict[str, Any], body: Any, sender: str) -> Drift:
 
 
 def read_mlflow(body: Mapping[str, Any]) -> Drift | str:
-    """MLflow knows no drift, but tags: `drift` set on a model version is one, its value a status or
-    the statistic.
+    """MLflow's tag `drift`, set on a model version: its value is a status or the statistic.
 
-    Every other event of its registry is not about drift; the answer then says what it is.
+    For any other event of its registry, a text that says what it is.
     """
     kind = f"{body['entity']}.{body['action']}"
     data = table(point(body, "/data"), "data")

@@ -1,7 +1,6 @@
-"""How the senders' rooms read JSON: pointers, and fields whose absence is told by name.
+"""Reading JSON of alerts: pointers, typed fields. Used by the parsers of all senders.
 
-Everything raises ValueError with what was expected and where; the endpoint makes a dead letter of
-it.
+Each function raises ValueError with what was expected and where; the alert becomes a dead letter.
 """
 
 import math
@@ -13,26 +12,28 @@ from eventflow.events.event import parse_time
 from triggers._drift.schema import Status
 
 ZERO_TIME = "0001-01-01T00:00:00Z"
-"""Alertmanager's word for an alert that has not ended."""
+"""Alertmanager's end time of an alert that has not ended."""
 
 _STATUS: Mapping[str, Status] = {
-    **dict.fromkeys(("detected", "firing", "alerting", "alarm", "drift", "drifted", "open", "active", "triggered"), "detected"),
+    **dict.fromkeys("detected firing alerting alarm drift drifted".split(), "detected"),
+    **dict.fromkeys("open active triggered".split(), "detected"),
     "escalated": "escalated",
-    **dict.fromkeys(("resolved", "ok", "normal", "closed", "inactive", "recovered", "stable"), "resolved"),
-    **dict.fromkeys(("nodata", "no_data", "insufficient_data", "missing"), "nodata"),
-}  # fmt: skip
+    **dict.fromkeys("resolved ok normal closed inactive recovered stable".split(), "resolved"),
+    **dict.fromkeys("nodata no_data insufficient_data missing".split(), "nodata"),
+}
 
 
 class MissingField(ValueError):
-    """A pointer that leads nowhere."""
+    """A pointer to a field that is absent."""
 
     def __init__(self, pointer: str, where: str) -> None:
         super().__init__(f"expected something at {pointer!r} in {where}, found nothing")
 
 
 def point(value: Any, pointer: str, where: str = "the body") -> Any:
-    """What a JSON pointer (RFC 6901) leads to; Absent names the pointer. A name without a slash is
-    a field of the top level.
+    """The value at a JSON pointer (RFC 6901). A name without a slash is a field of the top level.
+
+    Raises MissingField, which names the pointer.
     """
     found = value
     for raw in pointer.lstrip("/").split("/") if pointer else ():
@@ -49,7 +50,7 @@ def point(value: Any, pointer: str, where: str = "the body") -> Any:
 
 
 def table(value: Any, where: str) -> dict[str, Any]:
-    """An object; ValueError says what it is instead."""
+    """`value` as an object; ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, found {type(value).__name__}")
     return cast(dict[str, Any], value)
@@ -62,14 +63,14 @@ def listed(value: Any, where: str) -> list[Any]:
 
 
 def text(value: Any, where: str) -> str:
-    """Text that is there."""
+    """`value` as a text that is not empty; ValueError for anything else."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"{where}: expected a text, found {value!r}")
     return value
 
 
 def texts(value: Any, where: str) -> dict[str, str]:
-    """An object of texts; numbers are written out. Absent is empty."""
+    """An object of texts; other values as text. Absent is empty."""
     return {
         str(key): each if isinstance(each, str) else f"{each}"
         for key, each in table(value or {}, where).items()
@@ -77,9 +78,7 @@ def texts(value: Any, where: str) -> dict[str, str]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also one written as text; None from anything else: senders put words where
-    values are unknown.
-    """
+    """A finite number, also as text; None for anything else, such as "unknown"."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -102,7 +101,7 @@ def moment(value: Any, where: str) -> datetime | None:
 
 
 def status(value: Any, where: str) -> Status:
-    """One of our three words for one of theirs."""
+    """The status for a sender's name of it."""
     found = _STATUS.get(str(value).lower().replace(" ", "_"))
     if found is None:
         raise ValueError(

@@ -1,9 +1,8 @@
-"""Reports of the libraries that compute drift in a batch job, posted by that job: Evidently's and
-NannyML's.
+"""Reports of Evidently and NannyML, libraries that compute drift in a batch job.
 
-Neither sends webhooks of its own: `httpx.post(url, content=report.run(current, reference).json())`
-is the whole client. One report is one drift: its worst feature on top, every drifted one in
-`findings`. One without drift resolves the last.
+The job posts the report, since they send no webhooks:
+`httpx.post(url, content=report.run(current, reference).json())`. One report is one drift: its worst
+feature first, each drifted one in `findings`. A report without drift resolves the last one.
 """
 
 import re
@@ -16,14 +15,14 @@ from triggers._drift.json_fields import listed, moment, number, point, table, te
 from triggers._drift.schema import Drift, DriftFinding, DriftWindow, short_hash
 
 DRIFT_SHARE = 0.5
-"""Evidently's own: the share of drifted columns from which the data set has drifted."""
+"""Evidently's default: the share of drifted columns from which the data set has drifted."""
 
 METHODS = ("kolmogorov_smirnov", "jensen_shannon", "wasserstein", "hellinger", "chi2", "l_infinity")
-"""NannyML's univariate methods, by which its column names end."""
+"""NannyML's univariate methods, the ends of its column names."""
 
 
 class ColumnResult(DriftFinding, frozen=True, kw_only=True):
-    """A finding, and whether it is one."""
+    """One column of a report, and whether it drifted."""
 
     drifted: bool
 
@@ -32,8 +31,8 @@ class ColumnResult(DriftFinding, frozen=True, kw_only=True):
 
 
 def read_evidently(report: Mapping[str, Any]) -> Drift:
-    """A report's `.json()` or `.dict()`: of 0.7 (`metric_name`, `config`, `value`), or of 0.4 to
-    0.6 (`metric`, `result`).
+    """A report's `.json()` or `.dict()`, of 0.7 (`metric_name`, `config`, `value`) or of 0.4 to 0.6
+    (`metric`, `result`).
     """
     metrics = [table(each, "metrics") for each in listed(report["metrics"], "metrics")]
     share, limit, columns = (
@@ -41,7 +40,8 @@ def read_evidently(report: Mapping[str, Any]) -> Drift:
     )
     if not columns:
         raise ValueError(
-            "metrics: expected ValueDrift or DataDriftTable among them (DataDriftPreset has them), found neither"
+            "metrics: expected ValueDrift or DataDriftTable among them "
+            "(DataDriftPreset has them), found neither"
         )
     findings = sorted(
         (each for each in columns if each.drifted), key=_relative_excess, reverse=True
@@ -102,7 +102,7 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
 def _column_result(
     column: str, method: str, found: float | None, threshold: float | None, drift_detected: Any
 ) -> ColumnResult:
-    """A p value drifts below its threshold, a distance at or above it."""
+    """A p-value below its threshold is drift, and a distance at or above it."""
     p = found if method.endswith("p_value") else None
     below = (
         found is not None
@@ -110,13 +110,17 @@ def _column_result(
         and (found < threshold if p is not None else found >= threshold)
     )
     return ColumnResult(
-        feature=column, metric=method or None, statistic=found, threshold=threshold, p_value=p,
+        feature=column,
+        metric=method or None,
+        statistic=found,
+        threshold=threshold,
+        p_value=p,
         drifted=below if drift_detected is None else bool(drift_detected),
-    )  # fmt: skip
+    )
 
 
 def _relative_excess(finding: DriftFinding) -> float:
-    """How far beyond its threshold, so that the worst comes first."""
+    """The statistic in units of its threshold, to put the worst first."""
     if finding.statistic is None or not finding.threshold:
         return 0.0
     if finding.p_value is not None:
@@ -145,7 +149,8 @@ def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
     columns = list(_worst(_columns(row)))
     if not columns:
         raise ValueError(
-            f"chunk {name}: expected columns such as age_jensen_shannon_alert, found {', '.join(list(row)[:8])}"
+            f"chunk {name}: expected columns such as age_jensen_shannon_alert, "
+            f"found {', '.join(list(row)[:8])}"
         )
     findings = sorted(
         (each for each in columns if each.drifted), key=_relative_excess, reverse=True
@@ -158,15 +163,17 @@ def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
         "nannyml", report, findings, len(findings) / len(columns), detected=bool(findings)
     )
     return msgspec.structs.replace(
-        drift, current=window, labels={"chunk": name}, segment=drift.segment or name, starts_at=window.end or drift.starts_at,
+        drift,
+        current=window,
+        labels={"chunk": name},
+        segment=drift.segment or name,
+        starts_at=window.end or drift.starts_at,
         fingerprint=short_hash(drift.fingerprint, name),
-    )  # fmt: skip
+    )
 
 
 def _worst(columns: Iterable[ColumnResult]) -> Iterable[ColumnResult]:
-    """One of each feature, where several methods judged it: a drifted one before others, the
-    farthest beyond its threshold.
-    """
+    """One result of each feature, of several methods: a drifted one, the worst of them."""
     found: dict[str, ColumnResult] = {}
     for each in columns:
         before = found.get(each.feature)
@@ -179,7 +186,7 @@ def _worst(columns: Iterable[ColumnResult]) -> Iterable[ColumnResult]:
 
 
 def _dated(value: Any) -> Any:
-    """pandas writes times without a zone; NannyML's are the data's own, taken for UTC."""
+    """pandas writes times without a zone; they are read as UTC."""
     if isinstance(value, str) and not re.search(r"(Z|[+-]\d\d:?\d\d)$", value):
         return value + "Z"
     return value
@@ -193,9 +200,12 @@ def _columns(row: Mapping[str, Any]) -> Iterator[ColumnResult]:
             upper = number(row.get(f"{stem}_upper_threshold"))
             lower = number(row.get(f"{stem}_lower_threshold"))
             yield ColumnResult(
-                feature=stem.removesuffix(f"_{method}"), metric=method, statistic=number(row.get(f"{stem}_value")),
-                threshold=lower if upper is None else upper, drifted=bool(alert),
-            )  # fmt: skip
+                feature=stem.removesuffix(f"_{method}"),
+                metric=method,
+                statistic=number(row.get(f"{stem}_value")),
+                threshold=lower if upper is None else upper,
+                drifted=bool(alert),
+            )
 
 
 # --------------------------------------------------------------------------- both
@@ -209,9 +219,7 @@ def _report(
     *,
     detected: bool,
 ) -> Drift:
-    """What a job may write beside the report is taken too: `model`, `segment`, `name`,
-    `timestamp`.
-    """
+    """Includes what a job may add to the report: `model`, `segment`, `name`, `timestamp`."""
     model, segment = (str(report[key]) if report.get(key) else None for key in ("model", "segment"))
     worst = findings[0] if findings else None
     at = moment(_dated(report.get("timestamp")), "timestamp")
@@ -235,5 +243,5 @@ def _report(
     )
 
 
-def _finding(judged: ColumnResult) -> DriftFinding:
-    return DriftFinding(**{name: getattr(judged, name) for name in DriftFinding.__struct_fields__})
+def _finding(result: ColumnResult) -> DriftFinding:
+    return DriftFinding(**{name: getattr(result, name) for name in DriftFinding.__struct_fields__})

@@ -1,9 +1,8 @@
-"""The one shape of a drift event: `Drift`, whoever noticed the drift, and the event made of it.
+"""`Drift`: the data of every drift event, whatever detected the drift; and the event made of it.
 
-Every sender's room ends here (senders.py knows them), and so does the monitor's state machine. A
-flow takes it whole, `async def retrain(drift: Drift)`, or field by field. The event's id is what
-the drift is about and since when, not when it was told of, so that a sender's repeats are
-duplicates.
+The parsers of senders.py and the monitor's evaluator.py make it. A flow takes it whole,
+`async def retrain(drift: Drift)`, or field by field. The event's id says what the drift is about
+and since when, not when it was reported: a sender's repetitions are duplicates.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ TYPES: Mapping[Status, str] = {
 }
 
 MAX_ID_LENGTH = 200
-"""Characters of an id that is made of a sender's own words; a longer one becomes its digest."""
+"""In characters; a longer id becomes its hash."""
 
 
 class Bin(msgspec.Struct, frozen=True):
@@ -44,9 +43,7 @@ class Bin(msgspec.Struct, frozen=True):
 
 
 class DriftWindow(msgspec.Struct, frozen=True, kw_only=True):
-    """The samples that one side of a comparison is made of; what the sender does not tell is None
-    or empty.
-    """
+    """The samples of one side of a comparison; None or empty where the sender does not say."""
 
     start: datetime | None = None
     end: datetime | None = None
@@ -67,13 +64,12 @@ class DriftFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Drift(msgspec.Struct, frozen=True, kw_only=True):
-    """A drift that was detected, has become worse or resolved, or can no longer be judged because
-    no data come.
+    """A drift that was detected, escalated or resolved, or can no longer be measured without data.
 
     `feature`, `metric`, `statistic`, `threshold`, `p_value`, `baseline` and `current` are those of
-    the worst feature; `findings` has every drifted one where the sender tells of several, and
-    `share` their part of all. `severity` is the sender's word in lower case. `fingerprint` stays
-    the same from detection to resolution. `labels` and `annotations` are the sender's.
+    the worst feature; `findings` has each drifted one, if the sender reports several, and `share`
+    is their share of all. `severity` is the sender's, in lower case. `fingerprint` is the same from
+    detection to resolution. `labels` and `annotations` are the sender's.
     """
 
     status: Status
@@ -101,9 +97,7 @@ class Drift(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def to_event(drift: Drift, source: str, *, ident: str | None = None) -> Event:
-    """The event of a drift; `ident` where fingerprint, beginning and status do not tell it from
-    others.
-    """
+    """The event of a drift. `ident`: its id, if fingerprint, start and status are not unique."""
     return Event(
         id=ident or identity(drift),
         source=source,
@@ -116,7 +110,7 @@ def to_event(drift: Drift, source: str, *, ident: str | None = None) -> Event:
 
 
 def identity(drift: Drift) -> str:
-    """What is known of one alert's one state: the same for every repeat of it."""
+    """The id of one state of one alert, the same for each repetition."""
     since = drift.starts_at.isoformat() if drift.starts_at else ""
     text = f"{drift.fingerprint}@{since}/{drift.status}"
     return text if len(text) <= MAX_ID_LENGTH else short_hash(text)

@@ -1,7 +1,7 @@
-"""Who sent this alert, told by its shape, and what it says: any body to `Drift`s.
+"""From the body of an alert to `Drift`s: recognises the sender by the shape of the body.
 
-`drift.py` calls `read`. Each sender's room reads its own; this one only tells them apart. Nothing
-here waits. A shape that nobody knows is a ValueError that says what was found.
+`drift.py` calls `parse_body`. alertmanager.py, cloudwatch.py, generic.py and reports.py parse the
+bodies of their senders. An unknown shape is a ValueError that says what was found.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,26 +19,28 @@ from triggers._drift.reports import read_evidently, read_nannyml
 from triggers._drift.schema import Drift
 
 MAX_ALERTS = 10_000
-"""Alerts of one body."""
+"""In one body."""
 
 
 class UnreadableAlert(msgspec.Struct, frozen=True):
-    """One alert of a body that cannot be read, and why."""
+    """An alert that cannot be read, and the reason."""
 
     alert: Any
     reason: str
 
 
 class SnsConfirmation(msgspec.Struct, frozen=True):
-    """SNS asks whether we want this topic; `url` is what says yes."""
+    """SNS's request to confirm a subscription to `topic`, by a GET of `url`."""
 
     topic: str
     url: str
 
 
 class ParsedBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What a body says. `aside`: why a body of a known sender is no drift. `cut`: alerts the sender
-    left out.
+    """The alerts of a body.
+
+    `ignored_reason`: why the body of a known sender is no alert. `truncated_count`: alerts that the
+    sender left out.
     """
 
     drifts: Sequence[Drift] = ()
@@ -52,7 +54,8 @@ def parse_body(
     body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None
 ) -> ParsedBody:
     """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`.
-    ValueError: nobody sends that.
+
+    ValueError for an unknown shape.
     """
     return _parse(read_json(body), fields or {}, alerts)
 
@@ -77,7 +80,7 @@ def _parse(body: Any, fields: Mapping[str, str], alerts: str | None) -> ParsedBo
 
 def _is_known(body: Any) -> bool:
     return isinstance(body, dict) and any(
-        mark(cast(dict[str, Any], body)) for mark, _ in KNOWN_SHAPES
+        matches(cast(dict[str, Any], body)) for matches, _ in KNOWN_SHAPES
     )
 
 
@@ -89,8 +92,8 @@ def _parse_known(body: Any, fields: Mapping[str, str]) -> ParsedBody:
             else ParsedBody(drifts=read_nannyml(body))
         )
     message = table(body, "the body")
-    for mark, reader in KNOWN_SHAPES:
-        if mark(message):
+    for matches, reader in KNOWN_SHAPES:
+        if matches(message):
             found = reader(message)
             if isinstance(found, str):
                 return ParsedBody(ignored_reason=found)
@@ -115,7 +118,7 @@ KNOWN_SHAPES: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
     (lambda body: isinstance(body.get("metrics"), list), read_evidently),
     (lambda body: isinstance(body.get("chunks"), list), read_nannyml),
 )
-"""What tells a sender, and its room."""
+"""How a sender is recognised, and its parser."""
 
 
 def _is_chunks(body: Any) -> bool:
@@ -130,7 +133,7 @@ def _is_chunks(body: Any) -> bool:
 
 
 def _parse_group(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
-    """Alertmanager's group. Grafana's has an `orgId` beside it."""
+    """A group of Alertmanager, or of Grafana, which also has an `orgId`."""
     sender = "grafana" if "orgId" in message else "alertmanager"
     if sender == "alertmanager" and message.get("version") != "4":
         raise ValueError(f'version: expected Alertmanager\'s "4", found {message.get("version")!r}')
@@ -147,30 +150,28 @@ def _parse_group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Parse
 def _parse_each(
     alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert"
 ) -> ParsedBody:
-    """Every alert on its own: one that cannot be read takes no other with it."""
+    """Parses each alert alone: an unreadable one does not affect the others."""
     if len(alerts) > MAX_ALERTS:
         raise ValueError(f"expected at most {MAX_ALERTS} alerts, found {len(alerts)}")
     drifts = list[Drift]()
-    broken = list[UnreadableAlert]()
-    for place, alert in enumerate(alerts):
+    unreadable = list[UnreadableAlert]()
+    for index, alert in enumerate(alerts):
         try:
             drifts.append(
-                one(alert, f"{where}/{place}")
+                one(alert, f"{where}/{index}")
                 if one
-                else read_generic(table(alert, f"{where}/{place}"))
+                else read_generic(table(alert, f"{where}/{index}"))
             )
         except ValueError as error:
-            broken.append(UnreadableAlert(alert, str(error)))
-    return ParsedBody(drifts=drifts, unreadable=broken)
+            unreadable.append(UnreadableAlert(alert, str(error)))
+    return ParsedBody(drifts=drifts, unreadable=unreadable)
 
 
 # --------------------------------------------------------------------------- SNS
 
 
 def _parse_sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
-    """The envelope: a notification with the alert inside as text, or the question whether we want
-    the topic.
-    """
+    """SNS's envelope: a notification that holds the alert as text, or a request to confirm."""
     kind = message["Type"]
     topic = str(message["TopicArn"])
     if kind == "SubscriptionConfirmation":
@@ -186,6 +187,7 @@ def _parse_sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedB
         found = None
     if not isinstance(found, dict):
         raise ValueError(
-            f"Message: expected the JSON of an alarm inside SNS's notification, found {str(inner)[:80]!r}"
+            "Message: expected the JSON of an alarm inside SNS's notification, "
+            f"found {str(inner)[:80]!r}"
         )
     return _parse(found, fields, None)

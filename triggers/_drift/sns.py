@@ -1,9 +1,7 @@
-"""Whether a URL that a message brings may be visited to confirm an SNS subscription: only SNS's
-own.
+"""Whether the URL in an SNS message may be visited to confirm a subscription: only SNS's own.
 
-The message's signature is not verified: that takes a library for certificates. What proves the
-sender is the endpoint's `verify=` (SNS sends the user and password of the endpoint's URL), and what
-is visited is only what this page lets through.
+The message's signature is not verified, which would take a library for certificates. The sender is
+verified by the endpoint's `verify=` (SNS sends the user and password of the endpoint's URL).
 """
 
 import re
@@ -13,18 +11,18 @@ _AMAZON = re.compile(r"sns\.[a-z0-9-]{1,32}\.amazonaws\.com(\.cn)?")
 
 
 def may_confirm(url: str, sns: str | None) -> bool:
-    """Whether it is `https` at Amazon's SNS, on the usual port and without a user; or at `sns`, an
-    SNS of somebody's own.
+    """Whether it is `https` at Amazon's SNS, on the default port and without a user; or at `sns`,
+    the URL of another SNS.
     """
     try:
-        asked = urlsplit(url)
+        parts = urlsplit(url)
         if sns is not None:
-            own = urlsplit(sns)
-            return (asked.scheme, asked.netloc) == (own.scheme, own.netloc)
+            expected = urlsplit(sns)
+            return (parts.scheme, parts.netloc) == (expected.scheme, expected.netloc)
         return (
-            asked.scheme == "https"
-            and asked.netloc == asked.hostname
-            and bool(_AMAZON.fullmatch(asked.netloc))
+            parts.scheme == "https"
+            and parts.netloc == parts.hostname
+            and bool(_AMAZON.fullmatch(parts.netloc))
         )
     except ValueError:
         return False

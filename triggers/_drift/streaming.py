@@ -75,17 +75,17 @@ class Adwin:
 
     def _compress(self) -> None:
         """Two buckets of a full row become one of the next."""
-        for place, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows):
             if len(row) <= MAX_BUCKETS:
                 return
             (one, v1) = row[0]
             (other, v2) = row[1]
-            size = 2.0**place
+            size = 2.0**index
             merged = [one + other, v1 + v2 + size / 2 * ((one - other) / size) ** 2]
             del row[:2]
-            if place + 1 == len(self.rows):
+            if index + 1 == len(self.rows):
                 self.rows.append([])
-            self.rows[place + 1].append(merged)
+            self.rows[index + 1].append(merged)
 
     def _cut(self) -> bool:
         """Looks at every border between buckets, the oldest first; drops the oldest bucket if one
@@ -95,10 +95,10 @@ class Adwin:
         u0 = 0.0
         n1 = self.width
         u1 = self.total
-        for place in range(len(self.rows) - 1, -1, -1):
-            row = self.rows[place]
-            size = 2.0**place
-            for total, _ in row[:-1] if place == 0 else row:
+        for index in range(len(self.rows) - 1, -1, -1):
+            row = self.rows[index]
+            size = 2.0**index
+            for total, _ in row[:-1] if index == 0 else row:
                 n0, u0, n1, u1 = n0 + size, u0 + total, n1 - size, u1 - total
                 if n0 >= MIN_SIDE and n1 >= MIN_SIDE and self._differ(n0, n1, u0 / n0 - u1 / n1):
                     self._drop()

@@ -86,25 +86,23 @@ class Rows:
 
 
 class OpenWindow:
-    """One window, open. `number` is its place in the stream, or for windows of time the periods
-    since 1970.
-    """
+    """`number`: its position in the stream; of a time window, the number of spans since 1970."""
 
-    def __init__(self, number: int, watched: Sequence[FeatureSpec]) -> None:
-        self.number = number
-        self._watched = watched
-        self._kept = [
-            place for place, each in enumerate(watched) if each.metric in ("ks", "wasserstein")
+    def __init__(self, number: int, specs: Sequence[FeatureSpec]) -> None:
+        self.number: int = number
+        self._specs: Sequence[FeatureSpec] = specs
+        self._sampled: list[int] = [
+            index for index, each in enumerate(specs) if each.metric in ("ks", "wasserstein")
         ]
-        self.n = 0
-        self.start: int | None = None
+        self.n: int = 0  # rows
+        self.start: int | None = None  # time of the earliest row, in microseconds
         self.end: int | None = None
-        self.counts: list[list[int]] = [[] for _ in watched]
-        self.unseen: list[dict[str, int]] = [{} for _ in watched]
-        self.sums: list[float] = [0.0 for _ in watched]
-        self.stride = 1
+        self.counts: list[list[int]] = [[] for _ in specs]
+        self.unseen: list[dict[str, int]] = [{} for _ in specs]
+        self.sums: list[float] = [0.0 for _ in specs]
+        self.stride: int = 1  # one row in this many is sampled
         self.rows = Rows(f"drift:x/{number}/")
-        self._touched = False
+        self._touched: bool = False
 
     def add(
         self, rows: Sequence[Sequence[Any]], times: Sequence[int], baselines: Sequence[Baseline]
@@ -112,40 +110,40 @@ class OpenWindow:
         """Rows of values in the features' order, and their times."""
         self.start = min(times) if self.start is None else min(self.start, *times)
         self.end = max(times) if self.end is None else max(self.end, *times)
-        for place, (watched, baseline) in enumerate(zip(self._watched, baselines, strict=True)):
-            column = to_column(watched, [row[place] for row in rows])
+        for index, (spec, baseline) in enumerate(zip(self._specs, baselines, strict=True)):
+            column = to_column(spec, [row[index] for row in rows])
             found = baseline.bins.count(column)
-            before = self.counts[place]
-            self.counts[place] = (
+            before = self.counts[index]
+            self.counts[index] = (
                 [one + other for one, other in zip(before, found, strict=True)] if before else found
             )
-            self.unseen[place] = baseline.bins.unseen(column, self.unseen[place])
-            if watched.numeric:
-                self.sums[place] += float(column.values.sum())
+            self.unseen[index] = baseline.bins.unseen(column, self.unseen[index])
+            if spec.numeric:
+                self.sums[index] += float(column.values.sum())
         self._sample(rows)
         self.n += len(rows)
         self._touched = True
 
     def _sample(self, rows: Sequence[Sequence[Any]]) -> None:
-        if not self._kept:
+        if not self._sampled:
             return
         offset = -self.n % self.stride
         self.rows.extend(
-            [[row[place] for place in self._kept] for row in rows[offset :: self.stride]]
+            [[row[index] for index in self._sampled] for row in rows[offset :: self.stride]]
         )
         while len(self.rows) > SAMPLE_SIZE:
             self.rows.halve()
             self.stride *= 2
 
-    def values(self, place: int) -> list[Any]:
+    def values(self, index: int) -> list[Any]:
         """The sampled values of a feature whose metric needs them."""
-        column = self._kept.index(place)
+        column = self._sampled.index(index)
         return [row[column] for row in self.rows.rows]
 
-    def mean(self, place: int) -> float | None:
+    def mean(self, index: int) -> float | None:
         """The mean of a numeric feature's values."""
-        values = sum(self.counts[place][:-2])
-        return self.sums[place] / values if values else None
+        values = sum(self.counts[index][:-2])
+        return self.sums[index] / values if values else None
 
     # ------------------------------------------------------------------------- parts
 
@@ -155,7 +153,7 @@ class OpenWindow:
 
     def changes(self) -> Iterator[tuple[str, Json]]:
         if self._touched:
-            unseen = {str(place): each for place, each in enumerate(self.unseen) if each}
+            unseen = {str(index): each for index, each in enumerate(self.unseen) if each}
             yield (
                 self.key,
                 [self.n, self.start, self.end, self.counts, unseen, self.sums, self.stride],
@@ -164,7 +162,7 @@ class OpenWindow:
             self._touched = False
 
     def removal(self) -> Iterator[tuple[str, Json]]:
-        """What takes the window out of the store."""
+        """The changes that delete the window."""
         yield self.key, None
         self.rows.clear()
         yield from self.rows.changes()

@@ -16,9 +16,7 @@ MINUTE = timedelta(minutes=1)
 
 
 def time_zone(name: str, caller: str) -> tzinfo:
-    """The zone of this name. UTC needs no database. UsageError, for `caller`, says what
-    is missing.
-    """
+    """The zone of this name; UTC needs no database. UsageError names `caller` and the problem."""
     if name.upper() == "UTC":
         return UTC
     try:
