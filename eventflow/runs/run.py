@@ -24,7 +24,7 @@ from typing import TypeAlias
 import msgspec
 
 from eventflow.events.event import ALPHABET
-from eventflow.events.event import format_id as format_id  # noqa: PLC0414  (re-exported beside parse_id)
+from eventflow.events.event import format_id as format_id  # noqa: PLC0414  (re-exported)
 from eventflow.runs.journal import Entry
 
 MAX_CRASHES = 3

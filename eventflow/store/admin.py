@@ -56,7 +56,7 @@ def _load_run(tx: Transaction, row: RunRow) -> Run:
 
 
 def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:
-    """Children whose error was cleared from the journal are retried too: the run calls them again."""
+    """Retries the children too whose error was cleared: the run calls them again."""
     if not row.state.is_live:
         note_retry(tx, row.id)
     cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
@@ -160,6 +160,9 @@ def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -
 
 # --------------------------------------------------------------------------- redrive, replay
 
+_EVENT = """SELECT key, digest, trigger, event_id, verdicts, headers, body, kept
+    FROM events WHERE id = ?"""
+
 
 def redrive(tx: Transaction, dead_letter: int, arrival: Arrival) -> Receipt:
     """Delivers a dead letter again, once: its delivery leaves the sum of P9, and the new arrival's
@@ -196,14 +199,14 @@ def _add_to_event(
 
     A redrive may bring a corrected body: the runs get it, the dead letter keeps the first.
     """
-    asked = "SELECT key, digest, trigger, event_id, verdicts, headers, body, kept FROM events WHERE id = ?"
-    found = tx.connection.execute(asked, (event,)).fetchone()
+    found = tx.connection.execute(_EVENT, (event,)).fetchone()
     if found is None:
         raise NotFound("event", format_id(event))
     key, digest, trigger, event_id, verdicts, headers, body, kept = found
     if not kept:
         raise UsageError(
-            f"event {format_id(event)} is past its retention: its body is gone; send it again under a new id"
+            f"event {format_id(event)} is past its retention: its body is gone; "
+            "send it again under a new id"
         )
     if dead_letter is not None and body != arrival.body:
         tx.connection.execute("UPDATE dead_letters SET body = ? WHERE id = ?", (body, dead_letter))
@@ -241,8 +244,10 @@ def set_paused(tx: Transaction, trigger: str, paused: bool) -> None:
 
 
 _RELEASE = """UPDATE runs SET state = 0, due_at = 0 WHERE id IN (
-        SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = -1 UNION ALL
-        SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1)
+        SELECT id FROM runs INDEXED BY runs_live WHERE state < 4 AND blocked = 0 AND state = -1
+        UNION ALL
+        SELECT id FROM runs INDEXED BY runs_ordering
+        WHERE ordering_key IS NOT NULL AND state < 4 AND blocked = 1)
     AND state = -1
     AND EXISTS (SELECT 1 FROM events e WHERE e.id = runs.event AND e.trigger = ?)"""
 """Makes the paused runs of a trigger PENDING.

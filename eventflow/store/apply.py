@@ -198,7 +198,8 @@ def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fence
         return Fenced(f"run {format_id(op.run)} is {row.state.label}, not running")
     if row.token != op.token:
         return Fenced(
-            f"run {format_id(op.run)} was claimed again: its token is {row.token}, this one is {op.token}"
+            f"run {format_id(op.run)} was claimed again: its token is {row.token}, "
+            f"this one is {op.token}"
         )
     return row
 

@@ -29,12 +29,14 @@ _FIRST = f"""
 
 _GROUPS = f"""
     WITH RECURSIVE flows (state, flow) AS (
-        SELECT column1, (SELECT min(flow) FROM runs WHERE {_CLAIMABLE} = column1) FROM (VALUES (0), (2))
+        SELECT column1, (SELECT min(flow) FROM runs WHERE {_CLAIMABLE} = column1)
+        FROM (VALUES (0), (2))
         UNION ALL
         SELECT f.state, (SELECT min(flow) FROM runs WHERE {_CLAIMABLE} = f.state AND flow > f.flow)
         FROM flows f WHERE f.flow IS NOT NULL),
     heads (state, flow, priority) AS (
-        SELECT f.state, f.flow, (SELECT max(priority) FROM runs WHERE {_CLAIMABLE} = f.state AND flow = f.flow)
+        SELECT f.state, f.flow, (SELECT max(priority) FROM runs
+            WHERE {_CLAIMABLE} = f.state AND flow = f.flow)
         FROM flows f WHERE f.flow IS NOT NULL
         UNION ALL
         SELECT h.state, h.flow, (SELECT max(priority) FROM runs
@@ -43,14 +45,15 @@ _GROUPS = f"""
     SELECT json_group_array(json_array(
         flow, priority,
         (SELECT min(due_at) FROM runs
-            WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority AND due_at > :now),
+            WHERE {_CLAIMABLE} = h.state AND flow = h.flow AND priority = h.priority
+            AND due_at > :now),
         json(CASE WHEN h.flow IN (SELECT value FROM json_each(:capped))
             THEN ({_FIRST.format(":few")}) ELSE ({_FIRST.format(":most")}) END)))
     FROM heads h WHERE h.priority IS NOT NULL"""
 
 
 class Group(msgspec.Struct, array_like=True):
-    """Of one flow, state and priority: the due runs as (due_at, id), and when the next one is due."""
+    """Of one flow, state and priority: the due runs as (due_at, id), and the next due time."""
 
     flow: str
     priority: int

@@ -15,8 +15,9 @@ from eventflow.store.protocol import Arrival
 from eventflow.store.rows import NEVER
 
 TOTALS = (
-    "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events", "duplicates", "conflicts",
-    "runs", "pending_bytes", "pruned_completed", "pruned_failed", "pruned_cancelled", "pruned_events", "pruned_runs",
+    "accepted", "completed", "failed", "dead", "cancelled", "suppressed", "pending", "events",
+    "duplicates", "conflicts", "runs", "pending_bytes", "pruned_completed", "pruned_failed",
+    "pruned_cancelled", "pruned_events", "pruned_runs",
 )  # fmt: skip
 """The counting columns of the one row of `ledger`."""
 
@@ -54,16 +55,18 @@ class Commit:
         self.at = at
         self.now = now
         self.totals = dict(totals)
-        # Reported to the worker: runs it reserved, running runs to cancel, answers of child runs by parent.
+        # Reported to the worker: runs that it reserved, running runs to cancel, and answers of
+        # child runs by parent.
         self.reserved: list[Run] = []
         self.cancels: list[int] = []
         self.answers: list[tuple[int, Entry]] = []
-        # Whether runs are due that the worker did not reserve, and when the next run or pattern is due.
+        # Whether runs are due that the worker did not reserve, and when the next run or pattern
+        # is due.
         self.has_due = False
         self.next_due = NEVER
         # Sinks with new messages in the outbox.
         self.sinks: set[str] = set()
-        # Events that the ledger itself makes (late runs, absences); recorded before the transaction ends.
+        # Events that the store itself makes (late runs, absences); recorded before the commit.
         self.own_events: list[Arrival] = []
 
     def count(self, column: str, n: int = 1) -> None:

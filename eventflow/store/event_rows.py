@@ -38,7 +38,7 @@ class EventRows:
             )
 
     def first_of(self, arrival: Arrival) -> KnownEvent | None:
-        """The event of the same identity that was recorded first; None when this one is the first."""
+        """The event of the same identity that was recorded before; None if there is none."""
         first = self._known.get(arrival.key)
         if first is None and (earlier := self._added.get(arrival.key)) is not None:
             first = KnownEvent(

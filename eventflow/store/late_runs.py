@@ -27,10 +27,12 @@ or only matched by a `*`.
 
 _FLOWS = """
     WITH RECURSIVE live (state, flow) AS (
-        SELECT column1, (SELECT min(flow) FROM runs WHERE state < 4 AND blocked = 0 AND state = column1)
+        SELECT column1, (SELECT min(flow) FROM runs
+            WHERE state < 4 AND blocked = 0 AND state = column1)
         FROM (VALUES (-1), (0), (1), (2), (3))
         UNION ALL
-        SELECT l.state, (SELECT min(flow) FROM runs WHERE state < 4 AND blocked = 0 AND state = l.state AND flow > l.flow)
+        SELECT l.state, (SELECT min(flow) FROM runs
+            WHERE state < 4 AND blocked = 0 AND state = l.state AND flow > l.flow)
         FROM live l WHERE l.flow IS NOT NULL)
     SELECT DISTINCT flow FROM live WHERE flow IS NOT NULL"""
 # Before a blocked run there is one of the same flow and ordering key that is not blocked.
@@ -39,31 +41,38 @@ _LIVE = """
     SELECT id FROM runs INDEXED BY runs_live
     WHERE state < 4 AND blocked = 0 AND state IN (-1, 0, 1, 2, 3) AND flow = :flow
     UNION ALL
-    SELECT id FROM runs INDEXED BY runs_ordering WHERE ordering_key IS NOT NULL AND state < 4 AND flow = :flow AND blocked = 1"""
+    SELECT id FROM runs INDEXED BY runs_ordering
+    WHERE ordering_key IS NOT NULL AND state < 4 AND flow = :flow AND blocked = 1"""
 
-# A run is due when it is recorded; one that gathers events, when its window closes: that is its `due_at`, until the run sleeps
-# (then its start is the nearest thing known). A window that is full has 0 there; its last event closed it.
+# A run is due when it is recorded. A run that batches events is due when its window closes: that
+# is its `due_at`, until the run sleeps; then its start is the closest known instant. The `due_at`
+# of a full window is 0; its last event closed it.
 _DUE = """CASE
     WHEN r.mode IS NULL OR r.mode NOT IN ('batch', 'debounce') THEN r.created_at
     WHEN r.due_at BETWEEN r.created_at AND ifnull(r.started_at, r.due_at) THEN r.due_at
     WHEN r.started_at IS NOT NULL THEN r.started_at
-    ELSE ifnull((SELECT max(e.received_at) FROM run_events m JOIN events e ON e.id = m.event WHERE m.run = r.id), r.created_at)
+    ELSE ifnull((SELECT max(e.received_at) FROM run_events m JOIN events e ON e.id = m.event
+        WHERE m.run = r.id), r.created_at)
     END"""
 
 _NOT_MARKED = """NOT EXISTS (
-    SELECT 1 FROM late_runs l WHERE l.run = r.id AND (l.after = :after OR (l.after = 0 AND l.at >= r.created_at + :after)))"""
+    SELECT 1 FROM late_runs l WHERE l.run = r.id
+    AND (l.after = :after OR (l.after = 0 AND l.at >= r.created_at + :after)))"""
 
 _LATE = f"""
     SELECT r.id, {_DUE} + :after AS late_at FROM ({_LIVE}) live JOIN runs r ON r.id = live.id
     WHERE live.id < :ceiling AND {_NOT_MARKED}
-      AND (:named OR NOT EXISTS (SELECT 1 FROM events e WHERE e.id = r.event AND e.type = '{LATE_EVENT_TYPE}'))
+      AND (:named OR NOT EXISTS (SELECT 1 FROM events e
+        WHERE e.id = r.event AND e.type = '{LATE_EVENT_TYPE}'))
     ORDER BY late_at, r.id LIMIT {MAX_RUNS_PER_SCAN + 1}"""
 
 _NEXT = f"SELECT min(id) FROM ({_LIVE}) WHERE id >= :ceiling"
 
 _LATE_NOW = f"""
-    SELECT r.id, r.flow, r.state, r.token, r.depth, r.started_at, r.reason, {_DUE} AS due FROM runs r
-    WHERE r.id IN (SELECT value FROM json_each(:runs)) AND r.state < 4 AND due + :after <= :now AND {_NOT_MARKED}
+    SELECT r.id, r.flow, r.state, r.token, r.depth, r.started_at, r.reason, {_DUE} AS due
+    FROM runs r
+    WHERE r.id IN (SELECT value FROM json_each(:runs)) AND r.state < 4
+      AND due + :after <= :now AND {_NOT_MARKED}
     ORDER BY due, r.id"""
 
 
@@ -89,7 +98,7 @@ def find(connection: sqlite3.Connection, wanted: Wanted, now: int) -> LateRuns:
 def _find_in_flow(
     connection: sqlite3.Connection, flow: str, after: int, is_named: bool, now: int
 ) -> tuple[list[int], int | None]:
-    # An id begins with the millisecond that it was made in: what has a larger one than this cannot be late yet.
+    # An id begins with the millisecond that it was made in: runs from this id on cannot be late.
     asked = {
         "flow": flow,
         "after": after,

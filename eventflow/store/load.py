@@ -13,13 +13,16 @@ from eventflow.runs.run import Run, State, format_id
 from eventflow.store import rows
 
 _RUNS = """
-    SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at, r.token, r.ordering_key, r.priority,
-           r.parent, r.parent_call_key, r.depth, r.params, r.crash_suspect, r.crash_count, r.cancel_requested, r.mode, r.deliveries, r.crc,
+    SELECT r.id, r.flow, r.subscription, r.event, r.state, r.created_at, r.due_at, r.started_at,
+           r.token, r.ordering_key, r.priority, r.parent, r.parent_call_key, r.depth, r.params,
+           r.crash_suspect, r.crash_count, r.cancel_requested, r.mode, r.deliveries, r.crc,
            e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc
-    FROM runs r LEFT JOIN events e ON e.id = r.event WHERE r.id IN (SELECT value FROM json_each(?))"""
+    FROM runs r LEFT JOIN events e ON e.id = r.event
+    WHERE r.id IN (SELECT value FROM json_each(?))"""
 
 _JOURNAL = """
-    SELECT call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error, crc
+    SELECT call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error,
+           crc
     FROM journal WHERE run = ? ORDER BY batch, position"""
 
 
@@ -36,14 +39,34 @@ def load_runs(
 
 
 def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
-    (ident, flow, subscription, event, state, created_at, due_at, started_at, token, ordering_key, priority, parent, parent_call_key,
-     depth, params, crash_suspect, crash_count, cancel_requested, mode, deliveries, crc, *rest) = row  # fmt: skip
+    (
+        ident, flow, subscription, event, state, created_at, due_at, started_at, token,
+        ordering_key, priority, parent, parent_call_key, depth, params, crash_suspect,
+        crash_count, cancel_requested, mode, deliveries, crc, *rest,
+    ) = row  # fmt: skip
     run = Run(
-        id=ident, flow=flow, created_at=created_at, due_at=due_at or created_at, event=event, subscription=subscription,
-        state=State(state), started_at=started_at, token=token, ordering_key=ordering_key, priority=priority, parent=parent,
-        parent_call_key=parent_call_key, depth=depth, params=params, payload=rest[7], crash_suspect=bool(crash_suspect), crash_count=crash_count,
-        cancel_requested=bool(cancel_requested), mode=mode, deliveries=deliveries,
-    )  # fmt: skip
+        id=ident,
+        flow=flow,
+        created_at=created_at,
+        due_at=due_at or created_at,
+        event=event,
+        subscription=subscription,
+        state=State(state),
+        started_at=started_at,
+        token=token,
+        ordering_key=ordering_key,
+        priority=priority,
+        parent=parent,
+        parent_call_key=parent_call_key,
+        depth=depth,
+        params=params,
+        payload=rest[7],
+        crash_suspect=bool(crash_suspect),
+        crash_count=crash_count,
+        cancel_requested=bool(cancel_requested),
+        mode=mode,
+        deliveries=deliveries,
+    )
     if crc != rows.run_crc(ident, flow, subscription, event, ordering_key, params):
         return run, corrupt("runs", ident)
     if rest[0] is not None and rest[8] is not None and rest[8] != rows.event_crc(*rest[:8]):
@@ -56,14 +79,15 @@ def load_payloads(connection: sqlite3.Connection, run: int) -> list[bytes]:
 
     StoreCorrupt names one whose checksum does not match.
     """
-    asked = f"""SELECT {", ".join(_CHECKED_COLUMNS)} FROM events e WHERE id = (SELECT event FROM runs WHERE id = :run)
+    asked = f"""SELECT {", ".join(_CHECKED_COLUMNS)} FROM events e
+        WHERE id = (SELECT event FROM runs WHERE id = :run)
         OR id IN (SELECT event FROM run_events WHERE run = :run) ORDER BY id"""
-    bodies: list[bytes] = []
-    for *payload, crc in connection.execute(asked, {"run": run}):
-        if crc != rows.event_crc(*payload):
-            raise StoreCorrupt(corrupt("events", payload[0]))
-        bodies.append(payload[-1])
-    return bodies
+    payloads: list[bytes] = []
+    for *columns, crc in connection.execute(asked, {"run": run}):
+        if crc != rows.event_crc(*columns):
+            raise StoreCorrupt(corrupt("events", columns[0]))
+        payloads.append(columns[-1])
+    return payloads
 
 
 _CHECKED_COLUMNS = (
@@ -101,9 +125,18 @@ def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
             crc,
         ) = row
         entry = Entry(
-            call_key=call_key, kind=Kind(kind), attempt=attempt, batch=batch, position=position, at=at, due_at=due_at, fingerprint=fingerprint,
-            codec=codec, value=value, error=error,
-        )  # fmt: skip
+            call_key=call_key,
+            kind=Kind(kind),
+            attempt=attempt,
+            batch=batch,
+            position=position,
+            at=at,
+            due_at=due_at,
+            fingerprint=fingerprint,
+            codec=codec,
+            value=value,
+            error=error,
+        )
         if crc != rows.entry_crc(run, entry):
             raise StoreCorrupt(corrupt("journal", run) + f", entry {call_key!r} attempt {attempt}")
         entries.append(entry)

@@ -33,8 +33,9 @@ def migrate(connection: sqlite3.Connection, path: str, known: Sequence[tuple[int
     found: int = connection.execute("PRAGMA user_version").fetchone()[0]
     if found > newest:
         raise StoreError(
-            f"the store {path} has schema {found}, this eventflow knows up to {newest}: a newer version wrote it; install that "
-            "version, or restore the copy that was made before its upgrade"
+            f"the store {path} has schema {found}, this eventflow knows up to {newest}: "
+            "a newer version wrote it; install that version, "
+            "or restore the copy that was made before its upgrade"
         )
     missing = [sql for number, sql in known if number > found]
     if not missing:

@@ -21,9 +21,11 @@ log = get_logger("eventflow.store")
 
 _UNSENT = """
     SELECT o.id, o.subscription, d.reason, d.body,
-           e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc, e.source, e.type
+           e.id, e.key, e.digest, e.trigger, e.event_id, e.verdicts, e.headers, e.body, e.crc,
+           e.source, e.type
     FROM outbox o JOIN events e ON e.id = o.event
-    LEFT JOIN dead_letters d ON d.id = (SELECT max(id) FROM dead_letters WHERE event = o.event AND subscription = o.subscription)
+    LEFT JOIN dead_letters d ON d.id = (SELECT max(id) FROM dead_letters
+        WHERE event = o.event AND subscription = o.subscription)
     WHERE o.sink = ? ORDER BY o.id LIMIT ?"""
 
 

@@ -25,8 +25,8 @@ from eventflow.store.windows import Windows
 DUE_BATCH_SIZE = 256
 """Patterns that one claim advances because they are due."""
 
-_DUE = """SELECT subscription, key, due_at, open, crc, hex(state) FROM patterns INDEXED BY patterns_due
-    WHERE due_at <= ? ORDER BY due_at LIMIT ?"""
+_DUE = """SELECT subscription, key, due_at, open, crc, hex(state)
+    FROM patterns INDEXED BY patterns_due WHERE due_at <= ? ORDER BY due_at LIMIT ?"""
 
 _NEXT_DUE = "SELECT min(due_at) FROM patterns INDEXED BY patterns_due WHERE due_at < ?"
 

@@ -22,9 +22,11 @@ _PRUNED = {
     State.CANCELLED: "pruned_cancelled",
 }
 
-# An id begins with the millisecond that it was made in, so old rows have small ids and the search starts with them.
+# An id begins with the millisecond that it was made in, so old rows have small ids, and the search
+# starts with them.
 _ENDED = """
-    SELECT id, state, parent, deliveries, (SELECT count(*) FROM journal WHERE run = r.id) FROM runs r NOT INDEXED
+    SELECT id, state, parent, deliveries, (SELECT count(*) FROM journal WHERE run = r.id)
+    FROM runs r NOT INDEXED
     WHERE id < :ceiling AND state BETWEEN 4 AND 6 AND finished_at < :before
       AND NOT EXISTS (SELECT 1 FROM runs p WHERE p.id = r.parent AND p.state < 4)
     ORDER BY id LIMIT :step"""
@@ -38,7 +40,8 @@ _UNNEEDED = """
       AND NOT EXISTS (SELECT 1 FROM outbox WHERE event = e.id)"""
 
 _PAYLOADS = f"""
-    SELECT id FROM events e INDEXED BY events_scan WHERE id > :after AND id < :ceiling AND {_UNNEEDED} ORDER BY id LIMIT :step"""
+    SELECT id FROM events e INDEXED BY events_scan
+    WHERE id > :after AND id < :ceiling AND {_UNNEEDED} ORDER BY id LIMIT :step"""
 
 _DROP = f"""
     UPDATE events AS e SET kept = 0, body = NULL, headers = NULL, crc = NULL
@@ -59,7 +62,7 @@ def _old(before: int, step: int) -> dict[str, int]:
 
 
 def prune(tx: Transaction, *, payloads_before: int, identities_before: int, step: int) -> int:
-    """Runs older than `bodies_before`; when there are none, identities older than
+    """Deletes runs older than `payloads_before`; when there are none, identities older than
     `identities_before` without a payload.
     """
     return _prune_runs(tx, payloads_before, step) or _prune_identities(

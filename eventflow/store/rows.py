@@ -96,16 +96,18 @@ def checksum(*payload: Value) -> int:
 # --------------------------------------------------------------------------- events
 
 EVENT_COLUMNS = (
-    "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at", "matched", "crc", "verdicts",
-    "headers", "body",
+    "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at",
+    "matched", "crc", "verdicts", "headers", "body",
 )  # fmt: skip
 insert_events = insert("events", EVENT_COLUMNS)
 
 
 def event_row(a: Arrival) -> Values:
     crc = event_crc(a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
-    return (a.id, a.key, a.digest, a.trigger, a.event_id, a.source, a.type, a.subject, a.received_at, len(a.runs), crc,
-            a.verdicts, a.headers, a.body)  # fmt: skip
+    return (
+        a.id, a.key, a.digest, a.trigger, a.event_id, a.source, a.type, a.subject, a.received_at,
+        len(a.runs), crc, a.verdicts, a.headers, a.body,
+    )  # fmt: skip
 
 
 def event_crc(*payload: Value) -> int:
@@ -125,7 +127,8 @@ class KnownEvent(msgspec.Struct, array_like=True, gc=False):
 known_events = BulkStatement(
     "SELECT json_group_array(json_array(e.id, hex(e.key), hex(e.digest), e.matched)) FROM",
     2,
-    "v CROSS JOIN events e ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
+    "v CROSS JOIN events e"
+    " ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
 )
 count_duplicates = BulkStatement(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
@@ -139,17 +142,21 @@ insert_outbox = insert("outbox", ("sink", "event", "subscription", "at"))
 # --------------------------------------------------------------------------- runs
 
 RUN_COLUMNS = (
-    "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token", "ordering_key", "blocked",
-    "priority", "parent", "parent_call_key", "depth", "crash_suspect", "crash_count", "cancel_requested", "size", "crc", "params", "mode",
+    "id", "flow", "subscription", "event", "state", "created_at", "due_at", "started_at", "token",
+    "ordering_key", "blocked", "priority", "parent", "parent_call_key", "depth", "crash_suspect",
+    "crash_count", "cancel_requested", "size", "crc", "params", "mode",
 )  # fmt: skip
 insert_runs = insert("runs", RUN_COLUMNS)
 
 
 def run_row(run: Run, due_at: int, size: int) -> Values:
     crc = run_crc(run.id, run.flow, run.subscription, run.event, run.ordering_key, run.params)
-    return (run.id, run.flow, run.subscription, run.event, int(run.state), run.created_at, due_at, run.started_at, run.token,
-            run.ordering_key, int(run.ordering_key is not None), run.priority, run.parent, run.parent_call_key, run.depth, int(run.crash_suspect),
-            run.crash_count, int(run.cancel_requested), size, crc, run.params, run.mode)  # fmt: skip
+    return (
+        run.id, run.flow, run.subscription, run.event, int(run.state), run.created_at, due_at,
+        run.started_at, run.token, run.ordering_key, int(run.ordering_key is not None),
+        run.priority, run.parent, run.parent_call_key, run.depth, int(run.crash_suspect),
+        run.crash_count, int(run.cancel_requested), size, crc, run.params, run.mode,
+    )  # fmt: skip
 
 
 def run_crc(
@@ -196,21 +203,27 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
 def new_run_row(run: Run, due_at: int, size: int) -> RunRow:
     """The row of a run that this transaction inserts."""
     return RunRow(
-        run.id, run.flow, run.ordering_key, run.event, run.parent, run.parent_call_key, size, run.state, due_at, run.started_at,
-        None, run.token, 0, int(run.crash_suspect), run.crash_count, int(run.cancel_requested), None, 1, run.depth,
+        run.id, run.flow, run.ordering_key, run.event, run.parent, run.parent_call_key, size,
+        run.state, due_at, run.started_at, None, run.token, 0, int(run.crash_suspect),
+        run.crash_count, int(run.cancel_requested), None, 1, run.depth,
     )  # fmt: skip
 
 
 _ROW = ",".join(RunRow.__struct_fields__[:19])
-READ_ROWS = f"SELECT json_group_array(json_array({_ROW})) FROM runs WHERE id IN (SELECT value FROM json_each(?))"
+READ_ROWS = (
+    f"SELECT json_group_array(json_array({_ROW})) FROM runs"
+    " WHERE id IN (SELECT value FROM json_each(?))"
+)
 decode_rows = msgspec.json.Decoder(list[RunRow]).decode
 
 _CHANGES = (
-    "state", "due_at", "started_at", "finished_at", "token", "blocked", "crash_suspect", "crash_count", "cancel_requested", "reason",
-    "result", "codec", "error", "unclaimed_entries", "outcome_crc",
+    "state", "due_at", "started_at", "finished_at", "token", "blocked", "crash_suspect",
+    "crash_count", "cancel_requested", "reason", "result", "codec", "error", "unclaimed_entries",
+    "outcome_crc",
 )  # fmt: skip
+_SET = ", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGES, 2))
 update_runs = BulkStatement(
-    f"UPDATE runs SET {', '.join(f'{name} = column{n}' for n, name in enumerate(_CHANGES, 2))} FROM",
+    f"UPDATE runs SET {_SET} FROM",
     len(_CHANGES) + 1,
     "WHERE runs.id = column1",
 )
@@ -222,8 +235,11 @@ def run_changes(row: RunRow) -> Values:
         if row.result is None and row.error is None
         else checksum(row.id, row.result, row.codec, row.error)
     )
-    return (row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token, row.blocked, row.crash_suspect,
-            row.crash_count, row.cancel_requested, row.reason, row.result, row.codec, row.error, row.unclaimed_entries, crc)  # fmt: skip
+    return (
+        row.id, int(row.state), row.due_at, row.started_at, row.finished_at, row.token,
+        row.blocked, row.crash_suspect, row.crash_count, row.cancel_requested, row.reason,
+        row.result, row.codec, row.error, row.unclaimed_entries, crc,
+    )  # fmt: skip
 
 
 insert_run_events = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
@@ -253,7 +269,8 @@ known_windows = BulkStatement(
 put_windows = insert(
     "windows",
     WindowRow.__struct_fields__,
-    "ON CONFLICT (subscription, ordering_key) DO UPDATE SET run = excluded.run, count = excluded.count, opened_at = excluded.opened_at",
+    "ON CONFLICT (subscription, ordering_key) DO UPDATE SET run = excluded.run,"
+    " count = excluded.count, opened_at = excluded.opened_at",
 )
 decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
@@ -265,8 +282,8 @@ known_patterns = BulkStatement(
 put_patterns = insert(
     "patterns",
     ("subscription", "key", "due_at", "open", "crc", "state"),
-    "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open, crc = excluded.crc,"
-    " state = excluded.state",
+    "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open,"
+    " crc = excluded.crc, state = excluded.state",
 )
 delete_patterns = BulkStatement(
     "DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")"
@@ -274,7 +291,8 @@ delete_patterns = BulkStatement(
 insert_pattern_events = insert(
     "pattern_events",
     ("event", "subscription", "key", "size"),
-    "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size, expired = NULL",
+    "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size,"
+    " expired = NULL",
 )
 delete_pattern_events = BulkStatement(
     "DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")"
@@ -287,10 +305,12 @@ expire_pattern_events = BulkStatement(
 
 unblock_heads = BulkStatement(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
-    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 1 AND ordering_key IS NOT NULL AND state < 4) FROM",
+    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 1"
+    " AND ordering_key IS NOT NULL AND state < 4) FROM",
     2,
     "WHERE column1 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs"
-    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 0 AND ordering_key IS NOT NULL AND state < 4))",
+    " WHERE flow = column1 AND ordering_key = column2 AND blocked = 0"
+    " AND ordering_key IS NOT NULL AND state < 4))",
 )
 """Each ordering key has exactly one live run that is not blocked, its head: where there is none,
 the oldest live run becomes it.
@@ -323,8 +343,10 @@ insert_entries = insert("journal", ENTRY_COLUMNS)
 
 
 def entry_row(run: int, e: Entry) -> Values:
-    return (run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.at, e.due_at, entry_crc(run, e), e.codec, e.fingerprint,
-            e.value, e.error)  # fmt: skip
+    return (
+        run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.at, e.due_at,
+        entry_crc(run, e), e.codec, e.fingerprint, e.value, e.error,
+    )  # fmt: skip
 
 
 def entry_crc(run: int, e: Entry) -> int:
@@ -346,7 +368,8 @@ def entry_crc(run: int, e: Entry) -> int:
 known_entries = BulkStatement(
     "SELECT count(*) FROM",
     4,
-    "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2 AND j.attempt = v.column3 AND j.kind = v.column4",
+    "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2"
+    " AND j.attempt = v.column3 AND j.kind = v.column4",
 )
 finals = BulkStatement(
     "SELECT json_group_array(json_array(run, call_key)) FROM",

@@ -1,9 +1,8 @@
-"""The ledger in one SQLite file: the verbs of base.py.
+"""The store in one SQLite file: `SqliteStore` implements the `Store` of protocol.py.
 
-`open` takes the lock, proves the file, migrates and recovers; then one thread writes (writer.py)
-and two read (readers.py). The hot path posts; the doors await. Where a verb is decided: ops.py
-(record, append, mark, settle), claim.py, admin.py, queries.py (lists), retention.py. Everything
-here is about putting these together, nothing decides.
+`open` takes the lock, checks the file, migrates it and recovers; then one thread writes (writer.py)
+and two read (readers.py). Nothing is decided here: operations are in apply.py and claim.py, verbs
+of administration in admin.py and retention.py, late_runs.py and outbox.py, lists in queries.py.
 """
 
 import asyncio
@@ -89,11 +88,11 @@ class _Limits(NamedTuple):
 
 
 class SqliteStore:
-    """One process, one file. See `base.Store` for what each verb promises.
+    """One process, one file. `Store` in protocol.py says what each verb promises.
 
-    `synchronous="NORMAL"` is faster on slow disks and may lose the last commits in a power cut,
-    though never tear them. `max_pending` and `max_pending_bytes` bound the backlog; `free_floor`
-    (bytes; default 256 MiB or 2 % of the disk, whichever is less) is what the ledger leaves free;
+    `synchronous="NORMAL"` is faster on slow disks; a power cut may then lose the last commits, but
+    never half of one. `max_pending` and `max_pending_bytes` bound the backlog. `free_floor` (bytes;
+    default 256 MiB or 2 % of the disk, whichever is less) is the free space that the store leaves.
     `accept_loss` opens a store that lost commits it had acknowledged.
     """
 
@@ -185,9 +184,10 @@ class SqliteStore:
         found = last_batch(self.path)
         if marked > found and not self._accept_loss:
             raise StoreCorrupt(
-                f"the store {self.path} ends at commit {found}, but commit {marked} was acknowledged: "
-                f"{found + 1} to {marked} are missing. Restore them; or go on without them (also after "
-                "restoring an older backup) with `eventflow doctor --accept-loss`"
+                f"the store {self.path} ends at commit {found}, "
+                f"but commit {marked} was acknowledged: {found + 1} to {marked} are missing. "
+                "Restore them; or go on without them (also after restoring an older backup) "
+                "with `eventflow doctor --accept-loss`"
             )
         return max(marked, found)
 
@@ -208,7 +208,7 @@ class SqliteStore:
                 pass  # everything acknowledged is in the WAL; the next open reads it there
             self._connection = None
         self._high_water.close()
-        if self._lock.held:
+        if self._lock.is_held:
             self._space.release_ballast()  # a closed store reserves no space
         self._lock.release()
 
@@ -248,11 +248,13 @@ class SqliteStore:
         totals = self._open_writer().last.totals
         if totals["pending"] >= self._limits.pending:
             return StoreFull(
-                f"{totals['pending']} deliveries are pending, the bound is {self._limits.pending}", 5.0
+                f"{totals['pending']} deliveries are pending, the bound is {self._limits.pending}",
+                5.0,
             )
         if totals["pending_bytes"] >= self._limits.pending_bytes:
             return StoreFull(
-                f"{totals['pending_bytes']} bytes are pending, the bound is {self._limits.pending_bytes}",
+                f"{totals['pending_bytes']} bytes are pending, "
+                f"the bound is {self._limits.pending_bytes}",
                 5.0,
             )
         return self._space.full()
@@ -365,7 +367,7 @@ class SqliteStore:
         return await self._transact(retention.drop_payloads, found, payloads_before) if found else 0
 
     async def _unneeded_payloads(self, before: int, step: int) -> list[int]:
-        """The next ones after those of the last step, or from the beginning when there are no more."""
+        """The next ones after the last step, or from the beginning when there are no more."""
         found: list[int] = await self._read(
             retention.unneeded_payloads,
             before=before,
@@ -419,9 +421,15 @@ class SqliteStore:
         return {name: totals[name] for name in queries.COUNTS}
 
     async def events(
-        self, *, trigger: str | None = None, type: str | None = None, since: int | None = None, until: int | None = None,
-        limit: int = 50, after: int | None = None,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self,
+        *,
+        trigger: str | None = None,
+        type: str | None = None,
+        since: int | None = None,
+        until: int | None = None,
+        limit: int = 50,
+        after: int | None = None,
+    ) -> list[dict[str, Any]]:
         return await self._read(
             queries.events,
             trigger=trigger,
@@ -443,16 +451,28 @@ class SqliteStore:
         limit: int,
     ) -> tuple[list[dict[str, Any]], int | None]:
         return await self._read(
-            queries.past, triggers=triggers, type=type, since=since, until=until, after=after, limit=limit
-        )  # fmt: skip
+            queries.past,
+            triggers=triggers,
+            type=type,
+            since=since,
+            until=until,
+            after=after,
+            limit=limit,
+        )
 
     async def event(self, ident: str | int) -> dict[str, Any]:
         return await self._read(queries.event, ident)
 
     async def runs(
-        self, *, event: int | None = None, flow: str | None = None, state: State | None = None, parent: int | None = None,
-        limit: int = 50, after: int | None = None,
-    ) -> list[dict[str, Any]]:  # fmt: skip
+        self,
+        *,
+        event: int | None = None,
+        flow: str | None = None,
+        state: State | None = None,
+        parent: int | None = None,
+        limit: int = 50,
+        after: int | None = None,
+    ) -> list[dict[str, Any]]:
         return await self._read(
             queries.runs,
             event=event,

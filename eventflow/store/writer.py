@@ -1,6 +1,6 @@
 """The one thread that writes the store, and its group commit.
 
-    post ──► queue ──► BEGIN IMMEDIATE ─► read what is needed ─► decide ─► write ─► COMMIT (one fsync) ──► one wake-up per loop
+    post ─► queue ─► BEGIN ─► read ─► decide ─► write ─► COMMIT (one fsync) ─► one wake-up per loop
 
 Everything queued when a transaction begins shares it, up to `MAX_BATCH_OPERATIONS`; while one batch
 is synced the next one is queued. Called by sqlite.py. Guarantees: operations are applied in the
@@ -301,7 +301,7 @@ class Writer:
             self._space.restore_ballast()
 
     def commit_queued(self) -> None:
-        """Commits what is queued now, in order; a `TransactionCall` has a transaction of its own."""
+        """Commits what is queued now, in order. A `TransactionCall` has its own transaction."""
         items = self._queue.take()
         while items:
             n = 1
@@ -475,7 +475,7 @@ class Writer:
         if code == sqlite3.SQLITE_FULL and self._space.release_ballast():
             self._serve(items)
         elif code == sqlite3.SQLITE_BUSY:
-            # Another process holds the file. Intake slows down; what the worker posted waits, nothing of it is lost.
+            # Another process holds the file. Intake slows down; what the worker posted waits.
             pid = lock_holder_pid(self._path)
             holder = f"process {pid}" if pid else "another process"
             full = StoreFull(f"the store {self._path} is locked by {holder}", 2.0)
@@ -492,7 +492,8 @@ class Writer:
         is_corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
         what = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
         failed = (StoreCorrupt if is_corrupt else StoreFailed)(
-            f"the store {self._path} failed ({what}); what was being committed is unknown, nothing more is"
+            f"the store {self._path} failed ({what}); "
+            "what was being committed is unknown, nothing more is"
         )
         failed.__cause__ = error
         with self._failure_lock:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from eventflow.store.sqlite import SqliteStore
-from tests.store.ledger import HandClock, Ledger, Reopen
+from tests.store.ledger import Ledger, ManualClock, Reopen
 
 
 @pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def path(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def reopen(path: str, clock: HandClock) -> Iterator[Reopen]:
+def reopen(path: str, clock: ManualClock) -> Iterator[Reopen]:
     """Opens the test's store, closing it first when it is open; at the end the ledger must be
     sound.
     """

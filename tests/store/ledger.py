@@ -1,4 +1,4 @@
-"""What the store's tests say things with: arrivals, runs, a clock that is set by hand, and a worker
+"""Helpers of the store's tests: arrivals, runs, a clock that is set by the test, and a worker
 that takes by hand.
 
 All on a real SqliteStore in a real file. `Ledger` posts ops and awaits them; the fixture in
@@ -29,7 +29,7 @@ from eventflow.store.sqlite import SqliteStore
 SECOND = 1_000_000
 
 
-class HandClock(SystemClock):
+class ManualClock(SystemClock):
     """Stands where the test puts it; monotonic time runs on."""
 
     def __init__(self, now: int = 1_800_000_000 * SECOND) -> None:
@@ -42,20 +42,21 @@ class HandClock(SystemClock):
         self.time += int(seconds * SECOND)
 
 
-class Hand:
-    """A worker's side of the hand-over: takes at most `room` runs, and remembers what it was told."""
+class RecordingWorker:
+    """A worker that reserves at most `capacity` runs and keeps what it receives."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, room: int = 1_000_000) -> None:
-        self.loop, self.room = loop, room
+    def __init__(self, loop: asyncio.AbstractEventLoop, capacity: int = 1_000_000) -> None:
+        self.loop = loop
+        self.capacity = capacity
         self.runs: list[Run] = []
         self.returned: list[Run] = []
         self.cancels: list[int] = []
-        self.mores = 0
+        self.due_reports = 0
         self.answers: list[tuple[int, Entry]] = []
 
     def reserve(self, run: Run) -> bool:
-        self.room -= 1
-        return self.room >= 0
+        self.capacity -= 1
+        return self.capacity >= 0
 
     def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         self.answers.extend(answers)
@@ -63,7 +64,7 @@ class Hand:
     def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
         self.runs += runs
         self.cancels += cancels
-        self.mores += has_due
+        self.due_reports += has_due
 
     def release(self, runs: Sequence[Run]) -> None:
         self.returned += runs
@@ -72,7 +73,7 @@ class Hand:
 class Ledger:
     """A store, and short words for what the tests do with it."""
 
-    def __init__(self, store: SqliteStore, clock: HandClock) -> None:
+    def __init__(self, store: SqliteStore, clock: ManualClock) -> None:
         self.store, self.clock = store, clock
         self.ids = Ids(store.last_id)
 
@@ -82,15 +83,31 @@ class Ledger:
         return Run(id=self.ids.next(now), flow=flow, **given)
 
     def arrival(
-        self, name: str, *runs: Run, body: bytes = b'{"n":1}', dead: Sequence[tuple[str, str]] = (), suppressed: int = 0,
-        trigger: str = "t", type: str = "x",
-    ) -> Arrival:  # fmt: skip
-        tally = {"pending": len(runs), "dead": len(dead), "suppressed": suppressed}
+        self,
+        name: str,
+        *runs: Run,
+        body: bytes = b'{"n":1}',
+        dead: Sequence[tuple[str, str]] = (),
+        suppressed: int = 0,
+        trigger: str = "t",
+        type: str = "x",
+    ) -> Arrival:
+        counts = {"pending": len(runs), "dead": len(dead), "suppressed": suppressed}
         return Arrival(
-            id=self.ids.next(self.clock.now()), trigger=trigger, key=hashlib.sha256(f"{trigger}/{name}".encode()).digest()[:16],
-            digest=hashlib.sha256(body).digest()[:8], event_id=name, source="/s", type=type, body=body, verdicts=b"[]",
-            received_at=self.clock.now(), counts={column: n for column, n in tally.items() if n}, runs=runs, dead_letters=dead,
-        )  # fmt: skip
+            id=self.ids.next(self.clock.now()),
+            trigger=trigger,
+            key=hashlib.sha256(f"{trigger}/{name}".encode()).digest()[:16],
+            digest=hashlib.sha256(body).digest()[:8],
+            event_id=name,
+            source="/s",
+            type=type,
+            body=body,
+            verdicts=b"[]",
+            received_at=self.clock.now(),
+            counts={column: n for column, n in counts.items() if n},
+            runs=runs,
+            dead_letters=dead,
+        )
 
     async def do(self, op: Op) -> Any:
         """One posted op, awaited."""

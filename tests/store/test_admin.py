@@ -12,7 +12,7 @@ import pytest
 from eventflow.core.errors import NotFound, StoreCorrupt, StoreError, UsageError
 from eventflow.runs.run import Cancelled, Completed, Failed, State, Suspended, format_id
 from eventflow.store.sqlite import SqliteStore
-from tests.store.ledger import SECOND, HandClock, Ledger, Reopen, value
+from tests.store.ledger import SECOND, Ledger, ManualClock, Reopen, value
 
 pytestmark = pytest.mark.anyio
 
@@ -61,7 +61,7 @@ async def test_p9_a_dead_letter_is_redriven_once(ledger: Ledger, reopen: Reopen)
 
 
 async def test_a_redrive_that_fails_again_is_a_new_dead_letter(ledger: Ledger):
-    """The delivery is counted once, wherever it stands."""
+    """The delivery is counted once, in whatever state."""
     number = await dead_letter(ledger)
     await ledger.store.redrive(number, ledger.arrival("bad", dead=[("s", "still not")]))
     (row,) = await ledger.store.dead_letters()
@@ -361,7 +361,9 @@ async def test_a_damaged_row_is_named_or_left_out(ledger: Ledger):
 
 
 async def test_a_look_gives_up_after_its_budget(ledger: Ledger):
-    """A reader that takes too long is interrupted and says what to do; the next look works."""
+    """A reader that takes too long is interrupted with an error that says what to do; the next
+    read works.
+    """
     readers = ledger.store._readers
     assert readers is not None
     endless = (
@@ -381,7 +383,9 @@ async def test_a_reader_cannot_write(ledger: Ledger):
 
 
 async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
-    """Each rule of the audit speaks when it is broken: it is no rubber stamp for the other tests."""
+    """Each rule of the audit speaks when it is broken: it is no rubber stamp for the other
+    tests.
+    """
     await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"), ledger.run())
     connection = ledger.store._connection
     assert connection is not None
@@ -409,7 +413,7 @@ async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
     before.close()
 
 
-async def test_blob_references(ledger: Ledger, clock: HandClock):
+async def test_blob_references(ledger: Ledger, clock: ManualClock):
     """The names of blobs that journals and results hold, for the sweep of the rest."""
     run = await ledger.running()
     entry = value(data=b"ab" * 32)

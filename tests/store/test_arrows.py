@@ -10,14 +10,14 @@ from eventflow.runs.run import (
     Cancelled,
     Completed,
     Failed,
-    NeedsAttention,
     Interrupted,
+    NeedsAttention,
     Outcome,
     Restarted,
     State,
     Suspended,
 )
-from eventflow.store.protocol import Append, Appended, MarkStarted, Fenced, Settle, Settled
+from eventflow.store.protocol import Append, Appended, Fenced, MarkStarted, Settle, Settled
 from tests.store.ledger import SECOND, Ledger, Reopen, error, value
 
 pytestmark = pytest.mark.anyio
@@ -124,7 +124,7 @@ async def test_suspended_with_a_cancel_pending_is_due_at_once(ledger: Ledger):
 
 
 async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
-    """RUNNING → PENDING by a drain: due now, no suspicion, and the token goes on so that the old
+    """RUNNING → PENDING by a drain: due now, no suspicion, and the token grows so that the old
     one is stale (P7).
     """
     run = await ledger.running()
@@ -183,7 +183,7 @@ async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
 
 async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
     """RUNNING → DEAD when three attempts were started and nothing was recorded after: the run
-    counts as dead, others go on.
+    counts as dead, others stay pending.
     """
     run = await ledger.running()
     for deaths in (1, 2):
@@ -201,7 +201,7 @@ async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
 
 
 async def test_an_entry_with_proof_clears_suspicion(ledger: Ledger, reopen: Reopen):
-    """What a suspect records proves that it did not take the process down: its deaths begin anew."""
+    """An entry of a crash suspect shows progress: its crash count is 0 again."""
     run = await ledger.running()
     await ledger.mark(run)
     ledger = reopen()
@@ -214,8 +214,8 @@ async def test_an_entry_with_proof_clears_suspicion(ledger: Ledger, reopen: Reop
 
 @pytest.mark.parametrize("state", ["failed", "cancelled", "held", "dead"])
 async def test_retry_is_an_arrow_back(ledger: Ledger, reopen: Reopen, state: str):
-    """FAILED, CANCELLED, HELD, DEAD → PENDING: values stay, errors become FORGIVEN, the outcome and
-    the deaths are cleared.
+    """FAILED, CANCELLED, HELD, DEAD → PENDING: values stay, errors become CLEARED, the outcome and
+    the crash count are cleared.
     """
     run = await ledger.running()
     await ledger.append(run, value("a#1"), error("b#1", attempt=2))
@@ -269,8 +269,11 @@ async def test_cancel_ends_what_does_not_run(ledger: Ledger):
     await ledger.settle(waiting, Suspended(None, 0))
     await ledger.settle(held, NeedsAttention("look"))
     for run, before in (
-        (pending, State.PENDING), (waiting, State.WAITING), (paused, State.PAUSED), (held, State.HELD),
-    ):  # fmt: skip
+        (pending, State.PENDING),
+        (waiting, State.WAITING),
+        (paused, State.PAUSED),
+        (held, State.HELD),
+    ):
         assert await ledger.store.cancel(run.id, "not wanted") is before
         row = await ledger.store.run(run.id)
         assert (row["state"], row["reason"]) == ("cancelled", "not wanted")
@@ -294,8 +297,8 @@ async def test_a_paused_run_waits_for_its_trigger(ledger: Ledger, reopen: Reopen
 
 
 async def test_resume_releases_paused_runs_alone(ledger: Ledger):
-    """Those of its own trigger, in their lane's order; a run that a person must look at stays HELD,
-    whatever it was before.
+    """Those of its own trigger, in the order of their key; a run that a person must look at
+    stays HELD, whatever it was before.
     """
     other = ledger.run(state=State.PAUSED)
     await ledger.store.record([ledger.arrival("other", other, trigger="u")], trigger="u")
@@ -309,7 +312,7 @@ async def test_resume_releases_paused_runs_alone(ledger: Ledger):
     await ledger.store.set_paused("t", False)
     states = [await ledger.state(run) for run in (other, first, second)]
     assert states == ["paused", "held", "pending"]
-    assert await ledger.claimed() == []  # the held one is the head of their lane
+    assert await ledger.claimed() == []  # the held one is the head of their ordering key
     await ledger.store.cancel(first.id, "not wanted")
     assert [run.id for run in await ledger.claimed()] == [second.id]
     assert await ledger.store.check() == []
@@ -402,8 +405,8 @@ async def test_p4_a_refused_entry_does_not_harm_its_batch(ledger: Ledger):
 
 
 async def test_a_journal_comes_back_as_it_went_in(ledger: Ledger, reopen: Reopen):
-    """Every field of every kind, in (batch, pos) order, with the commit's time; the numbers grow
-    over restarts.
+    """Every field of every kind, in (batch, position) order, with the commit's time; the numbers
+    grow over restarts.
     """
     run = await ledger.running()
     given = [

@@ -18,7 +18,7 @@ from eventflow.runs.run import Completed, Failed, State, format_id
 from eventflow.store import backup
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
-from tests.store.ledger import Hand, HandClock, Ledger, value
+from tests.store.ledger import RecordingWorker, ManualClock, Ledger, value
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +63,7 @@ async def test_the_sums_are_of_one_commit(
     """
     monkeypatch.setattr(backup, "PAGES_PER_STEP", 1)
     await filled(ledger, 60)
-    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    ledger.store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
     failed = [row["id"] for row in await ledger.store.runs(state=State.FAILED, limit=1000)]
 
     async def write(n: int) -> None:
@@ -147,7 +147,7 @@ async def test_the_wal_is_reset_while_a_check_goes_on(ledger: Ledger, path: str)
     """During a check the WAL is checkpointed and reset: of 64 MiB written meanwhile it has less
     than 48.
     """
-    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    ledger.store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
     await filled(ledger, 200)
     body, sizes = os.urandom(1 << 20), [0]
 
@@ -170,7 +170,7 @@ async def test_damage_in_any_row_is_found(ledger: Ledger):
     are written.
     """
     await filled(ledger, 30)
-    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    ledger.store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
     connection = ledger.store._connection
     assert connection is not None
     damaged: list[tuple[str, str, str, int]] = []
@@ -208,7 +208,7 @@ async def test_a_check_without_space_for_the_copy_is_refused(ledger: Ledger, pat
     on.
     """
     await filled(ledger, 5)
-    ledger.store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    ledger.store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
     space = ledger.store._space
     floor, space._floor = space._floor, 1 << 60
     with pytest.raises(StoreFull, match=r"\d+ MiB free in .*, expected 1099511627776 MiB: .* copy"):
@@ -219,12 +219,12 @@ async def test_a_check_without_space_for_the_copy_is_refused(ledger: Ledger, pat
     ledger.store.attach_worker(None)
 
 
-async def test_closing_the_store_ends_a_check(tmp_path: Path, clock: HandClock):
+async def test_closing_the_store_ends_a_check(tmp_path: Path, clock: ManualClock):
     """A store that is closed does not wait for the audit of a large copy."""
     store = SqliteStore(tmp_path / "large.db", clock=clock)
     store.open()
     ledger = Ledger(store, clock)
-    store.attach_worker(Hand(asyncio.get_running_loop(), room=0))
+    store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
     await filled(ledger, 200, os.urandom(1 << 20))
     check = asyncio.create_task(store.check())
     readers = store._readers

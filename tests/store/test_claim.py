@@ -1,5 +1,5 @@
-"""Which due runs a claim gives: fair between flows, by priority then age within one, lane heads
-only, within caps.
+"""Which due runs a claim gives: fair between flows, by priority then age within one, heads of
+ordering keys only, within caps.
 """
 
 import pytest
@@ -40,7 +40,7 @@ async def test_a_waiting_run_that_is_due_takes_its_turn(ledger: Ledger):
 
 async def test_caps_bound_a_flow(ledger: Ledger):
     """`caps` bounds how many of a flow one claim gives; 0 gives none, absent means no bound; `more`
-    tells of the rest.
+    reports the rest.
     """
     await ledger.recorded(*[ledger.run(flow) for flow in "aaabbbccc"])
     reply: Claimed = await ledger.do(Claim(100, {"a": 1, "b": 0}))
@@ -80,13 +80,13 @@ async def test_p6_not_before_it_is_due(ledger: Ledger):
     assert [claimed.id for claimed in await ledger.claimed()] == [run.id]
 
 
-# --------------------------------------------------------------------------- lanes
+# --------------------------------------------------------------------------- ordering keys
 
 
 async def test_a_lane_moves_when_its_run_settles(ledger: Ledger):
-    """Of a lane one run at a time, in order; other lanes and other flows are not held up."""
+    """Of an ordering key one run at a time, in order; other keys and flows do not wait."""
     a1, a2, b1, _, other = await ledger.recorded(
-        *(ledger.run(ordering_key=lane) for lane in ("a", "a", "b", "b")),
+        *(ledger.run(ordering_key=key) for key in ("a", "a", "b", "b")),
         ledger.run("g", ordering_key="a"),
     )
     first = await ledger.claimed()
@@ -127,8 +127,8 @@ async def test_cancelling_one_that_waits_for_its_lane(ledger: Ledger):
 
 
 async def test_a_retried_run_gets_back_in_line(ledger: Ledger):
-    """A run retried into a busy lane waits for the one that runs, then goes before the younger
-    ones.
+    """A run retried under a busy ordering key waits for the one that runs, then goes before the
+    younger ones.
     """
     old, _, young = await ledger.recorded(*(ledger.run(ordering_key="a") for _ in range(3)))
     (head,) = await ledger.claimed()
@@ -164,8 +164,8 @@ async def test_recording_late_into_a_lane_does_not_run_two(ledger: Ledger):
 
 
 async def test_a_long_lane_costs_what_a_short_one_does(ledger: Ledger):
-    """Claims of other runs do not walk through what waits in a lane: the plan looks at claimable
-    runs only.
+    """Claims of other runs do not walk through runs that wait for an ordering key: the plan
+    looks at claimable runs only.
     """
     runs: list[Run] = [ledger.run(ordering_key="a") for _ in range(3000)]
     await ledger.recorded(*runs, ledger.run("g"))

@@ -10,7 +10,7 @@ from eventflow.core.errors import UsageError
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import Completed, Failed, Run, State, Suspended
 from eventflow.store.protocol import Append, Appended, Settle, Settled
-from tests.store.ledger import Hand, Ledger, Reopen, error, value
+from tests.store.ledger import Ledger, RecordingWorker, Reopen, error, value
 
 pytestmark = pytest.mark.anyio
 
@@ -46,7 +46,7 @@ async def test_a_child_is_started_once(ledger: Ledger):
 
 
 async def test_a_child_is_no_delivery(ledger: Ledger):
-    """P9 counts what events asked for: a child adds to `runs`, to nothing else, whatever becomes of
+    """P9 counts what events asked for: a child adds to `runs`, to nothing else, whatever happens to
     it.
     """
     parent = await ledger.running()
@@ -97,7 +97,7 @@ async def test_an_answer_and_the_parents_sleep_in_one_batch(ledger: Ledger):
 
 
 async def test_only_the_first_answer_counts(ledger: Ledger):
-    """A child that is retried after its parent took its error cannot change what the parent heard
+    """A child that is retried after its parent took its error cannot change what the parent got
     (P4).
     """
     parent = await ledger.running()
@@ -132,7 +132,7 @@ async def test_a_parent_that_failed_hears_of_it_when_it_is_retried(ledger: Ledge
 
 
 async def test_retry_of_a_parent_retries_the_child_it_failed_on(ledger: Ledger):
-    """The dropped error must be asked for again, so the child it came from is due again too; any
+    """The cleared error is called for again, so the child that it came from is due again too; any
     number of times.
     """
     parent = await ledger.running()
@@ -183,11 +183,11 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
 
 
 async def test_cancel_goes_down(ledger: Ledger):
-    """Children and grandchildren end with the run, running ones are asked; the parent in between
-    hears of none twice.
+    """Children and grandchildren end with the run, running ones get a request; the parent in
+    between gets none twice.
     """
-    hand = Hand(asyncio.get_running_loop(), room=0)
-    ledger.store.attach_worker(hand)
+    worker = RecordingWorker(asyncio.get_running_loop(), capacity=0)
+    ledger.store.attach_worker(worker)
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
     grandchild = await start_child(ledger, child)
@@ -199,7 +199,7 @@ async def test_cancel_goes_down(ledger: Ledger):
     assert [await ledger.state(run) for run in (parent, child, waiting, running)] == [
         "cancelled"
     ] * 3 + ["running"]
-    assert hand.cancels == [running.id]
+    assert worker.cancels == [running.id]
     assert (await ledger.store.run(running.id))["cancel_requested"]
 
 
@@ -210,11 +210,11 @@ async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
     await ledger.settle(parent, Suspended(None, 10**9))
     await ledger.store.cancel(child.id, "no longer needed")
     assert await ledger.state(parent) == "pending"
-    (told,) = [entry for entry in await ledger.store.load(parent.id) if entry.kind is Kind.ERROR]
+    (entry,) = [entry for entry in await ledger.store.load(parent.id) if entry.kind is Kind.ERROR]
     assert (
-        told.call_key == "c#1"
-        and b"RunCancelled" in (told.error or b"")
-        and b"no longer needed" in (told.error or b"")
+        entry.call_key == "c#1"
+        and b"RunCancelled" in (entry.error or b"")
+        and b"no longer needed" in (entry.error or b"")
     )
 
 
@@ -245,7 +245,7 @@ async def test_emitted_events_are_recorded_with_the_entry(ledger: Ledger):
 
 
 async def test_a_child_cannot_be_retried_while_live(ledger: Ledger):
-    """Retry has one door: a live child is refused like any live run."""
+    """A live child is refused like any live run."""
     parent = await ledger.running()
     child = await start_child(ledger, parent)
     with pytest.raises(UsageError, match="pending"):

@@ -27,7 +27,7 @@ from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
-from tests.store.ledger import HandClock, Ledger, Reopen
+from tests.store.ledger import ManualClock, Ledger, Reopen
 
 HOLD = """
 import sys
@@ -43,7 +43,7 @@ store.close()
 
 def opening(path: str) -> StoreError:
     """The error with which another process's `open` ends."""
-    store = SqliteStore(path, clock=HandClock())
+    store = SqliteStore(path, clock=ManualClock())
     with pytest.raises(StoreError) as caught:
         store.open()
     return caught.value
@@ -69,7 +69,7 @@ def test_row_11_a_second_process_gets_the_pid_of_the_holder(tmp_path: Path):
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-    store = SqliteStore(path, clock=HandClock())
+    store = SqliteStore(path, clock=ManualClock())
     store.open()
     store.close()
 
@@ -117,7 +117,7 @@ sys.stdin.read()
     (child,) = output - {"forked"}
     parent.kill()
     parent.wait()
-    store = SqliteStore(path, clock=HandClock())
+    store = SqliteStore(path, clock=ManualClock())
     store.open()
     store.close()
     os.kill(int(child), 9)
@@ -158,9 +158,9 @@ async def test_row_10_another_writer_in_the_file_slows_intake_and_loses_nothing(
 async def test_files_are_private(tmp_path: Path):
     """The store, its sidecars and the folder made for it are open to their owner only."""
     path = tmp_path / "deep" / "folder" / "a.db"
-    store = SqliteStore(path, clock=HandClock(), ballast=4096, free_floor=0)
+    store = SqliteStore(path, clock=ManualClock(), ballast=4096, free_floor=0)
     store.open()
-    await Ledger(store, HandClock()).recorded()
+    await Ledger(store, ManualClock()).recorded()
     names = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
     assert set(names) >= {"a.db", "a.db-wal", "a.db-shm", "a.db.lock", "a.db.hwm", "a.db.ballast"}
     assert set(names.values()) == {0o600}
@@ -245,12 +245,12 @@ async def test_row_12_a_wal_that_lost_its_tail_is_refused(
     assert isinstance(error, StoreCorrupt) and error.exit_code == 65
     assert f"{first + 1} to {last}" in str(error)
     assert (copy / "a.db-wal").read_bytes() == before
-    store = SqliteStore(copy / "a.db", clock=HandClock(), accept_loss=True)
+    store = SqliteStore(copy / "a.db", clock=ManualClock(), accept_loss=True)
     store.open()
     assert (await store.counts())["events"] == 1
     assert store._writer is not None and store._writer.last.batch > last
     store.close()
-    store = SqliteStore(copy / "a.db", clock=HandClock())
+    store = SqliteStore(copy / "a.db", clock=ManualClock())
     store.open()
     store.close()
 
@@ -338,9 +338,9 @@ async def test_row_13_a_damaged_page_is_found(reopen: Reopen, path: str, tmp_pat
 @pytest.mark.anyio
 async def test_row_8_below_the_floor_intake_is_full_and_runs_continue(path: str):
     """Below the floor `capacity` returns the error with a delay; a running run still settles."""
-    store = SqliteStore(path, clock=HandClock(), free_floor=1 << 60)
+    store = SqliteStore(path, clock=ManualClock(), free_floor=1 << 60)
     store.open()
-    ledger = Ledger(store, HandClock())
+    ledger = Ledger(store, ManualClock())
     full = store.capacity()
     assert full is not None and full.disk and full.retry_after > 0 and "free" in str(full)
     run = await ledger.running()
@@ -351,7 +351,7 @@ async def test_row_8_below_the_floor_intake_is_full_and_runs_continue(path: str)
 
 def test_the_ballast_reserves_space_and_is_released(tmp_path: Path):
     """It is created if there is space, released once, and created again later."""
-    space = DiskSpaceGuard(str(tmp_path / "a.db"), HandClock(), 0, 1 << 20)
+    space = DiskSpaceGuard(str(tmp_path / "a.db"), ManualClock(), 0, 1 << 20)
     assert not space.release_ballast()
     space.reserve_ballast()
     assert (tmp_path / "a.db.ballast").stat().st_blocks * 512 >= 1 << 20
@@ -362,7 +362,7 @@ def test_the_ballast_reserves_space_and_is_released(tmp_path: Path):
 
 def test_a_closed_store_has_no_ballast(path: str):
     """Closing releases the ballast; a second process whose open fails does not."""
-    store = SqliteStore(path, clock=HandClock(), ballast=1 << 20, free_floor=0)
+    store = SqliteStore(path, clock=ManualClock(), ballast=1 << 20, free_floor=0)
     store.open()
     opening(path)
     assert os.path.exists(f"{path}.ballast")
@@ -434,11 +434,11 @@ def test_the_url_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     expected form.
     """
     monkeypatch.chdir(tmp_path)
-    assert open_store("sqlite:///x/a.db", HandClock()).path == str(tmp_path / "x" / "a.db")
-    assert open_store(f"sqlite:///{tmp_path}/a.db", HandClock()).path == str(tmp_path / "a.db")
+    assert open_store("sqlite:///x/a.db", ManualClock()).path == str(tmp_path / "x" / "a.db")
+    assert open_store(f"sqlite:///{tmp_path}/a.db", ManualClock()).path == str(tmp_path / "a.db")
     for wrong in ("a.db", "sqlite://a.db", "sqlite:///", "mysql:///a.db"):
         with pytest.raises(UsageError, match="sqlite:///PATH"):
-            open_store(wrong, HandClock())
+            open_store(wrong, ManualClock())
 
 
 @pytest.mark.anyio
@@ -456,10 +456,10 @@ async def test_ids_and_batches_continue_after_a_restart(ledger: Ledger, reopen: 
 
 def test_methods_before_open_raise_store_error(path: str):
     """A store that is not open raises StoreError, not AttributeError."""
-    store = SqliteStore(path, clock=HandClock())
+    store = SqliteStore(path, clock=ManualClock())
     with pytest.raises(StoreError, match="not open"):
         store.capacity()
     with pytest.raises(StoreError, match="not open"):
         asyncio.run(store.record([]))
     with pytest.raises(StoreError, match="not open"):
-        asyncio.run(Ledger(store, HandClock()).do(RecordEvents([])))
+        asyncio.run(Ledger(store, ManualClock()).do(RecordEvents([])))

@@ -57,7 +57,7 @@ async def test_p2_duplicates_inside_one_batch(ledger: Ledger):
 
 
 async def test_the_same_identity_with_other_content_is_a_conflict(ledger: Ledger):
-    """The first stands; the second is counted as a conflict, names both digests, and nothing of it
+    """The first is kept; the second is counted as a conflict, names both digests, and nothing of it
     is recorded.
     """
     first = ledger.arrival("a", ledger.run(), body=b"1")
@@ -95,7 +95,7 @@ async def test_p2_cursors_commit_with_their_events(ledger: Ledger, reopen: Reope
     ledger = reopen()
     assert await ledger.store.cursor("t") == {"0": 6, "1": {"deep": [1, None]}}
     assert await ledger.store.cursor("u") == {"0": "other"}
-    assert await ledger.store.cursor("nobody") == {}
+    assert await ledger.store.cursor("unknown") == {}
 
 
 async def test_many_cursors_in_one_call(ledger: Ledger):
@@ -130,8 +130,8 @@ async def test_p9_the_sum_counts_deliveries(ledger: Ledger):
 
 
 async def test_p8_the_backlog_is_bounded_by_number_and_bytes(path: str, ledger: Ledger):
-    """`capacity` refuses at `max_pending` deliveries and at `max_pending_bytes`, and accepts again when
-    runs are settled.
+    """`capacity` refuses at `max_pending` deliveries and at `max_pending_bytes`, and accepts
+    again when runs are settled.
     """
     bounded = ledger.store
     bounded._limits = _Limits(2, 1 << 30)

@@ -14,10 +14,12 @@ from eventflow.store.migrate import migrations
 from eventflow.store.readers import QUERY_TIMEOUT_SECONDS
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing import MemoryTrigger, VirtualClock, drain, running
-from tests.store.ledger import SECOND, HandClock, Ledger, Reopen, value
+from tests.store.ledger import SECOND, Ledger, ManualClock, Reopen, value
 from triggers import RunState
 
-BULKS = {name: value for name, value in vars(rows).items() if isinstance(value, rows.BulkStatement)}
+BULK_STATEMENTS = {
+    name: value for name, value in vars(rows).items() if isinstance(value, rows.BulkStatement)
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +32,10 @@ def empty() -> Iterator[sqlite3.Connection]:
     connection.close()
 
 
-@pytest.mark.parametrize("name", BULKS)
+@pytest.mark.parametrize("name", BULK_STATEMENTS)
 def test_no_bulk_statement_walks_a_table(empty: sqlite3.Connection, name: str):
     """Each row of a bulk statement is looked up by an index, however many rows the tables have."""
-    bulk = BULKS[name]
+    bulk = BULK_STATEMENTS[name]
     tables = {
         table for (table,) in empty.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")
     }
@@ -54,9 +56,9 @@ def test_no_bulk_statement_walks_a_table(empty: sqlite3.Connection, name: str):
 
 def test_ids_that_grow_touch_few_pages_of_their_index(empty: sqlite3.Connection):
     """An event's identity is looked up by the beginning of the sender's id, then by the digest."""
-    asked = "EXPLAIN QUERY PLAN " + rows.known_events.text(2)
+    filters = "EXPLAIN QUERY PLAN " + rows.known_events.text(2)
     assert any(
-        "events_key (<expr>=? AND key=?)" in step for *_, step in empty.execute(asked, [None] * 4)
+        "events_key (<expr>=? AND key=?)" in step for *_, step in empty.execute(filters, [None] * 4)
     )
 
 
@@ -82,15 +84,16 @@ def test_a_row_is_dropped_by_its_whole_key(empty: sqlite3.Connection, name: str,
     """A trigger with a hundred thousand keys in its cursor forgets one without a look at the
     others.
     """
-    text = BULKS[name].text(2)
+    text = BULK_STATEMENTS[name].text(2)
     plan = [step for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}", [None] * 4)]
     assert any(step.startswith("SEARCH") and columns in step for step in plan), plan
 
 
 # --------------------------------------------------------------------------- every other statement
 
-FULL = {
-    "cursors", "dead_letters", "events", "journal", "late_runs", "outbox", "pattern_events", "patterns", "run_events", "runs",
+GROWING_TABLES = {
+    "cursors", "dead_letters", "events", "journal", "late_runs", "outbox", "pattern_events",
+    "patterns", "run_events", "runs",
     "windows",
 }  # fmt: skip
 """Tables that grow with what happens."""
@@ -106,8 +109,9 @@ ALIASES = {
 }
 
 
-PARTS = ("runs_ordering", "runs_blobs", "journal_blobs", "dead_letters_open")
-"""Indexes of what is asked for and nothing else: live runs with an ordering key, blobs, open dead letters.
+SMALL_INDEXES = ("runs_ordering", "runs_blobs", "journal_blobs", "dead_letters_open")
+"""Indexes of what is filters for and nothing else: live runs with an ordering key, blobs, open
+dead letters.
 """
 
 
@@ -119,13 +123,13 @@ class Shelf:
     def __init__(self) -> None:
         self.taken: list[str] = []
 
-    async def send(self, *letters: OutboxMessage) -> None:
-        self.taken += [letter.event.type for letter in letters]
+    async def send(self, *messages: OutboxMessage) -> None:
+        self.taken += [message.event.type for message in messages]
 
     async def close(self) -> None: ...
 
 
-class Lived:
+class StatementTrace:
     """Every statement that SQLite was given, by any connection, with the values in it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,21 +158,21 @@ class Lived:
                 words = step.split()
                 if (
                     words[0] == "SCAN"
-                    and words[-1] not in PARTS
-                    and ALIASES.get(words[1], words[1]) in FULL
+                    and words[-1] not in SMALL_INDEXES
+                    and ALIASES.get(words[1], words[1]) in GROWING_TABLES
                 ):
                     found[step] = text
         return found
 
 
 @pytest.fixture
-def lived(monkeypatch: pytest.MonkeyPatch) -> Lived:
-    return Lived(monkeypatch)
+def trace(monkeypatch: pytest.MonkeyPatch) -> StatementTrace:
+    return StatementTrace(monkeypatch)
 
 
 @pytest.mark.anyio
 async def test_no_verb_of_the_writer_walks_a_table(
-    empty: sqlite3.Connection, lived: Lived, reopen: Reopen
+    empty: sqlite3.Connection, trace: StatementTrace, reopen: Reopen
 ):
     """Whatever a person asks for, and the start of a store, costs what it changes, not what the
     ledger holds.
@@ -185,10 +189,10 @@ async def test_no_verb_of_the_writer_walks_a_table(
     await ledger.store.set_paused("t", True)
     await ledger.store.set_paused("t", False)
     assert (await ledger.store.run(held.id))["state"] == "pending"
-    await ledger.store.cancel(parent.id, "as asked")
+    await ledger.store.cancel(parent.id, "as filters")
     await ledger.settle(parent, Failed(b"{}"))
     await ledger.store.retry(parent.id)
-    await ledger.store.cancel(parent.id, "as asked")
+    await ledger.store.cancel(parent.id, "as filters")
     await ledger.store.retry(parent.id, discard_journal=True)
     ledger = reopen()
     await ledger.settle((await ledger.claimed())[0], Suspended(None, 0, 0))
@@ -203,13 +207,13 @@ async def test_no_verb_of_the_writer_walks_a_table(
     await ledger.store.record_late_runs([run["id"] for run in await ledger.store.runs()], 1)
     while await ledger.store.prune(payloads_before=later, identities_before=later):
         pass
-    walks = lived.walks(empty)
+    walks = trace.walks(empty)
     assert walks.keys() <= {"SCAN runs"}, walks  # the list of the newest
 
 
 @pytest.mark.anyio
 async def test_the_writer_never_looks_for_bodies_to_drop(
-    empty: sqlite3.Connection, lived: Lived, ledger: Ledger
+    empty: sqlite3.Connection, trace: StatementTrace, ledger: Ledger
 ):
     """What has lost its body already is walked over by a reader; the writer is given ids, and looks
     those up.
@@ -223,7 +227,7 @@ async def test_the_writer_never_looks_for_bodies_to_drop(
     assert steps == [2, 2, 1, 0]
     await ledger.store.record([ledger.arrival("one more")])
     assert await ledger.store.prune(payloads_before=later, identities_before=0, step=2) == 1
-    dropped = [text for text in lived.statements if "SET kept = 0" in text]
+    dropped = [text for text in trace.statements if "SET kept = 0" in text]
     assert len(dropped) == 4
     for text in dropped:
         assert (
@@ -233,9 +237,9 @@ async def test_the_writer_never_looks_for_bodies_to_drop(
 
 
 @pytest.mark.anyio
-async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: Lived):
-    """Lanes, windows, patterns, children, letters and late runs are found by indexes, at every step
-    of theirs.
+async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, trace: StatementTrace):
+    """Ordering keys, windows, patterns, children, messages and late runs are found by indexes,
+    at every step of theirs.
     """
 
     @flow
@@ -267,33 +271,33 @@ async def test_no_run_of_an_app_walks_a_table(empty: sqlite3.Connection, lived: 
         counts = await drain(app)
         assert counts["completed"] >= 12 and not counts["pending"]
         assert set(shelf.taken) == {"half.done"}
-    walks = lived.walks(empty)
+    walks = trace.walks(empty)
     assert walks.keys() <= {"SCAN runs"}, walks
 
 
 @pytest.mark.parametrize("state", [None, *State])
 @pytest.mark.parametrize(
-    "asked",
+    "filters",
     [{}, {"flow": "f"}, {"after": 9}, {"parent": 1}, {"event": 1}, {"parent": 1, "after": 9}],
 )
 def test_lists_of_runs_are_read_from_an_index(
-    empty: sqlite3.Connection, state: State | None, asked: dict[str, Any]
+    empty: sqlite3.Connection, state: State | None, filters: dict[str, Any]
 ):
-    """A flow that is rare, a state that few runs are in, the children of one: nobody walks over a
+    """A flow that is rare, a state that few runs are in, the children of one: no list walks over a
     million others to find them. Only the newest of all, or of those that completed, are read in
     order until the page is full.
     """
-    lived: list[str] = []
-    empty.set_trace_callback(lived.append)
-    queries.runs(empty, state=state, **asked)
+    statements: list[str] = []
+    empty.set_trace_callback(statements.append)
+    queries.runs(empty, state=state, **filters)
     empty.set_trace_callback(None)
     steps = {
         step
-        for text in lived
+        for text in statements
         for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")
-        if not step.endswith(PARTS)
+        if not step.endswith(SMALL_INDEXES)
     }
-    in_order = state in (None, State.COMPLETED) and not asked.keys() & {"flow", "parent", "event"}
+    in_order = state in (None, State.COMPLETED) and not filters.keys() & {"flow", "parent", "event"}
     walk = ("SCAN runs", "SEARCH runs USING INTEGER PRIMARY KEY (rowid<?)")
     assert in_order == any(step.startswith(walk) for step in steps), steps
 
@@ -302,8 +306,8 @@ def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connect
     """`since` bounds the ids too, so that asking for the last minutes of a rare type costs those
     minutes.
     """
-    lived: list[str] = []
-    empty.set_trace_callback(lived.append)
+    statements: list[str] = []
+    empty.set_trace_callback(statements.append)
     queries.events(
         empty,
         trigger=None,
@@ -314,11 +318,13 @@ def test_a_list_of_recent_events_does_not_go_back_further(empty: sqlite3.Connect
         after=None,
     )
     empty.set_trace_callback(None)
-    steps = [step for text in lived for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")]
+    steps = [
+        step for text in statements for *_, step in empty.execute(f"EXPLAIN QUERY PLAN {text}")
+    ]
     assert "SEARCH events USING COVERING INDEX events_scan (id>?)" in steps
 
 
-class Racing(HandClock):
+class Racing(ManualClock):
     """Every look at it is a second later."""
 
     looked = 0
@@ -330,7 +336,7 @@ class Racing(HandClock):
 
 @pytest.mark.anyio
 async def test_what_work_needs_is_read_however_long_it_takes(path: str):
-    """A trigger with a million keys must come up, a run with a long journal go on: only a list is
+    """A trigger with a million keys must start, a run with a long journal continue: only a list is
     refused after two seconds.
     """
     clock = Racing()

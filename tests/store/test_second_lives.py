@@ -1,4 +1,4 @@
-"""What a retry by hand gives a run: its time anew, and, begun afresh, identities of its own."""
+"""A manual retry gives a run its whole timeout again, and from scratch new identities."""
 
 import pytest
 
@@ -27,21 +27,21 @@ async def test_a_retry_gives_a_timed_out_run_its_time_anew(ledger: Ledger):
 
 
 async def test_a_fresh_retry_is_another_generation(ledger: Ledger):
-    """Its first entry counts the lives, so that what it emits is not taken for what the old life
-    emitted.
+    """Its first entry counts the restarts, so that what it emits is not taken for what the run
+    before emitted.
     """
     run = await ledger.running()
-    for life in (1, 2):
+    for restart in (1, 2):
         await ledger.append(run, value())
         await ledger.settle(run, Failed(b"{}"))
         await ledger.store.retry(run.id, discard_journal=True)
         (run,) = await ledger.claimed()
         entries = await ledger.store.load(run.id)
-        assert [(entry.call_key, entry.attempt) for entry in entries] == [(RESTARTED_NOTE, life)]
+        assert [(entry.call_key, entry.attempt) for entry in entries] == [(RESTARTED_NOTE, restart)]
 
 
 async def test_p6_a_suspended_run_with_an_entry_it_does_not_know_is_due_at_once(ledger: Ledger):
-    """An answer may commit before one of the run's own entries and be told to nobody: the count
+    """An answer may commit before one of the run's own entries without being delivered: the count
     gives it away.
     """
     run = await ledger.running()
@@ -62,7 +62,7 @@ async def patient(naps: int) -> str:
 
 
 async def test_p6_a_run_that_timed_out_completes_when_it_is_retried():
-    """Retried, a run whose flow took too long goes on from its journal with its whole timeout
+    """Retried, a run whose flow took too long continues from its journal with its whole timeout
     before it.
     """
     async with running(App("naps", clock=VirtualClock())) as app:

@@ -35,32 +35,32 @@ class Window(msgspec.Struct):
 
 
 class Model:
-    """What the store should do with the events of one mode, said in the plainest way."""
+    """What the store should do with the events of one mode, as a simple model."""
 
     def __init__(self, mode: str) -> None:
-        self.mode, self.gather = mode, MODES[mode]
+        self.mode, self.policy = mode, MODES[mode]
         self.runs: dict[int, Window] = {}
         self.last: dict[str, int] = {}
 
     def arrive(self, key: str, event: int, run: int, now: int) -> int:
         """The run that this event is in."""
-        gather, known = self.gather, self.last.get(key)
+        policy, known = self.policy, self.last.get(key)
         window = self.runs[known] if known is not None else None
         if (
             known is None
             or window is None
             or window.begun
             or window.ended
-            or len(window.events) >= gather.size
+            or len(window.events) >= policy.size
         ):
             self.last[key] = run
-            self.runs[run] = Window([event], now, now + gather.wait)
+            self.runs[run] = Window([event], now, now + policy.wait)
             return run
         window.events.append(event)
-        if len(window.events) >= gather.size:
+        if len(window.events) >= policy.size:
             window.due = now
-        elif gather.is_extended:
-            window.due = min(now + gather.wait, window.opened + gather.max_wait)
+        elif policy.is_extended:
+            window.due = min(now + policy.wait, window.opened + policy.max_wait)
         return known
 
     def due(self, now: int) -> set[int]:
@@ -82,14 +82,14 @@ class Story:
 
     def arrival(self, key: str) -> Arrival:
         self.count += 1
-        now, gather = self.ledger.clock.now(), self.model.gather
-        due = now + gather.wait if gather.size > 1 else now
+        now, policy = self.ledger.clock.now(), self.model.policy
+        due = now + policy.wait if policy.size > 1 else now
         run = self.ledger.run(due_at=due, subscription="s", ordering_key=key)
-        run.mode = gather.mode
+        run.mode = policy.mode
         made = self.ledger.arrival(f"e{self.count}", run)
         return msgspec.structs.replace(
             made,
-            batch_policies={run.id: gather},
+            batch_policies={run.id: policy},
             verdicts=orjson.dumps([["s", "run", run.id]]),
             body=b'{"n":%d}' % self.count,
         )
@@ -137,11 +137,11 @@ class Story:
             self.model.runs[run].ended = True
 
     async def crash(self) -> None:
-        """Another process: what ran is pending again, what gathered gathers on."""
+        """Another process: runs that ran are pending again, open windows stay open."""
         self.ledger = self.reopen()
         self.running.clear()
 
-    async def tell(self, steps: int) -> None:
+    async def play(self, steps: int) -> None:
         for _ in range(steps):
             self.ledger.clock.forward(self.draw.choice([0, 0.5, 1, 2, 5, 20]))
             step = self.draw.choices(
@@ -160,10 +160,10 @@ class Story:
                 await self.end()
             if all(window.ended for window in self.model.runs.values()):
                 break
-        told: Sequence[int] = sorted(
+        listed: Sequence[int] = sorted(
             event for window in self.model.runs.values() for event in window.events
         )
-        assert len(told) == len(set(told)) == self.count
+        assert len(listed) == len(set(listed)) == self.count
         counts = await self.ledger.store.counts()
         assert (
             counts["pending"] == 0
@@ -179,4 +179,4 @@ async def test_p2_p9_windows_agree_with_a_plain_model(
     """Any order of events, claims, ends, cancels and crashes: each event is in the run that the
     model says, counted once.
     """
-    await Story(ledger, reopen, mode, seed).tell(40)
+    await Story(ledger, reopen, mode, seed).play(40)

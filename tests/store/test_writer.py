@@ -13,15 +13,15 @@ from eventflow.events.event import Receipt
 from eventflow.runs.run import Completed, State, Suspended
 from eventflow.store.protocol import Append, Claim, RecordEvents, Settle
 from tests.conftest import eventually, wait_until
-from tests.store.ledger import SECOND, Hand, Ledger, Reopen, value
+from tests.store.ledger import SECOND, Ledger, RecordingWorker, Reopen, value
 
 pytestmark = pytest.mark.anyio
 
 
-def hand(ledger: Ledger, room: int = 1_000_000) -> Hand:
-    taker = Hand(asyncio.get_running_loop(), room)
-    ledger.store.attach_worker(taker)
-    return taker
+def attach_worker(ledger: Ledger, capacity: int = 1_000_000) -> RecordingWorker:
+    worker = RecordingWorker(asyncio.get_running_loop(), capacity)
+    ledger.store.attach_worker(worker)
+    return worker
 
 
 def commits(ledger: Ledger) -> int:
@@ -70,7 +70,7 @@ async def test_cancelling_the_wait_does_not_reach_the_transaction(ledger: Ledger
 
 async def test_one_wake_up_for_a_batch(ledger: Ledger):
     """Replies of one commit reach a loop in one call, the worker's news among them."""
-    hand(ledger)
+    attach_worker(ledger)
     loop = asyncio.get_running_loop()
     woken: list[Any] = []
     original = loop.call_soon_threadsafe
@@ -88,24 +88,26 @@ async def test_one_wake_up_for_a_batch(ledger: Ledger):
 
 
 async def test_a_failing_callback_does_not_starve_the_others(ledger: Ledger):
-    """What one reply raises goes to its loop's exception handler; the replies after it still run."""
+    """What one reply raises goes to its loop's exception handler; the replies after it still
+    run.
+    """
     loop = asyncio.get_running_loop()
-    heard: list[Any] = []
-    said: list[Any] = []
-    loop.set_exception_handler(lambda _, context: said.append(context["exception"]))
+    called: list[Any] = []
+    raised: list[Any] = []
+    loop.set_exception_handler(lambda _, context: raised.append(context["exception"]))
 
     def broken(reply: Any) -> None:
         raise LookupError("broken callback")
 
-    for call in (broken, heard.append, broken, heard.append):
+    for call in (broken, called.append, broken, called.append):
         ledger.store.post(RecordEvents([]), call, loop)
-    await eventually(lambda: len(heard) == 2, "both good callbacks have run")
-    assert [str(error) for error in said] == ["broken callback"] * 2
+    await eventually(lambda: len(called) == 2, "both good callbacks have run")
+    assert [str(error) for error in raised] == ["broken callback"] * 2
     loop.set_exception_handler(None)
 
 
 def test_a_closed_loop_hurts_nobody(ledger: Ledger):
-    """A caller whose loop was closed meanwhile: its event is recorded, the writer lives."""
+    """A caller whose loop was closed meanwhile: its event is recorded, the writer goes on."""
     gone = asyncio.new_event_loop()
     gone.close()
     for n in range(3):
@@ -162,10 +164,10 @@ async def test_a_fresh_run_is_handed_over_running(ledger: Ledger):
     """What the worker takes is RUNNING under token 1 in the file and in its hands, body and all; no
     claim gives it again.
     """
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     (run,) = await ledger.recorded(ledger.run(params=b"{}"))
-    await eventually(lambda: taker.runs, "the run is handed over")
-    (given,) = taker.runs
+    await eventually(lambda: worker.runs, "the run is received")
+    (given,) = worker.runs
     assert (given.id, given.state, given.token, given.payload) == (
         run.id,
         State.RUNNING,
@@ -175,42 +177,42 @@ async def test_a_fresh_run_is_handed_over_running(ledger: Ledger):
     assert given.started_at == ledger.clock.now()
     row = await ledger.store.run(run.id)
     assert (row["state"], row["token"], row["started_at"]) == ("running", 1, given.started_at)
-    assert await ledger.claimed() == [] and taker.mores == 0
+    assert await ledger.claimed() == [] and worker.due_reports == 0
     assert await ledger.settle(given) is not None
 
 
 async def test_what_the_worker_does_not_take_stays_pending(ledger: Ledger):
-    """`take` says no: the run is PENDING, and the worker hears that there is more."""
-    taker = hand(ledger, room=1)
+    """`reserve` refuses: the run is PENDING, and the worker is notified that a run is due."""
+    worker = attach_worker(ledger, capacity=1)
     await ledger.recorded(ledger.run(), ledger.run(), ledger.run())
-    await eventually(lambda: taker.mores, "the worker hears of more")
-    assert len(taker.runs) == 1
+    await eventually(lambda: worker.due_reports, "the worker is notified of a due run")
+    assert len(worker.runs) == 1
     assert len(await ledger.claimed()) == 2
 
 
 async def test_later_runs_and_lanes_are_not_handed_over(ledger: Ledger):
-    """A run due later, or one with a lane, is for a claim; the worker is told to ask when it is
-    due.
+    """A run due later, or one with an ordering key, is for a claim; the worker is notified when
+    it is due.
     """
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     await ledger.recorded(ledger.run(due_at=ledger.clock.now() + SECOND))
-    await eventually(lambda: taker.mores == 1, "a due time is news")
+    await eventually(lambda: worker.due_reports == 1, "a due time is reported")
     reply = await ledger.do(Claim(10, {}))
     assert reply.next_due == ledger.clock.now() + SECOND
     await ledger.recorded(ledger.run(due_at=ledger.clock.now() + 9 * SECOND))
-    assert taker.mores == 1
+    assert worker.due_reports == 1
     await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
-    await eventually(lambda: taker.mores == 2, "a lane's head is news")
-    assert taker.runs == [] and len(await ledger.claimed()) == 1
+    await eventually(lambda: worker.due_reports == 2, "the head of an ordering key is reported")
+    assert worker.runs == [] and len(await ledger.claimed()) == 1
 
 
 async def test_a_lane_that_is_freed_is_news(ledger: Ledger):
-    """The worker hears of the next one of a lane when the one before settles."""
+    """The worker is notified of the next run of an ordering key when the one before settles."""
     await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     (head,) = await ledger.claimed()
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     await ledger.settle(head)
-    await eventually(lambda: taker.mores == 1, "the lane's next run is news")
+    await eventually(lambda: worker.due_reports == 1, "the next run of the key is reported")
 
 
 async def test_a_woken_parent_is_handed_over(ledger: Ledger):
@@ -220,33 +222,33 @@ async def test_a_woken_parent_is_handed_over(ledger: Ledger):
     await ledger.append(parent, children=[child])
     (child,) = await ledger.claimed()
     await ledger.settle(parent, Suspended(None, 10**9))
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     await ledger.settle(child, answer=value("c#1"), parent=parent.id)
-    await eventually(lambda: taker.runs, "the parent is handed over")
-    assert [(run.id, run.token, run.payload) for run in taker.runs] == [(parent.id, 2, b'{"n":1}')]
+    await eventually(lambda: worker.runs, "the parent is received")
+    assert [(run.id, run.token, run.payload) for run in worker.runs] == [(parent.id, 2, b'{"n":1}')]
     assert await ledger.state(parent) == "running"
 
 
 async def test_a_retried_run_is_handed_over(ledger: Ledger):
     """So does a retry."""
     run = await ledger.running()
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     await ledger.settle(run, Suspended(None, 10**9))
     await ledger.store.cancel(run.id, "x")
     again = await ledger.store.retry(run.id)
     assert (again.state, again.token) == (State.RUNNING, 2)
-    assert [given.id for given in taker.runs] == [run.id]
+    assert [given.id for given in worker.runs] == [run.id]
 
 
 async def test_a_running_run_hears_of_its_cancel(ledger: Ledger):
-    """The worker is told which of its runs a door asked to cancel; a claim after a crash carries
+    """The worker is notified which of its runs are to be cancelled; a claim after a crash carries
     the flag.
     """
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     (run,) = await ledger.recorded(ledger.run())
     await ledger.store.cancel(run.id, "stop")
-    await eventually(lambda: taker.cancels, "the worker hears of the cancel")
-    assert taker.cancels == [run.id]
+    await eventually(lambda: worker.cancels, "the worker is notified of the cancel")
+    assert worker.cancels == [run.id]
     assert await ledger.state(run) == "running"
 
 
@@ -254,21 +256,21 @@ async def test_what_was_taken_goes_back_when_the_batch_fails(ledger: Ledger):
     """Bad content in one op undoes the shared transaction: the runs taken go back, and are recorded
     and given again.
     """
-    taker = hand(ledger)
+    worker = attach_worker(ledger)
     bad = ledger.arrival("bad", ledger.run())
     bad.body = object()  # type: ignore[assignment]
     good = ledger.arrival("good", ledger.run())
     first, failed = await ledger.together(RecordEvents([good]), RecordEvents([bad]))
     assert isinstance(failed, StoreError) and first[0].ledger_id == good.id
-    await eventually(lambda: taker.runs, "the good run is handed over")
-    assert [(run.id, run.token) for run in taker.runs] == [(good.runs[0].id, 1)]
+    await eventually(lambda: worker.runs, "the good run is received")
+    assert [(run.id, run.token) for run in worker.runs] == [(good.runs[0].id, 1)]
 
 
 def test_a_worker_whose_loop_is_gone(ledger: Ledger, reopen: Reopen):
     """Runs handed to a loop that was closed are found again by the next epoch."""
 
     async def attach() -> None:
-        hand(ledger)
+        attach_worker(ledger)
 
     asyncio.run(attach())
     (run,) = asyncio.run(ledger.recorded(ledger.run()))
