@@ -70,7 +70,7 @@ class DriftAlert(Endpoint):
             any other absent one makes a dead letter that names it.
         alerts: a JSON pointer to the list of alerts, where one body has several; `fields` then
             point into each.
-        topics: ARNs of the SNS topics whose `SubscriptionConfirmation` is answered; by default none.
+        topics: ARNs of the SNS topics whose subscriptions are confirmed; by default none.
         sns: the URL of an SNS other than Amazon's, such as `http://localhost:4566`.
         name: the name in the ledger; by default made from the path.
         max_body, gzip, max_rate, body_timeout: as for `Webhook`.

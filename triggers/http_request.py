@@ -1,8 +1,9 @@
 """Reads one HTTP request within limits of size and time, and sends the reply.
 
-`http_endpoint.py` calls it; core/http_body.py reads the body. An invalid request raises `RequestRejected` with its status: too large
-413 (as soon as the declared or the counted size exceeds the limit), too slow 408, an unsupported
-encoding 415, a damaged one 400. Memory per request stays near the limit, whatever the chunks.
+`http_endpoint.py` calls it; core/http_body.py reads the body. An invalid request raises
+`RequestRejected` with its status: too large 413 (as soon as the declared or the counted size
+exceeds the limit), too slow 408, an unsupported encoding 415, a damaged one 400. Memory per request
+stays near the limit, whatever the chunks.
 """
 
 import asyncio

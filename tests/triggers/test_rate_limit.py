@@ -17,7 +17,6 @@ from tests.triggers.hooks import Hook, over_http, posting
 from tests.triggers.observed import ObservedTrigger
 from tests.triggers.serving import post, raw, serving
 from triggers.drift import DriftAlert
-from triggers.http_endpoint import Endpoint
 from triggers.rate_limit import MAX_ADDRESSES, RateLimiter, bucket_key
 from triggers.signatures import Bearer
 from triggers.webhook import Webhook
@@ -33,7 +32,7 @@ async def burst(hook: Hook, number: int, address: str, **headers: str) -> list[i
 
 
 @pytest.mark.parametrize("make", [Webhook, DriftAlert])
-def test_s11_a_sender_that_floods_is_429(make: type[Endpoint]):
+def test_s11_a_sender_that_floods_is_429(make: type[Webhook] | type[DriftAlert]):
     """Five seconds' worth may come at once; then 429 with Retry-After, for that address alone,
     until time has passed.
     """
