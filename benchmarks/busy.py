@@ -18,11 +18,25 @@ from benchmarks.measure import Figure, alone
 from benchmarks.w1h import serving
 
 FIGURES = (
-    Figure(key="p50", what="webhook to its 202 while flows "
-                           "compute, p50", unit="ms", floor=25, goal=10,
-           combine=alone, lower_is_better=True),
-    Figure(key="p99", what="the same, p99", unit="ms", floor=60, goal=20, combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="p50",
+        what="webhook to its 202 while flows compute, p50",
+        unit="ms",
+        floor=25,
+        goal=10,
+        combine=alone,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="p99",
+        what="the same, p99",
+        unit="ms",
+        floor=60,
+        goal=20,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 
 APP = """
 import time

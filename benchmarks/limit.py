@@ -34,7 +34,9 @@ PRAGMA synchronous = FULL;
 CREATE TABLE events (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, body BLOB NOT NULL);
 CREATE TABLE runs (id INTEGER PRIMARY KEY, event INTEGER NOT NULL, state INTEGER NOT NULL);
 CREATE INDEX live ON runs (id) WHERE state < 2;
-CREATE TABLE journal (run INTEGER, claim TEXT, value BLOB NOT NULL, PRIMARY KEY (run, claim)) WITHOUT ROWID;
+CREATE TABLE journal (
+  run INTEGER, call_key TEXT, value BLOB NOT NULL, PRIMARY KEY (run, call_key)
+) WITHOUT ROWID;
 """
 ROWS = 100
 """Rows in one INSERT: one prepared statement serves every full chunk."""

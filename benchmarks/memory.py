@@ -11,13 +11,34 @@ from benchmarks.measure import Figure, alone
 from eventflow import flow, sleep, task
 
 FIGURES = (
-    Figure(key="idle", what="resident, idle", unit="MB", floor=80, goal=55, combine=alone, lower_is_better=True),
-    Figure(key="pending", what="resident, 100,000 pending", unit="MB", floor=250, goal=120,
-           combine=alone, lower_is_better=True),
-    Figure(key="suspended", what="per suspended run (0, to "
-                                 "within 1 kB)", unit="kB", floor=1, goal=1,
-           combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="idle",
+        what="resident, idle",
+        unit="MB",
+        floor=80,
+        goal=55,
+        combine=alone,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="pending",
+        what="resident, 100,000 pending",
+        unit="MB",
+        floor=250,
+        goal=120,
+        combine=alone,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="suspended",
+        what="per suspended run (0, to within 1 kB)",
+        unit="kB",
+        floor=1,
+        goal=1,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 
 
 async def eventflow(quick: bool) -> dict[str, float]:

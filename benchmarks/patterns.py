@@ -25,15 +25,49 @@ from eventflow.store.protocol import Arrival
 from eventflow.store.transaction import TOTALS, Transaction
 
 FIGURES = (
-    Figure(key="machine", what="count: the machine alone", unit="/s", floor=50_000, goal=200_000, combine=alone),
-    Figure(key="count", what="count: events/s per core "
-                             "in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
-    Figure(key="batch", what="Batch: events/s per core "
-                             "in the writer", unit="/s", floor=50_000, goal=100_000, combine=alone),
-    Figure(key="key", what="count: memory of an open key", unit="kB", floor=4, goal=2, combine=alone, lower_is_better=True),
-    Figure(key="growth", what="count: growth by ten times the events", unit="MB", floor=4, goal=1,
-           combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="machine",
+        what="count: the machine alone",
+        unit="/s",
+        floor=50_000,
+        goal=200_000,
+        combine=alone,
+    ),
+    Figure(
+        key="count",
+        what="count: events/s per core in the writer",
+        unit="/s",
+        floor=50_000,
+        goal=100_000,
+        combine=alone,
+    ),
+    Figure(
+        key="batch",
+        what="Batch: events/s per core in the writer",
+        unit="/s",
+        floor=50_000,
+        goal=100_000,
+        combine=alone,
+    ),
+    Figure(
+        key="key",
+        what="count: memory of an open key",
+        unit="kB",
+        floor=4,
+        goal=2,
+        combine=alone,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="growth",
+        what="count: growth by ten times the events",
+        unit="MB",
+        floor=4,
+        goal=1,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 
 KEYS, SIZE, STEP = 100, 50, 1000
 
@@ -45,8 +79,13 @@ async def take(events: list[Event]) -> None: ...
 async def eventflow(quick: bool) -> dict[str, float]:
     events = 20_000 if quick else 200_000
     key, growth = memory(500 if quick else 4_000)
-    return {"machine": machine(events), "count": writer(counting(), events), "batch": writer(batching(), events),
-            "key": key, "growth": growth}  # fmt: skip
+    return {
+        "machine": machine(events),
+        "count": writer(counting(), events),
+        "batch": writer(batching(), events),
+        "key": key,
+        "growth": growth,
+    }
 
 
 SIDES = {"eventflow": eventflow}

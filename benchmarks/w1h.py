@@ -24,7 +24,8 @@ from eventflow import App
 from triggers import Webhook
 
 app = App("bench")
-app.on(Webhook("/orders", verify="none"), one_task, params=lambda event: {"amount": event.data["data"]["amount"]})
+orders = Webhook("/orders", verify="none")
+app.on(orders, one_task, params=lambda event: {"amount": event.data["data"]["amount"]})
 """
 
 

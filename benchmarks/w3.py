@@ -14,15 +14,34 @@ from benchmarks.measure import Figure, alone, difference
 from eventflow import flow
 
 FIGURES = (
-    Figure(key="sequential", what="per task of 1,000 in sequence, "
-                                  "beyond the commit", unit="µs", floor=250, goal=80,
-           combine=difference, lower_is_better=True),
-    Figure(key="gathered", what="per task of 1,000 gathered, "
-                                "beyond the commit", unit="µs", floor=60, goal=25,
-           combine=difference, lower_is_better=True),
-    Figure(key="growth", what="per task, 10,000 gathered ÷ 1,000", unit="×", floor=1.3, goal=1.1,
-           combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="sequential",
+        what="per task of 1,000 in sequence, beyond the commit",
+        unit="µs",
+        floor=250,
+        goal=80,
+        combine=difference,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="gathered",
+        what="per task of 1,000 gathered, beyond the commit",
+        unit="µs",
+        floor=60,
+        goal=25,
+        combine=difference,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="growth",
+        what="per task, 10,000 gathered ÷ 1,000",
+        unit="×",
+        floor=1.3,
+        goal=1.1,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 TASKS = 1_000
 
 

@@ -12,11 +12,19 @@ import time
 from benchmarks.measure import Figure, alone
 
 FIGURES = (
-    Figure(key="import", what="import eventflow", unit="ms", floor=1.4, goal=1.1, lower_is_better=True),
-    Figure(key="first_run", what="start of a script → "
-                                 "first run done", unit="ms", floor=600, goal=300,
-           combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="import", what="import eventflow", unit="ms", floor=1.4, goal=1.1, lower_is_better=True
+    ),
+    Figure(
+        key="first_run",
+        what="start of a script → first run done",
+        unit="ms",
+        floor=600,
+        goal=300,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 
 WRITES_BYTE_CODE = {
     name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"

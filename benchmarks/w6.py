@@ -17,13 +17,25 @@ from benchmarks.measure import Figure, alone
 from eventflow import flow, task
 
 FIGURES = (
-    Figure(key="ready", what="kill -9 with 10,000 runs in "
-                             "flight: ready again", unit="s", floor=2, goal=0.7,
-           combine=alone, lower_is_better=True),
-    Figure(key="claimed", what="kill -9 with 10,000 runs in flight: all "
-                               "claimed again", unit="s", floor=10, goal=3,
-           combine=alone, lower_is_better=True),
-)  # fmt: skip
+    Figure(
+        key="ready",
+        what="kill -9 with 10,000 runs in flight: ready again",
+        unit="s",
+        floor=2,
+        goal=0.7,
+        combine=alone,
+        lower_is_better=True,
+    ),
+    Figure(
+        key="claimed",
+        what="kill -9 with 10,000 runs in flight: all claimed again",
+        unit="s",
+        floor=10,
+        goal=3,
+        combine=alone,
+        lower_is_better=True,
+    ),
+)
 
 
 async def eventflow(quick: bool) -> dict[str, float]:

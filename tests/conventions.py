@@ -185,8 +185,8 @@ def format_skips(source: Source) -> Iterator[Violation]:
 
 
 def type_checking_imports(source: Source) -> Iterator[Violation]:
-    """No import of our own code below `if TYPE_CHECKING:`, which would hide a circle. The names that
-    triggers/__init__.py loads lazily are for type checkers only.
+    """No import of our own code below `if TYPE_CHECKING:`, which would hide a circle. Those of
+    triggers/__init__.py show type checkers the names that are loaded lazily.
     """
     if source.path == "triggers/__init__.py":
         return

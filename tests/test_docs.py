@@ -243,7 +243,7 @@ def test_the_plain_commands_of_the_readme_are_those_of_make():
         assert make in recipes and plain in written
 
 
-# --------------------------------------------------------------------------- the command line's reference
+# --------------------------------------------------------------------------- command line
 
 
 def options() -> list[tuple[str, str, str]]:
@@ -339,7 +339,7 @@ def test_every_route_in_the_reference_exists():
 
 
 def test_every_logged_event_is_documented():
-    """The table of log lines in docs/reference/events.md is what the modules declare in LOG_EVENTS."""
+    """The table of log lines in docs/reference/events.md has what modules declare in LOG_EVENTS."""
     table, _, _ = page("reference/events.md").partition("## CloudEvents")
     rows = re.findall(r"^\| `([a-z_]+\.[a-z_]+)` \| (.*) \|$", table, re.MULTILINE)
     assert rows == sorted((event, description) for event, description, _ in events.declared())

@@ -125,7 +125,7 @@ def sound(served: ServerProcess) -> None:
 
 def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: ServerProcess):
     """Every occurrence of the window gets one run, at most --limit at a time, in order of their
-    times; given again, the command starts nothing. The count is answer before anything starts.
+    times; given again, the command starts nothing. The count is printed before anything starts.
     """
     code, answer, errors = backfill(reports, "report", *MAY, "--limit", "3", "--yes")
     assert code == 0 and answer["states"] == {"completed": 15}
@@ -291,7 +291,7 @@ def test_a_failed_run_is_reported(reports: ServerProcess):
 
 
 def test_what_is_to_come_is_the_schedules_own(idle: ServerProcess):
-    """Occurrences that the schedule has not come to are left to it, and that is answer; asked for by
+    """Occurrences that the schedule has not come to are left to it, which is reported; asked for by
     name they are refused.
     """
     tomorrow = datetime.now(UTC) + timedelta(days=3)

@@ -27,7 +27,8 @@ async def handle(total: float) -> float:
     return total
 
 app = App("watch")
-app.on(Webhook("/orders", verify="none", id="id"), handle, where={"total": [{"numeric": [">", 100]}]}, name="large")
+orders = Webhook("/orders", verify="none", id="id")
+app.on(orders, handle, where={"total": [{"numeric": [">", 100]}]}, name="large")
 app.on(count("login.failed", 5, within=600, by="user"), look, name="brute")
 app.on(sequence("order.placed", then="order.paid", within=600, by="order"), look, name="paid")
 app.on(absent("order.shipped", 0.2, after="order.paid", by="order"), look, name="unshipped")
@@ -46,7 +47,8 @@ async def retrain(drift: Drift) -> str:
 
 features = {"amount": Numeric(warn=0.5)}
 monitor = DriftMonitor(
-    Webhook("/scores", verify="none", id="id"), features=features, reference="reference.json", window="batch",
+    Webhook("/scores", verify="none", id="id"),
+    features=features, reference="reference.json", window="batch",
     rows=lambda event: event.data["rows"], confirm=1, clear=1, cooldown=0, model="prices",
 )
 app = App("scores")

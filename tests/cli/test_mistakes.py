@@ -30,14 +30,19 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
     "sync flow": (APP + "@flow\ndef f(): pass\n", "app.py", 2, "must be `async def`"),
     "empty secret": (
         APP + "from triggers import Webhook, GitHub, env\nWebhook('/x', "
-              "verify=GitHub(secret=env('NOT_SET')))\n",
-        "app.py", 3, "$NOT_SET empty or unset",
+        "verify=GitHub(secret=env('NOT_SET')))\n",
+        "app.py",
+        3,
+        "$NOT_SET empty or unset",
     ),
     "bad filter": (
         APP + "@flow\nasync def f(): pass\napp = App('a')\napp.on('x', f, where={'a': "
-              "[{'nope': 1}]})\n", "app.py", 2, "nope",
+        "[{'nope': 1}]})\n",
+        "app.py",
+        2,
+        "nope",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", TARGETS)

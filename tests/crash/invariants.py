@@ -89,7 +89,8 @@ def _events(rows: sqlite3.Connection, sender_log: SenderLog) -> Iterator[str]:
         if ident not in found:
             yield f"event {ident} was acknowledged as {ledger_id} and is lost"
         elif found[ident][1] != ledger_id:
-            yield f"event {ident} was acknowledged as {ledger_id}, the ledger has it as {found[ident][1]}"
+            known = found[ident][1]
+            yield f"event {ident} was acknowledged as {ledger_id}, the ledger has it as {known}"
     yield from (
         f"event {ident} is {n} times in the ledger" for ident, (n, _) in found.items() if n != 1
     )
@@ -110,7 +111,8 @@ def _handled(rows: sqlite3.Connection, sender_log: SenderLog) -> Iterator[str]:
         if run is not None and (
             state != State.COMPLETED or json.loads(result) != expected(sender_log.sent[ident])
         ):
-            yield f"run {format_id(run)} of event {ident}: {State(state).label} ({reason}, {crash_count} crashes) with {result}"
+            what = f"{State(state).label} ({reason}, {crash_count} crashes) with {result}"
+            yield f"run {format_id(run)} of event {ident}: {what}"
     yield from (f"event {ident} has {n} runs, expected one" for ident, n in runs.items() if n != 1)
 
 
@@ -121,7 +123,8 @@ def _children(rows: sqlite3.Connection) -> Iterator[str]:
     )
     for parent, n, completed in rows.execute(f"{asked} GROUP BY p.id"):
         if (n, completed) != (1, 1):
-            yield f"run {format_id(parent)} has {n} children, {completed:.0f} of them completed, expected one"
+            found = f"{n} children, {completed:.0f} of them completed"
+            yield f"run {format_id(parent)} has {found}, expected one"
 
 
 def _emitted(rows: sqlite3.Connection) -> Iterator[str]:
@@ -136,7 +139,8 @@ def _emitted(rows: sqlite3.Connection) -> Iterator[str]:
         yield f"{handled} runs of handle published {len(published)} events, expected one each"
     for ident, n, completed in published:
         if (n, completed) != (1, 1):
-            yield f"emitted event {ident} has {n} runs, {completed:.0f} of them completed, expected one"
+            found = f"{n} runs, {completed:.0f} of them completed"
+            yield f"emitted event {ident} has {found}, expected one"
 
 
 def _bodies(effects: Path) -> Iterator[tuple[str, int, int, int]]:
@@ -166,7 +170,8 @@ def _never_again(
     for key, attempt, boot, at in bodies:
         recorded = min(values.get(key, at), failures.get((key, attempt), at))
         if at > recorded:
-            yield f"the body of {key}, attempt {attempt}, ran in boot {boot}, {at - recorded} us after it was recorded"
+            when = f"in boot {boot}, {at - recorded} us after it was recorded"
+            yield f"the body of {key}, attempt {attempt}, ran {when}"
     ran = {key for key, _, _, _ in bodies}
     tasks = (key for key in values if not key.rpartition("/")[2].startswith("double"))
     yield from (f"{key} has a value, but its body never ran" for key in tasks if key not in ran)

@@ -138,8 +138,13 @@ class Loop:
 
     def _start(self) -> Server:
         self._boot += 1
-        env = {**self.aws.env, "AWS_ENDPOINT_URL": self.proxy.url, "CRASH_BUCKET": self.bucket.name, "CRASH_QUEUE": "",
-               "CRASH_RECONCILE": "0.3" if self.way == "both" else ""}  # fmt: skip
+        env = {
+            **self.aws.env,
+            "AWS_ENDPOINT_URL": self.proxy.url,
+            "CRASH_BUCKET": self.bucket.name,
+            "CRASH_QUEUE": "",
+            "CRASH_RECONCILE": "0.3" if self.way == "both" else "",
+        }
         if self.queue is not None:
             env["CRASH_QUEUE"] = self.queue.url
         return Server(HERE / "s3_app.py", self.folder, self._boot, env=env)

@@ -65,7 +65,7 @@ def _dies(server: Server) -> bool:
     return True
 
 
-# --------------------------------------------------------------------------- bodies and loops that do not listen
+# --------------------------------------------------------------------------- blocked bodies
 
 
 def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):

@@ -1,5 +1,5 @@
-"""kill -9 while runs become late: each is expected_alerts of once for each `after`, before the kill or in the
-next life.
+"""kill -9 while runs become late: one event for each `after`, before the kill
+or in the next life.
 """
 
 import random
@@ -40,7 +40,7 @@ RUNS, LIVES = 40, 6
 
 
 def test_p2_p6_row_1_late_runs_survive_kill_9(tmp_path: Path):
-    """Whatever was killed when, each run is expected_alerts of once for 0.2 s and once for 0.6 s, by one event
+    """Whatever was killed when, each run has one event for 0.2 s and one for 0.6 s,
     with one run of its own.
     """
     (tmp_path / "kills.py").write_text(APP)
