@@ -242,7 +242,9 @@ async def restarting(trigger: Trigger, intake: Intake) -> AsyncGenerator[asyncio
         while True:
             try:
                 await trigger.listen(intake)
-            except Exception:  # around a listener: a trigger may raise anything
+            except Exception as error:  # around a listener: a trigger may raise anything
+                if not isinstance(error, StoreError):
+                    intake.log.warning("trigger.restarted", error=repr(error))
                 await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
     task = asyncio.create_task(supervise())

@@ -21,6 +21,8 @@ from tests.conftest import eventually
 from tests.triggers.test_drift_monitor import Row, Watching, normal, reference, run, watching
 from tests.world import image
 from triggers import Drift, DriftMonitor, Numeric
+from triggers._drift.episodes import Episode
+from triggers._drift.evaluator import MonitorState
 
 
 class Flaky:
@@ -298,3 +300,20 @@ def test_the_state_is_bounded_and_a_row_rewrites_little():
             assert max(sizes) < 24 * 1024, sizes
 
     asyncio.run(main())
+
+
+def test_the_keys_of_the_stored_state_are_those_of_the_first_version():
+    """Attributes of the state may be renamed, its keys in the store may not: an old
+    cursor is read.
+    """
+    state = msgspec.to_builtins(MonitorState("hash", episodes=[Episode()]))
+    (episode,) = state["episodes"]
+    assert list(state) == (
+        "digest version learned own opened windows watermark last_at silent late insufficient "
+        "judged episodes".split()
+    )
+    assert list(episode) == "number level told bad worse clean told_at since features".split()
+    old = {"digest": "hash", "own": True, "opened": 3, "silent": 5, "late": 1, "insufficient": 2}
+    read = msgspec.convert(old, MonitorState)
+    assert (read.learns, read.first_open, read.nodata_since) == (True, 3, 5)
+    assert (read.late_rows, read.too_small) == (1, 2)
