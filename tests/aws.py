@@ -27,7 +27,7 @@ from tests.conftest import wait_until
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = ROOT / ".venv-aws"
-GIVEN = os.environ.get("EVENTFLOW_TEST_S3")
+GIVEN_URL = os.environ.get("EVENTFLOW_TEST_S3")
 REGION = os.environ.get("AWS_DEFAULT_REGION", "us-east-1")
 KEYS = {
     "aws_access_key_id": os.environ.get("AWS_ACCESS_KEY_ID", "test"),
@@ -39,8 +39,9 @@ class Aws:
     """One server, and boto3's clients of it."""
 
     def __init__(self, kind: str, url: str) -> None:
-        self.kind, self.url = kind, url
-        self.made: list[Bucket | Queue] = []
+        self.kind = kind
+        self.url = url
+        self.created: list[Bucket | Queue] = []
         config = botocore.config.Config(
             s3={"addressing_style": "path"}, retries={"total_max_attempts": 2}
         )
@@ -50,9 +51,10 @@ class Aws:
             **KEYS,
             "config": config,
         }
-        self.s3, self.sqs, self.sns, self.events = (
-            boto3.client(name, **known) for name in ("s3", "sqs", "sns", "events")
-        )
+        self.s3: Any = boto3.client("s3", **known)
+        self.sqs: Any = boto3.client("sqs", **known)
+        self.sns: Any = boto3.client("sns", **known)
+        self.events: Any = boto3.client("events", **known)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Aws:
             "AWS_DEFAULT_REGION": REGION,
         }
 
-    def needs(self, call: Any) -> None:
+    def skip_without(self, call: Any) -> None:
         """Skips the test when the server that was named does not offer a service at all."""
         try:
             if self.kind == "given":
@@ -80,7 +82,7 @@ class Aws:
 
     def clean_up(self) -> None:
         """Removes what the tests made, for a server that outlives them."""
-        for each in self.made:
+        for each in self.created:
             with suppress(ClientError):
                 each.remove()
 
@@ -89,9 +91,10 @@ class Bucket:
     """A new bucket; `queue()` makes a queue with its notifications."""
 
     def __init__(self, aws: Aws, *, versioned: bool = False) -> None:
-        self.aws, self.name = aws, f"test-{uuid.uuid4().hex[:12]}"
+        self.aws = aws
+        self.name = f"test-{uuid.uuid4().hex[:12]}"
         self.topic = ""
-        aws.made.append(self)
+        aws.created.append(self)
         aws.s3.create_bucket(Bucket=self.name)
         if versioned:
             aws.s3.put_bucket_versioning(
@@ -143,14 +146,14 @@ class Bucket:
         configuration: dict[str, Any] = {}
         match through:
             case "sns":
-                self.aws.needs(self.aws.sns.list_topics)
+                self.aws.skip_without(self.aws.sns.list_topics)
                 self.topic = self.aws.sns.create_topic(Name=queue.name)["TopicArn"]
                 self.aws.sns.subscribe(TopicArn=self.topic, Protocol="sqs", Endpoint=queue.arn)
                 configuration["TopicConfigurations"] = [
                     {"TopicArn": self.topic, "Events": list(events)}
                 ]
             case "eventbridge":
-                self.aws.needs(self.aws.events.list_rules)
+                self.aws.skip_without(self.aws.events.list_rules)
                 configuration["EventBridgeConfiguration"] = {}
                 pattern = {"source": ["aws.s3"], "detail": {"bucket": {"name": [self.name]}}}
                 self.aws.events.put_rule(Name=queue.name, EventPattern=json.dumps(pattern))
@@ -186,9 +189,10 @@ class Queue:
     """A new SQS queue."""
 
     def __init__(self, aws: Aws, *, fifo: bool = False, **attributes: str) -> None:
-        self.aws, self.name = aws, f"test-{uuid.uuid4().hex[:12]}{'.fifo' if fifo else ''}"
-        aws.needs(aws.sqs.list_queues)
-        aws.made.append(self)
+        self.aws = aws
+        self.name = f"test-{uuid.uuid4().hex[:12]}{'.fifo' if fifo else ''}"
+        aws.skip_without(aws.sqs.list_queues)
+        aws.created.append(self)
         known = {"FifoQueue": "true", **attributes} if fifo else attributes
         self.url: str = aws.sqs.create_queue(QueueName=self.name, Attributes=known)["QueueUrl"]
         self.arn: str = self.attributes("QueueArn")["QueueArn"]
@@ -205,7 +209,7 @@ class Queue:
         text = body if isinstance(body, str) else json.dumps(body)
         self.aws.sqs.send_message(QueueUrl=self.url, MessageBody=text, **more)
 
-    def take(self) -> list[str]:
+    def receive_all(self) -> list[str]:
         """The bodies of all messages that are there, which are deleted."""
         bodies: list[str] = []
         asked = {"QueueUrl": self.url, "MaxNumberOfMessages": 10, "WaitTimeSeconds": 1}
@@ -218,7 +222,7 @@ class Queue:
         return bodies
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """Messages that are not deleted, seen or not."""
         names = (
             "ApproximateNumberOfMessages",
@@ -241,8 +245,8 @@ def serving(kind: str, folder: Path) -> Iterator[Aws]:
     """One of the servers, on a free port; or, instead of ministack, the server in
     EVENTFLOW_TEST_S3.
     """
-    if kind == "ministack" and GIVEN:
-        aws = Aws("given", GIVEN)
+    if kind == "ministack" and GIVEN_URL:
+        aws = Aws("given", GIVEN_URL)
         yield aws
         aws.clean_up()
         return

@@ -27,7 +27,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, Records
 
 from tests.conftest import wait_until
 
-ELSEWHERE = os.environ.get("EVENTFLOW_TEST_KAFKA")  # read before conftest.py clears the environment
+GIVEN_SERVER = os.environ.get(
+    "EVENTFLOW_TEST_KAFKA"
+)  # read before conftest.py clears the environment
 
 _numbers = itertools.count()
 
@@ -175,7 +177,9 @@ class OwnBroker(Broker):
 
     def __init__(self, command: Sequence[str], port: int, log: Path | None = None) -> None:
         super().__init__(f"127.0.0.1:{port}")
-        self._command, self._port, self._log = command, port, log
+        self._command = command
+        self._port = port
+        self._log = log
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -243,10 +247,10 @@ def _running(broker: OwnBroker) -> Iterator[OwnBroker]:
 
 
 @contextmanager
-def some_broker(folder: Path) -> Iterator[Broker]:
+def given_or_noida(folder: Path) -> Iterator[Broker]:
     """The one that EVENTFLOW_TEST_KAFKA names, or a noida."""
-    if ELSEWHERE:
-        yield Broker(ELSEWHERE)
+    if GIVEN_SERVER:
+        yield Broker(GIVEN_SERVER)
     else:
         with noida(folder) as broker:
             yield broker

@@ -1,5 +1,6 @@
-"""Files that land in a directory, each as one event: `app.on(Directory("inbox", pattern="*.csv"),
-handle)`.
+"""Files that land in a directory, each as one event.
+
+    app.on(Directory("inbox", pattern="*.csv"), handle)
 
 A file fires once its size, mtime and inode have not changed for `settle` seconds; an overwrite is a
 new event. Walks compare the tree with the trigger's cursor (the recorded versions), and so find
@@ -7,8 +8,8 @@ files that landed while nothing ran, or that the kernel's notifications missed; 
 make it fast. An event and its cursor entry commit in one transaction; only after that a file is
 moved or deleted.
 
-This file is the public class. Read on in `_files/listener.py`: the loop, and a file's path through
-the other files.
+This file is the public class. See `_files/listener.py`: the loop, and a file's path through the
+other files.
 """
 
 import os
@@ -57,7 +58,7 @@ class Directory:
         rescan: seconds between whole walks when native; `poll`: when polling. A tree that takes
             long to walk is walked less.
         marker: a file that marks another one as complete: `"{name}.done"`, `"{stem}.ok"` or
-            `"_SUCCESS"` beside it.
+            `"_SUCCESS"` in its directory.
         touch: `"skip"`: other times with the same size, inode and content are no event (content is
             sampled: files up to 256 KiB whole, larger ones in 16 pieces; with `sha256=True` whole).
             `"fire"`: any new mtime is an event.

@@ -1,13 +1,15 @@
-"""Kafka topics as events: `app.on(Kafka("orders", bootstrap_servers="kafka:9092", group_id="shop"),
-handle, key="record")`.
+"""Kafka topics as events.
+
+    orders = Kafka("orders", bootstrap_servers="kafka:9092", group_id="shop")
+    app.on(orders, handle, key="record")
 
 Records are recorded in batches: events and partition offsets in one transaction; the commit of the
 group's offset follows. So each record is accepted exactly once, whichever process dies in between,
 and a rebalance or a full ledger only delays it. An unreadable record is a dead letter, and its
 partition is read on. aiokafka's options pass through unchanged.
 
-This file is the public class. Read on in `_kafka/session.py`: the loop, and a record's path through
-the other files.
+This file is the public class. See `_kafka/session.py`: the loop, and a record's path through the
+other files.
 """
 
 import asyncio
@@ -64,7 +66,7 @@ class Kafka:
             RetryAfter, ConnectionError or TimeoutError the partition waits and the record is
             decoded again.
         on_gap: what to do when the broker no longer has the next offset (expired, or the topic was
-            recreated): read on from the `"earliest"` or the `"latest"`, with an error in the log
+            recreated): read from the `"earliest"` or the `"latest"`, with an error in the log
             and a dead letter that names the offsets; or `"stop"` that partition.
         skip_corrupt: whether a record whose bytes are damaged, or compressed with a codec that is
             not installed, becomes a dead letter (coordinates only). By default its partition stops,

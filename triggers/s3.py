@@ -1,5 +1,6 @@
-"""Objects that arrive in a bucket, each version as one event: `app.on(S3("lake", prefix="in/",
-queue="arrivals"), handle)`.
+"""Objects that arrive in a bucket, each version as one event.
+
+    app.on(S3("lake", prefix="in/", queue="arrivals"), handle)
 
 Two sources, alone or together, and one shape of event: an SQS queue of notifications (S3's own,
 through SNS or through EventBridge), whose messages are deleted only after their events are durable;
@@ -7,7 +8,7 @@ and scans of the listing, whose cursor commits with the events. With `reconcile=
 the notifications missed, and both start one run per version between them. For MinIO's webhook, use
 a `Webhook` with `minio_id` and `minio_object`.
 
-This file is the public class. Read on in `_s3/queue.py` and `_s3/listing.py`, the two loops.
+This file is the public class. See `_s3/queue.py` and `_s3/listing.py`, the two loops.
 """
 
 import asyncio
@@ -55,7 +56,7 @@ class S3:
         prefix, suffix, pattern: which keys. Globs are over the key without the prefix, as in
             `Directory`; `[]`-lists mean any.
         poll: seconds between scans of the listing when there is no queue.
-        reconcile: seconds between scans beside the queue; None for no scans.
+        reconcile: seconds between scans in addition to the queue; None for no scans.
         settle: seconds that a listed object must not change. S3's writes are atomic: for stores and
             mounts that append.
         existing: whether objects present at the first scan `"fire"`, or `"skip"` them (their later

@@ -35,7 +35,7 @@ class Landing(ObservedTrigger):
 
     async def emptied(self, queue: Queue) -> None:
         """Waits until no message is left."""
-        await eventually(lambda: queue.left == 0, "the queue is empty")
+        await eventually(lambda: queue.remaining == 0, "the queue is empty")
 
     async def scanned(self) -> None:
         """Waits until a scan that began after now has ended: the second that ends."""

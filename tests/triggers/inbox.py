@@ -43,7 +43,7 @@ class Inbox(ObservedTrigger):
             lambda: self.names(kind) == sorted(names), f"{sorted(names)} are events", within=within
         )
 
-    async def goes_quiet(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Waits until a file written now, after whatever went before, is an event: the trigger has
         looked since.
         """

@@ -10,45 +10,52 @@ from tests.brokers import Broker, free_port, tansu
 
 
 class Proxy:
-    """`damage` is applied to everything that passes. `answers`: how many more of the broker's are
-    let through; None, all.
+    """Applies `damage` to everything that passes, and lets `responses_left` responses through.
 
-    `withheld`: whether one is held back; `open` how many connections clients have.
+    `responses_left` None: all. `withheld`: whether a response is held back now.
+    `open_connections`: of clients.
     """
 
     def __init__(self, port: int, target: int) -> None:
-        self.port, self._target = port, target
+        self.port = port
+        self._target = target
         self.damage: Callable[[bytes], bytes] | None = None
-        self.answers: int | None = None
+        self.responses_left: int | None = None
         self.withheld = False
-        self.open = 0
+        self.open_connections = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self._target)
-        self.open += 1
-        for pump in (self._asked(reader, back), self._answered(there, writer)):
+        self.open_connections += 1
+        for pump in (self._forward_requests(reader, back), self._forward_responses(there, writer)):
             task = asyncio.create_task(pump)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _asked(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _forward_requests(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
         try:
             while data := await source.read(1 << 20):
                 await self._pass(data, sink)
         except OSError:
             pass
         finally:
-            self.open -= 1
+            self.open_connections -= 1
             await _close(sink)
 
-    async def _answered(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _forward_responses(
+        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter
+    ) -> None:
         try:
             while data := await source.read(1 << 20):
-                while self.answers == 0:
+                while self.responses_left == 0:
                     self.withheld = True
                     await asyncio.sleep(0.01)
-                self.answers = None if self.answers is None else self.answers - 1
+                self.responses_left = (
+                    None if self.responses_left is None else self.responses_left - 1
+                )
                 await self._pass(data, sink)
         except OSError:
             pass

@@ -29,7 +29,9 @@ class Topic(ObservedTrigger):
 
     def __init__(self, broker: Broker, name: str, partitions: int = 1, **options: Any) -> None:
         super().__init__(ContractLedger())
-        self.broker, self.name, self.partitions = broker, name, partitions
+        self.broker = broker
+        self.name = name
+        self.partitions = partitions
         self.group = f"group-{name}"
         self.options = {**QUICK, **options}
         self.triggers: list[Kafka] = []

@@ -35,7 +35,8 @@ class FilesHarness(TriggerHarness):
     """A directory; an item is a file, acknowledged when the cursor holds it."""
 
     def __init__(self, root: Path, **options: Any) -> None:
-        self.root, self.options = root, options
+        self.root = root
+        self.options = options
 
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:
@@ -188,7 +189,7 @@ def test_names_that_are_not_utf8(tmp_path: Path):
             inbox.write("polled.csv")
             await inbox.has(r"caf\xe9.csv", r"caf\xe9.csv2", "next.csv", "polled.csv")
         async with watched(root, ledger) as inbox:
-            await inbox.goes_quiet()
+            await inbox.wait_until_idle()
         assert len(ledger.offered) == 5
 
     asyncio.run(main())
@@ -225,7 +226,7 @@ def test_temporary_names_are_ignored(tmp_path: Path):
             os.rename(inbox.write(hidden), inbox.root / name)
         inbox.write(".hidden/inside.csv")
         await inbox.has("x.csv", "y.csv", "z.csv")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert len(inbox.without_probes()) == 3
 
     run(test, tmp_path / "in")
@@ -359,7 +360,7 @@ def test_touch_is_no_event(tmp_path: Path, size: int):
             )
         touch(path)
         async with watched(root, ledger) as inbox:
-            await inbox.goes_quiet()
+            await inbox.wait_until_idle()
             assert len(inbox.without_probes()) == 1
         touch(path)
         async with watched(root, ledger, touch="fire") as inbox:
@@ -413,7 +414,8 @@ def test_marker(tmp_path: Path, template: str, name: str, marker_first: bool):
 
 def test_deletions(tmp_path: Path):
     """With `deleted=True` a file that is gone is an event; without, only its cursor entry goes.
-    Both find what was removed while nothing watched, and a file that comes back is a created file again.
+    Both find what was removed while nothing watched, and a file that comes back is a created file
+    again.
     """
     root = tmp_path / "in"
     root.mkdir()
@@ -492,7 +494,7 @@ def test_restart_makes_nothing_twice(tmp_path: Path):
         for _ in range(3):
             async with watched(root, ledger) as inbox:
                 inbox.write("a")
-                await inbox.goes_quiet()
+                await inbox.wait_until_idle()
         assert len(inbox.without_probes()) == 1
 
     asyncio.run(main())

@@ -53,7 +53,7 @@ def test_moved_file_is_at_the_path_of_its_event(tmp_path: Path):
         await eventually(
             lambda: inbox.ledger.cursors.keys() == {"/began"}, "the cursor forgets them"
         )
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert len(inbox.without_probes()) == 2 and inbox.names("deleted") == []
 
     run(test, tmp_path / "in", after=move(tmp_path / "done"), deleted=True)
@@ -192,7 +192,7 @@ def test_delete(tmp_path: Path):
         assert (inbox.root / "go").exists()
         inbox.ledger.unblock()
         await leaves(inbox, "go")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.without_probes() == ["go"]
 
     run(test, tmp_path / "in", after=delete(), deleted=True)

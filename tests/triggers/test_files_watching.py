@@ -129,7 +129,7 @@ def test_root_replaced_by_another(tmp_path: Path):
         inbox.write("c")
         await inbox.has("a", "b", "c", within=10)
         (tmp_path / "old" / "ghost").write_text("ghost")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.without_probes() == ["a", "b", "c"]
 
     run(test, tmp_path / "in")
@@ -145,7 +145,7 @@ def test_a_vanished_root_deletes_nothing(tmp_path: Path):
         await eventually(lambda: inbox.logged("directory.root_missing"), "the root is missed")
         await asyncio.sleep(0.5)
         os.rename(tmp_path / "away", inbox.root)
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.names("deleted") == [] and len(inbox.without_probes()) == 1
 
     run(test, tmp_path / "in", deleted=True, watch="poll")
@@ -185,9 +185,9 @@ def test_subdirectory_recreated_or_moved_out(tmp_path: Path):
         inbox.write("sub/c")
         await inbox.has("sub/a", "sub/b", "sub/c", within=10)
         os.rename(inbox.root / "sub", tmp_path / "out")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         (tmp_path / "out/d").write_text("d")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.without_probes() == ["sub/a", "sub/b", "sub/c"]
 
     run(test, tmp_path / "in")
@@ -367,9 +367,9 @@ def test_symlinks_are_not_followed(tmp_path: Path, watch: str):
         os.symlink("nowhere", inbox.root / "dangling")
         os.symlink(inbox.root, inbox.root / "real/loop")
         os.symlink("self", inbox.root / "self")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         (tmp_path / "out/later").write_text("x")
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.without_probes() == ["real/a"] and len(inbox.ledger.offered) == 3
 
     run(test, tmp_path / "in", watch=watch, rescan=0.2, deleted=True)
@@ -392,7 +392,7 @@ def test_symlinks_are_followed_inside_the_root(tmp_path: Path):
         await eventually(
             lambda: {"link", "real/a"} <= set(inbox.names()), "link and file are events"
         )
-        await inbox.goes_quiet()
+        await inbox.wait_until_idle()
         assert inbox.without_probes() == ["link", "real/a"]
 
     run(test, tmp_path / "in", follow_symlinks=True, rescan=0.2)

@@ -16,20 +16,20 @@ from eventflow.testing.trigger_contract import (
     Promise,
     TriggerHarness,
 )
-from tests.brokers import ELSEWHERE, Broker, some_broker, tansu
+from tests.brokers import GIVEN_SERVER, Broker, given_or_noida, tansu
 from tests.triggers.kafka_topic import make_topic
 from triggers.kafka import Kafka
 
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with some_broker(tmp_path_factory.mktemp("broker")) as running:
+    with given_or_noida(tmp_path_factory.mktemp("broker")) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
 def other() -> Iterator[Broker]:
-    if ELSEWHERE:
+    if GIVEN_SERVER:
         pytest.skip("EVENTFLOW_TEST_KAFKA names the broker to test with")
     with tansu() as running:
         yield running
@@ -42,7 +42,8 @@ class Shelf(TriggerHarness):
     """A topic with one partition; an item's key is its data."""
 
     def __init__(self, broker: Broker) -> None:
-        self.broker, self.keys = broker, list[str]()
+        self.broker = broker
+        self.keys = list[str]()
 
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:

@@ -14,7 +14,7 @@ import pytest
 
 from eventflow import App, Event, flow
 from eventflow.web.api import make_asgi
-from tests.brokers import Broker, free_port, some_broker
+from tests.brokers import Broker, free_port, given_or_noida
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import QUICK
 from triggers.kafka import Kafka
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with some_broker(tmp_path_factory.mktemp("broker")) as running:
+    with given_or_noida(tmp_path_factory.mktemp("broker")) as running:
         yield running
 
 
@@ -32,7 +32,8 @@ class Shop:
     """An app with one trigger on a topic; `gates` are what its flows may wait for."""
 
     def __init__(self, broker: Broker, topic: str, folder: Path, **options: Any) -> None:
-        self.broker, self.topic = broker, topic
+        self.broker = broker
+        self.topic = topic
         self.gates: dict[str, threading.Event] = {}
         self.app = App("shop", store=f"sqlite:///{folder}/shop.db", **options)
         self.trigger = Kafka(

@@ -19,7 +19,7 @@ from aiokafka.structs import ConsumerRecord
 
 from eventflow.core.errors import EmptySecret, MissingExtra, UsageError
 from eventflow.events.event import Event
-from tests.brokers import Broker, now_ms, some_broker
+from tests.brokers import Broker, given_or_noida, now_ms
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
@@ -31,7 +31,7 @@ STRUCTURED = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with some_broker(tmp_path_factory.mktemp("broker")) as running:
+    with given_or_noida(tmp_path_factory.mktemp("broker")) as running:
         yield running
 
 

@@ -31,16 +31,18 @@ def behind() -> Iterator[tuple[Broker, Proxy]]:
 def run(behind: tuple[Broker, Proxy], work: Work) -> None:
     """`work`, after which nothing may be left: of its connections none, of its tasks none."""
     broker, proxy = behind
-    proxy.answers = None
+    proxy.responses_left = None
 
     async def go() -> None:
         async with proxy.listening():
             topic = await make_topic(broker, rebalance_timeout_ms=1_000)
-            await eventually(lambda: not proxy.open, "the topic's maker is gone")
+            await eventually(lambda: not proxy.open_connections, "the topic's maker is gone")
             before = asyncio.all_tasks()
             proxy.withheld = False
             await work(topic, proxy)
-            await eventually(lambda: not proxy.open, "every connection is closed", within=40)
+            await eventually(
+                lambda: not proxy.open_connections, "every connection is closed", within=40
+            )
             await eventually(
                 lambda: not (own_tasks() - before),
                 f"every task has ended: {own_tasks() - before}",
@@ -69,7 +71,7 @@ def test_a_start_that_is_cancelled(behind: tuple[Broker, Proxy], client: str):
     """Cancelled between its first question and the answer, a client closes that connection."""
 
     async def work(topic: Topic, proxy: Proxy) -> None:
-        proxy.answers = 1  # which versions there are; not which brokers
+        proxy.responses_left = 1  # which versions there are; not which brokers
         sink = KafkaSink(topic.name, bootstrap_servers=topic.broker.server)
         starts = (
             topic.make().listen(topic.ledger) if client == "trigger" else sink.send(message(topic))
@@ -77,7 +79,7 @@ def test_a_start_that_is_cancelled(behind: tuple[Broker, Proxy], client: str):
         task = asyncio.ensure_future(starts)
         await withheld(proxy)
         task.cancel()
-        asyncio.get_running_loop().call_later(0.2, setattr, proxy, "answers", None)
+        asyncio.get_running_loop().call_later(0.2, setattr, proxy, "responses_left", None)
         with pytest.raises(asyncio.CancelledError):
             await task
 
@@ -94,7 +96,7 @@ def test_a_leave_that_is_cancelled(behind: tuple[Broker, Proxy]):
             async with topic.read() as task:
                 await topic.send(1)
                 await topic.has(1)
-                proxy.answers, proxy.withheld = 0, False
+                proxy.responses_left, proxy.withheld = 0, False
                 await withheld(proxy)
                 task.cancel()
                 for _ in range(3):

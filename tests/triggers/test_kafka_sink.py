@@ -13,7 +13,7 @@ import pytest
 from eventflow import App, Event, Permanent, emit, flow
 from eventflow.core.errors import UsageError
 from eventflow.events.event import OutboxMessage, format_id
-from tests.brokers import Broker, some_broker
+from tests.brokers import Broker, given_or_noida
 from tests.conftest import eventually
 from triggers import Kafka, KafkaSink
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    with some_broker(tmp_path_factory.mktemp("broker")) as running:
+    with given_or_noida(tmp_path_factory.mktemp("broker")) as running:
         yield running
 
 
@@ -156,7 +156,7 @@ async def test_p2_topic_to_topic_over_two_lives(tmp_path: Path):
     """Records in, a flow, its emits out: over two lives of ours every order is scored, and its
     score sent.
     """
-    with some_broker(tmp_path / "broker") as broker:
+    with given_or_noida(tmp_path / "broker") as broker:
         orders, scored = await broker.create(), await broker.create()
 
         @flow

@@ -37,7 +37,9 @@ class QueueHarness(TriggerHarness):
     """A bucket with a queue; an item is an object, acknowledged when no message is left."""
 
     def __init__(self, aws: Aws, **options: Any) -> None:
-        self.aws, self.options, self.offered = aws, options, set[str]()
+        self.aws = aws
+        self.options = options
+        self.offered = set[str]()
 
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:
@@ -77,7 +79,7 @@ class QueueHarness(TriggerHarness):
         return item.data["key"]  # type: ignore[union-attr]
 
     async def acknowledged(self, ledger: ContractLedger) -> set[str]:
-        return set() if await asyncio.to_thread(lambda: self.queue.left) else set(self.offered)
+        return set() if await asyncio.to_thread(lambda: self.queue.remaining) else set(self.offered)
 
 
 class BothHarness(QueueHarness):
@@ -91,12 +93,13 @@ class BothHarness(QueueHarness):
     @asynccontextmanager
     async def source(self) -> AsyncIterator[None]:
         self.bucket = Bucket(self.aws)
-        self.queue, self.copies = self.bucket.queue(through="sns"), Queue(self.aws)
+        self.queue = self.bucket.queue(through="sns")
+        self.copies = Queue(self.aws)
         self.aws.sns.subscribe(TopicArn=self.bucket.topic, Protocol="sqs", Endpoint=self.copies.arn)
         yield
 
     async def redeliver(self, keys: Sequence[str], ledger: ContractLedger) -> None:
-        for body in await asyncio.to_thread(self.copies.take):
+        for body in await asyncio.to_thread(self.copies.receive_all):
             self.queue.send(body)
 
 

@@ -76,7 +76,7 @@ def test_an_object_starts_a_run_within_two_seconds_by_queue(ministack: Aws, tmp_
         bucket = Bucket(ministack)
         queue = bucket.queue()
         async with opened(tmp_path, S3(bucket.name, queue=queue.url, **ministack.options)) as app:
-            await eventually(lambda: queue.left == 0, "the test message is gone: it listens")
+            await eventually(lambda: queue.remaining == 0, "the test message is gone: it listens")
             took = []
             for key in ("plain.csv", ODD, "in/multi part+é.bin"):
                 began = time.monotonic()
@@ -162,7 +162,7 @@ def test_c1_a_duplicate_is_counted_on_the_first(ministack: Aws, tmp_path: Path):
         async with opened(
             tmp_path, S3(bucket.name, queue=queue.url, **QUICK, **ministack.options)
         ) as app:
-            await eventually(lambda: queue.left == 0, "both are deleted")
+            await eventually(lambda: queue.remaining == 0, "both are deleted")
             await ran(app, ["a"])
             counts = await app.store.counts()
             assert (counts["events"], counts["duplicates"], counts["runs"]) == (1, 1, 1)
@@ -225,7 +225,7 @@ def test_superseded_notifications_can_be_left_out(ministack: Aws, tmp_path: Path
         async with opened(
             tmp_path, S3(bucket.name, **options), where={"@superseded": [{"exists": False}]}
         ) as app:
-            await eventually(lambda: queue.left == 0, "both are recorded")
+            await eventually(lambda: queue.remaining == 0, "both are recorded")
             await ran(app, ["a"])
             assert (await app.store.counts())["suppressed"] == 1
 

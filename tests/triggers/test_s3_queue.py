@@ -73,7 +73,7 @@ def test_s3_the_test_event_is_deleted_and_shown(aws: Aws, through: str):
     async def main() -> None:
         bucket = Bucket(aws)
         queue = bucket.queue(through=through)
-        assert queue.left == 1
+        assert queue.remaining == 1
         async with landing(aws, bucket.name, queue=queue.url) as here:
             await here.emptied(queue)
             assert here.trigger.last_test_event == bucket.name
@@ -370,7 +370,7 @@ def test_s15_a_store_that_fails_leaves_messages_to_the_redrive_policy(ministack:
         ledger.error = StoreFailed("the disk is gone")
         trigger = Landing(ministack, bucket.name, ledger, queue=queue.url, visibility=1.0).trigger
         async with restarting(trigger, ledger):
-            await eventually(lambda: dead.left == 1, "the message is in the dead-letter queue")
+            await eventually(lambda: dead.remaining == 1, "the message is in the dead-letter queue")
         assert ledger.recorded == {}
 
     asyncio.run(main())
@@ -512,9 +512,7 @@ def test_a_full_ledger_is_waited_out_and_a_stop_gives_the_messages_back(ministac
         bucket, queue, ledger = Bucket(ministack), Queue(ministack), ContractLedger()
         queue.send(envelope(bucket.record("ObjectCreated:Put", "a")))
         ledger.error = StoreFull("1,000,000 events are pending", 0.05)
-        async with landing(
-            ministack, bucket.name, ledger, queue=queue.url, visibility=600.0
-        ) as here:
+        async with landing(ministack, bucket.name, ledger, queue=queue.url, visibility=600.0):
             await eventually(lambda: ledger.refused_calls >= 2, "it is offered again")
         await eventually(lambda: queue.visible == 1, "the message is visible")
         assert ledger.recorded == {}

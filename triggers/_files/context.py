@@ -1,5 +1,4 @@
-"""What the parts of one opened `Directory` share: options, tree, known and pending files, and one
-worker thread.
+"""What the parts of one opened `Directory` share: options, tree, files, one worker thread.
 
 `Listener` builds one `DirectoryContext`; `RootMonitor`, `TreeWalks` and `FileRecorder` read it.
 Only the listener's coroutine uses it, so nothing here is locked; everything that blocks runs in the

@@ -6,7 +6,7 @@
 
 `Directory.listen` opens a `Listener` and calls `run_once` and `wait` in turn. One coroutine does
 everything in sequence, so nothing is locked; what blocks runs in a thread, one call at a time. All
-knowledge comes from the cursor at `open`, and changes only after `accept` has returned. Read on in
+knowledge comes from the cursor at `open`, and changes only after `accept` has returned. See
 settling.py (the state machine), walks.py and recorder.py.
 """
 

@@ -1,5 +1,4 @@
-"""The file system type of a directory, and whether other hosts write to it: there inotify sees
-nothing, and inodes may change.
+"""The file system type of a directory. On a remote one, inotify sees nothing and inodes may change.
 
 Reads /proc/self/mountinfo (see proc_pid_mountinfo(5)); where it does not exist, every directory
 counts as local.

@@ -1,5 +1,4 @@
-"""Which names in a landing directory are selected: globs, ignore patterns, markers; and how a name
-is written in JSON.
+"""The selection of names in a landing directory, and how a name is written in JSON.
 
 Pure functions of relative POSIX paths as bytes (a file name on Linux is bytes). tree.py calls them
 during a walk, events.py for events. Globs are those of `globs.py`.

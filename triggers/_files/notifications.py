@@ -5,7 +5,7 @@ files made right after their directory, and stops when the root is replaced. So 
 says which path to stat, and `may_have_missed` requests a whole walk. After each walk, listener.py
 passes the list of directories. They are watched one by one, not recursively: so no ignored, moved
 or linked directory is watched, and the notifier does not walk 1,000,000 files with the interpreter
-lock held. Its thread has a limiter of its own.
+lock held. Its thread has its own limiter.
 """
 
 import asyncio
@@ -33,7 +33,8 @@ MAX_BATCH_PATHS = 2_000
 """
 
 MAX_FAILURES = 2
-"""Of the notifier, before the trigger polls for good (a name that is not UTF-8 stops it each time).
+"""Of the notifier, before the trigger polls permanently (a name that is not UTF-8 stops it each
+time).
 """
 
 _NOTIFIER_ERRORS = (OSError, RuntimeError)

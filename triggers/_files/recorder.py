@@ -1,12 +1,11 @@
-"""Records settled files: classifies them, accepts their events with the cursor, then removes their
-sources.
+"""Records settled files: classifies them, accepts their events, then removes their sources.
 
     SettlingFiles ─► FileClassifier.classify ─► Intake.accept ─► KnownFiles ─► remove_source
                      (thread)                  events + cursor                  (thread)
 
 `Listener.run_once` calls `record_settled`; `TreeWalks` calls `record_skipped` and `remove_sources`.
 An event and its cursor entry commit in one transaction, and `KnownFiles` changes only after that
-commit. While the ledger is full, `accept` waits and nothing counts as known. Read on in events.py
+commit. While the ledger is full, `accept` waits and nothing counts as known. See events.py
 (classification) and post_actions.py (move and delete).
 """
 

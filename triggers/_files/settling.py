@@ -1,5 +1,4 @@
-"""Known and pending files of a landing directory: the state machine between a file's first stat and
-its event.
+"""Known and pending files: the state machine between the first stat of a file and its event.
 
                        ┌──────── another size, mtime or inode: the wait restarts ────────┐
                        ▼                                                                 │

@@ -1,5 +1,4 @@
-"""The walks of one opened `Directory`: when the next one is due, its steps, and what follows from
-what a step found.
+"""The walks of one opened `Directory`: when the next one is due, its steps, its results.
 
 `Listener.run_once` calls `step`; each step looks at a bounded number of directory entries (tree.py)
 in the worker thread. A whole walk compares the tree with the known files; a partial walk covers

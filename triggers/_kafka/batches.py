@@ -1,8 +1,7 @@
-"""Decodes the records of one fetch into a batch that can be recorded: events, dead letters and new
-positions.
+"""Decodes the records of one fetch into a batch of events, dead letters and new positions.
 
 `Session` calls `decode_batch`, in a thread when the user's decoder may block; nothing here touches
-the consumer. Records of a partition keep their order. Read on in records.py (one record).
+the consumer. Records of a partition keep their order. See records.py (one record).
 """
 
 from collections.abc import Iterable, Mapping, Sequence

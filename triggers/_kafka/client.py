@@ -1,5 +1,6 @@
-"""The part of aiokafka's consumer that `Kafka` uses, typed (aiokafka ships no types). Only this
-file and producer.py import it.
+"""The part of aiokafka's consumer that `Kafka` uses, with types.
+
+Only this file and producer.py import aiokafka, which ships no types.
 
 The other files see a `Consumer`. Without the extra, the import raises MissingExtra, which names the
 `pip install`.

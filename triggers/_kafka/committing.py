@@ -1,8 +1,8 @@
 """Commits the group's offsets, which follow the ledger's cursor and never lead it.
 
-`Session` runs `GroupCommitter.run` beside its loop, and calls `commit` when partitions are revoked
-and at its end. The group's offset serves lag displays and other ledgers that work for the group;
-the cursor decides where this one reads on.
+`Session` runs `GroupCommitter.run` in parallel to its loop, and calls `commit` when partitions are
+revoked and at its end. The group's offset serves lag displays and other ledgers that work for the
+group; the cursor decides where this ledger continues.
 """
 
 import asyncio

@@ -1,5 +1,4 @@
-"""The errors of `getmany`, and what each one concerns: one partition, which then stops alone, or
-the whole consumer.
+"""The errors of `getmany`, and what each one concerns: one partition, or the whole consumer.
 
 `Fetcher` (fetching.py) asks; nothing here waits. After an error that is not listed here the
 consumer is replaced.
@@ -74,4 +73,4 @@ def unreadable_reason(error: KafkaError, offset: int) -> str:
     found = f"offset {offset} cannot be read: {type(error).__name__}: {error}"
     if isinstance(error, UnsupportedCodecError):
         return f"{found}; run: pip install 'eventflow-reactor[kafka]'"
-    return f"{found}; skip_corrupt=True makes such records dead letters and reads on"
+    return f"{found}; skip_corrupt=True makes such records dead letters"

@@ -3,7 +3,7 @@
 `Session` calls `Fetcher.fetch`. An error about one partition stops or skips in that partition only,
 and the call returns no records; any other error is raised, and the consumer is not used again. Two
 errors name no partition (a damaged batch, a missing codec): then each partition is fetched record
-by record. Read on in errors.py and partitions.py.
+by record. See errors.py and partitions.py.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,5 +1,4 @@
-"""The lag of a partition, in messages and in seconds, computed from what the session knows without
-a request.
+"""The lag of a partition, in messages and in seconds, from what the session knows already.
 
 `Kafka.gauges` calls `lag_gauges`. Lag counts what is not recorded yet, so it grows while the ledger
 is full. Its seconds are an upper bound of the age of the oldest waiting record: that record came

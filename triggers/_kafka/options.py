@@ -1,5 +1,4 @@
-"""The options of `Kafka`, checked: its own, and those of aiokafka's consumer, which pass through
-unchanged.
+"""The checked options of `Kafka`: its own, and those of aiokafka's consumer.
 
 `Kafka.__init__` calls `client_options`. Names of client options are checked there, so that a typing
 error is an error at start and not an endless reconnect. The options that carry the guarantees (who

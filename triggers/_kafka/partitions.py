@@ -1,5 +1,4 @@
-"""The assigned partitions of one session: which are read, which are paused and why, and which
-offsets are skipped.
+"""The assigned partitions of one session: which are read, which are paused, and why.
 
 `Session` and its parts call it. A partition is paused while it is *stopped* (unreadable, tried
 again later), *uncertain* (its offset is checked with the broker), has a *gap* (offsets are missing,

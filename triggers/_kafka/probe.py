@@ -1,8 +1,8 @@
 """Asks the brokers periodically for the end offsets of the assigned partitions.
 
-`Session` runs `BrokerProbe.run` beside its loop. The answers are the lag of paused partitions; no
-answer is a `problem` in the trigger's condition; and records that wait although nothing arrives end
-the session, so that a new consumer is made.
+`Session` runs `BrokerProbe.run` in parallel to its loop. The answers are the lag of paused
+partitions; no answer is a `problem` in the trigger's condition; and records that wait although
+nothing arrives end the session, so that a new consumer is made.
 """
 
 import asyncio

@@ -1,6 +1,4 @@
-"""The part of aiokafka's producer that `KafkaSink` uses, typed; client.py is the same for the
-consumer.
-"""
+"""The part of aiokafka's producer that `KafkaSink` uses, with types; like client.py."""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 # pyright: reportUnknownVariableType=false

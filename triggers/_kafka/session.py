@@ -1,5 +1,4 @@
-"""One member of the consumer group, from joining to leaving: the loop that fetches, records, and
-then commits.
+"""One member of the consumer group, from joining to leaving: fetch, record, then commit.
 
     assigned ─► Positions.resolve (cursor, group, bounds) ─► seek, resume
     Fetcher.fetch ─► decode_batch ─► Intake.accept ─► mark_recorded ─► GroupCommitter.commit
@@ -7,7 +6,7 @@ then commits.
     revoked ─► the current batch ends, its offsets are committed, the partitions are forgotten
 
 `Kafka.listen` runs a session until the consumer fails, then makes a new one. The loop does
-everything in sequence; beside it run the committer (committing.py), the probe (probe.py) and the
+everything in sequence; in parallel run the committer (committing.py), the probe (probe.py) and the
 client's own tasks, whose two callbacks set a flag (assigned) or wait for the current batch
 (revoked). The group's offset never leads the ledger's cursor: it is committed after `accept` has
 returned. The loop polls also while the ledger is full, since a member that does not poll leaves its

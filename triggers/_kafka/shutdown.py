@@ -1,5 +1,4 @@
-"""Closes what aiokafka leaves open when it is cancelled. Used by client.py, producer.py and
-session.py.
+"""Closes what aiokafka leaves open when it is cancelled: for client.py, producer.py, session.py.
 
 aiokafka's `bootstrap` drops its connection when it is cancelled, and its `stop` then skips the
 connections. So here a cancel waits a short time for the current work, and `close_connections`

@@ -1,5 +1,6 @@
-"""The objects of a bucket that are recorded: the trigger's cursor, read when it starts and changed
-only after `accept` has returned.
+"""The recorded objects of a bucket: the trigger's cursor.
+
+It is read when the trigger starts, and changed only after `accept` has returned.
 
 One mark per key: the version recorded last, by either way, so that the scan of a listing and the
 notifications of a queue start one run per version between them. A version that a scan found first

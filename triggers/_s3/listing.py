@@ -1,10 +1,9 @@
-"""Compares a bucket's listing with the known objects: new versions become events, each page in its
-own transactions.
+"""Compares the listing of a bucket with the known objects: new versions become events.
 
     list_objects_v2 ─► KeyFilter ─► KnownObjects.is_new ─► settle, markers ─► LedgerIntake.accept
 
 `S3.listen` runs one `ListingScan`: every `poll` seconds when there is no queue, every `reconcile`
-seconds beside one. A scan looks at every key, so late keys are found; no time and no key is a
+seconds with one. A scan looks at every key, so late keys are found; no time and no key is a
 watermark. A page that fails is requested again. A key that two whole scans do not list counts as
 removed.
 """
@@ -118,7 +117,7 @@ class ListingScan:
     async def _list_page(self, position: Mapping[str, Any]) -> dict[str, Any] | None:
         """One page, retried until it succeeds. None: the listener is stopping.
 
-        Beside a queue every error is retried, so that a listing that fails does not stop the queue.
+        With a queue every error is retried, so that a listing that fails does not stop the queue.
         """
         prefix = self._options.key_filter.list_prefix
         return await self._caller.call(

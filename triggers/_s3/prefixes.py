@@ -1,4 +1,4 @@
-"""Folder events: the event of a marker such as `_SUCCESS`, with the objects beside and below it.
+"""Folder events: the event of a marker such as `_SUCCESS`, with the objects of its folder.
 
 listing.py and queue.py pass every event through `FolderEvents.expand`; without a folder marker it
 is returned unchanged. The list shows the objects at the time of the event: a file that the writer

@@ -1,13 +1,13 @@
-"""An SQS queue of notifications: receive, record, delete, in this order (P1). `S3.listen` runs
-`pollers` loops of one `SqsPoller`.
+"""An SQS queue of notifications: receive, record, delete, in this order (P1).
 
     receive (long poll) ─► read_notifications ─► KnownObjects ─► LedgerIntake.accept ─► delete
                            the visibility timeout is extended meanwhile ─┘
 
-A message is deleted only after everything in it is durable; after a crash in between SQS delivers
-it again, and the ledger finds the duplicate. A batch is recorded in one transaction and in the
-queue's order, which suffices for FIFO queues: SQS delivers no more of a message group while one of
-its messages is in flight. A message that is not a notification becomes a dead letter.
+`S3.listen` runs `pollers` loops of one `SqsPoller`. A message is deleted only after everything in
+it is durable; after a crash in between SQS delivers it again, and the ledger finds the duplicate. A
+batch is recorded in one transaction and in the queue's order, which suffices for FIFO queues: SQS
+delivers no more of a message group while one of its messages is in flight. A message that is not a
+notification becomes a dead letter.
 """
 
 import asyncio
@@ -176,7 +176,7 @@ class SqsPoller:
             await self._set_visibility(messages, 0)
 
     async def _record(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether everything in the messages is durable. Beside a scan, it reads and records under
+        """Whether everything in the messages is durable. With a scan, it reads and records under
         one lock.
         """
         read = [self._read(message) for message in messages]
