@@ -509,9 +509,9 @@ async def reports_its_health(harness: TriggerHarness) -> None:
 def _expect_health(trigger: Trigger) -> None:
     if not isinstance(trigger, HasGauges):
         return
-    condition = trigger.condition
-    gauges = list(trigger.gauges())
-    if condition is not None and not isinstance(condition, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+    condition: Any = trigger.condition
+    gauges: list[Any] = list(trigger.gauges())
+    if condition is not None and not isinstance(condition, str):
         raise ContractBroken(
             "`condition` to be a line of text or None",
             repr(condition),
@@ -519,7 +519,7 @@ def _expect_health(trigger: Trigger) -> None:
         )
     labels: dict[str, set[str]] = {}
     for gauge in gauges:
-        is_named = isinstance(gauge, Gauge) and gauge.name.isidentifier() and gauge.name.islower()  # pyright: ignore[reportUnnecessaryIsInstance]
+        is_named = isinstance(gauge, Gauge) and gauge.name.isidentifier() and gauge.name.islower()
         if not is_named or labels.setdefault(gauge.name, set(gauge.labels)) != set(gauge.labels):
             raise ContractBroken(
                 "gauges with snake_case names, and the same label names for each gauge of one name",

@@ -41,7 +41,7 @@ async def note(drift: Drift) -> str:
     return drift.status
 
 
-class Watching:
+class MonitoredApp:
     """A monitor on a trigger fed by hand, in an app on a real store."""
 
     def __init__(self, app: App, source: MemoryTrigger, monitor: DriftMonitor) -> None:
@@ -82,7 +82,7 @@ class Watching:
 
 
 @asynccontextmanager
-async def watching(store: Path | None = None, **options: Any) -> AsyncIterator[Watching]:
+async def monitored_app(store: Path | None = None, **options: Any) -> AsyncIterator[MonitoredApp]:
     source = MemoryTrigger("rows")
     options = {
         "features": ["x"],
@@ -94,12 +94,12 @@ async def watching(store: Path | None = None, **options: Any) -> AsyncIterator[W
     app = App("drift")
     app.on(monitor, note)
     async with running(app, store=store):
-        yield Watching(app, source, monitor)
+        yield MonitoredApp(app, source, monitor)
 
 
 def run(test: Any, **options: Any) -> None:
     async def main() -> None:
-        async with watching(**options) as seen:
+        async with monitored_app(**options) as seen:
             await test(seen)
 
     asyncio.run(main())
@@ -113,7 +113,7 @@ def test_d2_d3_a_shift_is_reported_once_and_resolved_once():
     resolved after 3 clean ones.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(2)
         when: dict[str, int] = {}
         for window in range(30):
@@ -153,7 +153,7 @@ def test_d5_a_small_window_decides_nothing():
     as such.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         for _ in range(4):
             await seen.send(normal(np.random.default_rng(5), 80, 9.0))
         assert await seen.reported() == []
@@ -172,7 +172,7 @@ def test_d8_missing_values_are_drift(metric: Any):
     def holed(rate: float, count: int) -> list[Row]:
         return [row if rng.random() >= rate else {"x": None} for row in normal(rng, count)]
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         for _ in range(3):
             await seen.send(holed(0.01, 1000))
         assert await seen.reported() == []
@@ -195,7 +195,7 @@ def test_d9_an_unseen_category_is_named(metric: Any):
     draw = random.Random(9)
     odd = "new\n\u202e" + "n" * 100
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         for _ in range(2):
             rows = [odd if draw.random() < 0.1 else draw.choice("aab") for _ in range(1000)]
             await seen.send([{"c": each} for each in rows])
@@ -221,7 +221,7 @@ def test_d14_no_samples_are_nodata_and_not_resolved():
     ends it.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(14)
         for _ in range(4):
             await seen.send(
@@ -256,7 +256,7 @@ def test_d15_escalation_passes_the_cool_down():
     waits for the cool-down.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(15)
 
         async def windows(count: int, mean: float) -> None:
@@ -291,7 +291,7 @@ def test_a_statistic_round_its_threshold_is_one_episode():
     one run.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(16)
         over = 0
         for _ in range(1000):
@@ -322,7 +322,7 @@ def test_each_feature_by_itself():
         ("monitor", [("b", ["b", "a"])]),
     ):
 
-        async def test(seen: Watching, expected: Any = expected) -> None:
+        async def test(seen: MonitoredApp, expected: Any = expected) -> None:
             rng = np.random.default_rng(17)
             for _ in range(2):
                 await seen.send(rows(rng))
@@ -342,7 +342,7 @@ def test_a_streaming_detector_reports_in_the_middle_of_a_window(metric: Any):
     over, and its end too.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(18)
         for _ in range(0, 5000, 100):
             await seen.send(normal(rng, 100))
@@ -370,7 +370,7 @@ def test_windows_of_time_wait_for_the_late_and_count_what_is_too_late():
     """
     start = datetime(2026, 11, 22, 10, tzinfo=UTC)
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         await seen.clock.advance(
             datetime(2026, 11, 23, tzinfo=UTC) - datetime.fromtimestamp(seen.clock.now() / 1e6, UTC)
         )
@@ -395,7 +395,7 @@ def test_windows_of_time_wait_for_the_late_and_count_what_is_too_late():
 def test_a_clock_ahead_makes_no_row_late():
     """A row from the future counts as one of now: it does not end the windows of all others."""
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(21)
         await seen.send(normal(rng, 10), time=datetime(2099, 1, 1, tzinfo=UTC))
         await seen.send(normal(rng, 10))
@@ -409,7 +409,7 @@ def test_the_first_rows_are_the_reference_and_a_new_one_can_be_learned():
     episodes start over.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rng = np.random.default_rng(22)
         await seen.send(normal(rng, 1500))
         assert seen.gauge("drift_rows_learning") == 1500
@@ -436,13 +436,13 @@ def test_a_new_reference_outlives_a_restart_and_the_given_one(tmp_path: Path):
 
     async def main() -> None:
         rng = np.random.default_rng(31)
-        async with watching(tmp_path / "a.db") as seen:
+        async with monitored_app(tmp_path / "a.db") as seen:
             await seen.monitor.relearn()
             await seen.send(normal(rng, 800, 5.0), id="a")
-        async with watching(tmp_path / "a.db") as seen:
+        async with monitored_app(tmp_path / "a.db") as seen:
             assert seen.gauge("drift_rows_learning") == 800
             await seen.send(normal(rng, 1200, 5.0), id="b")
-        async with watching(tmp_path / "a.db") as seen:
+        async with monitored_app(tmp_path / "a.db") as seen:
             await seen.send(normal(rng, 3000, 5.0), id="c")
             assert (seen.gauge("drift_windows_judged"), await seen.reported()) == (3, [])
             await seen.send(normal(rng, 2000, 0.0), id="d")
@@ -458,9 +458,9 @@ def test_other_features_start_over(tmp_path: Path):
 
     async def main() -> None:
         rng = np.random.default_rng(23)
-        async with watching(tmp_path / "a.db") as seen:
+        async with monitored_app(tmp_path / "a.db") as seen:
             await seen.send(normal(rng, 1500, 3.0))
-        async with watching(tmp_path / "a.db", reference=reference(99)) as seen:
+        async with monitored_app(tmp_path / "a.db", reference=reference(99)) as seen:
             await seen.send(normal(rng, 999, 3.0), id="b1")
             assert seen.gauge("drift_windows_judged") == 0
             await seen.send(normal(rng, 1001, 3.0), id="b2")
@@ -609,7 +609,7 @@ def test_unreadable_rows_are_dead_letters():
     of the batch counts.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         bad = Undecodable(id="u", source="/rows", body=b"{", error="no JSON")
         odd = Event(id="o", source="/rows", type="rows", data="text")
         good = Event(

@@ -18,7 +18,14 @@ from eventflow.events.event import Event, Json, Receipt
 from eventflow.testing import MemoryTrigger
 from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.conftest import eventually
-from tests.triggers.test_drift_monitor import Row, Watching, normal, reference, run, watching
+from tests.triggers.test_drift_monitor import (
+    MonitoredApp,
+    Row,
+    monitored_app,
+    normal,
+    reference,
+    run,
+)
 from tests.world import image
 from triggers import Drift, DriftMonitor, Numeric
 from triggers._drift.episodes import Episode
@@ -177,7 +184,7 @@ def test_d11_a_process_that_dies_in_mid_window_goes_on_there(tmp_path: Path):
     rng = np.random.default_rng(25)
     batches = [normal(rng, 70, 0.0 if number < 10 else 1.0) for number in range(20)]
 
-    async def feed(seen: Watching, first: int, after: Path | None = None) -> list[Drift]:
+    async def feed(seen: MonitoredApp, first: int, after: Path | None = None) -> list[Drift]:
         for number, batch in enumerate(batches[first:], first):
             await seen.send(batch, id=f"b{number}")
             if after is not None:
@@ -185,7 +192,7 @@ def test_d11_a_process_that_dies_in_mid_window_goes_on_there(tmp_path: Path):
         return await seen.reported()
 
     async def main() -> None:
-        async with watching(tmp_path / "a.db", window=300, reference=200) as seen:
+        async with monitored_app(tmp_path / "a.db", window=300, reference=200) as seen:
             (tmp_path / "images").mkdir()
             expected = await feed(seen, 0, tmp_path / "images")
             windows = seen.gauge("drift_windows_judged")
@@ -193,7 +200,7 @@ def test_d11_a_process_that_dies_in_mid_window_goes_on_there(tmp_path: Path):
             expected
         ) == 1
         for number in (0, 3, 7, 13, 18):
-            async with watching(
+            async with monitored_app(
                 tmp_path / "images" / f"{number}.db", window=300, reference=200
             ) as seen:
                 found = await feed(seen, max(0, number - 1))  # the last two come again
@@ -213,7 +220,7 @@ def test_d12_what_comes_twice_counts_once():
     not a row more.
     """
 
-    async def test(seen: Watching) -> None:
+    async def test(seen: MonitoredApp) -> None:
         rows = normal(np.random.default_rng(26), 300)
         first = Event(id="same", source="/rows", type="rows", data=rows)
         receipts = await seen.source.send(first, first)
