@@ -66,11 +66,16 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> No
                 answers.append((op.parent, op.answer.call_key))
             if isinstance(op.outcome, Suspended):
                 suspensions.append((op.run, op.outcome.seen_batch, op.outcome.entries))
-    load_arrivals(tx, arrivals)
-    tx.runs.fetch(runs)
-    tx.journal.load_children(children)
-    tx.journal.load_finals(answers)
-    tx.journal.load_unseen(suspensions)
+    if arrivals:
+        load_arrivals(tx, arrivals)
+    if runs:
+        tx.runs.fetch(runs)
+    if children:
+        tx.journal.load_children(children)
+    if answers:
+        tx.journal.load_finals(answers)
+    if suspensions:
+        tx.journal.load_unseen(suspensions)
     tx.journal.must_probe = must_probe
 
 
@@ -112,7 +117,7 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
     first of its identity.
     """
     events = tx.events
-    if (first := events.first_of(arrival)) is not None:
+    if (first := events.reserve(arrival)) is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
         conflict = digests[0] != digests[1]
         events.count_duplicate(first.id, conflict=conflict)
@@ -124,7 +129,6 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
             matched=first.matched,
             digests=digests if conflict else None,
         )
-    events.reserve(arrival)
     if arrival.batch_policies:
         arrival = tx.windows.assign(arrival, arrival.id)
     if arrival.pattern_events:
@@ -204,10 +208,6 @@ def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fence
     return row
 
 
-def _is_recorded(tx: Transaction, op: Append | Settle) -> bool:
-    return tx.journal.must_probe and tx.journal.has_any(op.run, op.entries)
-
-
 def _recorded_already(op: Append | Settle) -> Fenced:
     return Fenced(
         f"run {format_id(op.run)} has an entry of the same call key, attempt and kind already"
@@ -218,7 +218,7 @@ def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     row = _owned(tx, op)
     if isinstance(row, Fenced):
         return row
-    if _is_recorded(tx, op):
+    if tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
         return _recorded_already(op)
     entries = [tx.journal.add(op.run, entry) for entry in op.entries]
     receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
@@ -254,7 +254,7 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
     row = _owned(tx, op)
     if isinstance(row, Fenced):
         return row
-    if op.entries and _is_recorded(tx, op):
+    if op.entries and tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
         return _recorded_already(op)
     for entry in op.entries:
         tx.journal.add(op.run, entry)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from eventflow.store import rows
-from eventflow.store.commit import COLUMN
 from eventflow.store.load import corrupt
 from eventflow.store.readers import fetch_dicts
+from eventflow.store.tables import COLUMN
 
 Row = Sequence[Any]
 
@@ -80,7 +80,8 @@ class Audit:
     def check_run(self, row: Row) -> Iterator[str]:
         *request, crc, result, codec, error, outcome_crc = row[:11]
         blocked, members, state, deliveries, size, is_child = row[11:]
-        ident, ordering_key = row[0], row[4]
+        ident = row[0]
+        ordering_key = row[4]
         self.sums["runs"] += 1
         if not is_child:
             self.sums[COLUMN[state]] += deliveries

@@ -1,6 +1,6 @@
 """Reads whole runs and journals, and verifies their checksums.
 
-Called by transactions (run_rows.py, admin.py) and by the readers.
+Called by transactions (tables.py, admin.py) and by the readers.
 """
 
 import sqlite3

@@ -1,6 +1,6 @@
 """The outbox: messages that sinks have still to send. Called by sqlite.py for sinks/relay.py.
 
-Rows are written with their events, by event_rows.py. `unsent` and `depths` only read; `remove_sent`
+Rows are written with their events, by tables.py. `unsent` and `depths` only read; `remove_sent`
 runs in a transaction.
 """
 

@@ -17,9 +17,9 @@ import orjson
 
 from eventflow.runs.run import State
 from eventflow.store import rows
-from eventflow.store.commit import Commit
 from eventflow.store.protocol import Arrival, PatternAdvancer, PatternMatch, PatternUpdate
 from eventflow.store.rows import NEVER, Values
+from eventflow.store.tables import Commit
 from eventflow.store.windows import Windows
 
 DUE_BATCH_SIZE = 256

@@ -8,7 +8,8 @@ as one row of JSON.
 """
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 from zlib import crc32
@@ -53,21 +54,28 @@ class BulkStatement:
 
     def execute(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
         """Executes the statement over all rows; returns how many rows changed."""
+        if len(rows) <= self._max_rows:
+            return self._run(connection, rows).rowcount
         changed = 0
         for first in range(0, len(rows), self._max_rows):
             changed += self._run(connection, rows[first : first + self._max_rows]).rowcount
         return changed
 
-    def read(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> Iterable[Any]:
-        """Executes a query whose result is one JSON text; yields it once per chunk."""
-        for first in range(0, len(rows), self._max_rows):
-            yield self._run(connection, rows[first : first + self._max_rows]).fetchone()[0]
+    def read(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> list[Any]:
+        """Executes a query whose result is one JSON text; returns one for each chunk of rows."""
+        if not rows:
+            return []
+        return [
+            self._run(connection, rows[first : first + self._max_rows]).fetchone()[0]
+            for first in range(0, len(rows), self._max_rows)
+        ]
 
     def _run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> sqlite3.Cursor:
-        size = next(size for size in _SIZES if size >= len(rows))
+        size = _SIZES[bisect_left(_SIZES, len(rows))]
         values = list(chain.from_iterable(rows))
-        values.extend([None] * ((size - len(rows)) * self._width))
-        return connection.execute(self.text(size), values)
+        if padding := size - len(rows):
+            values.extend([None] * (padding * self._width))
+        return connection.execute(self._texts.get(size) or self.text(size), values)
 
     def text(self, size: int) -> str:
         """The statement for so many rows."""

@@ -10,13 +10,11 @@ are in admin.py and retention.py.
 import sqlite3
 from collections.abc import Mapping
 
-from eventflow.store.commit import TOTALS, Commit
-from eventflow.store.event_rows import EventRows
-from eventflow.store.journal_rows import JournalRows
+from eventflow.store import rows
 from eventflow.store.patterns import Patterns
 from eventflow.store.protocol import PatternAdvancer, RunReceiver
 from eventflow.store.rows import RunRow
-from eventflow.store.run_rows import RunRows
+from eventflow.store.tables import TOTALS, Commit, EventRows, JournalRows, RunRows
 from eventflow.store.windows import Windows
 
 _UPDATE_LEDGER = (
@@ -65,14 +63,24 @@ class Transaction:
 
     def flush(self) -> None:
         """Writes everything decided so far, but for the ledger's own row."""
-        self.events.flush()
-        self.runs.flush_added()
-        self.journal.flush()
+        events = self.events
+        for statement, values in (
+            (rows.insert_events, events.added),
+            (rows.insert_runs, self.runs.added),
+            (rows.insert_entries, self.journal.added),
+            (rows.insert_dead_letters, events.dead_letters),
+            (rows.insert_outbox, events.messages),
+        ):
+            if values:
+                statement.execute(self.connection, values)
+                values.clear()
+        if events.has_updates:
+            events.flush_updates()
         if self._windows is not None:
             self._windows.flush()
         if self._patterns is not None:
             self._patterns.flush()
-        self.runs.flush_changed()
+        self.runs.flush_changes()
 
     def finish(self) -> None:
         """Writes the rest and the ledger's row; the writer commits."""

@@ -13,10 +13,9 @@ import orjson
 
 from eventflow.runs.run import Run, State
 from eventflow.store import rows
-from eventflow.store.commit import Commit
 from eventflow.store.protocol import Arrival, BatchPolicy, PatternMatch
 from eventflow.store.rows import RunRow, Values, WindowRow
-from eventflow.store.run_rows import RunRows
+from eventflow.store.tables import Commit, RunRows
 
 WindowName = tuple[str, str]
 """Subscription and ordering key ('' without one)."""

@@ -21,7 +21,6 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
 from eventflow.store.apply import apply, prefetch, record_run_events
 from eventflow.store.claim import claim
-from eventflow.store.commit import TOTALS, Commit
 from eventflow.store.file_guards import DiskSpaceGuard, HighWater, lock_holder_pid
 from eventflow.store.protocol import (
     Claim,
@@ -33,6 +32,7 @@ from eventflow.store.protocol import (
     RunReceiver,
 )
 from eventflow.store.rows import NEVER, RunRow
+from eventflow.store.tables import TOTALS, Commit
 from eventflow.store.transaction import Transaction
 
 MAX_BATCH_OPERATIONS = 4096
@@ -134,30 +134,28 @@ class LastCommit:
 
 class HighWaterSchedule:
     """Writes high-water marks, `_HIGH_WATER_INTERVAL_SECONDS` apart at least, off the path of any
-    reply.
+    reply. Without `high_water` every batch counts as marked.
     """
 
-    def __init__(self, high_water: HighWater | None, clock: Clock, batch: int) -> None:
-        self.marked = batch
+    def __init__(
+        self, high_water: HighWater | None, space: DiskSpaceGuard, clock: Clock, batch: int
+    ) -> None:
+        self.marked: float = batch if high_water is not None else float("inf")
         self._high_water = high_water
+        self._space = space
         self._clock = clock
         self._marked_at = float("-inf")
 
-    def is_stale(self, batch: int) -> bool:
-        return self._high_water is not None and self.marked < batch
-
-    @property
-    def is_due(self) -> bool:
-        return self._clock.monotonic() - self._marked_at >= _HIGH_WATER_INTERVAL_SECONDS
-
-    def mark(self, batch: int) -> bool:
-        """Returns whether a mark was needed."""
+    def mark(self, batch: int, *, at_once: bool = False) -> None:
+        """Marks the batch if that is due, or `at_once`."""
         if self._high_water is None or self.marked >= batch:
-            return False
-        self._high_water.write(batch)
-        self.marked = batch
-        self._marked_at = self._clock.monotonic()
-        return True
+            return
+        now = self._clock.monotonic()
+        if at_once or now - self._marked_at >= _HIGH_WATER_INTERVAL_SECONDS:
+            self._high_water.write(batch)
+            self.marked = batch
+            self._marked_at = now
+            self._space.restore_ballast()
 
 
 class OperationQueue:
@@ -167,12 +165,12 @@ class OperationQueue:
         self._lock = threading.Lock()
         self._items: list[QueuedOperation] = []
         self._posted = threading.Event()
-        self._is_closed = False
+        self.is_closed = False
 
     def post(self, item: QueuedOperation) -> bool:
         """False: the queue is closed."""
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 return False
             self._items.append(item)
         # `set` takes a lock each time, and a busy writer is posted to thousands of times.
@@ -180,37 +178,34 @@ class OperationQueue:
             self._posted.set()
         return True
 
-    def wait(self, timeout: float | None) -> bool:
-        """Waits for an operation, or for `close`."""
-        return self._posted.wait(timeout)
-
-    def take(self) -> list[QueuedOperation]:
-        """What is queued now, at most `MAX_BATCH_OPERATIONS`."""
+    def take(self, timeout: float | None) -> list[QueuedOperation]:
+        """What is queued, at most `MAX_BATCH_OPERATIONS`; waits for it. Empty after `timeout`
+        seconds, and when the queue is closed and empty.
+        """
+        if not self._posted.wait(timeout):
+            return []
         with self._lock:
-            items = self._items[:MAX_BATCH_OPERATIONS]
-            self._items = self._items[MAX_BATCH_OPERATIONS:]
+            items = self._items
+            if len(items) <= MAX_BATCH_OPERATIONS:
+                self._items = []
+                if not self.is_closed:
+                    self._posted.clear()
+            else:
+                self._items = items[MAX_BATCH_OPERATIONS:]
+                items = items[:MAX_BATCH_OPERATIONS]
         return items
 
     def put_first(self, items: Sequence[QueuedOperation]) -> None:
         """Before everything that is queued."""
-        with self._lock:
-            self._items[:0] = items
-
-    def rest(self) -> bool:
-        """Called when nothing is left to do.
-
-        False: the queue is closed and empty, so that the thread may end.
-        """
-        with self._lock:
-            if self._items:
-                return True
-            self._posted.clear()
-            return not self._is_closed
+        if items:
+            with self._lock:
+                self._items[:0] = items
+            self._posted.set()
 
     def close(self) -> list[QueuedOperation]:
         """No operation is taken from now on. Returns what is queued; it stays queued."""
         with self._lock:
-            self._is_closed = True
+            self.is_closed = True
             items = list(self._items)
         self._posted.set()
         return items
@@ -237,7 +232,7 @@ class Writer:
         self.listeners = listeners
         self.failed: StoreError | None = None
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
-        self.high_water = HighWaterSchedule(high_water, clock, self.last.batch)
+        self.high_water = HighWaterSchedule(high_water, space, clock, self.last.batch)
         self._path = path
         self._clock = clock
         self._space = space
@@ -283,26 +278,18 @@ class Writer:
 
     def _step(self) -> bool:
         """Waits for operations and commits them. False: stopped, and nothing is left."""
-        stale = self.high_water.is_stale(self.last.batch)
-        if not self._queue.wait(_HIGH_WATER_INTERVAL_SECONDS if stale else None):
-            self._mark()
-            return True
-        self.commit_queued()
-        if self.high_water.is_due:
-            self._mark()
-        if self._queue.rest():
+        high_water, batch = self.high_water, self.last.batch
+        timeout = _HIGH_WATER_INTERVAL_SECONDS if high_water.marked < batch else None
+        if items := self._queue.take(timeout):
+            self._commit(items)
+            high_water.mark(self.last.batch)
             return True
         if self.failed is None:
-            self._mark()
-        return False
+            high_water.mark(batch, at_once=True)
+        return not self._queue.is_closed
 
-    def _mark(self) -> None:
-        if self.high_water.mark(self.last.batch):
-            self._space.restore_ballast()
-
-    def commit_queued(self) -> None:
-        """Commits what is queued now, in order. A `TransactionCall` has its own transaction."""
-        items = self._queue.take()
+    def _commit(self, items: list[QueuedOperation]) -> None:
+        """Commits these, in order. A `TransactionCall` has its own transaction."""
         while items:
             n = 1
             if not isinstance(items[0].op, TransactionCall | ConnectionJob):
@@ -330,7 +317,7 @@ class Writer:
 
         Raises if storage failed, which ends the job.
         """
-        self.commit_queued()
+        self._commit(self._queue.take(0))
         if self.failed is not None:
             raise self.failed
 
