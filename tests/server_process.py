@@ -119,7 +119,7 @@ def eventflow(
     )
 
 
-class NoAnswer(Exception):
+class NoAnswer(httpx2.TransportError):
     """The connection failed: whether the request was handled is unknown."""
 
 
@@ -198,7 +198,11 @@ class ServerProcess:
     # ----------------------------------------------------------------- requests
 
     def get(self, path: str, **params: Any) -> Any:
-        answer = self.client.get(path, params=params or None)
+        """The JSON of an API route. AssertionError when it is no 200; NoAnswer without one."""
+        try:
+            answer = self.client.get(path, params=params or None)
+        except httpx2.TransportError as error:
+            raise NoAnswer(str(error)) from error
         assert answer.status_code == 200, (path, answer.status_code, answer.text)
         return answer.json()
 
