@@ -166,9 +166,8 @@ class Attempts:
                 context.close()
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
-        try:
-            step(*args)
-        except Exception as fault:  # ours, or of a callable that the app gave its Retry
+        _, fault = call_catching(step, *args)
+        if fault is not None:  # ours, or of a callable that the app gave its Retry
             self._act(ReportFault(fault))
 
     # ----------------------------------------------------------------- limits

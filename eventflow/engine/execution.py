@@ -174,13 +174,19 @@ class Execution(FlowCalls):
     def _start_new(self) -> None:
         """Starts new calls, unless the worker drains.
 
-        A value that the flow has before its commit is made durable first.
+        A value that the flow has before its commit is made durable first. Emissions have no effect
+        before their commit, so they share it; a replay delivers the value first all the same.
         """
-        if self.writer.uncommitted is not None:
-            self.writer.commit_uncommitted()
-        elif self.pending.unstarted and not self.services.draining:
-            for action in self.pending.start_new(self.services.clock.now):
-                self.carry_out(action)
+        writer = self.writer
+        pending = self.pending
+        can_start = bool(pending.unstarted) and not self.services.draining
+        if writer.uncommitted is None:
+            if can_start:
+                for action in pending.start_new(self.services.clock.now):
+                    self.carry_out(action)
+        elif not writer.is_committing:
+            calls = pending.start_emissions() if can_start else ()
+            writer.commit_uncommitted([self.emission(call) for call in calls])
 
     def _rest(self, recheck: bool = False) -> None:
         """Parked, with nothing to deliver and nothing to start: an idle run gives up its slot, and
@@ -224,18 +230,8 @@ class Execution(FlowCalls):
             case AbandonAttempt(call):
                 self.attempts.abandon(call)
             case PublishEvent(call):
-                ident = f"{self.name}/{call.call_key}"
-                arrival, error = call_catching(
-                    services.derived.event, self.run, ident, call.type, call.fields
-                )
-                if arrival is not None:
-                    entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
-                    self.writer.append(entry, (arrival,))
-                elif error is not None:
-                    attempt = self.pending.journal.attempts(call.call_key)[0] + 1
-                    entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
-                    entry.error = encode_error(error)
-                    self.writer.append(entry)
+                emission = self.emission(call)
+                self.writer.append(emission.entry, emission.arrivals)
             case StartChild(call):
                 child = services.derived.child_run(self.run, call.call_key, call.flow, call.params)
                 entry = Entry(call_key=call.call_key, kind=Kind.CHILD, value=b"%d" % child.id)

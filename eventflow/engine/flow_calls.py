@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 import orjson
 
-from eventflow.engine.actions import Action, EndRun
+from eventflow.core.errors import call_catching
+from eventflow.engine.actions import Action, AppendEntry, EndRun
 from eventflow.engine.answers import answer
 from eventflow.engine.awaitables import Call, ChildCall, ControlSignal, EmitCall, Pending
 from eventflow.engine.pending_calls import PendingCalls
@@ -23,10 +24,11 @@ from eventflow.engine.worker_services import WorkerServices
 from eventflow.events.event import Event
 from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
-from eventflow.runs.journal import Entry, restart_entry
+from eventflow.runs.journal import Entry, Kind, restart_entry
 from eventflow.runs.run import Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
+from eventflow.serialization.codecs import encode_error
 
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
@@ -128,6 +130,21 @@ class FlowCalls(ABC):
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
         call_key = self.loop.current_scope().call_key(f"emit:{event_type}")
         return self.perform(EmitCall(call_key, event_type, fields))
+
+    def emission(self, call: EmitCall) -> AppendEntry:
+        """The entry that publishes the event; or the error that the flow receives instead."""
+        ident = f"{self.name}/{call.call_key}"
+        arrival, error = call_catching(
+            self.services.derived.event, self.run, ident, call.type, call.fields
+        )
+        if arrival is not None:
+            entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
+            return AppendEntry(entry, (arrival,))
+        assert error is not None
+        attempt = self.pending.journal.attempts(call.call_key)[0] + 1
+        entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
+        entry.error = encode_error(error)
+        return AppendEntry(entry)
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
         first = restart_entry(self.pending.journal.generation + 1)

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from eventflow.core.errors import StoreError
+from eventflow.engine.actions import AppendEntry
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run
@@ -27,8 +28,8 @@ class JournalWriter:
         "_run",
         "_services",
         "_start_marked",
-        "_uncommitted_is_posted",
         "in_flight",
+        "is_committing",
         "uncommitted",
     )
 
@@ -41,7 +42,8 @@ class JournalWriter:
         self.in_flight = 0
         self.uncommitted: Entry | None = None
         """The value that the flow has before its commit."""
-        self._uncommitted_is_posted = False
+        self.is_committing = False
+        """Whether the uncommitted value is posted."""
         self._behind: list[Append] = []  # appends that wait for the uncommitted value
         self._start_marked: asyncio.Future[Reply] | None = None
 
@@ -83,18 +85,22 @@ class JournalWriter:
         self.uncommitted = entry
         return True
 
-    def commit_uncommitted(self) -> None:
-        """Makes the uncommitted value durable, if there is one and it is not posted yet."""
-        if self.uncommitted is not None and not self._uncommitted_is_posted:
+    def commit_uncommitted(self, emissions: Sequence[AppendEntry] = ()) -> None:
+        """Makes the uncommitted value durable, if there is one and it is not posted yet, and
+        `emissions` in the same commit, behind it.
+        """
+        if self.uncommitted is not None and not self.is_committing:
             run = self._run
-            self._uncommitted_is_posted = True
+            self.is_committing = True
             self.in_flight += 1
-            op = Append(run.id, run.token, (self.uncommitted,))
+            entries = (self.uncommitted, *(emission.entry for emission in emissions))
+            arrivals = [arrival for emission in emissions for arrival in emission.arrivals]
+            op = Append(run.id, run.token, entries, arrivals)
             self._services.store.post(op, self._on_uncommitted_appended, self._services.loop)
 
     def _on_uncommitted_appended(self, reply: Reply) -> None:
         self.uncommitted = None
-        self._uncommitted_is_posted = False
+        self.is_committing = False
         behind = self._behind
         self._behind = []
         for op in behind:
@@ -106,7 +112,7 @@ class JournalWriter:
         posted already.
         """
         entry = self.uncommitted
-        if entry is None or self._uncommitted_is_posted:
+        if entry is None or self.is_committing:
             return ()
         self.uncommitted = None
         return (entry,)

@@ -200,6 +200,15 @@ class PendingCalls:
                     actions.append(action)
         return actions
 
+    def start_emissions(self) -> list[EmitCall]:
+        """The emissions to start, if nothing else is; otherwise none."""
+        unstarted = [target for target in self.unstarted if target.call_key in self.waiting]
+        calls = [target for target in unstarted if isinstance(target, EmitCall)]
+        if len(calls) < len(unstarted):
+            return []
+        self.unstarted = []
+        return calls
+
     def _start(self, target: Pending, now: Callable[[], int]) -> Action | None:
         match target:
             case TaskCall():

@@ -11,10 +11,10 @@ import pytest
 from eventflow.engine.execution import Execution
 from eventflow.runs.journal import CANCEL_KEY, Kind
 from eventflow.runs.run import Cancelled, Interrupted, State
-from eventflow.sdk.flow import current_run, flow, timeout
+from eventflow.sdk.flow import current_run, emit, flow, timeout
 from eventflow.sdk.task import task
 from eventflow.store.protocol import Append, Fenced, Settle
-from tests.engine.replay_check.simulation import SECOND, Row, Simulation
+from tests.engine.replay_check.simulation import SECOND, Row, Simulation, crash_after_every_commit
 
 DRAWN: list[int] = []
 TAKEN: list[int] = []
@@ -161,6 +161,45 @@ def test_a_flow_that_awaits_a_thread_has_its_value_recorded_meanwhile() -> None:
     sim = Ordered()
     row = sim.done(foreign)
     assert sim.seen == ["Append draw#0", "Settle"] and row.value == 2
+
+
+def test_emissions_that_follow_a_value_share_its_commit() -> None:
+    """The value first, then the events that the flow emits after it; a crash at any commit
+    publishes the same events, once.
+    """
+
+    @flow
+    async def announces() -> int:
+        value = await take(7)
+        await asyncio.gather(emit("drawn", {"n": value}), emit("noted", {}))
+        return await take(value)
+
+    sim = Ordered()
+    row = sim.done(announces)
+    names = [name.rpartition("/")[2] for name in sim.seen[0].split()]
+    assert names == ["Append", "take#0", "emit:drawn#0", "emit:noted#0"]
+    assert sim.seen[1:] == ["Settle take#1"]
+    assert row.value == 7 and [kind for _, kind in sim.published] == ["drawn", "noted"]
+
+    def check(sim: Simulation, row: Row) -> None:
+        assert sorted(kind for _, kind in sim.published) == ["drawn", "noted"]
+
+    assert crash_after_every_commit(lambda sim: sim.add(announces), check) == 2
+
+
+def test_an_emission_together_with_a_new_call_has_a_later_commit() -> None:
+    """A body must not start with a value that is not durable: then the value is committed alone."""
+
+    @flow
+    async def mixed() -> int:
+        value = await draw()
+        await asyncio.gather(emit("drawn", {"n": value}), take(value))
+        return value
+
+    sim = Ordered()
+    row = sim.done(mixed)
+    assert sim.seen[0] == "Append draw#0" and row.value == 1
+    assert [kind for _, kind in sim.published] == ["drawn"]
 
 
 def test_a_drain_records_the_value_with_the_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
