@@ -30,6 +30,7 @@ import eventflow
 import eventflow.core.errors
 import eventflow.testing
 import triggers
+from benchmarks import path as path_benchmark
 from eventflow import App, Retry, checkpoint, checks, flow, task
 from eventflow.cli import cli
 from eventflow.cli.target import load_module
@@ -447,16 +448,68 @@ def test_every_extra_is_documented():
         assert set(name.split(",")) <= extras.keys()
 
 
+# --------------------------------------------------------------------------- architecture
+
+
 def test_every_package_has_its_layer():
-    """docs/design.md names each file and folder of the package in its layers, and none that is not
-    there.
+    """docs/architecture.md names each file and folder of the package in its layers, and none that
+    is not there.
     """
-    floors = section(page("design.md"), "Module layers")
-    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", floors)) - {"triggers/"}
-    there = {
+    rows = section(page("architecture.md"), "Module layers")
+    cells = [row.split("|")[2] for row in re.findall(r"^\|.*$", rows, re.MULTILINE)]
+    named = set(re.findall(r"`(\w+(?:\.py|/))`", " ".join(cells)))
+    found = {
         f"{each.name}/" if each.is_dir() else each.name for each in (ROOT / "eventflow").iterdir()
     }
-    assert named == there - {"__pycache__/", "py.typed"}
+    assert named == found - {"__pycache__/", "py.typed"}
+
+
+def files_named(text: str) -> set[str]:
+    """The source files that a text of architecture.md names, relative to the repository."""
+    names = set(re.findall(r"(?<![\w/.])(?:\w+/)*\w+\.py\b", text))
+    return {name if name.startswith("triggers/") else f"eventflow/{name}" for name in names}
+
+
+def definitions(file: str) -> set[str]:
+    """The functions and classes of a file, and its methods as `Class.method`."""
+    nodes = ast.parse((ROOT / file).read_text()).body
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    found = {node.name for node in nodes if isinstance(node, kinds)}
+    for node in nodes:
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, kinds)}
+    return found
+
+
+def test_every_file_and_method_of_the_architecture_exists():
+    """docs/architecture.md names only files that are there, and each method with its own file."""
+    text = page("architecture.md")
+    for file in files_named(text):
+        assert (ROOT / file).exists(), file
+    anywhere = {name for file in files_named(text) for name in definitions(file)}
+    assert set(re.findall(r"`(_?[A-Z]\w*\.\w+)`", text)) <= anywhere
+    for row in text.splitlines():
+        cells = row.split("|")
+        if len(cells) == 7:  # a hop: number, thread, file, call, what it does
+            calls = set(re.findall(r"`([\w.]+)`", cells[4]))
+            known = {name for file in files_named(row) for name in definitions(file)}
+            assert calls <= known, row
+
+
+def test_the_architecture_names_every_file_that_an_event_visits(tmp_path: Path):
+    """docs/architecture.md has each file that `benchmarks path` counts for a webhook with a task,
+    an emitted event and a sink.
+    """
+    subscriptions = list(path_benchmark.SCENARIOS.values())[-1]
+    server = path_benchmark.ProfiledServer(ROOT, tmp_path, path_benchmark.APP + subscriptions)
+    try:
+        for amount in range(20):
+            server.post(amount)
+        visited = set(server.sample(20)["calls"])
+    finally:
+        server.close()
+    assert "eventflow/sinks/relay.py" in visited
+    assert visited <= files_named(page("architecture.md"))
 
 
 def test_the_roadmap_names_tests_that_exist():
