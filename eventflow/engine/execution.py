@@ -179,14 +179,15 @@ class Execution(FlowCalls):
         """
         writer = self.writer
         pending = self.pending
-        can_start = bool(pending.unstarted) and not self.services.draining
         if writer.uncommitted is None:
-            if can_start:
+            if pending.unstarted and not self.services.draining:
                 for action in pending.start_new(self.services.clock.now):
                     self.carry_out(action)
         elif not writer.is_committing:
-            calls = pending.start_emissions() if can_start else ()
-            writer.commit_uncommitted([self.emission(call) for call in calls])
+            emissions: list[AppendEntry] = []
+            if pending.unstarted and not self.services.draining:
+                emissions = [self.emission(call) for call in pending.start_emissions()]
+            writer.commit_uncommitted(emissions)
 
     def _rest(self, recheck: bool = False) -> None:
         """Parked, with nothing to deliver and nothing to start: an idle run gives up its slot, and

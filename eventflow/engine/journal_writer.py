@@ -93,8 +93,11 @@ class JournalWriter:
             run = self._run
             self.is_committing = True
             self.in_flight += 1
-            entries = (self.uncommitted, *(emission.entry for emission in emissions))
-            arrivals = [arrival for emission in emissions for arrival in emission.arrivals]
+            entries = [self.uncommitted]
+            arrivals: list[Arrival] = []
+            for emission in emissions:
+                entries.append(emission.entry)
+                arrivals.extend(emission.arrivals)
             op = Append(run.id, run.token, entries, arrivals)
             self._services.store.post(op, self._on_uncommitted_appended, self._services.loop)
 
