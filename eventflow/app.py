@@ -20,7 +20,7 @@ import msgspec
 
 from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.core.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
-from eventflow.events.event import Event, EventSink, Json, LateSpec, LedgerTrigger, Receipt, Trigger
+from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
 from eventflow.logs.log import LogSink
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
@@ -167,16 +167,13 @@ class App:
                     f"{trigger.label}: where and by belong to its parts;"
                     " it takes priority=, deliver= and name="
                 )
-            self.add(flow)
             self._config.add_pattern(trigger, flow, priority, deliver, name)
             return
-        late: LateSpec | None = None
         source = EMITTED
         if isinstance(trigger, str):
             types = (trigger, *types)
         elif isinstance(trigger, LedgerTrigger):
             types = trigger.types
-            late = trigger.late
             where = combine_filters(trigger.pattern, where)
         else:
             self._config.add_trigger(trigger)
@@ -196,7 +193,7 @@ class App:
                 deliver=deliver,
                 name=name,
                 used_names=self._config.subscription_names(),
-                late=late,
+                late=trigger.late if isinstance(trigger, LedgerTrigger) else None,
             )
         )
 
@@ -322,7 +319,7 @@ class App:
         that key.
 
         Raises BindingError when the parameters do not fit the flow's signature, NotFound for an
-        unknown flow name, StoreFull at once when there is no room.
+        unknown flow name, StoreFull at once when the ledger is full.
         """
         known = self.flow(flow)
         body = known.binder.unpack((), params)
@@ -350,7 +347,7 @@ class App:
         """Records an event for the subscriptions on its type; durable when it returns. With an
         `id`, once.
 
-        Raises StoreFull at once when there is no room.
+        Raises StoreFull at once when the ledger is full.
         """
         ident = id or format_id(self.runtime.ids.next(self.clock.now()))
         (receipt,) = await self.accept(
@@ -362,8 +359,8 @@ class App:
         """Records events that come from no trigger, for the subscriptions on their types; durable
         when it returns.
 
-        Waits for room for up to `max_wait` seconds (None: as long as it takes), then raises
-        StoreFull.
+        Waits while the ledger is full, for up to `max_wait` seconds (None: as long as it takes),
+        then raises StoreFull.
         """
         runtime = self.runtime
         return await runtime.reactor.record(

@@ -116,6 +116,7 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
         """Subscribes a flow to a pattern, whose triggers are added too."""
         for trigger in pattern.triggers:
             self.add_trigger(trigger)
+        self.add_flow(flow)
         self.subscriptions.append(
             subscribe_pattern(
                 compile_pattern(pattern),
@@ -268,8 +269,8 @@ class Runtime:
         """Starts a run of `params`, a JSON object. Returns its number, and whether the key was
         known.
 
-        Waits for room for up to `max_wait` seconds. Raises UsageError for a known key with other
-        parameters.
+        Waits while the ledger is full, for up to `max_wait` seconds. Raises UsageError for a known
+        key with other parameters.
         """
         ident = idempotency_key or format_id(self.ids.next(self.config.clock.now()))
         event = Event(
@@ -327,7 +328,7 @@ def _resolve_threadsafe(
         else:
             future.set_result(result)
 
-    with suppress(RuntimeError):  # that loop is closed: nobody waits any more
+    with suppress(RuntimeError):  # that loop is closed, and the waiting task with it
         loop.call_soon_threadsafe(resolve)
 
 
@@ -371,7 +372,7 @@ class LifespanTask:
             async with lifespan() as state:
                 entered.set_result(state)
                 await end.wait()
-        except Exception as error:  # the user's code: whoever opens the App gets it
+        except Exception as error:  # the user's code: raised to the caller of `App.open`
             if entered.done():
                 raise
             entered.set_exception(error)

@@ -1,5 +1,4 @@
-"""The wait for room: repeats a write to the ledger for as long as the ledger refuses it with
-`StoreFull`.
+"""Back-pressure: repeats a write to the ledger while the ledger refuses it with `StoreFull`.
 
 `intake/reactor.py` waits this way for every caller of `Intake.accept`; an intake that wraps another
 one (drift monitors, the test ledger of the trigger contract) uses the same function. A trigger does
@@ -17,16 +16,16 @@ T = TypeVar("T")
 
 FIRST_DELAY_SECONDS = 0.05
 MAX_DELAY_SECONDS = 0.5
-"""Between two tries, growing by half each time. The longest one bounds how late a waiter notices
-room, or a shutdown.
+"""Between two tries, growing by half each time. The longest one bounds how late a waiting call
+notices free space, or a shutdown.
 """
 
 
-async def wait_for_room(write: Callable[[], Awaitable[T]], max_wait: float | None) -> T:
+async def wait_while_full(write: Callable[[], Awaitable[T]], max_wait: float | None) -> T:
     """The result of `write`, tried at once and then again until it no longer raises StoreFull.
 
     `max_wait` in seconds; 0 tries once, None waits as long as it takes. Raises the last StoreFull
-    once `max_wait` is over, and at once one that says `closing`: no room will come. A cancel
+    once `max_wait` is over, and at once one that is `closing`. A cancel
     between two tries ends the wait with nothing written.
     """
     loop = asyncio.get_running_loop()

@@ -4,11 +4,11 @@
 
 `Runtime` starts and stops it on the intake loop. A listener that raises is logged and restarted
 with jittered backoff; the others are not affected. Back-pressure has two bounds: events in the
-commit queue (here) and the ledger (`Store.room`). At either, `accept` waits for room
-(core/backpressure.py); no event is dropped. A trigger that floods leaves room for the others: in
-the commit queue it may have FAIR_SHARE_FACTOR times what stays free, so one alone takes two thirds,
-two take 40 % each, and a newcomer always finds some. A call that finds the queue empty may be of
-any size. Read on in routing/router.py, then store/writer.py.
+commit queue (here) and the ledger (`Store.capacity`). At either, `accept` waits while it is full
+(core/backpressure.py); no event is dropped. A trigger that floods leaves space to others: in the
+commit queue it may have FAIR_SHARE_FACTOR times what stays free, so one alone takes two thirds, two
+take 40 % each, and a newcomer always finds space. A call that finds the queue empty may be of any
+size. Read on in routing/router.py, then store/writer.py.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from eventflow.core.backpressure import wait_for_room
+from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, StoreFailed, StoreFull
 from eventflow.core.retry import Backoff
@@ -32,7 +32,7 @@ MAX_EVENTS = 4096
 MAX_BYTES = 64 << 20
 """Bytes of their bodies."""
 MAX_WAITING_BYTES = 64 << 20
-"""Bytes of the calls of one trigger that wait for room with a `max_wait` (HTTP requests): beyond
+"""Bytes of the calls of one trigger that wait with a `max_wait` (HTTP requests): beyond
 them StoreFull comes at once.
 """
 FAIR_SHARE_FACTOR = 2
@@ -64,7 +64,7 @@ LOG_EVENTS = {
 class TriggerHealth(msgspec.Struct):
     """The state of one trigger. Instants in microseconds.
 
-    `state`: starting, listening, restarting or stopped. `backpressure`: why calls wait for room
+    `state`: starting, listening, restarting or stopped. `backpressure`: why calls wait
     now, None while none does.
     """
 
@@ -207,7 +207,7 @@ class Reactor:
                 ) as raised:  # a source may fail in any way; the others are unaffected
                     error = raised
                 if self.draining and isinstance(error, StoreFull):
-                    return  # its wait for room ended with the drain; its cancel is about to come
+                    return  # the drain ended its wait; it is cancelled next
                 if self.clock.monotonic() - started > STABLE_AFTER_SECONDS:
                     backoff.reset()
                 retry_in = next(backoff)
@@ -248,9 +248,9 @@ class Reactor:
     ) -> list[Receipt]:
         """Records what `route` returns, in one transaction; durable when it returns.
 
-        `route` is called before each try. While there is no room it waits for up to `max_wait`
-        seconds, None for as long as it takes. Raises StoreFull then, and at once while draining;
-        StoreFailed when the outcome is unknown.
+        `route` is called before each try. While the ledger or the queue is full it waits for up to
+        `max_wait` seconds, None for as long as it takes. Raises StoreFull then, and at once while
+        draining; StoreFailed when the outcome is unknown.
         """
         try:
             return await self._record_once(route(), trigger, cursor)
@@ -279,7 +279,7 @@ class Reactor:
         if health is not None:
             health.backpressure = str(full)
         try:
-            return await wait_for_room(
+            return await wait_while_full(
                 lambda: self._record_once(route(), trigger, cursor), max_wait
             )
         finally:

@@ -218,7 +218,7 @@ def bind_socket(settings: Settings, store: str = "") -> socket.socket:
 
 
 def _cannot_bind(settings: Settings, store: str, error: OSError) -> EventflowError:
-    """The error for a failed bind: StoreLocked says more than PortInUse when both hold."""
+    """The error for a failed bind; StoreLocked, the more specific one, if it holds too."""
     if error.errno == errno.EADDRINUSE and Path(f"{store}.lock").exists():
         lock = Lock(store)
         try:
@@ -227,7 +227,7 @@ def _cannot_bind(settings: Settings, store: str, error: OSError) -> EventflowErr
         except StoreLocked as locked:
             return locked
         except OSError:
-            pass  # the lock tells nothing; the port is taken all the same
+            pass  # no lock to read: report the port
     why = (
         "is taken by another process"
         if error.errno == errno.EADDRINUSE

@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import orjson
 import structlog
 
-from eventflow.core.backpressure import wait_for_room
+from eventflow.core.backpressure import wait_while_full
 from eventflow.core.errors import StoreError, StoreFailed, StoreFull
 from eventflow.events.event import (
     Event,
@@ -141,7 +141,7 @@ class ContractLedger:
         max_wait: float | None = None,
     ) -> list[Receipt]:
         self.offered += items
-        return await wait_for_room(lambda: self._accept_once(items, cursor), max_wait)
+        return await wait_while_full(lambda: self._accept_once(items, cursor), max_wait)
 
     async def _accept_once(
         self, items: Sequence[Item], cursor: Mapping[str, Json] | None

@@ -168,7 +168,7 @@ class Api:
     # ----------------------------------------------------------------- health and metrics
 
     async def healthz(self, _: Request) -> Response:
-        """The process is alive; says nothing about its store."""
+        """The process is alive, whatever the state of its store."""
         return Json({"ok": True})
 
     async def readyz(self, _: Request) -> Response:

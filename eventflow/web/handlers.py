@@ -37,7 +37,7 @@ from eventflow.web.responses import (
 )
 
 FULL_WAIT_SECONDS = 2.0
-"""For how long a POST waits for room in the ledger before it is answered 503 (P8)."""
+"""For which a POST waits while the ledger is full, before it is answered 503 (P8)."""
 MAX_ROWS = 1000
 
 

@@ -110,7 +110,7 @@ def with_error_responses(handler: Handler) -> Handler:
             return refused.response
         except EventflowError as error:
             return error_response(error)
-        except (ClientDisconnect, ClientDisconnected):  # nobody reads the response
+        except (ClientDisconnect, ClientDisconnected):  # no client reads the response
             return Response(status_code=499)
 
     return handle

@@ -1,5 +1,5 @@
 """The reactor: the commit queue, which a flood of one trigger leaves open to others (threat S11),
-and the wait for room (P8).
+and the wait while the ledger is full (P8).
 
 The store is the real one, behind a gate: while it is shut, no posted operation reaches the writer.
 """
@@ -126,7 +126,7 @@ async def flooded(path: Path, *triggers: Webhook) -> AsyncIterator[Flooded]:
         store.close()
 
 
-def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
+def test_s11_a_flood_leaves_space_for_others(tmp_path: Path):
     """A trigger alone has at most two thirds of the commit queue; a second one that floods gets in,
     and then a third.
     """
@@ -143,7 +143,7 @@ def test_s11_a_flood_leaves_room_for_others(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_s11_room_comes_back_with_each_commit(tmp_path: Path):
+def test_s11_each_commit_frees_space(tmp_path: Path):
     """Committed events, and those of cancelled calls, free their share of the queue."""
 
     async def main() -> None:
@@ -235,11 +235,11 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
     asyncio.run(main())
 
 
-# --------------------------------------------------------------------------- the wait for room
+# --------------------------------------------------------------------------- waiting while full
 
 
 async def full_queue(queue: Flooded) -> None:
-    """Fills the commit queue, so that the trigger `loud` has no room."""
+    """Fills the commit queue, so that calls of the trigger `loud` wait."""
     await queue.flood("loud", 100)
     await queue.flood("loud")
 
@@ -248,7 +248,7 @@ def an_event(ident: str = "e-1", size: int = 0) -> Event:
     return Event(id=ident, source="/s", type="t", data="x" * size)
 
 
-def test_p8_accept_waits_until_there_is_room(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_p8_accept_waits_while_the_queue_is_full(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """Without `max_wait`, accept waits for as long as it takes; meanwhile the trigger shows why,
     and the log has one line.
     """
@@ -293,7 +293,7 @@ def test_p8_accept_raises_after_max_wait(tmp_path: Path):
     asyncio.run(main())
 
 
-def test_p8_zero_items_never_wait_for_room(tmp_path: Path):
+def test_p8_zero_items_never_wait(tmp_path: Path):
     """A cursor alone is recorded although the queue is full."""
 
     async def main() -> None:
@@ -357,7 +357,7 @@ def test_p8_waiting_requests_hold_bounded_memory(tmp_path: Path, monkeypatch: py
 
 
 def test_p8_an_event_that_waited_is_routed_as_its_trigger_is_then(tmp_path: Path):
-    """An event that waits for room while its trigger is paused gets a paused delivery."""
+    """An event that waits while its trigger is paused gets a paused delivery."""
 
     async def main() -> None:
         async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from eventflow.core.backpressure import wait_for_room
+from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreFull
 from eventflow.events.event import Event, Intake, Json, Receipt, Undecodable
@@ -164,7 +164,7 @@ class CountingIntake:
     ) -> list[Receipt]:
         """As `Intake.accept`. A counted event that is not recorded has the ledger id 0."""
         call = await self._read(items, cursor or {})
-        return await wait_for_room(lambda: self._accept_once(call), max_wait)
+        return await wait_while_full(lambda: self._accept_once(call), max_wait)
 
     async def _accept_once(self, call: _PendingCall) -> list[Receipt]:
         self._queue.append(call)
@@ -181,7 +181,7 @@ class CountingIntake:
 
     async def tick(self) -> None:
         """Lets the engine act on the time. Waits while the ledger is full."""
-        await wait_for_room(self._tick_once, None)
+        await wait_while_full(self._tick_once, None)
 
     async def _tick_once(self) -> None:
         async with self._lock:
@@ -193,7 +193,7 @@ class CountingIntake:
 
     async def relearn(self) -> None:
         """The next rows are the new reference. Durable when it returns."""
-        await wait_for_room(self._relearn_once, None)
+        await wait_while_full(self._relearn_once, None)
 
     async def _relearn_once(self) -> None:
         async with self._lock:
