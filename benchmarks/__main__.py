@@ -1,6 +1,7 @@
 """Runs the measures and prints the table.
 
     python -m benchmarks [W1 W2 …] [--quick] [--rounds N] [--loop uvloop | asyncio] [--gate]
+    python -m benchmarks [W1 W2 …] --against DIR   # another checkout, see compare.py
     python -m benchmarks path     # files and function calls that one event takes, see path.py
 
 Every sample of a side is a process of its own; the sides take turns, so that both meet the same
@@ -14,10 +15,11 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import load, path
+from benchmarks import compare, load, path
 from benchmarks.measure import Figure, alone
 
 MEASURES = ("W1", "W1h", "W2", "W3", "W4", "W5", "W6", "W7", "busy", "kafka", "patterns", "memory")
@@ -103,6 +105,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--gate", action="store_true", help="exit 1 below 0.7 of a floor")
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="compare with the checkout in DIR"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = [
@@ -119,6 +124,15 @@ def main() -> int:
         return 0
     quick = ", quick" if options.quick else ""
     print(f"{os.cpu_count()} cores, {options.loop}, medians of {options.rounds}{quick}")
+    if options.against:
+        print(compare.COLUMNS.format("", "measure", "now", "before", "now ÷ before"))
+        flags = ["--loop", options.loop, *["--quick"] * options.quick]
+        before = options.against.resolve()
+        compared = [
+            compare.compare(name, module(name).FIGURES, before, options.rounds, flags)
+            for name in names
+        ]
+        return 0 if all(compared) else 1
     print(COLUMNS.format("", "measure", "eventflow", "limit", "ratio", "floor", "goal", "verdict"))
     passed = [measure(name, options) for name in names]
     return 1 if options.gate and not all(passed) else 0

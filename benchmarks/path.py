@@ -122,7 +122,7 @@ def serve(root: Path, arguments: list[str]) -> None:
     counter = CallCounter(root)
     replies = os.fdopen(3, "w")
 
-    def obey() -> None:
+    def run_commands() -> None:
         sys.setprofile(None)
         for line in sys.stdin:
             if line.strip() == "start":
@@ -130,7 +130,7 @@ def serve(root: Path, arguments: list[str]) -> None:
             else:
                 print(json.dumps(counter.stop()), file=replies, flush=True)
 
-    threading.Thread(target=obey, daemon=True).start()
+    threading.Thread(target=run_commands, daemon=True).start()
     sys.path[0] = str(root)
     from eventflow.cli import main  # the root decides which one
 
@@ -147,8 +147,18 @@ class ProfiledServer:
         (folder / "path_app.py").write_text(app)
         read_end, write_end = os.pipe()
         self._replies = os.fdopen(read_end)
-        command = [sys.executable, __file__, "--root", str(root), "--serve", "path_app.py",
-                   "--port", "0", "--store", f"sqlite:///{folder / 'path.db'}"]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            "--root",
+            str(root),
+            "--serve",
+            "path_app.py",
+            "--port",
+            "0",
+            "--store",
+            f"sqlite:///{folder / 'path.db'}",
+        ]
         with (folder / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 ["bash", "-c", f'exec "$@" 3>&{write_end}', "bash", *command],
@@ -188,9 +198,9 @@ class ProfiledServer:
         self.process.communicate()
         self._replies.close()
 
-    def _command(self, word: str) -> None:
+    def _command(self, command: str) -> None:
         assert self.process.stdin is not None
-        print(word, file=self.process.stdin, flush=True)
+        print(command, file=self.process.stdin, flush=True)
 
 
 def measure(root: Path, app: str) -> list[dict[str, Any]]:

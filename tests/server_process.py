@@ -2,7 +2,7 @@
 TCP and signals.
 
 `serving` is for tests that need one running server. Tests that kill servers, in tests/crash and
-elsewhere, construct `ServerProcess` (or victim.py's subclass) themselves, once for each start.
+elsewhere, construct `EventflowProcess` (or victim.py's subclass) themselves, once for each start.
 """
 
 import json
@@ -123,7 +123,7 @@ class NoAnswer(httpx2.TransportError):
     """The connection failed: whether the request was handled is unknown."""
 
 
-class ServerProcess:
+class EventflowProcess:
     """`eventflow serve TARGET`, from its start to its end; not ready when constructed.
 
     `before` is put in front of the command (strace). stderr goes to `folder/serve.log`, which all
@@ -282,12 +282,12 @@ def request(
     return answer.status_code, answer.json() if answer.content else None, answer.headers
 
 
-def start(folder: Path, *options: str, file: str = "shop.py", **process: Any) -> ServerProcess:
+def start(folder: Path, *options: str, file: str = "shop.py", **process: Any) -> EventflowProcess:
     """A ready server; the test fails with its log when it does not get ready."""
     target = folder / file.partition(":")[0]
     if not target.exists():
         target.write_text(SHOP)
-    server = ServerProcess(folder, file, *options, **process)
+    server = EventflowProcess(folder, file, *options, **process)
     if not server.wait_ready(DEADLINE):
         server.kill()
         pytest.fail(f"the server did not get ready: {server.process.returncode}\n{server.log}")
@@ -295,7 +295,7 @@ def start(folder: Path, *options: str, file: str = "shop.py", **process: Any) ->
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **more: Any) -> Iterator[ServerProcess]:
+def serving(folder: Path, *options: str, **more: Any) -> Iterator[EventflowProcess]:
     """A ready server for the length of a test."""
     server = start(folder, *options, **more)
     try:

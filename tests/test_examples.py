@@ -28,7 +28,7 @@ import pytest
 from tests.aws import Aws, Bucket, ministack
 from tests.brokers import given_or_noida
 from tests.conftest import wait_until
-from tests.server_process import ROOT, ServerProcess, environment
+from tests.server_process import ROOT, EventflowProcess, environment
 
 __all__ = ["ministack"]
 
@@ -42,7 +42,7 @@ def example_environment(folder: Path, **more: str) -> dict[str, str]:
     return {"EVENTFLOW_STORE": f"sqlite:///{folder}/store.db", "PYTHONUNBUFFERED": "1", **more}
 
 
-class ExampleServer(ServerProcess):
+class ExampleServer(EventflowProcess):
     """`eventflow serve EXAMPLE`, and what a reader would ask with curl."""
 
     def runs(self, **params: str) -> list[dict[str, Any]]:

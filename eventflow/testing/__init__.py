@@ -11,6 +11,7 @@ Only time is simulated: the App, its worker and its SQLite file are the real one
             assert (await drain(app))["completed"] == 1
 
 Works with any test runner that can run a coroutine. Nothing in eventflow imports this package.
+Authors of triggers: trigger_contract.py checks that a trigger keeps the contract of all triggers.
 """
 
 from eventflow.testing.apps import MemoryTrigger, running

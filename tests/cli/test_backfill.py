@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import DEADLINE, wait_until
-from tests.server_process import ServerProcess, command, environment, eventflow, serving
+from tests.server_process import EventflowProcess, command, environment, eventflow, serving
 
 APP = """
 import asyncio
@@ -72,14 +72,14 @@ MAY = ("--trigger", "daily", "--from", "2026-05-01", "--to", "2026-05-16")
 
 
 @pytest.fixture
-def reports(tmp_path: Path) -> Iterator[ServerProcess]:
+def reports(tmp_path: Path) -> Iterator[EventflowProcess]:
     (tmp_path / "reports.py").write_text(APP)
     with serving(tmp_path, file="reports.py") as served:
         yield served
 
 
 @pytest.fixture(scope="module")
-def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EventflowProcess]:
     """One server for all tests that start nothing."""
     folder = tmp_path_factory.mktemp("idle")
     (folder / "reports.py").write_text(APP)
@@ -88,18 +88,18 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         assert days(served) == []
 
 
-def backfill(served: ServerProcess, flow: str, *args: str) -> tuple[int, Any, str]:
+def backfill(served: EventflowProcess, flow: str, *args: str) -> tuple[int, Any, str]:
     """Exit code, what --json printed, and stderr."""
     done = eventflow(served.folder, "backfill", flow, *args, "--json")
     return done.returncode, json.loads(done.stdout) if done.stdout else None, done.stderr
 
 
-def days(served: ServerProcess) -> list[str]:
+def days(served: EventflowProcess) -> list[str]:
     """The days that the body of `report` ended for, in order."""
     return [line.removeprefix("end ") for line in served.diary if line.startswith("end ")]
 
 
-def most_at_once(served: ServerProcess) -> int:
+def most_at_once(served: EventflowProcess) -> int:
     now = most = 0
     for line in served.diary:
         now += line.startswith("begin ")
@@ -111,7 +111,7 @@ def most_at_once(served: ServerProcess) -> int:
 EACH = [f"2026-05-{day:02}" for day in range(1, 16)]
 
 
-def sound(served: ServerProcess) -> None:
+def sound(served: EventflowProcess) -> None:
     assert served.get("/api/check") == {"wrong": []}
     counts = served.get("/api/counts")
     assert counts["accepted"] == sum(
@@ -123,7 +123,7 @@ def sound(served: ServerProcess) -> None:
 # --------------------------------------------------------------------------- each once
 
 
-def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: ServerProcess):
+def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: EventflowProcess):
     """Every occurrence of the window gets one run, at most --limit at a time, in order of their
     times; given again, the command starts nothing. The count is printed before anything starts.
     """
@@ -148,14 +148,14 @@ def test_it_runs_each_occurrence_once_and_few_at_a_time(reports: ServerProcess):
     sound(reports)
 
 
-def test_it_reports_progress(reports: ServerProcess):
+def test_it_reports_progress(reports: EventflowProcess):
     """While it runs it says on stderr, now and then, how many are begun, alive and ended."""
     code, answer, errors = backfill(reports, "report", *MAY, "--limit", "1", "--yes")
     assert code == 0 and answer["started"] == 15 and most_at_once(reports) == 1
     assert re.search(r"^eventflow: \d+ of 15 started, 1 live; \d+ completed$", errors, re.MULTILINE)
 
 
-def test_a_dry_run_reports_and_starts_nothing(idle: ServerProcess):
+def test_a_dry_run_reports_and_starts_nothing(idle: EventflowProcess):
     """--dry-run lists the occurrences with what would become of each, and records nothing."""
     done = eventflow(idle.folder, "backfill", "report", *MAY, "--dry-run")
     assert done.returncode == 0
@@ -164,7 +164,7 @@ def test_a_dry_run_reports_and_starts_nothing(idle: ServerProcess):
     assert not [event for event in idle.get("/api/events")["events"] if event["trigger"] == "daily"]
 
 
-def test_without_a_terminal_it_wants_yes(idle: ServerProcess):
+def test_without_a_terminal_it_wants_yes(idle: EventflowProcess):
     """When nobody can be asked, it says how many there are, and that --yes is missing; nothing
     starts.
     """
@@ -174,7 +174,7 @@ def test_without_a_terminal_it_wants_yes(idle: ServerProcess):
 
 
 @pytest.mark.parametrize(("answer", "started"), [(b"n\n", 0), (b"y\n", 15)])
-def test_it_asks(reports: ServerProcess, answer: bytes, started: int):
+def test_it_asks(reports: EventflowProcess, answer: bytes, started: int):
     """On a terminal it asks after saying how many there are: no starts nothing, yes starts all."""
     ours, theirs = pty.openpty()
     try:
@@ -200,7 +200,7 @@ def test_it_asks(reports: ServerProcess, answer: bytes, started: int):
 # --------------------------------------------------------------------------- kills
 
 
-def test_killed_and_given_again_each_runs_once(reports: ServerProcess):
+def test_killed_and_given_again_each_runs_once(reports: EventflowProcess):
     """kill -9 of the command in the middle, then of the server: given again, it goes on, and every
     occurrence has run once.
     """
@@ -242,7 +242,7 @@ def test_killed_and_given_again_each_runs_once(reports: ServerProcess):
 # --------------------------------------------------------------------------- what ran before
 
 
-def test_what_the_schedule_fired_does_not_run_again(reports: ServerProcess):
+def test_what_the_schedule_fired_does_not_run_again(reports: EventflowProcess):
     """Occurrences that the schedule fired for a flow count as run; a flow that came later gets runs
     for all of them, on the same events; a label runs them once more, each label once.
     """
@@ -275,7 +275,7 @@ def test_what_the_schedule_fired_does_not_run_again(reports: ServerProcess):
         sound(served)
 
 
-def test_a_failed_run_is_reported(reports: ServerProcess):
+def test_a_failed_run_is_reported(reports: EventflowProcess):
     """When a run does not complete, the exit code is 1, and the command that shows it is
     printed.
     """
@@ -290,7 +290,7 @@ def test_a_failed_run_is_reported(reports: ServerProcess):
 # --------------------------------------------------------------------------- what cannot be
 
 
-def test_what_is_to_come_is_the_schedules_own(idle: ServerProcess):
+def test_what_is_to_come_is_the_schedules_own(idle: EventflowProcess):
     """Occurrences that the schedule has not come to are left to it, which is reported; asked for by
     name they are refused.
     """
@@ -317,7 +317,7 @@ def test_what_is_to_come_is_the_schedules_own(idle: ServerProcess):
     assert answer.status_code == 409 and "still the schedule" in answer.json()["detail"]
 
 
-def test_a_paused_schedule_is_not_backfilled(reports: ServerProcess):
+def test_a_paused_schedule_is_not_backfilled(reports: EventflowProcess):
     """Runs of a paused trigger would be paused, so it is refused until the trigger is resumed."""
     assert eventflow(reports.folder, "pause", "daily").returncode == 0
     code, _, errors = backfill(reports, "report", *MAY, "--yes")
@@ -342,7 +342,9 @@ def test_a_paused_schedule_is_not_backfilled(reports: ServerProcess):
         (("report", *MAY[:4]), 2, "--to"),
     ],
 )
-def test_mistakes_are_reported(idle: ServerProcess, args: tuple[str, ...], code: int, errors: str):
+def test_mistakes_are_reported(
+    idle: EventflowProcess, args: tuple[str, ...], code: int, errors: str
+):
     """What does not fit is one line on stderr and its exit code; nothing starts."""
     if "webhook:/orders" in args:
         (name,) = [
@@ -354,7 +356,7 @@ def test_mistakes_are_reported(idle: ServerProcess, args: tuple[str, ...], code:
     assert days(idle) == []
 
 
-def test_without_a_server_it_only_looks(reports: ServerProcess):
+def test_without_a_server_it_only_looks(reports: EventflowProcess):
     """With no server --dry-run works on the store itself, given the app; to run something it needs
     one.
     """
@@ -371,7 +373,7 @@ def test_without_a_server_it_only_looks(reports: ServerProcess):
         assert refused.returncode == 4 and "no server" in refused.stderr
 
 
-def test_the_api_explains_what_is_wrong_with_a_request(reports: ServerProcess):
+def test_the_api_explains_what_is_wrong_with_a_request(reports: EventflowProcess):
     """`POST …/backfill` refuses instants that are no occurrences, none, too many, and no label;
     bounds are required.
     """
@@ -398,7 +400,7 @@ def test_the_api_explains_what_is_wrong_with_a_request(reports: ServerProcess):
     assert [row["verdicts"][0]["known"] for row in twice.json()["occurrences"]] == [False, True]
 
 
-def test_a_long_window_comes_in_pages(idle: ServerProcess):
+def test_a_long_window_comes_in_pages(idle: EventflowProcess):
     """A window of more than a thousand occurrences is listed whole, each once."""
     window = ("--trigger", "daily", "--from", "2020-01-01", "--to", "2026-01-01", "--dry-run")
     _, answer, _ = backfill(idle, "report", *window)

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import wait_until
 from tests.server_process import (
     SHOP,
-    ServerProcess,
+    EventflowProcess,
     eventflow,
     serving,
     start,
@@ -21,7 +21,7 @@ from tests.server_process import (
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EventflowProcess]:
     """A server with three orders: one done, one filtered, one dead; and a failed run."""
     with serving(tmp_path_factory.mktemp("shop")) as served:
         served.post("/hooks/orders", {"id": "good", "total": 5})
@@ -32,17 +32,17 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield served
 
 
-def run_of(served: ServerProcess, event: str) -> str:
+def run_of(served: EventflowProcess, event: str) -> str:
     return served.get(f"/api/events/{event}")["runs"][0]["id"]
 
 
-def failed_run(served: ServerProcess) -> str:
+def failed_run(served: EventflowProcess) -> str:
     run = served.start("failing", message="no such luck")
     served.wait_for(run, "failed")
     return run
 
 
-def asked(served: ServerProcess, *args: str) -> Any:
+def asked(served: EventflowProcess, *args: str) -> Any:
     done = eventflow(served.folder, *args, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -51,7 +51,7 @@ def asked(served: ServerProcess, *args: str) -> Any:
 # --------------------------------------------------------------------------- looking
 
 
-def test_ls(shop: ServerProcess):
+def test_ls(shop: EventflowProcess):
     """`ls` lists each kind, aligned for people, whole for programs."""
     text = eventflow(shop.folder, "ls").stdout.splitlines()
     assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(
@@ -72,7 +72,7 @@ def test_ls(shop: ServerProcess):
     assert "\x1b[" not in "\n".join(text)
 
 
-def test_explain(shop: ServerProcess):
+def test_explain(shop: EventflowProcess):
     """`explain` says for each subscription what became of an event, by our id or the sender's, and
     how often it came.
     """
@@ -85,7 +85,7 @@ def test_explain(shop: ServerProcess):
     assert asked(shop, "explain", "good")["verdicts"][0]["outcome"] == "run"
 
 
-def test_show(shop: ServerProcess):
+def test_show(shop: EventflowProcess):
     """`show` tells a run's state, its tasks with attempts and errors, and what it returned; a part
     of the id serves.
     """
@@ -98,7 +98,7 @@ def test_show(shop: ServerProcess):
     assert asked(shop, "show", "small")["event_id"] == "small"
 
 
-def test_logs(shop: ServerProcess):
+def test_logs(shop: EventflowProcess):
     """`logs` shows what a run printed, `-f` until it has ended; as JSON one line each."""
     run = run_of(shop, "good")
     assert "handling 5.0" in eventflow(shop.folder, "logs", run, "-f").stdout
@@ -110,7 +110,7 @@ def test_logs(shop: ServerProcess):
 # --------------------------------------------------------------------------- doing
 
 
-def test_emit(shop: ServerProcess):
+def test_emit(shop: EventflowProcess):
     """`emit` records an event for what hears of its type; with the same id, once."""
     args = ("emit", "thing.made", "-d", '{"total": 4}', "--id", "thing-1")
     first, again = asked(shop, *args), asked(shop, *args)
@@ -121,7 +121,7 @@ def test_emit(shop: ServerProcess):
     assert "recorded" in eventflow(shop.folder, "emit", "thing.made", "-d", "@data.json").stdout
 
 
-def test_retry_and_cancel(shop: ServerProcess):
+def test_retry_and_cancel(shop: EventflowProcess):
     """`retry` lets a failed run go again, `cancel` ends one that runs."""
     run = failed_run(shop)
     assert "pending again" in eventflow(shop.folder, "retry", run).stdout
@@ -133,7 +133,7 @@ def test_retry_and_cancel(shop: ServerProcess):
     assert shop.wait_for(long, "cancelled")["reason"]
 
 
-def test_replay(shop: ServerProcess):
+def test_replay(shop: EventflowProcess):
     """`replay` runs an event again, or all of a time; `--dry-run` only tells."""
     before = len(shop.get("/api/events/good")["runs"])
     assert "would start" in eventflow(shop.folder, "replay", "good", "--dry-run").stdout
@@ -148,7 +148,7 @@ def test_replay(shop: ServerProcess):
     assert failures["runs"] >= 1 and failures["filtered"] >= 1
 
 
-def test_redrive(shop: ServerProcess):
+def test_redrive(shop: EventflowProcess):
     """`redrive` tries a dead letter once more with mended data."""
     shop.client.post("/hooks/orders", content=b"{", headers={"webhook-id": "mend-me"})
     letter = asked(shop, "ls", "dead-letters")["dead_letters"][0]
@@ -158,7 +158,7 @@ def test_redrive(shop: ServerProcess):
     assert again.returncode == 2 and "already" in again.stderr
 
 
-def test_pause_and_resume(shop: ServerProcess):
+def test_pause_and_resume(shop: EventflowProcess):
     """The runs of a paused trigger wait until `resume`."""
     assert "paused" in eventflow(shop.folder, "pause", "webhook-orders").stdout
     shop.post("/hooks/orders", {"id": "while-paused", "total": 1})
@@ -168,7 +168,7 @@ def test_pause_and_resume(shop: ServerProcess):
     shop.wait_for(run, "completed")
 
 
-def test_doctor_and_backup(shop: ServerProcess):
+def test_doctor_and_backup(shop: EventflowProcess):
     """`doctor` finds a running server's ledger sound; `backup` copies it, never over a file."""
     found = {row["check"]: row for row in asked(shop, "doctor", "--app", "shop.py")["findings"]}
     assert found["ledger"]["ok"] and shop.url in found["server"]["detail"]
@@ -181,7 +181,7 @@ def test_doctor_and_backup(shop: ServerProcess):
     assert eventflow(shop.folder, "backup", copy.name).returncode == 2
 
 
-def test_run_by_the_server(shop: ServerProcess):
+def test_run_by_the_server(shop: EventflowProcess):
     """`run` sends to the server that has the store, waits, and prints the result."""
     done = eventflow(shop.folder, "run", "shop.py:handle", "-p", "total=8")
     assert (done.returncode, json.loads(done.stdout)) == (0, {"score": 16.0})
@@ -193,7 +193,7 @@ def test_run_by_the_server(shop: ServerProcess):
     )
 
 
-def test_another_place(shop: ServerProcess):
+def test_another_place(shop: EventflowProcess):
     """`--url` with $EVENTFLOW_TOKEN reaches a server elsewhere; a wrong token is told with 4."""
     elsewhere = shop.folder / "elsewhere"
     elsewhere.mkdir()
@@ -264,7 +264,7 @@ def test_run_and_task_here(tmp_path: Path):
     assert [row["state"] for row in rows] == ["failed", "completed", "completed"]
 
 
-class DevServer(ServerProcess):
+class DevServer(EventflowProcess):
     """`eventflow dev`."""
 
     command_name = "dev"

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, eventflow, serving
+from tests.server_process import EventflowProcess, eventflow, serving
 
 WATCH = """
 from eventflow import App, Event, absent, count, sequence
@@ -61,7 +61,7 @@ ORDER = [("order.placed", {"order": "o-1"}), ("order.paid", {"order": "o-1"})]
 
 
 @pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EventflowProcess]:
     """A server with a small and a large order, four failed logins, and an order that was paid and
     never shipped.
     """
@@ -73,7 +73,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield served
 
 
-def fill(served: ServerProcess) -> None:
+def fill(served: EventflowProcess) -> None:
     for total in (50, 500):
         served.post("/hooks/orders", {"id": f"total-{total}", "total": total})
     for number, (kind, data) in enumerate([*BY_FOUR, *ORDER]):
@@ -101,11 +101,11 @@ def started(answer: dict[str, Any]) -> dict[str, int]:
     return {each["subscription"]: each["runs"] for each in answer["subscriptions"]}
 
 
-def ids(served: ServerProcess) -> dict[str, str]:
+def ids(served: EventflowProcess) -> dict[str, str]:
     return {row["event_id"]: row["id"] for row in served.get("/api/events", limit=1000)["events"]}
 
 
-def test_the_server_shows_what_its_code_would_start(shop: ServerProcess):
+def test_the_server_shows_what_its_code_would_start(shop: EventflowProcess):
     """A filter, a count, a sequence and an absence over the last seven days, each run with its key
     and events; none starts.
     """
@@ -129,7 +129,7 @@ def test_the_server_shows_what_its_code_would_start(shop: ServerProcess):
     assert "1 filtered: total" in text
 
 
-def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: ServerProcess):
+def test_changed_code_is_tried_on_the_ledger_of_a_running_server(shop: EventflowProcess):
     """With --app the program in that file is asked, while the server that has the store goes on
     with its own.
     """
@@ -229,7 +229,7 @@ def test_a_lower_threshold_of_drift(tmp_path: Path):
 @pytest.mark.parametrize(
     "ago", ["90s", "15m", "2h", "7d", "1w", "1d12h", "2020-01-31T08:00:00+01:00"]
 )
-def test_times_are_instants_or_how_long_ago(shop: ServerProcess, ago: str):
+def test_times_are_instants_or_how_long_ago(shop: EventflowProcess, ago: str):
     """--since and --until take durations back from now beside instants."""
     done = eventflow(shop.folder, "ls", "events", "--since", ago, "--json")
     assert done.returncode == 0 and len(json.loads(done.stdout)["events"]) >= 8
@@ -237,7 +237,7 @@ def test_times_are_instants_or_how_long_ago(shop: ServerProcess, ago: str):
 
 
 @pytest.mark.parametrize("wrong", ["yesterday", "7", "7x", "2026-01-31", "", "-7d"])
-def test_a_time_that_is_none_is_refused(shop: ServerProcess, wrong: str):
+def test_a_time_that_is_none_is_refused(shop: EventflowProcess, wrong: str):
     """What is neither an instant with its zone nor a duration exits 2 and says what was
     expected.
     """

@@ -13,7 +13,7 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, serving
+from tests.server_process import EventflowProcess, serving
 
 APP = """
 import eventflow
@@ -57,7 +57,7 @@ def test_p2_p6_row_1_late_runs_survive_kill_9(tmp_path: Path):
             killer.join()
 
 
-def _start(server: ServerProcess) -> set[str]:
+def _start(server: EventflowProcess) -> set[str]:
     """Starts runs until they are enough, or the server is gone; returns those that were
     acknowledged.
     """
@@ -70,7 +70,7 @@ def _start(server: ServerProcess) -> set[str]:
     return found
 
 
-def _prove(server: ServerProcess, started: set[str]) -> None:
+def _prove(server: EventflowProcess, started: set[str]) -> None:
     lived = {run["id"] for run in server.get("/api/runs", flow="train", limit=1000)["runs"]}
     assert started and started <= lived
     expected_alerts = 2 * len(lived)
@@ -89,5 +89,5 @@ def _prove(server: ServerProcess, started: set[str]) -> None:
         assert audit(connection) == []
 
 
-def _ended(server: ServerProcess) -> int:
+def _ended(server: EventflowProcess) -> int:
     return len(server.get("/api/runs", flow="alert", state="completed", limit=1000)["runs"])

@@ -12,7 +12,7 @@ import httpx2
 
 from eventflow.store.audit import audit
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, serving
+from tests.server_process import EventflowProcess, serving
 
 APP = """
 from eventflow import App, Event, absent, all_of, count
@@ -60,7 +60,9 @@ def test_p6_p9_row_1_patterns_survive_kill_9(tmp_path: Path):
             _prove(server)
 
 
-def _send(server: ServerProcess, events: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+def _send(
+    server: EventflowProcess, events: list[tuple[str, str, int]]
+) -> list[tuple[str, str, int]]:
     """Sends events one by one; returns those that were not acknowledged, and two that were:
     duplicates.
     """
@@ -82,7 +84,7 @@ def _send(server: ServerProcess, events: list[tuple[str, str, int]]) -> list[tup
     return []
 
 
-def _prove(server: ServerProcess) -> None:
+def _prove(server: EventflowProcess) -> None:
     runs = server.get("/api/runs", limit=1000)["runs"]
     by_name: dict[str, list[int]] = {}
     for run in runs:

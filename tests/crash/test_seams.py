@@ -21,7 +21,7 @@ from tests.conftest import wait_until
 from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import NoAnswer, Server
-from tests.server_process import ServerProcess, serving
+from tests.server_process import EventflowProcess, serving
 
 # --------------------------------------------------------------------------- before the commit
 
@@ -272,7 +272,7 @@ def test_p2_k16_a_kill_after_a_sink_has_a_message(tmp_path: Path):
         assert first == again != other
 
 
-def _waiting(server: ServerProcess) -> int:
+def _waiting(server: EventflowProcess) -> int:
     (sink,) = server.get("/api/sinks")["sinks"]
     return sink["waiting"]
 

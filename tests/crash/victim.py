@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx2
 
-from tests.server_process import ROOT, NoAnswer, ServerProcess, request
+from tests.server_process import ROOT, EventflowProcess, NoAnswer, request
 
 __all__ = ["HERE", "ROOT", "Client", "NoAnswer", "Server"]
 
@@ -34,7 +34,7 @@ class Client:
         self._http.close()
 
 
-class Server(ServerProcess):
+class Server(EventflowProcess):
     """One start of `app`. Task bodies write the number `boot` into the file of effects."""
 
     def __init__(

@@ -15,7 +15,7 @@ import pytest
 from eventflow.core.errors import UsageError
 from eventflow.server.memory_limits import check_limits, parse_size, resident
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, eventflow, serving
+from tests.server_process import EventflowProcess, eventflow, serving
 
 LEAKING = """
 import asyncio
@@ -71,7 +71,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path
 
 
-def lines(served: ServerProcess, event: str) -> list[dict[str, Any]]:
+def lines(served: EventflowProcess, event: str) -> list[dict[str, Any]]:
     return [
         found
         for line in served.log.splitlines()
@@ -79,7 +79,7 @@ def lines(served: ServerProcess, event: str) -> list[dict[str, Any]]:
     ]
 
 
-def ready_again(served: ServerProcess) -> None:
+def ready_again(served: EventflowProcess) -> None:
     """Waits for the re-executed process."""
     wait_until(
         lambda: len(lines(served, "app.started")) > 1,
@@ -88,7 +88,7 @@ def ready_again(served: ServerProcess) -> None:
     )
 
 
-def send(served: ServerProcess, number: int, mb: int) -> None:
+def send(served: EventflowProcess, number: int, mb: int) -> None:
     """Sends as a sender does: repeatedly, until the event is recorded. A connection is never
     refused.
     """
@@ -106,7 +106,7 @@ def send(served: ServerProcess, number: int, mb: int) -> None:
     wait_until(sent, f"order {number} is recorded", within=60)
 
 
-def get(served: ServerProcess, path: str) -> dict[str, Any]:
+def get(served: EventflowProcess, path: str) -> dict[str, Any]:
     """The answer of whichever life gives one."""
     answers: list[dict[str, Any]] = []
 
@@ -120,7 +120,7 @@ def get(served: ServerProcess, path: str) -> dict[str, Any]:
     return answers[0]
 
 
-def completed(served: ServerProcess) -> int:
+def completed(served: EventflowProcess) -> int:
     return get(served, "/api/counts")["completed"]
 
 

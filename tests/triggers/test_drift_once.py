@@ -9,7 +9,7 @@ import httpx2
 import numpy as np
 
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, serving
+from tests.server_process import EventflowProcess, serving
 
 SAMPLES = 1000
 KILLED_AT = (150, 420, 700)
@@ -56,7 +56,7 @@ def batch(rng: np.random.Generator, number: int) -> list[dict[str, float]]:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def send(server: ServerProcess, number: int, rows: list[dict[str, float]]) -> None:
+def send(server: EventflowProcess, number: int, rows: list[dict[str, float]]) -> None:
     """As a sender does who wants it to arrive: again, under the same id, until it is
     acknowledged.
     """
@@ -72,7 +72,7 @@ def send(server: ServerProcess, number: int, rows: list[dict[str, float]]) -> No
     wait_until(acknowledged, f"window {number} is recorded")
 
 
-def runs(server: ServerProcess, state: str | None = None) -> list[dict[str, Any]]:
+def runs(server: EventflowProcess, state: str | None = None) -> list[dict[str, Any]]:
     return server.get("/api/runs", flow="retrain", **({"state": state} if state else {}))["runs"]
 
 
@@ -104,7 +104,7 @@ def test_a_swinging_metric_starts_one_run_and_what_comes_meanwhile_one_more(tmp_
                 ]
 
 
-def gauge(server: ServerProcess, feature: str) -> float:
+def gauge(server: EventflowProcess, feature: str) -> float:
     """The statistic of the last window, from /metrics."""
     begin, label = "eventflow_trigger_drift_statistic{", f'feature="{feature}"'
     lines = server.client.get("/metrics").text.splitlines()

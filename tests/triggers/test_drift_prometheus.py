@@ -16,7 +16,7 @@ import httpx2
 import pytest
 
 from tests.conftest import wait_until
-from tests.server_process import ServerProcess, start
+from tests.server_process import EventflowProcess, start
 
 ROOT = Path(__file__).parent.parent.parent
 NEEDED = ("prometheus", "prometheus-alertmanager")
@@ -131,7 +131,7 @@ def prometheus(folder: Path, target: str, alerts: int) -> Iterator[int]:
         yield port
 
 
-def events(server: ServerProcess) -> list[dict[str, Any]]:
+def events(server: EventflowProcess) -> list[dict[str, Any]]:
     """What the alerts' endpoint recorded, the oldest first."""
     return [
         each
@@ -140,7 +140,7 @@ def events(server: ServerProcess) -> list[dict[str, Any]]:
     ]
 
 
-def runs(server: ServerProcess, flow: str) -> list[dict[str, Any]]:
+def runs(server: EventflowProcess, flow: str) -> list[dict[str, Any]]:
     return server.get("/api/runs", flow=flow)["runs"]
 
 
