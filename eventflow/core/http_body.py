@@ -1,7 +1,7 @@
 """Reads the body of an HTTP request from ASGI, bounded in size and in time.
 
-The API (web/responses.py) and the HTTP triggers (triggers/http_request.py) call `read_http_body`. The
-memory of a request stays near its limit whatever the chunks; a sender that trickles is cut off.
+The API (web/responses.py) and the HTTP triggers (triggers/http_request.py) call `read_http_body`.
+The memory of a request stays near its limit whatever the chunks; a sender that trickles is cut off.
 """
 
 import asyncio
@@ -10,7 +10,9 @@ from typing import Any
 
 GRACE_SECONDS = 10.0
 MIN_BYTES_PER_SECOND = 1024
-"""A body may take the grace period plus its size at this rate, but never more than `max_seconds`."""
+"""A body may take the grace period plus its size at this rate, but never more than
+`max_seconds`.
+"""
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
@@ -26,7 +28,9 @@ class BodyRejected(Exception):
 
 
 class ClientDisconnected(Exception):
-    """The sender closed the connection before its body was complete: nobody waits for a response."""
+    """The sender closed the connection before its body was complete: nobody waits for a
+    response.
+    """
 
 
 async def read_http_body(
@@ -34,8 +38,8 @@ async def read_http_body(
 ) -> bytes:
     """The body as sent. `content_length`: the header, or "" without one.
 
-    Raises BodyRejected as soon as the declared or the counted size is over `max_bytes` or the time is
-    over, ClientDisconnected when the sender left.
+    Raises BodyRejected as soon as the declared or the counted size is over `max_bytes` or the time
+    is over, ClientDisconnected when the sender left.
     """
     if content_length.isdigit() and (len(content_length) > 15 or int(content_length) > max_bytes):
         raise _too_large(max_bytes)
