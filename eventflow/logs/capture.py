@@ -133,7 +133,8 @@ def _capture_logging(output: LogOutput, restore: ExitStack, *, replace_handlers:
     restore.callback(root.setLevel, root.level)
     root.setLevel(min(root.level, output.level) if root.level else output.level)
     if replace_handlers:
-        before, root.handlers[:] = root.handlers[:], []
+        before = root.handlers[:]
+        root.handlers.clear()
         restore.callback(lambda: [root.addHandler(handler) for handler in before])
         restore.callback(setattr, LOGGER, "propagate", LOGGER.propagate)
         LOGGER.propagate = False

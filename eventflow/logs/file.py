@@ -115,9 +115,9 @@ class LogFile:
 
     def close(self) -> None:
         if self._db is not None:
-            db, self._db = self._db, None
             with suppress(sqlite3.Error):  # the file is damaged or gone: nothing is left to close
-                db.close()
+                self._db.close()
+            self._db = None
 
     def _execute(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """`work` in one transaction; if the file is damaged, once more in a new file."""
@@ -234,7 +234,8 @@ def _truncate_fields(fields: bytes) -> bytes:
     for key, value in data.items():
         text = value if isinstance(value, str) else orjson.dumps(value).decode()
         if len(text) > MAX_LENGTH // 4:
-            begin, end = text[: MAX_LENGTH // 16], text[-MAX_LENGTH // 8 :]
+            begin = text[: MAX_LENGTH // 16]
+            end = text[-MAX_LENGTH // 8 :]
             data[key] = f"{begin}… ({len(text)} characters) …{end}"
     shorter = orjson.dumps(data)
     return shorter if len(shorter) <= MAX_LENGTH else orjson.dumps({"cut": len(fields)})

@@ -102,7 +102,8 @@ class LogContext(msgspec.Struct):
     def close(self) -> None:
         """Log what was printed without a newline at its end."""
         if self.partial_lines:
-            partial_lines, self.partial_lines = self.partial_lines, None
+            partial_lines = self.partial_lines
+            self.partial_lines = None
             for log_line, text in partial_lines.items():
                 if text:
                     log_line(self, text)
@@ -220,7 +221,9 @@ _BASE: Final = frozenset({"timestamp", "level", "event", "logger"})
 _RESERVED: Final = _BASE | {"run", "flow", "ledger_id", "trigger", "task", "attempt", "replay"}
 _MAX_DEPTH: Final = 20
 _REPR: Final = reprlib.Repr()
-_REPR.maxother = _REPR.maxstring = _REPR.maxlong = 2000
+_REPR.maxother = 2000
+_REPR.maxstring = 2000
+_REPR.maxlong = 2000
 
 
 def render_line(

@@ -157,7 +157,8 @@ class LogOutput(DirectHandler):
             del self._queue[:count]
             self._queued_bytes = 0
             if self._dropped:
-                dropped, self._dropped = self._dropped, 0
+                dropped = self._dropped
+                self._dropped -= dropped
                 chunk += self._dropped_line(dropped)
             if chunk:
                 self._write(chunk)

@@ -238,7 +238,8 @@ class LogStore:
         of the file.
         """
         with self._written:
-            lines, self._queue = self._queue, []
+            lines = self._queue
+            self._queue = []
             self._queued_bytes = 0
         try:
             self._write(lines)
@@ -279,7 +280,9 @@ class LogStore:
         with self._written:
             quota = self._quotas.of(line.run)
         if quota.lines < 0:
-            quota.lines, quota.size = self.file.stored_size(line.run)
+            lines, size = self.file.stored_size(line.run)
+            quota.lines = lines
+            quota.size = size
         if self._quotas.is_full(quota, line.level):
             with self._written:
                 self._quotas.drop(line.run)

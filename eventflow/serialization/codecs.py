@@ -69,7 +69,8 @@ class ResultCodec:
     def __init__(self, annotation: Any, name: str, codec: str | None = None) -> None:
         if codec not in (None, "pickle"):
             raise UsageError(f'{name}: codec= expected None or "pickle", found {codec!r}')
-        self._annotation, self._name = annotation, name
+        self._annotation = annotation
+        self._name = name
         self._pickled = codec == "pickle"
         self._plain = _is_json_annotation(annotation)
         self._number: type | None = annotation if annotation in (int, float) else None
@@ -517,7 +518,8 @@ def fingerprint_diff(old: bytes | None, new: bytes | None) -> str:
     """
     if old is None or new is None or old == new:
         return ""
-    before, after = msgspec.json.decode(old), msgspec.json.decode(new)
+    before = msgspec.json.decode(old)
+    after = msgspec.json.decode(new)
     changed = [
         f"{name}: {_field_text(before, name)} -> {_field_text(after, name)}"
         for name in sorted(before.keys() | after.keys())
@@ -529,7 +531,8 @@ def fingerprint_diff(old: bytes | None, new: bytes | None) -> str:
 def _differs(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
     if (name in before) != (name in after):
         return True
-    left, right = before[name], after[name]
+    left = before[name]
+    right = after[name]
     if left == "?" or right == "?":
         return False
     if left == right:

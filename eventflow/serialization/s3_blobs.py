@@ -35,7 +35,8 @@ class S3BlobStore:
         ):
             expected = "s3://bucket/prefix, with ?endpoint_url= and &region= if need be"
             raise UsageError(f"results= expected {expected}, found {url!r}")
-        self._bucket, prefix = parts.netloc, unquote(parts.path).strip("/")
+        self._bucket = parts.netloc
+        prefix = unquote(parts.path).strip("/")
         self._prefix = f"{prefix}/" if prefix else ""
         self._options = {_OPTIONS[name]: value for name, value in query.items()}
         self._client: Any = None

@@ -185,11 +185,11 @@ def test_lines_of_many_threads_stay_whole(tmp_path: Path):
     path = tmp_path / "log"
     with open(path, "wb") as file, configure(stream=file, redactor=Redactor()):
 
-        def say(who: int) -> None:
+        def log_lines(who: int) -> None:
             for n in range(500):
                 get_logger("x").info("x.y", who=who, n=n)
 
-        threads = [threading.Thread(target=say, args=(who,)) for who in range(8)]
+        threads = [threading.Thread(target=log_lines, args=(who,)) for who in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:

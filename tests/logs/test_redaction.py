@@ -108,9 +108,9 @@ def test_many_values_at_once():
 @pytest.mark.parametrize(
     "key", [
         "password", "db_password", "DB-Passwd", "clientSecret", "secret_key", "access_token",
-        "idToken", "X-Auth-Token", "token", "Authorization", "proxy-authorization", "api_key", "X-Api-Key",
-        "apikey", "Cookie", "set-cookie", "credentials", "private_key", "aws_secret_access_key",
-        "passphrase", "pwd", "auth",
+        "idToken", "X-Auth-Token", "token", "Authorization", "proxy-authorization", "api_key",
+        "X-Api-Key", "apikey", "Cookie", "set-cookie", "credentials", "private_key",
+        "aws_secret_access_key", "passphrase", "pwd", "auth",
     ]
 )  # fmt: skip
 def test_values_in_fields_named_like_secrets_are_hidden(key: str):

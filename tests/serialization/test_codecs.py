@@ -92,8 +92,8 @@ NOW = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 def round_trip(value, annotation=None, codec=None):
     made = ResultCodec(annotation, "job", codec)
-    word, data = made.encode(value)
-    return word, made.decode(word, data)
+    codec_name, data = made.encode(value)
+    return codec_name, made.decode(codec_name, data)
 
 
 @pytest.mark.parametrize(
@@ -139,8 +139,8 @@ def test_p4_a_result_comes_back_as_it_was_given(value, annotation, codec):
     """Each value under each annotation decodes to an equal one of the same type, whether or not the
     annotation holds.
     """
-    word, decoded = round_trip(value, annotation)
-    assert word == codec
+    codec_name, decoded = round_trip(value, annotation)
+    assert codec_name == codec
     assert deep_equal(decoded, value)
 
 
@@ -212,16 +212,16 @@ def test_pickle_needs_the_codec_the_key_and_a_flow():
     key that signed it (S12).
     """
     codec = ResultCodec(None, "job", "pickle")
-    word, data = codec.encode(Local(1), key=b"k")
-    assert word == "pickle"
-    assert codec.decode(word, data, allow_pickle=True, key=b"k").x == 1
+    codec_name, data = codec.encode(Local(1), key=b"k")
+    assert codec_name == "pickle"
+    assert codec.decode(codec_name, data, allow_pickle=True, key=b"k").x == 1
     with pytest.raises(UsageError, match="only read where flows run"):
-        codec.decode(word, data)
+        codec.decode(codec_name, data)
     with pytest.raises(StoreCorrupt, match="signature"):
-        codec.decode(word, data, allow_pickle=True, key=b"other")
+        codec.decode(codec_name, data, allow_pickle=True, key=b"other")
     with pytest.raises(StoreCorrupt, match="signature"):
-        codec.decode(word, data[:-1] + b"!", allow_pickle=True, key=b"k")
-    assert to_readable(word, data) == f"<pickle, {len(data)} bytes>"
+        codec.decode(codec_name, data[:-1] + b"!", allow_pickle=True, key=b"k")
+    assert to_readable(codec_name, data) == f"<pickle, {len(data)} bytes>"
     with pytest.raises(UsageError, match="codec="):
         ResultCodec(None, "job", "yaml")
 
@@ -230,11 +230,11 @@ def test_a_changed_annotation_raises_usage_error():
     """A recorded result that the new annotation cannot read raises UsageError that names
     the task.
     """
-    word, data = ResultCodec(Metrics, "job").encode(Metrics(0.5))
+    codec_name, data = ResultCodec(Metrics, "job").encode(Metrics(0.5))
     with pytest.raises(UsageError, match="job: a recorded result does not fit"):
-        ResultCodec(Order, "job").decode(word, data)
+        ResultCodec(Order, "job").decode(codec_name, data)
     with pytest.raises(UsageError, match="job: a result was recorded as 'typed'"):
-        ResultCodec(None, "job").decode(word, data)
+        ResultCodec(None, "job").decode(codec_name, data)
 
 
 def test_an_annotation_may_be_resolved_late_or_never():
@@ -442,7 +442,8 @@ def test_a_cycle_of_causes_ends():
     recorded.
     """
     first, second = ValueError("a \ud800"), ValueError("b")
-    first.__cause__, second.__cause__ = second, first
+    first.__cause__ = second
+    second.__cause__ = first
 
     def recurse(depth: int) -> None:
         if depth == 0:

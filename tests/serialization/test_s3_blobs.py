@@ -148,7 +148,7 @@ def test_s29_a_store_that_rejects_checksum_headers(ministack: Aws, monkeypatch: 
         assert place.get("a" * 64) == b"abc" and place.has("a" * 64) and not place.has("b" * 64)
 
 
-def test_errors_say_what_to_do(ministack: Aws, monkeypatch: pytest.MonkeyPatch):
+def test_errors_name_place_and_reason(ministack: Aws, monkeypatch: pytest.MonkeyPatch):
     """A missing bucket, refused access and a missing server are one error with the place and the
     reason.
     """

@@ -85,7 +85,7 @@ class Level(enum.IntEnum):
     LOW = 1
 
 
-class Word(str):
+class Text(str):
     pass
 
 
@@ -96,7 +96,7 @@ class Word(str):
         ({"a": [1, 2, 3, threading.Lock()]}, "v['a'][3]", "_thread.lock"),
         ({"a": (1, {"b": Colour.RED})}, "v['a'][1]['b']", "serialization.test_tagged_json.Colour"),
         ([Level.LOW], "v[0]", "serialization.test_tagged_json.Level"),
-        (Word("x"), "v", "serialization.test_tagged_json.Word"),
+        (Text("x"), "v", "serialization.test_tagged_json.Text"),
         (Pair(1, 2), "v", "serialization.test_tagged_json.Pair"),
         (OrderedDict(a=1), "v", "collections.OrderedDict"),
         ({object}, "v{}", "type"),

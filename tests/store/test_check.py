@@ -5,6 +5,8 @@ reset. With steps of one page there are commits between any two pages of the cop
 import asyncio
 import glob
 import os
+import sqlite3
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,9 +18,9 @@ from eventflow import App, Event, count, flow
 from eventflow.core.errors import StoreError, StoreFull
 from eventflow.runs.run import Completed, Failed, State, format_id
 from eventflow.store import backup
-from eventflow.store.sqlite import SqliteStore
+from eventflow.store.readers import Readers
 from tests.conftest import eventually
-from tests.store.ledger import RecordingWorker, ManualClock, Ledger, value
+from tests.store.ledger import Ledger, ManualClock, RecordingWorker, value
 
 pytestmark = pytest.mark.anyio
 
@@ -219,21 +221,22 @@ async def test_a_check_without_space_for_the_copy_is_refused(ledger: Ledger, pat
     ledger.store.attach_worker(None)
 
 
-async def test_closing_the_store_ends_a_check(tmp_path: Path, clock: ManualClock):
-    """A store that is closed does not wait for the audit of a large copy."""
-    store = SqliteStore(tmp_path / "large.db", clock=clock)
-    store.open()
-    ledger = Ledger(store, clock)
-    store.attach_worker(RecordingWorker(asyncio.get_running_loop(), capacity=0))
-    await filled(ledger, 200, os.urandom(1 << 20))
-    check = asyncio.create_task(store.check())
-    readers = store._readers
-    assert readers is not None
-    await eventually(lambda: readers._copies or check.done(), "the copy is audited")
-    store.close()
+async def test_closing_the_store_interrupts_an_audit(path: str, clock: ManualClock):
+    """A store that is closed does not wait until a large copy is audited."""
+    readers = Readers(path, clock)
+    started = threading.Event()
+    copy = sqlite3.connect(":memory:", check_same_thread=False)
+    copy.create_function("started", 0, started.set)
+    endless = (
+        "WITH RECURSIVE n(x) AS (SELECT started() UNION ALL SELECT 1 FROM n) SELECT count(*) FROM n"
+    )
+    audit = asyncio.create_task(
+        readers.read_copy(copy, lambda copy: copy.execute(endless).fetchone())
+    )
+    await asyncio.to_thread(started.wait)
+    readers.close()
     with pytest.raises(StoreError, match="interrupted"):
-        await check
-    assert not copies(store.path)
+        await audit
 
 
 async def test_a_killed_check_leaves_no_copy(ledger: Ledger, path: str):
