@@ -1,5 +1,4 @@
-"""Redaction of log lines: secret values, fields named like secrets, passwords in URLs; control
-characters.
+"""Redaction of log lines: secrets by value and by name, passwords in URLs, control characters.
 
 log.py calls it for every rendered line, before a stream or the log store gets it. A registered
 secret is recognised by its *value* in every common encoding (escaped, base64, URL-encoded,

@@ -1,4 +1,4 @@
-"""The log store: what runs logged, in a file beside the ledger, so that no flood of lines touches a
+"""The log store: the lines of runs, in a separate file, so that no flood of lines touches a
 journal.
 
 log.py posts lines from any thread; one thread here writes them, some thousand per transaction, and

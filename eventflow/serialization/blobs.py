@@ -1,5 +1,4 @@
-"""Blobs: values too large for a row, as files beside the store; or in a remote store, with files as
-a cache.
+"""Blobs: values too large for a row, in files or in a remote store with files as its cache.
 
 The engine calls `offload` for what it journals and `fetch` for what it replays, in threads:
 everything here blocks. A blob is complete and durable before `put` returns, so before any row

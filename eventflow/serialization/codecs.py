@@ -283,13 +283,13 @@ def decode_error(data: bytes) -> BaseException:
     return _rebuild(orjson.loads(data))
 
 
-def _describe(error: BaseException, room: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {"traceback": _render(error)[-room:]}
+def _describe(error: BaseException, max_length: int) -> dict[str, Any]:
+    fields: dict[str, Any] = {"traceback": _render(error)[-max_length:]}
     members: tuple[BaseException, ...] = (
         getattr(error, "exceptions", ()) if _is_group(error) else ()
     )
     if members:
-        share = max(512, room // len(members))
+        share = max(512, max_length // len(members))
         fields["exceptions"] = [_describe(member, share) for member in members]
     if type(error) is TaskFailed:  # replaces another error: record that one again
         known = {

@@ -1,5 +1,4 @@
-"""Guards of the store's file: the lock, the high-water mark, and the free-space floor with its
-ballast.
+"""Guards of the store's file: the lock, the high-water mark, the free-space floor, the ballast.
 
 sqlite.py and writer.py use them. Their files are beside the store: `STORE.lock`, `STORE.hwm`,
 `STORE.ballast`, mode 0600. An empty or zeroed one, as a power cut leaves it, counts as absent.
