@@ -512,6 +512,14 @@ def test_the_architecture_names_every_file_that_an_event_visits(tmp_path: Path):
     assert visited <= files_named(page("architecture.md"))
 
 
+def test_every_test_that_the_reliability_page_names_exists():
+    """Each `test_NAME` in docs/reliability.md, `*` for any ending, is a test."""
+    files = ROOT.glob("tests/**/*.py")
+    tests = set(re.findall(r"def (test_\w+)", "\n".join(file.read_text() for file in files)))
+    for name, star in re.findall(r"`(test_\w+)(\*?)`", page("reliability.md")):
+        assert name in tests or (star and any(test.startswith(name) for test in tests)), name
+
+
 def test_the_roadmap_names_tests_that_exist():
     """What the roadmap says works is shown by tests that are there."""
     for name in re.findall(r"`(tests/[^`]+)`", page("roadmap.md")):
