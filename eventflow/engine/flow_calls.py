@@ -13,22 +13,21 @@ from typing import Any, NoReturn
 
 import orjson
 
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import ResultsUnavailable, call_catching
 from eventflow.engine.actions import Action, AppendEntry, EndRun
-from eventflow.engine.answers import answer
 from eventflow.engine.awaitables import Call, ChildCall, ControlSignal, EmitCall, Pending
 from eventflow.engine.pending_calls import PendingCalls
-from eventflow.engine.run_end import RunEnd
+from eventflow.engine.run_end import RunEnd, retry_later
 from eventflow.engine.task_map import TaskMap
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.events.event import Event
 from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
-from eventflow.runs.journal import Entry, Kind, restart_entry
-from eventflow.runs.run import Outcome, Restarted, Run
+from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
+from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
-from eventflow.serialization.codecs import encode_error
+from eventflow.serialization.codecs import decode_error, encode_error
 
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
@@ -63,26 +62,26 @@ class FlowCalls(ABC):
         log_context.set(self.log_context)
         run = self.run
         binder = self.flow.binder
-        events = RunEvents(run)
+        payloads = run.payloads or ((run.payload,) if run.payload is not None else ())
+        events = [Event.from_recorded(payload) for payload in payloads]
         generation = self.pending.journal.generation
         enter_run(
             RunContext(
                 self.name,
                 self.flow.name,
-                events,
+                lambda: events,
                 self._read_context_time,
                 self.services.state,
                 generation,
             )
         )
-        received = events()
         if run.params is not None:
-            event = received[-1] if received else None
+            event = events[-1] if events else None
             arguments = binder.bind_params(orjson.loads(run.params), event)
         elif run.mode is not None:
-            arguments = binder.bind_events(received)
+            arguments = binder.bind_events(events)
         else:
-            arguments = binder.bind_event(received[0]) if received else {}
+            arguments = binder.bind_event(events[0]) if events else {}
         return self.flow.fn(**arguments)
 
     # ----------------------------------------------------------------- calls
@@ -105,7 +104,8 @@ class FlowCalls(ABC):
         if type(call) is TaskCall:
             call.context = copy_context()
         call.future = future = asyncio.Future[Any](loop=self.loop)
-        self._request(call)
+        if (action := self.pending.request(call)) is not None:
+            self.carry_out(action)
         return future
 
     def _request(self, target: Pending) -> None:
@@ -202,18 +202,34 @@ class FlowCalls(ABC):
         return self.pending.is_replaying or self.end.will_resume
 
 
-class RunEvents:
-    """The events of a run, in the order recorded; parsed once, when first asked for."""
+def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal) -> Outcome | None:
+    """Sets the future, unless it is done. Returns how the run ends if the value cannot be read."""
+    future = call.future
+    if future is None or future.done():
+        return None
+    if entry.kind is Kind.ERROR:
+        future.set_exception(decode_error(entry.error or b"{}"))
+        # Recorded: no warning if the flow ignores it.
+        future._log_traceback = False  # pyright: ignore
+    elif isinstance(call, EmitCall):
+        future.set_result((entry.value or b"").decode())
+    else:
+        value, error = call_catching(_decode, call, entry, services)
+        if error is None:
+            future.set_result(value)
+        elif isinstance(error, ResultsUnavailable):
+            return retry_later(services, journal)
+        else:  # the code reads another type than was stored; the value stays
+            return NeedsAttention(
+                f"{call.call_key}: the recorded value cannot be read back: {error}"
+            )
+    return None
 
-    __slots__ = ("_events", "_run")
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._events: list[Event] | None = None
-
-    def __call__(self) -> list[Event]:
-        if self._events is None:
-            run = self._run
-            payloads = run.payloads or ((run.payload,) if run.payload is not None else ())
-            self._events = [Event.from_recorded(payload) for payload in payloads]
-        return self._events
+def _decode(call: TaskCall | ChildCall, entry: Entry, services: WorkerServices) -> Any:
+    result = call.task.result if isinstance(call, TaskCall) else call.flow.result
+    codec = entry.codec or "json"
+    data = entry.value or b"null"
+    if codec.endswith("@blob"):
+        codec, data = services.blobs.fetch(codec, data)
+    return result.decode(codec, data, allow_pickle=True, key=services.secret)

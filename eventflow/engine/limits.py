@@ -1,4 +1,5 @@
-"""The limits of one worker: runs at work, runs in memory, bodies of one task, suspects of a crash.
+"""The limits of one worker: runs at work and the queues before them, runs in memory, bodies of one
+task, suspects of a crash.
 
 `Worker` makes one `WorkerLimits`; executions and attempts acquire from it. Everything here is used
 on the worker's loop, except `RunCapacity`, which the store's writer thread uses too.
@@ -6,10 +7,12 @@ on the worker's loop, except `RunCapacity`, which the store's writer thread uses
 
 import asyncio
 import threading
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from eventflow.runs.run import Run
 from eventflow.sdk.task import Task
 
 CLAIM_BATCH_SIZE = 500
@@ -34,6 +37,7 @@ class RunSlots:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self.working = 0
+        """Runs with a slot; may exceed the limit when idle runs work again."""
         self.committing = 0
         """Runs whose outcome is posted and not yet durable."""
         self.on_release: Callable[[], None] = lambda: None
@@ -41,10 +45,6 @@ class RunSlots:
     @property
     def is_free(self) -> bool:
         return self.working < min(self._limit, 2 * self._limit - self.committing)
-
-    def acquire(self) -> None:
-        """Takes a slot, also beyond the limit: a run that was idle works again."""
-        self.working += 1
 
     def release(self) -> None:
         self.working -= 1
@@ -54,7 +54,59 @@ class RunSlots:
         """The run's flow has ended; its outcome is posted. Others need not wait for the commit."""
         self.committing += 1
         if holds_slot:
-            self.release()
+            self.working -= 1
+            self.on_release()
+
+
+class RunQueues:
+    """Runs in memory that wait for a slot, one queue per flow; flows take turns.
+
+    `in_memory` counts the runs of each flow, queued or executing; `Worker` subtracts those that
+    leave.
+    """
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[Run]] = {}
+        self.turns: deque[str] = deque()
+        """The flows that have queued runs, in the order of their turns."""
+        self.in_memory: Counter[str] = Counter()
+
+    def add(self, run: Run) -> None:
+        queue = self._queues.get(run.flow)
+        if queue is None:
+            queue = self._queues[run.flow] = deque()
+        if not queue:
+            self.turns.append(run.flow)
+        queue.append(run)
+        self.in_memory[run.flow] += 1
+
+    def pop(self) -> Run | None:
+        """The oldest run of the flow whose turn it is."""
+        if not self.turns:
+            return None
+        flow = self.turns.popleft()
+        queue = self._queues[flow]
+        run = queue.popleft()
+        if queue:
+            self.turns.append(flow)
+        return run
+
+    def clear(self) -> list[Run]:
+        """Removes all queued runs and returns them."""
+        runs = [run for queue in self._queues.values() for run in queue]
+        self._queues.clear()
+        self.turns.clear()
+        return runs
+
+    def find(self, ident: int) -> Run | None:
+        for queue in self._queues.values():
+            for run in queue:
+                if run.id == ident:
+                    return run
+        return None
+
+    def __len__(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
 
 
 class RunCapacity:

@@ -11,17 +11,22 @@ from typing import Any
 
 import orjson
 
-from eventflow.core.clock import Timer, microseconds
-from eventflow.core.errors import RunCancelled, RunTimedOut, call_catching
+from eventflow.core.clock import SECOND, Timer, microseconds
+from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut, call_catching
 from eventflow.engine.awaitables import ControlSignal
-from eventflow.engine.large_result import LargeResult
 from eventflow.engine.worker_services import WorkerServices
+from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import FlowTask
 from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
-from eventflow.runs.run import Cancelled, Completed, Failed, Outcome, Restarted, Run
+from eventflow.runs.run import Cancelled, Completed, Failed, Outcome, Restarted, Run, Suspended
 from eventflow.sdk.flow import Flow
-from eventflow.serialization.blobs import OFFLOAD_BYTES
+from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
 from eventflow.serialization.codecs import encode_error
+
+RESULT_RETRY_DELAY = 30 * SECOND
+"""Microseconds until a run whose results cannot be stored or read is tried again."""
+
+log = get_logger("eventflow.execution")
 
 
 class RunEnd:
@@ -171,3 +176,51 @@ def answer_to_parent(run: Run, name: str, outcome: Outcome) -> Entry | None:
             return Entry(call_key=call_key, kind=Kind.ERROR, attempt=run.token, error=error)
         case _:
             return None
+
+
+class LargeResult:
+    """The encoded result of a flow that is too large for a row; `outcome` is None while it is being
+    stored.
+
+    It goes to a file beside the store at once. Where large results are kept elsewhere, it is stored
+    off the loop, so that no other flow waits for it: `on_stored` is called then. If that place does
+    not answer for a minute, the outcome is `Suspended`, and the run is tried again from its
+    journal.
+    """
+
+    __slots__ = ("_journal", "_name", "_on_stored", "_services", "outcome")
+
+    def __init__(
+        self, services: WorkerServices, name: str, journal: Journal, on_stored: Callable[[], None]
+    ) -> None:
+        self._services = services
+        self._name = name
+        self._journal = journal
+        self._on_stored = on_stored
+        self.outcome: Outcome | None = None
+
+    def store(self, codec: str, data: bytes) -> None:
+        """Raises StoreFailed when the disk refuses it."""
+        blobs = self._services.blobs
+        if blobs.is_remote:
+            self._services.spawn(self._upload(codec, data))
+        else:
+            self._complete(*blobs.offload(codec, data))
+
+    async def _upload(self, codec: str, data: bytes) -> None:
+        bound = log.bind(run=self._name)
+        try:
+            self._complete(*await offload(self._services.blobs, codec, data, bound))
+        except ResultsUnavailable:
+            self.outcome = retry_later(self._services, self._journal)
+        finally:
+            self._on_stored()
+
+    def _complete(self, codec: str, data: bytes) -> None:
+        self.outcome = Completed(data, codec, len(self._journal.unclaimed))
+
+
+def retry_later(services: WorkerServices, journal: Journal) -> Outcome:
+    """The outcome of a run whose large results cannot be stored or read now."""
+    due = services.clock.now() + RESULT_RETRY_DELAY
+    return Suspended(due, journal.last_batch, journal.count)

@@ -67,7 +67,7 @@ class Suspension:
             self.idle_since = self._services.clock.now()
             slots.release()
         else:
-            slots.acquire()
+            slots.working += 1
 
     def decide(self, *, scan_all: bool) -> EndRun | AppendEntry | None:
         """What an idle run does when its flow has parked: stay (None), leave memory, or be held

@@ -3,7 +3,7 @@
 New runs are handed over in memory by the store's writer (`reserve`, `receive_runs`) and are never
 read back; runs that did not fit in memory, that fell due, or that an earlier process left are
 claimed (claimer.py). A run whose every branch waits holds no slot, so that parents which wait for
-children cannot deadlock (limits.py). Flows take turns (run_queues.py). Everything except `reserve`
+children cannot deadlock. Flows take turns (limits.py). Everything except `reserve`
 and `release` runs on the worker's loop. An outcome is recorded by the store and then followed up by
 outcomes.py.
 """
@@ -20,9 +20,8 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.execution import Execution
-from eventflow.engine.limits import WorkerLimits
+from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
-from eventflow.engine.run_queues import RunQueues
 from eventflow.engine.worker_services import DerivedWork, WorkerServices
 from eventflow.logs.log import LogSink, get_logger
 from eventflow.routing.router import Router
@@ -245,7 +244,7 @@ class Worker:
                 return
             if (run := self._queues.pop()) is None:
                 return
-            self._limits.slots.acquire()
+            self._limits.slots.working += 1
             if run.token == 1 and not run.crash_suspect and run.mode is None:
                 self._execute(run, Journal())
             else:

@@ -290,7 +290,7 @@ def test_a_flow_whose_result_cannot_be_stored_is_put_off(
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("eventflow.serialization.blobs.OFFLOAD_RETRIES", 1)
-    monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)
+    monkeypatch.setattr("eventflow.engine.run_end.RESULT_RETRY_DELAY", 200_000)
 
     async def main(proxy: Proxy) -> None:
         rule = proxy.fail(putting, DENIED, times=4)
@@ -314,7 +314,7 @@ def test_a_replay_reads_it_back_on_another_machine(
     """
     for name, value in ministack.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("eventflow.engine.large_result.RESULT_RETRY_DELAY", 200_000)
+    monkeypatch.setattr("eventflow.engine.run_end.RESULT_RETRY_DELAY", 200_000)
     gate = asyncio.Event()
 
     @task
