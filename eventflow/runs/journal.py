@@ -10,6 +10,8 @@ from enum import IntEnum
 
 import msgspec
 
+from eventflow.core.clock import SECOND
+
 
 class Kind(IntEnum):
     """What an entry records."""
@@ -44,6 +46,8 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     microseconds). `(run, call_key, attempt, kind)` is unique. `fingerprint` is the JSON of the
     call's arguments (long ones hashed), or None where they cannot be compared. `error` is JSON
     `{"type", "message", "args", "traceback"}`.
+
+    The last three are for timelines: on entries that end an attempt, else None (`CallTimes`).
     """
 
     call_key: str
@@ -57,6 +61,32 @@ class Entry(msgspec.Struct, kw_only=True, gc=False):
     codec: str | None = None
     value: bytes | None = None
     error: bytes | None = None
+    after: int | None = None
+    waited: int | None = None
+    took: int | None = None
+
+
+class CallTimes(msgspec.Struct, gc=False):
+    """When a task's call and the body of its current attempt began; times by the monotonic clock,
+    in seconds.
+
+    `after` is the entry that the flow had received last when it made the call, `asked_at` the time
+    of the call, for a later attempt that at which it was due. `began_at` is the start of the body:
+    None while it waits for a slot or for its due time.
+    """
+
+    after: Entry | None = None
+    asked_at: float | None = None
+    began_at: float | None = None
+
+    def write_to(self, entry: Entry, now: float) -> None:
+        """Sets the times of an attempt that ended at `now`, and forgets them."""
+        began = now if self.began_at is None else self.began_at
+        asked = began if self.asked_at is None else self.asked_at
+        entry.after = 0 if self.after is None else self.after.batch
+        entry.waited = max(0, int((began - asked) * SECOND))
+        entry.took = max(0, int((now - began) * SECOND))
+        self.asked_at = self.began_at = None
 
 
 STARTED_NOTE = "@start"

@@ -161,8 +161,10 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
     """Records the events of the runs that this transaction ends (or holds), and the events that the
     ledger itself makes.
     """
-    ended, tx.runs.ended = tx.runs.ended, []
-    arrivals, tx.commit.own_events = tx.commit.own_events, []
+    ended = tx.runs.ended
+    tx.runs.ended = []
+    arrivals = tx.commit.own_events
+    tx.commit.own_events = []
     for row in ended:
         if row.state not in source.wanted_states:
             continue

@@ -95,8 +95,9 @@ class Audit:
         self.counted["gathered"] += deliveries != 1 + members
 
     def check_entry(self, row: Row) -> Iterator[str]:
-        *content, crc, has_run = row
-        if rows.checksum(*content) != crc:
+        *content, after, waited, took, crc, has_run = row
+        times = () if took is None else (after, waited, took)
+        if rows.checksum(*content, *times) != crc:
             yield corrupt("journal", row[0])
         self.counted["lost"] += not has_run
 
@@ -165,7 +166,8 @@ _TABLES = (
         FROM runs"""),
     AuditedTable("journal", Audit.check_entry, """
         SELECT run, call_key, attempt, kind, batch, position, due_at, codec, fingerprint, value,
-            error, crc, EXISTS (SELECT 1 FROM runs WHERE id = journal.run)
+            error, after, waited, took, crc,
+            EXISTS (SELECT 1 FROM runs WHERE id = journal.run)
         FROM journal"""),
     AuditedTable("dead_letters", Audit.check_dead_letter, """
         SELECT id, redriven_at IS NULL FROM dead_letters"""),

@@ -22,7 +22,7 @@ _RUNS = """
 
 _JOURNAL = """
     SELECT call_key, attempt, kind, batch, position, at, due_at, codec, fingerprint, value, error,
-           crc
+           crc, after, waited, took
     FROM journal WHERE run = ? ORDER BY batch, position"""
 
 
@@ -123,6 +123,9 @@ def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
             value,
             error,
             crc,
+            after,
+            waited,
+            took,
         ) = row
         entry = Entry(
             call_key=call_key,
@@ -136,6 +139,9 @@ def load_journal(connection: sqlite3.Connection, run: int) -> list[Entry]:
             codec=codec,
             value=value,
             error=error,
+            after=after,
+            waited=waited,
+            took=took,
         )
         if crc != rows.entry_crc(run, entry):
             raise StoreCorrupt(corrupt("journal", run) + f", entry {call_key!r} attempt {attempt}")

@@ -346,6 +346,9 @@ ENTRY_COLUMNS = (
     "fingerprint",
     "value",
     "error",
+    "after",
+    "waited",
+    "took",
 )
 insert_entries = insert("journal", ENTRY_COLUMNS)
 
@@ -353,24 +356,19 @@ insert_entries = insert("journal", ENTRY_COLUMNS)
 def entry_row(run: int, e: Entry) -> Values:
     return (
         run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.at, e.due_at,
-        entry_crc(run, e), e.codec, e.fingerprint, e.value, e.error,
+        entry_crc(run, e), e.codec, e.fingerprint, e.value, e.error, e.after, e.waited, e.took,
     )  # fmt: skip
 
 
 def entry_crc(run: int, e: Entry) -> int:
-    return checksum(
-        run,
-        e.call_key,
-        e.attempt,
-        int(e.kind),
-        e.batch,
-        e.position,
-        e.due_at,
-        e.codec,
-        e.fingerprint,
-        e.value,
-        e.error,
-    )
+    """The times are part of it where there are any: earlier versions recorded none."""
+    content = (
+        run, e.call_key, e.attempt, int(e.kind), e.batch, e.position, e.due_at, e.codec,
+        e.fingerprint, e.value, e.error,
+    )  # fmt: skip
+    if e.took is None:
+        return checksum(*content)
+    return checksum(*content, e.after, e.waited, e.took)
 
 
 known_entries = BulkStatement(

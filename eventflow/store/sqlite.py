@@ -157,7 +157,7 @@ class SqliteStore:
         listeners = self._listeners
         writer = Writer(connection, self.path, self._clock, self._marks(), self._space, listeners)
         writer.last.batch = max(writer.last.batch, last_acknowledged)
-        (self.last_id,) = connection.execute(_LAST_ID).fetchone()
+        self.last_id = connection.execute(_LAST_ID).fetchone()[0]
         if listeners.run_events is not None:
             listeners.run_events.raise_floor(self.last_id)
         patterns = listeners.patterns

@@ -371,7 +371,8 @@ class RunRows:
         """Changes the run's state, and with it the sum of P9, the backlog and the head of its
         ordering key.
         """
-        before, row.state = row.state, state
+        before = row.state
+        row.state = state
         totals = self._commit.totals
         if due_at is not None:
             row.due_at = due_at
@@ -463,7 +464,8 @@ class RunRows:
         are forgotten.
         """
         self._running.clear()
-        reserved, self._commit.reserved = self._commit.reserved, []
+        reserved = self._commit.reserved
+        self._commit.reserved = []
         if reserved and self._receiver is not None:
             for run in reserved:
                 run.state = State.PENDING

@@ -485,7 +485,8 @@ class Writer:
         failed.__cause__ = error
         with self._failure_lock:
             self.failed = failed
-            calls, self._on_failure = self._on_failure, []
+            calls = self._on_failure
+            self._on_failure = []
         left = self._queue.close()
         self._queue.clear()
         _call_back([item.replied(failed) for item in (*items, *left)])

@@ -74,7 +74,8 @@ class Ledger:
     """A store, and short words for what the tests do with it."""
 
     def __init__(self, store: SqliteStore, clock: ManualClock) -> None:
-        self.store, self.clock = store, clock
+        self.store = store
+        self.clock = clock
         self.ids = Ids(store.last_id)
 
     def run(self, flow: str = "f", **fields: Any) -> Run:

@@ -401,7 +401,8 @@ async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
         ("UPDATE runs SET blocked = 0", "heads"),
         ("UPDATE runs SET flow = 'other'", "checksum"),
         (
-            "INSERT INTO journal VALUES (1, 'a', 1, 0, 1, 1, 1, NULL, 1, NULL, NULL, NULL, NULL)",
+            "INSERT INTO journal (run, call_key, attempt, kind, batch, position, at, crc)"
+            " VALUES (1, 'a', 1, 0, 1, 1, 1, 1)",
             "no run",
         ),
     ):

@@ -43,7 +43,9 @@ class Living:
     """The app on a kept store. Everything that is no public name of eventflow is asked here."""
 
     def __init__(self, kept: Kept, clock: VirtualClock) -> None:
-        self.kept, self.app, self.clock = kept, kept.app, clock
+        self.kept = kept
+        self.app = kept.app
+        self.clock = clock
 
     async def runs(self) -> dict[str, dict[str, Any]]:
         """The runs by their ids as shown."""

@@ -38,7 +38,8 @@ class Model:
     """What the store should do with the events of one mode, as a simple model."""
 
     def __init__(self, mode: str) -> None:
-        self.mode, self.policy = mode, MODES[mode]
+        self.mode = mode
+        self.policy = MODES[mode]
         self.runs: dict[int, Window] = {}
         self.last: dict[str, int] = {}
 
@@ -75,7 +76,9 @@ class Story:
     """One seed's events, claims, ends and crashes, on the store and on the model."""
 
     def __init__(self, ledger: Ledger, reopen: Reopen, mode: str, seed: int) -> None:
-        self.ledger, self.reopen, self.draw = ledger, reopen, random.Random(seed)
+        self.ledger = ledger
+        self.reopen = reopen
+        self.draw = random.Random(seed)
         self.model = Model(mode)
         self.count = 0
         self.running: list[Run] = []
