@@ -391,7 +391,7 @@ async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
     assert connection is not None
     before = sqlite3.connect(":memory:")
     connection.backup(before)
-    for harm, word in (
+    for harm, name in (
         ("UPDATE ledger SET accepted = accepted + 1", "accepted"),
         ("UPDATE ledger SET pending = pending + 1, accepted = accepted + 1", "pending"),
         ("UPDATE ledger SET events = 0", "events"),
@@ -409,7 +409,7 @@ async def test_the_audit_sees_what_is_wrong(ledger: Ledger):
         connection.execute("BEGIN")
         connection.execute(harm)
         connection.execute("COMMIT")
-        assert any(word in found for found in await ledger.store.check()), harm
+        assert any(name in found for found in await ledger.store.check()), harm
         before.backup(connection)
     before.close()
 

@@ -44,7 +44,7 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "word", "column"),
+    ("outcome", "label", "column"),
     [
         (Completed(b"[1]", "json", unclaimed_entries=2), "completed", "completed"),
         (Failed(b'{"type":"E"}'), "failed", "failed"),
@@ -52,14 +52,14 @@ async def test_claim_makes_a_pending_run_running(ledger: Ledger):
         (NeedsAttention("diverged"), "held", "pending"),
     ],
 )
-async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word: str, column: str):
+async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, label: str, column: str):
     """RUNNING → COMPLETED, FAILED, CANCELLED or HELD, with what the outcome says; the delivery
     moves in P9's sum.
     """
     run = await ledger.running()
     assert isinstance(await ledger.settle(run, outcome), Settled)
     row = await ledger.store.run(run.id)
-    assert row["state"] == word
+    assert row["state"] == label
     match outcome:
         case Completed():
             assert (row["result"], row["codec"], row["unclaimed_entries"]) == (b"[1]", "json", 2)
@@ -67,7 +67,7 @@ async def test_an_outcome_ends_the_claim(ledger: Ledger, outcome: Outcome, word:
             assert row["error"] == b'{"type":"E"}'
         case _:
             assert row["reason"] == outcome.reason  # type: ignore[union-attr]
-    assert (row["finished_at"] is None) == (word == "held")
+    assert (row["finished_at"] is None) == (label == "held")
     assert (await ledger.store.counts())[column] == 1
 
 
@@ -135,7 +135,7 @@ async def test_interrupted_goes_back_as_it_was(ledger: Ledger):
     assert isinstance(await ledger.settle(run), Fenced)
 
 
-async def test_restarted_begins_afresh_under_the_same_id(ledger: Ledger):
+async def test_a_restart_keeps_the_id(ledger: Ledger):
     """RUNNING → PENDING with other parameters: the journal is the one entry given, start and
     children are let go.
     """
@@ -172,13 +172,13 @@ async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
     changes nothing more.
     """
     run = await ledger.running()
-    parked = await ledger.running()
-    await ledger.settle(parked, Suspended(None, 0))
+    suspended = await ledger.running()
+    await ledger.settle(suspended, Suspended(None, 0))
     reopen()
     ledger = reopen()
     (again,) = await ledger.claimed()
     assert (again.id, again.token, again.crash_suspect, again.crash_count) == (run.id, 2, True, 0)
-    assert await ledger.state(parked) == "waiting"
+    assert await ledger.state(suspended) == "waiting"
 
 
 async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
@@ -337,16 +337,16 @@ async def test_cancel_of_a_settled_run_changes_nothing(ledger: Ledger):
 # --------------------------------------------------------------------------- the fence
 
 
-@pytest.mark.parametrize("word", ["stale token", "settled", "unknown"])
-async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, word: str):
+@pytest.mark.parametrize("label", ["stale token", "settled", "unknown"])
+async def test_p7_a_stale_claim_writes_nothing(ledger: Ledger, reopen: Reopen, label: str):
     """Append with its arrivals and children, Mark and Settle are refused whole when the token does
     not own the run.
     """
     run = await ledger.running()
-    if word == "stale token":
+    if label == "stale token":
         ledger = reopen()
         await ledger.claimed()
-    elif word == "settled":
+    elif label == "settled":
         await ledger.settle(run)
     else:
         run.id += 1000

@@ -119,7 +119,7 @@ async def test_an_answer_to_somebody_else_is_not_written(ledger: Ledger):
     assert await ledger.store.load(other.id) == []
 
 
-async def test_a_parent_that_failed_hears_of_it_when_it_is_retried(ledger: Ledger):
+async def test_a_failed_parent_gets_the_answer_when_it_is_retried(ledger: Ledger):
     """The answer to a settled parent is kept: its retry finds it."""
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))
@@ -203,7 +203,7 @@ async def test_cancel_goes_down(ledger: Ledger):
     assert (await ledger.store.run(running.id))["cancel_requested"]
 
 
-async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
+async def test_a_cancelled_child_answers_its_parent(ledger: Ledger):
     """A waiting parent is woken with an ERROR entry that says who was cancelled and why."""
     parent = await ledger.running()
     child = await start_child(ledger, parent)
@@ -218,7 +218,7 @@ async def test_a_cancelled_child_tells_its_parent(ledger: Ledger):
     )
 
 
-async def test_a_dead_child_tells_its_parent(ledger: Ledger, reopen: Reopen):
+async def test_a_dead_child_answers_its_parent(ledger: Ledger, reopen: Reopen):
     """Quarantine is an end like another: the parent does not wait for ever."""
     parent = await ledger.running()
     child = await claim_only(ledger, await start_child(ledger, parent))

@@ -28,7 +28,7 @@ KEPT = Path(__file__).parent / "kept"
 EXPECTED: dict[str, Any] = json.loads((KEPT / "expected.json").read_text())
 NOW = datetime.fromisoformat(EXPECTED["now"])
 
-PAUSED = "paused"  # the word of today; `state` in expected.json has that of then
+PAUSED = "paused"  # the name of today; `state` in expected.json has that of then
 
 
 def state_today(run: dict[str, Any]) -> str:
@@ -188,7 +188,7 @@ async def test_the_counts_are_as_they_were(store: Path):
 
 
 async def test_every_run_has_its_state(store: Path):
-    """Each run is in the state that it was left in; a paused one is told from a held one."""
+    """Each run is in the state that it was left in; a paused one differs from a held one."""
     async with living(store, passive=True) as life:
         runs = await life.runs()
     assert {ident: row["state"] for ident, row in runs.items()} == {
@@ -205,7 +205,7 @@ async def test_every_event_has_its_verdicts(store: Path):
         found = await life.events()
     verdicts = Counter(verdict for row in found for _, verdict, *_ in row["verdicts"])
     renamed = {"held": PAUSED, "joined": "batched", "lapsed": "expired", "waits": "waiting"}
-    kept = {renamed.get(word, word): n for word, n in EXPECTED["verdicts"].items()}
+    kept = {renamed.get(name, name): n for name, n in EXPECTED["verdicts"].items()}
     assert verdicts == kept
 
 
@@ -287,10 +287,10 @@ async def test_recorded_errors_are_caught_by_their_class(store: Path):
     async with living(store) as life:
         await life.rest(4 * HOUR)
         caught = await life.result(one("catcher"))
-        told = await life.result(one("parent"))
+        found = await life.result(one("parent"))
     assert caught == ["Permanent: caught", "timed out"]
-    assert told[:2] == [1, "Permanent: kid"] and "a person cancels the child" in told[2]
-    assert told[3:] == ["slept"]
+    assert found[:2] == [1, "Permanent: kid"] and "a person cancels the child" in found[2]
+    assert found[3:] == ["slept"]
     assert computed_again() == set()
 
 
@@ -490,9 +490,9 @@ async def test_cursors_go_on(store: Path):
     assert len(found) == 1
 
 
-async def test_a_late_run_is_told_of_once(store: Path):
-    """A run that was told of as late is not told of again, whatever it did then."""
+async def test_a_late_run_is_recorded_once(store: Path):
+    """A run that was recorded as late is not recorded again, whatever it did then."""
     async with living(store) as life:
         await life.rest(2 * HOUR)
-        told = Counter(row["subject"] for row in await life.events("eventflow.run.late"))
-    assert set(told.values()) == {1}
+        found = Counter(row["subject"] for row in await life.events("eventflow.run.late"))
+    assert set(found.values()) == {1}

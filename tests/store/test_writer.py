@@ -206,7 +206,7 @@ async def test_later_runs_and_lanes_are_not_handed_over(ledger: Ledger):
     assert worker.runs == [] and len(await ledger.claimed()) == 1
 
 
-async def test_a_lane_that_is_freed_is_news(ledger: Ledger):
+async def test_a_freed_ordering_key_is_reported(ledger: Ledger):
     """The worker is notified of the next run of an ordering key when the one before settles."""
     await ledger.recorded(ledger.run(ordering_key="a"), ledger.run(ordering_key="a"))
     (head,) = await ledger.claimed()
@@ -240,7 +240,7 @@ async def test_a_retried_run_is_handed_over(ledger: Ledger):
     assert [given.id for given in worker.runs] == [run.id]
 
 
-async def test_a_running_run_hears_of_its_cancel(ledger: Ledger):
+async def test_a_running_run_is_notified_of_its_cancel(ledger: Ledger):
     """The worker is notified which of its runs are to be cancelled; a claim after a crash carries
     the flag.
     """
