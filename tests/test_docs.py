@@ -470,14 +470,17 @@ def files_named(text: str) -> set[str]:
     return {name if name.startswith("triggers/") else f"eventflow/{name}" for name in names}
 
 
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
 def definitions(file: str) -> set[str]:
     """The functions and classes of a file, and its methods as `Class.method`."""
     nodes = ast.parse((ROOT / file).read_text()).body
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-    found = {node.name for node in nodes if isinstance(node, kinds)}
+    found = {node.name for node in nodes if isinstance(node, DEFINITIONS)}
     for node in nodes:
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{each.name}" for each in node.body if isinstance(each, kinds)}
+            methods = (each for each in node.body if isinstance(each, DEFINITIONS))
+            found |= {f"{node.name}.{each.name}" for each in methods}
     return found
 
 
