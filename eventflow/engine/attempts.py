@@ -96,6 +96,8 @@ class Attempts:
         call.attempt += 1
         call.is_running = True
         call.thread = None
+        if call.times.asked_at is None:
+            call.times.asked_at = self._services.clock.monotonic()
         self.running += 1
         # What a body sets in its context, the next attempt's must not see.
         may_retry = call.task.options.retries.attempts > 1
@@ -137,6 +139,7 @@ class Attempts:
         services = self._services
         try:
             value = await self._body(call)
+            ended_at = services.clock.monotonic()
             codec, data = call.task.result.encode(value, key=services.secret)
             if len(data) > OFFLOAD_BYTES:
                 bound = log.bind(run=self.name, task=call.task.name)
@@ -160,7 +163,7 @@ class Attempts:
                 self._guarded(self._on_failure, call, error)
         else:
             if call.handle is me and self._end.is_open:
-                self._guarded(self._on_success, call, value, codec, data, arrivals)
+                self._guarded(self._on_success, call, value, codec, data, arrivals, ended_at)
         finally:
             if (context := log_context.get()) is not None and context.partial_lines:
                 context.close()
@@ -224,6 +227,7 @@ class Attempts:
             on_unresponsive = partial(self._on_unresponsive, call, call.attempt)
             return _within(call, timeout, self._services, on_unresponsive)
         if call.task.is_async:
+            call.times.began_at = self._services.clock.monotonic()
             return call.task.fn(*call.args, **call.kwargs)
         return _in_thread(call, self._services)
 
@@ -256,7 +260,13 @@ class Attempts:
         return True
 
     def _on_success(
-        self, call: TaskCall, value: Any, codec: str, data: bytes, arrivals: Sequence[Arrival]
+        self,
+        call: TaskCall,
+        value: Any,
+        codec: str,
+        data: bytes,
+        arrivals: Sequence[Arrival],
+        ended_at: float,
     ) -> None:
         self._mark_ended(call)
         entry = Entry(
@@ -267,6 +277,7 @@ class Attempts:
             codec=codec,
             value=data,
         )
+        call.times.write_to(entry, ended_at)
         self._act(RecordValue(entry, arrivals))
         if call.task.options.on_success is not None:
             self._run_hook(call.task.options.on_success, value)
@@ -293,6 +304,7 @@ class Attempts:
             fingerprint=call.fingerprint,
             error=encode_error(error),
         )
+        call.times.write_to(entry, services.clock.monotonic())
         arrivals: list[Arrival] = []
         if delay is None:
             for fields in (call.body and call.body.failure_events) or ():
@@ -404,6 +416,7 @@ async def _within(
         if not call.task.is_async:
             return await _in_thread(call, services, deadline.start)
         deadline.start()
+        call.times.began_at = services.clock.monotonic()
         return await call.task.fn(*call.args, **call.kwargs)
     except asyncio.CancelledError:
         if not deadline.expired or asyncio.current_task() is not call.handle:
@@ -424,7 +437,7 @@ def _in_thread(
     thread begins.
     """
     begun = None if on_start is None else partial(_call_on_loop, services.loop, on_start)
-    call.thread = services.threads.submit(_work, copy_context(), call, begun)
+    call.thread = services.threads.submit(_work, copy_context(), call, services.clock, begun)
     return _thread_result(call.thread)
 
 
@@ -432,7 +445,10 @@ async def _thread_result(thread: ThreadFuture[Any]) -> Any:
     return await asyncio.wrap_future(thread)
 
 
-def _work(context: Context, call: TaskCall, begun: Callable[[], None] | None) -> Any:
+def _work(
+    context: Context, call: TaskCall, clock: Clock, begun: Callable[[], None] | None
+) -> Any:
+    call.times.began_at = clock.monotonic()
     if begun is not None:
         begun()
     try:

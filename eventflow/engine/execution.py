@@ -17,8 +17,10 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, assert_never
 
+import msgspec
 import orjson
 
+from eventflow.core.clock import SECOND
 from eventflow.core.errors import StoreError, call_catching
 from eventflow.engine.actions import (
     AbandonAttempt,
@@ -67,6 +69,18 @@ LOG_EVENTS = {
     ),
     "journal.long": "The journal of a run has 10,000 entries; every resume reads all of it.",
 }
+
+
+class RunningCall(msgspec.Struct, frozen=True, gc=False):
+    """An attempt that executes or waits for a slot, seen from outside. `after` as in the journal;
+    `waited` and `took` in microseconds until now; `took` is None while it waits for a slot.
+    """
+
+    call_key: str
+    attempt: int
+    after: int
+    waited: int
+    took: int | None
 
 
 OnSettled = Callable[["Execution", Outcome, Settled | Fenced | StoreError], None]
@@ -312,6 +326,22 @@ class Execution(FlowCalls):
         if action is not None:
             self.carry_out(action)
         self.wake()
+
+    def running_calls(self) -> list[RunningCall]:
+        """The attempts under way, in the order of their calls. From any thread."""
+        now = self.services.clock.monotonic()
+        found: list[RunningCall] = []
+        for call in list(self.pending.waiting.values()):
+            if not isinstance(call, TaskCall) or not call.is_running:
+                continue
+            times = call.times
+            began = times.began_at
+            asked = times.asked_at if times.asked_at is not None else began or now
+            after = 0 if times.after is None else times.after.batch
+            waited = int(((began or now) - asked) * SECOND)
+            took = None if began is None else int((now - began) * SECOND)
+            found.append(RunningCall(call.call_key, call.attempt, after, waited, took))
+        return found
 
     def cancel(self, reason: str) -> None:
         """Records a cancel, which is then delivered in its turn."""

@@ -103,6 +103,9 @@ class FlowCalls(ABC):
             raise asyncio.CancelledError(self.end.outcome)
         if type(call) is TaskCall:
             call.context = copy_context()
+            times = call.times
+            times.after = self.pending.last_delivered
+            times.asked_at = self.services.clock.monotonic()
         call.future = future = asyncio.Future[Any](loop=self.loop)
         if (action := self.pending.request(call)) is not None:
             self.carry_out(action)

@@ -49,6 +49,7 @@ class PendingCalls:
         "answers",
         "is_replaying",
         "journal",
+        "last_delivered",
         "now",
         "unstarted",
         "waiting",
@@ -61,6 +62,8 @@ class PendingCalls:
         """Recorded, and to be delivered: a heap."""
         self.unstarted: list[Pending] = []
         """Neither recorded nor started."""
+        self.last_delivered: Entry | None = None
+        """Its `batch` is final once it is durable, which it is before a new call starts."""
         self.now = journal.started_at or journal.first_at or began_at
         self._now_is_recorded = journal.started_at is not None
         self.is_replaying = journal.last_own_batch > 0
@@ -162,6 +165,7 @@ class PendingCalls:
                 self.now = at
                 self._now_is_recorded = True
             taken.append(answer)
+        self.last_delivered = taken[-1][2]
         return taken
 
     def is_only(self, call_key: str) -> bool:

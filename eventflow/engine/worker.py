@@ -19,7 +19,7 @@ from typing import Any
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError
 from eventflow.engine.claimer import Claimer
-from eventflow.engine.execution import Execution
+from eventflow.engine.execution import Execution, RunningCall
 from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
 from eventflow.engine.worker_services import DerivedWork, WorkerServices
@@ -359,6 +359,11 @@ class Worker:
             or self._queues.turns
             or any(each.loop.unjournaled_awaits for each in self.executions.values())
         )
+
+    def running_calls(self, run: int) -> list[RunningCall]:
+        """The attempts of a run that execute now. From any thread."""
+        execution = self.executions.get(run)
+        return [] if execution is None else execution.running_calls()
 
     @property
     def load(self) -> dict[str, int]:

@@ -151,11 +151,19 @@ Outcome: TypeAlias = (
 )
 
 
+COUNTER_MASK = (1 << 20) - 1
+ID_STEP = 0x9E377
+"""The golden ratio of 2^20: odd, so that 2^20 steps repeat no counter, and the values of any few
+steps lie far apart.
+"""
+
+
 class Ids:
     """63-bit ids that only grow: milliseconds << 20 | counter. Thread-safe.
 
-    `floor` is the largest id that may be in use (read from the store at open), so that no id
-    repeats when the clock is set back.
+    In each new millisecond the counter goes on from where it was by `ID_STEP`, so that the last
+    four letters tell neighbours apart. `floor` is the largest id that may be in use (read from the
+    store at open), so that no id repeats when the clock is set back.
     """
 
     def __init__(self, floor: int = 0) -> None:
@@ -167,7 +175,7 @@ class Ids:
         with self._lock:
             last = self._last + 1
             if last < floor:
-                last = floor
+                last = floor | (last + ID_STEP) & COUNTER_MASK
             self._last = last
         return last
 

@@ -34,6 +34,9 @@ COUNTS = (
 MAX_SCANNED_EVENTS = 50_000
 """Of the index, that one query for past events reads."""
 
+BRIEF_BYTES = 200
+"""Of a run's parameters, in a list."""
+
 MAX_INDEXED_RUNS = 50_000
 """Live runs in one state up to which a list starts from their index. Of more, a scan finds the
 newest soon.
@@ -286,11 +289,29 @@ def runs(
     found = fetch_dicts(
         connection, f"SELECT {_RUN} FROM runs {where} ORDER BY id DESC LIMIT ?", (*values, limit)
     )
+    _add_about(connection, found)
     return [
         _without(_decode_run(row), "params", "result")
         for row in found
         if _is_run_intact(row) or _log_corrupt("runs", row)
     ]
+
+
+def _add_about(connection: sqlite3.Connection, found: list[dict[str, Any]]) -> None:
+    """Adds to rows of runs what tells them apart: `subject`, `event_id` and `event_type` of their
+    event, and `brief`, the beginning of their parameters.
+    """
+    idents = {row["event"] for row in found if row["event"] is not None}
+    query = (
+        "SELECT id, event_id, type, subject FROM events"
+        " WHERE id IN (SELECT value FROM json_each(?))"
+    )
+    asked = connection.execute(query, (orjson.dumps(list(idents)).decode(),)) if idents else ()
+    events = {ident: rest for ident, *rest in asked}
+    for row in found:
+        event = events.get(row["event"], (None, None, None))
+        row["event_id"], row["event_type"], row["subject"] = event
+        row["brief"] = None if row["params"] is None else row["params"][:BRIEF_BYTES]
 
 
 def _live_run_ids(flow: str | None, state: State) -> tuple[str, list[Any]]:
@@ -323,6 +344,7 @@ def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
         raise NotFound("run", str(ident))
     if not _is_run_intact(found[0]):
         raise StoreCorrupt(corrupt("runs", number))
+    _add_about(connection, found)
     row = _decode_run(found[0])
     query = "SELECT event FROM run_events WHERE run = ? ORDER BY event LIMIT 1000"
     row["joined"] = [event for (event,) in connection.execute(query, (number,))]

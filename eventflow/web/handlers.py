@@ -10,6 +10,7 @@ to give as after= for the next page, or null}`.
 import asyncio
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -17,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from eventflow.app import App
+from eventflow.core.errors import NotFound, StoreCorrupt
 from eventflow.events.cloudevents import BATCH, is_cloudevent, media_type, parse_cloudevents
 from eventflow.events.event import Receipt
 from eventflow.logs.store import LogStore
@@ -172,9 +174,16 @@ class RunHandlers:
         app = self._opened()
         row = await app.store.run(request.path_params["id"])
         journal = await app.store.load(row["id"])
-        return Json(
-            await asyncio.to_thread(serializers.run_details, row, journal, app.runtime.blobs.fetch)
+        details = partial(
+            serializers.run_details,
+            row,
+            journal,
+            app.runtime.blobs.fetch,
+            event_body=await _event_body(app, row["event"]),
+            running=app.runtime.worker.running_calls(row["id"]),
+            now=app.clock.now(),
         )
+        return Json(await asyncio.to_thread(details))
 
     async def logs(self, request: Request) -> Response:
         """`?after=SEQ&limit=N`: lines in order; `settled`: no more lines will follow."""
@@ -354,6 +363,16 @@ class LedgerHandlers:
             )
         await self._opened().store.backup(path)
         return Json({"path": path})
+
+
+async def _event_body(app: App, ident: int | None) -> bytes | None:
+    """The stored event of a run, if it is still there and can be read."""
+    if ident is None:
+        return None
+    try:
+        return (await app.store.event(ident))["body"]
+    except (NotFound, StoreCorrupt):
+        return None
 
 
 # --------------------------------------------------------------------------- responses

@@ -5,6 +5,7 @@ redacted here, since they may quote a task's arguments.
 """
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import sha256
 from typing import Any, cast
@@ -12,6 +13,8 @@ from typing import Any, cast
 import msgspec
 import orjson
 
+from eventflow.core.clock import in_seconds
+from eventflow.engine.execution import RunningCall
 from eventflow.events.event import HasGauges, Trigger, gauge_totals
 from eventflow.logs.log import format_timestamp
 from eventflow.logs.redaction import SECRETS
@@ -20,6 +23,12 @@ from eventflow.runs.run import format_id
 
 MAX_RESULT_BYTES = 64 * 1024
 """Of a larger result only size and digest are returned."""
+MAX_PREVIEW_CHARS = 200
+"""Of the value of a call."""
+MAX_LISTED_CHARS = 500
+"""Of a message or reason in a list: a page of 1,000 rows stays below 2 MB."""
+MAX_MESSAGE_CHARS = 64 * 1024
+"""Of the message or the traceback of one run."""
 
 
 def instant(us: int | None) -> str | None:
@@ -131,33 +140,79 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "mode": row["mode"],
         "events": row["deliveries"],
         "parent": ident(row["parent"]),
-        "reason": row["reason"]
-        or (pause_reason if pause_reason and row["state"] == "pending" else None),
+        "about": about(row),
+        "took": _elapsed(row["started_at"], row["finished_at"]),
+        "reason": cut(
+            row["reason"]
+            or (pause_reason if pause_reason and row["state"] == "pending" else None),
+            MAX_LISTED_CHARS,
+        ),
         "cancel_requested": row["cancel_requested"],
-        "error": error(row.get("error"), traceback=False),
+        "error": error(row.get("error"), traceback=False, limit=MAX_LISTED_CHARS),
     }
+
+
+def about(row: Mapping[str, Any]) -> str | None:
+    """What tells a run from others of its flow: the subject of its event, else the beginning of its
+    parameters, else the sender's id.
+    """
+    brief = row.get("brief")
+    if row.get("subject"):
+        return cut(row["subject"], MAX_PREVIEW_CHARS)
+    if brief and brief != b"{}":
+        return cut(SECRETS.redact_text(brief.decode(errors="replace")), MAX_PREVIEW_CHARS)
+    return cut(row.get("event_id"), MAX_PREVIEW_CHARS)
+
+
+def _elapsed(start: int | None, end: int | None) -> float | None:
+    return None if start is None or end is None else in_seconds(max(0, end - start))
+
+
+def cut(text: str | None, limit: int) -> str | None:
+    """The beginning of a text, and how much is missing."""
+    if text is None or len(text) <= limit:
+        return text
+    return f"{text[:limit]}… ({len(text):,} characters)"
 
 
 def run_details(
     row: Mapping[str, Any],
     journal: Iterable[Entry],
     fetch: Callable[[str, bytes], tuple[str, bytes]],
+    *,
+    event_body: bytes | None = None,
+    running: Iterable[RunningCall] = (),
+    now: int = 0,
 ) -> dict[str, Any]:
-    """One run with its parameters, tasks, result and error. `fetch` reads a result stored outside
-    its row.
+    """One run with its parameters, tasks, result and error.
+
+    `fetch` reads a result stored outside its row. `event_body` is the CloudEvent that started the
+    run, if it is kept. `running`: its attempts under way at `now`, microseconds.
     """
     return {
         **run(row),
+        "reason": cut(row["reason"], MAX_MESSAGE_CHARS),
         "error": error(row["error"]),
         "joined": [format_id(event) for event in row["joined"]],
         "params": body(row["params"]),
+        "event_id": row["event_id"],
+        "event_type": row["event_type"],
+        "event_data": _event_data(event_body),
         "priority": row["priority"],
         "crash_suspect": row["crash_suspect"],
         "crash_count": row["crash_count"],
         "unclaimed_entries": row["unclaimed_entries"],
         **_result(row, fetch),
-        "tasks": tasks(journal),
+        "tasks": tasks(journal, running, now),
     }
+
+
+def _event_data(event_body: bytes | None) -> Any:
+    """The data of a stored event, or None: it is past its retention, long, or not JSON."""
+    if event_body is None or len(event_body) > MAX_RESULT_BYTES:
+        return None
+    event = body(event_body)
+    return cast(dict[str, Any], event).get("data") if isinstance(event, dict) else None
 
 
 def _result(
@@ -175,17 +230,32 @@ def _result(
     }
 
 
+def preview(codec: str | None, value: bytes | None) -> str | None:
+    """The beginning of a recorded value as JSON; None where it is no text, or stored apart."""
+    if value is None or codec == "pickle" or (codec or "").endswith("@blob"):
+        return None
+    text = value[: 4 * MAX_PREVIEW_CHARS].decode(errors="replace")
+    shown = SECRETS.redact_text(text)
+    return shown if len(shown) <= MAX_PREVIEW_CHARS else f"{shown[:MAX_PREVIEW_CHARS]}…"
+
+
 def digest(data: bytes | None) -> str | None:
     return None if data is None else sha256(data).hexdigest()[:16]
 
 
-def error(data: bytes | str | None, *, traceback: bool = True) -> dict[str, Any] | None:
-    """`{"type", "message", "traceback"}`."""
+def error(
+    data: bytes | str | None, *, traceback: bool = True, limit: int = MAX_MESSAGE_CHARS
+) -> dict[str, Any] | None:
+    """`{"type", "message", "traceback"}`, each with at most `limit` characters."""
     if data is None:
         return None
     stored = cast(dict[str, Any], orjson.loads(data))
     names = ("type", "message", "traceback") if traceback else ("type", "message")
-    return {name: SECRETS.redact_text(str(stored[name])) for name in names if stored.get(name)}
+    return {
+        name: cut(SECRETS.redact_text(str(stored[name])), limit)
+        for name in names
+        if stored.get(name)
+    }
 
 
 # --------------------------------------------------------------------------- a run's journal
@@ -193,30 +263,83 @@ def error(data: bytes | str | None, *, traceback: bool = True) -> dict[str, Any]
 _KINDS = {Kind.TIMER: "timer", Kind.EMIT: "emit", Kind.CANCEL: "cancel", Kind.CHILD: "flow"}
 
 
-def tasks(journal: Iterable[Entry]) -> list[dict[str, Any]]:
-    """The calls of a run with their states, in the order of their first entries."""
+def tasks(
+    journal: Iterable[Entry], running: Iterable[RunningCall] = (), now: int = 0
+) -> list[dict[str, Any]]:
+    """The calls of a run with their states, in the order of their first entries; those that are
+    `running` at `now` for the first time come last.
+
+    `called_at` is the instant of the call. `waited` is the time until the body of the last attempt
+    began, `took` that of its body, in seconds; of a running one until now. They are None in
+    journals of an earlier version. `after` is the commit that the flow had received last when it
+    made the call.
+    """
     calls: dict[str, dict[str, Any]] = {}
+    children: dict[str, int] = {}
     for entry in journal:
         if entry.kind is Kind.NOTE:
             continue
         call = calls.setdefault(entry.call_key, _call(entry))
         _apply_entry(call, entry)
+        if entry.kind is Kind.CHILD:
+            children[entry.call_key] = entry.at
+        elif (started := children.get(entry.call_key)) is not None:
+            call["took"] = _elapsed(started, entry.at)
+    for each in running:
+        begun = now - each.waited - (each.took or 0)
+        call = calls.setdefault(each.call_key, _new_call(each.call_key, "task", begun))
+        call["state"] = "queued" if each.took is None else "running"
+        call["attempts"] = each.attempt
+        call["at"] = instant(now)
+        call["next_at"] = None
+        _add_times(call, each, now)
     return list(calls.values())
 
 
 def _call(entry: Entry) -> dict[str, Any]:
+    return _new_call(entry.call_key, _KINDS.get(entry.kind, "task"), entry.at)
+
+
+def _new_call(call_key: str, kind: str, at: int) -> dict[str, Any]:
     return {
-        "call_key": entry.call_key,
-        "name": entry.call_key.rpartition("/")[2].partition("#")[0],
-        "kind": _KINDS.get(entry.kind, "task"),
+        "call_key": call_key,
+        "name": call_name(call_key),
+        "kind": kind,
         "state": "started",
         "attempts": 0,
-        "first_at": instant(entry.at),
-        "at": instant(entry.at),
+        "called_at": None,
+        "after": None,
+        "waited": None,
+        "took": None,
+        "first_at": instant(at),
+        "at": instant(at),
         "next_at": None,
+        "result": None,
         "result_digest": None,
         "errors": [],
     }
+
+
+def call_name(call_key: str) -> str:
+    """The task, flow or event of a call: `score` of `a/score#0` and `score[7]`, `score.map` of
+    `score.map/#0`.
+    """
+    found = _CALL_NAME.search(call_key)
+    return found[1] if found else call_key
+
+
+_CALL_NAME = re.compile(r"(?:^|/)([^/\[#]+)/?(?:#\d+|\[.*\])$")
+
+
+def _add_times(call: dict[str, Any], times: Entry | RunningCall, end: int) -> None:
+    """The times of an attempt that ended, or was looked at, at `end`."""
+    if times.waited is None:
+        return
+    if call["called_at"] is None:
+        call["called_at"] = instant(end - times.waited - (times.took or 0))
+        call["after"] = times.after
+    call["waited"] = in_seconds(times.waited)
+    call["took"] = None if times.took is None else in_seconds(times.took)
 
 
 def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
@@ -224,16 +347,27 @@ def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
     call["attempts"] = max(call["attempts"], entry.attempt)
     call["at"] = instant(entry.at)
     call["next_at"] = None
+    _add_times(call, entry, entry.at)
     match entry.kind:
         case Kind.VALUE:
             call["state"] = "completed"
+            call["result"] = preview(entry.codec, entry.value)
             call["result_digest"] = digest(entry.value)
         case Kind.ERROR | Kind.FAILED | Kind.CLEARED:
             call["state"] = "failed" if entry.kind is Kind.ERROR else "retrying"
             call["next_at"] = instant(entry.due_at) if entry.kind is Kind.FAILED else None
-            details = error(entry.error, traceback=False) or {}
-            call["errors"].append({"attempt": entry.attempt, "at": instant(entry.at), **details})
+            details = error(entry.error, traceback=False, limit=MAX_LISTED_CHARS) or {}
+            call["errors"].append(
+                {
+                    "attempt": entry.attempt,
+                    "at": instant(entry.at),
+                    "waited": call["waited"],
+                    "took": call["took"],
+                    **details,
+                }
+            )
         case Kind.CHILD:
+            call["called_at"] = instant(entry.at)
             call["child"] = (
                 format_id(int(entry.value)) if entry.value and entry.value.isdigit() else None
             )
