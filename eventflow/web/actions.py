@@ -80,8 +80,8 @@ def _with_window(arrival: Arrival, verdict: list[Any], at: int) -> list[Any]:
     )
     if window is None:
         return verdict
-    lane = next(run.ordering_key for run in arrival.runs if run.id == verdict[2])
-    return [*verdict, {**msgspec.structs.asdict(window), "lane": lane, "at": at}]
+    ordering_key = next(run.ordering_key for run in arrival.runs if run.id == verdict[2])
+    return [*verdict, {**msgspec.structs.asdict(window), "ordering_key": ordering_key, "at": at}]
 
 
 async def redrive(
