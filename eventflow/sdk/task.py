@@ -31,6 +31,7 @@ from eventflow.core.errors import TaskTimedOut, UsageError
 from eventflow.core.retry import Retry, as_retry
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import LoopHost, flow_loop
+from eventflow.runs.journal import CallTimes
 from eventflow.serialization.codecs import ResultCodec, fingerprint
 
 P = ParamSpec("P")
@@ -134,6 +135,7 @@ class TaskCall:
         "kwargs",
         "task",
         "thread",
+        "times",
     )
 
     def __init__(
@@ -157,6 +159,7 @@ class TaskCall:
         self.failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
         self.is_running: bool = False  # whether a body is executing
         self.thread: Any = None  # where a plain `def` body runs
+        self.times: CallTimes = CallTimes()
 
 
 class CallPerformer(LoopHost, Protocol):
