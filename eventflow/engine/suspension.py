@@ -149,11 +149,9 @@ class Suspension:
 def _stuck_reason(journal: Journal) -> str:
     unclaimed = sorted(journal.unclaimed)
     if not unclaimed:
-        return (
-            "the flow waits for something that no task, sleep or child run of it will bring about"
-        )
+        return "the flow waits for a result that no task, sleep or child run of it can deliver"
     shown = ", ".join(unclaimed[:5]) + (" …" if len(unclaimed) > 5 else "")
     return (
         f"diverged: the flow no longer makes the recorded calls {shown}; "
-        "deploy the code that made them, or retry afresh"
+        "deploy the code that made them, or retry it with --from-scratch"
     )
