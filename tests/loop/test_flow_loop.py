@@ -492,7 +492,7 @@ def test_a_flow_that_waits_for_nothing_is_held() -> None:
         await asyncio.Event().wait()
 
     row = Simulation().done(waits)
-    assert isinstance(row.outcome, NeedsAttention) and "waits for something" in row.reason
+    assert isinstance(row.outcome, NeedsAttention) and "waits for a result" in row.reason
 
 
 def test_flow_code_that_runs_while_its_loop_closes_runs_on_that_loop() -> None:
