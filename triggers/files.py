@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.declarations import declaration, duration
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Intake
 from triggers._files.context import DirectoryOptions
@@ -67,6 +68,7 @@ class Directory:
         name: the trigger's name, the key of its cursor; by default `files:` and the root as given.
     """
 
+    @declaration
     def __init__(
         self,
         root: str | os.PathLike[str],
@@ -89,11 +91,10 @@ class Directory:
         name: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        if min(settle, rescan, poll, zero_byte_grace) < 0 or not rescan or not poll:
-            raise UsageError(
-                "Directory: settle and zero_byte_grace must not be negative, "
-                "rescan and poll must be positive"
-            )
+        duration(settle, "Directory: settle=")
+        duration(zero_byte_grace, "Directory: zero_byte_grace=")
+        duration(rescan, "Directory: rescan=", positive=True)
+        duration(poll, "Directory: poll=", positive=True)
         self.name = name or f"files:{os.fspath(root)}"
         directory = os.path.abspath(os.fsencode(root))
         move_to = _move_target(directory, after) if isinstance(after, MoveAction) else None

@@ -20,6 +20,7 @@ from datetime import datetime
 from typing import Any
 
 from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.declarations import declaration, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.core.retry import Backoff
 from eventflow.events.event import Gauge, Intake
@@ -81,6 +82,7 @@ class Kafka:
             `ssl_context`, `group_instance_id`…
     """
 
+    @declaration
     def __init__(
         self,
         *topics: str,
@@ -100,6 +102,7 @@ class Kafka:
         **client: Any,
     ) -> None:
         _check(topics, pattern, group_id, start, decode, on_gap)
+        whole_number(max_body, "Kafka: max_body=")
         servers = (
             bootstrap_servers if isinstance(bootstrap_servers, str) else ",".join(bootstrap_servers)
         )

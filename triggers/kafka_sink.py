@@ -11,11 +11,11 @@ deduplicate by `ce_source` and `ce_id`. Needs the extra `kafka`.
 
 import asyncio
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
+from eventflow.core.declarations import declaration, nearest
 from eventflow.core.errors import UsageError
 from eventflow.core.retry import Permanent
 from eventflow.events.event import Event, OutboxMessage, format_id
@@ -51,6 +51,7 @@ class KafkaSink:
     reason, subscription, trigger, source, id, ledger_id.
     """
 
+    @declaration
     def __init__(
         self,
         topic: str,
@@ -213,9 +214,9 @@ def _check_options(client: Mapping[str, Any]) -> dict[str, Any]:
                 "and acknowledged by all replicas"
             )
         if option not in known:
-            near = get_close_matches(option, known, n=1)
+            near = nearest(option, ["bootstrap_servers", "mode", "key", "name", *known])
             hint = (
-                f"did you mean {near[0]}=?"
+                f"did you mean {near}=?"
                 if near
                 else "it takes those of aiokafka's AIOKafkaProducer"
             )

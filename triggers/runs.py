@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from eventflow.core.clock import Duration, in_seconds, microseconds
+from eventflow.core.declarations import declaration, duration
 from eventflow.core.errors import UsageError
 from eventflow.events.event import LateSpec
 
@@ -38,6 +39,7 @@ class RunState:
     UsageError for an unknown state, `"late"` without `after`, `after` without `"late"`.
     """
 
+    @declaration
     def __init__(self, flow: Any = "*", *states: str, after: Duration | None = None) -> None:
         name = flow if isinstance(flow, str) else getattr(flow, "name", None)
         if not isinstance(name, str) or not name:
@@ -79,6 +81,6 @@ def _checked_after(after: Duration | None, is_late: bool) -> int | None:
         raise UsageError(
             f'RunState: after={after!r} goes with the state "late", which is not among those named'
         )
-    if after is not None and microseconds(after) <= 0:
-        raise UsageError(f"RunState: after= expected a positive duration, found {after!r}")
-    return None if after is None else microseconds(after)
+    return (
+        None if after is None else microseconds(duration(after, "RunState: after=", positive=True))
+    )

@@ -16,7 +16,7 @@ counted.
 import asyncio
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta, tzinfo
+from datetime import UTC, datetime, tzinfo
 from itertools import islice, pairwise
 from typing import Any, TypedDict, Unpack, cast
 from urllib.parse import quote
@@ -31,6 +31,7 @@ from eventflow.core.clock import (
     to_datetime,
     to_us,
 )
+from eventflow.core.declarations import declaration, duration, number, one_of, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Gauge, Intake, Json, parse_time
 from triggers._schedule.cron import CronTimes
@@ -101,7 +102,9 @@ class Schedule:
         self.clock: Clock = options.get("clock") or SystemClock()
         self._times: Times = times
         self._zone: tzinfo = zone
-        self._jitter: int = microseconds(options.get("jitter", 0))
+        kind = type(self).__name__
+        jitter = duration(options.get("jitter", 0), f"{kind}: jitter=")
+        self._jitter: int = microseconds(jitter)
         self._policy: MisfirePolicy = self._checked_policy(options)
         start = options.get("start")
         self._start: int | None = None if start is None else _to_instant(start, zone)
@@ -111,16 +114,10 @@ class Schedule:
     def _checked_policy(self, options: ScheduleOptions) -> MisfirePolicy:
         misfire = options.get("misfire", "last")
         limit = options.get("limit", 100)
-        grace = microseconds(options.get("grace", 300))
         kind = type(self).__name__
-        if misfire not in ("skip", "last", "all"):
-            raise UsageError(
-                f'{kind}: misfire= expected "skip", "last" or "all", found {misfire!r}'
-            )
-        if not 1 <= limit <= MAX_LIMIT:
-            raise UsageError(f"{kind}: limit= expected 1 to {MAX_LIMIT:,}, found {limit}")
-        if grace < 0 or self._jitter < 0:
-            raise UsageError(f"{kind}: grace= and jitter= must not be negative")
+        grace = microseconds(duration(options.get("grace", 300), f"{kind}: grace="))
+        one_of(misfire, f"{kind}: misfire=", ("skip", "last", "all"))
+        whole_number(limit, f"{kind}: limit=", maximum=MAX_LIMIT)
         sample = list(islice(self._times.after(0), JITTER_SAMPLE if self._jitter else 0))
         gap = min((later - sooner for sooner, later in pairwise(sample)), default=self._jitter + 1)
         if self._jitter >= gap:
@@ -328,6 +325,7 @@ class Cron(Schedule):
     options: see `Schedule`.
     """
 
+    @declaration
     def __init__(
         self, expression: str, *, tz: str = "UTC", **options: Unpack[ScheduleOptions]
     ) -> None:
@@ -346,6 +344,7 @@ class Every(Schedule):
     of each hour. Further options: see `Schedule`.
     """
 
+    @declaration
     def __init__(
         self,
         period: Duration | None = None,
@@ -357,8 +356,11 @@ class Every(Schedule):
         anchor: datetime | None = None,
         **options: Unpack[ScheduleOptions],
     ) -> None:
-        whole = microseconds(timedelta(seconds=seconds, minutes=minutes, hours=hours, days=days))
-        us = microseconds(period or 0) + whole
+        whole = 0.0
+        for given, unit in ((seconds, 1), (minutes, 60), (hours, 3600), (days, 86_400)):
+            whole += unit * number(given, "Every: the period", minimum=0)
+        whole += 0.0 if period is None else duration(period, "Every: the period")
+        us = microseconds(duration(whole, "Every: the period"))
         if us < SECOND:
             raise UsageError(
                 "Every: expected a period of at least one second, such as minutes=15; "
@@ -375,6 +377,7 @@ class At(Schedule):
     first start does not fire, unless `start=` is before it. Further options: see `Schedule`.
     """
 
+    @declaration
     def __init__(
         self, *moments: datetime, tz: str | None = None, **options: Unpack[ScheduleOptions]
     ) -> None:

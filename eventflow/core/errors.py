@@ -11,6 +11,7 @@
     │   ├── TaskFailed         a recorded error whose class cannot be rebuilt
     │   ├── TaskTimedOut       an attempt exceeded its timeout
     │   ├── ArgumentsChanged   a recorded call was repeated with other arguments
+    │   ├── NotAwaited         a flow forgot to await a call, with App(strict=True)
     │   ├── NotStorable        a value has no lossless encoding
     │   │   └── ResultTooLarge     its JSON is over 64 MiB
     │   ├── ResultsUnavailable the store of large results does not respond; retried
@@ -46,9 +47,14 @@ class EventflowError(Exception):
 
 
 class UsageError(EventflowError):
-    """The program or its configuration must change; trying again does not help."""
+    """The program or its configuration must change; trying again does not help.
+
+    `location`: `file:line` of the user's code, for an error in a declaration; it is in the message
+    too.
+    """
 
     exit_code = 2
+    location: str | None = None
 
 
 class AppNotFound(UsageError):
@@ -142,6 +148,21 @@ class ArgumentsChanged(RunError):
             f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code "
             'that recorded it, or give the task on_changed="rerun" or on_changed="accept", then '
             "retry the run"
+        )
+
+
+class NotAwaited(RunError):
+    """A flow made calls and never awaited them, so they did not run; see `App(strict=True)`."""
+
+    def __init__(self, flow: str, calls: str) -> None:
+        super().__init__(flow, calls)
+        self.flow = flow
+        self.calls = calls
+
+    def __str__(self) -> str:
+        return (
+            f"flow {self.flow!r} never awaited {self.calls}; the call did not run: write `await` "
+            "before it, or pass it to asyncio.gather or a TaskGroup"
         )
 
 
@@ -326,6 +347,12 @@ class NotFound(StoreError):
         )
 
 
+ANY_FAILURE = (Exception, SystemExit, KeyboardInterrupt)
+"""What user code may raise in an asyncio task of ours. asyncio passes the last two on to the loop,
+which they would end.
+"""
+
+
 def error_summary(error: BaseException) -> dict[str, Any]:
     """`{"type": "module:QualName", "message": str}`, the short form used in logs and the API."""
     cls = type(error)
@@ -334,13 +361,13 @@ def error_summary(error: BaseException) -> dict[str, Any]:
 
 def call_catching(
     call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-) -> tuple[T | None, Exception | None]:
-    """`(value, None)` if the call returns, `(None, error)` if it raises an Exception.
+) -> tuple[T | None, BaseException | None]:
+    """`(value, None)` if the call returns, `(None, error)` if it raises, whatever it raises.
 
     For user code whose exception is recorded and does not stop the caller: a filter, a key, the
-    constructor or `__str__` of a user's error.
+    constructor or `__str__` of a user's error. `sys.exit()` there must not end a loop of ours.
     """
     try:
         return call(*args, **kwargs), None
-    except Exception as error:  # user code: any exception is a result
+    except BaseException as error:  # user code: any exception is a result
         return None, error

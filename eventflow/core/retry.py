@@ -8,20 +8,25 @@ of large results. Neither of them waits; see `clock.sleep_for`.
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
-from eventflow.core.clock import Duration, seconds
+from eventflow.core.clock import Duration
+from eventflow.core.declarations import Declared, declaration, duration, number, whole_number
 from eventflow.core.errors import NotStorable, UsageError
 
 
 class RetryAfter(Exception):
-    """Raise in a task: this attempt failed, retry it after `delay`. Counts as an attempt."""
+    """Raise in a task: this attempt failed, retry it after `delay`. Counts as an attempt.
 
+    Raises UsageError for a delay that is negative, infinite or no number.
+    """
+
+    @declaration
     def __init__(self, delay: Duration, message: str = "") -> None:
-        super().__init__(seconds(delay), message)
-        self.delay = seconds(delay)
+        self.delay = duration(delay, "RetryAfter(delay)")
+        super().__init__(self.delay, message)
 
     def __str__(self) -> str:
         return self.args[1] or f"retry after {self.delay:g} s"
@@ -31,7 +36,7 @@ class Permanent(Exception):
     """Raise in a task, a sink or a decoder: trying again does not help."""
 
 
-class Retry(msgspec.Struct, frozen=True, kw_only=True):
+class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     """How many times a task is tried, and the delays between attempts.
 
     After the n-th failure (n counts from 1) the delay in seconds is
@@ -53,15 +58,12 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     delays: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise UsageError(f"Retry(attempts=) expected at least 1, found {self.attempts}")
-        if (
-            self.delay < 0
-            or self.factor < 0
-            or self.max_delay < 0
-            or any(d < 0 for d in self.delays or ())
-        ):
-            raise UsageError("Retry: delay, factor, max_delay and delays must not be negative")
+        whole_number(self.attempts, "Retry(attempts=)")
+        duration(self.delay, "Retry(delay=)")
+        number(self.factor, "Retry(factor=)", minimum=0)
+        duration(self.max_delay, "Retry(max_delay=)")
+        for each in self.delays or ():
+            duration(each, "Retry(delays=)")
 
     def delay_after(self, attempt: int, error: BaseException, draw: random.Random) -> float | None:
         """Seconds to wait after attempt `attempt` (from 1) failed; None: do not retry."""
@@ -109,6 +111,7 @@ class Backoff(Iterator[float]):
 
     __slots__ = ("_ceiling", "_delay", "_factor", "_jitter", "_max_delay", "_rng")
 
+    @declaration
     def __init__(
         self,
         delay: Duration = 0.5,
@@ -118,17 +121,11 @@ class Backoff(Iterator[float]):
         jitter: float = 1.0,
         rng: random.Random | None = None,
     ) -> None:
-        self._delay: float = seconds(delay)
-        self._factor: float = factor
-        self._max_delay: float = seconds(max_delay)
-        self._jitter: float = jitter
+        self._delay: float = duration(delay, "Backoff(delay=)")
+        self._factor: float = number(factor, "Backoff(factor=)", minimum=1)
+        self._max_delay: float = duration(max_delay, "Backoff(max_delay=)")
+        self._jitter: float = number(jitter, "Backoff(jitter=)", minimum=0, maximum=1)
         self._rng: random.Random = rng or random.Random()
-        if self._delay < 0 or self._max_delay < 0:
-            raise UsageError("Backoff: delay and max_delay must not be negative")
-        if factor < 1:
-            raise UsageError(f"Backoff(factor=) expected at least 1, found {factor}")
-        if not 0 <= jitter <= 1:
-            raise UsageError(f"Backoff(jitter=) expected a number from 0 to 1, found {jitter}")
         self._ceiling: float = min(self._max_delay, self._delay)
 
     def __next__(self) -> float:
@@ -157,12 +154,17 @@ def as_retry(given: "Retry | int | Sequence[Duration] | None") -> Retry:
                 "retries= expected a Retry, a number or a list of delays, found a bool"
             )
         case int():
-            return Retry(attempts=given + 1)
+            return Retry(attempts=whole_number(given, "retries=", minimum=0) + 1)
         case _:
+            sequence = cast(object, given)
+            if isinstance(sequence, str | bytes) or not isinstance(sequence, Sequence):
+                raise UsageError(
+                    f"retries= expected a Retry, a number or a list of delays, found {given!r}"
+                )
             return fixed_delays(given)
 
 
 def fixed_delays(waits: Sequence[Any]) -> Retry:
     """A `Retry` that waits exactly these times."""
-    listed = tuple(seconds(wait) for wait in waits)
+    listed = tuple(duration(wait, "retries=") for wait in waits)
     return Retry(attempts=len(listed) + 1, delays=listed)

@@ -19,6 +19,7 @@ from typing import Final, Protocol, runtime_checkable
 import msgspec
 
 from eventflow.core.clock import Duration, microseconds
+from eventflow.core.declarations import Declared, duration, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.store.protocol import BatchPolicy
 
@@ -38,7 +39,7 @@ class Delivery(Protocol):
         ...
 
 
-class Each(msgspec.Struct, frozen=True):
+class Each(msgspec.Struct, frozen=True, metaclass=Declared):
     """One run per event."""
 
     one_at_a_time = False
@@ -47,7 +48,7 @@ class Each(msgspec.Struct, frozen=True):
         return None
 
 
-class Batch(msgspec.Struct, frozen=True):
+class Batch(msgspec.Struct, frozen=True, metaclass=Declared):
     """One run for every `size` events, or for those within `within` of the first one."""
 
     size: int
@@ -55,11 +56,8 @@ class Batch(msgspec.Struct, frozen=True):
     one_at_a_time = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.size <= MAX_EVENTS_PER_RUN:
-            raise UsageError(
-                f"Batch: size expected from 1 to {MAX_EVENTS_PER_RUN:,}, found {self.size}"
-            )
-        _positive("Batch: within", self.within)
+        whole_number(self.size, "Batch: size", maximum=MAX_EVENTS_PER_RUN)
+        duration(self.within, "Batch: within", positive=True)
 
     def batch_policy(self) -> BatchPolicy:
         return BatchPolicy(
@@ -70,7 +68,7 @@ class Batch(msgspec.Struct, frozen=True):
         )
 
 
-class Debounce(msgspec.Struct, frozen=True):
+class Debounce(msgspec.Struct, frozen=True, metaclass=Declared):
     """One run per burst: after `quiet` without events, at most `max_wait` after the first event."""
 
     quiet: Duration
@@ -78,7 +76,8 @@ class Debounce(msgspec.Struct, frozen=True):
     one_at_a_time = False
 
     def __post_init__(self) -> None:
-        _positive("Debounce: quiet", self.quiet)
+        duration(self.quiet, "Debounce: quiet", positive=True)
+        duration(self.max_wait, "Debounce: max_wait", positive=True)
         if microseconds(self.max_wait) < microseconds(self.quiet):
             raise UsageError(
                 f"Debounce: max_wait expected at least quiet ({self.quiet}), found {self.max_wait}"
@@ -94,7 +93,7 @@ class Debounce(msgspec.Struct, frozen=True):
         )
 
 
-class Latest(msgspec.Struct, frozen=True):
+class Latest(msgspec.Struct, frozen=True, metaclass=Declared):
     """One run at a time; the next one's event is the newest that arrived during the run."""
 
     one_at_a_time = True
@@ -103,15 +102,10 @@ class Latest(msgspec.Struct, frozen=True):
         return BatchPolicy("latest", size=MAX_EVENTS_PER_RUN)
 
 
-class Singleflight(msgspec.Struct, frozen=True):
+class Singleflight(msgspec.Struct, frozen=True, metaclass=Declared):
     """One run at a time; all events that arrive during a run make one successor."""
 
     one_at_a_time = True
 
     def batch_policy(self) -> BatchPolicy:
         return BatchPolicy("singleflight", size=MAX_EVENTS_PER_RUN)
-
-
-def _positive(what: str, duration: Duration) -> None:
-    if microseconds(duration) <= 0:
-        raise UsageError(f"{what} expected a positive duration, found {duration}")

@@ -23,6 +23,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from eventflow.core.clock import Duration, microseconds, to_datetime, to_us
+from eventflow.core.declarations import declaration, duration, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.core.hashing import digest
 from eventflow.events.event import Event, LateSpec, LedgerTrigger, Trigger
@@ -145,6 +146,7 @@ EventSource: TypeAlias = "Trigger | LedgerTrigger | str"
 Source: TypeAlias = "EventSource | tuple[EventSource, FilterSpec] | Part | Pattern"
 
 
+@declaration
 def part(
     source: Trigger | LedgerTrigger | str, *, where: FilterSpec = None, by: Key = None
 ) -> Part:
@@ -162,6 +164,7 @@ def part(
     return made
 
 
+@declaration
 def all_of(
     *parts: Source, within: Duration, by: By = None, lateness: Duration | None = None
 ) -> Pattern:
@@ -171,6 +174,7 @@ def all_of(
     return _pattern("all_of", parts, range(len(parts)), within, by, lateness)
 
 
+@declaration
 def any_of(*parts: Source, by: By = None) -> Pattern:
     """Match each event of any part."""
     if not parts:
@@ -178,6 +182,7 @@ def any_of(*parts: Source, by: By = None) -> Pattern:
     return _pattern("any_of", parts, [0] * len(parts), None, by, None)
 
 
+@declaration
 def sequence(
     first: Source,
     *,
@@ -192,15 +197,16 @@ def sequence(
     return _pattern("sequence", parts, range(len(parts)), within, by, lateness)
 
 
+@declaration
 def count(
     what: Source, n: int, *, within: Duration, by: By = None, lateness: Duration | None = None
 ) -> Pattern:
     """Match `n` events, all within `within`."""
-    if not 1 <= n <= MAX_OPEN_ITEMS:
-        raise UsageError(f"count: n expected from 1 to {MAX_OPEN_ITEMS:,}, found {n}")
+    whole_number(n, "count: n", maximum=MAX_OPEN_ITEMS)
     return msgspec.structs.replace(_pattern("count", (what,), (0,), within, by, lateness), n=n)
 
 
+@declaration
 def absent(
     what: Source,
     for_: Duration | None = None,
@@ -235,11 +241,12 @@ def _pattern(
     by: By,
     lateness: Duration | None,
 ) -> Pattern:
-    wait = 0 if within is None else microseconds(within)
-    if within is not None and wait <= 0:
-        raise UsageError(f"{kind}: a positive duration expected, found {within}")
-    if lateness is not None and microseconds(lateness) < 0:
-        raise UsageError(f"{kind}: lateness= expected not to be negative, found {lateness}")
+    wait = 0
+    if within is not None:
+        option = "for_" if kind == "absent" else "within="
+        wait = microseconds(duration(within, f"{kind}: {option}", positive=True))
+    if lateness is not None:
+        duration(lateness, f"{kind}: lateness=")
     made = tuple(_part(each) for each in parts)
     for each in made:
         if isinstance(each, Pattern) and each.by is not None:

@@ -22,6 +22,7 @@ from typing import Any, Union, get_args, get_origin
 
 import msgspec
 
+from eventflow.core.declarations import declaration
 from eventflow.core.errors import UsageError
 from eventflow.core.retry import Permanent
 from eventflow.logs.log import get_logger
@@ -111,6 +112,7 @@ class CheckFailed(Permanent):
 # --------------------------------------------------------------------------- data
 
 
+@declaration
 def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Result:
     """Check that each column exists and has values of its type: `{"amount": float, "note": str}`.
 
@@ -138,6 +140,7 @@ def schema(data: Data, types: Mapping[str, Any], *, exact: bool = False) -> Resu
     return _report(_result("schema", True, _names(types), "the same", total=count_of(data)))
 
 
+@declaration
 def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
     """Check that at most a share `at_most` (0 to 1) of each column is null: None, NaN or NaT."""
     return _check_values(
@@ -150,6 +153,7 @@ def not_null(data: Data, *names: str, at_most: float = 0.0) -> Result:
     )
 
 
+@declaration
 def within(
     data: Data, name: str, *, at_least: Any = None, at_most: Any = None, outside: float = 0.0
 ) -> Result:
@@ -176,6 +180,7 @@ def within(
     )
 
 
+@declaration
 def unique(data: Data, *names: str) -> Result:
     """Check that no two rows are equal in these columns. The second and later ones offend."""
     if not names:
@@ -194,6 +199,7 @@ def unique(data: Data, *names: str) -> Result:
     )
 
 
+@declaration
 def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float = 0.0) -> Result:
     """Check that the values of a column are among `allowed`, except a share `outside`.
 
@@ -210,6 +216,7 @@ def categories(data: Data, name: str, allowed: Iterable[Any], *, outside: float 
     return _check_values(data, (name,), "categories", expected, bad, outside)
 
 
+@declaration
 def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> Result:
     """Check that the number of rows is in [at_least, at_most]."""
     count = count_of(data)
@@ -219,6 +226,7 @@ def row_count(data: Data, *, at_least: int = 1, at_most: int | None = None) -> R
     )
 
 
+@declaration
 def distribution(
     data: Data,
     name: str,
@@ -265,6 +273,7 @@ def finite(**values: Any) -> Result:
     return _report(_result("finite", True, "finite numbers", ", ".join(values)))
 
 
+@declaration
 def gate(
     metric: str, value: float, *, at_least: float | None = None, at_most: float | None = None
 ) -> Result:
@@ -284,6 +293,7 @@ def gate(
     )
 
 
+@declaration
 def better(
     metric: str,
     challenger: float,
@@ -329,6 +339,7 @@ class CheckResults(list[Result]):
 _collected: ContextVar[CheckResults | None] = ContextVar("eventflow_checks", default=None)
 
 
+@declaration
 @contextmanager
 def collect(*, raises: bool = True, emit_passed: bool = False) -> Generator[CheckResults]:
     """Run all checks of the block, then raise one CheckFailed for those that failed.

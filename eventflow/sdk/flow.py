@@ -12,19 +12,34 @@ import random
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import update_wrapper
 from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
 
 import msgspec
 
 from eventflow.core.clock import Duration, seconds, to_datetime
+from eventflow.core.declarations import (
+    Located,
+    callable_or_none,
+    declaration,
+    duration,
+    one_of,
+    text,
+    whole_number,
+)
 from eventflow.core.errors import NotAsync, UsageError
 from eventflow.events.event import Event, Json
 from eventflow.logs.log import Log, get_logger
 from eventflow.loop.flow_loop import flow_loop
 from eventflow.routing.binding import Binder
-from eventflow.sdk.task import CallPerformer, Hook, return_annotation, task_context
+from eventflow.sdk.task import (
+    CallPerformer,
+    Hook,
+    definition_location,
+    return_annotation,
+    task_context,
+)
 from eventflow.serialization.codecs import ResultCodec
 
 P = ParamSpec("P")
@@ -238,7 +253,20 @@ def flow(
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
 ) -> "FlowDecorator": ...
-def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **given: Any) -> Any:
+@declaration
+def flow(
+    fn: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | None = None,
+    timeout: Duration | None = None,
+    concurrency: int | None = None,
+    priority: int = 0,
+    timeout_counts: str = "wall",
+    grace: Duration = 20.0,
+    on_success: Hook | None = None,
+    on_failure: Hook | None = None,
+) -> Any:
     """Make an `async def` function a flow.
 
     - `timeout`: seconds that a run may take from its first start, waits included; with
@@ -250,17 +278,31 @@ def flow(fn: Callable[..., Any] | None = None, /, *, name: str | None = None, **
       effort.
     """
 
+    where = f"flow {name or getattr(fn, '__name__', '?')!r}:"
+    if name is not None:
+        text(name, "@flow(name=)")
+    if concurrency is not None:
+        whole_number(concurrency, f"{where} concurrency=")
+    one_of(timeout_counts, f"{where} timeout_counts=", ("wall", "running"))
+    callable_or_none(on_success, f"{where} on_success=")
+    callable_or_none(on_failure, f"{where} on_failure=")
+    options: dict[str, Any] = {
+        "timeout": None
+        if timeout is None
+        else duration(timeout, f"{where} timeout=", positive=True),
+        "concurrency": concurrency,
+        "priority": whole_number(priority, f"{where} priority=", minimum=-(1 << 63)),
+        "timeout_counts": timeout_counts,
+        "grace": duration(grace, f"{where} grace="),
+        "on_success": on_success,
+        "on_failure": on_failure,
+    }
+
     def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
-        for duration in ("timeout", "grace"):
-            if given.get(duration) is not None:
-                given[duration] = seconds(given[duration])
-        if given.get("timeout_counts", "wall") not in ("wall", "running"):
-            raise UsageError(
-                f'timeout_counts= expected "wall" or "running", found {given["timeout_counts"]!r}'
+        with Located(definition_location(function)):
+            return Flow(
+                function, FlowOptions(name or getattr(function, "__name__", "flow"), **options)
             )
-        if given.get("concurrency") is not None and given["concurrency"] < 1:
-            raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
-        return Flow(function, FlowOptions(name or getattr(function, "__name__", "flow"), **given))
 
     return decorate if fn is None else decorate(fn)
 
@@ -272,9 +314,11 @@ class FlowDecorator(Protocol):
 async def sleep(delay: Duration) -> None:
     """Wait for `delay`. In a flow, the wait is durable.
 
-    It survives a crash, and a run that waits for a minute or more is not kept in memory.
+    It survives a crash, and a run that waits for a minute or more is not kept in memory. A delay
+    of 0 or less waits for nothing, an infinite one until the run is cancelled. Raises UsageError
+    for NaN and for what is no number.
     """
-    await asyncio.sleep(seconds(delay))
+    await asyncio.sleep(_delay(delay, "sleep(delay)"))
 
 
 def timeout(delay: Duration | None) -> asyncio.Timeout:
@@ -282,7 +326,15 @@ def timeout(delay: Duration | None) -> asyncio.Timeout:
 
     Durable in a flow.
     """
-    return asyncio.timeout(None if delay is None else seconds(delay))
+    return asyncio.timeout(None if delay is None else _delay(delay, "timeout(delay)"))
+
+
+def _delay(given: Duration, what: str) -> float:
+    """Seconds; any number but NaN."""
+    if type(given) is timedelta or (type(given) in (int, float) and given == given):
+        return seconds(given)
+    with Located():
+        return duration(given, what, unbounded=True)
 
 
 async def emit(

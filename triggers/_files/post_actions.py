@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from eventflow.core.declarations import declaration
 from eventflow.core.errors import SourceError
 from triggers._files.settling import FileStat
 from triggers._files.tree import Tree
@@ -38,6 +39,7 @@ class DeleteAction:
     """Deletes the file."""
 
 
+@declaration
 def move(to: str | os.PathLike[str]) -> MoveAction:
     """`after=move("processed")`: moves each file to that directory, with its path below the root.
 
@@ -47,6 +49,7 @@ def move(to: str | os.PathLike[str]) -> MoveAction:
     return MoveAction(os.fspath(to))
 
 
+@declaration
 def delete() -> DeleteAction:
     """`after=delete()`: deletes the file once its event is recorded, before its flow can read it.
 

@@ -8,10 +8,10 @@ commits, where a partition without a position begins, raw bytes) cannot be set.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, cast
 
 from eventflow.core.clock import Clock
+from eventflow.core.declarations import nearest
 from eventflow.core.errors import EmptySecret, UsageError
 from eventflow.logs.redaction import SECRETS
 from triggers._kafka.client import CODECS, Consumer, make_consumer, option_names
@@ -31,6 +31,21 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "max_poll_records": 1_000,  # in one transaction, and in memory while the ledger is full
     "fetch_max_bytes": 16 << 20,
 }
+
+OWN_OPTIONS = (
+    "group_id",
+    "pattern",
+    "bootstrap_servers",
+    "start",
+    "decode",
+    "on_gap",
+    "skip_corrupt",
+    "skip_tombstones",
+    "max_body",
+    "cluster",
+    "name",
+)
+"""Options of `Kafka` itself, for the hint of a misspelt one."""
 
 FIXED_OPTIONS: dict[str, Any] = {
     "enable_auto_commit": False,  # the group's offset follows the ledger (P1)
@@ -72,9 +87,9 @@ def client_options(requested: Mapping[str, Any], name: str) -> dict[str, Any]:
         if option in FIXED_OPTIONS:
             raise UsageError(f"Kafka: {option}= cannot be set: {_FIXED_OPTION_HINTS[option]}")
         if option not in known:
-            near = get_close_matches(option, known, n=1)
+            near = nearest(option, [*OWN_OPTIONS, *known])
             hint = (
-                f"did you mean {near[0]}=?"
+                f"did you mean {near}=?"
                 if near
                 else "it takes those of aiokafka's AIOKafkaConsumer"
             )

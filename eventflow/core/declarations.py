@@ -1,0 +1,237 @@
+"""Checks of what users declare: names of options, durations, counts; and where it is written.
+
+`@declaration` is on every public callable that takes options (`App`, `@flow`, `@task`, `app.on`,
+`Retry`, delivery modes, patterns, triggers, sinks, checks); `Declared` is the same for options that
+are msgspec Structs. Both turn an option that does not exist into a UsageError with the nearest
+name, and add the user's file and line to every UsageError raised inside. `duration`,
+`whole_number` and `one_of` check values. Static types stay those of the callable.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from numbers import Integral, Real
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from eventflow.core.clock import Duration
+from eventflow.core.errors import UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_SECONDS = 1000 * 365.25 * 86_400.0
+"""The longest duration, a thousand years: instants stay within the years of a datetime."""
+
+_SOURCE_ROOT = Path(__file__).resolve().parent.parent.parent
+_OWN_FOLDERS = tuple(f"{_SOURCE_ROOT / package}{os.sep}" for package in ("eventflow", "triggers"))
+
+
+# --------------------------------------------------------------------------- where
+
+
+def user_location() -> str:
+    """`file:line` of the nearest caller outside eventflow's own packages; "" if there is none.
+
+    The file is relative to the working directory if it lies below it.
+    """
+    frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not is_own_file(name) and not name.startswith("<frozen"):
+            return format_location(name, frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
+def is_own_file(file: str) -> bool:
+    """Whether a source file is one of eventflow's own packages."""
+    return file.startswith(_OWN_FOLDERS)
+
+
+def format_location(file: str, line: int) -> str:
+    """`file:line`, relative to the working directory if the file lies below it."""
+    below = file
+    try:
+        if not os.path.relpath(file).startswith(os.pardir):
+            below = os.path.relpath(file)
+    except (OSError, ValueError):  # the working directory is gone; another drive
+        pass
+    return f"{below}:{line}"
+
+
+class Located:
+    """`with Located():` adds `user_location()` to a UsageError that is raised inside, once."""
+
+    __slots__ = ("_where",)
+
+    def __init__(self, where: str | None = None) -> None:
+        self._where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, UsageError) and error.location is None:
+            error.location = where = self._where or user_location()
+            args = error.args
+            if where and len(args) == 1 and isinstance(args[0], str):
+                error.args = (f"{args[0]} ({where})",)
+
+
+# --------------------------------------------------------------------------- names
+
+
+def declaration(fn: F) -> F:
+    """A decorator for a function, method or constructor that takes options.
+
+    A call with an unknown option raises UsageError naming the nearest option and the caller's file
+    and line; a UsageError raised by `fn` gets the file and line too. `**options` annotated
+    `Unpack[TypedDict]` accepts the keys of that class only. A missing argument stays a TypeError.
+    """
+    signature = inspect.signature(fn)
+    name = fn.__qualname__.removesuffix(".__init__")
+    names, takes_any = _option_names(signature)
+
+    @functools.wraps(fn)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        with Located():
+            if not takes_any:
+                for given in kwargs:
+                    if given not in names:
+                        raise unknown_option(name, given, names)
+            return fn(*args, **kwargs)
+
+    return cast(F, checked)
+
+
+def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
+    """The names that keyword arguments may have; and whether any other name is taken too."""
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            options = typing.get_args(parameter.annotation)
+            if typing.get_origin(parameter.annotation) is not typing.Unpack:
+                return tuple(names), True
+            names += typing.get_type_hints(options[0])
+        elif parameter.kind not in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+            names.append(parameter.name)
+    return tuple(name for name in names if name not in ("self", "cls")), False
+
+
+def unknown_option(where: str, given: str, names: Iterable[str]) -> UsageError:
+    """The error for an option that does not exist, with the nearest name of those that do."""
+    known = list(names)
+    hint = nearest(given, known)
+    expected = f"did you mean {hint}=?" if hint else f"it has {', '.join(known) or 'none'}"
+    return UsageError(f"{where}({given}=): no such option; {expected}")
+
+
+def nearest(given: str, names: Iterable[str]) -> str | None:
+    """The name that `given` is most probably a misspelling of."""
+    found = difflib.get_close_matches(given.lower(), list(names), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+class Declared(msgspec.StructMeta):
+    """The metaclass of options that are msgspec Structs: `class Retry(Struct, metaclass=Declared)`.
+
+    Decoding by msgspec does not pass through here.
+    """
+
+    if not typing.TYPE_CHECKING:  # the type checker takes the parameters from the fields
+
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            with Located():
+                for given in kwargs:
+                    if given not in cls.__struct_fields__:
+                        raise unknown_option(cls.__name__, given, cls.__struct_fields__)
+                return super().__call__(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------- values
+
+
+def duration(
+    given: Duration, what: str, *, positive: bool = False, unbounded: bool = False
+) -> float:
+    """A duration in seconds: a number or a timedelta, from 0 (`positive`: above 0) to MAX_SECONDS.
+
+    `unbounded`: also infinity and any larger number. `what` names the option in the UsageError.
+    """
+    value = given.total_seconds() if isinstance(given, timedelta) else given
+    expected = "a positive duration" if positive else "a duration, which must not be negative"
+    if isinstance(cast(object, value), bool) or not isinstance(cast(object, value), Real):
+        raise UsageError(f"{what} expected {expected}: seconds or a timedelta, found {given!r}")
+    found = float(value)
+    if math.isnan(found) or found < 0 or (positive and not found):
+        raise UsageError(f"{what} expected {expected}, found {_text(given)}")
+    if found > MAX_SECONDS and not unbounded:
+        raise UsageError(
+            f"{what} expected {expected}, of at most 1,000 years, found {_text(given)}"
+        )
+    return found
+
+
+def _text(given: Duration) -> str:
+    return repr(given) if isinstance(given, timedelta) else f"{given:g}"
+
+
+def number(given: float, what: str, *, minimum: float, maximum: float = math.inf) -> float:
+    """A finite number from `minimum` to `maximum`."""
+    if (
+        isinstance(cast(object, given), bool)
+        or not isinstance(cast(object, given), Real)
+        or not math.isfinite(given)
+        or not minimum <= given <= maximum
+    ):
+        limits = (
+            f"of at least {minimum:g}"
+            if maximum == math.inf
+            else f"from {minimum:g} to {maximum:g}"
+        )
+        raise UsageError(f"{what} expected a number {limits}, found {given!r}")
+    return float(given)
+
+
+def whole_number(given: int, what: str, *, minimum: int = 1, maximum: int = (1 << 63) - 1) -> int:
+    """A whole number from `minimum` to `maximum`."""
+    if (
+        isinstance(cast(object, given), bool)
+        or not isinstance(cast(object, given), Integral)
+        or not minimum <= given <= maximum
+    ):
+        limits = f"at least {minimum:,}" if maximum >> 62 else f"from {minimum:,} to {maximum:,}"
+        raise UsageError(f"{what} expected {limits}, a whole number, found {given!r}")
+    return int(given)
+
+
+def one_of(given: object, what: str, choices: Iterable[str]) -> None:
+    """UsageError unless `given` is among `choices`."""
+    listed = list(choices)
+    if given not in listed:
+        expected = ", ".join(f'"{choice}"' for choice in listed[:-1]) + f' or "{listed[-1]}"'
+        raise UsageError(f"{what} expected {expected}, found {given!r}")
+
+
+def text(given: object, what: str) -> str:
+    """A string that is not empty."""
+    if not isinstance(given, str) or not given.strip():
+        raise UsageError(f"{what} expected a text that is not empty, found {given!r}")
+    return given
+
+
+def callable_or_none(given: object, what: str) -> None:
+    """UsageError unless `given` is None or callable."""
+    if given is not None and not callable(given):
+        raise UsageError(f"{what} expected a callable, found {given!r}")
