@@ -24,6 +24,8 @@ from typing import Any
 import orjson
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from tests.conftest import wait_until
 
@@ -46,6 +48,20 @@ def _packaged(package: str, *path: str) -> str:
         f"{package} is not installed; run: make test"
     )
     return str(Path(spec.origin).parent.joinpath(*path))
+
+
+class HeaderName(str):
+    """The name of a header that is encoded as these bytes, which need not be UTF-8."""
+
+    def __new__(cls, raw: bytes) -> "HeaderName":
+        made = super().__new__(cls, raw.decode("latin-1"))
+        made.raw = raw
+        return made
+
+    raw: bytes
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return self.raw
 
 
 class Broker:
@@ -125,6 +141,31 @@ class Broker:
                 for value in values
             ]
             return [(await each).offset for each in sent]
+
+    async def send_batch(
+        self, topic: str, *records: tuple[Any, bytes], partition: int = 0, corrupt: bool = False
+    ) -> None:
+        """Writes one batch as a client of another make may: each record is a JSON value, and the
+        name of its one header, which may be any bytes. `corrupt`: a checksum that does not hold.
+        """
+        batch = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, -1, 1 << 20)
+        for offset, (value, name) in enumerate(records):
+            headers = [(HeaderName(name), b"header")]
+            batch.append(offset, now_ms(), None, orjson.dumps(value), headers)
+        data = bytes(batch.build())
+        if corrupt:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        async with self.producer() as producer:
+            node = producer.client.cluster.leader_for_partition(TopicPartition(topic, partition))
+            if node is None:
+                await producer.partitions_for(topic)
+                node = producer.client.cluster.leader_for_partition(
+                    TopicPartition(topic, partition)
+                )
+            request = ProduceRequest(None, -1, 5_000, [(topic, [(partition, data)])])
+            answer = await producer.client.send(node, request)
+            ((_, ((_, code, *_),)),) = answer.topics
+            assert code == 0, f"the broker refused the batch: error {code}"
 
     async def read(self, topic: str, count: int, partition: int = 0) -> list[Any]:
         """The first records of a partition, once there are so many."""

@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from typing import Any, Literal
 
 from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.declarations import declaration, duration, number, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Gauge, Intake
 from triggers._s3.clients import RetryingCaller, S3Endpoint
@@ -76,6 +77,7 @@ class S3:
             queue.
     """
 
+    @declaration
     def __init__(
         self,
         bucket: str | None = None,
@@ -236,13 +238,14 @@ def _check_numbers(
     pollers: int,
     page: int,
 ) -> None:
-    if min(poll, reconcile or 1.0) <= 0 or settle < 0 or not 1 <= page <= 1000 or pollers < 1:
-        raise UsageError(
-            "S3: poll, reconcile and pollers must be positive, settle not negative, "
-            "page from 1 to 1,000"
-        )
-    if not 0 <= wait <= 20 or not 1 <= visibility <= 43_200:
-        raise UsageError("S3: wait must be from 0 to 20 seconds, visibility from 1 to 43,200")
+    duration(poll, "S3: poll=", positive=True)
+    if reconcile is not None:
+        duration(reconcile, "S3: reconcile=", positive=True)
+    duration(settle, "S3: settle=")
+    whole_number(page, "S3: page=", maximum=1000)
+    whole_number(pollers, "S3: pollers=")
+    number(wait, "S3: wait=", minimum=0, maximum=20)
+    number(visibility, "S3: visibility=", minimum=1, maximum=43_200)
 
 
 # ----------------------------------------------------------------------------- MinIO's webhook
@@ -283,4 +286,5 @@ def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
 
 def _notifications(found: Any) -> list[Notification]:
     read = read_notifications(found)
-    return read if isinstance(read, list) else []
+    found_records = read if isinstance(read, list) else []
+    return [each for each in found_records if isinstance(each, Notification)]

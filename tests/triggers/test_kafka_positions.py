@@ -9,17 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from eventflow.events.event import Gauge
-from tests.brokers import Broker, OwnBroker, noida, now_ms
+from tests.brokers import Broker, OwnBroker, noida, now_ms, tansu
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic, offsets_of
+from triggers._kafka import probe
 
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
     with noida(tmp_path_factory.mktemp("broker")) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def silent() -> Iterator[OwnBroker]:
+    """A broker that never says that an offset is out of range."""
+    with tansu() as running:
+        yield running
+
+
+@pytest.fixture(params=["noida", "tansu"])
+def either(request: pytest.FixtureRequest) -> OwnBroker:
+    """Each of the brokers."""
+    return request.getfixturevalue("broker" if request.param == "noida" else "silent")
 
 
 def run(
@@ -101,21 +116,14 @@ def test_an_existing_group_resumes_at_its_offset(broker: Broker):
     run(broker, work, start="latest")
 
 
-def test_the_larger_of_cursor_and_group(broker: Broker):
-    """The cursor counts where the group is behind; where an operator moved the group ahead, the
-    group does.
-    """
+def test_a_group_moved_ahead(broker: Broker):
+    """Where an operator moved the group ahead of the cursor, the group counts."""
 
     async def work(topic: Topic) -> None:
         await topic.send(0, 1)
         async with topic.read():
             await topic.has(2)
             await topic.committed(2)
-        await broker.commit(topic.group, topic.name, 0)
-        offered = len(topic.ledger.offered)
-        async with topic.read():
-            await topic.committed(2)
-        assert len(topic.ledger.offered) == offered
         await topic.send(2, 3, 4)
         await broker.commit(topic.group, topic.name, 4)
         async with topic.read():
@@ -123,6 +131,57 @@ def test_the_larger_of_cursor_and_group(broker: Broker):
         assert topic.data == [0, 1, 4] and len(topic.logged("kafka.group_offset_ahead")) == 1
 
     run(broker, work)
+
+
+def test_a_group_set_back_is_said(either: OwnBroker):
+    """A group set back while nothing runs does not make its records run twice: the cursor counts,
+    and a warning says so and names `eventflow replay`.
+    """
+
+    async def work(topic: Topic) -> None:
+        await topic.send(0, 1)
+        async with topic.read():
+            await topic.has(2)
+            await topic.committed(2)
+        await set_back(topic, 0)
+        async with topic.read():
+            await topic.committed(2)
+        (line,) = topic.logged("kafka.group_offset_behind")
+        assert (line["ledger"], line["group"]) == (2, 0) and "eventflow replay" in line["do"]
+        assert line["log_level"] == "warning" and len(topic.ledger.offered) == 2
+
+    run(either, work, rebalance_timeout_ms=1_000)
+
+
+def test_a_group_that_only_lags_is_not_warned_about(broker: Broker):
+    """After a kill between record and commit the group is behind the cursor; nobody set it back,
+    which the committed metadata shows.
+    """
+
+    async def work(topic: Topic) -> None:
+        await topic.send(0, 1)
+        async with topic.read():
+            await topic.has(2)
+            await topic.committed(2)
+        topic.ledger.cursors[f"{topic.name}/0"] = [3, 2, 0]
+        async with topic.read():
+            pass
+        assert not topic.logged("kafka.group_offset_behind")
+
+    run(broker, work)
+
+
+async def set_back(topic: Topic, offset: int) -> None:
+    """Commits an offset as a member of the group: some brokers take it from nobody else."""
+    async with AIOKafkaConsumer(
+        topic.name,
+        bootstrap_servers=topic.broker.server,
+        group_id=topic.group,
+        enable_auto_commit=False,
+        session_timeout_ms=6_000,
+        rebalance_timeout_ms=1_000,
+    ) as member:
+        await member.commit({TopicPartition(topic.name, 0): offset})
 
 
 def test_a_ledger_that_lost_its_end_reads_it_again(broker: Broker):
@@ -229,9 +288,9 @@ def test_gaps_may_stop_a_partition(broker: Broker):
 
 
 @pytest.mark.parametrize("fresh", [1, 3, 5], ids=lambda n: f"{n} new")
-def test_k13_a_recreated_topic(broker: Broker, fresh: int):
+def test_k13_a_recreated_topic(either: OwnBroker, fresh: int):
     """K13: behind a topic's deletion and new creation all its new records are read, be they fewer
-    than before or more.
+    than before or more, and whether or not the broker says that the old offset is out of range.
     """
 
     async def work(topic: Topic) -> None:
@@ -239,9 +298,7 @@ def test_k13_a_recreated_topic(broker: Broker, fresh: int):
         async with topic.read():
             await topic.has(3)
             await topic.committed(3)
-        await broker.delete(topic.name)
-        await asyncio.sleep(0.01)  # so that the new records have other timestamps
-        await broker.create(topic.name)
+        await recreate(topic)
         await topic.send(*(f"new {n}" for n in range(fresh)))
         async with topic.read():
             await topic.has(3 + fresh + 1)
@@ -256,26 +313,45 @@ def test_k13_a_recreated_topic(broker: Broker, fresh: int):
             await eventually(lambda: "last" in topic.data, "reading resumes")
         assert len(gaps(topic)) == 1
 
-    run(broker, work)
+    run(either, work, rebalance_timeout_ms=1_000)
 
 
-def test_a_topic_recreated_while_it_is_read(broker: Broker):
-    """A topic recreated while it is read: the trigger reads the new records, and records what
-    happened.
+async def recreate(topic: Topic) -> None:
+    """Deletes the topic and makes it anew, in a later millisecond than its last record."""
+    await topic.broker.delete(topic.name)
+    last = max((int(event.id.split(":")[2]) for event in topic.events), default=0)
+    await eventually(lambda: now_ms() > last, "the new records have other timestamps")
+    await topic.broker.create(topic.name, topic.partitions)
+
+
+@pytest.mark.parametrize("fresh", [1, 3], ids=lambda n: f"{n} new")
+def test_a_topic_recreated_while_it_is_read(
+    either: OwnBroker, fresh: int, monkeypatch: pytest.MonkeyPatch
+):
+    """A topic recreated while it is read: at the next check its new records are read from the first
+    one, be they fewer than before or as many, and what happened is recorded; the other partitions
+    are read on.
     """
+    monkeypatch.setattr(probe, "PROBE_INTERVAL_SECONDS", 1.0)
 
     async def work(topic: Topic) -> None:
+        other = await either.create(topic.name + "-other")
         await topic.send(*(f"old {n}" for n in range(3)))
-        async with topic.read():
+        async with topic.read(pattern=f"{topic.name}.*"):
             await topic.has(3)
-            await topic.committed(3)
-            await broker.delete(topic.name)
-            await broker.create(topic.name)
-            await topic.send("new")
-            await eventually(lambda: "new" in topic.data, "the new record is recorded", within=60)
-        assert gaps(topic) == [("3", "0")]
+            await recreate(topic)
+            await topic.send(*(f"new {n}" for n in range(fresh)))
+            await either.send(other, "other")
+            await eventually(
+                lambda: {"new 0", f"new {fresh - 1}", "other"} <= set(topic.data),
+                "the new records are recorded",
+                within=60,
+            )
+        new = [data for data in topic.data if data.startswith("new")]
+        assert sorted(new) == [f"new {n}" for n in range(fresh)]
+        assert [first for first, _ in gaps(topic)] == ["3"]
 
-    run(broker, work)
+    run(either, work, rebalance_timeout_ms=1_000)
 
 
 def test_a_deleted_topic(broker: Broker):

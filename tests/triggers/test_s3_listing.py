@@ -3,13 +3,14 @@ and faults.
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from eventflow.core.errors import SourceError, UsageError
 from eventflow.testing.trigger_contract import ContractLedger, listening
-from tests.aws import Aws, Bucket, ministack, moto
+from tests.aws import Aws, Bucket, Queue, ministack, moto
 from tests.conftest import eventually
 from tests.faults import DENIED, HANG_UP, SLOW_DOWN, Proxy, action, listing, proxied
 from tests.triggers.buckets import Landing, landing
@@ -134,6 +135,134 @@ def test_s21_pages_are_walked_and_a_second_scan_finds_nothing(aws: Aws):
                 )
                 assert pages(proxy) == 6
         assert len(here.ledger.offered) == 250
+
+    asyncio.run(main())
+
+
+def page_of(bucket: str, *keys: str, token: str | None = None, truncated: bool = True) -> str:
+    """A page of a listing as a store writes it."""
+    contents = "".join(
+        f"<Contents><Key>{key}</Key><Size>4</Size><ETag>e</ETag>"
+        "<LastModified>2026-11-22T10:00:00.000Z</LastModified></Contents>"
+        for key in keys
+    )
+    end = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+    return (
+        f"<ListBucketResult><Name>{bucket}</Name><KeyCount>{len(keys)}</KeyCount>{contents}"
+        f"<IsTruncated>{str(truncated).lower()}</IsTruncated>{end}</ListBucketResult>"
+    )
+
+
+def first_page(method: str, path: str, headers: Mapping[str, str]) -> bool:
+    return (
+        listing(method, path, headers)
+        and "continuation-token=" not in path
+        and "start-after=" not in path
+    )
+
+
+def next_page(method: str, path: str, headers: Mapping[str, str]) -> bool:
+    """Pages that are asked for by a token."""
+    return listing(method, path, headers) and "continuation-token=" in path
+
+
+KEYS = [f"in/{n}" for n in range(5)]
+
+
+def test_an_empty_page_that_is_not_the_last(aws: Aws):
+    """A page without keys that says it is not the last ends no scan: the keys behind it are found,
+    and those that are known are not told as removed.
+    """
+
+    async def main() -> None:
+        bucket = Bucket(aws)
+        bucket.fill(["in/!", *KEYS])
+        asked = {"Bucket": bucket.name, "Prefix": "in/", "MaxKeys": 1}
+        token = aws.s3.list_objects_v2(**asked)["NextContinuationToken"]  # behind in/!
+        bucket.delete("in/!")
+        options: dict[str, Any] = {"prefix": "in/", "page": 2, "deleted": True}
+        with proxied(aws.url) as proxy:
+            proxy.fail(first_page, (200, page_of(bucket.name, token=token)))
+            async with landing(aws, bucket.name, endpoint_url=proxy.url, **options) as here:
+                await here.has(*KEYS)
+                bucket.put("in/9")
+                await here.has(*KEYS, "in/9")
+                await here.scanned()
+                await here.scanned()
+            assert {event.type for event in here.events} == {"io.eventflow.s3.object.created"}
+            assert not here.logged("bucket.scan_unfinished")
+
+    asyncio.run(main())
+
+
+LAST_WORDS: dict[str, tuple[int, str]] = {
+    "the token is refused": (
+        400,
+        "<Error><Code>InvalidArgument</Code><Message>The continuation token provided is "
+        "incorrect</Message></Error>",
+    ),
+    "the token does not move": (200, page_of("b", token="same")),
+    "no keys and no token": (200, page_of("b")),
+    "no page at all": (200, "<ListBucketResult/>"),
+}
+"""How a store answers when it is asked for the second page."""
+
+
+@pytest.mark.parametrize("words", LAST_WORDS)
+@pytest.mark.parametrize("with_queue", [False, True], ids=["alone", "beside a queue"])
+def test_a_scan_that_does_not_reach_the_last_page(ministack: Aws, words: str, with_queue: bool):
+    """A scan whose next page cannot be had ends unfinished, with a line: known keys behind it are
+    not told as removed, and the next scans page by key and find what is new there.
+    """
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        bucket.fill(KEYS)
+        options: dict[str, Any] = {"prefix": "in/", "page": 2, "deleted": True}
+        if with_queue:
+            options |= {"queue": Queue(ministack).url, "reconcile": 0.2}
+        with proxied(ministack.url) as proxy:
+            async with landing(ministack, bucket.name, endpoint_url=proxy.url, **options) as here:
+                await here.has(*KEYS)
+                await here.scanned()
+                proxy.fail(next_page, LAST_WORDS[words])
+                await eventually(lambda: here.logged("bucket.scan_unfinished"), "it is told")
+                bucket.put("in/9")
+                await here.has(*KEYS, "in/9")
+                await here.scanned()
+                await here.scanned()
+                assert {event.type for event in here.events} == {"io.eventflow.s3.object.created"}
+                bucket.delete("in/4")
+                await eventually(
+                    lambda: (
+                        [e.data["key"] for e in here.events if e.type.endswith("removed")]
+                        == ["in/4"]
+                    ),
+                    "what is really removed is told",
+                )
+
+    asyncio.run(main())
+
+
+def test_a_folder_behind_an_empty_page(ministack: Aws):
+    """The objects of a folder's event are those behind an empty page, too."""
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        bucket.fill(["in/!", "in/a", "in/b"])
+        asked = {"Bucket": bucket.name, "Prefix": "in/", "MaxKeys": 1}
+        token = ministack.s3.list_objects_v2(**asked)["NextContinuationToken"]
+        bucket.delete("in/!")
+        with proxied(ministack.url) as proxy:
+            proxy.fail(first_page, (200, page_of(bucket.name, token=token)))
+            async with landing(
+                ministack, bucket.name, endpoint_url=proxy.url, prefix="in/", marker="_SUCCESS"
+            ) as here:
+                bucket.put("in/_SUCCESS")
+                await eventually(lambda: here.events, "the folder is an event")
+                data = here.events[0].data
+                assert [each["key"] for each in data["objects"]] == ["in/a", "in/b"]
+                assert data["truncated"] is False
 
     asyncio.run(main())
 

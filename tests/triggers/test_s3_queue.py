@@ -126,6 +126,89 @@ def test_what_is_no_notification_is_a_dead_letter(ministack: Aws):
     asyncio.run(main())
 
 
+def without(record: dict[str, Any], *path: str) -> dict[str, Any]:
+    """The record without one of its fields."""
+    name, *rest = path
+    if rest:
+        return {**record, name: without(record[name], *rest)}
+    return {key: value for key, value in record.items() if key != name}
+
+
+def with_value(record: dict[str, Any], value: Any, *path: str) -> dict[str, Any]:
+    name, *rest = path
+    return {**record, name: with_value(record[name], value, *rest) if rest else value}
+
+
+MALFORMED: dict[str, Any] = {
+    "null": lambda record: None,
+    "text": lambda record: "a record",
+    "list": lambda record: [record],
+    "empty": lambda record: {},
+    "no event name": lambda record: without(record, "eventName"),
+    "no bucket": lambda record: without(record, "s3", "bucket"),
+    "no key": lambda record: without(record, "s3", "object", "key"),
+    "empty key": lambda record: with_value(record, "", "s3", "object", "key"),
+    "key that is a number": lambda record: with_value(record, 7, "s3", "object", "key"),
+    "bucket that is a number": lambda record: with_value(record, 7, "s3", "bucket", "name"),
+    "object that is a list": lambda record: with_value(record, ["k"], "s3", "object"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+@pytest.mark.parametrize("through_sns", [False, True], ids=["straight", "sns"])
+def test_a_malformed_record_robs_no_other(ministack: Aws, kind: str, through_sns: bool):
+    """Of the records in one message each is recorded by itself: those that are whole as events, the
+    malformed one as a dead letter of its own bytes; then the message is deleted.
+    """
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack)
+        first, bad, last = (
+            bucket.record("ObjectCreated:Put", f"k{n}", sequencer=f"0{n}") for n in range(3)
+        )
+        message: Any = envelope(first, MALFORMED[kind](bad), last)
+        if through_sns:
+            message = {"TopicArn": "topic", "Message": json.dumps(message)}
+        queue.send(message)
+        queue.send(envelope(bucket.record("ObjectCreated:Put", "other message")))
+        async with landing(ministack, bucket.name, queue=queue.url) as here:
+            await here.has("k0", "k2", "other message")
+            await here.emptied(queue)
+            (dead_letter,) = here.dead_letters
+            assert json.loads(dead_letter.body) == MALFORMED[kind](bad)
+            assert dead_letter.id.endswith("/1") and "expected" in dead_letter.error
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("fifo", [False, True], ids=["standard", "fifo"])
+def test_a_folder_that_cannot_be_listed_delays_no_other(ministack: Aws, fifo: bool):
+    """A marker in a bucket that cannot be listed leaves its message in the queue, with a line; the
+    other buckets' folders are events, and their messages are deleted.
+    """
+
+    async def main() -> None:
+        bucket, queue = Bucket(ministack), Queue(ministack, fifo=fifo)
+        bucket.put("day/part-0")
+        bucket.put("day/_SUCCESS")
+        denied = bucket.record("ObjectCreated:Put", "day/_SUCCESS")
+        denied["s3"]["bucket"]["name"] = "no-such-bucket"
+        fine = bucket.record("ObjectCreated:Put", "day/_SUCCESS")
+        for number, record in enumerate((denied, fine)):
+            group = {"MessageGroupId": str(number), "MessageDeduplicationId": str(number)}
+            queue.send(envelope(record), **(group if fifo else {}))
+        async with landing(ministack, None, queue=queue.url, marker="_SUCCESS") as here:
+            await eventually(lambda: len(here.events) == 1, "the other folder is an event")
+            await eventually(lambda: queue.remaining == 1, "its message is deleted")
+            assert here.events[0].data["bucket"] == bucket.name
+            await eventually(
+                lambda: len(here.logged("message.postponed")) > 1, "the message is tried again"
+            )
+            assert "no-such-bucket" in here.logged("message.postponed")[0]["error"]
+
+    asyncio.run(main())
+
+
 def test_other_keys_are_counted_not_lost_silently(ministack: Aws):
     """Notifications of other buckets, prefixes and folders are deleted, start nothing, and are
     counted.

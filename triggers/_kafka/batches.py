@@ -19,6 +19,10 @@ from triggers._kafka.records import RecordReader, RetryLater
 class AssignedPartition:
     """The state of one assigned partition.
 
+    `fetch_offset`: behind what a fetch has returned; the client's own position may be ahead of it
+    after a fetch that failed. `shrunk_at`: the log ends before the position, and since then the
+    record before it is awaited.
+
     `recheck_offset`: the last record recorded before this assignment is fetched once more, to check
     that it is still the same one; -1 when there is nothing to check.
     """
@@ -26,6 +30,8 @@ class AssignedPartition:
     tp: TopicPartition
     position: PartitionPosition  # recorded in the ledger
     progressed_at: float  # monotonic: of the last new record
+    fetch_offset: int = 0  # the next one to fetch
+    shrunk_at: float | None = None  # monotonic
     recheck_offset: int = -1
     group_offset: int = -1  # as committed by this session
     stopped: PartitionStop | None = None
@@ -69,13 +75,18 @@ def decode_batch(
     for partition, records in fetched:
         tp = partition.tp
         first = records[0]
+        partition.shrunk_at = None
         if first.offset == partition.recheck_offset:
-            if first.timestamp != partition.position.last_timestamp:
+            recorded = partition.position
+            is_known = first.offset == recorded.last_offset
+            if is_known and first.timestamp != recorded.last_timestamp:
                 batch.changed.append(tp)
                 continue
             records = records[1:]
         partition.recheck_offset = -1
-        _decode_partition(reader, partition, records, fetch_positions[tp], batch)
+        position = max(fetch_positions[tp], partition.position.offset)
+        if records or position > partition.position.offset:  # else only the last one, once more
+            _decode_partition(reader, partition, records, position, batch)
     return batch
 
 

@@ -1,6 +1,6 @@
 """The part of aiokafka's consumer that `Kafka` uses, with types.
 
-Only this file and producer.py import aiokafka, which ships no types.
+Only this file, damaged_batches.py and producer.py import aiokafka, which ships no types.
 
 The other files see a `Consumer`. Without the extra, the import raises MissingExtra, which names the
 `pip install`.
@@ -25,13 +25,17 @@ try:
     from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
     from aiokafka.codec import has_lz4, has_snappy, has_zstd
     from aiokafka.errors import (
+        ConsumerStoppedError,
         CorruptRecordException,
         KafkaError,
         NoOffsetForPartitionError,
         OffsetOutOfRangeError,
         RecordTooLargeError,
+        TopicAuthorizationFailedError,
         UnsupportedCodecError,
+        for_code,
     )
+    from aiokafka.protocol.fetch import FetchRequest
 except ImportError as error:
     raise MissingExtra("triggers.Kafka", "aiokafka", "kafka") from error
 
@@ -39,6 +43,7 @@ __all__ = [
     "CODECS",
     "Consumer",
     "ConsumerRebalanceListener",
+    "ConsumerStoppedError",
     "CorruptRecordException",
     "GroupOffset",
     "KafkaError",
@@ -46,9 +51,11 @@ __all__ = [
     "NoOffsetForPartitionError",
     "OffsetOutOfRangeError",
     "RecordTooLargeError",
+    "TopicAuthorizationFailedError",
     "TopicPartition",
     "UnsupportedCodecError",
     "close",
+    "fetch_bytes",
     "group_offsets",
     "make_consumer",
     "option_names",
@@ -165,6 +172,27 @@ async def group_offsets(
         for tp, each in fetched.items()
         if each.offset >= 0
     }
+
+
+async def fetch_bytes(consumer: Consumer, tp: TopicPartition, offset: int) -> tuple[bytes, bool]:
+    """The batches from `offset` on as the broker sends them, and whether transactions in them were
+    aborted. The consumer's position does not change. Raises KafkaError.
+    """
+    raw = cast(Any, consumer)
+    fetcher, client = raw._fetcher, raw._client
+    wanted = [(tp.topic, [(tp.partition, offset, fetcher._max_partition_fetch_bytes)])]
+    request = FetchRequest(
+        fetcher._fetch_max_wait_ms, 1, fetcher._fetch_max_bytes, fetcher._isolation_level, wanted
+    )
+    node = client.cluster.leader_for_partition(tp)
+    if node in (None, -1):
+        raise KafkaError(f"{tp.topic}/{tp.partition} has no leader now")
+    response = await client.send(node, request)
+    ((_, ((_, code, _, *details, found),)),) = response.topics
+    if code:
+        raise for_code(code)(f"{tp.topic}/{tp.partition} at offset {offset}")
+    aborted = any(isinstance(each, list) and bool(cast("list[Any]", each)) for each in details)
+    return bytes(found or b""), aborted
 
 
 def option_names() -> list[str]:

@@ -1,19 +1,29 @@
 """Fetches records, and finds the partition that an error of `getmany` concerns.
 
-`Session` calls `Fetcher.fetch`. An error about one partition stops or skips in that partition only,
-and the call returns no records; any other error is raised, and the consumer is not used again. Two
-errors name no partition (a damaged batch, a missing codec): then each partition is fetched record
-by record. See errors.py and partitions.py.
+`Session` calls `Fetcher.fetch`. An error about one partition stops or skips in that partition only;
+an error about the consumer is raised, and the consumer is not used again. The client moves the
+positions of what it fetched before it raises, and drops these records: after every error each
+partition is therefore sought back to what a fetch has *returned*. Most errors name no partition (a
+damaged batch, a missing codec, a header that is not UTF-8): then each one is fetched by itself. See
+errors.py, damaged_batches.py and partitions.py.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from triggers._kafka.client import Consumer, KafkaError, KafkaRecord, TopicPartition
+from eventflow.core.errors import call_catching
+from triggers._kafka.client import (
+    Consumer,
+    KafkaRecord,
+    TopicPartition,
+    fetch_bytes,
+)
+from triggers._kafka.damaged_batches import decode_singly
 from triggers._kafka.errors import (
     OFFSET_ERRORS,
     TOO_LARGE_ERROR,
-    UNREADABLE_ERRORS,
+    Doubt,
+    ends_consumer,
     oversized_record,
     partitions_without_offset,
     unreadable_reason,
@@ -28,8 +38,8 @@ POLL_TIMEOUT_SECONDS = 0.5
 PARTITION_RETRY_SECONDS = 60.0
 """Between two tries of a partition that cannot be read."""
 
-MAX_SINGLE_FETCHES = 1_000
-"""Records of one partition that are fetched one by one in a round."""
+MAX_RECORDS_BY_PARTITION = 1_000
+"""Records of all partitions together that are fetched partition by partition in a round."""
 
 
 class Fetcher:
@@ -48,45 +58,98 @@ class Fetcher:
         """Waits up to `seconds` for records, or for a rebalance to end. Keeps the member in its
         group.
         """
-        try:
-            return await self._consumer.getmany(timeout_ms=max(1, int(seconds * 1000)))
-        except OFFSET_ERRORS as error:  # the position is checked before the next fetch
-            for tp in partitions_without_offset(error):
-                self._partitions.mark_uncertain(tp)
-        except TOO_LARGE_ERROR as error:  # aiokafka has skipped the record
-            self._handle_unreadable(*oversized_record(error), error)
-        except UNREADABLE_ERRORS:  # names no partition
-            return await self._fetch_one_by_one()
-        return {}
+        fetched, error = await self._getmany(timeout_ms=max(1, int(seconds * 1000)))
+        if error is None:
+            return fetched
+        self._partitions.rewind()
+        return {} if self._handle_named(error) else await self._fetch_by_partition()
 
-    async def _fetch_one_by_one(self) -> Fetched:
-        """Record by record in each partition, up to the first unreadable one. Returns the records
-        before it.
+    async def _getmany(
+        self, *tps: TopicPartition, timeout_ms: int, max_records: int | None = None
+    ) -> tuple[Fetched, Exception | None]:
+        """What the client returns, or what it raises about one partition."""
+        try:
+            return await self._consumer.getmany(
+                *tps, timeout_ms=timeout_ms, max_records=max_records
+            ), None
+        except Exception as error:  # the client decodes here: damaged bytes may raise anything
+            if ends_consumer(error):
+                raise
+            return {}, error
+
+    def _handle_named(self, error: Exception) -> bool:
+        """Handles an error that names its partition; False for others."""
+        if isinstance(error, OFFSET_ERRORS):  # the position is checked before the next fetch
+            for tp in partitions_without_offset(error):
+                self._partitions.mark_uncertain(tp, Doubt.REFUSED)
+            return True
+        if isinstance(error, TOO_LARGE_ERROR):
+            self._handle_unreadable(*oversized_record(error), error)
+            return True
+        return False
+
+    async def _fetch_by_partition(self) -> Fetched:
+        """Fetches each partition by itself. Returns the records before the first unreadable one in
+        each of them.
         """
         consumer = self._consumer
         epoch = self._partitions.epoch
         fetched: dict[TopicPartition, Sequence[KafkaRecord]] = {}
-        for tp in consumer.assignment() - consumer.paused():
-            records: list[KafkaRecord] = []
+        tps = consumer.assignment() - consumer.paused()
+        for tp in tps:
             position = await consumer.position(tp)
             if (consumer.highwater(tp) or position + 1) <= position:
                 continue
-            try:
-                consumer.seek(tp, position)  # drops what was fetched and partly read
-                while len(records) < MAX_SINGLE_FETCHES and (
-                    found := await consumer.getmany(tp, timeout_ms=500, max_records=1)
-                ):
-                    records += found[tp]
-            except UNREADABLE_ERRORS as error:  # in this partition, at its current position
-                if epoch == self._partitions.epoch:
-                    self._handle_unreadable(tp, await consumer.position(tp), error)
+            limit = max(1, MAX_RECORDS_BY_PARTITION // len(tps))
+            found, error = await self._getmany(tp, timeout_ms=500, max_records=limit)
+            records = found.get(tp, ())
+            if error is not None and epoch == self._partitions.epoch:
+                self._partitions.rewind(tp)
+                if not self._handle_named(error):
+                    records = await self._fetch_up_to_damage(tp, position, error)
             if epoch != self._partitions.epoch:
                 return {}
             if records:
                 fetched[tp] = records
         return fetched
 
-    def _handle_unreadable(self, tp: TopicPartition, offset: int, error: KafkaError) -> None:
+    async def _fetch_up_to_damage(
+        self, tp: TopicPartition, position: int, error: Exception
+    ) -> Sequence[KafkaRecord]:
+        """The records from `position` up to the first unreadable one; when there are none, stops
+        the partition or skips the record.
+        """
+        epoch = self._partitions.epoch
+        records: list[KafkaRecord] = []
+        after = position
+        while len(records) < MAX_RECORDS_BY_PARTITION:
+            found, raised = await self._getmany(tp, timeout_ms=500, max_records=1)
+            if not found:
+                error = raised or error
+                break
+            records += found[tp]
+            after = await self._consumer.position(tp)
+        if not records and epoch == self._partitions.epoch:
+            records, after = await self._decode_singly(tp, position)
+        if epoch != self._partitions.epoch or tp not in self._partitions:
+            return ()
+        if records:
+            self._consumer.seek(tp, after)
+        else:
+            self._handle_unreadable(tp, after, error)
+        return records
+
+    async def _decode_singly(
+        self, tp: TopicPartition, position: int
+    ) -> tuple[list[KafkaRecord], int]:
+        """The records from `position` on, when the unreadable one is before them in their batch;
+        none when it is the one at `position`, or the whole batch.
+        """
+        found, aborted = await fetch_bytes(self._consumer, tp, position)
+        decoded, _ = call_catching(decode_singly, tp, found, position, aborted=aborted)
+        return decoded or ([], position)  # the error of the fetch is the one to report
+
+    def _handle_unreadable(self, tp: TopicPartition, offset: int, error: Exception) -> None:
         reason = unreadable_reason(error, offset)
         if tp not in self._partitions:
             return

@@ -11,7 +11,7 @@ from typing import Any
 from eventflow.core.errors import StoreFull
 from triggers._kafka.batches import AssignedPartition, DecodedBatch
 from triggers._kafka.client import Consumer, TopicPartition
-from triggers._kafka.errors import MissingOffsets, PartitionStop
+from triggers._kafka.errors import Doubt, MissingOffsets, PartitionStop
 from triggers._kafka.options import KafkaOptions
 from triggers._kafka.positions import OffsetBounds, PartitionPosition, partition_name
 
@@ -26,11 +26,17 @@ LOG_EVENTS = {
 }
 
 
+LAGGING_BROKER_SECONDS = 3.0
+"""That the record before the position may be missing: after an election, a new leader may not know
+the end of the log yet.
+"""
+
+
 class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
     """By topic and partition.
 
     `epoch` changes with each rebalance: what began in another epoch is dropped. `uncertain`:
-    partitions to check, and whether their last record changed. `gaps`: offsets to skip.
+    partitions to check, and why. `gaps`: offsets to skip.
     `store_full`: why nothing is read; None while the ledger has room.
     """
 
@@ -40,24 +46,67 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         self._consumer: Consumer = consumer
         self._log: Any = log
         self.epoch: int = 0
-        self.uncertain: dict[TopicPartition, bool] = {}
+        self.uncertain: dict[TopicPartition, Doubt] = {}
         self.gaps: dict[TopicPartition, MissingOffsets] = {}
         self.store_full: StoreFull | None = None
 
     def assign(self, tp: TopicPartition, bounds: OffsetBounds) -> None:
         """Adds a partition that was just assigned, and is paused: reads it from its position, or
         handles the gap there.
-
-        A broker may lag behind: an end offset below the position is not a gap until a fetch fails
-            there.
         """
         partition = AssignedPartition(tp, bounds.position, self._now())
         self[tp] = partition
         partition.lag.end_offset = bounds.end
-        if bounds.position.offset < bounds.begin:
+        self.check(partition, bounds, Doubt.SHRUNK)
+
+    def check(self, partition: AssignedPartition, bounds: OffsetBounds, doubt: Doubt) -> None:
+        """Reads a partition from its position, or handles the gap there.
+
+        A log that ends before the position is a gap if the broker refused to read there. Some
+        brokers never refuse, and some name an end that is too small: then it is a gap unless the
+        record before the position can be read within LAGGING_BROKER_SECONDS.
+        """
+        ends_before = bounds.position.offset > bounds.end
+        if doubt is Doubt.SHRUNK and ends_before and not self._is_shrunk(partition):
+            partition.shrunk_at = partition.shrunk_at or self._now()
+            self.seek_and_resume(partition, bounds.begin)
+            return
+        partition.shrunk_at = None
+        if doubt is Doubt.CHANGED or bounds.is_gap:
             self.handle_gap(partition, bounds)
         else:
             self.seek_and_resume(partition, bounds.begin)
+
+    def _is_shrunk(self, partition: AssignedPartition) -> bool:
+        """Whether the record before the position was awaited for LAGGING_BROKER_SECONDS."""
+        since = partition.shrunk_at
+        return since is not None and self._now() - since >= LAGGING_BROKER_SECONDS
+
+    def rewind(self, *tps: TopicPartition) -> None:
+        """Seeks partitions (by default all) back to what fetches have returned: a fetch that raises
+        may have moved them over records that it dropped.
+        """
+        assigned = self._consumer.assignment()
+        for tp in tps or tuple(self):
+            if tp in assigned and tp in self:
+                self._consumer.seek(tp, self[tp].fetch_offset)
+
+    def recheck(self, tp: TopicPartition, bounds: OffsetBounds) -> None:
+        """Compares a partition at rest with the broker's bounds and with its last record, which is
+        fetched once more: its topic may have been deleted and made anew.
+        """
+        partition = self[tp]
+        at_rest = partition.fetch_offset == partition.position.offset
+        if self.is_paused(tp) or tp not in self._consumer.assignment():
+            return
+        if bounds.is_gap:
+            self.mark_uncertain(tp, Doubt.SHRUNK)
+        elif at_rest:
+            self.seek_and_resume(partition, bounds.begin)
+
+    def _seek(self, partition: AssignedPartition, offset: int) -> None:
+        partition.fetch_offset = offset
+        self._consumer.seek(partition.tp, offset)
 
     def revoke_all(self) -> None:
         self.clear()
@@ -92,7 +141,9 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         self._consumer.pause(*self._consumer.assignment())
 
     def resume_due(self) -> None:
-        """Resumes what a full ledger paused, and the stopped partitions whose time has come."""
+        """Resumes what a full ledger paused, and the stopped partitions whose time has come. A
+        partition whose last record was awaited for too long becomes uncertain.
+        """
         now, was_full = self._now(), self.store_full is not None
         self.store_full = None
         for partition in self.values():
@@ -100,7 +151,10 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
             if is_due:
                 partition.stopped = None
             if is_due or was_full:
+                partition.shrunk_at = partition.shrunk_at and now  # it was not read meanwhile
                 self._resume(partition)
+            if self._is_shrunk(partition):
+                self.mark_uncertain(partition.tp, Doubt.SHRUNK)
 
     def seek_and_resume(self, partition: AssignedPartition, begin: int = 0) -> None:
         """Reads from its position, and once more the last record before it, to check that it is
@@ -109,9 +163,12 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         `begin`: the broker's first offset; a last record below it cannot be checked.
         """
         position = partition.position
-        partition.recheck_offset = position.last_offset if position.last_offset >= begin else -1
-        self._consumer.seek(
-            partition.tp,
+        last_offset = position.last_offset
+        if last_offset < 0 and partition.shrunk_at is not None:
+            last_offset = position.offset - 1  # unknown, but it must be there
+        partition.recheck_offset = last_offset if last_offset >= begin else -1
+        self._seek(
+            partition,
             position.offset if partition.recheck_offset < 0 else partition.recheck_offset,
         )
         self._resume(partition)
@@ -139,7 +196,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
             log("kafka.partition_stopped", partition=partition_name(tp), reason=reason)
         partition.stopped = PartitionStop(reason, self._now() + seconds)
         self._consumer.pause(tp)
-        self._consumer.seek(tp, offset)
+        self._seek(partition, offset)
 
     def skip_record(self, tp: TopicPartition, offset: int, reason: str) -> None:
         """Skips one record, with a dead letter."""
@@ -148,13 +205,11 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
 
     # ------------------------------------------------------------------ gaps
 
-    def mark_uncertain(self, tp: TopicPartition, *, changed: bool = False) -> None:
-        """Pauses a partition until its position is checked. `changed`: its last recorded offset
-        holds another record.
-        """
+    def mark_uncertain(self, tp: TopicPartition, doubt: Doubt) -> None:
+        """Pauses a partition until its position is checked."""
         if tp in self and tp in self._consumer.assignment():
             self._consumer.pause(tp)
-            self.uncertain[tp] = changed
+            self.uncertain[tp] = doubt
 
     def handle_gap(self, partition: AssignedPartition, bounds: OffsetBounds) -> None:
         """Logs an error; then, as `on_gap` says, prepares a dead letter or stops the partition for
@@ -204,7 +259,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         for tp, partition in self.items():
             if self.is_paused(tp) or tp not in self._consumer.assignment():
                 continue
-            fetched = await self._consumer.position(tp)
+            fetched = partition.fetch_offset = await self._consumer.position(tp)
             recorded = partition.position
             if fetched > recorded.offset:
                 batch.positions[tp] = PartitionPosition(

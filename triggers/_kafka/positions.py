@@ -19,6 +19,10 @@ from triggers._kafka.client import Consumer, GroupOffset, TopicPartition, group_
 from triggers._kafka.options import KafkaOptions
 
 LOG_EVENTS = {
+    "kafka.group_offset_behind": (
+        "The group offset was set back: the cursor decides, and no record is read twice. "
+        "`eventflow replay` passes recorded events to the flows again."
+    ),
     "kafka.group_offset_ahead": (
         "The group offset is ahead of the cursor (it was moved); reading continues from the "
         "group offset."
@@ -143,7 +147,11 @@ class Positions:
     def _choose(
         self, tp: TopicPartition, position: PartitionPosition | None, group: GroupOffset | None
     ) -> PartitionPosition | None:
-        if group is None or (position is not None and group.offset <= position.offset):
+        if position is not None and group is not None and group.offset < position.offset:
+            if group.metadata != self.ledger:  # its own commits may lag, after a crash
+                self._warn_set_back(tp, position.offset, group.offset)
+            return position
+        if group is None or (position is not None and group.offset == position.offset):
             return position
         if position is not None and group.metadata == self.ledger:
             self._intake.log.warning(
@@ -161,6 +169,15 @@ class Positions:
                 group=group.offset,
             )
         return PartitionPosition(group.offset)
+
+    def _warn_set_back(self, tp: TopicPartition, ledger: int, group: int) -> None:
+        self._intake.log.warning(
+            "kafka.group_offset_behind",
+            partition=partition_name(tp),
+            ledger=ledger,
+            group=group,
+            do="to run records again: eventflow replay EVENT, or eventflow replay --since TIME",
+        )
 
     # ------------------------------------------------------------------ the first start
 

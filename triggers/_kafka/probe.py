@@ -1,8 +1,9 @@
-"""Asks the brokers periodically for the end offsets of the assigned partitions.
+"""Asks the brokers periodically for the first and end offsets of the assigned partitions.
 
 `Session` runs `BrokerProbe.run` in parallel to its loop. The answers are the lag of paused
-partitions; no answer is a `problem` in the trigger's condition; and records that wait although
-nothing arrives end the session, so that a new consumer is made.
+partitions, and show a topic that was made anew, whose offsets some brokers never call out of range;
+no answer is a `problem` in the trigger's condition; and records that wait although nothing arrives
+end the session, so that a new consumer is made.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import SourceError
 from triggers._kafka.client import KafkaError, TopicPartition
 from triggers._kafka.partitions import AssignedPartitions
-from triggers._kafka.positions import Positions, partition_name
+from triggers._kafka.positions import OffsetBounds, Positions, partition_name
 
 PROBE_INTERVAL_SECONDS = 15.0
 
@@ -37,22 +38,23 @@ class BrokerProbe:
             await asyncio.sleep(PROBE_INTERVAL_SECONDS)
             try:
                 async with asyncio.timeout(PROBE_TIMEOUT_SECONDS):
-                    ends = await self._positions.end_offsets(list(self._partitions))
+                    tps = list(self._partitions)
+                    begins = await self._positions.beginning_offsets(tps)
+                    ends = await self._positions.end_offsets(tps)
             except (KafkaError, TimeoutError) as error:  # asked again after the interval
                 self.problem = f"the brokers do not answer: {type(error).__name__}: {error}"
                 continue
             self.problem = None
             for tp, end in ends.items():
-                self._update(tp, end)
+                self._update(tp, begins[tp], end)
 
-    def _update(self, tp: TopicPartition, end: int) -> None:
+    def _update(self, tp: TopicPartition, begin: int, end: int) -> None:
         partitions = self._partitions
         if (partition := partitions.get(tp)) is None:
             return
         partition.lag.end_offset = end
         offset = partition.position.offset
-        if end < offset and not partitions.is_paused(tp):
-            partitions.seek_and_resume(partition)  # the fetch finds out whether the log has shrunk
+        partitions.recheck(tp, OffsetBounds(partition.position, begin, end))
         is_waiting = end > offset and partition.stopped is None and partitions.store_full is None
         now = self._clock.monotonic()
         if not is_waiting:

@@ -17,8 +17,9 @@ import orjson
 from eventflow.core.clock import to_datetime
 from eventflow.core.errors import call_catching
 from eventflow.core.retry import RetryAfter
-from eventflow.events.cloudevents import is_json, media_type, read_json
+from eventflow.events.cloudevents import is_json, media_type
 from eventflow.events.event import Event, Undecodable
+from eventflow.events.strict_json import read_json
 from triggers._kafka.client import KafkaRecord
 from triggers._kafka.errors import MissingOffsets
 

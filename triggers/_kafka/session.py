@@ -25,6 +25,7 @@ from eventflow.events.event import Intake
 from triggers._kafka.batches import DecodedBatch, decode_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, TopicPartition, close
 from triggers._kafka.committing import GroupCommitter
+from triggers._kafka.errors import Doubt
 from triggers._kafka.fetching import POLL_TIMEOUT_SECONDS, Fetched, Fetcher
 from triggers._kafka.lag import Lag
 from triggers._kafka.options import KafkaOptions
@@ -174,7 +175,10 @@ class Session(ConsumerRebalanceListener):
         reader = self._options.reader
         epoch = partitions.epoch
         known = [(partitions[tp], records) for tp, records in fetched.items() if tp in partitions]
-        positions = {each.tp: await self.consumer.position(each.tp) for each, _ in known}
+        positions: dict[TopicPartition, int] = {}
+        for partition, _ in known:
+            positions[partition.tp] = await self.consumer.position(partition.tp)
+            partition.fetch_offset = positions[partition.tp]
         if reader.runs_user_code:  # it may ask a schema registry: not on the loop of the heartbeats
             batch = await anyio.to_thread.run_sync(decode_batch, reader, known, positions, epoch)
         else:
@@ -190,7 +194,7 @@ class Session(ConsumerRebalanceListener):
                 temporary=True,
             )
         for tp in batch.changed:
-            partitions.mark_uncertain(tp, changed=True)
+            partitions.mark_uncertain(tp, Doubt.CHANGED)
         return batch if batch.positions else None
 
     async def _record(self, batch: DecodedBatch) -> None:
@@ -239,18 +243,14 @@ class Session(ConsumerRebalanceListener):
 
     # ------------------------------------------------------------------ positions and membership
 
-    async def _check_position(self, tp: TopicPartition, changed: bool) -> None:
+    async def _check_position(self, tp: TopicPartition, doubt: Doubt) -> None:
         epoch = self.partitions.epoch
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             begin, end = await self._positions.bounds(tp)
         if epoch != self.partitions.epoch:
             return
         partition = self.partitions[tp]
-        bounds = OffsetBounds(partition.position, begin, end)
-        if changed or bounds.is_gap:
-            self.partitions.handle_gap(partition, bounds)
-        else:
-            self.partitions.seek_and_resume(partition, begin)
+        self.partitions.check(partition, OffsetBounds(partition.position, begin, end), doubt)
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Collection[TopicPartition]

@@ -145,6 +145,16 @@ def is_retryable(error: BaseException) -> bool:
     return not isinstance(error, _CREDENTIAL_ERRORS)
 
 
+def is_bad_request(error: BaseException) -> bool:
+    """Whether the service finds a fault in the request itself, such as a token that has expired."""
+    status = cast(Any, error).response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status in (400, 410, 416) and not is_retryable(error) and not _is_about_access(error)
+
+
+def _is_about_access(error: BaseException) -> bool:
+    return any(error_code(error) in codes for codes, _ in _HINTS)
+
+
 def source_error(operation: str, error: BaseException) -> SourceError:
     """The error for people: the operation, the code, and what to check."""
     code = error_code(error)

@@ -5,7 +5,8 @@
 `S3.listen` runs one `ListingScan`: every `poll` seconds when there is no queue, every `reconcile`
 seconds with one. A scan looks at every key, so late keys are found; no time and no key is a
 watermark. A page that fails is requested again. A key that two whole scans do not list counts as
-removed.
+removed; a scan that did not reach the last page (pages.py) says nothing about removals, and another
+one starts soon.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 
 from eventflow.core.clock import to_datetime, to_us
+from eventflow.core.retry import Backoff
 from eventflow.events.event import Event, Gauge, Json
-from triggers._s3.clients import RetryingCaller
+from triggers._s3.clients import ClientError, RetryingCaller, is_bad_request
 from triggers._s3.intake import LedgerIntake, S3Options
 from triggers._s3.known_objects import (
     FIRST_SCAN_DONE_KEY,
@@ -32,9 +34,14 @@ from triggers._s3.notifications import (
     to_event,
     to_listed_object,
 )
+from triggers._s3.pages import ListingPosition, ListingUnfinished
 from triggers._s3.prefixes import FolderEvents
 
 LOG_EVENTS = {
+    "bucket.scan_unfinished": (
+        "A scan of the listing ended before its last page; nothing counts as removed, and another "
+        "scan starts in `retry_in` seconds."
+    ),
     "bucket.initial_scan_completed": (
         "The first listing of a bucket is complete; `known` counts its objects."
     ),
@@ -43,6 +50,9 @@ LOG_EVENTS = {
 EVENTS_PER_ACCEPT = 500
 """Bounds one transaction, so that a flood streams and never fills the commit queue (4,096 events).
 """
+
+MAX_RESTART_DELAY_SECONDS = 30.0
+"""Before another scan, when one did not reach its last page."""
 
 
 class ListingScan:
@@ -68,6 +78,7 @@ class ListingScan:
         self._markers: set[str] = set()  # keys of this scan
         self._missing_once: set[str] = set()  # known keys that the last scan did not list
         self._first_scan_logged: bool = False
+        self._pages_by_key: bool = False  # since the store's tokens did not work
         self.last_scan_seconds: float = 0.0
         self.completed_scans: int = 0
 
@@ -81,9 +92,23 @@ class ListingScan:
         """
         interval = self._options.scan_interval
         assert interval is not None
+        restart_delays = Backoff(max_delay=MAX_RESTART_DELAY_SECONDS, jitter=0.75)
         while not self._caller.stopping:
             started_at = self._options.clock.monotonic()
-            await self.scan_once()
+            try:
+                await self.scan_once()
+            except ListingUnfinished as error:
+                self._pages_by_key = True
+                retry_in = min(next(restart_delays), interval)
+                self._ledger.log.warning(
+                    "bucket.scan_unfinished",
+                    bucket=self._known.bucket,
+                    reason=str(error),
+                    retry_in=round(retry_in, 2),
+                )
+                await self._caller.sleep(retry_in)
+                continue
+            restart_delays.reset()
             self.last_scan_seconds = self._options.clock.monotonic() - started_at
             pause = max(interval - self.last_scan_seconds, min(self.last_scan_seconds, interval))
             await self._caller.sleep(
@@ -91,14 +116,14 @@ class ListingScan:
             )
 
     async def scan_once(self) -> None:
-        """One scan of the whole listing."""
+        """One scan of the whole listing. Raises ListingUnfinished."""
         missing = set(self._known)
         self._unmarked = {}
         self._markers = set()
-        position: dict[str, Any] = {}
+        position = ListingPosition(by_key=self._pages_by_key)
         while True:
             self._known.start_page()
-            page = await self._list_page(position)
+            page = await self._list_page(position.arguments)
             if page is None:
                 return
             found = [to_listed_object(entry) for entry in page.get("Contents") or ()]
@@ -106,10 +131,8 @@ class ListingScan:
             async with self._ledger.lock:
                 if not await self._process_page(found, page):
                     return
-            if not page.get("IsTruncated") or not found:
+            if not position.advance(page, [each.key for each in found]):
                 break
-            token = page.get("NextContinuationToken")
-            position = {"ContinuationToken": token} if token else {"StartAfter": found[-1].key}
         async with self._ledger.lock:
             await self._finish_scan(missing)
         self.completed_scans += 1
@@ -118,14 +141,22 @@ class ListingScan:
         """One page, retried until it succeeds. None: the listener is stopping.
 
         With a queue every error is retried, so that a listing that fails does not stop the queue.
+        Raises ListingUnfinished when the store refuses its own token.
         """
         prefix = self._options.key_filter.list_prefix
+
+        async def request() -> dict[str, Any]:
+            try:
+                return await self._client.list_objects_v2(
+                    Bucket=self._known.bucket, Prefix=prefix, MaxKeys=self._options.page, **position
+                )
+            except ClientError as error:
+                if "ContinuationToken" in position and is_bad_request(error):
+                    raise ListingUnfinished(f"the next page is refused: {error}") from error
+                raise
+
         return await self._caller.call(
-            f"listing s3://{self._known.bucket}/{prefix}",
-            lambda: self._client.list_objects_v2(
-                Bucket=self._known.bucket, Prefix=prefix, MaxKeys=self._options.page, **position
-            ),
-            retry_all=self._has_queue,
+            f"listing s3://{self._known.bucket}/{prefix}", request, retry_all=self._has_queue
         )
 
     # ------------------------------------------------------------------------- one page

@@ -53,17 +53,31 @@ class Notification(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class MalformedRecord(msgspec.Struct, frozen=True):
+    """One record of a message that is no notification, beside others that are. `index` counts from
+    0.
+    """
+
+    index: int
+    body: bytes  # JSON
+    error: str
+
+
+Parsed: TypeAlias = "list[Notification | MalformedRecord] | S3TestEvent"
+
+
 class S3TestEvent(msgspec.Struct, frozen=True):
     """S3's test message, sent when the notification settings of a bucket are saved."""
 
     bucket: str
 
 
-def read_notifications(body: Any) -> list[Notification] | S3TestEvent:
+def read_notifications(body: Any) -> Parsed:
     """The notifications in a message (text, or parsed JSON), in order; `S3TestEvent` for S3's test
     message.
 
-    Raises ValueError for anything else.
+    Of several records, those that are no notifications are `MalformedRecord`s among the others.
+    Raises ValueError when nothing in the message is a notification.
     """
     try:
         return _read_message(
@@ -73,12 +87,12 @@ def read_notifications(body: Any) -> list[Notification] | S3TestEvent:
         raise ValueError(f"expected a notification from S3, found no JSON: {error}") from None
 
 
-def _read_message(found: Any, left: int) -> list[Notification] | S3TestEvent:
+def _read_message(found: Any, left: int) -> Parsed:
     if not isinstance(found, dict) or not left:
         raise ValueError(f"expected a notification from S3, found {_describe(found)}")
     message = cast(dict[str, Any], found)
     if isinstance(message.get("Records"), list):
-        return [_from_record(record) for record in message["Records"]]
+        return _from_records(message["Records"])
     if message.get("Event") == "s3:TestEvent":
         return S3TestEvent(str(message.get("Bucket", "")))
     if isinstance(inner := message.get("Message"), str) and "TopicArn" in message:
@@ -101,6 +115,23 @@ def _describe(found: Any) -> str:
 
 
 # --------------------------------------------------------------------------- S3 and MinIO
+
+
+def _from_records(records: Sequence[Any]) -> list[Notification | MalformedRecord]:
+    """One result for each record. Raises the first record's ValueError when none is a
+    notification.
+    """
+    found: list[Notification | MalformedRecord] = []
+    errors: list[ValueError] = []
+    for index, record in enumerate(records):
+        try:
+            found.append(_from_record(record))
+        except ValueError as error:  # of this record: the others are recorded
+            errors.append(error)
+            found.append(MalformedRecord(index, orjson.dumps(record), str(error)))
+    if errors and len(errors) == len(records):
+        raise errors[0]
+    return found
 
 
 def _from_record(record: Any) -> Notification:
@@ -132,9 +163,9 @@ def unquote_key(key: str) -> str:
 
 
 def _notification(
-    bucket: str, key: str, name: str, thing: Mapping[str, Any], time: object
+    bucket: object, key: object, name: str, thing: Mapping[str, Any], time: object
 ) -> Notification:
-    if not isinstance(bucket, str) or not bucket or not key:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (isinstance(bucket, str) and isinstance(key, str) and bucket and key):
         raise ValueError(f"expected the names of a bucket and a key, found {bucket!r} and {key!r}")
     kind, _, reason = name.partition(":")
     action = _ACTIONS.get(kind, "other")

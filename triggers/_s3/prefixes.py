@@ -5,6 +5,7 @@ is returned unchanged. The list shows the objects at the time of the event: a fi
 adds later is not in it, and a marker written again is another event.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from eventflow.core.errors import SourceError
@@ -12,9 +13,10 @@ from eventflow.events.event import Event
 from triggers._s3.clients import RetryingCaller
 from triggers._s3.key_filter import KeyFilter, folder_of
 from triggers._s3.notifications import CREATED, ListedObject, folder_event, to_listed_object
+from triggers._s3.pages import ListingPosition, ListingUnfinished
 
 MAX_FOLDER_OBJECTS = 1000
-"""In a folder's event: one page of a listing, about 150 KiB."""
+"""In a folder's event: about 150 KiB."""
 
 
 class FolderEvents:
@@ -32,17 +34,33 @@ class FolderEvents:
         if not self._key_filter.marker_per_folder or event.type != CREATED:
             return event
         bucket, folder = event.data["bucket"], folder_of(event.data["key"])
-        answer = await self._caller.call(
+        objects, truncated = await self._list(bucket, folder)
+        data = [each for each in objects if self._key_filter.is_data(each.key)]
+        return folder_event(event, folder, data, truncated)
+
+    async def _list(self, bucket: str, folder: str) -> tuple[list[ListedObject], bool]:
+        """The first objects of a folder, and whether there may be more."""
+        objects: list[ListedObject] = []
+        position = ListingPosition()
+        while len(objects) < MAX_FOLDER_OBJECTS:
+            page = await self._list_page(bucket, folder, position.arguments)
+            objects += map(to_listed_object, page.get("Contents") or ())
+            try:
+                if not position.advance(page, [each.key for each in objects[-1:]]):
+                    return objects, False
+            except ListingUnfinished:  # the event says that there may be more
+                break
+        return objects[:MAX_FOLDER_OBJECTS], True
+
+    async def _list_page(
+        self, bucket: str, folder: str, position: Mapping[str, str]
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] | None = await self._caller.call(
             f"listing s3://{bucket}/{folder}",
             lambda: self._client.list_objects_v2(
-                Bucket=bucket, Prefix=folder, MaxKeys=MAX_FOLDER_OBJECTS
+                Bucket=bucket, Prefix=folder, MaxKeys=MAX_FOLDER_OBJECTS, **position
             ),
         )
         if answer is None:  # stopping: the marker's notification is delivered again
             raise SourceError(f"s3://{bucket}/{folder} could not be listed before the stop")
-        page: dict[str, Any] = answer
-        objects: list[ListedObject] = [
-            to_listed_object(each) for each in page.get("Contents") or ()
-        ]
-        data = [each for each in objects if self._key_filter.is_data(each.key)]
-        return folder_event(event, folder, data, bool(page.get("IsTruncated")))
+        return answer

@@ -7,7 +7,8 @@
 it is durable; after a crash in between SQS delivers it again, and the ledger finds the duplicate. A
 batch is recorded in one transaction and in the queue's order, which suffices for FIFO queues: SQS
 delivers no more of a message group while one of its messages is in flight. A message that is not a
-notification becomes a dead letter.
+notification becomes a dead letter, and of several records in one message only those that are none.
+A message whose folder cannot be listed stays in the queue and delays no other.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 
 from eventflow.core.clock import SECOND
+from eventflow.core.errors import SourceError
 from eventflow.events.event import Event, Gauge, Undecodable
 from triggers._s3.clients import CLIENT_ERRORS, RetryingCaller
 from triggers._s3.intake import LedgerIntake, S3Options
@@ -31,6 +33,7 @@ from triggers._s3.known_objects import (
     to_cursor,
 )
 from triggers._s3.notifications import (
+    MalformedRecord,
     Notification,
     S3TestEvent,
     is_older,
@@ -45,6 +48,10 @@ LOG_EVENTS = {
     ),
     "message.delete_failed": (
         "A recorded message could not be deleted from its queue; it arrives again, as a duplicate."
+    ),
+    "message.postponed": (
+        "A message could not be recorded (the folder of its marker cannot be listed): it stays in "
+        "the queue, and is received again after its visibility timeout."
     ),
     "message.visibility_extension_failed": (
         "The visibility timeout of a message was not extended; a second delivery is a duplicate."
@@ -170,40 +177,72 @@ class SqsPoller:
         finally:
             visibility_extender.cancel()
             await asyncio.gather(visibility_extender, return_exceptions=True)
-        if recorded:
-            await self._delete(messages)
-        else:
+        if recorded is None:
             await self._set_visibility(messages, 0)
+        elif recorded:
+            await self._delete(recorded)
 
-    async def _record(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether everything in the messages is durable. With a scan, it reads and records under
-        one lock.
+    async def _record(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+        """The messages in which everything is durable; None: nothing was recorded, the listener is
+        stopping. With a scan, it reads and records under one lock.
         """
-        read = [self._read(message) for message in messages]
+        read = [(message, self._read(message)) for message in messages]
         if self._known is None:
             return await self._accept(read, None)
         async with self._ledger.lock:
             return await self._accept(read, self._known)
 
     async def _accept(
-        self, read: Sequence[Undecodable | list[Notification]], known: KnownObjects | None
-    ) -> bool:
+        self,
+        read: Sequence[tuple[dict[str, Any], Sequence[Undecodable | Notification]]],
+        known: KnownObjects | None,
+    ) -> list[dict[str, Any]] | None:
+        accepted: list[dict[str, Any]] = []
+        postponed_groups: set[str] = set()  # of a FIFO queue: they keep their order
         items: list[Event | Undecodable] = []
         marks: dict[str, ObjectMark] = {}
-        for found in read:
-            if isinstance(found, Undecodable):
-                items.append(found)
+        for message, found in read:
+            group = message.get("Attributes", {}).get("MessageGroupId")
+            if group in postponed_groups:
                 continue
-            for notification in found:
-                pending = self._mark(notification, known, marks)
-                if notification.action == "created" or self._options.deleted:
-                    items.append(await self._to_event(notification, pending))
-        if not items and not marks:
-            return True
-        recorded = await self._ledger.accept(items, to_cursor(marks))
-        if recorded and known is not None:
+            own_marks = dict(marks)
+            try:
+                own_items = await self._to_items(found, known, own_marks)
+            except SourceError as error:  # of this message: SQS delivers it again
+                if self._caller.stopping:
+                    return None
+                self._log.warning(
+                    "message.postponed", message=message["MessageId"], error=str(error)
+                )
+                postponed_groups.update([group] if group else [])
+                continue
+            accepted.append(message)
+            items += own_items
+            marks = own_marks
+        if (items or marks) and not await self._ledger.accept(items, to_cursor(marks)):
+            return None
+        if known is not None:
             known.update_notified(marks)
-        return recorded
+        return accepted
+
+    async def _to_items(
+        self,
+        found: Sequence[Undecodable | Notification],
+        known: KnownObjects | None,
+        marks: dict[str, ObjectMark],
+    ) -> list[Event | Undecodable]:
+        """The items of one message; adds to `marks`. Raises SourceError when a folder cannot be
+        listed.
+        """
+        items: list[Event | Undecodable] = []
+        for each in found:
+            if isinstance(each, Undecodable):
+                items.append(each)
+                continue
+            pending = self._mark(each, known, marks)
+            if each.action == "created" or self._options.deleted:
+                items.append(await self._to_event(each, pending))
+        return items
 
     def _mark(
         self, notification: Notification, known: KnownObjects | None, marks: dict[str, ObjectMark]
@@ -218,29 +257,43 @@ class SqsPoller:
         marks[notification.key] = mark_notified(mark, notification, pending)
         return pending
 
-    def _read(self, message: dict[str, Any]) -> Undecodable | list[Notification]:
+    def _read(self, message: dict[str, Any]) -> list[Undecodable | Notification]:
         body: str = message["Body"]
         self._measure_delay(message)
         try:
             found = read_notifications(body)
         except ValueError as error:
             raw = body.encode("utf-8", "surrogatepass")
-            return Undecodable(
-                id=message["MessageId"], source=self._url, body=raw, error=str(error)
-            )
+            return [
+                Undecodable(id=message["MessageId"], source=self._url, body=raw, error=str(error))
+            ]
         if isinstance(found, S3TestEvent):
             self._stats.last_tested_bucket = found.bucket
             self._log.info(
                 "bucket.test_notification_received", bucket=found.bucket, queue=self._url
             )
             return []
-        wanted = [notification for notification in found if self._matches(notification)]
+        wanted = [
+            self._dead_letter(message, each) if isinstance(each, MalformedRecord) else each
+            for each in found
+            if isinstance(each, MalformedRecord) or self._matches(each)
+        ]
         self._stats.filtered += len(found) - len(wanted)
         if len(found) > len(wanted):
             self._log.debug(
-                "notification.filtered", count=len(found) - len(wanted), key=found[0].key
+                "notification.filtered",
+                count=len(found) - len(wanted),
+                message=message["MessageId"],
             )
         return wanted
+
+    def _dead_letter(self, message: dict[str, Any], record: MalformedRecord) -> Undecodable:
+        return Undecodable(
+            id=f"{message['MessageId']}/{record.index}",
+            source=self._url,
+            body=record.body,
+            error=record.error,
+        )
 
     def _matches(self, notification: Notification) -> bool:
         options = self._options
