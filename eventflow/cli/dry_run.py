@@ -12,8 +12,9 @@ import click
 import msgspec
 
 from eventflow.cli.client import LedgerLocation, Unreachable, has_store, open_api, store_path
-from eventflow.cli.output import plural, short_time, table
+from eventflow.cli.output import plural, table, terminal_width
 from eventflow.cli.target import load_app
+from eventflow.cli.times import moment_text
 from eventflow.core.clock import to_us
 from eventflow.dry_run.replay import MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import parse_time
@@ -72,11 +73,13 @@ def dry_run_text(answer: Mapping[str, Any]) -> str:
             [_event_row(each) for each in answer["simulated"]],
             ("event", "at", "trigger", "type", "subject", "summary"),
             "",
+            width=terminal_width(),
         ),
         table(
             [_run_row(each) for each in answer["runs"]],
             ("run", "at", "subscription", "mode", "key", "events"),
             "",
+            width=terminal_width(),
         ),
         "\n".join(line for each in answer["subscriptions"] for line in _subscription_lines(each)),
         "\n".join(_summary_lines(answer)),
@@ -85,14 +88,20 @@ def dry_run_text(answer: Mapping[str, Any]) -> str:
 
 
 def _event_row(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {**event, "event": event["id"]}
+    return {**event, "event": event["id"], "at": moment_text(event["at"])}
 
 
 def _run_row(run: Mapping[str, Any]) -> dict[str, Any]:
     named = ", ".join(run["events"][:MAX_EVENTS_NAMED])
     more = f" and {run['size'] - MAX_EVENTS_NAMED} more" if run["size"] > MAX_EVENTS_NAMED else ""
     least = "at least " if run["is_least"] else ""
-    return {**run, "run": str(run["number"]), "events": f"{least}{run['size']}: {named}{more}"}
+    at = run["at"] and moment_text(run["at"])
+    return {
+        **run,
+        "at": at,
+        "run": str(run["number"]),
+        "events": f"{least}{run['size']}: {named}{more}",
+    }
 
 
 def _subscription_lines(counts: Mapping[str, Any]) -> list[str]:
@@ -120,7 +129,7 @@ def _summary_lines(answer: Mapping[str, Any]) -> list[str]:
     events = plural(answer["events"], "recorded event")
     runs = plural(answer["would_start"], "run")
     least = "at least " if answer["at_least"] else ""
-    between = f"from {short_time(answer['since'])} to {short_time(answer['until'])}"
+    between = f"from {moment_text(answer['since'])} to {moment_text(answer['until'])}"
     lines.append(f"{events} {between}: {least}{runs} would start")
     return lines
 

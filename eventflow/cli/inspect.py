@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from datetime import datetime
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import click
@@ -10,24 +10,24 @@ import orjson
 
 from eventflow.cli.aliases import KindChoice
 from eventflow.cli.client import ApiError, LedgerLocation, ledger_options, open_api, quoted
-from eventflow.cli.output import coloured, fields_text, short_time, table, write_result
-from eventflow.cli.times import check_order, parse_moment
+from eventflow.cli.output import note, table, terminal_width, write_result
+from eventflow.cli.run_text import event_text, last_part, run_text
+from eventflow.cli.times import age_text, check_order, duration_text, parse_moment, zone_name
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
 from eventflow.logs.output import format_line, make_renderer
-from eventflow.logs.redaction import escape_controls_by_line
 
 COMMANDS: list[click.Command] = []
 
 COLUMNS = {
-    "runs": "id flow state attempts created_at finished_at subscription detail",
-    "events": "id event_id trigger type received_at runs_started duplicates",
+    "runs": "id flow state tries started took about detail",
+    "events": "id received trigger type subject event_id runs duplicates",
     "flows": "name subscriptions",
-    "triggers": "name kind state paused events duplicates last_event_at gauges detail",
-    "sinks": "name sink kind state waiting oldest_at sent rejected failures last_error",
-    "dead-letters": "id event subscription at type reason",
+    "triggers": "name kind state events duplicates last_event gauges detail",
+    "sinks": "name sink kind state waiting oldest sent rejected failures last_error",
+    "dead-letters": "id event at subscription type reason",
 }
-"""The columns of `ls`, by kind."""
+"""The columns of `ls`, by kind; those without a value are left out."""
 
 _API_NAMES = {"dead-letters": "dead"}
 """The route and the JSON field of a kind, where they differ from its name."""
@@ -104,10 +104,11 @@ def ls(
     check_order(filters["since"], filters["until"])
     params = {"limit": limit, "after": after, **given}
     page = asyncio.run(_get(location, f"/api/{kind}", **params))
-    detail = _trigger_detail if kind == "triggers" else _run_detail
-    rows = [{**row, **detail(row)} for row in page[kind.replace("-", "_")]]
+    shown = _SHOWN.get(kind, dict)
+    rows = [shown(row) for row in page[kind.replace("-", "_")]]
     empty = f"no {kind.replace('-', ' ')}"
-    write_result(page, as_json, table(rows, COLUMNS[kind].split(), empty))
+    text = table(rows, COLUMNS[kind].split(), empty, width=terminal_width())
+    write_result(page, as_json, text)
 
 
 async def _get(location: LedgerLocation, path: str, **params: Any) -> dict[str, Any]:
@@ -115,40 +116,89 @@ async def _get(location: LedgerLocation, path: str, **params: Any) -> dict[str, 
         return await api.get(path, **params)
 
 
-def _run_detail(row: dict[str, Any]) -> dict[str, Any]:
-    """The error of a failed run, else the reason of its state."""
-    error = row.get("error")
+def _run_row(run: dict[str, Any]) -> dict[str, Any]:
+    """`detail`: the error of a failed run, else the reason of its state."""
+    error = run.get("error")
     return {
-        "detail": f"{error['type'].rpartition(':')[2]}: {error['message']}"
-        if error
-        else row.get("reason")
+        **run,
+        "tries": run["attempts"] if run["attempts"] > 1 else None,
+        "started": age_text(run["started_at"] or run["created_at"]),
+        "took": duration_text(run["took"]),
+        "detail": f"{last_part(error['type'])}: {error['message']}" if error else run["reason"],
     }
 
 
-def _trigger_detail(row: dict[str, Any]) -> dict[str, Any]:
-    """A trigger's gauges, such as `lag_messages 12, lag_seconds 0.8`, and its current problem."""
-    gauges = ", ".join(f"{name} {value:.15g}" for name, value in row["totals"].items())
-    return {"gauges": gauges or None, "detail": row["condition"] or row["last_error"]}
+def _event_row(event: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **event,
+        "received": age_text(event["received_at"]),
+        "runs": event["runs_started"],
+        "duplicates": event["duplicates"] or None,
+    }
+
+
+def _flow_row(flow: dict[str, Any]) -> dict[str, Any]:
+    return {**flow, "subscriptions": ", ".join(flow["subscriptions"]) or None}
+
+
+def _trigger_row(trigger: dict[str, Any]) -> dict[str, Any]:
+    """With its gauges, such as `lag_messages 12, lag_seconds 0.8`, and its current problem."""
+    gauges = ", ".join(f"{name} {value:.15g}" for name, value in trigger["totals"].items())
+    return {
+        **trigger,
+        "state": "paused" if trigger["paused"] else trigger["state"],
+        "duplicates": trigger["duplicates"] or None,
+        "last_event": age_text(trigger["last_event_at"]),
+        "gauges": gauges or None,
+        "detail": trigger["condition"] or trigger["last_error"],
+    }
+
+
+def _sink_row(sink: dict[str, Any]) -> dict[str, Any]:
+    return {**sink, "oldest": age_text(sink["oldest_at"])}
+
+
+def _dead_letter_row(letter: dict[str, Any]) -> dict[str, Any]:
+    return {**letter, "at": age_text(letter["at"]), "subscription": letter["subscription"] or None}
+
+
+_SHOWN: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "runs": _run_row,
+    "events": _event_row,
+    "flows": _flow_row,
+    "triggers": _trigger_row,
+    "sinks": _sink_row,
+    "dead-letters": _dead_letter_row,
+}
 
 
 # --------------------------------------------------------------------------- show
 
 
 @command("show")
-@click.argument("ident", metavar="ID")
+@click.argument("ident", metavar="[ID]", required=False)
 @ledger_options
-def show_command(ident: str, as_json: bool, location: LedgerLocation) -> None:
-    """Show a run or an event.
+def show_command(ident: str | None, as_json: bool, location: LedgerLocation) -> None:
+    """Show a run or an event; without an ID, the last run.
 
-    Of a run: its state, tasks with attempts and errors, parameters and result. The beginning or end
+    Of a run: its state, parameters, calls with times and errors, and result. The beginning or end
     of the ID is enough where only one matches.
     """
     kind, found = asyncio.run(_find_run_or_event(location, ident))
-    write_result(found, as_json, run_text(found) if kind == "run" else event_text(found))
+    width = terminal_width()
+    text = run_text(found, width) if kind == "run" else event_text(found, width)
+    write_result(found, as_json, text)
 
 
-async def _find_run_or_event(location: LedgerLocation, ident: str) -> tuple[str, dict[str, Any]]:
+async def _find_run_or_event(
+    location: LedgerLocation, ident: str | None
+) -> tuple[str, dict[str, Any]]:
     async with open_api(location) as api:
+        if ident is None:
+            runs = (await api.get("/api/runs", limit=1))["runs"]
+            if not runs:
+                raise ApiError(404, "not_found", "there are no runs yet")
+            ident = str(runs[0]["id"])
         try:
             return "run", await api.get(f"/api/runs/{quoted(ident)}")
         except ApiError as error:
@@ -166,60 +216,6 @@ async def _find_run_or_event(location: LedgerLocation, ident: str) -> tuple[str,
             ) from None
 
 
-def run_text(run: dict[str, Any]) -> str:
-    head = fields_text(
-        [
-            ("run", run["id"]),
-            *((name, run[name]) for name in ("flow", "state", "reason")),
-            *((name, run[name]) for name in ("event", "subscription", "parent")),
-            ("ordering key", run["ordering_key"]),
-            *((name, run[f"{name}_at"]) for name in ("created", "started", "finished")),
-            ("due", run["due_at"] if run["state"] in ("pending", "waiting") else None),
-            *((name, run[name]) for name in ("params", "result")),
-        ]
-    )
-    parts = [head, _timeline(run)]
-    if run["error"]:
-        error = run["error"]
-        message = escape_controls_by_line(error["message"])
-        parts.append(f"{coloured('failed')}  {error['type']}: {message}")
-        if error.get("traceback"):
-            parts.append(escape_controls_by_line(error["traceback"]).rstrip())
-    return "\n\n".join(part for part in parts if part)
-
-
-def _timeline(run: dict[str, Any]) -> str:
-    rows = [
-        {
-            "task": call["call_key"],
-            "state": call["state"],
-            "attempts": call["attempts"] or None,
-            "at": call["at"],
-            "took": _elapsed(call["first_at"], call["at"]) if call["attempts"] > 1 else None,
-            "next_at": call["next_at"],
-            "error": _last_error(call),
-        }
-        for call in run["tasks"]
-    ]
-    return (
-        table(rows, ("task", "state", "attempts", "at", "took", "next_at", "error"), "")
-        if rows
-        else ""
-    )
-
-
-def _elapsed(first: str, last: str) -> str:
-    """The time between the first and the last journal entry of a call."""
-    return f"{(datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds():.3f}s"
-
-
-def _last_error(call: dict[str, Any]) -> str | None:
-    if not call["errors"]:
-        return None
-    error = call["errors"][-1]
-    return f"{error.get('type', '').rpartition(':')[2]}: {error.get('message', '')}"
-
-
 # --------------------------------------------------------------------------- explain
 
 
@@ -233,39 +229,7 @@ def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
     so on. EVENT is the id in the ledger or the sender's.
     """
     found = asyncio.run(_get(location, f"/api/events/{quoted(event)}"))
-    write_result(found, as_json, event_text(found))
-
-
-def event_text(event: dict[str, Any]) -> str:
-    head = fields_text(
-        [
-            ("event", event["id"]),
-            ("sender's id", event["event_id"]),
-            *((name, event[name]) for name in ("type", "source", "subject", "trigger")),
-            ("received", event["received_at"]),
-            ("duplicates", _duplicates(event)),
-            ("conflicts", event["conflicts"] or None),
-        ]
-    )
-    rows = [
-        {
-            "subscription": verdict["subscription"] or "(the event itself)",
-            "verdict": "run started" if verdict["outcome"] == "run" else verdict["outcome"],
-            "run": verdict.get("run"),
-            "state": verdict.get("state"),
-            "why": verdict.get("reason"),
-        }
-        for verdict in event["verdicts"]
-    ]
-    columns = ("subscription", "verdict", "run", "state", "why")
-    return f"{head}\n\n{table(rows, columns, 'no subscription accepts events of this type')}"
-
-
-def _duplicates(event: dict[str, Any]) -> str | None:
-    if not event["duplicates"]:
-        return None
-    last = short_time(event["last_duplicate_at"])
-    return f"{event['duplicates']}, last {last}; they started nothing"
+    write_result(found, as_json, event_text(found, terminal_width()))
 
 
 # --------------------------------------------------------------------------- logs
@@ -285,6 +249,8 @@ def logs(run: str, follow: bool, as_json: bool, location: LedgerLocation) -> Non
 
 async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json: bool) -> None:
     console = make_renderer(colors=None if sys.stdout.isatty() else False)
+    if sys.stdout.isatty() and not as_json:
+        note(f"times in {zone_name()}")
     after = 0
     async with open_api(location) as api:
         follow = follow and api.live  # without a server nothing more will come

@@ -1,16 +1,21 @@
 """The output of all commands: JSON or aligned tables on stdout, notes and errors on stderr.
 
-Colours appear on a terminal only. Text from outside is cleaned of control characters.
+Colours and progress bars appear on a terminal only; tables fit its width. Text from outside is
+cleaned of control characters.
 """
 
+import os
 import re
+import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
 import orjson
 
+from eventflow.cli.streams import is_terminal
 from eventflow.logs.redaction import escape_controls
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -31,6 +36,7 @@ _COLOURS = {
     "published": "green",
     "restarting": "yellow",
     "retrying": "yellow",
+    "queued": "cyan",
     "running": "cyan",
     "waiting": "cyan",
 }
@@ -72,21 +78,99 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
-    """Rows as aligned columns under their names, `empty` for none. Cells are cut at 48 characters,
-    except those of the last column.
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    columns: Sequence[str],
+    empty: str,
+    *,
+    width: int | None = None,
+) -> str:
+    """Rows as aligned columns under their names, `empty` for none; columns without a value are left
+    out.
+
+    `width` is that of a terminal (`terminal_width`): columns of text are shortened to it, and where
+    little is left for the last one, its text goes to a line of its own. Without a width, cells are
+    cut at 48 characters, except those of the last column.
     """
     if not rows:
         return empty
+    columns = [name for name in columns if any(row.get(name) is not None for row in rows)]
     cells = [[_cell(row.get(name)) for name in columns] for row in rows]
-    widths = [
-        min(48, max(len(name), *(len(line[at]) for line in cells)))
-        for at, name in enumerate(columns)
+    heads = [name.upper().replace("_", " ") for name in columns]
+    natural = [
+        max(display_width(head), *(display_width(line[at]) for line in cells))
+        for at, head in enumerate(heads)
     ]
-    head = _line([name.upper().replace("_", " ") for name in columns], widths)
-    return "\n".join(
-        [click.style(head, bold=True), *(_line(line, widths, colour=True) for line in cells)]
+    if width is None:
+        widths = [min(48, each) for each in natural]
+        return "\n".join(
+            [
+                click.style(_line(heads, widths), bold=True),
+                *(_line(line, widths, colour=True) for line in cells),
+            ]
+        )
+    widths = _fit(natural, columns, width)
+    below = columns[-1] in _LONG and widths[-1] < min(natural[-1], MIN_LAST_COLUMN)
+    if below:
+        widths = _fit(natural[:-1], columns[:-1], width)
+    lines = [click.style(clip(_line(heads[: len(widths)], widths, width), width), bold=True)]
+    for line in cells:
+        lines.append(_line(line[: len(widths)], widths, width, colour=True))
+        if below and line[-1] != "-":
+            lines.append(f"    {clip(line[-1], width - 4)}")
+    return "\n".join(lines)
+
+
+MIN_LAST_COLUMN = 30
+"""Characters that a column of long texts needs beside the others."""
+
+_FIXED = frozenset(
+    "id run event state started took waited tries attempts received at ok kind".split()
+)
+"""Columns that are never shortened."""
+
+_LONG = frozenset("detail error why reason last_error result".split())
+
+
+def _fit(natural: Sequence[int], columns: Sequence[str], width: int) -> list[int]:
+    """The widths of columns in a line of `width`: the widest of text are shortened first."""
+    widths = list(natural)
+    flexible = [at for at, name in enumerate(columns) if name not in _FIXED]
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    while excess > 0 and flexible:
+        widest = max(flexible, key=lambda at: (widths[at], at))
+        if widths[widest] <= 8:
+            break
+        widths[widest] -= 1
+        excess -= 1
+    return widths
+
+
+def terminal_width() -> int | None:
+    """The columns of the terminal that stdout is, or $COLUMNS; None in a pipe."""
+    if os.environ.get("COLUMNS", "").isdigit():
+        return int(os.environ["COLUMNS"]) or None
+    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
+
+
+def display_width(text: str) -> int:
+    """The columns of a text on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
+        for each in text
     )
+
+
+def clip(text: str, width: int | None) -> str:
+    """The text, cut to `width` columns."""
+    if width is None or display_width(text) <= width:
+        return text
+    kept = text[: max(0, width - 1)]
+    while display_width(kept) > width - 1:
+        kept = kept[:-1]
+    return f"{kept}…"
 
 
 def _cell(value: Any) -> str:
@@ -95,16 +179,22 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, str):
-        return short_time(value) if _INSTANT.fullmatch(value) else escape_controls(value)
+        return escape_controls(value)
     return escape_controls(orjson.dumps(value, default=str).decode())
 
 
-def _line(cells: Sequence[str], widths: Sequence[int], *, colour: bool = False) -> str:
+def _line(
+    cells: Sequence[str], widths: Sequence[int], width: int | None = None, *, colour: bool = False
+) -> str:
     parts: list[str] = []
-    for at, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+    left = width
+    for at, (cell, size) in enumerate(zip(cells, widths, strict=True)):
         last = at == len(cells) - 1
-        cut = cell if last or len(cell) <= width else f"{cell[: width - 1]}…"
-        padded = cut if last else cut.ljust(width)
+        text = cell if last and width is None else clip(cell, size)
+        padded = text if last else text + " " * (size - display_width(text))
+        if left is not None:
+            padded = clip(padded, max(0, left))
+            left -= display_width(padded) + 2
         parts.append(coloured(padded) if colour else padded)
     return "  ".join(parts).rstrip()
 
@@ -115,19 +205,35 @@ def coloured(text: str) -> str:
     return click.style(text, fg=fg) if fg else text
 
 
-_INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
-
-
-def short_time(instant: str | None) -> str:
-    """`2026-01-31T08:00:00.123456Z` → `2026-01-31 08:00:00`."""
-    return "-" if instant is None else f"{instant[:10]} {instant[11:19]}"
-
-
-def fields_text(pairs: Sequence[tuple[str, Any]]) -> str:
-    """Aligned lines `name  value`; pairs without a value are omitted."""
+def fields_text(pairs: Sequence[tuple[str, Any]], width: int | None = None) -> str:
+    """Aligned lines `name  value`; pairs without a value are omitted. `width`: that of a terminal;
+    values are cut to three lines of it.
+    """
     given = [(name, value) for name, value in pairs if value not in (None, "", [])]
-    width = max((len(name) for name, _ in given), default=0)
-    return "\n".join(
-        f"{click.style(name.ljust(width), bold=True)}  {coloured(_cell(value))}"
-        for name, value in given
-    )
+    size = max((len(name) for name, _ in given), default=0)
+    lines: list[str] = []
+    for name, value in given:
+        first, *rest = wrap(_cell(value), None if width is None else width - size - 2)
+        lines.append(f"{click.style(name.ljust(size), bold=True)}  {coloured(first)}")
+        lines += [" " * (size + 2) + line for line in rest]
+    return "\n".join(lines)
+
+
+MAX_LINES_OF_VALUE = 3
+
+
+def wrap(text: str, width: int | None, lines: int = MAX_LINES_OF_VALUE) -> list[str]:
+    """At most `lines` lines of `width` columns; the rest is cut. None: one line."""
+    if width is None or display_width(text) <= width:
+        return [text]
+    found: list[str] = []
+    rest = text
+    while rest and len(found) < lines - 1:
+        size = width
+        while display_width(rest[:size]) > width:
+            size -= 1
+        gap = rest.rfind(" ", 0, size + 1)
+        at = gap if len(rest) > size and gap > size // 2 else size
+        found.append(rest[:at])
+        rest = rest[at:].lstrip()
+    return [*found, clip(rest, width)] if rest else found

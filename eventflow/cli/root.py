@@ -12,6 +12,7 @@ import click
 from eventflow.cli import actions, aliases, backfill, inspect, serve, store
 from eventflow.cli.client import ApiError
 from eventflow.cli.output import fail
+from eventflow.cli.streams import flush_streams, prepare_streams
 from eventflow.core.errors import EventflowError
 
 SECTIONS = {
@@ -77,12 +78,23 @@ for commands in SECTIONS.values():
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit; `args` defaults to sys.argv."""
+    prepare_streams()
     given = list(sys.argv[1:] if args is None else args)
+    code = _run(given)
+    flush_streams()
+    sys.exit(code)
+
+
+def _run(given: Sequence[str]) -> int:
+    """Run a command. The exit code."""
     as_json = "--json" in given
     try:
-        result: Any = cli.main(given, prog_name="eventflow", standalone_mode=False)
+        result: Any = cli.main(list(given), prog_name="eventflow", standalone_mode=False)
     except click.Abort:
-        sys.exit(130)
+        return 130
+    except click.exceptions.NoArgsIsHelpError as bare:
+        click.echo(bare.ctx.get_help() if bare.ctx else bare.format_message())
+        return 0
     except click.ClickException as error:
         usage = (
             error.ctx.command_path
@@ -90,14 +102,17 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
             else "eventflow"
         )
         fail("usage", f"{error.format_message()} (see {usage} --help)", as_json)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except EventflowError as error:
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         if isinstance(error, ApiError):
             fail(error.error, str(error), as_json)
-            sys.exit(error.code)
+            return error.code
         fail(type(error).__name__, f"{error}{notes}", as_json)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except BrokenPipeError:  # `eventflow ls | head`
-        sys.exit(0)
-    sys.exit(result if isinstance(result, int) else 0)
+        return 0
+    except OSError as error:
+        fail("io_error", str(error), as_json)
+        return 74
+    return result if isinstance(result, int) else 0

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+import click
 import msgspec
 import orjson
 
@@ -127,8 +128,7 @@ async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
     match outcome:
         case Completed():
             fetch = app.runtime.blobs.fetch
-            _print((await asyncio.to_thread(fetch, outcome.codec, outcome.value))[1])
-            return 0
+            return _print((await asyncio.to_thread(fetch, outcome.codec, outcome.value))[1])
         case Failed():
             return _report_failure(run.id, orjson.loads(outcome.error), as_json)
         case Cancelled() | NeedsAttention():
@@ -152,9 +152,18 @@ def _report_failure(run: str, error: dict[str, Any], as_json: bool) -> int:
     return 1
 
 
-def _print(data: bytes) -> None:
-    sys.stdout.write(data.decode("utf-8", "backslashreplace") + "\n")
-    sys.stdout.flush()
+def _print(data: bytes) -> int:
+    """Print the result of a completed run. The exit code: a closed stdout changes nothing, a full
+    disk is an I/O error.
+    """
+    try:
+        click.echo(data.decode("utf-8", "backslashreplace"))
+    except BrokenPipeError:
+        pass
+    except OSError as error:
+        note(f"the run completed, but its result cannot be written to stdout: {error.strerror}")
+        return 74
+    return 0
 
 
 # --------------------------------------------------------------------------- on a server
@@ -188,7 +197,6 @@ async def _run_on_server(request: RunRequest, path: str, url: str, as_json: bool
                 break
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
     if run["state"] == "completed":
-        _print(orjson.dumps(run["result"]))
-        return 0
+        return _print(orjson.dumps(run["result"]))
     error = run["error"] or {"type": run["state"], "message": run["reason"] or "no reason is known"}
     return _report_failure(started["id"], error, as_json)

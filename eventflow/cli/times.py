@@ -1,11 +1,13 @@
-"""Times on the command line: an instant (`2026-01-31T08:00:00Z`), or an age (`90s`, `15m`, `2h`,
-`7d`, `1w`, `1d12h`), counted back from the start of the command.
+"""Times on the command line.
 
-`--since` and `--until` of every command take either.
+Options (`--since`, `--until`) take an instant (`2026-01-31T08:00:00Z`), or an age (`90s`, `15m`,
+`2h`, `7d`, `1w`, `1d12h`), counted back from the start of the command. Text for people shows ages
+(`2 min ago`), durations (`310 ms`), and instants in the zone of this machine ($TZ), which is named.
+JSON always has UTC.
 """
 
 import re
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import click
@@ -41,6 +43,63 @@ def check_order(since: str | None, until: str | None) -> None:
     """Raise UsageError unless `since` is before `until`."""
     if since is not None and until is not None and parse_time(since) >= parse_time(until):
         raise UsageError(f"expected --since before --until, found {since} and {until}")
+
+
+# --------------------------------------------------------------------------- for people
+
+
+def now() -> datetime:
+    return to_datetime(SystemClock().now())
+
+
+def zone_name() -> str:
+    """The zone of instants in text: `UTC`, `CET`."""
+    return now().astimezone().tzname() or "local time"
+
+
+def instant_text(instant: str) -> str:
+    """`2026-01-31 09:00:00 CET, 2 min ago`."""
+    return f"{moment_text(instant)}, {age_text(instant)}"
+
+
+def moment_text(instant: str) -> str:
+    """`2026-01-31 09:00:00 CET`."""
+    moment = datetime.fromisoformat(instant).astimezone()
+    return f"{moment:%Y-%m-%d %H:%M:%S} {moment.tzname()}"
+
+
+def age_text(instant: str | None) -> str | None:
+    """`2 min ago`, or `in 2 min`; None for None."""
+    if instant is None:
+        return None
+    age = (now() - datetime.fromisoformat(instant)).total_seconds()
+    if -1 < age < 1:
+        return "now"
+    text = _coarse(abs(age))
+    return f"{text} ago" if age > 0 else f"in {text}"
+
+
+def _coarse(seconds: float) -> str:
+    for size, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def duration_text(seconds: float | None) -> str | None:
+    """`310 ms`, `12.4 s`, `3 m 12 s`, `2 h 5 m`, `2 d 4 h`; None for None."""
+    if seconds is None:
+        return None
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "<1 ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} m"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
 
 
 def _parse_age(text: str) -> timedelta | None:

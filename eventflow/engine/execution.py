@@ -135,7 +135,7 @@ class Execution(FlowCalls):
         for signal in self.end.initial_signals(self.run, journal, self.suspension.began_at):
             self._request(signal)
         if self.run.cancel_requested:
-            self.cancel("cancel requested")
+            self.cancel(self.run.cancel_reason or "cancel requested")
         self.step()
 
     def step(self) -> None:

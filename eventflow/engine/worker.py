@@ -10,10 +10,11 @@ outcomes.py.
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from eventflow.core.clock import Clock
@@ -39,6 +40,8 @@ from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow, referenced_flows
 from eventflow.serialization.blobs import Blobs
 from eventflow.store.protocol import Fenced, Settle, Settled, Store
+
+NO_CANCELS: Mapping[int, str] = MappingProxyType({})
 
 START_BATCH_SIZE = 100
 """Runs started before the loop may do something else."""
@@ -201,17 +204,17 @@ class Worker:
         self._limits.capacity.release(len(runs))
 
     def receive_runs(
-        self, runs: Sequence[Run], has_due: bool = False, cancels: Sequence[int] = ()
+        self, runs: Sequence[Run], has_due: bool = False, cancels: Mapping[int, str] = NO_CANCELS
     ) -> None:
-        """Runs to start, whether the store has more due runs, and the ids of runs to cancel."""
+        """Runs to start, whether the store has more due runs, and runs to cancel: id to reason."""
         if self._services.draining:
             for run in runs:
                 self._put_back(run)
             return
         for run in runs:
             self._queues.add(run)
-        for ident in cancels:
-            self._cancel(ident)
+        for ident, reason in cancels.items():
+            self._cancel(ident, reason)
         if has_due:
             self._claimer.claim_due()
         self._begin_some()
@@ -224,13 +227,14 @@ class Worker:
             elif parent in self._loading:
                 self._loading[parent][1].append(entry)
 
-    def _cancel(self, ident: int) -> None:
+    def _cancel(self, ident: int, reason: str) -> None:
         if (execution := self.executions.get(ident)) is not None:
-            execution.cancel("cancel requested")
-        elif ident in self._loading:
-            self._loading[ident][0].cancel_requested = True
-        elif (run := self._queues.find(ident)) is not None:
+            execution.cancel(reason)
+            return
+        run = self._loading[ident][0] if ident in self._loading else self._queues.find(ident)
+        if run is not None:
             run.cancel_requested = True
+            run.cancel_reason = reason
 
     # ----------------------------------------------------------------- starting
 

@@ -88,6 +88,7 @@ class Run(msgspec.Struct, kw_only=True):
     crash_suspect: bool = False
     crash_count: int = 0
     cancel_requested: bool = False
+    cancel_reason: str | None = None
     mode: str | None = None
     deliveries: int = 1
     payloads: Sequence[bytes] = ()

@@ -134,7 +134,7 @@ def cancel(tx: Transaction, run: int, reason: str) -> State:
         row.cancel_requested = 1
         row.reason = reason
         tx.runs.change(row)
-        tx.commit.cancels.append(run)
+        tx.commit.cancels[run] = reason
     elif before.is_live:
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)

@@ -186,7 +186,7 @@ class RunReceiver(Protocol):
         """Called in the writer thread, before the commit. Must be quick and must not raise."""
         ...
 
-    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
+    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Mapping[int, str]) -> None:
         """Called on `loop`, after the commit.
 
         `has_due`: runs are due that were not reserved. `cancels`: RUNNING runs whose cancel was

@@ -64,7 +64,7 @@ class Commit:
         # Reported to the worker: runs that it reserved, running runs to cancel, and answers of
         # child runs by parent.
         self.reserved: list[Run] = []
-        self.cancels: list[int] = []
+        self.cancels: dict[int, str] = {}
         self.answers: list[tuple[int, Entry]] = []
         # Whether runs are due that the worker did not reserve, and when the next run or pattern
         # is due.
@@ -312,6 +312,7 @@ class RunRows:
             run.crash_suspect = bool(row.crash_suspect)
             run.crash_count = row.crash_count
             run.cancel_requested = bool(row.cancel_requested)
+            run.cancel_reason = row.reason if row.cancel_requested else None
             found.append(run)
         return found
 

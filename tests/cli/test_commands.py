@@ -54,7 +54,7 @@ def asked(served: EventflowProcess, *args: str) -> Any:
 def test_ls(shop: EventflowProcess):
     """`ls` lists each kind, aligned for people, whole for programs."""
     text = eventflow(shop.folder, "ls").stdout.splitlines()
-    assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "ATTEMPTS"] and "completed" in "\n".join(
+    assert text[0].split()[:4] == ["ID", "FLOW", "STATE", "STARTED"] and "completed" in "\n".join(
         text
     )
     assert {row["event_id"] for row in asked(shop, "ls", "events")["events"]} >= {
@@ -78,7 +78,7 @@ def test_explain(shop: EventflowProcess):
     """
     text = eventflow(shop.folder, "explain", "good").stdout
     assert "run started" in text and "completed" in text and run_of(shop, "good") in text
-    assert "1, last" in text.partition("duplicates")[2].splitlines()[0]
+    assert "1, the last" in text.partition("duplicates")[2].splitlines()[0]
     text = eventflow(shop.folder, "explain", "small").stdout
     assert "filtered" in text and "total" in text
     assert "dead" in eventflow(shop.folder, "explain", "broken").stdout

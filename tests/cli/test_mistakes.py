@@ -68,7 +68,7 @@ def test_errors_as_json(tmp_path: Path):
         (("ls",), 4),
         (("ls", "--nope"), 2),
         (("nope",), 2),
-        (("show",), 2),
+        (("explain",), 2),
     ):
         done = eventflow(tmp_path, *args, "--json")
         assert done.returncode == code and done.stdout == "", args
