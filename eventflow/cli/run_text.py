@@ -1,0 +1,239 @@
+"""One run, or one event, as text: what `eventflow show` and `explain` print.
+
+The facts come first, then the calls of a run in a table; calls of one name are one line with counts
+from `GROUP_SIZE` on. An error is printed once: that of a call in its line, that of the run at the
+end.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import click
+import orjson
+
+from eventflow.cli.output import fields_text, table
+from eventflow.cli.times import age_text, duration_text, instant_text
+from eventflow.logs.redaction import escape_controls_by_line
+
+GROUP_SIZE = 12
+"""Calls of one name that become one line."""
+MAX_SHOWN = 10
+"""Calls of a group that are listed: those that failed, run or are retried."""
+MAX_TRACEBACK_LINES = 40
+LIVE = ("running", "queued", "retrying")
+
+
+def last_part(error_type: str | None) -> str:
+    """`ConnectionError` of `builtins:ConnectionError`."""
+    return (error_type or "").rpartition(":")[2]
+
+
+# --------------------------------------------------------------------------- a run
+
+
+def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
+    head = fields_text(
+        [
+            ("run", run["id"]),
+            ("flow", run["flow"]),
+            ("state", _state(run)),
+            ("why", run["reason"]),
+            ("about", _about(run)),
+            ("event", _event(run)),
+            ("parent", run["parent"]),
+            ("ordering key", run["ordering_key"]),
+            ("created", None if run["started_at"] else instant_text(run["created_at"])),
+            ("started", run["started_at"] and instant_text(run["started_at"])),
+            ("due", _due(run)),
+            ("tries", run["attempts"] if run["attempts"] > 1 else None),
+            ("params", _json(run["params"])),
+            ("data", _json(run["event_data"]) if run["params"] is None else None),
+            ("result", _result(run)),
+        ],
+        width,
+    )
+    return "\n\n".join(part for part in (head, *_calls(run, width), _error(run)) if part)
+
+
+def _state(run: Mapping[str, Any]) -> str:
+    took = duration_text(run["took"])
+    return f"{run['state']} in {took}" if took else run["state"]
+
+
+def _about(run: Mapping[str, Any]) -> str | None:
+    """Nothing that another line says."""
+    return run["about"] if run["params"] is None and run["about"] != run["event_id"] else None
+
+
+def _event(run: Mapping[str, Any]) -> str | None:
+    if run["event"] is None or run["event_type"] == "eventflow.run.requested":
+        return None
+    more = f", and {run['events'] - 1} more" if run["events"] > 1 else ""
+    return f"{run['event']}  {run['event_type']}  {run['event_id']}  by {run['subscription']}{more}"
+
+
+def _due(run: Mapping[str, Any]) -> str | None:
+    if run["state"] not in ("pending", "waiting") or run["due_at"] is None:
+        return None
+    return instant_text(run["due_at"])
+
+
+def _json(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value, default=str).decode()
+
+
+def _result(run: Mapping[str, Any]) -> str | None:
+    if run["result_digest"] is None:
+        return None
+    if run["result"] is None and run.get("result_size", 0) > 4:
+        return f"{run['result_size']:,} bytes ({run['result_codec']})"
+    return _json(run["result"])
+
+
+# --------------------------------------------------------------------------- its calls
+
+
+def _calls(run: Mapping[str, Any], width: int | None) -> list[str]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for call in run["tasks"]:
+        groups.setdefault(call["name"], []).append(_without_error_of(run, call))
+    rows: list[dict[str, Any]] = []
+    for name, calls in groups.items():
+        if len(calls) < GROUP_SIZE:
+            rows += [_call_row(call) for call in calls]
+        else:
+            rows += _group_rows(name, calls)
+    if not rows:
+        return []
+    columns = ("call", "state", "tries", "started", "waited", "took", "detail")
+    return [table(rows, columns, "", width=width)]
+
+
+def _without_error_of(run: Mapping[str, Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call that the run failed with does not repeat the error at the end."""
+    error, last = run["error"], call["errors"][-1] if call["errors"] else None
+    if error is None or last is None or call["state"] != "failed":
+        return call
+    if (error["type"], error.get("message")) != (last.get("type"), last.get("message")):
+        return call
+    return {**call, "errors": [{"type": last["type"], "message": "see below"}]}
+
+
+def _call_row(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A wait that a person cannot notice is not shown."""
+    waited = call["waited"]
+    started = call["called_at"] or call["first_at"]
+    return {
+        "call": call["call_key"],
+        "state": call["state"],
+        "tries": call["attempts"] if call["attempts"] > 1 else None,
+        "started": age_text(started),
+        "waited": duration_text(waited) if waited is not None and waited >= 0.05 else None,
+        "took": duration_text(call["took"]),
+        "detail": _detail(call),
+    }
+
+
+def _detail(call: Mapping[str, Any]) -> str | None:
+    """The last error of a call that has not completed, else its value, or the run it started."""
+    if call["next_at"] is not None:
+        return f"{_last_error(call)}; next try {age_text(call['next_at'])}"
+    if call["state"] == "failed" or (call["errors"] and call["state"] in LIVE):
+        return _last_error(call)
+    return call.get("child") or call["result"]
+
+
+def _last_error(call: Mapping[str, Any]) -> str:
+    error: dict[str, Any] = call["errors"][-1] if call["errors"] else {}
+    return f"{last_part(error.get('type'))}: {error.get('message', '')}"
+
+
+def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line for many calls, then those that a person looks for."""
+    states = Counter(call["state"] for call in calls)
+    unwell = [call for call in calls if call["state"] == "failed" or call["state"] in LIVE]
+    unwell.sort(key=lambda call: (call["state"] != "failed", -(call["took"] or 0)))
+    tries = sum(call["attempts"] for call in calls)
+    times = sorted(call["took"] for call in calls if call["took"] is not None)
+    spread = None
+    if times:
+        median, slow = times[len(times) // 2], times[int(len(times) * 0.95)]
+        spread = (
+            f"took {duration_text(median)} (median), {duration_text(slow)} (95 %), "
+            f"{duration_text(times[-1])} (longest)"
+        )
+    counts = ", ".join(f"{number:,} {state}" for state, number in states.most_common())
+    group = {
+        "call": f"{name} ×{len(calls):,}",
+        "state": next(iter(states)) if len(states) == 1 else "mixed",
+        "tries": f"{tries:,}" if tries > len(calls) else None,
+        "started": age_text(min(call["called_at"] or call["first_at"] for call in calls)),
+        "detail": "; ".join(part for part in (counts if len(states) > 1 else None, spread) if part),
+    }
+    rows = [group, *(_call_row(call) for call in unwell[:MAX_SHOWN])]
+    if len(unwell) > MAX_SHOWN:
+        rows.append({"call": f"… {len(unwell) - MAX_SHOWN:,} more", "state": "see --json"})
+    return rows
+
+
+# --------------------------------------------------------------------------- its error
+
+
+def _error(run: Mapping[str, Any]) -> str | None:
+    """The traceback, whose last lines are the error, or the error alone."""
+    error = run["error"]
+    if not error:
+        return None
+    text = escape_controls_by_line(error.get("traceback") or "").rstrip()
+    first = f"{last_part(error['type'])}: {escape_controls_by_line(error['message'])}"
+    if not text:
+        return f"{click.style('error', bold=True)}  {first}"
+    lines = text.splitlines()
+    if len(lines) > MAX_TRACEBACK_LINES:
+        left_out = len(lines) - MAX_TRACEBACK_LINES
+        lines = [lines[0], f"  … {left_out} lines; all: --json", *lines[-MAX_TRACEBACK_LINES + 1 :]]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------- an event
+
+
+def event_text(event: Mapping[str, Any], width: int | None = None) -> str:
+    head = fields_text(
+        [
+            ("event", event["id"]),
+            ("sender's id", event["event_id"]),
+            *((name, event[name]) for name in ("type", "source", "subject", "trigger")),
+            ("received", instant_text(event["received_at"])),
+            ("duplicates", _duplicates(event)),
+            ("conflicts", event["conflicts"] or None),
+            ("data", _event_data(event["event"])),
+        ],
+        width,
+    )
+    rows = [
+        {
+            "subscription": verdict["subscription"] or "(the event itself)",
+            "verdict": "run started" if verdict["outcome"] == "run" else verdict["outcome"],
+            "run": verdict.get("run"),
+            "state": verdict.get("state"),
+            "why": verdict.get("reason"),
+        }
+        for verdict in event["verdicts"]
+    ]
+    columns = ("subscription", "verdict", "run", "state", "why")
+    verdicts = table(rows, columns, "no subscription accepts events of this type", width=width)
+    return f"{head}\n\n{verdicts}"
+
+
+def _event_data(event: Any) -> str | None:
+    data: Any = cast(dict[str, Any], event).get("data") if isinstance(event, dict) else event
+    return data if isinstance(data, str) else _json(data)
+
+
+def _duplicates(event: Mapping[str, Any]) -> str | None:
+    if not event["duplicates"]:
+        return None
+    last = age_text(event["last_duplicate_at"])
+    return f"{event['duplicates']}, the last {last}; they started nothing"
