@@ -6,7 +6,9 @@ import asyncio
 import base64
 import hashlib
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
@@ -146,6 +148,66 @@ NAMES = [
     " lead",
     "%41",
 ]
+
+
+@pytest.fixture
+def shm(tmp_path: Path) -> Iterator[Path]:
+    """A directory in memory, on a file system that keeps any time."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no file system here that keeps any time")
+    root = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+YEAR = 31_556_952
+SECONDS = {
+    "before the first year": -3_000 * YEAR,
+    "far before the first year": -30_000 * YEAR,
+    "year 1": -1_969 * YEAR,
+    "year 1600": -370 * YEAR,
+    "before 1970": -1,
+    "year 2300": 330 * YEAR,
+    "year 9999": 8_029 * YEAR,
+    "year 10000": 8_031 * YEAR,
+    "year 30828": 28_858 * YEAR,
+    "the largest": (1 << 55),
+}
+
+
+@pytest.mark.parametrize("when", SECONDS)
+@pytest.mark.parametrize("watch", ["native", "poll"])
+@pytest.mark.parametrize("after", [None, move("done")], ids=["stays", "moved"])
+def test_a_time_that_no_calendar_has_stops_nothing(shm: Path, when: str, watch: str, after: Any):
+    """A file with any mtime is an event, without the time if it cannot be written, and delays no
+    other; it is no event again after a restart.
+    """
+
+    async def main() -> None:
+        ledger = ContractLedger()
+        (shm / "odd").write_text("odd")
+        ns = SECONDS[when] * 10**9
+        try:
+            os.utime(shm / "odd", ns=(ns, ns))
+        except OverflowError:
+            pytest.skip("not a time of this platform")
+        (shm / "usual").write_text("usual")
+        for _ in range(2):
+            async with watched(shm, ledger, watch=watch, after=after) as inbox:
+                await inbox.has("odd", "usual")
+                await inbox.wait_until_idle()
+            for probe in shm.rglob("probe*"):
+                probe.unlink()
+            for event in [each for each in ledger.events if each.data["name"][0] == "p"]:
+                del ledger.recorded[event.source, event.id]
+        odd = next(event for event in ledger.events if event.data["name"] == "odd")
+        written = odd.data["mtime_ns"]
+        assert written in (ns, None) and (odd.data["mtime"] is None) == (written is None)
+        assert (written is None) == (not -(1 << 63) < ns < (1 << 63) - 1)
+
+    asyncio.run(main())
 
 
 def test_odd_names(tmp_path: Path):

@@ -2,7 +2,9 @@
 
 import asyncio
 import tracemalloc
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -24,6 +26,7 @@ from triggers._files.settling import (
     pack_mark,
 )
 from triggers._files.tree import Tree, Walk
+from triggers._s3.key_filter import KeyFilter
 
 # ------------------------------------------------------------------ names
 
@@ -51,6 +54,32 @@ def test_globs(glob: str, taken: list[str], left: list[str]):
     """
     names = NameFilter(glob, (), None)
     assert [name for name in taken + left if names.matches(name.encode())] == taken
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("given", ["NFC", "NFD"])
+def test_names_in_either_normal_form(form: Literal["NFC", "NFD"], given: Literal["NFC", "NFD"]):
+    """Globs, ignored names and markers select a name in either normal form of Unicode, whichever
+    the option is written in.
+    """
+    name = unicodedata.normalize(form, "été/données-é.csv")
+
+    def option(text: str) -> str:
+        return unicodedata.normalize(given, text)
+
+    assert NameFilter(option("été/données-?.csv"), (), None).matches_path(name.encode())
+    assert NameFilter(option("*é.csv"), (), None).matches_path(name.encode())
+    assert not NameFilter("**/*", (option("données*"),), None).matches_path(name.encode())
+    assert not NameFilter("**/*", (option("été"),), None).matches_path(name.encode())
+    marked = NameFilter("*.csv", (), option("{stem}.prêt"))
+    forms: tuple[Literal["NFC", "NFD"], ...] = ("NFC", "NFD")
+    for marker_form in forms:
+        file_name = unicodedata.normalize(marker_form, "données-é.prêt")
+        marker = f"{name.rpartition('/')[0]}/{file_name}".encode()
+        assert marker in marked.markers(name.encode())
+        assert not marked.matches_path(marker)
+    assert KeyFilter("in/", option("é.csv"), option("été/*.csv"), None).matches("in/" + name)
+    assert ("in/" + name).startswith(KeyFilter("in/", "", option("été/*"), None).list_prefix)
 
 
 def test_ignored_by_default():

@@ -1,13 +1,17 @@
 """Files after their event is recorded: moved or deleted, in spite of crashes, and never lost."""
 
 import asyncio
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,6 +111,123 @@ def test_a_taken_name_gets_a_suffix(tmp_path: Path):
             path.endswith(".csv") for path in found.values()
         )
         assert inbox.events[1].id[:8] in found["two"]
+
+    run(test, tmp_path / "in", after=move(tmp_path / "done"))
+
+
+LONGEST = 255
+"""Bytes of a file name."""
+
+LONG_NAMES = {
+    "ascii": "x" * (LONGEST - 4) + ".csv",
+    "two bytes": "é" * 125 + "x.csv",
+    "three bytes": "漢" * 83 + "xy.csv",
+    "four bytes": "😀" * 62 + "xyz.csv",
+    "decomposed": "e\u0301" * 83 + "x.csv",
+    "no suffix": "x" * LONGEST,
+    "long suffix": "x." + "y" * (LONGEST - 2),
+    "one less": "x" * (LONGEST - 5) + ".csv",
+    "nine less": "x" * (LONGEST - 13) + ".csv",
+}
+
+
+@pytest.mark.parametrize("kind", LONG_NAMES)
+@pytest.mark.parametrize("device", ["same", "other"])
+def test_a_taken_name_of_the_longest_length(tmp_path: Path, shm: Path, kind: str, device: str):
+    """A file whose name is taken and leaves no bytes for a suffix is moved under a shortened name,
+    whole characters of which are left; its event names it, and nothing is overwritten.
+    """
+    name = LONG_NAMES[kind]
+    assert len(name.encode()) <= LONGEST
+    done = tmp_path / "done" if device == "same" else shm
+
+    async def test(inbox: Inbox) -> None:
+        for text in ("one", "two", "three"):
+            inbox.write(name, text)
+            await leaves(inbox, name)
+        found = {Path(event.data["path"]).read_text(): event.data["path"] for event in inbox.events}
+        assert found.keys() == {"one", "two", "three"} and len(files(done)) == 3
+        assert all(len(os.fsencode(each)) <= LONGEST for each in os.listdir(done))
+        assert inbox.events[1].id[:8] in found["two"]
+        assert not inbox.logged("file.move_failed")
+        assert all("path_b64" not in event.data for event in inbox.events)
+
+    run(test, tmp_path / "in", after=move(done))
+
+
+@pytest.fixture
+def shm() -> Iterator[Path]:
+    """A directory on another device."""
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no second device here")
+    root = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
+
+
+@pytest.mark.parametrize("device", ["same", "other"])
+def test_the_new_name_is_durable_before_the_event(
+    tmp_path: Path, shm: Path, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Before an event is offered, the directories of its file's new name have been synced, up to
+    the target; and a copy's content, before it gets that name.
+    """
+    done = tmp_path / "done" if device == "same" else shm / "done"
+    synced: list[str] = []
+    fsync = os.fsync
+    rename = os.rename
+
+    def observed_fsync(handle: int) -> None:
+        fsync(handle)
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def observed_rename(source: bytes, target: bytes) -> None:
+        assert os.fsdecode(source) in synced, "the content is not durable yet"
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", observed_fsync)
+    monkeypatch.setattr(os, "rename", observed_rename)
+
+    async def test(inbox: Inbox) -> None:
+        inbox.ledger.block()
+        inbox.write("sub/a", "content")
+        await eventually(lambda: inbox.ledger.offered, "it is offered")
+        assert {str(done / "sub"), str(done)} <= set(synced)
+        copies = [path for path in synced if path.endswith(".part")]
+        assert len(copies) == (1 if device == "other" else 0)
+        inbox.ledger.unblock()
+        await leaves(inbox, "sub/a")
+
+    run(test, tmp_path / "in", after=move(done))
+
+
+def test_a_directory_that_cannot_be_synced_delays_only_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file whose new name cannot be made durable waits, with a line; the others are recorded and
+    moved; then it is, too.
+    """
+    fsync = os.fsync
+    broken = [True]
+
+    def failing_fsync(handle: int) -> None:
+        if broken[0] and os.readlink(f"/proc/self/fd/{handle}").endswith("/done/bad"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing_fsync)
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("bad/a")
+        inbox.write("good/b")
+        await leaves(inbox, "good/b")
+        await eventually(lambda: inbox.logged("file.move_failed"), "it is warned about")
+        assert inbox.names() == ["good/b"] and (inbox.root / "bad/a").exists()
+        broken[0] = False
+        await leaves(inbox, "bad/a")
+        assert inbox.names() == ["bad/a", "good/b"]
 
     run(test, tmp_path / "in", after=move(tmp_path / "done"))
 

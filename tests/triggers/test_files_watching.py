@@ -352,6 +352,57 @@ def test_unreadable_subdirectory(tmp_path: Path, watch: str):
     assert finish(child(UNPRIVILEGED, tmp_path, watch)) == f"['{tmp_path}/closed'] []\n"
 
 
+UNREADABLE = """
+    import asyncio, os, sys
+    from pathlib import Path
+    from tests.conftest import eventually
+    from tests.triggers.inbox import watched
+    from triggers.files import move
+    async def main():
+        root, watch, touch, after = Path(sys.argv[1]), *sys.argv[2:]
+        options = {"after": move(root.parent / "done")} if after == "moved" else {}
+        async with watched(root, rescan=0.2, watch=watch, touch=touch, **options) as inbox:
+            await inbox.has("open")
+            await eventually(
+                lambda: inbox.logged("directory.permission_denied"), "it is told"
+            )
+            await inbox.wait_until_idle()
+            assert inbox.without_probes() == ["open"], inbox.names()
+            os.chmod(root / "closed", 0o644)
+            await eventually(
+                lambda: inbox.without_probes() == ["closed", "open"], "it is an event"
+            )
+            (line,) = inbox.logged("directory.permission_denied")
+            print(line["path"])
+    import encodings.idna, concurrent.futures.thread, anyio._backends._asyncio, watchfiles
+    os.setgid(65534)
+    os.setuid(65534)
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("watch", ["native", "poll"])
+@pytest.mark.parametrize("touch", ["skip", "fire"])
+@pytest.mark.parametrize("after", ["stays", "moved"])
+def test_unreadable_file(tmp_path: Path, watch: str, touch: str, after: str):
+    """A file that may not be read yet is no event, and delays no other; one line names it, and it
+    is an event once it can be read.
+    """
+    if os.getuid() != 0:
+        pytest.skip("needs root, to become another user")
+    root = tmp_path / "in"
+    root.mkdir()
+    os.chown(root, 65534, 65534)
+    os.chown(tmp_path, 65534, 65534)
+    for name in ("open", "closed"):
+        (root / name).write_text("a")
+        os.chown(root / name, 65534, 65534)
+    os.chmod(root / "closed", 0)
+    for parent in (root, tmp_path, *list(tmp_path.parents)[:-2]):
+        os.chmod(parent, 0o755)
+    assert finish(child(UNREADABLE, root, watch, touch, after)) == f"{root}/closed\n"
+
+
 @pytest.mark.parametrize("watch", ["native", "poll"])
 def test_symlinks_are_not_followed(tmp_path: Path, watch: str):
     """Links to files and directories, loops and dangling ones are no events, however often they are

@@ -133,7 +133,7 @@ def test_a_group_moved_ahead(broker: Broker):
     run(broker, work)
 
 
-def test_a_group_set_back_is_said(either: OwnBroker):
+def test_a_group_set_back_is_reported(either: OwnBroker):
     """A group set back while nothing runs does not make its records run twice: the cursor counts,
     and a warning says so and names `eventflow replay`.
     """

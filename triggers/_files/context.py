@@ -6,16 +6,22 @@ worker thread, one call at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
 
 from eventflow.core.clock import Clock
-from triggers._files.names import NameFilter
+from triggers._files.names import NameFilter, printable
 from triggers._files.settling import FileStat, KnownFiles, SettlingFiles
 from triggers._files.tree import Tree
+
+LOG_EVENTS = {
+    "directory.permission_denied": (
+        "A file or folder under a watched directory is not readable; each scan tries again."
+    ),
+}
 
 T = TypeVar("T")
 
@@ -49,7 +55,7 @@ class DirectoryOptions:
 
 @dataclass(frozen=True, slots=True)
 class DirectoryContext:
-    """`limiter` admits one thread at a time."""
+    """`limiter` admits one thread at a time. `denied`: paths that are known to be unreadable."""
 
     options: DirectoryOptions
     tree: Tree
@@ -57,6 +63,14 @@ class DirectoryContext:
     settling: SettlingFiles
     log: Any
     limiter: anyio.CapacityLimiter
+    denied: set[bytes] = field(default_factory=set[bytes])
+
+    def warn_denied(self, path: bytes, reason: str) -> None:
+        """One line for each unreadable path, however often it is tried."""
+        if path not in self.denied:
+            self.denied.add(path)
+            full = printable(self.tree.full(path))
+            self.log.warning("directory.permission_denied", path=full, reason=reason)
 
     @property
     def clock(self) -> Clock:

@@ -9,13 +9,13 @@ import base64
 import hashlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from io import FileIO
 
 from eventflow.core.clock import to_datetime
-from eventflow.core.errors import SourceError
+from eventflow.core.errors import SourceError, call_catching
 from eventflow.events.event import Event, Json
 from triggers._files.names import is_utf8, printable
 from triggers._files.post_actions import (
@@ -51,7 +51,7 @@ class LandedFile:
     """A settled path and its disposition.
 
     `final_path`: where the flow finds the file. `sample` distinguishes a touch from a rewrite.
-    `problem`: the error for which a WAITING one waits.
+    `problem`: the error for which a WAITING one waits. `is_unreadable`: it may not be read yet.
     """
 
     path: bytes
@@ -63,6 +63,7 @@ class LandedFile:
     sample: int | None = None
     sha256: str | None = None
     problem: str | None = None
+    is_unreadable: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -86,9 +87,19 @@ class FileClassifier:
     def classify(self, settled: Sequence[SettledFile], now_us: int) -> list[LandedFile]:
         """Classifies each file. The names that `after=move` gives are durable when it returns."""
         landed = [self._classify_one(each, now_us) for each in settled]
-        if self._move_to is not None:
-            sync_directories([each.final_path for each in landed if each.is_file], self._move_to)
-        return landed
+        if self._move_to is None:
+            return landed
+        moved = [each.final_path for each in landed if each.is_file]
+        failed = sync_directories(moved, self._move_to)
+        return [self._unless_failed(each, failed) for each in landed]
+
+    @staticmethod
+    def _unless_failed(landed: LandedFile, failed: Mapping[bytes, str]) -> LandedFile:
+        """A file whose new name is not durable waits; the others are recorded."""
+        reason = failed.get(landed.final_path) if landed.is_file else None
+        if reason is None:
+            return landed
+        return replace(landed, disposition=Disposition.WAITING, problem=reason)
 
     def _classify_one(self, settled: SettledFile, now_us: int) -> LandedFile:
         path, stat, first_seen_at = settled
@@ -104,10 +115,15 @@ class FileClassifier:
                 version_id(path, now_us),
                 self._tree.full(path),
             )
-        marker = self._tree.names.marker(path)
-        if marker is not None and not os.path.exists(self._tree.full(marker)):
+        markers = self._tree.names.markers(path)
+        if markers and not any(os.path.exists(self._tree.full(marker)) for marker in markers):
             return LandedFile(path, stat, first_seen_at, Disposition.WAITING)
-        sample, sha256 = self._read(path)
+        try:
+            sample, sha256 = self._read(path)
+        except OSError as error:  # it may not be read yet: tried again
+            problem = error.strerror or str(error)
+            waiting = LandedFile(path, stat, first_seen_at, Disposition.WAITING)
+            return replace(waiting, problem=problem, is_unreadable=True)
         if not self._is_unchanged(path, stat):
             return LandedFile(path, stat, first_seen_at, Disposition.CHANGED)
         if not self._touch and self._known.is_only_touched(path, stat, sample):
@@ -146,25 +162,22 @@ class FileClassifier:
             return False
 
     def samples(self, paths: Sequence[bytes]) -> list[int | None]:
-        """The sample of each file's content, for `LandedFile.sample`."""
-        return [self._read(path)[0] for path in paths]
+        """The sample of each file's content, for `LandedFile.sample`; None for unreadable ones."""
+        return [(call_catching(self._read, path)[0] or (None, None))[0] for path in paths]
 
     def _read(self, path: bytes) -> tuple[int | None, str | None]:
-        """`(sample, sha256)` of the content; None for what is not requested or cannot be read."""
-        if self._touch and not self._sha256:
-            return None, None
+        """`(sample, sha256)` of the content; None for what is not requested, or when the file is
+        missing. Raises OSError when it may not be read.
+        """
         try:
             handle = os.open(self._tree.full(path), os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:  # removed or unreadable: the next stat decides
+        except (FileNotFoundError, NotADirectoryError):  # removed: the next stat decides
             return None, None
         with open(handle, "rb", buffering=0) as file:
-            try:
-                if not self._sha256:
-                    return _sample(file), None
+            if self._sha256:
                 whole = self._hash(file)
                 return int(whole[:12], 16), whole
-            except OSError:
-                return None, None
+            return (None if self._touch else _sample(file)), None
 
     def _hash(self, file: FileIO) -> str:
         found = hashlib.sha256()
@@ -212,8 +225,8 @@ def to_event(landed: LandedFile, source: str, now_us: int) -> Event:
     if (stat := landed.stat) is not None:
         data |= {
             "size": stat.size,
-            "mtime": to_datetime(stat.mtime_ns // 1000).isoformat(),
-            "mtime_ns": stat.mtime_ns,
+            "mtime": to_datetime(stat.mtime_ns // 1000).isoformat() if stat.has_mtime else None,
+            "mtime_ns": stat.mtime_ns if stat.has_mtime else None,
             "inode": stat.inode or None,
         }
     if landed.sha256 is not None:

@@ -6,6 +6,7 @@ during a walk, events.py for events. Globs are those of `globs.py`.
 
 import base64
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from triggers.globs import compile_globs
@@ -46,17 +47,16 @@ class NameFilter:
             self.enters(path) if directory else self.matches(path)
         )
 
-    def marker(self, path: bytes) -> bytes | None:
-        """The path of the marker that completes `path`; None without markers."""
+    def markers(self, path: bytes) -> list[bytes]:
+        """The possible paths of the marker that completes `path`; none without markers. More than
+        one when its name has several normal forms in Unicode.
+        """
         if self._marker is None:
-            return None
+            return []
         directory, slash, name = path.rpartition(b"/")
         stem = name.rpartition(b".")[0] or name
-        return (
-            directory
-            + slash
-            + self._marker.encode().replace(b"{name}", name).replace(b"{stem}", stem)
-        )
+        marker = self._marker.encode().replace(b"{name}", name).replace(b"{stem}", stem)
+        return [directory + slash + form for form in _normal_forms(marker)]
 
     @property
     def marker_is_per_file(self) -> bool:
@@ -66,6 +66,14 @@ class NameFilter:
 def _marker_glob(marker: str) -> str:
     parts = re.split(r"\{name\}|\{stem\}", marker)
     return "*".join(re.sub(r"([*?\[])", r"[\1]", part) for part in parts)
+
+
+def _normal_forms(name: bytes) -> list[bytes]:
+    if name.isascii():
+        return [name]
+    text = _text(name)
+    forms = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
+    return [form.encode("utf-8", "surrogateescape") for form in dict.fromkeys(forms)]
 
 
 def _text(path: bytes) -> str:

@@ -69,8 +69,10 @@ def link_or_copy(
 
     Raises OSError, and SourceError if another file has each of its possible names.
     """
-    for target in _candidate_names(os.path.join(directory, path), event_id):
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+    parent, name = os.path.split(os.path.join(directory, path))
+    os.makedirs(parent, exist_ok=True)
+    for candidate in _candidate_names(name, event_id, _max_name_bytes(parent)):
+        target = os.path.join(parent, candidate)
         if _link(source, target) or _copy(source, target, stop):
             return target, True
         if _is_same_file(source, target, stop):
@@ -81,12 +83,34 @@ def link_or_copy(
     )
 
 
-def _candidate_names(target: bytes, event_id: str) -> list[bytes]:
-    stem, suffix = os.path.splitext(target)
-    return [
-        target,
-        *(stem + b"." + event_id[:length].encode() + suffix for length in (8, len(event_id))),
-    ]
+def _max_name_bytes(directory: bytes) -> int:
+    try:
+        return os.pathconf(directory, "PC_NAME_MAX")
+    except (OSError, ValueError):  # the file system does not say
+        return 255
+
+
+def _candidate_names(name: bytes, event_id: str, limit: int) -> list[bytes]:
+    """The name itself, if it has at most `limit` bytes, and with letters of the event's id."""
+    stem, suffix = os.path.splitext(name)
+    added = [b"." + event_id[:length].encode() for length in (8, len(event_id))]
+    longer = [_shortened(stem, suffix, letters, limit) for letters in added]
+    return [name, *longer] if len(name) <= limit else longer
+
+
+def _shortened(stem: bytes, suffix: bytes, letters: bytes, limit: int) -> bytes:
+    """`stem + letters + suffix` in at most `limit` bytes: the stem loses whole characters at its
+    end, and a suffix that is too long for that counts as part of the stem.
+    """
+    if len(letters) + len(suffix) >= limit:
+        stem, suffix = stem + suffix, b""
+    left = limit - len(letters) - len(suffix)
+    if len(stem) > left:
+        end = left
+        while end and stem[end] & 0xC0 == 0x80:  # inside a character of UTF-8
+            end -= 1
+        stem = stem[: end or left]
+    return stem + letters + suffix
 
 
 def _link(source: bytes, target: bytes) -> bool:
@@ -147,7 +171,10 @@ def _copy(source: bytes, target: bytes, stop: threading.Event) -> bool:
     """
     if os.path.lexists(target):
         return False
-    hidden = os.path.join(os.path.dirname(target), b"." + os.path.basename(target)[:200] + b".part")
+    directory, name = os.path.split(target)
+    hidden = os.path.join(
+        directory, _shortened(b"." + name, b"", b".part", _max_name_bytes(directory))
+    )
     try:
         with open(source, "rb") as reader, open(hidden, "wb") as writer:
             while block := reader.read(BLOCK_BYTES):
@@ -164,20 +191,38 @@ def _copy(source: bytes, target: bytes, stop: threading.Event) -> bool:
     return True
 
 
-def sync_directories(files: Iterable[bytes], top: bytes) -> None:
-    """Makes new names durable: fsyncs their directories up to `top`, each once."""
-    found: set[bytes] = set()
+def sync_directories(files: Iterable[bytes], top: bytes) -> dict[bytes, str]:
+    """Makes new names durable: fsyncs their directories up to `top`, each once. Returns the files
+    for which that failed, and why.
+    """
+    outcomes: dict[bytes, str | None] = {}
+    failed: dict[bytes, str] = {}
     for file in files:
         directory = os.path.dirname(file)
-        while directory not in found and len(directory) >= len(top):
-            found.add(directory)
+        while len(directory) >= len(top):
+            if directory not in outcomes:
+                outcomes[directory] = _sync_directory(directory)
+            if (reason := outcomes[directory]) is not None:
+                failed[file] = reason
             directory = os.path.dirname(directory)
-    for directory in found:
+    return failed
+
+
+def _sync_directory(directory: bytes) -> str | None:
+    """Why it failed; None when it succeeded, or when the file system cannot do it."""
+    try:
         handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        return None if error.errno in _SYNC_UNSUPPORTED else str(error)
+    return None
+
+
+_SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""Some network file systems do not sync directories."""
 
 
 def remove_source(tree: Tree, path: bytes, stat: FileStat) -> bool:
@@ -190,9 +235,9 @@ def remove_source(tree: Tree, path: bytes, stat: FileStat) -> bool:
     if now is not None and now != stat:
         return False
     unlink_if_present(tree.full(path))
-    marker = tree.names.marker(path)
-    if marker is not None and tree.names.marker_is_per_file:
-        unlink_if_present(tree.full(marker))
+    if tree.names.marker_is_per_file:
+        for marker in tree.names.markers(path):
+            unlink_if_present(tree.full(marker))
     return True
 
 

@@ -102,6 +102,7 @@ class FileRecorder:
         sources: list[tuple[bytes, FileStat]] = []
         for file, removal_pending in recorded:
             self._context.settling.remove(file.path)
+            self._context.denied.discard(file.path)
             if file.stat is None:
                 known.forget(file.path)
                 continue
@@ -116,7 +117,9 @@ class FileRecorder:
         delay = 0.0
         if file.disposition is Disposition.WAITING:
             delay = context.options.poll if file.problem else max(context.options.settle, 1.0)
-        if file.problem is not None:
+        if file.is_unreadable:
+            context.warn_denied(file.path, file.problem or "")
+        elif file.problem is not None:
             path = printable(context.tree.full(file.path))
             context.log.warning("file.move_failed", path=path, reason=file.problem)
         context.settling.postpone(file.path, context.clock.monotonic() + delay)

@@ -25,6 +25,13 @@ MAX_PENDING_FILES / settle.
 """
 
 
+MIN_MTIME_NS = -(1 << 63)
+MAX_MTIME_NS = (1 << 63) - 1
+"""Of an mtime in JSON, in the years 1677 and 2262. Some mounts give years that no calendar has:
+such a time becomes one of these, and counts as unknown (`FileStat.has_mtime`).
+"""
+
+
 class FileStat(NamedTuple):
     """The version of a regular file. `inode` is 0 where it does not identify a file (network file
     systems).
@@ -33,6 +40,10 @@ class FileStat(NamedTuple):
     size: int
     mtime_ns: int
     inode: int
+
+    @property
+    def has_mtime(self) -> bool:
+        return MIN_MTIME_NS < self.mtime_ns < MAX_MTIME_NS
 
 
 # --------------------------------------------------------------------------- known

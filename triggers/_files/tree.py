@@ -15,7 +15,14 @@ from itertools import islice
 from typing import TypeAlias
 
 from triggers._files.names import NameFilter
-from triggers._files.settling import FileStat, KnownFiles, is_removal_pending, is_same_version
+from triggers._files.settling import (
+    MAX_MTIME_NS,
+    MIN_MTIME_NS,
+    FileStat,
+    KnownFiles,
+    is_removal_pending,
+    is_same_version,
+)
 
 ENTRIES_PER_STEP = 2_000
 """About 10 ms in the thread."""
@@ -50,7 +57,8 @@ class Tree:
         return self.excluded is not None and (path + b"/").startswith(self.excluded + b"/")
 
     def to_file_stat(self, found: os.stat_result) -> FileStat:
-        return FileStat(found.st_size, found.st_mtime_ns, found.st_ino if self.inodes else 0)
+        mtime_ns = min(max(found.st_mtime_ns, MIN_MTIME_NS), MAX_MTIME_NS)
+        return FileStat(found.st_size, mtime_ns, found.st_ino if self.inodes else 0)
 
     def os_stat(self, path: bytes) -> os.stat_result | None:
         """The stat of `path`, following only permitted links; None when it does not exist. Raises

@@ -18,9 +18,6 @@ LOG_EVENTS = {
     "directory.initial_scan_completed": (
         "The first scan of a directory is complete; `known` and `pending` count its files."
     ),
-    "directory.permission_denied": (
-        "A file or folder under a watched directory is not readable; each scan tries again."
-    ),
     "file.unsettled": (
         "A file has been growing or changing for long; it is not yet taken as complete."
     ),
@@ -113,10 +110,7 @@ class TreeWalks:
 
     async def _process(self, step: WalkStep) -> None:
         for path, reason in step.denied:
-            if path not in self._warned:
-                self._warned.add(path)
-                full = printable(self._context.tree.full(path))
-                self._context.log.warning("directory.permission_denied", path=full, reason=reason)
+            self._context.warn_denied(path, reason)
         if step.preexisting:
             await self._recorder.record_skipped(step.preexisting)
         if step.pending_removal and self._context.options.removes_source:

@@ -179,7 +179,8 @@ async def fetch_bytes(consumer: Consumer, tp: TopicPartition, offset: int) -> tu
     aborted. The consumer's position does not change. Raises KafkaError.
     """
     raw = cast(Any, consumer)
-    fetcher, client = raw._fetcher, raw._client
+    fetcher = raw._fetcher
+    client = raw._client
     wanted = [(tp.topic, [(tp.partition, offset, fetcher._max_partition_fetch_bytes)])]
     request = FetchRequest(
         fetcher._fetch_max_wait_ms, 1, fetcher._fetch_max_bytes, fetcher._isolation_level, wanted

@@ -67,7 +67,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         record before the position can be read within LAGGING_BROKER_SECONDS.
         """
         ends_before = bounds.position.offset > bounds.end
-        if doubt is Doubt.SHRUNK and ends_before and not self._is_shrunk(partition):
+        if doubt is Doubt.SHRUNK and ends_before and not _is_shrunk(partition, self._now()):
             partition.shrunk_at = partition.shrunk_at or self._now()
             self.seek_and_resume(partition, bounds.begin)
             return
@@ -76,11 +76,6 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
             self.handle_gap(partition, bounds)
         else:
             self.seek_and_resume(partition, bounds.begin)
-
-    def _is_shrunk(self, partition: AssignedPartition) -> bool:
-        """Whether the record before the position was awaited for LAGGING_BROKER_SECONDS."""
-        since = partition.shrunk_at
-        return since is not None and self._now() - since >= LAGGING_BROKER_SECONDS
 
     def rewind(self, *tps: TopicPartition) -> None:
         """Seeks partitions (by default all) back to what fetches have returned: a fetch that raises
@@ -153,7 +148,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
             if is_due or was_full:
                 partition.shrunk_at = partition.shrunk_at and now  # it was not read meanwhile
                 self._resume(partition)
-            if self._is_shrunk(partition):
+            if _is_shrunk(partition, now):
                 self.mark_uncertain(partition.tp, Doubt.SHRUNK)
 
     def seek_and_resume(self, partition: AssignedPartition, begin: int = 0) -> None:
@@ -269,3 +264,9 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
             if 0 <= partition.lag.end_offset <= fetched:
                 partition.lag.caught_up_at = now
         return batch if batch.positions else None
+
+
+def _is_shrunk(partition: AssignedPartition, now: float) -> bool:
+    """Whether the record before the position was awaited for LAGGING_BROKER_SECONDS."""
+    since = partition.shrunk_at
+    return since is not None and now - since >= LAGGING_BROKER_SECONDS

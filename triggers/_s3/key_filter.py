@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from triggers.globs import compile_globs
+from triggers.globs import compile_globs, normal_form
 
 
 class KeyFilter:
@@ -25,7 +25,7 @@ class KeyFilter:
         self.marker: str | None = marker
         self.marker_per_object: bool = marker is not None and "{" in marker
         self.marker_per_folder: bool = marker is not None and not self.marker_per_object
-        self._suffix: str = suffix
+        self._suffix: str = normal_form(suffix)
         self._globs = compile_globs(globs)
         self._markers = compile_globs([_marker_glob(marker)] if marker else [])
         self.list_prefix: str = prefix + _common_prefix(globs)
@@ -38,7 +38,7 @@ class KeyFilter:
         """Whether a key matches prefix, suffix and globs, and is neither a folder nor a marker."""
         if (
             not key.startswith(self.prefix)
-            or not key.endswith(self._suffix)
+            or not normal_form(key).endswith(self._suffix)
             or key.endswith("/")
             or self._is_marker(key)
         ):
@@ -73,5 +73,7 @@ def _common_prefix(globs: Sequence[str]) -> str:
     """The common beginning of all keys that match the globs, for the listing's prefix."""
     if not all("/" in glob for glob in globs):
         return ""
-    plain = [re.split(r"[*?\[]", glob.removeprefix("/"))[0] for glob in globs]
+    plain = [
+        re.split(r"[*?\[]|[^\x00-\x7f]", normal_form(glob).removeprefix("/"))[0] for glob in globs
+    ]
     return os.path.commonprefix(plain)  # noqa: RUF071  # a listing's prefix consists of characters
