@@ -14,11 +14,12 @@ in runtime.py.
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import msgspec
 
 from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
+from eventflow.core.declarations import declaration, duration, one_of, text, whole_number
 from eventflow.core.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
 from eventflow.logs.log import LogSink
@@ -35,10 +36,11 @@ from eventflow.routing.subscriptions import (
     subscribe_sink,
 )
 from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, format_id
-from eventflow.runtime import AppConfig, Lifespan, Runtime
+from eventflow.runtime import AppConfig, Lifespan, Runtime, uninterrupted
 from eventflow.sdk.flow import Flow
-from eventflow.serialization.codecs import decode_error, to_readable
-from eventflow.store.sqlite import SqliteStore
+from eventflow.serialization.codecs import to_readable
+from eventflow.serialization.errors import decode_error
+from eventflow.store.sqlite import SqliteStore, StoreOptions
 
 DAY = 86_400.0
 
@@ -99,9 +101,11 @@ class App:
     work at once. `threads`: plain `def` tasks that run at once. `retention`: how long bodies,
     journals and settled runs are kept; `identities`: how long an event's id is remembered.
     `results`: `s3://bucket/prefix` for results too large for a row; by default they are files
-    beside the store.
+    beside the store. `strict`: a run fails if its flow forgot to await a call, instead of only a
+    warning.
     """
 
+    @declaration
     def __init__(
         self,
         name: str,
@@ -113,18 +117,21 @@ class App:
         retention: Duration = 30 * DAY,
         identities: Duration = 90 * DAY,
         results: str | None = None,
+        strict: bool = False,
         clock: Clock | None = None,
-        **store_options: Any,
+        **store_options: Unpack[StoreOptions],
     ) -> None:
+        _check_store_options(store_options)
         self._config = AppConfig(
-            name=name,
+            name=text(name, "App(name)"),
             clock=clock or SystemClock(),
             lifespan=lifespan,
-            concurrency=concurrency,
-            threads=threads,
-            retention=microseconds(retention),
-            identities=microseconds(identities),
+            concurrency=whole_number(concurrency, "App(concurrency=)"),
+            threads=whole_number(threads, "App(threads=)"),
+            retention=microseconds(duration(retention, "App(retention=)")),
+            identities=microseconds(duration(identities, "App(identities=)")),
             results=results,
+            strict=strict,
             store_options=store_options,
         )
         self.name: str = name
@@ -137,6 +144,7 @@ class App:
 
     # ----------------------------------------------------------------- declaration
 
+    @declaration
     def on(
         self,
         trigger: Trigger | LedgerTrigger | Pattern | str,
@@ -161,6 +169,8 @@ class App:
         pattern over several events takes the place of a trigger and has its own `where` and `by`.
         Raises UsageError for what does not fit.
         """
+        if priority is not None:
+            whole_number(priority, "app.on(priority=)", minimum=-(1 << 63))
         if isinstance(trigger, Pattern):
             if where or params or key or types or on_failure != "continue":
                 raise UsageError(
@@ -197,6 +207,7 @@ class App:
             )
         )
 
+    @declaration
     def send(
         self,
         types: str | Sequence[str],
@@ -223,6 +234,7 @@ class App:
             )
         )
 
+    @declaration
     def send_dead_letters(self, to: EventSink, *, name: str | None = None) -> None:
         """Sends a copy of every new dead letter to a sink; the ledger keeps the original."""
         self._config.sink_subscriptions.append(
@@ -231,6 +243,7 @@ class App:
             )
         )
 
+    @declaration
     def add(self, *flows: Flow[..., Any]) -> None:
         """Registers flows by name, so that they can be started by name and their unfinished runs
         resume.
@@ -274,14 +287,15 @@ class App:
         """Drains and closes: intake stops, attempts may end within `grace` seconds, the rest is
         recorded as interrupted.
 
-        Idempotent. The App counts as open until the end, so that HTTP can show the drain.
+        Idempotent. The App counts as open until the end, so that HTTP can show the drain. A cancel
+        of the caller, or a lifespan that raises, is raised when everything is closed.
         """
         runtime = self._runtime
         if runtime is None or runtime.closing:
             return
         runtime.closing = True
         try:
-            await runtime.close(grace)
+            await uninterrupted(runtime.close(grace))
         finally:
             self._runtime = None
 
@@ -316,10 +330,11 @@ class App:
         self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any
     ) -> RunHandle:
         """Starts a run; durable when it returns. With a known `idempotency_key`, the first run of
-        that key.
+        that key, which may be past its retention.
 
         Raises BindingError when the parameters do not fit the flow's signature, NotFound for an
-        unknown flow name, StoreFull at once when the ledger is full.
+        unknown flow name, IdempotencyConflict for a key that is known with other parameters,
+        StoreFull at once when the ledger is full.
         """
         known = self.flow(flow)
         body = known.binder.unpack((), params)
@@ -349,6 +364,8 @@ class App:
 
         Raises StoreFull at once when the ledger is full.
         """
+        if id is not None:
+            text(id, "app.emit(id=)")
         ident = id or format_id(self.runtime.ids.next(self.clock.now()))
         (receipt,) = await self.accept(
             Event(id=ident, source=source, type=event_type, data=data, subject=subject)
@@ -394,3 +411,11 @@ class App:
         from eventflow.server.server import run_app  # lazy: an embedded App needs no server
 
         run_app(self, **options)
+
+
+def _check_store_options(given: StoreOptions) -> None:
+    one_of(given.get("synchronous", "FULL"), "App(synchronous=)", ("FULL", "NORMAL"))
+    whole_number(given.get("max_pending", 1), "App(max_pending=)")
+    whole_number(given.get("max_pending_bytes", 1), "App(max_pending_bytes=)")
+    whole_number(given.get("free_floor") or 0, "App(free_floor=)", minimum=0)
+    whole_number(given.get("ballast", 0), "App(ballast=)", minimum=0)

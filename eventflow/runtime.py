@@ -10,28 +10,39 @@ intake/reactor.py (events in), engine/worker.py (runs), sinks/relay.py (events o
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import anyio
 import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Clock
-from eventflow.core.errors import NotFound, RunDead, StoreError, StoreFailed, UsageError
+from eventflow.core.declarations import text
+from eventflow.core.errors import (
+    ANY_FAILURE,
+    IdempotencyConflict,
+    NotFound,
+    RunDead,
+    StoreError,
+    StoreFailed,
+    UsageError,
+)
 from eventflow.engine.late_runs import LateRunMonitor
 from eventflow.engine.worker import Worker, WorkerOptions
 from eventflow.events.event import Event, Trigger
 from eventflow.intake.reactor import Reactor
 from eventflow.logs.log import LogSink, get_logger
+from eventflow.loop.left_behind import leave_behind
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.router import Router
 from eventflow.routing.subscriptions import SinkSubscription, Subscription, subscribe_pattern
 from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
-from eventflow.sdk.flow import Flow
+from eventflow.sdk.flow import Flow, check_task_names
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.s3_blobs import S3BlobStore
 from eventflow.sinks.relay import OutboxRelay
@@ -54,6 +65,12 @@ process have the writer.
 RETENTION_STEP_DELAY_SECONDS = 0.05
 RETENTION_INTERVAL_SECONDS = 60.0
 """Between two steps while rows are removed; after a step that found none."""
+FLOW_LOOP_MARGIN_SECONDS = 3.2
+"""After the grace, for a worker to unwind its runs and cancel bodies. A loop that takes longer is
+blocked by a flow, and given up.
+"""
+STOP_SECONDS = 1.0
+"""For the flow loop's thread to end."""
 
 log = get_logger("eventflow.app")
 LOG_EVENTS = {
@@ -62,6 +79,10 @@ LOG_EVENTS = {
     ),
     "app.started": "The app accepts events and executes flows.",
     "app.stopped": "The app is stopped; unfinished attempts are recorded as interrupted.",
+    "loop.exit_ignored": (
+        "User code on an event loop called `sys.exit()` or raised KeyboardInterrupt; the loop goes "
+        "on."
+    ),
     "store.prune_failed": "A retention step failed; it is tried again in a minute.",
 }
 
@@ -79,6 +100,7 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
     lifespan: Lifespan | None = None
     concurrency: int = 1000
     threads: int = 32
+    strict: bool = False
     retention: int
     identities: int
     results: str | None = None
@@ -94,6 +116,7 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise UsageError(f"expected a flow, found {flow!r}; decorate the function with @flow")
         if self.flows.setdefault(flow.name, flow) is not flow:
             raise UsageError(f"two flows are named {flow.name!r}; give one of them @flow(name=...)")
+        check_task_names(flow)
 
     def add_trigger(self, trigger: Trigger) -> None:
         """UsageError for another object, or another trigger of the same name."""
@@ -157,6 +180,9 @@ class Runtime:
         self.retention = Retention(config, self.store, self.blobs)
         self.own_loop: FlowThread | None = None
         self.closing: bool = False
+        self._is_started: bool = False
+        self.stall_reason: str = ""
+        """Which loop or thread stands still; set by the server's watchdog."""
         self._lifespan = LifespanTask()
         self._outcome_waiters: set[OutcomeWaiter] = set()
 
@@ -184,6 +210,7 @@ class Runtime:
                     concurrency=config.concurrency,
                     threads=config.threads,
                     sink=self.sink,
+                    strict=config.strict,
                     secret=load_or_create_secret(self.store.path, "key").encode(),
                 ),
             )
@@ -199,6 +226,7 @@ class Runtime:
             if passive:
                 return
             await asyncio.to_thread(self.retention.checkpoints.load_index)
+            self._is_started = True
             self.own_loop = FlowThread() if own_loop else None
             await self.on_flow_loop(self._start_worker())
             self.relay.start()
@@ -208,9 +236,7 @@ class Runtime:
             self.late_run_monitor.start()
             self.retention.start()
         except BaseException:
-            await asyncio.to_thread(self.store.close)
-            if self.own_loop is not None:
-                await asyncio.to_thread(self.own_loop.stop)
+            await uninterrupted(self._undo_open())
             raise
         log.info(
             "app.started",
@@ -221,29 +247,66 @@ class Runtime:
         )
 
     async def close(self, grace: float) -> None:
-        """Stops intake, gives attempts up to `grace` seconds to end, then closes everything."""
+        """Stops intake, gives attempts up to `grace` seconds to end, then closes everything.
+
+        Closes everything as well if a step fails, the lifespan for one, and raises that error at
+        the end.
+        """
         log.info("app.draining", app=self.config.name, grace=grace)
+        try:
+            await self._end_parts(grace)
+        finally:
+            await uninterrupted(self._release())
+        log.info("app.stopped", app=self.config.name)
+
+    async def _undo_open(self) -> None:
+        """Closes what `open` opened before it failed."""
+        if self._is_started:
+            await asyncio.gather(self._end_parts(0.0), return_exceptions=True)
+        await self._release()
+
+    async def _end_parts(self, grace: float) -> None:
+        """Ends what runs. Raises the first error when all has ended."""
         self.reactor.draining = True
         await self.retention.stop()
         await self.late_run_monitor.stop()
         # Together: a trigger that finishes a slow poll uses up none of the grace.
-        await asyncio.gather(self.reactor.stop(), self.on_flow_loop(self._stop_worker(grace)))
+        ends = await asyncio.gather(
+            self.reactor.stop(), self._end_flows(grace), return_exceptions=True
+        )
         await self.relay.stop()
+        for end in ends:
+            if end is not None:
+                raise end
+
+    async def _end_flows(self, grace: float) -> None:
+        """Ends the worker and the lifespan. A flow loop that a flow blocks is given up."""
+        if self.own_loop is None:
+            await self._stop_worker(grace)
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace + FLOW_LOOP_MARGIN_SECONDS):
+                await self.own_loop.call(self._stop_worker(grace))
+
+    async def _release(self) -> None:
+        """Ends the threads and frees the store."""
         if self.own_loop is not None:
-            await asyncio.to_thread(self.own_loop.stop)
+            await self.own_loop.stop()
         await asyncio.to_thread(self.store.close)
-        log.info("app.stopped", app=self.config.name)
 
     async def _start_worker(self) -> None:
         state = await self._lifespan.enter(self.config.lifespan)
         self.worker.start(state)
 
     async def _stop_worker(self, grace: float) -> None:
-        if self.store.failed is not None:
-            self.worker.abandon()
-        else:
-            await self.worker.drain(grace)
-        await self._lifespan.leave()
+        try:
+            if self.store.failed is not None:
+                self.worker.abandon()
+                await self.worker.end()
+            else:
+                await self.worker.drain(grace)
+        finally:
+            await self._lifespan.leave()
 
     async def on_flow_loop(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the flow loop."""
@@ -255,6 +318,39 @@ class Runtime:
         if self.own_loop is None:
             return asyncio.get_running_loop(), threading.get_ident()
         return self.own_loop.loop, self.own_loop.thread.ident or 0
+
+    # ----------------------------------------------------------------- health
+
+    def dead_part(self) -> str:
+        """Which thread or task of ours has ended though nobody stopped it; empty: none. From any
+        thread.
+        """
+        is_stopping = self.closing or not self._is_started or self.reactor.draining
+        if is_stopping or self.store.failed is not None:
+            return ""
+        if self.own_loop is not None and not self.own_loop.thread.is_alive():
+            return "the thread of the flow loop has ended"
+        if not self.store.is_alive:
+            return "the thread of the store's writer has ended"
+        for part in (self.retention, self.late_run_monitor, self.reactor, self.relay):
+            for task in part.tasks:
+                if task.done() and not self.reactor.draining and self.store.failed is None:
+                    error = None if task.cancelled() else task.exception()
+                    return f"the task {task.get_name()!r} has ended: {error!r}"
+        return ""
+
+    @property
+    def unready_reason(self) -> str:
+        """Why recorded events would not be processed; empty while they are."""
+        if self.stall_reason:
+            return self.stall_reason
+        threads = self.worker.threads
+        if threads.is_short:
+            return (
+                f"{threads.left_behind} plain task bodies run on after their timeouts; "
+                f"{threads.max_spare} spare threads are used up"
+            )
+        return self.dead_part()
 
     # ----------------------------------------------------------------- runs
 
@@ -269,9 +365,12 @@ class Runtime:
         """Starts a run of `params`, a JSON object. Returns its number, and whether the key was
         known.
 
-        Waits while the ledger is full, for up to `max_wait` seconds. Raises UsageError for a known
-        key with other parameters.
+        Waits while the ledger is full, for up to `max_wait` seconds. Raises IdempotencyConflict for
+        a known key with other parameters, UsageError for an empty key. The run of a known key may
+        be past its retention: then its number is that of no run.
         """
+        if idempotency_key is not None:
+            text(idempotency_key, "idempotency_key=")
         ident = idempotency_key or format_id(self.ids.next(self.config.clock.now()))
         event = Event(
             id=ident,
@@ -282,13 +381,10 @@ class Runtime:
         arrival = self.router.route_to_flow(flow, event, params=params)
         (receipt,) = await self.reactor.record(lambda: [arrival], "api", max_wait=max_wait)
         if receipt.conflict:
-            raise UsageError(
-                f"idempotency key {ident!r} is known with other parameters;"
-                " the first run stands, use another key"
-            )
+            raise IdempotencyConflict(ident)
         if receipt.duplicate:
-            (first,) = await self.store.runs(event=receipt.ledger_id, limit=1)
-            return first["id"], True
+            verdicts = (await self.store.event(receipt.ledger_id))["verdicts"]
+            return next(run for _, outcome, run in verdicts if outcome == "run"), True
         return arrival.runs[0].id, False
 
     async def outcome(self, run: int) -> Outcome:
@@ -372,7 +468,7 @@ class LifespanTask:
             async with lifespan() as state:
                 entered.set_result(state)
                 await end.wait()
-        except Exception as error:  # the user's code: raised to the caller of `App.open`
+        except ANY_FAILURE as error:  # the user's code: raised to the caller of `App.open`
             if entered.done():
                 raise
             entered.set_exception(error)
@@ -400,6 +496,10 @@ class Retention:
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="retention")
 
+    @property
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        return () if self._task is None else (self._task,)
+
     async def stop(self) -> None:
         """Cancels the task; idempotent."""
         if self._task is not None:
@@ -412,7 +512,7 @@ class Retention:
         while True:
             try:
                 removed = await self._step()
-            except StoreError as error:  # tried again later; nothing else depends on retention
+            except Exception as error:  # tried again later; nothing else depends on retention
                 log.error("store.prune_failed", error=str(error))
                 removed = 0
             await asyncio.sleep(
@@ -460,14 +560,56 @@ class FlowThread:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        while True:
+            try:
+                self.loop.run_forever()
+                return
+            except (SystemExit, KeyboardInterrupt) as error:
+                # A task that a body has made called `sys.exit()`: asyncio raises it here. Whoever
+                # waits for the task gets it, and the loop goes on.
+                log.error("loop.exit_ignored", loop="flows", error=repr(error))
 
     async def call(self, work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.loop))
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """Ends the thread. What user code left on the loop is cancelled, and left behind if it does
+        not end.
+        """
+        with suppress(TimeoutError):  # a flow blocks the loop
+            async with asyncio.timeout(STOP_SECONDS):
+                await self.call(_cancel_tasks())
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(timeout=5.0)
+        await asyncio.to_thread(self.thread.join, STOP_SECONDS)
+        if not self.thread.is_alive():
+            for task in asyncio.all_tasks(self.loop):
+                leave_behind(task)
+
+
+async def _cancel_tasks() -> None:
+    """Cancels the other tasks of the running loop, and waits a moment for their ends."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=STOP_SECONDS / 2)
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits `work` to its end, also when the caller is cancelled meanwhile or was before: that is
+    raised afterwards.
+    """
+    task = asyncio.ensure_future(work)
+    was_cancelled = False
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError:
+                was_cancelled = True
+    if was_cancelled:
+        raise asyncio.CancelledError
+    task.result()
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -6,6 +6,7 @@
     │   ├── MissingExtra       an optional package is not installed                     exit 3
     │   ├── EmptySecret        a secret was given but is empty or unset                 exit 3
     │   ├── NotAsync           @flow on a plain function
+    │   ├── IdempotencyConflict    a known idempotency key came with other parameters
     │   └── OutsideFlowError   a task was called outside the coroutines of its flow
     ├── RunError               a run, or something in it, failed                        exit 1
     │   ├── TaskFailed         a recorded error whose class cannot be rebuilt
@@ -92,6 +93,23 @@ class NotAsync(UsageError):
         )
 
 
+class IdempotencyConflict(UsageError):
+    """A run was started with an idempotency key that is known with other parameters.
+
+    The first run stands, and nothing was started. `key` is the key; a host answers 409.
+    """
+
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+    def __str__(self) -> str:
+        return (
+            f"idempotency key {self.key!r} is known with other parameters; the first run stands, "
+            "use another key"
+        )
+
+
 class OutsideFlowError(UsageError):
     """A task was called outside the coroutines of its flow, such as in a thread.
 
@@ -136,7 +154,10 @@ class TaskTimedOut(RunError, TimeoutError):
 
 
 class ArgumentsChanged(RunError):
-    """A recorded call was repeated with other arguments: the code changed during the run."""
+    """A recorded call was repeated with other arguments.
+
+    The code changed during the run, or the flow is not deterministic.
+    """
 
     def __init__(self, call_key: str, diff: str) -> None:
         super().__init__(call_key, diff)
@@ -145,9 +166,10 @@ class ArgumentsChanged(RunError):
 
     def __str__(self) -> str:
         return (
-            f"{self.call_key} was recorded with other arguments ({self.diff}); deploy the code "
-            'that recorded it, or give the task on_changed="rerun" or on_changed="accept", then '
-            "retry the run"
+            f"{self.call_key} was recorded with other arguments ({self.diff}). If the code did not "
+            "change, there is random, time, a set or a global in the flow: use "
+            "current_run().random / .now, sort the set. If it did, deploy the code that recorded "
+            'it, or give the task on_changed="rerun" or on_changed="accept". Then retry the run'
         )
 
 
@@ -177,7 +199,8 @@ class NotStorable(RunError):
     def __str__(self) -> str:
         return (
             f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, "
-            "or annotate the return type with a dataclass, a msgspec.Struct or a pydantic model"
+            "or annotate the return type with a dataclass, a msgspec.Struct or a pydantic model; "
+            'or use @task(codec="pickle"), return bytes, or write a file and return its path'
         )
 
 

@@ -20,7 +20,7 @@ from typing import Any, assert_never
 import msgspec
 import orjson
 
-from eventflow.core.clock import SECOND
+from eventflow.core.clock import SECOND, timer_after
 from eventflow.core.errors import StoreError, call_catching
 from eventflow.engine.actions import (
     AbandonAttempt,
@@ -41,17 +41,17 @@ from eventflow.engine.attempts import Attempts
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.flow_calls import FlowCalls
 from eventflow.engine.journal_writer import JournalWriter, Reply
+from eventflow.engine.lost_calls import report_lost_calls
 from eventflow.engine.pending_calls import PendingCalls
 from eventflow.engine.run_end import RunEnd, answer_to_parent
 from eventflow.engine.suspension import Suspension
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.logs.log import LogContext, get_logger
 from eventflow.loop.flow_loop import DETACHED_HOST, FlowLoop, FlowTask, FlowTimer
-from eventflow.runs.journal import CANCEL_KEY, Entry, Journal, Kind
+from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
 from eventflow.runs.run import Failed, Interrupted, NeedsAttention, Outcome, Run, format_id
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import TaskCall
-from eventflow.serialization.codecs import encode_error
 from eventflow.store.protocol import Appended, Arrival, Fenced, Settle, Settled
 
 LONG_JOURNAL = 10_000
@@ -114,7 +114,11 @@ class Execution(FlowCalls):
         )
         self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
         self._on_settled = on_settled
+        self.has_place = True
+        """Whether it counts for its flow's `concurrency`."""
+        self._awaits_place = False
         self.root: FlowTask | None = None
+        self.unawaited: list[str] = []
 
     # ----------------------------------------------------------------- stepping the flow (LoopHost)
 
@@ -127,7 +131,7 @@ class Execution(FlowCalls):
         coro, error = call_catching(context.run, self.make_coroutine)
         if coro is None:
             assert error is not None
-            self._settle(Failed(encode_error(error)))
+            self._settle(Failed(self.end.encode_error(error)))
             return
         journal = self.pending.journal
         path = f"~{journal.generation}/" if journal.generation else ""
@@ -145,14 +149,42 @@ class Execution(FlowCalls):
 
     def wake(self) -> None:
         """Steps in the loop's next turn: by then every reply of the batch under way was given."""
-        self.services.next_turn.schedule(self.step)
+        if self.has_place or self._may_work():
+            self.services.next_turn.schedule(self.step)
+
+    def _may_work(self) -> bool:
+        """Whether a run that waited, and left its place to others of its flow, may work again. If
+        not, it is woken when it has a place. The end of a run needs none.
+        """
+        finals = self.pending.journal.finals
+        if not self.end.is_open or CANCEL_KEY in finals or TIMEOUT_KEY in finals:
+            return True
+        limit = self.flow.options.concurrency
+        if not self._awaits_place and limit is not None:
+            self.has_place = self.services.limits.places.take(
+                self.flow.name, limit, self._on_place
+            )
+            self._awaits_place = not self.has_place
+        return self.has_place
+
+    def _on_place(self) -> None:
+        self.has_place = True
+        self._awaits_place = False
+        if self.end.is_closed:
+            self._leave_place()
+        else:
+            self.wake()
+
+    def _leave_place(self) -> None:
+        self.has_place = False
+        self.services.limits.places.leave(self.flow.name, self.flow.options.concurrency)
 
     def guarded(self, call: Callable[..., None], *args: Any) -> None:
         """Calls `call`; an exception holds this run and harms no other."""
         try:
             call(*args)
         except (
-            Exception
+            BaseException
         ) as fault:  # around a run: exceptions of the flow and of bodies end elsewhere
             self.carry_out(ReportFault(fault))
 
@@ -166,6 +198,13 @@ class Execution(FlowCalls):
             if end.outcome is None:  # a large result is being stored, which may take a while
                 self.writer.commit_uncommitted()
                 return False
+            end.outcome = report_lost_calls(
+                end.outcome,
+                self.name,
+                self.flow.name,
+                self.pending.waiting.values(),
+                self.unawaited if self.services.strict else None,
+            )
         if end.outcome is not None:
             return self._unwind(end.outcome)
         if self.pending.answers:
@@ -173,9 +212,23 @@ class Execution(FlowCalls):
                 self.deliver(entry, target)
             return True
         self.pending.is_replaying = False
+        if end.is_signalled and root is not None and self._repeat_cancel(root):
+            return True
         self._start_new()
         self._rest()
         return False
+
+    def _repeat_cancel(self, root: FlowTask) -> bool:
+        """Cancels the flow again if it has swallowed its cancel and waits as before. Ends it if it
+        does so once more each time.
+        """
+        cleanup = self.loop.cleanup
+        if cleanup is None or root not in cleanup.waits_as_before:
+            return False
+        cleanup.waits_as_before.discard(root)
+        root.cancel()
+        self.refuse()
+        return True
 
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:
@@ -194,7 +247,12 @@ class Execution(FlowCalls):
         writer = self.writer
         pending = self.pending
         if writer.uncommitted is None:
-            if pending.unstarted and not self.services.draining:
+            # A cancel that is being recorded comes before anything new.
+            if (
+                pending.unstarted
+                and not self.services.draining
+                and CANCEL_KEY not in pending.waiting
+            ):
                 for action in pending.start_new(self.services.clock.now):
                     self.carry_out(action)
         elif not writer.is_committing:
@@ -216,12 +274,14 @@ class Execution(FlowCalls):
             suspension.set_idle(idle)
             if idle and draining:
                 self.end_run(Interrupted())
+        if idle and self.has_place and self.flow.options.concurrency is not None:
+            self._leave_place()
         if (
             idle
             and not draining
             and not self.loop.unjournaled_awaits
             and not self.pending.answers
-            and not self.end.in_grace
+            and not self.end.is_signalled
             and (action := suspension.decide(scan_all=recheck)) is not None
         ):
             self.carry_out(action)
@@ -239,7 +299,8 @@ class Execution(FlowCalls):
                 self.writer.append(action.entry, action.arrivals)
             case SetTimer(target, due):
                 fire = partial(self._on_timer, target)
-                target.handle = services.clock.timer(services.loop, due, fire)
+                delay = due - services.clock.now()
+                target.handle = timer_after(services.clock, services.loop, delay, fire)
             case CancelTimer(handle):
                 handle.cancel()
             case AbandonAttempt(call):
@@ -300,10 +361,18 @@ class Execution(FlowCalls):
         if target.call_key not in self.pending.waiting:
             return
         if not isinstance(target, TaskCall):
-            self.writer.append(Entry(call_key=target.call_key, kind=Kind.TIMER, due_at=target.due))
-        elif self.end.is_open and not self.services.draining:
+            entry = Entry(call_key=target.call_key, kind=Kind.TIMER, due_at=target.due)
+            if target.due is not None and target.due > self.services.clock.now():
+                entry.at = target.due  # the wall clock was set back: the flow's time passes
+            self.writer.append(entry)
+        elif not self.end.is_open or self.services.draining:
+            return
+        elif self.has_place:
             self.attempts.launch(target)
             self._rest()
+        else:
+            self.pending.unstarted.append(target)
+            self.wake()
 
     # ----------------------------------------------------------------- from the store and the
     # worker

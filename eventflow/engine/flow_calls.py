@@ -13,9 +13,11 @@ from typing import Any, NoReturn
 
 import orjson
 
+from eventflow.core.declarations import format_location
 from eventflow.core.errors import ResultsUnavailable, call_catching
 from eventflow.engine.actions import Action, AppendEntry, EndRun
 from eventflow.engine.awaitables import Call, ChildCall, ControlSignal, EmitCall, Pending
+from eventflow.engine.lost_calls import report_unawaited
 from eventflow.engine.pending_calls import PendingCalls
 from eventflow.engine.run_end import RunEnd, retry_later
 from eventflow.engine.task_map import TaskMap
@@ -27,7 +29,10 @@ from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
 from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
-from eventflow.serialization.codecs import decode_error, encode_error
+from eventflow.serialization.errors import decode_error
+
+MAX_REFUSALS = 100
+"""Times that a flow may go on as if it had not been cancelled before it is ended."""
 
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
@@ -50,6 +55,8 @@ class FlowCalls(ABC):
     log_context: LogContext
     root: FlowTask | None
     """The flow's first task, once it exists."""
+    unawaited: list[str]
+    """Calls that the flow made and never awaited, with their lines."""
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...
@@ -88,15 +95,31 @@ class FlowCalls(ABC):
 
     async def perform(self, call: Call) -> Any:
         """The call's recorded or new result. Its call key is taken already."""
-        if self.end.outcome is not None and not self.end.is_closed:
-            # It is refused below; a flow that retries for ever must not do so in one step.
-            await asyncio.sleep(0)
+        if self.end.outcome is not None or self.end.is_signalled:
+            await self._refuse_unless_cleanup()
         future = self._await_call(call)
         try:
             return await future
         except BaseException:
             self._give_up(call)
             raise
+
+    async def _refuse_unless_cleanup(self) -> None:
+        """Raises CancelledError once the flow is cancelled, unless the call is to clean up.
+
+        A flow that tries again for ever must not do so in one step, also while it is closed.
+        """
+        if self.end.is_open and self.loop.cleans_up():
+            return
+        await asyncio.sleep(0)
+        self.refuse()
+        raise asyncio.CancelledError(self.end.outcome)
+
+    def refuse(self) -> None:
+        """The flow goes on as if it had not been cancelled: not for long."""
+        self.end.refusals += 1
+        if self.end.refusals >= MAX_REFUSALS:
+            self.carry_out(EndRun(self.end.signal_outcome()))
 
     def _await_call(self, call: Call) -> asyncio.Future[Any]:
         if not self.end.is_open:
@@ -122,7 +145,13 @@ class FlowCalls(ABC):
     def perform_all(
         self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
     ) -> Coroutine[Any, Any, list[Any]]:
+        if self.end.is_signalled and not self.loop.cleans_up():
+            return self._refuse_map()
         return TaskMap(name, calls, self._await_call, self._give_up, patient=patient).run(limit)
+
+    async def _refuse_map(self) -> list[Any]:
+        await self._refuse_unless_cleanup()
+        raise asyncio.CancelledError
 
     def perform_flow(
         self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,10 +175,14 @@ class FlowCalls(ABC):
         assert error is not None
         attempt = self.pending.journal.attempts(call.call_key)[0] + 1
         entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
-        entry.error = encode_error(error)
+        entry.error = self.end.encode_error(error)
         return AppendEntry(entry)
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
+        if self.end.is_signalled:
+            await asyncio.sleep(0)
+            self.refuse()
+            raise asyncio.CancelledError
         first = restart_entry(self.pending.journal.generation + 1)
         self.carry_out(EndRun(Restarted(self.flow.binder.unpack((), params), first)))
         while True:  # until the unwinding cancels it
@@ -167,9 +200,15 @@ class FlowCalls(ABC):
                 self.carry_out(EndRun(outcome))
         elif self.root is not None:
             self.end.apply_signal(entry, self.root, self._on_grace_over)
+            self.loop.watch_cleanup()
 
     def _on_grace_over(self, outcome: Outcome) -> None:
         self.carry_out(EndRun(outcome))
+
+    # ----------------------------------------------------------------- scopes
+
+    def is_recorded_scope(self, path: str) -> bool | None:
+        return self.pending.journal.has_scope(path)
 
     # ----------------------------------------------------------------- time
 
@@ -197,6 +236,15 @@ class FlowCalls(ABC):
             problem=context.get("message"),
             exc_info=context.get("exception"),
         )
+
+    def on_unawaited(self, coro: Any) -> None:
+        if self.end.is_open and not self.end.is_signalled:  # else the end of the run dropped it
+            code = self.flow.fn.__code__
+            definition = format_location(code.co_filename, code.co_firstlineno)
+            replaying = self.pending.is_replaying
+            self.unawaited.append(
+                report_unawaited(coro, self.name, definition, is_replaying=replaying)
+            )
 
     def _is_replaying(self) -> bool:
         """Whether the flow's log lines repeat those of an earlier execution, or will be repeated by

@@ -10,15 +10,15 @@ outcomes.py.
 
 import asyncio
 import random
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreCorrupt, StoreError
+from eventflow.core.errors import StoreError, call_catching
+from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.execution import Execution, RunningCall
 from eventflow.engine.limits import RunQueues, WorkerLimits
@@ -65,8 +65,8 @@ LOG_EVENTS = {
 class WorkerOptions:
     """`concurrency` bounds the runs that work at once, `max_in_memory` those held in memory
     (working, waiting for a slot, or in a short sleep); the rest waits in the store. `threads`
-    bounds plain `def` task bodies. `secret` signs pickled values; `seed` is that of the retries'
-    jitter.
+    bounds plain `def` task bodies. `secret` signs pickled values; `strict`: a run whose flow forgot
+    to await a call fails; `seed` is that of the retries' jitter.
     """
 
     concurrency: int = 1000
@@ -74,6 +74,7 @@ class WorkerOptions:
     threads: int = 32
     sink: LogSink | None = None
     secret: bytes = b""
+    strict: bool = False
     seed: int | None = None
 
 
@@ -99,17 +100,19 @@ class Worker:
             blobs=blobs,
             checkpoints=checkpoints,
             limits=WorkerLimits(options.concurrency, options.max_in_memory),
-            threads=ThreadPoolExecutor(options.threads, thread_name_prefix="eventflow-task"),
+            threads=DaemonThreads(options.threads, "eventflow-task"),
             rng=random.Random(options.seed),
             secret=options.secret,
+            strict=options.strict,
             sink=options.sink,
         )
         self._limits = self._services.limits
         self._limits.slots.on_release = self._begin_soon
         self._flows = flows
         self.executions: dict[int, Execution] = {}
-        self._queues = RunQueues()
-        self._claimer = Claimer(self._services, flows, self._queues.in_memory, self.receive_runs)
+        self._queues = RunQueues(self._limits.places.taken)
+        self._claimer = Claimer(self._services, flows, self.receive_runs)
+        self._limits.places.on_free = self._claimer.claim_due
         # Runs whose journals are being read, with the answers of children that arrive meanwhile.
         self._loading: dict[int, tuple[Run, list[Entry]]] = {}
         self.outcomes = Outcomes(self._services)
@@ -154,10 +157,7 @@ class Worker:
         for execution in list(self.executions.values()):
             execution.end_run(Interrupted())
         await self._wait_empty(UNWIND_TIMEOUT)
-        self._claimer.close()
-        for task in list(services.owned_tasks):
-            task.cancel()
-        services.threads.shutdown(wait=False, cancel_futures=True)
+        await self.end()
 
     async def _wait_empty(self, timeout: float) -> None:
         with suppress(TimeoutError):  # the caller decides what happens to the runs that are left
@@ -173,6 +173,16 @@ class Worker:
         for execution in list(self.executions.values()):
             execution.close()
         self._has_settled.set()
+
+    async def end(self) -> None:
+        """The last step, after `drain` or `abandon`: ends what user code left running."""
+        services = self._services
+        self._claimer.close()
+        for task in list(services.owned_tasks):
+            task.cancel()
+        services.threads.close()
+        await services.end_bodies()
+        services.close()
 
     def set_pause_reason(self, reason: str) -> None:
         """While there is a reason no run is taken, claimed or started. Those that work continue;
@@ -250,7 +260,7 @@ class Worker:
                 return
             self._limits.slots.working += 1
             if run.token == 1 and not run.crash_suspect and run.mode is None:
-                self._execute(run, Journal())
+                self._execute(run, ())
             else:
                 self._services.spawn(self._load(run))
         self._begin_soon()
@@ -268,9 +278,10 @@ class Worker:
             entries = await store.load(run.id) if run.token > 1 or run.crash_suspect else ()
             if run.mode is not None:
                 run.payloads = await store.payloads(run.id)
-        except StoreCorrupt as damage:
+        except Exception as fault:  # around a run: whatever keeps it from starting settles it
             del self._loading[run.id]
-            self._hold(run, f"what is stored of it cannot be read: {damage}")
+            if store.failed is None:
+                self._hold(run, f"what is stored of it cannot be read: {fault}")
             return
         if entries or run.token > 1:
             log.info(
@@ -280,9 +291,9 @@ class Worker:
                 entries=len(entries),
                 suspect=run.crash_suspect,
             )
-        self.loop.call_soon(self._execute, run, Journal(entries))
+        self.loop.call_soon(self._execute, run, entries)
 
-    def _execute(self, run: Run, journal: Journal) -> None:
+    def _execute(self, run: Run, entries: Iterable[Entry]) -> None:
         _, answers = self._loading.pop(run.id, (run, ()))
         if self._services.draining:
             self._limits.slots.release()
@@ -295,11 +306,19 @@ class Worker:
                 run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
             )
             return
-        execution = Execution(self._services, run, flow, journal, self._on_settled)
+        execution, fault = call_catching(self._make_execution, run, flow, entries)
+        if execution is None:
+            self._hold(run, f"it cannot be started: {type(fault).__name__}: {fault}")
+            return
         self.executions[run.id] = execution
-        execution.begin()
+        execution.guarded(execution.begin)
         for entry in answers:
             execution.guarded(execution.on_durable, entry)
+
+    def _make_execution(
+        self, run: Run, flow: Flow[..., Any], entries: Iterable[Entry]
+    ) -> Execution:
+        return Execution(self._services, run, flow, Journal(entries), self._on_settled)
 
     def _put_back(self, run: Run) -> None:
         """A run that was not started goes back to pending."""
@@ -312,7 +331,7 @@ class Worker:
         log.error("run.held", run=format_id(run.id), flow=run.flow, reason=reason)
         op = Settle(run.id, run.token, outcome)
         self._services.store.post(op, lambda _: self.outcomes.notify(run.id, outcome), self.loop)
-        self._queues.in_memory[run.flow] -= 1
+        self._limits.places.taken[run.flow] -= 1
         self._limits.capacity.release()
         self.loop.call_soon(self._claimer.claim_due)
         self._limits.slots.release()
@@ -326,7 +345,8 @@ class Worker:
         services = self._services
         self.executions.pop(run.id, None)
         self._limits.slots.committing -= 1
-        self._queues.in_memory[run.flow] -= 1
+        if execution.has_place:
+            self._limits.places.leave(run.flow, execution.flow.options.concurrency)
         self._limits.capacity.release()
         # First of all: the last log line must not be tagged as a replay.
         execution.detach()
@@ -340,7 +360,7 @@ class Worker:
             return
         if self._claimer.has_backlog:
             self._claimer.claim()
-        elif execution.flow.options.concurrency is not None or isinstance(outcome, Suspended):
+        elif isinstance(outcome, Suspended):
             self._claimer.claim_due()
         self._begin_soon()
 
@@ -360,6 +380,7 @@ class Worker:
             or self._begin_is_scheduled
             or not services.next_turn.is_empty
             or services.owned_tasks
+            or services.abandoned
             or self._queues.turns
             or any(each.loop.unjournaled_awaits for each in self.executions.values())
         )
@@ -368,6 +389,11 @@ class Worker:
         """The attempts of a run that execute now. From any thread."""
         execution = self.executions.get(run)
         return [] if execution is None else execution.running_calls()
+
+    @property
+    def threads(self) -> DaemonThreads:
+        """Those of plain task bodies."""
+        return self._services.threads
 
     @property
     def load(self) -> dict[str, int]:

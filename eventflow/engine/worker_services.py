@@ -6,26 +6,40 @@ worker's loop.
 
 import asyncio
 import random
+import sys
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
 from eventflow.core.clock import Clock
+from eventflow.core.threads import DaemonThreads
 from eventflow.engine.limits import WorkerLimits
 from eventflow.events.event import Event
 from eventflow.logs.log import LogSink, get_logger
+from eventflow.loop.flow_loop import FlowLoop
+from eventflow.loop.left_behind import leave_behind
+from eventflow.loop.unawaited import UnawaitedWatcher, watch_unawaited
+from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.router import Router
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
+from eventflow.serialization.errors import encode_error, imported_by
 from eventflow.store.protocol import Arrival, Store
+
+CANCEL_ATTEMPTS = 3
+"""Times a body is cancelled before it is left behind."""
+FINAL_CANCEL_INTERVAL = 0.3
+"""Seconds between these cancels at the end of a drain."""
 
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {
+    "task.left_behind": (
+        "A body ignored every cancel until the end of the drain; the process ends without it."
+    ),
     "worker.task_failed": (
         "A background task of the worker failed; this is a defect in eventflow."
     ),
@@ -58,7 +72,10 @@ class DerivedWork:
             subject=fields["subject"],
             extensions=extensions,
         )
-        return self._router.route_emitted(event)
+        arrival = self._router.route_emitted(event)
+        if arrival.dead_letters:
+            log_dead_letters(arrival)
+        return arrival
 
     def child_run(self, run: Run, call_key: str, flow: Flow[..., Any], params: bytes) -> Run:
         """A run of `flow` whose result answers the call `call_key` of `run`."""
@@ -112,22 +129,40 @@ class WorkerServices:
     blobs: Blobs
     checkpoints: CheckpointStore
     limits: WorkerLimits
-    threads: ThreadPoolExecutor
+    threads: DaemonThreads
     rng: random.Random
     secret: bytes
     """Signs what tasks pickle; never in the store."""
     sink: LogSink | None = None
+    strict: bool = False
+    """A run whose flow forgot to await a call fails."""
     state: Any = None
     """What the App's lifespan yielded."""
     draining: bool = False
     """The worker stops: no attempt starts any more."""
     loop: asyncio.AbstractEventLoop = field(init=False)
     next_turn: NextTurn = field(init=False)
+    imported: frozenset[str] = field(init=False)
+    """Names of the modules that were imported when the worker started."""
+    _unawaited_watcher: UnawaitedWatcher | None = None
     owned_tasks: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
+    abandoned: dict[asyncio.Task[Any], str] = field(default_factory=dict[asyncio.Task[Any], str])
+    """Bodies that nobody waits for any more and that have not ended, with what they are."""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """To be called before the first run: every process has imported the modules that this one
+        has imported now.
+        """
+        self.imported = frozenset(sys.modules)
         self.loop = loop
         self.next_turn = NextTurn(loop)
+        self._unawaited_watcher = watch_unawaited(FlowLoop)
+
+    def close(self) -> None:
+        """Ends what `start` began; idempotent."""
+        if self._unawaited_watcher is not None:
+            self._unawaited_watcher.remove()
+            self._unawaited_watcher = None
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Runs `work` as a task that the worker owns. What it raises is logged."""
@@ -139,6 +174,41 @@ class WorkerServices:
         self.owned_tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("worker.task_failed", exc_info=error)
+
+    def encode_error(self, error: BaseException, flow: Flow[..., Any]) -> bytes:
+        """The record of an error in a run of `flow`: with the classes that every process has by the
+        time that the flow receives it.
+        """
+        own = imported_by(flow.fn)
+        return encode_error(
+            error,
+            lambda module: module in self.imported
+            or any(module == each or module.startswith(f"{each}.") for each in own),
+        )
+
+    def abandon(self, body: asyncio.Task[Any], name: str) -> None:
+        """Holds a body that was cancelled until it has ended."""
+        if not body.done():
+            self.abandoned[body] = name
+            body.add_done_callback(self._on_body_ended, context=Context())  # not the flow's
+
+    def _on_body_ended(self, body: asyncio.Task[Any]) -> None:
+        self.abandoned.pop(body, None)
+        if not body.cancelled():
+            body.exception()  # nobody asks for it
+
+    async def end_bodies(self) -> None:
+        """Cancels abandoned bodies a few times more. Those that ignore it are left behind."""
+        for _ in range(CANCEL_ATTEMPTS):
+            if not self.abandoned:
+                return
+            for body in self.abandoned:
+                body.cancel()
+            await asyncio.wait(list(self.abandoned), timeout=FINAL_CANCEL_INTERVAL)
+        for body, name in self.abandoned.items():
+            log.error("task.left_behind", body=name)
+            leave_behind(body)
+        self.abandoned.clear()
 
     def forget_checkpoints(self, run: str, call_key: str | None = None) -> None:
         """Removes the checkpoints of a call whose value is durable, or of a completed run."""

@@ -27,12 +27,14 @@ import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from contextlib import suppress
 from typing import Any, NoReturn, Protocol, cast
 
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
+from eventflow.loop.cleanup import Cleanup, handles_cancel
+from eventflow.loop.left_behind import close_or_keep
 from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
+from eventflow.loop.unawaited import start_tracking
 
 MAX_STEPS_PER_RUN = 1_000
 """Steps of one `run_ready`, a few milliseconds; then the worker's loop gets its turn."""
@@ -59,6 +61,12 @@ class LoopHost(Protocol):
         """Time of the last delivery, microseconds."""
         ...
 
+    def is_recorded_scope(self, path: str) -> bool | None:
+        """Whether an earlier execution of the run recorded a call in the scope of this path, which
+        is without its last slash. None: it recorded nothing.
+        """
+        ...
+
     def on_parked(self) -> bool:
         """No step is ready. Returns True when something was delivered and stepping continues."""
         ...
@@ -83,6 +91,10 @@ class LoopHost(Protocol):
         """A callback raised, or a task's exception was never retrieved."""
         ...
 
+    def on_unawaited(self, coro: Any) -> None:
+        """A coroutine that flow code made was freed without being awaited."""
+        ...
+
     def wake(self) -> None:
         """A step became ready outside `run_ready`: call that soon. Call this from the host's loop
         only.
@@ -95,6 +107,9 @@ class DetachedHost:
 
     def read_now(self) -> int:
         return 0
+
+    def is_recorded_scope(self, path: str) -> bool | None:
+        return None
 
     def on_parked(self) -> bool:
         return False
@@ -109,6 +124,9 @@ class DetachedHost:
         pass
 
     def on_callback_error(self, context: dict[str, Any]) -> None:
+        pass
+
+    def on_unawaited(self, coro: Any) -> None:
         pass
 
     def wake(self) -> None:
@@ -224,7 +242,9 @@ class HostedLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        return self._set(self.host.read_now() + _us(delay), callback, args, context)
+        # A delay too short for a microsecond still moves the time on, or polling would never end.
+        us = _us(delay) or (1 if delay > 0 else 0)
+        return self._set(self.host.read_now() + us, callback, args, context)
 
     def call_at(  # type: ignore[override]
         self,
@@ -233,7 +253,10 @@ class HostedLoop(asyncio.AbstractEventLoop):
         *args: Any,
         context: contextvars.Context | None = None,
     ) -> asyncio.Handle:
-        return self._set(_us(when), callback, args, context)
+        due = _us(when)
+        if due / SECOND < when:  # `time()` must have reached `when`: callers look, and wait again
+            due += 1
+        return self._set(due, callback, args, context)
 
     def _set(
         self, due: int, callback: Callable[..., Any], args: Any, context: Any
@@ -331,6 +354,8 @@ class FlowLoop(HostedLoop):
         self._closed = False
         self.has_busy_looped = False
         """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
+        self.cleanup: Cleanup | None = None
+        """Since a cancel was delivered."""
 
     # ----------------------------------------------------------------- called by the host
 
@@ -362,12 +387,14 @@ class FlowLoop(HostedLoop):
         """
         outer = events._get_running_loop()
         hooks = sys.get_asyncgen_hooks()
+        depth = start_tracking()
         self._pumping = True
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
         try:
             step()
         finally:
+            sys.set_coroutine_origin_tracking_depth(depth)
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
             self._pumping = False
@@ -401,8 +428,8 @@ class FlowLoop(HostedLoop):
             if not handle._cancelled:  # pyright: ignore
                 try:
                     handle._run()  # pyright: ignore
-                except SystemExit:  # `sys.exit()` in a flow: held by its task, not for our loop
-                    continue
+                except (SystemExit, KeyboardInterrupt):
+                    continue  # `sys.exit()` in a flow: held by its task, not for our loop
 
     def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
         """Closes an async generator that flow code dropped half-way, in the step that
@@ -437,6 +464,26 @@ class FlowLoop(HostedLoop):
         self._ready.clear()
         self._tasks = []
 
+    # ----------------------------------------------------------------- after a cancel
+
+    def watch_cleanup(self) -> None:
+        """The flow was cancelled: from now on `cleans_up` and `waits_as_before` are known."""
+        if self.cleanup is None:
+            self.cleanup = Cleanup()
+
+    def cleans_up(self) -> bool:
+        """Whether the current step cleans up after the cancel."""
+        cleanup = self.cleanup
+        task = asyncio.current_task(self)
+        return handles_cancel() or (cleanup is not None and task in cleanup.tasks)
+
+    def _note_wait(self, cleanup: Cleanup) -> None:
+        task = asyncio.current_task(self)
+        if self.cleans_up():
+            cleanup.waits_as_before.discard(task)
+        else:
+            cleanup.waits_as_before.add(task)
+
     # ----------------------------------------------------------------- identity
 
     def current_scope(self) -> Scope:
@@ -463,28 +510,44 @@ class FlowLoop(HostedLoop):
                 FlowTask(
                     coro,
                     loop=self,
-                    path=self.current_scope().child_path(task_label(coro)),
+                    path=self._child_path(coro),
                     name=name,
                     context=context,
                 )
             )
-        path = self._sorting = self.current_scope().child_path(task_label(coro, deep=True))
+        path = self._sorting = self._child_path(coro, deep=True)
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name=name, context=context))
         finally:
             self._sorting = None
+
+    def _child_path(self, coro: Any, *, deep: bool = False) -> str:
+        """The path of a new task. In a run that an earlier version recorded, the one that it
+        recorded.
+        """
+        scope = self.current_scope()
+        label = task_label(coro, deep=deep)
+        if self.host.is_recorded_scope(scope.path + label) is False:
+            earlier = task_label(coro, deep=deep, earlier=True)
+            if earlier != label and self.host.is_recorded_scope(scope.path + earlier):
+                label = earlier
+        return scope.child_path(label)
 
     def _adopt(self, task: FlowTask) -> FlowTask:
         """Holds the task until it has ended. A sweep at twice the number costs less than a callback
         on each task.
         """
         self._tasks.append(task)
+        if self.cleanup is not None and self.is_current() and self.cleans_up():
+            self.cleanup.tasks.add(task)
         if len(self._tasks) >= self._sweep_at:
             self._sweep_at = 64 + 2 * len(self.unfinished_tasks())
         return task
 
     def create_future(self) -> FlowFuture:
         self._futures += 1
+        if self.cleanup is not None:
+            self._note_wait(self.cleanup)
         return FlowFuture(loop=self, ordinal=self._futures)
 
     # ----------------------------------------------------------------- scheduling
@@ -570,10 +633,4 @@ def _copy(done: asyncio.Future[Any], mine: asyncio.Future[Any]) -> None:
 
 def _close_all(tasks: Sequence[FlowTask]) -> None:
     for task in tasks:
-        task._log_destroy_pending = False  # pyright: ignore
-        coro = task.get_coro()
-        if inspect.iscoroutine(coro):
-            # Whatever its `finally` blocks raise or await is dropped: nothing of it will be
-            # recorded.
-            with suppress(Exception, BaseExceptionGroup, asyncio.CancelledError):
-                coro.close()
+        close_or_keep(task)
