@@ -20,10 +20,13 @@ import msgspec
 
 from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreError, StoreFailed, StoreFull
+from eventflow.core.errors import ANY_FAILURE, StoreError, StoreFailed, StoreFull
 from eventflow.core.retry import Backoff
 from eventflow.events.event import Event, Json, Receipt, Trigger, Undecodable
+from eventflow.intake.received_log import log_received
+from eventflow.loop.left_behind import leave_behind
 from eventflow.logs.log import get_logger
+from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.router import Router
 from eventflow.store.protocol import Arrival, RecordEvents, Store
 
@@ -50,8 +53,10 @@ after every commit.
 
 log = get_logger("eventflow.reactor")
 LOG_EVENTS = {
-    "event.conflicted": "A known event arrived with other content; the first one is kept.",
-    "event.dead_lettered": "A delivery became a dead letter, with its bytes and its reason.",
+    "event.conflicted": (
+        "A known event arrived with other content; the first one stands, this one is a dead letter"
+        " (of a drift alert, which is repeated with its current value, it is only counted)."
+    ),
     "event.recorded": "An event and its runs are durable in the ledger (debug).",
     "trigger.backpressure": "The ledger or the commit queue is full: events of a trigger wait.",
     "trigger.restarted": (
@@ -133,7 +138,6 @@ class TriggerIntake:
                 fresh += 1
             if type(item) is Undecodable:
                 health.undecodable += 1
-                self.log.warning("event.dead_lettered", event_id=item.id, error=item.error)
         health.events += fresh
         if fresh:
             self.log.debug("event.recorded", count=fresh, event_id=receipts[0].event_id)
@@ -161,7 +165,11 @@ class Reactor:
             for trigger in triggers
         }
         self.draining: bool = False  # also set by the server's signal handler
+        self.logs_received: bool = False  # whether each event gets a log line
         self._triggers = triggers
+        self._repeats_may_differ = frozenset(
+            trigger.name for trigger in triggers if getattr(trigger, "repeats_may_differ", False)
+        )
         self._rng = rng
         self._listeners: list[asyncio.Task[None]] = []
         self._events: int = 0  # in the commit queue
@@ -185,8 +193,15 @@ class Reactor:
         for listener in self._listeners:
             listener.cancel()
         if self._listeners:
-            await asyncio.wait(self._listeners, timeout=STOP_TIMEOUT_SECONDS)
+            _, left = await asyncio.wait(self._listeners, timeout=STOP_TIMEOUT_SECONDS)
+            for listener in left:  # it ignores its cancel
+                leave_behind(listener)
         self._listeners.clear()
+
+    @property
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        """One per listener."""
+        return tuple(self._listeners)
 
     # ----------------------------------------------------------------- listeners
 
@@ -201,9 +216,9 @@ class Reactor:
                 log.info("trigger.started", trigger=trigger.name, kind=health.kind)
                 try:
                     await trigger.listen(intake)
-                    error: Exception | None = None
+                    error: BaseException | None = None
                 except (
-                    Exception
+                    ANY_FAILURE
                 ) as raised:  # a source may fail in any way; the others are unaffected
                     error = raised
                 if self.draining and isinstance(error, StoreFull):
@@ -216,7 +231,9 @@ class Reactor:
         finally:
             health.state = "stopped"
 
-    def _note_end(self, health: TriggerHealth, error: Exception | None, retry_in: float) -> None:
+    def _note_end(
+        self, health: TriggerHealth, error: BaseException | None, retry_in: float
+    ) -> None:
         health.state = "restarting"
         health.failures += 1
         health.last_error = (
@@ -311,7 +328,16 @@ class Reactor:
         own.events += len(arrivals)
         own.size += size
         try:
-            return await self._post(RecordEvents(arrivals, trigger, cursor))
+            route_conflict = (
+                None if trigger in self._repeats_may_differ else self.router.route_conflict
+            )
+            receipts = await self._post(RecordEvents(arrivals, trigger, cursor, route_conflict))
+            for arrival, receipt in zip(arrivals, receipts, strict=True):
+                if arrival.dead_letters and not receipt.duplicate:
+                    log_dead_letters(arrival)
+                elif self.logs_received:
+                    log_received(arrival, receipt)
+            return receipts
         finally:
             self._events -= len(arrivals)
             self._bytes -= size

@@ -19,8 +19,10 @@ import orjson
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
 from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call_catching
 from eventflow.core.hashing import digest, digest_text
-from eventflow.events.event import MAX_DEPTH, Event, Undecodable
+from eventflow.core.secrets import KNOWN_SECRETS
+from eventflow.events.event import MAX_DEPTH, Event, Receipt, Undecodable
 from eventflow.logs.redaction import SECRETS
+from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.filters import Filter
 from eventflow.routing.pattern_runner import PatternRunner
 from eventflow.routing.patterns import event_time_us
@@ -131,6 +133,35 @@ class Router:
             )
         return self._match(EMITTED, event, self._by_trigger.get(EMITTED, ()), depth=hops)
 
+    def route_conflict(self, arrival: Arrival, receipt: Receipt) -> Arrival:
+        """The dead letter of an arrival whose identity is known with other content. Called on the
+        writer's thread.
+
+        Its key includes the content: the same content again is a duplicate of this dead letter.
+        """
+        reason = (
+            f"its id is known with other content: event {receipt.id_text} is the first, and stands"
+        )
+        return msgspec.structs.replace(
+            arrival,
+            id=self.ids.next(self._clock.now()),
+            key=_content_key(arrival.key, arrival.digest),
+            **self._as_dead(reason),
+            runs=(),
+            batch_policies={},
+            pattern_events=(),
+        )
+
+    def _as_dead(self, reason: str) -> dict[str, Any]:
+        """The fields of an arrival that is a dead letter before any subscription is matched."""
+        reason = KNOWN_SECRETS.remove_from(reason)
+        return {
+            "verdicts": orjson.dumps([["", "dead", reason]]),
+            "counts": {"dead": 1},
+            "dead_letters": (("", reason),),
+            "outbox": [(sink, "") for sink in self.dead_letter_sinks],
+        }
+
     # ----------------------------------------------------------------- RunEventSource
     # called by the store, on the writer thread
 
@@ -148,6 +179,8 @@ class Router:
 
     def _if_wanted(self, event: Event) -> Arrival | None:
         arrival = self.route_emitted(event)
+        if arrival.dead_letters:
+            log_dead_letters(arrival)
         if arrival.runs or arrival.dead_letters or arrival.outbox or arrival.pattern_events:
             return arrival
         return None
@@ -233,22 +266,24 @@ class Router:
     ) -> Arrival:
         """The arrival of an item that is a dead letter before any subscription is matched."""
         now = self._clock.now()
+        key = identity(trigger, item.source, item.id)
+        content = digest(item.type.encode(), body, size=8)
+        if isinstance(item, Undecodable):
+            # Bytes that are no event do not take the id of one: it may be sent whole later.
+            key = _content_key(key, content)
         return Arrival(
             id=self.ids.next(now),
             trigger=trigger,
-            key=identity(trigger, item.source, item.id),
-            digest=digest(item.type.encode(), body, size=8),
+            key=key,
+            digest=content,
             event_id=item.id,
             source=item.source,
             type=item.type,
             subject=item.subject if isinstance(item, Event) else None,
             body=body,
-            verdicts=orjson.dumps([["", "dead", reason]]),
             received_at=now,
-            counts={"dead": 1},
-            dead_letters=(("", reason),),
-            outbox=[(sink, "") for sink in self.dead_letter_sinks],
             headers=orjson.dumps(dict(headers)) if headers else None,
+            **self._as_dead(reason),
         )
 
 
@@ -261,7 +296,7 @@ def run_ended_event(run: RunEnded) -> Event:
         "run": run_id,
         "flow": run.flow,
         "state": state,
-        "attempts": run.token,
+        "claims": run.token,
         "seconds": (run.at - since) / SECOND,
         "reason": run.reason,
         "result": None,
@@ -298,7 +333,7 @@ def late_run_event(run: LateRun) -> Event:
         "run": run_id,
         "flow": run.flow,
         "state": "late",
-        "attempts": run.token,
+        "claims": run.token,
         "seconds": max(run.at - since, 0) / SECOND,
         "reason": run.reason,
         "result": None,
@@ -323,12 +358,19 @@ def identity(trigger: str, source: str, ident: str) -> bytes:
     return digest_text((trigger, source), ident.encode())
 
 
+def _content_key(key: bytes, content: bytes) -> bytes:
+    """The identity of a dead letter: that of the event it could be, and its content."""
+    return digest(key, content)
+
+
 def content_digest(event: Event) -> bytes:
     """8 bytes of type and data that distinguish a duplicate from a conflict.
 
-    The time is left out: a sender that repeats an event may set it again.
+    The time is left out: a sender that repeats an event may set it again. So is the order of keys.
     """
-    data = event.data if isinstance(event.data, bytes) else orjson.dumps(event.data)
+    if isinstance(event.data, bytes):
+        return digest_text((event.type,), event.data, size=8)
+    data = orjson.dumps(event.data, option=orjson.OPT_SORT_KEYS)
     return digest_text((event.type,), data, size=8)
 
 
@@ -396,6 +438,7 @@ class _ArrivalBuilder:
         """Add the verdict *invalid* and a dead letter of this subscription."""
         is_binding = isinstance(error, BindingError)
         reason = str(error) if is_binding else f"{type(error).__name__}: {error}"
+        reason = KNOWN_SECRETS.remove_from(reason)
         self._add_verdict(name, "invalid", reason, "dead")
         self._dead_letters.append((name, reason))
         self._outbox += [(sink, name) for sink in self._dead_letter_sinks]
@@ -435,7 +478,7 @@ class _ArrivalBuilder:
         """
         mismatch, error = _apply_filter(subscription.filter, self._event)
         if error is not None:
-            reason = f"{type(error).__name__}: {error}"
+            reason = KNOWN_SECRETS.remove_from(f"{type(error).__name__}: {error}")
             self._add_verdict(subscription.name, "invalid", reason, "dead")
             self._dead_letters.append((subscription.name, reason))
         elif mismatch is not None:

@@ -19,7 +19,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from eventflow.app import App
+from eventflow.core.declarations import declaration
 from eventflow.logs.store import LogStore
+from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.web.auth import Guard
 from eventflow.web.backfill import Backfill
@@ -45,6 +47,7 @@ from eventflow.web.responses import (
 )
 
 
+@declaration
 def make_asgi(
     app: App,
     *,
@@ -172,7 +175,9 @@ class Api:
         return Json({"ok": True})
 
     async def readyz(self, _: Request) -> Response:
-        """Events are accepted: the App is open, not draining, its store neither failed nor full."""
+        """Events are accepted and processed: the App is open, not draining, its store neither
+        failed nor full, and no thread or loop of it has ended or stands still.
+        """
         if self.is_draining():
             return unavailable("draining")
         app = self.app
@@ -182,6 +187,8 @@ class Api:
             return unavailable("the store failed")
         if (full := app.store.capacity()) is not None:
             return unavailable(str(full))
+        if reason := app.runtime.unready_reason:
+            return unavailable(reason)
         pause_reason = app.runtime.worker.pause_reason
         return Json({"ready": True, **({"worker": pause_reason} if pause_reason else {})})
 
@@ -195,7 +202,7 @@ class Api:
 
 def store_path(app: App) -> str:
     """The path of the store of an App that may not be open yet."""
-    return app.url.partition(":///")[2]
+    return open_store(app.url, app.clock).path
 
 
 def make_routes(table: Collection[Endpoint]) -> list[BaseRoute]:

@@ -10,14 +10,18 @@ bring new work are answered 503 here.
 
 import asyncio
 import hmac
+import re
 from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
-from urllib.parse import urlsplit
+from ipaddress import IPv6Address
+from typing import Final
 
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from eventflow.web.responses import error_json, unavailable
+from eventflow.core.errors import UsageError
+from eventflow.web.responses import client_address, error_json, log_refused, unavailable
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -52,10 +56,13 @@ class Guard:
         self._app = app
         self._routes = routes
         self._token = token
-        self._hosts: frozenset[str] = frozenset(host.lower() for host in (*LOOPBACK, *hosts))
+        self._hosts: frozenset[str] = frozenset(map(allowed_host, (*LOOPBACK, *hosts)))
         self._open_paths: frozenset[str] = frozenset((*OPEN_PATHS, *open_paths))
         self._draining = draining
         self._failed_logins = FailedLogins(clock)
+        self._clock = clock
+        self._next_log_at: float = 0.0
+        self._unlogged: int = 0  # rejections since the last line
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -64,6 +71,8 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             return
         rejection = await self._reject(scope)
+        if rejection is not None:
+            self._log(scope, rejection)
         if rejection is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -72,7 +81,15 @@ class Guard:
         else:
             await rejection(scope, receive, send)
 
-    async def _reject(self, scope: Scope) -> ASGIApp | None:
+    def _log(self, scope: Scope, rejection: Response) -> None:
+        """At most one line a second: who probes for a token must not fill the log."""
+        self._unlogged += 1
+        if (now := self._clock()) >= self._next_log_at:
+            log_refused(str(scope.get("method", "")), route_path(scope), rejection, self._unlogged)
+            self._next_log_at = now + 1.0
+            self._unlogged = 0
+
+    async def _reject(self, scope: Scope) -> Response | None:
         """The response of a rejected request; None if it may pass."""
         path = route_path(scope)
         method = str(scope.get("method", ""))
@@ -105,11 +122,12 @@ class Guard:
         required = self._token()
         if required is None:
             return True
-        scheme, _, given = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and constant_time_equal(given.strip(), required):
+        given = headers.get("authorization", "")
+        token = bearer_token(given)
+        if token is not None and constant_time_equal(token, required):
             return True
-        if given:
-            await self._failed_logins.note((scope.get("client") or ("",))[0])
+        if " " in given:
+            await self._failed_logins.note(client_address(scope))
         return False
 
 
@@ -145,33 +163,77 @@ def route_path(scope: Scope) -> str:
 
 
 def first_headers(scope: Scope) -> dict[str, str]:
-    """Headers by lower-case name, without a repeated Host, Authorization or Origin: proxies and
-    servers may read different ones of them.
+    """Headers by lower-case name; a repeated one as its values with commas between.
+
+    Proxies and servers may read different ones of two. So a repeated Host, Origin or Authorization
+    is a text that none of the guards can parse, and the request is rejected.
     """
     headers: dict[str, str] = {}
-    repeated: set[str] = set()
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
-        if key in headers:
-            repeated.add(key)
-        headers[key] = value.decode("latin-1")
-    return {
-        key: value
-        for key, value in headers.items()
-        if key not in repeated or key not in ("host", "authorization", "origin")
-    }
+        text = value.decode("latin-1")
+        headers[key] = f"{headers[key]}, {text}" if key in headers else text
+    return headers
+
+
+_HOST: Final = re.compile(
+    r"(?:\[(?P<ipv6>[0-9a-f:.]{2,45})\]|(?P<name>[a-z0-9_](?:[a-z0-9_.-]{0,252}[a-z0-9_])?))"
+    r"(?::(?P<port>[0-9]{1,5}))?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+def parse_host(host: str) -> tuple[str, str] | None:
+    """Name and port of a Host header: `Example.org:8710` → `("example.org", "8710")`, `[::1]` →
+    `("::1", "")`. None if the text is anything else.
+
+    The whole text must match. A parser that takes what it understands and drops the rest would find
+    an allowed name in `[::1].evil.example`.
+    """
+    found = _HOST.fullmatch(host)
+    if found is None or int(found["port"] or 0) > 65535:
+        return None
+    if found["ipv6"] is None:
+        return found["name"].lower(), found["port"] or ""
+    try:
+        return str(IPv6Address(found["ipv6"])), found["port"] or ""
+    except ValueError:
+        return None
 
 
 def host_name(host: str) -> str:
-    """`example.org:8710` → `example.org`, `[::1]:8710` → `::1`; empty if it is not a host."""
-    try:
-        return urlsplit(f"//{host}").hostname or "" if "@" not in host and "/" not in host else ""
-    except ValueError:
-        return ""
+    """The name in a Host header, without port and brackets; empty if it is not a host."""
+    parsed = parse_host(host)
+    return parsed[0] if parsed is not None else ""
+
+
+def allowed_host(name: str) -> str:
+    """An entry of the allow-list as `host_name` returns it. UsageError for what is no name."""
+    found = host_name(f"[{name}]") or parse_host(name)
+    if isinstance(found, tuple):
+        found = found[0] if found[1] == "" else ""
+    if not found:
+        raise UsageError(
+            "--allow-host (allowed_hosts=) expected a name as in a Host header, without scheme and"
+            f" port, found {name!r}"
+        )
+    return found
+
+
+_BEARER: Final = re.compile(r"bearer +([A-Za-z0-9._~+/-]+=*)", re.ASCII | re.IGNORECASE)
+
+
+def bearer_token(authorization: str) -> str | None:
+    """The token of an Authorization header; None if it is no bearer token (RFC 6750)."""
+    found = _BEARER.fullmatch(authorization)
+    return found[1] if found is not None else None
 
 
 def _matches(route: BaseRoute, scope: Scope) -> bool:
     return scope["type"] == "http" and route.matches(scope)[0] is Match.FULL
+
+
+_ORIGIN: Final = re.compile(r"https?://([^/]+)", re.ASCII)
 
 
 def _same_site(headers: Mapping[str, str]) -> bool:
@@ -179,4 +241,8 @@ def _same_site(headers: Mapping[str, str]) -> bool:
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    if origin is None:
+        return True
+    found = _ORIGIN.fullmatch(origin)
+    site = parse_host(found[1]) if found is not None else None
+    return site is not None and site == parse_host(headers.get("host", ""))

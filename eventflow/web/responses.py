@@ -9,11 +9,13 @@ import math
 import secrets
 from collections.abc import Awaitable, Callable
 from datetime import datetime
+from ipaddress import ip_address
 from typing import Any, cast
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Scope
 
 from eventflow.core.clock import to_us
 from eventflow.core.errors import (
@@ -27,7 +29,7 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.core.http_body import BodyRejected, ClientDisconnected, read_http_body
-from eventflow.events.cloudevents import read_json
+from eventflow.events.strict_json import read_json
 from eventflow.logs.log import get_logger
 
 MAX_BODY_BYTES = 1 << 20
@@ -44,6 +46,10 @@ Endpoint = tuple[str, str, Handler]
 log = get_logger("eventflow.web")
 LOG_EVENTS = {
     "http.failed": "An HTTP request failed with an internal error; the response has the same id.",
+    "http.refused": (
+        "The API refused a request: no token, a wrong host, too large, not valid; `reason` says "
+        "why."
+    ),
 }
 
 
@@ -107,13 +113,30 @@ def with_error_responses(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except HttpError as refused:
-            return refused.response
+            response = refused.response
         except EventflowError as error:
-            return error_response(error)
+            response = error_response(error)
         except (ClientDisconnect, ClientDisconnected):  # no client reads the response
             return Response(status_code=499)
+        if request.method not in ("GET", "HEAD"):  # a page may look for what is not there
+            log_refused(request.method, request.url.path, response)
+        return response
 
     return handle
+
+
+def log_refused(method: str, path: str, response: Response, count: int = 1) -> None:
+    """A warning with the reason of a 4xx; `count`: refusals since the last line."""
+    if 400 <= response.status_code < 500:
+        reason = orjson.loads(response.body)["detail"]
+        log.warning(
+            "http.refused",
+            method=method,
+            path=path,
+            status=response.status_code,
+            reason=reason,
+            count=count,
+        )
 
 
 def error_response(error: EventflowError) -> Json:
@@ -184,7 +207,7 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 def caller(request: Request) -> str:
     """Who sends the request, as far as a shared token can tell: address and user agent."""
-    address = request.client.host if request.client else "here"
+    address = client_address(request.scope) or "here"
     return f"{address} {request.headers.get('user-agent', '')[:80]}".strip()
 
 
@@ -211,3 +234,14 @@ def instant(request: Request, name: str) -> int | None:
             "invalid",
             f"{name}: expected an instant such as 2026-01-31T08:00:00Z, found {text!r}",
         ) from None
+
+
+def client_address(scope: Scope) -> str:
+    """The address of the sender, or of the proxy if the server does not trust it; empty if that is
+    not an address, as behind a UNIX socket or a proxy that passes on what its client wrote.
+    """
+    address = (scope.get("client") or ("",))[0]
+    try:
+        return str(ip_address(address))
+    except ValueError:
+        return ""
