@@ -1,48 +1,44 @@
-"""Codecs: results, errors, and fingerprints of arguments as bytes.
+"""Codecs: results, and fingerprints of arguments, as bytes.
 
 The engine encodes the result of a task and gives the flow the decoded value, live and in a replay,
 so a value either comes back equal or is refused (`NotStorable`) when it is made. The name of a
 codec is stored beside the bytes: `json`, `tagged` (tagged_json.py), `bytes`, `typed` and
 `typed-tagged` (by the return annotation), `pickle` (only if the task asks for it; signed, and never
 read by the server). With `@blob` after it, the bytes are a reference (blobs.py). No class is ever
-imported by name. Pure functions, all on the hot path. The rows that hold the bytes are in store/.
+imported by name. Pure functions, all on the hot path. Errors are in errors.py; the rows that hold
+the bytes in store/.
 """
 
 import contextlib
 import hashlib
 import hmac
-import linecache
-import os
 import pickle
-import sys
+import re
 import types
 import typing
 from collections.abc import Mapping
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
 import orjson
 
+from eventflow.core.canonical import dump_model, to_sorted_builtins
 from eventflow.core.errors import (
     NotStorable,
     ResultTooLarge,
     StoreCorrupt,
-    TaskFailed,
     UsageError,
-    call_catching,
 )
 from eventflow.core.hashing import digest
 from eventflow.serialization.tagged_json import (
     SCALARS,
     TAGGED_TYPES,
+    decode_readable,
     decode_tagged,
     deep_equal,
     encode_plain,
     encode_tagged,
-    is_plain,
-    type_name,
 )
 
 MAX_JSON = 64 * 1024 * 1024
@@ -134,7 +130,7 @@ class ResultCodec:
         # NaN and integers beyond 64 bits inside a typed value: builtins first, then tags.
         with contextlib.suppress(*_UNENCODABLE, NotStorable):
             data = encode_tagged(
-                msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=_encode_hook),
+                msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=dump_model),
                 self._name,
             )
             if deep_equal(self._convert(data), value):
@@ -192,7 +188,7 @@ def to_readable(codec: str, data: bytes) -> Any:
     if form in ("json", "typed"):
         return msgspec.json.decode(data)
     if form in ("tagged", "typed-tagged"):
-        return msgspec.to_builtins(decode_tagged(data), str_keys=True, enc_hook=str)
+        return msgspec.to_builtins(decode_readable(data), str_keys=True, enc_hook=str)
     return f"<{codec}, {len(data)} bytes>"
 
 
@@ -224,21 +220,14 @@ def _as_number(value: Any, wanted: type) -> Any:
     return value
 
 
-def _encode_hook(value: Any) -> Any:
-    """msgspec's hook: pydantic models anywhere in a typed value."""
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True, warnings=False)
-    raise TypeError(type_name(value))
-
-
 def _decode_hook(wanted: type, value: Any) -> Any:
     if hasattr(wanted, "model_validate"):
         return cast(Any, wanted).model_validate(value)
     raise TypeError(f"cannot read a {wanted!r}")
 
 
-_WRITER = msgspec.json.Encoder(enc_hook=_encode_hook)
-_SORTER = msgspec.json.Encoder(enc_hook=_encode_hook, order="deterministic")
+_WRITER = msgspec.json.Encoder(enc_hook=dump_model)
+_SORTER = msgspec.json.Encoder(enc_hook=dump_model, order="deterministic")
 
 
 def _sign(data: bytes, key: bytes) -> bytes:
@@ -253,185 +242,6 @@ def _verified(data: bytes, key: bytes, name: str) -> bytes:
             "has changed"
         )
     return data[32:]
-
-
-# --------------------------------------------------------------------------- errors
-
-MAX_TRACEBACK = 16 * 1024
-"""Characters of the traceback of an error that are stored, from its end, where the error is."""
-
-_OWN_FILES = str(Path(__file__).parent.parent) + os.sep
-_REMOTE = "recorded traceback:\n"
-
-
-def encode_error(error: BaseException) -> bytes:
-    """JSON `{"type": "module:Qual.Name", "message", "args", "traceback"}`, and `"exceptions"` of a
-    group.
-
-    `args` is null if it is not JSON; then, or if the class cannot be rebuilt from it, the flow gets
-    a TaskFailed.
-    """
-    return orjson.dumps(_describe(error, MAX_TRACEBACK))
-
-
-def decode_error(data: bytes) -> BaseException:
-    """The recorded error, with the recorded traceback as its note.
-
-    Its class is looked up in modules already imported, and must rebuild from its arguments with the
-    same type and text. Otherwise the result is TaskFailed(type, message).
-    """
-    return _rebuild(orjson.loads(data))
-
-
-def _describe(error: BaseException, max_length: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {"traceback": _render(error)[-max_length:]}
-    members: tuple[BaseException, ...] = (
-        getattr(error, "exceptions", ()) if _is_group(error) else ()
-    )
-    if members:
-        share = max(512, max_length // len(members))
-        fields["exceptions"] = [_describe(member, share) for member in members]
-    if type(error) is TaskFailed:  # replaces another error: record that one again
-        known = {
-            "type": error.error_type,
-            "message": error.message,
-            "args": vars(error).get("recorded_args"),
-        }
-    else:
-        known = {"type": _class_name(error), "message": _message(error), "args": _json_args(error)}
-    return {
-        name: _utf8(text) if isinstance(text, str) else text
-        for name, text in (known | fields).items()
-    }
-
-
-def _is_group(error: BaseException) -> bool:
-    return isinstance(error, BaseExceptionGroup)
-
-
-def _class_name(error: BaseException) -> str:
-    return f"{type(error).__module__}:{type(error).__qualname__}"
-
-
-def _message(error: BaseException) -> str:
-    text, broken = call_catching(str, cast(Any, error).message if _is_group(error) else error)
-    return (
-        text
-        if text is not None
-        else f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
-    )
-
-
-def _json_args(error: BaseException) -> list[Any] | None:
-    if _is_group(error):
-        return None
-    args = list(error.args)
-    if isinstance(error, OSError) and len(args) == 2 and error.filename is not None:
-        args += (
-            [error.filename] if error.filename2 is None else [error.filename, None, error.filename2]
-        )
-    try:
-        return args if is_plain(args) and orjson.loads(orjson.dumps(args)) == args else None
-    except (TypeError, RecursionError):  # integers beyond 64 bits, lone surrogates, cycles
-        return None
-
-
-def _utf8(text: str) -> str:
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
-
-
-def _render(error: BaseException) -> str:
-    """The traceback as Python prints it, without the frames of eventflow's own files and without
-    carets: parsing each line for carets makes a failing task ten times as expensive as a succeeding
-    one.
-    """
-    parts: list[str] = []
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen and len(seen) < 20:
-        seen.add(id(link))
-        frames = _render_frames(link)
-        notes = "".join(f"\n{note}" for note in getattr(link, "__notes__", ()))
-        parts.append(f"{frames}{type_name(link)}: {_message(link)}{notes}\n")
-        if link.__cause__ is not None:
-            parts.append(
-                "\nThe above exception was the direct cause of the following exception:\n\n"
-            )
-            link = link.__cause__
-        elif link.__context__ is not None and not link.__suppress_context__:
-            parts.append(
-                "\nDuring handling of the above exception, another exception occurred:\n\n"
-            )
-            link = link.__context__
-        else:
-            link = None
-    return "".join(reversed(parts))
-
-
-def _render_frames(error: BaseException) -> str:
-    lines: list[str] = []
-    step = error.__traceback__
-    while step is not None:
-        code = step.tb_frame.f_code
-        if not code.co_filename.startswith(_OWN_FILES):
-            lines.append(
-                f'  File "{code.co_filename}", line {step.tb_lineno}, in {code.co_qualname}\n'
-            )
-            if source := linecache.getline(
-                code.co_filename, step.tb_lineno, step.tb_frame.f_globals
-            ).strip():
-                lines.append(f"    {source}\n")
-        step = step.tb_next
-    if len(lines) > 120:  # infinite recursion: both ends suffice
-        lines[60:-60] = ["  ...\n"]
-    return "Traceback (most recent call last):\n" + "".join(lines) if lines else ""
-
-
-def _rebuild(fields: dict[str, Any]) -> BaseException:
-    kind = _find_error_class(fields["type"])
-    error = _instance(kind, fields) if kind is not None else None
-    if error is None:
-        error = TaskFailed(fields["type"], fields["message"])
-        vars(error)["recorded_args"] = fields["args"]
-    if fields["traceback"]:
-        error.add_note(_REMOTE + fields["traceback"].rstrip())
-    return error
-
-
-_MOVED_MODULES = {
-    "eventflow.checks": "eventflow.sdk.checks",
-    "eventflow.errors": "eventflow.core.errors",
-    "eventflow.retry": "eventflow.core.retry",
-}
-_RENAMED_CLASSES = {"LineageLost": "OutsideFlowError"}
-"""New names of classes that a ledger of an earlier version recorded."""
-
-
-def _find_error_class(name: str) -> type[Exception] | None:
-    """The class `module:Qual.Name`, if its module is already imported (S12)."""
-    module, _, path = name.partition(":")
-    if module in _MOVED_MODULES:
-        module, path = _MOVED_MODULES[module], _RENAMED_CLASSES.get(path, path)
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
-
-
-def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None:
-    """The rebuilt error, or None if its class makes another error from these arguments."""
-    if "exceptions" in fields:
-        args = [fields["message"], [_rebuild(member) for member in fields["exceptions"]]]
-    elif fields["args"] is None:
-        return None
-    else:
-        args = fields["args"]
-    error, _ = call_catching(kind, *args)
-    return (
-        error
-        if error is not None and type(error) is kind and _message(error) == fields["message"]
-        else None
-    )
 
 
 # --------------------------------------------------------------------------- fingerprints
@@ -450,15 +260,10 @@ def fingerprint(
     """Canonical JSON of bound arguments: `f(1)`, `f(x=1)` and a default of 1 are the same.
 
     `names` are the positional parameters in order. In a fingerprint over 1 KiB, long fields are
-    `"#" + blake2b`. A value without a JSON form is `"?"`, which is never compared. None: nothing
-    can be compared.
+    `"##" + blake2b`. A value without a JSON form is `"?"`, which is never compared. None: nothing
+    can be compared. Equal arguments have equal fingerprints in every process: sets are sorted.
     """
-    bound: dict[str, Any] = dict(defaults) if defaults else {}
-    bound.update(zip(names, args))  # noqa: B905  (fewer arguments than names is the normal case)
-    if len(args) > len(names):
-        bound["*"] = args[len(names) :]
-    if kwargs:
-        bound.update(kwargs)
+    bound = bind_names(names, args, kwargs, defaults)
     try:
         data = orjson.dumps(bound, _json_hook, orjson.OPT_SORT_KEYS)
         if len(data) <= _MAX_LITERAL:
@@ -466,6 +271,22 @@ def fingerprint(
     except TypeError:  # JSONEncodeError is one; some field is not comparable
         pass
     return _fingerprint_fields(bound)
+
+
+def bind_names(
+    names: tuple[str, ...],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The arguments by name; those beyond `names` as `*`."""
+    bound: dict[str, Any] = dict(defaults) if defaults else {}
+    bound.update(zip(names, args))  # noqa: B905  (fewer arguments than names is the normal case)
+    if len(args) > len(names):
+        bound["*"] = args[len(names) :]
+    if kwargs:
+        bound.update(kwargs)
+    return bound
 
 
 def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
@@ -484,20 +305,26 @@ def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
     )
 
 
-def _field(value: Any) -> bytes:
+def _field(value: Any, *, marked: bool = False) -> bytes:
+    """The JSON of one argument; with `marked`, sets inside of records are `{"$set": [items]}`."""
+    hook = _marked_hook if marked else _json_hook
     try:
-        return orjson.dumps(value, _json_hook, orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+        return orjson.dumps(value, hook, orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
     except (TypeError, RecursionError):
         pass
     try:
         # Integers over 64 bits, which orjson refuses without calling its hook.
-        return _SORTER.encode(value)
+        return _SORTER.encode(to_sorted_builtins(value, marked=marked))
     except _UNENCODABLE:
         return _UNVERIFIED
 
 
 def _hashed(field: bytes) -> bytes:
-    return b'"#' + hashlib.blake2b(field, digest_size=16).hexdigest().encode() + b'"'
+    return b'"##' + _hash_text(field) + b'"'
+
+
+def _hash_text(field: bytes) -> bytes:
+    return hashlib.blake2b(field, digest_size=16).hexdigest().encode()
 
 
 def _json_hook(value: Any) -> Any:
@@ -509,7 +336,70 @@ def _json_hook(value: Any) -> Any:
         return f"bytes:{content.hex()}"
     if isinstance(value, set | frozenset):
         return sorted(cast(set[Any], value), key=lambda item: orjson.dumps(item, _json_hook))
-    return msgspec.to_builtins(value, str_keys=True, enc_hook=_encode_hook)
+    return to_sorted_builtins(value)
+
+
+def _marked_hook(value: Any) -> Any:
+    if isinstance(value, bytes | bytearray | set | frozenset):
+        return _json_hook(value)  # earlier versions sorted these, too
+    return to_sorted_builtins(value, marked=True)
+
+
+def mark_sets(bound: Mapping[str, Any]) -> dict[str, bytes]:
+    """The JSON of each argument, for `is_recorded_unsorted`."""
+    return {name: _field(value, marked=True) for name, value in bound.items()}
+
+
+def is_recorded_unsorted(recorded: bytes, marked: Mapping[str, bytes]) -> bool:
+    """Whether `recorded` is the fingerprint that an earlier version made of these arguments.
+
+    That version wrote sets inside of records in the order of its process. It hashed long arguments
+    so, too; of such a hash nobody can tell whether it is of the same set, so it passes.
+    """
+    before: dict[str, Any] = msgspec.json.decode(recorded)
+    return before.keys() == marked.keys() and all(
+        _is_unsorted(before[name], field) for name, field in marked.items()
+    )
+
+
+def _is_unsorted(before: Any, field: bytes) -> bool:
+    if before == "?" or field == _UNVERIFIED:
+        return True
+    if _is_hash(before):
+        return b'{"$set":' in field and before[1] != "#"
+    return _equal_but_for_order(before, msgspec.json.decode(field))
+
+
+def _equal_but_for_order(before: Any, marked: Any) -> bool:
+    if isinstance(marked, dict):
+        fields = cast(dict[str, Any], marked)
+        if fields.keys() == {"$set"}:
+            return _sort_lists(before) == _sort_lists(fields["$set"])
+        return (
+            isinstance(before, dict)
+            and cast(dict[str, Any], before).keys() == fields.keys()
+            and all(_equal_but_for_order(before[name], fields[name]) for name in fields)
+        )
+    if isinstance(marked, list):
+        items = cast(list[Any], marked)
+        return (
+            isinstance(before, list)
+            and len(cast(list[Any], before)) == len(items)
+            and all(map(_equal_but_for_order, cast(list[Any], before), items))
+        )
+    return bool(before == marked)
+
+
+def _sort_lists(form: Any) -> Any:
+    """The items of a set, in one order, and so all lists in them."""
+    if isinstance(form, list):
+        return sorted(map(_sort_lists, cast(list[Any], form)), key=_SORTER.encode)
+    if isinstance(form, dict):
+        fields = cast(dict[str, Any], form)
+        if fields.keys() == {"$set"}:
+            return _sort_lists(fields["$set"])
+        return {name: _sort_lists(field) for name, field in fields.items()}
+    return form
 
 
 def fingerprint_diff(old: bytes | None, new: bytes | None) -> str:
@@ -538,11 +428,22 @@ def _differs(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
     if left == right:
         return False
     # A field may be literal on one side and a hash on the other, because other fields grew.
-    return all(_as_hash(one) != other for one, other in ((left, right), (right, left)))
+    return not _is_hash_of(left, right) and not _is_hash_of(right, left)
 
 
-def _as_hash(value: Any) -> str:
-    return orjson.loads(_hashed(_field(value)))
+def _is_hash_of(left: Any, right: Any) -> bool:
+    """Whether one is a hash, and the other the hashed value or its hash. Earlier versions wrote a
+    single `#`.
+    """
+    if not _is_hash(left):
+        return False
+    if _is_hash(right):
+        return left[-32:] == right[-32:]
+    return left[-32:].encode() == _hash_text(_field(right))
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("##?[0-9a-f]{32}", value) is not None
 
 
 def _field_text(fields: Mapping[str, Any], name: str) -> str:

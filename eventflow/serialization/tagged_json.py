@@ -3,8 +3,9 @@
 codecs.py calls it for values whose annotation does not define their form. What JSON represents
 exactly becomes JSON (codec `json`). The rest of a closed list (tuple, set, bytes, dates, Decimal,
 UUID, paths, big integers, NaN, keys that are not strings) becomes JSON with one-key tags such as
-`{"$tuple": [1, 2]}` (codec `tagged`). Everything else is refused with `NotStorable`, which names
-the path to the value: nothing is replaced by its `repr`, and no class is imported by name.
+`{"$tuple": [1, 2]}` (codec `tagged`), and so do enum members, named tuples, dataclasses and numpy
+scalars (records.py). Everything else is refused with `NotStorable`, which names the path to the
+value: nothing is replaced by its `repr`, and no class is imported by name.
 """
 
 import base64
@@ -20,6 +21,7 @@ from typing import Any, cast
 import orjson
 
 from eventflow.core.errors import NotStorable
+from eventflow.serialization.records import RECORD_READERS, tag_record, without_classes
 
 SCALARS: frozenset[type] = frozenset({type(None), bool, int, float, str})
 _CONTAINERS: frozenset[type] = frozenset({dict, list})
@@ -58,6 +60,21 @@ def decode_tagged(data: bytes) -> Any:
     return _untag(orjson.loads(data))
 
 
+def decode_readable(data: bytes) -> Any:
+    """For people: as `decode_tagged`, with plain data in place of objects of classes."""
+    return _untag(without_classes(orjson.loads(data)))
+
+
+def to_tagged(value: Any, where: str) -> Any:
+    """JSON data with tags, as `encode_tagged` writes it; it may be nested too deep for orjson."""
+    return _tag(value, where)
+
+
+def from_tagged(form: Any) -> Any:
+    """The inverse of `to_tagged`."""
+    return _untag(form)
+
+
 def is_plain(value: Any) -> bool:
     """Whether JSON represents the value exactly, except NaN and sizes: exact built-in types, string
     keys.
@@ -81,6 +98,11 @@ def is_plain(value: Any) -> bool:
         type(member) in SCALARS or (type(member) in _CONTAINERS and is_plain(member))
         for member in members
     )
+
+
+def is_taggable(kind: type[Any]) -> bool:
+    """Whether values of exactly this built-in type can be stored, as far as the type tells."""
+    return kind in _TAGGABLE
 
 
 def type_name(value: Any) -> str:
@@ -116,6 +138,8 @@ def _tag(value: Any, path: str) -> Any:
         }
     writer = _WRITERS.get(kind)
     if writer is None:
+        if (record := tag_record(value, path, _tag)) is not None:
+            return record
         raise _unstorable_part(value, path) or NotStorable(path, type_name(value))
     name, write = writer
     return {name: _check_encodable(write(value), path)}
@@ -225,6 +249,8 @@ def _untag(value: Any) -> Any:
         reader = _READERS.get(name) if name.startswith("$") else None
         if reader is not None:
             return reader(fields[name])
+        if (record_reader := RECORD_READERS.get(name)) is not None:
+            return record_reader(fields[name], _untag)
     return {name: _untag(member) for name, member in fields.items()}
 
 
