@@ -8,7 +8,7 @@ docs/concepts.md defines the terms. Importing this package has no side effects.
 """
 
 from eventflow.app import App, RunHandle
-from eventflow.core.errors import EventflowError, NotFound, UsageError
+from eventflow.core.errors import EventflowError, IdempotencyConflict, NotFound, UsageError
 from eventflow.core.retry import Backoff, Permanent, Retry, RetryAfter
 from eventflow.events.event import (
     Event,
@@ -36,6 +36,7 @@ __all__ = [
     "Event",
     "EventSink",
     "EventflowError",
+    "IdempotencyConflict",
     "Intake",
     "Latest",
     "NotFound",

@@ -14,10 +14,9 @@ CountingIntake.accept ─► Engine (reference, windows) ─► Evaluator (stati
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from eventflow.core.clock import (
     SECOND,
@@ -25,18 +24,17 @@ from eventflow.core.clock import (
     Duration,
     SystemClock,
     microseconds,
-    seconds,
     sleep_until,
 )
+from eventflow.core.declarations import declaration, duration, whole_number
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Event, Gauge, HasGauges, Intake, Json, Simulation, Trigger
+from eventflow.events.event import Gauge, HasGauges, Intake, Json, Simulation, Trigger
 from triggers._drift import arrays
 from triggers._drift.baseline import (
     Baseline,
     Reference,
     check_baseline,
     make_baseline,
-    read_rows,
     read_table,
 )
 from triggers._drift.config import MonitorConfig, WindowKind
@@ -54,7 +52,7 @@ from triggers._drift.features import (
     feature_specs,
     infer_kinds,
 )
-from triggers._drift.samples import Row, RowsOf
+from triggers._drift.samples import RowsOf, data_rows, file_rows
 from triggers._drift.schema import DETECTED
 from triggers.concurrency import run_until_first_ends
 
@@ -83,7 +81,8 @@ class DriftMonitor:
         window: number of rows of a window; or a `timedelta`, by the events' time; or "batch": the
             rows of one event.
         rows: the rows of an event, where its data is neither one row (an object) nor a list of
-            rows; may be async. `file_rows` reads the file of a `Directory`'s event.
+            rows; may be async. `file_rows` reads the file of a `Directory`'s event. A table in
+            which no row has a feature's column is a dead letter, not drift.
         model, segment: what the data is about, for the events.
         alpha: the chance that any feature of an undrifted window seems to differ. A detection takes
             `confirm` such windows in a row, and a statistic over its threshold.
@@ -105,6 +104,7 @@ class DriftMonitor:
 
     default_types = (DETECTED,)
 
+    @declaration
     def __init__(
         self,
         source: Trigger,
@@ -134,6 +134,7 @@ class DriftMonitor:
         _check_options(
             window, alpha, confirm, clear, min_severity, per, min(remember, history), min_samples
         )
+        _check_durations(lateness, cooldown, nodata)
         span = microseconds(window) if isinstance(window, timedelta) else 0
         specs, baselines = _specs_and_baselines(features, reference)
         min_level = SEVERITIES.index(min_severity)
@@ -278,26 +279,6 @@ class DriftMonitor:
         ]
 
 
-# ----------------------------------------------------------------------------- rows
-
-
-def data_rows(event: Event) -> Iterable[Row]:
-    """An event whose data is a row, or a list of rows."""
-    data: Any = event.data
-    rows = cast(list[Any], data) if isinstance(data, list) else [data]
-    if not all(isinstance(row, Mapping) for row in rows):
-        raise ValueError(
-            "expected data that is an object or a list of objects, found other data; "
-            "give the rows with rows="
-        )
-    return rows
-
-
-async def file_rows(event: Event) -> Iterable[Row]:
-    """The rows of the file of a `Directory`'s event: CSV, JSON Lines, JSON or Parquet."""
-    return await asyncio.to_thread(read_rows, Path(event.data["path"]))
-
-
 # ----------------------------------------------------------------------------- options
 
 
@@ -346,6 +327,13 @@ def _default_min_samples(window: WindowKind) -> int:
     return min(MIN_SAMPLES, window) if isinstance(window, int) else MIN_SAMPLES
 
 
+def _check_durations(lateness: Duration, cooldown: Duration, nodata: Duration | None) -> None:
+    duration(lateness, "DriftMonitor: lateness=")
+    duration(cooldown, "DriftMonitor: cooldown=")
+    if nodata is not None:
+        duration(nodata, "DriftMonitor: nodata=", positive=True)
+
+
 def _check_options(
     window: WindowKind,
     alpha: float,
@@ -357,7 +345,7 @@ def _check_options(
     min_samples: int | None,
 ) -> None:
     if isinstance(window, timedelta):
-        if seconds(window) < 1:
+        if duration(window, "DriftMonitor: window=") < 1:
             raise UsageError(f"DriftMonitor(window=): expected at least a second, found {window}")
     elif window != "batch" and not (isinstance(window, int) and window >= MIN_VALUES):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
@@ -368,10 +356,13 @@ def _check_options(
         raise UsageError(
             f"DriftMonitor(min_samples={min_samples}): expected at most the window's {window} rows"
         )
-    if not 0 < alpha < 1 or confirm < 1 or clear < 1 or kept < 0:
+    whole_number(confirm, "DriftMonitor: confirm=")
+    whole_number(clear, "DriftMonitor: clear=")
+    if min_samples is not None:
+        whole_number(min_samples, "DriftMonitor: min_samples=")
+    if not 0 < alpha < 1 or kept < 0:
         raise UsageError(
-            "DriftMonitor: alpha must be between 0 and 1, confirm and clear at least 1, "
-            "remember and history not negative"
+            "DriftMonitor: alpha must be between 0 and 1, remember and history not negative"
         )
     if min_severity not in ("warning", "alert") or per not in ("monitor", "feature"):
         raise UsageError(

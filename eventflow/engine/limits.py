@@ -8,7 +8,7 @@ on the worker's loop, except `RunCapacity`, which the store's writer thread uses
 import asyncio
 import threading
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -61,15 +61,14 @@ class RunSlots:
 class RunQueues:
     """Runs in memory that wait for a slot, one queue per flow; flows take turns.
 
-    `in_memory` counts the runs of each flow, queued or executing; `Worker` subtracts those that
-    leave.
+    `in_memory` counts the runs of each flow: `FlowPlaces.taken`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, in_memory: Counter[str]) -> None:
         self._queues: dict[str, deque[Run]] = {}
         self.turns: deque[str] = deque()
         """The flows that have queued runs, in the order of their turns."""
-        self.in_memory: Counter[str] = Counter()
+        self.in_memory = in_memory
 
     def add(self, run: Run) -> None:
         queue = self._queues.get(run.flow)
@@ -107,6 +106,66 @@ class RunQueues:
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
+
+
+class FlowPlaces:
+    """`@flow(concurrency=)`: how many runs of a flow work at once.
+
+    A run in memory has a place, unless every branch of it waits: so a parent leaves its place to
+    its child of the same flow. One that works again gets a place before new runs do. `taken` is the
+    count by flow, also of flows without a limit.
+    """
+
+    __slots__ = ("_claimed", "_returning", "on_free", "taken")
+
+    def __init__(self, taken: Counter[str]) -> None:
+        self.taken = taken
+        self.on_free: Callable[[], None] = lambda: None
+        self._claimed: Mapping[str, int] = {}
+        self._returning: dict[str, deque[Callable[[], None]]] = {}
+
+    def free(self, flow: str, limit: int | None) -> int:
+        """How many runs may be claimed."""
+        if limit is None:
+            return UNBOUNDED
+        return max(0, limit - self.taken[flow] - len(self._returning.get(flow, ())))
+
+    def begin_claim(self, counts: Mapping[str, int]) -> None:
+        """So many places of each flow are kept for a claim under way, until `end_claim`."""
+        self._claimed = counts
+
+    def end_claim(self, limits: Callable[[str], int | None]) -> None:
+        """Call it when the claimed runs have taken their places."""
+        self._claimed = {}
+        for flow in list(self._returning):
+            self._admit(flow, limits(flow))
+
+    def leave(self, flow: str, limit: int | None) -> None:
+        """A run ended, or waits from now on."""
+        self.taken[flow] -= 1
+        if limit is not None:
+            self._admit(flow, limit)
+            self.on_free()
+
+    def take(self, flow: str, limit: int, on_free: Callable[[], None]) -> bool:
+        """A run that waited works again. False: no place is free; `on_free` is called when it has
+        been given one.
+        """
+        if self.taken[flow] + self._claimed.get(flow, 0) < limit:
+            self.taken[flow] += 1
+            return True
+        self._returning.setdefault(flow, deque()).append(on_free)
+        return False
+
+    def _admit(self, flow: str, limit: int | None) -> None:
+        waiting = self._returning.get(flow)
+        while waiting and (
+            limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit
+        ):
+            self.taken[flow] += 1
+            waiting.popleft()()
+        if waiting is not None and not waiting:
+            del self._returning[flow]
 
 
 class RunCapacity:
@@ -176,19 +235,20 @@ class CrashSuspectGate(asyncio.Semaphore):
 class WorkerLimits:
     """All limits of one worker."""
 
-    __slots__ = ("_tasks", "capacity", "slots", "suspects")
+    __slots__ = ("_tasks", "capacity", "places", "slots", "suspects")
 
     def __init__(self, concurrency: int = 1000, max_in_memory: int = 20_000) -> None:
         self.slots = RunSlots(concurrency)
         self.capacity = RunCapacity(max_in_memory)
         self.suspects = CrashSuspectGate()
-        self._tasks: dict[str, asyncio.Semaphore] = {}
+        self.places = FlowPlaces(Counter())
+        self._tasks: dict[tuple[str, str, str], asyncio.Semaphore] = {}
 
     def for_task(self, task: Task[..., Any]) -> asyncio.Semaphore | None:
-        """The limit `@task(concurrency=)`, shared by all calls of the task's name in this
-        process.
+        """The limit `@task(concurrency=)`, shared by all calls of the task in this process; by
+        tasks of another name or module it is not.
         """
         limit = task.options.concurrency
         if limit is None:
             return None
-        return self._tasks.setdefault(task.name, asyncio.Semaphore(limit))
+        return self._tasks.setdefault(task.identity, asyncio.Semaphore(limit))

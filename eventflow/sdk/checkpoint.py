@@ -21,7 +21,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from eventflow.core.declarations import declaration
 from eventflow.core.errors import CheckpointFailed, UsageError
+from eventflow.core.forks import call_in_forked_children
 from eventflow.core.hashing import digest
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import flow_loop
@@ -81,6 +83,10 @@ class CheckpointStore:
         """By run: the calls that may have checkpoints. Calls of an earlier process are listed only
         once they have been loaded.
         """
+        call_in_forked_children(self._after_fork)
+
+    def _after_fork(self) -> None:
+        self.lock = threading.Lock()
 
     def call_directory(self, key: str) -> Path:
         """The directory of the call with this idempotency key.
@@ -161,6 +167,7 @@ def enter_checkpoints(store: CheckpointStore, on_progress: Callable[[], None] | 
         _progress_callback.set(on_progress)
 
 
+@declaration
 def checkpoint(
     name: str = "", *, keep: int = 1, max_bytes: int = DEFAULT_MAX_BYTES
 ) -> "Checkpoint":
@@ -219,6 +226,7 @@ class Checkpoint:
         self._keep: int = keep
         self._max_bytes: int = max_bytes
         self._save_lock: threading.Lock = threading.Lock()  # for two threads of one body
+        call_in_forked_children(self._after_fork)
         self._has_logged: bool = False  # that nothing is saved outside a run
         self._has_cleared_drafts: bool = False
         self._has_saved: bool = False
@@ -226,6 +234,9 @@ class Checkpoint:
             None if store is None else _progress_callback.get()
         )
         self._highest_step: int = -1  # of the attempts before this one
+
+    def _after_fork(self) -> None:
+        self._save_lock = threading.Lock()
 
     @property
     def is_kept(self) -> bool:

@@ -7,6 +7,7 @@ Outside a run, calling a flow calls its function.
 """
 
 import asyncio
+import dis
 import inspect
 import random
 from collections.abc import Callable, Coroutine
@@ -36,6 +37,8 @@ from eventflow.routing.binding import Binder
 from eventflow.sdk.task import (
     CallPerformer,
     Hook,
+    Task,
+    check_result,
     definition_location,
     return_annotation,
     task_context,
@@ -213,6 +216,34 @@ def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
     return found
 
 
+def check_task_names(flow: Flow[..., Any]) -> None:
+    """UsageError if the flow's code refers to two tasks of one name.
+
+    Calls are named by task, so the two would get each other's recorded values. Functions of the
+    flow's package count too; what is only reached through other objects is not found.
+    """
+    known: dict[str, Task[..., Any]] = {}
+    functions: list[Any] = [flow.fn]
+    for function in functions:  # grows as it goes
+        for value in _used_values(function):
+            if isinstance(value, Task):
+                task = cast("Task[..., Any]", value)
+                other = known.setdefault(task.name, task)
+                if other.identity != task.identity:
+                    _, module, name = task.identity
+                    raise UsageError(
+                        f"flow {flow.name!r} calls two tasks named {task.name!r}: "
+                        f"{other.identity[1]}.{other.identity[2]} and {module}.{name}; give one of "
+                        "them @task(name=...)"
+                    )
+            elif (
+                inspect.isfunction(value)
+                and value not in functions
+                and _top_package(value) == _top_package(function)
+            ):
+                functions.append(value)
+
+
 def _top_package(function: Any) -> str:
     return function.__module__.partition(".")[0]
 
@@ -236,6 +267,31 @@ def _referenced_values(function: Any) -> list[Any]:
             for name in code.co_names
             if name in vars(module)
         ]
+    return values
+
+
+def _used_values(function: Any) -> list[Any]:
+    """The values that a function's code loads: globals, closure cells, attributes of modules."""
+    cells: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with suppress(ValueError):  # not bound yet
+            cells[name] = cell.cell_contents
+    codes = [function.__code__]
+    values: list[Any] = []
+    for code in codes:  # grows as it goes
+        codes.extend(const for const in code.co_consts if inspect.iscode(const))
+        loaded: Any = None
+        for instruction in dis.get_instructions(code):
+            match instruction.opname:
+                case "LOAD_GLOBAL" | "LOAD_NAME":
+                    loaded = function.__globals__.get(instruction.argval)
+                case "LOAD_DEREF" | "LOAD_CLASSDEREF":
+                    loaded = cells.get(instruction.argval)
+                case "LOAD_ATTR" | "LOAD_METHOD" if inspect.ismodule(loaded):
+                    loaded = vars(loaded).get(instruction.argval)
+                case _:
+                    loaded = None
+            values.append(loaded)
     return values
 
 
@@ -300,9 +356,11 @@ def flow(
 
     def decorate(function: Callable[..., Any]) -> Flow[..., Any]:
         with Located(definition_location(function)):
-            return Flow(
+            made: Flow[..., Any] = Flow(
                 function, FlowOptions(name or getattr(function, "__name__", "flow"), **options)
             )
+            check_result(function, f"flow {made.name!r}", pickle_hint=False)
+            return made
 
     return decorate if fn is None else decorate(fn)
 

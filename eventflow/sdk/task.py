@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial, update_wrapper
 from typing import (
     Any,
@@ -18,21 +18,36 @@ from typing import (
     Literal,
     ParamSpec,
     Protocol,
+    TypedDict,
     TypeVar,
+    Unpack,
     cast,
+    get_args,
     get_type_hints,
     overload,
 )
 
 import msgspec
 
-from eventflow.core.clock import Duration, seconds
+from eventflow.core.clock import Duration
+from eventflow.core.declarations import (
+    Located,
+    callable_or_none,
+    declaration,
+    duration,
+    format_location,
+    one_of,
+    text,
+    whole_number,
+)
 from eventflow.core.errors import TaskTimedOut, UsageError
+from eventflow.core.hashing import digest
 from eventflow.core.retry import Retry, as_retry
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import LoopHost, flow_loop
 from eventflow.runs.journal import CallTimes
-from eventflow.serialization.codecs import ResultCodec, fingerprint
+from eventflow.serialization.annotations import check_return_annotation
+from eventflow.serialization.codecs import ResultCodec, bind_names, fingerprint, mark_sets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,12 +71,28 @@ class TaskOptions(msgspec.Struct, frozen=True):
     on_retry: Hook | None = None
 
 
+class TaskChanges(TypedDict, total=False):
+    """The options of `@task(...)` that `Task.options_with` changes."""
+
+    name: str
+    retries: Retry | int | Sequence[Duration] | None
+    timeout: Duration | None
+    concurrency: int | None
+    on_changed: OnChanged
+    key: Callable[..., str] | None
+    on_success: Hook | None
+    on_failure: Hook | None
+    on_retry: Hook | None
+
+
 class TaskContext(msgspec.Struct, gc=False):
     """The current attempt of a task, as `current_task()` returns it in the body.
 
     `attempt` counts from 1. `idempotency_key` is the same for every attempt of this call, across
-    restarts: pass it to the systems that the body writes to, since a body runs at least once. `log`
-    is bound to run, task and attempt. Outside a run, `run_id` and `idempotency_key` are empty.
+    restarts: pass it to the systems that the body writes to, since a body runs at least once. It
+    is a text of any length and any characters; `idempotency_digest` is its short form for headers,
+    file names and bounded columns. `log` is bound to run, task and attempt. Outside a run, `run_id`
+    and both keys are empty.
     """
 
     run_id: str
@@ -74,6 +105,19 @@ class TaskContext(msgspec.Struct, gc=False):
     """Whether the attempt has ended or was abandoned; what its body still does has no effect."""
     failure_events: list[tuple[str, str, dict[str, Any]]] | None = None
     """(id, type, fields) of the events to publish if this attempt fails and is the last."""
+
+    @property
+    def idempotency_digest(self) -> str:
+        """32 hexadecimal digits made of `idempotency_key`, and as stable; "" outside a run.
+
+        BLAKE2b of 16 bytes: equal for equal keys, also in another version of eventflow. It is valid
+        in an HTTP header, in a file name and as a UUID.
+        """
+        return (
+            digest(self.idempotency_key.encode(errors="surrogatepass")).hex()
+            if self.idempotency_key
+            else ""
+        )
 
     @property
     def log(self) -> Any:
@@ -161,6 +205,10 @@ class TaskCall:
         self.thread: Any = None  # where a plain `def` body runs
         self.times: CallTimes = CallTimes()
 
+    def marked_arguments(self) -> dict[str, bytes]:
+        """For `codecs.is_recorded_unsorted`."""
+        return mark_sets(self.task.bound_arguments(self.args, self.kwargs) or {})
+
 
 class CallPerformer(LoopHost, Protocol):
     """What a task call needs of the engine; implemented by `engine.execution.Execution`."""
@@ -183,6 +231,7 @@ class Task(Generic[P, R]):
         self.fn = fn
         self.options = options
         self.name = options.name
+        self.identity = (options.name, fn.__module__, fn.__qualname__)
         self.is_async = inspect.iscoroutinefunction(fn)
         self._codec_name = codec
         signature = inspect.signature(fn)
@@ -192,6 +241,7 @@ class Task(Generic[P, R]):
         self._defaults = {p.name: p.default for p in plain if p.default is not p.empty}
         update_wrapper(cast(Any, self), fn)
         self._result: ResultCodec | None = None
+        self._threads: DaemonThreads | None = None  # of plain calls outside a run
 
     @property
     def result(self) -> ResultCodec:
@@ -202,9 +252,10 @@ class Task(Generic[P, R]):
             )
         return self._result
 
-    def options_with(self, **changes: Any) -> "Task[P, R]":
+    @declaration
+    def options_with(self, **changes: Unpack[TaskChanges]) -> "Task[P, R]":
         """The same task with other options: `score.options_with(retries=1)(order)`."""
-        given = _normalized_options(changes)
+        given = _normalized_options(self.name, dict(changes))
         return Task(self.fn, msgspec.structs.replace(self.options, **given), self._codec_name)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
@@ -236,8 +287,9 @@ class Task(Generic[P, R]):
         list contains the errors. `key` computes a call's name from its item, so that a recorded
         value is found again after the list has changed. Outside a run, the items are plain calls.
         """
-        if limit < 1:
-            raise UsageError(f"{self.name}.map(limit=) expected at least 1, found {limit}")
+        if type(limit) is not int or limit < 1:
+            with Located():
+                whole_number(limit, f"{self.name}.map(limit=)")
         loop = flow_loop(self.name)
         if loop is None:
             return self._plain_map(items, limit, return_exceptions)
@@ -263,15 +315,24 @@ class Task(Generic[P, R]):
 
     def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
         if self._signature is not None:  # *args need the slow, general way
-            try:
-                bound = self._signature.bind(*args, **kwargs)
-            except TypeError:
-                return None  # the call of the body raises it
-            bound.apply_defaults()
-            return fingerprint((), (), bound.arguments, {})
+            bound = self.bound_arguments(args, kwargs)
+            return None if bound is None else fingerprint((), (), bound, {})
         if len(args) > len(self._names):
             return None  # the call of the body raises a TypeError
         return fingerprint(self._names, args, kwargs, self._defaults)
+
+    def bound_arguments(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """The arguments of a call by name, as in its fingerprint; None if they do not fit."""
+        if self._signature is None:
+            return bind_names(self._names, args, kwargs, self._defaults)
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError:
+            return None  # the call of the body raises it
+        bound.apply_defaults()
+        return bound.arguments
 
     # ----------------------------------------------------------------- outside a run
 
@@ -299,7 +360,7 @@ class Task(Generic[P, R]):
         work = (
             self.fn(*args, **kwargs)
             if self.is_async
-            else asyncio.to_thread(partial(self.fn, *args, **kwargs))
+            else self._in_thread(args, kwargs)
         )
         if self.options.timeout is None:
             return await work
@@ -310,6 +371,19 @@ class Task(Generic[P, R]):
         except TimeoutError:
             if deadline.expired():
                 raise TaskTimedOut(self.name, self.options.timeout) from None
+            raise
+
+    async def _in_thread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Not `asyncio.to_thread`: the process could not end before a function that never
+        returns.
+        """
+        if self._threads is None:
+            self._threads = DaemonThreads(PLAIN_THREADS, f"task {self.name}")
+        future = self._threads.submit(copy_context().run, partial(self.fn, *args, **kwargs))
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            self._threads.leave_behind(future)
             raise
 
     async def _plain_map(
@@ -333,6 +407,21 @@ def settle_map(name: str, results: Sequence[Any], return_exceptions: bool) -> li
     return list(results)
 
 
+def definition_location(fn: Callable[..., Any]) -> str | None:
+    """`file:line` of a function's definition; None if it has no source."""
+    code = getattr(inspect.unwrap(fn), "__code__", None)
+    return None if code is None else format_location(code.co_filename, code.co_firstlineno)
+
+
+def check_result(fn: Callable[..., Any], where: str, *, pickle_hint: bool) -> None:
+    """UsageError if the return annotation tells that no result can be stored."""
+    try:
+        annotation = get_type_hints(fn, include_extras=True).get("return", Any)
+    except Exception:  # a class it names may be defined, or imported, after the task
+        return
+    check_return_annotation(annotation, where, pickle_hint=pickle_hint)
+
+
 def return_annotation(fn: Callable[..., Any]) -> Any:
     """The resolved return annotation of a function; Any if there is none."""
     if "return" not in getattr(fn, "__annotations__", {}):
@@ -345,20 +434,19 @@ def return_annotation(fn: Callable[..., Any]) -> Any:
         ) from None
 
 
-def _normalized_options(given: dict[str, Any]) -> dict[str, Any]:
+def _normalized_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
     """The options of `@task`, checked and converted for `TaskOptions`."""
+    if "name" in given:
+        text(given["name"], f"task {task!r}: name=")
     if "retries" in given:
         given["retries"] = as_retry(given["retries"])
     if given.get("timeout") is not None:
-        given["timeout"] = seconds(given["timeout"])
-        if given["timeout"] <= 0:
-            raise UsageError(f"timeout= expected a positive duration, found {given['timeout']:g}")
-    if given.get("concurrency") is not None and given["concurrency"] < 1:
-        raise UsageError(f"concurrency= expected at least 1, found {given['concurrency']}")
-    if given.get("on_changed", "error") not in ("error", "rerun", "accept"):
-        raise UsageError(
-            f'on_changed= expected "error", "rerun" or "accept", found {given["on_changed"]!r}'
-        )
+        given["timeout"] = duration(given["timeout"], f"task {task!r}: timeout=", positive=True)
+    if given.get("concurrency") is not None:
+        whole_number(given["concurrency"], f"task {task!r}: concurrency=")
+    one_of(given.get("on_changed", "error"), f"task {task!r}: on_changed=", get_args(OnChanged))
+    for hook in ("key", "on_success", "on_failure", "on_retry"):
+        callable_or_none(given.get(hook), f"task {task!r}: {hook}=")
     return given
 
 
@@ -380,13 +468,21 @@ def task(
     on_failure: Hook | None = None,
     on_retry: Hook | None = None,
 ) -> "TaskDecorator": ...
+@declaration
 def task(
     fn: Callable[..., Any] | None = None,
     /,
     *,
     name: str | None = None,
+    retries: Retry | int | Sequence[Duration] | None = None,
+    timeout: Duration | None = None,
+    concurrency: int | None = None,
+    on_changed: OnChanged = "error",
+    key: Callable[..., str] | None = None,
     codec: str | None = None,
-    **given: Any,
+    on_success: Hook | None = None,
+    on_failure: Hook | None = None,
+    on_retry: Hook | None = None,
 ) -> Any:
     """Make a function a task.
 
@@ -404,13 +500,29 @@ def task(
       exception is logged.
     """
 
+    given: dict[str, Any] = {
+        "retries": retries,
+        "timeout": timeout,
+        "concurrency": concurrency,
+        "on_changed": on_changed,
+        "key": key,
+        "on_success": on_success,
+        "on_failure": on_failure,
+        "on_retry": on_retry,
+    }
+    if name is not None:
+        text(name, "@task(name=)")
+    given = _normalized_options(name or getattr(fn, "__name__", "?"), given)
+
     def decorate(function: Callable[..., Any]) -> Task[..., Any]:
-        options = TaskOptions(
-            name or function.__name__,
-            as_retry(given.pop("retries", None)),
-            **_normalized_options(given),
-        )
-        return Task(function, options, codec)
+        with Located(definition_location(function)):
+            if not inspect.isroutine(function):
+                raise UsageError(f"@task expected a function, found {function!r}")
+            options = TaskOptions(name or function.__name__, **given)
+            made: Task[..., Any] = Task(function, options, codec)
+            if codec is None:
+                check_result(function, f"task {made.name!r}", pickle_hint=True)
+            return made
 
     return decorate if fn is None else decorate(fn)
 

@@ -28,7 +28,10 @@ import orjson
 import uvicorn
 
 from eventflow.app import App
-from eventflow.core.errors import EventflowError, StoreError, StoreLocked, UsageError
+from eventflow.core.clock import to_datetime
+from eventflow.core.declarations import Declared, duration
+from eventflow.core.errors import EventflowError, StoreError, UsageError
+from eventflow.core.forks import call_in_forked_children
 from eventflow.logs.capture import Level, LogConfiguration, configure
 from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
@@ -38,10 +41,10 @@ from eventflow.server.memory_limits import MemoryMonitor, check_limits
 from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
 from eventflow.store import open_store
-from eventflow.store.file_guards import Lock
+from eventflow.store.file_guards import lock_holder
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.web.api import make_asgi
-from eventflow.web.auth import host_name
+from eventflow.web.auth import allowed_host, host_name
 from eventflow.web.http_protocol import ConnectionLimiter, limited_protocol
 
 FORCED_EXIT_MARGIN_SECONDS = 4.0
@@ -50,6 +53,8 @@ FAIL_STOP_DELAY_SECONDS = 0.4
 """Between a storage error and the exit, for requests under way to get their 503: the promise is 1 s
 in all.
 """
+INTERNAL_EXIT_CODE = 70
+"""EX_SOFTWARE: a loop or thread of ours has ended or stands still."""
 BACKLOG = 2048
 """Connections that the kernel queues before they are accepted."""
 THREAD_SWITCH_INTERVAL_SECONDS = 0.0005
@@ -60,6 +65,9 @@ of the commit, for the response.
 
 log = get_logger("eventflow.server")
 LOG_EVENTS = {
+    "server.failed": (
+        "A loop or thread of the server has ended or stands still (`reason`): the process ends."
+    ),
     "server.stopping": "The server starts to stop; `reason` names the signal.",
     "store.failed": "Storage failed: nothing more is acknowledged (P10).",
 }
@@ -71,13 +79,15 @@ class PortInUse(EventflowError):
     exit_code: ClassVar[int] = 69
 
 
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
+class Settings(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     """How to serve. `fd`: an inherited listening socket; else `host` and `port` (0 picks one).
 
     `grace`: seconds that attempts may take to end at a stop. `log`: "json", "pretty", or "auto"
     (pretty on a terminal). `allow_hosts`: host names of the API besides the loopback ones.
     `memory_soft`, `memory_hard`: bytes; over the first the worker starts no runs, over the second
-    the process restarts.
+    the process restarts. `stall_timeout`: seconds for which a loop or thread may stand still before
+    the process ends. `dev`: each event received is logged, and on a terminal the ready line is
+    text.
     """
 
     store: str | None = None
@@ -94,8 +104,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     allow_hosts: Sequence[str] = ()
     memory_soft: int | None = None
     memory_hard: int | None = None
+    stall_timeout: float = 60.0
     log: str = "auto"
     log_level: Level = "info"
+    dev: bool = False
+
+    def __post_init__(self) -> None:
+        duration(self.grace, "grace=")
+        duration(self.stall_timeout, "stall_timeout=", positive=True)
 
 
 def run_app(app: App, *, ready_stream: TextIO | None = None, **options: Any) -> NoReturn:
@@ -127,7 +143,11 @@ def serve(app: App, settings: Settings, ready_stream: TextIO | None = None) -> i
         process = ServerProcess(app, settings, path, sock, output, ready)
         tune_interpreter()
         with _signal_handlers(process), asyncio.Runner(loop_factory=new_event_loop) as runner:
-            code = runner.run(process.main())
+            try:
+                code = runner.run(process.main())
+            except (SystemExit, KeyboardInterrupt) as error:  # of user code on the intake loop
+                process.fail(f"the intake loop has ended: {error!r}")
+                code = INTERNAL_EXIT_CODE
     process.reexec_if_requested()
     return code
 
@@ -156,11 +176,7 @@ def check(settings: Settings) -> None:
         if not Path(name).is_file():
             raise UsageError(f"--tls-cert, --tls-key: expected a file, found none at {name}")
     for name in settings.allow_hosts:
-        if not name or name.lower() not in (host_name(name), host_name(f"[{name}]")):
-            raise UsageError(
-                "--allow-host expected a name as in a Host header, without scheme and port,"
-                f" found {name!r}"
-            )
+        allowed_host(name)
     check_limits(settings.memory_soft, settings.memory_hard)
     if settings.fd is None:
         check_bind(settings, settings.host)
@@ -219,15 +235,10 @@ def bind_socket(settings: Settings, store: str = "") -> socket.socket:
 
 def _cannot_bind(settings: Settings, store: str, error: OSError) -> EventflowError:
     """The error for a failed bind; StoreLocked, the more specific one, if it holds too."""
-    if error.errno == errno.EADDRINUSE and Path(f"{store}.lock").exists():
-        lock = Lock(store)
-        try:
-            lock.acquire()
-            lock.release()
-        except StoreLocked as locked:
-            return locked
-        except OSError:
-            pass  # no lock to read: report the port
+    if error.errno == errno.EADDRINUSE and Path(store).exists():
+        with suppress(OSError):  # no lock to read: report the port
+            if (locked := lock_holder(store)) is not None:
+                return locked
     why = (
         "is taken by another process"
         if error.errno == errno.EADDRINUSE
@@ -279,14 +290,17 @@ class ServerProcess:
         self._address_file = Path(f"{path}.server")  # where the command line finds the server
         self._server = _Server(self._uvicorn_config())
         self._serving: asyncio.Task[None] | None = None
+        self._logs: LogStore | None = None
 
     async def main(self) -> int:
         self._loop = asyncio.get_running_loop()
-        logs = LogStore(f"{self.path}.logs.db", clock=self.app.clock)
+        logs = self._logs = LogStore(f"{self.path}.logs.db", clock=self.app.clock)
         logs.open()
+        call_in_forked_children(self._after_fork)
         try:
             await self.app.open(store=self.settings.store, own_loop=True, sink=logs)
             self.app.store.on_failure(self._fail_stop)
+            self.app.runtime.reactor.logs_received = self.settings.dev
             await self._serve()
         finally:
             await asyncio.to_thread(logs.close)
@@ -297,9 +311,20 @@ class ServerProcess:
             "intake": (asyncio.get_running_loop(), threading.get_ident()),
             "flows": self.app.runtime.flow_loop,
         }
-        watchdog = Watchdog(loops, self.app.clock)
+        watchdog = Watchdog(
+            loops,
+            self.app.clock,
+            self.app.runtime,
+            {
+                "the log": lambda: self._output.output.is_alive,
+                "the log store": lambda: self._logs is None or self._logs.is_alive,
+            },
+            self.settings.stall_timeout,
+            self.fail,
+        )
         watchdog.start()
         memory = asyncio.create_task(self._watch_memory(), name="memory")
+        memory.add_done_callback(self._on_memory_monitor_end)
         try:
             self._listen()
             self._ensure_token()
@@ -351,10 +376,8 @@ class ServerProcess:
 
     def _uvicorn_config(self) -> uvicorn.Config:
         settings = self.settings
-        hosts = [
-            *settings.allow_hosts,
-            *([settings.host] if settings.host not in ("0.0.0.0", "::") else []),
-        ]
+        bound = host_name(settings.host) or host_name(f"[{settings.host}]")
+        hosts = [*settings.allow_hosts, *([bound] if bound not in ("", "0.0.0.0", "::") else [])]
         asgi = make_asgi(
             self.app,
             auth=not settings.no_auth,
@@ -408,7 +431,11 @@ class ServerProcess:
         fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
         fresh.rename(self._address_file)
         with suppress(OSError, ValueError):  # stdout is closed: serving needs no reader
-            self._ready_stream.write(orjson.dumps(line).decode() + "\n")
+            text = orjson.dumps(line).decode()
+            if self.settings.dev and self.settings.log != "json" and self._ready_stream.isatty():
+                zone = to_datetime(self.app.clock.now()).astimezone().tzname()
+                text = f"eventflow: ready at {self.url}; times in {zone}"
+            self._ready_stream.write(f"{text}\n")
             self._ready_stream.flush()
 
     def _ensure_token(self) -> None:
@@ -421,7 +448,8 @@ class ServerProcess:
         if fresh:
             shown = token if sys.stderr.isatty() else f"$(cat {self.path}.token)"
             sys.stderr.write(
-                f"eventflow: the API token was created. Authorization: Bearer {shown}\n"
+                f"eventflow: the API token was created; requests to /api need the header\n"
+                f"  Authorization: Bearer {shown}\n"
             )
 
     # ----------------------------------------------------------------- stop, restart, exit
@@ -477,6 +505,37 @@ class ServerProcess:
             log.error("store.failed", error=str(error), exit_code=error.exit_code)
         self.stopping = True
         self._exit_after(FAIL_STOP_DELAY_SECONDS, error.exit_code, "eventflow-fail-stop")
+
+    def _on_memory_monitor_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(f"the memory monitor has ended: {error!r}")
+
+    def fail(self, reason: str) -> None:
+        """A loop or thread of ours has ended or stands still: only a new process helps. From any
+        thread.
+        """
+        if self.stopping:
+            return  # the forced exit ends the process
+        self.stopping = True
+        log.error("server.failed", reason=reason, exit_code=INTERNAL_EXIT_CODE)
+        self._exit_after(FAIL_STOP_DELAY_SECONDS, INTERNAL_EXIT_CODE, "eventflow-fault")
+
+    def _after_fork(self) -> None:
+        """In a child that user code forked: it ends by a signal, and keeps neither the port nor the
+        connections of clients.
+        """
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.set_wakeup_fd(-1)  # a byte written there would wake the parent's loop
+        sockets: list[Any] = [self._sock]
+        for connection in self._server.server_state.connections:
+            transport: Any = getattr(connection, "transport", None)
+            if transport is not None:
+                sockets.append(transport.get_extra_info("socket"))
+        for each in sockets:
+            with suppress(OSError, AttributeError):
+                os.close(each.fileno())  # socket.close() waits for the parent's transports
 
     def _exit_after(self, seconds: float, code: int, name: str) -> None:
         """Ends the process from a new thread, whatever the loops and other threads do."""

@@ -10,7 +10,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
@@ -24,6 +24,8 @@ from eventflow.store.file_guards import (
     DiskSpaceGuard,
     HighWater,
     Lock,
+    OpenFiles,
+    check_first_name,
     lock_holder_pid,
     sync_folder,
 )
@@ -87,6 +89,17 @@ class _Limits(NamedTuple):
     pending_bytes: int
 
 
+class StoreOptions(TypedDict, total=False):
+    """The options of a SqliteStore that `App(...)` passes on; defaults and units are there."""
+
+    synchronous: Literal["FULL", "NORMAL"]
+    max_pending: int
+    max_pending_bytes: int
+    free_floor: int | None
+    ballast: int
+    accept_loss: bool
+
+
 class SqliteStore:
     """One process, one file. `Store` in protocol.py says what each verb promises.
 
@@ -108,7 +121,7 @@ class SqliteStore:
         ballast: int = 64 << 20,
         accept_loss: bool = False,
     ) -> None:
-        self.path = os.path.abspath(path)
+        self.path = os.path.realpath(path)  # the files beside it have one name each, too
         self.location = f"sqlite:///{self.path}"
         self.last_id = 0
         self._clock = clock
@@ -145,9 +158,9 @@ class SqliteStore:
             raise
 
     def _open(self) -> None:
+        check_first_name(self.path)
         last_acknowledged = self._check_high_water()
         remove_temporary_copies(self.path)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         connection = self._connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, cached_statements=256
         )
@@ -155,7 +168,8 @@ class SqliteStore:
             connection.execute(pragma)
         migrate(connection, self.path, migrations())
         listeners = self._listeners
-        writer = Writer(connection, self.path, self._clock, self._marks(), self._space, listeners)
+        files = OpenFiles(self.path, self._clock, self._lock)
+        writer = Writer(connection, files, self._clock, self._marks(), self._space, listeners)
         writer.last.batch = max(writer.last.batch, last_acknowledged)
         self.last_id = connection.execute(_LAST_ID).fetchone()[0]
         if listeners.run_events is not None:
@@ -163,6 +177,7 @@ class SqliteStore:
         patterns = listeners.patterns
         time_driven = None if patterns is None else patterns.time_driven()
         writer.apply(lambda tx: admin.recover(tx, time_driven))
+        files.remember()
         sync_folder(self.path)
         self._space.reserve_ballast()
         self._readers = Readers(self.path, self._clock)
@@ -192,6 +207,8 @@ class SqliteStore:
         return max(marked, found)
 
     def close(self) -> None:
+        if not self._lock.is_held:
+            return  # closed already; or a forked child, whose parent owns the files
         if self._writer is not None:
             self._writer.stop()
         self._listeners.detach()
@@ -208,7 +225,7 @@ class SqliteStore:
                 pass  # everything acknowledged is in the WAL; the next open reads it there
             self._connection = None
         self._high_water.close()
-        if self._lock.is_held:
+        if self.failed is None:
             self._space.release_ballast()  # a closed store reserves no space
         self._lock.release()
 
@@ -217,6 +234,16 @@ class SqliteStore:
     @property
     def failed(self) -> StoreError | None:
         return self._writer.failed if self._writer is not None else None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the writer's thread lives, or has said why not (`failed`)."""
+        return self._open_writer().is_alive or self.failed is not None
+
+    @property
+    def busy_since(self) -> float | None:
+        """When the transaction under way began, by the monotonic clock."""
+        return self._open_writer().busy_since
 
     @property
     def commits(self) -> dict[str, float]:
@@ -262,6 +289,11 @@ class SqliteStore:
     def _open_writer(self) -> Writer:
         if self._writer is None:
             raise StoreError(f"the store {self.path} is not open")
+        if not self._lock.is_held and self._connection is not None:
+            raise StoreError(
+                f"the store {self.path} belongs to the process that opened it, and this one was "
+                "forked from that; use the store there, or start new processes with `spawn`"
+            )
         return self._writer
 
     async def _submit(self, op: Op | TransactionCall | ConnectionJob) -> Any:
@@ -292,6 +324,7 @@ class SqliteStore:
         budget: float = QUERY_TIMEOUT_SECONDS,
         **options: Any,
     ) -> T:
+        self._open_writer()
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
         return await self._readers.read(

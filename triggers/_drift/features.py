@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import msgspec
 
+from eventflow.core.declarations import Declared
 from eventflow.core.errors import UsageError
 from triggers._drift.json_fields import MissingField, point
 
@@ -37,7 +38,7 @@ VALUE_ONLY = SAMPLED | STREAMING
 """Metrics that ignore missing values: their share is checked separately."""
 
 
-class Numeric(msgspec.Struct, frozen=True):
+class Numeric(msgspec.Struct, frozen=True, metaclass=Declared):
     """A feature of numbers.
 
     `at`: the field in a row, or a JSON pointer (`"/order/total"`); by default the feature's own
@@ -53,7 +54,7 @@ class Numeric(msgspec.Struct, frozen=True):
     bins: int = 10
 
 
-class Categorical(msgspec.Struct, frozen=True):
+class Categorical(msgspec.Struct, frozen=True, metaclass=Declared):
     """A feature of categories (texts, whole numbers, booleans). `top`: how many of the reference
     have a bin of their own.
     """
@@ -83,6 +84,16 @@ class FeatureSpec(msgspec.Struct, frozen=True):
     @property
     def metric(self) -> str:
         return self.feature.metric
+
+    def is_in(self, row: Any) -> bool:
+        """Whether the row has the field, be it null."""
+        if isinstance(row, dict) and self.at in row:
+            return True
+        try:
+            point(row, self.at)
+        except MissingField:
+            return False
+        return True
 
     def value(self, row: Any) -> Any:
         """The value in this row, else None."""
