@@ -8,7 +8,6 @@ type `drift.detected`, `drift.escalated`, `drift.resolved` or `drift.nodata`. A 
 `_drift/senders.py` reads the bodies.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
@@ -17,9 +16,11 @@ import httpx2
 import orjson
 
 from eventflow.core.clock import Clock
+from eventflow.core.declarations import declaration, whole_number
 from eventflow.core.errors import UsageError
 from eventflow.events.cloudevents import is_json, media_type
 from eventflow.events.event import Event, Undecodable
+from eventflow.events.strict_json import MAX_JSON_KEYS, read_report
 from triggers._drift.generic import FIELDS
 from triggers._drift.schema import (
     DETECTED,
@@ -27,12 +28,21 @@ from triggers._drift.schema import (
     Drift,
     DriftFinding,
     DriftWindow,
+    json_bytes,
     short_json_hash,
     to_event,
 )
-from triggers._drift.senders import ParsedBody, SnsConfirmation, UnreadableAlert, parse_body
+from triggers._drift.senders import ParsedBody, SnsConfirmation, UnreadableAlert, parse_message
 from triggers._drift.sns import may_confirm
-from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers, RequestLimits
+from triggers.http_endpoint import (
+    MAX_REASON_LENGTH,
+    SYSTEM_CLOCK,
+    Endpoint,
+    Headers,
+    RequestLimits,
+    body_id,
+    unreadable,
+)
 from triggers.http_request import Reply, RequestRejected
 from triggers.signatures import Verify
 
@@ -45,9 +55,6 @@ LOG_EVENTS = {
 }
 
 __all__ = ["Bin", "Drift", "DriftAlert", "DriftFinding", "DriftWindow"]
-
-MAX_REASON_LENGTH = 500
-"""Characters of the reason why an alert cannot be read; it may quote the alert."""
 
 CONFIRM_TIMEOUT_SECONDS = 5.0
 """For a confirmation to SNS, which waits 15 s for the response."""
@@ -73,11 +80,14 @@ class DriftAlert(Endpoint):
         topics: ARNs of the SNS topics whose subscriptions are confirmed; by default none.
         sns: the URL of an SNS other than Amazon's, such as `http://localhost:4566`.
         name: the name in the ledger; by default made from the path.
-        max_body, gzip, max_rate, body_timeout: as for `Webhook`.
+        max_alerts: of one body.
+        max_body, max_keys, gzip, max_rate, body_timeout: as for `Webhook`.
     """
 
     default_types = (DETECTED,)
+    repeats_may_differ = True  # an alert is repeated with its current value
 
+    @declaration
     def __init__(
         self,
         path: str,
@@ -88,7 +98,9 @@ class DriftAlert(Endpoint):
         topics: Sequence[str] = (),
         sns: str | None = None,
         name: str | None = None,
-        max_body: int = 4 << 20,
+        max_alerts: int = 10_000,
+        max_body: int = 16 << 20,
+        max_keys: int = MAX_JSON_KEYS,
         gzip: bool = False,
         max_rate: float | None = 1000.0,
         body_timeout: float = 30.0,
@@ -109,7 +121,7 @@ class DriftAlert(Endpoint):
             path,
             verify=verify,
             name=name or "drift" + path.replace("/", "-"),
-            limits=RequestLimits(max_body, gzip, max_rate, body_timeout),
+            limits=RequestLimits(max_body, gzip, max_rate, body_timeout, max_keys),
             clock=clock,
             random_bytes=random_bytes,
         )
@@ -117,22 +129,26 @@ class DriftAlert(Endpoint):
         self._alerts: str | None = alerts
         self._topics: frozenset[str] = frozenset(topics)
         self._sns: str | None = sns
+        self._max_alerts: int = whole_number(max_alerts, f"DriftAlert({path!r}, max_alerts=)")
 
     async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
-        # SNS calls its JSON plain text.
-        if not (is_json(media_type(headers)) or media_type(headers) == "text/plain"):
-            raise self._log_rejection(
-                RequestRejected(415, "unsupported_type", "expected Content-Type application/json"),
-                "content type",
-            )
+        media = media_type(headers)
+        if not (is_json(media) or media == "text/plain"):  # SNS calls its JSON plain text
+            expected = "expected Content-Type application/json"
+            rejected = RequestRejected(415, "unsupported_type", expected)
+            raise await self._dead_letter(headers, repeated, body, rejected)
         try:
-            parsed = parse_body(body, self._fields, self._alerts)
+            value = read_report(body, max_keys=self._limits.max_keys)
+            parsed = parse_message(value, self._fields, self._alerts, self._max_alerts)
         except ValueError as error:
-            raise await self._dead_letter(
-                _body_id(body), self.path, headers, body, str(error)[:MAX_REASON_LENGTH]
-            ) from None
+            raise await self._dead_letter(headers, repeated, body, unreadable(error)) from None
         if parsed.confirmation is not None:
-            return await self._confirm(parsed.confirmation)
+            reason = self._reason_not_to_confirm(parsed.confirmation)
+            if reason is None:
+                return await self._confirm(parsed.confirmation)
+            detail = "this topic is not one that the application takes"
+            rejected = RequestRejected(403, "not_subscribed", detail)
+            raise await self._dead_letter(headers, repeated, body, rejected, reason)
         return await self._record(parsed, body, self._verify.signed_id(headers))
 
     async def _record(self, parsed: ParsedBody, body: bytes, signed_id: str | None) -> Reply:
@@ -162,28 +178,19 @@ class DriftAlert(Endpoint):
         return Undecodable(
             id=f"undecodable-{short_json_hash(unreadable.alert)}",
             source=self.path,
-            body=orjson.dumps(unreadable.alert),
-            error=unreadable.reason,
+            body=json_bytes(unreadable.alert),
+            error=unreadable.reason[:MAX_REASON_LENGTH],
         )
+
+    def _reason_not_to_confirm(self, confirmation: SnsConfirmation) -> str | None:
+        """None for a topic of the app, at SNS's own address: the body's URL may be anything."""
+        if confirmation.topic not in self._topics:
+            return f"the topic {confirmation.topic} is not among topics="
+        if not may_confirm(confirmation.url, self._sns):
+            return "SubscribeURL does not lead to SNS"
+        return None
 
     async def _confirm(self, confirmation: SnsConfirmation) -> Reply:
-        """Confirms a subscription to a topic of the app, at SNS's own address only: the body's URL
-        may be anything.
-        """
-        if confirmation.topic not in self._topics:
-            reason = f"the topic {confirmation.topic} is not among topics="
-        elif not may_confirm(confirmation.url, self._sns):
-            reason = "SubscribeURL does not lead to SNS"
-        else:
-            return await self._visit_confirmation_url(confirmation)
-        raise self._log_rejection(
-            RequestRejected(
-                403, "not_subscribed", "this topic is not one that the application takes"
-            ),
-            reason,
-        )
-
-    async def _visit_confirmation_url(self, confirmation: SnsConfirmation) -> Reply:
         try:
             async with httpx2.AsyncClient(
                 follow_redirects=False, timeout=CONFIRM_TIMEOUT_SECONDS
@@ -207,11 +214,7 @@ def _event_id(drift: Drift, body: bytes, signed_id: str | None) -> str | None:
     """
     if drift.sender == "mlflow":
         return signed_id
-    return _body_id(body) if drift.sender == "evidently" and drift.starts_at is None else None
-
-
-def _body_id(body: bytes) -> str:
-    return hashlib.blake2b(body, digest_size=16).hexdigest()
+    return body_id(body) if drift.sender == "evidently" and drift.starts_at is None else None
 
 
 def parse_alerts(body: bytes, fields: Mapping[str, str] | None = None) -> Sequence[Drift]:
@@ -219,7 +222,7 @@ def parse_alerts(body: bytes, fields: Mapping[str, str] | None = None) -> Sequen
 
     ValueError says what is missing.
     """
-    parsed = parse_body(body, fields)
+    parsed = parse_message(read_report(body), fields or {})
     if parsed.unreadable:
         raise ValueError(parsed.unreadable[0].reason)
     return parsed.drifts

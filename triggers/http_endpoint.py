@@ -4,11 +4,13 @@
 body. The app mounts `routes` and runs `listen`, which binds the intake; without one (not started,
 draining) the response is 503. A request passes method → rate limit → encoding → size → body →
 signature → `_handle` → `_accept` → 2xx. An invalid request is answered 4xx, never 500, and an
-unknown sender never learns the reason. A request over the rate limit (rate_limit.py) is answered
-before its body is read. The 2xx follows the record (P1).
+unknown sender never learns the reason. What a verified sender sent and is refused becomes a dead
+letter (`_dead_letter`): a wrong guess about a sender never costs the data. A request over the rate
+limit (rate_limit.py) is answered before its body is read. The 2xx follows the record (P1).
 """
 
 import asyncio
+import hashlib
 import math
 import os
 import re
@@ -20,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from eventflow.core.clock import SECOND, Clock, SystemClock
+from eventflow.core.declarations import duration, number, whole_number
 from eventflow.core.errors import StoreError, StoreFull, UsageError
 from eventflow.core.http_body import ClientDisconnected
 from eventflow.events.event import Event, Gauge, Intake, Receipt, Undecodable
@@ -50,6 +53,9 @@ FULL_WAIT_SECONDS = 2.0
 DEAD_LETTER_HEADERS = ("content-type", "content-encoding", "user-agent")
 """The headers stored with a dead letter. An allow-list: others may carry credentials."""
 
+MAX_REASON_LENGTH = 500
+"""Characters of the reason why a body cannot be read."""
+
 _PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 SYSTEM_CLOCK = SystemClock()
 
@@ -59,13 +65,15 @@ class RequestLimits:
     """Limits of one endpoint.
 
     `max_body` in bytes, before and after unpacking; `gzip`: whether bodies may be packed;
-    `max_rate` in requests per second from one address; `body_timeout` in seconds.
+    `max_rate` in requests per second from one address; `body_timeout` in seconds; `max_keys` of one
+    JSON object.
     """
 
     max_body: int
     gzip: bool
     max_rate: float | None
     body_timeout: float
+    max_keys: int
 
 
 class Endpoint:
@@ -87,14 +95,16 @@ class Endpoint:
                 f'{kind}({path!r}): expected a path such as "/orders" '
                 "of letters, digits and . _ ~ -"
             )
+        where = f"{kind}({path!r}"
         max_rate = limits.max_rate
-        if max_rate is not None and not 0 < max_rate < math.inf:
-            raise UsageError(
-                f"{kind}({path!r}, max_rate=): expected requests per second, or None for any, "
-                f"found {max_rate!r}"
-            )
+        if max_rate is not None:
+            number(max_rate, f"{where}, max_rate=)", minimum=1e-9)
+        whole_number(limits.max_body, f"{where}, max_body=)")
+        whole_number(limits.max_keys, f"{where}, max_keys=)")
+        duration(limits.body_timeout, f"{where}, body_timeout=)", positive=True)
         self.name: str = name
         self.path: str = "/hooks" + path
+        self._source: str = self.path
         self._verify: Verify = _verifier(f"{kind}({path!r}", verify)
         self.verified: bool = self._verify is not NO_VERIFICATION
         self._limits: RequestLimits = limits
@@ -148,6 +158,8 @@ class Endpoint:
             reply = await self._respond(scope, receive)
         except RequestRejected as rejected:
             reply = rejected.reply
+            if not rejected.is_logged and reply.status < 500:  # a full ledger has its own line
+                self._log_rejection(rejected, rejected.args[2])
         except ClientDisconnected:
             return
         await send_reply(reply, receive, send)
@@ -187,12 +199,18 @@ class Endpoint:
         """The verified body. Senders sign either the bytes sent or the unpacked ones."""
         limits = self._limits
         is_packed = encoding(headers, limits.gzip)
-        wire = await read_body(receive, headers, limits.max_body, limits.body_timeout)
-        body = gunzip(wire, limits.max_body) if is_packed else wire
+        wire = body = await read_body(receive, headers, limits.max_body, limits.body_timeout)
         now = self._clock.now() // SECOND
         reason = self._verify.reason_to_refuse(headers, repeated, wire, now)
-        if reason and is_packed:
-            reason = self._verify.reason_to_refuse(headers, repeated, body, now)
+        if is_packed:
+            try:
+                body = gunzip(wire, limits.max_body)
+            except RequestRejected as rejected:
+                if not reason:
+                    raise await self._dead_letter(headers, repeated, wire, rejected) from None
+            else:
+                if reason:
+                    reason = self._verify.reason_to_refuse(headers, repeated, body, now)
         if reason:
             challenge = self._verify.challenge
             extra: dict[str, Any] = {"www_authenticate": challenge} if challenge else {}
@@ -219,14 +237,27 @@ class Endpoint:
             raise self._unavailable() from None
 
     async def _dead_letter(
-        self, ident: str, source: str, headers: Headers, body: bytes, error: str
+        self,
+        headers: Headers,
+        repeated: set[str],
+        body: bytes,
+        rejected: RequestRejected,
+        reason: str | None = None,
     ) -> RequestRejected:
-        """Records what a verified sender sent and cannot be read; the response to it."""
+        """Records what a verified sender sent and is refused; the response to it. `reason`: if the
+        sender is not told it.
+        """
         stored = {name: headers[name] for name in DEAD_LETTER_HEADERS if name in headers}
+        error: str = reason or rejected.args[2]
+        ident = self._dead_letter_id(headers, repeated, body)
         await self._accept(
-            [Undecodable(id=ident, source=source, body=body, error=error, headers=stored)]
+            [Undecodable(id=ident, source=self._source, body=body, error=error, headers=stored)]
         )
-        return self._log_rejection(RequestRejected(400, "unreadable", error), error)
+        return self._log_rejection(rejected, error)
+
+    def _dead_letter_id(self, headers: Headers, repeated: set[str], body: bytes) -> str:
+        """The id of a refused body: its digest, so that a repetition is a duplicate."""
+        return body_id(body)
 
     def _new_id(self) -> str:
         return self._random_bytes(16).hex()
@@ -248,6 +279,7 @@ class Endpoint:
         self, rejected: RequestRejected, reason: str, **fields: str
     ) -> RequestRejected:
         """Logs the reason, at most once a second: a flood of forgeries must not fill the disk."""
+        rejected.is_logged = True
         now = self._clock.monotonic()
         self._rejections_unlogged += 1
         if now >= self._next_log_at:
@@ -265,6 +297,16 @@ class Endpoint:
     def _log(self, event: str, **fields: Any) -> None:
         if self._intake is not None:
             self._intake.log.warning(event, path=self.path, **fields)
+
+
+def unreadable(error: ValueError) -> RequestRejected:
+    """400, with the reason why a body cannot be read. It may quote the body, so it is cut."""
+    return RequestRejected(400, "unreadable", str(error)[:MAX_REASON_LENGTH])
+
+
+def body_id(body: bytes) -> str:
+    """An id made of a body, for one without an identity of its own."""
+    return hashlib.blake2b(body, digest_size=16).hexdigest()
 
 
 def _overloaded(full: StoreFull) -> RequestRejected:

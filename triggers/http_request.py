@@ -52,6 +52,7 @@ class RequestRejected(Exception):
         **headers: str,
     ) -> None:
         super().__init__(status, error, detail)
+        self.is_logged: bool = False
         named = tuple(
             (name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()
         )

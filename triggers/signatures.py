@@ -22,6 +22,7 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
+from eventflow.core.declarations import declaration
 from eventflow.core.errors import EmptySecret, UsageError
 from eventflow.logs.redaction import SECRETS
 
@@ -118,15 +119,20 @@ class SigningScheme(msgspec.Struct, frozen=True, kw_only=True):
 class Vendor(msgspec.Struct, frozen=True, kw_only=True):
     """Ids and types of a sender's events. Fields are paths into the JSON body: `event.type`.
 
-    The event id is a signed one, else the first present one of `id_headers`, else `id_field`. The
-    type is `type_prefix` and the value of `type_header`, or of the first present one of
-    `type_fields` (`a+b` joins two). `cloudevents`: requests may hold CloudEvents. `challenge`: the
-    sender expects its `url_verification` challenge in the response.
+    The event id is a signed one, else the first of `id_headers` whose headers are all present,
+    joined by "/", else `id_field`. Where one header covers more than one event (all topics of an
+    action, a chain of events), a second one tells them apart; `body` is the body's digest.
+    `delivery_fields` are fields of the body about the delivery, which may change when it is
+    repeated: the event's data leaves them out. The type is `type_prefix` and the value of
+    `type_header`, or of the first present one of `type_fields` (`a+b` joins two). `cloudevents`:
+    requests may hold CloudEvents. `challenge`: the sender expects its `url_verification` challenge
+    in the response.
     """
 
     name: str
-    id_headers: tuple[str, ...] = ()
+    id_headers: tuple[tuple[str, ...], ...] = ()
     id_field: str = ""
+    delivery_fields: tuple[str, ...] = ()
     type_prefix: str = ""
     type_header: str = ""
     type_fields: tuple[str, ...] = ()
@@ -354,6 +360,7 @@ def _is_token(scheme: SigningScheme, text: str, keys: Sequence[bytes]) -> bool:
 # --------------------------------------------------------------------------- presets
 
 
+@declaration
 def StandardWebhooks(secret: Secrets) -> Verify:
     """Standard Webhooks v1, with `webhook-*` or `svix-*` headers; the id is `webhook-id`.
 
@@ -369,23 +376,32 @@ def _standard_keys(secret: Secrets, where: str) -> tuple[bytes, ...]:
     return tuple(_standard_key(one) for one in _secret_bytes(secret, where))
 
 
+@declaration
 def GitHub(secret: Secrets) -> Verify:
     """`X-Hub-Signature-256`. Types are `com.github.push`…; the id is `X-GitHub-Delivery`."""
-    ids = ("x-github-delivery",)
+    ids = (("x-github-delivery",),)
     vendor = Vendor(
         name="GitHub", id_headers=ids, type_prefix="com.github.", type_header="x-github-event"
     )
     return Verify(vendor, RequiredProof((GITHUB,), _secret_bytes(secret, "GitHub(secret=)")))
 
 
+@declaration
 def Stripe(secret: Secrets) -> Verify:
     """`Stripe-Signature`; the key is the whole text `whsec_…`. Types are `com.stripe.…`; the id is
-    `id`.
+    `id`. The data is without `pending_webhooks`, a count that changes from delivery to delivery.
     """
-    vendor = Vendor(name="Stripe", id_field="id", type_prefix="com.stripe.", type_fields=("type",))
+    vendor = Vendor(
+        name="Stripe",
+        id_field="id",
+        delivery_fields=("pending_webhooks",),
+        type_prefix="com.stripe.",
+        type_fields=("type",),
+    )
     return Verify(vendor, RequiredProof((STRIPE,), _secret_bytes(secret, "Stripe(secret=)")))
 
 
+@declaration
 def Slack(secret: Secrets) -> Verify:
     """`X-Slack-Signature`; answers the `url_verification` challenge.
 
@@ -402,13 +418,15 @@ def Slack(secret: Secrets) -> Verify:
     return Verify(vendor, RequiredProof((SLACK,), _secret_bytes(secret, "Slack(secret=)")))
 
 
+@declaration
 def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> Verify:
     """The secret token (`X-Gitlab-Token`), the signing token (Standard Webhooks), or both of them.
 
-    Types are `com.gitlab.push`…; the id is the signed `webhook-id`, else `Idempotency-Key` or
-    `X-Gitlab-Event-UUID`.
+    Types are `com.gitlab.push`…; the id is the signed `webhook-id`, else `Idempotency-Key`, else
+    (of GitLab before 17.4) `X-Gitlab-Event-UUID`, which all events of a chain share, with the
+    body's digest.
     """
-    ids = ("idempotency-key", "x-gitlab-event-uuid")
+    ids = (("idempotency-key",), ("x-gitlab-event-uuid", "body"))
     vendor = Vendor(
         name="GitLab", id_headers=ids, type_prefix="com.gitlab.", type_fields=("object_kind",)
     )
@@ -420,17 +438,19 @@ def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> V
     return Verify(vendor, *proofs)
 
 
+@declaration
 def Shopify(secret: Secrets) -> Verify:
     """`X-Shopify-Hmac-Sha256`. Types are `com.shopify.orders.create`…; the id is
-    `X-Shopify-Event-Id`.
+    `X-Shopify-Event-Id`, which all topics of one action share, with `X-Shopify-Topic`.
     """
-    ids = ("x-shopify-event-id", "x-shopify-webhook-id")
+    ids = (("x-shopify-event-id", "x-shopify-topic"), ("x-shopify-webhook-id",))
     vendor = Vendor(
         name="Shopify", id_headers=ids, type_prefix="com.shopify.", type_header="x-shopify-topic"
     )
     return Verify(vendor, RequiredProof((SHOPIFY,), _secret_bytes(secret, "Shopify(secret=)")))
 
 
+@declaration
 def MLflow(secret: Secrets) -> Verify:
     """`X-MLflow-Signature`. Types are `org.mlflow.model_version.created`…; the id is
     `X-MLflow-Delivery-Id`.
@@ -439,6 +459,7 @@ def MLflow(secret: Secrets) -> Verify:
     return Verify(vendor, RequiredProof((MLFLOW,), _secret_bytes(secret, "MLflow(secret=)")))
 
 
+@declaration
 def HMAC(
     secret: Secrets,
     *,
@@ -485,6 +506,7 @@ def HMAC(
     return Verify(vendor, RequiredProof((scheme,), _secret_bytes(secret, "HMAC(secret=)")))
 
 
+@declaration
 def Bearer(token: Secrets) -> Verify:
     """`Authorization: Bearer TOKEN`."""
     return Verify(
@@ -493,6 +515,7 @@ def Bearer(token: Secrets) -> Verify:
     )
 
 
+@declaration
 def Token(token: Secrets, *, header: str, prefix: str = "") -> Verify:
     """`header` equals the token, after `prefix`."""
     scheme = SigningScheme(header=header.lower(), prefix=prefix, signed="")

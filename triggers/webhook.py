@@ -2,7 +2,8 @@
 
 `http_endpoint.py` reads and verifies the request and sends the response. Here the body becomes
 events: content type → JSON or CloudEvents (eventflow/events/cloudevents.py) → id → `accept` → 202.
-A verified body that cannot be read becomes a dead letter and is answered 400.
+A verified body that is refused becomes a dead letter: one that cannot be read (400), one of another
+type (415), and, recorded by the ledger itself, one with a known id and other content (409).
 """
 
 import os
@@ -15,27 +16,39 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import UsageError
+from eventflow.core.declarations import declaration
+from eventflow.core.errors import ANY_FAILURE, UsageError
 from eventflow.events.cloudevents import (
     BATCH,
     is_cloudevent,
     is_json,
     media_type,
     parse_cloudevents,
-    read_json,
 )
 from eventflow.events.event import Event, Receipt
-from triggers.http_endpoint import SYSTEM_CLOCK, Endpoint, Headers, RequestLimits
+from eventflow.events.strict_json import MAX_JSON_KEYS, decode_text, read_json
+from triggers.http_endpoint import (
+    SYSTEM_CLOCK,
+    Endpoint,
+    Headers,
+    RequestLimits,
+    body_id,
+    unreadable,
+)
 from triggers.http_request import Reply, RequestRejected
 from triggers.signatures import Vendor, Verify
 
 MAX_ID_LENGTH = 1024
 """Characters of an event id."""
 
-MAX_REASON_LENGTH = 500
-"""Characters of the reason why a body cannot be read; it may quote the body."""
-
-ID_HEADERS = ("webhook-id", "ce-id", "x-github-delivery", "idempotency-key")
+ID_HEADERS = (
+    ("webhook-id",),
+    ("ce-source", "ce-id"),  # an id is unique within its source only
+    ("ce-id",),
+    ("x-github-delivery",),
+    ("idempotency-key",),
+    ("x-amz-sns-message-id",),
+)
 CREDENTIAL_HEADERS = frozenset(
     {"authorization", "proxy-authorization", "cookie", "set-cookie", "x-api-key"}
 )
@@ -58,8 +71,10 @@ class Webhook(Endpoint):
         type: the event's type; by default the preset's, such as `com.github.push`, else
             `webhook.received`. CloudEvents keep their own type and source.
         source: the event's source, by default `/hooks/PATH`.
-        content: "json"; "form" (fields as an object); "raw" (any bytes).
+        content: "json" (also where a sender calls it text/plain, as SNS does); "form" (fields as an
+            object, a repeated field as a list); "raw" (any bytes).
         max_body: in bytes, before and after unpacking.
+        max_keys: keys of one JSON object, or fields of a form.
         gzip: whether bodies may be gzipped.
         max_rate: requests per second from one address, in bursts of up to five seconds' worth; more
             are answered 429. None: no limit.
@@ -69,6 +84,7 @@ class Webhook(Endpoint):
         body_timeout: seconds that a body may take to arrive.
     """
 
+    @declaration
     def __init__(
         self,
         path: str,
@@ -80,6 +96,7 @@ class Webhook(Endpoint):
         source: str | None = None,
         content: Literal["json", "form", "raw"] = "json",
         max_body: int = 1 << 20,
+        max_keys: int = MAX_JSON_KEYS,
         gzip: bool = False,
         max_rate: float | None = 1000.0,
         keep: Sequence[str] = (),
@@ -100,12 +117,12 @@ class Webhook(Endpoint):
             path,
             verify=verify,
             name=name or "webhook" + path.replace("/", "-"),
-            limits=RequestLimits(max_body, gzip, max_rate, body_timeout),
+            limits=RequestLimits(max_body, gzip, max_rate, body_timeout, max_keys),
             clock=clock,
             random_bytes=random_bytes,
         )
         self._keep: tuple[tuple[str, str], ...] = _kept_headers(path, keep, self._verify)
-        self._source: str = source or self.path
+        self._source = source or self.path
         self._id: str | Callable[[Headers, bytes], str | None] | None = id
         self._type: str | None = type
         self._content: Literal["json", "form", "raw"] = content
@@ -113,16 +130,12 @@ class Webhook(Endpoint):
 
     async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
         if not _is_acceptable(self._content, headers):
-            raise self._log_rejection(
-                RequestRejected(415, "unsupported_type", _EXPECTED[self._content]), "content type"
-            )
+            rejected = RequestRejected(415, "unsupported_type", _EXPECTED[self._content])
+            raise await self._dead_letter(headers, repeated, body, rejected)
         try:
             events = self._events(headers, repeated, body)
         except ValueError as error:
-            ident = self._dead_letter_id(headers, repeated)
-            raise await self._dead_letter(
-                ident, self._source, headers, body, str(error)[:MAX_REASON_LENGTH]
-            ) from None
+            raise await self._dead_letter(headers, repeated, body, unreadable(error)) from None
         if isinstance(events, Reply):
             return events
         receipts = await self._accept(events) if events else []
@@ -133,7 +146,10 @@ class Webhook(Endpoint):
         vendor = self._verify.vendor
         if self._content == "json" and vendor.cloudevents and is_cloudevent(headers):
             return self._cloudevents(headers, repeated, body)
-        data = _parse_body(self._content, headers, body)
+        data = _parse_body(self._content, body, self._limits.max_keys)
+        for name in vendor.delivery_fields:
+            if isinstance(data, dict):
+                cast(dict[str, Any], data).pop(name, None)
         if vendor.challenge and _field_at(data, "type") == "url_verification":
             challenge = str(_field_at(data, "challenge")).encode()
             return Reply(200, challenge, media_type=b"text/plain; charset=utf-8")
@@ -142,11 +158,17 @@ class Webhook(Endpoint):
             source=self._source,
             type=self._type or _vendor_type(vendor, headers, data) or "webhook.received",
             data=data,
-            datacontenttype=headers.get("content-type")
-            or ("application/json" if self._content == "json" else None),
+            datacontenttype=self._datacontenttype(headers),
             extensions={name: headers[header] for header, name in self._keep if header in headers},
         )
         return [event]
+
+    def _datacontenttype(self, headers: Headers) -> str | None:
+        """The sender's content type, unless it calls JSON something else."""
+        given = headers.get("content-type")
+        if self._content == "json" and not (given and is_json(media_type(headers))):
+            return "application/json"
+        return given
 
     def _cloudevents(self, headers: Headers, repeated: set[str], body: bytes) -> list[Event]:
         """CloudEvents as sent; in binary mode a signed id replaces theirs, an unsigned header."""
@@ -154,7 +176,7 @@ class Webhook(Endpoint):
             (name for name in repeated if name.startswith("ce-") or name == "content-type"), None
         ):
             raise ValueError(f"{twice}: expected once, found it twice")
-        events = parse_cloudevents(headers, body)
+        events = parse_cloudevents(headers, body, max_keys=self._limits.max_keys)
         signed = self._verify.signed_id(headers)
         if signed and "ce-specversion" in headers and len(events) == 1:
             return [msgspec.structs.replace(events[0], id=signed)]
@@ -164,7 +186,7 @@ class Webhook(Endpoint):
 
     def _event_id(self, headers: Headers, repeated: set[str], data: Any, body: bytes) -> str:
         configured = self._configured_id(headers, data, body) if self._id is not None else None
-        ident = configured or self._sender_id(headers, repeated, data) or self._new_id()
+        ident = configured or self._sender_id(headers, repeated, data, body) or self._new_id()
         if len(ident) > MAX_ID_LENGTH:
             raise ValueError(f"id: expected at most {MAX_ID_LENGTH} characters, found {len(ident)}")
         return ident
@@ -178,24 +200,26 @@ class Webhook(Endpoint):
             ident = _id_text(self._id(headers, body))
             (ident or "").encode()  # a lone surrogate cannot be stored
             return ident
-        except Exception as error:  # around the user's function: the event is unreadable
+        except ANY_FAILURE as error:  # around the user's function: the event is unreadable
             raise ValueError(f"id: {error.__class__.__name__}: {error}") from error
 
-    def _sender_id(self, headers: Headers, repeated: set[str], data: Any) -> str | None:
+    def _sender_id(
+        self, headers: Headers, repeated: set[str], data: Any, body: bytes
+    ) -> str | None:
         vendor = self._verify.vendor
         if signed := self._verify.signed_id(headers):
             return signed
-        own = _first_header(vendor.id_headers, headers, repeated)
+        own = _first_id(vendor.id_headers, headers, repeated, body)
         if own is None and vendor.id_field:
             own = _id_text(_field_at(data, vendor.id_field))
-        return own or _first_header(ID_HEADERS, headers, repeated)
+        return own or _first_id(ID_HEADERS, headers, repeated, body)
 
-    def _dead_letter_id(self, headers: Headers, repeated: set[str]) -> str:
-        """The id of a body that cannot be read: the sender's, if there is one."""
+    def _dead_letter_id(self, headers: Headers, repeated: set[str], body: bytes) -> str:
+        """The id of a refused body: the sender's, if there is one."""
         try:
-            return (self._sender_id(headers, repeated, None) or self._new_id())[:MAX_ID_LENGTH]
+            return (self._sender_id(headers, repeated, None, body) or body_id(body))[:MAX_ID_LENGTH]
         except ValueError:
-            return self._new_id()
+            return body_id(body)
 
     # ------------------------------------------------------------------------- responses
 
@@ -210,14 +234,19 @@ class Webhook(Endpoint):
         return Reply(status, orjson.dumps(rows if batch else rows[0]))
 
     def _conflict(self, receipts: Sequence[Receipt]) -> Reply:
-        """The first one is kept. Either an id was used twice, or a sender changed a repetition."""
+        """The first event stands, and the ledger keeps this one as a dead letter. Either an id was
+        used twice, or a sender changed a repetition.
+        """
         for receipt in receipts:
             first, this = receipt.digests or (None, None)
             known = {"event_id": receipt.event_id, "first_digest": first, "this_digest": this}
             self._log("webhook.refused", reason="known id with other content", status=409, **known)
         ids = ", ".join(receipt.event_id for receipt in receipts[:3])
         return RequestRejected(
-            409, "conflict", f"{ids}: already received with other content; the first one stands"
+            409,
+            "conflict",
+            f"{ids}: already received with other content; the first one stands, this one is kept "
+            "as a dead letter",
         ).reply
 
 
@@ -234,26 +263,32 @@ def _is_acceptable(content: str, headers: Headers) -> bool:
     """Whether the media type matches the option `content`."""
     match content:
         case "json":
-            return is_json(media_type(headers)) or "ce-specversion" in headers
+            media = media_type(headers)
+            return is_json(media) or media == "text/plain" or "ce-specversion" in headers
         case "form":
             return media_type(headers) in ("application/x-www-form-urlencoded", "")
         case _:
             return True
 
 
-def _parse_body(content: str, headers: Headers, body: bytes) -> Any:
+def _parse_body(content: str, body: bytes, max_keys: int) -> Any:
     match content:
         case "json":
-            return read_json(body)
+            return read_json(body, max_keys=max_keys)
         case "form":
-            fields = parse_qsl(
-                body.decode(), keep_blank_values=True, errors="strict", max_num_fields=1000
-            )
-            if len(fields) != len({name for name, _ in fields}):
-                raise ValueError("body: expected each form field once")
-            return dict(fields)
+            return _form_fields(decode_text(body), max_keys)
         case _:
             return body
+
+
+def _form_fields(text: str, max_fields: int) -> dict[str, str | list[str]]:
+    """The fields of a form by name; a repeated one as the list of its values, in order."""
+    if text.count("&") >= max_fields:
+        raise ValueError(f"body: expected at most {max_fields} form fields, found more")
+    values: dict[str, list[str]] = {}
+    for name, value in parse_qsl(text, keep_blank_values=True, errors="strict"):
+        values.setdefault(name if values else name.removeprefix("\ufeff"), []).append(value)
+    return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
 
 
 def _field_at(data: Any, path: str) -> Any:
@@ -272,12 +307,16 @@ def _id_text(value: object) -> str | None:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _first_header(names: Sequence[str], headers: Headers, repeated: set[str]) -> str | None:
-    for name in names:
-        if value := headers.get(name):
-            if name in repeated:
-                raise ValueError(f"{name}: expected once, found it twice")
-            return value
+def _first_id(
+    ids: Sequence[Sequence[str]], headers: Headers, repeated: set[str], body: bytes
+) -> str | None:
+    """The first id whose headers are all present; `Vendor` documents the form."""
+    for names in ids:
+        parts = [body_id(body) if name == "body" else headers.get(name, "") for name in names]
+        if all(parts):
+            if twice := next((name for name in names if name in repeated), None):
+                raise ValueError(f"{twice}: expected once, found it twice")
+            return "/".join(parts)
     return None
 
 

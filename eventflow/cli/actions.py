@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import orjson
 
 from eventflow.cli.aliases import Option
 from eventflow.cli.client import (
@@ -30,6 +29,7 @@ from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
 from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT
 from eventflow.events.event import Event
+from eventflow.events.strict_json import read_json
 
 COMMANDS: list[click.Command] = []
 
@@ -68,17 +68,19 @@ def read_json_option(text: str | None, option: str) -> Any:
     if text is None:
         return None
     try:
-        return orjson.loads(_read(text))
+        return read_json(_read(text))
     except OSError as error:
         raise UsageError(f"{option}: {error.strerror}: {error.filename}") from None
     except ValueError as error:
         raise UsageError(f"{option}: expected JSON, or @FILE with JSON in it: {error}") from None
 
 
-def _read(text: str) -> str:
+def _read(text: str) -> bytes:
     if text == "@-":
-        return sys.stdin.read()
-    return Path(text[1:]).read_text() if text.startswith("@") else text
+        return sys.stdin.buffer.read()
+    if text.startswith("@"):
+        return Path(text[1:]).read_bytes()
+    return text.encode(errors="surrogateescape")
 
 
 # --------------------------------------------------------------------------- events

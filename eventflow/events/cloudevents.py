@@ -1,42 +1,40 @@
-"""CloudEvents 1.0 over HTTP, and strict JSON for all bodies from outside.
+"""CloudEvents 1.0 over HTTP.
 
 `parse_cloudevents` reads the three content modes: binary (`ce-*` headers, the body is the data),
 structured (`application/cloudevents+json`) and batch (`application/cloudevents-batch+json`, all
-events or none). `read_json` rejects JSON that two parsers may read differently (a repeated key,
-NaN) and JSON that is expensive to process for its size (depth, number of keys). Every rejection is
-a ValueError that names the field. Called by HTTP triggers and by `POST /api/events`.
+events or none). The JSON is read by strict_json.py. Every rejection is a ValueError that names the
+field. Called by HTTP triggers and by `POST /api/events`.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
-import orjson
-
 from eventflow.events.event import Event
+from eventflow.events.strict_json import MAX_JSON_KEYS, read_json
 
 STRUCTURED = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
 
-MAX_JSON_DEPTH = 64
-MAX_JSON_KEYS = 10_000
 MAX_ATTRIBUTES = 64 * 1024
 """Characters of all attributes together. The specification asks to forward at least 64 KiB."""
 
 
-def parse_cloudevents(headers: Mapping[str, str], body: bytes) -> list[Event]:
+def parse_cloudevents(
+    headers: Mapping[str, str], body: bytes, *, max_keys: int = MAX_JSON_KEYS
+) -> list[Event]:
     """The events of one HTTP message.
 
-    `headers`: lower-case names, values decoded as latin-1. A batch may be empty. Raises ValueError
-    naming the field, in a batch with the index of the event: `[2].id: …`.
+    `headers`: lower-case names, values decoded as latin-1. `max_keys`: of one JSON object. A batch
+    may be empty. Raises ValueError naming the field, in a batch with the index of the event:
+    `[2].id: …`.
     """
     match media_type(headers):
         case "application/cloudevents+json":
-            return [_structured(read_json(body), "")]
+            return [_structured(read_json(body, max_keys=max_keys), "")]
         case "application/cloudevents-batch+json":
-            listed = read_json(body)
+            listed = read_json(body, max_keys=max_keys)
             if not isinstance(listed, list):
                 raise ValueError(
                     f"body: expected a JSON array of CloudEvents, found {_kind(listed)}"
@@ -46,7 +44,7 @@ def parse_cloudevents(headers: Mapping[str, str], body: bytes) -> list[Event]:
                 for index, fields in enumerate(cast(list[Any], listed))
             ]
         case _:
-            return [_binary(headers, body)]
+            return [_binary(headers, body, max_keys)]
 
 
 def is_cloudevent(headers: Mapping[str, str]) -> bool:
@@ -77,7 +75,7 @@ def _structured(fields: Any, prefix: str) -> Event:
         raise ValueError(f"{prefix}{error}") from None
 
 
-def _binary(headers: Mapping[str, str], body: bytes) -> Event:
+def _binary(headers: Mapping[str, str], body: bytes, max_keys: int) -> Event:
     fields: dict[str, Any] = {
         name[3:]: _header_text(name, value)
         for name, value in headers.items()
@@ -93,7 +91,8 @@ def _binary(headers: Mapping[str, str], body: bytes) -> Event:
     if "content-type" in headers:
         fields["datacontenttype"] = headers["content-type"]
     if body:
-        fields["data"] = read_json(body) if is_json(media_type(headers)) else body
+        is_json_data = is_json(media_type(headers))
+        fields["data"] = read_json(body, max_keys=max_keys) if is_json_data else body
     return Event.from_dict(fields)
 
 
@@ -121,64 +120,3 @@ def _kind(value: object) -> str:
         dict: "an object",
     }
     return names.get(type(value), "a number")
-
-
-# --------------------------------------------------------------------------- strict JSON
-
-
-def read_json(body: bytes) -> Any:
-    """The value of a JSON text in UTF-8.
-
-    Raises ValueError for anything else, and for a key twice in one object, NaN, a lone surrogate,
-    more than `MAX_JSON_DEPTH` levels or `MAX_JSON_KEYS` keys.
-    """
-    value = orjson.loads(body)
-    keys = _count_keys(value)
-    if keys != body.count(b'":') or _SPACED.search(body):
-        # Counting proves nothing: a string has a quoted colon, a blank precedes a colon, or a key
-        # is indeed repeated. The slow parser decides.
-        json.loads(
-            body.decode(), object_pairs_hook=_refuse_duplicate_keys, parse_int=str, parse_float=str
-        )
-    return value
-
-
-_SPACED = re.compile(rb"[ \t\r\n]:")
-"""Without a blank before a colon, the text has `":` at least once per key, and the parsed value has
-one key per *distinct* key. If both numbers are equal, no key is repeated: two scans in C instead of
-a second parse.
-"""
-
-
-def _count_keys(value: Any) -> int:
-    """The number of keys in a parsed value. Raises ValueError above the limits."""
-    keys = depth = 0
-    level: list[Any] = [value]
-    while level:
-        depth += 1
-        below: list[Any] = []
-        for node in level:
-            kind = node.__class__
-            if kind is dict:
-                keys += len(node)
-                below += [child for child in node.values() if child.__class__ in _CONTAINERS]
-            elif kind is list:
-                below += [child for child in node if child.__class__ in _CONTAINERS]
-        if depth > MAX_JSON_DEPTH or keys > MAX_JSON_KEYS:
-            raise ValueError(
-                f"body: expected at most {MAX_JSON_DEPTH} levels and {MAX_JSON_KEYS} keys, found "
-                "more"
-            )
-        level = below
-    return keys
-
-
-_CONTAINERS = frozenset((dict, list))
-
-
-def _refuse_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
-    seen: set[str] = set()
-    for name, _ in pairs:
-        if name in seen:
-            raise ValueError(f"{name}: expected each key once per object, found it twice")
-        seen.add(name)

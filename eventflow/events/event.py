@@ -10,12 +10,16 @@ The package `triggers` imports only this layer of eventflow. docs/guides/library
 """
 
 import base64
+import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 import msgspec
 import orjson
+
+from eventflow.events.strict_json import MAX_JSON_DEPTH, read_json
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 
@@ -79,7 +83,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises ValueError naming the field.
         """
-        fields = orjson.loads(body)
+        # The data was within the limits of its source when it was recorded.
+        fields = read_json(body, max_keys=sys.maxsize, max_depth=MAX_JSON_DEPTH + 1)
         if not isinstance(fields, dict):
             raise ValueError(f"a CloudEvent is a JSON object, found {type(fields).__name__}")
         return cls.from_dict(cast(dict[str, Any], fields))
@@ -129,7 +134,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
             if not isinstance(value, str):
                 raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
         if "time" in known:
-            known["time"] = parse_time(known["time"])
+            known["time"] = parse_rfc3339(known["time"])
         for name, value in left.items():
             if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(
                 value, str | int | bool
@@ -153,8 +158,39 @@ def _decoded(text: object) -> bytes:
     raise ValueError("data_base64: expected base64, found something else")
 
 
+_RFC_3339 = re.compile(
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d):(\d\d)(\.\d+)?([Zz]|[+-]\d\d:\d\d)?", re.ASCII
+)
+
+
+def parse_rfc3339(text: str) -> datetime:
+    """An aware datetime from RFC 3339, rounded down to microseconds; a leap second is the second
+    after it.
+
+    Raises ValueError for other forms of ISO 8601: without separators, by week, without a time zone.
+    """
+    found = _RFC_3339.fullmatch(text)
+    if found is None:
+        raise ValueError(f"time: expected RFC 3339 (2026-01-31T08:00:00Z), found {text!r}")
+    day, minute, second, fraction, zone = found.groups()
+    if zone is None:
+        raise ValueError(f"time: expected a time zone (such as Z), found {text!r}")
+    is_leap = second == "60"
+    try:
+        moment = datetime.fromisoformat(
+            f"{day}T{minute}:{'59' if is_leap else second}{fraction or ''}{zone.upper()}"
+        )
+        return moment + timedelta(seconds=1) if is_leap else moment
+    except (ValueError, OverflowError):
+        raise ValueError(f"time: expected an existing time, found {text!r}") from None
+
+
 def parse_time(text: str) -> datetime:
-    """An aware datetime from RFC 3339. Raises ValueError, for one without a time zone too."""
+    """An aware datetime from RFC 3339, or from another form of ISO 8601, as people and senders of
+    alerts write it. Raises ValueError, for one without a time zone too.
+    """
+    if _RFC_3339.fullmatch(text):
+        return parse_rfc3339(text)
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -179,7 +215,8 @@ class Receipt(msgspec.Struct, frozen=True):
     """The result of one accepted item.
 
     `ledger_id` is its id in the ledger; for a duplicate, that of the first one. `conflict`: an
-    event with this identity and other content was recorded before, so this one was not; `digests`
+    event with this identity and other content was recorded before, so this one starts nothing and
+    becomes a dead letter; `digests`
     are the hex digests of the recorded and of this content. `matched`: the number of runs it
     started.
     """
@@ -242,6 +279,25 @@ class Intake(Protocol):
         ...
 
 
+Outcome: TypeAlias = Literal["completed", "failed", "unknown"]
+
+
+@runtime_checkable
+class KnowsOutcomes(Protocol):
+    """An intake that knows what became of recorded events. The App's intake does; one that records
+    a part of its events does not.
+    """
+
+    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, Outcome]:
+        """By event id, of this trigger's events. An event with a run that has not ended is missing.
+
+        "completed": each of its runs completed, or none was to start. "failed": a run failed, was
+        cancelled or quarantined, or a delivery is a dead letter. "unknown": the ledger does not
+        have the event, or retention has removed a run.
+        """
+        ...
+
+
 @runtime_checkable
 class Trigger(Protocol):
     """A source of events. It acknowledges to the source after `accept` has returned.
@@ -252,7 +308,9 @@ class Trigger(Protocol):
     ledger: `accept` waits, and a `StoreFull` while the server drains may leave `listen`.
 
     A trigger that serves HTTP also has `routes`, a list of Starlette routes. A trigger with events
-    of several types may have `default_types`: those that a subscription without `types=` accepts.
+    of several types may have `default_types`: those that a subscription without `types=` accepts. A
+    trigger with `repeats_may_differ = True` repeats its events with changed content (an alert with
+    its current value): such a repetition is counted; of other triggers it becomes a dead letter.
     """
 
     @property

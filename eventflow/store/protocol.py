@@ -63,11 +63,16 @@ class Arrival(msgspec.Struct, gc=False):
 
 
 class RecordEvents(msgspec.Struct):
-    """Events, their runs and the trigger's cursors. Reply: `list[Receipt]`, in order."""
+    """Events, their runs and the trigger's cursors. Reply: `list[Receipt]`, in order.
+
+    `route_conflict`: the dead letter of an event with a known identity and other content, which the
+    same transaction records; called on the writer's thread. Without it, the conflict is counted.
+    """
 
     arrivals: Sequence[Arrival]
     trigger: str = ""
     cursor: Mapping[str, Json] | None = None
+    route_conflict: Callable[[Arrival, Receipt], Arrival] | None = None
 
 
 class Append(msgspec.Struct):
@@ -384,6 +389,10 @@ class Store(Protocol):
         ...
 
     async def cursor(self, trigger: str) -> dict[str, Json]: ...
+
+    async def outcomes(self, keys: Sequence[bytes]) -> list[Outcome | None]:
+        """What became of the events with these identities, in their order; None: not ended."""
+        ...
 
     # runs -------------------------------------------------------------------------
     async def load(self, run: int) -> list[Entry]:

@@ -13,7 +13,8 @@ from cloudevents.core.v1.event import CloudEvent
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eventflow.events.cloudevents import is_cloudevent, parse_cloudevents, read_json
+from eventflow.events.cloudevents import is_cloudevent, parse_cloudevents
+from eventflow.events.strict_json import read_json
 from eventflow.events.event import Event
 
 STRUCTURED = {"content-type": "application/cloudevents+json; charset=utf-8"}

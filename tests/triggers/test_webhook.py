@@ -474,7 +474,13 @@ def shopify(body: bytes) -> dict[str, str]:
             "Ev1",
             "com.slack.message",
         ),
-        (Shopify("s3cret"), shopify, {"total": 1}, "s1", "com.shopify.orders.create"),
+        (
+            Shopify("s3cret"),
+            shopify,
+            {"total": 1},
+            "s1/orders/create",
+            "com.shopify.orders.create",
+        ),
         (
             MLflow("s3cret"),
             mlflow,

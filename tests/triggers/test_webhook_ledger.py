@@ -76,7 +76,7 @@ def test_p2_one_fate_across_restarts(tmp_path: Path):
                 )
             assert other.status_code == 409
             counts = await store.counts()
-            assert (counts["events"], counts["duplicates"], counts["conflicts"]) == (1, 1, 1)
+            assert (counts["duplicates"], counts["conflicts"], counts["dead"]) == (1, 1, 1)
 
     asyncio.run(main())
 

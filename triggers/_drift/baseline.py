@@ -5,19 +5,18 @@ its size is bounded, whatever the reference's. The reference is a file, a table 
 first rows of the stream (then the baseline is stored with the cursor).
 """
 
-import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import msgspec
-import orjson
 
 from eventflow.core.errors import UsageError
 from triggers._drift import arrays
 from triggers._drift.bins import Bins, make_bins, to_column
 from triggers._drift.features import VALUE_ONLY, FeatureSpec
+from triggers._drift.row_files import read_rows
 
 SAMPLE_SIZE = 1500
 """Values of a reference, and of a window: under 64 KiB for each feature, enough to see a shift of
@@ -94,45 +93,3 @@ def _listed(column: Any) -> Sequence[Any]:
 def columns(rows: Sequence[Mapping[str, Any]]) -> Table:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file by its suffix: `.csv`, `.jsonl`, `.ndjson`, `.json` (a list), `.parquet`.
-    ValueError for others.
-    """
-    match path.suffix.lower():
-        case ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                return [
-                    {name: _cell(text) for name, text in row.items()}
-                    for row in csv.DictReader(file)
-                ]
-        case ".jsonl" | ".ndjson":
-            return [orjson.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
-        case ".json":
-            return orjson.loads(path.read_bytes())
-        case ".parquet":
-            return _parquet(path)
-        case other:
-            raise ValueError(f"expected .csv, .jsonl, .ndjson, .json or .parquet, found {other!r}")
-
-
-def _cell(text: Any) -> Any:
-    """CSV has no types: empty is missing, what reads as a number is one."""
-    if not isinstance(text, str):
-        return text
-    stripped = text.strip()
-    if not stripped:
-        return None
-    try:
-        return float(stripped) if any(letter in ".eEnN" for letter in stripped) else int(stripped)
-    except ValueError:
-        return text
-
-
-def _parquet(path: Path) -> list[dict[str, Any]]:
-    try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError("a Parquet file needs pyarrow; run: pip install pyarrow") from error
-    return cast(Any, parquet).read_table(path).to_pylist()

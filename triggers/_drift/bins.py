@@ -73,10 +73,18 @@ def _categories(raw: Sequence[Any]) -> Column:
         elif value is None or value != value:
             missing += 1
         elif isinstance(value, bool | int | float):
-            values.append(str(value).lower() if isinstance(value, bool) else f"{value:g}")
+            values.append(_label(value))
         else:
             invalid += 1
     return Column(values, missing, invalid)
+
+
+def _label(value: bool | int | float) -> str:
+    """A number as a category, with all its digits; 1 and 1.0 are the same one."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    is_whole = isinstance(value, int) or (value.is_integer() and abs(value) < 2**53)
+    return str(int(value)) if is_whole else repr(value)
 
 
 class Bins(msgspec.Struct, frozen=True):

@@ -3,7 +3,9 @@ them.
 
 Model Monitor writes a metric `feature_baseline_drift_<feature>` with the dimensions `Endpoint` and
 `MonitoringSchedule`; an alarm on it is the drift. ALARM is detected, OK resolved, INSUFFICIENT_DATA
-no data.
+no data, as is an ALARM because missing data counts as breaching. A message must have what its
+identity needs: the alarm, its state, and the time of the change. What it says about a metric may be
+missing: composite alarms have a rule instead, and alarms on a metric expression several metrics.
 """
 
 import re
@@ -12,7 +14,17 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from triggers._drift.json_fields import listed, moment, number, point, status, table, text, texts
+from triggers._drift.json_fields import (
+    fields_of,
+    items_of,
+    moment,
+    number,
+    point,
+    status,
+    table,
+    text,
+    texts,
+)
 from triggers._drift.schema import Drift, short_hash
 
 PREFIX = "feature_baseline_drift_"
@@ -35,15 +47,16 @@ class _Alarm(NamedTuple):
 _DATAPOINT = re.compile(r"\[([-+0-9.eE]{1,40}) ")
 
 
+_MISSING = re.compile(r"no datapoints were received\b.*\[Breaching\]", re.DOTALL)
+"""The reason of an alarm that no data point has raised: the alarm treats missing data as
+breaching.
+"""
+
+
 def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
     """The JSON inside an SNS notification of an alarm."""
-    trigger = table(point(message, "/Trigger", "the alarm"), "Trigger")
-    dimensions: dict[str, Any] = {}
-    for each in listed(trigger.get("Dimensions") or [], "Trigger/Dimensions"):
-        named = table(each, "Trigger/Dimensions")
-        dimensions[str(named.get("name") or named.get("Name"))] = named.get("value") or named.get(
-            "Value"
-        )
+    trigger = fields_of(message.get("Trigger"))
+    metric = trigger if trigger.get("MetricName") else _first_of_expression(trigger)
     reason = str(message.get("NewStateReason") or "")
     found = _DATAPOINT.search(reason)
     return _drift_of(
@@ -52,13 +65,30 @@ def read_sns_alarm(message: Mapping[str, Any]) -> Drift:
             arn=str(message.get("AlarmArn") or message.get("AWSAccountId") or ""),
             state=message.get("NewStateValue"),
             since=point(message, "/StateChangeTime", "the alarm"),
-            metric=str(trigger.get("MetricName") or ""),
-            dimensions=texts(dimensions, "Trigger/Dimensions"),
+            metric=str(metric.get("MetricName") or ""),
+            dimensions=_dimensions(metric.get("Dimensions")),
             statistic=number(found[1]) if found else None,
             threshold=number(trigger.get("Threshold")),
             reason=reason,
         )
     )
+
+
+def _first_of_expression(trigger: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The first metric of an alarm on a metric expression."""
+    metrics = [
+        fields_of(fields_of(each.get("MetricStat")).get("Metric"))
+        for each in map(fields_of, items_of(trigger.get("Metrics")))
+    ]
+    return next((metric for metric in metrics if metric), dict[str, Any]())
+
+
+def _dimensions(value: Any) -> dict[str, str]:
+    found = {
+        str(each.get("name") or each.get("Name")): each.get("value") or each.get("Value")
+        for each in map(fields_of, items_of(value))
+    }
+    return texts({name: text for name, text in found.items() if text is not None}, "Dimensions")
 
 
 def read_eventbridge(message: Mapping[str, Any]) -> Drift:
@@ -67,18 +97,15 @@ def read_eventbridge(message: Mapping[str, Any]) -> Drift:
     state = table(point(detail, "/state", "detail"), "detail/state")
     metric = _first_metric(detail)
     data = _reason_data(state)
-    recent = listed(data.get("recentDatapoints") or [], "detail/state/reasonData/recentDatapoints")
+    recent = items_of(data.get("recentDatapoints"))
     return _drift_of(
         _Alarm(
             name=text(detail.get("alarmName"), "detail/alarmName"),
-            arn=str(next(iter(listed(message.get("resources") or [], "resources")), "")),
+            arn=str(next(iter(items_of(message.get("resources"))), "")),
             state=point(detail, "/state/value", "detail"),
             since=state.get("timestamp") or point(message, "/time"),
             metric=str(metric.get("name") or ""),
-            dimensions=texts(
-                metric.get("dimensions"),
-                "detail/configuration/metrics/0/metricStat/metric/dimensions",
-            ),
+            dimensions=texts(fields_of(metric.get("dimensions")), "dimensions"),
             statistic=number(recent[-1]) if recent else None,
             threshold=number(data.get("threshold")),
             reason=str(state.get("reason") or ""),
@@ -96,7 +123,7 @@ def _first_metric(detail: Mapping[str, Any]) -> Mapping[str, Any]:
 def _reason_data(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """CloudWatch puts JSON as text into `reasonData`."""
     try:
-        return table(orjson.loads(str(state.get("reasonData") or "{}")), "detail/state/reasonData")
+        return fields_of(orjson.loads(str(state.get("reasonData") or "{}")))
     except orjson.JSONDecodeError:
         return {}
 
@@ -104,6 +131,8 @@ def _reason_data(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def _drift_of(alarm: _Alarm) -> Drift:
     at = moment(alarm.since, "the time of the state's change")
     found = status(alarm.state, "the alarm's state")
+    if found == "detected" and _MISSING.search(alarm.reason):
+        found = "nodata"
     feature = alarm.metric.removeprefix(PREFIX) if alarm.metric.startswith(PREFIX) else None
     is_sagemaker = feature or "MonitoringSchedule" in alarm.dimensions
     return Drift(

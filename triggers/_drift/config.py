@@ -74,7 +74,22 @@ def stored_value(spec: FeatureSpec, value: Any) -> Any:
     if value is None or value != value:
         return None
     if spec.numeric:
-        return value if isinstance(value, int | float) and abs(value) < float("inf") else []
+        return _stored_number(value)
     if isinstance(value, str):
         return value[:MAX_LABEL_LENGTH]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return str(value)[:MAX_LABEL_LENGTH]
     return value if isinstance(value, bool | int | float) else []
+
+
+def _stored_number(value: Any) -> Any:
+    """A measurement: an integer beyond 64 bits is its nearest float."""
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
+        return value
+    if not isinstance(value, int | float):
+        return []
+    try:
+        found = float(value)
+    except OverflowError:
+        return []
+    return found if abs(found) < float("inf") else []

@@ -56,6 +56,16 @@ def table(value: Any, where: str) -> dict[str, Any]:
     return cast(dict[str, Any], value)
 
 
+def fields_of(value: Any) -> dict[str, Any]:
+    """`value` as an object; an empty one for anything else."""
+    return cast(dict[str, Any], value) if isinstance(value, dict) else {}
+
+
+def items_of(value: Any) -> list[Any]:
+    """`value` as a list; an empty one for anything else."""
+    return cast(list[Any], value) if isinstance(value, list) else []
+
+
 def listed(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError(f"{where}: expected a list, found {type(value).__name__}")

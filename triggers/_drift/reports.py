@@ -2,20 +2,25 @@
 
 The job posts the report, since they send no webhooks:
 `httpx.post(url, content=report.run(current, reference).json())`. One report is one drift: its worst
-feature first, each drifted one in `findings`. A report without drift resolves the last one.
+feature first, each drifted one in `findings`. A report without drift resolves the last one; one in
+which no column could be compared is no data. A column that cannot be read (a statistic of NaN, an
+unknown form) costs itself only.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 
-from triggers._drift.json_fields import listed, moment, number, point, table, text
-from triggers._drift.schema import Drift, DriftFinding, DriftWindow, short_hash
+from triggers._drift.json_fields import fields_of, listed, moment, number, table, text
+from triggers._drift.schema import Drift, DriftFinding, DriftWindow, Status, short_hash
 
 DRIFT_SHARE = 0.5
 """Evidently's default: the share of drifted columns from which the data set has drifted."""
+
+_ZONE = re.compile(r"([Zz]|[+-]\d\d:?\d\d)$")
 
 METHODS = ("kolmogorov_smirnov", "jensen_shannon", "wasserstein", "hellinger", "chi2", "l_infinity")
 """NannyML's univariate methods, the ends of its column names."""
@@ -25,6 +30,11 @@ class ColumnResult(DriftFinding, frozen=True, kw_only=True):
     """One column of a report, and whether it drifted."""
 
     drifted: bool
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether the library could compare the column: it has a statistic, or drifted."""
+        return self.drifted or self.statistic is not None
 
 
 # --------------------------------------------------------------------------- Evidently
@@ -46,9 +56,13 @@ def read_evidently(report: Mapping[str, Any]) -> Drift:
     findings = sorted(
         (each for each in columns if each.drifted), key=_relative_excess, reverse=True
     )
+    judged = sum(each.is_judged for each in columns)
+    if not judged:
+        return _report("evidently", report, (), None, "nodata")
     if share is None:
-        share = len(findings) / len(columns)
-    return _report("evidently", report, findings, share, detected=share >= limit and bool(findings))
+        share = len(findings) / judged
+    is_drift = share >= limit and bool(findings)
+    return _report("evidently", report, findings, share, "detected" if is_drift else "resolved")
 
 
 def _current(
@@ -61,19 +75,18 @@ def _current(
         config = table(metric.get("config") or {}, "metrics/config")
         kind = str(config.get("type") or metric.get("metric_name") or "")
         if "DriftedColumnsCount" in kind:
-            share = number(point(metric, "/value/share", "DriftedColumnsCount"))
+            share = number(fields_of(metric.get("value")).get("share"))
             limit = number(config.get("drift_share")) or DRIFT_SHARE
-        elif "ValueDrift" in kind:
+        elif "ValueDrift" in kind and config.get("column"):
             columns.append(_value_drift(metric, config))
     return share, limit, columns
 
 
 def _value_drift(metric: Mapping[str, Any], config: Mapping[str, Any]) -> ColumnResult:
-    found = number(point(metric, "/value", "ValueDrift"))
+    found = number(metric.get("value"))
     method = str(config.get("method") or "")
     threshold = number(config.get("threshold"))
-    column = text(config.get("column"), "ValueDrift/config/column")
-    return _column_result(column, method, found, threshold, None)
+    return _column_result(str(config["column"]), method, found, threshold, None)
 
 
 def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, list[ColumnResult]]:
@@ -86,7 +99,7 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
             share = number(result["share_of_drifted_columns"])
             limit = number(result.get("drift_share")) or limit
         for column, each in table(result.get("drift_by_columns") or {}, "drift_by_columns").items():
-            one = table(each, f"drift_by_columns/{column}")
+            one = fields_of(each)
             score = number(one.get("drift_score"))
             threshold = number(one.get("stattest_threshold"))
             columns[column] = _column_result(
@@ -131,20 +144,16 @@ def _relative_excess(finding: DriftFinding) -> float:
 # --------------------------------------------------------------------------- NannyML
 
 
-def read_nannyml(body: Any) -> list[Drift]:
-    """The rows of `results.to_df(multilevel=False)`: a list, or `{"model": …, "chunks": [rows]}`.
-    One drift per chunk.
+def is_analyzed(row: Any) -> bool:
+    """Whether a row is of the analysis period, as far as it says so."""
+    columns = fields_of(row)
+    return columns.get("chunk_period", columns.get("period", "analysis")) == "analysis"
+
+
+def read_chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
+    """A row of `results.to_df(multilevel=False)`, one of a list or of `{"model": …, "chunks":
+    [rows]}`.
     """
-    report: Mapping[str, Any] = {"chunks": body} if isinstance(body, list) else body
-    rows = [table(row, "chunks") for row in listed(report["chunks"], "chunks")]
-    return [
-        _chunk(report, row)
-        for row in rows
-        if row.get("chunk_period", row.get("period", "analysis")) == "analysis"
-    ]
-
-
-def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
     name = text(str(row.get("chunk_key", row.get("key", ""))), "chunks/chunk_key")
     columns = list(_worst(_columns(row)))
     if not columns:
@@ -159,9 +168,10 @@ def _chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
         start=moment(_dated(row.get("chunk_start_date")), "chunk_start_date"),
         end=moment(_dated(row.get("chunk_end_date")), "chunk_end_date"),
     )
-    drift = _report(
-        "nannyml", report, findings, len(findings) / len(columns), detected=bool(findings)
-    )
+    judged = sum(each.is_judged for each in columns)
+    share = len(findings) / judged if judged else None
+    status = "nodata" if not judged else "detected" if findings else "resolved"
+    drift = _report("nannyml", report, findings, share, status)
     return msgspec.structs.replace(
         drift,
         current=window,
@@ -186,8 +196,13 @@ def _worst(columns: Iterable[ColumnResult]) -> Iterable[ColumnResult]:
 
 
 def _dated(value: Any) -> Any:
-    """pandas writes times without a zone; they are read as UTC."""
-    if isinstance(value, str) and not re.search(r"(Z|[+-]\d\d:?\d\d)$", value):
+    """pandas writes times without a zone, or as milliseconds since 1970; both are UTC."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return datetime.fromtimestamp(value / 1000, UTC).isoformat()
+        except (ValueError, OverflowError, OSError):
+            return value
+    if isinstance(value, str) and value and not _ZONE.search(value):
         return value + "Z"
     return value
 
@@ -215,16 +230,15 @@ def _report(
     sender: str,
     report: Mapping[str, Any],
     findings: Sequence[ColumnResult],
-    share: float,
-    *,
-    detected: bool,
+    share: float | None,
+    status: Status,
 ) -> Drift:
     """Includes what a job may add to the report: `model`, `segment`, `name`, `timestamp`."""
     model, segment = (str(report[key]) if report.get(key) else None for key in ("model", "segment"))
     worst = findings[0] if findings else None
     at = moment(_dated(report.get("timestamp")), "timestamp")
     return Drift(
-        status="detected" if detected else "resolved",
+        status=status,
         sender=sender,
         name=str(report.get("name") or f"{sender} report"),
         fingerprint=short_hash(sender, model, segment, report.get("name")),
@@ -235,10 +249,10 @@ def _report(
         statistic=worst.statistic if worst else None,
         threshold=worst.threshold if worst else None,
         p_value=worst.p_value if worst else None,
-        share=round(share, 6),
+        share=None if share is None else round(share, 6),
         segment=segment,
         starts_at=at,
-        ends_at=None if detected else at,
+        ends_at=at if status == "resolved" else None,
         findings=[_finding(each) for each in findings],
     )
 

@@ -7,7 +7,8 @@ in a thread, so that the event loop is not blocked.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from inspect import isawaitable
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 from eventflow.core.clock import to_us
 from eventflow.events.event import Event
@@ -15,9 +16,15 @@ from triggers._drift.config import Sample, stored_value
 from triggers._drift.drift_events import DriftEvent
 from triggers._drift.engine import Engine
 from triggers._drift.features import FeatureSpec
+from triggers._drift.row_files import read_rows
 
 Row: TypeAlias = Mapping[str, Any]
 RowsOf: TypeAlias = Callable[[Event], Iterable[Row] | Awaitable[Iterable[Row]]]
+
+TABLE_ROWS = 100
+"""Rows of one event from which on they are a table: of so many, at least one has an optional
+field.
+"""
 
 THREAD_ROWS = 2000
 """From this many rows on, work is done in a thread."""
@@ -29,15 +36,47 @@ UNREADABLE = (ValueError, TypeError, LookupError, OSError)
 async def read_sample(
     event: Event, rows_of: RowsOf, features: Sequence[FeatureSpec], now: int
 ) -> Sample:
-    """The rows of an event. `now` (microseconds) is its time where it has none."""
+    """The rows of an event. `now` (microseconds) is its time where it has none.
+
+    Raises one of `UNREADABLE`. A table that lacks the column of a feature is an error of whoever
+    wrote it: a column of missing values would be taken for drift.
+    """
     found = rows_of(event)
     rows = list(await found if isawaitable(found) else found)
+    if len(rows) >= TABLE_ROWS or (rows and rows_of is file_rows):
+        _check_columns(rows, features)
     values = (
         _values(rows, features)
         if len(rows) < THREAD_ROWS
         else await asyncio.to_thread(_values, rows, features)
     )
     return Sample(values, now if event.time is None else to_us(event.time))
+
+
+def data_rows(event: Event) -> Iterable[Row]:
+    """An event whose data is a row, or a list of rows."""
+    data: Any = event.data
+    rows = cast(list[Any], data) if isinstance(data, list) else [data]
+    if not all(isinstance(row, Mapping) for row in rows):
+        raise ValueError(
+            "expected data that is an object or a list of objects, found other data; "
+            "give the rows with rows="
+        )
+    return rows
+
+
+async def file_rows(event: Event) -> Iterable[Row]:
+    """The rows of the file of a `Directory`'s event: CSV, JSON Lines, JSON or Parquet."""
+    return await asyncio.to_thread(read_rows, Path(event.data["path"]))
+
+
+def _check_columns(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> None:
+    for spec in features:
+        if not any(spec.is_in(row) for row in rows):
+            raise ValueError(
+                f"expected the column {spec.at!r} in at least one of {len(rows)} rows, "
+                f"found {', '.join(map(str, list(rows[0])[:8]))}"
+            )
 
 
 def _values(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> list[list[Any]]:

@@ -123,6 +123,12 @@ def short_hash(*parts: object) -> str:
 
 def short_json_hash(value: Any) -> str:
     """A short stable id of a JSON value, whatever the order of its keys."""
-    return hashlib.blake2b(
-        orjson.dumps(value, option=orjson.OPT_SORT_KEYS), digest_size=8
-    ).hexdigest()
+    return hashlib.blake2b(json_bytes(value), digest_size=8).hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON with sorted keys, with integers of any number of digits."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # an integer beyond 64 bits
+        return msgspec.json.encode(value, order="sorted")

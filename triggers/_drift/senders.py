@@ -1,25 +1,24 @@
 """From the body of an alert to `Drift`s: recognises the sender by the shape of the body.
 
-`drift.py` calls `parse_body`. alertmanager.py, cloudwatch.py, generic.py and reports.py parse the
-bodies of their senders. An unknown shape is a ValueError that says what was found.
+`drift.py` calls `parse_message`. alertmanager.py, cloudwatch.py, generic.py and reports.py parse
+the bodies of their senders. An unknown shape is a ValueError that says what was found.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
-import orjson
 
-from eventflow.events.cloudevents import read_json
+from eventflow.events.strict_json import read_report
 from triggers._drift.alertmanager import read_alert
 from triggers._drift.cloudwatch import read_eventbridge, read_sns_alarm
 from triggers._drift.generic import mapped, read_generic, read_mlflow
-from triggers._drift.json_fields import listed, point, table
-from triggers._drift.reports import read_evidently, read_nannyml
+from triggers._drift.json_fields import fields_of, listed, point, table
+from triggers._drift.reports import is_analyzed, read_chunk, read_evidently
 from triggers._drift.schema import Drift
 
 MAX_ALERTS = 10_000
-"""In one body."""
+"""In one body, by default."""
 
 
 class UnreadableAlert(msgspec.Struct, frozen=True):
@@ -50,14 +49,20 @@ class ParsedBody(msgspec.Struct, frozen=True, kw_only=True):
     confirmation: SnsConfirmation | None = None
 
 
-def parse_body(
-    body: bytes, fields: Mapping[str, str] | None = None, alerts: str | None = None
+def parse_message(
+    body: Any, fields: Mapping[str, str], alerts: str | None = None, max_alerts: int = MAX_ALERTS
 ) -> ParsedBody:
-    """The drifts of a body, in order. `fields`, `alerts`: JSON pointers of `DriftAlert`.
+    """The drifts of a body (JSON as Python values), in order. `fields`, `alerts`: JSON pointers of
+    `DriftAlert`.
 
-    ValueError for an unknown shape.
+    Each alert of a group is read alone. ValueError for an unknown shape, and for more than
+    `max_alerts`.
     """
-    return _parse(read_json(body), fields or {}, alerts)
+    parsed = _parse(body, fields, alerts)
+    found = len(parsed.drifts) + len(parsed.unreadable)
+    if found > max_alerts:
+        raise ValueError(f"expected at most {max_alerts} alerts (max_alerts=), found {found}")
+    return parsed
 
 
 def _parse(body: Any, fields: Mapping[str, str], alerts: str | None) -> ParsedBody:
@@ -79,28 +84,27 @@ def _parse(body: Any, fields: Mapping[str, str], alerts: str | None) -> ParsedBo
 
 
 def _is_known(body: Any) -> bool:
-    return isinstance(body, dict) and any(
-        matches(cast(dict[str, Any], body)) for matches, _ in KNOWN_SHAPES
+    if not isinstance(body, dict):
+        return False
+    message = cast(dict[str, Any], body)
+    return isinstance(message.get("chunks"), list) or any(
+        matches(message) for matches, _ in KNOWN_SHAPES
     )
 
 
 def _parse_known(body: Any, fields: Mapping[str, str]) -> ParsedBody:
     if isinstance(body, list):
-        return (
-            _parse_each(cast(list[Any], body), None)
-            if not _is_chunks(body)
-            else ParsedBody(drifts=read_nannyml(body))
-        )
+        rows = cast(list[Any], body)
+        return _parse_chunks({"chunks": rows}, fields) if _is_chunks(rows) else _parse_each(rows)
     message = table(body, "the body")
+    if isinstance(message.get("chunks"), list):
+        return _parse_chunks(message, fields)
     for matches, reader in KNOWN_SHAPES:
         if matches(message):
             found = reader(message)
             if isinstance(found, str):
                 return ParsedBody(ignored_reason=found)
-            drifts = found if isinstance(found, list) else [found]
-            return ParsedBody(
-                drifts=[mapped(message, fields, drift) if fields else drift for drift in drifts]
-            )
+            return ParsedBody(drifts=[mapped(message, fields, found) if fields else found])
     try:
         return ParsedBody(drifts=[read_generic(message)])
     except ValueError as error:
@@ -109,24 +113,20 @@ def _parse_known(body: Any, fields: Mapping[str, str]) -> ParsedBody:
         ) from None
 
 
-_Reader = Callable[[Mapping[str, Any]], "Drift | list[Drift] | str"]
+_Reader = Callable[[Mapping[str, Any]], "Drift | str"]
 
 KNOWN_SHAPES: Sequence[tuple[Callable[[Mapping[str, Any]], bool], _Reader]] = (
     (lambda body: "detail-type" in body and "detail" in body, read_eventbridge),
     (lambda body: "AlarmName" in body and "NewStateValue" in body, read_sns_alarm),
     (lambda body: "entity" in body and "action" in body and "data" in body, read_mlflow),
     (lambda body: isinstance(body.get("metrics"), list), read_evidently),
-    (lambda body: isinstance(body.get("chunks"), list), read_nannyml),
 )
 """How a sender is recognised, and its parser."""
 
 
-def _is_chunks(body: Any) -> bool:
-    return (
-        bool(body)
-        and isinstance(body[0], dict)
-        and any(str(name).endswith("_alert") for name in body[0])
-    )
+def _is_chunks(rows: Sequence[Any]) -> bool:
+    """Whether a list is NannyML's."""
+    return any(any(name.endswith("_alert") for name in fields_of(row)) for row in rows)
 
 
 # --------------------------------------------------------------------------- several in one body
@@ -148,11 +148,9 @@ def _parse_group(message: Mapping[str, Any], fields: Mapping[str, str]) -> Parse
 
 
 def _parse_each(
-    alerts: list[Any], one: Callable[[Any, str], Drift] | None, where: str = "alert"
+    alerts: list[Any], one: Callable[[Any, str], Drift] | None = None, where: str = "alert"
 ) -> ParsedBody:
     """Parses each alert alone: an unreadable one does not affect the others."""
-    if len(alerts) > MAX_ALERTS:
-        raise ValueError(f"expected at most {MAX_ALERTS} alerts, found {len(alerts)}")
     drifts = list[Drift]()
     unreadable = list[UnreadableAlert]()
     for index, alert in enumerate(alerts):
@@ -165,6 +163,17 @@ def _parse_each(
         except ValueError as error:
             unreadable.append(UnreadableAlert(alert, str(error)))
     return ParsedBody(drifts=drifts, unreadable=unreadable)
+
+
+def _parse_chunks(report: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
+    """NannyML's chunks of the analysis period; those of the reference are no news."""
+
+    def one(row: Any, where: str) -> Drift:
+        drift = read_chunk(report, table(row, where))
+        return mapped(report, fields, drift) if fields else drift
+
+    rows = [row for row in listed(report["chunks"], "chunks") if is_analyzed(row)]
+    return _parse_each(rows, one, "chunks")
 
 
 # --------------------------------------------------------------------------- SNS
@@ -182,8 +191,8 @@ def _parse_sns(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedB
         return ParsedBody(ignored_reason=f"SNS no longer sends {topic}")
     inner = message.get("Message")
     try:
-        found: Any = orjson.loads(inner) if isinstance(inner, str) else None
-    except orjson.JSONDecodeError:
+        found: Any = read_report(inner.encode()) if isinstance(inner, str) else None
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise ValueError(

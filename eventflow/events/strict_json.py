@@ -1,0 +1,246 @@
+"""Strict JSON: the one decoder of JSON from outside.
+
+Webhooks, the API, Kafka values, the command line and files of rows read with `read_json`. It
+accepts what real writers write (a byte order mark before the text) and refuses what two parsers may
+read differently: a repeated key, NaN, a number that Python's `int` and `float` of 64 bits cannot
+hold digit by digit. `read_report` is for measurements of other tools, where one unusable number
+must not cost the rest.
+
+The common text is parsed once, by orjson; a few scans in C tell whether the slow, exact parser has
+to look at it, too.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+import orjson
+
+MAX_JSON_DEPTH = 64
+MAX_JSON_KEYS = 10_000
+"""Keys of one object. The sum of all objects is bounded by the size of the text."""
+
+MAX_EXACT_DIGITS = 15
+"""Significant digits that every float of 64 bits holds."""
+
+MAX_QUOTED_CHARACTERS = 40
+"""Of a number in an error message."""
+
+
+def read_json(
+    text: bytes, *, max_keys: int = MAX_JSON_KEYS, max_depth: int = MAX_JSON_DEPTH
+) -> Any:
+    """The value of a JSON text: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
+
+    Raises ValueError for anything else, and for a key twice in one object, NaN, a lone surrogate,
+    more than `max_depth` levels, more than `max_keys` keys in one object, an integer beyond 64
+    bits, and a fraction with digits that a float cannot hold. No number is ever rounded.
+    """
+    return _read(text, max_keys, max_depth, _exact_int, _exact_float)
+
+
+def read_report(text: bytes, *, max_keys: int = MAX_JSON_KEYS) -> Any:
+    """As `read_json`, but NaN and Infinity are None, integers have any number of digits, and
+    fractions are rounded to the nearest float: they are measurements, and never identify an event.
+    """
+    try:
+        return _read(text, max_keys, MAX_JSON_DEPTH, int, float)
+    except orjson.JSONDecodeError:
+        if b"NaN" not in text and b"Infinity" not in text:
+            raise
+    value = _parse_slowly(_to_utf8(text), int, _finite, parse_constant=lambda _: None)
+    _count_keys(value, max_keys, MAX_JSON_DEPTH)
+    return value
+
+
+def _read(
+    text: bytes,
+    max_keys: int,
+    max_depth: int,
+    parse_int: Callable[[str], Any],
+    parse_float: Callable[[str], Any],
+) -> Any:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        if (utf8 := _to_utf8(text)) is text:
+            raise
+        text = utf8
+        value = orjson.loads(text)
+    keys = _count_keys(value, max_keys, max_depth)
+    if keys != text.count(b'":') or _SPACED.search(text) or _may_lose_digits(text, value):
+        # Counting proves nothing: a string has a quoted colon, a blank precedes a colon, or a key
+        # is indeed repeated. The slow parser decides.
+        return _parse_slowly(text, parse_int, parse_float)
+    return value
+
+
+_SPACED = re.compile(rb"[ \t\r\n]:")
+"""Without a blank before a colon, the text has `":` at least once per key, and the parsed value has
+one key per *distinct* key. If both numbers are equal, no key is repeated: two scans in C instead of
+a second parse.
+"""
+
+
+def _parse_slowly(
+    text: bytes,
+    parse_int: Callable[[str], Any],
+    parse_float: Callable[[str], Any],
+    parse_constant: Callable[[str], Any] | None = None,
+) -> Any:
+    """The value by the standard library's parser, which shows each key and the digits of each
+    number. ValueError for a repeated key, and as `parse_int` and `parse_float` raise.
+    """
+    return json.loads(
+        text.decode(),
+        object_pairs_hook=_without_duplicates,
+        parse_int=parse_int,
+        parse_float=parse_float,
+        parse_constant=parse_constant,
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{name}: expected each key once per object, found it twice")
+            seen.add(name)
+    return found
+
+
+# --------------------------------------------------------------------------- limits
+
+
+def _count_keys(value: Any, max_keys: int, max_depth: int) -> int:
+    """The number of keys in a parsed value. ValueError above the limits."""
+    keys = depth = 0
+    level: list[Any] = [value]
+    while level:
+        depth += 1
+        below: list[Any] = []
+        for node in level:
+            kind = node.__class__
+            if kind is dict:
+                if len(node) > max_keys:
+                    raise ValueError(
+                        f"body: expected at most {max_keys} keys in one object, found {len(node)}"
+                    )
+                keys += len(node)
+                below += [child for child in node.values() if child.__class__ in _CONTAINERS]
+            elif kind is list:
+                below += [child for child in node if child.__class__ in _CONTAINERS]
+        if depth > max_depth:
+            raise ValueError(f"body: expected at most {max_depth} levels, found more")
+        level = below
+    return keys
+
+
+_CONTAINERS = frozenset((dict, list))
+
+# --------------------------------------------------------------------------- encodings
+
+_ENCODINGS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),  # before UTF-16, which begins alike
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
+
+def decode_text(text: bytes) -> str:
+    """The characters of a text file: UTF-8, or what its byte order mark says, without the mark.
+
+    ValueError for other bytes.
+    """
+    for mark, encoding in _ENCODINGS:
+        if text.startswith(mark):
+            return text[len(mark) :].decode(encoding)
+    return text.decode()
+
+
+def _to_utf8(text: bytes) -> bytes:
+    """The text without its byte order mark, in UTF-8; `text` itself if there is none."""
+    if any(text.startswith(mark) for mark, _ in _ENCODINGS):
+        return decode_text(text).encode()
+    return text
+
+
+# --------------------------------------------------------------------------- numbers
+
+_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
+_SIGNS = b".+-"
+_LONG_RUN = b"0" * (MAX_EXACT_DIGITS + 1)
+_BLANKS = b" \t\r\n"
+_LONG_NUMBER = re.compile(rb"[0-9][0-9.]{%d,}(?:[eE][+-]?[0-9]+)?" % MAX_EXACT_DIGITS)
+
+
+def _may_lose_digits(text: bytes, value: Any) -> bool:
+    """Whether the text may have a number that `value`, parsed by orjson, does not hold exactly.
+
+    Such a number has more than 15 digits, or an exponent of three. Most that look like it are
+    floats of 16 digits, long ids, and digits in strings: nothing is lost if orjson writes the value
+    as it was read, or if each of them is exact.
+    """
+    shape = text.translate(_DIGITS, _SIGNS)
+    has_exponent = b"0e000" in shape
+    if not has_exponent and _LONG_RUN not in shape:
+        return False
+    written = orjson.dumps(value)
+    if written == text or written.translate(None, _BLANKS) == text.translate(None, _BLANKS):
+        return False
+    return has_exponent or not all(map(_is_exact, _LONG_NUMBER.findall(text)))
+
+
+def _is_exact(number: bytes) -> bool:
+    """Whether a number without its sign is exact with either sign."""
+    digits = number.decode()
+    try:
+        _exact_int("-" + digits) if digits.isdigit() else _exact_float(digits)
+    except ValueError:
+        return False
+    return True
+
+
+def _exact_int(digits: str) -> int:
+    if len(digits) <= 20 and -(2**63) <= (number := int(digits)) < 2**64:
+        return number
+    raise ValueError(
+        f"{_quoted(digits)}: expected an integer of at most 64 bits; send a longer one as a string"
+    )
+
+
+def _exact_float(digits: str) -> float:
+    """ValueError unless the float is written with these digits: by its shortest form, or by all
+    digits that it has.
+    """
+    number = float(digits)
+    mantissa = digits.lower().partition("e")[0].strip("-").replace(".", "").strip("0")
+    if len(mantissa) <= MAX_EXACT_DIGITS and (number or not mantissa):
+        return _finite(digits)
+    exact = Decimal(digits)
+    if exact in (Decimal(repr(number)), Decimal(f"{number:.{len(mantissa) - 1}e}")):
+        return number
+    raise ValueError(
+        f"{_quoted(digits)}: expected a number that a float of 64 bits holds, found one that would "
+        "be rounded; send it as a string, or with fewer digits"
+    )
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError(f"{_quoted(digits)}: expected a finite number")
+    return number
+
+
+def _quoted(digits: str) -> str:
+    if len(digits) <= MAX_QUOTED_CHARACTERS:
+        return digits
+    return f"{digits[:MAX_QUOTED_CHARACTERS]}… ({len(digits)} digits)"

@@ -1,0 +1,423 @@
+"""Alerts and reports as their senders write them: composite alarms, alerts about the sender's own
+rules, large groups, statistics of NaN; and rows as spreadsheets write them.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eventflow.events.event import Event, Undecodable
+from eventflow.testing.trigger_contract import ContractLedger, listening
+from tests.conftest import eventually
+from tests.triggers.hooks import Hook, posting
+from triggers._drift.row_files import read_rows
+from triggers.drift import DriftAlert
+from triggers.drift_monitor import Categorical, DriftMonitor, Numeric, file_rows
+from triggers.files import Directory
+
+
+def over_http(test: Callable[[Hook], Awaitable[None]], **options: Any) -> None:
+    posting(DriftAlert("/drift", **{"verify": "none", **options}), test)
+
+
+# --------------------------------------------------------------------------- CloudWatch
+
+ALARM = {
+    "AlarmName": "drift",
+    "AlarmDescription": None,
+    "AWSAccountId": "123456789012",
+    "NewStateValue": "ALARM",
+    "NewStateReason": "arn:aws:cloudwatch:eu-west-1:123456789012:alarm:a transitioned to ALARM",
+    "StateChangeTime": "2026-11-22T10:00:00.123+0000",
+    "Region": "EU (Ireland)",
+    "AlarmArn": "arn:aws:cloudwatch:eu-west-1:123456789012:alarm:drift",
+    "OldStateValue": "OK",
+}
+COMPOSITE = {
+    **ALARM,
+    "AlarmRule": "ALARM(a) OR ALARM(b)",
+    "TriggeringChildren": [{"Arn": "arn:a", "State": {"Value": "ALARM"}}],
+}
+METRIC = {
+    "MetricName": "feature_baseline_drift_age",
+    "Namespace": "aws/sagemaker/Endpoints/data-metrics",
+    "Dimensions": [{"name": "Endpoint", "value": "prices"}],
+    "Threshold": 0.2,
+}
+EXPRESSION = {
+    **ALARM,
+    "Trigger": {
+        "Metrics": [
+            {"Id": "e1", "Expression": "m1 / m2", "ReturnData": True},
+            {"Id": "m1", "MetricStat": {"Metric": METRIC, "Period": 300, "Stat": "Average"}},
+        ],
+        "ThresholdMetricId": "ad1",
+    },
+}
+MISSING = (
+    "Threshold Crossed: no datapoints were received for 3 periods and 3 missing datapoints "
+    "were treated as [Breaching]."
+)
+
+
+def via_sns(alarm: dict[str, Any]) -> bytes:
+    return json.dumps(
+        {
+            "Type": "Notification",
+            "MessageId": "m-1",
+            "TopicArn": "arn:aws:sns:eu-west-1:123456789012:drift",
+            "Message": json.dumps(alarm),
+        }
+    ).encode()
+
+
+ALARMS: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    # an alarm; its status; its feature
+    "composite": (COMPOSITE, "detected", None),
+    "composite ok": ({**COMPOSITE, "NewStateValue": "OK"}, "resolved", None),
+    "composite without data": ({**COMPOSITE, "NewStateValue": "INSUFFICIENT_DATA"}, "nodata", None),
+    "one metric": ({**ALARM, "Trigger": METRIC}, "detected", "age"),
+    "an expression": (EXPRESSION, "detected", "age"),
+    "no trigger": ({**ALARM, "Trigger": None}, "detected", None),
+    "an odd trigger": ({**ALARM, "Trigger": {"Dimensions": "none"}}, "detected", None),
+    "missing data breaches": (
+        {**ALARM, "Trigger": METRIC, "NewStateReason": MISSING},
+        "nodata",
+        "age",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALARMS)
+@pytest.mark.parametrize("wrap", [via_sns, lambda alarm: json.dumps(alarm).encode()])
+def test_any_alarm_of_cloudwatch_is_an_event(name: str, wrap: Callable[[dict[str, Any]], bytes]):
+    """An alarm needs a name, a state and a time; a metric is optional."""
+    alarm, status, feature = ALARMS[name]
+
+    async def test(hook: Hook) -> None:
+        answer = await hook.post(wrap(alarm), content_type="text/plain; charset=UTF-8")
+        assert answer.status_code == 202, answer.text
+        data = hook.event.data
+        assert (data["status"], data["feature"], data["name"]) == (status, feature, "drift")
+
+    over_http(test)
+
+
+# --------------------------------------------------------------------------- Grafana, Alertmanager
+
+
+def alert(name: str = "FeatureDrift", status: str = "firing", **more: Any) -> dict[str, Any]:
+    return {
+        "status": status,
+        "labels": {"alertname": name, "rulename": "age drifts", "model": "prices"},
+        "annotations": {},
+        "startsAt": "2026-11-22T10:00:00.123456789Z",
+        "endsAt": "2026-11-22T11:00:00Z" if status == "resolved" else "0001-01-01T00:00:00Z",
+        "fingerprint": f"fp-{name}",
+        "values": None,
+        **more,
+    }
+
+
+def group(*alerts: Any, **more: Any) -> dict[str, Any]:
+    return {"version": "1", "groupKey": "k", "receiver": "r", "alerts": [*alerts], **more}
+
+
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"name": "DatasourceError"},
+        {"name": "DatasourceNoData"},
+        {"name": "FeatureDrift", "annotations": {"grafana_state_reason": "NoData"}},
+        {"name": "FeatureDrift", "annotations": {"grafana_state_reason": "Error"}},
+    ],
+)
+def test_a_sender_that_cannot_judge_is_no_drift(special: dict[str, Any]):
+    """Grafana's alerts about its own rules are no data while they fire, and resolved at their end;
+    no training starts.
+    """
+
+    async def test(hook: Hook) -> None:
+        for status in ("firing", "firing", "resolved"):
+            body = group(alert(status=status, **special), orgId=1)
+            assert (await hook.post(body)).is_success
+        assert [event.type for event in hook.events] == ["drift.nodata", "drift.resolved"]
+
+    over_http(test)
+
+
+def test_names_of_one_sender_mean_nothing_from_another():
+    """A rule of Prometheus may have any name: only Grafana's own alerts are special."""
+
+    async def test(hook: Hook) -> None:
+        await hook.post(group(alert("DatasourceError"), version="4"))
+        assert hook.event.type == "drift.detected"
+
+    over_http(test)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"labels": {"severity": "page"}},
+        {"annotations": None},
+        {"annotations": ["text"]},
+        {"endsAt": "never"},
+        {"values": [1]},
+        {"generatorURL": None},
+        {"fingerprint": ""},
+        {"labels": {}},
+    ],
+)
+@pytest.mark.parametrize("status", ["firing", "resolved"])
+def test_an_alert_needs_what_its_identity_needs(odd: dict[str, Any], status: str):
+    """Whatever else is missing or odd, an alert with labels or a fingerprint, a status and a start
+    is an event.
+    """
+
+    async def test(hook: Hook) -> None:
+        await hook.post(group(alert(status=status) | odd, version="4"))
+        assert hook.event.data["status"] == {"firing": "detected"}.get(status, status)
+
+    over_http(test)
+
+
+def usual_alert(number: int) -> dict[str, Any]:
+    """An alert of Prometheus with its labels and annotations, about 450 bytes."""
+    labels = {
+        "alertname": "FeatureDrift",
+        "cluster": "eu-1",
+        "feature": f"feature_{number}",
+        "instance": "10.0.0.17:9090",
+        "job": "drift",
+        "model": "prices",
+        "namespace": "ml",
+        "severity": "warning",
+    }
+    annotations = {"summary": f"feature_{number} drifts", "value": "0.31", "runbook": "https://r/x"}
+    return {
+        **alert(),
+        "labels": labels,
+        "annotations": annotations,
+        "generatorURL": "http://prometheus:9090/graph?g0.expr=psi",
+        "fingerprint": f"{number:016x}",
+    }
+
+
+@pytest.mark.parametrize("count", [500, 10_000])
+def test_a_large_group_is_recorded(count: int):
+    """As many alerts as `max_alerts` promises fit through every other bound; of a group, what can
+    be read is recorded.
+    """
+
+    async def test(hook: Hook) -> None:
+        alerts = [usual_alert(number) for number in range(count - 1)]
+        answer = await hook.post(group(*alerts, {"status": "firing"}, version="4"))
+        assert answer.status_code == 202, answer.text[:200]
+        assert (len(hook.events), len(hook.dead_letters)) == (count - 1, 1)
+
+    over_http(test)
+
+
+def test_bounds_can_be_set():
+    """`max_alerts` and `max_keys` bound one body; over them it is a dead letter that names them."""
+
+    async def test(hook: Hook) -> None:
+        many = await hook.post(group(*[usual_alert(number) for number in range(4)], version="4"))
+        wide = await hook.post({f"key{number}": 1 for number in range(40)})
+        assert (many.status_code, wide.status_code) == (400, 400)
+        assert "max_alerts" in many.text and "30 keys" in wide.text
+        assert len(hook.dead_letters) == 2
+
+    over_http(test, max_alerts=3, max_keys=30)
+
+
+# --------------------------------------------------------------------------- reports
+
+
+def evidently(*values: str, share: str = "0.5") -> bytes:
+    """A report of DataDriftPreset with these statistics, as text: `json.dumps` writes NaN."""
+    columns = [
+        f'{{"metric_name": "ValueDrift(column={name})", "value": {value}, "config": {{"type": '
+        f'"evidently:metric_v2:ValueDrift", "column": "{name}", "method": "psi", '
+        '"threshold": 0.1}}'
+        for name, value in zip("abcdef", values, strict=False)
+    ]
+    count = (
+        f'{{"metric_name": "DriftedColumnsCount", "value": {{"count": 1, "share": {share}}}, '
+        '"config": {"type": "evidently:metric_v2:DriftedColumnsCount", "drift_share": 0.5}}'
+    )
+    return f'{{"model": "prices", "metrics": [{", ".join([count, *columns])}]}}'.encode()
+
+
+REPORTS: dict[str, tuple[bytes, str, list[str]]] = {
+    # a report; its status; the drifted columns
+    "NaN": (evidently("0.4", "NaN"), "detected", ["a"]),
+    "Infinity": (evidently("0.4", "-Infinity", "0.3"), "detected", ["a", "c"]),
+    "null": (evidently("0.4", "null"), "detected", ["a"]),
+    "a share of NaN": (evidently("0.4", "0.3", "0.01", share="NaN"), "detected", ["a", "b"]),
+    "many digits": (evidently("0.41234567890123456789"), "detected", ["a"]),
+    "a large integer": (evidently("18446744073709551616"), "detected", ["a"]),
+    "only NaN": (evidently("NaN", "NaN", share="NaN"), "nodata", []),
+    "no drift": (evidently("0.01", "NaN", share="0.0"), "resolved", []),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_a_column_without_a_statistic_costs_itself_only(name: str):
+    """A statistic of NaN or of many digits does not make a report unreadable; a report that
+    compares nothing is no data.
+    """
+    body, status, features = REPORTS[name]
+
+    async def test(hook: Hook) -> None:
+        assert (await hook.post(body)).status_code == 202
+        data = hook.event.data
+        assert (data["status"], sorted(data["features"])) == (status, features)
+
+    over_http(test)
+
+
+def test_chunks_are_read_one_by_one():
+    """Of NannyML's chunks one that cannot be read is a dead letter; pandas writes times as
+    milliseconds, and statistics of NaN as null or NaN.
+    """
+    rows = [
+        {"chunk_key": "a", "chunk_end_date": 1780000000000, "age_jensen_shannon_alert": True,
+         "age_jensen_shannon_value": 0.4, "sex_chi2_alert": False, "sex_chi2_value": None},
+        {"chunk_key": "b", "chunk_end_date": "soon", "age_jensen_shannon_alert": True},
+        "no row",
+        {"chunk_key": "c", "chunk_end_date": "2026-11-22T10:00:00",
+         "age_jensen_shannon_alert": False, "age_jensen_shannon_value": float("nan")},
+    ]  # fmt: skip
+
+    async def test(hook: Hook) -> None:
+        assert (await hook.post(json.dumps(rows).encode())).status_code == 202
+        assert [(event.data["segment"], event.data["status"]) for event in hook.events] == [
+            ("a", "detected"),
+            ("c", "nodata"),
+        ]
+        assert len(hook.dead_letters) == 2
+
+    over_http(test)
+
+
+# --------------------------------------------------------------------------- rows of files
+
+SPREADSHEETS: dict[str, bytes] = {
+    "plain": b"amount,country\n1.5,de\n2,\n",
+    "excel": "\ufeffamount;country\r\n1,5;de\r\n2;\r\n".encode(),
+    "excel with its own line": "\ufeffsep=;\r\namount;country\r\n1,5;de\r\n2;\r\n".encode(),
+    "excel's unicode text": "amount\tcountry\r\n1.5\tde\r\n2\t\r\n".encode("utf-16"),
+    "bars": b"amount|country\n1.5|de\n2|\n",
+    "quoted": b'"amount";"country"\n"1,5";"de"\n2;\n',
+}
+
+
+@pytest.mark.parametrize("name", SPREADSHEETS)
+def test_a_csv_is_read_as_its_writer_meant(name: str, tmp_path: Path):
+    """Whatever mark, delimiter and decimal sign a spreadsheet writes, the rows are the same."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(SPREADSHEETS[name])
+    assert read_rows(path) == [
+        {"amount": 1.5, "country": "de"},
+        {"amount": 2, "country": None},
+    ]
+
+
+def test_rows_of_json_files(tmp_path: Path):
+    """NaN is a missing value, a mark is no part of the first line, and long integers keep their
+    digits.
+    """
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"a": NaN, "b": 18446744073709551616}\n{"a": 1}\n'.encode())
+    assert read_rows(path) == [{"a": None, "b": 18446744073709551616}, {"a": 1}]
+
+
+def rows_of(count: int, start: int = 0) -> str:
+    return "".join(f"{(start + n) % 50},5;{'de' if n % 2 else 'at'}\r\n" for n in range(count))
+
+
+def test_a_spreadsheet_is_no_drift(tmp_path: Path):
+    """Files that Excel saved, with the reference's values, are windows without drift; a file that
+    lacks a feature's column is a dead letter that names it.
+    """
+    (inbox := tmp_path / "in").mkdir()
+    reference = tmp_path / "reference.csv"
+    reference.write_text("amount,country\n" + rows_of(1000).replace(",", ".").replace(";", ","))
+
+    async def main() -> None:
+        monitor = DriftMonitor(
+            Directory(inbox, settle=0.05, rescan=0.2),
+            features={"amount": Numeric(), "country": Categorical()},
+            reference=reference,
+            window="batch",
+            rows=file_rows,
+            confirm=1,
+        )
+        ledger = ContractLedger()
+
+        def judged() -> float:
+            found = {gauge.name: gauge.value for gauge in monitor.gauges()}
+            return found.get("drift_windows_judged", 0)
+
+        async with listening(monitor, ledger):
+            for number, text in enumerate(
+                ("\ufeffamount;country\r\n", "sep=;\r\namount;country\r\n")
+            ):
+                part = inbox / f".{number}.part"
+                part.write_text(text + rows_of(1000), encoding="utf-8", newline="")
+                part.rename(inbox / f"{number}.csv")
+                await eventually(lambda n=number: judged() == n + 1, "the file is evaluated")
+            assert ledger.recorded == {}
+            (inbox / ".x").write_text("betrag;country\r\n" + rows_of(1000), newline="")
+            (inbox / ".x").rename(inbox / "renamed.csv")
+            await eventually(lambda: len(ledger.recorded) == 1, "the file is a dead letter")
+        (letter,) = ledger.recorded.values()
+        assert isinstance(letter, Undecodable)
+        assert "'amount'" in letter.error and "betrag" in letter.error
+        assert judged() == 2
+
+    asyncio.run(main())
+
+
+def test_a_column_of_no_values_is_drift_if_it_is_there(tmp_path: Path):
+    """A column that every row has, empty, is a jump of missing values, and is reported."""
+    (inbox := tmp_path / "in").mkdir()
+    reference = tmp_path / "reference.csv"
+    reference.write_text("amount;country\r\n" + rows_of(1000), newline="")
+
+    async def main() -> None:
+        monitor = DriftMonitor(
+            Directory(inbox, settle=0.05, rescan=0.2),
+            features=["amount"],
+            reference=reference,
+            window="batch",
+            rows=file_rows,
+            confirm=1,
+        )
+        ledger = ContractLedger()
+        async with listening(monitor, ledger):
+            (inbox / ".x").write_text("amount;country\r\n" + ";de\r\n" * 1000, newline="")
+            (inbox / ".x").rename(inbox / "empty.csv")
+            await eventually(lambda: len(ledger.recorded) == 1, "the drift is reported")
+        (event,) = ledger.recorded.values()
+        assert isinstance(event, Event) and event.type == "drift.detected"
+
+    asyncio.run(main())
+
+
+def test_categories_of_large_numbers_stay_apart(tmp_path: Path):
+    """Codes of many digits are categories of their own, also beyond 64 bits."""
+    path = tmp_path / "codes.csv"
+    codes = ["12345671", "12345672", "18446744073709551616", "18446744073709551617"]
+    path.write_text("code\n" + "".join(f"{code}\n" for code in codes * 100))
+    monitor = DriftMonitor(
+        Directory(tmp_path / "in"), features={"code": Categorical()}, reference=path
+    )
+    (baseline,) = monitor._config.baselines
+    assert sorted(baseline.bins.labels[:4]) == sorted(codes)

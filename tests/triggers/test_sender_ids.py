@@ -1,0 +1,148 @@
+"""What an id covers, by preset: an action, a chain of events, one event. One event starts once,
+however often it is sent; two events of one id are both recorded.
+"""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from eventflow.core.clock import SECOND, SystemClock
+from tests.triggers.hooks import Hook, over_http
+from tests.triggers.serving import digest
+from triggers.signatures import Bearer, GitHub, GitLab, Shopify, Stripe, Vendor
+
+SECRET = "s3cret"
+
+Request = tuple[dict[str, Any], dict[str, str]]
+"""A body and the sender's headers."""
+
+
+def shopify(topic: str, event: str, delivery: str, **body: Any) -> Request:
+    return body, {
+        "x-shopify-topic": topic,
+        "x-shopify-event-id": event,
+        "x-shopify-webhook-id": delivery,
+    }
+
+
+def gitlab(body: dict[str, Any], **headers: str) -> Request:
+    named = {f"x-gitlab-{name.replace('_', '-')}": value for name, value in headers.items()}
+    return body, {"x-gitlab-token": SECRET, **named}
+
+
+def sign(verify: Any, content: bytes) -> dict[str, str]:
+    """The signature header of a preset; none for those of a token."""
+    mac = digest(SECRET.encode(), content)
+    match getattr(verify, "vendor", None):
+        case Vendor(name="Shopify"):
+            return {"x-shopify-hmac-sha256": base64.b64encode(mac).decode()}
+        case Vendor(name="GitHub"):
+            return {"x-hub-signature-256": f"sha256={mac.hex()}"}
+        case _:
+            return {}
+
+
+ORDER = {"id": 820982911946154508, "name": "#9999"}
+
+SENDERS: dict[str, tuple[Any, list[Request], list[Request]]] = {
+    # preset, events that are all different, repetitions of the first one
+    "shopify: topics of one action": (
+        Shopify(SECRET),
+        [
+            shopify("orders/create", "e1", "w1", **ORDER),
+            shopify("orders/updated", "e1", "w2", **ORDER),
+            shopify("orders/paid", "e1", "w3", **ORDER, paid=True),
+            shopify("orders/create", "e2", "w4", **ORDER),
+        ],
+        [
+            shopify("orders/create", "e1", "w1", **ORDER),
+            shopify("orders/create", "e1", "w5", **ORDER),  # of a second subscription
+        ],
+    ),
+    "shopify: without an event id": (
+        Shopify(SECRET),
+        [
+            (ORDER, {"x-shopify-topic": "orders/create", "x-shopify-webhook-id": "w1"}),
+            (ORDER, {"x-shopify-topic": "orders/create", "x-shopify-webhook-id": "w2"}),
+        ],
+        [(ORDER, {"x-shopify-topic": "orders/create", "x-shopify-webhook-id": "w1"})],
+    ),
+    "gitlab: events of one chain": (
+        GitLab(SECRET),
+        [
+            gitlab({"object_kind": "push", "ref": "main"}, event_uuid="u1", webhook_uuid="r1"),
+            gitlab({"object_kind": "pipeline", "id": 1}, event_uuid="u1", webhook_uuid="r2"),
+            gitlab({"object_kind": "pipeline", "id": 2}, event_uuid="u1", webhook_uuid="r3"),
+        ],
+        [gitlab({"object_kind": "push", "ref": "main"}, event_uuid="u1", webhook_uuid="r4")],
+    ),
+    "gitlab: with idempotency keys": (
+        GitLab(SECRET),
+        [
+            ({"object_kind": "push"}, {"x-gitlab-token": SECRET, "idempotency-key": "k1"}),
+            ({"object_kind": "push"}, {"x-gitlab-token": SECRET, "idempotency-key": "k2"}),
+        ],
+        [({"object_kind": "push"}, {"x-gitlab-token": SECRET, "idempotency-key": "k1"})],
+    ),
+    "github: deliveries": (
+        GitHub(SECRET),
+        [
+            ({"ref": "main"}, {"x-github-event": "push", "x-github-delivery": "g1"}),
+            ({"ref": "main"}, {"x-github-event": "push", "x-github-delivery": "g2"}),
+        ],
+        [({"ref": "main"}, {"x-github-event": "push", "x-github-delivery": "g1"})],
+    ),
+    "cloudevents ids of two sources": (
+        "none",
+        [
+            ({"n": 1}, {"ce-id": "1", "ce-source": "/a"}),
+            ({"n": 2}, {"ce-id": "1", "ce-source": "/b"}),
+        ],
+        [({"n": 1}, {"ce-id": "1", "ce-source": "/a"})],
+    ),
+    "sns messages": (
+        Bearer(SECRET),
+        [
+            ({"n": 1}, {"authorization": f"Bearer {SECRET}", "x-amz-sns-message-id": "m1"}),
+            ({"n": 1}, {"authorization": f"Bearer {SECRET}", "x-amz-sns-message-id": "m2"}),
+        ],
+        [({"n": 1}, {"authorization": f"Bearer {SECRET}", "x-amz-sns-message-id": "m1"})],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SENDERS)
+def test_one_id_is_one_event(name: str):
+    """Events that share what the sender calls an id are all recorded; a repetition of any delivery
+    is a duplicate.
+    """
+    verify, events, repetitions = SENDERS[name]
+
+    async def check(hook: Hook) -> None:
+        async def send(request: Request) -> int:
+            content = json.dumps(request[0]).encode()
+            return (await hook.post(content, **request[1], **sign(verify, content))).status_code
+
+        assert [await send(each) for each in events] == [202] * len(events)
+        assert [await send(each) for each in repetitions] == [200] * len(repetitions)
+        assert [event.data for event in hook.events] == [body for body, _ in events]
+
+    over_http(check, verify=verify)
+
+
+def test_a_stripe_event_is_the_same_in_each_delivery():
+    """`pending_webhooks` counts the deliveries that are left: another count is no other event."""
+
+    async def check(hook: Hook) -> None:
+        for pending, status in ((2, 202), (1, 200), (0, 200)):
+            body = {"id": "evt_1", "type": "invoice.paid", "pending_webhooks": pending}
+            content = json.dumps(body).encode()
+            stamp = str(SystemClock().now() // SECOND)
+            mac = digest(SECRET.encode(), f"{stamp}.".encode(), content).hex()
+            answer = await hook.post(content, stripe_signature=f"t={stamp},v1={mac}")
+            assert answer.status_code == status, answer.text
+        assert hook.event.data == {"id": "evt_1", "type": "invoice.paid"}
+
+    over_http(check, verify=Stripe(SECRET))
