@@ -76,7 +76,7 @@ class FlowCalls(ABC):
             RunContext(
                 self.name,
                 self.flow.name,
-                lambda: events,
+                events,
                 self._read_context_time,
                 self.services.state,
                 generation,
@@ -129,7 +129,8 @@ class FlowCalls(ABC):
             times = call.times
             times.after = self.pending.last_delivered
             times.asked_at = self.services.clock.monotonic()
-        call.future = future = asyncio.Future[Any](loop=self.loop)
+        future: asyncio.Future[Any] = asyncio.Future(loop=self.loop)
+        call.future = future
         if (action := self.pending.request(call)) is not None:
             self.carry_out(action)
         return future

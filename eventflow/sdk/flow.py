@@ -77,7 +77,7 @@ class RunContext:
         self,
         ident: str,
         flow: str,
-        events: Callable[[], list[Event]],
+        events: list[Event],
         now: Callable[[], int],
         state: Any,
         generation: int = 0,
@@ -85,7 +85,7 @@ class RunContext:
         self.id: str = ident
         self.flow: str = flow
         self.state: Any = state
-        self._events: Callable[[], list[Event]] = events
+        self._events: list[Event] = events
         self._now: Callable[[], int] = now
         self._seed: str = f"{ident}~{generation}" if generation else ident
         self._flow_random: random.Random | None = None
@@ -108,7 +108,7 @@ class RunContext:
     @property
     def event(self) -> Event | None:
         """The event that started the run, the newest of several; None for a child run."""
-        events = self._events()
+        events = self._events
         return events[-1] if events else None
 
     @property
@@ -117,7 +117,7 @@ class RunContext:
 
         One, or several with `app.on(deliver=)`, or none for a child run.
         """
-        return list(self._events())
+        return list(self._events)
 
     @property
     def now(self) -> datetime:
@@ -158,7 +158,10 @@ class FlowCallPerformer(CallPerformer, Protocol):
 class Flow(Generic[P, T]):
     """A flow, made by `@flow`."""
 
-    def __init__(self, fn: Callable[..., Coroutine[Any, Any, Any]], options: FlowOptions) -> None:
+    fn: Callable[P, Coroutine[Any, Any, T]]
+    """The undecorated function."""
+
+    def __init__(self, fn: Callable[P, Coroutine[Any, Any, T]], options: FlowOptions) -> None:
         if not inspect.iscoroutinefunction(fn):
             raise NotAsync(getattr(fn, "__name__", str(fn)))
         self.fn = fn
@@ -168,6 +171,9 @@ class Flow(Generic[P, T]):
         self._binder: Binder | None = None
         self._result: ResultCodec | None = None
         update_wrapper(cast(Any, self), fn)
+
+    def __repr__(self) -> str:
+        return f"<flow {self.name!r}: {self.fn.__module__}.{self.fn.__qualname__}>"
 
     @property
     def binder(self) -> Binder:
@@ -187,7 +193,7 @@ class Flow(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         loop = flow_loop(self.name)
         if loop is None:
-            return cast("Coroutine[Any, Any, T]", self.fn(*args, **kwargs))
+            return self.fn(*args, **kwargs)
         return cast(
             "Coroutine[Any, Any, T]",
             cast(FlowCallPerformer, loop.host).perform_flow(self, args, kwargs),
