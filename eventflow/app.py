@@ -14,7 +14,7 @@ in runtime.py.
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Generic, TypeVar, Unpack, cast, overload
 
 import msgspec
 
@@ -44,8 +44,10 @@ from eventflow.store.sqlite import SqliteStore, StoreOptions
 
 DAY = 86_400.0
 
+T = TypeVar("T")
 
-class RunHandle:
+
+class RunHandle(Generic[T]):
     """A run that was started. `id` is its id in base 32; `duplicate`: the idempotency key was
     known, this is the first run of it.
     """
@@ -59,7 +61,11 @@ class RunHandle:
         self.id = format_id(number)
         self.duplicate = duplicate
 
-    async def result(self) -> Any:
+    def __repr__(self) -> str:
+        flow = "" if self._flow is None else f", flow={self._flow.name!r}"
+        return f"RunHandle({self.id!r}{flow}{', duplicate=True' if self.duplicate else ''})"
+
+    async def result(self) -> T:
         """The flow's value, once the run has settled; waits through retries and sleeps.
 
         Raises the flow's own error as a replay would see it, RunCancelled, RunHeld, RunDead, or
@@ -73,7 +79,7 @@ class RunHandle:
                 if name.endswith("@blob"):  # a file or an object in S3
                     name, data = await asyncio.to_thread(self._app.runtime.blobs.fetch, name, data)
                 if self._flow is None:
-                    return to_readable(name, data)
+                    return cast(T, to_readable(name, data))
                 return self._flow.result.decode(name, data)
             case Failed():
                 raise decode_error(outcome.error)
@@ -141,6 +147,13 @@ class App:
         self.subscriptions: Sequence[Subscription] = self._config.subscriptions
         self._url = store
         self._runtime: Runtime | None = None
+
+    def __repr__(self) -> str:
+        state = "closed" if self._runtime is None else "open"
+        return (
+            f"<App {self.name!r} {state}, store={self.url!r}, flows={len(self.flows)}, "
+            f"triggers={len(self.triggers)}, subscriptions={len(self.subscriptions)}>"
+        )
 
     # ----------------------------------------------------------------- declaration
 
@@ -326,9 +339,17 @@ class App:
 
     # ----------------------------------------------------------------- runs and events
 
+    @overload
+    async def start(
+        self, flow: Flow[..., T], /, *, idempotency_key: str | None = None, **params: Any
+    ) -> RunHandle[T]: ...
+    @overload
+    async def start(
+        self, flow: str, /, *, idempotency_key: str | None = None, **params: Any
+    ) -> RunHandle[Any]: ...
     async def start(
         self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any
-    ) -> RunHandle:
+    ) -> RunHandle[Any]:
         """Starts a run; durable when it returns. With a known `idempotency_key`, the first run of
         that key, which may be past its retention.
 
@@ -386,7 +407,7 @@ class App:
             max_wait=max_wait,
         )
 
-    async def run_handle(self, run: str | int) -> RunHandle:
+    async def run_handle(self, run: str | int) -> RunHandle[Any]:
         """A handle for a run, by its id or a unique prefix or suffix of it."""
         row = await self.store.run(run)
         return RunHandle(self, row["id"], self.flows.get(row["flow"]), False)

@@ -140,6 +140,15 @@ class Kafka:
         states = [each for session in self._sessions for each in session.lag_states()]
         return list(lag_gauges(states, self._options.clock.now()))
 
+    def __repr__(self) -> str:
+        options = self._options
+        source = (
+            f"pattern={options.pattern!r}"
+            if options.pattern
+            else ", ".join(map(repr, options.topics))
+        )
+        return f"Kafka({source}, name={self.name!r})"
+
     async def listen(self, intake: Intake) -> None:
         """A member of the group until cancelled. While no broker answers, it reconnects with
         backoff, at least every 30 s.

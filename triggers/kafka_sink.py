@@ -78,6 +78,9 @@ class KafkaSink:
         }
         self._producer: Producer | None = None
 
+    def __repr__(self) -> str:
+        return f"KafkaSink({self.topic!r}, name={self.name!r})"
+
     async def send(self, *messages: OutboxMessage) -> None:
         """Returns when the brokers have all of them. Permanent for one above `max_request_size` or
         the topic's limit.

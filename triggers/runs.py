@@ -26,7 +26,7 @@ class RunState:
     `states`.
 
     The event's type is `eventflow.run.STATE`, its subject the run; its data has `run`, `flow`,
-    `state`, `attempts`, `seconds`, `reason`, `error` (`type`, `message`) and `result` (JSON of at
+    `state`, `claims`, `seconds`, `reason`, `error` (`type`, `message`) and `result` (JSON of at
     most 64 KiB, else null). Without `states`: every end.
 
     `"late"` is a run that has not ended `after` seconds (or a timedelta) after it was due, whatever
@@ -52,6 +52,11 @@ class RunState:
         self._flow: str = name
         self._states: Sequence[str] = states or STATES
         self._after: int | None = _checked_after(after, LATE in states)  # microseconds
+
+    def __repr__(self) -> str:
+        states = "".join(f", {state!r}" for state in self._states)
+        after = "" if self._after is None else f", after={in_seconds(self._after)}"
+        return f"RunState({self._flow!r}{states}{after})"
 
     @property
     def types(self) -> Sequence[str]:

@@ -127,6 +127,9 @@ class Schedule:
             )
         return MisfirePolicy(misfire, grace, limit, self._delay)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._times.text!r}, name={self.name!r})"
+
     # ----------------------------------------------------------------- nominal times
 
     def occurrences(self, since: datetime, until: datetime) -> Iterator[datetime]:

@@ -106,7 +106,7 @@ async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) 
             await asyncio.to_thread(logs.close)
 
 
-async def _start(request: RunRequest, app: App) -> RunHandle:
+async def _start(request: RunRequest, app: App) -> RunHandle[Any]:
     pending = (await app.store.counts())["pending"]
     if pending:
         note(f"{pending} deliveries of this store were pending; they run here too")
@@ -121,7 +121,7 @@ async def _start(request: RunRequest, app: App) -> RunHandle:
     return RunHandle(app, runs[0]["id"], request.flow, receipt.duplicate)
 
 
-async def _print_outcome(app: App, run: RunHandle, as_json: bool) -> int:
+async def _print_outcome(app: App, run: RunHandle[Any], as_json: bool) -> int:
     """Wait for the run and print its result as the flow's codec encoded it. The exit code."""
     note(f"run {run.id}")
     outcome = await app.runtime.outcome(run.number)

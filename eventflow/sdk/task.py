@@ -18,6 +18,7 @@ from typing import (
     Literal,
     ParamSpec,
     Protocol,
+    Self,
     TypedDict,
     TypeVar,
     Unpack,
@@ -42,7 +43,9 @@ from eventflow.core.declarations import (
 )
 from eventflow.core.errors import TaskTimedOut, UsageError
 from eventflow.core.hashing import digest
+from eventflow.core.large_values import LargeValues
 from eventflow.core.retry import Retry, as_retry
+from eventflow.core.threads import DaemonThreads
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import LoopHost, flow_loop
 from eventflow.runs.journal import CallTimes
@@ -52,6 +55,9 @@ from eventflow.serialization.codecs import ResultCodec, bind_names, fingerprint,
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+
+PLAIN_THREADS = 32
+"""Plain functions of one task that run at once outside of a run."""
 
 OnChanged = Literal["error", "rerun", "accept"]
 Hook = Callable[..., Any]
@@ -243,6 +249,10 @@ class Task(Generic[P, R]):
         self._result: ResultCodec | None = None
         self._threads: DaemonThreads | None = None  # of plain calls outside a run
 
+    def __repr__(self) -> str:
+        _, module, name = self.identity
+        return f"<task {self.name!r}: {module}.{name}>"
+
     @property
     def result(self) -> ResultCodec:
         """The codec of this task's values; built from the return annotation at first use."""
@@ -253,10 +263,10 @@ class Task(Generic[P, R]):
         return self._result
 
     @declaration
-    def options_with(self, **changes: Unpack[TaskChanges]) -> "Task[P, R]":
+    def options_with(self, **changes: Unpack[TaskChanges]) -> Self:
         """The same task with other options: `score.options_with(retries=1)(order)`."""
         given = _normalized_options(self.name, dict(changes))
-        return Task(self.fn, msgspec.structs.replace(self.options, **given), self._codec_name)
+        return type(self)(self.fn, msgspec.structs.replace(self.options, **given), self._codec_name)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         loop = flow_loop(self.name)
@@ -268,10 +278,28 @@ class Task(Generic[P, R]):
             loop.current_scope().call_key(self.name, key),
             args,
             kwargs,
-            self._fingerprint(args, kwargs),
+            self._fingerprint(args, kwargs, loop.large_arguments),
         )
         return cast("Coroutine[Any, Any, R]", cast(CallPerformer, loop.host).perform(call))
 
+    @overload
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], str] | None = None,
+        limit: int = 1000,
+        return_exceptions: Literal[False] = False,
+    ) -> Coroutine[Any, Any, list[R]]: ...
+    @overload
+    def map(
+        self,
+        items: Iterable[Any],
+        *,
+        key: Callable[[Any], str] | None = None,
+        limit: int = 1000,
+        return_exceptions: bool,
+    ) -> Coroutine[Any, Any, list[R | BaseException]]: ...
     def map(
         self,
         items: Iterable[Any],
@@ -279,7 +307,7 @@ class Task(Generic[P, R]):
         key: Callable[[Any], str] | None = None,
         limit: int = 1000,
         return_exceptions: bool = False,
-    ) -> Coroutine[Any, Any, list[R]]:
+    ) -> Coroutine[Any, Any, Any]:
         """One call per item, at most `limit` at a time; returns the values in input order.
 
         When an item fails after its last attempt, no new calls start, running ones end, and an
@@ -294,14 +322,21 @@ class Task(Generic[P, R]):
         if loop is None:
             return self._plain_map(items, limit, return_exceptions)
         calls = self._calls(
-            loop.current_scope().child_path(f"{self.name}.map"), items, key or self.options.key
+            loop.current_scope().child_path(f"{self.name}.map"),
+            items,
+            key or self.options.key,
+            loop.large_arguments,
         )
         return cast(CallPerformer, loop.host).perform_all(
             self.name, calls, limit, return_exceptions
         )
 
     def _calls(
-        self, path: str, items: Iterable[Any], key: Callable[[Any], str] | None
+        self,
+        path: str,
+        items: Iterable[Any],
+        key: Callable[[Any], str] | None,
+        large: LargeValues,
     ) -> Iterable[TaskCall]:
         seen: set[str] = set()
         for ordinal, item in enumerate(items):
@@ -311,15 +346,17 @@ class Task(Generic[P, R]):
                     f"{self.name}.map(key=): two items have the key {key(item)!r}; keys must differ"
                 )
             seen.add(call_key)
-            yield TaskCall(self, call_key, (item,), {}, self._fingerprint((item,), {}))
+            yield TaskCall(self, call_key, (item,), {}, self._fingerprint((item,), {}, large))
 
-    def _fingerprint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes | None:
+    def _fingerprint(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], large: LargeValues
+    ) -> bytes | None:
         if self._signature is not None:  # *args need the slow, general way
             bound = self.bound_arguments(args, kwargs)
-            return None if bound is None else fingerprint((), (), bound, {})
+            return None if bound is None else fingerprint((), (), bound, {}, large)
         if len(args) > len(self._names):
             return None  # the call of the body raises a TypeError
-        return fingerprint(self._names, args, kwargs, self._defaults)
+        return fingerprint(self._names, args, kwargs, self._defaults, large)
 
     def bound_arguments(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -357,11 +394,7 @@ class Task(Generic[P, R]):
 
     async def _plain_attempt(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         work: Coroutine[Any, Any, Any]
-        work = (
-            self.fn(*args, **kwargs)
-            if self.is_async
-            else self._in_thread(args, kwargs)
-        )
+        work = self.fn(*args, **kwargs) if self.is_async else self._in_thread(args, kwargs)
         if self.options.timeout is None:
             return await work
         deadline = asyncio.timeout(self.options.timeout)
@@ -397,6 +430,20 @@ class Task(Generic[P, R]):
 
         results = await asyncio.gather(*(one(item) for item in items), return_exceptions=True)
         return settle_map(self.name, results, return_exceptions)
+
+
+class AsyncTask(Task[P, R]):
+    """A task whose function is `async def`."""
+
+    fn: Callable[P, Coroutine[Any, Any, R]]
+    """The undecorated function."""
+
+
+class PlainTask(Task[P, R]):
+    """A task whose function is a plain `def`."""
+
+    fn: Callable[P, R]
+    """The undecorated function."""
 
 
 def settle_map(name: str, results: Sequence[Any], return_exceptions: bool) -> list[Any]:
@@ -451,9 +498,9 @@ def _normalized_options(task: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 @overload
-def task(fn: Callable[P, Coroutine[Any, Any, T]], /) -> Task[P, T]: ...
+def task(fn: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncTask[P, T]: ...  # pyright: ignore[reportOverlappingOverload] (the first that fits counts)
 @overload
-def task(fn: Callable[P, T], /) -> Task[P, T]: ...
+def task(fn: Callable[P, T], /) -> PlainTask[P, T]: ...
 @overload
 def task(
     *,
@@ -519,7 +566,9 @@ def task(
             if not inspect.isroutine(function):
                 raise UsageError(f"@task expected a function, found {function!r}")
             options = TaskOptions(name or function.__name__, **given)
-            made: Task[..., Any] = Task(function, options, codec)
+            is_async = inspect.iscoroutinefunction(function)
+            kind: Any = AsyncTask if is_async else PlainTask
+            made: Task[..., Any] = kind(function, options, codec)
             if codec is None:
                 check_result(function, f"task {made.name!r}", pickle_hint=True)
             return made
@@ -529,6 +578,6 @@ def task(
 
 class TaskDecorator(Protocol):
     @overload
-    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Task[P, T]: ...
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncTask[P, T]: ...  # pyright: ignore[reportOverlappingOverload]
     @overload
-    def __call__(self, fn: Callable[P, T], /) -> Task[P, T]: ...
+    def __call__(self, fn: Callable[P, T], /) -> PlainTask[P, T]: ...

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from eventflow.app import App
 from eventflow.runs.run import State
 from eventflow.sdk.flow import Flow
 from eventflow.testing.clock import VirtualClock
 from eventflow.testing.idle import RealTimeDeadline, Stuck, live_runs_text, wait_until_idle
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_SECONDS = 10.0
 """Real time after which `drain` and `result_of` raise Stuck."""
@@ -32,6 +34,10 @@ async def drain(
     return await app.store.counts()
 
 
+@overload
+async def result_of(app: App, flow: Flow[..., T], /, **params: Any) -> T: ...
+@overload
+async def result_of(app: App, flow: str, /, **params: Any) -> Any: ...
 async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> Any:
     """Start a flow and return its value, or raise its error; time moves as in `drain`.
 

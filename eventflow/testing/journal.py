@@ -33,7 +33,7 @@ class JournalCall(msgspec.Struct, frozen=True):
     next_at: datetime | None = None
 
 
-async def journal_of(app: App, run: RunHandle | str | int) -> list[JournalCall]:
+async def journal_of(app: App, run: RunHandle[Any] | str | int) -> list[JournalCall]:
     """The calls of a run, in the order of their first entries.
 
     calls = await journal_of(app, handle)
@@ -49,7 +49,7 @@ async def journal_of(app: App, run: RunHandle | str | int) -> list[JournalCall]:
     return list(calls.values())
 
 
-async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
+async def events_of(app: App, run: RunHandle[Any] | str | int) -> list[Event]:
     """The events that a run emitted, from its flow or its tasks, in order.
 
     (event,) = await events_of(app, handle)
@@ -67,7 +67,7 @@ async def events_of(app: App, run: RunHandle | str | int) -> list[Event]:
     return found
 
 
-async def _run_number(app: App, run: RunHandle | str | int) -> int:
+async def _run_number(app: App, run: RunHandle[Any] | str | int) -> int:
     return run.number if isinstance(run, RunHandle) else (await app.store.run(run))["id"]
 
 
