@@ -7,6 +7,7 @@ same requests in this process, so that each command is written once. Such an App
 with `--app TARGET`. The routes are in web/api.py.
 """
 
+import logging
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -214,6 +215,8 @@ async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[htt
             "name another with --store, or start one"
         )
     _check_is_sqlite(path)
+    # What the API refuses is the command's own error.
+    logging.getLogger("eventflow.web").setLevel(logging.ERROR)
     app = app or App(Path(path).stem)
     await app.open(
         store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True

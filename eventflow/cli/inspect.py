@@ -15,12 +15,12 @@ from eventflow.cli.run_text import event_text, last_part, run_text
 from eventflow.cli.times import age_text, check_order, duration_text, parse_moment, zone_name
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
-from eventflow.logs.output import format_line, make_renderer
+from eventflow.logs.output import format_line, make_style
 
 COMMANDS: list[click.Command] = []
 
 COLUMNS = {
-    "runs": "id flow state tries started took about detail",
+    "runs": "id flow state started took about detail",
     "events": "id received trigger type subject event_id runs duplicates",
     "flows": "name subscriptions",
     "triggers": "name kind state events duplicates last_event gauges detail",
@@ -121,7 +121,6 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
     error = run.get("error")
     return {
         **run,
-        "tries": run["attempts"] if run["attempts"] > 1 else None,
         "started": age_text(run["started_at"] or run["created_at"]),
         "took": duration_text(run["took"]),
         "detail": f"{last_part(error['type'])}: {error['message']}" if error else run["reason"],
@@ -248,7 +247,7 @@ def logs(run: str, follow: bool, as_json: bool, location: LedgerLocation) -> Non
 
 
 async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json: bool) -> None:
-    console = make_renderer(colors=None if sys.stdout.isatty() else False)
+    style = make_style(sys.stdout)
     if sys.stdout.isatty() and not as_json:
         note(f"times in {zone_name()}")
     after = 0
@@ -261,7 +260,7 @@ async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json:
                 click.echo(
                     orjson.dumps(_log_record(line)).decode()
                     if as_json
-                    else format_line(_log_record(line), console)
+                    else format_line(_log_record(line), style)
                 )
             if not page["lines"] and (page["settled"] or not follow):
                 return

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ import click
 import orjson
 
 from eventflow.cli.streams import is_terminal
+from eventflow.core.columns import clip, display_width
 from eventflow.logs.redaction import escape_controls
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,9 +124,7 @@ def table(
 MIN_LAST_COLUMN = 30
 """Characters that a column of long texts needs beside the others."""
 
-_FIXED = frozenset(
-    "id run event state started took waited tries attempts received at ok kind".split()
-)
+_FIXED = frozenset("id run event state started took waited attempts received at ok kind".split())
 """Columns that are never shortened."""
 
 _LONG = frozenset("detail error why reason last_error result".split())
@@ -151,26 +149,6 @@ def terminal_width() -> int | None:
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"]) or None
     return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None
-
-
-def display_width(text: str) -> int:
-    """The columns of a text on a terminal."""
-    if text.isascii():
-        return len(text)
-    return sum(
-        0 if unicodedata.combining(each) else 1 + (unicodedata.east_asian_width(each) in "WF")
-        for each in text
-    )
-
-
-def clip(text: str, width: int | None) -> str:
-    """The text, cut to `width` columns."""
-    if width is None or display_width(text) <= width:
-        return text
-    kept = text[: max(0, width - 1)]
-    while display_width(kept) > width - 1:
-        kept = kept[:-1]
-    return f"{kept}…"
 
 
 def _cell(value: Any) -> str:

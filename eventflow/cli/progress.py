@@ -6,10 +6,10 @@ backfill, replay, redrive, retry of many, doctor, and `run --watch` use it.
 import shutil
 import sys
 
-from eventflow.cli.output import clip
 from eventflow.cli.streams import is_terminal
 from eventflow.cli.times import duration_text
 from eventflow.core.clock import SystemClock
+from eventflow.core.columns import clip
 
 BAR_WIDTH = 20
 REDRAW_SECONDS = 0.1

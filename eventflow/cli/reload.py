@@ -26,9 +26,12 @@ RELOAD_GRACE_SECONDS = 3.0
 POLL_INTERVAL_SECONDS = 1.0
 """Interval between two checks of the child, and so between two restarts of one that keeps dying."""
 
+ENV_FILE = ".env"
+"""Loaded from the working directory by each child (target.py)."""
+
 
 class Reloader:
-    """Watches the Python files in the folder of a target."""
+    """Watches the Python files in the folder of a target, and `.env` in the working directory."""
 
     def __init__(self, target: str) -> None:
         path = Path(target)
@@ -45,8 +48,13 @@ class Reloader:
             rust_timeout=int(POLL_INTERVAL_SECONDS * 1000),
             yield_on_timeout=True,
         )
+        env_version = _version_of(ENV_FILE)
         for found in batches:
-            yield {os.path.relpath(path, self.folder) for _, path in found}
+            changed = {os.path.relpath(path, self.folder) for _, path in found}
+            if (version := _version_of(ENV_FILE)) != env_version:
+                env_version = version
+                changed.add(ENV_FILE)
+            yield changed
 
     def repeat(self) -> int:
         """Run this command without `--watch`, now and after every change, until Ctrl-C."""
@@ -58,6 +66,15 @@ class Reloader:
             note(f"{', '.join(sorted(changed))} changed")
             code = subprocess.run(command, check=False).returncode
         return code
+
+
+def _version_of(path: str) -> tuple[int, int, int] | None:
+    """What changes with each write of a file; None without the file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def stop_on(stop: threading.Event, *signals: signal.Signals) -> None:
@@ -102,7 +119,9 @@ def _on_exit(child: "_ChildServer", code: int) -> None:
         note(f"the server was ended by {signal.Signals(-code).name}, restarting")
         child.start()
     else:
-        note(f"the server ended with exit code {code}; it restarts when a *.py file changes")
+        note(
+            f"the server ended with exit code {code}; it restarts when a *.py file or .env changes"
+        )
 
 
 class _ChildServer:

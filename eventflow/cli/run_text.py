@@ -46,7 +46,7 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
             ("created", None if run["started_at"] else instant_text(run["created_at"])),
             ("started", run["started_at"] and instant_text(run["started_at"])),
             ("due", _due(run)),
-            ("tries", run["attempts"] if run["attempts"] > 1 else None),
+            ("resumed", _times(run["attempts"] - 1)),
             ("params", _json(run["params"])),
             ("data", _json(run["event_data"]) if run["params"] is None else None),
             ("result", _result(run)),
@@ -59,6 +59,10 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
 def _state(run: Mapping[str, Any]) -> str:
     took = duration_text(run["took"])
     return f"{run['state']} in {took}" if took else run["state"]
+
+
+def _times(count: int) -> str | None:
+    return None if count < 1 else "once" if count == 1 else f"{count:,} times"
 
 
 def _about(run: Mapping[str, Any]) -> str | None:
@@ -106,7 +110,7 @@ def _calls(run: Mapping[str, Any], width: int | None) -> list[str]:
             rows += _group_rows(name, calls)
     if not rows:
         return []
-    columns = ("call", "state", "tries", "started", "waited", "took", "detail")
+    columns = ("call", "state", "attempts", "started", "waited", "took", "detail")
     return [table(rows, columns, "", width=width)]
 
 
@@ -127,7 +131,7 @@ def _call_row(call: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "call": call["call_key"],
         "state": call["state"],
-        "tries": call["attempts"] if call["attempts"] > 1 else None,
+        "attempts": call["attempts"] if call["attempts"] > 1 else None,
         "started": age_text(started),
         "waited": duration_text(waited) if waited is not None and waited >= 0.05 else None,
         "took": duration_text(call["took"]),
@@ -138,7 +142,7 @@ def _call_row(call: Mapping[str, Any]) -> dict[str, Any]:
 def _detail(call: Mapping[str, Any]) -> str | None:
     """The last error of a call that has not completed, else its value, or the run it started."""
     if call["next_at"] is not None:
-        return f"{_last_error(call)}; next try {age_text(call['next_at'])}"
+        return f"{_last_error(call)}; next attempt {age_text(call['next_at'])}"
     if call["state"] == "failed" or (call["errors"] and call["state"] in LIVE):
         return _last_error(call)
     return call.get("child") or call["result"]
@@ -154,7 +158,7 @@ def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str,
     states = Counter(call["state"] for call in calls)
     unwell = [call for call in calls if call["state"] == "failed" or call["state"] in LIVE]
     unwell.sort(key=lambda call: (call["state"] != "failed", -(call["took"] or 0)))
-    tries = sum(call["attempts"] for call in calls)
+    attempts = sum(call["attempts"] for call in calls)
     times = sorted(call["took"] for call in calls if call["took"] is not None)
     spread = None
     if times:
@@ -167,7 +171,7 @@ def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str,
     group = {
         "call": f"{name} ×{len(calls):,}",
         "state": next(iter(states)) if len(states) == 1 else "mixed",
-        "tries": f"{tries:,}" if tries > len(calls) else None,
+        "attempts": f"{attempts:,}" if attempts > len(calls) else None,
         "started": age_text(min(call["called_at"] or call["first_at"] for call in calls)),
         "detail": "; ".join(part for part in (counts if len(states) > 1 else None, spread) if part),
     }

@@ -19,6 +19,7 @@ from eventflow.cli.run import RunRequest, bind, run_flow
 from eventflow.cli.target import load_app, load_flow, load_task
 from eventflow.core.errors import UsageError
 from eventflow.demo.scenario import demo
+from eventflow.events.strict_json import read_json
 from eventflow.server.memory_limits import parse_size
 from eventflow.server.server import Settings, serve
 
@@ -114,6 +115,14 @@ def with_options(*options: Any) -> Any:
     metavar="SIZE",
     help="Drain and restart above this size. Linux.",
 )
+@click.option(
+    "--stall-timeout",
+    default=60.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="End with code 70 when a loop or thread stands still for this many seconds.",
+)
+@click.option("--dev", is_flag=True, hidden=True)
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """Serve an app until SIGTERM or SIGINT.
@@ -130,9 +139,9 @@ def serve_command(target: str, as_json: bool, **options: Any) -> int:
 @with_options(*_SERVER_OPTIONS)
 @json_option
 def dev_command(target: str, as_json: bool, **options: Any) -> int:
-    """Serve an app and restart when a *.py file changes.
+    """Serve an app and restart when a *.py file or .env changes.
 
-    Requests wait during a restart. Logs are pretty.
+    Requests wait during a restart. Logs are pretty, with one line for each event received.
     """
     flags = [f"--{name.replace('_', '-')}" for name in ("no_auth", "open_metrics") if options[name]]
     flags += [part for name in options["allow_hosts"] for part in ("--allow-host", name)]
@@ -144,6 +153,7 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
         options["log_level"],
         "--log",
         "json" if as_json else "pretty",
+        "--dev",
     ]
     return serve_with_reload(target, options["host"], options["port"], flags)
 
@@ -157,7 +167,9 @@ def dev_command(target: str, as_json: bool, **options: Any) -> int:
 @click.option("--event", help="Run for this event: CloudEvents JSON or its data; JSON or @FILE.")
 @click.option("--idempotency-key", help="Return the result of an earlier run with this key.")
 @click.option("--store", envvar="EVENTFLOW_STORE", help="sqlite:///PATH; default: the app's own.")
-@click.option("--watch", is_flag=True, help="Run again whenever a *.py file next to it changes.")
+@click.option(
+    "--watch", is_flag=True, help="Run again whenever a *.py file next to it, or .env, changes."
+)
 @json_option
 def run_command(
     target: str,
@@ -226,17 +238,20 @@ def _parameters(fn: Any, pairs: tuple[str, ...], params: str | None) -> dict[str
         name, mark, text = pair.partition("=")
         if not mark or not name:
             raise UsageError(f"-p expected NAME=VALUE, found {pair!r}")
-        given[name] = text if hints.get(name) in (str, "str") else _value(text)
+        given[name] = text if hints.get(name) in (str, "str") else _value(name, text)
     return given
 
 
-def _value(text: str) -> Any:
+def _value(name: str, text: str) -> Any:
+    """JSON, or the text itself where it is none. UsageError for JSON that would lose something."""
     if text.startswith("@") and Path(text[1:]).is_file():
         return read_json_option(text, "-p")
     try:
-        return orjson.loads(text)
-    except ValueError:
+        return read_json(text.encode(errors="surrogateescape"))
+    except (orjson.JSONDecodeError, UnicodeError):
         return text
+    except ValueError as error:
+        raise UsageError(f"-p {name}: {error}") from None
 
 
 COMMANDS = [serve_command, dev_command, run_command, task_command, demo]

@@ -24,9 +24,9 @@ from eventflow.cli.client import (
 from eventflow.cli.output import table, write_result
 from eventflow.cli.target import load_app
 from eventflow.core.clock import SystemClock
-from eventflow.core.errors import EventflowError, StoreLocked, UsageError
+from eventflow.core.errors import EventflowError, UsageError
 from eventflow.store import open_store
-from eventflow.store.file_guards import Lock
+from eventflow.store.file_guards import lock_holder
 
 EXTRAS = {
     "kafka": "aiokafka",
@@ -100,6 +100,7 @@ def _app(location: LedgerLocation) -> list[DoctorFinding]:
         return []
     try:
         app = load_app(location.app)
+        app.check_secrets()
     except EventflowError as error:
         return [DoctorFinding("app", False, str(error), error.exit_code)]
     unverified = [
@@ -170,21 +171,16 @@ def _server(server: str | None) -> DoctorFinding:
 
 def _lock(path: str) -> DoctorFinding:
     """The owner of the lock. Only taking it for a moment shows whether it is free."""
-    if not Path(f"{path}.lock").exists():
+    if not Path(path).exists():
         return DoctorFinding("lock", None, "free")
-    lock = Lock(path)
     try:
-        lock.acquire()
-        lock.release()
-    except StoreLocked as locked:
-        return DoctorFinding(
-            "lock",
-            None,
-            f"held by process {locked.pid}" if locked.pid else "held by another process",
-        )
+        locked = lock_holder(path)
     except OSError as error:
         return DoctorFinding("lock", False, f"{path}.lock: {error.strerror}", 73)
-    return DoctorFinding("lock", None, "free")
+    if locked is None:
+        return DoctorFinding("lock", None, "free")
+    holder = f"process {locked.pid}" if locked.pid else "another process"
+    return DoctorFinding("lock", None, f"held by {holder}")
 
 
 def _space(path: str) -> DoctorFinding:

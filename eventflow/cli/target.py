@@ -22,6 +22,7 @@ from eventflow.app import App
 from eventflow.core.errors import AppNotFound, EventflowError
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import Task
+from eventflow.serialization.errors import TARGET_PREFIX
 
 T = TypeVar("T", App, Flow[..., Any], Task[..., Any])
 
@@ -84,7 +85,7 @@ def _import_file(target: str, where: str) -> ModuleType:
             if path.is_dir()
             else f"there is no file {where}",
         )
-    name = path.stem if path.stem not in sys.modules else f"eventflow_target_{path.stem}"
+    name = path.stem if path.stem not in sys.modules else f"{TARGET_PREFIX}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise AppNotFound(target, f"{where} is no Python file")

@@ -22,10 +22,10 @@ from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
 from eventflow.core.errors import ANY_FAILURE, StoreError, StoreFailed, StoreFull
 from eventflow.core.retry import Backoff
-from eventflow.events.event import Event, Json, Outcome, Receipt, Trigger, Undecodable
+from eventflow.events.event import Event, EventOutcome, Json, Receipt, Trigger, Undecodable
 from eventflow.intake.received_log import log_received
-from eventflow.loop.left_behind import leave_behind
 from eventflow.logs.log import get_logger
+from eventflow.loop.left_behind import leave_behind
 from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.router import Router, identity
 from eventflow.store.protocol import Arrival, RecordEvents, Store
@@ -145,7 +145,7 @@ class TriggerIntake:
     async def cursor(self) -> Mapping[str, Json]:
         return await self._reactor.store.cursor(self._trigger)
 
-    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, Outcome]:
+    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, EventOutcome]:
         keys = [identity(self._trigger, source, ident) for ident in ids]
         found = await self._reactor.store.outcomes(keys)
         pairs = zip(ids, found, strict=True)

@@ -11,16 +11,18 @@ import io
 import logging
 import os
 import threading
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import Any, BinaryIO, Final, TextIO, cast
 
+import msgspec
 import orjson
-from structlog.dev import ConsoleRenderer, plain_traceback
 
 from eventflow.core.clock import Clock
+from eventflow.core.columns import display_width
+from eventflow.core.forks import call_in_forked_children
 from eventflow.logs.log import (
     DirectHandler,
     HostLogRecord,
@@ -68,7 +70,7 @@ class LogOutput(DirectHandler):
         self._redactor = redactor
         self._clock = clock
         self._write: Callable[[bytes], None] | None = None
-        self._console: ConsoleRenderer | None = None  # pretty lines
+        self._style: LineStyle | None = None  # of pretty lines
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._dropped = 0
@@ -81,12 +83,10 @@ class LogOutput(DirectHandler):
             return
         self._write = make_writer(stream)
         if pretty if pretty is not None else stream.isatty():
-            self._console = make_renderer(None if stream.isatty() else False)
+            self._style = make_style(stream)
         self._thread = threading.Thread(target=self._run, name="eventflow-log-output", daemon=True)
         self._thread.start()
-        if hasattr(os, "register_at_fork"):
-            after_fork = weakref.WeakMethod(self._after_fork)
-            os.register_at_fork(after_in_child=lambda: (method := after_fork()) and method())
+        call_in_forked_children(self._after_fork)
 
     def write_line(
         self,
@@ -102,12 +102,12 @@ class LogOutput(DirectHandler):
         if self._queued_bytes > MAX_QUEUED_BYTES:
             self._dropped += 1
             return
-        line = self._format(line) if self._console is not None else escape_json_controls(line)
+        line = self._format(line) if self._style is not None else escape_json_controls(line)
         self._queue.append(line)
         self._queued_bytes += len(line)
         if not self._has_lines.is_set():
             self._has_lines.set()
-        if level >= logging.WARNING or self._console is not None:
+        if level >= logging.WARNING or self._style is not None:
             self._flush_now.set()
         if self._thread is None:
             self.flush()
@@ -134,10 +134,15 @@ class LogOutput(DirectHandler):
         self.write_line(record.levelno, record.name, event, fields, log_context.get())
 
     def _format(self, line: bytes) -> bytes:
-        console = cast(ConsoleRenderer, self._console)
-        return format_line(cast(dict[str, Any], orjson.loads(line)), console).encode() + b"\n"
+        style = cast(LineStyle, self._style)
+        return format_line(cast(dict[str, Any], orjson.loads(line)), style).encode() + b"\n"
 
     # ----------------------------------------------------------------------- writing
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether lines are written, or none will be."""
+        return self._thread is None or self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -177,7 +182,7 @@ class LogOutput(DirectHandler):
             self._redactor,
             None,
         )
-        return self._format(line) if self._console is not None else line
+        return self._format(line) if self._style is not None else line
 
     def close(self) -> None:
         self._closing.set()
@@ -194,6 +199,9 @@ class LogOutput(DirectHandler):
         parent.
         """
         self._write_lock = threading.Lock()
+        self._has_lines = threading.Event()
+        self._flush_now = threading.Event()
+        self._closing = threading.Event()
         self._thread = None
         self._queue = []
         self._queued_bytes = 0
@@ -227,33 +235,134 @@ def make_writer(stream: BinaryIO | TextIO) -> Callable[[bytes], None]:
 # --------------------------------------------------------------------------- pretty lines
 
 
-def make_renderer(colors: bool | None = None) -> ConsoleRenderer:
-    """structlog's console lines. `None`: a terminal, so `NO_COLOR` (https://no-color.org) and
-    TERM=dumb apply.
+class LineStyle(msgspec.Struct, frozen=True):
+    """How pretty lines look. `width` returns the columns of the terminal, None where there is
+    none: lines are then not wrapped.
     """
-    if colors is None:
-        colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return ConsoleRenderer(
-        colors=colors, sort_keys=False, pad_event_to=22, exception_formatter=plain_traceback
-    )
+
+    colors: bool = False
+    width: Callable[[], int | None] = lambda: None
 
 
-def format_line(data: dict[str, Any], console: ConsoleRenderer) -> str:
-    """A line for people: local time, no control characters. `eventflow logs` formats stored lines
-    with it.
+def make_style(stream: Any) -> LineStyle:
+    """The style for a stream. On a terminal `NO_COLOR` (https://no-color.org) and TERM=dumb
+    apply.
+    """
+    if not stream.isatty():
+        return LineStyle()
+    colors = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return LineStyle(colors, partial(_terminal_width, stream))
+
+
+def _terminal_width(stream: Any) -> int | None:
+    with suppress(OSError, ValueError):  # no terminal any more
+        return os.get_terminal_size(stream.fileno()).columns or None
+    return None
+
+
+SHORT_ID_LENGTH = 4
+"""Letters of a run's id in a pretty line, its last ones; `eventflow show` takes them."""
+EVENT_COLUMN = 20
+"""The width of the name of what happened, so that ids stand below each other."""
+INDENT = 15
+"""Of wrapped lines: below the name of what happened."""
+
+_HIDDEN = frozenset(
+    "timestamp level event logger run flow task attempt ledger_id exception stack replay".split()
+)
+"""Fields that a pretty line shows in another way, or not at all."""
+
+_BARE = frozenset({"error", "reason", "result"})
+"""Fields whose value stands for itself."""
+
+_LEVEL_COLORS = {"warning": 33, "error": 31, "critical": 31, "debug": 2}
+_LEVEL_LETTERS = {"warning": "W", "error": "E", "critical": "E"}
+
+
+def format_line(data: dict[str, Any], style: LineStyle) -> str:
+    """A line for people: local time, short ids, no control characters, at most the columns of the
+    terminal. `eventflow logs` formats stored lines with it.
+
+        09:52:54.432 W task.attempt_failed    krvs handle/score#1  retry_in=0.378
+                       ConnectionError: the model server is busy
     """
     moment = datetime.fromisoformat(data["timestamp"]).astimezone()
-    fields = {key: _without_controls(key, value) for key, value in data.items()}
-    fields["timestamp"] = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"
-    return console(None, data["level"], fields)
+    level = str(data["level"])
+    color = _LEVEL_COLORS.get(level)
+    event = escape_controls(str(data["event"]))
+    words = [(event.ljust(EVENT_COLUMN), color if color is not None else 1)]
+    if (where := _where(data)) is not None:
+        words.append((where, 36))
+    if data.get("replay"):
+        words.append(("(replay)", 2))
+    fields = [(key, value) for key, value in data.items() if key not in _HIDDEN]
+    fields.sort(key=lambda field: field[0] in _BARE)
+    words += [(_field(key, value), None) for key, value in fields if value is not None]
+    time = f"{moment:%H:%M:%S}.{moment.microsecond // 1000:03d}"
+    letter = _painted(_LEVEL_LETTERS.get(level, " "), color, style)
+    lines = [f"{_painted(time, 2, style)} {letter} {_wrapped(words, style)}"]
+    for key in ("exception", "stack"):
+        if data.get(key):
+            lines.append(escape_controls_by_line(str(data[key])).rstrip())
+    return "\n".join(lines)
 
 
-def _without_controls(key: str, value: Any) -> Any:
-    """A text without control characters. Nested values are shown by `repr`, which escapes them
-    itself.
-    """
-    if not isinstance(value, str):
-        return value
-    return (
-        escape_controls_by_line(value) if key in ("exception", "stack") else escape_controls(value)
-    )
+def _where(data: Mapping[str, Any]) -> str | None:
+    """`krvs handle/score#1`: the run, its flow, the task and its attempt."""
+    flow, run = data.get("flow"), data.get("run")
+    if not isinstance(run, str):
+        return None if flow is None else escape_controls(str(flow))
+    task = f"/{data['task']}#{data.get('attempt', 1)}" if data.get("task") else ""
+    return escape_controls(f"{run[-SHORT_ID_LENGTH:]} {flow or ''}{task}".rstrip())
+
+
+def _field(key: str, value: Any) -> str:
+    """Nested values are shown by `repr`, which escapes control characters itself."""
+    text = escape_controls(value) if isinstance(value, str) else repr(value)
+    if key in _BARE:
+        return text
+    if isinstance(value, str) and (" " in text or not text):
+        return f"{key}={text!r}"
+    return f"{key}={text}"
+
+
+def _wrapped(words: Sequence[tuple[str, int | None]], style: LineStyle) -> str:
+    """The words, two spaces apart, wrapped below each other."""
+    width = style.width()
+    if width is None or width < 2 * INDENT:
+        return "  ".join(_painted(word, color, style) for word, color in words).rstrip()
+    lines: list[list[str]] = [[]]
+    column = INDENT
+    for word, color in words:
+        if lines[-1] and column + 2 + display_width(word.rstrip()) > width:
+            lines.append([])
+            column = INDENT
+        pieces = _split(word, width - INDENT)
+        for piece in pieces[:-1]:
+            lines[-1].append(_painted(piece, color, style))
+            lines.append([])
+        lines[-1].append(_painted(pieces[-1], color, style))
+        column = (INDENT if len(pieces) > 1 else column) + 2 + display_width(pieces[-1])
+    return f"\n{' ' * INDENT}".join("  ".join(line).rstrip() for line in lines)
+
+
+def _split(text: str, width: int) -> list[str]:
+    """Pieces of at most `width` characters, cut at spaces where there are any."""
+    pieces: list[str] = []
+    rest = text
+    while display_width(rest.rstrip()) > width:
+        size = width
+        while display_width(rest[:size]) > width:
+            size -= 1
+        gap = rest.rfind(" ", 1, size + 1)
+        at = gap if gap > size // 3 else size
+        pieces.append(rest[:at])
+        rest = rest[at:].lstrip(" ")
+    return [*pieces, rest]
+
+
+def _painted(text: str, color: int | None, style: LineStyle) -> str:
+    if not style.colors or color is None:
+        return text
+    shown = text.rstrip()
+    return f"\x1b[{color}m{shown}\x1b[0m{' ' * (len(text) - len(shown))}"

@@ -135,7 +135,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "due_at": instant(row["due_at"]),
         "started_at": instant(row["started_at"]),
         "finished_at": instant(row["finished_at"]),
-        "attempts": row["token"],
+        "attempts": row["token"],  # the API's word for claims: starts and resumes
         "ordering_key": row["ordering_key"],
         "mode": row["mode"],
         "events": row["deliveries"],
@@ -404,14 +404,19 @@ def trigger(source: Trigger, health: msgspec.Struct, *, paused: bool) -> dict[st
         condition = f"the ledger is full: {fields['backpressure']}"
     return {
         **fields,
+        "last_error": _redacted(fields["last_error"]),
         "paused": paused,
         "last_event_at": instant(fields["last_event_at"]),
         "paths": [route.path for route in getattr(source, "routes", ())],
         "verified": getattr(source, "verified", None),
-        "condition": condition,
+        "condition": _redacted(condition),
         "gauges": [{"name": each.name, "value": each.value, **each.labels} for each in gauges],
         "totals": gauge_totals(gauges),
     }
+
+
+def _redacted(text: str | None) -> str | None:
+    return None if text is None else SECRETS.redact_text(text)
 
 
 def sinks(
@@ -428,7 +433,8 @@ def sinks(
             if name in health
             else {"name": name, "state": "unknown to this app"}
         )
-        rows.append({**known, "waiting": waiting, "oldest_at": instant(oldest)})
+        error = {"last_error": _redacted(known["last_error"])} if "last_error" in known else {}
+        rows.append({**known, **error, "waiting": waiting, "oldest_at": instant(oldest)})
     return rows
 
 

@@ -297,13 +297,29 @@ def test_dev_restarts_on_a_change(tmp_path: Path):
         (tmp_path / "app.py").write_text("def broken(:\n")
         wait_until(lambda: "app.py:1: invalid syntax" in served.log, "the error is logged")
         wait_until(
-            lambda: "it restarts when a *.py file changes" in served.log, "the log says what to do"
+            lambda: "it restarts when a *.py file or .env changes" in served.log,
+            "the log says what to do",
         )
         (tmp_path / "app.py").write_text(app.format(2))
         assert served.process.stdout is not None
         again = json.loads(served.process.stdout.readline())
         assert again["url"] == served.url
         assert served.wait_for(served.start("f"), "completed")["result"] == 2
+
+
+def test_dev_restarts_when_the_env_file_changes(tmp_path: Path):
+    """`dev` serves with the new variables after `.env` is written."""
+    app = (
+        "import os\nfrom eventflow import App, flow\n@flow\nasync def f() -> str:\n"
+        "    return os.environ.get('GREETING', 'none')\napp = App('dev')\napp.add(f)\n"
+    )
+    with developing(tmp_path, app) as served:
+        assert served.wait_for(served.start("f"), "completed")["result"] == "none"
+        (tmp_path / ".env").write_text("GREETING=hello\n")
+        assert served.process.stdout is not None
+        assert json.loads(served.process.stdout.readline())["url"] == served.url
+        assert served.wait_for(served.start("f"), "completed")["result"] == "hello"
+        assert ".env changed, restarting" in served.log
 
 
 def test_dev_outlives_its_server(tmp_path: Path):

@@ -18,7 +18,7 @@ import pytest
 
 from eventflow.logs.capture import configure
 from eventflow.logs.log import get_logger
-from eventflow.logs.output import MAX_QUEUED_BYTES, format_line, make_renderer
+from eventflow.logs.output import MAX_QUEUED_BYTES, LineStyle, format_line
 from eventflow.logs.redaction import Redactor
 from tests.conftest import wait_until
 
@@ -93,7 +93,7 @@ def test_pretty_on_a_terminal():
     assert "\x1b[" in seen
     plain = re.sub(r"\x1b\[[0-9;]*m", "", seen)
     assert re.search(
-        r"^\d\d:\d\d:\d\d\.\d{3} \[info +\] app\.started +\[eventflow\.app\] port=8710\r$",
+        r"^\d\d:\d\d:\d\d\.\d{3}   app\.started +port=8710\r$",
         plain,
         re.MULTILINE,
     )
@@ -302,5 +302,5 @@ def test_a_stored_line_is_formatted_like_a_live_one():
         "n": 1,
         "d": {"k": "\x1b"},
     }
-    text = format_line(line, make_renderer(colors=False))
+    text = format_line(line, LineStyle())
     assert "a\\x1b[31m" in text and "n=1" in text and "\x1b" not in text
