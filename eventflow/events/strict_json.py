@@ -49,9 +49,10 @@ def read_report(text: bytes, *, max_keys: int = MAX_JSON_KEYS) -> Any:
     try:
         return _read(text, max_keys, MAX_JSON_DEPTH, int, float)
     except orjson.JSONDecodeError:
-        if b"NaN" not in text and b"Infinity" not in text:
+        utf8 = _to_utf8(text)
+        if b"NaN" not in utf8 and b"Infinity" not in utf8:
             raise
-    value = _parse_slowly(_to_utf8(text), int, _finite, parse_constant=lambda _: None)
+    value = _parse_slowly(utf8, int, _finite, parse_constant=lambda _: None)
     _count_keys(value, max_keys, MAX_JSON_DEPTH)
     return value
 
