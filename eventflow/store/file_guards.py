@@ -1,66 +1,233 @@
-"""Guards of the store's file: the lock, the high-water mark, the free-space floor, the ballast.
+"""Guards of the store's file: its lock, the check that it is still at its path, the high-water
+mark, the free-space floor, the ballast.
 
 sqlite.py and writer.py use them. Their files are beside the store: `STORE.lock`, `STORE.hwm`,
 `STORE.ballast`, mode 0600. An empty or zeroed one, as a power cut leaves it, counts as absent.
 """
 
+import errno
 import fcntl
+import glob
 import os
 import struct
-import weakref
+from contextlib import suppress
+from typing import Final
 from zlib import crc32
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreFull, StoreLocked
+from eventflow.core.errors import StoreFailed, StoreFull, StoreLocked, UsageError
+from eventflow.core.forks import call_in_forked_children
 
 _MODE = 0o600
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
 
+FileIdentity = tuple[int, int]
+"""Device and inode: what a file is, whatever its names."""
+
+_OWNED: Final[set[FileIdentity]] = set()
+"""The stores that this process has open."""
+
+_OWNER_BYTE: Final = 1 << 60
+"""Behind the end of any SQLite file (2^48 bytes)."""
+
+_SQLITE_SHARED_BYTE: Final = 0x40000002
+"""A byte of which SQLite needs an exclusive lock before it removes a WAL."""
+
+_OFD_SETLK: Final[int | None] = getattr(fcntl, "F_OFD_SETLK", None)
+
 
 class Lock:
-    """One process per store, by `flock` on a separate file: SQLite's locks on the store's file are
-    lost when this process closes any handle of it.
+    """One process per store, whatever the path by which it names the file.
+
+    Two locks are held. `flock` on `STORE.lock`, whose content is the holder's pid. And an open file
+    description lock on a byte of the store's file that SQLite does not use: it belongs to the
+    inode, so a hard link, a bind mount or a removed lock file leads to the same lock, and a copy is
+    another store. Where the system has none of these (macOS), only the first one is held. On NFS
+    both are locks of the server.
     """
 
     def __init__(self, path: str) -> None:
         self._store = path
         self._path = f"{path}.lock"
         self._fd: int | None = None
+        self._store_fd: int | None = None
+        self._identity: FileIdentity | None = None
 
-    def acquire(self) -> None:
-        """Raises StoreLocked naming the holder's pid."""
-        fd = os.open(self._path, _FLAGS, _MODE)
+    def acquire(self, *, create: bool = True) -> None:
+        """Raises StoreLocked naming the holder's pid. The store's file is created if it is missing
+        and `create` is set.
+        """
+        self._fd = os.open(self._path, _FLAGS, _MODE)
+        try:
+            self._lock_path(self._fd)
+            if create or os.path.exists(self._store):
+                self._lock_file()
+        except BaseException:
+            self.release()
+            raise
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        # A forked child would keep the locks after its parent's death. It does not own the store:
+        # it does not serve it, and closes it without a write.
+        call_in_forked_children(self.release)
+
+    def _lock_path(self, fd: int) -> None:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(fd, 32, 0).strip()
-            os.close(fd)
             raise StoreLocked(self._store, int(holder) if holder.isdigit() else None) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        self._fd = fd
-        _release_in_forks(self)
+
+    def _lock_file(self) -> None:
+        # Closing any handle of a file drops SQLite's own locks of this process on it: no handle is
+        # opened here of a file that this process owns already.
+        if file_identity(self._store) in _OWNED:
+            raise StoreLocked(self._store, os.getpid())
+        self._store_fd = os.open(self._store, _FLAGS, _MODE)
+        try:
+            _lock_byte(self._store_fd, _OWNER_BYTE, fcntl.F_WRLCK)
+        except BlockingIOError:
+            raise StoreLocked(self._store, _owner_pid(os.fstat(self._store_fd).st_ino)) from None
+        self._identity = _identity(os.fstat(self._store_fd))
+        _OWNED.add(self._identity)
 
     @property
     def is_held(self) -> bool:
         return self._fd is not None
 
+    @property
+    def identity(self) -> FileIdentity | None:
+        """Of the store's file that is owned."""
+        return self._identity
+
+    def keep_wal(self) -> None:
+        """Lets no connection of this process remove the file at `STORE-wal` when it is closed.
+
+        SQLite removes it by its name if it can lock the store's file exclusively, and the name may
+        be another store's by now.
+        """
+        if self._store_fd is not None:
+            _lock_byte(self._store_fd, _SQLITE_SHARED_BYTE, fcntl.F_RDLCK)
+
     def release(self) -> None:
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        """Call it after the last connection to the store's file is closed."""
+        for fd in (self._store_fd, self._fd):
+            if fd is not None:
+                os.close(fd)
+        self._store_fd = None
+        self._fd = None
+        if self._identity is not None:
+            _OWNED.discard(self._identity)
+            self._identity = None
 
 
-def _release_in_forks(lock: Lock) -> None:
-    """Close the handle of a forked child, which would keep the lock after its parent's death."""
-    reference = weakref.ref(lock)
+def _lock_byte(fd: int, offset: int, kind: int) -> None:
+    """Lock one byte for this handle. BlockingIOError: another handle has it locked."""
+    if _OFD_SETLK is None:
+        return
+    try:
+        fcntl.fcntl(fd, _OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a kernel without them (gVisor): as on macOS
+            raise
 
-    def release() -> None:
-        lock = reference()
-        if lock is not None:
-            lock.release()
 
-    os.register_at_fork(after_in_child=release)
+def _identity(found: os.stat_result) -> FileIdentity:
+    return found.st_dev, found.st_ino
+
+
+def file_identity(path: str) -> FileIdentity | None:
+    """None if there is no file, or it cannot be seen."""
+    try:
+        return _identity(os.stat(path))
+    except OSError:
+        return None
+
+
+def _owner_pid(inode: int) -> int | None:
+    """The pid of the process that locked the owner's byte of this file; None if unknown: no /proc,
+    or a process of another user or container.
+    """
+    for name in glob.glob("/proc/[0-9]*/fdinfo/*"):
+        with suppress(OSError), open(name) as file:
+            if any(f":{inode} {_OWNER_BYTE} " in line for line in file if "OFDLCK" in line):
+                return int(name.split("/")[2])
+    return None
+
+
+def check_first_name(path: str) -> None:
+    """Raises UsageError for a further hard link of a store's file: the WAL and the other files are
+    beside the name under which it was opened first.
+    """
+    found = os.stat(path)
+    if found.st_nlink > 1 and found.st_size and not os.path.exists(f"{path}.hwm"):
+        raise UsageError(
+            f"{path} is one of {found.st_nlink} names (hard links) of one file; expected the name "
+            "under which the store was first opened, which has its .hwm file beside it. For a "
+            "store of its own copy the file with `eventflow backup`"
+        )
+
+
+def lock_holder(path: str) -> StoreLocked | None:
+    """The error that opening this store would raise, or None if its lock is free."""
+    lock = Lock(path)
+    try:
+        lock.acquire(create=False)
+    except StoreLocked as locked:
+        return locked
+    lock.release()
+    return None
+
+
+ALL_FILES_CHECK_SECONDS: Final = 1.0
+"""Between two looks at all files. The store's own file is looked at before each acknowledgement."""
+
+
+class OpenFiles:
+    """The store's file, its WAL and its shared memory: are they, at their paths, still the ones
+    that are open?
+
+    SQLite does not notice that a file was removed, moved or replaced, and goes on writing into one
+    that no path leads to. For use by the writer's thread.
+    """
+
+    def __init__(self, path: str, clock: Clock, lock: Lock) -> None:
+        self.path = path
+        self._clock = clock
+        self._lock = lock
+        self._opened: dict[str, FileIdentity | None] = {}
+        self._all_checked_at = float("-inf")
+
+    def remember(self) -> None:
+        """The files are open now."""
+        self._opened = {
+            name: file_identity(name) for name in (f"{self.path}-wal", f"{self.path}-shm")
+        }
+        self._opened[self.path] = self._lock.identity
+        self.check(all_files=True)
+
+    def check(self, *, all_files: bool = False) -> None:
+        """Raises StoreFailed if the store's file is another one. WAL and shared memory are looked
+        at once a second, or if `all_files`: what was in them can still be saved then.
+        """
+        now = self._clock.monotonic()
+        if all_files or now - self._all_checked_at >= ALL_FILES_CHECK_SECONDS:
+            self._all_checked_at = now
+            names = list(self._opened)
+        else:
+            names = [self.path]
+        for name in names:
+            if file_identity(name) != self._opened.get(name):
+                raise StoreFailed(
+                    f"{name} was removed, moved or replaced while the store was open; nothing more"
+                    " is acknowledged. Stop the server before its files are touched; now start it"
+                    " again with the files that it shall serve"
+                )
+
+    def abandon(self) -> None:
+        """Another store may be at the path: its files are left alone from now on."""
+        with suppress(OSError):
+            self._lock.keep_wal()
 
 
 def lock_holder_pid(path: str) -> int | None:

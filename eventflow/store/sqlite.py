@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
-from eventflow.events.event import Json, OutboxMessage, Receipt
+from eventflow.events.event import EventOutcome, Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, State
 from eventflow.store import admin, late_runs, outbox, queries, retention
@@ -30,7 +30,7 @@ from eventflow.store.file_guards import (
     sync_folder,
 )
 from eventflow.store.load import load_journal, load_payloads
-from eventflow.store.migrate import migrate, migrations
+from eventflow.store.migrate import current_schema, migrate, migrations
 from eventflow.store.protocol import (
     Arrival,
     Op,
@@ -166,7 +166,7 @@ class SqliteStore:
         )
         for pragma in (*_PRAGMAS, f"PRAGMA synchronous = {self._synchronous}"):
             connection.execute(pragma)
-        migrate(connection, self.path, migrations())
+        migrate(connection, self.path, migrations(), current_schema())
         listeners = self._listeners
         files = OpenFiles(self.path, self._clock, self._lock)
         writer = Writer(connection, files, self._clock, self._marks(), self._space, listeners)
@@ -342,6 +342,9 @@ class SqliteStore:
 
     async def cursor(self, trigger: str) -> dict[str, Json]:
         return await self._read(queries.cursor, trigger, budget=REQUIRED_READ_SECONDS)
+
+    async def outcomes(self, keys: Sequence[bytes]) -> list[EventOutcome | None]:
+        return await self._read(queries.outcomes, keys)
 
     async def load(self, run: int) -> list[Entry]:
         return await self._read(load_journal, run, budget=REQUIRED_READ_SECONDS)

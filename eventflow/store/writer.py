@@ -13,6 +13,7 @@ import asyncio
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -21,7 +22,13 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
 from eventflow.store.apply import apply, prefetch, record_run_events
 from eventflow.store.claim import claim
-from eventflow.store.file_guards import DiskSpaceGuard, HighWater, lock_holder_pid
+from eventflow.store.file_guards import (
+    ALL_FILES_CHECK_SECONDS,
+    DiskSpaceGuard,
+    HighWater,
+    OpenFiles,
+    lock_holder_pid,
+)
 from eventflow.store.protocol import (
     Claim,
     Op,
@@ -44,6 +51,9 @@ _HIGH_WATER_INTERVAL_SECONDS = 0.1
 """Between two high-water marks: what a torn WAL may lose unseen, against a second fsync for each
 batch.
 """
+
+_SAVE_TIMEOUT_MILLISECONDS = 300
+"""For readers to end when the commits are saved at once: the promise is to stop within a second."""
 
 _BAD_INPUT = (
     sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError,
@@ -221,7 +231,7 @@ class Writer:
     def __init__(
         self,
         connection: sqlite3.Connection,
-        path: str,
+        files: OpenFiles,
         clock: Clock,
         high_water: HighWater | None,
         space: DiskSpaceGuard,
@@ -231,9 +241,11 @@ class Writer:
         self.last = LastCommit(connection)
         self.listeners = listeners
         self.failed: StoreError | None = None
+        self.busy_since: float | None = None
+        """When the transaction under way began, by the monotonic clock."""
         self.commits: dict[str, float] = {"batches": 0, "ops": 0, "seconds": 0.0}
         self.high_water = HighWaterSchedule(high_water, space, clock, self.last.batch)
-        self._path = path
+        self._files = files
         self._clock = clock
         self._space = space
         self._queue = OperationQueue()
@@ -253,9 +265,13 @@ class Writer:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def post(self, item: QueuedOperation) -> None:
         if not self._queue.post(item):
-            closed = self.failed or StoreError(f"the store {self._path} is closed")
+            closed = self.failed or StoreError(f"the store {self._files.path} is closed")
             _call_back([item.replied(closed)])
 
     def on_failure(self, call: Callable[[StoreError], None]) -> None:
@@ -273,19 +289,21 @@ class Writer:
         try:
             while self._step():
                 pass
-        except Exception as error:  # whatever broke, callers who wait get an answer and do not hang
+        except BaseException as error:  # whatever broke, callers who wait get an answer
             self._fail(error, ())
 
     def _step(self) -> bool:
         """Waits for operations and commits them. False: stopped, and nothing is left."""
         high_water, batch = self.high_water, self.last.batch
-        timeout = _HIGH_WATER_INTERVAL_SECONDS if high_water.marked < batch else None
+        is_marked = high_water.marked >= batch
+        timeout = ALL_FILES_CHECK_SECONDS if is_marked else _HIGH_WATER_INTERVAL_SECONDS
         if items := self._queue.take(timeout):
             self._commit(items)
             high_water.mark(self.last.batch)
             return True
         if self.failed is None:
             high_water.mark(batch, at_once=True)
+            self._files.check(all_files=is_marked)
         return not self._queue.is_closed
 
     def _commit(self, items: list[QueuedOperation]) -> None:
@@ -327,8 +345,12 @@ class Writer:
             _call_back([item.replied(self.failed) for item in items])
             return
         began = self._clock.monotonic()
+        if not isinstance(items[0].op, ConnectionJob):
+            self.busy_since = began
         try:
-            _call_back(self._transact(items))
+            replies = self._transact(items)
+            self._files.check()
+            _call_back(replies)
             self.commits["batches"] += 1
             self.commits["ops"] += len(items)
             self.commits["seconds"] += self._clock.monotonic() - began
@@ -343,8 +365,9 @@ class Writer:
                         break
         except sqlite3.Error as error:
             self._storage_error(error, items)
-        except OSError as error:  # the high-water mark or the ballast: a failure of the disk
+        except (OSError, StoreFailed) as error:  # the files beside the store, or the store's own
             self._fail(error, items)
+        self.busy_since = None
 
     def _reject(self, item: QueuedOperation, error: BaseException) -> None:
         """One operation, tried alone, cannot be applied.
@@ -463,9 +486,9 @@ class Writer:
             self._serve(items)
         elif code == sqlite3.SQLITE_BUSY:
             # Another process holds the file. Intake slows down; what the worker posted waits.
-            pid = lock_holder_pid(self._path)
+            pid = lock_holder_pid(self._files.path)
             holder = f"process {pid}" if pid else "another process"
-            full = StoreFull(f"the store {self._path} is locked by {holder}", 2.0)
+            full = StoreFull(f"the store {self._files.path} is locked by {holder}", 2.0)
             refused = (RecordEvents, TransactionCall)
             _call_back([item.replied(full) for item in items if isinstance(item.op, refused)])
             self._waiting_for_lock = [item for item in items if not isinstance(item.op, refused)]
@@ -476,13 +499,11 @@ class Writer:
         """Fail-stop: this batch is unknown, nothing later is done, every caller that waits gets the
         failure.
         """
-        is_corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
-        what = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
-        failed = (StoreCorrupt if is_corrupt else StoreFailed)(
-            f"the store {self._path} failed ({what}); "
-            "what was being committed is unknown, nothing more is"
-        )
-        failed.__cause__ = error
+        if isinstance(error, StoreFailed):
+            self._save_commits()
+            failed = error
+        else:
+            failed = self._storage_failure(error)
         with self._failure_lock:
             self.failed = failed
             calls = self._on_failure
@@ -492,6 +513,27 @@ class Writer:
         _call_back([item.replied(failed) for item in (*items, *left)])
         for call in calls:
             call(failed)
+
+    def _storage_failure(self, error: BaseException) -> StoreError:
+        is_corrupt = getattr(error, "sqlite_errorcode", 0) & 0xFF in _CORRUPT
+        what = f"{getattr(error, 'sqlite_errorname', type(error).__name__)}: {error}"
+        failed = (StoreCorrupt if is_corrupt else StoreFailed)(
+            f"the store {self._files.path} failed ({what}); "
+            "what was being committed is unknown, nothing more is"
+        )
+        failed.__cause__ = error
+        return failed
+
+    def _save_commits(self) -> None:
+        """A file of the store is not at its path any more: complete the one that is open.
+
+        What was acknowledged is then whole in it if it was only moved, or if only its WAL was
+        removed; and a WAL of this ledger does not meet another one that was put in its place.
+        """
+        self._files.abandon()
+        with suppress(sqlite3.Error):
+            self.connection.execute(f"PRAGMA busy_timeout = {_SAVE_TIMEOUT_MILLISECONDS}")
+            self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _run_job(connection: sqlite3.Connection, job: ConnectionJob) -> Any:

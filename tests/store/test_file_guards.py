@@ -9,6 +9,9 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ import pytest
 from eventflow.core.errors import (
     StoreCorrupt,
     StoreError,
+    StoreFailed,
     StoreFull,
     StoreLocked,
     StoreUnwritable,
@@ -27,7 +31,8 @@ from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
-from tests.store.ledger import ManualClock, Ledger, Reopen
+from tests.server_process import ROOT
+from tests.store.ledger import Ledger, ManualClock, Reopen
 
 HOLD = """
 import sys
@@ -35,10 +40,35 @@ from eventflow.core.clock import SystemClock
 from eventflow.store.sqlite import SqliteStore
 store = SqliteStore(sys.argv[1], clock=SystemClock())
 store.open()
+if sys.argv[2:]:
+    import asyncio
+    from tests.store.ledger import Ledger
+    asyncio.run(Ledger(store, SystemClock()).recorded())
 print("open", flush=True)
 sys.stdin.read()
 store.close()
 """
+
+
+@contextmanager
+def holding(path: str, *record: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the store open, with one event if asked; killed at the end."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path, *record],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert holder.stdout is not None and holder.stdin is not None
+    try:
+        assert holder.stdout.readline() == "open\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdin.close()
+        holder.stdout.close()
 
 
 def opening(path: str) -> StoreError:
@@ -57,18 +87,10 @@ def test_row_11_a_second_process_gets_the_pid_of_the_holder(tmp_path: Path):
     contains.
     """
     path = str(tmp_path / "a.db")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None and holder.stdin is not None
-    assert holder.stdout.readline() == "open\n"
-    error = opening(path)
-    assert isinstance(error, StoreLocked) and error.exit_code == 75
-    assert error.pid == holder.pid and str(holder.pid) in str(error)
-    holder.kill()
-    holder.wait()
-    holder.stdin.close()
-    holder.stdout.close()
+    with holding(path) as holder:
+        error = opening(path)
+        assert isinstance(error, StoreLocked) and error.exit_code == 75
+        assert error.pid == holder.pid and str(holder.pid) in str(error)
     store = SqliteStore(path, clock=ManualClock())
     store.open()
     store.close()
@@ -88,6 +110,280 @@ SqliteStore({path!r}, clock=SystemClock()).open()
 """
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "StoreLocked" in other.stderr
+
+
+WAYS = {
+    "the same path": lambda path: path,
+    "another spelling": lambda path: f"{os.path.dirname(path)}/../{path.split('/')[-2]}/./a.db",
+    "a symlink": lambda path: _linked(os.symlink, path, f"{path}.link"),
+    "a symlink elsewhere": lambda path: _linked(os.symlink, path, f"{path}.elsewhere/b.db"),
+    "a symlinked folder": lambda path: (
+        _linked(os.symlink, os.path.dirname(path), f"{path}.f") + "/a.db"
+    ),
+    "a hard link": lambda path: _linked(os.link, path, f"{path}.hard"),
+    "a hard link elsewhere": lambda path: _linked(os.link, path, f"{path}.elsewhere/b.db"),
+    "no lock file": lambda path: _without_lock(path, ""),
+    "another lock file": lambda path: _without_lock(path, "1"),
+}
+"""Another name of an open store, or its name after what people do to its lock file."""
+
+
+def _linked(make: Callable[[str, str], None], path: str, link: str) -> str:
+    os.makedirs(os.path.dirname(link), exist_ok=True)
+    make(path, link)
+    return link
+
+
+def _without_lock(path: str, content: str) -> str:
+    os.unlink(f"{path}.lock")
+    if content:
+        Path(f"{path}.lock").write_text(content)
+    return path
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", ["another process", "the same process"])
+def test_row_11_the_file_has_one_owner_whatever_its_path(tmp_path: Path, way: str, where: str):
+    """The lock belongs to the file, not to a name: StoreLocked with the holder's pid, and the first
+    store still commits. After its end by kill -9 the store opens.
+    """
+    path = str(tmp_path / "a.db")
+    if where == "the same process":
+        store = SqliteStore(path, clock=ManualClock())
+        store.open()
+        error = opening(WAYS[way](path))
+        assert isinstance(error, StoreLocked) and error.pid == os.getpid()
+        asyncio.run(Ledger(store, ManualClock()).recorded())
+        store.close()
+    else:
+        with holding(path) as holder:
+            error = opening(WAYS[way](path))
+            assert isinstance(error, StoreLocked) and error.exit_code == 75
+            assert error.pid == holder.pid and str(holder.pid) in str(error)
+            error = opening(path)  # the failed try has left nothing behind
+            assert isinstance(error, StoreLocked) and error.pid == holder.pid
+            holder.kill()
+    store = SqliteStore(path, clock=ManualClock())
+    store.open()
+    store.close()
+
+
+def test_row_11_a_bind_mount_is_the_same_file(tmp_path: Path):
+    """Under another mount point the file has the same owner."""
+    path = tmp_path / "data" / "a.db"
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    path.parent.mkdir()
+    command = ["mount", "--bind", str(path.parent), str(mounted)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount")
+    try:
+        with holding(str(path)) as holder:
+            (mounted / "a.db.lock").unlink()
+            error = opening(str(mounted / "a.db"))
+            assert isinstance(error, StoreLocked) and error.pid == holder.pid
+    finally:
+        subprocess.run(["umount", "-l", str(mounted)], check=True)
+
+
+def test_a_copy_is_another_store(ledger: Ledger, path: str, tmp_path: Path):
+    """A copy of an open store's files is a file of its own and opens beside it."""
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    store = SqliteStore(tmp_path / "copy" / Path(path).name, clock=ManualClock())
+    store.open()
+    store.close()
+
+
+def test_a_second_name_of_a_store_is_refused(tmp_path: Path):
+    """A killed process leaves commits in the WAL of the first name. A hard link would open the
+    store without them, so it is refused, and the first name opens with all of them.
+    """
+    path = str(tmp_path / "a.db")
+    with holding(path, "record") as holder:
+        holder.kill()
+    os.link(path, f"{path}.hard")
+    with pytest.raises(UsageError, match="hard link"):
+        SqliteStore(f"{path}.hard", clock=ManualClock()).open()
+    store = SqliteStore(path, clock=ManualClock())
+    store.open()
+    assert asyncio.run(store.counts())["events"] == 1
+    store.close()
+
+
+def test_a_symlinked_store_has_one_set_of_files(tmp_path: Path):
+    """Whatever name is used, the WAL, the mark, the token and the blobs are beside the file."""
+    (tmp_path / "link.db").symlink_to(tmp_path / "a.db")
+    store = SqliteStore(tmp_path / "link.db", clock=ManualClock())
+    assert store.path == str(tmp_path / "a.db")
+    store.open()
+    store.close()
+    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith("link.db.")]
+
+
+def test_a_forked_child_does_not_own_the_store(tmp_path: Path):
+    """In a child every verb is refused at once, opening it is StoreLocked with the parent's pid,
+    and neither `close` nor the end of the child touches the files; the parent goes on.
+    """
+    code = """
+import asyncio, os, sys
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import StoreError, StoreLocked
+from eventflow.store.sqlite import SqliteStore
+from tests.store.ledger import Ledger
+store = SqliteStore(sys.argv[1], clock=SystemClock())
+store.open()
+asyncio.run(Ledger(store, SystemClock()).recorded())
+child = os.fork()
+if child == 0:
+    for verb in (store.counts, lambda: store.record([]), store.paused_triggers):
+        try:
+            asyncio.run(asyncio.wait_for(verb(), 5))
+        except StoreError as error:
+            assert "fork" in str(error), error
+        else:
+            os._exit(9)
+    store.close()
+    try:
+        SqliteStore(sys.argv[1], clock=SystemClock()).open()
+    except StoreLocked as error:
+        assert error.pid == os.getppid(), error
+    else:
+        os._exit(8)
+    del store
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+asyncio.run(Ledger(store, SystemClock()).recorded(name="second"))
+assert os.path.getsize(sys.argv[1] + "-wal")
+assert asyncio.run(store.counts())["events"] == 2
+store.close()
+"""
+    path = tmp_path / "a.db"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --------------------------------------------------------------------------- files that vanish
+
+
+def _remove(*ends: str) -> Callable[[Path], None]:
+    def remove(path: Path) -> None:
+        for end in ends:
+            Path(f"{path}{end}").unlink()
+
+    return remove
+
+
+def _replace_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.mkdir()
+
+
+def _restore_backup(path: Path) -> None:
+    shutil.copy(path, f"{path}.backup")
+    os.replace(f"{path}.backup", path)
+
+
+def _remove_all(path: Path) -> None:
+    for file in path.parent.glob("a.db*"):
+        file.unlink()
+
+
+def _replace(end: str) -> Callable[[Path], None]:
+    def replace(path: Path) -> None:
+        Path(f"{path}{end}").unlink()
+        Path(f"{path}{end}").touch()
+
+    return replace
+
+
+def _rename(path: Path) -> None:
+    path.rename(path.with_name("b.db"))
+
+
+def _rename_folder(path: Path) -> None:
+    path.parent.rename(path.parent.with_name("moved"))
+
+
+VANISHED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "all removed": (_remove_all, ""),
+    "the file removed": (_remove(""), ""),
+    "the file moved": (_rename, "b.db"),
+    "the folder moved": (_rename_folder, "../moved/a.db"),
+    "the folder replaced": (_replace_folder, "../moved/a.db"),
+    "a backup put in its place": (_restore_backup, ""),
+    "an empty file put in its place": (_replace(""), ""),
+    "the WAL removed": (_remove("-wal"), "a.db"),
+    "the WAL replaced": (_replace("-wal"), "a.db"),
+    "the shared memory removed": (_remove("-shm"), "a.db"),
+    "WAL and shared memory removed": (_remove("-wal", "-shm"), "a.db"),
+}
+"""What people do to the files of an open store, and where the ledger is afterwards."""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("how", VANISHED)
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_p10_a_store_whose_file_vanished_stops(tmp_path: Path, how: str, busy: bool):
+    """Idle or busy, within about a second the store has failed (exit 74) in one sentence that names
+    the file. Nothing is acknowledged after the file is gone; what was acknowledged before is whole
+    in the file that was moved, or whose WAL was removed.
+    """
+    path = tmp_path / "folder" / "a.db"
+    store = SqliteStore(path, clock=ManualClock(), ballast=0)
+    store.open()
+    ledger = Ledger(store, ManualClock())
+    failures: list[StoreError] = []
+    store.on_failure(failures.append)
+    await ledger.recorded(name="before")
+    harm, place = VANISHED[how]
+    acknowledged = 1
+    began = time.monotonic()
+    try:
+        harm(path)
+        while busy and time.monotonic() - began < 5:
+            await ledger.recorded(name=f"after-{acknowledged}")
+            acknowledged += 1
+    except StoreError as error:
+        assert error.exit_code == 74 and "removed, moved or replaced" in str(error)
+    await eventually(lambda: failures, "the store has failed")
+    assert time.monotonic() - began < 2.0
+    if place != "a.db":  # only the WAL went: what is acknowledged meanwhile is not lost, see below
+        assert acknowledged == 1
+    assert store.failed is failures[0] and str(path) in str(failures[0])
+    with pytest.raises(StoreFailed):
+        await ledger.recorded(name="later")
+    store.close()
+    if place:
+        kept = tmp_path / "kept"
+        kept.mkdir()
+        shutil.copy(os.path.normpath(path.parent / place), kept / "a.db")
+        found = SqliteStore(kept / "a.db", clock=ManualClock(), ballast=0)
+        found.open()
+        assert acknowledged <= (await found.counts())["events"] <= acknowledged + 1
+        found.close()
+
+
+@pytest.mark.anyio
+async def test_a_store_that_lost_its_file_leaves_the_next_one_alone(tmp_path: Path):
+    """Another process starts on a new file at the same path; the end of the first store removes
+    none of its files.
+    """
+    path = tmp_path / "a.db"
+    store = SqliteStore(path, clock=ManualClock(), ballast=4096)
+    store.open()
+    await Ledger(store, ManualClock()).recorded()
+    for file in tmp_path.glob("a.db*"):
+        file.unlink()
+    with holding(str(path), "record") as holder:
+        await eventually(lambda: store.failed, "the first store has failed")
+        store.close()
+        names = {file.name for file in tmp_path.iterdir()}
+        assert names >= {"a.db", "a.db-wal", "a.db-shm", "a.db.ballast"}
+        holder.kill()
+    store = SqliteStore(path, clock=ManualClock())
+    store.open()
+    assert (await store.counts())["events"] == 1
+    store.close()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
