@@ -5,6 +5,7 @@ The memory of a request stays near its limit whatever the chunks; a sender that 
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -18,7 +19,9 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class BodyRejected(Exception):
-    """The body is too large (413) or too slow (408). The rest of it is unread."""
+    """The body is too large (413) or too slow (408), or its length is no number (400). The rest of
+    it is unread.
+    """
 
     def __init__(self, status: int, error: str, detail: str) -> None:
         super().__init__(status, error, detail)
@@ -41,7 +44,9 @@ async def read_http_body(
     Raises BodyRejected as soon as the declared or the counted size is over `max_bytes` or the time
     is over, ClientDisconnected when the sender left.
     """
-    if content_length.isdigit() and (len(content_length) > 15 or int(content_length) > max_bytes):
+    if content_length and not re.fullmatch("[0-9]+", content_length):
+        raise BodyRejected(400, "bad_request", "Content-Length: expected digits")
+    if content_length and (len(content_length) > 15 or int(content_length) > max_bytes):
         raise _too_large(max_bytes)
     body = bytearray()
     start = asyncio.get_running_loop().time()

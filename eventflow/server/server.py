@@ -130,6 +130,7 @@ def serve(app: App, settings: Settings, ready_stream: TextIO | None = None) -> i
     Raises EventflowError when it cannot start.
     """
     check(settings)
+    app.check_secrets()
     path = open_store(settings.store or app.url, app.clock).path
     pretty = {"json": False, "pretty": True}.get(settings.log)
     ready = ready_stream or sys.stdout

@@ -12,9 +12,11 @@ import pytest
 from starlette.routing import Route
 
 from eventflow import App, flow
+from eventflow.core.errors import UsageError
 from eventflow.web.api import Api, make_asgi
 from eventflow.web.auth import constant_time_equal, host_name
 from eventflow.web.openapi import OPERATIONS
+from eventflow.web.responses import client_address
 from triggers import Webhook
 
 Client = httpx2.AsyncClient
@@ -145,6 +147,11 @@ def test_token(tmp_path: Path):
             "",
             right.replace("Bearer", "Basic"),
             "Bearer \xff",
+            right.replace(" ", "\t"),
+            right.replace(" ", ""),
+            f"{right} ",
+            f"{right}, {right}",
+            f'Bearer "{right[7:]}"',
         ):
             header = {"authorization": wrong.encode("latin-1")}
             answer = await client.get("/api/counts", headers=header)  # type: ignore[arg-type]
@@ -181,6 +188,31 @@ def test_tokens_are_compared_in_constant_time():
         ("", False),
         ("localhost/x", False),
         ("[::1", False),
+        ("[0:0:0:0:0:0:0:1]:8710", True),
+        ("[::1].evil.example", False),
+        ("[::1].evil.example:8710", False),
+        ("[::1]evil", False),
+        ("[::1]]", False),
+        ("[::1]:8710:1", False),
+        ("[::1]:", False),
+        ("[::1%25lo]", False),
+        ("[localhost]", False),
+        ("::1", False),
+        ("localhost:", False),
+        ("localhost:x", False),
+        ("localhost:99999", False),
+        ("localhost:80@evil.example", False),
+        ("localhost#evil.example", False),
+        ("localhost?evil.example", False),
+        ("localhost\\evil.example", False),
+        ("localhost, evil.example", False),
+        ("local\thost", False),
+        ("localhost\x00", False),
+        ("localhost ", False),
+        ("local%68ost", False),
+        ("localhost.", False),
+        ("\xa0localhost", False),
+        ("http://localhost", False),
     ],
 )
 def test_host_allow_list(tmp_path: Path, host: str, served: bool):
@@ -190,11 +222,13 @@ def test_host_allow_list(tmp_path: Path, host: str, served: bool):
 
     async def work(app: App, client: Client) -> None:
         await client.get("/api/counts")
-        answer = await client.get("/api/counts", headers={**token(tmp_path), "host": host})
+        raw = [(b"host", host.encode("latin-1"))]
+        raw += [(name.encode(), value.encode()) for name, value in token(tmp_path).items()]
+        answer = await client.get("/api/counts", headers=raw)
         assert answer.status_code == (200 if served else 421)
         assert (await client.get("/healthz", headers={"host": "10.0.0.7"})).status_code == 200
         hook = await client.post(
-            "/hooks/orders", json={"id": host or "-", "total": 1}, headers={"host": "hooks.example"}
+            "/hooks/orders", json={"id": f"<{host}>", "total": 1}, headers={"host": "hooks.example"}
         )
         assert hook.status_code == 202
 
@@ -223,6 +257,21 @@ def test_cross_site_requests(tmp_path: Path):
             ({"sec-fetch-site": "same-site"}, 403),
             ({"origin": "https://evil.example"}, 403),
             ({"origin": "null"}, 403),
+            ({"origin": ""}, 403),
+            ({"origin": "//localhost"}, 403),
+            ({"origin": "file://localhost"}, 403),
+            ({"origin": "http://localhost/"}, 403),
+            ({"origin": "http://localhost/@evil.example"}, 403),
+            ({"origin": "http://evil@localhost"}, 403),
+            ({"origin": "http://localhost.evil.example"}, 403),
+            ({"origin": "http://[::1].evil.example"}, 403),
+            ({"origin": "http://localhost:1"}, 403),
+            ({"origin": "http://local\thost"}, 403),
+            ({"origin": "http://localhost http://evil.example"}, 403),
+            ({"origin": "https://localhost"}, 404),
+            ({"sec-fetch-site": ""}, 403),
+            ({"sec-fetch-site": "None"}, 403),
+            ({"sec-fetch-site": "none, cross-site"}, 403),
             ({"sec-fetch-site": "same-origin", "origin": "http://localhost"}, 404),
             ({"sec-fetch-site": "none"}, 404),
         ):
@@ -237,6 +286,106 @@ def test_cross_site_requests(tmp_path: Path):
         ).status_code == 200
 
     with_client(tmp_path, work)
+
+
+@pytest.mark.parametrize("name", ["host", "origin", "sec-fetch-site", "authorization"])
+def test_a_repeated_header_is_rejected(tmp_path: Path, name: str):
+    """Two values, of which a proxy may read the one and the server the other, are none that a guard
+    accepts, whatever their order, also if both are the right one.
+    """
+
+    async def work(app: App, client: Client) -> None:
+        await client.get("/api/counts")
+        right = {
+            **token(tmp_path),
+            "host": "localhost",
+            "origin": "http://localhost",
+            "sec-fetch-site": "same-origin",
+        }
+        wrong = {
+            "authorization": "Bearer x",
+            "host": "evil.example",
+            "origin": "http://evil.example",
+            "sec-fetch-site": "cross-site",
+        }
+        for first, second in ((right, right), (right, wrong), (wrong, right)):
+            others = [(key, value) for key, value in right.items() if key != name]
+            headers = [(name, first[name]), *others, (name, second[name])]
+            answer = await client.post("/api/runs/nope/retry", headers=headers)
+            assert answer.status_code in (401, 403, 421), headers
+        answer = await client.post("/api/runs/nope/retry", headers=right)
+        assert answer.status_code == 404
+
+    with_client(tmp_path, work)
+
+
+@pytest.mark.parametrize("header", ["x-http-method-override", "x-http-method", "x-method-override"])
+def test_no_header_changes_the_method(tmp_path: Path, header: str):
+    """A GET that asks for another method is a GET, and a POST is checked as a POST."""
+
+    async def work(app: App, client: Client) -> None:
+        for method, wanted in (("GET", "POST"), ("POST", "GET")):
+            headers = {header: wanted, "sec-fetch-site": "cross-site"}
+            answer = await client.request(method, "/api/counts", headers=headers)
+            assert answer.status_code == 401
+        answer = await client.post(
+            "/api/runs/nope/retry",
+            headers={header: "GET", "sec-fetch-site": "cross-site", **token(tmp_path)},
+        )
+        assert answer.status_code == 403
+
+    with_client(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["+5", "5_0", "\xb2", " 5", "0x5", "5, 5", "-1", "5;", "\u0665".encode().decode("latin-1")],
+)
+def test_a_content_length_that_is_no_number_is_refused(tmp_path: Path, value: str):
+    """Where a host's own server lets such a header pass: 400, never an internal error."""
+
+    async def work(app: App, client: Client) -> None:
+        await client.get("/api/counts")
+        for path in ("/api/runs", "/hooks/orders"):
+            headers = {**token(tmp_path), "content-type": "application/json"}
+            raw = [(key.encode(), text.encode("latin-1")) for key, text in headers.items()]
+            answer = await client.post(
+                path,
+                content=b'{"id":"1"}',
+                headers=[*raw, (b"content-length", value.encode("latin-1"))],
+            )
+            assert answer.status_code == 400, (path, answer.text)
+
+    with_client(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "shop.example:443", "https://shop.example", "*", "*.example", "a b", "[::1]:80", "::1%lo"],
+)
+def test_an_allowed_host_that_can_never_match_is_refused(tmp_path: Path, name: str):
+    """A misspelt entry of the allow-list is a UsageError when the app is made."""
+    with pytest.raises(UsageError, match="without scheme and port"):
+        make_asgi(shop(tmp_path), allowed_hosts=[name])
+
+
+@pytest.mark.parametrize(
+    ("client", "address"),
+    [
+        (("203.0.113.9", 1), "203.0.113.9"),
+        (("2001:DB8::0:1", 1), "2001:db8::1"),
+        (("unknown", 0), ""),
+        (("203.0.113.9, 10.0.0.1", 0), ""),
+        (("203.0.113.9:80", 0), ""),
+        (("'; DROP", 0), ""),
+        (None, ""),
+    ],
+)
+def test_client_address(client: tuple[str, int] | None, address: str):
+    """What stands for the sender in counts and audit lines is an address or nothing, whatever a
+    proxy passed on as X-Forwarded-For.
+    """
+    assert client_address({"client": client}) == address
 
 
 def test_guessing_is_slowed_down(tmp_path: Path):
