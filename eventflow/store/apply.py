@@ -109,7 +109,18 @@ def apply(tx: Transaction, op: WriteOp) -> Any:
 def _record(tx: Transaction, op: RecordEvents) -> list[Receipt]:
     if op.cursor:
         tx.events.put_cursors(op.trigger, op.cursor)
-    return [record_arrival(tx, arrival) for arrival in op.arrivals]
+    receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
+    if op.route_conflict is not None:
+        conflicts = [
+            op.route_conflict(arrival, receipt)
+            for arrival, receipt in zip(op.arrivals, receipts, strict=True)
+            if receipt.conflict
+        ]
+        if conflicts:
+            load_arrivals(tx, conflicts)
+            for arrival in conflicts:
+                record_arrival(tx, arrival)
+    return receipts
 
 
 def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
