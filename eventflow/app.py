@@ -281,16 +281,20 @@ class App:
         sink: LogSink | None = None,
         listen: bool = True,
         passive: bool = False,
+        require_secrets: bool = True,
     ) -> None:
         """Opens the store, the worker, then the listeners. With `own_loop` flows get a loop and
         thread of their own.
 
         For the command line: without `listen` no trigger is started; a `passive` app runs no flow
         either, it only records and reads. `store` replaces the App's own URL; `sink` stores the log
-        lines of runs.
+        lines of runs. `require_secrets`: raise EmptySecret before anything is opened; without it, a
+        webhook whose secret is unset refuses every request (for tests).
         """
         if self._runtime is not None:
             raise UsageError(f"the app {self.name!r} is open already")
+        if listen and not passive and require_secrets:
+            self.check_secrets()
         config = msgspec.structs.replace(self._config, clock=self.clock)  # tests may set it
         runtime = Runtime(config, store or self.url, sink)
         await runtime.open(own_loop, listen and not passive, passive)
@@ -328,6 +332,13 @@ class App:
                 " use `async with app:`, app.run() or `eventflow serve`"
             )
         return self._runtime
+
+    def check_secrets(self) -> None:
+        """Raises EmptySecret for a secret of the environment that is empty or unset.
+
+        `open` calls it before it listens; importing the app needs no secret.
+        """
+        self._config.check_secrets()
 
     @property
     def is_open(self) -> bool:

@@ -152,6 +152,12 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
             )
         )
 
+    def check_secrets(self) -> None:
+        """Raises EmptySecret for a secret that a trigger or sink takes from the environment."""
+        for each in (*self.triggers, *(every.sink for every in self.sink_subscriptions)):
+            if (check := getattr(each, "check_secrets", None)) is not None:
+                check()
+
     def subscription_names(self) -> set[str]:
         """Of subscriptions of flows and of sinks: they share one namespace."""
         return {each.name for each in (*self.subscriptions, *self.sink_subscriptions)}

@@ -73,6 +73,20 @@ class Clock(Protocol):
         ...
 
 
+def timer_after(
+    clock: Clock, loop: asyncio.AbstractEventLoop, duration_us: int, call: Callable[[], None]
+) -> Timer:
+    """Call `call` on `loop` once `duration_us` has passed, whatever happens to the wall clock.
+
+    For durations inside of one process: timeouts, delays. A clock without a method `after` has one
+    time only, like `VirtualClock`.
+    """
+    after = getattr(clock, "after", None)
+    if after is None:
+        return clock.timer(loop, clock.now() + duration_us, call)
+    return after(loop, duration_us, call)
+
+
 async def sleep_until(clock: Clock, due_us: int) -> None:
     """Wait until the wall clock reads `due_us`. A clock that is set back lengthens the wait."""
     over = asyncio.Event()
@@ -91,7 +105,7 @@ async def sleep_for(clock: Clock, duration: Duration, wake: asyncio.Event | None
     """
     wake = wake or asyncio.Event()
     loop = asyncio.get_running_loop()
-    timer = clock.timer(loop, clock.now() + microseconds(duration), wake.set)
+    timer = timer_after(clock, loop, microseconds(duration), wake.set)
     backstop = loop.call_later(seconds(duration) + 1, wake.set)
     try:
         await wake.wait()
@@ -119,6 +133,12 @@ class SystemClock:
     ) -> Timer:
         return _SteppedTimer(self, loop, due_us, call)
 
+    def after(
+        self, loop: asyncio.AbstractEventLoop, duration_us: int, call: Callable[[], None]
+    ) -> Timer:
+        """For `timer_after`."""
+        return _MonotonicTimer(self, loop, self.monotonic() + duration_us / SECOND, call)
+
 
 class _SteppedTimer:
     __slots__ = ("_call", "_clock", "_due_us", "_handle", "_loop")
@@ -141,6 +161,33 @@ class _SteppedTimer:
         if left <= 0:
             self._call()
         else:
+            self._handle = self._loop.call_later(min(left, self._clock.STEP_SECONDS), self._step)
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+
+class _MonotonicTimer:
+    __slots__ = ("_call", "_clock", "_due", "_handle", "_loop")
+
+    def __init__(
+        self,
+        clock: SystemClock,
+        loop: asyncio.AbstractEventLoop,
+        due: float,
+        call: Callable[[], None],
+    ) -> None:
+        self._clock: SystemClock = clock
+        self._loop: asyncio.AbstractEventLoop = loop
+        self._due: float = due
+        self._call: Callable[[], None] = call
+        self._handle: asyncio.Handle = loop.call_soon(self._step)
+
+    def _step(self) -> None:
+        left = self._due - self._clock.monotonic()
+        if left <= 0:
+            self._call()
+        else:  # also after an event loop that rounds the delay has called too early
             self._handle = self._loop.call_later(min(left, self._clock.STEP_SECONDS), self._step)
 
     def cancel(self) -> None:

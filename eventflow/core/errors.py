@@ -323,9 +323,9 @@ class StoreLocked(StoreError):
 
     def __init__(self, path: str, pid: int | None) -> None:
         self.pid = pid
-        holder = f"process {pid}" if pid else "another process"
+        self.holder = f"process {pid}" if pid else "another process"
         super().__init__(
-            f"the store {path} is in use by {holder}; stop it, or point this one elsewhere with "
+            f"the store {path} is in use by {self.holder}; stop it, or point this one elsewhere with "
             "--store"
         )
 

@@ -92,7 +92,7 @@ class ReportFenced(msgspec.Struct, frozen=True, gc=False):
 class ReportFault(msgspec.Struct, frozen=True, gc=False):
     """eventflow's own code, or a callable that the app gave it, raised."""
 
-    error: Exception
+    error: BaseException
 
 
 Action: TypeAlias = (

@@ -19,8 +19,8 @@ from contextvars import Context, copy_context
 from functools import partial
 from typing import Any
 
-from eventflow.core.clock import Clock, microseconds
-from eventflow.core.errors import TaskTimedOut, call_catching
+from eventflow.core.clock import Clock, microseconds, timer_after
+from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, call_catching
 from eventflow.engine.actions import (
     Action,
     AppendEntry,
@@ -31,7 +31,7 @@ from eventflow.engine.actions import (
 )
 from eventflow.engine.journal_writer import JournalWriter
 from eventflow.engine.run_end import RunEnd
-from eventflow.engine.worker_services import WorkerServices
+from eventflow.engine.worker_services import CANCEL_ATTEMPTS, WorkerServices
 from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.flow_loop import leave_flow
 from eventflow.runs.journal import Entry, Kind
@@ -39,12 +39,10 @@ from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
 from eventflow.sdk.task import TaskCall, TaskContext, enter_task, task_context
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
-from eventflow.serialization.codecs import encode_error
 from eventflow.store.protocol import Appended, Arrival
 
-CANCEL_ATTEMPTS = 3
-"""Times a body is cancelled, `CANCEL_INTERVAL` seconds apart, before it is left behind."""
 CANCEL_INTERVAL = 1.0
+"""Seconds between the `CANCEL_ATTEMPTS` cancels of a body that ignores its timeout."""
 
 log = get_logger("eventflow.attempts")
 LOG_EVENTS = {
@@ -54,6 +52,10 @@ LOG_EVENTS = {
     ),
     "task.attempt_failed": (
         "An attempt of a task failed; `retry_in` is the delay before the next one, if any."
+    ),
+    "task.thread_left_behind": (
+        "A plain body runs on after its timeout or cancel: `left_behind` counts such threads, "
+        "`spare` those that may still replace one."
     ),
     "task.hook_failed": (
         "An on_success or on_failure hook raised an exception; the outcome does not change."
@@ -131,7 +133,7 @@ class Attempts:
         if handle is not None:
             handle.cancel()
             if self._mark_ended(call):
-                self._keep_reference(handle)
+                self._keep_reference(handle, call)
 
     async def _attempt(self, call: TaskCall) -> None:
         """Runs one body and reports what came of it. Whatever the body raises ends here."""
@@ -149,11 +151,11 @@ class Attempts:
             arrivals: Sequence[Arrival] = ()
             if emitted:
                 arrivals = [services.derived.event(self.run, *fields) for fields in emitted]
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
         except (
             BaseException
         ) as error:  # around an attempt: recorded, and retried if its Retry allows
+            if isinstance(error, GeneratorExit) and not _is_running(me):
+                raise  # the loop is gone, and this coroutine is freed
             if call.handle is not me or not self._end.is_open:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif isinstance(error, asyncio.CancelledError) and me.cancelling():
@@ -239,12 +241,11 @@ class Attempts:
             log.error("task.abandoned", run=self.name, task=task.name, attempt=attempt)
             error = TaskTimedOut(task.name, task.options.timeout or 0.0)
             self._guarded(self._on_failure, call, error)
-            self._keep_reference(handle)
+            self._keep_reference(handle, call)
 
-    def _keep_reference(self, handle: asyncio.Task[Any]) -> None:
+    def _keep_reference(self, handle: asyncio.Task[Any], call: TaskCall) -> None:
         """Holds a task until it has ended: the loop holds its tasks weakly."""
-        services = self._services
-        services.loop.call_soon(services.spawn, _outlast(handle), context=Context())
+        self._services.abandon(handle, f"{self.name}/{call.call_key}")
 
     # ----------------------------------------------------------------- the end of an attempt
 
@@ -302,7 +303,7 @@ class Attempts:
             kind=Kind.ERROR if delay is None else Kind.FAILED,
             attempt=call.attempt,
             fingerprint=call.fingerprint,
-            error=encode_error(error),
+            error=self._end.encode_error(error),
         )
         call.times.write_to(entry, services.clock.monotonic())
         arrivals: list[Arrival] = []
@@ -332,12 +333,15 @@ async def run_hook(run: str, hook: Callable[..., Any], *args: Any) -> None:
         result = hook(*args)
         if asyncio.iscoroutine(result):
             await result
-    except Exception as error:  # around a hook: what it reports has happened already
+    except ANY_FAILURE as error:  # around a hook: what it reports has happened already
         log.error("task.hook_failed", run=run, hook=getattr(hook, "__name__", "?"), exc_info=error)
 
 
-async def _outlast(task: asyncio.Task[Any]) -> None:
-    await asyncio.wait((task,))
+def _is_running(task: asyncio.Task[Any]) -> bool:
+    """Whether the caller is a step of this task."""
+    with suppress(RuntimeError):  # no loop runs here
+        return asyncio.current_task() is task
+    return False
 
 
 # --------------------------------------------------------------------------- time
@@ -375,8 +379,8 @@ class AttemptDeadline:
     def start(self) -> None:
         """Starts the timeout. Does nothing after `cancel`."""
         if self._task is not None:
-            self._timer = self._clock.timer(
-                self._loop, self._clock.now() + microseconds(self._timeout), self._expire
+            self._timer = timer_after(
+                self._clock, self._loop, microseconds(self._timeout), self._expire
             )
 
     def _expire(self) -> None:
@@ -387,8 +391,8 @@ class AttemptDeadline:
         self._cancels += 1
         if self._task is not None:
             self._task.cancel()
-        self._timer = self._clock.timer(
-            self._loop, self._clock.now() + microseconds(CANCEL_INTERVAL), self._expire
+        self._timer = timer_after(
+            self._clock, self._loop, microseconds(CANCEL_INTERVAL), self._expire
         )
 
     def absorb(self) -> None:
@@ -438,16 +442,26 @@ def _in_thread(
     """
     begun = None if on_start is None else partial(_call_on_loop, services.loop, on_start)
     call.thread = services.threads.submit(_work, copy_context(), call, services.clock, begun)
-    return _thread_result(call.thread)
+    return _thread_result(call.thread, call.task.name, services)
 
 
-async def _thread_result(thread: ThreadFuture[Any]) -> Any:
-    return await asyncio.wrap_future(thread)
+async def _thread_result(thread: ThreadFuture[Any], task: str, services: WorkerServices) -> Any:
+    try:
+        return await asyncio.wrap_future(thread)
+    except asyncio.CancelledError:
+        threads = services.threads
+        if threads.leave_behind(thread) and not services.draining:
+            log.warning(
+                "task.thread_left_behind",
+                task=task,
+                left_behind=threads.left_behind,
+                spare=max(0, threads.max_spare - threads.left_behind),
+                hint="a thread cannot be stopped: give its I/O a timeout of its own",
+            )
+        raise
 
 
-def _work(
-    context: Context, call: TaskCall, clock: Clock, begun: Callable[[], None] | None
-) -> Any:
+def _work(context: Context, call: TaskCall, clock: Clock, begun: Callable[[], None] | None) -> Any:
     call.times.began_at = clock.monotonic()
     if begun is not None:
         begun()

@@ -27,6 +27,10 @@ class ChildCall:
         self.fingerprint = fingerprint(("params",), (orjson.loads(params),), {}, {})
         self.future: asyncio.Future[Any] | None = None
 
+    def marked_arguments(self) -> dict[str, bytes]:
+        """For `codecs.is_recorded_unsorted`."""
+        return {"params": self.flow.binder.mark_sets(self.params)}
+
 
 class EmitCall:
     """An event to publish with the commit that records it."""

@@ -9,7 +9,7 @@ from functools import partial
 
 from eventflow.core.clock import Timer
 from eventflow.core.errors import StoreError
-from eventflow.engine.limits import CLAIM_BATCH_SIZE, UNBOUNDED
+from eventflow.engine.limits import CLAIM_BATCH_SIZE
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.runs.run import Run
 from eventflow.sdk.flow import Flow
@@ -17,20 +17,16 @@ from eventflow.store.protocol import Claim, Claimed
 
 
 class Claimer:
-    """`in_memory` counts the runs of each flow in memory; `receive` gets the claimed runs, also
-    when there are none.
-    """
+    """`receive` gets the claimed runs, also when there are none."""
 
     def __init__(
         self,
         services: WorkerServices,
         flows: Mapping[str, Flow[..., object]],
-        in_memory: Mapping[str, int],
         receive: Callable[[Sequence[Run]], None],
     ) -> None:
         self._services = services
         self._flows = flows
-        self._in_memory = in_memory
         self._receive = receive
         self.has_backlog = True
         """The store may hold due runs that are not in memory."""
@@ -53,25 +49,30 @@ class Claimer:
         if limit < CLAIM_BATCH_SIZE // 4 or not capacity.reserve(limit):
             return
         self.is_claiming = True
-        caps = {name: self._cap(flow) for name, flow in self._flows.items()}
+        places = services.limits.places
+        caps = {
+            name: places.free(name, flow.options.concurrency) for name, flow in self._flows.items()
+        }
+        places.begin_claim(caps)
         services.store.post(Claim(limit, caps), partial(self._on_claimed, limit), services.loop)
-
-    def _cap(self, flow: Flow[..., object]) -> int:
-        """How many more runs of this flow may be claimed, by its `concurrency`."""
-        limit = flow.options.concurrency
-        return UNBOUNDED if limit is None else max(0, limit - self._in_memory[flow.name])
 
     def _on_claimed(self, limit: int, reply: Claimed | StoreError) -> None:
         self.is_claiming = False
+        places = self._services.limits.places
         if isinstance(reply, StoreError):
+            places.end_claim(self._limit)
             return
         self._services.limits.capacity.release(limit - len(reply.runs))
         self.has_backlog = reply.has_more
         self._set_due_timer(reply.next_due)
         again = bool(reply.runs) or self._claim_again
         self._receive(reply.runs)
+        places.end_claim(self._limit)
         if again:  # a run that settled meanwhile may have freed a place below its flow's cap
             self.claim()
+
+    def _limit(self, flow: str) -> int | None:
+        return self._flows[flow].options.concurrency
 
     def _set_due_timer(self, due: int | None) -> None:
         self.close()

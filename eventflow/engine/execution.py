@@ -161,9 +161,7 @@ class Execution(FlowCalls):
             return True
         limit = self.flow.options.concurrency
         if not self._awaits_place and limit is not None:
-            self.has_place = self.services.limits.places.take(
-                self.flow.name, limit, self._on_place
-            )
+            self.has_place = self.services.limits.places.take(self.flow.name, limit, self._on_place)
             self._awaits_place = not self.has_place
         return self.has_place
 

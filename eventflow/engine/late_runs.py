@@ -77,6 +77,10 @@ class LateRunMonitor:
             self._store.on_new_runs(self._on_new_runs)
             self._task = asyncio.create_task(self._run(), name="late-runs")
 
+    @property
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        return () if self._task is None else (self._task,)
+
     async def stop(self) -> None:
         """A transaction under way is still recorded; no further one begins."""
         if self._task is None:

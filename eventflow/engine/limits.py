@@ -159,9 +159,7 @@ class FlowPlaces:
 
     def _admit(self, flow: str, limit: int | None) -> None:
         waiting = self._returning.get(flow)
-        while waiting and (
-            limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit
-        ):
+        while waiting and (limit is None or self.taken[flow] + self._claimed.get(flow, 0) < limit):
             self.taken[flow] += 1
             waiting.popleft()()
         if waiting is not None and not waiting:

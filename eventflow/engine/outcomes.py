@@ -26,7 +26,7 @@ from eventflow.runs.run import (
     Restarted,
     Suspended,
 )
-from eventflow.serialization.codecs import decode_error
+from eventflow.serialization.errors import decode_error
 
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {

@@ -32,7 +32,7 @@ from eventflow.loop.flow_loop import FlowTimer
 from eventflow.runs.journal import STARTED_NOTE, TIMEOUT_KEY, Entry, Journal, Kind
 from eventflow.runs.run import NeedsAttention
 from eventflow.sdk.task import TaskCall
-from eventflow.serialization.codecs import fingerprint_diff
+from eventflow.serialization.codecs import fingerprint_diff, is_recorded_unsorted
 
 Answer: TypeAlias = tuple[int, int, Entry, Pending]
 """A durable entry and what waits for it: `(batch, position, entry, target)`."""
@@ -111,6 +111,10 @@ class PendingCalls:
             return True, None
         diff = fingerprint_diff(entry.fingerprint, mine)
         if not diff:
+            return True, None
+        if isinstance(target, TaskCall | ChildCall) and is_recorded_unsorted(
+            entry.fingerprint, target.marked_arguments()
+        ):
             return True, None
         policy = target.task.options.on_changed if type(target) is TaskCall else "error"
         if policy == "error":

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from eventflow.core.clock import SECOND, Timer, microseconds
+from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
 from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut, call_catching
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.worker_services import WorkerServices
@@ -21,7 +21,7 @@ from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
 from eventflow.runs.run import Cancelled, Completed, Failed, Outcome, Restarted, Run, Suspended
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
-from eventflow.serialization.codecs import encode_error
+from eventflow.serialization.errors import encode_error
 
 RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
@@ -42,7 +42,9 @@ class RunEnd:
         "_services",
         "_timed_out",
         "is_closed",
+        "is_signalled",
         "outcome",
+        "refusals",
         "unwind_rounds",
     )
 
@@ -51,6 +53,10 @@ class RunEnd:
         self._flow = flow
         self.outcome: Outcome | None = None
         self.is_closed = False
+        self.is_signalled = False
+        """Whether a cancel or the timeout was delivered: the flow cleans up."""
+        self.refusals = 0
+        """Calls that the flow made after that, not to clean up; and repeated cancels."""
         self.unwind_rounds = 0
         """How often the flow's unfinished tasks were cancelled."""
         self._cancel_reason: str | None = None
@@ -98,25 +104,27 @@ class RunEnd:
         else:
             self._timed_out = True
         root.cancel()
+        self.is_signalled = True
         if self._grace_timer is None:
             services = self._services
-            due = services.clock.now() + microseconds(self._flow.options.grace)
-            self._grace_timer = services.clock.timer(
-                services.loop, due, lambda: on_grace_over(self._signal_outcome())
+            self._grace_timer = timer_after(
+                services.clock,
+                services.loop,
+                microseconds(self._flow.options.grace),
+                lambda: on_grace_over(self.signal_outcome()),
             )
 
-    @property
-    def in_grace(self) -> bool:
-        """Whether a signal was delivered and the flow cleans up."""
-        return self._grace_timer is not None
-
-    def _signal_outcome(self) -> Outcome:
+    def signal_outcome(self) -> Outcome:
         if self._timed_out:
             timeout = self._flow.options.timeout or 0.0
             return Failed(encode_error(RunTimedOut(self._flow.name, timeout)))
         return Cancelled(self._cancel_reason or "the flow cancelled itself")
 
     # ----------------------------------------------------------------- the flow's own end
+
+    def encode_error(self, error: BaseException) -> bytes:
+        """The record of an error that this run's flow raised or will receive."""
+        return self._services.encode_error(error, self._flow)
 
     def flow_outcome(
         self, root: FlowTask, name: str, journal: Journal, on_stored: Callable[[], None]
@@ -125,14 +133,14 @@ class RunEnd:
 
         `on_stored` is called when it is. `name` is the run's, for the log.
         """
-        if root.cancelled():
-            return self._signal_outcome()
+        if root.cancelled() or self.refusals:
+            return self.signal_outcome()  # what else it came to is a consequence
         error = root.exception()
         if error is None:
             outcome, error = call_catching(self._complete, root.result(), name, journal, on_stored)
             if error is None:
                 return outcome
-        return Failed(encode_error(error))
+        return Failed(self.encode_error(error))
 
     def _complete(
         self, value: Any, name: str, journal: Journal, on_stored: Callable[[], None]

@@ -182,8 +182,10 @@ class WorkerServices:
         own = imported_by(flow.fn)
         return encode_error(
             error,
-            lambda module: module in self.imported
-            or any(module == each or module.startswith(f"{each}.") for each in own),
+            lambda module: (
+                module in self.imported
+                or any(module == each or module.startswith(f"{each}.") for each in own)
+            ),
         )
 
     def abandon(self, body: asyncio.Task[Any], name: str) -> None:

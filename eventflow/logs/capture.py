@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Final, Literal, Self, TextIO, cast
 import structlog
 
 from eventflow.core.clock import Clock, SystemClock
+from eventflow.core.forks import call_in_forked_children
 from eventflow.logs.log import LOGGER, LogContext, log_context
 from eventflow.logs.output import LogOutput
 from eventflow.logs.redaction import SECRETS, Redactor
@@ -39,6 +40,7 @@ class StreamCapture:
         self._output = output
         self._echo = echo
         self._lock = threading.RLock()
+        call_in_forked_children(self._after_fork)
 
     def write(self, text: str) -> int:
         context = log_context.get()
@@ -70,6 +72,9 @@ class StreamCapture:
         visible = line.rstrip("\r").rpartition("\r")[2]
         if visible and self._output.level <= logging.INFO:
             self._output.write_line(logging.INFO, self._name, visible, {}, context)
+
+    def _after_fork(self) -> None:
+        self._lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)

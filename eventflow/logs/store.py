@@ -25,6 +25,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import Clock
+from eventflow.core.forks import call_in_forked_children
 from eventflow.logs.file import LogFile, is_damage, read_lines
 from eventflow.logs.log import LogLine, get_logger
 
@@ -165,6 +166,7 @@ class LogStore:
         self._followers: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._next_warning_at = float("-inf")
         self._thread: threading.Thread | None = None
+        call_in_forked_children(self._after_fork)
 
     @property
     def dropped(self) -> int:
@@ -188,6 +190,11 @@ class LogStore:
 
     # ----------------------------------------------------------------------- writing
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether lines are written, or the store is closed."""
+        return self._thread is None or self._thread.is_alive()
+
     def post(self, line: LogLine) -> None:
         """Queue a line; it is dropped if its run is over its rate or the queue is full. Never
         blocks or raises.
@@ -207,6 +214,16 @@ class LogStore:
                 self._posted += 1
         if not self._has_work.is_set():
             self._has_work.set()
+
+    def _after_fork(self) -> None:
+        """A forked child stores no lines: the file is its parent's."""
+        self._written = threading.Condition()
+        self._has_work = threading.Event()
+        self._write_now = threading.Event()
+        self._closing = threading.Event()
+        self._closing.set()
+        self._queue = []
+        self._thread = None
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until everything posted before is written or dropped. False after `timeout`

@@ -31,6 +31,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
+from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup, handles_cancel
 from eventflow.loop.left_behind import close_or_keep
 from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
@@ -352,6 +353,9 @@ class FlowLoop(HostedLoop):
         self._rounds = 0
         self._pumping = False
         self._closed = False
+        self.large_arguments = LargeValues()
+        """For the fingerprints of calls."""
+        self._large_arguments = LargeValues()  # for the names of tasks
         self.has_busy_looped = False
         """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
         self.cleanup: Cleanup | None = None
@@ -526,7 +530,7 @@ class FlowLoop(HostedLoop):
         recorded.
         """
         scope = self.current_scope()
-        label = task_label(coro, deep=deep)
+        label = task_label(coro, deep=deep, large=self._large_arguments)
         if self.host.is_recorded_scope(scope.path + label) is False:
             earlier = task_label(coro, deep=deep, earlier=True)
             if earlier != label and self.host.is_recorded_scope(scope.path + earlier):

@@ -3,8 +3,8 @@
 `FlowLoop` names each task by its coroutine's qualname and a digest of its plain arguments. Two
 processes must derive the same name for the same task, whatever their hash seeds, their Python
 version, or the order in which a set was iterated. So only arguments count, and of those only the
-ones with a canonical JSON form. Names are stored with journals: a changed name makes old journals
-diverge.
+ones with a canonical JSON form (core/canonical.py). Names are stored with journals: a changed name
+makes old journals diverge, so a resumed run asks for `earlier` names, too.
 """
 
 import asyncio
@@ -16,9 +16,12 @@ from typing import Any
 import msgspec
 import orjson
 
+from eventflow.core.canonical import to_sorted_builtins
 from eventflow.core.errors import UsageError
+from eventflow.core.large_values import MIN_LARGE_BYTES, LargeValues
 
-_NON_STR = orjson.OPT_NON_STR_KEYS
+_SORTED = orjson.OPT_NON_STR_KEYS | orjson.OPT_SORT_KEYS
+_NO_JSON = (TypeError, ValueError, OverflowError, RecursionError)
 
 
 class Scope:
@@ -58,9 +61,12 @@ class Scope:
         return f"{self.path}{label}.{ordinal}/" if ordinal else f"{self.path}{label}/"
 
 
-def task_label(coro: Any, *, deep: bool = False) -> str:
+def task_label(
+    coro: Any, *, deep: bool = False, earlier: bool = False, large: LargeValues | None = None
+) -> str:
     """The name of a coroutine that becomes a task. With `deep` the plain values of its closure
-    count too.
+    count too. `earlier`: the name that version 0.1.0 gave, before sets and models counted.
+    `large`: hashes of large arguments, which their run keeps.
 
     A journaled call's coroutine (`CallPerformer.perform`) is named by its call key instead of a
     digest.
@@ -83,11 +89,12 @@ def task_label(coro: Any, *, deep: bool = False) -> str:
     if deep:
         names += code.co_freevars
     name = _safe(coro.__qualname__)
-    return (
-        f"{name}:{_digest({name: values[name] for name in names if name in values})}"
-        if names
-        else name
-    )
+    arguments = {name: values[name] for name in names if name in values}
+    if not names:
+        return name
+    if earlier:
+        return f"{name}:{_earlier_digest(arguments)}"
+    return f"{name}:{_digest(arguments, large if large is not None else LargeValues())}"
 
 
 def _safe(name: str) -> str:
@@ -95,25 +102,55 @@ def _safe(name: str) -> str:
     return name.replace("<locals>.", "").replace("/", "|")
 
 
-def _digest(arguments: dict[str, Any]) -> str:
-    try:
-        plain = orjson.dumps(arguments, _plainer, _NON_STR)
-    except TypeError:  # some arguments have no JSON form: digest the others
-        plain = b"".join(_plain(name, value) for name, value in arguments.items())
+def _digest(arguments: dict[str, Any], large: LargeValues) -> str:
+    if not large.has_any(arguments.values()):
+        try:
+            plain = orjson.dumps(arguments, _canonical, _SORTED)
+            if len(plain) < MIN_LARGE_BYTES:
+                return blake2b(plain, digest_size=4).hexdigest()
+        except _NO_JSON:  # some arguments have no JSON form: digest the others
+            pass
+    plain = b"".join(_plain(name, value, large) for name, value in arguments.items())
     return blake2b(plain, digest_size=4).hexdigest()
 
 
-def _plain(name: str, value: Any) -> bytes:
+def _plain(name: str, value: Any, large: LargeValues) -> bytes:
+    if (known := large.get(value)) is not None:
+        return known
     try:
-        return orjson.dumps((name, value), _plainer, _NON_STR)
+        plain = orjson.dumps((name, value), _canonical, _SORTED)
+    except _NO_JSON:
+        return b""
+    if len(plain) < MIN_LARGE_BYTES:
+        return plain
+    known = blake2b(orjson.dumps(value, _canonical, _SORTED), digest_size=16).digest()
+    large.add(value, known)
+    return known
+
+
+def _canonical(value: Any) -> Any:
+    """orjson's `default`: bytes, and what msgspec and pydantic can write."""
+    if isinstance(value, bytes):
+        return value.hex()
+    return to_sorted_builtins(value)
+
+
+def _earlier_digest(arguments: dict[str, Any]) -> str:
+    try:
+        plain = orjson.dumps(arguments, _earlier_default, orjson.OPT_NON_STR_KEYS)
+    except TypeError:
+        plain = b"".join(_earlier_plain(name, value) for name, value in arguments.items())
+    return blake2b(plain, digest_size=4).hexdigest()
+
+
+def _earlier_plain(name: str, value: Any) -> bytes:
+    try:
+        return orjson.dumps((name, value), _earlier_default, orjson.OPT_NON_STR_KEYS)
     except TypeError:
         return b""
 
 
-def _plainer(value: Any) -> Any:
-    """orjson's `default`: encodes structs and bytes. Sets are refused: their order differs by
-    process.
-    """
+def _earlier_default(value: Any) -> Any:
     if isinstance(value, msgspec.Struct):
         return msgspec.structs.asdict(value)
     if isinstance(value, bytes):

@@ -557,7 +557,7 @@ class _ArrivalBuilder:
         return arrival
 
 
-def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, Exception | None]":
+def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, BaseException | None]":
     """The condition that did not hold, or what the user's filter raised; (None, None): it holds."""
     return (None, None) if filter is None else call_catching(filter.mismatch, event)
 

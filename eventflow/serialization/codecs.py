@@ -16,7 +16,7 @@ import pickle
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -31,14 +31,16 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.core.hashing import digest
+from eventflow.core.large_values import MIN_LARGE_BYTES, LargeValues
 from eventflow.serialization.tagged_json import (
     SCALARS,
     TAGGED_TYPES,
     decode_readable,
     decode_tagged,
-    deep_equal,
     encode_plain,
     encode_tagged,
+    reads_back,
+    type_name,
 )
 
 MAX_JSON = 64 * 1024 * 1024
@@ -125,30 +127,56 @@ class ResultCodec:
         with contextlib.suppress(*_UNENCODABLE):
             data = _WRITER.encode(value)
             back = reader.decode(data)
-            if back == value or deep_equal(back, value):
+            if reads_back(back, value):
                 return "typed", data
+        if hasattr(value, "model_dump"):
+            return self._encode_models(value)
         # NaN and integers beyond 64 bits inside a typed value: builtins first, then tags.
         with contextlib.suppress(*_UNENCODABLE, NotStorable):
             data = encode_tagged(
                 msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=dump_model),
                 self._name,
             )
-            if deep_equal(self._convert(data), value):
+            if reads_back(self._convert(data), value):
                 return "typed-tagged", data
+        return self._encode_models(value)
+
+    def _encode_models(self, value: Any) -> tuple[str, bytes] | None:
+        """The value, and what a pydantic model does not dump: which fields are set, private
+        attributes.
+        """
+        states = [_model_state(model) for model in _models_in(value)]
+        if not states:
+            return None
+        with contextlib.suppress(*_UNENCODABLE, NotStorable):
+            form = msgspec.to_builtins(value, builtin_types=TAGGED_TYPES, enc_hook=_dump_objects)
+            data = encode_tagged({"value": form, "models": states}, self._name)
+            if reads_back(self._read_models(data), value):
+                return "typed-models", data
         return None
+
+    def _read_models(self, data: bytes) -> Any:
+        fields = decode_tagged(data)
+        value = msgspec.convert(fields["value"], self._annotation, dec_hook=_decode_hook)
+        for model, (names, private) in zip(_models_in(value), fields["models"], strict=True):
+            object.__setattr__(model, "__pydantic_fields_set__", set(names))
+            object.__setattr__(model, "__pydantic_private__", private)
+        return value
 
     def _decode_typed(self, codec: str, data: bytes) -> Any:
         form, _, member = codec.partition(":")
         reader = self._build()
         if member and member in self._members:
             return self._members[member]._decode_typed(form, data)
-        if member or reader is None or form not in ("typed", "typed-tagged"):
+        if member or reader is None or form not in ("typed", "typed-tagged", "typed-models"):
             raise UsageError(
                 f"{self._name}: a result was recorded as {codec!r}, which its return annotation "
                 f"{self._annotation!r} cannot read; deploy the code that recorded it, or retry the "
                 "run afresh"
             )
         try:
+            if form == "typed-models":
+                return self._read_models(data)
             return reader.decode(data) if form == "typed" else self._convert(data)
         except msgspec.ValidationError as error:
             raise UsageError(
@@ -189,6 +217,9 @@ def to_readable(codec: str, data: bytes) -> Any:
         return msgspec.json.decode(data)
     if form in ("tagged", "typed-tagged"):
         return msgspec.to_builtins(decode_readable(data), str_keys=True, enc_hook=str)
+    if form == "typed-models":
+        value = decode_readable(data)["value"]
+        return msgspec.to_builtins(value, str_keys=True, enc_hook=str)
     return f"<{codec}, {len(data)} bytes>"
 
 
@@ -218,6 +249,35 @@ def _as_number(value: Any, wanted: type) -> Any:
         if number == value or value != value:
             return number
     return value
+
+
+def _models_in(value: Any) -> Iterator[Any]:
+    """The pydantic models in a value, in one order. Not those in sets, which have none."""
+    if hasattr(cast(type[Any], type(value)), "__pydantic_fields_set__"):
+        yield value
+        parts: Iterable[Any] = (*value.__dict__.values(), value.__pydantic_extra__)
+    elif isinstance(value, dict):
+        parts = cast(dict[Any, Any], value).values()
+    elif isinstance(value, list | tuple):
+        parts = cast(Sequence[Any], value)
+    else:
+        names: Iterable[str] = getattr(value, "__struct_fields__", None) or getattr(
+            value, "__dataclass_fields__", ()
+        )
+        parts = [getattr(value, name, None) for name in names]
+    for part in parts:
+        yield from _models_in(part)
+
+
+def _model_state(model: Any) -> tuple[list[str], dict[str, Any] | None]:
+    return sorted(model.__pydantic_fields_set__), model.__pydantic_private__
+
+
+def _dump_objects(value: Any) -> Any:
+    """msgspec's hook: pydantic models as dicts of Python objects."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="python", by_alias=True, warnings=False)
+    raise TypeError(type_name(value))
 
 
 def _decode_hook(wanted: type, value: Any) -> Any:
@@ -256,6 +316,7 @@ def fingerprint(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     defaults: Mapping[str, Any],
+    large: LargeValues | None = None,
 ) -> bytes | None:
     """Canonical JSON of bound arguments: `f(1)`, `f(x=1)` and a default of 1 are the same.
 
@@ -264,13 +325,15 @@ def fingerprint(
     can be compared. Equal arguments have equal fingerprints in every process: sets are sorted.
     """
     bound = bind_names(names, args, kwargs, defaults)
+    if large is not None and large.has_any(bound.values()):
+        return _fingerprint_fields(bound, large)
     try:
         data = orjson.dumps(bound, _json_hook, orjson.OPT_SORT_KEYS)
         if len(data) <= _MAX_LITERAL:
             return data
     except TypeError:  # JSONEncodeError is one; some field is not comparable
         pass
-    return _fingerprint_fields(bound)
+    return _fingerprint_fields(bound, large)
 
 
 def bind_names(
@@ -289,12 +352,26 @@ def bind_names(
     return bound
 
 
-def _fingerprint_fields(bound: Mapping[str, Any]) -> bytes | None:
-    """Field by field: hashes of long ones, "?" for those without a JSON form."""
-    fields = {name: _field(value) for name, value in bound.items()}
+def _fingerprint_fields(bound: Mapping[str, Any], large: LargeValues | None) -> bytes | None:
+    """Field by field: hashes of long ones, "?" for those without a JSON form. `large`: those of
+    values that the run has passed to a call before.
+    """
+    fields: dict[str, bytes] = {}
+    has_large = False
+    for name, value in bound.items():
+        field = None if large is None else large.get(value)
+        if field is None:
+            field = _field(value)
+            if large is not None and len(field) >= MIN_LARGE_BYTES:
+                field = _hashed(field)
+                large.add(value, field)
+                has_large = True
+        else:
+            has_large = True
+        fields[name] = field
     if bound and all(field == _UNVERIFIED for field in fields.values()):
         return None
-    if sum(map(len, fields.values())) > _MAX_LITERAL:
+    if has_large or sum(map(len, fields.values())) > _MAX_LITERAL:
         fields = {
             name: field if len(field) <= _MAX_LITERAL_FIELD else _hashed(field)
             for name, field in fields.items()

@@ -1,29 +1,48 @@
-"""The watchdog: a thread that notices a blocked event loop and logs the line of user code that
-blocks it.
+"""The watchdog: a thread that notices when a loop or thread of the server stands still or ends.
 
-server.py starts one for the intake loop and the flow loop. A blocked flow loop does not stop intake
-or HTTP, but it stops every other run; the log line shows which function belongs into a plain `def`
-task, which runs in a thread. Per episode one warning after a second and one error after ten. Code
-that holds the GIL for long (some C extensions) stops this thread too.
+server.py starts one. A blocked flow loop does not stop intake or HTTP, but it stops every other
+run; the log line shows which function belongs into a plain `def` task, which runs in a thread. Per
+episode one warning after a second and one error after ten: then `/readyz` answers 503 with the
+reason. What has ended, or stands still for `stall_timeout`, ends the process with exit code 70, so
+that a supervisor starts it anew. Code that holds the GIL for long (some C extensions) stops this
+thread too.
 """
 
 import asyncio
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from eventflow.core.clock import Clock
 from eventflow.engine.attempts import Attempts
 from eventflow.engine.execution import Execution
+from eventflow.engine.worker import Worker
 from eventflow.logs.log import get_logger
+from eventflow.store.sqlite import SqliteStore
 
 CHECK_INTERVAL_SECONDS = 0.25
 WARN_AFTER_SECONDS = 1.0
 ERROR_AFTER_SECONDS = 10.0
 """Without a turn of the loop."""
+
+
+class Parts(Protocol):
+    """What is watched besides loops; `Runtime` implements it."""
+
+    stall_reason: str
+
+    @property
+    def store(self) -> SqliteStore: ...
+
+    @property
+    def worker(self) -> Worker: ...
+
+    def dead_part(self) -> str: ...
+
 
 log = get_logger("eventflow.watchdog")
 LOG_EVENTS = {
@@ -49,13 +68,25 @@ class LoopProbe:
 
 class Watchdog:
     """`start` it, and `stop` it before the loops are closed. `loops`: name → loop and ident of its
-    thread.
+    thread. `threads`: further ones, by what they do, and whether they live. `on_fault(reason)` is
+    called once, in the watchdog's thread.
     """
 
     def __init__(
-        self, loops: Mapping[str, tuple[asyncio.AbstractEventLoop, int]], clock: Clock
+        self,
+        loops: Mapping[str, tuple[asyncio.AbstractEventLoop, int]],
+        clock: Clock,
+        parts: Parts,
+        threads: Mapping[str, Callable[[], bool]],
+        stall_timeout: float,
+        on_fault: Callable[[str], None],
     ) -> None:
         self._clock = clock
+        self._parts = parts
+        self._threads = threads
+        self._stall_timeout = stall_timeout
+        self._on_fault = on_fault
+        self._blocked_since: float | None = None  # all threads of plain bodies
         now = clock.monotonic()
         self._probes = {
             name: LoopProbe(loop, thread, now) for name, (loop, thread) in loops.items()
@@ -73,6 +104,12 @@ class Watchdog:
             self._thread.join(2.0)
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # who watches the watchdog
+            self._on_fault(f"the watchdog has ended: {error!r}")
+
+    def _watch(self) -> None:
         last = self._clock.monotonic()
         while not self._stopping.wait(CHECK_INTERVAL_SECONDS):
             now = self._clock.monotonic()
@@ -84,6 +121,40 @@ class Watchdog:
                     probe.last_turn_at += stopped
                 self._check(name, probe, now)
             last = now
+            fault = self._dead_thread() or self._parts.dead_part() or self._stall(now)
+            if fault and not self._stopping.is_set():
+                self._on_fault(fault)
+                return
+
+    def _dead_thread(self) -> str:
+        for name, is_alive in self._threads.items():
+            if not is_alive():
+                return f"the thread of {name} has ended"
+        return ""
+
+    def _stall(self, now: float) -> str:
+        """What stands still for too long. Sets `stall_reason` before."""
+        parts = self._parts
+        since: dict[str, float] = {
+            name: probe.last_turn_at for name, probe in self._probes.items() if probe.is_pending
+        }
+        if (began := parts.store.busy_since) is not None:
+            since["the store's writer waits for its disk"] = began
+        if not parts.worker.threads.is_blocked:
+            self._blocked_since = None
+        else:
+            self._blocked_since = self._blocked_since or now
+            since["plain task bodies that do not return use all threads"] = self._blocked_since
+        reason = ""
+        for what, began in since.items():
+            if now - began >= ERROR_AFTER_SECONDS:
+                if (probe := self._probes.get(what)) is not None:
+                    what = f"the {what} loop is blocked by {locate(probe.thread)['stack']}"
+                reason = f"{what}, for {now - began:.0f} s"
+                if now - began >= self._stall_timeout:
+                    return reason
+        parts.stall_reason = reason
+        return ""
 
     def _check(self, name: str, probe: LoopProbe, now: float) -> None:
         if not probe.is_pending:

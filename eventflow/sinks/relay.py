@@ -17,10 +17,11 @@ from collections.abc import Sequence
 
 import msgspec
 
-from eventflow.core.errors import StoreError
+from eventflow.core.errors import ANY_FAILURE, StoreError
 from eventflow.core.retry import Backoff, Permanent
 from eventflow.events.event import EventSink, OutboxMessage
 from eventflow.logs.log import get_logger
+from eventflow.loop.left_behind import leave_behind
 from eventflow.routing.subscriptions import SinkSubscription
 from eventflow.store.protocol import Store
 
@@ -31,6 +32,8 @@ MAX_RETRY_DELAY_SECONDS = 60.0
 """Before a sink that failed is tried again: first and longest, doubling; jitter over the upper
 half.
 """
+STORE_RETRY_SECONDS = 1.0
+"""Before the outbox is read again after a query that took too long."""
 CLOSE_TIMEOUT_SECONDS = 5.0
 """For `EventSink.close`."""
 
@@ -92,9 +95,9 @@ class SinkSender:
             self.health.state = "sending"
             try:
                 rejected = await self._send(messages)
-            except Exception as error:  # around a sink: it may fail in any way; nothing is lost
+            except ANY_FAILURE as error:  # around a sink: it may fail in any way; nothing is lost
                 retry_in = next(backoff)
-                self._note_failure(error, len(messages), retry_in)
+                self.note_failure(error, len(messages), retry_in)
                 await asyncio.sleep(retry_in)
                 continue
             backoff.reset()
@@ -116,7 +119,7 @@ class SinkSender:
             rejected |= await self._send([message])
         return rejected
 
-    def _note_failure(self, error: Exception, count: int, retry_in: float) -> None:
+    def note_failure(self, error: BaseException, count: int, retry_in: float) -> None:
         health = self.health
         health.state = "failing"
         health.failures += 1
@@ -171,6 +174,10 @@ class OutboxRelay:
         for name, sender in self._senders.items():
             self._tasks.append(asyncio.create_task(self._run_sender(sender), name=f"send {name}"))
 
+    @property
+    def tasks(self) -> Sequence[asyncio.Task[None]]:
+        return tuple(self._tasks)
+
     def notify(self, names: Sequence[str]) -> None:
         """New messages for these subscriptions are durable (store.protocol.OutboxListener)."""
         for name in names:
@@ -187,16 +194,23 @@ class OutboxRelay:
         for task in self._tasks:
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            _, left = await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_SECONDS)
             self._tasks.clear()
+            for task in left:  # a sink ignores its cancel
+                leave_behind(task)
         for sink in self._sinks:
             await self._close(sink)
 
     async def _run_sender(self, sender: SinkSender) -> None:
         try:
-            await sender.run()
-        except StoreError:
-            pass  # the server stops the process and logs the reason once
+            while True:
+                try:
+                    await sender.run()
+                except StoreError as error:
+                    if self._store.failed is not None:
+                        return  # the server stops the process and logs the reason once
+                    sender.note_failure(error, 0, STORE_RETRY_SECONDS)
+                await asyncio.sleep(STORE_RETRY_SECONDS)
         finally:
             sender.health.state = "stopped"
 
@@ -204,7 +218,7 @@ class OutboxRelay:
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                 await sink.close()
-        except Exception as error:  # around a sink: a failing close must not prevent the shutdown
+        except ANY_FAILURE as error:  # around a sink: a failing close must not stop the shutdown
             log.warning(
                 "sink.close_failed", sink=sink.name, error=f"{type(error).__name__}: {error}"
             )

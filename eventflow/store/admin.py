@@ -12,6 +12,7 @@ import msgspec
 import orjson
 
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
 from eventflow.runs.journal import (
     RESTARTED_NOTE,
@@ -60,12 +61,15 @@ def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> Non
     if not row.state.is_live:
         note_retry(tx, row.id)
     cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
+    cancelled = row.state is State.CANCELLED and not discard_journal
     row.crash_count = row.crash_suspect = row.cancel_requested = 0
     row.started_at = None  # its timeout counts from the next start
     row.reason = row.result = row.codec = row.error = row.unclaimed_entries = None
     tx.runs.wake(row)
     for child, call_key, state in _children(tx, row.id):
-        if call_key in cleared and State(state) in RETRYABLE:
+        # A child that was cancelled with its running parent has left no error there.
+        was_cancelled_too = cancelled and State(state) is State.CANCELLED
+        if (call_key in cleared or was_cancelled_too) and State(state) in RETRYABLE:
             _make_pending(tx, tx.runs.need(child), discard_journal=discard_journal)
         elif call_key in cleared and State(state) is State.COMPLETED:
             _answer_with_result(tx, tx.runs.need(child))
@@ -124,12 +128,16 @@ def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
 # --------------------------------------------------------------------------- cancel
 
 
-def cancel(tx: Transaction, run: int, reason: str) -> State:
+def cancel(tx: Transaction, run: int, reason: str, *, tell_parent: bool = True) -> State:
     """Cancels a run that is not running at once, requests the cancel of one that is; its children
     likewise. Returns the state that it was in.
+
+    A running run gets no answer of a child that is cancelled with it: its own cancel comes first,
+    and would otherwise be recorded behind the errors that are its consequences.
     """
     row = tx.runs.need(run)
     before = row.state
+    reason = KNOWN_SECRETS.remove_from(reason)
     if before is State.RUNNING:
         row.cancel_requested = 1
         row.reason = reason
@@ -138,10 +146,11 @@ def cancel(tx: Transaction, run: int, reason: str) -> State:
     elif before.is_live:
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)
-        notify_parent(tx, row, "RunCancelled", reason)
+        if tell_parent:
+            notify_parent(tx, row, "RunCancelled", reason)
     if before.is_live:
         for child, _, _ in _children(tx, run):
-            cancel(tx, child, reason)
+            cancel(tx, child, reason, tell_parent=before is not State.RUNNING)
     return before
 
 

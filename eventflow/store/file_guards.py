@@ -245,6 +245,19 @@ def lock_holder_pid(path: str) -> int | None:
     return None
 
 
+def make_store_folder(folder: str) -> None:
+    """Makes the folder of a store if it is missing. One named `.eventflow`, the default, is made
+    with a `.gitignore`: it holds tokens and data.
+    """
+    try:
+        os.makedirs(folder, mode=0o700)
+    except FileExistsError:
+        return
+    if os.path.basename(folder) == ".eventflow":
+        with open(os.path.join(folder, ".gitignore"), "w") as file:
+            file.write("*\n")
+
+
 def sync_folder(path: str) -> None:
     """Make the names in the folder of `path` durable."""
     folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY | os.O_CLOEXEC)

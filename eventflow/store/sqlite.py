@@ -141,7 +141,7 @@ class SqliteStore:
 
     def open(self) -> None:
         try:
-            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            make_store_folder(os.path.dirname(self.path))
             self._lock.acquire()
         except OSError as error:
             raise StoreUnwritable(self.path, error.strerror or str(error)) from error
