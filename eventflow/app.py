@@ -281,13 +281,15 @@ class App:
         sink: LogSink | None = None,
         listen: bool = True,
         passive: bool = False,
+        read_only: bool = False,
         require_secrets: bool = True,
     ) -> None:
         """Opens the store, the worker, then the listeners. With `own_loop` flows get a loop and
         thread of their own.
 
         For the command line: without `listen` no trigger is started; a `passive` app runs no flow
-        either, it only records and reads. `store` replaces the App's own URL; `sink` stores the log
+        either, it only records and reads; with `read_only` it opens the store of another process, and
+        what would change it raises StoreError. `store` replaces the App's own URL; `sink` stores the log
         lines of runs. `require_secrets`: raise EmptySecret before anything is opened; without it, a
         webhook whose secret is unset refuses every request (for tests).
         """
@@ -296,6 +298,9 @@ class App:
         if listen and not passive and require_secrets:
             self.check_secrets()
         config = msgspec.structs.replace(self._config, clock=self.clock)  # tests may set it
+        if read_only:
+            options = {**config.store_options, "read_only": True}
+            config = msgspec.structs.replace(config, store_options=options)
         runtime = Runtime(config, store or self.url, sink)
         await runtime.open(own_loop, listen and not passive, passive)
         self._runtime = runtime

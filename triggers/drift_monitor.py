@@ -170,6 +170,11 @@ class DriftMonitor:
     def __repr__(self) -> str:
         return f"DriftMonitor({self._source!r}, name={self.name!r})"
 
+    def check_secrets(self) -> None:
+        """Raises EmptySecret for a secret of the source; the app calls it before it listens."""
+        if (check := getattr(self._source, "check_secrets", None)) is not None:
+            check()
+
     async def listen(self, intake: Intake) -> None:
         """Runs the source until cancelled. The whole state is in the cursor."""
         counting = CountingIntake(

@@ -115,6 +115,10 @@ class Endpoint:
         self._next_log_at: float = 0.0  # monotonic
         self._rejections_unlogged: int = 0
 
+    def check_secrets(self) -> None:
+        """Raises EmptySecret; the app calls it before it listens."""
+        self._verify.check_secrets()
+
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.path.removeprefix('/hooks')!r}, verify={self._verify!r})"

@@ -26,7 +26,14 @@ from eventflow.core.retry import Backoff
 from eventflow.events.event import Gauge, Intake
 from triggers._kafka.client import KafkaError
 from triggers._kafka.lag import lag_gauges
-from triggers._kafka.options import KafkaOptions, OnGap, Start, client_options, missing_codecs
+from triggers._kafka.options import (
+    KafkaOptions,
+    OnGap,
+    Start,
+    client_options,
+    missing_codecs,
+    reveal_passwords,
+)
 from triggers._kafka.records import Decode, RecordReader, record_headers
 from triggers._kafka.session import Session
 
@@ -139,6 +146,10 @@ class Kafka:
         """`lag_messages` and `lag_seconds` of each partition assigned to this process."""
         states = [each for session in self._sessions for each in session.lag_states()]
         return list(lag_gauges(states, self._options.clock.now()))
+
+    def check_secrets(self) -> None:
+        """Raises EmptySecret; the app calls it before it listens."""
+        reveal_passwords(self._options.client)
 
     def __repr__(self) -> str:
         options = self._options

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 import orjson
 
 from eventflow.core.declarations import declaration, nearest
-from eventflow.core.errors import UsageError
+from eventflow.core.errors import EmptySecret, UsageError
 from eventflow.core.retry import Permanent
 from eventflow.events.event import Event, OutboxMessage, format_id
 from eventflow.logs.redaction import SECRETS
@@ -110,10 +110,17 @@ class KafkaSink:
         if producer is not None:
             await close(producer)
 
+    def check_secrets(self) -> None:
+        """Raises EmptySecret; the app calls it before it sends."""
+        self._revealed_options()
+
+    def _revealed_options(self) -> dict[str, Any]:
+        return {option: _reveal(option, value) for option, value in self._options.items()}
+
     async def _started(self) -> Producer:
         if self._producer is None:
             try:
-                producer = make_producer(self._options)
+                producer = make_producer(self._revealed_options())
             except (TypeError, ValueError) as error:  # aiokafka checks the values
                 raise UsageError(f"KafkaSink: the client refuses its options: {error}") from error
             try:
@@ -224,11 +231,17 @@ def _check_options(client: Mapping[str, Any]) -> dict[str, Any]:
                 else "it takes those of aiokafka's AIOKafkaProducer"
             )
             raise UsageError(f"KafkaSink: no option {option}=; {hint}")
-    return {option: _reveal_secret(value) for option, value in client.items()}
+    return {
+        option: value if isinstance(value, Secret) and value.is_deferred else _reveal(option, value)
+        for option, value in client.items()
+    }
 
 
-def _reveal_secret(value: Any) -> Any:
+def _reveal(option: str, value: Any) -> Any:
+    """The text of a secret; other options unchanged. Raises EmptySecret."""
     if not isinstance(value, Secret):
         return value
+    if not value.reveal().strip():
+        raise EmptySecret(f"KafkaSink: {option}", value.source)
     SECRETS.register(value.reveal())
     return value.reveal().decode()

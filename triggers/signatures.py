@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -40,12 +40,20 @@ class Secret:
 
     __slots__ = ("_value", "source")
 
-    def __init__(self, value: str | bytes, source: str = "the given value") -> None:
-        self._value: str | bytes = value
+    def __init__(
+        self, value: str | bytes | Callable[[], str], source: str = "the given value"
+    ) -> None:
+        self._value: str | bytes | Callable[[], str] = value
         self.source: str = source
 
+    @property
+    def is_deferred(self) -> bool:
+        """Whether it is read when it is needed: not before the app starts."""
+        return callable(self._value)
+
     def reveal(self) -> bytes:
-        return self._value.encode() if isinstance(self._value, str) else self._value
+        value = self._value() if callable(self._value) else self._value
+        return value.encode() if isinstance(value, str) else value
 
     def __repr__(self) -> str:
         return f"Secret({self.source})"
@@ -55,20 +63,49 @@ Secrets: TypeAlias = str | bytes | Secret | Sequence[str | bytes | Secret]
 
 
 def env(name: str) -> Secret:
-    """The secret in an environment variable. If unset or empty, the preset raises EmptySecret."""
-    return Secret(os.environ.get(name, ""), f"${name}")
+    """The secret in an environment variable, read when the app starts to listen.
+
+    Importing the app does not need it. If it is unset or empty then, the start raises EmptySecret
+    (exit 3).
+    """
+    return Secret(lambda: os.environ.get(name, ""), f"${name}")
 
 
-def _secret_bytes(given: Secrets, option: str) -> tuple[bytes, ...]:
-    listed: Sequence[str | bytes | Secret] = (
-        [given] if isinstance(given, str | bytes | Secret) else list(given or ())
-    )
-    secrets = [one if isinstance(one, Secret) else Secret(one or b"") for one in listed]
-    for secret in secrets or [Secret(b"", "an empty list")]:
-        if not secret.reveal().strip():
-            raise EmptySecret(option, secret.source)
-        SECRETS.register(secret.reveal())  # logs redact it
-    return tuple(secret.reveal() for secret in secrets)
+class SecretKeys:
+    """The keys of one proof, made of its secrets: of literal ones at once, of `env` at first use.
+
+    Raises EmptySecret naming the option and the origin, and what `convert` raises.
+    """
+
+    __slots__ = ("_convert", "_keys", "_option", "_secrets")
+
+    def __init__(
+        self, given: Secrets, option: str, convert: Callable[[bytes], bytes] | None = None
+    ) -> None:
+        listed: Sequence[str | bytes | Secret] = (
+            [given] if isinstance(given, str | bytes | Secret) else list(given or ())
+        )
+        self._secrets: list[Secret] = [
+            one if isinstance(one, Secret) else Secret(one or b"") for one in listed
+        ] or [Secret(b"", "an empty list")]
+        self._option: str = option
+        self._convert: Callable[[bytes], bytes] | None = convert
+        self._keys: tuple[bytes, ...] | None = None
+        for secret in self._secrets:
+            if not secret.is_deferred:
+                self._key(secret)
+
+    def get(self) -> tuple[bytes, ...]:
+        if self._keys is None:
+            self._keys = tuple(map(self._key, self._secrets))
+        return self._keys
+
+    def _key(self, secret: Secret) -> bytes:
+        value = secret.reveal()
+        if not value.strip():
+            raise EmptySecret(self._option, secret.source)
+        SECRETS.register(value)  # logs redact it
+        return value if self._convert is None else self._convert(value)
 
 
 def _standard_key(secret: bytes) -> bytes:
@@ -187,7 +224,7 @@ class RequiredProof(msgspec.Struct, frozen=True):
     """One proof that a request must have: by any of `schemes`, with any of `keys`."""
 
     schemes: tuple[SigningScheme, ...]
-    keys: tuple[bytes, ...]
+    keys: SecretKeys
 
 
 class Verify:
@@ -204,6 +241,11 @@ class Verify:
 
     def __repr__(self) -> str:
         return f"{self.vendor.name}(...)"
+
+    def check_secrets(self) -> None:
+        """Raises EmptySecret for a secret of the environment that is empty or unset."""
+        for keys, _ in self._proofs:
+            keys.get()
 
     @property
     def signed_headers(self) -> list[str]:
@@ -241,11 +283,15 @@ class Verify:
         `headers` by lower-case name as latin-1 text; `repeated`: names that occur more than once;
         `now` in seconds.
         """
+        try:
+            self.check_secrets()
+        except EmptySecret as missing:  # a test that opened the app without its secrets
+            return str(missing)
         for keys, schemes in self._proofs:
             scheme, template = _scheme_of(schemes, headers)
             if repeated and any(name in repeated for name in scheme.headers):
                 return "repeated header"
-            if reason := _rejection_reason(scheme, template, keys, headers, body, now):
+            if reason := _rejection_reason(scheme, template, keys.get(), headers, body, now):
                 return reason
         return None
 
@@ -372,8 +418,8 @@ def StandardWebhooks(secret: Secrets) -> Verify:
     )
 
 
-def _standard_keys(secret: Secrets, where: str) -> tuple[bytes, ...]:
-    return tuple(_standard_key(one) for one in _secret_bytes(secret, where))
+def _standard_keys(secret: Secrets, where: str) -> SecretKeys:
+    return SecretKeys(secret, where, _standard_key)
 
 
 @declaration
@@ -383,7 +429,7 @@ def GitHub(secret: Secrets) -> Verify:
     vendor = Vendor(
         name="GitHub", id_headers=ids, type_prefix="com.github.", type_header="x-github-event"
     )
-    return Verify(vendor, RequiredProof((GITHUB,), _secret_bytes(secret, "GitHub(secret=)")))
+    return Verify(vendor, RequiredProof((GITHUB,), SecretKeys(secret, "GitHub(secret=)")))
 
 
 @declaration
@@ -398,7 +444,7 @@ def Stripe(secret: Secrets) -> Verify:
         type_prefix="com.stripe.",
         type_fields=("type",),
     )
-    return Verify(vendor, RequiredProof((STRIPE,), _secret_bytes(secret, "Stripe(secret=)")))
+    return Verify(vendor, RequiredProof((STRIPE,), SecretKeys(secret, "Stripe(secret=)")))
 
 
 @declaration
@@ -415,7 +461,7 @@ def Slack(secret: Secrets) -> Verify:
         type_fields=types,
         challenge=True,
     )
-    return Verify(vendor, RequiredProof((SLACK,), _secret_bytes(secret, "Slack(secret=)")))
+    return Verify(vendor, RequiredProof((SLACK,), SecretKeys(secret, "Slack(secret=)")))
 
 
 @declaration
@@ -432,7 +478,7 @@ def GitLab(token: Secrets | None = None, *, signing: Secrets | None = None) -> V
     )
     proofs: list[RequiredProof] = []
     if token is not None or signing is None:
-        proofs.append(RequiredProof((GITLAB,), _secret_bytes(token or "", "GitLab(token=)")))
+        proofs.append(RequiredProof((GITLAB,), SecretKeys(token or "", "GitLab(token=)")))
     if signing is not None:
         proofs.append(RequiredProof(STANDARD[:1], _standard_keys(signing, "GitLab(signing=)")))
     return Verify(vendor, *proofs)
@@ -447,7 +493,7 @@ def Shopify(secret: Secrets) -> Verify:
     vendor = Vendor(
         name="Shopify", id_headers=ids, type_prefix="com.shopify.", type_header="x-shopify-topic"
     )
-    return Verify(vendor, RequiredProof((SHOPIFY,), _secret_bytes(secret, "Shopify(secret=)")))
+    return Verify(vendor, RequiredProof((SHOPIFY,), SecretKeys(secret, "Shopify(secret=)")))
 
 
 @declaration
@@ -456,7 +502,7 @@ def MLflow(secret: Secrets) -> Verify:
     `X-MLflow-Delivery-Id`.
     """
     vendor = Vendor(name="MLflow", type_prefix="org.mlflow.", type_fields=("entity+action",))
-    return Verify(vendor, RequiredProof((MLFLOW,), _secret_bytes(secret, "MLflow(secret=)")))
+    return Verify(vendor, RequiredProof((MLFLOW,), SecretKeys(secret, "MLflow(secret=)")))
 
 
 @declaration
@@ -503,7 +549,7 @@ def HMAC(
         id_header=id_header.lower(),
     )
     vendor = Vendor(name="HMAC", cloudevents=True)
-    return Verify(vendor, RequiredProof((scheme,), _secret_bytes(secret, "HMAC(secret=)")))
+    return Verify(vendor, RequiredProof((scheme,), SecretKeys(secret, "HMAC(secret=)")))
 
 
 @declaration
@@ -511,7 +557,7 @@ def Bearer(token: Secrets) -> Verify:
     """`Authorization: Bearer TOKEN`."""
     return Verify(
         Vendor(name="Bearer", cloudevents=True),
-        RequiredProof((BEARER,), _secret_bytes(token, "Bearer(token=)")),
+        RequiredProof((BEARER,), SecretKeys(token, "Bearer(token=)")),
     )
 
 
@@ -521,7 +567,7 @@ def Token(token: Secrets, *, header: str, prefix: str = "") -> Verify:
     scheme = SigningScheme(header=header.lower(), prefix=prefix, signed="")
     return Verify(
         Vendor(name="Token", cloudevents=True),
-        RequiredProof((scheme,), _secret_bytes(token, "Token(token=)")),
+        RequiredProof((scheme,), SecretKeys(token, "Token(token=)")),
     )
 
 

@@ -127,7 +127,8 @@ async def running(
         sink = None if lines is None else _LineCollector(lines)
         if lines is not None:
             undo.enter_context(configure(stream=None, clock=app.clock))
-        await app.open(store=_url(app, store, undo), own_loop=own_loop, sink=sink)
+        url = _url(app, store, undo)
+        await app.open(store=url, own_loop=own_loop, sink=sink, require_secrets=False)
         if isinstance(app.clock, VirtualClock):
             app.clock.attach(app)
         try:

@@ -23,6 +23,7 @@ from tests.brokers import Broker, given_or_noida, now_ms
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
+from triggers._kafka.options import reveal_passwords
 from triggers._kafka.records import RecordReader
 from triggers.kafka import Kafka
 
@@ -619,18 +620,16 @@ def test_mistakes_are_found_when_it_is_made(
 
 def test_secrets(monkeypatch: pytest.MonkeyPatch):
     """A password may come from the environment by reference; an empty one stops the start."""
-    with pytest.raises(EmptySecret, match="PASSWORD"):
-        Kafka(
-            "a",
-            group_id="g",
-            security_protocol="SASL_PLAINTEXT",
-            sasl_plain_password=env("PASSWORD"),
-        )
-    monkeypatch.setenv("PASSWORD", "open sesame")
     made = Kafka(
         "a", group_id="g", security_protocol="SASL_PLAINTEXT", sasl_plain_password=env("PASSWORD")
     )
-    assert made._options.client["sasl_plain_password"] == "open sesame"
+    with pytest.raises(EmptySecret, match="PASSWORD"):
+        made.check_secrets()
+    monkeypatch.setenv("PASSWORD", "open sesame")
+    made.check_secrets()
+    assert reveal_passwords(made._options.client)["sasl_plain_password"] == "open sesame"
+    with pytest.raises(EmptySecret, match="given value"):
+        Kafka("a", group_id="g", security_protocol="SASL_PLAINTEXT", sasl_plain_password="")
 
 
 def test_without_the_extra_the_error_names_the_package():

@@ -73,7 +73,7 @@ class KafkaOptions:
     def create_consumer(self) -> Consumer:
         """A new consumer, not started, on the running loop. UsageError for refused values."""
         try:
-            return make_consumer(self.client)
+            return make_consumer(reveal_passwords(self.client))
         except (TypeError, ValueError) as error:  # aiokafka checks the values
             raise UsageError(f"Kafka: the client refuses its options: {error}") from error
 
@@ -95,8 +95,10 @@ def client_options(requested: Mapping[str, Any], name: str) -> dict[str, Any]:
             )
             raise UsageError(f"Kafka: no option {option}=; {hint}")
     _check_security(requested)
-    revealed = {option: _reveal_password(option, value) for option, value in requested.items()}
-    merged = {"client_id": f"eventflow-{name}", **DEFAULT_OPTIONS, **revealed, **FIXED_OPTIONS}
+    for option, value in requested.items():  # the environment is read at the start
+        if not (isinstance(value, Secret) and value.is_deferred):
+            _reveal_password(option, value)
+    merged = {"client_id": f"eventflow-{name}", **DEFAULT_OPTIONS, **requested, **FIXED_OPTIONS}
     return {option: value for option, value in merged.items() if option in known}
 
 
@@ -106,6 +108,11 @@ _FIXED_OPTION_HINTS = {
     "value_deserializer": "use decode=: there a bad record becomes a dead letter",
     "key_deserializer": "the key reaches decode= as bytes, in record.key",
 }
+
+
+def reveal_passwords(client: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the text of their secrets. Raises EmptySecret."""
+    return {option: _reveal_password(option, value) for option, value in client.items()}
 
 
 def _reveal_password(option: str, value: Any) -> Any:
