@@ -31,9 +31,10 @@ from typing import Any, cast
 import msgspec
 import orjson
 
-from eventflow.core.errors import BindingError, NotStorable, UsageError
+from eventflow.core.canonical import dump_model, may_hold_sets, sort_sets
+from eventflow.core.errors import BindingError, NotStorable, UsageError, call_catching
 from eventflow.events.event import Event
-from eventflow.serialization.tagged_json import deep_equal, is_plain, type_name
+from eventflow.serialization.tagged_json import is_plain, reads_back, type_name
 
 _UNSET = msgspec.UNSET
 _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
@@ -163,6 +164,17 @@ class Binder:
         packed = {name: orjson.Fragment(self._pack(name, value)) for name, value in bound.items()}
         return orjson.dumps(packed, option=orjson.OPT_SORT_KEYS)
 
+    def mark_sets(self, params: bytes) -> bytes:
+        """The JSON of `params`, which `unpack` made, with sets as `{"$set": [items]}`.
+
+        For `codecs.is_recorded_unsorted`.
+        """
+        fields = orjson.loads(params)
+        arguments, _ = call_catching(self._bind, fields, strict=True)
+        if arguments is not None:
+            fields = sort_sets({name: arguments.get(name) for name in fields}, fields, marked=True)
+        return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+
     # --------------------------------------------------------------------------- by name
 
     def _all_by_name(self, fields: Any) -> dict[str, Any] | None:
@@ -276,13 +288,13 @@ class Binder:
             elif isinstance(value, Event):
                 return value.to_json()
             else:
-                data = msgspec.json.encode(value, enc_hook=_write_model)
+                data = _encode_sorted(value)
                 back = (
                     self._convert({name: orjson.loads(data)})[name]
                     if name in self._data_parameters
                     else orjson.loads(data)
                 )
-                if back == value or deep_equal(back, value):
+                if reads_back(back, value, same_unset=False):
                     return data
         except (TypeError, ValueError, OverflowError, RecursionError, BindingError):
             pass
@@ -369,10 +381,14 @@ def _read_model(wanted: type, value: Any) -> Any:
     raise TypeError(f"expected a {wanted.__qualname__}, which no JSON value is")
 
 
-def _write_model(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True, warnings=False)
-    raise TypeError(type_name(value))
+def _encode_sorted(value: Any) -> bytes:
+    """JSON in which the items of sets are sorted: the parameters of a child run, and of a run with
+    an idempotency key, are compared in other processes.
+    """
+    if may_hold_sets(cast(type[Any], type(value))):
+        form = msgspec.to_builtins(value, str_keys=True, enc_hook=dump_model)
+        return msgspec.json.encode(sort_sets(value, form))
+    return msgspec.json.encode(value, enc_hook=dump_model)
 
 
 def _list_names(fields: Mapping[str, Any]) -> str:

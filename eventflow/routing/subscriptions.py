@@ -317,7 +317,7 @@ def _key_text(value: Any) -> str | None:
     return (
         value
         if value is None or isinstance(value, str)
-        else orjson.dumps(value, default=str).decode()
+        else orjson.dumps(value, default=str, option=orjson.OPT_SORT_KEYS).decode()
     )
 
 

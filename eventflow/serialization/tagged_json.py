@@ -11,12 +11,16 @@ value: nothing is replaced by its `repr`, and no class is imported by name.
 import base64
 import math
 import pathlib
+import struct
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
-from datetime import date, datetime, time, timedelta
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import Enum
+from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any, cast
+from zoneinfo import ZoneInfo
 
 import orjson
 
@@ -27,6 +31,7 @@ SCALARS: frozenset[type] = frozenset({type(None), bool, int, float, str})
 _CONTAINERS: frozenset[type] = frozenset({dict, list})
 _type_of: Callable[[Any], type[Any]] = type  # typed, where `type(value)` is not
 _STR: frozenset[type] = frozenset({str})
+_BITS = struct.Struct(">d")
 
 
 def encode_plain(value: Any, where: str) -> tuple[str, bytes]:
@@ -124,7 +129,7 @@ def _tag(value: Any, path: str) -> Any:
     if kind is int:
         return value if -(1 << 63) <= value < 1 << 64 else {"$int": hex(value)}
     if kind is float:
-        return value if math.isfinite(value) else {"$float": repr(value)}
+        return value if math.isfinite(value) else {"$float": _float_text(value)}
     if kind is list or kind is tuple:
         items = [_tag(item, f"{path}[{index}]") for index, item in enumerate(value)]
         return items if kind is list else {"$tuple": items}
@@ -136,6 +141,8 @@ def _tag(value: Any, path: str) -> Any:
                 (_tag(item, f"{path}{{}}") for item in value), key=orjson.dumps
             )
         }
+    if kind is datetime or kind is time:
+        return _tag_time(value, path)
     writer = _WRITERS.get(kind)
     if writer is None:
         if (record := tag_record(value, path, _tag)) is not None:
@@ -155,6 +162,51 @@ def _tag_dict(value: dict[Any, Any], path: str) -> Any:
     ):
         return {key: member for key, _, member in tagged}
     return {"$dict": [(key, member) for _, key, member in tagged]}
+
+
+def _float_text(value: float) -> str:
+    """`inf`, `nan`, or the bits of another NaN than Python's usual one."""
+    bits = _BITS.pack(value)
+    return repr(value) if value == value or bits == _BITS.pack(math.nan) else f"0x{bits.hex()}"
+
+
+def _read_float(text: str) -> float:
+    return _BITS.unpack(bytes.fromhex(text[2:]))[0] if text.startswith("0x") else float(text)
+
+
+def _tag_time(value: datetime | time, path: str) -> Any:
+    """A datetime or a time: with its offset as ISO text, and with its fold and the name of its zone
+    as `$zoned`.
+    """
+    name = type(value).__name__
+    zone = value.tzinfo
+    offset = None if zone is None else zone.utcoffset(None)
+    if isinstance(zone, ZoneInfo):
+        place: Any = zone.key
+    elif offset is not None and zone is not None:
+        named = isinstance(zone, timezone) and zone.tzname(None) != timezone(offset).tzname(None)
+        place = [offset.total_seconds(), zone.tzname(None)] if named else None
+    else:
+        place = None
+    if zone is not None and offset is None and place is None:
+        raise NotStorable(path, f"{name} in a zone of the class {type_name(zone)}")
+    if not value.fold and place is None:
+        return {f"${name}": value.isoformat()}
+    if place is None and zone is not None:
+        place = [cast(timedelta, offset).total_seconds(), None]
+    return {"$zoned": [name, value.replace(tzinfo=None, fold=0).isoformat(), value.fold, place]}
+
+
+def _read_zoned(form: list[Any]) -> datetime | time:
+    name, text, fold, place = form
+    zone: tzinfo | None = None
+    if isinstance(place, str):
+        zone = ZoneInfo(place)
+    elif place is not None:
+        offset = timedelta(seconds=place[0])
+        zone = timezone(offset) if place[1] is None else timezone(offset, place[1])
+    made = time.fromisoformat(text) if name == "time" else datetime.fromisoformat(text)
+    return made.replace(fold=fold, tzinfo=zone)
 
 
 def _check_encodable(text: str, path: str) -> str:
@@ -197,9 +249,7 @@ _PATHS: tuple[type[pathlib.PurePath], ...] = (
 
 _WRITERS: Mapping[type, tuple[str, Callable[[Any], str]]] = {
     bytes: ("$bytes", lambda value: base64.b64encode(value).decode()),
-    datetime: ("$datetime", datetime.isoformat),
     date: ("$date", date.isoformat),
-    time: ("$time", time.isoformat),
     timedelta: ("$timedelta", lambda value: f"{value.days} {value.seconds} {value.microseconds}"),
     Decimal: ("$decimal", str),
     uuid.UUID: ("$uuid", str),
@@ -211,7 +261,9 @@ _WRITERS: Mapping[type, tuple[str, Callable[[Any], str]]] = {
 TAGGED_TYPES: tuple[type, ...] = (bytes, datetime, date, time, timedelta, Decimal, uuid.UUID)
 """Types that msgspec would write as text; tags keep their type."""
 
-_TAGGABLE: frozenset[type] = SCALARS | _CONTAINERS | {tuple, set, frozenset} | frozenset(_WRITERS)
+_TAGGABLE: frozenset[type] = (
+    SCALARS | _CONTAINERS | {tuple, set, frozenset, datetime, time} | frozenset(_WRITERS)
+)
 
 
 def _read_dict(pairs: list[Any]) -> dict[Any, Any]:
@@ -220,7 +272,7 @@ def _read_dict(pairs: list[Any]) -> dict[Any, Any]:
 
 _READERS: Mapping[str, Callable[[Any], Any]] = {
     "$int": lambda text: int(text, 16),
-    "$float": float,
+    "$float": _read_float,
     "$tuple": lambda items: tuple(map(_untag, items)),
     "$set": lambda items: set(map(_untag, items)),
     "$frozenset": lambda items: frozenset(map(_untag, items)),
@@ -229,6 +281,7 @@ _READERS: Mapping[str, Callable[[Any], Any]] = {
     "$datetime": datetime.fromisoformat,
     "$date": date.fromisoformat,
     "$time": time.fromisoformat,
+    "$zoned": _read_zoned,
     "$timedelta": lambda text: timedelta(*map(int, text.split())),
     "$decimal": Decimal,
     "$uuid": uuid.UUID,
@@ -254,30 +307,165 @@ def _untag(value: Any) -> Any:
     return {name: _untag(member) for name, member in fields.items()}
 
 
+_EXACT: frozenset[type] = frozenset({type(None), bool, int, str, bytes})
+
+
 def deep_equal(left: Any, right: Any) -> bool:
-    """Equality of values and types. NaN equals NaN; classes without `__eq__` are compared by their
-    fields.
+    """Equality of all that `==` ignores, too: types, order of keys, bits of floats, zone and fold
+    of times, fields that are not compared, private and unset fields of models.
+
+    Classes without `__eq__` are compared by their fields.
     """
-    kind = _type_of(left)
-    if kind is not type(right):
+    return _STRICT.equal(left, right)
+
+
+def reads_back(back: Any, value: Any, *, same_unset: bool = True) -> bool:
+    """Whether `back`, which an annotation made of a stored `value`, is deeply equal to it; an int
+    may come back as the float that its annotation says.
+
+    With `same_unset=False`, a field of a pydantic model that was given its default equals one that
+    was left out.
+    """
+    return (_READ if same_unset else _READ_AS_SET).equal(back, value)
+
+
+class _Comparison:
+    """`equal` walks two values; their exact scalars are compared in the loops, without a call."""
+
+    __slots__ = ("_int_is_float", "_same_unset")
+
+    def __init__(self, *, int_is_float: bool, same_unset: bool) -> None:
+        self._int_is_float = int_is_float
+        self._same_unset = same_unset
+
+    def equal(self, left: Any, right: Any) -> bool:
+        if left is right:
+            return True
+        kind = _type_of(left)
+        other = _type_of(right)
+        if kind is not other:
+            return self._int_is_float and kind is float and other is int and left == right
+        if kind in _EXACT:
+            return bool(left == right)
+        if kind is float:
+            return _BITS.pack(left) == _BITS.pack(right)
+        shape = _shape(kind)
+        if shape is not None:
+            return self._same_fields(shape, left, right)
+        if isinstance(left, list | tuple):
+            items = cast(list[Any], left)
+            return len(items) == len(right) and self._all(items, right)
+        if isinstance(left, dict):
+            fields = cast(dict[Any, Any], left)
+            return (
+                len(fields) == len(right)
+                and self._all(fields, right)
+                and self._all(fields.values(), right.values())
+            )
+        if isinstance(left, set | frozenset):
+            others = {item: item for item in right}
+            members = cast(set[Any], left)
+            return len(members) == len(others) and all(
+                item in others and self.equal(item, others[item]) for item in members
+            )
+        if isinstance(left, datetime | time):
+            if left.tzinfo is right.tzinfo:
+                return left == right and left.fold == right.fold
+            return (
+                left.replace(tzinfo=None) == right.replace(tzinfo=None)
+                and left.fold == right.fold
+                and _same_zone(left.tzinfo, right.tzinfo)
+            )
+        if kind is Decimal:
+            return str(left) == str(right)
+        return bool(left == right)
+
+    def _all(self, left: Iterable[Any], right: Iterable[Any]) -> bool:
+        for one, other in zip(left, right, strict=True):
+            if one is not other:
+                kind = _type_of(one)
+                if kind in _EXACT or (kind is float and one):
+                    if kind is not type(other) or one != other:
+                        if kind is float and self.equal(one, other):  # NaN, or an int
+                            continue
+                        return False
+                elif not self.equal(one, other):
+                    return False
+        return True
+
+    def _same_fields(self, shape: "_Shape", left: Any, right: Any) -> bool:
+        try:
+            fields = self._all(shape.fields_of(left), shape.fields_of(right))
+        except AttributeError:  # a field was deleted, or never set
+            return False
+        if not fields or not (shape.is_model or shape.has_dict):
+            return fields
+        if shape.is_model and self._same_unset:
+            names = "__pydantic_fields_set__"
+            if getattr(left, names) != getattr(right, names):
+                return False
+        if not shape.has_dict:
+            return True
+        return self.equal(shape.other_attributes(left), shape.other_attributes(right))
+
+
+_STRICT = _Comparison(int_is_float=False, same_unset=True)
+_READ = _Comparison(int_is_float=True, same_unset=True)
+_READ_AS_SET = _Comparison(int_is_float=True, same_unset=False)
+
+
+class _Shape:
+    """The state of the instances of one class of records."""
+
+    __slots__ = ("_cached", "_names", "fields_of", "has_dict", "is_model")
+
+    def __init__(self, kind: type[Any], names: Iterable[str]) -> None:
+        self._names = frozenset(names)
+        self._cached = frozenset(
+            name
+            for base in kind.__mro__
+            for name, member in vars(base).items()
+            if isinstance(member, cached_property)
+        )
+        self.is_model = hasattr(kind, "__pydantic_fields_set__")
+        self.has_dict = kind.__dictoffset__ != 0
+        # One more, so that there are two at least: attrgetter of one name returns no tuple.
+        extra = ("__pydantic_private__", "__pydantic_extra__") if self.is_model else ("__class__",)
+        self.fields_of: Callable[[Any], tuple[Any, ...]] = attrgetter(*names, "__class__", *extra)
+
+    def other_attributes(self, value: Any) -> dict[str, Any]:
+        """The attributes that are no fields, in one order; not cached properties."""
+        attributes = value.__dict__
+        if attributes.keys() <= self._names:
+            return {}
+        names = sorted(attributes.keys() - self._names - self._cached)
+        return {name: attributes[name] for name in names}
+
+
+@lru_cache(maxsize=1024)
+def _shape(kind: type[Any]) -> _Shape | None:
+    """None for classes that are no records."""
+    if hasattr(kind, "__pydantic_fields_set__"):
+        return _Shape(kind, tuple(cast(Any, kind).model_fields))
+    names: Any = getattr(kind, "__struct_fields__", None)
+    if names is None:
+        names = getattr(kind, "__dataclass_fields__", None)
+    if names is None and hasattr(kind, "__attrs_attrs__"):
+        names = [field.name for field in cast(Any, kind).__attrs_attrs__]
+    return None if names is None else _Shape(kind, tuple(names))
+
+
+def _same_zone(left: tzinfo | None, right: tzinfo | None) -> bool:
+    """Whether two zones are the same by name, or two fixed offsets are equal and are called the
+    same. Libraries have classes of their own for a fixed offset.
+    """
+    if left is right:
+        return True
+    if isinstance(left, ZoneInfo) and isinstance(right, ZoneInfo):
+        return left.key == right.key and bool(left.key)
+    if left is None or right is None or isinstance(left, ZoneInfo) or isinstance(right, ZoneInfo):
         return False
-    if kind is float:
-        return left == right or (left != left and right != right)
-    if kind is list or kind is tuple:
-        return len(left) == len(right) and all(map(deep_equal, left, right))
-    if kind is dict:
-        return left.keys() == right.keys() and all(
-            deep_equal(member, right[key]) for key, member in left.items()
-        )
-    if kind is Decimal:
-        return str(left) == str(right)
-    fields: Collection[str] = getattr(kind, "__struct_fields__", None) or getattr(
-        kind, "__dataclass_fields__", ()
-    )
-    if fields:
-        return all(
-            deep_equal(getattr(left, name, None), getattr(right, name, None)) for name in fields
-        )
-    if hasattr(kind, "model_dump"):
-        return deep_equal(left.__dict__, right.__dict__)
-    return bool(left == right)
+    if isinstance(left, timezone) and isinstance(right, timezone):
+        return left == right and left.tzname(None) == right.tzname(None)
+    offset = left.utcoffset(None)
+    return offset is not None and offset == right.utcoffset(None)

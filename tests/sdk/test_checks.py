@@ -13,7 +13,7 @@ import pytest
 
 from eventflow import App, Permanent, UsageError, checks, flow, task
 from eventflow.sdk.checks import CheckFailed
-from eventflow.serialization.codecs import decode_error, encode_error
+from eventflow.serialization.errors import decode_error, encode_error
 from eventflow.testing import drain, events_of, running
 
 pytestmark = pytest.mark.anyio

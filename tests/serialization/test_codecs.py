@@ -112,9 +112,10 @@ def round_trip(value, annotation=None, codec=None):
         (Metrics(math.nan), Metrics, "typed-tagged"),
         (Metrics(0.5, extra=NOW), Metrics, "typed-tagged"),
         (Unequal(1), Unequal, "typed"),
-        (Customer(name="A", born=dt.date(2000, 1, 1)), Customer, "typed"),
-        ([Customer(name="A", born=dt.date(2000, 1, 1))], list[Customer], "typed"),
-        (Customer(name="A", born=dt.date(2000, 1, 1), score=math.nan), Customer, "typed-tagged"),
+        (Customer(name="A", born=dt.date(2000, 1, 1), score=2.0), Customer, "typed"),
+        (Customer(name="A", born=dt.date(2000, 1, 1)), Customer, "typed-models"),
+        ([Customer(name="A", born=dt.date(2000, 1, 1))], list[Customer], "typed-models"),
+        (Customer(name="A", born=dt.date(2000, 1, 1), score=math.nan), Customer, "typed-models"),
         (Metrics(1.0), Metrics | Unequal, "typed:Metrics"),
         (Unequal(2), Metrics | Unequal, "typed:Unequal"),
         # The annotation does not hold: the value counts.

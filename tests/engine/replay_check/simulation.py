@@ -38,7 +38,7 @@ from eventflow.runs.run import (
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
-from eventflow.serialization.codecs import decode_error
+from eventflow.serialization.errors import decode_error
 from eventflow.store.protocol import Append, Appended, Arrival, Fenced, MarkStarted, Settle, Settled
 from tests.engine.replay_check.seeded_run import START_TIME, Crash
 

@@ -1,0 +1,109 @@
+"""Equal values have equal bytes in every process, whatever its hash seed (PYTHONHASHSEED)."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from eventflow.serialization.codecs import (
+    fingerprint,
+    fingerprint_diff,
+    is_recorded_unsorted,
+    mark_sets,
+)
+from tests.serialization import identities
+
+ROOT = Path(__file__).parents[2]
+
+
+def in_process(hash_seed: int, *args: str) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serialization.identities", *args],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def processes() -> list[Any]:
+    return [in_process(seed) for seed in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", identities.values())
+def test_p5_equal_values_have_equal_bytes_in_every_process(processes: list[Any], name: str):
+    """Arguments, parameters of child flows, names of asyncio tasks, digests of events and ordering
+    keys of one value are the same in three processes with three hash seeds.
+    """
+    first, *others = (found[name] for found in processes)
+    for other in others:
+        assert other == first
+    assert first["arguments"] is not None
+
+
+MODEL = identities.Model(
+    tags={"a", "b", "c"}, inner=[identities.Inner(names=frozenset("de"))], **{"other-name": {"x"}}
+)
+
+
+def earlier_prints(limit: int = 1024) -> list[bytes]:
+    """The fingerprints that version 0.1.0 made of `f(MODEL, [2, 1])` in processes of different hash
+    seeds: as they are here, with the sets in any order.
+    """
+    found: list[bytes] = []
+    for tags in itertools.permutations("abc"):
+        for names in itertools.permutations("de"):
+            form = {
+                "tags": tags,
+                "inner": [{"names": names}],
+                "by_name": {},
+                "other-name": ["x"],
+                "upper": [tag.upper() for tag in tags],
+            }
+            found.append(orjson.dumps({"model": form, "n": [2, 1]}, option=orjson.OPT_SORT_KEYS))
+    return found
+
+
+def test_a_fingerprint_of_an_earlier_version_matches_in_any_order_of_its_sets():
+    """A fingerprint that was recorded with unsorted sets is one of the same arguments; another
+    member, or another order of a list, is not.
+    """
+    bound = {"model": MODEL, "n": [2, 1]}
+    mine = fingerprint((), (), bound, {})
+    for recorded in earlier_prints():
+        assert is_recorded_unsorted(recorded, mark_sets(bound))
+        assert not is_recorded_unsorted(recorded.replace(b'"e"', b'"f"'), mark_sets(bound))
+        assert not is_recorded_unsorted(recorded.replace(b"[2,1]", b"[1,2]"), mark_sets(bound))
+    assert mine is not None and mine in earlier_prints()
+
+
+def test_a_hash_of_an_earlier_version_is_compared_where_it_can_be():
+    """A long argument that was hashed before sets were sorted passes if it has a set in a record,
+    and is compared if it has none.
+    """
+    old_hash = b'"#%s"' % (b"0" * 32)
+    long = identities.values()["long"]
+    for value, passes in (
+        (long, True),
+        (["x" * 2000], False),
+        ({"a", *map(str, range(500))}, False),
+    ):
+        mine = fingerprint(("x",), (value,), {}, {})
+        recorded = b'{"x":%s}' % old_hash
+        assert fingerprint_diff(recorded, mine)
+        assert is_recorded_unsorted(recorded, mark_sets({"x": value})) is passes
+        same = (mine or b"").replace(b"##", b"#")
+        assert same != mine and not fingerprint_diff(same, mine)
+        new = recorded.replace(b"#", b"##")
+        assert not is_recorded_unsorted(new, mark_sets({"x": value}))
