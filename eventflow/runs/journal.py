@@ -126,8 +126,20 @@ class Journal:
     """
 
     __slots__ = (
-        "children", "count", "failures", "finals", "first_at", "generation", "last_batch",
-        "last_own_batch", "running_time", "running_time_notes", "started_at", "unclaimed",
+        "_is_empty",
+        "_scopes",
+        "children",
+        "count",
+        "failures",
+        "finals",
+        "first_at",
+        "generation",
+        "last_batch",
+        "last_own_batch",
+        "running_time",
+        "running_time_notes",
+        "started_at",
+        "unclaimed",
     )  # fmt: skip
 
     def __init__(self, entries: Iterable[Entry] = (), *, started_at: int | None = None) -> None:
@@ -145,6 +157,23 @@ class Journal:
         for entry in entries:
             self.add(entry)
         self.unclaimed = set(self.finals)
+        self._is_empty = not self.count
+        self._scopes: set[str] | None = None
+
+    def has_scope(self, path: str) -> bool | None:
+        """Whether a call was recorded in the scope of this path (loop/scopes.py), which is without
+        its last slash. None: this was empty when it was made.
+        """
+        if self._is_empty:
+            return None
+        if self._scopes is None:
+            self._scopes = {
+                call_key[:end]
+                for call_key in (*self.finals, *self.failures, *self.children)
+                for end, letter in enumerate(call_key)
+                if letter == "/"
+            }
+        return path in self._scopes
 
     def add(self, entry: Entry) -> None:
         """Adds one committed entry."""
