@@ -20,9 +20,17 @@ import msgspec
 
 from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.core.declarations import declaration, duration, one_of, text, whole_number
-from eventflow.core.errors import NotFound, RunCancelled, RunFailed, RunHeld, UsageError
+from eventflow.core.errors import (
+    NotFound,
+    RunCancelled,
+    RunFailed,
+    RunHeld,
+    StoreLocked,
+    UsageError,
+)
+from eventflow.core.siblings import is_sibling_worker
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
-from eventflow.logs.log import LogSink
+from eventflow.logs.log import LogSink, get_logger
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
 from eventflow.routing.patterns import Pattern
@@ -43,6 +51,14 @@ from eventflow.serialization.errors import decode_error
 from eventflow.store.sqlite import SqliteStore, StoreOptions
 
 DAY = 86_400.0
+
+log = get_logger("eventflow.app")
+LOG_EVENTS = {
+    "app.locked_by_worker": (
+        "Another worker of the same server has the app's store; this one answers 503 (`uvicorn "
+        "--workers 2`)."
+    ),
+}
 
 T = TypeVar("T")
 
@@ -147,6 +163,7 @@ class App:
         self.subscriptions: Sequence[Subscription] = self._config.subscriptions
         self._url = store
         self._runtime: Runtime | None = None
+        self._locked: StoreLocked | None = None  # by another worker of the same server
 
     def __repr__(self) -> str:
         state = "closed" if self._runtime is None else "open"
@@ -288,10 +305,10 @@ class App:
         thread of their own.
 
         For the command line: without `listen` no trigger is started; a `passive` app runs no flow
-        either, it only records and reads; with `read_only` it opens the store of another process, and
-        what would change it raises StoreError. `store` replaces the App's own URL; `sink` stores the log
-        lines of runs. `require_secrets`: raise EmptySecret before anything is opened; without it, a
-        webhook whose secret is unset refuses every request (for tests).
+        either, it only records and reads; with `read_only` it opens the store of another process,
+        and what would change it raises StoreError. `store` replaces the App's own URL; `sink`
+        stores the log lines of runs. `require_secrets`: raise EmptySecret before anything is
+        opened; without it, a webhook whose secret is unset refuses every request (for tests).
         """
         if self._runtime is not None:
             raise UsageError(f"the app {self.name!r} is open already")
@@ -321,8 +338,30 @@ class App:
         finally:
             self._runtime = None
 
+    async def open_as_worker(self, *, sink: LogSink | None = None) -> None:
+        """`open` for a server that may have several workers: the lifespan of a host.
+
+        If another worker of the same server has the store, this logs why and leaves the App closed:
+        raising would stop the server, and with it the other worker. Whatever needs the App then
+        raises StoreLocked.
+        """
+        self._locked = None
+        try:
+            await self.open(sink=sink)
+        except StoreLocked as error:
+            if not is_sibling_worker(error.pid):
+                raise
+            self._locked = error
+            log.error(
+                "app.locked_by_worker",
+                app=self.name,
+                pid=error.pid,
+                store=self.url,
+                hint="one process serves an app: run one worker; this one answers 503",
+            )
+
     async def __aenter__(self) -> "App":
-        await self.open()
+        await self.open_as_worker()
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -330,8 +369,12 @@ class App:
 
     @property
     def runtime(self) -> Runtime:
-        """The running parts. UsageError while the App is closed."""
+        """The running parts. UsageError while the App is closed, StoreLocked if another worker of
+        the server has its store.
+        """
         if self._runtime is None:
+            if self._locked is not None:
+                raise StoreLocked(self._locked.path, self._locked.pid)
             raise UsageError(
                 f"the app {self.name!r} is not open;"
                 " use `async with app:`, app.run() or `eventflow serve`"

@@ -322,6 +322,7 @@ class StoreLocked(StoreError):
     exit_code = 75
 
     def __init__(self, path: str, pid: int | None) -> None:
+        self.path = path
         self.pid = pid
         self.holder = f"process {pid}" if pid else "another process"
         super().__init__(

@@ -145,7 +145,7 @@ class Api:
         logs = LogStore(f"{store_path(self.app)}.logs.db", clock=self.app.clock)
         logs.open()
         try:
-            await self.app.open(sink=logs)
+            await self.app.open_as_worker(sink=logs)
             try:
                 yield
             finally:
