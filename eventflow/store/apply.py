@@ -7,8 +7,12 @@ Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `d
 """
 
 from collections.abc import Sequence
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
+import orjson
+
+from eventflow.core.errors import call_catching
+from eventflow.core.hashing import digest
 from eventflow.events.event import Receipt
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import (
@@ -130,7 +134,7 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
     events = tx.events
     if (first := events.reserve(arrival)) is not None:
         digests = (first.digest.lower(), arrival.digest.hex())
-        conflict = digests[0] != digests[1]
+        conflict = digests[0] != digests[1] and digests[0] != _digest_in_written_order(arrival)
         events.count_duplicate(first.id, conflict=conflict)
         return Receipt(
             first.id,
@@ -147,6 +151,17 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
     events.add(arrival)
     deliver(tx, arrival, arrival.id)
     return Receipt(arrival.id, arrival.event_id, matched=len(arrival.runs))
+
+
+def _digest_in_written_order(arrival: Arrival) -> str | None:
+    """The digest of an event's data as an earlier version made it: keys in the order in which they
+    were written.
+    """
+    fields, error = call_catching(orjson.loads, arrival.body or b"null")
+    if error is not None or not isinstance(fields, dict):
+        return None
+    data = cast(dict[str, Any], fields).get("data")
+    return digest(arrival.type.encode(), orjson.dumps(data), size=8).hex()
 
 
 def deliver(tx: Transaction, arrival: Arrival, event: int) -> None:
