@@ -27,6 +27,7 @@ from eventflow.store.file_guards import (
     OpenFiles,
     check_first_name,
     lock_holder_pid,
+    make_store_folder,
     sync_folder,
 )
 from eventflow.store.load import load_journal, load_payloads
@@ -317,6 +318,9 @@ class SqliteStore:
 
         return cast(T, await self._submit(TransactionCall(call)))
 
+    def _check_open(self) -> None:
+        self._open_writer()
+
     async def _read(
         self,
         query: Callable[..., T],
@@ -324,7 +328,7 @@ class SqliteStore:
         budget: float = QUERY_TIMEOUT_SECONDS,
         **options: Any,
     ) -> T:
-        self._open_writer()
+        self._check_open()
         if self._readers is None:
             raise StoreError(f"the store {self.path} is not open")
         return await self._readers.read(
