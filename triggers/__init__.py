@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from triggers.drift import Drift, DriftAlert
     from triggers.drift_monitor import Categorical, DriftMonitor, Numeric, file_rows
-    from triggers.files import Directory, delete, move
+    from triggers.files import Directory, delete, move, outcome
     from triggers.kafka import Kafka, record_headers
     from triggers.kafka_sink import KafkaSink
     from triggers.runs import RunState
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "triggers.drift": ("Drift", "DriftAlert"),
     "triggers.drift_monitor": ("Categorical", "DriftMonitor", "Numeric", "file_rows"),
-    "triggers.files": ("Directory", "delete", "move"),
+    "triggers.files": ("Directory", "delete", "move", "outcome"),
     "triggers.kafka": ("Kafka", "record_headers"),
     "triggers.kafka_sink": ("KafkaSink",),
     "triggers.runs": ("RunState",),
@@ -81,6 +81,7 @@ __all__ = [
     "minio_id",
     "minio_object",
     "move",
+    "outcome",
     "record_headers",
 ]
 

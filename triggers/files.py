@@ -20,12 +20,19 @@ from eventflow.core.clock import Clock, SystemClock
 from eventflow.core.declarations import declaration, duration
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Intake
-from triggers._files.context import DirectoryOptions
+from triggers._files.context import DirectoryOptions, OutcomeTargets
 from triggers._files.listener import Listener
 from triggers._files.names import IGNORED, NameFilter, printable
-from triggers._files.post_actions import DeleteAction, MoveAction, delete, move
+from triggers._files.post_actions import (
+    DeleteAction,
+    MoveAction,
+    OutcomeAction,
+    delete,
+    move,
+    outcome,
+)
 
-__all__ = ["Directory", "delete", "move"]
+__all__ = ["Directory", "delete", "move", "outcome"]
 
 
 class Directory:
@@ -50,7 +57,9 @@ class Directory:
         existing: whether files present at the first start `"fire"`, or `"skip"` them (their later
             versions fire). After that start the cursor decides, and what landed in between always
             fires.
-        after: `move("processed")` or `delete()`, once the event is recorded. A moved file has its
+        after: `outcome(completed=move("done"), failed=move("failed"))`, once the runs of its event
+            have ended; or `move("processed")` or `delete()`, once the event is recorded. Such a
+            moved file has its
             new name just before that and loses its old one just after, so `data["path"]` exists
             when the flow starts. To run a file again, reprocess its event: moving the same version
             back is a duplicate.
@@ -77,7 +86,7 @@ class Directory:
         ignore: Sequence[str] = IGNORED,
         settle: float = 2.0,
         existing: Literal["fire", "skip"] = "fire",
-        after: MoveAction | DeleteAction | None = None,
+        after: OutcomeAction | MoveAction | DeleteAction | None = None,
         watch: Literal["auto", "native", "poll"] = "auto",
         rescan: float = 60.0,
         poll: float = 10.0,
@@ -97,12 +106,13 @@ class Directory:
         duration(poll, "Directory: poll=", positive=True)
         self.name = name or f"files:{os.fspath(root)}"
         directory = os.path.abspath(os.fsencode(root))
-        move_to = _move_target(directory, after) if isinstance(after, MoveAction) else None
+        by_outcome = isinstance(after, OutcomeAction)
         self._options = DirectoryOptions(
             root=directory,
             names=NameFilter(pattern, ignore, marker),
-            removes_source=after is not None,
-            move_to=move_to,
+            removes_source=after is not None and not by_outcome,
+            move_to=None if by_outcome else _move_target(directory, after),
+            outcome=_outcome_targets(directory, after) if by_outcome else None,
             skip_existing=existing == "skip",
             watch=watch,
             rescan=rescan,
@@ -117,6 +127,9 @@ class Directory:
             clock=clock or SystemClock(),
         )
 
+    def __repr__(self) -> str:
+        return f"Directory({printable(self._options.root)!r}, name={self.name!r})"
+
     async def listen(self, intake: Intake) -> None:
         """Until cancelled. May be restarted at any time: all it knows comes from the cursor."""
         listener = await Listener.open(self._options, intake)
@@ -128,7 +141,19 @@ class Directory:
             await listener.close()
 
 
-def _move_target(root: bytes, after: MoveAction) -> bytes:
+def _outcome_targets(root: bytes, after: OutcomeAction) -> OutcomeTargets:
+    return OutcomeTargets(
+        _move_target(root, after.completed),
+        _move_target(root, after.failed),
+        isinstance(after.completed, DeleteAction),
+        isinstance(after.failed, DeleteAction),
+    )
+
+
+def _move_target(root: bytes, after: MoveAction | DeleteAction | None) -> bytes | None:
+    """The absolute directory of a move; None for other actions."""
+    if not isinstance(after, MoveAction):
+        return None
     target = os.path.normpath(os.path.join(root, os.fsencode(after.to)))
     if target == root:
         raise UsageError(

@@ -279,7 +279,7 @@ class Intake(Protocol):
         ...
 
 
-Outcome: TypeAlias = Literal["completed", "failed", "unknown"]
+EventOutcome: TypeAlias = Literal["completed", "failed", "unknown"]
 
 
 @runtime_checkable
@@ -288,7 +288,7 @@ class KnowsOutcomes(Protocol):
     a part of its events does not.
     """
 
-    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, Outcome]:
+    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, EventOutcome]:
         """By event id, of this trigger's events. An event with a run that has not ended is missing.
 
         "completed": each of its runs completed, or none was to start. "failed": a run failed, was

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from eventflow.core.errors import StoreError, StoreFull
-from eventflow.events.event import Json, OutboxMessage, Receipt
+from eventflow.events.event import EventOutcome, Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Outcome, Run, State
 from eventflow.store.batching import BatchPolicy, PatternEvent, PatternMatch
@@ -390,7 +390,7 @@ class Store(Protocol):
 
     async def cursor(self, trigger: str) -> dict[str, Json]: ...
 
-    async def outcomes(self, keys: Sequence[bytes]) -> list[Outcome | None]:
+    async def outcomes(self, keys: Sequence[bytes]) -> list[EventOutcome | None]:
         """What became of the events with these identities, in their order; None: not ended."""
         ...
 
@@ -419,6 +419,10 @@ class Store(Protocol):
 
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         """By sink, how many messages wait, and since when the oldest does (microseconds)."""
+        ...
+
+    async def queue_heads(self, flows: Sequence[str]) -> dict[str, int]:
+        """By flow, since when its first pending run is due (microseconds)."""
         ...
 
     async def payloads(self, run: int) -> list[bytes]:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
-from eventflow.events.event import Json
+from eventflow.events.event import EventOutcome, Json
 from eventflow.logs.log import get_logger
 from eventflow.runs.run import State, format_id, parse_id
 from eventflow.store import rows
@@ -64,6 +64,37 @@ _DEAD_LETTER = (
 def cursor(connection: sqlite3.Connection, trigger: str) -> dict[str, Json]:
     found = connection.execute("SELECT key, value FROM cursors WHERE trigger = ?", (trigger,))
     return {key: orjson.loads(value) for key, value in found}
+
+
+def outcomes(connection: sqlite3.Connection, keys: Sequence[bytes]) -> list[EventOutcome | None]:
+    """See `Store.outcomes`."""
+    return [_outcome(connection, key) for key in keys]
+
+
+def _outcome(connection: sqlite3.Connection, key: bytes) -> EventOutcome | None:
+    found = connection.execute("SELECT id, matched FROM events WHERE key = ?", (key,)).fetchone()
+    if found is None:
+        return "unknown"
+    event, matched = found
+    states = [
+        state
+        for (state,) in connection.execute(
+            "SELECT state FROM runs WHERE event = ?1 UNION ALL"
+            " SELECT state FROM run_events JOIN runs ON runs.id = run WHERE run_events.event = ?1",
+            (event,),
+        )
+    ]
+    query = "SELECT 1 FROM pattern_events WHERE event = ? AND expired IS NULL LIMIT 1"
+    if any(State(state).is_live for state in states) or _exists(connection, query, event):
+        return None
+    query = "SELECT 1 FROM dead_letters WHERE event = ? AND redriven_at IS NULL LIMIT 1"
+    if any(state != State.COMPLETED for state in states) or _exists(connection, query, event):
+        return "failed"
+    return "completed" if len(states) >= matched else "unknown"
+
+
+def _exists(connection: sqlite3.Connection, query: str, event: int) -> bool:
+    return connection.execute(query, (event,)).fetchone() is not None
 
 
 def paused(connection: sqlite3.Connection) -> set[str]:
@@ -247,10 +278,13 @@ def _event_id(connection: sqlite3.Connection, ident: str | int) -> int:
         return number
     # The index has the first 16 characters. The + keeps SQLite from replacing event_id by the
     # constant
-    # in the first condition too, which then would not match the index.
+    # in the first condition too, which then would not match the index. Of several rows of one
+    # identity, the first one is the event: the others are dead letters of other content.
     query = """
-        SELECT id FROM events INDEXED BY events_key
-        WHERE substr(event_id, 1, 16) = substr(?, 1, 16) AND +event_id = ? ORDER BY id DESC LIMIT 2
+        SELECT coalesce(min(iif(type <> 'eventflow.undecodable', id, NULL)), min(id)) AS first
+        FROM events INDEXED BY events_key
+        WHERE substr(event_id, 1, 16) = substr(?, 1, 16) AND +event_id = ?
+        GROUP BY "trigger", source ORDER BY first DESC LIMIT 2
     """
     found = [number for (number,) in connection.execute(query, (ident, ident))]
     if found:
@@ -312,6 +346,19 @@ def _add_about(connection: sqlite3.Connection, found: list[dict[str, Any]]) -> N
         event = events.get(row["event"], (None, None, None))
         row["event_id"], row["event_type"], row["subject"] = event
         row["brief"] = None if row["params"] is None else row["params"][:BRIEF_BYTES]
+
+
+def queue_heads(connection: sqlite3.Connection, flows: Sequence[str]) -> dict[str, int]:
+    """By flow, since when its first pending run is due (microseconds); flows without one are left
+    out.
+    """
+    query = """
+        SELECT max(due_at, created_at) FROM runs INDEXED BY runs_live
+        WHERE state < 4 AND blocked = 0 AND state = 0 AND flow = ?
+        ORDER BY priority DESC, due_at, id LIMIT 1
+    """
+    heads = {flow: connection.execute(query, (flow,)).fetchone() for flow in flows}
+    return {flow: head[0] for flow, head in heads.items() if head is not None}
 
 
 def _live_run_ids(flow: str | None, state: State) -> tuple[str, list[Any]]:

@@ -33,6 +33,7 @@ from eventflow.core.backpressure import wait_while_full
 from eventflow.core.errors import StoreError, StoreFailed, StoreFull
 from eventflow.events.event import (
     Event,
+    EventOutcome,
     Gauge,
     HasGauges,
     Intake,
@@ -121,6 +122,7 @@ class ContractLedger:
     `cursors` the cursor, which a test may change. While `error` is set, `accept` raises it, or
     waits if it is a StoreFull and the trigger did not limit the wait; `refused_calls` counts the
     tries. `block` makes `accept` wait until `unblock`.
+    `event_outcomes`, by event id, is what `outcomes` answers; a test fills it.
     """
 
     def __init__(self) -> None:
@@ -131,6 +133,7 @@ class ContractLedger:
         self.error: StoreError | None = None
         self.refused_calls: int = 0
         self.log: Any = structlog.get_logger("tests.ledger")
+        self.event_outcomes: dict[str, EventOutcome] = {}
         self._unblocked = asyncio.Event()
         self._unblocked.set()
 
@@ -177,6 +180,9 @@ class ContractLedger:
 
     async def cursor(self) -> Mapping[str, Json]:
         return dict(self.cursors)
+
+    async def outcomes(self, source: str, ids: Sequence[str]) -> Mapping[str, EventOutcome]:
+        return {ident: self.event_outcomes[ident] for ident in ids if ident in self.event_outcomes}
 
     def block(self) -> None:
         """From now on `accept` does not return."""

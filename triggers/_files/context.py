@@ -26,19 +26,40 @@ LOG_EVENTS = {
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class OutcomeTargets:
+    """Where files go once their runs have ended: absolute directories, None to leave them."""
+
+    completed: bytes | None
+    failed: bytes | None
+    deletes_completed: bool
+    deletes_failed: bool
+
+    def of(self, outcome: str) -> tuple[bytes | None, bool]:
+        """The directory for an outcome, and whether the file is deleted instead."""
+        match outcome:
+            case "completed":
+                return self.completed, self.deletes_completed
+            case "failed":
+                return self.failed, self.deletes_failed
+            case _:
+                return None, False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DirectoryOptions:
     """The checked options of a `Directory`. `root` and `move_to` are absolute; durations are in
     seconds.
 
-    `removes_source`: whether a recorded file loses its landing name (`after=move(...)` or
-    `after=delete()`).
+    `removes_source`: whether a recorded file loses its landing name at once (`after=move(...)` or
+    `after=delete()`). `outcome`: what happens to it when its runs have ended.
     """
 
     root: bytes
     names: NameFilter
     removes_source: bool
     move_to: bytes | None
+    outcome: OutcomeTargets | None
     skip_existing: bool
     watch: str
     rescan: float

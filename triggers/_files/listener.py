@@ -89,14 +89,20 @@ class Listener:
         opened_ns: int,
     ) -> None:
         remote = is_remote(file_system_type)
-        move_to = options.move_to
+        targets = [options.move_to]
+        if options.outcome is not None:
+            targets += [options.outcome.completed, options.outcome.failed]
         tree = Tree(
             options.root,
             options.names,
             options.recursive,
             options.follow_symlinks,
             inodes=not remote and file_system_type not in CHANGING_INODES,
-            excluded=None if move_to is None else relative_to(options.root, move_to),
+            excluded=tuple(
+                below
+                for target in targets
+                if target is not None and (below := relative_to(options.root, target)) is not None
+            ),
         )
         known = KnownFiles()
         known.load(cursor)
@@ -112,6 +118,8 @@ class Listener:
             skip_until = 1 << 63 if remote else opened_ns
         self._context: DirectoryContext = context
         self._recorder = FileRecorder(context, intake, _source(options.root, remote))
+        if self._recorder.outcomes is not None:
+            self._recorder.outcomes.load(cursor)
         self._walks = TreeWalks(
             context, self._recorder, first_walk_done=first_walk_done, skip_until=skip_until
         )
@@ -146,6 +154,8 @@ class Listener:
         await self._process_notifications()
         await self._walk()
         await self._recorder.record_settled()
+        if self._recorder.outcomes is not None:
+            await self._recorder.outcomes.run_due()
         await self._recorder.flush()
 
     async def wait(self) -> None:
@@ -164,6 +174,9 @@ class Listener:
         settles_at = self._context.settling.next_due()
         if settles_at is not None:
             times.append(settles_at)
+        outcomes = self._recorder.outcomes
+        if outcomes is not None and (check_at := outcomes.next_at) is not None:
+            times.append(check_at)
         return min(times)
 
     async def _check_root(self) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from eventflow.core.declarations import declaration
-from eventflow.core.errors import SourceError
+from eventflow.core.errors import SourceError, UsageError
 from triggers._files.settling import FileStat
 from triggers._files.tree import Tree
 
@@ -37,6 +37,32 @@ class MoveAction:
 @dataclass(frozen=True, slots=True)
 class DeleteAction:
     """Deletes the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeAction:
+    """Waits for the file's runs to end."""
+
+    completed: MoveAction | DeleteAction | None
+    failed: MoveAction | DeleteAction | None
+
+
+@declaration
+def outcome(
+    *,
+    completed: MoveAction | DeleteAction | None = None,
+    failed: MoveAction | DeleteAction | None = None,
+) -> OutcomeAction:
+    """`after=outcome(completed=move("done"), failed=move("failed"))`: acts once every run of the
+    file's event has ended, also after a crash; until then the file stays where it landed.
+
+    `completed`: when all of them completed, or none was to run. `failed`: when one failed, was
+    cancelled or quarantined, or when its event is a dead letter. None leaves the file. A held run
+    has not ended. Raises UsageError without either.
+    """
+    if completed is None and failed is None:
+        raise UsageError("outcome: expected completed= or failed=, found neither")
+    return OutcomeAction(completed, failed)
 
 
 @declaration

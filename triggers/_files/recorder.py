@@ -15,6 +15,7 @@ from eventflow.events.event import Event, Intake, Json
 from triggers._files.context import DirectoryContext
 from triggers._files.events import Disposition, FileClassifier, LandedFile, to_event
 from triggers._files.names import printable, to_key
+from triggers._files.outcomes import AwaitedFile, OutcomeActions
 from triggers._files.post_actions import remove_source
 from triggers._files.settling import FileStat, pack_mark
 from triggers._files.tree import Tree
@@ -49,6 +50,11 @@ class FileRecorder:
             touch=options.touch,
         )
         self._unrecorded_keys: dict[str, Json] = {}  # cursor changes for the next accept
+        self.outcomes: OutcomeActions | None = None
+        if options.outcome is not None:
+            self.outcomes = OutcomeActions(
+                context, intake, source, options.outcome, self._classifier.stop
+            )
 
     def stop(self) -> None:
         """Ends reads and copies in the worker thread."""
@@ -96,6 +102,8 @@ class FileRecorder:
             cursor[to_key(file.path)] = (
                 None if file.stat is None else [*file.stat, file.sample, int(removal_pending)]
             )
+            if (awaited := self._awaited(file)) is not None:
+                cursor[to_key(file.path)] = awaited.to_cursor()
             recorded.append((file, removal_pending))
         if cursor:
             await self._accept(events, cursor)
@@ -103,6 +111,8 @@ class FileRecorder:
         for file, removal_pending in recorded:
             self._context.settling.remove(file.path)
             self._context.denied.discard(file.path)
+            if self.outcomes is not None:
+                self.outcomes.replace(file.path, self._awaited(file))
             if file.stat is None:
                 known.forget(file.path)
                 continue
@@ -111,6 +121,14 @@ class FileRecorder:
                 sources.append((file.path, file.stat))
         if sources:
             await self.remove_sources(sources)
+
+    def _awaited(self, file: LandedFile) -> AwaitedFile | None:
+        """The file as one that awaits the end of its runs; None when it does not."""
+        if self.outcomes is None or file.stat is None:
+            return None
+        before = self.outcomes.get(file.path)  # only its times may have changed
+        event_id = file.event_id if file.is_file else before and before.event_id
+        return AwaitedFile(file.stat, file.sample, event_id) if event_id else None
 
     def _postpone(self, file: LandedFile) -> None:
         context = self._context

@@ -74,18 +74,18 @@ class KnownFiles:
         self._marks: dict[bytes, dict[bytes, int]] = {}
 
     def load(self, cursor: Mapping[str, Json]) -> None:
-        """Reads the cursor: `{relative path: [size, mtime_ns, inode, sample, removal pending (0 or
-        1)]}`.
+        """Reads the cursor: `{relative path: [size, mtime_ns, inode, sample, state]}`, where the
+        state is 1 for a pending removal (others: outcomes.py).
         """
         for key, value in cursor.items():
             if key.startswith("/") and not key.startswith("//"):
                 continue  # a key of the trigger, not a path
-            size, mtime_ns, inode, sample, removal_pending = cast(
+            size, mtime_ns, inode, sample, state, *_ = cast(
                 "tuple[int, int, int, int | None, int]", value
             )
             self.add(
                 from_key(key),
-                pack_mark(FileStat(size, mtime_ns, inode), sample, bool(removal_pending)),
+                pack_mark(FileStat(size, mtime_ns, inode), sample, state == 1),
             )
 
     def __contains__(self, path: bytes) -> bool:

@@ -41,8 +41,8 @@ class Tree:
     recursive: bool = True
     follow_symlinks: bool = False
     inodes: bool = True
-    excluded: bytes | None = None
-    """A directory below the root that is not part of the tree (the target of `move`)."""
+    excluded: tuple[bytes, ...] = ()
+    """Directories below the root that are not part of the tree (the targets of `move`)."""
 
     def full(self, path: bytes) -> bytes:
         return os.path.join(self.root, path) if path else self.root
@@ -54,7 +54,7 @@ class Tree:
         return None if path is None or self._is_excluded(path) else path
 
     def _is_excluded(self, path: bytes) -> bool:
-        return self.excluded is not None and (path + b"/").startswith(self.excluded + b"/")
+        return any((path + b"/").startswith(each + b"/") for each in self.excluded)
 
     def to_file_stat(self, found: os.stat_result) -> FileStat:
         mtime_ns = min(max(found.st_mtime_ns, MIN_MTIME_NS), MAX_MTIME_NS)

@@ -1,0 +1,263 @@
+"""`after=outcome(...)`: files wait where they landed until their runs have ended, and then go where
+the outcome says, over any crash.
+"""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eventflow.core.clock import SystemClock
+from eventflow.core.errors import UsageError
+from eventflow.store.sqlite import SqliteStore
+from eventflow.testing.trigger_contract import ContractLedger
+from tests.conftest import eventually
+from tests.triggers.inbox import Inbox, run, touch, watched
+from tests.triggers.test_files_post_actions import files, leaves
+from triggers.files import Directory, delete, move, outcome
+
+BOTH: Any = {"after": outcome(completed=move("done"), failed=move("failed"))}
+
+
+def end(inbox: Inbox, name: str, result: Any) -> None:
+    """The runs of this file's last event have ended."""
+    event = next(each for each in reversed(inbox.events) if each.data["relpath"] == name)
+    inbox.ledger.event_outcomes[event.id] = result
+
+
+def test_a_file_goes_where_its_outcome_says(tmp_path: Path):
+    """A file stays where its event says until its runs have ended; then it is moved by their
+    outcome, its cursor entry goes, and nothing of that is an event.
+    """
+
+    async def test(inbox: Inbox) -> None:
+        for name in ("good.csv", "sub/bad.csv", "slow.csv"):
+            inbox.write(name, name)
+        await inbox.has("good.csv", "slow.csv", "sub/bad.csv")
+        await inbox.wait_until_idle()
+        assert all(Path(event.data["path"]).exists() for event in inbox.events)
+        end(inbox, "good.csv", "completed")
+        end(inbox, "sub/bad.csv", "failed")
+        await leaves(inbox, "good.csv", "sub/bad.csv")
+        assert files(inbox.root / "done") == ["good.csv"]
+        assert files(inbox.root / "failed") == ["sub/bad.csv"]
+        await eventually(lambda: "good.csv" not in inbox.ledger.cursors, "it is forgotten")
+        await inbox.wait_until_idle()
+        assert inbox.without_probes() == ["good.csv", "slow.csv", "sub/bad.csv"]
+        assert (inbox.root / "slow.csv").exists()
+
+    run(test, tmp_path / "in", deleted=True, rescan=0.2, **BOTH)
+
+
+@pytest.mark.parametrize("result", ["completed", "failed", "unknown"])
+def test_an_outcome_without_an_action_leaves_the_file(tmp_path: Path, result: str):
+    """Without an action for an outcome the file stays, and is no event again, also after a restart;
+    of an outcome that the ledger has forgotten a line says so.
+    """
+    after = outcome(failed=delete()) if result != "failed" else outcome(completed=delete())
+
+    async def main() -> None:
+        ledger = ContractLedger()
+        lines: list[dict[str, Any]] = []
+        for _ in range(2):
+            async with watched(tmp_path, ledger, after=after, rescan=0.2) as inbox:
+                if not inbox.events:
+                    inbox.write("a")
+                    await inbox.has("a")
+                    end(inbox, "a", result)
+                await eventually(lambda: ledger.cursors["a"][4] == 0, "it is not awaited")  # type: ignore[index]
+                lines += inbox.logged("file.outcome_unknown")
+        assert len(lines) == (1 if result == "unknown" else 0)
+        assert (tmp_path / "a").exists() and len(ledger.offered) == 1
+
+    asyncio.run(main())
+
+
+def test_delete_by_outcome(tmp_path: Path):
+    """A file may be deleted by its outcome, not before."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("a")
+        await inbox.has("a")
+        await inbox.wait_until_idle()
+        assert (inbox.root / "a").exists()
+        end(inbox, "a", "completed")
+        await leaves(inbox, "a")
+
+    run(test, tmp_path / "in", after=outcome(completed=delete(), failed=move("failed")))
+
+
+def test_another_version_is_not_moved_by_the_first_ones_outcome(tmp_path: Path):
+    """A version that lands while the runs of another one work stays until its own have ended; new
+    times alone change nothing.
+    """
+
+    async def test(inbox: Inbox) -> None:
+        path = inbox.write("a", "first")
+        await inbox.has("a")
+        touch(path)
+        await eventually(
+            lambda: inbox.ledger.cursors["a"][1] == path.stat().st_mtime_ns,  # type: ignore[index]
+            "its new time is known",
+        )
+        inbox.write("a", "the second one")
+        await inbox.has("a", "a")
+        inbox.ledger.event_outcomes[inbox.events[0].id] = "completed"
+        await inbox.wait_until_idle()
+        assert path.read_text() == "the second one"
+        end(inbox, "a", "failed")
+        await leaves(inbox, "a")
+        assert (inbox.root / "failed/a").read_text() == "the second one"
+
+    run(test, tmp_path / "in", **BOTH)
+
+
+def test_times_alone_change_no_outcome(tmp_path: Path):
+    """A file that is touched while its runs work is moved by their outcome all the same."""
+
+    async def test(inbox: Inbox) -> None:
+        path = inbox.write("a", "first")
+        await inbox.has("a")
+        touch(path)
+        await eventually(
+            lambda: inbox.ledger.cursors["a"][1] == path.stat().st_mtime_ns,  # type: ignore[index]
+            "its new time is known",
+        )
+        end(inbox, "a", "completed")
+        await leaves(inbox, "a")
+        assert files(inbox.root / "done") == ["a"] and inbox.names() == ["a"]
+
+    run(test, tmp_path / "in", **BOTH)
+
+
+def test_a_target_that_cannot_be_written_delays_only_its_files(tmp_path: Path):
+    """While a file cannot be placed it stays, with one line; the others are moved, then it is."""
+
+    async def test(inbox: Inbox) -> None:
+        inbox.write("failed", "in the way")
+        inbox.write("a")
+        inbox.write("b")
+        await inbox.has("a", "b")
+        end(inbox, "a", "failed")
+        end(inbox, "b", "completed")
+        await leaves(inbox, "b")
+        await eventually(lambda: inbox.logged("file.move_failed"), "it is told")
+        (inbox.root / "failed").unlink()
+        await leaves(inbox, "a")
+        assert files(inbox.root / "failed") == ["a"] and len(inbox.logged("file.move_failed")) == 1
+
+    run(test, tmp_path / "in", pattern="/*", **BOTH)
+
+
+def test_options_that_cannot_work(tmp_path: Path):
+    """An outcome needs an action, and a target other than the landing directory."""
+    with pytest.raises(UsageError, match="found neither"):
+        outcome()
+    with pytest.raises(UsageError, match="landing directory itself"):
+        Directory(tmp_path, after=outcome(completed=move(".")))
+
+
+# ------------------------------------------------------------------ with a server's ledger
+
+PROGRAM = """
+    import asyncio, os, signal, sys
+    from pathlib import Path
+    from eventflow import App, flow, task
+    from triggers._files import outcomes
+    from triggers.files import Directory, move, outcome
+
+    root, store, seam = sys.argv[1:]
+
+    def die(*args, **options):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    remove_source = outcomes.remove_source
+
+    def remove_and_die(*args):
+        remove_source(*args)
+        die()
+
+    match seam:
+        case "before the move":
+            outcomes._place_and_remove = die
+        case "after the link":
+            outcomes.sync_directories = die
+        case "before the removal":
+            outcomes.remove_source = die
+        case "after the removal":
+            outcomes.remove_source = remove_and_die
+
+    @task
+    def read(path: str) -> str:
+        text = Path(path).read_text()
+        if seam == "after a body" and text == "f7":
+            die()
+        if text == "f3":
+            raise ValueError("a bad file")
+        return text
+
+    @flow
+    async def take(path: str, relpath: str) -> str:
+        return await read(path)
+
+    @flow
+    async def count(name: str) -> str:
+        return name
+
+    app = App("files", store="sqlite:///" + store)
+    inbox = Directory(
+        root, settle=0.05, name="inbox", after=outcome(completed=move("done"), failed=move("bad"))
+    )
+    app.on(inbox, take)
+    app.on(inbox, count, where={"name": ["f3", "f4"]})
+
+    async def main():
+        async with app:
+            while any(path.is_file() for path in Path(root).iterdir()):
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+"""
+
+SEAMS = [
+    "after a body",
+    "before the move",
+    "after the link",
+    "before the removal",
+    "after the removal",
+]
+
+
+def test_killed_between_any_two_steps(tmp_path: Path):
+    """Killed while the runs work, and between any two steps of the move: each file has one event,
+    is read where it landed, and ends in the place of its outcome, once; with several flows it fails
+    when one of them did.
+    """
+    root, store = tmp_path / "in", tmp_path / "store.db"
+    root.mkdir()
+    names = [f"f{number}" for number in range(10)]
+    for name in names:
+        (root / name).write_text(name)
+    for seam in (*SEAMS, *SEAMS[1:], "none"):
+        command = [sys.executable, "-c", textwrap.dedent(PROGRAM), root, store, seam]
+        program = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        expected = 0 if seam == "none" else -signal.SIGKILL
+        assert program.returncode == expected, (seam, program.stderr)
+    assert files(root) == sorted(["bad/f3", *(f"done/{name}" for name in names if name != "f3")])
+    counts = asyncio.run(counts_of(store))
+    assert counts["events"] == len(names) and counts["duplicates"] == 0
+    assert counts["failed"] == 1 and counts["completed"] == len(names) + 1
+
+
+async def counts_of(path: Path) -> dict[str, int]:
+    store = SqliteStore(path, clock=SystemClock())
+    store.open()
+    try:
+        return await store.counts()
+    finally:
+        store.close()

@@ -1,0 +1,162 @@
+"""What happens to a recorded file once its runs have ended: `after=outcome(...)`.
+
+    cursor: awaited ─► Intake.outcomes ─► link_or_copy, sync ─► remove_source ─► cursor: forgotten
+
+The ledger knows the ends of runs, and the cursor which files await one; so nothing is kept in
+between, and a crash between any two steps repeats them: each is idempotent. `Listener.run_once`
+calls `run_due`; `FileRecorder` adds the files that it records.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from eventflow.core.errors import SourceError, UsageError
+from eventflow.events.event import Intake, Json, KnowsOutcomes
+from triggers._files.context import DirectoryContext, OutcomeTargets
+from triggers._files.names import from_key, printable, to_key
+from triggers._files.post_actions import link_or_copy, remove_source, sync_directories
+from triggers._files.settling import FileStat, pack_mark
+from triggers._files.tree import Tree
+
+LOG_EVENTS = {
+    "file.outcome_unknown": ("The ledger no longer has the runs of a file; it stays where it is."),
+}
+
+CHECK_INTERVAL_SECONDS = 0.5
+"""Between two questions about the files that await an outcome."""
+
+FILES_PER_CHECK = 500
+
+AWAITED = 2
+"""In a file's cursor entry, where 1 is a pending removal: its runs have not ended, as far as the
+trigger knows. The id of its event follows.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitedFile:
+    """A recorded version. `event_id` stays when only its times change."""
+
+    stat: FileStat
+    sample: int | None
+    event_id: str
+
+    def to_cursor(self) -> Json:
+        return [*self.stat, self.sample, AWAITED, self.event_id]
+
+
+class OutcomeActions:
+    """The awaited files of one opened `Directory`. `source` is that of its events."""
+
+    def __init__(
+        self,
+        context: DirectoryContext,
+        intake: Intake,
+        source: str,
+        targets: OutcomeTargets,
+        stop: threading.Event,
+    ) -> None:
+        if not isinstance(intake, KnowsOutcomes):
+            raise UsageError(
+                "Directory(after=outcome(...)): expected a trigger with flows of its own, found a "
+                "source whose events are not all recorded (of a drift monitor); use after=move(...)"
+            )
+        self._context: DirectoryContext = context
+        self._intake: Intake = intake
+        self._ledger: KnowsOutcomes = intake
+        self._source: str = source
+        self._targets: OutcomeTargets = targets
+        self._stop: threading.Event = stop
+        self._awaited: dict[bytes, AwaitedFile] = {}
+        self._warned: set[bytes] = set()
+        self._next_at: float = context.clock.monotonic()
+
+    def load(self, cursor: Mapping[str, Json]) -> None:
+        """Takes over the awaited files of the cursor."""
+        for key, value in cursor.items():
+            if isinstance(value, list) and len(value) == 6 and value[4] == AWAITED:
+                size, mtime_ns, inode, sample, _, event_id = cast(
+                    "tuple[int, int, int, int | None, int, str]", value
+                )
+                stat = FileStat(size, mtime_ns, inode)
+                self._awaited[from_key(key)] = AwaitedFile(stat, sample, event_id)
+
+    def replace(self, path: bytes, file: AwaitedFile | None) -> None:
+        """Another version of this path was recorded, or none is awaited any more."""
+        self._awaited.pop(path, None)
+        if file is not None:
+            self._awaited[path] = file
+
+    def get(self, path: bytes) -> AwaitedFile | None:
+        return self._awaited.get(path)
+
+    @property
+    def next_at(self) -> float | None:
+        """When `run_due` has something to do; None: nothing is awaited."""
+        return self._next_at if self._awaited else None
+
+    async def run_due(self) -> None:
+        """Asks for the outcomes of some awaited files, and moves those whose runs have ended."""
+        context = self._context
+        if not self._awaited or context.clock.monotonic() < self._next_at:
+            return
+        asked = dict(list(self._awaited.items())[:FILES_PER_CHECK])
+        found = await self._ledger.outcomes(
+            self._source, [file.event_id for file in asked.values()]
+        )
+        cursor: dict[str, Json] = {}
+        for path, file in asked.items():
+            self._awaited[path] = self._awaited.pop(path)  # those that were not asked come first
+            outcome = found.get(file.event_id)
+            if outcome is not None and await self._settle(path, file, outcome, cursor):
+                self.replace(path, None)
+        if cursor:
+            await self._intake.accept(cursor=cursor)
+        self._next_at = context.clock.monotonic() + CHECK_INTERVAL_SECONDS
+
+    async def _settle(
+        self, path: bytes, file: AwaitedFile, outcome: str, cursor: dict[str, Json]
+    ) -> bool:
+        """Whether it is done; then adds the file's new cursor entry."""
+        context = self._context
+        if outcome == "unknown":
+            full = printable(context.tree.full(path))
+            context.log.warning("file.outcome_unknown", path=full)
+        target, deletes = self._targets.of(outcome)
+        if target is None and not deletes:
+            cursor[to_key(path)] = [*file.stat, file.sample, 0]
+            return True
+        try:
+            is_removed = await context.run_blocking(
+                _place_and_remove, context.tree, path, file, target, self._stop
+            )
+        except (OSError, SourceError) as error:  # tried again: the target may become writable
+            if path not in self._warned:
+                self._warned.add(path)
+                full = printable(context.tree.full(path))
+                context.log.warning("file.move_failed", path=full, reason=str(error))
+            return False
+        self._warned.discard(path)
+        if is_removed:
+            context.known.forget(path)
+            context.settling.remove(path)
+            cursor[to_key(path)] = None
+        else:  # another version has landed, which is an event of its own
+            cursor[to_key(path)] = [*file.stat, file.sample, 0]
+            context.known.add(path, pack_mark(file.stat, file.sample))
+        return True
+
+
+def _place_and_remove(
+    tree: Tree, path: bytes, file: AwaitedFile, target: bytes | None, stop: threading.Event
+) -> bool:
+    """Gives the file its final name, durably, and removes its landing name. False when another
+    version has landed; a file that is gone counts as removed. Blocks. Raises OSError, SourceError.
+    """
+    if target is not None and tree.file_stat(path) == file.stat:
+        placed, _ = link_or_copy(tree.full(path), target, path, file.event_id, stop)
+        if failed := sync_directories([placed], target):
+            raise SourceError(failed[placed])
+    return remove_source(tree, path, file.stat)
