@@ -3,8 +3,9 @@ users meet is in them.
 
 A page's ```python blocks run in order, in one namespace and one empty folder; `await` may stand at
 the top, as in a notebook. A block that begins with `# NAME.py` is written there and loaded as
-`eventflow serve NAME.py` would; if it is a program with an `asyncio.run`, it is run as one.
-`test_…` functions are called. A block that begins with `# docs: skip: WHY` is only parsed.
+`eventflow serve NAME.py` would; `test_NAME.py` is run by pytest, a program with an `asyncio.run` as
+one. `test_…` functions elsewhere are called. A block below `<!-- not run: WHY -->` is only
+parsed.
 """
 
 import ast
@@ -39,6 +40,7 @@ from eventflow.sdk.task import Task
 from eventflow.server.server import Settings
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing import running
+from eventflow.testing.trigger_contract import CONTRACT, ContractLedger, TriggerHarness
 from eventflow.web.api import Api, make_asgi
 from eventflow.web.openapi import OPERATIONS
 from tests.conftest import wait_until
@@ -51,6 +53,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCS = "\n".join(page.read_text() for page in PAGES)
+TRIGGER_GUIDE = "guides/write-a-trigger.md"
 SECRET = "whsec_c2hvcC1leGFtcGxlLXNlY3JldA=="
 
 
@@ -69,6 +72,7 @@ class Block(NamedTuple):
     line: int
     language: str
     text: str
+    is_run: bool
 
     @property
     def file(self) -> str | None:
@@ -77,11 +81,14 @@ class Block(NamedTuple):
 
 
 def blocks(path: Path, *languages: str) -> list[Block]:
-    fenced = re.finditer(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+    text = path.read_text()
+    fenced = re.finditer(
+        r"^(<!-- not run: .*-->\n)?```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL
+    )
     return [
-        Block(path, path.read_text().count("\n", 0, found.start()) + 2, found[1], found[2])
+        Block(path, text.count("\n", 0, found.start(3)) + 1, found[2], found[3], not found[1])
         for found in fenced
-        if found[1] in languages
+        if found[2] in languages
     ]
 
 
@@ -112,9 +119,11 @@ async def _run_page(page: list[Block], names: dict[str, Any]) -> None:
         code = compile(
             "\n" * (block.line - 1) + block.text, where, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         )
-        if block.text.startswith("# docs: skip: "):
+        if not block.is_run:
             continue
-        if block.file is not None:
+        if block.file is not None and block.file.startswith("test_"):
+            await asyncio.to_thread(_run_pytest, block.file, block.text)
+        elif block.file is not None:
             names |= await asyncio.to_thread(_load_file, block)
         else:
             done = eval(code, names)
@@ -142,6 +151,20 @@ def _load_file(block: Block) -> dict[str, Any]:
         assert done.returncode == 0, done.stderr
     module, _ = load_module(block.file)
     return {name: value for name, value in vars(module).items() if not name.startswith("__")}
+
+
+def _run_pytest(file: str, text: str) -> None:
+    """Runs a file of tests as a reader would who has pasted it."""
+    Path(file).write_text(text)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", file],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 async def _call_tests(names: dict[str, Any]) -> None:
@@ -527,6 +550,24 @@ def test_the_roadmap_names_tests_that_exist():
     """What the roadmap says works is shown by tests that are there."""
     for name in re.findall(r"`(tests/[^`]+)`", page("roadmap.md")):
         assert list(ROOT.glob(name)), name
+
+
+def test_every_promise_of_the_contract_is_in_its_guide():
+    """write-a-trigger.md lists the promises of CONTRACT in order, with their docstrings."""
+    rows = re.findall(r"^\| `([a-z]+(?:_[a-z]+)+)` \| (.*) \|$", page(TRIGGER_GUIDE), re.MULTILINE)
+    promises = [(each.__name__, (inspect.getdoc(each) or "").rstrip(".")) for each in CONTRACT]
+    assert [row for row in rows if row[0] in dict(promises)] == promises
+
+
+@pytest.mark.parametrize("owner", [TriggerHarness, ContractLedger], ids=lambda each: each.__name__)
+def test_every_member_of_the_contract_is_in_its_guide(owner: type):
+    """write-a-trigger.md names what an author of a trigger overrides and reads."""
+    members = {name for name in vars(owner) if not name.startswith("_")} - {"accept", "cursor"}
+    if owner is ContractLedger:
+        members |= {name for name in vars(ContractLedger()) if not name.startswith("_")}
+        members -= {"ledger_ids", "log"}
+    missing = [name for name in members if not re.search(rf"`{name}\b", page(TRIGGER_GUIDE))]
+    assert not missing
 
 
 # --------------------------------------------------------------------------- links

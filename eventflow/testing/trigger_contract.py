@@ -14,6 +14,7 @@ fail and fill up. docs/guides/write-a-trigger.md builds a trigger with this suit
 """
 
 import asyncio
+import threading
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -42,6 +43,7 @@ from eventflow.events.event import (
     Trigger,
     Undecodable,
 )
+from eventflow.server.watchdog import locate
 
 __all__ = [
     "CONTRACT",
@@ -60,6 +62,8 @@ Item: TypeAlias = Event | Undecodable
 POLL_INTERVAL_SECONDS = 0.01
 STOP_TIMEOUT_SECONDS = 12.0
 """What the reactor gives a cancelled listener: a poll under way may be shielded for 10 s."""
+MAX_BLOCKED_SECONDS = 1.0
+"""As in server/watchdog.py, which logs a loop that is blocked for longer."""
 
 
 class ContractBroken(AssertionError):
@@ -85,7 +89,7 @@ class TriggerHarness:
 
     def trigger(self) -> Trigger:
         """A new trigger on the source, made the same way each time, as after a restart."""
-        raise NotImplementedError
+        raise self._not_implemented("trigger")
 
     async def offer(self, keys: Sequence[str]) -> None:
         """Puts one new item for each key into the source. Does not wait until they are recorded.
@@ -93,7 +97,7 @@ class TriggerHarness:
         A source that pushes (an HTTP sender) keeps sending, in its own tasks, until it has an
         answer: a real sender repeats a request that was answered 5xx.
         """
-        raise NotImplementedError
+        raise self._not_implemented("offer")
 
     async def redeliver(self, keys: Sequence[str], ledger: "ContractLedger") -> None:
         """Makes the source deliver these items again; called while no trigger listens.
@@ -109,19 +113,25 @@ class TriggerHarness:
     async def acknowledged(self, ledger: "ContractLedger") -> Collection[str]:
         """The keys that the source need not deliver again.
 
-        Where the source keeps score: answered 2xx, offset committed, message deleted. Where the
-        trigger's cursor does: what `ledger.cursors` is past.
+        If the source remembers them: answered 2xx, offset committed, message deleted. If the
+        trigger's cursor does: the items up to the position in `ledger.cursors`.
         """
-        raise NotImplementedError
+        raise self._not_implemented("acknowledged")
+
+    def _not_implemented(self, method: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{type(self).__name__}.{method}: implement it, see the docstring of "
+            f"TriggerHarness.{method} and docs/guides/write-a-trigger.md"
+        )
 
 
 class ContractLedger:
     """An intake with the ledger's rules: identity, duplicates, conflicts, cursors with the record.
 
     `recorded` holds the items by (source, id), `offered` every item ever handed to `accept`,
-    `cursors` the cursor, which a test may change. While `error` is set, `accept` raises it, or
-    waits if it is a StoreFull and the trigger did not limit the wait; `refused_calls` counts the
-    tries. `block` makes `accept` wait until `unblock`.
+    `calls` counts the calls of `accept`, `cursors` is the cursor, which a test may change. While
+    `error` is set, `accept` raises it, or waits if it is a StoreFull and the trigger did not limit
+    the wait; `refused_calls` counts the tries. `block` makes `accept` wait until `unblock`.
     `event_outcomes`, by event id, is what `outcomes` answers; a test fills it.
     """
 
@@ -130,6 +140,7 @@ class ContractLedger:
         self.ledger_ids: dict[tuple[str, str], int] = {}
         self.cursors: dict[str, Json] = {}
         self.offered: list[Item] = []
+        self.calls: int = 0
         self.error: StoreError | None = None
         self.refused_calls: int = 0
         self.log: Any = structlog.get_logger("tests.ledger")
@@ -143,6 +154,7 @@ class ContractLedger:
         cursor: Mapping[str, Json] | None = None,
         max_wait: float | None = None,
     ) -> list[Receipt]:
+        self.calls += 1
         self.offered += items
         return await wait_while_full(lambda: self._accept_once(items, cursor), max_wait)
 
@@ -282,10 +294,13 @@ class _Check:
         self,
         condition: Callable[[], Awaitable[object]],
         expected: str,
-        do: str,
+        do: str | Callable[[], str],
         listener: asyncio.Task[None],
     ) -> None:
-        """Waits until `condition`; ContractBroken after the deadline, or when `listener` ended."""
+        """Waits until `condition`; ContractBroken after the deadline, or when `listener` ended.
+
+        `do`: the advice in the error; a callable is called then.
+        """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.harness.deadline
         while not await condition():
@@ -297,7 +312,7 @@ class _Check:
                     f"recorded {_listed(self.recorded)}, acknowledged "
                     f"{_listed(await self.acknowledged())}{waited}"
                     + (f"; listen ended: {_end_of(listener)}" if ended else ""),
-                    do,
+                    do if isinstance(do, str) else do(),
                 )
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
 
@@ -316,13 +331,18 @@ class _Check:
         async def is_acknowledged() -> bool:
             return await self.acknowledged() >= keys
 
-        await self.until(
-            is_acknowledged,
-            f"{_listed(keys)} acknowledged",
-            "acknowledge once `accept` has returned: answer, commit, delete, or pass the cursor "
-            "to `accept`; a duplicate is acknowledged like a new item",
-            listener,
-        )
+        def advice() -> str:
+            if self.ledger.refused_calls and self.keys_of(self.ledger.offered) - self.recorded:
+                return (
+                    "an item whose `accept` raised was not offered again: let the exception leave "
+                    "`listen`, and catch no Exception around `accept`"
+                )
+            return (
+                "acknowledge once `accept` has returned: answer, commit, delete, or pass the "
+                "cursor to `accept`; a duplicate is acknowledged like a new item"
+            )
+
+        await self.until(is_acknowledged, f"{_listed(keys)} acknowledged", advice, listener)
 
     async def until_offered(self, listener: asyncio.Task[None], tries: int = 0) -> None:
         """Waits until `accept` was called, or was refused `tries` times."""
@@ -330,9 +350,20 @@ class _Check:
         async def is_offered() -> bool:
             return bool(self.ledger.offered) and self.ledger.refused_calls >= tries
 
-        await self.until(
-            is_offered, "`accept` called for an offered item", "call `intake.accept`", listener
-        )
+        def advice() -> str:
+            if self.ledger.calls and not self.ledger.offered:
+                return (
+                    "`intake.accept` was called without items: pass the cursor together with the "
+                    "items that it covers"
+                )
+            if self.ledger.offered:
+                return (
+                    "an item whose `accept` raised was not offered again: let the exception leave "
+                    "`listen`, and catch no Exception around `accept`"
+                )
+            return "hand each item of the source to `intake.accept`"
+
+        await self.until(is_offered, "`accept` called with the offered items", advice, listener)
 
     async def expect_nothing_acknowledged(self, when: str) -> None:
         if early := await self.acknowledged():
@@ -423,11 +454,11 @@ async def repeats_the_same_identity(harness: TriggerHarness) -> None:
         await harness.redeliver(["a", "b"], ledger)
         async with listening(harness.trigger(), ledger) as listener:
 
-            async def both_came_again() -> bool:
+            async def are_offered_again() -> bool:
                 return check.keys_of(ledger.offered[before:]) == {"a", "b"}
 
             await check.until(
-                both_came_again,
+                are_offered_again,
                 "a, b handed to `accept` again after their redelivery",
                 "leave duplicates to the ledger: hand each delivery to `accept`",
                 listener,
@@ -497,6 +528,51 @@ async def keeps_its_name(harness: TriggerHarness) -> None:
         )
 
 
+async def leaves_the_event_loop_free(harness: TriggerHarness) -> None:
+    """The event loop is not blocked for a second: all triggers and HTTP share it."""
+    check = _Check(harness)
+    async with (
+        harness.source(),
+        _blocked_lines() as lines,
+        listening(harness.trigger(), check.ledger) as listener,
+    ):
+        await harness.offer(["a", "b", "c"])
+        await check.until_acknowledged({"a", "b", "c"}, listener)
+    if lines:
+        raise ContractBroken(
+            f"the event loop not blocked for {MAX_BLOCKED_SECONDS:g} s",
+            f"it blocked at {lines[0]}",
+            "use an async client, or call what blocks by `asyncio.to_thread`",
+        )
+
+
+@asynccontextmanager
+async def _blocked_lines() -> AsyncGenerator[list[str]]:
+    """`file:line function` for each time that the running loop is blocked in the block."""
+    loop = asyncio.get_running_loop()
+    loop_thread = threading.get_ident()
+    ended = threading.Event()
+    lines: list[str] = []
+
+    def watch() -> None:
+        while not ended.wait(POLL_INTERVAL_SECONDS):
+            turned = threading.Event()
+            loop.call_soon_threadsafe(turned.set)
+            if not turned.wait(MAX_BLOCKED_SECONDS):
+                line = locate(loop_thread)["stack"]
+                if not turned.wait(0.1):  # else the whole process was stopped, not the loop
+                    lines.append(line)
+                    turned.wait()
+
+    thread = threading.Thread(target=watch, name="eventflow-contract", daemon=True)
+    thread.start()
+    try:
+        yield lines
+    finally:
+        ended.set()
+        await asyncio.to_thread(thread.join)
+
+
 async def reports_its_health(harness: TriggerHarness) -> None:
     """`condition` and `gauges`, where a trigger has them, answer before, during and after."""
     check = _Check(harness)
@@ -545,6 +621,7 @@ CONTRACT: Sequence[Promise] = (
     loses_nothing_when_cancelled,
     resumes_where_it_stopped,
     keeps_its_name,
+    leaves_the_event_loop_free,
     reports_its_health,
 )
 """Every promise, for `pytest.mark.parametrize`: pytest names the tests after the functions."""
