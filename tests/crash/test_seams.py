@@ -220,7 +220,7 @@ def test_p2_k14_a_kill_right_after_the_end(lives: Lives):
     one_fate(server)
     before = lives.bodies()
     server = lives.boot()
-    assert one_fate(server)["attempts"] == 1
+    assert one_fate(server)["claims"] == 1
     assert lives.bodies() == before
 
 

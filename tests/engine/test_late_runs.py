@@ -119,7 +119,7 @@ async def test_the_event_of_a_late_run(clock: VirtualClock, received: Received) 
         "run": run.id,
         "flow": "train",
         "state": "late",
-        "attempts": 1,
+        "claims": 1,
         "seconds": 5400.0,
         "reason": None,
         "result": None,
