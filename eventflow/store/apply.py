@@ -13,6 +13,7 @@ import orjson
 
 from eventflow.core.errors import call_catching
 from eventflow.core.hashing import digest
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
 from eventflow.runs.journal import Entry, Kind
 from eventflow.runs.run import (
@@ -307,10 +308,10 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             row.reason = None
             tx.runs.move(row, State.FAILED)
         case Cancelled(reason):
-            row.reason = reason
+            row.reason = KNOWN_SECRETS.remove_from(reason)
             tx.runs.move(row, State.CANCELLED)
         case NeedsAttention(reason):
-            row.reason = reason
+            row.reason = KNOWN_SECRETS.remove_from(reason)
             tx.runs.move(row, State.HELD)
         case Suspended(until):
             if row.cancel_requested or row.id in tx.journal.unseen:

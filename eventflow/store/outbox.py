@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from eventflow.core.errors import call_catching
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Event, OutboxMessage
 from eventflow.logs.log import get_logger
 from eventflow.runs.run import format_id
@@ -63,7 +64,7 @@ def remove_sent(tx: Transaction, numbers: Sequence[int], rejected: Mapping[int, 
         asked = "SELECT sink, event, subscription FROM outbox WHERE id = ?"
         found = tx.connection.execute(asked, (number,)).fetchone()
         if found is not None and found[2] is None:
-            tx.events.add_dead_letter(found[1], found[0], reason)
+            tx.events.add_dead_letter(found[1], found[0], KNOWN_SECRETS.remove_from(reason))
             tx.commit.add_deliveries({"dead": 1})
     tx.connection.execute(
         "DELETE FROM outbox WHERE id IN (SELECT value FROM json_each(?))", (str(list(numbers)),)

@@ -5,10 +5,11 @@ nobody lives.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -230,6 +231,100 @@ def test_row_11_a_second_process_is_refused_and_shown_by_whom(lives: Lives):
     assert str(server.process.pid) in second.log_tail
     assert server.send(EVENT, DATA, "steps")[0] == 202
     one_fate(server)
+
+
+def _linked(store: Path, make: Callable[[Path, Path], None]) -> Path:
+    link = store.with_name(f"other-{store.name}")
+    make(link, store)
+    return link
+
+
+def _without_lock(store: Path) -> Path:
+    Path(f"{store}.lock").unlink()
+    return store
+
+
+NAMES: dict[str, Callable[[Path], Path]] = {
+    "a symlink": lambda store: _linked(store, Path.symlink_to),
+    "a hard link": lambda store: _linked(store, Path.hardlink_to),
+    "its name, the lock file removed": _without_lock,
+    "a symlinked folder": lambda store: _linked(store.parent, Path.symlink_to) / store.name,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_row_11_a_second_server_is_refused_under_any_name(lives: Lives, name: str):
+    """A second server that names the store in another way, or after its lock file is gone, exits
+    with 75 and names the first one's pid. The first one serves on; after its kill -9 a server opens
+    the store by its name, with every event.
+    """
+    server = lives.boot()
+    assert server.send("before", {"seconds": 0.0}, "patient")[0] == 202
+    second = Server(APP, lives.folder, store=NAMES[name](server.store))
+    assert not second.wait_ready()
+    assert second.wait() == 75
+    assert str(server.process.pid) in second.log_tail
+    assert server.send(EVENT, DATA, "steps")[0] == 202
+    server = lives.boot()
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    assert server.get("/api/counts")["completed"] == 3  # patient, steps and its child
+    assert lives.ran()["first"] <= 2 * lives.boots
+
+
+# --------------------------------------------------------------------------- files that vanish
+
+
+def _remove_all(store: Path) -> None:
+    for file in store.parent.glob(f"{store.name}*"):
+        if file.is_file():
+            file.unlink()
+
+
+def _replace_by_backup(store: Path) -> None:
+    shutil.copy(store, f"{store}.backup")
+    os.replace(f"{store}.backup", store)
+
+
+VANISHED: dict[str, Callable[[Path], object]] = {
+    "removed": _remove_all,
+    "moved": lambda store: store.rename(store.with_name("elsewhere.db")),
+    "replaced by a backup": _replace_by_backup,
+    "without its WAL": lambda store: Path(f"{store}-wal").unlink(),
+}
+
+
+@pytest.mark.parametrize("how", VANISHED)
+@pytest.mark.parametrize("traffic", ["none", "the next request", "constant"])
+def test_p10_a_server_whose_files_vanish_stops(lives: Lives, how: str, traffic: str):
+    """The files of a running server are removed, moved or replaced. It exits with 74, idle within
+    about a second, and one line says which file. No request is acknowledged after the store's file
+    is gone; if only the WAL is, every acknowledged event is there at the next start.
+    """
+    server = lives.boot()
+    assert server.send("before", {"seconds": 0.0}, "patient")[0] == 202
+    wait_until(lambda: at_rest(server), "everything is at rest")
+    acknowledged = ["before"]
+    VANISHED[how](server.store)
+    began = time.monotonic()
+    for n in range({"none": 0, "the next request": 1, "constant": 10_000}[traffic]):
+        try:
+            status = server.send(f"after-{n}", {"seconds": 0.0}, "patient")[0]
+        except NoAnswer:
+            break
+        if status != 202:
+            assert status == 503
+            break
+        acknowledged.append(f"after-{n}")
+    assert server.wait(10) == 74
+    assert time.monotonic() - began < 3.0  # the promise is 1 s to the stop of acknowledgements
+    assert server.log_tail.count('"event":"store.failed"') == 1
+    assert "removed, moved or replaced" in server.log_tail
+    if how == "without its WAL":
+        server = lives.boot()
+        for ident in acknowledged:
+            assert server.get(f"/api/events/{ident}")["id"]
+    else:
+        assert acknowledged == ["before"]
 
 
 # --------------------------------------------------------------------------- P6: time survives

@@ -9,8 +9,8 @@ from urllib.parse import quote
 import orjson
 import pytest
 
+from eventflow.core.secrets import MASK
 from eventflow.logs.redaction import (
-    MASK,
     SECRETS,
     Redactor,
     escape_controls,
