@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 import eventflow
 import eventflow.core.errors
+import eventflow.server.server
 import eventflow.testing
 import triggers
 from benchmarks import path as path_benchmark
@@ -183,7 +184,7 @@ def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
     (tmp_path / "shop.py").write_text(program.text)
     (tmp_path / ".env").write_text(re.findall(r"echo '(.+)' > .env", README.read_text())[0])
     headers = dict(pair.split(": ", 1) for pair in re.findall(r"-H '([^']+)'", asked))
-    with serving(tmp_path) as server:
+    with serving(tmp_path, "--dev") as server:
         reply = server.client.post(
             "/hooks/orders", content=re.findall(r"-d '([^']+)'", asked)[0], headers=headers
         )
@@ -191,17 +192,19 @@ def test_the_readme_shows_what_its_program_prints(tmp_path: Path):
         assert reply.json().keys() == json.loads(answer).keys()
         wait_until(lambda: '"run.completed"' in server.log, "the run is completed")
         lines = [json.loads(line) for line in server.log.splitlines() if line.startswith("{")]
-    told = re.findall(r"\] (\w+\.\w+) +\[([\w.]+)\] (.*)", shown.text)
-    assert [(line["event"], line["logger"]) for line in lines] == [
-        (event, logger) for event, logger, _ in told
-    ]
-    for line, (_, _, fields) in zip(lines, told, strict=True):
-        assert set(re.findall(r"(\w+)=", fields)) == line.keys() - {
-            "timestamp",
-            "level",
-            "event",
-            "logger",
-        }
+    by_event = {line["event"]: line for line in lines}
+    printed = re.findall(r"^[\d:.]+ [ WE] (\w+\.\w+) +(.*)", shown.text, re.MULTILINE)
+    assert sorted(by_event) == sorted(event for event, _ in printed)
+    for event, fields in printed:
+        assert set(re.findall(r"(\w+)=", fields)) <= by_event[event].keys()
+
+
+def test_the_readme_shows_the_token_message_of_the_program():
+    """README's first screen has the lines that the server prints about its new token."""
+    (shown, *_) = blocks(README, "text")
+    source = inspect.getsource(eventflow.server.server)
+    (created,) = re.findall(r"eventflow: the API token.*", shown.text)
+    assert created in source and "\n  Authorization: Bearer " in shown.text
 
 
 # --------------------------------------------------------------------------- commands
