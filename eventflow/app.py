@@ -31,6 +31,7 @@ from eventflow.core.errors import (
 from eventflow.core.siblings import is_sibling_worker
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
 from eventflow.logs.log import LogSink, get_logger
+from eventflow.logs.store import LogStore
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
 from eventflow.routing.patterns import Pattern
@@ -48,6 +49,7 @@ from eventflow.runtime import AppConfig, Lifespan, Runtime, uninterrupted
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.codecs import to_readable
 from eventflow.serialization.errors import decode_error
+from eventflow.store import open_store
 from eventflow.store.sqlite import SqliteStore, StoreOptions
 
 DAY = 86_400.0
@@ -163,6 +165,7 @@ class App:
         self.subscriptions: Sequence[Subscription] = self._config.subscriptions
         self._url = store
         self._runtime: Runtime | None = None
+        self._logs: LogStore | None = None  # if `open_as_worker` made it
         self._locked: StoreLocked | None = None  # by another worker of the same server
 
     def __repr__(self) -> str:
@@ -337,19 +340,31 @@ class App:
             await uninterrupted(runtime.close(grace))
         finally:
             self._runtime = None
+            await self._close_logs()
 
-    async def open_as_worker(self, *, sink: LogSink | None = None) -> None:
-        """`open` for a server that may have several workers: the lifespan of a host.
+    async def _close_logs(self) -> None:
+        logs = self._logs
+        self._logs = None
+        if logs is not None:
+            await uninterrupted(asyncio.to_thread(logs.close))
+
+    async def open_as_worker(self) -> None:
+        """`open` in the lifespan of a host, which may have several workers. The log lines of runs
+        are kept beside the store, for `eventflow logs`.
 
         If another worker of the same server has the store, this logs why and leaves the App closed:
         raising would stop the server, and with it the other worker. Whatever needs the App then
         raises StoreLocked.
         """
         self._locked = None
+        path = open_store(self.url, self.clock).path
+        self._logs = LogStore(f"{path}.logs.db", clock=self.clock)
+        self._logs.open()
         try:
-            await self.open(sink=sink)
-        except StoreLocked as error:
-            if not is_sibling_worker(error.pid):
+            await self.open(sink=self._logs)
+        except BaseException as error:
+            await self._close_logs()
+            if not isinstance(error, StoreLocked) or not is_sibling_worker(error.pid):
                 raise
             self._locked = error
             log.error(

@@ -164,16 +164,23 @@ class Log(structlog.BoundLoggerBase):
     def _log(self, level: int, event: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
         handlers = LOGGER.handlers
         direct = handlers[0] if handlers and isinstance(handlers[0], DirectHandler) else None
-        if level < direct.level if direct is not None else not self._logger.isEnabledFor(level):
+        context = log_context.get()
+        to_host = direct is None and self._logger.isEnabledFor(level)
+        if direct is None:
+            # The log store of a run keeps info lines, whatever level the host wants to see.
+            keeps = context is not None and context.sink is not None and level >= logging.INFO
+            if not to_host and not keeps:
+                return
+        elif level < direct.level:
             return
         if self._context:
             fields = {**self._context, **fields}
         if args:
             event = event % args
         if direct is not None:
-            direct.write_line(level, self._logger.name, event, fields, log_context.get())
+            direct.write_line(level, self._logger.name, event, fields, context)
         else:
-            _log_to_host(self._logger, level, event, fields)
+            _log_to_host(self._logger, level, event, fields, handle=to_host)
 
 
 def get_logger(name: str) -> Log:
@@ -191,7 +198,9 @@ class HostLogRecord(logging.LogRecord):
     """A record for the host's handlers only: `LogOutput` ignores it, the line is stored already."""
 
 
-def _log_to_host(logger: logging.Logger, level: int, event: str, fields: dict[str, Any]) -> None:
+def _log_to_host(
+    logger: logging.Logger, level: int, event: str, fields: dict[str, Any], *, handle: bool
+) -> None:
     """Embedded: a record with the message `event key=value` and the fields as `record.fields`.
 
     The redacted traceback is set as `exc_text`; with `exc_info` set, the host's formatter would
@@ -200,6 +209,8 @@ def _log_to_host(logger: logging.Logger, level: int, event: str, fields: dict[st
     line = render_line(
         level, logger.name, event, fields, SystemClock().now(), SECRETS, log_context.get()
     )
+    if not handle:
+        return  # stored with the run only
     data = cast(dict[str, Any], orjson.loads(line))
     trace = data.pop("exception", None)
     extra = {key: value for key, value in data.items() if key not in _BASE}

@@ -6,7 +6,6 @@
 openapi.py describes every route.
 """
 
-import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import asynccontextmanager
@@ -20,7 +19,6 @@ from starlette.types import ASGIApp
 
 from eventflow.app import App
 from eventflow.core.declarations import declaration
-from eventflow.logs.store import LogStore
 from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.web.auth import Guard
@@ -142,16 +140,11 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
         """Opens the App, and the log store of its runs, on the server's own loop."""
-        logs = LogStore(f"{store_path(self.app)}.logs.db", clock=self.app.clock)
-        logs.open()
+        await self.app.open_as_worker()
         try:
-            await self.app.open_as_worker(sink=logs)
-            try:
-                yield
-            finally:
-                await self.app.close()
+            yield
         finally:
-            await asyncio.to_thread(logs.close)
+            await self.app.close()
 
     def token(self) -> str | None:
         """Read, or made, once: the store's directory exists when the App is open."""
