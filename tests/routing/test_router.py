@@ -167,10 +167,14 @@ def test_p2_identity_is_trigger_source_and_id(a, b, c, d, e, f):
 
 
 def test_p2_the_content_digest_distinguishes_duplicate_and_conflict():
-    """Another time stamp is the same content; another type or other data is not."""
+    """Another time stamp, or another order of keys, is the same content; another type or other data
+    is not.
+    """
     base = event(ORDER)
     stamped = msgspec.structs.replace(base, time=None, subject="s")
     assert content_digest(base) == content_digest(stamped)
+    one, other = event({"a": {"b": 1, "c": 2}, "d": 3}), event({"d": 3, "a": {"c": 2, "b": 1}})
+    assert content_digest(one) == content_digest(other)
     assert (
         len(
             {

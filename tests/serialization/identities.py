@@ -1,14 +1,16 @@
-"""Prints, as JSON, what two processes compare of each value of VALUES.
+"""Prints, as JSON, what two processes compare of each value; stores results and reads them.
 
-`python -m tests.serialization.identities`; test_hash_seeds.py runs it under several hash seeds.
+`python -m tests.serialization.identities [encode NAME | decode NAME FILE]`; test_hash_seeds.py runs
+it under several hash seeds.
 """
 
 import dataclasses
 import datetime as dt
 import enum
 import json
+import sys
 from decimal import Decimal
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,7 +23,8 @@ from eventflow.events.event import Event
 from eventflow.loop.scopes import task_label
 from eventflow.routing.router import content_digest
 from eventflow.routing.subscriptions import compile_key
-from eventflow.serialization.codecs import fingerprint
+from eventflow.serialization.codecs import ResultCodec, fingerprint
+from eventflow.serialization.tagged_json import deep_equal
 
 WORDS = [f"word-{n}" for n in range(12)]
 
@@ -175,5 +178,66 @@ def identities(value: Any) -> dict[str, Any]:
     return found
 
 
+@flow
+async def takes_anything() -> None:
+    pass
+
+
+@flow
+async def takes_model(value: Model, more: dict[str, int]) -> None:
+    pass
+
+
+PICKLED = "pickled"
+RESULTS: dict[str, tuple[Any, Any]] = {
+    **{
+        name: (value, None)
+        for name, value in values().items()
+        if type(value) in (set, dict) and name not in ("points", "at")  # they need an annotation
+    },
+    "list of sets": ([{"a", "b"}, frozenset({"c", "d"})], list[set[str] | frozenset[str]]),
+    "set of a type": ({"a", "b", "c"}, set[str]),
+    "bytes": (b"abc", bytes),
+    "struct": (Struct({"a", "b"}, points=frozenset({Point("x"), Point("y")})), Struct),
+    "data": (Data({"a", "b"}), Data),
+    "model": (values()["model"], Model),
+    "root": (Root({"a": {"b", "c", "d"}}), Root),
+    "colours": ({Colour.RED, Colour.BLUE}, set[Colour]),
+    "nan": ({"x": float("nan")}, dict[str, float]),
+    PICKLED: ({"a": {"b", "c"}}, None),
+}
+"""Results, each with the annotation that stores it."""
+
+
+def codec_of(name: str) -> ResultCodec:
+    return ResultCodec(RESULTS[name][1], name, "pickle" if name == PICKLED else None)
+
+
+def main(args: list[str]) -> Any:
+    match args:
+        case ["encode", name]:
+            form, data = codec_of(name).encode(RESULTS[name][0], key=b"k")
+            return [form, data.hex()]
+        case ["decode", name, path]:
+            form, data = json.loads(Path(path).read_text())
+            codec = codec_of(name)
+            back = codec.decode(form, bytes.fromhex(data), allow_pickle=True, key=b"k")
+            again = codec.decode(
+                *codec.encode(RESULTS[name][0], key=b"k"), allow_pickle=True, key=b"k"
+            )
+            return {"equal": same_members(back, again)}
+        case _:
+            return {name: identities(value) for name, value in values().items()}
+
+
+def same_members(left: Any, right: Any) -> bool:
+    """Deep equality; of a dict that a set has ordered, without its order."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(
+            same_members(left[key], right[key]) for key in left
+        )
+    return deep_equal(left, right)
+
+
 if __name__ == "__main__":
-    print(json.dumps({name: identities(value) for name, value in values().items()}))
+    print(json.dumps(main(sys.argv[1:])))

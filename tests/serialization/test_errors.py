@@ -200,6 +200,15 @@ def test_p4_an_error_keeps_its_class_text_and_state(error, caught_as, state):
     )
 
 
+def test_an_error_of_requests_is_caught_as_its_class_and_as_oserror():
+    """`requests.ConnectionError`, whose arguments and request have no JSON form, is one."""
+    requests = pytest.importorskip("requests")
+    error = made(requests.get, "http://127.0.0.1:1/", timeout=1)
+    rebuilt = decode_error(encode_error(raised(error)))
+    assert type(rebuilt) is type(error) and isinstance(rebuilt, OSError)
+    assert str(rebuilt) == str(error) and rebuilt.response is None
+
+
 class Other:
     pass
 
