@@ -154,6 +154,39 @@ def test_a_target_that_cannot_be_written_delays_only_its_files(tmp_path: Path):
     run(test, tmp_path / "in", pattern="/*", **BOTH)
 
 
+def test_a_file_that_is_put_back_waits_for_a_retry(tmp_path: Path):
+    """A file put back for a retry of its runs stays until they have ended again, also over a
+    restart; it is no new event.
+    """
+
+    async def main() -> None:
+        ledger = ContractLedger()
+        async with watched(tmp_path, ledger, **BOTH) as inbox:
+            inbox.write("a")
+            await inbox.has("a")
+            end(inbox, "a", "failed")
+            await leaves(inbox, "a")
+            (tmp_path / "failed/a").rename(tmp_path / "a")
+            await eventually(
+                lambda: ledger.cursors.get("a", [None])[-1] == "failed",  # type: ignore[index]
+                "its outcome is known",
+            )
+        async with watched(tmp_path, ledger, **BOTH) as inbox:
+            await inbox.wait_until_idle()
+            await inbox.wait_until_idle()
+            assert (tmp_path / "a").exists()
+            del ledger.event_outcomes[inbox.events[0].id]
+            await eventually(
+                lambda: ledger.cursors["a"][-1] is None,  # type: ignore[index]
+                "the retry is seen",
+            )
+            end(inbox, "a", "completed")
+            await leaves(inbox, "a")
+            assert (tmp_path / "done/a").exists() and inbox.without_probes() == ["a"]
+
+    asyncio.run(main())
+
+
 def test_options_that_cannot_work(tmp_path: Path):
     """An outcome needs an action, and a target other than the landing directory."""
     with pytest.raises(UsageError, match="found neither"):

@@ -8,8 +8,8 @@ calls `run_due`; `FileRecorder` adds the files that it records.
 """
 
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from eventflow.core.errors import SourceError, UsageError
@@ -37,14 +37,17 @@ trigger knows. The id of its event follows.
 
 @dataclass(frozen=True, slots=True)
 class AwaitedFile:
-    """A recorded version. `event_id` stays when only its times change."""
+    """A recorded version. `event_id` stays when only its times change. `known_outcome`: of a file
+    that was put back: its runs had ended so, and it waits until a retry of them ends.
+    """
 
     stat: FileStat
     sample: int | None
     event_id: str
+    known_outcome: str | None = None
 
     def to_cursor(self) -> Json:
-        return [*self.stat, self.sample, AWAITED, self.event_id]
+        return [*self.stat, self.sample, AWAITED, self.event_id, self.known_outcome]
 
 
 class OutcomeActions:
@@ -76,18 +79,32 @@ class OutcomeActions:
     def load(self, cursor: Mapping[str, Json]) -> None:
         """Takes over the awaited files of the cursor."""
         for key, value in cursor.items():
-            if isinstance(value, list) and len(value) == 6 and value[4] == AWAITED:
-                size, mtime_ns, inode, sample, _, event_id = cast(
-                    "tuple[int, int, int, int | None, int, str]", value
+            if isinstance(value, list) and len(value) == 7 and value[4] == AWAITED:
+                size, mtime_ns, inode, sample, _, event_id, outcome = cast(
+                    "tuple[int, int, int, int | None, int, str, str | None]", value
                 )
                 stat = FileStat(size, mtime_ns, inode)
-                self._awaited[from_key(key)] = AwaitedFile(stat, sample, event_id)
+                self._awaited[from_key(key)] = AwaitedFile(stat, sample, event_id, outcome)
 
     def replace(self, path: bytes, file: AwaitedFile | None) -> None:
         """Another version of this path was recorded, or none is awaited any more."""
         self._awaited.pop(path, None)
         if file is not None:
             self._awaited[path] = file
+
+    async def put_back(self, paths: Sequence[bytes]) -> dict[str, Json]:
+        """The new cursor entries of files whose events were known: their outcome so far moves them
+        no second time.
+        """
+        files = {path: self._awaited[path] for path in paths if path in self._awaited}
+        ids = [file.event_id for file in files.values()]
+        found = await self._ledger.outcomes(self._source, ids)
+        entries: dict[str, Json] = {}
+        for path, file in files.items():
+            if (outcome := found.get(file.event_id)) is not None:
+                self._awaited[path] = replace(file, known_outcome=outcome)
+                entries[to_key(path)] = self._awaited[path].to_cursor()
+        return entries
 
     def get(self, path: bytes) -> AwaitedFile | None:
         return self._awaited.get(path)
@@ -110,7 +127,12 @@ class OutcomeActions:
         for path, file in asked.items():
             self._awaited[path] = self._awaited.pop(path)  # those that were not asked come first
             outcome = found.get(file.event_id)
-            if outcome is not None and await self._settle(path, file, outcome, cursor):
+            if outcome is None and file.known_outcome is not None:  # a retry is under way
+                self._awaited[path] = file = replace(file, known_outcome=None)
+                cursor[to_key(path)] = file.to_cursor()
+            if outcome not in (None, file.known_outcome) and await self._settle(
+                path, file, outcome, cursor
+            ):
                 self.replace(path, None)
         if cursor:
             await self._intake.accept(cursor=cursor)

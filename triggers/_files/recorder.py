@@ -11,7 +11,7 @@ commit. While the ledger is full, `accept` waits and nothing counts as known. Se
 
 from collections.abc import Mapping, Sequence
 
-from eventflow.events.event import Event, Intake, Json
+from eventflow.events.event import Event, Intake, Json, Receipt
 from triggers._files.context import DirectoryContext
 from triggers._files.events import Disposition, FileClassifier, LandedFile, to_event
 from triggers._files.names import printable, to_key
@@ -85,6 +85,7 @@ class FileRecorder:
         options = self._context.options
         known = self._context.known
         events: list[Event] = []
+        receipts: Sequence[Receipt] = []
         cursor: dict[str, Json] = {}
         recorded: list[tuple[LandedFile, bool]] = []
         for file in landed:
@@ -106,7 +107,7 @@ class FileRecorder:
                 cursor[to_key(file.path)] = awaited.to_cursor()
             recorded.append((file, removal_pending))
         if cursor:
-            await self._accept(events, cursor)
+            receipts = await self._accept(events, cursor)
         sources: list[tuple[bytes, FileStat]] = []
         for file, removal_pending in recorded:
             self._context.settling.remove(file.path)
@@ -121,6 +122,10 @@ class FileRecorder:
                 sources.append((file.path, file.stat))
         if sources:
             await self.remove_sources(sources)
+        known_ids = {receipt.event_id for receipt in receipts if receipt.duplicate}
+        if self.outcomes is not None and known_ids:
+            put_back = [file.path for file in landed if file.event_id in known_ids]
+            self._unrecorded_keys |= await self.outcomes.put_back(put_back)
 
     def _awaited(self, file: LandedFile) -> AwaitedFile | None:
         """The file as one that awaits the end of its runs; None when it does not."""
@@ -185,10 +190,13 @@ class FileRecorder:
         if self._unrecorded_keys.keys() - {FIRST_WALK_DONE_KEY}:
             await self._accept([], {})
 
-    async def _accept(self, events: Sequence[Event], cursor: Mapping[str, Json]) -> None:
+    async def _accept(
+        self, events: Sequence[Event], cursor: Mapping[str, Json]
+    ) -> Sequence[Receipt]:
         """Durable when it returns. Waits while the ledger is full."""
-        await self._intake.accept(*events, cursor={**self._unrecorded_keys, **cursor})
+        receipts = await self._intake.accept(*events, cursor={**self._unrecorded_keys, **cursor})
         self._unrecorded_keys = {}
+        return receipts
 
 
 def remove_sources(
