@@ -750,6 +750,27 @@ async def test_ids_and_batches_continue_after_a_restart(ledger: Ledger, reopen: 
     assert writer is not None and writer.last.batch == before + 1
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///a.db?mode=ro",
+        "sqlite:///a.db#x",
+        "sqlite:///~/a.db",
+        "sqlite:///:memory:",
+        "sqlite:///a.db\n",
+        "sqlite:/// a.db",
+        "sqlite:///a\0.db",
+        "sqlite:///folder/",
+        "SQLITE:///a.db",
+        "sqlite:////",
+    ],
+)
+def test_a_store_url_is_parsed_strictly(url: str):
+    """What has a meaning elsewhere in such a URL is refused: it would silently be another file."""
+    with pytest.raises(UsageError, match="--store expected"):
+        open_store(url, ManualClock())
+
+
 def test_methods_before_open_raise_store_error(path: str):
     """A store that is not open raises StoreError, not AttributeError."""
     store = SqliteStore(path, clock=ManualClock())
