@@ -241,18 +241,11 @@ class Endpoint:
             raise self._unavailable() from None
 
     async def _dead_letter(
-        self,
-        headers: Headers,
-        repeated: set[str],
-        body: bytes,
-        rejected: RequestRejected,
-        reason: str | None = None,
+        self, headers: Headers, repeated: set[str], body: bytes, rejected: RequestRejected
     ) -> RequestRejected:
-        """Records what a verified sender sent and is refused; the response to it. `reason`: if the
-        sender is not told it.
-        """
+        """Records what a verified sender sent and is refused; the response to it."""
         stored = {name: headers[name] for name in DEAD_LETTER_HEADERS if name in headers}
-        error: str = reason or rejected.args[2]
+        error: str = rejected.args[2]
         ident = self._dead_letter_id(headers, repeated, body)
         await self._accept(
             [Undecodable(id=ident, source=self._source, body=body, error=error, headers=stored)]
