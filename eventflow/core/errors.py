@@ -130,7 +130,10 @@ class RunError(EventflowError):
 
 
 class TaskFailed(RunError):
-    """Replaces a recorded error whose class is not imported, or not rebuilt from its arguments."""
+    """Replaces a recorded error that cannot be rebuilt, or whose class a process may not have.
+
+    It is an instance of the nearest classes that every process has, too, such as OSError.
+    """
 
     def __init__(self, error_type: str, message: str) -> None:
         super().__init__(error_type, message)

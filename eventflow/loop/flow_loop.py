@@ -514,28 +514,16 @@ class FlowLoop(HostedLoop):
                 FlowTask(
                     coro,
                     loop=self,
-                    path=self._child_path(coro),
+                    path=_task_path(self, coro, self._large_arguments),
                     name=name,
                     context=context,
                 )
             )
-        path = self._sorting = self._child_path(coro, deep=True)
+        path = self._sorting = _task_path(self, coro, self._large_arguments, deep=True)
         try:
             return self._adopt(FlowTask(coro, loop=self, path=path, name=name, context=context))
         finally:
             self._sorting = None
-
-    def _child_path(self, coro: Any, *, deep: bool = False) -> str:
-        """The path of a new task. In a run that an earlier version recorded, the one that it
-        recorded.
-        """
-        scope = self.current_scope()
-        label = task_label(coro, deep=deep, large=self._large_arguments)
-        if self.host.is_recorded_scope(scope.path + label) is False:
-            earlier = task_label(coro, deep=deep, earlier=True)
-            if earlier != label and self.host.is_recorded_scope(scope.path + earlier):
-                label = earlier
-        return scope.child_path(label)
 
     def _adopt(self, task: FlowTask) -> FlowTask:
         """Holds the task until it has ended. A sweep at twice the number costs less than a callback
@@ -638,3 +626,14 @@ def _copy(done: asyncio.Future[Any], mine: asyncio.Future[Any]) -> None:
 def _close_all(tasks: Sequence[FlowTask]) -> None:
     for task in tasks:
         close_or_keep(task)
+
+
+def _task_path(loop: FlowLoop, coro: Any, large: LargeValues, *, deep: bool = False) -> str:
+    """The path of a new task: in a run of an earlier version, the one that it recorded."""
+    scope = loop.current_scope()
+    label = task_label(coro, deep=deep, large=large)
+    if loop.host.is_recorded_scope(scope.path + label) is False:
+        earlier = task_label(coro, deep=deep, earlier=True)
+        if earlier != label and loop.host.is_recorded_scope(scope.path + earlier):
+            label = earlier
+    return scope.child_path(label)

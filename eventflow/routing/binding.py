@@ -25,6 +25,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -298,7 +299,10 @@ class Binder:
                     return data
         except (TypeError, ValueError, OverflowError, RecursionError, BindingError):
             pass
-        raise NotStorable(f"{self._flow}: argument {name!r}", type_name(value))
+        found = type_name(value)
+        if isinstance(value, datetime):
+            found += f" with the fold {value.fold} in the zone {value.tzinfo} (pass it in UTC)"
+        raise NotStorable(f"{self._flow}: argument {name!r}", found)
 
     # --------------------------------------------------------------------------- the signature
 
