@@ -151,6 +151,7 @@ def test_no_number_is_rounded_on_the_command_line(server: EventflowProcess):
             assert refused.returncode == 2, (args, refused.stdout)
 
 
+@pytest.mark.anyio
 async def test_no_number_is_rounded_from_kafka(broker: Broker):
     """A record with such a number is a dead letter with its bytes; its neighbours are events."""
     topic = await make_topic(broker)
