@@ -28,10 +28,9 @@ from eventflow.core.errors import (
     StoreLocked,
     UsageError,
 )
-from eventflow.core.siblings import is_sibling_worker
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
-from eventflow.logs.log import LogSink, get_logger
-from eventflow.logs.store import LogStore
+from eventflow.hosting import Hosting
+from eventflow.logs.log import LogSink
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
 from eventflow.routing.patterns import Pattern
@@ -49,18 +48,10 @@ from eventflow.runtime import AppConfig, Lifespan, Runtime, uninterrupted
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.codecs import to_readable
 from eventflow.serialization.errors import decode_error
-from eventflow.store import open_store
 from eventflow.store.sqlite import SqliteStore, StoreOptions
 
 DAY = 86_400.0
 
-log = get_logger("eventflow.app")
-LOG_EVENTS = {
-    "app.locked_by_worker": (
-        "Another worker of the same server has the app's store; this one answers 503 (`uvicorn "
-        "--workers 2`)."
-    ),
-}
 
 T = TypeVar("T")
 
@@ -165,8 +156,7 @@ class App:
         self.subscriptions: Sequence[Subscription] = self._config.subscriptions
         self._url = store
         self._runtime: Runtime | None = None
-        self._logs: LogStore | None = None  # if `open_as_worker` made it
-        self._locked: StoreLocked | None = None  # by another worker of the same server
+        self._hosting = Hosting()
 
     def __repr__(self) -> str:
         state = "closed" if self._runtime is None else "open"
@@ -202,8 +192,6 @@ class App:
         pattern over several events takes the place of a trigger and has its own `where` and `by`.
         Raises UsageError for what does not fit.
         """
-        if priority is not None:
-            whole_number(priority, "app.on(priority=)", minimum=-(1 << 63))
         if isinstance(trigger, Pattern):
             if where or params or key or types or on_failure != "continue":
                 raise UsageError(
@@ -340,47 +328,24 @@ class App:
             await uninterrupted(runtime.close(grace))
         finally:
             self._runtime = None
-            await self._close_logs()
-
-    async def _close_logs(self) -> None:
-        logs = self._logs
-        self._logs = None
-        if logs is not None:
-            await uninterrupted(asyncio.to_thread(logs.close))
-
-    async def open_as_worker(self) -> None:
-        """`open` in the lifespan of a host, which may have several workers. The log lines of runs
-        are kept beside the store, for `eventflow logs`.
-
-        If another worker of the same server has the store, this logs why and leaves the App closed:
-        raising would stop the server, and with it the other worker. Whatever needs the App then
-        raises StoreLocked.
-        """
-        self._locked = None
-        path = open_store(self.url, self.clock).path
-        self._logs = LogStore(f"{path}.logs.db", clock=self.clock)
-        self._logs.open()
-        try:
-            await self.open(sink=self._logs)
-        except BaseException as error:
-            await self._close_logs()
-            if not isinstance(error, StoreLocked) or not is_sibling_worker(error.pid):
-                raise
-            self._locked = error
-            log.error(
-                "app.locked_by_worker",
-                app=self.name,
-                pid=error.pid,
-                store=self.url,
-                hint="one process serves an app: run one worker; this one answers 503",
-            )
 
     async def __aenter__(self) -> "App":
-        await self.open_as_worker()
+        """`open`, for a host: the log lines of runs are kept beside the store.
+
+        If another worker of the same server has the store, the App stays closed, with a line in the
+        log, and what needs it raises StoreLocked.
+        """
+        await self._hosting.open(self.name, self.url, self.clock, self._open_hosted)
         return self
 
+    async def _open_hosted(self, logs: LogSink) -> None:
+        await self.open(sink=logs)
+
     async def __aexit__(self, *_: object) -> None:
-        await self.close()
+        try:
+            await self.close()
+        finally:
+            await uninterrupted(self._hosting.close())
 
     @property
     def runtime(self) -> Runtime:
@@ -388,8 +353,8 @@ class App:
         the server has its store.
         """
         if self._runtime is None:
-            if self._locked is not None:
-                raise StoreLocked(self._locked.path, self._locked.pid)
+            if (locked := self._hosting.locked) is not None:
+                raise StoreLocked(locked.path, locked.pid)
             raise UsageError(
                 f"the app {self.name!r} is not open;"
                 " use `async with app:`, app.run() or `eventflow serve`"

@@ -68,6 +68,7 @@ trigger needs.
 
 EXCEPTIONS: dict[str, dict[str, int]] = {
     "methods_per_class": {
+        "eventflow/app.py:App": 23,  # the public surface
         "eventflow/store/protocol.py:Store": 38,
         "eventflow/store/sqlite.py:SqliteStore": 48,
     },

@@ -137,7 +137,6 @@ class DriftMonitor:
         _check_durations(lateness, cooldown, nodata)
         span = microseconds(window) if isinstance(window, timedelta) else 0
         specs, baselines = _specs_and_baselines(features, reference)
-        min_level = SEVERITIES.index(min_severity)
         self.name = name or f"drift:{source.name}"
         self._config = MonitorConfig(
             name=self.name,
@@ -151,9 +150,7 @@ class DriftMonitor:
             lateness=microseconds(lateness),
             min_samples=_default_min_samples(window) if min_samples is None else min_samples,
             alpha=alpha,
-            rules=EpisodeRules(
-                confirm=confirm, clear=clear, cooldown=microseconds(cooldown), min_level=min_level
-            ),
+            rules=_episode_rules(confirm, clear, cooldown, min_severity),
             nodata_after=microseconds(nodata) if nodata is not None else 3 * span or None,
             per_feature=per == "feature",
             history=history,
@@ -330,6 +327,17 @@ def _check_source(source: object) -> None:
 
 def _default_min_samples(window: WindowKind) -> int:
     return min(MIN_SAMPLES, window) if isinstance(window, int) else MIN_SAMPLES
+
+
+def _episode_rules(
+    confirm: int, clear: int, cooldown: Duration, min_severity: Literal["warning", "alert"]
+) -> EpisodeRules:
+    return EpisodeRules(
+        confirm=confirm,
+        clear=clear,
+        cooldown=microseconds(cooldown),
+        min_level=SEVERITIES.index(min_severity),
+    )
 
 
 def _check_durations(lateness: Duration, cooldown: Duration, nodata: Duration | None) -> None:

@@ -5,11 +5,11 @@
     carry_out    what the run's objects decided (actions.py) takes effect, in this one place
     _settle      close the run, post its outcome; `Worker` detaches it when the store has replied
 
-`Worker` makes an Execution per claimed run. Everything here runs on the worker's loop. Between two
-deliveries nothing outside reaches the flow, live or replaying: that makes it deterministic
-(loop/flow_loop.py). The parts of a run can be read alone: flow_calls.py (what flow code calls),
-pending_calls.py (what the run waits for), journal_writer.py (what it records), attempts.py (task
-bodies), suspension.py (when it leaves memory), run_end.py (how it ends).
+`Worker` makes an Execution per run that it takes. Everything here runs on the worker's loop.
+Between two deliveries nothing outside reaches the flow, live or replaying: that makes it
+deterministic (loop/flow_loop.py). The parts of a run can be read alone: flow_calls.py (what flow
+code calls), pending_calls.py (what the run waits for), journal_writer.py (what it records),
+attempts.py (task bodies), suspension.py (when it leaves memory), run_end.py (how it ends).
 """
 
 from collections.abc import Callable, Sequence
@@ -101,7 +101,7 @@ class Execution(FlowCalls):
         self.services = services
         self.run = run
         self.flow = flow
-        self.name = format_id(run.id)
+        self.run_id = format_id(run.id)
         self.end = RunEnd(services, flow)
         self.loop = FlowLoop(self, services.loop, run.id)
         self.log_context = LogContext(
@@ -110,7 +110,7 @@ class Execution(FlowCalls):
         self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
         self.writer = JournalWriter(services, run, self._on_appended)
         self.attempts = Attempts(
-            services, run, self.name, self.log_context, self.writer, self.end, self.carry_out
+            services, run, self.run_id, self.log_context, self.writer, self.end, self.carry_out
         )
         self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
         self._on_settled = on_settled
@@ -118,7 +118,6 @@ class Execution(FlowCalls):
         """Whether it counts for its flow's `concurrency`."""
         self._awaits_place = False
         self.root: FlowTask | None = None
-        self.unawaited: list[str] = []
 
     # ----------------------------------------------------------------- stepping the flow (LoopHost)
 
@@ -192,16 +191,16 @@ class Execution(FlowCalls):
         root = self.root
         if end.outcome is None and root is not None and root.done():
             journal = self.pending.journal
-            end.outcome = end.flow_outcome(root, self.name, journal, self.wake)
+            end.outcome = end.flow_outcome(root, self.run_id, journal, self.wake)
             if end.outcome is None:  # a large result is being stored, which may take a while
                 self.writer.commit_uncommitted()
                 return False
             end.outcome = report_lost_calls(
                 end.outcome,
-                self.name,
+                self.run_id,
                 self.flow.name,
                 self.pending.waiting.values(),
-                self.unawaited if self.services.strict else None,
+                self.end.unawaited if self.services.strict else None,
             )
         if end.outcome is not None:
             return self._unwind(end.outcome)
@@ -230,7 +229,7 @@ class Execution(FlowCalls):
 
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:
-            log.warning("flow.busy_loop", run=self.name, flow=self.flow.name)
+            log.warning("flow.busy_loop", run=self.run_id, flow=self.flow.name)
         if self.end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
@@ -297,7 +296,11 @@ class Execution(FlowCalls):
                 self.writer.append(action.entry, action.arrivals)
             case SetTimer(target, due):
                 fire = partial(self._on_timer, target)
-                delay = due - services.clock.now()
+                now = services.clock.now()
+                if not isinstance(target, TaskCall):
+                    # In the time of the ledger, which goes on when the wall clock is set back.
+                    now = max(now, self.pending.now, self.run.started_at or 0)
+                delay = max(0, due - now)
                 target.handle = timer_after(services.clock, services.loop, delay, fire)
             case CancelTimer(handle):
                 handle.cancel()
@@ -313,21 +316,23 @@ class Execution(FlowCalls):
                 self.writer.append(entry, children=(child,))
             case CancelChild(started):
                 if not self.end.will_resume:  # else a later execution makes the call again
-                    reason = f"the call in {self.name} was cancelled"
+                    reason = f"the call in {self.run_id} was cancelled"
                     services.cancel_child(started, reason)
             case EndRun(outcome):
                 self.end_run(outcome)
             case ReportFenced(reply):
                 reason = str(getattr(reply, "reason", reply))
-                log.warning("run.fenced", run=self.name, reason=reason)
+                log.warning("run.fenced", run=self.run_id, reason=reason)
                 if isinstance(reply, Fenced) or services.store.failed is None:
-                    # If the lease is gone, the outcome is refused too; else a person must look.
+                    # If the claim is gone, the outcome is refused too; else a person must look.
                     self.end_run(NeedsAttention(f"the store refused an entry: {reason}"))
                 elif not self.end.is_closed:
                     self.close()
                     self._on_settled(self, Interrupted(), reply)
             case ReportFault(fault):
-                log.error("run.internal_error", run=self.name, flow=self.flow.name, exc_info=fault)
+                log.error(
+                    "run.internal_error", run=self.run_id, flow=self.flow.name, exc_info=fault
+                )
                 if not self.end.is_closed:
                     what = f"{type(fault).__name__}: {fault}"
                     self._settle(
@@ -346,7 +351,7 @@ class Execution(FlowCalls):
             or self.attempts.running
             or self.services.draining
             or not self.pending.is_only(entry.call_key)
-            or not self.writer.defer(entry)
+            or not self.writer.keep_uncommitted(entry)
         ):
             self.writer.append(entry, arrivals)
             return
@@ -387,9 +392,9 @@ class Execution(FlowCalls):
         pending = self.pending
         action = pending.record(entry)
         if pending.journal.count == LONG_JOURNAL:
-            log.warning("journal.long", run=self.name, entries=LONG_JOURNAL)
+            log.warning("journal.long", run=self.run_id, entries=LONG_JOURNAL)
         if entry.kind is Kind.VALUE and self.services.checkpoints.is_used:
-            self.services.forget_checkpoints(self.name, entry.call_key)
+            self.services.forget_checkpoints(self.run_id, entry.call_key)
         if action is not None:
             self.carry_out(action)
         self.wake()
@@ -458,7 +463,7 @@ class Execution(FlowCalls):
         if isinstance(outcome, Interrupted) and (note := self.suspension.record_time()) is not None:
             self.carry_out(note)
         self.close()
-        to_parent = answer_to_parent(run, self.name, outcome)
+        to_parent = answer_to_parent(run, self.run_id, outcome)
         op = Settle(run.id, run.token, outcome, to_parent, run.parent, uncommitted)
         services.store.post(op, partial(self._on_settled, self, outcome), services.loop)
 

@@ -48,15 +48,13 @@ class FlowCalls(ABC):
     services: WorkerServices
     run: Run
     flow: Flow[..., Any]
-    name: str
+    run_id: str
     end: RunEnd
     loop: FlowLoop
     pending: PendingCalls
     log_context: LogContext
     root: FlowTask | None
     """The flow's first task, once it exists."""
-    unawaited: list[str]
-    """Calls that the flow made and never awaited, with their lines."""
 
     @abstractmethod
     def carry_out(self, action: Action) -> None: ...
@@ -74,7 +72,7 @@ class FlowCalls(ABC):
         generation = self.pending.journal.generation
         enter_run(
             RunContext(
-                self.name,
+                self.run_id,
                 self.flow.name,
                 events,
                 self._read_context_time,
@@ -166,7 +164,7 @@ class FlowCalls(ABC):
 
     def emission(self, call: EmitCall) -> AppendEntry:
         """The entry that publishes the event; or the error that the flow receives instead."""
-        ident = f"{self.name}/{call.call_key}"
+        ident = f"{self.run_id}/{call.call_key}"
         arrival, error = call_catching(
             self.services.derived.event, self.run, ident, call.type, call.fields
         )
@@ -233,7 +231,7 @@ class FlowCalls(ABC):
     def on_callback_error(self, context: dict[str, Any]) -> None:
         log.error(
             "flow.callback_failed",
-            run=self.name,
+            run=self.run_id,
             problem=context.get("message"),
             exc_info=context.get("exception"),
         )
@@ -243,8 +241,8 @@ class FlowCalls(ABC):
             code = self.flow.fn.__code__
             definition = format_location(code.co_filename, code.co_firstlineno)
             replaying = self.pending.is_replaying
-            self.unawaited.append(
-                report_unawaited(coro, self.name, definition, is_replaying=replaying)
+            self.end.unawaited.append(
+                report_unawaited(coro, self.run_id, definition, is_replaying=replaying)
             )
 
     def _is_replaying(self) -> bool:

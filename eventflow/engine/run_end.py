@@ -44,6 +44,7 @@ class RunEnd:
         "is_closed",
         "is_signalled",
         "outcome",
+        "unawaited",
         "refusals",
         "unwind_rounds",
     )
@@ -52,6 +53,8 @@ class RunEnd:
         self._services = services
         self._flow = flow
         self.outcome: Outcome | None = None
+        self.unawaited: list[str] = []
+        """Calls that the flow made and never awaited, with their lines."""
         self.is_closed = False
         self.is_signalled = False
         """Whether a cancel or the timeout was delivered: the flow cleans up."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, cast
 import msgspec
 import orjson
 
+from eventflow.core.declarations import whole_number
 from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, EventSink, LateSpec
 from eventflow.routing.binding import Binder
@@ -192,7 +193,7 @@ def subscribe(
         filter=compile_filter(where),
         params=params,
         key=compile_key(key),
-        priority=flow.priority if priority is None else priority,
+        priority=_checked_priority(priority, flow),
         on_failure=on_failure,
         types=kinds,
         batch_policy=mode.batch_policy(),
@@ -214,7 +215,7 @@ def subscribe_pattern(
     """A checked subscription of a flow to a pattern. Its name is `PATTERN/FLOW` or `name`."""
     mode = _delivery_mode(deliver)
     unique = unique_name(name or f"{pattern.label}/{flow.name}", used_names)
-    level = flow.priority if priority is None else priority
+    level = _checked_priority(priority, flow)
     return Subscription(
         name=unique,
         trigger="",
@@ -253,6 +254,12 @@ def subscribe_sink(
         filter=compile_filter(where),
         is_for_dead_letters=dead_letters,
     )
+
+
+def _checked_priority(priority: int | None, flow: FlowLike) -> int:
+    if priority is None:
+        return flow.priority
+    return whole_number(priority, "priority=", minimum=-(1 << 63))
 
 
 def _delivery_mode(deliver: Delivery | None) -> Delivery:

@@ -140,11 +140,8 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
         """Opens the App, and the log store of its runs, on the server's own loop."""
-        await self.app.open_as_worker()
-        try:
+        async with self.app:
             yield
-        finally:
-            await self.app.close()
 
     def token(self) -> str | None:
         """Read, or made, once: the store's directory exists when the App is open."""

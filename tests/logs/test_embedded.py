@@ -5,12 +5,11 @@ from pathlib import Path
 import httpx2
 import pytest
 from starlette.applications import Starlette
-from starlette.routing import Mount
 
 from eventflow import App, current_run, current_task, flow, task
 from eventflow.core.clock import SystemClock
 from eventflow.logs.store import LogStore
-from eventflow.web.api import make_asgi
+from eventflow.web.api import Api, make_asgi
 
 pytestmark = pytest.mark.anyio
 
@@ -51,13 +50,12 @@ async def test_lines_of_an_embedded_run_are_kept(tmp_path: Path) -> None:
 
 
 async def test_lines_of_a_mounted_app_are_kept(tmp_path: Path) -> None:
-    """An ASGI app with its own lifespan keeps them too, and closes their store."""
+    """The lifespan of `app.asgi()` keeps them too, and closes their store."""
     path = tmp_path / "shop.db"
     app = App("shop", store=f"sqlite:///{path}")
     app.add(order)
-    asgi = app.asgi()
-    outer = Starlette(routes=[Mount("/", app=asgi)], lifespan=lambda _: app)
-    async with outer.router.lifespan_context(outer):
+    inner = Starlette()
+    async with Api(app, lambda: False).lifespan(inner):
         run = await app.start(order)
         await run.result()
     assert not app.is_open
