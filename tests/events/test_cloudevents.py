@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eventflow.events.cloudevents import is_cloudevent, parse_cloudevents
-from eventflow.events.strict_json import read_json
 from eventflow.events.event import Event
+from eventflow.events.strict_json import read_json
 
 STRUCTURED = {"content-type": "application/cloudevents+json; charset=utf-8"}
 BATCH = {"content-type": "application/cloudevents-batch+json"}

@@ -166,7 +166,7 @@ def _parse_each(
 
 
 def _parse_chunks(report: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
-    """NannyML's chunks of the analysis period; those of the reference are no news."""
+    """NannyML's chunks of the analysis period; those of the reference are left out."""
 
     def one(row: Any, where: str) -> Drift:
         drift = read_chunk(report, table(row, where))
