@@ -87,14 +87,7 @@ def _describe(
         fields["exceptions"] = [
             _describe(member, share, is_imported_everywhere) for member in members
         ]
-    bases = [
-        _class_name(kind)
-        for kind in type(error).__mro__
-        if issubclass(kind, Exception)
-        and (kind is not Exception or type(error) is Exception)
-        and is_imported_everywhere(kind.__module__)
-        and _find_error_class(_class_name(kind), kind.__module__) is kind
-    ]
+    bases = [name for name, module in _bases_by_name(type(error)) if is_imported_everywhere(module)]
     if error.__class__.__module__ == "__main__":
         fields["module"] = "__main__"
     return {
@@ -104,6 +97,18 @@ def _describe(
         "attributes": _attributes(error),
         "bases": bases,
     } | fields
+
+
+@lru_cache(maxsize=1024)
+def _bases_by_name(kind: type[BaseException]) -> tuple[tuple[str, str], ...]:
+    """The class and its bases that can be found by their names, each with its module here."""
+    return tuple(
+        (name, base.__module__)
+        for base in kind.__mro__
+        if issubclass(base, Exception)
+        and (base is not Exception or kind is Exception)
+        and _find_error_class(name := _class_name(base), base.__module__) is base
+    )
 
 
 def _is_group(error: BaseException) -> bool:
