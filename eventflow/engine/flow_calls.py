@@ -152,11 +152,11 @@ class FlowCalls(ABC):
         await self._refuse_unless_cleanup()
         raise asyncio.CancelledError
 
-    def perform_flow(
+    def child_call(
         self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Coroutine[Any, Any, Any]:
+    ) -> ChildCall:
         call_key = self.loop.current_scope().call_key(flow.name)
-        return self.perform(ChildCall(flow, call_key, flow.binder.unpack(args, kwargs)))
+        return ChildCall(flow, call_key, flow.binder.unpack(args, kwargs))
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
         call_key = self.loop.current_scope().call_key(f"emit:{event_type}")

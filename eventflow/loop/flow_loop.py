@@ -35,7 +35,7 @@ from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup, handles_cancel
 from eventflow.loop.left_behind import close_or_keep
 from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
-from eventflow.loop.unawaited import start_tracking
+from eventflow.loop.unawaited import ORIGIN_DEPTH
 
 MAX_STEPS_PER_RUN = 1_000
 """Steps of one `run_ready`, a few milliseconds; then the worker's loop gets its turn."""
@@ -391,7 +391,8 @@ class FlowLoop(HostedLoop):
         """
         outer = events._get_running_loop()
         hooks = sys.get_asyncgen_hooks()
-        depth = start_tracking()
+        depth = sys.get_coroutine_origin_tracking_depth()
+        sys.set_coroutine_origin_tracking_depth(ORIGIN_DEPTH)
         self._pumping = True
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)

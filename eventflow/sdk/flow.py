@@ -146,9 +146,11 @@ def enter_run(context: RunContext) -> None:
 class FlowCallPerformer(CallPerformer, Protocol):
     """What flow code needs of the engine; implemented by `engine.execution.Execution`."""
 
-    def perform_flow(
+    def child_call(
         self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Coroutine[Any, Any, Any]: ...
+    ) -> Any:
+        """A call to pass to `perform`; it has its call key."""
+        ...
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]: ...
 
@@ -194,10 +196,9 @@ class Flow(Generic[P, T]):
         loop = flow_loop(self.name)
         if loop is None:
             return self.fn(*args, **kwargs)
-        return cast(
-            "Coroutine[Any, Any, T]",
-            cast(FlowCallPerformer, loop.host).perform_flow(self, args, kwargs),
-        )
+        host = cast(FlowCallPerformer, loop.host)
+        call = host.child_call(self, args, kwargs)
+        return cast("Coroutine[Any, Any, T]", host.perform(call))
 
 
 def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
