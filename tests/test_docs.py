@@ -3,8 +3,8 @@ users meet is in them.
 
 A page's ```python blocks run in order, in one namespace and one empty folder; `await` may stand at
 the top, as in a notebook. A block that begins with `# NAME.py` is written there and loaded as
-`eventflow serve NAME.py` would; `test_NAME.py` is run by pytest, a program with an `asyncio.run` as
-one. `test_…` functions elsewhere are called. A block below `<!-- not run: WHY -->` is only
+`eventflow serve NAME.py` would; a file of tests is run by pytest, a program with an `asyncio.run`
+as one. `test_…` functions elsewhere are called. A block below `<!-- not run: WHY -->` is only
 parsed.
 """
 
@@ -438,7 +438,7 @@ CALLABLES: list[tuple[Any, str]] = [
     ),
 ]
 INNER = {"clock", "random_bytes", "rng", "sink", "passive", "own_loop"}
-"""What the house passes to itself; users are not told of it where they are not asked."""
+"""Parameters for tests and for eventflow itself; the pages need not name them."""
 
 
 @pytest.mark.parametrize(

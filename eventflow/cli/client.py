@@ -22,9 +22,9 @@ import msgspec
 import orjson
 
 from eventflow.app import App
-from eventflow.cli.output import json_option
+from eventflow.cli.output import json_option, note
 from eventflow.cli.target import load_app
-from eventflow.core.errors import EventflowError, StoreCorrupt, UsageError
+from eventflow.core.errors import EventflowError, StoreCorrupt, StoreLocked, UsageError
 from eventflow.logs.store import LogStore
 from eventflow.store import open_store
 from eventflow.web.api import make_asgi
@@ -38,6 +38,12 @@ class Unreachable(EventflowError):
     """There is no server, and the command cannot work without one."""
 
     exit_code: ClassVar[int] = 4
+
+
+class StoreInUse(EventflowError):
+    """Another process has the store open, and it answers no requests."""
+
+    exit_code: ClassVar[int] = 75
 
 
 class ApiError(EventflowError):
@@ -70,7 +76,7 @@ def ledger_options(command: F) -> F:
         click.option(
             "--app",
             envvar="EVENTFLOW_APP",
-            help="Without a server, load the app from this TARGET.",
+            help="Without a server, load this app: file.py or pkg.mod:app.",
         ),
         click.option(
             "--url",
@@ -99,6 +105,7 @@ class ApiClient:
         self, client: httpx2.AsyncClient, address: str, *, live: bool, knows_flows: bool
     ) -> None:
         self._client = client
+        self._in_use: str = ""
         self.address = address
         self.live = live
         self.knows_flows = knows_flows
@@ -108,7 +115,23 @@ class ApiClient:
         params = {name: value for name, value in query.items() if value is not None}
         return await self._request("GET", path, params=params, timeout=timeout)
 
+    def mark_in_use(self, locked: StoreLocked) -> None:
+        """Another process has the store open: requests that change it are refused."""
+        self._in_use = locked.holder
+
+    @property
+    def is_read_only(self) -> bool:
+        return bool(self._in_use)
+
+    def _check_writable(self) -> None:
+        if self._in_use:
+            raise StoreInUse(
+                f"{self._in_use} has {self.address} open without a server; beside it a command can "
+                "only look (ls, show, explain, logs, dry runs); do this in that program, or stop it"
+            )
+
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        self._check_writable()
         return await self._request(
             "POST",
             path,
@@ -116,6 +139,7 @@ class ApiClient:
         )
 
     async def publish(self, event: bytes) -> Any:
+        self._check_writable()
         return await self._request(
             "POST",
             "/api/events",
@@ -186,8 +210,11 @@ async def open_api(location: LedgerLocation) -> AsyncGenerator[ApiClient]:
         async with _client(server, _token(path)) as client:
             yield ApiClient(client, server, live=True, knows_flows=True)
         return
-    async with _open_without_server(app, path) as client:
-        yield ApiClient(client, path, live=False, knows_flows=app is not None)
+    async with _open_without_server(app, path) as (client, locked):
+        api = ApiClient(client, path, live=False, knows_flows=app is not None)
+        if locked is not None:
+            api.mark_in_use(locked)
+        yield api
 
 
 def _client(url: str, token: str) -> httpx2.AsyncClient:
@@ -208,7 +235,12 @@ def _token(path: str) -> str:
 
 
 @asynccontextmanager
-async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[httpx2.AsyncClient]:
+async def _open_without_server(
+    app: App | None, path: str
+) -> AsyncGenerator[tuple[httpx2.AsyncClient, StoreLocked | None]]:
+    """A client of the API in this process; and who has the store, if it could only be opened for
+    reading.
+    """
     if not has_store(path):
         raise Unreachable(
             f"no server has the store {path}, and there is no such file; "
@@ -218,17 +250,27 @@ async def _open_without_server(app: App | None, path: str) -> AsyncGenerator[htt
     # What the API refuses is the command's own error.
     logging.getLogger("eventflow.web").setLevel(logging.ERROR)
     app = app or App(Path(path).stem)
-    await app.open(
-        store=f"sqlite:///{path}", sink=LogStore(f"{path}.logs.db", clock=app.clock), passive=True
-    )
+    locked = await _open_passive(app, path)
     try:
         transport = httpx2.ASGITransport(make_asgi(app, auth=False, manage=False))
         async with httpx2.AsyncClient(
             transport=transport, base_url="http://localhost", timeout=None
         ) as client:
-            yield client
+            yield client, locked
     finally:
         await app.close()
+
+
+async def _open_passive(app: App, path: str) -> StoreLocked | None:
+    """Open the store; for reading only, and the reason, where another process has it."""
+    sink = LogStore(f"{path}.logs.db", clock=app.clock)
+    try:
+        await app.open(store=f"sqlite:///{path}", sink=sink, passive=True)
+    except StoreLocked as locked:
+        await app.open(store=f"sqlite:///{path}", sink=sink, passive=True, read_only=True)
+        note(f"{locked.holder} has the store open without a server: reading it as it is now")
+        return locked
+    return None
 
 
 def store_path(location: LedgerLocation, app: App | None) -> str:

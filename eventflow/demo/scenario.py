@@ -80,7 +80,7 @@ def run_scenario(
         code == 0, "SIGTERM: the server drained and ended with exit code 0", f"exit code {code}"
     )
     failed = report.failed_checks
-    result = f"{failed} of it did not hold" if failed else "all of it held"
+    result = f"{failed} checks failed" if failed else "all checks passed"
     report.heading(f"{result}; {report.seconds:.1f} s")
     report.write(f"The app is {SHOP}; to play with it: {program_name()} demo --serve")
     return not report.failed_checks
@@ -137,7 +137,7 @@ class Scenario:
         sent = [order("msg-empty", {"id": "order-0", "total": 0}), order("msg-odd", {"total": 5})]
         self.timeline(
             "webhook",
-            f"1 of nothing, 1 without an id: {statuses_text(sent)}; both are explained below",
+            f"1 with total 0, 1 without an id: {statuses_text(sent)}; both are explained below",
         )
         sent = [
             self.environment.post_alert("prices-july", {"model": "prices", "psi": 0.31})

@@ -100,7 +100,7 @@ class Verification:
         found = f"{counts['events']} events, expected {expected}"
         check(
             counts["events"] == expected == len(set(known)),
-            "every 202 is one event in the ledger, none is twice",
+            "every 202 is one event in the ledger, none is recorded twice",
             found,
         )
         stated = f"{answers[200]} duplicates, before and after the kill, started nothing"
@@ -116,7 +116,7 @@ class Verification:
         (empty,) = self.environment.get("/api/events/msg-empty")["verdicts"]
         check(
             empty["outcome"] == "filtered",
-            f"the order of nothing was filtered: {empty.get('reason')}",
+            f"the order with total 0 was filtered: {empty.get('reason')}",
             f"{empty}",
         )
         dead_letters = self.environment.get("/api/dead-letters")["dead_letters"]

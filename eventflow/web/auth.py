@@ -112,7 +112,10 @@ class Guard:
                 421, "wrong_host", "this host name is not served; allow it with --allow-host NAME"
             )
         if not await self._is_authorized(headers, scope):
-            detail = "expected Authorization: Bearer TOKEN; the token is in STORE.token"
+            detail = (
+                "expected Authorization: Bearer TOKEN; the token is in the file .token next to the "
+                "store"
+            )
             return error_json(401, "unauthorized", detail, www_authenticate="Bearer")
         if (method not in SAFE_METHODS or scope["type"] == "websocket") and not _same_site(headers):
             return error_json(403, "cross_site", "a page of another site may not do this")

@@ -2,7 +2,8 @@
 
 server/server.py passes the class to uvicorn. A request's head must be complete within 10 s and 64
 KiB. Connections are limited in total and per address, loopback addresses excepted. Bodies are
-limited where they are read (responses.py). The next check of a request is the Guard (auth.py).
+limited where they are read: of the API in responses.py, of webhooks in triggers/http_request.py.
+The next check of a request is the Guard (auth.py).
 """
 
 import asyncio
