@@ -70,7 +70,16 @@ class Attempts:
     counts bodies: while there are any, the run is not idle.
     """
 
-    __slots__ = ("_act", "_end", "_log_context", "_services", "_writer", "name", "run", "running")
+    __slots__ = (
+        "_carry_out",
+        "_end",
+        "_log_context",
+        "_services",
+        "_writer",
+        "run",
+        "run_id",
+        "running",
+    )
 
     def __init__(
         self,
@@ -84,11 +93,11 @@ class Attempts:
     ) -> None:
         self._services = services
         self.run = run
-        self.name = name
+        self.run_id = name
         self._log_context = log_context
         self._writer = writer
         self._end = end
-        self._act = act
+        self._carry_out = act
         self.running = 0
 
     def launch(self, call: TaskCall) -> None:
@@ -114,10 +123,10 @@ class Attempts:
         leave_flow()
         log_context.set(self._log_context.for_attempt(name, call.attempt))
         call.body = TaskContext(
-            self.name,
+            self.run_id,
             name,
             call.attempt,
-            f"{self.name}/{call.call_key}",
+            f"{self.run_id}/{call.call_key}",
             None,
             call.fingerprint,
         )
@@ -136,7 +145,7 @@ class Attempts:
                 self._keep_reference(handle, call)
 
     async def _attempt(self, call: TaskCall) -> None:
-        """Runs one body and reports what came of it. Whatever the body raises ends here."""
+        """Runs one body and reports its result. Whatever the body raises ends here."""
         me: asyncio.Task[Any] = call.handle
         services = self._services
         try:
@@ -144,7 +153,7 @@ class Attempts:
             ended_at = services.clock.monotonic()
             codec, data = call.task.result.encode(value, key=services.secret)
             if len(data) > OFFLOAD_BYTES:
-                bound = log.bind(run=self.name, task=call.task.name)
+                bound = log.bind(run=self.run_id, task=call.task.name)
                 codec, data = await offload(services.blobs, codec, data, bound)
             context = task_context()
             emitted = context.success_events if context is not None else None
@@ -160,7 +169,7 @@ class Attempts:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif isinstance(error, asyncio.CancelledError) and me.cancelling():
                 # Neither the flow nor a timeout cancelled it: the loop itself is being closed.
-                self._act(EndRun(Interrupted()))
+                self._carry_out(EndRun(Interrupted()))
             else:
                 self._guarded(self._on_failure, call, error)
         else:
@@ -173,7 +182,7 @@ class Attempts:
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
         _, fault = call_catching(step, *args)
         if fault is not None:  # ours, or of a callable that the app gave its Retry
-            self._act(ReportFault(fault))
+            self._carry_out(ReportFault(fault))
 
     # ----------------------------------------------------------------- limits
 
@@ -209,8 +218,8 @@ class Attempts:
             if run.crash_suspect:  # not cleared meanwhile by another of its calls
                 reply = await self._writer.mark_start()
                 if not isinstance(reply, Appended):
-                    self._act(ReportFenced(reply))
-                    raise asyncio.CancelledError("lost the lease")
+                    self._carry_out(ReportFenced(reply))
+                    raise asyncio.CancelledError("lost the claim")
             return await self._timed(call)
 
     def _on_checkpoint_progress(self) -> None:
@@ -238,14 +247,14 @@ class Attempts:
         if call.is_running and call.attempt == attempt and self._end.is_open:
             task = call.task
             handle = call.handle
-            log.error("task.abandoned", run=self.name, task=task.name, attempt=attempt)
+            log.error("task.abandoned", run=self.run_id, task=task.name, attempt=attempt)
             error = TaskTimedOut(task.name, task.options.timeout or 0.0)
             self._guarded(self._on_failure, call, error)
             self._keep_reference(handle, call)
 
     def _keep_reference(self, handle: asyncio.Task[Any], call: TaskCall) -> None:
         """Holds a task until it has ended: the loop holds its tasks weakly."""
-        self._services.abandon(handle, f"{self.name}/{call.call_key}")
+        self._services.abandon(handle, f"{self.run_id}/{call.call_key}")
 
     # ----------------------------------------------------------------- the end of an attempt
 
@@ -278,8 +287,9 @@ class Attempts:
             codec=codec,
             value=data,
         )
-        call.times.write_to(entry, ended_at)
-        self._act(RecordValue(entry, arrivals))
+        took = call.times.write_to(entry, ended_at)
+        self._services.task_durations.observe(call.task.name, "completed", took)
+        self._carry_out(RecordValue(entry, arrivals))
         if call.task.options.on_success is not None:
             self._run_hook(call.task.options.on_success, value)
 
@@ -292,7 +302,7 @@ class Attempts:
         text, _ = call_catching(str, error)
         log.warning(
             "task.attempt_failed",
-            run=self.name,
+            run=self.run_id,
             task=call.task.name,
             attempt=call.attempt,
             retry_in=None if delay is None else round(delay, 3),
@@ -305,7 +315,8 @@ class Attempts:
             fingerprint=call.fingerprint,
             error=self._end.encode_error(error),
         )
-        call.times.write_to(entry, services.clock.monotonic())
+        took = call.times.write_to(entry, services.clock.monotonic())
+        services.task_durations.observe(call.task.name, "failed", took)
         arrivals: list[Arrival] = []
         if delay is None:
             for fields in (call.body and call.body.failure_events) or ():
@@ -316,13 +327,13 @@ class Attempts:
         else:
             entry.due_at = services.clock.now() + microseconds(delay)
             self._run_hook(options.on_retry, error, delay)
-        self._act(AppendEntry(entry, arrivals))
+        self._carry_out(AppendEntry(entry, arrivals))
         if delay == 0 and not services.draining:
             self.launch(call)
 
     def _run_hook(self, hook: Callable[..., Any] | None, *args: Any) -> None:
         if hook is not None:
-            self._services.spawn(run_hook(self.name, hook, *args))
+            self._services.spawn(run_hook(self.run_id, hook, *args))
 
 
 async def run_hook(run: str, hook: Callable[..., Any], *args: Any) -> None:

@@ -23,8 +23,8 @@ class JournalWriter:
     """`in_flight` counts appends without a reply: while there are any, the run is not idle."""
 
     __slots__ = (
-        "_behind",
         "_on_reply",
+        "_queued_behind",
         "_run",
         "_services",
         "_start_marked",
@@ -44,7 +44,7 @@ class JournalWriter:
         """The value that the flow has before its commit."""
         self.is_committing = False
         """Whether the uncommitted value is posted."""
-        self._behind: list[Append] = []  # appends that wait for the uncommitted value
+        self._queued_behind: list[Append] = []  # appends that wait for the uncommitted value
         self._start_marked: asyncio.Future[Reply] | None = None
 
     def append(
@@ -58,7 +58,7 @@ class JournalWriter:
         proof = run.crash_suspect or self._start_marked is not None
         op = Append(run.id, run.token, (entry,), arrivals, children, proof)
         if self.uncommitted is not None:
-            self._behind.append(op)
+            self._queued_behind.append(op)
         else:
             self._services.store.post(op, self._on_appended, self._services.loop)
 
@@ -70,8 +70,8 @@ class JournalWriter:
 
     # ----------------------------------------------------------------- the uncommitted value
 
-    def defer(self, entry: Entry) -> bool:
-        """Keeps a value back, to be recorded by `commit_uncommitted` or with the run's outcome.
+    def keep_uncommitted(self, entry: Entry) -> bool:
+        """Keeps a value for the commit by `commit_uncommitted`, or for that of the run's outcome.
 
         False: it must be appended, since something of the run is being recorded, or a crash counts.
         """
@@ -104,8 +104,8 @@ class JournalWriter:
     def _on_uncommitted_appended(self, reply: Reply) -> None:
         self.uncommitted = None
         self.is_committing = False
-        behind = self._behind
-        self._behind = []
+        behind = self._queued_behind
+        self._queued_behind = []
         for op in behind:
             self._services.store.post(op, self._on_appended, self._services.loop)
         self._on_appended(reply)

@@ -6,7 +6,7 @@ recorded. On the worker's loop.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -39,6 +39,9 @@ LOG_EVENTS = {
 }
 
 
+_ENDS: Final[dict[type, str]] = {Completed: "completed", Failed: "failed", Cancelled: "cancelled"}
+
+
 class Outcomes:
     def __init__(self, services: WorkerServices) -> None:
         self._services = services
@@ -49,6 +52,10 @@ class Outcomes:
         token = log_context.set(execution.log_context)
         _log(execution, outcome, at)
         log_context.reset(token)
+        if (word := _ENDS.get(type(outcome))) is not None:
+            run = execution.run
+            seconds = (at - (run.started_at or run.created_at)) / SECOND
+            self._services.run_durations.observe(run.flow, word, seconds)
         options = execution.flow.options
         if options.on_success is not None or options.on_failure is not None:
             self._run_hook(execution, outcome)
@@ -56,7 +63,7 @@ class Outcomes:
             self.notify(execution.run.id, outcome)
 
     def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
-        name = execution.name
+        name = execution.run_id
         options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
             value, error = call_catching(self._value, execution, outcome)

@@ -79,7 +79,8 @@ class Suspension:
         journal = self._pending.journal
         if not waiting or (journal.unclaimed and waiting.keys() <= {TIMEOUT_KEY}):
             return EndRun(NeedsAttention(_stuck_reason(journal)))
-        now = self._services.clock.now()
+        # In the time of the ledger, which goes on when the wall clock is set back.
+        now = max(self._services.clock.now(), self._pending.now)
         if len(waiting) > MAX_SCANNED and not scan_all:
             self._recheck_at(now + SECOND)
             return None

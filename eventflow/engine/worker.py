@@ -20,6 +20,7 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, call_catching
 from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
+from eventflow.engine.durations import Durations
 from eventflow.engine.execution import Execution, RunningCall
 from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
@@ -353,7 +354,7 @@ class Worker:
         if isinstance(reply, Settled):
             self.outcomes.on_settled(execution, outcome, reply.at)
             if services.checkpoints.is_used and isinstance(outcome, Completed):
-                services.forget_checkpoints(execution.name)
+                services.forget_checkpoints(execution.run_id)
         if not self.executions:
             self._has_settled.set()
         if services.draining:
@@ -394,6 +395,11 @@ class Worker:
     def threads(self) -> DaemonThreads:
         """Those of plain task bodies."""
         return self._services.threads
+
+    @property
+    def durations(self) -> tuple[Durations, Durations]:
+        """Of runs by flow, and of attempts by task."""
+        return self._services.run_durations, self._services.task_durations
 
     @property
     def load(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from eventflow.core.clock import Clock
 from eventflow.core.threads import DaemonThreads
+from eventflow.engine.durations import Durations
 from eventflow.engine.limits import WorkerLimits
 from eventflow.events.event import Event
 from eventflow.logs.log import LogSink, get_logger
@@ -134,6 +135,8 @@ class WorkerServices:
     secret: bytes
     """Signs what tasks pickle; never in the store."""
     sink: LogSink | None = None
+    run_durations: Durations = field(default_factory=Durations)
+    task_durations: Durations = field(default_factory=Durations)
     strict: bool = False
     """A run whose flow forgot to await a call fails."""
     state: Any = None

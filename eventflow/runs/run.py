@@ -132,7 +132,7 @@ class NeedsAttention(msgspec.Struct, frozen=True):
 
 
 class Interrupted(msgspec.Struct, frozen=True):
-    """No outcome: the run becomes PENDING again, with its journal (drain)."""
+    """The claim ended and not the run: it becomes PENDING again, with its journal (drain)."""
 
 
 class Restarted(msgspec.Struct, frozen=True):

@@ -196,7 +196,7 @@ def locate(thread: int) -> dict[str, str]:
         known = frame.f_locals if frame.f_code.co_filename.startswith(_OURS) else {}
         owner = known.get("self")
         if isinstance(owner, Execution | Attempts):  # of the flow's steps; of a task body's
-            return {**location, "run": owner.name, "flow": owner.run.flow}
+            return {**location, "run": owner.run_id, "flow": owner.run.flow}
     return location
 
 

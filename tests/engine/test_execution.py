@@ -655,7 +655,7 @@ def test_restart_with_refuses_parameters_that_the_flow_does_not_have() -> None:
     assert "nonsense" in Simulation().done(picky, cursor=1).value
 
 
-# --------------------------------------------------------------------------- drain, lost lease
+# --------------------------------------------------------------------------- drain, lost claim
 
 
 def test_a_drain_records_nothing_and_loses_nothing() -> None:
@@ -765,7 +765,7 @@ def test_p10_when_the_store_fails_everything_stops_and_nothing_runs_unrecorded()
 
 
 def test_an_entry_that_cannot_be_written_holds_the_run() -> None:
-    """When the store refuses one entry although the lease is ours, the run is held, and nothing
+    """When the store refuses one entry although the claim is ours, the run is held, and nothing
     hangs.
     """
     from eventflow.core.errors import StoreError

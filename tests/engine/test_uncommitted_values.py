@@ -225,7 +225,7 @@ def test_a_drain_records_the_value_with_the_interruption(monkeypatch: pytest.Mon
 
 
 def test_p7_a_refused_settlement_records_nothing() -> None:
-    """A worker that lost its lease let the flow continue; neither value nor outcome is written."""
+    """A worker that lost its claim let the flow continue; neither value nor outcome is written."""
     sim = Simulation()
     row = sim.add(one)
     sim.refuse = lambda op: Fenced("stale") if isinstance(op, Settle | Append) else None
