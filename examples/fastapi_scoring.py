@@ -58,7 +58,7 @@ api = FastAPI(lifespan=opened)
 
 @api.post("/score")
 async def score(order: Order) -> dict[str, Any]:
-    """The run is durable before it starts, so a client that lost patience may ask again."""
+    """The run is durable before it starts, so a client that timed out may ask again."""
     run = await flows.start(score_all, idempotency_key=order.id, orders=[order])
     return {"run": run.id, "score": (await run.result())[0], "known": run.duplicate}
 

@@ -39,7 +39,7 @@ def an_app(trigger: Trigger | None = None, *flows: Flow[..., Any], **options: An
 
 async def verdicts(app: App, event: str) -> list[tuple[str, Any]]:
     """The fates that the ledger holds for an event, with their reasons."""
-    return [(fate, detail) for _, fate, detail in (await app.store.event(event))["verdicts"]]
+    return [(verdict, detail) for _, verdict, detail in (await app.store.event(event))["verdicts"]]
 
 
 async def test_p1_ack_follows_the_record(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ async def test_p1_ack_follows_the_record(tmp_path: Path) -> None:
         hold.set()
 
 
-async def test_p2_one_event_one_fate(tmp_path: Path) -> None:
+async def test_p2_one_event_one_verdict(tmp_path: Path) -> None:
     """Event, verdicts, runs and source cursors commit in one transaction; a duplicate starts
     nothing, and is counted.
     """
@@ -134,15 +134,15 @@ async def test_p3_every_event_is_explained() -> None:
         await source.send(data={"ok": True, "n": 2}, id="paused")
         await app.emit("nobody.listens", id="unheard")
 
-        ((fate, run),) = await verdicts(app, "runs")
-        assert fate == "run" and (await app.store.run(run))["flow"] == "handle"
-        ((fate, reason),) = await verdicts(app, "filtered")
-        assert fate == "filtered" and "ok" in reason
-        ((fate, reason),) = await verdicts(app, "invalid")
-        assert fate == "invalid" and "'n'" in reason
+        ((verdict, run),) = await verdicts(app, "runs")
+        assert verdict == "run" and (await app.store.run(run))["flow"] == "handle"
+        ((verdict, reason),) = await verdicts(app, "filtered")
+        assert verdict == "filtered" and "ok" in reason
+        ((verdict, reason),) = await verdicts(app, "invalid")
+        assert verdict == "invalid" and "'n'" in reason
         assert await verdicts(app, "dead") == [("dead", "not JSON")]
-        ((fate, run),) = await verdicts(app, "paused")
-        assert fate == "paused" and (await app.store.run(run))["state"] == "paused"
+        ((verdict, run),) = await verdicts(app, "paused")
+        assert verdict == "paused" and (await app.store.run(run))["state"] == "paused"
         assert await verdicts(app, "unheard") == []
         assert (await app.store.counts())["suppressed"] == 2  # filtered, and unheard
 

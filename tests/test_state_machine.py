@@ -68,7 +68,7 @@ class Promises(RuleBasedStateMachine):
         self.runner = asyncio.Runner()
         self.folder = Path(tempfile.mkdtemp(prefix="eventflow-machine-"))
         self.world = self.do(self._world())
-        self.sent: dict[str, tuple[str, Any]] = {}  # event id → what its fate must be, its data
+        self.sent: dict[str, tuple[str, Any]] = {}  # event id → its expected verdict, its data
         self.acked: dict[str, int] = {}  # event id → ledger id it was acknowledged with
         self.asked: dict[str, int] = {}  # idempotency key → run
         self.places: list[str] = []  # the event id sent with each cursor position
@@ -89,12 +89,12 @@ class Promises(RuleBasedStateMachine):
 
     # ----------------------------------------------------------------- the way in
 
-    def send(self, item: Event | Undecodable, fate: str) -> None:
-        self.do(self._send(item, fate))
+    def send(self, item: Event | Undecodable, outcome: str) -> None:
+        self.do(self._send(item, outcome))
         self.do(self.world.rest())
 
-    async def _send(self, item: Event | Undecodable, fate: str) -> None:
-        self.sent.setdefault(item.id, (fate, getattr(item, "data", None)))
+    async def _send(self, item: Event | Undecodable, outcome: str) -> None:
+        self.sent.setdefault(item.id, (outcome, getattr(item, "data", None)))
         self.places.append(item.id)
         (receipt,) = await self.world.source.send(item, cursor={"place": len(self.places)})
         known = self.acked.setdefault(item.id, receipt.ledger_id)
@@ -244,9 +244,9 @@ class Promises(RuleBasedStateMachine):
         sends: list[Coroutine[Any, Any, None]] = []
         for plan in plans:
             sends.append(
-                self._send(event := self.event(plan), fate := "paused" if self.paused else "run")
+                self._send(event := self.event(plan), outcome := "paused" if self.paused else "run")
             )
-            self.sent[event.id] = (fate, event.data)
+            self.sent[event.id] = (outcome, event.data)
         self.do(self._crash(moment, *sends))
         self.do(self.world.rest())
 
@@ -305,7 +305,7 @@ class Promises(RuleBasedStateMachine):
         assert self.do(self.world.app.store.check()) == []
         assert self.world.wrong == []
         self.acknowledged_is_recorded(ledger)
-        self.one_event_one_fate(ledger)
+        self.one_event_one_verdict(ledger)
         self.every_delivery_is_counted(ledger)
         self.values_are_never_computed_again(ledger)
         self.nothing_is_early(ledger)
@@ -322,12 +322,12 @@ class Promises(RuleBasedStateMachine):
         arrived = [n for n, ident in enumerate(self.places, 1) if ident in self.acked]
         assert place >= max(arrived, default=0) or place + 1 == len(self.places)
 
-    def one_event_one_fate(self, ledger: Ledger) -> None:
+    def one_event_one_verdict(self, ledger: Ledger) -> None:
         """P2, P3: one verdict for each subscription, one run for each (subscription, event)."""
-        for ident, (fate, _) in self.sent.items():
+        for ident, (outcome, _) in self.sent.items():
             if ident in ledger.events:
                 verdicts = orjson.loads(ledger.events[ident]["verdicts"])
-                assert [verdict[1] for verdict in verdicts][:1] == [fate], (ident, verdicts)
+                assert [verdict[1] for verdict in verdicts][:1] == [outcome], (ident, verdicts)
         pairs = Counter(
             (row["subscription"], row["event"])
             for row in ledger.runs.values()
@@ -390,7 +390,7 @@ class Promises(RuleBasedStateMachine):
 
     def what_ended_stays_ended(self, ledger: Ledger) -> None:
         """Terminal states change by retry alone; nothing diverges, nothing is refused; only three
-        deaths quarantine.
+        crashes quarantine.
         """
         for ident, known in self.ended.items():
             if ident not in self.revived:

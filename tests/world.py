@@ -100,7 +100,7 @@ class World:
         await wait_until_idle(self.app, TIMEOUT_SECONDS)
 
     async def restart(self) -> None:
-        """A clean stop, with little patience for bodies under way, and a start."""
+        """A clean stop, with a short grace for running bodies, and a start."""
         await self.app.close(grace=0.02)
         self.life += 1
         await self.open()

@@ -64,7 +64,7 @@ class VirtualClock:
 
     @property
     def next_due(self) -> datetime | None:
-        """The due time of the next timer; None when none is armed."""
+        """The due time of the next timer; None when none is set."""
         due = self._next()
         return None if due is None else to_datetime(due)
 
@@ -77,7 +77,7 @@ class VirtualClock:
         await self._move(target)
 
     async def jump(self) -> bool:
-        """Move time forward to the next due time; False when no timer is armed."""
+        """Move time forward to the next due time; False when no timer is set."""
         await self._wait_idle()
         due = self._next()
         if due is not None:
@@ -113,7 +113,7 @@ class VirtualClock:
 
 
 class _VirtualTimer:
-    """An armed timer. `cancel` still works after the firing, until the loop calls it."""
+    """A timer that is set. `cancel` still works after the firing, until the loop calls it."""
 
     __slots__ = ("_call", "_loop", "cancelled")
 

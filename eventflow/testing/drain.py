@@ -86,7 +86,7 @@ async def _has_live_runs(app: App) -> bool:
 
 
 async def _only_events_awaited(app: App) -> bool:
-    """Whether no run can continue by itself, when no timer is armed: none has a due time, and none
+    """Whether no run can continue by itself, when no timer is set: none has a due time, and none
     is in memory, which a run leaves when it waits for an event.
     """
     for state in (State.PENDING, State.WAITING):

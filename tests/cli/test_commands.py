@@ -111,7 +111,7 @@ def test_logs(shop: EventflowProcess):
 
 
 def test_emit(shop: EventflowProcess):
-    """`emit` records an event for what hears of its type; with the same id, once."""
+    """`emit` records an event for the subscriptions to its type; with the same id, once."""
     args = ("emit", "thing.made", "-d", '{"total": 4}', "--id", "thing-1")
     first, again = asked(shop, *args), asked(shop, *args)
     assert (first["duplicate"], again["duplicate"], first["id"]) == (False, True, again["id"])

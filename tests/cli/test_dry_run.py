@@ -170,23 +170,23 @@ def test_without_a_server(tmp_path: Path):
 
 def test_a_replay_of_a_time_starts_the_subscriptions_to_the_trigger(tmp_path: Path):
     """A replay of many events gives each to the subscriptions on its own trigger, and passes over
-    what nobody hears of.
+    what nothing subscribes to.
     """
     (tmp_path / "watch.py").write_text(WATCH)
-    unheard = {
+    unmatched = {
         "specversion": "1.0",
-        "id": "unheard",
+        "id": "unmatched",
         "source": "/shop",
-        "type": "nobody.hears",
+        "type": "nothing.subscribes",
         "data": {"total": 1000},
     }
     with serving(tmp_path, file="watch.py") as served:
         served.post("/hooks/orders", {"id": "small", "total": 50})
         served.post("/hooks/orders", {"id": "large", "total": 500})
-        served.client.post("/api/events", content=json.dumps(unheard), headers=CLOUDEVENT)
+        served.client.post("/api/events", content=json.dumps(unmatched), headers=CLOUDEVENT)
         done = eventflow(tmp_path, "replay", "--since", "7d", "--to", "handle")
         assert done.returncode == 0 and done.stdout.splitlines()[-1] == "2 events, 1 run started"
-        assert "no subscription or flow 'handle' accepts nobody.hears" in done.stderr
+        assert "no subscription or flow 'handle' accepts nothing.subscribes" in done.stderr
         assert len(served.get("/api/runs")["runs"]) == 2
 
 

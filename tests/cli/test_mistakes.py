@@ -201,16 +201,16 @@ def test_a_file_that_is_no_store(tmp_path: Path):
 
 
 def test_a_replay_of_many_that_starts_nothing(tmp_path: Path):
-    """Events that nobody hears of are passed over and told by the reason; when there are no others,
-    it exits 2.
+    """Events without a subscription are left out and reported with the reason; when there are no
+    others, it exits 2.
     """
     (tmp_path / "app.py").write_text(
         APP
-        + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('heard', f)\n@flow\nasync def "
+        + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('wanted', f)\n@flow\nasync def "
         "other(): return 1\n"
     )
     assert eventflow(tmp_path, "run", "app.py:f").returncode == 0
-    for kind in ("unheard", "unheard", "heard"):
+    for kind in ("unwanted", "unwanted", "wanted"):
         assert eventflow(tmp_path, "emit", kind, "--app", "app.py").returncode == 0
     done = eventflow(tmp_path, "replay", "--since", "1h", "--app", "app.py")
     assert done.returncode == 0 and "1 run started" in done.stdout

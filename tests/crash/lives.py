@@ -1,5 +1,5 @@
-"""The lives of one store: boots of gates.py on the same folder, and the one fate that an event must
-have in the end.
+"""The lives of one store: boots of gates.py on the same folder, and the one outcome that an event
+must have in the end.
 
 test_seams.py and test_faults.py take `lives` from conftest.py.
 """
@@ -56,7 +56,7 @@ def at_rest(server: Server) -> bool:
     return server.get("/api/counts")["pending"] == 0
 
 
-def one_fate(server: Server, ident: str = EVENT, result: object = RESULT) -> dict[str, Any]:
+def settled_once(server: Server, ident: str = EVENT, result: object = RESULT) -> dict[str, Any]:
     """One event, one run, completed with the right result; the sums hold."""
     wait_until(lambda: at_rest(server), "everything is at rest")
     event = server.get(f"/api/events/{ident}")

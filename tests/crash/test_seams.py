@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import wait_until
-from tests.crash.lives import APP, DATA, EVENT, Lives, one_fate
+from tests.crash.lives import APP, DATA, EVENT, Lives, settled_once
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import NoAnswer, Server
 from tests.server_process import EventflowProcess, serving
@@ -39,7 +39,7 @@ def test_p1_k1_a_kill_in_mid_request_leaves_nothing(lives: Lives):
     assert server.get("/api/counts")["events"] == 0
     status, body, _ = server.send(EVENT, DATA, "steps")
     assert (status, body["duplicate"]) == (202, False)
-    one_fate(server)
+    settled_once(server)
 
 
 def test_p1_k2_a_kill_before_the_transaction_leaves_nothing(lives: Lives):
@@ -52,7 +52,7 @@ def test_p1_k2_a_kill_before_the_transaction_leaves_nothing(lives: Lives):
     server = lives.boot()
     assert server.get("/api/counts")["events"] == 0
     assert server.send(EVENT, DATA, "steps")[0] == 202
-    one_fate(server)
+    settled_once(server)
 
 
 def _send_and_kill(lives: Lives, server: Server, gate: str) -> None:
@@ -111,7 +111,7 @@ def test_p1_k3_to_k6_a_kill_around_the_commit(lives: Lives, seam: str):
     assert found in may
     status, body, _ = server.send(EVENT, DATA, "steps")
     assert (status, body["duplicate"]) == ((200, True) if found else (202, False))
-    one_fate(server)
+    settled_once(server)
     assert lives.ran() == {"first": 1, "second": 1}
 
 
@@ -137,7 +137,7 @@ def test_p1_k7_a_kill_right_after_the_answer(lives: Lives):
     server = lives.boot()
     status, again, _ = server.send(EVENT, DATA, "steps")
     assert (status, again["duplicate"], again["id"]) == (200, True, first["id"])
-    one_fate(server)
+    settled_once(server)
     assert server.send(EVENT, {"n": 5}, "steps")[0] == 409
     assert server.get(f"/api/events/{EVENT}")["duplicates"] == 1
 
@@ -163,7 +163,7 @@ def test_p2_p4_k8_to_k15_a_kill_on_the_way_through(lives: Lives, seam: str):
     assert server.send(EVENT, DATA, "steps")[0] == 202
     wait_until(lambda: gate in lives.reached, f"the gate {gate!r} is reached")
     server = lives.boot()
-    whole = one_fate(server)
+    whole = settled_once(server)
     assert lives.ran() == ran
     assert [line for line in lives.reached if line.startswith("did ")] == [
         f"did {whole['id']}/first#0"
@@ -181,13 +181,13 @@ def test_row_2_k9_a_crash_counts_when_its_start_was_journaled_and_is_cleared(liv
     server = lives.boot("body runs")
     server.send(EVENT, DATA, "steps")
     _body_began(lives, 1)
-    for deaths in (1, 2):
+    for crashes in (1, 2):
         _killed_starts(lives, 2)
         server = lives.boot("body runs")
-        _body_began(lives, deaths + 1)
-        assert _run(server)["crash_count"] == deaths
+        _body_began(lives, crashes + 1)
+        assert _run(server)["crash_count"] == crashes
     server = lives.boot()
-    assert one_fate(server)["crash_count"] == 0
+    assert settled_once(server)["crash_count"] == 0
     assert lives.ran() == {"first": 4, "second": 1}
 
 
@@ -217,10 +217,10 @@ def test_p2_k14_a_kill_right_after_the_end(lives: Lives):
     """K14: the run is settled. It stays so: nothing of it runs again."""
     server = lives.boot()
     server.send(EVENT, DATA, "steps")
-    one_fate(server)
+    settled_once(server)
     before = lives.bodies()
     server = lives.boot()
-    assert one_fate(server)["claims"] == 1
+    assert settled_once(server)["claims"] == 1
     assert lives.bodies() == before
 
 
@@ -283,7 +283,7 @@ def test_p1_k17_a_kill_in_the_checkpoint(lives: Lives, ordinal: int):
     """K17: the WAL is being copied home, and half of it is. The next start finds everything."""
     server = lives.boot()
     server.send(EVENT, DATA, "steps")
-    one_fate(server)
+    settled_once(server)
     inject = f"inject=pwrite64:signal=KILL:when={ordinal}"
     where = ["-f", "-P", str(server.store), "-o", os.devnull, "-e", "trace=pwrite64", "-e", inject]
     tracer = attach(server, where, server.process.pid)
@@ -291,5 +291,5 @@ def test_p1_k17_a_kill_in_the_checkpoint(lives: Lives, ordinal: int):
     assert server.wait() == -signal.SIGKILL
     tracer.wait()
     server = lives.boot()
-    one_fate(server)
+    settled_once(server)
     assert lives.ran() == {"first": 1, "second": 1}

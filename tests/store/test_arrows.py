@@ -168,7 +168,7 @@ async def test_a_restart_keeps_the_id(ledger: Ledger):
 
 
 async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
-    """RUNNING → PENDING by the next epoch, at once and without waiting for a lease; a second crash
+    """RUNNING → PENDING by the next epoch, at once and without waiting for a timeout; a second crash
     changes nothing more.
     """
     run = await ledger.running()
@@ -186,11 +186,11 @@ async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
     counts as dead, others stay pending.
     """
     run = await ledger.running()
-    for deaths in (1, 2):
+    for crashes in (1, 2):
         await ledger.mark(run)
         ledger = reopen()
         (run,) = await ledger.claimed()
-        assert run.crash_count == deaths
+        assert run.crash_count == crashes
     await ledger.mark(run)
     ledger = reopen()
     assert await ledger.claimed() == []

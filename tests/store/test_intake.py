@@ -1,4 +1,4 @@
-"""Way in: an event with its verdicts, runs and cursors is recorded once, in one transaction."""
+"""Intake: an event with its verdicts, runs and cursors is recorded once, in one transaction."""
 
 import pytest
 

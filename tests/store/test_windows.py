@@ -106,8 +106,8 @@ class Story:
             expected = self.model.arrive(
                 run.ordering_key or "", arrival.id, run.id, self.ledger.clock.now()
             )
-            ((_, fate, found),) = (await self.ledger.store.event(arrival.id))["verdicts"]
-            assert (found, fate) == (expected, "run" if expected == run.id else "batched")
+            ((_, verdict, found),) = (await self.ledger.store.event(arrival.id))["verdicts"]
+            assert (found, verdict) == (expected, "run" if expected == run.id else "batched")
 
     async def claim(self) -> None:
         claimed = await self.ledger.claimed()

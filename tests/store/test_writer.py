@@ -69,7 +69,7 @@ async def test_cancelling_the_wait_does_not_reach_the_transaction(ledger: Ledger
 
 
 async def test_one_wake_up_for_a_batch(ledger: Ledger):
-    """Replies of one commit reach a loop in one call, the worker's news among them."""
+    """Replies of one commit reach a loop in one call, the worker's reports among them."""
     attach_worker(ledger)
     loop = asyncio.get_running_loop()
     woken: list[Any] = []

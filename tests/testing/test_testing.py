@@ -69,7 +69,7 @@ async def test_a_day_of_backoff_passes_in_milliseconds() -> None:
 
 @pytest.mark.parametrize("own_loop", [False, True])
 async def test_time_moves_flows_on_the_callers_loop_and_on_their_own(own_loop: bool) -> None:
-    """Timers armed on the loop of another thread fire there, and `advance` waits until what they
+    """Timers set on the loop of another thread fire there, and `advance` waits until what they
     set off is recorded.
     """
     threads: list[int] = []

@@ -240,7 +240,7 @@ def test_what_is_known_begins_with_the_history():
 
 
 def test_filters_and_patterns_match_simulated_events():
-    """Foretold events go the way of any event: through `where`, into a count by model, into the
+    """Simulated events are treated as any event: through `where`, into a count by model, into the
     window of a delivery mode.
     """
 
@@ -362,7 +362,7 @@ def test_changes_of_a_streaming_detector_are_simulated():
 
 
 def test_only_a_monitor_foresees():
-    """`Foreseeing` is what eventflow asks by; a plain trigger is not asked."""
+    """`Simulatable` is the protocol that is checked; a plain trigger is not simulated."""
     (monitor,) = app_of().triggers
     plain: Any = MemoryTrigger("rows")
     assert isinstance(monitor, Simulatable) and not isinstance(plain, Simulatable)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka.errors import RebalanceInProgressError
 
 from eventflow.core.errors import StoreFull
 from tests.brokers import Broker, OwnBroker, noida, tansu
@@ -120,6 +121,24 @@ def test_two_members_share_the_partitions(other: Broker):
     run(other, work, partitions=4, **MEMBERS)
 
 
+def count_rebalance_answers(consumer: Any) -> list[int]:
+    """Counts the heartbeats that the broker answers with "a rebalance is in progress": it knows the
+    second member, and waits for this one to give up its partitions.
+    """
+    found = [0]
+    client = consumer._client
+    send = client.send
+
+    async def observed(node: Any, request: Any, **options: Any) -> Any:
+        answer = await send(node, request, **options)
+        is_heartbeat = type(request).__name__.startswith("Heartbeat")
+        found[0] += is_heartbeat and answer.error_code == RebalanceInProgressError.errno
+        return answer
+
+    client.send = observed
+    return found
+
+
 def test_k18_a_rebalance_in_mid_batch(other: Broker):
     """K18: the current batch when partitions are revoked is recorded and committed before another
     member has them.
@@ -131,9 +150,17 @@ def test_k18_a_rebalance_in_mid_batch(other: Broker):
             await topic.send(*range(5), partition=0)
             await topic.send(*range(5), partition=1)
             await eventually(lambda: topic.ledger.offered, "a batch is offered")
+            consumer: Any = topic.trigger._sessions[0].consumer
+            heartbeats = count_rebalance_answers(consumer)
+            before = len(topic.logged("kafka.assigned"))
             async with topic.read(joined=False):
-                await asyncio.sleep(1.5)  # long enough for the group to see the second member
-                assert len(topic.logged("kafka.assigned")) == 1
+                await eventually(
+                    lambda: heartbeats[0] >= 5 or len(topic.logged("kafka.assigned")) > before,
+                    "the broker has said often that it waits for this member",
+                )
+                assert heartbeats[0] >= 5, "the partitions were given up before the batch was over"
+                assert len(topic.logged("kafka.assigned")) == before
+                assert not topic.ledger.recorded
                 topic.ledger.unblock()
                 await topic.committed(5, 5)
                 await topic.has(10)

@@ -214,6 +214,31 @@ async def test_a_broker_that_is_away_is_a_failure_that_passes(
         assert (await app.store.outbox_depths())["events/kafka:t"][0] == 1
 
 
+BAD_MESSAGES: dict[str, tuple[Event, dict[str, Any]]] = {
+    "key= raises": (Event(id="a", source="/s", type="t"), {"key": lambda event: event.data["no"]}),
+    "key= returns a number": (Event(id="a", source="/s", type="t"), {"key": lambda event: 7}),
+    "text that is not Unicode": (Event(id="a", source="/s", type="t", subject="\ud800"), {}),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MESSAGES)
+@pytest.mark.parametrize("mode", ["binary", "structured"])
+async def test_a_message_that_is_no_record_holds_up_no_other(broker: Broker, kind: str, mode: Any):
+    """A message that no record can be made of is Permanent, so that the outbox sets it aside; the
+    sink sends the others.
+    """
+    bad, options = BAD_MESSAGES[kind]
+    topic = await broker.create()
+    sink = KafkaSink(topic, bootstrap_servers=broker.server, mode=mode, **options)
+    with pytest.raises(Permanent):
+        await sink.send(message(bad))
+    await sink.close()
+    others = KafkaSink(topic, bootstrap_servers=broker.server, mode=mode)
+    await others.send(message(Event(id="b", source="/s", type="t", data=1)))
+    await others.close()
+    assert len(await broker.read(topic, 1)) == 1
+
+
 def test_mistakes_are_reported_when_the_sink_is_made():
     """An unknown option, one that the guarantees need, a mode that is none, an empty topic."""
     with pytest.raises(UsageError, match="did you mean linger_ms"):

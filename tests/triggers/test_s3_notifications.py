@@ -135,7 +135,7 @@ def test_s9_both_spellings_of_eventbridge(spelling: str):
 
 
 def test_one_upload_has_one_identity_in_every_wrapping():
-    """Straight from S3 and through EventBridge, the same upload is the same event, with the same
+    """Directly from S3 and through EventBridge, the same upload is the same event, with the same
     content.
     """
     thing = {

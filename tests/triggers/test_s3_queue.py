@@ -39,7 +39,7 @@ def envelope(*records: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("through", ["", "sns", "eventbridge"])
 def test_s9_every_wrapping_is_one_shape(aws: Aws, through: str):
-    """Straight, through SNS and through EventBridge (either spelling of the ETag): the same six
+    """Directly, through SNS and through EventBridge (either spelling of the ETag): the same six
     fields, the key decoded.
     """
 

@@ -34,7 +34,7 @@ OFFSET_ERRORS = (OffsetOutOfRangeError, NoOffsetForPartitionError)
 """The broker does not have the offset."""
 
 
-class Doubt(Enum):
+class CheckReason(Enum):
     """Why the position of a partition is to be checked."""
 
     CHANGED = "changed"  # its last recorded offset holds another record

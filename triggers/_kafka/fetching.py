@@ -22,7 +22,7 @@ from triggers._kafka.damaged_batches import decode_singly
 from triggers._kafka.errors import (
     OFFSET_ERRORS,
     TOO_LARGE_ERROR,
-    Doubt,
+    CheckReason,
     ends_consumer,
     oversized_record,
     partitions_without_offset,
@@ -81,7 +81,7 @@ class Fetcher:
         """Handles an error that names its partition; False for others."""
         if isinstance(error, OFFSET_ERRORS):  # the position is checked before the next fetch
             for tp in partitions_without_offset(error):
-                self._partitions.mark_uncertain(tp, Doubt.REFUSED)
+                self._partitions.mark_uncertain(tp, CheckReason.REFUSED)
             return True
         if isinstance(error, TOO_LARGE_ERROR):
             self._handle_unreadable(*oversized_record(error), error)

@@ -11,7 +11,7 @@ from typing import Any
 from eventflow.core.errors import StoreFull
 from triggers._kafka.batches import AssignedPartition, DecodedBatch
 from triggers._kafka.client import Consumer, TopicPartition
-from triggers._kafka.errors import Doubt, MissingOffsets, PartitionStop
+from triggers._kafka.errors import CheckReason, MissingOffsets, PartitionStop
 from triggers._kafka.options import KafkaOptions
 from triggers._kafka.positions import OffsetBounds, PartitionPosition, partition_name
 
@@ -46,7 +46,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         self._consumer: Consumer = consumer
         self._log: Any = log
         self.epoch: int = 0
-        self.uncertain: dict[TopicPartition, Doubt] = {}
+        self.uncertain: dict[TopicPartition, CheckReason] = {}
         self.gaps: dict[TopicPartition, MissingOffsets] = {}
         self.store_full: StoreFull | None = None
 
@@ -57,9 +57,11 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         partition = AssignedPartition(tp, bounds.position, self._now())
         self[tp] = partition
         partition.lag.end_offset = bounds.end
-        self.check(partition, bounds, Doubt.SHRUNK)
+        self.check(partition, bounds, CheckReason.SHRUNK)
 
-    def check(self, partition: AssignedPartition, bounds: OffsetBounds, doubt: Doubt) -> None:
+    def check(
+        self, partition: AssignedPartition, bounds: OffsetBounds, reason: CheckReason
+    ) -> None:
         """Reads a partition from its position, or handles the gap there.
 
         A log that ends before the position is a gap if the broker refused to read there. Some
@@ -67,12 +69,12 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         record before the position can be read within LAGGING_BROKER_SECONDS.
         """
         ends_before = bounds.position.offset > bounds.end
-        if doubt is Doubt.SHRUNK and ends_before and not _is_shrunk(partition, self._now()):
+        if reason is CheckReason.SHRUNK and ends_before and not _is_shrunk(partition, self._now()):
             partition.shrunk_at = partition.shrunk_at or self._now()
             self.seek_and_resume(partition, bounds.begin)
             return
         partition.shrunk_at = None
-        if doubt is Doubt.CHANGED or bounds.is_gap:
+        if reason is CheckReason.CHANGED or bounds.is_gap:
             self.handle_gap(partition, bounds)
         else:
             self.seek_and_resume(partition, bounds.begin)
@@ -95,7 +97,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         if self.is_paused(tp) or tp not in self._consumer.assignment():
             return
         if bounds.is_gap:
-            self.mark_uncertain(tp, Doubt.SHRUNK)
+            self.mark_uncertain(tp, CheckReason.SHRUNK)
         elif at_rest:
             self.seek_and_resume(partition, bounds.begin)
 
@@ -149,7 +151,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
                 partition.shrunk_at = partition.shrunk_at and now  # it was not read meanwhile
                 self._resume(partition)
             if _is_shrunk(partition, now):
-                self.mark_uncertain(partition.tp, Doubt.SHRUNK)
+                self.mark_uncertain(partition.tp, CheckReason.SHRUNK)
 
     def seek_and_resume(self, partition: AssignedPartition, begin: int = 0) -> None:
         """Reads from its position, and once more the last record before it, to check that it is
@@ -200,11 +202,11 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
 
     # ------------------------------------------------------------------ gaps
 
-    def mark_uncertain(self, tp: TopicPartition, doubt: Doubt) -> None:
+    def mark_uncertain(self, tp: TopicPartition, reason: CheckReason) -> None:
         """Pauses a partition until its position is checked."""
         if tp in self and tp in self._consumer.assignment():
             self._consumer.pause(tp)
-            self.uncertain[tp] = doubt
+            self.uncertain[tp] = reason
 
     def handle_gap(self, partition: AssignedPartition, bounds: OffsetBounds) -> None:
         """Logs an error; then, as `on_gap` says, prepares a dead letter or stops the partition for

@@ -25,7 +25,7 @@ from eventflow.events.event import Intake
 from triggers._kafka.batches import DecodedBatch, decode_batch
 from triggers._kafka.client import Consumer, ConsumerRebalanceListener, TopicPartition, close
 from triggers._kafka.committing import GroupCommitter
-from triggers._kafka.errors import Doubt
+from triggers._kafka.errors import CheckReason
 from triggers._kafka.fetching import POLL_TIMEOUT_SECONDS, Fetched, Fetcher
 from triggers._kafka.lag import Lag
 from triggers._kafka.options import KafkaOptions
@@ -194,7 +194,7 @@ class Session(ConsumerRebalanceListener):
                 temporary=True,
             )
         for tp in batch.changed:
-            partitions.mark_uncertain(tp, Doubt.CHANGED)
+            partitions.mark_uncertain(tp, CheckReason.CHANGED)
         return batch if batch.positions else None
 
     async def _record(self, batch: DecodedBatch) -> None:
@@ -243,14 +243,14 @@ class Session(ConsumerRebalanceListener):
 
     # ------------------------------------------------------------------ positions and membership
 
-    async def _check_position(self, tp: TopicPartition, doubt: Doubt) -> None:
+    async def _check_position(self, tp: TopicPartition, reason: CheckReason) -> None:
         epoch = self.partitions.epoch
         async with asyncio.timeout(REQUEST_TIMEOUT_SECONDS):
             begin, end = await self._positions.bounds(tp)
         if epoch != self.partitions.epoch:
             return
         partition = self.partitions[tp]
-        self.partitions.check(partition, OffsetBounds(partition.position, begin, end), doubt)
+        self.partitions.check(partition, OffsetBounds(partition.position, begin, end), reason)
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, revoked: Collection[TopicPartition]
