@@ -11,12 +11,12 @@ deduplicate by `ce_source` and `ce_id`. Needs the extra `kafka`.
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import orjson
 
 from eventflow.core.declarations import declaration, nearest
-from eventflow.core.errors import EmptySecret, UsageError
+from eventflow.core.errors import EmptySecret, UsageError, call_catching
 from eventflow.core.retry import Permanent
 from eventflow.events.event import Event, OutboxMessage, format_id
 from eventflow.logs.redaction import SECRETS
@@ -83,9 +83,9 @@ class KafkaSink:
 
     async def send(self, *messages: OutboxMessage) -> None:
         """Returns when the brokers have all of them. Permanent for one above `max_request_size` or
-        the topic's limit.
+        the topic's limit, and for one that no record can be made of.
         """
-        records = [self._record(message) for message in messages]
+        records = [self._converted(message) for message in messages]
         producer = await self._started()
         try:
             sent = [
@@ -131,12 +131,25 @@ class KafkaSink:
             self._producer = producer
         return self._producer
 
+    def _converted(
+        self, message: OutboxMessage
+    ) -> tuple[bytes | None, bytes | None, int | None, Headers]:
+        """`_record`. Raises Permanent for a message that no record can be made of (`key=` raises,
+        text that is not Unicode): it becomes a dead letter and does not hold up the others.
+        """
+        record, error = call_catching(self._record, message)
+        if record is None:
+            raise Permanent(f"no record can be made: {type(error).__name__}: {error}") from error
+        return record
+
     def _record(
         self, message: OutboxMessage
     ) -> tuple[bytes | None, bytes | None, int | None, Headers]:
         """Value, key, timestamp in milliseconds, and headers."""
         event = message.event
         key = self._key(event)
+        if key is not None and not isinstance(cast(object, key), str | bytes):
+            raise TypeError(f"key= returned {type(key).__name__}, expected str, bytes or None")
         at = None if event.time is None else round(event.time.timestamp() * 1000)
         if message.reason is not None:
             value, headers = _dead_letter_record(message)
