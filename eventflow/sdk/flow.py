@@ -224,9 +224,10 @@ def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:
 
 
 def check_task_names(flow: Flow[..., Any]) -> None:
-    """UsageError if the flow's code refers to two tasks of one name.
+    """UsageError if the flow's code refers to two tasks of one name in two modules.
 
-    Calls are named by task, so the two would get each other's recorded values. Functions of the
+    Calls are named by task, so the two would get each other's recorded values. In one module the
+    second has its name from `@task(name=…)`: it replaces the first on purpose. Functions of the
     flow's package count too; what is only reached through other objects is not found.
     """
     known: dict[str, Task[..., Any]] = {}
@@ -236,8 +237,8 @@ def check_task_names(flow: Flow[..., Any]) -> None:
             if isinstance(value, Task):
                 task = cast("Task[..., Any]", value)
                 other = known.setdefault(task.name, task)
-                if other.identity != task.identity:
-                    _, module, name = task.identity
+                _, module, name = task.identity
+                if other.identity[1] != module:
                     raise UsageError(
                         f"flow {flow.name!r} calls two tasks named {task.name!r}: "
                         f"{other.identity[1]}.{other.identity[2]} and {module}.{name}; give one of "
