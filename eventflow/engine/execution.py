@@ -195,13 +195,14 @@ class Execution(FlowCalls):
             if end.outcome is None:  # a large result is being stored, which may take a while
                 self.writer.commit_uncommitted()
                 return False
-            end.outcome = report_lost_calls(
-                end.outcome,
-                self.run_id,
-                self.flow.name,
-                self.pending.waiting.values(),
-                self.end.unawaited if self.services.strict else None,
-            )
+            if end.unawaited or self.pending.waiting:
+                end.outcome = report_lost_calls(
+                    end.outcome,
+                    self.run_id,
+                    self.flow.name,
+                    self.pending.waiting.values(),
+                    end.unawaited if self.services.strict else None,
+                )
         if end.outcome is not None:
             return self._unwind(end.outcome)
         if self.pending.answers:
