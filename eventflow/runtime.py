@@ -268,7 +268,7 @@ class Runtime:
     async def _undo_open(self) -> None:
         """Closes what `open` opened before it failed."""
         if self._is_started:
-            await asyncio.gather(self._end_parts(0.0), return_exceptions=True)
+            await _error_of(self._end_parts(0.0))
         await self._release()
 
     async def _end_parts(self, grace: float) -> None:
@@ -277,13 +277,12 @@ class Runtime:
         await self.retention.stop()
         await self.late_run_monitor.stop()
         # Together: a trigger that finishes a slow poll uses up none of the grace.
-        ends = await asyncio.gather(
-            self.reactor.stop(), self._end_flows(grace), return_exceptions=True
+        errors = await asyncio.gather(
+            _error_of(self.reactor.stop()), _error_of(self._end_flows(grace))
         )
         await self.relay.stop()
-        for end in ends:
-            if end is not None:
-                raise end
+        for error in filter(None, errors):
+            raise error
 
     async def _end_flows(self, grace: float) -> None:
         """Ends the worker and the lifespan. A flow loop that a flow blocks is given up."""
@@ -605,7 +604,7 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     """Awaits `work` to its end, also when the caller is cancelled meanwhile or was before: that is
     raised afterwards.
     """
-    task = asyncio.ensure_future(work)
+    task = asyncio.ensure_future(_error_of(work))
     was_cancelled = False
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -615,7 +614,17 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
                 was_cancelled = True
     if was_cancelled:
         raise asyncio.CancelledError
-    task.result()
+    if (error := task.result()) is not None:
+        raise error
+
+
+async def _error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:
+    """What `work` raised: a value, because a task that raises SystemExit would end its loop."""
+    try:
+        await work
+    except ANY_FAILURE as error:
+        return error
+    return None
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
