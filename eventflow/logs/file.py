@@ -89,18 +89,28 @@ class LogFile:
         self._retention_at = float("-inf")
         self._db: sqlite3.Connection | None = None
         self._last_seq = 0
+        self._opened: tuple[int, ...] | None = None
+
+    def _found(self) -> tuple[int, ...] | None:
+        """The identities of the files that are at the paths now, None for none."""
+        try:
+            found = [os.stat(f"{self.path}{end}") for end in ("", "-wal")]
+        except FileNotFoundError:
+            return None
+        return tuple(number for each in found for number in (each.st_dev, each.st_ino))
 
     def _open(self) -> sqlite3.Connection:
         if self.damage_reported:
             self._set_aside("a reader found a damaged page")
-        if self._db is not None and not self.path.exists():  # deleted by somebody to free space
-            self.close()
+        if self._db is not None and self._found() != self._opened:
+            self.close()  # somebody removed it to free space, or put another one in its place
         if self._db is None:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
             self._db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute("PRAGMA journal_size_limit = 4194304")
             self._db.executescript(SCHEMA)
+            self._opened = self._found()
             self._last_seq = self._db.execute("SELECT seq FROM last").fetchone()[0]
         return self._db
 

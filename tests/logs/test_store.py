@@ -374,17 +374,39 @@ def test_a_short_disk_is_left_to_the_journal(opened: Open):
     assert store.dropped == 1 and not store.file.path.exists()
 
 
-def test_a_file_removed_by_hand_is_created_again(opened: Open, path: Path):
-    """Someone who makes room by deleting the log file loses what was in it, and nothing that
-    follows.
+def _remove_folder_content(path: Path) -> None:
+    for each in list(path.parent.iterdir()):
+        each.unlink()
+
+
+def _replace_by_empty_file(path: Path) -> None:
+    path.unlink()
+    path.touch()
+
+
+@pytest.mark.parametrize(
+    ("harm", "kept"),
+    [
+        (_remove_folder_content, []),
+        (Path.unlink, []),
+        (_replace_by_empty_file, []),
+        (lambda path: path.rename(path.with_name("moved")), []),
+        (lambda path: Path(f"{path}-wal").unlink(), ["before"]),
+    ],
+    ids=["all removed", "removed", "replaced", "moved", "WAL removed"],
+)
+def test_a_file_removed_by_hand_is_created_again(
+    opened: Open, path: Path, harm: Callable[[Path], object], kept: list[str]
+):
+    """Someone who makes room by deleting, moving or replacing the log file loses what was in it,
+    and nothing that follows.
     """
     store, run = opened(), new_run()
     store.post(line(run, "before"))
     assert store.flush()
-    for each in list(path.parent.iterdir()):
-        each.unlink()
+    harm(path)
     store.post(line(run, "after"))
-    assert [row["event"] for row in read(store, run)] == ["after"]
+    assert [row["event"] for row in read(store, run)] == [*kept, "after"]
 
 
 def test_kill_9_keeps_what_was_written(path: Path):
