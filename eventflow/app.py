@@ -303,7 +303,7 @@ class App:
         """
         if self._runtime is not None:
             raise UsageError(f"the app {self.name!r} is open already")
-        if listen and not passive and require_secrets:
+        if listen and not (passive or read_only) and require_secrets:
             self.check_secrets()
         config = msgspec.structs.replace(self._config, clock=self.clock)  # tests may set it
         if read_only:
