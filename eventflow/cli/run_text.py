@@ -46,7 +46,7 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
             ("created", None if run["started_at"] else instant_text(run["created_at"])),
             ("started", run["started_at"] and instant_text(run["started_at"])),
             ("due", _due(run)),
-            ("resumed", _times(run["attempts"] - 1)),
+            ("resumed", _times(run["claims"] - 1)),
             ("params", _json(run["params"])),
             ("data", _json(run["event_data"]) if run["params"] is None else None),
             ("result", _result(run)),

@@ -135,7 +135,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "due_at": instant(row["due_at"]),
         "started_at": instant(row["started_at"]),
         "finished_at": instant(row["finished_at"]),
-        "attempts": row["token"],  # the API's word for claims: starts and resumes
+        "claims": row["token"],
         "ordering_key": row["ordering_key"],
         "mode": row["mode"],
         "events": row["deliveries"],
