@@ -25,6 +25,7 @@ from eventflow.cli.client import (
 )
 from eventflow.cli.dry_run import ReplayRequest, dry_run_text, simulate_replay, would_start_text
 from eventflow.cli.output import note, plural, write_result
+from eventflow.cli.progress import with_progress
 from eventflow.cli.times import check_order, parse_moment
 from eventflow.core.errors import UsageError
 from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT
@@ -32,6 +33,8 @@ from eventflow.events.event import Event
 from eventflow.events.strict_json import read_json
 
 COMMANDS: list[click.Command] = []
+
+RETRYABLE_STATES = ("failed", "cancelled", "paused", "held", "dead")
 
 
 def command(name: str) -> Any:
@@ -126,7 +129,14 @@ def emit(
 
 
 @command("retry")
-@click.argument("run")
+@click.argument("run", required=False)
+@click.option(
+    "--state",
+    type=click.Choice(RETRYABLE_STATES),
+    help="Without RUN: all runs in this state.",
+)
+@click.option("--flow", help="With --state: only runs of this flow.")
+@click.option("--dry-run", is_flag=True, help="With --state: say how many; retry none.")
 @click.option(
     "--from-scratch",
     cls=Option,
@@ -135,14 +145,75 @@ def emit(
     help="Discard the recorded values too.",
 )
 @ledger_options
-def retry(run: str, from_scratch: bool, as_json: bool, location: LedgerLocation) -> None:
-    """Retry a failed, cancelled, paused, held or dead run.
+def retry(
+    run: str | None,
+    state: str | None,
+    flow: str | None,
+    dry_run: bool,
+    from_scratch: bool,
+    as_json: bool,
+    location: LedgerLocation,
+) -> None:
+    """Retry a failed, cancelled, paused, held or dead run, or all of them.
 
     Values that its tasks recorded are kept and not computed again; recorded errors are dropped.
+    Give one RUN, or --state for many: those that are in that state when the command begins.
     """
+    if (run is None) == (state is None):
+        raise UsageError("expected one RUN, or --state for many, such as --state failed --flow F")
+    if run is not None and (flow or dry_run):
+        raise UsageError("--flow and --dry-run choose among many; leave them out for one RUN")
     body = {"from_scratch": from_scratch}
+    if state is not None:
+        _retry_many(state, flow, body, dry_run, as_json, location)
+        return
+    assert run is not None
     done = _call_api(location, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", body))
     write_result(done, as_json, f"run {done['id']} is pending again")
+
+
+def _retry_many(
+    state: str,
+    flow: str | None,
+    body: dict[str, bool],
+    dry_run: bool,
+    as_json: bool,
+    location: LedgerLocation,
+) -> None:
+    """Retry run after run, oldest first. One that cannot be retried is skipped and counted."""
+
+    async def work(api: ApiClient) -> dict[str, Any]:
+        idents = await _runs_in_state(api, state, flow)
+        refused: Counter[str] = Counter()
+        retried: list[str] = []
+        for ident in () if dry_run else with_progress("retrying", idents):
+            try:
+                await api.post(f"/api/runs/{quoted(ident)}/retry", body)
+                retried.append(ident)
+            except ApiError as error:
+                if error.error not in ("refused", "not_found", "conflict"):
+                    raise
+                refused[str(error).replace(ident, "it")] += 1
+        for why, runs in refused.items():
+            note(f"skipped {runs}: {why}")
+        return {"matched": len(idents), "retried": retried}
+
+    done = _call_api(location, work, records=not dry_run)
+    matched = plural(done["matched"], f"{state} run")
+    summary = f"{matched} would be retried" if dry_run else f"{len(done['retried'])} of {matched} "
+    write_result(done, as_json, summary if dry_run else f"{summary}retried")
+
+
+async def _runs_in_state(api: ApiClient, state: str, flow: str | None) -> list[str]:
+    """Ids of the runs that are in this state now, oldest first."""
+    idents: list[str] = []
+    after: str | None = None
+    while True:
+        page = await api.get("/api/runs", state=state, flow=flow, limit=1000, after=after)
+        idents += [row["id"] for row in page["runs"]]
+        after = page["next"]
+        if after is None:
+            return idents[::-1]
 
 
 @command("replay")
@@ -212,7 +283,8 @@ def _replay_many(request: ReplayRequest, as_json: bool, location: LedgerLocation
         api.require_flows("replay")
         done: list[Any] = []
         refused: list[ApiError] = []
-        for ident in await _events_between(api, request):
+        idents = await _events_between(api, request)
+        for ident in with_progress("replaying", idents):
             try:
                 done.append(
                     await api.post(
@@ -297,7 +369,7 @@ def redrive(
         idents = await _open_dead_letters(api) if dead_letter == "all" else [dead_letter]
         return [
             await api.post(f"/api/dead-letters/{quoted(str(ident))}/redrive", corrected)
-            for ident in idents
+            for ident in with_progress("redriving", idents)
         ]
 
     done = _call_api(location, work)

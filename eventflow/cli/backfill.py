@@ -25,7 +25,7 @@ from eventflow.cli.client import (
     quoted,
 )
 from eventflow.cli.output import note, plural, write_result
-from eventflow.core.clock import SystemClock
+from eventflow.cli.progress import Progress
 from eventflow.core.errors import UsageError
 
 REQUEST_BATCH_SIZE = 100
@@ -35,7 +35,6 @@ MAX_OCCURRENCES = 100_000
 LIVE_STATES = ("pending", "running", "waiting")
 NOT_COMPLETED = ("failed", "dead", "cancelled", "paused", "held", "invalid")
 """States and verdicts that make the exit code 1."""
-PROGRESS_INTERVAL_SECONDS = 2.0
 
 
 @click.command("backfill")
@@ -202,7 +201,7 @@ async def _run_all(job: _BackfillClient, past: Sequence[str], limit: int, as_jso
 
     The exit code: 1 when a run did not complete.
     """
-    done = _Progress(len(past))
+    done = _Counts(len(past))
     left = deque(past)
     live = set[str]()
     runs_per_occurrence = limit  # unknown until the first answer
@@ -222,19 +221,19 @@ async def _run_all(job: _BackfillClient, past: Sequence[str], limit: int, as_jso
                 done.record_end(run, state)
         if live:
             await asyncio.sleep(0.2)
+    done.close()
     write_result(done.summary, as_json, done.text)
     return 1 if done.not_completed else 0
 
 
-class _Progress:
+class _Counts:
     """Counts started, known and ended runs. `not_completed`: the ids of runs that did not complete,
     "" for an occurrence without a run.
     """
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._clock = SystemClock()
-        self._reported_at = self._clock.monotonic()
+        self._bar = Progress("backfilling", total)
         self._started = 0
         self._known = 0
         self._states: Counter[str] = Counter()
@@ -262,12 +261,11 @@ class _Progress:
             self.not_completed.append(run)
 
     def report(self, live: int, left: int) -> None:
-        now = self._clock.monotonic()
-        if now - self._reported_at >= PROGRESS_INTERVAL_SECONDS:
-            self._reported_at = now
-            started = self._total - left
-            ended = self._ended or "none ended yet"
-            note(f"{started} of {self._total} started, {live} live; {ended}")
+        ended = self._ended or "none ended yet"
+        self._bar.move_to(self._total - left - live, f"{live} live; {ended}")
+
+    def close(self) -> None:
+        self._bar.close()
 
     @property
     def _ended(self) -> str:

@@ -3,13 +3,18 @@
 backfill, replay, redrive, retry of many, doctor, and `run --watch` use it.
 """
 
+import asyncio
 import shutil
 import sys
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from eventflow.cli.streams import is_terminal
 from eventflow.cli.times import duration_text
 from eventflow.core.clock import SystemClock
 from eventflow.core.columns import clip
+
+T = TypeVar("T")
 
 BAR_WIDTH = 20
 REDRAW_SECONDS = 0.1
@@ -36,6 +41,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the bar from the terminal."""
         if self._has_line:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
@@ -55,6 +64,13 @@ class Progress:
             sys.stderr.write(f"\r{clip(self.line(now - self._began, note), width)}\x1b[K")
             sys.stderr.flush()
 
+    async def while_waiting(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`; meanwhile the bar counts seconds."""
+        task = asyncio.ensure_future(work)
+        while not (await asyncio.wait([task], timeout=1.0))[0]:
+            self.move_to(int(self._clock.monotonic() - self._began))
+        return await task
+
     def line(self, seconds: float, note: str = "") -> str:
         """`replaying  [#######---]  70%  700/1,000  350/s  1 s left`."""
         rate = self.done / seconds if seconds > 0 else 0.0
@@ -66,9 +82,17 @@ class Progress:
             parts.append(f"{share:4.0%}  {self.done:,}/{self._total:,}{self._unit}")
         else:
             parts.append(f"{self.done:,}{self._unit}")
-        if rate:
+        if rate and self._unit != " s":
             parts.append(f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.1f}/s")
             if self._total:
                 left = duration_text((self._total - self.done) / rate)
                 parts.append(f"{left} left")
         return "  ".join([*parts, note] if note else parts)
+
+
+def with_progress(label: str, items: Sequence[T]) -> Iterator[T]:
+    """The items, with a bar that counts those that are done."""
+    with Progress(label, len(items)) as progress:
+        for item in items:
+            yield item
+            progress.step()

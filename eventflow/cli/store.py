@@ -21,7 +21,8 @@ from eventflow.cli.client import (
     running_server,
     store_path,
 )
-from eventflow.cli.output import table, write_result
+from eventflow.cli.output import table, terminal_width, write_result
+from eventflow.cli.progress import Progress
 from eventflow.cli.target import load_app
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import EventflowError, UsageError
@@ -70,7 +71,7 @@ def doctor(accept_loss: bool, as_json: bool, location: LedgerLocation) -> int:
         findings += asyncio.run(_store(location, accept_loss))
     rows = [{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]
     lines = [{"check": f.check, "ok": _status_text(f.ok), "detail": f.detail} for f in findings]
-    text = table(lines, ("check", "ok", "detail"), "")
+    text = table(lines, ("check", "ok", "detail"), "", width=terminal_width())
     write_result({"ok": all(f.ok is not False for f in findings), "findings": rows}, as_json, text)
     return next((f.code for f in findings if f.code), 0)
 
@@ -215,7 +216,13 @@ async def _accept_loss(path: str, server: str | None) -> list[DoctorFinding]:
 
 async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
     async with open_api(location) as api:
-        wrong: list[str] = (await api.get("/api/check"))["wrong"]
+        if api.is_read_only:
+            why = "not checked: another process has it open; stop that first"
+            return [DoctorFinding("ledger", None, why)]
+        with Progress("checking the ledger", None, " s") as progress:
+            wrong: list[str] = (await progress.while_waiting(api.get("/api/check", timeout=None)))[
+                "wrong"
+            ]
         counts: dict[str, int] = await api.get("/api/counts")
     found = [DoctorFinding("ledger", False, sentence, 65) for sentence in wrong]
     totals = ", ".join(

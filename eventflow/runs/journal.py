@@ -79,14 +79,18 @@ class CallTimes(msgspec.Struct, gc=False):
     asked_at: float | None = None
     began_at: float | None = None
 
-    def write_to(self, entry: Entry, now: float) -> None:
-        """Sets the times of an attempt that ended at `now`, and forgets them."""
+    def write_to(self, entry: Entry, now: float) -> float:
+        """Sets the times of an attempt that ended at `now`, and forgets them. The seconds that its
+        body took.
+        """
         began = now if self.began_at is None else self.began_at
         asked = began if self.asked_at is None else self.asked_at
         entry.after = 0 if self.after is None else self.after.batch
         entry.waited = max(0, int((began - asked) * SECOND))
-        entry.took = max(0, int((now - began) * SECOND))
+        took = max(0.0, now - began)
+        entry.took = int(took * SECOND)
         self.asked_at = self.began_at = None
+        return took
 
 
 STARTED_NOTE = "@start"

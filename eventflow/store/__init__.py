@@ -10,14 +10,15 @@ from typing import Any
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import UsageError
+from eventflow.store.read_only import ReadOnlyStore
 from eventflow.store.sqlite import SqliteStore
 
 _URL = re.compile(r"sqlite:///(.+)", re.DOTALL)
 
 
-def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
+def open_store(url: str, clock: Clock, *, read_only: bool = False, **options: Any) -> SqliteStore:
     """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or
-    `sqlite:////absolute/path.db`.
+    `sqlite:////absolute/path.db`. `read_only`: without the lock, beside the process that has it.
 
     The path is taken as it is, without decoding. Refused is what other programs give a meaning in
     such a URL: it would silently be another file.
@@ -40,4 +41,5 @@ def open_store(url: str, clock: Clock, **options: Any) -> SqliteStore:
             f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
         )
         raise UsageError(f"--store expected a file, found {found}")
-    return SqliteStore(path, clock=clock, **options)
+    kind = ReadOnlyStore if read_only else SqliteStore
+    return kind(path, clock=clock, **options)

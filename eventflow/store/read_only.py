@@ -1,20 +1,25 @@
 """A read-only ledger, also while another process has it open: without its lock, for dry runs.
 
-cli/dry_run.py uses it, so that changed code can be tried on the ledger of a running server. Readers
-never write or checkpoint (readers.py), so there is still one writer. The ledger of another version
-of eventflow may have other columns: that is a StoreError.
+cli/dry_run.py uses `open_read_only`, so that changed code can be tried on the ledger of a running
+server; cli/client.py opens an App with a `ReadOnlyStore` beside a program that embeds eventflow.
+Readers never write or checkpoint (readers.py), so there is still one writer. The ledger of another
+version of eventflow may have other columns: that is a StoreError.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
 from eventflow.core.clock import Clock
+from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import Json
 from eventflow.store import queries
-from eventflow.store.readers import Readers
+from eventflow.store.migrate import migrations
+from eventflow.store.readers import Readers, fetch_dicts, schema_version
+from eventflow.store.sqlite import SqliteStore
+from eventflow.store.writer import Writer
 
 
 class ReadOnlyLedger:
@@ -56,3 +61,40 @@ async def open_read_only(path: str, clock: Clock) -> AsyncGenerator[ReadOnlyLedg
         yield ReadOnlyLedger(readers)
     finally:
         await asyncio.to_thread(readers.close)
+
+
+class ReadOnlyStore(SqliteStore):
+    """The store of another process, without its lock. Verbs that write raise StoreError."""
+
+    def open(self) -> None:
+        """Raises StoreError for a ledger of another version of eventflow."""
+        newest = migrations()[-1][0]
+        found = schema_version(self.path)
+        if found != newest:
+            raise StoreError(
+                f"the store {self.path} has schema {found}, this eventflow reads {newest}: another "
+                "version has it open"
+            )
+        self._readers = Readers(self.path, self._clock)
+
+    def close(self) -> None:
+        if self._readers is not None:
+            self._readers.close()
+            self._readers = None
+
+    def on_failure(self, call: Callable[[StoreError], None]) -> None:
+        """Nothing is written, so no write fails."""
+
+    def capacity(self) -> StoreFull | None:
+        return None
+
+    def _check_open(self) -> None:
+        """Readers are all that it has."""
+
+    async def counts(self) -> dict[str, int]:
+        query = f"SELECT {', '.join(queries.COUNTS)} FROM ledger"
+        (totals,) = await self._read(fetch_dicts, query, ())
+        return totals
+
+    def _open_writer(self) -> Writer:
+        raise StoreError(f"the store {self.path} is open for reading only")

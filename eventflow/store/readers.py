@@ -133,6 +133,12 @@ def last_batch(path: str) -> int:
         connection.close()
 
 
+def schema_version(path: str) -> int:
+    """The number of the last schema file applied."""
+    with closing(_connect(path)) as connection:
+        return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
 def _interrupt(connection: sqlite3.Connection) -> None:
     with suppress(sqlite3.ProgrammingError):  # it is closed already
         connection.interrupt()

@@ -365,6 +365,9 @@ class SqliteStore:
     async def outbox_depths(self) -> dict[str, tuple[int, int]]:
         return await self._read(outbox.depths)
 
+    async def queue_heads(self, flows: Sequence[str]) -> dict[str, int]:
+        return await self._read(queries.queue_heads, flows)
+
     async def late_runs(self, wanted: Callable[[str], Mapping[int, bool]], now: int) -> LateRuns:
         return await self._read(late_runs.find, wanted, now, budget=SCAN_SECONDS)
 

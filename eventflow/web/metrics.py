@@ -1,4 +1,5 @@
-"""`/metrics` in Prometheus' text format: deliveries, worker, commits, triggers, sinks, loop lag.
+"""`/metrics` in Prometheus' text format: deliveries, worker, durations by flow and task, queues,
+commits, triggers, sinks, loop lag.
 
 api.py calls `render` for each scrape. Every value is read from where it is counted anyway.
 """
@@ -7,7 +8,12 @@ import asyncio
 from collections.abc import Iterable, Iterator
 
 import msgspec
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import CollectorRegistry
@@ -40,6 +46,8 @@ async def render(app: App) -> tuple[bytes, str]:
         *_triggers(app),
         *_sources(app),
         *await _sinks(app),
+        await _queue_age(app),
+        *_durations(app),
         await _loop_lag(app),
     ]
     registry = CollectorRegistry(auto_describe=False)
@@ -154,6 +162,34 @@ async def _sinks(app: App) -> list[Metric]:
         for counted, metric in counters.items():
             metric.add_metric([name], getattr(state, counted))
     return [waiting, oldest, *counters.values()]
+
+
+async def _queue_age(app: App) -> Metric:
+    age = GaugeMetricFamily(
+        "eventflow_queue_age_seconds",
+        "How long the first pending run of a flow has been due; 0 if none is.",
+        labels=["flow"],
+    )
+    flows = sorted(app.flows)
+    heads = await app.store.queue_heads(flows)
+    now = app.clock.now()
+    for flow in flows:
+        age.add_metric([flow], max(0, now - heads.get(flow, now)) / SECOND)
+    return age
+
+
+def _durations(app: App) -> Iterator[Metric]:
+    runs, attempts = app.runtime.worker.durations
+    for durations, name, label, help_text in (
+        (runs, "run", "flow", "Seconds from the start of a run to its end."),
+        (attempts, "task", "task", "Seconds that the body of a task's attempt took."),
+    ):
+        metric = HistogramMetricFamily(
+            f"eventflow_{name}_duration_seconds", help_text, labels=[label, "outcome"]
+        )
+        for (what, outcome), (buckets, total) in durations.read().items():
+            metric.add_metric([what, outcome], buckets, total)
+        yield metric
 
 
 async def _loop_lag(app: App) -> Metric:
