@@ -29,8 +29,8 @@ TARGETS: dict[str, tuple[str, str, int, str]] = {
     "exits": ("raise SystemExit(0)\n", "app.py", 3, "app.py:1: SystemExit"),
     "sync flow": (APP + "@flow\ndef f(): pass\n", "app.py", 2, "must be `async def`"),
     "empty secret": (
-        APP + "from triggers import Webhook, GitHub, env\nWebhook('/x', "
-        "verify=GitHub(secret=env('NOT_SET')))\n",
+        APP + "from triggers import Webhook, GitHub, env\n@flow\nasync def f(): pass\n"
+        "app = App('a')\napp.on(Webhook('/x', verify=GitHub(secret=env('NOT_SET'))), f)\n",
         "app.py",
         3,
         "$NOT_SET empty or unset",
