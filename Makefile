@@ -12,6 +12,9 @@ ARGS ?=
 AWS := .venv-aws
 AWS_PACKAGES := 'ministack>=1.5.33' 'moto[server]>=5.2.5'
 
+# Tests that ARGS picks by path need the local AWS services only if they are those of S3, or all of a folder.
+NEEDS_AWS := $(if $(filter tests/%.py tests/%.py::%,$(ARGS)),$(findstring s3,$(ARGS)),all)
+
 .PHONY: help demo test bench lint format clean
 .DEFAULT_GOAL := help
 
@@ -21,7 +24,7 @@ help:  ## Print this list
 demo: $(VENV)/.core  ## Run `eventflow demo`: real parts, a kill -9, and checks of the result
 	$(BIN)/eventflow demo$(if $(ARGS), $(ARGS))
 
-test: $(VENV)/.dev $(AWS)/.made  ## Run the whole test suite
+test: $(VENV)/.dev $(if $(NEEDS_AWS),$(AWS)/.made)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 bench: $(VENV)/.dev  ## Run the benchmarks of docs/benchmarks.md; ARGS="W1 --quick" picks

@@ -1,5 +1,5 @@
-"""`eventflow serve` beside user code that exits, never ends, forks, or takes every thread: other runs
-go on, or the process says why not and ends.
+"""`eventflow serve` beside user code that exits, never ends, forks, or takes every thread: other
+runs go on, or the process says why not and ends.
 """
 
 import os
@@ -244,8 +244,8 @@ def test_a_loop_that_turns_again_makes_the_process_ready_again(tmp_path: Path) -
 
 
 def test_plain_bodies_that_outlive_their_timeout_are_replaced_then_counted(tmp_path: Path) -> None:
-    """Spare threads take the place of those that do not return, up to a bound; beyond it the process
-    is unready and says why, until they return.
+    """Spare threads take the place of those that do not return, up to a bound; beyond it the
+    process is unready and says why, until they return.
     """
     with serve(tmp_path, "--grace", "0.5") as served:
         for _ in range(8):  # the pool has 2 threads and 8 spare ones
@@ -263,7 +263,7 @@ def test_plain_bodies_that_outlive_their_timeout_are_replaced_then_counted(tmp_p
 
 @pytest.mark.parametrize("command", ["run", "task"])
 def test_one_run_ends_although_a_thread_of_it_does_not(tmp_path: Path, command: str) -> None:
-    """`eventflow run` and `eventflow task` end with their error while the body's thread lives on."""
+    """`eventflow run` and `eventflow task` end with their error while the body's thread goes on."""
     (tmp_path / "hangs.py").write_text(APP)
     target = {"run": "hangs.py:outlived", "task": "hangs.py:never_returns"}[command]
     ended = eventflow(tmp_path, command, target, timeout=30)
@@ -272,8 +272,8 @@ def test_one_run_ends_although_a_thread_of_it_does_not(tmp_path: Path, command: 
 
 
 def test_a_forked_child_ends_by_sigterm_and_keeps_nothing(tmp_path: Path) -> None:
-    """A child of a body logs without deadlock, ends by SIGTERM, and keeps neither the port, a client's
-    connection, nor the store's lock after the server is killed.
+    """A child of a body logs without deadlock, ends by SIGTERM, and keeps neither the port nor the
+    store's lock after the server is killed.
     """
     with serve(tmp_path) as served:
         children = [
