@@ -21,6 +21,8 @@ GROUP_SIZE = 12
 MAX_SHOWN = 10
 """Calls of a group that are listed: those that failed, run or are retried."""
 MAX_TRACEBACK_LINES = 40
+COMPARED_CHARS = 400
+"""Of two messages, of which the API shortens that of a call."""
 LIVE = ("running", "queued", "retrying")
 
 
@@ -119,7 +121,8 @@ def _without_error_of(run: Mapping[str, Any], call: Mapping[str, Any]) -> Mappin
     error, last = run["error"], call["errors"][-1] if call["errors"] else None
     if error is None or last is None or call["state"] != "failed":
         return call
-    if (error["type"], error.get("message")) != (last.get("type"), last.get("message")):
+    messages = [(each.get("message") or "")[:COMPARED_CHARS] for each in (error, last)]
+    if error["type"] != last.get("type") or messages[0] != messages[1]:
         return call
     return {**call, "errors": [{"type": last["type"], "message": "see below"}]}
 
