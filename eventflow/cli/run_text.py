@@ -21,6 +21,7 @@ GROUP_SIZE = 12
 MAX_SHOWN = 10
 """Calls of a group that are listed: those that failed, run or are retried."""
 MAX_TRACEBACK_LINES = 40
+MAX_MESSAGE_CHARS = 2000
 COMPARED_CHARS = 400
 """Of two messages, of which the API shortens that of a call."""
 LIVE = ("running", "queued", "retrying")
@@ -193,8 +194,11 @@ def _error(run: Mapping[str, Any]) -> str | None:
     if not error:
         return None
     text = escape_controls_by_line(error.get("traceback") or "").rstrip()
-    first = f"{last_part(error['type'])}: {escape_controls_by_line(error['message'])}"
-    if not text:
+    message = escape_controls_by_line(error.get("message") or "")
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = f"{message[:MAX_MESSAGE_CHARS]}… all: --json"
+    first = f"{last_part(error['type'])}: {message}"
+    if last_part(error["type"]) not in text:  # none, or cut: a long message fills it
         return f"{click.style('error', bold=True)}  {first}"
     lines = text.splitlines()
     if len(lines) > MAX_TRACEBACK_LINES:

@@ -122,7 +122,12 @@ def with_options(*options: Any) -> Any:
     type=click.FloatRange(0, min_open=True),
     help="End with code 70 when a loop or thread stands still for this many seconds.",
 )
-@click.option("--dev", is_flag=True, hidden=True)
+@click.option(
+    "--dev",
+    is_flag=True,
+    help="Log each event received, and write the ready line as text on a terminal; "
+    "`eventflow dev` sets it.",
+)
 @json_option
 def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """Serve an app until SIGTERM or SIGINT.
