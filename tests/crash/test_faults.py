@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import wait_until
-from tests.crash.lives import APP, DATA, EVENT, Lives, at_rest, one_fate
+from tests.crash.lives import APP, DATA, EVENT, Lives, at_rest, settled_once
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import NoAnswer, Server
 
@@ -80,7 +80,7 @@ def test_row_34_a_deaf_body_cannot_keep_the_process(lives: Lives):
     assert server.stop() == 0
     assert time.monotonic() - began < 6.0
     server = lives.boot()
-    one_fate(server, result=4)
+    settled_once(server, result=4)
     first, again = lives.bodies()
     assert first[:2] == again[:2]
 
@@ -130,7 +130,7 @@ def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
     assert sender.communicate(timeout=10)[0].strip() == "202"
     wait_until(lambda: at_rest(server), "everything is at rest")
     assert time.monotonic() - began < 5.0
-    one_fate(server)
+    settled_once(server)
     assert lives.ran() == {"first": 2, "second": 2, "mark": 1}
     assert "loop.blocked" not in server.log_tail
 
@@ -170,7 +170,7 @@ def test_p10_row_7_a_failing_disk_stops_the_server_within_a_second(lives: Lives,
     assert server.log_tail.count('"event":"store.failed"') == 1
     server = lives.boot()
     assert server.send(EVENT, DATA, "steps")[0] in (200, 202)
-    one_fate(server)
+    settled_once(server)
     assert lives.ran() == {"first": 2, "second": 2}
 
 
@@ -211,7 +211,7 @@ def test_p8_row_8_a_full_disk_pushes_back_and_intake_resumes(small_disk: Path):
         wait_until(
             lambda: server.send(EVENT, DATA, "steps")[0] in (200, 202), "intake resumes", within=10
         )
-        one_fate(server)
+        settled_once(server)
         assert server.stop() == 0
     finally:
         lives.end()
@@ -230,7 +230,7 @@ def test_row_11_a_second_process_is_refused_and_shown_by_whom(lives: Lives):
     assert second.wait() == 75
     assert str(server.process.pid) in second.log_tail
     assert server.send(EVENT, DATA, "steps")[0] == 202
-    one_fate(server)
+    settled_once(server)
 
 
 def _linked(store: Path, make: Callable[[Path, Path], None]) -> Path:
