@@ -186,9 +186,6 @@ class Runtime:
         self.retention = Retention(config, self.store, self.blobs)
         self.own_loop: FlowThread | None = None
         self.closing: bool = False
-        self._is_started: bool = False
-        self.stall_reason: str = ""
-        """Which loop or thread stands still; set by the server's watchdog."""
         self._lifespan = LifespanTask()
         self._outcome_waiters: set[OutcomeWaiter] = set()
 
@@ -232,7 +229,6 @@ class Runtime:
             if passive:
                 return
             await asyncio.to_thread(self.retention.checkpoints.load_index)
-            self._is_started = True
             self.own_loop = FlowThread() if own_loop else None
             await self.on_flow_loop(self._start_worker())
             self.relay.start()
@@ -267,8 +263,8 @@ class Runtime:
 
     async def _undo_open(self) -> None:
         """Closes what `open` opened before it failed."""
-        if self._is_started:
-            await _error_of(self._end_parts(0.0))
+        if hasattr(self, "late_run_monitor"):  # all parts are built
+            await error_of(self._end_parts(0.0))
         await self._release()
 
     async def _end_parts(self, grace: float) -> None:
@@ -278,7 +274,7 @@ class Runtime:
         await self.late_run_monitor.stop()
         # Together: a trigger that finishes a slow poll uses up none of the grace.
         errors = await asyncio.gather(
-            _error_of(self.reactor.stop()), _error_of(self._end_flows(grace))
+            error_of(self.reactor.stop()), error_of(self._end_flows(grace))
         )
         await self.relay.stop()
         for error in filter(None, errors):
@@ -330,8 +326,8 @@ class Runtime:
         """Which thread or task of ours has ended though nobody stopped it; empty: none. From any
         thread.
         """
-        is_stopping = self.closing or not self._is_started or self.reactor.draining
-        if is_stopping or self.store.failed is not None:
+        is_stopping = self.closing or self.reactor.draining
+        if not self.worker.is_taking or is_stopping or self.store.failed is not None:
             return ""
         if self.own_loop is not None and not self.own_loop.thread.is_alive():
             return "the thread of the flow loop has ended"
@@ -347,8 +343,8 @@ class Runtime:
     @property
     def unready_reason(self) -> str:
         """Why recorded events would not be processed; empty while they are."""
-        if self.stall_reason:
-            return self.stall_reason
+        if self.worker.stall_reason:
+            return self.worker.stall_reason
         threads = self.worker.threads
         if threads.is_short:
             return (
@@ -604,7 +600,7 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     """Awaits `work` to its end, also when the caller is cancelled meanwhile or was before: that is
     raised afterwards.
     """
-    task = asyncio.ensure_future(_error_of(work))
+    task = asyncio.ensure_future(error_of(work))
     was_cancelled = False
     with anyio.CancelScope(shield=True):
         while not task.done():
@@ -618,7 +614,7 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
         raise error
 
 
-async def _error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:
+async def error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:
     """What `work` raised: a value, because a task that raises SystemExit would end its loop."""
     try:
         await work

@@ -32,12 +32,13 @@ from tests.conventions import (
 )
 
 BROAD_EXCEPTS = {
-    "eventflow/runtime.py": 1,  # a lifespan that fails to open: handed to whoever opens the App
+    "eventflow/runtime.py": 1,  # a step of retention, which is tried again
     "eventflow/core/errors.py": 1,  # rebuilding a recorded error calls the user's constructor
-    "eventflow/engine/attempts.py": 2,  # around an attempt; around its hook
+    "eventflow/core/threads.py": 1,  # around a plain function: its future gets it
+    "eventflow/engine/attempts.py": 1,  # around an attempt
+    "eventflow/engine/worker.py": 1,  # around the start of a run
+    "eventflow/server/watchdog.py": 1,  # the end of the watchdog ends the process
     "eventflow/engine/execution.py": 1,  # around a run
-    "eventflow/intake/reactor.py": 1,  # around a listener
-    "eventflow/sinks/relay.py": 2,  # around a sink: its sending, its end
     "eventflow/testing/trigger_contract.py": 1,  # around a listener, as the reactor does
     "eventflow/store/writer.py": 1,  # callers who wait for a commit hear of whatever broke it
     "eventflow/sdk/task.py": 1,  # around an attempt
@@ -69,8 +70,14 @@ trigger needs.
 EXCEPTIONS: dict[str, dict[str, int]] = {
     "methods_per_class": {
         "eventflow/app.py:App": 23,  # the public surface
-        "eventflow/store/protocol.py:Store": 38,
-        "eventflow/store/sqlite.py:SqliteStore": 48,
+        "eventflow/engine/execution.py:Execution": 24,
+        "eventflow/engine/worker.py:Worker": 24,
+        "eventflow/store/protocol.py:Store": 40,
+        "eventflow/store/sqlite.py:SqliteStore": 53,
+        "eventflow/store/writer.py:Writer": 23,
+    },
+    "attributes_per_class": {
+        "eventflow/server/server.py:ServerProcess": 16,
     },
     "parameters": {
         "eventflow/routing/subscriptions.py:subscribe": 12,
@@ -86,11 +93,10 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "tests/triggers/test_kafka_shutdown.py": 1,
     },
     "one_name_a_line": {
-        "eventflow/store/apply.py": 2,
         "eventflow/store/patterns.py": 4,
-        "eventflow/store/tables.py": 5,
+        "eventflow/store/tables.py": 3,
         "eventflow/store/windows.py": 2,
-        "eventflow/store/writer.py": 3,
+        "eventflow/store/writer.py": 2,
         "triggers/_files/context.py": 1,
         "triggers/_kafka/lag.py": 1,
         "triggers/_kafka/partitions.py": 2,
@@ -168,16 +174,21 @@ def test_a_public_name_is_known_to_the_rule_of_parameters():
 
 
 def test_wait_for_is_not_used():
-    """`asyncio.wait_for` may swallow a cancel on Python 3.11; no file uses it."""
+    """`asyncio.wait_for` may swallow a cancel on Python 3.11; no file uses it, except the test of a
+    flow that does.
+    """
     found = [
         source.path
         for source in sources(*EVERYTHING)
         for node in source.nodes
-        if (isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for")
-        or (
-            isinstance(node, ast.ImportFrom)
-            and node.module == "asyncio"
-            and any(alias.name == "wait_for" for alias in node.names)
+        if source.path != "tests/engine/test_no_hangs.py"
+        and (
+            (isinstance(node, ast.Attribute) and ast.unparse(node) == "asyncio.wait_for")
+            or (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "asyncio"
+                and any(alias.name == "wait_for" for alias in node.names)
+            )
         )
     ]
     assert not found

@@ -1,9 +1,10 @@
 """Threads for plain functions of users. They never keep the process from ending.
 
-A thread cannot be stopped. One whose function nobody waits for any more is *left behind*: it counts,
-and a spare thread takes its place, up to a bound. engine/attempts.py runs plain task bodies here,
-sdk/task.py plain calls outside of a run. `ThreadPoolExecutor` does neither: the interpreter joins its
-threads before it exits, and a pool that is full of functions that do not return stays full.
+A thread cannot be stopped. One whose function nobody waits for any more is *left behind*: it is
+counted, and a spare thread takes its place, up to a bound. engine/attempts.py runs plain task
+bodies here, sdk/task.py plain calls outside of a run. `ThreadPoolExecutor` does neither: the
+interpreter joins its threads before it exits, and a pool that is full of functions that do not
+return stays full.
 """
 
 import threading
@@ -117,7 +118,9 @@ class DaemonThreads:
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
         self._queue = SimpleQueue()
-        self._threads = self._idle = self._waiting = 0
+        self._threads = 0
+        self._idle = 0
+        self._waiting = 0
         self._left_behind = set()
 
 

@@ -210,23 +210,15 @@ class Execution(FlowCalls):
                 self.deliver(entry, target)
             return True
         self.pending.is_replaying = False
-        if end.is_signalled and root is not None and self._repeat_cancel(root):
+        cleanup = self.loop.cleanup
+        if cleanup is not None and root is not None and cleanup.take_wait(root):
+            root.cancel()  # it has swallowed its cancel, and waits as before
+            if (action := end.refuse()) is not None:
+                self.carry_out(action)
             return True
         self._start_new()
         self._rest()
         return False
-
-    def _repeat_cancel(self, root: FlowTask) -> bool:
-        """Cancels the flow again if it has swallowed its cancel and waits as before. Ends it if it
-        does so once more each time.
-        """
-        cleanup = self.loop.cleanup
-        if cleanup is None or root not in cleanup.waits_as_before:
-            return False
-        cleanup.waits_as_before.discard(root)
-        root.cancel()
-        self.refuse()
-        return True
 
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:

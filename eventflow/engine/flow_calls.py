@@ -24,15 +24,13 @@ from eventflow.engine.task_map import TaskMap
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.events.event import Event
 from eventflow.logs.log import LogContext, get_logger, log_context
+from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
 from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
 from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.errors import decode_error
-
-MAX_REFUSALS = 100
-"""Times that a flow may go on as if it had not been cancelled before it is ended."""
 
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
@@ -94,30 +92,13 @@ class FlowCalls(ABC):
     async def perform(self, call: Call) -> Any:
         """The call's recorded or new result. Its call key is taken already."""
         if self.end.outcome is not None or self.end.is_signalled:
-            await self._refuse_unless_cleanup()
+            await refuse_unless_cleanup(self)
         future = self._await_call(call)
         try:
             return await future
         except BaseException:
             self._give_up(call)
             raise
-
-    async def _refuse_unless_cleanup(self) -> None:
-        """Raises CancelledError once the flow is cancelled, unless the call is to clean up.
-
-        A flow that tries again for ever must not do so in one step, also while it is closed.
-        """
-        if self.end.is_open and self.loop.cleans_up():
-            return
-        await asyncio.sleep(0)
-        self.refuse()
-        raise asyncio.CancelledError(self.end.outcome)
-
-    def refuse(self) -> None:
-        """The flow goes on as if it had not been cancelled: not for long."""
-        self.end.refusals += 1
-        if self.end.refusals >= MAX_REFUSALS:
-            self.carry_out(EndRun(self.end.signal_outcome()))
 
     def _await_call(self, call: Call) -> asyncio.Future[Any]:
         if not self.end.is_open:
@@ -144,13 +125,9 @@ class FlowCalls(ABC):
     def perform_all(
         self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
     ) -> Coroutine[Any, Any, list[Any]]:
-        if self.end.is_signalled and not self.loop.cleans_up():
-            return self._refuse_map()
+        if self.end.is_signalled and not cleans_up(self.loop):
+            return refuse(self)
         return TaskMap(name, calls, self._await_call, self._give_up, patient=patient).run(limit)
-
-    async def _refuse_map(self) -> list[Any]:
-        await self._refuse_unless_cleanup()
-        raise asyncio.CancelledError
 
     def child_call(
         self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -179,9 +156,7 @@ class FlowCalls(ABC):
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
         if self.end.is_signalled:
-            await asyncio.sleep(0)
-            self.refuse()
-            raise asyncio.CancelledError
+            await refuse(self)
         first = restart_entry(self.pending.journal.generation + 1)
         self.carry_out(EndRun(Restarted(self.flow.binder.unpack((), params), first)))
         while True:  # until the unwinding cancels it
@@ -198,11 +173,8 @@ class FlowCalls(ABC):
             if outcome is not None:
                 self.carry_out(EndRun(outcome))
         elif self.root is not None:
-            self.end.apply_signal(entry, self.root, self._on_grace_over)
-            self.loop.watch_cleanup()
-
-    def _on_grace_over(self, outcome: Outcome) -> None:
-        self.carry_out(EndRun(outcome))
+            self.loop.cleanup = self.loop.cleanup or Cleanup()
+            self.end.apply_signal(entry, self.root, lambda outcome: self.carry_out(EndRun(outcome)))
 
     # ----------------------------------------------------------------- scopes
 
@@ -250,6 +222,28 @@ class FlowCalls(ABC):
         a later one.
         """
         return self.pending.is_replaying or self.end.will_resume
+
+
+def cleans_up(loop: FlowLoop) -> bool:
+    """Whether the current step of a cancelled flow cleans up."""
+    return loop.cleanup is not None and loop.cleanup.is_ongoing(asyncio.current_task(loop))
+
+
+async def refuse_unless_cleanup(calls: FlowCalls) -> None:
+    """Raises CancelledError once the flow is cancelled or ends, unless it calls to clean up."""
+    if not (calls.end.is_open and cleans_up(calls.loop)):
+        await refuse(calls)
+
+
+async def refuse(calls: FlowCalls) -> NoReturn:
+    """The flow goes on as if it had not been cancelled: it is cancelled again, and not for long.
+
+    A flow that tries again for ever must not do so in one step, also while it is closed.
+    """
+    await asyncio.sleep(0)
+    if (action := calls.end.refuse()) is not None:
+        calls.carry_out(action)
+    raise asyncio.CancelledError(calls.end.outcome)
 
 
 def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal) -> Outcome | None:

@@ -52,10 +52,10 @@ class Outcomes:
         token = log_context.set(execution.log_context)
         _log(execution, outcome, at)
         log_context.reset(token)
-        if (word := _ENDS.get(type(outcome))) is not None:
+        if (state := _ENDS.get(type(outcome))) is not None:
             run = execution.run
             seconds = (at - (run.started_at or run.created_at)) / SECOND
-            self._services.run_durations.observe(run.flow, word, seconds)
+            self._services.run_durations.observe(run.flow, state, seconds)
         options = execution.flow.options
         if options.on_success is not None or options.on_failure is not None:
             self._run_hook(execution, outcome)

@@ -13,6 +13,7 @@ import orjson
 
 from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
 from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut, call_catching
+from eventflow.engine.actions import EndRun
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.logs.log import get_logger
@@ -25,6 +26,9 @@ from eventflow.serialization.errors import encode_error
 
 RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
+
+MAX_REFUSALS = 100
+"""Times that a flow may go on as if it had not been cancelled before it is ended."""
 
 log = get_logger("eventflow.execution")
 
@@ -44,8 +48,8 @@ class RunEnd:
         "is_closed",
         "is_signalled",
         "outcome",
-        "unawaited",
         "refusals",
+        "unawaited",
         "unwind_rounds",
     )
 
@@ -116,6 +120,11 @@ class RunEnd:
                 microseconds(self._flow.options.grace),
                 lambda: on_grace_over(self.signal_outcome()),
             )
+
+    def refuse(self) -> EndRun | None:
+        """The flow goes on as if it had not been cancelled. EndRun: once too often."""
+        self.refusals += 1
+        return EndRun(self.signal_outcome()) if self.refusals >= MAX_REFUSALS else None
 
     def signal_outcome(self) -> Outcome:
         if self._timed_out:

@@ -117,9 +117,11 @@ class Worker:
         # Runs whose journals are being read, with the answers of children that arrive meanwhile.
         self._loading: dict[int, tuple[Run, list[Entry]]] = {}
         self.outcomes = Outcomes(self._services)
+        self.stall_reason = ""
+        """Which loop or thread of the process stands still; set by the server's watchdog."""
         self.pause_reason = ""
         """Why no run is started; empty while runs are started."""
-        self._is_taking = False
+        self.is_taking = False
         self._begin_is_scheduled = False
         self._has_settled = asyncio.Event()
 
@@ -135,7 +137,7 @@ class Worker:
         for flow in list(self._flows.values()):
             for child in referenced_flows(flow):
                 self._flows.setdefault(child.name, child)
-        self._is_taking = True
+        self.is_taking = True
         services.store.attach_worker(self)
         self._claimer.claim_due()
 
@@ -146,7 +148,7 @@ class Worker:
         Interrupted runs go back to pending as they were. Returns when every run has left memory.
         """
         services = self._services
-        self._is_taking = False
+        self.is_taking = False
         services.draining = True
         services.store.attach_worker(None)
         for run in self._queues.clear():
@@ -169,7 +171,7 @@ class Worker:
 
     def abandon(self) -> None:
         """The store failed: bodies are cancelled, nothing is recorded."""
-        self._is_taking = False
+        self.is_taking = False
         self._services.draining = True
         for execution in list(self.executions.values()):
             execution.close()
@@ -203,7 +205,7 @@ class Worker:
         """Whether a run that is being recorded goes straight to memory. Writer thread."""
         flow = self._flows.get(run.flow)
         return (
-            self._is_taking
+            self.is_taking
             and not self._claimer.has_backlog
             and flow is not None
             and flow.options.concurrency is None
@@ -307,7 +309,9 @@ class Worker:
                 run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
             )
             return
-        execution, fault = call_catching(self._make_execution, run, flow, entries)
+        execution, fault = call_catching(
+            lambda: Execution(self._services, run, flow, Journal(entries), self._on_settled)
+        )
         if execution is None:
             self._hold(run, f"it cannot be started: {type(fault).__name__}: {fault}")
             return
@@ -315,11 +319,6 @@ class Worker:
         execution.guarded(execution.begin)
         for entry in answers:
             execution.guarded(execution.on_durable, entry)
-
-    def _make_execution(
-        self, run: Run, flow: Flow[..., Any], entries: Iterable[Entry]
-    ) -> Execution:
-        return Execution(self._services, run, flow, Journal(entries), self._on_settled)
 
     def _put_back(self, run: Run) -> None:
         """A run that was not started goes back to pending."""

@@ -11,15 +11,36 @@ from typing import Any, cast
 
 
 class Cleanup:
-    """Of one flow, since its cancel was delivered: `tasks` were made to clean up; those of
-    `waits_as_before` have begun to wait for something else.
+    """Of one flow, since its cancel was delivered: which of its tasks were made to clean up, and
+    which have begun to wait for something else.
     """
 
-    __slots__ = ("tasks", "waits_as_before")
+    __slots__ = ("_tasks", "_waits_as_before")
 
     def __init__(self) -> None:
-        self.tasks: set[asyncio.Task[Any] | None] = set()
-        self.waits_as_before: set[asyncio.Task[Any] | None] = set()
+        self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._waits_as_before: set[asyncio.Task[Any] | None] = set()
+
+    def is_ongoing(self, task: "asyncio.Task[Any] | None") -> bool:
+        """Whether the current step, of this task, cleans up."""
+        return handles_cancel() or task in self._tasks
+
+    def note_new(self, task: "asyncio.Task[Any]", maker: "asyncio.Task[Any] | None") -> None:
+        if self.is_ongoing(maker):
+            self._tasks.add(task)
+
+    def note_wait(self, task: "asyncio.Task[Any] | None") -> None:
+        if self.is_ongoing(task):
+            self._waits_as_before.discard(task)
+        else:
+            self._waits_as_before.add(task)
+
+    def take_wait(self, task: "asyncio.Task[Any]") -> bool:
+        """Whether the task has begun such a wait since the last time."""
+        if task not in self._waits_as_before:
+            return False
+        self._waits_as_before.discard(task)
+        return True
 
 
 def handles_cancel() -> bool:

@@ -32,7 +32,7 @@ from typing import Any, NoReturn, Protocol, cast
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
 from eventflow.core.large_values import LargeValues
-from eventflow.loop.cleanup import Cleanup, handles_cancel
+from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.left_behind import close_or_keep
 from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
 from eventflow.loop.unawaited import ORIGIN_DEPTH
@@ -469,26 +469,6 @@ class FlowLoop(HostedLoop):
         self._ready.clear()
         self._tasks = []
 
-    # ----------------------------------------------------------------- after a cancel
-
-    def watch_cleanup(self) -> None:
-        """The flow was cancelled: from now on `cleans_up` and `waits_as_before` are known."""
-        if self.cleanup is None:
-            self.cleanup = Cleanup()
-
-    def cleans_up(self) -> bool:
-        """Whether the current step cleans up after the cancel."""
-        cleanup = self.cleanup
-        task = asyncio.current_task(self)
-        return handles_cancel() or (cleanup is not None and task in cleanup.tasks)
-
-    def _note_wait(self, cleanup: Cleanup) -> None:
-        task = asyncio.current_task(self)
-        if self.cleans_up():
-            cleanup.waits_as_before.discard(task)
-        else:
-            cleanup.waits_as_before.add(task)
-
     # ----------------------------------------------------------------- identity
 
     def current_scope(self) -> Scope:
@@ -531,8 +511,8 @@ class FlowLoop(HostedLoop):
         on each task.
         """
         self._tasks.append(task)
-        if self.cleanup is not None and self.is_current() and self.cleans_up():
-            self.cleanup.tasks.add(task)
+        if self.cleanup is not None and self.is_current():
+            self.cleanup.note_new(task, asyncio.current_task(self))
         if len(self._tasks) >= self._sweep_at:
             self._sweep_at = 64 + 2 * len(self.unfinished_tasks())
         return task
@@ -540,7 +520,7 @@ class FlowLoop(HostedLoop):
     def create_future(self) -> FlowFuture:
         self._futures += 1
         if self.cleanup is not None:
-            self._note_wait(self.cleanup)
+            self.cleanup.note_wait(asyncio.current_task(self))
         return FlowFuture(loop=self, ordinal=self._futures)
 
     # ----------------------------------------------------------------- scheduling

@@ -336,7 +336,8 @@ def flow(
     - `timeout`: seconds that a run may take from its first start, waits included; with
       `timeout_counts="running"`, without the time in which it is suspended. `grace`: seconds for
       `finally` blocks after a cancel or a timeout.
-    - `concurrency`: the number of its runs that execute at once; the others wait. `priority`: runs
+    - `concurrency`: the number of its runs that work at once; the others wait. A run whose every
+      branch waits (a sleep, a retry, a child run) does not count. `priority`: runs
       with a higher one start first, within this flow.
     - `on_success(run, value)`, `on_failure(run, error)`: called after the outcome is recorded, best
       effort.

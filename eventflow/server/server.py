@@ -36,7 +36,7 @@ from eventflow.logs.capture import Level, LogConfiguration, configure
 from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
-from eventflow.runtime import new_event_loop
+from eventflow.runtime import error_of, new_event_loop
 from eventflow.server.memory_limits import MemoryMonitor, check_limits
 from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
@@ -297,7 +297,7 @@ class ServerProcess:
         self._loop = asyncio.get_running_loop()
         logs = self._logs = LogStore(f"{self.path}.logs.db", clock=self.app.clock)
         logs.open()
-        call_in_forked_children(self._after_fork)
+        self._forks = ForkedChildren(self._sock, self._server)
         try:
             await self.app.open(store=self.settings.store, own_loop=True, sink=logs)
             self.app.store.on_failure(self._fail_stop)
@@ -325,7 +325,6 @@ class ServerProcess:
         )
         watchdog.start()
         memory = asyncio.create_task(self._watch_memory(), name="memory")
-        memory.add_done_callback(self._on_memory_monitor_end)
         try:
             self._listen()
             self._ensure_token()
@@ -346,9 +345,11 @@ class ServerProcess:
         if soft is not None or hard is not None:
             runtime = self.app.runtime
             flow_loop, _ = runtime.flow_loop
-            await MemoryMonitor(
+            monitor = MemoryMonitor(
                 soft, hard, runtime.worker, flow_loop, self.app.clock, self._restart
-            ).run()
+            )
+            if (error := await error_of(monitor.run())) is not None:
+                self.fail(f"the memory monitor has ended: {error!r}")
 
     def _listen(self) -> None:
         try:
@@ -507,10 +508,6 @@ class ServerProcess:
         self.stopping = True
         self._exit_after(FAIL_STOP_DELAY_SECONDS, error.exit_code, "eventflow-fail-stop")
 
-    def _on_memory_monitor_end(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.fail(f"the memory monitor has ended: {error!r}")
-
     def fail(self, reason: str) -> None:
         """A loop or thread of ours has ended or stands still: only a new process helps. From any
         thread.
@@ -520,6 +517,30 @@ class ServerProcess:
         self.stopping = True
         log.error("server.failed", reason=reason, exit_code=INTERNAL_EXIT_CODE)
         self._exit_after(FAIL_STOP_DELAY_SECONDS, INTERNAL_EXIT_CODE, "eventflow-fault")
+
+    def _exit_after(self, seconds: float, code: int, name: str) -> None:
+        """Ends the process from a new thread, whatever the loops and other threads do."""
+
+        def exit_process() -> None:
+            threading.Event().wait(seconds)
+            flush = threading.Thread(target=self._output.flush, daemon=True)
+            flush.start()
+            flush.join(0.3)
+            self._address_file.unlink(missing_ok=True)
+            if code == 0:
+                self.reexec_if_requested()
+            os._exit(code)
+
+        threading.Thread(target=exit_process, name=name, daemon=True).start()
+
+
+class ForkedChildren:
+    """What a child that user code forks must not share with the server."""
+
+    def __init__(self, sock: socket.socket, server: "_Server") -> None:
+        self._sock = sock
+        self._server = server
+        call_in_forked_children(self._after_fork)
 
     def _after_fork(self) -> None:
         """In a child that user code forked: it ends by a signal, and keeps neither the port nor the
@@ -537,21 +558,6 @@ class ServerProcess:
         for each in sockets:
             with suppress(OSError, AttributeError):
                 os.close(each.fileno())  # socket.close() waits for the parent's transports
-
-    def _exit_after(self, seconds: float, code: int, name: str) -> None:
-        """Ends the process from a new thread, whatever the loops and other threads do."""
-
-        def exit_process() -> None:
-            threading.Event().wait(seconds)
-            flush = threading.Thread(target=self._output.flush, daemon=True)
-            flush.start()
-            flush.join(0.3)
-            self._address_file.unlink(missing_ok=True)
-            if code == 0:
-                self.reexec_if_requested()
-            os._exit(code)
-
-        threading.Thread(target=exit_process, name=name, daemon=True).start()
 
 
 class _Server(uvicorn.Server):

@@ -33,8 +33,6 @@ ERROR_AFTER_SECONDS = 10.0
 class Parts(Protocol):
     """What is watched besides loops; `Runtime` implements it."""
 
-    stall_reason: str
-
     @property
     def store(self) -> SqliteStore: ...
 
@@ -133,7 +131,7 @@ class Watchdog:
         return ""
 
     def _stall(self, now: float) -> str:
-        """What stands still for too long. Sets `stall_reason` before."""
+        """What stands still for too long. Sets `Worker.stall_reason` before."""
         parts = self._parts
         since: dict[str, float] = {
             name: probe.last_turn_at for name, probe in self._probes.items() if probe.is_pending
@@ -153,7 +151,7 @@ class Watchdog:
                 reason = f"{what}, for {now - began:.0f} s"
                 if now - began >= self._stall_timeout:
                     return reason
-        parts.stall_reason = reason
+        parts.worker.stall_reason = reason
         return ""
 
     def _check(self, name: str, probe: LoopProbe, now: float) -> None:

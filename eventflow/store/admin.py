@@ -128,7 +128,7 @@ def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
 # --------------------------------------------------------------------------- cancel
 
 
-def cancel(tx: Transaction, run: int, reason: str, *, tell_parent: bool = True) -> State:
+def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = True) -> State:
     """Cancels a run that is not running at once, requests the cancel of one that is; its children
     likewise. Returns the state that it was in.
 
@@ -146,11 +146,11 @@ def cancel(tx: Transaction, run: int, reason: str, *, tell_parent: bool = True) 
     elif before.is_live:
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)
-        if tell_parent:
+        if answers_parent:
             notify_parent(tx, row, "RunCancelled", reason)
     if before.is_live:
         for child, _, _ in _children(tx, run):
-            cancel(tx, child, reason, tell_parent=before is not State.RUNNING)
+            cancel(tx, child, reason, answers_parent=before is not State.RUNNING)
     return before
 
 

@@ -206,7 +206,7 @@ def test_a_body_that_exits_does_so_in_no_later_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["swallow", "spin", "spin_in_thread", "helper", "flow"])
-def test_row_34_sigterm_beside_code_that_catches_everything(tmp_path: Path, which: str) -> None:
+def test_row_34_sigterm_with_code_that_catches_everything(tmp_path: Path, which: str) -> None:
     """The process is gone by grace + 5 s, with exit code 0, and does not hang while it exits."""
     with serve(tmp_path, "--grace", "0.5") as served:
         served.start("stubborn", which=which)
