@@ -150,7 +150,7 @@ class Broker:
         """
         batch = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, -1, 1 << 20)
         for offset, (value, name) in enumerate(records):
-            headers = [(HeaderName(name), b"header")]
+            headers: Any = [(HeaderName(name), b"header")]
             batch.append(offset, now_ms(), None, orjson.dumps(value), headers)
         data = bytes(batch.build())
         if corrupt:

@@ -119,7 +119,8 @@ def _calls(run: Mapping[str, Any], width: int | None) -> list[str]:
 
 def _without_error_of(run: Mapping[str, Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
     """The call that the run failed with does not repeat the error at the end."""
-    error, last = run["error"], call["errors"][-1] if call["errors"] else None
+    error = run["error"]
+    last = call["errors"][-1] if call["errors"] else None
     if error is None or last is None or call["state"] != "failed":
         return call
     messages = [(each.get("message") or "")[:COMPARED_CHARS] for each in (error, last)]
@@ -166,7 +167,8 @@ def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str,
     times = sorted(call["took"] for call in calls if call["took"] is not None)
     spread = None
     if times:
-        median, slow = times[len(times) // 2], times[int(len(times) * 0.95)]
+        median = times[len(times) // 2]
+        slow = times[int(len(times) * 0.95)]
         spread = (
             f"took {duration_text(median)} (median), {duration_text(slow)} (95 %), "
             f"{duration_text(times[-1])} (longest)"

@@ -329,8 +329,8 @@ class StoreLocked(StoreError):
         self.pid = pid
         self.holder = f"process {pid}" if pid else "another process"
         super().__init__(
-            f"the store {path} is in use by {self.holder}; stop it, or point this one elsewhere with "
-            "--store"
+            f"the store {path} is in use by {self.holder}; stop it, "
+            "or point this one elsewhere with --store"
         )
 
 

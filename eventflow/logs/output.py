@@ -309,7 +309,8 @@ def format_line(data: dict[str, Any], style: LineStyle) -> str:
 
 def _where(data: Mapping[str, Any]) -> str | None:
     """`krvs handle/score#1`: the run, its flow, the task and its attempt."""
-    flow, run = data.get("flow"), data.get("run")
+    flow = data.get("flow")
+    run = data.get("run")
     if not isinstance(run, str):
         return None if flow is None else escape_controls(str(flow))
     task = f"/{data['task']}#{data.get('attempt', 1)}" if data.get("task") else ""
@@ -326,18 +327,18 @@ def _field(key: str, value: Any) -> str:
     return f"{key}={text}"
 
 
-def _wrapped(words: Sequence[tuple[str, int | None]], style: LineStyle) -> str:
-    """The words, two spaces apart, wrapped below each other."""
+def _wrapped(fields: Sequence[tuple[str, int | None]], style: LineStyle) -> str:
+    """The fields, two spaces apart, wrapped below each other."""
     width = style.width()
     if width is None or width < 2 * INDENT:
-        return "  ".join(_painted(word, color, style) for word, color in words).rstrip()
+        return "  ".join(_painted(text, color, style) for text, color in fields).rstrip()
     lines: list[list[str]] = [[]]
     column = INDENT
-    for word, color in words:
-        if lines[-1] and column + 2 + display_width(word.rstrip()) > width:
+    for text, color in fields:
+        if lines[-1] and column + 2 + display_width(text.rstrip()) > width:
             lines.append([])
             column = INDENT
-        pieces = _split(word, width - INDENT)
+        pieces = _split(text, width - INDENT)
         for piece in pieces[:-1]:
             lines[-1].append(_painted(piece, color, style))
             lines.append([])

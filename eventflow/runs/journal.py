@@ -89,7 +89,8 @@ class CallTimes(msgspec.Struct, gc=False):
         entry.waited = max(0, int((began - asked) * SECOND))
         took = max(0.0, now - began)
         entry.took = int(took * SECOND)
-        self.asked_at = self.began_at = None
+        self.asked_at = None
+        self.began_at = None
         return took
 
 

@@ -143,8 +143,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "about": about(row),
         "took": _elapsed(row["started_at"], row["finished_at"]),
         "reason": cut(
-            row["reason"]
-            or (pause_reason if pause_reason and row["state"] == "pending" else None),
+            row["reason"] or (pause_reason if pause_reason and row["state"] == "pending" else None),
             MAX_LISTED_CHARS,
         ),
         "cancel_requested": row["cancel_requested"],

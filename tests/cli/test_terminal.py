@@ -29,11 +29,16 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EventflowProcess]
 @pytest.mark.parametrize(
     "args",
     [
-        ("ls",), ("ls", "events"), ("ls", "triggers"), ("ls", "flows"), ("explain", "small"),
-        ("explain", "good"), ("doctor",),
+        ("ls",),
+        ("ls", "events"),
+        ("ls", "triggers"),
+        ("ls", "flows"),
+        ("explain", "small"),
+        ("explain", "good"),
+        ("doctor",),
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_output_fits_the_terminal(shop: EventflowProcess, args: tuple[str, ...], columns: int):
     """No line of a list or an explanation is wider than the terminal."""
     done = eventflow(shop.folder, *args, COLUMNS=str(columns))
@@ -46,7 +51,7 @@ def test_lists_bound_what_they_repeat(shop: EventflowProcess):
     assert len(eventflow(shop.folder, "ls", "--json").stdout) < 10_000
 
 
-def test_show_says_an_error_once(shop: EventflowProcess):
+def test_show_prints_an_error_once(shop: EventflowProcess):
     """`show` without an id is the last run, and repeats neither its error nor its parameters."""
     text = eventflow(shop.folder, "show", COLUMNS="80").stdout
     assert "failing" in text and text.count("ValueError: no such luck") == 1

@@ -106,11 +106,13 @@ def test_p5_names_of_asyncio_tasks_that_an_earlier_version_gave_are_found(
 
     @flow
     async def calls() -> list[str]:
-        return await asyncio.gather(
-            branch("dict", {"b": 1, "a": 2}),
-            branch("set", {"x", "y"}),
-            branch("model", Order(tags={"x"})),
-            branch("plain", 1),
+        return list(
+            await asyncio.gather(
+                branch("dict", {"b": 1, "a": 2}),
+                branch("set", {"x", "y"}),
+                branch("model", Order(tags={"x"})),
+                branch("plain", 1),
+            )
         )
 
     sim = Simulation()

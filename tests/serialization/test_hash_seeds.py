@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -58,7 +58,9 @@ def test_p5_equal_values_have_equal_bytes_in_every_process(processes: list[Any],
 
 
 MODEL = identities.Model(
-    tags={"a", "b", "c"}, inner=[identities.Inner(names=frozenset("de"))], **{"other-name": {"x"}}
+    tags={"a", "b", "c"},
+    inner=[identities.Inner(names=frozenset("de"))],
+    **cast(Any, {"other-name": {"x"}}),
 )
 
 
@@ -156,7 +158,7 @@ async def test_an_idempotency_key_knows_equal_parameters(tmp_path: Path):
     """Parameters with keys in another order, and equal sets in models, are the same parameters."""
     app = App("shop")
     app.add(identities.takes_model)
-    model = identities.Model(tags={"x", "y", "z"}, **{"other-name": set()})
+    model = identities.Model(tags={"x", "y", "z"}, **cast(Any, {"other-name": set()}))
     async with running(app, store=tmp_path / "x.db"):
         first = await app.start(
             identities.takes_model, idempotency_key="k", value=model, more={"a": 1, "b": 2}

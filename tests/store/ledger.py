@@ -61,7 +61,7 @@ class RecordingWorker:
     def receive_answers(self, answers: Sequence[tuple[int, Entry]]) -> None:
         self.answers.extend(answers)
 
-    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Sequence[int]) -> None:
+    def receive_runs(self, runs: Sequence[Run], has_due: bool, cancels: Mapping[int, str]) -> None:
         self.runs += runs
         self.cancels += cancels
         self.due_reports += has_due

@@ -168,8 +168,8 @@ async def test_a_restart_keeps_the_id(ledger: Ledger):
 
 
 async def test_a_crash_leaves_a_suspect(ledger: Ledger, reopen: Reopen):
-    """RUNNING → PENDING by the next epoch, at once and without waiting for a timeout; a second crash
-    changes nothing more.
+    """RUNNING → PENDING by the next epoch, at once and without waiting for a timeout; a second
+    crash changes nothing more.
     """
     run = await ledger.running()
     suspended = await ledger.running()

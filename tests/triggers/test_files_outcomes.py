@@ -30,7 +30,7 @@ def end(inbox: Inbox, name: str, result: Any) -> None:
     inbox.ledger.event_outcomes[event.id] = result
 
 
-def test_a_file_goes_where_its_outcome_says(tmp_path: Path):
+def test_a_file_is_moved_by_its_outcome(tmp_path: Path):
     """A file stays where its event says until its runs have ended; then it is moved by their
     outcome, its cursor entry goes, and nothing of that is an event.
     """

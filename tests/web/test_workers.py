@@ -77,7 +77,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int
         process.kill()
 
 
-async def test_the_second_worker_says_why_and_the_first_one_serves(
+async def test_the_second_worker_logs_why_and_the_first_one_serves(
     server: tuple[int, Path],
 ) -> None:
     """With `uvicorn --workers 2` one worker serves the app; the other logs one clear line, answers

@@ -12,11 +12,11 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+from eventflow.core.threads import DaemonThreads
 from eventflow.engine.execution import Execution
 from eventflow.engine.limits import WorkerLimits
 from eventflow.engine.worker_services import WorkerServices
@@ -85,7 +85,7 @@ class SeededRun:
             blobs=self.blobs,
             checkpoints=self.checkpoints,
             limits=WorkerLimits(),
-            threads=ThreadPoolExecutor(1),
+            threads=DaemonThreads(1, "replay"),
             rng=self.rng,
             secret=b"",
         )

@@ -174,7 +174,7 @@ class Simulation:
         self._posted: list[tuple[Any, Callable[[Any], None]]] = []
         self._then = then
         with Threads(2) as self.threads:
-            self.services.threads = self.threads
+            self.services.threads = cast(Any, self.threads)
             try:
                 return asyncio.run(self._run_process(until))
             finally:
