@@ -72,21 +72,22 @@ def _read(
         text = utf8
         value = orjson.loads(text)
     keys = _count_keys(value, max_keys, max_depth)
-    if keys != text.count(b'":') or _has_spaced_colon(text) or _may_lose_digits(text, value):
-        # Counting proves nothing: a string has a quoted colon, a blank precedes a colon, or a key
-        # is indeed repeated. The slow parser decides.
+    if not _has_distinct_keys(text, keys) or _may_lose_digits(text, value):
         return _parse_slowly(text, parse_int, parse_float)
     return value
 
 
-def _has_spaced_colon(text: bytes) -> bool:
-    """Whether a blank precedes a colon.
+def _has_distinct_keys(text: bytes, keys: int) -> bool:
+    """Whether counting proves that no key is repeated; else the slow parser decides.
 
-    Without one, the text has `":` at least once per key, and the parsed value has one key per
-    *distinct* key. If both numbers are equal, no key is repeated: a few scans in C instead of a
-    second parse.
+    The text has a colon per key, the parsed value one key per *distinct* key: if both numbers are
+    equal, no key is repeated. The same holds for quoted colons (`":`), unless a blank precedes one.
     """
-    return b" :" in text or b"\t:" in text or b"\n:" in text or b"\r:" in text
+    if text.count(b":") == keys:
+        return True
+    if text.count(b'":') != keys:
+        return False  # a key is repeated, or a string has a quoted colon
+    return not (b" :" in text or b"\t:" in text or b"\n:" in text or b"\r:" in text)
 
 
 def _parse_slowly(
