@@ -237,9 +237,8 @@ class Ledger:
             self.runs = {
                 row["id"]: row for row in connection.execute("SELECT * FROM runs ORDER BY id")
             }
-            self.events = {
-                row["event_id"]: row for row in connection.execute("SELECT * FROM events")
-            }
+            self.event_rows = list(connection.execute("SELECT * FROM events ORDER BY id"))
+            self.events = {row["event_id"]: row for row in reversed(self.event_rows)}  # the first
             self.journal = list(
                 connection.execute("SELECT * FROM journal ORDER BY batch, position")
             )

@@ -294,7 +294,7 @@ async def test_a_memory_trigger_is_a_trigger_like_any_other() -> None:
         assert (letter.matched, event.matched) == (0, 0)
     assert (
         counts["completed"] == 1
-        and counts["dead"] == 2
+        and counts["dead"] == 3  # the conflict is kept, too
         and counts["duplicates"] == 1
         and counts["conflicts"] == 1
     )
