@@ -102,7 +102,7 @@ def table(
         for at, head in enumerate(heads)
     ]
     if width is None:
-        widths = [min(48, each) for each in natural]
+        widths = [*(min(48, each) for each in natural[:-1]), natural[-1]]
         return "\n".join(
             [
                 click.style(_line(heads, widths), bold=True),
