@@ -238,7 +238,9 @@ class Ledger:
                 row["id"]: row for row in connection.execute("SELECT * FROM runs ORDER BY id")
             }
             self.event_rows = list(connection.execute("SELECT * FROM events ORDER BY id"))
-            self.events = {row["event_id"]: row for row in reversed(self.event_rows)}  # the first
+            self.events: dict[str, sqlite3.Row] = {}  # by the sender's id, the first of it
+            for row in self.event_rows:
+                self.events.setdefault(row["event_id"], row)
             self.journal = list(
                 connection.execute("SELECT * FROM journal ORDER BY batch, position")
             )
