@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from eventflow.core.clock import SECOND, Clock, SystemClock
-from eventflow.core.declarations import duration, number, whole_number
+from eventflow.core.declarations import duration, whole_number
 from eventflow.core.errors import StoreError, StoreFull, UsageError
 from eventflow.core.http_body import ClientDisconnected
 from eventflow.events.event import Event, Gauge, Intake, Receipt, Undecodable
@@ -96,9 +96,12 @@ class Endpoint:
                 "of letters, digits and . _ ~ -"
             )
         where = f"{kind}({path!r}"
-        max_rate = limits.max_rate
-        if max_rate is not None:
-            number(max_rate, f"{where}, max_rate=)", minimum=1e-9)
+        max_rate: Any = limits.max_rate
+        is_number = isinstance(max_rate, int | float)
+        if max_rate is not None and not (is_number and 0 < max_rate < float("inf")):
+            raise UsageError(
+                f"{where}, max_rate=): expected requests per second, or None, found {max_rate!r}"
+            )
         whole_number(limits.max_body, f"{where}, max_body=)")
         whole_number(limits.max_keys, f"{where}, max_keys=)")
         duration(limits.body_timeout, f"{where}, body_timeout=)", positive=True)

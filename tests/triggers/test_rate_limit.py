@@ -244,5 +244,5 @@ def test_s11_loopback_has_no_bucket(address: str):
 @pytest.mark.parametrize("rate", [0, -1.0, float("inf"), float("nan")])
 def test_max_rate_is_a_rate(rate: float):
     """A rate that is none is refused with what was expected."""
-    with pytest.raises(UsageError, match=r"max_rate=\) expected a number of at least"):
+    with pytest.raises(UsageError, match=r"max_rate=\): expected requests per second, or None"):
         Webhook("/orders", verify="none", max_rate=rate)
