@@ -72,8 +72,8 @@ class Attempts:
 
     __slots__ = (
         "_carry_out",
-        "_end",
         "_log_context",
+        "_run_end",
         "_services",
         "_writer",
         "run",
@@ -88,7 +88,7 @@ class Attempts:
         name: str,
         log_context: LogContext,
         writer: JournalWriter,
-        end: RunEnd,
+        run_end: RunEnd,
         act: Callable[[Action], None],
     ) -> None:
         self._services = services
@@ -96,7 +96,7 @@ class Attempts:
         self.run_id = name
         self._log_context = log_context
         self._writer = writer
-        self._end = end
+        self._run_end = run_end
         self._carry_out = act
         self.running = 0
 
@@ -165,7 +165,7 @@ class Attempts:
         ) as error:  # around an attempt: recorded, and retried if its Retry allows
             if isinstance(error, GeneratorExit) and not _is_running(me):
                 raise  # the loop is gone, and this coroutine is freed
-            if call.handle is not me or not self._end.is_open:
+            if call.handle is not me or not self._run_end.is_open:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif isinstance(error, asyncio.CancelledError) and me.cancelling():
                 # Neither the flow nor a timeout cancelled it: the loop itself is being closed.
@@ -173,7 +173,7 @@ class Attempts:
             else:
                 self._guarded(self._on_failure, call, error)
         else:
-            if call.handle is me and self._end.is_open:
+            if call.handle is me and self._run_end.is_open:
                 self._guarded(self._on_success, call, value, codec, data, arrivals, ended_at)
         finally:
             if (context := log_context.get()) is not None and context.partial_lines:
@@ -229,7 +229,7 @@ class Attempts:
         _call_on_loop(self._services.loop, self._clear_suspicion)
 
     def _clear_suspicion(self) -> None:
-        if self.run.crash_suspect and self._end.is_open:
+        if self.run.crash_suspect and self._run_end.is_open:
             self._writer.clear_suspicion()
 
     def _timed(self, call: TaskCall) -> Awaitable[Any]:
@@ -244,7 +244,7 @@ class Attempts:
 
     def _on_unresponsive(self, call: TaskCall, attempt: int) -> None:
         """A body ignored its timeout: record it, leave the body behind, refuse its late result."""
-        if call.is_running and call.attempt == attempt and self._end.is_open:
+        if call.is_running and call.attempt == attempt and self._run_end.is_open:
             task = call.task
             handle = call.handle
             log.error("task.abandoned", run=self.run_id, task=task.name, attempt=attempt)
@@ -313,7 +313,7 @@ class Attempts:
             kind=Kind.ERROR if delay is None else Kind.FAILED,
             attempt=call.attempt,
             fingerprint=call.fingerprint,
-            error=self._end.encode_error(error),
+            error=self._run_end.encode_error(error),
         )
         took = call.times.write_to(entry, services.clock.monotonic())
         services.task_durations.observe(call.task.name, "failed", took)

@@ -102,7 +102,7 @@ class Execution(FlowCalls):
         self.run = run
         self.flow = flow
         self.run_id = format_id(run.id)
-        self.end = RunEnd(services, flow)
+        self.run_end = RunEnd(services, flow)
         self.loop = FlowLoop(self, services.loop, run.id)
         self.log_context = LogContext(
             run.id, flow.name, run.event, sink=services.sink, replaying=self._is_replaying
@@ -110,7 +110,7 @@ class Execution(FlowCalls):
         self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
         self.writer = JournalWriter(services, run, self._on_appended)
         self.attempts = Attempts(
-            services, run, self.run_id, self.log_context, self.writer, self.end, self.carry_out
+            services, run, self.run_id, self.log_context, self.writer, self.run_end, self.carry_out
         )
         self.suspension = Suspension(services, flow.options, self.pending, began_at, self._rest)
         self._on_settled = on_settled
@@ -130,12 +130,12 @@ class Execution(FlowCalls):
         coro, error = call_catching(context.run, self.make_coroutine)
         if coro is None:
             assert error is not None
-            self._settle(Failed(self.end.encode_error(error)))
+            self._settle(Failed(self.run_end.encode_error(error)))
             return
         journal = self.pending.journal
         path = f"~{journal.generation}/" if journal.generation else ""
         self.root = self.loop.create_root_task(coro, context, path)
-        for signal in self.end.initial_signals(self.run, journal, self.suspension.began_at):
+        for signal in self.run_end.initial_signals(self.run, journal, self.suspension.began_at):
             self._request(signal)
         if self.run.cancel_requested:
             self.cancel(self.run.cancel_reason or "cancel requested")
@@ -143,7 +143,7 @@ class Execution(FlowCalls):
 
     def step(self) -> None:
         """Takes every step that the flow can take now."""
-        if not self.end.is_closed:
+        if not self.run_end.is_closed:
             self.guarded(self.loop.run_ready)
 
     def wake(self) -> None:
@@ -156,7 +156,7 @@ class Execution(FlowCalls):
         not, it is woken when it has a place. The end of a run needs none.
         """
         finals = self.pending.journal.finals
-        if not self.end.is_open or CANCEL_KEY in finals or TIMEOUT_KEY in finals:
+        if not self.run_end.is_open or CANCEL_KEY in finals or TIMEOUT_KEY in finals:
             return True
         limit = self.flow.options.concurrency
         if not self._awaits_place and limit is not None:
@@ -167,7 +167,7 @@ class Execution(FlowCalls):
     def _on_place(self) -> None:
         self.has_place = True
         self._awaits_place = False
-        if self.end.is_closed:
+        if self.run_end.is_closed:
             self._leave_place()
         else:
             self.wake()
@@ -187,7 +187,7 @@ class Execution(FlowCalls):
 
     def on_parked(self) -> bool:
         """The one place where the outside reaches the flow. True: it has steps to take again."""
-        end = self.end
+        end = self.run_end
         root = self.root
         if end.outcome is None and root is not None and root.done():
             journal = self.pending.journal
@@ -223,7 +223,7 @@ class Execution(FlowCalls):
     def on_busy_loop(self) -> None:
         if not self.loop.has_busy_looped:
             log.warning("flow.busy_loop", run=self.run_id, flow=self.flow.name)
-        if self.end.outcome is not None or self.pending.answers:
+        if self.run_end.outcome is not None or self.pending.answers:
             self.on_parked()
         else:
             self._start_new()
@@ -257,9 +257,9 @@ class Execution(FlowCalls):
         """
         suspension = self.suspension
         draining = self.services.draining
-        if recheck and (not self.end.is_open or self.loop.is_ready()):
+        if recheck and (not self.run_end.is_open or self.loop.is_ready()):
             return
-        idle = not (self.attempts.running or self.writer.in_flight or self.end.is_storing)
+        idle = not (self.attempts.running or self.writer.in_flight or self.run_end.is_storing)
         if idle is not suspension.is_idle:
             suspension.set_idle(idle)
             if idle and draining:
@@ -271,7 +271,7 @@ class Execution(FlowCalls):
             and not draining
             and not self.loop.unjournaled_awaits
             and not self.pending.answers
-            and not self.end.is_signalled
+            and not self.run_end.is_signalled
             and (action := suspension.decide(scan_all=recheck)) is not None
         ):
             self.carry_out(action)
@@ -308,7 +308,7 @@ class Execution(FlowCalls):
                 entry.fingerprint = call.fingerprint
                 self.writer.append(entry, children=(child,))
             case CancelChild(started):
-                if not self.end.will_resume:  # else a later execution makes the call again
+                if not self.run_end.will_resume:  # else a later execution makes the call again
                     reason = f"the call in {self.run_id} was cancelled"
                     services.cancel_child(started, reason)
             case EndRun(outcome):
@@ -319,14 +319,14 @@ class Execution(FlowCalls):
                 if isinstance(reply, Fenced) or services.store.failed is None:
                     # If the claim is gone, the outcome is refused too; else a person must look.
                     self.end_run(NeedsAttention(f"the store refused an entry: {reason}"))
-                elif not self.end.is_closed:
+                elif not self.run_end.is_closed:
                     self.close()
                     self._on_settled(self, Interrupted(), reply)
             case ReportFault(fault):
                 log.error(
                     "run.internal_error", run=self.run_id, flow=self.flow.name, exc_info=fault
                 )
-                if not self.end.is_closed:
+                if not self.run_end.is_closed:
                     what = f"{type(fault).__name__}: {fault}"
                     self._settle(
                         NeedsAttention(f"a fault in eventflow, or in what the app gave it: {what}")
@@ -361,7 +361,7 @@ class Execution(FlowCalls):
             if target.due is not None and target.due > self.services.clock.now():
                 entry.at = target.due  # the wall clock was set back: the flow's time passes
             self.writer.append(entry)
-        elif not self.end.is_open or self.services.draining:
+        elif not self.run_end.is_open or self.services.draining:
             return
         elif self.has_place:
             self.attempts.launch(target)
@@ -377,7 +377,7 @@ class Execution(FlowCalls):
         if isinstance(reply, Appended):
             for entry in reply.entries:
                 self.guarded(self.on_durable, entry)
-        elif not self.end.is_closed:
+        elif not self.run_end.is_closed:
             self.carry_out(ReportFenced(reply))
 
     def on_durable(self, entry: Entry) -> None:
@@ -412,7 +412,7 @@ class Execution(FlowCalls):
         """Records a cancel, which is then delivered in its turn."""
         pending = self.pending
         if (
-            self.end.is_open
+            self.run_end.is_open
             and CANCEL_KEY not in pending.journal.finals
             and CANCEL_KEY not in pending.waiting
         ):
@@ -428,19 +428,19 @@ class Execution(FlowCalls):
 
         With `Interrupted` (a drain) it goes back to pending, and nothing of running bodies is kept.
         """
-        if self.end.is_open:
-            self.end.outcome = outcome
+        if self.run_end.is_open:
+            self.run_end.outcome = outcome
             self.wake()
 
     def _unwind(self, outcome: Outcome) -> bool:
         """Cancels the flow's unfinished tasks, a few times, then settles. Journaled calls in their
         `finally` blocks raise CancelledError again.
         """
-        if self.end.is_closed:
+        if self.run_end.is_closed:
             return False
         unfinished = self.loop.unfinished_tasks()
-        if unfinished and self.end.unwind_rounds < MAX_UNWIND_ROUNDS:
-            self.end.unwind_rounds += 1
+        if unfinished and self.run_end.unwind_rounds < MAX_UNWIND_ROUNDS:
+            self.run_end.unwind_rounds += 1
             for task in unfinished:
                 task.cancel()
             return True
@@ -451,7 +451,7 @@ class Execution(FlowCalls):
         """Closes the run and posts its outcome, in one commit with an uncommitted value."""
         run = self.run
         services = self.services
-        self.end.outcome = outcome
+        self.run_end.outcome = outcome
         uncommitted = self.writer.pop_uncommitted()
         if isinstance(outcome, Interrupted) and (note := self.suspension.record_time()) is not None:
             self.carry_out(note)
@@ -465,10 +465,10 @@ class Execution(FlowCalls):
 
         The worker calls it when the store failed: then nothing is recorded.
         """
-        if self.end.is_closed:
+        if self.run_end.is_closed:
             return
-        self.end.outcome = self.end.outcome or Interrupted()
-        self.end.close()
+        self.run_end.outcome = self.run_end.outcome or Interrupted()
+        self.run_end.close()
         for action in self.pending.close():
             self.carry_out(action)
         self.suspension.close()

@@ -47,7 +47,7 @@ class FlowCalls(ABC):
     run: Run
     flow: Flow[..., Any]
     run_id: str
-    end: RunEnd
+    run_end: RunEnd
     loop: FlowLoop
     pending: PendingCalls
     log_context: LogContext
@@ -91,7 +91,7 @@ class FlowCalls(ABC):
 
     async def perform(self, call: Call) -> Any:
         """The call's recorded or new result. Its call key is taken already."""
-        if self.end.outcome is not None or self.end.is_signalled:
+        if self.run_end.outcome is not None or self.run_end.is_signalled:
             await refuse_unless_cleanup(self)
         future = self._await_call(call)
         try:
@@ -101,8 +101,8 @@ class FlowCalls(ABC):
             raise
 
     def _await_call(self, call: Call) -> asyncio.Future[Any]:
-        if not self.end.is_open:
-            raise asyncio.CancelledError(self.end.outcome)
+        if not self.run_end.is_open:
+            raise asyncio.CancelledError(self.run_end.outcome)
         if type(call) is TaskCall:
             call.context = copy_context()
             times = call.times
@@ -125,7 +125,7 @@ class FlowCalls(ABC):
     def perform_all(
         self, name: str, calls: Iterable[TaskCall], limit: int, patient: bool
     ) -> Coroutine[Any, Any, list[Any]]:
-        if self.end.is_signalled and not cleans_up(self.loop):
+        if self.run_end.is_signalled and not cleans_up(self.loop):
             return refuse(self)
         return TaskMap(name, calls, self._await_call, self._give_up, patient=patient).run(limit)
 
@@ -151,11 +151,11 @@ class FlowCalls(ABC):
         assert error is not None
         attempt = self.pending.journal.attempts(call.call_key)[0] + 1
         entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
-        entry.error = self.end.encode_error(error)
+        entry.error = self.run_end.encode_error(error)
         return AppendEntry(entry)
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
-        if self.end.is_signalled:
+        if self.run_end.is_signalled:
             await refuse(self)
         first = restart_entry(self.pending.journal.generation + 1)
         self.carry_out(EndRun(Restarted(self.flow.binder.unpack((), params), first)))
@@ -174,7 +174,9 @@ class FlowCalls(ABC):
                 self.carry_out(EndRun(outcome))
         elif self.root is not None:
             self.loop.cleanup = self.loop.cleanup or Cleanup()
-            self.end.apply_signal(entry, self.root, lambda outcome: self.carry_out(EndRun(outcome)))
+            self.run_end.apply_signal(
+                entry, self.root, lambda outcome: self.carry_out(EndRun(outcome))
+            )
 
     # ----------------------------------------------------------------- scopes
 
@@ -194,7 +196,7 @@ class FlowCalls(ABC):
         return self.read_now() if self.loop.is_current() else self.pending.now
 
     def set_timer(self, timer: FlowTimer) -> None:
-        if self.end.is_open:
+        if self.run_end.is_open:
             self._request(timer)
 
     def cancel_timer(self, timer: FlowTimer) -> None:
@@ -209,11 +211,11 @@ class FlowCalls(ABC):
         )
 
     def on_unawaited(self, coro: Any) -> None:
-        if self.end.is_open and not self.end.is_signalled:  # else the end of the run dropped it
+        if self.run_end.is_open and not self.run_end.is_signalled:  # else its end dropped it
             code = self.flow.fn.__code__
             definition = format_location(code.co_filename, code.co_firstlineno)
             replaying = self.pending.is_replaying
-            self.end.unawaited.append(
+            self.run_end.unawaited.append(
                 report_unawaited(coro, self.run_id, definition, is_replaying=replaying)
             )
 
@@ -221,7 +223,7 @@ class FlowCalls(ABC):
         """Whether the flow's log lines repeat those of an earlier execution, or will be repeated by
         a later one.
         """
-        return self.pending.is_replaying or self.end.will_resume
+        return self.pending.is_replaying or self.run_end.will_resume
 
 
 def cleans_up(loop: FlowLoop) -> bool:
@@ -231,7 +233,7 @@ def cleans_up(loop: FlowLoop) -> bool:
 
 async def refuse_unless_cleanup(calls: FlowCalls) -> None:
     """Raises CancelledError once the flow is cancelled or ends, unless it calls to clean up."""
-    if not (calls.end.is_open and cleans_up(calls.loop)):
+    if not (calls.run_end.is_open and cleans_up(calls.loop)):
         await refuse(calls)
 
 
@@ -241,9 +243,9 @@ async def refuse(calls: FlowCalls) -> NoReturn:
     A flow that tries again for ever must not do so in one step, also while it is closed.
     """
     await asyncio.sleep(0)
-    if (action := calls.end.refuse()) is not None:
+    if (action := calls.run_end.refuse()) is not None:
         calls.carry_out(action)
-    raise asyncio.CancelledError(calls.end.outcome)
+    raise asyncio.CancelledError(calls.run_end.outcome)
 
 
 def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal) -> Outcome | None:

@@ -113,7 +113,7 @@ class SeededRun:
         except Crash:
             pass
         finally:
-            self.execution.end.is_closed = True
+            self.execution.run_end.is_closed = True
             self.execution.loop.close()
         for task in asyncio.all_tasks(self.loop):
             if task is not asyncio.current_task():

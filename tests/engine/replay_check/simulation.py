@@ -236,7 +236,7 @@ class Simulation:
         assert not self.faults, self.faults
         self.in_memory_at_end = set(self.executions)
         for execution in self.executions.values():
-            execution.end.is_closed = True
+            execution.run_end.is_closed = True
             execution.loop.close()
         return alive
 
