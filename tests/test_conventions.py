@@ -83,9 +83,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "eventflow/routing/subscriptions.py:subscribe": 12,
     },
     "one_attribute_a_line": {
-        "eventflow/store/admin.py": 2,
-        "eventflow/store/apply.py": 3,
-        "eventflow/store/writer.py": 1,
         "tests/store/kept/kept_app.py": 2,
         "tests/store/kept/make_kept.py": 2,
         "tests/store/test_kept.py": 2,
@@ -93,10 +90,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "tests/triggers/test_kafka_shutdown.py": 1,
     },
     "one_name_a_line": {
-        "eventflow/store/patterns.py": 4,
-        "eventflow/store/tables.py": 3,
-        "eventflow/store/windows.py": 2,
-        "eventflow/store/writer.py": 2,
         "triggers/_files/context.py": 1,
         "triggers/_kafka/lag.py": 1,
         "triggers/_kafka/partitions.py": 2,
@@ -108,8 +101,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "triggers/kafka_sink.py": 1,
     },
     "format_skips": {
-        "eventflow/store/load.py": 1,
-        "eventflow/store/rows.py": 1,
         "tests/logs/test_redaction.py": 1,
         "tests/serialization/test_codecs.py": 1,
         "tests/store/test_writer.py": 1,

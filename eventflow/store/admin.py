@@ -62,9 +62,10 @@ def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> Non
         note_retry(tx, row.id)
     cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
     cancelled = row.state is State.CANCELLED and not discard_journal
-    row.crash_count = row.crash_suspect = row.cancel_requested = 0
+    row.clear_crashes()
+    row.cancel_requested = 0
     row.started_at = None  # its timeout counts from the next start
-    row.reason = row.result = row.codec = row.error = row.unclaimed_entries = None
+    row.clear_outcome()
     tx.runs.wake(row)
     for child, call_key, state in _children(tx, row.id):
         # A child that was cancelled with its running parent has left no error there.

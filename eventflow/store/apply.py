@@ -254,7 +254,7 @@ def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     for child in op.children:
         _start_child(tx, child)
     if op.clears_suspicion and (row.crash_suspect or row.crash_count):
-        row.crash_suspect = row.crash_count = 0
+        row.clear_crashes()
         tx.runs.change(row)
     return Appended(tx.commit.batch, tx.commit.at, entries, receipts)
 
@@ -319,7 +319,7 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             else:
                 tx.runs.sleep(row, until)
         case Interrupted():
-            row.crash_suspect = row.crash_count = 0
+            row.clear_crashes()
             tx.runs.wake(row)
         case Restarted(params, first):
             _restart(tx, row, params)
@@ -342,7 +342,7 @@ def _restart(tx: Transaction, row: RunRow, params: bytes) -> None:
         "UPDATE runs SET params = ?, crc = ?, size = ? WHERE id = ?",
         (params, crc, row.size, row.id),
     )
-    row.crash_suspect = row.crash_count = 0
+    row.clear_crashes()
     row.started_at = None
     tx.runs.wake(row)
 

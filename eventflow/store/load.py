@@ -40,10 +40,29 @@ def load_runs(
 
 def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
     (
-        ident, flow, subscription, event, state, created_at, due_at, started_at, token,
-        ordering_key, priority, parent, parent_call_key, depth, params, crash_suspect,
-        crash_count, cancel_requested, mode, deliveries, crc, *rest,
-    ) = row  # fmt: skip
+        ident,
+        flow,
+        subscription,
+        event,
+        state,
+        created_at,
+        due_at,
+        started_at,
+        token,
+        ordering_key,
+        priority,
+        parent,
+        parent_call_key,
+        depth,
+        params,
+        crash_suspect,
+        crash_count,
+        cancel_requested,
+        mode,
+        deliveries,
+        crc,
+        *event_row,
+    ) = row
     run = Run(
         id=ident,
         flow=flow,
@@ -60,7 +79,7 @@ def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
         parent_call_key=parent_call_key,
         depth=depth,
         params=params,
-        payload=rest[7],
+        payload=event_row[7],
         crash_suspect=bool(crash_suspect),
         crash_count=crash_count,
         cancel_requested=bool(cancel_requested),
@@ -69,8 +88,9 @@ def _run(row: Sequence[Any]) -> tuple[Run, str | None]:
     )
     if crc != rows.run_crc(ident, flow, subscription, event, ordering_key, params):
         return run, corrupt("runs", ident)
-    if rest[0] is not None and rest[8] is not None and rest[8] != rows.event_crc(*rest[:8]):
-        return run, corrupt("events", rest[0])
+    *columns, event_crc = event_row
+    if columns[0] is not None and event_crc is not None and event_crc != rows.event_crc(*columns):
+        return run, corrupt("events", columns[0])
     return run, None
 
 

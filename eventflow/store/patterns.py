@@ -111,7 +111,8 @@ class Patterns:
         if is_replay:
             waits_in = {name for (name,) in self._commit.connection.execute(_WAITING_IN, (event,))}
         for each in arrival.pattern_events:
-            name, now = each.subscription, arrival.received_at
+            name = each.subscription
+            now = arrival.received_at
             instance = self._instances[name, each.key]
             update = None
             if self._advancer is not None and name not in waits_in:
@@ -146,7 +147,8 @@ class Patterns:
         Returns whether there were any. A pattern that the app does not have is left until it has
         it.
         """
-        commit, advancer = self._commit, self._advancer
+        commit = self._commit
+        advancer = self._advancer
         if advancer is None:
             return False
         due = commit.connection.execute(_DUE, (commit.now, DUE_BATCH_SIZE)).fetchall()
@@ -232,7 +234,8 @@ class Patterns:
         """Writes the states, and the events that wait or end."""
         if not (self._changed or self._added or self._ended):
             return
-        connection, ended = self._commit.connection, self._ended
+        connection = self._commit.connection
+        ended = self._ended
         matched = [(event, name) for event, name, reason in ended if reason is None]
         expired = [end for end in ended if end[2] is not None]
         stored = [self._row(each) for each in self._changed.values() if each.state is not None]
@@ -251,7 +254,9 @@ class Patterns:
         self._changed.clear()
 
     def _row(self, instance: PatternInstance) -> Values:
-        name, key, state = instance.subscription, instance.key, instance.state
+        name = instance.subscription
+        key = instance.key
+        state = instance.state
         if self._advancer is not None and not isinstance(state, bytes):
             state = self._advancer.encode_state(name, key, state)
         crc = rows.checksum(name, key, state)

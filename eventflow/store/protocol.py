@@ -20,7 +20,7 @@ from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import EventOutcome, Json, OutboxMessage, Receipt
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Outcome, Run, State
-from eventflow.store.batching import BatchPolicy, PatternEvent, PatternMatch
+from eventflow.store.multi_event import BatchPolicy, PatternEvent, PatternMatch
 from eventflow.store.run_events import LateRun, LateRuns, RunEnded
 
 # --------------------------------------------------------------------------- operations

@@ -207,14 +207,40 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     error: bytes | None = None
     unclaimed_entries: int | None = None
 
+    def clear_crashes(self) -> None:
+        self.crash_suspect = 0
+        self.crash_count = 0
+
+    def clear_outcome(self) -> None:
+        self.reason = None
+        self.result = None
+        self.codec = None
+        self.error = None
+        self.unclaimed_entries = None
+
 
 def new_run_row(run: Run, due_at: int, size: int) -> RunRow:
     """The row of a run that this transaction inserts."""
     return RunRow(
-        run.id, run.flow, run.ordering_key, run.event, run.parent, run.parent_call_key, size,
-        run.state, due_at, run.started_at, None, run.token, 0, int(run.crash_suspect),
-        run.crash_count, int(run.cancel_requested), None, 1, run.depth,
-    )  # fmt: skip
+        id=run.id,
+        flow=run.flow,
+        ordering_key=run.ordering_key,
+        event=run.event,
+        parent=run.parent,
+        parent_call_key=run.parent_call_key,
+        size=size,
+        state=run.state,
+        due_at=due_at,
+        started_at=run.started_at,
+        finished_at=None,
+        token=run.token,
+        blocked=0,
+        crash_suspect=int(run.crash_suspect),
+        crash_count=run.crash_count,
+        cancel_requested=int(run.cancel_requested),
+        reason=None,
+        depth=run.depth,
+    )
 
 
 _ROW = ",".join(RunRow.__struct_fields__[:19])

@@ -165,7 +165,8 @@ class EventRows:
 
     def flush_updates(self) -> None:
         """Writes duplicates and cursors, after the events that were added."""
-        connection, at = self._commit.connection, self._commit.at
+        connection = self._commit.connection
+        at = self._commit.at
         self.has_updates = False
         if self._duplicates:
             rows.count_duplicates.execute(
@@ -271,7 +272,8 @@ class RunRows:
 
     def fetch(self, idents: Iterable[int]) -> None:
         """Reads these runs, so that `get` finds them in memory."""
-        known, missing = self._rows, list[int]()
+        known = self._rows
+        missing: list[int] = []
         for ident in idents:
             if ident not in known:
                 row = known[ident] = self._running.get(ident)
@@ -382,7 +384,8 @@ class RunRows:
             totals[COLUMN[state]] += row.deliveries
         if state >= State.HELD and before is not state:
             self.ended.append(row)
-        was_live, is_live = before < State.COMPLETED, state < State.COMPLETED
+        was_live = before < State.COMPLETED
+        is_live = state < State.COMPLETED
         if was_live != is_live:
             totals["pending_bytes"] += row.size if is_live else -row.size
             row.finished_at = None if is_live else self._commit.at

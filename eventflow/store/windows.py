@@ -100,7 +100,8 @@ class Windows:
 
         Returns the run that has the events.
         """
-        run, policy = match.run, match.batch_policy
+        run = match.run
+        policy = match.batch_policy
         if policy is not None:
             self._load([_name(run)])
             if (found := self._open_window(run, policy)) is not None:
@@ -115,7 +116,8 @@ class Windows:
 
     def _add_match(self, match: PatternMatch, now: int) -> None:
         """Its deliveries are pending, and its bytes counted, since the events arrived."""
-        run, events = match.run, match.events
+        run = match.run
+        events = match.events
         run.deliveries = len(events)
         row = self._runs.add_growing(run, None)
         row.deliveries = len(events)

@@ -121,7 +121,9 @@ class Listeners:
         self.new_runs: Callable[[bool], None] | None = None
 
     def detach(self) -> None:
-        self.receiver = self.outbox = self.new_runs = None
+        self.receiver = None
+        self.outbox = None
+        self.new_runs = None
 
 
 class LastCommit:
@@ -294,15 +296,15 @@ class Writer:
 
     def _step(self) -> bool:
         """Waits for operations and commits them. False: stopped, and nothing is left."""
-        high_water, batch = self.high_water, self.last.batch
-        is_marked = high_water.marked >= batch
+        high_water = self.high_water
+        is_marked = high_water.marked >= self.last.batch
         timeout = ALL_FILES_CHECK_SECONDS if is_marked else _HIGH_WATER_INTERVAL_SECONDS
         if items := self._queue.take(timeout):
             self._commit(items)
             high_water.mark(self.last.batch)
             return True
         if self.failed is None:
-            high_water.mark(batch, at_once=True)
+            high_water.mark(self.last.batch, at_once=True)
             self._files.check(all_files=is_marked)
         return not self._queue.is_closed
 
@@ -464,7 +466,8 @@ class Writer:
         """Takes over what the commit left; returns the reports to the worker and the outbox's
         listener.
         """
-        commit, last = tx.commit, self.last
+        commit = tx.commit
+        last = self.last
         has_new_runs = commit.totals["runs"] > last.totals["runs"]
         last.batch = commit.batch
         last.at = commit.at
