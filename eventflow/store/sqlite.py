@@ -42,6 +42,7 @@ from eventflow.store.protocol import (
     RunReceiver,
 )
 from eventflow.store.readers import QUERY_TIMEOUT_SECONDS, Readers, last_batch
+from eventflow.store.rows import skip_adapters
 from eventflow.store.run_events import LateRuns
 from eventflow.store.transaction import Transaction
 from eventflow.store.writer import (
@@ -162,6 +163,7 @@ class SqliteStore:
         check_first_name(self.path)
         last_acknowledged = self._check_high_water()
         remove_temporary_copies(self.path)
+        skip_adapters()
         connection = self._connection = sqlite3.connect(
             self.path, isolation_level=None, check_same_thread=False, cached_statements=256
         )
