@@ -21,6 +21,12 @@ from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call
 from eventflow.core.hashing import digest, digest_text
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import MAX_DEPTH, Event, Receipt, Undecodable
+from eventflow.events.storable import (
+    check_storable,
+    storable_event,
+    storable_text,
+    storable_undecodable,
+)
 from eventflow.logs.redaction import SECRETS
 from eventflow.routing.dead_letter_log import log_dead_letters
 from eventflow.routing.filters import Filter
@@ -97,6 +103,7 @@ class Router:
         `same_trigger_only`.
         """
         if isinstance(item, Undecodable):
+            item = storable_undecodable(item)
             return self._dead_letter(
                 trigger, item, item.body, item.error, headers=item.headers or headers
             )
@@ -104,15 +111,20 @@ class Router:
         if only is not None:
             candidates = subscriptions if same_trigger_only else self.subscriptions
             subscriptions = [each for each in candidates if only in (each.name, each.flow.name)]
-        return self._match(
-            trigger,
-            item,
-            subscriptions,
-            paused=paused,
-            ledger_id=ledger_id,
-            only=only,
-            headers=headers,
-        )
+        try:
+            return self._match(
+                trigger,
+                item,
+                subscriptions,
+                paused=paused,
+                ledger_id=ledger_id,
+                only=only,
+                headers=headers,
+            )
+        except Exception as error:  # of this event: the others of its batch are recorded
+            kept, body = storable_event(item)
+            reason = f"it cannot be recorded as it is: {type(error).__name__}: {error}"
+            return self._dead_letter(trigger, kept, body, reason, headers=headers)
 
     def route_emitted(self, event: Event, depth: int | None = None) -> Arrival:
         """The arrival of an event that a run emitted, `depth` emits from an outside one.
@@ -154,7 +166,7 @@ class Router:
 
     def _as_dead(self, reason: str) -> dict[str, Any]:
         """The fields of an arrival that is a dead letter before any subscription is matched."""
-        reason = KNOWN_SECRETS.remove_from(reason)
+        reason = _kept_text(reason)
         return {
             "verdicts": orjson.dumps([["", "dead", reason]]),
             "counts": {"dead": 1},
@@ -171,7 +183,10 @@ class Router:
 
     def route_ended(self, run: RunEnded) -> Arrival | None:
         """The run-ended event, or None if no subscription matches it."""
-        return self._if_wanted(run_ended_event(run))
+        try:
+            return self._if_wanted(run_ended_event(run))
+        except (NotStorable, TypeError):  # the result is nested too deep to lie in an event
+            return self._if_wanted(run_ended_event(msgspec.structs.replace(run, result=None)))
 
     def route_late(self, run: LateRun) -> Arrival | None:
         """The late-run event, or None if no subscription matches it."""
@@ -233,15 +248,8 @@ class Router:
         only: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        try:
-            body = event.to_json()
-        except (
-            TypeError
-        ) as error:  # the trigger's `data` is no JSON: only the attributes can be recorded
-            bare = msgspec.structs.replace(event, data=None)
-            return self._dead_letter(
-                trigger, bare, bare.to_json(), f"its data cannot be written as JSON: {error}"
-            )
+        body = event.to_json()
+        check_storable(event, body)
         builder = _ArrivalBuilder(self, event, self._clock.now(), ledger_id, depth)
         state = State.PAUSED if paused else State.PENDING
         for subscription in subscriptions:
@@ -438,7 +446,7 @@ class _ArrivalBuilder:
         """Add the verdict *invalid* and a dead letter of this subscription."""
         is_binding = isinstance(error, BindingError)
         reason = str(error) if is_binding else f"{type(error).__name__}: {error}"
-        reason = KNOWN_SECRETS.remove_from(reason)
+        reason = _kept_text(reason)
         self._add_verdict(name, "invalid", reason, "dead")
         self._dead_letters.append((name, reason))
         self._outbox += [(sink, name) for sink in self._dead_letter_sinks]
@@ -478,7 +486,7 @@ class _ArrivalBuilder:
         """
         mismatch, error = _apply_filter(subscription.filter, self._event)
         if error is not None:
-            reason = KNOWN_SECRETS.remove_from(f"{type(error).__name__}: {error}")
+            reason = _kept_text(f"{type(error).__name__}: {error}")
             self._add_verdict(subscription.name, "invalid", reason, "dead")
             self._dead_letters.append((subscription.name, reason))
         elif mismatch is not None:
@@ -557,6 +565,11 @@ class _ArrivalBuilder:
         return arrival
 
 
+def _kept_text(reason: str) -> str:
+    """A reason as it may be kept: without the secrets and lone surrogates that it may quote."""
+    return KNOWN_SECRETS.remove_from(storable_text(reason))
+
+
 def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, BaseException | None]":
     """The condition that did not hold, or what the user's filter raised; (None, None): it holds."""
     return (None, None) if filter is None else call_catching(filter.mismatch, event)
@@ -566,7 +579,14 @@ def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
     found = key(event)
     if found is not None and not isinstance(cast(object, found), str):
         raise TypeError(f"by= returned {type(found).__name__}, expected a str or None")
-    return found
+    return _checked_key("by=", found)
+
+
+def _checked_key(option: str, key: str | None) -> str | None:
+    """Raises ValueError for a key that the ledger cannot hold."""
+    if key is not None and not key.isascii() and storable_text(key) != key:
+        raise ValueError(f"{option} returned a str with a lone surrogate, {key!a}")
+    return key
 
 
 def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:
@@ -579,6 +599,7 @@ def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, by
     )
     if ordering_key is not None and not isinstance(cast(object, ordering_key), str):
         raise TypeError(f"key= returned {type(ordering_key).__name__}, expected a str or None")
+    ordering_key = _checked_key("key=", ordering_key)
     binder = subscription.flow.binder
     if subscription.batch_policy is not None:
         binder.bind_events((event,))

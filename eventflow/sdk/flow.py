@@ -10,7 +10,7 @@ import asyncio
 import dis
 import inspect
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
@@ -31,6 +31,7 @@ from eventflow.core.declarations import (
 )
 from eventflow.core.errors import NotAsync, UsageError
 from eventflow.events.event import Event, Json
+from eventflow.events.storable import storable_text
 from eventflow.logs.log import Log, get_logger
 from eventflow.loop.flow_loop import flow_loop
 from eventflow.routing.binding import Binder
@@ -415,7 +416,9 @@ async def emit(
 
     In a flow, it is a journal entry: published by the commit that records it, exactly once, and
     never undone. In a task body, it is published with the task's success, and not if it fails.
+    Raises UsageError for attributes that CloudEvents does not have.
     """
+    _check_attributes(event_type, subject, extensions)
     fields: dict[str, Any] = {"data": data, "subject": subject, "extensions": extensions}
     loop = flow_loop("emit")
     if loop is not None:
@@ -427,6 +430,29 @@ async def emit(
             "app.emit(...)`"
         )
     return body.emit(event_type, fields)
+
+
+_OWN_ATTRIBUTES = (
+    "specversion",
+    "id",
+    "source",
+    "type",
+    "time",
+    "datacontenttype",
+    "dataschema",
+    "data_base64",
+)
+
+
+def _check_attributes(event_type: str, subject: str | None, extensions: Mapping[str, Any]) -> None:
+    """UsageError for what would replace an attribute of the event, or could not be recorded."""
+    for name, value in (("event_type", event_type), ("subject", subject), *extensions.items()):
+        if name in _OWN_ATTRIBUTES:
+            raise UsageError(f"emit({name}=): expected an extension, found an own attribute")
+        if isinstance(value, str) and not value.isascii() and storable_text(value) != value:
+            raise UsageError(f"emit({name}=): expected text, found a lone surrogate in {value!a}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**64:
+            raise UsageError(f"emit({name}=): expected an integer of 64 bits, found {value}")
 
 
 async def restart_with(**params: Any) -> NoReturn:

@@ -1,0 +1,92 @@
+"""What of an event can be recorded when not all of it can.
+
+Text in Python may hold lone surrogates, which UTF-8 and so the ledger cannot; a number may have no
+JSON form. The router (routing/router.py) calls this module for items that cannot be recorded as
+they are, so that they become dead letters and the items beside them are recorded.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import msgspec
+
+from eventflow.events.event import Event, Undecodable
+
+_NUMBERS_OF_64_BITS = range(-(2**63), 2**64)
+
+
+def storable_text(value: object) -> str:
+    """Text without lone surrogates, each of which is written as `\\udcNN`; other values as `str`
+    shows them.
+    """
+    text = value if isinstance(value, str) else str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def check_storable(event: Event, body: bytes) -> None:
+    """Raises for what JSON or the ledger would change or refuse. `body`: the event's JSON.
+
+    ValueError for NaN and Infinity, which are written as null; TypeError for a subject that is no
+    text.
+    """
+    if event.subject is not None and not isinstance(cast(object, event.subject), str):
+        raise TypeError(f"subject: expected a str, found {type(event.subject).__name__}")
+    if b"null" in body and not _is_finite(event.data):
+        raise ValueError("data: expected finite numbers, found NaN or Infinity")
+
+
+def _is_finite(data: Any) -> bool:
+    """Whether all numbers are. `data` is JSON: its depth is bounded."""
+    match data:
+        case float():
+            return math.isfinite(data)
+        case Mapping():
+            return all(map(_is_finite, cast(Iterable[Any], data.values())))
+        case list() | tuple():
+            return all(map(_is_finite, cast(Iterable[Any], data)))
+        case _:
+            return True
+
+
+def storable_event(event: Event) -> tuple[Event, bytes]:
+    """The event as far as it can be recorded, and its JSON: with its data if JSON holds it."""
+    bare = _without_data(event)
+    whole = msgspec.structs.replace(bare, data=event.data)
+    try:
+        body = whole.to_json()
+    except TypeError:  # its data has no JSON form
+        return bare, bare.to_json()
+    return (whole, body) if _is_finite(event.data) else (bare, bare.to_json())
+
+
+def _without_data(event: Event) -> Event:
+    extensions = cast(object, event.extensions)
+    named: Mapping[object, object] = (
+        cast(Mapping[object, object], extensions) if isinstance(extensions, Mapping) else {}
+    )
+    return Event(
+        id=storable_text(event.id),
+        source=storable_text(event.source),
+        type=storable_text(event.type),
+        subject=None if event.subject is None else storable_text(event.subject),
+        extensions={storable_text(name): _storable_value(value) for name, value in named.items()},
+    )
+
+
+def _storable_value(value: object) -> str | int | bool:
+    if isinstance(value, int) and value in _NUMBERS_OF_64_BITS:
+        return value
+    return storable_text(value)
+
+
+def storable_undecodable(item: Undecodable) -> Undecodable:
+    """The same bytes; id, reason and headers as far as they can be recorded."""
+    return msgspec.structs.replace(
+        item,
+        id=storable_text(item.id),
+        source=storable_text(item.source),
+        type=storable_text(item.type),
+        error=storable_text(item.error),
+        headers={storable_text(name): storable_text(value) for name, value in item.headers.items()},
+    )
