@@ -1,9 +1,9 @@
 """What every test stands on: asyncio as the loop, an environment without the developer's own
 settings, and the one way to wait.
 
-`wait_until` is the only permitted wait: it polls a predicate until a deadline and then says what it
-was waiting for. Stores, brokers and servers are real; the fixtures that start them live beside the
-tests that use them.
+`wait_until` and `eventually` are the only permitted waits: they poll a predicate until a deadline
+and then say what they were waiting for. `stays` is for what must not happen. Stores, brokers and
+servers are real; the fixtures that start them live beside the tests that use them.
 """
 
 import asyncio
@@ -18,6 +18,9 @@ DEADLINE = 20.0
 """Seconds a wait may take: generous, because the machine may be slow; a test that passes never
 waits this long.
 """
+
+POLL_SECONDS = 0.01
+"""Between two looks at a condition."""
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def wait_until(
     while not predicate():
         if time.monotonic() > deadline:
             pytest.fail(f"waited {within:g} s in vain until {description}")
-        time.sleep(0.01)
+        time.sleep(POLL_SECONDS)
 
 
 async def eventually(
@@ -52,8 +55,11 @@ async def eventually(
     description: str,
     *,
     within: float = DEADLINE,
+    poll: float = POLL_SECONDS,
 ) -> None:
-    """`wait_until` on a running loop; the predicate may be a coroutine function."""
+    """`wait_until` on a running loop; the predicate may be a coroutine function. `poll=0` looks at
+    each turn of the loop.
+    """
     deadline = time.monotonic() + within
     while True:
         answer = predicate()
@@ -63,4 +69,15 @@ async def eventually(
             return
         if time.monotonic() > deadline:
             pytest.fail(f"waited {within:g} s in vain until {description}")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(poll)
+
+
+async def stays(predicate: Callable[[], object], description: str, *, during: float) -> None:
+    """Fails as soon as `predicate()` is false, within `during` seconds. For what must not happen
+    and leaves no later sign; where there is one, wait for that.
+    """
+    deadline = time.monotonic() + during
+    while time.monotonic() < deadline:
+        if not predicate():
+            pytest.fail(f"expected for {during:g} s that {description}")
+        await asyncio.sleep(POLL_SECONDS)

@@ -208,6 +208,34 @@ def imported(node: ast.AST) -> list[str]:
     return [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
 
 
+# --------------------------------------------------------------------------- tests
+
+
+def literal_sleeps(source: Source) -> Iterator[Violation]:
+    """No sleep of so many seconds, written as a number, and none in a loop that looks whether to go
+    on: tests wait with `eventually` or `wait_until` of conftest.py, which fail with what they
+    waited for. A sleep that is the subject of a test, such as a body's, has the name of a constant.
+    """
+    loops = [loop for loop in source.nodes if isinstance(loop, ast.While) and _may_end(loop)]
+    in_loops = {each for loop in loops for each in ast.walk(loop)}
+    for node in source.nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in SLEEPS and node.args:
+            seconds = node.args[0]
+            is_literal = not any(isinstance(each, ast.Name) for each in ast.walk(seconds))
+            if is_literal and (node in in_loops or ast.unparse(seconds) != "0"):
+                yield Violation(source.path, found=f"line {node.lineno}: {ast.unparse(node)}")
+
+
+SLEEPS = ("time.sleep", "asyncio.sleep", "anyio.sleep")
+
+
+def _may_end(loop: ast.While) -> bool:
+    is_endless = isinstance(loop.test, ast.Constant)
+    return not is_endless or any(
+        isinstance(each, ast.Break | ast.Return) for each in ast.walk(loop)
+    )
+
+
 # --------------------------------------------------------------------------- words
 
 
@@ -334,4 +362,6 @@ RULES: list[Rule] = [
     Rule(old_names, EVERYTHING, "def told(): ...\n"),
     Rule(old_names, EVERYTHING, "class PartTold: ...\nstored = 1\n"),
     Rule(old_names, EVERYTHING, "PATIENCE = 5\n"),
+    Rule(literal_sleeps, ("tests",), "time.sleep(0.5)\nasyncio.sleep(0)\ntime.sleep(PACE)\n"),
+    Rule(literal_sleeps, ("tests",), "while not done():\n    asyncio.sleep(0)\n"),
 ]

@@ -88,16 +88,19 @@ async def test_p2_one_event_one_verdict(tmp_path: Path) -> None:
             for n in range(40)
         ]
         images = 0
-        while not all(
-            send.done() for send in sends
-        ):  # killed at any moment, nothing is there in part
+
+        def look() -> bool:
+            """Killed at any moment, nothing is there in part."""
+            nonlocal images
             left = Ledger(image(store, tmp_path / f"killed-{images}.db"))
             assert len(left.events) == len(left.runs) == len(left.cursors)
             assert {row["event"] for row in left.runs.values()} == {
                 row["id"] for row in left.events.values()
             }
             images += 1
-            await asyncio.sleep(0)
+            return all(send.done() for send in sends)
+
+        await eventually(look, "all are accepted", poll=0)
         again = await asyncio.gather(*(source.send(data={"n": 7}, id="e7") for _ in range(20)))
         assert all(
             receipt.duplicate and receipt.ledger_id == sends[7].result()[0].ledger_id
@@ -259,9 +262,12 @@ async def test_p5_plain_asyncio_is_safe(tmp_path: Path) -> None:
     async with running(app, store=live):
         handle = await app.start(everything)
         finished = asyncio.create_task(handle.result())
-        while not finished.done():
+
+        def is_over() -> bool:
             keep_an_image(live)
-            await asyncio.sleep(0)
+            return finished.done()
+
+        await eventually(is_over, "the run is over", poll=0)
         value = finished.result()
     assert len(images) > 3
     assert await replayed(app, live, handle.number) == value

@@ -29,6 +29,8 @@ from triggers import Webhook
 
 GATE = os.environ.get("GATE", "")
 REACHED = Path("reached")
+BODY_BEFORE_DEATH = 0.3
+BODY_WITHOUT_END = 3600.0
 
 
 def gate(name: str) -> None:
@@ -88,7 +90,7 @@ def matched(event: Event) -> bool:
 @task
 async def deadly(how: str) -> None:
     leave_trace()
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(BODY_BEFORE_DEATH)
     if how == "segv":
         os.kill(os.getpid(), signal.SIGSEGV)
     os._exit(66)
@@ -171,7 +173,7 @@ async def fails_once() -> None:
 @task
 async def forever() -> None:
     leave_trace()
-    await asyncio.sleep(3600)
+    await asyncio.sleep(BODY_WITHOUT_END)
 
 
 @flow

@@ -32,6 +32,9 @@ MAX_PAUSE_SECONDS = 0.08
 RESEND_SHARE = 0.2
 """The part of events that is sent twice."""
 MAX_READY_SECONDS = 2.0
+RECONNECT_SECONDS = 0.005
+SENDER_BACKOFF = 0.02
+POLL_SECONDS = 0.05
 """Seconds in which a restart is to be ready."""
 
 
@@ -132,7 +135,7 @@ class Sender(threading.Thread):
                 )
             except NoAnswer:
                 world.answer_counts["lost"] += bool(url)
-                time.sleep(0.005)  # the sender's own back-off
+                time.sleep(RECONNECT_SECONDS)
                 continue
             if status in (200, 202):
                 world.answered(ident, known, status, body)
@@ -141,7 +144,7 @@ class Sender(threading.Thread):
             if status != 503:
                 world.wrong.append(f"event {ident} was answered {status} {body}")
                 return
-            time.sleep(0.02)  # the sender's own back-off, shorter than it was asked for
+            time.sleep(SENDER_BACKOFF)  # shorter than it was asked for
 
 
 class Loop:
@@ -264,7 +267,7 @@ def _rests(server: Server, within: float = 60.0) -> bool:
     while server.get("/api/counts")["pending"]:
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     return True
 
 

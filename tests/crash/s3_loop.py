@@ -39,6 +39,7 @@ KEYS = 40
 BACKLOG = 200
 """Messages left above which the writers rest, looked at after each kill."""
 LATE = 0.03
+POLL_SECONDS = 0.1
 """Seconds that the queue's answers are late."""
 
 
@@ -219,7 +220,7 @@ class Loop:
                     f"not at rest after 180 s: {left} messages left, {server.get('/api/counts')}"
                 )
                 break
-            time.sleep(0.1)
+            time.sleep(POLL_SECONDS)
         self.counts = server.get("/api/counts")
         if (code := server.stop()) != 0:
             self.wrong.append(f"exit code {code} after SIGTERM, expected 0")

@@ -40,6 +40,7 @@ EVENTS = 12
 PHASES = ("first start", "serve", "restart", "stop")
 CALLS = "fsync,fdatasync,pwrite64,write,rename,unlink,ftruncate,fallocate,openat"
 TRIES = 3
+POLL_SECONDS = 0.02
 """Scenarios in which a call may come: how many there are depends on how commits group."""
 NOT_THE_STORE = ("effects", "serve.log", "threads", "trace")
 _LINE = re.compile(r"^(\d*) *(\w+)\((.*)$")
@@ -178,7 +179,7 @@ def _rest(server: Server) -> bool:
                 return True
         except NoAnswer:
             return False
-        time.sleep(0.02)
+        time.sleep(POLL_SECONDS)
     return False
 
 

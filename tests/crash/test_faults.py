@@ -21,6 +21,10 @@ from tests.crash.lives import APP, DATA, EVENT, Lives, at_rest, settled_once
 from tests.crash.syscalls import attach, can_trace
 from tests.crash.victim import NoAnswer, Server
 
+FREEZE_SECONDS = 3.0
+SECONDS_WITHOUT_A_LIFE = 2.6
+TRAFFIC_PACE = 0.05
+
 # --------------------------------------------------------------------------- poison
 
 
@@ -56,14 +60,14 @@ def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_el
 
 def _dies(server: Server) -> bool:
     """Whether the process ends by itself before everything is done."""
-    while server.process.poll() is None:
-        try:
-            if at_rest(server):
-                return False
-        except NoAnswer:
-            continue
-        time.sleep(0.02)
-    return True
+
+    def is_over() -> bool:
+        with suppress(NoAnswer):
+            return server.process.poll() is not None or at_rest(server)
+        return False
+
+    wait_until(is_over, "it dies, or everything is done", within=60)
+    return server.process.poll() is not None
 
 
 # --------------------------------------------------------------------------- blocked bodies
@@ -125,7 +129,7 @@ def test_row_16_a_frozen_process_goes_on_where_it_was(lives: Lives):
         stdout=subprocess.PIPE,
         text=True,
     )
-    time.sleep(3.0)  # not a wait: the length of the freeze
+    time.sleep(FREEZE_SECONDS)
     server.signal(signal.SIGCONT)
     assert sender.communicate(timeout=10)[0].strip() == "202"
     wait_until(lambda: at_rest(server), "everything is at rest")
@@ -387,7 +391,7 @@ def test_p6_what_fell_due_while_nobody_lived_fires_at_once(lives: Lives):
         server.send(ident, data, flow)
     wait_until(lambda: _all_wait(server, lives), "all four wait")
     lives.end()
-    time.sleep(2.6)  # not a wait: the time that nobody lives
+    time.sleep(SECONDS_WITHOUT_A_LIFE)
     server = lives.boot()
     began = time.monotonic()
     wait_until(lambda: at_rest(server), "everything is at rest")
@@ -408,7 +412,7 @@ def test_p6_a_window_outlives_kills_and_closes_on_time(lives: Lives):
         if server.send(f"b-{n}", {"n": n}, "bursts")[0] == 202:
             acknowledged.append(n)
         n += 1
-        time.sleep(0.05)  # not a wait: the pace of the traffic
+        time.sleep(TRAFFIC_PACE)
     wait_until(lambda: at_rest(server), "everything is at rest")
     first, *later = sorted(server.get("/api/runs?flow=burst")["runs"], key=lambda run: run["id"])
     lasted = _seconds(first["started_at"]) - _seconds(first["created_at"])

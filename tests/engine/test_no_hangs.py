@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import pydantic
 import pytest
 from msgspec.structs import replace
 
@@ -31,6 +32,11 @@ def own_threads() -> set[str]:
 
 # --------------------------------------------------------------------------- starts
 
+
+BODY_WITHOUT_END = 3600.0
+SLOW_BODY = 0.3
+SHORT_BODY = 0.02
+"""Seconds that task bodies sleep."""
 
 FUSSY: list[type[BaseException] | None] = []
 """What the next `Fussy` raise."""
@@ -101,7 +107,7 @@ async def test_a_cancel_comes_before_the_ends_of_the_children(kind: str) -> None
 
     @task
     async def waits() -> None:
-        await asyncio.sleep(3600)
+        await asyncio.sleep(BODY_WITHOUT_END)
 
     @flow(concurrency=1)
     async def child(kind: str) -> None:
@@ -168,7 +174,7 @@ async def test_a_swallowed_cancel_starts_nothing(how: str) -> None:
 
     @task
     async def first() -> None:
-        await asyncio.sleep(3600)
+        await asyncio.sleep(BODY_WITHOUT_END)
 
     @task
     async def later(n: int = 0) -> int:
@@ -233,7 +239,7 @@ async def test_clean_up_after_a_cancel_still_runs() -> None:
 
     @task
     async def first() -> None:
-        await asyncio.sleep(3600)
+        await asyncio.sleep(BODY_WITHOUT_END)
 
     @task
     async def undo(what: str) -> str:
@@ -422,7 +428,7 @@ async def test_a_flows_cap_counts_runs_that_work(shape: str) -> None:
     async def work(depth: int) -> None:
         working.append(depth)
         most.append(len(working))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(SHORT_BODY)
         working.remove(depth)
 
     @flow(concurrency=1)
@@ -450,15 +456,27 @@ async def test_a_flows_cap_counts_runs_that_work(shape: str) -> None:
 
 
 async def test_200_tasks_that_share_a_large_argument_hash_it_once() -> None:
-    """The loop of all flows is not stopped by the same large argument of many calls."""
+    """The same large argument of many calls is encoded for the first of them only: the loop of all
+    flows is not stopped by the others.
+    """
+    encoded = 0
 
-    data = {str(n): "x" * 80 for n in range(10_000)}  # 0.9 MB of JSON
+    class Table(pydantic.BaseModel):
+        cells: dict[str, str]
+
+        @pydantic.model_serializer(mode="wrap")
+        def count(self, dump: pydantic.SerializerFunctionWrapHandler) -> Any:
+            nonlocal encoded
+            encoded += 1
+            return dump(self)
+
+    data = Table(cells={str(n): "x" * 80 for n in range(10_000)})  # 0.9 MB of JSON
 
     @task
-    async def call(n: int, data: Any) -> int:
+    async def call(n: int, data: Table) -> int:
         return n
 
-    async def one(n: int, data: Any) -> int:
+    async def one(n: int, data: Table) -> int:
         return await call(n, data)
 
     @flow
@@ -468,29 +486,9 @@ async def test_200_tasks_that_share_a_large_argument_hash_it_once() -> None:
 
     app = App("large")
     app.add(fans)
-    longest = 0.0
-
-    async def observe() -> None:
-        nonlocal longest
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0)
-            longest = max(longest, time.monotonic() - before)
-
     async with running(app):
-        one_json = min(_seconds_of_json(data) for _ in range(5))
-        watching = asyncio.create_task(observe())
         assert await result_of(app, fans) == 200
-        watching.cancel()
-    assert longest < 40 * one_json + 0.2  # once per call and name would be 400 and more
-
-
-def _seconds_of_json(data: Any) -> float:
-    import orjson
-
-    before = time.monotonic()
-    orjson.dumps(data)
-    return time.monotonic() - before
+    assert 1 <= encoded <= 10, encoded  # for the names, the fingerprint and the record; else 400
 
 
 # --------------------------------------------------------------------------- closing
@@ -517,7 +515,7 @@ async def test_close_is_safe_against_its_own_interruption(
 
     @task
     async def slow() -> None:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(SLOW_BODY)
 
     @flow
     async def works() -> None:
@@ -583,7 +581,7 @@ async def test_code_that_catches_everything_is_left_behind_by_an_embedded_app() 
     async def swallow() -> None:
         while not stop:
             with suppress(BaseException):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(SHORT_BODY)
 
     @flow(grace=0.1)
     async def stubborn() -> None:

@@ -9,7 +9,7 @@ import pytest
 from eventflow import App, Event, flow
 from eventflow.store.writer import ConnectionJob
 from eventflow.testing import MemoryTrigger, running
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 
 pytestmark = pytest.mark.anyio
 
@@ -58,7 +58,7 @@ async def test_a_run_whose_outcome_is_being_committed_holds_no_slot() -> None:
     async with running(app):
         await trigger.send(*(Event(id=f"e{n}", source="/s", type="t") for n in range(5)))
         await eventually(both, "the second has begun, while nothing of the first is durable")
-        await asyncio.sleep(0.2)  # not a wait: a third would begin within it
-        assert len(begun) == 2 and (await app.store.counts())["completed"] == 0
+        await stays(lambda: len(begun) == 2, "a third run does not begin", during=0.2)
+        assert (await app.store.counts())["completed"] == 0
         disk.set()
         await eventually(done, "all are settled")

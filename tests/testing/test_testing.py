@@ -26,6 +26,8 @@ from eventflow.testing import (
 pytestmark = pytest.mark.anyio
 
 DAY = 86_400
+BUSY_BODY = 0.05
+"""Seconds of the real clock."""
 
 
 class Shop:
@@ -157,12 +159,12 @@ async def test_drain_waits_for_bodies_that_are_busy_for_real() -> None:
 
     @task
     def compute() -> int:
-        time.sleep(0.05)
+        time.sleep(BUSY_BODY)
         return 1
 
     @task
     async def fetch() -> int:
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(BUSY_BODY)
         return 2
 
     @flow

@@ -13,9 +13,13 @@ from starlette.routing import Mount
 
 from eventflow.events.event import Event, Undecodable
 from eventflow.testing.trigger_contract import ContractLedger, Item, TriggerHarness, listening
+from tests.conftest import eventually
 from tests.triggers.serving import serving
 from triggers.http_endpoint import Endpoint
 from triggers.webhook import Webhook
+
+SENDER_BACKOFF = 0.02
+"""Seconds, shorter than the sender was asked for."""
 
 
 class Hook:
@@ -128,13 +132,16 @@ class HttpHarness(TriggerHarness):
 
     async def _send(self, key: str) -> None:
         path, headers = self.endpoint.path, {"idempotency-key": key}
-        while True:
+
+        async def is_acknowledged() -> bool:
             response = await self._client.post(path, json=self.body(key), headers=headers)
             if response.is_success:
                 self._acknowledged.add(key)
-                return
+                return True
             assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
-            await asyncio.sleep(0.02)
+            return False
+
+        await eventually(is_acknowledged, f"{key} is acknowledged", poll=SENDER_BACKOFF)
 
     async def acknowledged(self, ledger: ContractLedger) -> set[str]:
         return set(self._acknowledged)

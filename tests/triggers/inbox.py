@@ -19,6 +19,9 @@ QUICK: dict[str, Any] = {"settle": 0.05, "zero_byte_grace": 0.3, "rescan": 30.0,
 notification.
 """
 
+PROBE_HEADWAY = 2 * QUICK["settle"]
+"""So that the probe settles after anything before it."""
+
 
 class Inbox(ObservedTrigger):
     """The directory `root`, watched."""
@@ -48,7 +51,7 @@ class Inbox(ObservedTrigger):
         looked since.
         """
         probe = self.root / f"probe{len(list(self.root.glob('probe*')))}"
-        await asyncio.sleep(0.1)  # so that the probe's wait ends after that of anything before it
+        await asyncio.sleep(PROBE_HEADWAY)
         probe.write_text("probe")
         await eventually(
             lambda: any(event.data["name"] == probe.name for event in self.events),

@@ -31,6 +31,9 @@ from triggers import Drift, DriftMonitor, Numeric
 from triggers._drift.episodes import Episode
 from triggers._drift.evaluator import MonitorState
 
+SLOW_COMMIT = 0.01
+"""Seconds."""
+
 
 class Flaky:
     """A ledger of unknown outcomes: at random it raises before or after a commit.
@@ -254,7 +257,7 @@ def test_concurrent_callers_share_a_commit():
         ) -> list[Receipt]:
             nonlocal writes
             writes += bool(cursor)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(SLOW_COMMIT)
             return await accept(*items, cursor=cursor, max_wait=max_wait)
 
         ledger.accept = counting  # pyright: ignore[reportAttributeAccessIssue]

@@ -26,7 +26,7 @@ from eventflow.testing.trigger_contract import (
     Promise,
     TriggerHarness,
 )
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 from tests.triggers.inbox import Inbox, run, touch, watched
 from triggers.files import Directory, move
 
@@ -270,8 +270,7 @@ def test_a_file_fires_when_it_holds_still(tmp_path: Path):
             for _ in range(15):
                 file.write("x" * 100)
                 file.flush()
-                await asyncio.sleep(0.1)
-                assert not inbox.events
+                await stays(lambda: not inbox.events, "a growing file is no event", during=0.1)
         await inbox.has("slow.csv")
         assert inbox.events[0].data["size"] == 1500
 
@@ -310,8 +309,7 @@ def test_patterns(tmp_path: Path):
         ):
             inbox.write(name)
         await inbox.has("a.csv", "sub/b.csv", "sub/d.json")
-        await asyncio.sleep(0.3)
-        assert len(inbox.events) == 3
+        await stays(lambda: len(inbox.events) == 3, "no other file is an event", during=0.3)
 
     run(test, tmp_path / "in", pattern=["*.csv", "/*/*.json"])
 
@@ -438,8 +436,7 @@ def test_empty_files_wait_longer(tmp_path: Path):
 
     async def test(inbox: Inbox) -> None:
         never, filled = inbox.write("never", ""), inbox.write("filled", "")
-        await asyncio.sleep(0.4)
-        assert not inbox.events
+        await stays(lambda: not inbox.events, "an empty file is no event yet", during=0.2)
         filled.write_text("now")
         await inbox.has("never", "filled")
         assert {event.data["name"]: event.data["size"] for event in inbox.events} == {
@@ -464,12 +461,10 @@ def test_marker(tmp_path: Path, template: str, name: str, marker_first: bool):
     async def test(inbox: Inbox) -> None:
         order = [name, "x.csv"] if marker_first else ["x.csv", name]
         inbox.write(order[0])
-        await asyncio.sleep(0.3)
-        assert not inbox.events
+        await stays(lambda: not inbox.events, "one of the two is no event", during=0.3)
         inbox.write(order[1])
         await inbox.has("x.csv")
-        await asyncio.sleep(0.3)
-        assert len(inbox.ledger.offered) == 1
+        await stays(lambda: len(inbox.ledger.offered) == 1, "the marker is no event", during=0.3)
 
     run(test, tmp_path / "in", marker=template)
 
@@ -527,10 +522,15 @@ def test_existing_files_fire_or_are_skipped_once(tmp_path: Path):
             await answer.wait()
             return await cursor()
 
+        def stamp() -> int:
+            (tmp_path / "stamp").write_text("")
+            return (tmp_path / "stamp").stat().st_mtime_ns
+
         ledger.cursor = slowly
         async with watched(root, ledger, opened=False, existing="skip") as inbox:
             await asked.wait()
-            await asyncio.sleep(0.02)  # the clock that stamps files ticks every few milliseconds
+            before = stamp()
+            await eventually(lambda: stamp() > before, "the clock that stamps files has ticked")
             inbox.write("new")
             answer.set()
             await inbox.has("new")

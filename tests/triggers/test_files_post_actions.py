@@ -20,7 +20,7 @@ from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreFull
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing.trigger_contract import ContractLedger
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 from tests.triggers.inbox import Inbox, run, touch, watched
 from triggers._files import post_actions
 from triggers.files import delete, move
@@ -90,8 +90,7 @@ def test_move_below_the_root(tmp_path: Path):
         inbox.write("a")
         await leaves(inbox, "a")
         assert files(inbox.root) == ["processed/a"]
-        await asyncio.sleep(0.5)
-        assert inbox.names() == ["a"]
+        await stays(lambda: inbox.names() == ["a"], "nothing else is an event", during=0.5)
 
     run(test, tmp_path / "in", after=move("processed"), rescan=0.1)
 
@@ -329,8 +328,9 @@ def test_a_per_file_marker_leaves_with_its_file(tmp_path: Path):
         inbox.write("x.csv", "one")
         await leaves(inbox, "x.csv", "x.csv.done")
         inbox.write("x.csv", "two")
-        await asyncio.sleep(0.3)
-        assert inbox.names() == ["x.csv"]
+        await stays(
+            lambda: inbox.names() == ["x.csv"], "the second waits for its marker", during=0.3
+        )
         inbox.write("x.csv.done", "")
         await leaves(inbox, "x.csv", "x.csv.done")
         assert inbox.names() == ["x.csv", "x.csv"]
@@ -377,8 +377,9 @@ def test_skipped_and_older_files_are_not_moved(tmp_path: Path):
         async with watched(root, ledger, after=delete(), rescan=0.1) as inbox:
             inbox.write("gone")
             await leaves(inbox, "gone")
-            await asyncio.sleep(0.3)
-            assert files(root) == ["kept", "skipped"]
+            await stays(
+                lambda: files(root) == ["kept", "skipped"], "the others are left alone", during=0.3
+            )
 
     asyncio.run(main())
 

@@ -35,6 +35,9 @@ from triggers.schedule import ScheduleOptions
 HOUR = timedelta(hours=1)
 MIDNIGHT = datetime(2026, 5, 1, tzinfo=UTC)
 
+REAL_STEP = 0.01
+"""Seconds of the real clock between two steps of the virtual one."""
+
 
 # --------------------------------------------------------------------------- the contract
 
@@ -59,7 +62,7 @@ class ScheduleHarness(TriggerHarness):
 
         async def pass_by() -> None:
             while True:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(REAL_STEP)
                 await self.clock.advance(0.05)
 
         passing = asyncio.create_task(pass_by())

@@ -16,6 +16,8 @@ import pytest
 from tests.conftest import wait_until
 from tests.crash.victim import Server
 
+SUSPEND_SECONDS = 4
+
 APP = """
 import os, threading
 from datetime import datetime
@@ -163,7 +165,7 @@ def test_t9_after_a_suspend_it_fires_by_its_policy(ticks: Ticks):
     wait_until(lambda: events(server, "seconds"), "it fires")
     stopped = datetime.now(UTC)
     server.signal(signal.SIGSTOP)
-    time.sleep(4)  # the suspend itself
+    time.sleep(SUSPEND_SECONDS)
     server.signal(signal.SIGCONT)
     resumed = datetime.now(UTC)
 

@@ -17,6 +17,7 @@ from eventflow.web.api import Api, make_asgi
 from eventflow.web.auth import constant_time_equal, host_name
 from eventflow.web.openapi import OPERATIONS
 from eventflow.web.responses import client_address
+from tests.conftest import eventually
 from triggers import Webhook
 
 Client = httpx2.AsyncClient
@@ -507,9 +508,7 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
                 asgi({"type": "lifespan", "asgi": {"version": "3.0"}, "state": {}}, inbox.get, send)
             )
             inbox.put_nowait({"type": "lifespan.startup"})
-            async with asyncio.timeout(10):
-                while "lifespan.startup.complete" not in sent:
-                    await asyncio.sleep(0.01)
+            await eventually(lambda: "lifespan.startup.complete" in sent, "it has started")
             assert app.is_open and (await client.get("/readyz")).status_code == 200
             inbox.put_nowait({"type": "lifespan.shutdown"})
             await lifespan

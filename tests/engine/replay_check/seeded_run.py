@@ -29,6 +29,9 @@ from eventflow.store.protocol import Append, Appended, Settle
 
 START_TIME = 1_700_000_000_000_000
 
+MAX_TURNS = 100_000
+"""Of a loop with nothing but its own callbacks to wait for."""
+
 
 class Crash(Exception):
     """The simulated process crashed."""
@@ -122,10 +125,11 @@ class SeededRun:
 
     async def _settle_loop(self) -> None:
         """Runs the loop until nothing is ready."""
-        while True:
+        for _ in range(MAX_TURNS):
             await asyncio.sleep(0)
             if not self.loop._ready:  # type: ignore[attr-defined]
                 return
+        raise AssertionError(f"the flow still spins after {MAX_TURNS} turns of its loop")
 
     def _step(self) -> bool:
         while self._events:

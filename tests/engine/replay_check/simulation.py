@@ -9,6 +9,7 @@ any commit and examine exactly what was durable.
 import asyncio
 import heapq
 import random
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
@@ -44,6 +45,12 @@ from tests.engine.replay_check.seeded_run import START_TIME, Crash
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
+
+THREAD_POLL = 0.001
+"""Seconds of the real clock between two looks at threads at work."""
+
+SPIN_SECONDS = 30.0
+"""Of the real clock, in which the virtual one must have moved on: else something spins."""
 
 
 class Row(msgspec.Struct):
@@ -228,8 +235,11 @@ class Simulation:
         self.services.start(self.loop)
         self.limits.suspects = CrashSuspectGate()
         try:
+            at, since = self.time, time.monotonic()
             while await self._turn(until):
-                pass
+                if self.time > at:
+                    at, since = self.time, time.monotonic()
+                assert time.monotonic() - since < SPIN_SECONDS, f"a run spins at {self.time}"
             alive = True
         except Crash:
             alive = False
@@ -261,7 +271,7 @@ class Simulation:
             then(self)
             return True
         if due is None and self.threads.busy:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(THREAD_POLL)
             return True
         if due is None or (until is not None and due > until):
             self.time = max(self.time, until or 0)
@@ -276,17 +286,17 @@ class Simulation:
     async def _quiet(self) -> None:
         """Waits until the loop has nothing ready and no thread works, or a flow polls."""
         idle = turns = 0
+        busy = False
+        began = time.monotonic()
         while idle < 2 and turns < 500:
-            await asyncio.sleep(0)
-            turns += 1
+            await asyncio.sleep(THREAD_POLL if busy else 0)
             threads = self.threads.busy and not self.threads_may_block
             busy = threads or any(
                 execution.loop.unjournaled_awaits for execution in self.executions.values()
             )
-            if busy:
-                turns = 0
-                await asyncio.sleep(0.001)
+            turns = 0 if busy else turns + 1
             idle = 0 if self.loop._ready or busy else idle + 1  # type: ignore[attr-defined]
+            assert time.monotonic() - began < SPIN_SECONDS, "a thread or an await does not end"
 
     def _claim(self) -> bool:
         found = [

@@ -44,6 +44,9 @@ EARLY = datetime(2030, 1, 1, 5, tzinfo=UTC)
 BEGIN = EARLY + timedelta(days=60)
 END = BEGIN + timedelta(minutes=41)
 DAY = 86_400_000_000
+POLL_SECONDS = 0.01
+START_SECONDS = 0.3
+"""For the start of an app, of which that version gives no sign."""
 
 
 def load_app() -> Any:
@@ -89,7 +92,7 @@ class Life:
         for _ in range(1000):
             if await ready():
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(POLL_SECONDS)
         raise AssertionError(f"in vain: {what}")
 
     async def state(self, note: str) -> str:
@@ -292,7 +295,7 @@ async def kills(life: Life) -> None:
         await life.start("poison")
     elif await life.state("poison") == "dead" and "poisoned" not in life.runs:
         await life.start("poisoned")
-    await life.until(lambda: asyncio.sleep(0.01), "the end of the process")
+    await life.until(lambda: asyncio.sleep(POLL_SECONDS), "the end of the process")
 
 
 async def first_gate(life: Life) -> None:
@@ -352,7 +355,7 @@ async def live(name: str, folder: Path) -> None:
     with configure(stream=None, clock=clock):
         await life.app.open(store=f"sqlite:///{folder}/kept.db", sink=logs)
         clock.attend(life.app)
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(START_SECONDS)
         await act(life)
         await life.app.close(grace=0.1)
     logs.close()
