@@ -30,7 +30,7 @@ from eventflow.core.errors import (
 )
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
 from eventflow.hosting import Hosting
-from eventflow.logs.log import LogSink
+from eventflow.logs.log import LogReceiver
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.filters import FilterSpec
 from eventflow.routing.patterns import Pattern
@@ -286,7 +286,7 @@ class App:
         *,
         store: str | None = None,
         own_loop: bool = False,
-        sink: LogSink | None = None,
+        logs: LogReceiver | None = None,
         listen: bool = True,
         passive: bool = False,
         read_only: bool = False,
@@ -297,7 +297,7 @@ class App:
 
         For the command line: without `listen` no trigger is started; a `passive` app runs no flow
         either, it only records and reads; with `read_only` it opens the store of another process,
-        and what would change it raises StoreError. `store` replaces the App's own URL; `sink`
+        and what would change it raises StoreError. `store` replaces the App's own URL; `logs`
         stores the log lines of runs. `require_secrets`: raise EmptySecret before anything is
         opened; without it, a webhook whose secret is unset refuses every request (for tests).
         """
@@ -309,7 +309,7 @@ class App:
         if read_only:
             options = {**config.store_options, "read_only": True}
             config = msgspec.structs.replace(config, store_options=options)
-        runtime = Runtime(config, store or self.url, sink)
+        runtime = Runtime(config, store or self.url, logs)
         await runtime.open(own_loop, listen and not passive, passive)
         self._runtime = runtime
 
@@ -338,8 +338,8 @@ class App:
         await self._hosting.open(self.name, self.url, self.clock, self._open_hosted)
         return self
 
-    async def _open_hosted(self, logs: LogSink) -> None:
-        await self.open(sink=logs)
+    async def _open_hosted(self, logs: LogReceiver) -> None:
+        await self.open(logs=logs)
 
     async def __aexit__(self, *_: object) -> None:
         try:

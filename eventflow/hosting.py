@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreLocked
 from eventflow.core.siblings import is_sibling_worker
-from eventflow.logs.log import LogSink, get_logger
+from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.logs.store import LogStore
 from eventflow.store import open_store
 
@@ -31,7 +31,7 @@ class Hosting:
         self._logs: LogStore | None = None
 
     async def open(
-        self, app: str, url: str, clock: Clock, open_app: Callable[[LogSink], Awaitable[None]]
+        self, app: str, url: str, clock: Clock, open_app: Callable[[LogReceiver], Awaitable[None]]
     ) -> None:
         """Calls `open_app` with a log store beside the store.
 

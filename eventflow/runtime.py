@@ -34,7 +34,7 @@ from eventflow.engine.late_runs import LateRunMonitor
 from eventflow.engine.worker import Worker, WorkerOptions
 from eventflow.events.event import Event, Trigger
 from eventflow.intake.reactor import Reactor
-from eventflow.logs.log import LogSink, get_logger
+from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.loop.left_behind import leave_behind
 from eventflow.routing.delivery import Delivery
 from eventflow.routing.patterns import Pattern, compile_pattern
@@ -174,11 +174,11 @@ class Runtime:
     relay: OutboxRelay
     late_run_monitor: LateRunMonitor
 
-    def __init__(self, config: AppConfig, url: str, sink: LogSink | None) -> None:
+    def __init__(self, config: AppConfig, url: str, logs: LogReceiver | None) -> None:
         self.config = config
         self.store = open_store(url, config.clock, **config.store_options)
         self.ids = Ids()
-        self.sink = sink  # where log lines of runs are stored
+        self.logs = logs  # where log lines of runs are stored
         self.blobs = Blobs(
             Path(f"{self.store.path}.blobs"),
             S3BlobStore(config.results) if config.results else None,
@@ -212,7 +212,7 @@ class Runtime:
                 WorkerOptions(
                     concurrency=config.concurrency,
                     threads=config.threads,
-                    sink=self.sink,
+                    logs=self.logs,
                     strict=config.strict,
                     secret=load_or_create_secret(self.store.path, "key").encode(),
                 ),

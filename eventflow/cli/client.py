@@ -263,11 +263,11 @@ async def _open_without_server(
 
 async def _open_passive(app: App, path: str) -> StoreLocked | None:
     """Open the store; for reading only, and the reason, where another process has it."""
-    sink = LogStore(f"{path}.logs.db", clock=app.clock)
+    logs = LogStore(f"{path}.logs.db", clock=app.clock)
     try:
-        await app.open(store=f"sqlite:///{path}", sink=sink, passive=True)
+        await app.open(store=f"sqlite:///{path}", logs=logs, passive=True)
     except StoreLocked as locked:
-        await app.open(store=f"sqlite:///{path}", sink=sink, passive=True, read_only=True)
+        await app.open(store=f"sqlite:///{path}", logs=logs, passive=True, read_only=True)
         note(f"{locked.holder} has the store open without a server: reading it as it is now")
         return locked
     return None

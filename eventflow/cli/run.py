@@ -97,7 +97,7 @@ async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) 
     logs.open()
     with configure(stream=sys.stderr, pretty=False if as_json else None, level="info"):
         try:
-            await app.open(store=f"sqlite:///{path}", own_loop=True, listen=False, sink=logs)
+            await app.open(store=f"sqlite:///{path}", own_loop=True, listen=False, logs=logs)
             try:
                 return await _print_outcome(app, await _start(request, app), as_json)
             finally:

@@ -105,7 +105,7 @@ class Execution(FlowCalls):
         self.run_end = RunEnd(services, flow)
         self.loop = FlowLoop(self, services.loop, run.id)
         self.log_context = LogContext(
-            run.id, flow.name, run.event, sink=services.sink, replaying=self._is_replaying
+            run.id, flow.name, run.event, logs=services.logs, replaying=self._is_replaying
         )
         self.pending = PendingCalls(journal, began_at, is_suspect=run.crash_suspect)
         self.writer = JournalWriter(services, run, self._on_appended)

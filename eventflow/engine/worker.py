@@ -25,7 +25,7 @@ from eventflow.engine.execution import Execution, RunningCall
 from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
 from eventflow.engine.worker_services import DerivedWork, WorkerServices
-from eventflow.logs.log import LogSink, get_logger
+from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.routing.router import Router
 from eventflow.runs.journal import Entry, Journal
 from eventflow.runs.run import (
@@ -73,7 +73,7 @@ class WorkerOptions:
     concurrency: int = 1000
     max_in_memory: int = 20_000
     threads: int = 32
-    sink: LogSink | None = None
+    logs: LogReceiver | None = None
     secret: bytes = b""
     strict: bool = False
     seed: int | None = None
@@ -105,7 +105,7 @@ class Worker:
             rng=random.Random(options.seed),
             secret=options.secret,
             strict=options.strict,
-            sink=options.sink,
+            logs=options.logs,
         )
         self._limits = self._services.limits
         self._limits.slots.on_release = self._begin_soon

@@ -17,7 +17,7 @@ from eventflow.core.threads import DaemonThreads
 from eventflow.engine.durations import Durations
 from eventflow.engine.limits import WorkerLimits
 from eventflow.events.event import Event
-from eventflow.logs.log import LogSink, get_logger
+from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.loop.flow_loop import FlowLoop
 from eventflow.loop.left_behind import leave_behind
 from eventflow.loop.unawaited import UnawaitedWatcher, watch_unawaited
@@ -134,7 +134,7 @@ class WorkerServices:
     rng: random.Random
     secret: bytes
     """Signs what tasks pickle; never in the store."""
-    sink: LogSink | None = None
+    logs: LogReceiver | None = None
     run_durations: Durations = field(default_factory=Durations)
     task_durations: Durations = field(default_factory=Durations)
     strict: bool = False

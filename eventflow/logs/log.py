@@ -50,7 +50,7 @@ class LogLine(msgspec.Struct, gc=False):
     attempt: int = 0
 
 
-class LogSink(Protocol):
+class LogReceiver(Protocol):
     """Where the lines of runs are stored (`LogStore` of store.py; a list in tests)."""
 
     def post(self, line: LogLine) -> None:
@@ -74,7 +74,7 @@ class LogContext(msgspec.Struct):
     trigger: str = ""
     task: str = ""
     attempt: int = 0
-    sink: LogSink | None = None
+    logs: LogReceiver | None = None
     replaying: Callable[[], bool] | None = None
     cached_ids: dict[str, Any] | None = None
     partial_lines: dict[Callable[["LogContext", str], None], str] | None = None
@@ -97,7 +97,7 @@ class LogContext(msgspec.Struct):
 
     def for_attempt(self, task: str, attempt: int) -> "LogContext":
         """The context of an attempt of this run. A task body never replays."""
-        return LogContext(self.run, self.flow, self.event, self.trigger, task, attempt, self.sink)
+        return LogContext(self.run, self.flow, self.event, self.trigger, task, attempt, self.logs)
 
     def close(self) -> None:
         """Log what was printed without a newline at its end."""
@@ -168,7 +168,7 @@ class Log(structlog.BoundLoggerBase):
         to_host = direct is None and self._logger.isEnabledFor(level)
         if direct is None:
             # The log store of a run keeps info lines, whatever level the host wants to see.
-            keeps = context is not None and context.sink is not None and level >= logging.INFO
+            keeps = context is not None and context.logs is not None and level >= logging.INFO
             if not to_host and not keeps:
                 return
         elif level < direct.level:
@@ -248,7 +248,7 @@ def render_line(
 ) -> bytes:
     """The redacted line as JSON with a newline.
 
-    Lines of the user's code, warnings and errors are also posted to the log sink of `context`.
+    Lines of the user's code, warnings and errors are also posted to `context.logs`.
     """
     data: dict[str, Any] = {
         "timestamp": format_timestamp(now),
@@ -273,11 +273,11 @@ def render_line(
         line = to_json_line(secrets.redact_data(orjson.loads(line)))
     if (
         context is not None
-        and context.sink is not None
+        and context.logs is not None
         and not is_replay
         and (not is_own or level >= logging.WARNING)
     ):
-        context.sink.post(_stored_line(context, level, logger, now, line))
+        context.logs.post(_stored_line(context, level, logger, now, line))
     return line
 
 

@@ -299,7 +299,7 @@ class ServerProcess:
         logs.open()
         self._forks = ForkedChildren(self._sock, self._server)
         try:
-            await self.app.open(store=self.settings.store, own_loop=True, sink=logs)
+            await self.app.open(store=self.settings.store, own_loop=True, logs=logs)
             self.app.store.on_failure(self._fail_stop)
             self.app.runtime.reactor.logs_received = self.settings.dev
             await self._serve()
@@ -337,7 +337,7 @@ class ServerProcess:
             watchdog.stop()
             await asyncio.gather(memory, return_exceptions=True)
             await self._stop_http()
-            self._address_file.unlink(missing_ok=True)
+            self._remove_address_file()
 
     async def _watch_memory(self) -> None:
         soft = self.settings.memory_soft
@@ -440,6 +440,12 @@ class ServerProcess:
             self._ready_stream.write(f"{text}\n")
             self._ready_stream.flush()
 
+    def _remove_address_file(self) -> None:
+        """Leaves that of another server, which has a new store at this path."""
+        with suppress(OSError, ValueError, KeyError, TypeError):  # no such file, or not one of ours
+            if orjson.loads(self._address_file.read_bytes())["pid"] == os.getpid():
+                self._address_file.unlink()
+
     def _ensure_token(self) -> None:
         """Makes the token at the first start. It is shown on a terminal, never in a log file."""
         if self.settings.no_auth:
@@ -464,7 +470,7 @@ class ServerProcess:
             return
         if self.stopping:
             os.write(2, b"eventflow: second signal, not waiting\n")
-            self._address_file.unlink(missing_ok=True)
+            self._remove_address_file()
             os._exit(128 + number)
         self._drain(signal.Signals(number).name)
 
@@ -526,7 +532,7 @@ class ServerProcess:
             flush = threading.Thread(target=self._output.flush, daemon=True)
             flush.start()
             flush.join(0.3)
-            self._address_file.unlink(missing_ok=True)
+            self._remove_address_file()
             if code == 0:
                 self.reexec_if_requested()
             os._exit(code)

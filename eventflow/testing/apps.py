@@ -124,11 +124,11 @@ async def running(
         undo.callback(setattr, app, "clock", before)
         undo.callback(setattr, app, "_config", config)
         clock_users = [trigger for trigger in app.triggers if _set_clock(app.clock, trigger, undo)]
-        sink = None if lines is None else _LineCollector(lines)
+        logs = None if lines is None else _LineCollector(lines)
         if lines is not None:
             undo.enter_context(configure(stream=None, clock=app.clock))
         url = _url(app, store, undo)
-        await app.open(store=url, own_loop=own_loop, sink=sink, require_secrets=False)
+        await app.open(store=url, own_loop=own_loop, logs=logs, require_secrets=False)
         if isinstance(app.clock, VirtualClock):
             app.clock.attach(app)
         try:
@@ -165,7 +165,7 @@ def _url(app: App, store: str | PathLike[str] | None, undo: ExitStack) -> str:
 
 
 class _LineCollector:
-    """A logs.log.Sink that appends to a list."""
+    """A `LogReceiver` that appends to a list."""
 
     def __init__(self, lines: list[LogLine]) -> None:
         self._lines = lines

@@ -34,7 +34,7 @@ from eventflow.web.handlers import (
 from eventflow.web.metrics import render
 from eventflow.web.openapi import describe_api
 from eventflow.web.responses import (
-    Endpoint,
+    ApiRoute,
     Handler,
     Json,
     error_json,
@@ -195,7 +195,7 @@ def store_path(app: App) -> str:
     return open_store(app.url, app.clock).path
 
 
-def make_routes(table: Collection[Endpoint]) -> list[BaseRoute]:
+def make_routes(table: Collection[ApiRoute]) -> list[BaseRoute]:
     """One Starlette route per path, in the order of the table; errors become responses."""
     by_path: dict[str, dict[str, Handler]] = {}
     for method, path, handler in table:

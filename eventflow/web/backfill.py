@@ -27,7 +27,7 @@ from eventflow.core.errors import NotFound, UsageError
 from eventflow.events.event import Event, Scheduled, format_id, parse_time
 from eventflow.logs.log import get_logger
 from eventflow.web import serializers
-from eventflow.web.responses import Endpoint, Json, caller, http_error, read_object
+from eventflow.web.responses import ApiRoute, Json, caller, http_error, read_object
 
 PAGE_SIZE = 1000
 """Occurrences in one response."""
@@ -47,7 +47,7 @@ class Backfill:
         # Two requests for one occurrence must not both find that it has no run yet.
         self._lock = asyncio.Lock()
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("GET", "/api/triggers/{name:path}/occurrences", self.occurrences),
             ("POST", "/api/triggers/{name:path}/backfill", self.backfill),

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from eventflow.app import App
 from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import Json as JsonValue
-from eventflow.web.responses import Endpoint, Json, instant, whole_number
+from eventflow.web.responses import ApiRoute, Json, instant, whole_number
 
 
 class DryRun:
@@ -23,7 +23,7 @@ class DryRun:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [("GET", "/api/dry-run", self.dry_run)]
 
     async def dry_run(self, request: Request) -> Response:

@@ -27,7 +27,7 @@ from eventflow.web import actions, serializers
 from eventflow.web.responses import (
     MAX_BATCH_BYTES,
     MAX_BODY_BYTES,
-    Endpoint,
+    ApiRoute,
     Json,
     caller,
     error_json,
@@ -51,7 +51,7 @@ class EventHandlers:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("POST", "/api/events", self.post_events),
             ("GET", "/api/events", self.events),
@@ -122,7 +122,7 @@ class RunHandlers:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("POST", "/api/runs", self.post_run),
             ("GET", "/api/runs", self.runs),
@@ -189,7 +189,7 @@ class RunHandlers:
         """`?after=SEQ&limit=N`: lines in order; `settled`: no more lines will follow."""
         app = self._opened()
         row = await app.store.run(request.path_params["id"])
-        sink = app.runtime.sink
+        sink = app.runtime.logs
         after = whole_number(request, "after", 0)
         limit = _limit(request)
         lines = await sink.read(row["id"], after, limit) if isinstance(sink, LogStore) else []
@@ -227,7 +227,7 @@ class DeadLetterHandlers:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("GET", "/api/dead-letters", self.dead_letters),
             ("GET", "/api/dead-letters/{id}", self.dead_letter),
@@ -281,7 +281,7 @@ class TriggerHandlers:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("GET", "/api/flows", self.flows),
             ("GET", "/api/triggers", self.triggers),
@@ -340,7 +340,7 @@ class LedgerHandlers:
     def __init__(self, opened: Callable[[], App]) -> None:
         self._opened = opened
 
-    def table(self) -> list[Endpoint]:
+    def table(self) -> list[ApiRoute]:
         return [
             ("GET", "/api/counts", self.counts),
             ("GET", "/api/check", self.check),

@@ -40,7 +40,7 @@ MAX_BODY_SECONDS = 30.0
 """For the largest body (fault 27); see core/http_body.py."""
 
 Handler = Callable[[Request], Awaitable[Response]]
-Endpoint = tuple[str, str, Handler]
+ApiRoute = tuple[str, str, Handler]
 """Method, path and handler."""
 
 log = get_logger("eventflow.web")

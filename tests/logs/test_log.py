@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[2]
 RUN = 1_763_800_000_000 << 20
 
 
-class RecordingSink:
-    """A log sink that keeps its lines in a list."""
+class RecordingReceiver:
+    """A log receiver that keeps its lines in a list."""
 
     def __init__(self) -> None:
         self.lines: list[LogLine] = []
@@ -52,8 +52,8 @@ class RecordingSink:
 
 
 @pytest.fixture
-def sink() -> RecordingSink:
-    return RecordingSink()
+def received() -> RecordingReceiver:
+    return RecordingReceiver()
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def configured(stream: io.BufferedWriter) -> Iterator[LogConfiguration]:
 
 
 @pytest.fixture
-def context(sink: RecordingSink) -> Iterator[LogContext]:
-    made = LogContext(RUN, "handle", event=RUN + 1, trigger="orders", sink=sink)
+def context(received: RecordingReceiver) -> Iterator[LogContext]:
+    made = LogContext(RUN, "handle", event=RUN + 1, trigger="orders", logs=received)
     token = log_context.set(made)
     yield made
     log_context.reset(token)
@@ -173,7 +173,7 @@ def test_bound_fields_and_levels(configured: LogConfiguration, stream: io.Buffer
 
 
 def test_lines_below_the_level_are_not_made(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """At level warning, info lines reach neither the stream nor the log store."""
     with configure(stream=stream, level="warning", redactor=Redactor()) as held:
@@ -182,7 +182,7 @@ def test_lines_below_the_level_are_not_made(
         logging.getLogger("shop").info("no")
         print("no")
         get_logger("shop").warning("yes")
-        assert [line["event"] for line in lines(held, stream)] == ["yes"] == sink.events
+        assert [line["event"] for line in lines(held, stream)] == ["yes"] == received.events
 
 
 class Rude:
@@ -234,7 +234,7 @@ def test_deep_data_is_cut():
 
 
 def test_secrets_are_gone_from_the_rendered_line(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """A registered value is removed from events, fields, nested data, structs, tracebacks, prints
     and stored lines.
@@ -260,9 +260,9 @@ def test_secrets_are_gone_from_the_rendered_line(
             logging.getLogger("lib").exception("failed")
             structlog.get_logger().exception("failed")
         found = lines(held, stream)
-    assert len(found) == 8 == len(sink.lines)
+    assert len(found) == 8 == len(received.lines)
     assert "hunter2" not in json.dumps(found)
-    assert "hunter2" not in repr(sink.lines)
+    assert "hunter2" not in repr(received.lines)
     assert all(
         "ValueError: ***" in line["exception"] and "KeyError" in line["exception"]
         for line in found[4:]
@@ -270,7 +270,7 @@ def test_secrets_are_gone_from_the_rendered_line(
 
 
 def test_fields_named_like_secrets_are_hidden(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """A password, header or URL with a password is hidden although nobody registered it."""
     with configure(stream=stream, level="debug", redactor=Redactor()) as configured:
@@ -280,7 +280,7 @@ def test_fields_named_like_secrets_are_hidden(
             headers={"Authorization": "Bearer abcdefghij"},
         )
         print("password=abcdefghij")
-        text = json.dumps(lines(configured, stream)) + repr(sink.lines)
+        text = json.dumps(lines(configured, stream)) + repr(received.lines)
         assert (
             "pw123456" not in text and "abcdefghij" not in text and "postgresql://u:***@h/d" in text
         )
@@ -300,7 +300,7 @@ def test_a_line_cannot_be_forged(configured: LogConfiguration, stream: io.Buffer
 
 
 def test_stored_are_the_users_lines_and_own_warnings(
-    configured: LogConfiguration, context: LogContext, sink: RecordingSink
+    configured: LogConfiguration, context: LogContext, received: RecordingReceiver
 ):
     """Of eventflow's own lines only warnings and errors are stored with a run: the ledger has the
     rest.
@@ -309,15 +309,16 @@ def test_stored_are_the_users_lines_and_own_warnings(
     ours.info("run.claimed")
     ours.warning("task.attempt_failed", error="ValueError")
     get_logger("shop").debug("mine", order=7)
-    assert [(line.event, line.level, line.logger) for line in sink.lines] == [
+    assert [(line.event, line.level, line.logger) for line in received.lines] == [
         ("task.attempt_failed", 30, "eventflow.worker"),
         ("mine", 10, "shop"),
     ]
-    assert sink.lines[1].run == RUN and orjson.loads(sink.lines[1].fields or b"") == {"order": 7}
+    assert received.lines[1].run == RUN
+    assert orjson.loads(received.lines[1].fields or b"") == {"order": 7}
 
 
 def test_a_replayed_line_is_tagged_and_not_stored_again(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """During a replay the lines of the flow body are tagged `replay` and not stored; those of
     attempts are.
@@ -337,11 +338,11 @@ def test_a_replayed_line_is_tagged_and_not_stored_again(
             None,
             None,
         ]
-        assert sink.events == ["new", "new"]
+        assert received.events == ["new", "new"]
 
 
 def test_concurrent_attempts_log_under_their_own_ids(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """Coroutines and threads that run at once each log under their own task and attempt."""
     with configure(stream=stream, redactor=Redactor()):
@@ -357,7 +358,7 @@ def test_concurrent_attempts_log_under_their_own_ids(
             await asyncio.gather(*(body(n) for n in range(1, 20)))
 
         asyncio.run(main())
-        found = sorted((line.task, line.attempt, line.event) for line in sink.lines)
+        found = sorted((line.task, line.attempt, line.event) for line in received.lines)
         assert found == sorted(
             (f"t{n}", n, event)
             for n in range(1, 20)
@@ -368,7 +369,9 @@ def test_concurrent_attempts_log_under_their_own_ids(
 # --------------------------------------------------------------------------- prints
 
 
-def test_prints_become_lines(stream: io.BufferedWriter, context: LogContext, sink: RecordingSink):
+def test_prints_become_lines(
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
+):
     """Each printed line is a line; the rest is logged at `close`; of a progress bar only the last
     state.
     """
@@ -379,10 +382,10 @@ def test_prints_become_lines(stream: io.BufferedWriter, context: LogContext, sin
         print("\r10 %\r20 %", end="")
         print("\r99 %", end="\r100 %\n")
         print("tail", end="")
-        assert sink.events == ["one", "two three 4", "warn", "100 %"]
+        assert received.events == ["one", "two three 4", "warn", "100 %"]
         context.close()
         context.close()
-        assert sink.events[4:] == ["tail"]
+        assert received.events[4:] == ["tail"]
         assert [line["logger"] for line in lines(configured, stream)] == [
             "stdout",
             "stdout",
@@ -393,20 +396,20 @@ def test_prints_become_lines(stream: io.BufferedWriter, context: LogContext, sin
 
 
 def test_a_print_without_end_is_bounded(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """Text without any newline becomes lines before it fills the memory."""
     with configure(stream=stream, level="debug", redactor=Redactor()):
         for _ in range(100):
             print("x" * 1000, end="")
-        assert len(sink.lines) == 11
-        assert sum(len(line.event) for line in sink.lines) == 99_000
+        assert len(received.lines) == 11
+        assert sum(len(line.event) for line in received.lines) == 99_000
 
 
 def test_prints_outside_a_run_pass_through(
     configured: LogConfiguration,
     stream: io.BufferedWriter,
-    sink: RecordingSink,
+    received: RecordingReceiver,
     capsys: pytest.CaptureFixture[str],
 ):
     """Text printed outside of a run is printed as before and is not a line."""
@@ -418,14 +421,14 @@ def test_prints_outside_a_run_pass_through(
 
 
 def test_the_captured_stream_is_a_stream(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """`sys.stdout` still has encoding, isatty, flush and writelines."""
     with configure(stream=stream, redactor=Redactor()):
         assert sys.stdout.encoding and sys.stdout.isatty() is False
         sys.stdout.writelines(["a\n", "b\n"])
         sys.stdout.flush()
-    assert sink.events == ["a", "b"]
+    assert received.events == ["a", "b"]
 
 
 # --------------------------------------------------------------------------- what is the host's
@@ -480,7 +483,7 @@ def test_embedded_nothing_is_touched():
 
 
 def test_embedded_lines_go_to_the_hosts_logging(
-    caplog: pytest.LogCaptureFixture, context: LogContext, sink: RecordingSink
+    caplog: pytest.LogCaptureFixture, context: LogContext, received: RecordingReceiver
 ):
     """Without `configure` a line is a record of `logging`, redacted, at the host's level; in a run
     it is stored too.
@@ -497,11 +500,11 @@ def test_embedded_lines_go_to_the_hosts_logging(
     assert record.getMessage().startswith(f"run.failed run={format_id(RUN)} flow=handle")
     assert "text=a\\nb" in record.getMessage()
     assert "ValueError: password=***" in caplog.text and "hunter2" not in caplog.text
-    assert sink.events == ["run.failed"]
+    assert received.events == ["run.failed"]
 
 
 def test_capture_without_a_stream(
-    sink: RecordingSink,
+    received: RecordingReceiver,
     context: LogContext,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
@@ -516,7 +519,7 @@ def test_capture_without_a_stream(
         structlog.get_logger().info("bound")
         logging.getLogger("lib").info("recorded")
         get_logger("shop").info("logged")
-    assert sink.events == ["printed", "bound", "recorded", "logged"]
+    assert received.events == ["printed", "bound", "recorded", "logged"]
     assert capsys.readouterr().out == "printed\n"
     assert [record.getMessage().split()[0] for record in caplog.records] == ["recorded", "logged"]
 
@@ -566,7 +569,7 @@ def package(module: str) -> str:
 
 
 def test_context_is_not_shared_with_other_threads(
-    stream: io.BufferedWriter, context: LogContext, sink: RecordingSink
+    stream: io.BufferedWriter, context: LogContext, received: RecordingReceiver
 ):
     """A thread that a task starts has no context, so its prints pass through; with a copied context
     they do not.
@@ -577,7 +580,7 @@ def test_context_is_not_shared_with_other_threads(
         for thread in (bare, copied):
             thread.start()
             thread.join()
-        assert sink.events == ["copied"]
+        assert received.events == ["copied"]
 
 
 def test_a_line_costs_microseconds(tmp_path: Path):

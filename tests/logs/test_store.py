@@ -175,7 +175,7 @@ def test_a_logger_in_a_run_reaches_the_store(opened: Open):
     the stream.
     """
     store, run = opened(), new_run()
-    token = log_context.set(LogContext(run, "handle", sink=store).for_attempt("score", 2))
+    token = log_context.set(LogContext(run, "handle", logs=store).for_attempt("score", 2))
     get_logger("shop").warning("slow", seconds=3.5, password="x")
     log_context.reset(token)
     [row] = read(store, run)
