@@ -3,13 +3,15 @@
 import json
 import os
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from eventflow.runs.run import parse_id
 from tests.conftest import wait_until
 from tests.server_process import (
     SHOP,
@@ -129,8 +131,36 @@ def test_retry_and_cancel(shop: EventflowProcess):
     assert len(shop.get(f"/api/runs/{run}")["tasks"][0]["errors"]) == 4
     long = shop.start("sleepy", seconds=60)
     shop.wait_for(long, "running")
-    assert "asked to stop" in eventflow(shop.folder, "cancel", long, "-m", "enough").stdout
+    assert "asked to stop" in eventflow(shop.folder, "cancel", long).stdout
     assert shop.wait_for(long, "cancelled")["reason"]
+
+
+@pytest.mark.parametrize("option", ["-m", "--reason"])
+def test_the_reason_of_a_cancel_reaches_run_and_journal(shop: EventflowProcess, option: str):
+    """`cancel -m WHY` of a running run is in its row, in its journal, in `show` and in `ls`."""
+    long = shop.start("sleepy", seconds=60)
+    shop.wait_for(long, "running")
+    assert eventflow(shop.folder, "cancel", long, option, "the order was void").returncode == 0
+    assert "the order was void" in shop.wait_for(long, "cancelled")["reason"]
+    with closing(sqlite3.connect(f"file:{shop.store}?mode=ro", uri=True)) as ledger:
+        (entry,) = ledger.execute(
+            "SELECT value FROM journal WHERE run = ? AND call_key = '@cancel'", (parse_id(long),)
+        ).fetchone()
+    assert json.loads(entry) == "the order was void"
+    assert "the order was void" in eventflow(shop.folder, "show", long).stdout
+    rows = asked(shop, "ls", "runs", "--state", "cancelled")["runs"]
+    assert "the order was void" in next(row["reason"] for row in rows if row["id"] == long)
+
+
+def test_the_reason_of_a_cancel_before_the_start(tmp_path: Path):
+    """`cancel -m WHY` without a server ends a run that nobody works on, with this reason."""
+    with serving(tmp_path) as served:
+        run = served.start("sleepy", seconds=60)
+        served.wait_for(run, "running")
+    done = eventflow(tmp_path, "cancel", run, "-m", "never mind", "--app", "shop.py")
+    assert done.returncode == 0, done.stderr
+    shown = eventflow(tmp_path, "show", run)
+    assert "never mind" in shown.stdout, shown
 
 
 def test_replay(shop: EventflowProcess):
