@@ -1,12 +1,13 @@
 """The process that kafka_loop.py kills: an app with one Kafka trigger, which may be told to kill
 itself at a seam.
 
-    python -m tests.crash.kafka_victim FOLDER SERVER TOPIC BROKER SEAM COUNT
+    python -m tests.crash.kafka_victim FOLDER SERVER TOPIC BROKER SEAM COUNT ON_DAMAGE
 
 SEAM is where the COUNT-th time is the end: `fetched` (records are here, nothing is offered),
 `offering` (the transaction is under way), `recorded` (durable, not committed), `committing` (the
 request is out), `committed`, `assigned`; `never` leaves the killing to others, and `rest` ends by
-itself once COUNT events are recorded and every run is done.
+itself once COUNT events are recorded and every run is done. ON_DAMAGE: `stop` or `skip` (a record
+that cannot be read), without the codec of snappy; or `none`.
 """
 
 import asyncio
@@ -15,6 +16,8 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+import aiokafka.codec
 
 from eventflow import App, flow, task
 from triggers._kafka import committing, fetching, session
@@ -95,9 +98,14 @@ def lay(fuse: Fuse) -> None:
     committing.COMMIT_INTERVAL_SECONDS = 0.03
 
 
-async def main(folder: Path, server: str, topic: str, broker: str, seam: str, count: int) -> None:
+async def main(
+    folder: Path, server: str, topic: str, broker: str, seam: str, count: int, on_damage: str
+) -> None:
     lay(Fuse(seam, count))
     options = {"max_poll_records": 50, "fetch_max_wait_ms": 50, **OPTIONS[broker]}
+    if on_damage != "none":
+        aiokafka.codec.cramjam = None
+        options["skip_corrupt"] = on_damage == "skip"
     app = App("kill", store=f"sqlite:///{folder}/store.db")
     app.on(Kafka(topic, bootstrap_servers=server, group_id=GROUP, name="kafka", **options), handle)
     async with app:
@@ -110,5 +118,5 @@ async def main(folder: Path, server: str, topic: str, broker: str, seam: str, co
 
 
 if __name__ == "__main__":
-    place, server, topic, broker, seam, count = sys.argv[1:]
-    asyncio.run(main(Path(place), server, topic, broker, seam, int(count)))
+    place, server, topic, broker, seam, count, on_damage = sys.argv[1:]
+    asyncio.run(main(Path(place), server, topic, broker, seam, int(count), on_damage))

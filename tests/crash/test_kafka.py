@@ -26,6 +26,22 @@ def test_p1_p2_kafka_kill_9_between_poll_record_and_commit(tmp_path: Path):
     shutil.rmtree(tmp_path)
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["noida", "tansu"])
+def test_p1_p2_kafka_kill_9_beside_records_that_cannot_be_read(tmp_path: Path, kind: str):
+    """Killed at the same seams while some records cannot be read, each life with another hash seed:
+    each stops its own partition at its offset, or is one dead letter; every other record, in its
+    batch, behind it and in other partitions, is recorded once and runs once.
+    """
+    with tansu() if kind == "tansu" else noida(tmp_path / "broker") as broker:
+        loop = Loop(tmp_path, broker, kind, seed=7, damage=True)
+        wrong = asyncio.run(loop.run(CYCLES))
+    again = f"python -m tests.crash.kafka_loop --cycles {CYCLES} --seed 7 --broker {kind} --damage"
+    assert wrong == [], f"again: {again}"
+    assert len(loop.damaged) >= 3 and sum(loop.sent) > 100
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.timeout(300)
 def test_row_18_members_that_join_and_leave(tmp_path: Path):
     """Two members that come and go: no duplicate run, no gap (fault 18)."""
