@@ -31,6 +31,7 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.engine.late_runs import LateRunMonitor
+from eventflow.engine.retry_now import start_waiting_attempts
 from eventflow.engine.worker import Worker, WorkerOptions
 from eventflow.events.event import Event, Trigger
 from eventflow.intake.reactor import Reactor
@@ -355,6 +356,14 @@ class Runtime:
 
     # ----------------------------------------------------------------- runs
 
+    async def retry_now(self, run: int) -> int:
+        """Ends the waits of a run in memory for its next attempts; how many there were."""
+
+        async def on_loop() -> int:
+            return start_waiting_attempts(self.worker.executions.get(run))
+
+        return await self.on_flow_loop(on_loop())
+
     async def start_run(
         self,
         flow: Flow[..., Any],
@@ -521,15 +530,15 @@ class Retention:
             )
 
     async def _step(self) -> int:
-        """Removes some rows; with none left, sweeps the files once per SWEEP_INTERVAL. Returns how
-        many rows it removed.
+        """Removes some rows, and sweeps the files once per SWEEP_INTERVAL. Returns how many rows it
+        removed.
         """
         now = self._config.clock.now()
         removed = await self._store.prune(
             payloads_before=now - self._config.retention,
             identities_before=now - self._config.identities,
         )
-        if not removed and now >= self._next_sweep_at:
+        if now >= self._next_sweep_at:
             self._next_sweep_at = now + SWEEP_INTERVAL
             named = await self._store.blob_references()
             await asyncio.to_thread(self._blobs.prune, named, before=now - SWEEP_INTERVAL)

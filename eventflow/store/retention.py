@@ -1,20 +1,26 @@
 """Retention: deletes ended runs with their journals first, then payloads of events, identities
 last.
 
-A step is `prune`, and when that finds nothing `drop_payloads`: each a small transaction, oldest
-rows first. The app repeats it until there is nothing to do (sqlite.py: `prune`). Live runs, dead
-runs, open dead letters, unsent messages, and the events that they need stay, however old.
+A step is `prune` and `drop_payloads`: each a small transaction, oldest rows first. The app repeats
+it until there is nothing to do (sqlite.py: `prune`). None of the three waits until the others have
+nothing to do: in a busy ledger some run is always old enough. Live runs, dead runs, open dead
+letters, unsent messages, and the events that they need stay, however old.
 """
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
+from eventflow.core.clock import SECOND
 from eventflow.runs.run import State
 from eventflow.store.transaction import Transaction
 
 _MAX_ENTRIES_PER_STEP = 20_000
 """Journal rows that one step may delete (beyond those of one run): some 50 ms of the writer's time.
 """
+
+FULL_SEARCH_INTERVAL = 60 * SECOND
+"""Between two searches of a busy ledger for payloads that were still needed at the last one."""
 
 _PRUNED = {
     State.COMPLETED: "pruned_completed",
@@ -62,12 +68,12 @@ def _old(before: int, step: int) -> dict[str, int]:
 
 
 def prune(tx: Transaction, *, payloads_before: int, identities_before: int, step: int) -> int:
-    """Deletes runs older than `payloads_before`; when there are none, identities older than
-    `identities_before` without a payload.
+    """Deletes runs older than `payloads_before`, and identities older than `identities_before`
+    without a payload: `step` rows at most.
     """
-    return _prune_runs(tx, payloads_before, step) or _prune_identities(
-        tx, min(identities_before, payloads_before), step
-    )
+    removed = _prune_runs(tx, payloads_before, step)
+    identities_before = min(identities_before, payloads_before)
+    return removed + _prune_identities(tx, identities_before, step - removed)
 
 
 def _prune_runs(tx: Transaction, before: int, step: int) -> int:
@@ -89,6 +95,26 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     _delete(tx, "late_runs", "run", gone)
     _delete(tx, "runs", "id", gone)
     return len(gone)
+
+
+@dataclass
+class PayloadSearch:
+    """Where the search for unneeded payloads goes on. From the beginning it walks over every
+    identity without a payload, which a busy ledger can afford once a minute.
+    """
+
+    after: int = 0
+    """The last event that was found."""
+    full_at: int = 0
+    """Microseconds."""
+
+    def starts(self, now: int, *, idle: bool) -> Iterator[int]:
+        """The events to search from, until something is found. `idle`: nothing else was removed."""
+        if self.after:
+            yield self.after
+        if idle or now >= self.full_at:
+            self.full_at = now + FULL_SEARCH_INTERVAL
+            yield 0
 
 
 def unneeded_payloads(

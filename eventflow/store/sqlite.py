@@ -137,7 +137,7 @@ class SqliteStore:
         self._writer: Writer | None = None
         self._readers: Readers | None = None
         self._connection: sqlite3.Connection | None = None
-        self._pruned_up_to = 0  # the last event whose payload retention looked at
+        self._payload_search = retention.PayloadSearch()
 
     # ------------------------------------------------------------------- open and close
 
@@ -384,6 +384,9 @@ class SqliteStore:
             self._listeners.new_runs(True)
         return retried
 
+    async def retry_from(self, run: int, call: str, new: int) -> Run:
+        return cast(Run, await self._transact(admin.retry_from, run, call, new))
+
     async def cancel(self, run: int, reason: str) -> State:
         return await self._transact(admin.cancel, run, reason)
 
@@ -406,26 +409,22 @@ class SqliteStore:
             identities_before=identities_before,
             step=step,
         )
-        if removed:
+        if removed >= step:
             return removed
-        found = await self._unneeded_payloads(payloads_before, step)
-        return await self._transact(retention.drop_payloads, found, payloads_before) if found else 0
-
-    async def _unneeded_payloads(self, before: int, step: int) -> list[int]:
-        """The next ones after the last step, or from the beginning when there are no more."""
-        found: list[int] = await self._read(
-            retention.unneeded_payloads,
-            before=before,
-            after=self._pruned_up_to,
-            step=step,
-            budget=SCAN_SECONDS,
-        )
-        if not found and self._pruned_up_to:
-            found = await self._read(
-                retention.unneeded_payloads, before=before, after=0, step=step, budget=SCAN_SECONDS
+        search = self._payload_search
+        for after in search.starts(self._clock.now(), idle=not removed):
+            found: list[int] = await self._read(
+                retention.unneeded_payloads,
+                before=payloads_before,
+                after=after,
+                step=step - removed,
+                budget=SCAN_SECONDS,
             )
-        self._pruned_up_to = found[-1] if found else 0
-        return found
+            if found:
+                search.after = found[-1]
+                dropped = await self._transact(retention.drop_payloads, found, payloads_before)
+                return removed + dropped
+        return removed
 
     async def backup(self, path: str) -> None:
         writer = self._open_writer()
