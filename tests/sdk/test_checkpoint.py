@@ -24,6 +24,7 @@ from eventflow.sdk.checkpoint import Checkpoint, CheckpointStore
 from eventflow.sdk.task import TaskContext
 from eventflow.testing import drain, result_of, running
 from tests.conftest import eventually
+from tests.durable import SyncedFiles
 
 pytestmark = pytest.mark.anyio
 
@@ -51,6 +52,22 @@ def attempt(
 
 def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# --------------------------------------------------------------------------- durable
+
+
+def test_a_checkpoint_is_durable_when_save_returns(
+    checkpoints: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All files of the first and of later checkpoints, and every name on the way to them, have been
+    synced.
+    """
+    synced = SyncedFiles(monkeypatch)
+    saving = attempt(checkpoints, keep=3)
+    for step in (1, 2):
+        saving.save({"w": numpy.arange(1000) * step}, step=step)
+        assert synced.missing(tmp_path / "checkpoints", above=tmp_path) == []
 
 
 # --------------------------------------------------------------------------- what comes back

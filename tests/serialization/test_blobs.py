@@ -8,6 +8,7 @@ import pytest
 
 from eventflow.core.errors import StoreCorrupt, StoreFailed
 from eventflow.serialization.blobs import OFFLOAD_BYTES, Blobs
+from tests.durable import SyncedFiles
 
 
 @pytest.fixture
@@ -32,6 +33,13 @@ def test_a_blob_is_private_and_whole(blobs):
     path = path_of(blobs, ref)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert os.listdir(path.parent) == [ref]
+
+
+def test_a_blob_is_durable_when_put_returns(tmp_path, monkeypatch):
+    """Its content and every name on the way to it have been synced, also in new directories."""
+    synced = SyncedFiles(monkeypatch)
+    Blobs(tmp_path / "blobs").put(b"abc")
+    assert synced.missing(tmp_path / "blobs") == []
 
 
 def test_the_same_content_is_written_once(blobs):

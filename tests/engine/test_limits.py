@@ -1,0 +1,69 @@
+"""The limits of a worker by themselves: places of a flow, and the gate of crash suspects."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from eventflow.engine.limits import MAX_SUSPECTS, CrashSuspectGate, FlowPlaces
+
+pytestmark = pytest.mark.anyio
+
+
+def test_a_run_that_works_again_goes_before_new_ones() -> None:
+    """While a run waits to return to its place, no place is free for a claim; the claim under way
+    keeps its own until it has ended.
+    """
+    places = FlowPlaces(Counter({"f": 1}))
+    returned: list[str] = []
+    places.begin_claim({"f": 1})
+    assert not places.take("f", 2, lambda: returned.append("first"))
+    assert places.free("f", 2) == 0
+    assert returned == []
+    places.end_claim(lambda _: 2)  # nothing was claimed
+    assert returned == ["first"] and places.taken["f"] == 2
+    assert not places.take("f", 2, lambda: returned.append("second"))
+    places.leave("f", 2)
+    assert returned == ["first", "second"] and places.free("f", 2) == 0
+
+
+async def test_an_exclusive_body_waits_for_its_time_and_others_do_not() -> None:
+    """`exclusive` opens at `exclusive_from`; ordinary suspects pass meanwhile."""
+    loop = asyncio.get_running_loop()
+    gate = CrashSuspectGate(exclusive_from=loop.time() + 0.3)
+    opened: list[float] = []
+
+    async def alone() -> None:
+        async with gate.exclusive():
+            opened.append(loop.time())
+
+    waiting = asyncio.create_task(alone())
+    async with asyncio.timeout(0.2), gate:
+        assert not opened
+    await waiting
+    assert opened[0] >= gate.exclusive_from
+
+
+async def test_two_exclusive_bodies_do_not_wait_for_each_other() -> None:
+    """Two that come while all places are taken both get their turn, one after the other, alone."""
+    gate = CrashSuspectGate()
+    at_work: list[str] = []
+    order: list[str] = []
+
+    async def alone(name: str) -> None:
+        async with gate.exclusive():
+            assert at_work == []
+            at_work.append(name)
+            await asyncio.sleep(0)
+            at_work.remove(name)
+            order.append(name)
+
+    for _ in range(MAX_SUSPECTS):
+        await gate.acquire()
+    both = [asyncio.create_task(alone(name)) for name in ("first", "second")]
+    for _ in range(MAX_SUSPECTS):
+        await asyncio.sleep(0)
+        gate.release()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*both)
+    assert order == ["first", "second"]
