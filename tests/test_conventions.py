@@ -77,9 +77,6 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "eventflow/store/sqlite.py:SqliteStore": 53,
         "eventflow/store/writer.py:Writer": 23,
     },
-    "attributes_per_class": {
-        "eventflow/server/server.py:ServerProcess": 16,
-    },
     "parameters": {
         "eventflow/routing/subscriptions.py:subscribe": 12,
     },

@@ -37,6 +37,7 @@ from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
 from eventflow.runtime import error_of, new_event_loop
+from eventflow.server.address import PublishedAddress
 from eventflow.server.memory_limits import MemoryMonitor, check_limits
 from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
@@ -283,12 +284,11 @@ class ServerProcess:
         self.stopping: bool = False
         self._sock = sock
         self._output = output
-        self._ready_stream = ready
+        self._address = PublishedAddress(path, ready)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._stop_reason: str = ""
         self._next_socket: int | None = None  # descriptor for the re-executed process, if requested
-        self._address_file = Path(f"{path}.server")  # where the command line finds the server
         self._server = _Server(self._uvicorn_config())
         self._serving: asyncio.Task[None] | None = None
         self._logs: LogStore | None = None
@@ -337,7 +337,7 @@ class ServerProcess:
             watchdog.stop()
             await asyncio.gather(memory, return_exceptions=True)
             await self._stop_http()
-            self._remove_address_file()
+            self._address.remove()
 
     async def _watch_memory(self) -> None:
         soft = self.settings.memory_soft
@@ -365,7 +365,7 @@ class ServerProcess:
         listening = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait([self._serving, listening], return_when=asyncio.FIRST_COMPLETED)
         listening.cancel()
-        self._write_ready_line()
+        self._address.publish(self.url, self._ready_line())
         stopped = asyncio.create_task(self._stop.wait(), name="signal")
         await asyncio.wait([stopped, self._serving], return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -420,31 +420,17 @@ class ServerProcess:
         scheme = "https" if self.settings.tls_cert else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{name[1]}"
 
-    def _write_ready_line(self) -> None:
-        """Writes the ready line to stdout, and the address to a file beside the store."""
+    def _ready_line(self) -> str:
+        if self.settings.dev and self.settings.log != "json" and self._address.is_terminal:
+            zone = to_datetime(self.app.clock.now()).astimezone().tzname()
+            return f"eventflow: ready at {self.url}; times in {zone}"
         line = {
             "ready": True,
             "url": self.url,
             "pid": os.getpid(),
             "store": self.app.store.location,
         }
-        fresh = self._address_file.with_name(f"{self._address_file.name}.{os.getpid()}")
-        fresh.touch(mode=0o600)
-        fresh.write_bytes(orjson.dumps({"url": self.url, "pid": os.getpid()}))
-        fresh.rename(self._address_file)
-        with suppress(OSError, ValueError):  # stdout is closed: serving needs no reader
-            text = orjson.dumps(line).decode()
-            if self.settings.dev and self.settings.log != "json" and self._ready_stream.isatty():
-                zone = to_datetime(self.app.clock.now()).astimezone().tzname()
-                text = f"eventflow: ready at {self.url}; times in {zone}"
-            self._ready_stream.write(f"{text}\n")
-            self._ready_stream.flush()
-
-    def _remove_address_file(self) -> None:
-        """Leaves that of another server, which has a new store at this path."""
-        with suppress(OSError, ValueError, KeyError, TypeError):  # no such file, or not one of ours
-            if orjson.loads(self._address_file.read_bytes())["pid"] == os.getpid():
-                self._address_file.unlink()
+        return orjson.dumps(line).decode()
 
     def _ensure_token(self) -> None:
         """Makes the token at the first start. It is shown on a terminal, never in a log file."""
@@ -470,7 +456,7 @@ class ServerProcess:
             return
         if self.stopping:
             os.write(2, b"eventflow: second signal, not waiting\n")
-            self._remove_address_file()
+            self._address.remove()
             os._exit(128 + number)
         self._drain(signal.Signals(number).name)
 
@@ -532,7 +518,7 @@ class ServerProcess:
             flush = threading.Thread(target=self._output.flush, daemon=True)
             flush.start()
             flush.join(0.3)
-            self._remove_address_file()
+            self._address.remove()
             if code == 0:
                 self.reexec_if_requested()
             os._exit(code)
