@@ -307,7 +307,7 @@ def _replay_many(request: ReplayRequest, as_json: bool, location: LedgerLocation
 
 def _verdict_lines(done: list[Any]) -> list[str]:
     return [
-        f"event {each['event']}  {verdict['subscription']}  {verdict['outcome']}  "
+        f"event {each['ledger_id']}  {verdict['subscription']}  {verdict['outcome']}  "
         f"{_verdict_detail(verdict)}"
         for each in done
         for verdict in each["verdicts"]

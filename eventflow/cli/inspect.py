@@ -25,7 +25,7 @@ COLUMNS = {
     "flows": "name subscriptions",
     "triggers": "name kind state events duplicates last_event gauges detail",
     "sinks": "name sink kind state waiting oldest sent rejected failures last_error",
-    "dead-letters": "id event at subscription type reason",
+    "dead-letters": "id ledger_id at subscription type reason",
 }
 """The columns of `ls`, by kind; those without a value are left out."""
 

@@ -74,10 +74,11 @@ def _about(run: Mapping[str, Any]) -> str | None:
 
 
 def _event(run: Mapping[str, Any]) -> str | None:
-    if run["event"] is None or run["event_type"] == "eventflow.run.requested":
+    if run["ledger_id"] is None or run["event_type"] == "eventflow.run.requested":
         return None
     more = f", and {run['events'] - 1} more" if run["events"] > 1 else ""
-    return f"{run['event']}  {run['event_type']}  {run['event_id']}  by {run['subscription']}{more}"
+    ids = f"{run['ledger_id']}  {run['event_type']}  {run['event_id']}"
+    return f"{ids}  by {run['subscription']}{more}"
 
 
 def _due(run: Mapping[str, Any]) -> str | None:

@@ -141,7 +141,7 @@ async def _ensure_deliveries(
         verdicts += [{**each, "known": False} for each in _recorded_verdicts(known, name)]
     return {
         "at": _format_time(at),
-        "event": format_id(known["id"]) if known else None,
+        "ledger_id": format_id(known["id"]) if known else None,
         "verdicts": verdicts,
     }
 

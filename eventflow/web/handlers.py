@@ -110,7 +110,7 @@ class EventHandlers:
         serialize = serializers.simulated_verdict if dry else serializers.new_verdict
         return Json(
             {
-                "event": format_id(number),
+                "ledger_id": format_id(number),
                 "dry_run": dry,
                 "verdicts": [serialize(each) for each in verdicts],
             },
@@ -268,7 +268,7 @@ class DeadLetterHandlers:
         )
         return Json(
             {
-                "event": receipt.id_text,
+                "ledger_id": receipt.id_text,
                 "verdicts": [serializers.new_verdict(each) for each in verdicts],
             },
             202,

@@ -129,7 +129,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "id": format_id(row["id"]),
         "flow": row["flow"],
         "state": row["state"],
-        "event": ident(row["event"]),
+        "ledger_id": ident(row["event"]),
         "subscription": row["subscription"] or None,
         "created_at": instant(row["created_at"]),
         "due_at": instant(row["due_at"]),
@@ -383,12 +383,16 @@ def _apply_entry(call: dict[str, Any], entry: Entry) -> None:
 
 def dead_letter(row: Mapping[str, Any]) -> dict[str, Any]:
     """A dead letter with the columns of its event that the query returned."""
-    shown = {name: value for name, value in row.items() if name not in ("body", "headers")}
+    shown = {
+        "ledger_id" if name == "event" else name: value
+        for name, value in row.items()
+        if name not in ("body", "headers")
+    }
     shown["reason"] = SECRETS.redact_text(row["reason"])
     for name in ("at", "redriven_at"):
         shown[name] = instant(row[name])
-    if "event" in row:
-        shown["event"] = format_id(row["event"])
+    if "ledger_id" in shown:
+        shown["ledger_id"] = format_id(shown["ledger_id"])
     return shown
 
 

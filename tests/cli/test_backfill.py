@@ -231,7 +231,7 @@ def test_killed_and_given_again_each_runs_once(reports: EventflowProcess):
         code, answer, _ = backfill(served, "report", *MAY, "--limit", "2", "--yes")
         assert code == 0 and answer["states"] == {"completed": 15} and answer["known"] >= 8
         runs = served.get("/api/runs", flow="report", limit=1000)["runs"]
-        assert len(runs) == 15 and len({run["event"] for run in runs}) == 15
+        assert len(runs) == 15 and len({run["ledger_id"] for run in runs}) == 15
         ended = Counter(
             days(served)
         )  # a body that the kill fell into, between its end and the record of it, may repeat
@@ -268,10 +268,8 @@ def test_what_the_schedule_fired_does_not_run_again(reports: EventflowProcess):
         assert set(
             Counter(line for line in served.diary if line.startswith("hourly")).values()
         ) == {1}
-        assert (
-            len({run["event"] for run in served.get("/api/runs", flow="later", limit=100)["runs"]})
-            == 10
-        )
+        runs = served.get("/api/runs", flow="later", limit=100)["runs"]
+        assert len({run["ledger_id"] for run in runs}) == 10
         sound(served)
 
 

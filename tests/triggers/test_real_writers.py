@@ -238,7 +238,7 @@ def test_what_a_verified_sender_sent_is_kept(server: EventflowProcess, name: str
     assert [post(**BEARER), post(**BEARER)] == [status, status]
     assert server.get("/api/counts")["dead"] == before + 1
     letter = server.get("/api/dead", limit=1)["dead"][0]
-    assert server.get(f"/api/events/{letter['event']}")["trigger"].endswith(hook)
+    assert server.get(f"/api/events/{letter['ledger_id']}")["trigger"].endswith(hook)
 
 
 def test_a_known_id_with_another_body_is_kept_and_redriven(server: EventflowProcess):
@@ -262,7 +262,7 @@ def test_a_known_id_with_another_body_is_kept_and_redriven(server: EventflowProc
     )
     assert server.post(f"/api/dead/{letter['id']}/redrive").status_code == 202
 
-    (run,) = server.get("/api/runs", event=letter["event"])["runs"]
+    (run,) = server.get("/api/runs", event=letter["ledger_id"])["runs"]
     assert server.wait_for(run["id"], "completed")["result"] == '{"n": 2}'
 
 

@@ -152,7 +152,7 @@ def test_t5_killed_at_any_moment_every_occurrence_has_one_run(ticks: Ticks):
         for event in events(server, "seconds")
     ]
     assert fired == [fired[0] + timedelta(seconds=k) for k in range(len(fired))]
-    begun = Counter(run["event"] for run in runs(server))
+    begun = Counter(run["ledger_id"] for run in runs(server))
     assert set(begun.values()) == {1}
     assert server.get("/api/counts")["conflicts"] == 0
 
