@@ -147,8 +147,8 @@ class DriftAlert(Endpoint):
             if reason is None:
                 return await self._confirm(parsed.confirmation)
             detail = "this topic is not one that the application takes"
-            # No dead letter: a handshake carries no event.
-            raise self._log_rejection(RequestRejected(403, "not_subscribed", detail), reason)
+            rejected = RequestRejected(403, "not_subscribed", detail)
+            raise await self._dead_letter(headers, repeated, body, rejected, reason)
         return await self._record(parsed, body, self._verify.signed_id(headers))
 
     async def _record(self, parsed: ParsedBody, body: bytes, signed_id: str | None) -> Reply:

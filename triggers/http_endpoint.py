@@ -244,11 +244,18 @@ class Endpoint:
             raise self._unavailable() from None
 
     async def _dead_letter(
-        self, headers: Headers, repeated: set[str], body: bytes, rejected: RequestRejected
+        self,
+        headers: Headers,
+        repeated: set[str],
+        body: bytes,
+        rejected: RequestRejected,
+        reason: str = "",
     ) -> RequestRejected:
-        """Records what a verified sender sent and is refused; the response to it."""
+        """Records what a verified sender sent and is refused; the response to it. `reason`: where
+        it says more than the response.
+        """
         stored = {name: headers[name] for name in DEAD_LETTER_HEADERS if name in headers}
-        error: str = rejected.args[2]
+        error: str = reason or rejected.args[2]
         ident = self._dead_letter_id(headers, repeated, body)
         await self._accept(
             [Undecodable(id=ident, source=self._source, body=body, error=error, headers=stored)]

@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from eventflow import App, flow
 from eventflow.core.errors import UsageError
-from eventflow.events.event import Event
+from eventflow.events.event import Event, Undecodable
 from eventflow.testing import drain, running
 from eventflow.testing.trigger_contract import CONTRACT, Item, Promise
 from tests.conftest import eventually
@@ -420,7 +420,7 @@ def test_sagemaker_through_eventbridge():
 
 def test_sns_asks_and_is_answered_for_known_topics_only():
     """The handshake visits SubscribeURL for a topic the app names, at SNS's own address alone;
-    anything else is refused.
+    anything else is refused, and kept as one dead letter however often SNS asks.
     """
     visited: list[str] = []
 
@@ -441,25 +441,31 @@ def test_sns_asks_and_is_answered_for_known_topics_only():
                 )
                 assert (await hook.post(asked)).status_code == 200
                 assert visited == ["Action=ConfirmSubscription&Token=t"]
-                assert (await hook.post(asked | {"TopicArn": TOPIC + "2"})).status_code == 403
+                for _ in range(3):
+                    assert (await hook.post(asked | {"TopicArn": TOPIC + "2"})).status_code == 403
+                (letter,) = hook.ledger.recorded.values()
+                assert isinstance(letter, Undecodable)
+                assert "is not among topics=" in letter.error
+                assert json.loads(letter.body)["TopicArn"] == TOPIC + "2"
                 assert (
                     await hook.post(asked | {"SubscribeURL": f"http://localhost:{port}/?Token=t"})
                 ).status_code == 403
             async with serving_hook(
                 DriftAlert("/drift", verify="none", topics=[TOPIC])
             ) as hook:  # at Amazon: nothing else will do
-                for url in (
+                refused_urls = (
                     aws,
                     "https://sns.eu-west-1.amazonaws.com.evil.example/",
                     "https://sns.x@evil.example/",
                     "http://sns.eu-west-1.amazonaws.com/",
                     "https://sns.eu-west-1.amazonaws.com:8080/",
-                ):
+                )
+                for url in refused_urls:
                     refused = await hook.post(
                         sns("SubscriptionConfirmation", "…", SubscribeURL=url)
                     )
                     assert refused.status_code == 403
-                assert hook.ledger.recorded == {}
+                assert len(hook.ledger.recorded) == len(refused_urls)
         assert len(visited) == 1
 
     asyncio.run(main())

@@ -150,6 +150,14 @@ MALFORMED: dict[str, Any] = {
     "empty key": lambda record: with_value(record, "", "s3", "object", "key"),
     "key that is a number": lambda record: with_value(record, 7, "s3", "object", "key"),
     "bucket that is a number": lambda record: with_value(record, 7, "s3", "bucket", "name"),
+    "lone surrogate in the key": lambda record: with_value(
+        record, "a\ud800", "s3", "object", "key"
+    ),
+    "lone surrogate in the etag": lambda record: with_value(
+        record, "a\ud800", "s3", "object", "eTag"
+    ),
+    "lone surrogate and no key": lambda record: {"x": "a\ud800"},
+    "300 levels": lambda record: json.loads("[" * 300 + "]" * 300),
     "object that is a list": lambda record: with_value(record, ["k"], "s3", "object"),
 }
 

@@ -7,6 +7,7 @@ events here too, so that all events have one shape.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, cast
@@ -16,6 +17,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import to_us
+from eventflow.core.errors import call_catching
 from eventflow.events.event import Event, parse_time
 
 CREATED = "io.eventflow.s3.object.created"
@@ -59,7 +61,7 @@ class MalformedRecord(msgspec.Struct, frozen=True):
     """
 
     index: int
-    body: bytes  # JSON
+    body: bytes  # JSON; empty when it is nested too deep to be written by itself
     error: str
 
 
@@ -81,10 +83,23 @@ def read_notifications(body: Any) -> Parsed:
     """
     try:
         return _read_message(
-            orjson.loads(body) if isinstance(body, str | bytes) else body, MAX_WRAPPING_DEPTH
+            _parse(body) if isinstance(body, str | bytes) else body, MAX_WRAPPING_DEPTH
         )
     except orjson.JSONDecodeError as error:
         raise ValueError(f"expected a notification from S3, found no JSON: {error}") from None
+
+
+def _parse(text: str | bytes) -> Any:
+    """The JSON of a message. One record that orjson refuses (a lone surrogate in its key) must not
+    cost those beside it, so then the standard library's parser reads it. Raises JSONDecodeError.
+    """
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        found, _ = call_catching(json.loads, text)
+        if isinstance(found, dict) and "Records" in found:
+            return cast(dict[str, Any], found)
+        raise
 
 
 def _read_message(found: Any, left: int) -> Parsed:
@@ -97,7 +112,7 @@ def _read_message(found: Any, left: int) -> Parsed:
         return S3TestEvent(str(message.get("Bucket", "")))
     if isinstance(inner := message.get("Message"), str) and "TopicArn" in message:
         try:
-            return _read_message(orjson.loads(inner), left - 1)
+            return _read_message(_parse(inner), left - 1)
         except orjson.JSONDecodeError:
             raise ValueError(
                 f"expected a notification from S3 inside that of SNS, found {inner[:80]!r}"
@@ -128,10 +143,18 @@ def _from_records(records: Sequence[Any]) -> list[Notification | MalformedRecord
             found.append(_from_record(record))
         except ValueError as error:  # of this record: the others are recorded
             errors.append(error)
-            found.append(MalformedRecord(index, orjson.dumps(record), str(error)))
+            found.append(MalformedRecord(index, _record_json(record), str(error)))
     if errors and len(errors) == len(records):
         raise errors[0]
     return found
+
+
+def _record_json(record: Any) -> bytes:
+    written, _ = call_catching(orjson.dumps, record)
+    if written is None:  # more than 254 levels, or a lone surrogate
+        text, _ = call_catching(json.dumps, record)
+        written = (text or "").encode()
+    return written
 
 
 def _from_record(record: Any) -> Notification:
@@ -148,7 +171,7 @@ def _from_record(record: Any) -> Notification:
             s3["object"],
             record.get("eventTime"),
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeEncodeError) as error:
         raise ValueError(
             "expected a record with eventName, s3.bucket.name and s3.object.key, "
             f"found none: {error!r}"
@@ -172,17 +195,22 @@ def _notification(
     size = thing.get("size")
     etag = str(thing.get("eTag") or thing.get("etag") or "").strip('"')
     version = thing.get("versionId") or thing.get("version-id")
+    orjson.dumps((bucket, key, etag, str(version), thing.get("sequencer"), reason))  # or TypeError
     return Notification(
         action=action,
         bucket=bucket,
         key=key,
-        size=size if action == "created" and isinstance(size, int) else None,
+        size=size if action == "created" and _is_size(size) else None,
         etag=etag or None if action == "created" else None,
         version=None if version in (None, "null") else str(version),
         sequencer=thing.get("sequencer") if isinstance(thing.get("sequencer"), str) else None,
         time=_parse_time(time),
         reason=reason or kind,
     )
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and 0 <= size < 2**63
 
 
 _ACTIONS: Mapping[str, Action] = {
@@ -203,7 +231,8 @@ def _parse_time(text: object) -> datetime | None:
 
 def _from_eventbridge(message: Mapping[str, Any]) -> Notification:
     """Keys are not encoded."""
-    source, detail = message.get("source"), message["detail"]
+    source = message.get("source")
+    detail = message["detail"]
     if source != "aws.s3":
         raise ValueError(f'expected source "aws.s3", found {source!r}')
     try:

@@ -291,7 +291,7 @@ class SqsPoller:
         return Undecodable(
             id=f"{message['MessageId']}/{record.index}",
             source=self._url,
-            body=record.body,
+            body=record.body or message["Body"].encode("utf-8", "surrogatepass"),
             error=record.error,
         )
 
@@ -325,11 +325,8 @@ class SqsPoller:
         return await self._folders.expand(to_event(known, ident=pending.event_id))
 
     def _is_superseded(self, notification: Notification) -> bool:
-        object_key, latest = (
-            (notification.bucket, notification.key),
-            self._latest_sequencers.get((notification.bucket, notification.key)),
-        )
-        if is_older(notification.sequencer, latest):
+        object_key = (notification.bucket, notification.key)
+        if is_older(notification.sequencer, self._latest_sequencers.get(object_key)):
             return True
         if notification.sequencer:
             self._latest_sequencers[object_key] = notification.sequencer
