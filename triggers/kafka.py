@@ -13,6 +13,7 @@ other files.
 """
 
 import asyncio
+import inspect
 import random
 import re
 from collections.abc import Sequence
@@ -224,6 +225,8 @@ def _check(
         )
     if not callable(decode) and decode not in ("json", "bytes"):
         raise UsageError(f'Kafka: decode= expected "json", "bytes" or a function, found {decode!r}')
+    if inspect.iscoroutinefunction(decode):
+        raise UsageError("Kafka: decode= expected a plain function, found an `async` one")
     if on_gap not in ("earliest", "latest", "stop"):
         raise UsageError(
             f'Kafka: on_gap= expected "earliest", "latest" or "stop", found {on_gap!r}'

@@ -13,8 +13,6 @@ import msgspec
 
 from eventflow.events.event import Event, Undecodable
 
-_NUMBERS_OF_64_BITS = range(-(2**63), 2**64)
-
 
 def storable_text(value: object) -> str:
     """Text without lone surrogates, each of which is written as `\\udcNN`; other values as `str`
@@ -27,11 +25,14 @@ def storable_text(value: object) -> str:
 def check_storable(event: Event, body: bytes) -> None:
     """Raises for what JSON or the ledger would change or refuse. `body`: the event's JSON.
 
-    ValueError for NaN and Infinity, which are written as null; TypeError for a subject that is no
-    text.
+    ValueError for NaN and Infinity, which are written as null; TypeError for an id,
+    source or subject that is no text.
     """
-    if event.subject is not None and not isinstance(cast(object, event.subject), str):
-        raise TypeError(f"subject: expected a str, found {type(event.subject).__name__}")
+    found: Any = event  # made by code without types
+    if not (isinstance(found.id, str) and isinstance(found.source, str)):
+        raise TypeError("id and source: expected a str each")
+    if not isinstance(found.subject, str | None):
+        raise TypeError(f"subject: expected a str, found {type(found.subject).__name__}")
     if b"null" in body and not _is_finite(event.data):
         raise ValueError("data: expected finite numbers, found NaN or Infinity")
 
@@ -75,7 +76,7 @@ def _without_data(event: Event) -> Event:
 
 
 def _storable_value(value: object) -> str | int | bool:
-    if isinstance(value, int) and value in _NUMBERS_OF_64_BITS:
+    if isinstance(value, int) and -(2**63) <= value < 2**64:
         return value
     return storable_text(value)
 

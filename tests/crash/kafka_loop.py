@@ -169,7 +169,7 @@ class Loop:
         self.wrong += wrong
         return self.wrong
 
-    def _spawn(self, seam: str, count: int) -> "subprocess.Popen[bytes]":
+    def spawn(self, seam: str, count: int) -> "subprocess.Popen[bytes]":
         call = [
             sys.executable,
             "-m",
@@ -191,7 +191,7 @@ class Loop:
         seam = self.draw.choice([*SEAMS, "never"])
         began = time.monotonic()
         life = self.draw.uniform(0.3, 2.5) if seam == "never" else LIFE
-        victim = self._spawn(seam, 1 if seam == "assigned" else self.draw.randint(1, 12))
+        victim = self.spawn(seam, 1 if seam == "assigned" else self.draw.randint(1, 12))
         while victim.poll() is None and time.monotonic() - began < life:
             await asyncio.sleep(0.01)
         self.ends[seam if victim.poll() is not None else "at random"] += 1
@@ -238,7 +238,7 @@ class Loop:
 
     async def _rest(self) -> None:
         """The last life ends by itself, when everything is recorded and every run is done."""
-        victim = self._spawn("rest", sum(self.sent))
+        victim = self.spawn("rest", sum(self.sent))
         began = time.monotonic()
         while victim.poll() is None and time.monotonic() - began < REST:
             await asyncio.sleep(0.1)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aiokafka.structs import ConsumerRecord
@@ -481,6 +481,35 @@ def test_a_decoder_that_raises_makes_a_dead_letter(broker: Broker):
     run(broker, work)
 
 
+def test_a_decoder_whose_data_cannot_be_recorded_makes_a_dead_letter(broker: Broker):
+    """What JSON would refuse or change (a lone surrogate, an integer of 70 bits, NaN, an object) is
+    a dead letter with the record's bytes, for plain records, own events and CloudEvents alike; the
+    records beside it are events.
+    """
+    made: dict[bytes, Any] = {
+        b"good": {"n": 1},
+        b"surrogate": "a\ud800",
+        b"integer": {"n": 2**70},
+        b"nan": [float("nan")],
+        b"object": object(),
+        b"event": Event(id="a\ud800", source="/own", type="own"),
+        b"event without id": Event(id=cast(Any, None), source="/own", type="own"),
+        b"last": "last",
+    }
+
+    async def work(topic: Topic) -> None:
+        await topic.send(*made)
+        await topic.send(b"surrogate", headers=ce("c"))
+        async with topic.read(decode=lambda record: made[record.value]):
+            await topic.has(len(made) + 1)
+        assert topic.data == [{"n": 1}, "last"]
+        bodies = [letter.body for letter in topic.dead_letters]
+        assert bodies == [*list(made)[1:-1], b"surrogate"]
+        assert all("cannot be recorded" in letter.error for letter in topic.dead_letters)
+
+    run(broker, work)
+
+
 class Registry(BaseHTTPRequestHandler):
     """A schema registry with one schema, number 7."""
 
@@ -504,7 +533,8 @@ class Registry(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def registry() -> Iterator[str]:
-    Registry.down, Registry.asked = False, 0
+    Registry.down = False
+    Registry.asked = 0
     server = HTTPServer(("127.0.0.1", 0), Registry)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -588,6 +618,10 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
 # ------------------------------------------------------------------ configuration
 
 
+async def async_decode(record: Any) -> None:
+    """Its coroutine would be the data of every event."""
+
+
 @pytest.mark.parametrize(
     ("topics", "options", "why"),
     [
@@ -598,6 +632,7 @@ def test_a_registry_that_is_away_holds_the_partition_and_loses_nothing(
         (("a",), {"start": "now"}, "start="),
         (("a",), {"start": datetime(2026, 1, 1, tzinfo=UTC).replace(tzinfo=None)}, "naive"),
         (("a",), {"decode": "avro"}, "decode="),
+        (("a",), {"decode": async_decode}, "`async`"),
         (("a",), {"on_gap": "ignore"}, "on_gap="),
         (("a",), {"sesion_timeout_ms": 1}, "did you mean session_timeout_ms="),
         (("a",), {"nonsense": 1}, "AIOKafkaConsumer"),

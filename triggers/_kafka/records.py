@@ -19,6 +19,7 @@ from eventflow.core.errors import call_catching
 from eventflow.core.retry import RetryAfter
 from eventflow.events.cloudevents import is_json, media_type
 from eventflow.events.event import Event, Undecodable
+from eventflow.events.storable import check_storable
 from eventflow.events.strict_json import read_json
 from triggers._kafka.client import KafkaRecord
 from triggers._kafka.errors import MissingOffsets
@@ -92,15 +93,27 @@ class RecordReader:
             if record.headers:
                 _check_header_size(record)
                 if _is_cloudevent(record):
-                    return self._cloudevent(record)
-            return self._plain(record)
+                    return self._checked(self._cloudevent(record))
+            return self._checked(self._plain(record))
         except ValueError as error:  # raised in this file, or by orjson
             return self.undecodable(record, str(error))
+
+    def _checked(self, event: Event) -> Event:
+        """Raises ValueError for what the user's decoder made and the ledger could not hold: the
+        dead letter then has the record's bytes.
+        """
+        if self.runs_user_code:
+            body, error = call_catching(event.to_json)
+            _, lost = call_catching(check_storable, event, body or b"")
+            if (problem := error or lost) is not None:
+                raise ValueError(f"decode= made data that cannot be recorded: {problem}")
+        return event
 
     # ------------------------------------------------------------------ plain records
 
     def _plain(self, record: KafkaRecord) -> Event:
-        value, key, headers = record.value, record.key, record.headers
+        value = record.value
+        key = record.key
         extensions: dict[str, str | int | bool] = {
             "kafkatopic": record.topic,
             "kafkapartition": record.partition,
@@ -115,9 +128,10 @@ class RecordReader:
             subject = _key_text(key)
             if subject is None:
                 extensions["partitionkey"] = _key_base64(key)
-        if headers:
-            _add_headers(extensions, headers)
-        data, content_type = None, None
+        if record.headers:
+            _add_headers(extensions, record.headers)
+        data = None
+        content_type = None
         if value is None:
             extensions["kafkatombstone"] = True
         else:
@@ -223,7 +237,8 @@ class RecordReader:
         """The dead letter about skipped offsets. `last_timestamp`, of the record before them, makes
         its id unique.
         """
-        first, end = missing.first, missing.end
+        first = missing.first
+        end = missing.end
         return Undecodable(
             id=f"gap:{partition}:{first}:{end}:{last_timestamp}",
             source=self.source(topic),
