@@ -215,14 +215,14 @@ def commands(path: Path) -> Iterator[tuple[int, list[str]]]:
     for block in blocks(path, "sh", "console"):
         text = block.text.replace("\\\n", " ")
         for number, line in enumerate(text.splitlines()):
-            told = (
+            command = (
                 line.removeprefix("$ ")
                 if line.startswith("$ ")
                 else line
                 if block.language == "sh"
                 else ""
             )
-            for part in re.split(r"\s(?:&&|\|)\s", told):
+            for part in re.split(r"\s(?:&&|\|)\s", command):
                 words = shlex.split(part, comments=True)
                 while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
                     words = words[1:]
@@ -304,12 +304,12 @@ def test_every_command_and_option_is_in_the_reference():
     """
     reference = page("reference/cli.md")
     shared = section(reference, "Options that most commands share")
-    for command, option, told in options():
+    for command, option, help_text in options():
         own = section(reference, f"eventflow {command}")
-        assert f"`{option}" in own or (f"`{option}" in shared and told in shared), (
+        assert f"`{option}" in own or (f"`{option}" in shared and help_text in shared), (
             f"{command} {option}"
         )
-        assert told in own + shared, f"{command} {option}: {told}"
+        assert help_text in own + shared, f"{command} {option}: {help_text}"
 
 
 def test_every_option_in_the_reference_exists():
@@ -334,10 +334,10 @@ def test_every_serving_option_is_a_setting():
 
 
 def routes() -> set[tuple[str, str]]:
-    door = Api(App("any"), lambda: False)
+    api = Api(App("any"), lambda: False)
     return {
         (method, re.sub(r"{(\w+):\w+}", r"{\1}", route.path))
-        for route in door.routes()
+        for route in api.routes()
         if isinstance(route, Route)
         for method in (route.methods or set()) - {"HEAD"}
     }
@@ -468,8 +468,8 @@ def test_every_extra_is_documented():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    told = section(README.read_text(), "Install")
-    assert {name for name in extras if re.search(rf"`{name}`|\[{name}\]", told)} == extras.keys()
+    install = section(README.read_text(), "Install")
+    assert {name for name in extras if re.search(rf"`{name}`|\[{name}\]", install)} == extras.keys()
     for name in re.findall(r"eventflow-reactor\[([\w,]+)\]", DOCS):
         assert set(name.split(",")) <= extras.keys()
 

@@ -154,10 +154,8 @@ class KafkaSink:
         if message.reason is not None:
             value, headers = _dead_letter_record(message)
         elif self._mode == "structured":
-            value, headers = (
-                event.to_json(),
-                [("content-type", b"application/cloudevents+json; charset=UTF-8")],
-            )
+            value = event.to_json()
+            headers = [("content-type", b"application/cloudevents+json; charset=UTF-8")]
         else:
             value, headers = _binary_record(event)
         if value is None and key is None:

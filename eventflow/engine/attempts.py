@@ -187,6 +187,9 @@ class Attempts:
     # ----------------------------------------------------------------- limits
 
     def _body(self, call: TaskCall) -> Awaitable[Any]:
+        """The body within its limits: _body → _limited (the task's concurrency) → _gated (crash
+        suspects) → _timed (the timeout) → the function, on the loop or in a thread.
+        """
         limit = self._services.limits.for_task(call.task)
         if limit is None and not self.run.crash_suspect:
             return self._timed(call)

@@ -19,7 +19,7 @@ CLAIM_BATCH_SIZE = 500
 """Runs asked for in one claim: enough to share a commit, few enough to stay fair."""
 
 MAX_SUSPECTS = 4
-"""Suspects of a crash whose attempts run at once."""
+"""Attempts of crash suspects that run at once."""
 
 UNBOUNDED = 1 << 30
 

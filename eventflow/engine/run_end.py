@@ -146,7 +146,7 @@ class RunEnd:
         `on_stored` is called when it is. `name` is the run's, for the log.
         """
         if root.cancelled() or self.refusals:
-            return self.signal_outcome()  # what else it came to is a consequence
+            return self.signal_outcome()  # any other result is a consequence
         error = root.exception()
         if error is None:
             outcome, error = call_catching(self._complete, root.result(), name, journal, on_stored)

@@ -1,4 +1,4 @@
-"""The journal of a run: what its calls came to, by call key.
+"""The journal of a run: the results of its calls, by call key.
 
 A call key is text, `scope/task#ordinal`, that names a call by its place in the flow
 (loop/scopes.py). An `Entry` records what happened to a call. engine/execution.py appends entries,

@@ -1,15 +1,17 @@
 """A run, one durable execution of a flow: its states, its outcomes, and the ids of the ledger.
 
-                      ┌──────────── retry (keeps values, drops errors) ───────────────┐
-                      ▼                                                               │
-    record ──► PENDING ──claim──► RUNNING ──Completed──► COMPLETED                    │
-                 ▲ ▲                │ ├──Failed──────► FAILED ────────────────────────┤
-                 │ │                │ ├──Cancelled───► CANCELLED ─────────────────────┤
-                 │ └─due / woken────┤ └──third crash─► DEAD ──────────────────────────┤
-                 │     WAITING ◄──Suspended(until)                                    │
-                 │                  └──NeedsAttention─► HELD ───────────────────────┘
-                 ├── interrupted (drain; a crash: the next start makes it PENDING), Restarted
-                 └── resume, retry ── PAUSED ◄── record, while the event's trigger is paused
+    (recorded)                ─► PENDING, or PAUSED while the trigger of its event is paused
+    PENDING  claim            ─► RUNNING
+    RUNNING  Completed        ─► COMPLETED
+             Failed           ─► FAILED
+             Cancelled        ─► CANCELLED
+             third crash      ─► DEAD
+             NeedsAttention   ─► HELD
+             Suspended(until) ─► WAITING
+             Interrupted (drain), Restarted, a crash (at the next start) ─► PENDING
+    WAITING  due, woken       ─► PENDING
+    PAUSED   resume, retry    ─► PENDING
+    FAILED, CANCELLED, DEAD, HELD  retry (keeps values, drops errors) ─► PENDING
 
 `cancel` moves PENDING, WAITING, PAUSED and HELD to CANCELLED at once. A RUNNING run is notified and
 ends in the outcome that it reaches. Each arrow is one method of the store (store/protocol.py).

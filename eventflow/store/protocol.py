@@ -245,7 +245,7 @@ class RunEventSource(Protocol):
         ...
 
     def route_ended(self, run: RunEnded) -> Arrival | None:
-        """The event of a run that came to a wanted state, ready to record; None when no
+        """The event of a run that reached a wanted state, ready to record; None when no
         subscription matches it.
         """
         ...

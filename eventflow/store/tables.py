@@ -258,7 +258,7 @@ class RunRows:
         self, commit: Commit, receiver: RunReceiver | None, running: dict[int, RunRow]
     ) -> None:
         self.added: list[Values] = []
-        self.ended: list[RunRow] = []  # came to HELD, or ended
+        self.ended: list[RunRow] = []  # became HELD, or ended
         self._commit = commit
         self._receiver = receiver
         self._running = running

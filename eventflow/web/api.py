@@ -132,7 +132,7 @@ class Api:
         """Former paths, with the answers they had; not described."""
         return make_routes(
             [
-                ("GET", "/api/outlets", self._triggers.outlets),
+                ("GET", "/api/outlets", self._triggers.sinks_by_old_name),
                 ("GET", "/api/foresight", self._dry_run.dry_run),
             ]
         )

@@ -316,7 +316,7 @@ class TriggerHandlers:
     async def sinks(self, _: Request) -> Response:
         return Json({"sinks": await self._sinks()})
 
-    async def outlets(self, _: Request) -> Response:
+    async def sinks_by_old_name(self, _: Request) -> Response:
         """The same list under the key of the older path."""
         return Json({"outlets": await self._sinks()})
 

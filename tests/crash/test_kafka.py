@@ -32,7 +32,7 @@ def test_p1_p2_kafka_kill_9_between_poll_record_and_commit(tmp_path: Path):
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["noida", "tansu"])
-def test_p1_p2_kafka_kill_9_beside_records_that_cannot_be_read(tmp_path: Path, kind: str):
+def test_p1_p2_kafka_kill_9_among_unreadable_records(tmp_path: Path, kind: str):
     """Killed at the same seams while some records cannot be read, each life with another hash seed:
     each stops its own partition at its offset, or is one dead letter; every other record, in its
     batch, behind it and in other partitions, is recorded once and runs once.

@@ -106,13 +106,13 @@ def test_many_values_at_once():
 
 
 @pytest.mark.parametrize(
-    "key", [
-        "password", "db_password", "DB-Passwd", "clientSecret", "secret_key", "access_token",
-        "idToken", "X-Auth-Token", "token", "Authorization", "proxy-authorization", "api_key",
-        "X-Api-Key", "apikey", "Cookie", "set-cookie", "credentials", "private_key",
-        "aws_secret_access_key", "passphrase", "pwd", "auth",
-    ]
-)  # fmt: skip
+    "key",
+    """
+    password db_password DB-Passwd clientSecret secret_key access_token idToken X-Auth-Token token
+    Authorization proxy-authorization api_key X-Api-Key apikey Cookie set-cookie credentials
+    private_key aws_secret_access_key passphrase pwd auth
+    """.split(),
+)
 def test_values_in_fields_named_like_secrets_are_hidden(key: str):
     """A field named like a secret shows no value, at any depth and of any type."""
     found = Redactor().redact_data(

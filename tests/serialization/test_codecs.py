@@ -275,12 +275,21 @@ def test_a_call_has_one_fingerprint_however_it_is_written():
 @pytest.mark.parametrize(
     "value",
     [
-        NOW, Decimal("1.1"), b"abc", Colour.RED, Order(1, [Line("x", Decimal(1))], NOW),
-        Metrics(1.0), {1, 2}, {3: "x"}, 2**80,
-        Customer(name="A", born=dt.date(2000, 1, 1)), (1, 2), {"deep": [Order(1)]},
+        NOW,
+        Decimal("1.1"),
+        b"abc",
+        Colour.RED,
+        Order(1, [Line("x", Decimal(1))], NOW),
+        Metrics(1.0),
+        {1, 2},
+        {3: "x"},
+        2**80,
+        Customer(name="A", born=dt.date(2000, 1, 1)),
+        (1, 2),
+        {"deep": [Order(1)]},
     ],
     ids=repr,
-)  # fmt: skip
+)
 def test_codec_values_are_compared_by_their_json(value):
     """Values of the known types are part of the fingerprint, and another value is another
     fingerprint.

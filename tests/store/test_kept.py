@@ -107,8 +107,10 @@ class Living:
 @asynccontextmanager
 async def living(store: Path, *, passive: bool = False) -> AsyncIterator[Living]:
     """The app as it is today, mended, at the time at which the store was left. Audited at last."""
-    stage.gate = stage.mended = True
-    stage.is_new = stage.is_early = False
+    stage.gate = True
+    stage.mended = True
+    stage.is_new = False
+    stage.is_early = False
     stage.bodies.clear()
     clock = VirtualClock(NOW)
     kept = Kept(clock, sinks=True)

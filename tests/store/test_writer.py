@@ -44,12 +44,14 @@ async def test_ops_of_a_loop_are_applied_in_order(ledger: Ledger):
     await ledger.recorded(*[ledger.run() for _ in range(200)])
     runs = await ledger.claimed(200)
     ops = [
-        op for run in runs for op in (
+        op
+        for run in runs
+        for op in (
             Append(run.id, run.token, [value()]),
             Settle(run.id, run.token, Completed(b"1")),
             Append(run.id, run.token, [value("late")]),
         )
-    ]  # fmt: skip
+    ]
     replies = await ledger.together(*ops)
     assert [type(reply).__name__ for reply in replies] == ["Appended", "Settled", "Fenced"] * 200
 

@@ -271,7 +271,7 @@ def test_the_window_is_bounded():
         10 * SAMPLE_WHOLE_BYTES,
     ],
 )
-def test_samples_tell_contents_apart(tmp_path: Path, size: int):
+def test_samples_of_different_contents_differ(tmp_path: Path, size: int):
     """Equal contents have equal samples; a change at the beginning or the end changes it, whatever
     the size.
     """

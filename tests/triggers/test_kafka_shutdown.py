@@ -96,7 +96,8 @@ def test_a_leave_that_is_cancelled(behind: tuple[Broker, Proxy]):
             async with topic.read() as task:
                 await topic.send(1)
                 await topic.has(1)
-                proxy.responses_left, proxy.withheld = 0, False
+                proxy.responses_left = 0
+                proxy.withheld = False
                 await withheld(proxy)
                 task.cancel()
                 for _ in range(3):

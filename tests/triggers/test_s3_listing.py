@@ -632,7 +632,7 @@ def test_fault_23_a_listing_resumes_where_it_failed(ministack: Aws, fault: tuple
     asyncio.run(main())
 
 
-def test_s30_refused_and_missing_buckets_say_what_to_do(aws: Aws):
+def test_s30_errors_of_refused_and_missing_buckets_have_the_remedy(aws: Aws):
     """A missing bucket, and refused access, end the listener with the reason and what to grant."""
 
     async def main() -> None:
@@ -649,7 +649,7 @@ def test_s30_refused_and_missing_buckets_say_what_to_do(aws: Aws):
     asyncio.run(main())
 
 
-def test_beside_a_queue_a_refused_listing_does_not_stop_the_queue(ministack: Aws):
+def test_a_refused_listing_does_not_stop_the_queue(ministack: Aws):
     """Without permission to list, reconcile reports it and tries again; the queue works."""
 
     async def main() -> None:

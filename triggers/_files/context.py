@@ -111,6 +111,7 @@ class DirectoryContext:
         """Passes stats to the settling files. `started_at`: monotonic instant before the first of
         them was taken.
         """
-        ended_at, now_us = self.clock.monotonic(), self.clock.now()
+        ended_at = self.clock.monotonic()
+        now_us = self.clock.now()
         for path, stat in observations:
             self.settling.observe(path, stat, before=started_at, after=ended_at, now_us=now_us)

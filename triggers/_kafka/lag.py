@@ -26,7 +26,8 @@ class Lag:
         """Reads the end offset of the last fetch: that of the readable records, without open
         transactions, if known.
         """
-        stable, written = consumer.last_stable_offset(tp), consumer.highwater(tp)
+        stable = consumer.last_stable_offset(tp)
+        written = consumer.highwater(tp)
         end = written if stable is None or stable < 0 else stable
         if end is not None and end > self.end_offset:
             self.end_offset = end

@@ -141,7 +141,8 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         """Resumes what a full ledger paused, and the stopped partitions whose time has come. A
         partition whose last record was awaited for too long becomes uncertain.
         """
-        now, was_full = self._now(), self.store_full is not None
+        now = self._now()
+        was_full = self.store_full is not None
         self.store_full = None
         for partition in self.values():
             is_due = partition.stopped is not None and partition.stopped.retry_at <= now
@@ -252,7 +253,8 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         Called when a fetch returned nothing: partitions whose end is reached are marked as caught
             up.
         """
-        batch, now = DecodedBatch(self.epoch), self._options.clock.now()
+        batch = DecodedBatch(self.epoch)
+        now = self._options.clock.now()
         for tp, partition in self.items():
             if self.is_paused(tp) or tp not in self._consumer.assignment():
                 continue

@@ -125,7 +125,8 @@ class Positions:
                 LEDGER_KEY: self.ledger,
             }
         group = await group_offsets(self._consumer, tps)
-        begin, end = await self.beginning_offsets(tps), await self.end_offsets(tps)
+        begin = await self.beginning_offsets(tps)
+        end = await self.end_offsets(tps)
         found: dict[TopicPartition, OffsetBounds] = {}
         for tp in tps:
             position = self._choose(
@@ -199,8 +200,11 @@ class Positions:
         return await self._intake.cursor()
 
     def _all_partitions(self) -> list[TopicPartition]:
-        known, topics = self._consumer.partitions_for_topic, self._consumer.subscription()
-        return [TopicPartition(topic, number) for topic in topics for number in known(topic) or ()]
+        return [
+            TopicPartition(topic, number)
+            for topic in self._consumer.subscription()
+            for number in self._consumer.partitions_for_topic(topic) or ()
+        ]
 
     async def _start_offsets(self, tps: list[TopicPartition]) -> dict[TopicPartition, int]:
         start = self._options.start

@@ -43,7 +43,7 @@ class Producer(Protocol):
         """Queues a record; the future is done when the brokers have it. Raises
         MessageSizeTooLargeError without queueing.
         """
-        ...  # fmt: skip
+        ...
 
 
 def make_producer(options: Mapping[str, Any]) -> Producer:

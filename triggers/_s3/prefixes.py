@@ -33,7 +33,8 @@ class FolderEvents:
         """
         if not self._key_filter.marker_per_folder or event.type != CREATED:
             return event
-        bucket, folder = event.data["bucket"], folder_of(event.data["key"])
+        bucket = event.data["bucket"]
+        folder = folder_of(event.data["key"])
         objects, truncated = await self._list(bucket, folder)
         data = [each for each in objects if self._key_filter.is_data(each.key)]
         return folder_event(event, folder, data, truncated)

@@ -597,7 +597,8 @@ class Post:
     """A sink that takes everything, or fails, or refuses."""
 
     def __init__(self, name: str, how: str) -> None:
-        self.name, self.how = name, how
+        self.name = name
+        self.how = how
         self.taken: list[Any] = []
 
     async def send(self, *letters: Any) -> None:
@@ -620,11 +621,9 @@ class Kept:
     def __init__(self, clock: Any, *, sinks: bool = False) -> None:
         """`sinks`: all of them take what they are given."""
         self.clock = clock
-        self.orders, self.paused, self.scores = (
-            MemoryTrigger("orders"),
-            MemoryTrigger("paused"),
-            MemoryTrigger("scores"),
-        )
+        self.orders = MemoryTrigger("orders")
+        self.paused = MemoryTrigger("paused")
+        self.scores = MemoryTrigger("scores")
         self.good = Post("good", "take")
         self.bad = Post("bad", "take" if sinks else "fail")
         self.picky = Post("picky", "take" if sinks else "refuse")

@@ -65,7 +65,8 @@ class Life:
     """One life of the app, and short words for what happens in it."""
 
     def __init__(self, folder: Path, clock: VirtualClock) -> None:
-        self.clock, self.kept = clock, kept_app.Kept(clock)
+        self.clock = clock
+        self.kept = kept_app.Kept(clock)
         self.app = self.kept.app
         self.notes = folder / "notes.json"
         self.runs: dict[str, int] = (
@@ -443,7 +444,7 @@ async def verdicts(store: Path) -> dict[str, int]:
     events = [await app.store.event(row["id"]) for row in rows]
     assert await app.store.check() == []
     await app.close()
-    return dict(sorted(Counter(said[1] for row in events for said in row["verdicts"]).items()))
+    return dict(sorted(Counter(each[1] for row in events for each in row["verdicts"]).items()))
 
 
 def pack(folder: Path, target: Path) -> None:
@@ -465,7 +466,11 @@ def pack(folder: Path, target: Path) -> None:
         for part in parts:
             for path in sorted([folder / part, *(folder / part).rglob("*")]):
                 info = archive.gettarinfo(str(path), str(path.relative_to(folder)))
-                info.mtime, info.uid, info.gid, info.uname, info.gname = 0, 0, 0, "", ""
+                info.mtime = 0
+                info.uid = 0
+                info.gid = 0
+                info.uname = ""
+                info.gname = ""
                 with path.open("rb") if path.is_file() else io.BytesIO() as content:
                     archive.addfile(info, content if path.is_file() else None)
     target.write_bytes(gzip.compress(raw.getvalue(), 9, mtime=0))
