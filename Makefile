@@ -12,10 +12,10 @@ ARGS ?=
 AWS := .venv-aws
 AWS_PACKAGES := 'ministack>=1.5.33' 'moto[server]>=5.2.5'
 
-# Tests that ARGS picks by path need the local AWS services only if they are those of S3, or all of a folder.
-NEEDS_AWS := $(if $(filter tests/%.py tests/%.py::%,$(ARGS)),$(findstring s3,$(ARGS)),all)
+# Tests that ARGS picks by path need the local AWS services only if they are those of S3, the soak, or all of a folder.
+NEEDS_AWS := $(if $(filter tests/%.py tests/%.py::%,$(ARGS)),$(findstring s3,$(ARGS))$(findstring soak,$(ARGS)),all)
 
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test soak bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## Print this list
@@ -26,6 +26,9 @@ demo: $(VENV)/.core  ## Run `eventflow demo`: real parts, a kill -9, and checks 
 
 test: $(VENV)/.dev $(if $(NEEDS_AWS),$(AWS)/.made)  ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+soak: $(VENV)/.dev $(AWS)/.made  ## Run mixed traffic for 10 minutes; ARGS="--minutes 1"
+	$(BIN)/python -m tests.soak $(ARGS)
 
 bench: $(VENV)/.dev  ## Run the benchmarks of docs/benchmarks.md; ARGS="W1 --quick" picks
 	$(BIN)/python -m benchmarks $(ARGS)

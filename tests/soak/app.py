@@ -1,0 +1,444 @@
+"""The app of the soak: every source, delivery mode and kind of wait, with a retention of seconds.
+
+`__main__.py` serves it with `eventflow serve`; traffic.py sends what it handles. Each run notes
+what it did as a line `KIND IDENT` in the file $SOAK_EFFECTS, which is compared with what was sent,
+since the ledger itself forgets. A thread writes what only the process knows to $SOAK_STATS.
+$SOAK_LEAK names figures that are to grow: the proof that the verdicts can fail.
+"""
+
+import asyncio
+import gc
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from eventflow import (
+    App,
+    Batch,
+    Debounce,
+    Event,
+    Latest,
+    Retry,
+    Singleflight,
+    absent,
+    all_of,
+    checkpoint,
+    count,
+    current_task,
+    emit,
+    flow,
+    restart_with,
+    sequence,
+    sleep,
+    task,
+    timeout,
+)
+from triggers import (
+    S3,
+    At,
+    Cron,
+    Directory,
+    Drift,
+    DriftAlert,
+    DriftMonitor,
+    Every,
+    Kafka,
+    KafkaSink,
+    Numeric,
+    RunState,
+    Webhook,
+    delete,
+    move,
+    outcome,
+)
+
+EFFECTS = os.environ.get("SOAK_EFFECTS", os.devnull)
+STATS = os.environ.get("SOAK_STATS", os.devnull)
+STATS_INTERVAL = float(os.environ.get("SOAK_INTERVAL", "1"))
+KEEP = float(os.environ.get("SOAK_KEEP", "10"))
+"""Seconds for which the ledger keeps what is over."""
+REST = float(os.environ.get("SOAK_REST", "3"))
+"""Seconds of a durable sleep; from 60 on the run leaves memory."""
+LEAKS = frozenset(filter(None, os.environ.get("SOAK_LEAK", "").split(",")))
+BROKER = os.environ.get("SOAK_BROKER", "localhost:9092")
+MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
+
+leaked: list[Any] = []
+
+
+def note(kind: str, *idents: str) -> None:
+    """One line per ident, in one write."""
+    fd = os.open(EFFECTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, "".join(f"{kind} {ident}\n" for ident in idents).encode())
+    finally:
+        os.close(fd)
+
+
+async def leak() -> None:
+    """What a body with the fault named in $SOAK_LEAK would leave behind, once per order."""
+    if "memory" in LEAKS:
+        leaked.append(b"\1" * 400_000)
+    if "descriptors" in LEAKS:
+        leaked.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    if "threads" in LEAKS:
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+    if "tasks" in LEAKS:
+        leaked.append(asyncio.get_running_loop().create_task(asyncio.Event().wait()))
+    if "objects" in LEAKS:
+        leaked.append([[] for _ in range(2_000)])
+    if "store" in LEAKS:
+        Path(f"{app.store.path}.blobs", f"x{len(leaked)}").write_bytes(b"x" * 200_000)
+        leaked.append(None)
+    if "backlog" in LEAKS:
+        await app.emit("forever.begun", {})
+
+
+# ------------------------------------------------------------------ tasks
+
+
+@task
+async def noted(kind: str, idents: list[str]) -> None:
+    note(kind, *idents)
+
+
+@task
+async def price(n: int) -> int:
+    await leak()
+    return n * 2
+
+
+@task(retries=Retry(attempts=3, delay=0.05, jitter=False))
+async def flaky(n: int) -> int:
+    if current_task().attempt == 1:
+        raise OSError("the first attempt always fails")
+    return n
+
+
+@task
+def compute(n: int) -> int:
+    print(f"computing {n}")
+    return sum(range(n % 1000))
+
+
+@task(timeout=0.2)
+async def hang() -> None:
+    await asyncio.sleep(30)
+
+
+@task(timeout=0.1)
+def block() -> None:
+    time.sleep(0.3)  # a plain body that outlives its timeout
+
+
+@task(retries=Retry(attempts=3, delay=0.05, jitter=False))
+def fit(ident: str) -> int:
+    kept = checkpoint()
+    weights, step = kept.load() or ([0.0] * 1_000, 0)
+    kept.save([weight + 1 for weight in weights], step=step + 1)
+    if step == 0:
+        raise OSError("interrupted after its first checkpoint")
+    return step
+
+
+@task
+def lines_of(path: str) -> int:
+    return len(Path(path).read_text().splitlines())
+
+
+@task
+async def large(key: str) -> str:
+    """Larger than what the journal holds: a file beside the store. Always the same file, because
+    files are swept by the hour.
+    """
+    return "x" * 300_000
+
+
+# ------------------------------------------------------------------ flows
+
+
+@flow
+async def child(n: int) -> int:
+    return await compute(n)
+
+
+@flow
+async def handle(id: str, n: int) -> int:
+    total = await price(n)
+    parts = await asyncio.gather(flaky(n), compute(n), child(n))
+    await sleep(0.05)
+    await emit("order.handled", {"id": id}, subject=id)
+    await noted("order", [id])
+    return total + sum(parts)
+
+
+@flow
+async def account(id: str) -> None:
+    await noted("account", [id])
+
+
+@flow
+async def batched(events: list[Event]) -> None:
+    await noted("batch", idents_of(events))
+
+
+@flow
+async def debounced(events: list[Event]) -> None:
+    await noted("debounce", idents_of(events))
+
+
+@flow
+async def singly(events: list[Event]) -> None:
+    await sleep(0.1)
+    await noted("singleflight", idents_of(events))
+
+
+@flow
+async def newest(events: list[Event]) -> None:
+    await sleep(0.1)
+    await noted("latest", idents_of(events))
+
+
+@flow
+async def record(id: str) -> None:
+    await noted("record", [id])
+
+
+@flow
+async def stored(key: str) -> int:
+    size = len(await large(key)) if key.endswith("0") else 0
+    await noted("object", [key])
+    return size
+
+
+@flow
+async def landed(path: str, name: str) -> int:
+    lines = await lines_of(path)
+    await noted("file", [name])
+    if "bad" in name:
+        raise ValueError(f"{name} is not to be loaded")
+    return lines
+
+
+@flow
+async def fired(schedule: str, scheduled_at: datetime) -> None:
+    await noted(schedule, [f"{scheduled_at.timestamp():.0f}"])
+
+
+@flow
+async def alerted(event: Event, drift: Drift) -> None:
+    await noted("alert", [f"{drift.fingerprint}/{drift.status}"])
+
+
+@flow
+async def drifted(event: Event) -> None:
+    await noted("drift", [f"{event.id}/{event.type}"])
+
+
+@flow
+async def matched(events: list[Event]) -> None:
+    first = events[0]
+    await noted(first.type, [first.data["key"]])
+
+
+@flow
+async def fails(id: str) -> None:
+    await noted("fail", [id])
+    raise RuntimeError(f"{id} always fails")
+
+
+@flow
+async def failed(run: str) -> None:
+    await noted("failed", [run])
+
+
+@flow
+async def late(run: str) -> None:
+    await noted("late", [run])
+
+
+@flow
+async def nap(id: str, seconds: float) -> None:
+    """Until it is cancelled. From 60 seconds on it has left memory by then, and has no clean-up."""
+    try:
+        await sleep(seconds)
+    finally:
+        await noted("nap", [id])
+
+
+@flow
+async def rest(id: str) -> None:
+    await sleep(REST)
+    await noted("rest", [id])
+
+
+@flow
+async def times_out(id: str) -> None:
+    for step in (hang, block):
+        try:
+            await step()
+        except TimeoutError:
+            continue
+    try:
+        async with timeout(0.1):
+            await asyncio.sleep(60)
+    except TimeoutError:
+        await noted("timeout", [id])
+
+
+@flow(timeout=0.3)
+async def overdue(id: str) -> None:
+    try:
+        await asyncio.sleep(60)
+    finally:
+        await noted("overdue", [id])
+
+
+@flow
+async def train(id: str) -> None:
+    await fit(id)
+    await noted("train", [id])
+
+
+@flow
+async def again(id: str, left: int) -> None:
+    await compute(left)
+    if left:
+        await restart_with(id=id, left=left - 1)
+    await noted("again", [id])
+
+
+@flow
+async def forever() -> None:
+    await sleep(3600)
+
+
+def idents_of(events: Sequence[Event]) -> list[str]:
+    return [event.data["id"] for event in events]
+
+
+# ------------------------------------------------------------------ numbers of the process
+
+
+def survey() -> dict[str, Any]:
+    """Objects that survive a garbage collection, asyncio tasks among them; which they are, and the
+    names of the threads.
+    """
+    gc.collect()
+    classes = Counter(map(type, gc.get_objects()))
+    tasks = sum(n for each, n in classes.items() if issubclass(each, asyncio.Task))
+    kinds = {f"{each.__module__}.{each.__qualname__}": n for each, n in classes.most_common(100)}
+    names = (thread.name.rstrip("0123456789") for thread in threading.enumerate())
+    kinds |= Counter(f"thread {name}" for name in names)
+    return {"objects": classes.total(), "tasks": tasks, "kinds": kinds}
+
+
+def write_stats(over: threading.Event) -> None:
+    while not over.wait(STATS_INTERVAL):
+        draft = Path(f"{STATS}.draft")
+        draft.write_text(json.dumps(survey()))
+        draft.replace(STATS)
+
+
+@asynccontextmanager
+async def lifespan() -> AsyncIterator[None]:
+    over = threading.Event()
+    thread = threading.Thread(target=write_stats, args=(over,), name="soak-stats")
+    thread.start()
+    yield
+    over.set()
+    await asyncio.to_thread(thread.join)
+
+
+# ------------------------------------------------------------------ the app
+
+
+app = App(
+    "soak",
+    lifespan=lifespan,
+    threads=8,  # few, so that all of them exist after the warm-up
+    retention=KEEP,
+    identities=2 * KEEP,
+    ballast=0,
+    free_floor=0,
+)
+
+
+def hook(path: str) -> Webhook:
+    return Webhook(f"/{path}", verify="none", id="id", name=path)
+
+
+app.on(hook("orders"), handle, key="customer")
+app.on(hook("clicks"), batched, deliver=Batch(20, within=1))
+app.on(hook("states"), debounced, key="key", deliver=Debounce(0.2, max_wait=1))
+app.on(hook("models"), singly, key="key", deliver=Singleflight())
+app.on(hook("prices"), newest, key="key", deliver=Latest())
+app.on(hook("fails"), fails)
+
+app.on("order.handled", account)
+app.send("order.handled", KafkaSink("handled", bootstrap_servers=BROKER))
+
+app.on(
+    Kafka("records", bootstrap_servers=BROKER, group_id="soak", name="records", **MEMBER),
+    record,
+    key="record",
+)
+app.on(
+    S3(
+        os.environ.get("SOAK_BUCKET", "soak"),
+        queue=os.environ.get("SOAK_QUEUE", "soak"),
+        wait=1,
+        visibility=10,
+        reconcile=5,
+        name="objects",
+    ),
+    stored,
+)
+app.on(
+    Directory(
+        os.environ.get("SOAK_LANDING", "landing"),
+        pattern="/*.csv",
+        settle=0.2,
+        rescan=5,
+        after=outcome(completed=delete(), failed=move("failed")),
+        name="landing",
+    ),
+    landed,
+)
+
+app.on(Every(seconds=1, name="every"), fired)
+app.on(Cron("*/2 * * * * *", name="cron"), fired)
+app.on(At(datetime.now(UTC) + timedelta(seconds=8), name="at"), fired)
+
+app.on(DriftAlert("/alerts", verify="none", name="alerts"), alerted, types=["drift.*"])
+app.on(
+    DriftMonitor(
+        Webhook("/scores", verify="none", id="id", name="scores"),
+        features={"amount": Numeric()},
+        rows=lambda event: event.data["rows"],
+        reference=500,
+        window=100,
+        cooldown=0.5,
+        name="monitor",
+    ),
+    drifted,
+    types=["drift.*"],
+)
+
+app.on(count("login", 3, within=60, by="key"), matched)
+app.on(sequence("placed", then="paid", unless="withdrawn", within=60, by="key"), matched)
+app.on(all_of("left", "right", within=60, by="key"), matched)
+app.on(absent("shipped", 1, after="sold", by="key"), matched)
+
+app.on(RunState(fails, "failed"), failed)
+app.on(RunState(nap, "late", after=0.5), late)
+app.on("forever.begun", forever)
+for each in (nap, rest, times_out, overdue, train, again):
+    app.add(each)
