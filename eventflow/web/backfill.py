@@ -87,7 +87,7 @@ class Backfill:
                 for at, event in requested
             ]
         if not dry:
-            events = [row["event"] for row in rows]
+            events = [row["ledger_id"] for row in rows]
             log.info(
                 "api.action",
                 action="backfill",
