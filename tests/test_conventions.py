@@ -73,7 +73,7 @@ EXCEPTIONS: dict[str, dict[str, int]] = {
         "eventflow/app.py:App": 23,  # the public surface
         "eventflow/engine/execution.py:Execution": 24,
         "eventflow/engine/worker.py:Worker": 24,
-        "eventflow/store/protocol.py:Store": 40,
+        "eventflow/store/protocol.py:Store": 41,
         "eventflow/store/sqlite.py:SqliteStore": 53,
         "eventflow/store/writer.py:Writer": 23,
     },

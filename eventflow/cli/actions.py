@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from eventflow.cli.aliases import Option
 from eventflow.cli.client import (
@@ -144,43 +145,71 @@ def emit(
     is_flag=True,
     help="Discard the recorded values too.",
 )
+@click.option(
+    "--from",
+    "call",
+    metavar="CALL",
+    help="Run a run that has ended again from this call, as a new run.",
+)
 @ledger_options
 def retry(
     run: str | None,
-    state: str | None,
-    flow: str | None,
-    dry_run: bool,
-    from_scratch: bool,
     as_json: bool,
     location: LedgerLocation,
+    **options: Any,
 ) -> None:
-    """Retry a failed, cancelled, paused, held or dead run, or all of them.
+    """Retry failed, cancelled, paused, held or dead runs; end a wait.
 
     Values that its tasks recorded are kept and not computed again; recorded errors are dropped.
-    Give one RUN, or --state for many: those that are in that state when the command begins.
+    Give one RUN, or --state for many: those that are in that state when the command begins. A RUN
+    that waits for its next attempt starts it now.
+
+    With --from CALL, a new run repeats a RUN that has ended: it keeps the values from before CALL,
+    a call as `eventflow show` names it, and runs CALL and what follows again.
     """
-    if (run is None) == (state is None):
+    request = _RetryRequest(**options)
+    if (run is None) == (request.state is None):
         raise UsageError("expected one RUN, or --state for many, such as --state failed --flow F")
-    if run is not None and (flow or dry_run):
-        raise UsageError("--flow and --dry-run choose among many; leave them out for one RUN")
-    body = {"from_scratch": from_scratch}
-    if state is not None:
-        _retry_many(state, flow, body, dry_run, as_json, location)
+    if run is None:
+        if request.call is not None:
+            raise UsageError("--from names a call of one run: eventflow retry RUN --from CALL")
+        _retry_many(request, as_json, location)
         return
-    assert run is not None
+    if request.flow or request.dry_run:
+        raise UsageError("--flow and --dry-run choose among many; leave them out for one RUN")
+    if request.call is not None and request.from_scratch:
+        raise UsageError("--from keeps the values before the call; leave out --from-scratch")
+    body = {"from_scratch": True} if request.from_scratch else {"from": request.call}
     done = _call_api(location, lambda api: api.post(f"/api/runs/{quoted(run)}/retry", body))
-    write_result(done, as_json, f"run {done['id']} is pending again")
+    write_result(done, as_json, _retried_text(done, request.call))
 
 
-def _retry_many(
-    state: str,
-    flow: str | None,
-    body: dict[str, bool],
-    dry_run: bool,
-    as_json: bool,
-    location: LedgerLocation,
-) -> None:
+class _RetryRequest(msgspec.Struct):
+    """The options of `eventflow retry`."""
+
+    state: str | None
+    flow: str | None
+    dry_run: bool
+    from_scratch: bool
+    call: str | None
+
+
+def _retried_text(done: dict[str, Any], call: str | None) -> str:
+    if call is not None:
+        return f"run {done['id']} repeats run {done['repeats']} from {call}"
+    if done["was"] == "running":
+        return f"run {done['id']} starts the attempts that waited now"
+    waited = ", without waiting further" if done["was"] == "waiting" else ""
+    return f"run {done['id']} is pending again{waited}"
+
+
+def _retry_many(request: _RetryRequest, as_json: bool, location: LedgerLocation) -> None:
     """Retry run after run, oldest first. One that cannot be retried is skipped and counted."""
+    assert request.state is not None
+    state = request.state
+    flow = request.flow
+    dry_run = request.dry_run
+    body = {"from_scratch": request.from_scratch}
 
     async def work(api: ApiClient) -> dict[str, Any]:
         idents = await _runs_in_state(api, state, flow)
@@ -199,6 +228,9 @@ def _retry_many(
         return {"matched": len(idents), "retried": retried}
 
     done = _call_api(location, work, records=not dry_run)
+    if not done["matched"]:
+        write_result(done, as_json, f"no run is {state}")
+        return
     matched = plural(done["matched"], f"{state} run")
     summary = f"{matched} would be retried" if dry_run else f"{len(done['retried'])} of {matched} "
     write_result(done, as_json, summary if dry_run else f"{summary}retried")

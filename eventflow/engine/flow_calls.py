@@ -67,7 +67,7 @@ class FlowCalls(ABC):
         binder = self.flow.binder
         payloads = run.payloads or ((run.payload,) if run.payload is not None else ())
         events = [Event.from_recorded(payload) for payload in payloads]
-        generation = self.pending.journal.generation
+        journal = self.pending.journal
         enter_run(
             RunContext(
                 self.run_id,
@@ -75,7 +75,8 @@ class FlowCalls(ABC):
                 events,
                 self._read_context_time,
                 self.services.state,
-                generation,
+                journal.generation,
+                journal.seed,
             )
         )
         if run.params is not None:

@@ -108,6 +108,11 @@ timeouts that count running time only.
 RESTARTED_NOTE = "@afresh"
 """Call key of the first entry of a journal that replaced another one, for the attempt-th time."""
 
+RERUN_NOTE = "@rerun"
+"""Call key of a note in the journal of a run that repeats another one from a call: its value is
+`{"run", "from", "seed"}`, the other run, the call, and whose random numbers it draws.
+"""
+
 CANCEL_KEY = "@cancel"
 TIMEOUT_KEY = "@timeout"
 """Call keys of the signals that reach a run from outside."""
@@ -116,6 +121,12 @@ TIMEOUT_KEY = "@timeout"
 def restart_entry(generation: int) -> Entry:
     """The first entry of a journal that replaces another of the same run."""
     return Entry(call_key=RESTARTED_NOTE, kind=Kind.NOTE, attempt=generation)
+
+
+def rerun_entry(run: str, call: str, seed: str) -> Entry:
+    """The note of a run that repeats `run` from `call`."""
+    value = msgspec.json.encode({"run": run, "from": call, "seed": seed})
+    return Entry(call_key=RERUN_NOTE, kind=Kind.NOTE, value=value)
 
 
 class Journal:
@@ -143,6 +154,7 @@ class Journal:
         "last_own_batch",
         "running_time",
         "running_time_notes",
+        "seed",
         "started_at",
         "unclaimed",
     )  # fmt: skip
@@ -159,6 +171,7 @@ class Journal:
         self.generation = 0
         self.running_time = 0
         self.running_time_notes = 0
+        self.seed: str | None = None
         for entry in entries:
             self.add(entry)
         self.unclaimed = set(self.finals)
@@ -208,6 +221,8 @@ class Journal:
             self.running_time = max(self.running_time, entry.due_at or 0)
         elif entry.call_key == RESTARTED_NOTE:
             self.generation = entry.attempt
+        elif entry.call_key == RERUN_NOTE:
+            self.seed = msgspec.json.decode(entry.value or b"{}")["seed"]
 
     def attempts(self, call_key: str) -> tuple[int, int, int | None]:
         """`(last attempt, attempts since the last manual retry, due_at of the next)` of a call

@@ -82,13 +82,15 @@ class RunContext:
         now: Callable[[], int],
         state: Any,
         generation: int = 0,
+        repeats: str | None = None,
     ) -> None:
         self.id: str = ident
         self.flow: str = flow
         self.state: Any = state
         self._events: list[Event] = events
         self._now: Callable[[], int] = now
-        self._seed: str = f"{ident}~{generation}" if generation else ident
+        seed = repeats or ident  # a run that repeats another from a call draws its numbers
+        self._seed: str = f"{seed}~{generation}" if generation else seed
         self._flow_random: random.Random | None = None
         self._body_random: random.Random | None = None
 
@@ -166,7 +168,7 @@ class Flow(Generic[P, T]):
 
     def __init__(self, fn: Callable[P, Coroutine[Any, Any, T]], options: FlowOptions) -> None:
         if not inspect.iscoroutinefunction(fn):
-            raise NotAsync(getattr(fn, "__name__", str(fn)))
+            raise NotAsync(getattr(fn, "__name__", str(fn)), inspect.isasyncgenfunction(fn))
         self.fn = fn
         self.options = options
         self.name = options.name
@@ -186,6 +188,13 @@ class Flow(Generic[P, T]):
         if self._binder is None:
             self._binder = Binder(self.fn, self.name)
         return self._binder
+
+    @property
+    def call_form(self) -> str:
+        """`name, x=...`: what `app.start` takes, with the parameters that have no default."""
+        parameters = inspect.signature(self.fn).parameters.values()
+        required = [each.name for each in parameters if each.default is each.empty]
+        return ", ".join([self.name, *(f"{name}=..." for name in required)])
 
     @property
     def result(self) -> ResultCodec:

@@ -29,10 +29,16 @@ from eventflow.store.late_runs import note_retry
 from eventflow.store.load import load_journal
 from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
+from eventflow.store.rerun import end_wait, rerun
 from eventflow.store.rows import RunRow
 from eventflow.store.transaction import Transaction
 
 RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
+
+_RETRY_HINT = (
+    "only a failed, cancelled, paused, held or dead run can be retried, or one that waits for its "
+    "next attempt; with --from CALL (API: from), a run that has ended runs again as a new one"
+)
 
 
 # --------------------------------------------------------------------------- retry
@@ -41,11 +47,11 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD
 def retry(tx: Transaction, run: int, *, discard_journal: bool) -> Callable[[], Run]:
     """Makes the run PENDING, due now. Returns how to read it once its rows are written."""
     row = tx.runs.need(run)
+    if row.state is State.WAITING and not discard_journal:
+        end_wait(tx, row)
+        return lambda: _load_run(tx, row)
     if row.state not in RETRYABLE:
-        raise UsageError(
-            f"run {format_id(run)} is {row.state.label}; "
-            "only a failed, cancelled, paused, held or dead run can be retried"
-        )
+        raise UsageError(f"run {format_id(run)} is {row.state.label}; {_RETRY_HINT}")
     _make_pending(tx, row, discard_journal=discard_journal)
     return lambda: _load_run(tx, row)
 
@@ -54,6 +60,29 @@ def _load_run(tx: Transaction, row: RunRow) -> Run:
     for run in tx.runs.load([row]):
         return run
     raise StoreCorrupt(row.reason or "")
+
+
+def retry_from(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
+    """A new run of this id on the run's event, from a call on (rerun.py)."""
+    read = rerun(tx, run, call, new)
+    made = read()
+    assert made.event is not None
+    arrival = Arrival(
+        id=made.event,
+        trigger="",
+        key=b"",
+        digest=b"",
+        event_id="",
+        source="",
+        type="",
+        body=made.payload or b"",
+        verdicts=orjson.dumps([[made.subscription, "run", new]]),
+        received_at=tx.commit.at,
+        counts={"pending": 1},
+        runs=[made],
+    )
+    _add_to_event(tx, made.event, arrival, None)
+    return read
 
 
 def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:

@@ -451,7 +451,16 @@ class Store(Protocol):
     async def retry(self, run: int, *, discard_journal: bool = False) -> Run:
         """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING, due now: values are kept, ERROR
         entries become CLEARED, `crash_count` 0. `discard_journal` drops the whole journal.
-        Raises NotFound, or UsageError from any other state.
+        WAITING → PENDING if an attempt waits for its time: it is due now. Raises NotFound, or
+        UsageError from any other state.
+        """
+        ...
+
+    async def retry_from(self, run: int, call: str, new: int) -> Run:
+        """Records a run of the id `new` that repeats one that has ended: with what that one
+        recorded before `call` (a call key, or the name of a task that it called once), and then
+        afresh. Raises NotFound, or UsageError for a live run, a child, a run of several events and
+        an unknown call.
         """
         ...
 

@@ -150,12 +150,29 @@ def _corrected_event(letter: Mapping[str, Any], correction: Mapping[str, Any]) -
     return msgspec.structs.replace(event, **changes)
 
 
-async def retry(app: App, ident: str, *, from_scratch: bool, by: str) -> int:
-    """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING."""
+async def retry(app: App, ident: str, *, from_scratch: bool, by: str) -> tuple[int, State, State]:
+    """FAILED, CANCELLED, PAUSED, HELD or DEAD → PENDING; so does WAITING for a next attempt. Of a
+    run in memory, attempts that wait start at once. Returns its id, its state before and now.
+    """
+    row = await app.store.run(ident)
+    number: int = row["id"]
+    before = State[row["state"].upper()]
+    now = State.PENDING
+    if before is State.RUNNING and not from_scratch and await app.runtime.retry_now(number):
+        now = before
+    else:
+        await app.store.retry(number, discard_journal=from_scratch)
+    _log_action("retry", by, run=format_id(number), from_scratch=from_scratch)
+    return number, before, now
+
+
+async def retry_from(app: App, ident: str, call: str, *, by: str) -> tuple[int, int]:
+    """A new run that repeats one that has ended, from a call on. Returns the ids of both."""
     number: int = (await app.store.run(ident))["id"]
-    await app.store.retry(number, discard_journal=from_scratch)
-    _log_action("retry", by, run=format_id(number), fresh=from_scratch)
-    return number
+    new = app.runtime.ids.next(app.clock.now())
+    await app.store.retry_from(number, call, new)
+    _log_action("retry", by, run=format_id(number), call=call, new_run=format_id(new))
+    return number, new
 
 
 async def cancel(app: App, ident: str, reason: str, *, by: str) -> tuple[int, State]:

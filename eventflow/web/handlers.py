@@ -30,6 +30,7 @@ from eventflow.web.responses import (
     ApiRoute,
     Json,
     caller,
+    check_query,
     error_json,
     http_error,
     instant,
@@ -80,6 +81,7 @@ class EventHandlers:
         return _receipts_response(receipts, batch)
 
     async def events(self, request: Request) -> Response:
+        check_query(request, "trigger", "type", "since", "until", "limit", "after")
         query = request.query_params
         rows = await self._opened().store.events(
             trigger=query.get("trigger"),
@@ -97,7 +99,7 @@ class EventHandlers:
 
     async def replay(self, request: Request) -> Response:
         """`{"to": subscription or flow, "own": bool, "dry_run": bool}`, all optional."""
-        params = await read_object(request)
+        params = await read_object(request, "to", "own", "dry_run")
         dry = bool(params.get("dry_run", False))
         number, verdicts = await actions.replay(
             self._opened(),
@@ -135,7 +137,7 @@ class RunHandlers:
     async def post_run(self, request: Request) -> Response:
         """`{"flow", "params", "idempotency_key"}`."""
         app = self._opened()
-        fields = await read_object(request)
+        fields = await read_object(request, "flow", "params", "idempotency_key")
         name = _text(fields, "flow")
         key = _text(fields, "idempotency_key")
         params = fields.get("params", {})
@@ -152,6 +154,7 @@ class RunHandlers:
         )
 
     async def runs(self, request: Request) -> Response:
+        check_query(request, "flow", "state", "event", "parent", "limit", "after")
         app = self._opened()
         query = request.query_params
         store = app.store
@@ -189,6 +192,7 @@ class RunHandlers:
         """`?after=SEQ&limit=N`: lines in order; `settled`: no more lines will follow."""
         app = self._opened()
         row = await app.store.run(request.path_params["id"])
+        check_query(request, "after", "limit")
         sink = app.runtime.logs
         after = whole_number(request, "after", 0)
         limit = _limit(request)
@@ -202,19 +206,27 @@ class RunHandlers:
         )
 
     async def retry(self, request: Request) -> Response:
-        """`{"from_scratch": true}` (or `fresh`) drops recorded values, not only errors."""
-        fields = await read_object(request)
-        number = await actions.retry(
-            self._opened(),
-            request.path_params["id"],
-            from_scratch=bool(fields.get("from_scratch", fields.get("fresh", False))),
-            by=caller(request),
+        """`{"from_scratch": true}` (or `fresh`) drops recorded values, not only errors;
+        `{"from": CALL}` starts a new run.
+        """
+        fields = await read_object(request, "from_scratch", "fresh", "from")
+        from_scratch = bool(fields.get("from_scratch", fields.get("fresh", False)))
+        ident = request.path_params["id"]
+        if call := _text(fields, "from"):
+            if from_scratch:
+                raise http_error(
+                    400, "invalid", "from: expected without from_scratch, which keeps nothing"
+                )
+            old, new = await actions.retry_from(self._opened(), ident, call, by=caller(request))
+            return Json({"id": format_id(new), "state": "pending", "repeats": format_id(old)}, 202)
+        number, before, now = await actions.retry(
+            self._opened(), ident, from_scratch=from_scratch, by=caller(request)
         )
-        return Json({"id": format_id(number), "state": "pending"}, 202)
+        return Json({"id": format_id(number), "state": now.label, "was": before.label}, 202)
 
     async def cancel(self, request: Request) -> Response:
         """`{"reason"}`, optional."""
-        fields = await read_object(request)
+        fields = await read_object(request, "reason")
         reason = _text(fields, "reason") or "cancelled by an operator"
         number, before = await actions.cancel(
             self._opened(), request.path_params["id"], reason, by=caller(request)
@@ -245,6 +257,7 @@ class DeadLetterHandlers:
         return await self._list(request, "dead")
 
     async def _list(self, request: Request, kind: str) -> Response:
+        check_query(request, "limit", "after")
         rows = await self._opened().store.dead_letters(
             limit=_limit(request), after=whole_number(request, "after", None)
         )
@@ -262,7 +275,7 @@ class DeadLetterHandlers:
 
     async def redrive(self, request: Request) -> Response:
         """`{}`: as recorded; `{"data", "type"}`: corrected; `{"event"}`: a whole CloudEvent."""
-        correction = await read_object(request)
+        correction = await read_object(request, "data", "type", "event")
         receipt, verdicts = await actions.redrive(
             self._opened(), request.path_params["id"], correction, by=caller(request)
         )
@@ -356,7 +369,7 @@ class LedgerHandlers:
 
     async def backup(self, request: Request) -> Response:
         """`{"path"}`: a consistent copy to a new file on the server's own disk."""
-        path = _text(await read_object(request), "path")
+        path = _text(await read_object(request, "path"), "path")
         if not path or not os.path.isabs(path):
             raise http_error(
                 400, "invalid", "path: expected the absolute path of a file that does not exist"

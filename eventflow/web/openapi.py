@@ -62,8 +62,8 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
     (
         "post",
         "/api/runs/{id}/retry",
-        "Retry a failed, cancelled, paused, held or dead run: {from_scratch}.",
-        "202 404 409",
+        "Retry a run, start its waiting attempts now, or repeat it: {from_scratch, from}.",
+        "202 400 404 409",
     ),
     ("post", "/api/runs/{id}/cancel", "Cancel a run: {reason}.", "202 404 409"),
     ("get", "/api/dead-letters", "Open dead letters, newest first: limit, after.", "200"),

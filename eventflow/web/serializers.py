@@ -18,7 +18,7 @@ from eventflow.engine.execution import RunningCall
 from eventflow.events.event import HasGauges, Trigger, gauge_totals
 from eventflow.logs.log import format_timestamp
 from eventflow.logs.redaction import SECRETS
-from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.journal import RERUN_NOTE, Entry, Kind
 from eventflow.runs.run import format_id
 
 MAX_RESULT_BYTES = 64 * 1024
@@ -135,7 +135,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "due_at": instant(row["due_at"]),
         "started_at": instant(row["started_at"]),
         "finished_at": instant(row["finished_at"]),
-        "claims": row["token"],
+        "attempts": row["token"],
         "ordering_key": row["ordering_key"],
         "mode": row["mode"],
         "events": row["deliveries"],
@@ -183,13 +183,16 @@ def run_details(
     running: Iterable[RunningCall] = (),
     now: int = 0,
 ) -> dict[str, Any]:
-    """One run with its parameters, tasks, result and error.
+    """One run with its parameters, tasks, result and error; `repeats` is the run that it repeats,
+    and `repeats_from` the call from which.
 
     `fetch` reads a result stored outside its row. `event_body` is the CloudEvent that started the
     run, if it is kept. `running`: its attempts under way at `now`, microseconds.
     """
+    entries = list(journal)
     return {
         **run(row),
+        **_repeated(entries),
         "reason": cut(row["reason"], MAX_MESSAGE_CHARS),
         "error": error(row["error"]),
         "joined": [format_id(event) for event in row["joined"]],
@@ -202,8 +205,14 @@ def run_details(
         "crash_count": row["crash_count"],
         "unclaimed_entries": row["unclaimed_entries"],
         **_result(row, fetch),
-        "tasks": tasks(journal, running, now),
+        "tasks": tasks(entries, running, now),
     }
+
+
+def _repeated(journal: Iterable[Entry]) -> dict[str, Any]:
+    note = next((entry.value for entry in journal if entry.call_key == RERUN_NOTE), None)
+    value: dict[str, Any] = orjson.loads(note or b"{}")
+    return {"repeats": value.get("run"), "repeats_from": value.get("from")}
 
 
 def _event_data(event_body: bytes | None) -> Any:

@@ -220,7 +220,7 @@ def test_p2_k14_a_kill_right_after_the_end(lives: Lives):
     settled_once(server)
     before = lives.bodies()
     server = lives.boot()
-    assert settled_once(server)["claims"] == 1
+    assert settled_once(server)["attempts"] == 1
     assert lives.bodies() == before
 
 

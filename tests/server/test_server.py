@@ -145,7 +145,7 @@ def test_kill_and_restart(tmp_path: Path):
     served.kill()
     with serving(tmp_path) as again:
         found = again.wait_for(run, "completed")
-        assert found["claims"] == 2 and found["result"] == "rested"
+        assert found["attempts"] == 2 and found["result"] == "rested"
         assert again.diary.count("double 1") == 1 and again.diary.count("resting") == 2
         assert again.client.get("/healthz").status_code == 200
 
