@@ -2,65 +2,21 @@
 
 cli/dry_run.py uses `open_read_only`, so that changed code can be tried on the ledger of a running
 server; cli/client.py opens an App with a `ReadOnlyStore` beside a program that embeds eventflow.
-Readers never write or checkpoint (readers.py), so there is still one writer. The ledger of another
-version of eventflow may have other columns: that is a StoreError.
+Readers never write or checkpoint (readers.py), so there is still one writer. A ledger with the
+schema of another version of eventflow is a StoreError.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, StoreFull
-from eventflow.events.event import Json
 from eventflow.store import queries
 from eventflow.store.migrate import migrations
 from eventflow.store.readers import Readers, fetch_dicts, schema_version
 from eventflow.store.sqlite import SqliteStore
 from eventflow.store.writer import Writer
-
-
-class ReadOnlyLedger:
-    """The two methods of `Store` that a dry run needs."""
-
-    def __init__(self, readers: Readers) -> None:
-        self._readers = readers
-
-    async def past(
-        self,
-        *,
-        triggers: Sequence[str],
-        type: str | None,
-        since: int,
-        until: int,
-        after: int,
-        limit: int,
-    ) -> tuple[list[dict[str, Any]], int | None]:
-        query = partial(
-            queries.past,
-            triggers=triggers,
-            type=type,
-            since=since,
-            until=until,
-            after=after,
-            limit=limit,
-        )
-        return await self._readers.read(query)
-
-    async def cursor(self, trigger: str) -> Mapping[str, Json]:
-        return await self._readers.read(partial(queries.cursor, trigger=trigger))
-
-
-@asynccontextmanager
-async def open_read_only(path: str, clock: Clock) -> AsyncGenerator[ReadOnlyLedger]:
-    """The ledger in this file, until the end of the block."""
-    readers = Readers(path, clock)
-    try:
-        yield ReadOnlyLedger(readers)
-    finally:
-        await asyncio.to_thread(readers.close)
 
 
 class ReadOnlyStore(SqliteStore):
@@ -72,8 +28,8 @@ class ReadOnlyStore(SqliteStore):
         found = schema_version(self.path)
         if found != newest:
             raise StoreError(
-                f"the store {self.path} has schema {found}, this eventflow reads {newest}: another "
-                "version has it open"
+                f"the store {self.path} has schema {found}, this eventflow reads {newest}: use the "
+                "version that opened it last"
             )
         self._readers = Readers(self.path, self._clock)
 
@@ -98,3 +54,14 @@ class ReadOnlyStore(SqliteStore):
 
     def _open_writer(self) -> Writer:
         raise StoreError(f"the store {self.path} is open for reading only")
+
+
+@asynccontextmanager
+async def open_read_only(path: str, clock: Clock) -> AsyncGenerator[ReadOnlyStore]:
+    """The ledger in this file, until the end of the block."""
+    store = ReadOnlyStore(path, clock=clock)
+    store.open()
+    try:
+        yield store
+    finally:
+        await asyncio.to_thread(store.close)

@@ -1,6 +1,6 @@
 """Read-only connections to the ledger, in two threads: lists, one event, one run, journals.
 
-`SqliteStore` and `ReadOnlyLedger` run the functions of queries.py, load.py and audit.py here. A
+`SqliteStore` and `ReadOnlyStore` run the functions of queries.py, load.py and audit.py here. A
 reader never writes or checkpoints, and gives up after two seconds, so that no read transaction
 keeps the WAL from being reset for longer. Rows are dicts of what is stored: instants in
 microseconds, ids as integers, bytes as bytes.
