@@ -50,15 +50,14 @@ def _is_finite(data: Any) -> bool:
             return True
 
 
-def storable_event(event: Event) -> tuple[Event, bytes]:
-    """The event as far as it can be recorded, and its JSON: with its data if JSON holds it."""
+def storable_event(event: Event) -> tuple[Event, bytes | None]:
+    """The event as far as it can be recorded, and its JSON; None when its data has none."""
     bare = _without_data(event)
-    whole = msgspec.structs.replace(bare, data=event.data)
     try:
-        body = whole.to_json()
-    except TypeError:  # its data has no JSON form
-        return bare, bare.to_json()
-    return (whole, body) if _is_finite(event.data) else (bare, bare.to_json())
+        whole = msgspec.structs.replace(bare, data=event.data)
+        return whole, whole.to_json() if _is_finite(event.data) else None
+    except (TypeError, RecursionError):  # its data has no JSON form
+        return bare, None
 
 
 def _without_data(event: Event) -> Event:

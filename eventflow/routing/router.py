@@ -45,6 +45,9 @@ from eventflow.serialization.tagged_json import encode_plain
 from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent
 from eventflow.store.run_events import LateRun, RunEnded
 
+MAX_SHOWN_BYTES = 1 << 20
+"""Of data that cannot be recorded, as Python shows it."""
+
 MAX_RESULT_BYTES = 64 * 1024
 """A larger JSON result of a run is left out of its run-ended event."""
 
@@ -123,6 +126,9 @@ class Router:
             )
         except Exception as error:  # of this event: the others of its batch are recorded
             kept, body = storable_event(item)
+            if body is None:  # no event: a redrive asks for other data
+                shown, _ = call_catching(ascii, item.data)
+                body = (shown or "").encode()[:MAX_SHOWN_BYTES]
             reason = f"it cannot be recorded as it is: {type(error).__name__}: {error}"
             return self._dead_letter(trigger, kept, body, reason, headers=headers)
 

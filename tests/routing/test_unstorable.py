@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from eventflow import App, Event, UsageError, emit, flow, task
-from eventflow.events.event import Undecodable
+from eventflow.events.event import Undecodable, format_id
 from eventflow.testing import MemoryTrigger, drain, result_of, running
+from eventflow.web import actions
 from triggers import RunState
 
 pytestmark = pytest.mark.anyio
@@ -76,8 +77,11 @@ async def _by_the_app(app: App, trigger: MemoryTrigger, *items: Any) -> None:
     await app.accept(*items)
 
 
-@pytest.mark.parametrize("way", [_by_a_trigger, _by_the_app])
-@pytest.mark.parametrize("what", ITEMS)
+@pytest.mark.parametrize(
+    ("what", "way"),
+    [(what, _by_a_trigger) for what in ITEMS]
+    + [(what, _by_the_app) for what, item in ITEMS.items() if isinstance(item, Event)],
+)
 async def test_an_item_that_cannot_be_recorded_robs_no_other(what: str, way: Callable[..., Any]):
     """Between two good events, in one call: both run, it is one dead letter, and its repetition is
     a duplicate.
@@ -107,6 +111,24 @@ async def test_data_is_kept_when_only_an_attribute_is_unusable():
         whole = await app.store.event(receipt.ledger_id)
     kept = Event.from_json(whole["body"])
     assert (kept.subject, kept.data) == ("a\\ud800b", {"total": 3})
+
+
+@pytest.mark.parametrize("data", [{"n": 2**70}, {"x": math.nan}])
+async def test_data_that_was_not_recorded_is_not_redriven_as_none(data: Any):
+    """The dead letter shows the data. A redrive without data is refused; one with data runs."""
+    orders = MemoryTrigger("orders")
+    app = App("unstorable")
+    app.on(orders, take)
+    async with running(app):
+        (receipt,) = await orders.send(event(data=data))
+        whole = await app.store.event(receipt.ledger_id)
+        assert whole["body"] == ascii(data).encode()
+        (letter,) = await app.store.dead_letters()
+        with pytest.raises(UsageError, match="with data"):
+            await actions.redrive(app, format_id(letter["id"]), {}, by="test")
+        await actions.redrive(app, format_id(letter["id"]), {"data": {"n": 1}}, by="test")
+        await drain(app)
+        assert (await app.store.counts())["completed"] == 1
 
 
 def _raises(_: Event) -> Any:
