@@ -335,11 +335,8 @@ class App:
         If another worker of the same server has the store, the App stays closed, with a line in the
         log, and what needs it raises StoreLocked.
         """
-        await self._hosting.open(self.name, self.url, self.clock, self._open_hosted)
+        await self._hosting.open(self.name, self.url, self.clock, lambda logs: self.open(logs=logs))
         return self
-
-    async def _open_hosted(self, logs: LogReceiver) -> None:
-        await self.open(logs=logs)
 
     async def __aexit__(self, *_: object) -> None:
         try:
