@@ -78,7 +78,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         process.communicate()
 
 
-def told(host: Host) -> str:
+def messages(host: Host) -> str:
     """What a command says on stderr beside its output."""
     return (
         f"eventflow: process {host.process.pid} has the store open without a server: "
@@ -103,7 +103,7 @@ def test_the_store_of_an_embedded_app_is_read(host: Host, args: tuple[str, ...],
     done = eventflow(host.folder, *(names.get(each, each) for each in args))
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
-    assert done.stderr == told(host)
+    assert done.stderr == messages(host)
 
 
 def test_json_of_an_embedded_store_is_whole(host: Host):
@@ -134,7 +134,7 @@ def test_what_would_change_an_embedded_store_is_refused(host: Host, args: tuple[
     done = eventflow(host.folder, *command, "--app", "app.py")
     assert done.returncode == 75, (done.stdout, done.stderr)
     assert done.stdout == ""
-    error = done.stderr.removeprefix(told(host))
+    error = done.stderr.removeprefix(messages(host))
     assert f"process {host.process.pid} has {os.path.realpath(host.folder)}" in error
     assert "can only look" in error and "in that program, or stop it" in error
     assert eventflow(host.folder, "ls", "runs", "--json").stdout == before

@@ -102,14 +102,14 @@ def state_of_call(shop: EventflowProcess, run: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("flow", "state", "said"),
+    ("flow", "state", "answer"),
     [
         ("fetching", "waiting", "is pending again, without waiting further"),
         ("calling", "running", "starts the attempts that waited now"),
     ],
 )
 def test_a_run_that_waits_for_its_next_attempt_starts_it_now(
-    shop: EventflowProcess, flow: str, state: str, said: str
+    shop: EventflowProcess, flow: str, state: str, answer: str
 ):
     """The attempt starts at once, whether the run waits in the store or in memory; attempts are
     counted on.
@@ -120,14 +120,14 @@ def test_a_run_that_waits_for_its_next_attempt_starts_it_now(
     wait_until(lambda: state_of_call(shop, run) == "retrying", "the first attempt has failed")
     shop.wait_for(run, state)
     down.unlink()
-    assert said in retry(shop, run)
+    assert answer in retry(shop, run)
     done = shop.wait_for(run, "completed")
     assert done["result"] == "A" and done["tasks"][0]["attempts"] == 2
     assert done["took"] < 45
 
 
 def test_a_sleep_is_refused_with_its_reason(shop: EventflowProcess):
-    """A sleep is the flow's own: nothing changes, exit code 2, and the reason is said."""
+    """A sleep is the flow's own: nothing changes, exit code 2, and the answer has the reason."""
     run = shop.start("sleeping")
     shop.wait_for(run, "waiting")
     done = eventflow(shop.folder, "retry", run)

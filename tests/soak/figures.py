@@ -134,7 +134,7 @@ def grown_kinds(samples: Sequence[Sample], warm_up: float) -> list[str]:
 
 def read(pid: int, at: float, store: Path, stats: Path, pending: int) -> Sample:
     """One sample. Raises FileNotFoundError when the process is gone."""
-    told: dict[str, Any] = json.loads(stats.read_text())
+    counted: dict[str, Any] = json.loads(stats.read_text())
     status = dict(
         line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
     )
@@ -142,12 +142,12 @@ def read(pid: int, at: float, store: Path, stats: Path, pending: int) -> Sample:
         "memory": int(status["VmRSS"].split()[0]) * 1024,
         "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
         "threads": int(status["Threads"]),
-        "tasks": told["tasks"],
-        "objects": told["objects"],
+        "tasks": counted["tasks"],
+        "objects": counted["objects"],
         "store": store_size(store),
         "backlog": pending,
     }
-    return Sample(at, values, told["kinds"])
+    return Sample(at, values, counted["kinds"])
 
 
 def store_size(store: Path) -> int:
