@@ -26,6 +26,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
+from aiokafka.record.util import calc_crc32c
 
 from tests.conftest import wait_until
 
@@ -143,18 +144,31 @@ class Broker:
             return [(await each).offset for each in sent]
 
     async def send_batch(
-        self, topic: str, *records: tuple[Any, bytes], partition: int = 0, corrupt: bool = False
+        self,
+        topic: str,
+        *records: tuple[Any, bytes],
+        partition: int = 0,
+        corrupt: bool = False,
+        offsets: Sequence[int] = (),
+        snappy: bool = False,
+        garbage: bool = False,
     ) -> None:
         """Writes one batch as a client of another make may: each record is a JSON value, and the
         name of its one header, which may be any bytes. `corrupt`: a checksum that does not hold.
+        `offsets`: of the records in the batch, by default 0, 1, …; a compacted topic leaves some
+        out. `garbage`: what is compressed cannot be decompressed, and the checksum holds.
         """
-        batch = _DefaultRecordBatchBuilderPy(2, 0, 0, -1, -1, -1, 1 << 20)
-        for offset, (value, name) in enumerate(records):
+        codec = 1 if garbage else 2 if snappy else 0  # gzip, snappy
+        batch = _DefaultRecordBatchBuilderPy(2, codec, 0, -1, -1, -1, 1 << 20)
+        for offset, (value, name) in zip(offsets or range(len(records)), records, strict=True):
             headers: Any = [(HeaderName(name), b"header")]
             batch.append(offset, now_ms(), None, orjson.dumps(value), headers)
         data = bytes(batch.build())
         if corrupt:
             data = data[:-1] + bytes([data[-1] ^ 1])
+        if garbage:  # behind the header of 61 bytes; the checksum covers all behind itself
+            covered = data[21:61] + bytes(len(data) - 61)
+            data = data[:17] + calc_crc32c(covered).to_bytes(4) + covered
         async with self.producer() as producer:
             node = producer.client.cluster.leader_for_partition(TopicPartition(topic, partition))
             if node is None:

@@ -89,7 +89,9 @@ class Producer:
     partition; `damaged` holds the offsets of partition 0 that cannot be read.
     """
 
-    def __init__(self, broker: Broker, topic: str, draw: random.Random, *, damage: bool) -> None:
+    def __init__(
+        self, broker: Broker, topic: str, draw: random.Random, *, damage: bool = False
+    ) -> None:
         self.broker = broker
         self.topic = topic
         self.draw = draw

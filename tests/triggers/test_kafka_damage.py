@@ -125,6 +125,46 @@ def test_k7_a_codec_that_is_not_installed(broker: Broker, monkeypatch: pytest.Mo
     asyncio.run(work())
 
 
+def test_a_topic_that_may_not_be_read_any_more_stops_no_other(monkeypatch: pytest.MonkeyPatch):
+    """The broker takes back the right to read one topic (error 29 in its fetches). That topic's
+    partition stops, and says what to grant; the records of the other topic are recorded meanwhile,
+    and its own once it may be read again.
+    """
+    monkeypatch.setattr(fetching, "PARTITION_RETRY_SECONDS", 1.0)
+
+    async def work(broker: Broker, proxy: Proxy) -> None:
+        async with proxy.listening():
+            name = broker.topic_name()
+            topic = await make_topic(broker, rebalance_timeout_ms=1_000, pattern=f"{name}.*")
+            denied, other = f"{name}-denied", f"{name}-other"
+            for each in (denied, other):
+                await broker.create(each)
+                await broker.send(each, "before")
+            answer = denied.encode() + (1).to_bytes(4) + bytes(4)  # one partition: 0
+            allowed = answer + bytes(2 + 4)  # no error; the upper half of the high-water mark
+            async with topic.read():
+                await topic.has(2)
+                proxy.damage = lambda data: data.replace(
+                    allowed, answer + (29).to_bytes(2) + bytes(4)
+                )
+                for n in range(3):
+                    await broker.send(other, f"other {n}")
+                    await topic.has(3 + n)
+                await eventually(
+                    lambda: f"{denied}/0 is stopped" in (topic.trigger.condition or ""),
+                    "the partition is stopped, and named",
+                )
+                assert "grant the group's user Read" in (topic.trigger.condition or "")
+                proxy.damage = None
+                await broker.send(denied, "again")
+                await topic.has(6)
+            assert len(topic.logged("kafka.assigned")) <= 2  # the same consumer all the time
+            assert not topic.logged("kafka.disconnected")
+
+    with behind_a_proxy() as (broker, proxy):
+        asyncio.run(work(broker, proxy))
+
+
 def test_a_record_that_an_old_broker_does_not_send():
     """aiokafka's error names partition and offset, and the reason names the option to change."""
     tp = TopicPartition("orders", 2)

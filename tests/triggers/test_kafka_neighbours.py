@@ -44,9 +44,15 @@ async def header_name_with_neighbours(topic: Topic) -> None:
     )
 
 
+async def compressed_garbage(topic: Topic) -> None:
+    """`bad 0`, whose compressed bytes are none, under a checksum that holds."""
+    await topic.broker.send_batch(topic.name, ("bad 0", b"name"), garbage=True)
+
+
 KINDS: dict[str, tuple[Callable[[Topic], Awaitable[None]], int]] = {
     "codec": (missing_codec, 0),
     "header name": (header_name, 0),
+    "compressed garbage": (compressed_garbage, 0),
     "header name in a batch": (header_name_with_neighbours, 2),
 }
 """How partition 0 becomes bad at its offset 1, and how many good records lie behind it in its
@@ -151,5 +157,45 @@ def test_a_partition_is_read_on_once_its_record_can_be_read(
                 without.undo()
                 await topic.has(3 + GOOD_PARTITIONS * 3)
         once_each(topic, range(1), 3)
+
+    asyncio.run(work())
+
+
+COMPACTED = {
+    "header name behind a gap": ([0, 400, 900], BAD_NAME, False),
+    "header name first, behind a gap": ([400, 401, 900], BAD_NAME, False),
+    "codec of a batch with gaps": ([0, 400, 900], b"name", True),
+}
+"""Offsets of the three records in a batch; the header name of the one at 400; whether the batch is
+compressed.
+"""
+
+
+@pytest.mark.parametrize("kind", COMPACTED)
+def test_offsets_that_a_compaction_took_are_no_dead_letters(
+    broker: Broker, kind: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In a topic whose offsets have gaps, what cannot be read is one dead letter for all offsets up
+    to it, or to the end of its batch; what lies before and behind is recorded once.
+    """
+    offsets, name, snappy = COMPACTED[kind]
+
+    async def work() -> None:
+        topic = await make_topic(broker, rebalance_timeout_ms=1_000)
+        await topic.send("before")
+        records = [(f"at {each}", name if each == 400 else b"name") for each in offsets]
+        await broker.send_batch(topic.name, *records, offsets=offsets, snappy=snappy)
+        (last,) = await topic.send("after")
+        if last != offsets[-1] + 2:
+            pytest.skip(f"this broker numbers records itself: the last one has offset {last}")
+        monkeypatch.setattr("aiokafka.codec.cramjam", None)
+        good = [] if snappy else [f"at {each}" for each in offsets if each != 400]
+        for _ in range(2):
+            async with topic.read(skip_corrupt=True):
+                await topic.committed(last + 1)
+        assert topic.data == ["before", *good, "after"]
+        (letter,) = topic.dead_letters
+        assert letter.headers["kafka-offset"] == ("2" if offsets[0] == 0 and not snappy else "1")
+        assert letter.headers["kafka-next"] == str(last if snappy else 1 + 400 + 1)
 
     asyncio.run(work())

@@ -23,6 +23,7 @@ from tests.brokers import Broker, given_or_noida, now_ms
 from tests.conftest import eventually
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
+from triggers._kafka import session
 from triggers._kafka.options import reveal_passwords
 from triggers._kafka.records import RecordReader
 from triggers.kafka import Kafka
@@ -506,6 +507,29 @@ def test_a_decoder_whose_data_cannot_be_recorded_makes_a_dead_letter(broker: Bro
         bodies = [letter.body for letter in topic.dead_letters]
         assert bodies == [*list(made)[1:-1], b"surrogate"]
         assert all("cannot be recorded" in letter.error for letter in topic.dead_letters)
+
+    run(broker, work)
+
+
+def test_a_decoder_that_does_not_return_is_reported(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+):
+    """While decode= stands still, the condition says so, once in the log; then all is read."""
+    monkeypatch.setattr(session, "SLOW_DECODER_SECONDS", 0.2)
+    go_on = threading.Event()
+
+    async def work(topic: Topic) -> None:
+        await topic.send(b"1", b"2")
+        async with topic.read(decode=lambda record: go_on.wait(30) and "decoded"):
+            await eventually(
+                lambda: "decode= has not returned" in (topic.trigger.condition or ""),
+                "the condition names the decoder",
+            )
+            assert len(topic.logged("kafka.decoder_slow")) == 1
+            go_on.set()
+            await topic.has(2)
+            await eventually(lambda: topic.trigger.condition is None, "it goes on")
+        assert topic.data == ["decoded", "decoded"]
 
     run(broker, work)
 

@@ -10,13 +10,14 @@ the records behind it. Here each record is found by its own length. `Fetcher` (f
 # pyright: reportPrivateUsage=false
 
 import struct
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from aiokafka.errors import CorruptRecordException
 from aiokafka.record.default_records import _DefaultRecordBatchPy as DefaultBatch
 from aiokafka.record.util import decode_varint
 from aiokafka.structs import ConsumerRecord
 
+from eventflow.core.errors import call_catching
 from triggers._kafka.client import KafkaRecord, TopicPartition
 
 _LENGTH = struct.Struct(">qi")
@@ -26,25 +27,36 @@ _MAGIC_AT = 16
 """Of the format's version; below 2 a batch is one message, which aiokafka decodes alone."""
 
 
+class Unreadable(NamedTuple):
+    """The offsets that cannot be decoded: from `first` up to, not including, `end`."""
+
+    first: int
+    end: int
+
+
 def decode_singly(
     tp: TopicPartition, found: bytes, offset: int, *, aborted: bool
-) -> tuple[list[KafkaRecord], int]:
-    """The records from `offset` up to the first one that cannot be decoded, and the next offset.
+) -> tuple[list[KafkaRecord], int, Unreadable]:
+    """The records from `offset` up to the first one that cannot be decoded, the next offset, and
+    what to skip if there is no record: one record, or its whole batch.
 
     `found`: whole batches, the last of which may be cut off. Only the batch with `offset` is
-    decoded. `aborted`: transactions in them were aborted. Raises CorruptRecordException or
-    UnsupportedCodecError when the batch as a whole cannot be decoded; there is no record then.
+    decoded, or the first one behind it: a compacted topic does not have each offset. `aborted`:
+    transactions in them were aborted.
     """
     for start, end in _batches(found):
         batch: Any = cast(Any, DefaultBatch)(found[start:end])
         if batch.next_offset <= offset:
             continue
-        if not batch.validate_crc():
-            raise CorruptRecordException(f"Invalid CRC - {tp}")
-        if batch.is_control_batch or (batch.is_transactional and aborted):
-            raise CorruptRecordException("not decoded: it may belong to an aborted transaction")
-        return _decode(tp, iter(batch), offset)
-    raise CorruptRecordException(f"the broker sent no whole batch with offset {offset}")
+        whole = Unreadable(offset, batch.next_offset)
+        is_ours = batch.validate_crc() and not batch.is_control_batch
+        if not is_ours or (batch.is_transactional and aborted):
+            return [], offset, whole
+        records, after = call_catching(_decode, tp, batch, offset)[0] or ([], whole)
+        if isinstance(after, Unreadable):
+            return records, after.first, after
+        return records, after, whole
+    return [], offset, Unreadable(offset, offset + 1)
 
 
 def _batches(found: bytes) -> list[tuple[int, int]]:
@@ -62,17 +74,25 @@ def _batches(found: bytes) -> list[tuple[int, int]]:
     return places
 
 
-def _decode(tp: TopicPartition, batch: Any, offset: int) -> tuple[list[KafkaRecord], int]:
+def _decode(
+    tp: TopicPartition, batch: Any, offset: int
+) -> tuple[list[KafkaRecord], int | Unreadable]:
+    """The records, and the offset behind the batch, or the record that cannot be decoded. Raises
+    UnsupportedCodecError, and whatever damaged bytes raise when they are decompressed.
+    """
     records: list[KafkaRecord] = []
+    iter(batch)  # decompresses
     for _ in range(batch._num_records):
+        at = offset
         try:
             length, body = decode_varint(batch._buffer, batch._pos)
-            if _offset_at(batch, body) >= offset:
+            if (at := _offset_at(batch, body)) >= offset:
                 records.append(_record(tp, batch._read_msg()))
                 offset = records[-1].offset + 1
             batch._pos = body + length
         except (ValueError, IndexError, CorruptRecordException):  # this record: the caller decides
-            return records, offset
+            is_here = offset <= at < batch.next_offset
+            return records, Unreadable(offset, (at if is_here else offset) + 1)
     return records, batch.next_offset
 
 

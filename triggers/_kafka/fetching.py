@@ -11,10 +11,11 @@ errors.py, damaged_batches.py and partitions.py.
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from eventflow.core.errors import call_catching
 from triggers._kafka.client import (
     Consumer,
+    KafkaError,
     KafkaRecord,
+    TopicAuthorizationFailedError,
     TopicPartition,
     fetch_bytes,
 )
@@ -23,6 +24,7 @@ from triggers._kafka.errors import (
     OFFSET_ERRORS,
     TOO_LARGE_ERROR,
     CheckReason,
+    MissingOffsets,
     ends_consumer,
     oversized_record,
     partitions_without_offset,
@@ -122,6 +124,7 @@ class Fetcher:
         epoch = self._partitions.epoch
         records: list[KafkaRecord] = []
         after = position
+        end: int | None = None
         while len(records) < MAX_RECORDS_BY_PARTITION:
             found, raised = await self._getmany(tp, timeout_ms=500, max_records=1)
             if not found:
@@ -130,30 +133,41 @@ class Fetcher:
             records += found[tp]
             after = await self._consumer.position(tp)
         if not records and epoch == self._partitions.epoch:
-            records, after = await self._decode_singly(tp, position)
+            records, after, end = await self._decode_singly(tp, position)
         if epoch != self._partitions.epoch or tp not in self._partitions:
             return ()
         if records:
             self._consumer.seek(tp, after)
         else:
-            self._handle_unreadable(tp, after, error)
+            self._handle_unreadable(tp, after, error, end)
         return records
 
     async def _decode_singly(
         self, tp: TopicPartition, position: int
-    ) -> tuple[list[KafkaRecord], int]:
-        """The records from `position` on, when the unreadable one is before them in their batch;
-        none when it is the one at `position`, or the whole batch.
+    ) -> tuple[list[KafkaRecord], int, int]:
+        """The records from `position` on, when the unreadable one is before them in their batch,
+        and the offset behind them. None when it is the one at `position`, or the whole batch: then
+        also the offset behind what cannot be read.
         """
-        found, aborted = await fetch_bytes(self._consumer, tp, position)
-        decoded, _ = call_catching(decode_singly, tp, found, position, aborted=aborted)
-        return decoded or ([], position)  # the error of the fetch is the one to report
+        try:
+            found, aborted = await fetch_bytes(self._consumer, tp, position)
+        except KafkaError as error:  # of this partition: the error of the fetch is reported
+            if ends_consumer(error):
+                raise
+            return [], position, position + 1
+        records, after, unreadable = decode_singly(tp, found, position, aborted=aborted)
+        return records, after, unreadable.end
 
-    def _handle_unreadable(self, tp: TopicPartition, offset: int, error: Exception) -> None:
+    def _handle_unreadable(
+        self, tp: TopicPartition, offset: int, error: Exception, end: int | None = None
+    ) -> None:
+        """Stops the partition at `offset`, or skips what cannot be read: up to, not including,
+        `end`; one record by default.
+        """
         reason = unreadable_reason(error, offset)
         if tp not in self._partitions:
             return
-        if self._skip_corrupt:
-            self._partitions.skip_record(tp, offset, reason)
+        if self._skip_corrupt and not isinstance(error, TopicAuthorizationFailedError):
+            self._partitions.skip_records(tp, MissingOffsets(offset, end or offset + 1, reason))
         else:
             self._partitions.stop(tp, reason, PARTITION_RETRY_SECONDS, offset)

@@ -37,7 +37,8 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
 
     `epoch` changes with each rebalance: what began in another epoch is dropped. `uncertain`:
     partitions to check, and why. `gaps`: offsets to skip.
-    `store_full`: why nothing is read; None while the ledger has room.
+    `store_full`: why nothing is read; None while the ledger has room. `decoder_is_slow`: nothing is
+    read because the user's decoder does not return.
     """
 
     def __init__(self, options: KafkaOptions, consumer: Consumer, log: Any) -> None:
@@ -49,6 +50,7 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         self.uncertain: dict[TopicPartition, CheckReason] = {}
         self.gaps: dict[TopicPartition, MissingOffsets] = {}
         self.store_full: StoreFull | None = None
+        self.decoder_is_slow: bool = False
 
     def assign(self, tp: TopicPartition, bounds: OffsetBounds) -> None:
         """Adds a partition that was just assigned, and is paused: reads it from its position, or
@@ -196,10 +198,10 @@ class AssignedPartitions(dict[TopicPartition, AssignedPartition]):
         self._consumer.pause(tp)
         self._seek(partition, offset)
 
-    def skip_record(self, tp: TopicPartition, offset: int, reason: str) -> None:
-        """Skips one record, with a dead letter."""
+    def skip_records(self, tp: TopicPartition, missing: MissingOffsets) -> None:
+        """Skips records that cannot be read, with one dead letter."""
         self._consumer.pause(tp)
-        self.gaps[tp] = MissingOffsets(offset, offset + 1, reason)
+        self.gaps[tp] = missing
 
     # ------------------------------------------------------------------ gaps
 

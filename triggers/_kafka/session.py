@@ -15,8 +15,9 @@ group; a poll is cancelled only at the end.
 
 import asyncio
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 import anyio.to_thread
 
@@ -36,6 +37,9 @@ from triggers._kafka.shutdown import finish_despite_cancel
 
 LOG_EVENTS = {
     "kafka.assigned": "A consumer has its partitions and starts reading.",
+    "kafka.decoder_slow": (
+        "The user's `decode=` has not returned for 30 seconds; nothing is read until it does."
+    ),
 }
 
 REQUEST_TIMEOUT_SECONDS = 30.0
@@ -51,6 +55,9 @@ LEAVE_TIMEOUT_SECONDS = 4.0
 
 CLOSE_TIMEOUT_SECONDS = 10.0
 """For the whole end of a cancelled session."""
+
+SLOW_DECODER_SECONDS = 30.0
+"""That decoding a batch takes before it is reported."""
 
 PAUSE_AFTER_SECONDS = 3.0
 """That the ledger is full before the partitions are paused: a pause drops what was fetched ahead.
@@ -87,6 +94,8 @@ class Session(ConsumerRebalanceListener):
         """What prevents reading, in one line; None if nothing does."""
         if not self.joined:
             return "joining the group"
+        if self.partitions.decoder_is_slow:
+            return f"decode= has not returned for more than {SLOW_DECODER_SECONDS:.0f} s"
         if self.partitions.store_full is not None:
             return f"paused: {self.partitions.store_full}"
         problems = [self._probe.problem] if self._probe.problem else []
@@ -180,7 +189,8 @@ class Session(ConsumerRebalanceListener):
             positions[partition.tp] = await self.consumer.position(partition.tp)
             partition.fetch_offset = positions[partition.tp]
         if reader.runs_user_code:  # it may ask a schema registry: not on the loop of the heartbeats
-            batch = await anyio.to_thread.run_sync(decode_batch, reader, known, positions, epoch)
+            decoding = partial(decode_batch, reader, known, positions, epoch)
+            batch = await self._decode_in_thread(decoding)
         else:
             batch = decode_batch(reader, known, positions, epoch)
         if epoch != partitions.epoch:
@@ -196,6 +206,21 @@ class Session(ConsumerRebalanceListener):
         for tp in batch.changed:
             partitions.mark_uncertain(tp, CheckReason.CHANGED)
         return batch if batch.positions else None
+
+    async def _decode_in_thread(self, decoding: Callable[[], DecodedBatch]) -> DecodedBatch:
+        """The batch. A decoder that does not return is a line in the log, and the condition."""
+        watch = asyncio.create_task(self._report_slow_decoder())
+        try:
+            return await anyio.to_thread.run_sync(decoding)
+        finally:
+            watch.cancel()
+            self.partitions.decoder_is_slow = False
+            await asyncio.gather(watch, return_exceptions=True)
+
+    async def _report_slow_decoder(self) -> None:
+        await asyncio.sleep(SLOW_DECODER_SECONDS)
+        self.partitions.decoder_is_slow = True
+        self._intake.log.warning("kafka.decoder_slow", seconds=SLOW_DECODER_SECONDS)
 
     async def _record(self, batch: DecodedBatch) -> None:
         """Records events and cursors in one transaction. While the ledger is full, the batch is
