@@ -31,6 +31,9 @@ APP = Path(__file__).with_name("app.py")
 REST_WITHIN = 120.0
 """Seconds for what the last events started, retries and sleeps included."""
 
+POLL = 0.5
+"""Seconds between two looks at what is still under way."""
+
 
 class Soak:
     """One soak in `folder`. `run` leaves `samples`, `verdicts` and `wrong`.
@@ -55,7 +58,7 @@ class Soak:
         self.seconds = seconds
         self.rate = rate
         self.slack = slack
-        self.interval = max(1.0, seconds / 300)
+        self.interval = max(0.5, seconds / 300)
         self.settings = {
             "SOAK_EFFECTS": str(folder / "effects"),
             "SOAK_STATS": str(folder / "stats"),
@@ -146,7 +149,7 @@ class Soak:
             if time.monotonic() > deadline:
                 self.wrong.append(f"not at rest after {REST_WITHIN:g} s")
                 break
-            time.sleep(0.5)
+            time.sleep(POLL)
         self.wrong += traffic.refusals + account.compare(effects)
         self.wrong += server.get("/api/check")["wrong"]
         self.counts = counts = server.get("/api/counts")

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -66,6 +67,10 @@ KEEP = float(os.environ.get("SOAK_KEEP", "10"))
 """Seconds for which the ledger keeps what is over."""
 REST = float(os.environ.get("SOAK_REST", "3"))
 """Seconds of a durable sleep; from 60 on the run leaves memory."""
+TOO_LONG = 60.0
+"""Seconds of what is timed out."""
+BLOCK = 0.3
+"""Seconds of a plain body, which nothing can end."""
 LEAKS = frozenset(filter(None, os.environ.get("SOAK_LEAK", "").split(",")))
 BROKER = os.environ.get("SOAK_BROKER", "localhost:9092")
 MEMBER: dict[str, Any] = {"session_timeout_ms": 6_000, "rebalance_timeout_ms": 1_000}
@@ -130,12 +135,12 @@ def compute(n: int) -> int:
 
 @task(timeout=0.2)
 async def hang() -> None:
-    await asyncio.sleep(30)
+    await asyncio.sleep(TOO_LONG)
 
 
 @task(timeout=0.1)
 def block() -> None:
-    time.sleep(0.3)  # a plain body that outlives its timeout
+    time.sleep(BLOCK)  # a plain body that outlives its timeout
 
 
 @task(retries=Retry(attempts=3, delay=0.05, jitter=False))
@@ -288,7 +293,7 @@ async def times_out(id: str) -> None:
             continue
     try:
         async with timeout(0.1):
-            await asyncio.sleep(60)
+            await asyncio.sleep(TOO_LONG)
     except TimeoutError:
         await noted("timeout", [id])
 
@@ -296,7 +301,7 @@ async def times_out(id: str) -> None:
 @flow(timeout=0.3)
 async def overdue(id: str) -> None:
     try:
-        await asyncio.sleep(60)
+        await asyncio.sleep(TOO_LONG)
     finally:
         await noted("overdue", [id])
 
@@ -331,8 +336,15 @@ def survey() -> dict[str, Any]:
     """Objects that survive a garbage collection, asyncio tasks among them; which they are, and the
     names of the threads.
     """
-    gc.collect()
-    classes = Counter(map(type, gc.get_objects()))
+    # A list of all objects refers to half-made tuples of other threads, which C code must not meet
+    # (it resizes them): none of them runs meanwhile.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1.0)
+    try:
+        gc.collect()
+        classes = Counter(map(type, gc.get_objects()))
+    finally:
+        sys.setswitchinterval(interval)
     tasks = sum(n for each, n in classes.items() if issubclass(each, asyncio.Task))
     kinds = {f"{each.__module__}.{each.__qualname__}": n for each, n in classes.most_common(100)}
     names = (thread.name.rstrip("0123456789") for thread in threading.enumerate())

@@ -98,7 +98,7 @@ def judge(samples: Sequence[Sample], warm_up: float, slack: float = 1.0) -> list
     judged = [sample for sample in samples if sample.at >= warm_up]
     if len(judged) < 10:
         raise ValueError(
-            f"expected 10 samples after {warm_up:g} s, found {len(judged)}: run longer"
+            f"expected 10 samples after {warm_up:g} s, found {len(judged)}; run it for longer"
         )
     span = judged[-1].at - judged[0].at
     verdicts: list[Verdict] = []
