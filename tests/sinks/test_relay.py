@@ -3,8 +3,9 @@ sinks and crashes.
 """
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import pytest
 
 from eventflow import App, Event, Permanent, emit, flow, task
 from eventflow.core.errors import UsageError
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import OutboxMessage, Undecodable
 from eventflow.web.api import make_asgi
-from tests.conftest import eventually
+from tests.conftest import eventually, stays
 
 pytestmark = pytest.mark.anyio
 
@@ -253,6 +255,82 @@ async def test_p9_dead_letters_go_to_their_sink_with_their_bytes_and_reason(tmp_
             and raw.subscription == ""
         )
         assert len(await app.store.dead_letters()) == 2
+
+
+async def test_a_sender_with_nothing_to_send_rests(tmp_path: Path) -> None:
+    """After its last message a sender reads the outbox once more and then waits to be woken."""
+    sink = ListSink()
+    async with opened(tmp_path, ("note", sink)) as app:
+        reads = 0
+        unsent = app.store.unsent_messages
+
+        async def counted(*args: Any) -> Any:
+            nonlocal reads
+            reads += 1
+            return await unsent(*args)
+
+        app.store.unsent_messages = counted  # type: ignore[method-assign]
+        for n in range(3):
+            await app.emit("note", {"n": n})
+            await eventually(lambda n=n: len(sink.received) == n + 1, "it is sent")
+            await eventually(lambda: is_empty(app), "the outbox is empty")
+        await stays(lambda: reads <= 9, "the sender rests", during=0.3)
+
+
+async def test_a_damaged_event_is_not_sent_and_holds_nobody_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A message whose event does not match its checksum is left out with an error that names the
+    row; those around it are sent.
+    """
+    sink = ListSink()
+    sink.gate.clear()
+    async with opened(tmp_path, ("note", sink)) as app:
+        for n in range(3):
+            await app.emit("note", {"n": n}, id=f"n-{n}")
+    with closing(sqlite3.connect(tmp_path / "out.db")) as ledger, ledger:
+        ledger.execute("UPDATE events SET body = replace(body, '1', '7') WHERE event_id = 'n-1'")
+    sink = ListSink()
+    async with opened(tmp_path, ("note", sink)):
+        await eventually(lambda: len(sink.received) >= 2, "the others are sent")
+    assert sink.ids == ["n-0", "n-2"]
+    assert "store.row_corrupt" in caplog.text
+
+
+async def test_a_rejection_that_quotes_a_secret_is_kept_without_it(tmp_path: Path) -> None:
+    """What a sink says about a rejected message is redacted before it is kept as a dead letter."""
+    KNOWN_SECRETS.register("s3cr3t-of-the-sink")
+    sink = ListSink()
+    sink.rejects = {"s3cr3t-of-the-sink"}
+    async with opened(tmp_path, ("note", sink)) as app:
+        await app.emit("note", {"n": 1}, id="s3cr3t-of-the-sink")
+
+        async def is_rejected() -> bool:
+            return bool(await app.store.dead_letters())
+
+        await eventually(is_rejected, "it is a dead letter")
+        (letter,) = await app.store.dead_letters()
+    assert "too large" in letter["reason"] and "s3cr3t" not in letter["reason"]
+
+
+async def test_closing_waits_for_a_sink_for_a_bounded_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sink whose `close` does not return is left behind after the time limit."""
+    monkeypatch.setattr("eventflow.sinks.relay.CLOSE_TIMEOUT_SECONDS", 0.1)
+    cancelled = asyncio.Event()
+
+    class Stuck(ListSink):
+        async def close(self) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+    async with asyncio.timeout(10):
+        async with opened(tmp_path, ("note", Stuck())) as app:
+            await app.emit("note", {"n": 1})
+        assert cancelled.is_set()
 
 
 async def test_retention_keeps_what_is_not_sent(tmp_path: Path) -> None:
