@@ -12,8 +12,9 @@ ARGS ?=
 AWS := .venv-aws
 AWS_PACKAGES := 'ministack>=1.5.33' 'moto[server]>=5.2.5'
 
-# Tests that ARGS picks by path need the local AWS services only if they are those of S3, the soak, or all of a folder.
-NEEDS_AWS := $(if $(filter tests/%.py tests/%.py::%,$(ARGS)),$(findstring s3,$(ARGS))$(findstring soak,$(ARGS)),all)
+# Tests that ARGS picks by path need the local AWS services only if a file of them uses these.
+PICKED := $(foreach each,$(filter tests/%,$(ARGS)),$(firstword $(subst ::, ,$(each))))
+NEEDS_AWS := $(if $(PICKED),$(shell grep -rlE --include='*.py' 'tests\.aws|triggers\.buckets' $(PICKED)),all)
 
 .PHONY: help demo test soak bench lint format clean
 .DEFAULT_GOAL := help

@@ -126,6 +126,8 @@ async def _run_page(page: list[Block], names: dict[str, Any]) -> None:
             await asyncio.to_thread(_run_pytest, block.file, block.text)
         elif block.file is not None:
             names |= await asyncio.to_thread(_load_file, block)
+        elif "asyncio.run(" in block.text:
+            await asyncio.to_thread(eval, code, names)
         else:
             done = eval(code, names)
             if inspect.iscoroutine(done):
@@ -166,6 +168,49 @@ def _run_pytest(file: str, text: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+NOTEBOOKS = {("docs/guides/library.md", "## Jupyter")}
+"""Pages and sections whose blocks are cells, with an `await` at the top."""
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks(path, "python")], ids=title)
+def test_every_program_runs_when_saved_as_a_file(path: Path, tmp_path: Path):
+    """The blocks of a page run as programs when they are saved: those with a name under it, the
+    others one behind the other in a file that imports the named ones; and the command line finds
+    their App.
+    """
+    files: dict[str, str] = {}
+    for block in blocks(path, "python"):
+        above = path.read_text().splitlines()[: block.line]
+        heading = next((line for line in reversed(above) if line.startswith("## ")), "")
+        if block.is_run and (title(path), heading) not in NOTEBOOKS:
+            name = block.file or "page.py"
+            modules = [file[:-3] for file in files if not file.startswith("test_")]
+            start = "" if block.file else "".join(f"from {each} import *\n" for each in modules)
+            files[name] = f"{files.get(name, start)}\n\n{block.text}"
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    secrets = dict.fromkeys(re.findall(r'env\("(\w+)"\)', path.read_text()), SECRET)
+    for name, text in files.items():
+        if not name.startswith("test_"):  # those are run by the test above
+            _run_file(tmp_path, secrets, name)
+        is_script = re.search(r"^(assert )?asyncio\.run\(", text, re.MULTILINE)
+        if re.search(r"^app = App\(", text, re.MULTILINE) and not is_script:
+            _run_file(tmp_path, secrets, "-m", "eventflow", "doctor", "--app", name)
+
+
+def _run_file(folder: Path, secrets: dict[str, str], *args: str) -> None:
+    done = subprocess.run(
+        [sys.executable, *args],
+        cwd=folder,
+        env={**os.environ, **secrets, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, (args, done.stdout, done.stderr)
 
 
 async def _call_tests(names: dict[str, Any]) -> None:
