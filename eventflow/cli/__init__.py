@@ -2,7 +2,7 @@
 
     root.py      the group, its help page, errors and exit codes; aliases.py: old spellings
     serve.py     serve, dev, run, task, demo; with run.py (one run) and reload.py (dev's reloader)
-    inspect.py   ls, show, explain, logs
+    inspect.py   ls, status, show, explain, logs
     actions.py   emit, retry, replay, redrive, cancel, pause, resume; with dry_run.py
     backfill.py  backfill
     store.py     doctor, backup

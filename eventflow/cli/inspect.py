@@ -1,4 +1,4 @@
-"""The commands that read the ledger and change nothing: ls, show, explain, logs."""
+"""The commands that read the ledger and change nothing: ls, status, show, explain, logs."""
 
 import asyncio
 import sys
@@ -9,8 +9,15 @@ import click
 import orjson
 
 from eventflow.cli.aliases import KindChoice
-from eventflow.cli.client import ApiError, LedgerLocation, ledger_options, open_api, quoted
-from eventflow.cli.output import note, table, terminal_width, write_result
+from eventflow.cli.client import (
+    ApiClient,
+    ApiError,
+    LedgerLocation,
+    ledger_options,
+    open_api,
+    quoted,
+)
+from eventflow.cli.output import fields_text, note, table, terminal_width, write_result
 from eventflow.cli.run_text import event_text, last_part, run_text
 from eventflow.cli.times import age_text, check_order, duration_text, parse_moment, zone_name
 from eventflow.core.errors import UsageError
@@ -65,6 +72,7 @@ def command(name: str) -> Any:
     help="Only runs in this state: pending, running, waiting, paused, held, completed, failed, "
     "cancelled, dead.",
 )
+@click.option("--failed", is_flag=True, help="The same as --state failed.")
 @click.option("--flow", help="Only runs of this flow.")
 @click.option("--event", help="Only runs that this event started.")
 @click.option("--type", help="Only events of this type.")
@@ -89,6 +97,7 @@ def ls(
     kind: str,
     limit: int,
     after: str | None,
+    failed: bool,
     as_json: bool,
     location: LedgerLocation,
     **filters: Any,
@@ -97,6 +106,9 @@ def ls(
 
     Without a kind, runs are listed. The newest come first.
     """
+    if failed and filters["state"] not in (None, "failed"):
+        raise UsageError("--failed is --state failed; give one of them")
+    filters["state"] = "failed" if failed else filters["state"]
     given = {name: value for name, value in filters.items() if value is not None}
     for name in given:
         if (wanted := _FILTERED_KIND[name]) != kind:
@@ -123,8 +135,18 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
         **run,
         "started": age_text(run["started_at"] or run["created_at"]),
         "took": duration_text(run["took"]),
-        "detail": f"{last_part(error['type'])}: {error['message']}" if error else run["reason"],
+        "detail": f"{last_part(error['type'])}: {error['message']}"
+        if error
+        else _why_it_rests(run),
     }
+
+
+def _why_it_rests(run: dict[str, Any]) -> str | None:
+    """The reason of its state, or when it is due."""
+    if run["reason"] is None and run["state"] in ("pending", "waiting") and run["due_at"]:
+        due = age_text(run["due_at"])
+        return f"due {due}" if due and due.startswith("in ") else None
+    return run["reason"]
 
 
 def _event_row(event: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +164,11 @@ def _flow_row(flow: dict[str, Any]) -> dict[str, Any]:
 
 def _trigger_row(trigger: dict[str, Any]) -> dict[str, Any]:
     """With its gauges, such as `lag_messages 12, lag_seconds 0.8`, and its current problem."""
-    gauges = ", ".join(f"{name} {value:.15g}" for name, value in trigger["totals"].items())
+    gauges = ", ".join(
+        f"{name} {value:.15g}"
+        for name, value in trigger["totals"].items()
+        if value or name.startswith("lag")
+    )
     return {
         **trigger,
         "state": "paused" if trigger["paused"] else trigger["state"],
@@ -171,6 +197,51 @@ _SHOWN: Mapping[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+# --------------------------------------------------------------------------- status
+
+
+@command("status")
+@ledger_options
+def status(as_json: bool, location: LedgerLocation) -> None:
+    """Show whether runs are executed, and what is left to do."""
+    found = asyncio.run(_status(location))
+    write_result(found, as_json, fields_text(_status_fields(found), terminal_width()))
+
+
+async def _status(location: LedgerLocation) -> dict[str, Any]:
+    async with open_api(location) as api:
+        found = await api.get("/api/status")
+        listed: dict[str, Any] = await api.get("/api/triggers") if api.live else {"triggers": []}
+    return {**found, "server": api.live, **listed}
+
+
+def _status_fields(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What is zero or well is left out, except the runs and the deliveries."""
+    counts = found["counts"]
+    deliveries = ", ".join(
+        f"{counts[name]:,} {name}"
+        for name in ("pending", "completed", "failed", "cancelled", "dead")
+    )
+    executed = found["reason"] or "yes" if found["server"] else "no server is running"
+    fields: list[tuple[str, Any]] = [("runs executed", executed)]
+    if found["server"]:
+        fields.append(("runs", ", ".join(f"{n:,} {where}" for where, n in _load(found["runs"]))))
+    fields.append(("deliveries", deliveries))
+    if threads := found["threads_left_behind"]:
+        spare = found["spare_threads"]
+        fields.append(("threads", f"{threads} left behind by timed-out bodies, {spare} spare"))
+    for trigger in found["triggers"]:
+        row = _trigger_row(trigger)
+        if row["state"] != "listening" or row["detail"]:
+            detail = f": {row['detail']}" if row["detail"] else ""
+            fields.append((row["name"], f"{row['state']}{detail}"))
+    return fields
+
+
+def _load(runs: dict[str, int]) -> list[tuple[str, int]]:
+    return [(name.replace("_", " "), number) for name, number in runs.items()]
+
+
 # --------------------------------------------------------------------------- show
 
 
@@ -189,15 +260,19 @@ def show_command(ident: str | None, as_json: bool, location: LedgerLocation) -> 
     write_result(found, as_json, text)
 
 
+async def _last_run(api: ApiClient) -> str:
+    runs = (await api.get("/api/runs", limit=1))["runs"]
+    if not runs:
+        raise ApiError(404, "not_found", "there are no runs yet")
+    return str(runs[0]["id"])
+
+
 async def _find_run_or_event(
     location: LedgerLocation, ident: str | None
 ) -> tuple[str, dict[str, Any]]:
     async with open_api(location) as api:
         if ident is None:
-            runs = (await api.get("/api/runs", limit=1))["runs"]
-            if not runs:
-                raise ApiError(404, "not_found", "there are no runs yet")
-            ident = str(runs[0]["id"])
+            ident = await _last_run(api)
         try:
             return "run", await api.get(f"/api/runs/{quoted(ident)}")
         except ApiError as error:
@@ -235,24 +310,27 @@ def explain(event: str, as_json: bool, location: LedgerLocation) -> None:
 
 
 @command("logs")
-@click.argument("run")
+@click.argument("run", required=False)
 @click.option("--follow", "-f", is_flag=True, help="Continue until the run has ended.")
 @ledger_options
-def logs(run: str, follow: bool, as_json: bool, location: LedgerLocation) -> None:
-    """Print what a run's flow and tasks logged and printed.
+def logs(run: str | None, follow: bool, as_json: bool, location: LedgerLocation) -> None:
+    """Print what a run's flow and tasks logged and printed; without RUN, of the last run.
 
     With --json, print one JSON object per line.
     """
     asyncio.run(_print_logs(location, run, follow, as_json))
 
 
-async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json: bool) -> None:
+async def _print_logs(
+    location: LedgerLocation, run: str | None, follow: bool, as_json: bool
+) -> None:
     style = make_style(sys.stdout)
     if sys.stdout.isatty() and not as_json:
         note(f"times in {zone_name()}")
     after = 0
     async with open_api(location) as api:
         follow = follow and api.live  # without a server nothing more will come
+        run = await _last_run(api) if run is None else run
         while True:
             page = await api.get(f"/api/runs/{quoted(run)}/logs", after=after, limit=1000)
             for line in page["lines"]:
@@ -263,6 +341,8 @@ async def _print_logs(location: LedgerLocation, run: str, follow: bool, as_json:
                     else format_line(_log_record(line), style)
                 )
             if not page["lines"] and (page["settled"] or not follow):
+                if not after:
+                    note(f"run {page['run']} logged nothing")
                 return
             if not page["lines"]:
                 await asyncio.sleep(0.3)

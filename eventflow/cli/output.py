@@ -58,7 +58,16 @@ def write_result(data: Any, as_json: bool, text: str) -> None:
 
 def note(text: str) -> None:
     """Print a line for a person to stderr."""
-    click.echo(f"eventflow: {escape_controls(text)}", err=True)
+    _echo_wrapped(f"eventflow: {escape_controls(text)}")
+
+
+def _echo_wrapped(text: str) -> None:
+    """To stderr; on a terminal, lines break between words."""
+    width = shutil.get_terminal_size().columns if is_terminal(sys.stderr) else None
+    click.echo("\n".join(wrap(text, width, lines=MAX_LINES_OF_ERROR)), err=True)
+
+
+MAX_LINES_OF_ERROR = 40
 
 
 def fail(error: str, detail: str, as_json: bool) -> None:
@@ -66,7 +75,7 @@ def fail(error: str, detail: str, as_json: bool) -> None:
     if as_json:
         sys.stderr.write(orjson.dumps({"error": _snake(error), "detail": detail}).decode() + "\n")
     else:
-        click.echo(f"{click.style('error:', fg='red')} {escape_controls(detail)}", err=True)
+        _echo_wrapped(f"{click.style('error:', fg='red')} {escape_controls(detail)}")
 
 
 def _snake(name: str) -> str:
@@ -88,9 +97,9 @@ def table(
     """Rows as aligned columns under their names, `empty` for none; columns without a value are left
     out.
 
-    `width` is that of a terminal (`terminal_width`): columns of text are shortened to it, and where
-    little is left for the last one, its text goes to a line of its own. Without a width, cells are
-    cut at 48 characters, except those of the last column.
+    `width` is that of a terminal (`terminal_width`): columns of text are shortened to it, and a
+    reason or error in the last one that does not fit goes to a line of its own. Without a width,
+    cells are cut at 48 characters, except those of the last column.
     """
     if not rows:
         return empty
@@ -110,19 +119,20 @@ def table(
             ]
         )
     widths = _fit(natural, columns, width)
-    below = columns[-1] in _LONG and widths[-1] < min(natural[-1], MIN_LAST_COLUMN)
+    below = columns[-1] in _LONG and widths[-1] < natural[-1]
     if below:
         widths = _fit(natural[:-1], columns[:-1], width)
+        room = width - sum(widths) - 2 * len(widths)
+        widths = [*widths, room] if room >= display_width(heads[-1]) else widths
     lines = [click.style(clip(_line(heads[: len(widths)], widths, width), width), bold=True)]
     for line in cells:
-        lines.append(_line(line[: len(widths)], widths, width, colour=True))
-        if below and line[-1] != "-":
+        inline = len(widths) == len(line) and (not below or display_width(line[-1]) <= widths[-1])
+        shown = line if inline else line[:-1]
+        lines.append(_line(shown, widths[: len(shown)], width, colour=True))
+        if not inline and line[-1] != "-":
             lines.append(f"    {clip(line[-1], width - 4)}")
     return "\n".join(lines)
 
-
-MIN_LAST_COLUMN = 30
-"""Characters that a column of long texts needs beside the others."""
 
 _FIXED = frozenset("id run event state started took waited attempts received at ok kind".split())
 """Columns that are never shortened."""

@@ -40,11 +40,13 @@ class CommandGroup(click.Group):
             return super().resolve_command(ctx, args)
         except click.UsageError:
             near = get_close_matches(args[0], self.list_commands(ctx), n=1)
-            hint = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"there are: {', '.join(self.list_commands(ctx))}"
-            )
+            kind = "dead-letters" if args[0].startswith("dead") else args[0]
+            if kind in inspect.COLUMNS:
+                hint = f"did you mean `eventflow ls {kind}`?"
+            elif near:
+                hint = f"did you mean {near[0]!r}?"
+            else:
+                hint = f"there are: {', '.join(self.list_commands(ctx))}"
             raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

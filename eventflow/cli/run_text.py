@@ -13,7 +13,7 @@ import click
 import orjson
 
 from eventflow.cli.output import fields_text, table
-from eventflow.cli.times import age_text, duration_text, instant_text
+from eventflow.cli.times import age_text, duration_text, instant_text, seconds_since
 from eventflow.logs.redaction import escape_controls_by_line
 
 GROUP_SIZE = 12
@@ -21,6 +21,8 @@ GROUP_SIZE = 12
 MAX_SHOWN = 10
 """Calls of a group that are listed: those that failed, run or are retried."""
 MAX_TRACEBACK_LINES = 40
+RECORDED_TRACEBACK = "recorded traceback:"
+"""Line of an error's note, before the traceback of the task's body."""
 MAX_MESSAGE_CHARS = 2000
 COMPARED_CHARS = 400
 """Of two messages, of which the API shortens that of a call."""
@@ -62,6 +64,8 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
 
 def _state(run: Mapping[str, Any]) -> str:
     took = duration_text(run["took"])
+    if run["state"] == "running" and run["started_at"]:
+        return f"running for {duration_text(seconds_since(run['started_at']))}"
     return f"{run['state']} in {took}" if took else run["state"]
 
 
@@ -149,7 +153,7 @@ def _call_row(call: Mapping[str, Any]) -> dict[str, Any]:
 def _detail(call: Mapping[str, Any]) -> str | None:
     """The last error of a call that has not completed, else its value, or the run it started."""
     if call["next_at"] is not None:
-        return f"{_last_error(call)}; next attempt {age_text(call['next_at'])}"
+        return f"next attempt {age_text(call['next_at'])}; {_last_error(call)}"
     if call["state"] == "failed" or (call["errors"] and call["state"] in LIVE):
         return _last_error(call)
     return call.get("child") or call["result"]
@@ -197,7 +201,7 @@ def _error(run: Mapping[str, Any]) -> str | None:
     error = run["error"]
     if not error:
         return None
-    text = escape_controls_by_line(error.get("traceback") or "").rstrip()
+    text = _one_traceback(escape_controls_by_line(error.get("traceback") or "").rstrip())
     message = escape_controls_by_line(error.get("message") or "")
     if len(message) > MAX_MESSAGE_CHARS:
         message = f"{message[:MAX_MESSAGE_CHARS]}… all: --json"
@@ -209,6 +213,18 @@ def _error(run: Mapping[str, Any]) -> str | None:
         left_out = len(lines) - MAX_TRACEBACK_LINES
         lines = [lines[0], f"  … {left_out} lines; all: --json", *lines[-MAX_TRACEBACK_LINES + 1 :]]
     return "\n".join(lines)
+
+
+def _one_traceback(text: str) -> str:
+    """The frames of the flow and, below them, those of the task's body that its note has; the error
+    once.
+    """
+    flow, note, body = text.partition(f"\n{RECORDED_TRACEBACK}\n")
+    frames = [line for line in flow.splitlines() if line.startswith("  ")]
+    head = flow.splitlines()[:1]
+    if not note or not frames or not body:
+        return text
+    return "\n".join([*head, *frames, body.removeprefix(f"{head[0]}\n")])
 
 
 # --------------------------------------------------------------------------- an event

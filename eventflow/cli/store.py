@@ -226,7 +226,7 @@ async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
         counts: dict[str, int] = await api.get("/api/counts")
     found = [DoctorFinding("ledger", False, sentence, 65) for sentence in wrong]
     totals = ", ".join(
-        f"{counts[name]} {name}" for name in ("events", "runs", "pending", "failed", "dead")
+        f"{counts[name]:,} {name}" for name in ("events", "runs", "pending", "failed", "dead")
     )
     return found or [DoctorFinding("ledger", True, f"checksums and sums hold: {totals}")]
 

@@ -68,6 +68,10 @@ def moment_text(instant: str) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S} {moment.tzname()}"
 
 
+def seconds_since(instant: str) -> float:
+    return max(0.0, (now() - datetime.fromisoformat(instant)).total_seconds())
+
+
 def age_text(instant: str | None) -> str | None:
     """`2 min ago`, or `in 2 min`; None for None."""
     if instant is None:

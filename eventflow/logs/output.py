@@ -10,6 +10,7 @@ counted.
 import io
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -311,17 +312,22 @@ def _where(data: Mapping[str, Any]) -> str | None:
     """`krvs handle/score#1`: the run, its flow, the task and its attempt."""
     flow = data.get("flow")
     run = data.get("run")
-    if not isinstance(run, str):
-        return None if flow is None else escape_controls(str(flow))
-    task = f"/{data['task']}#{data.get('attempt', 1)}" if data.get("task") else ""
-    return escape_controls(f"{run[-SHORT_ID_LENGTH:]} {flow or ''}{task}".rstrip())
+    task = f"{data['task']}#{data.get('attempt', 1)}" if data.get("task") else ""
+    name = "/".join(escape_controls(str(part)) for part in (flow, task) if part)
+    if not isinstance(run, str):  # `eventflow logs RUN`: all lines are of that run
+        return name or None
+    return f"{escape_controls(run[-SHORT_ID_LENGTH:])} {name}".rstrip()
+
+
+_MODULE_OF_ERROR: Final = re.compile(r"^[\w.]+:(?=[A-Za-z_]\w*(?:: |$))")
+"""`builtins:` of `builtins:ValueError: no such order`."""
 
 
 def _field(key: str, value: Any) -> str:
     """Nested values are shown by `repr`, which escapes control characters itself."""
     text = escape_controls(value) if isinstance(value, str) else repr(value)
     if key in _BARE:
-        return text
+        return _MODULE_OF_ERROR.sub("", text)
     if isinstance(value, str) and (" " in text or not text):
         return f"{key}={text!r}"
     return f"{key}={text}"

@@ -356,12 +356,29 @@ class LedgerHandlers:
     def table(self) -> list[ApiRoute]:
         return [
             ("GET", "/api/counts", self.counts),
+            ("GET", "/api/status", self.status),
             ("GET", "/api/check", self.check),
             ("POST", "/api/backup", self.backup),
         ]
 
     async def counts(self, _: Request) -> Response:
         return Json(await self._opened().store.counts())
+
+    async def status(self, _: Request) -> Response:
+        """What a person asks first: whether runs are executed, and what is left to do."""
+        app = self._opened()
+        worker = app.runtime.worker
+        reason = app.runtime.unready_reason or worker.pause_reason
+        return Json(
+            {
+                "working": not reason,
+                "reason": reason or None,
+                "runs": worker.load,
+                "threads_left_behind": worker.threads.left_behind,
+                "spare_threads": max(0, worker.threads.max_spare - worker.threads.left_behind),
+                "counts": await app.store.counts(),
+            }
+        )
 
     async def check(self, _: Request) -> Response:
         """Every invariant of the ledger that does not hold; takes as long as reading all of it."""

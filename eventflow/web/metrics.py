@@ -89,6 +89,11 @@ def _worker(app: App) -> Iterator[Metric]:
         "1 while the worker starts no runs: memory is above the soft limit.",
         value=int(bool(app.runtime.worker.pause_reason)),
     )
+    yield GaugeMetricFamily(
+        "eventflow_threads_left_behind",
+        "Plain task bodies that run on after their timeout or cancel, each in a thread.",
+        value=app.runtime.worker.threads.left_behind,
+    )
     for name, value in app.store.commits.items():
         yield CounterMetricFamily(
             f"eventflow_commit_{name}", f"Group commits since the start: {name}.", value=value

@@ -105,6 +105,7 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
         "200 202 400 404 409",
     ),
     ("get", "/api/counts", "Deliveries by state.", "200"),
+    ("get", "/api/status", "Whether runs are executed, and what is left to do.", "200"),
     ("get", "/api/check", "Violated invariants of the ledger; reads all of it.", "200"),
     (
         "post",

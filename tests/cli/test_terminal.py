@@ -58,6 +58,141 @@ def test_show_prints_an_error_once(shop: EventflowProcess):
     assert "see below" in text and " ago" in text
 
 
+REST = """
+import time
+from eventflow import App, Retry, flow, task
+
+@task(retries=Retry(attempts=3, delay=3600, jitter=False))
+async def fetch(name: str) -> str:
+    raise ConnectionError(f"no answer from {name}")
+
+@task(retries=Retry(attempts=1))
+async def check(rows: int) -> None:
+    assert rows > 10, f"expected more than 10 rows in the orders of yesterday, found {rows}"
+
+@task(timeout=0.2, retries=Retry(attempts=1))
+def stuck(seconds: float) -> None:
+    time.sleep(seconds)
+
+@task
+async def square(n: int) -> int:
+    return n * n
+
+@flow
+async def fetching(name: str) -> str:
+    return await fetch(name)
+
+@flow
+async def checking(rows: int) -> None:
+    await check(rows)
+
+@flow
+async def sticking(seconds: float) -> None:
+    await stuck(seconds)
+
+@flow
+async def mapping(n: int) -> int:
+    return sum(await square.map(range(n)))
+
+app = App("rest")
+for each in (fetching, checking, sticking, mapping):
+    app.add(each)
+"""
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EventflowProcess, str, str]]:
+    """A server with a run that waits for a retry and a failed check, whose ids follow; and with a
+    body that ran on after its timeout, and a long map.
+    """
+    folder = tmp_path_factory.mktemp("rest")
+    (folder / "shop.py").write_text(REST)
+    with serving(folder) as served:
+        waiting = served.start("fetching", name="the warehouse")
+        failed = served.start("checking", rows=3)
+        served.wait_for(served.start("sticking", seconds=600), "failed")
+        served.wait_for(served.start("mapping", n=300), "completed")
+        served.wait_for(waiting, "waiting")
+        served.wait_for(failed, "failed")
+        yield served, waiting, failed
+
+
+def text_of(served: EventflowProcess, *args: str) -> str:
+    """What a command prints on a terminal of 80 columns; no line is wider."""
+    done = eventflow(served.folder, *args, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80, done.stdout
+    return done.stdout
+
+
+def test_a_waiting_run_shows_its_due_time(rest: tuple[EventflowProcess, str, str]):
+    """`ls` says when a waiting run is due; `show` says it before the error, uncut."""
+    served, waiting, _ = rest
+    assert "due in 59 min" in text_of(served, "ls")
+    shown = text_of(served, "show", waiting)
+    assert "next attempt in 59 min; ConnectionError: no answer from the warehouse" in shown
+
+
+def test_a_failed_check_is_one_traceback(rest: tuple[EventflowProcess, str, str]):
+    """The frames of the flow and those of the task, then the error, once."""
+    served, _, failed = rest
+    shown = eventflow(served.folder, "show", failed, COLUMNS="80").stdout
+    assert shown.count("Traceback") == 1 and "recorded traceback" not in shown
+    assert "in checking" in shown and "in check\n" in shown
+    assert shown.count("AssertionError: expected more than 10 rows") == 1
+
+
+def test_ls_failed(rest: tuple[EventflowProcess, str, str]):
+    """`ls --failed` lists what failed, with a reason that is read whole in 80 columns."""
+    served, waiting, failed = rest
+    listed = text_of(served, "ls", "--failed")
+    assert failed in listed and waiting not in listed
+    assert "TaskTimedOut: task 'stuck' ran longer than its timeout of 0.2 s" in listed
+
+
+def test_a_long_map_shows_how_long_its_calls_took(rest: tuple[EventflowProcess, str, str]):
+    """The spread of a map's calls is not cut."""
+    served, _, _ = rest
+    run = served.get("/api/runs", flow="mapping")["runs"][0]["id"]
+    assert "(longest)" in text_of(served, "show", run)
+
+
+def test_status_names_threads_left_behind(rest: tuple[EventflowProcess, str, str]):
+    """A plain body that runs on after its timeout is counted in `status` and in /metrics."""
+    served, _, _ = rest
+    text = text_of(served, "status")
+    assert "runs executed  yes" in text and "1 left behind" in text
+    assert served.get("/api/status")["threads_left_behind"] == 1
+    metrics = served.client.get("/metrics").text
+    assert "eventflow_threads_left_behind 1.0" in metrics
+
+
+def test_logs_name_the_task(rest: tuple[EventflowProcess, str, str]):
+    """A line of a task names it and its attempt; an error has no module in front."""
+    served, _, failed = rest
+    text = eventflow(served.folder, "logs", failed).stdout
+    assert "check#1" in text and "builtins:" not in text
+    done = eventflow(served.folder, "logs", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_kind_is_no_command(rest: tuple[EventflowProcess, str, str]):
+    """Where a kind of `ls` is given as a command, the error says which command lists it."""
+    served, _, _ = rest
+    for given, kind in (("dead", "dead-letters"), ("runs", "runs")):
+        done = eventflow(served.folder, given)
+        assert done.returncode == 2 and f"eventflow ls {kind}" in done.stderr
+
+
+def test_retries_of_a_flow_are_refused(tmp_path: Path):
+    """`@flow(retries=)` says where retries belong, and why."""
+    (tmp_path / "f.py").write_text(
+        "from eventflow import flow\n\n\n@flow(retries=3)\nasync def f() -> None: ...\n"
+    )
+    done = eventflow(tmp_path, "run", "f.py:f")
+    assert done.returncode == 2 and "@task(retries=)" in done.stderr and "f.py:4" in done.stderr
+
+
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", "| head -c 0"])
 def test_a_closed_stdout_fails_no_run(tmp_path: Path, redirect: str):
     """A run that completed is exit 0, whatever becomes of its output."""
