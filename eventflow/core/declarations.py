@@ -129,9 +129,20 @@ def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
     return tuple(name for name in names if name not in ("self", "cls")), False
 
 
+_ELSEWHERE = {
+    ("flow", "retries"): (
+        "put retries on its tasks, @task(retries=): a flow does no I/O, so run again it would get "
+        "the same recorded values and errors"
+    )
+}
+"""What to do instead of an option that people look for, by declaration and option."""
+
+
 def unknown_option(where: str, given: str, names: Iterable[str]) -> UsageError:
     """The error for an option that does not exist, with the nearest name of those that do."""
     known = list(names)
+    if elsewhere := _ELSEWHERE.get((where.lstrip("@"), given)):
+        return UsageError(f"{where}({given}=): no such option; {elsewhere}")
     hint = nearest(given, known)
     expected = f"did you mean {hint}=?" if hint else f"it has {', '.join(known) or 'none'}"
     return UsageError(f"{where}({given}=): no such option; {expected}")
