@@ -7,6 +7,8 @@
 docs/concepts.md defines the terms. Importing this package has no side effects.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from eventflow.app import App, RunHandle
 from eventflow.core.errors import EventflowError, IdempotencyConflict, NotFound, UsageError
 from eventflow.core.retry import Backoff, Permanent, Retry, RetryAfter
@@ -67,3 +69,16 @@ __all__ = [
     "task",
     "timeout",
 ]
+
+if not TYPE_CHECKING:  # the type checker knows the names
+
+    def __getattr__(name: str) -> Any:
+        """Tells where the triggers are: `from eventflow import Cron` is everybody's first guess."""
+        from importlib import import_module
+
+        if not name.startswith("_") and name in import_module("triggers").__all__:
+            raise ImportError(
+                f"{name} is in the package `triggers`; write `from triggers import {name}`",
+                name=__name__,
+            )
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -384,7 +384,12 @@ class App:
         self, flow: str, /, *, idempotency_key: str | None = None, **params: Any
     ) -> RunHandle[Any]: ...
     async def start(
-        self, flow: Flow[..., Any] | str, /, *, idempotency_key: str | None = None, **params: Any
+        self,
+        flow: Flow[..., Any] | str,
+        /,
+        *args: Any,
+        idempotency_key: str | None = None,
+        **params: Any,
     ) -> RunHandle[Any]:
         """Starts a run; durable when it returns. With a known `idempotency_key`, the first run of
         that key, which may be past its retention.
@@ -394,13 +399,21 @@ class App:
         StoreFull at once when the ledger is full.
         """
         known = self.flow(flow)
-        body = known.binder.unpack((), params)
+        if args:
+            raise UsageError(
+                f"app.start({known.name}, …): parameters go by name, found {len(args)} without; "
+                f"write app.start({known.call_form})"
+            )
+        try:
+            body = known.binder.unpack((), params)
+        except TypeError as error:  # it quotes the call of a plain function
+            raise known.binder.misfit(params, error) from None
         number, duplicate = await self.runtime.start_run(known, body, idempotency_key)
         return RunHandle(self, number, known, duplicate)
 
     def flow(self, flow: Flow[..., Any] | str) -> Flow[..., Any]:
         """A flow by its name, or itself."""
-        if isinstance(flow, Flow):
+        if not isinstance(flow, str):
             self.add(flow)
             return flow
         if flow not in self.flows:
@@ -437,6 +450,12 @@ class App:
         then raises StoreFull.
         """
         runtime = self.runtime
+        for event in events:
+            if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise UsageError(
+                    f"app.accept(): expected an Event, found {event!r}; for the data of one: "
+                    "app.emit(type, data)"
+                )
         return await runtime.reactor.record(
             lambda: [runtime.router.route(EMITTED, event) for event in events],
             EMITTED,

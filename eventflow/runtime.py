@@ -8,12 +8,13 @@ intake/reactor.py (events in), engine/worker.py (runs), sinks/relay.py (events o
 """
 
 import asyncio
+import inspect
 import random
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import anyio
 import msgspec
@@ -44,6 +45,7 @@ from eventflow.routing.subscriptions import SinkSubscription, Subscription, subs
 from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow, check_task_names
+from eventflow.sdk.task import Task
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.s3_blobs import S3BlobStore
 from eventflow.sinks.relay import OutboxRelay
@@ -114,7 +116,7 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
     def add_flow(self, flow: Flow[..., Any]) -> None:
         """UsageError for another object, or another flow of the same name."""
         if not isinstance(flow, Flow):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"expected a flow, found {flow!r}; decorate the function with @flow")
+            raise no_flow(flow)
         if self.flows.setdefault(flow.name, flow) is not flow:
             raise UsageError(f"two flows are named {flow.name!r}; give one of them @flow(name=...)")
         check_task_names(flow)
@@ -125,6 +127,13 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
             return
         if not isinstance(trigger, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UsageError(f"expected a trigger (with a name and listen()), found {trigger!r}")
+        for known in self.triggers:
+            if shared := served_paths(known) & served_paths(trigger):
+                path = min(shared)
+                raise UsageError(
+                    f"two triggers take requests to {path}: {known!r} and {trigger!r}; make one "
+                    "trigger and pass it to app.on for each flow"
+                )
         if any(trigger.name == known.name for known in self.triggers):
             raise UsageError(f"two triggers are named {trigger.name!r}; give one of them name=...")
         self.triggers.append(trigger)
@@ -162,6 +171,33 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
     def subscription_names(self) -> set[str]:
         """Of subscriptions of flows and of sinks: they share one namespace."""
         return {each.name for each in (*self.subscriptions, *self.sink_subscriptions)}
+
+
+def served_paths(trigger: Trigger) -> set[str]:
+    """The HTTP paths that the app mounts for a trigger."""
+    routes: Sequence[Any] = getattr(trigger, "routes", ())
+    return {route.path for route in routes if hasattr(route, "path")}
+
+
+def no_flow(found: object) -> UsageError:
+    """The error for something else in the place of a flow."""
+    if inspect.iscoroutine(found):
+        name = found.__name__
+        found.close()
+        return UsageError(f"expected a flow, found a call of {name!r}; write {name}, not {name}()")
+    if isinstance(found, Task):
+        name = cast("Task[..., Any]", found).name
+        return UsageError(
+            f"expected a flow, found the task {name!r}; a run is of a flow: call the task in one, "
+            f"`@flow async def …: await {name}(…)`"
+        )
+    if inspect.isfunction(found):
+        return UsageError(
+            f"expected a flow, found the function {found.__name__!r}; decorate it with @flow"
+        )
+    return UsageError(
+        f"expected a flow, found {found!r}; a flow is an `async def` function below @flow"
+    )
 
 
 class Runtime:
@@ -238,6 +274,8 @@ class Runtime:
                 await asyncio.sleep(0)  # to each listener's first wait: webhooks have their intake
             self.late_run_monitor.start()
             self.retention.start()
+            for flow in config.flows.values():
+                flow.open_app = config.name
         except BaseException:
             await uninterrupted(self._undo_open())
             raise
@@ -292,6 +330,8 @@ class Runtime:
 
     async def _release(self) -> None:
         """Ends the threads and frees the store."""
+        for flow in self.config.flows.values():
+            flow.open_app = None
         if self.own_loop is not None:
             await self.own_loop.stop()
         await asyncio.to_thread(self.store.close)

@@ -26,6 +26,7 @@ from eventflow.core.declarations import duration, whole_number
 from eventflow.core.errors import StoreError, StoreFull, UsageError
 from eventflow.core.http_body import ClientDisconnected
 from eventflow.events.event import Event, Gauge, Intake, Receipt, Undecodable
+from eventflow.logs.repeated import RepeatedLines
 from triggers.http_request import (
     Reply,
     RequestRejected,
@@ -115,8 +116,7 @@ class Endpoint:
         self._clock: Clock = clock
         self._random_bytes: Callable[[int], bytes] = random_bytes
         self._intake: Intake | None = None  # while it listens
-        self._next_log_at: float = 0.0  # monotonic
-        self._rejections_unlogged: int = 0
+        self._rejections = RepeatedLines(self._write_rejection)
 
     def check_secrets(self) -> None:
         """Raises EmptySecret; the app calls it before it listens."""
@@ -285,21 +285,13 @@ class Endpoint:
     def _log_rejection(
         self, rejected: RequestRejected, reason: str, **fields: str
     ) -> RequestRejected:
-        """Logs the reason, at most once a second: a flood of forgeries must not fill the disk."""
+        """Logs the reason, at most one line a second for each status."""
         rejected.is_logged = True
-        now = self._clock.monotonic()
-        self._rejections_unlogged += 1
-        if now >= self._next_log_at:
-            self._log(
-                "webhook.refused",
-                reason=reason,
-                status=rejected.reply.status,
-                count=self._rejections_unlogged,
-                **fields,
-            )
-            self._next_log_at = now + 1.0
-            self._rejections_unlogged = 0
+        self._rejections.add(rejected.reply.status, reason=reason, **fields)
         return rejected
+
+    def _write_rejection(self, status: int, count: int, fields: dict[str, Any]) -> None:
+        self._log("webhook.refused", status=status, count=count, **fields)
 
     def _log(self, event: str, **fields: Any) -> None:
         if self._intake is not None:

@@ -83,11 +83,11 @@ class SecretKeys:
         self, given: Secrets, option: str, convert: Callable[[bytes], bytes] | None = None
     ) -> None:
         listed: Sequence[str | bytes | Secret] = (
-            [given] if isinstance(given, str | bytes | Secret) else list(given or ())
+            [given] if isinstance(given, str | bytes | Secret) else [*(given or ())]
         )
         self._secrets: list[Secret] = [
             one if isinstance(one, Secret) else Secret(one or b"") for one in listed
-        ] or [Secret(b"", "an empty list")]
+        ] or [Secret(b"", "None" if given is None else "an empty list")]  # pyright: ignore[reportUnnecessaryComparison]
         self._option: str = option
         self._convert: Callable[[bytes], bytes] | None = convert
         self._keys: tuple[bytes, ...] | None = None

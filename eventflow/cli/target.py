@@ -9,6 +9,7 @@ exit code, with the line as a note.
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -146,6 +147,10 @@ def _named(target: str, module: ModuleType, name: str, kind: type[T], noun: str)
         return value
     names = ", ".join(key for key, each in vars(module).items() if isinstance(each, kind)) or "none"
     found = "nothing" if value is None else _with_article(type(value).__name__)
+    if kind is Flow and isinstance(value, Task):
+        found = f"a task, which `eventflow task {target}` calls"
+    elif kind is Flow and inspect.iscoroutinefunction(value):
+        found = "a function; decorate it with @flow"
     raise AppNotFound(
         target,
         f"expected {name!r} to be {_with_article(noun)}, found {found}; {noun}s there: {names}",

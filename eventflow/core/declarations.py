@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from eventflow.core.clock import Duration
-from eventflow.core.errors import UsageError
+from eventflow.core.errors import UsageError, call_catching
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -96,8 +96,9 @@ def declaration(fn: F) -> F:
     """A decorator for a function, method or constructor that takes options.
 
     A call with an unknown option raises UsageError naming the nearest option and the caller's file
-    and line; a UsageError raised by `fn` gets the file and line too. `**options` annotated
-    `Unpack[TypedDict]` accepts the keys of that class only. A missing argument stays a TypeError.
+    and line; so does one whose arguments do not fit, with the form of the call. A UsageError
+    raised by `fn` gets the file and line too. `**options` annotated `Unpack[TypedDict]` accepts the
+    keys of that class only.
     """
     signature = inspect.signature(fn)
     name = fn.__qualname__.removesuffix(".__init__")
@@ -110,9 +111,40 @@ def declaration(fn: F) -> F:
                 for given in kwargs:
                     if given not in names:
                         raise unknown_option(name, given, names)
-            return fn(*args, **kwargs)
+            try:
+                return fn(*args, **kwargs)
+            except TypeError as error:
+                if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                    raise  # from inside of `fn`
+                raise _wrong_arguments(name, signature, args, kwargs, error) from None
 
     return cast(F, checked)
+
+
+def _wrong_arguments(
+    name: str, signature: inspect.Signature, args: Any, kwargs: Any, error: TypeError
+) -> UsageError:
+    """The error for a call that Python refused, with the form that it has."""
+    _, misfit = call_catching(signature.bind, *args, **kwargs)
+    return UsageError(f"{name}: {misfit or error}; write {_call_form(name, signature)}")
+
+
+def _call_form(name: str, signature: inspect.Signature) -> str:
+    """`Webhook(path, verify=...)`: the call with what it must have, and `...` for the rest."""
+    form: list[str] = []
+    has_more = False
+    for parameter in signature.parameters.values():
+        if parameter.name in ("self", "cls"):
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            form.append(f"*{parameter.name}")
+        elif parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
+            has_more = True
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            form.append(f"{parameter.name}=...")
+        else:
+            form.append(parameter.name)
+    return f"{name}({', '.join(form + ['...'] * has_more)})"
 
 
 def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
@@ -167,7 +199,13 @@ class Declared(msgspec.StructMeta):
                 for given in kwargs:
                     if given not in cls.__struct_fields__:
                         raise unknown_option(cls.__name__, given, cls.__struct_fields__)
-                return super().__call__(*args, **kwargs)
+                try:
+                    return super().__call__(*args, **kwargs)
+                except TypeError as error:
+                    if error.__traceback__ is None or error.__traceback__.tb_next is not None:
+                        raise  # from `__post_init__`
+                    form = _call_form(cls.__name__, inspect.signature(cls))
+                    raise UsageError(f"{cls.__name__}: {error}; write {form}") from None
 
 
 # --------------------------------------------------------------------------- values

@@ -85,9 +85,14 @@ class EmptySecret(UsageError):
 
 
 class NotAsync(UsageError):
-    def __init__(self, name: str) -> None:
+    """`yields`: the function is `async def`, and a generator."""
+
+    def __init__(self, name: str, yields: bool = False) -> None:
         super().__init__(
-            f"flow {name!r} must be `async def`, found a plain function; write `async def "
+            f"flow {name!r} must return a value, found an async generator; collect the values in a "
+            "list and return it, or emit() each one"
+            if yields
+            else f"flow {name!r} must be `async def`, found a plain function; write `async def "
             f"{name}(...)`, or make it a @task, "
             "which may be plain"
         )
@@ -172,12 +177,15 @@ class ArgumentsChanged(RunError):
             f"{self.call_key} was recorded with other arguments ({self.diff}). If the code did not "
             "change, there is random, time, a set or a global in the flow: use "
             "current_run().random / .now, sort the set. If it did, deploy the code that recorded "
-            'it, or give the task on_changed="rerun" or on_changed="accept". Then retry the run'
+            'it, or give the task on_changed="rerun" or on_changed="accept". Then retry the run; '
+            "`eventflow retry RUN --from-scratch` discards what was recorded"
         )
 
 
 class NotAwaited(RunError):
-    """A flow made calls and never awaited them, so they did not run; see `App(strict=True)`."""
+    """A flow made calls and never awaited them, so they did not run; see `App(strict=True)`. Or a
+    flow or a task (`flow` is its name) returned a call in place of its value.
+    """
 
     def __init__(self, flow: str, calls: str) -> None:
         super().__init__(flow, calls)
@@ -186,8 +194,8 @@ class NotAwaited(RunError):
 
     def __str__(self) -> str:
         return (
-            f"flow {self.flow!r} never awaited {self.calls}; the call did not run: write `await` "
-            "before it, or pass it to asyncio.gather or a TaskGroup"
+            f"{self.flow!r} never awaited {self.calls}; the call did not run: write `await` before "
+            "it, or pass it to asyncio.gather or a TaskGroup"
         )
 
 

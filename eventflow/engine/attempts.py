@@ -17,6 +17,7 @@ from concurrent.futures import Future as ThreadFuture
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
+from types import CoroutineType
 from typing import Any
 
 from eventflow.core.clock import Clock, microseconds, timer_after
@@ -30,6 +31,7 @@ from eventflow.engine.actions import (
     ReportFenced,
 )
 from eventflow.engine.journal_writer import JournalWriter
+from eventflow.engine.lost_calls import returned_unawaited
 from eventflow.engine.run_end import RunEnd
 from eventflow.engine.worker_services import CANCEL_ATTEMPTS, WorkerServices
 from eventflow.logs.log import LogContext, get_logger, log_context
@@ -52,6 +54,10 @@ LOG_EVENTS = {
     ),
     "task.attempt_failed": (
         "An attempt of a task failed; `retry_in` is the delay before the next one, if any."
+    ),
+    "task.timeout_missed": (
+        "An async body blocked the event loop past its timeout, so that nothing could end it; its "
+        "value counts."
     ),
     "task.thread_left_behind": (
         "A plain body runs on after its timeout or cancel: `left_behind` counts such threads, "
@@ -148,6 +154,7 @@ class Attempts:
         """Runs one body and reports its result. Whatever the body raises ends here."""
         me: asyncio.Task[Any] = call.handle
         services = self._services
+        value: Any = None
         try:
             value = await self._body(call)
             ended_at = services.clock.monotonic()
@@ -171,6 +178,8 @@ class Attempts:
                 # Neither the flow nor a timeout cancelled it: the loop itself is being closed.
                 self._carry_out(EndRun(Interrupted()))
             else:
+                if type(value) is CoroutineType:  # why it cannot be encoded
+                    error = returned_unawaited(call.task.name, value)
                 self._guarded(self._on_failure, call, error)
         else:
             if call.handle is me and self._run_end.is_open:
@@ -434,8 +443,18 @@ async def _within(
         if not call.task.is_async:
             return await _in_thread(call, services, deadline.start)
         deadline.start()
-        call.times.began_at = services.clock.monotonic()
-        return await call.task.fn(*call.args, **call.kwargs)
+        began = call.times.began_at = services.clock.monotonic()
+        value = await call.task.fn(*call.args, **call.kwargs)
+        took = services.clock.monotonic() - began
+        if took > timeout and not deadline.expired:  # no timer could fire meanwhile
+            log.warning(
+                "task.timeout_missed",
+                task=call.task.name,
+                seconds=round(took, 3),
+                timeout=timeout,
+                hint="its body blocked the event loop; write `def` instead of `async def`",
+            )
+        return value
     except asyncio.CancelledError:
         if not deadline.expired or asyncio.current_task() is not call.handle:
             raise

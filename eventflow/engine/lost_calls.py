@@ -43,6 +43,13 @@ def report_unawaited(coro: Any, run: str, definition: str, *, is_replaying: bool
     return f"{name} at {at}"
 
 
+def returned_unawaited(name: str, coro: Any) -> NotAwaited:
+    """The error for a flow or a task, `name`, that returned a call instead of its value."""
+    call, at = called_name(coro), origin(coro)
+    coro.close()  # Python would warn of it
+    return NotAwaited(name, call if at is None else f"{call} at {at}")
+
+
 def report_lost_calls(
     outcome: Outcome, run: str, flow: str, waiting: Iterable[Pending], unawaited: list[str] | None
 ) -> Outcome:

@@ -7,6 +7,7 @@ any answer, so that a replay cancels the flow at the same step; the flow may the
 """
 
 from collections.abc import Callable
+from types import CoroutineType
 from typing import Any
 
 import orjson
@@ -15,6 +16,7 @@ from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
 from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut, call_catching
 from eventflow.engine.actions import EndRun
 from eventflow.engine.awaitables import ControlSignal
+from eventflow.engine.lost_calls import returned_unawaited
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import FlowTask
@@ -152,6 +154,13 @@ class RunEnd:
             outcome, error = call_catching(self._complete, root.result(), name, journal, on_stored)
             if error is None:
                 return outcome
+            if type(root.result()) is CoroutineType:  # why it cannot be encoded
+                error = returned_unawaited(self._flow.name, root.result())
+        elif isinstance(error, TypeError | AttributeError) and "'coroutine'" in str(error):
+            error.add_note(
+                "A call of a task or a flow gives a coroutine, its value comes with `await`: write "
+                "`await` before the call."
+            )
         return Failed(self.encode_error(error))
 
     def _complete(

@@ -23,12 +23,12 @@ class TaskMap:
         "_calls",
         "_failed",
         "_give_up",
-        "_name",
         "_patient",
         "_progress",
         "_request",
         "_results",
         "_running",
+        "map_name",
     )
 
     def __init__(
@@ -40,7 +40,7 @@ class TaskMap:
         *,
         patient: bool,
     ) -> None:
-        self._name = name
+        self.map_name = name
         self._calls = iter(calls)
         self._request = request
         self._give_up = give_up
@@ -60,7 +60,7 @@ class TaskMap:
                     for call in islice(self._calls, limit - len(self._running)):
                         self._start(call)
                 if not self._running:
-                    return settle_map(self._name, self._results, self._patient)
+                    return settle_map(self.map_name, self._results, self._patient)
                 self._progress.clear()
                 await self._progress.wait()
         except BaseException:

@@ -40,7 +40,15 @@ class UnawaitedWatcher:
         elif type(loop) is self._loop_type:
             cast(Any, loop).host.on_unawaited(coro)
         else:
+            self._warn(coro)
+
+    def _warn(self, coro: Any) -> None:
+        """What Python does, with the line that drops the coroutine instead of one of ours."""
+        if self._previous.__module__ != warnings.__name__:
             self._previous(coro)
+            return
+        text = f"coroutine {coro.__qualname__!r} was never awaited"
+        warnings.warn(text, RuntimeWarning, stacklevel=3, source=coro)
 
     def remove(self) -> None:
         """Once for each `watch_unawaited`; the last one puts the previous function back."""
@@ -75,5 +83,10 @@ def called_name(coro: Any) -> str:
     for attribute in ("task", "flow"):
         if (target := getattr(call, attribute, None)) is not None:
             return f"{attribute} {target.name!r}"
+    owner = None if frame is None else frame.f_locals.get("self")
+    if (map_name := getattr(owner, "map_name", None)) is not None:
+        return f"{map_name}.map()"
+    if coro.__qualname__.startswith("task "):  # called in another task's body
+        return f"task {coro.__qualname__[5:]!r}"
     code: CodeType = coro.cr_code
     return f"{code.co_qualname}()"

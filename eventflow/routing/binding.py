@@ -11,7 +11,8 @@ the run starts. The rules, in order:
 3. If a flow has exactly one parameter besides rule 1, and it cannot be filled by name, it gets the
    *whole* data, provided that it is annotated with a record (Struct, dataclass, TypedDict, pydantic
    model) or a mapping, or the data is no object. So `handle(order: Order)` takes both
-   `{"order": {…}}` and the order itself.
+   `{"order": {…}}` and the order itself. An event's data also goes whole to such a parameter
+   without annotation and default: `handle(body)`.
 4. A flow without parameters accepts any event.
 
 A run may have several events (delivery.py). Then a parameter annotated `list[Event]` gets all of
@@ -24,7 +25,7 @@ import inspect
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, cast
@@ -33,6 +34,7 @@ import msgspec
 import orjson
 
 from eventflow.core.canonical import dump_model, may_hold_sets, sort_sets
+from eventflow.core.declarations import nearest
 from eventflow.core.errors import BindingError, NotStorable, UsageError, call_catching
 from eventflow.events.event import Event
 from eventflow.serialization.tagged_json import is_plain, reads_back, type_name
@@ -56,6 +58,7 @@ class Binder:
         "_required",
         "_signature",
         "_single",
+        "_takes_untyped_data",
         "_takes_whole_data",
         "_var_keyword",
     )
@@ -96,6 +99,9 @@ class Binder:
         )
         self._takes_whole_data = self._single is not None and _takes_object(
             hints.get(self._single, Any)
+        )
+        self._takes_untyped_data: bool = (
+            self._single is not None and self._single not in hints and bool(self._required)
         )
         self._has_fast_path = bool(self._data_parameters) and not (
             self._takes_whole_data or self._var_keyword or self._adapters
@@ -165,6 +171,18 @@ class Binder:
         packed = {name: orjson.Fragment(self._pack(name, value)) for name, value in bound.items()}
         return orjson.dumps(packed, option=orjson.OPT_SORT_KEYS)
 
+    def misfit(self, params: Mapping[str, Any], error: TypeError) -> BindingError:
+        """Why `unpack` refused these parameters with `error`."""
+        known = self._signature.parameters
+        for name in params:
+            if name not in known:
+                hint = _or_nearest(name, known)
+                return BindingError(self._flow, name, f"the flow has no such parameter; {hint}")
+        for name in self._required:
+            if name not in params:
+                return BindingError(self._flow, name, f"missing; given are {_list_names(params)}")
+        return BindingError(self._flow, ", ".join(params), str(error))
+
     def mark_sets(self, params: bytes) -> bytes:
         """The JSON of `params`, which `unpack` made, with sets as `{"$set": [items]}`.
 
@@ -195,7 +213,7 @@ class Binder:
         if isinstance(data, dict):
             fields = cast(dict[str, Any], data)
             if (
-                self._takes_whole_data
+                (self._takes_whole_data or (self._takes_untyped_data and not strict))
                 and self._single is not None
                 and fields
                 and self._single not in fields
@@ -216,7 +234,10 @@ class Binder:
     def _bind_fields(self, fields: dict[str, Any], strict: bool) -> dict[str, Any]:
         for name in self._required:
             if name not in fields:
-                raise BindingError(self._flow, name, f"missing; the data has {_list_names(fields)}")
+                has = f"missing; the data has {_list_names(fields)}"
+                if not strict and len(self._data_parameters) > 1 and len(self._required) == 1:
+                    has += "; all of the data goes only to the only parameter of a flow"
+                raise BindingError(self._flow, name, has)
         if strict and self._var_keyword is None:
             self._refuse_unknown(fields)
         try:
@@ -268,10 +289,8 @@ class Binder:
     def _refuse_unknown(self, fields: Mapping[str, Any]) -> None:
         for name in fields:
             if name not in self._signature.parameters:
-                known = ", ".join(self._signature.parameters) or "none"
-                raise BindingError(
-                    self._flow, name, f"the flow has no such parameter; it has {known}"
-                )
+                hint = _or_nearest(name, self._signature.parameters)
+                raise BindingError(self._flow, name, f"the flow has no such parameter; {hint}")
 
     def _read_event(self, name: str, fields: Mapping[str, Any]) -> Event:
         try:
@@ -393,6 +412,11 @@ def _encode_sorted(value: Any) -> bytes:
         form = msgspec.to_builtins(value, str_keys=True, enc_hook=dump_model)
         return msgspec.json.encode(sort_sets(value, form))
     return msgspec.json.encode(value, enc_hook=dump_model)
+
+
+def _or_nearest(given: str, known: Iterable[str]) -> str:
+    hint = nearest(given, known)
+    return f"did you mean {hint}?" if hint else f"it has {', '.join(known) or 'none'}"
 
 
 def _list_names(fields: Mapping[str, Any]) -> str:

@@ -223,6 +223,13 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
     if len(pattern) != 1:
         return
     ((name, operand),) = pattern.items()
+    if name in _COMPARISONS or name in ("==", "!="):
+        right = {"==": "="}.get(name, name)
+        example = {"anything-but": operand} if name == "!=" else {"numeric": [right, operand]}
+        raise UsageError(
+            f"where: {path}: {name!r} would be the name of a field; for a comparison write "
+            f"[{_format(example)}]"
+        )
     listed = isinstance(operand, list | Mapping)
     comparison = (
         name == "numeric" and isinstance(operand, list) and cast(list[Any], operand)[:1] != []

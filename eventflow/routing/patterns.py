@@ -42,6 +42,7 @@ from eventflow.routing.subscriptions import (
     CompiledPattern,
     Key,
     PatternPart,
+    check_types,
     combine_filters,
     compile_key,
 )
@@ -158,6 +159,8 @@ def part(
         raise UsageError(
             f"a pattern's part: expected a trigger, an event type or a RunState, found {source!r}"
         )
+    if isinstance(source, str):
+        check_types((source,))
     made = Part(source, where, by)
     compile_filter(made.combined_where)
     compile_key(by)

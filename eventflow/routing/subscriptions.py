@@ -6,6 +6,7 @@ against them, `app.py` lists them. The subscription's name is part of the ledger
 carry it), so it stays the same as long as the trigger and the flow keep their names.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, cast
 
@@ -177,8 +178,7 @@ def subscribe(
     """
     if on_failure not in ("continue", "block"):
         raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
-    for wanted in (kinds := tuple(types)):
-        wildcard(wanted, "types")
+    check_types(kinds := tuple(types))
     mode = _delivery_mode(deliver)
     if params is not None and mode.batch_policy() is not None:
         raise UsageError(
@@ -244,8 +244,7 @@ def subscribe_sink(
     """
     if not isinstance(sink, EventSink):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(f"expected a sink (with a name, send() and close()), found {sink!r}")
-    for wanted in (kinds := tuple(types)):
-        wildcard(wanted, "types")
+    check_types(kinds := tuple(types))
     unique = unique_name(name or f"{'dead' if dead_letters else EMITTED}/{sink.name}", used_names)
     return SinkSubscription(
         name=unique,
@@ -256,6 +255,23 @@ def subscribe_sink(
     )
 
 
+_CRON_EXPRESSION = re.compile(
+    r"@(yearly|annually|monthly|weekly|daily|midnight|hourly)"
+    r"|[-0-9*/,]+( +[-0-9*/,?#A-Za-z]+){4,5}"
+)
+
+
+def check_types(types: Iterable[str]) -> None:
+    """UsageError for a malformed wildcard, and for a schedule in place of an event type."""
+    for wanted in types:
+        wildcard(wanted, "types")
+        if _CRON_EXPRESSION.fullmatch(wanted.strip()):
+            raise UsageError(
+                f"expected a trigger or an event type, found {wanted!r}, which is a cron "
+                f"expression; did you mean Cron({wanted!r})? (from triggers import Cron)"
+            )
+
+
 def _checked_priority(priority: int | None, flow: FlowLike) -> int:
     if priority is None:
         return flow.priority
@@ -264,7 +280,7 @@ def _checked_priority(priority: int | None, flow: FlowLike) -> int:
 
 def _delivery_mode(deliver: Delivery | None) -> Delivery:
     mode = deliver or Each()
-    if not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if isinstance(mode, type) or not isinstance(mode, Delivery):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise UsageError(
             "deliver= expected Each(), Batch(), Debounce(), Latest() or Singleflight(), found "
             f"{mode!r}"

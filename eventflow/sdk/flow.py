@@ -27,6 +27,7 @@ from eventflow.core.declarations import (
     duration,
     one_of,
     text,
+    user_location,
     whole_number,
 )
 from eventflow.core.errors import NotAsync, UsageError
@@ -48,6 +49,14 @@ from eventflow.serialization.codecs import ResultCodec
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+log = get_logger("eventflow.flow")
+LOG_EVENTS = {
+    "flow.called_directly": (
+        "A flow of an open App was called like a function, outside of a flow: nothing is recorded "
+        "of the call."
+    ),
+}
 
 
 class FlowOptions(msgspec.Struct, frozen=True):
@@ -175,6 +184,9 @@ class Flow(Generic[P, T]):
         self.priority = options.priority
         self._binder: Binder | None = None
         self._result: ResultCodec | None = None
+        self.open_app: str | None = None
+        """The name of the open App that runs it; None while there is none."""
+        self._direct_calls: set[str] = set()
         update_wrapper(cast(Any, self), fn)
 
     def __repr__(self) -> str:
@@ -205,10 +217,24 @@ class Flow(Generic[P, T]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
         loop = flow_loop(self.name)
         if loop is None:
+            if self.open_app is not None:
+                self._report_direct_call()
             return self.fn(*args, **kwargs)
         host = cast(FlowCallPerformer, loop.host)
         call = host.child_call(self, args, kwargs)
         return cast("Coroutine[Any, Any, T]", host.perform(call))
+
+    def _report_direct_call(self) -> None:
+        """Warns, once for each place: a flow called like a function leaves no run."""
+        at = user_location()
+        if at not in self._direct_calls:
+            self._direct_calls.add(at)
+            hint = (
+                f"to start a run: await app.start({self.call_form})"
+                if task_context() is None
+                else "a task starts no runs: call it in a flow, or emit an event that starts it"
+            )
+            log.warning("flow.called_directly", flow=self.name, at=at, hint=hint)
 
 
 def referenced_flows(flow: Flow[..., Any]) -> list[Flow[..., Any]]:

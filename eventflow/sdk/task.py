@@ -271,7 +271,9 @@ class Task(Generic[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         loop = flow_loop(self.name)
         if loop is None:
-            return cast("Coroutine[Any, Any, R]", self._plain(args, kwargs))
+            plain = self._plain(args, kwargs)
+            plain.__qualname__ = f"task {self.name}"  # for Python's warning if it is not awaited
+            return cast("Coroutine[Any, Any, R]", plain)
         key = self.options.key(*args, **kwargs) if self.options.key else None
         call = TaskCall(
             self,

@@ -173,7 +173,11 @@ class Watchdog:
         elif blocked_for >= WARN_AFTER_SECONDS and probe.logged_level < 1:
             probe.logged_level = 1
             log.warning(
-                "loop.blocked", loop=name, seconds=round(blocked_for, 1), **locate(probe.thread)
+                "loop.blocked",
+                loop=name,
+                seconds=round(blocked_for, 1),
+                hint="everything on this loop waits; make it a plain `def` task, or await",
+                **locate(probe.thread),
             )
 
     @staticmethod

@@ -78,6 +78,12 @@ class MemoryTrigger:
                 subject=subject,
             )
             items = (*items, made)
+        for item in items:
+            if not isinstance(item, Event | Undecodable):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise UsageError(
+                    f"send(): expected an Event, found {item!r}; for its data alone write "
+                    "send(data=...)"
+                )
         return await (await self._listening()).accept(*items, cursor=cursor, max_wait=max_wait)
 
     async def cursor(self) -> Mapping[str, Json]:

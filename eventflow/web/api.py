@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from eventflow.app import App
 from eventflow.core.declarations import declaration
+from eventflow.logs.log import get_logger
 from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.web.auth import Guard
@@ -43,6 +44,13 @@ from eventflow.web.responses import (
     unavailable,
     with_error_responses,
 )
+
+log = get_logger("eventflow.web")
+LOG_EVENTS = {
+    "app.not_open": (
+        "Requests come, but the host of `app.asgi()` never opened the app; they are answered 503."
+    ),
+}
 
 
 @declaration
@@ -78,6 +86,7 @@ def make_asgi(
         hosts=allowed_hosts,
         open_paths=("/metrics",) if open_metrics else (),
         draining=api.is_draining,
+        unopened=api.is_unopened if manage else lambda: False,
         clock=app.clock.monotonic,
     )
 
@@ -100,6 +109,8 @@ class Api:
     def __init__(self, app: App, draining: Callable[[], bool]) -> None:
         self.app = app
         self._stop_requested = draining
+        self._has_lifespan = False
+        self._has_warned = False
         self._token: str | None = None
         self._unknown_token: str = secrets.token_urlsafe(32)  # required until the App is open
         self._events = EventHandlers(self.opened)
@@ -140,8 +151,22 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
         """Opens the App, and the log store of its runs, on the server's own loop."""
+        self._has_lifespan = True
         async with self.app:
             yield
+
+    def is_unopened(self) -> bool:
+        """Whether the host never opened the App: requests come, and no lifespan was started."""
+        if self.app.is_open or self._has_lifespan:
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            log.error(
+                "app.not_open",
+                app=self.app.name,
+                hint="a mounted app gets no lifespan: write `async with app:` in the host's own",
+            )
+        return True
 
     def token(self) -> str | None:
         """Read, or made, once: the store's directory exists when the App is open."""

@@ -14,13 +14,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from hashlib import sha256
 from ipaddress import IPv6Address
-from typing import Final
+from typing import Any, Final
 
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventflow.core.errors import UsageError
+from eventflow.logs.repeated import RepeatedLines
 from eventflow.web.responses import client_address, error_json, log_refused, unavailable
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -39,7 +40,8 @@ class Guard:
     """ASGI in, ASGI out.
 
     `token` returns the required token, None for none. `hosts`: names without ports. `draining`
-    returns True once a stop was requested. `clock`: monotonic seconds.
+    returns True once a stop was requested, `unopened` if the host never opened the App. `clock`:
+    monotonic seconds.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Guard:
         hosts: Collection[str],
         open_paths: Collection[str],
         draining: Callable[[], bool],
+        unopened: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
         self._app = app
@@ -59,10 +62,9 @@ class Guard:
         self._hosts: frozenset[str] = frozenset(map(allowed_host, (*LOOPBACK, *hosts)))
         self._open_paths: frozenset[str] = frozenset((*OPEN_PATHS, *open_paths))
         self._draining = draining
+        self._unopened = unopened
         self._failed_logins = FailedLogins(clock)
-        self._clock = clock
-        self._next_log_at: float = 0.0
-        self._unlogged: int = 0  # rejections since the last line
+        self._rejections = RepeatedLines(_write_rejection)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -72,7 +74,12 @@ class Guard:
             return
         rejection = await self._reject(scope)
         if rejection is not None:
-            self._log(scope, rejection)
+            self._rejections.add(
+                rejection.status_code,
+                method=str(scope.get("method", "")),
+                path=route_path(scope),
+                response=rejection,
+            )
         if rejection is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -81,14 +88,6 @@ class Guard:
         else:
             await rejection(scope, receive, send)
 
-    def _log(self, scope: Scope, rejection: Response) -> None:
-        """At most one line a second: who probes for a token must not fill the log."""
-        self._unlogged += 1
-        if (now := self._clock()) >= self._next_log_at:
-            log_refused(str(scope.get("method", "")), route_path(scope), rejection, self._unlogged)
-            self._next_log_at = now + 1.0
-            self._unlogged = 0
-
     async def _reject(self, scope: Scope) -> Response | None:
         """The response of a rejected request; None if it may pass."""
         path = route_path(scope)
@@ -96,6 +95,8 @@ class Guard:
         hook = any(_matches(route, scope) for route in self._routes)
         if self._draining() and (hook or (method == "POST" and path in INTAKE_PATHS)):
             return unavailable("the server is stopping; come back later", close_connection=True)
+        if (hook or path.startswith("/api/")) and self._unopened():
+            return unavailable("the app is not open; its host must open it, see the log")
         if hook or (
             scope["type"] == "http" and method in SAFE_METHODS and path in self._open_paths
         ):
@@ -112,10 +113,13 @@ class Guard:
                 421, "wrong_host", "this host name is not served; allow it with --allow-host NAME"
             )
         if not await self._is_authorized(headers, scope):
+            # Not "Bearer TOKEN": the log would redact what follows the first word.
             detail = (
-                "expected Authorization: Bearer TOKEN; the token is in the file .token next to the "
-                "store"
+                "expected the API's token as a bearer token; it is in the file STORE.token, next "
+                "to the store"
             )
+            if not path.startswith("/api"):
+                detail += "; the API is below /api, webhooks are below /hooks"
             return error_json(401, "unauthorized", detail, www_authenticate="Bearer")
         if (method not in SAFE_METHODS or scope["type"] == "websocket") and not _same_site(headers):
             return error_json(403, "cross_site", "a page of another site may not do this")
@@ -132,6 +136,10 @@ class Guard:
         if " " in given:
             await self._failed_logins.note(client_address(scope))
         return False
+
+
+def _write_rejection(_: int, count: int, fields: dict[str, Any]) -> None:
+    log_refused(fields["method"], fields["path"], fields["response"], count)
 
 
 class FailedLogins:

@@ -75,7 +75,7 @@ class Backfill:
     async def backfill(self, request: Request) -> Response:
         """`{"flow", "at": [instant, …], "rerun": label, "dry_run": bool}`."""
         app = self._opened()
-        params = await read_object(request)
+        params = await read_object(request, "flow", "at", "rerun", "dry_run")
         schedule = _schedule(app, request.path_params["name"])
         dry = bool(params.get("dry_run", False))
         requested = _requested(schedule, params)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from eventflow.app import App
 from eventflow.dry_run.replay import DEFAULT_LIMIT, MAX_LIMIT, DryRunQuery, dry_run
 from eventflow.events.event import Json as JsonValue
-from eventflow.web.responses import ApiRoute, Json, instant, whole_number
+from eventflow.web.responses import ApiRoute, Json, check_query, instant, whole_number
 
 
 class DryRun:
@@ -28,6 +28,7 @@ class DryRun:
 
     async def dry_run(self, request: Request) -> Response:
         """`?since=&until=&type=&to=&limit=`, all optional."""
+        check_query(request, "since", "until", "type", "to", "limit")
         app = self._opened()
         params = request.query_params
         end = app.clock.now() + 1  # exclusive: includes an event that was received just now

@@ -7,7 +7,7 @@ becomes a 500 with an id that the log has too. A client never sees a traceback (
 
 import math
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from datetime import datetime
 from ipaddress import ip_address
 from typing import Any, cast
@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from eventflow.core.clock import to_us
+from eventflow.core.declarations import nearest
 from eventflow.core.errors import (
     BindingError,
     EventflowError,
@@ -190,8 +191,12 @@ async def read_body(request: Request, limit: int = MAX_BODY_BYTES) -> bytes:
         ) from None
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object; an empty one counts as `{}`."""
+async def read_object(request: Request, *known: str) -> dict[str, Any]:
+    """The body as a JSON object with the `known` fields; an empty one counts as `{}`.
+
+    HttpError 400 for what is no object, and for another field: it would be ignored otherwise, and
+    the request would do something else than its sender meant.
+    """
     body = await read_body(request)
     try:
         value: Any = read_json(body) if body.strip() else {}
@@ -199,7 +204,22 @@ async def read_object(request: Request) -> dict[str, Any]:
         raise http_error(400, "unreadable", str(error)) from None
     if not isinstance(value, dict):
         raise http_error(400, "unreadable", "body: expected a JSON object")
-    return cast(dict[str, Any], value)
+    fields = cast(dict[str, Any], value)
+    _refuse_unknown("field", fields, known)
+    return fields
+
+
+def check_query(request: Request, *known: str) -> None:
+    """HttpError 400 for a query parameter that is not among `known`."""
+    _refuse_unknown("query parameter", request.query_params, known)
+
+
+def _refuse_unknown(kind: str, given: Iterable[str], known: Collection[str]) -> None:
+    for name in given:
+        if name not in known:
+            hint = nearest(name, known)
+            expected = f"did you mean {hint!r}?" if hint else f"it has {', '.join(known) or 'none'}"
+            raise http_error(400, "invalid", f"{name}: no such {kind}; {expected}")
 
 
 # --------------------------------------------------------------------------- request parameters

@@ -386,7 +386,7 @@ def test_paths_are_plain(path: str):
 
 def test_verify_is_written_out():
     """There is no unverified webhook by omission, by None, or by a typo."""
-    with pytest.raises(TypeError):
+    with pytest.raises(UsageError, match="verify="):
         Webhook("/orders")  # type: ignore[call-arg]
     for wrong in (None, "None", "", "secret"):
         with pytest.raises(UsageError, match="written out"):

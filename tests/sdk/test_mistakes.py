@@ -1,0 +1,201 @@
+"""What newcomers write, and what they are told: at the line that they wrote, with what to write."""
+
+import importlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import triggers
+from eventflow import (
+    App,
+    Batch,
+    Event,
+    UsageError,
+    all_of,
+    count,
+    flow,
+    part,
+    sequence,
+    task,
+)
+from eventflow.core.errors import BindingError, NotAsync
+from eventflow.testing import MemoryTrigger, running
+from triggers import Bearer, Every, Webhook
+
+HERE = Path(__file__).name
+
+
+@task
+async def score(order: int) -> int:
+    return order
+
+
+@flow
+async def handle(order: int) -> int:
+    return await score(order)
+
+
+@flow
+async def other(order: int) -> int:
+    return order
+
+
+async def plain(order: int) -> int:
+    return order
+
+
+def app() -> Any:
+    return App("mistaken")
+
+
+def _call_of_a_flow() -> None:
+    app().on("a", handle(1))
+
+
+def _two_flows_on_one_path() -> None:
+    hooked = app()
+    hooked.on(Webhook("/orders", verify="none"), handle)
+    hooked.on(Webhook("/orders", verify="none", name="second"), other)
+
+
+def _generator() -> None:
+    @flow  # type: ignore[arg-type]
+    async def rows():  # type: ignore[no-untyped-def]
+        yield 1
+
+
+DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
+    "App without a name": (App, "App: .*'name'; write App(name, ...)"),  # type: ignore[call-arg]
+    "Webhook without verify": (
+        lambda: Webhook("/orders"),  # type: ignore[call-arg]
+        "'verify'; write Webhook(path, verify=..., ...)",
+    ),
+    "app.on as a decorator": (
+        lambda: app().on(Every(5)),
+        "'flow'; write App.on(trigger, flow, ...)",
+    ),
+    "all_of without within": (
+        lambda: all_of("a", "b"),  # type: ignore[call-arg]
+        "'within'; write all_of(*parts, within=..., ...)",
+    ),
+    "count without within": (
+        lambda: count("a", 3),  # type: ignore[call-arg]
+        "write count(what, n, within=..., ...)",
+    ),
+    "sequence without names": (
+        lambda: sequence("a", "b", within=60),  # type: ignore[call-arg, misc]
+        "write sequence(first, then=..., within=..., ...)",
+    ),
+    "Batch without within": (lambda: Batch(3), "write Batch(size, within)"),  # type: ignore[call-arg]
+    "Batch itself": (lambda: app().on("a", handle, deliver=Batch), "deliver= expected Each()"),
+    "a cron expression": (
+        lambda: app().on("0 6 * * *", handle),
+        "did you mean Cron('0 6 * * *')",
+    ),
+    "a cron name": (lambda: app().on("@daily", handle), "did you mean Cron('@daily')"),
+    "a cron expression in a pattern": (
+        lambda: any((part("*/5 * * * *"),)),
+        "did you mean Cron('*/5 * * * *')",
+    ),
+    "app.flow as a decorator": (lambda: app().flow(plain), "'plain'; decorate it with @flow"),
+    "a plain function": (lambda: app().on("a", plain), "'plain'; decorate it with @flow"),
+    "a task for a flow": (lambda: app().on("a", score), "the task 'score'; a run is of a flow"),
+    "a call for a flow": (_call_of_a_flow, "a call of 'handle'; write handle, not handle()"),
+    "an async generator": (_generator, "found an async generator; collect the values"),
+    "two webhooks of one path": (
+        _two_flows_on_one_path,
+        "/hooks/orders: .* make one trigger and pass it to app.on for each flow",
+    ),
+    "a comparison as a field": (
+        lambda: app().on("a", handle, where={"total": {">": 0}}),
+        'for a comparison write [{"numeric": [">", 0]}]',
+    ),
+    "another comparison": (
+        lambda: app().on("a", handle, where={"state": {"!=": "done"}}),
+        'for a comparison write [{"anything-but": "done"}]',
+    ),
+    "a secret that os.getenv did not find": (
+        lambda: Bearer(None),  # type: ignore[arg-type]
+        "found None empty or unset",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DECLARED)
+def test_a_declaration_that_cannot_be_meant_is_told(case: str) -> None:
+    """A call that cannot be meant as written is a UsageError with the call that can, and the
+    user's file and line.
+    """
+    declare, message = DECLARED[case]
+    pattern = ".*".join(map(re.escape, message.split(".*")))
+    with pytest.raises(UsageError, match=f"(?s){pattern}") as refused:
+        declare()
+    where = refused.value.location or ""
+    assert isinstance(refused.value, NotAsync) or case == "app.flow as a decorator" or HERE in where
+
+
+@pytest.mark.parametrize("name", triggers.__all__)
+def test_a_trigger_imported_from_eventflow(name: str) -> None:
+    """`from eventflow import Cron`, for every name of `triggers`, says where it is."""
+    with pytest.raises(ImportError, match=f"write `from triggers import {name}`"):
+        exec(f"from eventflow import {name}")
+    with pytest.raises(AttributeError):
+        importlib.import_module("eventflow").nothing  # noqa: B018
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("args", "params", "message"),
+    [
+        ((3,), {}, r"parameters go by name, found 1 without; write app.start\(handle, order=...\)"),
+        (({"order": 3},), {}, r"write app.start\(handle, order=...\)"),
+        ((), {"ordre": 3}, "'ordre': the flow has no such parameter; did you mean order"),
+        ((), {}, "'order': missing; given are no fields"),
+    ],
+)
+async def test_parameters_of_a_start(args: Any, params: Any, message: str) -> None:
+    """`app.start` with parameters that do not fit names the parameter, or how to pass one."""
+    async with running(App("mistaken")) as opened:
+        with pytest.raises((UsageError, BindingError), match=message):
+            await opened.start(handle, *args, **params)
+
+
+@pytest.mark.anyio
+async def test_data_in_the_place_of_an_event() -> None:
+    """Data passed where an event is expected is told with the call that takes data."""
+    memory = MemoryTrigger()
+    mistaken = app()
+    mistaken.on(memory, handle)
+    async with running(mistaken) as opened:
+        with pytest.raises(UsageError, match=r"expected an Event, found \{.*send\(data=\.\.\.\)"):
+            await memory.send({"order": 3})  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"expected an Event, .*app.emit\(type, data\)"):
+            await opened.accept({"order": 3})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", [{"id": "a", "total": 5}, [1, 2], "hey"])
+def test_a_parameter_without_annotation_gets_the_data(data: Any) -> None:
+    """The only parameter of a flow, without annotation, gets the whole data of an event."""
+
+    @flow
+    async def takes(body):  # type: ignore[no-untyped-def]
+        return body
+
+    event = Event(id="1", source="/a", type="a", data=data)
+    assert takes.binder.bind_event(event) == {"body": data}
+    with pytest.raises(BindingError):  # but `app.start(takes, total=5)` is a mistake
+        takes.binder.bind_params({"total": 5})
+
+
+def test_a_second_parameter_takes_the_data_away() -> None:
+    """A flow with two parameters that gets data without their names is told why."""
+
+    @flow
+    async def takes(order: dict[str, Any], limit: int = 1) -> None: ...
+
+    event = Event(id="1", source="/a", type="a", data={"total": 5})
+    with pytest.raises(BindingError, match="has total; all of the data goes only to the only par"):
+        takes.binder.bind_event(event)
