@@ -14,28 +14,22 @@ MAX_KEPT = 32
 """Objects kept; the one kept first goes first."""
 
 
-class LargeValues:
+class LargeValues(dict[int, tuple[Any, bytes]]):
     """What was computed from a large object, by the object itself.
 
     An object that was changed since keeps its first hash. It does so in a replay, too: the flow
     passes the same objects in the same order.
     """
 
-    __slots__ = ("_known",)
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, bytes]] = {}
-
     def has_any(self, values: Iterable[Any]) -> bool:
-        known = self._known
-        return bool(known) and any(id(value) in known for value in values)
+        return bool(self) and any(id(value) in self for value in values)
 
-    def get(self, value: Any) -> bytes | None:
-        found = self._known.get(id(value))
+    def find(self, value: Any) -> bytes | None:
+        found = self.get(id(value))
         return None if found is None else found[1]
 
     def add(self, value: Any, digest: bytes) -> None:
         """Keeps a reference to the object, so that its id stays its own."""
-        if len(self._known) >= MAX_KEPT:
-            del self._known[next(iter(self._known))]
-        self._known[id(value)] = (value, digest)
+        if len(self) >= MAX_KEPT:
+            del self[next(iter(self))]
+        self[id(value)] = (value, digest)

@@ -20,6 +20,8 @@ from functools import partial
 from types import CoroutineType
 from typing import Any
 
+import msgspec
+
 from eventflow.core.clock import Clock, microseconds, timer_after
 from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, call_catching
 from eventflow.engine.actions import (
@@ -69,42 +71,21 @@ LOG_EVENTS = {
 }
 
 
-class Attempts:
+class Attempts(msgspec.Struct, eq=False):
     """Launches and ends the attempts of one run. Everything here runs on the worker's loop.
 
     `act` carries out an action. `end` tells whether the run still records anything. `running`
     counts bodies: while there are any, the run is not idle.
     """
 
-    __slots__ = (
-        "_carry_out",
-        "_log_context",
-        "_run_end",
-        "_services",
-        "_writer",
-        "run",
-        "run_id",
-        "running",
-    )
-
-    def __init__(
-        self,
-        services: WorkerServices,
-        run: Run,
-        name: str,
-        log_context: LogContext,
-        writer: JournalWriter,
-        run_end: RunEnd,
-        act: Callable[[Action], None],
-    ) -> None:
-        self._services = services
-        self.run = run
-        self.run_id = name
-        self._log_context = log_context
-        self._writer = writer
-        self._run_end = run_end
-        self._carry_out = act
-        self.running = 0
+    _services: WorkerServices
+    run: Run
+    run_id: str
+    _log_context: LogContext
+    _writer: JournalWriter
+    _run_end: RunEnd
+    _carry_out: Callable[[Action], None]
+    running: int = 0
 
     def launch(self, call: TaskCall) -> None:
         """Starts the next attempt of a call; its body takes its first step in the loop's

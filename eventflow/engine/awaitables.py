@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from eventflow.loop.flow_loop import FlowTimer
+from eventflow.loop.unawaited import CallSite
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import TaskCall
 from eventflow.serialization.codecs import fingerprint
@@ -18,12 +19,16 @@ from eventflow.serialization.codecs import fingerprint
 class ChildCall:
     """A call of a flow in a flow. `params` is a JSON object."""
 
-    __slots__ = ("call_key", "fingerprint", "flow", "future", "params")
+    __slots__ = ("call_key", "fingerprint", "flow", "future", "params", "site")
 
-    def __init__(self, flow: Flow[..., Any], call_key: str, params: bytes) -> None:
+    def __init__(
+        self, flow: Flow[..., Any], call_key: str, params: bytes, site: CallSite | None = None
+    ) -> None:
         self.flow = flow
         self.call_key = call_key
         self.params = params
+        self.site = site
+        """Where the parent's flow made the call."""
         self.fingerprint = fingerprint(("params",), (orjson.loads(params),), {}, {})
         self.future: asyncio.Future[Any] | None = None
 

@@ -26,6 +26,7 @@ from eventflow.events.event import Event
 from eventflow.logs.log import LogContext, get_logger, log_context
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.flow_loop import FlowLoop, FlowTask, FlowTimer
+from eventflow.loop.unawaited import CallSite
 from eventflow.runs.journal import Entry, Journal, Kind, restart_entry
 from eventflow.runs.run import NeedsAttention, Outcome, Restarted, Run
 from eventflow.sdk.flow import Flow, RunContext, enter_run
@@ -131,10 +132,10 @@ class FlowCalls(ABC):
         return TaskMap(name, calls, self._await_call, self._give_up, patient=patient).run(limit)
 
     def child_call(
-        self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, flow: Flow[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], site: CallSite
     ) -> ChildCall:
         call_key = self.loop.current_scope().call_key(flow.name)
-        return ChildCall(flow, call_key, flow.binder.unpack(args, kwargs))
+        return ChildCall(flow, call_key, flow.binder.unpack(args, kwargs), site)
 
     def perform_emit(self, event_type: str, fields: dict[str, Any]) -> Coroutine[Any, Any, str]:
         call_key = self.loop.current_scope().call_key(f"emit:{event_type}")

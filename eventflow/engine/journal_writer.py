@@ -9,6 +9,8 @@ loop through `on_reply`.
 import asyncio
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from eventflow.core.errors import StoreError
 from eventflow.engine.actions import AppendEntry
 from eventflow.engine.worker_services import WorkerServices
@@ -19,33 +21,19 @@ from eventflow.store.protocol import Append, Appended, Arrival, Fenced, MarkStar
 Reply = Appended | Fenced | StoreError
 
 
-class JournalWriter:
+class JournalWriter(msgspec.Struct, eq=False):
     """`in_flight` counts appends without a reply: while there are any, the run is not idle."""
 
-    __slots__ = (
-        "_on_reply",
-        "_queued_behind",
-        "_run",
-        "_services",
-        "_start_marked",
-        "in_flight",
-        "is_committing",
-        "uncommitted",
-    )
-
-    def __init__(
-        self, services: WorkerServices, run: Run, on_reply: Callable[[Reply], None]
-    ) -> None:
-        self._services = services
-        self._run = run
-        self._on_reply = on_reply
-        self.in_flight = 0
-        self.uncommitted: Entry | None = None
-        """The value that the flow has before its commit."""
-        self.is_committing = False
-        """Whether the uncommitted value is posted."""
-        self._queued_behind: list[Append] = []  # appends that wait for the uncommitted value
-        self._start_marked: asyncio.Future[Reply] | None = None
+    _services: WorkerServices
+    _run: Run
+    _on_reply: Callable[[Reply], None]
+    in_flight: int = 0
+    uncommitted: Entry | None = None
+    """The value that the flow has before its commit."""
+    is_committing: bool = False
+    """Whether the uncommitted value is posted."""
+    _queued_behind: list[Append] = []  # appends that wait for the uncommitted value
+    _start_marked: asyncio.Future[Reply] | None = None
 
     def append(
         self, entry: Entry, arrivals: Sequence[Arrival] = (), children: Sequence[Run] = ()

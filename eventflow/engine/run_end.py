@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import CoroutineType
 from typing import Any
 
+import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
@@ -35,43 +36,27 @@ MAX_REFUSALS = 100
 log = get_logger("eventflow.execution")
 
 
-class RunEnd:
+class RunEnd(msgspec.Struct, eq=False):
     """`outcome` is set when the run is ending, `is_closed` when nothing of it is accepted
     any more.
     """
 
-    __slots__ = (
-        "_cancel_reason",
-        "_flow",
-        "_grace_timer",
-        "_large_result",
-        "_services",
-        "_timed_out",
-        "is_closed",
-        "is_signalled",
-        "outcome",
-        "refusals",
-        "unawaited",
-        "unwind_rounds",
-    )
-
-    def __init__(self, services: WorkerServices, flow: Flow[..., Any]) -> None:
-        self._services = services
-        self._flow = flow
-        self.outcome: Outcome | None = None
-        self.unawaited: list[str] = []
-        """Calls that the flow made and never awaited, with their lines."""
-        self.is_closed = False
-        self.is_signalled = False
-        """Whether a cancel or the timeout was delivered: the flow cleans up."""
-        self.refusals = 0
-        """Calls that the flow made after that, not to clean up; and repeated cancels."""
-        self.unwind_rounds = 0
-        """How often the flow's unfinished tasks were cancelled."""
-        self._cancel_reason: str | None = None
-        self._timed_out = False
-        self._grace_timer: Timer | None = None
-        self._large_result: LargeResult | None = None
+    _services: WorkerServices
+    _flow: Flow[..., Any]
+    outcome: Outcome | None = None
+    unawaited: list[str] = []
+    """Calls that the flow made and never awaited, with their lines."""
+    is_closed: bool = False
+    is_signalled: bool = False
+    """Whether a cancel or the timeout was delivered: the flow cleans up."""
+    refusals: int = 0
+    """Calls that the flow made after that, not to clean up; and repeated cancels."""
+    unwind_rounds: int = 0
+    """How often the flow's unfinished tasks were cancelled."""
+    _cancel_reason: str | None = None
+    _timed_out: bool = False
+    _grace_timer: Timer | None = None
+    _large_result: "LargeResult | None" = None
 
     @property
     def is_open(self) -> bool:

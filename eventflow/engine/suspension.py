@@ -7,6 +7,8 @@ them is due. `Execution` makes one per run and asks it when the flow is parked.
 
 from collections.abc import Callable
 
+import msgspec
+
 from eventflow.core.clock import SECOND, Timer
 from eventflow.engine.actions import AppendEntry, EndRun
 from eventflow.engine.awaitables import ChildCall, ControlSignal, Pending
@@ -25,39 +27,19 @@ MAX_SCANNED = 16
 """Waiting branches that are examined each time the flow parks; more are examined once a second."""
 
 
-class Suspension:
+class Suspension(msgspec.Struct, eq=False):
     """`began_at`: when this execution began; `on_recheck(True)` is called when `decide` is
     due again, with `scan_all`."""
 
-    __slots__ = (
-        "_flow",
-        "_on_recheck",
-        "_pending",
-        "_recheck_timer",
-        "_services",
-        "_time_is_recorded",
-        "began_at",
-        "idle_since",
-        "is_idle",
-    )
-
-    def __init__(
-        self,
-        services: WorkerServices,
-        flow: FlowOptions,
-        pending: PendingCalls,
-        began_at: int,
-        on_recheck: Callable[[bool], None],
-    ) -> None:
-        self._services = services
-        self._flow = flow
-        self._pending = pending
-        self._on_recheck = on_recheck
-        self.began_at = began_at
-        self.is_idle = False
-        self.idle_since = 0
-        self._time_is_recorded = False
-        self._recheck_timer: Timer | None = None
+    _services: WorkerServices
+    _flow: FlowOptions
+    _pending: PendingCalls
+    began_at: int
+    _on_recheck: Callable[[bool], None]
+    is_idle: bool = False
+    idle_since: int = 0
+    _time_is_recorded: bool = False
+    _recheck_timer: Timer | None = None
 
     def set_idle(self, idle: bool) -> None:
         """An idle run gives up its slot, and takes one when it works again."""

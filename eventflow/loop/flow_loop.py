@@ -27,7 +27,7 @@ import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
@@ -35,7 +35,8 @@ from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.left_behind import close_or_keep
 from eventflow.loop.scopes import Scope, from_unordered_iteration, task_label
-from eventflow.loop.unawaited import ORIGIN_DEPTH
+
+T = TypeVar("T")
 
 MAX_STEPS_PER_RUN = 1_000
 """Steps of one `run_ready`, a few milliseconds; then the worker's loop gets its turn."""
@@ -221,11 +222,12 @@ class HostedLoop(asyncio.AbstractEventLoop):
     The methods for I/O raise UsageError.
     """
 
+    unjournaled_awaits = 0
+    """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
+
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop) -> None:
         self.host = host
         self._outer = outer
-        self.unjournaled_awaits = 0
-        """Awaits under way whose results are not journaled (`asyncio.to_thread` in a flow body)."""
 
     def current_scope(self) -> Scope:
         raise NotImplementedError
@@ -338,28 +340,30 @@ for _name in (
 class FlowLoop(HostedLoop):
     """The deterministic loop of one run. `run_ready` steps it; it never blocks and never waits."""
 
+    has_busy_looped = False
+    """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
+    cleanup: Cleanup | None = None
+    """Since a cancel was delivered."""
+    _sorting: str | None = None
+    _futures = 0
+    _sweep_at = 64
+    _rounds = 0
+    _pumping = False
+    _closed = False
+    _callbacks: Scope | None = None  # of plain callbacks
+
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
-        super().__init__(host, outer)
+        self.host = host
+        self._outer = outer
         # Equal paths of different runs must not hash alike: asyncio keeps the tasks of all of them
         # in one set.
         self.seed = zlib.crc32(run.to_bytes(8, "big"))
         self._ready: deque[asyncio.Handle] = deque()
         self._unordered: list[tuple[str, asyncio.Handle]] = []
-        self._sorting: str | None = None
-        self._callbacks = Scope("~/")
-        self._futures = 0
         self._tasks: list[FlowTask] = []
-        self._sweep_at = 64
-        self._rounds = 0
-        self._pumping = False
-        self._closed = False
         self.large_arguments = LargeValues()
         """For the fingerprints of calls."""
         self._large_arguments = LargeValues()  # for the names of tasks
-        self.has_busy_looped = False
-        """Whether the flow ever took BUSY_LOOP_ROUNDS rounds without parking."""
-        self.cleanup: Cleanup | None = None
-        """Since a cancel was delivered."""
 
     # ----------------------------------------------------------------- called by the host
 
@@ -380,51 +384,55 @@ class FlowLoop(HostedLoop):
         """Steps the flow until it is parked and the host has nothing more to deliver.
 
         Call it on the host's loop from a plain callback, not from a task: two tasks cannot be
-        current at once.
+        current at once. The host is called while its own loop is the running one.
         """
-        if not self._pumping and not self._closed:
-            self._as_running(self._step)
+        if self._pumping or self._closed:
+            return
+        steps_left = MAX_STEPS_PER_RUN
+        self._pumping = True
+        try:
+            while steps_left > 0:
+                if self._ready or self._unordered:
+                    steps_left = self._as_running(self._take_steps, steps_left)
+                if self._rounds >= BUSY_LOOP_ROUNDS:
+                    self._rounds = 0
+                    self.host.on_busy_loop()
+                    self.has_busy_looped = True
+                elif not self._ready and not self._unordered:
+                    self._rounds = 0
+                    if not self.host.on_parked():
+                        return
+        finally:
+            self._pumping = False
+        self.host.wake()
 
-    def _as_running(self, step: Callable[[], None]) -> None:
+    def _as_running(self, step: Callable[..., T], *args: Any) -> T:
         """Runs `step` with this loop as the running one, also for async generators that flow code
         drops.
         """
         outer = events._get_running_loop()
         hooks = sys.get_asyncgen_hooks()
-        depth = sys.get_coroutine_origin_tracking_depth()
-        sys.set_coroutine_origin_tracking_depth(ORIGIN_DEPTH)
-        self._pumping = True
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
         try:
-            step()
+            return step(*args)
         finally:
-            sys.set_coroutine_origin_tracking_depth(depth)
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
-            self._pumping = False
 
-    def _step(self) -> None:
+    def _take_steps(self, limit: int) -> int:
+        """Takes the steps that are ready, and those that they make ready, up to the limit; returns
+        what is left of it.
+        """
         ready = self._ready
-        budget = MAX_STEPS_PER_RUN
-        while True:
-            while ready or self._unordered:
-                if budget <= 0:
-                    self.host.wake()
-                    return
-                if self._unordered:
-                    self._flush()
-                turn = min(len(ready), budget)
-                budget -= turn
-                self._run(turn)
-                self._rounds += 1
-                if self._rounds >= BUSY_LOOP_ROUNDS:
-                    self._rounds = 0
-                    self.host.on_busy_loop()
-                    self.has_busy_looped = True
-            self._rounds = 0
-            if not self.host.on_parked():
-                return
+        while (ready or self._unordered) and limit > 0 and self._rounds < BUSY_LOOP_ROUNDS:
+            if self._unordered:
+                self._flush()
+            turn = min(len(ready), limit)
+            limit -= turn
+            self._rounds += 1
+            self._run(turn)
+        return limit
 
     def _run(self, turn: int) -> None:
         ready = self._ready
@@ -464,7 +472,11 @@ class FlowLoop(HostedLoop):
         self._unordered.clear()
         if self._tasks and (unfinished := self.unfinished_tasks()):
             left = tuple(unfinished)  # closing them may make new tasks
-            self._as_running(lambda: _close_all(left))
+            self._pumping = True
+            try:
+                self._as_running(_close_all, left)
+            finally:
+                self._pumping = False
         self._closed = True
         self._ready.clear()
         self._tasks = []
@@ -474,7 +486,11 @@ class FlowLoop(HostedLoop):
     def current_scope(self) -> Scope:
         """The scope of the current task. Plain callbacks share one scope."""
         task = asyncio.current_task(self)
-        return task.scope if isinstance(task, FlowTask) else self._callbacks
+        if isinstance(task, FlowTask):
+            return task.scope
+        if self._callbacks is None:
+            self._callbacks = Scope("~/")
+        return self._callbacks
 
     def create_task(  # type: ignore[override]
         self,

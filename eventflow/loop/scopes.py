@@ -115,7 +115,7 @@ def _digest(arguments: dict[str, Any], large: LargeValues) -> str:
 
 
 def _plain(name: str, value: Any, large: LargeValues) -> bytes:
-    if (known := large.get(value)) is not None:
+    if (known := large.find(value)) is not None:
         return known
     try:
         plain = orjson.dumps((name, value), _canonical, _SORTED)

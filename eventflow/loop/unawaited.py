@@ -2,22 +2,23 @@
 
 Python reports such a coroutine as a RuntimeWarning without a line when it is freed. While a worker
 runs, `UnawaitedWatcher` takes the place of the function that prints it: what is freed in a step of
-a flow goes to the flow's host, everything else to the previous function. The steps of a flow run
-with origin tracking (`ORIGIN_DEPTH`), so that the line of the call is known.
+a flow goes to the flow's host, everything else to the previous function. The line is that of the
+call, which tasks and flows remember (`call_site`), or the one that the flow executes when the
+coroutine is freed: usually the same, since most forgotten coroutines are not kept.
 """
 
+import inspect
+import sys
 import warnings
 from asyncio import events
 from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, cast
 
 from eventflow.core.declarations import format_location, is_own_file
 
-ORIGIN_DEPTH = 2
-"""Frames of the caller that a coroutine remembers: one of eventflow (`Task.__call__`), then the
-user's. Each costs a tenth of a microsecond per coroutine.
-"""
+CallSite = tuple[CodeType, int]
+"""Code, and the offset in it of the instruction that makes a call."""
 
 _HOOK = "_warn_unawaited_coroutine"
 
@@ -68,11 +69,30 @@ def watch_unawaited(loop_type: type[Any]) -> UnawaitedWatcher:
     return watcher
 
 
+def call_site() -> CallSite:
+    """Where the caller of the caller is. The line is looked up only if somebody asks."""
+    frame = sys._getframe(2)  # pyright: ignore[reportPrivateUsage]
+    return frame.f_code, frame.f_lasti
+
+
 def origin(coro: Any) -> str | None:
-    """`file:line` of the user's code that made a coroutine; None if it is not known."""
-    for file, line, _ in getattr(coro, "cr_origin", None) or ():
-        if not is_own_file(file):
-            return format_location(file, line)
+    """`file:line` of the user's code that made a coroutine, which is being freed; None if it is not
+    known.
+    """
+    frame = getattr(coro, "cr_frame", None)
+    call = None if frame is None else frame.f_locals.get("call")
+    site: CallSite | None = getattr(call, "site", None)
+    if site is not None:
+        code, offset = site
+        for start, end, line in code.co_lines():
+            if start <= offset < end and line is not None:
+                return format_location(code.co_filename, line)
+    running: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
+    while running is not None:
+        code = running.f_code
+        if code.co_flags & inspect.CO_COROUTINE and not is_own_file(code.co_filename):
+            return format_location(code.co_filename, running.f_lineno)
+        running = running.f_back
     return None
 
 

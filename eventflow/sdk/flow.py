@@ -35,6 +35,7 @@ from eventflow.events.event import Event, Json
 from eventflow.events.storable import storable_text
 from eventflow.logs.log import Log, get_logger
 from eventflow.loop.flow_loop import flow_loop
+from eventflow.loop.unawaited import CallSite, call_site
 from eventflow.routing.binding import Binder
 from eventflow.sdk.task import (
     CallPerformer,
@@ -159,7 +160,7 @@ class FlowCallPerformer(CallPerformer, Protocol):
     """What flow code needs of the engine; implemented by `engine.execution.Execution`."""
 
     def child_call(
-        self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, flow: "Flow[..., Any]", args: tuple[Any, ...], kwargs: dict[str, Any], site: CallSite
     ) -> Any:
         """A call to pass to `perform`; it has its call key."""
         ...
@@ -221,7 +222,7 @@ class Flow(Generic[P, T]):
                 self._report_direct_call()
             return self.fn(*args, **kwargs)
         host = cast(FlowCallPerformer, loop.host)
-        call = host.child_call(self, args, kwargs)
+        call = host.child_call(self, args, kwargs, call_site())
         return cast("Coroutine[Any, Any, T]", host.perform(call))
 
     def _report_direct_call(self) -> None:

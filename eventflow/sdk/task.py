@@ -48,6 +48,7 @@ from eventflow.core.retry import Retry, as_retry
 from eventflow.core.threads import DaemonThreads
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import LoopHost, flow_loop
+from eventflow.loop.unawaited import CallSite, call_site
 from eventflow.runs.journal import CallTimes
 from eventflow.serialization.annotations import check_return_annotation
 from eventflow.serialization.codecs import ResultCodec, bind_names, fingerprint, mark_sets
@@ -168,48 +169,24 @@ def enter_task(context: TaskContext) -> None:
     _current.set(context)
 
 
-class TaskCall:
+class TaskCall(msgspec.Struct, eq=False):
     """One call of a task in a flow. The engine keeps its progress here."""
 
-    __slots__ = (
-        "args",
-        "attempt",
-        "body",
-        "call_key",
-        "context",
-        "failed_attempts",
-        "fingerprint",
-        "future",
-        "handle",
-        "is_running",
-        "kwargs",
-        "task",
-        "thread",
-        "times",
-    )
-
-    def __init__(
-        self,
-        task: "Task[..., Any]",
-        call_key: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        fingerprint: bytes | None,
-    ) -> None:
-        self.task: Task[..., Any] = task
-        self.call_key: str = call_key
-        self.args: tuple[Any, ...] = args
-        self.kwargs: dict[str, Any] = kwargs
-        self.fingerprint: bytes | None = fingerprint  # of the arguments; None: not verified
-        self.future: asyncio.Future[Any] | None = None  # what the flow awaits
-        self.handle: Any = None  # the attempt's asyncio task, or the timer of the next attempt
-        self.context: Any = None
-        self.body: TaskContext | None = None  # of the current attempt, or the last one
-        self.attempt: int = 0  # the number of the current attempt, or the last one
-        self.failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
-        self.is_running: bool = False  # whether a body is executing
-        self.thread: Any = None  # where a plain `def` body runs
-        self.times: CallTimes = CallTimes()
+    task: "Task[..., Any]"
+    call_key: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    fingerprint: bytes | None  # of the arguments; None: not verified
+    site: CallSite | None = None  # where the flow made the call; None in a map
+    future: asyncio.Future[Any] | None = None  # what the flow awaits
+    handle: Any = None  # the attempt's asyncio task, or the timer of the next attempt
+    context: Any = None
+    body: TaskContext | None = None  # of the current attempt, or the last one
+    attempt: int = 0  # the number of the current attempt, or the last one
+    failed_attempts: int = 0  # since the last manual retry; for Retry.attempts
+    is_running: bool = False  # whether a body is executing
+    thread: Any = None  # where a plain `def` body runs
+    times: CallTimes = msgspec.field(default_factory=CallTimes)
 
     def marked_arguments(self) -> dict[str, bytes]:
         """For `codecs.is_recorded_unsorted`."""
@@ -281,6 +258,7 @@ class Task(Generic[P, R]):
             args,
             kwargs,
             self._fingerprint(args, kwargs, loop.large_arguments),
+            call_site(),
         )
         return cast("Coroutine[Any, Any, R]", cast(CallPerformer, loop.host).perform(call))
 

@@ -359,7 +359,7 @@ def _fingerprint_fields(bound: Mapping[str, Any], large: LargeValues | None) -> 
     fields: dict[str, bytes] = {}
     has_large = False
     for name, value in bound.items():
-        field = None if large is None else large.get(value)
+        field = None if large is None else large.find(value)
         if field is None:
             field = _field(value)
             if large is not None and len(field) >= MIN_LARGE_BYTES:
