@@ -293,7 +293,13 @@ class Runtime:
         Closes everything as well if a step fails, the lifespan for one, and raises that error at
         the end.
         """
-        log.info("app.draining", app=self.config.name, grace=grace)
+        log.info(
+            "app.draining",
+            app=self.config.name,
+            grace=grace,
+            runs=len(self.worker.executions),
+            hint="what does not end within the grace continues at the next start",
+        )
         try:
             await self._end_parts(grace)
         finally:

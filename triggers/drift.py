@@ -48,6 +48,9 @@ from triggers.signatures import Verify
 
 LOG_EVENTS = {
     "alert.ignored": "A request to a drift alert webhook is not an alert; `reason` says why.",
+    "alert.fields_unknown": (
+        "An alert has fields that its event has not: they are dropped. Once for each set of names."
+    ),
     "alert.truncated": (
         "Alertmanager left `count` alerts out of a message (its `max_alerts` setting)."
     ),
@@ -129,6 +132,7 @@ class DriftAlert(Endpoint):
         self._alerts: str | None = alerts
         self._topics: frozenset[str] = frozenset(topics)
         self._sns: str | None = sns
+        self._warned_fields: set[tuple[str, ...]] = set()
         self._max_alerts: int = whole_number(max_alerts, f"DriftAlert({path!r}, max_alerts=)")
 
     async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
@@ -156,6 +160,13 @@ class DriftAlert(Endpoint):
             self._log("alert.ignored", reason=parsed.ignored_reason)
         if parsed.truncated_count:
             self._log("alert.truncated", count=parsed.truncated_count)
+        if parsed.unknown_fields and parsed.unknown_fields not in self._warned_fields:
+            self._warned_fields.add(parsed.unknown_fields)
+            self._log(
+                "alert.fields_unknown",
+                fields=", ".join(parsed.unknown_fields[:10]),
+                hint='name them as in Drift, or DriftAlert(fields={"statistic": "/psi"})',
+            )
         items: list[Event | Undecodable] = []
         items += [
             to_event(each, self.path, ident=_event_id(each, body, signed_id))

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,29 @@ def emit(
 
     async def work(api: ApiClient) -> Any:
         api.require_flows("emit")
-        return await api.publish(event.to_json())
+        receipt = await api.publish(event.to_json())
+        return receipt, await api.get(f"/api/events/{receipt['id']}")
 
-    receipt = _call_api(location, work)
-    known = "known already, started nothing" if receipt["duplicate"] else "recorded"
+    receipt, recorded = _call_api(location, work)
+    known = (
+        "known already, started nothing"
+        if receipt["duplicate"]
+        else f"recorded: {_what_started(recorded)}"
+    )
     write_result(
         receipt, as_json, f"event {receipt['id']} {known}; eventflow explain {receipt['id']}"
     )
+
+
+def _what_started(event: Mapping[str, Any]) -> str:
+    """`starts events/handle, run 1m8p…`, or why nothing starts; for each subscription."""
+    parts = [
+        f"starts {each['subscription']}, run {each['run']}"
+        if "run" in each
+        else f"{each['subscription']}: {each['outcome']}, {each['reason']}"
+        for each in event["verdicts"]
+    ]
+    return "; ".join(parts) or f"starts nothing, no subscription accepts {event['type']}"
 
 
 # --------------------------------------------------------------------------- repeat

@@ -160,7 +160,7 @@ class ApiClient:
             answer = await self._client.request(method, path, **options)
         except httpx2.TransportError as error:
             raise Unreachable(
-                f"no server answers at {self.address}: {error or type(error).__name__}"
+                f"no server answers at {self.address}: {str(error) or type(error).__name__}"
             ) from None
         data: Any = _decoded(answer.content)
         if answer.status_code >= 400:

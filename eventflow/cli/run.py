@@ -15,8 +15,17 @@ import msgspec
 import orjson
 
 from eventflow.app import App, RunHandle
-from eventflow.cli.client import ApiError, LedgerLocation, open_api, running_server, store_path
+from eventflow.cli.client import (
+    ApiError,
+    LedgerLocation,
+    Unreachable,
+    open_api,
+    running_server,
+    store_path,
+)
 from eventflow.cli.output import fail, note
+from eventflow.cli.run_progress import outcome_with_progress, server_progress, show_calls
+from eventflow.cli.target import note_other_store
 from eventflow.core.errors import BindingError, UsageError
 from eventflow.events.event import Event
 from eventflow.logs.capture import configure
@@ -24,6 +33,7 @@ from eventflow.logs.store import LogStore
 from eventflow.routing.binding import Binder
 from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention
 from eventflow.sdk.flow import Flow
+from eventflow.serialization.errors import raised_at
 
 POLL_INTERVAL_SECONDS = 0.2
 """Interval between two queries of a run that a server executes."""
@@ -52,6 +62,7 @@ async def run_flow(request: RunRequest, as_json: bool) -> int:
     app = request.app or App(Path(request.target.partition(":")[0]).stem)
     app.add(request.flow)
     path = store_path(LedgerLocation(request.store), app)
+    note_other_store(request.target, path)
     server = await running_server(path)
     if server is not None:
         return await _run_on_server(request, path, server, as_json)
@@ -99,7 +110,9 @@ async def _run_locally(request: RunRequest, app: App, path: str, as_json: bool) 
         try:
             await app.open(store=f"sqlite:///{path}", own_loop=True, listen=False, logs=logs)
             try:
-                return await _print_outcome(app, await _start(request, app), as_json)
+                return await _print_outcome(
+                    app, await _start(request, app), request.flow.name, as_json
+                )
             finally:
                 await app.close(5.0)
         finally:
@@ -121,10 +134,10 @@ async def _start(request: RunRequest, app: App) -> RunHandle[Any]:
     return RunHandle(app, runs[0]["id"], request.flow, receipt.duplicate)
 
 
-async def _print_outcome(app: App, run: RunHandle[Any], as_json: bool) -> int:
-    """Wait for the run and print its result as the flow's codec encoded it. The exit code."""
+async def _print_outcome(app: App, run: RunHandle[Any], flow: str, as_json: bool) -> int:
+    """Wait for the run of `flow` and print its result as the flow's codec encoded it. The exit code."""
     note(f"run {run.id}")
-    outcome = await app.runtime.outcome(run.number)
+    outcome = await outcome_with_progress(app, run.number, flow)
     match outcome:
         case Completed():
             fetch = app.runtime.blobs.fetch
@@ -144,11 +157,9 @@ async def _print_outcome(app: App, run: RunHandle[Any], as_json: bool) -> int:
 
 
 def _report_failure(run: str, error: dict[str, Any], as_json: bool) -> int:
-    fail(
-        "run_failed",
-        f"run {run}: {error['type'].rpartition(':')[2]}: {error['message']}; eventflow show {run}",
-        as_json,
-    )
+    at = raised_at(error)
+    message = f"{error['type'].rpartition(':')[2]}: {error['message']}{f' ({at})' if at else ''}"
+    fail("run_failed", f"run {run}: {message}; eventflow show {run}", as_json)
     return 1
 
 
@@ -191,11 +202,19 @@ async def _run_on_server(request: RunRequest, path: str, url: str, as_json: bool
                 ) from None
             raise
         note(f"run {started['id']}")
-        while True:
-            run = await api.get(f"/api/runs/{started['id']}")
-            if run["state"] not in ("pending", "running", "waiting"):
-                break
-            await asyncio.sleep(POLL_INTERVAL_SECONDS)
+        with await server_progress(api, request.flow.name) as progress:
+            while True:
+                try:
+                    run = await api.get(f"/api/runs/{started['id']}")
+                except Unreachable:
+                    raise Unreachable(
+                        f"the server at {url} stopped; run {started['id']} is recorded and "
+                        "continues when one starts"
+                    ) from None
+                if run["state"] not in ("pending", "running", "waiting"):
+                    break
+                show_calls(progress, run["tasks"])
+                await asyncio.sleep(POLL_INTERVAL_SECONDS)
     if run["state"] == "completed":
         return _print(orjson.dumps(run["result"]))
     error = run["error"] or {"type": run["state"], "message": run["reason"] or "no reason is known"}

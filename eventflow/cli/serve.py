@@ -13,10 +13,11 @@ import click
 import orjson
 
 from eventflow.cli.actions import read_json_option
+from eventflow.cli.client import LedgerLocation, store_path
 from eventflow.cli.output import json_option, write_result
 from eventflow.cli.reload import Reloader, serve_with_reload
 from eventflow.cli.run import RunRequest, bind, run_flow
-from eventflow.cli.target import load_app, load_flow, load_task
+from eventflow.cli.target import load_app, load_flow, load_task, note_other_store
 from eventflow.core.errors import UsageError
 from eventflow.demo.scenario import demo
 from eventflow.events.strict_json import read_json
@@ -136,7 +137,9 @@ def serve_command(target: str, as_json: bool, **options: Any) -> int:
     """
     if as_json:
         options["log"] = "json"
-    return serve(load_app(target), Settings(**options))
+    app = load_app(target)
+    note_other_store(target, store_path(LedgerLocation(options["store"]), app))
+    return serve(app, Settings(**options))
 
 
 @click.command("dev")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from dotenv import load_dotenv
 
 from eventflow.app import App
+from eventflow.cli.output import note
 from eventflow.core.errors import AppNotFound, EventflowError
 from eventflow.sdk.flow import Flow
 from eventflow.sdk.task import Task
@@ -54,6 +55,18 @@ def load_flow(target: str) -> tuple[Flow[..., Any], App | None]:
     return flow, apps[0] if len(apps) == 1 else next(
         (app for app in apps if flow.name in app.flows), None
     )
+
+
+def note_other_store(target: str, path: str) -> None:
+    """A note if the store at `path` will be new, and the folder of the target has one of its name.
+
+    A relative store lies in the working directory, so that the same command in another folder
+    starts with an empty ledger.
+    """
+    file = Path(target.partition(":")[0])
+    other = file.resolve().parent / os.path.relpath(path)
+    if file.is_file() and not Path(path).exists() and other.exists():
+        note(f"{path} is a new store; the folder of {file.name} has one: {other}")
 
 
 def load_task(target: str) -> Task[..., Any]:

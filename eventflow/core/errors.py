@@ -79,9 +79,10 @@ class EmptySecret(UsageError):
     exit_code = 3
 
     def __init__(self, where: str, source: str) -> None:
-        super().__init__(
-            f"{where}: expected a secret, found {source} empty or unset; set it before starting"
-        )
+        found = f"{source} empty or unset; set it before starting"
+        if source == "None":  # of `os.getenv`
+            found = 'None; write env("NAME"), which is read when the app starts'
+        super().__init__(f"{where}: expected a secret, found {found}")
 
 
 class NotAsync(UsageError):

@@ -45,7 +45,8 @@ def report_unawaited(coro: Any, run: str, definition: str, *, is_replaying: bool
 
 def returned_unawaited(name: str, coro: Any) -> NotAwaited:
     """The error for a flow or a task, `name`, that returned a call instead of its value."""
-    call, at = called_name(coro), origin(coro)
+    call = called_name(coro)
+    at = origin(coro)
     coro.close()  # Python would warn of it
     return NotAwaited(name, call if at is None else f"{call} at {at}")
 

@@ -26,7 +26,7 @@ from eventflow.runs.run import (
     Restarted,
     Suspended,
 )
-from eventflow.serialization.errors import decode_error
+from eventflow.serialization.errors import decode_error, raised_at
 
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {
@@ -101,7 +101,11 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
             log.info("run.completed", seconds=(at - execution.run.created_at) / SECOND)
         case Failed():
             error = orjson.loads(outcome.error)
-            log.error("run.failed", error=f"{error.get('type')}: {error.get('message')}")
+            log.error(
+                "run.failed",
+                error=f"{error.get('type')}: {error.get('message')}".removeprefix("builtins:"),
+                at=raised_at(error),
+            )
         case Suspended():
             log.info("run.suspended", until=outcome.until)
         case Cancelled():

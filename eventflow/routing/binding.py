@@ -54,6 +54,7 @@ class Binder:
         "_event_parameters",
         "_flow",
         "_has_fast_path",
+        "_might_take_whole",
         "_record",
         "_required",
         "_signature",
@@ -103,6 +104,12 @@ class Binder:
         self._takes_untyped_data: bool = (
             self._single is not None and self._single not in hints and bool(self._required)
         )
+        # the only one without a default, if it could take an object: people expect that it does
+        self._might_take_whole: str | None = None
+        if len(fields) > 1 and len(self._required) == 1:
+            name = self._required[0]
+            if name not in hints or _takes_object(hints[name]):
+                self._might_take_whole = name
         self._has_fast_path = bool(self._data_parameters) and not (
             self._takes_whole_data or self._var_keyword or self._adapters
         )
@@ -235,7 +242,7 @@ class Binder:
         for name in self._required:
             if name not in fields:
                 has = f"missing; the data has {_list_names(fields)}"
-                if not strict and len(self._data_parameters) > 1 and len(self._required) == 1:
+                if name == self._might_take_whole and not strict:
                     has += "; all of the data goes only to the only parameter of a flow"
                 raise BindingError(self._flow, name, has)
         if strict and self._var_keyword is None:

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
+from eventflow.core.declarations import format_location, is_own_file
 from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call_catching
 from eventflow.core.hashing import digest, digest_text
 from eventflow.core.secrets import KNOWN_SECRETS
@@ -450,9 +451,7 @@ class _ArrivalBuilder:
 
     def _reject(self, name: str, error: BaseException | None) -> None:
         """Add the verdict *invalid* and a dead letter of this subscription."""
-        is_binding = isinstance(error, BindingError)
-        reason = str(error) if is_binding else f"{type(error).__name__}: {error}"
-        reason = _kept_text(reason)
+        reason = _kept_text(_reason(error))
         self._add_verdict(name, "invalid", reason, "dead")
         self._dead_letters.append((name, reason))
         self._outbox += [(sink, name) for sink in self._dead_letter_sinks]
@@ -474,7 +473,8 @@ class _ArrivalBuilder:
             if error is not None:
                 self._reject(name, error)
             elif part.key is not None and key is None:
-                self._add_verdict(name, "filtered", "it has no join key", "suppressed")
+                reason = f"it has no join key: no field that by= of {pattern.label} names"
+                self._add_verdict(name, "filtered", reason, "suppressed")
             else:
                 time = event_time_us(event, self._now)
                 self._pattern_events.append(
@@ -492,7 +492,7 @@ class _ArrivalBuilder:
         """
         mismatch, error = _apply_filter(subscription.filter, self._event)
         if error is not None:
-            reason = _kept_text(f"{type(error).__name__}: {error}")
+            reason = _kept_text(_reason(error))
             self._add_verdict(subscription.name, "invalid", reason, "dead")
             self._dead_letters.append((subscription.name, reason))
         elif mismatch is not None:
@@ -579,6 +579,25 @@ def _kept_text(reason: str) -> str:
 def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, BaseException | None]":
     """The condition that did not hold, or what the user's filter raised; (None, None): it holds."""
     return (None, None) if filter is None else call_catching(filter.mismatch, event)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why an event is a dead letter: the error, and the line of the user's callable (`where=`,
+    `params=`, `key=`) that raised it.
+    """
+    if isinstance(error, BindingError):
+        return str(error)
+    reason = f"{type(error).__name__}: {error}"
+    if "'Event' object" in reason:
+        reason += "; the argument is the event, its data is event.data"
+    step = None if error is None else error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    code = None if step is None else step.tb_frame.f_code
+    if step is None or code is None or is_own_file(code.co_filename):
+        return reason
+    at = format_location(code.co_filename, step.tb_lineno)
+    return f"{reason} (in {code.co_qualname}, {at})"
 
 
 def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:

@@ -12,8 +12,9 @@ import dis
 import inspect
 import linecache
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -21,6 +22,7 @@ from typing import Any, cast
 
 import orjson
 
+from eventflow.core.declarations import format_location
 from eventflow.core.errors import NotStorable, TaskFailed, call_catching
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.serialization.tagged_json import from_tagged, to_tagged, type_name
@@ -231,6 +233,19 @@ def _render_frames(error: BaseException) -> str:
     if len(lines) > 120:  # infinite recursion: both ends suffice
         lines[60:-60] = ["  ...\n"]
     return "Traceback (most recent call last):\n" + "".join(lines) if lines else ""
+
+
+_INSTALLED = re.compile(r"[/\\]site-packages[/\\]|[/\\]lib[/\\]python\d")
+_FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
+
+
+def raised_at(fields: Mapping[str, Any]) -> str | None:
+    """`file:line` of the recorded error: the innermost line of the user's own code, else of any."""
+    frames: list[tuple[str, str]] = _FRAME.findall(fields.get("traceback") or "")
+    own = [each for each in frames if not _INSTALLED.search(each[0])]
+    for file, line in reversed(own or frames):
+        return format_location(file, int(line))
+    return None
 
 
 # --------------------------------------------------------------------------- rebuilding

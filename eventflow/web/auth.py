@@ -95,7 +95,7 @@ class Guard:
         hook = any(_matches(route, scope) for route in self._routes)
         if self._draining() and (hook or (method == "POST" and path in INTAKE_PATHS)):
             return unavailable("the server is stopping; come back later", close_connection=True)
-        if (hook or path.startswith("/api/")) and self._unopened():
+        if hook and self._unopened():
             return unavailable("the app is not open; its host must open it, see the log")
         if hook or (
             scope["type"] == "http" and method in SAFE_METHODS and path in self._open_paths

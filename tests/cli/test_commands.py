@@ -230,7 +230,7 @@ def test_another_place(shop: EventflowProcess):
     done = eventflow(elsewhere, "ls", "--url", shop.url, EVENTFLOW_TOKEN=shop.token)
     assert done.returncode == 0 and "completed" in done.stdout
     done = eventflow(elsewhere, "ls", "--url", shop.url, EVENTFLOW_TOKEN="wrong")
-    assert done.returncode == 4 and "Bearer" in done.stderr
+    assert done.returncode == 4 and "bearer token" in done.stderr
 
 
 # --------------------------------------------------------------------------- without a server

@@ -128,6 +128,57 @@ def test_usage(tmp_path: Path, args: tuple[str, ...], message: str):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+def test_an_event_that_starts_nothing(tmp_path: Path):
+    """`emit` says what the event starts, and if nothing, why."""
+    (tmp_path / "app.py").write_text(
+        APP + "@flow\nasync def f(x: int): return x\napp = App('app')\n"
+        "app.on('order.placed', f, where={'x': [1, 2]})\n"
+        "app.on('order.paid', f, where=lambda e: e['x'] > 0)\n"
+    )
+    assert eventflow(tmp_path, "run", "app.py:f", "-p", "x=1").returncode == 0  # makes the store
+    for args, message in (
+        (("order.placed", "-d", '{"x": 1}'), "starts events/f, run "),
+        (("order.placed", "-d", '{"x": 3}'), "events/f: filtered, x"),
+        (("order.placd",), "starts nothing, no subscription accepts order.placd"),
+        (("order.paid", "-d", '{"x": 1}'), "events/f#2: invalid, TypeError: 'Event' object is not"),
+    ):
+        done = eventflow(tmp_path, "emit", *args, "--app", "app.py")
+        assert done.returncode == 0 and message in done.stdout, (args, done.stdout, done.stderr)
+    assert "its data is event.data (in <lambda>, " in done.stdout and "app.py:6)" in done.stdout
+
+
+def test_where_a_run_failed(tmp_path: Path):
+    """The one line about a run that failed, and its line in the log, name the user's line."""
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f():\n    return 1 / 0\n")
+    done = eventflow(tmp_path, "run", "app.py:f")
+    (line,) = [each for each in done.stderr.splitlines() if each.startswith("error: ")]
+    assert "ZeroDivisionError: division by zero (app.py:4); eventflow show" in line
+    assert "app.py:4" in next(each for each in done.stderr.splitlines() if "run.failed" in each)
+
+
+def test_a_new_store_beside_another(tmp_path: Path):
+    """A command in another folder than before says that its store is new, and where another is."""
+    (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\napp = App('app')\n")
+    first = eventflow(tmp_path, "run", "app.py:f")
+    assert first.returncode == 0 and "new store" not in first.stderr
+    (tmp_path / "sub").mkdir()
+    second = eventflow(tmp_path / "sub", "run", "../app.py:f")
+    assert second.returncode == 0
+    assert f"the folder of app.py has one: {tmp_path}/.eventflow/app.db" in second.stderr
+    assert "new store" not in eventflow(tmp_path / "sub", "run", "../app.py:f").stderr
+
+
+def test_a_task_in_the_place_of_a_flow(tmp_path: Path):
+    """`run` of a task or a plain function says which command or decorator is meant."""
+    (tmp_path / "app.py").write_text(
+        APP + "@task\nasync def t(): return 1\nasync def g(): return 1\n"
+    )
+    done = eventflow(tmp_path, "run", "app.py:t")
+    assert done.returncode == 3 and "`eventflow task app.py:t` calls" in done.stderr, done.stderr
+    done = eventflow(tmp_path, "run", "app.py:g")
+    assert done.returncode == 3 and "a function; decorate it with @flow" in done.stderr
+
+
 def test_a_task_from_a_thread(tmp_path: Path):
     """A task called from a thread fails its run and says how to call it; exit 1."""
     (tmp_path / "app.py").write_text(

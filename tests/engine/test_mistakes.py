@@ -1,4 +1,4 @@
-"""What newcomers write in flows and tasks that runs, but not as they think, and what they are told."""
+"""What newcomers write in flows and tasks that runs, but not as it reads, and what is logged."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ import pytest
 
 from eventflow import App, flow, task
 from eventflow.core.clock import SystemClock
-from eventflow.core.errors import NotAwaited
+from eventflow.core.errors import ArgumentsChanged, NotAwaited
 from eventflow.logs.capture import configure
 from eventflow.testing import result_of, running
 
@@ -90,9 +90,12 @@ async def test_a_flow_is_a_function_where_no_app_is_open() -> None:
 # --------------------------------------------------------------------------- timeouts
 
 
+BLOCKED_SECONDS = 0.2
+
+
 @task(timeout=0.05)
 async def blocks() -> int:
-    time.sleep(0.2)
+    time.sleep(BLOCKED_SECONDS)
     return 1
 
 
@@ -145,13 +148,18 @@ async def measures_a_call() -> int:
     return len(load())  # type: ignore[arg-type]
 
 
+def test_the_way_out_of_changed_arguments() -> None:
+    """A run held because a call's arguments changed names the command that discards its record."""
+    assert "`eventflow retry RUN --from-scratch`" in str(ArgumentsChanged("f#0", "x: 1 -> 2"))
+
+
 @flow
 async def forgets_a_map() -> None:
     load.map(range(3))  # type: ignore[unused-coroutine]
 
 
 @pytest.mark.parametrize("tested", [returns_a_call, calls_it], ids=lambda each: each.name)
-async def test_a_returned_call_is_told_as_one(tested: Any) -> None:
+async def test_a_returned_call_fails_with_await(tested: Any) -> None:
     """A flow or a task that returns a call instead of its value fails with what was called and
     `await`.
     """
@@ -160,7 +168,7 @@ async def test_a_returned_call_is_told_as_one(tested: Any) -> None:
             await result_of(app, tested)
 
 
-async def test_a_call_used_as_a_value_is_told_as_one() -> None:
+async def test_a_call_used_as_a_value_has_a_note() -> None:
     """An error of Python about a coroutine has a note that says where its value comes from."""
     async with running(App("mistaken")) as app:
         with pytest.raises(TypeError, match="coroutine") as failed:

@@ -119,13 +119,13 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a secret that os.getenv did not find": (
         lambda: Bearer(None),  # type: ignore[arg-type]
-        "found None empty or unset",
+        'found None; write env("NAME"), which is read when the app starts',
     ),
 }
 
 
 @pytest.mark.parametrize("case", DECLARED)
-def test_a_declaration_that_cannot_be_meant_is_told(case: str) -> None:
+def test_a_declaration_that_cannot_be_meant_is_refused(case: str) -> None:
     """A call that cannot be meant as written is a UsageError with the call that can, and the
     user's file and line.
     """

@@ -18,6 +18,7 @@ from typing import Any
 import httpx2
 import msgspec
 import pytest
+import structlog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.requests import Request
@@ -571,6 +572,20 @@ POINTERS = {
     "statistic": "/event/psi",
     "segment": "/event/segment?",
 }
+
+
+def test_fields_that_an_alert_does_not_have_are_a_warning():
+    """A body of the own schema with other names says once in the log what is dropped."""
+    with structlog.testing.capture_logs() as lines:
+
+        async def check(hook: Hook) -> None:
+            for drift in (0.4, 0.5):
+                body = {"model": "m1", "feature": "age", "drift": drift}
+                assert (await hook.post(body)).status_code == 202
+
+        posting(DriftAlert("/drift", verify="none"), check)
+    (line,) = [line for line in lines if line["event"] == "alert.fields_unknown"]
+    assert line["fields"] == "drift" and "DriftAlert(fields=" in line["hint"]
 
 
 def test_d17_another_shape_by_pointers():

@@ -39,13 +39,14 @@ class ParsedBody(msgspec.Struct, frozen=True, kw_only=True):
     """The alerts of a body.
 
     `ignored_reason`: why the body of a known sender is no alert. `truncated_count`: alerts that the
-    sender left out.
+    sender left out. `unknown_fields`: names in a body of the own schema that it does not have.
     """
 
     drifts: Sequence[Drift] = ()
     unreadable: Sequence[UnreadableAlert] = ()
     ignored_reason: str = ""
     truncated_count: int = 0
+    unknown_fields: tuple[str, ...] = ()
     confirmation: SnsConfirmation | None = None
 
 
@@ -106,7 +107,8 @@ def _parse_known(body: Any, fields: Mapping[str, str]) -> ParsedBody:
                 return ParsedBody(ignored_reason=found)
             return ParsedBody(drifts=[mapped(message, fields, found) if fields else found])
     try:
-        return ParsedBody(drifts=[read_generic(message)])
+        unknown = tuple(sorted(message.keys() - set(Drift.__struct_fields__)))
+        return ParsedBody(drifts=[read_generic(message)], unknown_fields=unknown)
     except ValueError as error:
         raise ValueError(
             f"no known sender's shape (fields {', '.join(list(message)[:8]) or 'none'}); {error}"
