@@ -273,7 +273,7 @@ def _verdict(update: PatternUpdate, name: str, event: int, placed: dict[int, int
     for expired, reason in update.expired:
         if expired == event:
             return [name, "expired", reason]
-    return [name, "waiting", "for what its pattern still lacks"]
+    return [name, "waiting", "until its pattern matches or expires"]
 
 
 def next_due(connection: sqlite3.Connection) -> int | None:

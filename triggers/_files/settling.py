@@ -27,8 +27,8 @@ MAX_PENDING_FILES / settle.
 
 MIN_MTIME_NS = -(1 << 63)
 MAX_MTIME_NS = (1 << 63) - 1
-"""Of an mtime in JSON, in the years 1677 and 2262. Some mounts give years that no calendar has:
-such a time becomes one of these, and counts as unknown (`FileStat.has_mtime`).
+"""Bounds of an mtime in ns, in the years 1677 and 2262. Some mounts report times beyond them: such
+a time is set to the bound, and counts as unknown (`FileStat.has_mtime`).
 """
 
 
