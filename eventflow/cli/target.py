@@ -115,7 +115,8 @@ def _import_or_fail(target: str, load: Any) -> Any:
     try:
         return load()
     except EventflowError as error:
-        error.add_note(f"at {_error_location(error)}")
+        if getattr(error, "location", None) is None:  # else it is in the message
+            error.add_note(f"at {_error_location(error)}")
         raise
     except SyntaxError as error:
         raise AppNotFound(

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import orjson
 
-from eventflow.core.clock import SECOND
+from eventflow.core.clock import SECOND, to_datetime
 from eventflow.core.errors import call_catching
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
@@ -107,7 +107,8 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
                 at=raised_at(error),
             )
         case Suspended():
-            log.info("run.suspended", until=outcome.until)
+            until = None if outcome.until is None else to_datetime(outcome.until).isoformat()
+            log.info("run.suspended", until=until)
         case Cancelled():
             log.info("run.cancelled", reason=outcome.reason)
         case NeedsAttention():

@@ -15,7 +15,17 @@ from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
 from functools import update_wrapper
-from typing import Any, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    cast,
+    overload,
+)
 
 import msgspec
 
@@ -189,6 +199,18 @@ class Flow(Generic[P, T]):
         """The name of the open App that runs it; None while there is none."""
         self._direct_calls: set[str] = set()
         update_wrapper(cast(Any, self), fn)
+
+    if not TYPE_CHECKING:  # the type checker knows the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """For names of other libraries; those of this class never come here."""
+            if name in ("serve", "deploy", "submit", "delay"):
+                flow = self.__dict__.get("name", "flow")
+                raise AttributeError(
+                    f"a flow has no {name}(): to run it on events, app.on(trigger, {flow}) and "
+                    f"`eventflow serve FILE`; once, `await app.start({flow}, ...)`"
+                )
+            raise AttributeError(f"a flow has no attribute {name!r}")
 
     def __repr__(self) -> str:
         return f"<flow {self.name!r}: {self.fn.__module__}.{self.fn.__qualname__}>"

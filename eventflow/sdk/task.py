@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar, copy_context
 from functools import partial, update_wrapper
 from typing import (
+    TYPE_CHECKING,
     Any,
     Generic,
     Literal,
@@ -226,6 +227,18 @@ class Task(Generic[P, R]):
         self._result: ResultCodec | None = None
         self._threads: DaemonThreads | None = None  # of plain calls outside a run
 
+    if not TYPE_CHECKING:  # the type checker knows the attributes
+
+        def __getattr__(self, name: str) -> Any:
+            """For names of other libraries; those of this class never come here."""
+            if name in ("submit", "delay", "apply_async"):
+                task = self.__dict__.get("name", "task")
+                raise AttributeError(
+                    f"a task has no {name}(): in a flow write `await {task}(...)`, or several at "
+                    f"once with asyncio.gather or {task}.map(items)"
+                )
+            raise AttributeError(f"a task has no attribute {name!r}")
+
     def __repr__(self) -> str:
         _, module, name = self.identity
         return f"<task {self.name!r}: {module}.{name}>"
@@ -283,7 +296,7 @@ class Task(Generic[P, R]):
     def map(
         self,
         items: Iterable[Any],
-        *,
+        *more: Any,
         key: Callable[[Any], str] | None = None,
         limit: int = 1000,
         return_exceptions: bool = False,
@@ -295,6 +308,12 @@ class Task(Generic[P, R]):
         list contains the errors. `key` computes a call's name from its item, so that a recorded
         value is found again after the list has changed. Outside a run, the items are plain calls.
         """
+        if more:
+            with Located():
+                raise UsageError(
+                    f"{self.name}.map: expected one iterable, found {1 + len(more)}; write "
+                    f"{self.name}.map(zip(a, b)), and let the task take a pair"
+                )
         if type(limit) is not int or limit < 1:
             with Located():
                 whole_number(limit, f"{self.name}.map(limit=)")

@@ -38,12 +38,12 @@ async def drain(
 async def result_of(app: App, flow: Flow[..., T], /, **params: Any) -> T: ...
 @overload
 async def result_of(app: App, flow: str, /, **params: Any) -> Any: ...
-async def result_of(app: App, flow: Flow[..., Any] | str, /, **params: Any) -> Any:
+async def result_of(app: App, flow: Flow[..., Any] | str, /, *args: Any, **params: Any) -> Any:
     """Start a flow and return its value, or raise its error; time moves as in `drain`.
 
     assert await result_of(app, score, order=7) == 0.5
     """
-    handle = await app.start(flow, **params)
+    handle = await app.start(flow, *args, **params)  # refuses `args`
 
     async def ended() -> bool:
         state = State[(await handle.row())["state"].upper()]

@@ -156,7 +156,7 @@ def test_where_a_run_failed(tmp_path: Path):
     assert "app.py:4" in next(each for each in done.stderr.splitlines() if "run.failed" in each)
 
 
-def test_a_new_store_beside_another(tmp_path: Path):
+def test_a_new_store_in_another_folder(tmp_path: Path):
     """A command in another folder than before says that its store is new, and where another is."""
     (tmp_path / "app.py").write_text(APP + "@flow\nasync def f(): return 1\napp = App('app')\n")
     first = eventflow(tmp_path, "run", "app.py:f")

@@ -22,7 +22,7 @@ from eventflow import (
     task,
 )
 from eventflow.core.errors import BindingError, NotAsync
-from eventflow.testing import MemoryTrigger, running
+from eventflow.testing import MemoryTrigger, result_of, running
 from triggers import Bearer, Every, Webhook
 
 HERE = Path(__file__).name
@@ -45,6 +45,10 @@ async def other(order: int) -> int:
 
 async def plain(order: int) -> int:
     return order
+
+
+SCORE: Any = score
+HANDLE: Any = handle
 
 
 def app() -> Any:
@@ -161,6 +165,32 @@ async def test_parameters_of_a_start(args: Any, params: Any, message: str) -> No
     async with running(App("mistaken")) as opened:
         with pytest.raises((UsageError, BindingError), match=message):
             await opened.start(handle, *args, **params)
+        with pytest.raises((UsageError, BindingError), match=message):
+            await result_of(opened, handle, *args, **params)
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda: SCORE.submit(3), r"write `await score\(...\)`"),
+        (lambda: SCORE.delay(3), r"asyncio.gather or score.map\(items\)"),
+        (
+            lambda: HANDLE.serve(cron="0 6 * * *"),
+            r"app.on\(trigger, handle\) and `eventflow serve",
+        ),
+    ],
+)
+def test_methods_of_other_libraries(write: Callable[[], Any], message: str) -> None:
+    """A method that another library's tasks or flows have is refused with what is written here."""
+    with pytest.raises(AttributeError, match=message):
+        write()
+    assert not hasattr(score, "nothing") and not hasattr(handle, "nothing")
+
+
+def test_a_map_over_two_iterables() -> None:
+    """`task.map(a, b)` is refused with `zip`, and the user's line."""
+    with pytest.raises(UsageError, match=rf"write score.map\(zip\(a, b\)\).*{HERE}"):
+        score.map([1], [2])  # type: ignore[call-overload]
 
 
 @pytest.mark.anyio
