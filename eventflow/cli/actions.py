@@ -165,7 +165,7 @@ def _what_started(event: Mapping[str, Any]) -> str:
     "--from",
     "call",
     metavar="CALL",
-    help="Run a run that has ended again from this call, as a new run.",
+    help="Repeat a run that has ended from this call, as a new run.",
 )
 @ledger_options
 def retry(
@@ -176,12 +176,12 @@ def retry(
 ) -> None:
     """Retry failed, cancelled, paused, held or dead runs; end a wait.
 
-    Values that its tasks recorded are kept and not computed again; recorded errors are dropped.
-    Give one RUN, or --state for many: those that are in that state when the command begins. A RUN
-    that waits for its next attempt starts it now.
+    Recorded values are kept and not computed again; recorded errors are dropped. Give one RUN, or
+    --state for all runs that are in that state when the command starts. If RUN waits for its next
+    attempt, that attempt starts now.
 
-    With --from CALL, a new run repeats a RUN that has ended: it keeps the values from before CALL,
-    a call as `eventflow show` names it, and runs CALL and what follows again.
+    With --from CALL, a new run repeats a RUN that has ended: it keeps the values from before CALL
+    and executes CALL and all later calls. `eventflow show` prints the calls of a run.
     """
     request = _RetryRequest(**options)
     if (run is None) == (request.state is None):

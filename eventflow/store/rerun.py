@@ -1,7 +1,7 @@
-"""Runs again from a call, and waits that end now: what `eventflow retry RUN` does where there is
-nothing to mend.
+"""What `eventflow retry RUN` does for a run that did not fail: it ends the wait for a next attempt,
+or repeats an ended run from a call.
 
-admin.py and sqlite.py call these functions in a transaction of their own, in the writer's thread.
+admin.py and sqlite.py call these functions in a separate transaction, in the writer's thread.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,14 +28,14 @@ MAX_NAMED_CALLS = 10
 """Calls that an error lists."""
 
 
-# --------------------------------------------------------------------------- a wait ends now
+# --------------------------------------------------------------------------- end a wait
 
 
 def end_wait(tx: Transaction, row: RunRow) -> None:
     """Makes a WAITING run's next attempts due now, and the run PENDING.
 
-    Only the waits of retries end: a sleep is the flow's own, and the answer of a child run cannot
-    be made up. Raises UsageError if the run waits for nothing else.
+    Only waits of retries end, not sleeps or waits for a child run. Raises UsageError, which names
+    the wait, if the run has no call that waits for a retry.
     """
     waiting = _waiting_attempts(load_journal(tx.connection, row.id))
     if not waiting:
@@ -78,13 +78,13 @@ def _what_for(tx: Transaction, row: RunRow) -> str:
         child = format_id(children[0][0])
         return f"for its child run {child}, not for a retry; eventflow show {child}"
     if row.due_at == NEVER:
-        return "until something wakes it, not for a retry; eventflow cancel ends it"
+        return "and nothing of it waits for a retry; eventflow cancel ends it"
     return (
         "until its flow's own sleep or timeout is over, not for a retry; sleeps are not cut short"
     )
 
 
-# --------------------------------------------------------------------------- again from a call
+# --------------------------------------------------------------------------- repeat from a call
 
 
 def rerun(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
@@ -92,20 +92,20 @@ def rerun(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
     it recorded before `call`: a call key, or the name of a task that was called once.
 
     The new run executes `call` and what the flow calls after it. The old run stays as it is: a
-    recorded value is never computed again in its run, and what the new one emits and starts has
-    names of its own.
+    recorded value is never computed again in its run, and the new run's events, child runs and
+    idempotency keys have new names.
     """
     row = tx.runs.need(run)
     name = format_id(run)
     if row.state.is_live:
         raise UsageError(
-            f"run {name} is {row.state.label}; only a run that has ended can be run again from a "
+            f"run {name} is {row.state.label}; only a run that has ended can be repeated from a "
             "call"
         )
     if row.parent is not None:
         parent = format_id(row.parent)
         raise UsageError(
-            f"run {name} answers a call of run {parent}; run that one again: "
+            f"run {name} is a child of run {parent}; repeat the parent: "
             f"eventflow retry {parent} --from {row.parent_call_key or 'CALL'}"
         )
     ((old, corrupt),) = load_runs(tx.connection, [run])
@@ -114,7 +114,7 @@ def rerun(tx: Transaction, run: int, call: str, new: int) -> Callable[[], Run]:
     if old.mode is not None or old.event is None:
         raise UsageError(
             f"run {name} has the events of a delivery window ({old.mode}); only a run of one event "
-            "can be run again from a call"
+            "can be repeated from a call"
         )
     entries = load_journal(tx.connection, run)
     kept = entries_before(entries, find_call(entries, call, name))
@@ -143,7 +143,7 @@ def _seed(note: Entry) -> str:
 
 
 def find_call(entries: Sequence[Entry], call: str, run: str) -> str:
-    """The key of the call that is meant. UsageError names those that there are."""
+    """The call key of `call`. UsageError, with the recorded calls, unless exactly one fits."""
     keys = list(
         dict.fromkeys(entry.call_key for entry in entries if not entry.call_key.startswith("@"))
     )
@@ -163,13 +163,13 @@ def _task_name(key: str) -> str:
 
 
 def entries_before(entries: Sequence[Entry], call: str) -> list[Entry]:
-    """What the flow had before it received the end of `call`, and the values of calls that it had
-    made by then.
+    """The entries that the flow received before the end of `call`, and the values of calls that it
+    had made by then.
 
-    The flow receives commits whole and in order. So a call that was made before the commit with
-    the end of `call` arrived cannot depend on it, whenever it ended: it is kept. Of entries without
-    the time of their call, those of earlier commits are kept. Errors are kept only where the flow
-    had received them: it went on by them.
+    The flow receives whole commits, in order. A call that was made before the flow received the
+    commit with the end of `call` cannot depend on it, even if it ended later: its value is kept. Of
+    entries that do not say after which commit they were called, those of earlier commits are kept.
+    Errors are kept only if the flow had received them, since it continued because of them.
     """
     ends = [entry.batch for entry in entries if entry.call_key == call and entry.kind.is_final]
     first = min(entry.batch for entry in entries if entry.call_key == call)

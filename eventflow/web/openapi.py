@@ -14,7 +14,7 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
     ("get", "/healthz", "The process is alive.", "200"),
     ("get", "/readyz", "Events are accepted.", "200 503"),
     ("get", "/metrics", "Metrics in Prometheus' text format.", "200"),
-    ("get", "/openapi.json", "This description.", "200"),
+    ("get", "/openapi.json", "The API in OpenAPI 3.1.", "200"),
     (
         "post",
         "/api/events",
@@ -36,7 +36,7 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
     (
         "post",
         "/api/events/{id}/replay",
-        "Match it again: {to, own, dry_run}.",
+        "Match an event again and start new runs: {to, own, dry_run}.",
         "200 202 404 409",
     ),
     (
@@ -58,7 +58,7 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
         "200 400",
     ),
     ("get", "/api/runs/{id}", "One run with its tasks, result and error.", "200 404"),
-    ("get", "/api/runs/{id}/logs", "Its log lines: after, limit.", "200 404"),
+    ("get", "/api/runs/{id}/logs", "The log lines of a run: after, limit.", "200 404"),
     (
         "post",
         "/api/runs/{id}/retry",
@@ -71,7 +71,7 @@ OPERATIONS: tuple[tuple[str, str, str, str], ...] = (
     (
         "post",
         "/api/dead-letters/{id}/redrive",
-        "Redrive it: as recorded, {data}, or {event}.",
+        "Process a dead letter again: as recorded, {data}, or {event}.",
         "202 404 409",
     ),
     ("get", "/api/dead", "The same as /api/dead-letters.", "200"),
