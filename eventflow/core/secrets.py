@@ -29,6 +29,7 @@ class KnownSecrets:
     def __init__(self) -> None:
         self.forms: frozenset[str] = frozenset()  # of all values, in all encodings
         self.pattern: re.Pattern[str] | None = None  # any of the forms; None without any
+        self._longest_form = 0
         self._lock = threading.Lock()
         call_in_forked_children(self._after_fork)
 
@@ -45,12 +46,24 @@ class KnownSecrets:
         with self._lock:
             if forms - self.forms:
                 self.forms |= forms
+                self._longest_form = max(map(len, self.forms))
                 self.pattern = re.compile(_alternation(self.forms))
         return True
 
     def remove_from(self, text: str) -> str:
         """`text` with each registered value masked."""
         return text if self.pattern is None else self.pattern.sub(MASK, text)
+
+    def excerpt(self, text: str, length: int) -> str:
+        """`remove_from` of about the first `length` characters; what is cut off is not looked at.
+        The length of a text that was cut is told at its end.
+        """
+        if len(text) <= length:
+            return self.remove_from(text)
+        # A value that the cut divides is not recognised: what may be its beginning is dropped.
+        over = self._longest_form
+        masked = self.remove_from(text[: length + over])
+        return f"{masked[: max(0, len(masked) - over)]}… ({len(text)} characters)"
 
     def remove_from_data(self, data: Any) -> Any:
         """A copy of JSON data whose texts, and integers, are masked. Keys stay."""

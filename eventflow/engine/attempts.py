@@ -24,6 +24,7 @@ import msgspec
 
 from eventflow.core.clock import Clock, microseconds, timer_after
 from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, call_catching
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.engine.actions import (
     Action,
     AppendEntry,
@@ -43,6 +44,7 @@ from eventflow.runs.run import MAX_CRASHES, Interrupted, Run
 from eventflow.sdk.checkpoint import enter_checkpoints
 from eventflow.sdk.task import TaskCall, TaskContext, enter_task, task_context
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
+from eventflow.serialization.errors import MAX_DETAIL
 from eventflow.store.protocol import Appended, Arrival
 
 CANCEL_INTERVAL = 1.0
@@ -299,7 +301,7 @@ class Attempts(msgspec.Struct, eq=False):
             task=call.task.name,
             attempt=call.attempt,
             retry_in=None if delay is None else round(delay, 3),
-            error=f"{type(error).__name__}: {text}",
+            error=f"{type(error).__name__}: {KNOWN_SECRETS.excerpt(text or '', MAX_DETAIL)}",
         )
         entry = Entry(
             call_key=call.call_key,

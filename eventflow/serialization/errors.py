@@ -31,7 +31,12 @@ MAX_TRACEBACK = 16 * 1024
 """Characters of the traceback of an error that are stored, from its end, where the error is."""
 
 MAX_DETAIL = 64 * 1024
-"""Bytes of JSON of an error's arguments, and of each attribute, that are stored."""
+"""Bytes of JSON of an error's arguments, and of each attribute, that are stored; characters of its
+message.
+"""
+
+MAX_GROUP_DEPTH = 20
+"""Levels of groups of errors in groups that are stored; below, a group has a message only."""
 
 TARGET_PREFIX = "eventflow_target_"
 """Prefix of the module name of a file whose own name another module has (cli/target.py)."""
@@ -50,9 +55,12 @@ def encode_error(
     Secrets that the process knows are masked in what it says: the flow, too, gets them masked.
     `is_imported_everywhere` tells of a module name whether every process that runs the flow has
     imported it; by default it has. `args` is null, and an attribute is left out, if it has no
-    lossless JSON form or is over MAX_DETAIL.
+    lossless JSON form or is over MAX_DETAIL. Of an error whose parts raise when they are read, type
+    and message are recorded: this function does not raise.
     """
-    return orjson.dumps(_describe(error, MAX_TRACEBACK, is_imported_everywhere or _anywhere))
+    is_imported = is_imported_everywhere or _anywhere
+    data, _ = call_catching(_encode, error, is_imported)
+    return data if data is not None else orjson.dumps(_describe_briefly(error, is_imported))
 
 
 def decode_error(data: bytes) -> BaseException:
@@ -66,6 +74,10 @@ def decode_error(data: bytes) -> BaseException:
     return _rebuild(orjson.loads(data))
 
 
+def _encode(error: BaseException, is_imported_everywhere: Callable[[str], bool]) -> bytes:
+    return orjson.dumps(_describe(error, MAX_TRACEBACK, is_imported_everywhere))
+
+
 def _anywhere(_module: str) -> bool:
     return True
 
@@ -74,7 +86,10 @@ def _anywhere(_module: str) -> bool:
 
 
 def _describe(
-    error: BaseException, max_length: int, is_imported_everywhere: Callable[[str], bool]
+    error: BaseException,
+    max_length: int,
+    is_imported_everywhere: Callable[[str], bool],
+    depth: int = 0,
 ) -> dict[str, Any]:
     traceback = KNOWN_SECRETS.remove_from(_render(error))
     fields: dict[str, Any] = {"traceback": _utf8(traceback[-max_length:])}
@@ -82,23 +97,41 @@ def _describe(
     if recorded is not None:  # replaces another error: record that one again
         return recorded | fields
     members: tuple[BaseException, ...] = (
-        getattr(error, "exceptions", ()) if _is_group(error) else ()
+        getattr(error, "exceptions", ()) if _is_group(error) and depth < MAX_GROUP_DEPTH else ()
     )
     if members:
         share = max(512, max_length // len(members))
         fields["exceptions"] = [
-            _describe(member, share, is_imported_everywhere) for member in members
+            _describe(member, share, is_imported_everywhere, depth + 1) for member in members
         ]
     bases = [name for name, module in _bases_by_name(type(error)) if is_imported_everywhere(module)]
     if error.__class__.__module__ == "__main__":
         fields["module"] = "__main__"
     return {
         "type": _class_name(type(error)),
-        "message": _utf8(KNOWN_SECRETS.remove_from(_message(error))),
+        "message": _kept_message(error),
         "args": None if members else _detail(_arguments(error)),
         "attributes": _attributes(error),
         "bases": bases,
     } | fields
+
+
+def _describe_briefly(
+    error: BaseException, is_imported_everywhere: Callable[[str], bool]
+) -> dict[str, Any]:
+    """The description of an error whose parts cannot be read."""
+    kind = type(error)
+    name, _ = call_catching(_class_name, kind)
+    message, _ = call_catching(_kept_message, error)
+    known, _ = call_catching(_bases_by_name, kind)
+    return {
+        "type": name or f"unknown:{kind.__name__}",
+        "message": message or "",
+        "args": None,
+        "attributes": {},
+        "bases": [base for base, module in known or () if is_imported_everywhere(module)],
+        "traceback": "",
+    }
 
 
 @lru_cache(maxsize=1024)
@@ -126,6 +159,10 @@ def _message(error: BaseException) -> str:
     )
 
 
+def _kept_message(error: BaseException) -> str:
+    return _utf8(KNOWN_SECRETS.excerpt(_message(error), MAX_DETAIL))
+
+
 def _arguments(error: BaseException) -> list[Any]:
     """What the class makes an equal error from, if its constructor is an ordinary one."""
     args = list(error.args)
@@ -141,6 +178,9 @@ def _arguments(error: BaseException) -> list[Any]:
 
 def _detail(value: Any) -> Any:
     """The tagged JSON data of a value, secrets masked; None if it has none or is too large."""
+    parts = cast(list[Any], value) if isinstance(value, list) else [value]
+    if any(isinstance(part, str | bytes) and len(part) > MAX_DETAIL for part in parts):
+        return None  # before a text is searched for secrets, which may take seconds
     try:
         form = to_tagged(value, "")
         masked = KNOWN_SECRETS.remove_from_data(form)
@@ -199,8 +239,8 @@ def _render(error: BaseException) -> str:
     while link is not None and id(link) not in seen and len(seen) < 20:
         seen.add(id(link))
         frames = _render_frames(link)
-        notes = "".join(f"\n{note}" for note in getattr(link, "__notes__", ()))
-        parts.append(f"{frames}{type_name(link)}: {_message(link)}{notes}\n")
+        notes = "".join(f"\n{_excerpt(note)}" for note in _notes(link))
+        parts.append(f"{frames}{type_name(link)}: {_excerpt(_message(link))}{notes}\n")
         if link.__cause__ is not None:
             parts.append(
                 "\nThe above exception was the direct cause of the following exception:\n\n"
@@ -214,6 +254,15 @@ def _render(error: BaseException) -> str:
         else:
             link = None
     return "".join(reversed(parts))
+
+
+def _notes(error: BaseException) -> list[Any]:
+    notes: Any = getattr(error, "__notes__", None)
+    return cast(list[Any], notes) if isinstance(notes, list) else []
+
+
+def _excerpt(text: object) -> str:
+    return KNOWN_SECRETS.excerpt(str(text), MAX_DETAIL)
 
 
 def _render_frames(error: BaseException) -> str:

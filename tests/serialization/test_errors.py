@@ -24,9 +24,11 @@ from eventflow.core.errors import (
     UsageError,
 )
 from eventflow.core.retry import Permanent
+from eventflow.core.secrets import KnownSecrets
 from eventflow.sdk.checks import CheckFailed
 from eventflow.serialization.codecs import ResultCodec
 from eventflow.serialization.errors import (
+    MAX_DETAIL,
     MAX_TRACEBACK,
     decode_error,
     encode_error,
@@ -526,3 +528,100 @@ def test_a_cycle_of_causes_ends():
         fields = orjson.loads(encode_error(error))
     assert fields["message"] == "a \\ud800"
     assert "  ...\n" in fields["traceback"]
+
+
+def nested_groups(depth: int) -> Exception:
+    error: Exception = ValueError("innermost")
+    for level in range(depth):
+        error = ExceptionGroup(f"level {level}", list[Exception]([error]))
+    return error
+
+
+def with_state(**state: Any) -> Exception:
+    error = ValueError("said")
+    vars(error).update(state)
+    return error
+
+
+class NoModule(Exception):
+    """An error whose class says nonsense about itself."""
+
+    __module__ = cast(Any, None)
+
+
+class HidesState(ValueError):
+    @property
+    def __dict__(self) -> Any:  # type: ignore[override]
+        sys.exit(3)
+
+
+class ExitsInReduce(Exception):
+    def __reduce__(self) -> Any:
+        sys.exit(3)
+
+
+def holds_itself() -> Exception:
+    error = ValueError()
+    error.args = (error,)
+    return error
+
+
+HOSTILE: dict[str, Callable[[], BaseException]] = {
+    "groups in groups": lambda: nested_groups(2_000),
+    "notes that are no list": lambda: with_state(__notes__=5),
+    "notes that raise": lambda: with_state(__notes__=[Silent()]),
+    "a class without a module": lambda: NoModule("said"),
+    "a state that exits": lambda: HidesState("said"),
+    "a reduce that exits": lambda: ExitsInReduce("said"),
+    "arguments that hold the error": holds_itself,
+    "a lock": lambda: ValueError("said", os.environ, sys.stdin),
+    "an exit in a group": lambda: BaseExceptionGroup("said", [SystemExit(3), GeneratorExit()]),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_every_error_has_a_record(name: str):
+    """Recording and rebuilding never raise, whatever the parts of an error do when they are
+    read; the record names type and text.
+    """
+    error = HOSTILE[name]()
+    data = encode_error(raised(error))
+    fields = orjson.loads(data)
+    assert fields["type"].endswith(f":{type(error).__name__}")
+    assert fields["message"] in str(decode_error(data))
+
+
+@pytest.mark.parametrize("where", ["message", "argument", "attribute", "note", "cause", "group"])
+def test_a_record_of_a_huge_text_is_bounded(where: str):
+    """A text of 20 MB costs neither 20 MB in the ledger nor seconds of the loop: it is cut, and
+    says how long it was. The class stays.
+    """
+    huge = "x" * 20_000_000
+    error: BaseException = {
+        "message": lambda: ValueError(huge),
+        "argument": lambda: OSError(5, huge),
+        "attribute": lambda: with_state(body=huge),
+        "note": lambda: with_state(__notes__=[huge]),
+        "cause": lambda: ValueError("said"),
+        "group": lambda: ExceptionGroup("all", [ValueError(huge), ValueError(huge)]),
+    }[where]()
+    if where == "cause":
+        error.__cause__ = ValueError(huge)
+    data = encode_error(raised(error))
+    assert len(data) < 4 * MAX_DETAIL
+    rebuilt = decode_error(data)
+    assert isinstance(rebuilt, type(error))
+    if where == "message":
+        assert str(rebuilt).endswith("… (20000000 characters)")
+
+
+@pytest.mark.parametrize("at", range(-60, 20, 7))
+def test_a_secret_that_a_cut_divides_is_in_no_excerpt(at: int):
+    """Neither the whole of a secret nor its beginning stays where a text is cut."""
+    secrets, secret = KnownSecrets(), "s3cret-of-thirty-two-characters!"
+    secrets.register(secret)
+    text = "." * (1_000 + at) + secret + "." * 5_000
+    cut = secrets.excerpt(text, 1_000)
+    assert "s3c" not in cut
+    assert cut.endswith(f"… ({len(text)} characters)") and len(cut) < 1_100
+    assert secrets.excerpt(secret * 3, 1_000) == "***" * 3
