@@ -18,9 +18,9 @@ import orjson
 from eventflow.core.clock import Clock
 from eventflow.core.declarations import declaration, whole_number
 from eventflow.core.errors import UsageError
-from eventflow.events.cloudevents import is_json, media_type
+from eventflow.events.cloudevents import charset, is_json, media_type
 from eventflow.events.event import Event, Undecodable
-from eventflow.events.strict_json import MAX_JSON_KEYS, read_report
+from eventflow.events.strict_json import MAX_JSON_KEYS, in_utf8, read_report
 from triggers._drift.generic import FIELDS
 from triggers._drift.schema import (
     DETECTED,
@@ -142,7 +142,8 @@ class DriftAlert(Endpoint):
             rejected = RequestRejected(415, "unsupported_type", expected)
             raise await self._dead_letter(headers, repeated, body, rejected)
         try:
-            value = read_report(body, max_keys=self._limits.max_keys)
+            text = in_utf8(body, charset(headers))
+            value = read_report(text, max_keys=self._limits.max_keys)
             parsed = parse_message(value, self._fields, self._alerts, self._max_alerts)
         except ValueError as error:
             raise await self._dead_letter(headers, repeated, body, unreadable(error)) from None

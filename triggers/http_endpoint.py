@@ -2,8 +2,8 @@
 
 `webhook.py` and `drift.py` build on it and implement `_handle`, which makes events of a verified
 body. The app mounts `routes` and runs `listen`, which binds the intake; without one (not started,
-draining) the response is 503. A request passes method → rate limit → encoding → size → body →
-signature → `_handle` → `_accept` → 2xx. An invalid request is answered 4xx, never 500, and an
+draining) the response is 503. A request passes method → rate limit → size → body → signature →
+encoding → `_handle` → `_accept` → 2xx. An invalid request is answered 4xx, never 500, and an
 unknown sender never learns the reason. What a verified sender sent and is refused becomes a dead
 letter (`_dead_letter`): a wrong guess about a sender never costs the data. A request over the rate
 limit (rate_limit.py) is answered before its body is read. The 2xx follows the record (P1).
@@ -35,6 +35,7 @@ from triggers.http_request import (
     read_body,
     read_headers,
     send_reply,
+    unsupported_encoding,
 )
 from triggers.rate_limit import MAX_ADDRESS_LENGTH, RateLimiter
 from triggers.signatures import NO_VERIFICATION, Verify
@@ -205,11 +206,16 @@ class Endpoint:
     async def _read_body(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
         """The verified body. Senders sign either the bytes sent or the unpacked ones."""
         limits = self._limits
-        is_packed = encoding(headers, limits.gzip)
         wire = body = await read_body(receive, headers, limits.max_body, limits.body_timeout)
         now = self._clock.now() // SECOND
         reason = self._verify.reason_to_refuse(headers, repeated, wire, now)
-        if is_packed:
+        packed = encoding(headers)
+        if packed and not (packed == "gzip" and limits.gzip):
+            if not reason:
+                rejected = unsupported_encoding("gzip" if limits.gzip else "identity")
+                raise await self._dead_letter(headers, repeated, wire, rejected)
+            reason += f"; the body is encoded ({packed[:20]}), which is not taken"
+        elif packed:
             try:
                 body = gunzip(wire, limits.max_body)
             except RequestRejected as rejected:

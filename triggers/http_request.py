@@ -2,8 +2,8 @@
 
 `http_endpoint.py` calls it; core/http_body.py reads the body. An invalid request raises
 `RequestRejected` with its status: too large 413 (as soon as the declared or the counted size
-exceeds the limit), too slow 408, an unsupported encoding 415, a damaged one 400. Memory per request
-stays near the limit, whatever the chunks.
+exceeds the limit), too slow 408, a damaged encoding 400. Memory per request stays near the limit,
+whatever the chunks.
 """
 
 import asyncio
@@ -95,23 +95,16 @@ async def read_body(
         ) from None
 
 
-def encoding(headers: Mapping[str, str], gzip: bool) -> str:
-    """`""` or `"gzip"`. Raises RequestRejected (415) for others, two layers, and unwanted gzip."""
+def encoding(headers: Mapping[str, str]) -> str:
+    """The Content-Encoding in lower case: `""` for none, `"gzip"` also for its other name."""
     named = headers.get("content-encoding", "").strip().lower()
-    if named in ("", "identity"):
-        return ""
-    if gzip and named in ("gzip", "x-gzip"):
-        return "gzip"
-    taken = "gzip" if gzip else "identity"
+    return {"identity": "", "x-gzip": "gzip"}.get(named, named)
+
+
+def unsupported_encoding(taken: str) -> RequestRejected:
+    """415 for another Content-Encoding than `taken`, for two layers, and for unwanted gzip."""
     detail = f"expected Content-Encoding {taken}"
-    raise RequestRejected(
-        415,
-        "unsupported_encoding",
-        detail,
-        close_connection=True,
-        body_unread=True,
-        accept_encoding=taken,
-    )
+    return RequestRejected(415, "unsupported_encoding", detail, accept_encoding=taken)
 
 
 def gunzip(wire: bytes, limit: int) -> bytes:

@@ -20,13 +20,15 @@ from eventflow.core.declarations import declaration
 from eventflow.core.errors import ANY_FAILURE, UsageError
 from eventflow.events.cloudevents import (
     BATCH,
+    charset,
     is_cloudevent,
     is_json,
     media_type,
     parse_cloudevents,
+    read_http_json,
 )
 from eventflow.events.event import Event, Receipt
-from eventflow.events.strict_json import MAX_JSON_KEYS, decode_text, read_json
+from eventflow.events.strict_json import MAX_JSON_KEYS, codec_of, decode_text, in_utf8
 from triggers.http_endpoint import (
     SYSTEM_CLOCK,
     Endpoint,
@@ -146,7 +148,7 @@ class Webhook(Endpoint):
         vendor = self._verify.vendor
         if self._content == "json" and vendor.cloudevents and is_cloudevent(headers):
             return self._cloudevents(headers, repeated, body)
-        data = _parse_body(self._content, body, self._limits.max_keys)
+        data = _parse_body(self._content, headers, body, self._limits.max_keys)
         for name in vendor.delivery_fields:
             if isinstance(data, dict):
                 cast(dict[str, Any], data).pop(name, None)
@@ -271,24 +273,37 @@ def _is_acceptable(content: str, headers: Headers) -> bool:
             return True
 
 
-def _parse_body(content: str, body: bytes, max_keys: int) -> Any:
+def _parse_body(content: str, headers: Headers, body: bytes, max_keys: int) -> Any:
     match content:
         case "json":
-            return read_json(body, max_keys=max_keys)
+            return read_http_json(headers, body, max_keys)
         case "form":
-            return _form_fields(decode_text(body), max_keys)
+            named = charset(headers)
+            return _form_fields(decode_text(in_utf8(body, named)), named, max_keys)
         case _:
             return body
 
 
-def _form_fields(text: str, max_fields: int) -> dict[str, str | list[str]]:
-    """The fields of a form by name; a repeated one as the list of its values, in order."""
+def _form_fields(text: str, charset: str, max_fields: int) -> dict[str, str | list[str]]:
+    """The fields of a form by name; a repeated one as the list of its values, in order. `charset`:
+    of percent-encoded bytes that are not UTF-8.
+    """
     if text.count("&") >= max_fields:
         raise ValueError(f"body: expected at most {max_fields} form fields, found more")
     values: dict[str, list[str]] = {}
-    for name, value in parse_qsl(text, keep_blank_values=True, errors="strict"):
+    for name, value in _form_pairs(text, charset):
         values.setdefault(name if values else name.removeprefix("\ufeff"), []).append(value)
     return {name: found[0] if len(found) == 1 else found for name, found in values.items()}
+
+
+def _form_pairs(text: str, charset: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(text, keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        if not charset:
+            raise
+        codec = codec_of(charset)
+        return parse_qsl(text, keep_blank_values=True, encoding=codec, errors="strict")
 
 
 def _field_at(data: Any, path: str) -> Any:
@@ -301,10 +316,10 @@ def _field_at(data: Any, path: str) -> Any:
 
 
 def _id_text(value: object) -> str | None:
-    """An id from text or a whole number; None from anything else."""
+    """An id from text or a number, as Python writes it; None from anything else."""
     if isinstance(value, str):
         return value or None
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _first_id(
@@ -313,6 +328,8 @@ def _first_id(
     """The first id whose headers are all present; `Vendor` documents the form."""
     for names in ids:
         parts = [body_id(body) if name == "body" else headers.get(name, "") for name in names]
+        if names == ("ce-source", "ce-id"):  # "/a" and "b/c" are not "/a/b" and "c"
+            parts[1] = parts[1].replace("%", "%25").replace("/", "%2F")
         if all(parts):
             if twice := next((name for name in names if name in repeated), None):
                 raise ValueError(f"{twice}: expected once, found it twice")

@@ -12,7 +12,7 @@ from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 from eventflow.events.event import Event
-from eventflow.events.strict_json import MAX_JSON_KEYS, read_json
+from eventflow.events.strict_json import MAX_JSON_KEYS, in_utf8, read_json
 
 STRUCTURED = "application/cloudevents+json"
 BATCH = "application/cloudevents-batch+json"
@@ -32,9 +32,9 @@ def parse_cloudevents(
     """
     match media_type(headers):
         case "application/cloudevents+json":
-            return [_structured(read_json(body, max_keys=max_keys), "")]
+            return [_structured(read_http_json(headers, body, max_keys), "")]
         case "application/cloudevents-batch+json":
-            listed = read_json(body, max_keys=max_keys)
+            listed = read_http_json(headers, body, max_keys)
             if not isinstance(listed, list):
                 raise ValueError(
                     f"body: expected a JSON array of CloudEvents, found {_kind(listed)}"
@@ -55,6 +55,20 @@ def is_cloudevent(headers: Mapping[str, str]) -> bool:
 def media_type(headers: Mapping[str, str]) -> str:
     """The media type without its parameters, in lower case; empty if there is none."""
     return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def charset(headers: Mapping[str, str]) -> str:
+    """The charset that the Content-Type names, in lower case; empty if there is none."""
+    found = _CHARSET.search(headers.get("content-type", ""))
+    return found[1].lower() if found else ""
+
+
+_CHARSET = re.compile(r""";\s*charset\s*=\s*["']?([\w.:+-]+)""", re.I | re.A)
+
+
+def read_http_json(headers: Mapping[str, str], body: bytes, max_keys: int) -> Any:
+    """`read_json` of a body in the charset that its Content-Type names."""
+    return read_json(in_utf8(body, charset(headers)), max_keys=max_keys)
 
 
 def is_json(media: str) -> bool:
@@ -92,7 +106,7 @@ def _binary(headers: Mapping[str, str], body: bytes, max_keys: int) -> Event:
         fields["datacontenttype"] = headers["content-type"]
     if body:
         is_json_data = is_json(media_type(headers))
-        fields["data"] = read_json(body, max_keys=max_keys) if is_json_data else body
+        fields["data"] = read_http_json(headers, body, max_keys) if is_json_data else body
     return Event.from_dict(fields)
 
 

@@ -177,6 +177,46 @@ def decode_text(text: bytes) -> str:
     return text.decode()
 
 
+def in_utf8(text: bytes, charset: str) -> bytes:
+    """A text that its sender calls `charset`, in UTF-8; `text` itself if it is UTF-8, has a byte
+    order mark, or has no charset.
+
+    Senders that name another charset often write UTF-8 all the same, and a text in another one is
+    hardly ever valid UTF-8 without zero bytes. Raises ValueError for an unknown charset, and for
+    bytes that are not in it.
+    """
+    if charset in ("", "utf-8") or any(text.startswith(mark) for mark, _ in _ENCODINGS):
+        return text
+    if b"\0" not in text and is_utf8(text):
+        return text
+    return text.decode(codec_of(charset)).encode()
+
+
+def is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_CODECS = re.compile(
+    r"utf-(16|32)(-[lb]e)?|iso8859-\d+|cp\d+|koi8-[rtu]|gbk?|gb\w+|big5\w*|euc_\w+|shift_jis\w*"
+)
+"""Codecs of text that senders use; Python has others, such as punycode."""
+
+
+def codec_of(charset: str) -> str:
+    """Python's codec for a charset. Raises ValueError for one that is not of text."""
+    try:
+        name = codecs.lookup(charset).name
+    except (LookupError, ValueError):
+        name = ""
+    if not _CODECS.fullmatch(name):
+        raise ValueError(f"Content-Type: expected charset=utf-8, found {charset[:40]!r}")
+    return name
+
+
 def _to_utf8(text: bytes) -> bytes:
     """The text without its byte order mark, in UTF-8; `text` itself if there is none."""
     if any(text.startswith(mark) for mark, _ in _ENCODINGS):

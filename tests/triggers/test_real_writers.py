@@ -193,6 +193,59 @@ def test_a_byte_order_mark_in_a_file_of_parameters(server: EventflowProcess, enc
     assert done.returncode == 0 and "u00e9" in done.stdout, done.stderr
 
 
+CHARSETS: dict[str, tuple[str, str, bytes]] = {
+    # webhook, content type, body
+    "json in latin-1": ("orders", "application/json; charset=ISO-8859-1", b'{"caf\xe9": "\xfc"}'),
+    "json in windows-1252": ("orders", 'text/plain;charset="windows-1252"', b'{"caf\xe9": "\xfc"}'),
+    "json in utf-16 without a mark": (
+        "orders",
+        "application/json; charset=utf-16le",
+        '{"café": "ü"}'.encode("utf-16-le"),
+    ),
+    "utf-8 that is called latin-1": (
+        "orders",
+        "application/json; charset=latin1",
+        '{"café": "ü"}'.encode(),
+    ),
+    "a cloudevent in latin-1": (
+        "orders",
+        "application/cloudevents+json; charset=iso-8859-15",
+        json.dumps(CLOUDEVENT | {"id": "latin"})[:-1].encode() + b', "data": {"caf\xe9": "\xfc"}}',
+    ),
+    "a form in latin-1": (
+        "forms",
+        "application/x-www-form-urlencoded; charset=iso-8859-1",
+        b"caf\xe9=%FC",
+    ),
+    "a form in utf-8 that is called latin-1": (
+        "forms",
+        "application/x-www-form-urlencoded; charset=iso-8859-1",
+        b"caf%C3%A9=%C3%BC",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHARSETS)
+def test_a_text_is_read_in_its_charset(server: EventflowProcess, name: str):
+    """A body that is not UTF-8 is read in the charset that its Content-Type names."""
+    hook, content_type, body = CHARSETS[name]
+    headers = {**BEARER, "content-type": content_type}
+    answer = server.client.post(f"/hooks/{hook}", content=body, headers=headers)
+    assert answer.status_code == 202, answer.text
+    assert server.get(f"/api/events/{answer.json()['id']}")["event"]["data"] == {"café": "ü"}
+
+
+@pytest.mark.parametrize("charset", ["punycode", "utf-7", "hex", "no-such", "a" * 300])
+@pytest.mark.parametrize("hook", ["orders", "forms"])
+def test_other_charsets_are_refused(server: EventflowProcess, hook: str, charset: str):
+    """A text that is neither UTF-8 nor in a charset of text is refused, which names the charset."""
+    media = "application/json" if hook == "orders" else "application/x-www-form-urlencoded"
+    headers = {**BEARER, "content-type": f"{media}; charset={charset}"}
+    body = b'{"a": "\xff"}' if hook == "orders" else b"a=%FF"
+    answer = server.client.post(f"/hooks/{hook}", content=body, headers=headers)
+    assert answer.status_code == 400 and "charset=utf-8" in answer.json()["detail"]
+
+
 # --------------------------------------------------------------------------- verified, then refused
 
 
@@ -210,6 +263,19 @@ REFUSED: dict[str, tuple[str, dict[str, str], bytes, int]] = {
     "text that is no json": ("orders", {"content-type": "text/plain"}, b"hello", 400),
     "a number": ("orders", JSON, b'{"n": 1e999}', 400),
     "no alert": ("drift", JSON, b'{"text": "hello"}', 400),
+    "another encoding": ("orders", {**JSON, "content-encoding": "br"}, b"\x0b\x02\x80{}\x03", 415),
+    "two encodings": (
+        "orders",
+        {**JSON, "content-encoding": "gzip, gzip"},
+        gzip.compress(gzip.compress(b"{}")),
+        415,
+    ),
+    "gzip that is not taken": (
+        "forms",
+        {"content-type": "application/x-www-form-urlencoded", "content-encoding": "gzip"},
+        gzip.compress(b"a=1"),
+        415,
+    ),
     "damaged gzip": ("orders", {**JSON, "content-encoding": "gzip"}, b"\x1f\x8bno gzip", 400),
     "a gzip bomb": (
         "orders",

@@ -102,6 +102,15 @@ SENDERS: dict[str, tuple[Any, list[Request], list[Request]]] = {
         ],
         [({"n": 1}, {"ce-id": "1", "ce-source": "/a"})],
     ),
+    "cloudevents whose sources and ids have slashes": (
+        "none",
+        [
+            ({}, {"ce-id": "b/c", "ce-source": "/a"}),
+            ({}, {"ce-id": "c", "ce-source": "/a/b"}),
+            ({}, {"ce-id": "b%2Fc", "ce-source": "/a"}),
+        ],
+        [({}, {"ce-id": "b/c", "ce-source": "/a"})],
+    ),
     "sns messages": (
         Bearer(SECRET),
         [
@@ -130,6 +139,24 @@ def test_one_id_is_one_event(name: str):
         assert [event.data for event in hook.events] == [body for body, _ in events]
 
     over_http(check, verify=verify)
+
+
+def test_a_number_may_be_an_id():
+    """Numbers as senders write them are ids, so that a repetition starts nothing; a boolean and an
+    empty text are none.
+    """
+
+    async def check(hook: Hook) -> None:
+        for number, ident in (("7", "7"), ("1.5", "1.5"), ("7.0", "7.0"), ("2e3", "2000.0")):
+            body = f'{{"order": {{"id": {number}}}}}'
+            answers = [await hook.post(body), await hook.post(body)]
+            assert [answer.status_code for answer in answers] == [202, 200]
+            assert answers[0].json()["event_id"] == ident
+        for nothing in ("true", '""', "null", "[]"):
+            body = f'{{"order": {{"id": {nothing}}}}}'
+            assert [(await hook.post(body)).status_code for _ in range(2)] == [202, 202]
+
+    over_http(check, id="order.id")
 
 
 def test_a_stripe_event_is_the_same_in_each_delivery():
