@@ -55,6 +55,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
         Raises TypeError for data without a JSON form, such as integers beyond 64 bits.
         """
+        return self.to_json_with(self.data_json())
+
+    def data_json(self) -> bytes | None:
+        """The JSON of the data; None for `bytes` and for no data. Raises TypeError as `to_json`."""
+        data = self.data
+        return None if data is None or isinstance(data, bytes) else orjson.dumps(data)
+
+    def to_json_with(self, data: bytes | None) -> bytes:
+        """`to_json` for a caller that has `data_json` already."""
         fields: dict[str, Any] = {
             "specversion": "1.0",
             "id": self.id,
@@ -71,10 +80,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
             fields["dataschema"] = self.dataschema
         if self.extensions:
             fields.update(self.extensions)
-        if isinstance(self.data, bytes):
-            fields["data_base64"] = base64.b64encode(self.data).decode()
+        if data is not None:
+            fields["data"] = orjson.Fragment(data)
         elif self.data is not None:
-            fields["data"] = self.data
+            fields["data_base64"] = base64.b64encode(self.data).decode()
         return orjson.dumps(fields)
 
     @classmethod
@@ -116,25 +125,29 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
         Raises ValueError naming the attribute.
         """
         left = {name: value for name, value in fields.items() if value is not None}
-        version = left.pop("specversion", None)
+        pop = left.pop
+        version = pop("specversion", None)
         if version != "1.0":
             raise ValueError(f'specversion: expected "1.0", found {version!r}')
-        data = left.pop("data", None)
+        data = pop("data", None)
         if "data_base64" in left:
             if data is not None:
                 raise ValueError(
                     "data and data_base64 are both present; a CloudEvent has one of them"
                 )
-            data = _decoded(left.pop("data_base64"))
-        known = {name: left.pop(name) for name in _TEXT if name in left}
-        for name in ("id", "source", "type"):
-            if not known.get(name):
-                raise ValueError(f"{name}: expected a non-empty string, found none")
-        for name, value in known.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
-        if "time" in known:
-            known["time"] = parse_rfc3339(known["time"])
+            data = _decoded(pop("data_base64"))
+        ident = pop("id", None)
+        source = pop("source", None)
+        event_type = pop("type", None)
+        subject = time = datacontenttype = dataschema = None
+        if left:
+            subject = pop("subject", None)
+            time = pop("time", None)
+            datacontenttype = pop("datacontenttype", None)
+            dataschema = pop("dataschema", None)
+        texts = (ident, source, event_type, subject, time, datacontenttype, dataschema)
+        if not (ident and source and event_type and _TEXT_TYPES.issuperset(map(type, texts))):
+            _refuse_texts(dict(zip(_TEXTS, texts, strict=True)))
         for name, value in left.items():
             if not (name.isascii() and name.isalnum() and name == name.lower()) or not isinstance(
                 value, str | int | bool
@@ -143,10 +156,31 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
                     f"extension {name!r}: expected a lower-case alphanumeric name and a string, "
                     "integer or boolean"
                 )
-        return cls(data=data, extensions=left, **known)
+        return cls(
+            id=cast(str, ident),
+            source=cast(str, source),
+            type=cast(str, event_type),
+            data=data,
+            subject=subject,
+            time=None if time is None else parse_rfc3339(time),
+            datacontenttype=datacontenttype,
+            dataschema=dataschema,
+            extensions=left,
+        )
 
 
-_TEXT = ("id", "source", "type", "subject", "time", "datacontenttype", "dataschema")
+_TEXTS = ("id", "source", "type", "subject", "time", "datacontenttype", "dataschema")
+_TEXT_TYPES = frozenset((str, type(None)))
+
+
+def _refuse_texts(attributes: Mapping[str, object]) -> None:
+    """ValueError for the first attribute that is missing, or that is no string."""
+    for name in ("id", "source", "type"):
+        if not attributes[name]:
+            raise ValueError(f"{name}: expected a non-empty string, found none")
+    for name, value in attributes.items():
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name}: expected a string, found {type(value).__name__}")
 
 
 def _decoded(text: object) -> bytes:

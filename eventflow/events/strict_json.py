@@ -6,8 +6,9 @@ read differently: a repeated key, NaN, a number that Python's `int` and `float` 
 hold digit by digit. `read_report` is for measurements of other tools, where one unusable number
 must not cost the rest.
 
-The common text is parsed once, by orjson; a few scans in C tell whether the slow, exact parser has
-to look at it, too.
+The common text is parsed once, by orjson, and written again: if that gives the same text, blanks
+aside, no key was repeated and no digit lost. Where it does not, counting and a few scans in C tell
+whether the slow, exact parser has to look at it, too.
 """
 
 import codecs
@@ -71,10 +72,26 @@ def _read(
             raise
         text = utf8
         value = orjson.loads(text)
-    keys = _count_keys(value, max_keys, max_depth)
-    if not _has_distinct_keys(text, keys) or _may_lose_digits(text, value):
+    is_small = text.count(b":") <= max_keys and text.count(b"{") + text.count(b"[") <= max_depth
+    keys = 0 if is_small else _count_keys(value, max_keys, max_depth)
+    written = orjson.dumps(value)
+    if written == text or _has_same_tokens(written, text):
+        return value
+    if is_small:
+        keys = _count_keys(value, max_keys, max_depth)
+    if not _has_distinct_keys(text, keys) or _may_lose_digits(text):
         return _parse_slowly(text, parse_int, parse_float)
     return value
+
+
+def _has_same_tokens(written: bytes, text: bytes) -> bool:
+    """Whether `written`, the JSON of the value of `text`, has the same keys and digits.
+
+    Without blanks both texts are still the same sequence of tokens, only that strings have lost
+    theirs too. Equal sequences have the same numbers, and as many keys in each object: a repeated
+    key, of which the value has one, would be missing in `written`.
+    """
+    return written.translate(None, _BLANKS) == text.translate(None, _BLANKS)
 
 
 def _has_distinct_keys(text: bytes, keys: int) -> bool:
@@ -233,21 +250,16 @@ _BLANKS = b" \t\r\n"
 _LONG_NUMBER = re.compile(rb"[0-9][0-9.]{%d,}(?:[eE][+-]?[0-9]+)?" % MAX_EXACT_DIGITS)
 
 
-def _may_lose_digits(text: bytes, value: Any) -> bool:
-    """Whether the text may have a number that `value`, parsed by orjson, does not hold exactly.
+def _may_lose_digits(text: bytes) -> bool:
+    """Whether the text may have a number that orjson does not read exactly.
 
     Such a number has more than 15 digits, or an exponent of three. Most that look like it are
-    floats of 16 digits, long ids, and digits in strings: nothing is lost if orjson writes the value
-    as it was read, or if each of them is exact.
+    floats of 16 digits, long ids, and digits in strings: nothing is lost if each of them is exact.
     """
     shape = text.translate(_DIGITS, _SIGNS)
-    has_exponent = b"0e000" in shape
-    if not has_exponent and _LONG_RUN not in shape:
-        return False
-    written = orjson.dumps(value)
-    if written == text or written.translate(None, _BLANKS) == text.translate(None, _BLANKS):
-        return False
-    return has_exponent or not all(map(_is_exact, _LONG_NUMBER.findall(text)))
+    if b"0e000" in shape:
+        return True
+    return _LONG_RUN in shape and not all(map(_is_exact, _LONG_NUMBER.findall(text)))
 
 
 def _is_exact(number: bytes) -> bool:

@@ -53,8 +53,8 @@ class Binder:
         "_event_lists",
         "_event_parameters",
         "_flow",
-        "_has_fast_path",
         "_might_take_whole",
+        "_readers",
         "_record",
         "_required",
         "_signature",
@@ -76,7 +76,7 @@ class Binder:
         fields: list[Any] = []
         for parameter in self._signature.parameters.values():
             annotation = hints.get(parameter.name, Any)
-            self._check_kind(parameter)
+            _check_kind(flow_name, parameter)
             optional = parameter.default is not inspect.Parameter.empty
             if parameter.kind is parameter.VAR_KEYWORD:
                 self._var_keyword = parameter.name
@@ -110,14 +110,19 @@ class Binder:
             name = self._required[0]
             if name not in hints or _takes_object(hints[name]):
                 self._might_take_whole = name
-        self._has_fast_path = bool(self._data_parameters) and not (
-            self._takes_whole_data or self._var_keyword or self._adapters
-        )
+        # the readers of an event's data as JSON (by name, whole), if it alone makes the arguments
+        self._readers: tuple[Callable[[bytes], Any], Callable[[bytes], Any] | None] | None = None
+        if not (self._event_parameters or self._event_lists or self._adapters or self._var_keyword):
+            whole = None
+            if self._single is not None and (self._takes_whole_data or self._takes_untyped_data):
+                whole = _json_reader(self._record.__annotations__[self._single])
+            self._readers = (_json_reader(self._record), whole)
 
     def bind_event(self, event: Event) -> dict[str, Any]:
         """The arguments for an event. Raises BindingError naming the field and the reason."""
         data = event.data
-        arguments = self._all_by_name(data) if self._has_fast_path and type(data) is dict else None
+        needs_more = self._takes_whole_data or self._var_keyword or self._adapters
+        arguments = None if needs_more or type(data) is not dict else self._all_by_name(data)
         if arguments is None:
             arguments = self._bind(data, strict=False)
         for name, _ in self._event_parameters:
@@ -125,6 +130,19 @@ class Binder:
         for name in self._event_lists:
             arguments[name] = [event]
         return arguments
+
+    def bind_arriving(self, event: Event, data: bytes | None) -> dict[str, Any] | None:
+        """Check that an event can be bound, as `bind_event` does, whose data is recorded as `data`.
+
+        Returns the arguments if they are certain to equal those of the recorded event, and are
+        shared with nobody; None if they are to be bound from that. Raises BindingError.
+        """
+        if data is not None and self._readers is not None:
+            arguments = self._read(self._readers, event.data, data)
+            if arguments is not None:
+                return arguments
+        self.bind_event(event)
+        return None
 
     def bind_events(self, events: Sequence[Event]) -> dict[str, Any]:
         """The arguments for the events of one run, oldest first. Raises BindingError."""
@@ -200,6 +218,41 @@ class Binder:
         if arguments is not None:
             fields = sort_sets({name: arguments.get(name) for name in fields}, fields, marked=True)
         return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+
+    def bind_unpacked(self, params: bytes, event: Event) -> dict[str, Any] | None:
+        """As `bind_arriving`, for a run with these `params`, which `unpack` made."""
+        if self._readers is not None:
+            arguments = self._read(self._readers, None, params)
+            if arguments is not None:
+                return arguments
+        self.bind_params(orjson.loads(params), event)
+        return None
+
+    # --------------------------------------------------------------------------- from JSON
+
+    def _read(self, readers: Any, fields: Any, data: bytes) -> dict[str, Any] | None:
+        """The arguments from `data`, the JSON of `fields`, by the rules of `_bind`; None where an
+        argument is missing or not valid, which `_bind` explains.
+        """
+        read_record, read_whole = readers
+        try:
+            if (
+                read_whole is not None
+                and type(fields) is dict
+                and fields
+                and self._single not in fields
+            ):
+                return {cast(str, self._single): read_whole(data)}
+            arguments = msgspec.structs.asdict(read_record(data))
+        except msgspec.ValidationError:
+            return None
+        for value in arguments.values():
+            if value is _UNSET:
+                break
+        else:
+            return arguments
+        arguments = {name: value for name, value in arguments.items() if value is not _UNSET}
+        return arguments if all(name in arguments for name in self._required) else None
 
     # --------------------------------------------------------------------------- by name
 
@@ -332,14 +385,6 @@ class Binder:
 
     # --------------------------------------------------------------------------- the signature
 
-    def _check_kind(self, parameter: inspect.Parameter) -> None:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
-            raise UsageError(
-                f"flow {self._flow!r}: parameter {parameter} is positional only; expected "
-                "parameters with names, "
-                "which an event's data can fill"
-            )
-
     def _msgspec_type(self, name: str, annotation: Any) -> Any:
         """The annotation if msgspec can read it, or `Any` if pydantic reads it afterwards.
 
@@ -354,6 +399,15 @@ class Binder:
             self._adapters[name] = _adapter(annotation, where)
             return Any
         return annotation
+
+
+def _check_kind(flow_name: str, parameter: inspect.Parameter) -> None:
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+        raise UsageError(
+            f"flow {flow_name!r}: parameter {parameter} is positional only; expected "
+            "parameters with names, "
+            "which an event's data can fill"
+        )
 
 
 def _hints(fn: Callable[..., Any], flow_name: str) -> dict[str, Any]:
@@ -374,6 +428,11 @@ def _is_event(annotation: Any) -> bool:
 def _is_list(annotation: Any) -> bool:
     origin: Any = typing.get_origin(annotation)
     return annotation is list or (isinstance(origin, type) and issubclass(list, origin))
+
+
+def _json_reader(annotation: Any) -> Callable[[bytes], Any]:
+    """msgspec reads JSON as it converts the value of that JSON (tests/routing/test_binding.py)."""
+    return msgspec.json.Decoder(annotation, dec_hook=_read_model).decode
 
 
 def _takes_object(annotation: Any) -> bool:

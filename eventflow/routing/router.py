@@ -6,44 +6,49 @@ returns an `Arrival`: the event with one verdict per subscription, its runs and 
 encoded for the store to insert in one transaction (store/protocol.py). The store in turn calls the
 router for run-state events (`RunEventSource`) and its `patterns` to advance patterns.
 
-Nothing here waits or writes. The content of an event never raises: user code (`where=`, `params=`,
-`key=`) that raises is the verdict *invalid*.
+What happens to the events of one type of one trigger is a plan (plans.py), made for the first of
+them. Nothing here waits or writes, and the content of an event never raises.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
-from eventflow.core.declarations import format_location, is_own_file
-from eventflow.core.errors import BindingError, DepthExceeded, NotStorable, call_catching
+from eventflow.core.errors import DepthExceeded, NotStorable, call_catching
 from eventflow.core.hashing import digest, digest_text
-from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import MAX_DEPTH, Event, Receipt, Undecodable
 from eventflow.events.storable import (
     check_storable,
     storable_event,
-    storable_text,
     storable_undecodable,
 )
 from eventflow.logs.redaction import SECRETS
 from eventflow.routing.dead_letter_log import log_dead_letters
-from eventflow.routing.filters import Filter
 from eventflow.routing.pattern_runner import PatternRunner
-from eventflow.routing.patterns import event_time_us
+from eventflow.routing.plans import (
+    FlowStep,
+    Incoming,
+    PatternStep,
+    RoutePlan,
+    SinkStep,
+    Step,
+    add_run,
+    kept_text,
+    verdict,
+)
 from eventflow.routing.subscriptions import (
     EMITTED,
     RUN_EVENT_PREFIX,
-    CompiledPattern,
     FlowLike,
     SinkSubscription,
     Subscription,
 )
 from eventflow.runs.run import Ids, Run, State, format_id
 from eventflow.serialization.tagged_json import encode_plain
-from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent
+from eventflow.store.protocol import Arrival, BatchPolicy
 from eventflow.store.run_events import LateRun, RunEnded
 
 MAX_SHOWN_BYTES = 1 << 20
@@ -51,6 +56,8 @@ MAX_SHOWN_BYTES = 1 << 20
 
 MAX_RESULT_BYTES = 64 * 1024
 """A larger JSON result of a run is left out of its run-ended event."""
+MAX_PLANS = 4096
+"""Plans in memory: the types of events come from outside, so there may be any number of them."""
 
 
 class Router:
@@ -74,6 +81,7 @@ class Router:
         )
         self.subscriptions = tuple(subscriptions)
         self._by_trigger: dict[str, list[Subscription]] = {}
+        self.plans: dict[tuple[str, str], RoutePlan] = {}
         self.patterns = PatternRunner(self.subscriptions, ids, self._absence_arrival)
         for subscription in self.subscriptions:
             _ = subscription.flow.binder  # raises for a signature that no event can fill
@@ -111,20 +119,15 @@ class Router:
             return self._dead_letter(
                 trigger, item, item.body, item.error, headers=item.headers or headers
             )
-        subscriptions: Iterable[Subscription] = self._by_trigger.get(trigger, ())
-        if only is not None:
-            candidates = subscriptions if same_trigger_only else self.subscriptions
-            subscriptions = [each for each in candidates if only in (each.name, each.flow.name)]
         try:
-            return self._match(
-                trigger,
-                item,
-                subscriptions,
-                paused=paused,
-                ledger_id=ledger_id,
-                only=only,
-                headers=headers,
-            )
+            if only is None:
+                plan = self._plan(trigger, item.type)
+            else:
+                own = self._by_trigger.get(trigger, ())
+                candidates = own if same_trigger_only else self.subscriptions
+                plan = self._make_plan(trigger, item.type, candidates, only)
+            state = State.PAUSED if paused else State.PENDING
+            return self._carry_out(plan, trigger, item, state, 0, ledger_id, headers)
         except Exception as error:  # of this event: the others of its batch are recorded
             kept, body = storable_event(item)
             if body is None:  # no event: a redrive asks for other data
@@ -150,7 +153,7 @@ class Router:
             return self._dead_letter(
                 EMITTED, event, event.to_json(), str(DepthExceeded(event.type, hops))
             )
-        return self._match(EMITTED, event, self._by_trigger.get(EMITTED, ()), depth=hops)
+        return self._carry_out(self._plan(EMITTED, event.type), EMITTED, event, State.PENDING, hops)
 
     def route_conflict(self, arrival: Arrival, receipt: Receipt) -> Arrival:
         """The dead letter of an arrival whose identity is known with other content. Called on the
@@ -173,7 +176,7 @@ class Router:
 
     def _as_dead(self, reason: str) -> dict[str, Any]:
         """The fields of an arrival that is a dead letter before any subscription is matched."""
-        reason = _kept_text(reason)
+        reason = kept_text(reason)
         return {
             "verdicts": orjson.dumps([["", "dead", reason]]),
             "counts": {"dead": 1},
@@ -209,17 +212,15 @@ class Router:
 
     def _absence_arrival(self, subscription: Subscription, event: Event) -> Arrival:
         """The event of an absence, and the run that it starts."""
-        builder = _ArrivalBuilder(self, event, self._clock.now(), None, 0)
-        builder.add_run(
-            subscription.name,
+        return self._one_run(
+            EMITTED,
+            event,
             subscription.flow,
-            subscription.priority,
-            subscription.default_ordering_key,
-            None,
-            State.PENDING,
-            subscription.batch_policy,
+            name=subscription.name,
+            priority=subscription.priority,
+            ordering_key=subscription.default_ordering_key,
+            batch_policy=subscription.batch_policy,
         )
-        return builder.arrival(EMITTED, event.to_json(), None)
 
     def route_to_flow(
         self,
@@ -239,36 +240,141 @@ class Router:
             flow.binder.bind_event(event)
         else:
             flow.binder.bind_params(orjson.loads(params), event)
-        builder = _ArrivalBuilder(self, event, self._clock.now(), None, 0)
-        builder.add_run(flow.name, flow, flow.priority, ordering_key, params, State.PENDING)
-        return builder.arrival(trigger, event.to_json(), None)
+        return self._one_run(trigger, event, flow, ordering_key=ordering_key, params=params)
 
-    def _match(
+    def _one_run(
         self,
         trigger: str,
         event: Event,
-        subscriptions: Iterable[Subscription],
+        flow: FlowLike,
         *,
-        paused: bool = False,
-        depth: int = 0,
+        name: str | None = None,
+        priority: int | None = None,
+        ordering_key: str | None = None,
+        params: bytes | None = None,
+        batch_policy: BatchPolicy | None = None,
+    ) -> Arrival:
+        """The arrival of an event that is for one flow, with its run."""
+        data = event.data_json()
+        arrival = self._arrival(trigger, event, data, event.to_json_with(data), 2, None)
+        run = Run(
+            id=arrival.id + 1,
+            flow=flow.name,
+            created_at=arrival.received_at,
+            due_at=arrival.received_at,
+            event=arrival.id,
+            subscription=flow.name if name is None else name,
+            ordering_key=ordering_key,
+            priority=flow.priority if priority is None else priority,
+            params=params,
+            payload=arrival.body,
+        )
+        add_run(arrival, run, batch_policy)
+        arrival.verdicts = b"[%b]" % verdict(run.subscription, "run", run.id, "pending")[0]
+        arrival.counts = {"pending": 1}
+        return arrival
+
+    # ----------------------------------------------------------------- plans
+
+    def _plan(self, trigger: str, event_type: str) -> RoutePlan:
+        """What happens to events of this type of a trigger; for emitted events, with the sinks."""
+        plan = self.plans.get((trigger, event_type))
+        if plan is None:
+            if len(self.plans) >= MAX_PLANS:
+                self.plans.clear()
+            subscriptions = self._by_trigger.get(trigger, ())
+            plan = self._make_plan(trigger, event_type, subscriptions, None)
+            self.plans[trigger, event_type] = plan
+        return plan
+
+    def _make_plan(
+        self,
+        trigger: str,
+        event_type: str,
+        subscriptions: Sequence[Subscription],
+        only: str | None,
+    ) -> RoutePlan:
+        """The plan of these subscriptions. `only`: of those, and of the sinks, that have this name
+        or whose flow has it.
+        """
+        dead = self.dead_letter_sinks
+        steps: list[Step] = []
+        for each in subscriptions:
+            if only in (None, each.name, each.flow.name) and each.accepts(event_type, trigger):
+                if each.pattern is None:
+                    steps.append(FlowStep(each, dead))
+                else:
+                    steps.append(PatternStep(each, trigger, event_type, dead))
+        if trigger == EMITTED:
+            steps += [
+                SinkStep(each)
+                for each in self.sink_subscriptions
+                if only in (None, each.name) and each.accepts(event_type)
+            ]
+        return tuple(steps)
+
+    def _carry_out(
+        self,
+        plan: RoutePlan,
+        trigger: str,
+        event: Event,
+        state: State,
+        depth: int,
         ledger_id: int | None = None,
-        only: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Arrival:
-        body = event.to_json()
+        """The arrival of an event, with what each step of the plan adds to it."""
+        data = event.data_json()
+        body = event.to_json_with(data)
         check_storable(event, body)
-        builder = _ArrivalBuilder(self, event, self._clock.now(), ledger_id, depth)
-        state = State.PAUSED if paused else State.PENDING
-        for subscription in subscriptions:
-            if subscription.pattern is not None:
-                builder.match_pattern(subscription.name, subscription.pattern, trigger, paused)
-            elif subscription.accepts(event.type):
-                builder.match(subscription, state)
-        if self.sink_subscriptions and trigger == EMITTED:
-            for sink in self.sink_subscriptions:
-                if sink.accepts(event.type) and only in (None, sink.name):
-                    builder.match_sink(sink)
-        return builder.arrival(trigger, body, headers)
+        arrival = self._arrival(trigger, event, data, body, 1 + len(plan), ledger_id)
+        run_id = arrival.id
+        if ledger_id is not None:
+            run_id = self.ids.next(arrival.received_at, len(plan)) - 1
+        incoming = Incoming(event, data, state, depth)
+        counts: dict[str, int] = {}
+        verdicts: list[bytes] = []
+        for step in plan:
+            run_id += 1
+            text, term = step(arrival, incoming, run_id)
+            verdicts.append(text)
+            if term:
+                counts[term] = counts.get(term, 0) + 1
+        arrival.verdicts = b"[%b]" % b",".join(verdicts)
+        # P9: an event with no subscriber is one suppressed delivery
+        arrival.counts = counts or {"suppressed": 1}
+        if headers:
+            arrival.headers = orjson.dumps(dict(headers))
+        return arrival
+
+    def _arrival(
+        self,
+        trigger: str,
+        event: Event,
+        data: bytes | None,
+        body: bytes,
+        ids: int,
+        ledger_id: int | None,
+    ) -> Arrival:
+        """The arrival of an event before its subscriptions are matched. Its id is the first of
+        `ids` in a row, unless it has one; the others are for its runs.
+        """
+        now = self._clock.now()
+        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
+        return Arrival(
+            self.ids.next(now, ids) if ledger_id is None else ledger_id,
+            trigger,
+            identity(trigger, event.source, event.id),
+            content_digest(event),
+            event.id,
+            event.source,
+            event.type,
+            body,
+            b"",
+            now,
+            {},
+            event.subject,
+        )
 
     def _dead_letter(
         self,
@@ -387,251 +493,3 @@ def content_digest(event: Event) -> bytes:
         return digest_text((event.type,), event.data, size=8)
     data = orjson.dumps(event.data, option=orjson.OPT_SORT_KEYS)
     return digest_text((event.type,), data, size=8)
-
-
-class _ArrivalBuilder:
-    """Matches one event to its subscriptions and collects verdicts, runs and dead letters."""
-
-    __slots__ = (
-        "_batch_policies",
-        "_counts",
-        "_dead_letter_sinks",
-        "_dead_letters",
-        "_depth",
-        "_event",
-        "_id",
-        "_ids",
-        "_now",
-        "_outbox",
-        "_pattern_events",
-        "_runs",
-        "_verdicts",
-    )
-
-    def __init__(
-        self, router: Router, event: Event, now: int, ledger_id: int | None, depth: int
-    ) -> None:
-        self._ids: Ids = router.ids
-        self._event: Event = event
-        self._now: int = now
-        self._depth: int = depth
-        self._id: int = router.ids.next(now) if ledger_id is None else ledger_id
-        self._dead_letter_sinks: tuple[str, ...] = router.dead_letter_sinks
-        # the fields of the Arrival, which documents their shapes
-        self._verdicts: list[tuple[str, str, str | int]] = []
-        self._runs: list[Run] = []
-        self._dead_letters: list[tuple[str, str]] = []
-        self._outbox: list[tuple[str, str | None]] = []
-        self._batch_policies: dict[int, BatchPolicy] = {}
-        self._pattern_events: list[PatternEvent] = []
-        self._counts: dict[str, int] = {}
-
-    def match(self, subscription: Subscription, state: State) -> None:
-        """Match one subscription and add its verdict."""
-        event = self._event
-        mismatch, error = _apply_filter(subscription.filter, event)
-        if mismatch is not None:
-            self._add_verdict(subscription.name, "filtered", mismatch, "suppressed")
-            return
-        if error is None:
-            made, error = call_catching(_arguments, subscription, event)
-            if made is not None:
-                ordering_key, params = made
-                self.add_run(
-                    subscription.name,
-                    subscription.flow,
-                    subscription.priority,
-                    ordering_key,
-                    params,
-                    state,
-                    subscription.batch_policy,
-                )
-                return
-        self._reject(subscription.name, error)
-
-    def _reject(self, name: str, error: BaseException | None) -> None:
-        """Add the verdict *invalid* and a dead letter of this subscription."""
-        reason = _kept_text(_reason(error))
-        self._add_verdict(name, "invalid", reason, "dead")
-        self._dead_letters.append((name, reason))
-        self._outbox += [(sink, name) for sink in self._dead_letter_sinks]
-
-    def match_pattern(
-        self, name: str, pattern: CompiledPattern, trigger: str, paused: bool
-    ) -> None:
-        """Match a pattern: the event goes to the first part that accepts it."""
-        mismatch = None
-        event = self._event
-        for number in pattern.parts_for(trigger, event.type):
-            part = pattern.parts[number]
-            mismatch, error = _apply_filter(part.filter, event)
-            if mismatch is not None:
-                continue
-            key = None
-            if part.key is not None and error is None:
-                key, error = call_catching(_join_key, part.key, event)
-            if error is not None:
-                self._reject(name, error)
-            elif part.key is not None and key is None:
-                reason = f"it has no join key: no field that by= of {pattern.label} names"
-                self._add_verdict(name, "filtered", reason, "suppressed")
-            else:
-                time = event_time_us(event, self._now)
-                self._pattern_events.append(
-                    PatternEvent(name, key or "", number, time, paused, self._depth)
-                )
-                self._add_verdict(name, "waiting", part.label, "pending")
-            return
-        if mismatch is not None:
-            self._add_verdict(name, "filtered", mismatch, "suppressed")
-
-    def match_sink(self, subscription: SinkSubscription) -> None:
-        """Put the event into the outbox of a sink if its filter accepts it.
-
-        Not counted as a delivery (P9), since nothing runs; a filter that raises is one dead letter.
-        """
-        mismatch, error = _apply_filter(subscription.filter, self._event)
-        if error is not None:
-            reason = _kept_text(_reason(error))
-            self._add_verdict(subscription.name, "invalid", reason, "dead")
-            self._dead_letters.append((subscription.name, reason))
-        elif mismatch is not None:
-            self._verdicts.append((subscription.name, "filtered", mismatch))
-        else:
-            self._verdicts.append(
-                (subscription.name, "outbox", f"for sink {subscription.sink.name}")
-            )
-            self._outbox.append((subscription.name, None))
-
-    def add_run(
-        self,
-        name: str,
-        flow: FlowLike,
-        priority: int,
-        ordering_key: str | None,
-        params: bytes | None,
-        state: State,
-        batch_policy: BatchPolicy | None = None,
-    ) -> None:
-        """Add a run, due now or when its batch window closes, and its verdict."""
-        run = Run(
-            id=self._ids.next(self._now),
-            flow=flow.name,
-            created_at=self._now,
-            due_at=self._now,
-            event=self._id,
-            subscription=name,
-            state=state,
-            ordering_key=ordering_key,
-            priority=priority,
-            depth=self._depth,
-            params=params,
-        )
-        if batch_policy is not None:
-            self._batch_policies[run.id] = batch_policy
-            run.mode = batch_policy.mode
-            if batch_policy.size > 1:
-                run.due_at += batch_policy.wait
-        self._runs.append(run)
-        self._add_verdict(name, "paused" if state is State.PAUSED else "run", run.id, "pending")
-
-    def _add_verdict(self, name: str, outcome: str, detail: str | int, column: str) -> None:
-        self._verdicts.append((name, outcome, detail))
-        self._counts[column] = self._counts.get(column, 0) + 1
-
-    def arrival(self, trigger: str, body: bytes, headers: Mapping[str, str] | None) -> Arrival:
-        """The result, for the store."""
-        event = self._event
-        for run in self._runs:
-            run.payload = body
-        # Positional, and the rare fields apart: by name, this costs as much as all the encoding.
-        arrival = Arrival(
-            self._id,
-            trigger,
-            identity(trigger, event.source, event.id),
-            content_digest(event),
-            event.id,
-            event.source,
-            event.type,
-            body,
-            orjson.dumps(self._verdicts),
-            self._now,
-            # P9: an event with no subscriber is one suppressed delivery
-            self._counts or {"suppressed": 1},
-            event.subject,
-            self._runs,
-        )
-        if self._dead_letters or self._outbox or self._batch_policies or self._pattern_events:
-            arrival.dead_letters = self._dead_letters
-            arrival.outbox = self._outbox
-            arrival.batch_policies = self._batch_policies
-            arrival.pattern_events = self._pattern_events
-        if headers:
-            arrival.headers = orjson.dumps(dict(headers))
-        return arrival
-
-
-def _kept_text(reason: str) -> str:
-    """A reason as it may be kept: without the secrets and lone surrogates that it may quote."""
-    return KNOWN_SECRETS.remove_from(storable_text(reason))
-
-
-def _apply_filter(filter: Filter | None, event: Event) -> "tuple[str | None, BaseException | None]":
-    """The condition that did not hold, or what the user's filter raised; (None, None): it holds."""
-    return (None, None) if filter is None else call_catching(filter.mismatch, event)
-
-
-def _reason(error: BaseException | None) -> str:
-    """Why an event is a dead letter: the error, and the line of the user's callable (`where=`,
-    `params=`, `key=`) that raised it.
-    """
-    if isinstance(error, BindingError):
-        return str(error)
-    reason = f"{type(error).__name__}: {error}"
-    if "'Event' object" in reason:
-        reason += "; the argument is the event, its data is event.data"
-    step = None if error is None else error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    code = None if step is None else step.tb_frame.f_code
-    if step is None or code is None or is_own_file(code.co_filename):
-        return reason
-    at = format_location(code.co_filename, step.tb_lineno)
-    return f"{reason} (in {code.co_qualname}, {at})"
-
-
-def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
-    found = key(event)
-    if found is not None and not isinstance(cast(object, found), str):
-        raise TypeError(f"by= returned {type(found).__name__}, expected a str or None")
-    return _checked_key("by=", found)
-
-
-def _checked_key(option: str, key: str | None) -> str | None:
-    """Raises ValueError for a key that the ledger cannot hold."""
-    if key is not None and not key.isascii() and storable_text(key) != key:
-        raise ValueError(f"{option} returned a str with a lone surrogate, {key!a}")
-    return key
-
-
-def _arguments(subscription: Subscription, event: Event) -> tuple[str | None, bytes | None]:
-    """The run's ordering key and, if `params=` makes them, its arguments as JSON.
-
-    Raises what the user's code and the binder raise.
-    """
-    ordering_key = (
-        subscription.default_ordering_key if subscription.key is None else subscription.key(event)
-    )
-    if ordering_key is not None and not isinstance(cast(object, ordering_key), str):
-        raise TypeError(f"key= returned {type(ordering_key).__name__}, expected a str or None")
-    ordering_key = _checked_key("key=", ordering_key)
-    binder = subscription.flow.binder
-    if subscription.batch_policy is not None:
-        binder.bind_events((event,))
-        return ordering_key, None
-    if subscription.params is None:
-        binder.bind_event(event)
-        return ordering_key, None
-    params = binder.unpack((), dict(subscription.params(event)))
-    binder.bind_params(orjson.loads(params), event)
-    return ordering_key, params

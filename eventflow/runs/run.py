@@ -21,7 +21,7 @@ Leaving RUNNING needs the token of the claim: a stale token writes nothing.
 import threading
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 
@@ -68,7 +68,8 @@ class Run(msgspec.Struct, kw_only=True):
     journal after which nothing was recorded. `parent` and `parent_call_key` name the run and the
     call that a child run answers. `mode` is the delivery mode that batched its events, None for one
     event per run; the run has `deliveries` events, and while it runs their `payloads` in the order
-    recorded.
+    recorded. `given` is never stored: the arguments as the router bound them, equal to those of the
+    recorded event, for the run's first start in this process; None: bind them.
     """
 
     id: int
@@ -94,6 +95,7 @@ class Run(msgspec.Struct, kw_only=True):
     mode: str | None = None
     deliveries: int = 1
     payloads: Sequence[bytes] = ()
+    given: dict[str, Any] | None = None
 
 
 class Completed(msgspec.Struct, frozen=True):
@@ -173,14 +175,15 @@ class Ids:
         self._last = floor
         self._lock = threading.Lock()
 
-    def next(self, now_us: int) -> int:
+    def next(self, now_us: int, count: int = 1) -> int:
+        """A new id; with `count` the first of so many in a row."""
         floor = now_us // 1000 << 20
         with self._lock:
-            last = self._last + 1
-            if last < floor:
-                last = floor | (last + ID_STEP) & COUNTER_MASK
-            self._last = last
-        return last
+            first = self._last + 1
+            if first < floor:
+                first = floor | (first + ID_STEP) & COUNTER_MASK
+            self._last = first + count - 1
+        return first
 
     def raise_floor(self, floor: int) -> None:
         with self._lock:

@@ -326,3 +326,50 @@ def test_a_signature_no_event_can_fill_is_rejected(fn, message):
     """A signature that cannot be filled by name raises UsageError when the Binder is made."""
     with pytest.raises(UsageError, match=message):
         Binder(fn, "f")
+
+
+VALUES = [
+    1, 1.0, 1.5, -0.0, 1e22, 1e15, 0.1, 1e-7, 2**63, 2**64 - 1, -(2**63), 5e-324, 123456789.123456,
+    "1", "a", "2026-01-01T00:00:00Z", "2026-01-01T00:00:00", "2026-01-01", "12:00:00", "PT5S",
+    "AAAA", "1.10", str(UUID(int=7)), None, True, [1], [1.0, "a"], [[1, 2]], {}, {"id": 1},
+    {"id": 1, "lines": [{"sku": "x"}]}, {"1": 2}, {"1.5": 2}, {"a": 1}, {"x": 1}, {"name": "n"},
+]  # fmt: skip
+TYPES = [
+    int, float, str, bool, Decimal, dt.datetime, dt.date, dt.time, dt.timedelta, UUID, bytes, Any,
+    list, list[int], set[int], tuple[int, ...], tuple[int, int], dict, dict[str, int],
+    dict[int, int], dict[float, int], Order, Point, Row, Customer, Literal["a", 1], int | str,
+    float | None, Order | None, Mapping[str, Any],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("annotation", TYPES, ids=str)
+def test_arguments_from_the_json_of_data_are_those_of_the_recorded_event(annotation):
+    """What `bind_arriving` returns equals what a replay binds from the recorded bytes, and it
+    rejects what that rejects.
+    """
+
+    def fn(order, more=0): ...
+
+    fn.__annotations__["order"] = annotation
+    binder = Binder(fn, "f")
+    for data in [*VALUES, *({"order": value} for value in VALUES), {"order": 1, "more": "x"}]:
+        found = event(data)
+        recorded = Event.from_recorded(found.to_json())
+        try:
+            expected = binder.bind_event(recorded)
+        except BindingError as error:
+            with pytest.raises(BindingError) as raised:
+                binder.bind_arriving(found, found.data_json())
+            assert str(raised.value) == str(error)
+            continue
+        given = binder.bind_arriving(found, found.data_json())
+        assert given is None or repr(given) == repr(expected)
+
+
+def test_the_arguments_of_a_run_share_nothing_with_its_event():
+    """A flow that changes its arguments changes neither the event nor another run's arguments."""
+    found = event({"payload": {"a": [1]}})
+    given = Binder(one_dict, "f").bind_arriving(found, found.data_json())
+    assert given is not None and given == {"payload": {"a": [1]}}
+    given["payload"]["a"].append(2)
+    assert found.data == {"payload": {"a": [1]}}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import BindingError, NotStorable, UsageError
 from eventflow.events.event import Event, Undecodable
-from eventflow.routing.router import Router, content_digest, identity
+from eventflow.routing.router import MAX_PLANS, Router, content_digest, identity
 from eventflow.routing.subscriptions import EMITTED, subscribe
 from eventflow.runs.run import Ids, State
 from eventflow.sdk.flow import flow
@@ -83,6 +83,29 @@ def test_a_match_is_a_run():
     ]
     assert arrival.counts == {"pending": 2}
     assert len({arrival.id, first.id, second.id}) == 3
+
+
+def test_a_run_has_the_arguments_that_its_recorded_event_gives():
+    """`given` is what the flow gets of the recorded event; None where that is yet to be bound."""
+    made = router(
+        subscribe("orders", handle),
+        subscribe("orders", audit),
+        subscribe("orders", count, params=lambda found: {"n": found.data["id"]}),
+    )
+    assert [run.given for run in made.route("orders", event(ORDER)).runs] == [
+        {"order": Order(7, 9.5)},
+        None,
+        {"n": 7},
+    ]
+
+
+def test_types_from_outside_do_not_fill_the_memory():
+    """Any number of event types leaves a bounded number of plans, and each event is matched."""
+    made = router(subscribe("orders", audit, types=["order.*"]))
+    for number in range(MAX_PLANS + 10):
+        assert made.route("orders", event(type=f"order.{number}")).counts == {"pending": 1}
+    assert len(made.plans) <= MAX_PLANS
+    assert made.route("orders", event(type="other")).counts == {"suppressed": 1}
 
 
 def test_p3_each_subscription_has_its_verdict():

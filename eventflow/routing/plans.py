@@ -1,0 +1,255 @@
+"""What happens to the events of one type of one trigger: a plan, made once and used for each event.
+
+A plan is one step per subscription that hears of these events, in the order of registration: flows,
+patterns and, for emitted events, sinks. A step is called with an event and its `Arrival`; it adds
+the run, the dead letter, the message or the pattern event to the arrival and returns its verdict as
+JSON, whose constant parts were written when the plan was made. router.py makes plans, keeps them
+and calls their steps. The content of an event never raises in a step: user code (`where=`,
+`params=`, `key=`) that raises is the verdict *invalid*.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import orjson
+
+from eventflow.core.declarations import format_location, is_own_file
+from eventflow.core.errors import BindingError, call_catching
+from eventflow.core.secrets import KNOWN_SECRETS
+from eventflow.events.event import Event
+from eventflow.events.storable import storable_text
+from eventflow.routing.patterns import event_time_us
+from eventflow.routing.subscriptions import SinkSubscription, Subscription
+from eventflow.runs.run import Run, State
+from eventflow.store.protocol import Arrival, BatchPolicy, PatternEvent
+
+Verdict = tuple[bytes, str]
+"""The JSON of `[subscription, outcome, detail]`, and the term of P9's sum that it adds to; empty:
+it is no delivery.
+"""
+
+
+class Incoming(NamedTuple):
+    """An event on its way to its subscriptions. `data`: the JSON of its data, None for bytes and
+    for none. `state`: that of its new runs. `depth`: emits from an outside event.
+    """
+
+    event: Event
+    data: bytes | None
+    state: State
+    depth: int
+
+
+class Step(Protocol):
+    """Matches an event to one subscription. `run_id`: for its run, if it starts one."""
+
+    def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict: ...
+
+
+RoutePlan = tuple[Step, ...]
+"""The steps for the events of one type of one trigger."""
+
+
+def verdict(name: str, outcome: str, detail: str | int, term: str) -> Verdict:
+    return orjson.dumps((name, outcome, detail)), term
+
+
+class FlowStep:
+    """A flow's subscription: a new run, or why there is none."""
+
+    __slots__ = ("_paused", "_pending", "_sinks", "_subscription")
+
+    def __init__(self, subscription: Subscription, dead_letter_sinks: Sequence[str]) -> None:
+        self._subscription = subscription
+        self._sinks = dead_letter_sinks
+        name = orjson.dumps(subscription.name)
+        self._pending: bytes = b'[%b,"run",' % name
+        self._paused: bytes = b'[%b,"paused",' % name
+
+    def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
+        subscription = self._subscription
+        found, error = call_catching(_match, subscription, incoming)
+        if found is None:
+            return reject(arrival, subscription.name, error, self._sinks)
+        if isinstance(found, str):
+            return verdict(subscription.name, "filtered", found, "suppressed")
+        ordering_key, params, given = found
+        run = Run(
+            id=run_id,
+            flow=subscription.flow.name,
+            created_at=arrival.received_at,
+            due_at=arrival.received_at,
+            event=arrival.id,
+            subscription=subscription.name,
+            state=incoming.state,
+            ordering_key=ordering_key,
+            priority=subscription.priority,
+            depth=incoming.depth,
+            params=params,
+            payload=arrival.body,
+            given=given,
+        )
+        add_run(arrival, run, subscription.batch_policy)
+        head = self._paused if incoming.state is State.PAUSED else self._pending
+        return b"%b%d]" % (head, run_id), "pending"
+
+
+Match = tuple[str | None, bytes | None, dict[str, Any] | None]
+"""The ordering key, the arguments as JSON if `params=` makes them, and the bound arguments if they
+are known (`Run.given`).
+"""
+
+
+def _match(subscription: Subscription, incoming: Incoming) -> Match | str:
+    """What the run of an event has of it, or the condition of the filter that did not hold.
+
+    Raises what the user's code and the binder raise.
+    """
+    event = incoming.event
+    if subscription.filter is not None:
+        mismatch = subscription.filter.mismatch(event)
+        if mismatch is not None:
+            return mismatch
+    ordering_key = subscription.default_ordering_key
+    if subscription.key is not None:
+        ordering_key = subscription.key(event)
+        if ordering_key is not None and not isinstance(cast(object, ordering_key), str):
+            raise TypeError(f"key= returned {type(ordering_key).__name__}, expected a str or None")
+        ordering_key = _checked_key("key=", ordering_key)
+    binder = subscription.flow.binder
+    if subscription.batch_policy is not None:
+        binder.bind_events((event,))
+        return ordering_key, None, None
+    if subscription.params is None:
+        return ordering_key, None, binder.bind_arriving(event, incoming.data)
+    params = binder.unpack((), dict(subscription.params(event)))
+    return ordering_key, params, binder.bind_unpacked(params, event)
+
+
+def add_run(arrival: Arrival, run: Run, batch_policy: BatchPolicy | None) -> None:
+    """Add a run, due now or when its batch window closes."""
+    if batch_policy is not None:
+        arrival.batch_policies = {**arrival.batch_policies, run.id: batch_policy}
+        run.mode = batch_policy.mode
+        if batch_policy.size > 1:
+            run.due_at += batch_policy.wait
+    arrival.runs = [*arrival.runs, run]
+
+
+def kept_text(reason: str) -> str:
+    """A reason as it may be kept: without the secrets and lone surrogates that it may quote."""
+    return KNOWN_SECRETS.remove_from(storable_text(reason))
+
+
+def reject(
+    arrival: Arrival, name: str, error: BaseException | None, sinks: Sequence[str]
+) -> Verdict:
+    """Add a dead letter of this subscription; the verdict *invalid*."""
+    reason = kept_text(_reason(error))
+    arrival.dead_letters = [*arrival.dead_letters, (name, reason)]
+    arrival.outbox = [*arrival.outbox, *((sink, name) for sink in sinks)]
+    return verdict(name, "invalid", reason, "dead")
+
+
+def _reason(error: BaseException | None) -> str:
+    """Why an event is a dead letter: the error, and the line of the user's callable (`where=`,
+    `params=`, `key=`) that raised it.
+    """
+    if isinstance(error, BindingError):
+        return str(error)
+    reason = f"{type(error).__name__}: {error}"
+    if "'Event' object" in reason:
+        reason += "; the argument is the event, its data is event.data"
+    step = None if error is None else error.__traceback__
+    while step is not None and step.tb_next is not None:
+        step = step.tb_next
+    code = None if step is None else step.tb_frame.f_code
+    if step is None or code is None or is_own_file(code.co_filename):
+        return reason
+    at = format_location(code.co_filename, step.tb_lineno)
+    return f"{reason} (in {code.co_qualname}, {at})"
+
+
+class PatternStep:
+    """A pattern: the event goes to the first part that accepts it."""
+
+    __slots__ = ("_label", "_name", "_parts", "_sinks")
+
+    def __init__(
+        self,
+        subscription: Subscription,
+        trigger: str,
+        event_type: str,
+        dead_letter_sinks: Sequence[str],
+    ) -> None:
+        pattern = subscription.pattern
+        assert pattern is not None
+        self._label: str = pattern.label
+        self._name: str = subscription.name
+        self._parts = [
+            (number, pattern.parts[number]) for number in pattern.parts_for(trigger, event_type)
+        ]
+        self._sinks = dead_letter_sinks
+
+    def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
+        name = self._name
+        event = incoming.event
+        mismatch: str | None = None
+        for number, part in self._parts:
+            error = None
+            if part.filter is not None:
+                mismatch, error = call_catching(part.filter.mismatch, event)
+                if mismatch is not None:
+                    continue
+            key = None
+            if part.key is not None and error is None:
+                key, error = call_catching(_join_key, part.key, event)
+            if error is not None:
+                return reject(arrival, name, error, self._sinks)
+            if part.key is not None and key is None:
+                missing = f"it has no join key: no field that by= of {self._label} names"
+                return verdict(name, "filtered", missing, "suppressed")
+            time = event_time_us(event, arrival.received_at)
+            is_paused = incoming.state is State.PAUSED
+            pattern_event = PatternEvent(name, key or "", number, time, is_paused, incoming.depth)
+            arrival.pattern_events = [*arrival.pattern_events, pattern_event]
+            return verdict(name, "waiting", part.label, "pending")
+        return verdict(name, "filtered", mismatch or "", "suppressed")
+
+
+def _join_key(key: Callable[[Event], str | None], event: Event) -> str | None:
+    found = key(event)
+    if found is not None and not isinstance(cast(object, found), str):
+        raise TypeError(f"by= returned {type(found).__name__}, expected a str or None")
+    return _checked_key("by=", found)
+
+
+def _checked_key(option: str, key: str | None) -> str | None:
+    """Raises ValueError for a key that the ledger cannot hold."""
+    if key is not None and not key.isascii() and storable_text(key) != key:
+        raise ValueError(f"{option} returned a str with a lone surrogate, {key!a}")
+    return key
+
+
+class SinkStep:
+    """A sink: the event goes into its outbox if its filter accepts it.
+
+    Not counted as a delivery (P9), since nothing runs; a filter that raises is one dead letter.
+    """
+
+    __slots__ = ("_subscription",)
+
+    def __init__(self, subscription: SinkSubscription) -> None:
+        self._subscription = subscription
+
+    def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
+        subscription = self._subscription
+        name = subscription.name
+        if subscription.filter is not None:
+            mismatch, error = call_catching(subscription.filter.mismatch, incoming.event)
+            if error is not None:
+                return reject(arrival, name, error, ())
+            if mismatch is not None:
+                return verdict(name, "filtered", mismatch, "")
+        arrival.outbox = [*arrival.outbox, (name, None)]
+        return verdict(name, "outbox", f"for sink {subscription.sink.name}", "")
