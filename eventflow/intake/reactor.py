@@ -2,6 +2,7 @@
 
     Trigger.listen ─► TriggerIntake.accept ─► Router.route ─► Store.post ─► receipts ─► trigger acks
 
+What the calls of a trigger hand in within one turn of the loop is one operation of the store.
 `Runtime` starts and stops it on the intake loop. A listener that raises is logged and restarted
 with jittered backoff; the others are not affected. Back-pressure has two bounds: events in the
 commit queue (here) and the ledger (`Store.capacity`). At either, `accept` waits while it is full
@@ -15,6 +16,7 @@ import asyncio
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import msgspec
 
@@ -86,9 +88,22 @@ class TriggerHealth(msgspec.Struct):
     backpressure: str | None = None
 
 
-class InFlight(msgspec.Struct):
-    """What one trigger has in the commit queue, and what waits to get there. Sizes in bytes."""
+class AcceptedCall(msgspec.Struct):
+    """The items of one call on their way to their commit; `size` in bytes of their bodies."""
 
+    arrivals: Sequence[Arrival]
+    cursor: Mapping[str, Json] | None
+    size: int
+    receipts: "asyncio.Future[list[Receipt]]"
+
+
+class InFlight(msgspec.Struct):
+    """What one trigger has in the commit queue, and what waits to get there. Sizes in bytes.
+
+    `turn`: the calls of this turn of the loop, which `Reactor` posts at its end as one operation.
+    """
+
+    turn: list[AcceptedCall] = []
     events: int = 0
     size: int = 0
     waiting_calls: int = 0
@@ -276,7 +291,7 @@ class Reactor:
         draining; StoreFailed when the outcome is unknown.
         """
         try:
-            return await self._record_once(route(), trigger, cursor)
+            return await self._enter(route(), trigger, cursor)
         except StoreFull as full:  # nothing was recorded
             if not full.closing:
                 self._log_backpressure(trigger, full)
@@ -302,9 +317,7 @@ class Reactor:
         if health is not None:
             health.backpressure = str(full)
         try:
-            return await wait_while_full(
-                lambda: self._record_once(route(), trigger, cursor), max_wait
-            )
+            return await wait_while_full(lambda: self._enter(route(), trigger, cursor), max_wait)
         finally:
             own.waiting_calls -= 1
             own.waiting_size -= size
@@ -320,9 +333,10 @@ class Reactor:
             own.backpressure_logged_at = now
             log.warning("trigger.backpressure", trigger=trigger, reason=str(full))
 
-    async def _record_once(
+    def _enter(
         self, arrivals: Sequence[Arrival], trigger: str, cursor: Mapping[str, Json] | None
-    ) -> list[Receipt]:
+    ) -> "asyncio.Future[list[Receipt]]":
+        """Adds a call to the commit queue. Raises StoreFull if that is full."""
         size = 0
         for arrival in arrivals:
             size += len(arrival.body)
@@ -333,37 +347,62 @@ class Reactor:
         self._bytes += size
         own.events += len(arrivals)
         own.size += size
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[list[Receipt]] = loop.create_future()
+        if not own.turn:
+            loop.call_soon(self._post_turn, trigger, own)
+        own.turn.append(AcceptedCall(arrivals, cursor, size, future))
+        return future
+
+    def _post_turn(self, trigger: str, own: InFlight) -> None:
+        calls = own.turn
+        own.turn = []
+        self._post(trigger, calls)
+
+    def _post(self, trigger: str, calls: Sequence[AcceptedCall]) -> None:
+        if len(calls) == 1:
+            arrivals = calls[0].arrivals
+            cursor = calls[0].cursor
+        else:
+            arrivals = [arrival for call in calls for arrival in call.arrivals]
+            cursor = {key: at for call in calls for key, at in (call.cursor or {}).items()}
+        route_conflict = None if trigger in self._repeats_may_differ else self.router.route_conflict
+        op = RecordEvents(arrivals, trigger, cursor, route_conflict)
         try:
-            route_conflict = (
-                None if trigger in self._repeats_may_differ else self.router.route_conflict
-            )
-            receipts = await self._post(RecordEvents(arrivals, trigger, cursor, route_conflict))
-            for arrival, receipt in zip(arrivals, receipts, strict=True):
+            self.store.post(op, partial(self._answer, trigger, calls), asyncio.get_running_loop())
+        except StoreError as error:  # the store is closed
+            self._answer(trigger, calls, error)
+
+    def _answer(
+        self, trigger: str, calls: Sequence[AcceptedCall], result: list[Receipt] | StoreError
+    ) -> None:
+        """Gives each call its part of the reply."""
+        is_error = isinstance(result, StoreError)
+        if is_error and len(calls) > 1 and not isinstance(result, StoreFull | StoreFailed):
+            for call in calls:  # one of them cannot be applied, and must not fail the others
+                self._post(trigger, [call])
+            return
+        own = self._in_flight[trigger]
+        first = 0
+        for call in calls:
+            events = len(call.arrivals)
+            self._events -= events
+            self._bytes -= call.size
+            own.events -= events
+            own.size -= call.size
+            if is_error:
+                if not call.receipts.done():
+                    call.receipts.set_exception(result)
+                continue
+            receipts = result[first : first + events]
+            first += events
+            for arrival, receipt in zip(call.arrivals, receipts, strict=True):
                 if arrival.dead_letters and not receipt.duplicate:
                     log_dead_letters(arrival)
                 elif self.logs_received:
                     log_received(arrival, receipt)
-            return receipts
-        finally:
-            self._events -= len(arrivals)
-            self._bytes -= size
-            own.events -= len(arrivals)
-            own.size -= size
-
-    def _post(self, op: RecordEvents) -> asyncio.Future[list[Receipt]]:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[list[Receipt]] = loop.create_future()
-
-        def reply(result: list[Receipt] | StoreError) -> None:
-            if future.done():
-                return  # the caller was cancelled; the transaction was not
-            if isinstance(result, StoreError):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-        self.store.post(op, reply, loop)
-        return future
+            if not call.receipts.done():  # else the caller was cancelled; the transaction was not
+                call.receipts.set_result(receipts)
 
     def _full(self, own: InFlight, events: int, size: int) -> StoreFull | None:
         if self.draining:

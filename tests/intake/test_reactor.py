@@ -16,7 +16,7 @@ import orjson
 import pytest
 
 from eventflow.core.clock import SystemClock
-from eventflow.core.errors import StoreFull
+from eventflow.core.errors import StoreError, StoreFull
 from eventflow.events.event import Event, Receipt
 from eventflow.intake.reactor import (
     FAIR_SHARE_FACTOR,
@@ -28,7 +28,7 @@ from eventflow.intake.reactor import (
 )
 from eventflow.routing.router import Router
 from eventflow.runs.run import Ids
-from eventflow.store.protocol import Op
+from eventflow.store.protocol import Op, RecordEvents
 from eventflow.store.sqlite import SqliteStore
 from tests.conftest import eventually
 from tests.triggers.serving import serving
@@ -49,6 +49,10 @@ class Gated(SqliteStore):
             self.waiting.append((op, reply, loop))
         else:
             super().post(op, reply, loop)
+
+    @property
+    def waiting_events(self) -> int:
+        return sum(len(op.arrivals) for op, _, _ in self.waiting if isinstance(op, RecordEvents))
 
     def open_gate(self) -> None:
         self.shut = False
@@ -226,11 +230,71 @@ def test_s11_a_flooded_webhook_keeps_no_other_out(tmp_path: Path):
             )
             answer = asyncio.create_task(client.post("/hooks/quiet", json={}))
             await eventually(
-                lambda: len(queue.store.waiting) == 6, "the other one's event is on its way"
+                lambda: queue.store.waiting_events == 5 * (MAX_EVENTS // 8) + 1,
+                "the other one's event is on its way",
             )
             queue.store.open_gate()
             assert (await answer).status_code == 202
             assert sorted([(await task).status_code for task in flood]) == [202] * 5 + [503] * 3
+
+    asyncio.run(main())
+
+
+# --------------------------------------------------------------------------- calls of one turn
+
+
+def test_p2_calls_of_one_turn_are_one_operation_with_the_receipts_of_each(tmp_path: Path):
+    """Concurrent calls of a trigger share one operation of the store; each gets the receipts of its
+    own items, in order, and the cursor is that of the last one.
+    """
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/many", verify="none", name="many")) as queue:
+            intake, health = queue.intake("many")
+            calls = [
+                asyncio.create_task(
+                    intake.accept(
+                        an_event(f"a-{n}"), an_event(f"b-{n % 10}"), cursor={"last": n, f"k{n}": n}
+                    )
+                )
+                for n in range(200)
+            ]
+            await eventually(lambda: bool(queue.store.waiting), "the calls are posted")
+            assert (len(queue.store.waiting), queue.store.waiting_events) == (1, 400)
+            queue.store.open_gate()
+            for n, receipts in enumerate(await asyncio.gather(*calls)):
+                assert [each.event_id for each in receipts] == [f"a-{n}", f"b-{n % 10}"]
+                assert [each.duplicate for each in receipts] == [False, n >= 10]
+            cursor = await intake.cursor()
+            assert cursor["last"] == 199 and len(cursor) == 201
+            assert (health.events, health.duplicates) == (210, 190)
+
+    asyncio.run(main())
+
+
+def test_p8_a_call_that_cannot_be_recorded_fails_alone(tmp_path: Path):
+    """A call with a cursor that no store can hold fails; those of the same turn are recorded."""
+    unstorable: Any = 1j
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/many", verify="none", name="many")) as queue:
+            intake, _ = queue.intake("many")
+            calls = [
+                asyncio.create_task(
+                    intake.accept(
+                        an_event(f"e-{n}"), cursor={f"at-{n}": unstorable if n == 2 else n}
+                    )
+                )
+                for n in range(5)
+            ]
+            await eventually(lambda: bool(queue.store.waiting), "the calls are posted")
+            queue.store.open_gate()
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            failed = [n for n, each in enumerate(results) if isinstance(each, StoreError)]
+            assert failed == [2]
+            assert await intake.cursor() == {f"at-{n}": n for n in (0, 1, 3, 4)}
+            queue.store.shut = True
+            assert await queue.offer("many", MAX_EVENTS + 1), "nothing is left in the queue"
 
     asyncio.run(main())
 
