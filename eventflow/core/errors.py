@@ -209,6 +209,11 @@ class NotStorable(RunError):
         self.found = found
 
     def __str__(self) -> str:
+        if ": argument " in self.path:
+            return (
+                f"{self.path} is a {self.found}, which has no lossless JSON form; pass plain data, "
+                "or annotate the parameter with a dataclass, a msgspec.Struct or a pydantic model"
+            )
         return (
             f"{self.path} is a {self.found}, which has no lossless JSON form; return plain data, "
             "or annotate the return type with a dataclass, a msgspec.Struct or a pydantic model; "

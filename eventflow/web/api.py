@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from eventflow.app import App
 from eventflow.core.declarations import declaration
+from eventflow.core.errors import StoreLocked, call_catching
 from eventflow.logs.log import get_logger
 from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
@@ -86,7 +87,7 @@ def make_asgi(
         hosts=allowed_hosts,
         open_paths=("/metrics",) if open_metrics else (),
         draining=api.is_draining,
-        unopened=api.is_unopened if manage else lambda: False,
+        unopened=api.is_unopened,
         clock=app.clock.monotonic,
     )
 
@@ -109,7 +110,7 @@ class Api:
     def __init__(self, app: App, draining: Callable[[], bool]) -> None:
         self.app = app
         self._stop_requested = draining
-        self._has_lifespan = False
+        self._was_opened = False
         self._has_warned = False
         self._token: str | None = None
         self._unknown_token: str = secrets.token_urlsafe(32)  # required until the App is open
@@ -151,13 +152,17 @@ class Api:
     @asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncGenerator[None]:
         """Opens the App, and the log store of its runs, on the server's own loop."""
-        self._has_lifespan = True
+        self._was_opened = True
         async with self.app:
             yield
 
     def is_unopened(self) -> bool:
-        """Whether the host never opened the App: requests come, and no lifespan was started."""
-        if self.app.is_open or self._has_lifespan:
+        """Whether the host never opened the App, and no other worker of it has the store."""
+        if self._was_opened:
+            return False
+        _, closed = call_catching(getattr, self.app, "runtime")
+        if closed is None or isinstance(closed, StoreLocked):
+            self._was_opened = True
             return False
         if not self._has_warned:
             self._has_warned = True

@@ -21,7 +21,7 @@ from eventflow import (
     sequence,
     task,
 )
-from eventflow.core.errors import BindingError, NotAsync
+from eventflow.core.errors import BindingError, NotAsync, NotStorable
 from eventflow.testing import MemoryTrigger, result_of, running
 from triggers import Bearer, Every, Webhook
 
@@ -167,6 +167,18 @@ async def test_parameters_of_a_start(args: Any, params: Any, message: str) -> No
             await opened.start(handle, *args, **params)
         with pytest.raises((UsageError, BindingError), match=message):
             await result_of(opened, handle, *args, **params)
+
+
+@pytest.mark.anyio
+async def test_an_argument_that_cannot_be_stored() -> None:
+    """The error for an argument without a JSON form speaks of the parameter, not of a result."""
+
+    @flow
+    async def takes(thing: Any) -> None: ...
+
+    async with running(App("mistaken")) as opened:
+        with pytest.raises(NotStorable, match="annotate the parameter"):
+            await opened.start(takes, thing=object())
 
 
 @pytest.mark.parametrize(

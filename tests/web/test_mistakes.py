@@ -131,7 +131,8 @@ async def test_a_webhook_without_hooks_in_its_path(tmp_path: Path):
         await asked(app, check, manage=False)
 
 
-async def test_a_mounted_app_that_nobody_opened(tmp_path: Path):
+@pytest.mark.parametrize("manage", [True, False])
+async def test_a_mounted_app_that_nobody_opened(tmp_path: Path, manage: bool):
     """An app whose host does not open it answers 503 and says once in the log what to write."""
 
     async def check(client: Client) -> None:
@@ -139,7 +140,6 @@ async def test_a_mounted_app_that_nobody_opened(tmp_path: Path):
             answer = await client.post("/hooks/orders", json={})
             assert answer.status_code == 503 and "not open" in answer.json()["detail"]
 
-    (line,) = [
-        line for line in await asked(shop(tmp_path), check) if line["event"] == "app.not_open"
-    ]
+    lines = await asked(shop(tmp_path), check, manage=manage)
+    (line,) = [line for line in lines if line["event"] == "app.not_open"]
     assert line["level"] == "error" and "async with app" in line["hint"]
