@@ -78,13 +78,14 @@ STOP_SECONDS = 1.0
 log = get_logger("eventflow.app")
 LOG_EVENTS = {
     "app.draining": (
-        "A stop was requested: no new events, no new runs; running attempts may finish."
+        "A stop was requested: no new events, no new runs; running attempts may end within the "
+        "grace period."
     ),
     "app.started": "The app accepts events and executes flows.",
     "app.stopped": "The app is stopped; unfinished attempts are recorded as interrupted.",
     "loop.exit_ignored": (
-        "User code on an event loop called `sys.exit()` or raised KeyboardInterrupt; the loop goes "
-        "on."
+        "User code on an event loop called `sys.exit()` or raised KeyboardInterrupt; the loop "
+        "continues."
     ),
     "store.prune_failed": "A retention step failed; it is tried again in a minute.",
 }

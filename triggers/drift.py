@@ -49,7 +49,8 @@ from triggers.signatures import Verify
 LOG_EVENTS = {
     "alert.ignored": "A request to a drift alert webhook is not an alert; `reason` says why.",
     "alert.fields_unknown": (
-        "An alert has fields that its event has not: they are dropped. Once for each set of names."
+        "An alert has fields that a `Drift` does not have; they are dropped. Logged once for each "
+        "set of names."
     ),
     "alert.truncated": (
         "Alertmanager left `count` alerts out of a message (its `max_alerts` setting)."

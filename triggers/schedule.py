@@ -41,13 +41,13 @@ from triggers._schedule.zones import instant_at, time_zone
 
 LOG_EVENTS = {
     "schedule.changed": (
-        "The rule of a schedule changed; occurrences missed under the old rule are not made up."
+        "The rule of a schedule changed; missed occurrences of the old rule do not fire."
     ),
     "schedule.cursor_in_future": (
         "The cursor of a schedule is ahead of the clock; nothing fires until `last` is past. "
         "Check the clock."
     ),
-    "schedule.ended": "A schedule has no further occurrence; it waits for an edit.",
+    "schedule.ended": "A schedule has no further occurrence.",
     "schedule.opened": "A schedule waits; `next` is its next occurrence.",
     "schedule.skipped": (
         "Missed occurrences do not fire (misfire policy); without `exact` there were more."

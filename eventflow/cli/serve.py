@@ -121,7 +121,7 @@ def with_options(*options: Any) -> Any:
     default=60.0,
     show_default=True,
     type=click.FloatRange(0, min_open=True),
-    help="End with code 70 when a loop or thread stands still for this many seconds.",
+    help="End with code 70 when a loop or thread does not respond for this many seconds.",
 )
 @click.option(
     "--dev",

@@ -60,11 +60,11 @@ LOG_EVENTS = {
         "An attempt of a task failed; `retry_in` is the delay before the next one, if any."
     ),
     "task.timeout_missed": (
-        "An async body blocked the event loop past its timeout, so that nothing could end it; its "
-        "value counts."
+        "An async body blocked the event loop past its timeout, so it could not be ended; its "
+        "value is kept."
     ),
     "task.thread_left_behind": (
-        "A plain body runs on after its timeout or cancel: `left_behind` counts such threads, "
+        "A plain body continues after its timeout or cancel: `left_behind` counts such threads, "
         "`spare` those that may still replace one."
     ),
     "task.hook_failed": (

@@ -63,9 +63,11 @@ MAX_UNWIND_ROUNDS = 3
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
     "flow.busy_loop": "A flow polls without waiting; a replay may see results in another order.",
-    "run.fenced": "The store refused a write for a run: another claim owns it, or storage failed.",
+    "run.fenced": (
+        "The store refused a write for a run: the run was claimed again, or storage failed."
+    ),
     "run.internal_error": (
-        "A defect in eventflow or in an object of the app stopped a run; the run is held."
+        "A defect in eventflow, or in an object of the app, stopped a run; the run is held."
     ),
     "journal.long": "The journal of a run has 10,000 entries; every resume reads all of it.",
 }

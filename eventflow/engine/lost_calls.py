@@ -21,8 +21,7 @@ MAX_LISTED = 10
 log = get_logger("eventflow.execution")
 LOG_EVENTS = {
     "call.cut_off": (
-        "A flow returned while calls were still running; they are abandoned, nothing of them is "
-        "recorded."
+        "A flow returned while calls were still running; they are abandoned and not recorded."
     ),
     "call.not_awaited": (
         "A flow made a call and never awaited it, so it did not run; `call` and `at` name it. With "

@@ -56,8 +56,8 @@ after every commit.
 log = get_logger("eventflow.reactor")
 LOG_EVENTS = {
     "event.conflicted": (
-        "A known event arrived with other content; the first one stands, this one is a dead letter"
-        " (of a drift alert, which is repeated with its current value, it is only counted)."
+        "A known event arrived with other content. The first one stays; the second is a dead "
+        "letter, or only counted if it is a drift alert, which is repeated with its current value."
     ),
     "event.recorded": "An event and its runs are durable in the ledger (debug).",
     "trigger.backpressure": "The ledger or the commit queue is full: events of a trigger wait.",

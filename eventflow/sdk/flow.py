@@ -64,8 +64,8 @@ T = TypeVar("T")
 log = get_logger("eventflow.flow")
 LOG_EVENTS = {
     "flow.called_directly": (
-        "A flow of an open App was called like a function, outside of a flow: nothing is recorded "
-        "of the call."
+        "A flow of an open App was called like a plain function, outside of a flow: the call is "
+        "not recorded."
     ),
 }
 

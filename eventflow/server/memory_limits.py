@@ -50,7 +50,7 @@ LOG_EVENTS = {
         "says why."
     ),
     "memory.limit_too_low": (
-        "The process started above a memory limit; it applies once memory was below it."
+        "The process started above a memory limit; the limit applies once memory was below it."
     ),
     "memory.recovered": "Memory is below the soft limit: runs start again.",
     "memory.soft_limit_exceeded": (

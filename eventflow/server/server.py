@@ -67,10 +67,10 @@ of the commit, for the response.
 log = get_logger("eventflow.server")
 LOG_EVENTS = {
     "server.failed": (
-        "A loop or thread of the server has ended or stands still (`reason`): the process ends."
+        "A loop or thread of the server has ended or does not respond (`reason`): the process ends."
     ),
     "server.stopping": "The server starts to stop; `reason` names the signal.",
-    "store.failed": "Storage failed: nothing more is acknowledged (P10).",
+    "store.failed": "Storage failed: nothing more is acknowledged, and the process ends.",
 }
 
 

@@ -40,7 +40,7 @@ CLOSE_TIMEOUT_SECONDS = 5.0
 log = get_logger("eventflow.outbox")
 LOG_EVENTS = {
     "sink.close_failed": "A sink did not close in time, or closing it failed.",
-    "sink.message_rejected": "A sink rejected a message for good; it became a dead letter.",
+    "sink.message_rejected": "A sink rejected a message permanently; it became a dead letter.",
     "sink.recovered": "A sink that had failed accepts messages again.",
     "sink.send_failed": (
         "Messages could not be sent to a sink; they stay in the outbox and are sent again."

@@ -49,7 +49,7 @@ from eventflow.web.responses import (
 log = get_logger("eventflow.web")
 LOG_EVENTS = {
     "app.not_open": (
-        "Requests come, but the host of `app.asgi()` never opened the app; they are answered 503."
+        "Requests arrive, but the host of `app.asgi()` never opened the app; they are answered 503."
     ),
 }
 

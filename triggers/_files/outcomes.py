@@ -21,7 +21,9 @@ from triggers._files.settling import FileStat, pack_mark
 from triggers._files.tree import Tree
 
 LOG_EVENTS = {
-    "file.outcome_unknown": ("The ledger no longer has the runs of a file; it stays where it is."),
+    "file.outcome_unknown": (
+        "The ledger no longer has the runs of a file; the file stays where it is."
+    ),
 }
 
 CHECK_INTERVAL_SECONDS = 0.5

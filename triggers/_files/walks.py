@@ -19,7 +19,7 @@ LOG_EVENTS = {
         "The first scan of a directory is complete; `known` and `pending` count its files."
     ),
     "file.unsettled": (
-        "A file has been growing or changing for long; it is not yet taken as complete."
+        "A file has been changing for a long time; it does not yet count as complete."
     ),
 }
 

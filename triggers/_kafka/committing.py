@@ -15,7 +15,8 @@ from triggers._kafka.positions import Positions
 
 LOG_EVENTS = {
     "kafka.commit_failed": (
-        "The group offset was not committed; the cursor in the ledger counts (debug)."
+        "The group offset was not committed; reading continues at the cursor in the ledger in any "
+        "case (debug)."
     ),
 }
 

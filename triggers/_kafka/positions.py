@@ -20,8 +20,8 @@ from triggers._kafka.options import KafkaOptions
 
 LOG_EVENTS = {
     "kafka.group_offset_behind": (
-        "The group offset was set back: the cursor decides, and no record is read twice. "
-        "`eventflow replay` passes recorded events to the flows again."
+        "The group offset was set back. Reading continues at the cursor, so that no record is read "
+        "twice; `eventflow replay` passes recorded events to the flows again."
     ),
     "kafka.group_offset_ahead": (
         "The group offset is ahead of the cursor (it was moved); reading continues from the "

@@ -39,8 +39,8 @@ from triggers._s3.prefixes import FolderEvents
 
 LOG_EVENTS = {
     "bucket.scan_unfinished": (
-        "A scan of the listing ended before its last page; nothing counts as removed, and another "
-        "scan starts in `retry_in` seconds."
+        "A listing ended before its last page; no object counts as removed, and another scan "
+        "starts in `retry_in` seconds."
     ),
     "bucket.initial_scan_completed": (
         "The first listing of a bucket is complete; `known` counts its objects."
