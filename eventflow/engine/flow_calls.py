@@ -67,19 +67,21 @@ class FlowCalls(ABC):
         run = self.run
         binder = self.flow.binder
         payloads = run.payloads or ((run.payload,) if run.payload is not None else ())
-        events = [Event.from_recorded(payload) for payload in payloads]
         journal = self.pending.journal
         enter_run(
             RunContext(
                 self.run_id,
                 self.flow.name,
-                events,
+                payloads,
                 self._read_context_time,
                 self.services.state,
                 journal.generation,
                 journal.seed,
             )
         )
+        if run.given is not None:
+            return self.flow.fn(**run.given)
+        events = [Event.from_recorded(payload) for payload in payloads]
         if run.params is not None:
             event = events[-1] if events else None
             arguments = binder.bind_params(orjson.loads(run.params), event)

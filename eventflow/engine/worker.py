@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreError, call_catching
+from eventflow.core.errors import StoreError
 from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.durations import Durations
@@ -309,10 +309,9 @@ class Worker:
                 run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
             )
             return
-        execution, fault = call_catching(
-            lambda: Execution(self._services, run, flow, Journal(entries), self._on_settled)
-        )
-        if execution is None:
+        try:
+            execution = Execution(self._services, run, flow, Journal(entries), self._on_settled)
+        except BaseException as fault:  # around a run: whatever keeps it from starting holds it
             self._hold(run, f"it cannot be started: {type(fault).__name__}: {fault}")
             return
         self.executions[run.id] = execution

@@ -27,6 +27,7 @@ import zlib
 from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from functools import cached_property
 from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 from eventflow.core.clock import SECOND
@@ -350,7 +351,6 @@ class FlowLoop(HostedLoop):
     _rounds = 0
     _pumping = False
     _closed = False
-    _callbacks: Scope | None = None  # of plain callbacks
 
     def __init__(self, host: LoopHost, outer: asyncio.AbstractEventLoop, run: int = 0) -> None:
         self.host = host
@@ -410,7 +410,7 @@ class FlowLoop(HostedLoop):
         """Runs `step` with this loop as the running one, also for async generators that flow code
         drops.
         """
-        outer = events._get_running_loop()
+        outer = self._outer if self._outer.is_running() else None
         hooks = sys.get_asyncgen_hooks()
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
@@ -486,11 +486,11 @@ class FlowLoop(HostedLoop):
     def current_scope(self) -> Scope:
         """The scope of the current task. Plain callbacks share one scope."""
         task = asyncio.current_task(self)
-        if isinstance(task, FlowTask):
-            return task.scope
-        if self._callbacks is None:
-            self._callbacks = Scope("~/")
-        return self._callbacks
+        return task.scope if isinstance(task, FlowTask) else self._callback_scope
+
+    @cached_property
+    def _callback_scope(self) -> Scope:
+        return Scope("~/")
 
     def create_task(  # type: ignore[override]
         self,

@@ -10,7 +10,7 @@ import asyncio
 import dis
 import inspect
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from datetime import datetime, timedelta
@@ -92,13 +92,23 @@ class RunContext:
     `state` is what the App's lifespan yielded.
     """
 
-    __slots__ = ("_body_random", "_events", "_flow_random", "_now", "_seed", "flow", "id", "state")
+    __slots__ = (
+        "_body_random",
+        "_events",
+        "_flow_random",
+        "_now",
+        "_payloads",
+        "_seed",
+        "flow",
+        "id",
+        "state",
+    )
 
     def __init__(
         self,
         ident: str,
         flow: str,
-        events: list[Event],
+        payloads: Sequence[bytes],
         now: Callable[[], int],
         state: Any,
         generation: int = 0,
@@ -107,7 +117,8 @@ class RunContext:
         self.id: str = ident
         self.flow: str = flow
         self.state: Any = state
-        self._events: list[Event] = events
+        self._payloads: Sequence[bytes] = payloads
+        self._events: list[Event] | None = None  # decoded when somebody asks
         self._now: Callable[[], int] = now
         seed = repeats or ident  # a run that repeats another from a call draws its numbers
         self._seed: str = f"{seed}~{generation}" if generation else seed
@@ -131,7 +142,7 @@ class RunContext:
     @property
     def event(self) -> Event | None:
         """The event that started the run, the newest of several; None for a child run."""
-        events = self._events
+        events = self._decode_events()
         return events[-1] if events else None
 
     @property
@@ -140,7 +151,12 @@ class RunContext:
 
         One, or several with `app.on(deliver=)`, or none for a child run.
         """
-        return list(self._events)
+        return list(self._decode_events())
+
+    def _decode_events(self) -> list[Event]:
+        if self._events is None:
+            self._events = [Event.from_recorded(payload) for payload in self._payloads]
+        return self._events
 
     @property
     def now(self) -> datetime:
