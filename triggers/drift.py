@@ -222,12 +222,13 @@ class DriftAlert(Endpoint):
 
 
 def _event_id(drift: Drift, body: bytes, signed_id: str | None) -> str | None:
-    """The id of an alert without an identity: MLflow's is the delivery's, that of a report without
-    a time is the hash of the body. Else None.
+    """The id of an alert without an identity: MLflow's is the delivery's, that of a report or tag
+    without a time is the hash of the body. Else None.
     """
-    if drift.sender == "mlflow":
+    if drift.sender == "mlflow" and signed_id:
         return signed_id
-    return body_id(body) if drift.sender == "evidently" and drift.starts_at is None else None
+    has_identity = drift.sender not in ("evidently", "mlflow") or drift.starts_at is not None
+    return None if has_identity else body_id(body)
 
 
 def parse_alerts(body: bytes, fields: Mapping[str, str] | None = None) -> Sequence[Drift]:

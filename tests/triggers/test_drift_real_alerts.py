@@ -150,6 +150,88 @@ def test_a_sender_that_cannot_judge_is_no_drift(special: dict[str, Any]):
     over_http(test)
 
 
+@pytest.mark.parametrize(
+    "special",
+    [
+        {"labels": {"alertname": "DatasourceNoData", "datasource_uid": "u", "rulename": "age"}},
+        {"labels": {"alertname": "DatasourceError", "grafana_folder": "ml", "rulename": "age"}},
+        {"annotations": {"grafana_state_reason": "Error"}},
+    ],
+)
+def test_grafana_through_an_alertmanager(special: dict[str, Any]):
+    """What Grafana cannot judge is no drift either when an external Alertmanager forwards it."""
+
+    async def test(hook: Hook) -> None:
+        for status in ("firing", "resolved"):
+            await hook.post(group(alert(status=status) | special, version="4"))
+        assert [event.type for event in hook.events] == ["drift.nodata", "drift.resolved"]
+
+    over_http(test)
+
+
+@pytest.mark.parametrize("version", [{"version": 4}, {"version": None}, {}])
+def test_a_group_needs_no_version(version: dict[str, Any]):
+    """Senders of Alertmanager's shape that leave its version out, or write it as a number, are
+    read like it.
+    """
+
+    async def test(hook: Hook) -> None:
+        body = group(alert())
+        del body["version"]
+        assert (await hook.post(body | version)).status_code == 202
+        assert hook.event.data["sender"] == "alertmanager"
+
+    over_http(test)
+
+
+@pytest.mark.parametrize(
+    ("body", "options"),
+    [
+        (group(alert() | {"labels": {"model": None, "severity": None}}, version="4"), {}),
+        ({"model": "prices", "severity": None, "labels": {"a": None}}, {}),
+        ({"f": "age", "m": None}, {"fields": {"feature": "/f", "model": "/m?"}}),
+    ],
+    ids=["labels", "own schema", "pointers"],
+)
+def test_null_is_absent(body: dict[str, Any], options: dict[str, Any]):
+    """A field that is null is left out; it is never the text "None"."""
+
+    async def test(hook: Hook) -> None:
+        assert (await hook.post(body)).status_code == 202
+        assert "none" not in json.dumps(hook.event.data).lower()
+        assert hook.event.data["severity"] == "warning"
+
+    over_http(test, **options)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({**ALARM, "StateChangeTime": None}, "the time of the state's change"),
+        (group(alert() | {"startsAt": "0001-01-01T00:00:00Z"}, version="4"), "startsAt"),
+    ],
+)
+def test_an_alert_without_its_start_is_a_dead_letter(body: dict[str, Any], reason: str):
+    """Without a start every later alert would count as a repetition of the first one."""
+
+    async def test(hook: Hook) -> None:
+        await hook.post(body)
+        assert not hook.events and reason in hook.dead_letters[0].error
+
+    over_http(test)
+
+
+def test_own_alerts_with_numbers_as_text():
+    """Numbers that a sender writes as text are numbers, and labels of any type are texts."""
+
+    async def test(hook: Hook) -> None:
+        body = {"model": "prices", "statistic": "0.31", "labels": {"chunk": 7}}
+        assert (await hook.post(body)).status_code == 202
+        assert (hook.event.data["statistic"], hook.event.data["labels"]) == (0.31, {"chunk": "7"})
+
+    over_http(test)
+
+
 def test_names_of_one_sender_mean_nothing_from_another():
     """A rule of Prometheus may have any name: only Grafana's own alerts are special."""
 
@@ -278,6 +360,67 @@ def test_a_column_without_a_statistic_costs_itself_only(name: str):
         assert (await hook.post(body)).status_code == 202
         data = hook.event.data
         assert (data["status"], sorted(data["features"])) == (status, features)
+
+    over_http(test)
+
+
+ODD_METRICS = [None, "text", {"config": "text"}, {"metric": "M", "config": [1]}, 5]
+FLAG = {"drift_score": 0.01, "stattest_threshold": 0.1, "drift_detected": "False"}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "status"),
+    [
+        ([*ODD_METRICS, *json.loads(evidently("0.4"))["metrics"]], "detected"),
+        ([{"result": None}, {"result": {"drift_by_columns": {"a": FLAG, "b": None}}}], "resolved"),
+        (
+            [{"result": {"drift_by_columns": {"a": {**FLAG, "drift_detected": "True"}}}}],
+            "detected",
+        ),
+    ],
+    ids=["odd metrics", "a false flag as text", "a true flag as text"],
+)
+def test_an_odd_metric_costs_itself_only(metrics: list[Any], status: str):
+    """A metric of unknown form does not make the report unreadable, and numpy's booleans, which
+    `json.dumps(…, default=str)` writes as text, mean what they say.
+    """
+
+    async def test(hook: Hook) -> None:
+        assert (await hook.post({"metrics": metrics})).status_code == 202
+        assert hook.event.data["status"] == status
+
+    over_http(test)
+
+
+def test_chunks_without_times_are_told_apart_by_their_content():
+    """Without timestamps a chunk's key counts rows, and is the same in each report: another content
+    is another event, the same one a repetition.
+    """
+    row = {"chunk_key": "[0:999]", "chunk_end_date": "NaT", "age_jensen_shannon_alert": "True"}
+
+    async def test(hook: Hook) -> None:
+        for value, status in ((0.4, 202), (0.4, 200), (0.5, 202)):
+            rows = [{**row, "age_jensen_shannon_value": value}]
+            assert (await hook.post({"chunks": rows})).status_code == status
+        calm = {**row, "age_jensen_shannon_alert": "False", "age_jensen_shannon_value": 0.1}
+        assert (await hook.post({"chunks": [calm]})).status_code == 202
+        assert [event.data["status"] for event in hook.events] == [
+            "detected",
+            "detected",
+            "resolved",
+        ]
+
+    over_http(test)
+
+
+def test_tags_without_a_time_are_told_apart_by_their_content():
+    """MLflow's tag without a time and a signed delivery is the same event if its body is."""
+
+    async def test(hook: Hook) -> None:
+        for version, status in (("1", 202), ("1", 200), ("2", 202)):
+            data = {"name": "m", "version": "7", "key": "drift", "value": "0.3", "run": version}
+            body = {"entity": "model_version_tag", "action": "set", "data": data}
+            assert (await hook.post(body)).status_code == status
 
     over_http(test)
 

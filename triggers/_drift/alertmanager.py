@@ -2,10 +2,11 @@
 
 Each alert of a group is one `Drift`. A group mixes firing and resolved alerts and is repeated every
 `repeat_interval`. An alert must have what its identity needs: labels or a fingerprint, a status and
-its start; anything else that is missing or odd is left out. Grafana also sends alerts about its
-own rules (`SPECIAL_ALERTS`, `SPECIAL_REASONS`): while they fire it cannot tell whether there is
-drift, so they are `nodata`, and resolved when they end. Model, feature and so on are in labels and
-annotations of conventional names (`MODEL` … below), or where `fields=` of `DriftAlert` says.
+its start; anything else that is missing or odd is left out. Grafana also sends alerts about its own
+rules (`SPECIAL_ALERTS`, `SPECIAL_REASONS`), itself or through an Alertmanager: while they fire it
+cannot tell whether there is drift, so they are `nodata`, and resolved when they end. Model, feature
+and so on are in labels and annotations of conventional names (`MODEL` … below), or where `fields=`
+of `DriftAlert` says.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,9 @@ SPECIAL_REASONS = ("NoData", "Error")
 annotation `grafana_state_reason`.
 """
 
+GRAFANA_LABELS = ("grafana_folder", "datasource_uid")
+"""Labels that only Grafana gives: they show its alerts when an Alertmanager forwards them."""
+
 
 def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
     """One alert of a group; ValueError names what is missing."""
@@ -44,6 +48,8 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
     if found == "detected" and _is_special(sender, labels, annotations):
         found = "nodata"
     starts = moment(text(alert.get("startsAt"), f"{where}/startsAt"), f"{where}/startsAt")
+    if starts is None:
+        raise ValueError(f"{where}/startsAt: expected a start, found the time that means none")
     feature = first(labels, FEATURE)
     return Drift(
         status=found,
@@ -67,10 +73,10 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
 
 
 def _is_special(sender: str, labels: Mapping[str, str], annotations: Mapping[str, str]) -> bool:
-    return sender == "grafana" and (
-        labels.get("alertname") in SPECIAL_ALERTS
-        or annotations.get("grafana_state_reason") in SPECIAL_REASONS
-    )
+    if annotations.get("grafana_state_reason") in SPECIAL_REASONS:
+        return True
+    is_grafana = sender == "grafana" or any(name in labels for name in GRAFANA_LABELS)
+    return is_grafana and labels.get("alertname") in SPECIAL_ALERTS
 
 
 def _end(alert: Mapping[str, Any]) -> datetime | None:

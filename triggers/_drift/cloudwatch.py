@@ -130,6 +130,8 @@ def _reason_data(state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _drift_of(alarm: _Alarm) -> Drift:
     at = moment(alarm.since, "the time of the state's change")
+    if at is None:
+        raise ValueError("the time of the state's change: expected a time, found none")
     found = status(alarm.state, "the alarm's state")
     if found == "detected" and _MISSING.search(alarm.reason):
         found = "nodata"

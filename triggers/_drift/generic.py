@@ -42,9 +42,9 @@ def read_generic(body: Mapping[str, Any]) -> Drift:
     known = {name: body[name] for name in Drift.__struct_fields__ if body.get(name) is not None}
     if not any(known.get(name) for name in ("model", "feature", "fingerprint")):
         raise ValueError('expected "model", "feature" or "fingerprint", found none of them')
-    known["status"] = status(known.get("status", "detected"), "status")
-    for name in TIMES & known.keys():
-        known[name] = moment(known[name], name)
+    read = (NUMBERS | TIMES | MAPPINGS | {"status"}) & known.keys()
+    known |= {name: _fit(name, known[name]) for name in read}
+    known.setdefault("status", "detected")
     return _complete(known, body, "generic")
 
 
@@ -58,9 +58,11 @@ def mapped(body: Any, fields: Mapping[str, str], over: Drift | None = None) -> D
         try:
             value = point(body, pointer.removesuffix("?"))
         except MissingField:
+            value = None
+        if value is None:
             if pointer.endswith("?"):
                 continue
-            raise ValueError(f"{name}: expected something at {pointer!r}, found nothing") from None
+            raise ValueError(f"{name}: expected something at {pointer!r}, found nothing")
         found[name] = _fit(name, value)
     if over is None:
         found.setdefault("status", "detected")

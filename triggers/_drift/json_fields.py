@@ -80,10 +80,11 @@ def text(value: Any, where: str) -> str:
 
 
 def texts(value: Any, where: str) -> dict[str, str]:
-    """An object of texts; other values as text. Absent is empty."""
+    """An object of texts; other values as text. Absent is empty, and null is absent."""
     return {
         str(key): each if isinstance(each, str) else f"{each}"
         for key, each in table(value or {}, where).items()
+        if each is not None
     }
 
 
@@ -96,6 +97,11 @@ def number(value: Any) -> float | None:
     except (ValueError, OverflowError):
         return None
     return found if math.isfinite(found) else None
+
+
+def truth(value: Any) -> bool:
+    """A flag, also as the text that Python writes of numpy's: `"False"` is false."""
+    return value.lower() == "true" if isinstance(value, str) else bool(value)
 
 
 def moment(value: Any, where: str) -> datetime | None:

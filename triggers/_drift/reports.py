@@ -14,8 +14,15 @@ from typing import Any
 
 import msgspec
 
-from triggers._drift.json_fields import fields_of, listed, moment, number, table, text
-from triggers._drift.schema import Drift, DriftFinding, DriftWindow, Status, short_hash
+from triggers._drift.json_fields import fields_of, listed, moment, number, text, truth
+from triggers._drift.schema import (
+    Drift,
+    DriftFinding,
+    DriftWindow,
+    Status,
+    short_hash,
+    short_json_hash,
+)
 
 DRIFT_SHARE = 0.5
 """Evidently's default: the share of drifted columns from which the data set has drifted."""
@@ -44,7 +51,7 @@ def read_evidently(report: Mapping[str, Any]) -> Drift:
     """A report's `.json()` or `.dict()`, of 0.7 (`metric_name`, `config`, `value`) or of 0.4 to 0.6
     (`metric`, `result`).
     """
-    metrics = [table(each, "metrics") for each in listed(report["metrics"], "metrics")]
+    metrics = [fields_of(each) for each in listed(report["metrics"], "metrics")]
     share, limit, columns = (
         _legacy(metrics) if any("result" in each for each in metrics) else _current(metrics)
     )
@@ -72,7 +79,7 @@ def _current(
     limit = DRIFT_SHARE
     columns = list[ColumnResult]()
     for metric in metrics:
-        config = table(metric.get("config") or {}, "metrics/config")
+        config = fields_of(metric.get("config"))
         kind = str(config.get("type") or metric.get("metric_name") or "")
         if "DriftedColumnsCount" in kind:
             share = number(fields_of(metric.get("value")).get("share"))
@@ -94,11 +101,11 @@ def _legacy(metrics: Sequence[Mapping[str, Any]]) -> tuple[float | None, float, 
     limit = DRIFT_SHARE
     columns = dict[str, ColumnResult]()
     for metric in metrics:
-        result = table(metric.get("result") or {}, "metrics/result")
+        result = fields_of(metric.get("result"))
         if "share_of_drifted_columns" in result:
             share = number(result["share_of_drifted_columns"])
             limit = number(result.get("drift_share")) or limit
-        for column, each in table(result.get("drift_by_columns") or {}, "drift_by_columns").items():
+        for column, each in fields_of(result.get("drift_by_columns")).items():
             one = fields_of(each)
             score = number(one.get("drift_score"))
             threshold = number(one.get("stattest_threshold"))
@@ -128,7 +135,7 @@ def _column_result(
         statistic=found,
         threshold=threshold,
         p_value=p,
-        drifted=below if drift_detected is None else bool(drift_detected),
+        drifted=below if drift_detected is None else truth(drift_detected),
     )
 
 
@@ -172,13 +179,16 @@ def read_chunk(report: Mapping[str, Any], row: Mapping[str, Any]) -> Drift:
     share = len(findings) / judged if judged else None
     status = "nodata" if not judged else "detected" if findings else "resolved"
     drift = _report("nannyml", report, findings, share, status)
+    starts_at = window.end or drift.starts_at
+    # Without a time a chunk's key (rows 0 to 999) is that of another chunk in the next report.
+    content = (short_json_hash(row),) if starts_at is None else ()
     return msgspec.structs.replace(
         drift,
         current=window,
         labels={"chunk": name},
         segment=drift.segment or name,
-        starts_at=window.end or drift.starts_at,
-        fingerprint=short_hash(drift.fingerprint, name),
+        starts_at=starts_at,
+        fingerprint=short_hash(drift.fingerprint, name, *content),
     )
 
 
@@ -196,7 +206,11 @@ def _worst(columns: Iterable[ColumnResult]) -> Iterable[ColumnResult]:
 
 
 def _dated(value: Any) -> Any:
-    """pandas writes times without a zone, or as milliseconds since 1970; both are UTC."""
+    """pandas writes times without a zone, or as milliseconds since 1970; both are UTC. Its `NaT`
+    is no time.
+    """
+    if value == "NaT":
+        return None
     if isinstance(value, int) and not isinstance(value, bool):
         try:
             return datetime.fromtimestamp(value / 1000, UTC).isoformat()
@@ -219,7 +233,7 @@ def _columns(row: Mapping[str, Any]) -> Iterator[ColumnResult]:
                 metric=method,
                 statistic=number(row.get(f"{stem}_value")),
                 threshold=lower if upper is None else upper,
-                drifted=bool(alert),
+                drifted=truth(alert),
             )
 
 

@@ -137,8 +137,9 @@ def _is_chunks(rows: Sequence[Any]) -> bool:
 def _parse_group(message: Mapping[str, Any], fields: Mapping[str, str]) -> ParsedBody:
     """A group of Alertmanager, or of Grafana, which also has an `orgId`."""
     sender = "grafana" if "orgId" in message else "alertmanager"
-    if sender == "alertmanager" and message.get("version") != "4":
-        raise ValueError(f'version: expected Alertmanager\'s "4", found {message.get("version")!r}')
+    version = message.get("version")
+    if sender == "alertmanager" and version is not None and str(version) != "4":
+        raise ValueError(f'version: expected Alertmanager\'s "4", found {version!r}')
 
     def one(alert: Any, where: str) -> Drift:
         found = read_alert(table(alert, where), where, sender)
