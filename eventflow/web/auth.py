@@ -5,7 +5,8 @@
 verify their senders themselves. Every other path, known or not, requires a Host on the allow-list
 (421), then the token (401), then for a change a same-site request (403). Only below `/hooks/`,
 where senders have no token, an unknown path is answered 404. While the server drains, requests that
-bring new work are answered 503 here.
+bring new work are answered 503 here. A trigger's endpoint with a fixed path is called from here,
+before routing and middleware.
 """
 
 import asyncio
@@ -16,13 +17,20 @@ from hashlib import sha256
 from ipaddress import IPv6Address
 from typing import Any, Final
 
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from eventflow.core.errors import UsageError
 from eventflow.logs.repeated import RepeatedLines
-from eventflow.web.responses import client_address, error_json, log_refused, unavailable
+from eventflow.web.responses import (
+    client_address,
+    error_json,
+    internal_error,
+    log_refused,
+    unavailable,
+)
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/healthz", "/readyz")
@@ -58,6 +66,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._routes = routes
+        self._endpoints = endpoints_by_path(routes)
         self._token = token
         self._hosts: frozenset[str] = frozenset(map(allowed_host, (*LOOPBACK, *hosts)))
         self._open_paths: frozenset[str] = frozenset((*OPEN_PATHS, *open_paths))
@@ -67,6 +76,11 @@ class Guard:
         self._rejections = RepeatedLines(_write_rejection)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            endpoint = self._endpoints.get(route_path(scope))
+            if endpoint is not None and not self._draining() and not self._unopened():
+                await endpoint(scope, receive, send)
+                return
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -136,6 +150,20 @@ class Guard:
         if " " in given:
             await self._failed_logins.note(client_address(scope))
         return False
+
+
+def endpoints_by_path(routes: Collection[BaseRoute]) -> dict[str, ASGIApp]:
+    """The endpoints that are ASGI apps for all methods of one path without parameters, as those of
+    `triggers`; with the same answer as others to an error of our own. The first one has the path.
+    """
+    found: dict[str, ASGIApp] = {}
+    for route in routes:
+        if not isinstance(route, Route) or route.methods is not None or "{" in route.path:
+            break  # routing asks the routes in order: it must ask this one, and those after it
+        if route.app is not route.endpoint:
+            break
+        found.setdefault(route.path, ServerErrorMiddleware(route.app, internal_error))
+    return found
 
 
 def _write_rejection(_: int, count: int, fields: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """A webhook behind a real server: uvicorn on a free port, on the test's loop, with the app's
-routes mounted as the app does. Tests talk to it over TCP, with a client or by hand (`raw`) where a
-client would be too well-behaved.
+routes behind the guard and mounted as the app does. Tests talk to it over TCP, with a client or by
+hand (`raw`) where a client would be too well-behaved.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
+from eventflow.web.auth import Guard
 from tests.conftest import eventually
 
 
@@ -22,8 +23,18 @@ async def serving(routes: Sequence[BaseRoute]) -> AsyncIterator[int]:
     """The port of a server with these routes."""
     app = Starlette(routes=list(routes))
     app.router.redirect_slashes = False
-    config = uvicorn.Config(
+    guard = Guard(
         app,
+        routes=routes,
+        token=lambda: None,
+        hosts=(),
+        open_paths=(),
+        draining=lambda: False,
+        unopened=lambda: False,
+        clock=time.monotonic,
+    )
+    config = uvicorn.Config(
+        guard,
         host="127.0.0.1",
         port=0,
         log_level="error",

@@ -10,8 +10,9 @@ from typing import Any
 import httpx2
 import pytest
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from eventflow import App, flow
+from eventflow import App, Intake, flow
 from eventflow.core.errors import UsageError
 from eventflow.web.api import Api, make_asgi
 from eventflow.web.auth import constant_time_equal, host_name
@@ -513,5 +514,41 @@ def test_lifespan_opens_and_closes(tmp_path: Path):
             inbox.put_nowait({"type": "lifespan.shutdown"})
             await lifespan
             assert not app.is_open
+
+    asyncio.run(go())
+
+
+class Broken:
+    """A trigger whose endpoint has a defect."""
+
+    name = "broken"
+
+    @property
+    def routes(self) -> list[Route]:
+        return [Route("/hooks/broken", self)]
+
+    async def listen(self, intake: Intake) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise RuntimeError("a secret")
+
+
+def test_s26_a_defect_of_an_endpoint_is_answered_without_its_text(tmp_path: Path):
+    """A trigger's endpoint that raises is answered 500 in JSON, with an id and no more."""
+
+    async def go() -> None:
+        app = App("shop", store=f"sqlite:///{tmp_path / 'a.db'}")
+        app.on(Broken(), note)
+        async with app:
+            transport = httpx2.ASGITransport(
+                make_asgi(app, manage=False), raise_app_exceptions=False
+            )
+            async with httpx2.AsyncClient(
+                transport=transport, base_url="http://localhost"
+            ) as client:
+                answer = await client.post("/hooks/broken", json={})
+                assert answer.status_code == 500 and answer.json()["error"] == "internal"
+                assert "secret" not in answer.text
 
     asyncio.run(go())
