@@ -25,7 +25,7 @@ from eventflow.cli.client import (
     quoted,
 )
 from eventflow.cli.output import note, plural, write_result
-from eventflow.cli.progress import Progress
+from eventflow.cli.progress import stderr_progress
 from eventflow.core.errors import UsageError
 
 REQUEST_BATCH_SIZE = 100
@@ -233,7 +233,7 @@ class _Counts:
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._bar = Progress("backfilling", total)
+        self._bar = stderr_progress("backfilling", total)
         self._started = 0
         self._known = 0
         self._states: Counter[str] = Counter()

@@ -19,7 +19,8 @@ from eventflow.cli.client import (
 )
 from eventflow.cli.output import fields_text, note, table, terminal_width, write_result
 from eventflow.cli.run_text import event_text, last_part, run_text
-from eventflow.cli.times import age_text, check_order, duration_text, parse_moment, zone_name
+from eventflow.cli.times import age_text, check_order, parse_moment, zone_name
+from eventflow.core.clock import duration_text
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
 from eventflow.logs.output import format_line, make_style

@@ -57,15 +57,20 @@ class Reloader:
             yield changed
 
     def repeat(self) -> int:
-        """Run this command without `--watch`, now and after every change, until Ctrl-C."""
+        """Run this command without `--watch`, now and after every change, until Ctrl-C. A change
+        during a run repeats it when it has ended.
+        """
         arguments = [arg for arg in sys.argv[1:] if arg != "--watch"]
         command = [sys.executable, "-m", "eventflow", *arguments]
         stop_on(self.stop, signal.SIGTERM)
-        code = subprocess.run(command, check=False).returncode
+        process = subprocess.Popen(command)
         for changed in filter(None, self.changes()):
+            process.wait()
             note(f"{', '.join(sorted(changed))} changed")
-            code = subprocess.run(command, check=False).returncode
-        return code
+            process = subprocess.Popen(command)
+        if self.stop.is_set():
+            process.terminate()
+        return process.wait()
 
 
 def _version_of(path: str) -> tuple[int, int, int] | None:

@@ -135,7 +135,7 @@ async def _start(request: RunRequest, app: App) -> RunHandle[Any]:
 
 
 async def _print_outcome(app: App, run: RunHandle[Any], flow: str, as_json: bool) -> int:
-    """Wait for the run of `flow` and print its result as the flow's codec encoded it. The exit code."""
+    """Wait for the run and print its result as the flow's codec encoded it. The exit code."""
     note(f"run {run.id}")
     outcome = await outcome_with_progress(app, run.number, flow)
     match outcome:

@@ -13,7 +13,8 @@ import click
 import orjson
 
 from eventflow.cli.output import fields_text, table
-from eventflow.cli.times import age_text, duration_text, instant_text, seconds_since
+from eventflow.cli.times import age_text, instant_text, seconds_since
+from eventflow.core.clock import duration_text
 from eventflow.logs.redaction import escape_controls_by_line
 
 GROUP_SIZE = 12

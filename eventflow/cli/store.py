@@ -22,7 +22,7 @@ from eventflow.cli.client import (
     store_path,
 )
 from eventflow.cli.output import table, terminal_width, write_result
-from eventflow.cli.progress import Progress
+from eventflow.cli.progress import count_seconds
 from eventflow.cli.target import load_app
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import EventflowError, UsageError
@@ -219,10 +219,8 @@ async def _ledger(location: LedgerLocation) -> list[DoctorFinding]:
         if api.is_read_only:
             why = "not checked: another process has it open; stop that first"
             return [DoctorFinding("ledger", None, why)]
-        with Progress("checking the ledger", None, " s") as progress:
-            wrong: list[str] = (await progress.while_waiting(api.get("/api/check", timeout=None)))[
-                "wrong"
-            ]
+        check = api.get("/api/check", timeout=None)
+        wrong: list[str] = (await count_seconds("checking the ledger", check))["wrong"]
         counts: dict[str, int] = await api.get("/api/counts")
     found = [DoctorFinding("ledger", False, sentence, 65) for sentence in wrong]
     totals = ", ".join(

@@ -90,22 +90,6 @@ def _coarse(seconds: float) -> str:
     return f"{int(seconds)} s"
 
 
-def duration_text(seconds: float | None) -> str | None:
-    """`310 ms`, `12.4 s`, `3 m 12 s`, `2 h 5 m`, `2 d 4 h`; None for None."""
-    if seconds is None:
-        return None
-    if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "<1 ms"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} m {whole % 60} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60} m"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
-
-
 def _parse_age(text: str) -> timedelta | None:
     found = _AGE.fullmatch(text)
     if found is None or not text:

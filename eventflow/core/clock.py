@@ -34,6 +34,22 @@ def in_seconds(us: int) -> float:
     return us / SECOND if us % SECOND else us // SECOND
 
 
+def duration_text(seconds: float | None) -> str | None:
+    """`310 ms`, `12.4 s`, `3 m 12 s`, `2 h 5 m`, `2 d 4 h`; None for None."""
+    if seconds is None:
+        return None
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.001 else "<1 ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} m"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
 def to_datetime(us: int) -> datetime:
     """An instant as an aware UTC datetime."""
     return datetime.fromtimestamp(us // SECOND, UTC).replace(microsecond=us % SECOND)

@@ -45,6 +45,7 @@ class StreamCapture:
     def write(self, text: str) -> int:
         context = log_context.get()
         if context is None or self._echo:
+            self._output.erase_progress()
             self._original.write(text)
         if context is not None:
             self._split(context, text)

@@ -119,7 +119,12 @@ log_context: ContextVar[LogContext | None] = ContextVar("eventflow_log_context",
 class DirectHandler(logging.Handler):
     """A handler that takes eventflow's lines without a `LogRecord`, which would double
     their cost.
+
+    `progress_display`, if it has a terminal: shows a text below the lines, or removes it when
+    empty. The first argument says whose it is.
     """
+
+    progress_display: Callable[[object, str], None] | None = None
 
     def write_line(
         self,
@@ -130,6 +135,12 @@ class DirectHandler(logging.Handler):
         context: LogContext | None,
     ) -> None:
         raise NotImplementedError
+
+
+def direct_handler() -> DirectHandler | None:
+    """The one that `configure` has installed."""
+    handlers = LOGGER.handlers
+    return handlers[0] if handlers and isinstance(handlers[0], DirectHandler) else None
 
 
 class Log(structlog.BoundLoggerBase):
@@ -162,8 +173,7 @@ class Log(structlog.BoundLoggerBase):
         self._log(logging.ERROR, event, args, {"exc_info": True, **fields})
 
     def _log(self, level: int, event: str, args: tuple[Any, ...], fields: dict[str, Any]) -> None:
-        handlers = LOGGER.handlers
-        direct = handlers[0] if handlers and isinstance(handlers[0], DirectHandler) else None
+        direct = direct_handler()
         context = log_context.get()
         to_host = direct is None and self._logger.isEnabledFor(level)
         if direct is None:

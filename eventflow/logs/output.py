@@ -22,7 +22,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import Clock
-from eventflow.core.columns import display_width
+from eventflow.core.columns import clip, display_width
 from eventflow.core.forks import call_in_forked_children
 from eventflow.logs.log import (
     DirectHandler,
@@ -32,6 +32,7 @@ from eventflow.logs.log import (
     render_line,
     short_repr,
 )
+from eventflow.logs.progress import can_redraw
 from eventflow.logs.redaction import (
     Redactor,
     escape_controls,
@@ -46,6 +47,8 @@ some thousand lines.
 
 MAX_QUEUED_BYTES: Final = 8 << 20
 """Bytes that may wait for a stuck stream: some 30,000 lines."""
+
+ERASE_LINE: Final = b"\r\x1b[K"
 
 _RECORD_ATTRIBUTES: Final = frozenset(
     {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}
@@ -80,11 +83,15 @@ class LogOutput(DirectHandler):
         self._flush_now = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
+        self._bars: dict[object, str] = {}  # the one that changed last at the end
+        self._drawn: str = ""  # the bar that is on the terminal, below the last line
         if stream is None:
             return
         self._write = make_writer(stream)
         if pretty if pretty is not None else stream.isatty():
             self._style = make_style(stream)
+            if can_redraw(stream):
+                self.progress_display = self._show_progress
         self._thread = threading.Thread(target=self._run, name="eventflow-log-output", daemon=True)
         self._thread.start()
         call_in_forked_children(self._after_fork)
@@ -112,6 +119,19 @@ class LogOutput(DirectHandler):
             self._flush_now.set()
         if self._thread is None:
             self.flush()
+
+    def _show_progress(self, bar: object, text: str) -> None:
+        self._bars.pop(bar, None)
+        if text:
+            self._bars[bar] = text
+        self._flush_now.set()
+        self._has_lines.set()
+
+    def erase_progress(self) -> None:
+        """Before somebody else writes to the terminal. The bar is back with its next change."""
+        if self._drawn:
+            with self._write_lock:
+                self._redraw(b"", "")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record of `logging`, from the user's code or a library, with its `extra=`
@@ -166,12 +186,21 @@ class LogOutput(DirectHandler):
                 dropped = self._dropped
                 self._dropped -= dropped
                 chunk += self._dropped_line(dropped)
-            if chunk:
-                self._write(chunk)
+            self._redraw(chunk, next(reversed(list(self._bars.values())), ""))
         except (OSError, ValueError):
             pass  # the disk is full, or the stream is closed
         finally:
             self._write_lock.release()
+
+    def _redraw(self, lines: bytes, bar: str) -> None:
+        """Write lines above the bar. Call it with the lock."""
+        if self._drawn and (lines or bar != self._drawn):
+            lines = ERASE_LINE + lines
+        elif not lines and bar == self._drawn:
+            return
+        width = self._style.width() if self._style is not None else None
+        self._drawn = bar
+        cast(Callable[[bytes], None], self._write)(lines + clip(bar, (width or 80) - 1).encode())
 
     def _dropped_line(self, dropped: int) -> bytes:
         line = render_line(
@@ -186,6 +215,7 @@ class LogOutput(DirectHandler):
         return self._format(line) if self._style is not None else line
 
     def close(self) -> None:
+        self._bars.clear()
         self._closing.set()
         self._flush_now.set()
         self._has_lines.set()
@@ -204,6 +234,9 @@ class LogOutput(DirectHandler):
         self._flush_now = threading.Event()
         self._closing = threading.Event()
         self._thread = None
+        self._bars = {}
+        self._drawn = ""
+        self.progress_display = None
         self._queue = []
         self._queued_bytes = 0
 

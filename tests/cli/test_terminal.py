@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eventflow.cli.progress import Progress
-from eventflow.cli.times import duration_text
+from eventflow.core.clock import duration_text
+from eventflow.logs.progress import Progress
 from eventflow.runs.run import Ids, format_id
 from tests.conftest import wait_until
 from tests.server_process import EventflowProcess, command, environment, eventflow, serving
@@ -233,6 +233,6 @@ def test_durations_and_bars():
     assert [duration_text(s) for s in (0.31, 12.44, 192, 187200)] == [
         "310 ms", "12.4 s", "3 m 12 s", "2 d 4 h",
     ]  # fmt: skip
-    bar = Progress("retrying", 1000)
+    bar = Progress("retrying", 1000, show=None)
     bar.done = 700
     assert bar.line(2.0) == "retrying  [##############------]   70%  700/1,000  350/s  857 ms left"

@@ -18,6 +18,7 @@ import pytest
 
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import StoreFull
+from eventflow.logs.progress import Progress
 from eventflow.store.sqlite import SqliteStore
 from eventflow.testing.trigger_contract import ContractLedger
 from tests.conftest import eventually, stays
@@ -491,5 +492,7 @@ def test_an_interrupted_copy_leaves_nothing_under_the_final_name(tmp_path: Path)
     source, target = tmp_path / "a", tmp_path / "b"
     source.write_text("data")
     with pytest.raises(post_actions.ListenerStopped):
-        post_actions._copy(os.fsencode(source), os.fsencode(target), stop)
+        post_actions._copy(
+            os.fsencode(source), os.fsencode(target), stop, Progress("", None, show=None)
+        )
     assert files(tmp_path) == ["a"]

@@ -5,6 +5,7 @@ Only the listener's coroutine uses it, so nothing here is locked; everything tha
 worker thread, one call at a time.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ import anyio
 import anyio.to_thread
 
 from eventflow.core.clock import Clock
+from eventflow.logs.progress import Progress, log_progress
 from triggers._files.names import NameFilter, printable
 from triggers._files.settling import FileStat, KnownFiles, SettlingFiles
 from triggers._files.tree import Tree
@@ -85,6 +87,11 @@ class DirectoryContext:
     log: Any
     limiter: anyio.CapacityLimiter
     denied: set[bytes] = field(default_factory=set[bytes])
+
+    def progress(self, verb: str, total: int) -> Progress:
+        """A bar over files of this directory, where log lines go to a terminal."""
+        folder = printable(os.path.basename(self.tree.root))
+        return log_progress(f"{verb} {folder}/", total)
 
     def warn_denied(self, path: bytes, reason: str) -> None:
         """One line for each unreadable path, however often it is tried."""

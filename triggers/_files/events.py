@@ -17,6 +17,7 @@ from io import FileIO
 from eventflow.core.clock import to_datetime
 from eventflow.core.errors import SourceError, call_catching
 from eventflow.events.event import Event, Json
+from eventflow.logs.progress import Progress
 from triggers._files.names import is_utf8, printable
 from triggers._files.post_actions import (
     BLOCK_BYTES,
@@ -72,7 +73,9 @@ class LandedFile:
 
 
 class FileClassifier:
-    """Classifies settled files, in a worker thread. `stop` ends long reads and copies."""
+    """Classifies settled files, in a worker thread. `stop` ends long reads and copies; `progress`
+    counts the classified files.
+    """
 
     def __init__(
         self, tree: Tree, known: KnownFiles, move_to: bytes | None, *, sha256: bool, touch: bool
@@ -83,10 +86,15 @@ class FileClassifier:
         self._sha256: bool = sha256
         self._touch: bool = touch
         self.stop = threading.Event()
+        self.progress = Progress("", None, show=None)
 
     def classify(self, settled: Sequence[SettledFile], now_us: int) -> list[LandedFile]:
         """Classifies each file. The names that `after=move` gives are durable when it returns."""
-        landed = [self._classify_one(each, now_us) for each in settled]
+        landed: list[LandedFile] = []
+        done = self.progress.done
+        for number, each in enumerate(settled, 1):
+            landed.append(self._classify_one(each, now_us))
+            self.progress.move_to(done + number)
         if self._move_to is None:
             return landed
         moved = [each.final_path for each in landed if each.is_file]
@@ -145,7 +153,12 @@ class FileClassifier:
         """Places the file below `directory`; it waits when that fails."""
         try:
             final_path, is_new = link_or_copy(
-                self._tree.full(landed.path), directory, landed.path, landed.event_id, self.stop
+                self._tree.full(landed.path),
+                directory,
+                landed.path,
+                landed.event_id,
+                self.stop,
+                self.progress,
             )
         except (OSError, SourceError) as error:  # tried again: the target may become writable
             return replace(landed, disposition=Disposition.WAITING, problem=str(error))

@@ -14,6 +14,7 @@ from typing import cast
 
 from eventflow.core.errors import SourceError, UsageError
 from eventflow.events.event import Intake, Json, KnowsOutcomes
+from eventflow.logs.progress import Progress
 from triggers._files.context import DirectoryContext, OutcomeTargets
 from triggers._files.names import from_key, printable, to_key
 from triggers._files.post_actions import link_or_copy, remove_source, sync_directories
@@ -126,25 +127,32 @@ class OutcomeActions:
             self._source, [file.event_id for file in asked.values()]
         )
         cursor: dict[str, Json] = {}
-        for path, file in asked.items():
-            self._awaited[path] = self._awaited.pop(path)  # those that were not asked come first
-            outcome = found.get(file.event_id)
-            if outcome is None and file.known_outcome is not None:  # a retry is under way
-                self._awaited[path] = file = replace(file, known_outcome=None)
-                cursor[to_key(path)] = file.to_cursor()
-            if outcome not in (None, file.known_outcome) and await self._settle(
-                path, file, outcome, cursor
-            ):
-                self.replace(path, None)
+        with context.progress("moving", len(found)) as progress:
+            for path, file in asked.items():
+                self._awaited[path] = self._awaited.pop(path)  # those not asked for come first
+                outcome = found.get(file.event_id)
+                if outcome is None and file.known_outcome is not None:  # a retry is under way
+                    self._awaited[path] = file = replace(file, known_outcome=None)
+                    cursor[to_key(path)] = file.to_cursor()
+                if outcome not in (None, file.known_outcome) and await self._settle(
+                    path, file, outcome, cursor, progress
+                ):
+                    self.replace(path, None)
         if cursor:
             await self._intake.accept(cursor=cursor)
         self._next_at = context.clock.monotonic() + CHECK_INTERVAL_SECONDS
 
     async def _settle(
-        self, path: bytes, file: AwaitedFile, outcome: str, cursor: dict[str, Json]
+        self,
+        path: bytes,
+        file: AwaitedFile,
+        outcome: str,
+        cursor: dict[str, Json],
+        progress: Progress,
     ) -> bool:
         """Whether it is done; then adds the file's new cursor entry."""
         context = self._context
+        done = progress.done
         if outcome == "unknown":
             full = printable(context.tree.full(path))
             context.log.warning("file.outcome_unknown", path=full)
@@ -154,7 +162,7 @@ class OutcomeActions:
             return True
         try:
             is_removed = await context.run_blocking(
-                _place_and_remove, context.tree, path, file, target, self._stop
+                _place_and_remove, context.tree, path, file, target, self._stop, progress
             )
         except (OSError, SourceError) as error:  # tried again: the target may become writable
             if path not in self._warned:
@@ -162,6 +170,8 @@ class OutcomeActions:
                 full = printable(context.tree.full(path))
                 context.log.warning("file.move_failed", path=full, reason=str(error))
             return False
+        finally:
+            progress.move_to(done + 1)
         self._warned.discard(path)
         if is_removed:
             context.known.forget(path)
@@ -174,13 +184,18 @@ class OutcomeActions:
 
 
 def _place_and_remove(
-    tree: Tree, path: bytes, file: AwaitedFile, target: bytes | None, stop: threading.Event
+    tree: Tree,
+    path: bytes,
+    file: AwaitedFile,
+    target: bytes | None,
+    stop: threading.Event,
+    progress: Progress,
 ) -> bool:
     """Gives the file its final name, durably, and removes its landing name. False when another
     version has landed; a file that is gone counts as removed. Blocks. Raises OSError, SourceError.
     """
     if target is not None and tree.file_stat(path) == file.stat:
-        placed, _ = link_or_copy(tree.full(path), target, path, file.event_id, stop)
+        placed, _ = link_or_copy(tree.full(path), target, path, file.event_id, stop, progress)
         if failed := sync_directories([placed], target):
             raise SourceError(failed[placed])
     return remove_source(tree, path, file.stat)

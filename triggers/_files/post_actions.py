@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from eventflow.core.declarations import declaration
 from eventflow.core.errors import SourceError, UsageError
+from eventflow.logs.progress import Progress
 from triggers._files.settling import FileStat
 from triggers._files.tree import Tree
 
@@ -89,9 +90,15 @@ class ListenerStopped(Exception):
 
 
 def link_or_copy(
-    source: bytes, directory: bytes, path: bytes, event_id: str, stop: threading.Event
+    source: bytes,
+    directory: bytes,
+    path: bytes,
+    event_id: str,
+    stop: threading.Event,
+    progress: Progress,
 ) -> tuple[bytes, bool]:
     """Gives the file a name below `directory` as well. Returns that name, and whether it is new.
+    `progress` moves by one file while a copy is made, which may take long.
 
     Raises OSError, and SourceError if another file has each of its possible names.
     """
@@ -99,7 +106,7 @@ def link_or_copy(
     os.makedirs(parent, exist_ok=True)
     for candidate in _candidate_names(name, event_id, _max_name_bytes(parent)):
         target = os.path.join(parent, candidate)
-        if _link(source, target) or _copy(source, target, stop):
+        if _link(source, target) or _copy(source, target, stop, progress):
             return target, True
         if _is_same_file(source, target, stop):
             return target, False
@@ -191,7 +198,7 @@ def _is_same_file(source: bytes, target: bytes, stop: threading.Event) -> bool:
     return False
 
 
-def _copy(source: bytes, target: bytes, stop: threading.Event) -> bool:
+def _copy(source: bytes, target: bytes, stop: threading.Event, progress: Progress) -> bool:
     """Copies content, times and mode to a hidden name, fsyncs, then renames it; False when `target`
     exists.
     """
@@ -203,10 +210,12 @@ def _copy(source: bytes, target: bytes, stop: threading.Event) -> bool:
     )
     try:
         with open(source, "rb") as reader, open(hidden, "wb") as writer:
+            size = os.fstat(reader.fileno()).st_size
             while block := reader.read(BLOCK_BYTES):
                 if stop.is_set():
                     raise ListenerStopped
                 writer.write(block)
+                progress.step(len(block) / max(size, len(block)))
             writer.flush()
             shutil.copystat(source, hidden)
             os.fsync(writer.fileno())

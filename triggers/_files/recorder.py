@@ -72,11 +72,14 @@ class FileRecorder:
             paths = due[start : start + EVENTS_PER_ACCEPT]
             context.observe(await context.run_blocking(context.tree.file_stats, paths), started_at)
         settled = settling.settled(due)
-        for start in range(0, len(settled), EVENTS_PER_ACCEPT):
-            now_us = context.clock.now()
-            batch = settled[start : start + EVENTS_PER_ACCEPT]
-            landed = await context.run_blocking(self._classifier.classify, batch, now_us)
-            await self._record(landed, now_us)
+        verb = "reading" if context.options.move_to is None else "moving"
+        with context.progress(verb, len(settled)) as progress:
+            self._classifier.progress = progress
+            for start in range(0, len(settled), EVENTS_PER_ACCEPT):
+                now_us = context.clock.now()
+                batch = settled[start : start + EVENTS_PER_ACCEPT]
+                landed = await context.run_blocking(self._classifier.classify, batch, now_us)
+                await self._record(landed, now_us)
 
     async def _record(self, landed: Sequence[LandedFile], now_us: int) -> None:
         """Records the events and the cursor in one transaction; then updates the known files and
