@@ -73,7 +73,7 @@ __all__ = [
 if not TYPE_CHECKING:  # the type checker knows the names
 
     def __getattr__(name: str) -> Any:
-        """Tells where the triggers are: `from eventflow import Cron` is everybody's first guess."""
+        """For `from eventflow import Cron`, a common mistake: the error names the right package."""
         from importlib import import_module
 
         if not name.startswith("_") and name in import_module("triggers").__all__:

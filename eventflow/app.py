@@ -401,8 +401,8 @@ class App:
         known = self.flow(flow)
         if args:
             raise UsageError(
-                f"app.start({known.name}, …): parameters go by name, found {len(args)} without; "
-                f"write app.start({known.call_form})"
+                f"app.start({known.name}, …): expected parameters by name, found {len(args)} "
+                f"positional; write app.start({known.call_form})"
             )
         try:
             body = known.binder.unpack((), params)
@@ -453,8 +453,8 @@ class App:
         for event in events:
             if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise UsageError(
-                    f"app.accept(): expected an Event, found {event!r}; for the data of one: "
-                    "app.emit(type, data)"
+                    f"app.accept(): expected an Event, found {event!r}; to record data as "
+                    "an event: app.emit(type, data)"
                 )
         return await runtime.reactor.record(
             lambda: [runtime.router.route(EMITTED, event) for event in events],

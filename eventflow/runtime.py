@@ -189,8 +189,8 @@ def no_flow(found: object) -> UsageError:
     if isinstance(found, Task):
         name = cast("Task[..., Any]", found).name
         return UsageError(
-            f"expected a flow, found the task {name!r}; a run is of a flow: call the task in one, "
-            f"`@flow async def …: await {name}(…)`"
+            f"expected a flow, found the task {name!r}; only flows have runs: call the task in "
+            f"one, `@flow async def …: await {name}(…)`"
         )
     if inspect.isfunction(found):
         return UsageError(
@@ -299,7 +299,7 @@ class Runtime:
             app=self.config.name,
             grace=grace,
             runs=len(self.worker.executions),
-            hint="what does not end within the grace continues at the next start",
+            hint="runs that do not end within the grace period are resumed at the next start",
         )
         try:
             await self._end_parts(grace)
@@ -396,7 +396,7 @@ class Runtime:
         threads = self.worker.threads
         if threads.is_short:
             return (
-                f"{threads.left_behind} plain task bodies run on after their timeouts; "
+                f"{threads.left_behind} plain task bodies continue after their timeouts; "
                 f"{threads.max_spare} spare threads are used up"
             )
         return self.dead_part()

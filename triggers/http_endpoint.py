@@ -214,7 +214,7 @@ class Endpoint:
             if not reason:
                 rejected = unsupported_encoding("gzip" if limits.gzip else "identity")
                 raise await self._dead_letter(headers, repeated, wire, rejected)
-            reason += f"; the body is encoded ({packed[:20]}), which is not taken"
+            reason += f"; the body is encoded ({packed[:20]}), which is not accepted"
         elif packed:
             try:
                 body = gunzip(wire, limits.max_body)

@@ -192,7 +192,7 @@ def retry(
         _retry_many(request, as_json, location)
         return
     if request.flow or request.dry_run:
-        raise UsageError("--flow and --dry-run choose among many; leave them out for one RUN")
+        raise UsageError("--flow and --dry-run are for --state; leave them out for one RUN")
     if request.call is not None and request.from_scratch:
         raise UsageError("--from keeps the values before the call; leave out --from-scratch")
     body = {"from_scratch": True} if request.from_scratch else {"from": request.call}
@@ -214,7 +214,7 @@ def _retried_text(done: dict[str, Any], call: str | None) -> str:
     if call is not None:
         return f"run {done['id']} repeats run {done['repeats']} from {call}"
     if done["was"] == "running":
-        return f"run {done['id']} starts the attempts that waited now"
+        return f"run {done['id']} starts its waiting attempts now"
     waited = ", without waiting further" if done["was"] == "waiting" else ""
     return f"run {done['id']} is pending again{waited}"
 

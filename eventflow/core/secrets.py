@@ -55,8 +55,8 @@ class KnownSecrets:
         return text if self.pattern is None else self.pattern.sub(MASK, text)
 
     def excerpt(self, text: str, length: int) -> str:
-        """`remove_from` of about the first `length` characters; what is cut off is not looked at.
-        The length of a text that was cut is told at its end.
+        """About the first `length` characters, masked as by `remove_from`; the rest is not read. A
+        text that was cut ends with its whole length.
         """
         if len(text) <= length:
             return self.remove_from(text)

@@ -12,7 +12,7 @@ from eventflow.sdk.task import TaskCall
 def start_waiting_attempts(execution: Execution | None) -> int:
     """How many attempts start now instead of at their due time; 0 for a run that is not in memory.
 
-    The due times in the journal stay: after a crash they hold again.
+    The due times in the journal stay: after a crash they apply again.
     """
     if execution is None or not execution.run_end.is_open:
         return 0

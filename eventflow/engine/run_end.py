@@ -143,8 +143,8 @@ class RunEnd(msgspec.Struct, eq=False):
                 error = returned_unawaited(self._flow.name, root.result())
         elif isinstance(error, TypeError | AttributeError) and "'coroutine'" in str(error):
             error.add_note(
-                "A call of a task or a flow gives a coroutine, its value comes with `await`: write "
-                "`await` before the call."
+                "A call of a task or a flow returns a coroutine: write `await` before the call to "
+                "get its value."
             )
         return Failed(self.encode_error(error))
 

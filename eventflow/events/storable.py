@@ -1,8 +1,8 @@
-"""What of an event can be recorded when not all of it can.
+"""The parts of an event that can be recorded, for an event that cannot be recorded completely.
 
-Text in Python may hold lone surrogates, which UTF-8 and so the ledger cannot; a number may have no
-JSON form. The router (routing/router.py) calls this module for items that cannot be recorded as
-they are, so that they become dead letters and the items beside them are recorded.
+Text in Python may hold lone surrogates, which UTF-8, and so the ledger, cannot; a number may have
+no JSON form. The router (routing/router.py) calls this module for items that cannot be recorded as
+they are: they become dead letters, and the other items are recorded.
 """
 
 import math
@@ -23,7 +23,7 @@ def storable_text(value: object) -> str:
 
 
 def check_storable(event: Event, body: bytes) -> None:
-    """Raises for what JSON or the ledger would change or refuse. `body`: the event's JSON.
+    """Raises if JSON or the ledger would change or refuse a value. `body`: the event's JSON.
 
     ValueError for NaN and Infinity, which are written as null; TypeError for an id,
     source or subject that is no text.
@@ -38,7 +38,7 @@ def check_storable(event: Event, body: bytes) -> None:
 
 
 def _is_finite(data: Any) -> bool:
-    """Whether all numbers are. `data` is JSON: its depth is bounded."""
+    """Whether all numbers in `data` are finite. `data` is JSON: its depth is bounded."""
     match data:
         case float():
             return math.isfinite(data)

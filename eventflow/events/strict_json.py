@@ -7,8 +7,8 @@ hold digit by digit. `read_report` is for measurements of other tools, where one
 must not cost the rest.
 
 The common text is parsed once, by orjson, and written again: if that gives the same text, blanks
-aside, no key was repeated and no digit lost. Where it does not, counting and a few scans in C tell
-whether the slow, exact parser has to look at it, too.
+aside, no key was repeated and no digit lost. Where it does not, counting and a few scans in C
+decide whether the slow, exact parser has to read it, too.
 """
 
 import codecs
@@ -87,8 +87,8 @@ def _read(
 def _has_same_tokens(written: bytes, text: bytes) -> bool:
     """Whether `written`, the JSON of the value of `text`, has the same keys and digits.
 
-    Without blanks both texts are still the same sequence of tokens, only that strings have lost
-    theirs too. Equal sequences have the same numbers, and as many keys in each object: a repeated
+    Without blanks both texts are still the same sequence of tokens, except that strings have lost
+    theirs, too. Equal sequences have the same numbers, and as many keys in each object: a repeated
     key, of which the value has one, would be missing in `written`.
     """
     return written.translate(None, _BLANKS) == text.translate(None, _BLANKS)
@@ -195,7 +195,7 @@ def decode_text(text: bytes) -> str:
 
 
 def in_utf8(text: bytes, charset: str) -> bytes:
-    """A text that its sender calls `charset`, in UTF-8; `text` itself if it is UTF-8, has a byte
+    """A text whose sender names `charset`, in UTF-8; `text` itself if it is UTF-8, has a byte
     order mark, or has no charset.
 
     Senders that name another charset often write UTF-8 all the same, and a text in another one is

@@ -1,7 +1,7 @@
-"""Log lines about what strangers repeat: the first at once, then at most one a second.
+"""Log lines about repeated requests: the first is written at once, then at most one a second.
 
 Webhooks (triggers/http_endpoint.py) and the API's guard (web/auth.py) log the requests that they
-refuse here: a flood must not fill the disk, and a lone refusal must not wait for the next one.
+refuse here: a flood must not fill the disk, and a single refusal must not wait for the next one.
 """
 
 import asyncio
@@ -13,10 +13,10 @@ INTERVAL_SECONDS = 1.0
 
 
 class RepeatedLines:
-    """`write(kind, count, fields)` for what `add` gets, at most once a second for each kind.
+    """Calls `write(kind, count, fields)` for added lines, at most once a second for each kind.
 
-    The first of a kind is written at once. What follows within the second is one line at its end,
-    with the number and the newest fields. Everything is called on one running event loop.
+    The first of a kind is written at once. Those that follow within the second are one line at its
+    end, with their number and the newest fields. Everything is called on one running event loop.
     """
 
     __slots__ = ("_unwritten", "_write")

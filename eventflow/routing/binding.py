@@ -296,7 +296,7 @@ class Binder:
             if name not in fields:
                 has = f"missing; the data has {_list_names(fields)}"
                 if name == self._might_take_whole and not strict:
-                    has += "; all of the data goes only to the only parameter of a flow"
+                    has += "; only a single parameter of a flow gets all of the data"
                 raise BindingError(self._flow, name, has)
         if strict and self._var_keyword is None:
             self._refuse_unknown(fields)

@@ -1,6 +1,6 @@
 """What happens to the events of one type of one trigger: a plan, made once and used for each event.
 
-A plan is one step per subscription that hears of these events, in the order of registration: flows,
+A plan is one step per subscription that accepts these events, in the order of registration: flows,
 patterns and, for emitted events, sinks. A step is called with an event and its `Arrival`; it adds
 the run, the dead letter, the message or the pattern event to the arrival and returns its verdict as
 JSON, whose constant parts were written when the plan was made. router.py makes plans, keeps them
@@ -101,7 +101,7 @@ are known (`Run.given`).
 
 
 def _match(subscription: Subscription, incoming: Incoming) -> Match | str:
-    """What the run of an event has of it, or the condition of the filter that did not hold.
+    """The run's part of the event, or the condition of the filter that did not hold.
 
     Raises what the user's code and the binder raise.
     """
@@ -137,7 +137,7 @@ def add_run(arrival: Arrival, run: Run, batch_policy: BatchPolicy | None) -> Non
 
 
 def kept_text(reason: str) -> str:
-    """A reason as it may be kept: without the secrets and lone surrogates that it may quote."""
+    """The reason without the secrets and lone surrogates that it may quote."""
     return KNOWN_SECRETS.remove_from(storable_text(reason))
 
 

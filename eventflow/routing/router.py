@@ -130,7 +130,7 @@ class Router:
             return self._carry_out(plan, trigger, item, state, 0, ledger_id, headers)
         except Exception as error:  # of this event: the others of its batch are recorded
             kept, body = storable_event(item)
-            if body is None:  # no event: a redrive asks for other data
+            if body is None:  # a redrive needs other data
                 shown, _ = call_catching(ascii, item.data)
                 body = (shown or "").encode()[:MAX_SHOWN_BYTES]
             reason = f"it cannot be recorded as it is: {type(error).__name__}: {error}"
@@ -195,7 +195,7 @@ class Router:
         """The run-ended event, or None if no subscription matches it."""
         try:
             return self._if_wanted(run_ended_event(run))
-        except (NotStorable, TypeError):  # the result is nested too deep to lie in an event
+        except (NotStorable, TypeError):  # the result is nested too deeply for an event
             return self._if_wanted(run_ended_event(msgspec.structs.replace(run, result=None)))
 
     def route_late(self, run: LateRun) -> Arrival | None:

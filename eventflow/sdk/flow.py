@@ -118,9 +118,9 @@ class RunContext:
         self.flow: str = flow
         self.state: Any = state
         self._payloads: Sequence[bytes] = payloads
-        self._events: list[Event] | None = None  # decoded when somebody asks
+        self._events: list[Event] | None = None  # decoded at the first use
         self._now: Callable[[], int] = now
-        seed = repeats or ident  # a run that repeats another from a call draws its numbers
+        seed = repeats or ident  # a repeated run draws the numbers of the first one
         self._seed: str = f"{seed}~{generation}" if generation else seed
         self._flow_random: random.Random | None = None
         self._body_random: random.Random | None = None
@@ -219,12 +219,12 @@ class Flow(Generic[P, T]):
     if not TYPE_CHECKING:  # the type checker knows the attributes
 
         def __getattr__(self, name: str) -> Any:
-            """For names of other libraries; those of this class never come here."""
+            """For methods of other libraries; called for names that this class does not have."""
             if name in ("serve", "deploy", "submit", "delay"):
                 flow = self.__dict__.get("name", "flow")
                 raise AttributeError(
                     f"a flow has no {name}(): to run it on events, app.on(trigger, {flow}) and "
-                    f"`eventflow serve FILE`; once, `await app.start({flow}, ...)`"
+                    f"`eventflow serve FILE`; to run it once, `await app.start({flow}, ...)`"
                 )
             raise AttributeError(f"a flow has no attribute {name!r}")
 
@@ -264,7 +264,7 @@ class Flow(Generic[P, T]):
         return cast("Coroutine[Any, Any, T]", host.perform(call))
 
     def _report_direct_call(self) -> None:
-        """Warns, once for each place: a flow called like a function leaves no run."""
+        """Warns, once for each place: a flow called like a function starts no run."""
         at = user_location()
         if at not in self._direct_calls:
             self._direct_calls.add(at)
@@ -522,7 +522,7 @@ def _check_attributes(event_type: str, subject: str | None, extensions: Mapping[
     """UsageError for what would replace an attribute of the event, or could not be recorded."""
     for name, value in (("event_type", event_type), ("subject", subject), *extensions.items()):
         if name in _OWN_ATTRIBUTES:
-            raise UsageError(f"emit({name}=): expected an extension, found an own attribute")
+            raise UsageError(f"emit({name}=): expected an extension, found an event's attribute")
         if isinstance(value, str) and not value.isascii() and storable_text(value) != value:
             raise UsageError(f"emit({name}=): expected text, found a lone surrogate in {value!a}")
         if isinstance(value, int) and not -(2**63) <= value < 2**64:

@@ -230,7 +230,7 @@ class Task(Generic[P, R]):
     if not TYPE_CHECKING:  # the type checker knows the attributes
 
         def __getattr__(self, name: str) -> Any:
-            """For names of other libraries; those of this class never come here."""
+            """For methods of other libraries; called for names that this class does not have."""
             if name in ("submit", "delay", "apply_async"):
                 task = self.__dict__.get("name", "task")
                 raise AttributeError(

@@ -176,7 +176,7 @@ class Watchdog:
                 "loop.blocked",
                 loop=name,
                 seconds=round(blocked_for, 1),
-                hint="everything on this loop waits; make it a plain `def` task, or await",
+                hint="all work on this loop waits; make it a plain `def` task, or await",
                 **locate(probe.thread),
             )
 

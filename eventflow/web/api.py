@@ -169,7 +169,7 @@ class Api:
             log.error(
                 "app.not_open",
                 app=self.app.name,
-                hint="a mounted app gets no lifespan: write `async with app:` in the host's own",
+                hint="a mounted app has no lifespan: write `async with app:` in the host's",
             )
         return True
 

@@ -91,7 +91,7 @@ def _worker(app: App) -> Iterator[Metric]:
     )
     yield GaugeMetricFamily(
         "eventflow_threads_left_behind",
-        "Plain task bodies that run on after their timeout or cancel, each in a thread.",
+        "Plain task bodies that continue after their timeout or cancel, each in a thread.",
         value=app.runtime.worker.threads.left_behind,
     )
     for name, value in app.store.commits.items():

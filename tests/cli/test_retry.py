@@ -105,7 +105,7 @@ def state_of_call(shop: EventflowProcess, run: str) -> str:
     ("flow", "state", "answer"),
     [
         ("fetching", "waiting", "is pending again, without waiting further"),
-        ("calling", "running", "starts the attempts that waited now"),
+        ("calling", "running", "starts its waiting attempts now"),
     ],
 )
 def test_a_run_that_waits_for_its_next_attempt_starts_it_now(

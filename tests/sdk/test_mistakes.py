@@ -106,7 +106,7 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "app.flow as a decorator": (lambda: app().flow(plain), "'plain'; decorate it with @flow"),
     "a plain function": (lambda: app().on("a", plain), "'plain'; decorate it with @flow"),
-    "a task for a flow": (lambda: app().on("a", score), "the task 'score'; a run is of a flow"),
+    "a task for a flow": (lambda: app().on("a", score), "the task 'score'; only flows have runs"),
     "a call for a flow": (_call_of_a_flow, "a call of 'handle'; write handle, not handle()"),
     "an async generator": (_generator, "found an async generator; collect the values"),
     "two webhooks of one path": (
@@ -154,7 +154,7 @@ def test_a_trigger_imported_from_eventflow(name: str) -> None:
 @pytest.mark.parametrize(
     ("args", "params", "message"),
     [
-        ((3,), {}, r"parameters go by name, found 1 without; write app.start\(handle, order=...\)"),
+        ((3,), {}, r"by name, found 1 positional; write app.start\(handle, order=...\)"),
         (({"order": 3},), {}, r"write app.start\(handle, order=...\)"),
         ((), {"ordre": 3}, "'ordre': the flow has no such parameter; did you mean order"),
         ((), {}, "'order': missing; given are no fields"),
