@@ -239,5 +239,5 @@ def test_a_second_parameter_takes_the_data_away() -> None:
     async def takes(order: dict[str, Any], limit: int = 1) -> None: ...
 
     event = Event(id="1", source="/a", type="a", data={"total": 5})
-    with pytest.raises(BindingError, match="has total; all of the data goes only to the only par"):
+    with pytest.raises(BindingError, match="has total; only a single parameter of a flow gets all"):
         takes.binder.bind_event(event)
