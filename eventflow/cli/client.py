@@ -126,8 +126,8 @@ class ApiClient:
     def _check_writable(self) -> None:
         if self._in_use:
             raise StoreInUse(
-                f"{self._in_use} has {self.address} open without a server; beside it a command can "
-                "only look (ls, show, explain, logs, dry runs); do this in that program, or stop it"
+                f"{self._in_use} has {self.address} open without a server, so that commands can "
+                "only read (ls, show, explain, logs, dry runs); do this in that program, or stop it"
             )
 
     async def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:

@@ -138,12 +138,12 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
         "took": duration_text(run["took"]),
         "detail": f"{last_part(error['type'])}: {error['message']}"
         if error
-        else _why_it_rests(run),
+        else _state_detail(run),
     }
 
 
-def _why_it_rests(run: dict[str, Any]) -> str | None:
-    """The reason of its state, or when it is due."""
+def _state_detail(run: dict[str, Any]) -> str | None:
+    """The reason for the state, or when the run is due."""
     if run["reason"] is None and run["state"] in ("pending", "waiting") and run["due_at"]:
         due = age_text(run["due_at"])
         return f"due {due}" if due and due.startswith("in ") else None

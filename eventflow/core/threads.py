@@ -53,8 +53,8 @@ class DaemonThreads:
         return future
 
     def leave_behind(self, future: Future[Any]) -> bool:
-        """Nobody waits for this function any more. Whether it runs on, so that a thread is lost
-        until it returns.
+        """Stops waiting for this function. Returns whether it is running, so that its thread is
+        lost until it returns.
         """
         with self._lock:
             if not future.running():
@@ -67,7 +67,7 @@ class DaemonThreads:
 
     @property
     def left_behind(self) -> int:
-        """Functions that run on though nobody waits for them."""
+        """Number of functions that still run although nobody waits for them."""
         return len(self._left_behind)
 
     @property

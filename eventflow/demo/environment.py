@@ -159,7 +159,7 @@ class DemoEnvironment:
         except httpx2.TransportError as error:
             if self._server is not None and self._server.ended:
                 return 0
-            raise DemoFailed(f"POST {path}: nobody answers: {error}") from None
+            raise DemoFailed(f"POST {path}: no answer: {error}") from None
         self.answers[status] += 1
         return status
 
@@ -170,7 +170,7 @@ class DemoEnvironment:
         try:
             reply = self._http.get(self._url + path, params=params, headers=self._token())
         except httpx2.TransportError as error:
-            raise DemoFailed(f"GET {path}: nobody answers: {error}") from None
+            raise DemoFailed(f"GET {path}: no answer: {error}") from None
         if reply.is_error:
             raise DemoFailed(f"GET {path}: expected 200, found {reply.status_code}: {reply.text}")
         return reply.json()

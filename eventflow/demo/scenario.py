@@ -207,9 +207,7 @@ class Scenario:
 
     def send_while_down(self) -> None:
         answer = self.environment.post_order("late-1", make_order(200))
-        self.timeline(
-            "webhook", f"1 order: {answer or 'nobody answers'}; its sender will try again"
-        )
+        self.timeline("webhook", f"1 order: {answer or 'no answer'}; its sender will try again")
         self.environment.drop_file("tuesday.csv", TUESDAY_PRICES)
         self.timeline("file", "landing/tuesday.csv, while nothing runs")
 

@@ -242,9 +242,9 @@ async def refuse_unless_cleanup(calls: FlowCalls) -> None:
 
 
 async def refuse(calls: FlowCalls) -> NoReturn:
-    """The flow goes on as if it had not been cancelled: it is cancelled again, and not for long.
+    """Cancels the flow again, which continues although it was cancelled; in the end it is ended.
 
-    A flow that tries again for ever must not do so in one step, also while it is closed.
+    The sleep ends the step of a flow that retries for ever, also while the flow is closed.
     """
     await asyncio.sleep(0)
     if (action := calls.run_end.refuse()) is not None:

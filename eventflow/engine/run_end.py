@@ -31,7 +31,7 @@ RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
 
 MAX_REFUSALS = 100
-"""Times that a flow may go on as if it had not been cancelled before it is ended."""
+"""Calls that a flow may make in spite of its cancel before it is ended."""
 
 log = get_logger("eventflow.execution")
 
@@ -88,7 +88,7 @@ class RunEnd(msgspec.Struct, eq=False):
     def apply_signal(
         self, entry: Entry, root: FlowTask, on_grace_over: Callable[[Outcome], None]
     ) -> None:
-        """Cancels the flow; `on_grace_over` gets the outcome if the flow runs on after its grace
+        """Cancels the flow; `on_grace_over` gets the outcome if the flow still runs after its grace
         period.
         """
         if root.done():
@@ -109,7 +109,7 @@ class RunEnd(msgspec.Struct, eq=False):
             )
 
     def refuse(self) -> EndRun | None:
-        """The flow goes on as if it had not been cancelled. EndRun: once too often."""
+        """Counts a call that the flow made in spite of its cancel. EndRun: too many of them."""
         self.refusals += 1
         return EndRun(self.signal_outcome()) if self.refusals >= MAX_REFUSALS else None
 

@@ -150,7 +150,7 @@ class WorkerServices:
     _unawaited_watcher: UnawaitedWatcher | None = None
     owned_tasks: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
     abandoned: dict[asyncio.Task[Any], str] = field(default_factory=dict[asyncio.Task[Any], str])
-    """Bodies that nobody waits for any more and that have not ended, with what they are."""
+    """Bodies that have not ended although no run waits for them any more, with their names."""
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """To be called before the first run: every process has imported the modules that this one

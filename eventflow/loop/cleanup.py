@@ -1,4 +1,4 @@
-"""Whether flow code cleans up after a cancel, or has swallowed it and goes on.
+"""Whether flow code cleans up after a cancel, or has swallowed it and continues.
 
 Clean-up is what runs in an `except` or `finally` block that the cancel has entered, and every
 asyncio task that is made there. A broad `except`, or `asyncio.wait_for` before Python 3.12, takes

@@ -1,7 +1,7 @@
-"""Coroutines of users that cannot be ended: they catch every exception and go on waiting.
+"""Coroutines of users that cannot be ended: they catch every exception and continue to wait.
 
 Python closes a suspended coroutine when it is freed, by raising GeneratorExit in it. One that
-catches it goes on, in whatever thread freed it and without an event loop: `await asyncio.sleep(1)`
+catches it continues, in the thread that freed it and without a loop: `await asyncio.sleep(1)`
 raises there, and a `while True` around it never ends, nor does the process. Such a coroutine must
 therefore never be freed, not even when the interpreter exits. engine/worker.py calls this for task
 bodies at the end of a drain, loop/flow_loop.py for flows.

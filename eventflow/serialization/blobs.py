@@ -115,7 +115,8 @@ class Blobs:
                 return data
             wrong = "does not match its name in the bucket either"
         raise StoreCorrupt(
-            f"the blob {path} {wrong}; restore it from a backup, or retry the run afresh"
+            f"the blob {path} {wrong}; restore it from a backup, or discard what the run recorded: "
+            "eventflow retry RUN --from-scratch"
         )
 
     def offload(self, codec: str, data: bytes) -> tuple[str, bytes]:

@@ -171,8 +171,8 @@ class ResultCodec:
         if member or reader is None or form not in ("typed", "typed-tagged", "typed-models"):
             raise UsageError(
                 f"{self._name}: a result was recorded as {codec!r}, which its return annotation "
-                f"{self._annotation!r} cannot read; deploy the code that recorded it, or retry the "
-                "run afresh"
+                f"{self._annotation!r} cannot read; deploy the code that recorded it, or discard "
+                "what was recorded: eventflow retry RUN --from-scratch"
             )
         try:
             if form == "typed-models":

@@ -55,7 +55,7 @@ FAIL_STOP_DELAY_SECONDS = 0.4
 in all.
 """
 INTERNAL_EXIT_CODE = 70
-"""EX_SOFTWARE: a loop or thread of ours has ended or stands still."""
+"""EX_SOFTWARE: a loop or thread of the server has ended or does not respond."""
 BACKLOG = 2048
 """Connections that the kernel queues before they are accepted."""
 THREAD_SWITCH_INTERVAL_SECONDS = 0.0005
@@ -86,9 +86,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     `grace`: seconds that attempts may take to end at a stop. `log`: "json", "pretty", or "auto"
     (pretty on a terminal). `allow_hosts`: host names of the API besides the loopback ones.
     `memory_soft`, `memory_hard`: bytes; over the first the worker starts no runs, over the second
-    the process restarts. `stall_timeout`: seconds for which a loop or thread may stand still before
-    the process ends. `dev`: each event received is logged, and on a terminal the ready line is
-    text.
+    the process restarts. `stall_timeout`: seconds after which the process ends if a loop or
+    thread does not respond. `dev`: each event received is logged, and on a terminal the ready line
+    is text.
     """
 
     store: str | None = None
@@ -501,7 +501,7 @@ class ServerProcess:
         self._exit_after(FAIL_STOP_DELAY_SECONDS, error.exit_code, "eventflow-fail-stop")
 
     def fail(self, reason: str) -> None:
-        """A loop or thread of ours has ended or stands still: only a new process helps. From any
+        """Ends the process, because a loop or thread has ended or does not respond. From any
         thread.
         """
         if self.stopping:

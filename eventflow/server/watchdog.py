@@ -1,11 +1,11 @@
-"""The watchdog: a thread that notices when a loop or thread of the server stands still or ends.
+"""The watchdog: a thread that notices when a loop or thread of the server ends or does not respond.
 
 server.py starts one. A blocked flow loop does not stop intake or HTTP, but it stops every other
 run; the log line shows which function belongs into a plain `def` task, which runs in a thread. Per
 episode one warning after a second and one error after ten: then `/readyz` answers 503 with the
-reason. What has ended, or stands still for `stall_timeout`, ends the process with exit code 70, so
-that a supervisor starts it anew. Code that holds the GIL for long (some C extensions) stops this
-thread too.
+reason. If one has ended, or does not respond for `stall_timeout` seconds, the process ends with
+exit code 70, so that a supervisor restarts it. Code that holds the GIL for long (some C extensions)
+stops this thread too.
 """
 
 import asyncio
@@ -131,7 +131,9 @@ class Watchdog:
         return ""
 
     def _stall(self, now: float) -> str:
-        """What stands still for too long. Sets `Worker.stall_reason` before."""
+        """Which loop or thread did not respond for too long; empty: none. Sets
+        `Worker.stall_reason` before that.
+        """
         parts = self._parts
         since: dict[str, float] = {
             name: probe.last_turn_at for name, probe in self._probes.items() if probe.is_pending

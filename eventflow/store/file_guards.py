@@ -350,8 +350,8 @@ class DiskSpaceGuard:
         if free < size + floor:
             raise StoreFull(
                 f"{free >> 20} MiB free in {self._folder}, expected {(size + floor) >> 20} MiB: "
-                "beside a worker a copy of the ledger is checked; free some space, or stop the "
-                "server and run `eventflow doctor`",
+                "while a server runs, a copy of the ledger is checked; free some space, or stop "
+                "the server and run `eventflow doctor`",
                 60.0,
                 disk=True,
             )

@@ -204,7 +204,7 @@ class SqliteStore:
             raise StoreCorrupt(
                 f"the store {self.path} ends at commit {found}, "
                 f"but commit {marked} was acknowledged: {found + 1} to {marked} are missing. "
-                "Restore them; or go on without them (also after restoring an older backup) "
+                "Restore them; or continue without them (also after restoring an older backup) "
                 "with `eventflow doctor --accept-loss`"
             )
         return max(marked, found)

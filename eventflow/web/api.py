@@ -196,7 +196,7 @@ class Api:
 
     async def readyz(self, _: Request) -> Response:
         """Events are accepted and processed: the App is open, not draining, its store neither
-        failed nor full, and no thread or loop of it has ended or stands still.
+        failed nor full, and all its threads and loops respond.
         """
         if self.is_draining():
             return unavailable("draining")
