@@ -1,7 +1,8 @@
 """What each queued operation decides in a transaction, and its reply.
 
-`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Nothing
-here writes: a decision is a row in a table of the transaction, which `Transaction.flush` writes.
+`Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Events
+are inserted by `prefetch`, so that the ledger itself tells which are new; a decision is a row in a
+table of the transaction, which `Transaction.flush` writes.
 Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` and
 `answer_parent` too.
 """
@@ -41,16 +42,23 @@ from eventflow.store.protocol import (
     RunEventSource,
     Settle,
     Settled,
+    WriteOp,
 )
-from eventflow.store.rows import RunRow
+from eventflow.store.rows import KnownEvent, RunRow
+from eventflow.store.tables import COMPLETED, RUNNING
 from eventflow.store.transaction import Transaction
 
-WriteOp = RecordEvents | Append | MarkStarted | Settle
+
+class ServeAlone(Exception):
+    """An operation is refused whose events are inserted already: the transaction is undone, and
+    each of its operations gets one of its own.
+    """
 
 
 def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> None:
-    """Reads what `apply` needs, in one statement each.
+    """Inserts the events of all operations, and reads what `apply` needs, in one statement each.
 
+    An `Append` alone in its transaction inserts its events itself, once it is not refused.
     `must_probe`: journal entries may be recorded already; look for them.
     """
     runs: list[int] = []
@@ -58,19 +66,24 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> No
     children: list[Run] = []
     answers: list[tuple[int, str]] = []
     suspensions: list[tuple[int, int, int]] = []
+    tx.is_shared = len(ops) > 1
     for op in ops:
-        if not isinstance(op, RecordEvents):
-            runs.append(op.run)
-        if isinstance(op, RecordEvents | Append):
-            arrivals.extend(op.arrivals)
-        if isinstance(op, Append):
-            children.extend(op.children)
         if isinstance(op, Settle):
+            runs.append(op.run)
             if op.parent is not None and op.answer is not None:
                 runs.append(op.parent)
                 answers.append((op.parent, op.answer.call_key))
             if isinstance(op.outcome, Suspended):
                 suspensions.append((op.run, op.outcome.seen_batch, op.outcome.entries))
+        elif isinstance(op, RecordEvents):
+            arrivals.extend(op.arrivals)
+        elif isinstance(op, Append):
+            runs.append(op.run)
+            children.extend(op.children)
+            if tx.is_shared:
+                arrivals.extend(op.arrivals)
+        else:
+            runs.append(op.run)
     if arrivals:
         load_arrivals(tx, arrivals)
     if runs:
@@ -85,8 +98,8 @@ def prefetch(tx: Transaction, ops: Sequence[WriteOp], *, must_probe: bool) -> No
 
 
 def load_arrivals(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
-    """Reads what `record_arrival` needs of these."""
-    tx.events.load_known(arrivals)
+    """Inserts these events and reads what `record_arrival` needs of them."""
+    tx.events.insert(arrivals)
     if batched := [arrival for arrival in arrivals if arrival.batch_policies]:
         tx.windows.load(batched)
     if wanted := [arrival for arrival in arrivals if arrival.pattern_events]:
@@ -96,14 +109,14 @@ def load_arrivals(tx: Transaction, arrivals: Sequence[Arrival]) -> None:
 def apply(tx: Transaction, op: WriteOp) -> Any:
     """Decides one operation; returns its reply."""
     match op:
+        case Settle():
+            return _settle(tx, op)
         case RecordEvents():
             return _record(tx, op)
         case Append():
             return _append(tx, op)
         case MarkStarted():
             return _mark_started(tx, op)
-        case Settle():
-            return _settle(tx, op)
         case _:
             assert_never(op)
 
@@ -132,26 +145,40 @@ def record_arrival(tx: Transaction, arrival: Arrival) -> Receipt:
     """Records an event with its verdicts, runs and dead letters, or counts it as a duplicate of the
     first of its identity.
     """
-    events = tx.events
-    if (first := events.reserve(arrival)) is not None:
-        digests = (first.digest.lower(), arrival.digest.hex())
-        conflict = digests[0] != digests[1] and digests[0] != _digest_in_written_order(arrival)
-        events.count_duplicate(first.id, conflict=conflict)
-        return Receipt(
-            first.id,
-            arrival.event_id,
-            duplicate=not conflict,
-            conflict=conflict,
-            matched=first.matched,
-            digests=digests if conflict else None,
-        )
-    if arrival.batch_policies:
-        arrival = tx.windows.assign(arrival, arrival.id)
-    if arrival.pattern_events:
-        arrival = tx.patterns.advance(arrival, arrival.id)
-    events.add(arrival)
+    if (first := tx.events.firsts.get(arrival.id)) is not None:
+        return _count_duplicate(tx, arrival, first)
+    if arrival.batch_policies or arrival.pattern_events:
+        arrival = _join_others(tx, arrival)
     deliver(tx, arrival, arrival.id)
-    return Receipt(arrival.id, arrival.event_id, matched=len(arrival.runs))
+    return Receipt(arrival.id, arrival.event_id, False, False, len(arrival.runs))
+
+
+def _count_duplicate(tx: Transaction, arrival: Arrival, first: KnownEvent) -> Receipt:
+    digests = (first.digest.lower(), arrival.digest.hex())
+    conflict = digests[0] != digests[1] and digests[0] != _digest_in_written_order(arrival)
+    tx.events.count_duplicate(first.id, conflict=conflict)
+    return Receipt(
+        first.id,
+        arrival.event_id,
+        duplicate=not conflict,
+        conflict=conflict,
+        matched=first.matched,
+        digests=digests if conflict else None,
+    )
+
+
+def _join_others(tx: Transaction, arrival: Arrival) -> Arrival:
+    """The event joins the windows and patterns that are open: with the runs and verdicts that this
+    leads to.
+    """
+    decided = arrival
+    if arrival.batch_policies:
+        decided = tx.windows.assign(decided, arrival.id)
+    if arrival.pattern_events:
+        decided = tx.patterns.advance(decided, arrival.id)
+    if decided.verdicts != arrival.verdicts or len(decided.runs) != len(arrival.runs):
+        tx.events.decide(decided)
+    return decided
 
 
 def _digest_in_written_order(arrival: Arrival) -> str | None:
@@ -192,8 +219,9 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
     tx.runs.ended = []
     arrivals = tx.commit.own_events
     tx.commit.own_events = []
+    wanted = source.wanted_states
     for row in ended:
-        if row.state not in source.wanted_states:
+        if row.state not in wanted:
             continue
         run = RunEnded(
             run=row.id,
@@ -225,16 +253,20 @@ def record_run_events(tx: Transaction, source: RunEventSource) -> None:
 def _owned(tx: Transaction, op: Append | MarkStarted | Settle) -> RunRow | Fenced:
     """The run, if the operation's token still owns it (P7)."""
     row = tx.runs.get(op.run)
+    if row is not None and row.state is RUNNING and row.token == op.token:
+        return row
+    return Fenced(_why_fenced(op, row))
+
+
+def _why_fenced(op: Append | MarkStarted | Settle, row: RunRow | None) -> str:
     if row is None:
-        return Fenced(f"run {format_id(op.run)} is not in the store")
-    if row.state is not State.RUNNING:
-        return Fenced(f"run {format_id(op.run)} is {row.state.label}, not running")
-    if row.token != op.token:
-        return Fenced(
-            f"run {format_id(op.run)} was claimed again: its token is {row.token}, "
-            f"this one is {op.token}"
-        )
-    return row
+        return f"run {format_id(op.run)} is not in the store"
+    if row.state is not RUNNING:
+        return f"run {format_id(op.run)} is {row.state.label}, not running"
+    return (
+        f"run {format_id(op.run)} was claimed again: its token is {row.token}, "
+        f"this one is {op.token}"
+    )
 
 
 def _recorded_already(op: Append | Settle) -> Fenced:
@@ -246,9 +278,13 @@ def _recorded_already(op: Append | Settle) -> Fenced:
 def _append(tx: Transaction, op: Append) -> Appended | Fenced:
     row = _owned(tx, op)
     if isinstance(row, Fenced):
+        if op.arrivals and tx.is_shared:
+            raise ServeAlone
         return row
     if tx.journal.must_probe and tx.journal.has_any(op.run, op.entries):
         return _recorded_already(op)
+    if op.arrivals and not tx.is_shared:
+        load_arrivals(tx, op.arrivals)
     entries = [tx.journal.add(op.run, entry) for entry in op.entries]
     receipts = [record_arrival(tx, arrival) for arrival in op.arrivals]
     for child in op.children:
@@ -288,10 +324,9 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
     for entry in op.entries:
         tx.journal.add(op.run, entry)
     _end_claim(tx, row, op.outcome)
-    answer = None
-    if op.answer is not None and op.parent == row.parent:
-        answer = answer_parent(tx, row, op.answer)
-    return Settled(tx.commit.batch, tx.commit.at, answer)
+    if op.answer is None or op.parent != row.parent:
+        return tx.settled
+    return Settled(tx.commit.batch, tx.commit.at, answer_parent(tx, row, op.answer))
 
 
 def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
@@ -302,7 +337,7 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             row.codec = codec
             row.unclaimed_entries = unclaimed_entries
             row.reason = None
-            tx.runs.move(row, State.COMPLETED)
+            tx.runs.move(row, COMPLETED)
         case Failed(error):
             row.error = error
             row.reason = None

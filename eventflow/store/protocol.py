@@ -118,6 +118,16 @@ class Settle(msgspec.Struct):
     entries: Sequence[Entry] = ()
 
 
+class OpList(msgspec.Struct):
+    """Operations of one turn of a loop, posted in one piece: one queued item, one reply.
+
+    Each is applied and refused on its own, in this order. Reply: a list of their replies (or of
+    StoreErrors, for those that could not be applied); a StoreError when storage failed.
+    """
+
+    ops: "Sequence[RecordEvents | Append | MarkStarted | Settle]"
+
+
 class Claim(msgspec.Struct):
     """Asks for up to `limit` due runs: heads of their ordering keys only, at most `caps[flow]` of a
     flow (absent: no cap; 0: none), round-robin over flows, by priority (higher first) then age
@@ -130,7 +140,8 @@ class Claim(msgspec.Struct):
     caps: Mapping[str, int]
 
 
-Op: TypeAlias = RecordEvents | Append | MarkStarted | Settle | Claim
+WriteOp: TypeAlias = RecordEvents | Append | MarkStarted | Settle
+Op: TypeAlias = WriteOp | OpList | Claim
 
 # --------------------------------------------------------------------------- replies
 

@@ -8,9 +8,9 @@ as one row of JSON.
 """
 
 import sqlite3
-from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, TypeAlias
 from zlib import crc32
 
@@ -26,10 +26,12 @@ NEVER = (1 << 63) - 1
 Value: TypeAlias = "int | str | bytes | None"
 Values: TypeAlias = "Sequence[Value]"
 
-_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-"""Rows in one statement.
+_EVERY_SIZE_UP_TO = 16
+_MOST_ROWS = 256
+"""Sizes of a statement, in rows: each up to 16, then the powers of two up to 256.
 
-Each text is prepared once; a batch is padded with NULL rows to the next size.
+Each text is prepared once. More rows are split into a few of these sizes, so that nothing is bound
+that is not written.
 """
 
 _MAX_VARIABLES = 32_766
@@ -51,60 +53,75 @@ def skip_adapters() -> None:
 
 
 class BulkStatement:
-    """One statement over many rows: `head (VALUES …) tail`. Rows with a NULL first column are
-    padding.
+    """One statement over many rows: `head VALUES … tail`, each row as `row` has it.
 
     Never `(a, b) IN (VALUES …)`, for which SQLite walks the whole table: a CROSS JOIN looks each
     row up in the index, and so does `IN (SELECT * FROM (VALUES …))`, though perhaps by the first
     column only.
     """
 
-    def __init__(self, head: str, width: int, tail: str) -> None:
+    def __init__(self, head: str, row: str, tail: str) -> None:
         self._head = head
-        self._width = width
+        self._row = row
         self._tail = tail
         self._texts: dict[int, str] = {}
-        self._max_rows = max(size for size in _SIZES if size * width <= _MAX_VARIABLES)
+        self._max_rows = _MOST_ROWS
+        while self._max_rows * row.count("?") > _MAX_VARIABLES:
+            self._max_rows //= 2
 
     def execute(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> int:
-        """Executes the statement over all rows; returns how many rows changed."""
-        if len(rows) <= self._max_rows:
-            return self._run(connection, rows).rowcount
-        changed = 0
-        for first in range(0, len(rows), self._max_rows):
-            changed += self._run(connection, rows[first : first + self._max_rows]).rowcount
-        return changed
+        """Executes the statement over all rows, in order; returns how many rows changed."""
+        return sum([cursor.rowcount for cursor in self._run(connection, rows)])
 
     def read(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> list[Any]:
         """Executes a query whose result is one JSON text; returns one for each chunk of rows."""
-        if not rows:
-            return []
-        return [
-            self._run(connection, rows[first : first + self._max_rows]).fetchone()[0]
-            for first in range(0, len(rows), self._max_rows)
-        ]
+        return [cursor.fetchone()[0] for cursor in self._run(connection, rows)]
 
-    def _run(self, connection: sqlite3.Connection, rows: Sequence[Values]) -> sqlite3.Cursor:
-        size = _SIZES[bisect_left(_SIZES, len(rows))]
-        values = list(chain.from_iterable(rows))
-        if padding := size - len(rows):
-            values.extend([None] * (padding * self._width))
-        return connection.execute(self._texts.get(size) or self.text(size), values)
+    def _run(
+        self, connection: sqlite3.Connection, rows: Sequence[Values]
+    ) -> Iterator[sqlite3.Cursor]:
+        first = 0
+        left = len(rows)
+        while left:
+            size = left
+            if left > _EVERY_SIZE_UP_TO:
+                size = min(1 << left.bit_length() - 1, self._max_rows)
+            chunk = rows if size == left and not first else rows[first : first + size]
+            text = self._texts.get(size) or self.text(size)
+            yield connection.execute(text, list(chain.from_iterable(chunk)))
+            first += size
+            left -= size
 
     def text(self, size: int) -> str:
         """The statement for so many rows."""
         text = self._texts.get(size)
         if text is None:
-            row = "(" + ",".join("?" * self._width) + ")"
-            text = self._texts[size] = (
-                f"{self._head} (VALUES {','.join([row] * size)}) {self._tail}"
-            )
+            text = f"{self._head} VALUES {','.join([self._row] * size)} {self._tail}"
+            self._texts[size] = text
         return text
 
 
-def insert(table: str, columns: Sequence[str], conflict: str = "") -> BulkStatement:
-    head = f"INSERT INTO {table} ({','.join(columns)}) SELECT * FROM"
-    return BulkStatement(head, len(columns), f"WHERE column1 IS NOT NULL {conflict}")
+def _placeholders(width: int) -> str:
+    return f"({','.join('?' * width)})"
+
+
+def over(head: str, width: int, tail: str) -> BulkStatement:
+    """A statement over the rows of `(VALUES …)`, a table of columns `column1`, `column2` …"""
+    return BulkStatement(f"{head} (", _placeholders(width), f") {tail}")
+
+
+def insert(
+    table: str,
+    columns: Sequence[str],
+    conflict: str = "",
+    constants: Mapping[str, int | str] = MappingProxyType({}),
+) -> BulkStatement:
+    """An INSERT. `constants`: further columns, with the same value in every row; they are part of
+    the text, where they cost nothing.
+    """
+    names = ",".join((*columns, *constants))
+    values = ",".join([*"?" * len(columns), *map(repr, constants.values())])
+    return BulkStatement(f"INSERT INTO {table} ({names})", f"({values})", conflict)
 
 
 _pack = msgspec.msgpack.Encoder().encode
@@ -121,15 +138,31 @@ EVENT_COLUMNS = (
     "id", "key", "digest", "trigger", "event_id", "source", "type", "subject", "received_at",
     "matched", "crc", "verdicts", "headers", "body",
 )  # fmt: skip
-insert_events = insert("events", EVENT_COLUMNS)
+insert_events = insert(
+    "events", EVENT_COLUMNS, "ON CONFLICT (substr(event_id, 1, 16), key) DO NOTHING"
+)
+"""Leaves out events whose identity the ledger has."""
 
 
 def event_row(a: Arrival) -> Values:
-    crc = event_crc(a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
+    content = (a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
     return (
         a.id, a.key, a.digest, a.trigger, a.event_id, a.source, a.type, a.subject, a.received_at,
-        len(a.runs), crc, a.verdicts, a.headers, a.body,
+        len(a.runs), crc32(_pack(content)), a.verdicts, a.headers, a.body,
     )  # fmt: skip
+
+
+decide_events = over(
+    "UPDATE events SET matched = column2, crc = column3, verdicts = column4 FROM",
+    4,
+    "WHERE events.id = column1",
+)
+"""For events whose verdicts a window or a pattern decided."""
+
+
+def decided_row(a: Arrival) -> Values:
+    crc = event_crc(a.id, a.key, a.digest, a.trigger, a.event_id, a.verdicts, a.headers, a.body)
+    return (a.id, len(a.runs), crc, a.verdicts)
 
 
 def event_crc(*payload: Value) -> int:
@@ -146,13 +179,13 @@ class KnownEvent(msgspec.Struct, array_like=True, gc=False):
     matched: int
 
 
-known_events = BulkStatement(
+known_events = over(
     "SELECT json_group_array(json_array(e.id, hex(e.key), hex(e.digest), e.matched)) FROM",
     2,
     "v CROSS JOIN events e"
     " ON substr(e.event_id, 1, 16) = substr(v.column1, 1, 16) AND e.key = v.column2",
 )
-count_duplicates = BulkStatement(
+count_duplicates = over(
     "UPDATE events SET duplicates = duplicates + column2, conflicts = conflicts + column3,"
     " last_duplicate_at = coalesce(column4, last_duplicate_at) FROM",
     4,
@@ -181,6 +214,26 @@ def run_row(run: Run, due_at: int, size: int) -> Values:
     )  # fmt: skip
 
 
+_STARTED_COLUMNS = (
+    "id", "flow", "subscription", "event", "created_at", "started_at", "priority", "depth", "size",
+    "crc",
+)  # fmt: skip
+_STARTED_CONSTANTS: Mapping[str, int | str] = {
+    "state": 1, "due_at": 0, "token": 1, "blocked": 0, "crash_suspect": 0, "crash_count": 0,
+    "cancel_requested": 0,
+}  # fmt: skip
+insert_started_runs = insert("runs", _STARTED_COLUMNS, constants=_STARTED_CONSTANTS)
+"""Runs of one event each that the worker takes as they are recorded."""
+
+
+def started_row(run: Run, size: int) -> Values:
+    content = (run.id, run.flow, run.subscription, run.event, None, None)
+    return (
+        run.id, run.flow, run.subscription, run.event, run.created_at, run.started_at,
+        run.priority, run.depth, size, crc32(_pack(content)),
+    )  # fmt: skip
+
+
 def run_crc(
     ident: int,
     flow: str,
@@ -194,28 +247,28 @@ def run_crc(
 
 class RunRow(msgspec.Struct, array_like=True, gc=False):
     """The columns of a run that a transaction reads and may change; the last four are written,
-    never read.
+    never read. The defaults are those of a run that begins as it is recorded.
     """
 
     id: int
     flow: str
-    ordering_key: str | None
     event: int | None
-    parent: int | None
-    parent_call_key: str | None
     size: int
-    state: State
-    due_at: int
     started_at: int | None
-    finished_at: int | None
-    token: int
-    blocked: int
-    crash_suspect: int
-    crash_count: int
-    cancel_requested: int
-    reason: str | None
+    depth: int
+    ordering_key: str | None = None
+    parent: int | None = None
+    parent_call_key: str | None = None
+    state: State = State.RUNNING
+    due_at: int = 0
+    finished_at: int | None = None
+    token: int = 1
+    blocked: int = 0
+    crash_suspect: int = 0
+    crash_count: int = 0
+    cancel_requested: int = 0
+    reason: str | None = None
     deliveries: int = 1
-    depth: int = 0
     result: bytes | None = None
     codec: str | None = None
     error: bytes | None = None
@@ -270,7 +323,7 @@ _CHANGES = (
     "outcome_crc",
 )  # fmt: skip
 _SET = ", ".join(f"{name} = column{n}" for n, name in enumerate(_CHANGES, 2))
-update_runs = BulkStatement(
+update_runs = over(
     f"UPDATE runs SET {_SET} FROM",
     len(_CHANGES) + 1,
     "WHERE runs.id = column1",
@@ -290,8 +343,35 @@ def run_changes(row: RunRow) -> Values:
     )  # fmt: skip
 
 
+_NEVER_WRITTEN: Mapping[str, int | str] = {
+    "flow": "", "subscription": "", "created_at": 0, "due_at": 0, "token": 0, "blocked": 0,
+    "priority": 0, "depth": 0, "crash_suspect": 0, "crash_count": 0, "cancel_requested": 0,
+    "size": 0, "crc": 0,
+}  # fmt: skip
+end_runs = insert(
+    "runs",
+    ("id", "state", "finished_at", "result", "codec", "error", "unclaimed_entries", "outcome_crc"),
+    "ON CONFLICT (id) DO UPDATE SET state = excluded.state, finished_at = excluded.finished_at,"
+    " result = excluded.result, codec = excluded.codec, error = excluded.error,"
+    " unclaimed_entries = excluded.unclaimed_entries, outcome_crc = excluded.outcome_crc,"
+    " reason = NULL",
+    _NEVER_WRITTEN,
+)
+"""Running runs that completed or failed. The rows exist, so that each is found and changed in one
+pass, where UPDATE … FROM makes two. The table's other columns must have a value all the same.
+"""
+
+
+def end_row(row: RunRow) -> Values:
+    content = (row.id, row.result, row.codec, row.error)
+    return (
+        row.id, int(row.state), row.finished_at, row.result, row.codec, row.error,
+        row.unclaimed_entries, crc32(_pack(content)),
+    )  # fmt: skip
+
+
 insert_run_events = insert("run_events", ("run", "event"), "ON CONFLICT DO NOTHING")
-grow_runs = BulkStatement(
+grow_runs = over(
     "UPDATE runs SET deliveries = column2, due_at = column3, size = column4 FROM",
     4,
     "WHERE runs.id = column1",
@@ -309,7 +389,7 @@ class WindowRow(msgspec.Struct, array_like=True, gc=False):
     opened_at: int
 
 
-known_windows = BulkStatement(
+known_windows = over(
     "SELECT json_group_array(json_array(subscription, ordering_key, run, count, opened_at)) FROM",
     2,
     "v CROSS JOIN windows w ON w.subscription = v.column1 AND w.ordering_key = v.column2",
@@ -322,7 +402,7 @@ put_windows = insert(
 )
 decode_windows = msgspec.json.Decoder(list[WindowRow]).decode
 
-known_patterns = BulkStatement(
+known_patterns = over(
     "SELECT json_group_array(json_array(subscription, key, due_at, open, crc, hex(state))) FROM",
     2,
     "v CROSS JOIN patterns p ON p.subscription = v.column1 AND p.key = v.column2",
@@ -333,30 +413,28 @@ put_patterns = insert(
     "ON CONFLICT (subscription, key) DO UPDATE SET due_at = excluded.due_at, open = excluded.open,"
     " crc = excluded.crc, state = excluded.state",
 )
-delete_patterns = BulkStatement(
-    "DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")"
-)
+delete_patterns = over("DELETE FROM patterns WHERE (subscription, key) IN (SELECT * FROM", 2, ")")
 insert_pattern_events = insert(
     "pattern_events",
     ("event", "subscription", "key", "size"),
     "ON CONFLICT (event, subscription) DO UPDATE SET key = excluded.key, size = excluded.size,"
     " expired = NULL",
 )
-delete_pattern_events = BulkStatement(
+delete_pattern_events = over(
     "DELETE FROM pattern_events WHERE (event, subscription) IN (SELECT * FROM", 2, ")"
 )
-expire_pattern_events = BulkStatement(
+expire_pattern_events = over(
     "UPDATE pattern_events SET expired = column3 FROM",
     3,
     "WHERE pattern_events.event = column1 AND pattern_events.subscription = column2",
 )
 
-unblock_heads = BulkStatement(
+unblock_heads = over(
     "UPDATE runs SET blocked = 0 WHERE id IN (SELECT (SELECT min(id) FROM runs"
     " WHERE flow = column1 AND ordering_key = column2 AND blocked = 1"
     " AND ordering_key IS NOT NULL AND state < 4) FROM",
     2,
-    "WHERE column1 IS NOT NULL AND NOT EXISTS (SELECT 1 FROM runs"
+    "WHERE NOT EXISTS (SELECT 1 FROM runs"
     " WHERE flow = column1 AND ordering_key = column2 AND blocked = 0"
     " AND ordering_key IS NOT NULL AND state < 4))",
 )
@@ -364,7 +442,7 @@ unblock_heads = BulkStatement(
 the oldest live run becomes it.
 """
 
-known_children = BulkStatement(
+known_children = over(
     "SELECT json_group_array(json_array(parent, parent_call_key)) FROM",
     2,
     "v CROSS JOIN runs r ON r.parent = v.column1 AND r.parent_call_key = v.column2",
@@ -407,24 +485,24 @@ def entry_crc(run: int, e: Entry) -> int:
         e.fingerprint, e.value, e.error,
     )  # fmt: skip
     if e.took is None:
-        return checksum(*content)
-    return checksum(*content, e.after, e.waited, e.took)
+        return crc32(_pack(content))
+    return crc32(_pack((*content, e.after, e.waited, e.took)))
 
 
-known_entries = BulkStatement(
+known_entries = over(
     "SELECT count(*) FROM",
     4,
     "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2"
     " AND j.attempt = v.column3 AND j.kind = v.column4",
 )
-finals = BulkStatement(
+finals = over(
     "SELECT json_group_array(json_array(run, call_key)) FROM",
     2,
     "v CROSS JOIN journal j ON j.run = v.column1 AND j.call_key = v.column2 AND j.kind IN (0, 1)",
 )
 """Calls that have an end, VALUE or ERROR: a later answer is ignored."""
 
-later_entries = BulkStatement(
+later_entries = over(
     "SELECT json_group_array(v.column1) FROM",
     3,
     "AS v WHERE EXISTS (SELECT 1 FROM journal WHERE run = v.column1 AND batch > v.column2)"
@@ -441,4 +519,4 @@ put_cursors = insert(
     ("trigger", "key", "value"),
     "ON CONFLICT (trigger, key) DO UPDATE SET value = excluded.value",
 )
-delete_cursors = BulkStatement("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")
+delete_cursors = over("DELETE FROM cursors WHERE (trigger, key) IN (SELECT * FROM", 2, ")")

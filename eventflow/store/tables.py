@@ -27,6 +27,13 @@ TOTALS = (
 )  # fmt: skip
 """The counting columns of the one row of `ledger`."""
 
+# An enum's member is looked up in Python (3.11), and these for each run.
+PENDING = State.PENDING
+RUNNING = State.RUNNING
+HELD = State.HELD
+COMPLETED = State.COMPLETED
+FAILED = State.FAILED
+
 COLUMN: Mapping[int, str] = {
     State.PENDING: "pending",
     State.RUNNING: "pending",
@@ -107,40 +114,55 @@ class Commit:
 
 
 class EventRows:
-    """The events of one transaction."""
+    """The events of one transaction.
+
+    They are inserted first, before anything is decided about them: the index that keeps identities
+    unique tells which are new, and only for those that are not the first event is looked up.
+    `firsts`: by the id of an arrival that is not the first of its identity, the first.
+    """
 
     def __init__(self, commit: Commit) -> None:
-        self.added: list[Values] = []
+        self.firsts: dict[int, KnownEvent] = {}
+        self.decided: list[Values] = []  # verdicts of windows and patterns
         self.dead_letters: list[Values] = []
         self.messages: list[Values] = []  # for the outbox
         self.has_updates = False
         self._commit = commit
-        self._known: dict[bytes, KnownEvent] = {}  # by key: in the ledger before this transaction
-        self._new: dict[bytes, Arrival] = {}  # by key: recorded by it
         self._duplicates: dict[int, list[int]] = {}  # by event: duplicates, conflicts
         self._cursors: dict[tuple[str, str], bytes | None] = {}
 
-    def load_known(self, arrivals: Iterable[Arrival]) -> None:
-        """Reads which of these events are in the ledger already."""
+    def insert(self, arrivals: Sequence[Arrival]) -> None:
+        """Inserts these events, in order, but for those with an identity that is known already,
+        from the ledger or from an earlier one of these.
+        """
+        commit = self._commit
+        added = rows.insert_events.execute(
+            commit.connection, [rows.event_row(arrival) for arrival in arrivals]
+        )
+        commit.totals["events"] += added
+        if added < len(arrivals):
+            self._find_firsts(arrivals)
+
+    def _find_firsts(self, arrivals: Sequence[Arrival]) -> None:
         wanted = [(arrival.event_id, arrival.key) for arrival in arrivals]
+        known: dict[bytes, KnownEvent] = {}
         for text in rows.known_events.read(self._commit.connection, wanted):
-            self._known.update(
-                (bytes.fromhex(known.key), known) for known in rows.decode_known(text)
-            )
+            known.update((bytes.fromhex(event.key), event) for event in rows.decode_known(text))
+        fresh = set[bytes]()
+        for arrival in arrivals:
+            first = known[arrival.key]
+            if first.id != arrival.id:
+                self.firsts[arrival.id] = first
+            elif arrival.key in fresh:
+                raise sqlite3.IntegrityError(f"event {arrival.id} was posted twice")
+            else:
+                fresh.add(arrival.key)
 
-    def reserve(self, arrival: Arrival) -> KnownEvent | None:
-        """Makes this arrival the first of its identity, or returns the event that was the first."""
-        first = self._known.get(arrival.key)
-        if first is not None:
-            return first
-        earlier = self._new.setdefault(arrival.key, arrival)
-        if earlier is arrival:
-            return None
-        return KnownEvent(earlier.id, earlier.key.hex(), earlier.digest.hex(), len(earlier.runs))
-
-    def add(self, arrival: Arrival) -> None:
-        self.added.append(rows.event_row(arrival))
-        self._commit.totals["events"] += 1
+    def decide(self, arrival: Arrival) -> None:
+        """Windows or patterns decided about this event: its verdicts and runs are not those that it
+        was inserted with.
+        """
+        self.decided.append(rows.decided_row(arrival))
 
     def add_dead_letter(self, event: int, subscription: str, reason: str) -> None:
         self.dead_letters.append((event, subscription, reason, self._commit.at))
@@ -164,7 +186,7 @@ class EventRows:
             self._cursors[trigger, key] = None if value is None else msgspec.json.encode(value)
 
     def flush_updates(self) -> None:
-        """Writes duplicates and cursors, after the events that were added."""
+        """Writes duplicates and cursors."""
         connection = self._commit.connection
         at = self._commit.at
         self.has_updates = False
@@ -258,12 +280,14 @@ class RunRows:
         self, commit: Commit, receiver: RunReceiver | None, running: dict[int, RunRow]
     ) -> None:
         self.added: list[Values] = []
+        self.started: list[Values] = []  # added, and reserved by the worker
         self.ended: list[RunRow] = []  # became HELD, or ended
         self._commit = commit
         self._receiver = receiver
         self._running = running
         self._rows: dict[int, RunRow | None] = {}
         self._changed: dict[int, RunRow] = {}
+        self._completed: list[RunRow] = []  # completed or failed, and nothing else changed
         self._woken: set[int] = set()
         # Flows and ordering keys whose head may change.
         self._ordering: set[tuple[str, str]] = set()
@@ -306,7 +330,7 @@ class RunRows:
             row = self.need(run.id)
             if corrupt:
                 row.reason = corrupt
-                self.move(row, State.HELD)
+                self.move(row, HELD)
                 continue
             run.state = row.state
             run.token = row.token
@@ -324,18 +348,23 @@ class RunRows:
         """A new run: RUNNING at once if the worker reserves it, else in its own state. With an
         ordering key it starts blocked.
         """
-        commit = self._commit
+        totals = self._commit.totals
         size = len(run.params or b"") + len(payload or b"")
-        due_at = 0 if run.due_at <= commit.now else run.due_at
+        due_at = 0 if run.due_at <= self._commit.now else run.due_at
+        totals["runs"] += 1
+        totals["pending_bytes"] += size
         if run.payload is None:
             run.payload = payload
         if run.ordering_key is not None:
             self._ordering.add((run.flow, run.ordering_key))
-        elif run.state is State.PENDING and self._offer(run, due_at):
+        elif run.state is PENDING and self._offer(run, due_at):
+            if run.token == 1 and run.parent is None and run.params is None and run.mode is None:
+                row = RunRow(run.id, run.flow, run.event, size, run.started_at, run.depth)
+                self._rows[run.id] = row
+                self.started.append(rows.started_row(run, size))
+                return
             self._rows[run.id] = rows.new_run_row(run, due_at, size)
         self.added.append(rows.run_row(run, due_at, size))
-        commit.totals["runs"] += 1
-        commit.totals["pending_bytes"] += size
 
     def add_growing(self, run: Run, payload: bytes | None) -> RunRow:
         """A new run that further events may join.
@@ -357,7 +386,7 @@ class RunRows:
             if due_at < commit.next_due:
                 commit.next_due = due_at
         elif self._receiver is not None and self._receiver.reserve(run):
-            run.state = State.RUNNING
+            run.state = RUNNING
             run.token += 1
             run.started_at = run.started_at or commit.at
             commit.reserved.append(run)
@@ -382,17 +411,24 @@ class RunRows:
         if row.parent is None:
             totals[COLUMN[before]] -= row.deliveries
             totals[COLUMN[state]] += row.deliveries
-        if state >= State.HELD and before is not state:
+        if state >= HELD and before is not state:
             self.ended.append(row)
-        was_live = before < State.COMPLETED
-        is_live = state < State.COMPLETED
+        was_live = before < COMPLETED
+        is_live = state < COMPLETED
         if was_live != is_live:
             totals["pending_bytes"] += row.size if is_live else -row.size
             row.finished_at = None if is_live else self._commit.at
             if row.ordering_key is not None:
                 row.blocked = int(is_live)
                 self._ordering.add((row.flow, row.ordering_key))
-        self._changed[row.id] = row
+        if (
+            before is RUNNING
+            and (state is COMPLETED or state is FAILED)
+            and row.id not in self._changed
+        ):
+            self._completed.append(row)
+        else:
+            self._changed[row.id] = row
 
     def wake(self, row: RunRow) -> None:
         """PENDING, due now; the worker may reserve it at once."""
@@ -423,6 +459,9 @@ class RunRows:
         connection = self._commit.connection
         if self._woken:
             self._offer_woken()
+        if self._completed:
+            rows.end_runs.execute(connection, [rows.end_row(row) for row in self._completed])
+            self._completed.clear()
         if self._changed:
             changes = [rows.run_changes(row) for row in self._changed.values()]
             rows.update_runs.execute(connection, changes)
@@ -458,7 +497,7 @@ class RunRows:
         """
         running = self._running
         for ident, row in self._rows.items():
-            if row is not None and row.state is State.RUNNING:
+            if row is not None and row.state is RUNNING:
                 running[ident] = row
             else:
                 running.pop(ident, None)

@@ -2,9 +2,9 @@
 
 `Writer` begins it; apply.py, claim.py and admin.py decide in it; `flush` writes the decisions in a
 few statements; `Writer` commits. Rows are read once and changed in memory, so the operations of a
-batch see each other's changes; nothing reaches the file before `flush`. A decision is a row in one
-of the tables, never a statement on its way; the few statements that administration executes itself
-are in admin.py and retention.py.
+batch see each other's changes. Events are inserted as they come, so that the ledger itself tells
+which are new; whatever is decided is a row in one of the tables until `flush`, never a statement on
+its way. The few statements that administration executes itself are in admin.py and retention.py.
 """
 
 import sqlite3
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from eventflow.store import rows
 from eventflow.store.patterns import Patterns
-from eventflow.store.protocol import PatternAdvancer, RunReceiver
+from eventflow.store.protocol import PatternAdvancer, RunReceiver, Settled
 from eventflow.store.rows import RunRow
 from eventflow.store.tables import TOTALS, Commit, EventRows, JournalRows, RunRows
 from eventflow.store.windows import Windows
@@ -45,6 +45,9 @@ class Transaction:
         self.events = EventRows(self.commit)
         self.runs = RunRows(self.commit, receiver, running)
         self.journal = JournalRows(self.commit)
+        self.operations = 1
+        self.settled = Settled(batch, at)  # the usual reply to `Settle`
+        self.is_shared = False  # by several operations: see `apply.prefetch`
         self._advancer = advancer
         self._windows: Windows | None = None
         self._patterns: Patterns | None = None
@@ -63,16 +66,19 @@ class Transaction:
 
     def flush(self) -> None:
         """Writes everything decided so far, but for the ledger's own row."""
+        connection = self.connection
         events = self.events
+        runs = self.runs
         for statement, values in (
-            (rows.insert_events, events.added),
-            (rows.insert_runs, self.runs.added),
+            (rows.decide_events, events.decided),
+            (rows.insert_started_runs, runs.started),
+            (rows.insert_runs, runs.added),
             (rows.insert_entries, self.journal.added),
             (rows.insert_dead_letters, events.dead_letters),
             (rows.insert_outbox, events.messages),
         ):
             if values:
-                statement.execute(self.connection, values)
+                statement.execute(connection, values)
                 values.clear()
         if events.has_updates:
             events.flush_updates()
@@ -80,7 +86,7 @@ class Transaction:
             self._windows.flush()
         if self._patterns is not None:
             self._patterns.flush()
-        self.runs.flush_changes()
+        runs.flush_changes()
 
     def finish(self) -> None:
         """Writes the rest and the ledger's row; the writer commits."""

@@ -14,13 +14,13 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreError, StoreFailed, StoreFull
-from eventflow.store.apply import apply, prefetch, record_run_events
+from eventflow.store.apply import ServeAlone, apply, prefetch, record_run_events
 from eventflow.store.claim import claim
 from eventflow.store.file_guards import (
     ALL_FILES_CHECK_SECONDS,
@@ -32,11 +32,13 @@ from eventflow.store.file_guards import (
 from eventflow.store.protocol import (
     Claim,
     Op,
+    OpList,
     OutboxListener,
     PatternAdvancer,
     RecordEvents,
     RunEventSource,
     RunReceiver,
+    WriteOp,
 )
 from eventflow.store.rows import NEVER, RunRow
 from eventflow.store.tables import TOTALS, Commit
@@ -88,6 +90,10 @@ class ConnectionJob:
         self.call = call
 
 
+_SOLITARY = (TransactionCall, ConnectionJob)
+"""What has no other operation in its transaction."""
+
+
 class QueuedOperation(msgspec.Struct, gc=False):
     """An operation, and the callback that gets its reply on a loop."""
 
@@ -96,15 +102,11 @@ class QueuedOperation(msgspec.Struct, gc=False):
     loop: asyncio.AbstractEventLoop
 
     def replied(self, value: Any) -> "LoopCallback":
-        return LoopCallback(self.loop, self.reply, (value,))
+        return (self.loop, self.reply, (value,))
 
 
-class LoopCallback(msgspec.Struct, gc=False):
-    """A call to make on a loop once a batch is over."""
-
-    loop: asyncio.AbstractEventLoop
-    call: Callable[..., None]
-    args: tuple[Any, ...]
+LoopCallback: TypeAlias = tuple[asyncio.AbstractEventLoop, Callable[..., None], tuple[Any, ...]]
+"""A call to make on a loop once a batch is over."""
 
 
 class Listeners:
@@ -312,13 +314,9 @@ class Writer:
         """Commits these, in order. A `TransactionCall` has its own transaction."""
         while items:
             n = 1
-            if not isinstance(items[0].op, TransactionCall | ConnectionJob):
+            if not isinstance(items[0].op, _SOLITARY):
                 n = next(
-                    (
-                        n
-                        for n, item in enumerate(items)
-                        if isinstance(item.op, TransactionCall | ConnectionJob)
-                    ),
+                    (n for n, item in enumerate(items) if isinstance(item.op, _SOLITARY)),
                     len(items),
                 )
             if isinstance(items[0].op, ConnectionJob):
@@ -354,9 +352,10 @@ class Writer:
             self._files.check()
             _call_back(replies)
             self.commits["batches"] += 1
-            self.commits["ops"] += len(items)
             self.commits["seconds"] += self._clock.monotonic() - began
-        except _BAD_INPUT as error:
+        except (*_BAD_INPUT, ServeAlone) as error:
+            if len(items) == 1 and isinstance(ops := items[0].op, OpList) and ops.ops:
+                items = _unlisted(items[0], ops)
             if len(items) == 1:
                 self._reject(items[0], error)
             else:
@@ -404,6 +403,7 @@ class Writer:
         except BaseException:
             self._undo(tx)
             raise
+        self.commits["ops"] += tx.operations
         return replies + self._committed(tx)
 
     def apply(self, verb: Callable[[Transaction], None]) -> None:
@@ -435,14 +435,28 @@ class Writer:
             value = verb.call(tx)
             tx.flush()
             return [items[0].replied(value() if callable(value) else value)]
-        writes = [
-            (item, item.op)
-            for item in items
-            if not isinstance(item.op, Claim | TransactionCall | ConnectionJob)
-        ]
-        prefetch(tx, [op for _, op in writes], must_probe=must_probe)
-        replies = [item.replied(apply(tx, op)) for item, op in writes]
-        claims = [(item, item.op) for item in items if isinstance(item.op, Claim)]
+        writes: list[tuple[QueuedOperation, WriteOp | OpList]] = []
+        claims: list[tuple[QueuedOperation, Claim]] = []
+        ops: list[WriteOp] = []
+        for item in items:
+            op = item.op
+            if isinstance(op, Claim):
+                claims.append((item, op))
+            elif isinstance(op, OpList):
+                writes.append((item, op))
+                ops.extend(op.ops)
+            elif not isinstance(op, _SOLITARY):
+                writes.append((item, op))
+                ops.append(op)
+        tx.operations = len(ops) + len(claims)
+        prefetch(tx, ops, must_probe=must_probe)
+        replies: list[LoopCallback] = []
+        for item, op in writes:
+            if isinstance(op, OpList):
+                reply = [apply(tx, each) for each in op.ops]
+            else:
+                reply = apply(tx, op)
+            replies.append((item.loop, item.reply, (reply,)))
         if claims:
             tx.flush()
         for item, op in claims:
@@ -539,6 +553,18 @@ class Writer:
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
+def _unlisted(item: QueuedOperation, listed: OpList) -> list[QueuedOperation]:
+    """The operations of a list as items of their own; the last reply completes the list's."""
+    replies: list[Any] = []
+
+    def collect(reply: Any) -> None:
+        replies.append(reply)
+        if len(replies) == len(listed.ops):
+            item.reply(replies)
+
+    return [QueuedOperation(op, collect, item.loop) for op in listed.ops]
+
+
 def _run_job(connection: sqlite3.Connection, job: ConnectionJob) -> Any:
     try:
         return job.call(connection)
@@ -552,14 +578,14 @@ def _reports(commit: Commit, listeners: Listeners) -> list[LoopCallback]:
     """What the worker and the outbox's listener get to know of a commit."""
     reports: list[LoopCallback] = []
     if commit.sinks and (outbox := listeners.outbox) is not None:
-        reports.append(LoopCallback(outbox.loop, outbox.notify, (tuple(commit.sinks),)))
+        reports.append((outbox.loop, outbox.notify, (tuple(commit.sinks),)))
     if (receiver := listeners.receiver) is None:
         return reports
     if commit.reserved or commit.has_due or commit.cancels:
         runs = (commit.reserved, commit.has_due, commit.cancels)
-        reports.append(LoopCallback(receiver.loop, receiver.receive_runs, runs))
+        reports.append((receiver.loop, receiver.receive_runs, runs))
     if commit.answers:
-        reports.append(LoopCallback(receiver.loop, receiver.receive_answers, (commit.answers,)))
+        reports.append((receiver.loop, receiver.receive_answers, (commit.answers,)))
     return reports
 
 
@@ -570,7 +596,11 @@ def _call_back(callbacks: Sequence[LoopCallback]) -> None:
     """
     by_loop: dict[asyncio.AbstractEventLoop, list[LoopCallback]] = {}
     for callback in callbacks:
-        by_loop.setdefault(callback.loop, []).append(callback)
+        loop = callback[0]
+        if loop in by_loop:
+            by_loop[loop].append(callback)
+        else:
+            by_loop[loop] = [callback]
     for loop, its_callbacks in by_loop.items():
         try:
             loop.call_soon_threadsafe(_run_callbacks, its_callbacks)
@@ -580,9 +610,9 @@ def _call_back(callbacks: Sequence[LoopCallback]) -> None:
 
 def _run_callbacks(callbacks: Sequence[LoopCallback]) -> None:
     """On the loop: every callback runs, whatever one of them raises."""
-    for n, callback in enumerate(callbacks):
+    for n, (loop, call, args) in enumerate(callbacks):
         try:
-            callback.call(*callback.args)
+            call(*args)
         except BaseException:
-            callback.loop.call_soon(_run_callbacks, callbacks[n + 1 :])
+            loop.call_soon(_run_callbacks, callbacks[n + 1 :])
             raise

@@ -4,9 +4,9 @@ import pytest
 
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
-from eventflow.store.protocol import Arrival, RecordEvents
+from eventflow.store.protocol import Append, Arrival, Fenced, RecordEvents
 from eventflow.store.sqlite import _Limits  # pyright: ignore[reportPrivateUsage]
-from tests.store.ledger import Ledger, Reopen
+from tests.store.ledger import Ledger, Reopen, value
 
 pytestmark = pytest.mark.anyio
 
@@ -54,6 +54,63 @@ async def test_p2_duplicates_inside_one_batch(ledger: Ledger):
     assert [receipt.duplicate for receipt in receipts] == [False, False, True, True]
     assert receipts[2].ledger_id == receipts[0].ledger_id
     assert (await ledger.store.event("a"))["duplicates"] == 2
+
+
+async def test_p2_duplicates_inside_one_commit(ledger: Ledger):
+    """Of equal identities in one commit the one posted first is the first, also when it is an event
+    that a run emits.
+    """
+    run = await ledger.running()
+    emitted = ledger.arrival("a", ledger.run())
+    late = ledger.arrival("a", ledger.run())
+    early = ledger.arrival("b", ledger.run())
+    too_late = ledger.arrival("b", ledger.run())
+    first, appended, second = await ledger.together(
+        RecordEvents([early]),
+        Append(run.id, run.token, [value()], [emitted, too_late]),
+        RecordEvents([late]),
+    )
+    found = [*first, *appended.receipts, *second]
+    assert [receipt.ledger_id for receipt in found] == [early.id, emitted.id, early.id, emitted.id]
+    assert [receipt.duplicate for receipt in found] == [False, False, True, True]
+
+
+async def test_p7_what_a_stale_claim_emits_is_not_recorded(ledger: Ledger):
+    """An append that is refused records none of its events, alone or among others in its commit: an
+    equal one posted behind it is the first.
+    """
+    run = await ledger.running()
+    stale = Append(run.id, run.token - 1, [value()], [ledger.arrival("a", ledger.run())])
+    (refused,) = await ledger.together(stale)
+    assert isinstance(refused, Fenced)
+    arrival = ledger.arrival("a", ledger.run())
+    before, refused, recorded = await ledger.together(
+        RecordEvents([ledger.arrival("b")]), stale, RecordEvents([arrival])
+    )
+    assert isinstance(refused, Fenced) and not before[0].duplicate
+    assert recorded == [Receipt(arrival.id, "a", matched=1)]
+    assert (await ledger.store.counts())["events"] == 3
+
+
+async def test_an_entry_recorded_before_keeps_out_what_comes_with_it(ledger: Ledger):
+    """An append whose entry is in the journal already records none of its events."""
+    run = await ledger.running()
+    await ledger.append(run, value())
+    reply = await ledger.append(run, value(), arrivals=[ledger.arrival("a", ledger.run())])
+    assert isinstance(reply, Fenced)
+    assert (await ledger.store.counts())["events"] == 1
+
+
+async def test_an_arrival_posted_twice_is_refused(ledger: Ledger):
+    """The same ledger id twice is no duplicate but an error of the caller; the others of its commit
+    are recorded.
+    """
+    twice = ledger.arrival("a", suppressed=1)
+    good, refused = await ledger.together(
+        RecordEvents([ledger.arrival("b")]), RecordEvents([twice, twice])
+    )
+    assert len(good) == 1 and isinstance(refused, StoreError)
+    assert (await ledger.store.counts())["events"] == 1
 
 
 async def test_the_same_identity_with_other_content_is_a_conflict(ledger: Ledger):
@@ -107,7 +164,7 @@ async def test_many_cursors_in_one_call(ledger: Ledger):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100, 257, 1000])
 async def test_batches_of_any_size(ledger: Ledger, size: int):
-    """Rows go in as padded groups; none is lost and none is added."""
+    """Rows go in by groups of a few sizes; none is lost and none is added."""
     arrivals = [ledger.arrival(f"e{n}", ledger.run(), ledger.run("g")) for n in range(size)]
     await ledger.store.record(arrivals)
     counts = await ledger.store.counts()

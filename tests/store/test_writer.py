@@ -11,7 +11,15 @@ import pytest
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
 from eventflow.runs.run import Completed, State, Suspended
-from eventflow.store.protocol import Append, Claim, RecordEvents, Settle
+from eventflow.store.protocol import (
+    Append,
+    Claim,
+    Fenced,
+    OpList,
+    RecordEvents,
+    Settle,
+    Settled,
+)
 from tests.conftest import eventually, wait_until
 from tests.store.ledger import SECOND, Ledger, RecordingWorker, Reopen, value
 
@@ -54,6 +62,50 @@ async def test_ops_of_a_loop_are_applied_in_order(ledger: Ledger):
     ]
     replies = await ledger.together(*ops)
     assert [type(reply).__name__ for reply in replies] == ["Appended", "Settled", "Fenced"] * 200
+
+
+async def test_a_list_of_ops_has_one_reply(ledger: Ledger):
+    """Operations posted in one piece are applied in order, between those posted before and after;
+    each is refused on its own, and the one reply has theirs in order.
+    """
+    one, two = await ledger.recorded(ledger.run(), ledger.run())
+    one, two = await ledger.claimed(2)
+    listed = OpList(
+        [
+            Append(one.id, one.token, [value()]),
+            Settle(one.id, one.token, Completed(b"1")),
+            Append(one.id, one.token, [value("late")]),
+            Settle(two.id, two.token, Completed(b"2")),
+        ]
+    )
+    replies, after, empty = await ledger.together(
+        listed, Append(two.id, two.token, [value("later")]), OpList([])
+    )
+    names = [type(reply).__name__ for reply in (*replies, after)]
+    assert names == ["Appended", "Settled", "Fenced", "Settled", "Fenced"]
+    assert empty == []
+    assert [await ledger.state(run) for run in (one, two)] == ["completed", "completed"]
+
+
+async def test_an_op_of_a_list_fails_alone(ledger: Ledger):
+    """Bad content, or an entry recorded before, is the reply of that operation only."""
+    await ledger.recorded(*[ledger.run() for _ in range(3)])
+    one, two, three = await ledger.claimed(3)
+    await ledger.append(one, value())
+    listed = OpList(
+        [
+            Append(one.id, one.token, [value()]),
+            Append(two.id, two.token, [value(data=object())]),  # type: ignore[arg-type]
+            Settle(three.id, three.token, Completed(b"1")),
+        ]
+    )
+    receipts, (again, bad, good) = await ledger.together(
+        RecordEvents([ledger.arrival("a")]), listed
+    )
+    assert len(receipts) == 1
+    assert isinstance(again, Fenced) and isinstance(bad, StoreError) and isinstance(good, Settled)
+    (alone,) = await ledger.do(OpList([Append(one.id, one.token, [value()])]))
+    assert isinstance(alone, Fenced)
 
 
 async def test_cancelling_the_wait_does_not_reach_the_transaction(ledger: Ledger):
