@@ -449,7 +449,8 @@ async def _open_dead_letters(api: ApiClient) -> list[int]:
 def cancel(run: str, reason: str | None, as_json: bool, location: LedgerLocation) -> None:
     """Cancel a run.
 
-    One that is running gets a CancelledError; its `finally` blocks may work for the flow's grace.
+    The flow of one that has begun gets a CancelledError, also where it sleeps; its `finally` blocks
+    may work for the flow's grace. A second cancel ends a run that does not run at once.
     """
     done = _call_api(
         location, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})

@@ -24,11 +24,13 @@ from eventflow.engine.durations import Durations
 from eventflow.engine.execution import Execution, RunningCall
 from eventflow.engine.limits import RunQueues, WorkerLimits
 from eventflow.engine.outcomes import Outcomes
+from eventflow.engine.run_end import answer_to_parent
 from eventflow.engine.worker_services import DerivedWork, WorkerServices
 from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.routing.router import Router
 from eventflow.runs.journal import Entry, Journal
 from eventflow.runs.run import (
+    Cancelled,
     Completed,
     Interrupted,
     NeedsAttention,
@@ -303,6 +305,9 @@ class Worker:
             self._put_back(run)
             return
         flow = self._flows.get(run.flow)
+        if flow is None and run.cancel_requested:
+            self._end(run, Cancelled(run.cancel_reason or "cancel requested"))
+            return
         if flow is None:
             missing = f"the app has no flow named {run.flow!r}"
             self._hold(
@@ -326,9 +331,13 @@ class Worker:
 
     def _hold(self, run: Run, reason: str) -> None:
         """A run that cannot be started: a person must look."""
-        outcome = NeedsAttention(reason)
         log.error("run.held", run=format_id(run.id), flow=run.flow, reason=reason)
-        op = Settle(run.id, run.token, outcome)
+        self._end(run, NeedsAttention(reason))
+
+    def _end(self, run: Run, outcome: Outcome) -> None:
+        """Settles a run that has no Execution."""
+        to_parent = answer_to_parent(run, format_id(run.id), outcome)
+        op = Settle(run.id, run.token, outcome, to_parent, run.parent)
         self._services.store.post(op, lambda _: self.outcomes.notify(run.id, outcome), self.loop)
         self._limits.places.taken[run.flow] -= 1
         self._limits.capacity.release()

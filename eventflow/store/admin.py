@@ -15,6 +15,7 @@ from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
 from eventflow.runs.journal import (
+    CANCEL_KEY,
     RESTARTED_NOTE,
     RUNNING_TIME_NOTE,
     TIMEOUT_KEY,
@@ -159,20 +160,28 @@ def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
 
 
 def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = True) -> State:
-    """Cancels a run that is not running at once, requests the cancel of one that is; its children
-    likewise. Returns the state that it was in.
+    """Asks a run that has begun to end, and cancels any other at once; its children likewise.
+    Returns the state that it was in.
 
-    A running run gets no answer of a child that is cancelled with it: its own cancel comes first,
-    and would otherwise be recorded behind the errors that are its consequences.
+    A run that has begun may clean up, also when it sleeps: then it is woken with the cancel in its
+    journal. It gets no answer of a child that is cancelled with it: its own cancel comes first, and
+    would otherwise be recorded behind the errors that are its consequences. One that was asked
+    before and does not run is cancelled at once: perhaps nothing can execute it.
     """
     row = tx.runs.need(run)
     before = row.state
     reason = KNOWN_SECRETS.remove_from(reason)
-    if before is State.RUNNING:
+    is_asked = before is State.RUNNING or _may_clean_up(row)
+    if is_asked:
         row.cancel_requested = 1
         row.reason = reason
-        tx.runs.change(row)
-        tx.commit.cancels[run] = reason
+        if before is State.RUNNING:
+            tx.runs.change(row)
+            tx.commit.cancels[run] = reason
+        else:
+            entry = Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason))
+            tx.journal.add(run, entry)
+            tx.runs.wake(row)
     elif before.is_live:
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)
@@ -180,8 +189,18 @@ def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = Tru
             notify_parent(tx, row, "RunCancelled", reason)
     if before.is_live:
         for child, _, _ in _children(tx, run):
-            cancel(tx, child, reason, answers_parent=before is not State.RUNNING)
+            cancel(tx, child, reason, answers_parent=not is_asked)
     return before
+
+
+def _may_clean_up(row: RunRow) -> bool:
+    """Whether the run does not run now, but has begun and can go on."""
+    return (
+        row.state in (State.PENDING, State.WAITING)
+        and row.started_at is not None
+        and not row.blocked
+        and not row.cancel_requested
+    )
 
 
 def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -> None:

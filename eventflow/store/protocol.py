@@ -476,9 +476,10 @@ class Store(Protocol):
         ...
 
     async def cancel(self, run: int, reason: str) -> State:
-        """PENDING, WAITING, PAUSED, HELD → CANCELLED now (with an ERROR entry for a parent), live
-        children too; RUNNING → `cancel_requested`, and the worker gets it by
-        `RunReceiver.receive_runs`. Returns the state that the run was in.
+        """A run that has begun is asked to end, live children too: RUNNING → `cancel_requested`,
+        and the worker gets it by `RunReceiver.receive_runs`; WAITING, PENDING → PENDING, due now,
+        with the cancel in its journal. PAUSED, HELD, not begun, or asked before and not RUNNING →
+        CANCELLED now, with an ERROR entry for a parent. Returns the state that the run was in.
         """
         ...
 

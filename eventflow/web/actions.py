@@ -176,7 +176,7 @@ async def retry_from(app: App, ident: str, call: str, *, by: str) -> tuple[int, 
 
 
 async def cancel(app: App, ident: str, reason: str, *, by: str) -> tuple[int, State]:
-    """Cancels a run: at once, or by a request if it is running. Returns its id and its state
+    """Cancels a run: at once, or by a request if it has begun. Returns its id and its state
     before.
 
     Raises UsageError when it has ended already.

@@ -228,10 +228,12 @@ class RunHandlers:
         """`{"reason"}`, optional."""
         fields = await read_object(request, "reason")
         reason = _text(fields, "reason") or "cancelled by an operator"
+        app = self._opened()
         number, before = await actions.cancel(
-            self._opened(), request.path_params["id"], reason, by=caller(request)
+            app, request.path_params["id"], reason, by=caller(request)
         )
-        state = "cancelling" if before is State.RUNNING else "cancelled"
+        is_over = (await app.store.run(number))["state"] == State.CANCELLED.label
+        state = "cancelled" if is_over else "cancelling"
         return Json({"id": format_id(number), "state": state, "was": before.label}, 202)
 
 

@@ -261,23 +261,39 @@ async def test_there_is_no_retry_from_elsewhere(ledger: Ledger, state: str):
         await ledger.store.retry(run.id)
 
 
-async def test_cancel_ends_what_does_not_run(ledger: Ledger):
-    """PENDING, WAITING, PAUSED, HELD → CANCELLED at once, with the reason."""
+async def test_cancel_ends_what_has_not_begun(ledger: Ledger):
+    """PENDING before its start, PAUSED, HELD → CANCELLED at once, with the reason."""
     (paused,) = await ledger.recorded(ledger.run(state=State.PAUSED))
     (pending,) = await ledger.recorded(ledger.run(due_at=ledger.clock.now() + SECOND))
-    waiting, held = await ledger.running(), await ledger.running()
-    await ledger.settle(waiting, Suspended(None, 0))
+    held = await ledger.running()
     await ledger.settle(held, NeedsAttention("look"))
-    for run, before in (
-        (pending, State.PENDING),
-        (waiting, State.WAITING),
-        (paused, State.PAUSED),
-        (held, State.HELD),
-    ):
+    for run, before in ((pending, State.PENDING), (paused, State.PAUSED), (held, State.HELD)):
         assert await ledger.store.cancel(run.id, "not wanted") is before
         row = await ledger.store.run(run.id)
         assert (row["state"], row["reason"]) == ("cancelled", "not wanted")
-    assert (await ledger.store.counts())["cancelled"] == 4
+    assert (await ledger.store.counts())["cancelled"] == 3
+
+
+@pytest.mark.parametrize("outcome", [Suspended(None, 0), Interrupted()], ids=["asleep", "pending"])
+async def test_cancel_wakes_what_has_begun(ledger: Ledger, reopen: Reopen, outcome: Outcome):
+    """WAITING, PENDING after its start → PENDING, due now, with the cancel in its journal, also
+    after a crash: its flow may clean up. A second cancel ends it at once.
+    """
+    run, forced = await ledger.running(), await ledger.running()
+    for each in (run, forced):
+        await ledger.settle(each, outcome)
+        await ledger.store.cancel(each.id, "not wanted")
+        assert await ledger.state(each) == "pending"
+    assert await ledger.store.cancel(forced.id, "now") is State.PENDING
+    assert await ledger.state(forced) == "cancelled"
+    ledger = reopen()
+    (again,) = await ledger.claimed()
+    assert (again.id, again.cancel_requested) == (run.id, True)
+    (entry,) = await ledger.store.load(run.id)
+    assert (entry.kind, entry.value) == (Kind.CANCEL, b'"not wanted"')
+    await ledger.settle(again, Cancelled("not wanted"))
+    counts = await ledger.store.counts()
+    assert (counts["cancelled"], counts["pending"]) == (2, 0)
 
 
 async def test_a_paused_run_waits_for_its_trigger(ledger: Ledger, reopen: Reopen):

@@ -183,8 +183,8 @@ async def test_a_fresh_retry_starts_its_own_children(ledger: Ledger):
 
 
 async def test_cancel_goes_down(ledger: Ledger):
-    """Children and grandchildren end with the run, running ones get a request; the parent in
-    between gets none twice.
+    """Children and grandchildren that have not begun end with the run; those that have get a
+    request, once, and are due now.
     """
     worker = RecordingWorker(asyncio.get_running_loop(), capacity=0)
     ledger.store.attach_worker(worker)
@@ -196,11 +196,13 @@ async def test_cancel_goes_down(ledger: Ledger):
     await ledger.settle(parent, Suspended(None, 10**9))
     await ledger.settle(child, Suspended(None, 10**9))
     assert await ledger.store.cancel(parent.id, "stop") is State.WAITING
-    assert [await ledger.state(run) for run in (parent, child, waiting, running)] == [
-        "cancelled"
-    ] * 3 + ["running"]
+    states = [await ledger.state(run) for run in (parent, child, waiting, running)]
+    assert states == ["pending", "pending", "cancelled", "running"]
     assert worker.cancels == [running.id]
-    assert (await ledger.store.run(running.id))["cancel_requested"]
+    for each in (parent, child, running):
+        assert (await ledger.store.run(each.id))["cancel_requested"]
+    entries = [*await ledger.store.load(parent.id), *await ledger.store.load(child.id)]
+    assert [each.kind for each in entries if each.kind is not Kind.CHILD] == [Kind.CANCEL] * 2
 
 
 async def test_a_cancelled_child_answers_its_parent(ledger: Ledger):
