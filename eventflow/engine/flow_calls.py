@@ -103,6 +103,9 @@ class FlowCalls(ABC):
         except BaseException:
             self._give_up(call)
             raise
+        finally:  # an error refers to this frame, and must not be referred to by it
+            call.future = None
+            del future
 
     def _await_call(self, call: Call) -> asyncio.Future[Any]:
         if not self.run_end.is_open:

@@ -115,7 +115,8 @@ class LogOutput(DirectHandler):
         self._queued_bytes += len(line)
         if not self._has_lines.is_set():
             self._has_lines.set()
-        if level >= logging.WARNING or self._style is not None:
+        is_urgent = level >= logging.WARNING or self._style is not None
+        if is_urgent and not self._flush_now.is_set():
             self._flush_now.set()
         if self._thread is None:
             self.flush()

@@ -43,6 +43,7 @@ TARGET_PREFIX = "eventflow_target_"
 
 _OWN_FILES = str(Path(__file__).parent.parent) + os.sep
 _REMOTE = "recorded traceback:\n"
+_UNSET = object()
 
 
 def encode_error(
@@ -197,12 +198,12 @@ def _attributes(error: BaseException) -> dict[str, Any]:
     """
     values = {name: value for name, value in vars(error).items() if not name.startswith("__")}
     for name in _data_descriptors(type(error)):
-        value, missing = call_catching(getattr, error, name)
-        if missing is None:
+        value, broken = call_catching(getattr, error, name, _UNSET)
+        if broken is None and value is not _UNSET:
             values[name] = value
     forms: dict[str, Any] = {}
     for name, value in values.items():
-        form = _detail(value)
+        form = None if value is None else _detail(value)
         if form is not None or value is None:
             forms[_utf8(name)] = form
     return forms
