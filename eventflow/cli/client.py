@@ -126,7 +126,7 @@ class ApiClient:
     def _check_writable(self) -> None:
         if self._in_use:
             raise StoreInUse(
-                f"{self._in_use} has {self.address} open without a server, so that commands can "
+                f"{self._in_use} has {self.address} open without a server, so commands can "
                 "only read (ls, show, explain, logs, dry runs); do this in that program, or stop it"
             )
 

@@ -136,7 +136,7 @@ def test_what_would_change_an_embedded_store_is_refused(host: Host, args: tuple[
     assert done.stdout == ""
     error = done.stderr.removeprefix(messages(host))
     assert f"process {host.process.pid} has {os.path.realpath(host.folder)}" in error
-    assert "can only look" in error and "in that program, or stop it" in error
+    assert "can only read" in error and "in that program, or stop it" in error
     assert eventflow(host.folder, "ls", "runs", "--json").stdout == before
 
 
