@@ -449,8 +449,8 @@ async def _open_dead_letters(api: ApiClient) -> list[int]:
 def cancel(run: str, reason: str | None, as_json: bool, location: LedgerLocation) -> None:
     """Cancel a run.
 
-    The flow of one that has begun gets a CancelledError, also where it sleeps; its `finally` blocks
-    may work for the flow's grace. A second cancel ends a run that does not run at once.
+    The flow of a run that has begun gets a CancelledError, also in a sleep; its `finally` blocks may
+    run for the flow's grace. A second cancel ends a run that is not running, without clean-up.
     """
     done = _call_api(
         location, lambda api: api.post(f"/api/runs/{quoted(run)}/cancel", {"reason": reason})
