@@ -20,7 +20,7 @@ from eventflow.cli.client import (
 from eventflow.cli.output import fields_text, note, table, terminal_width, write_result
 from eventflow.cli.run_text import event_text, last_part, run_text
 from eventflow.cli.times import age_text, check_order, parse_moment, zone_name
-from eventflow.core.clock import duration_text
+from eventflow.core.clock import SECOND, duration_text, to_datetime
 from eventflow.core.errors import UsageError
 from eventflow.logs.file import as_stream_line
 from eventflow.logs.output import format_line, make_style
@@ -164,9 +164,9 @@ def _flow_row(flow: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trigger_row(trigger: dict[str, Any]) -> dict[str, Any]:
-    """With its gauges, such as `lag_messages 12, lag_seconds 0.8`, and its current problem."""
+    """With its gauges, such as `lag_messages 12, next in 30 s`, and its current problem."""
     gauges = ", ".join(
-        f"{name} {value:.15g}"
+        gauge_text(name, value)
         for name, value in trigger["totals"].items()
         if value or name.startswith("lag")
     )
@@ -178,6 +178,14 @@ def _trigger_row(trigger: dict[str, Any]) -> dict[str, Any]:
         "gauges": gauges or None,
         "detail": trigger["condition"] or trigger["last_error"],
     }
+
+
+def gauge_text(name: str, value: float) -> str:
+    """`lag_seconds 0.8`; `next in 30 s` for an instant."""
+    of_what = name.removesuffix("_timestamp_seconds")
+    if of_what == name:
+        return f"{name} {value:.15g}"
+    return f"{of_what} {age_text(to_datetime(int(value * SECOND)).isoformat())}"
 
 
 def _sink_row(sink: dict[str, Any]) -> dict[str, Any]:

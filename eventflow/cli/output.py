@@ -15,7 +15,7 @@ import click
 import orjson
 
 from eventflow.cli.streams import is_terminal
-from eventflow.core.columns import clip, display_width
+from eventflow.core.columns import clip, display_width, wrap
 from eventflow.logs.redaction import escape_controls
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -58,13 +58,14 @@ def write_result(data: Any, as_json: bool, text: str) -> None:
 
 def note(text: str) -> None:
     """Print a line for a person to stderr."""
-    _echo_wrapped(f"eventflow: {escape_controls(text)}")
+    _echo_wrapped("eventflow:", escape_controls(text))
 
 
-def _echo_wrapped(text: str) -> None:
-    """To stderr; on a terminal, lines break between words."""
+def _echo_wrapped(label: str, text: str, **style: Any) -> None:
+    """To stderr; on a terminal, lines break between words. `style`: of the label."""
     width = shutil.get_terminal_size().columns if is_terminal(sys.stderr) else None
-    click.echo("\n".join(wrap(text, width, lines=MAX_LINES_OF_ERROR)), err=True)
+    lines = "\n".join(wrap(f"{label} {text}", width, MAX_LINES_OF_ERROR))
+    click.echo(f"{click.style(label, **style)}{lines.removeprefix(label)}", err=True)
 
 
 MAX_LINES_OF_ERROR = 40
@@ -75,7 +76,7 @@ def fail(error: str, detail: str, as_json: bool) -> None:
     if as_json:
         sys.stderr.write(orjson.dumps({"error": _snake(error), "detail": detail}).decode() + "\n")
     else:
-        _echo_wrapped(f"{click.style('error:', fg='red')} {escape_controls(detail)}")
+        _echo_wrapped("error:", escape_controls(detail), fg="red")
 
 
 def _snake(name: str) -> str:
@@ -201,27 +202,11 @@ def fields_text(pairs: Sequence[tuple[str, Any]], width: int | None = None) -> s
     size = max((len(name) for name, _ in given), default=0)
     lines: list[str] = []
     for name, value in given:
-        first, *rest = wrap(_cell(value), None if width is None else width - size - 2)
+        room = None if width is None else width - size - 2
+        first, *rest = wrap(_cell(value), room, MAX_LINES_OF_VALUE)
         lines.append(f"{click.style(name.ljust(size), bold=True)}  {coloured(first)}")
         lines += [" " * (size + 2) + line for line in rest]
     return "\n".join(lines)
 
 
 MAX_LINES_OF_VALUE = 3
-
-
-def wrap(text: str, width: int | None, lines: int = MAX_LINES_OF_VALUE) -> list[str]:
-    """At most `lines` lines of `width` columns; the rest is cut. None: one line."""
-    if width is None or display_width(text) <= width:
-        return [text]
-    found: list[str] = []
-    rest = text
-    while rest and len(found) < lines - 1:
-        size = width
-        while display_width(rest[:size]) > width:
-            size -= 1
-        gap = rest.rfind(" ", 0, size + 1)
-        at = gap if len(rest) > size and gap > size // 2 else size
-        found.append(rest[:at])
-        rest = rest[at:].lstrip()
-    return [*found, clip(rest, width)] if rest else found

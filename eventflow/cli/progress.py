@@ -22,7 +22,7 @@ def stderr_progress(label: str, total: int | None, unit: str = "") -> Progress:
 
 
 def _draw(text: str) -> None:
-    width = shutil.get_terminal_size().columns - 1
+    width = shutil.get_terminal_size().columns - 3  # … is three characters in ASCII
     sys.stderr.write(f"\r{clip(text, width)}\x1b[K")
     sys.stderr.flush()
 

@@ -54,4 +54,5 @@ def show_calls(progress: Progress, calls: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _show(progress: Progress, ended: int) -> None:
-    progress.move_to(ended, f"{int(progress.seconds)} s")
+    has_time_left = ended and progress.total and ended <= progress.total
+    progress.move_to(ended, "" if has_time_left else f"{int(progress.seconds)} s")

@@ -21,3 +21,20 @@ def clip(text: str, width: int | None) -> str:
     while display_width(kept) > width - 1:
         kept = kept[:-1]
     return f"{kept}…"
+
+
+def wrap(text: str, width: int | None, lines: int) -> list[str]:
+    """At most `lines` lines of `width` columns; the rest is cut. None: one line."""
+    if width is None or display_width(text) <= width:
+        return [text]
+    found: list[str] = []
+    rest = text
+    while rest and len(found) < lines - 1:
+        size = width
+        while display_width(rest[:size]) > width:
+            size -= 1
+        gap = rest.rfind(" ", 0, size + 1)
+        at = gap if len(rest) > size and gap > size // 2 else size
+        found.append(rest[:at])
+        rest = rest[at:].lstrip()
+    return [*found, clip(rest, width)] if rest else found

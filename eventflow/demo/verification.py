@@ -58,30 +58,32 @@ class Verification:
         }
 
     def print_totals(self) -> None:
-        write = self.report.write
+        row = self.report.row
         counts = self.counts
         answers = self.environment.answers
         repeated = self.not_recorded & self.started_before
         new = self.not_recorded - self.started_before
         self.report.heading(f"The {len(self.kill_record.in_flight)} runs that the kill interrupted")
-        write(
-            f"  replayed   {len(self.recorded):>4} results were recorded: "
-            "read back, their bodies did not run again"
+        row(
+            "replayed",
+            f"{len(self.recorded):>4} results were recorded: "
+            "read back, their bodies did not run again",
         )
-        write(
-            f"  repeated   {len(repeated):>4} bodies were cut short: "
-            "run again, under the keys they had"
+        row(
+            "repeated",
+            f"{len(repeated):>4} bodies were cut short: run again, under the keys they had",
         )
-        write(f"  went on    {len(new):>4} bodies ran for the first time")
+        row("went on", f"{len(new):>4} bodies ran for the first time")
         self.report.heading("The sums")
-        write(f"  answered   {statuses_text(sorted(answers.elements()))}")
-        write(
-            f"  recorded   {counts['events']} events: {answers[202]} posted, "
-            f"{self.environment.files} files, {EMITTED_EVENTS} emitted"
+        row("answered", statuses_text(sorted(answers.elements())))
+        row(
+            "recorded",
+            f"{counts['events']} events: {answers[202]} posted, "
+            f"{self.environment.files} files, {EMITTED_EVENTS} emitted",
         )
-        write(f"  repeated   {counts['duplicates']} duplicates, counted on the first one's row")
+        row("repeated", f"{counts['duplicates']} duplicates, counted on the first one's row")
         states = " + ".join(f"{counts[name]} {name}" for name in DELIVERY_STATES)
-        write(f"  deliveries {counts['accepted']} = {states}")
+        row("deliveries", f"{counts['accepted']} = {states}")
 
     def check_all(self, *, orders: int, price_lists: Sequence[Sequence[float]]) -> None:
         self.check_intake()

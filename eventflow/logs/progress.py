@@ -39,7 +39,7 @@ class Progress:
         after: float = REDRAW_SECONDS,
     ) -> None:
         self._label = clip(label, MAX_LABEL_WIDTH)
-        self._total = total
+        self.total = total
         self._unit = unit
         self._show = show
         self._clock = SystemClock()
@@ -85,7 +85,7 @@ class Progress:
     def line(self, seconds: float, note: str = "") -> str:
         """`replaying  [#######---]  70%  700/1,000  350/s  1 s left`."""
         rate = self.done / seconds if seconds > 0 else 0.0
-        total = self._total if self._total and self.done <= self._total else None
+        total = self.total if self.total and self.done <= self.total else None
         parts = [self._label]
         if total:
             share = self.done / total

@@ -74,13 +74,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EventflowProcess]
 class OnTerminal:
     """A command whose stdin and stderr are a terminal of `columns`; COLUMNS is not set."""
 
-    def __init__(self, folder: Path, columns: int, *args: str) -> None:
+    def __init__(self, folder: Path, columns: int, *args: str, **env: str) -> None:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
         self.process = subprocess.Popen(
             command(*args),
             cwd=folder,
-            env=environment(TERM="xterm"),
+            env=environment(TERM="xterm", **env),
             stdin=theirs,
             stdout=subprocess.PIPE,
             stderr=theirs,
@@ -218,7 +218,7 @@ def test_run_watch_has_a_bar_below_its_lines(tmp_path: Path, columns: int):
         wait_until(lambda: watching.shown.count("run.completed") == 2, "the second run", within=30)
         wait_until(lambda: watching.shown.endswith("\n"), "the bar is removed")
         bars, lines = bars_and_lines(watching.shown)
-    known = r"  \[[#-]{20}\] +\d+%  [0-5]/5 calls(  [\d.]+/s  .+ left)?  [0-9] s"
+    known = r"  \[[#-]{20}\] +\d+%  [0-5]/5 calls  ([\d.]+/s  .+ left|[0-9] s)"
     unknown = r"  [0-5] calls(  [\d.]+/s)?  [0-9] s"
     for pattern in (known, unknown):
         assert any(re.fullmatch(f"running work{pattern}", bar) for bar in bars), bars
@@ -305,3 +305,12 @@ def test_a_dumb_terminal_gets_no_bar(monkeypatch: pytest.MonkeyPatch):
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def test_an_error_in_colour_takes_the_whole_line(shop: EventflowProcess):
+    """An error of 73 columns stays on one line of a terminal of 80, although its label is red."""
+    with OnTerminal(shop.folder, 80, "explain", "nothing", NO_COLOR="") as it:
+        wait_until(it.has_ended, "the command has ended", within=30)
+        shown = it.shown
+    line = "no event matches 'nothing'; `eventflow ls events` lists what there is"
+    assert shown == f"\x1b[31merror:\x1b[0m {line}\r\n"

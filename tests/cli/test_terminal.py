@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from eventflow.core.clock import duration_text
+from eventflow.cli.inspect import gauge_text
+from eventflow.core.clock import SystemClock, duration_text
 from eventflow.logs.progress import Progress
 from eventflow.runs.run import Ids, format_id
 from tests.conftest import wait_until
@@ -226,6 +227,13 @@ def test_ends_of_ids_differ():
     ids = Ids()
     ends = [format_id(ids.next(1_764_000_000_000_000 + n * 1000))[-4:] for n in range(5000)]
     assert len(set(ends)) == len(ends)
+
+
+def test_gauges_are_readable():
+    """A gauge is its name and number; one that is an instant says how long until then."""
+    soon = SystemClock().now() / 1e6 + 3600.5
+    assert gauge_text("next_timestamp_seconds", soon) == "next in 1 h"
+    assert gauge_text("lag_messages", 12.0) == "lag_messages 12"
 
 
 def test_durations_and_bars():

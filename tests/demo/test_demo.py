@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import click
 import httpx2
 
 from eventflow.core.clock import SystemClock
@@ -152,3 +153,15 @@ def test_colour_on_a_terminal_only(monkeypatch):
     report = Report(plain := Terminal(), SystemClock())
     report.timeline("kill -9", "gone")
     assert "\x1b[" not in plain.getvalue()
+
+
+def test_long_lines_are_wrapped_on_a_terminal(monkeypatch):
+    """On a terminal a long text continues below its beginning, in a pipe it is one line."""
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for stream, lines in (
+        (Terminal(), ["  ok      every 202 is one event in the", "          ledger"]),
+        (io.StringIO(), ["  ok      every 202 is one event in the ledger"]),
+    ):
+        Report(stream, SystemClock()).check(True, "every 202 is one event in the ledger")
+        assert click.unstyle(stream.getvalue()).splitlines() == lines
