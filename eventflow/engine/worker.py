@@ -294,7 +294,7 @@ class Worker:
                 run=format_id(run.id),
                 flow=run.flow,
                 entries=len(entries),
-                suspect=run.crash_suspect,
+                suspect=run.crash_suspect or None,  # absent from most lines
             )
         self.loop.call_soon(self._execute, run, entries)
 
