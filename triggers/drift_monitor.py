@@ -54,6 +54,7 @@ from triggers._drift.features import (
 )
 from triggers._drift.samples import RowsOf, data_rows, file_rows
 from triggers._drift.schema import DETECTED
+from triggers._drift.values import check_numbers
 from triggers.concurrency import run_until_first_ends
 
 __all__ = ["Categorical", "DriftMonitor", "Numeric", "file_rows"]
@@ -301,10 +302,22 @@ def _specs_and_baselines(
     specs = feature_specs(features, infer_kinds(table, list(features)))
     _warm_up(specs)
     rows = max((len(column) for column in table.values()), default=0)
-    baselines = tuple(make_baseline(spec, _column(table, spec, rows)) for spec in specs)
+    columns = [_column(table, spec, rows) for spec in specs]
+    for spec, column in zip(specs, columns, strict=True):
+        _check_reference(spec, column)
+    baselines = tuple(map(make_baseline, specs, columns))
     for spec, baseline in zip(specs, baselines, strict=True):
         check_baseline(spec, baseline, MIN_VALUES)
     return specs, baselines
+
+
+def _check_reference(spec: FeatureSpec, column: Sequence[Any]) -> None:
+    if not spec.numeric:
+        return
+    try:
+        check_numbers(spec.at, column)
+    except ValueError as error:
+        raise UsageError(f"DriftMonitor(reference=): {error}") from None
 
 
 def _column(table: Mapping[str, Sequence[Any]], spec: FeatureSpec, rows: int) -> Sequence[Any]:

@@ -44,16 +44,18 @@ def read_json(
 
 
 def read_report(text: bytes, *, max_keys: int = MAX_JSON_KEYS) -> Any:
-    """As `read_json`, but NaN and Infinity are None, integers have any number of digits, and
-    fractions are rounded to the nearest float: they are measurements, and never identify an event.
+    """As `read_json`, but what is no finite number (NaN, Infinity, 1e999) is None, integers have
+    any number of digits, and fractions are rounded to the nearest float: they are measurements,
+    and never identify an event.
     """
     try:
         return _read(text, max_keys, MAX_JSON_DEPTH, int, float)
     except orjson.JSONDecodeError:
         utf8 = _to_utf8(text)
-        if b"NaN" not in utf8 and b"Infinity" not in utf8:
+        is_number = b"NaN" in utf8 or b"Infinity" in utf8 or _is_too_large(utf8)
+        if not is_number:
             raise
-    value = _parse_slowly(utf8, int, _finite, parse_constant=lambda _: None)
+    value = _parse_slowly(utf8, _measured_int, _measured_float, parse_constant=lambda _: None)
     _count_keys(value, max_keys, MAX_JSON_DEPTH)
     return value
 
@@ -270,6 +272,26 @@ def _is_exact(number: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+MAX_MEASURED_DIGITS = 4000
+"""Of an integer in a report; Python converts no more than 4,300 by default."""
+
+_LARGE = re.compile(rb"[0-9]{300}|[0-9][eE]\+?0*[1-9][0-9]{2}")
+
+
+def _is_too_large(text: bytes) -> bool:
+    """Whether a text may have a number beyond the largest float, which orjson refuses."""
+    return _LARGE.search(text) is not None
+
+
+def _measured_int(digits: str) -> int | None:
+    return int(digits) if len(digits) <= MAX_MEASURED_DIGITS else None
+
+
+def _measured_float(digits: str) -> float | None:
+    number = float(digits)
+    return number if number - number == 0 else None
 
 
 def _exact_int(digits: str) -> int:

@@ -4,17 +4,25 @@ rules, large groups, statistics of NaN; and rows as spreadsheets write them.
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
+from eventflow.core.errors import UsageError
 from eventflow.events.event import Event, Undecodable
 from eventflow.testing.trigger_contract import ContractLedger, listening
 from tests.conftest import eventually
 from tests.triggers.hooks import Hook, posting
+from triggers._drift.bins import to_column
+from triggers._drift.config import stored_value
+from triggers._drift.features import feature_specs
 from triggers._drift.row_files import read_rows
+from triggers._drift.values import PaddedNumber
 from triggers.drift import DriftAlert
 from triggers.drift_monitor import Categorical, DriftMonitor, Numeric, file_rows
 from triggers.files import Directory
@@ -461,15 +469,26 @@ SPREADSHEETS: dict[str, bytes] = {
 }
 
 
+RAGGED: dict[str, bytes] = {
+    "blank lines first": b"\n\namount,country\n1.5,de\n2,\n",
+    "rows that a spreadsheet adds": b"amount;country\r\n1,5;de\r\n2;\r\n;\r\n;\r\n",
+    "commas at the end": b"amount,country,\n1.5,de,\n2,,\n",
+    "a short row": b"amount,country\n1.5,de\n2\n",
+    "blanks after commas": b'amount, country\n1.5, "de"\n2, \n',
+    "a quoted line of excel": b'"sep=;"\r\namount;country\r\n1,5;de\r\n2;\r\n',
+    "mixed line ends": b"amount,country\r\n1.5,de\r2,\n",
+    "a column twice": b"amount,id,country,id\n1.5,1,de,2\n2,3,,4\n",
+}
+SPREADSHEETS |= RAGGED
+
+
 @pytest.mark.parametrize("name", SPREADSHEETS)
 def test_a_csv_is_read_as_its_writer_meant(name: str, tmp_path: Path):
     """Whatever mark, delimiter and decimal sign a spreadsheet writes, the rows are the same."""
     path = tmp_path / "a.csv"
     path.write_bytes(SPREADSHEETS[name])
-    assert read_rows(path) == [
-        {"amount": 1.5, "country": "de"},
-        {"amount": 2, "country": None},
-    ]
+    rows = [{name: row[name] for name in row if name} for row in read_rows(path)]
+    assert rows == [{"amount": 1.5, "country": "de"}, {"amount": 2, "country": None}]
 
 
 def test_rows_of_json_files(tmp_path: Path):
@@ -479,6 +498,166 @@ def test_rows_of_json_files(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"a": NaN, "b": 18446744073709551616}\n{"a": 1}\n'.encode())
     assert read_rows(path) == [{"a": None, "b": 18446744073709551616}, {"a": 1}]
+
+
+def test_a_number_beyond_floats_costs_itself_only(tmp_path: Path):
+    """In rows and reports a number that no float holds is a missing one, as NaN is."""
+    path = tmp_path / "a.jsonl"
+    lines = ("1e400", "-1E+999", "1" + "0" * 400, "9" * 5000, "1.5")
+    path.write_text("".join(f'{{"a": {line}}}\n' for line in lines))
+    assert [row["a"] for row in read_rows(path)] == [None, None, 10**400, None, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.json", '{"a": 1}\n{"a": 2}\n'),
+        ("a.json", '[{"a": 1}, {"a": 2}]'),
+        ("a.jsonl", '\n{"a": 1}\r\n\r\n{"a": 2}'),
+    ],
+)
+def test_json_lines_by_either_suffix(tmp_path: Path, name: str, text: str):
+    """Exports of databases write JSON Lines into files that they call `.json`."""
+    (tmp_path / name).write_text(text, newline="")
+    assert read_rows(tmp_path / name) == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.csv", 'a,b\n"1,2\n' + "x,y\n" * 40_000, "expected CSV"),
+        ("a.csv", "a,b\n1,2\n1,5,2\n", "row 2: expected 2 cells, found 3"),
+        ("a.json", '{"a": 1}', "expected a list of objects, found dict"),
+        ("a.jsonl", '{"a": 1}\n5\n', "row 2: expected an object, found int"),
+        ("a.json", '{"a": 1}\n{"a": ', "unexpected content after document"),
+    ],
+)
+def test_files_that_are_no_tables(tmp_path: Path, name: str, text: str, reason: str):
+    """A file that is not what its suffix says is refused with what was found."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        read_rows(tmp_path / name)
+
+
+def windows_judged(monitor: DriftMonitor) -> float:
+    found = {gauge.name: gauge.value for gauge in monitor.gauges()}
+    return found.get("drift_windows_judged", 0)
+
+
+class Numbers(NamedTuple):
+    """A column `amount` of 1,000 cells, and what becomes of its file."""
+
+    cells: Callable[[int], str]
+    reason: str = ""  # of a dead letter; else no drift
+
+
+COLUMNS: dict[str, Numbers] = {
+    "plain": Numbers(lambda n: f"{n % 50}.5"),
+    "NA as R writes it": Numbers(lambda n: f"{n % 50}.5" if n % 100 else "NA"),
+    "NULL as databases write it": Numbers(lambda n: f"{n % 50}.5" if n % 100 else "NULL"),
+    "padded": Numbers(lambda n: f"0{n % 50}"),
+    "grouped": Numbers(lambda n: f'"{n % 50},000.50"', "plain numbers in the column 'amount'"),
+    "grouped in part": Numbers(lambda n: f"{n % 50}.5" if n % 9 else '"1,234.50"', "'1,234.50'"),
+    "grouped with points": Numbers(lambda n: f'"1.{n % 50:03},50"', "plain numbers"),
+    "with a currency": Numbers(lambda n: f"€ {n % 50}.50", "currency"),
+    "percent": Numbers(lambda n: f"{n % 50} %", "percent"),
+    "text": Numbers(lambda n: f"high{n}", "expected numbers in the column 'amount'"),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_numbers_in_another_form_are_no_drift(name: str, tmp_path: Path):
+    """A file whose numbers are formatted for people, or are none, is a dead letter that quotes one;
+    words for a missing number are missing values.
+    """
+    cells, reason = COLUMNS[name]
+    (inbox := tmp_path / "in").mkdir()
+    reference = tmp_path / "reference.csv"
+    reference.write_text("amount\n" + "".join(f"{n % 50}.5\n" for n in range(1000)))
+
+    async def main() -> None:
+        monitor = DriftMonitor(
+            Directory(inbox, settle=0.05, rescan=0.2),
+            features={"amount": Numeric()},
+            reference=reference,
+            window="batch",
+            rows=file_rows,
+            confirm=1,
+        )
+        ledger = ContractLedger()
+        async with listening(monitor, ledger):
+            text = "amount,n\n" + "".join(f"{cells(n)},{n}\n" for n in range(1000))
+            (inbox / ".x").write_text(text)
+            (inbox / ".x").rename(inbox / "a.csv")
+            await eventually(lambda: windows_judged(monitor) or ledger.recorded, "the file is read")
+        letters = [item for item in ledger.recorded.values() if isinstance(item, Undecodable)]
+        assert len(ledger.recorded) == len(letters) == bool(reason)
+        assert not letters or reason in letters[0].error
+
+    asyncio.run(main())
+
+
+def test_a_reference_of_formatted_numbers_is_refused(tmp_path: Path):
+    """A reference whose numbers are formatted for people is a mistake that quotes one."""
+    path = tmp_path / "reference.csv"
+    path.write_text("amount;n\n" + "1.234,50;1\n" * 200)
+    with pytest.raises(UsageError, match=re.escape("1.234,50")):
+        DriftMonitor(Directory(tmp_path / "in"), features=["amount"], reference=path)
+
+
+def test_an_error_of_rows_costs_its_event_only(tmp_path: Path):
+    """Whatever the app's `rows=` raises, the event is a dead letter and the next one is counted."""
+    (inbox := tmp_path / "in").mkdir()
+
+    def rows(event: Event) -> list[dict[str, Any]]:
+        assert event.data["name"] != "bad.csv", "no table"
+        return [{"a": number % 7} for number in range(1000)]
+
+    async def main() -> None:
+        monitor = DriftMonitor(
+            Directory(inbox, settle=0.05, rescan=0.2),
+            features=["a"],
+            reference={"a": [number % 7 for number in range(1000)]},
+            window="batch",
+            rows=rows,
+        )
+        ledger = ContractLedger()
+        async with listening(monitor, ledger):
+            (inbox / "bad.csv").write_text("x")
+            await eventually(lambda: len(ledger.recorded) == 1, "it is a dead letter")
+            (inbox / "good.csv").write_text("x")
+            await eventually(lambda: windows_judged(monitor) == 1, "the rows are a window")
+        (letter,) = ledger.recorded.values()
+        assert isinstance(letter, Undecodable) and "AssertionError: no table" in letter.error
+
+    asyncio.run(main())
+
+
+def test_numbers_of_libraries_are_numbers():
+    """numpy's scalars and `Decimal`, as data frames and Parquet files give them, are numbers and
+    categories like Python's own.
+    """
+    amount, country = feature_specs({"amount": Numeric(), "country": Categorical()}, {})
+    for value in (np.float32(1.5), np.int64(2), Decimal("1.50"), 3, PaddedNumber("007")):
+        assert stored_value(amount, value) == float(value)
+        assert to_column(amount, [value]).values.tolist() == [float(value)]
+    for missing in (Decimal("NaN"), np.float64("nan"), None, "N/A", " null "):
+        assert stored_value(amount, missing) is None
+        assert to_column(amount, [missing]).missing == 1
+    assert to_column(amount, [10**400, "high"]).invalid == 2
+    for value, label in ((np.int64(2), "2"), (np.bool_(True), "true"), (Decimal("2"), "2")):
+        assert to_column(country, [stored_value(country, value)]).values == [label]
+
+
+def test_codes_and_flags_of_a_csv_are_those_of_json(tmp_path: Path):
+    """In a CSV `00501` is another code than `501`, and `True` is the flag `true` of JSON."""
+    path = tmp_path / "a.csv"
+    path.write_text("zip,member\n00501,True\n501,FALSE\n")
+    zips, member = feature_specs({"zip": Categorical(), "member": Categorical()}, {})
+    rows = read_rows(path)
+    assert to_column(zips, [row["zip"] for row in rows]).values == ["00501", "501"]
+    found = to_column(member, [row["member"] for row in rows]).values
+    assert found == to_column(member, [True, False]).values
 
 
 def rows_of(count: int, start: int = 0) -> str:

@@ -181,13 +181,9 @@ def test_an_alarm_through_a_real_sns_is_confirmed_and_taken(ministack: Aws):
                 await asyncio.to_thread(
                     ministack.sns.publish, TopicArn=topic, Message=json.dumps(alarm)
                 )
-            await eventually(lambda: ledger.recorded, "the alarm is an event")
-        (event,) = ledger.recorded.values()
-        assert (
-            isinstance(event, Event)
-            and event.data["sender"] == "sagemaker"
-            and event.data["feature"] == "amount"
-        )
+            await eventually(lambda: ledger.events, "the alarm is an event")
+        (event,) = ledger.events
+        assert event.data["sender"] == "sagemaker" and event.data["feature"] == "amount"
 
     asyncio.run(main())
 

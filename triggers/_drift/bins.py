@@ -14,6 +14,7 @@ import msgspec
 from triggers._drift import arrays
 from triggers._drift.features import Categorical, FeatureSpec, Numeric
 from triggers._drift.schema import Bin
+from triggers._drift.values import MAX_FLOAT, plain_value
 
 MISSING = "missing"
 INVALID = "invalid"
@@ -53,10 +54,11 @@ def _numbers(raw: Sequence[Any]) -> Column:
     values = list[float]()
     missing = 0
     invalid = 0
-    for value in raw:
+    for given in raw:
+        value = plain_value(given, numeric=True)
         if value is None or value != value:
             missing += 1
-        elif isinstance(value, int | float):
+        elif isinstance(value, float) or (isinstance(value, int) and abs(value) <= MAX_FLOAT):
             values.append(float(value))
         else:
             invalid += 1
@@ -67,7 +69,8 @@ def _categories(raw: Sequence[Any]) -> Column:
     values = list[str]()
     missing = 0
     invalid = 0
-    for value in raw:
+    for given in raw:
+        value = plain_value(given, numeric=False)
         if isinstance(value, str):
             values.append(value[:MAX_LABEL_LENGTH])
         elif value is None or value != value:

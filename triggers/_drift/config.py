@@ -11,6 +11,7 @@ from triggers._drift.bins import MAX_LABEL_LENGTH
 from triggers._drift.episodes import EpisodeRules
 from triggers._drift.features import FeatureSpec
 from triggers._drift.schema import short_hash, short_json_hash
+from triggers._drift.values import plain_value
 
 WindowKind: TypeAlias = int | timedelta | Literal["batch"]
 
@@ -71,6 +72,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 def stored_value(spec: FeatureSpec, value: Any) -> Any:
     """A value as it is stored: bounded in size, valid JSON. An empty list means an invalid one."""
+    value = plain_value(value, numeric=spec.numeric)
     if value is None or value != value:
         return None
     if spec.numeric:

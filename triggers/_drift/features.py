@@ -11,6 +11,7 @@ import msgspec
 from eventflow.core.declarations import Declared
 from eventflow.core.errors import UsageError
 from triggers._drift.json_fields import MissingField, point
+from triggers._drift.values import FormattedNumber, plain_value
 
 NumericMetric: TypeAlias = Literal[
     "psi", "js", "tv", "ks", "wasserstein", "adwin", "page-hinkley", "missing"
@@ -152,6 +153,11 @@ def _feature_spec(name: str, feature: Feature) -> FeatureSpec:
     return FeatureSpec(name, feature.at or name, feature, tuple(checks))
 
 
+def _is_category(value: Any) -> bool:
+    plain = plain_value(value, numeric=True)
+    return isinstance(plain, str | bool) and not isinstance(plain, FormattedNumber)
+
+
 def infer_kinds(
     table: Mapping[str, Sequence[Any]], names: Sequence[str]
 ) -> dict[str, type[Feature]]:
@@ -159,8 +165,6 @@ def infer_kinds(
     numbers.
     """
     return {
-        name: Categorical
-        if any(isinstance(value, str | bool) for value in table.get(name, ()))
-        else Numeric
+        name: Categorical if any(_is_category(value) for value in table.get(name, ())) else Numeric
         for name in names
     }

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from eventflow.core.clock import to_us
+from eventflow.core.errors import ANY_FAILURE
 from eventflow.events.event import Event
 from triggers._drift.config import Sample, stored_value
 from triggers._drift.drift_events import DriftEvent
 from triggers._drift.engine import Engine
 from triggers._drift.features import FeatureSpec
 from triggers._drift.row_files import read_rows
+from triggers._drift.values import check_numbers
 
 Row: TypeAlias = Mapping[str, Any]
 RowsOf: TypeAlias = Callable[[Event], Iterable[Row] | Awaitable[Iterable[Row]]]
@@ -29,8 +31,8 @@ field.
 THREAD_ROWS = 2000
 """From this many rows on, work is done in a thread."""
 
-UNREADABLE = (ValueError, TypeError, LookupError, OSError)
-"""What `read_sample` raises for an event whose rows cannot be read."""
+UNREADABLE = ANY_FAILURE
+"""What `read_sample` raises for an event whose rows cannot be read: `rows=` is the user's."""
 
 
 async def read_sample(
@@ -38,17 +40,16 @@ async def read_sample(
 ) -> Sample:
     """The rows of an event. `now` (microseconds) is its time where it has none.
 
-    Raises one of `UNREADABLE`. A table that lacks the column of a feature is an error of whoever
-    wrote it: a column of missing values would be taken for drift.
+    Raises one of `UNREADABLE`. A table that lacks the column of a feature, or has no number in a
+    column of numbers, is an error of whoever wrote it: missing values would be taken for drift.
     """
     found = rows_of(event)
     rows = list(await found if isawaitable(found) else found)
-    if len(rows) >= TABLE_ROWS or (rows and rows_of is file_rows):
-        _check_columns(rows, features)
+    is_table = len(rows) >= TABLE_ROWS or (bool(rows) and rows_of is file_rows)
     values = (
-        _values(rows, features)
+        _values(rows, features, is_table)
         if len(rows) < THREAD_ROWS
-        else await asyncio.to_thread(_values, rows, features)
+        else await asyncio.to_thread(_values, rows, features, is_table)
     )
     return Sample(values, now if event.time is None else to_us(event.time))
 
@@ -79,7 +80,14 @@ def _check_columns(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> None
             )
 
 
-def _values(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> list[list[Any]]:
+def _values(
+    rows: Sequence[Row], features: Sequence[FeatureSpec], is_table: bool
+) -> list[list[Any]]:
+    if is_table:
+        _check_columns(rows, features)
+        for spec in features:
+            if spec.numeric:
+                check_numbers(spec.at, map(spec.value, rows))
     return [[stored_value(spec, spec.value(row)) for spec in features] for row in rows]
 
 
