@@ -13,11 +13,13 @@ import asyncio
 import hmac
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from ipaddress import IPv6Address
 from typing import Any, Final
 
 from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -25,9 +27,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from eventflow.core.errors import UsageError
 from eventflow.logs.repeated import RepeatedLines
 from eventflow.web.responses import (
+    LOGGED_ERROR,
     client_address,
     error_json,
     internal_error,
+    interrupted,
     log_refused,
     unavailable,
 )
@@ -76,16 +80,24 @@ class Guard:
         self._rejections = RepeatedLines(_write_rejection)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            endpoint = self._endpoints.get(route_path(scope))
-            if endpoint is not None and not self._draining() and not self._unopened():
-                await endpoint(scope, receive, send)
-                return
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         if scope["type"] not in ("http", "websocket"):
             return
+        try:
+            await self._answer(scope, receive, send)
+        except BaseException as error:  # the server would answer 500 without a line in the log
+            if scope["type"] == "http" and scope.get(LOGGED_ERROR) is not error:
+                await _answer_failed(scope, receive, send, error)
+            raise
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            endpoint = self._endpoints.get(route_path(scope))
+            if endpoint is not None and not self._draining() and not self._unopened():
+                await endpoint(scope, receive, send)
+                return
         rejection = await self._reject(scope)
         if rejection is not None:
             self._rejections.add(
@@ -150,6 +162,19 @@ class Guard:
         if " " in given:
             await self._failed_logins.note(client_address(scope))
         return False
+
+
+async def _answer_failed(scope: Scope, receive: Receive, send: Send, error: BaseException) -> None:
+    """Logs what no handler has, and answers, unless a response has begun: an error of the guard, a
+    cancel by the server's stop, a BaseException of user code.
+    """
+    task = asyncio.current_task()
+    is_cancelled = task is not None and bool(task.cancelling())
+    is_stop = is_cancelled and isinstance(error, asyncio.CancelledError)
+    answer = interrupted if is_stop else internal_error
+    response = await answer(Request(scope), error)
+    with suppress(RuntimeError):  # of a server to which a response has begun
+        await response(scope, receive, send)
 
 
 def endpoints_by_path(routes: Collection[BaseRoute]) -> dict[str, ASGIApp]:

@@ -46,7 +46,10 @@ ApiRoute = tuple[str, str, Handler]
 
 log = get_logger("eventflow.web")
 LOG_EVENTS = {
-    "http.failed": "An HTTP request failed with an internal error; the response has the same id.",
+    "http.failed": (
+        "An HTTP request failed with an internal error; the response has the same id. Without an "
+        "id: its store failed, or the server stopped before it could answer."
+    ),
     "http.refused": (
         "The API refused a request: no token, a wrong host, too large, not valid; `reason` says "
         "why."
@@ -106,6 +109,9 @@ def unavailable(detail: str, *, close_connection: bool = False) -> Json:
 
 # --------------------------------------------------------------------------- errors
 
+LOGGED_ERROR = "eventflow.logged_error"
+"""In the scope of a request: the error that `internal_error` has logged."""
+
 
 def with_error_responses(handler: Handler) -> Handler:
     """The handler, with its errors as responses."""
@@ -148,7 +154,7 @@ def error_response(error: EventflowError) -> Json:
         case BindingError() | NotStorable():
             return error_json(400, "invalid", str(error))
         case ResultsUnavailable():
-            return unavailable(str(error))
+            return _failed(error)
         case UsageError() | RunError():
             return error_json(409, "refused", str(error))
         case StoreFull():
@@ -157,15 +163,26 @@ def error_response(error: EventflowError) -> Json:
                 status, name, str(error), retry_after=str(max(1, math.ceil(error.retry_after)))
             )
         case _:
-            log.error("http.failed", error=str(error))
-            return unavailable(str(error))
+            return _failed(error)
 
 
-async def internal_error(request: Request, error: Exception) -> Response:
+def _failed(error: EventflowError) -> Json:
+    log.error("http.failed", exc_info=error)
+    return unavailable(str(error))
+
+
+async def internal_error(request: Request, error: BaseException) -> Response:
     """A defect of eventflow: the traceback goes to the log, its id to the client."""
     ident = secrets.token_hex(6)
     log.error("http.failed", id=ident, method=request.method, path=request.url.path, exc_info=error)
+    request.scope[LOGGED_ERROR] = error
     return error_json(500, "internal", f"internal error; the log has it under id {ident}")
+
+
+async def interrupted(request: Request, error: BaseException) -> Response:
+    """For a request that a stop has cancelled: whether its work was recorded is not known."""
+    log.error("http.failed", method=request.method, path=request.url.path, exc_info=error)
+    return unavailable("the server stopped before it could answer", close_connection=True)
 
 
 # --------------------------------------------------------------------------- bodies
