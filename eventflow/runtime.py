@@ -84,8 +84,8 @@ LOG_EVENTS = {
     "app.started": "The app accepts events and executes flows.",
     "app.stopped": "The app is stopped; unfinished attempts are recorded as interrupted.",
     "loop.exit_ignored": (
-        "User code on an event loop called `sys.exit()` or raised KeyboardInterrupt; the loop "
-        "continues."
+        "User code on an event loop called `sys.exit()`, raised KeyboardInterrupt, or cancelled "
+        "the lifespan; the loop continues."
     ),
     "store.prune_failed": "A retention step failed; it is tried again in a minute.",
 }
@@ -344,7 +344,8 @@ class Runtime:
         await asyncio.to_thread(self.store.close)
 
     async def _start_worker(self) -> None:
-        state = await self._lifespan.enter(self.config.lifespan)
+        is_own_loop = self.own_loop is not None
+        state = await self._lifespan.enter(self.config.lifespan, is_own_loop)
         self.worker.start(state)
 
     async def _stop_worker(self, grace: float) -> None:
@@ -509,22 +510,36 @@ class LifespanTask:
         self._end: asyncio.Event | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def enter(self, lifespan: Lifespan | None) -> Any:
-        """What it yields; None without a lifespan. Raises what it raises."""
+    async def enter(self, lifespan: Lifespan | None, is_own_loop: bool) -> Any:
+        """What it yields; None without a lifespan. Raises what it raises.
+
+        On a loop of our own it stays entered when user code cancels all tasks of the loop.
+        """
         if lifespan is None:
             return None
         self._end = asyncio.Event()
         entered: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(lifespan, entered, self._end))
+        run = self._run(lifespan, entered, self._end, is_own_loop)
+        self._task = asyncio.create_task(run)
         return await entered
 
     async def _run(
-        self, lifespan: Lifespan, entered: asyncio.Future[Any], end: asyncio.Event
+        self,
+        lifespan: Lifespan,
+        entered: asyncio.Future[Any],
+        end: asyncio.Event,
+        is_own_loop: bool,
     ) -> None:
         try:
             async with lifespan() as state:
                 entered.set_result(state)
-                await end.wait()
+                while not end.is_set():
+                    try:
+                        await end.wait()
+                    except asyncio.CancelledError as error:
+                        if not is_own_loop:
+                            raise
+                        log.error("loop.exit_ignored", loop="flows", error=repr(error))
         except ANY_FAILURE as error:  # the user's code: raised to the caller of `App.open`
             if entered.done():
                 raise

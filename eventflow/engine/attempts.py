@@ -73,6 +73,19 @@ LOG_EVENTS = {
 }
 
 
+class AttemptTask(asyncio.Task[Any]):
+    """The asyncio task of an attempt; knows whether its body has cancelled it."""
+
+    __slots__ = ("cancels_itself",)
+
+    cancels_itself: bool
+
+    def cancel(self, msg: Any = None) -> bool:
+        if _is_running(self):
+            self.cancels_itself = True
+        return super().cancel(msg)
+
+
 class Attempts(msgspec.Struct, eq=False):
     """Launches and ends the attempts of one run. Everything here runs on the worker's loop.
 
@@ -105,7 +118,7 @@ class Attempts(msgspec.Struct, eq=False):
         context.run(self._enter, call)
         # Not loop.create_task: an eager task factory would run the body here, inside the flow's own
         # step.
-        call.handle = asyncio.Task(self._attempt(call), loop=self._services.loop, context=context)
+        call.handle = AttemptTask(self._attempt(call), loop=self._services.loop, context=context)
 
     def _enter(self, call: TaskCall) -> None:
         name = call.task.name
@@ -135,7 +148,7 @@ class Attempts(msgspec.Struct, eq=False):
 
     async def _attempt(self, call: TaskCall) -> None:
         """Runs one body and reports its result. Whatever the body raises ends here."""
-        me: asyncio.Task[Any] = call.handle
+        me: AttemptTask = call.handle
         services = self._services
         value: Any = None
         try:
@@ -157,8 +170,13 @@ class Attempts(msgspec.Struct, eq=False):
                 raise  # the loop is gone, and this coroutine is freed
             if call.handle is not me or not self._run_end.is_open:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
-            elif isinstance(error, asyncio.CancelledError) and me.cancelling():
-                # Neither the flow nor a timeout cancelled it: the loop itself is being closed.
+            elif (
+                isinstance(error, asyncio.CancelledError)
+                and me.cancelling()
+                and not hasattr(me, "cancels_itself")
+                and services.may_be_closing(self.run.id, call.call_key)
+            ):
+                # Neither the flow nor a timeout cancelled it.
                 self._carry_out(EndRun(Interrupted()))
             else:
                 if type(value) is CoroutineType:  # why it cannot be encoded

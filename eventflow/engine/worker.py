@@ -288,6 +288,10 @@ class Worker:
             if store.failed is None:
                 self._hold(run, f"what is stored of it cannot be read: {fault}")
             return
+        except asyncio.CancelledError:  # by code of the app that cancels every task of the loop
+            del self._loading[run.id]
+            self._end(run, Interrupted())
+            raise
         if entries or run.token > 1:
             log.info(
                 "run.resumed",
@@ -338,7 +342,12 @@ class Worker:
         """Settles a run that has no Execution."""
         to_parent = answer_to_parent(run, format_id(run.id), outcome)
         op = Settle(run.id, run.token, outcome, to_parent, run.parent)
-        self._services.store.post(op, lambda _: self.outcomes.notify(run.id, outcome), self.loop)
+
+        def on_ended(_reply: object) -> None:
+            if not isinstance(outcome, Interrupted):
+                self.outcomes.notify(run.id, outcome)
+
+        self._services.store.post(op, on_ended, self.loop)
         self._limits.places.taken[run.flow] -= 1
         self._limits.capacity.release()
         self.loop.call_soon(self._claimer.claim_due)

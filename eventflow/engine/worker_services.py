@@ -151,6 +151,7 @@ class WorkerServices:
     owned_tasks: set[asyncio.Task[Any]] = field(default_factory=set[asyncio.Task[Any]])
     abandoned: dict[asyncio.Task[Any], str] = field(default_factory=dict[asyncio.Task[Any], str])
     """Bodies that have not ended although no run waits for them any more, with their names."""
+    _cancelled_calls: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """To be called before the first run: every process has imported the modules that this one
@@ -190,6 +191,17 @@ class WorkerServices:
                 or any(module == each or module.startswith(f"{each}.") for each in own)
             ),
         )
+
+    def may_be_closing(self, run: int, call_key: str) -> bool:
+        """Whether a body that was cancelled, though not by eventflow, may have been so because the
+        loop is being closed: that happens once. The second time code of the app has cancelled it.
+        """
+        call = (run, call_key)
+        if call in self._cancelled_calls:
+            self._cancelled_calls.discard(call)
+            return False
+        self._cancelled_calls.add(call)
+        return True
 
     def abandon(self, body: asyncio.Task[Any], name: str) -> None:
         """Holds a body that was cancelled until it has ended."""

@@ -98,6 +98,70 @@ async def _state(app: App, run: Any, state: str) -> bool:
 # --------------------------------------------------------------------------- cancels
 
 
+@pytest.mark.parametrize("how", ["itself", "from its helper", "all tasks"])
+@pytest.mark.parametrize("own_loop", [False, True])
+async def test_a_body_that_is_cancelled_by_the_app_fails(how: str, own_loop: bool) -> None:
+    """A body that cancels its own asyncio task, or every task of the loop, is a failed attempt, not
+    one that runs again for ever; one that other code cancels runs once more. Other runs go on, the
+    lifespan stays.
+    """
+    bodies: list[str] = []
+    lifespan_is_over = False
+
+    @asynccontextmanager
+    async def lifespan() -> AsyncGenerator[None]:
+        nonlocal lifespan_is_over
+        yield
+        lifespan_is_over = True
+
+    @task
+    async def cancels() -> None:
+        bodies.append("began")
+        mine = asyncio.current_task()
+        assert mine is not None
+        match how:
+            case "itself":
+                mine.cancel()
+            case "from its helper":
+                asyncio.get_running_loop().call_soon(mine.cancel)
+            case _:
+                for each in asyncio.all_tasks():
+                    each.cancel()
+        await asyncio.sleep(BODY_WITHOUT_END)
+
+    @task
+    async def add(a: int) -> int:
+        await asyncio.sleep(SHORT_BODY)
+        return a + 1
+
+    @flow
+    async def cancelled() -> None:
+        await cancels()
+
+    @flow
+    async def goes_on(a: int) -> int:
+        return await add(a)
+
+    if how == "all tasks" and not own_loop:
+        pytest.skip("there it cancels the tasks of the embedding program, this test among them")
+    app = App("cancelled", lifespan=lifespan)
+    app.add(cancelled, goes_on)
+    await app.open(own_loop=own_loop)
+    try:
+        async with asyncio.timeout(15):
+            beside = await app.start(goes_on, a=1)
+            run = await app.start(cancelled)
+            await eventually(lambda: _state(app, run, "failed"), "the run has failed")
+            assert "CancelledError" in str((await run.row())["error"])
+            assert len(bodies) == (2 if how == "from its helper" else 1)
+            assert await beside.result() == 2
+            assert await result_of(app, goes_on, a=2) == 3
+            assert not lifespan_is_over
+    finally:
+        await app.close(0.5)
+    assert lifespan_is_over
+
+
 @pytest.mark.parametrize("kind", ["pending", "asleep", "bodies", "nested"])
 async def test_a_cancel_comes_before_the_ends_of_the_children(kind: str) -> None:
     """A parent that is cancelled with its children ends as cancelled: it receives no error of a
