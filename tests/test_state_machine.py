@@ -129,10 +129,13 @@ class Promises(RuleBasedStateMachine):
     @rule(which=some, differs=st.booleans())
     def send_again(self, which: int, differs: bool) -> None:
         ident = sorted(self.sent)[which % len(self.sent)]
-        _, data = self.sent[ident]
+        outcome, data = self.sent[ident]
         if data is None:
             self.send(undecodable(ident), "?")
             return
+        if outcome in ("run", "paused") and ident not in self.world.look().events:
+            # A crash took it before it was recorded.
+            self.sent[ident] = ("paused" if self.paused else "run", data)
         differs = differs and ident in self.acked
         self.send(
             Event(id=ident, source="/s", type="t", data={"other": True} if differs else data), "?"
