@@ -7,6 +7,7 @@ $SOAK_LEAK names figures that are to grow: the proof that the verdicts can fail.
 """
 
 import asyncio
+import ctypes
 import gc
 import json
 import os
@@ -352,10 +353,21 @@ def survey() -> dict[str, Any]:
     return {"objects": classes.total(), "tasks": tasks, "kinds": kinds}
 
 
+def sqlite_memory() -> int:
+    """Bytes that SQLite holds, nearly all of them page caches; 0 if it is linked statically."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    path = next((line.split()[-1] for line in maps if "libsqlite3" in line), None)
+    if path is None:
+        return 0
+    used = ctypes.CDLL(path).sqlite3_memory_used
+    used.restype = ctypes.c_int64
+    return used()
+
+
 def write_stats(over: threading.Event) -> None:
     while not over.wait(STATS_INTERVAL):
         draft = Path(f"{STATS}.draft")
-        draft.write_text(json.dumps(survey()))
+        draft.write_text(json.dumps(survey() | {"page_caches": sqlite_memory()}))
         draft.replace(STATS)
 
 
