@@ -104,7 +104,8 @@ def serve_with_reload(target: str, host: str, port: int, flags: list[str]) -> in
     fd = sock.fileno()
     serve = [sys.executable, "-m", "eventflow", "serve", target, "--fd", str(fd), *flags]
     child = _ChildServer(serve, fd)
-    stop_on(reloader.stop, signal.SIGINT, signal.SIGTERM)
+    # The child is in a session of its own: it does not get the SIGHUP of a closed terminal.
+    stop_on(reloader.stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     child.start()
     for changed in reloader.changes():
         if changed:

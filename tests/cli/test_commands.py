@@ -369,6 +369,23 @@ def test_dev_outlives_its_server(tmp_path: Path):
     assert done.returncode == 3 and "there is no file none.py" in done.stderr
 
 
+def test_dev_ends_with_its_terminal(tmp_path: Path):
+    """SIGHUP, which a closed terminal sends, ends `dev` and its server: none stays behind with the
+    port and the store.
+    """
+    (tmp_path / "app.py").write_text(SHOP)
+    server = DevServer(tmp_path, "app.py")
+    try:
+        assert server.wait_ready(), server.log
+        child = Path(f"/proc/{server.ready_line['pid']}")
+        assert child.exists()
+        server.signal(signal.SIGHUP)
+        server.wait()
+        wait_until(lambda: not child.exists(), "the server has ended")
+    finally:
+        server.kill()
+
+
 def test_demo_is_there(tmp_path: Path):
     """`eventflow demo --help` reaches the demo."""
     assert eventflow(tmp_path, "demo", "--help").returncode == 0
