@@ -244,6 +244,38 @@ def test_a_scan_that_does_not_reach_the_last_page(ministack: Aws, words: str, wi
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("how", ["new tokens", "keys out of order"])
+def test_a_listing_that_cannot_be_trusted_tells_no_removals(ministack: Aws, how: str):
+    """A store that gives a new token for the same page for ever, and one that is paged by key and
+    lists out of order, end the scan with a line; nothing is told as removed.
+    """
+
+    async def main() -> None:
+        bucket = Bucket(ministack)
+        bucket.fill(KEYS)
+        options: dict[str, Any] = {"prefix": "in/", "page": 2, "deleted": True}
+        with proxied(ministack.url) as proxy:
+            async with landing(ministack, bucket.name, endpoint_url=proxy.url, **options) as here:
+                await here.has(*KEYS)
+                await here.scanned()
+                if how == "new tokens":
+                    for token in ("t1", "t2", "t3"):
+                        again = page_of(bucket.name, "in/0", "in/1", token=token)
+                        proxy.fail(next_page, (200, again), times=1)
+                else:
+                    unordered = page_of(bucket.name, "in/4", "in/0")
+                    proxy.fail(first_page, (200, unordered), times=1)
+                await eventually(lambda: here.logged("bucket.scan_unfinished"), "it is told")
+                await here.scanned()
+                await here.scanned()
+                assert {event.type for event in here.events} == {"io.eventflow.s3.object.created"}
+            (line, *_) = here.logged("bucket.scan_unfinished")
+            expected = "in their order" if how == "keys out of order" else "does not move on"
+            assert expected in line["reason"]
+
+    asyncio.run(main())
+
+
 def test_a_folder_behind_an_empty_page(ministack: Aws):
     """The objects of a folder's event are those behind an empty page, too."""
 

@@ -212,6 +212,18 @@ def test_identity_without_sequencer_is_content_and_second():
     assert first == again != other
 
 
+@pytest.mark.parametrize("empty", ["", None])
+def test_s3_an_empty_sequencer_is_none(empty: str | None):
+    """A store that writes empty fields gives no identity by them: two uploads are two events."""
+    record = MINIO["Records"][0]
+    thing = {**record["s3"]["object"], "sequencer": empty, "versionId": empty}
+    first = {**record, "s3": {**record["s3"], "object": thing}}
+    later = {**first, "eventTime": "2026-11-22T10:00:07.000Z"}
+    found = [one({"Records": [each]}) for each in (first, later)]
+    assert [(each.sequencer, each.version) for each in found] == [(None, None)] * 2
+    assert event_id(found[0]) != event_id(found[1])
+
+
 def test_s6_sequencers_are_padded_on_the_right():
     """Sequencers compare as hex text, the shorter one padded with zeros; an unknown one is older
     than nothing.

@@ -195,7 +195,8 @@ def _notification(
     size = thing.get("size")
     etag = str(thing.get("eTag") or thing.get("etag") or "").strip('"')
     version = thing.get("versionId") or thing.get("version-id")
-    orjson.dumps((bucket, key, etag, str(version), thing.get("sequencer"), reason))  # or TypeError
+    sequencer = thing.get("sequencer") or None  # some stores write an empty one
+    orjson.dumps((bucket, key, etag, str(version), sequencer, reason))  # or TypeError
     return Notification(
         action=action,
         bucket=bucket,
@@ -203,7 +204,7 @@ def _notification(
         size=size if action == "created" and _is_size(size) else None,
         etag=etag or None if action == "created" else None,
         version=None if version in (None, "null") else str(version),
-        sequencer=thing.get("sequencer") if isinstance(thing.get("sequencer"), str) else None,
+        sequencer=sequencer if isinstance(sequencer, str) else None,
         time=_parse_time(time),
         reason=reason or kind,
     )

@@ -45,9 +45,10 @@ class FolderEvents:
         position = ListingPosition()
         while len(objects) < MAX_FOLDER_OBJECTS:
             page = await self._list_page(bucket, folder, position.arguments)
-            objects += map(to_listed_object, page.get("Contents") or ())
+            found = [to_listed_object(entry) for entry in page.get("Contents") or ()]
+            objects += found
             try:
-                if not position.advance(page, [each.key for each in objects[-1:]]):
+                if not position.advance(page, [each.key for each in found]):
                     return objects, False
             except ListingUnfinished:  # the event says that there may be more
                 break
