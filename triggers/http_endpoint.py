@@ -282,7 +282,7 @@ class Endpoint:
         return RequestRejected(
             503,
             "unavailable",
-            "not taking events now; come back later",
+            "not accepting events now; try again later",
             close_connection=True,
             body_unread=body_unread,
             retry_after=str(seconds),
@@ -319,7 +319,7 @@ def _overloaded(full: StoreFull) -> RequestRejected:
     return RequestRejected(
         status,
         error,
-        "the ledger is full; come back later",
+        "the ledger is full; try again later",
         retry_after=str(max(1, math.ceil(full.retry_after))),
     )
 

@@ -79,8 +79,8 @@ def _checked_after(after: Duration | None, is_late: bool) -> int | None:
     """Microseconds."""
     if after is None and is_late:
         raise UsageError(
-            'RunState: "late" expected after= (seconds, or a timedelta), found none: '
-            "how late is late?"
+            'RunState: "late" expected after= (seconds or a timedelta from the due time), '
+            "found none"
         )
     if after is not None and not is_late:
         raise UsageError(

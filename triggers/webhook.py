@@ -247,8 +247,8 @@ class Webhook(Endpoint):
         return RequestRejected(
             409,
             "conflict",
-            f"{ids}: already received with other content; the first one stands, this one is kept "
-            "as a dead letter",
+            f"{ids}: already received with other content; the first event stays, this one is "
+            "a dead letter",
         ).reply
 
 

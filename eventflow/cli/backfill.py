@@ -116,7 +116,7 @@ def _range_text(past: Sequence[str]) -> str:
 
 def _confirmed() -> bool:
     if not sys.stdin.isatty():
-        raise UsageError("stdin is no terminal; give --yes to start, or --dry-run to look")
+        raise UsageError("stdin is no terminal; give --yes to start them, or --dry-run to list")
     return click.confirm("Start them?", err=True)
 
 

@@ -331,7 +331,7 @@ class Execution(FlowCalls):
                 if not self.run_end.is_closed:
                     what = f"{type(fault).__name__}: {fault}"
                     self._settle(
-                        NeedsAttention(f"a fault in eventflow, or in what the app gave it: {what}")
+                        NeedsAttention(f"a defect in eventflow, or in an object of the app: {what}")
                     )
             case _:
                 assert_never(action)

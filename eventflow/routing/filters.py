@@ -71,8 +71,8 @@ def compile_filter(where: FilterSpec) -> Filter | None:
     called = getattr(where, "__call__", None)  # noqa: B004
     if inspect.iscoroutinefunction(where) or inspect.iscoroutinefunction(called):
         raise UsageError(
-            "where= expected a plain function, found an `async` one; filters run on the way in and "
-            "must be quick"
+            "where= expected a plain function, found an `async` one; filters run before an event "
+            "is recorded and must return at once"
         )
     return CallableFilter(where)
 

@@ -279,8 +279,8 @@ def _refuse_duplicates(pattern: Pattern) -> None:
         same = (each.trigger_name, each.types, each.combined_where)
         if same in seen:
             raise UsageError(
-                f"{pattern.label}: {each.label} is in it twice; the second gets nothing: narrow "
-                "them, or count()"
+                f"{pattern.label}: {each.label} occurs twice, so the second part would get no "
+                "events; give them different where=, or use count()"
             )
         seen.append(same)
 
@@ -299,8 +299,8 @@ def _part_keys(pattern: Pattern) -> "list[Callable[[Event], str | None] | None]"
     given = [each.by or named.get(each.label) for each in pattern.flat_parts]
     if any(given) and pattern.is_daily:
         raise UsageError(
-            f"{pattern.label}: absent(by=a time of day) is of no key, so it does not go together "
-            "with by="
+            f"{pattern.label}: absent(by=TIME) has no join key; it cannot be combined with a by= "
+            "for keys"
         )
     missing = [label for label, key in zip(labels, given, strict=True) if key is None]
     if by is not None and missing:

@@ -339,8 +339,8 @@ def recover(tx: Transaction, time_driven: Sequence[str] | None) -> None:
     for (ident,) in crashed:
         row = tx.runs.need(ident)
         row.reason = (
-            f"the process died {row.crash_count} times while this run was starting an attempt; "
-            "retry it once mended"
+            f"the process crashed {row.crash_count} times during an attempt of this run; fix the "
+            "cause, then retry the run"
         )
         tx.runs.move(row, State.DEAD)
         notify_parent(tx, row, "RunDead", row.reason)

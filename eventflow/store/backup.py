@@ -25,16 +25,13 @@ def back_up(connection: sqlite3.Connection, path: str, between: Callable[[], Non
     `between` is called after each step, to serve the writer's queue.
     """
     if os.path.exists(path):
-        raise UsageError(
-            f"a backup is never written over something: {path} exists; name another file"
-        )
+        raise UsageError(f"a backup overwrites no file: {path} exists; name another file")
     part = f"{path}.part"
     try:
         os.close(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o600))
     except OSError as error:
         raise UsageError(
-            f"cannot write the backup {path}: {error.strerror}; name a file in a folder that takes "
-            "one"
+            f"cannot write the backup {path}: {error.strerror}; name a file in a writable folder"
         ) from None
     try:
         _copy(connection, part, between)

@@ -220,8 +220,8 @@ class OpenFiles:
             if file_identity(name) != self._opened.get(name):
                 raise StoreFailed(
                     f"{name} was removed, moved or replaced while the store was open; nothing more"
-                    " is acknowledged. Stop the server before its files are touched; now start it"
-                    " again with the files that it shall serve"
+                    " is acknowledged. Stop the server before its files are touched; now restart"
+                    " it with the files to serve"
                 )
 
     def abandon(self) -> None:

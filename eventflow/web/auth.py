@@ -120,7 +120,7 @@ class Guard:
         method = str(scope.get("method", ""))
         hook = any(_matches(route, scope) for route in self._routes)
         if self._draining() and (hook or (method == "POST" and path in INTAKE_PATHS)):
-            return unavailable("the server is stopping; come back later", close_connection=True)
+            return unavailable("the server is stopping; try again later", close_connection=True)
         if hook and self._unopened():
             return unavailable("the app is not open; its host must open it, see the log")
         if hook or (

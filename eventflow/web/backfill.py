@@ -75,7 +75,7 @@ class Backfill:
     async def backfill(self, request: Request) -> Response:
         """`{"flow", "at": [instant, …], "rerun": label, "dry_run": bool}`."""
         app = self._opened()
-        params = await read_object(request, "flow", "at", "rerun", "dry_run")
+        params = await read_object(request, "flow", "at", "rerun", "again", "dry_run")
         schedule = _schedule(app, request.path_params["name"])
         dry = bool(params.get("dry_run", False))
         requested = _requested(schedule, params)
@@ -189,8 +189,8 @@ async def _check_due(app: App, schedule: Scheduled, latest: datetime) -> None:
     past = await _last_settled(app, schedule)
     if latest > past:
         raise UsageError(
-            f"{_format_time(latest)} is still the schedule's own to fire:"
-            f" it has fired everything up to {_format_time(past)}"
+            f"{_format_time(latest)} will be fired by the schedule itself,"
+            f" which has fired everything up to {_format_time(past)}"
         )
     if schedule.name in await app.store.paused_triggers():
         raise UsageError(

@@ -415,7 +415,7 @@ def _receipts_response(receipts: list[Receipt], batch: bool) -> Response:
     if conflicts:
         ids = ", ".join(conflicts[:3])
         return error_json(
-            409, "conflict", f"{ids}: already received with other content; the first one stands"
+            409, "conflict", f"{ids}: already received with other content; the first event stays"
         )
     rows = [
         {"id": each.id_text, "event_id": each.event_id, "duplicate": each.duplicate}

@@ -312,7 +312,7 @@ def test_what_is_to_come_is_the_schedules_own(idle: EventflowProcess):
     answer = idle.post(
         "/api/triggers/daily/backfill", {"flow": "report", "at": [coming.isoformat()]}
     )
-    assert answer.status_code == 409 and "still the schedule" in answer.json()["detail"]
+    assert answer.status_code == 409 and "by the schedule itself" in answer.json()["detail"]
 
 
 def test_a_paused_schedule_is_not_backfilled(reports: EventflowProcess):

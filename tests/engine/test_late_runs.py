@@ -429,7 +429,7 @@ async def test_without_a_live_run_no_timer_is_set(clock: VirtualClock, received:
 @pytest.mark.parametrize(
     ("states", "after", "message"),
     [
-        (["late"], None, "how late is late"),
+        (["late"], None, "from the due time"),
         (["failed"], 60, 'goes with the state "late"'),
         ([], 60, 'goes with the state "late"'),
         (["late"], 0, "positive"),

@@ -509,7 +509,7 @@ def test_an_internal_error_holds_that_run_and_no_other(caplog: pytest.LogCapture
         caplog.clear()
         sim.run_process()
         assert other.value == ["well0", "well0"], how
-        assert isinstance(row.outcome, NeedsAttention) and "a fault in eventflow" in row.reason, how
+        assert isinstance(row.outcome, NeedsAttention) and "a defect in" in row.reason, how
         assert "run.internal_error" in caplog.text
         assert not sim.in_memory_at_end
 

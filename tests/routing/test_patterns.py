@@ -509,7 +509,7 @@ def test_invalid_patterns_are_rejected_at_once() -> None:
     """An invalid pattern raises when it is made, naming what was expected."""
     for make, message in (
         (lambda: all_of("a", within=5), "two parts or more"),
-        (lambda: all_of("a", "a", within=5), "in it twice"),
+        (lambda: all_of("a", "a", within=5), "occurs twice"),
         (lambda: all_of("a", "b", within=0), "positive duration"),
         (any_of, "expected parts"),
         (lambda: count("a", 0, within=5), "n expected from 1"),
@@ -520,7 +520,7 @@ def test_invalid_patterns_are_rejected_at_once() -> None:
         (lambda: all_of("a", "b", within=5, by={"c": "id", "a": "id", "b": "id"}), "by= names c"),
         (lambda: all_of("a", count("b", 2, within=5, by="id"), within=5), "outermost"),
         (lambda: all_of("a", "b", within=5, lateness=-1), "negative"),
-        (lambda: any_of("a", absent("b", by="06:00"), by="id"), "of no key"),
+        (lambda: any_of("a", absent("b", by="06:00"), by="id"), "has no join key"),
         (lambda: part(5), "a trigger, an event type"),  # type: ignore[arg-type]
         (lambda: part("a", where={"x": [{"bogus": 1}]}), "bogus"),
     ):

@@ -277,7 +277,7 @@ def test_t11_six_fields_have_seconds_first():
         ("*/0 * * * *", "found '*/0'"),
         ("", "found 0"),
         ("@reboot", "expected one of @hourly"),
-        ("0 0 31 2 *", "no such day ever comes"),
+        ("0 0 31 2 *", "no such day exists"),
     ],
 )
 def test_an_error_names_the_wrong_field(expression: str, message: str):

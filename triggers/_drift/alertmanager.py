@@ -49,7 +49,7 @@ def read_alert(alert: Mapping[str, Any], where: str, sender: str) -> Drift:
         found = "nodata"
     starts = moment(text(alert.get("startsAt"), f"{where}/startsAt"), f"{where}/startsAt")
     if starts is None:
-        raise ValueError(f"{where}/startsAt: expected a start, found the time that means none")
+        raise ValueError(f"{where}/startsAt: expected a start, found year 1 (none)")
     feature = first(labels, FEATURE)
     return Drift(
         status=found,

@@ -138,8 +138,7 @@ def parse(expression: str) -> str:
         never = True
     if never:
         raise UsageError(
-            f"Cron({expression!r}): no such day ever comes: "
-            f"day of month {parts[-3]}, month {parts[-2]}"
+            f"Cron({expression!r}): no such day exists: day of month {parts[-3]}, month {parts[-2]}"
         )
     return " ".join(parts)
 
