@@ -392,7 +392,8 @@ class Execution(FlowCalls):
             self.services.forget_checkpoints(self.run_id, entry.call_key)
         if action is not None:
             self.carry_out(action)
-        self.wake()
+        if entry.kind is not Kind.FAILED or not self.attempts.running:
+            self.wake()  # else the flow has nothing to receive, and the run does not rest
 
     def running_calls(self) -> list[RunningCall]:
         """The attempts under way, in the order of their calls. From any thread."""

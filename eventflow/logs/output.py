@@ -2,9 +2,9 @@
 
 `capture.configure` installs one `LogOutput`; the loggers of log.py, the records of `logging` and
 the user's structlog all end here. A line is appended to a list, which a thread of the output writes
-at most `FLUSH_INTERVAL_SECONDS` later (a warning or a pretty line at once), so that a slow disk or
-a full pipe never blocks an event loop. If the stream takes nothing for long, lines are dropped and
-counted.
+at most `FLUSH_INTERVAL_SECONDS` later (a warning or a pretty line within 5 ms), so that a slow disk
+or a full pipe never blocks an event loop. If the stream takes nothing for long, lines are dropped
+and counted.
 """
 
 import io
@@ -43,6 +43,10 @@ from eventflow.logs.redaction import (
 FLUSH_INTERVAL_SECONDS: Final = 0.1
 """How long a line may wait in memory, and what a kill -9 may lose of the stream. One write carries
 some thousand lines.
+"""
+
+URGENT_FLUSH_DELAY_SECONDS: Final = 0.005
+"""How long a warning may wait, so that many of them share one write and one wake-up of the thread.
 """
 
 MAX_QUEUED_BYTES: Final = 8 << 20
@@ -169,7 +173,8 @@ class LogOutput(DirectHandler):
     def _run(self) -> None:
         while not self._closing.is_set():
             self._has_lines.wait()
-            self._flush_now.wait(FLUSH_INTERVAL_SECONDS)
+            if self._flush_now.wait(FLUSH_INTERVAL_SECONDS):
+                self._closing.wait(URGENT_FLUSH_DELAY_SECONDS)
             self._has_lines.clear()
             self._flush_now.clear()
             self.flush()

@@ -196,16 +196,21 @@ def _attributes(error: BaseException) -> dict[str, Any]:
     """The state of the error besides its arguments: its `__dict__`, slots, and fields such as
     `errno`.
     """
-    values = {name: value for name, value in vars(error).items() if not name.startswith("__")}
+    values = {
+        _utf8(name): value for name, value in vars(error).items() if not name.startswith("__")
+    }
     for name in _data_descriptors(type(error)):
-        value, broken = call_catching(getattr, error, name, _UNSET)
-        if broken is None and value is not _UNSET:
+        try:
+            value = getattr(error, name, _UNSET)
+        except BaseException:  # user code: what cannot be read is left out
+            continue
+        if value is not _UNSET:
             values[name] = value
     forms: dict[str, Any] = {}
     for name, value in values.items():
         form = None if value is None else _detail(value)
         if form is not None or value is None:
-            forms[_utf8(name)] = form
+            forms[name] = form
     return forms
 
 
