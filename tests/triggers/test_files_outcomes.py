@@ -3,9 +3,12 @@ the outcome says, over any crash.
 """
 
 import asyncio
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ from eventflow.testing.trigger_contract import ContractLedger
 from tests.conftest import eventually
 from tests.triggers.inbox import Inbox, run, touch, watched
 from tests.triggers.test_files_post_actions import files, leaves
+from triggers._files.names import NameFilter
+from triggers._files.post_actions import remove_source
+from triggers._files.tree import Tree
 from triggers.files import Directory, delete, move, outcome
 
 BOTH: Any = {"after": outcome(completed=move("done"), failed=move("failed"))}
@@ -115,6 +121,61 @@ def test_another_version_is_not_moved_by_the_first_ones_outcome(tmp_path: Path):
         assert (inbox.root / "failed/a").read_text() == "the second one"
 
     run(test, tmp_path / "in", **BOTH)
+
+
+def test_a_version_that_lands_during_the_copy_is_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file that grows while it is copied to another device leaves nothing at its target; it is an
+    event once more, and moved by the outcome of that.
+    """
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("no second device here")
+    done = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    real = shutil.copystat
+    grown: list[bytes] = []
+
+    def grow_once(source: bytes, target: bytes) -> None:
+        real(source, target)
+        if not grown:
+            grown.append(source)
+            with open(source, "a") as file:
+                file.write(" and more")
+
+    async def test(inbox: Inbox) -> None:
+        monkeypatch.setattr("triggers._files.post_actions.shutil.copystat", grow_once)
+        inbox.write("a", "first")
+        await inbox.has("a")
+        end(inbox, "a", "completed")
+        await inbox.has("a", "a")
+        assert grown and files(done) == []
+        end(inbox, "a", "completed")
+        await leaves(inbox, "a")
+        assert (done / "a").read_text() == "first and more"
+
+    try:
+        run(test, tmp_path / "in", after=outcome(completed=move(done)))
+    finally:
+        shutil.rmtree(done)
+
+
+@pytest.mark.parametrize("into", ["directory", "link"])
+def test_what_takes_the_name_of_a_file_is_not_removed(tmp_path: Path, into: str):
+    """A directory or a link that took the name of a recorded file is neither removed nor an error
+    that is tried again for ever.
+    """
+    tree = Tree(os.fsencode(tmp_path), NameFilter("**/*", (), None))
+    path = tmp_path / "a"
+    path.write_text("data")
+    stat = tree.file_stat(b"a")
+    assert stat is not None
+    path.unlink()
+    if into == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path)
+    assert remove_source(tree, b"a", stat) is False
+    assert os.path.lexists(path)
 
 
 def test_times_alone_change_no_outcome(tmp_path: Path):

@@ -17,7 +17,12 @@ from eventflow.events.event import Intake, Json, KnowsOutcomes
 from eventflow.logs.progress import Progress
 from triggers._files.context import DirectoryContext, OutcomeTargets
 from triggers._files.names import from_key, printable, to_key
-from triggers._files.post_actions import link_or_copy, remove_source, sync_directories
+from triggers._files.post_actions import (
+    link_or_copy,
+    remove_source,
+    sync_directories,
+    unlink_if_present,
+)
 from triggers._files.settling import FileStat, pack_mark
 from triggers._files.tree import Tree
 
@@ -195,7 +200,10 @@ def _place_and_remove(
     version has landed; a file that is gone counts as removed. Blocks. Raises OSError, SourceError.
     """
     if target is not None and tree.file_stat(path) == file.stat:
-        placed, _ = link_or_copy(tree.full(path), target, path, file.event_id, stop, progress)
+        placed, is_new = link_or_copy(tree.full(path), target, path, file.event_id, stop, progress)
+        if is_new and tree.file_stat(path) != file.stat:  # it changed while it was copied
+            unlink_if_present(placed)
+            return False
         if failed := sync_directories([placed], target):
             raise SourceError(failed[placed])
     return remove_source(tree, path, file.stat)

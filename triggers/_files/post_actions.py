@@ -261,13 +261,13 @@ _SYNC_UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 def remove_source(tree: Tree, path: bytes, stat: FileStat) -> bool:
-    """Removes the landing name of a recorded version, and its marker. False when another version
-    has landed since.
+    """Removes the landing name of a recorded version, and its marker. False when something else has
+    that name since: another version, a directory, a link.
 
     Raises OSError when it exists and cannot be removed.
     """
     now = tree.file_stat(path)
-    if now is not None and now != stat:
+    if now != stat and (now is not None or os.path.lexists(tree.full(path))):
         return False
     unlink_if_present(tree.full(path))
     if tree.names.marker_is_per_file:
