@@ -162,7 +162,7 @@ class Router:
         Its key includes the content: the same content again is a duplicate of this dead letter.
         """
         reason = (
-            f"its id is known with other content: event {receipt.id_text} is the first, and stands"
+            f"its id is known with other content: event {receipt.id_text} came first and stays"
         )
         return msgspec.structs.replace(
             arrival,

@@ -38,7 +38,7 @@ RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD
 
 _RETRY_HINT = (
     "only a failed, cancelled, paused, held or dead run can be retried, or one that waits for its "
-    "next attempt; with --from CALL (API: from), a run that has ended runs again as a new one"
+    "next attempt; --from CALL (API: from) repeats a run that has ended, as a new run"
 )
 
 
