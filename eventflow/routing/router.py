@@ -161,9 +161,7 @@ class Router:
 
         Its key includes the content: the same content again is a duplicate of this dead letter.
         """
-        reason = (
-            f"its id is known with other content: event {receipt.id_text} came first and stays"
-        )
+        reason = f"its id is known with other content: event {receipt.id_text} came first and stays"
         return msgspec.structs.replace(
             arrival,
             id=self.ids.next(self._clock.now()),
