@@ -94,13 +94,14 @@ def table(
     empty: str,
     *,
     width: int | None = None,
+    reason_lines: int = 1,
 ) -> str:
     """Rows as aligned columns under their names, `empty` for none; columns without a value are left
     out.
 
     `width` is that of a terminal (`terminal_width`): columns of text are shortened to it, and a
-    reason or error in the last one that does not fit goes to a line of its own. Without a width,
-    cells are cut at 48 characters, except those of the last column.
+    reason or error in the last one that does not fit goes to `reason_lines` of its own. Without a
+    width, cells are cut at 48 characters, except those of the last column.
     """
     if not rows:
         return empty
@@ -131,7 +132,7 @@ def table(
         shown = line if inline else line[:-1]
         lines.append(_line(shown, widths[: len(shown)], width, colour=True))
         if not inline and line[-1] != "-":
-            lines.append(f"    {clip(line[-1], width - 4)}")
+            lines += [f"    {part}" for part in wrap(line[-1], width - 4, reason_lines)]
     return "\n".join(lines)
 
 

@@ -4,9 +4,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
 from eventflow.cli.inspect import gauge_text
+from eventflow.cli.output import table
 from eventflow.core.clock import SystemClock, duration_text
 from eventflow.logs.progress import Progress
 from eventflow.runs.run import Ids, format_id
@@ -227,6 +229,17 @@ def test_ends_of_ids_differ():
     ids = Ids()
     ends = [format_id(ids.next(1_764_000_000_000_000 + n * 1000))[-4:] for n in range(5000)]
     assert len(set(ends)) == len(ends)
+
+
+def test_a_long_detail_is_wrapped_below_its_row():
+    """A detail that does not fit beside its row is shown whole below it, on the allowed lines."""
+    rows = [{"check": "ledger", "detail": "sums hold: 1,975 events, 4,012 runs, 1 dead"}]
+    text = table(rows, ("check", "detail"), "", width=40, reason_lines=3)
+    assert click.unstyle(text).splitlines()[1:] == [
+        "ledger",
+        "    sums hold: 1,975 events, 4,012 runs,",
+        "    1 dead",
+    ]
 
 
 def test_gauges_are_readable():
