@@ -140,7 +140,7 @@ def _omitted_lines(answer: Mapping[str, Any]) -> list[str]:
         events = plural(answer["past_retention"], "event")
         lines.append(f"{events} past retention: the runs they would start are unknown")
     if answer["dead"]:
-        lines.append(f"{plural(answer['dead'], 'dead letter')} left out: no event, starts nothing")
+        lines.append(f"{plural(answer['dead'], 'dead letter')} left out; see eventflow redrive")
     if (listed := len(answer["runs"])) < answer["would_start"]:
         lines.append(f"the first {listed} runs are listed; use a shorter time or a larger --limit")
     return lines

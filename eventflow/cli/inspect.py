@@ -225,7 +225,7 @@ async def _status(location: LedgerLocation) -> dict[str, Any]:
 
 
 def _status_fields(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    """What is zero or well is left out, except the runs and the deliveries."""
+    """Rows for what is not zero or not healthy, and always for the runs and the deliveries."""
     counts = found["counts"]
     deliveries = ", ".join(
         f"{counts[name]:,} {name}"
