@@ -12,12 +12,23 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from eventflow.logs.log import get_logger
+from eventflow.logs.repeated import RepeatedLines
+
 HEAD_TIMEOUT_SECONDS = 10.0
 MAX_HEAD_BYTES = 64 * 1024
 MAX_CONNECTIONS = 10_000
 MAX_CONNECTIONS_PER_ADDRESS = 1_000
 RESERVED_FILES = 256
 """File descriptors left for the store, logs, blobs and what flows open."""
+
+log = get_logger("eventflow.web")
+LOG_EVENTS = {
+    "http.connections_refused": (
+        "Connections were answered 503: `open` ones are the most that there may be, or the address "
+        "has too many; `count` since the last line."
+    ),
+}
 
 
 class ConnectionLimiter:
@@ -28,12 +39,14 @@ class ConnectionLimiter:
         self.limit: int = max(16, min(MAX_CONNECTIONS, soft - RESERVED_FILES))
         self.total: int = 0
         self._by_address: dict[str, int] = {}
+        self._refused = RepeatedLines(_write_refused)
 
     def enter(self, address: str) -> bool:
         """Counts one more; False if that is over a limit."""
         count = self._by_address.get(address, 0)
         is_local = address in ("", "127.0.0.1", "::1")
         if self.total >= self.limit or (count >= MAX_CONNECTIONS_PER_ADDRESS and not is_local):
+            self._refused.add(503, address=address, open=self.total)
             return False
         self.total += 1
         self._by_address[address] = count + 1
@@ -46,6 +59,10 @@ class ConnectionLimiter:
             self._by_address[address] = left
         else:
             del self._by_address[address]
+
+
+def _write_refused(_: int, count: int, fields: dict[str, Any]) -> None:
+    log.warning("http.connections_refused", count=count, **fields)
 
 
 def limited_protocol(limiter: ConnectionLimiter) -> type[HttpToolsProtocol]:

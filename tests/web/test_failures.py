@@ -2,8 +2,13 @@
 
 import asyncio
 import json
+import re
+import resource
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 
 from eventflow import App
 from eventflow.web.api import make_asgi
+from eventflow.web.http_protocol import RESERVED_FILES
 from tests.conftest import wait_until
 from tests.server_process import EventflowProcess, serving
 
@@ -127,3 +133,17 @@ def test_a_request_that_outlives_the_stop_is_answered_503(tmp_path: Path):
         wait_until(lambda: served.process.poll() == 0, "the server has ended")
         (line,) = failures(served)
         assert "in take" in line["exception"]
+
+
+def test_refused_connections_are_logged(tmp_path: Path):
+    """Connections over the limit are answered 503, and one line counts those of a second."""
+    files = 24 + RESERVED_FILES  # of which 24 may be connections
+    limits = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (files, files))
+    with serving(tmp_path, limits=limits) as served, ExitStack() as opened:
+        address = (served.client.base_url.host, served.client.base_url.port or 0)
+        sockets = [opened.enter_context(socket.create_connection(address)) for _ in range(30)]
+        answers = [each.recv(64) for each in sockets[-3:]]
+        assert all(answer.startswith(b"HTTP/1.1 503") for answer in answers)
+        wait_until(lambda: "http.connections_refused" in served.log, "a line is written")
+        (line,) = re.findall(r'{.*"http.connections_refused".*}', served.log)[:1]
+        assert (json.loads(line)["level"], json.loads(line)["open"]) == ("warning", 24)
