@@ -190,7 +190,7 @@ def test_what_fits_no_retry_is_refused(shop: EventflowProcess):
         ((old, "--from", "nothing"), "no call 'nothing'; say which call: first#0, second#0"),
         ((old, "--from", "first", "--from-scratch"), "leave out --from-scratch"),
         (("--state", "failed", "--from", "first"), "of one run"),
-        ((old,), "with --from CALL"),
+        ((old,), "--from CALL (API: from) repeats"),
     ):
         done = eventflow(shop.folder, "retry", *args)
         assert done.returncode != 0 and message in " ".join(done.stderr.split())
