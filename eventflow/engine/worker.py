@@ -298,7 +298,7 @@ class Worker:
                 run=format_id(run.id),
                 flow=run.flow,
                 entries=len(entries),
-                suspect=run.crash_suspect or None,  # absent from most lines
+                **({"suspect": True} if run.crash_suspect else {}),
             )
         self.loop.call_soon(self._execute, run, entries)
 

@@ -3,10 +3,13 @@
 import asyncio
 import io
 import json
+from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 
 from eventflow import App, flow, sleep, task
+from eventflow.core.clock import to_datetime
 from eventflow.logs.capture import configure
 from eventflow.runs.run import format_id
 from eventflow.testing import VirtualClock, running
@@ -67,3 +70,28 @@ async def test_the_line_of_an_outcome_has_the_runs_ids_and_no_replay_tag() -> No
                     and line["ledger_id"]
                     and "replay" not in line
                 )
+
+
+async def test_a_wait_is_logged_with_an_instant_and_its_end_without_noise() -> None:
+    """`run.suspended` says until when, as an instant with its zone; `run.resumed` of a run that no
+    crash has interrupted does not speak of suspects.
+    """
+    stream = io.BytesIO()
+    clock = VirtualClock()
+    with configure(stream=stream, pretty=False) as logs:
+        async with running(App("ends", clock=clock)) as app:
+
+            def lines(event: str) -> list[dict[str, Any]]:
+                logs.flush()
+                found = map(json.loads, stream.getvalue().splitlines())
+                return [line for line in found if line["event"] == event]
+
+            began = to_datetime(clock.now())
+            run = await app.start(long)
+            await eventually(lambda: lines("run.suspended"), "the run waits")
+            (suspended,) = lines("run.suspended")
+            assert datetime.fromisoformat(suspended["until"]) >= began + timedelta(hours=1)
+            await clock.advance(3601)
+            await run.result()
+            (resumed,) = lines("run.resumed")
+            assert "suspect" not in resumed
