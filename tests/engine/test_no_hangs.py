@@ -149,12 +149,12 @@ async def test_a_body_that_is_cancelled_by_the_app_fails(how: str, own_loop: boo
     await app.open(own_loop=own_loop)
     try:
         async with asyncio.timeout(15):
-            beside = await app.start(goes_on, a=1)
+            other = await app.start(goes_on, a=1)
             run = await app.start(cancelled)
             await eventually(lambda: _state(app, run, "failed"), "the run has failed")
             assert "CancelledError" in str((await run.row())["error"])
             assert len(bodies) == (2 if how == "from its helper" else 1)
-            assert await beside.result() == 2
+            assert await other.result() == 2
             assert await result_of(app, goes_on, a=2) == 3
             assert not lifespan_is_over
     finally:

@@ -400,7 +400,7 @@ def test_an_odd_metric_costs_itself_only(metrics: list[Any], status: str):
     over_http(test)
 
 
-def test_chunks_without_times_are_told_apart_by_their_content():
+def test_chunks_without_times_differ_by_their_content():
     """Without timestamps a chunk's key counts rows, and is the same in each report: another content
     is another event, the same one a repetition.
     """
@@ -421,7 +421,7 @@ def test_chunks_without_times_are_told_apart_by_their_content():
     over_http(test)
 
 
-def test_tags_without_a_time_are_told_apart_by_their_content():
+def test_tags_without_a_time_differ_by_their_content():
     """MLflow's tag without a time and a signed delivery is the same event if its body is."""
 
     async def test(hook: Hook) -> None:

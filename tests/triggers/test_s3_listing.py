@@ -245,7 +245,7 @@ def test_a_scan_that_does_not_reach_the_last_page(ministack: Aws, words: str, wi
 
 
 @pytest.mark.parametrize("how", ["new tokens", "keys out of order"])
-def test_a_listing_that_cannot_be_trusted_tells_no_removals(ministack: Aws, how: str):
+def test_a_listing_that_cannot_be_trusted_reports_no_removals(ministack: Aws, how: str):
     """A store that gives a new token for the same page for ever, and one that is paged by key and
     lists out of order, end the scan with a line; nothing is told as removed.
     """

@@ -51,8 +51,8 @@ def cell_value(text: str, has_decimal_comma: bool) -> Any:
     if _NUMBER.fullmatch(stripped):
         is_whole = stripped.lstrip("+-").isdigit() and len(stripped) <= MAX_DIGITS
         return int(stripped) if is_whole else float(stripped)
-    if (word := stripped.lower()) in ("true", "false"):
-        return word == "true"
+    if (lower := stripped.lower()) in ("true", "false"):
+        return lower == "true"
     return FormattedNumber(text) if _FORMATTED.fullmatch(stripped) else text
 
 
