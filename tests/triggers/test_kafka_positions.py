@@ -133,6 +133,28 @@ def test_a_group_moved_ahead(broker: Broker):
     run(broker, work)
 
 
+def test_a_group_set_beyond_the_end_is_no_gap(broker: Broker):
+    """A group set to an offset that the log does not have yet tells of no missing record: the
+    cursor counts, and a warning says so.
+    """
+
+    async def work(topic: Topic) -> None:
+        await topic.send(0, 1)
+        async with topic.read():
+            await topic.has(2)
+            await topic.committed(2)
+        await broker.commit(topic.group, topic.name, 100)
+        await topic.send(2)
+        async with topic.read():
+            await topic.has(3)
+            await topic.committed(3)
+        assert topic.data == [0, 1, 2] and not gaps(topic) and len(topic.ledger.offered) == 3
+        (line,) = topic.logged("kafka.group_offset_beyond_end")
+        assert (line["ledger"], line["group"], line["end"]) == (2, 100, 3)
+
+    run(broker, work)
+
+
 def test_a_group_set_back_is_reported(either: OwnBroker):
     """A group set back while nothing runs does not make its records run twice: the cursor counts,
     and a warning says so and names `eventflow replay`.

@@ -27,6 +27,10 @@ LOG_EVENTS = {
         "The group offset is ahead of the cursor (it was moved); reading continues from the "
         "group offset."
     ),
+    "kafka.group_offset_beyond_end": (
+        "The group offset was set beyond the end of the partition, where no record is; reading "
+        "continues at the cursor."
+    ),
     "kafka.rewound": "The ledger lost its newest rows: records are read again from its cursor.",
 }
 
@@ -129,9 +133,10 @@ class Positions:
         end = await self.end_offsets(tps)
         found: dict[TopicPartition, OffsetBounds] = {}
         for tp in tps:
-            position = self._choose(
-                tp, PartitionPosition.from_cursor(cursor.get(partition_name(tp))), group.get(tp)
-            )
+            position = PartitionPosition.from_cursor(cursor.get(partition_name(tp)))
+            if self._is_beyond_end(tp, position, group.get(tp), end[tp]):
+                group.pop(tp)
+            position = self._choose(tp, position, group.get(tp))
             found[tp] = OffsetBounds(position or PartitionPosition(begin[tp]), begin[tp], end[tp])
         return found
 
@@ -144,6 +149,29 @@ class Positions:
 
     async def beginning_offsets(self, tps: Collection[TopicPartition]) -> dict[TopicPartition, int]:
         return await self._consumer.beginning_offsets(tps)
+
+    def _is_beyond_end(
+        self,
+        tp: TopicPartition,
+        position: PartitionPosition | None,
+        group: GroupOffset | None,
+        end: int,
+    ) -> bool:
+        """Whether the group was set to an offset that the log has not, and the cursor is within it:
+        nothing is known to be missing then.
+        """
+        if position is None or group is None or not position.offset <= end < group.offset:
+            return False
+        if group.metadata == self.ledger:
+            return False
+        self._intake.log.warning(
+            "kafka.group_offset_beyond_end",
+            partition=partition_name(tp),
+            ledger=position.offset,
+            group=group.offset,
+            end=end,
+        )
+        return True
 
     def _choose(
         self, tp: TopicPartition, position: PartitionPosition | None, group: GroupOffset | None
