@@ -294,13 +294,10 @@ class Runtime:
         Closes everything as well if a step fails, the lifespan for one, and raises that error at
         the end.
         """
-        log.info(
-            "app.draining",
-            app=self.config.name,
-            grace=grace,
-            runs=len(self.worker.executions),
-            hint="runs that do not end within the grace period are resumed at the next start",
-        )
+        runs = len(self.worker.executions)
+        hint = "runs that do not end within the grace period are resumed at the next start"
+        more = {"hint": hint} if runs else {}
+        log.info("app.draining", app=self.config.name, grace=grace, runs=runs, **more)
         try:
             await self._end_parts(grace)
         finally:

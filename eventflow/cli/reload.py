@@ -62,15 +62,21 @@ class Reloader:
         """
         arguments = [arg for arg in sys.argv[1:] if arg != "--watch"]
         command = [sys.executable, "-m", "eventflow", *arguments]
-        stop_on(self.stop, signal.SIGTERM)
         process = subprocess.Popen(command)
+
+        def end(number: int, _frame: Any) -> None:
+            self.stop.set()
+            if number == signal.SIGTERM:  # Ctrl-C reaches the run too
+                process.terminate()
+
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, end)
         for changed in filter(None, self.changes()):
             process.wait()
             note(f"{', '.join(sorted(changed))} changed")
             process = subprocess.Popen(command)
-        if self.stop.is_set():
-            process.terminate()
-        return process.wait()
+        code = process.wait()
+        return code if code >= 0 else 128 - code
 
 
 def _version_of(path: str) -> tuple[int, int, int] | None:

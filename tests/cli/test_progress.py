@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -217,6 +218,9 @@ def test_run_watch_has_a_bar_below_its_lines(tmp_path: Path, columns: int):
         (tmp_path / "steps.py").write_text(STEPS + "\n")
         wait_until(lambda: watching.shown.count("run.completed") == 2, "the second run", within=30)
         wait_until(lambda: watching.shown.endswith("\n"), "the bar is removed")
+        watching.process.send_signal(signal.SIGINT)
+        wait_until(watching.has_ended, "Ctrl-C ends it")
+        assert watching.process.returncode == 0 and "Interrupt" not in watching.shown
         bars, lines = bars_and_lines(watching.shown)
     known = r"  \[[#-]{20}\] +\d+%  [0-5]/5 calls  ([\d.]+/s  .+ left|[0-9] s)"
     unknown = r"  [0-5] calls(  [\d.]+/s)?  [0-9] s"
