@@ -334,14 +334,16 @@ async def _print_logs(
     location: LedgerLocation, run: str | None, follow: bool, as_json: bool
 ) -> None:
     style = make_style(sys.stdout)
-    if sys.stdout.isatty() and not as_json:
-        note(f"times in {zone_name()}")
+    names_zone = sys.stdout.isatty() and not as_json
     after = 0
     async with open_api(location) as api:
         follow = follow and api.live  # without a server nothing more will come
         run = await _last_run(api) if run is None else run
         while True:
             page = await api.get(f"/api/runs/{quoted(run)}/logs", after=after, limit=1000)
+            if names_zone and page["lines"]:
+                note(f"times in {zone_name()}")
+                names_zone = False
             for line in page["lines"]:
                 after = line["seq"]
                 click.echo(
