@@ -28,7 +28,7 @@ LOG_EVENTS = {
         "group offset."
     ),
     "kafka.group_offset_beyond_end": (
-        "The group offset was set beyond the end of the partition, where no record is; reading "
+        "The group offset was set beyond the end of the partition, where no record is. Reading "
         "continues at the cursor."
     ),
     "kafka.rewound": "The ledger lost its newest rows: records are read again from its cursor.",
