@@ -134,9 +134,14 @@ class LogOutput(DirectHandler):
 
     def erase_progress(self) -> None:
         """Before somebody else writes to the terminal. The bar is back with its next change."""
-        if self._drawn:
-            with self._write_lock:
+        # A print in a signal handler may interrupt the thread that has the lock.
+        if self._drawn and self._write_lock.acquire(timeout=0.1):
+            try:
                 self._redraw(b"", "")
+            except (OSError, ValueError):
+                pass  # the terminal is gone
+            finally:
+                self._write_lock.release()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Log a record of `logging`, from the user's code or a library, with its `extra=`

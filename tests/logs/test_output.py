@@ -69,6 +69,23 @@ def on_a_terminal(code: str, **env: str) -> str:
     return seen.decode()
 
 
+def test_a_bar_stands_below_lines_and_prints():
+    """On a terminal a bar is erased before each line and each print, and when its work ends."""
+    shown = on_a_terminal(
+        "from eventflow.logs import progress\nprogress.FIRST_DRAWN_SECONDS = 0.0\n"
+        "held = configure(stream=sys.stderr)\n"
+        "with progress.log_progress('moving', 10) as bar:\n"
+        "    bar.step()\n    held.flush()\n    print('printed', flush=True)\n"
+        "    get_logger('x').info('x.y')\n    held.flush()\n"
+        "held.close()",
+        NO_COLOR="1",
+    )
+    *parts, last = shown.replace("\r\n", "\n").split("\r\x1b[K")
+    assert last == "" and parts[0].startswith("moving  [##")
+    lines = "".join(part for part in parts if "\n" in part).split("\n")
+    assert lines[0] == "printed" and lines[1].endswith("x.y")
+
+
 def test_json_into_a_pipe():
     """Where stderr is no terminal each line is one JSON object, and stdout stays free for data."""
     done = program(
