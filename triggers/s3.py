@@ -26,7 +26,13 @@ from triggers._s3.intake import LedgerIntake, S3Options
 from triggers._s3.key_filter import KeyFilter
 from triggers._s3.known_objects import KnownObjects
 from triggers._s3.listing import ListingScan
-from triggers._s3.notifications import Notification, event_data, event_id, read_notifications
+from triggers._s3.notifications import (
+    Notification,
+    event_data,
+    event_id,
+    read_notifications,
+    stable_id,
+)
 from triggers._s3.prefixes import FolderEvents
 from triggers._s3.queue import QueueStats, SqsPoller
 from triggers.concurrency import run_until_first_ends
@@ -253,10 +259,10 @@ def _check_numbers(
 
 def minio_id(headers: Mapping[str, str], body: bytes) -> str | None:
     """For `Webhook(id=minio_id)`: the id of the object's version, so that MinIO's retry is a
-    duplicate.
+    duplicate; of several objects in one message, an id of all.
     """
-    found = _notifications(body)
-    return event_id(found[0]) if found else None
+    ids = [event_id(each) for each in _notifications(body)]
+    return stable_id(*ids) if len(ids) > 1 else next(iter(ids), None)
 
 
 def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
@@ -273,8 +279,11 @@ def minio_object(*fields: str) -> Callable[[Event], dict[str, Any]]:
 
     def params(event: Event) -> dict[str, Any]:
         found = _notifications(event.data)
-        if not found:
-            raise ValueError("expected a record of an object, found none")
+        if len(found) != 1:
+            raise ValueError(
+                f"expected the record of one object, found {len(found) or 'none'}; "
+                "for several, take the event whole"
+            )
         return {
             name: value
             for name, value in event_data(found[0]).items()

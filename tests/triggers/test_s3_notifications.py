@@ -102,6 +102,19 @@ def test_s2_a_minio_record():
     assert minio_id({}, json.dumps(MINIO).encode()) == event_id(notification)
 
 
+def test_several_objects_in_one_message_of_minio():
+    """Of several objects none is left out in silence: the id is that of all, and a flow that takes
+    one object gets none of them but a reason.
+    """
+    record = MINIO["Records"][0]
+    other = {**record, "s3": {**record["s3"], "object": {**record["s3"]["object"], "key": "b"}}}
+    both = {"Records": [record, other]}
+    ids = {minio_id({}, json.dumps(each).encode()) for each in (both, MINIO, {"Records": [other]})}
+    assert len(ids) == 3 and None not in ids
+    with pytest.raises(ValueError, match="one object, found 2"):
+        minio_object()(Event(id="1", source="/hooks/minio", type="x", data=both))
+
+
 @pytest.mark.parametrize("spelling", ["etag", "eTag"])
 def test_s9_both_spellings_of_eventbridge(spelling: str):
     """EventBridge's key is not encoded; AWS writes `etag`, other servers `eTag`; `version-id` is
