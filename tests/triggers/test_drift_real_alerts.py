@@ -4,6 +4,7 @@ rules, large groups, statistics of NaN; and rows as spreadsheets write them.
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
@@ -23,6 +24,7 @@ from triggers._drift.config import stored_value
 from triggers._drift.features import feature_specs
 from triggers._drift.row_files import read_rows
 from triggers._drift.values import PaddedNumber
+from triggers._files.events import Disposition, LandedFile, to_event
 from triggers.drift import DriftAlert
 from triggers.drift_monitor import Categorical, DriftMonitor, Numeric, file_rows
 from triggers.files import Directory
@@ -631,6 +633,20 @@ def test_an_error_of_rows_costs_its_event_only(tmp_path: Path):
         assert isinstance(letter, Undecodable) and "AssertionError: no table" in letter.error
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.csv", "café\n.csv".encode(), b"-a b.csv"])
+def test_rows_of_a_file_of_any_name(tmp_path: Path, name: bytes):
+    """`file_rows` reads the file of an event whatever bytes its name has."""
+    path = tmp_path / os.fsdecode(name)
+    path.write_text("a\n1\n")
+    landed = LandedFile(name, None, 0, Disposition.CREATED, "1", os.fsencode(path))
+    rows = asyncio.run(_rows_of(to_event(landed, "files", 0)))
+    assert rows == [{"a": 1}]
+
+
+async def _rows_of(event: Event) -> list[Any]:
+    return list(await file_rows(event))
 
 
 def test_numbers_of_libraries_are_numbers():

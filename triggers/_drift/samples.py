@@ -5,6 +5,8 @@ in a thread, so that the event loop is not blocked.
 """
 
 import asyncio
+import os
+from base64 import b64decode
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from inspect import isawaitable
 from pathlib import Path
@@ -68,7 +70,9 @@ def data_rows(event: Event) -> Iterable[Row]:
 
 async def file_rows(event: Event) -> Iterable[Row]:
     """The rows of the file of a `Directory`'s event: CSV, JSON Lines, JSON or Parquet."""
-    return await asyncio.to_thread(read_rows, Path(event.data["path"]))
+    encoded = event.data.get("path_b64")  # of a name that is not UTF-8
+    path = os.fsdecode(b64decode(encoded)) if encoded else event.data["path"]
+    return await asyncio.to_thread(read_rows, Path(path))
 
 
 def _check_columns(rows: Sequence[Row], features: Sequence[FeatureSpec]) -> None:
