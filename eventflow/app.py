@@ -14,10 +14,11 @@ in runtime.py.
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any, Generic, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast, overload
 
 import msgspec
 
+from eventflow.app_config import AppConfig, Lifespan, StoreOptions
 from eventflow.core.clock import Clock, Duration, SystemClock, microseconds
 from eventflow.core.declarations import declaration, duration, one_of, text, whole_number
 from eventflow.core.errors import (
@@ -28,6 +29,7 @@ from eventflow.core.errors import (
     StoreLocked,
     UsageError,
 )
+from eventflow.core.uninterrupted import uninterrupted
 from eventflow.events.event import Event, EventSink, Json, LedgerTrigger, Receipt, Trigger
 from eventflow.hosting import Hosting
 from eventflow.logs.log import LogReceiver
@@ -44,11 +46,13 @@ from eventflow.routing.subscriptions import (
     subscribe_sink,
 )
 from eventflow.runs.run import Cancelled, Completed, Failed, NeedsAttention, format_id
-from eventflow.runtime import AppConfig, Lifespan, Runtime, uninterrupted
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.codecs import to_readable
 from eventflow.serialization.errors import decode_error
-from eventflow.store.sqlite import SqliteStore, StoreOptions
+
+if TYPE_CHECKING:  # loaded when an App opens: a program that only declares flows starts sooner
+    from eventflow.runtime import Runtime
+    from eventflow.store.sqlite import SqliteStore
 
 DAY = 86_400.0
 
@@ -309,6 +313,8 @@ class App:
         if read_only:
             options = {**config.store_options, "read_only": True}
             config = msgspec.structs.replace(config, store_options=options)
+        from eventflow.runtime import Runtime
+
         runtime = Runtime(config, store or self.url, logs)
         await runtime.open(own_loop, listen and not passive, passive)
         self._runtime = runtime
@@ -345,7 +351,7 @@ class App:
             await uninterrupted(self._hosting.close())
 
     @property
-    def runtime(self) -> Runtime:
+    def runtime(self) -> "Runtime":
         """The running parts. UsageError while the App is closed, StoreLocked if another worker of
         the server has its store.
         """
@@ -370,7 +376,7 @@ class App:
         return self._runtime is not None
 
     @property
-    def store(self) -> SqliteStore:
+    def store(self) -> "SqliteStore":
         return self.runtime.store
 
     # ----------------------------------------------------------------- runs and events

@@ -11,8 +11,6 @@ from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreLocked
 from eventflow.core.siblings import is_sibling_worker
 from eventflow.logs.log import LogReceiver, get_logger
-from eventflow.logs.store import LogStore
-from eventflow.store import open_store
 
 log = get_logger("eventflow.app")
 LOG_EVENTS = {
@@ -28,7 +26,7 @@ class Hosting:
 
     def __init__(self) -> None:
         self.locked: StoreLocked | None = None
-        self._logs: LogStore | None = None
+        self._close_logs: Callable[[], None] | None = None
 
     async def open(
         self, app: str, url: str, clock: Clock, open_app: Callable[[LogReceiver], Awaitable[None]]
@@ -38,12 +36,15 @@ class Hosting:
         If another worker of the same server has the store, this logs why and returns: raising would
         stop the server, and with it the other worker. Raises what `open_app` raises.
         """
+        from eventflow.logs.store import LogStore  # loaded when an App opens
+        from eventflow.store.url import open_store
+
         self.locked = None
         logs = LogStore(f"{open_store(url, clock).path}.logs.db", clock=clock)
         logs.open()
         try:
             await open_app(logs)
-            self._logs = logs
+            self._close_logs = logs.close
         except StoreLocked as error:
             if not is_sibling_worker(error.pid):
                 raise
@@ -56,12 +57,12 @@ class Hosting:
                 hint="one process serves an app: run one worker; this one answers 503",
             )
         finally:
-            if self._logs is not logs:
+            if self._close_logs is None:
                 await asyncio.to_thread(logs.close)
 
     async def close(self) -> None:
         """Closes the log store; idempotent."""
-        logs = self._logs
-        self._logs = None
-        if logs is not None:
-            await asyncio.to_thread(logs.close)
+        close = self._close_logs
+        self._close_logs = None
+        if close is not None:
+            await asyncio.to_thread(close)

@@ -8,19 +8,17 @@ intake/reactor.py (events in), engine/worker.py (runs), sinks/relay.py (events o
 """
 
 import asyncio
-import inspect
 import random
 import threading
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
-import anyio
-import msgspec
 import orjson
 
-from eventflow.core.clock import SECOND, Clock
+from eventflow.app_config import AppConfig, Lifespan
+from eventflow.core.clock import SECOND
 from eventflow.core.declarations import text
 from eventflow.core.errors import (
     ANY_FAILURE,
@@ -29,32 +27,27 @@ from eventflow.core.errors import (
     RunDead,
     StoreError,
     StoreFailed,
-    UsageError,
 )
+from eventflow.core.uninterrupted import error_of, uninterrupted
 from eventflow.engine.late_runs import LateRunMonitor
 from eventflow.engine.retry_now import start_waiting_attempts
 from eventflow.engine.worker import Worker, WorkerOptions
-from eventflow.events.event import Event, Trigger
+from eventflow.events.event import Event
 from eventflow.intake.reactor import Reactor
 from eventflow.logs.log import LogReceiver, get_logger
 from eventflow.loop.left_behind import leave_behind
-from eventflow.routing.delivery import Delivery
-from eventflow.routing.patterns import Pattern, compile_pattern
 from eventflow.routing.router import Router
-from eventflow.routing.subscriptions import SinkSubscription, Subscription, subscribe_pattern
 from eventflow.runs.run import Cancelled, Completed, Failed, Ids, NeedsAttention, Outcome, format_id
 from eventflow.sdk.checkpoint import CheckpointStore
-from eventflow.sdk.flow import Flow, check_task_names
-from eventflow.sdk.task import Task
+from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.s3_blobs import S3BlobStore
 from eventflow.sinks.relay import OutboxRelay
-from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.store.sqlite import SqliteStore
+from eventflow.store.url import open_store
 
 T = TypeVar("T")
-Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 OutcomeWaiter = tuple[asyncio.AbstractEventLoop, asyncio.Future[Outcome]]
 
 SWEEP_INTERVAL = 3600 * SECOND
@@ -89,116 +82,6 @@ LOG_EVENTS = {
     ),
     "store.prune_failed": "A retention step failed; it is tried again in a minute.",
 }
-
-
-class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What an App declares. Durations in microseconds; the collections grow until the App opens.
-
-    `concurrency`: runs that work at once. `threads`: plain `def` tasks at once. `retention`: of
-    bodies, journals and settled runs; `identities`: of event ids. `results`: `s3://bucket/prefix`
-    for large results, None for files beside the store.
-    """
-
-    name: str
-    clock: Clock
-    lifespan: Lifespan | None = None
-    concurrency: int = 1000
-    threads: int = 32
-    strict: bool = False
-    retention: int
-    identities: int
-    results: str | None = None
-    store_options: Mapping[str, Any] = {}
-    flows: dict[str, Flow[..., Any]] = {}
-    triggers: list[Trigger] = []
-    subscriptions: list[Subscription] = []
-    sink_subscriptions: list[SinkSubscription] = []
-
-    def add_flow(self, flow: Flow[..., Any]) -> None:
-        """UsageError for another object, or another flow of the same name."""
-        if not isinstance(flow, Flow):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise no_flow(flow)
-        if self.flows.setdefault(flow.name, flow) is not flow:
-            raise UsageError(f"two flows are named {flow.name!r}; give one of them @flow(name=...)")
-        check_task_names(flow)
-
-    def add_trigger(self, trigger: Trigger) -> None:
-        """UsageError for another object, or another trigger of the same name."""
-        if any(trigger is known for known in self.triggers):
-            return
-        if not isinstance(trigger, Trigger):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"expected a trigger (with a name and listen()), found {trigger!r}")
-        for known in self.triggers:
-            if shared := served_paths(known) & served_paths(trigger):
-                path = min(shared)
-                raise UsageError(
-                    f"two triggers take requests to {path}: {known!r} and {trigger!r}; make one "
-                    "trigger and pass it to app.on for each flow"
-                )
-        if any(trigger.name == known.name for known in self.triggers):
-            raise UsageError(f"two triggers are named {trigger.name!r}; give one of them name=...")
-        self.triggers.append(trigger)
-
-    def add_pattern(
-        self,
-        pattern: Pattern,
-        flow: Flow[..., Any],
-        priority: int | None,
-        deliver: Delivery | None,
-        name: str | None,
-    ) -> None:
-        """Subscribes a flow to a pattern, whose triggers are added too."""
-        for trigger in pattern.triggers:
-            self.add_trigger(trigger)
-        self.add_flow(flow)
-        self.subscriptions.append(
-            subscribe_pattern(
-                compile_pattern(pattern),
-                flow,
-                priority=priority,
-                deliver=deliver,
-                name=name,
-                used_names=self.subscription_names(),
-                late=pattern.late,
-            )
-        )
-
-    def check_secrets(self) -> None:
-        """Raises EmptySecret for a secret that a trigger or sink takes from the environment."""
-        for each in (*self.triggers, *(every.sink for every in self.sink_subscriptions)):
-            if (check := getattr(each, "check_secrets", None)) is not None:
-                check()
-
-    def subscription_names(self) -> set[str]:
-        """Of subscriptions of flows and of sinks: they share one namespace."""
-        return {each.name for each in (*self.subscriptions, *self.sink_subscriptions)}
-
-
-def served_paths(trigger: Trigger) -> set[str]:
-    """The HTTP paths that the app mounts for a trigger."""
-    routes: Sequence[Any] = getattr(trigger, "routes", ())
-    return {route.path for route in routes if hasattr(route, "path")}
-
-
-def no_flow(found: object) -> UsageError:
-    """The error for something else in the place of a flow."""
-    if inspect.iscoroutine(found):
-        name = found.__name__
-        found.close()
-        return UsageError(f"expected a flow, found a call of {name!r}; write {name}, not {name}()")
-    if isinstance(found, Task):
-        name = cast("Task[..., Any]", found).name
-        return UsageError(
-            f"expected a flow, found the task {name!r}; only flows have runs: call the task in "
-            f"one, `@flow async def …: await {name}(…)`"
-        )
-    if inspect.isfunction(found):
-        return UsageError(
-            f"expected a flow, found the function {found.__name__!r}; decorate it with @flow"
-        )
-    return UsageError(
-        f"expected a flow, found {found!r}; a flow is an `async def` function below @flow"
-    )
 
 
 class Runtime:
@@ -662,33 +545,6 @@ async def _cancel_tasks() -> None:
         task.cancel()
     if tasks:
         await asyncio.wait(tasks, timeout=STOP_SECONDS / 2)
-
-
-async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Awaits `work` to its end, also when the caller is cancelled meanwhile or was before: that is
-    raised afterwards.
-    """
-    task = asyncio.ensure_future(error_of(work))
-    was_cancelled = False
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait((task,))
-            except asyncio.CancelledError:
-                was_cancelled = True
-    if was_cancelled:
-        raise asyncio.CancelledError
-    if (error := task.result()) is not None:
-        raise error
-
-
-async def error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:
-    """What `work` raised: a value, because a task that raises SystemExit would end its loop."""
-    try:
-        await work
-    except ANY_FAILURE as error:
-        return error
-    return None
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

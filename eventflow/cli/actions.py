@@ -449,7 +449,7 @@ async def _open_dead_letters(api: ApiClient) -> list[int]:
 def cancel(run: str, reason: str | None, as_json: bool, location: LedgerLocation) -> None:
     """Cancel a run.
 
-    The flow of a run that has begun gets a CancelledError, also in a sleep; its `finally` blocks may
+    The flow of a run that has begun gets a CancelledError, also in a sleep; its `finally` blocks
     run for the flow's grace. A second cancel ends a run that is not running, without clean-up.
     """
     done = _call_api(

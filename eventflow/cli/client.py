@@ -26,7 +26,7 @@ from eventflow.cli.output import json_option, note
 from eventflow.cli.target import load_app
 from eventflow.core.errors import EventflowError, StoreCorrupt, StoreLocked, UsageError
 from eventflow.logs.store import LogStore
-from eventflow.store import open_store
+from eventflow.store.url import open_store
 from eventflow.web.api import make_asgi
 
 F = TypeVar("F", bound=Callable[..., Any])

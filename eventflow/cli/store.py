@@ -26,8 +26,8 @@ from eventflow.cli.progress import count_seconds
 from eventflow.cli.target import load_app
 from eventflow.core.clock import SystemClock
 from eventflow.core.errors import EventflowError, UsageError
-from eventflow.store import open_store
 from eventflow.store.file_guards import lock_holder
+from eventflow.store.url import open_store
 
 EXTRAS = {
     "kafka": "aiokafka",

@@ -7,7 +7,6 @@ name, and add the user's file and line to every UsageError raised inside. `durat
 `whole_number` and `one_of` check values. Static types stay those of the callable.
 """
 
-import difflib
 import functools
 import inspect
 import math
@@ -182,6 +181,8 @@ def unknown_option(where: str, given: str, names: Iterable[str]) -> UsageError:
 
 def nearest(given: str, names: Iterable[str]) -> str | None:
     """The name that `given` is most probably a misspelling of."""
+    import difflib  # only for errors, and slow to import
+
     found = difflib.get_close_matches(given.lower(), list(names), n=1, cutoff=0.6)
     return found[0] if found else None
 

@@ -4,8 +4,8 @@ App asks it when the store is locked: such a worker must not stop the server tha
 runs in.
 """
 
-import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 
@@ -20,7 +20,11 @@ def is_sibling_worker(pid: int | None) -> bool:
     parent = os.getppid()
     if _parent_of(pid) != parent:
         return False
-    return multiprocessing.parent_process() is not None or _program(parent) == _program(os.getpid())
+    # A process that multiprocessing started has imported it.
+    multiprocessing = sys.modules.get("multiprocessing")
+    if multiprocessing is not None and multiprocessing.parent_process() is not None:
+        return True
+    return _program(parent) == _program(os.getpid())
 
 
 def _parent_of(pid: int) -> int | None:

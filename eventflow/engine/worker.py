@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreError
+from eventflow.core.errors import StoreError, call_catching
 from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.durations import Durations
@@ -286,7 +286,7 @@ class Worker:
         except Exception as fault:  # around a run: whatever keeps it from starting settles it
             del self._loading[run.id]
             if store.failed is None:
-                self._hold(run, f"what is stored of it cannot be read: {fault}")
+                self._end(run, NeedsAttention(f"what is stored of it cannot be read: {fault}"))
             return
         except asyncio.CancelledError:  # by code of the app that cancels every task of the loop
             del self._loading[run.id]
@@ -313,15 +313,18 @@ class Worker:
             self._end(run, Cancelled(run.cancel_reason or "cancel requested"))
             return
         if flow is None:
-            missing = f"the app has no flow named {run.flow!r}"
-            self._hold(
-                run, f"{missing}; deploy the code that has it, or app.add(it), then retry the run"
+            reason = (
+                f"the app has no flow named {run.flow!r}; deploy the code that has it, or"
+                " app.add(it), then retry the run"
             )
+            self._end(run, NeedsAttention(reason))
             return
-        try:
-            execution = Execution(self._services, run, flow, Journal(entries), self._on_settled)
-        except BaseException as fault:  # around a run: whatever keeps it from starting holds it
-            self._hold(run, f"it cannot be started: {type(fault).__name__}: {fault}")
+        execution, fault = call_catching(
+            Execution, self._services, run, flow, Journal(entries), self._on_settled
+        )
+        if execution is None:
+            reason = f"it cannot be started: {type(fault).__name__}: {fault}"
+            self._end(run, NeedsAttention(reason))
             return
         self.executions[run.id] = execution
         execution.guarded(execution.begin)
@@ -333,13 +336,10 @@ class Worker:
         op = Settle(run.id, run.token, Interrupted())
         self._services.store.post(op, lambda _: None, self.loop)
 
-    def _hold(self, run: Run, reason: str) -> None:
-        """A run that cannot be started: a person must look."""
-        log.error("run.held", run=format_id(run.id), flow=run.flow, reason=reason)
-        self._end(run, NeedsAttention(reason))
-
     def _end(self, run: Run, outcome: Outcome) -> None:
         """Settles a run that has no Execution."""
+        if isinstance(outcome, NeedsAttention):
+            log.error("run.held", run=format_id(run.id), flow=run.flow, reason=outcome.reason)
         to_parent = answer_to_parent(run, format_id(run.id), outcome)
         op = Settle(run.id, run.token, outcome, to_parent, run.parent)
 

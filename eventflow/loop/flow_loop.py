@@ -431,18 +431,15 @@ class FlowLoop(HostedLoop):
             turn = min(len(ready), limit)
             limit -= turn
             self._rounds += 1
-            self._run(turn)
-        return limit
-
-    def _run(self, turn: int) -> None:
-        ready = self._ready
-        for _ in range(turn):
-            handle = ready.popleft()
-            if not handle._cancelled:  # pyright: ignore
+            for _ in range(turn):
+                handle = ready.popleft()
+                if handle._cancelled:  # pyright: ignore
+                    continue
                 try:
                     handle._run()  # pyright: ignore
                 except (SystemExit, KeyboardInterrupt):
                     continue  # `sys.exit()` in a flow: held by its task, not for our loop
+        return limit
 
     def _finalize(self, dropped: AsyncGenerator[Any, Any]) -> None:
         """Closes an async generator that flow code dropped half-way, in the step that

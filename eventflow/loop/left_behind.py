@@ -8,7 +8,6 @@ bodies at the end of a drain, loop/flow_loop.py for flows.
 """
 
 import asyncio
-import ctypes
 import inspect
 from contextlib import suppress
 from typing import Any
@@ -42,4 +41,6 @@ def leave_behind(task: "asyncio.Task[Any]") -> None:
 
 def _never_free(task: "asyncio.Task[Any]") -> None:
     """A reference that nothing gives back. Any object that holds one is freed at the exit, too."""
+    import ctypes  # rarely needed, and slow to import
+
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(task))

@@ -32,18 +32,19 @@ from eventflow.core.clock import to_datetime
 from eventflow.core.declarations import Declared, duration
 from eventflow.core.errors import EventflowError, StoreError, UsageError
 from eventflow.core.forks import call_in_forked_children
+from eventflow.core.uninterrupted import error_of
 from eventflow.logs.capture import Level, LogConfiguration, configure
 from eventflow.logs.log import get_logger
 from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
-from eventflow.runtime import error_of, new_event_loop
+from eventflow.runtime import new_event_loop
 from eventflow.server.address import PublishedAddress
 from eventflow.server.memory_limits import MemoryMonitor, check_limits
 from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
-from eventflow.store import open_store
 from eventflow.store.file_guards import lock_holder
 from eventflow.store.key_files import load_or_create_secret
+from eventflow.store.url import open_store
 from eventflow.web.api import make_asgi
 from eventflow.web.auth import allowed_host, host_name
 from eventflow.web.http_protocol import ConnectionLimiter, limited_protocol

@@ -10,7 +10,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypedDict, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
@@ -89,17 +89,6 @@ _SIZE = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
 class _Limits(NamedTuple):
     pending: int
     pending_bytes: int
-
-
-class StoreOptions(TypedDict, total=False):
-    """The options of a SqliteStore that `App(...)` passes on; defaults and units are there."""
-
-    synchronous: Literal["FULL", "NORMAL"]
-    max_pending: int
-    max_pending_bytes: int
-    free_floor: int | None
-    ballast: int
-    accept_loss: bool
 
 
 class SqliteStore:

@@ -21,8 +21,8 @@ from eventflow.app import App
 from eventflow.core.declarations import declaration
 from eventflow.core.errors import StoreLocked, call_catching
 from eventflow.logs.log import get_logger
-from eventflow.store import open_store
 from eventflow.store.key_files import load_or_create_secret
+from eventflow.store.url import open_store
 from eventflow.web.auth import Guard
 from eventflow.web.backfill import Backfill
 from eventflow.web.dry_run import DryRun

@@ -25,7 +25,7 @@ from eventflow.core.errors import (
     StoreUnwritable,
     UsageError,
 )
-from eventflow.store import open_store
+from eventflow.store.url import open_store
 from eventflow.store.file_guards import DiskSpaceGuard, HighWater
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents

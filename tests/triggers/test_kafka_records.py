@@ -666,7 +666,7 @@ async def async_decode(record: Any) -> None:
         (("a",), {"sasl_mechanism": "PLAIN"}, "security_protocol='SASL_SSL'"),
         (("a",), {"security_protocol": "SSL"}, "ssl_context"),
     ],
-    ids=lambda value: "" if isinstance(value, tuple) else str(value),
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_mistakes_are_found_when_it_is_made(
     topics: tuple[str, ...], options: dict[str, Any], why: str

@@ -1,0 +1,36 @@
+"""Work that a cancel of the caller must not stop half-way: closing."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+from eventflow.core.errors import ANY_FAILURE
+
+
+async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits `work` to its end, also when the caller is cancelled meanwhile or was before: that is
+    raised afterwards.
+    """
+    task = asyncio.ensure_future(error_of(work))
+    was_cancelled = False
+    from anyio import CancelScope  # loaded when an App closes
+
+    with CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait((task,))
+            except asyncio.CancelledError:
+                was_cancelled = True
+    if was_cancelled:
+        raise asyncio.CancelledError
+    if (error := task.result()) is not None:
+        raise error
+
+
+async def error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:
+    """What `work` raised: a value, because a task that raises SystemExit would end its loop."""
+    try:
+        await work
+    except ANY_FAILURE as error:
+        return error
+    return None

@@ -1,0 +1,41 @@
+"""The store that a URL names. runtime.py, hosting.py, the server and the command line call it."""
+
+import os
+import re
+from typing import Any
+
+from eventflow.core.clock import Clock
+from eventflow.core.errors import UsageError
+from eventflow.store.read_only import ReadOnlyStore
+from eventflow.store.sqlite import SqliteStore
+
+_URL = re.compile(r"sqlite:///(.+)", re.DOTALL)
+
+
+def open_store(url: str, clock: Clock, *, read_only: bool = False, **options: Any) -> SqliteStore:
+    """The store, not yet open, that a URL names: `sqlite:///relative/path.db` or
+    `sqlite:////absolute/path.db`. `read_only`: without the lock, beside the process that has it.
+
+    The path is taken as it is, without decoding. Refused is what other programs give a meaning in
+    such a URL: it would silently be another file.
+    """
+    parsed = _URL.fullmatch(url)
+    if parsed is None:
+        raise UsageError(
+            f"--store expected sqlite:///PATH (four slashes for an absolute path), found {url!r}"
+        )
+    path = parsed[1]
+    if path.startswith(("~", ":")) or path != path.strip() or re.search(r"[?#\x00-\x1f\x7f]", path):
+        raise UsageError(
+            "--store expected the path of a file, without options (?…), ~, :memory:, and control"
+            f" characters, found {url!r}"
+        )
+    if path.endswith("/"):
+        raise UsageError(f"--store expected a file, found the folder {path}; name a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):
+        found = (
+            f"the folder {path}; name a file in it" if os.path.isdir(path) else f"the device {path}"
+        )
+        raise UsageError(f"--store expected a file, found {found}")
+    kind = ReadOnlyStore if read_only else SqliteStore
+    return kind(path, clock=clock, **options)
