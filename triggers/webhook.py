@@ -199,7 +199,10 @@ class Webhook(Endpoint):
             return _id_text(_field_at(data, self._id))
         assert self._id is not None
         try:
-            ident = _id_text(self._id(headers, body))
+            found: object = self._id(headers, body)
+            ident = _id_text(found)
+            if ident is None and found not in (None, ""):
+                raise TypeError(f"id= returned {type(found).__name__}, expected a str or None")
             (ident or "").encode()  # a lone surrogate cannot be stored
             return ident
         except ANY_FAILURE as error:  # around the user's function: the event is unreadable

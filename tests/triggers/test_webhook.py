@@ -332,7 +332,14 @@ def raises(headers: Any, body: bytes) -> str:
 
 
 @pytest.mark.parametrize(
-    "ident", [raises, lambda headers, body: "\ud800", lambda headers, body: "x" * 1025]
+    "ident",
+    [
+        raises,
+        lambda headers, body: "\ud800",
+        lambda headers, body: "x" * 1025,
+        lambda headers, body: body[:5],  # without an error, each repetition would be a new event
+        lambda headers, body: True,
+    ],
 )
 def test_p9_a_failing_id_function_is_a_dead_letter(ident: Any):
     """What the app's `id=` cannot read is kept as a dead letter and answered 400, not 500."""
