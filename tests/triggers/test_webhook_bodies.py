@@ -224,6 +224,18 @@ def test_gzip_bombs(body: bytes, status: int):
     over_http(check, gzip=True)
 
 
+def test_a_dead_letter_says_how_its_bytes_are_encoded():
+    """The body of a dead letter has its Content-Encoding: none once it was unpacked."""
+
+    async def check(hook: Hook) -> None:
+        for packed in (gzip.compress(b"no json"), b"no gzip"):
+            await hook.post(packed, content_encoding="gzip")
+        found = [(item.body, item.headers.get("content-encoding")) for item in hook.dead_letters]
+        assert found == [(b"no json", None), (b"no gzip", "gzip")]
+
+    over_http(check, gzip=True)
+
+
 @pytest.mark.parametrize("over", ["wire", "unpacked"])
 def test_packed_bodies_are_signed_either_way(over: str):
     """A signature over the bytes sent or over what they unpack to is taken; a forged one is not."""
