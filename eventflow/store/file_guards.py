@@ -9,6 +9,7 @@ import errno
 import fcntl
 import glob
 import os
+import sqlite3
 import struct
 from contextlib import suppress
 from typing import Final
@@ -99,6 +100,11 @@ class Lock:
     def identity(self) -> FileIdentity | None:
         """Of the store's file that is owned."""
         return self._identity
+
+    @property
+    def handle(self) -> int | None:
+        """Of the store's file, while it is owned."""
+        return self._store_fd
 
     def keep_wal(self) -> None:
         """Lets no connection of this process remove the file at `STORE-wal` when it is closed.
@@ -196,19 +202,26 @@ class OpenFiles:
         self._clock = clock
         self._lock = lock
         self._opened: dict[str, FileIdentity | None] = {}
+        self._content: FileContent | None = None
+        self.is_overwritten = False
+        """Whether another program has written into the store's file."""
         self._all_checked_at = float("-inf")
 
-    def remember(self) -> None:
-        """The files are open now."""
+    def remember(self, connection: sqlite3.Connection) -> None:
+        """The files are open now, also by `connection`."""
         self._opened = {
             name: file_identity(name) for name in (f"{self.path}-wal", f"{self.path}-shm")
         }
         self._opened[self.path] = self._lock.identity
+        shared_memory = _open_handle(f"{self.path}-shm")
+        if self._lock.handle is not None and shared_memory is not None:
+            self._content = FileContent(self._lock.handle, shared_memory, connection)
         self.check(all_files=True)
 
     def check(self, *, all_files: bool = False) -> None:
-        """Raises StoreFailed if the store's file is another one. WAL and shared memory are looked
-        at once a second, or if `all_files`: what was in them can still be saved then.
+        """Raises StoreFailed if the store's file is another one, or was overwritten. WAL and shared
+        memory are looked at once a second, or if `all_files`: what was in them can still be saved
+        then.
         """
         now = self._clock.monotonic()
         if all_files or now - self._all_checked_at >= ALL_FILES_CHECK_SECONDS:
@@ -223,11 +236,85 @@ class OpenFiles:
                     " is acknowledged. Stop the server before its files are touched; now restart"
                     " it with the files to serve"
                 )
+        if self._content is not None and self._content.is_overwritten():
+            self.is_overwritten = True
+            raise StoreFailed(
+                f"{self.path} was overwritten while the store was open; nothing more is"
+                f" acknowledged. {self._set_wal_aside()} has the last commits of the store that was"
+                " open. Stop the server before its files are touched"
+            )
+
+    def _set_wal_aside(self) -> str:
+        """The WAL belongs to what was overwritten: the next start must not read it into the other
+        content. Returns where it is.
+        """
+        self.abandon()
+        aside = f"{self.path}-wal.{self._clock.now()}"
+        with suppress(OSError):
+            os.rename(f"{self.path}-wal", aside)
+        return aside
 
     def abandon(self) -> None:
         """Another store may be at the path: its files are left alone from now on."""
         with suppress(OSError):
             self._lock.keep_wal()
+
+
+class FileContent:
+    """Whether the content of the store's file was replaced, as `cp backup STORE` does.
+
+    Only checkpoints write the store's file while it is open, and they leave their progress in the
+    shared memory: a write without any is somebody else's. It counts if it has changed the size or
+    the page of the table `ledger`, which every commit changes. Files are read by handles that are
+    open already: closing another one would drop SQLite's locks.
+    """
+
+    _SALT: Final = slice(32, 40)
+    _BACKFILLED: Final = slice(96, 100)
+    _BACKFILLING: Final = slice(128, 132)
+    """Where SQLite's wal-index has the salt of the WAL, and the frames that checkpoints have
+    written and attempted to write.
+    """
+
+    def __init__(self, handle: int, shared_memory: int, connection: sqlite3.Connection) -> None:
+        self._handle = handle
+        self._shared_memory = shared_memory
+        (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
+        (root,) = connection.execute(
+            "SELECT rootpage FROM sqlite_schema WHERE name = 'ledger'"
+        ).fetchone()
+        self._offset = (root - 1) * self._page_size
+        self._written_at = 0
+        self._progress = b""
+        self._content: tuple[int, bytes] = (0, b"")
+        self.is_overwritten()
+
+    def is_overwritten(self) -> bool:
+        """Whether it was since the last look."""
+        found = os.fstat(self._handle)
+        if found.st_mtime_ns == self._written_at and found.st_size == self._content[0]:
+            return False
+        self._written_at = found.st_mtime_ns
+        index = os.pread(self._shared_memory, self._BACKFILLING.stop, 0)
+        progress = index[self._SALT] + index[self._BACKFILLED] + index[self._BACKFILLING]
+        content = (found.st_size, os.pread(self._handle, self._page_size, self._offset))
+        is_unfinished = index[self._BACKFILLED] != index[self._BACKFILLING]
+        if progress != self._progress or is_unfinished:
+            self._progress = progress
+            self._content = content
+            return False
+        return content != self._content
+
+
+def _open_handle(path: str) -> int | None:
+    """A handle of this file that the process has open; None if there is none, or no /proc."""
+    wanted = file_identity(path)
+    with suppress(OSError):
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                if _identity(os.fstat(int(name))) == wanted:
+                    return int(name)
+    return None
 
 
 def lock_holder_pid(path: str) -> int | None:

@@ -169,7 +169,7 @@ class SqliteStore:
         patterns = listeners.patterns
         time_driven = None if patterns is None else patterns.time_driven()
         writer.apply(lambda tx: admin.recover(tx, time_driven))
-        files.remember()
+        files.remember(connection)
         sync_folder(self.path)
         self._space.reserve_ballast()
         self._readers = Readers(self.path, self._clock)

@@ -545,9 +545,12 @@ class Writer:
         """A file of the store is not at its path any more: complete the one that is open.
 
         What was acknowledged is then whole in it if it was only moved, or if only its WAL was
-        removed; and a WAL of this ledger does not meet another one that was put in its place.
+        removed; and a WAL of this ledger does not meet another one that was put in its place. A
+        file that was overwritten stays as it is.
         """
         self._files.abandon()
+        if self._files.is_overwritten:
+            return
         with suppress(sqlite3.Error):
             self.connection.execute(f"PRAGMA busy_timeout = {_SAVE_TIMEOUT_MILLISECONDS}")
             self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

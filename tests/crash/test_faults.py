@@ -290,6 +290,7 @@ def _replace_by_backup(store: Path) -> None:
 
 
 VANISHED: dict[str, Callable[[Path], object]] = {
+    "overwritten": lambda store: store.write_bytes(b"SQLite format 3"),
     "removed": _remove_all,
     "moved": lambda store: store.rename(store.with_name("elsewhere.db")),
     "replaced by a backup": _replace_by_backup,
@@ -300,9 +301,9 @@ VANISHED: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("how", VANISHED)
 @pytest.mark.parametrize("traffic", ["none", "the next request", "constant"])
 def test_p10_a_server_whose_files_vanish_stops(lives: Lives, how: str, traffic: str):
-    """The files of a running server are removed, moved or replaced. It exits with 74, idle within
-    about a second, and one line says which file. No request is acknowledged after the store's file
-    is gone; if only the WAL is, every acknowledged event is there at the next start.
+    """The files of a running server are removed, moved, replaced or overwritten. It exits with 74,
+    idle within about a second, and one line says which file. No request is acknowledged after the
+    store's file is gone; if only the WAL is, every acknowledged event is there at the next start.
     """
     server = lives.boot()
     assert server.send("before", {"seconds": 0.0}, "patient")[0] == 202
@@ -322,7 +323,8 @@ def test_p10_a_server_whose_files_vanish_stops(lives: Lives, how: str, traffic: 
     assert server.wait(10) == 74
     assert time.monotonic() - began < 3.0  # the promise is 1 s to the stop of acknowledgements
     assert server.log_tail.count('"event":"store.failed"') == 1
-    assert "removed, moved or replaced" in server.log_tail
+    told = "was overwritten" if how == "overwritten" else "removed, moved or replaced"
+    assert told in server.log_tail
     if how == "without its WAL":
         server = lives.boot()
         for ident in acknowledged:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,14 +25,19 @@ from eventflow.core.errors import (
     StoreUnwritable,
     UsageError,
 )
-from eventflow.store.url import open_store
 from eventflow.store.file_guards import DiskSpaceGuard, HighWater
 from eventflow.store.migrate import migrate, migrations
 from eventflow.store.protocol import RecordEvents
 from eventflow.store.sqlite import SqliteStore
-from tests.conftest import eventually
+from eventflow.store.url import open_store
+from tests.conftest import eventually, stays
 from tests.server_process import ROOT
 from tests.store.ledger import Ledger, ManualClock, Reopen
+
+CHECKPOINT = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA wal_checkpoint')"
+
+LONGER_THAN_A_LOOK = 1.3
+"""Seconds: the files of an idle store are looked at once a second."""
 
 HOLD = """
 import sys
@@ -364,6 +369,84 @@ async def test_p10_a_store_whose_file_vanished_stops(tmp_path: Path, how: str, b
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("content", ["an older copy", "another store", "nothing"])
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+async def test_p10_a_store_whose_file_is_overwritten_stops(
+    tmp_path: Path, content: str, busy: bool
+):
+    """`cp` over the file of an open store: within about a second the store has failed, and its last
+    commits lie in a WAL of another name. What was copied is whole, and is refused at the next start
+    because it lacks commits that were acknowledged.
+    """
+    path = tmp_path / "a.db"
+    other = tmp_path / "other.db"
+    for each in (path, other):
+        first = SqliteStore(each, clock=ManualClock(), ballast=0)
+        first.open()
+        entries = Ledger(first, ManualClock())
+        for name in ("first", "second") if each == other else ("first",):
+            await entries.recorded(name=name)
+        first.close()
+    copy = tmp_path / "copy.db"
+    shutil.copy(other if content == "another store" else path, copy)
+    if content == "nothing":
+        copy.write_bytes(b"")
+    store = SqliteStore(path, clock=ManualClock(), ballast=0)
+    store.open()
+    ledger = Ledger(store, ManualClock())
+    failures: list[StoreError] = []
+    store.on_failure(failures.append)
+    for n in range(20):
+        await ledger.recorded(name=f"before-{n}")
+    await checkpoint_elsewhere(path)
+    await ledger.recorded(name="before the copy")
+    os.utime(path)
+    await stays(lambda: not failures, "a touch is no overwrite", during=LONGER_THAN_A_LOOK)
+    began = time.monotonic()
+    shutil.copyfile(copy, path)
+    with suppress(StoreError):
+        n = 0
+        while busy and time.monotonic() - began < 5:
+            await ledger.recorded(name=f"after-{n}")
+            n += 1
+    await eventually(lambda: failures, "the store has failed")
+    assert time.monotonic() - began < 2.5
+    assert failures[0].exit_code == 74 and f"{path} was overwritten" in str(failures[0])
+    store.close()
+    assert path.read_bytes() == copy.read_bytes()
+    assert len(list(tmp_path.glob("a.db-wal.*"))) == 1
+    again = SqliteStore(path, clock=ManualClock(), ballast=0)
+    with pytest.raises(StoreCorrupt, match="missing"):
+        again.open()
+    again.close()
+
+
+async def checkpoint_elsewhere(path: Path) -> None:
+    command = [sys.executable, "-c", CHECKPOINT, path]
+    await asyncio.to_thread(subprocess.run, command, check=True)
+
+
+@pytest.mark.anyio
+async def test_a_checkpoint_of_another_program_is_no_overwrite(tmp_path: Path):
+    """Litestream and the sqlite3 shell write the WAL into the store's file: the store goes on."""
+    path = tmp_path / "a.db"
+    store = SqliteStore(path, clock=ManualClock(), ballast=0)
+    store.open()
+    ledger = Ledger(store, ManualClock())
+    for n in range(2):
+        for each in range(20):
+            await ledger.recorded(name=f"{n}-{each}")
+        before = path.stat().st_mtime_ns
+        await asyncio.to_thread(
+            subprocess.run, [sys.executable, "-c", CHECKPOINT, path], check=True
+        )
+        assert path.stat().st_mtime_ns != before
+        await stays(lambda: store.failed is None, "it serves", during=LONGER_THAN_A_LOOK)
+    await ledger.recorded(name="later")
+    store.close()
+
+
+@pytest.mark.anyio
 async def test_a_store_that_lost_its_file_leaves_the_next_one_alone(tmp_path: Path):
     """Another process starts on a new file at the same path; the end of the first store removes
     none of its files.
@@ -406,7 +489,10 @@ os.write(1, b"%d\\n" % child)
 sys.stdin.read()
 """
     parent = subprocess.Popen(
-        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert parent.stdout is not None and parent.stdin is not None
     output = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
@@ -677,7 +763,10 @@ print("locked", flush=True)
 sys.stdin.read()
 """
     holder = subprocess.Popen(
-        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert holder.stdout is not None and holder.stdin is not None
     holder.stdout.readline()
