@@ -10,7 +10,7 @@ import pytest
 
 from eventflow.core.errors import StoreError
 from eventflow.events.event import Receipt
-from eventflow.runs.run import Completed, State, Suspended
+from eventflow.runs.run import Completed, NeedsAttention, State, Suspended
 from eventflow.store.protocol import (
     Append,
     Claim,
@@ -287,8 +287,7 @@ async def test_a_retried_run_is_handed_over(ledger: Ledger):
     """So does a retry."""
     run = await ledger.running()
     worker = attach_worker(ledger)
-    await ledger.settle(run, Suspended(None, 10**9))
-    await ledger.store.cancel(run.id, "x")
+    await ledger.settle(run, NeedsAttention("x"))
     again = await ledger.store.retry(run.id)
     assert (again.state, again.token) == (State.RUNNING, 2)
     assert [given.id for given in worker.runs] == [run.id]
