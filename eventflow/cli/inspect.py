@@ -17,7 +17,14 @@ from eventflow.cli.client import (
     open_api,
     quoted,
 )
-from eventflow.cli.output import fields_text, note, table, terminal_width, write_result
+from eventflow.cli.output import (
+    fields_text,
+    note,
+    table,
+    terminal_width,
+    write_result,
+    write_text,
+)
 from eventflow.cli.run_text import event_text, last_part, run_text
 from eventflow.cli.times import age_text, check_order, parse_moment, zone_name
 from eventflow.core.clock import SECOND, duration_text, to_datetime
@@ -346,11 +353,10 @@ async def _print_logs(
                 names_zone = False
             for line in page["lines"]:
                 after = line["seq"]
-                click.echo(
-                    orjson.dumps(_log_record(line)).decode()
-                    if as_json
-                    else format_line(_log_record(line), style)
-                )
+                if as_json:
+                    click.echo(orjson.dumps(_log_record(line)).decode())
+                else:
+                    write_text(format_line(_log_record(line), style))
             if not page["lines"] and (page["settled"] or not follow):
                 if not after:
                     note(f"run {page['run']} logged nothing")

@@ -51,9 +51,17 @@ def json_option(command: F) -> F:
 
 def write_result(data: Any, as_json: bool, text: str) -> None:
     """Print the result of a command: `data` as JSON, or `text`."""
-    click.echo(
-        orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode() if as_json else text
-    )
+    if as_json:
+        click.echo(orjson.dumps(data, default=str, option=orjson.OPT_INDENT_2).decode())
+    else:
+        write_text(text)
+
+
+def write_text(text: str) -> None:
+    """Print text for people. Without `file=` click writes UTF-8 to an ASCII stdout: right for JSON,
+    which nothing may be replaced in, and unreadable for people.
+    """
+    click.echo(text, file=sys.stdout)
 
 
 def note(text: str) -> None:
@@ -65,7 +73,7 @@ def _echo_wrapped(label: str, text: str, **style: Any) -> None:
     """To stderr; on a terminal, lines break between words. `style`: of the label."""
     width = shutil.get_terminal_size().columns if is_terminal(sys.stderr) else None
     lines = "\n".join(wrap(f"{label} {text}", width, MAX_LINES_OF_ERROR))
-    click.echo(f"{click.style(label, **style)}{lines.removeprefix(label)}", err=True)
+    click.echo(f"{click.style(label, **style)}{lines.removeprefix(label)}", file=sys.stderr)
 
 
 MAX_LINES_OF_ERROR = 40

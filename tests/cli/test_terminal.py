@@ -218,6 +218,22 @@ def test_ascii_stdout_fails_no_run(tmp_path: Path):
     assert done.returncode == 0 and done.stdout.startswith('"a')
 
 
+def test_text_for_an_ascii_terminal_is_ascii(tmp_path: Path):
+    """Text and errors replace what an ASCII stream cannot show; JSON keeps every character."""
+    (tmp_path / "f.py").write_text(
+        "from eventflow import flow\n\n\n@flow\nasync def f() -> str:\n"
+        "    print('naïve…')\n    return 'naïve…'\n"
+    )
+    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    eventflow(tmp_path, "run", "f.py:f")
+    shown = eventflow(tmp_path, "show", **ascii_only).stdout
+    assert shown.isascii() and r"na\xefve..." in shown
+    assert r"na\xefve..." in eventflow(tmp_path, "logs", **ascii_only).stdout
+    assert "naïve…" in eventflow(tmp_path, "show", "--json", **ascii_only).stdout
+    refused = eventflow(tmp_path, "show", "näh", **ascii_only)
+    assert r"'n\xe4h'" in refused.stderr
+
+
 def test_bare_command_prints_help(tmp_path: Path):
     """`eventflow` alone prints its help, with real line ends."""
     done = eventflow(tmp_path)
