@@ -51,7 +51,8 @@ def attempt(
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
+    """Those below a folder, which may be removed meanwhile."""
+    return [Path(root, name) for root, _, names in os.walk(folder) for name in names]
 
 
 # --------------------------------------------------------------------------- durable
@@ -583,7 +584,7 @@ async def test_a_restart_completes_a_removal(tmp_path: Path):
     async with running(app, store=store):
         run = await app.start(both)
         await eventually(
-            (tmp_path / "store.db.checkpoints" / run.id).exists, "a checkpoint is saved"
+            (tmp_path / "store.db.checkpoints" / run.id).exists, "a checkpoint is saved", poll=0
         )
         await eventually(lambda: not files(tmp_path / "store.db.checkpoints"), "and removed")
     checkpoints = CheckpointStore(tmp_path / "store.db.checkpoints")
