@@ -313,11 +313,8 @@ class Attempts(msgspec.Struct, eq=False):
         call.failed_attempts += 1
         delay = options.retries.delay_after(call.failed_attempts, error, services.rng)
         text, _ = call_catching(str, error)
-        log.warning(
+        log.warning(  # in the attempt's context, which adds the run, the task and the attempt
             "task.attempt_failed",
-            run=self.run_id,
-            task=call.task.name,
-            attempt=call.attempt,
             retry_in=None if delay is None else round(delay, 3),
             error=f"{type(error).__name__}: {KNOWN_SECRETS.excerpt(text or '', MAX_DETAIL)}",
         )

@@ -7,7 +7,7 @@ file from any process, with or without a writer. A damaged file is renamed and a
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -164,13 +164,19 @@ class LogFile:
         db.execute("UPDATE last SET seq = ?", (self._last_seq + len(lines),))
         self._last_seq += len(lines)
 
-    def stored_size(self, run: int) -> tuple[int, int]:
-        """How many lines and characters of a run are stored."""
-        query = """
-            SELECT count(*), coalesce(sum(length(event) + coalesce(length(fields), 0)), 0)
-            FROM lines WHERE run = ? AND event <> 'log.dropped'
+    def stored_sizes(self, runs: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """How many lines and characters of each of these runs are stored; without those that have
+        none.
         """
-        return self._execute(lambda db: db.execute(query, (run,)).fetchone())
+        query = """
+            SELECT run, count(*), sum(length(event) + coalesce(length(fields), 0))
+            FROM lines
+            WHERE run IN (SELECT value FROM json_each(?)) AND event <> 'log.dropped'
+            GROUP BY run
+        """
+        listed = orjson.dumps(list(runs)).decode()
+        rows = self._execute(lambda db: db.execute(query, (listed,)).fetchall())
+        return {run: (lines, size) for run, lines, size in rows}
 
     def tidy(self) -> bool:
         """Remove lines past their retention (once a minute) and over the quota. False: not

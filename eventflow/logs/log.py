@@ -64,8 +64,9 @@ class LogContext(msgspec.Struct):
     """What executes now: a flow body or, with `task`, one attempt. Closed when that ends.
 
     `event` is the ledger id. `replaying` returns whether the flow body repeats what it did before:
-    its lines are then tagged `replay` and not stored again. The last two fields are private to
-    this package: the ids of a line, and text printed without a newline at its end, by stream.
+    its lines are then tagged `replay` and not stored again. The last three fields are private to
+    this package: the ids of a line, those of the run if this is one of its attempts, and text
+    printed without a newline at its end, by stream.
     """
 
     run: int
@@ -77,6 +78,7 @@ class LogContext(msgspec.Struct):
     logs: LogReceiver | None = None
     replaying: Callable[[], bool] | None = None
     cached_ids: dict[str, Any] | None = None
+    run_ids: dict[str, Any] | None = None
     partial_lines: dict[Callable[["LogContext", str], None], str] | None = None
 
     def ids(self) -> dict[str, Any]:
@@ -84,11 +86,15 @@ class LogContext(msgspec.Struct):
         set.
         """
         if self.cached_ids is None:
-            ids: dict[str, Any] = {"run": format_id(self.run), "flow": self.flow}
-            if self.event is not None:
-                ids["ledger_id"] = format_id(self.event)
-            if self.trigger:
-                ids["trigger"] = self.trigger
+            ids: dict[str, Any]
+            if self.run_ids is not None:
+                ids = self.run_ids.copy()
+            else:
+                ids = {"run": format_id(self.run), "flow": self.flow}
+                if self.event is not None:
+                    ids["ledger_id"] = format_id(self.event)
+                if self.trigger:
+                    ids["trigger"] = self.trigger
             if self.task:
                 ids["task"] = self.task
                 ids["attempt"] = self.attempt
@@ -97,7 +103,16 @@ class LogContext(msgspec.Struct):
 
     def for_attempt(self, task: str, attempt: int) -> "LogContext":
         """The context of an attempt of this run. A task body never replays."""
-        return LogContext(self.run, self.flow, self.event, self.trigger, task, attempt, self.logs)
+        return LogContext(
+            self.run,
+            self.flow,
+            self.event,
+            self.trigger,
+            task,
+            attempt,
+            self.logs,
+            run_ids=self.ids(),
+        )
 
     def close(self) -> None:
         """Log what was printed without a newline at its end."""
@@ -274,20 +289,21 @@ def render_line(
             data["replay"] = is_replay = True
     if fields:
         _add_fields(data, fields)
-    line = to_json_line(data)
+    line, data = _json_line_and_data(data)
     if (
         "exception" in data
         or not secrets.is_clean(fields)
         or not (is_own or secrets.is_clean({"event": event}))
     ):
-        line = to_json_line(secrets.redact_data(orjson.loads(line)))
+        data = secrets.redact_data(orjson.loads(line))
+        line = to_json_line(data)
     if (
         context is not None
         and context.logs is not None
         and not is_replay
         and (not is_own or level >= logging.WARNING)
     ):
-        context.logs.post(_stored_line(context, level, logger, now, line))
+        context.logs.post(_stored_line(context, level, logger, now, data))
     return line
 
 
@@ -313,8 +329,9 @@ def _exception_of(exc_info: Any) -> BaseException | None:
             return sys.exception() if exc_info else None
 
 
-def _stored_line(context: LogContext, level: int, logger: str, now: int, line: bytes) -> LogLine:
-    data = cast(dict[str, Any], orjson.loads(line))
+def _stored_line(
+    context: LogContext, level: int, logger: str, now: int, data: dict[str, Any]
+) -> LogLine:
     fields = {key: value for key, value in data.items() if key not in _RESERVED}
     return LogLine(
         context.run,
@@ -341,6 +358,15 @@ def _format_seconds(seconds: int) -> str:
 
 def level_name(level: int) -> str:
     return _LEVELS.get(level) or logging.getLevelName(level).lower()
+
+
+def _json_line_and_data(data: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """`data` as a line, and as plain JSON data: the same object if it is that already."""
+    try:
+        return orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE), data
+    except TypeError:
+        line = to_json_line(data)
+        return line, cast(dict[str, Any], orjson.loads(line))
 
 
 def to_json_line(data: dict[str, Any]) -> bytes:

@@ -90,11 +90,15 @@ class RunQuotas:
 
     def take_token(self, run: int) -> bool:
         """Whether the rate of the run permits a line now."""
-        quota = self.of(run)
         now = self._clock.monotonic()
-        refill = (now - quota.refilled_at) * self._per_second
-        quota.tokens = min(self._per_second, quota.tokens + refill)
-        quota.refilled_at = now
+        quota = self._quotas.get(run)
+        if quota is None:
+            quota = self.of(run)
+        else:
+            self._quotas.move_to_end(run)
+            refill = (now - quota.refilled_at) * self._per_second
+            quota.tokens = min(self._per_second, quota.tokens + refill)
+            quota.refilled_at = now
         if quota.tokens < 1:
             return False
         quota.tokens -= 1
@@ -155,7 +159,8 @@ class LogStore:
         self._quotas = RunQuotas(
             clock, per_second=per_second, per_run=per_run, per_run_bytes=per_run_bytes
         )
-        self._written = threading.Condition()  # also the lock of all that follows
+        self._lock = threading.Lock()  # of all that follows
+        self._written = threading.Condition(self._lock)
         self._queue: list[LogLine] = []
         self._queued_bytes = 0
         self._posted = 0  # lines ever queued
@@ -200,7 +205,7 @@ class LogStore:
         blocks or raises.
         """
         size = _size(line) + 100
-        with self._written:
+        with self._lock:
             if (
                 not self._quotas.take_token(line.run)
                 or len(self._queue) >= MAX_QUEUED_LINES
@@ -217,7 +222,8 @@ class LogStore:
 
     def _after_fork(self) -> None:
         """A forked child stores no lines: the file is its parent's."""
-        self._written = threading.Condition()
+        self._lock = threading.Lock()
+        self._written = threading.Condition(self._lock)
         self._has_work = threading.Event()
         self._write_now = threading.Event()
         self._closing = threading.Event()
@@ -229,7 +235,7 @@ class LogStore:
         """Wait until everything posted before is written or dropped. False after `timeout`
         seconds.
         """
-        with self._written:
+        with self._lock:
             posted = self._posted
             self._wake()
             return self._thread is None or self._written.wait_for(
@@ -254,7 +260,7 @@ class LogStore:
         """Write the queued lines and notes of dropped ones in one transaction, then apply the quota
         of the file.
         """
-        with self._written:
+        with self._lock:
             lines = self._queue
             self._queue = []
             self._queued_bytes = 0
@@ -264,7 +270,7 @@ class LogStore:
                 self._has_work.set()
         except (sqlite3.Error, OSError) as error:
             self._warn(error)
-        with self._written:
+        with self._lock:
             self._done += len(lines)
             self._written.notify_all()
             followers = list(self._followers)
@@ -277,36 +283,43 @@ class LogStore:
         try:
             if lines:
                 self.file.check_free_space()
-            accepted = [line for line in lines if self._accepts(line)]
+            accepted = self._within_quotas(lines)
             now = None if self._closing.is_set() else self._clock.monotonic()
-            with self._written:
+            with self._lock:
                 notes = self._quotas.notes_due(now=now)
             if accepted or notes:
                 self.file.write([*accepted, *(self._note(run, count) for run, count in notes)])
-            with self._written:
+            with self._lock:
                 for run, count in notes:
                     self._quotas.noted(run, count)
         except (sqlite3.Error, OSError):
-            with self._written:
+            with self._lock:
                 for line in accepted or lines:
                     self._quotas.drop(line.run)
             raise
 
-    def _accepts(self, line: LogLine) -> bool:
-        """Count the line in the quota of its run, or drop it if that is full."""
-        with self._written:
-            quota = self._quotas.of(line.run)
-        if quota.lines < 0:
-            lines, size = self.file.stored_size(line.run)
-            quota.lines = lines
-            quota.size = size
-        if self._quotas.is_full(quota, line.level):
-            with self._written:
-                self._quotas.drop(line.run)
-            return False
-        quota.lines += 1
-        quota.size += _size(line)
-        return True
+    def _within_quotas(self, lines: Sequence[LogLine]) -> list[LogLine]:
+        """Counts each line in the quota of its run. Those of a run whose quota is full are
+        dropped, the others returned.
+        """
+        with self._lock:
+            quotas = [self._quotas.of(line.run) for line in lines]
+        unread = {line.run for line, quota in zip(lines, quotas, strict=True) if quota.lines < 0}
+        stored = self.file.stored_sizes(unread) if unread else {}
+        accepted: list[LogLine] = []
+        for line, quota in zip(lines, quotas, strict=True):
+            if quota.lines < 0:
+                stored_lines, stored_size = stored.get(line.run, (0, 0))
+                quota.lines = stored_lines
+                quota.size = stored_size
+            if self._quotas.is_full(quota, line.level):
+                with self._lock:
+                    self._quotas.drop(line.run)
+            else:
+                quota.lines += 1
+                quota.size += _size(line)
+                accepted.append(line)
+        return accepted
 
     def _note(self, run: int, dropped: int) -> LogLine:
         fields = orjson.dumps({"lines": dropped})
@@ -351,7 +364,7 @@ class LogStore:
         """
         wake = asyncio.Event()
         follower = (asyncio.get_running_loop(), wake)
-        with self._written:
+        with self._lock:
             self._followers.add(follower)
         try:
             while True:
@@ -369,7 +382,7 @@ class LogStore:
                         async with asyncio.timeout(1.0):
                             await wake.wait()
         finally:
-            with self._written:
+            with self._lock:
                 self._followers.discard(follower)
 
 

@@ -14,11 +14,11 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import orjson
 
@@ -92,28 +92,29 @@ def _describe(
     is_imported_everywhere: Callable[[str], bool],
     depth: int = 0,
 ) -> dict[str, Any]:
-    traceback = KNOWN_SECRETS.remove_from(_render(error))
+    kind = _error_class(type(error))
+    message = _kept_message(error)
+    traceback = KNOWN_SECRETS.remove_from(_render(error, message))
     fields: dict[str, Any] = {"traceback": _utf8(traceback[-max_length:])}
     recorded = vars(error).get("_recorded") if isinstance(error, TaskFailed) else None
     if recorded is not None:  # replaces another error: record that one again
         return recorded | fields
     members: tuple[BaseException, ...] = (
-        getattr(error, "exceptions", ()) if _is_group(error) and depth < MAX_GROUP_DEPTH else ()
+        getattr(error, "exceptions", ()) if kind.is_group and depth < MAX_GROUP_DEPTH else ()
     )
     if members:
         share = max(512, max_length // len(members))
         fields["exceptions"] = [
             _describe(member, share, is_imported_everywhere, depth + 1) for member in members
         ]
-    bases = [name for name, module in _bases_by_name(type(error)) if is_imported_everywhere(module)]
-    if error.__class__.__module__ == "__main__":
+    if type(error).__module__ == "__main__":
         fields["module"] = "__main__"
     return {
-        "type": _class_name(type(error)),
-        "message": _kept_message(error),
+        "type": kind.name,
+        "message": message,
         "args": None if members else _detail(_arguments(error)),
-        "attributes": _attributes(error),
-        "bases": bases,
+        "attributes": _attributes(error, kind.fields),
+        "bases": [name for name, module in kind.bases if is_imported_everywhere(module)],
     } | fields
 
 
@@ -133,6 +134,21 @@ def _describe_briefly(
         "bases": [base for base, module in known or () if is_imported_everywhere(module)],
         "traceback": "",
     }
+
+
+class _ErrorClass(NamedTuple):
+    """What the description of every error of a class says."""
+
+    name: str
+    is_group: bool
+    bases: tuple[tuple[str, str], ...]
+    fields: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)
+def _error_class(kind: type[BaseException]) -> _ErrorClass:
+    is_group = issubclass(kind, BaseExceptionGroup)
+    return _ErrorClass(_class_name(kind), is_group, _bases_by_name(kind), _data_descriptors(kind))
 
 
 @lru_cache(maxsize=1024)
@@ -179,27 +195,31 @@ def _arguments(error: BaseException) -> list[Any]:
 
 def _detail(value: Any) -> Any:
     """The tagged JSON data of a value, secrets masked; None if it has none or is too large."""
-    parts = cast(list[Any], value) if isinstance(value, list) else [value]
-    if any(isinstance(part, str | bytes) and len(part) > MAX_DETAIL for part in parts):
-        return None  # before a text is searched for secrets, which may take seconds
+    for part in cast(list[Any], value) if isinstance(value, list) else (value,):
+        if isinstance(part, (str, bytes)) and len(part) > MAX_DETAIL:
+            return None  # before a text is searched for secrets, which may take seconds
     try:
         form = to_tagged(value, "")
         masked = KNOWN_SECRETS.remove_from_data(form)
-        if masked != form and call_catching(from_tagged, masked)[1] is not None:
+        if (
+            masked is not form
+            and masked != form
+            and call_catching(from_tagged, masked)[1] is not None
+        ):
             return None  # it was in a value that is not text
         return masked if len(orjson.dumps(masked)) <= MAX_DETAIL else None
     except (NotStorable, TypeError, RecursionError):
         return None
 
 
-def _attributes(error: BaseException) -> dict[str, Any]:
-    """The state of the error besides its arguments: its `__dict__`, slots, and fields such as
-    `errno`.
+def _attributes(error: BaseException, fields: Iterable[str]) -> dict[str, Any]:
+    """The state of the error besides its arguments: its `__dict__`, and `fields`, which are slots
+    and those such as `errno`.
     """
     values = {
         _utf8(name): value for name, value in vars(error).items() if not name.startswith("__")
     }
-    for name in _data_descriptors(type(error)):
+    for name in fields:
         try:
             value = getattr(error, name, _UNSET)
         except BaseException:  # user code: what cannot be read is left out
@@ -208,8 +228,9 @@ def _attributes(error: BaseException) -> dict[str, Any]:
             values[name] = value
     forms: dict[str, Any] = {}
     for name, value in values.items():
-        form = None if value is None else _detail(value)
-        if form is not None or value is None:
+        if value is None:
+            forms[name] = None
+        elif (form := _detail(value)) is not None:
             forms[name] = form
     return forms
 
@@ -234,10 +255,10 @@ def _utf8(text: str) -> str:
     return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
-def _render(error: BaseException) -> str:
-    """The traceback as Python prints it, without the frames of eventflow's own files and without
-    carets: parsing each line for carets makes a failing task ten times as expensive as a succeeding
-    one.
+def _render(error: BaseException, message: str) -> str:
+    """The traceback of an error with this message as Python prints it, without the frames of
+    eventflow's own files and without carets: parsing each line for carets makes a failing task ten
+    times as expensive as a succeeding one.
     """
     parts: list[str] = []
     seen: set[int] = set()
@@ -245,8 +266,8 @@ def _render(error: BaseException) -> str:
     while link is not None and id(link) not in seen and len(seen) < 20:
         seen.add(id(link))
         frames = _render_frames(link)
-        notes = "".join(f"\n{_excerpt(note)}" for note in _notes(link))
-        parts.append(f"{frames}{type_name(link)}: {_excerpt(_message(link))}{notes}\n")
+        text = message if link is error else _kept_message(link)
+        parts.append(f"{frames}{type_name(link)}: {text}{_render_notes(link)}\n")
         if link.__cause__ is not None:
             parts.append(
                 "\nThe above exception was the direct cause of the following exception:\n\n"
@@ -262,13 +283,13 @@ def _render(error: BaseException) -> str:
     return "".join(reversed(parts))
 
 
-def _notes(error: BaseException) -> list[Any]:
+def _render_notes(error: BaseException) -> str:
     notes: Any = getattr(error, "__notes__", None)
-    return cast(list[Any], notes) if isinstance(notes, list) else []
-
-
-def _excerpt(text: object) -> str:
-    return KNOWN_SECRETS.excerpt(str(text), MAX_DETAIL)
+    if not isinstance(notes, list):
+        return ""
+    return "".join(
+        f"\n{KNOWN_SECRETS.excerpt(str(note), MAX_DETAIL)}" for note in cast(list[Any], notes)
+    )
 
 
 def _render_frames(error: BaseException) -> str:
@@ -508,6 +529,7 @@ def _modules_like(name: str) -> Iterator[ModuleType]:
             yield module
 
 
+@lru_cache(maxsize=1024)
 def imported_by(fn: Callable[..., Any]) -> frozenset[str]:
     """The modules that a function imports in its body, nested functions included.
 
@@ -517,7 +539,6 @@ def imported_by(fn: Callable[..., Any]) -> frozenset[str]:
     return frozenset() if code is None else _imported_by(code)
 
 
-@lru_cache(maxsize=1024)
 def _imported_by(code: CodeType) -> frozenset[str]:
     found: set[str] = set()
     module = ""
