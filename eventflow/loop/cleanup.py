@@ -6,8 +6,12 @@ the cancel and returns to the flow's normal course: that is none. engine/flow_ca
 """
 
 import asyncio
+import inspect
 import sys
 from typing import Any, cast
+
+MAX_GROUP_FRAMES = 8
+"""Frames between a future that a task group waits for and the group's `__aexit__`, at most."""
 
 
 class Cleanup:
@@ -30,7 +34,7 @@ class Cleanup:
             self._tasks.add(task)
 
     def note_wait(self, task: "asyncio.Task[Any] | None") -> None:
-        if self.is_ongoing(task):
+        if self.is_ongoing(task) or _ends_a_group():
             self._waits_as_before.discard(task)
         else:
             self._waits_as_before.add(task)
@@ -41,6 +45,22 @@ class Cleanup:
             return False
         self._waits_as_before.discard(task)
         return True
+
+
+def _ends_a_group() -> bool:
+    """Whether the caller waits, in the `__aexit__` of a task group of asyncio or anyio, for tasks
+    that the group has cancelled: it raises the cancel when they have ended.
+    """
+    frame = inspect.currentframe()
+    for _ in range(MAX_GROUP_FRAMES):
+        frame = frame.f_back if frame is not None else None
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "__aexit__":
+            group = frame.f_locals.get("self")
+            scope = getattr(group, "cancel_scope", None)
+            return getattr(group, "_aborting", False) or getattr(scope, "cancel_called", False)
+    return False
 
 
 def handles_cancel() -> bool:

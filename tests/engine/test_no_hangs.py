@@ -351,6 +351,79 @@ async def test_clean_up_after_a_cancel_still_runs() -> None:
     assert sorted(done) == ["context", "except", "gathered", "helper", "mapped", "shielded"]
 
 
+@pytest.mark.parametrize("group", ["asyncio", "anyio", "nested"])
+@pytest.mark.parametrize("what", ["a body", "a short sleep", "a long sleep", "both"])
+async def test_a_flow_that_waits_for_its_group_cleans_up(group: str, what: str) -> None:
+    """A task group holds the cancel back until its tasks have ended. That is no swallowed cancel:
+    the clean-up behind the group works.
+    """
+    done: list[str] = []
+
+    @task
+    async def waits() -> None:
+        await asyncio.sleep(BODY_WITHOUT_END)
+
+    @task
+    async def undo(what: str) -> None:
+        done.append(what)
+
+    async def slow() -> None:
+        try:
+            await waits()
+        finally:
+            await undo("member")
+
+    async def member() -> None:
+        match what:
+            case "a body":
+                await waits()
+            case "a short sleep":
+                await sleep(30)
+            case "a long sleep":
+                await sleep(3600)
+            case _:
+                await asyncio.gather(slow(), sleep(30))
+
+    @flow
+    async def grouped() -> None:
+        try:
+            if group == "anyio":
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(member)
+            elif group == "asyncio":
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(member())
+            else:
+                async with asyncio.TaskGroup() as outer:
+                    async with asyncio.TaskGroup() as inner:
+                        inner.create_task(member())
+                    outer.create_task(member())
+        finally:
+            await undo("flow")
+
+    app = App("groups")
+    app.add(grouped)
+    async with running(app, clock=SystemClock()), asyncio.timeout(15):
+        run = await app.start(grouped)
+
+        async def waits_now() -> bool:
+            state = (await run.row())["state"]
+            return state == "waiting" if what == "a long sleep" else _has_waits(app, run.number)
+
+        await eventually(waits_now, "it waits")
+        await run.cancel("enough")
+        with pytest.raises(RunCancelled, match="enough"):
+            await run.result()
+    # A cancelled scope of anyio cancels every await in it again, as anyio says.
+    cleans_up = what == "both" and group != "anyio"
+    assert done == (["member", "flow"] if cleans_up else ["flow"])
+
+
+def _has_waits(app: App, run: int) -> bool:
+    execution = app.runtime.worker.executions.get(run)
+    return execution is not None and len(execution.pending.waiting) > 0
+
+
 # --------------------------------------------------------------------------- time
 
 
