@@ -27,6 +27,7 @@ from triggers._files.post_actions import (
     DeleteAction,
     MoveAction,
     OutcomeAction,
+    check_action,
     delete,
     move,
     outcome,
@@ -104,6 +105,7 @@ class Directory:
         duration(zero_byte_grace, "Directory: zero_byte_grace=")
         duration(rescan, "Directory: rescan=", positive=True)
         duration(poll, "Directory: poll=", positive=True)
+        check_action(after)
         self.name = name or f"files:{os.fspath(root)}"
         directory = os.path.abspath(os.fsencode(root))
         by_outcome = isinstance(after, OutcomeAction)

@@ -97,6 +97,11 @@ class Endpoint:
                 f'{kind}({path!r}): expected a path such as "/orders" '
                 "of letters, digits and . _ ~ -"
             )
+        if path.startswith("/hooks/"):
+            raise UsageError(
+                f"{kind}({path!r}): every path is below /hooks; "
+                f"write {path.removeprefix('/hooks')!r}"
+            )
         where = f"{kind}({path!r}"
         max_rate: Any = limits.max_rate
         is_number = isinstance(max_rate, int | float)

@@ -160,11 +160,14 @@ def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
     return tuple(name for name in names if name not in ("self", "cls")), False
 
 
+_DELAY = "write retries=Retry(attempts=..., delay=...), with seconds"
 _ELSEWHERE = {
     ("flow", "retries"): (
         "put retries on its tasks, @task(retries=): a flow does no I/O, so run again it would get "
         "the same recorded values and errors"
-    )
+    ),
+    ("task", "retry_delay"): _DELAY,
+    ("task", "retry_delay_seconds"): _DELAY,
 }
 """What to do instead of an option that people look for, by declaration and option."""
 
@@ -183,8 +186,9 @@ def nearest(given: str, names: Iterable[str]) -> str | None:
     """The name that `given` is most probably a misspelling of."""
     import difflib  # only for errors, and slow to import
 
-    found = difflib.get_close_matches(given.lower(), list(names), n=1, cutoff=0.6)
-    return found[0] if found else None
+    found = difflib.get_close_matches(given.lower(), list(names), n=3, cutoff=0.6)
+    alike = [name for name in found if name[:3] == given[:3].lower()]  # retry: retries, no on_retry
+    return (alike or found or [None])[0]
 
 
 class Declared(msgspec.StructMeta):

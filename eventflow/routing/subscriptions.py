@@ -180,6 +180,11 @@ def subscribe(
         raise UsageError(f'on_failure= expected "continue" or "block", found {on_failure!r}')
     check_types(kinds := tuple(types))
     mode = _delivery_mode(deliver)
+    if params is not None and not callable(cast(object, params)):
+        raise UsageError(
+            "params= expected a function from the event to the flow's arguments, such as "
+            f"lambda event: {{'name': event.data['field']}}; found {params!r}"
+        )
     if params is not None and mode.batch_policy() is not None:
         raise UsageError(
             f"params= makes one event's arguments; with deliver={mode!r} let the flow take "

@@ -23,7 +23,7 @@ from eventflow import (
 )
 from eventflow.core.errors import BindingError, NotAsync, NotStorable
 from eventflow.testing import MemoryTrigger, result_of, running
-from triggers import Bearer, Every, Webhook
+from triggers import Bearer, Directory, Every, Webhook, outcome
 
 HERE = Path(__file__).name
 
@@ -120,6 +120,30 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
     "another comparison": (
         lambda: app().on("a", handle, where={"state": {"!=": "done"}}),
         'for a comparison write [{"anything-but": "done"}]',
+    ),
+    "a folder's name for what happens to files": (
+        lambda: Directory("in", after="done"),  # type: ignore[arg-type]
+        "after= expected move(\"FOLDER\") or delete(), or outcome(.*found 'done'",
+    ),
+    "a folder's name for what happens to files after their runs": (
+        lambda: outcome(completed="done"),  # type: ignore[arg-type]
+        "completed= expected move(\"FOLDER\") or delete(), found 'done'",
+    ),
+    "arguments for params": (
+        lambda: app().on("a", handle, params={"order": 5}),  # type: ignore[arg-type]
+        "params= expected a function from the event .*found {'order': 5}",
+    ),
+    "the prefix of all webhooks": (
+        lambda: Webhook("/hooks/orders", verify="none"),
+        "every path is below /hooks; write '/orders'",
+    ),
+    "a misspelled option whose beginning is right": (
+        lambda: task(retry=3),  # type: ignore[call-overload]
+        "did you mean retries=?",
+    ),
+    "another library's delay between retries": (
+        lambda: task(retries=3, retry_delay_seconds=5),  # type: ignore[call-overload]
+        "write retries=Retry(attempts=..., delay=...)",
     ),
     "a secret that os.getenv did not find": (
         lambda: Bearer(None),  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ import shutil
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from eventflow.core.declarations import declaration
 from eventflow.core.errors import SourceError, UsageError
@@ -63,7 +64,22 @@ def outcome(
     """
     if completed is None and failed is None:
         raise UsageError("outcome: expected completed= or failed=, found neither")
+    for state, action in (("completed", completed), ("failed", failed)):
+        if action is not None and not isinstance(cast(object, action), MoveAction | DeleteAction):
+            raise UsageError(f"outcome: {state}={_EXPECTED_ACTION}, found {action!r}")
     return OutcomeAction(completed, failed)
+
+
+_EXPECTED_ACTION = ' expected move("FOLDER") or delete()'
+
+
+def check_action(after: object) -> None:
+    """Raises UsageError unless `after` is None or was made by `outcome`, `move` or `delete`."""
+    if after is not None and not isinstance(after, OutcomeAction | MoveAction | DeleteAction):
+        raise UsageError(
+            f"Directory: after={_EXPECTED_ACTION}, or outcome(completed=..., failed=...) of these; "
+            f"found {after!r}"
+        )
 
 
 @declaration
