@@ -323,8 +323,8 @@ def test_p10_a_server_whose_files_vanish_stops(lives: Lives, how: str, traffic: 
     assert server.wait(10) == 74
     assert time.monotonic() - began < 3.0  # the promise is 1 s to the stop of acknowledgements
     assert server.log_tail.count('"event":"store.failed"') == 1
-    told = "was overwritten" if how == "overwritten" else "removed, moved or replaced"
-    assert told in server.log_tail
+    expected = "was overwritten" if how == "overwritten" else "removed, moved or replaced"
+    assert expected in server.log_tail
     if how == "without its WAL":
         server = lives.boot()
         for ident in acknowledged:
