@@ -357,7 +357,7 @@ class App:
         """
         if self._runtime is None:
             if (locked := self._hosting.locked) is not None:
-                raise StoreLocked(locked.path, locked.pid)
+                raise StoreLocked(locked.path, locked.pid, by_sibling=True)
             raise UsageError(
                 f"the app {self.name!r} is not open;"
                 " use `async with app:`, app.run() or `eventflow serve`"
@@ -423,7 +423,9 @@ class App:
             self.add(flow)
             return flow
         if flow not in self.flows:
-            raise NotFound("flow", flow)
+            known = ", ".join(self.flows) or "none"
+            hint = f"the app {self.name!r} has {known}; app.add(flow) adds one"
+            raise NotFound("flow", flow, hint)
         return self.flows[flow]
 
     async def emit(

@@ -75,5 +75,6 @@ async def result(ident: str) -> Any:
 
 @api.exception_handler(EventflowError)
 async def refused(_: Request, error: EventflowError) -> JSONResponse:
-    """Known id, other figures; no such run; or an error of ours."""
-    return JSONResponse({"detail": str(error)}, {2: 409, 5: 404}.get(error.exit_code, 500))
+    """Known id, other figures; no such run; another worker has the app; or an error of ours."""
+    status = {2: 409, 5: 404, 75: 503}.get(error.exit_code, 500)
+    return JSONResponse({"detail": str(error)}, status)

@@ -39,7 +39,7 @@ class CommandGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError:
-            near = get_close_matches(args[0], self.list_commands(ctx), n=1)
+            near = get_close_matches(args[0], self.list_commands(ctx), n=1, cutoff=0.7)
             kind = "dead-letters" if args[0].startswith("dead") else args[0]
             if kind in inspect.COLUMNS:
                 hint = f"did you mean `eventflow ls {kind}`?"

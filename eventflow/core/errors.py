@@ -338,12 +338,15 @@ class StoreFailed(StoreError):
 class StoreLocked(StoreError):
     exit_code = 75
 
-    def __init__(self, path: str, pid: int | None) -> None:
+    def __init__(self, path: str, pid: int | None, *, by_sibling: bool = False) -> None:
         self.path = path
         self.pid = pid
         self.holder = f"process {pid}" if pid else "another process"
         super().__init__(
-            f"the store {path} is in use by {self.holder}; stop it, "
+            f"the store {path} is in use by {self.holder}, another worker of this server; "
+            "one process serves an app: run one worker"
+            if by_sibling
+            else f"the store {path} is in use by {self.holder}; stop it, "
             "or point this one elsewhere with --store"
         )
 
@@ -381,11 +384,10 @@ class StoreFull(StoreError):
 class NotFound(StoreError):
     exit_code = 5
 
-    def __init__(self, kind: str, ident: str) -> None:
+    def __init__(self, kind: str, ident: str, hint: str | None = None) -> None:
         listed = "dead" if kind == "dead letter" else f"{kind}s"
-        super().__init__(
-            f"no {kind} matches {ident!r}; `eventflow ls {listed}` lists what there is"
-        )
+        hint = hint or f"`eventflow ls {listed}` lists what there is"
+        super().__init__(f"no {kind} matches {ident!r}; {hint}")
 
 
 ANY_FAILURE = (Exception, SystemExit, KeyboardInterrupt)

@@ -60,7 +60,10 @@ UNWIND_TIMEOUT = 2.0
 
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {
-    "run.resumed": "A waiting or interrupted run continues; `entries` counts its journal entries.",
+    "run.resumed": (
+        "A waiting or interrupted run continues; `entries` counts its journal entries. "
+        "`suspect`: it was running when the process crashed."
+    ),
 }
 
 

@@ -24,6 +24,7 @@ def log_received(arrival: Arrival, receipt: Receipt) -> None:
         "event.received",
         trigger=arrival.trigger or None,
         event_id=arrival.event_id,
+        subject=arrival.subject,
         result=result_text(arrival, receipt)[:MAX_RESULT_CHARS],
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
+from eventflow.core.errors import EventflowError, NotFound, StoreCorrupt, UsageError
 from eventflow.events.event import EventOutcome, Json
 from eventflow.logs.log import get_logger
 from eventflow.runs.run import State, format_id, parse_id
@@ -385,7 +385,10 @@ def _index_condition(state: State | None) -> str:
 def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     number = ident if isinstance(ident, int) else _find_exact(connection, "runs", ident)
     if number is None:
-        number = _find_by_part(connection, "runs", str(ident), "run")
+        try:
+            number = _find_by_part(connection, "runs", str(ident), "run")
+        except NotFound:
+            raise _no_run(connection, str(ident)) from None
     found = fetch_dicts(connection, f"SELECT {_RUN} FROM runs WHERE id = ?", (number,))
     if not found:
         raise NotFound("run", str(ident))
@@ -396,6 +399,19 @@ def run(connection: sqlite3.Connection, ident: str | int) -> dict[str, Any]:
     query = "SELECT event FROM run_events WHERE run = ? ORDER BY event LIMIT 1000"
     row["joined"] = [event for (event,) in connection.execute(query, (number,))]
     return row
+
+
+def _no_run(connection: sqlite3.Connection, ident: str) -> NotFound:
+    """With the runs that the event of this id started, if there is one."""
+    try:
+        event = _event_id(connection, ident)
+    except EventflowError:
+        return NotFound("run", ident)
+    started = [format_id(row["id"]) for row in runs(connection, event=event, limit=3)]
+    what = f"its runs: {', '.join(started)}" if started else "it started no run of its own"
+    return NotFound(
+        "run", ident, f"it is the id of an event; {what}; `eventflow explain {ident}` shows all"
+    )
 
 
 def _is_run_intact(row: dict[str, Any]) -> bool:

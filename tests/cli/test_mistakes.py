@@ -79,6 +79,7 @@ def test_errors_as_json(tmp_path: Path):
     ("args", "message"),
     [
         (("serv",), "did you mean 'serve'"),
+        (("deploy", "app.py"), "there are: serve, dev"),
         (("serve", "app.py", "--prot", "1"), "--port"),
         (("serve", "app.py", "--port", "70000"), "65535"),
         (("ls", "rnus"), "runs"),
@@ -189,6 +190,22 @@ def test_a_task_from_a_thread(tmp_path: Path):
     assert (
         done.returncode == 1 and "called from a thread" in done.stderr and "await t(" in done.stderr
     )
+
+
+def test_an_event_in_the_place_of_a_run(tmp_path: Path):
+    """A command on a run that is given the sender's id of an event names the event's runs."""
+    (tmp_path / "app.py").write_text(
+        APP + "@flow\nasync def f(): return 1\napp = App('app')\napp.on('x', f)\n"
+    )
+    assert eventflow(tmp_path, "run", "app.py:f").returncode == 0  # makes the store
+    for kind, ident in (("x", "o-1"), ("y", "o-2")):
+        assert eventflow(tmp_path, "emit", kind, "--id", ident, "--app", "app.py").returncode == 0
+    run = json.loads(eventflow(tmp_path, "ls", "--json").stdout)["runs"][0]
+    for command in ("retry", "logs", "cancel"):
+        done = eventflow(tmp_path, command, "o-1")
+        assert done.returncode == 5, (command, done.stderr)
+        assert f"it is the id of an event; its runs: {run['id']}" in done.stderr
+    assert "it started no run" in eventflow(tmp_path, "logs", "o-2").stderr
 
 
 def test_nothing_there(tmp_path: Path):

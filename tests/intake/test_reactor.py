@@ -334,6 +334,24 @@ def test_p8_accept_waits_while_the_queue_is_full(tmp_path: Path, caplog: pytest.
     asyncio.run(main())
 
 
+def test_the_line_of_a_received_event_names_its_subject(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A reader sees which file, object or run an event is about: its id may be a hash."""
+
+    async def main() -> None:
+        async with flooded(tmp_path, Webhook("/loud", verify="none", name="loud")) as queue:
+            await queue.finish()
+            queue.reactor.logs_received = True
+            intake, _ = queue.intake("loud")
+            await intake.accept(Event(id="ed1c", source="/in", type="a", data=1, subject="b.csv"))
+            (line,) = [each for each in caplog.messages if "event.received" in each]
+            assert "subject=b.csv" in line
+
+    caplog.set_level("INFO")
+    asyncio.run(main())
+
+
 def test_p8_accept_raises_after_max_wait(tmp_path: Path):
     """With `max_wait`, accept raises StoreFull once it is over, with 0 at once; nothing was
     recorded.

@@ -21,7 +21,7 @@ from eventflow import (
     sequence,
     task,
 )
-from eventflow.core.errors import BindingError, NotAsync, NotStorable
+from eventflow.core.errors import BindingError, NotAsync, NotFound, NotStorable
 from eventflow.testing import MemoryTrigger, result_of, running
 from triggers import Bearer, Directory, Every, Webhook, outcome
 
@@ -191,6 +191,15 @@ async def test_parameters_of_a_start(args: Any, params: Any, message: str) -> No
             await opened.start(handle, *args, **params)
         with pytest.raises((UsageError, BindingError), match=message):
             await result_of(opened, handle, *args, **params)
+
+
+@pytest.mark.anyio
+async def test_a_start_of_a_flow_that_the_app_has_not() -> None:
+    """The start of a flow by an unknown name says which flows the app has."""
+    with pytest.raises(NotFound, match=r"'mistaken' has handle; app.add\(flow\) adds one"):
+        async with running(App("mistaken")) as opened:
+            opened.add(handle)
+            await opened.start("hndle")
 
 
 @pytest.mark.anyio

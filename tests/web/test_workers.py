@@ -46,6 +46,7 @@ async def ready(request):
     try:
         await app.start(handle)
     except StoreLocked as error:
+        print("answered:", error, flush=True)
         return PlainTextResponse(str(error), 503)
     return PlainTextResponse("started")
 asgi = Starlette(routes=[Route("/readyz", ready)], lifespan=lifespan)
@@ -81,7 +82,7 @@ async def test_the_second_worker_logs_why_and_the_first_one_serves(
     server: tuple[int, Path],
 ) -> None:
     """With `uvicorn --workers 2` one worker serves the app; the other logs one clear line, answers
-    503, and the server stays up.
+    503, and the server stays up. A call of the app there says that another worker has it.
     """
     port, output = server
     seen: set[int] = set()
@@ -97,6 +98,9 @@ async def test_the_second_worker_logs_why_and_the_first_one_serves(
     assert len(lines) == 1
     assert "one worker" in lines[0]
     assert "Traceback" not in output.read_text()
+    for line in output.read_text().splitlines():
+        if line.startswith("answered:"):
+            assert "another worker of this server" in line and "run one worker" in line
 
 
 async def test_another_server_on_the_store_is_still_an_error(tmp_path: Path) -> None:
