@@ -359,8 +359,8 @@ class App:
             if (locked := self._hosting.locked) is not None:
                 raise StoreLocked(locked.path, locked.pid, by_sibling=True)
             raise UsageError(
-                f"the app {self.name!r} is not open;"
-                " use `async with app:`, app.run() or `eventflow serve`"
+                f"the app {self.name!r} is not open; make the call inside of `async with app:`,"
+                " or use app.run() or `eventflow serve`"
             )
         return self._runtime
 

@@ -108,6 +108,7 @@ class Directory:
         check_action(after)
         self.name = name or f"files:{os.fspath(root)}"
         directory = os.path.abspath(os.fsencode(root))
+        _check_patterns(directory, pattern)
         by_outcome = isinstance(after, OutcomeAction)
         self._options = DirectoryOptions(
             root=directory,
@@ -141,6 +142,16 @@ class Directory:
                 await listener.wait()
         finally:
             await listener.close()
+
+
+def _check_patterns(root: bytes, patterns: str | Sequence[str]) -> None:
+    """Raises UsageError for a pattern that repeats the root, which would match no file."""
+    for each in [patterns] if isinstance(patterns, str) else patterns:
+        below = each.removeprefix(os.fsdecode(root))
+        if below != each and below.startswith("/"):
+            raise UsageError(
+                f"Directory: pattern= is relative to the root; write {below!r}, found {each!r}"
+            )
 
 
 def _outcome_targets(root: bytes, after: OutcomeAction) -> OutcomeTargets:

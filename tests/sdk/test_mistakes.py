@@ -129,6 +129,10 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: outcome(completed="done"),  # type: ignore[arg-type]
         "completed= expected move(\"FOLDER\") or delete(), found 'done'",
     ),
+    "a pattern that repeats the folder": (
+        lambda: Directory("/srv/in", pattern="/srv/in/*.csv"),
+        "pattern= is relative to the root; write '/*.csv'",
+    ),
     "arguments for params": (
         lambda: app().on("a", handle, params={"order": 5}),  # type: ignore[arg-type]
         "params= expected a function from the event .*found {'order': 5}",

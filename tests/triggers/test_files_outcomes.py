@@ -38,7 +38,8 @@ def end(inbox: Inbox, name: str, result: Any) -> None:
 
 def test_a_file_is_moved_by_its_outcome(tmp_path: Path):
     """A file stays where its event says until its runs have ended; then it is moved by their
-    outcome, its cursor entry goes, and nothing of that is an event.
+    outcome, its cursor entry goes, and nothing of that is an event. A line of the log says where
+    the file of a failed run is.
     """
 
     async def test(inbox: Inbox) -> None:
@@ -52,6 +53,9 @@ def test_a_file_is_moved_by_its_outcome(tmp_path: Path):
         await leaves(inbox, "good.csv", "sub/bad.csv")
         assert files(inbox.root / "done") == ["good.csv"]
         assert files(inbox.root / "failed") == ["sub/bad.csv"]
+        (line,) = [each for each in inbox.logged("file.moved") if each["outcome"] == "failed"]
+        assert line["path"] == str(inbox.root / "sub/bad.csv")
+        assert line["to"] == str(inbox.root / "failed")
         await eventually(lambda: "good.csv" not in inbox.ledger.cursors, "it is forgotten")
         await inbox.wait_until_idle()
         assert inbox.without_probes() == ["good.csv", "slow.csv", "sub/bad.csv"]

@@ -27,6 +27,10 @@ from triggers._files.settling import FileStat, pack_mark
 from triggers._files.tree import Tree
 
 LOG_EVENTS = {
+    "file.moved": (
+        "A file whose runs have ended was moved to the folder `to`, below its relative path; "
+        "debug if they completed."
+    ),
     "file.outcome_unknown": (
         "The ledger no longer has the runs of a file; the file stays where it is."
     ),
@@ -179,6 +183,10 @@ class OutcomeActions:
             progress.move_to(done + 1)
         self._warned.discard(path)
         if is_removed:
+            if target is not None:  # where a person finds the file of a failed run
+                say = context.log.info if outcome == "failed" else context.log.debug
+                full = printable(context.tree.full(path))
+                say("file.moved", path=full, to=printable(target), outcome=outcome)
             context.known.forget(path)
             context.settling.remove(path)
             cursor[to_key(path)] = None
