@@ -14,7 +14,7 @@ in runtime.py.
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, Unpack, cast, overload
 
 import msgspec
 
@@ -77,6 +77,9 @@ class RunHandle(Generic[T]):
     def __repr__(self) -> str:
         flow = "" if self._flow is None else f", flow={self._flow.name!r}"
         return f"RunHandle({self.id!r}{flow}{', duplicate=True' if self.duplicate else ''})"
+
+    def __await__(self) -> NoReturn:
+        raise TypeError("a run is not awaited itself; write `await run.result()`")
 
     async def result(self) -> T:
         """The flow's value, once the run has settled; waits through retries and sleeps.

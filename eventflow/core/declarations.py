@@ -129,9 +129,13 @@ def _wrong_arguments(
 
 
 def _call_form(name: str, signature: inspect.Signature) -> str:
-    """`Webhook(path, verify=...)`: the call with what it must have, and `...` for the rest."""
+    """`Webhook(path, verify=...)`: the call with what it must have, and `...` for the rest.
+
+    If it must have nothing, with its first option: `Retry(attempts=..., ...)`.
+    """
     form: list[str] = []
     has_more = False
+    options: list[str] = []
     for parameter in signature.parameters.values():
         if parameter.name in ("self", "cls"):
             continue
@@ -139,11 +143,13 @@ def _call_form(name: str, signature: inspect.Signature) -> str:
             form.append(f"*{parameter.name}")
         elif parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD:
             has_more = True
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                options.append(f"{parameter.name}=...")
         elif parameter.kind is parameter.KEYWORD_ONLY:
             form.append(f"{parameter.name}=...")
         else:
             form.append(parameter.name)
-    return f"{name}({', '.join(form + ['...'] * has_more)})"
+    return f"{name}({', '.join((form or options[:1]) + ['...'] * has_more)})"
 
 
 def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:

@@ -13,6 +13,7 @@ from eventflow import (
     App,
     Batch,
     Event,
+    Retry,
     UsageError,
     all_of,
     count,
@@ -133,6 +134,10 @@ DECLARED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Directory("/srv/in", pattern="/srv/in/*.csv"),
         "pattern= is relative to the root; write '/*.csv'",
     ),
+    "a number for the attempts": (
+        lambda: Retry(3),  # type: ignore[call-arg, misc]
+        "write Retry(attempts=..., ...)",
+    ),
     "arguments for params": (
         lambda: app().on("a", handle, params={"order": 5}),  # type: ignore[arg-type]
         "params= expected a function from the event .*found {'order': 5}",
@@ -204,6 +209,16 @@ async def test_a_start_of_a_flow_that_the_app_has_not() -> None:
         async with running(App("mistaken")) as opened:
             opened.add(handle)
             await opened.start("hndle")
+
+
+@pytest.mark.anyio
+async def test_an_awaited_run_names_the_call_for_its_value() -> None:
+    """`await run` is a TypeError with the call that waits for the value."""
+    async with running(App("mistaken")) as opened:
+        run: Any = await opened.start(handle, order=1)
+        with pytest.raises(TypeError, match=r"await run\.result"):
+            await run
+        assert await run.result() == 1
 
 
 @pytest.mark.anyio

@@ -184,9 +184,9 @@ class OutcomeActions:
         self._warned.discard(path)
         if is_removed:
             if target is not None:  # where a person finds the file of a failed run
-                say = context.log.info if outcome == "failed" else context.log.debug
+                write = context.log.info if outcome == "failed" else context.log.debug
                 full = printable(context.tree.full(path))
-                say("file.moved", path=full, to=printable(target), outcome=outcome)
+                write("file.moved", path=full, to=printable(target), outcome=outcome)
             context.known.forget(path)
             context.settling.remove(path)
             cursor[to_key(path)] = None
