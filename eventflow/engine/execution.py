@@ -461,7 +461,7 @@ class Execution(FlowCalls):
         self.close()
         to_parent = answer_to_parent(run, self.run_id, outcome)
         op = Settle(run.id, run.token, outcome, to_parent, run.parent, uncommitted)
-        services.store.post(op, partial(self._on_settled, self, outcome), services.loop)
+        services.posts.post(op, partial(self._on_settled, self, outcome))
 
     def close(self) -> None:
         """Cancels bodies and timers, closes the flow's coroutines, releases the slot. Idempotent.

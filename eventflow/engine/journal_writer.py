@@ -48,7 +48,7 @@ class JournalWriter(msgspec.Struct, eq=False):
         if self.uncommitted is not None:
             self._queued_behind.append(op)
         else:
-            self._services.store.post(op, self._on_appended, self._services.loop)
+            self._services.posts.post(op, self._on_appended)
 
     def _on_appended(self, reply: Reply) -> None:
         self.in_flight -= 1
@@ -87,7 +87,7 @@ class JournalWriter(msgspec.Struct, eq=False):
                 entries.append(emission.entry)
                 arrivals.extend(emission.arrivals)
             op = Append(run.id, run.token, entries, arrivals)
-            self._services.store.post(op, self._on_uncommitted_appended, self._services.loop)
+            self._services.posts.post(op, self._on_uncommitted_appended)
 
     def _on_uncommitted_appended(self, reply: Reply) -> None:
         self.uncommitted = None
@@ -95,7 +95,7 @@ class JournalWriter(msgspec.Struct, eq=False):
         behind = self._queued_behind
         self._queued_behind = []
         for op in behind:
-            self._services.store.post(op, self._on_appended, self._services.loop)
+            self._services.posts.post(op, self._on_appended)
         self._on_appended(reply)
 
     def pop_uncommitted(self) -> tuple[Entry, ...]:
@@ -118,13 +118,13 @@ class JournalWriter(msgspec.Struct, eq=False):
             services = self._services
             self._start_marked = services.loop.create_future()
             op = MarkStarted(self._run.id, self._run.token)
-            services.store.post(op, self._start_marked.set_result, services.loop)
+            services.posts.post(op, self._start_marked.set_result)
         return await asyncio.shield(self._start_marked)
 
     def clear_suspicion(self) -> None:
         """Records that a suspect made progress: the crashes so far were not its doing."""
         op = Append(self._run.id, self._run.token, (), clears_suspicion=True)
-        self._services.store.post(op, self._on_cleared, self._services.loop)
+        self._services.posts.post(op, self._on_cleared)
 
     def _on_cleared(self, reply: Reply) -> None:
         if isinstance(reply, Appended):

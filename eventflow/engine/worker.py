@@ -261,16 +261,17 @@ class Worker:
         if self._begin_is_scheduled and not scheduled:
             return
         self._begin_is_scheduled = False
-        for _ in range(START_BATCH_SIZE):
-            if self.pause_reason or not self._limits.slots.is_free:
-                return
-            if (run := self._queues.pop()) is None:
-                return
-            self._limits.slots.working += 1
-            if run.token == 1 and not run.crash_suspect and run.mode is None:
-                self._execute(run, ())
-            else:
-                self._services.spawn(self._load(run))
+        with self._services.posts:
+            for _ in range(START_BATCH_SIZE):
+                if self.pause_reason or not self._limits.slots.is_free:
+                    return
+                if (run := self._queues.pop()) is None:
+                    return
+                self._limits.slots.working += 1
+                if run.token == 1 and not run.crash_suspect and run.mode is None:
+                    self._execute(run, ())
+                else:
+                    self._services.spawn(self._load(run))
         self._begin_soon()
 
     def _begin_soon(self) -> None:
@@ -337,7 +338,7 @@ class Worker:
     def _put_back(self, run: Run) -> None:
         """A run that was not started goes back to pending."""
         op = Settle(run.id, run.token, Interrupted())
-        self._services.store.post(op, lambda _: None, self.loop)
+        self._services.posts.post(op, lambda _: None)
 
     def _end(self, run: Run, outcome: Outcome) -> None:
         """Settles a run that has no Execution."""
@@ -350,7 +351,7 @@ class Worker:
             if not isinstance(outcome, Interrupted):
                 self.outcomes.notify(run.id, outcome)
 
-        self._services.store.post(op, on_ended, self.loop)
+        self._services.posts.post(op, on_ended)
         self._limits.places.taken[run.flow] -= 1
         self._limits.capacity.release()
         self.loop.call_soon(self._claimer.claim_due)

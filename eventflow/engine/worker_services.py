@@ -10,7 +10,8 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from eventflow.core.clock import Clock
 from eventflow.core.threads import DaemonThreads
@@ -29,7 +30,8 @@ from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.errors import encode_error, imported_by
-from eventflow.store.protocol import Arrival, Store
+from eventflow.store.protocol import Arrival, OpList, RunOp, Store
+from eventflow.store.writer import run_callbacks
 
 CANCEL_ATTEMPTS = 3
 """Times a body is cancelled before it is left behind."""
@@ -95,13 +97,59 @@ class DerivedWork:
         )
 
 
+class Posts:
+    """Operations on their way to the store. Those of a `with` block are posted at its end in one
+    piece, which takes the lock of the writer's queue once and wakes its thread once.
+    """
+
+    __slots__ = ("_depth", "_loop", "_ops", "_replies", "_store")
+
+    def __init__(self, store: Store, loop: asyncio.AbstractEventLoop) -> None:
+        self._store = store
+        self._loop = loop
+        self._depth = 0
+        self._ops: list[RunOp] = []
+        self._replies: list[Callable[[Any], None]] = []
+
+    def post(self, op: RunOp, reply: Callable[[Any], None]) -> None:
+        """`reply` gets what the store answers, on the worker's loop."""
+        if self._depth:
+            self._ops.append(op)
+            self._replies.append(reply)
+        else:
+            self._store.post(op, reply, self._loop)
+
+    def __enter__(self) -> None:
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if self._depth or not self._ops:
+            return
+        ops = self._ops
+        replies = self._replies
+        self._ops = []
+        self._replies = []
+        if len(ops) == 1:
+            self._store.post(ops[0], replies[0], self._loop)
+        else:
+            self._store.post(OpList(ops), partial(self._answer, replies), self._loop)
+
+    def _answer(self, replies: list[Callable[[Any], None]], answer: Any) -> None:
+        """Gives each its answer, or all of them the failure of the store."""
+        answers = cast(list[Any], answer) if isinstance(answer, list) else [answer] * len(replies)
+        pairs = zip(replies, answers, strict=True)
+        run_callbacks([(self._loop, reply, (each,)) for reply, each in pairs])
+
+
 class NextTurn:
     """Calls to make in the next turn of a loop, each once however often it is scheduled."""
 
-    __slots__ = ("_calls", "_loop")
+    __slots__ = ("_calls", "_loop", "_posts")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, posts: Posts) -> None:
         self._loop = loop
+        self._posts = posts
         self._calls: dict[Callable[[], None], None] = {}
 
     def schedule(self, call: Callable[[], None]) -> None:
@@ -116,13 +164,14 @@ class NextTurn:
     def _run(self) -> None:
         calls = self._calls
         self._calls = {}
-        for call in calls:
-            call()
+        with self._posts:
+            for call in calls:
+                call()
 
 
 @dataclass(slots=True, eq=False)
 class WorkerServices:
-    """See the module. `loop` and `next_turn` are set when the worker starts."""
+    """See the module. `loop`, `posts` and `next_turn` are set when the worker starts."""
 
     store: Store
     clock: Clock
@@ -144,6 +193,7 @@ class WorkerServices:
     draining: bool = False
     """The worker stops: no attempt starts any more."""
     loop: asyncio.AbstractEventLoop = field(init=False)
+    posts: Posts = field(init=False)
     next_turn: NextTurn = field(init=False)
     imported: frozenset[str] = field(init=False)
     """Names of the modules that were imported when the worker started."""
@@ -159,7 +209,8 @@ class WorkerServices:
         """
         self.imported = frozenset(sys.modules)
         self.loop = loop
-        self.next_turn = NextTurn(loop)
+        self.posts = Posts(self.store, loop)
+        self.next_turn = NextTurn(loop, self.posts)
         self._unawaited_watcher = watch_unawaited(FlowLoop)
 
     def close(self) -> None:

@@ -118,6 +118,10 @@ class Settle(msgspec.Struct):
     entries: Sequence[Entry] = ()
 
 
+RunOp: TypeAlias = Append | MarkStarted | Settle
+"""What the worker records of a run."""
+
+
 class OpList(msgspec.Struct):
     """Operations of one turn of a loop, posted in one piece: one queued item, one reply.
 
@@ -125,7 +129,7 @@ class OpList(msgspec.Struct):
     StoreErrors, for those that could not be applied); a StoreError when storage failed.
     """
 
-    ops: "Sequence[RecordEvents | Append | MarkStarted | Settle]"
+    ops: "Sequence[RecordEvents | RunOp]"
 
 
 class Claim(msgspec.Struct):

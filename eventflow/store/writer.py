@@ -606,16 +606,16 @@ def _call_back(callbacks: Sequence[LoopCallback]) -> None:
             by_loop[loop] = [callback]
     for loop, its_callbacks in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_run_callbacks, its_callbacks)
+            loop.call_soon_threadsafe(run_callbacks, its_callbacks)
         except RuntimeError:
             continue  # closed: its callers went with it, what they posted is durable all the same
 
 
-def _run_callbacks(callbacks: Sequence[LoopCallback]) -> None:
+def run_callbacks(callbacks: Sequence[LoopCallback]) -> None:
     """On the loop: every callback runs, whatever one of them raises."""
     for n, (loop, call, args) in enumerate(callbacks):
         try:
             call(*args)
         except BaseException:
-            loop.call_soon(_run_callbacks, callbacks[n + 1 :])
+            loop.call_soon(run_callbacks, callbacks[n + 1 :])
             raise

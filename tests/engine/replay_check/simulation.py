@@ -40,7 +40,17 @@ from eventflow.sdk.checkpoint import CheckpointStore
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import Blobs
 from eventflow.serialization.errors import decode_error
-from eventflow.store.protocol import Append, Appended, Arrival, Fenced, MarkStarted, Settle, Settled
+from eventflow.store.protocol import (
+    Append,
+    Appended,
+    Arrival,
+    Fenced,
+    MarkStarted,
+    OpList,
+    RunOp,
+    Settle,
+    Settled,
+)
 from tests.engine.replay_check.seeded_run import START_TIME, Crash
 
 SECOND = 1_000_000
@@ -362,7 +372,9 @@ class Simulation:
         for reply, answer in replies:
             reply(answer)
 
-    def _apply(self, op: Append | MarkStarted | Settle) -> Any:
+    def _apply(self, op: OpList | Append | MarkStarted | Settle) -> Any:
+        if isinstance(op, OpList):
+            return [self._apply(cast(RunOp, each)) for each in op.ops]
         row = self.rows[op.run]
         if self.refuse is not None and (refusal := self.refuse(op)) is not None:
             return refusal
