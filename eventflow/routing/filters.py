@@ -170,7 +170,7 @@ def _compile_object(pattern: Pattern, path: str) -> Check:
             _refuse_bare_operator(nested, here)
             checks.append((name, _compile_object(nested, here)))
         else:
-            checks.append((name, _compile_leaf(value, here)))
+            checks.append((name, _compile_leaf(value, here, dotted="." in name)))
     return lambda found: _check_object(checks, found)
 
 
@@ -241,8 +241,11 @@ def _refuse_bare_operator(pattern: Pattern, path: str) -> None:
 # --------------------------------------------------------------------------- leaves
 
 
-def _compile_leaf(value: Any, path: str) -> Check:
-    """A check of a value: one of the alternatives holds, for any element if it is an array."""
+def _compile_leaf(value: Any, path: str, *, dotted: bool = False) -> Check:
+    """A check of a value: one of the alternatives holds, for any element if it is an array.
+
+    `dotted`: the field's name contains a dot, and was perhaps meant as a path.
+    """
     if isinstance(value, Mapping):
         raise UsageError(f"where: {path} expected a list; write [{_format(value)}]")
     alternatives: list[Any] = (
@@ -262,6 +265,7 @@ def _compile_leaf(value: Any, path: str) -> Check:
         else:
             tests.append(_compile_test(one, path))
     text = _condition(path, alternatives)
+    missing = f"{text}{_DOTTED_TEXT if dotted else _MISSING_TEXT}"
 
     def check(found: Any) -> str | None:
         present = False
@@ -271,18 +275,20 @@ def _compile_leaf(value: Any, path: str) -> Check:
                 return None
         if not present and if_absent:
             return None
-        return f"{text}{_MISSING_TEXT}" if found is _MISSING else f"{text}{_FOUND}{_format(found)})"
+        return missing if found is _MISSING else f"{text}{_FOUND}{_format(found)})"
 
     return check
 
 
 _FOUND = " (found "
 _MISSING_TEXT = " (absent)"
+_DOTTED_TEXT = ' (absent; a field of an object is written {"a": {"b": ...}})'
 
 
 def condition_of(reason: str) -> str:
     """The condition in a text of `Filter.mismatch`, without the value that was found."""
-    return reason.partition(_FOUND)[0].removesuffix(_MISSING_TEXT)
+    condition = reason.partition(_FOUND)[0]
+    return condition.removesuffix(_MISSING_TEXT).removesuffix(_DOTTED_TEXT)
 
 
 def _leaves(found: Any) -> Iterator[Any]:

@@ -230,6 +230,11 @@ def test_attributes_have_an_at_sign(pattern, wanted):
             "total.numeric[> 0 <= 5] (found 6)",
         ),
         ({"total": [{"numeric": [">", 0]}]}, {}, "total.numeric[> 0] (absent)"),
+        (
+            {"a.b": [5]},
+            {"a": {"b": 5}},
+            'a.b = 5 (absent; a field of an object is written {"a": {"b": ...}})',
+        ),
         ({"a": {"b": ["x"]}}, {"a": {"b": "y"}}, 'a.b = "x" (found "y")'),
         ({"a": ["x", "y"]}, {"a": 1}, 'a in ["x", "y"] (found 1)'),
         ({"a": [{"prefix": "x"}]}, {"a": "y" * 200}, f'a.prefix["x"] (found "{"y" * 76}...)'),
