@@ -373,3 +373,7 @@ def test_a_reason_starts_with_its_condition(data: dict[str, int], reason: str):
     assert compiled is not None
     assert compiled.mismatch(Event(id="1", source="/s", type="t", data=data)) == reason
     assert condition_of(reason) == "total.numeric[> 5]"
+    dotted = compile_filter({"a.b": [5]})
+    assert dotted is not None
+    why = dotted.mismatch(Event(id="1", source="/s", type="t", data=data))
+    assert why is not None and condition_of(why) == "a.b = 5"
