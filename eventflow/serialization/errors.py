@@ -14,7 +14,7 @@ import linecache
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -95,13 +95,21 @@ def _describe(
     kind = _error_class(type(error))
     message = _kept_message(error)
     traceback = KNOWN_SECRETS.remove_from(_render(error, message))
-    fields: dict[str, Any] = {"traceback": _utf8(traceback[-max_length:])}
+    traceback = _utf8(traceback[-max_length:])
     recorded = vars(error).get("_recorded") if isinstance(error, TaskFailed) else None
     if recorded is not None:  # replaces another error: record that one again
-        return recorded | fields
+        return recorded | {"traceback": traceback}
     members: tuple[BaseException, ...] = (
         getattr(error, "exceptions", ()) if kind.is_group and depth < MAX_GROUP_DEPTH else ()
     )
+    fields = {
+        "type": kind.name,
+        "message": message,
+        "args": None if members else _detail(_arguments(error, kind)),
+        "attributes": _attributes(error, kind),
+        "bases": [name for name, module in kind.bases if is_imported_everywhere(module)],
+        "traceback": traceback,
+    }
     if members:
         share = max(512, max_length // len(members))
         fields["exceptions"] = [
@@ -109,13 +117,7 @@ def _describe(
         ]
     if type(error).__module__ == "__main__":
         fields["module"] = "__main__"
-    return {
-        "type": kind.name,
-        "message": message,
-        "args": None if members else _detail(_arguments(error)),
-        "attributes": _attributes(error, kind.fields),
-        "bases": [name for name, module in kind.bases if is_imported_everywhere(module)],
-    } | fields
+    return fields
 
 
 def _describe_briefly(
@@ -141,14 +143,20 @@ class _ErrorClass(NamedTuple):
 
     name: str
     is_group: bool
+    is_validation_error: bool
     bases: tuple[tuple[str, str], ...]
     fields: tuple[str, ...]
 
 
 @lru_cache(maxsize=1024)
 def _error_class(kind: type[BaseException]) -> _ErrorClass:
-    is_group = issubclass(kind, BaseExceptionGroup)
-    return _ErrorClass(_class_name(kind), is_group, _bases_by_name(kind), _data_descriptors(kind))
+    return _ErrorClass(
+        name=_class_name(kind),
+        is_group=issubclass(kind, BaseExceptionGroup),
+        is_validation_error=_is_validation_error(kind),
+        bases=_bases_by_name(kind),
+        fields=_data_descriptors(kind),
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -163,12 +171,9 @@ def _bases_by_name(kind: type[BaseException]) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _is_group(error: BaseException) -> bool:
-    return isinstance(error, BaseExceptionGroup)
-
-
 def _message(error: BaseException) -> str:
-    text, broken = call_catching(str, cast(Any, error).message if _is_group(error) else error)
+    is_group = isinstance(error, BaseExceptionGroup)
+    text, broken = call_catching(str, cast(Any, error).message if is_group else error)
     return (
         text
         if text is not None
@@ -180,14 +185,14 @@ def _kept_message(error: BaseException) -> str:
     return _utf8(KNOWN_SECRETS.excerpt(_message(error), MAX_DETAIL))
 
 
-def _arguments(error: BaseException) -> list[Any]:
+def _arguments(error: BaseException, kind: _ErrorClass) -> list[Any]:
     """What the class makes an equal error from, if its constructor is an ordinary one."""
     args = list(error.args)
     if isinstance(error, OSError) and len(args) == 2 and error.filename is not None:
         args += (
             [error.filename] if error.filename2 is None else [error.filename, None, error.filename2]
         )
-    if _is_validation_error(type(error)):
+    if kind.is_validation_error:
         reduced, _ = call_catching(error.__reduce__)
         return args if reduced is None else [*cast(Any, reduced)[1]]
     return args
@@ -212,14 +217,14 @@ def _detail(value: Any) -> Any:
         return None
 
 
-def _attributes(error: BaseException, fields: Iterable[str]) -> dict[str, Any]:
-    """The state of the error besides its arguments: its `__dict__`, and `fields`, which are slots
-    and those such as `errno`.
+def _attributes(error: BaseException, kind: _ErrorClass) -> dict[str, Any]:
+    """The state of the error besides its arguments: its `__dict__`, slots, and fields such as
+    `errno`.
     """
     values = {
         _utf8(name): value for name, value in vars(error).items() if not name.startswith("__")
     }
-    for name in fields:
+    for name in kind.fields:
         try:
             value = getattr(error, name, _UNSET)
         except BaseException:  # user code: what cannot be read is left out
