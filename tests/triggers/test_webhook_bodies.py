@@ -224,7 +224,7 @@ def test_gzip_bombs(body: bytes, status: int):
     over_http(check, gzip=True)
 
 
-def test_a_dead_letter_says_how_its_bytes_are_encoded():
+def test_a_dead_letter_has_the_encoding_of_its_bytes():
     """The body of a dead letter has its Content-Encoding: none once it was unpacked."""
 
     async def check(hook: Hook) -> None:

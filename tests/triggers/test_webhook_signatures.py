@@ -394,7 +394,7 @@ def test_empty_secrets_are_refused(preset: Any, empty: Any):
     """No preset can be made with an empty secret, alone or in a list; the error is one for the
     command line, exit 3.
     """
-    with pytest.raises(EmptySecret, match="empty or unset|found None") as caught:
+    with pytest.raises(EmptySecret, match=r"empty or unset|found None") as caught:
         preset(empty)
     assert caught.value.exit_code == 3
 
