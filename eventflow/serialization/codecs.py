@@ -32,6 +32,7 @@ from eventflow.core.errors import (
 )
 from eventflow.core.hashing import digest
 from eventflow.core.large_values import MIN_LARGE_BYTES, LargeValues
+from eventflow.serialization.exact_types import Check, exact_check
 from eventflow.serialization.tagged_json import (
     SCALARS,
     TAGGED_TYPES,
@@ -62,7 +63,16 @@ class ResultCodec:
     is for values without another form; `key` signs them (HMAC-SHA256) and is not in the store.
     """
 
-    __slots__ = ("_annotation", "_members", "_name", "_number", "_pickled", "_plain", "_reader")
+    __slots__ = (
+        "_annotation",
+        "_has_exact_types",
+        "_members",
+        "_name",
+        "_number",
+        "_pickled",
+        "_plain",
+        "_reader",
+    )
 
     def __init__(self, annotation: Any, name: str, codec: str | None = None) -> None:
         if codec not in (None, "pickle"):
@@ -73,6 +83,7 @@ class ResultCodec:
         self._plain = _is_json_annotation(annotation)
         self._number: type | None = annotation if annotation in (int, float) else None
         self._reader: msgspec.json.Decoder[Any] | None = None
+        self._has_exact_types: Check | None = None
         self._members: dict[str, ResultCodec] = {}
 
     def encode(self, value: Any, *, key: bytes = b"") -> tuple[str, bytes]:
@@ -119,16 +130,21 @@ class ResultCodec:
 
     def _encode_typed(self, value: Any) -> tuple[str, bytes] | None:
         """Encode by the annotation; None if the decoded value would not be equal."""
-        reader = self._build()
+        reader = self._reader or self._build()
         if reader is None:
             member = self._members.get(type(value).__qualname__)
             encoded = member and member._encode_typed(value)
             return encoded and (f"{encoded[0]}:{type(value).__qualname__}", encoded[1])
-        with contextlib.suppress(*_UNENCODABLE):
+        try:
             data = _WRITER.encode(value)
             back = reader.decode(data)
+            has_exact_types = self._has_exact_types
+            if has_exact_types is not None and has_exact_types((value,)) and back == value:
+                return "typed", data
             if reads_back(back, value):
                 return "typed", data
+        except _UNENCODABLE:
+            pass
         if hasattr(value, "model_dump"):
             return self._encode_models(value)
         # NaN and integers beyond 64 bits inside a typed value: builtins first, then tags.
@@ -194,6 +210,7 @@ class ResultCodec:
         if self._reader is None and not self._members and not self._plain:
             try:
                 self._reader = msgspec.json.Decoder(self._annotation, dec_hook=_decode_hook)
+                self._has_exact_types = exact_check(self._annotation)
             except _UNREADABLE:
                 # msgspec refuses a union of untagged classes; the class name beside the codec
                 # distinguishes them.
@@ -266,7 +283,8 @@ def _models_in(value: Any) -> Iterator[Any]:
         )
         parts = [getattr(value, name, None) for name in names]
     for part in parts:
-        yield from _models_in(part)
+        if type(part) not in SCALARS:
+            yield from _models_in(part)
 
 
 def _model_state(model: Any) -> tuple[list[str], dict[str, Any] | None]:
