@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,10 +58,9 @@ class Host(NamedTuple):
     sleeps: str
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    """A program without a server that has the store open."""
-    folder = tmp_path_factory.mktemp("host")
+@contextmanager
+def hosted(folder: Path) -> Iterator[Host]:
+    """A program without a server that has the store in `folder` open."""
     (folder / "host.py").write_text(HOST)
     process = subprocess.Popen(
         [sys.executable, "host.py"],
@@ -76,6 +76,12 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    with hosted(tmp_path_factory.mktemp("host")) as made:
+        yield made
 
 
 def messages(host: Host) -> str:
@@ -140,11 +146,13 @@ def test_what_would_change_an_embedded_store_is_refused(host: Host, args: tuple[
     assert eventflow(host.folder, "ls", "runs", "--json").stdout == before
 
 
-def test_reading_disturbs_no_embedded_app(host: Host):
-    """After all that, the program that has the store goes on, and its next run completes."""
-    assert eventflow(host.folder, "ls").returncode == 0
-    assert host.process.stdin is not None and host.process.stdout is not None
-    host.process.stdin.write("\n")
-    host.process.stdin.flush()
-    assert host.process.stdout.readline() == "2\n"
-    assert host.process.wait(30) == 0
+def test_reading_disturbs_no_embedded_app(tmp_path: Path):
+    """After all that, the program that has the store continues, and its next run completes."""
+    with hosted(tmp_path) as host:
+        assert eventflow(host.folder, "ls").returncode == 0
+        assert eventflow(host.folder, "cancel", host.sleeps).returncode != 0
+        assert host.process.stdin is not None and host.process.stdout is not None
+        host.process.stdin.write("\n")
+        host.process.stdin.flush()
+        assert host.process.stdout.readline() == "2\n"
+        assert host.process.wait(30) == 0

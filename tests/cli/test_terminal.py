@@ -224,7 +224,7 @@ def test_text_for_an_ascii_terminal_is_ascii(tmp_path: Path):
         "from eventflow import flow\n\n\n@flow\nasync def f() -> str:\n"
         "    print('naïve…')\n    return 'naïve…'\n"
     )
-    ascii_only = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ascii_only: dict[str, Any] = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     eventflow(tmp_path, "run", "f.py:f")
     shown = eventflow(tmp_path, "show", **ascii_only).stdout
     assert shown.isascii() and r"na\xefve..." in shown

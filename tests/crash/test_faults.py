@@ -50,7 +50,7 @@ def test_row_32_poison_is_quarantined_after_three_deaths_on_record_and_nobody_el
         server = lives.boot()
     assert crashes == 4
     (dead,) = server.get("/api/runs?state=dead")["runs"]
-    assert dead["flow"] == "poison" and "died 3 times" in dead["reason"]
+    assert dead["flow"] == "poison" and "crashed 3 times" in dead["reason"]
     wait_until(lambda: at_rest(server), "everything is at rest")
     assert {run["state"] for run in server.get("/api/runs?flow=patient")["runs"]} == {"completed"}
     counts = server.get("/api/counts")

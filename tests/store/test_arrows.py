@@ -195,7 +195,7 @@ async def test_the_third_death_quarantines(ledger: Ledger, reopen: Reopen):
     ledger = reopen()
     assert await ledger.claimed() == []
     row = await ledger.store.run(run.id)
-    assert row["state"] == "dead" and "died 3 times" in row["reason"]
+    assert row["state"] == "dead" and "crashed 3 times" in row["reason"]
     counts = await ledger.store.counts()
     assert (counts["dead"], counts["pending"]) == (1, 0)
 
