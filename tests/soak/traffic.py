@@ -189,7 +189,7 @@ class Traffic:
 
     async def _nap(self, ident: str, n: int) -> None:
         in_memory = n % 2 == 0
-        self.account.expect(ident, "nap", times=int(in_memory))
+        self.account.expect(ident, "nap")
         run = await self._start("nap", ident, seconds=30 if in_memory else 3600)
         await asyncio.sleep(CANCEL_AFTER)
         await self._post(f"/api/runs/{run}/cancel", {"reason": "the soak cancels it"})
