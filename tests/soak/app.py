@@ -272,7 +272,7 @@ async def late(run: str) -> None:
 
 @flow
 async def nap(id: str, seconds: float) -> None:
-    """Until it is cancelled. From 60 seconds on it has left memory by then, and comes back for this."""
+    """Until it is cancelled. From 60 seconds on it has left memory by then, and comes back."""
     try:
         await sleep(seconds)
     finally:
