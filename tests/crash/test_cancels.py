@@ -105,7 +105,14 @@ def begun(server: EventflowProcess, how: str) -> str:
         children = 2 if how == "children" else 0
         wait_until(lambda: len(calls_of(server)) == children, "its children are there")
         wait_until(lambda: "reserve" in server.diary, "it has begun")
+        wait_until(lambda: _has_value(server, run, "reserve"), "which is recorded")
     return run
+
+
+def _has_value(server: EventflowProcess, run: str, task: str) -> bool:
+    """Whether the journal has the value of a task: until then a kill repeats its body."""
+    calls = server.get(f"/api/runs/{run}")["tasks"]
+    return any(each["name"] == task and each["state"] == "completed" for each in calls)
 
 
 def calls_of(server: EventflowProcess) -> list[str]:

@@ -184,9 +184,11 @@ class OutcomeActions:
         self._warned.discard(path)
         if is_removed:
             if target is not None:  # where a person finds the file of a failed run
-                write = context.log.info if outcome == "failed" else context.log.debug
-                full = printable(context.tree.full(path))
-                write("file.moved", path=full, to=printable(target), outcome=outcome)
+                moved = {"path": printable(context.tree.full(path)), "to": printable(target)}
+                if outcome == "failed":
+                    context.log.info("file.moved", **moved, outcome=outcome)
+                else:
+                    context.log.debug("file.moved", **moved, outcome=outcome)
             context.known.forget(path)
             context.settling.remove(path)
             cursor[to_key(path)] = None
