@@ -1,7 +1,7 @@
 """What an App declares, before it is opened: flows, triggers, subscriptions, options.
 
 app.py fills an `AppConfig` and opens a `Runtime` with it (runtime.py). Nothing here imports the
-engine or the store: a program that only declares flows starts in a third of the time.
+engine or the store, so that a program which only declares flows need not load them.
 """
 
 import inspect

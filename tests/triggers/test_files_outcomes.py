@@ -102,6 +102,15 @@ def test_delete_by_outcome(tmp_path: Path):
     run(test, tmp_path / "in", after=outcome(completed=delete(), failed=move("failed")))
 
 
+async def touch_and_wait(inbox: Inbox, path: Path) -> None:
+    """Gives the file `a` a new time, which the cursor has afterwards."""
+    touch(path)
+    await eventually(
+        lambda: inbox.ledger.cursors["a"][1] == path.stat().st_mtime_ns,  # type: ignore[index]
+        "its new time is known",
+    )
+
+
 def test_another_version_is_not_moved_by_the_first_ones_outcome(tmp_path: Path):
     """A version that lands while the runs of another one work stays until its own have ended; new
     times alone change nothing.
@@ -110,11 +119,7 @@ def test_another_version_is_not_moved_by_the_first_ones_outcome(tmp_path: Path):
     async def test(inbox: Inbox) -> None:
         path = inbox.write("a", "first")
         await inbox.has("a")
-        touch(path)
-        await eventually(
-            lambda: inbox.ledger.cursors["a"][1] == path.stat().st_mtime_ns,  # type: ignore[index]
-            "its new time is known",
-        )
+        await touch_and_wait(inbox, path)
         inbox.write("a", "the second one")
         await inbox.has("a", "a")
         inbox.ledger.event_outcomes[inbox.events[0].id] = "completed"
@@ -188,11 +193,7 @@ def test_times_alone_change_no_outcome(tmp_path: Path):
     async def test(inbox: Inbox) -> None:
         path = inbox.write("a", "first")
         await inbox.has("a")
-        touch(path)
-        await eventually(
-            lambda: inbox.ledger.cursors["a"][1] == path.stat().st_mtime_ns,  # type: ignore[index]
-            "its new time is known",
-        )
+        await touch_and_wait(inbox, path)
         end(inbox, "a", "completed")
         await leaves(inbox, "a")
         assert files(inbox.root / "done") == ["a"] and inbox.names() == ["a"]
