@@ -267,7 +267,7 @@ class Ledger:
         row = self.runs[run]
         if row["params"] is not None:
             return orjson.loads(row["params"])["plan"]
-        (body,) = (event["body"] for event in self.events.values() if event["id"] == row["event"])
+        (body,) = (event["body"] for event in self.event_rows if event["id"] == row["event"])
         return orjson.loads(body)["data"]["plan"]
 
     def family(self, run: int) -> set[int]:

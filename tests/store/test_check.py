@@ -139,8 +139,8 @@ async def test_the_sums_count_events_that_wait_in_a_pattern(
                 lambda enough=enough: len(done) > enough, "events wait, and leave", within=60
             )
             before = len(done)
-            assert await app.store.check() == []
-            assert len(done) > before
+            while len(done) == before:  # a short copy can end before the write beside it
+                assert await app.store.check() == []
     assert await app.store.check() == []
     await app.close()
 
