@@ -31,7 +31,6 @@ from eventflow.app import App
 from eventflow.core.clock import to_datetime
 from eventflow.core.declarations import Declared, duration
 from eventflow.core.errors import EventflowError, StoreError, UsageError
-from eventflow.core.forks import call_in_forked_children
 from eventflow.core.uninterrupted import error_of
 from eventflow.logs.capture import Level, LogConfiguration, configure
 from eventflow.logs.log import get_logger
@@ -39,6 +38,7 @@ from eventflow.logs.redaction import SECRETS
 from eventflow.logs.store import LogStore
 from eventflow.runtime import new_event_loop
 from eventflow.server.address import PublishedAddress
+from eventflow.server.forked_children import ForkedChildren
 from eventflow.server.memory_limits import MemoryMonitor, check_limits
 from eventflow.server.reexec import inheritable_copy, reexec, take_inherited_fd
 from eventflow.server.watchdog import Watchdog
@@ -298,7 +298,7 @@ class ServerProcess:
         self._loop = asyncio.get_running_loop()
         logs = self._logs = LogStore(f"{self.path}.logs.db", clock=self.app.clock)
         logs.open()
-        self._forks = ForkedChildren(self._sock, self._server)
+        self._forks = ForkedChildren(self._sock, self._server, self._loop)
         try:
             await self.app.open(store=self.settings.store, own_loop=True, logs=logs)
             self.app.store.on_failure(self._fail_stop)
@@ -525,32 +525,6 @@ class ServerProcess:
             os._exit(code)
 
         threading.Thread(target=exit_process, name=name, daemon=True).start()
-
-
-class ForkedChildren:
-    """What a child that user code forks must not share with the server."""
-
-    def __init__(self, sock: socket.socket, server: "_Server") -> None:
-        self._sock = sock
-        self._server = server
-        call_in_forked_children(self._after_fork)
-
-    def _after_fork(self) -> None:
-        """In a child that user code forked: it ends by a signal, and keeps neither the port nor the
-        connections of clients.
-        """
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.set_wakeup_fd(-1)  # a byte written there would wake the parent's loop
-        sockets: list[Any] = [self._sock]
-        for connection in self._server.server_state.connections:
-            transport: Any = getattr(connection, "transport", None)
-            if transport is not None:
-                sockets.append(transport.get_extra_info("socket"))
-        for each in sockets:
-            with suppress(OSError, AttributeError):
-                os.close(each.fileno())  # socket.close() waits for the parent's transports
 
 
 class _Server(uvicorn.Server):
