@@ -180,7 +180,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_source_beside_children_of_task_bodies(tmp_path: Path, name: str) -> None:
+def test_forks_while_a_source_is_at_work(tmp_path: Path, name: str) -> None:
     """Bodies fork in each way while a source is at work. A child has no TCP socket and no lock,
     logs, and ends by SIGTERM; every item is recorded once and runs once, also when the server is
     killed and another one, with another hash seed, starts on its port beside living children.
