@@ -204,7 +204,11 @@ class Runtime:
         )
         await self.relay.stop()
         for error in filter(None, errors):
-            raise error
+            del errors
+            try:
+                raise error
+            finally:  # the error refers to this frame
+                del error
 
     async def _end_flows(self, grace: float) -> None:
         """Ends the worker and the lifespan. A flow loop that a flow blocks is given up."""

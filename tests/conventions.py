@@ -171,6 +171,31 @@ def unpacked(target: ast.expr) -> list[ast.expr]:
     return list(target.elts) if isinstance(target, ast.Tuple | ast.List) else [target]
 
 
+def raised_variables(source: Source) -> Iterator[Violation]:
+    """No local variable holds the error that its function raises, unless it is deleted: the error
+    refers to the frame, and both would stay in memory until the garbage collector runs. The name of
+    an `except ... as` clause is deleted by Python.
+    """
+    bound = {
+        each
+        for node in source.nodes
+        if isinstance(node, ast.ExceptHandler)
+        for each in ast.walk(node)
+        if isinstance(each, ast.Raise) and each.exc and ast.unparse(each.exc) == node.name
+    }
+    deleted = {
+        ast.unparse(target)
+        for node in source.nodes
+        if isinstance(node, ast.Delete)
+        for target in node.targets
+    }
+    for node in source.nodes:
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Name) and node not in bound:
+            name = node.exc.id
+            if name.strip("_")[0].islower() and name not in deleted:
+                yield Violation(source.path, found=f"line {node.lineno}: raise {name}")
+
+
 SKIP = "# fmt" + ": skip"
 
 
@@ -356,6 +381,11 @@ RULES: list[Rule] = [
     Rule(one_attribute_a_line, EVERYTHING, "self.a, self.b = f()\nself.c = 1\n"),
     Rule(one_attribute_a_line, EVERYTHING, "self.a = self.b = 0\n"),
     Rule(one_name_a_line, PRODUCT, "a, b = 1, 2\nc, d = d, c\ne, f = g()\n"),
+    Rule(
+        raised_variables,
+        PRODUCT,
+        "def f(error):\n    raise error\ntry:\n    f()\nexcept A as raised:\n    raise raised\n",
+    ),
     Rule(format_skips, EVERYTHING, f"x = f([1],  2)  {SKIP}\ny = {{1:  2}}  {SKIP}\n"),
     Rule(
         type_checking_imports,

@@ -140,8 +140,9 @@ class DriftAlert(Endpoint):
         media = media_type(headers)
         if not (is_json(media) or media == "text/plain"):  # SNS calls its JSON plain text
             expected = "expected Content-Type application/json"
-            rejected = RequestRejected(415, "unsupported_type", expected)
-            raise await self._dead_letter(headers, repeated, body, rejected)
+            raise await self._dead_letter(
+                headers, repeated, body, RequestRejected(415, "unsupported_type", expected)
+            )
         try:
             text = in_utf8(body, charset(headers))
             value = read_report(text, max_keys=self._limits.max_keys)
@@ -153,8 +154,9 @@ class DriftAlert(Endpoint):
             if reason is None:
                 return await self._confirm(parsed.confirmation)
             detail = "this topic is not one that the application takes"
-            rejected = RequestRejected(403, "not_subscribed", detail)
-            raise await self._dead_letter(headers, repeated, body, rejected, reason)
+            raise await self._dead_letter(
+                headers, repeated, body, RequestRejected(403, "not_subscribed", detail), reason
+            )
         return await self._record(parsed, body, self._verify.signed_id(headers))
 
     async def _record(self, parsed: ParsedBody, body: bytes, signed_id: str | None) -> Reply:

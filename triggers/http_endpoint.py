@@ -200,14 +200,16 @@ class Endpoint:
             return
         if delay := self._rate_limiter.reserve(client[0], self._clock.monotonic()):
             rate = f"{self._rate_limiter.rate:g} requests a second from one address"
-            rejected = RequestRejected(
-                429,
-                "too_many_requests",
-                f"expected at most {rate}",
-                retry_after=str(math.ceil(delay)),
+            raise self._log_rejection(
+                RequestRejected(
+                    429,
+                    "too_many_requests",
+                    f"expected at most {rate}",
+                    retry_after=str(math.ceil(delay)),
+                ),
+                f"more than {rate}",
+                address=client[0][:MAX_ADDRESS_LENGTH],
             )
-            address = client[0][:MAX_ADDRESS_LENGTH]
-            raise self._log_rejection(rejected, f"more than {rate}", address=address)
 
     async def _read_body(self, receive: Receive, headers: Headers, repeated: set[str]) -> bytes:
         """The verified body. Senders sign either the bytes sent or the unpacked ones."""
@@ -218,8 +220,10 @@ class Endpoint:
         packed = encoding(headers)
         if packed and not (packed == "gzip" and limits.gzip):
             if not reason:
-                rejected = unsupported_encoding("gzip" if limits.gzip else "identity")
-                raise await self._dead_letter(headers, repeated, wire, rejected)
+                expected = "gzip" if limits.gzip else "identity"
+                raise await self._dead_letter(
+                    headers, repeated, wire, unsupported_encoding(expected)
+                )
             reason += f"; the body is encoded ({packed[:20]}), which is not accepted"
         elif packed:
             try:
@@ -235,8 +239,7 @@ class Endpoint:
             extra: dict[str, Any] = {"www_authenticate": challenge} if challenge else {}
             # One response, whatever was wrong with the proof.
             detail = "the request could not be verified"
-            rejected = RequestRejected(401, "unauthorized", detail, **extra)
-            raise self._log_rejection(rejected, reason)
+            raise self._log_rejection(RequestRejected(401, "unauthorized", detail, **extra), reason)
         return body
 
     # ------------------------------------------------------------------------- the ledger

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 import orjson
 
 from eventflow.core.declarations import declaration, nearest
-from eventflow.core.errors import EmptySecret, UsageError, call_catching
+from eventflow.core.errors import EmptySecret, UsageError, error_line
 from eventflow.core.retry import Permanent
 from eventflow.events.event import Event, OutboxMessage, format_id
 from eventflow.logs.redaction import SECRETS
@@ -95,13 +95,14 @@ class KafkaSink:
             done = await asyncio.gather(*sent, return_exceptions=True)
         except MessageSizeTooLargeError as error:
             raise Permanent(f"too large for topic {self.topic}: {error}") from error
-        for failure in done:
+        failures = [each for each in done if isinstance(each, BaseException)]
+        del done
+        for failure in failures:
             if isinstance(failure, MessageSizeTooLargeError):
                 raise Permanent(f"too large for topic {self.topic}: {failure}") from failure
-        for failure in done:
-            if isinstance(failure, BaseException):
-                await self.close()  # its sequence is broken: the next try makes a new producer
-                raise failure
+        if failures:
+            await self.close()  # its sequence is broken: the next try makes a new producer
+            raise failures.pop(0)
 
     async def close(self) -> None:
         """Idempotent; a later `send` makes a new producer."""
@@ -137,10 +138,10 @@ class KafkaSink:
         """`_record`. Raises Permanent for a message that no record can be made of (`key=` raises,
         text that is not Unicode): it becomes a dead letter and does not hold up the others.
         """
-        record, error = call_catching(self._record, message)
-        if record is None:
-            raise Permanent(f"no record can be made: {type(error).__name__}: {error}") from error
-        return record
+        try:
+            return self._record(message)
+        except BaseException as error:  # user code: of this message
+            raise Permanent(f"no record can be made: {error_line(error)}") from error
 
     def _record(
         self, message: OutboxMessage

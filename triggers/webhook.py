@@ -132,8 +132,12 @@ class Webhook(Endpoint):
 
     async def _handle(self, headers: Headers, repeated: set[str], body: bytes) -> Reply:
         if not _is_acceptable(self._content, headers):
-            rejected = RequestRejected(415, "unsupported_type", _EXPECTED[self._content])
-            raise await self._dead_letter(headers, repeated, body, rejected)
+            raise await self._dead_letter(
+                headers,
+                repeated,
+                body,
+                RequestRejected(415, "unsupported_type", _EXPECTED[self._content]),
+            )
         try:
             events = self._events(headers, repeated, body)
         except ValueError as error:

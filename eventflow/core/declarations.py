@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from eventflow.core.clock import Duration
-from eventflow.core.errors import UsageError, call_catching
+from eventflow.core.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -124,8 +124,12 @@ def _wrong_arguments(
     name: str, signature: inspect.Signature, args: Any, kwargs: Any, error: TypeError
 ) -> UsageError:
     """The error for a call that Python refused, with the form that it has."""
-    _, misfit = call_catching(signature.bind, *args, **kwargs)
-    return UsageError(f"{name}: {misfit or error}; write {_call_form(name, signature)}")
+    problem = str(error)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as misfit:
+        problem = str(misfit)
+    return UsageError(f"{name}: {problem}; write {_call_form(name, signature)}")
 
 
 def _call_form(name: str, signature: inspect.Signature) -> str:

@@ -380,6 +380,10 @@ class StoreFull(StoreError):
         self.disk = disk
         self.closing = closing
 
+    def again(self) -> "StoreFull":
+        """An equal error to raise, where this one is kept: a raised error refers to its frames."""
+        return StoreFull(str(self), self.retry_after, disk=self.disk, closing=self.closing)
+
 
 class NotFound(StoreError):
     exit_code = 5
@@ -399,18 +403,31 @@ which they would end.
 def error_summary(error: BaseException) -> dict[str, Any]:
     """`{"type": "module:QualName", "message": str}`, the short form used in logs and the API."""
     cls = type(error)
-    return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": str(error)}
+    return {"type": f"{cls.__module__}:{cls.__qualname__}", "message": error_text(error)}
 
 
-def call_catching(
-    call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-) -> tuple[T | None, BaseException | None]:
-    """`(value, None)` if the call returns, `(None, error)` if it raises, whatever it raises.
+def error_text(error: BaseException) -> str:
+    """`str(error)`, also where the `__str__` of a user's error raises."""
+    try:
+        return str(error)
+    except BaseException as broken:  # user code: the text says so
+        return f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
 
-    For user code whose exception is recorded and does not stop the caller: a filter, a key, the
-    constructor or `__str__` of a user's error. `sys.exit()` there must not end a loop of ours.
+
+def error_line(error: BaseException) -> str:
+    """`Type: text`."""
+    return f"{type(error).__name__}: {error_text(error)}"
+
+
+def value_or_none(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+    """What the call returns, or None if it raises, whatever it raises.
+
+    For user code whose exception is of no interest and does not stop the caller. Where it is of
+    interest, write `try` and `except ... as error`, and do not keep the error in another local
+    variable: it refers to the frames that it passed through and to their callers, so that each of
+    them, and what they refer to, would stay in memory until the garbage collector runs.
     """
     try:
-        return call(*args, **kwargs), None
-    except BaseException as error:  # user code: any exception is a result
-        return None, error
+        return call(*args, **kwargs)
+    except BaseException:  # user code: any exception is a result
+        return None

@@ -106,6 +106,7 @@ class DaemonThreads:
             _run(future, call, args)
             with self._lock:
                 self._left_behind.discard(future)
+                del future, call, args  # not kept until the next one
                 if self._threads > self._allowed:  # the one that replaced this thread stays
                     self._threads -= 1
                     return
@@ -113,7 +114,6 @@ class DaemonThreads:
                     self._waiting -= 1
                 else:
                     self._idle += 1
-            del future, call, args  # not kept until the next one
 
     def _after_fork(self) -> None:
         self._lock = threading.Lock()
@@ -131,5 +131,6 @@ def _run(future: Future[Any], call: Callable[..., Any], args: tuple[Any, ...]) -
         value = call(*args)
     except BaseException as error:  # user code: whoever waits gets it, the thread lives on
         future.set_exception(error)
+        del future  # it holds the error, which refers to this frame
     else:
         future.set_result(value)

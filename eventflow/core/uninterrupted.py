@@ -24,7 +24,11 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     if was_cancelled:
         raise asyncio.CancelledError
     if (error := task.result()) is not None:
-        raise error
+        del task
+        try:
+            raise error
+        finally:  # the error refers to this frame
+            del error
 
 
 async def error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:

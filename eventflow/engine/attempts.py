@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from eventflow.core.clock import Clock, microseconds, timer_after
-from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, call_catching
+from eventflow.core.errors import ANY_FAILURE, TaskTimedOut, error_text, value_or_none
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.engine.actions import (
     Action,
@@ -168,6 +168,8 @@ class Attempts(msgspec.Struct, eq=False):
         ) as error:  # around an attempt: recorded, and retried if its Retry allows
             if isinstance(error, GeneratorExit) and not _is_running(me):
                 raise  # the loop is gone, and this coroutine is freed
+            if call.thread is not None and call.handle is me:
+                call.thread = None  # its future holds the error, which refers to this frame
             if call.handle is not me or not self._run_end.is_open:
                 pass  # Abandoned: cancelled by the flow or by a drain, or left behind.
             elif (
@@ -190,8 +192,9 @@ class Attempts(msgspec.Struct, eq=False):
                 context.close()
 
     def _guarded(self, step: Callable[..., None], *args: Any) -> None:
-        _, fault = call_catching(step, *args)
-        if fault is not None:  # ours, or of a callable that the app gave its Retry
+        try:
+            step(*args)
+        except BaseException as fault:  # ours, or of a callable that the app gave its Retry
             self._carry_out(ReportFault(fault))
 
     # ----------------------------------------------------------------- limits
@@ -312,11 +315,10 @@ class Attempts(msgspec.Struct, eq=False):
         options = call.task.options
         call.failed_attempts += 1
         delay = options.retries.delay_after(call.failed_attempts, error, services.rng)
-        text, _ = call_catching(str, error)
         log.warning(  # in the attempt's context, which adds the run, the task and the attempt
             "task.attempt_failed",
             retry_in=None if delay is None else round(delay, 3),
-            error=f"{type(error).__name__}: {KNOWN_SECRETS.excerpt(text or '', MAX_DETAIL)}",
+            error=f"{type(error).__name__}: {KNOWN_SECRETS.excerpt(error_text(error), MAX_DETAIL)}",
         )
         entry = Entry(
             call_key=call.call_key,
@@ -330,7 +332,7 @@ class Attempts(msgspec.Struct, eq=False):
         arrivals: list[Arrival] = []
         if delay is None:
             for fields in (call.body and call.body.failure_events) or ():
-                arrival, _ = call_catching(services.derived.event, self.run, *fields)
+                arrival = value_or_none(services.derived.event, self.run, *fields)
                 if arrival is not None:  # else refused: the chain of events is too long already
                     arrivals.append(arrival)
             self._run_hook(options.on_failure, error)
@@ -490,6 +492,8 @@ async def _thread_result(thread: ThreadFuture[Any], task: str, services: WorkerS
                 hint="a thread cannot be stopped: give its I/O a timeout of its own",
             )
         raise
+    finally:  # it holds the error, which refers to this frame
+        del thread
 
 
 def _work(context: Context, call: TaskCall, clock: Clock, begun: Callable[[], None] | None) -> Any:

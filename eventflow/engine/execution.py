@@ -21,7 +21,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, timer_after
-from eventflow.core.errors import StoreError, call_catching
+from eventflow.core.errors import StoreError, error_line
 from eventflow.engine.actions import (
     AbandonAttempt,
     Action,
@@ -129,9 +129,9 @@ class Execution(FlowCalls):
         Call it from a plain callback on the worker's loop.
         """
         context = copy_context()
-        coro, error = call_catching(context.run, self.make_coroutine)
-        if coro is None:
-            assert error is not None
+        try:
+            coro = context.run(self.make_coroutine)
+        except BaseException as error:  # the arguments cannot be bound, or a user's class raised
             self._settle(Failed(self.run_end.encode_error(error)))
             return
         journal = self.pending.journal
@@ -329,7 +329,7 @@ class Execution(FlowCalls):
                     "run.internal_error", run=self.run_id, flow=self.flow.name, exc_info=fault
                 )
                 if not self.run_end.is_closed:
-                    what = f"{type(fault).__name__}: {fault}"
+                    what = error_line(fault)
                     self._settle(
                         NeedsAttention(f"a defect in eventflow, or in an object of the app: {what}")
                     )

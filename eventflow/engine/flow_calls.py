@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import orjson
 
 from eventflow.core.declarations import format_location
-from eventflow.core.errors import ResultsUnavailable, call_catching
+from eventflow.core.errors import ResultsUnavailable, error_text
 from eventflow.engine.actions import Action, AppendEntry, EndRun
 from eventflow.engine.awaitables import Call, ChildCall, ControlSignal, EmitCall, Pending
 from eventflow.engine.lost_calls import report_unawaited
@@ -149,17 +149,15 @@ class FlowCalls(ABC):
     def emission(self, call: EmitCall) -> AppendEntry:
         """The entry that publishes the event; or the error that the flow receives instead."""
         ident = f"{self.run_id}/{call.call_key}"
-        arrival, error = call_catching(
-            self.services.derived.event, self.run, ident, call.type, call.fields
-        )
-        if arrival is not None:
-            entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
-            return AppendEntry(entry, (arrival,))
-        assert error is not None
-        attempt = self.pending.journal.attempts(call.call_key)[0] + 1
-        entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
-        entry.error = self.run_end.encode_error(error)
-        return AppendEntry(entry)
+        try:
+            arrival = self.services.derived.event(self.run, ident, call.type, call.fields)
+        except BaseException as error:  # of this event, or of user code that it starts
+            attempt = self.pending.journal.attempts(call.call_key)[0] + 1
+            entry = Entry(call_key=call.call_key, kind=Kind.ERROR, attempt=attempt)
+            entry.error = self.run_end.encode_error(error)
+            return AppendEntry(entry)
+        entry = Entry(call_key=call.call_key, kind=Kind.EMIT, value=ident.encode())
+        return AppendEntry(entry, (arrival,))
 
     async def perform_restart(self, params: dict[str, Any]) -> NoReturn:
         if self.run_end.is_signalled:
@@ -267,15 +265,15 @@ def answer(call: Call, entry: Entry, services: WorkerServices, journal: Journal)
     elif isinstance(call, EmitCall):
         future.set_result((entry.value or b"").decode())
     else:
-        value, error = call_catching(_decode, call, entry, services)
-        if error is None:
-            future.set_result(value)
-        elif isinstance(error, ResultsUnavailable):
+        try:
+            value = _decode(call, entry, services)
+        except ResultsUnavailable:
             return retry_later(services, journal)
-        else:  # the code reads another type than was stored; the value stays
+        except BaseException as error:  # the code reads another type than was stored; it stays
             return NeedsAttention(
-                f"{call.call_key}: the recorded value cannot be read back: {error}"
+                f"{call.call_key}: the recorded value cannot be read back: {error_text(error)}"
             )
+        future.set_result(value)
     return None
 
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 import orjson
 
 from eventflow.core.clock import SECOND, to_datetime
-from eventflow.core.errors import call_catching
 from eventflow.engine.attempts import run_hook
 from eventflow.engine.execution import Execution
 from eventflow.engine.worker_services import WorkerServices
@@ -66,9 +65,11 @@ class Outcomes:
         name = execution.run_id
         options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
-            value, error = call_catching(self._value, execution, outcome)
-            if error is None:
-                self._services.spawn(run_hook(name, options.on_success, name, value))
+            try:
+                value = self._value(execution, outcome)
+            except BaseException:  # a result that cannot be read has no hook
+                return
+            self._services.spawn(run_hook(name, options.on_success, name, value))
         elif isinstance(outcome, Failed) and options.on_failure is not None:
             error = decode_error(outcome.error)
             self._services.spawn(run_hook(name, options.on_failure, name, error))

@@ -14,7 +14,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
-from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut, call_catching
+from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut
 from eventflow.engine.actions import EndRun
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.lost_calls import returned_unawaited
@@ -136,12 +136,14 @@ class RunEnd(msgspec.Struct, eq=False):
             return self.signal_outcome()  # any other result is a consequence
         error = root.exception()
         if error is None:
-            outcome, error = call_catching(self._complete, root.result(), name, journal, on_stored)
-            if error is None:
-                return outcome
-            if type(root.result()) is CoroutineType:  # why it cannot be encoded
-                error = returned_unawaited(self._flow.name, root.result())
-        elif isinstance(error, TypeError | AttributeError) and "'coroutine'" in str(error):
+            try:
+                return self._complete(root.result(), name, journal, on_stored)
+            except BaseException as unstorable:  # a result without a form, or a user's class
+                if type(root.result()) is CoroutineType:  # why it cannot be encoded
+                    lost = returned_unawaited(self._flow.name, root.result())
+                    return Failed(self.encode_error(lost))
+                return Failed(self.encode_error(unstorable))
+        if isinstance(error, TypeError | AttributeError) and "'coroutine'" in str(error):
             error.add_note(
                 "A call of a task or a flow returns a coroutine: write `await` before the call to "
                 "get its value."

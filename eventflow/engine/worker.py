@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eventflow.core.clock import Clock
-from eventflow.core.errors import StoreError, call_catching
+from eventflow.core.errors import StoreError, error_line
 from eventflow.core.threads import DaemonThreads
 from eventflow.engine.claimer import Claimer
 from eventflow.engine.durations import Durations
@@ -323,12 +323,10 @@ class Worker:
             )
             self._end(run, NeedsAttention(reason))
             return
-        execution, fault = call_catching(
-            Execution, self._services, run, flow, Journal(entries), self._on_settled
-        )
-        if execution is None:
-            reason = f"it cannot be started: {type(fault).__name__}: {fault}"
-            self._end(run, NeedsAttention(reason))
+        try:
+            execution = Execution(self._services, run, flow, Journal(entries), self._on_settled)
+        except BaseException as fault:  # of this run: the others continue
+            self._end(run, NeedsAttention(f"it cannot be started: {error_line(fault)}"))
             return
         self.executions[run.id] = execution
         execution.guarded(execution.begin)

@@ -22,7 +22,7 @@ import msgspec
 
 from eventflow.core.backpressure import wait_while_full
 from eventflow.core.clock import Clock
-from eventflow.core.errors import ANY_FAILURE, StoreError, StoreFailed, StoreFull
+from eventflow.core.errors import ANY_FAILURE, StoreError, StoreFailed, StoreFull, error_line
 from eventflow.core.retry import Backoff
 from eventflow.events.event import Event, EventOutcome, Json, Receipt, Trigger, Undecodable
 from eventflow.intake.received_log import log_received
@@ -235,32 +235,32 @@ class Reactor:
                 started = self.clock.monotonic()
                 health.state = "listening"
                 log.info("trigger.started", trigger=trigger.name, kind=health.kind)
+                end = "the listener returned"
+                is_failed_store = False
                 try:
                     await trigger.listen(intake)
-                    error: BaseException | None = None
                 except (
                     ANY_FAILURE
-                ) as raised:  # a source may fail in any way; the others are unaffected
-                    error = raised
-                if self.draining and isinstance(error, StoreFull):
-                    return  # the drain ended its wait; it is cancelled next
+                ) as error:  # a source may fail in any way; the others are unaffected
+                    if self.draining and isinstance(error, StoreFull):
+                        return  # the drain ended its wait; it is cancelled next
+                    end = error_line(error)
+                    is_failed_store = isinstance(error, StoreFailed)
                 if self.clock.monotonic() - started > STABLE_AFTER_SECONDS:
                     backoff.reset()
                 retry_in = next(backoff)
-                self._note_end(health, error, retry_in)
+                self._note_end(health, end, retry_in, is_failed_store)
                 await asyncio.sleep(retry_in)
         finally:
             health.state = "stopped"
 
     def _note_end(
-        self, health: TriggerHealth, error: BaseException | None, retry_in: float
+        self, health: TriggerHealth, end: str, retry_in: float, is_failed_store: bool
     ) -> None:
         health.state = "restarting"
         health.failures += 1
-        health.last_error = (
-            "the listener returned" if error is None else f"{type(error).__name__}: {error}"
-        )
-        if isinstance(error, StoreFailed):
+        health.last_error = end
+        if is_failed_store:
             return  # the server stops the process and logs the reason once
         log.warning(
             "trigger.restarted",
@@ -297,7 +297,11 @@ class Reactor:
                 self._log_backpressure(trigger, full)
             if full.closing or max_wait == 0:
                 raise
-            return await self._record_later(route, trigger, cursor, max_wait, full)
+            size = 0 if max_wait is None else sum(len(arrival.body) for arrival in route())
+            if self._in_flight[trigger].waiting_size + size > MAX_WAITING_BYTES:
+                raise
+            reason = str(full)
+        return await self._record_later(route, trigger, cursor, max_wait, size, reason)
 
     async def _record_later(
         self,
@@ -305,17 +309,16 @@ class Reactor:
         trigger: str,
         cursor: Mapping[str, Json] | None,
         max_wait: float | None,
-        full: StoreFull,
+        size: int,
+        reason: str,
     ) -> list[Receipt]:
+        """`size`: bytes that wait. `reason`: why there is no room."""
         own = self._in_flight[trigger]
         health = self.health.get(trigger)
-        size = 0 if max_wait is None else sum(len(arrival.body) for arrival in route())
-        if own.waiting_size + size > MAX_WAITING_BYTES:
-            raise full
         own.waiting_calls += 1
         own.waiting_size += size
         if health is not None:
-            health.backpressure = str(full)
+            health.backpressure = reason
         try:
             return await wait_while_full(lambda: self._enter(route(), trigger, cursor), max_wait)
         finally:
@@ -341,8 +344,8 @@ class Reactor:
         for arrival in arrivals:
             size += len(arrival.body)
         own = self._in_flight[trigger]
-        if arrivals and (full := self._full(own, len(arrivals), size)) is not None:
-            raise full
+        if arrivals:
+            self._check_room(own, len(arrivals), size)
         self._events += len(arrivals)
         self._bytes += size
         own.events += len(arrivals)
@@ -404,9 +407,10 @@ class Reactor:
             if not call.receipts.done():  # else the caller was cancelled; the transaction was not
                 call.receipts.set_result(receipts)
 
-    def _full(self, own: InFlight, events: int, size: int) -> StoreFull | None:
+    def _check_room(self, own: InFlight, events: int, size: int) -> None:
+        """Raises StoreFull if these events have no room."""
         if self.draining:
-            return StoreFull("the server is stopping", 5.0, closing=True)
+            raise StoreFull("the server is stopping", 5.0, closing=True)
         if self._events:
             # In a full queue the free share is negative, so the share bounds the sum too.
             free = MAX_EVENTS - self._events - events
@@ -415,9 +419,10 @@ class Reactor:
                 own.events + events > FAIR_SHARE_FACTOR * free
                 or own.size + size > FAIR_SHARE_FACTOR * free_bytes
             ):
-                return StoreFull(
+                raise StoreFull(
                     f"{self._events} events wait for their commit,"
                     f" {own.events} from the same trigger",
                     1.0,
                 )
-        return self.store.capacity()
+        if (full := self.store.capacity()) is not None:
+            raise full.again()

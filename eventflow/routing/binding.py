@@ -35,7 +35,7 @@ import orjson
 
 from eventflow.core.canonical import dump_model, may_hold_sets, sort_sets
 from eventflow.core.declarations import nearest
-from eventflow.core.errors import BindingError, NotStorable, UsageError, call_catching
+from eventflow.core.errors import BindingError, NotStorable, UsageError, value_or_none
 from eventflow.events.event import Event
 from eventflow.serialization.tagged_json import is_plain, reads_back, type_name
 
@@ -214,7 +214,7 @@ class Binder:
         For `codecs.is_recorded_unsorted`.
         """
         fields = orjson.loads(params)
-        arguments, _ = call_catching(self._bind, fields, strict=True)
+        arguments = value_or_none(self._bind, fields, strict=True)
         if arguments is not None:
             fields = sort_sets({name: arguments.get(name) for name in fields}, fields, marked=True)
         return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import orjson
 
 from eventflow.core.declarations import format_location, is_own_file
-from eventflow.core.errors import BindingError, call_catching
+from eventflow.core.errors import BindingError, error_line
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Event
 from eventflow.events.storable import storable_text
@@ -68,8 +68,9 @@ class FlowStep:
 
     def __call__(self, arrival: Arrival, incoming: Incoming, run_id: int) -> Verdict:
         subscription = self._subscription
-        found, error = call_catching(_match, subscription, incoming)
-        if found is None:
+        try:
+            found = _match(subscription, incoming)
+        except BaseException as error:  # user code: what it raises is the reason of a dead letter
             return reject(arrival, subscription.name, error, self._sinks)
         if isinstance(found, str):
             return verdict(subscription.name, "filtered", found, "suppressed")
@@ -141,9 +142,7 @@ def kept_text(reason: str) -> str:
     return KNOWN_SECRETS.remove_from(storable_text(reason))
 
 
-def reject(
-    arrival: Arrival, name: str, error: BaseException | None, sinks: Sequence[str]
-) -> Verdict:
+def reject(arrival: Arrival, name: str, error: BaseException, sinks: Sequence[str]) -> Verdict:
     """Add a dead letter of this subscription; the verdict *invalid*."""
     reason = kept_text(_reason(error))
     arrival.dead_letters = [*arrival.dead_letters, (name, reason)]
@@ -151,16 +150,16 @@ def reject(
     return verdict(name, "invalid", reason, "dead")
 
 
-def _reason(error: BaseException | None) -> str:
+def _reason(error: BaseException) -> str:
     """Why an event is a dead letter: the error, and the line of the user's callable (`where=`,
     `params=`, `key=`) that raised it.
     """
     if isinstance(error, BindingError):
         return str(error)
-    reason = f"{type(error).__name__}: {error}"
+    reason = error_line(error)
     if "'Event' object" in reason:
         reason += "; the argument is the event, its data is event.data"
-    step = None if error is None else error.__traceback__
+    step = error.__traceback__
     while step is not None and step.tb_next is not None:
         step = step.tb_next
     code = None if step is None else step.tb_frame.f_code
@@ -196,15 +195,15 @@ class PatternStep:
         event = incoming.event
         mismatch: str | None = None
         for number, part in self._parts:
-            error = None
-            if part.filter is not None:
-                mismatch, error = call_catching(part.filter.mismatch, event)
-                if mismatch is not None:
-                    continue
             key = None
-            if part.key is not None and error is None:
-                key, error = call_catching(_join_key, part.key, event)
-            if error is not None:
+            try:
+                if part.filter is not None:
+                    mismatch = part.filter.mismatch(event)
+                    if mismatch is not None:
+                        continue
+                if part.key is not None:
+                    key = _join_key(part.key, event)
+            except BaseException as error:  # user code: as in FlowStep
                 return reject(arrival, name, error, self._sinks)
             if part.key is not None and key is None:
                 missing = f"it has no join key: no field that by= of {self._label} names"
@@ -246,8 +245,9 @@ class SinkStep:
         subscription = self._subscription
         name = subscription.name
         if subscription.filter is not None:
-            mismatch, error = call_catching(subscription.filter.mismatch, incoming.event)
-            if error is not None:
+            try:
+                mismatch = subscription.filter.mismatch(incoming.event)
+            except BaseException as error:  # user code: as in FlowStep
                 return reject(arrival, name, error, ())
             if mismatch is not None:
                 return verdict(name, "filtered", mismatch, "")

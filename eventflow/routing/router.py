@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Clock, in_seconds, to_datetime
-from eventflow.core.errors import DepthExceeded, NotStorable, call_catching
+from eventflow.core.errors import DepthExceeded, NotStorable, error_line, value_or_none
 from eventflow.core.hashing import digest, digest_text
 from eventflow.events.event import MAX_DEPTH, Event, Receipt, Undecodable
 from eventflow.events.storable import (
@@ -131,9 +131,9 @@ class Router:
         except Exception as error:  # of this event: the others of its batch are recorded
             kept, body = storable_event(item)
             if body is None:  # a redrive needs other data
-                shown, _ = call_catching(ascii, item.data)
+                shown = value_or_none(ascii, item.data)
                 body = (shown or "").encode()[:MAX_SHOWN_BYTES]
-            reason = f"it cannot be recorded as it is: {type(error).__name__}: {error}"
+            reason = f"it cannot be recorded as it is: {error_line(error)}"
             return self._dead_letter(trigger, kept, body, reason, headers=headers)
 
     def route_emitted(self, event: Event, depth: int | None = None) -> Arrival:

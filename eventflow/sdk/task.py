@@ -42,7 +42,7 @@ from eventflow.core.declarations import (
     text,
     whole_number,
 )
-from eventflow.core.errors import TaskTimedOut, UsageError, call_catching
+from eventflow.core.errors import TaskTimedOut, UsageError, value_or_none
 from eventflow.core.hashing import digest
 from eventflow.core.large_values import LargeValues
 from eventflow.core.retry import Retry, as_retry
@@ -461,7 +461,7 @@ def definition_location(fn: Callable[..., Any]) -> str | None:
 
 def check_result(fn: Callable[..., Any], where: str, *, pickle_hint: bool) -> None:
     """UsageError if the return annotation tells that no result can be stored."""
-    hints, _ = call_catching(get_type_hints, fn, include_extras=True)
+    hints = value_or_none(get_type_hints, fn, include_extras=True)
     if hints is not None:  # else a class it names is defined, or imported, after the task
         check_return_annotation(hints.get("return", Any), where, pickle_hint=pickle_hint)
 

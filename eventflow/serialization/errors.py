@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import orjson
 
 from eventflow.core.declarations import format_location
-from eventflow.core.errors import NotStorable, TaskFailed, call_catching
+from eventflow.core.errors import NotStorable, TaskFailed, error_text, value_or_none
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.serialization.tagged_json import from_tagged, to_tagged, type_name
 
@@ -60,7 +60,7 @@ def encode_error(
     and message are recorded: this function does not raise.
     """
     is_imported = is_imported_everywhere or _anywhere
-    data, _ = call_catching(_encode, error, is_imported)
+    data = value_or_none(_encode, error, is_imported)
     return data if data is not None else orjson.dumps(_describe_briefly(error, is_imported))
 
 
@@ -125,9 +125,9 @@ def _describe_briefly(
 ) -> dict[str, Any]:
     """The description of an error whose parts cannot be read."""
     kind = type(error)
-    name, _ = call_catching(_class_name, kind)
-    message, _ = call_catching(_kept_message, error)
-    known, _ = call_catching(_bases_by_name, kind)
+    name = value_or_none(_class_name, kind)
+    message = value_or_none(_kept_message, error)
+    known = value_or_none(_bases_by_name, kind)
     return {
         "type": name or f"unknown:{kind.__name__}",
         "message": message or "",
@@ -173,12 +173,7 @@ def _bases_by_name(kind: type[BaseException]) -> tuple[tuple[str, str], ...]:
 
 def _message(error: BaseException) -> str:
     is_group = isinstance(error, BaseExceptionGroup)
-    text, broken = call_catching(str, cast(Any, error).message if is_group else error)
-    return (
-        text
-        if text is not None
-        else f"<{type(error).__name__}.__str__ raised {type(broken).__name__}>"
-    )
+    return error_text(cast(Any, error).message if is_group else error)
 
 
 def _kept_message(error: BaseException) -> str:
@@ -193,7 +188,7 @@ def _arguments(error: BaseException, kind: _ErrorClass) -> list[Any]:
             [error.filename] if error.filename2 is None else [error.filename, None, error.filename2]
         )
     if kind.is_validation_error:
-        reduced, _ = call_catching(error.__reduce__)
+        reduced = value_or_none(error.__reduce__)
         return args if reduced is None else [*cast(Any, reduced)[1]]
     return args
 
@@ -206,11 +201,7 @@ def _detail(value: Any) -> Any:
     try:
         form = to_tagged(value, "")
         masked = KNOWN_SECRETS.remove_from_data(form)
-        if (
-            masked is not form
-            and masked != form
-            and call_catching(from_tagged, masked)[1] is not None
-        ):
+        if masked is not form and masked != form and value_or_none(from_tagged, masked) is None:
             return None  # it was in a value that is not text
         return masked if len(orjson.dumps(masked)) <= MAX_DETAIL else None
     except (NotStorable, TypeError, RecursionError):
@@ -356,7 +347,7 @@ def _make(fields: dict[str, Any]) -> BaseException:
             for kind in found
             if not any(other is not kind and issubclass(other, kind) for other in found)
         )
-        error, _ = call_catching(_replacement, nearest, fields)
+        error = value_or_none(_replacement, nearest, fields)
         if error is not None:
             return error
         found = found[1:]
@@ -368,7 +359,7 @@ def _make_as_before(fields: dict[str, Any]) -> BaseException:
     kind = _find_error_class(fields["type"])
     args = _recorded_args(fields)
     if kind is not None and args is not None:
-        error, _ = call_catching(kind, *args)
+        error = value_or_none(kind, *args)
         if error is not None and _has_text(error, kind, fields):
             return error
     return _plain_replacement(fields)
@@ -391,12 +382,12 @@ def _instance(kind: type[Exception], fields: dict[str, Any]) -> Exception | None
     args = _recorded_args(fields)
     if args is not None:
         make = cast(Any, kind).from_exception_data if _is_validation_error(kind) else kind
-        error, _ = call_catching(make, *args)
+        error = value_or_none(make, *args)
         if error is not None and _has_text(error, kind, fields):
             _set_state(error, fields)
             if _has_text(error, kind, fields):
                 return error
-    error, _ = call_catching(_make_without_init, kind, fields)
+    error = value_or_none(_make_without_init, kind, fields)
     return error if error is not None and _has_text(error, kind, fields) else None
 
 
@@ -434,7 +425,7 @@ def _set_state(error: Exception, fields: dict[str, Any]) -> None:
         if name not in outside:
             vars(error)[name] = value
         elif value is not None:  # None is their default, and OSError would print it
-            call_catching(setattr, error, name, value)
+            value_or_none(setattr, error, name, value)
 
 
 def _replacement(bases: tuple[type[Exception], ...], fields: dict[str, Any]) -> Exception:

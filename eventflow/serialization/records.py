@@ -15,7 +15,7 @@ from enum import Enum, Flag
 from types import ModuleType
 from typing import Any, cast
 
-from eventflow.core.errors import UsageError, call_catching
+from eventflow.core.errors import UsageError, value_or_none
 
 Tag = Callable[[Any, str], Any]
 """Tags a part of a value; the text is the path to it. Raises NotStorable."""
@@ -50,8 +50,8 @@ def _tag_dataclass(value: Any, kind: type[Any], path: str, tag: Tag) -> dict[str
     if any(not hasattr(value, field.name) for field in fields):
         return None
     arguments = {field.name: getattr(value, field.name) for field in fields if field.init}
-    again, error = call_catching(kind, **arguments)
-    if error is not None or not _same_state(value, again):
+    again = value_or_none(kind, **arguments)
+    if again is None or not _same_state(value, again):
         return None
     form = {name: tag(part, f"{path}.{name}") for name, part in arguments.items()}
     return {"$dataclass": [class_name(kind), form]}

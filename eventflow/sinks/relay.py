@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from eventflow.core.errors import ANY_FAILURE, StoreError
+from eventflow.core.errors import ANY_FAILURE, StoreError, error_line
 from eventflow.core.retry import Backoff, Permanent
 from eventflow.events.event import EventSink, OutboxMessage
 from eventflow.logs.log import get_logger
@@ -123,7 +123,7 @@ class SinkSender:
         health = self.health
         health.state = "failing"
         health.failures += 1
-        health.last_error = f"{type(error).__name__}: {error}"
+        health.last_error = error_line(error)
         log.warning(
             "sink.send_failed",
             sink=health.name,
@@ -219,6 +219,4 @@ class OutboxRelay:
             async with asyncio.timeout(CLOSE_TIMEOUT_SECONDS):
                 await sink.close()
         except ANY_FAILURE as error:  # around a sink: a failing close must not stop the shutdown
-            log.warning(
-                "sink.close_failed", sink=sink.name, error=f"{type(error).__name__}: {error}"
-            )
+            log.warning("sink.close_failed", sink=sink.name, error=error_line(error))

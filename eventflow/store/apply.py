@@ -12,7 +12,7 @@ from typing import Any, assert_never, cast
 
 import orjson
 
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import value_or_none
 from eventflow.core.hashing import digest
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
@@ -185,8 +185,8 @@ def _digest_in_written_order(arrival: Arrival) -> str | None:
     """The digest of an event's data as an earlier version made it: keys in the order in which they
     were written.
     """
-    fields, error = call_catching(orjson.loads, arrival.body or b"null")
-    if error is not None or not isinstance(fields, dict):
+    fields = value_or_none(orjson.loads, arrival.body or b"null")
+    if not isinstance(fields, dict):
         return None
     data = cast(dict[str, Any], fields).get("data")
     return digest(arrival.type.encode(), orjson.dumps(data), size=8).hex()

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import value_or_none
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Event, OutboxMessage
 from eventflow.logs.log import get_logger
@@ -46,7 +46,7 @@ def _message(row: Sequence[Any]) -> OutboxMessage | None:
         log.error("store.row_corrupt", table="events", row=format_id(ident))
         return None  # `eventflow doctor` reports it too; the other messages are sent
     body = first_body if subscription is not None and first_body is not None else body
-    event, _ = call_catching(Event.from_json, body)
+    event = value_or_none(Event.from_json, body)
     return OutboxMessage(
         number=number,
         event=event or Event(id=event_id, source=source, type=event_type, data=body),

@@ -10,6 +10,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
 
 from eventflow.core.clock import Clock
@@ -292,16 +293,11 @@ class SqliteStore:
         """A posted operation, awaited. A cancel of the caller does not reach the transaction."""
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-
-        def reply(value: Any) -> None:
-            if not done.done():
-                done.set_result(value)
-
-        self._open_writer().post(QueuedOperation(op, reply, loop))
-        value = await done
-        if isinstance(value, BaseException):
-            raise value
-        return value
+        self._open_writer().post(QueuedOperation(op, partial(_resolve, done), loop))
+        try:
+            return await done
+        finally:  # its error refers to this frame
+            del done
 
     async def _transact(self, verb: Callable[..., T], *args: Any, **options: Any) -> T:
         def call(tx: Transaction) -> T:
@@ -543,3 +539,13 @@ def _open_error(path: str, error: sqlite3.Error) -> StoreError:
     ):
         return StoreUnwritable(path, str(error))
     return StoreError(f"cannot open the store {path}: {error}")
+
+
+def _resolve(future: asyncio.Future[Any], value: Any) -> None:
+    """Sets the result or the error, unless the caller was cancelled."""
+    if future.done():
+        return
+    if isinstance(value, BaseException):
+        future.set_exception(value)
+    else:
+        future.set_result(value)

@@ -66,13 +66,15 @@ async def _check_idle(app: App) -> tuple[bool, int]:
         return connection.execute("SELECT batch FROM ledger").fetchone()[0]
 
     def answer(batch: Any) -> None:
-        if not answered.done():
+        if answered.done():
+            return
+        if isinstance(batch, BaseException):
+            answered.set_exception(batch)
+        else:
             answered.set_result(batch)
 
     app.store.post(cast(Any, ConnectionJob(last_batch)), answer, loop)
     batch = await answered
-    if isinstance(batch, BaseException):
-        raise batch
     await asyncio.sleep(0)
     return app.runtime.worker.is_idle and app.runtime.late_run_monitor.is_idle, batch
 

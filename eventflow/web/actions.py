@@ -11,7 +11,7 @@ import msgspec
 import orjson
 
 from eventflow.app import App
-from eventflow.core.errors import NotFound, UsageError, call_catching
+from eventflow.core.errors import NotFound, UsageError, value_or_none
 from eventflow.events.event import Event, Receipt
 from eventflow.logs.log import get_logger
 from eventflow.runs.run import State, format_id
@@ -142,7 +142,7 @@ def _corrected_event(letter: Mapping[str, Any], correction: Mapping[str, Any]) -
             return Event.from_dict(correction["event"])
         except (ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"event: {error}") from None
-    first, _ = call_catching(Event.from_json, letter["body"])
+    first = value_or_none(Event.from_json, letter["body"])
     if first is None and "data" not in correction:
         return _read_event(letter["body"])
     event = first or Event(id=letter["event_id"], source=letter["source"], type=letter["type"])

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from eventflow.app import App
 from eventflow.core.declarations import declaration
-from eventflow.core.errors import StoreLocked, call_catching
+from eventflow.core.errors import StoreLocked, UsageError
 from eventflow.logs.log import get_logger
 from eventflow.store.key_files import load_or_create_secret
 from eventflow.store.url import open_store
@@ -160,8 +160,7 @@ class Api:
         """Whether the host never opened the App, and no other worker of it has the store."""
         if self._was_opened:
             return False
-        _, closed = call_catching(getattr, self.app, "runtime")
-        if closed is None or isinstance(closed, StoreLocked):
+        if is_open_anywhere(self.app):
             self._was_opened = True
             return False
         if not self._has_warned:
@@ -240,3 +239,13 @@ def _by_method(handlers: dict[str, Handler]) -> Handler:
         return await handlers["GET" if request.method == "HEAD" else request.method](request)
 
     return handle
+
+
+def is_open_anywhere(app: App) -> bool:
+    """Whether the App is open, in this process or in another worker of the server."""
+    try:
+        return bool(app.runtime)
+    except StoreLocked:
+        return True
+    except UsageError:
+        return False

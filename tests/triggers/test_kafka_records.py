@@ -21,6 +21,7 @@ from eventflow.core.errors import EmptySecret, MissingExtra, UsageError
 from eventflow.events.event import Event
 from tests.brokers import Broker, given_or_noida, now_ms
 from tests.conftest import eventually
+from tests.garbage import leaving_no_error_cycles
 from tests.triggers.kafka_topic import Topic, make_topic
 from triggers import env, record_headers
 from triggers._kafka import session
@@ -718,3 +719,26 @@ def test_two_triggers_of_one_name(tmp_path: Path):
     app.on(Kafka("a", group_id="g"), work)
     with pytest.raises(UsageError, match="kafka:a"):
         app.on(Kafka("a", group_id="h"), work)
+
+
+def test_a_record_that_cannot_be_read_leaves_no_error_cycle(broker: Broker):
+    """The error of a record that is no JSON, or that the decoder or the ledger refuses, is freed at
+    once.
+    """
+
+    def refuse(record: ConsumerRecord) -> Any:
+        raise LookupError(record.offset)
+
+    def make_a_set(record: ConsumerRecord) -> Any:
+        return {record.offset}
+
+    async def work(topic: Topic) -> None:
+        for found, decode in enumerate(("json", refuse, make_a_set)):
+            with leaving_no_error_cycles():
+                await topic.send(b"{")
+                async with topic.read(decode=decode):
+                    await eventually(
+                        lambda found=found: len(topic.dead_letters) > found, "a dead letter"
+                    )
+
+    run(broker, work)

@@ -15,7 +15,7 @@ from enum import Enum
 from io import FileIO
 
 from eventflow.core.clock import to_datetime
-from eventflow.core.errors import SourceError, call_catching
+from eventflow.core.errors import SourceError, value_or_none
 from eventflow.events.event import Event, Json
 from eventflow.logs.progress import Progress
 from triggers._files.names import is_utf8, printable
@@ -176,7 +176,7 @@ class FileClassifier:
 
     def samples(self, paths: Sequence[bytes]) -> list[int | None]:
         """The sample of each file's content, for `LandedFile.sample`; None for unreadable ones."""
-        return [(call_catching(self._read, path)[0] or (None, None))[0] for path in paths]
+        return [(value_or_none(self._read, path) or (None, None))[0] for path in paths]
 
     def _read(self, path: bytes) -> tuple[int | None, str | None]:
         """`(sample, sha256)` of the content; None for what is not requested, or when the file is

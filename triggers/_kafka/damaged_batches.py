@@ -17,7 +17,7 @@ from aiokafka.record.default_records import _DefaultRecordBatchPy as DefaultBatc
 from aiokafka.record.util import decode_varint
 from aiokafka.structs import ConsumerRecord
 
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import value_or_none
 from triggers._kafka.client import KafkaRecord, TopicPartition
 
 _LENGTH = struct.Struct(">qi")
@@ -52,7 +52,7 @@ def decode_singly(
         is_ours = batch.validate_crc() and not batch.is_control_batch
         if not is_ours or (batch.is_transactional and aborted):
             return [], offset, whole
-        records, after = call_catching(_decode, tp, batch, offset)[0] or ([], whole)
+        records, after = value_or_none(_decode, tp, batch, offset) or ([], whole)
         if isinstance(after, Unreadable):
             return records, after.first, after
         return records, after, whole

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, cast
 import orjson
 
 from eventflow.core.clock import to_datetime
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import error_line, error_text
 from eventflow.core.retry import RetryAfter
 from eventflow.events.cloudevents import is_json, media_type
 from eventflow.events.event import Event, Undecodable
@@ -103,10 +103,12 @@ class RecordReader:
         dead letter then has the record's bytes.
         """
         if self.runs_user_code:
-            body, error = call_catching(event.to_json)
-            _, lost = call_catching(check_storable, event, body or b"")
-            if (problem := error or lost) is not None:
-                raise ValueError(f"decode= made data that cannot be recorded: {problem}")
+            try:
+                check_storable(event, event.to_json())
+            except BaseException as error:  # user code: its objects may raise anything
+                raise ValueError(
+                    f"decode= made data that cannot be recorded: {error_text(error)}"
+                ) from None
         return event
 
     # ------------------------------------------------------------------ plain records
@@ -161,16 +163,14 @@ class RecordReader:
         """The decoder's result. ValueError for what it raises; RetryLater where another try can
         help.
         """
-        data, error = call_catching(cast(Callable[[Any], Any], self._decode), record)
-        match error:
-            case None:
-                return data
-            case RetryAfter():
-                raise RetryLater(error.delay, str(error)) from error
-            case ConnectionError() | TimeoutError():
-                raise RetryLater(1.0, f"{type(error).__name__}: {error}") from error
-            case _:
-                raise ValueError(f"decode= raised {type(error).__name__}: {error}") from error
+        try:
+            return cast(Callable[[Any], Any], self._decode)(record)
+        except RetryAfter as error:
+            raise RetryLater(error.delay, error_text(error)) from error
+        except (ConnectionError, TimeoutError) as error:
+            raise RetryLater(1.0, error_line(error)) from error
+        except BaseException as error:  # user code: the record is a dead letter
+            raise ValueError(f"decode= raised {error_line(error)}") from error
 
     # ------------------------------------------------------------------ CloudEvents
 

@@ -236,7 +236,9 @@ class Session(ConsumerRebalanceListener):
                 *batch.items, cursor=cursor | self._positions.unrecorded_keys, max_wait=0
             )
         except StoreFull as full:  # nothing was recorded
-            self._on_store_full(full)
+            if full.closing:
+                raise
+            self._on_store_full(full.again())
             return
         finally:
             self._not_recording.set()
@@ -247,8 +249,6 @@ class Session(ConsumerRebalanceListener):
     # ------------------------------------------------------------------ back-pressure
 
     def _on_store_full(self, full: StoreFull) -> None:
-        if full.closing:
-            raise full
         now = self._options.clock.monotonic()
         if self.partitions.store_full is None:
             self._full_since = now

@@ -17,7 +17,7 @@ import msgspec
 import orjson
 
 from eventflow.core.clock import to_us
-from eventflow.core.errors import call_catching
+from eventflow.core.errors import value_or_none
 from eventflow.events.event import Event, parse_time
 
 CREATED = "io.eventflow.s3.object.created"
@@ -96,7 +96,7 @@ def _parse(text: str | bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
-        found, _ = call_catching(json.loads, text)
+        found = value_or_none(json.loads, text)
         if isinstance(found, dict) and "Records" in found:
             return cast(dict[str, Any], found)
         raise
@@ -137,22 +137,22 @@ def _from_records(records: Sequence[Any]) -> list[Notification | MalformedRecord
     notification.
     """
     found: list[Notification | MalformedRecord] = []
-    errors: list[ValueError] = []
+    readable = 0
     for index, record in enumerate(records):
         try:
             found.append(_from_record(record))
+            readable += 1
         except ValueError as error:  # of this record: the others are recorded
-            errors.append(error)
             found.append(MalformedRecord(index, _record_json(record), str(error)))
-    if errors and len(errors) == len(records):
-        raise errors[0]
+    if records and not readable:
+        raise ValueError(cast(MalformedRecord, found[0]).error)
     return found
 
 
 def _record_json(record: Any) -> bytes:
-    written, _ = call_catching(orjson.dumps, record)
+    written = value_or_none(orjson.dumps, record)
     if written is None:  # more than 254 levels, or a lone surrogate
-        text, _ = call_catching(json.dumps, record)
+        text = value_or_none(json.dumps, record)
         written = (text or "").encode()
     return written
 
