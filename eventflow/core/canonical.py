@@ -26,7 +26,7 @@ import msgspec
 _SORT_KEY = msgspec.json.Encoder(order="deterministic").encode
 _ATOMS = (
     str, int, float, bytes, bytearray, type(None), Enum, Decimal, date, time, timedelta, UUID,
-    PurePath,
+    PurePath, msgspec.Raw,
 )  # fmt: skip
 _CONTAINERS: frozenset[Any] = frozenset(
     {

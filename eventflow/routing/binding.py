@@ -323,7 +323,9 @@ class Binder:
         try:
             record = self._convert_record(fields)
         except msgspec.ValidationError as error:
-            raise self._binding_error(error) from error
+            if not str(error).startswith("Expected `raw`"):
+                raise self._binding_error(error) from error
+            record = self._read_record(fields)
         arguments = {
             name: value
             for name in self._data_parameters
@@ -332,6 +334,15 @@ class Binder:
         for name in self._adapters.keys() & arguments.keys():
             arguments[name] = self._adapt(name, arguments[name])
         return arguments
+
+    def _read_record(self, fields: dict[str, Any]) -> msgspec.Struct:
+        """As `_convert_record`, from JSON: a `msgspec.Raw` is a piece of its text."""
+        try:
+            return _json_reader(self._record)(orjson.dumps(fields))
+        except msgspec.ValidationError as error:
+            raise self._binding_error(error) from error
+        except TypeError as error:  # data that is no JSON
+            raise BindingError(self._flow, ", ".join(self._data_parameters), str(error)) from error
 
     def _adapt(self, name: str, value: Any) -> Any:
         try:
@@ -422,7 +433,8 @@ def _hints(fn: Callable[..., Any], flow_name: str) -> dict[str, Any]:
 
 
 def _is_event(annotation: Any) -> bool:
-    return annotation is Event or set(typing.get_args(annotation)) == {Event, type(None)}
+    members = typing.get_args(annotation)  # may be unhashable
+    return annotation is Event or members in ((Event, type(None)), (type(None), Event))
 
 
 def _is_list(annotation: Any) -> bool:
