@@ -275,6 +275,32 @@ def test_import_is_light():
     )
 
 
+def test_a_first_run_loads_only_what_it_needs(tmp_path: Path):
+    """A script that opens an App, waits for a run and closes it loads neither what only a server
+    needs nor anyio, which takes as long as the store and the engine together.
+    """
+    names = (*LAZY, "anyio", "importlib.resources", "eventflow.web.api")
+    code = f"""
+import asyncio, sys
+from eventflow import App, flow
+
+@flow
+async def first(n: int) -> int:
+    return n
+
+async def main():
+    async with App("first", store="sqlite:///first.db") as app:
+        await (await app.start(first, n=1)).result()
+
+asyncio.run(main())
+print(*[name for name in {names!r} if name in sys.modules])
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    assert found.stdout.split() == []
+
+
 # --------------------------------------------------------------------------- dependencies
 
 

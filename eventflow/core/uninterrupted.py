@@ -1,7 +1,9 @@
 """Work that a cancel of the caller must not stop half-way: closing."""
 
 import asyncio
+import sys
 from collections.abc import Coroutine
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from eventflow.core.errors import ANY_FAILURE
@@ -13,9 +15,7 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
     """
     task = asyncio.ensure_future(error_of(work))
     was_cancelled = False
-    from anyio import CancelScope  # loaded when an App closes
-
-    with CancelScope(shield=True):
+    with _shield():
         while not task.done():
             try:
                 await asyncio.wait((task,))
@@ -29,6 +29,14 @@ async def uninterrupted(work: Coroutine[Any, Any, None]) -> None:
             raise error
         finally:  # the error refers to this frame
             del error
+
+
+def _shield() -> AbstractContextManager[object]:
+    """A scope that the cancelled scopes of anyio around it do not reach. There are none in a
+    process that has not imported anyio, which takes as long as all of eventflow.
+    """
+    anyio = sys.modules.get("anyio")
+    return nullcontext() if anyio is None else anyio.CancelScope(shield=True)
 
 
 async def error_of(work: Coroutine[Any, Any, None]) -> BaseException | None:

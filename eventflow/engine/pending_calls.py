@@ -210,10 +210,12 @@ class PendingCalls:
 
     def start_emissions(self) -> list[EmitCall]:
         """The emissions to start, if nothing else is; otherwise none."""
-        unstarted = [target for target in self.unstarted if target.call_key in self.waiting]
-        calls = [target for target in unstarted if isinstance(target, EmitCall)]
-        if len(calls) < len(unstarted):
-            return []
+        calls: list[EmitCall] = []
+        for target in self.unstarted:
+            if target.call_key in self.waiting:
+                if not isinstance(target, EmitCall):
+                    return []
+                calls.append(target)
         self.unstarted = []
         return calls
 

@@ -12,9 +12,10 @@ import asyncio
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreError, error_line
@@ -67,8 +68,7 @@ LOG_EVENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
+class WorkerOptions(msgspec.Struct, frozen=True):
     """`concurrency` bounds the runs that work at once, `max_in_memory` those held in memory
     (working, waiting for a slot, or in a short sleep); the rest waits in the store. `threads`
     bounds plain `def` task bodies. `secret` signs pickled values; `strict`: a run whose flow forgot
@@ -97,8 +97,9 @@ class Worker:
         flows: dict[str, Flow[..., Any]],
         blobs: Blobs,
         checkpoints: CheckpointStore,
-        options: WorkerOptions = WorkerOptions(),
+        options: WorkerOptions | None = None,
     ) -> None:
+        options = options or WorkerOptions()
         self._services = WorkerServices(
             store=store,
             clock=clock,
@@ -261,17 +262,16 @@ class Worker:
         if self._begin_is_scheduled and not scheduled:
             return
         self._begin_is_scheduled = False
-        with self._services.posts:
-            for _ in range(START_BATCH_SIZE):
-                if self.pause_reason or not self._limits.slots.is_free:
-                    return
-                if (run := self._queues.pop()) is None:
-                    return
-                self._limits.slots.working += 1
-                if run.token == 1 and not run.crash_suspect and run.mode is None:
-                    self._execute(run, ())
-                else:
-                    self._services.spawn(self._load(run))
+        for _ in range(START_BATCH_SIZE):
+            if self.pause_reason or not self._limits.slots.is_free:
+                return
+            if (run := self._queues.pop()) is None:
+                return
+            self._limits.slots.working += 1
+            if run.token == 1 and not run.crash_suspect and run.mode is None:
+                self._execute(run, ())
+            else:
+                self._services.spawn(self._load(run))
         self._begin_soon()
 
     def _begin_soon(self) -> None:
@@ -398,6 +398,7 @@ class Worker:
             or self._claimer.is_claiming
             or self._begin_is_scheduled
             or not services.next_turn.is_empty
+            or not services.posts.is_empty
             or services.owned_tasks
             or services.abandoned
             or self._queues.turns

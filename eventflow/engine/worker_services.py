@@ -98,33 +98,41 @@ class DerivedWork:
 
 
 class Posts:
-    """Operations on their way to the store. Those of a `with` block are posted at its end in one
-    piece, which takes the lock of the writer's queue once and wakes its thread once.
+    """Operations on their way to the store.
+
+    The first of a turn of the loop is posted at once: a result does not wait while user code blocks
+    the loop. The others of that turn are posted in the next, in one piece: that takes the lock of
+    the writer's queue once and wakes its thread once.
     """
 
-    __slots__ = ("_depth", "_loop", "_ops", "_replies", "_store")
+    __slots__ = ("_collects", "_context", "_loop", "_ops", "_replies", "_store")
 
     def __init__(self, store: Store, loop: asyncio.AbstractEventLoop) -> None:
         self._store = store
         self._loop = loop
-        self._depth = 0
+        self._context = Context()  # not that of the body or flow that posts first
+        self._collects = False
         self._ops: list[RunOp] = []
         self._replies: list[Callable[[Any], None]] = []
 
     def post(self, op: RunOp, reply: Callable[[Any], None]) -> None:
         """`reply` gets what the store answers, on the worker's loop."""
-        if self._depth:
+        if self._collects:
             self._ops.append(op)
             self._replies.append(reply)
-        else:
-            self._store.post(op, reply, self._loop)
+            return
+        self._collects = True
+        self._loop.call_soon(self.flush, context=self._context)
+        self._store.post(op, reply, self._loop)
 
-    def __enter__(self) -> None:
-        self._depth += 1
+    @property
+    def is_empty(self) -> bool:
+        return not self._ops
 
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth or not self._ops:
+    def flush(self) -> None:
+        """Posts what was collected."""
+        self._collects = False
+        if not self._ops:
             return
         ops = self._ops
         replies = self._replies
@@ -145,11 +153,10 @@ class Posts:
 class NextTurn:
     """Calls to make in the next turn of a loop, each once however often it is scheduled."""
 
-    __slots__ = ("_calls", "_loop", "_posts")
+    __slots__ = ("_calls", "_loop")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, posts: Posts) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._posts = posts
         self._calls: dict[Callable[[], None], None] = {}
 
     def schedule(self, call: Callable[[], None]) -> None:
@@ -164,9 +171,8 @@ class NextTurn:
     def _run(self) -> None:
         calls = self._calls
         self._calls = {}
-        with self._posts:
-            for call in calls:
-                call()
+        for call in calls:
+            call()
 
 
 @dataclass(slots=True, eq=False)
@@ -210,12 +216,13 @@ class WorkerServices:
         self.imported = frozenset(sys.modules)
         self.loop = loop
         self.posts = Posts(self.store, loop)
-        self.next_turn = NextTurn(loop, self.posts)
+        self.next_turn = NextTurn(loop)
         self._unawaited_watcher = watch_unawaited(FlowLoop)
 
     def close(self) -> None:
         """Ends what `start` began; idempotent."""
         if self._unawaited_watcher is not None:
+            self.posts.flush()  # the store may be closed before the loop's next turn
             self._unawaited_watcher.remove()
             self._unawaited_watcher = None
 

@@ -20,7 +20,6 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any, Final
 
-import anyio.to_thread
 import msgspec
 import orjson
 
@@ -343,7 +342,7 @@ class LogStore:
         Each has `seq`, `at` (microseconds), `level`, `logger`, `event`, `fields`, `task`,
         `attempt`.
         """
-        return await anyio.to_thread.run_sync(self._read, run, after, limit)
+        return await asyncio.to_thread(self._read, run, after, limit)
 
     def _read(self, run: int, after: int, limit: int) -> list[dict[str, Any]]:
         self.flush(1.0)

@@ -8,27 +8,27 @@ A store with data is copied first, to `PATH.schema-N.bak`.
 import os
 import sqlite3
 from collections.abc import Sequence
-from importlib import resources
+from pathlib import Path
 
 from eventflow.core.errors import StoreError
 from eventflow.store.backup import back_up
 
+SCHEMA = Path(__file__).with_name("schema")
 CURRENT = "current.sql"
 
 
 def migrations() -> list[tuple[int, str]]:
     """`(number, SQL)` of each numbered schema file, in order."""
-    files = (resources.files("eventflow.store") / "schema").iterdir()
     return sorted(
         (int(file.name.split(".")[0]), file.read_text())
-        for file in files
-        if file.name.endswith(".sql") and file.name != CURRENT
+        for file in SCHEMA.glob("*.sql")
+        if file.name != CURRENT
     )
 
 
 def current_schema() -> str:
     """The SQL that makes what all migrations together make, in one step."""
-    return (resources.files("eventflow.store") / "schema" / CURRENT).read_text()
+    return (SCHEMA / CURRENT).read_text()
 
 
 def migrate(

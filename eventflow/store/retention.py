@@ -9,7 +9,8 @@ letters, unsent messages, and the events that they need stay, however old.
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from eventflow.core.clock import SECOND
 from eventflow.runs.run import State
@@ -97,8 +98,7 @@ def _prune_runs(tx: Transaction, before: int, step: int) -> int:
     return len(gone)
 
 
-@dataclass
-class PayloadSearch:
+class PayloadSearch(msgspec.Struct):
     """Where the search for unneeded payloads goes on. From the beginning it walks over every
     identity without a payload, which a busy ledger can afford once a minute.
     """

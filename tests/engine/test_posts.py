@@ -1,4 +1,4 @@
-"""`Posts`: what the worker's loop posts to the store, one by one and in batches."""
+"""`Posts`: what the worker's loop posts to the store, one piece for each turn."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -35,53 +35,56 @@ def posts(queue: Queue) -> Iterator[Posts]:
 
 FIRST = MarkStarted(1, 1)
 SECOND = MarkStarted(2, 1)
+THIRD = MarkStarted(3, 1)
 
 
-def test_what_is_posted_outside_of_a_batch_is_queued_at_once(posts: Posts, queue: Queue) -> None:
-    """A single operation does not wait for others."""
-    posts.post(FIRST, print)
-    assert queue.posted == [(FIRST, print)]
-
-
-def test_a_batch_is_one_piece_in_its_order(posts: Posts, queue: Queue) -> None:
-    """The operations of a batch are queued at its end, also of an inner one, in one piece; each
-    caller gets its own reply.
+@pytest.mark.anyio
+async def test_what_follows_in_one_turn_is_one_piece(queue: Queue) -> None:
+    """The first operation of a turn is queued at once; those that follow in that turn are queued in
+    the next, in one piece and in their order; each caller gets its own reply.
     """
+    loop = asyncio.get_running_loop()
+    posts = Posts(cast(Store, queue), loop)
     replies: list[tuple[str, Any]] = []
-    with posts:
-        posts.post(FIRST, lambda reply: replies.append(("first", reply)))
-        with posts:
-            posts.post(SECOND, lambda reply: replies.append(("second", reply)))
-        assert not queue.posted
-    ((op, reply),) = queue.posted
-    assert op == OpList([FIRST, SECOND])
-    reply(["one", "two"])
-    assert replies == [("first", "one"), ("second", "two")]
-
-
-def test_a_batch_of_one_is_the_operation_itself(posts: Posts, queue: Queue) -> None:
-    """A batch adds nothing to a run that is alone."""
-    with posts:
-        posts.post(FIRST, print)
-    with posts:
-        pass
+    loop.call_soon(posts.post, FIRST, print)
+    loop.call_soon(posts.post, SECOND, lambda reply: replies.append(("second", reply)))
+    loop.call_soon(posts.post, THIRD, lambda reply: replies.append(("third", reply)))
+    await asyncio.sleep(0)
     assert queue.posted == [(FIRST, print)]
+    await asyncio.sleep(0)
+    _, (op, reply) = queue.posted
+    assert op == OpList([SECOND, THIRD])
+    reply(["two", "three"])
+    assert replies == [("second", "two"), ("third", "three")]
+
+
+@pytest.mark.anyio
+async def test_each_turn_posts_its_own_operations(queue: Queue) -> None:
+    """The first operation of the next turn is queued at once again."""
+    posts = Posts(cast(Store, queue), asyncio.get_running_loop())
+    for op in (FIRST, SECOND):
+        posts.post(op, print)
+        assert queue.posted[-1] == (op, print)
+        await asyncio.sleep(0)
+    assert len(queue.posted) == 2
+
+
+def test_flush_queues_what_was_posted(posts: Posts, queue: Queue) -> None:
+    """A worker that ends leaves nothing behind for a turn that may not come."""
+    posts.post(FIRST, print)
+    posts.post(SECOND, print)
+    posts.flush()
+    posts.flush()
+    assert queue.posted == [(FIRST, print), (SECOND, print)]
 
 
 def test_a_failed_store_answers_every_operation(posts: Posts, queue: Queue) -> None:
     """When storage failed, each caller of a batch gets the failure."""
     replies: list[Any] = []
-    with posts:
-        posts.post(FIRST, replies.append)
-        posts.post(SECOND, replies.append)
+    for op in (FIRST, SECOND, THIRD):
+        posts.post(op, replies.append)
+    posts.flush()
     failed = StoreError("the disk is gone")
-    queue.posted[0][1](failed)
-    assert replies == [failed, failed]
-
-
-def test_a_batch_that_raises_is_queued_all_the_same(posts: Posts, queue: Queue) -> None:
-    """An exception in a batch loses no operation posted before it."""
-    with pytest.raises(ZeroDivisionError), posts:
-        posts.post(FIRST, print)
-        raise ZeroDivisionError
-    assert queue.posted == [(FIRST, print)]
+    for _, reply in queue.posted:
+        reply(failed)
+    assert replies == [failed, failed, failed]
