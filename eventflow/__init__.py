@@ -23,7 +23,6 @@ from eventflow.events.event import (
 )
 from eventflow.routing.delivery import Batch, Debounce, Each, Latest, Singleflight
 from eventflow.routing.patterns import absent, all_of, any_of, count, part, sequence
-from eventflow.sdk import checks
 from eventflow.sdk.checkpoint import Checkpoint, checkpoint
 from eventflow.sdk.flow import current_run, emit, flow, restart_with, sleep, timeout
 from eventflow.sdk.task import current_task, task
@@ -70,12 +69,18 @@ __all__ = [
     "timeout",
 ]
 
-if not TYPE_CHECKING:  # the type checker knows the names
+if TYPE_CHECKING:
+    from eventflow.sdk import checks
+else:  # the type checker knows the names
 
     def __getattr__(name: str) -> Any:
-        """For `from eventflow import Cron`, a common mistake: the error names the right package."""
+        """Loads `checks` when it is used. For `from eventflow import Cron`, a common mistake: the
+        error names the right package.
+        """
         from importlib import import_module
 
+        if name == "checks":
+            return import_module("eventflow.sdk.checks")
         if not name.startswith("_") and name in import_module("triggers").__all__:
             raise ImportError(
                 f"{name} is in the package `triggers`; write `from triggers import {name}`",
