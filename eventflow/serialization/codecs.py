@@ -3,7 +3,7 @@
 The engine encodes the result of a task and gives the flow the decoded value, live and in a replay,
 so a value either comes back equal or is refused (`NotStorable`) when it is made. The name of a
 codec is stored beside the bytes: `json`, `tagged` (tagged_json.py), `bytes`, `typed` and
-`typed-tagged` (by the return annotation), `pickle` (only if the task asks for it; signed, and never
+`typed-*` (by the return annotation), `pickle` (only if the task asks for it; signed, and never
 read by the server). With `@blob` after it, the bytes are a reference (blobs.py). No class is ever
 imported by name. Pure functions, all on the hot path. Errors are in errors.py; the rows that hold
 the bytes in store/.
@@ -16,7 +16,7 @@ import pickle
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from eventflow.serialization.tagged_json import (
     encode_plain,
     encode_tagged,
     reads_back,
+    shape_of,
     type_name,
 )
 
@@ -49,6 +50,8 @@ MAX_JSON = 64 * 1024 * 1024
 
 _NULL = ("json", b"null")
 _UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)
+_FIELDS_SET = "__pydantic_fields_set__"
+_TYPED_FORMS = frozenset({"typed", "typed-unset", "typed-tagged", "typed-models"})
 # What msgspec raises for an annotation that is unsupported, unresolved or circular.
 _UNREADABLE = (TypeError, NameError, AttributeError, RecursionError)
 
@@ -143,6 +146,9 @@ class ResultCodec:
                 return "typed", data
             if reads_back(back, value):
                 return "typed", data
+            names = _copy_fields_set(value, back)
+            if names and reads_back(back, value):
+                return "typed-unset", _WRITER.encode(_WithUnset(names, msgspec.Raw(data)))
         except _UNENCODABLE:
             pass
         if hasattr(value, "model_dump"):
@@ -175,7 +181,7 @@ class ResultCodec:
         fields = decode_tagged(data)
         value = msgspec.convert(fields["value"], self._annotation, dec_hook=_decode_hook)
         for model, (names, private) in zip(_models_in(value), fields["models"], strict=True):
-            object.__setattr__(model, "__pydantic_fields_set__", set(names))
+            object.__setattr__(model, _FIELDS_SET, set(names))
             object.__setattr__(model, "__pydantic_private__", private)
         return value
 
@@ -184,7 +190,7 @@ class ResultCodec:
         reader = self._build()
         if member and member in self._members:
             return self._members[member]._decode_typed(form, data)
-        if member or reader is None or form not in ("typed", "typed-tagged", "typed-models"):
+        if member or reader is None or form not in _TYPED_FORMS:
             raise UsageError(
                 f"{self._name}: a result was recorded as {codec!r}, which its return annotation "
                 f"{self._annotation!r} cannot read; deploy the code that recorded it, or discard "
@@ -193,6 +199,8 @@ class ResultCodec:
         try:
             if form == "typed-models":
                 return self._read_models(data)
+            if form == "typed-unset":
+                return _read_with_unset(reader, data)
             return reader.decode(data) if form == "typed" else self._convert(data)
         except msgspec.ValidationError as error:
             raise UsageError(
@@ -232,6 +240,8 @@ def to_readable(codec: str, data: bytes) -> Any:
     form = codec.partition(":")[0]
     if form in ("json", "typed"):
         return msgspec.json.decode(data)
+    if form == "typed-unset":
+        return msgspec.json.decode(data)["value"]
     if form in ("tagged", "typed-tagged"):
         return msgspec.to_builtins(decode_readable(data), str_keys=True, enc_hook=str)
     if form == "typed-models":
@@ -268,11 +278,21 @@ def _as_number(value: Any, wanted: type) -> Any:
     return value
 
 
-def _models_in(value: Any) -> Iterator[Any]:
+def _models_in(value: Any) -> list[Any]:
     """The pydantic models in a value, in one order. Not those in sets, which have none."""
-    if hasattr(cast(type[Any], type(value)), "__pydantic_fields_set__"):
-        yield value
-        parts: Iterable[Any] = (*value.__dict__.values(), value.__pydantic_extra__)
+    found: list[Any] = []
+    _add_models(value, found)
+    return found
+
+
+def _add_models(value: Any, found: list[Any]) -> None:
+    kind = cast(type[Any], type(value))
+    shape = shape_of(kind)
+    if shape is not None and shape.is_model:
+        found.append(value)
+        parts: Iterable[Any] = value.__dict__.values()
+        if value.__pydantic_extra__:
+            parts = (*parts, value.__pydantic_extra__)
     elif isinstance(value, dict):
         parts = cast(dict[Any, Any], value).values()
     elif isinstance(value, list | tuple):
@@ -284,7 +304,47 @@ def _models_in(value: Any) -> Iterator[Any]:
         parts = [getattr(value, name, None) for name in names]
     for part in parts:
         if type(part) not in SCALARS:
-            yield from _models_in(part)
+            _add_models(part, found)
+
+
+class _WithUnset(msgspec.Struct):
+    """A typed value, and which fields of its models are set; None for a model with the same ones
+    as the value that is read from the JSON.
+    """
+
+    set: list[list[str] | None]
+    value: msgspec.Raw
+
+
+_UNSET_READER = msgspec.json.Decoder(_WithUnset)
+
+
+def _copy_fields_set(value: Any, back: Any) -> list[list[str] | None]:
+    """Makes the fields of `back` set that are set in `value`. Returns what was changed; empty if
+    the two do not have the same models.
+    """
+    models = _models_in(value)
+    others = _models_in(back)
+    if len(models) != len(others):
+        return []
+    names: list[list[str] | None] = []
+    for model, other in zip(models, others, strict=True):
+        fields: set[str] = model.__pydantic_fields_set__
+        if fields == other.__pydantic_fields_set__:
+            names.append(None)
+        else:
+            names.append(sorted(fields))
+            object.__setattr__(other, _FIELDS_SET, fields.copy())
+    return names
+
+
+def _read_with_unset(reader: "msgspec.json.Decoder[Any]", data: bytes) -> Any:
+    stored = _UNSET_READER.decode(data)
+    value = reader.decode(stored.value)
+    for model, names in zip(_models_in(value), stored.set, strict=True):
+        if names is not None:
+            object.__setattr__(model, _FIELDS_SET, set(names))
+    return value
 
 
 def _model_state(model: Any) -> tuple[list[str], dict[str, Any] | None]:

@@ -349,8 +349,10 @@ class _Comparison:
             return bool(left == right)
         if kind is float:
             return _BITS.pack(left) == _BITS.pack(right)
-        shape = _shape(kind)
+        shape = shape_of(kind)
         if shape is not None:
+            if shape.is_model:
+                return self._same_model(shape, left, right)
             return self._same_fields(shape, left, right)
         if isinstance(left, list | tuple):
             items = cast(list[Any], left)
@@ -398,16 +400,28 @@ class _Comparison:
             fields = self._all(shape.fields_of(left), shape.fields_of(right))
         except AttributeError:  # a field was deleted, or never set
             return False
-        if not fields or not (shape.is_model or shape.has_dict):
+        if not fields or not shape.has_dict:
             return fields
-        if shape.is_model and self._same_unset:
-            names = "__pydantic_fields_set__"
-            if getattr(left, names) != getattr(right, names):
-                return False
-        if not shape.has_dict:
-            return True
-        return self.equal(shape.other_attributes(left), shape.other_attributes(right))
+        others = shape.other_attributes(left)
+        return others is _NO_ATTRIBUTES is shape.other_attributes(right) or self.equal(
+            others, shape.other_attributes(right)
+        )
 
+    def _same_model(self, shape: "_Shape", left: Any, right: Any) -> bool:
+        if self._same_unset and left.__pydantic_fields_set__ != right.__pydantic_fields_set__:
+            return False
+        fields: dict[str, Any] = left.__dict__
+        others: dict[str, Any] = right.__dict__
+        if [*fields] != [*others]:  # in another order, with a cached property, or not the same
+            return self._same_fields(shape, left, right)
+        if not self._all(fields.values(), others.values()):
+            return False
+        return self.equal(left.__pydantic_private__, right.__pydantic_private__) and self.equal(
+            left.__pydantic_extra__, right.__pydantic_extra__
+        )
+
+
+_NO_ATTRIBUTES: dict[str, Any] = {}
 
 _STRICT = _Comparison(int_is_float=False, same_unset=True)
 _READ = _Comparison(int_is_float=True, same_unset=True)
@@ -437,14 +451,14 @@ class _Shape:
         """The attributes that are no fields, in one order; not cached properties."""
         attributes = value.__dict__
         if attributes.keys() <= self._names:
-            return {}
+            return _NO_ATTRIBUTES
         names = sorted(attributes.keys() - self._names - self._cached)
         return {name: attributes[name] for name in names}
 
 
 @lru_cache(maxsize=1024)
-def _shape(kind: type[Any]) -> _Shape | None:
-    """None for classes that are no records."""
+def shape_of(kind: type[Any]) -> _Shape | None:
+    """The state of the instances of a class of records; None for other classes."""
     if hasattr(kind, "__pydantic_fields_set__"):
         return _Shape(kind, tuple(cast(Any, kind).model_fields))
     names: Any = getattr(kind, "__struct_fields__", None)
