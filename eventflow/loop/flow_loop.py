@@ -28,10 +28,12 @@ from asyncio import events
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from functools import cached_property
-from typing import Any, NoReturn, Protocol, TypeVar, cast
+from threading import get_ident
+from typing import Any, Final, NoReturn, Protocol, TypeVar, cast
 
 from eventflow.core.clock import SECOND
 from eventflow.core.errors import OutsideFlowError, UsageError
+from eventflow.core.forks import call_in_forked_children
 from eventflow.core.large_values import LargeValues
 from eventflow.loop.cleanup import Cleanup
 from eventflow.loop.left_behind import close_or_keep
@@ -412,11 +414,15 @@ class FlowLoop(HostedLoop):
         """
         outer = self._outer if self._outer.is_running() else None
         hooks = sys.get_asyncgen_hooks()
+        thread = get_ident()
+        stepping = _STEPPING.by_thread.get(thread)
         events._set_running_loop(self)
         sys.set_asyncgen_hooks(None, self._finalize)
+        _STEPPING.by_thread[thread] = self
         try:
             return step(*args)
         finally:
+            _STEPPING.by_thread[thread] = stepping
             sys.set_asyncgen_hooks(*hooks)
             events._set_running_loop(outer)
 
@@ -450,7 +456,7 @@ class FlowLoop(HostedLoop):
 
     def is_current(self) -> bool:
         """Whether the caller is flow code, in this thread."""
-        return events._get_running_loop() is self
+        return _STEPPING.by_thread.get(get_ident()) is self
 
     def is_ready(self) -> bool:
         """Whether steps are left: `run_ready` stopped to let the worker's loop run."""
@@ -573,19 +579,37 @@ class FlowLoop(HostedLoop):
         return self._closed
 
 
+class SteppingLoops:
+    """The FlowLoop that takes a step now, by thread. It is also the running loop, but asyncio makes
+    a system call for each look at that.
+    """
+
+    def __init__(self) -> None:
+        self.by_thread: dict[int, FlowLoop | None] = {}
+        call_in_forked_children(self.forget)
+
+    def forget(self) -> None:
+        """A forked child takes no steps, although it is forked in one."""
+        self.by_thread.clear()
+
+
+_STEPPING: Final = SteppingLoops()
+
+
 def flow_loop(task_name: str) -> FlowLoop | None:
     """The FlowLoop that the caller runs on; None outside a run and in task bodies.
 
     Raises OutsideFlowError in a thread, on another event loop and after the run has settled.
     """
-    loop = events._get_running_loop()
-    if type(loop) is FlowLoop:
-        return loop
+    stepping = _STEPPING.by_thread.get(get_ident())
+    if stepping is not None:
+        return stepping
     inside = _inside.get()
     if inside is None:
         return None
     if inside.is_closed():
         raise OutsideFlowError(task_name, "a run that is already settled")
+    loop = events._get_running_loop()
     raise OutsideFlowError(task_name, "a thread" if loop is None else "another event loop")
 
 

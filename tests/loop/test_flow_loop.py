@@ -4,6 +4,7 @@
 
 import asyncio
 import contextvars
+import os
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -443,6 +444,23 @@ def test_a_task_called_outside_the_flow_raises_outside_flow_error(how: str) -> N
     message = Simulation().done(strays).value
     assert ("another event loop" if how == "own loop" else "a thread") in message
     assert "double.fn(...)" in message
+
+
+def test_a_process_that_a_flow_forks_cannot_call_tasks() -> None:
+    """The copy of a flow's step in a forked child records nothing in the parent's run."""
+
+    @flow
+    async def forks() -> int:
+        child = os.fork()
+        if not child:
+            try:
+                double(1)  # pyright: ignore[reportUnusedCoroutine]
+            except OutsideFlowError:
+                os._exit(7)
+            os._exit(1)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert Simulation().done(forks).value == 7
 
 
 def test_a_task_called_for_a_settled_run_raises_outside_flow_error() -> None:
