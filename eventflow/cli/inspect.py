@@ -150,11 +150,12 @@ def _run_row(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state_detail(run: dict[str, Any]) -> str | None:
-    """The reason for the state, or when the run is due."""
-    if run["reason"] is None and run["state"] in ("pending", "waiting") and run["due_at"]:
-        due = age_text(run["due_at"])
-        return f"due {due}" if due and due.startswith("in ") else None
-    return run["reason"]
+    """The reason for the state, or when the run is due; both of one that waits for its retry."""
+    reason = run["reason"]
+    due = age_text(run["due_at"]) if run["state"] in ("pending", "waiting") else None
+    if due is None or not due.startswith("in "):
+        return reason
+    return f"due {due}" if reason is None else f"retry {due}; {reason}"
 
 
 def _event_row(event: dict[str, Any]) -> dict[str, Any]:

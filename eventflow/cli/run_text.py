@@ -45,6 +45,7 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
             ("flow", run["flow"]),
             ("state", _state(run)),
             ("why", run["reason"]),
+            ("retry", _retry(run)),
             ("about", _about(run)),
             ("event", _event(run)),
             ("parent", run["parent"]),
@@ -60,7 +61,8 @@ def run_text(run: Mapping[str, Any], width: int | None = None) -> str:
         ],
         width,
     )
-    return "\n\n".join(part for part in (head, *_calls(run, width), _error(run)) if part)
+    parts = (head, *_calls(run, width), *_failed_attempts(run, width), _error(run))
+    return "\n\n".join(part for part in parts if part)
 
 
 def _state(run: Mapping[str, Any]) -> str:
@@ -68,6 +70,15 @@ def _state(run: Mapping[str, Any]) -> str:
     if run["state"] == "running" and run["started_at"]:
         return f"running for {duration_text(seconds_since(run['started_at']))}"
     return f"{run['state']} in {took}" if took else run["state"]
+
+
+def _retry(run: Mapping[str, Any]) -> str | None:
+    """`attempt 2 of 4, in 30 s`."""
+    retry = run["retry"]
+    if retry is None:
+        return None
+    due = f", {age_text(retry['next_at'])}" if retry["next_at"] else ""
+    return f"attempt {retry['attempt']} of {retry['attempts']}{due}"
 
 
 def _times(count: int) -> str | None:
@@ -194,6 +205,19 @@ def _group_rows(name: str, calls: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return rows
 
 
+def _failed_attempts(run: Mapping[str, Any], width: int | None) -> list[str]:
+    """The executions of the flow that failed and were followed by another one."""
+    rows = [
+        {
+            "failed attempt": each["number"],
+            "failed": age_text(each["at"]),
+            "error": f"{last_part(each.get('type'))}: {each.get('message', '')}",
+        }
+        for each in run["failed_attempts"]
+    ]
+    return [table(rows, ("failed attempt", "failed", "error"), "", width=width)] if rows else []
+
+
 # --------------------------------------------------------------------------- its error
 
 
@@ -250,13 +274,18 @@ def event_text(event: Mapping[str, Any], width: int | None = None) -> str:
             "verdict": "run started" if verdict["outcome"] == "run" else verdict["outcome"],
             "run": verdict.get("run"),
             "state": verdict.get("state"),
-            "why": verdict.get("reason"),
+            "why": _why(verdict),
         }
         for verdict in event["verdicts"]
     ]
     columns = ("subscription", "verdict", "run", "state", "why")
     verdicts = table(rows, columns, "no subscription accepts events of this type", width=width)
     return f"{head}\n\n{verdicts}"
+
+
+def _why(verdict: Mapping[str, Any]) -> str | None:
+    due = verdict.get("due_at")
+    return f"retry {age_text(due)}; {verdict['reason']}" if due else verdict.get("reason")
 
 
 def _event_data(event: Any) -> str | None:

@@ -172,10 +172,8 @@ def _option_names(signature: inspect.Signature) -> tuple[tuple[str, ...], bool]:
 
 _DELAY = "write retries=Retry(attempts=..., delay=...), with seconds"
 _ELSEWHERE = {
-    ("flow", "retries"): (
-        "put retries on its tasks, @task(retries=): a flow does no I/O, so run again it would get "
-        "the same recorded values and errors"
-    ),
+    ("flow", "retry_delay"): _DELAY,
+    ("flow", "retry_delay_seconds"): _DELAY,
     ("task", "retry_delay"): _DELAY,
     ("task", "retry_delay_seconds"): _DELAY,
 }

@@ -45,7 +45,8 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
     https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/). `attempts` counts
     all tries: 1 means no retry. `delays` lists the delays instead: attempts = len(delays) + 1, no
     jitter. Errors of `on` are retried, except those of `give_up_on`; `Permanent` and `NotStorable`
-    never are.
+    never are. A group, such as a TaskGroup raises, is retried if each error in it is, after the
+    longest of their delays; and as it is, if `on` or `give_up_on` names a class of groups.
     """
 
     attempts: int = 4
@@ -69,6 +70,11 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
         """Seconds to wait after attempt `attempt` (from 1) failed; None: do not retry."""
         if attempt >= self.attempts or isinstance(error, Permanent | NotStorable):
             return None
+        if isinstance(error, BaseExceptionGroup) and not self._names_groups:
+            members = cast("BaseExceptionGroup[BaseException]", error).exceptions
+            delays = [self.delay_after(attempt, each, draw) for each in members]
+            known = [delay for delay in delays if delay is not None]
+            return max(known) if len(known) == len(delays) else None
         if isinstance(error, RetryAfter):
             return error.delay
         if isinstance(error, self.give_up_on) or not isinstance(error, self.on):
@@ -80,6 +86,10 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True, metaclass=Declared):
         except OverflowError:
             ceiling = self.max_delay
         return draw.uniform(0, ceiling) if self.jitter else ceiling
+
+    @property
+    def _names_groups(self) -> bool:
+        return any(issubclass(each, BaseExceptionGroup) for each in (*self.on, *self.give_up_on))
 
 
 class Backoff(Iterator[float]):

@@ -104,7 +104,7 @@ class Execution(FlowCalls):
         self.run = run
         self.flow = flow
         self.run_id = format_id(run.id)
-        self.run_end = RunEnd(services, flow)
+        self.run_end = RunEnd(services, flow, journal)
         self.loop = FlowLoop(self, services.loop, run.id)
         self.log_context = LogContext(
             run.id, flow.name, run.event, logs=services.logs, replaying=self._is_replaying
@@ -137,7 +137,7 @@ class Execution(FlowCalls):
         journal = self.pending.journal
         path = f"~{journal.generation}/" if journal.generation else ""
         self.root = self.loop.create_root_task(coro, context, path)
-        for signal in self.run_end.initial_signals(self.run, journal, self.suspension.began_at):
+        for signal in self.run_end.initial_signals(self.run, self.suspension.began_at):
             self._request(signal)
         if self.run.cancel_requested:
             self.cancel(self.run.cancel_reason or "cancel requested")
@@ -192,8 +192,7 @@ class Execution(FlowCalls):
         end = self.run_end
         root = self.root
         if end.outcome is None and root is not None and root.done():
-            journal = self.pending.journal
-            end.outcome = end.flow_outcome(root, self.run_id, journal, self.wake)
+            end.outcome = end.flow_outcome(root, self.run_id, self.wake)
             if end.outcome is None:  # a large result is being stored, which may take a while
                 self.writer.commit_uncommitted()
                 return False
@@ -312,7 +311,8 @@ class Execution(FlowCalls):
             case CancelChild(started):
                 if not self.run_end.will_resume:  # else a later execution makes the call again
                     reason = f"the call in {self.run_id} was cancelled"
-                    services.cancel_child(started, reason)
+                    may_retry = self.flow.options.retries.attempts > 1
+                    services.cancel_child(started, reason, self.run.token if may_retry else 0)
             case EndRun(outcome):
                 self.end_run(outcome)
             case ReportFenced(reply):
@@ -419,6 +419,7 @@ class Execution(FlowCalls):
             and CANCEL_KEY not in pending.journal.finals
             and CANCEL_KEY not in pending.waiting
         ):
+            self.run_end.requested_cancel = reason
             pending.expect(ControlSignal(CANCEL_KEY))
             self.writer.append(
                 Entry(call_key=CANCEL_KEY, kind=Kind.CANCEL, value=orjson.dumps(reason))

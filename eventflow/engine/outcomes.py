@@ -23,12 +23,17 @@ from eventflow.runs.run import (
     NeedsAttention,
     Outcome,
     Restarted,
+    Retried,
     Suspended,
 )
-from eventflow.serialization.errors import decode_error, raised_at
+from eventflow.serialization.errors import decode_error, error_summary, raised_at
 
 log = get_logger("eventflow.worker")
 LOG_EVENTS = {
+    "run.attempt_failed": (
+        "A run's flow raised and its `retries` are not used up; `retry_in` is the delay before the "
+        "next attempt."
+    ),
     "run.cancelled": "A run was cancelled.",
     "run.completed": "A run ended with a result.",
     "run.failed": "A run ended with an error.",
@@ -38,7 +43,12 @@ LOG_EVENTS = {
 }
 
 
-_ENDS: Final[dict[type, str]] = {Completed: "completed", Failed: "failed", Cancelled: "cancelled"}
+_ENDS: Final[dict[type, str]] = {
+    Completed: "completed",
+    Failed: "failed",
+    Cancelled: "cancelled",
+    Retried: "retried",
+}
 
 
 class Outcomes:
@@ -56,12 +66,14 @@ class Outcomes:
             seconds = (at - (run.started_at or run.created_at)) / SECOND
             self._services.run_durations.observe(run.flow, state, seconds)
         options = execution.flow.options
-        if options.on_success is not None or options.on_failure is not None:
-            self._run_hook(execution, outcome)
-        if self._watchers and not isinstance(outcome, Suspended | Interrupted | Restarted):
+        if (options.on_success or options.on_failure or options.on_retry) is not None:
+            self._run_hook(execution, outcome, at)
+        if self._watchers and not isinstance(
+            outcome, Suspended | Interrupted | Restarted | Retried
+        ):
             self.notify(execution.run.id, outcome)
 
-    def _run_hook(self, execution: Execution, outcome: Outcome) -> None:
+    def _run_hook(self, execution: Execution, outcome: Outcome, at: int) -> None:
         name = execution.run_id
         options = execution.flow.options
         if isinstance(outcome, Completed) and options.on_success is not None:
@@ -73,6 +85,10 @@ class Outcomes:
         elif isinstance(outcome, Failed) and options.on_failure is not None:
             error = decode_error(outcome.error)
             self._services.spawn(run_hook(name, options.on_failure, name, error))
+        elif isinstance(outcome, Retried) and options.on_retry is not None:
+            error = decode_error(outcome.note.error or b"{}")
+            delay = max(0, (outcome.note.due_at or at) - at) / SECOND
+            self._services.spawn(run_hook(name, options.on_retry, name, error, delay))
 
     def _value(self, execution: Execution, outcome: Completed) -> Any:
         codec, data = self._services.blobs.fetch(outcome.codec, outcome.value)
@@ -104,7 +120,18 @@ def _log(execution: Execution, outcome: Outcome, at: int) -> None:
             error = orjson.loads(outcome.error)
             log.error(
                 "run.failed",
-                error=f"{error.get('type')}: {error.get('message')}".removeprefix("builtins:"),
+                error=error_summary(error),
+                at=raised_at(error),
+            )
+        case Retried(note):
+            error = orjson.loads(note.error or b"{}")
+            count = orjson.loads(note.value or b"{}")
+            log.warning(
+                "run.attempt_failed",
+                attempt=count.get("attempt"),
+                attempts=count.get("attempts"),
+                retry_in=round(max(0, (note.due_at or at) - at) / SECOND, 3),
+                error=error_summary(error),
                 at=raised_at(error),
             )
         case Suspended():

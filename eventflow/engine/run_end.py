@@ -8,30 +8,43 @@ any answer, so that a replay cancels the flow at the same step; the flow may the
 
 from collections.abc import Callable
 from types import CoroutineType
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import orjson
 
 from eventflow.core.clock import SECOND, Timer, microseconds, timer_after
-from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunTimedOut
+from eventflow.core.errors import ResultsUnavailable, RunCancelled, RunDead, RunTimedOut
+from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.engine.actions import EndRun
 from eventflow.engine.awaitables import ControlSignal
 from eventflow.engine.lost_calls import returned_unawaited
 from eventflow.engine.worker_services import WorkerServices
 from eventflow.logs.log import get_logger
 from eventflow.loop.flow_loop import FlowTask
-from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind
-from eventflow.runs.run import Cancelled, Completed, Failed, Outcome, Restarted, Run, Suspended
+from eventflow.runs.journal import CANCEL_KEY, TIMEOUT_KEY, Entry, Journal, Kind, retry_note
+from eventflow.runs.run import (
+    Cancelled,
+    Completed,
+    Failed,
+    Outcome,
+    Restarted,
+    Retried,
+    Run,
+    Suspended,
+)
 from eventflow.sdk.flow import Flow
 from eventflow.serialization.blobs import OFFLOAD_BYTES, offload
-from eventflow.serialization.errors import encode_error
+from eventflow.serialization.errors import MAX_DETAIL, encode_error, error_summary
 
 RESULT_RETRY_DELAY = 30 * SECOND
 """Microseconds until a run whose results cannot be stored or read is tried again."""
 
 MAX_REFUSALS = 100
 """Calls that a flow may make in spite of its cancel before it is ended."""
+
+_FINAL = (RunCancelled, RunDead)
+"""Errors of a child run that its parent's retries do not execute again."""
 
 log = get_logger("eventflow.execution")
 
@@ -43,6 +56,7 @@ class RunEnd(msgspec.Struct, eq=False):
 
     _services: WorkerServices
     _flow: Flow[..., Any]
+    _journal: Journal
     outcome: Outcome | None = None
     unawaited: list[str] = []
     """Calls that the flow made and never awaited, with their lines."""
@@ -53,6 +67,8 @@ class RunEnd(msgspec.Struct, eq=False):
     """Calls that the flow made after that, not to clean up; and repeated cancels."""
     unwind_rounds: int = 0
     """How often the flow's unfinished tasks were cancelled."""
+    requested_cancel: str | None = None
+    """The reason of a cancel that was requested, whether or not it was delivered."""
     _cancel_reason: str | None = None
     _timed_out: bool = False
     _grace_timer: Timer | None = None
@@ -72,11 +88,13 @@ class RunEnd(msgspec.Struct, eq=False):
 
     # ----------------------------------------------------------------- cancel and timeout
 
-    def initial_signals(self, run: Run, journal: Journal, began_at: int) -> list[ControlSignal]:
+    def initial_signals(self, run: Run, began_at: int) -> list[ControlSignal]:
         """What the run waits for from its start: a cancel that is recorded, and its timeout."""
         signals: list[ControlSignal] = []
+        journal = self._journal
         options = self._flow.options
-        if CANCEL_KEY in journal.finals:
+        if (cancel := journal.finals.get(CANCEL_KEY)) is not None:
+            self.requested_cancel = orjson.loads(cancel.value or b'""')
             signals.append(ControlSignal(CANCEL_KEY))
         if options.timeout is not None:
             started = run.started_at or began_at
@@ -116,7 +134,7 @@ class RunEnd(msgspec.Struct, eq=False):
     def signal_outcome(self) -> Outcome:
         if self._timed_out:
             timeout = self._flow.options.timeout or 0.0
-            return Failed(encode_error(RunTimedOut(self._flow.name, timeout)))
+            return self._failed(RunTimedOut(self._flow.name, timeout))
         return Cancelled(self._cancel_reason or "the flow cancelled itself")
 
     # ----------------------------------------------------------------- the flow's own end
@@ -126,7 +144,7 @@ class RunEnd(msgspec.Struct, eq=False):
         return self._services.encode_error(error, self._flow)
 
     def flow_outcome(
-        self, root: FlowTask, name: str, journal: Journal, on_stored: Callable[[], None]
+        self, root: FlowTask, name: str, on_stored: Callable[[], None]
     ) -> Outcome | None:
         """What the end of the flow's first task means; None while a large result is being stored.
 
@@ -137,22 +155,42 @@ class RunEnd(msgspec.Struct, eq=False):
         error = root.exception()
         if error is None:
             try:
-                return self._complete(root.result(), name, journal, on_stored)
+                return self._complete(root.result(), name, on_stored)
             except BaseException as unstorable:  # a result without a form, or a user's class
                 if type(root.result()) is CoroutineType:  # why it cannot be encoded
                     lost = returned_unawaited(self._flow.name, root.result())
                     return Failed(self.encode_error(lost))
-                return Failed(self.encode_error(unstorable))
+                return self._failed(unstorable)
         if isinstance(error, TypeError | AttributeError) and "'coroutine'" in str(error):
             error.add_note(
                 "A call of a task or a flow returns a coroutine: write `await` before the call to "
                 "get its value."
             )
-        return Failed(self.encode_error(error))
+        return self._failed(error)
 
-    def _complete(
-        self, value: Any, name: str, journal: Journal, on_stored: Callable[[], None]
-    ) -> Outcome | None:
+    def _failed(self, error: BaseException) -> Failed | Retried | Cancelled:
+        """The outcome of an execution that ends with this error."""
+        record = self.encode_error(error)
+        retries = self._flow.options.retries
+        is_cancelled = self.is_signalled and not self._timed_out
+        if retries.attempts == 1 or is_cancelled or _is_final(error):
+            return Failed(record)
+        if self.requested_cancel is not None:  # it has not reached the flow
+            return Cancelled(self.requested_cancel)
+        journal = self._journal
+        attempt = journal.spent_retries + 1
+        delay = retries.delay_after(attempt, error, self._services.rng)
+        if delay is None:
+            return Failed(record)
+        due = self._services.clock.now() + microseconds(delay)
+        last = journal.retry_note
+        number = 1 if last is None else last.attempt + 1
+        note = retry_note(number, attempt, retries.attempts, due, record)
+        why = KNOWN_SECRETS.excerpt(error_summary(orjson.loads(record)), MAX_DETAIL)
+        return Retried(note, f"attempt {attempt} of {retries.attempts} failed: {why}")
+
+    def _complete(self, value: Any, name: str, on_stored: Callable[[], None]) -> Outcome | None:
+        journal = self._journal
         if self._large_result is None:
             codec, data = self._flow.result.encode(value)
             if len(data) <= OFFLOAD_BYTES:
@@ -171,6 +209,13 @@ class RunEnd(msgspec.Struct, eq=False):
         if self._grace_timer is not None:
             self._grace_timer.cancel()
             self._grace_timer = None
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the error is, or a group has, one that no retry of a flow may repeat."""
+    if isinstance(error, BaseExceptionGroup):
+        return cast("BaseExceptionGroup[BaseException]", error).subgroup(_FINAL) is not None
+    return isinstance(error, _FINAL)
 
 
 def answer_to_parent(run: Run, name: str, outcome: Outcome) -> Entry | None:

@@ -113,12 +113,13 @@ class Suspension(msgspec.Struct, eq=False):
             return None
         self._time_is_recorded = True
         journal = self._pending.journal
+        last = journal.running_time_note
         ran = journal.running_time + self._services.clock.now() - self.began_at
         return AppendEntry(
             Entry(
                 call_key=RUNNING_TIME_NOTE,
                 kind=Kind.NOTE,
-                attempt=journal.running_time_notes + 1,
+                attempt=1 if last is None else last.attempt + 1,
                 due_at=ran,
             )
         )

@@ -36,6 +36,7 @@ from eventflow.runs.run import (
     Interrupted,
     NeedsAttention,
     Outcome,
+    Retried,
     Run,
     Suspended,
     format_id,
@@ -379,7 +380,7 @@ class Worker:
             return
         if self._claimer.has_backlog:
             self._claimer.claim()
-        elif isinstance(outcome, Suspended):
+        elif isinstance(outcome, Suspended | Retried):
             self._claimer.claim_due()
         self._begin_soon()
 

@@ -290,7 +290,9 @@ class WorkerServices:
         if (remove := self.checkpoints.forget(run, call_key)) is not None:
             self.loop.run_in_executor(None, remove)
 
-    def cancel_child(self, started: Entry, reason: str) -> None:
-        """Cancels the child run that `started` records. May be called in a flow's step."""
-        work = self.store.cancel(int(started.value or b"0"), reason)
+    def cancel_child(self, started: Entry, reason: str, caller: int) -> None:
+        """Cancels the child run that `started` records. May be called in a flow's step. `caller`:
+        the token of a parent with retries, else 0 (`Store.cancel`).
+        """
+        work = self.store.cancel(int(started.value or b"0"), reason, caller)
         self.loop.call_soon(self.spawn, work, context=Context())  # not in the flow's context

@@ -113,6 +113,12 @@ RERUN_NOTE = "@rerun"
 `{"run", "from", "seed"}`, the other run, the call, and whose random numbers it draws.
 """
 
+RETRY_NOTE = "@retry"
+"""Call key of a note: the attempt-th execution of the flow failed with `error`, and the next one is
+due at `due_at`. Its value is `{"attempt", "attempts"}`, counted since the last retry by hand. With
+`due_at` None a person retried the run then: all its retries are left again.
+"""
+
 CANCEL_KEY = "@cancel"
 TIMEOUT_KEY = "@timeout"
 """Call keys of the signals that reach a run from outside."""
@@ -129,6 +135,17 @@ def rerun_entry(run: str, call: str, seed: str) -> Entry:
     return Entry(call_key=RERUN_NOTE, kind=Kind.NOTE, value=value)
 
 
+def retry_note(number: int, attempt: int, attempts: int, due_at: int, error: bytes) -> Entry:
+    """The note of a failed execution, the `number`-th of the run, after which another one is due:
+    `attempt` of `attempts` has failed.
+    """
+    value = msgspec.json.encode({"attempt": attempt, "attempts": attempts})
+    note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=number, due_at=due_at)
+    note.value = value
+    note.error = error
+    return note
+
+
 class Journal:
     """A run's entries by call key.
 
@@ -136,8 +153,8 @@ class Journal:
 
     `last_batch` is the last commit known here. `last_own_batch` is the last one with the end of a
     call that is no child run: a run that was suspended has received it. `first_at` is the time of
-    the first end, `generation` the number of restarts, `running_time` the microseconds of
-    `RUNNING_TIME_NOTE`. `unclaimed`: recorded calls that the flow has not made since it was
+    the first end, `generation` the number of restarts. `running_time_note` and `retry_note` are the
+    last notes of these names. `unclaimed`: recorded calls that the flow has not made since it was
     resumed.
     """
 
@@ -152,8 +169,8 @@ class Journal:
         "generation",
         "last_batch",
         "last_own_batch",
-        "running_time",
-        "running_time_notes",
+        "retry_note",
+        "running_time_note",
         "seed",
         "started_at",
         "unclaimed",
@@ -169,8 +186,8 @@ class Journal:
         self.first_at = 0
         self.count = 0
         self.generation = 0
-        self.running_time = 0
-        self.running_time_notes = 0
+        self.running_time_note: Entry | None = None
+        self.retry_note: Entry | None = None
         self.seed: str | None = None
         for entry in entries:
             self.add(entry)
@@ -217,12 +234,28 @@ class Journal:
         if entry.call_key == STARTED_NOTE:
             self.started_at = entry.due_at
         elif entry.call_key == RUNNING_TIME_NOTE:
-            self.running_time_notes = max(self.running_time_notes, entry.attempt)
-            self.running_time = max(self.running_time, entry.due_at or 0)
+            self.running_time_note = entry
         elif entry.call_key == RESTARTED_NOTE:
             self.generation = entry.attempt
+        elif entry.call_key == RETRY_NOTE:
+            self.retry_note = entry
         elif entry.call_key == RERUN_NOTE:
             self.seed = msgspec.json.decode(entry.value or b"{}")["seed"]
+
+    @property
+    def running_time(self) -> int:
+        """Microseconds in memory before the last suspension, for timeouts that count only these."""
+        return 0 if self.running_time_note is None else self.running_time_note.due_at or 0
+
+    @property
+    def spent_retries(self) -> int:
+        """Failed executions of the flow since the start, or the last retry by hand."""
+        note = self.retry_note
+        return (
+            0
+            if note is None or note.due_at is None
+            else msgspec.json.decode(note.value or b"")["attempt"]
+        )
 
     def attempts(self, call_key: str) -> tuple[int, int, int | None]:
         """`(last attempt, attempts since the last manual retry, due_at of the next)` of a call

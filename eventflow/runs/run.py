@@ -8,6 +8,7 @@
              third crash      ─► DEAD
              NeedsAttention   ─► HELD
              Suspended(until) ─► WAITING
+             Retried (raised, and `@flow(retries=)` has retries left) ─► WAITING, or PENDING
              Interrupted (drain), Restarted, a crash (at the next start) ─► PENDING
     WAITING  due, woken       ─► PENDING
     PAUSED   resume, retry    ─► PENDING
@@ -151,8 +152,20 @@ class Restarted(msgspec.Struct, frozen=True):
     first: Entry
 
 
+class Retried(msgspec.Struct, frozen=True):
+    """The flow raised, and its `retries` allow another execution: the run waits until
+    `note.due_at`, with its recorded values and without its errors.
+
+    `note` is the entry of the failed execution (journal.RETRY_NOTE); `reason` says it to people
+    while the run waits.
+    """
+
+    note: Entry
+    reason: str
+
+
 Outcome: TypeAlias = (
-    Completed | Failed | Suspended | Cancelled | NeedsAttention | Interrupted | Restarted
+    Completed | Failed | Retried | Suspended | Cancelled | NeedsAttention | Interrupted | Restarted
 )
 
 

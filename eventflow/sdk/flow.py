@@ -41,6 +41,7 @@ from eventflow.core.declarations import (
     whole_number,
 )
 from eventflow.core.errors import NotAsync, UsageError
+from eventflow.core.retry import NO_RETRY, Retry, as_retry
 from eventflow.events.event import Event, Json
 from eventflow.events.storable import storable_text
 from eventflow.logs.log import Log, get_logger
@@ -79,8 +80,10 @@ class FlowOptions(msgspec.Struct, frozen=True):
     priority: int = 0
     timeout_counts: str = "wall"
     grace: float = 20.0
+    retries: Retry = NO_RETRY
     on_success: Hook | None = None
     on_failure: Hook | None = None
+    on_retry: Hook | None = None
 
 
 class RunContext:
@@ -389,8 +392,10 @@ def flow(
     priority: int = 0,
     timeout_counts: str = "wall",
     grace: Duration = 20.0,
+    retries: Retry | int | Sequence[Duration] | None = None,
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
+    on_retry: Hook | None = None,
 ) -> "FlowDecorator": ...
 @declaration
 def flow(
@@ -403,19 +408,24 @@ def flow(
     priority: int = 0,
     timeout_counts: str = "wall",
     grace: Duration = 20.0,
+    retries: Retry | int | Sequence[Duration] | None = None,
     on_success: Hook | None = None,
     on_failure: Hook | None = None,
+    on_retry: Hook | None = None,
 ) -> Any:
     """Make an `async def` function a flow.
 
     - `timeout`: seconds that a run may take from its first start, waits included; with
       `timeout_counts="running"`, without the time in which it is suspended. `grace`: seconds for
-      `finally` blocks after a cancel or a timeout.
+      `finally` blocks after a cancel or a timeout. With `retries`, both are those of one attempt.
+    - `retries`: a `Retry`, a number of retries, or a list of delays; default: none. A run that
+      fails waits for the delay and is executed again as `eventflow retry` does it: recorded values
+      stay, what failed is called again, once the retries of its task are used up.
     - `concurrency`: the number of its runs that work at once; the others wait. A run whose every
       branch waits (a sleep, a retry, a child run) does not count. `priority`: runs
       with a higher one start first, within this flow.
-    - `on_success(run, value)`, `on_failure(run, error)`: called after the outcome is recorded, best
-      effort.
+    - `on_success(run, value)`, `on_failure(run, error)`, `on_retry(run, error, delay)`: called
+      after the outcome is recorded, best effort.
     """
 
     where = f"flow {name or getattr(fn, '__name__', '?')!r}:"
@@ -424,8 +434,9 @@ def flow(
     if concurrency is not None:
         whole_number(concurrency, f"{where} concurrency=")
     one_of(timeout_counts, f"{where} timeout_counts=", ("wall", "running"))
-    callable_or_none(on_success, f"{where} on_success=")
-    callable_or_none(on_failure, f"{where} on_failure=")
+    hooks = {"on_success": on_success, "on_failure": on_failure, "on_retry": on_retry}
+    for hook, given in hooks.items():
+        callable_or_none(given, f"{where} {hook}=")
     options: dict[str, Any] = {
         "timeout": None
         if timeout is None
@@ -434,8 +445,8 @@ def flow(
         "priority": whole_number(priority, f"{where} priority=", minimum=-(1 << 63)),
         "timeout_counts": timeout_counts,
         "grace": duration(grace, f"{where} grace="),
-        "on_success": on_success,
-        "on_failure": on_failure,
+        "retries": as_retry(retries),
+        **hooks,
     }
 
     def decorate(function: Callable[..., Any]) -> Flow[..., Any]:

@@ -311,6 +311,11 @@ _INSTALLED = re.compile(r"[/\\]site-packages[/\\]|[/\\]lib[/\\]python\d")
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
+def error_summary(fields: Mapping[str, Any]) -> str:
+    """`ValueError: message` of a recorded error, in one line of the log."""
+    return f"{fields.get('type')}: {fields.get('message')}".removeprefix("builtins:")
+
+
 def raised_at(fields: Mapping[str, Any]) -> str | None:
     """`file:line` of the recorded error: the innermost line of the user's own code, else of any."""
     frames: list[tuple[str, str]] = _FRAME.findall(fields.get("traceback") or "")

@@ -11,30 +11,28 @@ from collections.abc import Callable, Sequence
 import msgspec
 import orjson
 
-from eventflow.core.errors import NotFound, StoreCorrupt, UsageError
+from eventflow.core.errors import (
+    NotFound,
+    RunCancelled,
+    RunDead,
+    RunError,
+    StoreCorrupt,
+    UsageError,
+)
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
-from eventflow.runs.journal import (
-    CANCEL_KEY,
-    RESTARTED_NOTE,
-    RUNNING_TIME_NOTE,
-    TIMEOUT_KEY,
-    Entry,
-    Kind,
-    restart_entry,
-)
+from eventflow.runs.journal import CANCEL_KEY, RESTARTED_NOTE, Entry, Kind, restart_entry
 from eventflow.runs.run import MAX_CRASHES, Run, State, format_id
+from eventflow.serialization.errors import encode_error
 from eventflow.store import rows
-from eventflow.store.apply import answer_parent, deliver, drop_journal
+from eventflow.store.apply import deliver, drop_journal
 from eventflow.store.late_runs import note_retry
-from eventflow.store.load import load_journal
 from eventflow.store.patterns import make_due
 from eventflow.store.protocol import Arrival
 from eventflow.store.rerun import end_wait, rerun
+from eventflow.store.retries import RETRYABLE, answer_parent, children, keep_values, make_new
 from eventflow.store.rows import RunRow
 from eventflow.store.transaction import Transaction
-
-RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
 
 _RETRY_HINT = (
     "only a failed, cancelled, paused, held or dead run can be retried, or one that waits for its "
@@ -87,73 +85,28 @@ def retry_from(tx: Transaction, run: int, call: str, new: int) -> Callable[[], R
 
 
 def _make_pending(tx: Transaction, row: RunRow, *, discard_journal: bool) -> None:
-    """Retries the children too whose error was cleared: the run calls them again."""
+    if not discard_journal:
+        keep_values(tx, row)
+        return
     if not row.state.is_live:
         note_retry(tx, row.id)
-    cleared = _discard_journal(tx, row.id) if discard_journal else _clear_errors(tx, row.id)
-    cancelled = row.state is State.CANCELLED and not discard_journal
-    row.clear_crashes()
-    row.cancel_requested = 0
-    row.started_at = None  # its timeout counts from the next start
-    row.clear_outcome()
+    _discard_journal(tx, row.id)
+    make_new(row)
     tx.runs.wake(row)
-    for child, call_key, state in _children(tx, row.id):
-        # A child that was cancelled with its running parent has left no error there.
-        was_cancelled_too = cancelled and State(state) is State.CANCELLED
-        if (call_key in cleared or was_cancelled_too) and State(state) in RETRYABLE:
-            _make_pending(tx, tx.runs.need(child), discard_journal=discard_journal)
-        elif call_key in cleared and State(state) is State.COMPLETED:
-            _answer_with_result(tx, tx.runs.need(child))
 
 
-def _clear_errors(tx: Transaction, run: int) -> set[str]:
-    """ERROR entries become CLEARED; the entries of a cancel, a timeout and the running time are
-    deleted. Returns the call keys of the errors.
-    """
-    entries = load_journal(tx.connection, run)
-    tx.connection.execute(
-        "DELETE FROM journal WHERE run = ? AND (kind IN (1, 7) OR call_key IN (?, ?))",
-        (run, TIMEOUT_KEY, RUNNING_TIME_NOTE),
-    )
-    before = {(entry.call_key, entry.attempt) for entry in entries if entry.kind is Kind.CLEARED}
-    errors = [entry for entry in entries if entry.kind is Kind.ERROR]
-    for entry in errors:
-        entry.kind = Kind.CLEARED
-    new = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
-    rows.insert_entries.execute(tx.connection, [rows.entry_row(run, entry) for entry in new])
-    return {entry.call_key for entry in errors}
-
-
-def _answer_with_result(tx: Transaction, child: RunRow) -> None:
-    """A child was retried and completed while its parent still had the old error."""
-    result, codec = tx.connection.execute(
-        "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
-    ).fetchone()
-    key = child.parent_call_key or ""
-    answer_parent(
-        tx, child, Entry(call_key=key, kind=Kind.VALUE, attempt=1, codec=codec, value=result)
-    )
-
-
-def _discard_journal(tx: Transaction, run: int) -> set[str]:
+def _discard_journal(tx: Transaction, run: int) -> None:
     """Deletes the journal and cancels the child runs that it started.
 
     What the run emits and starts from now on is new.
     """
-    for child, _, _ in _children(tx, run):
+    for child, *_ in children(tx, run):
         cancel(tx, child, "its parent was retried from scratch")
     (restarts,) = tx.connection.execute(
         "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?", (run, RESTARTED_NOTE)
     ).fetchone()
     drop_journal(tx, run)
     tx.journal.add(run, restart_entry((restarts or 0) + 1))
-    return set()
-
-
-def _children(tx: Transaction, run: int) -> list[tuple[int, str | None, int]]:
-    return tx.connection.execute(
-        "SELECT id, parent_call_key, state FROM runs WHERE parent = ?", (run,)
-    ).fetchall()
 
 
 # --------------------------------------------------------------------------- cancel
@@ -186,10 +139,30 @@ def cancel(tx: Transaction, run: int, reason: str, *, answers_parent: bool = Tru
         row.reason = reason
         tx.runs.move(row, State.CANCELLED)
         if answers_parent:
-            notify_parent(tx, row, "RunCancelled", reason)
+            notify_parent(tx, row, RunCancelled(reason))
     if before.is_live:
-        for child, _, _ in _children(tx, run):
+        for child, *_ in children(tx, run):
             cancel(tx, child, reason, answers_parent=not is_asked)
+    return before
+
+
+def cancel_call(tx: Transaction, child: int, reason: str, caller: int) -> State:
+    """`cancel` for a flow with retries that gave up its call of a child, in the claim with the
+    token `caller`. Nothing, if that execution is over and the next one makes the call again.
+    """
+    row = tx.runs.need(child)
+    parent = None if row.parent is None else tx.runs.get(row.parent)
+    if (
+        parent is not None
+        and parent.state.is_live
+        and row.parent_call_key is not None
+        and (parent.awaits_retry or parent.token != caller)
+    ):
+        return row.state
+    before = cancel(tx, child, reason)
+    if before.is_live:
+        row.cancel_requested = caller + 1  # is_called_again
+        tx.runs.change(row)
     return before
 
 
@@ -197,22 +170,21 @@ def _may_clean_up(row: RunRow) -> bool:
     """Whether the run does not run now, but has begun and can go on."""
     return (
         row.state in (State.PENDING, State.WAITING)
-        and row.started_at is not None
+        and (row.started_at is not None or row.awaits_retry)
         and not row.blocked
         and not row.cancel_requested
     )
 
 
-def notify_parent(tx: Transaction, row: RunRow, error_type: str, message: str) -> None:
+def notify_parent(tx: Transaction, row: RunRow, error: RunError) -> None:
     """A run ended without a worker: the parent gets an ERROR of its call."""
     if row.parent is None or row.parent_call_key is None:
         return
     tx.journal.load_finals([(row.parent, row.parent_call_key)])
-    error = {"type": error_type, "message": message, "args": [message], "traceback": ""}
     answer_parent(
         tx,
         row,
-        Entry(call_key=row.parent_call_key, kind=Kind.ERROR, attempt=1, error=orjson.dumps(error)),
+        Entry(call_key=row.parent_call_key, kind=Kind.ERROR, attempt=1, error=encode_error(error)),
     )
 
 
@@ -343,4 +315,4 @@ def recover(tx: Transaction, time_driven: Sequence[str] | None) -> None:
             "cause, then retry the run"
         )
         tx.runs.move(row, State.DEAD)
-        notify_parent(tx, row, "RunDead", row.reason)
+        notify_parent(tx, row, RunDead(row.reason))

@@ -3,8 +3,7 @@
 `Writer` calls `prefetch` once per batch and `apply` for each operation in the order posted. Events
 are inserted by `prefetch`, so that the ledger itself tells which are new; a decision is a row in a
 table of the transaction, which `Transaction.flush` writes.
-Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` and
-`answer_parent` too.
+Claims come last in a batch; they are in claim.py. Admin verbs (admin.py) use `deliver` too.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from eventflow.core.errors import value_or_none
 from eventflow.core.hashing import digest
 from eventflow.core.secrets import KNOWN_SECRETS
 from eventflow.events.event import Receipt
-from eventflow.runs.journal import Entry, Kind
+from eventflow.runs.journal import Kind
 from eventflow.runs.run import (
     Cancelled,
     Completed,
@@ -25,6 +24,7 @@ from eventflow.runs.run import (
     NeedsAttention,
     Outcome,
     Restarted,
+    Retried,
     Run,
     State,
     Suspended,
@@ -43,6 +43,12 @@ from eventflow.store.protocol import (
     Settle,
     Settled,
     WriteOp,
+)
+from eventflow.store.retries import (
+    answer_parent,
+    await_retry,
+    execute_with_parent,
+    is_called_again,
 )
 from eventflow.store.rows import KnownEvent, RunRow
 from eventflow.store.tables import COMPLETED, RUNNING
@@ -326,6 +332,9 @@ def _settle(tx: Transaction, op: Settle) -> Settled | Fenced:
     _end_claim(tx, row, op.outcome)
     if op.answer is None or op.parent != row.parent:
         return tx.settled
+    if op.answer.kind is Kind.ERROR and is_called_again(tx, row):
+        execute_with_parent(tx, row)
+        return tx.settled
     return Settled(tx.commit.batch, tx.commit.at, answer_parent(tx, row, op.answer))
 
 
@@ -352,7 +361,10 @@ def _end_claim(tx: Transaction, row: RunRow, outcome: Outcome) -> None:
             if row.cancel_requested or row.id in tx.journal.unseen:
                 tx.runs.wake(row)
             else:
+                row.reason = None
                 tx.runs.sleep(row, until)
+        case Retried():
+            await_retry(tx, row, outcome)
         case Interrupted():
             row.clear_crashes()
             tx.runs.wake(row)
@@ -390,27 +402,3 @@ def drop_journal(tx: Transaction, run: int) -> None:
     tx.connection.execute("DELETE FROM journal WHERE run = ?", (run,))
     tx.journal.forget_calls(run)
     tx.runs.release_children(run)
-
-
-def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
-    """Writes a child's end into its parent's journal and wakes the parent.
-
-    None when the call has an end already.
-    """
-    if (
-        child.parent is None
-        or child.parent_call_key != entry.call_key
-        or entry.kind not in (Kind.VALUE, Kind.ERROR)
-    ):
-        return None
-    parent = tx.runs.get(child.parent)
-    call = (child.parent, entry.call_key)
-    if parent is None or call in tx.journal.finals:
-        return None
-    tx.journal.finals.add(call)
-    tx.journal.add(parent.id, entry)
-    if parent.state is State.WAITING:
-        tx.runs.wake(parent)
-    elif parent.state is State.RUNNING:
-        tx.commit.answers.append((parent.id, entry))
-    return entry

@@ -479,11 +479,14 @@ class Store(Protocol):
         """
         ...
 
-    async def cancel(self, run: int, reason: str) -> State:
+    async def cancel(self, run: int, reason: str, caller: int = 0) -> State:
         """A run that has begun is asked to end, live children too: RUNNING → `cancel_requested`,
         and the worker gets it by `RunReceiver.receive_runs`; WAITING, PENDING → PENDING, due now,
         with the cancel in its journal. PAUSED, HELD, not begun, or asked before and not RUNNING →
         CANCELLED now, with an ERROR entry for a parent. Returns the state that the run was in.
+
+        `caller`: the token with which a parent with retries cancels its child. Nothing happens if
+        that claim is over and the parent will make the call again.
         """
         ...
 

@@ -21,6 +21,7 @@ from eventflow.runs.journal import (
 from eventflow.runs.run import Run, State, format_id
 from eventflow.store import rows
 from eventflow.store.load import load_journal, load_runs
+from eventflow.store.retries import children
 from eventflow.store.rows import NEVER, RunRow
 from eventflow.store.transaction import Transaction
 
@@ -34,9 +35,17 @@ MAX_NAMED_CALLS = 10
 def end_wait(tx: Transaction, row: RunRow) -> None:
     """Makes a WAITING run's next attempts due now, and the run PENDING.
 
-    Only waits of retries end, not sleeps or waits for a child run. Raises UsageError, which names
-    the wait, if the run has no call that waits for a retry.
+    Only waits of retries end, not sleeps or waits for a child run. A run that awaits its own retry
+    is due now with its children that do. Raises UsageError, which names the wait, if nothing of the
+    run waits for a retry.
     """
+    if row.awaits_retry:
+        tx.runs.wake(row)
+        for child, *_ in children(tx, row.id):
+            found = tx.runs.need(child)
+            if found.state is State.WAITING and found.awaits_retry:
+                end_wait(tx, found)
+        return
     waiting = _waiting_attempts(load_journal(tx.connection, row.id))
     if not waiting:
         raise UsageError(f"run {format_id(row.id)} is waiting {_what_for(tx, row)}")

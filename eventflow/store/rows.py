@@ -274,6 +274,15 @@ class RunRow(msgspec.Struct, array_like=True, gc=False):
     error: bytes | None = None
     unclaimed_entries: int | None = None
 
+    @property
+    def awaits_retry(self) -> bool:
+        """Whether an execution of the run has failed, and the next one has not begun."""
+        return (
+            self.reason is not None
+            and self.state in (State.WAITING, State.PENDING)
+            and not self.cancel_requested
+        )
+
     def clear_crashes(self) -> None:
         self.crash_suspect = 0
         self.crash_count = 0

@@ -18,7 +18,7 @@ from eventflow.engine.execution import RunningCall
 from eventflow.events.event import HasGauges, Trigger, gauge_totals
 from eventflow.logs.log import format_timestamp
 from eventflow.logs.redaction import SECRETS
-from eventflow.runs.journal import RERUN_NOTE, Entry, Kind
+from eventflow.runs.journal import RERUN_NOTE, RETRY_NOTE, Entry, Kind
 from eventflow.runs.run import format_id
 
 MAX_RESULT_BYTES = 64 * 1024
@@ -75,14 +75,21 @@ def event_details(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def verdict(stored: Iterable[Any], runs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """A verdict on one delivery. `outcome`: run, batched, paused (with a run and its state),
-    filtered, waiting, expired, matched, invalid, dead, outbox.
+    filtered, waiting, expired, matched, invalid, dead, outbox. Of a run that waits for a retry
+    of its flow also the `reason`, and when it is due.
     """
     subscription, outcome, detail = stored
     shown: dict[str, Any] = {"subscription": subscription, "outcome": outcome}
     if outcome not in ("run", "paused", "batched"):
         return {**shown, "reason": detail}
     known = runs.get(detail)
-    return {**shown, "run": format_id(detail), "state": known["state"] if known else "pruned"}
+    shown |= {"run": format_id(detail), "state": known["state"] if known else "pruned"}
+    if known and _awaits_retry(known):
+        shown |= {
+            "reason": _reason(known["reason"], MAX_LISTED_CHARS),
+            "due_at": instant(known["due_at"]),
+        }
+    return shown
 
 
 def new_verdict(stored: Iterable[Any]) -> dict[str, Any]:
@@ -142,7 +149,7 @@ def run(row: Mapping[str, Any], pause_reason: str = "") -> dict[str, Any]:
         "parent": ident(row["parent"]),
         "about": about(row),
         "took": _elapsed(row["started_at"], row["finished_at"]),
-        "reason": cut(
+        "reason": _reason(
             row["reason"] or (pause_reason if pause_reason and row["state"] == "pending" else None),
             MAX_LISTED_CHARS,
         ),
@@ -165,6 +172,11 @@ def about(row: Mapping[str, Any]) -> str | None:
 
 def _elapsed(start: int | None, end: int | None) -> float | None:
     return None if start is None or end is None else in_seconds(max(0, end - start))
+
+
+def _reason(text: str | None, limit: int) -> str | None:
+    """It may quote the error of an attempt."""
+    return cut(_redacted(text), limit)
 
 
 def cut(text: str | None, limit: int) -> str | None:
@@ -193,7 +205,8 @@ def run_details(
     return {
         **run(row),
         **_repeated(entries),
-        "reason": cut(row["reason"], MAX_MESSAGE_CHARS),
+        **_retries(row, entries),
+        "reason": _reason(row["reason"], MAX_MESSAGE_CHARS),
         "error": error(row["error"]),
         "joined": [format_id(event) for event in row["joined"]],
         "params": body(row["params"]),
@@ -213,6 +226,36 @@ def _repeated(journal: Iterable[Entry]) -> dict[str, Any]:
     note = next((entry.value for entry in journal if entry.call_key == RERUN_NOTE), None)
     value: dict[str, Any] = orjson.loads(note or b"{}")
     return {"repeats": value.get("run"), "repeats_from": value.get("from")}
+
+
+def _awaits_retry(row: Mapping[str, Any]) -> bool:
+    """Whether the run waits for the next attempt of its flow: only then has the wait a reason."""
+    return row["state"] == "waiting" and row["reason"] is not None
+
+
+def _retries(row: Mapping[str, Any], journal: Iterable[Entry]) -> dict[str, Any]:
+    """`failed_attempts`: the executions of the flow that failed, by what is recorded of them.
+    `retry`: the attempt that is next or under way, of how many, and when it is due; None if no
+    attempt has failed since the start or the last retry by hand, and of a run that has ended.
+    """
+    failed: list[dict[str, Any]] = []
+    retry: dict[str, Any] | None = None
+    for entry in journal:
+        if entry.call_key != RETRY_NOTE:
+            continue
+        count: dict[str, int] = orjson.loads(entry.value or b"{}")
+        attempt = count.get("attempt")
+        details = error(entry.error, traceback=False, limit=MAX_LISTED_CHARS) or {}
+        if attempt is None:  # retried by hand: the retries begin anew
+            retry = None
+        else:
+            due = instant(entry.due_at) if _awaits_retry(row) else None
+            retry = {"attempt": attempt + 1, "attempts": count["attempts"], "next_at": due}
+        if details:
+            number = len(failed) + 1
+            failed.append({"number": number, "at": instant(entry.at), **details})
+    is_live = row["finished_at"] is None
+    return {"retry": retry if is_live else None, "failed_attempts": failed}
 
 
 def _event_data(event_body: bytes | None) -> Any:

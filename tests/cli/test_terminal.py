@@ -188,13 +188,13 @@ def test_a_kind_is_no_command(rest: tuple[EventflowProcess, str, str]):
         assert done.returncode == 2 and f"eventflow ls {kind}" in done.stderr
 
 
-def test_retries_of_a_flow_are_refused(tmp_path: Path):
-    """`@flow(retries=)` says where retries belong, and why."""
+def test_wrong_retries_of_a_flow_are_refused(tmp_path: Path):
+    """`@flow(retry_delay=)` names the option to write, with file and line."""
     (tmp_path / "f.py").write_text(
-        "from eventflow import flow\n\n\n@flow(retries=3)\nasync def f() -> None: ...\n"
+        "from eventflow import flow\n\n\n@flow(retry_delay=3)\nasync def f() -> None: ...\n"
     )
     done = eventflow(tmp_path, "run", "f.py:f")
-    assert done.returncode == 2 and "@task(retries=)" in done.stderr and "f.py:4" in done.stderr
+    assert done.returncode == 2 and "retries=Retry(" in done.stderr and "f.py:4" in done.stderr
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", "| head -c 0"])

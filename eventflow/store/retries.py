@@ -1,0 +1,205 @@
+"""A run is executed again with its recorded values: after its end, by hand, or instead of its end,
+as the `retries=` of its flow say.
+
+apply.py and admin.py call these functions in the writer's thread. Values stay, errors become
+CLEARED, and the children whose errors were cleared are executed again too. A run between two
+executions has a reason (`RunRow.awaits_retry`): answers that come in meanwhile are recorded, and do
+not wake it.
+"""
+
+from collections.abc import Collection
+
+from eventflow.core.errors import StoreCorrupt
+from eventflow.runs.journal import RETRY_NOTE, RUNNING_TIME_NOTE, TIMEOUT_KEY, Entry, Kind
+from eventflow.runs.run import Retried, State, format_id
+from eventflow.store import rows
+from eventflow.store.late_runs import note_retry
+from eventflow.store.load import load_journal
+from eventflow.store.rows import RunRow
+from eventflow.store.transaction import Transaction
+
+RETRYABLE = (State.FAILED, State.CANCELLED, State.PAUSED, State.HELD, State.DEAD)
+
+
+# --------------------------------------------------------------------------- retries of a flow
+
+
+def await_retry(tx: Transaction, row: RunRow, outcome: Retried) -> None:
+    """The run's execution failed, and another one is due at `outcome.note.due_at`: its children
+    that have failed are due then too. A cancel that was requested meanwhile comes first.
+    """
+    tx.journal.add(row.id, outcome.note)
+    tx.flush()
+    try:
+        cleared = _clear_errors(tx, row.id, kept=_final_calls(tx, row.id))
+    except StoreCorrupt as error:
+        row.reason = str(error)
+        tx.runs.move(row, State.HELD)
+        return
+    due_at = outcome.note.due_at or 0
+    if row.cancel_requested:
+        row.clear_crashes()
+        tx.runs.wake(row)
+    else:
+        _begin_again(tx, row, due_at, outcome.reason)
+    for child, call_key, _, _ in children(tx, row.id):
+        if call_key in cleared:
+            _retry_with_parent(tx, tx.runs.need(child), due_at)
+
+
+def _final_calls(tx: Transaction, run: int) -> set[str]:
+    """The calls of children that a person cancelled, or that are dead: no retry executes them."""
+    return {
+        call_key
+        for _, call_key, state, cancel_requested in children(tx, run)
+        if call_key is not None
+        and (state == State.DEAD or (state == State.CANCELLED and cancel_requested < 2))
+    }
+
+
+def is_called_again(tx: Transaction, child: RunRow) -> bool:
+    """Whether a child that has failed or was cancelled is executed again and gives no answer: the
+    execution of its parent that this concerns is over, and the next one makes the call again.
+    """
+    parent = None if child.parent is None else tx.runs.get(child.parent)
+    if parent is None or child.parent_call_key is None or not parent.state.is_live:
+        return False
+    if child.state is not State.CANCELLED:
+        return child.state is State.FAILED and parent.awaits_retry
+    cancelled_by = child.cancel_requested - 1  # the token of its parent's claim; 0: a person
+    return cancelled_by > 0 and (parent.awaits_retry or parent.token != cancelled_by)
+
+
+def execute_with_parent(tx: Transaction, child: RunRow) -> None:
+    """A child has ended that `is_called_again`: it is due when its parent is."""
+    parent = tx.runs.need(child.parent or 0)
+    tx.flush()
+    _retry_with_parent(tx, child, parent.due_at if parent.awaits_retry else 0)
+
+
+def _retry_with_parent(tx: Transaction, child: RunRow, due_at: int) -> None:
+    if child.state is State.COMPLETED:
+        answer_with_result(tx, child)
+    elif child.state in RETRYABLE:
+        keep_values(tx, child, due_at, f"retried with its parent {format_id(child.parent or 0)}")
+
+
+# --------------------------------------------------------------------------- any retry
+
+
+def keep_values(tx: Transaction, row: RunRow, due_at: int = 0, reason: str | None = None) -> None:
+    """The run is due again with its recorded values and without its errors: now, or at `due_at`,
+    which it awaits for this reason. So are its children whose errors were cleared: it calls them
+    again. What the transaction has decided about journals must be written.
+    """
+    was_cancelled = row.state is State.CANCELLED
+    if not row.state.is_live:
+        note_retry(tx, row.id)
+    cleared = _clear_errors(tx, row.id)
+    _renew_retries(tx, row)
+    _begin_again(tx, row, due_at, reason)
+    for child, call_key, state, _ in children(tx, row.id):
+        # A child that was cancelled with its running parent has left no error there.
+        was_cancelled_too = was_cancelled and state == State.CANCELLED
+        if (call_key in cleared or was_cancelled_too) and state in RETRYABLE:
+            keep_values(tx, tx.runs.need(child), due_at, reason)
+        elif call_key in cleared and state == State.COMPLETED:
+            answer_with_result(tx, tx.runs.need(child))
+
+
+def _begin_again(tx: Transaction, row: RunRow, due_at: int, reason: str | None) -> None:
+    make_new(row)
+    row.reason = reason
+    if due_at > tx.commit.now:
+        tx.runs.sleep(row, due_at)
+    else:
+        tx.runs.wake(row)
+
+
+def make_new(row: RunRow) -> None:
+    """Nothing of an execution is left in the row; the run's timeout counts from its next start."""
+    row.clear_crashes()
+    row.cancel_requested = 0
+    row.started_at = None
+    row.clear_outcome()
+
+
+def _renew_retries(tx: Transaction, row: RunRow) -> None:
+    """All retries of its flow are left again, if it has used any. Keeps its last error."""
+    asked = "SELECT max(attempt) FROM journal WHERE run = ? AND call_key = ?"
+    (last,) = tx.connection.execute(asked, (row.id, RETRY_NOTE)).fetchone()
+    if last is not None:
+        note = Entry(call_key=RETRY_NOTE, kind=Kind.NOTE, attempt=last + 1)
+        asked = "SELECT error FROM runs WHERE id = ?"
+        (note.error,) = tx.connection.execute(asked, (row.id,)).fetchone()
+        tx.journal.add(row.id, note)
+
+
+def _clear_errors(tx: Transaction, run: int, kept: Collection[str] = ()) -> set[str]:
+    """ERROR entries become CLEARED, but for those of the `kept` calls; the entries of a cancel, a
+    timeout and the running time are deleted. Returns the call keys of the errors.
+    """
+    entries = load_journal(tx.connection, run)
+    errors = [e for e in entries if e.kind is Kind.ERROR and e.call_key not in kept]
+    cleared = {entry.call_key for entry in errors}
+    tx.connection.execute(
+        "DELETE FROM journal WHERE run = ? AND (kind = 7 OR call_key IN (?, ?))",
+        (run, TIMEOUT_KEY, RUNNING_TIME_NOTE),
+    )
+    tx.connection.executemany(
+        "DELETE FROM journal WHERE run = ? AND kind = 1 AND call_key = ?",
+        [(run, call_key) for call_key in cleared],
+    )
+    before = {(entry.call_key, entry.attempt) for entry in entries if entry.kind is Kind.CLEARED}
+    for entry in errors:
+        entry.kind = Kind.CLEARED
+    new = [entry for entry in errors if (entry.call_key, entry.attempt) not in before]
+    rows.insert_entries.execute(tx.connection, [rows.entry_row(run, entry) for entry in new])
+    tx.journal.finals.difference_update((run, call_key) for call_key in cleared)
+    return cleared
+
+
+def children(tx: Transaction, run: int) -> list[tuple[int, str | None, int, int]]:
+    """The child runs of a run, as written: id, call key, state, `cancel_requested`."""
+    return tx.connection.execute(
+        "SELECT id, parent_call_key, state, cancel_requested FROM runs WHERE parent = ?", (run,)
+    ).fetchall()
+
+
+def answer_with_result(tx: Transaction, child: RunRow) -> None:
+    """A child was retried and completed while its parent still had the old error."""
+    result, codec = tx.connection.execute(
+        "SELECT result, codec FROM runs WHERE id = ?", (child.id,)
+    ).fetchone()
+    key = child.parent_call_key or ""
+    answer_parent(
+        tx, child, Entry(call_key=key, kind=Kind.VALUE, attempt=1, codec=codec, value=result)
+    )
+
+
+# --------------------------------------------------------------------------- parents
+
+
+def answer_parent(tx: Transaction, child: RunRow, entry: Entry) -> Entry | None:
+    """Writes a child's end into its parent's journal and wakes the parent, unless it awaits a
+    retry.
+
+    None when the call has an end already.
+    """
+    if (
+        child.parent is None
+        or child.parent_call_key != entry.call_key
+        or entry.kind not in (Kind.VALUE, Kind.ERROR)
+    ):
+        return None
+    parent = tx.runs.get(child.parent)
+    call = (child.parent, entry.call_key)
+    if parent is None or call in tx.journal.finals:
+        return None
+    tx.journal.finals.add(call)
+    tx.journal.add(parent.id, entry)
+    if parent.state is State.WAITING and not parent.awaits_retry:
+        tx.runs.wake(parent)
+    elif parent.state is State.RUNNING:
+        tx.commit.answers.append((parent.id, entry))
+    return entry
