@@ -52,8 +52,9 @@ class Secret:
         return callable(self._value)
 
     def reveal(self) -> bytes:
+        """Its bytes: those of an environment variable need not be UTF-8."""
         value = self._value() if callable(self._value) else self._value
-        return value.encode() if isinstance(value, str) else value
+        return value.encode(errors="surrogateescape") if isinstance(value, str) else value
 
     def __repr__(self) -> str:
         return f"Secret({self.source})"

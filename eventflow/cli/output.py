@@ -16,6 +16,7 @@ import orjson
 
 from eventflow.cli.streams import is_terminal
 from eventflow.core.columns import clip, display_width, wrap
+from eventflow.events.storable import storable_text
 from eventflow.logs.redaction import escape_controls
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -82,7 +83,8 @@ MAX_LINES_OF_ERROR = 40
 def fail(error: str, detail: str, as_json: bool) -> None:
     """Print an error to stderr; the caller exits. `error`: its code or class name."""
     if as_json:
-        sys.stderr.write(orjson.dumps({"error": _snake(error), "detail": detail}).decode() + "\n")
+        line = orjson.dumps({"error": _snake(error), "detail": storable_text(detail)})
+        sys.stderr.write(line.decode() + "\n")
     else:
         _echo_wrapped("error:", escape_controls(detail), fg="red")
 

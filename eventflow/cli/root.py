@@ -2,6 +2,7 @@
 code.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from eventflow.cli.client import ApiError
 from eventflow.cli.output import fail
 from eventflow.cli.streams import flush_streams, prepare_streams
 from eventflow.core.errors import EventflowError
+from eventflow.events.storable import storable_text
 
 SECTIONS = {
     "Run": serve.COMMANDS,
@@ -87,9 +89,27 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code)
 
 
+def _undecodable_text(given: Sequence[str]) -> str | None:
+    """Names the first argument, or variable of the environment that is one, that is not UTF-8.
+
+    Python keeps such bytes as lone surrogates, which neither JSON nor the ledger can hold.
+    """
+    for argument in given:
+        if storable_text(argument) != argument:
+            shown = os.fsencode(argument).decode(errors="backslashreplace")
+            return f"the argument {shown}: expected text in UTF-8, found other bytes"
+    for name, value in os.environ.items():
+        if name.startswith("EVENTFLOW_") and storable_text(value) != value:
+            return f"${storable_text(name)}: expected text in UTF-8, found other bytes"
+    return None
+
+
 def _run(given: Sequence[str]) -> int:
     """Run a command. The exit code."""
     as_json = "--json" in given
+    if (problem := _undecodable_text(given)) is not None:
+        fail("usage", problem, as_json)
+        return click.UsageError.exit_code
     try:
         result: Any = cli.main(list(given), prog_name="eventflow", standalone_mode=False)
     except click.Abort:

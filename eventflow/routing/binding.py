@@ -166,7 +166,7 @@ class Binder:
             arguments[name] = [] if event is None else [event]
         for name, required in self._event_parameters:
             if isinstance(given := params.get(name), Mapping):
-                arguments[name] = self._read_event(name, cast(Mapping[str, Any], given))
+                arguments[name] = _read_event(self._flow, name, cast(Mapping[str, Any], given))
             elif event is not None:
                 arguments[name] = event
             elif required:
@@ -363,12 +363,6 @@ class Binder:
                 hint = _or_nearest(name, self._signature.parameters)
                 raise BindingError(self._flow, name, f"the flow has no such parameter; {hint}")
 
-    def _read_event(self, name: str, fields: Mapping[str, Any]) -> Event:
-        try:
-            return Event.from_dict(fields)
-        except ValueError as error:
-            raise BindingError(self._flow, name, str(error)) from error
-
     def _pack(self, name: str, value: Any) -> bytes:
         """The JSON of one argument. Decodes it again to compare, unless it is certainly plain."""
         try:
@@ -473,6 +467,13 @@ def _adapter(annotation: Any, where: str) -> Any:
         return pydantic.TypeAdapter(annotation)
     except Exception as error:
         raise UsageError(f"{where} has an annotation no event can fill: {error}") from error
+
+
+def _read_event(flow: str, name: str, fields: Mapping[str, Any]) -> Event:
+    try:
+        return Event.from_dict(fields)
+    except ValueError as error:
+        raise BindingError(flow, name, str(error)) from error
 
 
 def _read_model(wanted: type, value: Any) -> Any:

@@ -53,9 +53,8 @@ def temporary_copy(
     try:
         _copy(connection, path, between, durable=False)
         # immutable: the copy is in WAL mode, but nobody writes it.
-        copy = sqlite3.connect(
-            f"file:{quote(path)}?mode=ro&immutable=1", uri=True, check_same_thread=False
-        )
+        where = f"file:{quote(os.fsencode(path))}?mode=ro&immutable=1"
+        copy = sqlite3.connect(where, uri=True, check_same_thread=False)
         copy.execute("SELECT 1 FROM sqlite_schema").fetchone()  # opens the file
         return copy
     finally:

@@ -115,7 +115,7 @@ class Readers:
 
 
 def _connect(path: str) -> sqlite3.Connection:
-    where = f"file:{quote(path)}?mode=ro"
+    where = f"file:{quote(os.fsencode(path))}?mode=ro"
     return sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False)
 
 

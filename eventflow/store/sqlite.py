@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 from eventflow.core.clock import Clock
 from eventflow.core.errors import StoreCorrupt, StoreError, StoreFull, StoreLocked, StoreUnwritable
 from eventflow.events.event import EventOutcome, Json, OutboxMessage, Receipt
+from eventflow.events.storable import storable_text
 from eventflow.runs.journal import Entry
 from eventflow.runs.run import Run, State
 from eventflow.store import admin, late_runs, outbox, queries, retention
@@ -114,7 +115,7 @@ class SqliteStore:
         accept_loss: bool = False,
     ) -> None:
         self.path = os.path.realpath(path)  # the files beside it have one name each, too
-        self.location = f"sqlite:///{self.path}"
+        self.location: str = storable_text(f"sqlite:///{self.path}")
         self.last_id = 0
         self._clock = clock
         self._synchronous = synchronous

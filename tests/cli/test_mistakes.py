@@ -3,12 +3,16 @@ traceback of ours.
 """
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.server_process import ROOT, eventflow
+from eventflow.cli.root import cli, main
+from tests.server_process import ROOT, EventflowProcess, eventflow
 
 APP = "from eventflow import App, flow, task\n"
 
@@ -333,3 +337,59 @@ def test_env_file(tmp_path: Path):
     (tmp_path / "shop.py").write_text(APP + "import os\napp = App(os.environ['PLACE'])\n")
     found = {row["check"]: row["detail"] for row in asked(tmp_path, "doctor", "--app", "shop.py")}
     assert found["app"].startswith("file: ") and "file.db" in found["store"]
+
+
+NOT_UTF8: dict[str, list[str]] = {
+    **{command: [command, "a\udcff"] for command in cli.commands},
+    "an unknown command": ["a\udcff"],
+    "an option": ["ls", "--a\udcff"],
+    "the value of an option": ["emit", "order.placed", '--data={"a": "\udcff"}'],
+    "a store": ["ls", "--store", "sqlite:///a\udcff.db"],
+    "JSON": ["show", "a\udcff", "--json"],
+}
+
+
+@pytest.mark.parametrize("case", NOT_UTF8)
+def test_an_argument_that_is_not_utf8_is_a_usage_error(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Whichever command gets it: exit 2, and one line that names the argument."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(NOT_UTF8[case])
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and len(errors.splitlines()) == 1
+    assert "\\xff" in errors and "expected text in UTF-8" in errors
+    if "--json" in NOT_UTF8[case]:
+        assert json.loads(errors)["error"] == "usage"
+
+
+def test_a_setting_that_is_not_utf8_is_a_usage_error(tmp_path: Path):
+    """A variable of the environment is named, without its value, which may be a token."""
+    done = subprocess.run(
+        [sys.executable, "-m", "eventflow", "ls"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "EVENTFLOW_TOKEN": "to\udcffken"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "$EVENTFLOW_TOKEN: expected text in UTF-8" in done.stderr and "ken" not in done.stderr
+
+
+def test_a_folder_whose_name_is_not_utf8_can_hold_the_app(tmp_path: Path):
+    """What no argument names may have any name: the working directory."""
+    folder = tmp_path / "b\udcff"
+    folder.mkdir()
+    code = APP + "@flow\nasync def f():\n    return 7\napp = App('a')\napp.add(f)\n"
+    (folder / "app.py").write_text(code)
+    done = eventflow(folder, "run", "app.py")
+    assert done.returncode == 0 and done.stdout.strip() == "7", done.stderr
+    listed = eventflow(folder, "ls", "--json")
+    assert json.loads(listed.stdout)["runs"][0]["state"] == "completed", listed.stderr
+    server = EventflowProcess(folder, "app.py")
+    try:
+        assert server.wait_ready(), server.log
+    finally:
+        server.kill()

@@ -420,6 +420,15 @@ def test_env_names_the_variable(monkeypatch: pytest.MonkeyPatch):
             GitHub(env("ORDERS_SECRET")).check_secrets()
 
 
+def test_a_secret_of_the_environment_may_be_any_bytes(monkeypatch: pytest.MonkeyPatch):
+    """Bytes that are not UTF-8 are the key as they are."""
+    monkeypatch.setenv("ORDERS_SECRET", "s3\udcffcret")
+    signature = digest(b"s3\xffcret", BODY).hex()
+    verify = GitHub(env("ORDERS_SECRET"))
+    assert ok(verify, {"x-hub-signature-256": f"sha256={signature}"})
+    assert not ok(verify, {"x-hub-signature-256": f"sha256={'0' * 64}"})
+
+
 def test_secrets_do_not_show(monkeypatch: pytest.MonkeyPatch):
     """No repr of a secret, a preset or an error holds the value."""
     monkeypatch.setenv("ORDERS_SECRET", "s3cret-value")
